@@ -1,0 +1,42 @@
+# make install | demo | test | lint | clean. Everything lands in .venv and runs/; a second run reuses it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Without an NVIDIA driver the one tested version; override with `make install TORCH='torch==...'`.
+TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.11,<2.15'; else echo 'torch==2.13.0'; fi)
+
+# deepspeed and ninja are looked up on PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or newer (Debian: apt-get install python3 python3-venv), or name one with PYTHON=/path/to/python." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$("$(PYTHON)" --version) is too old: W2R2-DS needs Python 3.11 or newer; name one with PYTHON=/path/to/python." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $$("$(PYTHON)" --version) cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	@if "$(BIN)/python" -m pip --version >/dev/null 2>&1; then echo "== environment: $(VENV) is there"; else echo "== environment: making $(VENV)"; "$(PYTHON)" -m venv --clear "$(VENV)"; fi
+	@echo "== installing $(TORCH)"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	@echo "== installing W2R2-DS and what it needs (constraints.txt); minutes the first time"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch "$@"
+	@echo "== installed: $$("$(BIN)/python" -c 'import sys, torch; print("Python", sys.version.split()[0] + ", torch", torch.__version__)')"
+
+demo: $(STAMP)
+	@"$(BIN)/python" launchers/demo.py
+
+test: $(STAMP)
+	@"$(BIN)/python" -m pytest
+
+lint: $(STAMP)
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/mypy"
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

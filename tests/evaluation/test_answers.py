@@ -1,0 +1,83 @@
+"""What counts as an answer, and what does not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from w2r2_ds.evaluation.answers import AnswerError, parse_grounding
+
+NUMBERS = [-0.63, -0.83, 2.43, 3.0, 0.59, 2.35, -2.32, 1.18, 3.05]
+PLAIN = json.dumps({"frame": 12, "bbox_3d": NUMBERS})
+
+
+def with_box(numbers: object) -> str:
+    """An answer with another box, written by hand so that it may hold what JSON cannot."""
+    return PLAIN.replace(json.dumps(NUMBERS), str(numbers))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN,
+        f"  {PLAIN}\n",
+        f"```json\n\t{PLAIN}\n```",
+        f"```\n{PLAIN}\n```\n",
+        f"```json {PLAIN}```",
+        "```json\n" + json.dumps(json.loads(PLAIN), indent=2) + "\n```",
+        json.dumps({"bbox_3d": NUMBERS, "frame": 12}),
+    ],
+)
+def test_answers_that_are_read(text: str) -> None:
+    answer = parse_grounding(text, 24)
+    assert answer.frame == 12
+    assert answer.box.dtype == np.float64
+    np.testing.assert_array_equal(answer.box, NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "one JSON object"),
+        ("I cannot find it.", "one JSON object"),
+        (f"Here it is: {PLAIN}", "one JSON object"),
+        (f"{PLAIN}\n{PLAIN}", "one JSON object"),
+        (f"```json\n{PLAIN}\n```\nDone.", "one JSON object"),
+        (f"```json\n{PLAIN}", "one JSON object"),
+        (f"```python\n{PLAIN}\n```", "one JSON object"),
+        (f"[{PLAIN}]", "one JSON object"),
+        (PLAIN.replace('"', "'"), "one JSON object"),
+        (PLAIN[:-1], "one JSON object"),
+        ("[" * 100_000, "one JSON object"),
+        ("__import__('os').getcwd() or " + PLAIN, "one JSON object"),
+        (with_box("[" + "9" * 5000 + "]"), "one JSON object"),
+        (PLAIN.replace("frame", "Frame"), "keys"),
+        (PLAIN.replace("bbox_3d", "box_3d"), "keys"),
+        (PLAIN[:-1] + ', "label": "chair"}', "keys"),
+        (PLAIN[:-1] + ', "frame": 3}', "twice"),
+        (PLAIN.replace("12", "12.0"), "frame is not an integer"),
+        (PLAIN.replace("12", '"12"'), "frame is not an integer"),
+        (PLAIN.replace("12", "true"), "frame is not an integer"),
+        (PLAIN.replace("12", "-1"), "out of range"),
+        (PLAIN.replace("12", "24"), "out of range"),
+        (with_box(NUMBERS[:8]), "list of 9"),
+        (with_box([*NUMBERS, 1.0]), "list of 9"),
+        (with_box('"a"'), "list of 9"),
+        (with_box("[1, 1, 1, 1, 1, 1, 1, 1, true]"), "list of 9"),
+        (with_box('[1, 1, 1, 1, 1, 1, 1, 1, "1"]'), "list of 9"),
+        (with_box("[1, 1, 1, 1, 1, 1, 1, 1, [1]]"), "list of 9"),
+        (with_box("[1, 1, 1, 1, 1, 1, 1, 1, NaN]"), "not finite"),
+        (with_box("[1, 1, 1, 1, 1, 1, 1, 1, -Infinity]"), "not finite"),
+        (with_box("[1, 1, 1, 1, 1, 1, 1, 1, 1e400]"), "not finite"),
+        (with_box(f"[1, 1, 1, 1, 1, 1, 1, 1, {10**400}]"), "not finite"),
+        (with_box("[1, 1, 1, 1, 0, 1, 1, 1, 1]"), "size"),
+        (with_box("[1, 1, 1, 1, 1, -2, 1, 1, 1]"), "size"),
+    ],
+)
+def test_answers_that_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(AnswerError) as caught:
+        parse_grounding(text, 24)
+    assert reason in caught.value.reason
+    assert caught.value.reason in str(caught.value)

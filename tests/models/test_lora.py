@@ -1,0 +1,92 @@
+"""LoRA hits the language model's seven projections per layer and nothing else; the table counts what trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest_models import CONFIGS, visual_inputs
+from torch import nn
+
+from w2r2_ds.models.fusion import GeometryMerger
+from w2r2_ds.models.lora import adapted_modules, add_lora, trainable_table
+from w2r2_ds.models.vlm import load_vlm, meta_model
+
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_exactly_seven_modules_per_layer(vlm: Any) -> None:
+    model = add_lora(vlm, rank=4, alpha=8, dropout=0.0)
+    names = adapted_modules(model)
+    assert len(names) == len(set(names)) == 7 * 4
+    assert {name.rsplit(".", 1)[1] for name in names} == set(LEAVES)
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    for name, value in model.named_parameters():
+        assert value.requires_grad == (".lora_A." in name or ".lora_B." in name), name
+        assert "visual" not in name or not value.requires_grad
+
+
+@pytest.mark.parametrize(("name", "layers"), [("qwen2_5_vl_3b", 36), ("qwen2_5_vl_7b", 28)])
+def test_real_sizes(name: str, layers: int) -> None:
+    model = meta_model(CONFIGS / name)
+    with torch.device("meta"):
+        adapted = add_lora(model, rank=16, alpha=32)
+    assert len(adapted_modules(adapted)) == 7 * layers
+
+
+def test_one_trainable_dtype(tiny_dir: Any) -> None:
+    model = add_lora(load_vlm(tiny_dir, torch.bfloat16), rank=2, alpha=4)
+    assert {value.dtype for value in model.parameters() if value.requires_grad} == {torch.bfloat16}
+
+
+def test_fresh_adapter_changes_nothing_and_gets_gradients(vlm: Any, tokenizer: Any) -> None:
+    inputs = visual_inputs(vlm.config, tokenizer, "image")
+    features = vlm.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"])
+    with torch.no_grad():
+        before = vlm(**inputs, mm_encoder_outputs={"image": features}, use_cache=False).logits
+    model = add_lora(vlm, rank=4, alpha=8)
+    after = model(**inputs, mm_encoder_outputs={"image": features}, use_cache=False).logits
+    assert torch.equal(before, after)
+    after.square().sum().backward()
+    grads = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert all(grad is not None for grad in grads.values())
+    assert all(grad.any() for name, grad in grads.items() if "lora_B" in name and grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [((0, 8, 0.0), "rank"), ((4, 0, 0.0), "alpha"), ((4, 8, 1.0), "dropout"), ((4, 8, -0.1), "dropout")],
+)
+def test_bad_values(vlm: Any, values: tuple[int, int, float], word: str) -> None:
+    with pytest.raises(ValueError, match=f"lora: {word}"):
+        add_lora(vlm, *values)
+
+
+def test_a_model_without_such_modules(vlm: Any) -> None:
+    with pytest.raises(ValueError, match="has no module such as"):
+        add_lora(vlm.model.visual, rank=4, alpha=8)
+
+
+def test_merger_is_outside_and_the_table_adds_up(vlm: Any) -> None:
+    merger = GeometryMerger(128, 128, merger_hidden=64)
+    total = sum(value.numel() for value in vlm.parameters())
+    model = add_lora(vlm, rank=4, alpha=8)
+    lora = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    extra = sum(value.numel() for value in merger.parameters())
+    assert not any("merger" in name and value.requires_grad for name, value in model.named_parameters())
+    text = trainable_table({"vlm + LoRA": model, "lm_head": vlm.lm_head, "geometry merger": merger})
+    lines = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in text.splitlines() if line.startswith("│")}
+    cells = {name: [cell.strip() for cell in row] for name, row in lines.items()}
+    assert cells["vlm + LoRA"][1:3] == [f"{total + lora:,}", f"{lora:,}"]
+    assert cells["lm_head"] == ["0", "0", "0", "-"]  # tied: already counted
+    assert cells["geometry merger"] == ["5", f"{extra:,}", f"{extra:,}", "float32"]
+    assert cells["all"][1:3] == [f"{total + lora + extra:,}", f"{lora + extra:,}"]
+
+
+def test_table_counts_partitioned_parameters() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    module.weight = nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
+    module.weight.ds_numel = 16  # type: ignore[attr-defined]
+    text = trainable_table({"sharded": module, "empty": nn.Identity()})
+    assert "16" in text and "bfloat16" in text and "100.000 % trainable" in text

@@ -1,0 +1,242 @@
+"""The run configuration: typed, nested, strict. Every field is an option of `launchers/train.py`; unknown keys are errors.
+
+Precedence: command line, then `--config RECIPE.yaml`, then the recipe `demo.yaml`, then the defaults below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class DataConfig:
+    """Where the data lie and what the model is shown of them.
+
+    Args:
+        root: folder in ScanNet's layout (posed_images/, scans/, scannet_data/, ScanRefer/).
+        train: training annotations in ScanRefer's JSON format, relative to root.
+        val: validation annotations in ScanRefer's JSON format, relative to root.
+        frames: frames per sample.
+        frame_width: width in pixels to which a frame is resized; VGGT's own is 518. A multiple of the patch size.
+        visual: every frame an `<image>` with its index, or all frames one `<video>`.
+        video_fps: nominal rate of the sampled frames, for the temporal positions of a `<video>`.
+        max_length: longest sequence in tokens; a longer sample is an error, never cut.
+        workers: loader processes per rank; 0 loads in the training process.
+    """
+
+    root: str = "data/scannet"
+    train: str = "ScanRefer/ScanRefer_filtered_train.json"
+    val: str = "ScanRefer/ScanRefer_filtered_val.json"
+    frames: int = 24
+    frame_width: int = 518
+    visual: Literal["images", "video"] = "images"
+    video_fps: float = 2.0
+    max_length: int = 9216
+    workers: int = 4
+
+
+@dataclass
+class ModelConfig:
+    """The video LLM, its geometry branch, and what of it is trained.
+
+    Args:
+        vlm: Qwen2.5-VL directory or hub id.
+        vggt: VGGT directory or hub id.
+        geometry_layer: alternating-attention layer of VGGT whose patch tokens are used, counted from 0.
+        merger_hidden: width of the geometry merger's hidden layer.
+        zero: what `Phi(F2D, 0)` zeroes: the merged geometry (then it equals the stock VLM) or VGGT's features.
+        lora_rank: rank of the LoRA update of the language model's seven projections.
+        lora_alpha: LoRA scale is lora_alpha / lora_rank.
+        lora_dropout: dropout in the LoRA branch, fused pass only.
+        dtype: weights and activations; auto is bfloat16 on a GPU and float32 without.
+        attention: attention implementation of transformers, for example sdpa or flash_attention_2.
+    """
+
+    vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
+    vggt: str = "facebook/VGGT-1B"
+    geometry_layer: int = 22
+    merger_hidden: int = 4096
+    zero: Literal["merged", "features"] = "merged"
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: str = "sdpa"
+
+
+@dataclass
+class ObjectiveConfig:
+    """L = L_align + push, where push is one reading of the paper's lambda * L_det (docs/objective.md).
+
+    Args:
+        push: which reading of Eq. 6: literal (no gradient), margin, or none (plain fine-tuning).
+        lam: lambda, the weight of the push term.
+        mu: similarity above which the shortcut counts as having solved the sample.
+        margin: log-likelihood in nats by which the fused pass must beat the shortcut on where tokens.
+        reduction: sums over samples divided by the global sample count, or by the global token count (VG-LLM).
+    """
+
+    push: Literal["literal", "margin", "none"] = "margin"
+    lam: float = 1.5
+    mu: float = 0.7
+    margin: float = 1.0
+    reduction: Literal["sample", "token"] = "sample"
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation.
+
+    Args:
+        steps: optimizer steps.
+        global_batch: samples per optimizer step over all ranks and accumulation steps.
+        micro_batch: samples per forward per rank.
+        lr: peak learning rate of the LoRA weights.
+        merger_lr: peak learning rate of the geometry merger.
+        weight_decay: AdamW's weight decay.
+        warmup: share of the steps with rising learning rate; a cosine to zero follows.
+        activation_checkpointing: recompute decoder layers in the backward pass.
+        save_every: optimizer steps between checkpoints; the last step is always saved.
+        keep_last: checkpoints kept.
+        seed: of initialisation, data order and dropout.
+        wandb: also log to Weights & Biases.
+        tensorboard: also log to TensorBoard.
+    """
+
+    steps: int = 2000
+    global_batch: int = 16
+    micro_batch: int = 1
+    lr: float = 1e-4
+    merger_lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.03
+    activation_checkpointing: bool = True
+    save_every: int = 200
+    keep_last: int = 2
+    seed: int = 0
+    wandb: bool = False
+    tensorboard: bool = False
+
+
+@dataclass
+class DemoConfig:
+    """What stands in for data and weights where there are none; used only when `enabled`.
+
+    Args:
+        enabled: make synthetic scenes and the tiny model where they are missing.
+        train_scenes: synthetic training scenes.
+        val_scenes: synthetic validation scenes.
+        frames_per_scene: frames rendered along each camera path.
+        seed: of scenes and tiny model.
+        warmup_steps: full-weight steps of the tiny language model on 2D input; stands for pre-training.
+        warmup_batch: samples per warm-up step.
+        warmup_lr: peak learning rate of the warm-up.
+    """
+
+    enabled: bool = False
+    train_scenes: int = 48
+    val_scenes: int = 12
+    frames_per_scene: int = 16
+    seed: int = 0
+    warmup_steps: int = 400
+    warmup_batch: int = 16
+    warmup_lr: float = 2e-3
+
+
+@dataclass
+class RunConfig:
+    """One run.
+
+    Args:
+        out: folder of the run: checkpoints, metrics.jsonl, the resolved configuration.
+        resume: auto goes on from the newest checkpoint in `out`; none refuses a folder that has one.
+        data: what the model is shown.
+        model: what is trained.
+        objective: what it is trained for.
+        train: how.
+        demo: what stands in for missing data and weights.
+    """
+
+    out: str = "runs/run"
+    resume: Literal["auto", "none"] = "none"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse values that cannot work, by name, before anything is loaded."""
+    positive = {
+        "data.frames": config.data.frames,
+        "data.frame_width": config.data.frame_width,
+        "data.video_fps": config.data.video_fps,
+        "model.lora_rank": config.model.lora_rank,
+        "model.merger_hidden": config.model.merger_hidden,
+        "train.steps": config.train.steps,
+        "train.global_batch": config.train.global_batch,
+        "train.micro_batch": config.train.micro_batch,
+        "train.save_every": config.train.save_every,
+        "train.keep_last": config.train.keep_last,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise ValueError(f"{name} is {value}; it must be greater than 0.")
+    if not 0 <= config.objective.mu < 1:
+        raise ValueError(f"objective.mu is {config.objective.mu}; a similarity threshold lies in [0, 1).")
+    if config.objective.lam < 0:
+        raise ValueError(f"objective.lam is {config.objective.lam}; the weight of the push term cannot be negative.")
+    if not 0 <= config.train.warmup < 1:
+        raise ValueError(f"train.warmup is {config.train.warmup}; it is a share of the steps in [0, 1).")
+    if not 0 <= config.model.lora_dropout < 1:
+        raise ValueError(f"model.lora_dropout is {config.model.lora_dropout}; it must be in [0, 1).")
+
+
+def parser(description: str, with_demo: bool = True) -> ArgumentParser:
+    """A parser whose options are the fields of `RunConfig`; `with_demo` takes the demo recipe as defaults."""
+    defaults = [str(RECIPES / "demo.yaml")] if with_demo else []
+    result = ArgumentParser(description=description, default_config_files=defaults)
+    result.add_argument("--config", action="config", help="YAML recipe; its keys are the options below.")
+    result.add_class_arguments(RunConfig)
+    return result
+
+
+def names_config(args: list[str]) -> bool:
+    """Whether a command line names a recipe; then the demo recipe is not looked at."""
+    return any(arg == "--config" or arg.startswith("--config=") for arg in args)
+
+
+def from_namespace(namespace: Namespace) -> RunConfig:
+    """Build the typed configuration from what `parser` has read."""
+    tree: dict[str, Any] = namespace.as_dict()
+    sections = {
+        "data": DataConfig,
+        "model": ModelConfig,
+        "objective": ObjectiveConfig,
+        "train": TrainConfig,
+        "demo": DemoConfig,
+    }
+    values = {name: kind(**tree[name]) for name, kind in sections.items()}
+    return RunConfig(out=tree["out"], resume=tree["resume"], **values)
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of a YAML file (demo recipe without one) with command-line style overrides."""
+    args = (["--config", str(path)] if path else []) + (overrides or [])
+    return from_namespace(parser("", with_demo=not names_config(args)).parse_args(args))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))

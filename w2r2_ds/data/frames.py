@@ -1,0 +1,166 @@
+"""Which frames of a scene a sample sees, and which of them shows an object best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from scipy.spatial import ConvexHull, QhullError
+
+from w2r2_ds.data.scannet import Frame, Scene
+
+OCCLUSION_MARGIN = 0.1
+"""Metres by which the measured surface may lie in front of or behind the box and still count as the object."""
+
+MIN_VISIBLE_SHARE = 0.2
+"""Share of the box's sample points that must show the object for a frame to count as seeing it."""
+
+_NEAR = 1e-6
+_GRID = np.stack(np.meshgrid(*[np.linspace(-0.45, 0.45, 6)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+_CORNERS = np.stack(np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def uniform_frames(scene: Scene, count: int) -> list[Frame]:
+    """Choose ``count`` distinct frames spread evenly over the scene's valid frames, first and last included.
+
+    Raises:
+        ValueError: ``count`` is not positive, or the scene has fewer valid frames.
+    """
+    if count < 1:
+        raise ValueError(f"the number of frames per sample is {count}; it must be at least 1")
+    if len(scene.frames) < count:
+        raise ValueError(
+            f"scene {scene.scene_id} has {len(scene.frames)} frames with a valid pose ({scene.dropped_frames} dropped), "
+            f"fewer than the {count} asked for; ask for fewer frames or leave the scene out"
+        )
+    chosen = np.linspace(0, len(scene.frames) - 1, count).round().astype(int)
+    return [scene.frames[i] for i in chosen]
+
+
+def load_depth(frame: Frame) -> np.ndarray:
+    """Read a frame's depth image: ``[height, width]`` uint16, millimetres; ``ValueError`` names an unreadable file."""
+    try:
+        with Image.open(frame.depth) as image:
+            depth = np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{frame.depth} is not a readable depth image; extract it again ({error})") from None
+    if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype.itemsize < 2:
+        raise ValueError(f"{frame.depth} is not a 16-bit one-channel depth image; extract it again")
+    return depth.astype(np.uint16)
+
+
+def box_corners(box: np.ndarray) -> np.ndarray:
+    """Corners of an axis-aligned box ``[6]`` (centre, size): ``[8, 3]`` float64, x slowest, z fastest."""
+    return np.asarray(box[:3]) + _CORNERS * np.asarray(box[3:6])
+
+
+def project(points: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Project world points ``[N, 3]``: pixels ``[N, 2]`` (x, y; meaningless where depth <= 0) and depths ``[N]``, metres."""
+    camera = (points - cam_to_world[:3, 3]) @ np.linalg.inv(cam_to_world[:3, :3]).T
+    depth = camera[:, 2]
+    safe = np.where(np.abs(depth) < _NEAR, _NEAR, depth)
+    image = camera @ intrinsic[:3, :3].T
+    return image[:, :2] / safe[:, None], depth
+
+
+def projected_area(
+    box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray, image_size: tuple[int, int]
+) -> float:
+    """Area, in square pixels, of the convex hull of a box's corners in an image (VG-LLM's rule for the target frame).
+
+    Corners behind the camera are dropped and the rest clipped to the image; the area is 0 when fewer than three
+    remain or the camera is inside the box.
+
+    Args:
+        box: ``[6]`` centre and size in the axis-aligned world, metres.
+        cam_to_world: ``[4, 4]``.
+        intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
+        image_size: width and height, pixels.
+    """
+    if (np.abs(cam_to_world[:3, 3] - box[:3]) <= np.asarray(box[3:6]) / 2).all():
+        return 0.0
+    pixels, depth = project(box_corners(box), cam_to_world, intrinsic)
+    pixels = pixels[depth > _NEAR]
+    if len(pixels) < 3:
+        return 0.0
+    pixels = np.clip(pixels, 0.0, np.array(image_size, dtype=np.float64) - 1.0)
+    try:
+        return float(ConvexHull(pixels).volume)
+    except QhullError:  # all corners on one line, as when the box is wholly beside the image
+        return 0.0
+
+
+def visible_share(
+    box: np.ndarray,
+    cam_to_world: np.ndarray,
+    depth_intrinsic: np.ndarray,
+    depth: np.ndarray,
+    margin: float = OCCLUSION_MARGIN,
+) -> float:
+    """Share of a grid of points in a box at whose pixels the measured surface lies inside the box.
+
+    A point counts when it falls into the depth image, there is a measurement, and that measurement is neither in
+    front of the box (an occluder) nor behind it (background) by more than ``margin`` metres along the viewing ray.
+
+    Args:
+        box: ``[6]`` centre and size in the axis-aligned world, metres.
+        cam_to_world: ``[4, 4]``.
+        depth_intrinsic: ``[4, 4]``, of the depth image.
+        depth: ``[height, width]`` uint16, millimetres.
+        margin: metres.
+    """
+    points = np.asarray(box[:3]) + _GRID * np.asarray(box[3:6])
+    pixels, along = project(points, cam_to_world, depth_intrinsic)
+    height, width = depth.shape
+    columns, rows = np.round(np.clip(pixels, -1e6, 1e6)).astype(int).T
+    inside = (along > _NEAR) & (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    measured = np.zeros(len(points))
+    measured[inside] = depth[rows[inside], columns[inside]] / 1000.0
+    enter, leave = _ray_interval(points, along, box, cam_to_world[:3, 3])
+    return float(np.mean((measured > 0) & (measured >= enter - margin) & (measured <= leave + margin)))
+
+
+def _ray_interval(
+    points: np.ndarray, along: np.ndarray, box: np.ndarray, origin: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Depths ``[N]`` at which the rays from ``origin`` through ``points`` (depths ``along``) enter and leave the box."""
+    directions = (points - origin) / np.where(np.abs(along) < _NEAR, _NEAR, along)[:, None]
+    directions = np.where(np.abs(directions) < 1e-12, 1e-12, directions)
+    half = np.asarray(box[3:6]) / 2
+    first, second = (box[:3] - half - origin) / directions, (box[:3] + half - origin) / directions
+    return np.minimum(first, second).max(axis=1), np.maximum(first, second).min(axis=1)
+
+
+def best_frame(
+    frames: Sequence[Frame],
+    box: np.ndarray,
+    intrinsic: np.ndarray,
+    image_size: tuple[int, int],
+    depth_intrinsic: np.ndarray,
+    depths: Sequence[np.ndarray] | None = None,
+    min_share: float = MIN_VISIBLE_SHARE,
+) -> int | None:
+    """Index in ``frames`` of the frame that shows a box largest, among those that really see it.
+
+    Frames are tried by descending projected area (ties: the earlier first), and the first one in which at least
+    ``min_share`` of the box is seen in the depth image is returned; ``None`` if there is none. A depth image is read at
+    most once per call; pass ``depths`` (one per frame) when asking for many boxes.
+
+    Args:
+        frames: candidates, in the order in which the model sees them.
+        box: ``[6]`` centre and size in the axis-aligned world, metres.
+        intrinsic: ``[4, 4]``, of the colour images.
+        image_size: width and height of the colour images.
+        depth_intrinsic: ``[4, 4]``, of the depth images.
+        depths: ``[height, width]`` uint16 per frame; read from disk when left out.
+        min_share: see ``visible_share``.
+    """
+    areas = [projected_area(box, frame.cam_to_world, intrinsic, image_size) for frame in frames]
+    for i in sorted(range(len(frames)), key=lambda i: (-areas[i], i)):
+        if areas[i] <= 0:
+            return None
+        depth = load_depth(frames[i]) if depths is None else depths[i]
+        if visible_share(box, frames[i].cam_to_world, depth_intrinsic, depth) >= min_share:
+            return i
+    return None

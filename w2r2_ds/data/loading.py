@@ -1,0 +1,103 @@
+"""Configuration -> samples -> batches: the one place where the data side is put together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from w2r2_ds.config import DataConfig
+from w2r2_ds.data.collate import Batch, Collator, Positions
+from w2r2_ds.data.processor import Features, Processor
+from w2r2_ds.data.sample import Sample
+from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.data.tasks import scanrefer
+from w2r2_ds.models.build import Front
+from w2r2_ds.models.vlm import position_ids
+
+
+def load_samples(config: DataConfig, split: str) -> tuple[list[Sample], dict[str, int]]:
+    """Samples of a split and the counts of what was dropped, by reason."""
+    file = Path(config.root) / {"train": config.train, "val": config.val}[split]
+    return scanrefer.build_samples(config.root, file, split, config.frames)  # type: ignore[arg-type]
+
+
+class SampleDataset(Dataset[Features]):
+    """Features of samples, made when asked for.
+
+    Args:
+        samples: what to turn into tensors.
+        processor: how.
+        with_answer: with the answer as label (training), or the prompt alone (generation).
+    """
+
+    def __init__(self, samples: Sequence[Sample], processor: Processor, with_answer: bool) -> None:
+        self.samples, self.processor, self.with_answer = samples, processor, with_answer
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Features:
+        return self.processor(self.samples[index], self.with_answer)
+
+
+def make_processor(front: Front, config: DataConfig) -> Processor:
+    """The processor of a VLM for a data configuration."""
+    return Processor(front.tokenizer, front.vision, config)
+
+
+def make_positions(front: Front, config: DataConfig) -> Positions:
+    """Multimodal positions of a padded batch, from the VLM's own rule, on the CPU."""
+    seconds = front.vision.temporal_patch_size / config.video_fps
+    return functools.partial(_positions, front.meta, seconds)
+
+
+def _positions(
+    meta: torch.nn.Module,
+    seconds: float,
+    input_ids: torch.Tensor,
+    token_types: torch.Tensor,
+    attention_mask: torch.Tensor,
+    image_grid: torch.Tensor | None,
+    video_grid: torch.Tensor | None,
+) -> torch.Tensor:
+    return position_ids(
+        meta,  # type: ignore[arg-type]
+        input_ids,
+        token_types,
+        attention_mask=attention_mask,
+        image_grid_thw=image_grid,
+        video_grid_thw=video_grid,
+        second_per_grid_ts=None if video_grid is None else torch.full((len(video_grid),), seconds),
+    )
+
+
+def visual_kind(config: DataConfig) -> str:
+    """`"image"` or `"video"`, as the VLM calls them."""
+    return {"images": "image", "video": "video"}[config.visual]
+
+
+def train_loader(
+    samples: Sequence[Sample], front: Front, config: DataConfig, sampler: GlobalBatchSampler
+) -> DataLoader[Batch]:
+    """Micro-batches of this rank, in the sampler's order."""
+    dataset = SampleDataset(samples, make_processor(front, config), with_answer=True)
+    collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), make_positions(front, config))
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=config.workers > 0,
+    )  # type: ignore[return-value]
+
+
+def prompt_loader(samples: Sequence[Sample], front: Front, config: DataConfig, batch_size: int) -> DataLoader[Batch]:
+    """Left-padded prompts in order, for generation."""
+    dataset = SampleDataset(samples, make_processor(front, config), with_answer=False)
+    collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), positions=None)
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=config.workers)  # type: ignore[return-value]

@@ -1,0 +1,61 @@
+"""Global batches that are the same for every world size and accumulation split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Yield this rank's micro-batches of sample indices, from optimizer step `start` to `steps`.
+
+    Sample position `step * global_batch + j` walks through one seeded permutation per epoch, so every sample is seen
+    once per epoch and the data position after a resume follows from the step alone.
+
+    Args:
+        size: samples in the data set.
+        global_batch: samples per optimizer step; a multiple of `micro_batch * world_size`.
+        micro_batch: samples per forward per rank.
+        rank: this process.
+        world_size: number of processes.
+        steps: last optimizer step, exclusive.
+        start: first optimizer step.
+        seed: of the permutations.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        steps: int,
+        start: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if size == 0:
+            raise ValueError("The training set has no samples; see the counts of dropped items above.")
+        assert global_batch % (micro_batch * world_size) == 0, "checked against the DeepSpeed configuration before"
+        self.size, self.global_batch, self.micro_batch = size, global_batch, micro_batch
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.start, self.steps = start, steps
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.global_batch // (self.micro_batch * self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        stride = self.micro_batch * self.world_size
+        for step in range(self.start, self.steps):
+            for first in range(0, self.global_batch, stride):
+                begin = step * self.global_batch + first + self.rank * self.micro_batch
+                indices = []
+                for position in range(begin, begin + self.micro_batch):
+                    if position // self.size != epoch:
+                        epoch = position // self.size
+                        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+                    indices.append(int(order[position % self.size]))
+                yield indices

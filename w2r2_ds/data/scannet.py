@@ -1,0 +1,207 @@
+"""The only reader of ScanNet's layout: scenes, poses, intrinsics, alignment and instance boxes on disk.
+
+Expected below ``root`` (what ScanNet's and ScanRefer's own preparation scripts write)::
+
+    posed_images/SCENE/{00000.jpg, 00000.png, 00000.txt, ..., intrinsic.txt, depth_intrinsic.txt}
+    scans/SCENE/SCENE.txt                       a line "axisAlignment = 16 numbers"
+    scannet_data/SCENE_aligned_bbox.npy         [N, 8]: cx cy cz dx dy dz label_id object_id, axis-aligned world, metres
+    scannetv2-labels.combined.tsv               columns raw_category, nyu40id, nyu40class, ...
+    ScanRefer/ScanRefer_filtered_{train,val}.json
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+LABELS_FILE = "scannetv2-labels.combined.tsv"
+_SCENE_ID = re.compile(r"[A-Za-z0-9_]+")
+_FRAME_SUFFIXES = (".txt", ".jpg", ".png")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One posed image.
+
+    Attributes:
+        index: the number in the file name.
+        color: RGB image file.
+        depth: uint16 PNG, millimetres along the camera's z axis; 0 means no measurement.
+        cam_to_world: ``[4, 4]`` float64, OpenCV camera to *axis-aligned* world (``axis_align @ pose``), metres.
+    """
+
+    index: int
+    color: Path
+    depth: Path
+    cam_to_world: np.ndarray
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One annotated object: ``box`` is ``[6]`` float64, centre and size in the axis-aligned world, metres."""
+
+    object_id: int
+    label_id: int
+    box: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scan.
+
+    Attributes:
+        scene_id: ScanNet scene name.
+        frames: frames with a valid pose, by index.
+        intrinsic: ``[4, 4]`` float64 pinhole matrix of the colour images, pixels.
+        depth_intrinsic: ``[4, 4]`` float64, of the depth images.
+        axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
+        instances: object id to instance.
+        dropped_frames: how many frames were left out because their pose is not finite.
+    """
+
+    scene_id: str
+    frames: tuple[Frame, ...]
+    intrinsic: np.ndarray
+    depth_intrinsic: np.ndarray
+    axis_align: np.ndarray
+    instances: dict[int, Instance]
+    dropped_frames: int
+
+
+def check_scene_id(scene_id: str) -> str:
+    """Return ``scene_id`` if it is safe to use in a path (letters, digits, underscores), else raise ``ValueError``."""
+    if not _SCENE_ID.fullmatch(scene_id):
+        raise ValueError(f"scene id {scene_id!r} is not made of letters, digits and underscores only")
+    return scene_id
+
+
+def load_scene(root: Path | str, scene_id: str) -> Scene:
+    """Read one scene.
+
+    Frames whose pose holds nan or inf (ScanNet marks lost tracking so) are left out and counted.
+
+    Raises:
+        ValueError: a file is missing or malformed (the message names it), or no frame has a valid pose.
+    """
+    root = Path(root)
+    check_scene_id(scene_id)
+    images = root / "posed_images" / scene_id
+    axis_align = _read_alignment(root / "scans" / scene_id / f"{scene_id}.txt")
+    frames, dropped = _read_frames(images, axis_align)
+    return Scene(
+        scene_id=scene_id,
+        frames=frames,
+        intrinsic=_read_intrinsic(images / "intrinsic.txt"),
+        depth_intrinsic=_read_intrinsic(images / "depth_intrinsic.txt"),
+        axis_align=axis_align,
+        instances=_read_instances(root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"),
+        dropped_frames=dropped,
+    )
+
+
+def load_labels(root: Path | str) -> dict[str, str]:
+    """Read ``scannetv2-labels.combined.tsv`` below ``root``: raw category to NYU40 class name.
+
+    Raises:
+        ValueError: the file is missing, or lacks one of the two columns (in its header or in a row).
+    """
+    path = Path(root) / LABELS_FILE
+    lines = _read_text(path, "the table of ScanNet's labels").splitlines()
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    for column in ("raw_category", "nyu40class"):
+        if column not in (rows.fieldnames or []):
+            raise ValueError(f"{path}: the first line has no column {column!r}; use ScanNet's own tab-separated file")
+    labels: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        if not row["raw_category"] or row["nyu40class"] is None:
+            raise ValueError(f"{path}: line {number} has no raw_category or no nyu40class; the file may be truncated")
+        labels[row["raw_category"]] = row["nyu40class"]
+    return labels
+
+
+def _read_text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} ({what}) does not exist; prepare the scene or correct the data root") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} ({what}) cannot be read: {error}") from None
+
+
+def _matrix(text: str, path: Path, field: str) -> np.ndarray:
+    """Parse 16 numbers (nan and inf allowed) into a ``[4, 4]`` float64 matrix."""
+    words = text.split()
+    try:
+        values = [float(word) for word in words]
+    except ValueError:
+        raise ValueError(f"{path}: {field} holds something that is not a number; write the file again") from None
+    if len(values) != 16:
+        raise ValueError(f"{path}: {field} has {len(values)} numbers instead of 16; the file may be truncated")
+    return np.array(values, dtype=np.float64).reshape(4, 4)
+
+
+def _read_alignment(path: Path) -> np.ndarray:
+    for line in _read_text(path, "the scan's description").splitlines():
+        name, equals, value = line.partition("=")
+        if equals and name.strip() == "axisAlignment":
+            matrix = _matrix(value, path, "axisAlignment")
+            rotation = matrix[:3, :3]
+            if not np.isfinite(matrix).all() or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3):
+                raise ValueError(f"{path}: axisAlignment is not a rotation and a shift; copy ScanNet's file again")
+            return matrix
+    raise ValueError(f"{path}: there is no line 'axisAlignment = 16 numbers'; ScanNet's hidden test scans have none")
+
+
+def _read_intrinsic(path: Path) -> np.ndarray:
+    matrix = _matrix(_read_text(path, "the camera's intrinsics"), path, "the intrinsic matrix")
+    if not np.isfinite(matrix).all() or matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
+        raise ValueError(f"{path}: the focal lengths must be positive and every entry finite; write the file again")
+    return matrix
+
+
+def _read_frames(folder: Path, axis_align: np.ndarray) -> tuple[tuple[Frame, ...], int]:
+    """Read every pose of ``folder``; returns the valid frames by index and the number of invalid ones."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; extract the scene's images and poses or correct the data root")
+    stems = sorted({p.stem for p in folder.iterdir() if p.suffix in _FRAME_SUFFIXES and p.stem.isdecimal()}, key=int)
+    frames, dropped = [], 0
+    for stem in stems:
+        pose_file, color, depth = (folder / f"{stem}{suffix}" for suffix in _FRAME_SUFFIXES)
+        for path, what in ((pose_file, "pose"), (color, "colour image"), (depth, "depth image")):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: frame {stem} has no {what}; extract the scene's frames again")
+        pose = _matrix(_read_text(pose_file, "a camera pose"), pose_file, "the pose")
+        if np.isfinite(pose).all():
+            frames.append(Frame(int(stem), color, depth, axis_align @ pose))
+        else:
+            dropped += 1
+    if not frames:
+        raise ValueError(f"{folder} has no frame with a valid pose ({dropped} not finite); leave this scene out")
+    return tuple(frames), dropped
+
+
+def _read_instances(path: Path) -> dict[int, Instance]:
+    """Read ScanRefer's boxes. Its preparation leaves an all-zero row for an instance without points: no instance."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; run ScanRefer's scan preparation (batch_load_scannet_data)") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable array of numbers; write it again ({error})") from None
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 8 or rows.dtype.kind not in "fiu":
+        raise ValueError(f"{path} must hold numbers [N, 8]: cx cy cz dx dy dz label_id object_id; write it again")
+    instances: dict[int, Instance] = {}
+    for number, row in enumerate(rows.astype(np.float64)):
+        if not row.any():
+            continue
+        if not np.isfinite(row).all() or (row[3:6] < 0).any() or (row[6:] != np.round(row[6:])).any():
+            raise ValueError(f"{path}: row {number} has a non-finite value, a negative size or an id that is no integer")
+        object_id = int(row[7])
+        if object_id in instances:
+            raise ValueError(f"{path}: row {number} repeats object id {object_id}; write the file again")
+        instances[object_id] = Instance(object_id, int(row[6]), row[:6].copy())
+    return instances

@@ -1,0 +1,227 @@
+"""The training loop, readable top to bottom."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_modules
+from transformers import get_cosine_schedule_with_warmup
+from transformers.integrations import HfDeepSpeedConfig
+
+from w2r2_ds.config import RunConfig, save_config
+from w2r2_ds.data.collate import Batch
+from w2r2_ds.data.loading import load_samples, train_loader
+from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.data.slots import token_tables
+from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint, resume, save_checkpoint
+from w2r2_ds.engine.deepspeed import load_ds_config, resolve_ds_config
+from w2r2_ds.engine.metrics import MetricsLogger
+from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.models.build import Front, build_model, load_front, resolve_dtype, trainable
+from w2r2_ds.models.lora import trainable_table
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.objective.w2r2 import STATS, sample_weights
+
+
+@dataclass
+class Run:
+    """What the loop needs, set up once."""
+
+    config: RunConfig
+    engine: Any
+    loader: Any
+    device: torch.device
+    accumulation: int
+    start: int
+
+
+def train(config: RunConfig, ds_path: str) -> Path:
+    """Train a configuration under a DeepSpeed JSON; returns the last checkpoint's folder.
+
+    Every rank calls it, after `deepspeed.init_distributed`.
+
+    Raises:
+        ValueError: data, weights, configuration or DeepSpeed JSON do not fit, before the first step.
+        FloatingPointError: a loss is not finite; raised on all ranks before the update.
+    """
+    run = set_up(config, ds_path)
+    batches = iter(run.loader)
+    checkpoint = Path(config.out)
+    logger = MetricsLogger(
+        Path(config.out), config.train.steps, config.train.wandb, config.train.tensorboard, dist.get_rank()
+    )
+    with logger:
+        logger.truncate_after(run.start)
+        for step in range(run.start, config.train.steps):
+            started = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(run.accumulation)]
+            if step == run.start:
+                dry_run(run, micro_batches[0])
+            metrics = train_step(run, micro_batches)
+            metrics |= throughput(micro_batches, time.perf_counter() - started)
+            logger.log(step + 1, metrics)
+            if (step + 1) % config.train.save_every == 0 or step + 1 == config.train.steps:
+                checkpoint = save_checkpoint(run.engine, config, step + 1, metrics)
+    return checkpoint
+
+
+def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches; returns the global means of the statistics."""
+    engine, reduction = run.engine, run.config.objective.reduction
+    total = global_weight(micro_batches, reduction, run.device)
+    # DeepSpeed divides by accumulation steps and ranks; the loss is a sum over samples divided by the global weight.
+    scale = run.accumulation * dist.get_world_size() / total
+    stats = []
+    for batch in micro_batches:
+        loss, sample_stats = engine(batch.to(run.device))
+        engine.backward(loss * scale)
+        stats.append(sample_stats)
+        if len(stats) == len(micro_batches):
+            # Before the last step() call, which updates the weights.
+            metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
+        engine.step()
+    norm = engine.get_global_grad_norm()
+    metrics["grad_norm"] = float(norm) if norm is not None else 0.0
+    metrics["lr"] = float(engine.get_lr()[0])
+    return metrics
+
+
+def global_weight(micro_batches: list[Batch], reduction: str, device: torch.device) -> float:
+    """Samples (or answer tokens) of the optimizer step over all ranks and micro-batches."""
+    weight = sum(sample_weights(batch, reduction).sum() for batch in micro_batches)
+    total = torch.as_tensor(weight, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str, total: float) -> dict[str, float]:
+    """Weighted global means of ``[samples, len(STATS)]``; stops all ranks if any loss is not finite.
+
+    Raises:
+        FloatingPointError: names the samples, on every rank.
+    """
+    weights = torch.cat([sample_weights(batch, reduction) for batch in micro_batches]).to(stats.device)
+    finite = torch.isfinite(stats[:, 0])
+    sums = (stats.double() * weights[:, None]).sum(0)
+    packed = torch.cat([sums, (~finite).sum()[None].double()])
+    dist.all_reduce(packed)
+    *means, bad = packed.tolist()
+    if bad:
+        ids = [identity for batch in micro_batches for identity in batch.ids]
+        mine = [identity for identity, good in zip(ids, finite.tolist(), strict=True) if not good]
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+        named = [identity for rank in everyone for identity in rank]
+        raise FloatingPointError(f"The loss is not finite; stopped before the update. Samples: {', '.join(named)}.")
+    return {name: value / total for name, value in zip(STATS, means, strict=True)}
+
+
+def dry_run(run: Run, batch: Batch) -> None:
+    """One forward and backward with zero weight, so that an out-of-memory shows before an hour is lost.
+
+    Gradients of weight 0 leave the accumulated ones as they are; the random state is put back.
+    """
+    random_state = torch.get_rng_state()
+    device_state = torch.cuda.get_rng_state() if run.device.type == "cuda" else None
+    loss, stats = run.engine(batch.to(run.device))
+    reduce_stats(stats, [batch], "sample", float(len(batch.ids)))
+    run.engine.backward(loss * 0.0)
+    torch.set_rng_state(random_state)
+    if device_state is not None:
+        torch.cuda.set_rng_state(device_state)
+
+
+def throughput(micro_batches: list[Batch], seconds: float) -> dict[str, float]:
+    """Samples and tokens per second over all ranks, every rank taken to be as full as this one."""
+    world = dist.get_world_size()
+    samples = sum(len(batch.ids) for batch in micro_batches) * world
+    tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches) * world
+    return {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "step_s": seconds}
+
+
+def set_up(config: RunConfig, ds_path: str) -> Run:
+    """Everything that can fail for a reason the user can mend happens here."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    continued = continue_from(config)
+    dtype = resolve_dtype(config.model.dtype)
+    ds_config = resolve_ds_config(
+        load_ds_config(ds_path),
+        path=ds_path,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        world_size=world,
+        bf16=dtype == torch.bfloat16,
+    )
+    front = load_front(config.model)
+    samples, dropped = load_samples(config.data, "train")
+    if rank == 0:
+        print(f"training samples: {len(samples)}; dropped: {dropped or 'none'}", flush=True)
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        save_config(config, Path(config.out) / "config.yaml")
+    device = torch.device(get_accelerator().current_device_name())
+    # transformers partitions the weights while it loads them as long as this object lives.
+    keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
+    model = build_model(config.model, device, config.train.seed)
+    if rank == 0:
+        print(trainable_table({"vlm": model.vlm, "geometry_merger": model.geometry_merger}), flush=True)
+    engine = make_engine(model, front, config, ds_config)
+    del keep_alive
+    start = resume(engine, continued) if continued else 0
+    sampler = GlobalBatchSampler(
+        size=len(samples),
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=rank,
+        world_size=world,
+        steps=config.train.steps,
+        start=start,
+        seed=config.train.seed,
+    )
+    loader = train_loader(samples, front, config.data, sampler)
+    return Run(config, engine, loader, device, engine.gradient_accumulation_steps(), start)
+
+
+def continue_from(config: RunConfig) -> Path | None:
+    """The checkpoint to go on from, if any; a run never overwrites another one."""
+    if not has_checkpoint(config.out):
+        return None
+    if config.resume == "none":
+        raise ValueError(
+            f"{config.out} already holds checkpoints; give --resume auto to go on, or another --out."
+        )
+    return find_checkpoint(config.out)
+
+
+def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[str, Any]) -> Any:
+    """Wrap the step in DeepSpeed, with AdamW and a cosine schedule over two parameter groups."""
+    decoder_layer = type(model.base.model.language_model.layers[0])
+    if config.train.activation_checkpointing:
+        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Decoder layers are gathered whole; DeepSpeed then needs their input to require grad.
+    model.base.enable_input_require_grads()
+    set_z3_leaf_modules(model, [decoder_layer])
+    rows = model.base.config.get_text_config().vocab_size
+    device = torch.device(get_accelerator().current_device_name())
+    step = W2R2Step(model, config.objective, token_tables(front.tokenizer, rows).to(device))
+    step.train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)
+    steps = config.train.steps
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(config.train.warmup * steps), steps)
+    engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    return engine
+
+
+def parameter_groups(model: W2R2, config: RunConfig) -> list[dict[str, Any]]:
+    """LoRA and merger with a learning rate each; an empty group would break DeepSpeed."""
+    lora = list(trainable(model.vlm).values())
+    merger = list(trainable(model.geometry_merger).values())
+    assert lora and merger, "both groups train"
+    return [{"params": lora, "lr": config.train.lr}, {"params": merger, "lr": config.train.merger_lr}]
+

@@ -1,0 +1,89 @@
+"""Compose the model of a configuration, and describe it well enough that a checkpoint of another one is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from w2r2_ds.config import ModelConfig
+from w2r2_ds.geometry.encoder import VGGTEncoder
+from w2r2_ds.geometry.loading import load_vggt
+from w2r2_ds.models.fusion import GeometryMerger
+from w2r2_ds.models.lora import add_lora
+from w2r2_ds.models.vlm import VisionSpec, load_tokenizer, load_vlm, meta_model
+from w2r2_ds.models.w2r2 import W2R2
+
+
+@dataclass(frozen=True)
+class Front:
+    """What the CPU side needs of a VLM: no weights.
+
+    Attributes:
+        tokenizer: with the chat template.
+        vision: patch sizes, normalisation, token ids.
+        meta: the VLM on the meta device, for its multimodal positions.
+    """
+
+    tokenizer: Any
+    vision: VisionSpec
+    meta: Any
+
+
+def load_front(config: ModelConfig) -> Front:
+    """Tokenizer, vision facts and meta model of `model.vlm`."""
+    return Front(load_tokenizer(config.vlm), VisionSpec.load(config.vlm), meta_model(config.vlm))
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`model.dtype`; auto is bfloat16 on a GPU and float32 without."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
+    """VLM with LoRA, geometry merger and VGGT; only LoRA and merger require grad.
+
+    Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
+    """
+    dtype = resolve_dtype(config.dtype)
+    vlm = load_vlm(config.vlm, dtype, config.attention)
+    hidden = vlm.config.get_text_config().hidden_size
+    torch.manual_seed(seed)
+    peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    vggt = load_vggt(config.vggt)
+    if config.geometry_layer >= vggt.config.depth:
+        raise ValueError(
+            f"model.geometry_layer is {config.geometry_layer}, but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
+        )
+    geometry = VGGTEncoder(vggt, config.geometry_layer).to(device, dtype)
+    merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
+    return W2R2(peft, merger, geometry, config.zero)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def fingerprint(model: W2R2) -> dict[str, Any]:
+    """What two models must share for the trained weights of one to mean anything in the other."""
+    text, vision = model.base.config.get_text_config(), model.base.config.vision_config
+    lora = model.vlm.peft_config["default"]
+    merger = model.geometry_merger
+    return {
+        "model_type": model.base.config.model_type,
+        "hidden_size": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "vocabulary": text.vocab_size,
+        "vision_depth": vision.depth,
+        "lora_rank": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "geometry_features": merger.ln_q.weight.numel() if merger.ln_q.weight.numel() else merger.feature_dim,
+        "merger_hidden": merger.merger_hidden,
+        "geometry_layer": model.geometry.layer,
+        "zero": model.zero,
+    }

@@ -1,0 +1,115 @@
+"""Phi: geometry features become tokens of the language model's width and are added to the visual tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class GeometryMerger(nn.Module):
+    """RMSNorm, 2 x 2 merge, Linear, GELU, Linear: VG-LLM's merger, with its parameter names and initialisation.
+
+    Args:
+        feature_dim: channels of a geometry feature (2048 for VGGT: frame and global halves).
+        hidden_size: width of the language model.
+        merger_hidden: width between the two linear layers.
+        merge_size: patches per side that become one token, as in the vision tower.
+        init_std: standard deviation of the linear weights; biases start at zero.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_size: int,
+        merger_hidden: int = 4096,
+        merge_size: int = 2,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        for field, value in (
+            ("feature_dim", feature_dim),
+            ("hidden_size", hidden_size),
+            ("merger_hidden", merger_hidden),
+            ("merge_size", merge_size),
+        ):
+            if value < 1:
+                raise ValueError(f"geometry merger: {field} must be at least 1, got {value}")
+        self.feature_dim = feature_dim
+        self.hidden_size = hidden_size
+        self.merge_size = merge_size
+        self.ln_q = nn.RMSNorm(feature_dim, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(feature_dim * merge_size**2, merger_hidden),
+            nn.GELU(),
+            nn.Linear(merger_hidden, hidden_size),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=init_std)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Merge ``[frames, h, w, feature_dim]`` into ``[frames * (h // m) * (w // m), hidden_size]``.
+
+        Features are cast to the weights' dtype; the result has that dtype. Rows and columns that do not fill a
+        merge cell are cropped at the bottom and the right. Tokens are in the vision tower's order: frame, row, column.
+
+        Raises:
+            ValueError: wrong rank or channels, or a grid smaller than one merge cell.
+        """
+        if features.dim() != 4 or features.shape[-1] != self.feature_dim:
+            raise ValueError(
+                f"geometry merger: features are {tuple(features.shape)}, expected [frames, h, w, {self.feature_dim}]"
+            )
+        cells = merge_cells(features.to(self.mlp[2].bias.dtype), self.merge_size)
+        return self.mlp(self.ln_q(cells).flatten(1))
+
+
+def merge_cells(features: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """Group ``[frames, h, w, C]`` into ``[tokens, m * m, C]``, row-major inside a cell, cropping right and bottom."""
+    frames, height, width, channels = features.shape
+    rows, columns = height // merge_size, width // merge_size
+    if rows == 0 or columns == 0:
+        raise ValueError(f"geometry merger: a {height} x {width} grid holds no {merge_size} x {merge_size} cell")
+    cropped = features[:, : rows * merge_size, : columns * merge_size]
+    grid = cropped.reshape(frames, rows, merge_size, columns, merge_size, channels)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(frames * rows * columns, merge_size**2, channels)
+
+
+def pair_frames(features: torch.Tensor) -> torch.Tensor:
+    """Mean of consecutive frame pairs, ``[frames, h, w, C]`` to ``[ceil(frames / 2), h, w, C]``, same dtype.
+
+    This is what a video's temporal patches of two frames see; an odd last frame is paired with itself, as the vision
+    tower's pre-processing does. The mean is taken in float32.
+
+    Raises:
+        ValueError: wrong rank or no frames.
+    """
+    if features.dim() != 4 or features.shape[0] == 0:
+        raise ValueError(f"geometry features are {tuple(features.shape)}, expected [frames >= 1, h, w, channels]")
+    if features.shape[0] % 2:
+        features = torch.cat([features, features[-1:]])
+    return features.float().unflatten(0, (-1, 2)).mean(1).to(features.dtype)
+
+
+def fuse_add(visual: torch.Tensor, geometry: torch.Tensor | None) -> torch.Tensor:
+    """Phi(F2D, F3D) = F2D + merged F3D; with ``geometry=None`` Phi(F2D, 0) = F2D itself, bit for bit.
+
+    Args:
+        visual: ``[tokens, hidden]`` tokens of the vision tower after its own merger.
+        geometry: ``[tokens, hidden]`` of ``GeometryMerger``, or None for the shortcut pass.
+
+    Returns:
+        ``[tokens, hidden]`` in the dtype of ``visual``.
+
+    Raises:
+        ValueError: the two grids do not hold the same tokens.
+    """
+    if geometry is None:
+        return visual
+    if visual.shape != geometry.shape:
+        raise ValueError(
+            f"fusion: the vision grid is {tuple(visual.shape)} [tokens, hidden] but the geometry grid is "
+            f"{tuple(geometry.shape)}; give both encoders frames of the same size and order"
+        )
+    return visual + geometry.to(visual.dtype)

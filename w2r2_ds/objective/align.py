@@ -1,0 +1,18 @@
+"""L_align: cross-entropy of the answer, on answer rows only."""
+
+from __future__ import annotations
+
+import torch
+
+
+def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """``[rows, vocabulary]`` logits and ``[rows]`` labels -> ``[rows]`` float32 log p(label)."""
+    return torch.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def mean_per_sample(values: torch.Tensor, sample: torch.Tensor, batch: int, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of ``[rows]`` values over every sample's rows in `mask`; 0 where a sample has none. ``[batch]``."""
+    weight = mask.to(values.dtype)
+    total = values.new_zeros(batch).index_add(0, sample, values * weight)
+    count = weight.new_zeros(batch).index_add(0, sample, weight)
+    return total / count.clamp(min=1)

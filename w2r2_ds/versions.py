@@ -1,0 +1,15 @@
+"""The versions that a result depends on; recorded with every checkpoint and adapter."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import w2r2_ds
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Version of this package, of Python and of the libraries that compute."""
+    return {"w2r2_ds": w2r2_ds.__version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES}
