@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 # Without an NVIDIA driver the one tested version; override with `make install TORCH='torch==...'`.
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.11,<2.15'; else echo 'torch==2.13.0'; fi)
 
-# deepspeed and ninja are looked up on PATH.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The deepspeed and ninja programs are looked up on PATH.
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: install demo test lint clean
 
@@ -28,10 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "== installed: $$("$(BIN)/python" -c 'import sys, torch; print("Python", sys.version.split()[0] + ", torch", torch.__version__)')"
 
 demo: $(STAMP)
-	@"$(BIN)/python" launchers/demo.py
+	@$(RUN) "$(BIN)/python" launchers/demo.py
 
 test: $(STAMP)
-	@"$(BIN)/python" -m pytest
+	@$(RUN) "$(BIN)/python" -m pytest
 
 lint: $(STAMP)
 	"$(BIN)/ruff" format --check .

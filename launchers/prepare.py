@@ -40,7 +40,7 @@ def synthetic(
 def main() -> None:
     """Parse the command line and run one preparation."""
     try:
-        auto_cli({"_help": "Prepare data for training and evaluation.", "synthetic": synthetic}, as_positional=False)
+        auto_cli({"synthetic": synthetic}, as_positional=False, description="Prepare data for training and evaluation.")
     except ValueError as error:
         sys.exit(f"prepare.py: {error}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -217,9 +217,8 @@ def names_config(args: list[str]) -> bool:
     return any(arg == "--config" or arg.startswith("--config=") for arg in args)
 
 
-def from_namespace(namespace: Namespace) -> RunConfig:
-    """Build the typed configuration from what `parser` has read."""
-    tree: dict[str, Any] = namespace.as_dict()
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """Build the typed configuration from nested dictionaries, as `asdict` makes them."""
     sections = {
         "data": DataConfig,
         "model": ModelConfig,
@@ -234,7 +233,7 @@ def from_namespace(namespace: Namespace) -> RunConfig:
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
     """The configuration of a YAML file (demo recipe without one) with command-line style overrides."""
     args = (["--config", str(path)] if path else []) + (overrides or [])
-    return from_namespace(parser("", with_demo=not names_config(args)).parse_args(args))
+    return from_tree(parser("", with_demo=not names_config(args)).parse_args(args).as_dict())
 
 
 def save_config(config: RunConfig, path: Path) -> None:

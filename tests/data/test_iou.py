@@ -99,7 +99,7 @@ def test_identical_boxes_give_one() -> None:
 
 
 def test_nearly_aligned_cubes_follow_the_closed_form() -> None:
-    """A unit square and itself turned by t share 2 / (1 + sin t + cos t); every angle from rounding error to 35 degrees."""
+    """A unit square and itself turned by t share 2 / (1 + sin t + cos t); t from rounding error to 36 degrees."""
     angle = torch.logspace(-17, -0.2, 300, dtype=torch.float64)
     ones = torch.ones(300, 3, dtype=torch.float64)
     yaw = torch.stack((angle, angle * 0, angle * 0), dim=1)
@@ -162,6 +162,7 @@ def test_extreme_boxes_stay_in_range_with_a_finite_gradient() -> None:
         [0.0, 0, 0, 1, 1, 1e-12, 0.3, 0, 0],
         [0.0, 0, 0, 1e6, 1e-6, 1, 0.3, 0.2, 0],
         [1e9, 1e9, 1e9, 1, 1, 1, 0, 0, 0],
+        [1e308, 1e308, 1e308, 1e308, 1, 1, 1e308, 1, 1],
     ]
     a = tensor(*extreme).requires_grad_()
     iou = box_iou(a, tensor(*[UNIT] * len(extreme)))
@@ -185,6 +186,8 @@ def test_aabb_equals_oriented_without_angles() -> None:
     plain = aabb_iou(a[:, :3], a[:, 3:6], b[:, :3], b[:, 3:6])
     torch.testing.assert_close(plain, box_iou(a, b), atol=1e-12, rtol=0)
     assert aabb_iou(a[:1, :3], a[:1, 3:6] * 0, b[:1, :3], b[:1, 3:6]).item() == 0
+    needle = tensor([1e308, 0.0, 0, 1e308, 1, 1])
+    assert aabb_iou(needle[:, :3], needle[:, 3:], a[:1, :3], a[:1, 3:6]).item() == 0
     half = tensor([0.0, 0, 0, 1, 1, 2])
     assert aabb_iou(half[:, :3], half[:, 3:] / half[:, 3:], half[:, :3], half[:, 3:]).item() == 0.5
 
@@ -202,6 +205,21 @@ def test_never_looks_at_values() -> None:
     empty = torch.empty(4, 9, device="meta")
     assert box_iou(empty, empty).shape == (4,)
     assert aabb_iou(empty[:, :3], empty[:, 3:6], empty[:, :3], empty[:, 3:6]).shape == (4,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_equals_cpu_without_a_sync() -> None:
+    a, b = random_boxes(64, 13), random_boxes(64, 14)
+    on_gpu = a.cuda().requires_grad_()
+    other = b.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        iou = box_iou(on_gpu, other)
+        iou.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(iou.cpu(), box_iou(a, b), atol=1e-10, rtol=0)
 
 
 def test_wrong_shape_is_named() -> None:

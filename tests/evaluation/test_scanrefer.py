@@ -68,7 +68,7 @@ def test_the_box_is_read_in_the_predicted_frame() -> None:
 
 
 def test_a_world_turn_at_two_decimals() -> None:
-    """Gravity-aligned camera, box yawed by 0.5: rounding to 2 decimals costs little, a mixed convention would cost a lot."""
+    """Gravity-aligned camera, box yawed by 0.5: rounding costs little, a mixed convention would cost a lot."""
     yawed = np.array([2, 5, 1, 0.8, 0.6, 1, 0.5, 0, 0.0])
     written = np.array([1, 0.5, 3, 0.8, 0.6, 1, 1.57, 1.07, -1.57])
     assert score_prediction(answer(0, written), sample(yawed, LEVEL[None]))["iou"] > 0.99
@@ -90,12 +90,14 @@ def test_a_failure_is_a_zero_with_a_reason() -> None:
 
 
 def test_absurd_numbers_are_a_zero_and_valid_json() -> None:
-    text = '{"frame": 0, "bbox_3d": [1e308, 1e308, 1e308, 1e308, 1, 1, 1e308, 1, 1]}'
     tilted = LEVEL.copy()
-    tilted[:3, :3] = [[0.6, -0.8, 0], [0, 0, 1], [-0.8, -0.6, 0]]
-    scored = score_prediction(text, sample(WORLD, tilted[None]))
-    assert scored["iou"] == 0
-    json.dumps(scored, allow_nan=False)
+    tilted[:3, :3] = [[0.6, -0.8, 0], [0, 0, 1], [0.8, 0.6, 0]]
+    for huge in ("1e308", "-1.79e308"):
+        text = f'{{"frame": 0, "bbox_3d": [{huge}, {huge}, 1.79e308, 1e308, 1, 1, {huge}, 1, 1]}}'
+        scored = score_prediction(text, sample(WORLD, tilted[None]))
+        assert scored["parsed"]
+        assert scored["iou"] == 0
+        json.dumps(scored, allow_nan=False)
 
 
 def test_hand_vector() -> None:

@@ -11,13 +11,18 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-CONFIGS = Path(__file__).parent / "configs"
 TEXTS = [
     f"Frame-{number}: find the {colour} {thing} near the desk. It is at {number}.{number}5, -1.{number}"
     for number in range(8)
     for colour in ("red", "brown", "white")
     for thing in ("chair", "table", "cabinet", "sofa")
 ]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """What the small tokenizer is trained on."""
+    return TEXTS
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +41,12 @@ def tokenizer(tiny_dir: Path) -> Any:
     return load_tokenizer(tiny_dir)
 
 
+@pytest.fixture(scope="session")
+def visual_inputs() -> Any:
+    """``visual_inputs(config, tokenizer, "image" | "video", frames=1)``: keyword arguments of the stock forward."""
+    return _visual_inputs
+
+
 @pytest.fixture
 def vlm(tiny_dir: Path) -> Any:
     """A fresh copy of the small model, float32, eval mode."""
@@ -44,7 +55,7 @@ def vlm(tiny_dir: Path) -> Any:
     return load_vlm(tiny_dir, torch.float32, "sdpa").eval()
 
 
-def visual_inputs(config: Any, tokenizer: Any, kind: str, frames: int = 1) -> dict[str, torch.Tensor]:
+def _visual_inputs(config: Any, tokenizer: Any, kind: str, frames: int = 1) -> dict[str, torch.Tensor]:
     """Two rows: 8 x 12 patches of noise as image or video, a question; the second row is padded on the right."""
     pad = config.image_token_id if kind == "image" else config.video_token_id
     grid = torch.tensor([[frames, 8, 12]] * 2)

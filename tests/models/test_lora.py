@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest_models import CONFIGS, visual_inputs
 from torch import nn
 
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.lora import adapted_modules, add_lora, trainable_table
 from w2r2_ds.models.vlm import load_vlm, meta_model
 
+CONFIGS = Path(__file__).parent / "configs"
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -40,7 +41,7 @@ def test_one_trainable_dtype(tiny_dir: Any) -> None:
     assert {value.dtype for value in model.parameters() if value.requires_grad} == {torch.bfloat16}
 
 
-def test_fresh_adapter_changes_nothing_and_gets_gradients(vlm: Any, tokenizer: Any) -> None:
+def test_fresh_adapter_changes_nothing_and_gets_gradients(vlm: Any, tokenizer: Any, visual_inputs: Any) -> None:
     inputs = visual_inputs(vlm.config, tokenizer, "image")
     features = vlm.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"])
     with torch.no_grad():

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_models import TEXTS, visual_inputs
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from w2r2_ds.geometry.loading import load_vggt
 from w2r2_ds.models.tiny import build_tiny_vggt, build_tiny_vlm, train_tokenizer
 
 FILES = {
@@ -41,10 +41,10 @@ def test_stock_classes_load_every_weight(tiny_dir: Path) -> None:
     assert type(AutoImageProcessor.from_pretrained(tiny_dir)).__name__.startswith("Qwen2VLImageProcessor")
 
 
-def test_same_seed_same_bytes_other_seed_other_weights(tiny_dir: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes_other_seed_other_weights(tiny_dir: Path, tmp_path: Path, texts: list[str]) -> None:
     before = torch.random.get_rng_state()
-    build_tiny_vlm(tmp_path / "same", TEXTS, seed=3)
-    build_tiny_vlm(tmp_path / "other", TEXTS, seed=4)
+    build_tiny_vlm(tmp_path / "same", texts, seed=3)
+    build_tiny_vlm(tmp_path / "other", texts, seed=4)
     assert torch.equal(before, torch.random.get_rng_state())
     equal, different, errors = filecmp.cmpfiles(tiny_dir, tmp_path / "same", FILES, shallow=False)
     assert (set(equal), different, errors) == (FILES, [], [])
@@ -54,7 +54,14 @@ def test_same_seed_same_bytes_other_seed_other_weights(tiny_dir: Path, tmp_path:
 
 @pytest.mark.parametrize(
     "text",
-    ["find the red chair", "It's 12.345, -0.07!\n\n  two  spaces", "café naïve", "日本語 椅子", "🙂👩‍🚀", "\t{'box': [1, -2]}"],
+    [
+        "find the red chair",
+        "It's 12.345, -0.07!\n\n  two  spaces",
+        "café naïve",
+        "日本語 椅子",
+        "🙂👩‍🚀",
+        "\t{'box': [1, -2]}",
+    ],
 )
 def test_text_round_trip(tiny_dir: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
@@ -92,11 +99,11 @@ def test_chat_template_format(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("image", 1), ("video", 3)])
-def test_precomputed_features_equal_plain_forward(vlm: Any, tokenizer: Any, kind: str, frames: int) -> None:
+def test_precomputed_features_equal_plain_forward(
+    vlm: Any, tokenizer: Any, visual_inputs: Any, kind: str, frames: int
+) -> None:
     inputs = visual_inputs(vlm.config, tokenizer, kind, frames)
-    pixels, grid = (
-        ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
-    )
+    pixels, grid = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
     with torch.no_grad():
         plain = vlm(**inputs, use_cache=False).logits
         values = inputs.pop(pixels)
@@ -117,8 +124,8 @@ def test_generation_stops_at_the_right_tokens(vlm: Any, tokenizer: Any) -> None:
     assert generation.pad_token_id == tokenizer.pad_token_id and not generation.do_sample
 
 
-def test_untied_head(tmp_path: Path) -> None:
-    build_tiny_vlm(tmp_path, TEXTS, seed=0, layers=1, hidden=64, vision_depth=1, tie=False)
+def test_untied_head(tmp_path: Path, texts: list[str]) -> None:
+    build_tiny_vlm(tmp_path, texts, seed=0, layers=1, hidden=64, vision_depth=1, tie=False)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
@@ -132,16 +139,16 @@ def test_untied_head(tmp_path: Path) -> None:
         ({"vision_hidden": 40}, "vision_hidden 40"),
     ],
 )
-def test_bad_sizes(tmp_path: Path, sizes: dict[str, int], word: str) -> None:
+def test_bad_sizes(tmp_path: Path, texts: list[str], sizes: dict[str, int], word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        build_tiny_vlm(tmp_path, TEXTS, seed=0, **sizes)  # type: ignore[arg-type]
+        build_tiny_vlm(tmp_path, texts, seed=0, **sizes)  # type: ignore[arg-type]
 
 
-def test_bad_texts() -> None:
+def test_bad_texts(texts: list[str]) -> None:
     with pytest.raises(ValueError, match="texts is empty"):
         train_tokenizer([""])
     with pytest.raises(ValueError, match="at least 256"):
-        train_tokenizer(TEXTS, vocabulary=100)
+        train_tokenizer(texts, vocabulary=100)
 
 
 def test_tiny_vggt_is_seeded(tmp_path: Path) -> None:
@@ -153,6 +160,7 @@ def test_tiny_vggt_is_seeded(tmp_path: Path) -> None:
     assert set(equal) == names
     _, different, _ = filecmp.cmpfiles(tmp_path / "a", tmp_path / "c", names, shallow=False)
     assert different
+    assert sum(value.numel() for value in load_vggt(str(tmp_path / "a")).parameters()) < 1_000_000
     assert json.loads((tmp_path / "a" / "config.json").read_text())["embed_dim"] == 64
     with pytest.raises(ValueError, match="embed_dim 60"):
         build_tiny_vggt(tmp_path / "d", seed=1, embed_dim=60)

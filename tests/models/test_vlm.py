@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_models import CONFIGS, visual_inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,6 +21,8 @@ from w2r2_ds.models.vlm import (
     meta_model,
     position_ids,
 )
+
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @pytest.fixture
@@ -87,12 +88,14 @@ def test_vision_spec(tiny_dir: Path, tokenizer: Any, copy_dir: Path) -> None:
     with pytest.raises(ValueError, match="image_std must be a list of three"):
         VisionSpec.load(copy_dir)
     (copy_dir / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="preprocessor_config.json"):
+    with pytest.raises(ValueError, match=r"preprocessor_config.json"):
         VisionSpec.load(copy_dir)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_position_ids_equal_those_of_the_forward(vlm: Any, tokenizer: Any, tiny_dir: Path, kind: str) -> None:
+def test_position_ids_equal_those_of_the_forward(
+    vlm: Any, tokenizer: Any, visual_inputs: Any, tiny_dir: Path, kind: str
+) -> None:
     inputs = visual_inputs(vlm.config, tokenizer, kind, frames=1 if kind == "image" else 2)
     grid = {f"{kind}_grid_thw": inputs[f"{kind}_grid_thw"]}
     extra = {"second_per_grid_ts": torch.tensor([1.5, 1.5])} if kind == "video" else {}
@@ -114,7 +117,7 @@ def test_position_ids_equal_those_of_the_forward(vlm: Any, tokenizer: Any, tiny_
     assert torch.equal(explicit[used], implicit[used])
 
 
-def test_position_ids_refuse_what_would_be_silently_wrong(tokenizer: Any, tiny_dir: Path) -> None:
+def test_position_ids_refuse_what_would_be_silently_wrong(tokenizer: Any, visual_inputs: Any, tiny_dir: Path) -> None:
     model = meta_model(tiny_dir)
     inputs = visual_inputs(model.config, tokenizer, "image")
     ids, types, grid = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
@@ -136,7 +139,7 @@ def test_missing_directory(name: str) -> None:
 
 
 def test_unknown_hub_id() -> None:
-    with pytest.raises(ValueError, match="no-such-org/no-such-model.*no such directory") as caught:
+    with pytest.raises(ValueError, match=r"no-such-org/no-such-model.*no such directory") as caught:
         load_vlm("no-such-org/no-such-model", torch.float32)
     assert "\n" not in str(caught.value)
 
@@ -147,7 +150,7 @@ def test_unsupported_model_type(copy_dir: Path) -> None:
         with pytest.raises(ValueError, match=f"config.json: model_type '{model_type}' is not supported"):
             load_vlm(copy_dir, torch.float32)
     (copy_dir / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match=r"config.json"):
         load_vlm(copy_dir, torch.float32)
 
 
@@ -156,10 +159,10 @@ def test_weights_must_fit_exactly(copy_dir: Path) -> None:
     weights = load_file(path)
     name = "visual.blocks.0.attn.qkv.weight"
     save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="1 missing, first model.visual.blocks.0.attn.qkv.weight"):
+    with pytest.raises(ValueError, match=r"1 missing, first model.visual.blocks.0.attn.qkv.weight"):
         load_vlm(copy_dir, torch.float32)
     save_file({**weights, "visual.extra": torch.zeros(1)}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="1 unexpected, first .*visual.extra"):
+    with pytest.raises(ValueError, match=r"1 unexpected, first .*visual.extra"):
         load_vlm(copy_dir, torch.float32)
     save_file({**weights, name: torch.zeros(3, 3)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match="1 of another shape"):
@@ -192,8 +195,22 @@ def test_tokenizer_without_template_or_files(copy_dir: Path) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         load_tokenizer(copy_dir)
     (copy_dir / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="tokenizer.json"):
+    with pytest.raises(ValueError, match=r"tokenizer.json"):
         load_tokenizer(copy_dir)
+
+
+def test_meta_model_ignores_a_live_zero3_config(tiny_dir: Path) -> None:
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations import deepspeed as hf_deepspeed
+
+    live = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        model = meta_model(tiny_dir)
+        assert all(value.is_meta and value.numel() and not hasattr(value, "ds_id") for value in model.parameters())
+        assert hf_deepspeed.is_deepspeed_zero3_enabled()
+        assert hf_deepspeed.deepspeed_config() == live.config
+    finally:
+        hf_deepspeed.unset_hf_deepspeed_config()
 
 
 def test_old_transformers_is_named() -> None:
@@ -201,5 +218,5 @@ def test_old_transformers_is_named() -> None:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids
 
-    with pytest.raises(ValueError, match="too old: Old.forward has no mm_encoder_outputs; install transformers 5.18"):
+    with pytest.raises(ValueError, match=r"too old: Old.forward has no mm_encoder_outputs; install transformers 5.18"):
         check_forward(Old)

@@ -1,6 +1,6 @@
 """Exact IoU of oriented boxes: batched, differentiable, without loops over data, data-dependent shapes or host syncs.
 
-The intersection of two boxes is the polytope ``{x : n_i . x <= b_i}`` of their 12 half-spaces. By the divergence theorem
+Two boxes share the polytope ``{x : n_i . x <= b_i}`` of their 12 half-spaces. By the divergence theorem
 
     volume = 1/3 sum_i b_i area_i,        area_i = 1/2 sum_j c_ij length_ij
 
@@ -29,6 +29,9 @@ PARALLEL = 1.5e-8
 FAR = 16.0
 """Offset of the centres, in units of the largest side, beyond which it need not grow: the boxes are apart at 1.8."""
 
+SMALLEST = 1e-60
+"""Union, in units of the largest side cubed, below which IoU is 0: dividing by less could overflow."""
+
 
 def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Oriented IoU of box i of the one batch and box i of the other.
@@ -43,7 +46,7 @@ def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     for name, boxes in (("boxes_a", boxes_a), ("boxes_b", boxes_b)):
         if boxes.ndim != 2 or boxes.shape[-1] != 9:
             raise ValueError(f"{name} must have shape [n, 9], not {list(boxes.shape)}.")
-    wide_a, wide_b = boxes_a.double(), boxes_b.double()
+    wide_a, wide_b = _only_finite(boxes_a.double()), _only_finite(boxes_b.double())
     iou = oriented_iou(
         wide_a[:, :3],
         wide_a[:, 3:6],
@@ -75,7 +78,7 @@ def oriented_iou(
     wide, valid = _only_valid(*(tensor.double() for tensor in given))
     centre_a, size_a, rotation_a, centre_b, size_b, rotation_b = wide
 
-    # In units of the largest side, from the first box's centre. IoU does not depend on either, so neither has a gradient.
+    # In units of the largest side, from the first box's centre: IoU depends on neither, so the unit has no gradient.
     scale = torch.maximum(size_a, size_b).amax(-1, keepdim=True).detach()
     size_a, size_b = size_a / scale, size_b / scale
     offset = (centre_b / scale - centre_a / scale).clamp(-FAR, FAR)
@@ -86,8 +89,7 @@ def oriented_iou(
 
     volume_a, volume_b = size_a.prod(-1), size_b.prod(-1)
     common = torch.minimum(common.clamp(min=0.0), torch.minimum(volume_a, volume_b))
-    iou = common / (volume_a + volume_b - common)
-    return torch.where(valid, iou, 0.0).to(_result_dtype(*given))
+    return _ratio(common, volume_a, volume_b, valid).to(_result_dtype(*given))
 
 
 def aabb_iou(centre_a: Tensor, size_a: Tensor, centre_b: Tensor, size_b: Tensor) -> Tensor:
@@ -103,16 +105,29 @@ def aabb_iou(centre_a: Tensor, size_a: Tensor, centre_b: Tensor, size_b: Tensor)
     given = (centre_a, size_a, centre_b, size_b)
     eye = torch.eye(3, dtype=torch.float64, device=centre_a.device).expand(*centre_a.shape[:-1], 3, 3)
     wide, valid = _only_valid(centre_a.double(), size_a.double(), eye, centre_b.double(), size_b.double(), eye)
+    scale = torch.maximum(wide[1], wide[4]).amax(-1, keepdim=True).detach()
+    wide = [part if part.ndim == 3 else part / scale for part in wide]
     low = torch.maximum(wide[0] - wide[1] / 2, wide[3] - wide[4] / 2)
     high = torch.minimum(wide[0] + wide[1] / 2, wide[3] + wide[4] / 2)
     common = (high - low).clamp(min=0.0).prod(-1)
-    iou = common / (wide[1].prod(-1) + wide[4].prod(-1) - common)
-    return torch.where(valid, iou, 0.0).to(_result_dtype(*given))
+    return _ratio(common, wide[1].prod(-1), wide[4].prod(-1), valid).to(_result_dtype(*given))
 
 
 def _result_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where every input is, else float32 (half precision would blur the thresholds of Acc@k)."""
     return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _ratio(common: Tensor, volume_a: Tensor, volume_b: Tensor, valid: Tensor) -> Tensor:
+    """Intersection over union, 0 where not valid or where both volumes vanish (needles)."""
+    union = volume_a + volume_b - common
+    valid = valid & (union > SMALLEST)
+    return torch.where(valid, common, 0.0) / torch.where(valid, union, 1.0)
+
+
+def _only_finite(boxes: Tensor) -> Tensor:
+    """``[n, 9]`` with -1 all over a box that is not finite: sin and cos would pass its NaN on to the gradient."""
+    return torch.where(boxes.isfinite().all(-1, keepdim=True), boxes, -1.0)
 
 
 def _only_valid(*parts: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -199,7 +199,9 @@ def _read_instances(path: Path) -> dict[int, Instance]:
         if not row.any():
             continue
         if not np.isfinite(row).all() or (row[3:6] < 0).any() or (row[6:] != np.round(row[6:])).any():
-            raise ValueError(f"{path}: row {number} has a non-finite value, a negative size or an id that is no integer")
+            raise ValueError(
+                f"{path}: row {number} has a non-finite value, a negative size or an id that is no integer"
+            )
         object_id = int(row[7])
         if object_id in instances:
             raise ValueError(f"{path}: row {number} repeats object id {object_id}; write the file again")

@@ -15,7 +15,7 @@ import torch
 NUMBERS = 10
 """Frame index and nine box values."""
 
-_NUMBER = re.compile(r"(-?)(\d+(?:\.\d+)?)")
+_NUMBER = re.compile(r"(?<![\w.])(-?)(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)

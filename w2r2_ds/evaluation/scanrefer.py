@@ -2,8 +2,9 @@
 
 Protocol ``vgllm-direct, exact IoU``: the box is moved to the axis-aligned world with the predicted frame's pose and
 compared as an oriented box with the annotated one (VG-LLM, ``src/lmms_eval/tasks/scanrefer/utils.py``). "Direct" means
-without refinement by detected proposals. Two things differ from VG-LLM's evaluator, on purpose: angles are intrinsic ZXY
-throughout, and IoU is exact (pytorch3d's is wrong for some nearly aligned boxes; ``data/iou.py``).
+without refinement by detected proposals. Three things differ from VG-LLM's evaluator, on purpose: angles are intrinsic
+ZXY throughout, IoU is exact (pytorch3d's is wrong for some nearly aligned boxes; ``data/iou.py``), and answers are read
+strictly as JSON (``evaluation/answers.py``).
 
 An answer that cannot be read counts as IoU 0 and stays in the denominator. Hits are ``IoU >= k``, as in every reference
 implementation. Accuracies are fractions in 0..1.
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 
 from w2r2_ds.data.boxes import camera_to_world
@@ -41,7 +43,8 @@ class Prediction(TypedDict):
         parsed: whether it could be read.
         reason: why not; None where it could.
         frame: the predicted frame index, or None.
-        box_world: the predicted box ``[9]`` in the axis-aligned world, or None.
+        box_world: the predicted box ``[9]`` in the axis-aligned world; None where there is none, or where
+            its numbers are so large that the world's overflow.
     """
 
     id: str
@@ -71,14 +74,13 @@ def score_prediction(text: str, sample: Sample) -> Prediction:
     except AnswerError as error:
         record["reason"] = error.reason
         return record
-    box = camera_to_world(answer.box, sample.cam_to_world[answer.frame])
+    with np.errstate(over="ignore", invalid="ignore"):
+        box = camera_to_world(answer.box, sample.cam_to_world[answer.frame])
     pair = torch.tensor([box.tolist(), sample.target.box.tolist()], dtype=torch.float64)
-    record.update(
-        iou=float(box_iou(pair[:1], pair[1:])),
-        parsed=True,
-        frame=answer.frame,
-        box_world=box.tolist(),
-    )
+    record["iou"] = float(box_iou(pair[:1], pair[1:]))
+    record["parsed"] = True
+    record["frame"] = answer.frame
+    record["box_world"] = box.tolist() if np.isfinite(box).all() else None
     return record
 
 

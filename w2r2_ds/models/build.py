@@ -82,8 +82,8 @@ def fingerprint(model: W2R2) -> dict[str, Any]:
         "vision_depth": vision.depth,
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
-        "geometry_features": merger.ln_q.weight.numel() if merger.ln_q.weight.numel() else merger.feature_dim,
-        "merger_hidden": merger.merger_hidden,
+        "geometry_features": merger.feature_dim,
+        "merger_hidden": merger.mlp[0].out_features,
         "geometry_layer": model.geometry.layer,
         "zero": model.zero,
     }

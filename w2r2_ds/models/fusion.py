@@ -36,6 +36,7 @@ class GeometryMerger(nn.Module):
                 raise ValueError(f"geometry merger: {field} must be at least 1, got {value}")
         self.feature_dim = feature_dim
         self.hidden_size = hidden_size
+        self.merger_hidden = merger_hidden
         self.merge_size = merge_size
         self.ln_q = nn.RMSNorm(feature_dim, eps=1e-6)
         self.mlp = nn.Sequential(
@@ -61,8 +62,9 @@ class GeometryMerger(nn.Module):
             raise ValueError(
                 f"geometry merger: features are {tuple(features.shape)}, expected [frames, h, w, {self.feature_dim}]"
             )
-        cells = merge_cells(features.to(self.mlp[2].bias.dtype), self.merge_size)
-        return self.mlp(self.ln_q(cells).flatten(1))
+        cells = merge_cells(features.to(next(self.mlp.parameters()).dtype), self.merge_size)
+        merged: torch.Tensor = self.mlp(self.ln_q(cells).flatten(1))
+        return merged
 
 
 def merge_cells(features: torch.Tensor, merge_size: int) -> torch.Tensor:

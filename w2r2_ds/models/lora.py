@@ -13,9 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 # The seven projections of every decoder layer. A list of leaf names would also hit the vision tower's MLP.
-LORA_TARGETS = (
-    r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
-)
+LORA_TARGETS = r"(?:.*\.)?language_model\.layers\.\d+\.(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
 _ADAPTER_PART = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b")
 
 

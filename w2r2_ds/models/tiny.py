@@ -18,6 +18,10 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from w2r2_ds.geometry.loading import save_vggt
+from w2r2_ds.geometry.vggt import VGGT, VGGTConfig
+from w2r2_ds.models.vlm import whole_weights
+
 # In the order of the hub's tokenizer, where <|endoftext|> is 151643.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -125,9 +129,8 @@ def build_tiny_vlm(
         tie_word_embeddings=tie,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), whole_weights():
         torch.manual_seed(seed)
-        # The class itself, not from_config: that would partition the weights where ZeRO-3 is configured.
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -164,9 +167,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Qwen2Tokeniz
     )
     backend.train_from_iterator(lines, trainer)
     learned = json.loads(backend.to_str())["model"]
-    vocab: dict[str, int] = {
-        token: number for token, number in learned["vocab"].items() if token not in SPECIAL_TOKENS
-    }
+    vocab: dict[str, int] = {token: number for token, number in learned["vocab"].items() if token not in SPECIAL_TOKENS}
     tokens = sorted(vocab, key=lambda token: vocab[token])
     vocab = {token: number for number, token in enumerate((*tokens, *SPECIAL_TOKENS))}
     tokenizer = Qwen2Tokenizer(
@@ -194,13 +195,8 @@ def build_tiny_vggt(out: Path, seed: int, *, embed_dim: int = 64, depth: int = 4
         num_heads: attention heads.
 
     Raises:
-        ValueError: ``embed_dim`` that the heads do not divide.
+        ValueError: an ``embed_dim`` that the heads do not divide.
     """
-    from w2r2_ds.geometry.loading import save_vggt
-    from w2r2_ds.geometry.vggt import VGGT, VGGTConfig
-
-    if embed_dim % (4 * num_heads):
-        raise ValueError(f"tiny VGGT: embed_dim {embed_dim} must be a multiple of 4 * num_heads = {4 * num_heads}")
     config = VGGTConfig(
         img_size=112,
         patch_size=14,

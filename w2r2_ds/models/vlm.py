@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -20,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.hub import cached_file
 
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
@@ -112,7 +117,8 @@ def check_model_type(model_type: str | None, where: str) -> None:
     """Refuse a model that the rest of the project was not tested with; ``where`` names the file in the message."""
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
-            f"{where}: model_type {model_type!r} is not supported; use a model of type {' or '.join(SUPPORTED_MODEL_TYPES)}"
+            f"{where}: model_type {model_type!r} is not supported; "
+            f"use a model of type {' or '.join(SUPPORTED_MODEL_TYPES)}"
         )
 
 
@@ -124,7 +130,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def check_forward(model: type) -> None:
+def check_forward(model: type[nn.Module]) -> None:
     """Raise ValueError unless ``model.forward`` accepts ``mm_encoder_outputs`` (transformers 5.18 and later)."""
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise ValueError(
@@ -159,8 +165,15 @@ def load_vlm(
             ignore_mismatched_sizes=True,  # reported below, in one sentence
             trust_remote_code=False,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(_unreadable(name, "model weights", error)) from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):  # ZeRO-3's loader raises this instead of reporting it
+            raise
+        detail = " ".join(str(error).split())
+        raise ValueError(
+            f"{name}: the weights do not fit config.json ({detail}); copy the complete model directory"
+        ) from error
     _check_loaded(name, info)
     return model
 
@@ -201,14 +214,30 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Inside, model constructors ignore a live ZeRO-3 ``HfDeepSpeedConfig`` and make whole tensors.
+
+    The stock constructors build their sub-models with ``_from_config``, which would partition them.
+    """
+    reference = getattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    live = reference() if reference is not None else None
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if live is not None:
+            hf_deepspeed.set_hf_deepspeed_config(live)
+
+
 def meta_model(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
     """The model's class on the meta device: names, shapes and methods, no weights and no memory.
 
-    The class is called directly, not through ``from_config``: that would partition it where ZeRO-3 is configured.
+    Works with a live ``HfDeepSpeedConfig`` too: this model is never partitioned.
     """
     config = source if isinstance(source, PreTrainedConfig) else load_config(source)
     chosen = model_class(config)
-    with torch.device("meta"):
+    with whole_weights(), torch.device("meta"):
         return chosen(config).eval()
 
 
@@ -256,7 +285,8 @@ def position_ids(
         expected = 0 if grid is None else int(grid.prod(-1).sum()) // merge
         if int(marked.sum()) != expected:
             raise ValueError(f"{int(marked.sum())} {kind} pad tokens in the batch but {kind}_grid_thw holds {expected}")
-    positions, _ = model.get_rope_index(  # type: ignore[operator]
+    positions: torch.Tensor
+    positions, _ = model.model.get_rope_index(
         input_ids,
         mm_token_type_ids,
         image_grid_thw=image_grid_thw,
@@ -270,7 +300,7 @@ def position_ids(
 def _check_name(name_or_path: str | Path) -> str:
     """A directory or something of the form of a hub id, as a string; ValueError for anything else."""
     name = str(name_or_path)
-    if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
+    if not name or not (Path(name).is_dir() or _HUB_ID.fullmatch(name)):
         raise ValueError(f"model {name!r} is not a directory; give an existing directory or a hub id such as org/model")
     return name
 

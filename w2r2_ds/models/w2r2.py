@@ -67,8 +67,7 @@ class W2R2(nn.Module):
 
     def merge(self, features: list[torch.Tensor]) -> torch.Tensor:
         """``[tokens, hidden]`` merged geometry of all samples, in the order of the visual tokens."""
-        dtype = self.geometry_merger.mlp[0].weight.dtype
-        return torch.cat([self.geometry_merger(f.to(dtype)) for f in features])
+        return torch.cat([self.geometry_merger(f) for f in features])
 
     def merge_nothing(self, features: list[torch.Tensor]) -> torch.Tensor | None:
         """The geometry operand of Phi(F2D, 0): None (2D features pass unchanged), or the merger's answer to zeros."""

@@ -68,7 +68,7 @@ def chair(rng: np.random.Generator, color: Color) -> list[Part]:
 
 
 def table(rng: np.random.Generator, color: Color) -> list[Part]:
-    """A round top on a column or a rectangular one on legs; sizes differ a lot, so that largest and smallest mean something."""
+    """A round top on a column or a rectangular one on legs, in quite different sizes."""
     height = rng.uniform(0.55, 0.75)
     if rng.random() < 0.4:
         r = rng.uniform(0.35, 0.6)
@@ -149,7 +149,10 @@ def desk(rng: np.random.Generator, color: Color) -> list[Part]:
     return [
         _box((w, d, 0.05), (0, 0, h - 0.025), color),
         _box((0.4, d - 0.1, h - 0.08), (x, 0, (h - 0.05) / 2 + 0.015), color),
-        *[_box((0.05, 0.05, h - 0.05), (-side * (w / 2 - 0.05), s * (d / 2 - 0.05), (h - 0.05) / 2), _STEEL) for s in (-1, 1)],
+        *[
+            _box((0.05, 0.05, h - 0.05), (-side * (w / 2 - 0.05), s * (d / 2 - 0.05), (h - 0.05) / 2), _STEEL)
+            for s in (-1, 1)
+        ],
         *drawers,
     ]
 
@@ -206,7 +209,11 @@ def window(rng: np.random.Generator, color: Color) -> list[Part]:
 def door(rng: np.random.Generator, color: Color) -> list[Part]:
     """A leaf with two sunk panels and a handle."""
     panels = [_box((0.6, 0.02, 0.75), (0, -0.025, z), (165, 120, 80)) for z in (0.55, 1.5)]
-    return [_box((0.9, 0.05, 2.05), (0, 0, 1.025), color), *panels, _box((0.12, 0.06, 0.03), (0.36, -0.05, 1.0), _STEEL)]
+    return [
+        _box((0.9, 0.05, 2.05), (0, 0, 1.025), color),
+        *panels,
+        _box((0.12, 0.06, 0.03), (0.36, -0.05, 1.0), _STEEL),
+    ]
 
 
 def picture(rng: np.random.Generator, color: Color) -> list[Part]:

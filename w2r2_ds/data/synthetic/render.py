@@ -36,18 +36,16 @@ class Renderer:
         triangles = room.vertices[room.faces]
         self._mesh = TriangleMesh(self._scene, triangles.astype(np.float32))
         normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-        self._normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
-        self._diffuse = 0.5 + 0.32 * np.maximum(self._normals @ _LIGHT, 0.0)
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+        self._normals = normals
+        self._colors = (room.face_colors * (0.5 + 0.32 * np.maximum(normals @ _LIGHT, 0.0))[:, None]).astype(np.float32)
+        self._gloss = (room.face_colors * 0.18).astype(np.float32)
         intrinsic = pinhole(image_size)
         columns, rows = np.meshgrid(np.arange(image_size[0]), np.arange(image_size[1]))
-        self._rays = np.stack(
-            [
-                (columns - intrinsic[0, 2]) / intrinsic[0, 0],
-                (rows - intrinsic[1, 2]) / intrinsic[1, 1],
-                np.ones(columns.shape),
-            ],
-            axis=-1,
-        ).reshape(-1, 3)
+        x = (columns - intrinsic[0, 2]) / intrinsic[0, 0]
+        y = (rows - intrinsic[1, 2]) / intrinsic[1, 1]
+        self._rays = np.stack([x, y, np.ones(x.shape)], axis=-1).reshape(-1, 3).astype(np.float32)
+        self._units = self._rays / np.linalg.norm(self._rays, axis=1, keepdims=True)
 
     def render(self, cam_to_world: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Render one view.
@@ -60,24 +58,25 @@ class Renderer:
             objects ``[height, width]`` int64, object id of each pixel, negative for walls, floor and ceiling.
         """
         room, (width, height) = self._room, self._size
-        rays = self._rays @ cam_to_world[:3, :3].T
-        eye = cam_to_world[:3, 3]
-        origins = np.broadcast_to(eye, rays.shape).astype(np.float32)
-        hits = self._scene.run(origins, rays.astype(np.float32), output=1)
-        face = hits["primID"].astype(np.int64)
-        if (face < 0).any():
-            raise ValueError("a camera of the synthetic room looks past its walls; keep the camera path inside the room")
-        depth = hits["tfar"].astype(np.float64)  # rays have length 1 along z, so the distance is the depth
-        facing = np.abs((self._normals[face] * rays).sum(axis=1)) / np.linalg.norm(rays, axis=1)
-        shade = self._diffuse[face] + 0.18 * facing
+        eye = cam_to_world[:3, 3].astype(np.float32)
+        rays = self._rays @ cam_to_world[:3, :3].T.astype(np.float32)
+        hits = self._scene.run(np.tile(eye, (len(rays), 1)), rays, output=1)
+        face = hits["primID"]
+        if face.min() < 0:
+            raise ValueError(
+                "a camera of the synthetic room looks past its walls; keep the camera path inside the room"
+            )
+        depth = hits["tfar"]  # rays have length 1 along z, so the distance is the depth
+        local = (self._normals @ cam_to_world[:3, :3]).astype(np.float32)  # normals in the camera's frame
+        facing = np.abs(np.einsum("ij,ij->i", local[face], self._units))
+        color = self._colors[face] + self._gloss[face] * facing[:, None]
         owner = room.face_objects[face]
-        floor = owner == -2
+        floor = np.flatnonzero(owner == -2)
         where = eye[:2] + rays[floor, :2] * depth[floor, None]
-        shade[floor] *= 0.95 + 0.07 * (np.floor(where / _TILE).sum(axis=1) % 2)
-        color = np.clip(room.face_colors[face] * shade[:, None], 0, 255)
-        millimetres = np.clip(np.round(depth * 1000.0), 0, 65535)
+        color[floor] *= (0.95 + 0.07 * (np.floor(where / _TILE).sum(axis=1) % 2)).astype(np.float32)[:, None]
+        millimetres = np.rint(np.minimum(depth * 1000.0, 65535.0))
         return (
-            color.astype(np.uint8).reshape(height, width, 3),
+            np.minimum(color, 255.0).astype(np.uint8).reshape(height, width, 3),
             millimetres.astype(np.uint16).reshape(height, width),
             owner.reshape(height, width),
         )

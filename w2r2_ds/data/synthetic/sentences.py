@@ -79,7 +79,8 @@ def describe(
         and _needs_what(objects, relation, anchors, target)
     ]
     uses: Counter[int] = Counter()
-    sizes, chosen = 0, []
+    sizes = 0
+    chosen: list[Sentence] = []
     for limit in range(1, _PER_OBJECT + 1):  # first one sentence per object, then a second, ...
         for i in rng.permutation(len(found)):
             color, name, relation, anchors, target = found[i]

@@ -49,7 +49,9 @@ def write_sheet(
         image = Image.fromarray(colors[i]).resize(tile, Image.Resampling.BILINEAR)
         for target in targets:
             _draw_object(image, objects[target], frame, intrinsic, depths[i], shades[target])
-        ImageDraw.Draw(image).text((3, 2), f"Frame-{i}", fill="white", font=_font(11), stroke_width=1, stroke_fill="black")
+        ImageDraw.Draw(image).text(
+            (3, 2), f"Frame-{i}", fill="white", font=_font(11), stroke_width=1, stroke_fill="black"
+        )
         sheet.paste(image, (i % _COLUMNS * tile[0], i // _COLUMNS * tile[1]))
     draw = ImageDraw.Draw(sheet)
     for line, sentence in enumerate(sentences):

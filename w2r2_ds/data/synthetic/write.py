@@ -76,7 +76,7 @@ def scene_id(split: str, index: int) -> str:
 
 
 def scene_seed(seed: int, split: str, index: int) -> tuple[int, int, int]:
-    """Entropy of a scene's generator. The split is part of it: no training scene shares a seed with a validation one."""
+    """Entropy of a scene's generator; the split is part of it, so no training scene has a validation scene's seed."""
     return (seed, SPLITS.index(split), index)
 
 
@@ -205,9 +205,7 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> list[di
 
 
 def _frames(folder: Path, room: Room) -> list[Frame]:
-    return [
-        Frame(i, folder / f"{i:05d}.jpg", folder / f"{i:05d}.png", camera) for i, camera in enumerate(room.cameras)
-    ]
+    return [Frame(i, folder / f"{i:05d}.jpg", folder / f"{i:05d}.png", camera) for i, camera in enumerate(room.cameras)]
 
 
 def _visible(room: Room, frames: list[Frame], depths: list[np.ndarray], size: tuple[int, int]) -> set[int]:
@@ -269,7 +267,7 @@ def _entries(name: str, sentences: list[Sentence]) -> list[dict[str, Any]]:
 
 def _write_labels(path: Path) -> None:
     """The columns of ScanNet's table that are read here, in their places there."""
-    columns = "id raw_category category count nyu40id eigen13id nyuClass nyu40class".split(" ")
+    columns = ("id", "raw_category", "category", "count", "nyu40id", "eigen13id", "nyuClass", "nyu40class")
     rows = ["\t".join(columns)]
     for number, (name, kind) in enumerate(KINDS.items(), start=1):
         rows.append("\t".join(map(str, (number, name, name, 0, kind.label[0], 0, kind.label[1], kind.label[1]))))

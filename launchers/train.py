@@ -1,0 +1,51 @@
+"""Train: ``deepspeed launchers/train.py --deepspeed ds_configs/zero3.json [--config RECIPE.yaml] [--objective.lam 1.5]``.
+
+Without --config it runs the demo recipe, which makes its own scenes and tiny model where they are missing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from w2r2_ds.config import RunConfig, from_tree, names_config, parser
+from w2r2_ds.demo import prepare_demo
+from w2r2_ds.engine.loop import train
+
+
+def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
+    """The run configuration and the DeepSpeed JSON of a command line."""
+    options = parser("Train a video LLM with W2R2.", with_demo=not names_config(args))
+    options.add_argument("--deepspeed", required=True, help="DeepSpeed JSON: ZeRO, precision, offload, clipping.")
+    options.add_argument("--local_rank", type=int, default=-1, help="Set by the deepspeed launcher.")
+    tree = options.parse_args(args).as_dict()
+    return from_tree(tree), tree["deepspeed"]
+
+
+def main(args: list[str]) -> None:
+    """Join the other ranks, make the demo's data if asked to, train."""
+    config, ds_path = read_arguments(args)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed()
+    if config.demo.enabled:
+        if dist.get_rank() == 0:
+            prepare_demo(config)
+        dist.barrier()
+    checkpoint = train(config, ds_path)
+    if dist.get_rank() == 0:
+        print(f"checkpoint: {checkpoint}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")

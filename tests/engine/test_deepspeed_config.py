@@ -1,0 +1,134 @@
+"""The DeepSpeed JSON against the run's configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2r2_ds.engine.deepspeed import KNOWN, REFUSED, load_ds_config, resolve_ds_config, skip_shm_build
+
+FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def resolve(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    values = {"global_batch": 16, "micro_batch": 2, "world_size": 4, "bf16": True} | changes
+    return resolve_ds_config(raw, path="ds.json", **values)
+
+
+def test_the_shipped_files_are_there() -> None:
+    assert [file.stem for file in FILES] == ["zero2", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_shipped_files_resolve_and_parse_in_deepspeed(file: Path, bf16: bool) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = resolve(load_ds_config(file), world_size=1, bf16=bf16)
+    parsed = DeepSpeedConfig(config)
+    assert parsed.train_batch_size == 16
+    assert parsed.train_micro_batch_size_per_gpu == 2
+    assert parsed.gradient_accumulation_steps == 8
+    assert parsed.bfloat16_config.enabled is bf16
+    assert parsed.gradient_clipping == 1.0
+    assert parsed.zero_config.stage == (2 if file.stem == "zero2" else 3)
+    assert parsed.zero_allow_untested_optimizer and not parsed.zero_force_ds_cpu_optimizer
+
+
+def test_auto_and_missing_are_filled_and_the_input_stays() -> None:
+    raw = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3}}
+    before = json.dumps(raw)
+    assert resolve(raw) == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    assert json.dumps(raw) == before
+
+
+def test_equal_values_are_accepted_and_other_settings_untouched() -> None:
+    zero = {"stage": 3, "log_trace_cache_warnings": True}
+    raw = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "fp16": {"enabled": False}}
+    assert resolve(raw | {"zero_optimization": zero})["zero_optimization"] == zero
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"train_batch_size": 32}, ["train_batch_size is 32", "train.global_batch is 16"]),
+        ({"train_micro_batch_size_per_gpu": 1}, ["train_micro_batch_size_per_gpu is 1", "train.micro_batch is 2"]),
+        ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps is 4", "4 ranks) is 2"]),
+        ({"gradient_accumulation_steps": "2"}, ['gradient_accumulation_steps is "2"']),
+        ({"bf16": {"enabled": False}}, ["bf16.enabled is false", "model.dtype resolves to bfloat16"]),
+        ({"bf16": True}, ["bf16 is true"]),
+        ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer is true", "AdamW"]),
+        ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer is false"]),
+        ({"optimizer": {"type": "AdamW"}}, ['remove "optimizer"', "train.lr"]),
+        ({"scheduler": {}}, ['remove "scheduler"', "train.warmup"]),
+        ({"fp16": {"enabled": True}}, ["fp16", "use", "bf16"]),
+        ({"fp16": {"enabled": "auto"}}, ["fp16", "bf16"]),
+        ({"zero_optimisation": {"stage": 3}}, ['unknown key "zero_optimisation"', "zero_optimization"]),
+        ({"gradient_clipping": "auto"}, ['gradient_clipping is "auto"']),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ['zero_optimization.reduce_bucket_size is "auto"']),
+        ({"data_types": {"x": [1, "auto"]}}, ['data_types.x[1] is "auto"']),
+    ],
+)
+def test_contradictions_name_file_field_and_values(raw: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(raw)
+    message = str(caught.value)
+    assert message.startswith("ds.json: ") and message.endswith(".") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_true_is_not_one() -> None:
+    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu is true"):
+        resolve({"train_micro_batch_size_per_gpu": True}, micro_batch=1)
+
+
+def test_global_batch_must_divide() -> None:
+    with pytest.raises(ValueError, match=r"train.global_batch is 16, not divisible by train.micro_batch 2 x 3 ranks"):
+        resolve({}, world_size=3)
+
+
+def test_no_key_is_both_known_and_refused() -> None:
+    assert not KNOWN & REFUSED.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot read"),
+        ("{", "not a valid DeepSpeed JSON"),
+        ("[]", "must be an object"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', '"stage" is given twice'),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "bad.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_ds_config(path)
+    assert str(path) in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_shm_build_is_skipped_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm.torch import build_shm_op
+
+    if get_accelerator().device_name() != "cpu":
+        pytest.skip("DeepSpeed compiles its shared-memory all-reduce on CPUs only")
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    assert get_accelerator().create_op_builder("ShareMemCommBuilder").NAME == "deepspeed_shm_comm"
+    skip_shm_build()
+    assert build_shm_op() is None

@@ -1,0 +1,146 @@
+"""metrics.jsonl, the progress line, and the optional writers."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import w2r2_ds.engine.metrics as metrics
+from w2r2_ds.engine.metrics import MetricsLogger, ProgressLine
+
+VALUES = {"loss": 1.5, "align": 1.25, "push": 0.25, "samples_per_s": 8.0, "tokens_per_s": 1234.5, "lr": 1e-4}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_step_is_a_line_at_once(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path / "new", 3) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, VALUES)
+            assert [line["step"] for line in read(tmp_path / "new")] == list(range(1, step + 1))
+    line = read(tmp_path / "new")[0]
+    assert {name: line[name] for name in VALUES} == VALUES
+    assert line["memory_gib"] > 0
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsLogger(tmp_path, 3, rank=1) as logger:
+        logger.truncate_after(0)
+        logger.log(1, VALUES)
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_curve_has_no_duplicates_and_no_torn_line(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, 6) as logger:
+        for step in range(1, 5):
+            logger.log(step, VALUES)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    with MetricsLogger(tmp_path, 6) as logger:
+        logger.truncate_after(2)
+        for step in range(3, 7):
+            logger.log(step, VALUES | {"loss": 9.0})
+    lines = read(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == [1.5, 1.5, 9.0, 9.0, 9.0, 9.0]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_foreign_file_is_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("hello\n")
+    with pytest.raises(ValueError, match="line 1 is not a line of metrics"):
+        MetricsLogger(tmp_path, 3).truncate_after(0)
+    assert (tmp_path / "metrics.jsonl").read_text() == "hello\n"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, True])
+def test_only_finite_numbers(tmp_path: Path, value: Any) -> None:
+    with MetricsLogger(tmp_path, 3) as logger:
+        logger.log(1, VALUES)
+        with pytest.raises(ValueError, match=r"The metric loss of step 2 is .* must be a finite number"):
+            logger.log(2, {"loss": value})
+    assert len(read(tmp_path)) == 1
+
+
+def test_steps_rise(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, 9) as logger:
+        logger.truncate_after(4)
+        with pytest.raises(ValueError, match="Step 4 was logged after step 4"):
+            logger.log(4, VALUES)
+        logger.log(5, VALUES)
+        with pytest.raises(RuntimeError, match="before the first log"):
+            logger.truncate_after(2)
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_missing_package_is_said_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, rank: int
+) -> None:
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"train.{package} is true, but {package} is not installed"):
+        MetricsLogger(tmp_path, 3, **{package: True}, rank=rank)
+
+
+def test_tensorboard_holds_the_curve_once_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLogger(tmp_path, 4, tensorboard=True) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, VALUES)
+    with MetricsLogger(tmp_path, 4, tensorboard=True) as logger:
+        logger.truncate_after(1)
+        for step in (2, 3, 4):
+            logger.log(step, VALUES | {"loss": 9.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.5), (2, 9.0), (3, 9.0), (4, 9.0)]
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with MetricsLogger(tmp_path, 2, wandb=True) as logger:
+        logger.log(1, VALUES)
+        logger.log(2, VALUES)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(read(tmp_path)) == 2
+
+
+def test_without_a_terminal_plain_lines_now_and_then(tmp_path: Path) -> None:
+    out = io.StringIO()
+    line = ProgressLine(200, 0, Console(file=out))
+    for step in range(1, 201):
+        line.update(step, VALUES | {"memory_gib": 2.0})
+    line.close()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 51 and "\x1b" not in out.getvalue()
+    assert lines[0] == ("step 1/200  loss 1.5  align 1.25  push 0.25  8 samples/s  1,234 tokens/s  2.00 GiB  ETA ?")
+    assert lines[-1].startswith("step 200/200") and lines[-1].endswith("ETA 0:00:00")
+
+
+def test_in_a_terminal_a_bar(tmp_path: Path) -> None:
+    out = io.StringIO()
+    line = ProgressLine(4, 1, Console(file=out, force_terminal=True, width=200))
+    for step in (2, 3, 4):
+        line.update(step, VALUES | {"memory_gib": 2.0})
+    line.close()
+    assert "step 4/4" in out.getvalue()
+
+
+def test_time_left_is_reckoned_from_the_steps_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 110.0, 130.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    line = ProgressLine(1000, 500, Console(file=io.StringIO()))
+    assert line.eta(501) == "?"
+    assert line.eta(502) == "1:23:00"
+    assert line.eta(503) == "2:04:15"

@@ -1,0 +1,75 @@
+"""What the demo makes where a user would bring data and weights: synthetic scenes, a tiny VLM (warmed up), a tiny VGGT."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from w2r2_ds.config import RunConfig
+from w2r2_ds.data.loading import load_samples
+from w2r2_ds.data.synthetic.write import write_dataset
+from w2r2_ds.engine.warmup import warm_up
+from w2r2_ds.models.build import load_front
+from w2r2_ds.models.tiny import build_tiny_vggt, build_tiny_vlm
+from w2r2_ds.models.vlm import load_vlm
+
+MANIFEST = "demo.json"
+
+
+def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
+    """Write the synthetic scenes of `demo.*` to `data.root`, or reuse them."""
+    demo = config.demo
+    written = write_dataset(
+        config.data.root,
+        seed=demo.seed,
+        train_scenes=demo.train_scenes,
+        val_scenes=demo.val_scenes,
+        frames_per_scene=demo.frames_per_scene,
+        workers=workers,
+    )
+    print(written.message, flush=True)
+
+
+def prepare_models(config: RunConfig) -> None:
+    """Build tiny VGGT and VLM and warm the VLM up, or reuse what the same options made before.
+
+    Raises:
+        ValueError: `model.vlm` exists and was made with other options, or by someone else.
+    """
+    vlm, vggt = Path(config.model.vlm), Path(config.model.vggt)
+    options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))
+    options["data"].pop("workers")
+    if vlm.exists():
+        manifest = vlm / MANIFEST
+        if not manifest.is_file() or json.loads(manifest.read_text()) != options:
+            raise ValueError(f"{vlm} exists but was not made with these data and demo options; remove it or name another.")
+        print(f"reusing the tiny model in {vlm}", flush=True)
+        return
+    aside = vlm.with_name(vlm.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    samples, _ = load_samples(config.data, "train")
+    build_tiny_vlm(aside, [f"{sample.question}\n{sample.answer}" for sample in samples], config.demo.seed)
+    build_tiny_vggt(vggt, config.demo.seed)
+    model = load_vlm(str(aside), torch.float32, "sdpa")
+    front = load_front(type(config.model)(vlm=str(aside), vggt=str(vggt)))
+    every = max(1, config.demo.warmup_steps // 10)
+
+    def report(step: int, loss: float) -> None:
+        if step % every == 0:
+            print(f"warm-up step {step}/{config.demo.warmup_steps}: loss {loss:.3f}", flush=True)
+
+    warm_up(model, front, config, report)
+    model.save_pretrained(aside)
+    (aside / MANIFEST).write_text(json.dumps(options, indent=2) + "\n")
+    os.replace(aside, vlm)
+
+
+def prepare_demo(config: RunConfig) -> None:
+    """Scenes and models; what is there already is reused."""
+    prepare_scenes(config)
+    prepare_models(config)

@@ -1,0 +1,66 @@
+"""Greedy answers with a KV cache, from fused or from 2D-only features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from w2r2_ds.data.collate import Batch
+from w2r2_ds.models.w2r2 import W2R2
+
+GEOMETRY = ("fused", "zero")
+"""`fused`: Phi(F2D, F3D); `zero`: Phi(F2D, 0)."""
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: W2R2, batch: Batch, tokenizer: Any, geometry: str, max_new_tokens: int, video_fps: float
+) -> list[list[int]]:
+    """Greedy token ids per sample, cut before the end of turn.
+
+    Args:
+        model: on the batch's device, unsharded.
+        batch: left-padded prompts.
+        tokenizer: of the VLM.
+        geometry: one of `GEOMETRY`.
+        max_new_tokens: longest answer.
+        video_fps: nominal frame rate, as in training.
+    """
+    visual = model.encode_2d(batch.visuals)
+    features = model.encode_3d(batch.visuals)
+    merged = model.merge(features) if geometry == "fused" else model.merge_nothing(features)
+    kind, grid = batch.visuals.kind, batch.visuals.grid_thw
+    extra: dict[str, Any] = {f"{kind}_grid_thw": grid}
+    if kind == "video":
+        seconds = model.base.config.vision_config.temporal_patch_size / video_fps
+        extra["second_per_grid_ts"] = torch.full((len(grid),), seconds, device=grid.device)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    output = model.base.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        mm_token_type_ids=batch.token_types,
+        mm_encoder_outputs={kind: model.fuse(visual, merged)},
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+        **extra,
+    )
+    answers = output[:, batch.input_ids.shape[1] :].tolist()
+    return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
+
+
+def generate_answers(
+    model: W2R2, loader: Iterable[Batch], tokenizer: Any, geometry: str, max_new_tokens: int, video_fps: float
+) -> Iterator[tuple[str, list[int], str]]:
+    """(sample id, token ids, text) for every prompt of a loader, in order."""
+    if geometry not in GEOMETRY:
+        raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
+    model.eval()
+    device = model.base.device
+    for batch in loader:
+        tokens = generate_tokens(model, batch.to(device), tokenizer, geometry, max_new_tokens, video_fps)
+        for identity, ids in zip(batch.ids, tokens, strict=True):
+            yield identity, ids, tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,80 @@
+"""Export what was trained: a plain PEFT directory, the geometry merger, and a card.
+
+    ADAPTER/adapter_config.json, adapter_model.safetensors   stock peft and transformers load these
+            geometry_merger.safetensors                      the merger's tensors
+            w2r2_card.json                                   base model, configuration, metrics, versions
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from w2r2_ds.config import RunConfig, from_tree
+from w2r2_ds.config import load_config as load_run_config
+from w2r2_ds.engine.checkpoint import DESCRIPTION, find_checkpoint, load_trainable
+from w2r2_ds.models.build import build_model, fingerprint, resolve_dtype
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.versions import versions
+
+ADAPTER_CARD = "w2r2_card.json"
+MERGER = "geometry_merger.safetensors"
+
+
+def export_adapter(path: Path, out: Path) -> Path:
+    """Write the adapter of a run's newest checkpoint, or of a checkpoint, to `out`.
+
+    Raises:
+        ValueError: `out` is not empty, or a trained tensor would be empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; name another --out or remove it.")
+    checkpoint = find_checkpoint(path)
+    config = load_run_config(checkpoint / "config.yaml")
+    model = build_model(config.model, torch.device("cpu"), config.train.seed)
+    load_trainable(checkpoint, model)
+    out.mkdir(parents=True, exist_ok=True)
+    model.vlm.save_pretrained(str(out), save_embedding_layers=False)
+    save_file({name: p.detach().contiguous() for name, p in model.geometry_merger.state_dict().items()}, out / MERGER)
+    (out / ADAPTER_CARD).write_text(json.dumps(card(config, model, checkpoint), indent=2) + "\n")
+    refuse_empty(out)
+    return out
+
+
+def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
+    """What a reader must know to use or to doubt the adapter."""
+    saved = json.loads((checkpoint / DESCRIPTION).read_text())
+    return {
+        "base_model": config.model.vlm,
+        "geometry_model": config.model.vggt,
+        "model": fingerprint(model),
+        "step": saved["step"],
+        "training_metrics": saved["metrics"],
+        "trained_with": saved["versions"],
+        "exported_with": versions(),
+        "configuration": asdict(config),
+    }
+
+
+def refuse_empty(out: Path) -> None:
+    """An export never holds a tensor of shape (0,)."""
+    for file in sorted(out.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if tensor.numel() == 0:
+                raise ValueError(f"{file}: {name} is empty; the checkpoint was saved without gathering its tensors.")
+
+
+def load_adapter(path: Path, device: torch.device) -> tuple[RunConfig, W2R2]:
+    """The configuration and the model of an exported adapter."""
+    config = from_tree(json.loads((path / ADAPTER_CARD).read_text())["configuration"])
+    model = build_model(config.model, device, config.train.seed)
+    merged = PeftModel.from_pretrained(model.vlm.unload(), str(path), torch_dtype=resolve_dtype(config.model.dtype))
+    model.vlm = merged
+    model.geometry_merger.load_state_dict(load_file(path / MERGER), strict=True)
+    return config, model

@@ -1,0 +1,74 @@
+"""Geometry encoders: frames of one scene -> a grid of features per frame."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from w2r2_ds.geometry.vggt import VGGT
+
+
+class GeometryEncoder(Protocol):
+    """Whatever sees the frames of one scene together and answers with features that know about space."""
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of a feature."""
+        ...
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """``[S, 3, H, W]`` in [0, 1], frames of one scene in order -> ``[S, h, w, feature_dim]``, no gradient."""
+        ...
+
+
+class VGGTEncoder:
+    """Patch tokens of one layer of a frozen VGGT.
+
+    Deliberately no `nn.Module`: kept as an attribute of a model, it is neither sharded, trained nor saved with it.
+
+    Args:
+        vggt: is put into eval mode and frozen.
+        layer: absolute index of the layer, ``0 .. depth - 1``.
+
+    Raises:
+        ValueError: no such layer.
+    """
+
+    def __init__(self, vggt: VGGT, layer: int) -> None:
+        depth = vggt.config.depth
+        if not 0 <= layer < depth:
+            raise ValueError(f"geometry layer {layer} does not exist; this VGGT has layers 0 to {depth - 1}.")
+        self.vggt = vggt.eval().requires_grad_(False)
+        self.layer = layer
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of a feature: the frame block's and the global block's."""
+        return 2 * self.vggt.config.embed_dim
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> VGGTEncoder:
+        """Move the weights, in place; returns itself."""
+        self.vggt.to(device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of the frames of one scene.
+
+        Args:
+            images: ``[S, 3, H, W]`` floating in [0, 1], any device; frame 0 is the reference.
+
+        Returns:
+            ``[S, H / patch, W / patch, feature_dim]`` on the device and in the dtype of the weights.
+
+        Raises:
+            ValueError: images of a wrong shape, or of a size that is no multiple of the patch size.
+        """
+        if images.dim() != 4:
+            raise ValueError(f"VGGT: images have shape {tuple(images.shape)}; give [frames, 3, height, width].")
+        config, aggregator = self.vggt.config, self.vggt.aggregator
+        images = images.to(aggregator.camera_token.device)
+        tokens = aggregator(images[None], [self.layer])[self.layer][0]
+        rows = images.shape[-2] // config.patch_size
+        return tokens[:, config.special_tokens :].unflatten(1, (rows, -1))

@@ -1,0 +1,149 @@
+"""Building blocks of VGGT: attention with 2-D rotary positions, MLP, LayerScale and the pre-norm block.
+
+Submodules carry the parameter names of the public checkpoint (``attn.qkv``, ``ls1.gamma``, ``mlp.fc1``, ...).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+RotaryTable = tuple[torch.Tensor, torch.Tensor]
+"""``(cos, sin)``, each ``[..., tokens, 2, head_dim / 4]`` float32: axis 2 is (row, column)."""
+
+
+def grid_positions(rows: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
+    """``[rows * columns, 2]`` int64 ``(row, column)`` of a row-major grid, from (0, 0)."""
+    return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+
+
+def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> RotaryTable:
+    """Angles' cosines and sines for `positions`, always in float32.
+
+    Each half of a head belongs to one coordinate; inside a half of ``d = head_dim / 2`` channels, channel ``i`` and
+    channel ``i + d / 2`` form a pair that turns by ``position * base ** (-2 i / d)``.
+
+    Args:
+        positions: ``[..., tokens, 2]`` integer ``(row, column)``.
+        head_dim: channels of a head, a multiple of 4.
+        base: the slowest wavelength's base.
+    """
+    half = head_dim // 2
+    exponents = torch.arange(0, half, 2, dtype=torch.float32, device=positions.device) / half
+    angles = positions.to(torch.float32)[..., None] * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """Turn every pair of channels of `x` by its position's angle.
+
+    Args:
+        x: ``[..., tokens, head_dim]``, any floating dtype.
+        table: from `rotary_table`, leading axes broadcastable to those of `x`.
+
+    Returns:
+        ``[..., tokens, head_dim]`` float32 (float64 for float64 input).
+    """
+    cos, sin = table
+    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a mask.
+
+    Args:
+        dim: width of a token.
+        num_heads: heads; divides `dim`.
+        qk_norm: LayerNorm with bias on queries and keys of each head, before the rotary positions.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm: nn.Module = nn.LayerNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.LayerNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, rope: RotaryTable | None = None) -> torch.Tensor:
+        """``[batch, tokens, dim]`` -> the same; `rope` must broadcast to ``[batch, heads, tokens, 2, head_dim/4]``."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., dim]`` -> the same."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(initial)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., dim]`` -> the same."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: ``x += ls1(attn(norm1(x)))``, then ``x += ls2(mlp(norm2(x)))``.
+
+    Args:
+        dim: width of a token.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        eps: of the two LayerNorms.
+        initial_scale: what LayerScale starts from.
+        qk_norm: see `Attention`.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, *, eps: float, initial_scale: float, qk_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, qk_norm)
+        self.ls1 = LayerScale(dim, initial_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, initial_scale)
+
+    def forward(self, x: torch.Tensor, rope: RotaryTable | None = None) -> torch.Tensor:
+        """``[batch, tokens, dim]`` -> the same."""
+        x = x + self.ls1(self.attn(self.norm1(x), rope))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchProjection(nn.Module):
+    """Cut images into patches and map each to a token.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        dim: width of a token.
+    """
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``[N, 3, H, W]`` -> ``[N, (H / patch) * (W / patch), dim]``, row-major."""
+        return self.proj(images).flatten(2).transpose(1, 2)
