@@ -14,6 +14,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 .PHONY: install demo test lint clean
 
 install: $(STAMP)
+	@echo "== $(VENV) is up to date"
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or newer (Debian: apt-get install python3 python3-venv), or name one with PYTHON=/path/to/python." >&2; exit 1; }

@@ -7,7 +7,9 @@ import sys
 
 from jsonargparse import auto_cli
 
+from w2r2_ds.config import load_config
 from w2r2_ds.data.synthetic.write import write_dataset
+from w2r2_ds.demo import prepare_models, prepare_scenes
 
 
 def synthetic(
@@ -37,10 +39,21 @@ def synthetic(
     print(write_dataset(out, seed, train_scenes, val_scenes, image_size, frames_per_scene, count).message)
 
 
+def demo(workers: int = 0) -> None:
+    """What the demo recipe needs: its synthetic scenes, a tiny warmed-up VLM and a tiny VGGT.
+
+    Args:
+        workers: processes for the scenes; 0 means one per available core.
+    """
+    config = load_config()
+    prepare_scenes(config, workers if workers > 0 else len(os.sched_getaffinity(0)))
+    prepare_models(config)
+
+
 def main() -> None:
     """Parse the command line and run one preparation."""
     try:
-        auto_cli({"synthetic": synthetic}, as_positional=False, description="Prepare data for training and evaluation.")
+        auto_cli({"synthetic": synthetic, "demo": demo}, as_positional=False, description="Prepare data for training and evaluation.")
     except ValueError as error:
         sys.exit(f"prepare.py: {error}")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from w2r2_ds.config import RunConfig, from_tree, names_config, parser
 from w2r2_ds.demo import prepare_demo
+from w2r2_ds.engine.deepspeed import skip_shm_build
 from w2r2_ds.engine.loop import train
 
 
@@ -33,6 +34,7 @@ def main(args: list[str]) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    skip_shm_build()
     deepspeed.init_distributed()
     if config.demo.enabled:
         if dist.get_rank() == 0:

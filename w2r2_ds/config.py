@@ -145,9 +145,9 @@ class DemoConfig:
     val_scenes: int = 12
     frames_per_scene: int = 16
     seed: int = 0
-    warmup_steps: int = 400
-    warmup_batch: int = 16
-    warmup_lr: float = 2e-3
+    warmup_steps: int = 240
+    warmup_batch: int = 8
+    warmup_lr: float = 3e-3
 
 
 @dataclass

@@ -69,7 +69,7 @@ class Batch:
         position_ids: ``[3, batch, length]`` int64; None for generation, which makes its own.
         visuals: input of the towers.
         rows: answer rows; None for generation.
-        cam_to_world: ``[batch, frames, 4, 4]`` float64.
+        cam_to_world: ``[batch, frames, 4, 4]`` float64, NaN where a sample has fewer frames.
         target_box: ``[batch, 9]`` float64 world boxes.
     """
 
@@ -163,9 +163,9 @@ def _pad(rows: Sequence[torch.Tensor], value: int, left: bool) -> torch.Tensor:
 
 
 def _poses(samples: Sequence[Sample]) -> torch.Tensor:
-    """``[batch, frames, 4, 4]``; samples with fewer frames are filled with identities that no answer may name."""
+    """``[batch, frames, 4, 4]``; samples with fewer frames are filled with NaN, so that naming one has IoU 0."""
     count = max(len(sample.frames) for sample in samples)
-    result = torch.eye(4, dtype=torch.float64).repeat(len(samples), count, 1, 1)
+    result = torch.full((len(samples), count, 4, 4), torch.nan, dtype=torch.float64)
     for index, sample in enumerate(samples):
         result[index, : len(sample.frames)] = torch.from_numpy(sample.cam_to_world)
     return result

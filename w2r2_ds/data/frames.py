@@ -32,7 +32,7 @@ def uniform_frames(scene: Scene, count: int) -> list[Frame]:
     if len(scene.frames) < count:
         raise ValueError(
             f"scene {scene.scene_id} has {len(scene.frames)} frames with a valid pose "
-            f"({scene.dropped_frames} dropped), fewer than the {count} asked for; ask for fewer frames or leave the scene out"
+            f"({scene.dropped_frames} dropped), fewer than the {count} asked for; ask for fewer or leave the scene out"
         )
     chosen = np.linspace(0, len(scene.frames) - 1, count).round().astype(int)
     return [scene.frames[i] for i in chosen]
@@ -56,7 +56,7 @@ def box_corners(box: np.ndarray) -> np.ndarray:
 
 
 def project(points: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Project world points ``[N, 3]``: pixels ``[N, 2]`` (x, y; meaningless behind the camera) and depths ``[N]``, metres."""
+    """Pixels ``[N, 2]`` (x, y; meaningless behind the camera) and depths ``[N]``, metres, of points ``[N, 3]``."""
     camera = (points - cam_to_world[:3, 3]) @ np.linalg.inv(cam_to_world[:3, :3]).T
     depth = camera[:, 2]
     safe = np.where(np.abs(depth) < _NEAR, _NEAR, depth)
@@ -124,7 +124,7 @@ def visible_share(
 def _ray_interval(
     points: np.ndarray, along: np.ndarray, box: np.ndarray, origin: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Depths ``[N]`` where the rays from ``origin`` through ``points`` (at depths ``along``) enter and leave the box."""
+    """Depths ``[N]`` where the rays from ``origin`` through ``points`` (depths ``along``) enter and leave the box."""
     directions = (points - origin) / np.where(np.abs(along) < _NEAR, _NEAR, along)[:, None]
     directions = np.where(np.abs(directions) < 1e-12, 1e-12, directions)
     half = np.asarray(box[3:6]) / 2

@@ -43,9 +43,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 def resize_for_vggt(images: Sequence[np.ndarray], width: int = 518, mode: str = "crop") -> np.ndarray:
     """Resize frames as VGGT's own loader does.
 
-    ``crop`` makes every frame `width` wide, its height the nearest multiple of 14, and cuts what is higher than `width`
-    at top and bottom. ``pad`` makes the longer side `width` and pads the other with white to a square. Frames that still
-    differ in size are padded with white, centred, to the largest.
+    ``crop`` makes every frame `width` wide, its height the nearest multiple of 14, and cuts what is higher than
+    `width` at top and bottom. ``pad`` makes the longer side `width` and pads the other with white to a square. Frames
+    that still differ in size are padded with white, centred, to the largest.
 
     Args:
         images: ``uint8 [height, width, 3]`` each.
@@ -62,7 +62,7 @@ def resize_for_vggt(images: Sequence[np.ndarray], width: int = 518, mode: str = 
         raise ValueError(f"frame width {width} must be a positive multiple of {VGGT_PATCH}.")
     if mode not in ("crop", "pad"):
         raise ValueError(f"mode {mode!r} must be 'crop' or 'pad'.")
-    if not images:
+    if len(images) == 0:
         raise ValueError("No frames were given; a sample needs at least one.")
     frames = [_fit(image, width, mode) for image in images]
     height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))

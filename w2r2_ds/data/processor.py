@@ -59,6 +59,7 @@ class Processor:
                 f"data.frame_width is {config.frame_width}; it must be a multiple of the patch size {vision.patch_size}."
             )
         self.end_of_turn = "<|im_end|>"
+        self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         if tokenizer.chat_template is None:
             raise ValueError("The tokenizer has no chat template; the model directory lacks chat_template.jinja.")
 
@@ -119,6 +120,12 @@ class Processor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         counts = iter((grid_thw.prod(axis=-1) // self.vision.merge_size**2).tolist())
         placeholders = {self.vision.image_token_id, self.vision.video_token_id}
+        found = sum(i in placeholders for i in ids)
+        if found != len(grid_thw):
+            raise ValueError(
+                f"The chat template made {found} visual placeholders for {len(grid_thw)} images or videos; "
+                "use the tokenizer files that came with the model."
+            )
         return [token for i in ids for token in ([i] * next(counts) if i in placeholders else [i])]
 
     def _answer(self, sample: Sample) -> tuple[list[int], AnswerSlots]:
@@ -131,6 +138,6 @@ class Processor:
 
     def _refuse_special_tokens(self, sample: Sample, text: str) -> None:
         """A description that spells a special token would turn into that token and shift every placeholder."""
-        for token in self.tokenizer.all_special_tokens:
+        for token in self.special_tokens:
             if token in text:
                 raise ValueError(f"Sample {sample.id}: its text holds the special token {token!r}; remove it there.")

@@ -57,6 +57,8 @@ def grounding_slots(answer: str, offsets: list[tuple[int, int]]) -> AnswerSlots:
                 f"The tokenizer does not give every digit its own token (number {match.group()!r}); "
                 "answer slots need one that splits digits, as Qwen's does."
             )
+        if indices[0] == 0:
+            raise ValueError(f"A number must not begin the answer, a sign has no place there: {answer!r}.")
         digits, _, _ = match.group(2).partition(".")
         lead[number] = indices[0] - 1
         tokens.append(indices)

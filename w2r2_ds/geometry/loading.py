@@ -138,7 +138,7 @@ def _read(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) 
 def _check(file: Path, name: str, shape: tuple[int, ...], kind: str, wanted: tuple[int, ...]) -> None:
     if shape != wanted:
         raise ValueError(
-            f"{file}: {name} has shape {list(shape)}, but {CONFIG} asks for {list(wanted)}; they do not belong together."
+            f"{file}: {name} has shape {list(shape)}, but {CONFIG} asks for {list(wanted)}; take both from one VGGT."
         )
     if kind not in FLOATS:
         raise ValueError(f"{file}: {name} is stored as {kind}; only unquantised weights ({', '.join(FLOATS)}) load.")

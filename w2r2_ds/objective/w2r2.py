@@ -32,6 +32,7 @@ class Shortcut:
 
 def read_shortcut(logits: torch.Tensor, labels: torch.Tensor) -> Shortcut:
     """``[rows, vocabulary]`` logits of the 2D-only pass -> what the objective needs of them."""
+    logits = logits.detach()
     return Shortcut(log_probs(logits, labels), logits.argmax(-1))
 
 

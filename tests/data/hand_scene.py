@@ -1,0 +1,69 @@
+"""A hand-made scene in ScanNet's layout whose numbers can be checked on paper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ALIGN = np.array([[0.0, -1.0, 0.0, 0.5], [1.0, 0.0, 0.0, -2.0], [0.0, 0.0, 1.0, 0.25], [0.0, 0.0, 0.0, 1.0]])
+CAMERA = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 2.0], [0.0, -1.0, 0.0, 1.5], [0.0, 0.0, 0.0, 1.0]])
+"""Looks along world +y from (1, 2, 1.5)."""
+INTRINSIC = np.array([[40.0, 0.0, 31.5, 0.0], [0.0, 40.0, 23.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+SCENE = "scene0000_00"
+BOXES = np.array(
+    [
+        [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 5, 0],  # seen; camera coordinates (1, 0.5, 3) in frame 0
+        [1.0, 8.0, 1.5, 0.5, 0.5, 0.5, 5, 3],  # behind the surface that the depth images measure
+        [0.0, 5.0, 1.0, 0.6, 0.6, 0.6, 7, 4],  # seen
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0],  # ScanRefer's row of an instance without points
+    ]
+)
+
+
+def moved(forward: float, back_to_front: bool = False) -> np.ndarray:
+    """The camera a few metres further along y, or turned around."""
+    camera = CAMERA.copy()
+    camera[1, 3] += forward
+    return camera @ np.diag([-1.0, 1.0, -1.0, 1.0]) if back_to_front else camera
+
+
+def write_scene(root: Path, scene_id: str = SCENE) -> None:
+    """Frames 0 (3 m from a wall of measurements), 1 (1 m nearer), 2 (looks away), 3 (lost tracking)."""
+    images = root / "posed_images" / scene_id
+    images.mkdir(parents=True)
+    cameras = [moved(0.0), moved(1.0), moved(0.0, back_to_front=True), np.full((4, 4), -np.inf)]
+    for i, camera in enumerate(cameras):
+        pose = np.linalg.inv(ALIGN) @ camera if np.isfinite(camera).all() else camera
+        np.savetxt(images / f"{i:05d}.txt", pose)
+        Image.new("RGB", (64, 48), (i * 10, 0, 0)).save(images / f"{i:05d}.jpg")
+        depth = np.full((48, 64), (3000, 2000, 3000, 0)[i], dtype=np.uint16)
+        Image.fromarray(depth).save(images / f"{i:05d}.png")
+    for file in ("intrinsic.txt", "depth_intrinsic.txt"):
+        np.savetxt(images / file, INTRINSIC)
+    (root / "scans" / scene_id).mkdir(parents=True)
+    words = " ".join(str(value) for value in ALIGN.ravel())
+    (root / "scans" / scene_id / f"{scene_id}.txt").write_text(f"axisAlignment = {words} \nnumDepthFrames = 4\n")
+    (root / "scannet_data").mkdir(exist_ok=True)
+    np.save(root / "scannet_data" / f"{scene_id}_aligned_bbox.npy", BOXES)
+
+
+def entry(object_id: int = 0, name: str = "office_chair", ann_id: int = 0, text: str = "The Red Chair.") -> dict:
+    """One valid ScanRefer entry."""
+    return {
+        "scene_id": SCENE,
+        "object_id": str(object_id),
+        "object_name": name,
+        "ann_id": str(ann_id),
+        "description": text,
+        "token": text.lower().split(),
+    }
+
+
+def write_annotations(root: Path, entries: object, split: str = "train") -> Path:
+    path = root / "ScanRefer" / f"ScanRefer_filtered_{split}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(entries))
+    return path

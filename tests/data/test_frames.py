@@ -1,0 +1,103 @@
+"""Which frames are chosen, and which of them shows a box best."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hand_scene import CAMERA, INTRINSIC, SCENE
+from PIL import Image
+
+from w2r2_ds.data import frames as module
+from w2r2_ds.data.frames import best_frame, load_depth, projected_area, uniform_frames, visible_share
+from w2r2_ds.data.scannet import Scene, load_scene
+
+SIZE = (64, 48)
+
+
+@pytest.fixture
+def scene(root: Path) -> Scene:
+    return load_scene(root, SCENE)
+
+
+def best(scene: Scene, object_id: int) -> int | None:
+    box = scene.instances[object_id].box
+    return best_frame(scene.frames, box, scene.intrinsic, SIZE, scene.depth_intrinsic)
+
+
+def test_uniform_frames_are_spread_and_distinct(scene: Scene) -> None:
+    assert [frame.index for frame in uniform_frames(scene, 1)] == [0]
+    assert [frame.index for frame in uniform_frames(scene, 2)] == [0, 2]
+    many = replace(scene, frames=tuple(replace(scene.frames[0], index=i) for i in range(101)))
+    assert [frame.index for frame in uniform_frames(many, 5)] == [0, 25, 50, 75, 100]
+    for count in range(1, 102):
+        assert len({frame.index for frame in uniform_frames(many, count)}) == count
+
+
+def test_too_few_frames_are_an_error(scene: Scene) -> None:
+    with pytest.raises(ValueError, match=r"has 3 frames with a valid pose \(1 dropped\), fewer than the 4"):
+        uniform_frames(scene, 4)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        uniform_frames(scene, 0)
+
+
+def test_area_of_a_box_seen_head_on() -> None:
+    # 1 m wide and high, its front 2 m away: 40 * 1 / 2 = 20 pixels square
+    assert projected_area(np.array([1.0, 4.5, 1.5, 1.0, 1.0, 1.0]), CAMERA, INTRINSIC, SIZE) == pytest.approx(400.0)
+    # a wall fills the image: pixels 0..63 by 0..47
+    assert projected_area(np.array([1.0, 4.5, 1.5, 20.0, 1.0, 20.0]), CAMERA, INTRINSIC, SIZE) == 63 * 47
+
+
+def test_area_is_zero_where_nothing_can_be_seen() -> None:
+    inside = np.array([1.0, 2.0, 1.5, 1.0, 1.0, 1.0])
+    behind = np.array([1.0, -3.0, 1.5, 1.0, 1.0, 1.0])
+    beside = np.array([90.0, 4.0, 1.5, 1.0, 1.0, 1.0])
+    for box in (inside, behind, beside):
+        assert projected_area(box, CAMERA, INTRINSIC, SIZE) == 0.0
+
+
+def test_visible_share_knows_occluders_and_background(scene: Scene) -> None:
+    box = scene.instances[0].box
+    seen = np.full((48, 64), 3000, dtype=np.uint16)
+    assert visible_share(box, CAMERA, INTRINSIC, seen) > 0.9  # all but rays that cut the box's edge
+    for millimetres in (2000, 5000, 0):  # an occluder, the background, no measurement
+        depth = np.full((48, 64), millimetres, dtype=np.uint16)
+        assert visible_share(box, CAMERA, INTRINSIC, depth) == 0.0
+    half = np.full((48, 64), 3000, dtype=np.uint16)
+    half[:, :45] = 1000  # something in front of the left half
+    assert 0.2 < visible_share(box, CAMERA, INTRINSIC, half) < 0.8
+
+
+def test_best_frame_is_the_largest_that_sees_the_object(scene: Scene) -> None:
+    assert best(scene, 0) == 1  # one metre nearer
+    assert best(scene, 3) is None  # hidden in frames 0 and 1, behind the camera in frame 2
+    # with the nearer frame's view blocked, the farther one is chosen
+    blocked = [load_depth(frame) for frame in scene.frames]
+    blocked[1] = np.full_like(blocked[1], 500)
+    box = scene.instances[0].box
+    assert best_frame(scene.frames, box, INTRINSIC, SIZE, INTRINSIC, blocked) == 0
+
+
+def test_equal_frames_give_the_first(scene: Scene) -> None:
+    box = scene.instances[0].box
+    assert best_frame([scene.frames[1]] * 3, box, INTRINSIC, SIZE, INTRINSIC) == 0
+
+
+def test_each_depth_image_is_read_at_most_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(module, "load_depth", lambda frame: read.append(frame.index) or load_depth(frame))
+    assert best(scene, 3) is None
+    assert sorted(read) == [0, 1]  # frame 2 has no area, so its depth is not needed
+
+
+def test_bad_depth_images_are_named(scene: Scene) -> None:
+    path = scene.frames[0].depth
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"00000.png is not a readable depth image"):
+        load_depth(scene.frames[0])
+    Image.new("RGB", SIZE).save(path)
+    with pytest.raises(ValueError, match=r"00000.png is not a 16-bit one-channel depth image"):
+        load_depth(scene.frames[0])

@@ -1,0 +1,124 @@
+"""Reading ScanNet's layout, and what is said when it is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hand_scene import ALIGN, CAMERA, INTRINSIC, SCENE, moved
+
+from w2r2_ds.data.scannet import load_labels, load_scene
+
+
+def test_scene_is_read_and_aligned(root: Path) -> None:
+    scene = load_scene(root, SCENE)
+    assert [frame.index for frame in scene.frames] == [0, 1, 2]
+    assert scene.dropped_frames == 1
+    np.testing.assert_allclose(scene.frames[0].cam_to_world, CAMERA, atol=1e-12)
+    np.testing.assert_allclose(scene.frames[1].cam_to_world, moved(1.0), atol=1e-12)
+    np.testing.assert_array_equal(scene.axis_align, ALIGN)
+    np.testing.assert_array_equal(scene.intrinsic, INTRINSIC)
+    np.testing.assert_array_equal(scene.depth_intrinsic, INTRINSIC)
+    assert sorted(scene.instances) == [0, 3, 4]  # the all-zero row is no instance
+    assert (scene.instances[4].label_id, scene.instances[4].object_id) == (7, 4)
+    np.testing.assert_array_equal(scene.instances[0].box, [2.0, 5.0, 1.0, 0.8, 0.6, 1.0])
+
+
+def test_labels(root: Path) -> None:
+    labels = load_labels(root)
+    assert labels["office chair"] == "chair"
+    assert labels["refrigerator"] == "refridgerator"
+
+
+@pytest.mark.parametrize("scene_id", ["../secret", "a/b", "", "scene0000_00\n", "a.b"])
+def test_unsafe_scene_ids_are_refused(root: Path, scene_id: str) -> None:
+    with pytest.raises(ValueError, match="letters, digits and underscores"):
+        load_scene(root, scene_id)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("posed_images/{}/00001.txt", "1 0 0 0\n0 1 0", "00001.txt: the pose has 7 numbers instead of 16"),
+        ("posed_images/{}/00001.txt", "x " * 16, "00001.txt: the pose holds something that is not a number"),
+        ("posed_images/{}/intrinsic.txt", "0 " * 16, "intrinsic.txt: the focal lengths must be positive"),
+        ("posed_images/{}/depth_intrinsic.txt", "", "depth_intrinsic.txt: the intrinsic matrix has 0 numbers"),
+        ("scans/{}/{}.txt", "axisAlignment = 1 0 0", "axisAlignment has 3 numbers instead of 16"),
+        ("scans/{}/{}.txt", "axisAlignment = " + "1 " * 16, "axisAlignment is not a rotation"),
+        ("scans/{}/{}.txt", "sceneType = Lobby", "no line 'axisAlignment = 16 numbers'"),
+        ("scannet_data/{}_aligned_bbox.npy", "not an array", "aligned_bbox.npy is not a readable array"),
+        ("scannetv2-labels.combined.tsv", "id\traw_category\n", "no column 'nyu40class'"),
+        (
+            "scannetv2-labels.combined.tsv",
+            "raw_category\tnyu40class\nchair\n",
+            "line 2 has no raw_category or no nyu40",
+        ),
+    ],
+)
+def test_broken_text_is_named(root: Path, file: str, content: str, message: str) -> None:
+    (root / file.format(SCENE, SCENE)).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_scene(root, SCENE)
+        load_labels(root)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "posed_images/{}/00001.jpg",
+        "posed_images/{}/00001.png",
+        "posed_images/{}/00001.txt",
+        "posed_images/{}/intrinsic.txt",
+        "scans/{}/{}.txt",
+        "scannet_data/{}_aligned_bbox.npy",
+        "scannetv2-labels.combined.tsv",
+    ],
+)
+def test_a_missing_file_is_named(root: Path, file: str) -> None:
+    path = root / file.format(SCENE, SCENE)
+    path.unlink()
+    with pytest.raises(ValueError, match=path.name):
+        load_scene(root, SCENE)
+        load_labels(root)
+
+
+def test_a_truncated_array_is_named(root: Path) -> None:
+    path = root / "scannet_data" / f"{SCENE}_aligned_bbox.npy"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"aligned_bbox\.npy is not a readable array"):
+        load_scene(root, SCENE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.zeros((2, 6)), r"must hold numbers \[N, 8\]"),
+        (np.array([[0, 0, 0, -1, 1, 1, 5, 0]]), "row 0 has a non-finite value, a negative size"),
+        (np.array([[0, 0, 0, 1, 1, np.nan, 5, 0]]), "row 0 has a non-finite value"),
+        (np.array([[0, 0, 0, 1, 1, 1, 5, 0.5]]), "an id that is no integer"),
+        (np.array([[0, 0, 0, 1, 1, 1, 5, 2]] * 2), "row 1 repeats object id 2"),
+    ],
+)
+def test_bad_boxes_are_refused(root: Path, rows: np.ndarray, message: str) -> None:
+    np.save(root / "scannet_data" / f"{SCENE}_aligned_bbox.npy", rows)
+    with pytest.raises(ValueError, match=message):
+        load_scene(root, SCENE)
+
+
+def test_pickled_arrays_are_refused(root: Path) -> None:
+    np.save(root / "scannet_data" / f"{SCENE}_aligned_bbox.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="not a readable array"):
+        load_scene(root, SCENE)
+
+
+def test_a_scene_without_valid_poses_is_an_error(root: Path) -> None:
+    for i in range(3):
+        (root / "posed_images" / SCENE / f"{i:05d}.txt").write_text("nan " * 16)
+    with pytest.raises(ValueError, match=r"no frame with a valid pose \(4 not finite\)"):
+        load_scene(root, SCENE)
+
+
+def test_a_missing_scene_is_an_error(root: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load_scene(root, "scene0001_00")

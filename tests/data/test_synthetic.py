@@ -1,0 +1,269 @@
+"""Synthetic rooms: reproducible, geometrically exact, and described without ambiguity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from w2r2_ds.data.frames import box_corners, load_depth, project
+from w2r2_ds.data.scannet import load_scene
+from w2r2_ds.data.synthetic.furniture import KINDS, PALETTE
+from w2r2_ds.data.synthetic.render import Renderer, pinhole
+from w2r2_ds.data.synthetic.rooms import RoomObject, make_room
+from w2r2_ds.data.synthetic.sentences import describe, resolve
+from w2r2_ds.data.synthetic.write import Options, Written, scene_id, scene_seed, write_dataset
+from w2r2_ds.data.tasks.scanrefer import build_samples
+
+SCENES = ("scene0000_00", "scene0001_00", "scene5000_00")
+
+
+def entries(root: Path) -> list[dict[str, Any]]:
+    return [item for split in ("train", "val") for item in json.loads((annotations(root, split)).read_text())]
+
+
+def annotations(root: Path, split: str) -> Path:
+    return root / "ScanRefer" / f"ScanRefer_filtered_{split}.json"
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_same_seed_same_bytes_in_any_number_of_processes(rooms: Written, tmp_path: Path) -> None:
+    again = write_dataset(tmp_path / "again", 7, 2, 1, (160, 120), 12, workers=2)
+    assert not again.reused
+    assert digests(again.root) == digests(rooms.root)
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]  # nothing is left beside it
+
+
+def test_other_seeds_give_other_rooms(rooms: Written, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", 8, 1, 1, (64, 48), 12)
+    assert not np.array_equal(boxes(other.root, SCENES[0]), boxes(rooms.root, SCENES[0]))
+    assert not np.array_equal(boxes(rooms.root, SCENES[0]), boxes(rooms.root, SCENES[2]))
+
+
+def boxes(root: Path, scene: str) -> np.ndarray:
+    return np.load(root / "scannet_data" / f"{scene}_aligned_bbox.npy")
+
+
+def test_splits_share_neither_seeds_nor_names() -> None:
+    for make in (scene_id, lambda split, index: scene_seed(3, split, index)):
+        assert not {make("train", i) for i in range(5000)} & {make("val", i) for i in range(5000)}
+
+
+def test_layout_and_manifest(rooms: Written) -> None:
+    assert sorted(path.name for path in (rooms.root / "posed_images").iterdir()) == list(SCENES)
+    manifest = json.loads((rooms.root / "manifest.json").read_text())
+    assert manifest == rooms.manifest
+    assert manifest["seed"] == 7
+    assert manifest["counts"]["frames"] == 36
+    assert manifest["counts"]["train_descriptions"] == len(json.loads(annotations(rooms.root, "train").read_text()))
+    for name in SCENES:
+        with Image.open(rooms.root / "contact_sheets" / f"{name}.png") as sheet:
+            assert sheet.width == 1440
+            assert len(np.unique(np.asarray(sheet.convert("RGB").resize((60, 30))).reshape(-1, 3), axis=0)) > 200
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_alignment_is_needed_and_right(rooms: Written, name: str) -> None:
+    scene = load_scene(rooms.root, name)
+    assert abs(scene.axis_align[0, 1]) > 0.1
+    assert np.abs(scene.axis_align[:3, 3]).max() > 0.1
+    assert len(scene.frames) == 12
+    for frame in scene.frames:
+        rotation = frame.cam_to_world[:3, :3]
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-9)
+        assert np.linalg.det(rotation) > 0
+        assert rotation[2, 2] < -0.1  # looks down
+        assert rotation[2, 1] < -0.5  # the image's y axis points down
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_measured_depth_lies_on_the_described_object(rooms: Written, name: str) -> None:
+    """Back-project each sample's target frame: many pixels inside the projected box must fall into the 3-D box."""
+    scene = load_scene(rooms.root, name)
+    split = "val" if name == SCENES[2] else "train"
+    samples, dropped = build_samples(rooms.root, annotations(rooms.root, split), split, 12)
+    assert dropped == {"no_visible_frame": 0}  # only what is visible is described
+    for sample in (sample for sample in samples if sample.scene_id == name):
+        answer = json.loads(sample.answer.strip("`").removeprefix("json"))
+        frame, box = scene.frames[answer["frame"]], sample.target.box[:6]
+        depth = load_depth(frame) / 1000.0
+        rows, columns = np.indices(depth.shape)
+        inverse = np.linalg.inv(scene.depth_intrinsic[:3, :3])
+        rays = np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ inverse.T
+        points = (rays * depth[..., None]) @ frame.cam_to_world[:3, :3].T + frame.cam_to_world[:3, 3]
+        inside = (np.abs(points - box[:3]) <= box[3:] / 2 + 0.005).all(axis=-1)
+        corners, along = project(box_corners(box), frame.cam_to_world, scene.intrinsic)
+        if (along <= 0.05).any():
+            continue  # partly beside the camera: its corners do not bound it in the image
+        low, high = corners.min(axis=0) - 1, corners.max(axis=0) + 1
+        within = (columns >= low[0]) & (columns <= high[0]) & (rows >= low[1]) & (rows <= high[1])
+        assert inside.sum() > 25
+        assert not (inside & ~within).any()
+        floor = np.abs(points[..., 2]) < 0.003
+        assert floor.any() or depth.max() < 2.0  # the floor is at height 0
+
+
+def test_renderer_agrees_with_the_projection() -> None:
+    """Every pixel that the renderer gives to an object back-projects into that object's box."""
+    room = make_room(np.random.default_rng(3), 4)
+    renderer, matrix = Renderer(room, (96, 72)), pinhole((96, 72))
+    seen: set[int] = set()
+    for camera in room.cameras:
+        color, depth, owner = renderer.render(camera)
+        assert color.shape == (72, 96, 3)
+        assert color.dtype == np.uint8
+        assert depth.dtype == np.uint16
+        rows, columns = np.nonzero(owner >= 0)
+        rays = np.stack([columns, rows, np.ones_like(rows)], axis=1) @ np.linalg.inv(matrix[:3, :3]).T
+        points = rays * depth[rows, columns, None] / 1000.0 @ camera[:3, :3].T + camera[:3, 3]
+        targets = np.stack([room.objects[i].box for i in owner[rows, columns]])
+        assert (np.abs(points - targets[:, :3]) <= targets[:, 3:] / 2 + 0.002).all()
+        seen |= set(owner[rows, columns].tolist())
+    assert len(seen) > 8
+
+
+def color_of(root: Path, name: str) -> dict[int, RoomObject]:
+    """The scene's objects with class and colour, rebuilt from the files' boxes and the room's own generator."""
+    for attempt in range(50):
+        split, index = ("val", 0) if name == SCENES[2] else ("train", int(name[5:9]))
+        room = make_room(np.random.default_rng([*scene_seed(7, split, index), attempt]), 12)
+        stored = boxes(root, name)
+        if len(stored) == len(room.objects) and np.allclose(stored[:, :6], [o.box for o in room.objects]):
+            return {o.object_id: o for o in room.objects}
+    raise AssertionError("no attempt gives the stored boxes")
+
+
+SENTENCE = re.compile(
+    r"(?:the |find the |of all the )(?P<size>largest |smallest )?(?P<what>.+?)"
+    r"(?:, it is the one | that is | that stands | )"
+    r"(?:in the room|(?P<how>nearest to|farthest from) the (?P<a>.+)|between the (?P<b>.+) and the (?P<c>.+))\."
+)
+
+
+def named(objects: dict[int, RoomObject], phrase: str) -> list[RoomObject]:
+    """All objects that a phrase such as "red chairs" fits."""
+    words = phrase.split(" ")
+    color = words.pop(0) if words[0] in PALETTE else None
+    singular = {name: name for name in KINDS} | {name + "s": name for name in KINDS} | {"bookshelves": "bookshelf"}
+    name = singular[" ".join(words)]
+    return [o for o in objects.values() if o.name == name and color in (None, o.color)]
+
+
+def meant(objects: dict[int, RoomObject], text: str) -> int:
+    """Read a sentence as a person would, with plain distances between centres."""
+    match = SENTENCE.fullmatch(text)
+    assert match, text
+    candidates = named(objects, match["what"])
+    assert len(candidates) > 1, text
+    if match["size"]:
+        ordered = sorted(candidates, key=lambda o: float(np.prod(o.box[3:])))
+        return ordered[-1 if match["size"] == "largest " else 0].object_id
+    anchors = [named(objects, match[key]) for key in "abc" if match[key]]
+    assert all(len(anchor) == 1 for anchor in anchors), text
+    places = [anchor[0].box[:2] for anchor in anchors]
+    if match["how"]:
+        ordered = sorted(candidates, key=lambda o: float(np.linalg.norm(o.box[:2] - places[0])))
+        return ordered[-1 if match["how"].startswith("far") else 0].object_id
+    # between: the least detour on the way from one anchor to the other
+    return min(
+        candidates, key=lambda o: float(np.linalg.norm(o.box[:2] - places[0]) + np.linalg.norm(o.box[:2] - places[1]))
+    ).object_id
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_sentences_mean_their_object(rooms: Written, name: str) -> None:
+    objects = color_of(rooms.root, name)
+    mine = [item for item in entries(rooms.root) if item["scene_id"] == name]
+    assert 6 <= len(mine) <= 10
+    assert len({item["description"] for item in mine}) == len(mine)
+    for item in mine:
+        assert meant(objects, item["description"]) == int(item["object_id"]), item["description"]
+        assert objects[int(item["object_id"])].name.replace(" ", "_") == item["object_name"]
+        assert " ".join(item["token"]).replace(" .", ".").replace(" ,", ",") == item["description"]
+    assert len({(item["object_id"], item["ann_id"]) for item in mine}) == len(mine)
+
+
+def test_many_rooms_have_distractors_and_clear_sentences() -> None:
+    relations: Counter[str] = Counter()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        room = make_room(rng, 8)
+        objects = {o.object_id: o for o in room.objects}
+        sentences = describe(rng, room.objects, set(objects), 10)
+        assert len(sentences) >= 6
+        relations.update(sentence.relation for sentence in sentences)
+        for sentence in sentences:
+            assert meant(objects, sentence.text) == sentence.object_id, sentence.text
+        for one in room.objects:
+            for other in room.objects[: one.object_id]:
+                assert (np.abs(one.box[:3] - other.box[:3]) * 2 > one.box[3:] + other.box[3:]).any()
+    assert set(relations) == {"nearest", "farthest", "between", "largest", "smallest"}
+
+
+def test_a_close_call_is_not_described() -> None:
+    def at(object_id: int, name: str, x: float) -> RoomObject:
+        return RoomObject(object_id, name, "red", np.array([x, 0.0, 0.5, 0.4, 0.4, 1.0]))
+
+    clear = [at(0, "window", 0.0), at(1, "chair", 1.0), at(2, "chair", 2.0)]
+    assert resolve(clear, "chair", None, "nearest", (0,)) == 1
+    assert resolve(clear, "chair", "red", "farthest", (0,)) == 2
+    assert resolve(clear, "chair", "blue", "nearest", (0,)) is None
+    assert resolve(clear, "chair", None, "largest", ()) is None  # equal sizes
+    assert resolve(clear, "chair", None, "nearest", (1,)) is None  # one of the chairs itself
+    assert (
+        resolve([at(0, "window", 0.0), at(1, "chair", 1.0), at(2, "chair", 1.2)], "chair", None, "nearest", (0,))
+        is None
+    )
+
+
+def test_reuse_and_refusals(rooms: Written, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(rooms.root, root)
+    again = write_dataset(root, 7, 2, 1, (160, 120), 12)
+    assert again.reused
+    assert again.message.startswith(f"reusing {root}: 2 train scenes, 1 val scenes")
+    with pytest.raises(ValueError, match=r"made with seed 7 instead of 6; name another folder"):
+        write_dataset(root, 6, 2, 1, (160, 120), 12)
+    shutil.rmtree(root / "posed_images" / "scene0001_00")
+    with pytest.raises(ValueError, match="lacks scene0001_00; remove the folder"):
+        write_dataset(root, 7, 2, 1, (160, 120), 12)
+    (root / "manifest.json").write_text('{"version": 1')
+    with pytest.raises(ValueError, match=r"exists but has no readable manifest.json"):
+        write_dataset(root, 7, 2, 1, (160, 120), 12)
+
+
+def test_a_failed_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("w2r2_ds.data.synthetic.write.write_sheet", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_dataset(tmp_path / "data", 0, 1, 1, (64, 48), 12)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((-1, 1, 1, (64, 48), 4), "seed is -1"),
+        ((0, 0, 1, (64, 48), 4), "train_scenes and val_scenes"),
+        ((0, 1, 5001, (64, 48), 4), "train_scenes and val_scenes"),
+        ((0, 1, 1, (64, 8), 4), "image_size is"),
+        ((0, 1, 1, (64, 48), 1), "frames_per_scene is 1"),
+    ],
+)
+def test_bad_options_are_named(options: tuple[int, int, int, tuple[int, int], int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(*options)
