@@ -6,6 +6,7 @@ Every step is one of the commands a user would type, printed before it runs. Run
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,9 @@ def run(*command: str) -> None:
     """Print a command, run it, stop the demo if it fails."""
     print(f"\n$ {' '.join(command)}", flush=True)
     # The Makefile puts the environment's programs first on PATH; the interpreter is this one in any case.
-    done = subprocess.run([sys.executable if command[0] == "python" else command[0], *command[1:]])
+    program = sys.executable if command[0] == "python" else command[0]
+    # The tensors are tiny: a second thread costs more than it computes.
+    done = subprocess.run([program, *command[1:]], env={"OMP_NUM_THREADS": "1", **os.environ})
     if done.returncode:
         sys.exit(f"demo: the command above failed with exit status {done.returncode}.")
 
@@ -55,7 +58,17 @@ def main() -> None:
             print(f"\nreusing {scores / f'scores-{geometry}.json'}")
             continue
         where = ("--checkpoint", str(step), "--out", str(scores))
-        run("python", "launchers/evaluate.py", *where, "--task", "scanrefer", "--geometry", geometry)
+        run(
+            "python",
+            "launchers/evaluate.py",
+            *where,
+            "--task",
+            "scanrefer",
+            "--geometry",
+            geometry,
+            "--batch_size",
+            "32",
+        )
     if adapter.exists():
         print(f"\nreusing the adapter in {adapter}")
     else:

@@ -53,7 +53,11 @@ def demo(workers: int = 0) -> None:
 def main() -> None:
     """Parse the command line and run one preparation."""
     try:
-        auto_cli({"synthetic": synthetic, "demo": demo}, as_positional=False, description="Prepare data for training and evaluation.")
+        auto_cli(
+            {"synthetic": synthetic, "demo": demo},
+            as_positional=False,
+            description="Prepare data for training and evaluation.",
+        )
     except ValueError as error:
         sys.exit(f"prepare.py: {error}")
 

@@ -1,4 +1,4 @@
-"""Train: ``deepspeed launchers/train.py --deepspeed ds_configs/zero3.json [--config RECIPE.yaml] [--objective.lam 1.5]``.
+"""Train: ``deepspeed launchers/train.py --deepspeed ds_configs/zero3.json [--config RECIPE.yaml] ...``.
 
 Without --config it runs the demo recipe, which makes its own scenes and tiny model where they are missing.
 """

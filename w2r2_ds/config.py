@@ -1,11 +1,13 @@
-"""The run configuration: typed, nested, strict. Every field is an option of `launchers/train.py`; unknown keys are errors.
+"""The run configuration: typed, nested, strict. Every field is an option of `launchers/train.py`.
 
-Precedence: command line, then `--config RECIPE.yaml`, then the recipe `demo.yaml`, then the defaults below.
+Unknown keys are errors. The command line wins over `--config RECIPE.yaml`, which wins over the defaults below; without
+`--config` the recipe is `demo.yaml`.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,7 +207,7 @@ def check(config: RunConfig) -> None:
 
 def parser(description: str, with_demo: bool = True) -> ArgumentParser:
     """A parser whose options are the fields of `RunConfig`; `with_demo` takes the demo recipe as defaults."""
-    defaults = [str(RECIPES / "demo.yaml")] if with_demo else []
+    defaults: list[str | PathLike[Any]] = [RECIPES / "demo.yaml"] if with_demo else []
     result = ArgumentParser(description=description, default_config_files=defaults)
     result.add_argument("--config", action="config", help="YAML recipe; its keys are the options below.")
     result.add_class_arguments(RunConfig)

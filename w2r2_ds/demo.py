@@ -1,4 +1,4 @@
-"""What the demo makes where a user would bring data and weights: synthetic scenes, a tiny VLM (warmed up), a tiny VGGT."""
+"""What the demo makes where a user would bring data and weights: scenes, a tiny warmed-up VLM, a tiny VGGT."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def prepare_models(config: RunConfig) -> None:
     if vlm.exists():
         manifest = vlm / MANIFEST
         if not manifest.is_file() or json.loads(manifest.read_text()) != options:
-            raise ValueError(f"{vlm} exists but was not made with these data and demo options; remove it or name another.")
+            raise ValueError(
+                f"{vlm} exists but was not made with these data and demo options; remove it or name another."
+            )
         print(f"reusing the tiny model in {vlm}", flush=True)
         return
     aside = vlm.with_name(vlm.name + ".partial")

@@ -96,9 +96,7 @@ def outputs(files: list[Golden], prefix: str) -> list[Any]:
     ]
 
 
-CASES = [
-    pytest.param(golden, case, id=f"{golden.name}-{case}") for golden in RUNS for case in golden.record["cases"]
-]
+CASES = [pytest.param(golden, case, id=f"{golden.name}-{case}") for golden in RUNS for case in golden.record["cases"]]
 CASE_OUTPUTS = [
     pytest.param(golden, case, name.values[1], id=name.id)
     for golden in RUNS

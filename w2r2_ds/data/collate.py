@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class Batch:
         return self.rows
 
 
-def _map(value, function):  # type: ignore[no-untyped-def]
+def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Apply `function` to every tensor of nested dataclasses and tuples."""
     if isinstance(value, torch.Tensor):
         return function(value)
@@ -192,6 +193,4 @@ def _answer_rows(features: Sequence[Features]) -> AnswerRows:
             number[index, i, : len(tokens)] = torch.tensor(tokens) + first_row
             place[index, i, : len(tokens)] = torch.tensor(places, dtype=torch.float64)
         first_row += count
-    return AnswerRows(
-        torch.cat(sample), torch.cat(position), torch.cat(label), torch.cat(where), number, place, lead
-    )
+    return AnswerRows(torch.cat(sample), torch.cat(position), torch.cat(label), torch.cat(where), number, place, lead)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from w2r2_ds.config import DataConfig
-from w2r2_ds.data.collate import Batch, Collator, Positions
+from w2r2_ds.data.collate import Collator, Positions
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.sampler import GlobalBatchSampler
@@ -82,7 +83,7 @@ def visual_kind(config: DataConfig) -> str:
 
 def train_loader(
     samples: Sequence[Sample], front: Front, config: DataConfig, sampler: GlobalBatchSampler
-) -> DataLoader[Batch]:
+) -> DataLoader[Any]:
     """Micro-batches of this rank, in the sampler's order."""
     dataset = SampleDataset(samples, make_processor(front, config), with_answer=True)
     collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), make_positions(front, config))
@@ -93,11 +94,11 @@ def train_loader(
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.workers > 0,
-    )  # type: ignore[return-value]
+    )
 
 
-def prompt_loader(samples: Sequence[Sample], front: Front, config: DataConfig, batch_size: int) -> DataLoader[Batch]:
+def prompt_loader(samples: Sequence[Sample], front: Front, config: DataConfig, batch_size: int) -> DataLoader[Any]:
     """Left-padded prompts in order, for generation."""
     dataset = SampleDataset(samples, make_processor(front, config), with_answer=False)
     collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), positions=None)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=config.workers)  # type: ignore[return-value]
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=config.workers)

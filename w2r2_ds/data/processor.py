@@ -56,7 +56,7 @@ class Processor:
         self.tokenizer, self.vision, self.config = tokenizer, vision, config
         if config.frame_width % vision.patch_size:
             raise ValueError(
-                f"data.frame_width is {config.frame_width}; it must be a multiple of the patch size {vision.patch_size}."
+                f"data.frame_width is {config.frame_width}; make it a multiple of the patch size {vision.patch_size}."
             )
         self.end_of_turn = "<|im_end|>"
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})

@@ -43,7 +43,9 @@ def grounding_slots(answer: str, offsets: list[tuple[int, int]]) -> AnswerSlots:
     """
     matches = list(_NUMBER.finditer(answer))
     if len(matches) != NUMBERS:
-        raise ValueError(f"A grounding answer holds {NUMBERS} numbers (frame and box); this has {len(matches)}: {answer!r}.")
+        raise ValueError(
+            f"A grounding answer holds {NUMBERS} numbers (frame and box); this has {len(matches)}: {answer!r}."
+        )
     start_of = {begin: index for index, (begin, end) in enumerate(offsets) if end > begin}
     where = np.zeros(len(offsets), dtype=bool)
     lead = np.zeros(NUMBERS, dtype=np.int64)

@@ -1,9 +1,9 @@
 """What is saved: the trained tensors, DeepSpeed's optimizer shards, and a description of both.
 
-    RUN/checkpoints/step-000030/trainable.safetensors   LoRA and merger, whole tensors, for evaluation and export
-                                engine/                 DeepSpeed's shards, for an exact resume
-                                checkpoint.json         step, model fingerprint, versions; written last
-    RUN/checkpoints/latest                              name of the newest complete checkpoint; moves last
+RUN/checkpoints/step-000030/trainable.safetensors   LoRA and merger, whole tensors, for evaluation and export
+                            engine/                 DeepSpeed's shards, for an exact resume
+                            checkpoint.json         step, model fingerprint, versions; written last
+RUN/checkpoints/latest                              name of the newest complete checkpoint; moves last
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def find_checkpoint(path: str | Path) -> Path:
     if (folder / "latest").is_file():
         path = folder / (folder / "latest").read_text().strip()
     if not (path / DESCRIPTION).is_file():
-        raise ValueError(f"{path} holds no complete checkpoint ({DESCRIPTION} is missing); name a run or a step folder.")
+        raise ValueError(
+            f"{path} holds no complete checkpoint ({DESCRIPTION} is missing); name a run or a step folder."
+        )
     return path
 
 

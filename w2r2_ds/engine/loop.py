@@ -193,9 +193,7 @@ def continue_from(config: RunConfig) -> Path | None:
     if not has_checkpoint(config.out):
         return None
     if config.resume == "none":
-        raise ValueError(
-            f"{config.out} already holds checkpoints; give --resume auto to go on, or another --out."
-        )
+        raise ValueError(f"{config.out} already holds checkpoints; give --resume auto to go on, or another --out.")
     return find_checkpoint(config.out)
 
 
@@ -224,4 +222,3 @@ def parameter_groups(model: W2R2, config: RunConfig) -> list[dict[str, Any]]:
     merger = list(trainable(model.geometry_merger).values())
     assert lora and merger, "both groups train"
     return [{"params": lora, "lr": config.train.lr}, {"params": merger, "lr": config.train.merger_lr}]
-

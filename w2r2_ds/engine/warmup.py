@@ -31,7 +31,13 @@ def warm_up(vlm: Any, front: Front, config: RunConfig, report: Callable[[int, fl
     demo: DemoConfig = config.demo
     samples, _ = load_samples(config.data, "train")
     sampler = GlobalBatchSampler(
-        len(samples), demo.warmup_batch, demo.warmup_batch, rank=0, world_size=1, steps=demo.warmup_steps, seed=demo.seed
+        len(samples),
+        demo.warmup_batch,
+        demo.warmup_batch,
+        rank=0,
+        world_size=1,
+        steps=demo.warmup_steps,
+        seed=demo.seed,
     )
     torch.manual_seed(demo.seed)
     vlm.train()

@@ -1,8 +1,8 @@
 """Export what was trained: a plain PEFT directory, the geometry merger, and a card.
 
-    ADAPTER/adapter_config.json, adapter_model.safetensors   stock peft and transformers load these
-            geometry_merger.safetensors                      the merger's tensors
-            w2r2_card.json                                   base model, configuration, metrics, versions
+ADAPTER/adapter_config.json, adapter_model.safetensors   stock peft and transformers load these
+        geometry_merger.safetensors                      the merger's tensors
+        w2r2_card.json                                   base model, configuration, metrics, versions
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from w2r2_ds.config import RunConfig, from_tree
 from w2r2_ds.config import load_config as load_run_config
 from w2r2_ds.engine.checkpoint import DESCRIPTION, find_checkpoint, load_trainable
-from w2r2_ds.models.build import build_model, fingerprint, resolve_dtype
+from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.versions import versions
 
@@ -40,7 +40,7 @@ def export_adapter(path: Path, out: Path) -> Path:
     model = build_model(config.model, torch.device("cpu"), config.train.seed)
     load_trainable(checkpoint, model)
     out.mkdir(parents=True, exist_ok=True)
-    model.vlm.save_pretrained(str(out), save_embedding_layers=False)
+    cast(PeftModel, model.vlm).save_pretrained(str(out), save_embedding_layers=False)
     save_file({name: p.detach().contiguous() for name, p in model.geometry_merger.state_dict().items()}, out / MERGER)
     (out / ADAPTER_CARD).write_text(json.dumps(card(config, model, checkpoint), indent=2) + "\n")
     refuse_empty(out)
@@ -74,7 +74,7 @@ def load_adapter(path: Path, device: torch.device) -> tuple[RunConfig, W2R2]:
     """The configuration and the model of an exported adapter."""
     config = from_tree(json.loads((path / ADAPTER_CARD).read_text())["configuration"])
     model = build_model(config.model, device, config.train.seed)
-    merged = PeftModel.from_pretrained(model.vlm.unload(), str(path), torch_dtype=resolve_dtype(config.model.dtype))
-    model.vlm = merged
+    plain = cast(PeftModel, model.vlm).unload()
+    model.vlm = PeftModel.from_pretrained(plain, str(path), autocast_adapter_dtype=False)
     model.geometry_merger.load_state_dict(load_file(path / MERGER), strict=True)
     return config, model

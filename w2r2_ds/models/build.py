@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from w2r2_ds.config import ModelConfig
@@ -57,7 +58,8 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     vggt = load_vggt(config.vggt)
     if config.geometry_layer >= vggt.config.depth:
         raise ValueError(
-            f"model.geometry_layer is {config.geometry_layer}, but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
+            f"model.geometry_layer is {config.geometry_layer}, "
+            f"but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
         )
     geometry = VGGTEncoder(vggt, config.geometry_layer).to(device, dtype)
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
@@ -72,7 +74,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 def fingerprint(model: W2R2) -> dict[str, Any]:
     """What two models must share for the trained weights of one to mean anything in the other."""
     text, vision = model.base.config.get_text_config(), model.base.config.vision_config
-    lora = model.vlm.peft_config["default"]
+    lora: Any = cast(PeftModel, model.vlm).peft_config["default"]
     merger = model.geometry_merger
     return {
         "model_type": model.base.config.model_type,

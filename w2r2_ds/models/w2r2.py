@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from w2r2_ds.geometry.encoder import GeometryEncoder
@@ -44,12 +45,17 @@ class W2R2(nn.Module):
         self.vlm = vlm
         self.geometry_merger = geometry_merger
         self.zero = zero
-        object.__setattr__(self, "geometry", geometry)
+        object.__setattr__(self, "_geometry", geometry)
+
+    @property
+    def geometry(self) -> GeometryEncoder:
+        """The frozen geometry encoder."""
+        return cast(GeometryEncoder, self.__dict__["_geometry"])
 
     @property
     def base(self) -> Any:
         """The transformers model itself, LoRA layers in place."""
-        return self.vlm.get_base_model() if hasattr(self.vlm, "get_base_model") else self.vlm
+        return self.vlm.get_base_model() if isinstance(self.vlm, PeftModel) else self.vlm
 
     @torch.no_grad()
     def encode_2d(self, visuals: VisualInputs) -> Any:
@@ -61,8 +67,7 @@ class W2R2(nn.Module):
     @torch.no_grad()
     def encode_3d(self, visuals: VisualInputs) -> list[torch.Tensor]:
         """F3D: per sample ``[frames or pairs of frames, h, w, channels]`` features of the geometry encoder."""
-        encoder: GeometryEncoder = self.geometry  # type: ignore[assignment]
-        features = [encoder.encode(images) for images in visuals.geometry_images]
+        features = [self.geometry.encode(images) for images in visuals.geometry_images]
         return [pair_frames(f) for f in features] if visuals.kind == "video" else features
 
     def merge(self, features: list[torch.Tensor]) -> torch.Tensor:

@@ -39,7 +39,9 @@ def read_numbers(predicted: torch.Tensor, rows: AnswerRows, tables: TokenTables)
     ends = (number >= 0) & (tables.digit[label] < 0) & ~is_digit
     is_after = (number >= 0) & (number == number.amax(-1, keepdim=True))
     correct = (label == guess) | (number < 0) | (ends & is_after)
-    before = torch.cumprod(torch.cat([torch.ones_like(correct[..., :1]), correct[..., :-1]], dim=-1).long(), dim=-1) == 1
+    before = (
+        torch.cumprod(torch.cat([torch.ones_like(correct[..., :1]), correct[..., :-1]], dim=-1).long(), dim=-1) == 1
+    )
     first_wrong = before & ~correct
     value = torch.where(before & is_digit, guess_digit * place, 0.0).sum(-1)
 

@@ -1,0 +1,192 @@
+"""Frames from disk, their sizes, and the inputs of Qwen's vision tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
+
+from w2r2_ds.data.images import even_crop, load_frame, qwen_patches, resize_for_vggt
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def frames(count: int, height: int, width: int) -> np.ndarray:
+    """``uint8 [count, height, width, 3]``."""
+    return np.stack([noise(height, width, seed) for seed in range(count)])
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """``float32 [count, 3, height, width]`` in [0, 1]."""
+    return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+
+
+def test_a_colour_image_is_loaded_as_it_is(tmp_path: Path) -> None:
+    Image.fromarray(noise(5, 7)).save(tmp_path / "frame.png")
+    np.testing.assert_array_equal(load_frame(tmp_path / "frame.png"), noise(5, 7))
+
+
+def test_a_transparent_image_is_put_on_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (3, 1))
+    for column, colour in enumerate([(10, 20, 30, 255), (10, 20, 30, 0), (0, 0, 0, 51)]):
+        image.putpixel((column, 0), colour)
+    image.save(tmp_path / "frame.png")
+    assert load_frame(tmp_path / "frame.png").tolist() == [[[10, 20, 30], [255, 255, 255], [204, 204, 204]]]
+
+
+def test_a_gray_image_has_three_equal_channels(tmp_path: Path) -> None:
+    Image.fromarray(noise(5, 7)[:, :, 0]).save(tmp_path / "frame.png")
+    np.testing.assert_array_equal(load_frame(tmp_path / "frame.png"), noise(5, 7)[:, :, :1].repeat(3, axis=2))
+
+
+def test_a_missing_frame_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'nowhere.jpg'} does not exist"):
+        load_frame(tmp_path / "nowhere.jpg")
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, -200])
+def test_a_truncated_jpeg_is_named(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "frame.jpg"
+    Image.fromarray(noise(60, 80)).save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+        load_frame(path)
+
+
+def test_a_truncated_png_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "frame.png"
+    Image.fromarray(noise(60, 80)).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+        load_frame(path)
+
+
+def test_a_depth_map_is_no_frame(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 3000, dtype=np.uint16)).save(tmp_path / "depth.png")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        load_frame(tmp_path / "depth.png")
+
+
+def test_default_width_is_518() -> None:
+    assert resize_for_vggt([noise(48, 64)]).shape == (1, 3, 392, 518)
+
+
+def test_a_width_that_is_no_multiple_of_14_becomes_one() -> None:
+    assert resize_for_vggt([noise(75, 101)], width=56).shape == (1, 3, 42, 56)
+    assert resize_for_vggt([noise(101, 75)], width=56, mode="pad").shape == (1, 3, 56, 56)
+
+
+@pytest.mark.parametrize("width", [0, -14, 100])
+def test_a_target_width_that_is_no_multiple_of_14_is_refused(width: int) -> None:
+    with pytest.raises(ValueError, match=f"width {width} must be a positive multiple of 14"):
+        resize_for_vggt([noise(28, 28)], width=width)
+
+
+def test_frames_of_the_target_size_keep_their_pixels() -> None:
+    given = frames(2, 28, 56)
+    np.testing.assert_array_equal(resize_for_vggt(list(given), width=56), pixels(given))
+
+
+def test_crop_keeps_the_middle_of_a_high_frame() -> None:
+    tall = noise(84, 56)
+    np.testing.assert_array_equal(resize_for_vggt([tall], width=56), pixels(tall[None, 14:70]))
+
+
+def test_pad_puts_white_left_and_right_of_a_high_frame() -> None:
+    tall = noise(56, 28)
+    padded = resize_for_vggt([tall], width=56, mode="pad")
+    np.testing.assert_array_equal(padded[..., 14:42], pixels(tall[None]))
+    assert (padded[..., :14] == 1).all()
+    assert (padded[..., 42:] == 1).all()
+
+
+def test_frames_of_unequal_height_are_centred_on_white() -> None:
+    low, high = noise(28, 56), noise(56, 56)
+    both = resize_for_vggt([low, high], width=56)
+    np.testing.assert_array_equal(both[1], pixels(high[None])[0])
+    np.testing.assert_array_equal(both[0, :, 14:42], pixels(low[None])[0])
+    assert (both[0, :, :14] == 1).all()
+    assert (both[0, :, 42:] == 1).all()
+
+
+def test_no_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        resize_for_vggt([])
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="'stretch'"):
+        resize_for_vggt([noise(28, 28)], mode="stretch")
+
+
+def test_a_frame_that_would_vanish_is_refused() -> None:
+    with pytest.raises(ValueError, match="200 x 2 pixels"):
+        resize_for_vggt([noise(2, 200)], width=56)
+
+
+def test_a_frame_of_floats_is_refused() -> None:
+    with pytest.raises(ValueError, match="float32"):
+        resize_for_vggt([np.zeros((28, 28, 3), dtype=np.float32)], width=28)
+
+
+def test_even_crop_cuts_at_bottom_and_right() -> None:
+    given = pixels(frames(1, 42, 70))
+    np.testing.assert_array_equal(even_crop(given), given[:, :, :28, :56])
+
+
+def test_even_crop_refuses_frames_without_one_merged_patch() -> None:
+    with pytest.raises(ValueError, match="70 x 14 pixels"):
+        even_crop(np.zeros((1, 3, 14, 70), dtype=np.float32))
+
+
+@pytest.mark.parametrize(("height", "width"), [(84, 112), (112, 56), (392, 504)])
+def test_qwen_patches_are_the_stock_processors(height: int, width: int) -> None:
+    given = frames(2, height, width)
+    stock = Qwen2VLImageProcessorPil()(list(given), return_tensors="np")
+    patches, grid = qwen_patches(pixels(given))
+    np.testing.assert_array_equal(grid, stock["image_grid_thw"])
+    np.testing.assert_allclose(patches, stock["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_qwen_patches_of_other_sizes_are_the_stock_processors() -> None:
+    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
+    given = frames(1, 96, 192)
+    stock = Qwen2VLImageProcessorPil(patch_size=16, merge_size=3, image_mean=mean, image_std=std)
+    wanted = stock(list(given), return_tensors="np")
+    patches, grid = qwen_patches(pixels(given), patch_size=16, merge_size=3, mean=mean, std=std)
+    np.testing.assert_array_equal(grid, wanted["image_grid_thw"])
+    np.testing.assert_allclose(patches, wanted["pixel_values"], rtol=0, atol=1e-5)
+
+
+def test_a_video_of_one_frame_is_that_image() -> None:
+    given = pixels(frames(1, 56, 84))
+    for video, image in zip(qwen_patches(given, as_video=True), qwen_patches(given), strict=True):
+        np.testing.assert_array_equal(video, image)
+
+
+def test_a_video_pairs_its_frames_and_repeats_the_last() -> None:
+    given = pixels(frames(3, 56, 84))
+    patches, grid = qwen_patches(given, as_video=True)
+    assert grid.tolist() == [[2, 4, 6]]
+    in_time = patches.reshape(2, 24, 3, 2, 14, 14)
+    alone = qwen_patches(given)[0].reshape(3, 24, 3, 2, 14, 14)[:, :, :, 0]
+    for clip, (first, second) in zip(in_time, [(0, 1), (2, 2)], strict=True):
+        np.testing.assert_array_equal(clip[:, :, 0], alone[first])
+        np.testing.assert_array_equal(clip[:, :, 1], alone[second])
+
+
+@pytest.mark.parametrize(("height", "width"), [(42, 56), (56, 42)])
+def test_qwen_patches_refuse_sides_that_cannot_be_merged(height: int, width: int) -> None:
+    with pytest.raises(ValueError, match=f"{width} x {height} pixels must be multiples of 28"):
+        qwen_patches(np.zeros((1, 3, height, width), dtype=np.float32))
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 1, 28, 28), (0, 3, 28, 28), (1, 3, 0, 28)])
+def test_qwen_patches_refuse_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[frames, 3, height, width\]"):
+        qwen_patches(np.zeros(shape, dtype=np.float32))
