@@ -105,7 +105,7 @@ def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         return function(value)
     if isinstance(value, tuple):
         return tuple(_map(item, function) for item in value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _map(getattr(value, field.name), function) for field in dataclasses.fields(value)}
         return type(value)(**fields)
     return value

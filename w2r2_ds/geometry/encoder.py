@@ -17,6 +17,11 @@ class GeometryEncoder(Protocol):
         """Channels of a feature."""
         ...
 
+    @property
+    def layer(self) -> int:
+        """Layer that the features come from."""
+        ...
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """``[S, 3, H, W]`` in [0, 1], frames of one scene in order -> ``[S, h, w, feature_dim]``, no gradient."""
         ...
