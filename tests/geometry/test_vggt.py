@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,15 +19,19 @@ TINY = VGGTConfig(img_size=28, embed_dim=32, depth=3, num_heads=2, vit_depth=1, 
 SOME = "aggregator.frame_blocks.1.mlp.fc1.weight"
 
 
-@pytest.fixture
-def vggt() -> VGGT:
-    """Tiny, every weight random: nothing is hidden by a zero or by a small LayerScale."""
+def tiny(**changes: object) -> VGGT:
+    """Every weight is random: nothing is hidden by a zero or by a small LayerScale."""
     torch.manual_seed(0)
-    model = VGGT(TINY)
+    model = VGGT(dataclasses.replace(TINY, **changes))
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=0.3)
     return model.eval()
+
+
+@pytest.fixture
+def vggt() -> VGGT:
+    return tiny()
 
 
 @pytest.fixture
@@ -224,8 +229,7 @@ def test_order_matters_for_the_first_frame_only(vggt: VGGT, images: torch.Tensor
 
 @pytest.mark.parametrize("patch_embed", ["dinov2", "conv"])
 def test_bfloat16_is_close_to_float32(images: torch.Tensor, patch_embed: str) -> None:
-    torch.manual_seed(0)
-    vggt = VGGT(VGGTConfig.from_dict(TINY.to_dict() | {"patch_embed": patch_embed})).eval()
+    vggt = tiny(patch_embed=patch_embed)
     exact = run(vggt, images, 2)[2]
     rounded = run(vggt.to(torch.bfloat16), images, 2)[2]
     assert rounded.dtype == torch.bfloat16

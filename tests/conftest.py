@@ -1,0 +1,128 @@
+"""One tiny model, a few hand-made samples and batches of them, shared by the tests of data, objective and engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
+
+
+def look(step: int) -> np.ndarray:
+    """A camera near the origin that looks along +y, turned a little to the left and down with every step."""
+    yaw, pitch = 0.1 * step - 0.3, 0.05 * step
+    level = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
+    turn = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
+    tilt = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch), np.cos(pitch)]])
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = turn @ level @ tilt, [0.1 * step, -0.2, 1.4]
+    return pose
+
+
+def make_sample(folder: Path, name: str, frames: int, size: tuple[int, int], frame: int, description: str) -> Any:
+    """A sample of `frames` noise images of `size` (width, height), whose answer names `frame`."""
+    from w2r2_ds.data.boxes import world_to_camera
+    from w2r2_ds.data.sample import Sample, Target
+    from w2r2_ds.data.tasks.scanrefer import answer_text, question_text
+
+    noise = np.random.default_rng(len(name) + frames)
+    paths = []
+    for index in range(frames):
+        paths.append(folder / f"{name}_{index}.png")
+        Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(paths[-1])
+    poses = np.stack([look(index) for index in range(frames)])
+    return Sample(
+        id=name,
+        task="scanrefer",
+        scene_id="scene0000_00",
+        frames=tuple(paths),
+        cam_to_world=poses,
+        question=question_text(description),
+        answer=answer_text(frame, world_to_camera(BOX, poses[frame])),
+        target=Target(BOX, 3, "chair", "unique"),
+    )
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Four frames of 56 x 42 after resizing, three of 56 x 56, twelve (two-digit frame 11) of 56 x 42."""
+    folder = tmp_path_factory.mktemp("frames")
+    return [
+        make_sample(folder, "four", 4, (80, 60), 2, "the red chair."),
+        make_sample(folder, "three", 3, (64, 64), 0, "a small brown table beside the white door of the room."),
+        make_sample(folder, "twelve", 12, (80, 60), 11, "the sofa."),
+    ]
+
+
+@pytest.fixture(scope="session")
+def model_config(tmp_path_factory: pytest.TempPathFactory, samples: list[Any]) -> Any:
+    """Configuration of a tiny Qwen2.5-VL and a tiny VGGT, both random."""
+    from w2r2_ds.config import ModelConfig
+    from w2r2_ds.models.tiny import build_tiny_vggt, build_tiny_vlm
+
+    folder = tmp_path_factory.mktemp("tiny_models")
+    texts = [text for sample in samples for text in (sample.question, sample.answer)]
+    sizes = {"hidden": 64, "layers": 2, "intermediate": 128, "vision_hidden": 32, "vision_depth": 2}
+    build_tiny_vlm(folder / "vlm", texts, 3, **sizes)
+    build_tiny_vggt(folder / "vggt", 3, embed_dim=32, depth=2, num_heads=2)
+    return ModelConfig(
+        vlm=str(folder / "vlm"),
+        vggt=str(folder / "vggt"),
+        geometry_layer=1,
+        merger_hidden=32,
+        lora_rank=4,
+        lora_alpha=8,
+        lora_dropout=0.0,
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="session")
+def front(model_config: Any) -> Any:
+    """Tokenizer, vision facts and meta model of the tiny VLM."""
+    from w2r2_ds.models.build import load_front
+
+    return load_front(model_config)
+
+
+@pytest.fixture(scope="session")
+def data_config() -> Any:
+    """`data_config(**changes)`: small frames, loaded in this process."""
+    from w2r2_ds.config import DataConfig
+
+    def make(**changes: Any) -> Any:
+        return DataConfig(**{"frame_width": 56, "max_length": 512, "workers": 0, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch_of(front: Any, data_config: Any) -> Callable[..., Any]:
+    """`batch_of(samples, with_answer=True, **changes of the data configuration)`: the batch that a loader makes."""
+    from w2r2_ds.data.collate import Collator
+    from w2r2_ds.data.loading import make_positions, make_processor, visual_kind
+
+    def make(chosen: Sequence[Any], with_answer: bool = True, **changes: Any) -> Any:
+        config = data_config(**changes)
+        processor = make_processor(front, config)
+        positions = make_positions(front, config) if with_answer else None
+        collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), positions)
+        return collate([processor(sample, with_answer) for sample in chosen])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tables(front: Any) -> Any:
+    """Token tables of the tiny tokenizer."""
+    from w2r2_ds.data.slots import token_tables
+
+    return token_tables(front.tokenizer, front.meta.config.get_text_config().vocab_size)

@@ -1,0 +1,131 @@
+"""One sample to tensors: counts that agree, and refusals that name what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from w2r2_ds.data.loading import make_processor
+from w2r2_ds.data.processor import IMAGE, VIDEO, Processor
+from w2r2_ds.models.tiny import CHAT_TEMPLATE
+
+
+def text_of(front: Any, ids: torch.Tensor) -> str:
+    return str(front.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def test_images_one_placeholder_per_merged_patch(front: Any, data_config: Any, samples: list[Any]) -> None:
+    features = make_processor(front, data_config())(samples[0], with_answer=True)
+    assert features.grid_thw.tolist() == [[1, 2, 4]] * 4  # 56 x 42 pixels, the odd row of patches cropped
+    assert features.pixel_values.shape == (4 * 8, 3 * 2 * 14 * 14)
+    assert features.geometry_images.shape == (4, 3, 42, 56)  # not cropped
+    assert features.geometry_images.min() >= 0 and features.geometry_images.max() <= 1
+    assert int((features.input_ids == front.vision.image_token_id).sum()) == 4 * 2
+    assert torch.equal(features.token_types == IMAGE, features.input_ids == front.vision.image_token_id)
+    pads = "<|image_pad|>" * 2
+    frames = "".join(f"Frame-{i}: <|vision_start|>{pads}<|vision_end|>" for i in range(4))
+    assert text_of(front, features.input_ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"{frames}{samples[0].question}<|im_end|>\n<|im_start|>assistant\n{samples[0].answer}<|im_end|>"
+    )
+
+
+def test_video_has_one_grid_and_pairs_of_frames(front: Any, data_config: Any, samples: list[Any]) -> None:
+    features = make_processor(front, data_config(visual="video"))(samples[1], with_answer=True)
+    assert features.grid_thw.tolist() == [[2, 4, 4]]  # three frames are two pairs
+    assert features.pixel_values.shape[0] == 32
+    assert int((features.input_ids == front.vision.video_token_id).sum()) == 2 * 4
+    assert torch.equal(features.token_types == VIDEO, features.input_ids == front.vision.video_token_id)
+    assert "Frame-" not in text_of(front, features.input_ids)
+
+
+def test_prompt_is_the_training_sequence_without_its_answer(front: Any, data_config: Any, samples: list[Any]) -> None:
+    processor = make_processor(front, data_config())
+    training, prompt = (processor(samples[2], with_answer) for with_answer in (True, False))
+    count = training.answer_tokens
+    assert torch.equal(training.input_ids[:-count], prompt.input_ids)
+    assert text_of(front, training.input_ids[-count:]) == samples[2].answer + "<|im_end|>"
+    assert training.slots is not None and len(training.slots.where) == count
+    assert prompt.answer_tokens == 0 and prompt.slots is None
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|video_pad|>"])
+def test_special_tokens_in_the_description(front: Any, data_config: Any, samples: list[Any], token: str) -> None:
+    processor = make_processor(front, data_config())
+    with pytest.raises(ValueError, match=r"Sample four: .*special token"):
+        processor(replace(samples[0], question=f"where is {token}?"), with_answer=False)
+    with pytest.raises(ValueError, match=r"Sample four: .*special token"):
+        processor(replace(samples[0], answer=samples[0].answer + token), with_answer=True)
+
+
+def test_too_long_names_sample_and_limit(front: Any, data_config: Any, samples: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"Sample four has \d+ tokens, more than data.max_length = 100"):
+        make_processor(front, data_config(max_length=100))(samples[0], with_answer=True)
+
+
+def test_missing_and_broken_frames_are_named(front: Any, data_config: Any, samples: list[Any], tmp_path: Path) -> None:
+    processor = make_processor(front, data_config())
+    frames = samples[0].frames
+    with pytest.raises(ValueError, match=r"gone\.jpg does not exist"):
+        processor(replace(samples[0], frames=(*frames[:3], tmp_path / "gone.jpg")), with_answer=True)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff no image")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read"):
+        processor(replace(samples[0], frames=(*frames[:3], broken)), with_answer=True)
+
+
+def test_width_must_be_a_multiple_of_the_patch(front: Any, data_config: Any) -> None:
+    with pytest.raises(ValueError, match=r"data.frame_width is 60; .* 14"):
+        make_processor(front, data_config(frame_width=60))
+
+
+def test_frames_smaller_than_a_merged_patch(front: Any, data_config: Any, samples: list[Any]) -> None:
+    with pytest.raises(ValueError, match="smaller than one merged patch"):
+        make_processor(front, data_config(frame_width=14))(samples[0], with_answer=True)
+
+
+def test_frames_of_odd_and_unequal_sizes(front: Any, data_config: Any, samples: list[Any], tmp_path: Path) -> None:
+    paths = []
+    for index, size in enumerate([(83, 61), (47, 61)]):
+        paths.append(tmp_path / f"{index}.png")
+        Image.fromarray(np.full((size[1], size[0], 3), 90, dtype=np.uint8)).save(paths[-1])
+    odd = replace(samples[0], frames=tuple(paths), cam_to_world=samples[0].cam_to_world[:2])
+    features = make_processor(front, data_config())(odd, with_answer=False)
+    # 56 x 42 and 56 x 56 (cut): the first is padded to the second.
+    assert features.geometry_images.shape == (2, 3, 56, 56)
+    assert features.grid_thw.tolist() == [[1, 4, 4]] * 2
+    assert features.geometry_images[0, :, 0].min() == 1 and features.geometry_images[1].max() < 1
+
+
+class Tokenizer:
+    """The tiny tokenizer with another chat template."""
+
+    def __init__(self, inner: Any, chat_template: str | None) -> None:
+        self.inner, self.chat_template = inner, chat_template
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.inner(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+        return self.inner.apply_chat_template(messages, chat_template=self.chat_template, **options)
+
+
+@pytest.mark.parametrize("token", ["<|an_image|>", ""])
+def test_tokenizer_without_vision_tokens(front: Any, data_config: Any, samples: list[Any], token: str) -> None:
+    tokenizer = Tokenizer(front.tokenizer, CHAT_TEMPLATE.replace("<|image_pad|>", token))
+    with pytest.raises(ValueError, match="made 0 visual placeholders for 4 images"):
+        Processor(tokenizer, front.vision, data_config())(samples[0], with_answer=True)
+
+
+def test_tokenizer_without_chat_template(front: Any, data_config: Any) -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        Processor(Tokenizer(front.tokenizer, None), front.vision, data_config())

@@ -1,0 +1,260 @@
+"""A small world (scenes, warmed-up tiny models), and runs in it with the real launcher; shared by the slower tests.
+
+As a program it is what the launcher starts for many short runs in one go (`run_jobs`); every rank works through the
+same list of jobs. ``python tests/runs.py record`` writes the golden losses again (see tests/engine/test_training.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ZERO3 = ROOT / "ds_configs" / "zero3.json"
+GOLDEN_LOSSES = ROOT / "tests" / "golden" / "losses" / "demo30.json"
+TIMEOUT = 900
+STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 10, 8, 4
+
+
+@dataclass(frozen=True)
+class World:
+    """Two furnished training rooms and one for validation, so few that the tiny VLM begins to know them by heart.
+
+    Then its teacher-forced answers overlap with the boxes, and the hinge of the objective is active for some samples.
+    """
+
+    folder: Path
+
+    def arguments(self, out: Path, **changes: object) -> list[str]:
+        """Options of `launchers/train.py`; ``changes`` are written ``train__steps=3``."""
+        options = {
+            "out": out,
+            "demo.enabled": "false",
+            "demo.warmup_steps": 100,
+            "data.root": self.folder / "scenes",
+            "data.frames": 2,
+            "data.frame_width": 56,
+            "model.vlm": self.folder / "vlm",
+            "model.vggt": self.folder / "vggt",
+            "objective.mu": 0.0,
+            "train.steps": STEPS,
+            "train.global_batch": GLOBAL_BATCH,
+            "train.micro_batch": MICRO_BATCH,
+            "train.save_every": SAVE_EVERY,
+            "train.keep_last": 2,
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }
+        return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+@functools.cache
+def make_world(folder: Path) -> World:
+    """Write the scenes and the models, or reuse what the same options wrote."""
+    from w2r2_ds.config import load_config
+    from w2r2_ds.data.synthetic.write import write_dataset
+    from w2r2_ds.demo import prepare_models
+
+    world = World(folder)
+    write_dataset(folder / "scenes", 0, 2, 1, (160, 120), 6)
+    prepare_models(load_config(None, world.arguments(folder / "unused")))
+    return world
+
+
+@functools.cache
+def train_once(world: World) -> Path:
+    """The run that most tests look at: 30 steps on one rank, through the launcher."""
+    out = world.folder / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    done = launch(1, "launchers/train.py", ["--deepspeed", str(ZERO3), *world.arguments(out)])
+    assert done.returncode == 0, done.stdout[-4000:]
+    return out
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def environment() -> dict[str, str]:
+    """For a child process: one thread, offline, the repository importable."""
+    extra = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    # The launcher looks for its helpers beside the interpreter that runs the tests.
+    return os.environ | extra | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a script with the `deepspeed` launcher on `ranks` processes; both output streams together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port), script]
+    return subprocess.run(
+        [*launcher, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def rewind(run: Path, copy: Path, step: int) -> None:
+    """Copy a run as it was when it was killed after the checkpoint of `step`; later lines of metrics stay."""
+    shutil.copytree(run, copy)
+    checkpoints = copy / "checkpoints"
+    for later in checkpoints.glob("step-??????"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    (checkpoints / "latest").write_text(f"step-{step:06d}\n")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One short run of `run_jobs`.
+
+    Attributes:
+        name: of the run; its folder is named after it.
+        arguments: of `launchers/train.py`, with ``--deepspeed``.
+        stop_after: optimizer steps after which to stop, without the schedule knowing.
+        dry_run: False skips the dry run.
+        nan_call: forward, from 1, in which rank 1's first sample gets a NaN loss; 0 for none.
+        rewind: run, copy and step for `rewind`, done before the job.
+    """
+
+    name: str
+    arguments: list[str]
+    stop_after: int = 0
+    dry_run: bool = True
+    nan_call: int = 0
+    rewind: tuple[str, str, int] | None = None
+
+
+def run_jobs(ranks: int, folder: Path, jobs: list[Job]) -> dict[str, list[dict[str, Any]]]:
+    """Run jobs one after the other in the same processes; per job, what each rank reports.
+
+    A report has ``error`` (the exception's type and text, or None), ``updates`` (optimizer steps the engine took) and
+    ``injected`` (id of the sample that got a NaN loss, or None).
+    """
+    folder.mkdir(parents=True)
+    (folder / "jobs.json").write_text(json.dumps([vars(job) for job in jobs]))
+    done = launch(ranks, str(Path(__file__)), ["work", str(folder)])
+    assert done.returncode == 0, done.stdout[-6000:]
+    reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return {job.name: [report[job.name] for report in reports] for job in jobs}
+
+
+class Stopped(Exception):
+    """Raised to end a run early."""
+
+
+def work(folder: Path) -> None:
+    """What each rank of `run_jobs` does."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from launchers.train import read_arguments
+    from w2r2_ds.engine.deepspeed import skip_shm_build
+    from w2r2_ds.engine.loop import train
+
+    skip_shm_build()
+    deepspeed.init_distributed()
+    reports = {}
+    for raw in json.loads((folder / "jobs.json").read_text()):
+        job = Job(**raw)
+        if job.rewind and dist.get_rank() == 0:
+            run, copy, step = job.rewind
+            rewind(Path(run), Path(copy), step)
+        dist.barrier()
+        report: dict[str, Any] = {"error": None, "updates": 0, "injected": None}
+        with changed(job, report):
+            try:
+                train(*read_arguments(job.arguments))
+            except Stopped:
+                pass
+            except (ValueError, FloatingPointError) as error:
+                report["error"] = f"{type(error).__name__}: {error}"
+        gc.collect()
+        dist.barrier()
+        reports[job.name] = report
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(reports))
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
+    """The loop with the changes that a job asks for; fills in the report."""
+    import torch
+    import torch.distributed as dist
+
+    from w2r2_ds.engine import loop
+    from w2r2_ds.engine.step import W2R2Step
+
+    saved = loop.train_step, loop.dry_run, W2R2Step.forward
+    calls = 0
+
+    def train_step(run: Any, micro_batches: Any) -> Any:
+        report["updates"] = run.engine.global_steps
+        if job.stop_after and report["updates"] - run.start == job.stop_after:
+            raise Stopped
+        try:
+            return saved[0](run, micro_batches)
+        finally:
+            report["updates"] = run.engine.global_steps
+
+    def forward(self: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss, stats = saved[2](self, batch)
+        if calls == job.nan_call and dist.get_rank() == 1:
+            report["injected"] = batch.ids[0]
+            stats[0, 0] = torch.nan
+            loss = loss * torch.nan
+        return loss, stats
+
+    loop.train_step = train_step  # type: ignore[assignment]
+    W2R2Step.forward = forward  # type: ignore[method-assign]
+    if not job.dry_run:
+        loop.dry_run = lambda run, batch: None
+    try:
+        yield
+    finally:
+        loop.train_step, loop.dry_run, W2R2Step.forward = saved  # type: ignore[method-assign]
+
+
+def record() -> None:
+    """Make the world and the run afresh and write the golden losses."""
+    import torch
+
+    from w2r2_ds.versions import versions
+
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = read_metrics(train_once(make_world(Path(folder) / "world")))
+    kept = {name: [line[name] for line in metrics] for name in ("loss", "above_mu", "s_short")}
+    about = {"versions": versions(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else GOLDEN_LOSSES
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(about | kept, indent=1) + "\n")
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    if arguments[0] == "work":
+        work(Path(arguments[1]))
+    else:
+        sys.path.insert(0, str(ROOT))
+        record()
