@@ -1,0 +1,238 @@
+"""Training through the real launcher, on CPU ranks, in the small world of tests/runs.py.
+
+The golden losses are written again with ``python tests/runs.py record``; do so only for a change that is meant to
+change training, and say why in the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import GOLDEN_LOSSES, SAVE_EVERY, STEPS, ZERO3, Job, World, read_metrics, run_jobs
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
+
+EXACT = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused", "grad_norm", "lr")
+"""Everything of a line that is not a time or a size."""
+GOLDEN_TOLERANCE = 1e-4
+"""Placeholder."""
+FEW = 6
+
+Reports = dict[str, list[dict[str, Any]]]
+
+
+def arguments(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> list[str]:
+    return ["--deepspeed", str(ds), *world.arguments(out, **changes)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the jobs' runs lie."""
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def one_rank(world: World, trained: Path, folder: Path) -> Reports:
+    """All short runs on one rank, in one start of the launcher."""
+    contradiction = folder / "contradiction.json"
+    contradiction.write_text(json.dumps(json.loads(ZERO3.read_text()) | {"train_micro_batch_size_per_gpu": 2}))
+    auto: dict[str, object] = {"resume": "auto"}
+    dropout: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "train__save_every": 2}
+    d, back = folder / "dropout", folder / "dropout-resumed"
+    resumed, untouched = folder / "resumed", folder / "untouched"
+    shutil.copytree(trained, untouched)
+    jobs = [
+        Job("resumed", arguments(world, resumed, **auto), rewind=(str(trained), str(resumed), 10)),
+        Job("dropout", arguments(world, d, **dropout)),
+        Job("dropout-resumed", arguments(world, back, **dropout, **auto), rewind=(str(d), str(back), 2)),
+        Job("no-dry-run", arguments(world, folder / "no-dry-run", **dropout), stop_after=2, dry_run=False),
+        Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3),
+        Job("again", arguments(world, untouched)),
+        Job("other-rank", arguments(world, untouched, model__lora_rank=4, **auto)),
+        Job("contradiction", arguments(world, folder / "none", contradiction)),
+    ]
+    return run_jobs(1, folder / "one", jobs)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(world: World, trained: Path, folder: Path) -> Reports:
+    """All short runs on two ranks, in one start of the launcher."""
+    world_size = folder / "world-size"
+    shutil.copytree(trained, world_size)
+    jobs = [
+        Job("two", arguments(world, folder / "two"), stop_after=FEW),
+        Job("two-micro2", arguments(world, folder / "two-micro2", train__micro_batch=2), stop_after=FEW),
+        Job("token", arguments(world, folder / "token2", objective__reduction="token"), stop_after=3),
+        # Calls: the dry run, step 1, step 2.
+        Job("nan", arguments(world, folder / "nan", train__save_every=1), nan_call=3),
+        Job("world-size", arguments(world, world_size, resume="auto")),
+    ]
+    return run_jobs(2, folder / "both", jobs)
+
+
+def assert_one_sentence(error: str | None, *named: str) -> None:
+    """A message on one line, ended by its only full stop, that names what it is about."""
+    assert error is not None and error.startswith("ValueError: ")
+    assert "\n" not in error and error.endswith(".") and not re.search(r"\.\s+[A-Z]", error)
+    for name in named:
+        assert name in error, f"{name!r} is not in {error!r}"
+
+
+def assert_same_curve(actual: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
+    """Equal losses and gradient norms, relative."""
+    for one, other in zip(actual, expected, strict=True):
+        for name in ("loss", "grad_norm", "s_short"):
+            assert one[name] == pytest.approx(other[name], rel=tolerance), f"{name} of step {one['step']}"
+
+
+def exact(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [{name: line[name] for name in ("step", *EXACT)} for line in metrics]
+
+
+def test_a_run_logs_every_step_and_the_hinge_is_active(trained: Path) -> None:
+    metrics = read_metrics(trained)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert all(math.isfinite(value) for line in metrics for value in line.values())
+    assert sum(line["above_mu"] for line in metrics) > 0
+    assert sum(line["push"] for line in metrics) > 0
+    assert sum(line["loss"] for line in metrics[-5:]) < sum(line["loss"] for line in metrics[:5])
+
+
+@pytest.mark.golden
+def test_losses_equal_the_recorded_ones(trained: Path) -> None:
+    golden = json.loads(GOLDEN_LOSSES.read_text())
+    assert [line["loss"] for line in read_metrics(trained)] == pytest.approx(golden["loss"], rel=GOLDEN_TOLERANCE)
+
+
+def test_only_the_last_checkpoints_stay_and_hold_only_what_trains(world: World, trained: Path) -> None:
+    folder = trained / "checkpoints"
+    names = ["latest", *(f"step-{step:06d}" for step in (STEPS - SAVE_EVERY, STEPS))]
+    assert sorted(os.listdir(folder)) == names
+    assert (folder / "latest").read_text().strip() == names[-1]
+    tensors = load_file(folder / names[-1] / "trainable.safetensors")
+    assert all(".lora_A." in name or ".lora_B." in name or name.startswith("geometry_merger.") for name in tensors)
+    # 4 layers x 7 projections x (A, B); the merger.
+    assert sum("lora_" in name for name in tensors) == 56
+    assert all(tensor.numel() for tensor in tensors.values())
+    trained_bytes = sum(tensor.numel() * 4 for tensor in tensors.values())
+    everything = sum(file.stat().st_size for file in (folder / names[-1]).rglob("*") if file.is_file())
+    # The weights, DeepSpeed's master copy, two moments; then names, the scripts that DeepSpeed puts beside, padding.
+    assert everything < 4 * trained_bytes + 300_000
+    assert everything < (world.folder / "vlm" / "model.safetensors").stat().st_size
+
+
+def test_engine_shards_hold_no_frozen_tensor(trained: Path) -> None:
+    (file,) = (trained / "checkpoints" / f"step-{STEPS:06d}" / "engine").glob("*model_states.pt")
+    state = torch.load(file, weights_only=False)
+    assert state["module"], "the shard names its tensors"
+    assert all("lora_" in name or "geometry_merger" in name for name in state["module"])
+
+
+def test_two_ranks_train_as_one_does(two_ranks: Reports, trained: Path, folder: Path) -> None:
+    assert [report["error"] for report in two_ranks["two"]] == [None, None]
+    assert_same_curve(read_metrics(folder / "two"), read_metrics(trained)[:FEW], 1e-6)
+
+
+def test_the_accumulation_split_does_not_matter(two_ranks: Reports, trained: Path, folder: Path) -> None:
+    assert [report["error"] for report in two_ranks["two-micro2"]] == [None, None]
+    assert_same_curve(read_metrics(folder / "two-micro2"), read_metrics(trained)[:FEW], 1e-6)
+
+
+def test_token_reduction_does_not_depend_on_the_ranks(
+    one_rank: Reports, two_ranks: Reports, trained: Path, folder: Path
+) -> None:
+    assert one_rank["token"][0]["error"] is None and two_ranks["token"][0]["error"] is None
+    one, two = read_metrics(folder / "token1"), read_metrics(folder / "token2")
+    assert len(one) == 3
+    assert_same_curve(two, one, 1e-6)
+    by_sample = [line["loss"] for line in read_metrics(trained)[:3]]
+    assert [line["loss"] for line in one] != pytest.approx(by_sample, rel=1e-6)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(one_rank: Reports, trained: Path, folder: Path) -> None:
+    assert one_rank["resumed"][0] == {"error": None, "updates": STEPS, "injected": None}
+    assert exact(read_metrics(folder / "resumed")) == exact(read_metrics(trained))
+    last = f"checkpoints/step-{STEPS:06d}/trainable.safetensors"
+    ours, theirs = load_file(folder / "resumed" / last), load_file(trained / last)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_resumed_run_draws_the_same_dropout(one_rank: Reports, trained: Path, folder: Path) -> None:
+    assert one_rank["dropout"][0]["error"] is None and one_rank["dropout-resumed"][0]["error"] is None
+    whole = read_metrics(folder / "dropout")
+    assert len(whole) == 4 and whole[1]["loss"] != read_metrics(trained)[1]["loss"]
+    assert exact(read_metrics(folder / "dropout-resumed")) == exact(whole)
+
+
+def test_the_dry_run_changes_nothing(one_rank: Reports, folder: Path) -> None:
+    assert one_rank["no-dry-run"][0] == {"error": None, "updates": 2, "injected": None}
+    assert exact(read_metrics(folder / "no-dry-run")) == exact(read_metrics(folder / "dropout"))[:2]
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(one_rank: Reports, trained: Path, folder: Path) -> None:
+    error = one_rank["again"][0]["error"]
+    assert_one_sentence(error, "untouched", "checkpoints", "--resume auto", "--out")
+    for name in ("metrics.jsonl", "checkpoints/latest"):
+        assert (folder / "untouched" / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_a_checkpoint_of_another_model_is_refused(one_rank: Reports, trained: Path, folder: Path) -> None:
+    assert_one_sentence(one_rank["other-rank"][0]["error"], "checkpoint.json", "lora_rank", "8", "4")
+    for name in ("metrics.jsonl", "checkpoints/latest"):
+        assert (folder / "untouched" / name).read_bytes() == (trained / name).read_bytes()
+    assert "lora_rank: 8" in (folder / "untouched" / "config.yaml").read_text()
+
+
+def test_another_world_size_is_refused(two_ranks: Reports) -> None:
+    for report in two_ranks["world-size"]:
+        assert_one_sentence(report["error"], "world-size", "1 rank", "2", "resume")
+
+
+def test_a_deepspeed_json_that_contradicts_is_refused(one_rank: Reports, folder: Path) -> None:
+    error = one_rank["contradiction"][0]["error"]
+    assert_one_sentence(error, "contradiction.json", "train_micro_batch_size_per_gpu is 2", "train.micro_batch is 4")
+    assert not (folder / "none").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(two_ranks: Reports, folder: Path) -> None:
+    first, second = two_ranks["nan"]
+    assert first["injected"] is None and second["injected"]
+    assert first["error"] == second["error"]
+    assert first["error"].startswith("FloatingPointError: The loss is not finite")
+    assert first["error"].endswith(f"Samples: {second['injected']}.")
+    assert first["updates"] == second["updates"] == 1
+    assert len(read_metrics(folder / "nan")) == 1
+    assert (folder / "nan" / "checkpoints" / "latest").read_text() == "step-000001\n"
+
+
+@pytest.mark.parametrize("key", ["objective.lamda", "train.batch"])
+def test_an_unknown_option_is_refused_by_name(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    from launchers.train import read_arguments
+
+    with pytest.raises(SystemExit):
+        read_arguments([*arguments(world, tmp_path), f"--{key}", "1"])
+    assert key in capsys.readouterr().err
+
+
+def test_an_unknown_key_of_a_recipe_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launchers.train import read_arguments
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("objective:\n  lamda: 1.0\n")
+    with pytest.raises(SystemExit):
+        read_arguments(["--deepspeed", str(ZERO3), "--config", str(recipe)])
+    assert "lamda" in capsys.readouterr().err
