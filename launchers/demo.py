@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -69,9 +70,11 @@ def main() -> None:
             "--batch_size",
             "32",
         )
-    if adapter.exists():
+    if evaluated(adapter / "w2r2_card.json", step):
         print(f"\nreusing the adapter in {adapter}")
     else:
+        if adapter.exists():
+            shutil.rmtree(adapter)  # of an earlier training
         run("python", "launchers/export.py", "--checkpoint", config.out, "--out", str(adapter))
     parsed = show(config, scores, adapter, time.perf_counter() - started)
     if parsed < LEAST_PARSED:

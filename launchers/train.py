@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from w2r2_ds.config import RunConfig, from_tree, names_config, parser
+from w2r2_ds.config import RunConfig, config_first, from_tree, names_config, parser
 from w2r2_ds.demo import prepare_demo
 from w2r2_ds.engine.deepspeed import skip_shm_build
 from w2r2_ds.engine.loop import train
@@ -23,7 +23,7 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
     options = parser("Train a video LLM with W2R2.", with_demo=not names_config(args))
     options.add_argument("--deepspeed", required=True, help="DeepSpeed JSON: ZeRO, precision, offload, clipping.")
     options.add_argument("--local_rank", type=int, default=-1, help="Set by the deepspeed launcher.")
-    tree = options.parse_args(args).as_dict()
+    tree = options.parse_args(config_first(args)).as_dict()
     return from_tree(tree), tree["deepspeed"]
 
 

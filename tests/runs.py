@@ -59,6 +59,11 @@ class World:
         return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
+def world_folder(base: Path) -> Path:
+    """Where the world lies: below ``base``, or where W2R2_TEST_WORLD says, so that it can be used again."""
+    return Path(os.environ.get("W2R2_TEST_WORLD") or base / "world")
+
+
 @functools.cache
 def make_world(folder: Path) -> World:
     """Write the scenes and the models, or reuse what the same options wrote."""

@@ -191,10 +191,19 @@ def check(config: RunConfig) -> None:
         "train.micro_batch": config.train.micro_batch,
         "train.save_every": config.train.save_every,
         "train.keep_last": config.train.keep_last,
+        "train.lr": config.train.lr,
+        "train.merger_lr": config.train.merger_lr,
+        "demo.warmup_steps": config.demo.warmup_steps,
+        "demo.warmup_batch": config.demo.warmup_batch,
     }
     for name, value in positive.items():
         if value <= 0:
             raise ValueError(f"{name} is {value}; it must be greater than 0.")
+    for name, value in (("data.workers", config.data.workers), ("train.seed", config.train.seed)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it cannot be negative.")
+    if not config.out:
+        raise ValueError("out is empty; name the folder of the run.")
     if not 0 <= config.objective.mu < 1:
         raise ValueError(f"objective.mu is {config.objective.mu}; a similarity threshold lies in [0, 1).")
     if config.objective.lam < 0:
@@ -209,6 +218,7 @@ def parser(description: str, with_demo: bool = True) -> ArgumentParser:
     """A parser whose options are the fields of `RunConfig`; `with_demo` takes the demo recipe as defaults."""
     defaults: list[str | PathLike[Any]] = [RECIPES / "demo.yaml"] if with_demo else []
     result = ArgumentParser(description=description, default_config_files=defaults)
+    result.allow_abbrev = False  # an abbreviated --config would not be seen by `names_config`
     result.add_argument("--config", action="config", help="YAML recipe; its keys are the options below.")
     result.add_class_arguments(RunConfig)
     return result
@@ -232,10 +242,23 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     return RunConfig(out=tree["out"], resume=tree["resume"], **values)
 
 
+def config_first(args: list[str]) -> list[str]:
+    """The same command line with `--config` in front, so that every other option wins over the recipe."""
+    front: list[str] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == "--config":
+            front += [word, *[value for value in [next(words, None)] if value is not None]]
+        else:
+            (front if word.startswith("--config=") else rest).append(word)
+    return front + rest
+
+
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
     """The configuration of a YAML file (demo recipe without one) with command-line style overrides."""
     args = (["--config", str(path)] if path else []) + (overrides or [])
-    return from_tree(parser("", with_demo=not names_config(args)).parse_args(args).as_dict())
+    return from_tree(parser("", with_demo=not names_config(args)).parse_args(config_first(args)).as_dict())
 
 
 def save_config(config: RunConfig, path: Path) -> None:

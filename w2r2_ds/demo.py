@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -43,8 +43,14 @@ def prepare_models(config: RunConfig) -> None:
     """
     vlm, vggt = Path(config.model.vlm), Path(config.model.vggt)
     options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))
-    options["data"].pop("workers")
-    if vlm.exists():
+    # What the warm-up does not depend on may change.
+    options["data"] = {name: options["data"][name] for name in ("root", "train", "frames", "frame_width", "visual")}
+    if (vlm.name, vggt.name) != ("vlm", "vggt") or vlm.parent != vggt.parent:
+        raise ValueError(
+            f"demo.enabled makes tiny models FOLDER/vlm and FOLDER/vggt, but model.vlm is {vlm} and model.vggt {vggt}; "
+            "give --demo.enabled false to use models of your own."
+        )
+    if vlm.exists() or vggt.exists():
         manifest = vlm / MANIFEST
         if not manifest.is_file() or json.loads(manifest.read_text()) != options:
             raise ValueError(
@@ -56,9 +62,9 @@ def prepare_models(config: RunConfig) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     samples, _ = load_samples(config.data, "train")
     build_tiny_vlm(aside, [f"{sample.question}\n{sample.answer}" for sample in samples], config.demo.seed)
-    build_tiny_vggt(vggt, config.demo.seed)
+    build_tiny_vggt(aside.with_name("vggt.partial"), config.demo.seed)
     model = load_vlm(str(aside), torch.float32, "sdpa")
-    front = load_front(type(config.model)(vlm=str(aside), vggt=str(vggt)))
+    front = load_front(replace(config.model, vlm=str(aside)))
     every = max(1, config.demo.warmup_steps // 10)
 
     def report(step: int, loss: float) -> None:
@@ -68,6 +74,7 @@ def prepare_models(config: RunConfig) -> None:
     warm_up(model, front, config, report)
     model.save_pretrained(aside)
     (aside / MANIFEST).write_text(json.dumps(options, indent=2) + "\n")
+    os.replace(aside.with_name("vggt.partial"), vggt)
     os.replace(aside, vlm)
 
 

@@ -42,7 +42,7 @@ def test_braces_in_a_description_are_kept() -> None:
 def test_samples(root: Path) -> None:
     entries = [entry(), entry(4, "table", 1, "the table."), entry(3, "lamp", 0, "a hidden lamp.")]
     samples, dropped = build_samples(root, write_annotations(root, entries), "train", 3)
-    assert dropped == {"no_visible_frame": 1}
+    assert dropped == {"no_visible_frame": 1, "invalid_pose_frames": 1}
     assert [sample.id for sample in samples] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|1"]
     first = samples[0]
     assert (first.task, first.scene_id, first.target.object_name) == ("scanrefer", SCENE, "office chair")
@@ -59,7 +59,7 @@ def test_samples(root: Path) -> None:
 def test_validation_keeps_what_no_frame_shows(root: Path) -> None:
     file = write_annotations(root, [entry(3, "lamp"), entry()], "val")
     samples, dropped = build_samples(root, file, "val", 3)
-    assert dropped == {"no_visible_frame": 0}
+    assert dropped == {"no_visible_frame": 0, "invalid_pose_frames": 1}
     assert samples[0].answer == ""
     assert samples[1].answer.startswith("```json\n\t{")
 

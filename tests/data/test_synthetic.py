@@ -94,7 +94,7 @@ def test_measured_depth_lies_on_the_described_object(rooms: Written, name: str) 
     scene = load_scene(rooms.root, name)
     split = "val" if name == SCENES[2] else "train"
     samples, dropped = build_samples(rooms.root, annotations(rooms.root, split), split, 12)
-    assert dropped == {"no_visible_frame": 0}  # only what is visible is described
+    assert dropped == {"no_visible_frame": 0, "invalid_pose_frames": 0}  # only what is visible is described
     for sample in (sample for sample in samples if sample.scene_id == name):
         answer = json.loads(sample.answer.strip("`").removeprefix("json"))
         frame, box = scene.frames[answer["frame"]], sample.target.box[:6]

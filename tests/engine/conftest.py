@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import World, make_world, train_once
+
+from runs import World, make_world, train_once, world_folder
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Scenes and warmed-up tiny models."""
-    return make_world(tmp_path_factory.getbasetemp() / "world")
+    return make_world(world_folder(tmp_path_factory.getbasetemp()))
 
 
 @pytest.fixture(scope="session")

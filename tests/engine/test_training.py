@@ -16,15 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from runs import GOLDEN_LOSSES, SAVE_EVERY, STEPS, ZERO3, Job, World, read_metrics, run_jobs
 from safetensors.torch import load_file
+
+from runs import GOLDEN_LOSSES, SAVE_EVERY, STEPS, ZERO3, Job, World, read_metrics, run_jobs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 EXACT = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused", "grad_norm", "lr")
 """Everything of a line that is not a time or a size."""
-GOLDEN_TOLERANCE = 1e-4
-"""Placeholder."""
+GOLDEN_TOLERANCE = 1e-3
+"""Relative. Recorded with AVX2 kernels: a second recording was equal to the last bit; one whose warm-up and training
+both ran under ATEN_CPU_CAPABILITY=default differed by at most 9.8e-5."""
+RANKS_TOLERANCE = 1e-6
+"""Relative, of the losses; ten times that for gradient norms. Measured over 6 steps: at most 7.1e-7 of either with
+another micro batch (other padding, other order of sums), 2.2e-16 with the same one on two ranks."""
 FEW = 6
 
 Reports = dict[str, list[dict[str, Any]]]
@@ -51,7 +56,7 @@ def one_rank(world: World, trained: Path, folder: Path) -> Reports:
     resumed, untouched = folder / "resumed", folder / "untouched"
     shutil.copytree(trained, untouched)
     jobs = [
-        Job("resumed", arguments(world, resumed, **auto), rewind=(str(trained), str(resumed), 10)),
+        Job("resumed", arguments(world, resumed, **auto), rewind=(str(trained), str(resumed), STEPS - SAVE_EVERY)),
         Job("dropout", arguments(world, d, **dropout)),
         Job("dropout-resumed", arguments(world, back, **dropout, **auto), rewind=(str(d), str(back), 2)),
         Job("no-dry-run", arguments(world, folder / "no-dry-run", **dropout), stop_after=2, dry_run=False),
@@ -87,10 +92,11 @@ def assert_one_sentence(error: str | None, *named: str) -> None:
         assert name in error, f"{name!r} is not in {error!r}"
 
 
-def assert_same_curve(actual: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
-    """Equal losses and gradient norms, relative."""
+def assert_same_curve(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Equal losses and gradient norms within `RANKS_TOLERANCE`."""
+    tolerances = {"loss": RANKS_TOLERANCE, "s_short": RANKS_TOLERANCE, "grad_norm": 10 * RANKS_TOLERANCE}
     for one, other in zip(actual, expected, strict=True):
-        for name in ("loss", "grad_norm", "s_short"):
+        for name, tolerance in tolerances.items():
             assert one[name] == pytest.approx(other[name], rel=tolerance), f"{name} of step {one['step']}"
 
 
@@ -133,18 +139,20 @@ def test_only_the_last_checkpoints_stay_and_hold_only_what_trains(world: World, 
 def test_engine_shards_hold_no_frozen_tensor(trained: Path) -> None:
     (file,) = (trained / "checkpoints" / f"step-{STEPS:06d}" / "engine").glob("*model_states.pt")
     state = torch.load(file, weights_only=False)
-    assert state["module"], "the shard names its tensors"
-    assert all("lora_" in name or "geometry_merger" in name for name in state["module"])
+    kept = [name for name in state["module"] if "lora_" in name or "geometry_merger" in name]
+    # DeepSpeed leaves the name of the tied head, without its values.
+    frozen = {name: tensor.numel() for name, tensor in state["module"].items() if name not in kept}
+    assert kept and not any(frozen.values())
 
 
 def test_two_ranks_train_as_one_does(two_ranks: Reports, trained: Path, folder: Path) -> None:
     assert [report["error"] for report in two_ranks["two"]] == [None, None]
-    assert_same_curve(read_metrics(folder / "two"), read_metrics(trained)[:FEW], 1e-6)
+    assert_same_curve(read_metrics(folder / "two"), read_metrics(trained)[:FEW])
 
 
 def test_the_accumulation_split_does_not_matter(two_ranks: Reports, trained: Path, folder: Path) -> None:
     assert [report["error"] for report in two_ranks["two-micro2"]] == [None, None]
-    assert_same_curve(read_metrics(folder / "two-micro2"), read_metrics(trained)[:FEW], 1e-6)
+    assert_same_curve(read_metrics(folder / "two-micro2"), read_metrics(trained)[:FEW])
 
 
 def test_token_reduction_does_not_depend_on_the_ranks(
@@ -153,7 +161,7 @@ def test_token_reduction_does_not_depend_on_the_ranks(
     assert one_rank["token"][0]["error"] is None and two_ranks["token"][0]["error"] is None
     one, two = read_metrics(folder / "token1"), read_metrics(folder / "token2")
     assert len(one) == 3
-    assert_same_curve(two, one, 1e-6)
+    assert_same_curve(two, one)
     by_sample = [line["loss"] for line in read_metrics(trained)[:3]]
     assert [line["loss"] for line in one] != pytest.approx(by_sample, rel=1e-6)
 
@@ -226,9 +234,7 @@ def test_an_unknown_option_is_refused_by_name(
     assert key in capsys.readouterr().err
 
 
-def test_an_unknown_key_of_a_recipe_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_key_of_a_recipe_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from launchers.train import read_arguments
 
     recipe = tmp_path / "recipe.yaml"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from w2r2_ds.config import DataConfig
-from w2r2_ds.data.collate import Collator, Positions
+from w2r2_ds.data.collate import Batch, Collator, Positions
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.sampler import GlobalBatchSampler
@@ -26,7 +27,7 @@ def load_samples(config: DataConfig, split: str) -> tuple[list[Sample], dict[str
     return scanrefer.build_samples(config.root, file, split, config.frames)  # type: ignore[arg-type]
 
 
-class SampleDataset(Dataset[Features]):
+class SampleDataset(Dataset[Features | ValueError]):
     """Features of samples, made when asked for.
 
     Args:
@@ -41,8 +42,35 @@ class SampleDataset(Dataset[Features]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Features:
-        return self.processor(self.samples[index], self.with_answer)
+    def __getitem__(self, index: int) -> Features | ValueError:
+        # A loader process would wrap an error in its traceback; `checked` raises it as it is.
+        try:
+            return self.processor(self.samples[index], self.with_answer)
+        except ValueError as error:
+            return error
+
+
+def checked(batches: Iterable[Batch | ValueError]) -> Iterator[Batch]:
+    """The batches of a loader; raises the sentence of the first sample that could not be read."""
+    for batch in batches:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+@dataclass(frozen=True)
+class CollateOrError:
+    """Collate, unless a sample could not be read: then hand its error on."""
+
+    collate: Collator
+
+    def __call__(self, items: Sequence[Features | ValueError]) -> Batch | ValueError:
+        features = []
+        for item in items:
+            if isinstance(item, ValueError):
+                return item
+            features.append(item)
+        return self.collate(features)
 
 
 def make_processor(front: Front, config: DataConfig) -> Processor:
@@ -90,10 +118,12 @@ def train_loader(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=CollateOrError(collate),
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.workers > 0,
+        # Its own: else making the iterator draws from the random state that a resume has just put back.
+        generator=torch.Generator(),
     )
 
 
@@ -101,4 +131,4 @@ def prompt_loader(samples: Sequence[Sample], front: Front, config: DataConfig, b
     """Left-padded prompts in order, for generation."""
     dataset = SampleDataset(samples, make_processor(front, config), with_answer=False)
     collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), positions=None)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=config.workers)
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=CollateOrError(collate), num_workers=config.workers)

@@ -11,21 +11,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config import RunConfig, save_config
+from w2r2_ds.config import RunConfig, load_config, save_config
 from w2r2_ds.models.build import fingerprint, trainable
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.versions import versions
 
 TENSORS = "trainable.safetensors"
 DESCRIPTION = "checkpoint.json"
+MAY_CHANGE = (
+    frozenset(f"data.{name}" for name in ("root", "workers"))
+    | frozenset(f"model.{name}" for name in ("vlm", "vggt", "attention"))
+    | frozenset(f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard"))
+)
+"""Options that a resumed run may change: where things lie, and what leaves the losses alone up to rounding."""
 
 
 def save_checkpoint(engine: Any, config: RunConfig, step: int, metrics: dict[str, float]) -> Path:
@@ -37,9 +45,10 @@ def save_checkpoint(engine: Any, config: RunConfig, step: int, metrics: dict[str
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    state = {"step": step, "rng": rng_state()}
+    # DeepSpeed keeps rank 0's client state only below ZeRO-3; every rank's random state is a file of its own.
+    torch.save(rng_state(), aside / f"rng-{dist.get_rank()}.pt")
     engine.save_checkpoint(
-        str(aside), tag="engine", client_state=state, save_latest=False, exclude_frozen_parameters=True
+        str(aside), tag="engine", client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
     )
     tensors = gather_trainable(engine.module.model)
     if dist.get_rank() == 0:
@@ -64,7 +73,8 @@ def save_checkpoint(engine: Any, config: RunConfig, step: int, metrics: dict[str
 
 def prune(folder: Path, keep: int) -> None:
     """Keep the newest `keep` checkpoints."""
-    for old in sorted(folder.glob("step-??????"))[:-keep]:
+    complete = [path.parent for path in folder.glob(f"step-*/{DESCRIPTION}") if path.parent.suffix != ".partial"]
+    for old in sorted(complete, key=lambda path: (path / DESCRIPTION).stat().st_mtime)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -101,20 +111,42 @@ def has_checkpoint(run: str | Path) -> bool:
 
 
 def check_same_model(path: Path, model: W2R2) -> None:
-    """Refuse a checkpoint of another model, naming the first field that differs."""
-    saved = json.loads((path / DESCRIPTION).read_text())["model"]
+    """Refuse a checkpoint of another model."""
+    refuse_other_model(json.loads((path / DESCRIPTION).read_text())["model"], model, path / DESCRIPTION)
+
+
+def refuse_other_model(saved: dict[str, Any], model: W2R2, source: Path) -> None:
+    """Compare a saved fingerprint with a model's, naming the first field that differs."""
     for field, value in fingerprint(model).items():
         if saved.get(field) != value:
             raise ValueError(
-                f"{path / DESCRIPTION}: model.{field} is {saved.get(field)!r}, but the configured model has {value!r}; "
+                f"{source}: model.{field} is {saved.get(field)!r}, but the configured model has {value!r}; "
                 "use the configuration the checkpoint was trained with."
             )
+
+
+def check_same_run(path: Path, config: RunConfig) -> None:
+    """Refuse to go on with options that would change the run, naming the first one that differs."""
+    saved, wanted = asdict(load_config(path / "config.yaml")), asdict(config)
+    for section in ("data", "model", "objective", "train"):
+        for field, value in wanted[section].items():
+            if f"{section}.{field}" not in MAY_CHANGE and saved[section][field] != value:
+                raise ValueError(
+                    f"{path / 'config.yaml'} has {section}.{field} = {saved[section][field]!r}, now it is {value!r}; "
+                    "a resumed run goes on as it began: give the old value, or a new --out."
+                )
 
 
 def load_trainable(path: Path, model: W2R2) -> None:
     """Load the trained tensors of a checkpoint into an unsharded model, strictly."""
     check_same_model(path, model)
-    assign_trainable(load_file(path / TENSORS), model, path / TENSORS)
+    try:
+        tensors = load_file(path / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path / TENSORS}: cannot read the trained tensors ({error}); copy the checkpoint again."
+        ) from error
+    assign_trainable(tensors, model, path / TENSORS)
 
 
 @torch.no_grad()
@@ -132,17 +164,18 @@ def assign_trainable(tensors: dict[str, torch.Tensor], model: W2R2, source: Path
         parameter.copy_(tensors[name])
 
 
-def resume(engine: Any, path: Path) -> int:
+def resume(engine: Any, path: Path, config: RunConfig) -> int:
     """Load weights, optimizer, schedule and random state; returns the step to go on with."""
     check_same_model(path, engine.module.model)
     saved = json.loads((path / DESCRIPTION).read_text())
     if saved["world_size"] != dist.get_world_size():
         raise ValueError(
-            f"{path} was written by {saved['world_size']} ranks and cannot be resumed on {dist.get_world_size()}; "
+            f"{path} was written by {saved['world_size']} rank(s) and cannot be resumed on {dist.get_world_size()}; "
             "start as many ranks as before."
         )
+    check_same_run(path, config)
     _, state = engine.load_checkpoint(str(path), tag="engine", load_module_strict=False)
-    set_rng_state(state["rng"])
+    set_rng_state(torch.load(path / f"rng-{dist.get_rank()}.pt", weights_only=True))
     return int(state["step"])
 
 

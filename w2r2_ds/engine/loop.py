@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from w2r2_ds.config import RunConfig, save_config
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import load_samples, train_loader
+from w2r2_ds.data.loading import checked, load_samples, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import token_tables
 from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint, resume, save_checkpoint
@@ -52,8 +53,8 @@ def train(config: RunConfig, ds_path: str) -> Path:
         FloatingPointError: a loss is not finite; raised on all ranks before the update.
     """
     run = set_up(config, ds_path)
-    batches = iter(run.loader)
-    checkpoint = Path(config.out)
+    batches = checked(run.loader)
+    checkpoint = find_checkpoint(config.out) if run.start else Path(config.out)
     logger = MetricsLogger(
         Path(config.out), config.train.steps, config.train.wandb, config.train.tensorboard, dist.get_rank()
     )
@@ -89,6 +90,12 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
         engine.step()
     norm = engine.get_global_grad_norm()
     metrics["grad_norm"] = float(norm) if norm is not None else 0.0
+    if not math.isfinite(metrics["grad_norm"]):
+        # The norm is global: every rank stops here. ZeRO skipped the update.
+        named = ", ".join(identity for batch in micro_batches for identity in batch.ids)
+        raise FloatingPointError(
+            f"The gradient norm is not finite; stopped. Samples of rank {dist.get_rank()}: {named}."
+        )
     metrics["lr"] = float(engine.get_lr()[0])
     return metrics
 
@@ -163,8 +170,6 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
     samples, dropped = load_samples(config.data, "train")
     if rank == 0:
         print(f"training samples: {len(samples)}; dropped: {dropped or 'none'}", flush=True)
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        save_config(config, Path(config.out) / "config.yaml")
     device = torch.device(get_accelerator().current_device_name())
     # transformers partitions the weights while it loads them as long as this object lives.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
@@ -173,7 +178,12 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
         print(trainable_table({"vlm": model.vlm, "geometry_merger": model.geometry_merger}), flush=True)
     engine = make_engine(model, front, config, ds_config)
     del keep_alive
-    start = resume(engine, continued) if continued else 0
+    # Ranks draw different dropout masks.
+    torch.manual_seed(config.train.seed + rank)
+    start = resume(engine, continued, config) if continued else 0
+    if rank == 0:  # not before the resume, which may refuse this configuration
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        save_config(config, Path(config.out) / "config.yaml")
     sampler = GlobalBatchSampler(
         size=len(samples),
         global_batch=config.train.global_batch,

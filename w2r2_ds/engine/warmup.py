@@ -14,7 +14,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from w2r2_ds.config import DemoConfig, RunConfig
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import load_samples, train_loader
+from w2r2_ds.data.loading import checked, load_samples, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.models.build import Front
 
@@ -43,7 +43,7 @@ def warm_up(vlm: Any, front: Front, config: RunConfig, report: Callable[[int, fl
     vlm.train()
     optimizer = torch.optim.AdamW(vlm.parameters(), lr=demo.warmup_lr, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, demo.warmup_steps // 20, demo.warmup_steps)
-    for step, batch in enumerate(train_loader(samples, front, config.data, sampler)):
+    for step, batch in enumerate(checked(train_loader(samples, front, config.data, sampler))):
         loss = answer_loss(vlm, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)

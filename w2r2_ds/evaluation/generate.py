@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from w2r2_ds.data.collate import Batch
+from w2r2_ds.data.loading import checked
 from w2r2_ds.models.w2r2 import W2R2
 
 GEOMETRY = ("fused", "zero")
@@ -43,6 +44,9 @@ def generate_tokens(
         mm_token_type_ids=batch.token_types,
         mm_encoder_outputs={kind: model.fuse(visual, merged)},
         do_sample=False,
+        num_beams=1,
+        # Qwen2.5-VL directories carry a repetition penalty, which would change digits: greedy means greedy.
+        repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
@@ -60,7 +64,7 @@ def generate_answers(
         raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
     model.eval()
     device = model.base.device
-    for batch in loader:
+    for batch in checked(loader):
         tokens = generate_tokens(model, batch.to(device), tokenizer, geometry, max_new_tokens, video_fps)
         for identity, ids in zip(batch.ids, tokens, strict=True):
             yield identity, ids, tokenizer.decode(ids, skip_special_tokens=True)

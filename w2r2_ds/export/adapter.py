@@ -8,6 +8,8 @@ ADAPTER/adapter_config.json, adapter_model.safetensors   stock peft and transfor
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config import RunConfig, from_tree
 from w2r2_ds.config import load_config as load_run_config
-from w2r2_ds.engine.checkpoint import DESCRIPTION, find_checkpoint, load_trainable
+from w2r2_ds.engine.checkpoint import DESCRIPTION, find_checkpoint, load_trainable, refuse_other_model
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.versions import versions
@@ -39,11 +41,14 @@ def export_adapter(path: Path, out: Path) -> Path:
     config = load_run_config(checkpoint / "config.yaml")
     model = build_model(config.model, torch.device("cpu"), config.train.seed)
     load_trainable(checkpoint, model)
-    out.mkdir(parents=True, exist_ok=True)
-    cast(PeftModel, model.vlm).save_pretrained(str(out), save_embedding_layers=False)
-    save_file({name: p.detach().contiguous() for name, p in model.geometry_merger.state_dict().items()}, out / MERGER)
-    (out / ADAPTER_CARD).write_text(json.dumps(card(config, model, checkpoint), indent=2) + "\n")
-    refuse_empty(out)
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    cast(PeftModel, model.vlm).save_pretrained(str(aside), save_embedding_layers=False)
+    save_file({name: p.detach().contiguous() for name, p in model.geometry_merger.state_dict().items()}, aside / MERGER)
+    (aside / ADAPTER_CARD).write_text(json.dumps(card(config, model, checkpoint), indent=2) + "\n")
+    refuse_empty(aside)
+    os.replace(aside, out)
     return out
 
 
@@ -72,8 +77,10 @@ def refuse_empty(out: Path) -> None:
 
 def load_adapter(path: Path, device: torch.device) -> tuple[RunConfig, W2R2]:
     """The configuration and the model of an exported adapter."""
-    config = from_tree(json.loads((path / ADAPTER_CARD).read_text())["configuration"])
+    described = json.loads((path / ADAPTER_CARD).read_text())
+    config = from_tree(described["configuration"])
     model = build_model(config.model, device, config.train.seed)
+    refuse_other_model(described["model"], model, path / ADAPTER_CARD)
     plain = cast(PeftModel, model.vlm).unload()
     model.vlm = PeftModel.from_pretrained(plain, str(path), autocast_adapter_dtype=False)
     model.geometry_merger.load_state_dict(load_file(path / MERGER), strict=True)

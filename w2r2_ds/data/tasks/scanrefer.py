@@ -34,6 +34,7 @@ SCANNET_CLASSES = (
     *("curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub"),
 )
 NO_VISIBLE_FRAME = "no_visible_frame"
+INVALID_POSE = "invalid_pose_frames"
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def build_samples(
         decimals: digits of the numbers in the answer.
 
     Returns:
-        the samples, and how many annotations were left out by reason.
+        the samples, and how many annotations (``no_visible_frame``) and frames (``invalid_pose_frames``) were left out.
 
     Raises:
         ValueError: bad data; the message names the file and what is wrong with it.
@@ -184,9 +185,10 @@ def build_samples(
     annotations = load_annotations(annotation_file)
     groups = object_groups(annotations, load_labels(root))
     made: dict[int, Sample] = {}
-    dropped = {NO_VISIBLE_FRAME: 0}
+    dropped = {NO_VISIBLE_FRAME: 0, INVALID_POSE: 0}
     for scene_id, numbers in _by_scene(annotations).items():
         view = _load_view(root, scene_id, frame_count)  # one scene's depth images in memory at a time
+        dropped[INVALID_POSE] += view.scene.dropped_frames
         for number in numbers:
             annotation = annotations[number]
             if annotation.object_id not in view.scene.instances:

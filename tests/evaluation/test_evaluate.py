@@ -1,0 +1,141 @@
+"""Generation and evaluation of a trained run: against stock transformers, and against itself at another batch size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runs import STEPS
+from w2r2_ds.data.loading import load_samples, prompt_loader
+from w2r2_ds.evaluation.evaluate import evaluate, load_model, predict
+from w2r2_ds.evaluation.generate import generate_answers
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
+
+TOKENS = 40
+"""Enough for frame and box to begin; the tiny model's answers differ from each other by then."""
+
+
+@pytest.fixture(scope="module")
+def loaded(trained: Path) -> Any:
+    """Configuration, model and front of the run's last checkpoint."""
+    return load_model(trained)
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded: Any) -> list[Any]:
+    """Prompts of different lengths, of both splits."""
+    config = loaded[0]
+    chosen = [*load_samples(config.data, "val")[0][:4], *load_samples(config.data, "train")[0][:2]]
+    assert len({len(sample.question) for sample in chosen}) > 1
+    return chosen
+
+
+def answers(loaded: Any, samples: Sequence[Any], geometry: str, batch_size: int) -> list[tuple[str, list[int], str]]:
+    config, model, front = loaded
+    loader = prompt_loader(samples, front, config.data, batch_size)
+    return list(generate_answers(model, loader, front.tokenizer, geometry, TOKENS, config.data.video_fps))
+
+
+def test_without_geometry_it_is_stock_generation(loaded: Any, prompts: list[Any]) -> None:
+    config, model, front = loaded
+    ours = [tokens for _, tokens, _ in answers(loaded, prompts, "zero", 4)]
+    end = front.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stock = []
+    for batch in prompt_loader(prompts, front, config.data, 4):
+        output = model.vlm.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            mm_token_type_ids=batch.token_types,
+            pixel_values=batch.visuals.pixel_values,
+            image_grid_thw=batch.visuals.grid_thw,
+            do_sample=False,
+            max_new_tokens=TOKENS,
+        )
+        for row in output[:, batch.input_ids.shape[1] :].tolist():
+            stock.append(row[: row.index(end)] if end in row else row)
+    assert ours == stock
+    assert all(ours) and len({tuple(tokens) for tokens in ours}) > 1
+
+
+@pytest.mark.parametrize("geometry", ["fused", "zero"])
+def test_left_padding_changes_nothing(loaded: Any, prompts: list[Any], geometry: str) -> None:
+    lengths = {int(batch.attention_mask.sum()) for batch in prompt_loader(prompts, loaded[2], loaded[0].data, 1)}
+    assert len(lengths) > 1, "some prompts are padded"
+    assert answers(loaded, prompts, geometry, len(prompts)) == answers(loaded, prompts, geometry, 1)
+
+
+@torch.no_grad()
+def test_geometry_reaches_the_answer(loaded: Any, prompts: list[Any]) -> None:
+    _, model, front = loaded
+    (batch,) = prompt_loader(prompts, front, loaded[0].data, len(prompts))
+    features = model.encode_3d(batch.visuals)
+    assert model.merge(features).abs().max() > 1e-4, "the merger has left its zeros"
+    assert model.merge_nothing(features) is None
+
+
+def test_an_unknown_geometry_is_refused(loaded: Any, prompts: list[Any]) -> None:
+    with pytest.raises(ValueError, match="--geometry is 'none'; it is one of fused, zero"):
+        answers(loaded, prompts, "none", 1)
+
+
+def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: Path, tmp_path: Path) -> None:
+    scores = evaluate(trained, tmp_path / "out", "fused", batch_size=8, max_new_tokens=TOKENS)
+    samples, _ = load_samples(loaded[0].data, "val")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions-fused.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [sample.id for sample in samples]
+    assert all(line["text"] and line["tokens"] for line in lines)
+    assert json.loads((tmp_path / "out" / "scores-fused.json").read_text()) == scores
+    assert scores["overall"]["count"] == len(samples)
+    assert (scores["geometry"], scores["checkpoint"]) == ("fused", str(trained))
+
+
+def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: Path) -> None:
+    scores = evaluate(trained, tmp_path, "zero", max_new_tokens=4, limit=2)
+    config, model, front = loaded
+    samples, _ = load_samples(config.data, "val")
+    lines = [json.loads(line) for line in (tmp_path / "predictions-zero.jsonl").read_text().splitlines()]
+    assert scores["overall"]["count"] == 2
+    assert lines == predict(model, front, config, samples[:2], "zero", 2, 4)
+
+
+def test_a_run_and_its_last_checkpoint_are_the_same(loaded: Any, trained: Path) -> None:
+    _, other, _ = load_model(trained / "checkpoints" / f"step-{STEPS:06d}")
+    ours, theirs = loaded[1].state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def torn_copy(trained: Path, folder: Path) -> Path:
+    """The last checkpoint's folder in a copy of the run without DeepSpeed's shards."""
+    shutil.copytree(trained, folder / "run", ignore=shutil.ignore_patterns("engine"))
+    return folder / "run" / "checkpoints" / f"step-{STEPS:06d}"
+
+
+def test_a_checkpoint_without_its_description_is_refused_by_name(trained: Path, tmp_path: Path) -> None:
+    torn = torn_copy(trained, tmp_path)
+    (torn / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match=rf"{torn.name} holds no complete checkpoint \(checkpoint.json is missing\)"):
+        evaluate(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_checkpoint_with_torn_tensors_is_refused_by_name(trained: Path, tmp_path: Path, damage: str) -> None:
+    file = torn_copy(trained, tmp_path) / "trainable.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"{file}: .*copy the checkpoint again"):
+        evaluate(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_folder_without_a_run_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no complete checkpoint"):
+        evaluate(tmp_path, tmp_path / "out")

@@ -1,0 +1,100 @@
+"""An exported adapter: what stock libraries load, and what evaluation makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from runs import STEPS, World, read_metrics
+from w2r2_ds.data.loading import load_samples, prompt_loader
+from w2r2_ds.evaluation.evaluate import evaluate, load_model
+from w2r2_ds.export.adapter import export_adapter
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's adapter."""
+    return export_adapter(trained, tmp_path_factory.mktemp("export") / "adapter")
+
+
+@torch.no_grad()
+def test_stock_peft_and_transformers_load_it(adapter: Path, trained: Path, world: World) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    config, model, front = load_model(trained)
+    plain = AutoModelForImageTextToText.from_pretrained(world.folder / "vlm", dtype=torch.float32).eval()
+    (batch,) = prompt_loader(load_samples(config.data, "val")[0][:3], front, config.data, 3)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "mm_token_type_ids": batch.token_types,
+        "pixel_values": batch.visuals.pixel_values,
+        "image_grid_thw": batch.visuals.grid_thw,
+    }
+    untrained = plain(**inputs).logits
+    stock = PeftModel.from_pretrained(plain, str(adapter)).eval()(**inputs).logits
+    assert torch.equal(stock, model.vlm(**inputs).logits)
+    assert (stock - untrained).abs().max() > 1e-2, "the adapter changes the model"
+
+
+@pytest.mark.parametrize("geometry", ["fused", "zero"])
+def test_it_answers_as_its_checkpoint_does(adapter: Path, trained: Path, tmp_path: Path, geometry: str) -> None:
+    outs = []
+    for source in (trained, adapter):
+        outs.append(tmp_path / source.name)
+        evaluate(source, outs[-1], geometry, batch_size=8, max_new_tokens=40)
+    ours, theirs = [(out / f"predictions-{geometry}.jsonl").read_text() for out in outs]
+    assert ours == theirs and ours
+
+
+def test_the_merger_is_the_trained_one(adapter: Path, trained: Path) -> None:
+    _, ours, _ = load_model(adapter)
+    _, theirs, _ = load_model(trained)
+    merger = theirs.geometry_merger.state_dict()
+    assert all(torch.equal(tensor, merger[name]) for name, tensor in ours.geometry_merger.state_dict().items())
+
+
+def test_the_folder_holds_only_what_was_trained(adapter: Path) -> None:
+    shapes: dict[str, dict[str, Any]] = {}
+    for path in sorted(adapter.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            shapes[path.name] = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    assert sorted(shapes) == ["adapter_model.safetensors", "geometry_merger.safetensors"]
+    assert all(0 not in shape and shape for names in shapes.values() for shape in names.values())
+    assert len(shapes["adapter_model.safetensors"]) == 56
+    assert all("lora_" in name for name in shapes["adapter_model.safetensors"])
+
+
+def test_the_card_says_what_it_is(adapter: Path, trained: Path, world: World) -> None:
+    card = json.loads((adapter / "w2r2_card.json").read_text())
+    assert card["base_model"] == str(world.folder / "vlm")
+    assert card["geometry_model"] == str(world.folder / "vggt")
+    assert card["step"] == STEPS
+    assert card["configuration"]["data"]["root"] == str(world.folder / "scenes")
+    last = read_metrics(trained)[-1]
+    assert card["training_metrics"]["loss"] == last["loss"]
+    for made in ("trained_with", "exported_with"):
+        assert {"w2r2_ds", "torch", "transformers", "peft", "deepspeed", "python"} <= card[made].keys()
+    adapter_config = json.loads((adapter / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == str(world.folder / "vlm")
+
+
+def test_a_folder_that_is_not_empty_is_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"{tmp_path} is not empty"):
+        export_adapter(trained, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no-run holds no complete checkpoint"):
+        export_adapter(tmp_path / "no-run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
