@@ -167,6 +167,11 @@ def load_vlm(
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(_unreadable(name, "model weights", error)) from error
+    except ImportError as error:
+        raise ValueError(
+            f"model.attention is {attn_implementation}, which needs a package that is not installed "
+            f"({' '.join(str(error).split())}); install it or choose sdpa"
+        ) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):  # ZeRO-3's loader raises this instead of reporting it
             raise
