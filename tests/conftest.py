@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runs import World, make_world, train_once, world_folder
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
@@ -126,3 +128,15 @@ def tables(front: Any) -> Any:
     from w2r2_ds.data.slots import token_tables
 
     return token_tables(front.tokenizer, front.meta.config.get_text_config().vocab_size)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Scenes and warmed-up tiny models."""
+    return make_world(world_folder(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture(scope="session")
+def trained(world: World) -> Path:
+    """A run of 30 steps on one rank."""
+    return train_once(world)

@@ -80,6 +80,17 @@ def test_geometry_reaches_the_answer(loaded: Any, prompts: list[Any]) -> None:
     assert model.merge_nothing(features) is None
 
 
+def test_greedy_means_greedy_whatever_the_model_directory_says(loaded: Any, prompts: list[Any]) -> None:
+    plain = answers(loaded, prompts, "fused", 4)
+    generation = loaded[1].base.generation_config
+    before = generation.repetition_penalty
+    generation.repetition_penalty = 1.5
+    try:
+        assert answers(loaded, prompts, "fused", 4) == plain
+    finally:
+        generation.repetition_penalty = before
+
+
 def test_an_unknown_geometry_is_refused(loaded: Any, prompts: list[Any]) -> None:
     with pytest.raises(ValueError, match="--geometry is 'none'; it is one of fused, zero"):
         answers(loaded, prompts, "none", 1)

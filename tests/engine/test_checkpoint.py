@@ -1,0 +1,51 @@
+"""Which checkpoints may be gone on from, and which are kept."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2r2_ds.config import load_config
+from w2r2_ds.engine.checkpoint import DESCRIPTION, check_same_run, find_checkpoint, prune
+
+
+def described(folder: Path, name: str, age: int) -> Path:
+    path = folder / name
+    path.mkdir(parents=True)
+    (path / DESCRIPTION).write_text("{}")
+    os.utime(path / DESCRIPTION, (1_000_000 - age, 1_000_000 - age))
+    return path
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [("train", {"global_batch": 4}), ("train", {"lr": 1e-5}), ("data", {"frames": 3}), ("objective", {"lam": 0.5})],
+)
+def test_a_resume_with_other_options_is_refused_by_name(trained: Path, section: str, changes: dict[str, Any]) -> None:
+    checkpoint = find_checkpoint(trained)
+    config = load_config(checkpoint / "config.yaml")
+    check_same_run(checkpoint, config)
+    other = replace(config, **{section: replace(getattr(config, section), **changes)})
+    with pytest.raises(ValueError, match=f"{section}.{next(iter(changes))} = "):
+        check_same_run(checkpoint, other)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
+    checkpoint = find_checkpoint(trained)
+    config = load_config(checkpoint / "config.yaml")
+    check_same_run(checkpoint, replace(config, train=replace(config.train, save_every=7, keep_last=9, wandb=True)))
+
+
+def test_the_newest_are_kept_whatever_their_steps(tmp_path: Path) -> None:
+    old = described(tmp_path, "step-000090", age=30)
+    kept = [described(tmp_path, "step-000040", age=20), described(tmp_path, "step-1000050", age=10)]
+    prune(tmp_path, 2)
+    assert not old.exists() and all(path.exists() for path in kept)
