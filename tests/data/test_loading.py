@@ -1,0 +1,39 @@
+"""Loaders: the same batches with and without loader processes, and a bad sample ends in its own sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from w2r2_ds.data.loading import checked, prompt_loader, train_loader
+from w2r2_ds.data.sampler import GlobalBatchSampler
+
+
+def batches(samples: list[Any], front: Any, config: Any) -> list[Any]:
+    sampler = GlobalBatchSampler(len(samples), global_batch=2, micro_batch=1, rank=0, world_size=1, steps=2)
+    return list(checked(train_loader(samples, front, config, sampler)))
+
+
+def test_loader_processes_change_nothing(samples: list[Any], front: Any, data_config: Callable[..., Any]) -> None:
+    alone = batches(samples, front, data_config(workers=0))
+    helped = batches(samples, front, data_config(workers=1))
+    assert [batch.ids for batch in alone] == [batch.ids for batch in helped]
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_frame_is_one_sentence_from_any_process(
+    samples: list[Any], front: Any, data_config: Callable[..., Any], workers: int
+) -> None:
+    missing = Path("no/such/00007.jpg")
+    bad = replace(samples[0], frames=(*samples[0].frames[:-1], missing))
+    with pytest.raises(ValueError, match="00007") as caught:
+        batches([bad, samples[1]], front, data_config(workers=workers))
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(ValueError, match="00007"):
+        list(checked(prompt_loader([bad], front, data_config(workers=workers), 1)))
