@@ -106,6 +106,18 @@ def test_tensorboard_holds_the_curve_once_after_a_resume(tmp_path: Path) -> None
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.5), (2, 9.0), (3, 9.0), (4, 9.0)]
 
 
+def test_wandb_without_a_key_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    # What wandb does without a key; really asking for one would leave its settings behind for the next test.
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match="WANDB_MODE=offline"), MetricsLogger(tmp_path, 2, wandb=True) as logger:
+        logger.log(1, {"loss": 1.0})
+
+
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

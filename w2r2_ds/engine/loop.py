@@ -64,7 +64,7 @@ def train(config: RunConfig, ds_path: str) -> Path:
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
             if step == run.start:
-                dry_run(run, micro_batches[0])
+                dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches)
             metrics |= throughput(micro_batches, time.perf_counter() - started)
             logger.log(step + 1, metrics)

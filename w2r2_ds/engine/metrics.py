@@ -133,9 +133,14 @@ class MetricsLogger:
         if wandb:
             import wandb as library
 
-            self._wandb = library.init(
-                dir=str(self.run_dir), project="w2r2-ds", name=self.run_dir.name, settings={"silent": True}
-            )
+            try:
+                self._wandb = library.init(
+                    dir=str(self.run_dir), project="w2r2-ds", name=self.run_dir.name, settings={"silent": True}
+                )
+            except library.errors.UsageError as error:
+                raise ValueError(
+                    f"train.wandb: {error} Run `wandb login`, or set WANDB_MODE=offline to log without an account."
+                ) from error
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
