@@ -71,7 +71,7 @@ def prepare_models(config: RunConfig) -> None:
         if step % every == 0:
             print(f"warm-up step {step}/{config.demo.warmup_steps}: loss {loss:.3f}", flush=True)
 
-    warm_up(model, front, config, report)
+    warm_up(model, front, samples, config, report)
     model.save_pretrained(aside)
     (aside / MANIFEST).write_text(json.dumps(options, indent=2) + "\n")
     os.replace(aside.with_name("vggt.partial"), vggt)

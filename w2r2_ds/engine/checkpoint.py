@@ -2,6 +2,8 @@
 
 RUN/checkpoints/step-000030/trainable.safetensors   LoRA and merger, whole tensors, for evaluation and export
                             engine/                 DeepSpeed's shards, for an exact resume
+                            rng-RANK.pt             every rank's random state
+                            config.yaml             the resolved configuration
                             checkpoint.json         step, model fingerprint, versions; written last
 RUN/checkpoints/latest                              name of the newest complete checkpoint; moves last
 """

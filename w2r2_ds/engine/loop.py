@@ -176,7 +176,7 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
     model = build_model(config.model, device, config.train.seed)
     if rank == 0:
         print(trainable_table({"vlm": model.vlm, "geometry_merger": model.geometry_merger}), flush=True)
-    engine = make_engine(model, front, config, ds_config)
+    engine = make_engine(model, front, config, ds_config, device)
     del keep_alive
     # Ranks draw different dropout masks.
     torch.manual_seed(config.train.seed + rank)
@@ -207,7 +207,7 @@ def continue_from(config: RunConfig) -> Path | None:
     return find_checkpoint(config.out)
 
 
-def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[str, Any]) -> Any:
+def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> Any:
     """Wrap the step in DeepSpeed, with AdamW and a cosine schedule over two parameter groups."""
     decoder_layer = type(model.base.model.language_model.layers[0])
     if config.train.activation_checkpointing:
@@ -216,7 +216,6 @@ def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[st
     model.base.enable_input_require_grads()
     set_z3_leaf_modules(model, [decoder_layer])
     rows = model.base.config.get_text_config().vocab_size
-    device = torch.device(get_accelerator().current_device_name())
     step = W2R2Step(model, config.objective, token_tables(front.tokenizer, rows).to(device))
     step.train()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)

@@ -5,7 +5,7 @@ A user brings a pretrained VLM; the demo has none, and without this an untrained
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,22 +14,26 @@ from transformers import get_cosine_schedule_with_warmup
 
 from w2r2_ds.config import DemoConfig, RunConfig
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import checked, load_samples, train_loader
+from w2r2_ds.data.loading import checked, train_loader
+from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.models.build import Front
+from w2r2_ds.models.w2r2 import answer_states, encode_visuals
 
 
-def warm_up(vlm: Any, front: Front, config: RunConfig, report: Callable[[int, float], None]) -> None:
-    """Train all weights of `vlm` in place on the training split, 2D only, float32, on the CPU.
+def warm_up(
+    vlm: Any, front: Front, samples: Sequence[Sample], config: RunConfig, report: Callable[[int, float], None]
+) -> None:
+    """Train all weights of `vlm` in place on training samples, 2D only, float32, on the CPU.
 
     Args:
         vlm: tiny VLM.
         front: its tokenizer and vision facts.
+        samples: the training split.
         config: data and `demo.*`.
         report: called with step and loss.
     """
     demo: DemoConfig = config.demo
-    samples, _ = load_samples(config.data, "train")
     sampler = GlobalBatchSampler(
         len(samples),
         demo.warmup_batch,
@@ -56,15 +60,5 @@ def warm_up(vlm: Any, front: Front, config: RunConfig, report: Callable[[int, fl
 
 def answer_loss(vlm: Any, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the answer tokens of a batch, from frames and question."""
-    kind = batch.visuals.kind
-    encode = vlm.model.get_video_features if kind == "video" else vlm.model.get_image_features
-    visual = encode(batch.visuals.pixel_values, batch.visuals.grid_thw, return_dict=True)
-    states = vlm.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        mm_encoder_outputs={kind: visual},
-        use_cache=False,
-    ).last_hidden_state
-    rows = batch.answer_rows
-    return cross_entropy(vlm.lm_head(states[rows.sample, rows.position]), rows.label)
+    states = answer_states(vlm, batch, encode_visuals(vlm, batch.visuals))
+    return cross_entropy(vlm.lm_head(states), batch.answer_rows.label)

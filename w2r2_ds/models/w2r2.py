@@ -26,6 +26,25 @@ class VisualInputs(Protocol):
     def geometry_images(self) -> tuple[torch.Tensor, ...]: ...
 
 
+def encode_visuals(vlm: Any, visuals: VisualInputs) -> Any:
+    """F2D: the output of a VLM's vision tower, whose `pooler_output` is a tuple of ``[tokens, hidden]``."""
+    encode = vlm.model.get_video_features if visuals.kind == "video" else vlm.model.get_image_features
+    return encode(visuals.pixel_values, visuals.grid_thw, return_dict=True)
+
+
+def answer_states(vlm: Any, batch: Any, visual: Any) -> torch.Tensor:
+    """Last hidden states of a batch's answer rows, ``[rows, hidden]``, from a vision tower's output."""
+    states = vlm.model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        mm_encoder_outputs={batch.visuals.kind: visual},
+        use_cache=False,
+    ).last_hidden_state
+    rows = batch.answer_rows
+    return states[rows.sample, rows.position]
+
+
 class W2R2(nn.Module):
     """One VLM that answers from fused features, Phi(F2D, F3D), or from 2D ones, Phi(F2D, 0).
 
@@ -34,7 +53,7 @@ class W2R2(nn.Module):
     Args:
         vlm: a transformers VLM or a PeftModel around one.
         geometry_merger: maps geometry features to the VLM's width.
-        geometry: frozen encoder; None for the warm-up, which sees 2D only.
+        geometry: frozen encoder.
         zero: what Phi(F2D, 0) zeroes, ``"merged"`` or ``"features"``.
     """
 
@@ -60,9 +79,7 @@ class W2R2(nn.Module):
     @torch.no_grad()
     def encode_2d(self, visuals: VisualInputs) -> Any:
         """F2D: the vision tower's output, whose `pooler_output` is a tuple of ``[tokens, hidden]``."""
-        model = self.base.model
-        encode = model.get_video_features if visuals.kind == "video" else model.get_image_features
-        return encode(visuals.pixel_values, visuals.grid_thw, return_dict=True)
+        return encode_visuals(self.base, visuals)
 
     @torch.no_grad()
     def encode_3d(self, visuals: VisualInputs) -> list[torch.Tensor]:
@@ -89,15 +106,7 @@ class W2R2(nn.Module):
 
     def hidden(self, batch: Any, visual: Any) -> torch.Tensor:
         """Last hidden states of the answer rows, ``[rows, hidden]``; logits of the prompt are never made."""
-        states = self.base.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            mm_encoder_outputs={batch.visuals.kind: visual},
-            use_cache=False,
-        ).last_hidden_state
-        rows = batch.answer_rows
-        return states[rows.sample, rows.position]
+        return answer_states(self.base, batch, visual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, hidden]`` -> ``[rows, vocabulary]``."""
