@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hand_scene import write_scene
 
+from hand_scene import write_scene
 from w2r2_ds.data.synthetic.write import Written, write_dataset
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hand_scene import CAMERA, INTRINSIC, SCENE
 from PIL import Image
 
+from hand_scene import CAMERA, INTRINSIC, SCENE
 from w2r2_ds.data import frames as module
 from w2r2_ds.data.frames import best_frame, load_depth, projected_area, uniform_frames, visible_share
 from w2r2_ds.data.scannet import Scene, load_scene

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_files import Golden, find, is_qwen_images, is_vggt_images
 
+from golden_files import Golden, find, is_qwen_images, is_vggt_images
 from w2r2_ds.data.images import even_crop, load_frame, qwen_patches, resize_for_vggt
 
 pytestmark = pytest.mark.golden

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hand_scene import ALIGN, CAMERA, INTRINSIC, SCENE, moved
 
+from hand_scene import ALIGN, CAMERA, INTRINSIC, SCENE, moved
 from w2r2_ds.data.scannet import load_labels, load_scene
 
 

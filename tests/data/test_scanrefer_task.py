@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hand_scene import SCENE, entry, write_annotations
 
+from hand_scene import SCENE, entry, write_annotations
 from w2r2_ds.data.boxes import camera_to_world
 from w2r2_ds.data.scannet import load_labels
 from w2r2_ds.data.tasks.scanrefer import (

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_files import Golden, find, is_aggregator, is_geometry_misc
 
+from golden_files import Golden, find, is_aggregator, is_geometry_misc
 from w2r2_ds.geometry.dino import resample_position_table
 from w2r2_ds.geometry.layers import grid_positions, rotary_table, rotate
 from w2r2_ds.geometry.vggt import PIXEL_MEAN, PIXEL_STD, VGGT, Aggregator, VGGTConfig
