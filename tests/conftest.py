@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def make_sample(folder: Path, name: str, frames: int, size: tuple[int, int], fra
     """A sample of `frames` noise images of `size` (width, height), whose answer names `frame`."""
     from w2r2_ds.data.boxes import world_to_camera
     from w2r2_ds.data.sample import Sample, Target
-    from w2r2_ds.data.tasks.scanrefer import answer_text, question_text
+    from w2r2_ds.data.tasks.scanrefer import answer_text, description_span, question_text
 
     noise = np.random.default_rng(len(name) + frames)
     paths = []
@@ -50,6 +51,7 @@ def make_sample(folder: Path, name: str, frames: int, size: tuple[int, int], fra
         question=question_text(description),
         answer=answer_text(frame, world_to_camera(BOX, poses[frame])),
         target=Target(BOX, 3, "chair", "unique"),
+        what=description_span(description),
     )
 
 
@@ -61,6 +63,46 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         make_sample(folder, "four", 4, (80, 60), 2, "the red chair."),
         make_sample(folder, "three", 3, (64, 64), 0, "a small brown table beside the white door of the room."),
         make_sample(folder, "twelve", 12, (80, 60), 11, "the sofa."),
+    ]
+
+
+@pytest.fixture(scope="session")
+def caption_sample(samples: list[Any]) -> Any:
+    """A sentence about the three frames; no box, no *what*."""
+    return replace(
+        samples[1],
+        id="caption",
+        task="scan2cap",
+        question="Describe the object in one sentence.\n",
+        answer="the door, 2 m wide - and 1 chair.",
+        target=None,
+        kind="caption",
+        what=(0, 0),
+    )
+
+
+@pytest.fixture(scope="session")
+def answer_sample(samples: list[Any]) -> Any:
+    """A short answer about the four frames; no box, no *what*."""
+    return replace(
+        samples[0],
+        id="answer",
+        task="scanqa",
+        question="How many chairs are beside the door?\n",
+        answer="2 chairs",
+        target=None,
+        kind="answer",
+        what=(0, 0),
+    )
+
+
+@pytest.fixture(scope="session")
+def text_samples(answer_sample: Any, samples: list[Any]) -> list[Any]:
+    """Two samples without frames: a short answer, and a box whose question has a *what*."""
+    nothing: dict[str, Any] = {"frames": (), "cam_to_world": np.zeros((0, 4, 4))}
+    return [
+        replace(answer_sample, id="text answer", **nothing),
+        replace(samples[2], id="text box", **nothing),
     ]
 
 
@@ -108,15 +150,15 @@ def data_config() -> Any:
 
 @pytest.fixture(scope="session")
 def batch_of(front: Any, data_config: Any) -> Callable[..., Any]:
-    """`batch_of(samples, with_answer=True, **changes of the data configuration)`: the batch that a loader makes."""
+    """`batch_of(samples, with_answer, with_prompts, **changes of the data configuration)`: what a loader makes."""
     from w2r2_ds.data.collate import Collator
     from w2r2_ds.data.loading import make_positions, make_processor, visual_kind
 
-    def make(chosen: Sequence[Any], with_answer: bool = True, **changes: Any) -> Any:
+    def make(chosen: Sequence[Any], with_answer: bool = True, with_prompts: bool = False, **changes: Any) -> Any:
         config = data_config(**changes)
         processor = make_processor(front, config)
         positions = make_positions(front, config) if with_answer else None
-        collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), positions)
+        collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), positions, front.vision, with_prompts)
         return collate([processor(sample, with_answer) for sample in chosen])
 
     return make

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 
+from w2r2_ds.data.collate import dummy_visuals
 from w2r2_ds.data.slots import NUMBERS
 
 
@@ -87,6 +89,120 @@ def test_visuals_poses_and_targets(batch_of: Any, samples: list[Any]) -> None:
     assert (batch.target_box.numpy() == samples[0].target.box).all()
 
 
+def test_what_rows_point_at_the_descriptions(
+    front: Any, batch_of: Any, samples: list[Any], caption_sample: Any, text_samples: list[Any]
+) -> None:
+    batch = batch_of([samples[0], caption_sample, text_samples[1], samples[1]])
+    what = batch.what_rows
+    assert what.sample.dtype == what.position.dtype == torch.int64
+    assert (what.sample.diff() >= 0).all() and sorted(set(what.sample.tolist())) == [0, 2, 3]  # a caption has none
+    for index, description in [(0, "The red chair."), (2, "The sofa."), (3, "A small brown table beside the white ")]:
+        at = what.position[what.sample == index]
+        assert front.tokenizer.decode(batch.input_ids[index, at]).strip().startswith(description.strip())
+    assert batch_of(samples, with_answer=False).what is None
+    with pytest.raises(AssertionError, match="no what rows"):
+        _ = batch_of(samples, with_answer=False).what_rows
+
+
+def test_mixed_tasks(
+    front: Any, batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any
+) -> None:
+    """A caption and an answer have no number slots and no box; those of the others are as without them."""
+    mixed = batch_of([caption_sample, samples[0], answer_sample, samples[2]])
+    plain = batch_of([samples[0], samples[2]])
+    rows, alone = mixed.answer_rows, plain.answer_rows
+    assert mixed.kinds == ("caption", "grounding", "answer", "grounding")
+    assert mixed.answers == (caption_sample.answer, samples[0].answer, "2 chairs", samples[2].answer)
+    for index, sample in [(0, caption_sample), (2, answer_sample)]:
+        mine = rows.sample == index
+        assert front.tokenizer.decode(rows.label[mine & rows.where]) == sample.answer
+        assert int((mine & ~rows.where).sum()) == 1  # the end of turn
+        assert (rows.number[index] == -1).all() and not rows.place[index].any() and not rows.lead[index].any()
+        assert mixed.target_box[index].isnan().all()
+    for there, here in [(1, 0), (3, 1)]:
+        first = int((rows.sample < there).sum()) - int((alone.sample < here).sum())
+        number = torch.where(alone.number[here] < 0, -1, alone.number[here] + first)
+        assert torch.equal(rows.number[there], number) and torch.equal(rows.place[there], alone.place[here])
+        assert torch.equal(rows.lead[there], alone.lead[here] + first)
+        assert torch.equal(mixed.target_box[there], plain.target_box[here])
+        mine, its = rows.sample == there, alone.sample == here
+        assert torch.equal(rows.where[mine], alone.where[its]) and torch.equal(rows.label[mine], alone.label[its])
+
+
+def test_a_batch_without_numbers(batch_of: Any, caption_sample: Any, answer_sample: Any) -> None:
+    rows = batch_of([caption_sample, answer_sample, caption_sample]).answer_rows
+    assert rows.number.tolist() == [[[-1]] * NUMBERS] * 3
+    assert rows.place.tolist() == [[[0.0]] * NUMBERS] * 3 and rows.lead.tolist() == [[0] * NUMBERS] * 3
+
+
+def test_prompts_are_left_padded_and_made_when_told(batch_of: Any, samples: list[Any], text_samples: list[Any]) -> None:
+    chosen = [samples[2], text_samples[0], samples[0]]
+    assert batch_of(chosen).prompts is None
+    batch = batch_of(chosen, with_prompts=True)
+    generation = batch_of(chosen, with_answer=False)
+    for field in fields(batch.prompts):
+        assert torch.equal(getattr(batch.prompts, field.name), getattr(generation, field.name))
+    assert torch.equal(batch.input_ids, batch_of(chosen).input_ids)
+
+
+@pytest.mark.parametrize("with_answer", [True, False])
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_a_batch_without_frames_has_a_dummy(
+    front: Any, batch_of: Any, text_samples: list[Any], visual: str, with_answer: bool
+) -> None:
+    """Two by two merged patches of 28 pixels, all gray; no sequence has a placeholder for it."""
+    batch = batch_of(text_samples, with_answer, visual=visual)
+    frames = {"images": 1, "video": 2}[visual]
+    assert batch.visuals.dummy and batch.visuals.kind == {"images": "image", "video": "video"}[visual]
+    assert batch.visuals.grid_thw.tolist() == [[1, 4, 4]]
+    assert batch.visuals.pixel_values.shape == (16, 3 * 2 * 14 * 14)
+    (geometry,) = batch.visuals.geometry_images
+    assert geometry.shape == (frames, 3, 56, 56) and (geometry == 0.5).all()
+    mean, std = front.vision.image_mean, front.vision.image_std
+    expected = torch.tensor([(0.5 - mean[c]) / std[c] for c in range(3)]).repeat_interleave(2 * 14 * 14)
+    assert torch.allclose(batch.visuals.pixel_values, expected.expand(16, -1), atol=1e-6)
+    assert not batch.token_types.any() and not (batch.input_ids == front.vision.image_token_id).any()
+    assert batch.cam_to_world.shape == (2, 1, 4, 4) and batch.cam_to_world.isnan().all()
+    assert batch.target_box[0].isnan().all() and not batch.target_box[1].isnan().any()
+    if with_answer:
+        positions = torch.arange(batch.input_ids.shape[1])
+        for index, length in enumerate(batch.attention_mask.sum(1).tolist()):
+            assert torch.equal(batch.position_ids[:, index, :length], positions[:length].expand(3, -1))
+
+
+def test_the_dummys_grids_line_up_where_patches_differ(front: Any) -> None:
+    """Patches of 16 pixels for the vision tower, of 14 for VGGT; a tower may take more than two frames at once."""
+    vision = replace(front.vision, patch_size=16, temporal_patch_size=3)
+    image, video = (dummy_visuals(kind, vision) for kind in ("image", "video"))
+    for visuals, frames in ((image, 1), (video, 3)):
+        assert visuals.grid_thw.tolist() == [[1, 4, 4]] and visuals.pixel_values.shape == (16, 3 * 3 * 16 * 16)
+        assert visuals.geometry_images[0].shape == (frames, 3, 4 * 14, 4 * 14)
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_text_beside_frames(
+    front: Any, batch_of: Any, samples: list[Any], text_samples: list[Any], visual: str
+) -> None:
+    """Visuals, positions and poses are those of the samples with frames; a text's positions count from 0."""
+    chosen = [text_samples[0], samples[1], text_samples[1], samples[0]]
+    batch, plain = batch_of(chosen, visual=visual), batch_of([samples[1], samples[0]], visual=visual)
+    assert not batch.visuals.dummy and len(batch.visuals.geometry_images) == 2
+    for mixed, alone in zip(batch.visuals.geometry_images, plain.visuals.geometry_images, strict=True):
+        assert torch.equal(mixed, alone)
+    assert torch.equal(batch.visuals.pixel_values, plain.visuals.pixel_values)
+    assert torch.equal(batch.visuals.grid_thw, plain.visuals.grid_thw)
+    lengths = batch.attention_mask.sum(1).tolist()
+    for index in (0, 2):
+        counted = torch.arange(lengths[index]).expand(3, -1)
+        assert torch.equal(batch.position_ids[:, index, : lengths[index]], counted)
+        assert batch.cam_to_world[index].isnan().all()
+    for there, here in [(1, 0), (3, 1)]:
+        length = lengths[there]
+        assert torch.equal(batch.position_ids[:, there, :length], plain.position_ids[:, here, :length])
+        assert torch.equal(batch.cam_to_world[there].isnan(), plain.cam_to_world[here].isnan())
+    assert batch.cam_to_world.shape == (4, 4, 4, 4)
+
+
 def test_video_positions_use_the_frame_rate(batch_of: Any, samples: list[Any]) -> None:
     slow, fast = (batch_of(samples[:1], visual="video", video_fps=fps) for fps in (0.5, 2.0))
     video = slow.token_types[0] == 2
@@ -97,13 +213,15 @@ def test_video_positions_use_the_frame_rate(batch_of: Any, samples: list[Any]) -
 
 
 def test_to_and_pin_reach_every_tensor(batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = batch_of(samples[:2])
+    batch = batch_of(samples[:2], with_prompts=True)
     moved = batch.to(torch.device("meta"))
     tensors = [moved.input_ids, moved.attention_mask, moved.token_types, moved.position_ids, moved.cam_to_world]
     tensors += [moved.target_box, moved.visuals.pixel_values, moved.visuals.grid_thw, *moved.visuals.geometry_images]
-    tensors += list(vars(moved.answer_rows).values())
+    for part in (moved.answer_rows, moved.what_rows, moved.prompts):
+        tensors += list(vars(part).values())
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.ids == batch.ids and moved.visuals.kind == "image" and type(moved) is type(batch)
+    assert moved.kinds == batch.kinds and moved.answers == batch.answers and moved.visuals.dummy is False
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     again = batch.pin_memory()

@@ -55,6 +55,71 @@ def test_prompt_is_the_training_sequence_without_its_answer(front: Any, data_con
     assert prompt.answer_tokens == 0 and prompt.slots is None
 
 
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_what_is_the_description_behind_all_placeholders(
+    front: Any, data_config: Any, samples: list[Any], visual: str
+) -> None:
+    processor = make_processor(front, data_config(visual=visual))
+    table = "A small brown table beside the white door of the room."
+    for sample, description in zip(samples, ["The red chair.", table, "The sofa."], strict=True):
+        features = processor(sample, with_answer=True)
+        at = features.what.nonzero().squeeze(-1)
+        assert len(features.what) == len(features.input_ids) and torch.equal(at, torch.arange(at[0], at[-1] + 1))
+        assert text_of(front, features.input_ids[at]).strip() == description
+        before = text_of(front, features.input_ids[: at[0]]).rstrip(" ")
+        assert before.endswith("<|vision_end|>" + sample.question[: sample.what[0]].rstrip(" "))
+        assert text_of(front, features.input_ids[at[-1] + 1 :]).startswith("Output a JSON dictionary")
+        prompt = processor(sample, with_answer=False)
+        assert torch.equal(prompt.what, features.what[: len(prompt.what)])
+
+
+def test_what_of_a_question_that_occurs_elsewhere_too(front: Any, data_config: Any, samples: list[Any]) -> None:
+    """`a` and `assistant` are in the chat, `Frame-0: ` is before the frame; the question is the turn's last text."""
+    processor = make_processor(front, data_config())
+    for question, what, chosen in [
+        ("a", (0, 1), "a"),
+        ("assistant", (0, 9), "assistant"),
+        ("Frame-0: ", (0, 5), "Frame"),
+        ("chair, chair", (7, 12), " chair"),
+    ]:
+        features = processor(replace(samples[0], question=question, what=what), with_answer=False)
+        at = features.what.nonzero().squeeze(-1)
+        assert text_of(front, features.input_ids[at]) == chosen
+        after = text_of(front, features.input_ids[at[0] :])
+        begin = question[what[0] :] if chosen[0] != " " else question[what[0] - 1 :]
+        assert after == begin + "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_no_what_where_nothing_is_meant(front: Any, data_config: Any, caption_sample: Any, answer_sample: Any) -> None:
+    for sample in (caption_sample, answer_sample):
+        features = make_processor(front, data_config())(sample, with_answer=True)
+        assert features.what.dtype == torch.bool and not features.what.any()
+        assert features.slots is not None
+        assert features.slots.where.tolist() == [True] * (features.answer_tokens - 1) + [False]
+        assert text_of(front, features.input_ids[-features.answer_tokens :]) == sample.answer + "<|im_end|>"
+
+
+@pytest.mark.parametrize("what", [(-1, 2), (3, 2), (0, 10_000)])
+def test_what_outside_the_question(front: Any, data_config: Any, samples: list[Any], what: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"Sample four: what is \(.*\), which is no span of its question"):
+        make_processor(front, data_config())(replace(samples[0], what=what), with_answer=True)
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_text_only(front: Any, data_config: Any, text_samples: list[Any], visual: str) -> None:
+    processor = make_processor(front, data_config(visual=visual))
+    for sample in text_samples:
+        features = processor(sample, with_answer=True)
+        assert text_of(front, features.input_ids) == (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+            f"{sample.question}<|im_end|>\n<|im_start|>assistant\n{sample.answer}<|im_end|>"
+        )
+        assert features.pixel_values.shape == (0, 3 * 2 * 14 * 14) and features.pixel_values.dtype == torch.float32
+        assert features.grid_thw.shape == (0, 3) and features.grid_thw.dtype == torch.int64
+        assert features.geometry_images is None and not features.token_types.any()
+    assert text_of(front, features.input_ids[features.what]).strip() == "The sofa."
+
+
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|video_pad|>"])
 def test_special_tokens_in_the_description(front: Any, data_config: Any, samples: list[Any], token: str) -> None:
     processor = make_processor(front, data_config())
@@ -124,6 +189,23 @@ def test_tokenizer_without_vision_tokens(front: Any, data_config: Any, samples: 
     tokenizer = Tokenizer(front.tokenizer, CHAT_TEMPLATE.replace("<|image_pad|>", token))
     with pytest.raises(ValueError, match="made 0 visual placeholders for 4 images"):
         Processor(tokenizer, front.vision, data_config())(samples[0], with_answer=True)
+
+
+@pytest.mark.parametrize("rewrite", ["part['text'] | trim", "part['text'] | e", "part['text'] | lower", "'?'"])
+def test_template_that_changes_the_question(front: Any, data_config: Any, samples: list[Any], rewrite: str) -> None:
+    template = CHAT_TEMPLATE.replace("{{- part['text'] -}}", "{{- " + rewrite + " -}}")
+    assert template != CHAT_TEMPLATE
+    processor = Processor(Tokenizer(front.tokenizer, template), front.vision, data_config())
+    with pytest.raises(ValueError, match=r"Sample four: the tokenizer's chat template changes the question 'Localize"):
+        processor(samples[0], with_answer=True)
+
+
+def test_tokenizer_without_offsets(front: Any, data_config: Any) -> None:
+    class Slow(Tokenizer):
+        is_fast = False
+
+    with pytest.raises(ValueError, match=r"Slow gives no character offsets, .* add the tokenizer\.json"):
+        Processor(Slow(front.tokenizer, CHAT_TEMPLATE), front.vision, data_config())
 
 
 def test_tokenizer_without_chat_template(front: Any, data_config: Any) -> None:

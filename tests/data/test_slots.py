@@ -1,17 +1,22 @@
-"""Slots point at the digits of ten numbers, and nothing else does."""
+"""Slots from offsets written by hand: what belongs to which number, whatever the tokens look like."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from w2r2_ds.data.slots import grounding_slots, token_tables
+from w2r2_ds.data.slots import answer_slots, require_digit_slots, token_tables, what_tokens
+from w2r2_ds.data.tasks.scanrefer import description_span, question_text
 from w2r2_ds.models.tiny import train_tokenizer
 
 ANSWER = '```json\n\t{"frame": 12, "bbox_3d": [-0.63, 0.83, 12.4, 3.0, 0.59, 2.35, -2.32, 1.18, -0.0]}\n```'
 NUMBERS = ["12", "0.63", "0.83", "12.4", "3.0", "0.59", "2.35", "2.32", "1.18", "0.0"]
 SIGNS = "+-+++++-+-"
+PLAIN = '{"f": 7, "b_3d": [-0.5, 1, 2, 3, 4, 5, 6, 7, 81]}'
+MARKS = "......0............1.1..2..3..4..5..6..7..8..99.."
+"""The number of every character of PLAIN."""
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +29,15 @@ def encode(tokenizer: Any, answer: str) -> tuple[list[str], list[tuple[int, int]
     return tokenizer.convert_ids_to_tokens(encoded["input_ids"]), encoded["offset_mapping"]
 
 
+def offsets_of(pieces: list[str]) -> list[tuple[int, int]]:
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    return list(zip([0, *ends], ends, strict=False))
+
+
 def test_numbers_places_and_signs(tokenizer: Any) -> None:
     tokens, offsets = encode(tokenizer, ANSWER)
-    slots = grounding_slots(ANSWER, offsets)
+    slots = answer_slots("grounding", ANSWER, offsets)
+    assert slots.digits
     assert ["".join(tokens[i] for i in indices) for indices in slots.tokens] == NUMBERS
     assert slots.places[0] == [10, 1]
     assert slots.places[3] == pytest.approx([10, 1, 0, 0.1])
@@ -36,34 +47,119 @@ def test_numbers_places_and_signs(tokenizer: Any) -> None:
 
 def test_where_is_exactly_the_digits_of_the_numbers(tokenizer: Any) -> None:
     tokens, offsets = encode(tokenizer, ANSWER)
-    where = grounding_slots(ANSWER, offsets).where
+    where = answer_slots("grounding", ANSWER, offsets).where
     chosen = [token for token, flag in zip(tokens, where, strict=True) if flag]
     assert "".join(chosen) == "".join(NUMBERS).replace(".", "")
     three = tokens.index("3")  # of bbox_3d
     assert tokens[three + 1].startswith("d") and not where[three]
 
 
+def test_every_character_a_token() -> None:
+    slots = answer_slots("grounding", PLAIN, offsets_of(list(PLAIN)))
+    assert "".join("." if n < 0 else str(n) for n in slots.number) == MARKS
+    assert [m != "." for m in MARKS] == slots.where.tolist()
+    assert slots.digits and slots.lead.tolist() == [5, 18, 23, 26, 29, 32, 35, 38, 41, 44]
+    assert slots.tokens == [[6], [19, 20, 21], [24], [27], [30], [33], [36], [39], [42], [45, 46]]
+    assert slots.places[1] == [1, 0, 0.1] and slots.places[9] == [10, 1] and slots.places[0] == [1]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "number"),
+    [
+        (['{"f":', " 7", ', "b_3d": [-', "0.5", ",", " 1"], [-1, 0, -1, 1, -1, 2]),  # digits and blanks merge
+        (['{"f": ', "7,", ' "b_3', 'd": [', "-0", ".", "5,", " 1"], [-1, 0, -1, -1, 1, -1, 1, 2]),  # and JSON syntax
+        (['{"f": 7, "b_3d": [-', "0", ".5, ", "1"], [0, 1, 1, 2]),
+        (['{"f": ', "7", ', "b_3d": [-', "0", ".", "5, 1"], [-1, 0, -1, 1, -1, 1]),  # two numbers: the first one's
+    ],
+)
+def test_a_token_belongs_to_the_number_whose_digits_it_holds(pieces: list[str], number: list[int]) -> None:
+    begun = "".join(pieces)
+    assert PLAIN.startswith(begun)
+    rest = list(PLAIN[len(begun) :])
+    slots = answer_slots("grounding", PLAIN, offsets_of([*pieces, *rest]))
+    tail = [-1 if m == "." else int(m) for m in MARKS[len(begun) :]]
+    assert slots.number.tolist() == number + tail
+    assert slots.where.tolist() == [n >= 0 for n in number + tail]
+    assert not slots.digits and len(slots.lead) == 0 and slots.tokens == [] and slots.places == []
+
+
+def test_one_merged_token_is_enough() -> None:
+    """The last of ten numbers, all other digits alone: `81]`, then `8` and `1]`, then ` 8`."""
+    for pieces in (["81]"], ["8", "1]"]):
+        slots = answer_slots("grounding", PLAIN, offsets_of([*PLAIN[:45], *pieces, "}"]))
+        assert slots.number[45:].tolist() == [9] * len(pieces) + [-1] and not slots.digits
+    slots = answer_slots("grounding", PLAIN, offsets_of([*PLAIN[:44], " 8", *PLAIN[46:]]))
+    assert slots.number[44:].tolist() == [9, 9, -1, -1] and not slots.digits
+
+
+def test_a_blank_that_offsets_leave_out_belongs_to_the_token_after_it() -> None:
+    offsets = offsets_of(list(PLAIN))
+    trimmed = [*offsets[:5], *offsets[6:]]  # no token of its own for the blank before 7: the token is " 7"
+    slots = answer_slots("grounding", PLAIN, trimmed)
+    assert slots.number[5] == 0 and slots.where.sum() == 12 and not slots.digits
+
+
 @pytest.mark.parametrize("answer", ["", '{"frame": 1}', ANSWER.replace("3.0, ", ""), ANSWER + " 7"])
 def test_other_than_ten_numbers(tokenizer: Any, answer: str) -> None:
     with pytest.raises(ValueError, match="holds 10 numbers"):
-        grounding_slots(answer, encode(tokenizer, answer)[1])
-
-
-def test_merged_digits_are_named(tokenizer: Any) -> None:
-    _, offsets = encode(tokenizer, ANSWER)
-    first = next(i for i, (begin, _) in enumerate(offsets) if ANSWER[begin:].startswith("12,"))
-    merged = [*offsets[:first], (offsets[first][0], offsets[first + 1][1]), *offsets[first + 2 :]]
-    with pytest.raises(ValueError, match=r"every digit its own token \(number '12'\)"):
-        grounding_slots(ANSWER, merged)
-    with_space = [*offsets[: first - 1], (offsets[first - 1][0], offsets[first][1]), *offsets[first + 1 :]]
-    with pytest.raises(ValueError, match=r"number '12'"):
-        grounding_slots(ANSWER, with_space)
+        answer_slots("grounding", answer, encode(tokenizer, answer)[1])
 
 
 def test_a_number_at_the_very_beginning_has_no_place_for_a_sign() -> None:
     answer = "1 2 3 4 5 6 7 8 9 0"
     with pytest.raises(ValueError, match="must not begin the answer"):
-        grounding_slots(answer, [(i, i + 1) for i in range(len(answer))])
+        answer_slots("grounding", answer, [(i, i + 1) for i in range(len(answer))])
+
+
+@pytest.mark.parametrize("kind", ["caption", "answer"])
+def test_of_a_text_every_token_but_the_end_of_turn(kind: Any) -> None:
+    pieces = ["2", " chairs", ", ", "1.5 m", "<|im_end|>"]
+    slots = answer_slots(kind, "2 chairs, 1.5 m", offsets_of(pieces))
+    assert slots.where.tolist() == [True] * 4 + [False]
+    assert slots.number.tolist() == [-1] * 5  # its digits are no box
+    assert not slots.digits and len(slots.lead) == 0 and slots.tokens == [] and slots.places == []
+    empty = answer_slots(kind, "", [(0, 10)])
+    assert empty.where.tolist() == [False]
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match=r"kind is 'box'; it is one of grounding, caption, answer"):
+        answer_slots("box", "", [])  # type: ignore[arg-type]
+
+
+def test_what_tokens_share_a_character_with_the_description() -> None:
+    pieces = ["Text", ":", " The", " red", " chair", ".\n", "Output"]  # the description is characters 6 to 20
+    assert what_tokens((6, 20), offsets_of(pieces)).tolist() == [False, False, True, True, True, True, False]
+    assert what_tokens((6, 19), offsets_of(pieces)).tolist() == [False, False, True, True, True, False, False]
+    assert what_tokens((5, 6), offsets_of(pieces)).tolist() == [False, False, True, False, False, False, False]
+    for nothing in (0, 6, 7, 27):
+        assert not what_tokens((nothing, nothing), offsets_of(pieces)).any()
+    assert what_tokens((0, 3), []).tolist() == []
+
+
+def test_what_tokens_with_trimmed_blanks_and_bytes() -> None:
+    # "a é b": blanks belong to the tokens after them, the two bytes of é share its character, (5, 5) is a lone prefix
+    offsets = [(0, 1), (2, 3), (2, 3), (4, 5), (5, 5)]
+    assert what_tokens((2, 3), offsets).tolist() == [False, True, True, False, False]
+    assert what_tokens((1, 2), offsets).tolist() == [False, True, False, False, False]
+    assert what_tokens((3, 4), offsets).tolist() == [False, False, False, True, False]
+    assert what_tokens((0, 9), offsets).tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("description", "written"),
+    [
+        ("the Red chair.", "The red chair."),
+        ("  a door. ", "a door."),  # blanks around it say nothing
+        ("straße {0} {description}", "Straße {0} {description}"),
+        ("ßa", "Ssa"),  # capitalised, it is longer
+    ],
+)
+def test_the_description_in_scanrefers_question(description: str, written: str) -> None:
+    question = question_text(description)
+    begin, end = description_span(description)
+    assert question[begin:end] == written
+    assert question[:begin].rstrip(" ").endswith("\nText:") and question[end:].lstrip(" ").startswith("\nOutput a JSON")
 
 
 def test_tables(tokenizer: Any) -> None:
@@ -75,10 +171,61 @@ def test_tables(tokenizer: Any) -> None:
     assert not tables.minus[len(tokenizer) :].any() and not tables.minus[tokenizer.convert_tokens_to_ids("[")]
 
 
-def test_tables_need_ten_digits() -> None:
-    class Words:
-        def get_vocab(self) -> dict[str, int]:
-            return {"1": 0, "12": 1, "²": 2}
+class Words:
+    """A tokenizer of given tokens; `texts` is what they read as."""
 
-    with pytest.raises(ValueError, match="ten digits"):
-        token_tables(Words(), 3)
+    def __init__(self, **texts: str) -> None:
+        self.texts = list(texts.values())
+        self.spellings = list(texts)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {spelling: index for index, spelling in enumerate(self.spellings)}
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.texts[i] for i in ids)
+
+    def convert_ids_to_tokens(self, index: int) -> str:
+        return self.spellings[index]
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[Any]]:
+        """Every character is the token that reads as it, or the first token."""
+        known = {word: index for index, word in enumerate(self.texts)}
+        ids = [known.get(character, 0) for character in text]
+        return {"input_ids": ids, "offset_mapping": [(i, i + 1) for i in range(len(text))]}
+
+
+def test_tables_go_by_what_a_token_reads_as() -> None:
+    texts = {"1": "1", "▁1": "1", "Ġ2": " 2", "<0x33>": "3", "12": "12", "²": "²", "４": "４", "5.": "5.", "1a": "1a"}
+    signs = {"-": "-", "▁-": "-", "[-": " [-", "<0x2D>": "-", "--": "--", "-[": "-[", "a": "a"}
+    tables = token_tables(Words(**texts, **signs), 17)
+    assert tables.digit.tolist() == [1, 1, 2, 3] + [-1] * 13
+    assert tables.minus.tolist() == [False] * 9 + [True] * 5 + [False] * 3
+    fewer = token_tables(Words(**texts), 2)  # a model with fewer rows than the tokenizer has tokens
+    assert fewer.digit.tolist() == [1, 1] and fewer.minus.tolist() == [False, False]
+
+
+def test_a_tokenizer_without_digits_has_tables_without_digits() -> None:
+    tables = token_tables(Words(**{"12": "12", "²": "²", "-": "-"}), 4)
+    assert tables.digit.tolist() == [-1] * 4 and tables.minus.tolist() == [False, False, True, False]
+
+
+def test_digit_slots_are_there(tokenizer: Any) -> None:
+    require_digit_slots(tokenizer, "objective.push soft_iou")
+
+
+def test_a_digit_that_is_no_token_is_refused() -> None:
+    ten = {str(digit): str(digit) for digit in range(10)}
+    require_digit_slots(Words(unk="?", **ten), "objective.push soft_iou")
+    del ten["7"]
+    with pytest.raises(
+        ValueError, match=r"objective.push soft_iou needs .* Words makes '7' in '.*' the one token 'unk'"
+    ):
+        require_digit_slots(Words(unk="?", **ten), "objective.push soft_iou")
+
+
+@pytest.mark.parametrize("merged", ["77", "9.9", " 3", "-1", "1]", "8,", "-0."])
+def test_a_single_merged_token_is_refused(merged: str) -> None:
+    tokenizer = train_tokenizer([ANSWER] * 3)
+    tokenizer.add_tokens([merged])
+    with pytest.raises(ValueError, match=r"objective.push unblocked needs .*Qwen2Tokenizer makes"):
+        require_digit_slots(tokenizer, "objective.push unblocked")

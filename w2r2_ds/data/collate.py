@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from w2r2_ds.data.processor import Features
-from w2r2_ds.data.sample import Sample
+from w2r2_ds.data.images import VGGT_PATCH
+from w2r2_ds.data.processor import Features, vision_patches
+from w2r2_ds.data.sample import Kind, Sample
 from w2r2_ds.data.slots import NUMBERS
+from w2r2_ds.models.vlm import VisionSpec
 
 Positions = Callable[..., torch.Tensor]
 """(input_ids, token_types, attention_mask, image grid or None, video grid or None) -> ``[3, batch, length]``."""
@@ -20,19 +22,21 @@ Positions = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Visuals:
-    """What both towers see of a batch.
+    """What both towers see of a batch; never nothing, so that every rank calls them in every step.
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
         pixel_values: ``[patches, values]`` float32.
         grid_thw: ``[images or videos, 3]`` int64.
-        geometry_images: per sample ``[frames, 3, height, width]`` float32 in [0, 1].
+        geometry_images: per sample with frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1].
+        dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
     """
 
     kind: str
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     geometry_images: tuple[torch.Tensor, ...]
+    dummy: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,11 @@ class AnswerRows:
         sample: ``[rows]`` int64, index of the sample in the batch.
         position: ``[rows]`` int64, position of the hidden state that predicts the label.
         label: ``[rows]`` int64, the token to be predicted.
-        where: ``[rows]`` bool, the label is a digit of frame or box.
-        number: ``[batch, NUMBERS, width]`` int64 row of every digit and decimal point, -1 where there is none.
+        where: ``[rows]`` bool, the label says where: digits of frame and box; of captions and answers, every token.
+        number: ``[batch, NUMBERS, width >= 1]`` int64 row of every digit and decimal point, -1 where there is none;
+            -1 everywhere for a sample without number slots.
         place: ``[batch, NUMBERS, width]`` float64 unit of the digit, 0 for a decimal point and where there is none.
-        lead: ``[batch, NUMBERS]`` int64 row of the token that carries the sign.
+        lead: ``[batch, NUMBERS]`` int64 row of the token that carries the sign; 0 for a sample without number slots.
     """
 
     sample: torch.Tensor
@@ -56,6 +61,28 @@ class AnswerRows:
     number: torch.Tensor
     place: torch.Tensor
     lead: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The positions of the *what* tokens (of the description, in the prompt) of the whole batch, samples in order.
+
+    Attributes:
+        sample: ``[n]`` int64, index of the sample in the batch.
+        position: ``[n]`` int64, position of the token itself.
+    """
+
+    sample: torch.Tensor
+    position: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a training batch alone, padded on the left, for greedy decoding; fields as `Batch`'s."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_types: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -70,8 +97,12 @@ class Batch:
         position_ids: ``[3, batch, length]`` int64; None for generation, which makes its own.
         visuals: input of the towers.
         rows: answer rows; None for generation.
-        cam_to_world: ``[batch, frames, 4, 4]`` float64, NaN where a sample has fewer frames.
-        target_box: ``[batch, 9]`` float64 world boxes.
+        cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64, NaN where a sample has fewer frames.
+        target_box: ``[batch, 9]`` float64 world boxes, NaN where a sample has none.
+        what: positions of the description's tokens; None for generation.
+        kinds: what every answer is, see `Sample.kind`.
+        answers: every answer's text.
+        prompts: the prompts alone, where the collator was told to make them.
     """
 
     ids: tuple[str, ...]
@@ -83,6 +114,10 @@ class Batch:
     rows: AnswerRows | None
     cam_to_world: torch.Tensor
     target_box: torch.Tensor
+    what: PromptRows | None
+    kinds: tuple[Kind, ...]
+    answers: tuple[str, ...]
+    prompts: Prompts | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not wait."""
@@ -97,6 +132,12 @@ class Batch:
         """The answer rows of a training batch."""
         assert self.rows is not None, "a batch for generation has no answer rows"
         return self.rows
+
+    @property
+    def what_rows(self) -> PromptRows:
+        """The *what* positions of a training batch."""
+        assert self.what is not None, "a batch for generation has no what rows"
+        return self.what
 
 
 def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -119,38 +160,81 @@ class Collator:
         kind: ``"image"`` or ``"video"``.
         positions: multimodal positions, computed here so that the GPU never waits for them; None pads on the left,
             for generation.
+        vision: sizes of the vision tower, for the image of a batch without frames.
+        with_prompts: also make `Batch.prompts`.
     """
 
-    def __init__(self, pad_id: int, kind: str, positions: Positions | None) -> None:
-        self.pad_id, self.kind, self.positions = pad_id, kind, positions
+    def __init__(
+        self, pad_id: int, kind: str, positions: Positions | None, vision: VisionSpec, with_prompts: bool = False
+    ) -> None:
+        self.pad_id, self.kind, self.positions, self.with_prompts = pad_id, kind, positions, with_prompts
+        self.dummy = dummy_visuals(kind, vision)
 
     def __call__(self, features: Sequence[Features]) -> Batch:
         left = self.positions is None
-        input_ids = _pad([f.input_ids for f in features], self.pad_id, left)
-        attention_mask = _pad([torch.ones_like(f.input_ids) for f in features], 0, left)
-        token_types = _pad([f.token_types for f in features], 0, left)
-        visuals = Visuals(
-            kind=self.kind,
-            pixel_values=torch.cat([f.pixel_values for f in features]),
-            grid_thw=torch.cat([f.grid_thw for f in features]),
-            geometry_images=tuple(f.geometry_images for f in features),
-        )
+        tokens = self._padded(features, left)
+        visuals = self._visuals(features)
         position_ids = None
         if self.positions is not None:
-            grids = {"image": (visuals.grid_thw, None), "video": (None, visuals.grid_thw)}[self.kind]
-            position_ids = self.positions(input_ids, token_types, attention_mask, *grids)
+            grid = None if visuals.dummy else visuals.grid_thw
+            grids = {"image": (grid, None), "video": (None, grid)}[self.kind]
+            position_ids = self.positions(tokens.input_ids, tokens.token_types, tokens.attention_mask, *grids)
         samples = [f.sample for f in features]
         return Batch(
             ids=tuple(sample.id for sample in samples),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_types=token_types,
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            token_types=tokens.token_types,
             position_ids=position_ids,
             visuals=visuals,
             rows=None if left else _answer_rows(features),
             cam_to_world=_poses(samples),
-            target_box=torch.from_numpy(np.stack([sample.target.box for sample in samples])),
+            target_box=_target_boxes(samples),
+            what=None if left else _prompt_rows(features),
+            kinds=tuple(sample.kind for sample in samples),
+            answers=tuple(sample.answer for sample in samples),
+            prompts=self._padded([_prompt(f) for f in features], left=True) if self.with_prompts else None,
         )
+
+    def _padded(self, features: Sequence[Features], left: bool) -> Prompts:
+        """Tokens of all sequences, padded to the longest."""
+        return Prompts(
+            input_ids=_pad([f.input_ids for f in features], self.pad_id, left),
+            attention_mask=_pad([torch.ones_like(f.input_ids) for f in features], 0, left),
+            token_types=_pad([f.token_types for f in features], 0, left),
+        )
+
+    def _visuals(self, features: Sequence[Features]) -> Visuals:
+        """Visuals of the samples that have some, or the dummy."""
+        geometry_images = tuple(f.geometry_images for f in features if f.geometry_images is not None)
+        if not geometry_images:
+            return self.dummy
+        return Visuals(
+            kind=self.kind,
+            pixel_values=torch.cat([f.pixel_values for f in features]),
+            grid_thw=torch.cat([f.grid_thw for f in features]),
+            geometry_images=geometry_images,
+        )
+
+
+def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
+    """One gray image of two by two merged patches, or a video of as many frames as make one row of tokens."""
+    frames = vision.temporal_patch_size if kind == "video" else 1
+    patches = 2 * vision.merge_size
+    # Both towers' patches differ in size, their grids do not.
+    seen, geometry = (
+        np.full((frames, 3, patches * size, patches * size), 0.5, dtype=np.float32)
+        for size in (vision.patch_size, VGGT_PATCH)
+    )
+    return Visuals(kind, *vision_patches(seen, vision, kind), (torch.from_numpy(geometry),), dummy=True)
+
+
+def _prompt(feature: Features) -> Features:
+    """The same sample without its answer."""
+    count = len(feature.input_ids) - feature.answer_tokens
+    return dataclasses.replace(
+        feature, input_ids=feature.input_ids[:count], token_types=feature.token_types[:count], answer_tokens=0
+    )
 
 
 def _pad(rows: Sequence[torch.Tensor], value: int, left: bool) -> torch.Tensor:
@@ -165,18 +249,31 @@ def _pad(rows: Sequence[torch.Tensor], value: int, left: bool) -> torch.Tensor:
 
 def _poses(samples: Sequence[Sample]) -> torch.Tensor:
     """``[batch, frames, 4, 4]``; samples with fewer frames are filled with NaN, so that naming one has IoU 0."""
-    count = max(len(sample.frames) for sample in samples)
+    count = max([1, *(len(sample.frames) for sample in samples)])
     result = torch.full((len(samples), count, 4, 4), torch.nan, dtype=torch.float64)
     for index, sample in enumerate(samples):
         result[index, : len(sample.frames)] = torch.from_numpy(sample.cam_to_world)
     return result
 
 
+def _target_boxes(samples: Sequence[Sample]) -> torch.Tensor:
+    """``[batch, 9]`` float64, NaN for a sample without a target."""
+    nothing = np.full(9, np.nan)
+    return torch.from_numpy(np.stack([nothing if s.target is None else s.target.box for s in samples]))
+
+
+def _prompt_rows(features: Sequence[Features]) -> PromptRows:
+    """Where the description's tokens are; a sequence begins at position 0 of its row (padding is on the right)."""
+    positions = [f.what.nonzero().squeeze(-1) for f in features]
+    sample = [torch.full_like(position, index) for index, position in enumerate(positions)]
+    return PromptRows(torch.cat(sample), torch.cat(positions))
+
+
 def _answer_rows(features: Sequence[Features]) -> AnswerRows:
     """Flatten the answer positions of the batch and point the number slots at them."""
     slots = [f.slots for f in features if f.slots is not None]
     assert len(slots) == len(features), "training features carry answers"
-    width = max(len(tokens) for slot in slots for tokens in slot.tokens)
+    width = max([1, *(len(tokens) for slot in slots for tokens in slot.tokens)])
     number = torch.full((len(features), NUMBERS, width), -1, dtype=torch.int64)
     place = torch.zeros((len(features), NUMBERS, width), dtype=torch.float64)
     lead = torch.zeros((len(features), NUMBERS), dtype=torch.int64)
@@ -188,7 +285,8 @@ def _answer_rows(features: Sequence[Features]) -> AnswerRows:
         position.append(torch.arange(length - count - 1, length - 1))
         label.append(feature.input_ids[length - count :])
         where.append(torch.from_numpy(slot.where))
-        lead[index] = torch.from_numpy(slot.lead) + first_row
+        if slot.digits:
+            lead[index] = torch.from_numpy(slot.lead) + first_row
         for i, (tokens, places) in enumerate(zip(slot.tokens, slot.places, strict=True)):
             number[index, i, : len(tokens)] = torch.tensor(tokens) + first_row
             place[index, i, : len(tokens)] = torch.tensor(places, dtype=torch.float64)

@@ -109,16 +109,24 @@ def visual_kind(config: DataConfig) -> str:
     return {"images": "image", "video": "video"}[config.visual]
 
 
+def make_collate(front: Front, config: DataConfig, with_prompts: bool) -> CollateOrError:
+    """Collation of training samples."""
+    positions, pad = make_positions(front, config), front.tokenizer.pad_token_id
+    return CollateOrError(Collator(pad, visual_kind(config), positions, front.vision, with_prompts))
+
+
 def train_loader(
-    samples: Sequence[Sample], front: Front, config: DataConfig, sampler: GlobalBatchSampler
+    samples: Sequence[Sample],
+    front: Front,
+    config: DataConfig,
+    sampler: GlobalBatchSampler,
+    with_prompts: bool = False,
 ) -> DataLoader[Any]:
-    """Micro-batches of this rank, in the sampler's order."""
-    dataset = SampleDataset(samples, make_processor(front, config), with_answer=True)
-    collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), make_positions(front, config))
+    """Micro-batches of this rank, in the sampler's order; `with_prompts` where answers are decoded in training."""
     return DataLoader(
-        dataset,
+        SampleDataset(samples, make_processor(front, config), with_answer=True),
         batch_sampler=sampler,
-        collate_fn=CollateOrError(collate),
+        collate_fn=make_collate(front, config, with_prompts),
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.workers > 0,
@@ -127,8 +135,18 @@ def train_loader(
     )
 
 
+def measure_loader(samples: Sequence[Sample], front: Front, config: DataConfig, batch_size: int) -> DataLoader[Any]:
+    """Batches in order, with answers and with prompts, to compare the two readings of the shortcut's answer."""
+    return DataLoader(
+        SampleDataset(samples, make_processor(front, config), with_answer=True),
+        batch_size=batch_size,
+        collate_fn=make_collate(front, config, with_prompts=True),
+        generator=torch.Generator(),
+    )
+
+
 def prompt_loader(samples: Sequence[Sample], front: Front, config: DataConfig, batch_size: int) -> DataLoader[Any]:
     """Left-padded prompts in order, for generation."""
     dataset = SampleDataset(samples, make_processor(front, config), with_answer=False)
-    collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), positions=None)
+    collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), None, front.vision)
     return DataLoader(dataset, batch_size=batch_size, collate_fn=CollateOrError(collate), num_workers=config.workers)

@@ -11,11 +11,14 @@ import torch
 from w2r2_ds.config import DataConfig
 from w2r2_ds.data.images import even_crop, load_frame, qwen_patches, resize_for_vggt
 from w2r2_ds.data.sample import Sample
-from w2r2_ds.data.slots import AnswerSlots, grounding_slots
+from w2r2_ds.data.slots import AnswerSlots, answer_slots, what_tokens
 from w2r2_ds.models.vlm import VisionSpec
 
 IMAGE, VIDEO = 1, 2
 """Values of `mm_token_type_ids`; text is 0."""
+
+STAND_IN = "\ue000"
+"""A private character, in no template and no question."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ class Features:
         answer_tokens: number of trailing tokens that are the answer and its end of turn; 0 for a prompt alone.
         pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input.
         grid_thw: ``[images or 1, 3]`` int64 patch grid.
-        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], VGGT's input (not cropped).
-        slots: number slots of the answer; None for a prompt alone.
+        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], VGGT's input (not cropped); None without
+            frames.
+        what: ``[tokens]`` bool, tokens of the prompt that say what is meant.
+        slots: slots of the answer; None for a prompt alone.
     """
 
     sample: Sample
@@ -39,8 +44,23 @@ class Features:
     answer_tokens: int
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
-    geometry_images: torch.Tensor
+    geometry_images: torch.Tensor | None
+    what: torch.Tensor
     slots: AnswerSlots | None
+
+
+def vision_patches(images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`qwen_patches` of ``[frames, 3, height, width]`` frames for a vision tower, as images or as one video."""
+    pixel_values, grid_thw = qwen_patches(
+        images,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.merge_size,
+        mean=vision.image_mean,
+        std=vision.image_std,
+        as_video=kind == "video",
+    )
+    return torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)
 
 
 class Processor:
@@ -60,6 +80,11 @@ class Processor:
             )
         self.end_of_turn = "<|im_end|>"
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} gives no character offsets, which slots need; "
+                "add the tokenizer.json that belongs to the model."
+            )
         if tokenizer.chat_template is None:
             raise ValueError("The tokenizer has no chat template; the model directory lacks chat_template.jinja.")
 
@@ -67,22 +92,11 @@ class Processor:
         """Features of one sample, with its answer as label or as a prompt for generation.
 
         Raises:
-            ValueError: a frame cannot be read, text holds a special token, or the sequence is longer than
-                `data.max_length`.
+            ValueError: a frame cannot be read, text holds a special token, the chat template changes the question, or
+                the sequence is longer than `data.max_length`.
         """
-        images = resize_for_vggt([load_frame(path) for path in sample.frames], width=self.config.frame_width)
-        vision = self.vision
-        cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
-        pixel_values, grid_thw = qwen_patches(
-            cropped,
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.merge_size,
-            mean=vision.image_mean,
-            std=vision.image_std,
-            as_video=self.config.visual == "video",
-        )
-        prompt = self._prompt_ids(sample, np.asarray(grid_thw))
+        geometry_images, pixel_values, grid_thw = self._visuals(sample)
+        prompt, what = self._prompt(sample, grid_thw)
         answer, slots = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)
         if len(ids) > self.config.max_length:
@@ -91,50 +105,94 @@ class Processor:
                 "raise it or use fewer or smaller frames."
             )
         types = torch.zeros_like(ids)
-        types[ids == vision.image_token_id] = IMAGE
-        types[ids == vision.video_token_id] = VIDEO
+        types[ids == self.vision.image_token_id] = IMAGE
+        types[ids == self.vision.video_token_id] = VIDEO
         return Features(
             sample=sample,
             input_ids=ids,
             token_types=types,
             answer_tokens=len(answer),
-            pixel_values=torch.as_tensor(pixel_values),
-            grid_thw=torch.as_tensor(grid_thw, dtype=torch.int64),
-            geometry_images=torch.as_tensor(images),
+            pixel_values=pixel_values,
+            grid_thw=grid_thw,
+            geometry_images=geometry_images,
+            what=torch.tensor(what + [False] * len(answer)),
             slots=slots,
         )
 
-    def _prompt_ids(self, sample: Sample, grid_thw: np.ndarray) -> list[int]:
-        """Token ids of system turn, frames and question, placeholders expanded to one per merged patch."""
+    def _visuals(self, sample: Sample) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Geometry images, patches and their grid; None and empty arrays for a sample without frames."""
+        vision = self.vision
+        if not sample.frames:
+            values = 3 * vision.temporal_patch_size * vision.patch_size**2
+            return None, torch.zeros(0, values), torch.zeros(0, 3, dtype=torch.int64)
+        images = resize_for_vggt([load_frame(path) for path in sample.frames], width=self.config.frame_width)
+        cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
+        kind = "video" if self.config.visual == "video" else "image"
+        return torch.from_numpy(images), *vision_patches(cropped, vision, kind)
+
+    def _prompt(self, sample: Sample, grid_thw: torch.Tensor) -> tuple[list[int], list[bool]]:
+        """Token ids of system turn, frames and question, and which of them say what is meant.
+
+        Placeholders are expanded to one per merged patch.
+        """
         self._refuse_special_tokens(sample, sample.question)
-        if self.config.visual == "video":
-            content = [{"type": "video"}]
-        else:
-            content = []
-            for index in range(len(sample.frames)):
-                content += [{"type": "text", "text": f"Frame-{index}: "}, {"type": "image"}]
-        content.append({"type": "text", "text": sample.question})
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        counts = iter((grid_thw.prod(axis=-1) // self.vision.merge_size**2).tolist())
-        placeholders = {self.vision.image_token_id, self.vision.video_token_id}
-        found = sum(i in placeholders for i in ids)
-        if found != len(grid_thw):
+        first, last = sample.what
+        if not 0 <= first <= last <= len(sample.question):
             raise ValueError(
-                f"The chat template made {found} visual placeholders for {len(grid_thw)} images or videos; "
+                f"Sample {sample.id}: what is {sample.what}, which is no span of its question; "
+                f"give [begin, end) within its {len(sample.question)} characters."
+            )
+        text, begin = self._prompt_text(sample)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        what = what_tokens((begin + first, begin + last), encoded["offset_mapping"]).tolist()
+        counts = (grid_thw.prod(-1) // self.vision.merge_size**2).tolist()
+        placeholders = {self.vision.image_token_id, self.vision.video_token_id}
+        found = sum(i in placeholders for i in encoded["input_ids"])
+        if found != len(counts):
+            raise ValueError(
+                f"The chat template made {found} visual placeholders for {len(counts)} images or videos; "
                 "use the tokenizer files that came with the model."
             )
-        return [token for i in ids for token in ([i] * next(counts) if i in placeholders else [i])]
+        remaining = iter(counts)
+        repeats = [next(remaining) if i in placeholders else 1 for i in encoded["input_ids"]]
+        ids = [i for i, count in zip(encoded["input_ids"], repeats, strict=True) for _ in range(count)]
+        return ids, [flag for flag, count in zip(what, repeats, strict=True) for _ in range(count)]
+
+    def _prompt_text(self, sample: Sample) -> tuple[str, int]:
+        """The rendered chat text, and where the question begins in it.
+
+        Rendered a second time with a stand-in for the question: a short question may occur elsewhere in the text too.
+        """
+        text, frame = (self._render(len(sample.frames), words) for words in (sample.question, STAND_IN))
+        before, _, after = frame.rpartition(STAND_IN)
+        if STAND_IN not in frame or text != before + sample.question + after:
+            raise ValueError(
+                f"Sample {sample.id}: the tokenizer's chat template changes the question {sample.question!r} (does it "
+                "strip or escape text?); use the chat_template that came with the model."
+            )
+        return text, len(before)
+
+    def _render(self, frames: int, question: str) -> str:
+        """The user's turn and the beginning of the assistant's, one placeholder per image or video."""
+        content: list[dict[str, str]] = []
+        if self.config.visual == "video":
+            content += [{"type": "video"}] if frames else []
+        else:
+            for index in range(frames):
+                content += [{"type": "text", "text": f"Frame-{index}: "}, {"type": "image"}]
+        content.append({"type": "text", "text": question})
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return text
 
     def _answer(self, sample: Sample) -> tuple[list[int], AnswerSlots]:
-        """Token ids of the answer with its end of turn, and its number slots."""
+        """Token ids of the answer with its end of turn, and its slots."""
         self._refuse_special_tokens(sample, sample.answer)
         encoded = self.tokenizer(
             sample.answer + self.end_of_turn, add_special_tokens=False, return_offsets_mapping=True
         )
-        return encoded["input_ids"], grounding_slots(sample.answer, encoded["offset_mapping"])
+        return encoded["input_ids"], answer_slots(sample.kind, sample.answer, encoded["offset_mapping"])
 
     def _refuse_special_tokens(self, sample: Sample, text: str) -> None:
         """A description that spells a special token would turn into that token and shift every placeholder."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+
+Kind = Literal["grounding", "caption", "answer"]
+"""What an answer is: numbers of a box, a sentence, or a short answer. Slots and similarity follow from it."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,13 @@ class Sample:
         id: unique within a data set, e.g. ``"scene0000_00|5|chair|0"``.
         task: name of the task that made it, e.g. ``"scanrefer"``.
         scene_id: ScanNet scene name.
-        frames: colour image files, in the order in which the model sees them.
-        cam_to_world: ``[frames, 4, 4]`` float64, camera to axis-aligned world.
+        frames: colour image files, in the order in which the model sees them; none for a question about no scene.
+        cam_to_world: ``[frames, 4, 4]`` float64, camera to axis-aligned world; ``[0, 4, 4]`` without frames.
         question: text after the frames.
         answer: the text to be learned; empty where the object is in no frame (validation only).
-        target: what the answer is scored against.
+        target: what the answer is scored against; None for answers without a box.
+        kind: what the answer is.
+        what: characters ``[begin, end)`` of `question` that say what is meant; empty where nothing does.
     """
 
     id: str
@@ -47,4 +53,6 @@ class Sample:
     cam_to_world: np.ndarray
     question: str
     answer: str
-    target: Target
+    target: Target | None = None
+    kind: Kind = "grounding"
+    what: tuple[int, int] = (0, 0)

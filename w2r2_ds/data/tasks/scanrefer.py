@@ -119,6 +119,13 @@ def question_text(description: str) -> str:
     return QUESTION.format(description=description.capitalize())
 
 
+def description_span(description: str) -> tuple[int, int]:
+    """Characters ``[begin, end)`` of the question that are the description, without blanks around it."""
+    written = description.capitalize()
+    begin = len(QUESTION.partition("{description}")[0].format()) + len(written) - len(written.lstrip())
+    return begin, begin + len(written.strip())
+
+
 def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
     """The answer as VG-LLM writes it: fenced JSON with Python's ``repr`` of rounded numbers (``3.0``, ``0.59``).
 
@@ -241,4 +248,5 @@ def _sample(annotation: Annotation, view: _View, frame: int | None, group: str, 
         question=question_text(annotation.description),
         answer=answer,
         target=Target(box, annotation.object_id, annotation.object_name.replace("_", " "), group),
+        what=description_span(annotation.description),
     )
