@@ -18,6 +18,8 @@ milliradians of rounded labels. pytorch3d's ``box3d_overlap`` drops or double-co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ FAR = 16.0
 """Offset of the centres, in units of the largest side, beyond which it need not grow: the boxes are apart at 1.8."""
 
 SMALLEST = 1e-60
-"""Union, in units of the largest side cubed, below which IoU is 0: dividing by less could overflow."""
+"""Volume, in units of the largest side cubed, below which nothing is divided by it: the ratio could overflow."""
 
 
 def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
@@ -43,19 +45,7 @@ def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     Returns:
         ``[n]`` in [0, 1]; see ``oriented_iou``.
     """
-    for name, boxes in (("boxes_a", boxes_a), ("boxes_b", boxes_b)):
-        if boxes.ndim != 2 or boxes.shape[-1] != 9:
-            raise ValueError(f"{name} must have shape [n, 9], not {list(boxes.shape)}.")
-    wide_a, wide_b = _only_finite(boxes_a.double()), _only_finite(boxes_b.double())
-    iou = oriented_iou(
-        wide_a[:, :3],
-        wide_a[:, 3:6],
-        rotation_matrix_torch(wide_a[:, 6:]),
-        wide_b[:, :3],
-        wide_b[:, 3:6],
-        rotation_matrix_torch(wide_b[:, 6:]),
-    )
-    return iou.to(_result_dtype(boxes_a, boxes_b))
+    return oriented_iou(*box_parts(boxes_a, boxes_b)).to(result_dtype(boxes_a, boxes_b))
 
 
 def oriented_iou(
@@ -75,21 +65,9 @@ def oriented_iou(
         ``[n]`` in [0, 1]; float64 where all inputs are, else float32.
     """
     given = (centre_a, size_a, rotation_a, centre_b, size_b, rotation_b)
-    wide, valid = _only_valid(*(tensor.double() for tensor in given))
-    centre_a, size_a, rotation_a, centre_b, size_b, rotation_b = wide
-
-    # In units of the largest side, from the first box's centre: IoU depends on neither, so the unit has no gradient.
-    scale = torch.maximum(size_a, size_b).amax(-1, keepdim=True).detach()
-    size_a, size_b = size_a / scale, size_b / scale
-    offset = (centre_b / scale - centre_a / scale).clamp(-FAR, FAR)
-
-    normals_a, distances_a = _half_spaces(torch.zeros_like(offset), size_a, rotation_a)
-    normals_b, distances_b = _half_spaces(offset, size_b, rotation_b)
-    common = _volume(torch.cat((normals_a, normals_b), 1), torch.cat((distances_a, distances_b), 1))
-
-    volume_a, volume_b = size_a.prod(-1), size_b.prod(-1)
-    common = torch.minimum(common.clamp(min=0.0), torch.minimum(volume_a, volume_b))
-    return _ratio(common, volume_a, volume_b, valid).to(_result_dtype(*given))
+    pairs = unit_pairs(*given)
+    common = common_volume(pairs)
+    return ratio(common, pairs.volumes - common, pairs.valid).to(result_dtype(*given))
 
 
 def aabb_iou(centre_a: Tensor, size_a: Tensor, centre_b: Tensor, size_b: Tensor) -> Tensor:
@@ -104,25 +82,90 @@ def aabb_iou(centre_a: Tensor, size_a: Tensor, centre_b: Tensor, size_b: Tensor)
     """
     given = (centre_a, size_a, centre_b, size_b)
     eye = torch.eye(3, dtype=torch.float64, device=centre_a.device).expand(*centre_a.shape[:-1], 3, 3)
-    wide, valid = _only_valid(centre_a.double(), size_a.double(), eye, centre_b.double(), size_b.double(), eye)
-    scale = torch.maximum(wide[1], wide[4]).amax(-1, keepdim=True).detach()
-    wide = [part if part.ndim == 3 else part / scale for part in wide]
-    low = torch.maximum(wide[0] - wide[1] / 2, wide[3] - wide[4] / 2)
-    high = torch.minimum(wide[0] + wide[1] / 2, wide[3] + wide[4] / 2)
-    common = (high - low).clamp(min=0.0).prod(-1)
-    return _ratio(common, wide[1].prod(-1), wide[4].prod(-1), valid).to(_result_dtype(*given))
+    pairs = unit_pairs(centre_a, size_a, eye, centre_b, size_b, eye)
+    offset = pairs.offset.clamp(-FAR, FAR)
+    low = torch.maximum(-pairs.size_a / 2, offset - pairs.size_b / 2)
+    high = torch.minimum(pairs.size_a / 2, offset + pairs.size_b / 2)
+    common = product((high - low).clamp(min=0.0))
+    return ratio(common, pairs.volumes - common, pairs.valid).to(result_dtype(*given))
 
 
-def _result_dtype(*tensors: Tensor) -> torch.dtype:
+@dataclass(frozen=True)
+class Pairs:
+    """n pairs of boxes in units of each pair's largest side, all float64.
+
+    IoU and GIoU depend neither on the unit nor on the place, so the unit carries no gradient.
+
+    Attributes:
+        size_a, size_b: ``[n, 3]`` in (0, 1].
+        rotation_a, rotation_b: ``[n, 3, 3]``.
+        offset: ``[n, 3]`` from the first box's centre to the second's; may be infinite, so clamp it before use.
+        valid: ``[n]`` bool, False where two far unit cubes stand in for a pair that is none.
+    """
+
+    size_a: Tensor
+    size_b: Tensor
+    rotation_a: Tensor
+    rotation_b: Tensor
+    offset: Tensor
+    valid: Tensor
+
+    @property
+    def volumes(self) -> Tensor:
+        """Sum of both volumes, ``[n]``."""
+        return product(self.size_a) + product(self.size_b)
+
+
+def unit_pairs(
+    centre_a: Tensor, size_a: Tensor, rotation_a: Tensor, centre_b: Tensor, size_b: Tensor, rotation_b: Tensor
+) -> Pairs:
+    """``Pairs`` of ``oriented_iou``'s arguments."""
+    given = (centre_a, size_a, rotation_a, centre_b, size_b, rotation_b)
+    (centre_a, size_a, rotation_a, centre_b, size_b, rotation_b), valid = _only_valid(*(t.double() for t in given))
+    scale = torch.maximum(size_a, size_b).amax(-1, keepdim=True).detach()
+    # The difference first: two huge centres in units of a tiny side would be inf - inf.
+    offset = (centre_b - centre_a) / scale
+    return Pairs(size_a / scale, size_b / scale, rotation_a, rotation_b, offset, valid)
+
+
+def common_volume(pairs: Pairs) -> Tensor:
+    """Volume ``[n]`` that both boxes of a pair hold."""
+    offset = pairs.offset.clamp(-FAR, FAR)
+    normals_a, distances_a = _half_spaces(torch.zeros_like(offset), pairs.size_a, pairs.rotation_a)
+    normals_b, distances_b = _half_spaces(offset, pairs.size_b, pairs.rotation_b)
+    common = _volume(torch.cat((normals_a, normals_b), 1), torch.cat((distances_a, distances_b), 1))
+    return torch.minimum(common.clamp(min=0.0), torch.minimum(product(pairs.size_a), product(pairs.size_b)))
+
+
+def ratio(part: Tensor, whole: Tensor, valid: Tensor) -> Tensor:
+    """``part / whole`` ``[n]``, 0 where not valid or where the whole vanishes (needles)."""
+    valid = valid & (whole > SMALLEST)
+    return torch.where(valid, part, 0.0) / torch.where(valid, whole, 1.0)
+
+
+def product(sides: Tensor) -> Tensor:
+    """``[..., 3]`` -> ``[...]``; the backward pass of ``Tensor.prod`` asks the host whether there is a zero."""
+    x, y, z = sides.unbind(-1)
+    return x * y * z
+
+
+def box_parts(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Centre, size and rotation of both batches of ``[n, 9]`` boxes, float64: the arguments of ``oriented_iou``.
+
+    Raises:
+        ValueError: boxes of another shape.
+    """
+    for name, boxes in (("boxes_a", boxes_a), ("boxes_b", boxes_b)):
+        if boxes.ndim != 2 or boxes.shape[-1] != 9:
+            raise ValueError(f"{name} must have shape [n, 9], not {list(boxes.shape)}.")
+    a, b = _only_finite(boxes_a.double()), _only_finite(boxes_b.double())
+    turn_a, turn_b = rotation_matrix_torch(a[:, 6:]), rotation_matrix_torch(b[:, 6:])
+    return a[:, :3], a[:, 3:6], turn_a, b[:, :3], b[:, 3:6], turn_b
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where every input is, else float32 (half precision would blur the thresholds of Acc@k)."""
     return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def _ratio(common: Tensor, volume_a: Tensor, volume_b: Tensor, valid: Tensor) -> Tensor:
-    """Intersection over union, 0 where not valid or where both volumes vanish (needles)."""
-    union = volume_a + volume_b - common
-    valid = valid & (union > SMALLEST)
-    return torch.where(valid, common, 0.0) / torch.where(valid, union, 1.0)
 
 
 def _only_finite(boxes: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Protocol ``vgllm-direct, exact IoU``: the box is moved to the axis-aligned world
 compared as an oriented box with the annotated one (VG-LLM, ``src/lmms_eval/tasks/scanrefer/utils.py``). "Direct" means
 without refinement by detected proposals. Three things differ from VG-LLM's evaluator, on purpose: angles are intrinsic
 ZXY throughout, IoU is exact (pytorch3d's is wrong for some nearly aligned boxes; ``data/iou.py``), and answers are read
-strictly as JSON (``evaluation/answers.py``).
+strictly as JSON (``data/answers.py``).
 
 An answer that cannot be read counts as IoU 0 and stays in the denominator. Hits are ``IoU >= k``, as in every reference
 implementation. Accuracies are fractions in 0..1.
@@ -19,10 +19,10 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
+from w2r2_ds.data.answers import AnswerError, parse_grounding
 from w2r2_ds.data.boxes import camera_to_world
 from w2r2_ds.data.iou import box_iou
 from w2r2_ds.data.sample import Sample
-from w2r2_ds.evaluation.answers import AnswerError, parse_grounding
 
 PROTOCOL = "vgllm-direct, exact IoU"
 THRESHOLDS = (0.25, 0.5)
@@ -59,6 +59,7 @@ class Prediction(TypedDict):
 
 def score_prediction(text: str, sample: Sample) -> Prediction:
     """Read one generated answer and compare its box with the sample's target."""
+    assert sample.target is not None, "a ScanRefer sample has a target"
     record = Prediction(
         id=sample.id,
         group=sample.target.group,

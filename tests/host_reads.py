@@ -1,0 +1,17 @@
+"""Whether code waits for the device, told without one: reads of a value by the host have names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+READS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
+"""What makes the host wait: a value as a Python number, or a shape that depends on values."""
+
+
+def host_reads(function: Callable[[], object]) -> set[str]:
+    """Names of the host's reads while `function` runs, its backward pass included; on the CPU they cost nothing."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        function()
+    return READS & {event.name for event in record.events() or ()}
