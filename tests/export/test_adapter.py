@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from runs import STEPS, World, read_metrics
+from w2r2_ds.config import RunConfig, save_config
 from w2r2_ds.data.loading import load_samples, prompt_loader
 from w2r2_ds.evaluation.evaluate import evaluate, load_model
-from w2r2_ds.export.adapter import export_adapter
+from w2r2_ds.export.adapter import adapter_config, export_adapter, load_adapter
+from w2r2_ds.models.build import build_model, fingerprint, trainable
+from w2r2_ds.versions import versions
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
@@ -60,6 +64,68 @@ def test_the_merger_is_the_trained_one(adapter: Path, trained: Path) -> None:
     _, theirs, _ = load_model(trained)
     merger = theirs.geometry_merger.state_dict()
     assert all(torch.equal(tensor, merger[name]) for name, tensor in ours.geometry_merger.state_dict().items())
+
+
+@pytest.fixture(params=["add", "concat", "cross_attention", "gated"])
+def untrained(request: pytest.FixtureRequest, model_config: Any, tmp_path: Path) -> tuple[Any, Path]:
+    """A model with every trained tensor moved, and a checkpoint of it as the engine writes them."""
+    config = RunConfig(model=type(model_config)(**{**vars(model_config), "fusion": request.param}))
+    model = build_model(config.model, torch.device("cpu"), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, folder / "trainable.safetensors")
+    save_config(config, folder / "config.yaml")
+    description = {"step": 0, "model": fingerprint(model), "metrics": {}, "versions": versions()}
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    return model, folder
+
+
+def test_a_fusion_is_exported_beside_the_merger(
+    untrained: tuple[Any, Path], tmp_path: Path, batch_of: Any, samples: list[Any]
+) -> None:
+    model, checkpoint = untrained
+    out = export_adapter(checkpoint, tmp_path / "adapter")
+    names = set(load_file(out / "geometry_merger.safetensors"))
+    vgllm = {"ln_q.weight", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"}
+    assert names == vgllm | {f"fusion.{name}" for name, _ in model.fusion.named_parameters()}
+    loaded = load_adapter(out, adapter_config(out), torch.device("cpu"))
+    assert type(loaded.fusion) is type(model.fusion)
+    visuals = batch_of(samples[:2]).visuals
+    with torch.no_grad():
+        ours, theirs = (
+            torch.cat(m.fuse(m.encode_2d(visuals), m.merge(m.encode_3d(visuals))).pooler_output)
+            for m in (model.eval(), loaded.eval())
+        )
+    assert torch.equal(ours, theirs)
+
+
+def test_a_fusion_with_a_name_too_few_or_too_many_is_refused(untrained: tuple[Any, Path], tmp_path: Path) -> None:
+    _, checkpoint = untrained
+    out = export_adapter(checkpoint, tmp_path / "adapter")
+    file = out / "geometry_merger.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"fusion.stray": torch.zeros(1)}, file)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "stray"'):
+        load_adapter(out, adapter_config(out), torch.device("cpu"))
+    for name in (name for name in tensors if name.startswith("fusion.")):
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
+        with pytest.raises(RuntimeError, match=name.removeprefix("fusion.")):
+            load_adapter(out, adapter_config(out), torch.device("cpu"))
+
+
+def test_an_adapter_of_another_fusion_is_refused_by_name(untrained: tuple[Any, Path], tmp_path: Path) -> None:
+    _, checkpoint = untrained
+    out = export_adapter(checkpoint, tmp_path / "adapter")
+    card = json.loads((out / "w2r2_card.json").read_text())
+    other = "add" if card["model"]["fusion"] != "add" else "gated"
+    card["configuration"]["model"]["fusion"] = other
+    (out / "w2r2_card.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=f"model.fusion is '{card['model']['fusion']}', but .* has '{other}'"):
+        load_adapter(out, adapter_config(out), torch.device("cpu"))
 
 
 def test_the_folder_holds_only_what_was_trained(adapter: Path) -> None:

@@ -1,4 +1,4 @@
-"""The geometry merger against its formula, its sizes in the real models, and the exact zero of Phi."""
+"""The geometry merger against its formula, its sizes in the real models, and its one call per pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from w2r2_ds.models.fusion import GeometryMerger, fuse_add, pair_frames
+from w2r2_ds.models.fusion import GeometryMerger, pair_frames
 
 
 def reference(merger: GeometryMerger, features: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def test_merger_equals_its_formula_and_crops(grid: tuple[int, int]) -> None:
     nn.init.normal_(merger.ln_q.weight)
     nn.init.normal_(merger.get_parameter("mlp.0.bias"))
     features = torch.randn(3, *grid, 8)
-    merged = merger(features)
+    merged = merger([features])
     assert merged.shape == (3 * (grid[0] // 2) * (grid[1] // 2), 12)
     torch.testing.assert_close(merged, reference(merger, features), rtol=1e-5, atol=1e-6)
 
@@ -41,8 +41,34 @@ def test_token_order_is_frame_row_column() -> None:
     features = torch.randn(2, 4, 6, 4)
     changed = features.clone()
     changed[1, 2, 5] += 1.0
-    difference = (merger(features) - merger(changed)).abs().sum(-1)
+    difference = (merger([features]) - merger([changed])).abs().sum(-1)
     assert difference.nonzero().flatten().tolist() == [6 + 3 + 2]
+
+
+def test_samples_of_any_size_are_merged_in_one_call() -> None:
+    """ZeRO-3 needs as many calls on a rank with three samples as on one with none."""
+    torch.manual_seed(0)
+    merger = GeometryMerger(8, 12, merger_hidden=16, init_std=0.3).double()
+    nn.init.normal_(merger.get_parameter("mlp.2.bias"))
+    grids = [torch.randn(*size, 8, dtype=torch.float64) for size in [(2, 4, 6), (0, 4, 4), (1, 5, 3), (3, 2, 2)]]
+    calls: list[tuple[str, int]] = []
+    for name, module in merger.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *call, name=name: calls.append((name, len(call[2]))))
+    merged = merger(grids)
+    assert calls == [(name, 12 + 0 + 2 + 3) for name in ("ln_q", "mlp.0", "mlp.1", "mlp.2")]
+    alone = torch.cat([merger([grid]) for grid in grids])
+    torch.testing.assert_close(merged, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_no_sample_still_calls_every_module_with_a_gradient() -> None:
+    merger = GeometryMerger(8, 12, merger_hidden=16)
+    for grids in ([], [torch.zeros(0, 4, 4, 8)]):
+        merged = merger(grids)
+        assert merged.shape == (0, 12)
+        merged.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in merger.parameters())
+        merger.zero_grad()
 
 
 @pytest.mark.parametrize(("hidden", "count"), [(2048, 41_951_232), (3584, 48_244_224)])
@@ -65,17 +91,17 @@ def test_initialisation_is_normal_and_dtype_follows_the_weights() -> None:
     merger = GeometryMerger(32, 64, merger_hidden=256)
     assert merger.get_parameter("mlp.0.weight").std().item() == pytest.approx(0.02, rel=0.05)
     assert not merger.get_parameter("mlp.0.bias").any() and not merger.get_parameter("mlp.2.bias").any()
-    assert merger.to(torch.bfloat16)(torch.randn(1, 2, 2, 32)).dtype == torch.bfloat16
+    assert merger.to(torch.bfloat16)([torch.randn(1, 2, 2, 32)]).dtype == torch.bfloat16
 
 
 def test_bad_features() -> None:
     merger = GeometryMerger(8, 12, merger_hidden=16)
     with pytest.raises(ValueError, match=r"expected \[frames, h, w, 8\]"):
-        merger(torch.zeros(1, 4, 4, 9))
+        merger([torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 4, 9)])
     with pytest.raises(ValueError, match=r"\(4, 4, 8\)"):
-        merger(torch.zeros(4, 4, 8))
+        merger(torch.zeros(1, 4, 4, 8))  # a grid instead of a list of grids
     with pytest.raises(ValueError, match="a 1 x 4 grid holds no 2 x 2 cell"):
-        merger(torch.zeros(1, 1, 4, 8))
+        merger([torch.zeros(1, 1, 4, 8)])
     with pytest.raises(ValueError, match="merger_hidden must be at least 1"):
         GeometryMerger(8, 12, merger_hidden=0)
 
@@ -88,12 +114,3 @@ def test_pair_frames() -> None:
     assert pair_frames(frames.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="frames >= 1"):
         pair_frames(frames[:0])
-
-
-def test_fuse_add_and_its_exact_zero() -> None:
-    visual, geometry = torch.randn(6, 8), torch.randn(6, 8)
-    assert fuse_add(visual, None) is visual
-    assert torch.equal(fuse_add(visual, geometry), visual + geometry)
-    assert fuse_add(visual.bfloat16(), geometry).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"vision grid is \(6, 8\).*geometry grid is \(5, 8\)"):
-        fuse_add(visual, geometry[:5])

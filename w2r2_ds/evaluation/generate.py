@@ -9,6 +9,7 @@ import torch
 
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.data.loading import checked
+from w2r2_ds.models.decode import greedy_tokens
 from w2r2_ds.models.w2r2 import W2R2
 
 GEOMETRY = ("fused", "zero")
@@ -32,28 +33,8 @@ def generate_tokens(
     visual = model.encode_2d(batch.visuals)
     features = model.encode_3d(batch.visuals)
     merged = model.merge(features) if geometry == "fused" else model.merge_nothing(features)
-    kind, grid = batch.visuals.kind, batch.visuals.grid_thw
-    extra: dict[str, Any] = {f"{kind}_grid_thw": grid}
-    if kind == "video":
-        seconds = model.base.config.vision_config.temporal_patch_size / video_fps
-        extra["second_per_grid_ts"] = torch.full((len(grid),), seconds, device=grid.device)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    output = model.base.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        mm_token_type_ids=batch.token_types,
-        mm_encoder_outputs={kind: model.fuse(visual, merged)},
-        do_sample=False,
-        num_beams=1,
-        # Qwen2.5-VL directories carry a repetition penalty, which would change digits: greedy means greedy.
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id,
-        **extra,
-    )
-    answers = output[:, batch.input_ids.shape[1] :].tolist()
-    return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
+    fused = model.fuse(visual, merged)
+    return greedy_tokens(model.base, batch, batch.visuals, fused, tokenizer, max_new_tokens, video_fps)
 
 
 def generate_answers(

@@ -1,7 +1,7 @@
 """Export what was trained: a plain PEFT directory, the geometry merger, and a card.
 
 ADAPTER/adapter_config.json, adapter_model.safetensors   stock peft and transformers load these
-        geometry_merger.safetensors                      the merger's tensors
+        geometry_merger.safetensors                      the merger's tensors, VG-LLM's names; a fusion's as fusion.NAME
         w2r2_card.json                                   base model, configuration, metrics, versions
 """
 
@@ -27,6 +27,7 @@ from w2r2_ds.versions import versions
 
 ADAPTER_CARD = "w2r2_card.json"
 MERGER = "geometry_merger.safetensors"
+FUSION = "fusion."
 
 
 def export_adapter(path: Path, out: Path) -> Path:
@@ -45,11 +46,25 @@ def export_adapter(path: Path, out: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     cast(PeftModel, model.vlm).save_pretrained(str(aside), save_embedding_layers=False)
-    save_file({name: p.detach().contiguous() for name, p in model.geometry_merger.state_dict().items()}, aside / MERGER)
+    save_file(merger_tensors(model), aside / MERGER)
     (aside / ADAPTER_CARD).write_text(json.dumps(card(config, model, checkpoint), indent=2) + "\n")
     refuse_empty(aside)
     os.replace(aside, out)
     return out
+
+
+def merger_tensors(model: W2R2) -> dict[str, torch.Tensor]:
+    """Tensors of the merger by their own names, those of the fusion below `FUSION`; `add` has none."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.geometry_merger.state_dict().items()}
+    return tensors | {FUSION + name: tensor.detach().contiguous() for name, tensor in model.fusion.state_dict().items()}
+
+
+def load_merger_tensors(model: W2R2, tensors: dict[str, torch.Tensor]) -> None:
+    """The reverse of `merger_tensors`, strictly: a name too many or too few is an error."""
+    fusion = {name.removeprefix(FUSION): tensor for name, tensor in tensors.items() if name.startswith(FUSION)}
+    merger = {name: tensor for name, tensor in tensors.items() if not name.startswith(FUSION)}
+    model.geometry_merger.load_state_dict(merger, strict=True)
+    model.fusion.load_state_dict(fusion, strict=True)
 
 
 def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
@@ -75,13 +90,17 @@ def refuse_empty(out: Path) -> None:
                 raise ValueError(f"{file}: {name} is empty; the checkpoint was saved without gathering its tensors.")
 
 
-def load_adapter(path: Path, device: torch.device) -> tuple[RunConfig, W2R2]:
-    """The configuration and the model of an exported adapter."""
+def adapter_config(path: Path) -> RunConfig:
+    """The configuration that an exported adapter was trained with, from its card."""
+    return from_tree(json.loads((path / ADAPTER_CARD).read_text())["configuration"])
+
+
+def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
+    """The model of an exported adapter; `config` says where its base models lie."""
     described = json.loads((path / ADAPTER_CARD).read_text())
-    config = from_tree(described["configuration"])
     model = build_model(config.model, device, config.train.seed)
     refuse_other_model(described["model"], model, path / ADAPTER_CARD)
     plain = cast(PeftModel, model.vlm).unload()
     model.vlm = PeftModel.from_pretrained(plain, str(path), autocast_adapter_dtype=False)
-    model.geometry_merger.load_state_dict(load_file(path / MERGER), strict=True)
-    return config, model
+    load_merger_tensors(model, load_file(path / MERGER))
+    return model

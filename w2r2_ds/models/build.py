@@ -14,6 +14,7 @@ from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.loading import load_vggt
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.lora import add_lora
+from w2r2_ds.models.phi import fusion_name, make_fusion
 from w2r2_ds.models.vlm import VisionSpec, load_tokenizer, load_vlm, meta_model
 from w2r2_ds.models.w2r2 import W2R2
 
@@ -46,7 +47,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
-    """VLM with LoRA, geometry merger and VGGT; only LoRA and merger require grad.
+    """VLM with LoRA, geometry merger, fusion and VGGT; only LoRA, merger and fusion require grad.
 
     Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
     """
@@ -61,9 +62,10 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
             f"model.geometry_layer is {config.geometry_layer}, "
             f"but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
         )
-    geometry = VGGTEncoder(vggt, config.geometry_layer).to(device, dtype)
+    geometry = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame).to(device, dtype)
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
-    return W2R2(peft, merger, geometry, config.zero)
+    fusion = make_fusion(config.fusion, hidden).to(dtype)
+    return W2R2(peft, merger, fusion, geometry, config.zero)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -86,6 +88,8 @@ def fingerprint(model: W2R2) -> dict[str, Any]:
         "lora_alpha": lora.lora_alpha,
         "geometry_features": merger.feature_dim,
         "merger_hidden": merger.mlp[0].out_features,
+        "fusion": fusion_name(model.fusion),
         "geometry_layer": model.geometry.layer,
+        "reference_frame": model.geometry.reference_frame,
         "zero": model.zero,
     }

@@ -1,6 +1,8 @@
-"""Phi: geometry features become tokens of the language model's width and are added to the visual tokens."""
+"""Geometry features become tokens of the language model's width, as many as there are visual tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -49,21 +51,28 @@ class GeometryMerger(nn.Module):
                 nn.init.normal_(layer.weight, std=init_std)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Merge ``[frames, h, w, feature_dim]`` into ``[frames * (h // m) * (w // m), hidden_size]``.
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Merge grids ``[frames, h, w, feature_dim]``, one per sample, to ``[tokens, hidden_size]``.
 
-        Features are cast to the weights' dtype; the result has that dtype. Rows and columns that do not fill a
-        merge cell are cropped at the bottom and the right. Tokens are in the vision tower's order: frame, row, column.
+        A grid gives ``frames * (h // m) * (w // m)`` tokens, possibly none: rows and columns that do not fill a merge
+        cell are cropped at the bottom and the right. Tokens are in the vision tower's order: sample, frame, row,
+        column. Features are cast to the weights' dtype; the result has that dtype.
+
+        Every submodule is called once, however many samples there are and whatever their sizes: ZeRO-3 needs the same
+        calls on every rank.
 
         Raises:
             ValueError: wrong rank or channels, or a grid smaller than one merge cell.
         """
-        if features.dim() != 4 or features.shape[-1] != self.feature_dim:
-            raise ValueError(
-                f"geometry merger: features are {tuple(features.shape)}, expected [frames, h, w, {self.feature_dim}]"
-            )
-        cells = merge_cells(features.to(next(self.mlp.parameters()).dtype), self.merge_size)
-        merged: torch.Tensor = self.mlp(self.ln_q(cells).flatten(1))
+        weight = self.ln_q.weight
+        cells = [weight.new_zeros(0, self.merge_size**2, self.feature_dim)]
+        for grid in features:
+            if grid.dim() != 4 or grid.shape[-1] != self.feature_dim:
+                raise ValueError(
+                    f"geometry merger: features are {tuple(grid.shape)}, expected [frames, h, w, {self.feature_dim}]"
+                )
+            cells.append(merge_cells(grid.to(weight.dtype), self.merge_size))
+        merged: torch.Tensor = self.mlp(self.ln_q(torch.cat(cells)).flatten(1))
         return merged
 
 
@@ -92,26 +101,3 @@ def pair_frames(features: torch.Tensor) -> torch.Tensor:
     if features.shape[0] % 2:
         features = torch.cat([features, features[-1:]])
     return features.float().unflatten(0, (-1, 2)).mean(1).to(features.dtype)
-
-
-def fuse_add(visual: torch.Tensor, geometry: torch.Tensor | None) -> torch.Tensor:
-    """Phi(F2D, F3D) = F2D + merged F3D; with ``geometry=None`` Phi(F2D, 0) = F2D itself, bit for bit.
-
-    Args:
-        visual: ``[tokens, hidden]`` tokens of the vision tower after its own merger.
-        geometry: ``[tokens, hidden]`` of ``GeometryMerger``, or None for the shortcut pass.
-
-    Returns:
-        ``[tokens, hidden]`` in the dtype of ``visual``.
-
-    Raises:
-        ValueError: the two grids do not hold the same tokens.
-    """
-    if geometry is None:
-        return visual
-    if visual.shape != geometry.shape:
-        raise ValueError(
-            f"fusion: the vision grid is {tuple(visual.shape)} [tokens, hidden] but the geometry grid is "
-            f"{tuple(geometry.shape)}; give both encoders frames of the same size and order"
-        )
-    return visual + geometry.to(visual.dtype)

@@ -10,7 +10,9 @@ from peft import PeftModel
 from torch import nn
 
 from w2r2_ds.geometry.encoder import GeometryEncoder
-from w2r2_ds.models.fusion import GeometryMerger, fuse_add, pair_frames
+from w2r2_ds.models.fusion import GeometryMerger, pair_frames
+from w2r2_ds.models.mask2d import mask_2d
+from w2r2_ds.models.phi import Fusion
 
 
 class VisualInputs(Protocol):
@@ -24,25 +26,41 @@ class VisualInputs(Protocol):
     def grid_thw(self) -> torch.Tensor: ...
     @property
     def geometry_images(self) -> tuple[torch.Tensor, ...]: ...
+    @property
+    def dummy(self) -> bool: ...
 
 
 def encode_visuals(vlm: Any, visuals: VisualInputs) -> Any:
-    """F2D: the output of a VLM's vision tower, whose `pooler_output` is a tuple of ``[tokens, hidden]``."""
+    """F2D: a vision tower's output; its `pooler_output` has ``[tokens, hidden]`` for every image or pair of frames."""
     encode = vlm.model.get_video_features if visuals.kind == "video" else vlm.model.get_image_features
-    return encode(visuals.pixel_values, visuals.grid_thw, return_dict=True)
+    output = encode(visuals.pixel_values, visuals.grid_thw, return_dict=True)
+    times = visuals.grid_thw[:, 0].tolist()
+    # The stock forward concatenates them; transformers splits by video, a fusion wants to know the frames.
+    output.pooler_output = tuple(
+        frame for tokens, time in zip(output.pooler_output, times, strict=True) for frame in tokens.chunk(time)
+    )
+    return output
 
 
-def answer_states(vlm: Any, batch: Any, visual: Any) -> torch.Tensor:
-    """Last hidden states of a batch's answer rows, ``[rows, hidden]``, from a vision tower's output."""
+def answer_states(vlm: Any, batch: Any, visual: Any, with_what: bool = False) -> torch.Tensor:
+    """Last hidden states of a batch's answer rows, ``[rows, hidden]``, from a vision tower's output.
+
+    `with_what` appends those of the *what* positions (the description in the prompt). A dummy visual goes nowhere.
+    """
+    given = {} if batch.visuals.dummy else {"mm_encoder_outputs": {batch.visuals.kind: visual}}
     states = vlm.model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
-        mm_encoder_outputs={batch.visuals.kind: visual},
         use_cache=False,
+        **given,
     ).last_hidden_state
     rows = batch.answer_rows
-    return states[rows.sample, rows.position]
+    sample, position = rows.sample, rows.position
+    if with_what:
+        sample = torch.cat([sample, batch.what_rows.sample])
+        position = torch.cat([position, batch.what_rows.position])
+    return states[sample, position]
 
 
 class W2R2(nn.Module):
@@ -53,16 +71,23 @@ class W2R2(nn.Module):
     Args:
         vlm: a transformers VLM or a PeftModel around one.
         geometry_merger: maps geometry features to the VLM's width.
+        fusion: Phi.
         geometry: frozen encoder.
         zero: what Phi(F2D, 0) zeroes, ``"merged"`` or ``"features"``.
     """
 
     def __init__(
-        self, vlm: nn.Module, geometry_merger: GeometryMerger, geometry: GeometryEncoder, zero: str = "merged"
+        self,
+        vlm: nn.Module,
+        geometry_merger: GeometryMerger,
+        fusion: Fusion,
+        geometry: GeometryEncoder,
+        zero: str = "merged",
     ) -> None:
         super().__init__()
         self.vlm = vlm
         self.geometry_merger = geometry_merger
+        self.fusion = fusion
         self.zero = zero
         object.__setattr__(self, "_geometry", geometry)
 
@@ -76,9 +101,13 @@ class W2R2(nn.Module):
         """The transformers model itself, LoRA layers in place."""
         return self.vlm.get_base_model() if isinstance(self.vlm, PeftModel) else self.vlm
 
+    def geometry_modules(self) -> dict[str, nn.Module]:
+        """What trains beside LoRA, in an optimizer group of its own: the merger, and the fusion, which may be empty."""
+        return {"geometry_merger": self.geometry_merger, "fusion": self.fusion}
+
     @torch.no_grad()
     def encode_2d(self, visuals: VisualInputs) -> Any:
-        """F2D: the vision tower's output, whose `pooler_output` is a tuple of ``[tokens, hidden]``."""
+        """F2D, as `encode_visuals` gives it, without a gradient."""
         return encode_visuals(self.base, visuals)
 
     @torch.no_grad()
@@ -88,8 +117,9 @@ class W2R2(nn.Module):
         return [pair_frames(f) for f in features] if visuals.kind == "video" else features
 
     def merge(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """``[tokens, hidden]`` merged geometry of all samples, in the order of the visual tokens."""
-        return torch.cat([self.geometry_merger(f) for f in features])
+        """``[tokens, hidden]`` merged geometry of all samples, in the order of the visual tokens, by one call."""
+        merged: torch.Tensor = self.geometry_merger(features)
+        return merged
 
     def merge_nothing(self, features: list[torch.Tensor]) -> torch.Tensor | None:
         """The geometry operand of Phi(F2D, 0): None (2D features pass unchanged), or the merger's answer to zeros."""
@@ -97,16 +127,24 @@ class W2R2(nn.Module):
             return None
         return self.merge([torch.zeros_like(f) for f in features])
 
-    def fuse(self, visual: Any, geometry: torch.Tensor | None) -> Any:
-        """Phi: the vision tower's output with `geometry` ``[tokens, hidden]`` added to its tokens."""
-        sizes = [len(tokens) for tokens in visual.pooler_output]
+    def fuse(self, visual: Any, geometry: torch.Tensor | None, mask2d: float = 0.0) -> Any:
+        """Phi, as a vision tower's output that the VLM takes; `visual` stays as it is.
+
+        Args:
+            visual: of `encode_2d`.
+            geometry: ``[tokens, hidden]`` of `merge`, or what `merge_nothing` says for the shortcut.
+            mask2d: share of the 2D tokens of every image that are zeroed first, for the fused pass in training only.
+        """
+        assert mask2d == 0 or geometry is not None, "the shortcut is never masked"
+        images = [mask_2d(tokens, mask2d) for tokens in visual.pooler_output]
+        sizes = [len(tokens) for tokens in images]
         fused = copy.copy(visual)
-        fused.pooler_output = torch.split(fuse_add(torch.cat(visual.pooler_output), geometry), sizes)
+        fused.pooler_output = torch.split(self.fusion(torch.cat(images), geometry, sizes), sizes)
         return fused
 
-    def hidden(self, batch: Any, visual: Any) -> torch.Tensor:
+    def hidden(self, batch: Any, visual: Any, with_what: bool = False) -> torch.Tensor:
         """Last hidden states of the answer rows, ``[rows, hidden]``; logits of the prompt are never made."""
-        return answer_states(self.base, batch, visual)
+        return answer_states(self.base, batch, visual, with_what)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, hidden]`` -> ``[rows, vocabulary]``."""

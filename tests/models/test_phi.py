@@ -1,0 +1,426 @@
+"""Every fusion against its formula, its gradients in float64, its beginning, and the exact zero of Phi."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn.functional import layer_norm
+
+from w2r2_ds.config import ModelConfig
+from w2r2_ds.models.build import build_model, fingerprint, trainable
+from w2r2_ds.models.mask2d import mask_2d
+from w2r2_ds.models.phi import FUSIONS, HEADS, Fusion, fusion_name, index_codes, make_fusion
+from w2r2_ds.models.vlm import load_vlm
+
+SIZES = (3, 3, 5, 0, 2)
+WIDTH = 16
+KEEPERS = [name for name, kind in FUSIONS.items() if kind.zero_is_stock]
+
+
+def shaken(name: str, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Fusion:
+    """A fusion none of whose parameters is as it began."""
+    fusion = make_fusion(name, width).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(0.4 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return fusion
+
+
+def tokens(count: int = sum(SIZES), width: int = WIDTH, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """F2D, not centred and not of unit length, and geometry."""
+    generator = torch.Generator().manual_seed(seed)
+    visual, geometry = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
+    return 3 * visual + 1, geometry
+
+
+def test_the_registry_is_what_the_configuration_offers() -> None:
+    assert set(FUSIONS) == set(get_args(get_type_hints(ModelConfig)["fusion"]))
+    assert [fusion_name(make_fusion(name, WIDTH)) for name in FUSIONS] == list(FUSIONS)
+    assert KEEPERS == ["add", "cross_attention", "gated"]
+    with pytest.raises(ValueError, match=r"model.fusion is 'sum'; it is one of add, concat"):
+        make_fusion("sum", WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("add", 0),
+        ("concat", 2 * 2048 * 2048 + 2048 + 4 * 2048),
+        ("cross_attention", 4 * 2048 * 2048 + 2 * 2048),
+        ("gated", 2 * 2048 * 2048 + 2048 + 4 * 2048),
+    ],
+)
+def test_real_sizes(name: str, count: int) -> None:
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in FUSIONS[name](2048).parameters()) == count
+
+
+def test_add_is_the_sum() -> None:
+    visual, geometry = tokens()
+    assert torch.equal(make_fusion("add", WIDTH)(visual, geometry, SIZES), visual + geometry)
+
+
+def test_gated_by_hand() -> None:
+    """Two channels: a LayerNorm of (a, b) is (-1, 1) or (1, -1) up to epsilon, so the gate is known in closed form."""
+    fusion = make_fusion("gated", 2).double()
+    fusion.load_state_dict(
+        {
+            "norm_visual.weight": torch.tensor([1.0, 2.0]),
+            "norm_visual.bias": torch.tensor([0.0, 1.0]),
+            "norm_geometry.weight": torch.tensor([3.0, 1.0]),
+            "norm_geometry.bias": torch.tensor([0.5, 0.0]),
+            "gate.weight": torch.tensor([[0.1, 0.2, 0.3, 0.4], [-0.4, 0.3, -0.2, 0.1]]),
+            "gate.bias": torch.tensor([0.05, -0.1]),
+        }
+    )
+    visual, geometry = torch.tensor([[100.0, 300.0]]).double(), torch.tensor([[60.0, -40.0]]).double()
+    # norms: visual (-1, 2 * 1 + 1) = (-1, 3); geometry (3 * 1 + 0.5, -1) = (3.5, -1)
+    first = 0.1 * -1 + 0.2 * 3 + 0.3 * 3.5 + 0.4 * -1 + 0.05  # 1.2
+    second = -0.4 * -1 + 0.3 * 3 + -0.2 * 3.5 + 0.1 * -1 - 0.1  # 0.4
+    gate = [1 / (1 + math.exp(-first)), 1 / (1 + math.exp(-second))]
+    expected = torch.tensor([[100 + 60 * gate[0], 300 - 40 * gate[1]]], dtype=torch.float64)
+    torch.testing.assert_close(fusion(visual, geometry, [1]), expected, rtol=1e-6, atol=0)
+
+
+def test_concat_by_hand() -> None:
+    fusion = make_fusion("concat", 2).double()
+    fusion.load_state_dict(
+        {
+            "norm_visual.weight": torch.tensor([1.0, 2.0]),
+            "norm_visual.bias": torch.tensor([0.0, 1.0]),
+            "norm_geometry.weight": torch.tensor([3.0, 1.0]),
+            "norm_geometry.bias": torch.tensor([0.5, -2.0]),
+            "projection.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0], [-4.0, 3.0, -2.0, 1.0]]),
+            "projection.bias": torch.tensor([0.5, -1.0]),
+        }
+    )
+    visual, geometry = torch.tensor([[100.0, 300.0]]).double(), torch.tensor([[60.0, -40.0]]).double()
+    # norms: visual (-1, 3); geometry (3.5, -1 - 2) = (3.5, -3); zero geometry (0.5, -2), the bias
+    fused = [[-1 + 6 + 10.5 - 12 + 0.5, 4 + 9 - 7 - 3 - 1.0]]
+    torch.testing.assert_close(fusion(visual, geometry, [1]), torch.tensor(fused).double(), rtol=1e-5, atol=0)
+    alone = [[-1 + 6 + 1.5 - 8 + 0.5, 4 + 9 - 1 - 2 - 1.0]]
+    torch.testing.assert_close(fusion(visual, None, [1]), torch.tensor(alone).double(), rtol=1e-5, atol=0)
+
+
+def attention_by_hand(fusion: Any, visual: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
+    """Cross-attention inside one image, token by token and head by head."""
+    width, depth = fusion.hidden_size, fusion.hidden_size // HEADS
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * x / torch.sqrt(x.pow(2).mean() + 1e-6)
+
+    def code(index: int) -> torch.Tensor:
+        angles = [index / 10000 ** (i / (width // 2)) for i in range(width // 2)]
+        return torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float64)
+
+    seen = [rms_norm(g, fusion.norm_geometry.weight) for g in geometry]
+    keys = [fusion.key.weight @ (s + code(j)) for j, s in enumerate(seen)]
+    values = [fusion.value.weight @ s for s in seen]
+    fused = []
+    for i, token in enumerate(visual):
+        query = fusion.query.weight @ (rms_norm(token, fusion.norm_visual.weight) + code(i))
+        answer = []
+        for begin in range(0, width, depth):
+            head = slice(begin, begin + depth)
+            scores = torch.stack([query[head] @ key[head] / math.sqrt(depth) for key in keys])
+            weights = scores.exp() / scores.exp().sum()
+            answer.append(sum(w * value[head] for w, value in zip(weights, values, strict=True)))
+        fused.append(token + fusion.output.weight @ torch.cat(answer))
+    return torch.stack(fused)
+
+
+def test_cross_attention_is_its_formula_in_every_image() -> None:
+    fusion = shaken("cross_attention")
+    visual, geometry = tokens()
+    pairs = zip(visual.split(SIZES), geometry.split(SIZES), strict=True)
+    expected = torch.cat([attention_by_hand(fusion, v, g) for v, g in pairs if len(v)])
+    # codes are float32
+    torch.testing.assert_close(fusion(visual, geometry, SIZES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cross_attention_stays_within_an_image_and_keeps_the_order() -> None:
+    fusion = shaken("cross_attention")
+    visual, geometry = tokens()
+    fused = fusion(visual, geometry, SIZES)
+    other = geometry.clone()
+    other[3:6] += 1.0  # all of the second image
+    changed = (fusion(visual, other, SIZES) - fused).abs().amax(-1)
+    assert changed[3:6].min() > 1e-3 and changed[:3].max() == 0 and changed[6:].max() == 0
+    moved = visual.clone()
+    moved[7] += 1.0  # a 2D token asks for itself only
+    assert (fusion(moved, geometry, SIZES) - fused).abs().amax(-1).nonzero().flatten().tolist() == [7]
+    # Images change places together with their tokens.
+    order = [4, 2, 0, 3, 1]
+    turned = [torch.cat([list(x.split(SIZES))[i] for i in order]) for x in (visual, geometry, fused)]
+    torch.testing.assert_close(fusion(turned[0], turned[1], [SIZES[i] for i in order]), turned[2])
+
+
+def test_cross_attention_knows_where_a_geometry_token_lies() -> None:
+    """Without codes the answer would be the same for geometry tokens in any order."""
+    fusion = shaken("cross_attention")
+    visual, geometry = tokens(6)
+    assert not torch.allclose(fusion(visual, geometry, [6]), fusion(visual, geometry.flip(0), [6]), atol=1e-3)
+    # Codes, not the place in the batch: the second image of the same content gets the same answer.
+    twice = fusion(torch.cat([visual, visual]), torch.cat([geometry, geometry]), [6, 6])
+    torch.testing.assert_close(twice[:6], twice[6:])
+
+
+def test_index_codes() -> None:
+    codes = index_codes([2, 0, 3], 4)
+    one, two = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)], [math.sin(2), math.sin(0.02)]
+    expected = [[0, 0, 1, 1], one, [0, 0, 1, 1], one, [*two, math.cos(2), math.cos(0.02)]]
+    torch.testing.assert_close(codes, torch.tensor(expected), rtol=1e-6, atol=1e-7)
+    assert index_codes([], 4).shape == index_codes([0], 4).shape == (0, 4)
+
+
+def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cross_attention, whose 8 heads do not divide .* width 12; choose add"):
+        make_fusion("cross_attention", 12)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    width = HEADS if name == "cross_attention" else 4
+    fusion, sizes = shaken(name, width), (2, 0, 1)
+    visual, geometry = (x.clone().requires_grad_() for x in tokens(3, width))
+    names = [key for key, _ in fusion.named_parameters()]
+
+    def fuse(visual: torch.Tensor, geometry: torch.Tensor | None, *weights: torch.Tensor) -> torch.Tensor:
+        return functional_call(fusion, dict(zip(names, weights, strict=True)), (visual, geometry, sizes))
+
+    weights = [parameter.detach().clone().requires_grad_() for parameter in fusion.parameters()]
+    assert torch.autograd.gradcheck(fuse, (visual, geometry, *weights), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(fuse, (visual, None, *weights), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_batch_is_its_images_one_by_one(name: str) -> None:
+    fusion = shaken(name)
+    visual, geometry = tokens()
+    pairs = zip(visual.split(SIZES), geometry.split(SIZES), SIZES, strict=True)
+    alone = torch.cat([fusion(v, g, [size]) for v, g, size in pairs])
+    torch.testing.assert_close(fusion(visual, geometry, SIZES), alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_no_tokens_still_call_every_module_with_a_gradient(name: str) -> None:
+    fusion = shaken(name)
+    visual, geometry = (x.clone().requires_grad_() for x in tokens(0))
+    for sizes in ([], [0, 0]):
+        fused = fusion(visual, geometry, sizes)
+        assert fused.shape == (0, WIDTH)
+        fused.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in fusion.parameters())
+        fusion.zero_grad()
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_modules_are_called_once_however_many_images(name: str) -> None:
+    fusion = shaken(name)
+    calls: dict[str, int] = {}
+
+    def count(key: str) -> Callable[..., None]:
+        return lambda *_: calls.update({key: calls.get(key, 0) + 1})
+
+    for key, module in fusion.named_modules():
+        module.register_forward_pre_hook(count(key))
+    fusion(*tokens(), SIZES)
+    assert calls == {key: 1 for key, _ in fusion.named_modules()}
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_geometry_is_the_stock_vlm_whatever_the_weights(name: str, dtype: torch.dtype) -> None:
+    fusion = shaken(name, dtype=dtype)
+    visual = tokens()[0].to(dtype)
+    assert fusion(visual, None, SIZES) is visual
+    assert torch.equal(fusion(visual, torch.zeros_like(visual), SIZES), visual)
+
+
+def test_where_the_fusions_begin() -> None:
+    visual, geometry = (x.float() for x in tokens(64, 256))
+    start = {name: make_fusion(name, 256)(visual, geometry, [64]) for name in FUSIONS}
+    assert torch.equal(start["add"], visual + geometry)
+    assert torch.equal(start["cross_attention"], visual)
+    torch.testing.assert_close(start["gated"], visual + geometry / 2, rtol=1e-6, atol=1e-6)
+    heard = start["concat"] - layer_norm(visual, (256,))
+    # a normal(0, 0.02) projection of 256 channels of unit variance
+    assert heard.std().item() == pytest.approx(0.02 * math.sqrt(256), rel=0.1)
+
+
+def test_what_the_first_steps_of_cross_attention_reach() -> None:
+    fusion = make_fusion("cross_attention", WIDTH).double()
+    visual, geometry = tokens()
+    geometry.requires_grad_()
+    for step, reached in enumerate([{"output.weight"}, set(dict(fusion.named_parameters()))]):
+        fusion.zero_grad()
+        geometry.grad = None
+        fusion(visual, geometry, SIZES).pow(2).sum().backward()
+        assert {name for name, p in fusion.named_parameters() if p.grad is not None and p.grad.any()} == reached
+        assert geometry.grad is not None and geometry.grad.any().item() == (step == 1)
+        with torch.no_grad():
+            for parameter in fusion.parameters():
+                parameter -= 0.1 * parameter.grad
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_dtypes_and_grids_that_do_not_match(name: str) -> None:
+    fusion = shaken(name, dtype=torch.bfloat16)
+    visual, geometry = (x.float() for x in tokens())
+    assert fusion(visual.bfloat16(), geometry, SIZES).dtype == torch.bfloat16
+    assert fusion(visual, geometry, SIZES).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"vision grid is \(13, 16\).*geometry grid is \(12, 16\)"):
+        fusion(visual, geometry[:-1], SIZES)
+    with pytest.raises(AssertionError, match="12 tokens in 1 images, but 13 tokens"):
+        fusion(visual, geometry, [12])
+
+
+# The composed model.
+
+
+def composed(model_config: Any, fusion: str, **changes: Any) -> Any:
+    """The tiny model, its fusion shaken."""
+    model = build_model(
+        type(model_config)(**{**vars(model_config), "fusion": fusion, **changes}), torch.device("cpu"), seed=1
+    )
+    model.fusion.load_state_dict(shaken(fusion, model.fusion.hidden_size, torch.float32).state_dict())
+    return model.eval()
+
+
+def stock_tokens(model_config: Any, visuals: Any) -> torch.Tensor:
+    """Visual tokens of the VLM as it lies in its directory."""
+    vlm = load_vlm(model_config.vlm, torch.float32, "sdpa").eval()
+    encode = vlm.model.get_video_features if visuals.kind == "video" else vlm.model.get_image_features
+    with torch.no_grad():
+        return torch.cat(encode(visuals.pixel_values, visuals.grid_thw, return_dict=True).pooler_output)
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+@pytest.mark.parametrize("name", FUSIONS)
+@torch.no_grad()
+def test_merged_zeros_are_the_stock_vlm(
+    model_config: Any, batch_of: Any, samples: list[Any], name: str, visual: str
+) -> None:
+    batch = batch_of(samples, visual=visual)
+    model = composed(model_config, name)
+    tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
+    plain = torch.cat(model.fuse(tower, model.merge_nothing(features)).pooler_output)
+    stock = stock_tokens(model_config, batch.visuals)
+    assert torch.equal(plain, stock) == (name in KEEPERS)
+    fused = model.fuse(tower, model.merge(features))
+    assert not torch.allclose(torch.cat(fused.pooler_output), plain, atol=1e-3)
+    assert torch.equal(torch.cat(tower.pooler_output), stock), "the tower's output stays as it was"
+    assert [len(tokens) for tokens in fused.pooler_output] == [len(tokens) for tokens in tower.pooler_output]
+    # Four, three and twelve frames; pairs of them in a video.
+    assert len(tower.pooler_output) == (4 + 3 + 12 if visual == "images" else 2 + 2 + 6)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+@torch.no_grad()
+def test_zeroed_features_are_the_mergers_answer_to_zeros(
+    model_config: Any, batch_of: Any, samples: list[Any], name: str
+) -> None:
+    batch = batch_of(samples[:2])
+    model = composed(model_config, name, zero="features")
+    tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
+    torch.nn.init.normal_(model.geometry_merger.mlp[2].bias)
+    silent = model.merge_nothing(features)
+    torch.testing.assert_close(silent, model.geometry_merger.mlp[2].bias.expand_as(silent))
+    visual, sizes = torch.cat(tower.pooler_output), [len(tokens) for tokens in tower.pooler_output]
+    expected = model.fusion(visual, silent, sizes)
+    assert torch.equal(torch.cat(model.fuse(tower, silent).pooler_output), expected)
+    assert not torch.allclose(expected, visual, atol=1e-3)
+
+
+def test_frames_attend_to_themselves_in_the_composed_model(
+    model_config: Any, batch_of: Any, samples: list[Any]
+) -> None:
+    """Geometry of one pair of video frames moves the tokens of that pair alone."""
+    batch = batch_of(samples[:2], visual="video")
+    model = composed(model_config, "cross_attention")
+    with torch.no_grad():
+        tower = model.encode_2d(batch.visuals)
+        merged = model.merge(model.encode_3d(batch.visuals))
+        bounds = [0, *torch.tensor([len(tokens) for tokens in tower.pooler_output]).cumsum(0).tolist()]
+        other = merged.clone()
+        other[bounds[1] : bounds[2]] += 1.0
+        one, two = (model.fuse(tower, geometry).pooler_output for geometry in (merged, other))
+    assert [not torch.equal(a, b) for a, b in zip(one, two, strict=True)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_fusion_trains_with_the_merger_and_is_named_in_the_fingerprint(model_config: Any, name: str) -> None:
+    model = composed(model_config, name)
+    names = {name for name in trainable(model) if name.startswith("fusion.")}
+    assert names == {f"fusion.{key}" for key in model.fusion.state_dict()} and bool(names) == (name != "add")
+    parameters = [parameter for module in model.geometry_modules().values() for parameter in module.parameters()]
+    expected = {id(p) for key, p in trainable(model).items() if key.startswith(("fusion.", "geometry_merger."))}
+    assert {id(parameter) for parameter in parameters} == expected
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert fingerprint(model)["fusion"] == name
+
+
+def test_the_mask_reaches_the_fused_pass_alone(model_config: Any, batch_of: Any, samples: list[Any]) -> None:
+    batch = batch_of(samples[:2])
+    model = composed(model_config, "add")
+    with torch.no_grad():
+        tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
+        before = [tokens.clone() for tokens in tower.pooler_output]
+        merged = model.merge(features)
+        masked = model.fuse(tower, merged, mask2d=0.5).pooler_output
+    for plain, fused, geometry in zip(before, masked, merged.split([len(t) for t in before]), strict=True):
+        alone = (fused == geometry).all(-1)
+        assert int(alone.sum()) == math.floor(len(plain) / 2 + 0.5)
+        assert torch.equal(fused[~alone], (plain + geometry)[~alone])
+    assert all(torch.equal(old, now) for old, now in zip(before, tower.pooler_output, strict=True))
+    shortcut = model.fuse(tower, model.merge_nothing(features)).pooler_output
+    assert all(torch.equal(old, now) for old, now in zip(before, shortcut, strict=True))
+    with pytest.raises(AssertionError, match="the shortcut is never masked"):
+        model.fuse(tower, None, mask2d=0.5)
+
+
+# The mask itself.
+
+
+def test_a_share_of_zero_is_the_same_tensor_and_draws_nothing() -> None:
+    visual = torch.randn(7, 4)
+    state = torch.get_rng_state()
+    assert mask_2d(visual, 0.0) is visual
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "masked"), [(10, 0.25, 3), (10, 0.24, 2), (1, 0.5, 1), (1, 0.4, 0), (0, 0.8, 0), (252, 0.8, 202)]
+)
+def test_the_number_of_masked_tokens_is_exact(count: int, share: float, masked: int) -> None:
+    visual = torch.randn(count, 4).add(10)
+    original = visual.clone()
+    result = mask_2d(visual, share)
+    zero = (result == 0).all(-1)
+    assert int(zero.sum()) == masked
+    assert torch.equal(result[~zero], visual[~zero]) and torch.equal(visual, original)
+
+
+def test_every_token_is_masked_as_often_as_any_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    visual, draws, share = torch.ones(12, 1), 4000, 0.25
+    often = torch.stack([mask_2d(visual, share, generator)[:, 0] == 0 for _ in range(draws)]).float().mean(0)
+    # five standard deviations of a binomial share
+    assert (often - share).abs().max() < 5 * math.sqrt(share * (1 - share) / draws)
+    first, second = (mask_2d(visual, share, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_masked_tokens_have_no_gradient() -> None:
+    visual = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    result = mask_2d(visual, 0.4)
+    result.sum().backward()
+    assert visual.grad is not None and torch.equal(visual.grad == 0, result == 0)
+    with pytest.raises(AssertionError, match="share of the tokens"):
+        mask_2d(visual, 1.1)

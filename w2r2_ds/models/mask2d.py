@@ -1,0 +1,32 @@
+"""`objective.mask2d`: 2D tokens vanish at random from the fused pass, so that only geometry tells what was there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def mask_2d(visual: torch.Tensor, share: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Set exactly ``floor(share * tokens + 1/2)`` tokens of one image, drawn uniformly, to zero.
+
+    The baseline is GeoSR's Geometry-Unleashing Masking (arXiv 2603.26639, section 3.2, static scenes): a token times a
+    0/1 mask, before fusion, in training only. The paper draws an exact number, ceil(0.8 * tokens) over all frames of a
+    sample, and does so for half of the samples; its code draws every token by itself with probability 0.8. Here the
+    number is exact too, but per image, so that no frame of a video keeps more than its share, and every sample of the
+    fused pass is masked. With its rates, ``share`` 0.4 hides as many tokens on average.
+
+    Args:
+        visual: ``[tokens, hidden]`` tokens of the vision tower, of one image or pair of video frames; left unchanged.
+        share: in [0, 1]; 0 returns ``visual`` itself and draws nothing.
+        generator: on the device of ``visual``; None is the default one, in which ranks differ as for dropout.
+
+    Returns:
+        ``[tokens, hidden]``, same dtype; a masked token has no gradient.
+    """
+    assert 0 <= share <= 1, f"a share of the tokens, not {share}"
+    if share == 0:
+        return visual
+    count = math.floor(share * len(visual) + 0.5)
+    masked = torch.randperm(len(visual), generator=generator, device=visual.device)[:count]
+    return visual.index_fill(0, masked, 0.0)
