@@ -88,6 +88,11 @@ def is_qwen_images(record: dict[str, Any]) -> bool:
     return _results_have(record, "image", "images_vggt_shape", "pixel_values_shape")
 
 
+def is_vgllm_run(record: dict[str, Any]) -> bool:
+    """Runs of VG-LLM with all its weights."""
+    return "grad_norm_and_sum" in record and "param/merger.ln_q.weight" in record.get("tensors", {})
+
+
 def _results_have(record: dict[str, Any], *keys: str) -> bool:
     results = record.get("results")
     cases = list(results.values()) if isinstance(results, dict) else []

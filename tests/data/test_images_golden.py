@@ -110,6 +110,8 @@ def test_qwen_patches_have_the_recorded_values(golden: Golden, case: str) -> Non
         "pixel_values_row0": patches[0],
         "pixel_values_last": patches[-1],
     }
+    recorded = {key for key in golden.record["tensors"] if key.startswith(f"{case}/")}
+    assert recorded == {f"{case}/{name}" for name in cuts}, "every recorded tensor is compared"
     bound = PATCH_ERROR + stated["max_abs_diff_to_direct_normalise"]
     for name, cut in cuts.items():
         key = f"{case}/{name}"

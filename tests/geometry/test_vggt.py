@@ -276,3 +276,25 @@ def test_encoder_refuses_a_layer_that_does_not_exist(vggt: VGGT, layer: int) -> 
 def test_encoder_refuses_frames_of_more_than_one_scene(vggt: VGGT, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"\[frames, 3, height, width\]"):
         VGGTEncoder(vggt, layer=0).encode(images)
+
+
+def test_the_last_frame_as_reference_is_the_first_of_the_reversed_ones(vggt: VGGT, images: torch.Tensor) -> None:
+    first, last = (VGGTEncoder(vggt, 2, frame) for frame in ("first", "last"))
+    assert torch.equal(last.encode(images[0]), first.encode(images[0].flip(0)).flip(0))
+    assert (last.encode(images[0]) - first.encode(images[0])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("frame", "others"), [("first", [0, 2, 1]), ("last", [1, 0, 2])])
+def test_only_the_reference_frame_has_a_place_of_its_own(
+    vggt: VGGT, images: torch.Tensor, frame: str, others: list[int]
+) -> None:
+    encoder = VGGTEncoder(vggt, 2, frame)
+    plain = encoder.encode(images[0])
+    torch.testing.assert_close(encoder.encode(images[0, others]), plain[others], rtol=1e-4, atol=1e-4)
+    with_reference = [2, 1, 0]
+    assert (encoder.encode(images[0, with_reference]) - plain[with_reference]).abs().max() > 1e-2
+
+
+def test_a_reference_frame_in_between_is_refused(vggt: VGGT) -> None:
+    with pytest.raises(ValueError, match="reference_frame is 'middle'; it is one of first, last"):
+        VGGTEncoder(vggt, 0, "middle")

@@ -41,7 +41,7 @@ def load_vggt(source: str | Path, *, revision: str | None = None, dtype: torch.d
         model = VGGT(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state: dict[str, torch.Tensor] = {}
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         for name, tensor in _read(file, expected, dtype).items():
             if name in state:
                 raise ValueError(f"{file}: {name} is also in another file of {directory}; fetch the directory again.")
@@ -79,7 +79,7 @@ def read_config(directory: Path) -> VGGTConfig:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a VGGT directory needs {CONFIG} and {WEIGHTS}.")
     try:
-        return VGGTConfig.from_dict(_read_json(path))
+        return VGGTConfig.from_dict(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -102,14 +102,14 @@ def _locate(source: str | Path, revision: str | None) -> Path:
         ) from error
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The single weights file, or the shards that the index names."""
+def weight_files(directory: Path) -> list[Path]:
+    """The single safetensors file of a model directory, or the shards that its index names; ValueError for neither."""
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     index = directory / INDEX
     if not index.is_file():
         raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}; fetch the weights into it.")
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index} has no weight_map from weights to files; fetch it again.")
     files = [directory / name for name in sorted(set(shards.values()))]
@@ -144,7 +144,8 @@ def _check(file: Path, name: str, shape: tuple[int, ...], kind: str, wanted: tup
         raise ValueError(f"{file}: {name} is stored as {kind}; only unquantised weights ({', '.join(FLOATS)}) load.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; ValueError where it does not."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
