@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from w2r2_ds.config import RECIPES, RunConfig, from_tree, load_config, save_config
+from w2r2_ds.config import RECIPES, RunConfig, from_tree, load_config, parser, save_config
 
 RECIPE = str(RECIPES / "scanrefer_3b.yaml")
 
@@ -21,7 +22,19 @@ def test_a_recipe_does_not_inherit_the_demo() -> None:
     config = load_config(RECIPE)
     defaults = RunConfig()
     assert not config.demo.enabled
-    assert (config.objective, config.model.lora_rank) == (defaults.objective, defaults.model.lora_rank)
+    assert (config.objective.mu, config.model.lora_rank) == (defaults.objective.mu, defaults.model.lora_rank)
+
+
+def test_help_lists_every_option_with_its_default_and_a_sentence() -> None:
+    text = " ".join(parser("", with_demo=False).format_help().split())
+    defaults = asdict(RunConfig())
+    sections = {name: value for name, value in defaults.items() if isinstance(value, dict)}
+    options = [(f"{section}.{field}", value) for section, fields in sections.items() for field, value in fields.items()]
+    options += [(name, value) for name, value in defaults.items() if name not in sections]
+    for name, value in options:
+        said = text.split(f" --{name} ")[-1].split(" --")[0]
+        assert f"default: {value})" in said, name
+        assert re.search(r" \w+ .*\w+.*\. \(type", said), f"{name} has no sentence: {said}"
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -56,6 +69,11 @@ def test_it_survives_yaml(tmp_path: Path) -> None:
     [
         ("objective.mu", "1.0"),
         ("objective.lam", "-1"),
+        ("objective.margin", "-1"),
+        ("objective.cosine", "1.5"),
+        ("objective.mask2d", "1"),
+        ("objective.gap_every", "-1"),
+        ("objective.gap_samples", "0"),
         ("train.lr", "0"),
         ("train.steps", "0"),
         ("train.warmup", "1"),

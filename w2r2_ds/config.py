@@ -52,7 +52,10 @@ class ModelConfig:
         vlm: Qwen2.5-VL directory or hub id.
         vggt: VGGT directory or hub id.
         geometry_layer: alternating-attention layer of VGGT whose patch tokens are used, counted from 0.
+        reference_frame: frame whose camera is VGGT's origin; `last` shows VGGT the frames in reverse, as VG-LLM can.
         merger_hidden: width of the geometry merger's hidden layer.
+        fusion: Phi, how merged geometry joins the visual tokens: added, concatenated and projected, attended to within
+            an image, or added through a gate.
         zero: what `Phi(F2D, 0)` zeroes: the merged geometry (then it equals the stock VLM) or VGGT's features.
         lora_rank: rank of the LoRA update of the language model's seven projections.
         lora_alpha: LoRA scale is lora_alpha / lora_rank.
@@ -64,7 +67,9 @@ class ModelConfig:
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
     vggt: str = "facebook/VGGT-1B"
     geometry_layer: int = 22
+    reference_frame: Literal["first", "last"] = "first"
     merger_hidden: int = 4096
+    fusion: Literal["add", "concat", "cross_attention", "gated"] = "add"
     zero: Literal["merged", "features"] = "merged"
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -78,17 +83,35 @@ class ObjectiveConfig:
     """L = L_align + push, where push is one reading of the paper's lambda * L_det (docs/objective.md).
 
     Args:
-        push: which reading of Eq. 6: literal (no gradient), margin, or none (plain fine-tuning).
+        push: reading of Eq. 6: none, literal, reweight, downweight, margin, pseudo_label, soft_iou, representation, poe
+            or unblocked.
         lam: lambda, the weight of the push term.
         mu: similarity above which the shortcut counts as having solved the sample.
-        margin: log-likelihood in nats by which the fused pass must beat the shortcut on where tokens.
+        margin: of push margin, log-likelihood in nats by which the fused pass must beat the shortcut on where tokens.
+        iou_margin: of push soft_iou, IoU by which the fused pass's expected box must beat the shortcut's.
+        cosine: of push representation, cosine of fused and shortcut states that is far enough apart at where tokens.
+        mask2d: share of the 2D tokens that the fused pass loses in training, a baseline; 0 masks none.
+        shortcut_decode: how the shortcut's answer is read: greedy decoding, which defines s, or the teacher-forced
+            approximation, which costs nothing.
+        gap_every: optimizer steps between measurements of what teacher reading changes; 0 never measures.
+        gap_samples: training samples on which it is measured, always the same.
+        caption_similarity: s of a caption.
+        answer_similarity: s of a short answer.
         reduction: sums over samples divided by the global sample count, or by the global token count (VG-LLM).
     """
 
-    push: Literal["literal", "margin", "none"] = "margin"
+    push: str = "margin"
     lam: float = 1.5
     mu: float = 0.7
     margin: float = 1.0
+    iou_margin: float = 0.1
+    cosine: float = 0.5
+    mask2d: float = 0.0
+    shortcut_decode: Literal["teacher", "greedy"] = "teacher"
+    gap_every: int = 0
+    gap_samples: int = 32
+    caption_similarity: Literal["rouge_l", "token_f1"] = "rouge_l"
+    answer_similarity: Literal["exact_match", "token_f1"] = "exact_match"
     reduction: Literal["sample", "token"] = "sample"
 
 
@@ -101,7 +124,7 @@ class TrainConfig:
         global_batch: samples per optimizer step over all ranks and accumulation steps.
         micro_batch: samples per forward per rank.
         lr: peak learning rate of the LoRA weights.
-        merger_lr: peak learning rate of the geometry merger.
+        merger_lr: peak learning rate of the geometry merger and the fusion.
         weight_decay: AdamW's weight decay.
         warmup: share of the steps with rising learning rate; a cosine to zero follows.
         activation_checkpointing: recompute decoder layers in the backward pass.
@@ -194,18 +217,30 @@ def check(config: RunConfig) -> None:
         "train.lr": config.train.lr,
         "train.merger_lr": config.train.merger_lr,
         "demo.warmup_steps": config.demo.warmup_steps,
+        "objective.gap_samples": config.objective.gap_samples,
         "demo.warmup_batch": config.demo.warmup_batch,
     }
     for name, value in positive.items():
         if value <= 0:
             raise ValueError(f"{name} is {value}; it must be greater than 0.")
-    for name, value in (("data.workers", config.data.workers), ("train.seed", config.train.seed)):
+    not_negative = {
+        "data.workers": config.data.workers,
+        "train.seed": config.train.seed,
+        "objective.margin": config.objective.margin,
+        "objective.iou_margin": config.objective.iou_margin,
+        "objective.gap_every": config.objective.gap_every,
+    }
+    for name, value in not_negative.items():
         if value < 0:
             raise ValueError(f"{name} is {value}; it cannot be negative.")
     if not config.out:
         raise ValueError("out is empty; name the folder of the run.")
     if not 0 <= config.objective.mu < 1:
         raise ValueError(f"objective.mu is {config.objective.mu}; a similarity threshold lies in [0, 1).")
+    if not -1 <= config.objective.cosine <= 1:
+        raise ValueError(f"objective.cosine is {config.objective.cosine}; a cosine lies in [-1, 1].")
+    if not 0 <= config.objective.mask2d < 1:
+        raise ValueError(f"objective.mask2d is {config.objective.mask2d}; it is a share of the 2D tokens in [0, 1).")
     if config.objective.lam < 0:
         raise ValueError(f"objective.lam is {config.objective.lam}; the weight of the push term cannot be negative.")
     if not 0 <= config.train.warmup < 1:

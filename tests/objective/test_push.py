@@ -1,135 +1,234 @@
-"""The readings of Eq. 6: hand values, and where gradients go and do not go."""
+"""The readings of Eq. 6 as pure functions: hand values, finite differences, where they are zero, never NaN."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, get_args, get_type_hints
+import math
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from w2r2_ds.config import ObjectiveConfig
-from w2r2_ds.objective.align import log_probs, mean_per_sample
-from w2r2_ds.objective.push import PUSH_TERMS, PushInputs, literal, margin, none
-from w2r2_ds.objective.w2r2 import read_shortcut, w2r2_loss
+from w2r2_ds.objective.align import mean_per_sample
+from w2r2_ds.objective.push import PUSH_TERMS, Overlaps, PushInputs, States, find_reading
+
+GATED = ("literal", "reweight", "downweight", "margin", "soft_iou", "representation")
+"""Readings that are 0 for a sample whose shortcut is not above mu."""
+LN2, LN4 = math.log(2), math.log(4)
+
+
+def log_of(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).log()
 
 
 @pytest.fixture
 def inputs() -> PushInputs:
-    """Sample 0: where rows 1 and 2; sample 1: row 4; sample 2 has none; sample 3 is below mu."""
+    """Four samples, a vocabulary of three.
+
+    Sample 0: rows 0 (not where), 1 and 2; sample 1: row 3; sample 2: row 4, not where; sample 3: row 5, h = 0.
+    """
+    log_p = log_of(
+        [0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.2, 0.4, 0.4], [0.5, 0.25, 0.25]
+    )
+    short = log_of(
+        [0.2, 0.4, 0.4], [0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.6, 0.2], [0.25, 0.5, 0.25]
+    )
+    label = torch.tensor([0, 1, 0, 0, 1, 0])
+    guess = short.argmax(-1)  # 1 or 2, 0, 0, 1, 1, 1
+    sample = torch.tensor([0, 0, 0, 1, 2, 3])
+    at = torch.arange(6)
+    axis = torch.eye(3, dtype=torch.float64)
     return PushInputs(
-        log_p=torch.tensor([-9.0, -1.0, -2.0, -9.0, -0.1, -3.0, -5.0], dtype=torch.float64, requires_grad=True),
-        log_p_short=torch.tensor([-1.0, -1.5, -2.1, -1.0, -4.0, -1.0, -1.0], dtype=torch.float64),
-        sample=torch.tensor([0, 0, 0, 1, 1, 2, 3]),
-        where=torch.tensor([False, True, True, False, True, False, True]),
+        log_p=log_p,
+        label=label,
+        guess=guess,
+        label_short=short[at, label],
+        guess_short=short[at, guess],
+        sample=sample,
+        where=torch.tensor([False, True, True, True, False, True]),
+        cross_entropy=mean_per_sample(-log_p[at, label], sample, 4, torch.ones(6, dtype=torch.bool)),
         hinge=torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64),
         lam=1.5,
+        mu=0.7,
         margin=1.0,
+        iou_margin=0.1,
+        cosine=0.5,
+        log_p_short=short,
+        states=States(
+            fused=torch.stack([axis[0], 2 * axis[0], axis[1], axis[0] + axis[1], axis[2]]),
+            short=torch.stack([axis[0], axis[0] + axis[1], axis[0], 3 * axis[0] + 3 * axis[1], axis[2]]),
+            sample=torch.tensor([0, 0, 0, 1, 3]),
+            where=torch.tensor([True, True, False, False, True]),
+            what=torch.tensor([False, False, True, True, False]),
+        ),
+        overlaps=Overlaps(
+            giou=torch.tensor([0.6, -0.5, 0.9, 0.0], dtype=torch.float64),
+            iou_short=torch.tensor([0.8, 0.95, 0.0, 0.9], dtype=torch.float64),
+            has_box=torch.tensor([True, True, False, True]),
+        ),
     )
 
 
-def test_registry_is_what_the_configuration_offers() -> None:
-    assert set(PUSH_TERMS) == set(get_args(get_type_hints(ObjectiveConfig)["push"]))
+HAND = {
+    "none": [0.0, 0.0, 0.0, 0.0],
+    "literal": [0.15, 0.3, 0.45, 0.0],
+    # l: ln 2 in all three rows of sample 0; -ln 0.8; -ln 0.4; ln 2.
+    "reweight": [0.15 * LN2, -0.3 * math.log(0.8), -0.45 * math.log(0.4), 0.0],
+    "downweight": [-0.15 * LN2, 0.3 * math.log(0.8), 0.45 * math.log(0.4), 0.0],
+    # Sample 0 leads by (ln 2 + 0) / 2; sample 1 by ln 8 > 1; sample 2 has no where row; 3 is below mu.
+    "margin": [1.5 * (1 - LN2 / 2), 0.0, 0.0, 0.0],
+    # Sample 0: only row 1 differs, p' = 0.5 and p = 0.25; sample 1: p' = 0.8, p = 0.1; sample 3: p' = 0.5, p = 0.25.
+    "pseudo_label": [-0.75 * math.log(0.75), -1.2 * math.log(0.9), 0.0, -0.75 * math.log(0.75)],
+    # 0.9 - 0.6; min(1, 1.05) + 0.5; no box; below mu.
+    "soft_iou": [1.5 * 0.3, 1.5 * 1.5, 0.0, 0.0],
+    # Sample 0: where cosines 1 and 1 / sqrt 2, what cosine 0; sample 1: what cosine 1; 2 has no states; 3 is below mu.
+    "representation": [1.5 * (1 + (0.5 + math.sqrt(0.5) - 0.5) / 2), 0.0, 0.0, 0.0],
+    # Products at the label, normalised: rows 1 and 5 0.125 of 0.3125, row 2 0.25 of 0.375, row 3 0.08 of 0.17.
+    "poe": [-0.75 * (math.log(0.4) + math.log(2 / 3)), -1.5 * math.log(8 / 17), 0.0, -1.5 * math.log(0.4)],
+    "unblocked": [1.5 * 0.1, 1.5 * 0.25, 0.0, 1.5 * 0.2],
+}
 
 
-def test_hand_values(inputs: PushInputs) -> None:
-    assert literal(inputs).tolist() == pytest.approx([0.15, 0.3, 0.45, 0.0])
-    # Sample 0 leads by (0.5 + 0.1) / 2 = 0.3 nats of 1; sample 1 by 3.9; sample 2 has no where rows; 3 is inactive.
-    assert margin(inputs).tolist() == pytest.approx([1.5 * 0.7, 0.0, 0.0, 0.0])
-    assert none(inputs).tolist() == [0.0] * 4
-
-
-def test_gradient_of_margin_by_hand(inputs: PushInputs) -> None:
-    margin(inputs).sum().backward()
-    assert inputs.log_p.grad is not None
-    assert inputs.log_p.grad.tolist() == pytest.approx([0, -0.75, -0.75, 0, 0, 0, 0])
-
-
-def test_margin_gradcheck(inputs: PushInputs) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(7, 5, dtype=torch.float64, generator=generator).requires_grad_()
-    labels = torch.tensor([0, 1, 2, 3, 4, 0, 1])
-
-    def value(logits: torch.Tensor) -> torch.Tensor:
-        log_p = torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
-        return margin(replace(inputs, log_p=log_p, margin=0.5))
-
-    assert value(logits).count_nonzero() == 1
-    assert torch.autograd.gradcheck(value, logits)
-
-
-def test_literal_and_none_have_no_gradient_at_all(inputs: PushInputs) -> None:
-    assert not literal(inputs).requires_grad and not none(inputs).requires_grad
-
-
-def test_align_by_hand() -> None:
-    logits = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    log_p = log_probs(logits, torch.tensor([0, 1, 1]))
-    assert log_p.tolist() == pytest.approx([-0.693147, -1.313262, -0.126928], abs=1e-6)
-    mean = mean_per_sample(-log_p, torch.tensor([0, 0, 2]), 3, torch.tensor([True, True, True]))
-    assert mean.tolist() == pytest.approx([(0.693147 + 1.313262) / 2, 0.0, 0.126928], abs=1e-6)
-    assert log_probs(logits.bfloat16(), torch.tensor([0, 1, 1])).dtype == torch.float32
-
-
-def noisy(batch: Any, vocabulary: int, seed: int, sure: float) -> torch.Tensor:
-    """Logits that prefer the labels by `sure`."""
-    logits = torch.randn(len(batch.answer_rows.label), vocabulary, generator=torch.Generator().manual_seed(seed))
-    logits[torch.arange(len(logits)), batch.answer_rows.label] += sure
-    return logits.requires_grad_()
-
-
-def total(batch: Any, tables: Any, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, statistics, and the two gradients; the shortcut's answer is right unless `sure` says otherwise."""
-    sure = changes.pop("sure", 30.0)
-    fused, short = (noisy(batch, len(tables.digit), seed, s) for seed, s in ((0, 2.0), (1, sure)))
-    loss, stats = w2r2_loss(
-        fused, read_shortcut(short, batch.answer_rows.label), batch, ObjectiveConfig(**changes), tables
+def differentiable(inputs: PushInputs, leaves: tuple[Tensor, ...]) -> PushInputs:
+    """The same inputs as a function of fused logits, states, GIoU, and the shortcut's IoU (for `unblocked`)."""
+    logits, states, giou, iou_short = leaves
+    assert inputs.states is not None and inputs.overlaps is not None
+    log_p = torch.log_softmax(logits, -1)
+    at = torch.arange(len(log_p))
+    every = torch.ones_like(inputs.where)
+    return replace(
+        inputs,
+        log_p=log_p,
+        cross_entropy=mean_per_sample(-log_p[at, inputs.label], inputs.sample, len(inputs.hinge), every),
+        states=replace(inputs.states, fused=states),
+        overlaps=replace(inputs.overlaps, giou=giou, iou_short=iou_short),
     )
-    loss.backward()
-    assert fused.grad is not None
-    return loss.detach(), stats, fused.grad, short.grad if short.grad is not None else torch.zeros_like(short)
 
 
-@pytest.fixture
-def batch(batch_of: Any, samples: list[Any]) -> Any:
-    return batch_of(samples[:2])
+def leaves_of(inputs: PushInputs) -> tuple[Tensor, ...]:
+    assert inputs.states is not None and inputs.overlaps is not None
+    noise = torch.Generator().manual_seed(0)
+    start = (inputs.log_p, inputs.states.fused, inputs.overlaps.giou, inputs.overlaps.iou_short)
+    # Away from the kinks of the hand-made values.
+    return tuple((x + 0.05 * torch.rand(x.shape, dtype=x.dtype, generator=noise)).requires_grad_() for x in start)
 
 
-@pytest.mark.parametrize("push", list(PUSH_TERMS))
-def test_no_gradient_reaches_the_shortcut(batch: Any, tables: Any, push: str) -> None:
-    *_, short = total(batch, tables, push=push)
-    assert not short.any()
+def test_every_reading_has_hand_values_a_docstring_and_a_place_in_the_help() -> None:
+    assert set(PUSH_TERMS) == set(HAND)
+    for name, reading in PUSH_TERMS.items():
+        assert reading.term.__name__ == name and reading.term.__doc__
+        assert name in (ObjectiveConfig.__doc__ or "").split("lam:")[0].replace(",", " ").replace(".", " ").split()
 
 
-def test_literal_adds_to_the_loss_and_nothing_to_the_gradient(batch: Any, tables: Any) -> None:
-    loss, stats, gradient, _ = total(batch, tables, push="literal")
-    plain, plain_stats, plain_gradient, _ = total(batch, tables, push="none")
-    assert torch.equal(gradient, plain_gradient)
-    assert (stats[:, 2] > 0.2).all()
-    assert float(loss - plain) == pytest.approx(1.5 * float(stats[:, 2].sum()), rel=1e-5)
-    assert torch.equal(plain_stats[:, [1, 2, 4, 5, 6]], stats[:, [1, 2, 4, 5, 6]])
+def test_an_unknown_reading_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^objective\.push is 'marign'; it must be one of none, literal, .*poe"):
+        find_reading("marign")
 
 
-def test_margin_changes_the_gradient_on_where_rows_only(batch: Any, tables: Any) -> None:
-    _, _, gradient, _ = total(batch, tables, push="margin")
-    _, _, plain, _ = total(batch, tables, push="none")
-    changed = (gradient != plain).any(-1)
-    assert torch.equal(changed, batch.answer_rows.where)
+@pytest.mark.parametrize("name", PUSH_TERMS)
+def test_hand_values(inputs: PushInputs, name: str) -> None:
+    values = PUSH_TERMS[name].term(inputs)
+    assert values.dtype == torch.float64
+    assert values.tolist() == pytest.approx(HAND[name], abs=1e-12)
 
 
-@pytest.mark.parametrize("changes", [{"lam": 0.0}, {"mu": 0.999}, {"sure": -30.0}])
-def test_margin_equals_none(batch: Any, tables: Any, changes: dict[str, Any]) -> None:
-    """Without weight, without a sample above mu, and where the shortcut is wrong."""
-    sure = {"sure": changes["sure"]} if "sure" in changes else {}
-    loss, _, gradient, _ = total(batch, tables, push="margin", **changes)
-    plain, _, plain_gradient, _ = total(batch, tables, push="none", **sure)
-    assert torch.equal(loss, plain) and torch.equal(gradient, plain_gradient)
+@pytest.mark.parametrize("name", PUSH_TERMS)
+def test_gradient_against_finite_differences(inputs: PushInputs, name: str) -> None:
+    leaves = leaves_of(inputs)
+
+    def total(*leaves: Tensor) -> Tensor:
+        # The constant keeps a graph for readings without one.
+        return PUSH_TERMS[name].term(differentiable(inputs, leaves)) + 0 * leaves[0].sum()
+
+    assert torch.autograd.gradcheck(total, leaves, atol=1e-8, rtol=1e-6)
+    has_gradient = any(
+        g.abs().sum() > 0 for g in torch.autograd.grad(total(*leaves).sum(), leaves, allow_unused=True) if g is not None
+    )
+    assert has_gradient == (name not in ("none", "literal"))
 
 
-def test_a_sample_without_where_rows_contributes_nothing(batch: Any, tables: Any) -> None:
-    rows = batch.answer_rows
-    bare = replace(batch, rows=replace(rows, where=rows.where & (rows.sample == 0)))
-    _, stats, gradient, _ = total(bare, tables, push="margin")
-    _, _, plain, _ = total(bare, tables, push="none")
-    assert stats[0, 3] > 0 and stats[1, 3] == 0
-    assert torch.equal(gradient[rows.sample == 1], plain[rows.sample == 1])
+@pytest.mark.parametrize("name", PUSH_TERMS)
+def test_nothing_without_weight(inputs: PushInputs, name: str) -> None:
+    leaves = leaves_of(inputs)
+    values = PUSH_TERMS[name].term(differentiable(replace(inputs, lam=0.0), leaves))
+    assert values.tolist() == [0.0] * 4
+    gradients = torch.autograd.grad((values + 0 * leaves[0].sum()).sum(), leaves, allow_unused=True)
+    assert all(not g.any() for g in gradients if g is not None)
+
+
+@pytest.mark.parametrize("name", PUSH_TERMS)
+def test_nothing_below_mu_where_h_gates(inputs: PushInputs, name: str) -> None:
+    leaves = leaves_of(inputs)
+    values = PUSH_TERMS[name].term(differentiable(replace(inputs, hinge=torch.zeros_like(inputs.hinge)), leaves))
+    gradients = torch.autograd.grad((values + 0 * leaves[0].sum()).sum(), leaves, allow_unused=True)
+    silent = not values.any() and all(not g.any() for g in gradients if g is not None)
+    assert silent == (name in (*GATED, "none"))
+
+
+@pytest.mark.parametrize("name", PUSH_TERMS)
+@pytest.mark.parametrize(
+    "case", ["no where", "no rows of a sample", "no states", "iou 0", "iou 1", "sure", "sure and wrong"]
+)
+def test_no_nan(inputs: PushInputs, name: str, case: str) -> None:
+    """Finite values and gradients in float32 where sets are empty, boxes match or miss, probabilities are 0 or 1."""
+    assert inputs.states is not None and inputs.overlaps is not None
+    leaves = [leaf.detach().float() for leaf in leaves_of(inputs)]
+    inputs = cast(inputs, torch.float32)
+    assert inputs.states is not None and inputs.overlaps is not None
+    if case == "no where":
+        inputs = replace(inputs, where=torch.zeros_like(inputs.where))
+    if case == "no rows of a sample":  # every answer token masked
+        inputs = replace(inputs, sample=torch.zeros_like(inputs.sample))
+    if case == "no states":
+        inputs = replace(
+            inputs,
+            states=replace(
+                inputs.states, where=torch.zeros(5, dtype=torch.bool), what=torch.zeros(5, dtype=torch.bool)
+            ),
+        )
+    if case.startswith("iou"):
+        leaves[2] = torch.full((4,), float(case[-1]))
+        leaves[3] = torch.full((4,), float(case[-1]))
+    if case.startswith("sure"):
+        token = inputs.label if case == "sure" else inputs.guess
+        leaves[0] = torch.full((6, 3), -200.0).scatter(-1, token[:, None], 200.0)
+    given = tuple(leaf.requires_grad_() for leaf in leaves)
+    values = PUSH_TERMS[name].term(differentiable(inputs, given)) + 0 * given[0].sum()
+    assert values.isfinite().all()
+    for gradient in torch.autograd.grad(values.sum(), given, allow_unused=True):
+        assert gradient is None or gradient.isfinite().all()
+
+
+def cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors of nested records in another dtype."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(dtype) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, PushInputs | States | Overlaps):
+        return replace(inputs, **{f.name: cast(getattr(inputs, f.name), dtype) for f in fields(inputs)})
+    return inputs
+
+
+def test_the_hinge_bounds_downweight(inputs: PushInputs) -> None:
+    """At the most the whole sample is forgotten, never learned backwards."""
+    heavy = replace(inputs, lam=50.0)
+    total = inputs.cross_entropy + PUSH_TERMS["downweight"].term(heavy)
+    assert total.tolist() == pytest.approx([0.0, 0.0, 0.0, LN2])
+
+
+def test_poe_asks_nothing_where_the_shortcut_is_sure_and_right(inputs: PushInputs) -> None:
+    short = torch.full((6, 3), -200.0, dtype=torch.float64).scatter(-1, inputs.label[:, None], 0.0)
+    logits = inputs.log_p.clone().requires_grad_()
+    PUSH_TERMS["poe"].term(replace(inputs, log_p=torch.log_softmax(logits, -1), log_p_short=short)).sum().backward()
+    assert logits.grad is not None and logits.grad.abs().max() < 1e-80
+
+
+def test_pseudo_label_takes_probability_from_the_wrong_guess(inputs: PushInputs) -> None:
+    logits = inputs.log_p.clone().requires_grad_()
+    PUSH_TERMS["pseudo_label"].term(replace(inputs, log_p=torch.log_softmax(logits, -1))).sum().backward()
+    assert logits.grad is not None
+    touched = logits.grad.abs().sum(-1) > 0
+    assert touched.tolist() == [False, True, False, True, False, True]
+    for row in touched.nonzero().flatten().tolist():
+        assert (logits.grad[row] > 0).nonzero().flatten().tolist() == [int(inputs.guess[row])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from host_reads import host_reads
 from w2r2_ds.data.boxes import camera_to_world
 from w2r2_ds.data.iou import box_iou
-from w2r2_ds.objective.similarity import grounding_similarity, read_numbers
+from w2r2_ds.objective.similarity import (
+    decoded_grounding_similarity,
+    grounding_similarity,
+    has_numbers,
+    has_text,
+    read_numbers,
+    read_texts,
+    similarity,
+)
+from w2r2_ds.objective.text import text_similarity
 
 FRAME, X = 0, 1
 VALUES = "[-0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]"
@@ -123,8 +134,9 @@ def test_any_end_of_a_number_is_right(batch: Any, tables: Any, front: Any) -> No
 
 def test_correct_predictions_have_similarity_one_up_to_rounding(batch_of: Any, samples: list[Any], tables: Any) -> None:
     batch = batch_of(samples)
-    similarity = grounding_similarity(batch.answer_rows.label, batch, tables)
-    assert similarity.dtype == torch.float64 and (similarity > 0.95).all() and (similarity <= 1).all()
+    s, valid = grounding_similarity(batch.answer_rows.label, batch, tables)
+    assert s.dtype == torch.float64 and (s > 0.95).all() and (s <= 1).all()
+    assert valid.tolist() == [True] * 3
 
 
 def test_similarity_is_that_of_the_box_that_was_read(batch_of: Any, samples: list[Any], tables: Any) -> None:
@@ -135,12 +147,15 @@ def test_similarity_is_that_of_the_box_that_was_read(batch_of: Any, samples: lis
     predicted[rows.number[:, 4, 0]] = digit  # the first size, 1.2, reads as 0.5
     numbers = read_numbers(predicted, rows, tables).numpy()
     assert (numbers[:, 4] == 0.5).all()
-    similarity = grounding_similarity(predicted, batch, tables)
+    s, _ = grounding_similarity(predicted, batch, tables)
     for index, sample in enumerate(samples):
         world = camera_to_world(numbers[index, 1:], sample.cam_to_world[int(numbers[index, 0])])
-        expected = box_iou(torch.from_numpy(world)[None], torch.from_numpy(sample.target.box)[None])
-        assert float(similarity[index]) == pytest.approx(float(expected[0]))
-    assert similarity.numpy() == pytest.approx(np.full(3, 0.5 / 1.2), abs=0.03)
+        assert float(s[index]) == pytest.approx(iou_with_target(world, sample))
+    assert s.numpy() == pytest.approx(np.full(3, 0.5 / 1.2), abs=0.03)
+
+
+def iou_with_target(world: np.ndarray, sample: Any) -> float:
+    return float(box_iou(torch.from_numpy(world)[None], torch.from_numpy(sample.target.box)[None]))
 
 
 def test_invalid_answers_have_similarity_zero(batch_of: Any, samples: list[Any], tables: Any, front: Any) -> None:
@@ -158,9 +173,10 @@ def test_invalid_answers_have_similarity_zero(batch_of: Any, samples: list[Any],
         predicted = rows.label.clone()
         predicted[row] = token(text)
         cases.append(predicted)
-    similarity = torch.stack([grounding_similarity(predicted, batch, tables) for predicted in cases])
-    assert similarity[:, 0].tolist() == [0, pytest.approx(1, abs=0.05), 0, 0]
-    assert similarity[1, 1] == 0 and similarity.isfinite().all()
+    s, valid = zip(*(grounding_similarity(predicted, batch, tables) for predicted in cases), strict=True)
+    assert torch.stack(s)[:, 0].tolist() == [0, pytest.approx(1, abs=0.05), 0, 0]
+    assert s[1][1] == 0 and torch.stack(s).isfinite().all()
+    assert torch.stack(valid).tolist() == [[False, True], [True, False], [False, True], [False, True]]
 
 
 def test_noise_is_never_nan(batch_of: Any, samples: list[Any], tables: Any) -> None:
@@ -168,5 +184,124 @@ def test_noise_is_never_nan(batch_of: Any, samples: list[Any], tables: Any) -> N
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         predicted = torch.randint(len(tables.digit), batch.answer_rows.label.shape, generator=generator)
-        similarity = grounding_similarity(predicted, batch, tables)
-        assert similarity.isfinite().all() and (similarity >= 0).all() and (similarity <= 1).all()
+        s, valid = grounding_similarity(predicted, batch, tables)
+        assert s.isfinite().all() and (s >= 0).all() and (s <= 1).all()
+        assert not s[~valid].any()
+
+
+@pytest.fixture
+def mixed(batch_of: Any, samples: list[Any]) -> Any:
+    """A caption (which has digits, and row 0), a box, a short answer without frames."""
+    caption = replace(samples[0], answer="7 red chairs.", kind="caption", target=None, what=(0, 0))
+    nowhere = {"frames": (), "cam_to_world": np.zeros((0, 4, 4)), "what": (0, 0)}
+    answer = replace(samples[1], answer="brown", kind="answer", target=None, **nowhere)
+    return batch_of([caption, samples[1], answer])
+
+
+def test_samples_without_number_slots_have_none_and_disturb_none(
+    mixed: Any, batch_of: Any, samples: list[Any], tables: Any, front: Any
+) -> None:
+    """Row 0, to which absent numbers point, is the caption's: whatever is predicted there is no number."""
+    rows = mixed.answer_rows
+    assert has_numbers(rows).tolist() == [False, True, False]
+    labels, _ = grounding_similarity(rows.label, mixed, tables)
+    alone, _ = grounding_similarity(batch_of([samples[1]]).answer_rows.label, batch_of([samples[1]]), tables)
+    assert labels[1] == alone[0] > 0.95
+    for text in ("9", "-", ".", ","):
+        predicted = rows.label.clone()
+        predicted[rows.sample != 1] = front.tokenizer.convert_tokens_to_ids(text)
+        numbers = read_numbers(predicted, rows, tables)
+        assert not numbers[[0, 2]].any() and numbers[1].any()
+        s, valid = grounding_similarity(predicted, mixed, tables)
+        assert s.tolist() == [0, float(labels[1]), 0]
+        assert valid.tolist() == [False, True, False]
+
+
+def test_slots_of_no_width_at_all(mixed: Any, tables: Any) -> None:
+    rows = mixed.answer_rows
+    empty = replace(rows, number=rows.number[..., :0], place=rows.place[..., :0], lead=torch.zeros_like(rows.lead))
+    assert not read_numbers(rows.label, empty, tables).any()
+    s, valid = grounding_similarity(rows.label, replace(mixed, rows=empty), tables)
+    assert not s.any() and not valid.any()
+
+
+def test_decoded_answers_are_read_strictly(batch_of: Any, samples: list[Any]) -> None:
+    batch = batch_of(samples)
+    assert batch.cam_to_world[1, 3].isnan().all()  # the second sample has three frames, the last one twelve
+    right = [sample.answer for sample in samples]
+    s, valid = decoded_grounding_similarity(right, batch)
+    assert valid.all() and (s > 0.95).all() and s.dtype == torch.float64 and s.device.type == "cpu"
+    for index, sample in enumerate(samples):
+        body = json.loads(sample.answer.removeprefix("```json").removesuffix("```"))
+        world = camera_to_world(np.array(body["bbox_3d"]), sample.cam_to_world[body["frame"]])
+        assert float(s[index]) == pytest.approx(iou_with_target(world, sample), abs=1e-9)
+
+    cases = {
+        "the sofa": False,
+        "": False,
+        right[1] + right[1]: False,
+        right[1].replace('"frame": 0', '"frame": 3'): False,
+        right[1].replace('"frame": 0', '"frame": 2'): True,
+        right[1].replace("1.2,", "-1.2,"): False,
+        right[1].replace("1.2,", "0.0,"): False,
+        right[1].replace("1.2,", "1e308,"): True,
+    }
+    assert len(cases) == 8  # every replacement changed something
+    for text, readable in cases.items():
+        other, valid = decoded_grounding_similarity([right[0], text, right[2]], batch)
+        assert valid.tolist() == [True, readable, True], text
+        assert other[0] == s[0] and other[2] == s[2]
+        assert 0 <= other[1] < s[1]
+
+
+def test_decoded_reading_looks_at_grounding_alone(mixed: Any, samples: list[Any]) -> None:
+    s, valid = decoded_grounding_similarity([samples[1].answer] * 3, mixed)
+    assert valid.tolist() == [False, True, False]
+    assert s[1] > 0.95 and not s[[0, 2]].any()
+
+
+def test_teacher_forced_and_decoded_agree_on_right_answers(batch_of: Any, samples: list[Any], tables: Any) -> None:
+    batch = batch_of(samples)
+    teacher, _ = grounding_similarity(batch.answer_rows.label, batch, tables)
+    decoded, _ = decoded_grounding_similarity([sample.answer for sample in samples], batch)
+    torch.testing.assert_close(teacher, decoded, atol=1e-12, rtol=0)
+
+
+def test_texts_of_teacher_forced_predictions(mixed: Any, front: Any) -> None:
+    def decode(tokens: list[int]) -> str:
+        return front.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    rows = mixed.answer_rows
+    assert read_texts(rows.label, mixed, decode) == ["7 red chairs.", "", "brown"]
+    wrong = rows.label.clone()
+    wrong[0] = front.tokenizer.convert_tokens_to_ids("2")
+    wrong[(rows.sample == 2).nonzero()[0]] = front.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert read_texts(wrong, mixed, decode) == ["2 red chairs.", "", ""]
+    longer = rows.label.clone()
+    longer[(rows.sample == 2).nonzero()[-1]] = front.tokenizer.convert_tokens_to_ids(".")
+    assert read_texts(longer, mixed, decode)[2] == "brown."
+
+
+def test_mixed_batch(mixed: Any, tables: Any) -> None:
+    grounding, _ = grounding_similarity(mixed.answer_rows.label, mixed, tables)
+    texts = ["7 blue chairs.", "nothing to be looked at", "Brown."]
+    text = text_similarity(texts, mixed.answers, mixed.kinds, "rouge_l", "exact_match")
+    assert has_text(mixed)
+    assert similarity(grounding, text).tolist() == [pytest.approx(2 / 3), float(grounding[1]), 1.0]
+    assert similarity(grounding, None) is grounding
+
+
+def test_grounding_waits_for_nothing(batch_of: Any, samples: list[Any], tables: Any) -> None:
+    """On a device without values a host read would fail, and the host's reads of values have names."""
+    batch = batch_of(samples)
+    assert not has_text(batch)
+    assert read_texts(batch.answer_rows.label, batch, front_is_not_asked) == ["", "", ""]
+    assert not host_reads(lambda: grounding_similarity(batch.answer_rows.label, batch, tables))
+    meta = batch.to(torch.device("meta"))
+    s, valid = grounding_similarity(meta.answer_rows.label, meta, tables.to(torch.device("meta")))
+    assert s.shape == valid.shape == (3,)
+    assert read_texts(meta.answer_rows.label, meta, front_is_not_asked) == ["", "", ""]
+
+
+def front_is_not_asked(tokens: list[int]) -> str:
+    raise AssertionError(tokens)

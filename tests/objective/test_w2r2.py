@@ -1,78 +1,201 @@
-"""The total does not depend on how samples are put into batches."""
+"""The total, for every reading: it does not depend on how samples are put into batches, and detached means detached."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from w2r2_ds.config import ObjectiveConfig
-from w2r2_ds.objective.w2r2 import STATS, read_shortcut, sample_weights, w2r2_loss
+from w2r2_ds.objective.push import PUSH_TERMS
+from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.objective.w2r2 import STATS, Outputs, read_shortcut, sample_weights, w2r2_loss
+
+HIDDEN = 8
+GATED = ("literal", "reweight", "downweight", "margin", "soft_iou", "representation")
 
 
-def logits_of(samples: list[Any], batch: Any, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fused and shortcut logits that depend on the sample alone."""
-    rows = batch.answer_rows
-    result = []
-    for salt, sure in ((0, 4.0), (1, 30.0)):
-        parts = []
-        for index, sample in enumerate(samples):
-            label = rows.label[rows.sample == index]
-            generator = torch.Generator().manual_seed(len(sample.frames) + 100 * salt)
-            logits = torch.randn(len(label), vocabulary, generator=generator)
-            logits[torch.arange(len(label)), label] += sure
-            parts.append(logits)
-        result.append(torch.cat(parts))
-    return result[0].requires_grad_(), result[1]
+@dataclass
+class Total:
+    """A loss with its statistics and the gradients of what went in, rows first, then what positions."""
+
+    loss: Tensor
+    stats: Tensor
+    fused: Tensor
+    fused_states: Tensor
+    short: Tensor
+    short_states: Tensor
+
+    def column(self, name: str) -> Tensor:
+        return self.stats[:, STATS.index(name)]
 
 
-def run(
-    samples: list[Any], batch_of: Any, tables: Any, reduction: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, statistics and gradient of one batch."""
-    batch = batch_of(samples)
-    fused, short = logits_of(samples, batch, len(tables.digit))
-    config = ObjectiveConfig(reduction=reduction)  # type: ignore[arg-type]
-    loss, stats = w2r2_loss(fused, read_shortcut(short, batch.answer_rows.label), batch, config, tables)
-    loss.backward()
-    assert fused.grad is not None
-    return loss.detach(), stats, fused.grad
+@pytest.fixture
+def total(batch_of: Any, tables: Any, front: Any) -> Callable[..., Total]:
+    """`total(samples, sure=30.0, batch=None, **objective)`: passes made of noise that depends on the sample alone.
+
+    The fused pass leans towards the label; the shortcut is certain of it (`sure` > 0) or of anything else.
+    """
+
+    def noise(sample: Any, salt: int, rows: int, width: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * salt + sum(sample.id.encode()))
+        return torch.randn(rows, width, generator=generator)
+
+    def make(samples: list[Any], sure: float = 30.0, batch: Any = None, **changes: Any) -> Total:
+        batch = batch or batch_of(samples)
+        rows, what, vocabulary = batch.answer_rows, batch.what_rows, len(tables.digit)
+        counts = [int((rows.sample == i).sum()) for i in range(len(samples))]
+        inputs = []
+        for salt, lean in ((1, 4.0), (2, sure)):
+            logits = torch.cat([noise(s, salt, count, vocabulary) for s, count in zip(samples, counts, strict=True)])
+            logits[torch.arange(len(logits)), rows.label] += lean
+            described = [int((what.sample == i).sum()) for i in range(len(samples))]
+            states = [noise(s, salt + 2, count, HIDDEN) for s, count in zip(samples, counts, strict=True)]
+            states += [noise(s, salt + 4, count, HIDDEN) for s, count in zip(samples, described, strict=True)]
+            inputs += [logits.requires_grad_(), torch.cat(states).requires_grad_()]
+        fused, fused_states, short, short_states = inputs
+        config = ObjectiveConfig(**changes)
+        scorer = Scorer(tables, front.tokenizer, config)
+        asks = PUSH_TERMS[config.push].states
+        shortcut = read_shortcut(Outputs(short, short_states if asks else None), batch, config, scorer)
+        loss, stats = w2r2_loss(Outputs(fused, fused_states if asks else None), shortcut, batch, config, scorer)
+        loss.backward()
+        assert not stats.requires_grad and stats.shape == (len(samples), len(STATS))
+        return Total(loss.detach(), stats, *(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs))
+
+    return make
 
 
+@pytest.mark.parametrize("push", PUSH_TERMS)
+def test_no_gradient_reaches_the_shortcut(samples: list[Any], total: Callable[..., Total], push: str) -> None:
+    result = total(samples[:2], push=push)
+    assert result.fused.any()
+    assert result.short.any() == (push == "unblocked")
+    assert not result.short_states.any()
+    assert result.fused_states.any() == (push == "representation")
+
+
+@pytest.mark.parametrize(
+    ("push", "changes"),
+    [(push, {"lam": 0.0}) for push in PUSH_TERMS]
+    + [(push, changes) for push in GATED for changes in ({"mu": 0.999}, {"sure": -30.0})],
+)
+def test_equal_to_none(samples: list[Any], total: Callable[..., Total], push: str, changes: dict[str, Any]) -> None:
+    """Without weight; and, where h gates, without a sample above mu and where the shortcut is wrong."""
+    sure = {"sure": changes["sure"]} if "sure" in changes else {}
+    ours, plain = total(samples, push=push, **changes), total(samples, push="none", **sure)
+    assert torch.equal(ours.loss, plain.loss) and torch.equal(ours.fused, plain.fused)
+    assert not ours.fused_states.any() and not ours.short.any() and not ours.column("push").any()
+
+
+@pytest.mark.parametrize("push", GATED)
+def test_not_equal_to_none_where_the_shortcut_is_right(
+    samples: list[Any], total: Callable[..., Total], push: str
+) -> None:
+    ours, plain = total(samples, push=push), total(samples, push="none")
+    assert (ours.column("above_mu") == 1).all() and ours.column("push").any() and ours.loss != plain.loss
+    changed = not torch.equal(ours.fused, plain.fused) or ours.fused_states.any()
+    assert changed == (push != "literal")
+
+
+def test_literal_adds_lambda_h_and_nothing_to_any_gradient(samples: list[Any], total: Callable[..., Total]) -> None:
+    ours, plain = total(samples, push="literal"), total(samples, push="none")
+    assert torch.equal(ours.fused, plain.fused) and not ours.short.any()
+    assert float(ours.loss - plain.loss) == pytest.approx(1.5 * float(ours.column("det").sum()), rel=1e-5)
+    rest = [STATS.index(name) for name in STATS if name not in ("loss", "push")]
+    assert torch.equal(ours.stats[:, rest], plain.stats[:, rest])
+
+
+@pytest.mark.parametrize("push", ["margin", "pseudo_label", "poe"])
+def test_where_terms_touch_where_rows_only(
+    samples: list[Any], batch_of: Any, total: Callable[..., Total], push: str
+) -> None:
+    # Wrong guesses, or there is nothing to say; only `margin` wants right ones.
+    sure = 30.0 if push == "margin" else -3.0
+    ours, plain = (total(samples, push=name, margin=30.0, sure=sure, mu=0.0) for name in (push, "none"))
+    changed = (ours.fused != plain.fused).any(-1)
+    where = batch_of(samples).answer_rows.where
+    assert not changed[~where].any() and changed[where].any()
+
+
+@pytest.mark.parametrize("push", PUSH_TERMS)
 @pytest.mark.parametrize("reduction", ["sample", "token"])
-def test_split_order_and_padding(samples: list[Any], batch_of: Any, tables: Any, reduction: str) -> None:
-    loss, stats, gradient = run(samples, batch_of, tables, reduction)
-    assert stats.shape == (3, len(STATS)) and not stats.requires_grad
-    assert (stats[:, STATS.index("above_mu")] == 1).all() and (stats[:, STATS.index("push")] > 0).all()
-    alone = [run([sample], batch_of, tables, reduction) for sample in samples]
-    torch.testing.assert_close(loss, sum(part[0] for part in alone))
-    torch.testing.assert_close(stats, torch.cat([part[1] for part in alone]))
-    torch.testing.assert_close(gradient, torch.cat([part[2] for part in alone]))
-    turned = run(samples[::-1], batch_of, tables, reduction)
-    torch.testing.assert_close(loss, turned[0])
-    torch.testing.assert_close(stats, turned[1].flip(0))
+def test_split_order_and_padding(samples: list[Any], total: Callable[..., Total], push: str, reduction: str) -> None:
+    """Together, alone and in the other order: equal up to the order of float32 sums."""
+    changes = {"push": push, "reduction": reduction, "margin": 30.0}
+    together = total(samples, **changes)
+    alone = [total([sample], **changes) for sample in samples]
+    torch.testing.assert_close(together.loss, sum(part.loss for part in alone))
+    torch.testing.assert_close(together.stats, torch.cat([part.stats for part in alone]))
+    torch.testing.assert_close(together.fused, torch.cat([part.fused for part in alone]))
+    turned = total(samples[::-1], **changes)
+    torch.testing.assert_close(together.loss, turned.loss)
+    torch.testing.assert_close(together.stats, turned.stats.flip(0))
 
 
-def test_reductions_by_hand(samples: list[Any], batch_of: Any, tables: Any) -> None:
+@pytest.mark.parametrize("push", PUSH_TERMS)
+@pytest.mark.parametrize("hidden", ["where", "numbers", "what"])
+def test_empty_sets_give_numbers(
+    samples: list[Any], batch_of: Any, total: Callable[..., Total], push: str, hidden: str
+) -> None:
+    """No where rows, no number slots, no description: finite, and untouched where there is nothing to push."""
+    batch = batch_of(samples[:2])
+    rows = batch.answer_rows
+    if hidden == "where":
+        batch = replace(batch, rows=replace(rows, where=torch.zeros_like(rows.where)))
+    if hidden == "numbers":
+        batch = replace(batch, rows=replace(rows, number=torch.full_like(rows.number, -1), lead=0 * rows.lead))
+    if hidden == "what":
+        batch = replace(batch, what=replace(batch.what, sample=batch.what.sample[:0], position=batch.what.position[:0]))
+    result = total(samples[:2], batch=batch, push=push, mu=0.0)
+    for value in (result.loss, result.stats, result.fused, result.fused_states, result.short):
+        assert value.isfinite().all()
+    if hidden == "where" and push in ("margin", "pseudo_label", "poe"):
+        assert not result.column("push").any()
+    if hidden == "numbers":  # no answer can be read
+        assert not result.column("s_short").any() and result.column("invalid_short").all()
+        assert not result.column("push").any() or push in ("pseudo_label", "poe")
+
+
+def test_reductions_by_hand(samples: list[Any], batch_of: Any, total: Callable[..., Total]) -> None:
     """`sample`: every sample's mean counts once. `token`: by its tokens, so that align is the mean over tokens."""
-    by_sample, stats, _ = run(samples, batch_of, tables, "sample")
-    by_token, same, _ = run(samples, batch_of, tables, "token")
-    assert torch.equal(stats, same)
+    by_sample, by_token = total(samples, reduction="sample"), total(samples, reduction="token")
+    assert torch.equal(by_sample.stats, by_token.stats)
     batch = batch_of(samples)
     counts = batch.answer_rows.sample.bincount().float()
     assert sample_weights(batch, "sample").tolist() == [1.0] * 3
     assert torch.equal(sample_weights(batch, "token"), counts)
-    torch.testing.assert_close(by_sample, stats[:, 0].sum())
-    torch.testing.assert_close(by_token, (counts * stats[:, 0]).sum())
-    fused, _ = logits_of(samples, batch, len(tables.digit))
-    mean = torch.nn.functional.cross_entropy(fused.detach(), batch.answer_rows.label)
-    torch.testing.assert_close((counts * stats[:, STATS.index("align")]).sum() / counts.sum(), mean)
+    torch.testing.assert_close(by_sample.loss, by_sample.column("loss").sum())
+    torch.testing.assert_close(by_token.loss, (counts * by_token.column("loss")).sum())
 
 
-def test_statistics_add_up(samples: list[Any], batch_of: Any, tables: Any) -> None:
-    _, stats, _ = run(samples, batch_of, tables, "sample")
-    column = dict(zip(STATS, stats.T, strict=True))
-    torch.testing.assert_close(column["loss"], column["align"] + column["push"])
-    torch.testing.assert_close(column["det"], (column["s_short"] - 0.7).clamp(min=0))
-    assert (column["s_short"] > 0.95).all()
+def test_token_reduction_is_the_mean_over_tokens(
+    samples: list[Any], batch_of: Any, total: Callable[..., Total]
+) -> None:
+    """VG-LLM's: each row has the same share of the gradient."""
+    result = total(samples, push="none", reduction="token")
+    rows = batch_of(samples).answer_rows
+    # d(-log p) / d logit of the label is p - 1, whatever the sample's length.
+    slopes = result.fused[torch.arange(len(rows.label)), rows.label]
+    assert ((slopes > -1) & (slopes < 0)).all()
+    one = total(samples[:1], push="none", reduction="token")
+    torch.testing.assert_close(one.fused, result.fused[: len(one.fused)])
+
+
+def test_statistics_add_up(samples: list[Any], total: Callable[..., Total]) -> None:
+    result = total(samples)
+    torch.testing.assert_close(result.column("loss"), result.column("align") + result.column("push"))
+    torch.testing.assert_close(result.column("det"), (result.column("s_short") - 0.7).clamp(min=0))
+    torch.testing.assert_close(result.column("s_gain"), result.column("s_fused") - result.column("s_short"))
+    assert (result.column("s_short") > 0.95).all() and not result.column("invalid_short").any()
+
+
+def test_invalid_answers_are_counted_and_have_no_similarity(samples: list[Any], total: Callable[..., Total]) -> None:
+    """A shortcut that is sure of anything but the label writes no box."""
+    result = total(samples, sure=-30.0)
+    assert ((result.column("s_short") == 0) | (result.column("invalid_short") == 0)).all()
+    assert result.column("invalid_short").any()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``[rows, vocabulary]`` logits and ``[rows]`` labels -> ``[rows]`` float32 log p(label)."""
-    return torch.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None]).squeeze(-1)
+def at(log_p: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """``[rows, vocabulary]`` log-probabilities and ``[rows]`` tokens -> ``[rows]`` log-probability of each token."""
+    return log_p.gather(-1, token[:, None]).squeeze(-1)
 
 
 def mean_per_sample(values: torch.Tensor, sample: torch.Tensor, batch: int, mask: torch.Tensor) -> torch.Tensor:

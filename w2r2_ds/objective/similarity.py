@@ -1,16 +1,20 @@
-"""s: how similar the shortcut's answer is to the label (paper, Eq. 6: IoU3D for grounding).
+"""s: how similar an answer is to the label (paper, Eq. 6): IoU3D for grounding; words for captions and short answers.
 
-The answer is read from teacher-forced predictions, a named approximation of greedy decoding: every token is predicted
-with the true tokens before it. A number is therefore cut at its first wrong digit, and half a unit of that digit's
-place is added: with 3.02 as label, predicting 2 first reads as 2.5, where copying the later digits would read 2.02.
-All of it is tensor arithmetic on the device of the predictions: nothing waits for the host.
+Greedy decoding of the shortcut defines its answer (`decoded_grounding_similarity`). Cheaper, a named approximation, is
+to read it from teacher-forced predictions: every token is predicted with the true tokens before it. A number is
+therefore cut at its first wrong digit, and half a unit of that digit's place is added: with 3.02 as label, predicting 2
+first reads as 2.5, where copying the later digits would read 2.02. That reading is tensor arithmetic on the device of
+the predictions: a batch of grounding samples waits for nothing; captions and answers bring their tokens to the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
-from w2r2_ds.data.boxes import camera_to_world_torch
+from w2r2_ds.data.answers import AnswerError, parse_grounding
+from w2r2_ds.data.boxes import camera_to_world_torch, rotation_matrix_torch
 from w2r2_ds.data.collate import AnswerRows, Batch
 from w2r2_ds.data.iou import oriented_iou
 from w2r2_ds.data.slots import TokenTables
@@ -28,7 +32,7 @@ def read_numbers(predicted: torch.Tensor, rows: AnswerRows, tables: TokenTables)
         tables: what a token means inside a number.
 
     Returns:
-        ``[batch, NUMBERS]`` float64.
+        ``[batch, NUMBERS]`` float64, 0 for a sample without number slots.
     """
     number, place = _with_token_after(rows)
     at = number.clamp(min=0)
@@ -61,31 +65,145 @@ def read_numbers(predicted: torch.Tensor, rows: AnswerRows, tables: TokenTables)
 
 def _with_token_after(rows: AnswerRows) -> tuple[torch.Tensor, torch.Tensor]:
     """`rows.number` and `rows.place` with one more entry per number: the token after it, in the next smaller place."""
-    last = (rows.number >= 0).sum(-1, keepdim=True)
-    has_point = ((rows.number >= 0) & (rows.place == 0)).any(-1, keepdim=True)
-    finest = rows.place.gather(-1, last - 1) / 10
     number = torch.nn.functional.pad(rows.number, (0, 1), value=-1)
     place = torch.nn.functional.pad(rows.place, (0, 1))
-    number = number.scatter(-1, last, rows.number.gather(-1, last - 1) + 1)
-    return number, place.scatter(-1, last, torch.where(has_point, finest, 0.0))
+    after = (rows.number >= 0).sum(-1, keepdim=True)
+    last = (after - 1).clamp(min=0)
+    has_point = ((number >= 0) & (place == 0)).any(-1, keepdim=True)
+    # Where there is no number, there is none after it either.
+    row = torch.where(after > 0, number.gather(-1, last) + 1, -1)
+    finest = torch.where(has_point, place.gather(-1, last) / 10, 0.0)
+    return number.scatter(-1, after, row), place.scatter(-1, after, finest)
 
 
-def grounding_similarity(predicted: torch.Tensor, batch: Batch, tables: TokenTables) -> torch.Tensor:
+def has_numbers(rows: AnswerRows) -> torch.Tensor:
+    """``[batch]`` bool: the sample's answer has number slots."""
+    return (rows.number >= 0).any(-1).all(-1)
+
+
+def grounding_similarity(
+    predicted: torch.Tensor, batch: Batch, tables: TokenTables
+) -> tuple[torch.Tensor, torch.Tensor]:
     """IoU3D in the world of the predicted box, in the predicted frame's camera, with the label's box.
 
-    Invalid answers (no such frame, a size that is not positive) have similarity 0.
+    Args:
+        predicted: ``[rows]`` int64 teacher-forced predictions.
+
+    Returns:
+        s ``[batch]`` float64 in [0, 1], and ``[batch]`` bool: the answer names a frame of the sample and a box with
+        positive sizes. s is 0 where it does not, and for a sample without number slots.
+    """
+    numbers = read_numbers(predicted, batch.answer_rows, tables)
+    slots = has_numbers(batch.answer_rows)
+    return _placed_iou(numbers[:, 0].long(), numbers[:, 1:], slots, batch.cam_to_world, batch.target_box)
+
+
+def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grounding_similarity` of decoded answers, read strictly (``data/answers.py``), on the CPU.
+
+    Args:
+        texts: a decoded answer per sample, without special tokens; those of other kinds are not looked at.
+        batch: on any device; poses that are NaN are no frames.
+
+    Returns:
+        s ``[batch]`` float64 in [0, 1] and ``[batch]`` bool, the answer could be read; 0 and False for other kinds.
+    """
+    poses, target = batch.cam_to_world.cpu(), batch.target_box.cpu()
+    counts = poses.isfinite().flatten(2).all(-1).sum(-1).tolist()
+    frame = torch.zeros(len(target), dtype=torch.int64)
+    boxes = torch.zeros(len(target), 9, dtype=torch.float64)
+    read = torch.zeros(len(target), dtype=torch.bool)
+    for index, (text, kind, count) in enumerate(zip(texts, batch.kinds, counts, strict=True)):
+        if kind != "grounding":
+            continue
+        try:
+            answer = parse_grounding(text, count)
+        except AnswerError:
+            continue
+        frame[index], boxes[index], read[index] = answer.frame, torch.from_numpy(answer.box), True
+    return _placed_iou(frame, boxes, read, poses, target)
+
+
+def read_texts(predicted: torch.Tensor, batch: Batch, decode: Callable[[list[int]], str]) -> list[str]:
+    """The texts of teacher-forced predictions, for captions and short answers.
+
+    Each token is predicted with the true ones before it; a text ends where the end of turn is predicted first.
 
     Args:
         predicted: ``[rows]`` int64 predicted tokens.
+        decode: tokens to text, without special tokens.
 
     Returns:
-        ``[batch]`` float64 in [0, 1].
+        A text per sample; ``""`` for grounding samples. A batch without others does not wait for the device.
     """
-    numbers = read_numbers(predicted, batch.answer_rows, tables)
-    frame, boxes = numbers[:, 0].long(), numbers[:, 1:]
-    frames = batch.cam_to_world.shape[1]
-    valid = (frame >= 0) & (frame < frames) & (boxes[:, 3:6] > 0).all(-1)
-    pose = batch.cam_to_world[torch.arange(len(frame), device=frame.device), frame.clamp(0, frames - 1)]
-    identity = torch.eye(4, dtype=pose.dtype, device=pose.device).expand_as(pose)
-    iou = oriented_iou(*camera_to_world_torch(boxes, pose), *camera_to_world_torch(batch.target_box, identity))
-    return torch.where(valid, iou, 0.0)
+    texts = [""] * len(batch.kinds)
+    if not has_text(batch):
+        return texts
+    rows = batch.answer_rows
+    sample, label, guess = torch.stack((rows.sample, rows.label, predicted)).tolist()
+    for index, kind in enumerate(batch.kinds):
+        if kind == "grounding":
+            continue
+        mine = [row for row, owner in enumerate(sample) if owner == index]
+        tokens, end = [guess[row] for row in mine], label[mine[-1]]
+        texts[index] = decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+    return texts
+
+
+def has_text(batch: Batch) -> bool:
+    """Whether a sample of the batch is compared by its words; known on the host."""
+    return any(kind != "grounding" for kind in batch.kinds)
+
+
+def similarity(grounding: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    """s of a batch of mixed tasks: a sample's s by its own kind.
+
+    Args:
+        grounding: ``[batch]`` s of `grounding_similarity` or its decoded twin, 0 for captions and answers.
+        text: ``[batch]`` s of ``text.text_similarity``, 0 for grounding, on any device; None where `has_text` is
+            False, and then nothing moves.
+
+    Returns:
+        ``[batch]`` float64 on the device of `grounding`.
+    """
+    return grounding if text is None else grounding + text.to(grounding.device, non_blocking=True)
+
+
+def frame_poses(cam_to_world: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pose of one frame per sample; the identity where the sample has no such frame.
+
+    Args:
+        cam_to_world: ``[batch, frames, 4, 4]``, NaN for frames that do not exist.
+        frame: ``[batch]`` int64, any number.
+
+    Returns:
+        ``[batch, 4, 4]`` and ``[batch]`` bool, the frame exists.
+    """
+    frames = cam_to_world.shape[1]
+    pose = cam_to_world[torch.arange(len(frame), device=frame.device), frame.clamp(0, frames - 1)]
+    exists = (frame >= 0) & (frame < frames) & pose.isfinite().flatten(1).all(-1)
+    identity = torch.eye(4, dtype=pose.dtype, device=pose.device)
+    return torch.where(exists[:, None, None], pose, identity), exists
+
+
+def world_parts(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Centre, size and rotation of world boxes ``[n, 9]``, as `camera_to_world_torch` gives them for camera boxes."""
+    return boxes[:, :3], boxes[:, 3:6], rotation_matrix_torch(boxes[:, 6:])
+
+
+def _placed_iou(
+    frame: torch.Tensor, boxes: torch.Tensor, read: torch.Tensor, cam_to_world: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """IoU in the world of camera boxes with the target, and which of them are boxes in a frame that exists.
+
+    Args:
+        frame: ``[batch]`` int64.
+        boxes: ``[batch, 9]`` float64 in the frame's camera.
+        read: ``[batch]`` bool, False for what is no answer at all.
+        cam_to_world: ``[batch, frames, 4, 4]``.
+        target: ``[batch, 9]`` world.
+    """
+    pose, exists = frame_poses(cam_to_world, frame)
+    valid = read & exists & (boxes[:, 3:6] > 0).all(-1)
+    iou = oriented_iou(*camera_to_world_torch(boxes, pose), *world_parts(target))
+    return torch.where(valid, iou, 0.0), valid
