@@ -49,6 +49,7 @@ class World:
             "model.vlm": self.folder / "vlm",
             "model.vggt": self.folder / "vggt",
             "objective.mu": 0.0,
+            "objective.gap_every": 0,
             "train.steps": STEPS,
             "train.global_batch": GLOBAL_BATCH,
             "train.micro_batch": MICRO_BATCH,

@@ -22,6 +22,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def test_each_step_is_a_line_at_once(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path / "new", 3) as logger:
+        logger.start(0)
         for step in (1, 2, 3):
             logger.log(step, VALUES)
             assert [line["step"] for line in read(tmp_path / "new")] == list(range(1, step + 1))
@@ -32,7 +33,7 @@ def test_each_step_is_a_line_at_once(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsLogger(tmp_path, 3, rank=1) as logger:
-        logger.truncate_after(0)
+        logger.start(0)
         logger.log(1, VALUES)
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
@@ -40,12 +41,13 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_resumed_curve_has_no_duplicates_and_no_torn_line(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, 6) as logger:
+        logger.start(0)
         for step in range(1, 5):
             logger.log(step, VALUES)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     with MetricsLogger(tmp_path, 6) as logger:
-        logger.truncate_after(2)
+        logger.start(2)
         for step in range(3, 7):
             logger.log(step, VALUES | {"loss": 9.0})
     lines = read(tmp_path)
@@ -57,13 +59,14 @@ def test_a_resumed_curve_has_no_duplicates_and_no_torn_line(tmp_path: Path) -> N
 def test_a_foreign_file_is_not_cut(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("hello\n")
     with pytest.raises(ValueError, match="line 1 is not a line of metrics"):
-        MetricsLogger(tmp_path, 3).truncate_after(0)
+        MetricsLogger(tmp_path, 3).start(0)
     assert (tmp_path / "metrics.jsonl").read_text() == "hello\n"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, True])
 def test_only_finite_numbers(tmp_path: Path, value: Any) -> None:
     with MetricsLogger(tmp_path, 3) as logger:
+        logger.start(0)
         logger.log(1, VALUES)
         with pytest.raises(ValueError, match=r"The metric loss of step 2 is .* must be a finite number"):
             logger.log(2, {"loss": value})
@@ -72,12 +75,10 @@ def test_only_finite_numbers(tmp_path: Path, value: Any) -> None:
 
 def test_steps_rise(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, 9) as logger:
-        logger.truncate_after(4)
+        logger.start(4)
         with pytest.raises(ValueError, match="Step 4 was logged after step 4"):
             logger.log(4, VALUES)
         logger.log(5, VALUES)
-        with pytest.raises(RuntimeError, match="before the first log"):
-            logger.truncate_after(2)
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
@@ -95,10 +96,11 @@ def test_tensorboard_holds_the_curve_once_after_a_resume(tmp_path: Path) -> None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with MetricsLogger(tmp_path, 4, tensorboard=True) as logger:
+        logger.start(0)
         for step in (1, 2, 3):
             logger.log(step, VALUES)
     with MetricsLogger(tmp_path, 4, tensorboard=True) as logger:
-        logger.truncate_after(1)
+        logger.start(1)
         for step in (2, 3, 4):
             logger.log(step, VALUES | {"loss": 9.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -106,22 +108,65 @@ def test_tensorboard_holds_the_curve_once_after_a_resume(tmp_path: Path) -> None
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.5), (2, 9.0), (3, 9.0), (4, 9.0)]
 
 
-def test_wandb_without_a_key_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        (
+            "UsageError",
+            "No API key configured. Use `wandb login` to log in.",
+            "configured; Use `wandb login` to log in)",
+        ),
+        ("CommError", "Timed out while retrying: no such host\nConsider the setting:\n  x=1", "no such host; Consider"),
+        ("AuthenticationError", "API key must have 40+ characters, has 5.", "40+ characters, has 5)"),
+        # Of pydantic, for WANDB_MODE=nonsense.
+        (
+            "ValidationError",
+            "1 validation error for Settings\nmode\n  Input should be 'online'",
+            "mode; Input should be",
+        ),
+    ],
+)
+def test_wandb_that_does_not_open_is_one_sentence_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str, said: str
+) -> None:
     wandb = pytest.importorskip("wandb")
 
     # What wandb does without a key; really asking for one would leave its settings behind for the next test.
     def refuse(**_: object) -> None:
-        raise wandb.errors.UsageError("No API key configured.")
+        raise getattr(wandb.errors, kind, ValueError)(words)
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(ValueError, match="WANDB_MODE=offline"), MetricsLogger(tmp_path, 2, wandb=True) as logger:
-        logger.log(1, {"loss": 1.0})
+    with pytest.raises(ValueError) as caught, MetricsLogger(tmp_path, 2, wandb=True) as logger:
+        logger.start(0)
+    sentence = str(caught.value)
+    assert sentence.startswith("train.wandb is true") and said in sentence and "WANDB_MODE=offline" in sentence
+    assert "\n" not in sentence and ". " not in sentence and sentence.endswith(".")
+
+
+def test_another_rank_does_not_open_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("opened"))
+    MetricsLogger(tmp_path, 2, wandb=True, rank=1).start(0)
+
+
+def test_everything_is_open_before_the_first_log(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with MetricsLogger(tmp_path / "new", 3, tensorboard=True) as logger:
+        logger.start(0)
+        assert read(tmp_path / "new") == []
+        assert list((tmp_path / "new" / "tensorboard").iterdir())
+
+
+def test_a_log_before_the_start_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="start comes before the first log"):
+        MetricsLogger(tmp_path, 3).log(1, VALUES)
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with MetricsLogger(tmp_path, 2, wandb=True) as logger:
+        logger.start(0)
         logger.log(1, VALUES)
         logger.log(2, VALUES)
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

@@ -1,51 +1,65 @@
-"""The step against passes written by hand on the stock model."""
+"""The step against passes written by hand on the stock model (tests/hand_passes.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from hand_passes import hand_loss
+from torch.nn.functional import log_softmax
 
-from w2r2_ds.config import ObjectiveConfig
-from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.config import ObjectiveConfig, RunConfig
+from w2r2_ds.engine.step import SLACK, W2R2Step
+from w2r2_ds.evaluation.generate import generate_tokens
 from w2r2_ds.models.build import build_model, trainable
-from w2r2_ds.models.fusion import pair_frames
 from w2r2_ds.models.vlm import load_vlm
-from w2r2_ds.objective import w2r2 as objective
+from w2r2_ds.objective.push import PUSH_TERMS
+from w2r2_ds.objective.scorer import Score, Scorer
+from w2r2_ds.objective.w2r2 import STATS
 
-OBJECTIVE = ObjectiveConfig(push="margin", lam=1.5, mu=0.7, margin=1.0)
-
-
-def make_step(model_config: Any, tables: Any, **changes: Any) -> W2R2Step:
-    """A step with LoRA pairs that do something, and a merger that is heard."""
-    model = build_model(type(model_config)(**{**vars(model_config), **changes}), torch.device("cpu"), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in trainable(model).items():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        for parameter in model.geometry_merger.mlp.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return W2R2Step(model, OBJECTIVE, tables).train()
+SIMILAR = [0.2, 0.9, 0.75]
+"""What the fixture `solved` says of the shortcut's answers; mu is 0.7."""
 
 
 @pytest.fixture
-def step(model_config: Any, tables: Any) -> W2R2Step:
-    return make_step(model_config, tables)
+def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
+    """`make_step(push=..., of the objective; lora_dropout=..., of the model)`: LoRA and merger that do something."""
+
+    def make(fresh: bool = False, **changes: Any) -> W2R2Step:
+        of_model = {name: changes.pop(name) for name in list(changes) if hasattr(model_config, name)}
+        config = RunConfig(model=replace(model_config, **of_model), objective=ObjectiveConfig(**changes))
+        model = build_model(config.model, torch.device("cpu"), seed=1)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in trainable(model).items():
+                if fresh:
+                    continue
+                if "lora_B" in name:
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                if "geometry_merger.mlp" in name:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+
+    return make
 
 
 @pytest.fixture
-def solved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A random model solves nothing: call every odd sample solved by both passes."""
+def step(make_step: Callable[..., W2R2Step]) -> W2R2Step:
+    return make_step()
 
-    def similarity(predicted: torch.Tensor, batch: Any, tables: Any) -> torch.Tensor:
-        return torch.tensor([0.9 if index % 2 else 0.2 for index in range(len(batch.ids))], dtype=torch.float64)
 
-    monkeypatch.setattr(objective, "grounding_similarity", similarity)
-    yield
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model solves nothing: say of some shortcut answers that they are good."""
+
+    def teacher(self: Scorer, predicted: torch.Tensor, batch: Any) -> Score:
+        s = torch.tensor(SIMILAR[: len(batch.ids)], dtype=torch.float64)
+        return Score(s, torch.ones_like(s, dtype=torch.bool))
+
+    monkeypatch.setattr(Scorer, "teacher", teacher)
 
 
 def stock_logits(vlm: Any, batch: Any) -> torch.Tensor:
@@ -65,58 +79,50 @@ def stock_logits(vlm: Any, batch: Any) -> torch.Tensor:
     return logits[batch.answer_rows.sample, batch.answer_rows.position]
 
 
-def fused_logits(model: Any, batch: Any) -> torch.Tensor:
-    """The fused pass with embeddings put together by hand."""
-    base = model.base
-    tower = base.model.visual(batch.visuals.pixel_values, grid_thw=batch.visuals.grid_thw).pooler_output
-    geometry = [model.geometry.encode(images) for images in batch.visuals.geometry_images]
-    if batch.visuals.kind == "video":
-        geometry = [pair_frames(features) for features in geometry]
-    tokens = tower.detach() + torch.cat([model.geometry_merger(features) for features in geometry])
-    embeddings = base.get_input_embeddings()(batch.input_ids)
-    embeddings = embeddings.masked_scatter((batch.token_types > 0)[..., None].expand_as(embeddings), tokens)
-    states = base.model.language_model(
-        inputs_embeds=embeddings,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-    return base.lm_head(states)[batch.answer_rows.sample, batch.answer_rows.position]
+def in_a_large_box(batch: Any) -> Any:
+    """Targets that a random model's expected boxes (digits around 4.5) lie in, so that these overlap."""
+    return replace(batch, target_box=torch.tensor([[0.0, 0, 0, 24, 24, 24, 0, 0, 0]] * len(batch.ids)).double())
 
 
-def hand_loss(fused: torch.Tensor, short: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Sum over samples of cross-entropy, plus the margin on every odd sample."""
-    rows = batch.answer_rows
-    loss = torch.zeros(())
-    for index in range(len(batch.ids)):
-        mine = rows.sample == index
-        loss = loss + cross_entropy(fused[mine], rows.label[mine])
-        if index % 2:
-            where = mine & rows.where
-            fused_p, short_p = (log_softmax(x[where], -1).gather(1, rows.label[where][:, None]) for x in (fused, short))
-            loss = loss + 1.5 * torch.relu(1.0 - (fused_p - short_p).mean())
-    return loss
-
-
-@pytest.mark.parametrize("visual", ["images", "video"])
-def test_loss_and_gradients_are_those_of_two_plain_passes(
-    step: W2R2Step, batch_of: Any, samples: list[Any], solved: None, visual: str
-) -> None:
-    batch = batch_of(samples, visual=visual)
-    loss, stats = step(batch)
-    loss.backward()
-    assert stats[:, objective.STATS.index("push")].gt(0).tolist() == [False, True, False]
-    gradients = {name: parameter.grad for name, parameter in trainable(step.model).items()}
+def gradients(step: W2R2Step, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of what trains, by name; the step's are cleared before and after."""
     step.zero_grad()
-    with torch.no_grad():
-        short = stock_logits(step.model.base, batch)
-    expected = hand_loss(fused_logits(step.model, batch), short, batch)
-    expected.backward()
+    loss.backward()
+    result = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(step.model).items()}
+    step.zero_grad()
+    return result
+
+
+def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal within 1e-6 of each tensor's norm: float32, sums in another order."""
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (actual[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("push", PUSH_TERMS)
+@pytest.mark.parametrize(("visual", "zero"), [("images", "merged"), ("video", "features")])
+def test_loss_and_gradients_are_those_of_two_plain_passes(
+    make_step: Callable[..., W2R2Step],
+    batch_of: Any,
+    samples: list[Any],
+    tables: Any,
+    solved: None,
+    push: str,
+    visual: str,
+    zero: str,
+) -> None:
+    step = make_step(push=push, zero=zero, margin=30.0, mu=0.001 if push == "unblocked" else 0.7)
+    batch = in_a_large_box(batch_of(samples, visual=visual))
+    loss, stats = step(batch)
+    ours = gradients(step, loss)
+    expected = hand_loss(step.model, batch, step.objective, tables, SIMILAR)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    for name, parameter in trainable(step.model).items():
-        gradient = gradients[name]
-        assert gradient is not None and parameter.grad is not None and parameter.grad.norm() > 0, name
-        assert (gradient - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
+    assert_same_gradients(ours, gradients(step, expected))
+    pushed = stats[:, STATS.index("push")] != 0
+    if push in ("literal", "reweight", "downweight", "margin", "soft_iou", "representation"):
+        assert pushed.tolist() == [False, True, True]
+    assert pushed.any() == (push != "none")
 
 
 def test_only_lora_and_merger_have_gradients(step: W2R2Step, batch_of: Any, samples: list[Any]) -> None:
@@ -129,25 +135,26 @@ def test_only_lora_and_merger_have_gradients(step: W2R2Step, batch_of: Any, samp
 
 @pytest.mark.parametrize("visual", ["images", "video"])
 def test_shortcut_is_the_stock_model(
-    model_config: Any, tables: Any, batch_of: Any, samples: list[Any], visual: str
+    make_step: Callable[..., W2R2Step], model_config: Any, batch_of: Any, samples: list[Any], visual: str
 ) -> None:
     """Untrained LoRA and merged geometry zeroed: the VLM as it comes from its directory, bit for bit."""
-    model = build_model(model_config, torch.device("cpu"), seed=1)
-    step = W2R2Step(model, OBJECTIVE, tables).train()
+    step = make_step(fresh=True)
     batch = batch_of(samples, visual=visual)
-    short = step.shortcut(batch, model.encode_2d(batch.visuals), [])
+    short = step.shortcut(batch, step.model.encode_2d(batch.visuals), [])
     with torch.no_grad():
         logits = stock_logits(load_vlm(model_config.vlm, torch.float32, "sdpa"), batch)
-    assert not short.log_p.requires_grad
-    assert torch.equal(short.predicted, logits.argmax(-1))
-    expected = log_softmax(logits, -1).gather(1, batch.answer_rows.label[:, None])[:, 0]
-    torch.testing.assert_close(short.log_p, expected, rtol=1e-6, atol=1e-6)
+    assert not short.label_log_p.requires_grad
+    assert torch.equal(short.guess, logits.argmax(-1))
+    log_p = log_softmax(logits, -1)
+    expected = log_p.gather(1, batch.answer_rows.label[:, None])[:, 0]
+    torch.testing.assert_close(short.label_log_p, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(short.guess_log_p, log_p.max(-1).values, rtol=1e-6, atol=1e-6)
 
 
 def test_zeroed_features_still_pass_the_merger(
-    model_config: Any, tables: Any, batch_of: Any, samples: list[Any]
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
-    step = make_step(model_config, tables, zero="features")
+    step = make_step(zero="features")
     batch = batch_of(samples[:1])
     features = step.model.encode_3d(batch.visuals)
     merged = step.model.merge_nothing(features)
@@ -155,29 +162,31 @@ def test_zeroed_features_still_pass_the_merger(
     silent = step.model.geometry_merger.mlp(torch.zeros(1, 4 * step.model.geometry.feature_dim))
     torch.testing.assert_close(merged, silent.expand_as(merged))
     visual = step.model.encode_2d(batch.visuals)
-    biased = step.shortcut(batch, visual, features).log_p
+    biased = step.shortcut(batch, visual, features).label_log_p
     step.model.zero = "merged"
-    assert not torch.allclose(biased, step.shortcut(batch, visual, features).log_p)
+    assert not torch.allclose(biased, step.shortcut(batch, visual, features).label_log_p)
 
 
-def test_dropout_is_off_in_the_shortcut_only(model_config: Any, tables: Any, batch_of: Any, samples: list[Any]) -> None:
-    step = make_step(model_config, tables, lora_dropout=0.5)
+def test_dropout_is_off_in_the_shortcut_only(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
+) -> None:
+    step = make_step(lora_dropout=0.5)
     assert len(step.dropouts) == 2 * 7
     batch = batch_of(samples[:1])
     visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
     state = torch.get_rng_state()
-    first, second = (step.shortcut(batch, visual, features).log_p for _ in range(2))
+    first, second = (step.shortcut(batch, visual, features).label_log_p for _ in range(2))
     assert torch.equal(first, second) and torch.equal(state, torch.get_rng_state())
     assert all(module.training for module in step.modules() if isinstance(module, torch.nn.Dropout))
     assert step(batch)[0].item() != step(batch)[0].item()  # the fused pass drops
     step.eval()
-    assert torch.equal(first, step.shortcut(batch, visual, features).log_p)
+    assert torch.equal(first, step.shortcut(batch, visual, features).label_log_p)
     assert step(batch)[0].item() == step(batch)[0].item()
     assert not any(module.training for module in step.modules())
 
 
-def test_dropout_comes_back_after_an_error(model_config: Any, tables: Any) -> None:
-    step = make_step(model_config, tables, lora_dropout=0.5)
+def test_dropout_comes_back_after_an_error(make_step: Callable[..., W2R2Step]) -> None:
+    step = make_step(lora_dropout=0.5)
     with pytest.raises(RuntimeError), step.without_dropout():
         raise RuntimeError
     assert all(module.training for module in step.dropouts)
@@ -220,20 +229,149 @@ def test_geometry_is_heard_by_the_fused_pass_only(step: W2R2Step, batch_of: Any,
     batch = batch_of(samples[:1])
     visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
     other = [features[0].flip(0)]
-    assert torch.equal(step.shortcut(batch, visual, features).log_p, step.shortcut(batch, visual, other).log_p)
+    assert torch.equal(
+        step.shortcut(batch, visual, features).label_log_p, step.shortcut(batch, visual, other).label_log_p
+    )
     fused = [step.model.hidden(batch, step.model.fuse(visual, step.model.merge(f))) for f in (features, other)]
     assert not torch.allclose(*fused)
 
 
+@pytest.mark.parametrize("push", PUSH_TERMS)
 def test_gradient_checkpointing_changes_nothing(
-    step: W2R2Step, batch_of: Any, samples: list[Any], solved: None
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], solved: None, push: str
 ) -> None:
-    batch = batch_of(samples[:2])
-    step(batch)[0].backward()
-    plain = {name: parameter.grad.clone() for name, parameter in trainable(step.model).items()}
-    step.zero_grad()
+    step = make_step(push=push, mu=0.001 if push == "unblocked" else 0.7)
+    batch = in_a_large_box(batch_of(samples[:2]))
+    plain = gradients(step, step(batch)[0])
     step.model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     step.model.base.enable_input_require_grads()
-    step(batch)[0].backward()
-    for name, parameter in trainable(step.model).items():
-        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(gradients(step, step(batch)[0]), plain)
+
+
+@pytest.mark.parametrize("push", PUSH_TERMS)
+def test_only_unblocked_keeps_the_graph_of_the_shortcut(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], push: str
+) -> None:
+    step = make_step(push=push)
+    batch = batch_of(samples)
+    visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
+    kept = vars(step.shortcut(batch, visual, features))
+    with_graph = {name for name, value in kept.items() if isinstance(value, torch.Tensor) and value.requires_grad}
+    assert with_graph == ({"label_log_p", "guess_log_p", "iou"} if push == "unblocked" else set())
+
+
+def test_literal_has_the_gradient_of_plain_fine_tuning(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], solved: None
+) -> None:
+    """Eq. 6 as printed: the loss rises by lambda * h, no gradient moves by a bit."""
+    batch = batch_of(samples)
+    both = {}
+    for push in ("literal", "none"):
+        step = make_step(push=push)
+        loss, stats = step(batch)
+        both[push] = float(loss.detach()), gradients(step, loss)
+    assert stats[:, STATS.index("det")].tolist() == pytest.approx([0.0, 0.2, 0.05])
+    assert both["literal"][0] - both["none"][0] == pytest.approx(1.5 * 0.25, rel=1e-5)
+    assert all(torch.equal(gradient, both["none"][1][name]) for name, gradient in both["literal"][1].items())
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_greedy_decoding_defines_s(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], visual: str
+) -> None:
+    """s is that of the 2D-only answer which evaluation decodes; training mode comes back, checkpointing or not."""
+    step = make_step(shortcut_decode="greedy", lora_dropout=0.5)
+    step.model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = batch_of(samples, with_prompts=True, visual=visual)
+    plain = step.model.encode_2d(batch.visuals)
+    texts = step.decode(batch, plain)
+    prompts = batch_of(samples, with_answer=False, visual=visual)
+    tokenizer = step.scorer.tokenizer
+    longest = int(batch.answer_rows.sample.bincount().max()) + SLACK
+    step.eval()
+    tokens = generate_tokens(step.model, prompts, tokenizer, "zero", longest, step.video_fps)
+    assert texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    step.train()
+    short = step.shortcut(batch, plain, step.model.encode_3d(batch.visuals))
+    assert torch.equal(short.score.s, step.scorer.decoded(texts, batch).s)
+    assert all(module.training for module in step.modules())
+
+
+def test_a_decoded_label_has_similarity_one(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the label's two decimals; and a sentence that is no box is counted as invalid."""
+    step = make_step(shortcut_decode="greedy")
+    batch = batch_of(samples, with_prompts=True)
+    answers = [samples[0].answer, "the chair", samples[2].answer]
+    monkeypatch.setattr(W2R2Step, "decode", lambda *_: answers)
+    _, stats = step(batch)
+    column = dict(zip(STATS, stats.T, strict=True))
+    assert column["s_short"].tolist() == [pytest.approx(1, abs=0.05), 0, pytest.approx(1, abs=0.05)]
+    assert column["invalid_short"].tolist() == [0, 1, 0]
+    assert column["above_mu"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("push", PUSH_TERMS)
+def test_mixed_tasks_are_the_tasks_alone(
+    make_step: Callable[..., W2R2Step],
+    batch_of: Any,
+    samples: list[Any],
+    caption_sample: Any,
+    answer_sample: Any,
+    text_samples: list[Any],
+    push: str,
+) -> None:
+    """Boxes, captions, short answers, with frames and without, in one batch."""
+    step = make_step(push=push, mu=0.0)
+    mixed = [samples[0], caption_sample, text_samples[0], answer_sample]
+    _, together = step(batch_of(mixed))
+    alone = torch.cat([step(batch_of([sample]))[1] for sample in mixed])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert together[:, STATS.index("geometry_norm")].gt(0).tolist() == [True, True, False, True]
+    assert not together[1:, STATS.index("invalid_short")].any()
+
+
+def test_a_batch_without_frames_has_an_exact_zero_for_the_geometry(
+    make_step: Callable[..., W2R2Step], batch_of: Any, text_samples: list[Any]
+) -> None:
+    """The towers are called all the same (ZeRO-3 needs them on every rank); the loss is that of text alone."""
+    step = make_step(push="poe")
+    batch = batch_of(text_samples[:1])
+    loss, _ = step(batch)
+    loss.backward()
+    merger = list(step.model.geometry_merger.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in merger)
+    states = step.model.base.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+    rows = batch.answer_rows
+    logits = step.model.base.lm_head(states[rows.sample, rows.position])
+    align = torch.nn.functional.cross_entropy(logits, rows.label)
+    product = (2 * log_softmax(logits, -1)).log_softmax(-1).gather(1, rows.label[:, None])[rows.where].mean()
+    torch.testing.assert_close(loss, align - 1.5 * product, rtol=1e-5, atol=0)
+
+
+def test_masking_2d_tokens_is_for_the_fused_pass_in_training(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
+) -> None:
+    plain, masked = make_step(push="none"), make_step(push="none", mask2d=0.5)
+    batch = batch_of(samples)
+    torch.manual_seed(0)
+    ours, theirs = masked(batch)[1], plain(batch)[1]
+    same = [STATS.index(name) for name in ("s_short", "det", "geometry_norm", "invalid_short")]
+    assert torch.equal(ours[:, same], theirs[:, same])
+    # A random tower says little: some losses stay the same to the last bit.
+    assert (ours[:, STATS.index("align")] != theirs[:, STATS.index("align")]).any()
+    masked.eval(), plain.eval()
+    assert torch.equal(masked(batch)[1], plain(batch)[1])
+
+
+def test_geometry_norm_by_hand(step: W2R2Step, batch_of: Any, samples: list[Any]) -> None:
+    batch = batch_of(samples)
+    visual = step.model.encode_2d(batch.visuals)
+    merged = step.model.merge(step.model.encode_3d(batch.visuals))
+    counts = (batch.token_types > 0).sum(-1).tolist()
+    pairs = zip(merged.split(counts), torch.cat(visual.pooler_output).split(counts), strict=True)
+    expected = [float(geometry.norm() / tokens.norm()) for geometry, tokens in pairs]
+    assert step(batch)[1][:, STATS.index("geometry_norm")].tolist() == pytest.approx(expected, rel=1e-5)

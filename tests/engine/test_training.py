@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from runs import GOLDEN_LOSSES, SAVE_EVERY, STEPS, ZERO3, Job, World, read_metrics, run_jobs
+from w2r2_ds.config import load_config
+from w2r2_ds.data.loading import load_samples
+from w2r2_ds.objective.push import PUSH_TERMS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
@@ -31,6 +34,10 @@ RANKS_TOLERANCE = 1e-6
 """Relative, of the losses; ten times that for gradient norms. Measured over 6 steps: at most 7.1e-7 of either with
 another micro batch (other padding, other order of sums), 2.2e-16 with the same one on two ranks."""
 FEW = 6
+DROPOUT: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "train__save_every": 2}
+AUTO: dict[str, object] = {"resume": "auto"}
+STAGES = ("zero2", "zero3_offload")
+"""Of ds_configs/, besides zero3."""
 
 Reports = dict[str, list[dict[str, Any]]]
 
@@ -50,21 +57,22 @@ def one_rank(world: World, trained: Path, folder: Path) -> Reports:
     """All short runs on one rank, in one start of the launcher."""
     contradiction = folder / "contradiction.json"
     contradiction.write_text(json.dumps(json.loads(ZERO3.read_text()) | {"train_micro_batch_size_per_gpu": 2}))
-    auto: dict[str, object] = {"resume": "auto"}
-    dropout: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "train__save_every": 2}
     d, back = folder / "dropout", folder / "dropout-resumed"
     resumed, untouched = folder / "resumed", folder / "untouched"
     shutil.copytree(trained, untouched)
     jobs = [
-        Job("resumed", arguments(world, resumed, **auto), rewind=(str(trained), str(resumed), STEPS - SAVE_EVERY)),
-        Job("dropout", arguments(world, d, **dropout)),
-        Job("dropout-resumed", arguments(world, back, **dropout, **auto), rewind=(str(d), str(back), 2)),
-        Job("no-dry-run", arguments(world, folder / "no-dry-run", **dropout), stop_after=2, dry_run=False),
+        Job("resumed", arguments(world, resumed, **AUTO), rewind=(str(trained), str(resumed), STEPS - SAVE_EVERY)),
+        Job("dropout", arguments(world, d, **DROPOUT)),
+        Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
+        Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, dry_run=False),
         Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3),
         Job("again", arguments(world, untouched)),
-        Job("other-rank", arguments(world, untouched, model__lora_rank=4, **auto)),
+        Job("other-rank", arguments(world, untouched, model__lora_rank=4, **AUTO)),
         Job("contradiction", arguments(world, folder / "none", contradiction)),
     ]
+    for name in STAGES:
+        ds = ZERO3.with_name(f"{name}.json")
+        jobs.append(Job(name, arguments(world, folder / name, ds, train__save_every=3), stop_after=3))
     return run_jobs(1, folder / "one", jobs)
 
 
@@ -73,15 +81,33 @@ def two_ranks(world: World, trained: Path, folder: Path) -> Reports:
     """All short runs on two ranks, in one start of the launcher."""
     world_size = folder / "world-size"
     shutil.copytree(trained, world_size)
+    d, back = folder / "dropout2", folder / "dropout2-resumed"
+    foreign = folder / "foreign"
+    foreign.mkdir()
+    (foreign / "metrics.jsonl").write_text("hello\n")
     jobs = [
         Job("two", arguments(world, folder / "two"), stop_after=FEW),
         Job("two-micro2", arguments(world, folder / "two-micro2", train__micro_batch=2), stop_after=FEW),
         Job("token", arguments(world, folder / "token2", objective__reduction="token"), stop_after=3),
         # Calls: the dry run, step 1, step 2.
         Job("nan", arguments(world, folder / "nan", train__save_every=1), nan_call=3),
-        Job("world-size", arguments(world, world_size, resume="auto")),
+        Job("world-size", arguments(world, world_size, **AUTO)),
+        Job("dropout", arguments(world, d, **DROPOUT)),
+        Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
+        Job("cut-frame", arguments(world, folder / "cut", data__root=cut_frame_root(world, folder))),
+        Job("foreign", arguments(world, foreign)),
     ]
     return run_jobs(2, folder / "both", jobs)
+
+
+def cut_frame_root(world: World, folder: Path) -> Path:
+    """A copy of the scenes in which one frame, of rank 1's share, has lost its second half."""
+    root = folder / "scenes"
+    shutil.copytree(world.folder / "scenes", root)
+    config = load_config(None, world.arguments(folder, data__root=root))
+    frames = list(dict.fromkeys(path for sample in load_samples(config.data, "train")[0] for path in sample.frames))
+    frames[1].write_bytes(frames[1].read_bytes()[: frames[1].stat().st_size // 2])
+    return root
 
 
 def assert_one_sentence(error: str | None, *named: str) -> None:
@@ -111,6 +137,16 @@ def test_a_run_logs_every_step_and_the_hinge_is_active(trained: Path) -> None:
     assert sum(line["above_mu"] for line in metrics) > 0
     assert sum(line["push"] for line in metrics) > 0
     assert sum(line["loss"] for line in metrics[-5:]) < sum(line["loss"] for line in metrics[:5])
+
+
+def test_every_step_shows_how_2d_the_model_is(trained: Path) -> None:
+    for line in read_metrics(trained):
+        assert line["s_gain"] == pytest.approx(line["s_fused"] - line["s_short"], abs=1e-6)
+        assert line["det"] == pytest.approx(line["s_short"], abs=1e-6)  # mu is 0 here
+        assert 0 <= line["invalid_short"] <= 1 and 0 <= line["invalid_fused"] <= 1
+        assert line["geometry_norm"] > 0
+        both = line["grad_norm_lora"] ** 2 + line["grad_norm_geometry"] ** 2
+        assert both == pytest.approx(line["grad_norm"] ** 2, rel=1e-5)
 
 
 @pytest.mark.golden
@@ -182,6 +218,31 @@ def test_a_resumed_run_draws_the_same_dropout(one_rank: Reports, trained: Path, 
     assert exact(read_metrics(folder / "dropout-resumed")) == exact(whole)
 
 
+def test_two_ranks_resume_each_with_its_own_dropout(two_ranks: Reports, folder: Path) -> None:
+    errors = [report["error"] for name in ("dropout", "dropout-resumed") for report in two_ranks[name]]
+    assert errors == [None] * 4
+    steps = [folder / "dropout2" / "checkpoints" / f"step-{step:06d}" for step in (2, 4)]
+    first, second = (torch.load(steps[0] / f"rng-{rank}.pt")["cpu"] for rank in (0, 1))
+    assert not torch.equal(first, second)
+    whole = read_metrics(folder / "dropout2")
+    assert len(whole) == 4
+    assert exact(read_metrics(folder / "dropout2-resumed")) == exact(whole)
+    resumed = folder / "dropout2-resumed" / "checkpoints" / "step-000004" / "trainable.safetensors"
+    ours, theirs = load_file(resumed), load_file(steps[1] / "trainable.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_other_stages_train_and_save_as_zero3_does(one_rank: Reports, trained: Path, folder: Path, name: str) -> None:
+    assert one_rank[name][0] == {"error": None, "updates": 3, "injected": None}
+    assert_same_curve(read_metrics(folder / name), read_metrics(trained)[:3])
+    ours = load_file(folder / name / "checkpoints" / "step-000003" / "trainable.safetensors")
+    theirs = load_file(trained / "checkpoints" / f"step-{STEPS:06d}" / "trainable.safetensors")
+    assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in theirs.items()}
+    assert all(tensor.any() for tensor in ours.values()), "whole tensors, and every one of them has been trained"
+
+
 def test_the_dry_run_changes_nothing(one_rank: Reports, folder: Path) -> None:
     assert one_rank["no-dry-run"][0] == {"error": None, "updates": 2, "injected": None}
     assert exact(read_metrics(folder / "no-dry-run")) == exact(read_metrics(folder / "dropout"))[:2]
@@ -210,6 +271,20 @@ def test_a_deepspeed_json_that_contradicts_is_refused(one_rank: Reports, folder:
     error = one_rank["contradiction"][0]["error"]
     assert_one_sentence(error, "contradiction.json", "train_micro_batch_size_per_gpu is 2", "train.micro_batch is 4")
     assert not (folder / "none").exists()
+
+
+def test_a_truncated_frame_stops_all_ranks_before_the_model_is_loaded(two_ranks: Reports, folder: Path) -> None:
+    first, second = two_ranks["cut-frame"]
+    assert first == second
+    assert_one_sentence(first["error"], str(folder / "scenes" / "posed_images"), ".jpg", "replace the file")
+    assert first["updates"] == 0 and not (folder / "cut").exists()
+
+
+def test_a_log_that_does_not_open_stops_all_ranks_before_the_first_step(two_ranks: Reports, folder: Path) -> None:
+    first, second = two_ranks["foreign"]
+    assert first == second
+    assert_one_sentence(first["error"], str(folder / "foreign" / "metrics.jsonl"), "line 1", "move the file away")
+    assert first["updates"] == 0
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(two_ranks: Reports, folder: Path) -> None:
@@ -242,3 +317,26 @@ def test_an_unknown_key_of_a_recipe_is_refused_by_name(tmp_path: Path, capsys: p
     with pytest.raises(SystemExit):
         read_arguments(["--deepspeed", str(ZERO3), "--config", str(recipe)])
     assert "lamda" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+def test_fifty_steps_of_every_reading(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends finite and writes its metrics; readings with a gradient end elsewhere than plain fine-tuning."""
+    monkeypatch.setattr("runs.TIMEOUT", 7000)
+    changes: dict[str, object] = {"train__steps": 50, "train__save_every": 50, "objective__gap_every": 25}
+    names = list(PUSH_TERMS)
+    jobs = [Job(name, arguments(world, tmp_path / name, objective__push=name, **changes)) for name in names]
+    reports = run_jobs(1, tmp_path / "jobs", jobs)
+    assert [reports[name][0]["error"] for name in names] == [None] * len(names)
+    last = {}
+    for name in names:
+        metrics = read_metrics(tmp_path / name)
+        assert [line["step"] for line in metrics] == list(range(1, 51))
+        assert all(math.isfinite(value) for line in metrics for value in line.values())
+        assert {"gap_s_teacher", "gap_s_greedy", "gap_abs"} <= set(metrics[24]) and "gap_abs" not in metrics[23]
+        last[name] = load_file(tmp_path / name / "checkpoints" / "step-000050" / "trainable.safetensors")
+    for name in names:
+        same = all(torch.equal(tensor, last["none"][key]) for key, tensor in last[name].items())
+        # The tiny model's expected boxes never overlap a label as much as mu: `unblocked` need not act.
+        assert same == (name in ("none", "literal")) or name == "unblocked", name

@@ -17,17 +17,24 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
 
 from w2r2_ds.config import RunConfig, save_config
+from w2r2_ds.data.check import check_frames
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.data.loading import checked, load_samples, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.data.slots import token_tables
+from w2r2_ds.data.slots import require_digit_slots, token_tables
 from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint, resume, save_checkpoint
 from w2r2_ds.engine.deepspeed import load_ds_config, resolve_ds_config
+from w2r2_ds.engine.gap import DecodeGap
+from w2r2_ds.engine.gradients import group_norms
+from w2r2_ds.engine.hinge import HingeWatch
 from w2r2_ds.engine.metrics import MetricsLogger
 from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.engine.together import together
 from w2r2_ds.models.build import Front, build_model, load_front, resolve_dtype, trainable
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.objective.push import find_reading
+from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.objective.w2r2 import STATS, sample_weights
 
 
@@ -41,6 +48,8 @@ class Run:
     device: torch.device
     accumulation: int
     start: int
+    groups: dict[str, list[torch.nn.Parameter]]
+    gap: DecodeGap | None
 
 
 def train(config: RunConfig, ds_path: str) -> Path:
@@ -58,8 +67,9 @@ def train(config: RunConfig, ds_path: str) -> Path:
     logger = MetricsLogger(
         Path(config.out), config.train.steps, config.train.wandb, config.train.tensorboard, dist.get_rank()
     )
+    hinge = HingeWatch(run.start, config)
     with logger:
-        logger.truncate_after(run.start)
+        logger.start(run.start)
         for step in range(run.start, config.train.steps):
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
@@ -67,9 +77,13 @@ def train(config: RunConfig, ds_path: str) -> Path:
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches)
             metrics |= throughput(micro_batches, time.perf_counter() - started)
+            if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
+                metrics |= run.gap.measure(run.engine)
+            hinge.see(step + 1, metrics)
             logger.log(step + 1, metrics)
             if (step + 1) % config.train.save_every == 0 or step + 1 == config.train.steps:
                 checkpoint = save_checkpoint(run.engine, config, step + 1, metrics)
+    hinge.end()
     return checkpoint
 
 
@@ -87,6 +101,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
         if len(stats) == len(micro_batches):
             # Before the last step() call, which updates the weights.
             metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
+            metrics |= group_norms(run.groups, run.device)
         engine.step()
     norm = engine.get_global_grad_norm()
     metrics["grad_norm"] = float(norm) if norm is not None else 0.0
@@ -167,15 +182,18 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
         bf16=dtype == torch.bfloat16,
     )
     front = load_front(config.model)
+    check_objective(config, front)
     samples, dropped = load_samples(config.data, "train")
     if rank == 0:
         print(f"training samples: {len(samples)}; dropped: {dropped or 'none'}", flush=True)
+    with together():
+        check_frames(samples, rank, world)
     device = torch.device(get_accelerator().current_device_name())
     # transformers partitions the weights while it loads them as long as this object lives.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     model = build_model(config.model, device, config.train.seed)
     if rank == 0:
-        print(trainable_table({"vlm": model.vlm, "geometry_merger": model.geometry_merger}), flush=True)
+        print(trainable_table({"vlm": model.vlm} | model.geometry_modules()), flush=True)
     engine = make_engine(model, front, config, ds_config, device)
     del keep_alive
     # Ranks draw different dropout masks.
@@ -194,8 +212,17 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
         start=start,
         seed=config.train.seed,
     )
-    loader = train_loader(samples, front, config.data, sampler)
-    return Run(config, engine, loader, device, engine.gradient_accumulation_steps(), start)
+    loader = train_loader(samples, front, config.data, sampler, config.objective.shortcut_decode == "greedy")
+    gap = DecodeGap(samples, front, config, device) if config.objective.gap_every else None
+    return Run(config, engine, loader, device, engine.gradient_accumulation_steps(), start, trained_groups(model), gap)
+
+
+def check_objective(config: RunConfig, front: Front) -> None:
+    """Refuse, before weights are loaded, a push term that is none, or one that this tokenizer cannot serve."""
+    if find_reading(config.objective.push).boxes:
+        require_digit_slots(front.tokenizer, f"objective.push {config.objective.push}")
+    if config.objective.shortcut_decode == "teacher" or config.objective.gap_every:
+        require_digit_slots(front.tokenizer, "objective.shortcut_decode teacher")
 
 
 def continue_from(config: RunConfig) -> Path | None:
@@ -214,9 +241,11 @@ def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[st
         model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # Decoder layers are gathered whole; DeepSpeed then needs their input to require grad.
     model.base.enable_input_require_grads()
-    set_z3_leaf_modules(model, [decoder_layer])
+    if find_reading(config.objective.push).blocked:  # a leaf with two graphs would reduce its gradients twice
+        set_z3_leaf_modules(model, [decoder_layer])
     rows = model.base.config.get_text_config().vocab_size
-    step = W2R2Step(model, config.objective, token_tables(front.tokenizer, rows).to(device))
+    scorer = Scorer(token_tables(front.tokenizer, rows).to(device), front.tokenizer, config.objective)
+    step = W2R2Step(model, config, scorer)
     step.train()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)
     steps = config.train.steps
@@ -225,9 +254,15 @@ def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[st
     return engine
 
 
+def trained_groups(model: W2R2) -> dict[str, list[torch.nn.Parameter]]:
+    """LoRA, and geometry (merger and fusion); none is empty, which would break DeepSpeed."""
+    geometry = [parameter for module in model.geometry_modules().values() for parameter in module.parameters()]
+    groups = {"lora": list(trainable(model.vlm).values()), "geometry": geometry}
+    assert all(groups.values()), "both groups train"
+    return groups
+
+
 def parameter_groups(model: W2R2, config: RunConfig) -> list[dict[str, Any]]:
-    """LoRA and merger with a learning rate each; an empty group would break DeepSpeed."""
-    lora = list(trainable(model.vlm).values())
-    merger = list(trainable(model.geometry_merger).values())
-    assert lora and merger, "both groups train"
-    return [{"params": lora, "lr": config.train.lr}, {"params": merger, "lr": config.train.merger_lr}]
+    """The trained groups with a learning rate each."""
+    rates = {"lora": config.train.lr, "geometry": config.train.merger_lr}
+    return [{"params": parameters, "lr": rates[name]} for name, parameters in trained_groups(model).items()]

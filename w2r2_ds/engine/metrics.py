@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,8 @@ import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from w2r2_ds.engine.together import together
 
 FILE = "metrics.jsonl"
 SHOWN = ("loss", "align", "det", "push", "s_short", "s_fused")
@@ -53,28 +56,25 @@ class MetricsLogger:
         self._file: Any = None
         self._wandb: Any = None
         self._board: Any = None
-        self._purge = 0
         self._progress: ProgressLine | None = None
         self._wanted = (wandb, tensorboard)
 
-    def truncate_after(self, step: int) -> None:
-        """Drop what was logged past the resumed ``step``, so that no step comes twice; before the first `log`.
+    def start(self, step: int) -> None:
+        """Open everything before the first log, after ``step`` steps; every rank calls it, and it fails on all or none.
 
-        A torn last line, of a killed run, goes too. With ``step`` 0 the file starts afresh.
+        What was logged past ``step`` is dropped, so that no step comes twice; a torn last line, of a killed run, goes
+        too. With ``step`` 0 the file starts afresh.
 
         Raises:
-            ValueError: a line in the middle of the file is not one of ours.
+            ValueError: a line in the middle of the file is not one of ours, or Weights & Biases does not open.
         """
-        if self._file is not None:
-            raise RuntimeError("truncate_after comes before the first log")
+        assert self._file is None, "start comes once"
         self._last_step = step
-        self._purge = step + 1
-        if not self.active or not self.path.exists():
-            return
-        kept = [line for number, line in read_lines(self.path) if number <= step]
-        aside = self.path.with_name(self.path.name + ".partial")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        with together():
+            if self.active:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                self._drop_after(step)
+                self._open()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Log the scalars of ``step``, counted from 1 and rising; ``memory_gib`` is added.
@@ -84,6 +84,7 @@ class MetricsLogger:
         """
         if not self.active:
             return
+        assert self._file is not None, "start comes before the first log"
         if step <= self._last_step:
             raise ValueError(f"Step {step} was logged after step {self._last_step}; steps must rise.")
         for name, value in values.items():
@@ -91,7 +92,6 @@ class MetricsLogger:
                 raise ValueError(f"The metric {name} of step {step} is {value!r}; it must be a finite number.")
         if "step" in values:
             raise ValueError("A metric cannot be called step.")
-        self._open()
         values = values | {"memory_gib": memory_gib()}
         self._file.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
         self._file.flush()
@@ -124,28 +124,25 @@ class MetricsLogger:
     ) -> None:
         self.close()
 
-    def _open(self) -> None:
-        """Open the outputs at the first log, when a resumed step is known."""
-        if self._file is not None:
+    def _drop_after(self, step: int) -> None:
+        """Keep the lines up to ``step`` of what an earlier start left."""
+        if not self.path.exists():
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        kept = [line for number, line in read_lines(self.path) if number <= step]
+        aside = self.path.with_name(self.path.name + ".partial")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def _open(self) -> None:
+        """Open the outputs."""
         wandb, tensorboard = self._wanted
         if wandb:
-            import wandb as library
-
-            try:
-                self._wandb = library.init(
-                    dir=str(self.run_dir), project="w2r2-ds", name=self.run_dir.name, settings={"silent": True}
-                )
-            except library.errors.UsageError as error:
-                raise ValueError(
-                    f"train.wandb: {error} Run `wandb login`, or set WANDB_MODE=offline to log without an account."
-                ) from error
+            self._wandb = open_wandb(self.run_dir)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # Hides points of a run that was killed after its last checkpoint.
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._purge or None)
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._last_step + 1)
         self._progress = ProgressLine(self.total_steps, self._last_step)
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -223,6 +220,24 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
             raise ValueError(f"{path}: line {index + 1} is not a line of metrics; move the file away.") from None
         result.append((step, line))
     return result
+
+
+def open_wandb(run_dir: Path) -> Any:
+    """A run of Weights & Biases.
+
+    Raises:
+        ValueError: it refuses: no key or a wrong one, no server, a setting that it does not know.
+    """
+    import wandb
+
+    try:
+        return wandb.init(dir=str(run_dir), project="w2r2-ds", name=run_dir.name, settings={"silent": True})
+    except (wandb.errors.Error, ValueError) as error:  # a wrong setting is a ValueError of pydantic
+        said = "; ".join(part.strip(" .") for part in re.split(r"\n|\.\s", str(error)) if part.strip(" ."))
+        raise ValueError(
+            f"train.wandb is true, but Weights & Biases does not start ({said}): run `wandb login`, or set "
+            "WANDB_MODE=offline to log without an account."
+        ) from error
 
 
 def memory_gib() -> float:

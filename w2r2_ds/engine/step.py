@@ -1,21 +1,29 @@
 """The W2R2 step: one engine forward that runs the shortcut pass under no_grad first, then the fused pass.
 
-This order keeps ZeRO-3's parameter trace valid and leaves nothing gathered behind (docs/architecture.md).
+This order keeps ZeRO-3's parameter trace valid and leaves nothing gathered behind (docs/architecture.md). Every rank
+calls the same modules in the same order, whatever its batch holds: a batch without frames carries a dummy one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from w2r2_ds.config import ObjectiveConfig
+from w2r2_ds.config import RunConfig
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.slots import TokenTables
+from w2r2_ds.models.decode import greedy_tokens
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.objective.w2r2 import Shortcut, read_shortcut, w2r2_loss
+from w2r2_ds.objective.push import find_reading
+from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.objective.w2r2 import Outputs, Shortcut, read_shortcut, w2r2_loss
+
+SLACK = 16
+"""Tokens that a decoded answer may have more than the longest label of its batch; a longer one is cut."""
 
 
 class W2R2Step(nn.Module):
@@ -23,33 +31,69 @@ class W2R2Step(nn.Module):
 
     Args:
         model: the composed model.
-        objective: lambda, mu, push term and reduction.
-        tables: what a predicted token means inside a number.
+        config: objective, and the nominal frame rate of a video.
+        scorer: how similar an answer is to its label.
     """
 
-    def __init__(self, model: W2R2, objective: ObjectiveConfig, tables: TokenTables) -> None:
+    def __init__(self, model: W2R2, config: RunConfig, scorer: Scorer) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
-        self.tables = tables
+        self.objective = config.objective
+        self.video_fps = config.data.video_fps
+        self.scorer = scorer
+        self.reading = find_reading(config.objective.push)
         self.dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sum of the losses of the samples, and their statistics ``[batch, len(STATS)]``."""
+    def forward(self, batch: Batch, measure: bool = False) -> tuple[Tensor, Tensor] | Tensor:
+        """Weighted sum of the losses of the samples, and their statistics ``[batch, len(STATS)]``.
+
+        A batch whose only frame is a dummy adds its tokens times zero, so that the merger has a gradient on every rank.
+        With `measure`, no loss: ``[batch, 2]`` s of the shortcut's answer, teacher-forced and greedily decoded.
+        """
         visual = self.model.encode_2d(batch.visuals)
         features = self.model.encode_3d(batch.visuals)
+        if measure:
+            return self.both_readings(batch, visual, features)
         shortcut = self.shortcut(batch, visual, features)
-        fused = self.model.fuse(visual, self.model.merge(features))
-        logits = self.model.logits(self.model.hidden(batch, fused))
-        return w2r2_loss(logits, shortcut, batch, self.objective, self.tables)
+        merged = self.model.merge(features)
+        fused = self.model.fuse(visual, merged, self.objective.mask2d if self.training else 0.0)
+        ratio = geometry_norm(visual, merged, batch)
+        loss, stats = w2r2_loss(self.outputs(batch, fused), shortcut, batch, self.objective, self.scorer, ratio)
+        if batch.visuals.dummy:
+            loss = loss + 0.0 * torch.cat(fused.pooler_output).sum()
+        return loss, stats
 
-    @torch.no_grad()
-    def shortcut(self, batch: Batch, visual: object, features: list[torch.Tensor]) -> Shortcut:
-        """The 2D-only pass, Phi(F2D, 0): no graph, no dropout."""
-        with self.without_dropout():
+    def shortcut(self, batch: Batch, visual: Any, features: list[Tensor]) -> Shortcut:
+        """The 2D-only pass, Phi(F2D, 0): no dropout, and no graph unless the reading keeps it."""
+        with torch.no_grad() if self.reading.blocked else nullcontext(), self.without_dropout():
             plain = self.model.fuse(visual, self.model.merge_nothing(features))
-            logits = self.model.logits(self.model.hidden(batch, plain))
-        return read_shortcut(logits, batch.answer_rows.label)
+            outputs = self.outputs(batch, plain)
+            answers = self.decode(batch, plain) if self.objective.shortcut_decode == "greedy" else None
+            return read_shortcut(outputs, batch, self.objective, self.scorer, answers)
+
+    def both_readings(self, batch: Batch, visual: Any, features: list[Tensor]) -> Tensor:
+        """``[batch, 2]`` s of the shortcut's answer: teacher-forced, greedily decoded."""
+        plain = self.model.fuse(visual, self.model.merge_nothing(features))
+        teacher = self.scorer.teacher(self.outputs(batch, plain).logits.argmax(-1), batch)
+        decoded = self.scorer.decoded(self.decode(batch, plain), batch)
+        return torch.stack([teacher.s, decoded.s], dim=-1)
+
+    def outputs(self, batch: Batch, visual: Any) -> Outputs:
+        """One pass of the language model, from the vision tower's output."""
+        states = self.model.hidden(batch, visual, with_what=self.reading.states)
+        logits = self.model.logits(states[: len(batch.answer_rows.label)])
+        return Outputs(logits, states if self.reading.states else None)
+
+    def decode(self, batch: Batch, visual: Any) -> list[str]:
+        """Greedy answers of every sample; all ranks together, for ZeRO-3 gathers the weights once per token."""
+        assert batch.prompts is not None, "the loader makes prompts where answers are decoded"
+        longest = int(batch.answer_rows.sample.bincount().max()) + SLACK
+        synced = dist.is_initialized() and dist.get_world_size() > 1
+        tokenizer = self.scorer.tokenizer
+        tokens = greedy_tokens(
+            self.model.base, batch.prompts, batch.visuals, visual, tokenizer, longest, self.video_fps, synced
+        )
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
@@ -62,3 +106,19 @@ class W2R2Step(nn.Module):
         finally:
             for module, state in zip(self.dropouts, training, strict=True):
                 module.training = state
+
+
+@torch.no_grad()
+def geometry_norm(visual: Any, merged: Tensor, batch: Batch) -> Tensor:
+    """``[batch]`` Frobenius norm of a sample's merged geometry relative to that of its 2D tokens; 0 without frames."""
+    size = len(batch.ids)
+    if batch.visuals.dummy:
+        return merged.new_zeros(size)
+    counts = (batch.token_types > 0).sum(-1)
+    owner = torch.arange(size, device=merged.device)
+    sample = torch.repeat_interleave(owner, counts, output_size=len(merged))
+    squares = [
+        torch.zeros(size, device=merged.device).index_add(0, sample, tokens.float().square().sum(-1))
+        for tokens in (merged, torch.cat(visual.pooler_output))
+    ]
+    return (squares[0] / squares[1].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()

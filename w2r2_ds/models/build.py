@@ -13,6 +13,7 @@ from w2r2_ds.config import ModelConfig
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.loading import load_vggt
 from w2r2_ds.models.fusion import GeometryMerger
+from w2r2_ds.models.identity import weights_identity
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.phi import fusion_name, make_fusion
 from w2r2_ds.models.vlm import VisionSpec, load_tokenizer, load_vlm, meta_model
@@ -65,7 +66,9 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     geometry = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame).to(device, dtype)
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
-    return W2R2(peft, merger, fusion, geometry, config.zero)
+    model = W2R2(peft, merger, fusion, geometry, config.zero)
+    model.weights = {"vlm_weights": weights_identity(config.vlm), "vggt_weights": weights_identity(config.vggt)}
+    return model
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -79,6 +82,7 @@ def fingerprint(model: W2R2) -> dict[str, Any]:
     lora: Any = cast(PeftModel, model.vlm).peft_config["default"]
     merger = model.geometry_merger
     return {
+        **model.weights,
         "model_type": model.base.config.model_type,
         "hidden_size": text.hidden_size,
         "layers": text.num_hidden_layers,

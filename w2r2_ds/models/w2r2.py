@@ -89,6 +89,7 @@ class W2R2(nn.Module):
         self.geometry_merger = geometry_merger
         self.fusion = fusion
         self.zero = zero
+        self.weights: dict[str, str] = {}  # which frozen weights it stands on, where they came from files
         object.__setattr__(self, "_geometry", geometry)
 
     @property

@@ -1,0 +1,101 @@
+"""What the shortcut pass adds to the peak of a step, measured by watching every storage that an operator makes."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from w2r2_ds.config import ObjectiveConfig, RunConfig
+from w2r2_ds.data.slots import token_tables
+from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.models.build import build_model
+from w2r2_ds.models.tiny import build_tiny_vlm
+from w2r2_ds.objective.scorer import Scorer
+
+LAYERS = 6
+
+
+class Living(TorchDispatchMode):
+    """Bytes of the storages that were made inside and are still alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = WeakIdKeyDictionary()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage() not in self.seen:
+                storage = leaf.untyped_storage()
+                self.seen[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_config: Any) -> dict[int, Any]:
+    """Model configurations that differ in one decoder layer."""
+    folder = tmp_path_factory.mktemp("deep")
+    texts = [text for sample in samples for text in (sample.question, sample.answer)]
+    sizes = {"hidden": 64, "intermediate": 256, "vision_hidden": 32, "vision_depth": 2}
+    for layers in (LAYERS - 1, LAYERS):
+        build_tiny_vlm(folder / str(layers), texts, 3, layers=layers, **sizes)
+    return {layers: replace(model_config, vlm=str(folder / str(layers))) for layers in (LAYERS - 1, LAYERS)}
+
+
+def peak(model_config: Any, front: Any, batch: Any, checkpointing: bool, two_passes: bool, push: str = "margin") -> int:
+    """Bytes that forward and backward of a step have alive at their worst moment."""
+    config = RunConfig(model=model_config, objective=ObjectiveConfig(push=push, mu=0.0))
+    model = build_model(model_config, torch.device("cpu"), 1)
+    if checkpointing:
+        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.base.enable_input_require_grads()
+    tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
+    step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+    if not two_passes:
+        with torch.no_grad():
+            kept = step.shortcut(batch, model.encode_2d(batch.visuals), [])
+        step.shortcut = lambda *_: kept  # type: ignore[method-assign]
+    step(batch)[0].backward()  # gradients and lazily made buffers are there from now on
+    with Living() as living:
+        step(batch)[0].backward()
+    return living.most
+
+
+def test_the_tracker_counts_what_lives() -> None:
+    with Living() as living:
+        first = torch.zeros(1000)
+        del first
+        second = torch.zeros(500) + 1  # two of 500 at once
+    assert living.most == 4000 and living.now == 2000 and len(second) == 500
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_shortcut_adds_at_most_one_layer(
+    deep: dict[int, Any], front: Any, batch_of: Any, samples: list[Any], checkpointing: bool
+) -> None:
+    batch = batch_of(samples * 2)
+    single = {layers: peak(config, front, batch, checkpointing, False) for layers, config in deep.items()}
+    # Without checkpointing a layer keeps everything for its backward pass; with it, only its input.
+    full = {layers: peak(config, front, batch, False, False) for layers, config in deep.items()}
+    one_layer = full[LAYERS] - full[LAYERS - 1]
+    added = peak(deep[LAYERS], front, batch, checkpointing, True) - single[LAYERS]
+    print(f"checkpointing {checkpointing}: single {single[LAYERS]:,}, one layer {one_layer:,}, added {added:,} bytes")
+    assert one_layer > 1_000_000
+    assert added <= one_layer
+    if not checkpointing:  # the measurement would see a second graph
+        kept = peak(deep[LAYERS], front, batch, False, True, push="unblocked")
+        assert kept - single[LAYERS] > (LAYERS - 1) * one_layer

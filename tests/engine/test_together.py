@@ -1,0 +1,62 @@
+"""A failure of one rank is one of all ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from w2r2_ds.engine.together import together
+
+FAILURES: dict[str, tuple[Exception | None, Exception | None]] = {
+    "none": (None, None),
+    "first": (ValueError("The first is wrong."), None),
+    "second": (None, ValueError("The second is wrong.")),
+    "both": (ValueError("The first is wrong."), ValueError("The second is wrong.")),
+    "disk": (None, OSError("disk full")),
+}
+"""What ranks 0 and 1 fail with."""
+
+
+def work(rank: int, folder: Path) -> None:
+    """What each rank does: every case, one after the other, so that one that went out of step would show."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    seen: dict[str, str | None] = {}
+    for name, failures in FAILURES.items():
+        seen[name] = None
+        try:
+            with together():
+                if failures[rank] is not None:
+                    raise failures[rank]
+        except Exception as error:
+            seen[name] = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_ranks_fail_alike(tmp_path: Path) -> None:
+    mp.spawn(work, (tmp_path,), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first.pop("disk") == "ValueError: OSError('disk full')"
+    assert second.pop("disk") == "OSError: disk full"
+    assert first == second
+    assert first == {
+        "none": None,
+        "first": "ValueError: The first is wrong.",
+        "second": "ValueError: The second is wrong.",
+        "both": "ValueError: The first is wrong.",
+    }
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError])
+def test_alone_it_is_not_there(kind: type[Exception]) -> None:
+    with together():
+        pass
+    failure = kind("wrong")
+    with pytest.raises(kind) as caught, together():
+        raise failure
+    assert caught.value is failure

@@ -1,0 +1,277 @@
+"""A program for the deepspeed launcher: the step under ZeRO-3 against the same step on one whole model, case by case.
+
+``deepspeed ... tests/engine/zero3_cases.py FOLDER`` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/rankN.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import pickle
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+CASE_LIMIT = 60
+"""Seconds; a hang of two ranks is an error."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration and what each rank is given.
+
+    Attributes:
+        name: of the case.
+        ranks: per rank the micro-batches of one optimizer step, each a list of sample ids.
+        objective, model, train: changes of the configuration.
+        visual: images or video.
+        steps: optimizer steps; gradients are those of the last, with a learning rate that moves nothing.
+    """
+
+    name: str
+    ranks: list[list[list[str]]]
+    objective: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
+    visual: str = "images"
+    steps: int = 1
+
+
+def step_config(case: Case, model_config: Any) -> Any:
+    """The run configuration of a case."""
+    from w2r2_ds.config import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
+
+    micro = max(len(batch) for rank in case.ranks for batch in rank)
+    return RunConfig(
+        data=DataConfig(frame_width=56, max_length=512, workers=0, visual=case.visual),  # type: ignore[arg-type]
+        model=replace(model_config, **case.model),
+        objective=ObjectiveConfig(**case.objective),
+        train=TrainConfig(
+            micro_batch=micro,
+            global_batch=micro * len(case.ranks) * len(case.ranks[0]),
+            activation_checkpointing=case.checkpointing,
+            lr=1e-30,
+            merger_lr=1e-30,
+            steps=10,
+        ),
+    )
+
+
+def awaken(model: Any) -> None:
+    """Trained weights that do something: fresh LoRA pairs are silent, and the merger is nearly so."""
+    import torch
+
+    from w2r2_ds.models.build import trainable
+
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            if "lora_B" in name or "geometry_merger.mlp" in name or "fusion." in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@contextlib.contextmanager
+def similar(scale: dict[str, float]) -> Iterator[None]:
+    """Say how good the shortcut's teacher-forced answers are, by sample id: a random model solves nothing."""
+    import torch
+
+    from w2r2_ds.objective.scorer import Score, Scorer
+
+    saved = Scorer.teacher
+
+    def teacher(self: Any, predicted: Any, batch: Any) -> Score:
+        s = torch.tensor([scale[identity] for identity in batch.ids], dtype=torch.float64)
+        return Score(s, torch.ones_like(s, dtype=torch.bool))
+
+    Scorer.teacher = teacher  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Scorer.teacher = saved  # type: ignore[method-assign]
+
+
+def batches_of(case: Case, rank: int, samples: dict[str, Any], front: Any, config: Any) -> list[Any]:
+    """The micro-batches of a rank."""
+    from w2r2_ds.data.loading import make_collate, make_processor
+
+    collate = make_collate(front, config.data, with_prompts=True)
+    processor = make_processor(front, config.data)
+    return [collate([processor(samples[name], True) for name in names]) for names in case.ranks[rank]]
+
+
+def whole_gradients(case: Case, config: Any, front: Any, samples: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Gradients of the mean over all samples on one unsharded model, and the statistics of all batches."""
+    import torch
+
+    from w2r2_ds.data.slots import token_tables
+    from w2r2_ds.engine.step import W2R2Step
+    from w2r2_ds.models.build import build_model, trainable
+    from w2r2_ds.objective.scorer import Scorer
+
+    model = build_model(config.model, torch.device("cpu"), 1)
+    awaken(model)
+    if config.train.activation_checkpointing:
+        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.base.enable_input_require_grads()
+    tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
+    step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+    stats = []
+    for rank in range(len(case.ranks)):
+        for batch in batches_of(case, rank, samples, front, config):
+            loss, sample_stats = step(batch)
+            (loss / count(case)).backward()
+            stats.append(sample_stats)
+    return {n: p.grad for n, p in trainable(model).items()}, torch.cat(stats)
+
+
+@functools.cache
+def cached_front(vlm: str) -> Any:
+    """Tokenizer and vision facts, the same for all cases."""
+    from w2r2_ds.config import ModelConfig
+    from w2r2_ds.models.build import load_front
+
+    return load_front(ModelConfig(vlm=vlm))
+
+
+def count(case: Case) -> int:
+    """Samples of an optimizer step."""
+    return sum(len(batch) for rank in case.ranks for batch in rank)
+
+
+def sharded_gradients(
+    case: Case, config: Any, front: Any, samples: dict[str, Any], ds_config: dict[str, Any]
+) -> tuple[dict[str, Any], Any, dict[str, float], Any]:
+    """The same under ZeRO-3 by the production code: gradients, this rank's statistics, group norms, a gap reading."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_grad
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from w2r2_ds.engine.gradients import group_norms
+    from w2r2_ds.engine.loop import make_engine, trained_groups
+    from w2r2_ds.models.build import build_model, trainable
+
+    world, device = dist.get_world_size(), torch.device("cpu")
+    keep_alive = HfDeepSpeedConfig(ds_config)
+    model = build_model(config.model, device, 1)
+    awaken(model)  # what trains is whole until the engine takes it
+    engine = make_engine(model, front, config, ds_config, device)
+    del keep_alive
+    batches = batches_of(case, dist.get_rank(), samples, front, config)
+    scale = len(batches) * world / count(case)
+    for step in range(case.steps):
+        say(f"step {step} of {case.name}")
+        stats = []
+        for index, batch in enumerate(batches):
+            loss, sample_stats = engine(batch)
+            engine.backward(loss * scale)
+            stats.append(sample_stats)
+            if index + 1 == len(batches):
+                gradients = {n: safe_get_full_grad(p).clone() for n, p in trainable(model).items()}
+                norms = group_norms(trained_groups(model), device)
+            engine.step()
+    norms["grad_norm"] = float(engine.get_global_grad_norm())
+    reading = None
+    if case.objective.get("gap_every"):
+        from w2r2_ds.engine.gap import DecodeGap
+
+        reading = DecodeGap(list(samples.values())[:3], front, config, device).measure(engine)
+    engine.destroy()
+    return gradients, torch.cat(stats), norms, reading
+
+
+def compare(case: Case, model_config: Any, samples: dict[str, Any], ds_config: dict[str, Any]) -> dict[str, Any]:
+    """What the test looks at: the largest relative difference of a gradient, statistics, norms."""
+    import torch
+    import torch.distributed as dist
+
+    from w2r2_ds.engine.deepspeed import resolve_ds_config
+    from w2r2_ds.objective.w2r2 import STATS
+
+    config = step_config(case, model_config)
+    front = cached_front(config.model.vlm)
+    sizes = {"global_batch": config.train.global_batch, "micro_batch": config.train.micro_batch}
+    resolved = resolve_ds_config(
+        ds_config, path="zero3_cases.py", world_size=dist.get_world_size(), bf16=False, **sizes
+    )
+    expected, all_stats = whole_gradients(case, config, front, samples)
+    actual, stats, norms, gap = sharded_gradients(case, config, front, samples, resolved)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, stats)
+    assert actual.keys() == expected.keys()
+    worst, silent = 0.0, []
+    for name, gradient in expected.items():
+        if gradient is None or not gradient.any():
+            silent.append(name)
+            assert not actual[name].any(), f"{name} has a gradient only under ZeRO-3"
+            continue
+        worst = max(worst, float((actual[name] - gradient).norm() / gradient.norm()))
+    squares = {"lora": 0.0, "geometry": 0.0}
+    for name, gradient in expected.items():
+        squares["lora" if "lora_" in name else "geometry"] += (
+            0.0 if gradient is None else float(gradient.square().sum())
+        )
+    return {
+        "worst": worst,
+        "silent": silent,
+        "stats": dict(zip(STATS, torch.cat(gathered).T.tolist(), strict=True)),
+        "stats_worst": float((torch.cat(gathered) - all_stats).abs().max()),
+        "norms": norms,
+        "expected_norms": {f"grad_norm_{name}": value**0.5 for name, value in squares.items()},
+        "gap": gap,
+    }
+
+
+def say(text: str) -> None:
+    """A line on rank 0's output, between those of DeepSpeed."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        print(f"\n== {text}", flush=True)
+
+
+def work(folder: Path) -> None:
+    """Go through the cases; every rank writes what it found."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from w2r2_ds.engine.deepspeed import skip_shm_build
+
+    torch.set_num_threads(1)
+    skip_shm_build()
+    deepspeed.init_distributed()
+    cases, model_config, samples, ds_config, scale = pickle.loads((folder / "cases.pkl").read_bytes())
+    results = {}
+    for case in cases:
+        signal.alarm(CASE_LIMIT)  # SIGALRM ends the process, and the launcher the other one
+        with similar(scale) if scale is not None and not case.objective.get("gap_every") else contextlib.nullcontext():
+            results[case.name] = compare(case, model_config, samples, ds_config)
+        signal.alarm(0)
+        gc.collect()
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def write_cases(
+    folder: Path,
+    cases: Sequence[Case],
+    model_config: Any,
+    samples: dict[str, Any],
+    ds_config: dict[str, Any],
+    scale: dict[str, float] | None,
+) -> None:
+    """What `work` reads; `scale` is s of every sample's shortcut answer, None takes the real one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    assert len({case.name for case in cases}) == len(cases), [asdict(case) for case in cases]
+    (folder / "cases.pkl").write_bytes(pickle.dumps((list(cases), model_config, samples, ds_config, scale)))
+
+
+if __name__ == "__main__":
+    sys.modules["zero3_cases"] = sys.modules["__main__"]  # what the pickle calls this file
+    work(Path(sys.argv[-1]))  # the launcher puts --local_rank=N in front

@@ -1,0 +1,96 @@
+"""The two passes and the total written by hand on the stock model, sample by sample: what the step must equal."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from w2r2_ds.config import ObjectiveConfig
+from w2r2_ds.models.fusion import pair_frames
+from w2r2_ds.objective.expected import expected_overlap
+from w2r2_ds.objective.push import PUSH_TERMS, Overlaps, PushInputs, States
+
+
+def visual_tokens(model: Any, batch: Any, geometry: str) -> Tensor:
+    """``[tokens, hidden]``: the tower's tokens ("none": Phi(F2D, 0) of merged zeros), geometry added where asked for.
+
+    `geometry` is "none", "features" (merged features) or "zeros" (merged zeros).
+    """
+    tower = model.base.model.visual(batch.visuals.pixel_values, grid_thw=batch.visuals.grid_thw).pooler_output.detach()
+    if geometry == "none":
+        return tower
+    features = [model.geometry.encode(images) for images in batch.visuals.geometry_images]
+    if batch.visuals.kind == "video":
+        features = [pair_frames(one) for one in features]
+    if geometry == "zeros":
+        features = [torch.zeros_like(one) for one in features]
+    return tower + torch.cat([model.geometry_merger([one]) for one in features])
+
+
+def hidden_states(model: Any, batch: Any, tokens: Tensor) -> Tensor:
+    """``[batch, length, hidden]`` last hidden states, with embeddings put together by hand."""
+    base = model.base
+    embeddings = base.get_input_embeddings()(batch.input_ids)
+    if not batch.visuals.dummy:
+        embeddings = embeddings.masked_scatter((batch.token_types > 0)[..., None].expand_as(embeddings), tokens)
+    return base.model.language_model(
+        inputs_embeds=embeddings,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_short: list[float]) -> Tensor:
+    """Sum over samples of cross-entropy and push term (`add` fusion, `reduction: sample`).
+
+    Args:
+        s_short: s of every sample's shortcut answer.
+    """
+    reading = PUSH_TERMS[config.push]
+    fused = hidden_states(model, batch, visual_tokens(model, batch, "features"))
+    with torch.no_grad() if reading.blocked else nullcontext():
+        geometry = {"merged": "none", "features": "zeros"}[model.zero]
+        short = hidden_states(model, batch, visual_tokens(model, batch, geometry))
+    rows = batch.answer_rows
+    logits, logits_short = (model.base.lm_head(z[rows.sample, rows.position]) for z in (fused, short))
+    log_p, log_p_short = logits.log_softmax(-1), logits_short.log_softmax(-1)
+    _, giou, has_box = expected_overlap(log_p, batch, tables)
+    iou_short, _, _ = expected_overlap(log_p_short, batch, tables)
+    total = torch.zeros(())
+    for index, s in enumerate(s_short):
+        mine = rows.sample == index
+        align = cross_entropy(logits[mine], rows.label[mine])
+        where, what = rows.position[mine][rows.where[mine]], batch.what.position[batch.what.sample == index]
+        positions = torch.cat([where, what])
+        inputs = PushInputs(
+            log_p=log_p[mine],
+            label=rows.label[mine],
+            guess=logits_short[mine].argmax(-1),
+            label_short=log_p_short[mine].gather(1, rows.label[mine][:, None])[:, 0],
+            guess_short=log_p_short[mine].max(-1).values,
+            sample=torch.zeros_like(rows.label[mine]),
+            where=rows.where[mine],
+            cross_entropy=align[None],
+            hinge=torch.tensor([max(0.0, s - config.mu)]),
+            lam=config.lam,
+            mu=config.mu,
+            margin=config.margin,
+            iou_margin=config.iou_margin,
+            cosine=config.cosine,
+            log_p_short=log_p_short[mine],
+            states=States(
+                fused=fused[index, positions],
+                short=short[index, positions],
+                sample=torch.zeros_like(positions),
+                where=torch.arange(len(positions)) < len(where),
+                what=torch.arange(len(positions)) >= len(where),
+            ),
+            overlaps=Overlaps(giou[index : index + 1], iou_short[index : index + 1], has_box[index : index + 1]),
+        )
+        total = total + align + reading.term(inputs).sum()
+    return total

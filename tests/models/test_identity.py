@@ -1,0 +1,56 @@
+"""Models of equal sizes and other weights are not the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from w2r2_ds.engine.checkpoint import refuse_other_model
+from w2r2_ds.models.build import build_model, fingerprint
+from w2r2_ds.models.identity import weights_identity
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def copy(model_config: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_config.vlm, tmp_path / "vlm"))
+
+
+def test_a_copy_is_the_same_in_other_shards_too(model_config: Any, copy: Path) -> None:
+    own = weights_identity(model_config.vlm)
+    assert len(own) == 16 and weights_identity(copy) == own
+    tensors = load_file(copy / "model.safetensors")
+    names = sorted(tensors)
+    for index in range(2):
+        save_file({name: tensors[name] for name in names[index::2]}, copy / f"model-{index}.safetensors")
+    (copy / "model.safetensors").unlink()
+    assert weights_identity(copy) == own
+
+
+def test_trained_weights_are_others(model_config: Any, copy: Path) -> None:
+    rewrite(copy, lambda tensors: {name: tensor * 1.01 for name, tensor in tensors.items()})
+    assert weights_identity(copy) != weights_identity(model_config.vlm)
+
+
+def test_a_checkpoint_of_another_model_of_equal_size_is_refused_by_name(model_config: Any, copy: Path) -> None:
+    ours = build_model(model_config, torch.device("cpu"), 0)
+    saved = fingerprint(ours)
+    refuse_other_model(saved, ours, Path("checkpoint.json"))
+    rewrite(copy, lambda tensors: {name: -tensor for name, tensor in tensors.items()})
+    other = build_model(type(model_config)(**{**vars(model_config), "vlm": str(copy)}), torch.device("cpu"), 0)
+    with pytest.raises(ValueError, match=r"checkpoint\.json: model\.vlm_weights is '\w{16}', but"):
+        refuse_other_model(saved, other, Path("checkpoint.json"))
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no safetensors weights"):
+        weights_identity(tmp_path)

@@ -1,0 +1,52 @@
+"""How far the teacher-forced reading of the shortcut's answer is from greedy decoding, on a fixed set of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from w2r2_ds.config import RunConfig
+from w2r2_ds.data.loading import checked, measure_loader
+from w2r2_ds.data.sample import Sample
+from w2r2_ds.models.build import Front
+
+
+class DecodeGap:
+    """Measures ``gap_s_teacher``, ``gap_s_greedy`` (means of s) and ``gap_abs`` (mean of their distance).
+
+    The set is drawn once from the training samples, the same for every world size up to rounding it to whole batches.
+
+    Args:
+        samples: the training split.
+        front: tokenizer and vision facts.
+        config: `objective.gap_samples`, `train.seed`, `train.micro_batch`.
+        device: of the model.
+    """
+
+    def __init__(self, samples: Sequence[Sample], front: Front, config: RunConfig, device: torch.device) -> None:
+        world, rank, micro = dist.get_world_size(), dist.get_rank(), config.train.micro_batch
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.train.seed)).tolist()
+        wanted = min(config.objective.gap_samples, len(samples))
+        # Every rank must make as many forward passes: repeat from the front until the batches are whole.
+        whole = -(-wanted // (world * micro)) * world * micro
+        chosen = [samples[order[index % wanted]] for index in range(whole)]
+        self.count, self.wanted, self.device = whole, wanted, device
+        self.indices = [index for index in range(whole) if index // micro % world == rank]
+        self.loader = measure_loader([chosen[index] for index in self.indices], front, config.data, micro)
+
+    @torch.no_grad()
+    def measure(self, engine: Any) -> dict[str, float]:
+        """Both readings of the shortcut's answers; every rank calls it."""
+        engine.eval()
+        pairs = [engine(batch.to(self.device), measure=True) for batch in checked(self.loader)]
+        engine.train()
+        teacher, greedy = torch.cat(pairs).double().unbind(-1)
+        # What was repeated to fill the last batches counts once.
+        once = torch.tensor([index < self.wanted for index in self.indices], device=self.device).double()
+        sums = torch.stack([teacher * once, greedy * once, (teacher - greedy).abs() * once]).sum(-1)
+        dist.all_reduce(sums)
+        means = (sums / self.wanted).tolist()
+        return dict(zip(("gap_s_teacher", "gap_s_greedy", "gap_abs"), means, strict=True))
