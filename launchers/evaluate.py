@@ -20,6 +20,9 @@ def main(
     batch_size: int = 8,
     max_new_tokens: int = 128,
     limit: int = 0,
+    root: Path | None = None,
+    vlm: str | None = None,
+    vggt: str | None = None,
 ) -> None:
     """Answer the validation split greedily and score it.
 
@@ -31,8 +34,12 @@ def main(
         batch_size: prompts per forward.
         max_new_tokens: longest answer.
         limit: number of samples, 0 for all.
+        root: folder of the data, if not where it was in training.
+        vlm: directory or hub id of the video LLM, if not where it was in training.
+        vggt: directory or hub id of VGGT, if not where it was in training.
     """
-    scores = evaluate(checkpoint, out or checkpoint / "evaluation", geometry, batch_size, max_new_tokens, limit)
+    out = out or checkpoint / "evaluation"
+    scores = evaluate(checkpoint, out, geometry, batch_size, max_new_tokens, limit, root=root, vlm=vlm, vggt=vggt)
     print(json.dumps(scores, indent=2))
 
 

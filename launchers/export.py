@@ -10,14 +10,16 @@ from jsonargparse import auto_cli
 from w2r2_ds.export.adapter import export_adapter
 
 
-def main(checkpoint: Path, out: Path) -> None:
+def main(checkpoint: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> None:
     """Write a PEFT directory, geometry_merger.safetensors and a card.
 
     Args:
         checkpoint: run or checkpoint.
         out: new folder.
+        vlm: directory or hub id of the video LLM, if not where it was in training.
+        vggt: directory or hub id of VGGT, if not where it was in training.
     """
-    print(f"adapter: {export_adapter(checkpoint, out)}")
+    print(f"adapter: {export_adapter(checkpoint, out, vlm, vggt)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Unknown keys are errors. The command line wins over `--config RECIPE.yaml`, whic
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -294,6 +294,17 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     """The configuration of a YAML file (demo recipe without one) with command-line style overrides."""
     args = (["--config", str(path)] if path else []) + (overrides or [])
     return from_tree(parser("", with_demo=not names_config(args)).parse_args(config_first(args)).as_dict())
+
+
+def relocated(
+    config: RunConfig, root: str | Path | None = None, vlm: str | None = None, vggt: str | None = None
+) -> RunConfig:
+    """The same run with its data and models elsewhere; None leaves a place as it is."""
+    return replace(
+        config,
+        data=replace(config.data, root=str(root or config.data.root)),
+        model=replace(config.model, vlm=vlm or config.model.vlm, vggt=vggt or config.model.vggt),
+    )
 
 
 def save_config(config: RunConfig, path: Path) -> None:

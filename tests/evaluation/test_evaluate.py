@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jsonargparse import auto_cli
 
-from runs import STEPS
+from launchers.evaluate import main as evaluate_cli
+from runs import STEPS, World
 from w2r2_ds.data.loading import load_samples, prompt_loader
+from w2r2_ds.engine.checkpoint import find_checkpoint
 from w2r2_ds.evaluation.evaluate import evaluate, load_model, predict
 from w2r2_ds.evaluation.generate import generate_answers
+from w2r2_ds.export.adapter import export_adapter
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
@@ -150,3 +155,64 @@ def test_a_checkpoint_with_torn_tensors_is_refused_by_name(trained: Path, tmp_pa
 def test_a_folder_without_a_run_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path} holds no complete checkpoint"):
         evaluate(tmp_path, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where data and models lie on another machine: options of the evaluation."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for name in ("scenes", "vlm", "vggt"):
+        shutil.copytree(world.folder / name, folder / name)
+    return {"root": str(folder / "scenes"), "vlm": str(folder / "vlm"), "vggt": str(folder / "vggt")}
+
+
+@pytest.fixture(scope="module")
+def strangers(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The run and its adapter, as they come from a machine on which data and models lay in other places."""
+    folder = tmp_path_factory.mktemp("strangers")
+    run, adapter = folder / "run", export_adapter(trained, folder / "adapter")
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("engine"))
+    home = str(trained.parent)
+    for file in (find_checkpoint(run) / "config.yaml", adapter / "w2r2_card.json", adapter / "adapter_config.json"):
+        text = file.read_text()
+        assert home in text
+        file.write_text(text.replace(home, "/another/machine"))
+    return [run, adapter]
+
+
+def test_data_and_models_may_lie_elsewhere(
+    strangers: list[Path], elsewhere: dict[str, str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = evaluate(trained, tmp_path / "home", max_new_tokens=8, limit=2)
+    options = [text for name, value in elsewhere.items() for text in (f"--{name}", value)]
+    for index, stranger in enumerate(strangers):
+        out = tmp_path / str(index)
+        named = ["--checkpoint", str(stranger), "--out", str(out), "--limit", "2", "--max_new_tokens", "8"]
+        auto_cli(evaluate_cli, args=[*named, *options], as_positional=False)
+        assert json.loads(capsys.readouterr().out) == scores | {"checkpoint": str(stranger)}
+        predictions = [folder / "predictions-fused.jsonl" for folder in (out, tmp_path / "home")]
+        assert predictions[0].read_text() == predictions[1].read_text()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("left_out", ["root", "vlm", "vggt"])
+def test_what_lies_elsewhere_and_is_not_given_is_named(
+    strangers: list[Path], elsewhere: dict[str, str], tmp_path: Path, index: int, left_out: str
+) -> None:
+    places = {name: place for name, place in elsewhere.items() if name != left_out}
+    named = {"root": "/another/machine/scenes", "vlm": "/another/machine/vlm", "vggt": "/another/machine/vggt"}
+    with pytest.raises(ValueError, match=named[left_out]):
+        evaluate(strangers[index], tmp_path, limit=1, **places)
+
+
+def test_a_truncated_frame_is_found_before_the_first_answer(
+    loaded: Any, elsewhere: dict[str, str], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "scenes"
+    shutil.copytree(elsewhere["root"], root)
+    data = replace(loaded[0].data, root=str(root))
+    frame = load_samples(data, "val")[0][-1].frames[-1]
+    frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
+    monkeypatch.setattr("w2r2_ds.evaluation.evaluate.predict", lambda *_: pytest.fail("an answer was asked for"))
+    with pytest.raises(ValueError, match=f"Frame {frame} cannot be read"):
+        evaluate(trained, tmp_path / "out", root=root)

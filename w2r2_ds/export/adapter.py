@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config import RunConfig, from_tree
+from w2r2_ds.config import RunConfig, from_tree, relocated
 from w2r2_ds.config import load_config as load_run_config
 from w2r2_ds.engine.checkpoint import DESCRIPTION, find_checkpoint, load_trainable, refuse_other_model
 from w2r2_ds.models.build import build_model, fingerprint
@@ -30,8 +30,14 @@ MERGER = "geometry_merger.safetensors"
 FUSION = "fusion."
 
 
-def export_adapter(path: Path, out: Path) -> Path:
+def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> Path:
     """Write the adapter of a run's newest checkpoint, or of a checkpoint, to `out`.
+
+    Args:
+        path: of one of them.
+        out: new folder.
+        vlm: where the video LLM lies now; where it lay in training without it.
+        vggt: likewise VGGT.
 
     Raises:
         ValueError: `out` is not empty, or a trained tensor would be empty.
@@ -39,7 +45,7 @@ def export_adapter(path: Path, out: Path) -> Path:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name another --out or remove it.")
     checkpoint = find_checkpoint(path)
-    config = load_run_config(checkpoint / "config.yaml")
+    config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, vggt=vggt)
     model = build_model(config.model, torch.device("cpu"), config.train.seed)
     load_trainable(checkpoint, model)
     aside = out.with_name(out.name + ".partial")

@@ -1,0 +1,94 @@
+"""What is looked at before the work starts: every frame file once, and its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from w2r2_ds.data import check
+from w2r2_ds.data.check import check_frames
+from w2r2_ds.data.images import load_frame
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were decoded in full, in order."""
+    paths: list[Path] = []
+
+    def load(path: Path) -> np.ndarray:
+        paths.append(path)
+        return load_frame(path)
+
+    monkeypatch.setattr(check, "load_frame", load)
+    return paths
+
+
+def picture(path: Path, kind: str = "JPEG") -> Path:
+    """Noise, several KiB of it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, kind)
+    return path
+
+
+def sample_of(samples: list[Any], *frames: Path) -> Any:
+    return replace(samples[0], frames=frames)
+
+
+def test_every_file_is_looked_at_once(samples: list[Any], tmp_path: Path, decoded: list[Path]) -> None:
+    files = [picture(tmp_path / f"{index}.jpg") for index in range(3)] + [picture(tmp_path / "3.png", "PNG")]
+    shared = [sample_of(samples, *files[:3]), sample_of(samples, *files[1:]), sample_of(samples)]
+    assert check_frames(shared) == 4
+    assert check_frames([]) == check_frames([sample_of(samples)]) == 0
+    assert not decoded, "whole files are not decoded"
+
+
+def test_ranks_share_the_files_and_one_finds_the_bad_one(samples: list[Any], tmp_path: Path) -> None:
+    files = [picture(tmp_path / f"{index}.jpg") for index in range(5)]
+    every = [sample_of(samples, *files[:3]), sample_of(samples, *files[2:])]
+    assert [check_frames(every, rank, 3) for rank in range(3)] == [2, 2, 1]
+    files[4].unlink()
+    assert [check_frames(every, rank, 3) for rank in (0, 2)] == [2, 1]
+    with pytest.raises(ValueError, match=r"4\.jpg does not exist"):
+        check_frames(every, 1, 3)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, -2000, -200, -50])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_truncated_file_is_named(samples: list[Any], tmp_path: Path, kind: str, kept: int) -> None:
+    whole, cut = picture(tmp_path / "whole.jpg"), picture(tmp_path / "cut.jpg", kind)
+    cut.write_bytes(cut.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"Frame {cut} cannot be read .*; replace the file") as caught:
+        check_frames([sample_of(samples, whole, cut)])
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_of_several_bad_files_the_first_is_named(samples: list[Any], tmp_path: Path) -> None:
+    missing = [tmp_path / f"{index}.jpg" for index in range(40)]
+    with pytest.raises(ValueError, match=rf"Frame {missing[0]} does not exist"):
+        check_frames([sample_of(samples, *missing)])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("appended", "decodes"), [(1000, 0), (5000, 1)])
+def test_what_a_program_appended_is_no_damage(
+    samples: list[Any], tmp_path: Path, decoded: list[Path], kind: str, appended: int, decodes: int
+) -> None:
+    path = picture(tmp_path / "frame.jpg", kind)
+    path.write_bytes(path.read_bytes() + b"\0" * appended)
+    assert check_frames([sample_of(samples, path)]) == 1
+    assert decoded == [path] * decodes
+
+
+def test_another_format_is_decoded(samples: list[Any], tmp_path: Path, decoded: list[Path]) -> None:
+    webp = picture(tmp_path / "frame.webp", "WEBP")
+    assert check_frames([sample_of(samples, webp)]) == 1
+    assert decoded == [webp]
+    page = tmp_path / "page.jpg"
+    page.write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=f"Frame {page} cannot be read"):
+        check_frames([sample_of(samples, page)])
