@@ -1,0 +1,60 @@
+"""The documentation keeps up with the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2r2_ds.models.phi import FUSIONS
+from w2r2_ds.objective.push import PUSH_TERMS
+from w2r2_ds.objective.w2r2 import STATS
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def figures() -> Any:
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_objective_names_every_reading_statistic_and_fusion() -> None:
+    text = (DOCS / "objective.md").read_text()
+    for name in (*PUSH_TERMS, *FUSIONS, *STATS):
+        assert f"`{name}`" in text, name
+
+
+def test_every_picture_can_be_drawn_and_is_shown(figures: Any, tmp_path: Path) -> None:
+    """Every reading but `none` has one; what is in the folder is what the script makes."""
+    drawn = {file.name for file in figures.draw(tmp_path)}
+    assert drawn == {f"push_{name}.svg" for name in PUSH_TERMS if name != "none"}
+    assert {file.name for file in (DOCS / "figures").glob("*.svg")} == drawn
+    shown = set(re.findall(r"figures/(push_\w+\.svg)", (DOCS / "objective.md").read_text()))
+    assert shown == drawn
+
+
+def test_curves_are_finite_and_move(figures: Any) -> None:
+    for name, (curves, _, _) in figures.PICTURES.items():
+        for _, x, y in curves():
+            assert x.isfinite().all() and y.isfinite().all() and y.max() > y.min(), name
+
+
+def test_every_module_has_a_place_in_the_architecture() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    package = DOCS.parent / "w2r2_ds"
+    named = set(re.findall(r"\b(\w+)\.py\b", text))
+    for group in re.findall(r"\{([\w,]+)\}\.py", text):
+        named |= set(group.split(","))
+    missing = [
+        p.name
+        for p in package.rglob("*.py")
+        if p.stem != "__init__" and p.stem not in named and "synthetic" not in p.parts
+    ]
+    assert missing == []
