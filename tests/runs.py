@@ -221,8 +221,10 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
         finally:
             report["updates"] = run.engine.global_steps
 
-    def forward(self: Any, batch: Any) -> Any:
+    def forward(self: Any, batch: Any, measure: bool = False) -> Any:
         nonlocal calls
+        if measure:
+            return saved[2](self, batch, measure)
         calls += 1
         loss, stats = saved[2](self, batch)
         if calls == job.nan_call and dist.get_rank() == 1:
