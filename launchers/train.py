@@ -16,6 +16,7 @@ from w2r2_ds.config import RunConfig, config_first, from_tree, names_config, par
 from w2r2_ds.demo import prepare_demo
 from w2r2_ds.engine.deepspeed import skip_shm_build
 from w2r2_ds.engine.loop import train
+from w2r2_ds.objective.push import find_reading
 
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
@@ -30,6 +31,7 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
 def main(args: list[str]) -> None:
     """Join the other ranks, make the demo's data if asked to, train."""
     config, ds_path = read_arguments(args)
+    find_reading(config.objective.push)  # before minutes of demo preparation
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():

@@ -158,6 +158,7 @@ def run_jobs(ranks: int, folder: Path, jobs: list[Job]) -> dict[str, list[dict[s
     folder.mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps([vars(job) for job in jobs]))
     done = launch(ranks, str(Path(__file__)), ["work", str(folder)])
+    (folder / "output.txt").write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-6000:]
     reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     return {job.name: [report[job.name] for report in reports] for job in jobs}

@@ -56,6 +56,7 @@ class ModelConfig:
         merger_hidden: width of the geometry merger's hidden layer.
         fusion: Phi, how merged geometry joins the visual tokens: added, concatenated and projected, attended to within
             an image, or added through a gate.
+        merger: geometry_merger.safetensors to start from, of an export or an imported VG-LLM; empty starts afresh.
         zero: what `Phi(F2D, 0)` zeroes: the merged geometry (then it equals the stock VLM) or VGGT's features.
         lora_rank: rank of the LoRA update of the language model's seven projections.
         lora_alpha: LoRA scale is lora_alpha / lora_rank.
@@ -70,6 +71,7 @@ class ModelConfig:
     reference_frame: Literal["first", "last"] = "first"
     merger_hidden: int = 4096
     fusion: Literal["add", "concat", "cross_attention", "gated"] = "add"
+    merger: str = ""
     zero: Literal["merged", "features"] = "merged"
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -299,11 +301,14 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 def relocated(
     config: RunConfig, root: str | Path | None = None, vlm: str | None = None, vggt: str | None = None
 ) -> RunConfig:
-    """The same run with its data and models elsewhere; None leaves a place as it is."""
+    """The same run with its data and models elsewhere; None leaves a place as it is.
+
+    What the merger started from is forgotten: the trained one takes its place.
+    """
     return replace(
         config,
         data=replace(config.data, root=str(root or config.data.root)),
-        model=replace(config.model, vlm=vlm or config.model.vlm, vggt=vggt or config.model.vggt),
+        model=replace(config.model, vlm=vlm or config.model.vlm, vggt=vggt or config.model.vggt, merger=""),
     )
 
 

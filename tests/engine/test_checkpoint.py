@@ -42,6 +42,7 @@ def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
     checkpoint = find_checkpoint(trained)
     config = load_config(checkpoint / "config.yaml")
     check_same_run(checkpoint, replace(config, train=replace(config.train, save_every=7, keep_last=9, wandb=True)))
+    check_same_run(checkpoint, replace(config, objective=replace(config.objective, gap_every=7, gap_samples=3)))
 
 
 def test_the_newest_are_kept_whatever_their_steps(tmp_path: Path) -> None:

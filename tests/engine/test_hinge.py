@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from w2r2_ds.config import ObjectiveConfig, RunConfig
@@ -12,12 +16,12 @@ from w2r2_ds.engine.hinge import PATIENCE, HingeWatch
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> HingeWatch:
     monkeypatch.setattr(hinge.dist, "get_rank", lambda: 0)
-    return HingeWatch(20, RunConfig(objective=ObjectiveConfig(mu=0.9)))
+    return HingeWatch(0, RunConfig(objective=ObjectiveConfig(mu=0.9)))
 
 
 def see(watch: HingeWatch, steps: int, above: float = 0.0) -> None:
     for step in range(steps):
-        watch.see(watch.start + step + 1, {"above_mu": above, "s_short": 0.25 + 0.001 * step})
+        watch.see({"above_mu": above, "s_short": 0.25 + 0.001 * step})
 
 
 def test_it_speaks_after_its_patience_and_not_again(watch: HingeWatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +31,7 @@ def test_it_speaks_after_its_patience_and_not_again(watch: HingeWatch, capsys: p
     watch.end()
     out = capsys.readouterr().out
     assert out.count("warning:") == 1
-    for part in (f"in {PATIENCE} steps", "objective.mu = 0.9", "highest mean s 0.349", "push margin"):
+    for part in (f"in {PATIENCE} steps", "objective.mu = 0.9", "highest mean s 0.348", "push margin"):
         assert part in out
 
 
@@ -39,7 +43,33 @@ def test_a_short_run_is_warned_of_at_its_end(watch: HingeWatch, capsys: pytest.C
 
 def test_one_active_sample_is_enough(watch: HingeWatch, capsys: pytest.CaptureFixture[str]) -> None:
     see(watch, 3)
-    watch.see(watch.start + 4, {"above_mu": 0.01, "s_short": 0.3})
+    watch.see({"above_mu": 0.01, "s_short": 0.3})
+    see(watch, PATIENCE)
+    watch.end()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_remembers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps before the resume count, those after it are of a run that was killed."""
+    monkeypatch.setattr(hinge.dist, "get_rank", lambda: 0)
+    for acted in (0.0, 0.5):
+        lines = [{"step": step, "above_mu": 0.0, "s_short": 0.1} for step in range(1, 61)]
+        lines[10]["above_mu"] = acted
+        lines[55]["above_mu"] = 1.0
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        watch = HingeWatch(50, RunConfig(out=str(tmp_path)))
+        see(watch, 50)
+        assert (f"in {PATIENCE} steps" in capsys.readouterr().out) == (acted == 0.0)
+
+
+@pytest.mark.parametrize("changes", [{"push": "poe"}, {"push": "none"}, {"lam": 0.0}])
+def test_what_h_does_not_gate_is_not_watched(
+    changes: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hinge.dist, "get_rank", lambda: 0)
+    watch = HingeWatch(0, RunConfig(objective=ObjectiveConfig(**changes)))
     see(watch, PATIENCE)
     watch.end()
     assert capsys.readouterr().out == ""
@@ -50,5 +80,5 @@ def test_other_ranks_and_runs_without_a_step_are_silent(
 ) -> None:
     watch.end()
     monkeypatch.setattr(hinge.dist, "get_rank", lambda: 1)
-    see(watch, PATIENCE)
+    see(HingeWatch(0, RunConfig()), PATIENCE)
     assert capsys.readouterr().out == ""

@@ -35,6 +35,7 @@ RANKS_TOLERANCE = 1e-6
 another micro batch (other padding, other order of sums), 2.2e-16 with the same one on two ranks."""
 FEW = 6
 DROPOUT: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "train__save_every": 2}
+GAP: dict[str, object] = {"objective__gap_every": 1, "objective__gap_samples": 2}
 AUTO: dict[str, object] = {"resume": "auto"}
 STAGES = ("zero2", "zero3_offload")
 """Of ds_configs/, besides zero3."""
@@ -66,6 +67,9 @@ def one_rank(world: World, trained: Path, folder: Path) -> Reports:
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
         Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, dry_run=False),
         Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3),
+        Job("gap", arguments(world, folder / "gap", **DROPOUT, **GAP), stop_after=2),
+        Job("silent", arguments(world, folder / "silent", train__steps=1, objective__mu=0.99)),
+        Job("misspelt", arguments(world, folder / "misspelt", objective__push="marign")),
         Job("again", arguments(world, untouched)),
         Job("other-rank", arguments(world, untouched, model__lora_rank=4, **AUTO)),
         Job("contradiction", arguments(world, folder / "none", contradiction)),
@@ -237,6 +241,9 @@ def test_two_ranks_resume_each_with_its_own_dropout(two_ranks: Reports, folder: 
 def test_other_stages_train_and_save_as_zero3_does(one_rank: Reports, trained: Path, folder: Path, name: str) -> None:
     assert one_rank[name][0] == {"error": None, "updates": 3, "injected": None}
     assert_same_curve(read_metrics(folder / name), read_metrics(trained)[:3])
+    for line, zero3 in zip(read_metrics(folder / name), read_metrics(trained)[:3], strict=True):
+        for group in ("grad_norm_lora", "grad_norm_geometry"):
+            assert line[group] == pytest.approx(zero3[group], rel=10 * RANKS_TOLERANCE)
     ours = load_file(folder / name / "checkpoints" / "step-000003" / "trainable.safetensors")
     theirs = load_file(trained / "checkpoints" / f"step-{STEPS:06d}" / "trainable.safetensors")
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in theirs.items()}
@@ -246,6 +253,25 @@ def test_other_stages_train_and_save_as_zero3_does(one_rank: Reports, trained: P
 def test_the_dry_run_changes_nothing(one_rank: Reports, folder: Path) -> None:
     assert one_rank["no-dry-run"][0] == {"error": None, "updates": 2, "injected": None}
     assert exact(read_metrics(folder / "no-dry-run")) == exact(read_metrics(folder / "dropout"))[:2]
+
+
+def test_measuring_the_gap_changes_nothing(one_rank: Reports, folder: Path) -> None:
+    assert one_rank["gap"][0]["error"] is None
+    metrics = read_metrics(folder / "gap")
+    assert len(metrics) == 2 and all({"gap_s_teacher", "gap_s_greedy", "gap_abs"} <= set(line) for line in metrics)
+    assert exact(metrics) == exact(read_metrics(folder / "dropout"))[:2]
+
+
+def test_a_silent_hinge_is_warned_of_at_the_end(one_rank: Reports, folder: Path) -> None:
+    assert one_rank["silent"][0]["error"] is None
+    printed = (folder / "one" / "output.txt").read_text()
+    assert "warning: in 1 steps no sample's shortcut answer was above objective.mu = 0.99" in printed
+    assert printed.count("warning: in ") == 1  # the other runs' hinges act
+
+
+def test_a_misspelt_reading_is_refused_by_name(one_rank: Reports, folder: Path) -> None:
+    assert_one_sentence(one_rank["misspelt"][0]["error"], "objective.push is 'marign'", "margin", "poe")
+    assert not (folder / "misspelt").exists()
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten(one_rank: Reports, trained: Path, folder: Path) -> None:
@@ -324,7 +350,8 @@ def test_an_unknown_key_of_a_recipe_is_refused_by_name(tmp_path: Path, capsys: p
 def test_fifty_steps_of_every_reading(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends finite and writes its metrics; readings with a gradient end elsewhere than plain fine-tuning."""
     monkeypatch.setattr("runs.TIMEOUT", 7000)
-    changes: dict[str, object] = {"train__steps": 50, "train__save_every": 50, "objective__gap_every": 25}
+    gap: dict[str, object] = {"objective__gap_every": 25, "objective__gap_samples": 4}
+    changes: dict[str, object] = {"train__steps": 50, "train__save_every": 50, **gap}
     names = list(PUSH_TERMS)
     jobs = [Job(name, arguments(world, tmp_path / name, objective__push=name, **changes)) for name in names]
     reports = run_jobs(1, tmp_path / "jobs", jobs)

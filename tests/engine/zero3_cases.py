@@ -115,10 +115,9 @@ def whole_gradients(case: Case, config: Any, front: Any, samples: dict[str, Any]
 
     model = build_model(config.model, torch.device("cpu"), 1)
     awaken(model)
-    if config.train.activation_checkpointing:
-        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.base.enable_input_require_grads()
     tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
+    # Whole and without checkpointing, whatever the case does.
     step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
     stats = []
     for rank in range(len(case.ranks)):

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config import ModelConfig, load_config
-from w2r2_ds.export.adapter import MERGER, load_merger_tensors
 from w2r2_ds.export.vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.loading import INDEX, WEIGHTS, load_vggt
 from w2r2_ds.geometry.vggt import VGGT, VGGTConfig
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.fusion import GeometryMerger
+from w2r2_ds.models.merger_file import MERGER
 from w2r2_ds.models.tiny import build_tiny_vlm
 from w2r2_ds.models.vlm import VisionSpec, load_tokenizer, load_vlm
 from w2r2_ds.models.vlm import load_config as load_vlm_config
@@ -134,11 +134,11 @@ def test_its_options_build_the_model(source: Path, geometry: tuple[VGGT, Geometr
         geometry_layer=SIZES.depth - 2,
         reference_frame="last",
         merger_hidden=MERGER_HIDDEN,
+        merger=str(tmp_path / "out" / MERGER),
         fusion="add",
     )
     config.dtype = "float32"
     model = build_model(config, torch.device("cpu"), seed=0)
-    load_merger_tensors(model, load_file(tmp_path / "out" / MERGER))
     images = torch.rand(3, 3, 28, 56, generator=torch.Generator().manual_seed(1))
     features = VGGTEncoder(geometry[0], 1, "last").encode(images)
     assert torch.equal(model.geometry.encode(images), features)
@@ -271,3 +271,15 @@ def test_tensors_of_the_public_vggt_tell_the_default_sizes() -> None:
     shapes = json.loads(PUBLIC_KEYS.read_text())["shapes"]
     tensors = {f"vggt.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
     assert vggt_config(split_state(tensors)["vggt"]) == VGGTConfig()
+
+
+def test_a_merger_of_other_sizes_is_refused_by_name(source: Path, tmp_path: Path) -> None:
+    config = import_vgllm(source, tmp_path / "out")
+    config.dtype, config.merger_hidden = "float32", MERGER_HIDDEN + 1
+    with pytest.raises(
+        ValueError, match=r"geometry_merger\.safetensors: mlp\.\d\.\w+ has shape .*model\.merger_hidden"
+    ):
+        build_model(config, torch.device("cpu"), seed=0)
+    config.merger = str(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors: cannot read the geometry merger"):
+        build_model(config, torch.device("cpu"), seed=0)

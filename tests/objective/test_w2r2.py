@@ -16,7 +16,7 @@ from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.objective.w2r2 import STATS, Outputs, read_shortcut, sample_weights, w2r2_loss
 
 HIDDEN = 8
-GATED = ("literal", "reweight", "downweight", "margin", "soft_iou", "representation")
+GATED = [name for name, reading in PUSH_TERMS.items() if reading.gated]
 
 
 @dataclass

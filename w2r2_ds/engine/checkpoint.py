@@ -32,7 +32,8 @@ TENSORS = "trainable.safetensors"
 DESCRIPTION = "checkpoint.json"
 MAY_CHANGE = (
     frozenset(f"data.{name}" for name in ("root", "workers"))
-    | frozenset(f"model.{name}" for name in ("vlm", "vggt", "attention"))
+    | frozenset(f"model.{name}" for name in ("vlm", "vggt", "merger", "attention"))
+    | frozenset(f"objective.{name}" for name in ("gap_every", "gap_samples"))
     | frozenset(f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard"))
 )
 """Options that a resumed run may change: where things lie, and what leaves the losses alone up to rounding."""

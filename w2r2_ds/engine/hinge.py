@@ -1,48 +1,67 @@
-"""Warns of a run in which the hinge never acts: then every h-gated push term trains as `none` does."""
+"""Warns of a run in which the hinge never acts: then an h-gated push term trains as `none` does."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import torch.distributed as dist
 
 from w2r2_ds.config import RunConfig
+from w2r2_ds.engine.metrics import FILE, read_lines
+from w2r2_ds.objective.push import find_reading
 
 PATIENCE = 100
 """Optimizer steps without a sample above mu after which to warn, once."""
 
 
 class HingeWatch:
-    """Looks at ``above_mu`` of every step; rank 0 speaks.
+    """Looks at ``above_mu`` of every step, those before a resume among them; rank 0 speaks.
 
     Args:
         start: step that the run goes on from.
-        config: of the run.
+        config: of the run; readings that h does not gate, and those without weight, are not watched.
     """
 
     def __init__(self, start: int, config: RunConfig) -> None:
-        self.start, self.objective = start, config.objective
+        self.objective = config.objective
+        gated = find_reading(config.objective.push).gated and config.objective.lam > 0
+        self.watching = gated and dist.get_rank() == 0
         self.acted = self.warned = False
-        self.steps = self.highest = 0.0
+        self.steps, self.highest = 0, 0.0
+        log = Path(config.out) / FILE
+        if self.watching and start and log.exists():
+            for step, line in read_lines(log):
+                if step <= start:
+                    self.note(json.loads(line))
 
-    def see(self, step: int, metrics: dict[str, float]) -> None:
-        """Take note of a step."""
-        self.steps = step - self.start
-        self.acted = self.acted or metrics["above_mu"] > 0
-        self.highest = max(self.highest, metrics["s_short"])
+    def see(self, metrics: dict[str, float]) -> None:
+        """Take note of a step that has just ended."""
+        if not self.watching:
+            return
+        self.note(metrics)
         if self.steps == PATIENCE:
             self.warn()
 
     def end(self) -> None:
-        """At the end of the run, warn if it was too short to have been warned of."""
-        self.warn()
+        """At the end of a run that was too short for its patience, warn all the same."""
+        if self.watching and self.steps:
+            self.warn()
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.acted = self.acted or metrics["above_mu"] > 0
+        self.highest = max(self.highest, metrics["s_short"])
 
     def warn(self) -> None:
         """Say once that h > 0 has not happened."""
-        if self.acted or self.warned or not self.steps or dist.get_rank() != 0:
+        if self.acted or self.warned:
             return
         self.warned = True
         print(
-            f"warning: in {self.steps:.0f} steps no sample's shortcut answer was above objective.mu = "
-            f"{self.objective.mu} (highest mean s {self.highest:.3f}), so push {self.objective.push} may have done "
-            "nothing; lower mu, or train the 2D-only model first.",
+            f"warning: in {self.steps} steps no sample's shortcut answer was above objective.mu = {self.objective.mu} "
+            f"(highest mean s {self.highest:.3f}), so push {self.objective.push} has done nothing yet; lower mu, or "
+            "train the 2D-only model first.",
             flush=True,
         )

@@ -35,7 +35,7 @@ from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push import find_reading
 from w2r2_ds.objective.scorer import Scorer
-from w2r2_ds.objective.w2r2 import STATS, sample_weights
+from w2r2_ds.objective.w2r2 import LOSS_PARTS, STATS, sample_weights
 
 
 @dataclass
@@ -79,7 +79,7 @@ def train(config: RunConfig, ds_path: str) -> Path:
             metrics |= throughput(micro_batches, time.perf_counter() - started)
             if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
                 metrics |= run.gap.measure(run.engine)
-            hinge.see(step + 1, metrics)
+            hinge.see(metrics)
             logger.log(step + 1, metrics)
             if (step + 1) % config.train.save_every == 0 or step + 1 == config.train.steps:
                 checkpoint = save_checkpoint(run.engine, config, step + 1, metrics)
@@ -104,7 +104,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
             metrics |= group_norms(run.groups, run.device)
         engine.step()
     norm = engine.get_global_grad_norm()
-    metrics["grad_norm"] = float(norm) if norm is not None else 0.0
+    parts = [metrics[f"grad_norm_{name}"] for name in run.groups]
+    metrics["grad_norm"] = math.hypot(*parts) if norm is None else float(norm)  # DeepSpeed has none without ZeRO
     if not math.isfinite(metrics["grad_norm"]):
         # The norm is global: every rank stops here. ZeRO skipped the update.
         named = ", ".join(identity for batch in micro_batches for identity in batch.ids)
@@ -131,10 +132,14 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
     """
     weights = torch.cat([sample_weights(batch, reduction) for batch in micro_batches]).to(stats.device)
     finite = torch.isfinite(stats[:, 0])
-    sums = (stats.double() * weights[:, None]).sum(0)
-    packed = torch.cat([sums, (~finite).sum()[None].double()])
+    # What is in the loss is weighed as the loss is; everything else counts per sample.
+    by_loss = torch.tensor([name in LOSS_PARTS for name in STATS], device=stats.device)
+    values = stats.double()
+    sums = torch.where(by_loss, (values * weights[:, None]).sum(0), values.sum(0))
+    count = torch.tensor([float(len(stats))], dtype=torch.float64, device=stats.device)
+    packed = torch.cat([sums, count, (~finite).sum()[None].double()])
     dist.all_reduce(packed)
-    *means, bad = packed.tolist()
+    *totals, samples, bad = packed.tolist()
     if bad:
         ids = [identity for batch in micro_batches for identity in batch.ids]
         mine = [identity for identity, good in zip(ids, finite.tolist(), strict=True) if not good]
@@ -142,7 +147,7 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
         dist.all_gather_object(everyone, mine)
         named = [identity for rank in everyone for identity in rank]
         raise FloatingPointError(f"The loss is not finite; stopped before the update. Samples: {', '.join(named)}.")
-    return {name: value / total for name, value in zip(STATS, means, strict=True)}
+    return {name: value / (total if name in LOSS_PARTS else samples) for name, value in zip(STATS, totals, strict=True)}
 
 
 def dry_run(run: Run, batch: Batch) -> None:
@@ -171,22 +176,22 @@ def throughput(micro_batches: list[Batch], seconds: float) -> dict[str, float]:
 def set_up(config: RunConfig, ds_path: str) -> Run:
     """Everything that can fail for a reason the user can mend happens here."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    continued = continue_from(config)
-    dtype = resolve_dtype(config.model.dtype)
-    ds_config = resolve_ds_config(
-        load_ds_config(ds_path),
-        path=ds_path,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        world_size=world,
-        bf16=dtype == torch.bfloat16,
-    )
-    front = load_front(config.model)
-    check_objective(config, front)
-    samples, dropped = load_samples(config.data, "train")
-    if rank == 0:
-        print(f"training samples: {len(samples)}; dropped: {dropped or 'none'}", flush=True)
-    with together():
+    with together():  # what only one node lacks stops all of them
+        continued = continue_from(config)
+        dtype = resolve_dtype(config.model.dtype)
+        ds_config = resolve_ds_config(
+            load_ds_config(ds_path),
+            path=ds_path,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            world_size=world,
+            bf16=dtype == torch.bfloat16,
+        )
+        front = load_front(config.model)
+        check_objective(config, front)
+        samples, dropped = load_samples(config.data, "train")
+        if rank == 0:
+            print(f"training samples: {len(samples)}; dropped: {dropped or 'none'}", flush=True)
         check_frames(samples, rank, world)
     device = torch.device(get_accelerator().current_device_name())
     # transformers partitions the weights while it loads them as long as this object lives.
@@ -221,8 +226,10 @@ def check_objective(config: RunConfig, front: Front) -> None:
     """Refuse, before weights are loaded, a push term that is none, or one that this tokenizer cannot serve."""
     if find_reading(config.objective.push).boxes:
         require_digit_slots(front.tokenizer, f"objective.push {config.objective.push}")
-    if config.objective.shortcut_decode == "teacher" or config.objective.gap_every:
+    if config.objective.shortcut_decode == "teacher":
         require_digit_slots(front.tokenizer, "objective.shortcut_decode teacher")
+    if config.objective.gap_every:
+        require_digit_slots(front.tokenizer, "objective.gap_every")
 
 
 def continue_from(config: RunConfig) -> Path | None:
@@ -237,16 +244,17 @@ def continue_from(config: RunConfig) -> Path | None:
 def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> Any:
     """Wrap the step in DeepSpeed, with AdamW and a cosine schedule over two parameter groups."""
     decoder_layer = type(model.base.model.language_model.layers[0])
-    if config.train.activation_checkpointing:
-        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Decoder layers are gathered whole; DeepSpeed then needs their input to require grad.
-    model.base.enable_input_require_grads()
-    if find_reading(config.objective.push).blocked:  # a leaf with two graphs would reduce its gradients twice
-        set_z3_leaf_modules(model, [decoder_layer])
     rows = model.base.config.get_text_config().vocab_size
     scorer = Scorer(token_tables(front.tokenizer, rows).to(device), front.tokenizer, config.objective)
     step = W2R2Step(model, config, scorer)
     step.train()
+    if config.train.activation_checkpointing:
+        options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}
+        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # Decoder layers are gathered whole; DeepSpeed then needs their input to require grad.
+    model.base.enable_input_require_grads()
+    if find_reading(config.objective.push).blocked:  # a leaf with two graphs would reduce its gradients twice
+        set_z3_leaf_modules(model, [decoder_layer])
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)
     steps = config.train.steps
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.train.warmup * steps), steps)

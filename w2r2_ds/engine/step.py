@@ -7,7 +7,7 @@ calls the same modules in the same order, whatever its batch holds: a batch with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.objective.w2r2 import Outputs, Shortcut, read_shortcut, w2r2_loss
 
 SLACK = 16
-"""Tokens that a decoded answer may have more than the longest label of its batch; a longer one is cut."""
+"""Tokens that a decoded answer may have more than its label; a longer one is cut."""
 
 
 class W2R2Step(nn.Module):
@@ -87,13 +87,24 @@ class W2R2Step(nn.Module):
     def decode(self, batch: Batch, visual: Any) -> list[str]:
         """Greedy answers of every sample; all ranks together, for ZeRO-3 gathers the weights once per token."""
         assert batch.prompts is not None, "the loader makes prompts where answers are decoded"
-        longest = int(batch.answer_rows.sample.bincount().max()) + SLACK
+        longest = (batch.answer_rows.sample.bincount(minlength=len(batch.ids)) + SLACK).tolist()
         synced = dist.is_initialized() and dist.get_world_size() > 1
         tokenizer = self.scorer.tokenizer
         tokens = greedy_tokens(
-            self.model.base, batch.prompts, batch.visuals, visual, tokenizer, longest, self.video_fps, synced
+            self.model.base, batch.prompts, batch.visuals, visual, tokenizer, max(longest), self.video_fps, synced
         )
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+        # Each at its own length: what a sample's neighbours are must not matter.
+        return [
+            tokenizer.decode(ids[:most], skip_special_tokens=True) for ids, most in zip(tokens, longest, strict=True)
+        ]
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For torch's checkpointing: a layer that ran without dropout is computed again without it.
+
+        A shortcut with a graph (`unblocked`) is computed again in the backward pass, long after `without_dropout`.
+        """
+        off = bool(self.dropouts) and not self.dropouts[0].training
+        return nullcontext(), self.without_dropout() if off else nullcontext()
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:

@@ -22,12 +22,11 @@ from w2r2_ds.config import RunConfig, from_tree, relocated
 from w2r2_ds.config import load_config as load_run_config
 from w2r2_ds.engine.checkpoint import DESCRIPTION, find_checkpoint, load_trainable, refuse_other_model
 from w2r2_ds.models.build import build_model, fingerprint
+from w2r2_ds.models.merger_file import MERGER, load_merger, merger_tensors
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.versions import versions
 
 ADAPTER_CARD = "w2r2_card.json"
-MERGER = "geometry_merger.safetensors"
-FUSION = "fusion."
 
 
 def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> Path:
@@ -57,20 +56,6 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | No
     refuse_empty(aside)
     os.replace(aside, out)
     return out
-
-
-def merger_tensors(model: W2R2) -> dict[str, torch.Tensor]:
-    """Tensors of the merger by their own names, those of the fusion below `FUSION`; `add` has none."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.geometry_merger.state_dict().items()}
-    return tensors | {FUSION + name: tensor.detach().contiguous() for name, tensor in model.fusion.state_dict().items()}
-
-
-def load_merger_tensors(model: W2R2, tensors: dict[str, torch.Tensor]) -> None:
-    """The reverse of `merger_tensors`, strictly: a name too many or too few is an error."""
-    fusion = {name.removeprefix(FUSION): tensor for name, tensor in tensors.items() if name.startswith(FUSION)}
-    merger = {name: tensor for name, tensor in tensors.items() if not name.startswith(FUSION)}
-    model.geometry_merger.load_state_dict(merger, strict=True)
-    model.fusion.load_state_dict(fusion, strict=True)
 
 
 def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
@@ -108,5 +93,5 @@ def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
     refuse_other_model(described["model"], model, path / ADAPTER_CARD)
     plain = cast(PeftModel, model.vlm).unload()
     model.vlm = PeftModel.from_pretrained(plain, str(path), autocast_adapter_dtype=False)
-    load_merger_tensors(model, load_file(path / MERGER))
+    load_merger(model, path / MERGER)
     return model

@@ -27,11 +27,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from w2r2_ds.config import ModelConfig
-from w2r2_ds.export.adapter import MERGER
 from w2r2_ds.geometry.encoder import REFERENCE_FRAMES
 from w2r2_ds.geometry.loading import CONFIG, HEADS, read_json, save_vggt, weight_files
 from w2r2_ds.geometry.vggt import VGGT, VGGTConfig
 from w2r2_ds.models.fusion import GeometryMerger
+from w2r2_ds.models.merger_file import MERGER
 from w2r2_ds.models.vlm import VisionSpec, load_tokenizer, meta_model
 
 T = TypeVar("T")
@@ -88,6 +88,7 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
         "geometry_layer": vggt.config.depth - 2,  # VG-LLM takes the last layer but one
         "reference_frame": own["reference_frame"],
         "merger_hidden": own["vggt_merger_hidden_dim"],
+        "merger": str(out.absolute() / MERGER),
         "fusion": "add",
     }
     aside = out.with_name(out.name + ".partial")

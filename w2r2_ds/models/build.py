@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from w2r2_ds.geometry.loading import load_vggt
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.identity import weights_identity
 from w2r2_ds.models.lora import add_lora
+from w2r2_ds.models.merger_file import load_merger
 from w2r2_ds.models.phi import fusion_name, make_fusion
 from w2r2_ds.models.vlm import VisionSpec, load_tokenizer, load_vlm, meta_model
 from w2r2_ds.models.w2r2 import W2R2
@@ -54,7 +56,13 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     """
     dtype = resolve_dtype(config.dtype)
     vlm = load_vlm(config.vlm, dtype, config.attention)
-    hidden = vlm.config.get_text_config().hidden_size
+    text = vlm.config.get_text_config()
+    hidden, attention_dropout = text.hidden_size, getattr(text, "attention_dropout", 0.0)
+    if attention_dropout:
+        raise ValueError(
+            f"{config.vlm}/config.json: attention_dropout is {attention_dropout}; set it to 0, the shortcut pass must "
+            "have no dropout."
+        )
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     vggt = load_vggt(config.vggt)
@@ -68,6 +76,8 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero)
     model.weights = {"vlm_weights": weights_identity(config.vlm), "vggt_weights": weights_identity(config.vggt)}
+    if config.merger:
+        load_merger(model, Path(config.merger))
     return model
 
 

@@ -236,6 +236,7 @@ class Reading:
 
     Attributes:
         term: the pure function.
+        gated: whether it needs h > 0 to do anything.
         distribution: the shortcut's whole distribution.
         states: hidden states of both passes.
         boxes: expected boxes, hence a tokenizer that splits digits.
@@ -243,6 +244,7 @@ class Reading:
     """
 
     term: Callable[[PushInputs], Tensor]
+    gated: bool = False
     distribution: bool = False
     states: bool = False
     boxes: bool = False
@@ -251,13 +253,13 @@ class Reading:
 
 PUSH_TERMS: dict[str, Reading] = {
     "none": Reading(none),
-    "literal": Reading(literal),
-    "reweight": Reading(reweight),
-    "downweight": Reading(downweight),
-    "margin": Reading(margin),
+    "literal": Reading(literal, gated=True),
+    "reweight": Reading(reweight, gated=True),
+    "downweight": Reading(downweight, gated=True),
+    "margin": Reading(margin, gated=True),
     "pseudo_label": Reading(pseudo_label),
-    "soft_iou": Reading(soft_iou, boxes=True),
-    "representation": Reading(representation, states=True),
+    "soft_iou": Reading(soft_iou, gated=True, boxes=True),
+    "representation": Reading(representation, gated=True, states=True),
     "poe": Reading(poe, distribution=True),
     "unblocked": Reading(unblocked, boxes=True, blocked=False),
 }

@@ -145,6 +145,8 @@ def read_texts(predicted: torch.Tensor, batch: Batch, decode: Callable[[list[int
         if kind == "grounding":
             continue
         mine = [row for row, owner in enumerate(sample) if owner == index]
+        if not mine:  # every answer token is masked
+            continue
         tokens, end = [guess[row] for row in mine], label[mine[-1]]
         texts[index] = decode(tokens[: tokens.index(end)] if end in tokens else tokens)
     return texts

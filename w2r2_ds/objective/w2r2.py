@@ -29,6 +29,9 @@ STATS = (
 )
 """Columns of the per-sample statistics (docs/objective.md says how to read them)."""
 
+LOSS_PARTS = ("loss", "align", "push")
+"""Columns that `objective.reduction` weighs; the others are means over samples."""
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -51,7 +54,8 @@ class Shortcut:
         guess: ``[rows]`` int64 most likely token.
         label_log_p: ``[rows]`` float32 log-likelihood of the label.
         guess_log_p: ``[rows]`` float32 log-likelihood of the most likely token.
-        score: s of its answer.
+        score: s of its answer, decoded where answers are.
+        teacher: s of its teacher-forced answer, which is what the fused pass is compared with.
         log_p: ``[rows, vocabulary]`` float32, where the reading wants the whole distribution.
         states: of `Outputs`.
         iou: ``[batch]`` float64 IoU of the expected box, where the reading wants boxes.
@@ -61,6 +65,7 @@ class Shortcut:
     label_log_p: Tensor
     guess_log_p: Tensor
     score: Score
+    teacher: Score
     log_p: Tensor | None = None
     states: Tensor | None = None
     iou: Tensor | None = None
@@ -81,12 +86,13 @@ def read_shortcut(
         logits, states = logits.detach(), None if states is None else states.detach()
     log_p = torch.log_softmax(logits.float(), dim=-1)
     guess = logits.argmax(-1)
-    score = scorer.teacher(guess, batch) if answers is None else scorer.decoded(answers, batch)
+    teacher = scorer.teacher(guess, batch)
     return Shortcut(
         guess=guess,
         label_log_p=at(log_p, batch.answer_rows.label),
         guess_log_p=at(log_p, guess),
-        score=score,
+        score=teacher if answers is None else scorer.decoded(answers, batch),
+        teacher=teacher,
         log_p=log_p if reading.distribution else None,
         states=states,
         iou=expected_overlap(log_p, batch, scorer.tables)[0] if reading.boxes else None,
@@ -128,7 +134,7 @@ def w2r2_loss(
         "above_mu": hinge > 0,
         "s_short": s_short,
         "s_fused": fused.s,
-        "s_gain": fused.s - shortcut.score.s,
+        "s_gain": fused.s - shortcut.teacher.s,
         "invalid_short": ~shortcut.score.valid,
         "invalid_fused": ~fused.valid,
         "geometry_norm": torch.zeros_like(align) if geometry_norm is None else geometry_norm,

@@ -1,0 +1,66 @@
+"""The decode gap's means, on ranks that are played one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.engine import gap
+from w2r2_ds.engine.gap import DecodeGap
+
+S = {"four": (0.9, 0.5), "three": (0.2, 0.4), "twelve": (0.6, 0.0)}
+"""Teacher-forced and decoded s by sample."""
+
+
+class Engine:
+    """Answers for the step; notes what it was given and in which mode."""
+
+    def __init__(self) -> None:
+        self.training, self.seen = True, []
+
+    def eval(self) -> None:
+        self.training = False
+
+    def train(self) -> None:
+        self.training = True
+
+    def __call__(self, batch: Any, measure: bool) -> torch.Tensor:
+        assert measure and not self.training and batch.prompts is not None
+        self.seen.append(batch.ids)
+        return torch.tensor([S[identity] for identity in batch.ids])
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("wanted", [2, 3, 50])
+def test_means_over_the_same_samples_on_any_number_of_ranks(
+    samples: list[Any],
+    front: Any,
+    data_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    world: int,
+    micro: int,
+    wanted: int,
+) -> None:
+    """Every rank makes as many passes; what fills the last batches up counts once."""
+    config = RunConfig(
+        data=data_config(), objective=ObjectiveConfig(gap_samples=wanted), train=TrainConfig(micro_batch=micro, seed=3)
+    )
+    monkeypatch.setattr(gap.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(gap.dist, "all_reduce", lambda tensor: None)  # the ranks' shares are added below
+    engines, shares = [Engine() for _ in range(world)], []
+    for rank in range(world):
+        monkeypatch.setattr(gap.dist, "get_rank", lambda rank=rank: rank)
+        shares.append(DecodeGap(samples, front, config, torch.device("cpu")).measure(engines[rank]))
+        assert engines[rank].training
+    assert len({len(engine.seen) for engine in engines}) == 1
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(3)).tolist()[:wanted]
+    chosen = [S[samples[index].id] for index in order]
+    expected = {
+        "gap_s_teacher": sum(teacher for teacher, _ in chosen) / len(chosen),
+        "gap_s_greedy": sum(greedy for _, greedy in chosen) / len(chosen),
+        "gap_abs": sum(abs(teacher - greedy) for teacher, greedy in chosen) / len(chosen),
+    }
+    assert {name: sum(share[name] for share in shares) for name in expected} == pytest.approx(expected)

@@ -1,0 +1,47 @@
+"""s of mixed batches: every kind by its own measure, every option heard."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from w2r2_ds.config import ObjectiveConfig
+from w2r2_ds.objective.scorer import Scorer
+
+
+@pytest.mark.parametrize(
+    ("options", "caption", "answer"),
+    [
+        # "a red door" for "the red door": 2 of 3 words in order; without articles all of them.
+        ({}, pytest.approx(2 / 3), 0.0),
+        ({"caption_similarity": "token_f1"}, 1.0, 0.0),
+        # "two brown chairs" for "brown chairs": 2 common words of 3 and 2.
+        ({"answer_similarity": "token_f1"}, pytest.approx(2 / 3), pytest.approx(0.8)),
+    ],
+)
+def test_decoded_words_by_the_configured_measure(
+    batch_of: Any,
+    samples: list[Any],
+    caption_sample: Any,
+    answer_sample: Any,
+    tables: Any,
+    front: Any,
+    options: dict[str, Any],
+    caption: Any,
+    answer: Any,
+) -> None:
+    mixed = [samples[0], replace(caption_sample, answer="the red door"), replace(answer_sample, answer="brown chairs")]
+    scorer = Scorer(tables, front.tokenizer, ObjectiveConfig(**options))
+    score = scorer.decoded([samples[0].answer, "a red door", "two brown chairs"], batch_of(mixed))
+    assert score.s.tolist() == [pytest.approx(1, abs=0.05), caption, answer]
+    assert score.valid.tolist() == [True, True, True]
+
+
+def test_teacher_forced_labels_are_right_whatever_their_kind(
+    batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any, front: Any
+) -> None:
+    batch = batch_of([samples[0], caption_sample, answer_sample])
+    score = Scorer(tables, front.tokenizer, ObjectiveConfig()).teacher(batch.answer_rows.label, batch)
+    assert score.s.tolist() == [pytest.approx(1, abs=0.05), 1.0, 1.0] and score.valid.all()

@@ -1,0 +1,45 @@
+"""The geometry's trained tensors as a file: ``geometry_merger.safetensors``, of an export or of a VG-LLM import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from w2r2_ds.models.w2r2 import W2R2
+
+MERGER = "geometry_merger.safetensors"
+FUSION = "fusion."
+"""Prefix of the fusion's tensors; the merger's have their own names, which are VG-LLM's."""
+
+
+def merger_tensors(model: W2R2) -> dict[str, torch.Tensor]:
+    """Tensors of the merger by their own names, those of the fusion below `FUSION`; `add` has none."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.geometry_merger.state_dict().items()}
+    return tensors | {FUSION + name: tensor.detach().contiguous() for name, tensor in model.fusion.state_dict().items()}
+
+
+@torch.no_grad()
+def load_merger(model: W2R2, file: Path) -> None:
+    """Fill merger and fusion from a file, strictly, in the model's dtype.
+
+    Raises:
+        ValueError: the file cannot be read, or does not hold exactly these tensors.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: cannot read the geometry merger ({error}); copy the file again.") from error
+    own = merger_tensors(model)
+    for name in sorted(tensors.keys() ^ own.keys()):
+        where = "is missing in it" if name in own else "is in it but not in the model"
+        raise ValueError(f"{file}: {name} {where}; it belongs to another model.fusion.")
+    for name, target in own.items():
+        if tensors[name].shape != target.shape:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(target.shape)}; take "
+                "model.vlm, model.vggt and model.merger_hidden that it was trained with."
+            )
+        target.copy_(tensors[name])
