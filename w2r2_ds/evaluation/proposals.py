@@ -29,14 +29,19 @@ def refine(box: Sequence[float], proposals: Sequence[Sequence[float]]) -> tuple[
     """
     if not proposals:
         return tuple(box)
-    others = torch.tensor([_nine(proposal) for proposal in proposals], dtype=torch.float64)
-    own = torch.tensor([_nine(box)], dtype=torch.float64).expand_as(others)
+    others = torch.tensor([nine_numbers(proposal) for proposal in proposals], dtype=torch.float64)
+    own = torch.tensor([nine_numbers(box)], dtype=torch.float64).expand_as(others)
     ious = box_iou(own, others).numpy()
     best = int(np.argmax(ious))
     return tuple(proposals[best]) if ious[best] > 0 else tuple(box)
 
 
-def _nine(box: Sequence[float]) -> list[float]:
+def nine_numbers(box: Sequence[float]) -> list[float]:
+    """A box as ``data/boxes.py`` has it; without angles it is axis-aligned.
+
+    Raises:
+        ValueError: neither six nor nine numbers.
+    """
     if len(box) not in (6, 9):
         raise ValueError(f"A box must have six numbers (centre, size) or nine (and angles), not {len(box)}.")
     return [*map(float, box), 0.0, 0.0, 0.0][:9]

@@ -11,7 +11,12 @@ from functools import partial
 from typing import Any
 
 from w2r2_ds.evaluation import scan2cap, scanqa, scanrefer
-from w2r2_ds.evaluation.scanrefer_protocols import score_official, score_vgllm, score_video3dllm
+from w2r2_ds.evaluation.scanrefer_protocols import (
+    score_official,
+    score_vgllm,
+    score_vgllm_refined,
+    score_video3dllm,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,12 @@ _ALL = (
         partial(score_vgllm, angles="ZXY"),
         "As vgllm, but angles are read as the labels mean them, intrinsic ZXY.",
         "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scanrefer/utils.py, its two 'zxy' changed to 'ZXY'",
+    ),
+    _scanrefer(
+        "vgllm_refined",
+        score_vgllm_refined,
+        "As vgllm, but each box first gives way to the detected box of its scene that overlaps it most.",
+        "LaVi-Lab/VG-LLM, as its paper describes the numbers in parentheses; no public evaluator to compare with",
     ),
     _scan2cap(
         "scan2cap_original",

@@ -21,6 +21,7 @@ import torch
 from w2r2_ds.data.answers import AnswerError
 from w2r2_ds.data.iou import box_iou
 from w2r2_ds.evaluation.aabb import aabb_iou
+from w2r2_ds.evaluation.proposals import nine_numbers, refine
 from w2r2_ds.evaluation.scanrefer import IOU_DECIMALS, THRESHOLDS
 from w2r2_ds.evaluation.scanrefer_groups import MULTIPLE, OTHERS, UNIQUE, LabelMap, groups, nyu40_class, scannet_class
 from w2r2_ds.evaluation.vgllm_answer import READINGS, TURNS
@@ -129,6 +130,7 @@ def score_vgllm(
     poses: Mapping[str, np.ndarray],
     angles: str = "zxy",
     reading: str = "line",
+    proposals: Mapping[str, Sequence[Box]] | None = None,
 ) -> dict[str, Any]:
     """VG-LLM's evaluator of answers that name a frame and a box in its camera: oriented IoU, no groups.
 
@@ -142,12 +144,15 @@ def score_vgllm(
         poses: by the same key, ``[n, 4, 4]``: camera to axis-aligned world of the frames that the model saw.
         angles: ``zxy`` as the evaluator reads them, ``ZXY`` as the labels mean them (``vgllm_answer.TURNS``).
         reading: ``line`` as the evaluator reads texts, ``anywhere`` leniently (``vgllm_answer.READINGS``).
+        proposals: by scene; boxes are refined by them first (``proposals.refine``).
 
     Returns:
-        ``protocol``, ``angles``, ``reading``, ``count``, ``parsed`` (how many could be read), accuracies, ``items``.
+        ``protocol``, ``angles``, ``reading``, ``count``, ``parsed`` (how many could be read), accuracies, ``items``
+        (``iou``, ``box`` as it was compared, ``reason`` why it could not be read).
 
     Raises:
-        ValueError: unknown options, no descriptions, one twice, an answer to none of them, or poses missing.
+        ValueError: unknown options, no descriptions, one twice, an answer to none of them, or poses or a scene's
+            proposals missing.
     """
     _check(descriptions, answers)
     for name, value, choices in (("angles", angles, TURNS), ("reading", reading, READINGS)):
@@ -156,12 +161,16 @@ def score_vgllm(
     lost = [each.key for each in descriptions if np.shape(poses.get(each.key, ()))[1:] != (4, 4)]
     if lost:
         raise ValueError(f"{len(lost)} descriptions have no camera poses [n, 4, 4], the first is {lost[0]!r}.")
-    items = {
-        each.key: _answer_item(answers.get(each.key, ""), each.box, poses[each.key], angles, reading)
-        for each in descriptions
-    }
+    if proposals is not None:
+        bare = sorted({each.scene_id for each in descriptions} - proposals.keys())
+        if bare:
+            raise ValueError(f"{len(bare)} scenes have no proposals, the first is {bare[0]}.")
+    items = {}
+    for each in descriptions:
+        known = () if proposals is None else proposals[each.scene_id]
+        items[each.key] = _answer_item(answers.get(each.key, ""), each.box, poses[each.key], angles, reading, known)
     return {
-        "protocol": "vgllm",
+        "protocol": "vgllm" if proposals is None else "vgllm_refined",
         "angles": angles,
         "reading": reading,
         "count": len(items),
@@ -169,6 +178,18 @@ def score_vgllm(
         **accuracies(round(item["iou"], IOU_DECIMALS) for item in items.values()),
         "items": items,
     }
+
+
+def score_vgllm_refined(
+    descriptions: Sequence[Description],
+    answers: Mapping[str, str],
+    poses: Mapping[str, np.ndarray],
+    proposals: Mapping[str, Sequence[Box]],
+    angles: str = "zxy",
+    reading: str = "line",
+) -> dict[str, Any]:
+    """``score_vgllm`` after refinement by detected boxes; the arguments are its."""
+    return score_vgllm(descriptions, answers, poses, angles, reading, proposals)
 
 
 def accuracies(ious: Iterable[float]) -> dict[str, float | None]:
@@ -192,19 +213,18 @@ def _box_items(
     return items
 
 
-def _answer_item(text: str, truth: Box, poses: np.ndarray, angles: str, reading: str) -> dict[str, Any]:
+def _answer_item(
+    text: str, truth: Box, poses: np.ndarray, angles: str, reading: str, proposals: Sequence[Box]
+) -> dict[str, Any]:
     try:
         answer = READINGS[reading](text, len(poses))
     except AnswerError as error:
         return {"iou": 0.0, "box": None, "reason": error.reason}
     with np.errstate(over="ignore", invalid="ignore"):  # numbers as large as the world's: IoU 0
-        box = TURNS[angles](answer.box, np.asarray(poses[answer.frame], dtype=np.float64))
-    pair = torch.tensor([box.tolist(), [*truth, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    return {
-        "iou": float(box_iou(pair[:1], pair[1:])),
-        "box": box.tolist() if np.isfinite(box).all() else None,
-        "reason": None,
-    }
+        box = nine_numbers(refine(TURNS[angles](answer.box, np.asarray(poses[answer.frame])).tolist(), proposals))
+    pair = torch.tensor([box, nine_numbers(truth)], dtype=torch.float64)
+    iou = float(box_iou(pair[:1], pair[1:]))
+    return {"iou": iou, "box": box if np.isfinite(box).all() else None, "reason": None}
 
 
 def _check(descriptions: Sequence[Description], predictions: Mapping[str, Any]) -> None:
