@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from w2r2_ds.evaluation import scan2cap, scanqa, scanrefer
+from w2r2_ds.evaluation.captions import Score
 from w2r2_ds.evaluation.scanrefer_protocols import (
     score_official,
     score_vgllm,
@@ -160,7 +161,7 @@ def find_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def overall(acc_25: float, acc_50: float, bleu_4: float, cider: float, em: float) -> float:
+def overall(acc_25: Score, acc_50: Score, bleu_4: Score, cider: Score, em: Score) -> Score:
     """ "Overall" of the W2R2 paper's Table 2, in percent: the plain mean of five numbers of three tasks.
 
     overall = 100 (Acc@0.25 + Acc@0.5 + BLEU-4 + CIDEr + EM) / 5
@@ -172,5 +173,9 @@ def overall(acc_25: float, acc_50: float, bleu_4: float, cider: float, em: float
         acc_25, acc_50: ScanRefer's accuracies, fractions.
         bleu_4, cider: Scan2Cap's, as ``captions.py`` has them.
         em: ScanQA's exact match, a fraction.
+
+    Returns:
+        the mean, None where one of them was not computed.
     """
-    return 100 * (acc_25 + acc_50 + bleu_4 + cider + em) / 5
+    parts = [part for part in (acc_25, acc_50, bleu_4, cider, em) if part is not None]
+    return 100 * sum(parts) / 5 if len(parts) == 5 else None

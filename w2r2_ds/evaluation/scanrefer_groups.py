@@ -62,16 +62,12 @@ def groups(
         annotations: all of one split.
         labels: see ``LabelMap``.
         class_of: ``scannet_class`` or ``nyu40_class``.
-
-    Raises:
-        ValueError: one object is annotated under names of several classes.
     """
     classes: dict[tuple[str, str], int] = {}
     members: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
     for each in annotations:
-        key, number = (each.scene_id, each.object_id), class_of(each.object_name, labels)
-        if classes.setdefault(key, number) != number:
-            raise ValueError(f"Object {each.object_id} of {each.scene_id} is annotated under names of two classes.")
+        # As in ScanRefer, the first annotation of an object decides its class.
+        number = classes.setdefault((each.scene_id, each.object_id), class_of(each.object_name, labels))
         members[each.scene_id, number].add(each.object_id)
     return {
         (scene, name): UNIQUE if len(members[scene, number]) == 1 else MULTIPLE
