@@ -44,6 +44,10 @@ class Golden:
         """Key -> recorded tensor."""
         return load_file(self.path.with_suffix(".safetensors"))
 
+    def beside(self, part: str) -> Any:
+        """Content of the file that belongs to this one: ``scanqa.PART.json`` beside ``scanqa.expected.json``."""
+        return json.loads(self.path.with_name(self.path.name.replace("expected", part)).read_text(encoding="utf-8"))
+
     @property
     def tolerance(self) -> float:
         """The first number in exponent form of the file's statement, such as 1e-4."""
@@ -91,6 +95,42 @@ def is_qwen_images(record: dict[str, Any]) -> bool:
 def is_vgllm_run(record: dict[str, Any]) -> bool:
     """Runs of VG-LLM with all its weights."""
     return "grad_norm_and_sum" in record and "param/merger.ln_q.weight" in record.get("tensors", {})
+
+
+def is_scanrefer_scores(record: dict[str, Any]) -> bool:
+    """Scores that public evaluators of ScanRefer gave."""
+    return record.get("task") == "scanrefer" and "protocols" in record
+
+
+def is_scan2cap_scores(record: dict[str, Any]) -> bool:
+    """Likewise of Scan2Cap."""
+    return record.get("task") == "scan2cap" and "protocols" in record
+
+
+def is_scanqa_scores(record: dict[str, Any]) -> bool:
+    """Likewise of ScanQA."""
+    return record.get("task") == "scanqa" and "protocols" in record
+
+
+def is_caption_vectors(record: dict[str, Any]) -> bool:
+    """Small corpora of captions with all scores."""
+    vectors = record.get("vectors")
+    return isinstance(vectors, dict) and all({"references", "candidates"} <= set(each) for each in vectors.values())
+
+
+def is_tokenizer_pairs(record: dict[str, Any]) -> bool:
+    """Texts and what the PTB tokenizer makes of them."""
+    return _pairs_have(record, "text", "tokens")
+
+
+def is_clean_answer_pairs(record: dict[str, Any]) -> bool:
+    """Answers and what LEO's normalisation makes of them."""
+    return _pairs_have(record, "text", "clean")
+
+
+def _pairs_have(record: dict[str, Any], *keys: str) -> bool:
+    pairs = record.get("pairs")
+    return isinstance(pairs, list) and bool(pairs) and all(isinstance(p, dict) and set(keys) <= set(p) for p in pairs)
 
 
 def _results_have(record: dict[str, Any], *keys: str) -> bool:

@@ -7,7 +7,7 @@ ZXY throughout, IoU is exact (pytorch3d's is wrong for some nearly aligned boxes
 strictly as JSON (``data/answers.py``).
 
 An answer that cannot be read counts as IoU 0 and stays in the denominator. Hits are ``IoU >= k``, as in every reference
-implementation. Accuracies are fractions in 0..1.
+implementation. Accuracies are fractions in 0..1. Other projects' protocols: ``evaluation/protocol.py``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,148 @@
+"""ScanRefer's Acc@k against that of three public evaluators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from golden_files import Golden, find, is_scanrefer_scores
+from metric_cases import only, same_numbers
+from w2r2_ds.data.boxes import rotation_matrix
+from w2r2_ds.evaluation.protocol import find_protocol
+from w2r2_ds.evaluation.records import descriptions_from
+from w2r2_ds.evaluation.scanrefer_groups import OTHERS
+from w2r2_ds.evaluation.scanrefer_protocols import Description, official_scores, score_vgllm
+
+pytestmark = pytest.mark.golden
+
+FILES = find(is_scanrefer_scores)
+FILE = pytest.mark.parametrize("golden", FILES, ids=lambda golden: golden.name)
+VARIANTS = [
+    pytest.param(golden, variant, reading, id=f"{golden.name}-{variant}-{reading}")
+    for golden in FILES
+    for variant in golden.record["protocols"]["vgllm"]["scores"]
+    for reading in ("line", "anywhere")
+]
+VGLLM = pytest.mark.parametrize(("golden", "variant", "reading"), VARIANTS)
+
+
+def names(entry: dict[str, Any]) -> str:
+    return "|".join(entry[field] for field in ("scene_id", "object_id", "ann_id"))
+
+
+def descriptions(golden: Golden) -> list[Description]:
+    return descriptions_from(golden.beside("annotations"), golden.beside("scenes")["gt_boxes"])
+
+
+def predictions(golden: Golden, field: str) -> dict[str, Any]:
+    return {names(entry): entry[field] for entry in golden.beside("predictions")}
+
+
+def labels(golden: Golden) -> dict[str, tuple[int, str]]:
+    return {name: (number, word) for name, (number, word) in golden.beside("scenes")["label_map"].items()}
+
+
+def percent(block: dict[str, Any]) -> float:
+    """Ours are fractions."""
+    return 100.0 if block["options"]["unit"].startswith("percent") else 1.0
+
+
+def printed(scores: dict[str, Any]) -> dict[str, Any]:
+    """Recorded accuracies under our names."""
+    return {
+        name.removesuffix("iou"): printed(value) if isinstance(value, dict) else value for name, value in scores.items()
+    }
+
+
+def score(golden: Golden, name: str, kept: list[Description]) -> dict[str, Any]:
+    boxes = {key: box for key, box in predictions(golden, "box").items() if key in {each.key for each in kept}}
+    return find_protocol(f"scanrefer/{name}").score(kept, boxes, labels(golden), descriptions(golden))
+
+
+def with_box(golden: Golden) -> list[Description]:
+    boxes = predictions(golden, "box")
+    return [each for each in descriptions(golden) if boxes.get(each.key) is not None]
+
+
+@FILE
+def test_items(golden: Golden) -> None:
+    official = score(golden, "scanrefer_official", descriptions(golden))["items"]
+    other = score(golden, "video3dllm", descriptions(golden))["items"]
+    assert [names(item) for item in golden.record["items"]] == list(official) == list(other)
+    for expected in golden.record["items"]:
+        ours, theirs = official[names(expected)], other[names(expected)]
+        assert (ours["group"], ours["class"]) == (expected["unique_multiple_official"], expected["class_official"])
+        assert expected["others_official"] == (ours["class"] == OTHERS)
+        assert theirs["group"] == expected["unique_multiple_video3dllm"]
+        assert ours["iou"] == pytest.approx(expected["iou_aabb"], abs=1e-9)
+        assert theirs["iou"] == pytest.approx(expected["iou_aabb_video3dllm"], abs=1e-9)
+        for hit in (part for part in expected if part.startswith("hit@")):
+            assert (ours["iou"] >= float(hit.removeprefix("hit@"))) == expected[hit]
+
+
+@FILE
+def test_official(golden: Golden) -> None:
+    block = golden.record["protocols"]["scanrefer_official"]
+    only(
+        block,
+        *("reference", "options", "failed_counted_as_zero_box", "failed_left_out", "two_duplicated_predictions"),
+    )
+    everything = score(golden, "scanrefer_official", descriptions(golden))
+    rows = list(everything["items"].values())
+    for part, got in {
+        "failed_counted_as_zero_box": everything,
+        "failed_left_out": score(golden, "scanrefer_official", with_box(golden)),
+        "two_duplicated_predictions": official_scores([*rows, rows[0], rows[-1]]),
+    }.items():
+        same_numbers(printed(block[part]["scores"]), got["scores"], part, percent(block))
+        same_numbers(block[part]["counts"], got["counts"], part)
+
+
+@FILE
+def test_video3dllm(golden: Golden) -> None:
+    block = golden.record["protocols"]["video3dllm"]
+    only(block, "reference", "options", "failed_counted_as_zero_box", "failed_left_out")
+    for part, kept in {"failed_counted_as_zero_box": descriptions(golden), "failed_left_out": with_box(golden)}.items():
+        got = score(golden, "video3dllm", kept)
+        same_numbers(printed(block[part]), got, part, percent(block))
+
+
+def vgllm(golden: Golden, variant: str, reading: str) -> dict[str, Any]:
+    """The recorded names are FIELD|decode_ANGLES."""
+    field, _, angles = variant.partition("|decode_")
+    poses = {}
+    for each in descriptions(golden):
+        frames = golden.beside("scenes")["frames"][each.scene_id]
+        poses[each.key] = np.array(frames["axis_align_matrix"]) @ np.array(frames["cam2global"])
+    return score_vgllm(descriptions(golden), predictions(golden, field), poses, angles, reading)
+
+
+@VGLLM
+def test_vgllm(golden: Golden, variant: str, reading: str) -> None:
+    """With exact IoU: pytorch3d's, recorded beside it, is wrong for nearly aligned boxes."""
+    block = golden.record["protocols"]["vgllm"]
+    expected = block["scores"][variant]
+    got = vgllm(golden, variant, reading)
+    part = "with_exact_iou" if reading == "line" else "with_exact_iou_and_lenient_parsing"
+    same_numbers(printed(expected[part]), got, variant, percent(block))
+    assert got["count"] == expected["total"]
+    if reading == "line":
+        assert got["parsed"] == expected["parsed"]
+
+
+@VGLLM
+def test_vgllm_items(golden: Golden, variant: str, reading: str) -> None:
+    got = vgllm(golden, variant, reading)["items"]
+    for item in golden.record["items"]:
+        ours, expected = got[names(item)], item["vgllm"][variant]
+        parsed = expected["parsed"]
+        if reading == "anywhere" and "if_parsed_leniently" in expected:
+            expected, parsed = expected["if_parsed_leniently"], True
+        assert (ours["reason"] is None) == parsed, item["edge"]
+        assert ours["iou"] == pytest.approx(expected["iou_exact_float64"], abs=1e-6), item["edge"]
+        if parsed:
+            box = np.array(expected["pred_box_world"])
+            np.testing.assert_allclose(ours["box"][:6], box[:6], atol=1e-6)
+            np.testing.assert_allclose(rotation_matrix(ours["box"][6:]), rotation_matrix(box[6:]), atol=1e-5)

@@ -1,0 +1,75 @@
+"""ScanRefer's unique/multiple, by each map from names to classes.
+
+An object is *unique* if no other distinct annotated object of its scene has its class, else *multiple*. All annotations
+of a split decide, not only those that are scored. Two maps are in use and give other counts, mainly because the first
+puts walls, floors and refrigerators of NYU40's spelling into "others" and the second keeps walls and floors apart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from w2r2_ds.data.tasks.scanrefer import SCANNET_CLASSES
+
+LabelMap = Mapping[str, tuple[int, str]]
+"""Raw category -> (nyu40id, nyu40class), as in ``scannetv2-labels.combined.tsv``."""
+
+UNIQUE, MULTIPLE = "unique", "multiple"
+OTHERS = len(SCANNET_CLASSES)
+"""Class of everything that is none of ScanNet's 17 named ones."""
+
+VIDEO3DLLM_IDS = frozenset((*range(1, 13), 14, 16, 24, 28, 33, 34, 36, 39))
+OTHER_FURNITURE = 39
+
+
+class Annotated(Protocol):
+    """What is looked at of an annotation."""
+
+    @property
+    def scene_id(self) -> str: ...
+    @property
+    def object_id(self) -> str: ...
+    @property
+    def object_name(self) -> str: ...
+
+
+def scannet_class(object_name: str, labels: LabelMap) -> int:
+    """0..16 for ScanNet's named classes, 17 for others or unknown names.
+
+    daveredrum/ScanRefer ``lib/dataset.py``: ``_get_raw2label``, ``_get_unique_multiple_lookup``.
+    """
+    _, name = labels.get(object_name.replace("_", " "), (0, ""))
+    return SCANNET_CLASSES.index(name) if name in SCANNET_CLASSES else OTHERS
+
+
+def nyu40_class(object_name: str, labels: LabelMap) -> int:
+    """NYU40 id, 39 for ids outside ``VIDEO3DLLM_IDS`` or unknown names.
+
+    LaVi-Lab/Video-3D-LLM ``scripts/3d/preprocessing/process_scanrefer.py``: ``add_unique_multiple_labels_to_json``.
+    """
+    number, _ = labels.get(object_name.replace("_", " "), (OTHER_FURNITURE, ""))
+    return number if number in VIDEO3DLLM_IDS else OTHER_FURNITURE
+
+
+def groups(
+    annotations: Iterable[Annotated], labels: LabelMap, class_of: Callable[[str, LabelMap], int]
+) -> dict[tuple[str, str], str]:
+    """(scene, object) -> ``unique`` or ``multiple``.
+
+    Args:
+        annotations: all of one split.
+        labels: see ``LabelMap``.
+        class_of: ``scannet_class`` or ``nyu40_class``.
+    """
+    classes: dict[tuple[str, str], int] = {}
+    members: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
+    for each in annotations:
+        # As in ScanRefer, the first annotation of an object decides its class.
+        number = classes.setdefault((each.scene_id, each.object_id), class_of(each.object_name, labels))
+        members[each.scene_id, number].add(each.object_id)
+    return {
+        (scene, name): UNIQUE if len(members[scene, number]) == 1 else MULTIPLE
+        for (scene, name), number in classes.items()
+    }
