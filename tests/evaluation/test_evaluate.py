@@ -152,6 +152,12 @@ def test_a_checkpoint_with_torn_tensors_is_refused_by_name(trained: Path, tmp_pa
         evaluate(tmp_path / "run", tmp_path / "out")
 
 
+@pytest.mark.parametrize("option", ["limit", "batch_size", "max_new_tokens"])
+def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=f"--{option} is -1; it must be at least"):
+        evaluate(tmp_path / "nowhere", tmp_path, **{option: -1})  # type: ignore[arg-type]
+
+
 def test_a_folder_without_a_run_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path} holds no complete checkpoint"):
         evaluate(tmp_path, tmp_path / "out")

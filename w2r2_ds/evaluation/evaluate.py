@@ -76,6 +76,13 @@ def evaluate(
     Returns:
         The scores, as written.
     """
+    for option, value, least in (
+        ("limit", limit, 0),
+        ("batch_size", batch_size, 1),
+        ("max_new_tokens", max_new_tokens, 1),
+    ):
+        if value < least:
+            raise ValueError(f"--{option} is {value}; it must be at least {least}.")
     config, model, front = load_model(path, root, vlm, vggt)
     samples, _ = load_samples(config.data, "val")
     samples = samples[:limit] if limit else samples
