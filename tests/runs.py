@@ -44,7 +44,7 @@ class World:
             "demo.enabled": "false",
             "demo.warmup_steps": 100,
             "data.root": self.folder / "scenes",
-            "data.frames": 2,
+            "demo.frames": 2,
             "data.frame_width": 56,
             "model.vlm": self.folder / "vlm",
             "model.vggt": self.folder / "vggt",
@@ -70,11 +70,13 @@ def make_world(folder: Path) -> World:
     """Write the scenes and the models, or reuse what the same options wrote."""
     from w2r2_ds.config import load_config
     from w2r2_ds.data.synthetic.write import write_dataset
-    from w2r2_ds.demo import prepare_models
+    from w2r2_ds.demo import prepare_models, prepare_sets
 
     world = World(folder)
     write_dataset(folder / "scenes", 0, 2, 1, (160, 120), 6)
-    prepare_models(load_config(None, world.arguments(folder / "unused")))
+    config = load_config(None, world.arguments(folder / "unused"))
+    prepare_sets(config)
+    prepare_models(config)
     return world
 
 

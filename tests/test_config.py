@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from w2r2_ds.config import RECIPES, RunConfig, from_tree, load_config, parser, save_config
+from w2r2_ds.config import RECIPES, RunConfig, SourceConfig, from_tree, load_config, parser, save_config
 
 RECIPE = str(RECIPES / "scanrefer_3b.yaml")
 
@@ -32,7 +32,8 @@ def test_help_lists_every_option_with_its_default_and_a_sentence() -> None:
     options = [(f"{section}.{field}", value) for section, fields in sections.items() for field, value in fields.items()]
     options += [(name, value) for name, value in defaults.items() if name not in sections]
     for name, value in options:
-        said = text.split(f" --{name} ")[-1].split(" --")[0]
+        flag = f" --{name}+ " if isinstance(value, list) else f" --{name} "  # a list can be appended to
+        said = text.split(flag)[-1].split(" --")[0]
         assert f"default: {value})" in said, name
         assert re.search(r" \w+ .*\w+.*\. \(type", said), f"{name} has no sentence: {said}"
 
@@ -48,6 +49,21 @@ def test_the_command_line_wins_in_any_order(args: list[str]) -> None:
     config = load_config(overrides=args)
     assert config.train.steps == 5
     assert config.model.vlm == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def test_a_mixture_is_named_on_the_command_line() -> None:
+    config = load_config(overrides=["--data.train", "[{path: a, weight: 0.5}, {path: b, cap: 7}]"])
+    assert config.data.train == [SourceConfig("a", weight=0.5), SourceConfig("b", cap=7)]
+    assert config.data.val == [SourceConfig("prepared/scanrefer/val")]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [("[]", "names? at least one"), ("[{path: a, weight: 0}]", "a has weight 0"), ("[{path: a, cap: -1}]", "cap -1")],
+)
+def test_a_mixture_that_shows_nothing_is_refused(sources: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(overrides=["--data.train", sources])
 
 
 def test_an_abbreviated_config_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,14 +18,28 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass
+class SourceConfig:
+    """One prepared data set of a mixture.
+
+    Args:
+        path: folder that launchers/prepare.py wrote for one task and split, relative to data.root.
+        weight: how often an epoch shows each of its samples; of 0.5, a random half of them, another in every epoch.
+        cap: the most samples an epoch shows of it; 0 for no limit.
+    """
+
+    path: str
+    weight: float = 1.0
+    cap: int = 0
+
+
+@dataclass
 class DataConfig:
     """Where the data lie and what the model is shown of them.
 
     Args:
-        root: folder in ScanNet's layout (posed_images/, scans/, scannet_data/, ScanRefer/).
-        train: training annotations in ScanRefer's JSON format, relative to root.
-        val: validation annotations in ScanRefer's JSON format, relative to root.
-        frames: frames per sample.
+        root: folder in ScanNet's layout (posed_images/, scans/, ...; docs/data.md).
+        train: prepared training sets, a list of path, weight and cap.
+        val: prepared validation sets, all shown whole.
         frame_width: width in pixels to which a frame is resized; VGGT's own is 518. A multiple of the patch size.
         visual: every frame an `<image>` with its index, or all frames one `<video>`.
         video_fps: nominal rate of the sampled frames, for the temporal positions of a `<video>`.
@@ -34,9 +48,8 @@ class DataConfig:
     """
 
     root: str = "data/scannet"
-    train: str = "ScanRefer/ScanRefer_filtered_train.json"
-    val: str = "ScanRefer/ScanRefer_filtered_val.json"
-    frames: int = 24
+    train: list[SourceConfig] = field(default_factory=lambda: [SourceConfig("prepared/scanrefer/train")])
+    val: list[SourceConfig] = field(default_factory=lambda: [SourceConfig("prepared/scanrefer/val")])
     frame_width: int = 518
     visual: Literal["images", "video"] = "images"
     video_fps: float = 2.0
@@ -161,6 +174,7 @@ class DemoConfig:
         train_scenes: synthetic training scenes.
         val_scenes: synthetic validation scenes.
         frames_per_scene: frames rendered along each camera path.
+        frames: frames per sample.
         seed: of scenes and tiny model.
         warmup_steps: full-weight steps of the tiny language model on 2D input; stands for pre-training.
         warmup_batch: samples per warm-up step.
@@ -171,6 +185,7 @@ class DemoConfig:
     train_scenes: int = 48
     val_scenes: int = 12
     frames_per_scene: int = 16
+    frames: int = 4
     seed: int = 0
     warmup_steps: int = 240
     warmup_batch: int = 8
@@ -206,7 +221,6 @@ class RunConfig:
 def check(config: RunConfig) -> None:
     """Refuse values that cannot work, by name, before anything is loaded."""
     positive = {
-        "data.frames": config.data.frames,
         "data.frame_width": config.data.frame_width,
         "data.video_fps": config.data.video_fps,
         "model.lora_rank": config.model.lora_rank,
@@ -218,6 +232,7 @@ def check(config: RunConfig) -> None:
         "train.keep_last": config.train.keep_last,
         "train.lr": config.train.lr,
         "train.merger_lr": config.train.merger_lr,
+        "demo.frames": config.demo.frames,
         "demo.warmup_steps": config.demo.warmup_steps,
         "objective.gap_samples": config.objective.gap_samples,
         "demo.warmup_batch": config.demo.warmup_batch,
@@ -235,6 +250,14 @@ def check(config: RunConfig) -> None:
     for name, value in not_negative.items():
         if value < 0:
             raise ValueError(f"{name} is {value}; it cannot be negative.")
+    if not config.data.train:
+        raise ValueError("data.train is empty; name at least one prepared data set.")
+    for source in config.data.train:
+        if source.weight <= 0 or source.cap < 0:
+            raise ValueError(
+                f"data.train: {source.path} has weight {source.weight} and cap {source.cap}; a weight is "
+                "greater than 0, a cap is not negative."
+            )
     if not config.out:
         raise ValueError("out is empty; name the folder of the run.")
     if not 0 <= config.objective.mu < 1:
@@ -276,6 +299,8 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
         "demo": DemoConfig,
     }
     values = {name: kind(**tree[name]) for name, kind in sections.items()}
+    for name in ("train", "val"):
+        setattr(values["data"], name, [SourceConfig(**source) for source in tree["data"][name]])
     return RunConfig(out=tree["out"], resume=tree["resume"], **values)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from w2r2_ds.config import RunConfig
-from w2r2_ds.data.loading import load_samples
+from w2r2_ds.data.loading import load_mixture
 from w2r2_ds.data.synthetic.write import write_dataset
 from w2r2_ds.engine.warmup import warm_up
 from w2r2_ds.models.build import load_front
@@ -33,6 +33,25 @@ def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
         workers=workers,
     )
     print(written.message, flush=True)
+    prepare_sets(config)
+
+
+def prepare_sets(config: RunConfig) -> None:
+    """Bridge until launchers/prepare.py has its tasks."""
+    import json as j
+
+    from w2r2_ds.data import prepared
+    from w2r2_ds.data.tasks.scanrefer import build_samples
+
+    root = Path(config.data.root)
+    for split in ("train", "val"):
+        folder = root / "prepared" / "scanrefer" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        file = root / "ScanRefer" / f"ScanRefer_filtered_{split}.json"
+        samples, _ = build_samples(root, file, split, config.demo.frames)  # type: ignore[arg-type]
+        prepared.write_tables(folder, *prepared.tables(samples, root))
+        manifest = {"version": prepared.VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}}
+        (folder / prepared.MANIFEST).write_text(j.dumps(manifest))
 
 
 def prepare_models(config: RunConfig) -> None:
@@ -44,7 +63,7 @@ def prepare_models(config: RunConfig) -> None:
     vlm, vggt = Path(config.model.vlm), Path(config.model.vggt)
     options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))
     # What the warm-up does not depend on may change.
-    options["data"] = {name: options["data"][name] for name in ("root", "train", "frames", "frame_width", "visual")}
+    options["data"] = {name: options["data"][name] for name in ("root", "train", "frame_width", "visual")}
     if (vlm.name, vggt.name) != ("vlm", "vggt") or vlm.parent != vggt.parent:
         raise ValueError(
             f"demo.enabled makes tiny models FOLDER/vlm and FOLDER/vggt, but model.vlm is {vlm} and model.vggt {vggt}; "
@@ -60,7 +79,7 @@ def prepare_models(config: RunConfig) -> None:
         return
     aside = vlm.with_name(vlm.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    samples, _ = load_samples(config.data, "train")
+    samples = load_mixture(config.data, "train")
     build_tiny_vlm(aside, [f"{sample.question}\n{sample.answer}" for sample in samples], config.demo.seed)
     build_tiny_vggt(aside.with_name("vggt.partial"), config.demo.seed)
     model = load_vlm(str(aside), torch.float32, "sdpa")

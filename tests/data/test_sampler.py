@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import pytest
 
+from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 
 SIZE, GLOBAL = 13, 8
+
+
+def plain(size: int) -> Mixture:
+    """One data set, every sample once per epoch; the sampler looks at no sample."""
+    return Mixture([range(size)], [1.0], [0])  # type: ignore[list-item]
 
 
 def global_batches(world: int, accumulation: int, steps: int, start: int = 0, seed: int = 5) -> list[list[int]]:
     """Samples of every optimizer step, over all ranks."""
     micro = GLOBAL // world // accumulation
     result: list[list[int]] = [[] for _ in range(start, steps)]
-    samplers = [GlobalBatchSampler(SIZE, GLOBAL, micro, rank, world, steps, start, seed) for rank in range(world)]
+    samplers = [
+        GlobalBatchSampler(plain(SIZE), GLOBAL, micro, rank, world, steps, start, seed) for rank in range(world)
+    ]
     per_rank = [list(sampler) for sampler in samplers]
     for sampler, batches in zip(samplers, per_rank, strict=True):
         assert len(batches) == len(sampler) == (steps - start) * accumulation
@@ -44,15 +52,15 @@ def test_a_start_goes_on_exactly_even_with_another_split(start: int) -> None:
 
 def test_seeds_differ_and_repeat() -> None:
     assert global_batches(1, 1, 3, seed=1) != global_batches(1, 1, 3, seed=2)
-    sampler = GlobalBatchSampler(SIZE, GLOBAL, 4, 0, 2, 3)
+    sampler = GlobalBatchSampler(plain(SIZE), GLOBAL, 4, 0, 2, 3)
     assert list(sampler) == list(sampler)
 
 
 def test_fewer_samples_than_a_batch() -> None:
-    batches = list(GlobalBatchSampler(3, GLOBAL, GLOBAL, 0, 1, 3))
+    batches = list(GlobalBatchSampler(plain(3), GLOBAL, GLOBAL, 0, 1, 3))
     assert sorted(index for batch in batches for index in batch) == sorted(list(range(3)) * 8)
 
 
 def test_no_samples() -> None:
     with pytest.raises(ValueError, match="no samples"):
-        GlobalBatchSampler(0, GLOBAL, 1, 0, 1, 3)
+        GlobalBatchSampler(plain(0), GLOBAL, 1, 0, 1, 3)

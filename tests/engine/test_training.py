@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from runs import GOLDEN_LOSSES, SAVE_EVERY, STEPS, ZERO3, Job, World, read_metrics, run_jobs
 from w2r2_ds.config import load_config
-from w2r2_ds.data.loading import load_samples
+from w2r2_ds.data.loading import load_mixture
 from w2r2_ds.objective.push import PUSH_TERMS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -109,7 +109,7 @@ def cut_frame_root(world: World, folder: Path) -> Path:
     root = folder / "scenes"
     shutil.copytree(world.folder / "scenes", root)
     config = load_config(None, world.arguments(folder, data__root=root))
-    frames = list(dict.fromkeys(path for sample in load_samples(config.data, "train")[0] for path in sample.frames))
+    frames = list(dict.fromkeys(path for sample in load_mixture(config.data, "train") for path in sample.frames))
     frames[1].write_bytes(frames[1].read_bytes()[: frames[1].stat().st_size // 2])
     return root
 

@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 
 from launchers.evaluate import main as evaluate_cli
 from runs import STEPS, World
-from w2r2_ds.data.loading import load_samples, prompt_loader
+from w2r2_ds.data.loading import load_mixture, prompt_loader
 from w2r2_ds.engine.checkpoint import find_checkpoint
 from w2r2_ds.evaluation.evaluate import evaluate, load_model, predict
 from w2r2_ds.evaluation.generate import generate_answers
@@ -37,7 +37,7 @@ def loaded(trained: Path) -> Any:
 def prompts(loaded: Any) -> list[Any]:
     """Prompts of different lengths, of both splits."""
     config = loaded[0]
-    chosen = [*load_samples(config.data, "val")[0][:4], *load_samples(config.data, "train")[0][:2]]
+    chosen = [*load_mixture(config.data, "val")[:4], *load_mixture(config.data, "train")[:2]]
     assert len({len(sample.question) for sample in chosen}) > 1
     return chosen
 
@@ -103,7 +103,7 @@ def test_an_unknown_geometry_is_refused(loaded: Any, prompts: list[Any]) -> None
 
 def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: Path, tmp_path: Path) -> None:
     scores = evaluate(trained, tmp_path / "out", "fused", batch_size=8, max_new_tokens=TOKENS)
-    samples, _ = load_samples(loaded[0].data, "val")
+    samples = load_mixture(loaded[0].data, "val")
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions-fused.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [sample.id for sample in samples]
     assert all(line["text"] and line["tokens"] for line in lines)
@@ -115,7 +115,7 @@ def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: P
 def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: Path) -> None:
     scores = evaluate(trained, tmp_path, "zero", max_new_tokens=4, limit=2)
     config, model, front = loaded
-    samples, _ = load_samples(config.data, "val")
+    samples = load_mixture(config.data, "val")
     lines = [json.loads(line) for line in (tmp_path / "predictions-zero.jsonl").read_text().splitlines()]
     assert scores["overall"]["count"] == 2
     assert lines == predict(model, front, config, samples[:2], "zero", 2, 4)
@@ -217,7 +217,7 @@ def test_a_truncated_frame_is_found_before_the_first_answer(
     root = tmp_path / "scenes"
     shutil.copytree(elsewhere["root"], root)
     data = replace(loaded[0].data, root=str(root))
-    frame = load_samples(data, "val")[0][-1].frames[-1]
+    frame = load_mixture(data, "val")[-1].frames[-1]
     frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
     monkeypatch.setattr("w2r2_ds.evaluation.evaluate.predict", lambda *_: pytest.fail("an answer was asked for"))
     with pytest.raises(ValueError, match=f"Frame {frame} cannot be read"):

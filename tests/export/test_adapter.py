@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from runs import STEPS, World, read_metrics
 from w2r2_ds.config import RunConfig, save_config
-from w2r2_ds.data.loading import load_samples, prompt_loader
+from w2r2_ds.data.loading import load_mixture, prompt_loader
 from w2r2_ds.evaluation.evaluate import evaluate, load_model
 from w2r2_ds.export.adapter import adapter_config, export_adapter, load_adapter
 from w2r2_ds.models.build import build_model, fingerprint, trainable
@@ -35,7 +35,7 @@ def test_stock_peft_and_transformers_load_it(adapter: Path, trained: Path, world
 
     config, model, front = load_model(trained)
     plain = AutoModelForImageTextToText.from_pretrained(world.folder / "vlm", dtype=torch.float32).eval()
-    (batch,) = prompt_loader(load_samples(config.data, "val")[0][:3], front, config.data, 3)
+    (batch,) = prompt_loader(load_mixture(config.data, "val")[:3], front, config.data, 3)
     inputs = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,

@@ -13,18 +13,24 @@ from torch.utils.data import DataLoader, Dataset
 
 from w2r2_ds.config import DataConfig
 from w2r2_ds.data.collate import Batch, Collator, Positions
+from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.prepared import PreparedSet
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.data.tasks import scanrefer
 from w2r2_ds.models.build import Front
 from w2r2_ds.models.vlm import position_ids
 
 
-def load_samples(config: DataConfig, split: str) -> tuple[list[Sample], dict[str, int]]:
-    """Samples of a split and the counts of what was dropped, by reason."""
-    file = Path(config.root) / {"train": config.train, "val": config.val}[split]
-    return scanrefer.build_samples(config.root, file, split, config.frames)  # type: ignore[arg-type]
+def load_mixture(config: DataConfig, split: str) -> Mixture:
+    """The prepared data sets of a split.
+
+    Raises:
+        ValueError: one of them is missing or broken.
+    """
+    sources = {"train": config.train, "val": config.val}[split]
+    sets = [PreparedSet(Path(config.root) / source.path, config.root) for source in sources]
+    return Mixture(sets, [source.weight for source in sources], [source.cap for source in sources])
 
 
 class SampleDataset(Dataset[Features | ValueError]):

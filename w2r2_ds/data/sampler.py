@@ -7,27 +7,29 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from w2r2_ds.data.mixture import Mixture
+
 
 class GlobalBatchSampler(Sampler[list[int]]):
     """Yield this rank's micro-batches of sample indices, from optimizer step `start` to `steps`.
 
-    Sample position `step * global_batch + j` walks through one seeded permutation per epoch, so every sample is seen
-    once per epoch and the data position after a resume follows from the step alone.
+    Sample position `step * global_batch + j` walks through one order per epoch, so the data position after a resume
+    follows from the step alone.
 
     Args:
-        size: samples in the data set.
+        mixture: the samples, and what an epoch shows of them.
         global_batch: samples per optimizer step; a multiple of `micro_batch * world_size`.
         micro_batch: samples per forward per rank.
         rank: this process.
         world_size: number of processes.
         steps: last optimizer step, exclusive.
         start: first optimizer step.
-        seed: of the permutations.
+        seed: of the orders.
     """
 
     def __init__(
         self,
-        size: int,
+        mixture: Mixture,
         global_batch: int,
         micro_batch: int,
         rank: int,
@@ -36,10 +38,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
         start: int = 0,
         seed: int = 0,
     ) -> None:
-        if size == 0:
-            raise ValueError("The training set has no samples; see the counts of dropped items above.")
+        if mixture.epoch_size == 0:
+            raise ValueError("An epoch has no samples; raise the weights in data.train, or see its manifest.json.")
         assert global_batch % (micro_batch * world_size) == 0, "checked against the DeepSpeed configuration before"
-        self.size, self.global_batch, self.micro_batch = size, global_batch, micro_batch
+        self.mixture, self.global_batch, self.micro_batch = mixture, global_batch, micro_batch
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.start, self.steps = start, steps
 
@@ -48,14 +50,15 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
+        size = self.mixture.epoch_size
         stride = self.micro_batch * self.world_size
         for step in range(self.start, self.steps):
             for first in range(0, self.global_batch, stride):
                 begin = step * self.global_batch + first + self.rank * self.micro_batch
                 indices = []
                 for position in range(begin, begin + self.micro_batch):
-                    if position // self.size != epoch:
-                        epoch = position // self.size
-                        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-                    indices.append(int(order[position % self.size]))
+                    if position // size != epoch:
+                        epoch = position // size
+                        order = self.mixture.epoch(self.seed, epoch)
+                    indices.append(int(order[position % size]))
                 yield indices

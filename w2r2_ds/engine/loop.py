@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from w2r2_ds.config import RunConfig, save_config
 from w2r2_ds.data.check import check_frames
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import checked, load_samples, train_loader
+from w2r2_ds.data.loading import checked, load_mixture, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots, token_tables
 from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint, resume, save_checkpoint
@@ -189,9 +189,9 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
         )
         front = load_front(config.model)
         check_objective(config, front)
-        samples, dropped = load_samples(config.data, "train")
+        samples = load_mixture(config.data, "train")
         if rank == 0:
-            print(f"training samples: {len(samples)}; dropped: {dropped or 'none'}", flush=True)
+            print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
         check_frames(samples, rank, world)
     device = torch.device(get_accelerator().current_device_name())
     # transformers partitions the weights while it loads them as long as this object lives.
@@ -208,7 +208,7 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         save_config(config, Path(config.out) / "config.yaml")
     sampler = GlobalBatchSampler(
-        size=len(samples),
+        mixture=samples,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=rank,

@@ -5,7 +5,7 @@ A user brings a pretrained VLM; the demo has none, and without this an untrained
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,15 +15,13 @@ from transformers import get_cosine_schedule_with_warmup
 from w2r2_ds.config import DemoConfig, RunConfig
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.data.loading import checked, train_loader
-from w2r2_ds.data.sample import Sample
+from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.models.build import Front
 from w2r2_ds.models.w2r2 import answer_states, encode_visuals
 
 
-def warm_up(
-    vlm: Any, front: Front, samples: Sequence[Sample], config: RunConfig, report: Callable[[int, float], None]
-) -> None:
+def warm_up(vlm: Any, front: Front, samples: Mixture, config: RunConfig, report: Callable[[int, float], None]) -> None:
     """Train all weights of `vlm` in place on training samples, 2D only, float32, on the CPU.
 
     Args:
@@ -35,7 +33,7 @@ def warm_up(
     """
     demo: DemoConfig = config.demo
     sampler = GlobalBatchSampler(
-        len(samples),
+        samples,
         demo.warmup_batch,
         demo.warmup_batch,
         rank=0,

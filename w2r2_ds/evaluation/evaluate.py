@@ -12,7 +12,7 @@ import torch
 from w2r2_ds.config import RunConfig, relocated
 from w2r2_ds.config import load_config as load_run_config
 from w2r2_ds.data.check import check_frames
-from w2r2_ds.data.loading import load_samples, prompt_loader
+from w2r2_ds.data.loading import load_mixture, prompt_loader
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.engine.checkpoint import find_checkpoint, load_trainable
 from w2r2_ds.evaluation import scanrefer
@@ -84,8 +84,8 @@ def evaluate(
         if value < least:
             raise ValueError(f"--{option} is {value}; it must be at least {least}.")
     config, model, front = load_model(path, root, vlm, vggt)
-    samples, _ = load_samples(config.data, "val")
-    samples = samples[:limit] if limit else samples
+    mixture = load_mixture(config.data, "val")
+    samples = mixture[: limit or len(mixture)]
     check_frames(samples)
     records = predict(model, front, config, samples, geometry, batch_size, max_new_tokens)
     scores = scanrefer.summarise(records) | {"task": "scanrefer", "geometry": geometry, "checkpoint": str(path)}
