@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from w2r2_ds.data.boxes import world_to_camera
-from w2r2_ds.data.frames import best_frame, load_depth, uniform_frames
+from w2r2_ds.data.frames import best_frame, load_depth
 from w2r2_ds.data.sample import Sample, Target
 from w2r2_ds.data.scannet import Frame, Scene, check_scene_id, load_labels, load_scene
+from w2r2_ds.data.views import uniform
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -221,7 +222,7 @@ def _by_scene(annotations: list[Annotation]) -> dict[str, list[int]]:
 
 def _load_view(root: Path | str, scene_id: str, frame_count: int) -> _View:
     scene = load_scene(root, scene_id)
-    frames = uniform_frames(scene, frame_count)
+    frames = [scene.frames[i] for i in uniform(len(scene.frames), frame_count)]
     try:
         with Image.open(frames[0].color) as image:
             size = image.size
