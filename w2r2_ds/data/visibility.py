@@ -7,13 +7,13 @@ A *position* is an index into ``Scene.frames``; a frame's number in its file nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from w2r2_ds.data.embodiedscan import InfoInstance, ScanInfo
 from w2r2_ds.data.frames import MIN_VISIBLE_SHARE, clipped_corners, hull_area, load_depth, visible_share
 from w2r2_ds.data.iou import box_iou
 from w2r2_ds.data.scannet import Frame, Scene
@@ -23,30 +23,6 @@ MATCH_IOU = 0.5
 
 POSE_TOLERANCE = 0.05
 """Metres between two poses of one image: only rounding differs, while the next image is often centimetres away."""
-
-
-class InfoInstance(Protocol):
-    """What is needed of ``embodiedscan.InfoInstance``."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def box(self) -> np.ndarray: ...
-
-
-class ScanInfo(Protocol):
-    """What is needed of ``embodiedscan.ScanInfo``."""
-
-    @property
-    def scene_id(self) -> str: ...
-    @property
-    def axis_align(self) -> np.ndarray: ...
-    @property
-    def visible(self) -> Mapping[int, frozenset[int]]: ...
-    @property
-    def poses(self) -> Mapping[int, np.ndarray]: ...
-    @property
-    def instances(self) -> Sequence[InfoInstance]: ...
 
 
 def listed_frames(scene: Scene, info: ScanInfo) -> Scene:
@@ -64,10 +40,8 @@ def listed_frames(scene: Scene, info: ScanInfo) -> Scene:
             f"that EmbodiedScan lists for {scene.scene_id}; {_RENUMBERED}"
         )
     for frame in frames:
-        pose = info.poses[frame.index]
-        if not np.isfinite(pose).all():
-            continue
-        distance = float(np.linalg.norm((info.axis_align @ pose - frame.cam_to_world)[:3, 3]))
+        pose = info.axis_align @ info.poses[frame.index]
+        distance = float(np.linalg.norm((pose - frame.cam_to_world)[:3, 3]))
         if distance > POSE_TOLERANCE:
             raise ValueError(
                 f"{frame.color}: its camera is {distance:.2f} m from where EmbodiedScan has frame {frame.index} of "
