@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from w2r2_ds.data.frames import MIN_VISIBLE_SHARE, visible_share
 from w2r2_ds.data.scannet import Frame
 from w2r2_ds.data.synthetic.furniture import KINDS
 from w2r2_ds.data.synthetic.rooms import RoomObject
@@ -29,7 +28,7 @@ def scene_info(
     objects: Sequence[RoomObject],
     frames: Sequence[Frame],
     poses: Sequence[np.ndarray],
-    depths: Sequence[np.ndarray],
+    seen: Sequence[list[int]],
     axis_align: np.ndarray,
     intrinsic: np.ndarray,
 ) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def scene_info(
         objects: all objects; ``objects[i].object_id == i``.
         frames: posed frames.
         poses: ``[4, 4]`` float64 per frame, camera to *raw* world: ``cam2global``.
-        depths: ``[height, width]`` uint16 per frame, millimetres.
+        seen: ids of the objects that each frame sees.
         axis_align: ``[4, 4]`` float64, raw world to aligned world.
         intrinsic: ``[4, 4]`` float64, of both kinds of image.
     """
@@ -50,13 +49,9 @@ def scene_info(
             "img_path": f"{folder}/{frame.color.name}",
             "depth_path": f"{folder}/{frame.depth.name}",
             "cam2global": pose,
-            "visible_instance_ids": [
-                o.object_id
-                for o in objects
-                if visible_share(o.box, frame.cam_to_world, intrinsic, depth) >= MIN_VISIBLE_SHARE
-            ],
+            "visible_instance_ids": ids,
         }
-        for frame, pose, depth in zip(frames, poses, depths, strict=True)
+        for frame, pose, ids in zip(frames, poses, seen, strict=True)
     ]
     instances = [
         {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from w2r2_ds.data.frames import best_frame
+from w2r2_ds.data.frames import MIN_VISIBLE_SHARE, projected_area, visible_share
 from w2r2_ds.data.scannet import Frame
 from w2r2_ds.data.synthetic.furniture import KINDS
 from w2r2_ds.data.synthetic.infos import scene_info
@@ -59,7 +59,8 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEn
         images = [renderer.render(camera) for camera in room.cameras]
         colors, depths = [image[0] for image in images], [image[1] for image in images]
         frames = _frames(root / "posed_images" / name, room)
-        visible = _visible(room, frames, depths, options.image_size)
+        seen = _seen(room, frames, depths, matrix)
+        visible = _visible(room, frames, seen, matrix, options.image_size)
         wanted = int(rng.integers(_SENTENCES[0], _SENTENCES[1] + 1))
         sentences = describe(rng, room.objects, visible, wanted)
         if len(sentences) >= _SENTENCES[0]:
@@ -78,7 +79,7 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEn
         name,
         _descriptions(name, sentences),
         _questions(name, split, room, questions),
-        scene_info(name, room.objects, frames, poses, depths, axis_align, matrix),
+        scene_info(name, room.objects, frames, poses, seen, axis_align, matrix),
         propose(_generator(options, split, index, _PROPOSAL_STREAM), room).tolist(),
     )
 
@@ -91,9 +92,30 @@ def _frames(folder: Path, room: Room) -> list[Frame]:
     return [Frame(i, folder / f"{i:05d}.jpg", folder / f"{i:05d}.png", camera) for i, camera in enumerate(room.cameras)]
 
 
-def _visible(room: Room, frames: list[Frame], depths: list[np.ndarray], size: tuple[int, int]) -> set[int]:
-    matrix = pinhole(size)
-    return {o.object_id for o in room.objects if best_frame(frames, o.box, matrix, size, matrix, depths) is not None}
+def _seen(room: Room, frames: list[Frame], depths: list[np.ndarray], matrix: np.ndarray) -> list[list[int]]:
+    """Ids of the objects that each frame sees."""
+    return [
+        [
+            o.object_id
+            for o in room.objects
+            if visible_share(o.box, frame.cam_to_world, matrix, depth) >= MIN_VISIBLE_SHARE
+        ]
+        for frame, depth in zip(frames, depths, strict=True)
+    ]
+
+
+def _visible(
+    room: Room, frames: list[Frame], seen: list[list[int]], matrix: np.ndarray, size: tuple[int, int]
+) -> set[int]:
+    """Ids of the objects for which ``frames.best_frame`` finds a frame: seen, and with an area in the image."""
+    return {
+        o.object_id
+        for o in room.objects
+        if any(
+            o.object_id in ids and projected_area(o.box, frame.cam_to_world, matrix, size) > 0
+            for frame, ids in zip(frames, seen, strict=True)
+        )
+    }
 
 
 def _write_images(
