@@ -1,24 +1,42 @@
-"""ScanRefer in VG-LLM's format: annotation file -> samples with prompt and answer strings.
+"""ScanRefer: a sentence about an object -> where the object is.
 
-The question asks for the first clear frame and for the object's 9-number box *in that frame's camera*; the box is the
-axis-aligned world box (angles 0) moved into the camera, so its three angles depend on the camera only.
+``vgllm`` asks for the first clear frame and for the object's 9-number box *in that frame's camera*; the box is the
+axis-aligned world box (angles 0) moved into the camera, so its three angles depend on the camera only. Training keeps
+what VG-LLM keeps (LaVi-Lab/VG-LLM ``process_scanrefer.py``): the annotated box must match an EmbodiedScan instance, and
+a chosen frame must see it. Validation keeps every description; where no chosen frame sees the object the answer is
+empty.
+
+``video3dllm`` asks for the corners of the world box (the "gen" template of LaVi-Lab/Video-3D-LLM
+``process_scanrefer.py``). Its public code trains the other template, an ``<ground>`` token, so the number format of the
+answer is ours: two decimals, commas between. Its kind is ``answer``: only boxes in a camera have number slots.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from w2r2_ds.data.annotations import Description
 from w2r2_ds.data.boxes import world_to_camera
-from w2r2_ds.data.frames import best_frame, load_depth, uniform_frames
-from w2r2_ds.data.sample import Sample, Target
-from w2r2_ds.data.scannet import Frame, Scene, check_scene_id, load_labels, load_scene
+from w2r2_ds.data.sample import Sample
+from w2r2_ds.data.scannet import Scene
+from w2r2_ds.data.tasks.outcome import (
+    NO_INSTANCE_MATCH,
+    NO_VISIBLE_FRAME,
+    Dropped,
+    Job,
+    Outcome,
+    Outcomes,
+    TaskOptions,
+    rounded,
+    target_of,
+    world_box,
+)
+from w2r2_ds.data.views import choose
+from w2r2_ds.data.visibility import clearest, match_instance, seen_by_depth, seen_by_infos
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -26,103 +44,22 @@ QUESTION = (
     'Output a JSON dictionary with the frame index in "frame" and its 3D bounding box in "bbox_3d" '
     "in the frame's coordinates.\n"
 )
-
-# The 17 named classes of ScanNet's detection benchmark as ScanRefer spells them; NYU40's own "refridgerator" is not
-# among them, so refrigerators count as "others" there, and here.
-SCANNET_CLASSES = (
-    *("cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter", "desk"),
-    *("curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub"),
+WORLD_QUESTION = (
+    "Localize the object according to the following description.\n"
+    "{description}\n"
+    "Output the answer in the format x_min,y_min,z_min,x_max,y_max,z_max"
 )
-NO_VISIBLE_FRAME = "no_visible_frame"
-INVALID_POSE = "invalid_pose_frames"
 
 
-@dataclass(frozen=True)
-class Annotation:
-    """One entry of a ScanRefer file; ``object_name`` is spelt as in the file, with underscores."""
-
-    scene_id: str
-    object_id: int
-    object_name: str
-    ann_id: str
-    description: str
+def question_text(description: str, template: str = QUESTION) -> str:
+    """The text after the frames, character for character theirs (both capitalise the description)."""
+    return template.format(description=description.capitalize())
 
 
-@dataclass
-class _View:
-    """A scene with the frames its samples see; ``best`` caches the target frame of each object."""
-
-    scene: Scene
-    frames: list[Frame]
-    depths: list[np.ndarray]
-    image_size: tuple[int, int]
-    best: dict[int, int | None] = field(default_factory=dict)
-
-    def best_frame(self, object_id: int) -> int | None:
-        if object_id not in self.best:
-            box = self.scene.instances[object_id].box
-            self.best[object_id] = best_frame(
-                self.frames, box, self.scene.intrinsic, self.image_size, self.scene.depth_intrinsic, self.depths
-            )
-        return self.best[object_id]
-
-
-def load_annotations(file: Path | str) -> list[Annotation]:
-    """Read and check a ``ScanRefer_filtered_*.json``.
-
-    Raises:
-        ValueError: the file is missing or not a JSON list, or an entry lacks a usable field; the message names the
-            file, the entry's number (from 0) and the field.
-    """
-    path = Path(file)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; ask for ScanRefer's annotations or correct the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON; copy it again ({error})") from None
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold a JSON list of annotations, not {type(entries).__name__}")
-    annotations = [_annotation(entry, f"{path}: entry {number}") for number, entry in enumerate(entries)]
-    seen: dict[str, int] = {}
-    for number, annotation in enumerate(annotations):
-        first = seen.setdefault(_sample_id(annotation), number)
-        if first != number:
-            raise ValueError(f"{path}: entry {number} repeats the scene, object and ann_id of entry {first}")
-    return annotations
-
-
-def _annotation(entry: Any, where: str) -> Annotation:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be a JSON object with scene_id, object_id, ...; remove or correct it")
-    for name in ("scene_id", "object_id", "object_name", "ann_id", "description"):
-        value = entry.get(name)
-        whole = isinstance(value, int) and not isinstance(value, bool) and name in ("object_id", "ann_id")
-        if not whole and not (isinstance(value, str) and value.strip()):
-            raise ValueError(f"{where}: field {name!r} is missing or empty or no string; remove or correct the entry")
-    tokens = entry.get("token", [])
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{where}: field 'token' must be a list of strings; remove or correct the field")
-    if not str(entry["object_id"]).isdecimal():
-        raise ValueError(f"{where}: field 'object_id' is {entry['object_id']!r}, not a number; correct the entry")
-    try:
-        check_scene_id(entry["scene_id"])
-    except ValueError as error:
-        raise ValueError(f"{where}: field 'scene_id': {error}") from None
-    return Annotation(
-        entry["scene_id"], int(entry["object_id"]), entry["object_name"], str(entry["ann_id"]), entry["description"]
-    )
-
-
-def question_text(description: str) -> str:
-    """The text after the frames, character for character VG-LLM's (it capitalises the description)."""
-    return QUESTION.format(description=description.capitalize())
-
-
-def description_span(description: str) -> tuple[int, int]:
+def description_span(description: str, template: str = QUESTION) -> tuple[int, int]:
     """Characters ``[begin, end)`` of the question that are the description, without blanks around it."""
     written = description.capitalize()
-    begin = len(QUESTION.partition("{description}")[0].format()) + len(written) - len(written.lstrip())
+    begin = len(template.partition("{description}")[0].format()) + len(written) - len(written.lstrip())
     return begin, begin + len(written.strip())
 
 
@@ -134,119 +71,111 @@ def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
         box9: ``[9]`` box in that frame's camera (centre, size, ZXY angles; metres, radians).
         decimals: digits to round to.
     """
-    numbers = [round(float(value), decimals) for value in box9]
-    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {numbers}}}\n```'
+    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {rounded(box9, decimals)}}}\n```'
 
 
-def object_groups(annotations: Iterable[Annotation], labels: dict[str, str]) -> dict[tuple[str, int], str]:
-    """``"unique"`` or ``"multiple"`` per (scene, object), by the original ScanRefer rule.
-
-    A name is mapped to ScanNet's 18 classes (through the raw category's NYU40 class; anything else is "others"); an
-    object is multiple if more than one distinct *annotated* object of its scene has its class.
-
-    Args:
-        annotations: all annotations of one split.
-        labels: raw category to NYU40 class, ``load_labels``.
-    """
-    classes: dict[str, dict[int, str]] = {}
-    for annotation in annotations:
-        name = labels.get(annotation.object_name.replace("_", " "), "others")
-        # as in ScanRefer, the first annotation of an object decides its class
-        objects = classes.setdefault(annotation.scene_id, {})
-        objects.setdefault(annotation.object_id, name if name in SCANNET_CLASSES else "others")
-    return {
-        (scene_id, object_id): "multiple" if list(objects.values()).count(name) > 1 else "unique"
-        for scene_id, objects in classes.items()
-        for object_id, name in objects.items()
-    }
+def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
+    """``x_min,y_min,z_min,x_max,y_max,z_max`` of an axis-aligned box that begins with centre and size, metres."""
+    ends = np.concatenate([box[:3] - box[3:6] / 2, box[:3] + box[3:6] / 2])
+    return ",".join(str(number) for number in rounded(ends, decimals))
 
 
-def build_samples(
-    root: Path | str,
-    annotation_file: Path | str,
-    split: Literal["train", "val"],
-    frame_count: int,
-    decimals: int = 2,
-) -> tuple[list[Sample], dict[str, int]]:
-    """Turn an annotation file into samples, in the file's order.
-
-    Every sample of a scene sees the same ``frame_count`` uniformly chosen frames. The target frame is the one that
-    shows the object largest. Training samples whose object no chosen frame sees are left out; validation keeps them
-    with an empty answer.
-
-    Args:
-        root: data root in ScanNet's layout, see ``data/scannet.py``.
-        annotation_file: ``ScanRefer_filtered_*.json`` of this split (the unique/multiple rule counts its objects).
-        split: ``"train"`` or ``"val"``.
-        frame_count: frames per sample.
-        decimals: digits of the numbers in the answer.
-
-    Returns:
-        the samples, and how many annotations (``no_visible_frame``) and frames (``invalid_pose_frames``) were left out.
-
-    Raises:
-        ValueError: bad data; the message names the file and what is wrong with it.
-    """
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'val'")
-    annotations = load_annotations(annotation_file)
-    groups = object_groups(annotations, load_labels(root))
-    made: dict[int, Sample] = {}
-    dropped = {NO_VISIBLE_FRAME: 0, INVALID_POSE: 0}
-    for scene_id, numbers in _by_scene(annotations).items():
-        view = _load_view(root, scene_id, frame_count)  # one scene's depth images in memory at a time
-        dropped[INVALID_POSE] += view.scene.dropped_frames
-        for number in numbers:
-            annotation = annotations[number]
-            if annotation.object_id not in view.scene.instances:
-                raise ValueError(
-                    f"{annotation_file}: entry {number} names object_id {annotation.object_id}, which scene {scene_id} "
-                    f"does not have in {scene_id}_aligned_bbox.npy; use the annotations that belong to these scans"
-                )
-            frame = view.best_frame(annotation.object_id)
-            if frame is None and split == "train":
-                dropped[NO_VISIBLE_FRAME] += 1
-                continue
-            group = groups[scene_id, annotation.object_id]
-            made[number] = _sample(annotation, view, frame, group, decimals)
-    return [made[number] for number in sorted(made)], dropped
+def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+    """The samples of one scene's descriptions, in the file's order."""
+    if options.format == "video3dllm":
+        return [(number, _world_sample(scene, job, about, options)) for number, about in job.descriptions]
+    views: dict[int, _Sight] = {}
+    outcomes: Outcomes = []
+    size = image_size(scene)
+    for number, about in job.descriptions:
+        if about.object_id not in views:
+            views[about.object_id] = _sight(scene, job, about.object_id, options)
+        outcomes += [(number, made) for made in _camera_samples(scene, job, about, views[about.object_id], options, size)]
+    return outcomes
 
 
-def _by_scene(annotations: list[Annotation]) -> dict[str, list[int]]:
-    numbers: dict[str, list[int]] = {}
-    for number, annotation in enumerate(annotations):
-        numbers.setdefault(annotation.scene_id, []).append(number)
-    return numbers
-
-
-def _load_view(root: Path | str, scene_id: str, frame_count: int) -> _View:
-    scene = load_scene(root, scene_id)
-    frames = uniform_frames(scene, frame_count)
+def image_size(scene: Scene) -> tuple[int, int]:
+    """Width and height of a scene's colour images, read from the first; ``ValueError`` names an unreadable file."""
+    path = scene.frames[0].color
     try:
-        with Image.open(frames[0].color) as image:
-            size = image.size
+        with Image.open(path) as image:
+            return image.size
     except OSError as error:
-        raise ValueError(f"{frames[0].color} is not a readable image; extract it again ({error})") from None
-    return _View(scene, frames, [load_depth(frame) for frame in frames], size)
+        raise ValueError(f"{path} is not a readable image; extract it again ({error})") from None
 
 
-def _sample_id(annotation: Annotation) -> str:
-    return f"{annotation.scene_id}|{annotation.object_id}|{annotation.object_name}|{annotation.ann_id}"
+@dataclass(frozen=True)
+class _Sight:
+    """Positions in ``scene.frames`` that see an object, and the ``[9]`` box whose outline says how well.
+
+    ``box`` is None where the annotated box matches no EmbodiedScan instance.
+    """
+
+    seen: frozenset[int]
+    box: np.ndarray | None
 
 
-def _sample(annotation: Annotation, view: _View, frame: int | None, group: str, decimals: int) -> Sample:
-    box = np.concatenate([view.scene.instances[annotation.object_id].box, np.zeros(3)])
-    answer = ""
-    if frame is not None:
-        answer = answer_text(frame, world_to_camera(box, view.frames[frame].cam_to_world), decimals)
+def _sight(scene: Scene, job: Job, object_id: int, options: TaskOptions) -> _Sight:
+    box = world_box(scene, object_id)
+    if options.visibility == "depth":
+        return _Sight(seen_by_depth(scene, box[:6]), box)
+    assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
+    instance = match_instance(box[:6], job.info)
+    if instance is None:
+        return _Sight(frozenset(), None)
+    return _Sight(seen_by_infos(scene, job.info, instance), instance.box)
+
+
+def _camera_samples(
+    scene: Scene, job: Job, about: Description, sight: _Sight, options: TaskOptions, size: tuple[int, int]
+) -> Iterator[Outcome]:
+    training = options.split == "train"
+    if training and sight.box is None:
+        yield Dropped(about.key, NO_INSTANCE_MATCH, about.where)
+        return
+    rolls = options.rolls if training else 1
+    for roll in range(rolls):
+        key = f"{about.key}#{roll}" if rolls > 1 else about.key
+        chosen = choose(options.frames, scene, key, sight.seen if training else None)
+        best = None
+        if chosen is not None and sight.box is not None:
+            best = clearest(scene, [p for p in chosen if p in sight.seen], sight.box, size)
+        if chosen is None or (training and best is None):
+            yield Dropped(key, NO_VISIBLE_FRAME, about.where)
+            continue
+        answer = ""
+        if best is not None:
+            box = world_to_camera(world_box(scene, about.object_id), scene.frames[best].cam_to_world)
+            answer = answer_text(chosen.index(best), box)
+        yield _sample(scene, job, about, key, chosen, answer)
+
+
+def _sample(scene: Scene, job: Job, about: Description, key: str, chosen: list[int], answer: str) -> Sample:
     return Sample(
-        id=_sample_id(annotation),
+        id=key,
         task="scanrefer",
-        scene_id=annotation.scene_id,
-        frames=tuple(f.color for f in view.frames),
-        cam_to_world=np.stack([f.cam_to_world for f in view.frames]),
-        question=question_text(annotation.description),
+        scene_id=about.scene_id,
+        frames=tuple(scene.frames[p].color for p in chosen),
+        cam_to_world=np.stack([scene.frames[p].cam_to_world for p in chosen]),
+        question=question_text(about.text),
         answer=answer,
-        target=Target(box, annotation.object_id, annotation.object_name.replace("_", " "), group),
-        what=description_span(annotation.description),
+        target=target_of(scene, job, about, about.ann_id),
+        what=description_span(about.text),
+    )
+
+
+def _world_sample(scene: Scene, job: Job, about: Description, options: TaskOptions) -> Sample:
+    chosen = choose(options.frames, scene, about.key, None)
+    assert chosen is not None, "a scene has frames, and nothing is asked of them"
+    return Sample(
+        id=about.key,
+        task="scanrefer",
+        scene_id=about.scene_id,
+        frames=tuple(scene.frames[p].color for p in chosen),
+        cam_to_world=np.stack([scene.frames[p].cam_to_world for p in chosen]),
+        question=question_text(about.text, WORLD_QUESTION),
+        answer=world_answer_text(world_box(scene, about.object_id)),
+        target=target_of(scene, job, about, about.ann_id),
+        kind="answer",
+        what=description_span(about.text, WORLD_QUESTION),
     )
