@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from w2r2_ds.data.check import THREADS, ends_well
-from w2r2_ds.data.inputs import EXTRACTED, annotation_source, scene_sources, sources
+from w2r2_ds.data.inputs import (
+    EXTRACTED,
+    annotation_source,
+    needs_infos,
+    needs_proposals,
+    scene_sources,
+    sources,
+)
 from w2r2_ds.data.manifest import relative
 from w2r2_ds.data.plan import Plan, check_options, make_plan
 from w2r2_ds.data.tasks.outcome import TaskOptions
@@ -90,11 +97,22 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
     """The scenes that the annotations name, and what is wrong with these files if they cannot be read."""
     if not incomplete:
         try:
-            return [job.scene_id for job in make_plan(root, options).jobs], []
+            plan = make_plan(root, options)
         except ValueError as error:
             source = annotation_source(root, options)
-            return _extracted(root), [Missing(source.path.parent, str(error), source.origin)]
+            return _extracted(root), [Missing(source.path, str(error), source.origin)]
+        return [job.scene_id for job in plan.jobs], list(_left_out(plan))
     return _extracted(root), []
+
+
+def _left_out(plan: Plan) -> Iterator[Missing]:
+    """Scenes that EmbodiedScan's infos or the proposals leave out."""
+    files = {each.name: each for each in sources(plan.root, plan.options)}
+    for job in plan.jobs:
+        if needs_infos(plan.options) and job.info is None:
+            yield Missing(files["infos"].path, f"does not have {job.scene_id}", files["infos"].origin)
+        if needs_proposals(plan.options) and job.proposals is None:
+            yield Missing(files["proposals"].path, f"does not have {job.scene_id}", files["proposals"].origin)
 
 
 def _extracted(root: Path) -> list[str]:

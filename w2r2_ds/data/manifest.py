@@ -81,9 +81,16 @@ def description(plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str])
     }
 
 
-def counts(plan: Plan, samples: int, scenes: int) -> dict[str, Any]:
-    """What the manifest counts; the published number is compared with what the annotations hold, never assumed."""
-    found: dict[str, Any] = {"samples": samples, "scenes": scenes}
+def counts(plan: Plan, samples: int, scenes: int, lost: int) -> dict[str, Any]:
+    """What the manifest counts; the published number is compared with what the annotations hold, never assumed.
+
+    Args:
+        plan: with its annotations.
+        samples: that were made.
+        scenes: that were used.
+        lost: frames of them without a valid pose.
+    """
+    found: dict[str, Any] = {"samples": samples, "scenes": scenes, "frames_without_pose": lost}
     if plan.unit != "scenes":
         found[plan.unit] = plan.items
     if plan.published is not None:
@@ -94,8 +101,8 @@ def counts(plan: Plan, samples: int, scenes: int) -> dict[str, Any]:
 def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
     """A prepared folder in two or three lines: what is in it, whether the annotations are all, what was left out."""
     numbers = manifest["counts"]
-    units = {name: number for name, number in numbers.items() if name not in ("samples", "published")}
-    held = " and ".join(f"{number} {name}" for name, number in units.items())
+    units = [name for name in ("descriptions", "objects", "questions", "scenes") if name in numbers]
+    held = " in ".join(f"{numbers[name]} {name}" for name in units)
     lines = [f"{'reusing ' if reused else ''}{folder}: {numbers['samples']} samples of {held}"]
     published = numbers.get("published")
     if published is not None:

@@ -8,18 +8,13 @@ place, so ``OUT`` is whole or is not there.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from w2r2_ds.data.check import check_frames
 from w2r2_ds.data.inputs import annotation_source, needs_infos, needs_proposals
@@ -40,10 +35,9 @@ from w2r2_ds.data.tasks.outcome import (
     WrongAnnotations,
     check_objects,
 )
+from w2r2_ds.data.workers import listed, run_all
 
 DROPPED = "dropped.jsonl"
-SHOWN = 10
-"""Sentences of a list of problems that are printed; the rest is counted."""
 
 _MAKE = {"scanrefer": scanrefer.make, "scan2cap": scan2cap.make, "scanqa": scanqa.make, "detection": detection.make}
 
@@ -102,7 +96,8 @@ def prepare(
         print(f"{partial}: {len(plan.jobs) - len(todo)} of {len(plan.jobs)} scenes are done already", flush=True)
     failures = []
     with progress(f"{options.task} {options.split}: scenes", len(todo), quiet) as advance:
-        for failure in _run(plan, todo, partial, keys, workers):
+        arguments = [(plan.root, options, job, partial, keys[job.scene_id]) for job in todo]
+        for failure in run_all(_write_scene, arguments, workers):
             failures += [failure] if failure else []
             advance()
     broken = _broken(plan, failures, skip_broken_scenes)
@@ -123,48 +118,20 @@ def _open_partial(partial: Path, asked: Mapping[str, Any]) -> None:
     record.write_text(text, encoding="utf-8")
 
 
-def _run(
-    plan: Plan, jobs: Sequence[Job], partial: Path, keys: Mapping[str, str], workers: int
-) -> Iterator[_Failure | None]:
-    """Write the shards of these scenes; yields as they are done, in no order."""
-
-    def arguments(job: Job) -> tuple[Any, ...]:
-        return plan.root, plan.options, job, partial, keys[job.scene_id]
-
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        yield from (_write_scene(*arguments(job)) for job in jobs)
-        return
-    # Spawned: a forked child of a process with threads (torch, the hashing above) may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(_write_scene, *arguments(job)) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "A worker process died (is there enough memory for --workers "
-                f"{workers}?); the finished scenes are in {partial}, run it again to go on."
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _write_scene(root: Path, options: TaskOptions, job: Job, partial: Path, key: str) -> _Failure | None:
     """Make one scene's shard; what is wrong comes back as sentences, so that all scenes can be looked at."""
     try:
-        outcomes = scene_outcomes(root, options, job)
+        outcomes, lost = scene_outcomes(root, options, job)
     except WrongAnnotations as error:
         return _Failure(job.scene_id, error.sentences, annotations=True)
     except ValueError as error:
         return _Failure(job.scene_id, [str(error)], annotations=False)
-    write_shard(partial, job.scene_id, key, outcomes, root)
+    write_shard(partial, job.scene_id, key, outcomes, lost, root)
     return None
 
 
-def scene_outcomes(root: Path, options: TaskOptions, job: Job) -> Outcomes:
-    """What becomes of one scene's items.
+def scene_outcomes(root: Path, options: TaskOptions, job: Job) -> tuple[Outcomes, int]:
+    """What becomes of one scene's items, and how many of its frames have no valid pose.
 
     Raises:
         WrongAnnotations: they name objects that the scene lacks.
@@ -178,7 +145,7 @@ def scene_outcomes(root: Path, options: TaskOptions, job: Job) -> Outcomes:
     check_objects(scene, job)
     outcomes = _MAKE[options.task](scene, job, options)
     check_frames([outcome for _, outcome in outcomes if isinstance(outcome, Sample)])
-    return outcomes
+    return outcomes, scene.dropped_frames
 
 
 def _broken(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failure]:
@@ -194,19 +161,13 @@ def _broken(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failu
     return list(failures)
 
 
-def listed(head: str, sentences: Sequence[str]) -> str:
-    """A headline and the first sentences below it."""
-    more = [f"... and {len(sentences) - SHOWN} more"] if len(sentences) > SHOWN else []
-    return "\n  ".join([f"{head}:", *sentences[:SHOWN], *more])
-
-
 def _finish(
     plan: Plan, partial: Path, out: Path, wanted: Mapping[str, Any], broken: Sequence[_Failure]
 ) -> dict[str, Any]:
     """Put the shards together and the folder into place."""
     sentences = {failure.scene_id: " ".join(failure.sentences) for failure in broken}
     whole = [job.scene_id for job in plan.jobs if job.scene_id not in sentences]
-    samples, frames, dropped = assemble(partial, whole)
+    samples, frames, dropped, lost = assemble(partial, whole)
     file = annotation_source(plan.root, plan.options).path
     for job in plan.jobs:
         if job.scene_id in sentences:
@@ -224,7 +185,7 @@ def _finish(
     write_dropped(made / DROPPED, dropped)
     manifest = {
         **wanted,
-        "counts": counts(plan, len(samples), len(whole)),
+        "counts": counts(plan, len(samples), len(whole), lost),
         "dropped": dict(sorted(reasons.items())),
         "files": {name: file_hash(made / name) for name in (SAMPLES, FRAMES, DROPPED)},
     }

@@ -31,8 +31,8 @@ class Numbered:
     dropped: Dropped
 
 
-def write_shard(folder: Path, scene_id: str, key: str, outcomes: Outcomes, root: Path) -> None:
-    """Write what became of one scene's items."""
+def write_shard(folder: Path, scene_id: str, key: str, outcomes: Outcomes, lost: int, root: Path) -> None:
+    """Write what became of one scene's items; `lost` of its frames have no valid pose."""
     made = [(number, outcome) for number, outcome in outcomes if isinstance(outcome, Sample)]
     samples, frames = tables((sample for _, sample in made), root)
     for name, table in (("samples", samples), ("frames", frames)):
@@ -40,7 +40,7 @@ def write_shard(folder: Path, scene_id: str, key: str, outcomes: Outcomes, root:
         pq.write_table(table, aside, compression="zstd")
         os.replace(aside, folder / f"{scene_id}.{name}.parquet")
     dropped = [{"number": number, **asdict(each)} for number, each in outcomes if isinstance(each, Dropped)]
-    record = {"key": key, "numbers": [number for number, _ in made], "dropped": dropped}
+    record = {"key": key, "numbers": [number for number, _ in made], "dropped": dropped, "lost": lost}
     aside = folder / f"{scene_id}.json.partial"
     aside.write_text(json.dumps(record), encoding="utf-8")
     os.replace(aside, folder / f"{scene_id}.json")
@@ -52,9 +52,9 @@ def has_shard(folder: Path, scene_id: str, key: str) -> bool:
     return record is not None and record.get("key") == key
 
 
-def assemble(folder: Path, scene_ids: Sequence[str]) -> tuple[pa.Table, pa.Table, list[Numbered]]:
-    """All shards in one: samples by their numbers, frames by scene, and what was dropped."""
-    samples, frames, numbers, dropped, offset = [], [], [], [], 0
+def assemble(folder: Path, scene_ids: Sequence[str]) -> tuple[pa.Table, pa.Table, list[Numbered], int]:
+    """All shards in one: samples by their numbers, frames by scene, what was dropped, frames without a valid pose."""
+    samples, frames, numbers, dropped, offset, lost = [], [], [], [], 0, 0
     for scene_id in scene_ids:
         record = _record(folder, scene_id)
         assert record is not None, "only finished scenes are put together"
@@ -63,12 +63,14 @@ def assemble(folder: Path, scene_ids: Sequence[str]) -> tuple[pa.Table, pa.Table
         frames.append(pq.read_table(folder / f"{scene_id}.frames.parquet"))
         offset += len(frames[-1])
         numbers += record["numbers"]
+        lost += record["lost"]
         for each in record["dropped"]:
             number = each.pop("number")
             dropped.append(Numbered(number, Dropped(**each)))
     order = np.argsort(np.array(numbers, dtype=np.int64), kind="stable")
     whole = pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *samples]).take(pa.array(order))
-    return whole.combine_chunks(), pa.concat_tables([FRAME_SCHEMA.empty_table(), *frames]).combine_chunks(), dropped
+    posed = pa.concat_tables([FRAME_SCHEMA.empty_table(), *frames])
+    return whole.combine_chunks(), posed.combine_chunks(), dropped, lost
 
 
 def write_dropped(path: Path, dropped: Iterable[Numbered]) -> None:

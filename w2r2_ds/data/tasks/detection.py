@@ -19,6 +19,7 @@ from w2r2_ds.data.embodiedscan import ScanInfo
 from w2r2_ds.data.sample import Labelled, Sample
 from w2r2_ds.data.scannet import Frame, Scene
 from w2r2_ds.data.tasks.outcome import Job, Outcomes, TaskOptions, rounded
+from w2r2_ds.data.visibility import listed_frames
 
 QUESTION = (
     "\nDetect the 3D bounding boxes in the camera coordinate system of the first frame.\n"
@@ -42,7 +43,7 @@ def answer_text(objects: Sequence[Labelled]) -> str:
 def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
     """The windows of one scene, by their first frame; of too many a seeded part."""
     assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
-    windows = list(_windows(scene, job.info, options))
+    windows = list(_windows(listed_frames(scene, job.info), options))
     if options.windows and len(windows) > options.windows:
         digest = hashlib.sha256(f"{options.frames.seed} {scene.scene_id}".encode()).digest()
         drawn = np.random.default_rng(list(digest)).permutation(len(windows))[: options.windows]
@@ -61,11 +62,11 @@ def seen_objects(info: ScanInfo, frames: Sequence[Frame]) -> tuple[Labelled, ...
     )
 
 
-def _windows(scene: Scene, info: ScanInfo, options: TaskOptions) -> Iterator[list[Frame]]:
+def _windows(scene: Scene, options: TaskOptions) -> Iterator[list[Frame]]:
     count, interval = options.frames.count, options.interval
     span = (count - 1) * interval + 1
     run: list[Frame] = []
-    for frame in (each for each in scene.frames if each.index in info.visible):
+    for frame in scene.frames:
         # A frame whose pose is lost, or that EmbodiedScan does not know, is a gap.
         run = [*run, frame][-span:] if run and frame.index == run[-1].index + options.step else [frame]
         if len(run) == span:

@@ -16,6 +16,7 @@ from w2r2_ds.data.views import FrameOptions
 
 NO_INSTANCE_MATCH = "no_instance_match"
 NO_VISIBLE_FRAME = "no_visible_frame"
+NO_PROPOSAL = "no_proposal"
 BROKEN_SCENE = "broken_scene"
 
 Format = Literal["vgllm", "video3dllm"]

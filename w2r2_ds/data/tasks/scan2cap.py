@@ -17,7 +17,7 @@ from w2r2_ds.data.annotations import Description
 from w2r2_ds.data.boxes import world_to_camera
 from w2r2_ds.data.sample import Reference, Sample
 from w2r2_ds.data.scannet import Scene
-from w2r2_ds.data.tasks.outcome import Job, Outcomes, TaskOptions, rounded, target_of
+from w2r2_ds.data.tasks.outcome import NO_PROPOSAL, Dropped, Job, Outcomes, TaskOptions, rounded, target_of
 from w2r2_ds.data.views import choose
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
@@ -41,7 +41,7 @@ def best_proposal(proposals: np.ndarray, box: np.ndarray) -> np.ndarray:
     """The proposal ``[6]`` that overlaps most with an axis-aligned box; the first of equals, so too where none does.
 
     Args:
-        proposals: ``[N, 6]`` centre and size, N at least 1.
+        proposals: ``[N, 6]`` centre and size, N at least 1; metres.
         box: ``[6]``.
     """
     low = np.maximum(proposals[:, :3] - proposals[:, 3:] / 2, box[:3] - box[3:] / 2)
@@ -66,8 +66,12 @@ def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
     for number, about in job.descriptions:
         objects.setdefault(object_key(about), []).append((number, about))
     outcomes: Outcomes = []
+    proposed = options.boxes == "proposals"
     for key, members in objects.items():
         number, about = members[0]
+        if proposed and (job.proposals is None or not len(job.proposals)):
+            outcomes.append((number, Dropped(key, NO_PROPOSAL, about.where)))
+            continue
         references = tuple(Reference(each.text, each.words) for _, each in members)
         outcomes.append((number, _sample(scene, job, about, options, key, references)))
     return outcomes
@@ -83,7 +87,7 @@ def _sample(
 ) -> Sample:
     described = scene.instances[about.object_id].box
     if options.split != "train" and options.boxes == "proposals":
-        assert job.proposals is not None, "the plan gives every scene its proposals"
+        assert job.proposals is not None
         described = best_proposal(job.proposals, described)
     chosen = choose(options.frames, scene, key, None)
     assert chosen is not None, "a scene has frames, and nothing is asked of them"

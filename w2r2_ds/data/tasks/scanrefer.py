@@ -36,7 +36,7 @@ from w2r2_ds.data.tasks.outcome import (
     world_box,
 )
 from w2r2_ds.data.views import choose
-from w2r2_ds.data.visibility import clearest, match_instance, seen_by_depth, seen_by_infos
+from w2r2_ds.data.visibility import clearest, listed_frames, match_instance, seen_by_depth, seen_by_infos
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -81,17 +81,22 @@ def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
 
 
 def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
-    """The samples of one scene's descriptions, in the file's order."""
+    """The samples of one scene's descriptions, in the file's order.
+
+    Raises:
+        ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
+    """
     if options.format == "video3dllm":
         return [(number, _world_sample(scene, job, about, options)) for number, about in job.descriptions]
-    views: dict[int, _Sight] = {}
-    outcomes: Outcomes = []
-    size = image_size(scene)
-    for number, about in job.descriptions:
-        if about.object_id not in views:
-            views[about.object_id] = _sight(scene, job, about.object_id, options)
-        outcomes += [(number, made) for made in _camera_samples(scene, job, about, views[about.object_id], options, size)]
-    return outcomes
+    if options.visibility == "embodiedscan":
+        assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
+        scene = listed_frames(scene, job.info)
+    sights, size = _sights(scene, job, options), image_size(scene)
+    return [
+        (number, outcome)
+        for number, about in job.descriptions
+        for outcome in _camera_samples(scene, job, about, sights[about.object_id], options, size)
+    ]
 
 
 def image_size(scene: Scene) -> tuple[int, int]:
@@ -115,15 +120,21 @@ class _Sight:
     box: np.ndarray | None
 
 
-def _sight(scene: Scene, job: Job, object_id: int, options: TaskOptions) -> _Sight:
-    box = world_box(scene, object_id)
+def _sights(scene: Scene, job: Job, options: TaskOptions) -> dict[int, _Sight]:
+    """Of every object that a description is about."""
+    boxes = {about.object_id: world_box(scene, about.object_id) for _, about in job.descriptions}
     if options.visibility == "depth":
-        return _Sight(seen_by_depth(scene, box[:6]), box)
-    assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
-    instance = match_instance(box[:6], job.info)
-    if instance is None:
-        return _Sight(frozenset(), None)
-    return _Sight(seen_by_infos(scene, job.info, instance), instance.box)
+        seen = seen_by_depth(scene, [box[:6] for box in boxes.values()])
+        return {number: _Sight(each, box) for (number, box), each in zip(boxes.items(), seen, strict=True)}
+    assert job.info is not None
+    sights = {}
+    for number, box in boxes.items():
+        instance = match_instance(box[:6], job.info)
+        if instance is None:
+            sights[number] = _Sight(frozenset(), None)
+        else:
+            sights[number] = _Sight(seen_by_infos(scene, job.info, instance), instance.box)
+    return sights
 
 
 def _camera_samples(
@@ -139,7 +150,8 @@ def _camera_samples(
         chosen = choose(options.frames, scene, key, sight.seen if training else None)
         best = None
         if chosen is not None and sight.box is not None:
-            best = clearest(scene, [p for p in chosen if p in sight.seen], sight.box, size)
+            seeing = [position for position in chosen if position in sight.seen]
+            best = clearest(scene.frames, seeing, sight.box, scene.intrinsic, size)
         if chosen is None or (training and best is None):
             yield Dropped(key, NO_VISIBLE_FRAME, about.where)
             continue
