@@ -253,12 +253,27 @@ def demo(workers: int = 0) -> None:
     prepare_models(config)
 
 
+def with_values(words: Sequence[str]) -> list[str]:
+    """A command line whose flags have values, as jsonargparse wants them: ``--check`` is ``--check true``.
+
+    The same flags may be written with a hyphen inside.
+    """
+    flags = ("--check", "--dry_run", "--skip_broken_scenes", "--overwrite")
+    written: list[str] = []
+    for i, word in enumerate(words):
+        name = word.replace("-", "_").replace("__", "--", 1)
+        bare = name in flags and (i + 1 == len(words) or words[i + 1].lower() not in ("true", "false"))
+        written += [name if name in flags else word, *(["true"] if bare else [])]
+    return written
+
+
 def main() -> None:
     """Parse the command line and run one preparation."""
     commands = (scanrefer, scan2cap, scanqa, detection, boxes, synthetic, demo)
     try:
         auto_cli(
             {command.__name__: command for command in commands},
+            args=with_values(sys.argv[1:]),
             as_positional=False,
             description="Prepare data for training and evaluation.",
         )

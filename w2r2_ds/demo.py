@@ -39,10 +39,10 @@ def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
         workers=workers,
     )
     print(written.message, flush=True)
-    prepare_sets(config, workers)
+    prepare_sets(config)
 
 
-def prepare_sets(config: RunConfig, workers: int = 1) -> None:
+def prepare_sets(config: RunConfig) -> None:
     """Prepare what `data.train` and `data.val` name, or reuse it: ``prepared/TASK/NAME``, with `demo.frames` frames.
 
     Depth images say which frames see an object, so that nothing is needed that a rendered scene does not have.
@@ -56,7 +56,7 @@ def prepare_sets(config: RunConfig, workers: int = 1) -> None:
         if wanted.setdefault(source.path, "val") != "val":
             raise ValueError(f"data.val names {source.path}, which data.train names too; the demo's splits differ.")
     for path, split in wanted.items():
-        done = prepare(root, _task_options(path, split, config.demo.frames), root / path, workers, quiet=True)
+        done = prepare(root, _task_options(path, split, config.demo.frames), root / path, quiet=True)
         if not done.reused:
             print(summary(done.folder, done.manifest, done.reused), flush=True)
 
@@ -64,7 +64,9 @@ def prepare_sets(config: RunConfig, workers: int = 1) -> None:
 def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
     task = PurePosixPath(path).parent.name
     if task not in FORMATS:
-        raise ValueError(f"{path} names no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(FORMATS)}.")
+        raise ValueError(
+            f"{path} names no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(FORMATS)}."
+        )
     return TaskOptions(
         task,
         split,

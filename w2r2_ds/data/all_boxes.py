@@ -32,9 +32,8 @@ def write_all_boxes(
         scenes = sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
     if not scenes:
         raise ValueError(f"{folder} holds no scenes; correct --root, or get ScanNet's scans first (docs/data.md).")
-    todo = [
-        (root, name) for name in scenes if overwrite or not (root / "scannet_data" / f"{name}_aligned_bbox.npy").is_file()
-    ]
+    there = {name for name in scenes if (root / "scannet_data" / f"{name}_aligned_bbox.npy").is_file()}
+    todo = [(root, name) for name in scenes if overwrite or name not in there]
     problems: dict[str, str] = {}
     with progress("boxes: scenes", len(todo)) as advance:
         for scene_id, problem in run_all(_write, todo, workers):

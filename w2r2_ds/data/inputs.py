@@ -79,7 +79,7 @@ def scene_sources(root: Path, scene_id: str) -> Iterator[Source]:
 
 
 def infos_files(root: Path, split: str) -> list[Path]:
-    """EmbodiedScan's infos of a split, and the other split's where it is there: the two need not cut as ScanNet does."""
+    """EmbodiedScan's infos of a split, and the other's if it is there: it need not divide scenes as ScanNet does."""
     folder = root / "embodiedscan"
     own, other = (folder / f"embodiedscan_infos_{name}.pkl" for name in (split, "val" if split == "train" else "train"))
     return [own, other] if other.is_file() else [own]

@@ -63,9 +63,7 @@ def report(root: Path | str, options: TaskOptions, found: list[Missing]) -> str:
     lines = [f"{name}: {things} missing"]
     for origin in dict.fromkeys(each.origin for each in found):
         lines.append(f"  from {origin}")
-        lines += [
-            f"    {relative(each.path, Path(root))}: {each.problem}" for each in found if each.origin == origin
-        ]
+        lines += [f"    {relative(each.path, Path(root))}: {each.problem}" for each in found if each.origin == origin]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a prepared folder was made of: hashes of its inputs, its options, and whether another run would make the same."""
+"""What a prepared folder was made of: hashes of its inputs, its options, and whether it is what another run wants."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
     published = numbers.get("published")
     if published is not None:
         found = numbers[published["of"]]
-        verdict = "as published" if published["met"] else f"but {published['count']} are published: not all are here"
+        verdict = "as published" if published["met"] else f"not the {published['count']} that are published"
         lines.append(f"  {found} {published['of']}, {verdict}")
     if manifest["dropped"]:
         reasons = ", ".join(f"{number} {reason}" for reason, number in manifest["dropped"].items())

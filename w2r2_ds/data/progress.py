@@ -14,7 +14,9 @@ SECONDS = 30.0
 
 
 @contextmanager
-def progress(label: str, total: int, quiet: bool = False, console: Console | None = None) -> Iterator[Callable[[], None]]:
+def progress(
+    label: str, total: int, quiet: bool = False, console: Console | None = None
+) -> Iterator[Callable[[], None]]:
     """Show how many of `total` are done.
 
     Args:
