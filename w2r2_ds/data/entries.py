@@ -1,26 +1,20 @@
-"""JSON files that others wrote, read so that every complaint names the file, the line and the field.
+"""Lists of objects in JSON that others wrote, read so that every complaint names the file, the line and the field.
 
-A file is one JSON list of objects, or one object of lists, pretty-printed or on a single line of many megabytes. It is
-decoded member by member, in one pass, so that the line where a member begins is known. What can be collected is: a file
-is refused with all that is wrong with it (`Problems`), not with the first thing.
+A file is refused with all that is wrong with it (`Problems`), not with the first thing.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from w2r2_ds.data.json_text import LONGEST_MEMBER, members
 from w2r2_ds.data.scannet import check_scene_id
 
-LONGEST_ENTRY = 2**20
-"""Characters of one member; a real one has some hundreds."""
 LARGEST_NUMBER = 2**31 - 1
 _SHOWN = 10
-_BLANK = re.compile(r"[ \t\r\n]*")
 _Value = TypeVar("_Value")
 
 
@@ -166,7 +160,7 @@ class Entry:
 
 
 def read_entries(path: Path | str, what: str, problems: Problems | None = None) -> list[Entry]:
-    """The objects of a JSON list.
+    """The objects of a JSON list, pretty-printed or on a single line of many megabytes.
 
     Args:
         path: the file.
@@ -175,144 +169,25 @@ def read_entries(path: Path | str, what: str, problems: Problems | None = None) 
 
     Raises:
         ValueError: no such file, not UTF-8 (with the byte), no JSON (with the line), truncated, no list; without
-            `problems`, also an entry that is no object or has more than ``LONGEST_ENTRY`` characters.
+            `problems`, also an entry that is no object or has more than ``LONGEST_MEMBER`` characters.
     """
     found = Problems(path) if problems is None else problems
     entries = []
-    for value, where, _ in _members(Path(path), what, "["):
-        if isinstance(value, dict):
-            entries.append(Entry(value, where))
-        elif isinstance(value, ValueError):
-            found.add(str(value))
+    for member in members(Path(path), what, "["):
+        if member.length > LONGEST_MEMBER:
+            found.add(too_long(member.where, member.length))
+        elif isinstance(member.value, dict):
+            entries.append(Entry(member.value, member.where))
         else:
-            found.add(f"{where} is {_short(value)}, but must be an object with fields; remove it")
+            found.add(f"{member.where} is {_short(member.value)}, but must be an object with fields; remove it")
     if problems is None:
         found.raise_any()
     return entries
 
 
-def read_members(path: Path | str, what: str, problems: Problems) -> list[tuple[str, Any, str]]:
-    """Name, value and place (``"FILE: line 12 ('name')"``) of each member of a JSON object; see `read_entries`."""
-    members = []
-    for value, where, name in _members(Path(path), what, "{"):
-        if isinstance(value, ValueError):
-            problems.add(str(value))
-        else:
-            members.append((name, value, where))
-    return members
-
-
-def read_document(path: Path | str, what: str) -> Any:
-    """A whole JSON file at once, of any size; errors as in `read_entries`."""
-    text = _read(Path(path), what)
-    value, end = _decode(Path(path), text, _skip(text, 0), "the file")
-    _check_end(Path(path), text, end)
-    return value
-
-
-def _members(path: Path, what: str, opening: str) -> Iterator[tuple[Any, str, str]]:
-    """Value (an error if it is too large), place and name (empty in a list) of each member."""
-    text = _read(path, what)
-    begin = _skip(text, 0)
-    kind, closing = ("list", "]") if opening == "[" else ("object", "}")
-    if text[begin : begin + 1] != opening:
-        found = "is empty" if begin == len(text) else f"begins with {text[begin : begin + 20]!r}"
-        raise ValueError(f"{path} {found}, but must hold a JSON {kind}: {what}")
-    position, line, counted, number = _skip(text, begin + 1), 1, 0, 0
-    while text[position : position + 1] != closing or number:
-        number += 1
-        line, counted = line + text.count("\n", counted, position), position
-        begin, name, where = position, "", f"{path}: line {line} (entry {number})"
-        if opening == "{":
-            name, position = _name(path, text, position, where)
-            where = f"{path}: line {line} ({name!r})"
-        value, position = _decode(path, text, position, where)
-        if position - begin > LONGEST_ENTRY:
-            value = ValueError(f"{where} has {position - begin} characters, but must have {LONGEST_ENTRY} at most")
-        yield value, where, name
-        position = _skip(text, position)
-        if text[position : position + 1] == closing:
-            break
-        if text[position : position + 1] != ",":
-            _refuse_rest(path, text, position, f"after {where.partition(': ')[2]}")
-        position = _skip(text, position + 1)
-    _check_end(path, text, position + 1)
-
-
-def _name(path: Path, text: str, position: int, where: str) -> tuple[str, int]:
-    name, position = _decode(path, text, position, where)
-    position = _skip(text, position)
-    if not isinstance(name, str) or text[position : position + 1] != ":":
-        _refuse_rest(path, text, position, f"in {where.partition(': ')[2]}")
-    return name, _skip(text, position + 1)
-
-
-def _read(path: Path, what: str) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; it must be {what}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); it must be {what}") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}: line {line}: byte {error.start} of the file (0x{data[error.start]:02x}) is not UTF-8; "
-            "save the file as UTF-8 or copy it again"
-        ) from None
-
-
-def _decode(path: Path, text: str, position: int, where: str) -> tuple[Any, int]:
-    try:
-        return _DECODER.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        if error.msg.startswith("Unterminated string") or _skip(text, error.pos) == len(text):
-            raise ValueError(f"{where if where != 'the file' else path}: {_CUT}") from None
-        raise ValueError(
-            f"{path}: line {error.lineno}, column {error.colno}: no JSON ({error.msg}); {_AGAIN}"
-        ) from None
-    except _Twice as error:
-        raise ValueError(f"{where if where != 'the file' else path}: field {error.args[0]!r} is there twice") from None
-    except (RecursionError, ValueError) as error:  # nested thousands of times; a number of thousands of digits
-        raise ValueError(f"{where if where != 'the file' else path}: cannot be decoded ({error}); {_AGAIN}") from None
-
-
-class _Twice(ValueError):
-    """A name is in an object twice; JSON allows it, and decoders keep one of the two."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
-    return fields
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-_CUT = "the file ends in the middle of this; it is truncated, so copy it again"
-_AGAIN = "copy the file again or correct it"
-
-
-def _skip(text: str, position: int) -> int:
-    match = _BLANK.match(text, position)
-    assert match is not None
-    return match.end()
-
-
-def _refuse_rest(path: Path, text: str, position: int, place: str) -> NoReturn:
-    if position == len(text):
-        raise ValueError(f"{path}: the file ends {place}; it is truncated, so copy it again")
-    line = text.count("\n", 0, position) + 1
-    raise ValueError(f"{path}: line {line}: unexpected {text[position : position + 20]!r} {place}; {_AGAIN}")
-
-
-def _check_end(path: Path, text: str, position: int) -> None:
-    position = _skip(text, position)
-    if position < len(text):
-        _refuse_rest(path, text, position, "after the end")
+def too_long(where: str, length: int) -> str:
+    """What is said of a member that is larger than any real one."""
+    return f"{where} has {length} characters, and none has more than {LONGEST_MEMBER}; correct it or remove it"
 
 
 def _short(value: Any) -> str:

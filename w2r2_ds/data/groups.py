@@ -13,8 +13,8 @@ from typing import Protocol, TypeVar
 
 from w2r2_ds.data.labels import LabelMap
 
-# The 17 named classes of ScanNet's detection benchmark as ScanRefer spells them; NYU40's own "refridgerator" is not
-# among them, so refrigerators count as "others" where the table of labels has that spelling.
+# The 17 named classes of ScanNet's detection benchmark as ScanRefer spells them. ScanNet's table of labels has NYU40's
+# "refridgerator", so refrigerators count as "others"; ScanRefer's own copy of the table has the spelling below.
 SCANNET_CLASSES = (
     *("cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter", "desk"),
     *("curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub"),

@@ -86,7 +86,7 @@ def load_scene(root: Path | str, scene_id: str) -> Scene:
     root = Path(root)
     check_scene_id(scene_id)
     images = root / "posed_images" / scene_id
-    axis_align = _read_alignment(root / "scans" / scene_id / f"{scene_id}.txt")
+    axis_align = read_alignment(root / "scans" / scene_id / f"{scene_id}.txt")
     frames, dropped = _read_frames(images, axis_align)
     return Scene(
         scene_id=scene_id,
@@ -120,7 +120,12 @@ def _matrix(text: str, path: Path, field: str) -> np.ndarray:
     return np.array(values, dtype=np.float64).reshape(4, 4)
 
 
-def _read_alignment(path: Path) -> np.ndarray:
+def read_alignment(path: Path) -> np.ndarray:
+    """``[4, 4]`` float64, raw to axis-aligned world, of a ``scans/SCENE/SCENE.txt``.
+
+    Raises:
+        ValueError: no such file, no such line, or no rotation and shift.
+    """
     for line in _read_text(path, "the scan's description").splitlines():
         name, equals, value = line.partition("=")
         if equals and name.strip() == "axisAlignment":
@@ -165,7 +170,9 @@ def _read_instances(path: Path) -> dict[int, Instance]:
     try:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; run ScanRefer's scan preparation (batch_load_scannet_data)") from None
+        raise ValueError(
+            f"{path} does not exist; make it with launchers/prepare.py boxes, from ScanNet's meshes"
+        ) from None
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a readable array of numbers; write it again ({error})") from None
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 8 or rows.dtype.kind not in "fiu":
