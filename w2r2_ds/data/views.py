@@ -197,8 +197,8 @@ def listed(file: Path, scene: Scene, count: int) -> list[int]:
     for i, number in enumerate(numbers):
         if number not in positions:
             raise ValueError(
-                f"{where} names frame {number}, which is not among the {len(positions)} frames with a valid pose "
-                f"({scene.dropped_frames} have none); correct the list or extract the frame"
+                f"{where} names frame {number}, which is not among its {len(positions)} usable frames "
+                f"({scene.dropped_frames} others have no valid pose); correct the list or extract the frame"
             )
         if number in numbers[:i]:
             raise ValueError(f"{where} names frame {number} twice; remove one")

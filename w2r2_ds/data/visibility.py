@@ -25,6 +25,9 @@ POSE_TOLERANCE = 0.05
 """Metres between two poses of one image: only rounding differs, while the next image is often centimetres away."""
 
 
+_RENUMBERED = "extract the images of the scan under their own numbers (every 10th: 00000, 00010, ...)"
+
+
 def listed_frames(scene: Scene, info: ScanInfo) -> Scene:
     """The scene with only the frames that EmbodiedScan lists: the candidates of VG-LLM and of Video-3D-LLM.
 
@@ -48,9 +51,6 @@ def listed_frames(scene: Scene, info: ScanInfo) -> Scene:
                 f"{scene.scene_id}; {_RENUMBERED}"
             )
     return replace(scene, frames=frames)
-
-
-_RENUMBERED = "extract the images of the scan under their own numbers (every 10th: 00000, 00010, ...)"
 
 
 def match_instance(box: np.ndarray, info: ScanInfo) -> InfoInstance | None:
