@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from w2r2_ds.config import load_config
 from w2r2_ds.data.all_boxes import write_all_boxes
 from w2r2_ds.data.inventory import forecast, missing, report
 from w2r2_ds.data.manifest import summary
@@ -19,7 +18,6 @@ from w2r2_ds.data.prepare import prepare
 from w2r2_ds.data.synthetic.write import write_dataset
 from w2r2_ds.data.tasks.outcome import TaskOptions
 from w2r2_ds.data.views import FrameOptions
-from w2r2_ds.demo import prepare_models, prepare_scenes
 
 Splits = list[Literal["train", "val"]]
 QaSplits = list[Literal["train", "val", "test_w_obj", "test_wo_obj"]]
@@ -248,6 +246,10 @@ def demo(workers: int = 0) -> None:
     Args:
         workers: processes for the scenes; 0 means one per available core.
     """
+    # Here: whoever prepares data need not wait for transformers, and each of the processes would.
+    from w2r2_ds.config import load_config
+    from w2r2_ds.demo import prepare_models, prepare_scenes
+
     config = load_config()
     prepare_scenes(config, _processes(workers))
     prepare_models(config)

@@ -97,7 +97,8 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
         try:
             plan = make_plan(root, options)
         except ValueError as error:
-            source = annotation_source(root, options)
+            named = [each for each in sources(root, options) if str(each.path) in str(error)]
+            source = named[0] if named else annotation_source(root, options)
             return _extracted(root), [Missing(source.path, str(error), source.origin)]
         return [job.scene_id for job in plan.jobs], list(_left_out(plan))
     return _extracted(root), []

@@ -30,8 +30,9 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
     if workers <= 1:
         yield from (call(*each) for each in arguments)
         return
-    # Spawned: a forked child of a process that has threads may hang.
-    context = multiprocessing.get_context("spawn")
+    # Not forked from here: a child of a process that has threads may hang. The server imports torch once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([call.__module__])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(call, *each) for each in arguments]
         try:
