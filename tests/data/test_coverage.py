@@ -78,10 +78,12 @@ def test_frames_that_add_nothing_are_not_taken(scene: Scene) -> None:
 
 
 def test_the_choice_is_sorted(scene: Scene) -> None:
-    turned = replace(scene, frames=(scene.frames[1], scene.frames[2], scene.frames[0]))
-    assert covering_frames(turned, 3, 1.0) == (1, 2)  # of the equal two the earlier first, the other next
-    last = replace(scene, frames=(scene.frames[1], scene.frames[0]))
-    assert covering_frames(last, 1, 1.0) == (1,)
+    half = load_depth(scene.frames[2])
+    half[:24] = 0
+    Image.fromarray(half).save(scene.frames[2].depth)
+    turned = replace(scene, frames=(scene.frames[2], scene.frames[1], scene.frames[0]))
+    assert covering_frames(turned, 1, 1.0) == (2,)  # the one that sees most
+    assert covering_frames(turned, 3, 1.0) == (0, 2)
 
 
 def test_each_depth_image_is_read_once_per_scene(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ HAND = {"interval": 1, "step": 1}
 def test_strings() -> None:
     assert QUESTION == (
         "\nDetect the 3D bounding boxes in the camera coordinate system of the first frame.\n"
-        'Output a json list where each entry contains the object name in "label" and its 3D bounding box in "bbox_3d".\n'
+        'Output a json list where each entry contains the object name in "label" and its 3D bounding box in '
+        '"bbox_3d".\n'
         "The 3D bounding box format should be "
         "[x_center, y_center, z_center, x_size, y_size, z_size, yaw, roll, pitch]."
     )

@@ -50,7 +50,7 @@ def test_area_of_a_turned_box() -> None:
     around = np.array([1.0, 2.5, 1.5, 4.0, 0.1, 1.0])
     plate = np.concatenate([around, [np.pi / 4, 0.0, 0.0]])
     assert projected_area(plate, CAMERA, INTRINSIC, SIZE) > 0.0
-    inside = np.concatenate([[1.0 + 0.5, 2.0 + 0.5, 1.5], plate[3:]])  # moved along the plate, onto the camera
+    inside = np.array([1.0 + 0.5 * np.cos(1.3), 2.0 + 0.5 * np.sin(1.3), 1.5, 4.0, 0.1, 1.0, 1.3, 0.0, 0.0])
     assert projected_area(inside, CAMERA, INTRINSIC, SIZE) == 0.0
 
 

@@ -25,7 +25,11 @@ def test_strings() -> None:
 def test_training_has_a_sample_per_description(root: Path) -> None:
     write_annotations(root, ENTRIES)
     made = outcomes_of(root, "scan2cap")
-    assert [each.id for each in made] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|0", f"{SCENE}|0|office_chair|1"]
+    assert [each.id for each in made] == [
+        f"{SCENE}|0|office_chair|0",
+        f"{SCENE}|4|table|0",
+        f"{SCENE}|0|office_chair|1",
+    ]
     assert [each.answer for each in made] == ["The red chair.", "The table.", "It is red. very."]
     first = made[0]
     assert first.question.endswith("located at [1.0, 0.5, 3.0] in detail."), "in the first frame's camera"

@@ -127,8 +127,10 @@ def test_scene_sets_begin_in_different_parts_of_the_scene() -> None:
         starts = sorted(positions[0] for positions in scene_sets(400, 32, 4, seed, SCENE))
         # quarters of the scene: about 100 frames apart, off by less than one stride (12.5)
         assert all(80 < gap < 120 for gap in np.diff([*starts, starts[0] + 400]))
-    assert scene_sets(400, 32, 4, 0, SCENE) != scene_sets(400, 32, 4, 1, SCENE)
-    assert scene_sets(400, 32, 4, 0, SCENE) != scene_sets(400, 32, 4, 0, "scene0001_00")
+    together = [
+        set().union(*scene_sets(400, 8, 4, seed, name)) for seed in range(5) for name in (SCENE, "scene0001_00")
+    ]
+    assert len(set(map(frozenset, together))) >= 7  # of ten draws from 25 patterns
 
 
 def test_a_description_gets_the_set_that_sees_its_object_most() -> None:
