@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from w2r2_ds.data.prepared import FRAMES, MANIFEST, SAMPLES, PreparedSet
 from w2r2_ds.data.synthetic.write import Written
 from w2r2_ds.data.tasks.outcome import TaskOptions
 from w2r2_ds.data.views import FrameOptions
+from w2r2_ds.data.workers import run_all
 
 SECOND, THIRD = "scene0001_00", "scene0002_00"
 DEPTH = TaskOptions("scanrefer", "train", frames=FrameOptions("uniform", 2), visibility="depth")
@@ -188,11 +190,31 @@ def test_what_was_begun_for_something_else_is_made_again(
     assert ("begun with other options or inputs" in capsys.readouterr().out) == (change != "scene")
 
 
+def test_validation_draws_one_roll(scenes: Path) -> None:
+    write_annotations(scenes, [entry(), entry(4, "table")], "val")
+    options = replace(DEPTH, split="val", frames=FrameOptions("vgllm", 2), rolls=2)
+    made = PreparedSet(prepare(scenes, options, scenes / "out", quiet=True).folder, scenes)
+    assert [each.id for each in made] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|0"]
+
+
+def test_a_folder_in_place_of_the_shards_is_kept(scenes: Path) -> None:
+    (scenes / "out.partial").mkdir()
+    (scenes / "out.partial" / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"out.partial is in the way, and no preparation made it"):
+        prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    assert (scenes / "out.partial" / "mine.txt").is_file()
+
+
 def test_two_processes_write_the_same_bytes(rooms: Written, tmp_path: Path) -> None:
     one = prepare(rooms.root, DEPTH, tmp_path / "one", workers=1, quiet=True)
     two = prepare(rooms.root, DEPTH, tmp_path / "two", workers=2, quiet=True)
     assert contents(one.folder) == contents(two.folder)
     assert one.manifest["counts"]["scenes"] == 2
+
+
+def test_a_process_that_dies_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"One of 2 processes died .* what was done is kept, so run it again"):
+        list(run_all(os._exit, [(1,), (1,)], 2))
 
 
 @pytest.fixture
@@ -214,9 +236,13 @@ def test_all_broken_scenes_are_named(damaged: Path) -> None:
     assert not (damaged / "out").exists()
 
 
-def test_broken_scenes_can_be_left_out(damaged: Path) -> None:
+def test_broken_scenes_can_be_left_out(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="2 of 3 scenes cannot be used"):
+        prepare(damaged, DEPTH, damaged / "out", quiet=True)
+    worked = interrupted(monkeypatch, "none")
     done = prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=True, quiet=True)
     assert [each.scene_id for each in PreparedSet(done.folder, damaged)] == [SCENE, SCENE]
+    assert worked == [SECOND, THIRD], "what the first attempt made is kept"
     assert done.manifest["dropped"] == {"broken_scene": 4, "no_visible_frame": 1}
     assert done.manifest["counts"]["scenes"] == 1
     dropped = lines(done.folder)
@@ -253,6 +279,7 @@ def test_no_sample_at_all_is_an_error(root: Path) -> None:
         ({"task": "detection", "format": "video3dllm"}, "detection has vgllm"),
         ({"split": "test_w_obj"}, "--splits names 'test_w_obj'; scanrefer has train, val"),
         ({"rolls": 0}, "--rolls is 0; it must be at least 1"),
+        ({"rolls": 2}, "--rolls is 2, but frames.protocol uniform gives every roll the same frames"),
         ({"windows": -1}, "--windows is -1"),
         ({"frames": FrameOptions("uniform", 0)}, "frames.count is 0"),
     ],

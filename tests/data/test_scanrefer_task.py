@@ -104,7 +104,7 @@ def test_every_roll_is_a_sample_with_frames_of_its_own(root: Path) -> None:
 def test_validation_keeps_all_and_draws_once(root: Path) -> None:
     write_infos(root, "val")
     write_annotations(root, [LAMP, CHAIR, TABLE], "val")
-    made = outcomes_of(root, "scanrefer", "val", rolls=2)
+    made = outcomes_of(root, "scanrefer", "val")
     assert [each.id for each in made] == [f"{SCENE}|3|lamp|0", f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|1"]
     assert [bool(each.answer) for each in made] == [False, True, False]
 

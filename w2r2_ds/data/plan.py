@@ -81,6 +81,11 @@ def check_options(options: TaskOptions) -> None:
     ):
         if value < least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}.")
+    if options.rolls > 1 and options.frames.protocol != "vgllm":
+        raise ValueError(
+            f"--rolls is {options.rolls}, but frames.protocol {options.frames.protocol} gives every roll the same "
+            "frames; use protocol vgllm or one roll."
+        )
     options.frames.check()
 
 

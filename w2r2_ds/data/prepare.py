@@ -19,7 +19,7 @@ from typing import Any
 from w2r2_ds.data.check import check_frames
 from w2r2_ds.data.inputs import annotation_source, needs_infos, needs_proposals
 from w2r2_ds.data.manifest import counts, description, file_hash, key_of, reusable, scene_inputs, task_inputs
-from w2r2_ds.data.plan import Plan, items_of, make_plan
+from w2r2_ds.data.plan import Plan, items_of, make_plan, recorded_options
 from w2r2_ds.data.prepared import FRAMES, MANIFEST, SAMPLES, write_tables
 from w2r2_ds.data.progress import progress
 from w2r2_ds.data.sample import Sample
@@ -89,8 +89,10 @@ def prepare(
     if reusable(out, wanted):
         return Prepared(out, json.loads((out / MANIFEST).read_text(encoding="utf-8")), reused=True)
     partial = out.with_name(out.name + ".partial")
-    _open_partial(partial, {**wanted, "inputs": files})
-    keys = {job.scene_id: key_of(wanted["options"], files, scenes[job.scene_id]) for job in plan.jobs}
+    # Whoever leaves broken scenes out after all keeps the others.
+    asked = {**wanted, "inputs": files, "options": recorded_options(options)}
+    _open_partial(partial, asked)
+    keys = {job.scene_id: key_of(asked, scenes[job.scene_id]) for job in plan.jobs}
     todo = [job for job in plan.jobs if not has_shard(partial, job.scene_id, keys[job.scene_id])]
     if todo and len(todo) < len(plan.jobs):
         print(f"{partial}: {len(plan.jobs) - len(todo)} of {len(plan.jobs)} scenes are done already", flush=True)
@@ -106,15 +108,21 @@ def prepare(
 
 
 def _open_partial(partial: Path, asked: Mapping[str, Any]) -> None:
-    """Make the folder of shards, or keep it where the same was asked for."""
+    """Make the folder of shards, or keep it where the same was asked for.
+
+    Raises:
+        ValueError: a folder of this name is there that no preparation made.
+    """
     record = partial / "asked.json"
     text = json.dumps(asked, indent=2) + "\n"
-    if partial.exists():
-        if record.is_file() and record.read_text(encoding="utf-8") == text:
+    if partial.exists() and any(partial.iterdir()):
+        if not record.is_file():
+            raise ValueError(f"{partial} is in the way, and no preparation made it; remove it, or give another --out.")
+        if record.read_text(encoding="utf-8") == text:
             return
         print(f"{partial} was begun with other options or inputs; it is begun afresh", flush=True)
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
     record.write_text(text, encoding="utf-8")
 
 
