@@ -110,7 +110,7 @@ def test_a_forecast_writes_nothing(complete: Path) -> None:
     before = sorted(complete.rglob("*"))
     options = TaskOptions("scanrefer", "train", frames=FrameOptions("vgllm", 2), rolls=2)
     text = forecast(make_plan(complete, options), complete / "out")
-    assert "at most 2 samples of 1 descriptions (36665 are published) in 1 scenes" in text
+    assert "at most 2 samples of 1 descriptions (36665 are published), 1 scenes, 4 frames; about 0.0 MB" in text
     assert sorted(complete.rglob("*")) == before
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_questions, write_scene
+from w2r2_ds.config import SourceConfig, load_config
 from w2r2_ds.data import plan as planning
 from w2r2_ds.data import prepare as preparing
+from w2r2_ds.data.loading import load_mixture
 from w2r2_ds.data.manifest import summary
 from w2r2_ds.data.prepare import DROPPED, prepare
 from w2r2_ds.data.prepared import FRAMES, MANIFEST, SAMPLES, PreparedSet
@@ -21,6 +23,7 @@ from w2r2_ds.data.synthetic.write import Written
 from w2r2_ds.data.tasks.outcome import TaskOptions
 from w2r2_ds.data.views import FrameOptions
 from w2r2_ds.data.workers import run_all
+from w2r2_ds.demo import prepare_sets
 
 SECOND, THIRD = "scene0001_00", "scene0002_00"
 DEPTH = TaskOptions("scanrefer", "train", frames=FrameOptions("uniform", 2), visibility="depth")
@@ -317,3 +320,23 @@ def test_a_file_that_is_missing_is_named(root: Path) -> None:
     options = TaskOptions("scanqa", "val", "video3dllm", FrameOptions("uniform", 2))
     with pytest.raises(ValueError, match=r"ScanQA_v1.0_val.json does not exist"):
         prepare(root, options, root / "out", quiet=True)
+
+
+def test_the_demo_prepares_what_its_recipe_names(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        write_annotations(root, [entry(), entry(4, "table")], split)
+        write_questions(root, [question_entry()], split)
+    config = load_config(None, ["--data.root", str(root), "--demo.frames", "2"])
+    config.data.train = [SourceConfig(f"prepared/{task}/train") for task in ("scanrefer", "scan2cap", "scanqa")]
+    config.data.val = [SourceConfig("prepared/scanrefer/val"), SourceConfig("prepared/scanqa/val")]
+    prepare_sets(config)
+    assert capsys.readouterr().out.count("samples of") == 5
+    mixture = load_mixture(config.data, "train")
+    assert [each.task for each in mixture] == [task for task in ("scanrefer", "scan2cap", "scanqa") for _ in range(2)]
+    assert [path.name for path in mixture[0].frames] == ["00000.jpg", "00002.jpg"]
+    assert mixture[4].question.endswith(" Answer the question simply.")
+    prepare_sets(config)
+    assert capsys.readouterr().out == "", "what is there is reused"
+    config.data.val = [SourceConfig("prepared/elsewhere")]
+    with pytest.raises(ValueError, match=r"prepared/elsewhere names no task; the demo prepares prepared/TASK/NAME"):
+        prepare_sets(config)

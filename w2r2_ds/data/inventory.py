@@ -69,26 +69,30 @@ def report(root: Path | str, options: TaskOptions, found: list[Missing]) -> str:
 
 def forecast(plan: Plan, out: Path) -> str:
     """What a preparation would make, from the annotations alone."""
-    options = plan.options
-    training = options.split == "train"
-    each = options.rolls if options.task == "scanrefer" and training else 1
-    if options.task == "scanqa" and training:
-        samples = sum(len(question.answers) for job in plan.jobs for _, question in job.questions)
-    else:
-        samples = plan.items * each
-    if options.task == "detection":
-        of = f"at most {plan.items * options.windows} samples" if options.windows else "a sample per frame, nearly"
-        return f"{out}: {of}, of {plan.items} scenes; nothing was written"
+    samples, options = _most_samples(plan), plan.options
     listed = sum(len(list((plan.root / "posed_images" / job.scene_id).glob("*.jpg"))) for job in plan.jobs)
+    if options.task == "detection":
+        samples = listed if not options.windows else min(listed, samples)
     size = samples * SAMPLE_BYTES + listed * FRAME_BYTES
     published = ""
     if plan.published is not None:
-        verdict = "as published" if plan.items == plan.published else f"{plan.published} are published"
-        published = f" ({verdict})"
+        published = " (as published)" if plan.items == plan.published else f" ({plan.published} are published)"
     return (
-        f"{out}: at most {samples} samples of {plan.items} {plan.unit}{published} in {len(plan.jobs)} scenes, "
-        f"about {size / 1e6:.1f} MB; nothing was written"
+        f"{out}: at most {samples} samples of {plan.items} {plan.unit}{published}, {len(plan.jobs)} scenes, "
+        f"{listed} frames; about {size / 1e6:.1f} MB; nothing was written"
     )
+
+
+def _most_samples(plan: Plan) -> int:
+    """Samples if none is dropped; of a detection with all windows nobody knows before its scenes are opened."""
+    options = plan.options
+    if options.task == "detection":
+        return plan.items * options.windows
+    if options.split != "train":
+        return plan.items
+    if options.task == "scanqa":
+        return sum(len(question.answers) for job in plan.jobs for _, question in job.questions)
+    return plan.items * (options.rolls if options.task == "scanrefer" else 1)
 
 
 def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[str], list[Missing]]:
@@ -106,7 +110,7 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
 
 def _left_out(plan: Plan) -> Iterator[Missing]:
     """Scenes that EmbodiedScan's infos or the proposals leave out."""
-    files = {each.name: each for each in sources(plan.root, plan.options)}
+    files = {each.name: each for each in reversed(sources(plan.root, plan.options))}  # the split's own infos
     for job in plan.jobs:
         if needs_infos(plan.options) and job.info is None:
             yield Missing(files["infos"].path, f"does not have {job.scene_id}", files["infos"].origin)

@@ -144,7 +144,9 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], before: st
         if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
             yield from _differences(theirs, {**dict.fromkeys(theirs), **mine}, f"{before}{name}: ")
         elif mine != theirs:
-            if "inputs: " in f"{before}{name}: ":
+            if theirs is None and isinstance(mine, Mapping):
+                yield f"its manifest does not say its {name}"
+            elif "inputs: " in f"{before}{name}: ":
                 yield f"{name} has changed since"
             else:
                 yield f"{before}{name} is {theirs!r} there and {mine!r} here"
