@@ -1,15 +1,217 @@
-"""Prepare data: ``python launchers/prepare.py synthetic --help``."""
+"""Prepare data: ``python launchers/prepare.py scanrefer --root data/scannet``, and ``... scanrefer --help``."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from w2r2_ds.config import load_config
+from w2r2_ds.data.all_boxes import write_all_boxes
+from w2r2_ds.data.inventory import forecast, missing, report
+from w2r2_ds.data.manifest import summary
+from w2r2_ds.data.plan import make_plan
+from w2r2_ds.data.prepare import prepare
 from w2r2_ds.data.synthetic.write import write_dataset
-from w2r2_ds.demo import prepare_models, prepare_scenes
+from w2r2_ds.data.tasks.outcome import TaskOptions
+from w2r2_ds.data.views import FrameOptions
+
+Splits = list[Literal["train", "val"]]
+QaSplits = list[Literal["train", "val", "test_w_obj", "test_wo_obj"]]
+
+
+def scanrefer(
+    root: str,
+    splits: Splits = ["train", "val"],  # noqa: B006
+    format: Literal["vgllm", "video3dllm"] = "vgllm",
+    frames: FrameOptions = FrameOptions("vgllm", 32),  # noqa: B008
+    rolls: int = 0,
+    visibility: Literal["embodiedscan", "depth"] = "embodiedscan",
+    out: str = "",
+    workers: int = 0,
+    skip_broken_scenes: bool = False,
+    check: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """A sentence about an object -> where the object is.
+
+    Args:
+        root: data root in ScanNet's layout (docs/data.md).
+        splits: of the annotations.
+        format: VG-LLM's frame and box in its camera, or the corners of the world box in Video-3D-LLM's words.
+        frames: which frames a sample sees.
+        rolls: training samples per description in VG-LLM's format, each with frames of its own; 0 means 2, as VG-LLM,
+            where the protocol draws frames for every sample (vgllm), else 1.
+        visibility: what says whether a frame sees an object: EmbodiedScan's lists, as VG-LLM, or the depth images.
+        out: folder for a folder per split; ROOT/prepared/scanrefer without it.
+        workers: processes; 0 means one per available core.
+        skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
+        check: only list what is missing and where it comes from; exit status 1 if something is.
+        dry_run: only say what would be made.
+    """
+    drawn = frames.protocol == "vgllm" and format == "vgllm"
+
+    def options(split: Any) -> TaskOptions:
+        each = rolls or (2 if drawn and split == "train" else 1)
+        return TaskOptions("scanrefer", split, format, frames, rolls=each, visibility=visibility)
+
+    if rolls and format != "vgllm":
+        raise ValueError(f"--rolls is {rolls}, but only format vgllm has rolls; leave it out.")
+    _run("scanrefer", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
+
+
+def scan2cap(
+    root: str,
+    splits: Splits = ["train", "val"],  # noqa: B006
+    format: Literal["vgllm", "video3dllm"] = "vgllm",
+    frames: FrameOptions = FrameOptions("vgllm", 32),  # noqa: B008
+    boxes: Literal["proposals", "annotated"] = "proposals",
+    out: str = "",
+    workers: int = 0,
+    skip_broken_scenes: bool = False,
+    check: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """An object given by its place -> a sentence about it.
+
+    Args:
+        root: data root in ScanNet's layout (docs/data.md).
+        splits: of the annotations, which are ScanRefer's.
+        format: the place in the first frame's camera (VG-LLM), or in the world (Video-3D-LLM's words).
+        frames: which frames a sample sees.
+        boxes: in validation, which box the place is the centre of: the best of the proposals, or the annotated one.
+        out: folder for a folder per split; ROOT/prepared/scan2cap without it.
+        workers: processes; 0 means one per available core.
+        skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
+        check: only list what is missing and where it comes from; exit status 1 if something is.
+        dry_run: only say what would be made.
+    """
+
+    def options(split: Any) -> TaskOptions:
+        return TaskOptions("scan2cap", split, format, frames, boxes=boxes)
+
+    _run("scan2cap", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
+
+
+def scanqa(
+    root: str,
+    splits: QaSplits = ["train", "val"],  # noqa: B006
+    frames: FrameOptions = FrameOptions("uniform", 32),  # noqa: B008
+    out: str = "",
+    workers: int = 0,
+    skip_broken_scenes: bool = False,
+    check: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """A question about a scene -> a short answer, in Video-3D-LLM's words.
+
+    Args:
+        root: data root in ScanNet's layout (docs/data.md).
+        splits: of the annotations; the test splits have no answers and cannot be scored here.
+        frames: which frames a sample sees.
+        out: folder for a folder per split; ROOT/prepared/scanqa without it.
+        workers: processes; 0 means one per available core.
+        skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
+        check: only list what is missing and where it comes from; exit status 1 if something is.
+        dry_run: only say what would be made.
+    """
+
+    def options(split: Any) -> TaskOptions:
+        return TaskOptions("scanqa", split, "video3dllm", frames)
+
+    _run("scanqa", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
+
+
+def detection(
+    root: str,
+    splits: Splits = ["train", "val"],  # noqa: B006
+    count: int = 4,
+    interval: int = 3,
+    step: int = 10,
+    windows: int = 10,
+    train_windows: int = 0,
+    seed: int = 0,
+    out: str = "",
+    workers: int = 0,
+    skip_broken_scenes: bool = False,
+    check: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """A few neighbouring frames -> every object that they see, from EmbodiedScan, as VG-LLM.
+
+    Args:
+        root: data root in ScanNet's layout (docs/data.md).
+        splits: of EmbodiedScan.
+        count: frames per sample.
+        interval: every how many frames of a run without a gap a sample takes one.
+        step: how far apart the numbers of neighbouring frames are; 10 where every tenth image was extracted.
+        windows: samples per scene in validation, drawn; 0 for all.
+        train_windows: likewise in training.
+        seed: of the draw.
+        out: folder for a folder per split; ROOT/prepared/detection without it.
+        workers: processes; 0 means one per available core.
+        skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
+        check: only list what is missing and where it comes from; exit status 1 if something is.
+        dry_run: only say what would be made.
+    """
+
+    def options(split: Any) -> TaskOptions:
+        most = train_windows if split == "train" else windows
+        frames = FrameOptions("uniform", count, seed)
+        return TaskOptions("detection", split, "vgllm", frames, interval=interval, step=step, windows=most)
+
+    _run("detection", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
+
+
+def _run(
+    task: str,
+    root: str,
+    splits: Sequence[str],
+    options: Callable[[str], TaskOptions],
+    out: str,
+    workers: int,
+    skip_broken_scenes: bool,
+    check: bool,
+    dry_run: bool,
+) -> None:
+    """Check, forecast or prepare every split."""
+    if not splits:
+        raise ValueError("--splits is empty; name at least one.")
+    folder, complete = Path(out or Path(root) / "prepared" / task), True
+    for split in dict.fromkeys(splits):
+        if check:
+            found = missing(root, options(split))
+            print(report(root, options(split), found), flush=True)
+            complete = complete and not found
+        elif dry_run:
+            print(forecast(make_plan(root, options(split)), folder / split), flush=True)
+        else:
+            done = prepare(root, options(split), folder / split, _processes(workers), skip_broken_scenes)
+            print(summary(done.folder, done.manifest, done.reused), flush=True)
+    if not complete:
+        sys.exit(1)
+
+
+def _processes(workers: int) -> int:
+    if workers < 0:
+        raise ValueError(f"--workers is {workers}; it cannot be negative.")
+    return workers or len(os.sched_getaffinity(0))
+
+
+def boxes(root: str, scenes: list[str] = [], workers: int = 0, overwrite: bool = False) -> None:  # noqa: B006
+    """ScanRefer's boxes, scannet_data/SCENE_aligned_bbox.npy, from ScanNet's meshes and their annotations.
+
+    Args:
+        root: data root in ScanNet's layout (docs/data.md).
+        scenes: names; without any, every scene below ROOT/scans.
+        workers: processes; 0 means one per available core.
+        overwrite: make them again where they are.
+    """
+    made, kept = write_all_boxes(root, scenes, _processes(workers), overwrite)
+    print(f"{Path(root) / 'scannet_data'}: boxes of {made} scenes made, {kept} were there")
 
 
 def synthetic(
@@ -35,26 +237,45 @@ def synthetic(
         frames_per_scene: posed images per room.
         workers: processes; 0 means one per available core.
     """
-    count = workers if workers > 0 else len(os.sched_getaffinity(0))
-    print(write_dataset(out, seed, train_scenes, val_scenes, image_size, frames_per_scene, count).message)
+    print(write_dataset(out, seed, train_scenes, val_scenes, image_size, frames_per_scene, _processes(workers)).message)
 
 
 def demo(workers: int = 0) -> None:
-    """What the demo recipe needs: its synthetic scenes, a tiny warmed-up VLM and a tiny VGGT.
+    """What the demo recipe needs: its synthetic scenes, prepared, a tiny warmed-up VLM and a tiny VGGT.
 
     Args:
         workers: processes for the scenes; 0 means one per available core.
     """
+    # Here: whoever prepares data need not wait for transformers, and each of the processes would.
+    from w2r2_ds.config import load_config
+    from w2r2_ds.demo import prepare_models, prepare_scenes
+
     config = load_config()
-    prepare_scenes(config, workers if workers > 0 else len(os.sched_getaffinity(0)))
+    prepare_scenes(config, _processes(workers))
     prepare_models(config)
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """A command line whose flags have values, as jsonargparse wants them: ``--check`` is ``--check true``.
+
+    The same flags may be written with a hyphen inside.
+    """
+    flags = ("--check", "--dry_run", "--skip_broken_scenes", "--overwrite")
+    written: list[str] = []
+    for i, word in enumerate(words):
+        name = word.replace("-", "_").replace("__", "--", 1)
+        bare = name in flags and (i + 1 == len(words) or words[i + 1].lower() not in ("true", "false"))
+        written += [name if name in flags else word, *(["true"] if bare else [])]
+    return written
 
 
 def main() -> None:
     """Parse the command line and run one preparation."""
+    commands = (scanrefer, scan2cap, scanqa, detection, boxes, synthetic, demo)
     try:
         auto_cli(
-            {"synthetic": synthetic, "demo": demo},
+            {command.__name__: command for command in commands},
+            args=with_values(sys.argv[1:]),
             as_positional=False,
             description="Prepare data for training and evaluation.",
         )

@@ -6,13 +6,19 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
 from w2r2_ds.config import RunConfig
 from w2r2_ds.data.loading import load_mixture
+from w2r2_ds.data.manifest import summary
+from w2r2_ds.data.plan import FORMATS
+from w2r2_ds.data.prepare import prepare
 from w2r2_ds.data.synthetic.write import write_dataset
+from w2r2_ds.data.tasks.outcome import TaskOptions
+from w2r2_ds.data.views import FrameOptions
 from w2r2_ds.engine.warmup import warm_up
 from w2r2_ds.models.build import load_front
 from w2r2_ds.models.tiny import build_tiny_vggt, build_tiny_vlm
@@ -37,21 +43,39 @@ def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
 
 
 def prepare_sets(config: RunConfig) -> None:
-    """Bridge until launchers/prepare.py has its tasks."""
-    import json as j
+    """Prepare what `data.train` and `data.val` name, or reuse it: ``prepared/TASK/NAME``, with `demo.frames` frames.
 
-    from w2r2_ds.data import prepared
-    from w2r2_ds.data.tasks.scanrefer import build_samples
+    Depth images say which frames see an object, so that nothing is needed that a rendered scene does not have.
 
+    Raises:
+        ValueError: a path names no task, or data that are not there.
+    """
     root = Path(config.data.root)
-    for split in ("train", "val"):
-        folder = root / "prepared" / "scanrefer" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        file = root / "ScanRefer" / f"ScanRefer_filtered_{split}.json"
-        samples, _ = build_samples(root, file, split, config.demo.frames)  # type: ignore[arg-type]
-        prepared.write_tables(folder, *prepared.tables(samples, root))
-        manifest = {"version": prepared.VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}}
-        (folder / prepared.MANIFEST).write_text(j.dumps(manifest))
+    wanted = {source.path: "train" for source in config.data.train}
+    for source in config.data.val:
+        if wanted.setdefault(source.path, "val") != "val":
+            raise ValueError(f"data.val names {source.path}, which data.train names too; the demo's splits differ.")
+    for path, split in wanted.items():
+        done = prepare(root, _task_options(path, split, config.demo.frames), root / path, quiet=True)
+        if not done.reused:
+            print(summary(done.folder, done.manifest, done.reused), flush=True)
+
+
+def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
+    task = PurePosixPath(path).parent.name
+    if task not in FORMATS:
+        raise ValueError(
+            f"{path} names no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(FORMATS)}."
+        )
+    return TaskOptions(
+        task,
+        split,
+        format="video3dllm" if task == "scanqa" else "vgllm",
+        frames=FrameOptions("uniform", frames),
+        visibility="depth",
+        step=1,  # every rendered frame is written
+        windows=10,
+    )
 
 
 def prepare_models(config: RunConfig) -> None:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from w2r2_ds.data.plan import make_plan
+from w2r2_ds.data.prepare import scene_outcomes
+from w2r2_ds.data.tasks.outcome import Dropped, TaskOptions
+from w2r2_ds.data.views import FrameOptions
 
 ALIGN = np.array([[0.0, -1.0, 0.0, 0.5], [1.0, 0.0, 0.0, -2.0], [0.0, 0.0, 1.0, 0.25], [0.0, 0.0, 0.0, 1.0]])
 CAMERA = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 2.0], [0.0, -1.0, 0.0, 1.5], [0.0, 0.0, 0.0, 1.0]])
@@ -67,3 +74,82 @@ def write_annotations(root: Path, entries: object, split: str = "train") -> Path
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(entries))
     return path
+
+
+INSTANCES: list[tuple[int, str, list[float]]] = [
+    (7, "chair", [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0]),  # object 0
+    (5, "wall", [0.0, 9.0, 1.0, 8.0, 0.2, 3.0, 0.0, 0.0, 0.0]),
+    (9, "table", [0.0, 5.0, 1.0, 0.6, 0.6, 0.6, 0.3, 0.0, 0.0]),  # object 4, turned by 0.3
+    (3, "lamp", [1.0, 8.0, 1.9, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0]),  # object 3 moved by 0.4: IoU 0.111
+]
+"""Number, category and box of EmbodiedScan's instances."""
+VISIBLE = [[1, 0], [0, 2, 1], [], [0]]
+"""Places in `INSTANCES` that the frames see; frame 3 has lost its pose."""
+
+
+def write_infos(root: Path, split: str = "train", scene_ids: tuple[str, ...] = (SCENE,)) -> None:
+    """EmbodiedScan's infos of copies of the scene."""
+    names = sorted({label for _, label, _ in INSTANCES})
+    scenes = []
+    for scene_id in scene_ids:
+        folder = root / "posed_images" / scene_id
+        images = [
+            {
+                "img_path": f"scannet/posed_images/{scene_id}/{i:05d}.jpg",
+                "cam2global": np.loadtxt(folder / f"{i:05d}.txt"),
+                "visible_instance_ids": seen,
+            }
+            for i, seen in enumerate(VISIBLE)
+        ]
+        instances = [
+            {"bbox_3d": box, "bbox_label_3d": names.index(label), "bbox_id": number} for number, label, box in INSTANCES
+        ]
+        scenes.append(
+            {
+                "sample_idx": f"scannet/{scene_id}",
+                "axis_align_matrix": ALIGN,
+                "images": images,
+                "instances": instances,
+            }
+        )
+    content = {"metainfo": {"categories": {name: i for i, name in enumerate(names)}}, "data_list": scenes}
+    path = root / "embodiedscan" / f"embodiedscan_infos_{split}.pkl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(content))
+
+
+def write_proposals(root: Path, boxes: list[list[float]], split: str = "val") -> None:
+    path = root / "proposals" / f"scannet_{split}_pred_box.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({f"scannet/{SCENE}": boxes}))
+
+
+def question_entry(number: int = 0, answers: list[str] | None = None, objects: tuple[int, ...] = (0,)) -> dict:
+    """One valid ScanQA entry."""
+    return {
+        "scene_id": SCENE,
+        "question_id": f"val-scene0000-{number}",
+        "question": " What color is the chair?",
+        "answers": ["red", "dark red"] if answers is None else answers,
+        "object_ids": list(objects),
+        "object_names": ["chair" for _ in objects],
+    }
+
+
+def write_questions(root: Path, entries: object, split: str = "train") -> Path:
+    path = root / "ScanQA" / f"ScanQA_v1.0_{split}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def outcomes_of(root: Path, task: str, split: Any = "train", count: int = 2, **options: Any) -> list[Any]:
+    """What becomes of every item of a task, with uniform frames: samples and what was dropped."""
+    frames = options.pop("frames", FrameOptions("uniform", count))
+    plan = make_plan(root, TaskOptions(task, split, **{"frames": frames, **options}))
+    return [outcome for job in plan.jobs for _, outcome in scene_outcomes(root, plan.options, job)[0]]
+
+
+def reasons(outcomes: list[Any]) -> dict[str, str]:
+    """Id -> reason of what was dropped."""
+    return {each.id: each.reason for each in outcomes if isinstance(each, Dropped)}

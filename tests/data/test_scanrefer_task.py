@@ -1,20 +1,25 @@
-"""ScanRefer's samples, VG-LLM's strings."""
+"""ScanRefer's samples in both formats: strings, frames and boxes by hand, and what is left out."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hand_scene import SCENE, entry, write_annotations
-from w2r2_ds.data.boxes import camera_to_world
+from hand_scene import SCENE, entry, outcomes_of, reasons, write_annotations, write_infos
+from w2r2_ds.data.sample import Sample
+from w2r2_ds.data.tasks.outcome import WrongAnnotations
 from w2r2_ds.data.tasks.scanrefer import (
+    WORLD_QUESTION,
     answer_text,
-    build_samples,
+    description_span,
     question_text,
+    world_answer_text,
 )
+from w2r2_ds.data.views import FrameOptions
+
+CHAIR, TABLE, LAMP = entry(), entry(4, "table", 1, "the table."), entry(3, "lamp", 0, "a hidden lamp.")
 
 
 def test_strings_are_vgllms() -> None:
@@ -30,44 +35,109 @@ def test_strings_are_vgllms() -> None:
     assert "[-0.6, -0.8, 2.4, 3.0," in answer_text(12, box, decimals=1)
 
 
-def test_braces_in_a_description_are_kept() -> None:
-    assert "Text: The {box}.\n" in question_text("the {box}.")
+def test_strings_are_video3dllms() -> None:
+    assert question_text("the Chair.", WORLD_QUESTION) == (
+        "Localize the object according to the following description.\n"
+        "The chair.\n"
+        "Output the answer in the format x_min,y_min,z_min,x_max,y_max,z_max"
+    )
+    assert world_answer_text(np.array([2.0, -5.0, 1.0, 0.8, 0.61, 1.0])) == "1.6,-5.3,0.5,2.4,-4.7,1.5"
 
 
-def test_samples(root: Path) -> None:
-    entries = [entry(), entry(4, "table", 1, "the table."), entry(3, "lamp", 0, "a hidden lamp.")]
-    samples, dropped = build_samples(root, write_annotations(root, entries), "train", 3)
-    assert dropped == {"no_visible_frame": 1, "invalid_pose_frames": 1}
-    assert [sample.id for sample in samples] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|1"]
-    first = samples[0]
-    assert (first.task, first.scene_id, first.target.object_name) == ("scanrefer", SCENE, "office chair")
+@pytest.mark.parametrize("template", [None, WORLD_QUESTION])
+def test_the_description_is_what_is_asked_for(template: str | None) -> None:
+    more = () if template is None else (template,)
+    question = question_text("  the {box} IS red. ", *more)
+    begin, end = description_span("  the {box} IS red. ", *more)
+    assert question[begin:end] == "the {box} is red."
+
+
+def test_by_depth_the_clearest_frame_is_asked_for(root: Path) -> None:
+    write_annotations(root, [CHAIR, TABLE, LAMP])
+    made = outcomes_of(root, "scanrefer", count=3, visibility="depth")
+    assert reasons(made) == {f"{SCENE}|3|lamp|0": "no_visible_frame"}
+    assert [each.id for each in made[:2]] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|1"]
+    first = made[0]
+    assert (first.task, first.scene_id, first.kind) == ("scanrefer", SCENE, "grounding")
     assert [path.name for path in first.frames] == ["00000.jpg", "00001.jpg", "00002.jpg"]
     assert first.cam_to_world.shape == (3, 4, 4)
-    np.testing.assert_array_equal(first.target.box, [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0])
-    answer = json.loads(first.answer.strip("`").removeprefix("json"))
-    assert answer["frame"] == 1
-    assert answer["bbox_3d"][:6] == [1.0, 0.5, 2.0, 0.8, 0.6, 1.0]  # by hand: frame 1 stands at (1, 3, 1.5)
-    world = camera_to_world(np.array(answer["bbox_3d"]), first.cam_to_world[answer["frame"]])
-    np.testing.assert_allclose(world[:6], first.target.box[:6], atol=0.006)
+    # By hand: frame 1 stands at (1, 3, 1.5), looks along y and is level, so a0 + a2 = 0 and a1 = 90 degrees.
+    expected = [1.0, 0.5, 2.0, 0.8, 0.6, 1.0, 0.0, 1.57, 0.0]
+    assert first.answer == f'```json\n\t{{"frame": 1, "bbox_3d": {expected}}}\n```'
 
 
-def test_validation_keeps_what_no_frame_shows(root: Path) -> None:
-    file = write_annotations(root, [entry(3, "lamp"), entry()], "val")
-    samples, dropped = build_samples(root, file, "val", 3)
-    assert dropped == {"no_visible_frame": 0, "invalid_pose_frames": 1}
-    assert samples[0].answer == ""
-    assert samples[1].answer.startswith("```json\n\t{")
+def test_the_target_says_what_scoring_needs(root: Path) -> None:
+    write_annotations(root, [CHAIR, TABLE, LAMP])
+    target = outcomes_of(root, "scanrefer", visibility="depth")[0].target
+    np.testing.assert_array_equal(target.box, [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0])
+    assert (target.object_id, target.object_name, target.ann_id) == (0, "office chair", "0")
+    # chair, table, lamp are three of ScanNet's classes; the test's table of labels gives all of them NYU40 id 5
+    assert (target.group, target.group_nyu40, target.scannet_class) == ("unique", "multiple", 2)
+    assert target.described is None
 
 
-def test_unknown_object_names_file_entry_and_scene(root: Path) -> None:
-    file = write_annotations(root, [entry(), entry(99)])
-    with pytest.raises(
-        ValueError, match=rf"train.json: line 1 \(entry 2\): field 'object_id' is 99, which scene {SCENE} does not"
-    ):
-        build_samples(root, file, "train", 2)
+def test_by_infos_an_instance_must_match_and_be_seen(root: Path) -> None:
+    write_infos(root)
+    write_annotations(root, [CHAIR, TABLE, LAMP])
+    made = outcomes_of(root, "scanrefer")  # frames 0 and 2; only frame 1 sees the table
+    assert reasons(made) == {f"{SCENE}|4|table|1": "no_visible_frame", f"{SCENE}|3|lamp|0": "no_instance_match"}
+    assert made[0].answer.startswith('```json\n\t{"frame": 0, "bbox_3d": [1.0, 0.5, 3.0, 0.8, 0.6, 1.0, ')
+    assert [each.where.split(": ")[1] for each in made[1:]] == ["line 1 (entry 2)", "line 1 (entry 3)"]
+    whole = outcomes_of(root, "scanrefer", count=3)
+    assert whole[1].answer.startswith('```json\n\t{"frame": 1, "bbox_3d": [-1.0, 0.5, 2.0, 0.6, 0.6, 0.6, ')
 
 
-def test_a_bad_split_is_an_error(root: Path) -> None:
-    file = write_annotations(root, [entry()])
-    with pytest.raises(ValueError, match="split is 'test'"):
-        build_samples(root, file, "test", 2)  # type: ignore[arg-type]
+def test_every_roll_is_a_sample_with_frames_of_its_own(root: Path) -> None:
+    write_infos(root)
+    write_annotations(root, [TABLE] * 1 + [entry(4, "table", n) for n in range(2, 8)])
+    made = outcomes_of(root, "scanrefer", frames=FrameOptions("vgllm", 2), rolls=2)
+    assert [each.id for each in made][:3] == [f"{SCENE}|4|table|1#0", f"{SCENE}|4|table|1#1", f"{SCENE}|4|table|2#0"]
+    assert len(made) == 14 and all(isinstance(each, Sample) for each in made)
+    chosen = {tuple(path.stem for path in each.frames) for each in made}
+    assert chosen == {("00000", "00001"), ("00001", "00002")}, "every draw that sees the table: rolled, stride 1"
+    for each in made:
+        assert f'"frame": {[path.stem for path in each.frames].index("00001")},' in each.answer
+    once = outcomes_of(root, "scanrefer", frames=FrameOptions("vgllm", 2))
+    assert once[0].id == f"{SCENE}|4|table|1", "no suffix where there is one"
+
+
+def test_validation_keeps_all_and_draws_once(root: Path) -> None:
+    write_infos(root, "val")
+    write_annotations(root, [LAMP, CHAIR, TABLE], "val")
+    made = outcomes_of(root, "scanrefer", "val")
+    assert [each.id for each in made] == [f"{SCENE}|3|lamp|0", f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|1"]
+    assert [bool(each.answer) for each in made] == [False, True, False]
+
+
+def test_world_format_needs_neither_infos_nor_sight(root: Path) -> None:
+    write_annotations(root, [CHAIR, LAMP])
+    chair, lamp = outcomes_of(root, "scanrefer", format="video3dllm")
+    assert (chair.answer, chair.kind) == ("1.6,4.7,0.5,2.4,5.3,1.5", "answer")
+    assert chair.question[slice(*chair.what)] == "The red chair."
+    assert lamp.answer == "0.75,7.75,1.25,1.25,8.25,1.75"
+
+
+def test_objects_that_the_scene_lacks_are_all_named(root: Path) -> None:
+    write_annotations(root, [CHAIR, entry(99), entry(98)])
+    message = rf"train.json: line 1 \(entry 2\): field 'object_id' is 99, which scene {SCENE} does not have"
+    with pytest.raises(WrongAnnotations, match=message) as caught:
+        outcomes_of(root, "scanrefer", visibility="depth")
+    assert len(caught.value.sentences) == 2
+
+
+def test_a_scene_that_embodiedscan_lacks_is_named(root: Path) -> None:
+    write_infos(root, scene_ids=(SCENE,))
+    write_annotations(root, [{**CHAIR, "scene_id": "scene0007_00"}])
+    with pytest.raises(ValueError, match="scene0007_00: EmbodiedScan's infos do not have this scene"):
+        outcomes_of(root, "scanrefer")
+
+
+def test_the_other_splits_infos_are_looked_at_too(root: Path) -> None:
+    write_infos(root, "val")
+    (root / "embodiedscan" / "embodiedscan_infos_val.pkl").rename(root / "embodiedscan" / "kept")
+    write_infos(root, "train")
+    path = root / "embodiedscan" / "embodiedscan_infos_train.pkl"
+    path.write_bytes(path.read_bytes().replace(SCENE.encode(), b"scene0009_00"))
+    (root / "embodiedscan" / "kept").rename(root / "embodiedscan" / "embodiedscan_infos_val.pkl")
+    write_annotations(root, [CHAIR])
+    assert isinstance(outcomes_of(root, "scanrefer")[0], Sample)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hand_scene import outcomes_of, reasons
 from synthetic_truth import SCENES, boxes, named, room_again, the
 from w2r2_ds.data.frames import box_corners, load_depth, project
 from w2r2_ds.data.scannet import load_scene
@@ -24,7 +25,6 @@ from w2r2_ds.data.synthetic.render import Renderer, pinhole
 from w2r2_ds.data.synthetic.rooms import RoomObject, make_room
 from w2r2_ds.data.synthetic.sentences import describe
 from w2r2_ds.data.synthetic.write import Written, write_dataset
-from w2r2_ds.data.tasks.scanrefer import build_samples
 
 
 def entries(root: Path) -> list[dict[str, Any]]:
@@ -90,8 +90,8 @@ def test_measured_depth_lies_on_the_described_object(rooms: Written, name: str) 
     """Back-project each sample's target frame: many pixels inside the projected box must fall into the 3-D box."""
     scene = load_scene(rooms.root, name)
     split = "val" if name == SCENES[2] else "train"
-    samples, dropped = build_samples(rooms.root, annotations(rooms.root, split), split, 12)
-    assert dropped == {"no_visible_frame": 0, "invalid_pose_frames": 0}  # only what is visible is described
+    samples = outcomes_of(rooms.root, "scanrefer", split, 12, visibility="depth")
+    assert not reasons(samples)  # only what is visible is described
     for sample in (sample for sample in samples if sample.scene_id == name):
         answer = json.loads(sample.answer.strip("`").removeprefix("json"))
         frame, box = scene.frames[answer["frame"]], sample.target.box[:6]

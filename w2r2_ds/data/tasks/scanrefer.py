@@ -1,26 +1,42 @@
-"""ScanRefer in VG-LLM's format: annotation file -> samples with prompt and answer strings.
+"""ScanRefer: a sentence about an object -> where the object is.
 
-The question asks for the first clear frame and for the object's 9-number box *in that frame's camera*; the box is the
-axis-aligned world box (angles 0) moved into the camera, so its three angles depend on the camera only.
+``vgllm`` asks for the first clear frame and for the object's 9-number box *in that frame's camera*; the box is the
+axis-aligned world box (angles 0) moved into the camera, so its three angles depend on the camera only. Training keeps
+what VG-LLM keeps (LaVi-Lab/VG-LLM ``process_scanrefer.py``): the annotated box must match an EmbodiedScan instance, and
+a chosen frame must see it. Validation keeps every description; where no chosen frame sees the object the answer is
+empty.
+
+``video3dllm`` asks for the corners of the world box (the "gen" template of LaVi-Lab/Video-3D-LLM
+``process_scanrefer.py``). Its public code trains the other template, an ``<ground>`` token, so the number format of the
+answer is ours: two decimals, commas between. Its kind is ``answer``: only boxes in a camera have number slots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from w2r2_ds.data.annotations import Description, read_scanrefer
+from w2r2_ds.data.annotations import Description
 from w2r2_ds.data.boxes import world_to_camera
-from w2r2_ds.data.frames import best_frame, load_depth
-from w2r2_ds.data.groups import groups, scannet_class
-from w2r2_ds.data.labels import read_labels
-from w2r2_ds.data.sample import Sample, Target
-from w2r2_ds.data.scannet import Frame, Scene, load_scene
-from w2r2_ds.data.views import uniform
+from w2r2_ds.data.sample import Sample
+from w2r2_ds.data.scannet import Scene
+from w2r2_ds.data.tasks.outcome import (
+    NO_INSTANCE_MATCH,
+    NO_VISIBLE_FRAME,
+    Dropped,
+    Job,
+    Outcome,
+    Outcomes,
+    TaskOptions,
+    rounded,
+    target_of,
+    world_box,
+)
+from w2r2_ds.data.views import choose
+from w2r2_ds.data.visibility import clearest, listed_frames, match_instance, seen_by_depth, seen_by_infos
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -28,39 +44,22 @@ QUESTION = (
     'Output a JSON dictionary with the frame index in "frame" and its 3D bounding box in "bbox_3d" '
     "in the frame's coordinates.\n"
 )
-
-NO_VISIBLE_FRAME = "no_visible_frame"
-INVALID_POSE = "invalid_pose_frames"
-
-
-@dataclass
-class _View:
-    """A scene with the frames its samples see; ``best`` caches the target frame of each object."""
-
-    scene: Scene
-    frames: list[Frame]
-    depths: list[np.ndarray]
-    image_size: tuple[int, int]
-    best: dict[int, int | None] = field(default_factory=dict)
-
-    def best_frame(self, object_id: int) -> int | None:
-        if object_id not in self.best:
-            box = self.scene.instances[object_id].box
-            self.best[object_id] = best_frame(
-                self.frames, box, self.scene.intrinsic, self.image_size, self.scene.depth_intrinsic, self.depths
-            )
-        return self.best[object_id]
+WORLD_QUESTION = (
+    "Localize the object according to the following description.\n"
+    "{description}\n"
+    "Output the answer in the format x_min,y_min,z_min,x_max,y_max,z_max"
+)
 
 
-def question_text(description: str) -> str:
-    """The text after the frames, character for character VG-LLM's (it capitalises the description)."""
-    return QUESTION.format(description=description.capitalize())
+def question_text(description: str, template: str = QUESTION) -> str:
+    """The text after the frames, character for character theirs (both capitalise the description)."""
+    return template.format(description=description.capitalize())
 
 
-def description_span(description: str) -> tuple[int, int]:
+def description_span(description: str, template: str = QUESTION) -> tuple[int, int]:
     """Characters ``[begin, end)`` of the question that are the description, without blanks around it."""
     written = description.capitalize()
-    begin = len(QUESTION.partition("{description}")[0].format()) + len(written) - len(written.lstrip())
+    begin = len(template.partition("{description}")[0].format()) + len(written) - len(written.lstrip())
     return begin, begin + len(written.strip())
 
 
@@ -72,92 +71,123 @@ def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
         box9: ``[9]`` box in that frame's camera (centre, size, ZXY angles; metres, radians).
         decimals: digits to round to.
     """
-    numbers = [round(float(value), decimals) for value in box9]
-    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {numbers}}}\n```'
+    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {rounded(box9, decimals)}}}\n```'
 
 
-def build_samples(
-    root: Path | str,
-    annotation_file: Path | str,
-    split: Literal["train", "val"],
-    frame_count: int,
-    decimals: int = 2,
-) -> tuple[list[Sample], dict[str, int]]:
-    """Turn an annotation file into samples, in the file's order.
+def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
+    """``x_min,y_min,z_min,x_max,y_max,z_max`` of an axis-aligned box that begins with centre and size, metres."""
+    ends = np.concatenate([box[:3] - box[3:6] / 2, box[:3] + box[3:6] / 2])
+    return ",".join(str(number) for number in rounded(ends, decimals))
 
-    Every sample of a scene sees the same ``frame_count`` uniformly chosen frames. The target frame is the one that
-    shows the object largest. Training samples whose object no chosen frame sees are left out; validation keeps them
-    with an empty answer.
 
-    Args:
-        root: data root in ScanNet's layout, see ``data/scannet.py``.
-        annotation_file: ``ScanRefer_filtered_*.json`` of this split (the unique/multiple rule counts its objects).
-        split: ``"train"`` or ``"val"``.
-        frame_count: frames per sample.
-        decimals: digits of the numbers in the answer.
-
-    Returns:
-        the samples, and how many annotations (``no_visible_frame``) and frames (``invalid_pose_frames``) were left out.
+def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+    """The samples of one scene's descriptions, in the file's order.
 
     Raises:
-        ValueError: bad data; the message names the file and what is wrong with it.
+        ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'val'")
-    annotations = read_scanrefer(annotation_file)
-    group_of = groups(annotations, read_labels(root), scannet_class)
-    made: dict[int, Sample] = {}
-    dropped = {NO_VISIBLE_FRAME: 0, INVALID_POSE: 0}
-    for scene_id, numbers in _by_scene(annotations).items():
-        view = _load_view(root, scene_id, frame_count)  # one scene's depth images in memory at a time
-        dropped[INVALID_POSE] += view.scene.dropped_frames
-        for number in numbers:
-            annotation = annotations[number]
-            if annotation.object_id not in view.scene.instances:
-                raise ValueError(
-                    f"{annotation.where}: field 'object_id' is {annotation.object_id}, which scene {scene_id} does not "
-                    f"have in {scene_id}_aligned_bbox.npy; use the annotations that belong to these scans"
-                )
-            frame = view.best_frame(annotation.object_id)
-            if frame is None and split == "train":
-                dropped[NO_VISIBLE_FRAME] += 1
-                continue
-            group = group_of[scene_id, annotation.object_id]
-            made[number] = _sample(annotation, view, frame, group, decimals)
-    return [made[number] for number in sorted(made)], dropped
+    if options.format == "video3dllm":
+        return [(number, _world_sample(scene, job, about, options)) for number, about in job.descriptions]
+    if options.visibility == "embodiedscan":
+        assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
+        scene = listed_frames(scene, job.info)
+    sights, size = _sights(scene, job, options), image_size(scene)
+    return [
+        (number, outcome)
+        for number, about in job.descriptions
+        for outcome in _camera_samples(scene, job, about, sights[about.object_id], options, size)
+    ]
 
 
-def _by_scene(annotations: list[Description]) -> dict[str, list[int]]:
-    numbers: dict[str, list[int]] = {}
-    for number, annotation in enumerate(annotations):
-        numbers.setdefault(annotation.scene_id, []).append(number)
-    return numbers
-
-
-def _load_view(root: Path | str, scene_id: str, frame_count: int) -> _View:
-    scene = load_scene(root, scene_id)
-    frames = [scene.frames[i] for i in uniform(len(scene.frames), frame_count)]
+def image_size(scene: Scene) -> tuple[int, int]:
+    """Width and height of a scene's colour images, read from the first; ``ValueError`` names an unreadable file."""
+    path = scene.frames[0].color
     try:
-        with Image.open(frames[0].color) as image:
-            size = image.size
+        with Image.open(path) as image:
+            return image.size
     except OSError as error:
-        raise ValueError(f"{frames[0].color} is not a readable image; extract it again ({error})") from None
-    return _View(scene, frames, [load_depth(frame) for frame in frames], size)
+        raise ValueError(f"{path} is not a readable image; extract it again ({error})") from None
 
 
-def _sample(annotation: Description, view: _View, frame: int | None, group: str, decimals: int) -> Sample:
-    box = np.concatenate([view.scene.instances[annotation.object_id].box, np.zeros(3)])
-    answer = ""
-    if frame is not None:
-        answer = answer_text(frame, world_to_camera(box, view.frames[frame].cam_to_world), decimals)
+@dataclass(frozen=True)
+class _Sight:
+    """Positions in ``scene.frames`` that see an object, and the ``[9]`` box whose outline says how well.
+
+    ``box`` is None where the annotated box matches no EmbodiedScan instance.
+    """
+
+    seen: frozenset[int]
+    box: np.ndarray | None
+
+
+def _sights(scene: Scene, job: Job, options: TaskOptions) -> dict[int, _Sight]:
+    """Of every object that a description is about."""
+    boxes = {about.object_id: world_box(scene, about.object_id) for _, about in job.descriptions}
+    if options.visibility == "depth":
+        seen = seen_by_depth(scene, [box[:6] for box in boxes.values()])
+        return {number: _Sight(each, box) for (number, box), each in zip(boxes.items(), seen, strict=True)}
+    assert job.info is not None
+    sights = {}
+    for number, box in boxes.items():
+        instance = match_instance(box[:6], job.info)
+        if instance is None:
+            sights[number] = _Sight(frozenset(), None)
+        else:
+            sights[number] = _Sight(seen_by_infos(scene, job.info, instance), instance.box)
+    return sights
+
+
+def _camera_samples(
+    scene: Scene, job: Job, about: Description, sight: _Sight, options: TaskOptions, size: tuple[int, int]
+) -> Iterator[Outcome]:
+    training = options.split == "train"
+    if training and sight.box is None:
+        yield Dropped(about.key, NO_INSTANCE_MATCH, about.where)
+        return
+    rolls = options.rolls if training else 1
+    for roll in range(rolls):
+        key = f"{about.key}#{roll}" if rolls > 1 else about.key
+        chosen = choose(options.frames, scene, key, sight.seen if training else None)
+        best = None
+        if chosen is not None and sight.box is not None:
+            seeing = [position for position in chosen if position in sight.seen]
+            best = clearest(scene.frames, seeing, sight.box, scene.intrinsic, size)
+        if chosen is None or (training and best is None):
+            yield Dropped(key, NO_VISIBLE_FRAME, about.where)
+            continue
+        answer = ""
+        if best is not None:
+            box = world_to_camera(world_box(scene, about.object_id), scene.frames[best].cam_to_world)
+            answer = answer_text(chosen.index(best), box)
+        yield _sample(scene, job, about, key, chosen, answer)
+
+
+def _sample(scene: Scene, job: Job, about: Description, key: str, chosen: list[int], answer: str) -> Sample:
     return Sample(
-        id=annotation.key,
+        id=key,
         task="scanrefer",
-        scene_id=annotation.scene_id,
-        frames=tuple(f.color for f in view.frames),
-        cam_to_world=np.stack([f.cam_to_world for f in view.frames]),
-        question=question_text(annotation.text),
+        scene_id=about.scene_id,
+        frames=tuple(scene.frames[p].color for p in chosen),
+        cam_to_world=np.stack([scene.frames[p].cam_to_world for p in chosen]),
+        question=question_text(about.text),
         answer=answer,
-        target=Target(box, annotation.object_id, annotation.object_name.replace("_", " "), group),
-        what=description_span(annotation.text),
+        target=target_of(scene, job, about, about.ann_id),
+        what=description_span(about.text),
+    )
+
+
+def _world_sample(scene: Scene, job: Job, about: Description, options: TaskOptions) -> Sample:
+    chosen = choose(options.frames, scene, about.key, None)
+    assert chosen is not None, "a scene has frames, and nothing is asked of them"
+    return Sample(
+        id=about.key,
+        task="scanrefer",
+        scene_id=about.scene_id,
+        frames=tuple(scene.frames[p].color for p in chosen),
+        cam_to_world=np.stack([scene.frames[p].cam_to_world for p in chosen]),
+        question=question_text(about.text, WORLD_QUESTION),
+        answer=world_answer_text(world_box(scene, about.object_id)),
+        target=target_of(scene, job, about, about.ann_id),
+        kind="answer",
+        what=description_span(about.text, WORLD_QUESTION),
     )

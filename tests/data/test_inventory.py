@@ -1,0 +1,190 @@
+"""What --check and --dry_run say, and the commands around them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from rich.console import Console
+
+from hand_scene import ALIGN, SCENE, entry, write_annotations, write_infos, write_proposals
+from launchers.prepare import main, with_values
+from w2r2_ds.data.all_boxes import write_all_boxes
+from w2r2_ds.data.inventory import forecast, missing, report
+from w2r2_ds.data.plan import make_plan
+from w2r2_ds.data.prepared import PreparedSet
+from w2r2_ds.data.progress import progress
+from w2r2_ds.data.scannet import load_scene
+from w2r2_ds.data.tasks.outcome import TaskOptions
+from w2r2_ds.data.views import FrameOptions
+
+REFER = TaskOptions("scanrefer", "train", frames=FrameOptions("uniform", 2))
+
+
+def found(root: Path, options: TaskOptions = REFER) -> dict[str, str]:
+    """Path below the root -> problem."""
+    return {each.path.relative_to(root).as_posix(): each.problem for each in missing(root, options)}
+
+
+@pytest.fixture
+def complete(root: Path) -> Path:
+    write_annotations(root, [entry()])
+    write_infos(root)
+    return root
+
+
+def test_nothing_is_missing(complete: Path) -> None:
+    assert missing(complete, REFER) == []
+    assert report(complete, REFER, []) == "scanrefer train: everything is here"
+
+
+def test_every_missing_and_truncated_file_is_listed(complete: Path) -> None:
+    images = complete / "posed_images" / SCENE
+    (images / "00001.png").unlink()
+    (images / "00002.txt").unlink()
+    (images / "intrinsic.txt").unlink()
+    (images / "00000.jpg").write_bytes((images / "00000.jpg").read_bytes()[:-30])
+    (images / "00003.png").write_bytes(b"")
+    (complete / "scannet_data" / f"{SCENE}_aligned_bbox.npy").unlink()
+    expected = {f"posed_images/{SCENE}/{name}": "missing" for name in ("00001.png", "00002.txt", "intrinsic.txt")}
+    expected |= {f"posed_images/{SCENE}/{name}": "truncated, or no image" for name in ("00000.jpg", "00003.png")}
+    expected[f"scannet_data/{SCENE}_aligned_bbox.npy"] = "missing"
+    assert found(complete) == expected
+    text = report(complete, REFER, missing(complete, REFER))
+    assert text.startswith("scanrefer train: 6 things are missing\n")
+    assert "from launchers/prepare.py boxes, or ScanRefer's" in text and "http://www.scan-net.org" in text
+
+
+def test_files_and_scenes_that_are_not_there(complete: Path) -> None:
+    write_annotations(complete, [entry(), {**entry(), "scene_id": "scene0007_00"}])
+    assert found(complete) == {
+        "embodiedscan/embodiedscan_infos_train.pkl": "does not have scene0007_00",
+        "posed_images/scene0007_00": "missing",
+        "scans/scene0007_00/scene0007_00.txt": "missing",
+        "scannet_data/scene0007_00_aligned_bbox.npy": "missing",
+    }
+    (complete / "embodiedscan" / "embodiedscan_infos_train.pkl").unlink()
+    (complete / "scannetv2-labels.combined.tsv").unlink()
+    (complete / "posed_images" / SCENE / "00001.jpg").unlink()
+    expected = dict.fromkeys(
+        (
+            "scannetv2-labels.combined.tsv",
+            "embodiedscan/embodiedscan_infos_train.pkl",
+            f"posed_images/{SCENE}/00001.jpg",  # without all files, the scenes that were extracted are looked at
+        ),
+        "missing",
+    )
+    assert found(complete) == expected
+
+
+def test_a_file_that_cannot_be_read_is_listed_under_its_source(complete: Path) -> None:
+    file = complete / "embodiedscan" / "embodiedscan_infos_train.pkl"
+    file.write_bytes(file.read_bytes()[:200])
+    (each,) = missing(complete, REFER)
+    assert each.path == file and "truncated" in each.problem and each.origin.startswith("EmbodiedScan: fill in")
+
+
+def test_what_each_task_needs(complete: Path) -> None:
+    write_annotations(complete, [entry()], "val")
+    frames = FrameOptions("uniform", 2)
+    assert found(complete, TaskOptions("scan2cap", "val", frames=frames)) == {
+        "proposals/scannet_val_pred_box.json": "missing"
+    }
+    assert found(complete, TaskOptions("scan2cap", "val", frames=frames, boxes="annotated")) == {}
+    write_proposals(complete, [[0, 0, 0, 1, 1, 1]])
+    assert found(complete, TaskOptions("scan2cap", "val", frames=frames)) == {}
+    assert found(complete, TaskOptions("scanqa", "val", "video3dllm", frames)) == {
+        "ScanQA/ScanQA_v1.0_val.json": "missing"
+    }
+    assert found(complete, TaskOptions("scanrefer", "val", frames=frames)) == {
+        "embodiedscan/embodiedscan_infos_val.pkl": "missing"
+    }
+    assert found(complete, TaskOptions("scanrefer", "val", frames=frames, visibility="depth")) == {}
+
+
+def test_a_forecast_writes_nothing(complete: Path) -> None:
+    before = sorted(complete.rglob("*"))
+    options = TaskOptions("scanrefer", "train", frames=FrameOptions("vgllm", 2), rolls=2)
+    text = forecast(make_plan(complete, options), complete / "out")
+    assert "at most 2 samples of 1 descriptions (36665 are published), 1 scenes, 4 frames; about 0.0 MB" in text
+    assert sorted(complete.rglob("*")) == before
+
+
+def test_flags_need_no_value() -> None:
+    assert with_values(["scanrefer", "--dry-run", "--root", "x"]) == ["scanrefer", "--dry_run", "true", "--root", "x"]
+    assert with_values(["--check", "false", "--skip-broken-scenes"]) == [
+        "--check",
+        "false",
+        "--skip_broken_scenes",
+        "true",
+    ]
+    assert with_values(["--out", "a-b", "--frames.count", "-1"]) == ["--out", "a-b", "--frames.count", "-1"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
+    main()
+
+
+def test_the_command_prepares_checks_and_forecasts(
+    complete: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("scanrefer", "--root", str(complete), "--splits", "[train]", "--frames.count", "2")
+    run(monkeypatch, *where, "--dry-run")
+    assert "at most 2 samples" in capsys.readouterr().out
+    run(monkeypatch, *where, "--check")
+    run(monkeypatch, *where, "--workers", "1")
+    assert "2 samples of 1 descriptions in 1 scenes" in capsys.readouterr().out
+    made = PreparedSet(complete / "prepared" / "scanrefer" / "train", complete)
+    assert [each.id.split("#")[1] for each in made] == ["0", "1"], "VG-LLM's two rolls are the default"
+    (complete / "posed_images" / SCENE / "00001.jpg").unlink()
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *where, "--check")
+    assert ended.value.code == 1
+    with pytest.raises(SystemExit, match="--rolls is 2, but only format vgllm has rolls"):
+        run(monkeypatch, *where, "--format", "video3dllm", "--rolls", "2")
+
+
+def write_mesh(root: Path, scene_id: str) -> None:
+    """Eight corners of a box of 2 x 1 x 0.5 in ScanNet's own files, one segment, one object."""
+    box = trimesh.creation.box((2.0, 1.0, 0.5))
+    folder = root / "scans" / scene_id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{scene_id}_vh_clean_2.ply").write_bytes(box.export(file_type="ply"))
+    segments = {"segIndices": [7] * len(box.vertices)}
+    (folder / f"{scene_id}_vh_clean_2.0.010000.segs.json").write_text(json.dumps(segments))
+    groups = {"segGroups": [{"objectId": 0, "label": "chair", "segments": [7]}]}
+    (folder / f"{scene_id}.aggregation.json").write_text(json.dumps(groups))
+    words = " ".join(str(value) for value in ALIGN.ravel())
+    (folder / f"{scene_id}.txt").write_text(f"axisAlignment = {words}\n")
+
+
+def test_boxes_of_all_scenes(root: Path) -> None:
+    write_mesh(root, SCENE)
+    with pytest.raises(ValueError, match=r"1 of 2 scenes have no boxes yet:\n.*scene0001_00"):
+        (root / "scans" / "scene0001_00").mkdir()
+        write_all_boxes(root)
+    (root / "scans" / "scene0001_00").rmdir()
+    assert write_all_boxes(root) == (0, 1), "there already"
+    assert len(load_scene(root, SCENE).instances) == 3
+    assert write_all_boxes(root, overwrite=True) == (1, 0)
+    # turned by 90 degrees and moved by (0.5, -2, 0.25)
+    np.testing.assert_allclose(load_scene(root, SCENE).instances[0].box, [0.5, -2.0, 0.25, 1.0, 2.0, 0.5], atol=1e-6)
+    with pytest.raises(ValueError, match="holds no scenes; correct --root"):
+        write_all_boxes(root / "nowhere")
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet, expected in ((False, "scenes: 3 of 3\n"), (True, "")):
+        with progress("scenes", 3, quiet, Console(force_terminal=False)) as advance:
+            for _ in range(3):
+                advance()
+        assert capsys.readouterr().out == expected
+    with progress("scenes", 2, console=Console(force_terminal=True, width=80)) as advance:
+        advance()
+        advance()
+    assert "2/2" in capsys.readouterr().out

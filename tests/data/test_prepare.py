@@ -1,0 +1,342 @@
+"""Whole preparations: what is written, reused, refused, resumed; nothing disappears without a record."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_questions, write_scene
+from w2r2_ds.config import SourceConfig, load_config
+from w2r2_ds.data import plan as planning
+from w2r2_ds.data import prepare as preparing
+from w2r2_ds.data.loading import load_mixture
+from w2r2_ds.data.manifest import summary
+from w2r2_ds.data.prepare import DROPPED, prepare
+from w2r2_ds.data.prepared import FRAMES, MANIFEST, SAMPLES, PreparedSet
+from w2r2_ds.data.synthetic.write import Written
+from w2r2_ds.data.tasks.outcome import TaskOptions
+from w2r2_ds.data.views import FrameOptions
+from w2r2_ds.data.workers import run_all
+from w2r2_ds.demo import prepare_sets
+
+SECOND, THIRD = "scene0001_00", "scene0002_00"
+DEPTH = TaskOptions("scanrefer", "train", frames=FrameOptions("uniform", 2), visibility="depth")
+
+
+@pytest.fixture
+def scenes(root: Path) -> Path:
+    """Three copies of the scene; their descriptions take turns, so that a scene's do not stand together."""
+    for scene_id in (SECOND, THIRD):
+        write_scene(root, scene_id)
+    names = [SECOND, SCENE, THIRD, SCENE, SECOND, THIRD]
+    entries = [{**entry(ann_id=n), "scene_id": name} for n, name in enumerate(names)]
+    entries.append(entry(3, "lamp", 6, "a hidden lamp."))
+    write_annotations(root, entries)
+    return root
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / DROPPED).read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_samples_stand_in_the_order_of_the_annotations(scenes: Path) -> None:
+    done = prepare(scenes, DEPTH, scenes / "out" / "train", quiet=True)
+    made = PreparedSet(done.folder, scenes)
+    order = [(each.scene_id, each.target.ann_id) for each in made]
+    assert order == [(SECOND, "0"), (SCENE, "1"), (THIRD, "2"), (SCENE, "3"), (SECOND, "4"), (THIRD, "5")]
+    for each in made:
+        assert each.frames[0] == scenes / "posed_images" / each.scene_id / "00000.jpg"
+        np.testing.assert_allclose(each.cam_to_world[0][:3, 3], [1.0, 2.0, 1.5], atol=1e-9)
+    assert not (scenes / "out" / "train.partial").exists()
+
+
+def test_the_manifest_says_what_was_made_of_what(scenes: Path) -> None:
+    manifest = prepare(scenes, DEPTH, scenes / "out", quiet=True).manifest
+    assert (manifest["task"], manifest["format"], manifest["split"]) == ("scanrefer", "vgllm", "train")
+    assert manifest["options"]["frames"]["count"] == 2 and manifest["options"]["visibility"] == "depth"
+    assert manifest["counts"] == {
+        "samples": 6,
+        "scenes": 3,
+        "frames_without_pose": 3,
+        "descriptions": 7,
+        "published": {"of": "descriptions", "count": 36665, "met": False},
+    }
+    assert manifest["dropped"] == {"no_visible_frame": 1}
+    names = set(manifest["inputs"])
+    assert {"ScanRefer/ScanRefer_filtered_train.json", "scannetv2-labels.combined.tsv"} <= names
+    assert {f"posed_images/{SECOND}", f"scans/{THIRD}/{THIRD}.txt", f"scannet_data/{SCENE}_aligned_bbox.npy"} <= names
+    assert set(manifest["files"]) == {SAMPLES, FRAMES, DROPPED}
+    assert manifest == json.loads((scenes / "out" / MANIFEST).read_text())
+
+
+def test_everything_is_a_sample_or_is_written_down(scenes: Path) -> None:
+    write_infos(scenes, scene_ids=(SCENE, SECOND, THIRD))
+    options = TaskOptions("scanrefer", "train", frames=FrameOptions("vgllm", 1), rolls=2)
+    done = prepare(scenes, options, scenes / "out", quiet=True)
+    dropped = lines(done.folder)
+    assert [(each["id"], each["reason"]) for each in dropped] == [(f"{SCENE}|3|lamp|6", "no_instance_match")]
+    assert dropped[0]["where"].endswith("train.json: line 1 (entry 7)")
+    assert len(PreparedSet(done.folder, scenes)) == 2 * 6
+
+
+def test_the_published_count_is_compared(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = prepare(scenes, DEPTH, scenes / "one", quiet=True)
+    assert "7 descriptions, not the 36665 that are published" in summary(done.folder, done.manifest, False)
+    monkeypatch.setitem(planning.PUBLISHED, ("scanrefer", "train"), 7)
+    done = prepare(scenes, DEPTH, scenes / "two", quiet=True)
+    assert done.manifest["counts"]["published"]["met"] is True
+    text = summary(done.folder, done.manifest, False)
+    assert "7 descriptions, as published" in text and "left out: 1 no_visible_frame" in text
+
+
+def test_objects_of_validation_are_what_is_counted(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_annotations(scenes, [entry(), entry(ann_id=1), entry(4, "table")], "val")
+    monkeypatch.setitem(planning.PUBLISHED, ("scan2cap", "val"), 2)
+    options = TaskOptions("scan2cap", "val", frames=FrameOptions("uniform", 2), boxes="annotated")
+    counts = prepare(scenes, options, scenes / "out", quiet=True).manifest["counts"]
+    assert (counts["objects"], counts["published"]["met"], counts["samples"]) == (2, True, 2)
+
+
+def test_the_same_is_reused_and_another_is_refused(scenes: Path) -> None:
+    out = scenes / "out"
+    assert not prepare(scenes, DEPTH, out, quiet=True).reused
+    before = contents(out)
+    assert prepare(scenes, DEPTH, out, quiet=True).reused
+    more = replace(DEPTH, frames=FrameOptions("uniform", 3))
+    with pytest.raises(ValueError, match=r"out holds another prepared data set \(options: frames: count is 2 there"):
+        prepare(scenes, more, out, quiet=True)
+    (scenes / "posed_images" / SECOND / "00004.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"\(posed_images/{SECOND} has changed since\); remove it, or give --out"):
+        prepare(scenes, DEPTH, out, quiet=True)
+    assert contents(out) == before
+
+
+def test_a_folder_of_something_else_is_never_overwritten(scenes: Path) -> None:
+    out = scenes / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="out is in the way"):
+        prepare(scenes, DEPTH, out, quiet=True)
+    done = prepare(scenes, DEPTH, scenes / "other", quiet=True)
+    (done.folder / SAMPLES).write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"samples.parquet is not the file that manifest.json describes"):
+        prepare(scenes, DEPTH, done.folder, quiet=True)
+
+
+class Killed(BaseException):
+    """Nothing in the program catches it."""
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, when: str) -> list[str]:
+    """Make `prepare` die when it comes to a scene; returns the list of scenes that were worked on."""
+    worked, original = [], preparing.scene_outcomes
+
+    def outcomes(root: Path, options: TaskOptions, job: Any) -> Any:
+        worked.append(job.scene_id)
+        if job.scene_id == when:
+            raise Killed
+        return original(root, options, job)
+
+    monkeypatch.setattr(preparing, "scene_outcomes", outcomes)
+    return worked
+
+
+def test_a_killed_preparation_goes_on(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = contents(prepare(scenes, DEPTH, scenes / "whole", quiet=True).folder)
+    with monkeypatch.context() as patch:
+        interrupted(patch, SCENE)
+        with pytest.raises(Killed):
+            prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    partial = scenes / "out.partial"
+    assert not (scenes / "out").exists() and (partial / f"{SECOND}.json").is_file()
+    (partial / f"{SCENE}.samples.partial").write_bytes(b"half")  # what a kill may leave of the next scene
+    (partial / f"{SCENE}.json").write_text('{"key": ')
+    worked = interrupted(monkeypatch, "none")
+    done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    assert worked == [SCENE, THIRD]
+    assert "1 of 3 scenes are done already" in capsys.readouterr().out
+    assert contents(done.folder) == whole
+
+
+@pytest.mark.parametrize("change", ["options", "annotations", "scene"])
+def test_what_was_begun_for_something_else_is_made_again(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupted(patch, SCENE)
+        with pytest.raises(Killed):
+            prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    options = replace(DEPTH, frames=FrameOptions("uniform", 3)) if change == "options" else DEPTH
+    if change == "annotations":
+        file = scenes / "ScanRefer" / "ScanRefer_filtered_train.json"
+        file.write_text(file.read_text().replace("The Red Chair.", "The blue chair."))
+    if change == "scene":
+        file = scenes / "scannet_data" / f"{SECOND}_aligned_bbox.npy"
+        boxes = np.load(file)
+        boxes[0, 0] += 0.1
+        np.save(file, boxes)
+    worked = interrupted(monkeypatch, "none")
+    prepare(scenes, options, scenes / "out", quiet=True)
+    assert worked == [SECOND, SCENE, THIRD]
+    assert ("begun with other options or inputs" in capsys.readouterr().out) == (change != "scene")
+
+
+def test_validation_draws_one_roll(scenes: Path) -> None:
+    write_annotations(scenes, [entry(), entry(4, "table")], "val")
+    options = replace(DEPTH, split="val", frames=FrameOptions("vgllm", 2), rolls=2)
+    made = PreparedSet(prepare(scenes, options, scenes / "out", quiet=True).folder, scenes)
+    assert [each.id for each in made] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|0"]
+
+
+def test_a_folder_in_place_of_the_shards_is_kept(scenes: Path) -> None:
+    (scenes / "out.partial").mkdir()
+    (scenes / "out.partial" / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"out.partial is in the way, and no preparation made it"):
+        prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    assert (scenes / "out.partial" / "mine.txt").is_file()
+
+
+def test_two_processes_write_the_same_bytes(rooms: Written, tmp_path: Path) -> None:
+    one = prepare(rooms.root, DEPTH, tmp_path / "one", workers=1, quiet=True)
+    two = prepare(rooms.root, DEPTH, tmp_path / "two", workers=2, quiet=True)
+    assert contents(one.folder) == contents(two.folder)
+    assert one.manifest["counts"]["scenes"] == 2
+
+
+def test_a_process_that_dies_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"One of 2 processes died .* what was done is kept, so run it again"):
+        list(run_all(os._exit, [(1,), (1,)], 2))
+
+
+@pytest.fixture
+def damaged(scenes: Path) -> Path:
+    """A scene whose images are gone, and one with a half-written image."""
+    for path in (scenes / "posed_images" / SECOND).iterdir():
+        path.unlink()
+    image = scenes / "posed_images" / THIRD / "00000.jpg"
+    image.write_bytes(image.read_bytes()[:-40])
+    return scenes
+
+
+def test_all_broken_scenes_are_named(damaged: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        prepare(damaged, DEPTH, damaged / "out", quiet=True)
+    first, *others = str(caught.value).splitlines()
+    assert first == "2 of 3 scenes cannot be used (--skip_broken_scenes leaves them out):"
+    assert f"{SECOND} has no frame with a valid pose" in others[0] and f"{THIRD}/00000.jpg" in others[1]
+    assert not (damaged / "out").exists()
+
+
+def test_broken_scenes_can_be_left_out(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="2 of 3 scenes cannot be used"):
+        prepare(damaged, DEPTH, damaged / "out", quiet=True)
+    worked = interrupted(monkeypatch, "none")
+    done = prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=True, quiet=True)
+    assert [each.scene_id for each in PreparedSet(done.folder, damaged)] == [SCENE, SCENE]
+    assert worked == [SECOND, THIRD], "what the first attempt made is kept"
+    assert done.manifest["dropped"] == {"broken_scene": 4, "no_visible_frame": 1}
+    assert done.manifest["counts"]["scenes"] == 1
+    dropped = lines(done.folder)
+    assert [each["id"].split("|")[0] for each in dropped] == [SECOND, THIRD, SECOND, THIRD, SCENE]
+    assert "has no frame with a valid pose" in dropped[0]["detail"]
+    assert dropped[0]["where"].endswith("train.json: line 1 (entry 1)")
+
+
+def test_more_than_ten_problems_are_counted(root: Path) -> None:
+    write_annotations(root, [{**entry(), "scene_id": f"scene{n:04d}_00"} for n in range(1, 14)])
+    with pytest.raises(ValueError, match=r"13 of 13 scenes cannot be used") as caught:
+        prepare(root, DEPTH, root / "out", quiet=True)
+    assert len(str(caught.value).splitlines()) == 12 and str(caught.value).endswith("... and 3 more")
+
+
+def test_wrong_annotations_cannot_be_skipped(scenes: Path) -> None:
+    write_annotations(scenes, [entry(), entry(98), {**entry(97), "scene_id": SECOND}])
+    with pytest.raises(ValueError, match="2 annotations do not belong to the scenes") as caught:
+        prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True)
+    assert "(entry 2): field 'object_id' is 98" in str(caught.value)
+    assert "(entry 3): field 'object_id' is 97" in str(caught.value)
+
+
+def test_no_sample_at_all_is_an_error(root: Path) -> None:
+    write_annotations(root, [entry(3, "lamp")])
+    with pytest.raises(ValueError, match=r"No sample can be made of .*: {'no_visible_frame': 1}"):
+        prepare(root, DEPTH, root / "out", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "scanqa"}, "--format is vgllm; scanqa has video3dllm"),
+        ({"task": "detection", "format": "video3dllm"}, "detection has vgllm"),
+        ({"split": "test_w_obj"}, "--splits names 'test_w_obj'; scanrefer has train, val"),
+        ({"rolls": 0}, "--rolls is 0; it must be at least 1"),
+        ({"rolls": 2}, "--rolls is 2, but frames.protocol uniform gives every roll the same frames"),
+        ({"windows": -1}, "--windows is -1"),
+        ({"frames": FrameOptions("uniform", 0)}, "frames.count is 0"),
+    ],
+)
+def test_options_that_cannot_be(root: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(root, replace(DEPTH, **change), root / "out", quiet=True)
+
+
+def test_every_task_is_prepared_from_synthetic_rooms(rooms: Written, tmp_path: Path) -> None:
+    frames = FrameOptions("vgllm", 4)
+    wanted = [
+        TaskOptions("scanrefer", "train", frames=frames, rolls=2),
+        TaskOptions("scanrefer", "val", "video3dllm", FrameOptions("coverage", 4)),
+        TaskOptions("scan2cap", "train", frames=FrameOptions("scene_sets", 4)),
+        TaskOptions("scan2cap", "val", frames=frames),
+        TaskOptions("scanqa", "train", "video3dllm", FrameOptions("uniform", 4)),
+        TaskOptions("scanqa", "val", "video3dllm", FrameOptions("uniform", 4)),
+        TaskOptions("detection", "val", frames=FrameOptions("uniform", 4), step=1, windows=10),
+    ]
+    for number, options in enumerate(wanted):
+        done = prepare(rooms.root, options, tmp_path / str(number), quiet=True)
+        made = PreparedSet(done.folder, rooms.root)
+        assert len(made) and made.task == options.task
+        assert len({each.id for each in made}) == len(made)
+        assert not done.manifest["dropped"], options
+        for each in made:
+            assert len(each.frames) == 4 and all(path.is_file() for path in each.frames)
+        if options.split == "val" and options.task in ("scan2cap", "scanqa"):
+            assert all(each.references for each in made)
+
+
+def test_a_file_that_is_missing_is_named(root: Path) -> None:
+    write_questions(root, [question_entry()])
+    options = TaskOptions("scanqa", "val", "video3dllm", FrameOptions("uniform", 2))
+    with pytest.raises(ValueError, match=r"ScanQA_v1.0_val.json does not exist"):
+        prepare(root, options, root / "out", quiet=True)
+
+
+def test_the_demo_prepares_what_its_recipe_names(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        write_annotations(root, [entry(), entry(4, "table")], split)
+        write_questions(root, [question_entry()], split)
+    config = load_config(None, ["--data.root", str(root), "--demo.frames", "2"])
+    config.data.train = [SourceConfig(f"prepared/{task}/train") for task in ("scanrefer", "scan2cap", "scanqa")]
+    config.data.val = [SourceConfig("prepared/scanrefer/val"), SourceConfig("prepared/scanqa/val")]
+    prepare_sets(config)
+    assert capsys.readouterr().out.count("samples of") == 5
+    mixture = load_mixture(config.data, "train")
+    assert [each.task for each in mixture] == [task for task in ("scanrefer", "scan2cap", "scanqa") for _ in range(2)]
+    assert [path.name for path in mixture[0].frames] == ["00000.jpg", "00002.jpg"]
+    assert mixture[4].question.endswith(" Answer the question simply.")
+    prepare_sets(config)
+    assert capsys.readouterr().out == "", "what is there is reused"
+    config.data.val = [SourceConfig("prepared/elsewhere")]
+    with pytest.raises(ValueError, match=r"prepared/elsewhere names no task; the demo prepares prepared/TASK/NAME"):
+        prepare_sets(config)

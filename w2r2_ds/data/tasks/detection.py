@@ -1,0 +1,92 @@
+"""Detection in VG-LLM's format: a few neighbouring frames -> every object that they see, in the first one's camera.
+
+The facts are those of LaVi-Lab/VG-LLM ``process_threedod.py``: windows of 4 frames, every third one of a run of frames
+without a gap, that begin at each frame of the run; EmbodiedScan's instances in the order in which the frames see them
+(within a frame by their number); walls, ceilings, floors and what is only an "object" left out; validation draws 10
+windows of a scene. The paper's Table 9 asks for "box_3d" and "pitch, roll"; this is what the code writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from w2r2_ds.data.boxes import world_to_camera
+from w2r2_ds.data.embodiedscan import ScanInfo
+from w2r2_ds.data.sample import Labelled, Sample
+from w2r2_ds.data.scannet import Frame, Scene
+from w2r2_ds.data.tasks.outcome import Job, Outcomes, TaskOptions, rounded
+from w2r2_ds.data.visibility import listed_frames
+
+QUESTION = (
+    "\nDetect the 3D bounding boxes in the camera coordinate system of the first frame.\n"
+    'Output a json list where each entry contains the object name in "label" and its 3D bounding box in "bbox_3d".\n'
+    "The 3D bounding box format should be "
+    "[x_center, y_center, z_center, x_size, y_size, z_size, yaw, roll, pitch]."
+)
+LEFT_OUT = frozenset({"wall", "ceiling", "floor", "object"})
+
+
+def answer_text(objects: Sequence[Labelled]) -> str:
+    """Fenced JSON, one object per line, two decimals.
+
+    Args:
+        objects: with ``[9]`` boxes in the first frame's camera.
+    """
+    lines = [f'{{"label": {_quoted(each.label)}, "bbox_3d": {rounded(each.box)}}}' for each in objects]
+    return "```json\n[\n\t" + ",\n\t".join(lines) + "\n]```"
+
+
+def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+    """The windows of one scene, by their first frame; of too many a seeded part."""
+    assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
+    windows = list(_windows(listed_frames(scene, job.info), options))
+    if options.windows and len(windows) > options.windows:
+        digest = hashlib.sha256(f"{options.frames.seed} {scene.scene_id}".encode()).digest()
+        drawn = np.random.default_rng(list(digest)).permutation(len(windows))[: options.windows]
+        windows = [windows[i] for i in sorted(drawn.tolist())]
+    return [(job.number, _sample(scene, job.info, window)) for window in windows]
+
+
+def seen_objects(info: ScanInfo, frames: Sequence[Frame]) -> tuple[Labelled, ...]:
+    """What EmbodiedScan says the frames see, in the first one's camera."""
+    seen = dict.fromkeys(number for frame in frames for number in sorted(info.visible[frame.index]))
+    instances = [info.instances[number] for number in seen]
+    return tuple(
+        Labelled(each.label, world_to_camera(each.box, frames[0].cam_to_world))
+        for each in instances
+        if each.label not in LEFT_OUT
+    )
+
+
+def _windows(scene: Scene, options: TaskOptions) -> Iterator[list[Frame]]:
+    count, interval = options.frames.count, options.interval
+    span = (count - 1) * interval + 1
+    run: list[Frame] = []
+    for frame in scene.frames:
+        # A frame whose pose is lost, or that EmbodiedScan does not know, is a gap.
+        run = [*run, frame][-span:] if run and frame.index == run[-1].index + options.step else [frame]
+        if len(run) == span:
+            yield run[::interval]
+
+
+def _sample(scene: Scene, info: ScanInfo, frames: list[Frame]) -> Sample:
+    objects = seen_objects(info, frames)
+    return Sample(
+        id=f"{scene.scene_id}|{frames[0].index:05d}",
+        task="detection",
+        scene_id=scene.scene_id,
+        frames=tuple(frame.color for frame in frames),
+        cam_to_world=np.stack([frame.cam_to_world for frame in frames]),
+        question=QUESTION,
+        answer=answer_text(objects),
+        kind="answer",
+        objects=objects,
+    )
+
+
+def _quoted(label: str) -> str:
+    return json.dumps(label)

@@ -1,0 +1,156 @@
+"""What a task makes of one scene: samples, and a record of whatever became none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from w2r2_ds.data.annotations import Description, Question
+from w2r2_ds.data.embodiedscan import ScanInfo
+from w2r2_ds.data.sample import Sample, Target
+from w2r2_ds.data.scannet import Scene
+from w2r2_ds.data.views import FrameOptions
+
+NO_INSTANCE_MATCH = "no_instance_match"
+NO_VISIBLE_FRAME = "no_visible_frame"
+NO_PROPOSAL = "no_proposal"
+BROKEN_SCENE = "broken_scene"
+
+Format = Literal["vgllm", "video3dllm"]
+Split = Literal["train", "val", "test_w_obj", "test_wo_obj"]
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What the samples of a task depend on, besides the data; the launcher says what each is for.
+
+    Attributes:
+        task: scanrefer, scan2cap, scanqa or detection.
+        split: of the annotations.
+        format: whose prompts and answers.
+        frames: which frames a sample sees; detection takes only count and seed.
+        rolls: ScanRefer: training samples per description, each with frames of its own.
+        visibility: ScanRefer in VG-LLM's format: what says whether a frame sees an object.
+        boxes: Scan2Cap, validation: where the coordinates of the prompt come from.
+        interval: detection: every how many frames of a run of neighbours a window takes one.
+        step: detection: distance of the numbers of neighbouring frames.
+        windows: detection: the most windows of a scene; 0 for all.
+    """
+
+    task: str
+    split: Split
+    format: Format = "vgllm"
+    frames: FrameOptions = field(default_factory=lambda: FrameOptions("vgllm", 32))
+    rolls: int = 1
+    visibility: Literal["embodiedscan", "depth"] = "embodiedscan"
+    boxes: Literal["proposals", "annotated"] = "proposals"
+    interval: int = 3
+    step: int = 10
+    windows: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one scene's samples are made of, besides the scene.
+
+    Attributes:
+        scene_id: ScanNet scene name.
+        number: of the scene in its split, from 0.
+        descriptions: with their numbers in the annotation file, from 0.
+        questions: likewise.
+        groups: object id -> unique or multiple by ScanNet's 18 classes, and by NYU40's ids.
+        classes: object name -> 0 to 16 for ScanNet's named classes, 17 for others.
+        info: what EmbodiedScan says about the scene, where the task asks for it.
+        proposals: ``[N, 6]`` float64 proposed boxes, axis-aligned world, where the task asks for them.
+    """
+
+    scene_id: str
+    number: int = 0
+    descriptions: tuple[tuple[int, Description], ...] = ()
+    questions: tuple[tuple[int, Question], ...] = ()
+    groups: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    classes: Mapping[str, int] = field(default_factory=dict)
+    info: ScanInfo | None = None
+    proposals: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An item that became no sample.
+
+    Attributes:
+        id: of the sample, or of the item where none of its samples could be made.
+        reason: one of a few words that can be counted.
+        where: file, line and entry that it came from.
+        detail: a sentence, where the reason does not say it all.
+    """
+
+    id: str
+    reason: str
+    where: str
+    detail: str = ""
+
+
+Outcome = Sample | Dropped
+Outcomes = list[tuple[int, Outcome]]
+"""What items became, each with the item's number in its file."""
+
+
+class WrongAnnotations(ValueError):
+    """Annotations that do not belong to these scans.
+
+    Attributes:
+        sentences: what is wrong, each with file, line and field.
+    """
+
+    def __init__(self, sentences: list[str]) -> None:
+        super().__init__("\n".join(sentences))
+        self.sentences = sentences
+
+
+def check_objects(scene: Scene, job: Job) -> None:
+    """Refuse object ids that the scene lacks.
+
+    Raises:
+        WrongAnnotations: all of them.
+    """
+    named = [(d.object_id, "object_id", d.where) for _, d in job.descriptions]
+    named += [(number, "object_ids", q.where) for _, q in job.questions for number in q.object_ids]
+    lacking = [
+        f"{where}: field {name!r} is {number}, which scene {scene.scene_id} does not have in "
+        f"{scene.scene_id}_aligned_bbox.npy; use the annotations that belong to these scans"
+        for number, name, where in named
+        if number not in scene.instances
+    ]
+    if lacking:
+        raise WrongAnnotations(lacking)
+
+
+def target_of(
+    scene: Scene, job: Job, about: Description, ann_id: str = "", described: np.ndarray | None = None
+) -> Target:
+    """The object that a description is about."""
+    group, group_nyu40 = job.groups[about.object_id]
+    return Target(
+        box=world_box(scene, about.object_id),
+        object_id=about.object_id,
+        object_name=about.object_name.replace("_", " "),
+        group=group,
+        group_nyu40=group_nyu40,
+        scannet_class=job.classes[about.object_name],
+        ann_id=ann_id,
+        described=described,
+    )
+
+
+def world_box(scene: Scene, object_id: int) -> np.ndarray:
+    """``[9]`` float64 annotated box: axis-aligned, so its angles are 0."""
+    return np.concatenate([scene.instances[object_id].box, np.zeros(3)])
+
+
+def rounded(values: np.ndarray, decimals: int = 2) -> list[float]:
+    """Numbers as VG-LLM writes them: Python's ``repr`` of these floats (``3.0``, ``0.59``)."""
+    return [round(float(value), decimals) for value in values]

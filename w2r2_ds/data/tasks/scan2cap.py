@@ -1,0 +1,108 @@
+"""Scan2Cap: an object given by its place -> a sentence about it. Its annotations are ScanRefer's.
+
+``vgllm`` gives the centre in the camera of the first frame (LaVi-Lab/VG-LLM ``process_scan2cap.py``); as there, no
+frame needs to see the object. ``video3dllm`` gives it in the axis-aligned world: Video-3D-LLM puts a position embedding
+where its prompt says ``<coord>``, which a text cannot, so the numbers stand there instead.
+
+Training: one sample per description, at the annotated box. Validation: one per object, as ``scene|object|name`` of the
+annotations tells objects apart, at the proposed box that overlaps most (or at the annotated one); every description of
+the object is a reference.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from w2r2_ds.data.annotations import Description
+from w2r2_ds.data.boxes import world_to_camera
+from w2r2_ds.data.sample import Reference, Sample
+from w2r2_ds.data.scannet import Scene
+from w2r2_ds.data.tasks.outcome import NO_PROPOSAL, Dropped, Job, Outcomes, TaskOptions, rounded, target_of
+from w2r2_ds.data.views import choose
+
+QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
+"""VG-LLM's, with the line break that follows its frames."""
+WORLD_QUESTION = "Given an object located at {place} , describe the object in detail."
+
+
+def question_text(box: np.ndarray, cam_to_world: np.ndarray | None = None) -> str:
+    """The text after the frames.
+
+    Args:
+        box: ``[9]`` world box of the object.
+        cam_to_world: ``[4, 4]`` of the first frame; None for the world's coordinates.
+    """
+    if cam_to_world is None:
+        return WORLD_QUESTION.format(place=rounded(box[:3]))
+    return QUESTION.format(place=rounded(world_to_camera(box, cam_to_world)[:3]))
+
+
+def best_proposal(proposals: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The proposal ``[6]`` that overlaps most with an axis-aligned box; the first of equals, so too where none does.
+
+    Args:
+        proposals: ``[N, 6]`` centre and size, N at least 1; metres.
+        box: ``[6]``.
+    """
+    low = np.maximum(proposals[:, :3] - proposals[:, 3:] / 2, box[:3] - box[3:] / 2)
+    high = np.minimum(proposals[:, :3] + proposals[:, 3:] / 2, box[:3] + box[3:] / 2)
+    common = np.clip(high - low, 0, None).prod(1)
+    # Video-3D-LLM's and VG-LLM's 1e-8 cannot change which is largest where it matters: volumes are far greater.
+    iou = common / (proposals[:, 3:].prod(1) + box[3:].prod() - common)
+    best: np.ndarray = proposals[int(iou.argmax())]
+    return best
+
+
+def object_key(about: Description) -> str:
+    """What Scan2Cap calls an object: ``"scene0000_00|39|office_chair"``."""
+    return f"{about.scene_id}|{about.object_id}|{about.object_name}"
+
+
+def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+    """The samples of one scene: of each description (training), or of each object where its first one stands."""
+    if options.split == "train":
+        return [(number, _sample(scene, job, about, options, about.key)) for number, about in job.descriptions]
+    objects: dict[str, list[tuple[int, Description]]] = {}
+    for number, about in job.descriptions:
+        objects.setdefault(object_key(about), []).append((number, about))
+    outcomes: Outcomes = []
+    proposed = options.boxes == "proposals"
+    for key, members in objects.items():
+        number, about = members[0]
+        if proposed and (job.proposals is None or not len(job.proposals)):
+            outcomes.append((number, Dropped(key, NO_PROPOSAL, about.where)))
+            continue
+        references = tuple(Reference(each.text, each.words) for _, each in members)
+        outcomes.append((number, _sample(scene, job, about, options, key, references)))
+    return outcomes
+
+
+def _sample(
+    scene: Scene,
+    job: Job,
+    about: Description,
+    options: TaskOptions,
+    key: str,
+    references: tuple[Reference, ...] = (),
+) -> Sample:
+    described = scene.instances[about.object_id].box
+    if options.split != "train" and options.boxes == "proposals":
+        assert job.proposals is not None
+        described = best_proposal(job.proposals, described)
+    chosen = choose(options.frames, scene, key, None)
+    assert chosen is not None, "a scene has frames, and nothing is asked of them"
+    poses = np.stack([scene.frames[p].cam_to_world for p in chosen])
+    return Sample(
+        id=key,
+        task="scan2cap",
+        scene_id=about.scene_id,
+        frames=tuple(scene.frames[p].color for p in chosen),
+        cam_to_world=poses,
+        question=question_text(
+            np.concatenate([described, np.zeros(3)]), poses[0] if options.format == "vgllm" else None
+        ),
+        answer=about.text.capitalize(),
+        target=target_of(scene, job, about, about.ann_id if options.split == "train" else "", described.copy()),
+        kind="caption",
+        references=references,
+    )

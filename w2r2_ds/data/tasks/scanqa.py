@@ -1,0 +1,67 @@
+"""ScanQA: a question about a scene -> a short answer, in Video-3D-LLM's format (VG-LLM has no such task).
+
+Training: one sample per reference answer, ``scanqa_QUESTION_NUMBER``. Validation: one per question, whose answers are
+all references. The test splits have none, and the answer is empty.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from w2r2_ds.data.annotations import Question
+from w2r2_ds.data.sample import Reference, Sample
+from w2r2_ds.data.scannet import Scene
+from w2r2_ds.data.tasks.outcome import Job, Outcomes, TaskOptions
+from w2r2_ds.data.views import choose
+
+QUESTION = "{question} Answer the question simply."
+
+
+def question_text(question: str) -> str:
+    """The text after the frames."""
+    return QUESTION.format(question=question)
+
+
+def question_span(question: str) -> tuple[int, int]:
+    """Characters ``[begin, end)`` of that text that are the question, without blanks around it."""
+    begin = len(question) - len(question.lstrip())
+    return begin, begin + len(question.strip())
+
+
+def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+    """The samples of one scene's questions, in the file's order."""
+    outcomes: Outcomes = []
+    for number, question in job.questions:
+        if options.split == "train":
+            for i, answer in enumerate(question.answers):
+                key = f"scanqa_{question.question_id}_{i}"
+                outcomes.append((number, _sample(scene, question, options, key, answer)))
+        else:
+            answer = question.answers[0] if question.answers else ""
+            references = tuple(Reference(each) for each in question.answers)
+            outcomes.append((number, _sample(scene, question, options, question.question_id, answer, references)))
+    return outcomes
+
+
+def _sample(
+    scene: Scene,
+    question: Question,
+    options: TaskOptions,
+    key: str,
+    answer: str,
+    references: tuple[Reference, ...] = (),
+) -> Sample:
+    chosen = choose(options.frames, scene, key, None)
+    assert chosen is not None, "a scene has frames, and nothing is asked of them"
+    return Sample(
+        id=key,
+        task="scanqa",
+        scene_id=question.scene_id,
+        frames=tuple(scene.frames[p].color for p in chosen),
+        cam_to_world=np.stack([scene.frames[p].cam_to_world for p in chosen]),
+        question=question_text(question.text),
+        answer=answer,
+        kind="answer",
+        what=question_span(question.text),
+        references=references,
+    )
