@@ -155,4 +155,11 @@ def prompt_loader(samples: Sequence[Sample], front: Front, config: DataConfig, b
     """Left-padded prompts in order, for generation."""
     dataset = SampleDataset(samples, make_processor(front, config), with_answer=False)
     collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), None, front.vision)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=CollateOrError(collate), num_workers=config.workers)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=CollateOrError(collate),
+        num_workers=config.workers,
+        # Its own: a validation must not draw from the random state that training goes on with.
+        generator=torch.Generator(),
+    )
