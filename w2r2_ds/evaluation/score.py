@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from w2r2_ds.data.answers import AnswerError, parse_grounding, parse_world_box
 from w2r2_ds.data.boxes import camera_to_world, corners
+from w2r2_ds.data.proposals import read_proposals
 from w2r2_ds.evaluation import scanrefer
 from w2r2_ds.evaluation.detection import Scene
 from w2r2_ds.evaluation.proposals import nine_numbers
@@ -59,6 +61,8 @@ def choose_protocols(names: Sequence[str], records: Sequence[Record], proposals:
     in_camera = forms == {"camera"} or task != "scanrefer"
     if not names:
         return [DEFAULT[task] if in_camera else WORLD_DEFAULT]
+    if REFINED.removeprefix("scanrefer/") in {name.removeprefix("scanrefer/") for name in names} and not proposals:
+        raise ValueError(f"Protocol {REFINED} needs detected boxes; name their file with --proposals.")
     if "all" in names:
         possible = [name for name, each in PROTOCOLS.items() if each.task == task]
         possible = [name for name in possible if (in_camera or name not in CAMERA_ONLY)]
@@ -134,6 +138,13 @@ def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None
 _PRINTED = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "EM", "EM-refined", "F1")
 
 
+def read_boxes(file: Path | None) -> Proposals | None:
+    """Detected boxes from a file of proposals; None without one."""
+    if file is None:
+        return None
+    return {scene: boxes.tolist() for scene, boxes in read_proposals(file).items()}
+
+
 def without_items(result: Mapping[str, Any]) -> dict[str, Any]:
     """The same scores without what is said about every item."""
     kept = {key: value for key, value in result.items() if key not in PER_ITEM}
@@ -198,8 +209,7 @@ def _scanrefer(protocol: Protocol, records: Sequence[Record], proposals: Proposa
         poses = {record["id"]: np.array(record["cam_to_world"]) for record in records}
         if protocol.name != REFINED:
             return protocol.score(described, texts, poses)
-        if proposals is None:
-            raise ValueError(f"Protocol {REFINED} needs detected boxes; name their file with --proposals.")
+        assert proposals is not None, "choose_protocols asks for them"
         return protocol.score(described, texts, poses, proposals)
     boxes = {record["id"]: world_box(record) for record in records}
     read = sum(box is not None for box in boxes.values()) / len(boxes)
