@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from w2r2_ds.data.answers import AnswerError
+from w2r2_ds.data.groups import MULTIPLE, OTHERS, UNIQUE, groups, nyu40_class, scannet_class
 from w2r2_ds.data.iou import box_iou
+from w2r2_ds.data.labels import LabelMap
 from w2r2_ds.evaluation.aabb import aabb_iou
 from w2r2_ds.evaluation.proposals import nine_numbers, refine
 from w2r2_ds.evaluation.scanrefer import IOU_DECIMALS, THRESHOLDS
-from w2r2_ds.evaluation.scanrefer_groups import MULTIPLE, OTHERS, UNIQUE, LabelMap, groups, nyu40_class, scannet_class
 from w2r2_ds.evaluation.vgllm_answer import READINGS, TURNS
 
 Box = Sequence[float]
