@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hand_scene import ALIGN, CAMERA, INTRINSIC, SCENE, moved
-from w2r2_ds.data.scannet import load_labels, load_scene
+from w2r2_ds.data.scannet import load_scene
 
 
 def test_scene_is_read_and_aligned(root: Path) -> None:
@@ -23,12 +23,6 @@ def test_scene_is_read_and_aligned(root: Path) -> None:
     assert sorted(scene.instances) == [0, 3, 4]  # the all-zero row is no instance
     assert (scene.instances[4].label_id, scene.instances[4].object_id) == (7, 4)
     np.testing.assert_array_equal(scene.instances[0].box, [2.0, 5.0, 1.0, 0.8, 0.6, 1.0])
-
-
-def test_labels(root: Path) -> None:
-    labels = load_labels(root)
-    assert labels["office chair"] == "chair"
-    assert labels["refrigerator"] == "refridgerator"
 
 
 @pytest.mark.parametrize("scene_id", ["../secret", "a/b", "", "scene0000_00\n", "a.b"])
@@ -48,19 +42,12 @@ def test_unsafe_scene_ids_are_refused(root: Path, scene_id: str) -> None:
         ("scans/{}/{}.txt", "axisAlignment = " + "1 " * 16, "axisAlignment is not a rotation"),
         ("scans/{}/{}.txt", "sceneType = Lobby", "no line 'axisAlignment = 16 numbers'"),
         ("scannet_data/{}_aligned_bbox.npy", "not an array", "aligned_bbox.npy is not a readable array"),
-        ("scannetv2-labels.combined.tsv", "id\traw_category\n", "no column 'nyu40class'"),
-        (
-            "scannetv2-labels.combined.tsv",
-            "raw_category\tnyu40class\nchair\n",
-            "line 2 has no raw_category or no nyu40",
-        ),
     ],
 )
 def test_broken_text_is_named(root: Path, file: str, content: str, message: str) -> None:
     (root / file.format(SCENE, SCENE)).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_scene(root, SCENE)
-        load_labels(root)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +59,6 @@ def test_broken_text_is_named(root: Path, file: str, content: str, message: str)
         "posed_images/{}/intrinsic.txt",
         "scans/{}/{}.txt",
         "scannet_data/{}_aligned_bbox.npy",
-        "scannetv2-labels.combined.tsv",
     ],
 )
 def test_a_missing_file_is_named(root: Path, file: str) -> None:
@@ -80,7 +66,6 @@ def test_a_missing_file_is_named(root: Path, file: str) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=path.name):
         load_scene(root, SCENE)
-        load_labels(root)
 
 
 def test_a_truncated_array_is_named(root: Path) -> None:
@@ -94,7 +79,11 @@ def test_a_truncated_array_is_named(root: Path) -> None:
     ("rows", "message"),
     [
         (np.zeros((2, 6)), r"must hold numbers \[N, 8\]"),
-        (np.array([[0, 0, 0, -1, 1, 1, 5, 0]]), "row 0 has a non-finite value, a negative size"),
+        (
+            np.array([[0, 0, 0, -1, 1, 1, 5, 6]]),
+            r"row 0 \(object 6\) has the size \[-1.0, 1.0, 1.0\], and a box has posi",
+        ),
+        (np.array([[0, 0, 0, 1, 1, 1, 5, 1], [0, 0, 0, 1, 0, 1, 5, 0]]), r"row 1 \(object 0\) has the size \[1.0, 0.0"),
         (np.array([[0, 0, 0, 1, 1, np.nan, 5, 0]]), "row 0 has a non-finite value"),
         (np.array([[0, 0, 0, 1, 1, 1, 5, 0.5]]), "an id that is no integer"),
         (np.array([[0, 0, 0, 1, 1, 1, 5, 2]] * 2), "row 1 repeats object id 2"),

@@ -1,23 +1,18 @@
-"""ScanRefer's annotations, VG-LLM's strings, the unique/multiple rule."""
+"""ScanRefer's samples, VG-LLM's strings."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from hand_scene import SCENE, entry, write_annotations
 from w2r2_ds.data.boxes import camera_to_world
-from w2r2_ds.data.scannet import load_labels
 from w2r2_ds.data.tasks.scanrefer import (
-    Annotation,
     answer_text,
     build_samples,
-    load_annotations,
-    object_groups,
     question_text,
 )
 
@@ -64,70 +59,12 @@ def test_validation_keeps_what_no_frame_shows(root: Path) -> None:
     assert samples[1].answer.startswith("```json\n\t{")
 
 
-def test_groups_by_the_original_rule(root: Path) -> None:
-    def annotated(object_id: int, name: str, scene: str = SCENE) -> Annotation:
-        return Annotation(scene, object_id, name, "0", "x")
-
-    annotations = [
-        annotated(3, "chair"),
-        annotated(5, "office_chair"),
-        annotated(7, "table"),
-        annotated(7, "table"),  # a second sentence about the same object changes nothing
-        annotated(8, "refrigerator"),  # NYU40's "refridgerator" is "others", as are lamps and unknown names
-        annotated(9, "what_is_it"),
-        annotated(3, "lamp", "scene0001_00"),
-    ]
-    groups = object_groups(annotations, load_labels(root))
-    multiple = {key for key, group in groups.items() if group == "multiple"}
-    assert multiple == {(SCENE, 3), (SCENE, 5), (SCENE, 8), (SCENE, 9)}
-    assert groups[SCENE, 7] == groups["scene0001_00", 3] == "unique"
-
-
 def test_unknown_object_names_file_entry_and_scene(root: Path) -> None:
     file = write_annotations(root, [entry(), entry(99)])
-    with pytest.raises(ValueError, match=rf"train.json: entry 1 names object_id 99, which scene {SCENE} does not have"):
+    with pytest.raises(
+        ValueError, match=rf"train.json: line 1 \(entry 2\): field 'object_id' is 99, which scene {SCENE} does not"
+    ):
         build_samples(root, file, "train", 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"description": "  "}, "entry 1: field 'description' is missing or empty"),
-        ({"description": None}, "entry 1: field 'description'"),
-        ({"object_id": "a"}, "entry 1: field 'object_id' is 'a', not a number"),
-        ({"object_id": True}, "entry 1: field 'object_id'"),
-        ({"object_id": "-1"}, "entry 1: field 'object_id' is '-1'"),
-        ({"object_name": ""}, "entry 1: field 'object_name'"),
-        ({"scene_id": "../up"}, "entry 1: field 'scene_id'"),
-        ({"scene_id": 3}, "entry 1: field 'scene_id'"),
-        ({"ann_id": []}, "entry 1: field 'ann_id'"),
-        ({"token": "the chair"}, "entry 1: field 'token' must be a list of strings"),
-        ({"ann_id": "0"}, "entry 1 repeats the scene, object and ann_id of entry 0"),
-    ],
-)
-def test_bad_entries_are_named(root: Path, change: dict[str, Any], message: str) -> None:
-    file = write_annotations(root, [entry(), {**entry(ann_id=1), **change}])
-    with pytest.raises(ValueError, match=f"train.json: {message}"):
-        load_annotations(file)
-
-
-def test_bad_files_are_named(root: Path) -> None:
-    file = write_annotations(root, {"a": 1})
-    with pytest.raises(ValueError, match="must hold a JSON list of annotations, not dict"):
-        load_annotations(file)
-    with pytest.raises(ValueError, match="entry 0 must be a JSON object"):
-        load_annotations(write_annotations(root, ["x"]))
-    file.write_text('[{"scene_id": ')
-    with pytest.raises(ValueError, match="is not readable JSON"):
-        load_annotations(file)
-    with pytest.raises(ValueError, match="does not exist"):
-        load_annotations(root / "none.json")
-
-
-def test_tokens_may_be_missing_and_ids_may_be_numbers(root: Path) -> None:
-    item = {**entry(), "object_id": 4, "ann_id": 2}
-    del item["token"]
-    assert load_annotations(write_annotations(root, [item]))[0].object_id == 4
 
 
 def test_a_bad_split_and_too_many_frames_are_errors(root: Path) -> None:

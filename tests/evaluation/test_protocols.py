@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from w2r2_ds.data.answers import AnswerError
+from w2r2_ds.data.groups import groups, nyu40_class, scannet_class
 from w2r2_ds.evaluation import scan2cap, scanqa
 from w2r2_ds.evaluation.aabb import aabb_iou
 from w2r2_ds.evaluation.clean_answer import match_any, match_in_order, match_nonempty
@@ -20,7 +21,6 @@ from w2r2_ds.evaluation.protocol import PROTOCOLS, find_protocol, overall
 from w2r2_ds.evaluation.records import answers_from, captions_from, descriptions_from, objects_from, questions_from
 from w2r2_ds.evaluation.scan2cap import Caption, DescribedObject, score_scan2cap
 from w2r2_ds.evaluation.scanqa import score_scanqa
-from w2r2_ds.evaluation.scanrefer_groups import groups, nyu40_class, scannet_class
 from w2r2_ds.evaluation.scanrefer_protocols import Description, score_official, score_vgllm, score_video3dllm
 from w2r2_ds.evaluation.vgllm_answer import read_anywhere, read_line, turn_extrinsic
 

@@ -20,7 +20,7 @@ class Target:
         box: ``[9]`` float64 world box (centre, size, ZXY angles; metres, radians).
         object_id: instance id in the scene.
         object_name: annotated name, with spaces.
-        group: ``"unique"`` or ``"multiple"`` by ScanNet's 18 classes (``evaluation/scanrefer_groups.py``).
+        group: ``"unique"`` or ``"multiple"`` by ScanNet's 18 classes (``data/groups.py``).
         group_nyu40: likewise by NYU40 ids.
         scannet_class: 0 to 16 for ScanNet's named classes, 17 for others.
         ann_id: number of the description of this object, as in ScanRefer's file; empty for a caption's object.

@@ -5,20 +5,16 @@ Expected below ``root`` (what ScanNet's and ScanRefer's own preparation scripts 
     posed_images/SCENE/{00000.jpg, 00000.png, 00000.txt, ..., intrinsic.txt, depth_intrinsic.txt}
     scans/SCENE/SCENE.txt                       a line "axisAlignment = 16 numbers"
     scannet_data/SCENE_aligned_bbox.npy         [N, 8]: cx cy cz dx dy dz label_id object_id, axis-aligned world, metres
-    scannetv2-labels.combined.tsv               columns raw_category, nyu40id, nyu40class, ...
-    ScanRefer/ScanRefer_filtered_{train,val}.json
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-LABELS_FILE = "scannetv2-labels.combined.tsv"
 _SCENE_ID = re.compile(r"[A-Za-z0-9_]+")
 _FRAME_SUFFIXES = (".txt", ".jpg", ".png")
 
@@ -90,7 +86,7 @@ def load_scene(root: Path | str, scene_id: str) -> Scene:
     root = Path(root)
     check_scene_id(scene_id)
     images = root / "posed_images" / scene_id
-    axis_align = _read_alignment(root / "scans" / scene_id / f"{scene_id}.txt")
+    axis_align = read_alignment(root / "scans" / scene_id / f"{scene_id}.txt")
     frames, dropped = _read_frames(images, axis_align)
     return Scene(
         scene_id=scene_id,
@@ -101,26 +97,6 @@ def load_scene(root: Path | str, scene_id: str) -> Scene:
         instances=_read_instances(root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"),
         dropped_frames=dropped,
     )
-
-
-def load_labels(root: Path | str) -> dict[str, str]:
-    """Read ``scannetv2-labels.combined.tsv`` below ``root``: raw category to NYU40 class name.
-
-    Raises:
-        ValueError: the file is missing, or lacks one of the two columns (in its header or in a row).
-    """
-    path = Path(root) / LABELS_FILE
-    lines = _read_text(path, "the table of ScanNet's labels").splitlines()
-    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    for column in ("raw_category", "nyu40class"):
-        if column not in (rows.fieldnames or []):
-            raise ValueError(f"{path}: the first line has no column {column!r}; use ScanNet's own tab-separated file")
-    labels: dict[str, str] = {}
-    for number, row in enumerate(rows, start=2):
-        if not row["raw_category"] or row["nyu40class"] is None:
-            raise ValueError(f"{path}: line {number} has no raw_category or no nyu40class; the file may be truncated")
-        labels[row["raw_category"]] = row["nyu40class"]
-    return labels
 
 
 def _read_text(path: Path, what: str) -> str:
@@ -144,7 +120,12 @@ def _matrix(text: str, path: Path, field: str) -> np.ndarray:
     return np.array(values, dtype=np.float64).reshape(4, 4)
 
 
-def _read_alignment(path: Path) -> np.ndarray:
+def read_alignment(path: Path) -> np.ndarray:
+    """``[4, 4]`` float64, raw to axis-aligned world, of a ``scans/SCENE/SCENE.txt``.
+
+    Raises:
+        ValueError: no such file, no such line, or no rotation and shift.
+    """
     for line in _read_text(path, "the scan's description").splitlines():
         name, equals, value = line.partition("=")
         if equals and name.strip() == "axisAlignment":
@@ -189,7 +170,9 @@ def _read_instances(path: Path) -> dict[int, Instance]:
     try:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; run ScanRefer's scan preparation (batch_load_scannet_data)") from None
+        raise ValueError(
+            f"{path} does not exist; make it with launchers/prepare.py boxes, from ScanNet's meshes"
+        ) from None
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a readable array of numbers; write it again ({error})") from None
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 8 or rows.dtype.kind not in "fiu":
@@ -198,9 +181,14 @@ def _read_instances(path: Path) -> dict[int, Instance]:
     for number, row in enumerate(rows.astype(np.float64)):
         if not row.any():
             continue
-        if not np.isfinite(row).all() or (row[3:6] < 0).any() or (row[6:] != np.round(row[6:])).any():
+        if not np.isfinite(row).all() or (row[6:] != np.round(row[6:])).any():
             raise ValueError(
-                f"{path}: row {number} has a non-finite value, a negative size or an id that is no integer"
+                f"{path}: row {number} has a non-finite value or an id that is no integer; write the file again"
+            )
+        if (row[3:6] <= 0).any():
+            raise ValueError(
+                f"{path}: row {number} (object {int(row[7])}) has the size {row[3:6].tolist()}, and a box has positive "
+                "sides; write the file again, or fill the row with zeros to leave the object out"
             )
         object_id = int(row[7])
         if object_id in instances:

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from w2r2_ds.data.frames import best_frame
-from w2r2_ds.data.scannet import LABELS_FILE, Frame
+from w2r2_ds.data.labels import LABELS_FILE
+from w2r2_ds.data.scannet import Frame
 from w2r2_ds.data.synthetic.furniture import KINDS
 from w2r2_ds.data.synthetic.render import Renderer, pinhole
 from w2r2_ds.data.synthetic.rooms import Room, RoomObject, make_room

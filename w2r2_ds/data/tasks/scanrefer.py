@@ -6,19 +6,20 @@ axis-aligned world box (angles 0) moved into the camera, so its three angles dep
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+from w2r2_ds.data.annotations import Description, read_scanrefer
 from w2r2_ds.data.boxes import world_to_camera
 from w2r2_ds.data.frames import best_frame, load_depth, uniform_frames
+from w2r2_ds.data.groups import groups, scannet_class
+from w2r2_ds.data.labels import read_labels
 from w2r2_ds.data.sample import Sample, Target
-from w2r2_ds.data.scannet import Frame, Scene, check_scene_id, load_labels, load_scene
+from w2r2_ds.data.scannet import Frame, Scene, load_scene
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -27,25 +28,8 @@ QUESTION = (
     "in the frame's coordinates.\n"
 )
 
-# The 17 named classes of ScanNet's detection benchmark as ScanRefer spells them; NYU40's own "refridgerator" is not
-# among them, so refrigerators count as "others" there, and here.
-SCANNET_CLASSES = (
-    *("cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter", "desk"),
-    *("curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub"),
-)
 NO_VISIBLE_FRAME = "no_visible_frame"
 INVALID_POSE = "invalid_pose_frames"
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """One entry of a ScanRefer file; ``object_name`` is spelt as in the file, with underscores."""
-
-    scene_id: str
-    object_id: int
-    object_name: str
-    ann_id: str
-    description: str
 
 
 @dataclass
@@ -65,53 +49,6 @@ class _View:
                 self.frames, box, self.scene.intrinsic, self.image_size, self.scene.depth_intrinsic, self.depths
             )
         return self.best[object_id]
-
-
-def load_annotations(file: Path | str) -> list[Annotation]:
-    """Read and check a ``ScanRefer_filtered_*.json``.
-
-    Raises:
-        ValueError: the file is missing or not a JSON list, or an entry lacks a usable field; the message names the
-            file, the entry's number (from 0) and the field.
-    """
-    path = Path(file)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; ask for ScanRefer's annotations or correct the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON; copy it again ({error})") from None
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold a JSON list of annotations, not {type(entries).__name__}")
-    annotations = [_annotation(entry, f"{path}: entry {number}") for number, entry in enumerate(entries)]
-    seen: dict[str, int] = {}
-    for number, annotation in enumerate(annotations):
-        first = seen.setdefault(_sample_id(annotation), number)
-        if first != number:
-            raise ValueError(f"{path}: entry {number} repeats the scene, object and ann_id of entry {first}")
-    return annotations
-
-
-def _annotation(entry: Any, where: str) -> Annotation:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be a JSON object with scene_id, object_id, ...; remove or correct it")
-    for name in ("scene_id", "object_id", "object_name", "ann_id", "description"):
-        value = entry.get(name)
-        whole = isinstance(value, int) and not isinstance(value, bool) and name in ("object_id", "ann_id")
-        if not whole and not (isinstance(value, str) and value.strip()):
-            raise ValueError(f"{where}: field {name!r} is missing or empty or no string; remove or correct the entry")
-    tokens = entry.get("token", [])
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{where}: field 'token' must be a list of strings; remove or correct the field")
-    if not str(entry["object_id"]).isdecimal():
-        raise ValueError(f"{where}: field 'object_id' is {entry['object_id']!r}, not a number; correct the entry")
-    try:
-        check_scene_id(entry["scene_id"])
-    except ValueError as error:
-        raise ValueError(f"{where}: field 'scene_id': {error}") from None
-    return Annotation(
-        entry["scene_id"], int(entry["object_id"]), entry["object_name"], str(entry["ann_id"]), entry["description"]
-    )
 
 
 def question_text(description: str) -> str:
@@ -136,29 +73,6 @@ def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
     """
     numbers = [round(float(value), decimals) for value in box9]
     return f'```json\n\t{{"frame": {frame}, "bbox_3d": {numbers}}}\n```'
-
-
-def object_groups(annotations: Iterable[Annotation], labels: dict[str, str]) -> dict[tuple[str, int], str]:
-    """``"unique"`` or ``"multiple"`` per (scene, object), by the original ScanRefer rule.
-
-    A name is mapped to ScanNet's 18 classes (through the raw category's NYU40 class; anything else is "others"); an
-    object is multiple if more than one distinct *annotated* object of its scene has its class.
-
-    Args:
-        annotations: all annotations of one split.
-        labels: raw category to NYU40 class, ``load_labels``.
-    """
-    classes: dict[str, dict[int, str]] = {}
-    for annotation in annotations:
-        name = labels.get(annotation.object_name.replace("_", " "), "others")
-        # as in ScanRefer, the first annotation of an object decides its class
-        objects = classes.setdefault(annotation.scene_id, {})
-        objects.setdefault(annotation.object_id, name if name in SCANNET_CLASSES else "others")
-    return {
-        (scene_id, object_id): "multiple" if list(objects.values()).count(name) > 1 else "unique"
-        for scene_id, objects in classes.items()
-        for object_id, name in objects.items()
-    }
 
 
 def build_samples(
@@ -189,8 +103,8 @@ def build_samples(
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}; it must be 'train' or 'val'")
-    annotations = load_annotations(annotation_file)
-    groups = object_groups(annotations, load_labels(root))
+    annotations = read_scanrefer(annotation_file)
+    group_of = groups(annotations, read_labels(root), scannet_class)
     made: dict[int, Sample] = {}
     dropped = {NO_VISIBLE_FRAME: 0, INVALID_POSE: 0}
     for scene_id, numbers in _by_scene(annotations).items():
@@ -200,19 +114,19 @@ def build_samples(
             annotation = annotations[number]
             if annotation.object_id not in view.scene.instances:
                 raise ValueError(
-                    f"{annotation_file}: entry {number} names object_id {annotation.object_id}, which scene {scene_id} "
-                    f"does not have in {scene_id}_aligned_bbox.npy; use the annotations that belong to these scans"
+                    f"{annotation.where}: field 'object_id' is {annotation.object_id}, which scene {scene_id} does not "
+                    f"have in {scene_id}_aligned_bbox.npy; use the annotations that belong to these scans"
                 )
             frame = view.best_frame(annotation.object_id)
             if frame is None and split == "train":
                 dropped[NO_VISIBLE_FRAME] += 1
                 continue
-            group = groups[scene_id, annotation.object_id]
+            group = group_of[scene_id, annotation.object_id]
             made[number] = _sample(annotation, view, frame, group, decimals)
     return [made[number] for number in sorted(made)], dropped
 
 
-def _by_scene(annotations: list[Annotation]) -> dict[str, list[int]]:
+def _by_scene(annotations: list[Description]) -> dict[str, list[int]]:
     numbers: dict[str, list[int]] = {}
     for number, annotation in enumerate(annotations):
         numbers.setdefault(annotation.scene_id, []).append(number)
@@ -230,23 +144,19 @@ def _load_view(root: Path | str, scene_id: str, frame_count: int) -> _View:
     return _View(scene, frames, [load_depth(frame) for frame in frames], size)
 
 
-def _sample_id(annotation: Annotation) -> str:
-    return f"{annotation.scene_id}|{annotation.object_id}|{annotation.object_name}|{annotation.ann_id}"
-
-
-def _sample(annotation: Annotation, view: _View, frame: int | None, group: str, decimals: int) -> Sample:
+def _sample(annotation: Description, view: _View, frame: int | None, group: str, decimals: int) -> Sample:
     box = np.concatenate([view.scene.instances[annotation.object_id].box, np.zeros(3)])
     answer = ""
     if frame is not None:
         answer = answer_text(frame, world_to_camera(box, view.frames[frame].cam_to_world), decimals)
     return Sample(
-        id=_sample_id(annotation),
+        id=annotation.key,
         task="scanrefer",
         scene_id=annotation.scene_id,
         frames=tuple(f.color for f in view.frames),
         cam_to_world=np.stack([f.cam_to_world for f in view.frames]),
-        question=question_text(annotation.description),
+        question=question_text(annotation.text),
         answer=answer,
         target=Target(box, annotation.object_id, annotation.object_name.replace("_", " "), group),
-        what=description_span(annotation.description),
+        what=description_span(annotation.text),
     )

@@ -8,14 +8,17 @@ puts walls, floors and refrigerators of NYU40's spelling into "others" and the s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
-from w2r2_ds.data.tasks.scanrefer import SCANNET_CLASSES
+from w2r2_ds.data.labels import LabelMap
 
-LabelMap = Mapping[str, tuple[int, str]]
-"""Raw category -> (nyu40id, nyu40class), as in ``scannetv2-labels.combined.tsv``."""
-
+# The 17 named classes of ScanNet's detection benchmark as ScanRefer spells them. ScanNet's table of labels has NYU40's
+# "refridgerator", so refrigerators count as "others"; ScanRefer's own copy of the table has the spelling below.
+SCANNET_CLASSES = (
+    *("cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter", "desk"),
+    *("curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub"),
+)
 UNIQUE, MULTIPLE = "unique", "multiple"
 OTHERS = len(SCANNET_CLASSES)
 """Class of everything that is none of ScanNet's 17 named ones."""
@@ -24,13 +27,16 @@ VIDEO3DLLM_IDS = frozenset((*range(1, 13), 14, 16, 24, 28, 33, 34, 36, 39))
 OTHER_FURNITURE = 39
 
 
-class Annotated(Protocol):
-    """What is looked at of an annotation."""
+Id = TypeVar("Id", int, str, covariant=True)
+
+
+class Annotated(Protocol[Id]):
+    """What is looked at of an annotation; its object is a number, or the digits of one."""
 
     @property
     def scene_id(self) -> str: ...
     @property
-    def object_id(self) -> str: ...
+    def object_id(self) -> Id: ...
     @property
     def object_name(self) -> str: ...
 
@@ -54,8 +60,8 @@ def nyu40_class(object_name: str, labels: LabelMap) -> int:
 
 
 def groups(
-    annotations: Iterable[Annotated], labels: LabelMap, class_of: Callable[[str, LabelMap], int]
-) -> dict[tuple[str, str], str]:
+    annotations: Iterable[Annotated[Id]], labels: LabelMap, class_of: Callable[[str, LabelMap], int]
+) -> dict[tuple[str, Id], str]:
     """(scene, object) -> ``unique`` or ``multiple``.
 
     Args:
@@ -63,8 +69,8 @@ def groups(
         labels: see ``LabelMap``.
         class_of: ``scannet_class`` or ``nyu40_class``.
     """
-    classes: dict[tuple[str, str], int] = {}
-    members: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
+    classes: dict[tuple[str, Id], int] = {}
+    members: defaultdict[tuple[str, int], set[Id]] = defaultdict(set)
     for each in annotations:
         # As in ScanRefer, the first annotation of an object decides its class.
         number = classes.setdefault((each.scene_id, each.object_id), class_of(each.object_name, labels))

@@ -1,0 +1,53 @@
+"""How far a long preparation is: a bar on a terminal, a line now and then where the output goes to a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS = 30.0
+"""Between two lines."""
+
+
+@contextmanager
+def progress(
+    label: str, total: int, quiet: bool = False, console: Console | None = None
+) -> Iterator[Callable[[], None]]:
+    """Show how many of `total` are done.
+
+    Args:
+        label: what is being done.
+        total: how many.
+        quiet: show nothing.
+        console: where to; standard output without one.
+
+    Yields:
+        A function to call after each.
+    """
+    console = console or Console()
+    if quiet:
+        yield lambda: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda: bar.advance(task)
+    else:
+        yield _lines(label, total, console)
+
+
+def _lines(label: str, total: int, console: Console) -> Callable[[], None]:
+    done, shown = 0, time.monotonic()
+
+    def advance() -> None:
+        nonlocal done, shown
+        done += 1
+        if done == total or time.monotonic() - shown >= SECONDS:
+            shown = time.monotonic()
+            console.print(f"{label}: {done} of {total}", highlight=False, soft_wrap=True)
+
+    return advance
