@@ -92,7 +92,7 @@ def _object(entry: object) -> tuple[str, np.ndarray]:
 
 
 def parse_world_box(text: str) -> np.ndarray:
-    """``[6]`` float64 world box (centre, size; metres) of an answer "lowest corner, highest corner", or ``AnswerError``."""
+    """``[6]`` float64 world box (centre, size; metres) of an answer of two corners, or raise ``AnswerError``."""
     parts = text.strip().split(",")
     if len(parts) != 6 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
         raise AnswerError("it is not exactly six numbers with commas between them")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from w2r2_ds.config import RunConfig, relocated
+from w2r2_ds.config import DataConfig, RunConfig, relocated
 from w2r2_ds.config import load_config as load_run_config
 from w2r2_ds.data.check import check_frames
 from w2r2_ds.data.loading import make_processor, prompt_loader
@@ -143,9 +144,8 @@ def evaluate(
         **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
     }
     parts = Parts(out / f"parts-{task}-{geometry}", run)
-    make = make_processor(front, config.data)
-    processor = ShuffledGeometry(make, whole) if geometry == "shuffle" else make
-    answer_share(model, front, config, samples, parts, ranks, processor, geometry, batch_size, max_new_tokens)
+    answerer = Answerer(model, front, config.data, geometry, whole, batch_size, max_new_tokens)
+    answer_share(answerer, samples, parts, ranks)
     wait(ranks)
     if ranks.rank:
         return {}
@@ -167,48 +167,60 @@ def evaluate(
     return scores
 
 
-def answer_share(
-    model: W2R2,
-    front: Front,
-    config: RunConfig,
-    samples: Sequence[Sample],
-    parts: Parts,
-    ranks: Ranks,
-    processor: Callable[[Sample, bool], Features],
-    geometry: str,
-    batch_size: int,
-    max_new_tokens: int,
-) -> None:
-    """Answer what is left of a rank's share, batch by batch into its part."""
-    ids = [sample.id for sample in samples]
-    left = share(ids, parts.read(), ranks.rank, ranks.world)
-    label = f"answers ({geometry})" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")
+@dataclass(frozen=True)
+class Answerer:
+    """A model and how it is asked.
+
+    Attributes:
+        model, front: of ``load_model``.
+        data: the run's data configuration.
+        geometry: one of ``GEOMETRY``.
+        whole: the whole data set, among whose scenes `shuffle` pairs.
+        batch_size: prompts per forward.
+        max_new_tokens: longest answer.
+    """
+
+    model: W2R2
+    front: Front
+    data: DataConfig
+    geometry: str
+    whole: Sequence[Sample]
+    batch_size: int
+    max_new_tokens: int
+
+    def records(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+        """One record per sample, in order.
+
+        Raises:
+            ValueError: a sample cannot be read, or there is only one scene to shuffle.
+        """
+        processor: Callable[[Sample, bool], Features] = make_processor(self.front, self.data)
+        if self.geometry == "shuffle":
+            processor = ShuffledGeometry(processor, self.whole)
+        loader = prompt_loader(samples, self.front, self.data, self.batch_size, processor)
+        made = generate.generate_answers(
+            self.model,
+            loader,
+            self.front.tokenizer,
+            "zero" if self.geometry == "zero" else "fused",
+            self.max_new_tokens,
+            self.data.video_fps,
+        )
+        for sample, (identity, tokens, text) in zip(samples, made, strict=True):
+            assert identity == sample.id, "answers come in the order of the samples"
+            yield record_of(sample, text, tokens)
+
+
+def answer_share(answerer: Answerer, samples: Sequence[Sample], parts: Parts, ranks: Ranks) -> None:
+    """Answer what is left of a rank's share into its part; what is finished survives the process."""
+    left = share([sample.id for sample in samples], parts.read(), ranks.rank, ranks.world)
+    label = f"answers ({answerer.geometry})" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")
     quiet = ranks.rank > 0 or not left
-    mine = Selection(samples, left)
     with parts.writer(ranks.rank) as file, progress(label, len(left), quiet, Console(stderr=True)) as advance:
-        for record in answers(model, front, config, mine, processor, geometry, batch_size, max_new_tokens):
+        for record in answerer.records(Selection(samples, left)):
             file.write(line_of(record))
             file.flush()
             advance()
-
-
-def answers(
-    model: W2R2,
-    front: Front,
-    config: RunConfig,
-    samples: Sequence[Sample],
-    processor: Callable[[Sample, bool], Features],
-    geometry: str,
-    batch_size: int,
-    max_new_tokens: int,
-) -> Iterator[dict[str, Any]]:
-    """One record per sample, in order."""
-    loader = prompt_loader(samples, front, config.data, batch_size, processor)
-    way = "zero" if geometry == "zero" else "fused"
-    made = generate.generate_answers(model, loader, front.tokenizer, way, max_new_tokens, config.data.video_fps)
-    for sample, (identity, tokens, text) in zip(samples, made, strict=True):
-        assert identity == sample.id, "answers come in the order of the samples"
-        yield record_of(sample, text, tokens)
 
 
 def _trained_weights(path: Path) -> str:

@@ -206,7 +206,7 @@ def _scanrefer(protocol: Protocol, records: Sequence[Record], proposals: Proposa
     described = [_description(record) for record in records]
     if protocol.name in CAMERA_ONLY:
         texts = {record["id"]: record["text"] or "" for record in records}
-        poses = {record["id"]: np.array(record["cam_to_world"]) for record in records}
+        poses = {record["id"]: np.array(record["cam_to_world"]).reshape(-1, 4, 4) for record in records}
         if protocol.name != REFINED:
             return protocol.score(described, texts, poses)
         assert proposals is not None, "choose_protocols asks for them"

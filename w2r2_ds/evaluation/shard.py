@@ -137,7 +137,7 @@ def write_records(file: Path, records: Sequence[Record]) -> None:
 
 
 def _records(file: Path) -> Iterator[Record]:
-    *lines, torn = file.read_bytes().split(b"\n")  # what follows the last line break was never finished
+    *lines, _ = file.read_bytes().split(b"\n")  # what follows the last line break was never finished
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
