@@ -13,6 +13,7 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 
+from w2r2_ds.engine.checkpoint import find_checkpoint
 from w2r2_ds.evaluation.evaluate import evaluate
 from w2r2_ds.evaluation.ranks import find_ranks, joined
 from w2r2_ds.evaluation.score_file import score_file
@@ -39,7 +40,7 @@ def main(
     """Answer a validation set greedily and score it.
 
     Args:
-        checkpoint: run, checkpoint or exported adapter.
+        checkpoint: run, checkpoint, RUN/checkpoints/best or exported adapter.
         task: which of the run's validation sets; may be left out where all are of one task.
         data: a prepared folder instead of the run's own, as it is or below the root.
         geometry: fused, zero for the 2D-only pass, or shuffle for another scene's geometry.
@@ -69,7 +70,7 @@ def main(
     with joined(ranks):
         scores = evaluate(
             checkpoint,
-            out or checkpoint / "evaluation",
+            out or (find_checkpoint(checkpoint) if checkpoint.is_file() else checkpoint) / "evaluation",
             geometry,
             batch_size,
             max_new_tokens,

@@ -1,4 +1,4 @@
-"""Validation and the best checkpoint in real runs, two ranks under ZeRO-3 with every projection sharded, in one launch."""
+"""Validation and the best checkpoint in real runs, two ranks under ZeRO-3 projections sharded, in one launch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from launchers.evaluate import main as evaluate_cli
 from runs import ZERO3, Job, World, read_metrics, run_jobs
 from w2r2_ds.config import RunConfig, TrainConfig, load_config
 from w2r2_ds.data.loading import load_mixture
@@ -125,6 +126,11 @@ class TestRuns:
         assert saved["metrics"][ACC] == 0.5
         printed = (folder / "jobs" / "output.txt").read_text()
         assert "validation after step 3: scanrefer/acc@0.25 0.3, best 0.5 after step 2" in printed
+
+    def test_the_best_is_evaluated_by_its_name(self, runs: Reports, folder: Path) -> None:
+        checkpoints = folder / "validated" / "checkpoints"
+        evaluate_cli(checkpoints / "best", limit=1, max_new_tokens=2)
+        assert list((checkpoints / "step-000002" / "evaluation").glob("scores-*.json"))
 
     def test_a_resumed_run_keeps_the_best_at_a_tie(self, runs: Reports, folder: Path) -> None:
         assert [report["error"] for report in runs["resumed"]] == [None, None]
