@@ -105,7 +105,9 @@ def test_an_unknown_geometry_is_refused(loaded: Any, prompts: list[Any]) -> None
 def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: Path, tmp_path: Path) -> None:
     scores = evaluate(trained, tmp_path / "out", "fused", batch_size=8, max_new_tokens=TOKENS)
     samples = load_mixture(loaded[0].data, "val")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions-scanrefer-fused.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "predictions-scanrefer-fused.jsonl").read_text().splitlines()
+    ]
     assert [line["id"] for line in lines] == [sample.id for sample in samples]
     assert all(line["text"] and line["tokens"] for line in lines)
     assert json.loads((tmp_path / "out" / "scores-scanrefer-fused.json").read_text()) == scores
