@@ -16,6 +16,7 @@ from w2r2_ds.config import RunConfig, config_first, from_tree, names_config, par
 from w2r2_ds.demo import prepare_demo
 from w2r2_ds.engine.deepspeed import skip_shm_build
 from w2r2_ds.engine.loop import train
+from w2r2_ds.evaluation.in_training import InTraining
 from w2r2_ds.objective.push import find_reading
 
 
@@ -42,7 +43,7 @@ def main(args: list[str]) -> None:
         if dist.get_rank() == 0:
             prepare_demo(config)
         dist.barrier()
-    checkpoint = train(config, ds_path)
+    checkpoint = train(config, ds_path, InTraining)
     if dist.get_rank() == 0:
         print(f"checkpoint: {checkpoint}", flush=True)
     dist.destroy_process_group()

@@ -144,8 +144,15 @@ class TrainConfig:
         warmup: share of the steps with rising learning rate; a cosine to zero follows.
         activation_checkpointing: recompute decoder layers in the backward pass.
         save_every: optimizer steps between checkpoints; the last step is always saved.
-        keep_last: checkpoints kept.
-        seed: of initialisation, data order and dropout.
+        keep_last: checkpoints kept, besides the best.
+        eval_every: optimizer steps between validations, greedy answers of a fixed part of data.val; the last step is
+            always validated. 0 never validates. A step that is the best so far is saved, whatever save_every says.
+        eval_samples: validation samples, drawn once by the seed, the same for every world size; one that data.val does
+            not hold is not missed. Answers of micro_batch samples are decoded at once.
+        eval_max_new_tokens: longest answer in validation; under ZeRO-3 every token gathers the weights once.
+        best_by: metric whose highest value is the best checkpoint, as scan2cap/CIDEr@0.5; empty for the main metric of
+            the first set's task (docs/metrics.md).
+        seed: of initialisation, data order, dropout and validation samples.
         wandb: also log to Weights & Biases.
         tensorboard: also log to TensorBoard.
     """
@@ -160,6 +167,10 @@ class TrainConfig:
     activation_checkpointing: bool = True
     save_every: int = 200
     keep_last: int = 2
+    eval_every: int = 0
+    eval_samples: int = 64
+    eval_max_new_tokens: int = 128
+    best_by: str = ""
     seed: int = 0
     wandb: bool = False
     tensorboard: bool = False
@@ -230,6 +241,8 @@ def check(config: RunConfig) -> None:
         "train.micro_batch": config.train.micro_batch,
         "train.save_every": config.train.save_every,
         "train.keep_last": config.train.keep_last,
+        "train.eval_samples": config.train.eval_samples,
+        "train.eval_max_new_tokens": config.train.eval_max_new_tokens,
         "train.lr": config.train.lr,
         "train.merger_lr": config.train.merger_lr,
         "demo.frames": config.demo.frames,
@@ -243,6 +256,7 @@ def check(config: RunConfig) -> None:
     not_negative = {
         "data.workers": config.data.workers,
         "train.seed": config.train.seed,
+        "train.eval_every": config.train.eval_every,
         "objective.margin": config.objective.margin,
         "objective.iou_margin": config.objective.iou_margin,
         "objective.gap_every": config.objective.gap_every,
@@ -258,6 +272,8 @@ def check(config: RunConfig) -> None:
                 f"data.train: {source.path} has weight {source.weight} and cap {source.cap}; a weight is "
                 "greater than 0, a cap is not negative."
             )
+    if config.train.eval_every and not config.data.val:
+        raise ValueError("data.val is empty, but train.eval_every is not 0; name a validation set, or give 0.")
     if not config.out:
         raise ValueError("out is empty; name the folder of the run.")
     if not 0 <= config.objective.mu < 1:

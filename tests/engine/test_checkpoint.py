@@ -25,7 +25,12 @@ def described(folder: Path, name: str, age: int) -> Path:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("section", "changes"),
-    [("train", {"global_batch": 4}), ("train", {"lr": 1e-5}), ("data", {"frames": 3}), ("objective", {"lam": 0.5})],
+    [
+        ("train", {"global_batch": 4}),
+        ("train", {"lr": 1e-5}),
+        ("data", {"frame_width": 112}),
+        ("objective", {"lam": 0.5}),
+    ],
 )
 def test_a_resume_with_other_options_is_refused_by_name(trained: Path, section: str, changes: dict[str, Any]) -> None:
     checkpoint = find_checkpoint(trained)
@@ -43,6 +48,8 @@ def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
     config = load_config(checkpoint / "config.yaml")
     check_same_run(checkpoint, replace(config, train=replace(config.train, save_every=7, keep_last=9, wandb=True)))
     check_same_run(checkpoint, replace(config, objective=replace(config.objective, gap_every=7, gap_samples=3)))
+    validated = {"eval_every": 7, "eval_samples": 3, "eval_max_new_tokens": 9, "best_by": "scanrefer/mean_iou"}
+    check_same_run(checkpoint, replace(config, train=replace(config.train, **validated)))
 
 
 def test_the_newest_are_kept_whatever_their_steps(tmp_path: Path) -> None:

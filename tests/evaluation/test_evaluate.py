@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from launchers.evaluate import main as evaluate_cli
 from runs import STEPS, World
 from w2r2_ds.data.loading import load_mixture, prompt_loader
 from w2r2_ds.engine.checkpoint import find_checkpoint
-from w2r2_ds.evaluation.evaluate import evaluate, load_model, predict
+from w2r2_ds.evaluation.evaluate import Answerer, evaluate, load_model
 from w2r2_ds.evaluation.generate import generate_answers
 from w2r2_ds.export.adapter import export_adapter
 
@@ -104,21 +105,28 @@ def test_an_unknown_geometry_is_refused(loaded: Any, prompts: list[Any]) -> None
 def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: Path, tmp_path: Path) -> None:
     scores = evaluate(trained, tmp_path / "out", "fused", batch_size=8, max_new_tokens=TOKENS)
     samples = load_mixture(loaded[0].data, "val")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions-fused.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "predictions-scanrefer-fused.jsonl").read_text().splitlines()
+    ]
     assert [line["id"] for line in lines] == [sample.id for sample in samples]
     assert all(line["text"] and line["tokens"] for line in lines)
-    assert json.loads((tmp_path / "out" / "scores-fused.json").read_text()) == scores
-    assert scores["overall"]["count"] == len(samples)
+    assert json.loads((tmp_path / "out" / "scores-scanrefer-fused.json").read_text()) == scores
+    result = scores["protocols"]["scanrefer/vgllm-direct"]
+    assert result["overall"]["count"] == result["count"] == scores["samples"] == scores["of"] == len(samples)
     assert (scores["geometry"], scores["checkpoint"]) == ("fused", str(trained))
+    (data,) = scores["data"]
+    assert data["manifest"] == hashlib.sha256((Path(data["path"]) / "manifest.json").read_bytes()).hexdigest()
+    assert [file.name for file in (tmp_path / "out").glob("parts-*")] == []
 
 
 def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: Path) -> None:
     scores = evaluate(trained, tmp_path, "zero", max_new_tokens=4, limit=2)
     config, model, front = loaded
     samples = load_mixture(config.data, "val")
-    lines = [json.loads(line) for line in (tmp_path / "predictions-zero.jsonl").read_text().splitlines()]
-    assert scores["overall"]["count"] == 2
-    assert lines == predict(model, front, config, samples[:2], "zero", 2, 4)
+    lines = [json.loads(line) for line in (tmp_path / "predictions-scanrefer-zero.jsonl").read_text().splitlines()]
+    assert (scores["samples"], scores["of"]) == (2, len(samples))
+    answerer = Answerer(model, front, config.data, "zero", samples, 2, 4)
+    assert lines == list(answerer.records(samples[:2]))
 
 
 def test_a_run_and_its_last_checkpoint_are_the_same(loaded: Any, trained: Path) -> None:
@@ -196,7 +204,7 @@ def test_data_and_models_may_lie_elsewhere(
         named = ["--checkpoint", str(stranger), "--out", str(out), "--limit", "2", "--max_new_tokens", "8"]
         auto_cli(evaluate_cli, args=[*named, *options], as_positional=False)
         assert json.loads(capsys.readouterr().out) == scores | {"checkpoint": str(stranger)}
-        predictions = [folder / "predictions-fused.jsonl" for folder in (out, tmp_path / "home")]
+        predictions = [folder / "predictions-scanrefer-fused.jsonl" for folder in (out, tmp_path / "home")]
         assert predictions[0].read_text() == predictions[1].read_text()
 
 
@@ -219,6 +227,6 @@ def test_a_truncated_frame_is_found_before_the_first_answer(
     data = replace(loaded[0].data, root=str(root))
     frame = load_mixture(data, "val")[-1].frames[-1]
     frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
-    monkeypatch.setattr("w2r2_ds.evaluation.evaluate.predict", lambda *_: pytest.fail("an answer was asked for"))
+    monkeypatch.setattr("w2r2_ds.evaluation.evaluate.answer_share", lambda *_: pytest.fail("an answer was asked for"))
     with pytest.raises(ValueError, match=f"Frame {frame} cannot be read"):
         evaluate(trained, tmp_path / "out", root=root)

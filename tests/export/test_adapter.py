@@ -55,7 +55,7 @@ def test_it_answers_as_its_checkpoint_does(adapter: Path, trained: Path, tmp_pat
     for source in (trained, adapter):
         outs.append(tmp_path / source.name)
         evaluate(source, outs[-1], geometry, batch_size=8, max_new_tokens=40)
-    ours, theirs = [(out / f"predictions-{geometry}.jsonl").read_text() for out in outs]
+    ours, theirs = [(out / f"predictions-scanrefer-{geometry}.jsonl").read_text() for out in outs]
     assert ours == theirs and ours
 
 

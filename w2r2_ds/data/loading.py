@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ class SampleDataset(Dataset[Features | ValueError]):
         with_answer: with the answer as label (training), or the prompt alone (generation).
     """
 
-    def __init__(self, samples: Sequence[Sample], processor: Processor, with_answer: bool) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], processor: Callable[[Sample, bool], Features], with_answer: bool
+    ) -> None:
         self.samples, self.processor, self.with_answer = samples, processor, with_answer
 
     def __len__(self) -> int:
@@ -151,8 +153,21 @@ def measure_loader(samples: Sequence[Sample], front: Front, config: DataConfig, 
     )
 
 
-def prompt_loader(samples: Sequence[Sample], front: Front, config: DataConfig, batch_size: int) -> DataLoader[Any]:
-    """Left-padded prompts in order, for generation."""
-    dataset = SampleDataset(samples, make_processor(front, config), with_answer=False)
+def prompt_loader(
+    samples: Sequence[Sample],
+    front: Front,
+    config: DataConfig,
+    batch_size: int,
+    processor: Callable[[Sample, bool], Features] | None = None,
+) -> DataLoader[Any]:
+    """Left-padded prompts in order, for generation; `processor` where it is not the VLM's own."""
+    dataset = SampleDataset(samples, processor or make_processor(front, config), with_answer=False)
     collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), None, front.vision)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=CollateOrError(collate), num_workers=config.workers)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=CollateOrError(collate),
+        num_workers=config.workers,
+        # Its own: a validation must not draw from the random state that training goes on with.
+        generator=torch.Generator(),
+    )

@@ -6,6 +6,7 @@ RUN/checkpoints/step-000030/trainable.safetensors   LoRA and merger, whole tenso
                             config.yaml             the resolved configuration
                             checkpoint.json         step, model fingerprint, versions; written last
 RUN/checkpoints/latest                              name of the newest complete checkpoint; moves last
+                best                                name of the one with the best validation; moves after `latest`
 """
 
 from __future__ import annotations
@@ -30,17 +31,24 @@ from w2r2_ds.versions import versions
 
 TENSORS = "trainable.safetensors"
 DESCRIPTION = "checkpoint.json"
+BEST = "best"
 MAY_CHANGE = (
     frozenset(f"data.{name}" for name in ("root", "workers"))
     | frozenset(f"model.{name}" for name in ("vlm", "vggt", "merger", "attention"))
     | frozenset(f"objective.{name}" for name in ("gap_every", "gap_samples"))
     | frozenset(f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard"))
+    | frozenset(f"train.{name}" for name in ("eval_every", "eval_samples", "eval_max_new_tokens", "best_by"))
 )
 """Options that a resumed run may change: where things lie, and what leaves the losses alone up to rounding."""
 
 
-def save_checkpoint(engine: Any, config: RunConfig, step: int, metrics: dict[str, float]) -> Path:
-    """Write a checkpoint aside, rename it, then move `latest`; every rank calls it."""
+def save_checkpoint(
+    engine: Any, config: RunConfig, step: int, metrics: dict[str, float], best: dict[str, Any] | None = None
+) -> Path:
+    """Write a checkpoint aside, rename it, then move `latest`; every rank calls it.
+
+    `best`, where this one has the best validation so far, says by what; then `best` moves too.
+    """
     folder = Path(config.out) / "checkpoints"
     final = folder / f"step-{step:06d}"
     aside = folder / f"step-{step:06d}.partial"
@@ -62,23 +70,39 @@ def save_checkpoint(engine: Any, config: RunConfig, step: int, metrics: dict[str
             "world_size": dist.get_world_size(),
             "model": fingerprint(engine.module.model),
             "metrics": metrics,
+            "best": best,
             "versions": versions(),
         }
         (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-        (folder / "latest.partial").write_text(final.name + "\n")
-        os.replace(folder / "latest.partial", folder / "latest")
+        point(folder / "latest", final)
+        if best is not None:
+            point(folder / BEST, final)
         prune(folder, config.train.keep_last)
     dist.barrier()
     return final
 
 
+def point(file: Path, checkpoint: Path) -> None:
+    """Let `latest` or `best` name another checkpoint, at once."""
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text(checkpoint.name + "\n")
+    os.replace(aside, file)
+
+
+def pointed(file: Path) -> Path:
+    """The checkpoint that `latest` or `best` names, which need not be there."""
+    return file.parent / file.read_text().strip()
+
+
 def prune(folder: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints."""
+    """Keep the newest `keep` checkpoints, and the best."""
     complete = [path.parent for path in folder.glob(f"step-*/{DESCRIPTION}") if path.parent.suffix != ".partial"]
+    best = pointed(folder / BEST) if (folder / BEST).is_file() else None
     for old in sorted(complete, key=lambda path: (path / DESCRIPTION).stat().st_mtime)[:-keep]:
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
 
 
 def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
@@ -92,18 +116,21 @@ def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder of a run (its latest) or of a checkpoint itself.
+    """The checkpoint folder of a run (its latest), of RUN/checkpoints/latest or best, or of a checkpoint itself.
 
     Raises:
         ValueError: there is none, or it is not complete.
     """
     path = Path(path)
-    folder = path / "checkpoints"
-    if (folder / "latest").is_file():
-        path = folder / (folder / "latest").read_text().strip()
+    file = path / "checkpoints" / "latest"
+    if path.name in ("latest", BEST) and path.is_file():
+        file = path
+    if file.is_file():
+        path = pointed(file)
     if not (path / DESCRIPTION).is_file():
         raise ValueError(
-            f"{path} holds no complete checkpoint ({DESCRIPTION} is missing); name a run or a step folder."
+            f"{path} holds no complete checkpoint ({DESCRIPTION} is missing); name a run, a step folder, or "
+            "checkpoints/best of a run that validated (train.eval_every)."
         )
     return path
 
@@ -180,6 +207,23 @@ def resume(engine: Any, path: Path, config: RunConfig) -> int:
     _, state = engine.load_checkpoint(str(path), tag="engine", load_module_strict=False)
     set_rng_state(torch.load(path / f"rng-{dist.get_rank()}.pt", weights_only=True))
     return int(state["step"])
+
+
+def best_until(checkpoint: Path) -> dict[str, Any] | None:
+    """What `best` was saved with, for a run that goes on from `checkpoint`; None if the best must be found afresh.
+
+    A kill may fall between two moves: `checkpoint` itself is the best where it says so. One that is gone, or that was
+    saved after `checkpoint`, is forgotten.
+    """
+    description = json.loads((checkpoint / DESCRIPTION).read_text())
+    if description.get("best") is not None:
+        if dist.get_rank() == 0:
+            point(checkpoint.parent / BEST, checkpoint)
+        return dict(description["best"])
+    file = checkpoint.parent / BEST
+    kept = pointed(file) / DESCRIPTION if file.is_file() else file
+    best = json.loads(kept.read_text()) if kept.is_file() and kept != file else {}
+    return best.get("best") if best.get("step", 0) <= description["step"] else None
 
 
 def rng_state() -> dict[str, torch.Tensor]:

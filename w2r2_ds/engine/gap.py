@@ -11,6 +11,7 @@ import torch.distributed as dist
 from w2r2_ds.config import RunConfig
 from w2r2_ds.data.loading import checked, measure_loader
 from w2r2_ds.data.sample import Sample
+from w2r2_ds.engine.subset import draw, share
 from w2r2_ds.models.build import Front
 
 
@@ -28,14 +29,11 @@ class DecodeGap:
 
     def __init__(self, samples: Sequence[Sample], front: Front, config: RunConfig, device: torch.device) -> None:
         world, rank, micro = dist.get_world_size(), dist.get_rank(), config.train.micro_batch
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.train.seed)).tolist()
-        wanted = min(config.objective.gap_samples, len(samples))
-        # Every rank must make as many forward passes: repeat from the front until the batches are whole.
-        whole = -(-wanted // (world * micro)) * world * micro
-        chosen = [samples[order[index % wanted]] for index in range(whole)]
-        self.count, self.wanted, self.device = whole, wanted, device
-        self.indices = [index for index in range(whole) if index // micro % world == rank]
-        self.loader = measure_loader([chosen[index] for index in self.indices], front, config.data, micro)
+        chosen = draw(len(samples), config.objective.gap_samples, config.train.seed)
+        self.wanted, self.device = len(chosen), device
+        self.share = share(len(chosen), micro, rank, world)
+        mine = [samples[chosen[index]] for index in self.share.indices]
+        self.loader = measure_loader(mine, front, config.data, micro)
 
     @torch.no_grad()
     def measure(self, engine: Any) -> dict[str, float]:
@@ -45,7 +43,7 @@ class DecodeGap:
         engine.train()
         teacher, greedy = torch.cat(pairs).double().unbind(-1)
         # What was repeated to fill the last batches counts once.
-        once = torch.tensor([index < self.wanted for index in self.indices], device=self.device).double()
+        once = torch.tensor(self.share.once, device=self.device).double()
         sums = torch.stack([teacher * once, greedy * once, (teacher - greedy).abs() * once]).sum(-1)
         dist.all_reduce(sums)
         means = (sums / self.wanted).tolist()

@@ -30,6 +30,7 @@ from w2r2_ds.engine.hinge import HingeWatch
 from w2r2_ds.engine.metrics import MetricsLogger
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.engine.together import together
+from w2r2_ds.engine.validation import BestSoFar, MakeValidation
 from w2r2_ds.models.build import Front, build_model, load_front, resolve_dtype, trainable
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
@@ -50,18 +51,19 @@ class Run:
     start: int
     groups: dict[str, list[torch.nn.Parameter]]
     gap: DecodeGap | None
+    best: BestSoFar | None
 
 
-def train(config: RunConfig, ds_path: str) -> Path:
+def train(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Path:
     """Train a configuration under a DeepSpeed JSON; returns the last checkpoint's folder.
 
-    Every rank calls it, after `deepspeed.init_distributed`.
+    Every rank calls it, after `deepspeed.init_distributed`. `make_validation` is called where `train.eval_every` asks.
 
     Raises:
         ValueError: data, weights, configuration or DeepSpeed JSON do not fit, before the first step.
         FloatingPointError: a loss is not finite; raised on all ranks before the update.
     """
-    run = set_up(config, ds_path)
+    run = set_up(config, ds_path, make_validation)
     batches = checked(run.loader)
     checkpoint = find_checkpoint(config.out) if run.start else Path(config.out)
     logger = MetricsLogger(
@@ -80,11 +82,20 @@ def train(config: RunConfig, ds_path: str) -> Path:
             if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
                 metrics |= run.gap.measure(run.engine)
             hinge.see(metrics)
+            best = None
+            if run.best is not None and due(step + 1, config.train.eval_every, config):
+                scores, best = run.best.measure(run.engine, step + 1)
+                metrics |= scores
             logger.log(step + 1, metrics)
-            if (step + 1) % config.train.save_every == 0 or step + 1 == config.train.steps:
-                checkpoint = save_checkpoint(run.engine, config, step + 1, metrics)
+            if best is not None or due(step + 1, config.train.save_every, config):
+                checkpoint = save_checkpoint(run.engine, config, step + 1, metrics, best)
     hinge.end()
     return checkpoint
+
+
+def due(done: int, every: int, config: RunConfig) -> bool:
+    """Whether something is done after `done` steps: every so many, and after the last."""
+    return done % every == 0 or done == config.train.steps
 
 
 def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
@@ -173,7 +184,7 @@ def throughput(micro_batches: list[Batch], seconds: float) -> dict[str, float]:
     return {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "step_s": seconds}
 
 
-def set_up(config: RunConfig, ds_path: str) -> Run:
+def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:
     """Everything that can fail for a reason the user can mend happens here."""
     rank, world = dist.get_rank(), dist.get_world_size()
     with together():  # what only one node lacks stops all of them
@@ -193,7 +204,8 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
         if rank == 0:
             print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
         check_frames(samples, rank, world)
-    device = torch.device(get_accelerator().current_device_name())
+        device = torch.device(get_accelerator().current_device_name())
+        validation = make_validation(config, front, device) if config.train.eval_every else None
     # transformers partitions the weights while it loads them as long as this object lives.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     model = build_model(config.model, device, config.train.seed)
@@ -219,7 +231,9 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
     )
     loader = train_loader(samples, front, config.data, sampler, config.objective.shortcut_decode == "greedy")
     gap = DecodeGap(samples, front, config, device) if config.objective.gap_every else None
-    return Run(config, engine, loader, device, engine.gradient_accumulation_steps(), start, trained_groups(model), gap)
+    best = BestSoFar(validation, continued) if validation is not None else None
+    accumulation = engine.gradient_accumulation_steps()
+    return Run(config, engine, loader, device, accumulation, start, trained_groups(model), gap, best)
 
 
 def check_objective(config: RunConfig, front: Front) -> None:

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from w2r2_ds.config import RunConfig
-from w2r2_ds.data.collate import Batch
-from w2r2_ds.models.decode import greedy_tokens
+from w2r2_ds.data.collate import Batch, Visuals
+from w2r2_ds.models.decode import PromptInputs, greedy_tokens
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push import find_reading
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.objective.w2r2 import Outputs, Shortcut, read_shortcut, w2r2_loss
 
+Forward = tuple[Tensor, Tensor] | Tensor | list[list[int]]
 SLACK = 16
 """Tokens that a decoded answer may have more than its label; a longer one is cut."""
 
@@ -44,16 +45,20 @@ class W2R2Step(nn.Module):
         self.reading = find_reading(config.objective.push)
         self.dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
 
-    def forward(self, batch: Batch, measure: bool = False) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(self, batch: Batch, measure: bool = False, answer: int = 0) -> Forward:
         """Weighted sum of the losses of the samples, and their statistics ``[batch, len(STATS)]``.
 
         A batch whose only frame is a dummy adds its tokens times zero, so that the merger has a gradient on every rank.
-        With `measure`, no loss: ``[batch, 2]`` s of the shortcut's answer, teacher-forced and greedily decoded.
+        With `measure`, no loss: ``[batch, 2]`` s of the shortcut's answer, teacher-forced and greedily decoded. With
+        `answer`, no loss either: token ids of the fused pass's greedy answers, at most so many each, of prompts alone.
         """
         visual = self.model.encode_2d(batch.visuals)
         features = self.model.encode_3d(batch.visuals)
         if measure:
             return self.both_readings(batch, visual, features)
+        if answer:
+            fused = self.model.fuse(visual, self.model.merge(features))
+            return self.greedy(batch, batch.visuals, fused, answer)
         shortcut = self.shortcut(batch, visual, features)
         merged = self.model.merge(features)
         fused = self.model.fuse(visual, merged, self.objective.mask2d if self.training else 0.0)
@@ -85,18 +90,22 @@ class W2R2Step(nn.Module):
         return Outputs(logits, states if self.reading.states else None)
 
     def decode(self, batch: Batch, visual: Any) -> list[str]:
-        """Greedy answers of every sample; all ranks together, for ZeRO-3 gathers the weights once per token."""
+        """Greedy answers of every sample of a training batch."""
         assert batch.prompts is not None, "the loader makes prompts where answers are decoded"
         longest = (batch.answer_rows.sample.bincount(minlength=len(batch.ids)) + SLACK).tolist()
-        synced = dist.is_initialized() and dist.get_world_size() > 1
-        tokenizer = self.scorer.tokenizer
-        tokens = greedy_tokens(
-            self.model.base, batch.prompts, batch.visuals, visual, tokenizer, max(longest), self.video_fps, synced
-        )
+        tokens = self.greedy(batch.prompts, batch.visuals, visual, max(longest))
         # Each at its own length: what a sample's neighbours are must not matter.
         return [
-            tokenizer.decode(ids[:most], skip_special_tokens=True) for ids, most in zip(tokens, longest, strict=True)
+            self.scorer.tokenizer.decode(ids[:most], skip_special_tokens=True)
+            for ids, most in zip(tokens, longest, strict=True)
         ]
+
+    def greedy(self, prompts: PromptInputs, visuals: Visuals, visual: Any, most: int) -> list[list[int]]:
+        """Greedy token ids; all ranks together, for ZeRO-3 gathers the weights once per token."""
+        synced = dist.is_initialized() and dist.get_world_size() > 1
+        return greedy_tokens(
+            self.model.base, prompts, visuals, visual, self.scorer.tokenizer, most, self.video_fps, synced
+        )
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For torch's checkpointing: a layer that ran without dropout is computed again without it.

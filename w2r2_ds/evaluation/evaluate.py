@@ -1,25 +1,41 @@
-"""Evaluate a checkpoint or an exported adapter: predictions as JSONL, scores as JSON."""
+"""Evaluate a checkpoint or an exported adapter: predictions as JSONL, scores as JSON.
+
+One process or several (``torchrun``, ``deepspeed``), killed and started again or not: the predictions are the same.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from w2r2_ds.config import RunConfig, relocated
+from w2r2_ds.config import DataConfig, RunConfig, relocated
 from w2r2_ds.config import load_config as load_run_config
 from w2r2_ds.data.check import check_frames
-from w2r2_ds.data.loading import load_mixture, prompt_loader
+from w2r2_ds.data.loading import make_processor, prompt_loader
+from w2r2_ds.data.processor import Features
+from w2r2_ds.data.progress import progress
 from w2r2_ds.data.sample import Sample
-from w2r2_ds.engine.checkpoint import find_checkpoint, load_trainable
-from w2r2_ds.evaluation import scanrefer
-from w2r2_ds.evaluation.generate import generate_answers
+from w2r2_ds.engine.checkpoint import TENSORS, find_checkpoint, load_trainable
+from w2r2_ds.evaluation import generate
+from w2r2_ds.evaluation.ranks import Ranks, set_threads, wait
+from w2r2_ds.evaluation.record import record_of
+from w2r2_ds.evaluation.score import choose_protocols, read_boxes, score_records
+from w2r2_ds.evaluation.sets import all_samples, describe_sets, find_sets
+from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_records
+from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry
 from w2r2_ds.export.adapter import ADAPTER_CARD, adapter_config, load_adapter
-from w2r2_ds.models.build import Front, build_model, load_front
+from w2r2_ds.models.build import Front, build_model, fingerprint, load_front, resolve_dtype
 from w2r2_ds.models.w2r2 import W2R2
+
+GEOMETRY = (*generate.GEOMETRY, "shuffle")
+"""`shuffle` is the fused pass with another scene's geometry (``shuffle.py``)."""
 
 
 def load_model(
@@ -36,16 +52,23 @@ def load_model(
     Raises:
         ValueError: there is no such thing, or it belongs to other models than these.
     """
+    config = run_config(path, root, vlm, vggt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (path / ADAPTER_CARD).is_file():
-        config = relocated(adapter_config(path), root, vlm, vggt)
         model = load_adapter(path, config, device)
     else:
-        checkpoint = find_checkpoint(path)
-        config = relocated(load_run_config(checkpoint / "config.yaml"), root, vlm, vggt)
         model = build_model(config.model, device, config.train.seed)
-        load_trainable(checkpoint, model)
+        load_trainable(find_checkpoint(path), model)
     return config, model.to(device).eval(), load_front(config.model)
+
+
+def run_config(
+    path: Path, root: str | Path | None = None, vlm: str | None = None, vggt: str | None = None
+) -> RunConfig:
+    """The configuration alone; arguments and errors as ``load_model``'s."""
+    if (path / ADAPTER_CARD).is_file():
+        return relocated(adapter_config(path), root, vlm, vggt)
+    return relocated(load_run_config(find_checkpoint(path) / "config.yaml"), root, vlm, vggt)
 
 
 def evaluate(
@@ -56,25 +79,35 @@ def evaluate(
     max_new_tokens: int = 128,
     limit: int = 0,
     *,
+    task: str | None = None,
+    data: Path | None = None,
+    protocols: Sequence[str] = (),
+    proposals: Path | None = None,
     root: str | Path | None = None,
     vlm: str | None = None,
     vggt: str | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Answer the validation split and score it.
+    """Answer a validation set greedily and score it.
 
     Args:
         path: run, checkpoint or exported adapter.
-        out: folder for `predictions-GEOMETRY.jsonl` and `scores-GEOMETRY.json`.
-        geometry: fused, or zero for the 2D-only pass.
+        out: folder for ``predictions-TASK-GEOMETRY.jsonl`` and ``scores-TASK-GEOMETRY.json``.
+        geometry: one of ``GEOMETRY``.
         batch_size: prompts per forward.
         max_new_tokens: longest answer.
         limit: number of samples, 0 for all.
+        task: which of the run's validation sets; may be left out where all are of one task.
+        data: a prepared folder instead of the run's own.
+        protocols: how to score; the task's default without any (``score.choose_protocols``).
+        proposals: file of detected boxes, for ``scanrefer/vgllm_refined``.
         root: where the data lie now; where they lay in training without it.
         vlm: likewise the video LLM's directory, or a hub id.
         vggt: likewise VGGT's.
+        ranks: this process among others, which have been joined; alone without it.
 
     Returns:
-        The scores, as written.
+        The scores, as written; nothing on ranks but the first.
     """
     for option, value, least in (
         ("limit", limit, 0),
@@ -83,33 +116,118 @@ def evaluate(
     ):
         if value < least:
             raise ValueError(f"--{option} is {value}; it must be at least {least}.")
-    config, model, front = load_model(path, root, vlm, vggt)
-    mixture = load_mixture(config.data, "val")
-    samples = mixture[: limit or len(mixture)]
-    check_frames(samples)
-    records = predict(model, front, config, samples, geometry, batch_size, max_new_tokens)
-    scores = scanrefer.summarise(records) | {"task": "scanrefer", "geometry": geometry, "checkpoint": str(path)}
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / f"predictions-{geometry}.jsonl", "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    (out / f"scores-{geometry}.json").write_text(json.dumps(scores, indent=2) + "\n")
+    if geometry not in GEOMETRY:
+        raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
+    ranks = ranks or Ranks()
+    config = run_config(path, root, vlm, vggt)
+    sets = find_sets(config.data, task, data)
+    task = sets[0].task
+    whole = all_samples(sets)
+    samples = Selection(whole, range(min(limit or len(whole), len(whole))))
+    if not samples:
+        raise ValueError(f"{sets[0].folder} holds no samples.")
+    # What is wrong with the scoring must not wait for the answers.
+    boxes = read_boxes(proposals)
+    names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
+    check_frames(samples, ranks.rank, ranks.world)
+
+    _, model, front = load_model(path, root, vlm, vggt)
+    set_threads(ranks, model.base.config.get_text_config().hidden_size)
+    run = {
+        "weights": _trained_weights(path),
+        "model": fingerprint(model),
+        "dtype": str(resolve_dtype(config.model.dtype)),
+        "data": [each["manifest"] for each in describe_sets(sets)],
+        "geometry": geometry,
+        "max_new_tokens": max_new_tokens,
+        **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
+        **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
+    }
+    parts = Parts(out / f"parts-{task}-{geometry}", run)
+    answerer = Answerer(model, front, config.data, geometry, whole, batch_size, max_new_tokens)
+    answer_share(answerer, samples, parts, ranks)
+    wait(ranks)
+    if ranks.rank:
+        return {}
+
+    records = parts.merge([sample.id for sample in samples])
+    write_records(out / f"predictions-{task}-{geometry}.jsonl", records)
+    scores = {
+        "task": task,
+        "geometry": geometry,
+        "checkpoint": str(path),
+        "data": describe_sets(sets),
+        "samples": len(records),
+        "of": len(whole),
+        "max_new_tokens": max_new_tokens,
+        "protocols": score_records(records, names, boxes),
+    }
+    (out / f"scores-{task}-{geometry}.json").write_text(json.dumps(scores, indent=2) + "\n")
+    parts.remove()
     return scores
 
 
-def predict(
-    model: W2R2,
-    front: Front,
-    config: RunConfig,
-    samples: Sequence[Sample],
-    geometry: str,
-    batch_size: int,
-    max_new_tokens: int,
-) -> list[dict[str, Any]]:
-    """One scored record per sample, in order; the text is kept so that it can be scored again without the model."""
-    loader = prompt_loader(samples, front, config.data, batch_size)
-    answers = generate_answers(model, loader, front.tokenizer, geometry, max_new_tokens, config.data.video_fps)
-    records = []
-    for sample, (identity, tokens, text) in zip(samples, answers, strict=True):
-        assert identity == sample.id, "answers come in the order of the samples"
-        records.append({**scanrefer.score_prediction(text, sample), "tokens": tokens})
-    return records
+@dataclass(frozen=True)
+class Answerer:
+    """A model and how it is asked.
+
+    Attributes:
+        model, front: of ``load_model``.
+        data: the run's data configuration.
+        geometry: one of ``GEOMETRY``.
+        whole: the whole data set, among whose scenes `shuffle` pairs.
+        batch_size: prompts per forward.
+        max_new_tokens: longest answer.
+    """
+
+    model: W2R2
+    front: Front
+    data: DataConfig
+    geometry: str
+    whole: Sequence[Sample]
+    batch_size: int
+    max_new_tokens: int
+
+    def records(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+        """One record per sample, in order.
+
+        Raises:
+            ValueError: a sample cannot be read, or there is only one scene to shuffle.
+        """
+        processor: Callable[[Sample, bool], Features] = make_processor(self.front, self.data)
+        if self.geometry == "shuffle":
+            processor = ShuffledGeometry(processor, self.whole)
+        loader = prompt_loader(samples, self.front, self.data, self.batch_size, processor)
+        made = generate.generate_answers(
+            self.model,
+            loader,
+            self.front.tokenizer,
+            "zero" if self.geometry == "zero" else "fused",
+            self.max_new_tokens,
+            self.data.video_fps,
+        )
+        for sample, (identity, tokens, text) in zip(samples, made, strict=True):
+            assert identity == sample.id, "answers come in the order of the samples"
+            yield record_of(sample, text, tokens)
+
+
+def answer_share(answerer: Answerer, samples: Sequence[Sample], parts: Parts, ranks: Ranks) -> None:
+    """Answer what is left of a rank's share into its part; what is finished survives the process."""
+    left = share([sample.id for sample in samples], parts.read(), ranks.rank, ranks.world)
+    label = f"answers ({answerer.geometry})" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")
+    quiet = ranks.rank > 0 or not left
+    with parts.writer(ranks.rank) as file, progress(label, len(left), quiet, Console(stderr=True)) as advance:
+        for record in answerer.records(Selection(samples, left)):
+            file.write(line_of(record))
+            file.flush()
+            advance()
+
+
+def _trained_weights(path: Path) -> str:
+    """SHA-256 of what was trained."""
+    files = sorted(path.glob("*.safetensors")) if (path / ADAPTER_CARD).is_file() else [find_checkpoint(path) / TENSORS]
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 
 from w2r2_ds.evaluation import scan2cap, scanqa, scanrefer
 from w2r2_ds.evaluation.captions import Score
+from w2r2_ds.evaluation.detection import score_f1
 from w2r2_ds.evaluation.scanrefer_protocols import (
     score_official,
     score_vgllm,
@@ -26,7 +27,7 @@ class Protocol:
 
     Attributes:
         name: ``task/protocol``.
-        task: ``scanrefer``, ``scan2cap`` or ``scanqa``.
+        task: ``scanrefer``, ``scan2cap``, ``scanqa`` or ``detection``.
         score: the function; annotations first, predictions second, then what its signature says.
         description: one sentence.
         source: repository and file whose numbers it gives.
@@ -144,6 +145,13 @@ _ALL = (
         "chatscene",
         "The prediction alone is cleaned, the empty one matches nothing, then the PTB tokenizer.",
         "ZzZZCHS/Chat-Scene utils/eval.py",
+    ),
+    Protocol(
+        "detection/f1",
+        "detection",
+        score_f1,
+        "This project's own: strict JSON, exact oriented IoU, greedy matching per label; precision, recall and F1.",
+        "w2r2_ds/evaluation/detection.py",
     ),
 )
 

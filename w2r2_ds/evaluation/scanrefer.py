@@ -60,24 +60,22 @@ class Prediction(TypedDict):
 def score_prediction(text: str, sample: Sample) -> Prediction:
     """Read one generated answer and compare its box with the sample's target."""
     assert sample.target is not None, "a ScanRefer sample has a target"
+    return score_answer(sample.id, text, sample.cam_to_world, sample.target.box, sample.target.group)
+
+
+def score_answer(identity: str, text: str, cam_to_world: np.ndarray, target: np.ndarray, group: str) -> Prediction:
+    """Likewise from the parts of a sample: poses ``[frames, 4, 4]`` and world box ``[9]``."""
     record = Prediction(
-        id=sample.id,
-        group=sample.target.group,
-        text=text,
-        iou=0.0,
-        parsed=False,
-        reason=None,
-        frame=None,
-        box_world=None,
+        id=identity, group=group, text=text, iou=0.0, parsed=False, reason=None, frame=None, box_world=None
     )
     try:
-        answer = parse_grounding(text, len(sample.frames))
+        answer = parse_grounding(text, len(cam_to_world))
     except AnswerError as error:
         record["reason"] = error.reason
         return record
     with np.errstate(over="ignore", invalid="ignore"):
-        box = camera_to_world(answer.box, sample.cam_to_world[answer.frame])
-    pair = torch.tensor([box.tolist(), sample.target.box.tolist()], dtype=torch.float64)
+        box = camera_to_world(answer.box, cam_to_world[answer.frame])
+    pair = torch.tensor([box.tolist(), target.tolist()], dtype=torch.float64)
     record["iou"] = float(box_iou(pair[:1], pair[1:]))
     record["parsed"] = True
     record["frame"] = answer.frame

@@ -38,6 +38,9 @@ class Description:
     Attributes:
         scene_id, object_id, object_name, ann_id: as in ScanRefer's file.
         box: of its object, see ``Box``.
+        group, group_nyu40: unique or multiple by each class map, where that was found out before (``record.py``).
+        scannet_class: likewise, see ``scannet_class``.
+        name: what it is called in results; ``scene|object|ann`` without.
     """
 
     scene_id: str
@@ -45,17 +48,21 @@ class Description:
     object_name: str
     ann_id: str
     box: tuple[float, ...]
+    group: str = ""
+    group_nyu40: str = ""
+    scannet_class: int = OTHERS
+    name: str = ""
 
     @property
     def key(self) -> str:
-        """``scene|object|ann``."""
-        return f"{self.scene_id}|{self.object_id}|{self.ann_id}"
+        """The name, or ``scene|object|ann``."""
+        return self.name or f"{self.scene_id}|{self.object_id}|{self.ann_id}"
 
 
 def score_official(
     descriptions: Sequence[Description],
     boxes: Mapping[str, Box | None],
-    labels: LabelMap,
+    labels: LabelMap | None = None,
     split: Sequence[Description] | None = None,
 ) -> dict[str, Any]:
     """ScanRefer's own evaluator: axis-aligned IoU with + 1e-8, ScanNet-18 classes, classes in and not in "others".
@@ -65,7 +72,7 @@ def score_official(
     Args:
         descriptions: those that count.
         boxes: by ``Description.key``; None for an answer that could not be read.
-        labels: see ``LabelMap``.
+        labels: see ``LabelMap``; without it, groups and classes are those that the descriptions bring.
         split: all descriptions of the split, which decide what is unique; ``descriptions`` without it.
 
     Returns:
@@ -76,9 +83,12 @@ def score_official(
         ValueError: no descriptions, one twice, or a box of none of them.
     """
     _check(descriptions, boxes)
-    items = _box_items(descriptions, boxes, groups(split or descriptions, labels, scannet_class))
+    known = {(each.scene_id, each.object_id): each.group for each in descriptions}
+    if labels is not None:
+        known = groups(split or descriptions, labels, scannet_class)
+    items = _box_items(descriptions, boxes, known)
     for item, each in zip(items.values(), descriptions, strict=True):
-        item["class"] = scannet_class(each.object_name, labels)
+        item["class"] = each.scannet_class if labels is None else scannet_class(each.object_name, labels)
     return {"protocol": "scanrefer_official", **official_scores(list(items.values())), "items": items}
 
 
@@ -104,7 +114,7 @@ def official_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def score_video3dllm(
     descriptions: Sequence[Description],
     boxes: Mapping[str, Box | None],
-    labels: LabelMap,
+    labels: LabelMap | None = None,
     split: Sequence[Description] | None = None,
 ) -> dict[str, Any]:
     """Video-3D-LLM's evaluator: axis-aligned IoU with + 1e-8, unique by NYU40 ids.
@@ -117,7 +127,10 @@ def score_video3dllm(
         ``protocol``; ``items``; ``all``, ``unique``, ``multiple``, each with ``count`` and accuracies (None of none).
     """
     _check(descriptions, boxes)
-    items = _box_items(descriptions, boxes, groups(split or descriptions, labels, nyu40_class))
+    known = {(each.scene_id, each.object_id): each.group_nyu40 for each in descriptions}
+    if labels is not None:
+        known = groups(split or descriptions, labels, nyu40_class)
+    items = _box_items(descriptions, boxes, known)
     result: dict[str, Any] = {"protocol": "video3dllm"}
     for name in ("all", UNIQUE, MULTIPLE):
         ious = [item["iou"] for item in items.values() if name in ("all", item["group"])]

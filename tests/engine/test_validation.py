@@ -1,0 +1,131 @@
+"""The fixed part of a set and its shares; which step is the best, and what a resumed run remembers of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2r2_ds.engine import validation
+from w2r2_ds.engine.checkpoint import BEST, DESCRIPTION, find_checkpoint, point, prune
+from w2r2_ds.engine.subset import draw, share
+from w2r2_ds.engine.validation import BestSoFar
+
+
+class Scripted:
+    """A validation whose values are known."""
+
+    best_by = "scanrefer/acc@0.25"
+
+    def __init__(self, *values: float | None, about: str = "3 samples") -> None:
+        self.values, self.about = list(values), about
+
+    def measure(self, engine: Any) -> dict[str, float]:
+        value = self.values.pop(0)
+        return {"scanrefer/parsed": 1.0} | ({} if value is None else {self.best_by: value})
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0, without a process group."""
+    monkeypatch.setattr(validation.dist, "get_rank", lambda: 0)
+
+
+def saved(run: Path, step: int, best: dict[str, Any] | None = None) -> Path:
+    """A checkpoint folder, as far as these tests look into it."""
+    path = run / "checkpoints" / f"step-{step:06d}"
+    path.mkdir(parents=True)
+    (path / DESCRIPTION).write_text(json.dumps({"step": step, "best": best}))
+    return path
+
+
+def known(value: float, step: int, about: str = "3 samples") -> dict[str, Any]:
+    return {"metric": Scripted.best_by, "value": value, "step": step, "about": about}
+
+
+def test_the_part_is_drawn_by_the_seed_alone() -> None:
+    assert draw(50, 8, 3) == draw(50, 8, 3) != draw(50, 8, 4)
+    assert len(set(draw(50, 8, 3))) == 8
+    assert sorted(draw(5, 8, 3)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("count", "micro"), [(1, 1), (3, 2), (8, 4), (7, 1)])
+def test_every_rank_has_as_many_whole_batches_and_every_sample_counts_once(world: int, count: int, micro: int) -> None:
+    shares = [share(count, micro, rank, world) for rank in range(world)]
+    assert len({len(each.indices) for each in shares}) == 1 and len(shares[0].indices) % micro == 0
+    counted = [i for each in shares for i, once in zip(each.indices, each.once, strict=True) if once]
+    assert sorted(counted) == list(range(count))
+
+
+def test_a_batch_holds_the_same_whatever_the_number_of_ranks() -> None:
+    """Left padding and the order of sums depend on a batch's company."""
+    one, two = share(7, 2, 0, 1), share(7, 2, 1, 2)
+    assert one.indices == [0, 1, 2, 3, 4, 5, 6, 0] and one.once == [True] * 7 + [False]
+    assert two.indices == [2, 3, 6, 0] and two.once == [True, True, True, False]
+
+
+def test_the_best_is_the_highest_and_a_tie_keeps_the_earlier(capsys: pytest.CaptureFixture[str]) -> None:
+    best = BestSoFar(Scripted(0.0, 0.5, 0.3, 0.5, None, 0.6), None)
+    found = [best.measure(None, step) for step in (10, 20, 30, 40, 50, 60)]
+    assert [mark and (mark["step"], mark["value"]) for _, mark in found] == [
+        (10, 0.0),
+        (20, 0.5),
+        *[None] * 3,
+        (60, 0.6),
+    ]
+    assert found[1][0]["val/scanrefer/acc@0.25"] == 0.5 and found[1][0]["val/seconds"] >= 0
+    assert "val/scanrefer/acc@0.25" not in found[4][0] and found[4][0]["val/scanrefer/parsed"] == 1.0
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].startswith("validation after step 30: scanrefer/acc@0.25 0.3, best 0.5 after step 20, in ")
+    assert said[4] == "warning: scanrefer/acc@0.25 could not be computed after step 50; the best stays as it is."
+    assert len(said) == 6
+
+
+def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:
+    best, last = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30)
+    point(best.parent / BEST, best)
+    resumed = BestSoFar(Scripted(0.5, 0.51), last)
+    assert [resumed.measure(None, step)[1] for step in (40, 50)] == [None, known(0.51, 50)]
+
+
+def test_values_of_other_samples_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = saved(tmp_path, 20, known(0.5, 20, about="8 samples"))
+    point(best.parent / BEST, best)
+    resumed = BestSoFar(Scripted(0.1), best)
+    assert "looked for afresh" in capsys.readouterr().out
+    assert resumed.measure(None, 30)[1] == known(0.1, 30)
+
+
+def test_a_kill_between_the_two_moves_is_mended(tmp_path: Path) -> None:
+    """`latest` had moved to the new best, `best` had not."""
+    old, new = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30, known(0.7, 30))
+    point(old.parent / BEST, old)
+    assert BestSoFar(Scripted(), new).best == known(0.7, 30)
+    assert find_checkpoint(tmp_path / "checkpoints" / BEST) == new
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_best_that_is_gone_or_of_later_is_forgotten(tmp_path: Path, there: bool) -> None:
+    """A run that was set back by hand."""
+    later = saved(tmp_path, 40, known(0.9, 40)) if there else tmp_path / "checkpoints" / "step-000040"
+    last = saved(tmp_path, 30)
+    point(last.parent / BEST, later)
+    assert BestSoFar(Scripted(), last).best is None
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    paths = [saved(tmp_path, step) for step in (10, 20, 30, 40)]
+    point(paths[0].parent / BEST, paths[1])
+    prune(paths[0].parent, 1)
+    assert [path.exists() for path in paths] == [False, True, False, True]
+
+
+def test_a_run_without_validation_has_no_best(tmp_path: Path) -> None:
+    path = saved(tmp_path, 10)
+    point(path.parent / "latest", path)
+    assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / "checkpoints" / "latest") == path
+    with pytest.raises(ValueError, match=r"best holds no complete checkpoint.*train\.eval_every"):
+        find_checkpoint(tmp_path / "checkpoints" / BEST)

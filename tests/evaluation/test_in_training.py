@@ -1,0 +1,228 @@
+"""Validation and the best checkpoint in real runs, two ranks under ZeRO-3 projections sharded, in one launch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launchers.evaluate import main as evaluate_cli
+from runs import ZERO3, Job, World, read_metrics, run_jobs
+from w2r2_ds.config import RunConfig, TrainConfig, load_config
+from w2r2_ds.data.loading import load_mixture
+from w2r2_ds.data.sample import Reference
+from w2r2_ds.engine.checkpoint import find_checkpoint
+from w2r2_ds.evaluation import in_training
+from w2r2_ds.evaluation.evaluate import load_model
+from w2r2_ds.evaluation.generate import generate_answers
+from w2r2_ds.evaluation.in_training import InTraining, computed, score
+from w2r2_ds.evaluation.record import record_of
+
+LAUNCHED = [pytest.mark.distributed, pytest.mark.timeout(1200)]
+TOKENS, PICKED = 72, 6
+RUN: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 3, "train__save_every": 3}
+VALIDATED: dict[str, object] = {
+    "data__val": "[{path: prepared/scanrefer/train}]",  # the tiny model half knows these rooms: its answers differ
+    "train__eval_max_new_tokens": TOKENS,
+    "train__eval_every": 1,
+    "train__eval_samples": PICKED,  # two batches of four for the two ranks: two samples are repeated
+    "train__keep_last": 1,
+}
+ACC = "val/scanrefer/acc@0.25"
+Reports = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("validated")
+
+
+@pytest.fixture(scope="module")
+def runs(world: World, folder: Path) -> Reports:
+    """All runs of this file."""
+    ds = json.loads(ZERO3.read_text())
+    ds["zero_optimization"] |= {"stage3_param_persistence_threshold": 4000}
+    (folder / "ds.json").write_text(json.dumps(ds))
+
+    def job(name: str, changes: dict[str, object], **more: Any) -> Job:
+        arguments = ["--deepspeed", str(folder / "ds.json"), *world.arguments(folder / name, **(RUN | changes))]
+        return Job(name, arguments, **more)
+
+    back = (str(folder / "validated"), str(folder / "resumed"), 2)
+    jobs = [
+        job("plain", {}),
+        job("validated", VALIDATED, scores=(0.1, 0.5, 0.3)),
+        job("resumed", {**VALIDATED, "resume": "auto"}, scores=(0.5,), rewind=back),
+        job("other-task", {"train__eval_every": 4, "train__best_by": "scan2cap/CIDEr@0.5"}),
+        job("cut-frame", {"train__eval_every": 4, "data__root": cut_frame_root(world, folder)}),
+    ]
+    return run_jobs(2, folder / "jobs", jobs)
+
+
+def cut_frame_root(world: World, folder: Path) -> Path:
+    """A copy of the scenes in which one frame of the validation room has lost its second half."""
+    root = folder / "scenes"
+    shutil.copytree(world.folder / "scenes", root)
+    config = load_config(None, world.arguments(folder, data__root=root))
+    frame = load_mixture(config.data, "val")[0].frames[1]
+    frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
+    return root
+
+
+def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Losses, norms and similarities: what two equal runs share to the last bit."""
+    times = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib")
+    return [{k: v for k, v in line.items() if k not in times and not k.startswith("val/")} for line in metrics]
+
+
+class TestRuns:
+    pytestmark = LAUNCHED
+
+    def test_validation_leaves_the_losses_alone(self, runs: Reports, folder: Path) -> None:
+        for name in ("plain", "validated"):
+            assert [report["error"] for report in runs[name]] == [None, None]
+        validated, plain = read_metrics(folder / "validated"), read_metrics(folder / "plain")
+        assert all("val/scanrefer/mean_iou" in line for line in validated) and "val/seconds" not in plain[0]
+        assert len(plain) == 3 and without_times(validated) == without_times(plain)
+        for rank in (0, 1):
+            state = f"checkpoints/step-000003/rng-{rank}.pt"
+            ours, theirs = (torch.load(folder / name / state)["cpu"] for name in ("validated", "plain"))
+            assert torch.equal(ours, theirs)
+
+    def test_two_sharded_ranks_score_as_one_whole_model_does(self, runs: Reports, folder: Path) -> None:
+        """The checkpoint of the same step, loaded without DeepSpeed, on the same samples."""
+        assert runs["validated"][0]["error"] is None
+        best = folder / "validated" / "checkpoints" / "best"
+        config, model, front = load_model(best)
+        validation = alone(config, front)
+        answers = generate_answers(model, validation.loader, front.tokenizer, "fused", TOKENS, config.data.video_fps)
+        texts = {identity: text for identity, _, text in answers}
+        assert len(texts) == PICKED
+        expected = computed(score([record_of(sample, texts[sample.id]) for sample in validation.samples]))
+        line = read_metrics(folder / "validated")[1]
+        assert {f"val/{name}" for name in expected} | {"val/seconds"} == {name for name in line if "val/" in name}
+        del expected["scanrefer/acc@0.25"]  # scripted
+        assert {name: line[f"val/{name}"] for name in expected} == pytest.approx(expected, abs=1e-9)
+        assert expected["scanrefer/parsed"] > 0 and expected["scanrefer/mean_iou"] > 0, "else it shows little"
+
+    def test_the_best_is_saved_and_kept(self, runs: Reports, folder: Path) -> None:
+        """Up, then down; no step but the last is a multiple of save_every."""
+        assert [report["error"] for report in runs["validated"]] == [None, None]
+        assert [line[ACC] for line in read_metrics(folder / "validated")] == [0.1, 0.5, 0.3]
+        checkpoints = folder / "validated" / "checkpoints"
+        assert sorted(os.listdir(checkpoints)) == ["best", "latest", "step-000002", "step-000003"]
+        assert find_checkpoint(folder / "validated").name == "step-000003"
+        best = find_checkpoint(checkpoints / "best")
+        assert best.name == "step-000002"
+        saved = json.loads((best / "checkpoint.json").read_text())
+        assert (saved["best"]["metric"], saved["best"]["value"]) == ("scanrefer/acc@0.25", 0.5)
+        assert saved["metrics"][ACC] == 0.5
+        printed = (folder / "jobs" / "output.txt").read_text()
+        assert "validation after step 3: scanrefer/acc@0.25 0.3, best 0.5 after step 2" in printed
+
+    def test_the_best_is_evaluated_by_its_name(self, runs: Reports, folder: Path) -> None:
+        checkpoints = folder / "validated" / "checkpoints"
+        evaluate_cli(checkpoints / "best", limit=1, max_new_tokens=2)
+        assert list((checkpoints / "step-000002" / "evaluation").glob("scores-*.json"))
+
+    def test_a_resumed_run_keeps_the_best_at_a_tie(self, runs: Reports, folder: Path) -> None:
+        assert [report["error"] for report in runs["resumed"]] == [None, None]
+        metrics = read_metrics(folder / "resumed")
+        assert metrics[2][ACC] == 0.5 and without_times(metrics) == without_times(read_metrics(folder / "plain"))
+        checkpoints = folder / "resumed" / "checkpoints"
+        assert find_checkpoint(checkpoints / "best").name == "step-000002"
+        assert json.loads((checkpoints / "step-000003" / "checkpoint.json").read_text())["best"] is None
+
+    def test_what_cannot_work_is_said_before_the_first_step(self, runs: Reports, folder: Path) -> None:
+        for report in runs["other-task"]:
+            assert report["error"].startswith("ValueError: train.best_by scan2cap/CIDEr@0.5 is none of the scores of ")
+            assert "name one of scanrefer/acc@0.25, scanrefer/acc@0.5" in report["error"]
+        for report in runs["cut-frame"]:
+            assert "scene5000_00" in report["error"]
+        for name in ("other-task", "cut-frame"):
+            assert runs[name][0]["updates"] == 0 and not (folder / name).exists()
+
+
+def alone(config: RunConfig, front: Any) -> InTraining:
+    """As one rank would make it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_training.dist, "get_rank", lambda: 0)
+        patch.setattr(in_training.dist, "get_world_size", lambda: 1)
+        return InTraining(config, front, torch.device("cpu"))
+
+
+@pytest.fixture
+def mixed(
+    monkeypatch: pytest.MonkeyPatch, samples: list[Any], caption_sample: Any, answer_sample: Any, no_java: Any
+) -> list[Any]:
+    """Validation samples of three tasks, a caption's first, on a machine without Java."""
+    monkeypatch.setattr("w2r2_ds.evaluation.captions.shared_java", lambda: no_java)
+    caption = replace(
+        caption_sample,
+        target=replace(samples[1].target, described=samples[1].target.box[:6]),
+        references=(Reference("the door is wide.", ("the", "door", "is", "wide", ".")), Reference("a wide door.")),
+    )
+    answer = replace(answer_sample, references=(Reference("2 chairs"), Reference("two")))
+    found = [caption, answer, *samples]
+    monkeypatch.setattr(in_training, "load_mixture", lambda config, split: found)
+    return found
+
+
+def test_every_task_has_its_scores(mixed: list[Any]) -> None:
+    """Labels as answers: boxes and the short answer are right; the caption is not one of its references."""
+    found = computed(score([record_of(sample, sample.answer) for sample in mixed]))
+    assert found["scanrefer/acc@0.25"] == found["scanqa/EM"] == 1.0
+    assert found["scanrefer/mean_iou"] > 0.9 and found["scanrefer/parsed"] == 1.0
+    assert 0 < found["scan2cap/ROUGE-L@0.5"] < 1 and "scan2cap/CIDEr@0.5" in found
+
+
+def test_the_first_sets_task_decides(
+    mixed: list[Any], front: Any, data_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, seed=3))
+    assert alone(config, front).best_by == "scan2cap/CIDEr@0.5"
+    said = "validation: 5 samples (data.val holds fewer than train.eval_samples 64), best by scan2cap/CIDEr@0.5\n"
+    assert said == capsys.readouterr().out
+    other = replace(config, train=replace(config.train, best_by="scanrefer/mean_iou", eval_samples=4))
+    chosen = alone(other, front)
+    assert chosen.best_by == "scanrefer/mean_iou" and len(chosen.samples) == 4
+    assert chosen.about != alone(config, front).about
+
+
+def test_a_task_that_was_not_drawn_cannot_decide(mixed: list[Any], front: Any, data_config: Any) -> None:
+    config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, eval_samples=1, seed=0))
+    with pytest.raises(ValueError, match=r"best_by scan2cap/CIDEr@0\.5 is none .* raise train\.eval_samples"):
+        alone(config, front)
+
+
+def test_without_java_its_metrics_cannot_decide(mixed: list[Any], front: Any, data_config: Any) -> None:
+    config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, best_by="scan2cap/METEOR@0.5"))
+    with pytest.raises(ValueError, match=r"METEOR@0\.5 cannot be computed here; install Java"):
+        alone(config, front)
+    assert alone(replace(config, train=replace(config.train, best_by="scan2cap/CIDEr@0.5")), front).samples
+
+
+def test_without_pycocoevalcap_captions_are_refused_at_once(
+    mixed: list[Any], front: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("bleu.bleu", "cider.cider", "rouge.rouge"):
+        monkeypatch.setitem(sys.modules, f"pycocoevalcap.{module}", None)
+    with pytest.raises(ValueError, match=r"pip install 'w2r2-ds\[metrics\]'"):
+        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
+
+
+def test_a_validation_set_without_samples_is_refused(
+    front: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_training, "load_mixture", lambda config, split: [])
+    with pytest.raises(ValueError, match=r"data\.val holds no samples"):
+        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
+    with pytest.raises(ValueError, match=r"data\.val is empty"):
+        RunConfig(data=data_config(val=[]), train=TrainConfig(eval_every=1))

@@ -1,0 +1,184 @@
+"""Records score themselves, by every protocol, after a journey through JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hand_records import BOX, beside, camera_answer, caption, detection, grounding, in_world, question
+from w2r2_ds.data.sample import Sample
+from w2r2_ds.evaluation import score
+from w2r2_ds.evaluation.java import Java
+from w2r2_ds.evaluation.protocol import PROTOCOLS
+from w2r2_ds.evaluation.record import record_of
+from w2r2_ds.evaluation.score import choose_protocols, enclosing, headline, score_records, split_words, world_box
+
+MOVED = beside(0.4)
+"""Half a width away: IoU 1/3."""
+
+
+def records(pairs: Sequence[tuple[Sample, str | None]]) -> list[dict[str, Any]]:
+    return [json.loads(json.dumps(record_of(sample, text, [1, 2]), allow_nan=False)) for sample, text in pairs]
+
+
+@pytest.fixture(autouse=True)
+def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR's start takes longer than all of these together; its values are tested elsewhere."""
+    monkeypatch.setattr("w2r2_ds.evaluation.captions.shared_java", lambda: Java(program="no-such-java"))
+
+
+@pytest.fixture
+def grounded() -> list[dict[str, Any]]:
+    """A right answer, one at IoU 1/3, one that cannot be read, and a missing one."""
+    one, two, three, four = (grounding(str(ann), number) for ann, number in ((0, 3), (1, 3), (0, 5), (1, 5)))
+    three, four = (
+        replace(each, target=replace(each.target, group="multiple", scannet_class=17)) for each in (three, four)
+    )
+    return records([(one, camera_answer(one)), (two, camera_answer(two, 1, MOVED)), (three, "no idea"), (four, None)])
+
+
+def test_grounding_by_every_protocol(grounded: list[dict[str, Any]]) -> None:
+    proposals = {"scene0011_00": [BOX[:6].tolist(), [9, 9, 9, 1, 1, 1]]}
+    results = score_records(grounded, ["all"], proposals)
+    assert set(results) == {name for name in PROTOCOLS if name.startswith("scanrefer/")}
+    assert all((each["count"], each["missing"], each["parsed"]) == (4, 1, 0.5) for each in results.values())
+    direct = results["scanrefer/vgllm-direct"]
+    assert (direct["overall"]["acc@0.25"], direct["overall"]["acc@0.5"]) == (0.5, 0.25)
+    assert direct["failures"] == {"it is not exactly one JSON object": 1, "no prediction": 1}
+    official = results["scanrefer/scanrefer_official"]
+    assert official["counts"]["unique"] == {"not_in_others": 2, "in_others": 0, "overall": 2}
+    assert official["counts"]["multiple"] == {"not_in_others": 0, "in_others": 2, "overall": 2}
+    assert official["scores"]["unique"]["overall"] == {"acc@0.25": 1.0, "acc@0.5": 0.5}
+    other = results["scanrefer/video3dllm"]
+    assert (other["unique"]["count"], other["multiple"]["count"]) == (0, 4), "the other class map's groups"
+    assert other["all"]["acc@0.25"] == 0.5
+    assert results["scanrefer/vgllm_ZXY"]["acc@0.25"] == 0.5
+    assert results["scanrefer/vgllm_refined"]["acc@0.5"] == 0.5, "both mean the right object"
+    assert headline(results)["scanrefer/scanrefer_official acc@0.5"] == 0.25
+    assert headline(results)["scanrefer/video3dllm acc@0.25"] == 0.5
+    assert headline(results)["scanrefer/vgllm-direct acc@0.5"] == headline(results)["scanrefer/vgllm_ZXY acc@0.5"]
+    assert "scanrefer/vgllm_refined" not in score_records(grounded, ["all"])
+
+
+def test_a_part_of_a_split_keeps_its_groups(grounded: list[dict[str, Any]]) -> None:
+    (result,) = score_records(grounded[2:3], ["video3dllm"]).values()
+    assert result["multiple"]["count"] == 1, "alone in its scene here, not in the split"
+
+
+def test_world_answers() -> None:
+    sample = in_world(grounding())
+    (record,) = records([(sample, "1.6,4.7,0.5,2.4,5.3,1.5")])
+    assert world_box(record) == pytest.approx(BOX[:6].tolist())
+    (name,) = score_records([record])
+    assert name == "scanrefer/video3dllm"
+    assert set(score_records([record], ["all"])) == {"scanrefer/video3dllm", "scanrefer/scanrefer_official"}
+    for protocol in ("vgllm-direct", "vgllm", "scanrefer/vgllm_ZXY"):
+        with pytest.raises(ValueError, match="reads boxes in a frame's camera, but these answers are boxes in the wor"):
+            choose_protocols([protocol], [record])
+    (refused,) = records([(sample, camera_answer(sample))])
+    assert world_box(refused) is None
+    with pytest.raises(ValueError, match="mix camera and world"):
+        choose_protocols([], [record, *records([(grounding(), "")])])
+
+
+def test_a_camera_answer_is_enclosed_in_the_world() -> None:
+    """A box askew by 30 degrees: a unit square's shadow is cos + sin wide, here of 2 by 1."""
+    yawed = np.array([0, 0, 0, 2, 1, 3, np.pi / 6, 0, 0])
+    wide, deep = 2 * np.cos(np.pi / 6) + 0.5, 2 * 0.5 + np.cos(np.pi / 6)
+    assert enclosing(yawed.tolist()) == pytest.approx([0, 0, 0, wide, deep, 3])
+    assert enclosing(BOX.tolist()) == enclosing(BOX[:6].tolist()) == BOX[:6].tolist()
+    sample = grounding()
+    for frame in (0, 1):
+        (record,) = records([(sample, camera_answer(sample, frame))])
+        assert world_box(record) == pytest.approx(BOX[:6].tolist(), abs=1e-4)
+    huge = '{"frame": 1, "bbox_3d": [1e308, 1e308, 1e308, 1e308, 1e308, 1e308, 1, 1, 1]}'
+    assert world_box(records([(sample, huge)])[0]) is None
+
+
+def test_captions_by_every_protocol() -> None:
+    near, far = beside(0.4), beside(5)
+    pairs = [
+        (caption(3), "The chair 3 is black."),
+        (caption(4, near[:6]), "A black chair 4, by the desk."),
+        (caption(5, far[:6]), "The chair 5 is black."),
+        (caption(6, None), "The chair 6 is black."),
+        (caption(7), None),
+    ]
+    results = score_records(records(pairs), ["all"])
+    assert set(results) == {name for name in PROTOCOLS if name.startswith("scan2cap/")}
+    for result in results.values():
+        assert (result["count"], result["objects"], result["missing"], result["parsed"]) == (5, 5, 1, 0.8)
+        assert (result["at"]["0.25"]["passed"], result["at"]["0.5"]["passed"]) == (2, 1)
+        assert result["at"]["0.5"]["corpus"]["METEOR"] is None and "METEOR" in result["at"]["0.5"]["not_computed"]
+        assert not {"items", "candidates", "references"} & result["at"]["0.5"].keys()
+    assert list(score_records(records(pairs))) == ["scan2cap/vgllm"]
+    shown = headline(results)
+    assert shown["scan2cap/vgllm CIDEr@0.25"] > shown["scan2cap/vgllm CIDEr@0.5"] > 0
+    kept = score_records(records(pairs), ["vgllm"], items=True)["scan2cap/vgllm"]["at"]["0.5"]
+    assert kept["candidates"]["scene0011_00|3|office chair"] == "sos the chair 3 is black .  eos"
+
+
+def test_protocols_that_need_words_say_so() -> None:
+    bare = replace(caption(), references=tuple(replace(each, words=()) for each in caption().references))
+    for protocol in ("scan2cap_original", "leo"):
+        with pytest.raises(ValueError, match=f"scan2cap/{protocol} compares with the words of ScanRefer's file"):
+            score_records(records([(bare, "x")]), [protocol])
+    assert split_words("It's a T.V., isn't it? L-shaped") == [
+        *("it", "'s", "a", "t", ".", "v", ".", ",", "is", "n't", "it", "?", "l", "-", "shaped"),
+    ]
+
+
+def test_answers_by_every_protocol() -> None:
+    pairs = [(question(0), "brown"), (question(1, ("two",)), "three"), (question(2, ("red",)), None)]
+    results = score_records(records(pairs), ["all"])
+    assert set(results) == {name for name in PROTOCOLS if name.startswith("scanqa/")}
+    for name, result in results.items():
+        assert (result["count"], result["questions"], result["missing"]) == (3, 3, 1)
+        assert result["corpus"]["EM"] == pytest.approx(1 / 3)
+        assert headline(results)[f"{name} EM"] == pytest.approx(1 / 3)
+    assert list(score_records(records(pairs))) == ["scanqa/video3dllm"]
+    with pytest.raises(ValueError, match="have no answers"):
+        score_records(records([(question(0, ()), "x")]))
+
+
+def test_detection() -> None:
+    text = json.dumps([{"label": "chair", "box_3d": BOX.tolist()}])
+    (result,) = score_records(records([(detection(), text)])).values()
+    assert result["protocol"] == "detection/f1" and result["at"]["0.5"]["F1"] == pytest.approx(2 / 3)
+    assert headline({"detection/f1": result})["detection/f1 F1@0.5"] == pytest.approx(2 / 3)
+
+
+def test_protocols_are_refused_by_name(grounded: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"Protocol scanqa/leo scores scanqa, but these are answers of scanrefer\."):
+        score_records(grounded, ["scanqa/leo"])
+    with pytest.raises(ValueError, match="no protocol 'scanrefer/leo'"):
+        score_records(grounded, ["leo"])
+    for name in ("vgllm_refined", "scanrefer/vgllm_refined"):
+        with pytest.raises(ValueError, match="needs detected boxes; name their file with --proposals"):
+            score_records(grounded, [name])
+    assert choose_protocols(["vgllm", "scanrefer/vgllm", "video3dllm"], grounded) == [
+        *("scanrefer/vgllm", "scanrefer/video3dllm"),
+    ]
+
+
+def test_misleading_sets_are_refused(grounded: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="no predictions"):
+        score_records([])
+    with pytest.raises(ValueError, match="1 samples have more than one prediction"):
+        score_records([*grounded, grounded[0]])
+    with pytest.raises(ValueError, match=r"several tasks \(scanqa, scanrefer\)"):
+        score_records([*grounded, *records([(question(), "x")])])
+
+
+def test_proposals_are_read(tmp_path: Path, grounded: list[dict[str, Any]]) -> None:
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps({"scannet/scene0011_00": [BOX[:6].tolist()]}))
+    boxes = score.read_boxes(file)
+    assert boxes == {"scene0011_00": [BOX[:6].tolist()]} and score.read_boxes(None) is None
+    assert score_records(grounded, ["vgllm_refined"], boxes)["scanrefer/vgllm_refined"]["count"] == 4

@@ -1,0 +1,132 @@
+"""Parts of an evaluation: shares, torn lines, other runs, merging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2r2_ds.evaluation.ranks import Ranks, find_ranks, set_threads
+from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_records
+
+IDS = [f"s{number}" for number in range(10)]
+RUN: dict[str, Any] = {"weights": "a", "geometry": "fused", "data": ["m"]}
+
+
+def answer(identity: str) -> dict[str, Any]:
+    return {"id": identity, "text": f"ünï {identity}"}
+
+
+def work(parts: Parts, rank: int, world: int, most: int = 100) -> list[str]:
+    """A rank that is killed after `most` samples."""
+    mine = share(IDS, parts.read(), rank, world)[:most]
+    with parts.writer(rank) as file:
+        file.writelines(line_of(answer(IDS[index])) for index in mine)
+    return [IDS[index] for index in mine]
+
+
+def test_any_number_of_ranks_goes_on_with_what_another_left(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "parts", RUN)
+    assert [work(parts, rank, 3, 2) for rank in range(3)] == [["s0", "s3"], ["s1", "s4"], ["s2", "s5"]]
+    assert [work(parts, rank, 2, 1) for rank in (1, 0)] == [["s7"], ["s6"]]
+    assert work(parts, 0, 1) == ["s8", "s9"]
+    assert parts.merge(IDS) == [answer(identity) for identity in IDS]
+    assert parts.merge(IDS[2:4]) == [answer("s2"), answer("s3")]
+
+
+def test_shares_do_not_overlap_whoever_sees_more() -> None:
+    done = {"s1": 0, "s4": 0}
+    both = share(IDS, {}, 0, 2) + share(IDS, done, 1, 2)
+    assert sorted(both) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_half_a_line_is_answered_again(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, RUN)
+    work(parts, 0, 1, 3)
+    file = tmp_path / "part-0000.jsonl"
+    whole = file.read_bytes()
+    for cut in (whole[:-1], whole[:-9], whole + b'{"id": "s3"'):
+        file.write_bytes(cut)
+        kept = len(cut.split(b"\n")) - 1
+        assert list(parts.read()) == IDS[:kept]
+        assert work(parts, 0, 1) == IDS[kept:]
+        assert parts.merge(IDS) == [answer(identity) for identity in IDS]
+
+
+def test_a_line_that_is_broken_in_the_middle_is_named(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, RUN)
+    (tmp_path / "part-0002.jsonl").write_text('{"id": "s0"}\n{"text": 1}\n{"id": "s1"}\n')
+    with pytest.raises(ValueError, match=r"part-0002\.jsonl: line 2 is no record"):
+        parts.read()
+
+
+def test_a_sample_counts_once(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, RUN)
+    for rank in (1, 0):
+        with parts.writer(rank) as file:
+            file.write(line_of({"id": "s0", "text": str(rank)}) * 2)
+    assert parts.merge(["s0"]) == [{"id": "s0", "text": "0"}]
+
+
+def test_missing_answers_are_counted(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, RUN)
+    work(parts, 0, 2)
+    with pytest.raises(ValueError, match="lacks 5 of 10 answers, the first is of 's1'"):
+        parts.merge(IDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"weights": "b"}, "weights is 'a', but now it is 'b'"),
+        ({"data": ["m", "n"]}, "data is"),
+        ({"new": 1}, "new is"),
+    ],
+)
+def test_parts_of_another_run_are_refused(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+    work(Parts(tmp_path, RUN), 0, 1, 1)
+    Parts(tmp_path, dict(reversed(RUN.items())))
+    with pytest.raises(ValueError, match=field):
+        Parts(tmp_path, RUN | change)
+
+
+def test_parts_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
+    work(Parts(tmp_path, RUN), 0, 1, 1)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"unknown run \(run.json is missing\); remove it"):
+        Parts(tmp_path, RUN)
+
+
+def test_a_predictions_file_is_whole_or_old(tmp_path: Path) -> None:
+    file = tmp_path / "predictions.jsonl"
+    write_records(file, [answer("s0")])
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_records(file, [answer("s1"), {"id": "s2", "iou": float("nan")}])
+    assert file.read_bytes() == before and json.loads(before) == answer("s0")
+
+
+def test_a_selection_is_a_view() -> None:
+    chosen: Any = Selection(IDS, [7, 1, 3])  # type: ignore[arg-type]
+    assert (list(chosen), list(chosen[1:]), len(chosen)) == (["s7", "s1", "s3"], ["s1", "s3"], 3)
+
+
+def test_ranks_are_found_as_launchers_name_them() -> None:
+    assert find_ranks({}) == Ranks(0, 1, 0, 1)
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert find_ranks(torchrun) == Ranks(5, 8, 1, 4)
+    assert find_ranks({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}) == Ranks(1, 2, 1, 2)
+
+
+def test_threads_are_shared_unless_the_user_has_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    set_threads(Ranks(), 2048, {})
+    set_threads(Ranks(1, 3, 1, 3), 2048, {})
+    set_threads(Ranks(1, 16, 1, 16), 2048, {})
+    set_threads(Ranks(), 64, {})
+    set_threads(Ranks(), 2048, {"OMP_NUM_THREADS": "5"})
+    assert given == [8, 2, 1, 1]

@@ -1,0 +1,68 @@
+"""--geometry shuffle: right 2D features, another scene's geometry, the same whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from w2r2_ds.data.loading import make_processor, prompt_loader
+from w2r2_ds.evaluation.shuffle import ShuffledGeometry, pair_scenes
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 40])
+def test_no_scene_keeps_its_own(count: int) -> None:
+    scenes = [f"scene{number:04d}_00" for number in range(count)]
+    pairs = pair_scenes(scenes)
+    assert set(pairs) == set(pairs.values()) == set(scenes)
+    assert all(scene != other for scene, other in pairs.items())
+    assert pair_scenes(list(reversed(scenes)) * 2) == pairs
+    assert count < 4 or pair_scenes(scenes, 1) != pairs
+
+
+def test_fewer_than_two_scenes_are_an_error() -> None:
+    for scenes in ([], ["scene0000_00"] * 3):
+        with pytest.raises(ValueError, match=f"at least two scenes with frames, but there are {len(set(scenes))}"):
+            pair_scenes(scenes)
+
+
+@pytest.fixture
+def rooms(samples: list[Any], text_samples: list[Any]) -> list[Any]:
+    """Three rooms with 4, 3 (of another shape) and 12 frames, and a question without any."""
+    return [replace(each, scene_id=f"scene000{number}_00") for number, each in enumerate([*samples, text_samples[0]])]
+
+
+def test_2d_stays_and_geometry_is_the_partners(rooms: list[Any], front: Any, data_config: Callable[..., Any]) -> None:
+    plain = make_processor(front, data_config())
+    shuffled = ShuffledGeometry(plain, rooms)
+    assert set(shuffled.partner) == {room.scene_id for room in rooms[:3]}
+    for room in rooms[:3]:
+        donor = shuffled.donor(room.scene_id)
+        assert donor.scene_id != room.scene_id
+        right, wrong, other = plain(room, False), shuffled(room, False), plain(donor, False)
+        for field in ("input_ids", "token_types", "pixel_values", "grid_thw", "what"):
+            assert torch.equal(getattr(right, field), getattr(wrong, field)), field
+        assert wrong.geometry_images.shape == right.geometry_images.shape
+        if right.geometry_images.shape[-2:] == other.geometry_images.shape[-2:]:
+            count = len(other.geometry_images)
+            expected = torch.stack([other.geometry_images[i % count] for i in range(len(room.frames))])
+            assert torch.equal(wrong.geometry_images, expected)
+        else:  # the same pictures in another shape
+            near = torch.nn.functional.interpolate(
+                other.geometry_images[:1], size=right.geometry_images.shape[-2:], mode="bicubic"
+            )
+            assert torch.corrcoef(torch.stack([near.flatten(), wrong.geometry_images[0].flatten()]))[0, 1] > 0.6
+    assert shuffled(rooms[3], False).geometry_images is None
+
+
+def test_the_batch_does_not_matter(rooms: list[Any], front: Any, data_config: Callable[..., Any]) -> None:
+    config = data_config()
+    shuffled = ShuffledGeometry(make_processor(front, config), rooms)
+    together = next(iter(prompt_loader(rooms[:3], front, config, 3, shuffled)))
+    alone = [batch for batch in prompt_loader(rooms[:3][::-1], front, config, 1, shuffled)][::-1]
+    images = [batch.visuals.geometry_images[0] for batch in alone]
+    assert all(torch.equal(a, b) for a, b in zip(together.visuals.geometry_images, images, strict=True))
+    assert torch.equal(together.visuals.pixel_values, torch.cat([batch.visuals.pixel_values for batch in alone]))

@@ -1,0 +1,79 @@
+"""Validation while training, as the loop sees it: what measures (evaluation/in_training.py), which step was best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from w2r2_ds.config import RunConfig
+from w2r2_ds.engine.checkpoint import best_until
+from w2r2_ds.models.build import Front
+
+PREFIX = "val/"
+
+
+class Validation(Protocol):
+    """Answers a fixed set of validation samples and scores the answers.
+
+    Attributes:
+        best_by: the metric that decides, one of those of `measure`; the higher, the better.
+        about: what a value depends on besides the weights (samples, longest answer); others are not compared with it.
+    """
+
+    best_by: str
+    about: str
+
+    def measure(self, engine: Any) -> dict[str, float]:
+        """Scores, the same on every rank; every rank calls it. Random state and training mode are left as they are."""
+        ...
+
+
+MakeValidation = Callable[[RunConfig, Front, torch.device], Validation]
+"""Called on every rank, without collectives; what the user can mend is a ValueError here, not after many steps."""
+
+
+class BestSoFar:
+    """Which step had the highest value; a tie keeps the earlier.
+
+    Args:
+        validation: says by what.
+        resumed: the checkpoint that the run goes on from, None for a fresh run.
+    """
+
+    def __init__(self, validation: Validation, resumed: Path | None) -> None:
+        self.validation = validation
+        self.best = best_until(resumed) if resumed else None
+        if self.best and (self.best["metric"], self.best["about"]) != (validation.best_by, validation.about):
+            say(
+                f"validation: the best so far was another metric's or of other samples ({self.best}); looked for afresh"
+            )
+            self.best = None
+
+    def measure(self, engine: Any, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
+        """What to log of a validation after `step`; and what to save with a checkpoint, if it is the best so far."""
+        started = time.perf_counter()
+        scores = self.validation.measure(engine)
+        seconds = time.perf_counter() - started
+        logged = {PREFIX + name: score for name, score in scores.items()} | {f"{PREFIX}seconds": seconds}
+        metric = self.validation.best_by
+        if metric not in scores:  # it was there when the run began: not worth the run
+            say(f"warning: {metric} could not be computed after step {step}; the best stays as it is.")
+            return logged, None
+        value, best = scores[metric], self.best
+        better = best is None or value > best["value"]
+        if best is None or better:
+            self.best = best = {"metric": metric, "value": value, "step": step, "about": self.validation.about}
+        verdict = "the best so far" if better else f"best {best['value']:.4g} after step {best['step']}"
+        say(f"validation after step {step}: {metric} {value:.4g}, {verdict}, in {seconds:.1f} s")
+        return logged, best if better else None
+
+
+def say(text: str) -> None:
+    """A line of rank 0."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
