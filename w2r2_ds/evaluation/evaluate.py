@@ -29,7 +29,7 @@ from w2r2_ds.evaluation.record import record_of
 from w2r2_ds.evaluation.score import choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.sets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_records
-from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry
+from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.export.adapter import ADAPTER_CARD, adapter_config, load_adapter
 from w2r2_ds.models.build import Front, build_model, fingerprint, load_front, resolve_dtype
 from w2r2_ds.models.w2r2 import W2R2
@@ -129,6 +129,8 @@ def evaluate(
     # What is wrong with the scoring must not wait for the answers.
     boxes = read_boxes(proposals)
     names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
+    if geometry == "shuffle":
+        pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world)
 
     _, model, front = load_model(path, root, vlm, vggt)
