@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hand_scene import write_scene
+from w2r2_ds.data.synthetic.rooms import Room, make_room
 from w2r2_ds.data.synthetic.write import Written, write_dataset
 
 
@@ -25,3 +27,9 @@ def root(tmp_path: Path) -> Path:
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Two training rooms and one validation room, small images."""
     return write_dataset(tmp_path_factory.mktemp("rooms") / "data", 7, 2, 1, (160, 120), 12)
+
+
+@pytest.fixture(scope="session")
+def many_rooms() -> list[Room]:
+    """Thirty furnished rooms without images, about 650 objects."""
+    return [make_room(np.random.default_rng([seed, 11]), 8) for seed in range(30)]

@@ -1,8 +1,8 @@
-"""Which frames are chosen, and which of them shows a box best."""
+"""What a frame shows of a box, which frame shows it best, and depth images that cannot be used."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 
 from hand_scene import CAMERA, INTRINSIC, SCENE
 from w2r2_ds.data import frames as module
-from w2r2_ds.data.frames import best_frame, load_depth, projected_area, uniform_frames, visible_share
+from w2r2_ds.data.frames import best_frame, load_depth, projected_area, visible_share
 from w2r2_ds.data.scannet import Scene, load_scene
 
 SIZE = (64, 48)
@@ -27,22 +27,6 @@ def best(scene: Scene, object_id: int) -> int | None:
     return best_frame(scene.frames, box, scene.intrinsic, SIZE, scene.depth_intrinsic)
 
 
-def test_uniform_frames_are_spread_and_distinct(scene: Scene) -> None:
-    assert [frame.index for frame in uniform_frames(scene, 1)] == [0]
-    assert [frame.index for frame in uniform_frames(scene, 2)] == [0, 2]
-    many = replace(scene, frames=tuple(replace(scene.frames[0], index=i) for i in range(101)))
-    assert [frame.index for frame in uniform_frames(many, 5)] == [0, 25, 50, 75, 100]
-    for count in range(1, 102):
-        assert len({frame.index for frame in uniform_frames(many, count)}) == count
-
-
-def test_too_few_frames_are_an_error(scene: Scene) -> None:
-    with pytest.raises(ValueError, match=r"has 3 frames with a valid pose \(1 dropped\), fewer than the 4"):
-        uniform_frames(scene, 4)
-    with pytest.raises(ValueError, match="must be at least 1"):
-        uniform_frames(scene, 0)
-
-
 def test_area_of_a_box_seen_head_on() -> None:
     # 1 m wide and high, its front 2 m away: 40 * 1 / 2 = 20 pixels square
     assert projected_area(np.array([1.0, 4.5, 1.5, 1.0, 1.0, 1.0]), CAMERA, INTRINSIC, SIZE) == pytest.approx(400.0)
@@ -56,6 +40,18 @@ def test_area_is_zero_where_nothing_can_be_seen() -> None:
     beside = np.array([90.0, 4.0, 1.5, 1.0, 1.0, 1.0])
     for box in (inside, behind, beside):
         assert projected_area(box, CAMERA, INTRINSIC, SIZE) == 0.0
+
+
+def test_area_of_a_turned_box() -> None:
+    # a quarter turn about z: its own x is the world's y, so it is 1 m wide, 0.5 m deep, its front 2 m away
+    box = np.array([1.0, 4.25, 1.5, 0.5, 1.0, 1.0, np.pi / 2, 0.0, 0.0])
+    assert projected_area(box, CAMERA, INTRINSIC, SIZE) == pytest.approx(400.0)
+    # a plate 4 m wide, turned by 45 degrees: the camera is in the box around it, but not in it
+    around = np.array([1.0, 2.5, 1.5, 4.0, 0.1, 1.0])
+    plate = np.concatenate([around, [np.pi / 4, 0.0, 0.0]])
+    assert projected_area(plate, CAMERA, INTRINSIC, SIZE) > 0.0
+    inside = np.array([1.0 + 0.5 * np.cos(1.3), 2.0 + 0.5 * np.sin(1.3), 1.5, 4.0, 0.1, 1.0, 1.3, 0.0, 0.0])
+    assert projected_area(inside, CAMERA, INTRINSIC, SIZE) == 0.0
 
 
 def test_visible_share_knows_occluders_and_background(scene: Scene) -> None:
@@ -101,3 +97,23 @@ def test_bad_depth_images_are_named(scene: Scene) -> None:
     Image.new("RGB", SIZE).save(path)
     with pytest.raises(ValueError, match=r"00000.png is not a 16-bit one-channel depth image"):
         load_depth(scene.frames[0])
+
+
+@pytest.mark.parametrize("millimetres", [3, 99, 20_001, 30_000])
+def test_a_wrong_depth_scale_is_named(scene: Scene, millimetres: int) -> None:
+    Image.fromarray(np.full((48, 64), millimetres, dtype=np.uint16)).save(scene.frames[1].depth)
+    metres = re.escape(f"{millimetres / 1000:g} m")
+    with pytest.raises(
+        ValueError, match=rf"00001.png: read as millimetres, the median depth is {metres}, which no room"
+    ):
+        load_depth(scene.frames[1])
+    with pytest.raises(ValueError, match=r"00001.png: read as millimetres"):
+        best(scene, 0)
+
+
+def test_plausible_depths_pass(scene: Scene) -> None:
+    nothing, nearest, farthest, stray = (np.full((48, 64), value, dtype=np.uint16) for value in (0, 100, 20_000, 2500))
+    stray[:20], stray[44:] = 65_535, 0  # through a window: fewer than half of the measurements
+    for depth in (nothing, nearest, farthest, stray):
+        Image.fromarray(depth).save(scene.frames[0].depth)
+        assert (load_depth(scene.frames[0]) == depth).all()

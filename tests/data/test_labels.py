@@ -8,7 +8,7 @@ import pytest
 
 from hand_scene import SCENE
 from w2r2_ds.data.annotations import Description
-from w2r2_ds.data.groups import groups, nyu40_class, scannet_class
+from w2r2_ds.data.groups import SCANNET_CLASSES, groups, nyu40_class, scannet_class
 from w2r2_ds.data.labels import LABELS_FILE, read_labels
 
 HEADER = "id\traw_category\tnyu40id\tnyu40class\n"
@@ -77,13 +77,14 @@ def test_groups_by_both_rules() -> None:
         annotated(3, "lamp", "scene0001_00"),
     ]
     by_name = groups(annotations, labels, scannet_class)
-    # NYU40's "refridgerator" is "others" among ScanNet's classes, as are lamps and unknown names.
-    assert {key for key, group in by_name.items() if group == "multiple"} == {
-        (SCENE, 3),
-        (SCENE, 5),
-        (SCENE, 8),
-        (SCENE, 9),
-    }
+    # The refrigerator is a class of its own, however it is spelt; lamps and unknown names are "others".
+    assert {key for key, group in by_name.items() if group == "multiple"} == {(SCENE, 3), (SCENE, 5)}
     assert by_name[SCENE, 7] == by_name["scene0001_00", 3] == "unique"
     by_number = groups(annotations, labels, nyu40_class)
     assert {key for key, group in by_number.items() if group == "multiple"} == {(SCENE, 3), (SCENE, 5)}
+
+
+@pytest.mark.parametrize("spelling", ["refridgerator", "refrigerator"])
+def test_both_spellings_of_the_refrigerator_are_its_class(spelling: str) -> None:
+    labels = {"fridge": (24, spelling)}
+    assert scannet_class("fridge", labels) == SCANNET_CLASSES.index("refrigerator")

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from w2r2_ds.data.loading import checked, prompt_loader, train_loader
+from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 
 
 def batches(samples: list[Any], front: Any, config: Any) -> list[Any]:
-    sampler = GlobalBatchSampler(len(samples), global_batch=2, micro_batch=1, rank=0, world_size=1, steps=2)
+    mixture = Mixture([samples], [1.0], [0])
+    sampler = GlobalBatchSampler(mixture, global_batch=2, micro_batch=1, rank=0, world_size=1, steps=2)
     return list(checked(train_loader(samples, front, config, sampler)))
 
 

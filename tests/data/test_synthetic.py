@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from synthetic_truth import SCENES, boxes, named, room_again, the
 from w2r2_ds.data.frames import box_corners, load_depth, project
 from w2r2_ds.data.scannet import load_scene
-from w2r2_ds.data.synthetic.furniture import KINDS, PALETTE
+from w2r2_ds.data.synthetic.options import Options, scene_id, scene_seed
+from w2r2_ds.data.synthetic.relations import resolve
 from w2r2_ds.data.synthetic.render import Renderer, pinhole
 from w2r2_ds.data.synthetic.rooms import RoomObject, make_room
-from w2r2_ds.data.synthetic.sentences import describe, resolve
-from w2r2_ds.data.synthetic.write import Options, Written, scene_id, scene_seed, write_dataset
+from w2r2_ds.data.synthetic.sentences import describe
+from w2r2_ds.data.synthetic.write import Written, write_dataset
 from w2r2_ds.data.tasks.scanrefer import build_samples
-
-SCENES = ("scene0000_00", "scene0001_00", "scene5000_00")
 
 
 def entries(root: Path) -> list[dict[str, Any]]:
@@ -50,10 +51,6 @@ def test_other_seeds_give_other_rooms(rooms: Written, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", 8, 1, 1, (64, 48), 12)
     assert not np.array_equal(boxes(other.root, SCENES[0]), boxes(rooms.root, SCENES[0]))
     assert not np.array_equal(boxes(rooms.root, SCENES[0]), boxes(rooms.root, SCENES[2]))
-
-
-def boxes(root: Path, scene: str) -> np.ndarray:
-    return np.load(root / "scannet_data" / f"{scene}_aligned_bbox.npy")
 
 
 def test_splits_share_neither_seeds_nor_names() -> None:
@@ -134,17 +131,6 @@ def test_renderer_agrees_with_the_projection() -> None:
     assert len(seen) > 8
 
 
-def color_of(root: Path, name: str) -> dict[int, RoomObject]:
-    """The scene's objects with class and colour, rebuilt from the files' boxes and the room's own generator."""
-    for attempt in range(50):
-        split, index = ("val", 0) if name == SCENES[2] else ("train", int(name[5:9]))
-        room = make_room(np.random.default_rng([*scene_seed(7, split, index), attempt]), 12)
-        stored = boxes(root, name)
-        if len(stored) == len(room.objects) and np.allclose(stored[:, :6], [o.box for o in room.objects]):
-            return {o.object_id: o for o in room.objects}
-    raise AssertionError("no attempt gives the stored boxes")
-
-
 SENTENCE = re.compile(
     r"(?:the |find the |of all the )(?P<size>largest |smallest )?(?P<what>.+?)"
     r"(?:, it is the one | that is | that stands | )"
@@ -152,16 +138,7 @@ SENTENCE = re.compile(
 )
 
 
-def named(objects: dict[int, RoomObject], phrase: str) -> list[RoomObject]:
-    """All objects that a phrase such as "red chairs" fits."""
-    words = phrase.split(" ")
-    color = words.pop(0) if words[0] in PALETTE else None
-    singular = {name: name for name in KINDS} | {name + "s": name for name in KINDS} | {"bookshelves": "bookshelf"}
-    name = singular[" ".join(words)]
-    return [o for o in objects.values() if o.name == name and color in (None, o.color)]
-
-
-def meant(objects: dict[int, RoomObject], text: str) -> int:
+def meant(objects: Sequence[RoomObject], text: str) -> int:
     """Read a sentence as a person would, with plain distances between centres."""
     match = SENTENCE.fullmatch(text)
     assert match, text
@@ -170,9 +147,7 @@ def meant(objects: dict[int, RoomObject], text: str) -> int:
     if match["size"]:
         ordered = sorted(candidates, key=lambda o: float(np.prod(o.box[3:])))
         return ordered[-1 if match["size"] == "largest " else 0].object_id
-    anchors = [named(objects, match[key]) for key in "abc" if match[key]]
-    assert all(len(anchor) == 1 for anchor in anchors), text
-    places = [anchor[0].box[:2] for anchor in anchors]
+    places = [the(objects, match[key]).box[:2] for key in "abc" if match[key]]
     if match["how"]:
         ordered = sorted(candidates, key=lambda o: float(np.linalg.norm(o.box[:2] - places[0])))
         return ordered[-1 if match["how"].startswith("far") else 0].object_id
@@ -184,7 +159,7 @@ def meant(objects: dict[int, RoomObject], text: str) -> int:
 
 @pytest.mark.parametrize("name", SCENES)
 def test_sentences_mean_their_object(rooms: Written, name: str) -> None:
-    objects = color_of(rooms.root, name)
+    objects = room_again(rooms.root, name).objects
     mine = [item for item in entries(rooms.root) if item["scene_id"] == name]
     assert 6 <= len(mine) <= 10
     assert len({item["description"] for item in mine}) == len(mine)
@@ -200,12 +175,11 @@ def test_many_rooms_have_distractors_and_clear_sentences() -> None:
     for seed in range(12):
         rng = np.random.default_rng(seed)
         room = make_room(rng, 8)
-        objects = {o.object_id: o for o in room.objects}
-        sentences = describe(rng, room.objects, set(objects), 10)
+        sentences = describe(rng, room.objects, range(len(room.objects)), 10)
         assert len(sentences) >= 6
         relations.update(sentence.relation for sentence in sentences)
         for sentence in sentences:
-            assert meant(objects, sentence.text) == sentence.object_id, sentence.text
+            assert meant(room.objects, sentence.text) == sentence.object_id, sentence.text
         for one in room.objects:
             for other in room.objects[: one.object_id]:
                 assert (np.abs(one.box[:3] - other.box[:3]) * 2 > one.box[3:] + other.box[3:]).any()
@@ -214,7 +188,8 @@ def test_many_rooms_have_distractors_and_clear_sentences() -> None:
 
 def test_a_close_call_is_not_described() -> None:
     def at(object_id: int, name: str, x: float) -> RoomObject:
-        return RoomObject(object_id, name, "red", np.array([x, 0.0, 0.5, 0.4, 0.4, 1.0]))
+        box = np.array([x, 0.0, 0.5, 0.4, 0.4, 1.0])
+        return RoomObject(object_id, name, "red", box, np.concatenate([box, np.zeros(3)]))
 
     clear = [at(0, "window", 0.0), at(1, "chair", 1.0), at(2, "chair", 2.0)]
     assert resolve(clear, "chair", None, "nearest", (0,)) == 1
@@ -248,7 +223,7 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("w2r2_ds.data.synthetic.write.write_sheet", fail)
+    monkeypatch.setattr("w2r2_ds.data.synthetic.scene.write_sheet", fail)
     with pytest.raises(OSError, match="disk full"):
         write_dataset(tmp_path / "data", 0, 1, 1, (64, 48), 12)
     assert list(tmp_path.iterdir()) == []

@@ -111,7 +111,7 @@ class Entry:
         for value in values:
             if not isinstance(value, str) or not (blanks or value.strip()):
                 self._refuse(field, f"holds {_short(value)}, but must be a list of texts that are not empty")
-            self._whole(field, value)
+        self._whole(field, "".join(values))
         return tuple(values)
 
     def scene(self, field: str = "scene_id") -> str:

@@ -1,4 +1,7 @@
-"""Which frames of a scene a sample sees, and which of them shows an object best."""
+"""What one posed frame shows of a box: its projection, the share of it that the depth image sees, the best frame.
+
+Which frames of a scene see an object is in ``visibility.py``; which of them a sample gets, in ``views.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import numpy as np
 from PIL import Image
 from scipy.spatial import ConvexHull, QhullError
 
-from w2r2_ds.data.scannet import Frame, Scene
+from w2r2_ds.data.boxes import corners, rotation_matrix
+from w2r2_ds.data.scannet import Frame
 
 OCCLUSION_MARGIN = 0.1
 """Metres by which the measured surface may lie in front of or behind the box and still count as the object."""
@@ -16,30 +20,20 @@ OCCLUSION_MARGIN = 0.1
 MIN_VISIBLE_SHARE = 0.2
 """Share of the box's sample points that must show the object for a frame to count as seeing it."""
 
+DEPTH_RANGE = (0.1, 20.0)
+"""Metres within which the median of a depth image lies if its numbers are millimetres."""
+
 _NEAR = 1e-6
 _GRID = np.stack(np.meshgrid(*[np.linspace(-0.45, 0.45, 6)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 _CORNERS = np.stack(np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
-def uniform_frames(scene: Scene, count: int) -> list[Frame]:
-    """Choose ``count`` distinct frames spread evenly over the scene's valid frames, first and last included.
+def load_depth(frame: Frame) -> np.ndarray:
+    """Read a frame's depth image: ``[height, width]`` uint16, millimetres, 0 where nothing was measured.
 
     Raises:
-        ValueError: ``count`` is not positive, or the scene has fewer valid frames.
+        ValueError: the file is unreadable, of another kind, or its numbers cannot be millimetres of a room.
     """
-    if count < 1:
-        raise ValueError(f"the number of frames per sample is {count}; it must be at least 1")
-    if len(scene.frames) < count:
-        raise ValueError(
-            f"scene {scene.scene_id} has {len(scene.frames)} frames with a valid pose "
-            f"({scene.dropped_frames} dropped), fewer than the {count} asked for; ask for fewer or leave the scene out"
-        )
-    chosen = np.linspace(0, len(scene.frames) - 1, count).round().astype(int)
-    return [scene.frames[i] for i in chosen]
-
-
-def load_depth(frame: Frame) -> np.ndarray:
-    """Read a frame's depth image: ``[height, width]`` uint16, millimetres; ``ValueError`` names an unreadable file."""
     try:
         with Image.open(frame.depth) as image:
             depth = np.asarray(image)
@@ -47,7 +41,25 @@ def load_depth(frame: Frame) -> np.ndarray:
         raise ValueError(f"{frame.depth} is not a readable depth image; extract it again ({error})") from None
     if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype.itemsize < 2:
         raise ValueError(f"{frame.depth} is not a 16-bit one-channel depth image; extract it again")
+    _check_scale(depth, frame)
     return depth.astype(np.uint16)
+
+
+def _check_scale(depth: np.ndarray, frame: Frame) -> None:
+    """Refuse depths that are no millimetres, by the median of every fourth measurement of every fourth row.
+
+    An image in which nothing was measured has no scale and passes.
+    """
+    measured = depth[::4, ::4]
+    measured = measured[measured != 0]
+    if not measured.size:
+        return
+    median = float(np.median(measured)) / 1000.0
+    if not DEPTH_RANGE[0] <= median <= DEPTH_RANGE[1]:
+        raise ValueError(
+            f"{frame.depth}: read as millimetres, the median depth is {median:g} m, which no room has; "
+            "ScanNet's depth images hold millimetres as uint16, so convert these images to that scale"
+        )
 
 
 def box_corners(box: np.ndarray) -> np.ndarray:
@@ -67,27 +79,47 @@ def project(points: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray)
 def projected_area(
     box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray, image_size: tuple[int, int]
 ) -> float:
-    """Area, in square pixels, of the convex hull of a box's corners in an image (VG-LLM's rule for the target frame).
+    """Area, in square pixels, of the convex hull of a box's corners in an image.
 
     Corners behind the camera are dropped and the rest clipped to the image; the area is 0 when fewer than three
     remain or the camera is inside the box.
 
     Args:
-        box: ``[6]`` centre and size in the axis-aligned world, metres.
+        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes.py``), world, metres.
         cam_to_world: ``[4, 4]``.
         intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
         image_size: width and height, pixels.
     """
-    if (np.abs(cam_to_world[:3, 3] - box[:3]) <= np.asarray(box[3:6]) / 2).all():
-        return 0.0
-    pixels, depth = project(box_corners(box), cam_to_world, intrinsic)
-    pixels = pixels[depth > _NEAR]
+    return hull_area(clipped_corners(box, cam_to_world, intrinsic, image_size))
+
+
+def clipped_corners(
+    box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray, image_size: tuple[int, int]
+) -> np.ndarray:
+    """Pixels ``[k, 2]`` of the corners in front of the camera, clipped to the image; none if the camera is in the box.
+
+    Args:
+        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes.py``), world, metres.
+        cam_to_world: ``[4, 4]``.
+        intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
+        image_size: width and height, pixels.
+    """
+    offset, points = cam_to_world[:3, 3] - box[:3], box_corners(box[:6])
+    if len(box) == 9:
+        offset, points = rotation_matrix(box[6:]).T @ offset, corners(box)
+    if (np.abs(offset) <= np.asarray(box[3:6]) / 2).all():
+        return np.empty((0, 2))
+    pixels, depth = project(points, cam_to_world, intrinsic)
+    return np.clip(pixels[depth > _NEAR], 0.0, np.array(image_size, dtype=np.float64) - 1.0)
+
+
+def hull_area(pixels: np.ndarray) -> float:
+    """Area of the convex hull of ``[k, 2]`` pixels; 0 for fewer than three, or all on one line."""
     if len(pixels) < 3:
         return 0.0
-    pixels = np.clip(pixels, 0.0, np.array(image_size, dtype=np.float64) - 1.0)
     try:
         return float(ConvexHull(pixels).volume)
-    except QhullError:  # all corners on one line, as when the box is wholly beside the image
+    except QhullError:  # as when the box is wholly beside the image
         return 0.0
 
 

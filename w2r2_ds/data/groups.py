@@ -2,7 +2,7 @@
 
 An object is *unique* if no other distinct annotated object of its scene has its class, else *multiple*. All annotations
 of a split decide, not only those that are scored. Two maps are in use and give other counts, mainly because the first
-puts walls, floors and refrigerators of NYU40's spelling into "others" and the second keeps walls and floors apart.
+puts walls and floors into "others" and the second keeps them apart.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Protocol, TypeVar
 
 from w2r2_ds.data.labels import LabelMap
 
-# The 17 named classes of ScanNet's detection benchmark as ScanRefer spells them. ScanNet's table of labels has NYU40's
-# "refridgerator", so refrigerators count as "others"; ScanRefer's own copy of the table has the spelling below.
+# The 17 named classes of ScanNet's detection benchmark as ScanRefer spells them.
 SCANNET_CLASSES = (
     *("cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter", "desk"),
     *("curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub"),
 )
+NYU40_SPELLING = {"refridgerator": "refrigerator"}
+"""ScanNet's table of labels has NYU40's spelling, ScanRefer's own copy of it the one above: both mean the class."""
 UNIQUE, MULTIPLE = "unique", "multiple"
 OTHERS = len(SCANNET_CLASSES)
 """Class of everything that is none of ScanNet's 17 named ones."""
@@ -47,6 +48,7 @@ def scannet_class(object_name: str, labels: LabelMap) -> int:
     daveredrum/ScanRefer ``lib/dataset.py``: ``_get_raw2label``, ``_get_unique_multiple_lookup``.
     """
     _, name = labels.get(object_name.replace("_", " "), (0, ""))
+    name = NYU40_SPELLING.get(name, name)
     return SCANNET_CLASSES.index(name) if name in SCANNET_CLASSES else OTHERS
 
 

@@ -45,9 +45,9 @@ class Instance:
     box: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
-    """One scan.
+    """One scan. Compared and hashed by identity, so that what is computed once per scene can be remembered.
 
     Attributes:
         scene_id: ScanNet scene name.

@@ -43,9 +43,10 @@ def load_plain(path: Path | str, what: str = "a pickle of NumPy arrays and plain
     except EOFError:
         raise ValueError(f"{path} is empty or truncated; copy it again, it must be {what}") from None
     except Exception as error:  # whatever a broken stream makes the interpreter of pickles stumble over
-        if "truncated" in str(error) or "exhausted" in str(error):
+        said = " ".join(str(error).split())
+        if "truncated" in said or "exhausted" in said:
             raise ValueError(f"{path} is truncated; copy it again, it must be {what}") from None
-        raise ValueError(f"{path} is no readable pickle ({error}); it must be {what}") from None
+        raise ValueError(f"{path} is no readable pickle ({said}); it must be {what}") from None
 
 
 class _Refused(pickle.UnpicklingError):
@@ -127,7 +128,7 @@ class _Array(np.ndarray):
         wanted = list if real.kind == "O" else bytes
         if type(data) is not wanted or len(data) != (count if real.kind == "O" else count * real.itemsize):
             raise pickle.UnpicklingError(f"an array of {shape} has other data")
-        super().__setstate__((1, shape, real, np.bool(fortran), data))
+        super().__setstate__((1, shape, real, bool(fortran), data))  # type: ignore[arg-type]
 
 
 def _type(text: Any, align: Any = False, copy: Any = False) -> _Type:

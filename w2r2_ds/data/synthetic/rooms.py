@@ -19,12 +19,22 @@ _FIXED_COLORS = {"window": "white", "door": "brown"}
 
 @dataclass(frozen=True)
 class RoomObject:
-    """A piece of furniture: ``box`` is ``[6]`` float64 centre and size, exact bounds in the aligned world, metres."""
+    """A piece of furniture, in the aligned world, metres and radians.
+
+    Attributes:
+        object_id: its place in the room's list.
+        name: class, a key of ``furniture.KINDS``.
+        color: colour word, a key of ``furniture.PALETTE``.
+        box: ``[6]`` float64 centre and size, exact bounds along the world's axes.
+        oriented: ``[9]`` float64, exact bounds along its own axes (convention of ``data/boxes.py``): centre; width,
+            depth and height; the turn about z by which its front leaves -y, in (-pi, pi], and two zeros.
+    """
 
     object_id: int
     name: str
     color: str
     box: np.ndarray
+    oriented: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -64,13 +74,14 @@ class _Builder:
         """Try to place one object; ``False`` if no free spot was found in 40 tries."""
         kind = KINDS[name]
         parts = kind.build(self.rng, PALETTE[color])
+        own = _bounds(parts, np.eye(4))
         for _ in range(40):
             move = self._wall_pose(parts) if kind.place in ("wall", "hang") else self._free_pose(name)
             bounds = _bounds(parts, move)
             if self._fits(bounds):
                 low, high = bounds
-                number = len(self.objects)
-                self.objects.append(RoomObject(number, name, color, np.concatenate([(low + high) / 2, high - low])))
+                number, box = len(self.objects), np.concatenate([(low + high) / 2, high - low])
+                self.objects.append(RoomObject(number, name, color, box, _oriented(own, move)))
                 self.parts += [(number, _moved(part, move)) for part in parts]
                 return True
         return False
@@ -169,6 +180,13 @@ def _moved(part: Part, move: np.ndarray) -> Part:
 def _bounds(parts: list[Part], move: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     points = np.concatenate([part.mesh.vertices for part in parts]) @ move[:3, :3].T + move[:3, 3]
     return points.min(axis=0), points.max(axis=0)
+
+
+def _oriented(own: tuple[np.ndarray, np.ndarray], move: np.ndarray) -> np.ndarray:
+    """Box ``[9]`` of an object with the bounds ``own`` in its own frame that ``move`` turned about z and shifted."""
+    low, high = own
+    center = move[:3, :3] @ ((low + high) / 2) + move[:3, 3]
+    return np.concatenate([center, high - low, [np.arctan2(move[1, 0], move[0, 0]), 0.0, 0.0]])
 
 
 def _shell(size: tuple[float, float]) -> list[tuple[int, Part]]:

@@ -15,11 +15,12 @@ from PIL import Image
 
 from w2r2_ds.data.annotations import Description, read_scanrefer
 from w2r2_ds.data.boxes import world_to_camera
-from w2r2_ds.data.frames import best_frame, load_depth, uniform_frames
+from w2r2_ds.data.frames import best_frame, load_depth
 from w2r2_ds.data.groups import groups, scannet_class
 from w2r2_ds.data.labels import read_labels
 from w2r2_ds.data.sample import Sample, Target
 from w2r2_ds.data.scannet import Frame, Scene, load_scene
+from w2r2_ds.data.views import uniform
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -135,7 +136,7 @@ def _by_scene(annotations: list[Description]) -> dict[str, list[int]]:
 
 def _load_view(root: Path | str, scene_id: str, frame_count: int) -> _View:
     scene = load_scene(root, scene_id)
-    frames = uniform_frames(scene, frame_count)
+    frames = [scene.frames[i] for i in uniform(len(scene.frames), frame_count)]
     try:
         with Image.open(frames[0].color) as image:
             size = image.size

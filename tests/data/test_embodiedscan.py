@@ -1,0 +1,190 @@
+"""EmbodiedScan's infos: what is read, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hand_scene import ALIGN, CAMERA, moved
+from w2r2_ds.data.embodiedscan import read_infos
+
+BOX = [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.1, 0.0, 0.0]
+
+
+def image(number: int, pose: Any = CAMERA, visible: Any = (0,)) -> dict[str, Any]:
+    path = f"scannet/posed_images/scene0000_00/{number:05d}.jpg"
+    return {"img_path": path, "cam2global": pose, "visible_instance_ids": list(visible)}
+
+
+def instance(bbox_id: int = 7, label: int = 4, box: Any = BOX) -> dict[str, Any]:
+    return {"bbox_3d": box, "bbox_label_3d": label, "bbox_id": bbox_id}
+
+
+def scene(name: str = "scannet/scene0000_00", **changes: Any) -> dict[str, Any]:
+    return {
+        "sample_idx": name,
+        "axis_align_matrix": ALIGN,
+        "images": [image(0, visible=[0, 1]), image(10, moved(1.0), np.array([1], dtype=np.int64))],
+        "instances": [instance(), instance(3, 9, np.array(BOX, dtype=np.float32))],
+        **changes,
+    }
+
+
+def content(*scenes: Any, categories: Any = None) -> dict[str, Any]:
+    categories = {"chair": 4, "office chair": 9} if categories is None else categories
+    return {"metainfo": {"categories": categories, "DATASET": "EmbodiedScan"}, "data_list": list(scenes)}
+
+
+def written(folder: Path, whole: Any) -> Path:
+    path = folder / "embodiedscan_infos_train.pkl"
+    path.write_bytes(pickle.dumps(whole, 4))
+    return path
+
+
+def test_a_scene(tmp_path: Path) -> None:
+    others = [scene("3rscan/a-b"), scene("matterport3d/x/region0"), scene("matterport3d/x/region1")]
+    infos = read_infos(written(tmp_path, content(*others, scene())))
+    assert list(infos) == ["scene0000_00"]
+    assert infos.skipped == {"3rscan": 1, "matterport3d": 2}
+    info = infos["scene0000_00"]
+    np.testing.assert_array_equal(info.axis_align, ALIGN)
+    assert info.visible == {0: frozenset({0, 1}), 10: frozenset({1})}
+    assert sorted(info.poses) == [0, 10]
+    np.testing.assert_array_equal(info.poses[10], moved(1.0))
+    assert [(each.index, each.bbox_id, each.label) for each in info.instances] == [
+        (0, 7, "chair"),
+        (1, 3, "office chair"),
+    ]
+    np.testing.assert_array_equal(info.instances[0].box, BOX)
+    np.testing.assert_array_equal(info.instances[1].box, np.array(BOX, dtype=np.float32).astype(np.float64))
+    for array in (info.axis_align, info.poses[0], info.instances[1].box):
+        assert (type(array), array.dtype) == (np.ndarray, np.float64)
+
+
+def test_visible_ids_are_places_in_the_list(tmp_path: Path) -> None:
+    """A bbox_id of 7 that the two-object list has no place for is not understood as that object."""
+    path = written(tmp_path, content(scene(images=[image(0, visible=[7])])))
+    message = (
+        "scannet/scene0000_00: frame 00000: field 'visible_instance_ids' names instance 7; the scene has 2, from 0"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_infos(path)
+
+
+def test_frames_whose_tracking_was_lost_are_left_out_and_counted(tmp_path: Path) -> None:
+    lost = np.full((4, 4), -np.inf)
+    info = read_infos(written(tmp_path, content(scene(images=[image(0), image(10, lost), image(20)]))))["scene0000_00"]
+    assert (sorted(info.poses), sorted(info.visible), info.dropped_frames) == ([0, 20], [0, 20], 1)
+    with pytest.raises(ValueError, match=r"field 'images' has no frame with a finite pose \(1 others\)"):
+        read_infos(written(tmp_path, content(scene(images=[image(0, lost)]))))
+
+
+def test_scenes_without_objects_are_read(tmp_path: Path) -> None:
+    info = read_infos(written(tmp_path, content(scene(instances=[], images=[image(0, visible=[])]))))["scene0000_00"]
+    assert (info.instances, info.visible) == ((), {0: frozenset()})
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    made = scene()
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (scene(axis_align_matrix=np.eye(3)), ": field 'axis_align_matrix' has the shape [3, 3] instead of [4, 4]"),
+        (scene(axis_align_matrix="x"), ": field 'axis_align_matrix' is missing or does not hold numbers [4, 4]"),
+        (
+            scene(axis_align_matrix=np.full((4, 4), np.nan)),
+            ": field 'axis_align_matrix' holds a number that is not fin",
+        ),
+        (changed(lambda s: s.pop("axis_align_matrix")), ": field 'axis_align_matrix' "),
+        (changed(lambda s: s.pop("images")), ": field 'images' is missing or no list"),
+        (changed(lambda s: s.pop("instances")), ": field 'instances' is missing or no list"),
+        (scene(images=[image(0), image(0)]), ": field 'images' has frame 0 twice"),
+        (scene(images=[{**image(0), "img_path": "a/b.jpg"}]), ": field 'img_path' is 'a/b.jpg', which does not end in"),
+        (scene(images=[None]), ": field 'img_path' is None"),
+        (scene(images=[image(0), image(10, CAMERA[:3])]), ": frame 00010: field 'cam2global' has the shape [3, 4]"),
+        (scene(images=[image(0, visible=[-1])]), ": frame 00000: field 'visible_instance_ids' names instance -1"),
+        (scene(images=[image(0, visible=[True])]), ": frame 00000: field 'visible_instance_ids' names instance True"),
+        (
+            scene(images=[{**image(0), "visible_instance_ids": None}]),
+            ": frame 00000: field 'visible_instance_ids' is mis",
+        ),
+        (scene(instances=[instance(box=BOX[:6])]), ": instances[0]: field 'bbox_3d' has the shape [6] instead of [9]"),
+        (
+            scene(instances=[instance(box=[*BOX[:3], 0, *BOX[4:]])]),
+            ": instances[0]: field 'bbox_3d' has the sizes [0.0,",
+        ),
+        (
+            scene(instances=[instance(box=[*BOX[:3], -1, *BOX[4:]])]),
+            ": instances[0]: field 'bbox_3d' has the sizes [-1.",
+        ),
+        (
+            scene(instances=[instance(box=[np.inf, *BOX[1:]])]),
+            ": instances[0]: field 'bbox_3d' holds a number that is no",
+        ),
+        (
+            scene(instances=[instance(), instance(label=5)]),
+            ": instances[1]: field 'bbox_label_3d' is 5, which is no cat",
+        ),
+        (scene(instances=[instance(bbox_id=None)]), ": instances[0]: field 'bbox_id' is missing or no whole number"),
+        (scene(instances=[3]), ": instances[0]: field 'bbox_3d' is missing"),
+        (scene("scannet/../up"), ": field 'sample_idx' scene id '../up' is not made of"),
+    ],
+)
+def test_a_malformed_scene_is_named(tmp_path: Path, broken: dict[str, Any], message: str) -> None:
+    path = written(tmp_path, content(broken))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {broken['sample_idx']}{message}")):
+        read_infos(path)
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    broken = [scene(f"scannet/scene{n:04d}_00", instances=[instance(label=5)]) for n in range(12)]
+    path = written(
+        tmp_path, content(*broken, scene("scannet/scene0100_00"), scene("scannet/scene0100_00"), {"images": []})
+    )
+    with pytest.raises(ValueError, match=f"{path} has 14 problems of which the first 10:") as caught:
+        read_infos(path)
+    assert len(str(caught.value).splitlines()) == 11
+    path = written(tmp_path, content(scene(), scene(), {"images": []}))
+    with pytest.raises(ValueError) as caught:
+        read_infos(path)
+    assert str(caught.value).splitlines()[1:] == [
+        f"{path}: scannet/scene0000_00: field 'sample_idx' is there twice; remove one of the two scenes",
+        f"{path}: scene 3 of data_list: field 'sample_idx' is missing; copy the file again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        ([1], "must hold a dictionary with 'metainfo' and 'data_list'; it must be EmbodiedScan's infos"),
+        ({"metainfo": {}, "data_list": {}}, "must hold a dictionary with 'metainfo' and 'data_list'"),
+        (content(scene(), categories={}), "field 'metainfo.categories' is no dictionary of names"),
+        (content(scene(), categories={"chair": "4"}), "field 'metainfo.categories': 'chair' has no number"),
+        (
+            content(scene(), categories={"chair": 4, "seat": 4}),
+            "field 'metainfo.categories': 'seat' and 'chair' are both 4",
+        ),
+        (content(scene("3rscan/a")), "holds no ScanNet scene (others: {'3rscan': 1})"),
+    ],
+)
+def test_another_file_is_named(tmp_path: Path, whole: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_infos(written(tmp_path, whole))
+    assert "embodiedscan_infos_train.pkl" in str(caught.value)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "embodiedscan_infos_train.pkl"
+    path.write_bytes(b"cos\nsystem\n(Vexit 1\ntR.")
+    with pytest.raises(ValueError, match=r"embodiedscan_infos_train\.pkl names os\.system"):
+        read_infos(path)

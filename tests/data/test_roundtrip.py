@@ -1,0 +1,81 @@
+"""Properties: a box that is encoded for the model and decoded from its words is the same box, up to rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from w2r2_ds.data.answers import parse_grounding
+from w2r2_ds.data.boxes import camera_to_world, corners, rotation_matrix, world_to_camera
+from w2r2_ds.data.tasks.scanrefer import answer_text
+
+HALF_UNIT = 0.005 + 1e-9
+"""Metres or radians by which a number with two decimals may be off."""
+
+metres = st.floats(-20.0, 20.0, allow_nan=False)
+sides = st.floats(0.01, 10.0)
+angles = st.floats(-np.pi, np.pi)
+quarters = st.sampled_from([0.0, np.pi / 2, -np.pi / 2, np.pi, 1.0, -2.5])
+"""Turns at which level cameras and upright boxes meet: gimbal lock."""
+
+
+def numbers(each: st.SearchStrategy[float], count: int) -> st.SearchStrategy[np.ndarray]:
+    return st.lists(each, min_size=count, max_size=count).map(np.array)
+
+
+boxes = st.builds(
+    lambda centre, size, turn: np.concatenate([centre, size, turn]),
+    numbers(metres, 3),
+    numbers(sides, 3),
+    numbers(angles, 3) | numbers(quarters, 3) | st.just(np.zeros(3)),
+)
+
+
+def pose(turn: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """A rigid transform from any three Euler angles, by SciPy: not by what is tested."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_euler("xyz", turn).as_matrix()
+    matrix[:3, 3] = place
+    return matrix
+
+
+cameras = st.builds(pose, numbers(angles, 3) | numbers(quarters, 3), numbers(metres, 3))
+
+
+def angle_between(one: np.ndarray, other: np.ndarray) -> float:
+    """Radians of the rotation from one to the other; from the chord, which is exact for small angles."""
+    return float(2 * np.arcsin(min(1.0, np.linalg.norm(one - other) / np.sqrt(8))))
+
+
+@given(boxes, cameras)
+@settings(max_examples=300, deadline=None)
+def test_to_the_camera_and_back_is_the_same_box(box: np.ndarray, camera: np.ndarray) -> None:
+    back = camera_to_world(world_to_camera(box, camera), camera)
+    # Corners, not angles: at gimbal lock several triples are the same rotation. 60 m at float64: 1e-13 would do.
+    np.testing.assert_allclose(corners(back), corners(box), atol=1e-9)
+
+
+@given(boxes, cameras, st.integers(0, 31))
+@settings(max_examples=300, deadline=None)
+def test_a_written_answer_is_read_as_the_same_box_within_rounding(
+    box: np.ndarray, camera: np.ndarray, frame: int
+) -> None:
+    local = world_to_camera(box, camera)
+    read = parse_grounding(answer_text(frame, local), 32)
+    assert read.frame == frame
+    assert np.abs(read.box[:6] - local[:6]).max() <= HALF_UNIT
+    # A rotation is off by at most the sum of what its three angles are off by, at gimbal lock too.
+    assert angle_between(rotation_matrix(read.box[6:]), rotation_matrix(local[6:])) <= 3 * HALF_UNIT
+    world = camera_to_world(read.box, camera)
+    assert np.linalg.norm(world[:3] - box[:3]) <= np.sqrt(3) * HALF_UNIT
+    assert np.abs(world[3:6] - box[3:6]).max() <= HALF_UNIT
+
+
+@given(boxes, st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+def test_writing_what_was_read_changes_nothing(box: np.ndarray, frame: int) -> None:
+    text = answer_text(frame, box)
+    read = parse_grounding(text, 100)
+    assert answer_text(read.frame, read.box) == text
