@@ -1,11 +1,15 @@
-"""The demo's stand-ins never take the place of something else."""
+"""The demo's stand-ins never take the place of something else; its program asks before it works."""
 
 from __future__ import annotations
 
+import runpy
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from runs import ROOT
 from w2r2_ds.config import load_config
 from w2r2_ds.demo import prepare_models
 
@@ -25,3 +29,19 @@ def test_it_does_not_overwrite_models_it_did_not_make(tmp_path: Path, present: s
     with pytest.raises(ValueError, match="was not made with these"):
         prepare_models(load_config(overrides=args))
     assert (tmp_path / present / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--steps", 2)])
+def test_help_and_a_wrong_option_start_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str, status: int
+) -> None:
+    def start(*_: Any, **__: Any) -> None:
+        raise AssertionError("the demo starts")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr("sys.argv", ["demo.py", argument])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "launchers" / "demo.py"), run_name="__main__")
+    assert stopped.value.code == status
+    said = capsys.readouterr()
+    assert "runs/demo" in said.out if status == 0 else "--steps" in said.err
