@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runs import ROOT
+from w2r2_ds import demo_steps
 from w2r2_ds.config import load_config
 from w2r2_ds.demo import prepare_models
 
@@ -45,3 +47,21 @@ def test_help_and_a_wrong_option_start_nothing(
     assert stopped.value.code == status
     said = capsys.readouterr()
     assert "runs/demo" in said.out if status == 0 else "--steps" in said.err
+
+
+def test_it_trains_on_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another run, or another demo, may have the launcher's 29500."""
+    ports = []
+
+    def command(*words: str) -> None:
+        if words[0] == "deepspeed":
+            ports.append(int(words[words.index("--master_port") + 1]))
+            sys.exit("seen enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_steps, "run", command)
+    monkeypatch.setattr(demo_steps, "free_port", iter([41234, 41235]).__next__)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="seen enough"):
+            demo_steps.run_demo()
+    assert ports == [41234, 41235]

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from w2r2_ds.config import RunConfig, load_config
 from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint
+from w2r2_ds.engine.deepspeed import free_port
 
 CAPTION = "tiny model: shows that the pipeline works, not that the method does"
 LEAST_PARSED = 0.95
@@ -55,7 +56,8 @@ def run_demo() -> None:
         print(f"\nreusing the trained run in {config.out}")
     else:
         resume = ("--resume", "auto") if has_checkpoint(config.out) else ()
-        run("deepspeed", "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
+        port = ("--master_port", str(free_port()))  # not the launcher's own: another run may have it
+        run("deepspeed", *port, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
     step = find_checkpoint(config.out)
     for geometry in ("fused", "zero"):
         if evaluated(scores / f"scores-{geometry}.json", step):

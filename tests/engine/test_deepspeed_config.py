@@ -1,14 +1,16 @@
-"""The DeepSpeed JSON against the run's configuration."""
+"""The DeepSpeed JSON against the run's configuration, and the start of the ranks."""
 
 from __future__ import annotations
 
 import json
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from w2r2_ds.engine.deepspeed import KNOWN, REFUSED, load_ds_config, resolve_ds_config, skip_shm_build
+from w2r2_ds.engine.deepspeed import KNOWN, REFUSED, join_ranks, load_ds_config, resolve_ds_config, skip_shm_build
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -132,3 +134,22 @@ def test_shm_build_is_skipped_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert get_accelerator().create_op_builder("ShareMemCommBuilder").NAME == "deepspeed_shm_comm"
     skip_shm_build()
     assert build_shm_op() is None
+
+
+def test_a_port_that_another_run_has_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        start = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in start.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ValueError) as caught:
+            join_ranks()
+    message = str(caught.value)
+    assert message.startswith(f"port {port} of this machine is taken") and "\n" not in message
+    found = re.search(r"deepspeed --master_port (\d+) launchers/train.py", message)
+    assert found and int(found[1]) != port
+    assert not dist.is_initialized()
