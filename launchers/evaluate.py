@@ -9,6 +9,7 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 
+from w2r2_ds.command_line import Parser
 from w2r2_ds.evaluation.evaluate import evaluate
 
 
@@ -45,6 +46,6 @@ def main(
 
 if __name__ == "__main__":
     try:
-        auto_cli(main, as_positional=False)
+        auto_cli(main, as_positional=False, parser_class=Parser)
     except ValueError as error:
         sys.exit(f"evaluate.py: {error}")
