@@ -1,7 +1,7 @@
 """The DeepSpeed JSON: read strictly, "auto" filled from the run's configuration, contradictions refused; the start.
 
 The JSON is the one place for ZeRO, precision, offload and clipping; batch sizes, optimizer, schedule and logging
-belong to the run's configuration. Nothing that reads the JSON needs DeepSpeed.
+belong to the run's configuration.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from w2r2_ds.engine.ds_sections import check_sections, unknown
 
 AUTO = "auto"
 
@@ -100,7 +102,8 @@ def resolve_ds_config(
         What `deepspeed.initialize` takes, without any "auto".
 
     Raises:
-        ValueError: the JSON contradicts the configuration or holds what this project cannot honour.
+        ValueError: the JSON contradicts the configuration, holds what this project cannot honour or what DeepSpeed
+            does not know.
     """
     _check_keys(raw, path)
     per_pass = micro_batch * world_size
@@ -133,6 +136,7 @@ def resolve_ds_config(
             f'{path}: {where} is "auto", which nothing here can fill; write a value or leave the key out '
             f"for DeepSpeed's default."
         )
+    check_sections(config, path)
     return config
 
 
@@ -192,7 +196,7 @@ def _check_keys(raw: dict[str, Any], path: str | Path) -> None:
         if key in REFUSED:
             raise ValueError(f'{path}: remove "{key}": {REFUSED[key]}.')
         if key not in KNOWN:
-            raise ValueError(f'{path}: unknown key "{key}"; it must be one of {", ".join(sorted(KNOWN))}.')
+            raise ValueError(f"{path}: {unknown(key, KNOWN)}; known are {', '.join(sorted(KNOWN))}.")
     fp16 = raw.get("fp16", {})
     if not isinstance(fp16, dict) or fp16.get("enabled", False) is not False:
         raise ValueError(
