@@ -7,6 +7,7 @@ import sys
 
 from jsonargparse import auto_cli
 
+from w2r2_ds.command_line import Parser
 from w2r2_ds.config import load_config
 from w2r2_ds.data.synthetic.write import write_dataset
 from w2r2_ds.demo import prepare_models, prepare_scenes
@@ -56,6 +57,7 @@ def main() -> None:
         auto_cli(
             {"synthetic": synthetic, "demo": demo},
             as_positional=False,
+            parser_class=Parser,
             description="Prepare data for training and evaluation.",
         )
     except ValueError as error:

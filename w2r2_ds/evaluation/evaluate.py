@@ -17,7 +17,7 @@ from rich.console import Console
 
 from w2r2_ds.config import DataConfig, RunConfig, relocated
 from w2r2_ds.config import load_config as load_run_config
-from w2r2_ds.data.check import check_frames
+from w2r2_ds.data.check import check_frames, check_texts
 from w2r2_ds.data.loading import make_processor, prompt_loader
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.progress import progress
@@ -132,6 +132,7 @@ def evaluate(
     if geometry == "shuffle":
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world)
+    check_texts(samples, make_processor(load_front(config.model), config.data), ranks.rank, ranks.world, False)
 
     _, model, front = load_model(path, root, vlm, vggt)
     set_threads(ranks, model.base.config.get_text_config().hidden_size)
