@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 from launchers.evaluate import gather_protocols
 from launchers.evaluate import main as evaluate_cli
 from runs import STEPS, World
+from w2r2_ds.config import SourceConfig
 from w2r2_ds.data.loading import load_mixture, prompt_loader
 from w2r2_ds.engine.checkpoint import find_checkpoint
 from w2r2_ds.evaluation.evaluate import Answerer, evaluate, load_model
@@ -173,8 +174,9 @@ def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path:
         find_sets(config, "scanqa", placed.folder)
     with pytest.raises(ValueError, match="nowhere holds no prepared data set"):
         find_sets(config, None, tmp_path / "nowhere")
-    twice = replace(config, val=config.val * 2)
-    with pytest.raises(ValueError, match="samples of .* have the same id, the first is"):
+    shutil.copytree(default.folder, tmp_path / "copy")
+    twice = replace(config, val=[*config.val, SourceConfig(str(tmp_path / "copy"))])
+    with pytest.raises(ValueError, match=r"samples of .* have the same id, the first is"):
         all_samples(find_sets(twice))
 
 

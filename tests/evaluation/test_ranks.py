@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from runs import ROOT, environment, launch
@@ -35,7 +34,6 @@ def start(command: list[str], run: Path, out: Path) -> subprocess.Popen[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
     )
 
 
@@ -51,8 +49,12 @@ def kill_at(process: subprocess.Popen[str], parts: Path, lines: int) -> int:
     while (found := count(parts)) < lines:
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    # The launcher gives its ranks sessions of their own, so they are looked up before any of them dies.
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in reversed(family):
+        each.kill()
     process.communicate()
+    psutil.wait_procs(family)
     return found
 
 
