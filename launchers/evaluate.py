@@ -13,6 +13,7 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 
+from w2r2_ds.command_line import Parser
 from w2r2_ds.engine.checkpoint import find_checkpoint
 from w2r2_ds.evaluation.evaluate import evaluate
 from w2r2_ds.evaluation.ranks import find_ranks, joined
@@ -105,6 +106,6 @@ def gather_protocols(args: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        auto_cli(main, args=gather_protocols(sys.argv[1:]), as_positional=False)
+        auto_cli(main, args=gather_protocols(sys.argv[1:]), as_positional=False, parser_class=Parser)
     except ValueError as error:
         sys.exit(f"evaluate.py: {error}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from w2r2_ds.command_line import Parser
 from w2r2_ds.export.adapter import export_adapter
 
 
@@ -24,6 +25,6 @@ def main(checkpoint: Path, out: Path, vlm: str | None = None, vggt: str | None =
 
 if __name__ == "__main__":
     try:
-        auto_cli(main, as_positional=False)
+        auto_cli(main, as_positional=False, parser_class=Parser)
     except ValueError as error:
         sys.exit(f"export.py: {error}")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
+from w2r2_ds.command_line import Parser
 from w2r2_ds.data.all_boxes import write_all_boxes
 from w2r2_ds.data.inventory import forecast, missing, report
 from w2r2_ds.data.manifest import summary
@@ -277,6 +278,7 @@ def main() -> None:
             {command.__name__: command for command in commands},
             args=with_values(sys.argv[1:]),
             as_positional=False,
+            parser_class=Parser,
             description="Prepare data for training and evaluation.",
         )
     except ValueError as error:

@@ -5,16 +5,13 @@ Without --config it runs the demo recipe, which makes its own scenes and tiny mo
 
 from __future__ import annotations
 
-import os
 import sys
 
-import deepspeed
-import torch
 import torch.distributed as dist
 
 from w2r2_ds.config import RunConfig, config_first, from_tree, names_config, parser
 from w2r2_ds.demo import prepare_demo
-from w2r2_ds.engine.deepspeed import skip_shm_build
+from w2r2_ds.engine.deepspeed import join_ranks
 from w2r2_ds.engine.loop import train
 from w2r2_ds.evaluation.in_training import InTraining
 from w2r2_ds.objective.push import find_reading
@@ -33,12 +30,7 @@ def main(args: list[str]) -> None:
     """Join the other ranks, make the demo's data if asked to, train."""
     config, ds_path = read_arguments(args)
     find_reading(config.objective.push)  # before minutes of demo preparation
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    skip_shm_build()
-    deepspeed.init_distributed()
+    join_ranks()
     if config.demo.enabled:
         if dist.get_rank() == 0:
             prepare_demo(config)

@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -104,10 +103,9 @@ def environment() -> dict[str, str]:
 
 def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a script with the `deepspeed` launcher on `ranks` processes; both output streams together."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port), script]
+    from w2r2_ds.engine.deepspeed import free_port
+
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
     return subprocess.run(
         [*launcher, *arguments],
         cwd=ROOT,

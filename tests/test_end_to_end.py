@@ -53,7 +53,9 @@ def trained(world: World, prepared: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("trained")
 
     def job(name: str, tasks: list[str]) -> Job:
-        sources = {split: json.dumps([{"path": str(prepared / task / split)} for task in tasks]) for split in ("train", "val")}
+        sources = {
+            split: json.dumps([{"path": str(prepared / task / split)} for task in tasks]) for split in ("train", "val")
+        }
         options = world.arguments(
             folder / name,
             data__train=sources["train"],

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+
+from w2r2_ds.command_line import Parser
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -290,10 +291,10 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"model.lora_dropout is {config.model.lora_dropout}; it must be in [0, 1).")
 
 
-def parser(description: str, with_demo: bool = True) -> ArgumentParser:
+def parser(description: str, with_demo: bool = True) -> Parser:
     """A parser whose options are the fields of `RunConfig`; `with_demo` takes the demo recipe as defaults."""
     defaults: list[str | PathLike[Any]] = [RECIPES / "demo.yaml"] if with_demo else []
-    result = ArgumentParser(description=description, default_config_files=defaults)
+    result = Parser(description=description, default_config_files=defaults)
     result.allow_abbrev = False  # an abbreviated --config would not be seen by `names_config`
     result.add_argument("--config", action="config", help="YAML recipe; its keys are the options below.")
     result.add_class_arguments(RunConfig)

@@ -1,7 +1,8 @@
-"""What is looked at before the work starts: every frame file once, and its end."""
+"""What is looked at before the work starts: every frame file once, and its end; every text, and how long it is."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from w2r2_ds.data import check
-from w2r2_ds.data.check import check_frames
+from w2r2_ds.data.check import check_frames, check_texts
 from w2r2_ds.data.images import load_frame
+from w2r2_ds.data.loading import make_processor
 
 
 @pytest.fixture
@@ -92,3 +94,69 @@ def test_another_format_is_decoded(samples: list[Any], tmp_path: Path, decoded: 
     page.write_text("<html>404</html>")
     with pytest.raises(ValueError, match=f"Frame {page} cannot be read"):
         check_frames([sample_of(samples, page)])
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No frame can be decoded."""
+
+    def load(path: Path) -> np.ndarray:
+        raise AssertionError(f"{path} is decoded")
+
+    monkeypatch.setattr("w2r2_ds.data.processor.load_frame", load)
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+@pytest.mark.parametrize("with_answer", [True, False])
+def test_the_length_is_that_of_the_sequence(
+    front: Any,
+    data_config: Any,
+    samples: list[Any],
+    text_samples: list[Any],
+    caption_sample: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    visual: str,
+    with_answer: bool,
+) -> None:
+    every = [*samples, *text_samples, caption_sample, replace(samples[0], id="é", question="…é中" * 9, what=(0, 0))]
+    lengths = [len(make_processor(front, data_config(visual=visual))(s, with_answer).input_ids) for s in every]
+    monkeypatch.setattr("w2r2_ds.data.processor.load_frame", None)
+    for sample, length in zip(every, lengths, strict=True):
+        processors = [make_processor(front, data_config(visual=visual, max_length=length - n)) for n in (0, 1)]
+        assert check_texts([sample], processors[0], with_answer=with_answer) == 1
+        with pytest.raises(ValueError, match=f"Sample {sample.id} has {length} tokens, more than data.max_length = "):
+            check_texts([sample], processors[1], with_answer=with_answer)
+
+
+def test_a_short_text_is_not_encoded(
+    front: Any, data_config: Any, samples: list[Any], blind: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """36,665 of them would take most of a minute; what the frames' placeholders take is counted once."""
+    processor = make_processor(front, data_config(max_length=9000))
+    encoded: list[str] = []
+    count = processor._count
+    monkeypatch.setattr(processor, "_count", lambda text: encoded.append(text) or count(text))
+    assert check_texts([samples[0]] * 5, processor) == 5
+    assert len(encoded) == 2 and not any(samples[0].question in text for text in encoded)
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
+def test_a_special_token_is_found_by_the_rank_of_its_sample(
+    front: Any, data_config: Any, samples: list[Any], blind: None, token: str
+) -> None:
+    processor = make_processor(front, data_config())
+    asks = replace(samples[0], id="asks", question=f"where is {token}?", what=(0, 0))
+    answers = replace(samples[0], id="answers", answer=samples[0].answer + token)
+    every = [*samples, asks, samples[0]]  # shares: one, two, two
+    assert check_texts(every, processor, 0, 3) == 1 and check_texts(every, processor, 1, 3) == 2
+    with pytest.raises(
+        ValueError, match=f"^Sample asks: .* special token '{re.escape(token)}'; remove it .* again\\.$"
+    ):
+        check_texts(every, processor, 2, 3)
+    with pytest.raises(ValueError, match=r"^Sample answers: .* prepare the data set again \(look also at asks\)\.$"):
+        check_texts([samples[0], answers, asks], processor)
+    assert check_texts([answers], processor, with_answer=False) == 1
+    with pytest.raises(
+        ValueError, match=r"prepare the data set again \(look also at asks, asks, asks, asks, asks and 2 more\)\.$"
+    ):
+        check_texts([asks] * 8, processor)

@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from w2r2_ds.data.images import even_crop, load_frame, qwen_patches, resize_for_vggt
+from w2r2_ds.data.images import (
+    crop_size,
+    even_crop,
+    even_size,
+    frame_size,
+    load_frame,
+    qwen_patches,
+    resize_for_vggt,
+)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -95,6 +103,27 @@ def test_frames_of_the_target_size_keep_their_pixels() -> None:
 def test_crop_keeps_the_middle_of_a_high_frame() -> None:
     tall = noise(84, 56)
     np.testing.assert_array_equal(resize_for_vggt([tall], width=56), pixels(tall[None, 14:70]))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(640, 480)], [(1296, 968)], [(100, 181)], [(83, 61), (47, 61)], [(300, 60), (60, 30)]]
+)
+@pytest.mark.parametrize("width", [28, 126, 518])
+def test_sizes_are_foretold(tmp_path: Path, sizes: list[tuple[int, int]], width: int) -> None:
+    """What is seen follows from the files' headers."""
+    for index, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{index}.jpg")
+    assert [frame_size(tmp_path / f"{index}.jpg") for index in range(len(sizes))] == sizes
+    try:
+        images = resize_for_vggt([noise(height, width) for width, height in sizes], width=width)
+        cropped = even_crop(images)
+    except ValueError as error:
+        with pytest.raises(ValueError) as caught:
+            even_size(*reversed(crop_size(sizes, width)))
+        assert "smaller than one merged patch" in str(caught.value), error
+    else:
+        assert images.shape[2:] == (height_width := crop_size(sizes, width)[::-1])
+        assert cropped.shape[2:] == even_size(*height_width)
 
 
 def test_pad_puts_white_left_and_right_of_a_high_frame() -> None:

@@ -1,14 +1,16 @@
-"""The DeepSpeed JSON against the run's configuration."""
+"""The DeepSpeed JSON against the run's configuration, and the start of the ranks."""
 
 from __future__ import annotations
 
 import json
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from w2r2_ds.engine.deepspeed import KNOWN, REFUSED, load_ds_config, resolve_ds_config, skip_shm_build
+from w2r2_ds.engine.deepspeed import KNOWN, REFUSED, join_ranks, load_ds_config, resolve_ds_config, skip_shm_build
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -89,6 +91,40 @@ def test_contradictions_name_file_field_and_values(raw: dict[str, Any], words: l
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 5}},
+            'unknown key "zero_optimization.stage3_prefetch_bucket" (did you mean '
+            "zero_optimization.stage3_prefetch_bucket_size",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memry": True}}},
+            'unknown key "zero_optimization.offload_param.pin_memry" (did you mean '
+            "zero_optimization.offload_param.pin_memory",
+        ),
+        ({"zero_optimization": {"stage": 3, "xyzzy": 5}}, 'unknown key "zero_optimization.xyzzy".'),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7: Input should be 0, 1, 2"),
+        ({"zero_optimization": {"overlap_comm": "maybe"}}, "zero_optimization.overlap_comm is 'maybe': Input should"),
+        ({"zero_optimization": True}, "zero_optimization is True; it must be an object"),
+        ({"bf16": {"enable": True}}, 'unknown key "bf16.enable" (did you mean bf16.enabled?)'),
+        ({"comms_logger": {"verbos": True}}, 'unknown key "comms_logger.verbos" (did you mean comms_logger.verbose'),
+        ({"flops_profiler": {"profile_stp": 1}}, "(did you mean flops_profiler.profile_step"),
+        ({"aio": {"blocksize": 1}}, "(did you mean aio.block_size"),
+        ({"checkpoint": {"load_univrsal": True}}, "(did you mean checkpoint.load_universal"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "(did you mean data_types.grad_accum_dtype"),
+        ({"gradient_cliping": 1.0}, 'unknown key "gradient_cliping" (did you mean gradient_clipping'),
+    ],
+)
+def test_a_misspelt_key_or_a_wrong_value_is_named(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(raw)
+    message = str(caught.value)
+    assert message.startswith("ds.json: ") and message.endswith(".") and "\n" not in message
+    assert words in message
+
+
 def test_true_is_not_one() -> None:
     with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu is true"):
         resolve({"train_micro_batch_size_per_gpu": True}, micro_batch=1)
@@ -132,3 +168,22 @@ def test_shm_build_is_skipped_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert get_accelerator().create_op_builder("ShareMemCommBuilder").NAME == "deepspeed_shm_comm"
     skip_shm_build()
     assert build_shm_op() is None
+
+
+def test_a_port_that_another_run_has_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        start = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in start.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ValueError) as caught:
+            join_ranks()
+    message = str(caught.value)
+    assert message.startswith(f"port {port} of this machine is taken") and "\n" not in message
+    found = re.search(r"deepspeed --master_port (\d+) launchers/train.py", message)
+    assert found and int(found[1]) != port
+    assert not dist.is_initialized()

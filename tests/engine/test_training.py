@@ -100,6 +100,7 @@ def two_ranks(world: World, trained: Path, folder: Path) -> Reports:
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
         Job("cut-frame", arguments(world, folder / "cut", data__root=cut_frame_root(world, folder))),
         Job("foreign", arguments(world, foreign)),
+        Job("long", arguments(world, folder / "long", data__max_length=100)),
     ]
     return run_jobs(2, folder / "both", jobs)
 
@@ -304,6 +305,13 @@ def test_a_truncated_frame_stops_all_ranks_before_the_model_is_loaded(two_ranks:
     assert first == second
     assert_one_sentence(first["error"], str(folder / "scenes" / "posed_images"), ".jpg", "replace the file")
     assert first["updates"] == 0 and not (folder / "cut").exists()
+
+
+def test_a_sample_that_is_too_long_stops_all_ranks_before_the_model_is_loaded(two_ranks: Reports, folder: Path) -> None:
+    first, second = two_ranks["long"]
+    assert first == second
+    assert_one_sentence(first["error"], "Sample scene", "tokens, more than data.max_length = 100", "raise it")
+    assert first["updates"] == 0 and not (folder / "long").exists()
 
 
 def test_a_log_that_does_not_open_stops_all_ranks_before_the_first_step(two_ranks: Reports, folder: Path) -> None:

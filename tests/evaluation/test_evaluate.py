@@ -14,12 +14,15 @@ import pytest
 import torch
 from jsonargparse import auto_cli
 
+from launchers.evaluate import gather_protocols
 from launchers.evaluate import main as evaluate_cli
 from runs import STEPS, World
+from w2r2_ds.config import SourceConfig
 from w2r2_ds.data.loading import load_mixture, prompt_loader
 from w2r2_ds.engine.checkpoint import find_checkpoint
 from w2r2_ds.evaluation.evaluate import Answerer, evaluate, load_model
 from w2r2_ds.evaluation.generate import generate_answers
+from w2r2_ds.evaluation.sets import all_samples, find_sets
 from w2r2_ds.export.adapter import export_adapter
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -129,6 +132,80 @@ def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: P
     assert lines == list(answerer.records(samples[:2]))
 
 
+def test_shuffled_geometry_is_another_rooms(loaded: Any, trained: Path, tmp_path: Path) -> None:
+    """The training set has two rooms, the validation set one."""
+    _, model, front = loaded
+    with pytest.raises(ValueError, match="at least two scenes with frames, but there are 1"):
+        evaluate(trained, tmp_path, "shuffle", max_new_tokens=4)
+    options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 4, "data": Path("prepared/scanrefer/train")}
+    scores = evaluate(trained, tmp_path, "shuffle", limit=2, protocols=["vgllm-direct", "video3dllm"], **options)
+    assert list(scores["protocols"]) == ["scanrefer/vgllm-direct", "scanrefer/video3dllm"]
+    whole = load_mixture(loaded[0].data, "train")
+    assert (scores["samples"], scores["of"]) == (2, len(whole))
+    lines = [json.loads(line) for line in (tmp_path / "predictions-scanrefer-shuffle.jsonl").read_text().splitlines()]
+    answerer = Answerer(model, front, loaded[0].data, "shuffle", whole, 2, 4)
+    assert lines == list(answerer.records(whole[:2]))
+
+
+def test_finished_answers_are_kept_and_other_options_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stops while it scores has all its answers; the next one asks for none."""
+    monkeypatch.setattr("w2r2_ds.evaluation.evaluate.score_records", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
+    monkeypatch.undo()
+    for options, field in (({"max_new_tokens": 5}, "max_new_tokens is 4, but now it is 5"),):
+        with pytest.raises(ValueError, match=field):
+            evaluate(trained, tmp_path, limit=2, **options)
+    monkeypatch.setattr("w2r2_ds.evaluation.generate.generate_tokens", lambda *_: pytest.fail("asked again"))
+    assert evaluate(trained, tmp_path, max_new_tokens=4, limit=2)["samples"] == 2
+
+
+def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path: Path) -> None:
+    config = loaded[0].data
+    (default,) = find_sets(config)
+    (named,) = find_sets(config, "scanrefer", Path("prepared/scanrefer/val"))
+    (placed,) = find_sets(config, None, Path(config.root) / "prepared/scanrefer/val")
+    assert default.folder == named.folder == placed.folder and default.task == "scanrefer"
+    with pytest.raises(ValueError, match=r"data.val holds prepared/scanrefer/val \(scanrefer\), but no scanqa; name a"):
+        evaluate(trained, tmp_path, task="scanqa")
+    with pytest.raises(ValueError, match="holds scanrefer, not scanqa; correct --data or --task"):
+        find_sets(config, "scanqa", placed.folder)
+    with pytest.raises(ValueError, match="nowhere holds no prepared data set"):
+        find_sets(config, None, tmp_path / "nowhere")
+    shutil.copytree(default.folder, tmp_path / "copy")
+    twice = replace(config, val=[*config.val, SourceConfig(str(tmp_path / "copy"))])
+    with pytest.raises(ValueError, match=r"samples of .* have the same id, the first is"):
+        all_samples(find_sets(twice))
+
+
+def test_a_protocol_that_does_not_apply_is_refused_before_the_model_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("w2r2_ds.evaluation.evaluate.load_model", lambda *_: pytest.fail("the model was loaded"))
+    for protocol, message in (("scanqa/leo", "scores scanqa"), ("vgllm_refined", "needs detected boxes")):
+        with pytest.raises(ValueError, match=message):
+            evaluate(trained, tmp_path, protocols=[protocol])
+
+
+def test_the_command_line_scores_again_and_gathers_protocols(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
+    file = str(tmp_path / "predictions-scanrefer-fused.jsonl")
+    words = ["--protocol", "vgllm", "--local_rank=0", "--protocol=video3dllm", "--score_only", file]
+    assert gather_protocols(words) == ["--local_rank=0", "--score_only", file, "--protocol", "vgllm,video3dllm"]
+    capsys.readouterr()
+    auto_cli(evaluate_cli, args=gather_protocols(words), as_positional=False)
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores["protocols"]) == ["scanrefer/vgllm", "scanrefer/video3dllm"] and scores["samples"] == 2
+    with pytest.raises(ValueError, match="--score_only needs no --checkpoint"):
+        evaluate_cli(checkpoint=trained, score_only=Path(file))
+    with pytest.raises(ValueError, match="name a run, a checkpoint or an adapter with --checkpoint"):
+        evaluate_cli()
+
+
 def test_a_run_and_its_last_checkpoint_are_the_same(loaded: Any, trained: Path) -> None:
     _, other, _ = load_model(trained / "checkpoints" / f"step-{STEPS:06d}")
     ours, theirs = loaded[1].state_dict(), other.state_dict()
@@ -203,7 +280,10 @@ def test_data_and_models_may_lie_elsewhere(
         out = tmp_path / str(index)
         named = ["--checkpoint", str(stranger), "--out", str(out), "--limit", "2", "--max_new_tokens", "8"]
         auto_cli(evaluate_cli, args=[*named, *options], as_positional=False)
-        assert json.loads(capsys.readouterr().out) == scores | {"checkpoint": str(stranger)}
+        found = json.loads(capsys.readouterr().out)
+        (place,) = found["data"]
+        assert place["path"].startswith(elsewhere["root"]) and place["manifest"] == scores["data"][0]["manifest"]
+        assert found == scores | {"checkpoint": str(stranger), "data": [place]}
         predictions = [folder / "predictions-scanrefer-fused.jsonl" for folder in (out, tmp_path / "home")]
         assert predictions[0].read_text() == predictions[1].read_text()
 

@@ -1,4 +1,4 @@
-"""Frame files looked at before the work starts, so that a truncated one is not found hours later."""
+"""Frame files and texts looked at before the work starts, so that a bad one is not found hours later."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from w2r2_ds.data.images import load_frame
+from w2r2_ds.data.images import frame_size, load_frame
+from w2r2_ds.data.processor import Processor
 from w2r2_ds.data.sample import Sample
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
@@ -15,6 +16,9 @@ TAIL = 1024
 """Bytes at the end of a file in which its end is looked for; some programs append a few of their own."""
 THREADS = 16
 """Reads in flight; on a network file system each of them is a wait."""
+
+NAMED = 5
+"""Samples that are named besides the first one."""
 
 
 def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) -> int:
@@ -52,3 +56,41 @@ def ends_well(path: Path) -> bool:
     except OSError:
         return False
     return any(head.startswith(start) and end in tail for start, end in ENDS.items())
+
+
+def check_texts(
+    samples: Sequence[Sample], processor: Processor, rank: int = 0, world_size: int = 1, with_answer: bool = True
+) -> int:
+    """Look at the texts and the length of all samples, or of this rank's share of them; no frame is decoded.
+
+    Args:
+        samples: with frames that `check_frames` has passed.
+        processor: that will be given them.
+        rank: which share, of
+        world_size: shares.
+        with_answer: for training; False for prompts alone.
+
+    Returns:
+        The number of samples looked at.
+
+    Raises:
+        ValueError: the sentence of the first sample whose text holds a special token, which is too long or which the
+            chat template changes; with the number of those that follow it, and the next few by name.
+    """
+    # A run of neighbours: they are of the same scenes, so that ranks rarely read the same file.
+    begin, end = (len(samples) * share // world_size for share in (rank, rank + 1))
+    mine = samples[begin:end]
+    files = list(dict.fromkeys(path for sample in mine for path in sample.frames))
+    with ThreadPoolExecutor(THREADS) as pool:
+        sizes = dict(zip(files, pool.map(frame_size, files), strict=True))
+    refused: list[tuple[str, ValueError]] = []
+    for sample in mine:
+        try:
+            processor.check(sample, [sizes[path] for path in sample.frames], with_answer)
+        except ValueError as error:
+            refused.append((sample.id, error))
+    if refused:
+        first, others = refused[0][1], [identity for identity, _ in refused[1:]]
+        named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+        raise ValueError(str(first).removesuffix(".") + (f" (look also at {named})." if others else ".")) from first
+    return len(mine)

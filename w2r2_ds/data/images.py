@@ -36,6 +36,19 @@ def load_frame(path: str | Path) -> np.ndarray:
         raise ValueError(f"Frame {path} cannot be read as a colour image ({error}); replace the file.") from error
 
 
+def frame_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file in pixels, from its header.
+
+    Raises:
+        ValueError: the file is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Frame {path} cannot be read as a colour image ({error}); replace the file.") from error
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, (WHITE,) * 4), image).convert("RGB")
 
@@ -76,7 +89,7 @@ def _fit(image: np.ndarray, target: int, mode: str) -> np.ndarray:
         raise ValueError(f"A frame is {image.dtype} {image.shape}; give uint8 [height, width, 3].")
     height, width = image.shape[:2]
     by_height = mode == "pad" and height > width
-    new_height = target if by_height else _to_patches(height * (target / width))
+    new_height = target if by_height else _scaled_height(width, height, target)
     new_width = _to_patches(width * (target / height)) if by_height else target
     if not new_height or not new_width:
         raise ValueError(f"A frame of {width} x {height} pixels is too narrow to resize to {target}; leave it out.")
@@ -85,6 +98,16 @@ def _fit(image: np.ndarray, target: int, mode: str) -> np.ndarray:
         return _pad(resized, target, target)
     top = max(0, new_height - target) // 2
     return resized[top : top + target]
+
+
+def crop_size(sizes: Sequence[tuple[int, int]], target: int) -> tuple[int, int]:
+    """Width and height that `resize_for_vggt` gives frames of these ``(width, height)``, in its mode ``crop``."""
+    return target, max(min(target, _scaled_height(width, height, target)) for width, height in sizes)
+
+
+def _scaled_height(width: int, height: int, target: int) -> int:
+    """Height in whole patches of a frame that is made `target` wide."""
+    return _to_patches(height * (target / width))
 
 
 def _to_patches(length: float) -> int:
@@ -105,14 +128,19 @@ def even_crop(images: np.ndarray, patch: int = 14, merge: int = 2) -> np.ndarray
     Raises:
         ValueError: frames smaller than one merged patch.
     """
-    step = patch * merge
-    height, width = (length // step * step for length in images.shape[-2:])
-    if not height or not width:
-        raise ValueError(
-            f"Frames of {images.shape[-1]} x {images.shape[-2]} pixels are smaller than one merged patch of {step} x "
-            f"{step}; raise the frame width."
-        )
+    height, width = even_size(images.shape[-2], images.shape[-1], patch, merge)
     return images[..., :height, :width]
+
+
+def even_size(height: int, width: int, patch: int = 14, merge: int = 2) -> tuple[int, int]:
+    """Height and width of what `even_crop` leaves, which raises the same."""
+    step = patch * merge
+    if height < step or width < step:
+        raise ValueError(
+            f"Frames of {width} x {height} pixels are smaller than one merged patch of {step} x {step}; raise "
+            "data.frame_width."
+        )
+    return height // step * step, width // step * step
 
 
 def qwen_patches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from w2r2_ds.config import DataConfig
-from w2r2_ds.data.images import even_crop, load_frame, qwen_patches, resize_for_vggt
+from w2r2_ds.data.images import crop_size, even_crop, even_size, load_frame, qwen_patches, resize_for_vggt
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.slots import AnswerSlots, answer_slots, what_tokens
 from w2r2_ds.models.vlm import VisionSpec
@@ -19,6 +20,9 @@ IMAGE, VIDEO = 1, 2
 
 STAND_IN = "\ue000"
 """A private character, in no template and no question."""
+
+SEAMS = 64
+"""Generously, the tokens that a text may have more than its parts; where they meet at special tokens, none."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Processor:
                 f"data.frame_width is {config.frame_width}; make it a multiple of the patch size {vision.patch_size}."
             )
         self.end_of_turn = "<|im_end|>"
+        self._frames: dict[int, tuple[str, str]] = {}
+        self._frame_tokens: dict[int, int] = {}
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         if not tokenizer.is_fast:
             raise ValueError(
@@ -99,11 +105,7 @@ class Processor:
         prompt, what = self._prompt(sample, grid_thw)
         answer, slots = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)
-        if len(ids) > self.config.max_length:
-            raise ValueError(
-                f"Sample {sample.id} has {len(ids)} tokens, more than data.max_length = {self.config.max_length}; "
-                "raise it or use fewer or smaller frames."
-            )
+        self._refuse_too_long(sample, len(ids))
         types = torch.zeros_like(ids)
         types[ids == self.vision.image_token_id] = IMAGE
         types[ids == self.vision.video_token_id] = VIDEO
@@ -118,6 +120,52 @@ class Processor:
             what=torch.tensor(what + [False] * len(answer)),
             slots=slots,
         )
+
+    def check(self, sample: Sample, sizes: Sequence[tuple[int, int]], with_answer: bool) -> None:
+        """Refuse a sample that `__call__` would refuse for its texts or its length, at a small part of the cost.
+
+        Args:
+            sample: whose frames are not looked at.
+            sizes: width and height of each frame file.
+            with_answer: as of `__call__`.
+
+        Raises:
+            ValueError: as `__call__` does.
+        """
+        self._check_question(sample)
+        # One frame is enough to see what the template does with the question.
+        self._prompt_text(sample, min(1, len(sample.frames)))
+        answer = sample.answer + self.end_of_turn if with_answer else ""
+        if with_answer:
+            self._refuse_special_tokens(sample, sample.answer)
+        frames, visual = len(sample.frames), self._visual_tokens(sizes)
+        if frames not in self._frame_tokens:
+            self._frame_tokens[frames] = sum(self._count(text) for text in self._around(frames))
+        # No token is shorter than a byte: most texts need not be encoded.
+        most = self._frame_tokens[frames] + len((sample.question + answer).encode()) + visual + SEAMS
+        if most > self.config.max_length:
+            text, _ = self._prompt_text(sample, frames)
+            self._refuse_too_long(sample, self._count(text) + self._count(answer) + visual)
+
+    def seen_sizes(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Width and height at which VGGT sees frames of these ``(width, height)``, and at which the VLM does."""
+        width, height = crop_size(sizes, self.config.frame_width)
+        even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)
+        return (width, height), (even_width, even_height)
+
+    def _visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Visual tokens of frames of these sizes, less the placeholders that stand for them in the text."""
+        if not sizes:
+            return 0
+        _, (width, height) = self.seen_sizes(sizes)
+        step = self.vision.patch_size * self.vision.merge_size
+        video = self.config.visual == "video"
+        times = -(-len(sizes) // self.vision.temporal_patch_size) if video else len(sizes)
+        return times * (width // step) * (height // step) - (1 if video else times)
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text. The library's batch call would start threads, which forked loader workers do not bear."""
+        return len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _visuals(self, sample: Sample) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Geometry images, patches and their grid; None and empty arrays for a sample without frames."""
@@ -135,14 +183,9 @@ class Processor:
 
         Placeholders are expanded to one per merged patch.
         """
-        self._refuse_special_tokens(sample, sample.question)
+        self._check_question(sample)
         first, last = sample.what
-        if not 0 <= first <= last <= len(sample.question):
-            raise ValueError(
-                f"Sample {sample.id}: what is {sample.what}, which is no span of its question; "
-                f"give [begin, end) within its {len(sample.question)} characters."
-            )
-        text, begin = self._prompt_text(sample)
+        text, begin = self._prompt_text(sample, len(sample.frames))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         what = what_tokens((begin + first, begin + last), encoded["offset_mapping"]).tolist()
         counts = (grid_thw.prod(-1) // self.vision.merge_size**2).tolist()
@@ -158,19 +201,37 @@ class Processor:
         ids = [i for i, count in zip(encoded["input_ids"], repeats, strict=True) for _ in range(count)]
         return ids, [flag for flag, count in zip(what, repeats, strict=True) for _ in range(count)]
 
-    def _prompt_text(self, sample: Sample) -> tuple[str, int]:
-        """The rendered chat text, and where the question begins in it.
+    def _check_question(self, sample: Sample) -> None:
+        """Refuse special tokens in a question, and a *what* outside it."""
+        self._refuse_special_tokens(sample, sample.question)
+        first, last = sample.what
+        if not 0 <= first <= last <= len(sample.question):
+            raise ValueError(
+                f"Sample {sample.id}: what is {sample.what}, which is no span of its question; "
+                f"give [begin, end) within its {len(sample.question)} characters."
+            )
 
-        Rendered a second time with a stand-in for the question: a short question may occur elsewhere in the text too.
-        """
-        text, frame = (self._render(len(sample.frames), words) for words in (sample.question, STAND_IN))
-        before, _, after = frame.rpartition(STAND_IN)
-        if STAND_IN not in frame or text != before + sample.question + after:
+    def _prompt_text(self, sample: Sample, frames: int) -> tuple[str, int]:
+        """The chat text of a sample as if it had so many frames, and where the question begins in it."""
+        text = self._render(frames, sample.question)
+        before, after = self._around(frames)
+        if text != before + sample.question + after:
             raise ValueError(
                 f"Sample {sample.id}: the tokenizer's chat template changes the question {sample.question!r} (does it "
                 "strip or escape text?); use the chat_template that came with the model."
             )
         return text, len(before)
+
+    def _around(self, frames: int) -> tuple[str, str]:
+        """The chat text before and after a question.
+
+        Found with a stand-in for the question: a short question may occur elsewhere in the text too. A template that
+        changes even this leaves nothing to compare with.
+        """
+        if frames not in self._frames:
+            before, found, after = self._render(frames, STAND_IN).rpartition(STAND_IN)
+            self._frames[frames] = (before, after) if found else (STAND_IN, STAND_IN)
+        return self._frames[frames]
 
     def _render(self, frames: int, question: str) -> str:
         """The user's turn and the beginning of the assistant's, one placeholder per image or video."""
@@ -198,4 +259,15 @@ class Processor:
         """A description that spells a special token would turn into that token and shift every placeholder."""
         for token in self.special_tokens:
             if token in text:
-                raise ValueError(f"Sample {sample.id}: its text holds the special token {token!r}; remove it there.")
+                raise ValueError(
+                    f"Sample {sample.id}: its text holds the special token {token!r}; remove it from the annotations "
+                    "and prepare the data set again."
+                )
+
+    def _refuse_too_long(self, sample: Sample, count: int) -> None:
+        """Nothing is cut: a sequence without its end would teach an answer without one."""
+        if count > self.config.max_length:
+            raise ValueError(
+                f"Sample {sample.id} has {count} tokens, more than data.max_length = {self.config.max_length}; "
+                "raise it or use fewer or smaller frames."
+            )

@@ -1,16 +1,20 @@
-"""The DeepSpeed JSON: read strictly, "auto" filled from the run's configuration, contradictions refused.
+"""The DeepSpeed JSON: read strictly, "auto" filled from the run's configuration, contradictions refused; the start.
 
 The JSON is the one place for ZeRO, precision, offload and clipping; batch sizes, optimizer, schedule and logging
-belong to the run's configuration. Nothing here needs DeepSpeed but `skip_shm_build`.
+belong to the run's configuration.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from w2r2_ds.engine.ds_sections import check_sections, unknown
 
 AUTO = "auto"
 
@@ -98,7 +102,8 @@ def resolve_ds_config(
         What `deepspeed.initialize` takes, without any "auto".
 
     Raises:
-        ValueError: the JSON contradicts the configuration or holds what this project cannot honour.
+        ValueError: the JSON contradicts the configuration, holds what this project cannot honour or what DeepSpeed
+            does not know.
     """
     _check_keys(raw, path)
     per_pass = micro_batch * world_size
@@ -131,7 +136,45 @@ def resolve_ds_config(
             f'{path}: {where} is "auto", which nothing here can fill; write a value or leave the key out '
             f"for DeepSpeed's default."
         )
+    check_sections(config, path)
     return config
+
+
+def free_port() -> int:
+    """A port on which nothing listens now, for the launcher's `--master_port`; another program may still take it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join_ranks() -> None:
+    """Meet the other ranks of the `deepspeed` launcher; without a launcher this process is the only one.
+
+    Raises:
+        ValueError: the ranks cannot meet: above all, another run has this machine's port.
+    """
+    import deepspeed
+    import torch
+    from torch.distributed import DistNetworkError
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    skip_shm_build()
+    try:
+        deepspeed.init_distributed()
+    except DistNetworkError as error:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(error):
+            raise ValueError(
+                f"port {port} of this machine is taken, probably by another run; start this one with a port of its "
+                f"own: deepspeed --master_port {free_port()} launchers/train.py ..."
+            ) from None
+        raise ValueError(
+            f"the ranks cannot meet at {address}, port {port} ({' '.join(str(error).split())}); check the launcher's "
+            "--master_addr and --master_port."
+        ) from error
 
 
 def skip_shm_build() -> None:
@@ -153,7 +196,7 @@ def _check_keys(raw: dict[str, Any], path: str | Path) -> None:
         if key in REFUSED:
             raise ValueError(f'{path}: remove "{key}": {REFUSED[key]}.')
         if key not in KNOWN:
-            raise ValueError(f'{path}: unknown key "{key}"; it must be one of {", ".join(sorted(KNOWN))}.')
+            raise ValueError(f"{path}: {unknown(key, KNOWN)}; known are {', '.join(sorted(KNOWN))}.")
     fp16 = raw.get("fp16", {})
     if not isinstance(fp16, dict) or fp16.get("enabled", False) is not False:
         raise ValueError(

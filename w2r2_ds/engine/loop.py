@@ -17,9 +17,9 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
 
 from w2r2_ds.config import RunConfig, save_config
-from w2r2_ds.data.check import check_frames
+from w2r2_ds.data.check import check_frames, check_texts
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import checked, load_mixture, train_loader
+from w2r2_ds.data.loading import checked, load_mixture, make_processor, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots, token_tables
 from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint, resume, save_checkpoint
@@ -204,6 +204,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         if rank == 0:
             print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
         check_frames(samples, rank, world)
+        check_texts(samples, make_processor(front, config.data), rank, world)
         device = torch.device(get_accelerator().current_device_name())
         validation = make_validation(config, front, device) if config.train.eval_every else None
     # transformers partitions the weights while it loads them as long as this object lives.

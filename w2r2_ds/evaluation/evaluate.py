@@ -17,7 +17,7 @@ from rich.console import Console
 
 from w2r2_ds.config import DataConfig, RunConfig, relocated
 from w2r2_ds.config import load_config as load_run_config
-from w2r2_ds.data.check import check_frames
+from w2r2_ds.data.check import check_frames, check_texts
 from w2r2_ds.data.loading import make_processor, prompt_loader
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.progress import progress
@@ -29,7 +29,7 @@ from w2r2_ds.evaluation.record import record_of
 from w2r2_ds.evaluation.score import choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.sets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_records
-from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry
+from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.export.adapter import ADAPTER_CARD, adapter_config, load_adapter
 from w2r2_ds.models.build import Front, build_model, fingerprint, load_front, resolve_dtype
 from w2r2_ds.models.w2r2 import W2R2
@@ -129,7 +129,10 @@ def evaluate(
     # What is wrong with the scoring must not wait for the answers.
     boxes = read_boxes(proposals)
     names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
+    if geometry == "shuffle":
+        pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world)
+    check_texts(samples, make_processor(load_front(config.model), config.data), ranks.rank, ranks.world, False)
 
     _, model, front = load_model(path, root, vlm, vggt)
     set_threads(ranks, model.base.config.get_text_config().hidden_size)

@@ -60,7 +60,8 @@ class Parts:
         file = folder / RUN
         folder.mkdir(parents=True, exist_ok=True)
         if not file.is_file():
-            if any(folder.glob("part-*.jsonl")):
+            # Another rank may be just ahead: its parts come after the file.
+            if any(folder.glob("part-*.jsonl")) and not file.is_file():
                 raise ValueError(f"{folder} holds answers of an unknown run ({RUN} is missing); remove it.")
             aside = folder / f"{RUN}.{os.getpid()}.partial"
             aside.write_text(json.dumps(wanted, indent=2) + "\n")

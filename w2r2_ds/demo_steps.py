@@ -1,0 +1,120 @@
+"""The whole job on a machine with nothing: scenes, tiny model, training under ZeRO-3, evaluation, export, a table.
+
+Every step is one of the commands a user would type, printed before it runs. Run twice, it reuses what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from w2r2_ds.config import RunConfig, load_config
+from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint
+from w2r2_ds.engine.deepspeed import free_port
+
+CAPTION = "tiny model: shows that the pipeline works, not that the method does"
+LEAST_PARSED = 0.95
+
+
+def run(*command: str) -> None:
+    """Print a command, run it, stop the demo if it fails."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    # The Makefile puts the environment's programs first on PATH; the interpreter is this one in any case.
+    program = sys.executable if command[0] == "python" else command[0]
+    # The tensors are tiny: a second thread costs more than it computes.
+    done = subprocess.run([program, *command[1:]], env={"OMP_NUM_THREADS": "1", **os.environ})
+    if done.returncode:
+        sys.exit(f"demo: the command above failed with exit status {done.returncode}.")
+
+
+def trained(config: RunConfig) -> bool:
+    """Whether the run is complete already."""
+    if not has_checkpoint(config.out):
+        return False
+    return find_checkpoint(config.out).name == f"step-{config.train.steps:06d}"
+
+
+def run_demo() -> None:
+    """The whole job, in runs/demo: scenes, tiny model, training under ZeRO-3, evaluation, export, a table.
+
+    It takes minutes; what is there already is reused.
+    """
+    started = time.perf_counter()
+    config = load_config()
+    out = Path(config.out).parent
+    adapter, scores = out / "adapter", out / "evaluation"
+    run("python", "launchers/prepare.py", "demo")
+    if trained(config):
+        print(f"\nreusing the trained run in {config.out}")
+    else:
+        resume = ("--resume", "auto") if has_checkpoint(config.out) else ()
+        port = ("--master_port", str(free_port()))  # not the launcher's own: another run may have it
+        run("deepspeed", *port, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
+    step = find_checkpoint(config.out)
+    for geometry in ("fused", "zero"):
+        file = scores / f"scores-scanrefer-{geometry}.json"
+        if evaluated(file, step):
+            print(f"\nreusing {file}")
+            continue
+        where = ("--checkpoint", str(step), "--out", str(scores))
+        run(
+            "python",
+            "launchers/evaluate.py",
+            *where,
+            "--task",
+            "scanrefer",
+            "--geometry",
+            geometry,
+            "--batch_size",
+            "32",
+        )
+    if evaluated(adapter / "w2r2_card.json", step):
+        print(f"\nreusing the adapter in {adapter}")
+    else:
+        if adapter.exists():
+            shutil.rmtree(adapter)  # of an earlier training
+        run("python", "launchers/export.py", "--checkpoint", config.out, "--out", str(adapter))
+    parsed = show(config, scores, adapter, time.perf_counter() - started)
+    if parsed < LEAST_PARSED:
+        sys.exit(f"demo: only {parsed:.1%} of the answers parse; at least {LEAST_PARSED:.0%} should.")
+
+
+def evaluated(file: Path, checkpoint: Path) -> bool:
+    """Whether scores of this very checkpoint are there; a retrained one is scored again."""
+    return file.is_file() and file.stat().st_mtime >= (checkpoint / "checkpoint.json").stat().st_mtime
+
+
+def show(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:
+    """Print the table; returns the smaller share of answers that parse."""
+    table = Table(title=CAPTION, title_style="bold")
+    for column in ("validation", "parsed", "Acc@0.25", "Acc@0.5", "unique", "multiple", "samples"):
+        table.add_column(column, justify="left" if column == "validation" else "right")
+    shares = []
+    for geometry, name in (("fused", "fused (2D + geometry)"), ("zero", "2D only")):
+        report = json.loads((scores / f"scores-scanrefer-{geometry}.json").read_text())
+        result = report["protocols"]["scanrefer/vgllm-direct"]
+        overall = result["overall"]
+        shares.append(result["parsed"])
+        groups = [result[group]["acc@0.25"] for group in ("unique", "multiple")]
+        values = [result["parsed"], overall["acc@0.25"], overall["acc@0.5"], *groups]
+        table.add_row(name, *("-" if v is None else f"{v:.1%}" for v in values), str(overall["count"]))
+    console = Console(width=100)
+    console.print(table)
+    console.print("unique and multiple: Acc@0.25 of each group. Protocol:", result["protocol"], highlight=False)
+    for label, path in (
+        ("scenes", f"{config.data.root} (look at contact_sheets/)"),
+        ("run", f"{config.out} (metrics.jsonl, checkpoints/)"),
+        ("predictions", scores),
+        ("adapter", adapter),
+    ):
+        console.print(f"{label:12} {path}", highlight=False, soft_wrap=True)
+    console.print(f"done in {seconds:.0f} s", highlight=False)
+    return min(shares)
