@@ -30,6 +30,7 @@ from w2r2_ds.engine.hinge import HingeWatch
 from w2r2_ds.engine.metrics import MetricsLogger
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.engine.together import together
+from w2r2_ds.geometry.loading import locate, read_config
 from w2r2_ds.models.build import Front, build_model, load_front, resolve_dtype, trainable
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
@@ -188,6 +189,7 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
             bf16=dtype == torch.bfloat16,
         )
         front = load_front(config.model)
+        read_config(locate(config.model.vggt))
         check_objective(config, front)
         samples = load_mixture(config.data, "train")
         if rank == 0:
