@@ -37,9 +37,13 @@ def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str
     return message
 
 
-def test_nothing_is_wrong_with_the_world(world: World, tmp_path: Path, one_process: None) -> None:
+@pytest.mark.parametrize(("width", "vggt", "vlm"), [(56, "56 x 42", "56 x 28"), (126, "126 x 98", "112 x 84")])
+def test_a_good_start_says_at_what_size_frames_are_seen(
+    world: World, tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture[str], width: int, vggt: str, vlm: str
+) -> None:
     with pytest.raises(AssertionError, match="the weights are loaded"):
-        loop.set_up(load_config(None, world.arguments(tmp_path / "out")), str(ZERO3))
+        loop.set_up(load_config(None, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3))
+    assert f"\nframes {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

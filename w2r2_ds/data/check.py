@@ -58,6 +58,15 @@ def ends_well(path: Path) -> bool:
     return any(head.startswith(start) and end in tail for start, end in ENDS.items())
 
 
+def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
+    """At what size the first sample's frames are seen; the two differ where the VLM cannot merge an odd patch."""
+    sample = next((sample for sample in samples if sample.frames), None)
+    if sample is None:
+        return "no sample has frames"
+    (width, height), (less, lower) = processor.seen_sizes([frame_size(path) for path in sample.frames])
+    return f"frames {width} x {height} for VGGT, {less} x {lower} for the video LLM (of {sample.id})"
+
+
 def check_texts(
     samples: Sequence[Sample], processor: Processor, rank: int = 0, world_size: int = 1, with_answer: bool = True
 ) -> int:

@@ -17,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
 
 from w2r2_ds.config import RunConfig, save_config
-from w2r2_ds.data.check import check_frames, check_texts
+from w2r2_ds.data.check import check_frames, check_texts, describe_frames
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.data.loading import checked, load_mixture, make_processor, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
@@ -192,10 +192,13 @@ def set_up(config: RunConfig, ds_path: str) -> Run:
         read_config(locate(config.model.vggt))
         check_objective(config, front)
         samples = load_mixture(config.data, "train")
+        processor = make_processor(front, config.data)
         if rank == 0:
             print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
         check_frames(samples, rank, world)
-        check_texts(samples, make_processor(front, config.data), rank, world)
+        check_texts(samples, processor, rank, world)
+        if rank == 0:
+            print(describe_frames(samples, processor), flush=True)
     device = torch.device(get_accelerator().current_device_name())
     # transformers partitions the weights while it loads them as long as this object lives.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
