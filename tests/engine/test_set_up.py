@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from runs import ZERO3, World
 from w2r2_ds.config import load_config
+from w2r2_ds.data.prepared import VERSION, PreparedSet, tables, write_tables
 from w2r2_ds.engine import loop
 
 
@@ -70,3 +71,16 @@ def test_the_deepspeed_json(world: World, tmp_path: Path, one_process: None) -> 
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "sub_group_siz": 1}}))
     assert "(did you mean zero_optimization.sub_group_size?" in refusal(world, tmp_path / "out", file)
+
+
+@pytest.mark.parametrize(("kept", "weight"), [(0, 1.0), (3, 0.1)])
+def test_nothing_to_train_on(world: World, tmp_path: Path, one_process: None, kept: int, weight: float) -> None:
+    root = world.folder / "scenes"
+    samples = PreparedSet(root / "prepared" / "scanrefer" / "train", root)[:kept]
+    folder = tmp_path / "few"
+    folder.mkdir()
+    write_tables(folder, *tables(samples, root))
+    manifest = {"version": VERSION, "task": "scanrefer", "counts": {"samples": kept}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = refusal(world, tmp_path / "out", data__train=f"[{{path: {folder}, weight: {weight}}}]")
+    assert said.startswith(f"There is nothing to train on: the samples of {folder}/manifest.json ({kept}), times")
