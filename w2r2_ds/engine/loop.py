@@ -113,7 +113,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
         raise FloatingPointError(
             f"The gradient norm is not finite; stopped. Samples of rank {dist.get_rank()}: {named}."
         )
-    metrics["lr"] = float(engine.get_lr()[0])
+    for name, rate in zip(("lr", "merger_lr"), engine.get_lr(), strict=True):  # in the order of `parameter_groups`
+        metrics[name] = float(rate)
     return metrics
 
 
