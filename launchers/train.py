@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from w2r2_ds.config import RunConfig, config_first, from_tree, names_config, parser
 from w2r2_ds.demo import prepare_demo
-from w2r2_ds.engine.deepspeed import join_ranks
+from w2r2_ds.engine.deepspeed import join_ranks, load_ds_config
 from w2r2_ds.engine.loop import train
 from w2r2_ds.evaluation.in_training import InTraining
 from w2r2_ds.objective.push import find_reading
@@ -29,7 +29,8 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
 def main(args: list[str]) -> None:
     """Join the other ranks, make the demo's data if asked to, train."""
     config, ds_path = read_arguments(args)
-    find_reading(config.objective.push)  # before minutes of demo preparation
+    find_reading(config.objective.push)  # this and the next before minutes of demo preparation
+    load_ds_config(ds_path)
     join_ranks()
     if config.demo.enabled:
         if dist.get_rank() == 0:

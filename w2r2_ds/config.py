@@ -41,7 +41,8 @@ class DataConfig:
         root: folder in ScanNet's layout (posed_images/, scans/, ...; docs/data.md).
         train: prepared training sets, a list of path, weight and cap.
         val: prepared validation sets, all shown whole.
-        frame_width: width in pixels to which a frame is resized; VGGT's own is 518. A multiple of the patch size.
+        frame_width: width in pixels to which a frame is resized for VGGT, whose own is 518; a multiple of its patch 14.
+            The VLM merges patches two by two: of an odd number, as in 518, it does not see the last column.
         visual: every frame an `<image>` with its index, or all frames one `<video>`.
         video_fps: nominal rate of the sampled frames, for the temporal positions of a `<video>`.
         max_length: longest sequence in tokens; a longer sample is an error, never cut.

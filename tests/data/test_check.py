@@ -140,6 +140,16 @@ def test_a_short_text_is_not_encoded(
     assert len(encoded) == 2 and not any(samples[0].question in text for text in encoded)
 
 
+def test_one_message_says_how_long_the_longest_is(front: Any, data_config: Any, samples: list[Any]) -> None:
+    lengths = [len(make_processor(front, data_config())(sample, True).input_ids) for sample in samples]
+    with pytest.raises(ValueError) as caught:
+        check_texts(samples, make_processor(front, data_config(max_length=100)))
+    assert str(caught.value) == (
+        f"Sample four has {lengths[0]} tokens, more than data.max_length = 100; raise it or use fewer or smaller "
+        f"frames (look also at three, twelve; the longest has {max(lengths)} tokens)."
+    )
+
+
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
 def test_a_special_token_is_found_by_the_rank_of_its_sample(
     front: Any, data_config: Any, samples: list[Any], blind: None, token: str

@@ -25,7 +25,7 @@ from w2r2_ds.objective.push import PUSH_TERMS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
-EXACT = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused", "grad_norm", "lr")
+EXACT = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused", "grad_norm", "lr", "merger_lr")
 """Everything of a line that is not a time or a size."""
 GOLDEN_TOLERANCE = 1e-3
 """Relative. Recorded with AVX2 kernels: a second recording was equal to the last bit; one whose warm-up and training
@@ -69,6 +69,7 @@ def one_rank(world: World, trained: Path, folder: Path) -> Reports:
         Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3),
         Job("gap", arguments(world, folder / "gap", **DROPOUT, **GAP), stop_after=2),
         Job("silent", arguments(world, folder / "silent", train__steps=1, objective__mu=0.99)),
+        Job("rates", arguments(world, folder / "rates", train__steps=2, train__merger_lr=3e-4), stop_after=1),
         Job("misspelt", arguments(world, folder / "misspelt", objective__push="marign")),
         Job("again", arguments(world, untouched)),
         Job("other-rank", arguments(world, untouched, model__lora_rank=4, **AUTO)),
@@ -152,6 +153,13 @@ def test_every_step_shows_how_2d_the_model_is(trained: Path) -> None:
         assert line["geometry_norm"] > 0
         both = line["grad_norm_lora"] ** 2 + line["grad_norm_geometry"] ** 2
         assert both == pytest.approx(line["grad_norm"] ** 2, rel=1e-5)
+
+
+def test_both_learning_rates_are_logged(one_rank: Reports, folder: Path) -> None:
+    """Half way down the cosine from the demo's 1e-3 and from 3e-4, after the first of two steps."""
+    assert one_rank["rates"][0]["error"] is None
+    (line,) = read_metrics(folder / "rates")
+    assert (line["lr"], line["merger_lr"]) == (pytest.approx(5e-4), pytest.approx(1.5e-4))
 
 
 @pytest.mark.golden

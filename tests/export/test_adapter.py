@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -151,6 +152,24 @@ def test_the_card_says_what_it_is(adapter: Path, trained: Path, world: World) ->
         assert {"w2r2_ds", "torch", "transformers", "peft", "deepspeed", "python"} <= card[made].keys()
     adapter_config = json.loads((adapter / "adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == str(world.folder / "vlm")
+
+
+def test_its_readme_says_what_it_is_and_how_to_load_it(adapter: Path, world: World) -> None:
+    text = (adapter / "README.md").read_text()
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["base_model"] == str(world.folder / "vlm") and head["library_name"] == "peft"
+    assert f"trained with W2R2-DS {versions()['w2r2_ds']} to step {STEPS}. Objective: `push margin`" in text
+    assert f"lambda 1.5, mu 0.0. Geometry: layer 2 of {world.folder / 'vggt'}" in text
+    named = {file.name for file in adapter.iterdir()} - {"README.md"}
+    assert all(f"`{name}`" in text for name in named), named
+    assert "[More Information Needed]" not in text  # peft's blank form
+    compile("\n".join(line[4:] for line in text.split("alone, which")[1].splitlines()[1:]), "README.md", "exec")
+
+
+def test_an_adapter_is_not_exported_again(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{adapter} is an exported adapter already; name the run"):
+        export_adapter(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_not_empty_is_refused(trained: Path, tmp_path: Path) -> None:

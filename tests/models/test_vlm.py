@@ -133,13 +133,17 @@ def test_position_ids_refuse_what_would_be_silently_wrong(tokenizer: Any, visual
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./runs/model", "a/b/c", "../x", ""])
 def test_missing_directory(name: str) -> None:
-    with pytest.raises(ValueError, match="not a directory; give an existing directory or a hub id") as caught:
+    with pytest.raises(
+        ValueError, match=r"no directory here; correct model\.vlm .* or a hub id such as Qwen/"
+    ) as caught:
         load_config(name)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_hub_id() -> None:
-    with pytest.raises(ValueError, match=r"no-such-org/no-such-model.*no such directory") as caught:
+    with pytest.raises(
+        ValueError, match=r"no-such-org/no-such-model.*no such directory.*; correct model\.vlm .* give its directory$"
+    ) as caught:
         load_vlm("no-such-org/no-such-model", torch.float32)
     assert "\n" not in str(caught.value)
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from w2r2_ds.data.images import frame_size, load_frame
-from w2r2_ds.data.processor import Processor
+from w2r2_ds.data.processor import Processor, TooLong
 from w2r2_ds.data.sample import Sample
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
@@ -58,6 +58,15 @@ def ends_well(path: Path) -> bool:
     return any(head.startswith(start) and end in tail for start, end in ENDS.items())
 
 
+def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
+    """At what size the first sample's frames are seen; the two differ where the VLM cannot merge an odd patch."""
+    sample = next((sample for sample in samples if sample.frames), None)
+    if sample is None:
+        return "no sample has frames"
+    (width, height), (less, lower) = processor.seen_sizes([frame_size(path) for path in sample.frames])
+    return f"frames {width} x {height} for VGGT, {less} x {lower} for the video LLM (of {sample.id})"
+
+
 def check_texts(
     samples: Sequence[Sample], processor: Processor, rank: int = 0, world_size: int = 1, with_answer: bool = True
 ) -> int:
@@ -75,7 +84,7 @@ def check_texts(
 
     Raises:
         ValueError: the sentence of the first sample whose text holds a special token, which is too long or which the
-            chat template changes; with the number of those that follow it, and the next few by name.
+            chat template changes; with the next few by name, and how long the longest is.
     """
     # A run of neighbours: they are of the same scenes, so that ranks rarely read the same file.
     begin, end = (len(samples) * share // world_size for share in (rank, rank + 1))
@@ -90,7 +99,17 @@ def check_texts(
         except ValueError as error:
             refused.append((sample.id, error))
     if refused:
-        first, others = refused[0][1], [identity for identity, _ in refused[1:]]
-        named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
-        raise ValueError(str(first).removesuffix(".") + (f" (look also at {named})." if others else ".")) from first
+        raise ValueError(_all_of(refused)) from refused[0][1]
     return len(mine)
+
+
+def _all_of(refused: Sequence[tuple[str, ValueError]]) -> str:
+    """The sentence of the first sample that was refused; which others were, and how long the longest is."""
+    first, others = str(refused[0][1]), [identity for identity, _ in refused[1:]]
+    if not others:
+        return first
+    also = "look also at " + ", ".join(others[:NAMED])
+    if len(others) > NAMED:
+        also += f" and {len(others) - NAMED} more"
+    longest = max(error.tokens if isinstance(error, TooLong) else 0 for _, error in refused)
+    return f"{first.removesuffix('.')} ({also}{f'; the longest has {longest} tokens' if longest else ''})."

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from w2r2_ds.config import DataConfig
 from w2r2_ds.data.collate import Batch, Collator, Positions
 from w2r2_ds.data.mixture import Mixture
-from w2r2_ds.data.prepared import PreparedSet
+from w2r2_ds.data.prepared import MANIFEST, PreparedSet
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.sampler import GlobalBatchSampler
@@ -26,11 +26,18 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
     """The prepared data sets of a split.
 
     Raises:
-        ValueError: one of them is missing or broken.
+        ValueError: one of them is missing or broken, or an epoch of training would show nothing.
     """
     sources = {"train": config.train, "val": config.val}[split]
     sets = [PreparedSet(Path(config.root) / source.path, config.root) for source in sources]
-    return Mixture(sets, [source.weight for source in sources], [source.cap for source in sources])
+    mixture = Mixture(sets, [source.weight for source in sources], [source.cap for source in sources])
+    if split == "train" and mixture.epoch_size == 0:
+        shown = ", ".join(f"{each.folder / MANIFEST} ({len(each)})" for each in sets)
+        raise ValueError(
+            f"There is nothing to train on: the samples of {shown}, times their weight in data.train, are none; see "
+            "there what was left out and prepare the data set again, or raise the weight."
+        )
+    return mixture
 
 
 class SampleDataset(Dataset[Features | ValueError]):

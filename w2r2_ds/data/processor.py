@@ -25,6 +25,14 @@ SEAMS = 64
 """Generously, the tokens that a text may have more than its parts; where they meet at special tokens, none."""
 
 
+class TooLong(ValueError):
+    """A sample has more tokens than `data.max_length`."""
+
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+
+
 @dataclass(frozen=True)
 class Features:
     """One sample as tensors.
@@ -267,7 +275,8 @@ class Processor:
     def _refuse_too_long(self, sample: Sample, count: int) -> None:
         """Nothing is cut: a sequence without its end would teach an answer without one."""
         if count > self.config.max_length:
-            raise ValueError(
+            raise TooLong(
                 f"Sample {sample.id} has {count} tokens, more than data.max_length = {self.config.max_length}; "
-                "raise it or use fewer or smaller frames."
+                "raise it or use fewer or smaller frames.",
+                count,
             )

@@ -71,7 +71,10 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise ValueError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}.") from None
+        raise ValueError(
+            f"{path}: cannot read the DeepSpeed JSON: {error.strerror}; give --deepspeed a file such as "
+            "ds_configs/zero3.json."
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: not a valid DeepSpeed JSON: {error}.") from None
     if not isinstance(raw, dict):

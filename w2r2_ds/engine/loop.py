@@ -17,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
 
 from w2r2_ds.config import RunConfig, save_config
-from w2r2_ds.data.check import check_frames, check_texts
+from w2r2_ds.data.check import check_frames, check_texts, describe_frames
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.data.loading import checked, load_mixture, make_processor, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
@@ -31,6 +31,7 @@ from w2r2_ds.engine.metrics import MetricsLogger
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.engine.together import together
 from w2r2_ds.engine.validation import BestSoFar, MakeValidation
+from w2r2_ds.geometry.loading import locate, read_config
 from w2r2_ds.models.build import Front, build_model, load_front, resolve_dtype, trainable
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
@@ -123,7 +124,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
         raise FloatingPointError(
             f"The gradient norm is not finite; stopped. Samples of rank {dist.get_rank()}: {named}."
         )
-    metrics["lr"] = float(engine.get_lr()[0])
+    for name, rate in zip(("lr", "merger_lr"), engine.get_lr(), strict=True):  # in the order of `parameter_groups`
+        metrics[name] = float(rate)
     return metrics
 
 
@@ -199,12 +201,16 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
             bf16=dtype == torch.bfloat16,
         )
         front = load_front(config.model)
+        read_config(locate(config.model.vggt))
         check_objective(config, front)
         samples = load_mixture(config.data, "train")
+        processor = make_processor(front, config.data)
         if rank == 0:
             print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
         check_frames(samples, rank, world)
-        check_texts(samples, make_processor(front, config.data), rank, world)
+        check_texts(samples, processor, rank, world)
+        if rank == 0:
+            print(describe_frames(samples, processor), flush=True)
         device = torch.device(get_accelerator().current_device_name())
         validation = make_validation(config, front, device) if config.train.eval_every else None
     # transformers partitions the weights while it loads them as long as this object lives.

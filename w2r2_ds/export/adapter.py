@@ -3,6 +3,7 @@
 ADAPTER/adapter_config.json, adapter_model.safetensors   stock peft and transformers load these
         geometry_merger.safetensors                      the merger's tensors, VG-LLM's names; a fusion's as fusion.NAME
         w2r2_card.json                                   base model, configuration, metrics, versions
+        README.md                                        the same in words, and how to load it
 """
 
 from __future__ import annotations
@@ -27,6 +28,36 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.versions import versions
 
 ADAPTER_CARD = "w2r2_card.json"
+README = """---
+base_model: {base}
+library_name: peft
+tags: [w2r2, vggt]
+---
+
+# A W2R2 adapter for {base}
+
+LoRA weights and a geometry merger, trained with W2R2-DS {version} to step {step}. Objective: `push {objective[push]}`,
+lambda {objective[lam]}, mu {objective[mu]}. Geometry: layer {model[geometry_layer]} of {geometry} (frozen, not here),
+joined by `fusion {model[fusion]}`. Everything else of the training is in `w2r2_card.json`.
+
+| file | holds |
+|---|---|
+| `adapter_config.json`, `adapter_model.safetensors` | the LoRA weights, for peft |
+| `geometry_merger.safetensors` | the merger's tensors, and the fusion's as `fusion.NAME` |
+
+With W2R2-DS, from frames and geometry (where the base models lie now is said by `--vlm` and `--vggt`):
+
+    python launchers/evaluate.py --checkpoint THIS_FOLDER --geometry fused
+
+With peft and transformers alone, which see the frames and no geometry:
+
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    base = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto")
+    model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+"""
+"""Takes the place of the blank form that peft writes."""
 
 
 def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> Path:
@@ -39,8 +70,11 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | No
         vggt: likewise VGGT.
 
     Raises:
-        ValueError: `out` is not empty, or a trained tensor would be empty.
+        ValueError: `path` is an adapter itself or holds no checkpoint, `out` is not empty, or a trained tensor would
+            be empty.
     """
+    if (path / ADAPTER_CARD).is_file():
+        raise ValueError(f"{path} is an exported adapter already; name the run or the checkpoint that it came from.")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name another --out or remove it.")
     checkpoint = find_checkpoint(path)
@@ -52,7 +86,9 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | No
     aside.mkdir(parents=True)
     cast(PeftModel, model.vlm).save_pretrained(str(aside), save_embedding_layers=False)
     save_file(merger_tensors(model), aside / MERGER)
-    (aside / ADAPTER_CARD).write_text(json.dumps(card(config, model, checkpoint), indent=2) + "\n")
+    described = card(config, model, checkpoint)
+    (aside / ADAPTER_CARD).write_text(json.dumps(described, indent=2) + "\n")
+    (aside / "README.md").write_text(readme(described))
     refuse_empty(aside)
     os.replace(aside, out)
     return out
@@ -71,6 +107,18 @@ def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
         "exported_with": versions(),
         "configuration": asdict(config),
     }
+
+
+def readme(described: dict[str, Any]) -> str:
+    """The card in words."""
+    return README.format(
+        base=described["base_model"],
+        geometry=described["geometry_model"],
+        version=described["trained_with"]["w2r2_ds"],
+        step=described["step"],
+        objective=described["configuration"]["objective"],
+        model=described["model"],
+    )
 
 
 def refuse_empty(out: Path) -> None:

@@ -35,7 +35,7 @@ def load_vggt(source: str | Path, *, revision: str | None = None, dtype: torch.d
     Raises:
         ValueError: nothing there; a file is missing or broken; a weight is missing, unknown or of another shape.
     """
-    directory = _locate(source, revision)
+    directory = locate(source, revision)
     config = read_config(directory)
     with torch.device("meta"):
         model = VGGT(config)
@@ -84,12 +84,19 @@ def read_config(directory: Path) -> VGGTConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _locate(source: str | Path, revision: str | None) -> Path:
-    """The local directory of `source`, downloaded when it is a hub id."""
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The local directory of `source`, downloaded when it is a hub id.
+
+    Raises:
+        ValueError: there is no such directory, and it cannot be downloaded.
+    """
     if Path(source).is_dir():
         return Path(source)
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise ValueError(f"{source} is no directory; give a VGGT directory or a hub id such as facebook/VGGT-1B.")
+        raise ValueError(
+            f"{source} is no directory here; correct model.vggt (or --vggt): a VGGT directory, "
+            "or a hub id such as facebook/VGGT-1B."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -98,7 +105,8 @@ def _locate(source: str | Path, revision: str | None) -> Path:
         raise ValueError(
             f"{source} is no directory here and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}); "
-            "check the name and the network, or fetch it elsewhere and give the directory."
+            "correct model.vggt (or --vggt), or fetch it where there is a network and give its "
+            "directory."
         ) from error
 
 

@@ -306,7 +306,10 @@ def _check_name(name_or_path: str | Path) -> str:
     """A directory or something of the form of a hub id, as a string; ValueError for anything else."""
     name = str(name_or_path)
     if not name or not (Path(name).is_dir() or _HUB_ID.fullmatch(name)):
-        raise ValueError(f"model {name!r} is not a directory; give an existing directory or a hub id such as org/model")
+        raise ValueError(
+            f"model {name!r} is no directory here; correct model.vlm (or --vlm): a directory, "
+            "or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
+        )
     return name
 
 
@@ -315,7 +318,10 @@ def _unreadable(name: str, what: str, error: Exception) -> str:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if Path(name).is_dir():
         return f"{name}: cannot read {what} ({first_line}); copy the complete model directory"
-    return f"model {name!r}: no such directory, and as a hub id its {what} could not be fetched ({first_line})"
+    return (
+        f"model {name!r}: no such directory, and as a hub id its {what} could not be fetched ({first_line}); correct "
+        "model.vlm (or --vlm), or fetch the model where there is a network and give its directory"
+    )
 
 
 def _read_json(name_or_path: str | Path, filename: str) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""What a user can mend is said in one sentence before any weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from runs import ZERO3, World
+from w2r2_ds.config import load_config
+from w2r2_ds.data.prepared import VERSION, PreparedSet, tables, write_tables
+from w2r2_ds.engine import loop
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A group of one rank, whose model must not be built."""
+
+    def build(*_: Any) -> None:
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr(loop, "build_model", build)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
+    """What `set_up` says of these options."""
+    with pytest.raises(ValueError) as caught:
+        loop.set_up(load_config(None, world.arguments(out, **changes)), str(ds))
+    message = str(caught.value)
+    assert "\n" not in message and not out.exists()
+    return message
+
+
+@pytest.mark.parametrize(("width", "vggt", "vlm"), [(56, "56 x 42", "56 x 28"), (126, "126 x 98", "112 x 84")])
+def test_a_good_start_says_at_what_size_frames_are_seen(
+    world: World, tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture[str], width: int, vggt: str, vlm: str
+) -> None:
+    with pytest.raises(AssertionError, match="the weights are loaded"):
+        loop.set_up(load_config(None, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3))
+    assert f"\nframes {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__vlm": "/nowhere"}, "model '/nowhere' is no directory here; correct model.vlm"),
+        ({"model__vggt": "/nowhere"}, "/nowhere is no directory here; correct model.vggt"),
+        ({"model__vggt": "no-such-org/no-such-vggt"}, "; correct model.vggt (or --vggt), or fetch it"),
+        (
+            {"data__max_length": 100},
+            "more than data.max_length = 100; raise it or use fewer or smaller frames (look also",
+        ),
+        ({"data__frame_width": 60}, "data.frame_width is 60; make it a multiple of the patch size 14."),
+    ],
+)
+def test_options(world: World, tmp_path: Path, one_process: None, changes: dict[str, object], said: str) -> None:
+    assert said in refusal(world, tmp_path / "out", **changes)
+
+
+def test_the_deepspeed_json(world: World, tmp_path: Path, one_process: None) -> None:
+    said = refusal(world, tmp_path / "out", tmp_path / "none.json")
+    assert said.startswith(f"{tmp_path}/none.json: cannot read the DeepSpeed JSON: No such file or directory; ")
+    assert said.endswith("; give --deepspeed a file such as ds_configs/zero3.json.")
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "sub_group_siz": 1}}))
+    assert "(did you mean zero_optimization.sub_group_size?" in refusal(world, tmp_path / "out", file)
+
+
+@pytest.mark.parametrize(("kept", "weight"), [(0, 1.0), (3, 0.1)])
+def test_nothing_to_train_on(world: World, tmp_path: Path, one_process: None, kept: int, weight: float) -> None:
+    root = world.folder / "scenes"
+    samples = PreparedSet(root / "prepared" / "scanrefer" / "train", root)[:kept]
+    folder = tmp_path / "few"
+    folder.mkdir()
+    write_tables(folder, *tables(samples, root))
+    manifest = {"version": VERSION, "task": "scanrefer", "counts": {"samples": kept}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = refusal(world, tmp_path / "out", data__train=f"[{{path: {folder}, weight: {weight}}}]")
+    assert said.startswith(f"There is nothing to train on: the samples of {folder}/manifest.json ({kept}), times")
