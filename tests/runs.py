@@ -43,6 +43,8 @@ class World:
             "demo.enabled": "false",
             "demo.warmup_steps": 100,
             "data.root": self.folder / "scenes",
+            "data.train": "[{path: prepared/scanrefer/train}]",
+            "data.val": "[{path: prepared/scanrefer/val}]",
             "demo.frames": 2,
             "data.frame_width": 56,
             "model.vlm": self.folder / "vlm",

@@ -19,9 +19,13 @@ from rich.table import Table
 from w2r2_ds.config import RunConfig, load_config
 from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint
 from w2r2_ds.engine.deepspeed import free_port
+from w2r2_ds.evaluation.score import headline
 
 CAPTION = "tiny model: shows that the pipeline works, not that the method does"
 LEAST_PARSED = 0.95
+NAMES = {"fused": "2D + 3D", "zero": "2D only"}
+SHOWN = ("acc@0.25", "acc@0.5", "CIDEr@0.5", "BLEU-4@0.5", "ROUGE-L@0.5", "EM", "CIDEr", "ROUGE-L")
+EVALUATIONS = [(task, geometry) for task in ("scanrefer", "scan2cap", "scanqa") for geometry in NAMES]
 
 
 def run(*command: str) -> None:
@@ -59,23 +63,14 @@ def run_demo() -> None:
         port = ("--master_port", str(free_port()))  # not the launcher's own: another run may have it
         run("deepspeed", *port, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
     step = find_checkpoint(config.out)
-    for geometry in ("fused", "zero"):
-        file = scores / f"scores-scanrefer-{geometry}.json"
+    for task, geometry in EVALUATIONS:
+        file = scores / f"scores-{task}-{geometry}.json"
         if evaluated(file, step):
             print(f"\nreusing {file}")
             continue
         where = ("--checkpoint", str(step), "--out", str(scores))
-        run(
-            "python",
-            "launchers/evaluate.py",
-            *where,
-            "--task",
-            "scanrefer",
-            "--geometry",
-            geometry,
-            "--batch_size",
-            "32",
-        )
+        what = ("--task", task, "--geometry", geometry, "--batch_size", "32")
+        run("python", "launchers/evaluate.py", *where, *what)
     if evaluated(adapter / "w2r2_card.json", step):
         print(f"\nreusing the adapter in {adapter}")
     else:
@@ -93,22 +88,25 @@ def evaluated(file: Path, checkpoint: Path) -> bool:
 
 
 def show(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:
-    """Print the table; returns the smaller share of answers that parse."""
+    """Print the table; returns the smallest share of answers that parse."""
     table = Table(title=CAPTION, title_style="bold")
-    for column in ("validation", "parsed", "Acc@0.25", "Acc@0.5", "unique", "multiple", "samples"):
-        table.add_column(column, justify="left" if column == "validation" else "right")
-    shares = []
-    for geometry, name in (("fused", "fused (2D + geometry)"), ("zero", "2D only")):
-        report = json.loads((scores / f"scores-scanrefer-{geometry}.json").read_text())
-        result = report["protocols"]["scanrefer/vgllm-direct"]
-        overall = result["overall"]
-        shares.append(result["parsed"])
-        groups = [result[group]["acc@0.25"] for group in ("unique", "multiple")]
-        values = [result["parsed"], overall["acc@0.25"], overall["acc@0.5"], *groups]
-        table.add_row(name, *("-" if v is None else f"{v:.1%}" for v in values), str(overall["count"]))
+    for column in ("task", "geometry", "parsed", "samples", "scores"):
+        table.add_column(column, justify="right" if column in ("parsed", "samples") else "left")
+    shares, protocols = [], []
+    for task, geometry in EVALUATIONS:
+        results = json.loads((scores / f"scores-{task}-{geometry}.json").read_text())["protocols"]
+        (name,) = results
+        shares.append(results[name]["parsed"])
+        protocols += [name] if name not in protocols else []
+        numbers = [
+            f"{metric.removeprefix(name).strip()} {100 * value:.1f}"
+            for metric, value in headline(results).items()
+            if value is not None and metric.removeprefix(name).strip() in SHOWN
+        ]
+        table.add_row(task, NAMES[geometry], f"{shares[-1]:.1%}", str(results[name]["count"]), ", ".join(numbers))
     console = Console(width=100)
     console.print(table)
-    console.print("unique and multiple: Acc@0.25 of each group. Protocol:", result["protocol"], highlight=False)
+    console.print("all scores times 100; protocols:", ", ".join(protocols), highlight=False)
     for label, path in (
         ("scenes", f"{config.data.root} (look at contact_sheets/)"),
         ("run", f"{config.out} (metrics.jsonl, checkpoints/)"),
