@@ -25,6 +25,12 @@ def test_a_recipe_does_not_inherit_the_demo() -> None:
     assert (config.objective.mu, config.model.lora_rank) == (defaults.objective.mu, defaults.model.lora_rank)
 
 
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_configuration(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert config.out.startswith("runs/") and config.data.val
+
+
 def test_help_lists_every_option_with_its_default_and_a_sentence() -> None:
     text = " ".join(parser("", with_demo=False).format_help().split())
     defaults = asdict(RunConfig())
@@ -54,7 +60,7 @@ def test_the_command_line_wins_in_any_order(args: list[str]) -> None:
 def test_a_mixture_is_named_on_the_command_line() -> None:
     config = load_config(overrides=["--data.train", "[{path: a, weight: 0.5}, {path: b, cap: 7}]"])
     assert config.data.train == [SourceConfig("a", weight=0.5), SourceConfig("b", cap=7)]
-    assert config.data.val == [SourceConfig("prepared/scanrefer/val")]
+    assert config.data.val == load_config().data.val
 
 
 @pytest.mark.parametrize(
