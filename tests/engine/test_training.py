@@ -68,6 +68,7 @@ def one_rank(world: World, trained: Path, folder: Path) -> Reports:
         Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, dry_run=False),
         Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3),
         Job("gap", arguments(world, folder / "gap", **DROPOUT, **GAP), stop_after=2),
+        Job("mask", arguments(world, folder / "mask1", objective__mask2d=0.5), stop_after=3),
         Job("silent", arguments(world, folder / "silent", train__steps=1, objective__mu=0.99)),
         Job("rates", arguments(world, folder / "rates", train__steps=2, train__merger_lr=3e-4), stop_after=1),
         Job("misspelt", arguments(world, folder / "misspelt", objective__push="marign")),
@@ -94,6 +95,7 @@ def two_ranks(world: World, trained: Path, folder: Path) -> Reports:
         Job("two", arguments(world, folder / "two"), stop_after=FEW),
         Job("two-micro2", arguments(world, folder / "two-micro2", train__micro_batch=2), stop_after=FEW),
         Job("token", arguments(world, folder / "token2", objective__reduction="token"), stop_after=3),
+        Job("mask", arguments(world, folder / "mask2", objective__mask2d=0.5), stop_after=3),
         # Calls: the dry run, step 1, step 2.
         Job("nan", arguments(world, folder / "nan", train__save_every=1), nan_call=3),
         Job("world-size", arguments(world, world_size, **AUTO)),
@@ -213,6 +215,15 @@ def test_token_reduction_does_not_depend_on_the_ranks(
     assert_same_curve(two, one)
     by_sample = [line["loss"] for line in read_metrics(trained)[:3]]
     assert [line["loss"] for line in one] != pytest.approx(by_sample, rel=1e-6)
+
+
+def test_masks_do_not_depend_on_the_ranks(one_rank: Reports, two_ranks: Reports, trained: Path, folder: Path) -> None:
+    assert one_rank["mask"][0]["error"] is None and two_ranks["mask"][0]["error"] is None
+    one, two = read_metrics(folder / "mask1"), read_metrics(folder / "mask2")
+    assert len(one) == 3
+    assert_same_curve(two, one)
+    unmasked = [line["loss"] for line in read_metrics(trained)[:3]]
+    assert [line["loss"] for line in one] != pytest.approx(unmasked, rel=1e-4)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(one_rank: Reports, trained: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
@@ -13,7 +14,7 @@ from torch.nn.functional import layer_norm
 
 from w2r2_ds.config import ModelConfig
 from w2r2_ds.models.build import build_model, fingerprint, trainable
-from w2r2_ds.models.mask2d import mask_2d
+from w2r2_ds.models.mask2d import mask_2d, mask_images
 from w2r2_ds.models.phi import FUSIONS, HEADS, Fusion, fusion_name, index_codes, make_fusion
 from w2r2_ds.models.vlm import load_vlm
 
@@ -373,7 +374,9 @@ def test_the_mask_reaches_the_fused_pass_alone(model_config: Any, batch_of: Any,
         tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
         before = [tokens.clone() for tokens in tower.pooler_output]
         merged = model.merge(features)
-        masked = model.fuse(tower, merged, mask2d=0.5).pooler_output
+        owners = list(zip(batch.visuals.ids, map(len, features), strict=True))
+        mask = functools.partial(mask_images, owners=owners, share=0.5, seed=0, step=0)
+        masked = model.fuse(tower, merged, mask).pooler_output
     for plain, fused, geometry in zip(before, masked, merged.split([len(t) for t in before]), strict=True):
         alone = (fused == geometry).all(-1)
         assert int(alone.sum()) == math.floor(len(plain) / 2 + 0.5)
@@ -382,7 +385,7 @@ def test_the_mask_reaches_the_fused_pass_alone(model_config: Any, batch_of: Any,
     shortcut = model.fuse(tower, model.merge_nothing(features)).pooler_output
     assert all(torch.equal(old, now) for old, now in zip(before, shortcut, strict=True))
     with pytest.raises(AssertionError, match="the shortcut is never masked"):
-        model.fuse(tower, None, mask2d=0.5)
+        model.fuse(tower, None, mask)
 
 
 # The mask itself.
@@ -415,6 +418,23 @@ def test_every_token_is_masked_as_often_as_any_other() -> None:
     assert (often - share).abs().max() < 5 * math.sqrt(share * (1 - share) / draws)
     first, second = (mask_2d(visual, share, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def masked_of(owners: list[tuple[str, int]], seed: int = 0, step: int = 0, tokens: int = 40) -> list[list[int]]:
+    """Per image, the tokens that are zeroed."""
+    images = [torch.ones(tokens, 2) for _ in range(sum(count for _, count in owners))]
+    torch.rand(1)  # the default generator does not matter
+    return [(image == 0).all(-1).nonzero().flatten().tolist() for image in mask_images(images, owners, 0.5, seed, step)]
+
+
+def test_masks_follow_from_sample_seed_and_step_alone() -> None:
+    one, two, three = masked_of([("a", 2), ("b", 1)])
+    assert [len(one), len(two), len(three)] == [20, 20, 20]
+    assert one != two and one != three  # images of a sample differ, and samples do
+    others = masked_of([("b", 1), ("c", 3), ("a", 2)])
+    assert [others[0], *others[4:]] == [three, one, two]
+    assert masked_of([("a", 2)], step=1) != [one, two] and masked_of([("a", 2)], seed=1) != [one, two]
+    assert masked_of([]) == [] and masked_of([("a", 0), ("b", 1)]) == [three]
 
 
 def test_masked_tokens_have_no_gradient() -> None:

@@ -29,6 +29,7 @@ class Visuals:
         pixel_values: ``[patches, values]`` float32.
         grid_thw: ``[images or videos, 3]`` int64.
         geometry_images: per sample with frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1].
+        ids: the ids of those samples.
         dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
     """
 
@@ -36,6 +37,7 @@ class Visuals:
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     geometry_images: tuple[torch.Tensor, ...]
+    ids: tuple[str, ...] = ()
     dummy: bool = False
 
 
@@ -214,6 +216,7 @@ class Collator:
             pixel_values=torch.cat([f.pixel_values for f in features]),
             grid_thw=torch.cat([f.grid_thw for f in features]),
             geometry_images=geometry_images,
+            ids=tuple(f.sample.id for f in features if f.geometry_images is not None),
         )
 
 

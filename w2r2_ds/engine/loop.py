@@ -76,6 +76,7 @@ def train(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> P
         for step in range(run.start, config.train.steps):
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
+            run.engine.module.optimizer_step = step
             if step == run.start:
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches)

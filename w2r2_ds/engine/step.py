@@ -6,6 +6,7 @@ calls the same modules in the same order, whatever its batch holds: a batch with
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from w2r2_ds.config import RunConfig
 from w2r2_ds.data.collate import Batch, Visuals
 from w2r2_ds.models.decode import PromptInputs, greedy_tokens
-from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.models.mask2d import mask_images
+from w2r2_ds.models.w2r2 import W2R2, Mask
 from w2r2_ds.objective.push import find_reading
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.objective.w2r2 import Outputs, Shortcut, read_shortcut, w2r2_loss
@@ -40,7 +42,8 @@ class W2R2Step(nn.Module):
         super().__init__()
         self.model = model
         self.objective = config.objective
-        self.video_fps = config.data.video_fps
+        self.video_fps, self.seed = config.data.video_fps, config.train.seed
+        self.optimizer_step = 0  # which the loop keeps: the masks of `mask2d` follow from it
         self.scorer = scorer
         self.reading = find_reading(config.objective.push)
         self.dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
@@ -61,7 +64,7 @@ class W2R2Step(nn.Module):
             return self.greedy(batch, batch.visuals, fused, answer)
         shortcut = self.shortcut(batch, visual, features)
         merged = self.model.merge(features)
-        fused = self.model.fuse(visual, merged, self.objective.mask2d if self.training else 0.0)
+        fused = self.model.fuse(visual, merged, self.mask(batch, features))
         ratio = geometry_norm(visual, merged, batch)
         loss, stats = w2r2_loss(self.outputs(batch, fused), shortcut, batch, self.objective, self.scorer, ratio)
         if batch.visuals.dummy:
@@ -75,6 +78,14 @@ class W2R2Step(nn.Module):
             outputs = self.outputs(batch, plain)
             answers = self.decode(batch, plain) if self.objective.shortcut_decode == "greedy" else None
             return read_shortcut(outputs, batch, self.objective, self.scorer, answers)
+
+    def mask(self, batch: Batch, features: list[Tensor]) -> Mask | None:
+        """What `objective.mask2d` does to the fused pass in training; None where it does nothing."""
+        if not self.training or not self.objective.mask2d or batch.visuals.dummy:
+            return None
+        owners = list(zip(batch.visuals.ids, map(len, features), strict=True))
+        share, seed, step = self.objective.mask2d, self.seed, self.optimizer_step
+        return functools.partial(mask_images, owners=owners, share=share, seed=seed, step=step)
 
     def both_readings(self, batch: Batch, visual: Any, features: list[Tensor]) -> Tensor:
         """``[batch, 2]`` s of the shortcut's answer: teacher-forced, greedily decoded."""

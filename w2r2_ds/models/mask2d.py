@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
+
+
+def mask_images(
+    images: Sequence[torch.Tensor], owners: Sequence[tuple[str, int]], share: float, seed: int, step: int
+) -> list[torch.Tensor]:
+    """`mask_2d` of every image of a batch; what is drawn follows from sample, seed and step alone.
+
+    Neither the number of ranks nor what else is in the batch matters.
+
+    Args:
+        images: ``[tokens, hidden]`` each, sample by sample.
+        owners: per sample its id and how many of the images are its own.
+        share: of the tokens.
+        seed: of the run.
+        step: of the optimizer, so that a sample loses other tokens when it comes again.
+    """
+    masked: list[torch.Tensor] = []
+    for identity, count in owners:
+        digest = hashlib.blake2b(f"{seed} {step} {identity}".encode(), digest_size=7).digest()
+        own = images[len(masked) : len(masked) + count]
+        generator = torch.Generator(own[0].device).manual_seed(int.from_bytes(digest)) if own else None
+        masked += [mask_2d(image, share, generator) for image in own]
+    assert len(masked) == len(images), f"{len(images)} images, {len(masked)} of them with an owner"
+    return masked
 
 
 def mask_2d(visual: torch.Tensor, share: float, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -19,7 +45,7 @@ def mask_2d(visual: torch.Tensor, share: float, generator: torch.Generator | Non
     Args:
         visual: ``[tokens, hidden]`` tokens of the vision tower, of one image or pair of video frames; left unchanged.
         share: in [0, 1]; 0 returns ``visual`` itself and draws nothing.
-        generator: on the device of ``visual``; None is the default one, in which ranks differ as for dropout.
+        generator: on the device of ``visual``; None is the default one.
 
     Returns:
         ``[tokens, hidden]``, same dtype; a masked token has no gradient.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 
 from w2r2_ds.geometry.encoder import GeometryEncoder
 from w2r2_ds.models.fusion import GeometryMerger, pair_frames
-from w2r2_ds.models.mask2d import mask_2d
 from w2r2_ds.models.phi import Fusion
+
+Mask = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+"""``[tokens, hidden]`` of every image -> the same with some tokens zeroed."""
 
 
 class VisualInputs(Protocol):
@@ -128,16 +131,16 @@ class W2R2(nn.Module):
             return None
         return self.merge([torch.zeros_like(f) for f in features])
 
-    def fuse(self, visual: Any, geometry: torch.Tensor | None, mask2d: float = 0.0) -> Any:
+    def fuse(self, visual: Any, geometry: torch.Tensor | None, mask: Mask | None = None) -> Any:
         """Phi, as a vision tower's output that the VLM takes; `visual` stays as it is.
 
         Args:
             visual: of `encode_2d`.
             geometry: ``[tokens, hidden]`` of `merge`, or what `merge_nothing` says for the shortcut.
-            mask2d: share of the 2D tokens of every image that are zeroed first, for the fused pass in training only.
+            mask: what is done to the 2D tokens of the images first, for the fused pass in training only (`mask2d.py`).
         """
-        assert mask2d == 0 or geometry is not None, "the shortcut is never masked"
-        images = [mask_2d(tokens, mask2d) for tokens in visual.pooler_output]
+        assert mask is None or geometry is not None, "the shortcut is never masked"
+        images = list(visual.pooler_output) if mask is None else mask(visual.pooler_output)
         sizes = [len(tokens) for tokens in images]
         fused = copy.copy(visual)
         fused.pooler_output = torch.split(self.fusion(torch.cat(images), geometry, sizes), sizes)
