@@ -53,7 +53,7 @@ def test_a_gray_image_has_three_equal_channels(tmp_path: Path) -> None:
 
 
 def test_a_missing_frame_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{tmp_path / 'nowhere.jpg'} does not exist"):
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'nowhere.jpg'} does not exist; .* correct data\.root "):
         load_frame(tmp_path / "nowhere.jpg")
 
 

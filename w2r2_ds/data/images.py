@@ -25,7 +25,9 @@ def load_frame(path: str | Path) -> np.ndarray:
         ValueError: the file is missing, no image, truncated, or has more than 8 bits per channel.
     """
     if not Path(path).is_file():
-        raise ValueError(f"Frame {path} does not exist; extract the scene's frames again or correct the data root.")
+        raise ValueError(
+            f"Frame {path} does not exist; extract the scene's frames again, or correct data.root (or --root)."
+        )
     try:
         with Image.open(path) as image:
             image.load()

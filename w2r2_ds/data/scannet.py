@@ -103,7 +103,9 @@ def _read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path} ({what}) does not exist; prepare the scene or correct the data root") from None
+        raise ValueError(
+            f"{path} ({what}) does not exist; prepare the scene, or correct data.root (or --root)"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} ({what}) cannot be read: {error}") from None
 
@@ -147,7 +149,9 @@ def _read_intrinsic(path: Path) -> np.ndarray:
 def _read_frames(folder: Path, axis_align: np.ndarray) -> tuple[tuple[Frame, ...], int]:
     """Read every pose of ``folder``; returns the valid frames by index and the number of invalid ones."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist; extract the scene's images and poses or correct the data root")
+        raise ValueError(
+            f"{folder} does not exist; extract the scene's images and poses, or correct data.root (or --root)"
+        )
     stems = sorted({p.stem for p in folder.iterdir() if p.suffix in _FRAME_SUFFIXES and p.stem.isdecimal()}, key=int)
     frames, dropped = [], 0
     for stem in stems:
