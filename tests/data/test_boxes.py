@@ -17,7 +17,6 @@ from w2r2_ds.data.boxes import (
     camera_to_world,
     camera_to_world_torch,
     corners,
-    corners_torch,
     rotation_matrix,
     rotation_matrix_torch,
     world_to_camera,
@@ -63,7 +62,6 @@ def test_corners_match(golden: dict[str, Any]) -> None:
         for number in "12":
             box, expected = np.array(case[f"box{number}"]), np.array(case[f"corners{number}"])
             np.testing.assert_allclose(corners(box), expected, atol=1e-5)
-            np.testing.assert_allclose(corners_torch(torch.from_numpy(box)[None])[0].numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.golden
@@ -126,7 +124,6 @@ def test_torch_equals_numpy() -> None:
     for row, (box, pose) in enumerate(zip(single, transforms, strict=True)):
         moved = camera_to_world(box, pose)
         np.testing.assert_allclose(rotation_matrix_torch(batch[:, 6:])[row], rotation_matrix(box[6:]), atol=1e-12)
-        np.testing.assert_allclose(corners_torch(batch)[row], corners(box), atol=1e-12)
         np.testing.assert_allclose(torch.cat((centre, size), 1)[row], moved[:6], atol=1e-12)
         np.testing.assert_allclose(rotation[row], rotation_matrix(moved[6:]), atol=1e-9)
 
@@ -134,14 +131,12 @@ def test_torch_equals_numpy() -> None:
 def test_torch_half_never_looks_at_values() -> None:
     """Meta tensors have none: a host sync or a data-dependent shape would fail."""
     empty = torch.empty(3, 9, device="meta")
-    assert corners_torch(empty).shape == (3, 8, 3)
     assert camera_to_world_torch(empty, torch.empty(3, 4, 4, device="meta"))[2].shape == (3, 3, 3)
 
 
 def test_torch_half_is_differentiable() -> None:
     batch = torch.from_numpy(boxes(2)).requires_grad_()
     pose = torch.from_numpy(poses(2))
-    assert torch.autograd.gradcheck(corners_torch, (batch,))
     assert torch.autograd.gradcheck(lambda value: camera_to_world_torch(value, pose), (batch,))
 
 

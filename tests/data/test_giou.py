@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from host_reads import host_reads
-from w2r2_ds.data.boxes import corners_torch, rotation_matrix_torch
+from w2r2_ds.data.boxes import corners, rotation_matrix_torch
 from w2r2_ds.data.giou import box_giou, oriented_giou
 from w2r2_ds.data.iou import box_iou
 
@@ -69,7 +70,8 @@ def test_axis_aligned_pairs_follow_the_closed_form() -> None:
 def test_hull_is_the_extent_of_the_corners_along_the_second_boxes_axes() -> None:
     a, b = random_boxes(100, 2, 1.0), random_boxes(100, 3, 1.0)
     turn = rotation_matrix_torch(b[:, 6:])
-    local = torch.cat((corners_torch(a), corners_torch(b)), 1) @ turn
+    vertices = [torch.from_numpy(np.stack([corners(row) for row in box.numpy()])) for box in (a, b)]
+    local = torch.cat(vertices, 1) @ turn
     hull = (local.amax(1) - local.amin(1)).prod(-1)
     iou, giou = box_giou(a, b)
     union = (a[:, 3:6].prod(-1) + b[:, 3:6].prod(-1)) / (1 + iou)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from host_reads import host_reads
 from w2r2_ds.data.boxes import rotation_matrix_torch
-from w2r2_ds.data.iou import aabb_iou, box_iou, oriented_iou
+from w2r2_ds.data.iou import box_iou, oriented_iou
 
 HERE = Path(__file__).parent.parent / "golden" / "boxes.json"
 OTHER = Path(os.environ.get("W2R2_GOLDEN", HERE.parent)) / "boxes.json"
@@ -186,7 +186,6 @@ def test_boxes_far_from_the_origin_are_still_compared() -> None:
     iou.sum().backward()
     assert a.grad is not None
     assert not a.grad.isnan().any()
-    assert aabb_iou(a[:, :3], a[:, 3:6], b[:, :3], b[:, 3:6]).tolist() == [1.0, 0.0]
 
 
 def test_gradient_is_finite_where_faces_coincide() -> None:
@@ -195,18 +194,6 @@ def test_gradient_is_finite_where_faces_coincide() -> None:
     box_iou(a, tensor(*[UNIT] * len(rows))).sum().backward()
     assert a.grad is not None
     assert a.grad.isfinite().all()
-
-
-def test_aabb_equals_oriented_without_angles() -> None:
-    a, b = random_boxes(50, 10), random_boxes(50, 11)
-    a[:, 6:], b[:, 6:] = 0, 0
-    plain = aabb_iou(a[:, :3], a[:, 3:6], b[:, :3], b[:, 3:6])
-    torch.testing.assert_close(plain, box_iou(a, b), atol=1e-12, rtol=0)
-    assert aabb_iou(a[:1, :3], a[:1, 3:6] * 0, b[:1, :3], b[:1, 3:6]).item() == 0
-    needle = tensor([1e308, 0.0, 0, 1e308, 1, 1])
-    assert aabb_iou(needle[:, :3], needle[:, 3:], a[:1, :3], a[:1, 3:6]).item() == 0
-    half = tensor([0.0, 0, 0, 1, 1, 2])
-    assert aabb_iou(half[:, :3], half[:, 3:] / half[:, 3:], half[:, :3], half[:, 3:]).item() == 0.5
 
 
 def test_result_dtype_and_empty_batches() -> None:
@@ -221,7 +208,6 @@ def test_never_looks_at_values() -> None:
     """Meta tensors have none: a host sync or a data-dependent shape would fail."""
     empty = torch.empty(4, 9, device="meta")
     assert box_iou(empty, empty).shape == (4,)
-    assert aabb_iou(empty[:, :3], empty[:, 3:6], empty[:, :3], empty[:, 3:6]).shape == (4,)
 
 
 def test_neither_pass_waits_for_the_device() -> None:
@@ -229,7 +215,6 @@ def test_neither_pass_waits_for_the_device() -> None:
     a, b = random_boxes(4, 15).requires_grad_(), random_boxes(4, 16)
     assert host_reads(lambda: a.prod(-1).sum().backward())
     assert not host_reads(lambda: box_iou(a, b).sum().backward())
-    assert not host_reads(lambda: aabb_iou(a[:, :3], a[:, 3:6], b[:, :3], b[:, 3:6]).sum().backward())
 
 
 @pytest.mark.gpu

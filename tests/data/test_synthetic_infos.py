@@ -13,7 +13,7 @@ import torch
 from synthetic_truth import SCENES, boxes, room_again
 from w2r2_ds.data.boxes import corners
 from w2r2_ds.data.frames import MIN_VISIBLE_SHARE, load_depth, visible_share
-from w2r2_ds.data.iou import aabb_iou, box_iou
+from w2r2_ds.data.iou import box_iou
 from w2r2_ds.data.scannet import load_scene
 from w2r2_ds.data.synthetic.proposals import ABSENT, BAD, propose
 from w2r2_ds.data.synthetic.rooms import Room
@@ -118,9 +118,9 @@ def test_proposals_are_mostly_right(many_rooms: list[Room]) -> None:
     recall, false, exact = [], [], 0
     for seed, room in enumerate(many_rooms):
         proposed, real = propose(np.random.default_rng(seed), room), np.stack([o.box for o in room.objects])
-        a = torch.tensor(np.repeat(real, len(proposed), axis=0))
-        b = torch.tensor(np.tile(proposed, (len(real), 1)))
-        overlap = aabb_iou(a[:, :3], a[:, 3:], b[:, :3], b[:, 3:]).reshape(len(real), len(proposed)).numpy()
+        pairs = (np.repeat(real, len(proposed), axis=0), np.tile(proposed, (len(real), 1)))
+        upright = [torch.tensor(np.pad(boxes, ((0, 0), (0, 3)))) for boxes in pairs]
+        overlap = box_iou(*upright).reshape(len(real), len(proposed)).numpy()
         recall += list(overlap.max(axis=1))
         false.append(int((overlap.max(axis=0) == 0).sum()))
         exact += int((overlap > 0.999).sum())

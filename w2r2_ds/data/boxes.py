@@ -135,23 +135,6 @@ def rotation_matrix_torch(angles: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
-def corners_torch(boxes: Tensor) -> Tensor:
-    """``corners`` for a batch.
-
-    Args:
-        boxes: ``[n, 9]`` floating point.
-
-    Returns:
-        ``[n, 8, 3]`` of the same dtype.
-    """
-    # Built by arithmetic on the device: a tensor made from a Python list would be copied there, and waited for.
-    index = torch.arange(8, device=boxes.device)
-    x, y = index // 4, index % 4 // 2
-    offsets = torch.stack((x, y, (index % 2) ^ y), dim=-1).to(boxes.dtype) - 0.5
-    local = offsets * boxes[:, None, 3:6]
-    return local @ rotation_matrix_torch(boxes[:, 6:]).transpose(1, 2) + boxes[:, None, :3]
-
-
 def camera_to_world_torch(boxes: Tensor, cam_to_world: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Camera boxes moved to the world as centre, size and rotation: no angles, so no gimbal lock and a clean gradient.
 

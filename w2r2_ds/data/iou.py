@@ -70,26 +70,6 @@ def oriented_iou(
     return ratio(common, pairs.volumes - common, pairs.valid).to(result_dtype(*given))
 
 
-def aabb_iou(centre_a: Tensor, size_a: Tensor, centre_b: Tensor, size_b: Tensor) -> Tensor:
-    """IoU of axis-aligned boxes, without the ``+ 1e-8`` of ScanRefer's code (an exact 0.5 stays 0.5).
-
-    Args:
-        centre_a, centre_b: ``[n, 3]`` metres.
-        size_a, size_b: ``[n, 3]`` metres.
-
-    Returns:
-        ``[n]`` in [0, 1], 0 for invalid boxes as in ``oriented_iou``; float64 where all inputs are, else float32.
-    """
-    given = (centre_a, size_a, centre_b, size_b)
-    eye = torch.eye(3, dtype=torch.float64, device=centre_a.device).expand(*centre_a.shape[:-1], 3, 3)
-    pairs = unit_pairs(centre_a, size_a, eye, centre_b, size_b, eye)
-    offset = pairs.offset.clamp(-FAR, FAR)
-    low = torch.maximum(-pairs.size_a / 2, offset - pairs.size_b / 2)
-    high = torch.minimum(pairs.size_a / 2, offset + pairs.size_b / 2)
-    common = product((high - low).clamp(min=0.0))
-    return ratio(common, pairs.volumes - common, pairs.valid).to(result_dtype(*given))
-
-
 @dataclass(frozen=True)
 class Pairs:
     """n pairs of boxes in units of each pair's largest side, all float64.
