@@ -14,6 +14,7 @@ from runs import ZERO3, World
 from w2r2_ds.config import load_config
 from w2r2_ds.data.prepared import VERSION, PreparedSet, tables, write_tables
 from w2r2_ds.engine import loop
+from w2r2_ds.evaluation.in_training import InTraining
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
     """What `set_up` says of these options."""
     with pytest.raises(ValueError) as caught:
-        loop.set_up(load_config(None, world.arguments(out, **changes)), str(ds))
+        loop.set_up(load_config(None, world.arguments(out, **changes)), str(ds), InTraining)
     message = str(caught.value)
     assert "\n" not in message and not out.exists()
     return message
@@ -43,7 +44,9 @@ def test_a_good_start_says_at_what_size_frames_are_seen(
     world: World, tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture[str], width: int, vggt: str, vlm: str
 ) -> None:
     with pytest.raises(AssertionError, match="the weights are loaded"):
-        loop.set_up(load_config(None, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3))
+        loop.set_up(
+            load_config(None, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3), InTraining
+        )
     assert f"\nframes {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in capsys.readouterr().out
 
 
