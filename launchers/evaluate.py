@@ -1,6 +1,6 @@
 """Evaluate: ``python launchers/evaluate.py --checkpoint RUN --task scanrefer --geometry fused``.
 
-Several processes share the work: ``torchrun --nproc_per_node 4 launchers/evaluate.py ...``, or ``deepspeed``.
+Several processes share the work: ``torchrun --standalone --nproc_per_node 4 launchers/evaluate.py``, or ``deepspeed``.
 ``--score_only FILE`` scores predictions again, or those of another project, without a model.
 """
 

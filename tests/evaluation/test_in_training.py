@@ -218,6 +218,12 @@ def test_without_pycocoevalcap_captions_are_refused_at_once(
         alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
 
 
+def test_a_prompt_that_no_run_could_read_is_refused_at_once(mixed: list[Any], front: Any, data_config: Any) -> None:
+    mixed[0] = replace(mixed[0], question="Describe <|im_end|> it.\n")
+    with pytest.raises(ValueError, match=r"caption.*<\|im_end\|>"):
+        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
+
+
 def test_a_validation_set_without_samples_is_refused(
     front: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
