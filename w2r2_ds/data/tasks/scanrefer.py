@@ -69,9 +69,11 @@ def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
     Args:
         frame: index among the sample's frames.
         box9: ``[9]`` box in that frame's camera (centre, size, ZXY angles; metres, radians).
-        decimals: digits to round to.
+        decimals: digits to round to; a thinner side is one unit of the last, since a size of 0 is no box.
     """
-    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {rounded(box9, decimals)}}}\n```'
+    numbers = rounded(box9, decimals)
+    numbers[3:6] = [max(size, 10**-decimals) for size in numbers[3:6]]
+    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {numbers}}}\n```'
 
 
 def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
