@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from runs import World, make_world, train_once, world_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The same examples in every run, and none fails for being slow on a busy machine.
+settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+settings.load_profile("suite")
 
 BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
 

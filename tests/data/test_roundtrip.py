@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from w2r2_ds.data.answers import parse_grounding
-from w2r2_ds.data.boxes import camera_to_world, corners, rotation_matrix, world_to_camera
+from w2r2_ds.data.boxes import GIMBAL_TOLERANCE, camera_to_world, corners, rotation_matrix, world_to_camera
 from w2r2_ds.data.tasks.scanrefer import answer_text
 
 HALF_UNIT = 0.005 + 1e-9
@@ -50,15 +50,16 @@ def angle_between(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @given(boxes, cameras)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_to_the_camera_and_back_is_the_same_box(box: np.ndarray, camera: np.ndarray) -> None:
     back = camera_to_world(world_to_camera(box, camera), camera)
-    # Corners, not angles: at gimbal lock several triples are the same rotation. 60 m at float64: 1e-13 would do.
-    np.testing.assert_allclose(corners(back), corners(box), atol=1e-9)
+    # Corners, not angles: at gimbal lock several triples are the same rotation. There, and only there, up to
+    # GIMBAL_TOLERANCE radians are given up, at a corner that is at most 8.7 m from the centre.
+    np.testing.assert_allclose(corners(back), corners(box), rtol=0, atol=9 * GIMBAL_TOLERANCE)
 
 
 @given(boxes, cameras, st.integers(0, 31))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_written_answer_is_read_as_the_same_box_within_rounding(
     box: np.ndarray, camera: np.ndarray, frame: int
 ) -> None:
@@ -67,14 +68,14 @@ def test_a_written_answer_is_read_as_the_same_box_within_rounding(
     assert read.frame == frame
     assert np.abs(read.box[:6] - np.maximum(local[:6], [*[-np.inf] * 3, *[0.01] * 3])).max() <= HALF_UNIT
     # A rotation is off by at most the sum of what its three angles are off by, at gimbal lock too.
-    assert angle_between(rotation_matrix(read.box[6:]), rotation_matrix(local[6:])) <= 3 * HALF_UNIT
+    assert angle_between(rotation_matrix(read.box[6:]), rotation_matrix(local[6:])) <= 3 * HALF_UNIT + GIMBAL_TOLERANCE
     world = camera_to_world(read.box, camera)
     assert np.linalg.norm(world[:3] - box[:3]) <= np.sqrt(3) * HALF_UNIT
     assert np.abs(world[3:6] - np.maximum(box[3:6], 0.01)).max() <= HALF_UNIT
 
 
 @given(boxes, st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_writing_what_was_read_changes_nothing(box: np.ndarray, frame: int) -> None:
     text = answer_text(frame, box)
     read = parse_grounding(text, 100)
