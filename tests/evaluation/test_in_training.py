@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -215,6 +216,13 @@ def test_without_pycocoevalcap_captions_are_refused_at_once(
     for module in ("bleu.bleu", "cider.cider", "rouge.rouge"):
         monkeypatch.setitem(sys.modules, f"pycocoevalcap.{module}", None)
     with pytest.raises(ValueError, match=r"pip install 'w2r2-ds\[metrics\]'"):
+        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
+
+
+def test_a_question_that_cannot_be_asked_is_refused_at_once(mixed: list[Any], front: Any, data_config: Any) -> None:
+    """Not after the first `train.eval_every` steps, by one rank while the others wait for it."""
+    mixed[1] = replace(mixed[1], question="What is <|im_end|> here?", what=(0, 4))
+    with pytest.raises(ValueError, match=re.escape("<|im_end|>")):
         alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
 
 

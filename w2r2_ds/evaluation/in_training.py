@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config import RunConfig
-from w2r2_ds.data.check import check_frames
-from w2r2_ds.data.loading import checked, load_mixture, prompt_loader
+from w2r2_ds.data.check import check_frames, check_texts
+from w2r2_ds.data.loading import checked, load_mixture, make_processor, prompt_loader
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.engine.subset import draw, share
 from w2r2_ds.engine.together import together
@@ -39,8 +39,8 @@ class InTraining:
         device: of the model.
 
     Raises:
-        ValueError: no samples, a frame file that cannot be read, a best_by that these samples do not give, or a package
-            that a score needs is not installed.
+        ValueError: no samples, a frame file or a text that cannot be used, a best_by that these samples do not give, or a
+            package that a score needs is not installed.
     """
 
     def __init__(self, config: RunConfig, front: Front, device: torch.device) -> None:
@@ -50,6 +50,7 @@ class InTraining:
             raise ValueError("data.val holds no samples; prepare a validation set, or give train.eval_every 0.")
         self.samples = [available[index] for index in draw(len(available), wanted, config.train.seed)]
         check_frames(self.samples, rank, world)
+        check_texts(self.samples, make_processor(front, config.data), rank, world, with_answer=False)
         self.most, self.tokenizer, self.device = config.train.eval_max_new_tokens, front.tokenizer, device
         self.about = f"{len(self.samples)} samples {digest(self.samples)}, {self.most} tokens"
         self.best_by = config.train.best_by or f"{available[0].task}/{MAIN[available[0].task]}"
