@@ -17,6 +17,7 @@ from w2r2_ds.data.views import FrameOptions
 NO_INSTANCE_MATCH = "no_instance_match"
 NO_VISIBLE_FRAME = "no_visible_frame"
 NO_PROPOSAL = "no_proposal"
+NO_WINDOW = "no_window"
 BROKEN_SCENE = "broken_scene"
 
 Format = Literal["vgllm", "video3dllm"]
