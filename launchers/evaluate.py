@@ -107,5 +107,5 @@ def gather_protocols(args: list[str]) -> list[str]:
 if __name__ == "__main__":
     try:
         auto_cli(main, args=gather_protocols(sys.argv[1:]), as_positional=False, parser_class=Parser)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         sys.exit(f"evaluate.py: {error}")

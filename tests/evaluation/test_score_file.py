@@ -185,7 +185,11 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
         ("ours", [good | {"text": 3}], "line 1: field 'text' is '3', of another type"),
         ("ours", [good | {"target": None}], "line 1 has no field 'target.box'"),
         ("ours", [good | {"target": without_ann}], "line 1 has no field 'target.ann_id'"),
-        ("ours", [good | {"target": good["target"] | {"group": []}}], r"field 'target.group' is '\[\]', of another type"),
+        (
+            "ours",
+            [good | {"target": good["target"] | {"group": []}}],
+            r"field 'target.group' is '\[\]', of another type",
+        ),
         ("ours", [good | {"form": "x"}], "line 1: field 'form' is 'x', not camera or world or box"),
         ("ours", [good | {"cam_to_world": [[1]]}], "field 'cam_to_world' is no list of -1x4x4 finite numbers"),
         ("ours", [good | {"task": "x"}], "field 'task' is 'x'; it is one of scanrefer"),

@@ -169,7 +169,9 @@ def complete_record(line: Line) -> dict[str, Any]:
     for name in _NEEDED[task]:
         line.get(name, object)
         if name in _CHOICES and line.get(name, str) not in _CHOICES[name]:
-            raise ValueError(f"{line.where}: field {name!r} is {line.get(name, str)!r}, not {' or '.join(_CHOICES[name])}.")
+            raise ValueError(
+                f"{line.where}: field {name!r} is {line.get(name, str)!r}, not {' or '.join(_CHOICES[name])}."
+            )
     if "target.box" in _NEEDED[task]:
         line.numbers("target.box", (9,))
     if task == "scan2cap" and line.get("target.described", object) is not None:
