@@ -90,10 +90,13 @@ def main(
 
 
 def gather_protocols(args: list[str]) -> list[str]:
-    """The same command line with every ``--protocol`` in one: jsonargparse would keep the last alone."""
+    """The same command line with every ``--protocol`` in one: jsonargparse would keep the last alone.
+
+    Options may be written with hyphens inside, ``--score-only``.
+    """
     rest: list[str] = []
     names: list[str] = []
-    words = iter(args)
+    words = iter(_underscored(word) for word in args)
     for word in words:
         if word == "--protocol":
             names += [value for value in [next(words, None)] if value is not None]
@@ -102,6 +105,11 @@ def gather_protocols(args: list[str]) -> list[str]:
         else:
             rest.append(word)
     return [*rest, *(["--protocol", ",".join(names)] if names else [])]
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 if __name__ == "__main__":
