@@ -90,10 +90,13 @@ def main(
 
 
 def gather_protocols(args: list[str]) -> list[str]:
-    """The same command line with every ``--protocol`` in one: jsonargparse would keep the last alone."""
+    """The same command line with every ``--protocol`` in one: jsonargparse would keep the last alone.
+
+    Options may be written with hyphens inside, ``--score-only``.
+    """
     rest: list[str] = []
     names: list[str] = []
-    words = iter(args)
+    words = iter(_underscored(word) for word in args)
     for word in words:
         if word == "--protocol":
             names += [value for value in [next(words, None)] if value is not None]
@@ -104,8 +107,13 @@ def gather_protocols(args: list[str]) -> list[str]:
     return [*rest, *(["--protocol", ",".join(names)] if names else [])]
 
 
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
 if __name__ == "__main__":
     try:
         auto_cli(main, args=gather_protocols(sys.argv[1:]), as_positional=False, parser_class=Parser)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         sys.exit(f"evaluate.py: {error}")

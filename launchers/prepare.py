@@ -281,7 +281,7 @@ def main() -> None:
             parser_class=Parser,
             description="Prepare data for training and evaluation.",
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         sys.exit(f"prepare.py: {error}")
 
 

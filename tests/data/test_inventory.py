@@ -59,6 +59,17 @@ def test_every_missing_and_truncated_file_is_listed(complete: Path) -> None:
     assert "from launchers/prepare.py boxes, or ScanRefer's" in text and "http://www.scan-net.org" in text
 
 
+def test_from_nothing(tmp_path: Path) -> None:
+    """Before anything is here, what every scene needs is listed too, though nobody knows the scenes."""
+    nowhere = found(tmp_path)
+    files = {"ScanRefer/ScanRefer_filtered_train.json", "scannetv2-labels.combined.tsv"}
+    assert set(nowhere) == files | {
+        "embodiedscan/embodiedscan_infos_train.pkl",
+        *("posed_images", "scans", "scannet_data"),
+    }
+    assert nowhere["posed_images"] == "missing; which scenes are needed is not known before the annotations are here"
+
+
 def test_files_and_scenes_that_are_not_there(complete: Path) -> None:
     write_annotations(complete, [entry(), {**entry(), "scene_id": "scene0007_00"}])
     assert found(complete) == {
@@ -188,3 +199,12 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixt
         advance()
         advance()
     assert "2/2" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(complete: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data often lie where users may only read."""
+    (complete / "taken").write_text("")
+    arguments = ["scan2cap", "--root", complete, "--splits", "[train]", "--workers", 1, "--out", complete / "taken"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
+    with pytest.raises(SystemExit, match=r"prepare\.py: .*Not a directory: .*taken/train"):
+        main()

@@ -43,7 +43,7 @@ def test_quotes_mean_nothing_and_the_last_row_counts(tmp_path: Path) -> None:
         (HEADER + "1\tchair\t5\tchair\n2\tta", "line 3: field 'nyu40id' is missing or empty"),
         (HEADER + "1\tchair\t5\t \n", "line 2: field 'nyu40class' is missing or empty"),
         (HEADER + "1\tchair\tfive\tchair\n", "line 2: field 'nyu40id' is 'five', no number"),
-        (HEADER.encode() + b"1\tch\xe9ir\t5\tchair\n", "cannot be read .*0xe9"),
+        (HEADER.encode() + b"1\tch\xe9ir\t5\tchair\n", "line 2 is not UTF-8 .*0xe9"),
     ],
 )
 def test_a_broken_table_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:

@@ -170,6 +170,20 @@ def test_a_killed_preparation_goes_on(
     assert contents(done.folder) == whole
 
 
+@pytest.mark.parametrize("name", ["samples", "frames"])
+def test_a_cut_shard_is_made_again(scenes: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    whole = contents(prepare(scenes, DEPTH, scenes / "whole", quiet=True).folder)
+    with monkeypatch.context() as patch:
+        interrupted(patch, SCENE)
+        with pytest.raises(Killed):
+            prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    shard = scenes / "out.partial" / f"{SECOND}.{name}.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    worked = interrupted(monkeypatch, "none")
+    assert contents(prepare(scenes, DEPTH, scenes / "out", quiet=True).folder) == whole
+    assert worked == [SECOND, SCENE, THIRD]
+
+
 @pytest.mark.parametrize("change", ["options", "annotations", "scene"])
 def test_what_was_begun_for_something_else_is_made_again(
     scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str

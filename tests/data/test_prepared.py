@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -111,6 +112,17 @@ def test_a_truncated_table_is_named(tmp_path: Path, name: str) -> None:
     file = tmp_path / "set" / name
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{name} is missing or not whole"):
+        PreparedSet(tmp_path / "set", tmp_path)
+
+
+@pytest.mark.parametrize("column", ["question", "frames"])
+def test_an_empty_field_is_named(tmp_path: Path, column: str) -> None:
+    write(tmp_path / "set", tmp_path)
+    file = tmp_path / "set" / prepared.SAMPLES
+    table = pq.read_table(file)
+    rows = [{**row, column: None} if row["id"] == "c" else row for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
+    with pytest.raises(ValueError, match=rf"samples\.parquet: 1 of 3 rows have no '{column}'"):
         PreparedSet(tmp_path / "set", tmp_path)
 
 

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from w2r2_ds.data.answers import parse_grounding
+from w2r2_ds.data.answers import parse_grounding, parse_objects, parse_world_box
 from w2r2_ds.data.boxes import GIMBAL_TOLERANCE, camera_to_world, corners, rotation_matrix, world_to_camera
-from w2r2_ds.data.tasks.scanrefer import answer_text
+from w2r2_ds.data.sample import Labelled
+from w2r2_ds.data.tasks import detection
+from w2r2_ds.data.tasks.scanrefer import answer_text, world_answer_text
 
 HALF_UNIT = 0.005 + 1e-9
 """Metres or radians by which a number with two decimals may be off."""
@@ -80,3 +82,20 @@ def test_writing_what_was_read_changes_nothing(box: np.ndarray, frame: int) -> N
     text = answer_text(frame, box)
     read = parse_grounding(text, 100)
     assert answer_text(read.frame, read.box) == text
+
+
+@given(boxes)
+@settings(max_examples=200)
+def test_a_world_answer_is_read_as_the_same_box_within_rounding(box: np.ndarray) -> None:
+    read = parse_world_box(world_answer_text(np.concatenate([box[:3], box[3:6] + 0.01])))
+    # Both ends are off by half a unit at most, and so is their mean; their distance by a whole one.
+    assert np.abs(read[:3] - box[:3]).max() <= HALF_UNIT
+    assert np.abs(read[3:] - box[3:6] - 0.01).max() <= 2 * HALF_UNIT
+
+
+@given(st.lists(st.tuples(st.text(min_size=1).filter(str.strip), boxes), max_size=4))
+@settings(max_examples=200)
+def test_a_detection_is_read_as_the_same_objects_within_rounding(objects: list[tuple[str, np.ndarray]]) -> None:
+    read = parse_objects(detection.answer_text([Labelled(label, box) for label, box in objects]))
+    assert [label for label, _ in read] == [label for label, _ in objects]
+    assert all(np.abs(mine - box).max() <= HALF_UNIT for (_, mine), (_, box) in zip(read, objects, strict=True))

@@ -194,7 +194,7 @@ def test_the_command_line_scores_again_and_gathers_protocols(
 ) -> None:
     evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
     file = str(tmp_path / "predictions-scanrefer-fused.jsonl")
-    words = ["--protocol", "vgllm", "--local_rank=0", "--protocol=video3dllm", "--score_only", file]
+    words = ["--protocol", "vgllm", "--local_rank=0", "--protocol=video3dllm", "--score-only", file]
     assert gather_protocols(words) == ["--local_rank=0", "--score_only", file, "--protocol", "vgllm,video3dllm"]
     capsys.readouterr()
     auto_cli(evaluate_cli, args=gather_protocols(words), as_positional=False)

@@ -90,6 +90,20 @@ def test_our_own_joined_with_a_data_set(tmp_path: Path) -> None:
         score_file(again, data=tmp_path / "set")
 
 
+def test_answers_to_other_frames_or_questions_are_not_joined(tmp_path: Path) -> None:
+    """A set prepared again with another seed has the same ids: a frame's index would be another frame's."""
+    sample = grounding("0")
+    folder = write_set(tmp_path / "set", [sample])
+    for name, asked in (
+        ("cam_to_world", replace(sample, cam_to_world=sample.cam_to_world[::-1])),
+        ("question", replace(sample, question=f"Please {sample.question}")),
+    ):
+        file = write_lines(tmp_path / "p.jsonl", [record_of(asked, camera_answer(asked))])
+        with pytest.raises(ValueError, match=f"line 1: field '{name}' is not what --data has for scene0011_00"):
+            score_file(file, data=folder)
+        assert score_file(file)["protocols"]["scanrefer/vgllm-direct"]["overall"]["acc@0.5"] == 1.0
+
+
 def test_vgllms_grounding_brings_its_own_frames(tmp_path: Path) -> None:
     samples = [grounding("0"), grounding("1"), grounding("2", 5)]
     theirs = replace(samples[0], cam_to_world=samples[0].cam_to_world[::-1])  # other frames than ours
@@ -162,6 +176,7 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
     data = write_set(tmp_path / "set", [sample])
     good, theirs = record_of(sample, "x"), vgllm_line(sample, "x")
     no_images = {key: value for key, value in theirs.items() if key != "scanrefer_score"}
+    without_ann = {key: value for key, value in good["target"].items() if key != "ann_id"}
     found = record_of(detection(), "[]")
     video = video_line(sample, BOX[:6].tolist())
     file = tmp_path / "p.jsonl"
@@ -169,6 +184,13 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
         ("ours", [good, {}], "line 2 has no field 'id'"),
         ("ours", [good | {"text": 3}], "line 1: field 'text' is '3', of another type"),
         ("ours", [good | {"target": None}], "line 1 has no field 'target.box'"),
+        ("ours", [good | {"target": without_ann}], "line 1 has no field 'target.ann_id'"),
+        (
+            "ours",
+            [good | {"target": good["target"] | {"group": []}}],
+            r"field 'target.group' is '\[\]', of another type",
+        ),
+        ("ours", [good | {"form": "x"}], "line 1: field 'form' is 'x', not camera or world or box"),
         ("ours", [good | {"cam_to_world": [[1]]}], "field 'cam_to_world' is no list of -1x4x4 finite numbers"),
         ("ours", [good | {"task": "x"}], "field 'task' is 'x'; it is one of scanrefer"),
         ("ours", [found | {"objects": [{"label": "a", "box": [1]}]}], r"objects\[0\]: field 'box' is no list of 9"),

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from w2r2_ds.data.check import THREADS, ends_well
 from w2r2_ds.data.inputs import (
+    BOXES,
     EXTRACTED,
+    SCANNET,
     annotation_source,
     needs_infos,
     needs_proposals,
@@ -51,6 +53,12 @@ def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
     scenes, unusable = _scenes(root, options, bool(found))
     for scene_id in scenes:
         found += _missing_of_scene(root, scene_id)
+    if not scenes:
+        folders = {"posed_images": EXTRACTED, "scans": SCANNET, "scannet_data": BOXES}
+        unknown = "missing; which scenes are needed is not known before the annotations are here"
+        found += [
+            Missing(root / name, unknown, origin) for name, origin in folders.items() if not (root / name).is_dir()
+        ]
     return unusable + found
 
 

@@ -24,10 +24,14 @@ def read_labels(root: Path | str) -> dict[str, tuple[int, str]]:
     path = Path(root) / LABELS_FILE
     try:
         # No csv: quotes mean nothing in this file.
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
+        lines = content.decode("utf-8").splitlines()
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; it must be {_SOURCE}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8 ({error}); it must be {_SOURCE}") from None
+    except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}); it must be {_SOURCE}") from None
     header = lines[0].split("\t") if lines else []
     for column in _COLUMNS:

@@ -208,6 +208,10 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
         raise ValueError(f"{path} is missing or not whole ({error}); prepare the data set again.") from None
     if not table.schema.equals(schema):
         raise ValueError(f"{path} has other columns than this program writes; prepare the data set again.")
+    for name in table.column_names:
+        nulls = table[name].null_count
+        if nulls and name != "target":  # a question about no object has none
+            raise ValueError(f"{path}: {nulls} of {len(table)} rows have no {name!r}; prepare the data set again.")
     return table
 
 

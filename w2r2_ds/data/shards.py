@@ -47,9 +47,16 @@ def write_shard(folder: Path, scene_id: str, key: str, outcomes: Outcomes, lost:
 
 
 def has_shard(folder: Path, scene_id: str, key: str) -> bool:
-    """Whether this scene was finished from just these inputs."""
+    """Whether this scene was finished from just these inputs, and its tables are whole (a full disk cuts them)."""
     record = _record(folder, scene_id)
-    return record is not None and record.get("key") == key
+    if record is None or record.get("key") != key:
+        return False
+    try:
+        for name in ("samples", "frames"):
+            pq.read_metadata(folder / f"{scene_id}.{name}.parquet")
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 def assemble(folder: Path, scene_ids: Sequence[str]) -> tuple[pa.Table, pa.Table, list[Numbered], int]:

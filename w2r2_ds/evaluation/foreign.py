@@ -1,6 +1,7 @@
 """Predictions in files, of this project or another, to the records that ``score.py`` scores; no model.
 
-ours        ``predictions-TASK-GEOMETRY.jsonl``: complete in itself. With a data set, its items count, not the file's.
+ours        ``predictions-TASK-GEOMETRY.jsonl``: complete in itself. With a data set, its items count, not the file's;
+            an answer to another question or to other frames than the data set's is refused.
 vgllm       lmms-eval's sample log of LaVi-Lab/VG-LLM (``src/lmms_eval/evaluator.py``, ``tasks/{scanrefer,scan2cap}``):
             a line has ``filtered_resps`` or ``resps``, and ``doc`` without images; the scene is read from
             ``scanrefer_score.images`` or ``scan2cap_score.images``. Items are told by scene, ``doc.metadata.object_id``
@@ -45,6 +46,7 @@ class Foreign:
         text: the answer; None where the line says that there is none.
         near: ``[6]`` box of its object, where the key does not tell objects apart; None where it does.
         changes: fields of the record that are the file's.
+        asked: fields of the record that the file has and that must be the data set's.
     """
 
     line: Line
@@ -52,6 +54,7 @@ class Foreign:
     text: str | None
     near: np.ndarray | None = None
     changes: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ def find_format(name: str, task: str) -> Format:
 
 
 def _ours(line: Line) -> Foreign:
-    return Foreign(line, line.get("id", str), line.get("text", (str, type(None))))
+    # A frame index means nothing among other frames, a caption nothing of another place.
+    asked = {name: line.values[name] for name in ("question", "cam_to_world") if name in line.values}
+    return Foreign(line, line.get("id", str), line.get("text", (str, type(None))), asked=asked)
 
 
 def _object_key(sample: Sample) -> Hashable:

@@ -39,8 +39,8 @@ class InTraining:
         device: of the model.
 
     Raises:
-        ValueError: no samples, a frame file that cannot be read, a prompt that is too long or spells a special token, a
-            best_by that these samples do not give, or a package that a score needs is not installed.
+        ValueError: no samples, a frame file or a text that cannot be used, a best_by that these samples do not give, or
+            a package that a score needs is not installed.
     """
 
     def __init__(self, config: RunConfig, front: Front, device: torch.device) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 
 from w2r2_ds.data.sample import Sample, Target
 
+FORMS = ("camera", "world", "box")
+"""See ``form`` above."""
 WORLD_FORMAT = "x_min,y_min,z_min,x_max,y_max,z_max"
 """In the questions that ask for a world box (Video-3D-LLM's "gen" template)."""
 

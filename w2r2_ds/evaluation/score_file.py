@@ -15,7 +15,8 @@ from w2r2_ds.config import DataConfig
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.evaluation.foreign import NEAR, Foreign, Format, find_format
 from w2r2_ds.evaluation.lines import Line, read_lines
-from w2r2_ds.evaluation.record import record_of
+from w2r2_ds.evaluation.record import FORMS, record_of
+from w2r2_ds.evaluation.scanrefer import GROUPS
 from w2r2_ds.evaluation.score import read_boxes, score_records
 from w2r2_ds.evaluation.sets import all_samples, describe_sets, find_sets
 
@@ -92,7 +93,7 @@ def join(
         (``repeated``).
 
     Raises:
-        ValueError: two predictions of one sample differ.
+        ValueError: two predictions of one sample differ, or one was asked otherwise than the sample asks.
     """
     by_key: defaultdict[Hashable, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
@@ -103,6 +104,7 @@ def join(
         fitting = [index for index in by_key.get(each.key, ()) if _near(samples[index], each)]
         free = next((index for index in fitting if index not in taken), None)
         if free is not None:
+            _refuse_other_question(samples[free], each)
             taken[free] = each
         elif not fitting:
             counts["strangers"] += 1
@@ -123,6 +125,16 @@ def _near(sample: Sample, prediction: Foreign) -> bool:
     return bool(np.abs(sample.target.box[:6] - prediction.near).max() <= NEAR)
 
 
+def _refuse_other_question(sample: Sample, prediction: Foreign) -> None:
+    mine = record_of(sample, None) if prediction.asked else {}
+    for name, value in prediction.asked.items():
+        if name in mine and mine[name] != value:
+            raise ValueError(
+                f"{prediction.line.where}: field {name!r} is not what --data has for {sample.id}, so this answers "
+                "another question or is about other frames; name the folder it was made with, or leave --data out."
+            )
+
+
 def _record(sample: Sample, prediction: Foreign | None, form: str | None) -> dict[str, Any]:
     record = record_of(sample, None if prediction is None else prediction.text)
     if form is not None:
@@ -130,10 +142,11 @@ def _record(sample: Sample, prediction: Foreign | None, form: str | None) -> dic
     return record if prediction is None else record | prediction.changes
 
 
+_CHOICES = {"form": FORMS, "target.group": GROUPS, "target.group_nyu40": GROUPS}
 _NEEDED = {
     "scanrefer": (
-        *(f"target.{name}" for name in ("box", "object_id", "object_name", "group", "group_nyu40", "scannet_class")),
-        "form",
+        *(f"target.{name}" for name in ("box", "object_id", "object_name", "ann_id", "scannet_class")),
+        *_CHOICES,
     ),
     "scan2cap": ("target.box", "target.object_id", "target.object_name", "target.described", "references"),
     "scanqa": ("references",),
@@ -155,6 +168,10 @@ def complete_record(line: Line) -> dict[str, Any]:
     line.get("text", (str, type(None)))
     for name in _NEEDED[task]:
         line.get(name, object)
+        if name in _CHOICES and line.get(name, str) not in _CHOICES[name]:
+            raise ValueError(
+                f"{line.where}: field {name!r} is {line.get(name, str)!r}, not {' or '.join(_CHOICES[name])}."
+            )
     if "target.box" in _NEEDED[task]:
         line.numbers("target.box", (9,))
     if task == "scan2cap" and line.get("target.described", object) is not None:

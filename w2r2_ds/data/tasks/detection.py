@@ -18,7 +18,7 @@ from w2r2_ds.data.boxes import world_to_camera
 from w2r2_ds.data.embodiedscan import ScanInfo
 from w2r2_ds.data.sample import Labelled, Sample
 from w2r2_ds.data.scannet import Frame, Scene
-from w2r2_ds.data.tasks.outcome import Job, Outcomes, TaskOptions, rounded
+from w2r2_ds.data.tasks.outcome import NO_WINDOW, Dropped, Job, Outcomes, TaskOptions, rounded
 from w2r2_ds.data.visibility import listed_frames
 
 QUESTION = (
@@ -41,9 +41,11 @@ def answer_text(objects: Sequence[Labelled]) -> str:
 
 
 def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
-    """The windows of one scene, by their first frame; of too many a seeded part."""
+    """The windows of one scene, by their first frame; of too many a seeded part; a scene without any is dropped."""
     assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
     windows = list(_windows(listed_frames(scene, job.info), options))
+    if not windows:
+        return [(job.number, Dropped(scene.scene_id, NO_WINDOW, f"EmbodiedScan's infos: scannet/{scene.scene_id}"))]
     if options.windows and len(windows) > options.windows:
         digest = hashlib.sha256(f"{options.frames.seed} {scene.scene_id}".encode()).digest()
         drawn = np.random.default_rng(list(digest)).permutation(len(windows))[: options.windows]

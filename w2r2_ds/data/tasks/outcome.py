@@ -17,6 +17,7 @@ from w2r2_ds.data.views import FrameOptions
 NO_INSTANCE_MATCH = "no_instance_match"
 NO_VISIBLE_FRAME = "no_visible_frame"
 NO_PROPOSAL = "no_proposal"
+NO_WINDOW = "no_window"
 BROKEN_SCENE = "broken_scene"
 
 Format = Literal["vgllm", "video3dllm"]
@@ -121,7 +122,8 @@ def check_objects(scene: Scene, job: Job) -> None:
     named += [(number, "object_ids", q.where) for _, q in job.questions for number in q.object_ids]
     lacking = [
         f"{where}: field {name!r} is {number}, which scene {scene.scene_id} does not have in "
-        f"{scene.scene_id}_aligned_bbox.npy; use the annotations that belong to these scans"
+        f"{scene.scene_id}_aligned_bbox.npy; use the annotations that belong to these scans, and boxes of "
+        "launchers/prepare.py boxes (ScanRefer's own leave out walls, floors, ceilings and unlabelled objects)"
         for number, name, where in named
         if number not in scene.instances
     ]
