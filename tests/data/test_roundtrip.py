@@ -46,6 +46,11 @@ def pose(turn: np.ndarray, place: np.ndarray) -> np.ndarray:
 cameras = st.builds(pose, numbers(angles, 3) | numbers(quarters, 3), numbers(metres, 3))
 
 
+def thickened(box: np.ndarray) -> np.ndarray:
+    """The box with no side below the unit of two decimals: a size of 0 would be no box."""
+    return np.concatenate([box[:3], np.maximum(box[3:6], 0.01), box[6:]])
+
+
 def angle_between(one: np.ndarray, other: np.ndarray) -> float:
     """Radians of the rotation from one to the other; from the chord, which is exact for small angles."""
     return float(2 * np.arcsin(min(1.0, np.linalg.norm(one - other) / np.sqrt(8))))
@@ -68,12 +73,12 @@ def test_a_written_answer_is_read_as_the_same_box_within_rounding(
     local = world_to_camera(box, camera)
     read = parse_grounding(answer_text(frame, local), 32)
     assert read.frame == frame
-    assert np.abs(read.box[:6] - np.maximum(local[:6], [*[-np.inf] * 3, *[0.01] * 3])).max() <= HALF_UNIT
+    assert np.abs(read.box[:6] - thickened(local)[:6]).max() <= HALF_UNIT
     # A rotation is off by at most the sum of what its three angles are off by, at gimbal lock too.
     assert angle_between(rotation_matrix(read.box[6:]), rotation_matrix(local[6:])) <= 3 * HALF_UNIT + GIMBAL_TOLERANCE
     world = camera_to_world(read.box, camera)
     assert np.linalg.norm(world[:3] - box[:3]) <= np.sqrt(3) * HALF_UNIT
-    assert np.abs(world[3:6] - np.maximum(box[3:6], 0.01)).max() <= HALF_UNIT
+    assert np.abs(world[3:6] - thickened(box)[3:6]).max() <= HALF_UNIT
 
 
 @given(boxes, st.integers(0, 99))
@@ -87,10 +92,11 @@ def test_writing_what_was_read_changes_nothing(box: np.ndarray, frame: int) -> N
 @given(boxes)
 @settings(max_examples=200)
 def test_a_world_answer_is_read_as_the_same_box_within_rounding(box: np.ndarray) -> None:
-    read = parse_world_box(world_answer_text(np.concatenate([box[:3], box[3:6] + 0.01])))
-    # Both ends are off by half a unit at most, and so is their mean; their distance by a whole one.
-    assert np.abs(read[:3] - box[:3]).max() <= HALF_UNIT
-    assert np.abs(read[3:] - box[3:6] - 0.01).max() <= 2 * HALF_UNIT
+    read = parse_world_box(world_answer_text(box))
+    # The lower end is off by half a unit; the upper one by a whole one more where it was moved away from the lower.
+    assert np.abs((read[:3] - read[3:] / 2) - (box[:3] - box[3:6] / 2)).max() <= HALF_UNIT
+    assert np.abs((read[:3] + read[3:] / 2) - (box[:3] + box[3:6] / 2)).max() <= 3 * HALF_UNIT
+    assert (read[3:] > 0).all()
 
 
 @given(st.lists(st.tuples(st.text(min_size=1).filter(str.strip), boxes), max_size=4))
@@ -98,4 +104,5 @@ def test_a_world_answer_is_read_as_the_same_box_within_rounding(box: np.ndarray)
 def test_a_detection_is_read_as_the_same_objects_within_rounding(objects: list[tuple[str, np.ndarray]]) -> None:
     read = parse_objects(detection.answer_text([Labelled(label, box) for label, box in objects]))
     assert [label for label, _ in read] == [label for label, _ in objects]
-    assert all(np.abs(mine - box).max() <= HALF_UNIT for (_, mine), (_, box) in zip(read, objects, strict=True))
+    for (_, mine), (_, box) in zip(read, objects, strict=True):
+        assert np.abs(mine - thickened(box)).max() <= HALF_UNIT

@@ -18,7 +18,7 @@ from w2r2_ds.data.boxes import world_to_camera
 from w2r2_ds.data.embodiedscan import ScanInfo
 from w2r2_ds.data.sample import Labelled, Sample
 from w2r2_ds.data.scannet import Frame, Scene
-from w2r2_ds.data.tasks.outcome import NO_WINDOW, Dropped, Job, Outcomes, TaskOptions, rounded
+from w2r2_ds.data.tasks.outcome import NO_WINDOW, Dropped, Job, Outcomes, TaskOptions, rounded_box
 from w2r2_ds.data.visibility import listed_frames
 
 QUESTION = (
@@ -36,7 +36,7 @@ def answer_text(objects: Sequence[Labelled]) -> str:
     Args:
         objects: with ``[9]`` boxes in the first frame's camera.
     """
-    lines = [f'{{"label": {_quoted(each.label)}, "bbox_3d": {rounded(each.box)}}}' for each in objects]
+    lines = [f'{{"label": {_quoted(each.label)}, "bbox_3d": {rounded_box(each.box)}}}' for each in objects]
     return "```json\n[\n\t" + ",\n\t".join(lines) + "\n]```"
 
 

@@ -156,3 +156,10 @@ def world_box(scene: Scene, object_id: int) -> np.ndarray:
 def rounded(values: np.ndarray, decimals: int = 2) -> list[float]:
     """Numbers as VG-LLM writes them: Python's ``repr`` of these floats (``3.0``, ``0.59``)."""
     return [round(float(value), decimals) for value in values]
+
+
+def rounded_box(box9: np.ndarray, decimals: int = 2) -> list[float]:
+    """``rounded`` of a ``[9]`` box; a side that would be 0, which is no box, is one unit of the last digit."""
+    numbers = rounded(box9, decimals)
+    numbers[3:6] = [max(size, 10**-decimals) for size in numbers[3:6]]
+    return numbers

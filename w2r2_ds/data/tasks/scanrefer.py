@@ -32,6 +32,7 @@ from w2r2_ds.data.tasks.outcome import (
     Outcomes,
     TaskOptions,
     rounded,
+    rounded_box,
     target_of,
     world_box,
 )
@@ -69,17 +70,19 @@ def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
     Args:
         frame: index among the sample's frames.
         box9: ``[9]`` box in that frame's camera (centre, size, ZXY angles; metres, radians).
-        decimals: digits to round to; a thinner side is one unit of the last, since a size of 0 is no box.
+        decimals: digits to round to.
     """
-    numbers = rounded(box9, decimals)
-    numbers[3:6] = [max(size, 10**-decimals) for size in numbers[3:6]]
-    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {numbers}}}\n```'
+    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {rounded_box(box9, decimals)}}}\n```'
 
 
 def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
-    """``x_min,y_min,z_min,x_max,y_max,z_max`` of an axis-aligned box that begins with centre and size, metres."""
-    ends = np.concatenate([box[:3] - box[3:6] / 2, box[:3] + box[3:6] / 2])
-    return ",".join(str(number) for number in rounded(ends, decimals))
+    """``x_min,y_min,z_min,x_max,y_max,z_max`` of an axis-aligned box that begins with centre and size, metres.
+
+    A side that rounding would make 0, which is no box, is one unit of the last digit.
+    """
+    low, high = (rounded(box[:3] + sign * box[3:6] / 2, decimals) for sign in (-1, 1))
+    ends = [*low, *(max(top, round(bottom + 10**-decimals, decimals)) for bottom, top in zip(low, high, strict=True))]
+    return ",".join(str(number) for number in ends)
 
 
 def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
