@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.config import load_config
-from w2r2_ds.engine.checkpoint import DESCRIPTION, check_same_run, find_checkpoint, prune
+from w2r2_ds.config import DataConfig, RunConfig, SourceConfig, load_config
+from w2r2_ds.engine.checkpoint import DESCRIPTION, check_same_data, check_same_run, find_checkpoint, prune
 
 
 def described(folder: Path, name: str, age: int) -> Path:
@@ -50,6 +50,17 @@ def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
     check_same_run(checkpoint, replace(config, objective=replace(config.objective, gap_every=7, gap_samples=3)))
     validated = {"eval_every": 7, "eval_samples": 3, "eval_max_new_tokens": 9, "best_by": "scanrefer/mean_iou"}
     check_same_run(checkpoint, replace(config, train=replace(config.train, **validated)))
+
+
+def test_a_resume_with_other_samples_is_refused(tmp_path: Path) -> None:
+    """Prepared again under the same path, with other options: the configuration is the same, an epoch is not."""
+    config = RunConfig(data=DataConfig(root="scans", train=[SourceConfig("a"), SourceConfig("b")]))
+    (tmp_path / DESCRIPTION).write_text('{"data": ["1", "2"]}')
+    check_same_data(tmp_path, config, ["1", "2"])
+    with pytest.raises(ValueError, match=r"scans/b is not the data set that .* was trained on"):
+        check_same_data(tmp_path, config, ["1", "3"])
+    (tmp_path / DESCRIPTION).write_text("{}")
+    check_same_data(tmp_path, config, ["1", "3"])
 
 
 def test_the_newest_are_kept_whatever_their_steps(tmp_path: Path) -> None:

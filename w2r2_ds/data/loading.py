@@ -40,6 +40,11 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
     return mixture
 
 
+def digests(mixture: Mixture) -> list[str]:
+    """What each of the prepared sets of a mixture was made of, as one hash."""
+    return [each.digest for each in mixture.sets if isinstance(each, PreparedSet)]
+
+
 class SampleDataset(Dataset[Features | ValueError]):
     """Features of samples, made when asked for.
 

@@ -9,6 +9,7 @@ Images are referenced, never copied. Both tables open with ``datasets.load_datas
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -86,6 +87,11 @@ class PreparedSet(Sequence[Sample]):
     def task(self) -> str:
         """Which task the samples belong to."""
         return str(self.manifest["task"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and so of options, inputs and tables."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,17 @@ MAY_CHANGE = (
 
 
 def save_checkpoint(
-    engine: Any, config: RunConfig, step: int, metrics: dict[str, float], best: dict[str, Any] | None = None
+    engine: Any,
+    config: RunConfig,
+    step: int,
+    metrics: dict[str, float],
+    data: Sequence[str],
+    best: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint aside, rename it, then move `latest`; every rank calls it.
 
-    `best`, where this one has the best validation so far, says by what; then `best` moves too.
+    `data` says what the training sets hold (``data.loading.digests``). `best`, where this one has the best validation
+    so far, says by what; then `best` moves too.
     """
     folder = Path(config.out) / "checkpoints"
     final = folder / f"step-{step:06d}"
@@ -71,6 +78,7 @@ def save_checkpoint(
             "model": fingerprint(engine.module.model),
             "metrics": metrics,
             "best": best,
+            "data": list(data),
             "versions": versions(),
         }
         (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
@@ -167,6 +175,17 @@ def check_same_run(path: Path, config: RunConfig) -> None:
                 )
 
 
+def check_same_data(path: Path, config: RunConfig, data: Sequence[str]) -> None:
+    """Refuse to go on with training sets that hold something else: the order of an epoch would be another one's."""
+    saved = json.loads((path / DESCRIPTION).read_text()).get("data")  # None in checkpoints of before
+    for source, mine, theirs in zip(config.data.train, data, data if saved is None else saved, strict=True):
+        if mine != theirs:
+            raise ValueError(
+                f"{Path(config.data.root) / source.path} is not the data set that {path} was trained on; a resumed run "
+                "goes on as it began: prepare it as before, or give a new --out."
+            )
+
+
 def load_trainable(path: Path, model: W2R2) -> None:
     """Load the trained tensors of a checkpoint into an unsharded model, strictly."""
     check_same_model(path, model)
@@ -194,7 +213,7 @@ def assign_trainable(tensors: dict[str, torch.Tensor], model: W2R2, source: Path
         parameter.copy_(tensors[name])
 
 
-def resume(engine: Any, path: Path, config: RunConfig) -> int:
+def resume(engine: Any, path: Path, config: RunConfig, data: Sequence[str]) -> int:
     """Load weights, optimizer, schedule and random state; returns the step to go on with."""
     check_same_model(path, engine.module.model)
     saved = json.loads((path / DESCRIPTION).read_text())
@@ -204,6 +223,7 @@ def resume(engine: Any, path: Path, config: RunConfig) -> int:
             "start as many ranks as before."
         )
     check_same_run(path, config)
+    check_same_data(path, config, data)
     _, state = engine.load_checkpoint(str(path), tag="engine", load_module_strict=False)
     set_rng_state(torch.load(path / f"rng-{dist.get_rank()}.pt", weights_only=True))
     return int(state["step"])

@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from w2r2_ds.config import RunConfig, save_config
 from w2r2_ds.data.check import check_frames, check_texts, describe_frames
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import checked, load_mixture, make_processor, train_loader
+from w2r2_ds.data.loading import checked, digests, load_mixture, make_processor, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots, token_tables
 from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint, resume, save_checkpoint
@@ -53,6 +53,7 @@ class Run:
     groups: dict[str, list[torch.nn.Parameter]]
     gap: DecodeGap | None
     best: BestSoFar | None
+    data: list[str]
 
 
 def train(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Path:
@@ -90,7 +91,7 @@ def train(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> P
                 metrics |= scores
             logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
-                checkpoint = save_checkpoint(run.engine, config, step + 1, metrics, best)
+                checkpoint = save_checkpoint(run.engine, config, step + 1, metrics, run.data, best)
     hinge.end()
     return checkpoint
 
@@ -223,7 +224,8 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
     del keep_alive
     # Ranks draw different dropout masks.
     torch.manual_seed(config.train.seed + rank)
-    start = resume(engine, continued, config) if continued else 0
+    data = digests(samples)
+    start = resume(engine, continued, config, data) if continued else 0
     if rank == 0:  # not before the resume, which may refuse this configuration
         Path(config.out).mkdir(parents=True, exist_ok=True)
         save_config(config, Path(config.out) / "config.yaml")
@@ -241,7 +243,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
     gap = DecodeGap(samples, front, config, device) if config.objective.gap_every else None
     best = BestSoFar(validation, continued) if validation is not None else None
     accumulation = engine.gradient_accumulation_steps()
-    return Run(config, engine, loader, device, accumulation, start, trained_groups(model), gap, best)
+    return Run(config, engine, loader, device, accumulation, start, trained_groups(model), gap, best, data)
 
 
 def check_objective(config: RunConfig, front: Front) -> None:
