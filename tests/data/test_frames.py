@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from hand_scene import CAMERA, INTRINSIC, SCENE
-from w2r2_ds.data import frames as module
-from w2r2_ds.data.frames import best_frame, load_depth, projected_area, visible_share
+from w2r2_ds.data.frames import load_depth, projected_area, visible_share
 from w2r2_ds.data.scannet import Scene, load_scene
+from w2r2_ds.data.visibility import seen_by_depth
 
 SIZE = (64, 48)
 
@@ -20,11 +20,6 @@ SIZE = (64, 48)
 @pytest.fixture
 def scene(root: Path) -> Scene:
     return load_scene(root, SCENE)
-
-
-def best(scene: Scene, object_id: int) -> int | None:
-    box = scene.instances[object_id].box
-    return best_frame(scene.frames, box, scene.intrinsic, SIZE, scene.depth_intrinsic)
 
 
 def test_area_of_a_box_seen_head_on() -> None:
@@ -66,28 +61,6 @@ def test_visible_share_knows_occluders_and_background(scene: Scene) -> None:
     assert 0.2 < visible_share(box, CAMERA, INTRINSIC, half) < 0.8
 
 
-def test_best_frame_is_the_largest_that_sees_the_object(scene: Scene) -> None:
-    assert best(scene, 0) == 1  # one metre nearer
-    assert best(scene, 3) is None  # hidden in frames 0 and 1, behind the camera in frame 2
-    # with the nearer frame's view blocked, the farther one is chosen
-    blocked = [load_depth(frame) for frame in scene.frames]
-    blocked[1] = np.full_like(blocked[1], 500)
-    box = scene.instances[0].box
-    assert best_frame(scene.frames, box, INTRINSIC, SIZE, INTRINSIC, blocked) == 0
-
-
-def test_equal_frames_give_the_first(scene: Scene) -> None:
-    box = scene.instances[0].box
-    assert best_frame([scene.frames[1]] * 3, box, INTRINSIC, SIZE, INTRINSIC) == 0
-
-
-def test_each_depth_image_is_read_at_most_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    monkeypatch.setattr(module, "load_depth", lambda frame: read.append(frame.index) or load_depth(frame))
-    assert best(scene, 3) is None
-    assert sorted(read) == [0, 1]  # frame 2 has no area, so its depth is not needed
-
-
 def test_bad_depth_images_are_named(scene: Scene) -> None:
     path = scene.frames[0].depth
     content = path.read_bytes()
@@ -108,7 +81,7 @@ def test_a_wrong_depth_scale_is_named(scene: Scene, millimetres: int) -> None:
     ):
         load_depth(scene.frames[1])
     with pytest.raises(ValueError, match=r"00001.png: read as millimetres"):
-        best(scene, 0)
+        seen_by_depth(scene, [scene.instances[0].box])
 
 
 def test_plausible_depths_pass(scene: Scene) -> None:

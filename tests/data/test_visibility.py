@@ -14,7 +14,7 @@ from PIL import Image
 from hand_scene import ALIGN, CAMERA, INTRINSIC, SCENE, moved
 from w2r2_ds.data import visibility
 from w2r2_ds.data.embodiedscan import InfoInstance, ScanInfo
-from w2r2_ds.data.frames import best_frame, load_depth, projected_area
+from w2r2_ds.data.frames import load_depth, projected_area
 from w2r2_ds.data.scannet import Frame, Scene, load_scene
 from w2r2_ds.data.visibility import (
     clear_area,
@@ -128,12 +128,12 @@ def test_a_box_that_fills_the_image_from_side_to_side_is_not_clear() -> None:
     assert clear_area(box, CAMERA, INTRINSIC, SIZE) == pytest.approx(21.5 * 20 + 10 / 3 * (20 + 40 / 3) / 2)
 
 
-def test_the_clearest_that_depth_confirms_is_the_best_frame(scene: Scene) -> None:
-    """Both searches agree where no corner is at a border."""
-    for box in (scene.instances[0].box, scene.instances[4].box):
-        (seen,) = seen_by_depth(scene, [box])
-        expected = best_frame(scene.frames, box, INTRINSIC, SIZE, INTRINSIC)
-        assert clearest(scene.frames, sorted(seen), box, INTRINSIC, SIZE) == expected
+def test_the_clearest_that_depth_confirms(scene: Scene) -> None:
+    seen = seen_by_depth(scene, [scene.instances[i].box for i in (0, 3)])
+    assert clearest(scene.frames, sorted(seen[0]), scene.instances[0].box, INTRINSIC, SIZE) == 1  # one metre nearer
+    assert not seen[1]  # hidden in frames 0 and 1, behind the camera in frame 2
+    box = scene.instances[0].box
+    assert clearest(scene.frames, [0], box, INTRINSIC, SIZE) == 0  # the farther one, where the nearer is blocked
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5]), min_size=1, max_size=6))

@@ -5,8 +5,6 @@ Which frames of a scene see an object is in ``visibility.py``; which of them a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image
 from scipy.spatial import ConvexHull, QhullError
@@ -162,37 +160,3 @@ def _ray_interval(
     half = np.asarray(box[3:6]) / 2
     first, second = (box[:3] - half - origin) / directions, (box[:3] + half - origin) / directions
     return np.minimum(first, second).max(axis=1), np.maximum(first, second).min(axis=1)
-
-
-def best_frame(
-    frames: Sequence[Frame],
-    box: np.ndarray,
-    intrinsic: np.ndarray,
-    image_size: tuple[int, int],
-    depth_intrinsic: np.ndarray,
-    depths: Sequence[np.ndarray] | None = None,
-    min_share: float = MIN_VISIBLE_SHARE,
-) -> int | None:
-    """Index in ``frames`` of the frame that shows a box largest, among those that really see it.
-
-    Frames are tried by descending projected area (ties: the earlier first), and the first one in which at least
-    ``min_share`` of the box is seen in the depth image is returned; ``None`` if there is none. A depth image is read at
-    most once per call; pass ``depths`` (one per frame) when asking for many boxes.
-
-    Args:
-        frames: candidates, in the order in which the model sees them.
-        box: ``[6]`` centre and size in the axis-aligned world, metres.
-        intrinsic: ``[4, 4]``, of the colour images.
-        image_size: width and height of the colour images.
-        depth_intrinsic: ``[4, 4]``, of the depth images.
-        depths: ``[height, width]`` uint16 per frame; read from disk when left out.
-        min_share: see ``visible_share``.
-    """
-    areas = [projected_area(box, frame.cam_to_world, intrinsic, image_size) for frame in frames]
-    for i in sorted(range(len(frames)), key=lambda i: (-areas[i], i)):
-        if areas[i] <= 0:
-            return None
-        depth = load_depth(frames[i]) if depths is None else depths[i]
-        if visible_share(box, frames[i].cam_to_world, depth_intrinsic, depth) >= min_share:
-            return i
-    return None

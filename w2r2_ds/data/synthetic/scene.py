@@ -107,7 +107,7 @@ def _seen(room: Room, frames: list[Frame], depths: list[np.ndarray], matrix: np.
 def _visible(
     room: Room, frames: list[Frame], seen: list[list[int]], matrix: np.ndarray, size: tuple[int, int]
 ) -> set[int]:
-    """Ids of the objects for which ``frames.best_frame`` finds a frame: seen, and with an area in the image."""
+    """Ids of the objects that some frame both sees and shows with an area in the image."""
     return {
         o.object_id
         for o in room.objects
