@@ -70,6 +70,7 @@ def scan2cap(
     format: Literal["vgllm", "video3dllm"] = "vgllm",
     frames: FrameOptions = FrameOptions("vgllm", 32),  # noqa: B008
     boxes: Literal["proposals", "annotated"] = "proposals",
+    visibility: Literal["embodiedscan", "depth"] = "embodiedscan",
     out: str = "",
     workers: int = 0,
     skip_broken_scenes: bool = False,
@@ -84,6 +85,7 @@ def scan2cap(
         format: the place in the first frame's camera (VG-LLM), or in the world (Video-3D-LLM's words).
         frames: which frames a sample sees.
         boxes: in validation, which box the place is the centre of: the best of the proposals, or the annotated one.
+        visibility: in training with protocol scene_sets, what says whether a frame sees an object, as for scanrefer.
         out: folder for a folder per split; ROOT/prepared/scan2cap without it.
         workers: processes; 0 means one per available core.
         skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
@@ -92,7 +94,7 @@ def scan2cap(
     """
 
     def options(split: Any) -> TaskOptions:
-        return TaskOptions("scan2cap", split, format, frames, boxes=boxes)
+        return TaskOptions("scan2cap", split, format, frames, boxes=boxes, visibility=visibility)
 
     _run("scan2cap", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
 

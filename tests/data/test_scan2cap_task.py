@@ -10,6 +10,7 @@ import pytest
 from hand_scene import CAMERA, SCENE, entry, outcomes_of, reasons, write_annotations, write_proposals
 from w2r2_ds.data.sample import Reference
 from w2r2_ds.data.tasks.scan2cap import best_proposal, question_text
+from w2r2_ds.data.views import FrameOptions
 
 BOX = np.array([2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0])
 ENTRIES = [entry(), entry(4, "table", 0, "the table."), entry(0, "office_chair", 1, "It is RED. very.")]
@@ -82,3 +83,21 @@ def test_best_proposal_by_hand() -> None:
     unit = np.array([0.0, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(best_proposal(proposals, unit), proposals[2])  # .429 against .333 and .125
     np.testing.assert_array_equal(best_proposal(proposals[:1], unit), proposals[0])  # none overlaps: the first
+
+
+@pytest.mark.parametrize(
+    ("task", "format"), [("scan2cap", "vgllm"), ("scan2cap", "video3dllm"), ("scanrefer", "video3dllm")]
+)
+def test_a_training_sample_gets_a_set_that_sees_its_object(root: Path, task: str, format: str) -> None:
+    """Three sets of one frame each: the third frame looks away, and no frame sees the lamp."""
+    chairs = [entry(0, "office_chair", number, f"chair {number}.") for number in range(12)]
+    write_annotations(root, [*chairs, entry(3, "lamp", 0, "a hidden lamp.")])
+    sets = FrameOptions("scene_sets", 1, sets=3)
+    made = outcomes_of(root, task, frames=sets, visibility="depth", format=format)
+    assert reasons(made) == {f"{SCENE}|3|lamp|0": "no_visible_frame"}
+    shown = {path.name for each in made[:-1] for path in each.frames}
+    assert shown == {"00000.jpg", "00001.jpg"}, "both that see it, spread by a hash"
+    if task == "scanrefer":
+        write_annotations(root, [*chairs, entry(3, "lamp", 0, "a hidden lamp.")], "val")
+        kept = outcomes_of(root, task, "val", frames=sets, visibility="depth", format=format)
+        assert len(kept) == 13 and not reasons(kept), "validation keeps all"

@@ -62,7 +62,7 @@ def sources(root: Path, options: TaskOptions) -> list[Source]:
 
 def needs_infos(options: TaskOptions) -> bool:
     """Whether EmbodiedScan says what frames see (detection reads it as its annotations)."""
-    return options.task == "scanrefer" and options.format == "vgllm" and options.visibility == "embodiedscan"
+    return options.looks and options.visibility == "embodiedscan"
 
 
 def needs_proposals(options: TaskOptions) -> bool:

@@ -92,8 +92,10 @@ def check_options(options: TaskOptions) -> None:
 def recorded_options(options: TaskOptions) -> dict[str, Any]:
     """The options that the samples of this task depend on, as plain values."""
     names = ["split", "format", "frames"]
+    if options.looks:
+        names.append("visibility")
     if options.task == "scanrefer" and options.format == "vgllm":
-        names += ["rolls", "visibility"]
+        names.append("rolls")
     elif options.task == "scan2cap" and options.split != "train":
         names.append("boxes")
     elif options.task == "detection":

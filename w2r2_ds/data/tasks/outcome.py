@@ -34,7 +34,7 @@ class TaskOptions:
         format: whose prompts and answers.
         frames: which frames a sample sees; detection takes only count and seed.
         rolls: ScanRefer: training samples per description, each with frames of its own.
-        visibility: ScanRefer in VG-LLM's format: what says whether a frame sees an object.
+        visibility: where the options look for objects: what says whether a frame sees one.
         boxes: Scan2Cap, validation: where the coordinates of the prompt come from.
         interval: detection: every how many frames of a run of neighbours a window takes one.
         step: detection: distance of the numbers of neighbouring frames.
@@ -51,6 +51,14 @@ class TaskOptions:
     interval: int = 3
     step: int = 10
     windows: int = 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether what frames see decides something: the frame of an answer, or a training sample's set of frames."""
+        if self.task == "scanrefer" and self.format == "vgllm":
+            return True
+        sets = self.split == "train" and self.frames.protocol == "scene_sets"
+        return sets and self.task in ("scanrefer", "scan2cap")
 
 
 @dataclass(frozen=True)

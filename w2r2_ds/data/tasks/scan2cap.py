@@ -1,8 +1,9 @@
 """Scan2Cap: an object given by its place -> a sentence about it. Its annotations are ScanRefer's.
 
 ``vgllm`` gives the centre in the camera of the first frame (LaVi-Lab/VG-LLM ``process_scan2cap.py``); as there, no
-frame needs to see the object. ``video3dllm`` gives it in the axis-aligned world: Video-3D-LLM puts a position embedding
-where its prompt says ``<coord>``, which a text cannot, so the numbers stand there instead.
+frame needs to see the object, but in training with the frame protocol ``scene_sets`` one does. ``video3dllm`` gives it
+in the axis-aligned world: Video-3D-LLM puts a position embedding where its prompt says ``<coord>``, which a text
+cannot, so the numbers stand there instead.
 
 Training: one sample per description, at the annotated box. Validation: one per object, as ``scene|object|name`` of the
 annotations tells objects apart, at the proposed box that overlaps most (or at the annotated one); every description of
@@ -11,14 +12,16 @@ the object is a reference.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from w2r2_ds.data.annotations import Description
 from w2r2_ds.data.boxes import world_to_camera
 from w2r2_ds.data.sample import Reference, Sample
 from w2r2_ds.data.scannet import Scene
-from w2r2_ds.data.tasks.outcome import NO_PROPOSAL, Dropped, Job, Outcomes, TaskOptions, rounded, target_of
-from w2r2_ds.data.views import choose
+from w2r2_ds.data.tasks.outcome import NO_PROPOSAL, Dropped, Job, Outcome, Outcomes, TaskOptions, rounded, target_of
+from w2r2_ds.data.tasks.sights import Sight, choose_seeing, look
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
 """VG-LLM's, with the line break that follows its frames."""
@@ -60,8 +63,9 @@ def object_key(about: Description) -> str:
 
 def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
     """The samples of one scene: of each description (training), or of each object where its first one stands."""
+    scene, sights = look(scene, job, options)
     if options.split == "train":
-        return [(number, _sample(scene, job, about, options, about.key)) for number, about in job.descriptions]
+        return [(number, _outcome(scene, job, about, options, sights, about.key)) for number, about in job.descriptions]
     objects: dict[str, list[tuple[int, Description]]] = {}
     for number, about in job.descriptions:
         objects.setdefault(object_key(about), []).append((number, about))
@@ -73,24 +77,26 @@ def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
             outcomes.append((number, Dropped(key, NO_PROPOSAL, about.where)))
             continue
         references = tuple(Reference(each.text, each.words) for _, each in members)
-        outcomes.append((number, _sample(scene, job, about, options, key, references)))
+        outcomes.append((number, _outcome(scene, job, about, options, sights, key, references)))
     return outcomes
 
 
-def _sample(
+def _outcome(
     scene: Scene,
     job: Job,
     about: Description,
     options: TaskOptions,
+    sights: Mapping[int, Sight],
     key: str,
     references: tuple[Reference, ...] = (),
-) -> Sample:
+) -> Outcome:
     described = scene.instances[about.object_id].box
     if options.split != "train" and options.boxes == "proposals":
         assert job.proposals is not None
         described = best_proposal(job.proposals, described)
-    chosen = choose(options.frames, scene, key, None)
-    assert chosen is not None, "a scene has frames, and nothing is asked of them"
+    chosen = choose_seeing(scene, about, key, options, sights)
+    if isinstance(chosen, Dropped):
+        return chosen
     poses = np.stack([scene.frames[p].cam_to_world for p in chosen])
     return Sample(
         id=key,

@@ -13,8 +13,7 @@ answer is ours: two decimals, commas between. Its kind is ``answer``: only boxes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -36,8 +35,9 @@ from w2r2_ds.data.tasks.outcome import (
     target_of,
     world_box,
 )
+from w2r2_ds.data.tasks.sights import Sight, choose_seeing, look
 from w2r2_ds.data.views import choose
-from w2r2_ds.data.visibility import clearest, listed_frames, match_instance, seen_by_depth, seen_by_infos
+from w2r2_ds.data.visibility import clearest
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -91,12 +91,10 @@ def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
     """
+    scene, sights = look(scene, job, options)
     if options.format == "video3dllm":
-        return [(number, _world_sample(scene, job, about, options)) for number, about in job.descriptions]
-    if options.visibility == "embodiedscan":
-        assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
-        scene = listed_frames(scene, job.info)
-    sights, size = _sights(scene, job, options), image_size(scene)
+        return [(number, _world_outcome(scene, job, about, options, sights)) for number, about in job.descriptions]
+    size = image_size(scene)
     return [
         (number, outcome)
         for number, about in job.descriptions
@@ -114,36 +112,8 @@ def image_size(scene: Scene) -> tuple[int, int]:
         raise ValueError(f"{path} is not a readable image; extract it again ({error})") from None
 
 
-@dataclass(frozen=True)
-class _Sight:
-    """Positions in ``scene.frames`` that see an object, and the ``[9]`` box whose outline says how well.
-
-    ``box`` is None where the annotated box matches no EmbodiedScan instance.
-    """
-
-    seen: frozenset[int]
-    box: np.ndarray | None
-
-
-def _sights(scene: Scene, job: Job, options: TaskOptions) -> dict[int, _Sight]:
-    """Of every object that a description is about."""
-    boxes = {about.object_id: world_box(scene, about.object_id) for _, about in job.descriptions}
-    if options.visibility == "depth":
-        seen = seen_by_depth(scene, [box[:6] for box in boxes.values()])
-        return {number: _Sight(each, box) for (number, box), each in zip(boxes.items(), seen, strict=True)}
-    assert job.info is not None
-    sights = {}
-    for number, box in boxes.items():
-        instance = match_instance(box[:6], job.info)
-        if instance is None:
-            sights[number] = _Sight(frozenset(), None)
-        else:
-            sights[number] = _Sight(seen_by_infos(scene, job.info, instance), instance.box)
-    return sights
-
-
 def _camera_samples(
-    scene: Scene, job: Job, about: Description, sight: _Sight, options: TaskOptions, size: tuple[int, int]
+    scene: Scene, job: Job, about: Description, sight: Sight, options: TaskOptions, size: tuple[int, int]
 ) -> Iterator[Outcome]:
     training = options.split == "train"
     if training and sight.box is None:
@@ -181,9 +151,12 @@ def _sample(scene: Scene, job: Job, about: Description, key: str, chosen: list[i
     )
 
 
-def _world_sample(scene: Scene, job: Job, about: Description, options: TaskOptions) -> Sample:
-    chosen = choose(options.frames, scene, about.key, None)
-    assert chosen is not None, "a scene has frames, and nothing is asked of them"
+def _world_outcome(
+    scene: Scene, job: Job, about: Description, options: TaskOptions, sights: Mapping[int, Sight]
+) -> Outcome:
+    chosen = choose_seeing(scene, about, about.key, options, sights)
+    if isinstance(chosen, Dropped):
+        return chosen
     return Sample(
         id=about.key,
         task="scanrefer",
