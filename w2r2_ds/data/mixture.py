@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ class Mixture(Sequence[Sample]):
         index %= len(self)
         which = bisect_right(self._ends, index)
         return self.sets[which][index - (self._ends[which] - len(self.sets[which]))]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return chain.from_iterable(self.sets)
 
     @property
     def shares(self) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +23,9 @@ from w2r2_ds.data.sample import Labelled, Reference, Sample, Target
 
 VERSION = 1
 """Of the two schemas and the manifest; raised whenever an older folder can no longer be read."""
+
+ROWS = 1024
+"""Samples that are read at once where all are looked at."""
 
 SAMPLES, FRAMES, MANIFEST = "samples.parquet", "frames.parquet", "manifest.json"
 
@@ -73,7 +76,7 @@ class PreparedSet(Sequence[Sample]):
         self.manifest = read_manifest(self.folder)
         self._samples = _read(self.folder / SAMPLES, SAMPLE_SCHEMA)
         frames = _read(self.folder / FRAMES, FRAME_SCHEMA)
-        self._paths = [_inside(path, self.folder / FRAMES) for path in frames["path"].to_pylist()]
+        self._files = [self.root / _inside(path, self.folder / FRAMES) for path in frames["path"].to_pylist()]
         poses = frames["cam_to_world"].combine_chunks()
         self._poses = np.asarray(poses.flatten()).reshape(-1, 4, 4)
         expected = self.manifest["counts"]["samples"]
@@ -104,9 +107,14 @@ class PreparedSet(Sequence[Sample]):
         (row,) = self._samples.slice(index % len(self), 1).to_pylist()
         return self._sample(row)
 
+    def __iter__(self) -> Iterator[Sample]:
+        # Rows of many samples at once: what looks at all samples at start does so on every rank.
+        for batch in self._samples.to_batches(max_chunksize=ROWS):
+            yield from map(self._sample, batch.to_pylist())
+
     def _sample(self, row: dict[str, Any]) -> Sample:
         frames = row["frames"]
-        if frames and not 0 <= min(frames) <= max(frames) < len(self._paths):
+        if frames and not 0 <= min(frames) <= max(frames) < len(self._files):
             raise ValueError(
                 f"{self.folder / SAMPLES}: sample {row['id']} names a frame that {FRAMES} does not have; "
                 "prepare the data set again."
@@ -116,7 +124,7 @@ class PreparedSet(Sequence[Sample]):
             id=row["id"],
             task=row["task"],
             scene_id=row["scene_id"],
-            frames=tuple(self.root / self._paths[i] for i in frames),
+            frames=tuple(self._files[i] for i in frames),
             cam_to_world=self._poses[frames],
             question=row["question"],
             answer=row["answer"],
