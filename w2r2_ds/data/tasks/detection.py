@@ -36,7 +36,7 @@ def answer_text(objects: Sequence[Labelled]) -> str:
     Args:
         objects: with ``[9]`` boxes in the first frame's camera.
     """
-    lines = [f'{{"label": {_quoted(each.label)}, "bbox_3d": {rounded_box(each.box)}}}' for each in objects]
+    lines = [f'{{"label": {json.dumps(each.label)}, "bbox_3d": {rounded_box(each.box)}}}' for each in objects]
     return "```json\n[\n\t" + ",\n\t".join(lines) + "\n]```"
 
 
@@ -88,7 +88,3 @@ def _sample(scene: Scene, info: ScanInfo, frames: list[Frame]) -> Sample:
         kind="answer",
         objects=objects,
     )
-
-
-def _quoted(label: str) -> str:
-    return json.dumps(label)
