@@ -53,13 +53,18 @@ def load_model(
         ValueError: there is no such thing, or it belongs to other models than these.
     """
     config = run_config(path, root, vlm, vggt)
+    return config, trained_model(path, config), load_front(config.model)
+
+
+def trained_model(path: Path, config: RunConfig) -> W2R2:
+    """The model alone, of ``run_config``'s configuration; errors as ``load_model``'s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (path / ADAPTER_CARD).is_file():
         model = load_adapter(path, config, device)
     else:
         model = build_model(config.model, device, config.train.seed)
         load_trainable(find_checkpoint(path), model)
-    return config, model.to(device).eval(), load_front(config.model)
+    return model.to(device).eval()
 
 
 def run_config(
@@ -132,15 +137,16 @@ def evaluate(
     if geometry == "shuffle":
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world)
-    check_texts(samples, make_processor(load_front(config.model), config.data), ranks.rank, ranks.world, False)
+    front = load_front(config.model)
+    check_texts(samples, make_processor(front, config.data), ranks.rank, ranks.world, False)
 
-    _, model, front = load_model(path, root, vlm, vggt)
+    model, described = trained_model(path, config), describe_sets(sets)
     set_threads(ranks, model.base.config.get_text_config().hidden_size)
     run = {
         "weights": _trained_weights(path),
         "model": fingerprint(model),
         "dtype": str(resolve_dtype(config.model.dtype)),
-        "data": [each["manifest"] for each in describe_sets(sets)],
+        "data": [each["manifest"] for each in described],
         "geometry": geometry,
         "max_new_tokens": max_new_tokens,
         **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
@@ -159,7 +165,7 @@ def evaluate(
         "task": task,
         "geometry": geometry,
         "checkpoint": str(path),
-        "data": describe_sets(sets),
+        "data": described,
         "samples": len(records),
         "of": len(whole),
         "max_new_tokens": max_new_tokens,
