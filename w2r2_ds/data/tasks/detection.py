@@ -18,7 +18,7 @@ from w2r2_ds.data.boxes import world_to_camera
 from w2r2_ds.data.embodiedscan import ScanInfo
 from w2r2_ds.data.sample import Labelled, Sample
 from w2r2_ds.data.scannet import Frame, Scene
-from w2r2_ds.data.tasks.outcome import NO_WINDOW, Dropped, Job, Outcomes, TaskOptions, rounded_box
+from w2r2_ds.data.tasks.outcome import NO_WINDOW, Dropped, Job, Outcomes, TaskOptions, rounded_box, shown
 from w2r2_ds.data.visibility import listed_frames
 
 QUESTION = (
@@ -81,8 +81,7 @@ def _sample(scene: Scene, info: ScanInfo, frames: list[Frame]) -> Sample:
         id=f"{scene.scene_id}|{frames[0].index:05d}",
         task="detection",
         scene_id=scene.scene_id,
-        frames=tuple(frame.color for frame in frames),
-        cam_to_world=np.stack([frame.cam_to_world for frame in frames]),
+        **shown(frames),
         question=QUESTION,
         answer=answer_text(objects),
         kind="answer",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from w2r2_ds.data.annotations import Description, Question
 from w2r2_ds.data.embodiedscan import ScanInfo
 from w2r2_ds.data.sample import Sample, Target
-from w2r2_ds.data.scannet import Scene
+from w2r2_ds.data.scannet import Frame, Scene
 from w2r2_ds.data.views import FrameOptions
 
 NO_INSTANCE_MATCH = "no_instance_match"
@@ -154,6 +154,14 @@ def target_of(
         ann_id=ann_id,
         described=described,
     )
+
+
+def shown(frames: Sequence[Frame]) -> dict[str, Any]:
+    """``frames`` and ``cam_to_world`` of a sample that sees these, in this order."""
+    return {
+        "frames": tuple(frame.color for frame in frames),
+        "cam_to_world": np.stack([frame.cam_to_world for frame in frames]),
+    }
 
 
 def world_box(scene: Scene, object_id: int) -> np.ndarray:

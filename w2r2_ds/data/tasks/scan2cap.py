@@ -20,7 +20,17 @@ from w2r2_ds.data.annotations import Description
 from w2r2_ds.data.boxes import world_to_camera
 from w2r2_ds.data.sample import Reference, Sample
 from w2r2_ds.data.scannet import Scene
-from w2r2_ds.data.tasks.outcome import NO_PROPOSAL, Dropped, Job, Outcome, Outcomes, TaskOptions, rounded, target_of
+from w2r2_ds.data.tasks.outcome import (
+    NO_PROPOSAL,
+    Dropped,
+    Job,
+    Outcome,
+    Outcomes,
+    TaskOptions,
+    rounded,
+    shown,
+    target_of,
+)
 from w2r2_ds.data.tasks.sights import Sight, choose_seeing, look
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
@@ -97,16 +107,13 @@ def _outcome(
     chosen = choose_seeing(scene, about, key, options, sights)
     if isinstance(chosen, Dropped):
         return chosen
-    poses = np.stack([scene.frames[p].cam_to_world for p in chosen])
+    first = scene.frames[chosen[0]].cam_to_world
     return Sample(
         id=key,
         task="scan2cap",
         scene_id=about.scene_id,
-        frames=tuple(scene.frames[p].color for p in chosen),
-        cam_to_world=poses,
-        question=question_text(
-            np.concatenate([described, np.zeros(3)]), poses[0] if options.format == "vgllm" else None
-        ),
+        **shown([scene.frames[p] for p in chosen]),
+        question=question_text(np.concatenate([described, np.zeros(3)]), first if options.format == "vgllm" else None),
         answer=about.text.capitalize(),
         target=target_of(scene, job, about, about.ann_id if options.split == "train" else "", described.copy()),
         kind="caption",

@@ -6,12 +6,10 @@ all references. The test splits have none, and the answer is empty.
 
 from __future__ import annotations
 
-import numpy as np
-
 from w2r2_ds.data.annotations import Question
 from w2r2_ds.data.sample import Reference, Sample
 from w2r2_ds.data.scannet import Scene
-from w2r2_ds.data.tasks.outcome import Job, Outcomes, TaskOptions
+from w2r2_ds.data.tasks.outcome import Job, Outcomes, TaskOptions, shown
 from w2r2_ds.data.views import choose
 
 QUESTION = "{question} Answer the question simply."
@@ -57,8 +55,7 @@ def _sample(
         id=key,
         task="scanqa",
         scene_id=question.scene_id,
-        frames=tuple(scene.frames[p].color for p in chosen),
-        cam_to_world=np.stack([scene.frames[p].cam_to_world for p in chosen]),
+        **shown([scene.frames[p] for p in chosen]),
         question=question_text(question.text),
         answer=answer,
         kind="answer",
