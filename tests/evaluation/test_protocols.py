@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from annotation_json import answers_from, captions_from, descriptions_from, objects_from, questions_from
 from w2r2_ds.data.answers import AnswerError
 from w2r2_ds.data.groups import groups, nyu40_class, scannet_class
 from w2r2_ds.evaluation import scan2cap, scanqa
@@ -18,7 +19,6 @@ from w2r2_ds.evaluation.clean_answer import match_any, match_in_order, match_non
 from w2r2_ds.evaluation.java import Java
 from w2r2_ds.evaluation.proposals import refine
 from w2r2_ds.evaluation.protocol import PROTOCOLS, find_protocol, overall
-from w2r2_ds.evaluation.records import answers_from, captions_from, descriptions_from, objects_from, questions_from
 from w2r2_ds.evaluation.scan2cap import Caption, DescribedObject, score_scan2cap
 from w2r2_ds.evaluation.scanqa import score_scanqa
 from w2r2_ds.evaluation.scanrefer_protocols import Description, score_official, score_vgllm, score_video3dllm

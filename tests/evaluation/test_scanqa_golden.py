@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from annotation_json import answers_from, questions_from
 from golden_files import Golden, find, is_scanqa_scores
 from metric_cases import only, same_scores
 from w2r2_ds.evaluation.java import Java
 from w2r2_ds.evaluation.protocol import find_protocol
-from w2r2_ds.evaluation.records import answers_from, questions_from
 from w2r2_ds.evaluation.scanqa import PROTOCOLS
 
 pytestmark = pytest.mark.golden

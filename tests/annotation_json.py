@@ -1,4 +1,4 @@
-"""From the JSON of annotations and submissions, as the data sets and their evaluators write it, to what is scored.
+"""From the JSON of annotations and submissions, as the golden files and their evaluators write it, to what is scored.
 
 Formats: ``ScanRefer_filtered_*.json`` and ``ScanQA_v1.0_*.json`` (lists of objects). Everything that lacks a field is
 refused with the number of its entry.
