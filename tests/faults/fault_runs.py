@@ -1,149 +1,45 @@
-"""Two real ranks without a launcher, faults done to them, the same command again until it is done, and what is left.
+"""Two real ranks without a launcher: one start of a job, what is sent to it, how it ends.
 
-A rank is a process that runs launchers/train.py as a script, in a session of its own. It is forked by Python's fork
-server, which has the heavy packages imported once: a start of both ranks takes seconds, so one test affords many.
+A rank is a process that runs launchers/train.py as a script, in a session of its own. Python's fork server forks it
+with the heavy packages imported once: a start of both ranks takes a few seconds, so that a test affords many.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import runpy
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fault_inside
-from runs import ROOT, ZERO3, World, environment, read_metrics
+from runs import ROOT, ZERO3, World, environment
 
 WORLD_SIZE = 2
 STEPS = 6
-START_LIMIT, END_LIMIT = 240.0, 60.0
-"""Seconds: for a run from its start to its end, and from a fault until every rank has ended."""
+RUN_LIMIT, END_LIMIT = 280.0, 60.0
+"""Seconds: for a start that nothing happens to, and from a fault until every rank has ended."""
+FAILED, LOST, REQUEUE, TERMINATED, KILLED = 1, 75, 85, 143, -int(signal.SIGKILL)
+"""How a rank ends (w2r2_ds/engine/exits.py), and one that was killed."""
 TRAIN = ROOT / "launchers" / "train.py"
-TENSORS = "trainable.safetensors"
 OPTIONS: dict[str, object] = {
     "model__lora_dropout": 0.1,  # so that the random state matters
+    "data__workers": 1,  # a killed rank leaves a loader process behind, which must end by itself
     "train__steps": STEPS,
-    "train__global_batch": 8,
-    "train__micro_batch": 2,  # accumulation over two micro-batches
+    "train__global_batch": 4,
+    "train__micro_batch": 1,  # two micro-batches to an optimizer step
     "train__save_every": 1,
     "resume": "auto",
 }
-NOT_EXACT = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib")
-"""Times and sizes in a line of metrics; everything else must be equal to the last bit."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["launchers.train"])
-
-
-@contextlib.contextmanager
-def environ(changes: dict[str, str]) -> Iterator[None]:
-    """The fork server inherits the environment of its start."""
-    saved = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
-
-
-def be_rank(arguments: list[str], variables: dict[str, str], log: Path, inside: dict[str, Any] | None) -> None:
-    """What a rank's process does: its own session, its output into `log`, a fault of its own, the real script."""
-    os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(variables)
-    if inside is not None:
-        fault_inside.install(**inside)
-    sys.argv = [str(TRAIN), *arguments]
-    runpy.run_path(str(TRAIN), run_name="__main__")
-
-
-class Start:
-    """One start of the job: its ranks' processes.
-
-    Args:
-        out: folder of the run; logs lie beside it, one per rank, all starts in one.
-        arguments: of launchers/train.py.
-        inside: `fault_inside.install`'s arguments by rank, for faults that a rank does to itself.
-    """
-
-    def __init__(self, out: Path, arguments: list[str], inside: dict[int, dict[str, Any]] | None = None) -> None:
-        from w2r2_ds.engine.deepspeed import free_port
-
-        self.out, self.began = out, time.monotonic()
-        port = str(free_port())
-        self.logs = [out.parent / f"{out.name}.rank{rank}.log" for rank in range(WORLD_SIZE)]
-        self.processes = []
-        with environ(environment()):
-            for rank, log in enumerate(self.logs):
-                variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
-                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                given = arguments, variables, log, (inside or {}).get(rank)
-                self.processes.append(_context.Process(target=be_rank, args=given))
-                self.processes[-1].start()
-
-    def __enter__(self) -> Start:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing outlives a start: the whole session of each rank is killed."""
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join(10)
-
-    @property
-    def alive(self) -> list[int]:
-        """The ranks that have not ended."""
-        return [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-
-    def send(self, what: signal.Signals, *ranks: int) -> None:
-        """Send a signal to some ranks, or to all."""
-        for rank in ranks or range(WORLD_SIZE):
-            if self.processes[rank].is_alive():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.processes[rank].pid, what)
-
-    def wait(self, limit: float = START_LIMIT) -> list[int]:
-        """Exit codes of all ranks; negative for a signal.
-
-        Raises:
-            AssertionError: a rank has not ended within `limit` seconds.
-        """
-        until = time.monotonic() + limit
-        for process in self.processes:
-            process.join(max(0.0, until - time.monotonic()))
-        assert not self.alive, f"ranks {self.alive} have not ended in {limit:.0f} s:\n{self.output()}"
-        return [process.exitcode for process in self.processes]
-
-    def until(self, seen: Callable[[], bool], pause: float = 0.02, limit: float = START_LIMIT) -> bool:
-        """Poll until something is seen; False if the ranks ended before.
-
-        Raises:
-            AssertionError: neither has come within `limit` seconds.
-        """
-        deadline = time.monotonic() + limit
-        while not seen():
-            if len(self.alive) < WORLD_SIZE:
-                return False
-            assert time.monotonic() < deadline, f"not seen in {limit:.0f} s:\n{self.output()}"
-            time.sleep(pause)
-        return True
-
-    def output(self) -> str:
-        """The ends of all logs."""
-        return "\n".join(f"--- rank {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(self.logs))
+# What every start would import again: the script's packages; DeepSpeed takes torch's compiler along for an optimizer.
+_context.set_forkserver_preload(["launchers.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 def arguments(world: World, out: Path, **changes: object) -> list[str]:
@@ -151,12 +47,120 @@ def arguments(world: World, out: Path, **changes: object) -> list[str]:
     return ["--deepspeed", str(ZERO3), *world.arguments(out, **(OPTIONS | changes))]
 
 
-def undisturbed(world: World, out: Path, **changes: object) -> Path:
-    """A run to which nothing happens."""
-    with Start(out, arguments(world, out, **changes)) as start:
+def be_rank(command: list[str], variables: dict[str, str], log: Path, inside: dict[str, Any] | None) -> None:
+    """What a rank's process does: its own session, its output into `log`, its own fault if any, the real script."""
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(variables)
+    if inside is not None:
+        fault_inside.install(**inside)
+    sys.argv = [str(TRAIN), *command]
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+class Start:
+    """One start of the job: its ranks' processes. As a context, nothing of it outlives the block.
+
+    Args:
+        out: folder of the run; every rank's log lies beside it, of all starts in one.
+        command: of `arguments`.
+        inside: by rank, arguments of `fault_inside.install`: a fault that a rank does to itself.
+    """
+
+    def __init__(self, out: Path, command: list[str], inside: dict[int, dict[str, Any]] | None = None) -> None:
+        from w2r2_ds.engine.deepspeed import free_port
+
+        self.out = out
+        self.logs = [out.with_name(f"{out.name}.rank{rank}.log") for rank in range(WORLD_SIZE)]
+        self._skip = [log.stat().st_size if log.exists() else 0 for log in self.logs]
+        self.ended: dict[int, float] = {}  # rank -> time.monotonic() at which it was seen to have ended
+        self.fault_at = 0.0
+        meet = {"WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.processes = []
+        with _environ(environment()):
+            for rank, log in enumerate(self.logs):
+                variables = meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                given = command, variables, log, (inside or {}).get(rank)
+                self.processes.append(_context.Process(target=be_rank, args=given))
+                self.processes[-1].start()
+
+    def __enter__(self) -> Start:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone with all its children
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join(10)
+
+    def running(self) -> list[int]:
+        """The ranks that have not ended."""
+        for rank, process in enumerate(self.processes):
+            if rank not in self.ended and not process.is_alive():
+                self.ended[rank] = time.monotonic()
+        return [rank for rank in range(WORLD_SIZE) if rank not in self.ended]
+
+    def send(self, what: signal.Signals, *ranks: int) -> None:
+        """Send a signal to those of some ranks (without any: of all) that still run."""
+        self.fault_at = self.fault_at or time.monotonic()
+        for rank in set(ranks or range(WORLD_SIZE)) & set(self.running()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, what)
+
+    def until(self, seen: Callable[[], bool], pause: float = 0.02) -> bool:
+        """Poll until something is seen; False if a rank ended before.
+
+        Raises:
+            AssertionError: neither has come within `RUN_LIMIT` seconds.
+        """
+        deadline = time.monotonic() + RUN_LIMIT
+        while not seen():
+            if len(self.running()) < WORLD_SIZE:
+                return False
+            assert time.monotonic() < deadline, f"not seen in {RUN_LIMIT:.0f} s:\n{self.output()}"
+            time.sleep(pause)
+        return True
+
+    def wait(self, limit: float = RUN_LIMIT) -> list[int]:
+        """Exit codes of all ranks; negative for a signal.
+
+        Raises:
+            AssertionError: a rank has not ended within `limit` seconds, or `END_LIMIT` after the first one.
+        """
+        deadline = time.monotonic() + limit
+        while running := self.running():
+            now = time.monotonic()
+            late = now > deadline or (self.ended and now > min(self.ended.values()) + END_LIMIT)
+            assert not late, f"ranks {running} have not ended:\n{self.output()}"
+            time.sleep(0.05)
+        return [process.exitcode for process in self.processes]
+
+    def seconds_to_end(self) -> float:
+        """From the fault (or, where a rank did it to itself, from the first end) until all ranks had ended."""
+        return max(self.ended.values()) - (self.fault_at or min(self.ended.values()))
+
+    def text(self, rank: int) -> str:
+        """What a rank wrote in this start."""
+        if not self.logs[rank].exists():
+            return ""
+        return self.logs[rank].read_bytes()[self._skip[rank] :].decode(errors="replace")
+
+    def output(self) -> str:
+        """The end of what each rank wrote in this start."""
+        return "\n".join(f"--- rank {rank}\n{self.text(rank)[-4000:]}" for rank in range(WORLD_SIZE))
+
+
+def undisturbed(out: Path, command: list[str]) -> None:
+    """Start a job, or go on with it, and let it end.
+
+    Raises:
+        AssertionError: it does not end well.
+    """
+    with Start(out, command) as start:
         codes = start.wait()
-        assert codes == [0, 0], f"{codes}\n{start.output()}"
-    return out
+        assert codes == [0] * WORLD_SIZE, f"{codes}\n{start.output()}"
 
 
 def steps_logged(out: Path) -> int:
@@ -164,3 +168,15 @@ def steps_logged(out: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         return (out / "metrics.jsonl").read_bytes().count(b"\n")
     return 0
+
+
+@contextlib.contextmanager
+def _environ(changes: dict[str, str]) -> Iterator[None]:
+    """For the first start: the fork server inherits this environment."""
+    saved = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
