@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import settings
 from PIL import Image
 
 from runs import World, make_world, train_once, world_folder
+from shared import once, shared_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The same examples in every run, and none fails for being slow on a busy machine.
@@ -178,11 +180,15 @@ def tables(front: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Scenes and warmed-up tiny models."""
-    return make_world(world_folder(tmp_path_factory.getbasetemp()))
+    """Scenes and warmed-up tiny models, made once for all workers."""
+    base = shared_base(tmp_path_factory.getbasetemp())
+    world = World(world_folder(base))
+    once(base, "world", partial(make_world, world.folder))
+    return world
 
 
 @pytest.fixture(scope="session")
-def trained(world: World) -> Path:
-    """A run of 30 steps on one rank."""
-    return train_once(world)
+def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 30 steps on one rank, made once for all workers: look at it, change only copies."""
+    once(shared_base(tmp_path_factory.getbasetemp()), "trained", partial(train_once, world))
+    return world.folder / "run"

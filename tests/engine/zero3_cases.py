@@ -1,6 +1,6 @@
-"""A program for the deepspeed launcher: the step under ZeRO-3 against the same step on one whole model, case by case.
+"""What each rank of test_zero3 does: the step under ZeRO-3 against the same step on one whole model, case by case.
 
-``deepspeed ... tests/engine/zero3_cases.py FOLDER`` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/rankN.json``.
+`work` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/rankN.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import json
 import pickle
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -248,7 +247,7 @@ def work(folder: Path) -> None:
     cases, model_config, samples, ds_config, scale = pickle.loads((folder / "cases.pkl").read_bytes())
     results = {}
     for case in cases:
-        signal.alarm(CASE_LIMIT)  # SIGALRM ends the process, and the launcher the other one
+        signal.alarm(CASE_LIMIT)  # SIGALRM ends the process, and `fork_ranks` the other one
         with similar(scale) if scale is not None and not case.objective.get("gap_every") else contextlib.nullcontext():
             results[case.name] = compare(case, model_config, samples, ds_config)
         signal.alarm(0)
@@ -269,8 +268,3 @@ def write_cases(
     folder.mkdir(parents=True, exist_ok=True)
     assert len({case.name for case in cases}) == len(cases), [asdict(case) for case in cases]
     (folder / "cases.pkl").write_bytes(pickle.dumps((list(cases), model_config, samples, ds_config, scale)))
-
-
-if __name__ == "__main__":
-    sys.modules["zero3_cases"] = sys.modules["__main__"]  # what the pickle calls this file
-    work(Path(sys.argv[-1]))  # the launcher puts --local_rank=N in front
