@@ -19,6 +19,7 @@ from w2r2_ds.data.prepare import prepare
 from w2r2_ds.data.synthetic.write import write_dataset
 from w2r2_ds.data.tasks.outcome import TaskOptions
 from w2r2_ds.data.views import FrameOptions
+from w2r2_ds.printable import lines, message
 
 Splits = list[Literal["train", "val"]]
 QaSplits = list[Literal["train", "val", "test_w_obj", "test_wo_obj"]]
@@ -187,13 +188,13 @@ def _run(
     for split in dict.fromkeys(splits):
         if check:
             found = missing(root, options(split))
-            print(report(root, options(split), found), flush=True)
+            print(lines(report(root, options(split), found)), flush=True)
             complete = complete and not found
         elif dry_run:
             print(forecast(make_plan(root, options(split)), folder / split), flush=True)
         else:
             done = prepare(root, options(split), folder / split, _processes(workers), skip_broken_scenes)
-            print(summary(done.folder, done.manifest, done.reused), flush=True)
+            print(lines(summary(done.folder, done.manifest, done.reused)), flush=True)
     if not complete:
         sys.exit(1)
 
@@ -284,7 +285,7 @@ def main() -> None:
             description="Prepare data for training and evaluation.",
         )
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        sys.exit(f"prepare.py: {error}")
+        sys.exit(f"prepare.py: {message(error)}")
 
 
 if __name__ == "__main__":

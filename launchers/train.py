@@ -15,6 +15,7 @@ from w2r2_ds.engine.deepspeed import join_ranks, load_ds_config
 from w2r2_ds.engine.loop import train
 from w2r2_ds.evaluation.in_training import InTraining
 from w2r2_ds.objective.push import find_reading
+from w2r2_ds.printable import message
 
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
@@ -46,4 +47,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {message(error)}")

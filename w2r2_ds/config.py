@@ -6,6 +6,7 @@ Unknown keys are errors. The command line wins over `--config RECIPE.yaml`, whic
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from w2r2_ds.command_line import Parser
+from w2r2_ds.recipe_file import Recipe, refuse_texts
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -233,6 +235,12 @@ class RunConfig:
 
 def check(config: RunConfig) -> None:
     """Refuse values that cannot work, by name, before anything is loaded."""
+    refuse_texts(asdict(config))
+    if not re.fullmatch(r"\w+", config.model.attention):  # transformers takes OWNER/NAME for code on the hub
+        raise ValueError(
+            f"model.attention is {config.model.attention!r}; it is the name of an implementation such as sdpa or "
+            "flash_attention_2, never code of the Hugging Face Hub."
+        )
     positive = {
         "data.frame_width": config.data.frame_width,
         "data.video_fps": config.data.video_fps,
@@ -297,7 +305,7 @@ def parser(description: str, with_demo: bool = True) -> Parser:
     defaults: list[str | PathLike[Any]] = [RECIPES / "demo.yaml"] if with_demo else []
     result = Parser(description=description, default_config_files=defaults)
     result.allow_abbrev = False  # an abbreviated --config would not be seen by `names_config`
-    result.add_argument("--config", action="config", help="YAML recipe; its keys are the options below.")
+    result.add_argument("--config", action=Recipe, help="YAML recipe; its keys are the options below.")
     result.add_class_arguments(RunConfig)
     return result
 
