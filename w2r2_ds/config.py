@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import ArgumentError
 
-from w2r2_ds.command_line import Parser
-from w2r2_ds.recipe_file import Recipe, refuse_texts
+from w2r2_ds.command_line import Parser, plain
+from w2r2_ds.recipe_file import Recipe, code_in, refuse_texts
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -328,6 +329,22 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     for name in ("train", "val"):
         setattr(values["data"], name, [SourceConfig(**source) for source in tree["data"][name]])
     return RunConfig(out=tree["out"], resume=tree["resume"], **values)
+
+
+def from_values(tree: Any, where: str) -> RunConfig:
+    """`from_tree` of a file that somebody else may have written: checked as a recipe is.
+
+    Raises:
+        ValueError: a field is unknown or its value is of another type; `where` names the file.
+    """
+    for problem in code_in(tree):
+        raise ValueError(f"{where}: {problem}.")
+    reader = parser("", with_demo=False)
+    reader.exit_on_error = False
+    try:
+        return from_tree(reader.parse_object(tree).as_dict())
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{where}: {plain(str(error))}; it was written by another version, or changed.") from None
 
 
 def config_first(args: list[str]) -> list[str]:

@@ -72,7 +72,7 @@ def _lock(descriptor: int, file: Path) -> bool:
         if error.errno not in _UNSUPPORTED:
             raise
         print(
-            f"{file}: this file system has no locks ({error.strerror}); see to it that one command at a time writes here",
+            f"{file}: this file system has no locks ({error.strerror}); let one command at a time write here",
             flush=True,
         )
     return True

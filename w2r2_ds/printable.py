@@ -24,7 +24,7 @@ HIDDEN = "[hidden]"
 
 
 def one_line(text: str) -> str:
-    r"""The text with every character that does not print, line breaks too, as Python's escape (``\x1b``, ``\u202e``)."""
+    r"""The text with every character that does not print, line breaks too, as Python's escape, ``\x1b``."""
     return "".join(char if char.isprintable() else _escape(char) for char in text)
 
 

@@ -45,9 +45,7 @@ def code_in(tree: Any) -> Iterator[str]:
         last = key.rpartition(".")[2]  # jsonargparse reads "data.class_path: X", too
         if last in CODE or name == "config":
             yield f"{name} would import code or read another file, and a configuration holds values only; remove it"
-        elif name in _SECTIONS and not isinstance(value, Mapping):
-            yield f"{name} is {value!r}, but must be a section of fields"
-        elif not key and isinstance(value, str):  # no field is a list of texts
+        elif (name in _SECTIONS and not isinstance(value, Mapping)) or (not key and isinstance(value, str)):
             yield f"{name} is {value!r}, but must be a section of fields"
 
 
@@ -62,8 +60,8 @@ def refuse_texts(tree: Mapping[str, Any]) -> None:
             continue
         if holds_secret(value):
             raise ValueError(
-                f"{name} holds a key, a token or a password, and would be written into config.yaml, checkpoints and "
-                "cards; give it in the environment (HF_TOKEN, WANDB_API_KEY), or once by `hf auth login`, `wandb login`."
+                f"{name} holds a key, a token or a password, which would be written into config.yaml, checkpoints and "
+                "cards; give it in the environment (HF_TOKEN, WANDB_API_KEY), or by `hf auth login`, `wandb login`."
             )
         if found := CONTROL.search(value):
             kind = unicodedata.name(found[0], "a control character")
