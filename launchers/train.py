@@ -18,6 +18,7 @@ from w2r2_ds.engine.loop import train
 from w2r2_ds.engine.preemption import StopSignals
 from w2r2_ds.evaluation.in_training import InTraining
 from w2r2_ds.objective.push import find_reading
+from w2r2_ds.printable import message
 
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
@@ -54,7 +55,7 @@ if __name__ == "__main__":
         with StopSignals() as stop_signals:
             sys.exit(main(sys.argv[1:], stop_signals))
     except (ValueError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {message(error)}")
     except Exception:
         traceback.print_exc()
         sys.exit(LOST)
