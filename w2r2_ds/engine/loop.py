@@ -35,7 +35,8 @@ from w2r2_ds.engine.validation import BestSoFar, MakeValidation
 from w2r2_ds.engine.watchdog import Watchdog
 from w2r2_ds.engine.wrap import make_engine, trained_groups
 from w2r2_ds.geometry.loading import locate, read_config
-from w2r2_ds.models.build import Front, build_model, load_front, resolve_dtype
+from w2r2_ds.models.build import Front, build_model, load_front
+from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.objective.push import find_reading
 

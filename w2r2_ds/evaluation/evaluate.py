@@ -34,7 +34,8 @@ from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_rec
 from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.export.adapter import ADAPTER_CARD, adapter_config, load_adapter
 from w2r2_ds.lock import locked
-from w2r2_ds.models.build import Front, build_model, fingerprint, load_front, resolve_dtype
+from w2r2_ds.models.build import Front, build_model, fingerprint, load_front
+from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.w2r2 import W2R2
 
 GEOMETRY = (*generate.GEOMETRY, "shuffle")
