@@ -120,7 +120,10 @@ conclude() {
         die "$(ended "$failed"); not requeued. The end of its log is above."
     elif ((done == nodes * per_node)); then
         return
-    elif [ "$asked" = TERM ] || [ -n "$stopped" ] && [ -z "$lost$asked" ]; then
+    elif [ -z "$asked$lost" ] && [ -n "$stopped" ]; then
+        asked=TERM # by scancel, which tells the ranks and not this shell
+    fi
+    if [ "$asked" = TERM ]; then
         say "stopped by SIGTERM; not requeued. The same command goes on where it was."
         exit 143
     elif [ -n "$lost" ]; then

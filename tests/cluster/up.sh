@@ -42,7 +42,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is how long a requeued job waits; 120 s by default
+# cred_expire is how long a requeued job waits; 120 s by default, and below 5 as well
 AuthInfo=socket=$DIR/run/munge.socket,cred_expire=5
 StateSaveLocation=$DIR/state
 SlurmctldPidFile=$DIR/run/slurmctld.pid
