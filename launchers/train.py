@@ -9,7 +9,7 @@ import sys
 
 import torch.distributed as dist
 
-from w2r2_ds.config import RunConfig, config_first, from_tree, names_config, parser
+from w2r2_ds.config import RunConfig, config_first, from_tree, train_parser
 from w2r2_ds.demo import prepare_demo
 from w2r2_ds.engine.deepspeed import join_ranks, load_ds_config
 from w2r2_ds.engine.loop import train
@@ -19,9 +19,7 @@ from w2r2_ds.objective.push import find_reading
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
     """The run configuration and the DeepSpeed JSON of a command line."""
-    options = parser("Train a video LLM with W2R2.", with_demo=not names_config(args))
-    options.add_argument("--deepspeed", required=True, help="DeepSpeed JSON: ZeRO, precision, offload, clipping.")
-    options.add_argument("--local_rank", type=int, default=-1, help="Set by the deepspeed launcher.")
+    options = train_parser("Train a video LLM with W2R2.", args)
     tree = options.parse_args(config_first(args)).as_dict()
     return from_tree(tree), tree["deepspeed"]
 

@@ -302,6 +302,16 @@ def parser(description: str, with_demo: bool = True) -> Parser:
     return result
 
 
+def train_parser(description: str, args: list[str], needs_deepspeed: bool = True) -> Parser:
+    """`parser`, with what else launchers/train.py takes; for it and for whoever takes the same command line."""
+    result = parser(description, with_demo=not names_config(args))
+    result.add_argument(
+        "--deepspeed", required=needs_deepspeed, help="DeepSpeed JSON: ZeRO, precision, offload, clipping."
+    )
+    result.add_argument("--local_rank", type=int, default=-1, help="Set by the deepspeed launcher.")
+    return result
+
+
 def names_config(args: list[str]) -> bool:
     """Whether a command line names a recipe; then the demo recipe is not looked at."""
     return any(arg == "--config" or arg.startswith("--config=") for arg in args)

@@ -32,7 +32,8 @@ from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.engine.together import together
 from w2r2_ds.engine.validation import BestSoFar, MakeValidation
 from w2r2_ds.geometry.loading import locate, read_config
-from w2r2_ds.models.build import Front, build_model, load_front, resolve_dtype, trainable
+from w2r2_ds.models.build import Front, build_model, load_front, trainable
+from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push import find_reading

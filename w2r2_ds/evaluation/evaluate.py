@@ -31,7 +31,8 @@ from w2r2_ds.evaluation.sets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_records
 from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.export.adapter import ADAPTER_CARD, adapter_config, load_adapter
-from w2r2_ds.models.build import Front, build_model, fingerprint, load_front, resolve_dtype
+from w2r2_ds.models.build import Front, build_model, fingerprint, load_front
+from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.w2r2 import W2R2
 
 GEOMETRY = (*generate.GEOMETRY, "shuffle")
