@@ -56,23 +56,23 @@ train() {
         esac
     done
     words=("${deepspeed[@]}" "${words[@]}" --resume auto)
-    if [ -n "$doctor" ]; then ranks doctor -- python launchers/doctor.py "${words[@]}"; fi
-    ranks train --output="$logs/rank-%t.log" -- python launchers/train.py "${words[@]}"
+    if [ -n "$doctor" ]; then ranks doctor python launchers/doctor.py "${words[@]}"; fi
+    ranks train python launchers/train.py "${words[@]}"
 }
 
-# ranks NAME SRUN_OPTION... -- COMMAND...: runs COMMAND as one rank per GPU; comes back where all of them ended with 0.
+# ranks NAME COMMAND...: runs COMMAND as one rank per GPU; comes back where all of them ended with 0.
 ranks() {
-    local name=$1 options=() line step
-    while shift && [ "$1" != -- ]; do options+=("$1"); done
-    shift
+    local name=$1 output=() line step
+    if [ "$name" != doctor ]; then output=(--output="$logs/rank-%t.log" --open-mode=append); fi # it has the job's log
     state=$logs/start-$starts/$name # where the ranks leave process ids and exit codes
     line=(srun --nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --export=ALL
-        --kill-on-bad-exit=1 --wait=60 --open-mode=append "${options[@]}" "${SRUN_EXTRA[@]}"
-        "${CONTAINER[@]}" slurm/rank.sh "$state" "$@")
+        --kill-on-bad-exit=1 --wait=60 "${output[@]}" "${SRUN_EXTRA[@]}"
+        "${CONTAINER[@]}" slurm/rank.sh "$state" "${@:2}")
     if [ -n "$dry" ]; then
         printf '%q ' "${line[@]}" && echo
         return
     fi
+    say "$name: ${*:2}"
     mkdir -p "$state"
     "${line[@]}" &
     step=$!
@@ -116,6 +116,7 @@ conclude() {
         esac
     done
     if [ -n "$failed" ]; then
+        if [ "$name" = doctor ]; then die "not fit to train; not requeued. What is wrong, and where, is above."; fi
         tail -n 15 "$logs/rank-${failed%%-*}.log"
         die "$(ended "$failed"); not requeued. The end of its log is above."
     elif ((done == nodes * per_node)); then

@@ -21,7 +21,9 @@ export TORCH_EXTENSIONS_DIR=$jit/torch TRITON_CACHE_DIR=$jit/triton
 # shellcheck source=slurm/cluster.env
 . slurm/cluster.env
 activate
-echo "== $(date '+%F %T') rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME, start ${SLURM_RESTART_COUNT:-0}: $*"
+if [ "${state##*/}" != doctor ]; then # all ranks of the doctor share a log
+    echo "== $(date '+%F %T') rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME, start ${SLURM_RESTART_COUNT:-0}"
+fi
 
 # scancel signals every process of the job. This shell outlives the signal, to tell how the command ended;
 # `:` and not '': the command must not inherit an ignored signal.

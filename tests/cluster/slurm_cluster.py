@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import ROOT, World
+from runs import ROOT
 
 HERE = Path(__file__).parent
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2 util-linux"
@@ -117,8 +117,3 @@ def running(folder: Path, root: Path, nodes: int) -> Iterator[Cluster]:
         yield Cluster(folder, make_root(root))
     finally:
         subprocess.run([HERE / "down.sh", folder], timeout=60, check=True)
-
-
-def training(world: World, out: Path, **changes: object) -> list[str]:
-    """Words after ``slurm/train.sbatch``: a short run of two ranks."""
-    return world.arguments(out, train__save_every=3, train__steps=12, **changes)

@@ -53,7 +53,9 @@ def test_a_job_from_another_folder_is_refused(root: Path, name: str, tmp_path: P
     """sbatch runs a copy from its spool: the submission's folder is all that a script knows."""
     done = script(root, name, SLURM_SUBMIT_DIR=str(tmp_path))
     assert done.returncode == 1
-    assert done.stderr == f"{name}.sbatch: {tmp_path} is not the repository root; submit slurm/{name}.sbatch from there.\n"
+    assert (
+        done.stderr == f"{name}.sbatch: {tmp_path} is not the repository root; submit slurm/{name}.sbatch from there.\n"
+    )
 
 
 def test_training_is_the_doctor_and_then_a_rank_per_gpu(root: Path) -> None:
@@ -169,4 +171,3 @@ def test_a_rank_outlives_a_storm_of_signals_that_its_command_takes(root: Path, t
         output, _ = rank.communicate(timeout=60)
     assert rank.returncode == 0 and "got it" in output
     assert (tmp_path / "exit-3-gpu-2").read_text() == "85\n"
-
