@@ -7,6 +7,7 @@ and compares them. Exit status 1 if anything is wrong, within a minute.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import os
 import sys
@@ -53,6 +54,7 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a library that crashes is named by the traceback
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

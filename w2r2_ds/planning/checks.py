@@ -7,14 +7,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from w2r2_ds.config import RunConfig
 from w2r2_ds.planning import disk, gpus, installed, jit_locks, limits, own_code, settings, visible
 from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, one_line
 from w2r2_ds.planning.checkpoint_size import checkpoint_bytes
-from w2r2_ds.planning.imports import MODULES
 from w2r2_ds.planning.outcome import Outcome
 from w2r2_ds.planning.place import Place
 
@@ -44,24 +42,13 @@ class Asked:
     refused: str = ""
 
 
-def installed_modules() -> list[str]:
-    """Packages of ``MODULES`` that are installed."""
-    found = []
-    for name in MODULES:
-        try:
-            version(name)
-        except PackageNotFoundError:
-            continue
-        found.append(name)
-    return found
-
-
-def node_checks(asked: Asked, place: Place) -> Checks:
+def node_checks(asked: Asked, place: Place, torch_usable: bool) -> Checks:
     """Checks of a node; rank 0 also looks at what is the same for all.
 
     Args:
         asked: what for.
         place: of this rank, which leads its node.
+        torch_usable: whether torch can be imported; without it, neither weights nor the DeepSpeed JSON are read.
     """
     config = asked.config
     checks: Checks = {
@@ -80,8 +67,9 @@ def node_checks(asked: Asked, place: Place) -> Checks:
             checks["data"] = lambda: visible.demo_makes(config)
         else:
             checks["data"] = lambda: visible.check_data(config.data)
-            checks["weights"] = lambda: visible.check_weights(config.model)
-        if place.rank == 0:
+            if torch_usable:
+                checks["weights"] = lambda: visible.check_weights(config.model)
+        if place.rank == 0 and torch_usable:
             checks["settings"] = lambda: settings.check_settings(config, asked.ds_path, place.world)
     return checks
 

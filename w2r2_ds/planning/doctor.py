@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, one_line
-from w2r2_ds.planning.checks import Asked, do_checks, installed_modules, node_checks, rank_checks
+from w2r2_ds.planning.checks import Asked, do_checks, node_checks, rank_checks
 from w2r2_ds.planning.clocks import answer_clocks, ask_clock, judge
 from w2r2_ds.planning.compare import differences
 from w2r2_ds.planning.disk import check_mark, leave_mark
-from w2r2_ds.planning.imports import Imports
+from w2r2_ds.planning.imports import Imports, installed_modules
 from w2r2_ds.planning.meeting import Meeting, Unreachable, missing_sentences
 from w2r2_ds.planning.outcome import Outcome, Report
 from w2r2_ds.planning.place import Place, allocated_hosts, find_place
@@ -40,9 +40,9 @@ def examine(asked: Asked) -> int:
     report = Report(place.rank, place.local_rank, place.host)
     if asked.refused:
         report.outcomes["command line"] = Outcome(wrong=[asked.refused])
-    imports = Imports(installed_modules()) if place.leads else None
     alarm.now("importing torch")
-    usable = (imports is None or imports.usable("torch", alarm.left(TORCH))) and import_torch(report, alarm)
+    usable = import_torch(report, alarm)
+    imports = Imports(installed_modules()) if usable and place.leads else None
     meeting = None
     if usable and place.world > 1:
         alarm.now("meeting the other ranks")
@@ -52,7 +52,10 @@ def examine(asked: Asked) -> int:
             alarm.listener = partial(meeting.say, "phase")
         except (Unreachable, ImportError) as error:
             report.outcomes["meeting"] = Outcome(wrong=[str(error)])
-    look(asked, place, report, imports, alarm, usable)
+    look(asked, place, report, alarm, usable)
+    if imports is not None:
+        alarm.now("importing libraries")
+        report.outcomes["imports"] = imports.result(alarm.left(LOOKED))
     code = alone(report) if meeting is None else in_launch(asked, meeting, report, alarm)
     alarm.off()
     return code
@@ -69,15 +72,12 @@ def import_torch(report: Report, alarm: Alarm) -> bool:
     return "torch" not in report.outcomes
 
 
-def look(asked: Asked, place: Place, report: Report, imports: Imports | None, alarm: Alarm, torch_usable: bool) -> None:
-    """This rank's own checks; without torch only those of the node, of which the imports say why."""
-    if imports is not None:
-        report.outcomes |= do_checks(node_checks(asked, place), alarm, LOOKED)
+def look(asked: Asked, place: Place, report: Report, alarm: Alarm, torch_usable: bool) -> None:
+    """This rank's own checks; without torch only those of the node that do without it."""
+    if place.leads:
+        report.outcomes |= do_checks(node_checks(asked, place, torch_usable), alarm, LOOKED)
     if torch_usable:
         report.outcomes |= do_checks(rank_checks(asked, place), alarm, LOOKED)
-    if imports is not None:
-        alarm.now("importing libraries")
-        report.outcomes["imports"] = imports.result(alarm.left(LOOKED))
 
 
 def alone(report: Report) -> int:

@@ -103,7 +103,6 @@ def check_use(config: RunConfig | None) -> Outcome:
     if config.model.attention == "sdpa" and gpu:
         outcome.shown["attention"] += " (PyTorch's own kernels)"
     outcome.shown["kernels"] = "PyTorch"
-    outcome.shown["out"] = config.out
     return outcome
 
 

@@ -62,6 +62,8 @@ def results(reports: list[Report]) -> list[tuple[str, str]]:
         else:
             hosts = {host for host, _ in done}
             rows.append((check, "fine" if len(hosts) == 1 else f"fine on {len(hosts)} nodes"))
+        if check == "clock":  # rank 0's node has none to show among its own rows
+            rows += [(f"  {host}", value) for host, outcome in done for value in outcome.shown.values()]
     return rows
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from w2r2_ds.config import DataConfig, ModelConfig, RunConfig
 from w2r2_ds.planning.bounded import one_line
 from w2r2_ds.planning.outcome import Outcome
+from w2r2_ds.planning.own_code import content_hash
 
 FRAMES = 8
 """Image files of every set that are looked for, evenly spread; training itself looks for all of them."""
@@ -16,7 +17,6 @@ FRAMES = 8
 
 def check_data(config: DataConfig) -> Outcome:
     """Prepared sets: readable, with frames; equal content is equal digests of their manifests, which hash the rest."""
-    from w2r2_ds.data.manifest import file_hash
     from w2r2_ds.data.prepared import MANIFEST, PreparedSet
 
     outcome = Outcome()
@@ -29,7 +29,7 @@ def check_data(config: DataConfig) -> Outcome:
             outcome.wrong.append(str(error))
             continue
         outcome.shown[source.path] = f"{len(found)} samples in {folder}"
-        outcome.equal[f"the prepared set {folder}"] = file_hash(folder / MANIFEST)[:12]
+        outcome.equal[f"the prepared set {folder}"] = content_hash([folder / MANIFEST], folder)
         every = max(1, len(found) // FRAMES)
         frames = [found[index].frames[0] for index in range(0, len(found), every) if found[index].frames]
         lost = [path for path in frames if not path.is_file()]
@@ -81,12 +81,12 @@ def _look(outcome: Outcome, field: str, folder: Path) -> None:
 
 
 def _digest(outcome: Outcome, field: str, path: Path) -> None:
-    from w2r2_ds.data.manifest import MISSING, file_hash
-
-    digest = file_hash(path)
-    if digest == MISSING:
-        outcome.wrong.append(f"{field}: {path} cannot be read; correct {field}, or copy the complete directory.")
-    outcome.equal[f"{field} ({path})"] = digest[:12]
+    try:
+        outcome.equal[f"{field} ({path})"] = content_hash([path], path.parent)
+    except OSError as error:
+        outcome.wrong.append(
+            f"{field}: {path} cannot be read ({error.strerror}); correct {field}, or copy the complete directory."
+        )
 
 
 def _cached(source: str) -> Path | None:
