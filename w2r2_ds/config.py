@@ -155,6 +155,8 @@ class TrainConfig:
         best_by: metric whose highest value is the best checkpoint, as scan2cap/CIDEr@0.5; empty for the main metric of
             the first set's task (docs/metrics.md).
         seed: of initialisation, data order, dropout and validation samples.
+        hang_seconds: a rank that stands still for so long ends the job, with what every rank was doing; more than the
+            longest pause of a healthy run (a save, a batch from a slow disk).
         wandb: also log to Weights & Biases.
         tensorboard: also log to TensorBoard.
     """
@@ -174,6 +176,7 @@ class TrainConfig:
     eval_max_new_tokens: int = 128
     best_by: str = ""
     seed: int = 0
+    hang_seconds: float = 600.0
     wandb: bool = False
     tensorboard: bool = False
 
@@ -246,6 +249,7 @@ def check(config: RunConfig) -> None:
         "train.eval_samples": config.train.eval_samples,
         "train.eval_max_new_tokens": config.train.eval_max_new_tokens,
         "train.lr": config.train.lr,
+        "train.hang_seconds": config.train.hang_seconds,
         "train.merger_lr": config.train.merger_lr,
         "demo.frames": config.demo.frames,
         "demo.warmup_steps": config.demo.warmup_steps,
