@@ -67,6 +67,7 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints is no answer
     for module in WARM:
         importlib.import_module(module)
+    importlib.import_module("torch").set_printoptions(threshold=0, edgeitems=1)  # DeepSpeed formats tensors for no one
     gc.freeze()
     threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
     threads = [name for name in threads if name != "jemalloc_bg_thd"]  # PyArrow's, which is made for forks
