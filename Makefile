@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 # Without an NVIDIA driver the one tested version; override with `make install TORCH='torch==...'`.
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.11,<2.15'; else echo 'torch==2.13.0'; fi)
 
-# Processes of the test suite. A file's tests stay in one, so that what they share is made once.
+# Processes of the test suite. A file's tests stay in one, so that what they share is made once; the long files, which
+# tests/conftest.py puts first, go first.
 JOBS ?= 2
 
 # The deepspeed and ninja programs are looked up on PATH.
@@ -35,7 +36,7 @@ demo: $(STAMP)
 	@$(RUN) "$(BIN)/python" launchers/demo.py
 
 test: $(STAMP)
-	@$(RUN) "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
+	@$(RUN) "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	"$(BIN)/ruff" format --check .

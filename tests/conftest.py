@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,32 @@ from hypothesis import settings
 from PIL import Image
 
 from runs import World, make_world, train_once, world_folder
+from shared import once, shared_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The same examples in every run, and none fails for being slow on a busy machine.
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
+LONG_FIRST = (
+    "engine/test_training.py",
+    "engine/test_zero3.py",  # the one that needs no `trained`, which the other worker makes meanwhile
+    "test_end_to_end.py",
+    "evaluation/test_in_training.py",
+    "evaluation/test_ranks.py",
+    "evaluation/test_evaluate.py",
+    "export/test_adapter.py",
+)
+"""Files that take longest: a worker that begins one of them last leaves the others idle."""
+
 BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first; in each, and among the others, the order stays."""
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def look(step: int) -> np.ndarray:
@@ -178,11 +198,15 @@ def tables(front: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Scenes and warmed-up tiny models."""
-    return make_world(world_folder(tmp_path_factory.getbasetemp()))
+    """Scenes and warmed-up tiny models, made once for all workers."""
+    base = shared_base(tmp_path_factory.getbasetemp())
+    world = World(world_folder(base))
+    once(base, "world", partial(make_world, world.folder))
+    return world
 
 
 @pytest.fixture(scope="session")
-def trained(world: World) -> Path:
-    """A run of 30 steps on one rank."""
-    return train_once(world)
+def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 30 steps on one rank, made once for all workers: look at it, change only copies."""
+    once(shared_base(tmp_path_factory.getbasetemp()), "trained", partial(train_once, world))
+    return world.folder / "run"

@@ -1,13 +1,12 @@
-"""A small world (scenes, warmed-up tiny models), and runs in it with the real launcher; shared by the slower tests.
+"""A small world (scenes, warmed-up tiny models), and runs in it; shared by the slower tests.
 
-As a program it is what the launcher starts for many short runs in one go (`run_jobs`); every rank works through the
-same list of jobs. ``python tests/runs.py record`` writes the golden losses again (see tests/engine/test_training.py).
+`launch` starts the real launcher; `run_jobs` many short runs in one go, on forked ranks that all work through the same
+list (`work`). ``python tests/runs.py record`` writes the golden losses again (see tests/engine/test_training.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import json
 import os
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from forked import fork_ranks
 
 ROOT = Path(__file__).parents[1]
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
@@ -66,7 +67,6 @@ def world_folder(base: Path) -> Path:
     return Path(os.environ.get("W2R2_TEST_WORLD") or base / "world")
 
 
-@functools.cache
 def make_world(folder: Path) -> World:
     """Write the scenes and the models, or reuse what the same options wrote."""
     from w2r2_ds.config import load_config
@@ -81,7 +81,6 @@ def make_world(folder: Path) -> World:
     return world
 
 
-@functools.cache
 def train_once(world: World) -> Path:
     """The run that most tests look at: 30 steps on one rank, through the launcher."""
     out = world.folder / "run"
@@ -118,6 +117,16 @@ def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.Complete
         timeout=TIMEOUT,
         check=False,
     )
+
+
+def run_ranks(ranks: int, program: Path, folder: Path) -> str:
+    """What forked ranks print that each call ``work(folder)`` of a program; a rank that fails is an error."""
+    from w2r2_ds.engine.deepspeed import free_port
+
+    status = fork_ranks(ranks, program, folder, free_port(), TIMEOUT, environment())
+    printed = (folder / "output.txt").read_text()
+    assert status == 0, f"exit status {status}\n{printed[-6000:]}"
+    return printed
 
 
 def rewind(run: Path, copy: Path, step: int) -> None:
@@ -161,9 +170,7 @@ def run_jobs(ranks: int, folder: Path, jobs: list[Job]) -> dict[str, list[dict[s
     """
     folder.mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps([vars(job) for job in jobs]))
-    done = launch(ranks, str(Path(__file__)), ["work", str(folder)])
-    (folder / "output.txt").write_text(done.stdout)
-    assert done.returncode == 0, done.stdout[-6000:]
+    run_ranks(ranks, Path(__file__), folder)
     reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     return {job.name: [report[job.name] for report in reports] for job in jobs}
 
@@ -279,9 +286,5 @@ def record() -> None:
 
 
 if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    if arguments[0] == "work":
-        work(Path(arguments[1]))
-    else:
-        sys.path.insert(0, str(ROOT))
-        record()
+    sys.path.insert(0, str(ROOT))
+    record()

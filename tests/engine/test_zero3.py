@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zero3_cases
 from zero3_cases import Case, write_cases
 
-from runs import ROOT, ZERO3, launch
+from runs import ZERO3, run_ranks
 from w2r2_ds.models.phi import FUSIONS
 from w2r2_ds.objective.push import PUSH_TERMS
 
@@ -72,9 +73,8 @@ def run_cases(folder: Path, cases: list[Case], model_config: Any, samples: dict[
         "log_trace_cache_warnings": True,
     }
     write_cases(folder, cases, model_config, samples, ds_config, SIMILAR)
-    done = launch(2, str(ROOT / "tests" / "engine" / "zero3_cases.py"), [str(folder)])
-    assert done.returncode == 0, "\n".join(re.findall("== step .*", done.stdout)[-1:]) + done.stdout[-6000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)], done.stdout
+    printed = run_ranks(2, Path(zero3_cases.__file__), folder)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)], printed
 
 
 @pytest.fixture(scope="module")

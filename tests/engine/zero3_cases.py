@@ -1,6 +1,6 @@
-"""A program for the deepspeed launcher: the step under ZeRO-3 against the same step on one whole model, case by case.
+"""What each rank of test_zero3 does: the step under ZeRO-3 against the same step on one whole model, case by case.
 
-``deepspeed ... tests/engine/zero3_cases.py FOLDER`` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/rankN.json``.
+`work` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/rankN.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import json
 import pickle
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -128,6 +127,30 @@ def whole_gradients(case: Case, config: Any, front: Any, samples: dict[str, Any]
     return {n: p.grad for n, p in trainable(model).items()}, torch.cat(stats)
 
 
+def expectations(
+    cases: Sequence[Case], model_config: Any, samples: dict[str, Any], scale: dict[str, float] | None
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """`whole_gradients` of every case: each rank works out one of two, at the same time, and they are exchanged."""
+    import torch.distributed as dist
+
+    ranks = dist.get_world_size()
+    for start in range(0, len(cases), ranks):
+        own, found = cases[start : start + ranks], None
+        if dist.get_rank() < len(own):
+            case = own[dist.get_rank()]
+            config = step_config(case, model_config)
+            with scripted(case, scale):
+                found = whole_gradients(case, config, cached_front(config.model.vlm), samples)
+        gathered: list[Any] = [None] * ranks
+        dist.all_gather_object(gathered, found)
+        yield from gathered[: len(own)]
+
+
+def scripted(case: Case, scale: dict[str, float] | None) -> contextlib.AbstractContextManager[None]:
+    """`similar`, where a case does not measure the real scores."""
+    return contextlib.nullcontext() if scale is None or case.objective.get("gap_every") else similar(scale)
+
+
 @functools.cache
 def cached_front(vlm: str) -> Any:
     """Tokenizer and vision facts, the same for all cases."""
@@ -152,7 +175,7 @@ def sharded_gradients(
     from transformers.integrations import HfDeepSpeedConfig
 
     from w2r2_ds.engine.gradients import group_norms
-    from w2r2_ds.engine.loop import make_engine, trained_groups
+    from w2r2_ds.engine.wrap import make_engine, trained_groups
     from w2r2_ds.models.build import build_model, trainable
 
     world, device = dist.get_world_size(), torch.device("cpu")
@@ -184,7 +207,14 @@ def sharded_gradients(
     return gradients, torch.cat(stats), norms, reading
 
 
-def compare(case: Case, model_config: Any, samples: dict[str, Any], ds_config: dict[str, Any]) -> dict[str, Any]:
+def compare(
+    case: Case,
+    model_config: Any,
+    samples: dict[str, Any],
+    ds_config: dict[str, Any],
+    expected: dict[str, Any],
+    all_stats: Any,
+) -> dict[str, Any]:
     """What the test looks at: the largest relative difference of a gradient, statistics, norms."""
     import torch
     import torch.distributed as dist
@@ -198,7 +228,6 @@ def compare(case: Case, model_config: Any, samples: dict[str, Any], ds_config: d
     resolved = resolve_ds_config(
         ds_config, path="zero3_cases.py", world_size=dist.get_world_size(), bf16=False, **sizes
     )
-    expected, all_stats = whole_gradients(case, config, front, samples)
     actual, stats, norms, gap = sharded_gradients(case, config, front, samples, resolved)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, stats)
@@ -247,10 +276,12 @@ def work(folder: Path) -> None:
     deepspeed.init_distributed()
     cases, model_config, samples, ds_config, scale = pickle.loads((folder / "cases.pkl").read_bytes())
     results = {}
+    expected = expectations(cases, model_config, samples, scale)
     for case in cases:
-        signal.alarm(CASE_LIMIT)  # SIGALRM ends the process, and the launcher the other one
-        with similar(scale) if scale is not None and not case.objective.get("gap_every") else contextlib.nullcontext():
-            results[case.name] = compare(case, model_config, samples, ds_config)
+        signal.alarm(CASE_LIMIT)  # SIGALRM ends the process, and `fork_ranks` the other one
+        gradients, stats = next(expected)
+        with scripted(case, scale):
+            results[case.name] = compare(case, model_config, samples, ds_config, gradients, stats)
         signal.alarm(0)
         gc.collect()
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
@@ -269,8 +300,3 @@ def write_cases(
     folder.mkdir(parents=True, exist_ok=True)
     assert len({case.name for case in cases}) == len(cases), [asdict(case) for case in cases]
     (folder / "cases.pkl").write_bytes(pickle.dumps((list(cases), model_config, samples, ds_config, scale)))
-
-
-if __name__ == "__main__":
-    sys.modules["zero3_cases"] = sys.modules["__main__"]  # what the pickle calls this file
-    work(Path(sys.argv[-1]))  # the launcher puts --local_rank=N in front

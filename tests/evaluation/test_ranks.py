@@ -1,4 +1,4 @@
-"""Real processes: any number of ranks, killed or not, give the same predictions, byte by byte."""
+"""Real processes (torchrun, deepspeed, forked, alone): any number of ranks, killed or not, predict the same bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
+from jsonargparse import auto_cli
 
-from runs import ROOT, environment, launch
+from launchers import evaluate
+from runs import ROOT, environment, launch, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -37,12 +39,6 @@ def start(command: list[str], run: Path, out: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err[-4000:]
-    return out, err
-
-
 def kill_at(process: subprocess.Popen[str], parts: Path, lines: int) -> int:
     """SIGKILL to the launcher and all its ranks when so many answers are there; returns how many that were."""
     deadline = time.monotonic() + 300
@@ -59,16 +55,25 @@ def kill_at(process: subprocess.Popen[str], parts: Path, lines: int) -> int:
 
 
 def scores_in(stdout: str) -> Any:
-    """The scores; DeepSpeed says on the same stream that there is no GPU."""
-    return json.loads(stdout[stdout.index("{\n") :])
+    """The scores; DeepSpeed and its launcher write on the same stream."""
+    return json.JSONDecoder().raw_decode(stdout[stdout.index("{\n") :])[0]
 
 
 def count(parts: Path) -> int:
     return sum(file.read_bytes().count(b"\n") for file in parts.glob("part-*.jsonl"))
 
 
-def test_one_two_and_three_ranks_and_a_killed_run_agree(trained: Path, tmp_path: Path) -> None:
-    stdout, stderr = finish(start([sys.executable], trained, tmp_path / "one"))
+def work(folder: Path) -> None:
+    """What each of the forked ranks does."""
+    words = json.loads((folder / "arguments.json").read_text())
+    auto_cli(evaluate.main, args=evaluate.gather_protocols(words), as_positional=False)
+
+
+def test_one_two_and_three_ranks_and_a_killed_run_agree(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    auto_cli(evaluate.main, args=arguments(trained, tmp_path / "one"), as_positional=False)
+    stdout, stderr = capfd.readouterr()
     expected = (tmp_path / "one" / NAME).read_bytes()
     assert len(expected.splitlines()) == SAMPLES
     assert scores_in(stdout) == json.loads((tmp_path / "one" / "scores-scanrefer-fused.json").read_text())
@@ -82,13 +87,16 @@ def test_one_two_and_three_ranks_and_a_killed_run_agree(trained: Path, tmp_path:
     torn.write_bytes(torn.read_bytes()[:-40])  # as if killed within a line
     kept = {file.name: file.read_bytes() for file in parts.glob("part-*.jsonl")}
     left = SAMPLES - count(parts)
-    stdout, stderr = finish(start(TORCHRUN, trained, tmp_path / "two"))
+    done = launch(2, "launchers/evaluate.py", arguments(trained, tmp_path / "two"))
+    assert done.returncode == 0, done.stdout[-4000:]
     assert (tmp_path / "two" / NAME).read_bytes() == expected
-    assert scores_in(stdout) == json.loads((tmp_path / "two" / "scores-scanrefer-fused.json").read_text())
+    assert scores_in(done.stdout) == json.loads((tmp_path / "two" / "scores-scanrefer-fused.json").read_text())
     assert 0 < left < SAMPLES and kept and not parts.exists()
     own = len(range(0, SAMPLES, 2)) - kept.get("part-0000.jsonl", b"").count(b"\n")
-    assert own == 0 or f"rank 0 of 2: {own} of {own}" in stderr, "what was finished is not answered again"
+    assert own == 0 or f"rank 0 of 2: {own} of {own}" in done.stdout, "what was finished is not answered again"
 
-    done = launch(3, "launchers/evaluate.py", arguments(trained, tmp_path / "three"))
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert (tmp_path / "three" / NAME).read_bytes() == expected
+    folder = tmp_path / "three"
+    folder.mkdir()
+    (folder / "arguments.json").write_text(json.dumps(arguments(trained, folder)))
+    run_ranks(3, Path(__file__), folder)
+    assert (folder / NAME).read_bytes() == expected
