@@ -7,6 +7,7 @@ with the heavy packages imported once: a start of both ranks takes a few seconds
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -50,10 +51,12 @@ def arguments(world: World, out: Path, **changes: object) -> list[str]:
 def be_rank(command: list[str], variables: dict[str, str], log: Path, inside: dict[str, Any] | None) -> None:
     """What a rank's process does: its own session, its output into `log`, its own fault if any, the real script."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # a child of the fork server would use it for its loader too
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(variables)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # for `Start.wait`: where it hangs
     if inside is not None:
         fault_inside.install(**inside)
     sys.argv = [str(TRAIN), *command]
@@ -132,8 +135,10 @@ class Start:
         deadline = time.monotonic() + limit
         while running := self.running():
             now = time.monotonic()
-            late = now > deadline or (self.ended and now > min(self.ended.values()) + END_LIMIT)
-            assert not late, f"ranks {running} have not ended:\n{self.output()}"
+            if now > deadline or (self.ended and now > min(self.ended.values()) + END_LIMIT):
+                self.send(signal.SIGUSR2)
+                time.sleep(1.0)
+                raise AssertionError(f"ranks {running} have not ended:\n{self.output()}")
             time.sleep(0.05)
         return [process.exitcode for process in self.processes]
 
