@@ -52,9 +52,12 @@ def take(file: Path) -> Any:
 
 def test_a_second_one_is_refused_by_name(tmp_path: Path, hold: Any) -> None:
     process, _ = hold()
-    with pytest.raises(
-        ValueError, match=rf"out is being prepared by process {process.pid} on .* since 20.*; wait until"
-    ), take(tmp_path / "out.lock"):
+    with (
+        pytest.raises(
+            ValueError, match=rf"out is being prepared by process {process.pid} on .* since 20.*; wait until"
+        ),
+        take(tmp_path / "out.lock"),
+    ):
         raise AssertionError("it is held by another")
 
 

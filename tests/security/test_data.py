@@ -169,9 +169,9 @@ def test_an_image_starts_no_program(tmp_path: Path, started: list[Any]) -> None:
     path.write_bytes(EPS)
     frame = Frame(0, path, path, np.eye(4))
     for read, value in ((load_frame, path), (frame_size, path), (load_depth, frame)):
-        with pytest.raises(ValueError, match="00000.jpg"):
+        with pytest.raises(ValueError, match=r"00000\.jpg"):
             read(value)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="00000.jpg is not a readable image"):
+    with pytest.raises(ValueError, match=r"00000\.jpg is not a readable image"):
         image_size(type("Scene", (), {"frames": (frame,)}))  # type: ignore[arg-type]
 
 
