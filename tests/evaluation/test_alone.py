@@ -58,10 +58,12 @@ def test_all_ranks_are_refused_and_one_of_them_holds_the_lock(tmp_path: Path) ->
 
 
 def test_another_task_or_geometry_has_files_of_its_own(tmp_path: Path) -> None:
-    with alone(tmp_path, NAME, Ranks()), alone(tmp_path, "scanrefer-zero", Ranks()):
-        with (
-            pytest.raises(ValueError, match="scanrefer-zero is being evaluated"),
-            alone(tmp_path, "scanrefer-zero", Ranks()),
-        ):
-            pass
+    zero = "scanrefer-zero"
+    with (
+        alone(tmp_path, NAME, Ranks()),
+        alone(tmp_path, zero, Ranks()),
+        pytest.raises(ValueError, match="scanrefer-zero is being evaluated"),
+        alone(tmp_path, zero, Ranks()),
+    ):
+        pass
     assert not list(tmp_path.iterdir())
