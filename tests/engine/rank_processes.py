@@ -61,7 +61,7 @@ class Ranks:
             said = "\n".join(f"rank {rank}:\n{self.said(rank)[-3000:]}" for rank in range(len(self.logs)))
             raise AssertionError(f"still running after {timeout} s:\n{said}") from error
 
-    def until(self, seen: Callable[[], bool], timeout: float = 120) -> None:
+    def until(self, seen: Callable[[], bool], timeout: float = 300) -> None:
         """Wait for something to be seen while all ranks run."""
         deadline = time.monotonic() + timeout
         while not seen():

@@ -21,6 +21,8 @@ class State:
         phase: ...
         module: ...
         still: seconds since its main thread moved.
+        here: the function in which its main thread is, with its file and line.
+        waits: whether that is a collective, in which it waits for other ranks.
         looping: whether it is in the training loop; before it, standing still is no hang.
         kind: `RUNNING`; `LEFT` (done); `MISTAKE` (an error that the user can mend) or `FAILURE` (another one).
         words: of the error.
@@ -32,6 +34,8 @@ class State:
     phase: str = ""
     module: str = ""
     still: float = 0.0
+    here: str = ""
+    waits: bool = False
     looping: bool = False
     kind: str = RUNNING
     words: str = ""
@@ -131,23 +135,29 @@ class Judge:
         return LOST, f"rank {first} ({state.host}) failed at {state.where()}: {state.words}"
 
     def _hang(self, states: Sequence[State]) -> tuple[int, str] | None:
-        stuck = {rank: state.still for rank, state in enumerate(states) if state.looping and state.kind == RUNNING}
-        first = max(stuck, key=lambda rank: stuck[rank], default=None)
-        if first is None or stuck[first] < self.limits.hang:
+        """Who waits in a collective does so for another rank; of the others, who stood still first is in the way."""
+        running = {rank: state for rank, state in enumerate(states) if state.kind == RUNNING}
+        if any(self.silent[rank] > 2 * self.limits.beat for rank in running):
+            return None  # what is not heard of may be gone, which `_gone` will say
+        if not any(state.looping and state.still >= self.limits.hang for state in running.values()):
             return None
+        # One that waits for it may have reached the limit a report earlier.
+        candidates = [rank for rank, state in running.items() if state.still >= self.limits.hang - 2 * self.limits.beat]
+        first = max(candidates, key=lambda rank: (not states[rank].waits, states[rank].still))
         state = states[first]
-        return LOST, (
-            f"rank {first} ({state.host}) hangs: it stood still first, {state.still:.0f} s ago, at {state.where()} "
-            f"(train.hang_seconds is {self.limits.hang:g})"
-        )
+        line = f"rank {first} ({state.host}) hangs, for {state.still:.0f} s, at {state.where()}, in {state.here}"
+        if state.waits:
+            line = f"all ranks that hang wait in collectives, for each other or for a link that is down; {line}"
+        return LOST, f"{line} (train.hang_seconds is {self.limits.hang:g})"
 
     def table(self, states: Sequence[State]) -> str:
         """One line per rank: where it is, for how long, and what it says."""
-        rows = [("rank", "host", "step", "phase", "still", "module", "")]
+        rows = [("rank", "host", "step", "phase", "still", "module", "function", "")]
         for rank, state in enumerate(states):
             silent = f"silent for {self.silent[rank]:.0f} s" if self.silent[rank] > 2 * self.limits.beat else ""
             said = "done" if state.kind == LEFT else silent or state.words
             seconds = f"{state.still + self.silent[rank]:.0f} s"
-            rows.append((str(rank), state.host, str(state.step), state.phase, seconds, state.module or "-", said))
+            module, here = state.module or "-", state.here or "-"
+            rows.append((str(rank), state.host, str(state.step), state.phase, seconds, module, here, said))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
@@ -24,6 +24,8 @@ from w2r2_ds.engine.judge import FAILURE, LEFT, MISTAKE, RUNNING, Judge, Limits,
 
 TICK = 0.1
 """Seconds between two looks of the thread that keeps the time."""
+COLLECTIVES = ("torch.distributed.", "deepspeed.")
+"""Where a main thread that stands still waits for other ranks: their Python functions end in calls of C++."""
 LAST_WORDS = 10.0
 """Seconds in which a process that ends must have said why; a full pipe cannot hold it longer."""
 
@@ -65,6 +67,8 @@ class Watchdog:
         self._looping = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._ending.locked():
+            time.sleep(3600)  # the process is about to end: what the main thread meets now is a consequence
         if error is None:
             self._kind = LEFT
         else:
@@ -79,9 +83,7 @@ class Watchdog:
             time.sleep(TICK / 5)
         verdict = self._unreachable() if self._lost and self._kind == FAILURE else self._verdict
         if verdict is not None and self._kind != MISTAKE:
-            if error is not None:
-                traceback.print_exception(error)
-            self._end(verdict)
+            self._end(verdict, error)
         self._leave()
         self._ended = True
         self._wake.set()
@@ -107,8 +109,19 @@ class Watchdog:
     def _state(self) -> State:
         now, at = time.monotonic(), self.activity
         self._beat += 1
+        here, waits = position(sys._current_frames()[self._main])
         return State(
-            self._beat, self.host, at.step, at.phase, at.module, now - at.moved, self._looping, self._kind, self._words
+            beat=self._beat,
+            host=self.host,
+            step=at.step,
+            phase=at.phase,
+            module=at.module,
+            still=now - at.moved,
+            here=here,
+            waits=waits,
+            looping=self._looping,
+            kind=self._kind,
+            words=self._words,
         )
 
     def _decide(self) -> None:
@@ -142,13 +155,18 @@ class Watchdog:
         )
         return Verdict(LOST, line, "")
 
-    def _end(self, verdict: Verdict) -> None:
-        """Say why, and end the process; the first of the two threads that come here does."""
+    def _end(self, verdict: Verdict, error: BaseException | None = None) -> None:
+        """Say why, after the main thread's own error if it has one, and end the process.
+
+        Both threads and the main one may come here; the first one does it.
+        """
         if not self._ending.acquire(blocking=False):
             time.sleep(3600)
         last = threading.Timer(LAST_WORDS, os._exit, (verdict.code,))
         last.daemon = True
         last.start()
+        if error is not None:
+            traceback.print_exception(error)
         said = [f"watchdog, rank {self.rank}: {verdict.line} (exit code {verdict.code})"]
         if self.rank == 0:
             said.append(verdict.table)
@@ -176,3 +194,10 @@ class Watchdog:
         silences = self.judge.silent[1:]
         pairs = zip(self.board.states()[1:], silences, strict=True)
         return all(state.kind == LEFT or silent > 2 * self.limits.beat for state, silent in pairs)
+
+
+def position(frame: FrameType) -> tuple[str, bool]:
+    """The function that a thread is in, with file and line; and whether it waits there for other ranks."""
+    code = frame.f_code
+    here = f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
+    return here, frame.f_globals.get("__name__", "").startswith(COLLECTIVES)
