@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,21 @@ def test_preparing_data_is_a_job_too(cluster: Cluster, world: World, tmp_path: P
     assert (tmp_path / "val" / "manifest.json").exists()
     assert cluster.end(missing) == "FAILED"
     assert "ended with 1; not requeued" in cluster.log(missing), cluster.logs(missing)
+
+
+@pytest.mark.nightly
+def test_the_deepspeed_launcher_with_a_hostfile(
+    cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path
+) -> None:
+    """For clusters without Slurm, which here only starts the two launchers; without ssh, as there is none."""
+    out = tmp_path / "run"
+    (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    options = words(world, out)[3:]
+    launcher = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", "n1"]
+    command = [*launcher, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *options]
+    at = len(launcher)
+    line = f'{shlex.join(command[:at])} --node_rank "$SLURM_PROCID" {shlex.join(command[at:])}'
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n. slurm/cluster.env\nactivate\nexec {line}\n")
+    job = cluster.submit("--nodes=2", "--output=logs/%j.log", f"--wrap=srun bash {tmp_path / 'job.sh'}")
+    assert cluster.end(job) == "COMPLETED", cluster.logs(job)
+    assert metrics(out) == metrics(undisturbed)
