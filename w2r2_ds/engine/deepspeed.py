@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
@@ -162,16 +163,28 @@ def collective_timeout(hang_seconds: float) -> timedelta:
 
 
 def own_extensions() -> None:
-    """Give this job a folder of its own for what DeepSpeed compiles, unless TORCH_EXTENSIONS_DIR names one.
+    """Give this start of a job a folder of its own for what DeepSpeed compiles, unless TORCH_EXTENSIONS_DIR names one.
 
     In the folder that all jobs of a user share, the lock of a build that was killed lets every later run hang without
-    a word. The ranks of a machine share the job's, so that it is built once; it is made where something is built.
+    a word. The ranks of a machine share the folder (their Slurm step, or their launcher's process, is the same), so
+    that a kernel is built once per start and machine; whoever wants to keep it names a folder.
+
+    Raises:
+        ValueError: somebody else could put compiled code there.
     """
-    job = os.environ.get("SLURM_JOB_ID") or f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
-    if os.environ["MASTER_PORT"] == "0":
-        job = str(os.getpid())
-    folder = Path(tempfile.gettempdir()) / f"w2r2-ds-{os.getuid()}" / f"extensions-{job}"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return
+    slurm = [os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
+    start = "-".join(filter(None, slurm)) if slurm[0] else f"launcher-{os.getppid()}"
+    mine = Path(tempfile.gettempdir()) / f"w2r2-ds-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    found = mine.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ValueError(
+            f"{mine}, where DeepSpeed would compile, is no folder or others may write to it; remove it, or name a "
+            "folder of your own in TORCH_EXTENSIONS_DIR."
+        )
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(mine / f"extensions-{start}")
 
 
 def join_ranks(hang_seconds: float = 0.0) -> None:
@@ -181,7 +194,7 @@ def join_ranks(hang_seconds: float = 0.0) -> None:
         hang_seconds: of the run's configuration, see `collective_timeout`.
 
     Raises:
-        ValueError: the ranks cannot meet: above all, another run has this machine's port.
+        ValueError: see `own_extensions`; or the ranks cannot meet: above all, another run has this machine's port.
     """
     import deepspeed
     import torch
