@@ -17,6 +17,11 @@ from typing import Any
 LAUNCHER = Path(__file__).parents[2] / "launchers" / "doctor.py"
 
 
+def command(options: dict[str, str]) -> list[str]:
+    """Options as a command line."""
+    return [text for name, value in options.items() for text in (f"--{name}", value)]
+
+
 def break_clock() -> None:
     """Every reading of the clock is 30 s ahead."""
     real = time.time

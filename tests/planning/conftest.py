@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from broken_rank import command
 from runs import ZERO3
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -40,11 +41,6 @@ def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> 
         "model.vggt": str(folder / "vggt"),
         "out": str(folder / "run"),
     }
-
-
-def command(options: dict[str, str]) -> list[str]:
-    """Options as a command line."""
-    return [text for name, value in options.items() for text in (f"--{name}", value)]
 
 
 @pytest.fixture

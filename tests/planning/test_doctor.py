@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import command
 
+from broken_rank import command
 from runs import ROOT, environment
 from w2r2_ds.engine.deepspeed import free_port
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from broken_rank import command
 from runs import environment
+from w2r2_ds.planning import bounded as limits_of_time
 from w2r2_ds.planning import doctor, place
 from w2r2_ds.planning.bounded import TooLong, bounded
 from w2r2_ds.planning.clocks import Skew, judge
@@ -21,8 +23,9 @@ from w2r2_ds.planning.outcome import Outcome, Report
 from w2r2_ds.planning.table import merged, results, sentences, show
 
 
-def test_bounded() -> None:
+def test_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results and exceptions come back; a call that waits hangs, one that computes is only slow."""
+    monkeypatch.setattr(limits_of_time, "STILL", 0.5)
     assert bounded(lambda: 3, 5) == 3
     with pytest.raises(KeyError):
         bounded(lambda: {}["no"], 5)
@@ -123,8 +126,6 @@ def test_report_survives_json() -> None:
 
 def test_command_line(little_run: dict[str, str], tmp_path: Path) -> None:
     """The options are train.py's, to the last one; a refused one is a finding, no options mean no run."""
-    from conftest import command
-
     from launchers.doctor import read_arguments
     from launchers.train import read_arguments as of_train
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -128,6 +129,7 @@ def import_all(packages: list[str], writing: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)  # libraries print what they like
     os.dup2(nowhere, 2)
+    faulthandler.disable()  # the parent tells of a crash
     for name in packages:
         os.write(writing, json.dumps([name, None]).encode() + b"\n")
         error = ""
