@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
 GOLDEN_LOSSES = ROOT / "tests" / "golden" / "losses" / "demo30.json"
 TIMEOUT = 900
-STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 10, 8, 4
+STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 5, 8, 4
 
 
 @dataclass(frozen=True)
