@@ -8,9 +8,10 @@ from jsonargparse import auto_cli
 
 from w2r2_ds.command_line import Parser
 from w2r2_ds.demo_steps import run_demo
+from w2r2_ds.printable import message
 
 if __name__ == "__main__":
     try:
         auto_cli(run_demo, as_positional=False, parser_class=Parser)
     except ValueError as error:
-        sys.exit(f"demo.py: {error}")
+        sys.exit(f"demo.py: {message(error)}")

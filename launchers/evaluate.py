@@ -18,6 +18,7 @@ from w2r2_ds.engine.checkpoint import find_checkpoint
 from w2r2_ds.evaluation.evaluate import evaluate
 from w2r2_ds.evaluation.ranks import find_ranks, joined
 from w2r2_ds.evaluation.score_file import score_file
+from w2r2_ds.printable import message
 
 
 def main(
@@ -116,4 +117,4 @@ if __name__ == "__main__":
     try:
         auto_cli(main, args=gather_protocols(sys.argv[1:]), as_positional=False, parser_class=Parser)
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        sys.exit(f"evaluate.py: {error}")
+        sys.exit(f"evaluate.py: {message(error)}")

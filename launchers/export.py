@@ -9,6 +9,7 @@ from jsonargparse import auto_cli
 
 from w2r2_ds.command_line import Parser
 from w2r2_ds.export.adapter import export_adapter
+from w2r2_ds.printable import message
 
 
 def main(checkpoint: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> None:
@@ -27,4 +28,4 @@ if __name__ == "__main__":
     try:
         auto_cli(main, as_positional=False, parser_class=Parser)
     except ValueError as error:
-        sys.exit(f"export.py: {error}")
+        sys.exit(f"export.py: {message(error)}")

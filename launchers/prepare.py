@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from w2r2_ds.data.prepare import prepare
 from w2r2_ds.data.synthetic.write import write_dataset
 from w2r2_ds.data.tasks.outcome import TaskOptions
 from w2r2_ds.data.views import FrameOptions
+from w2r2_ds.printable import lines, message
 
 Splits = list[Literal["train", "val"]]
 QaSplits = list[Literal["train", "val", "test_w_obj", "test_wo_obj"]]
@@ -34,6 +35,7 @@ def scanrefer(
     out: str = "",
     workers: int = 0,
     skip_broken_scenes: bool = False,
+    skip_without_box: bool = False,
     check: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -50,6 +52,7 @@ def scanrefer(
         out: folder for a folder per split; ROOT/prepared/scanrefer without it.
         workers: processes; 0 means one per available core.
         skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
+        skip_without_box: leave out what is about objects that have no box, and say so, instead of refusing.
         check: only list what is missing and where it comes from; exit status 1 if something is.
         dry_run: only say what would be made.
     """
@@ -61,7 +64,8 @@ def scanrefer(
 
     if rolls and format != "vgllm":
         raise ValueError(f"--rolls is {rolls}, but only format vgllm has rolls; leave it out.")
-    _run("scanrefer", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
+    skip = {"skip_broken_scenes": skip_broken_scenes, "skip_without_box": skip_without_box}
+    _run("scanrefer", root, splits, options, out, workers, check, dry_run, skip)
 
 
 def scan2cap(
@@ -74,6 +78,7 @@ def scan2cap(
     out: str = "",
     workers: int = 0,
     skip_broken_scenes: bool = False,
+    skip_without_box: bool = False,
     check: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -89,6 +94,7 @@ def scan2cap(
         out: folder for a folder per split; ROOT/prepared/scan2cap without it.
         workers: processes; 0 means one per available core.
         skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
+        skip_without_box: leave out what is about objects that have no box, and say so, instead of refusing.
         check: only list what is missing and where it comes from; exit status 1 if something is.
         dry_run: only say what would be made.
     """
@@ -96,7 +102,8 @@ def scan2cap(
     def options(split: Any) -> TaskOptions:
         return TaskOptions("scan2cap", split, format, frames, boxes=boxes, visibility=visibility)
 
-    _run("scan2cap", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
+    skip = {"skip_broken_scenes": skip_broken_scenes, "skip_without_box": skip_without_box}
+    _run("scan2cap", root, splits, options, out, workers, check, dry_run, skip)
 
 
 def scanqa(
@@ -106,6 +113,7 @@ def scanqa(
     out: str = "",
     workers: int = 0,
     skip_broken_scenes: bool = False,
+    skip_without_box: bool = False,
     check: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -118,6 +126,7 @@ def scanqa(
         out: folder for a folder per split; ROOT/prepared/scanqa without it.
         workers: processes; 0 means one per available core.
         skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
+        skip_without_box: leave out what is about objects that have no box, and say so, instead of refusing.
         check: only list what is missing and where it comes from; exit status 1 if something is.
         dry_run: only say what would be made.
     """
@@ -125,7 +134,8 @@ def scanqa(
     def options(split: Any) -> TaskOptions:
         return TaskOptions("scanqa", split, "video3dllm", frames)
 
-    _run("scanqa", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
+    skip = {"skip_broken_scenes": skip_broken_scenes, "skip_without_box": skip_without_box}
+    _run("scanqa", root, splits, options, out, workers, check, dry_run, skip)
 
 
 def detection(
@@ -166,7 +176,7 @@ def detection(
         frames = FrameOptions("uniform", count, seed)
         return TaskOptions("detection", split, "vgllm", frames, interval=interval, step=step, windows=most)
 
-    _run("detection", root, splits, options, out, workers, skip_broken_scenes, check, dry_run)
+    _run("detection", root, splits, options, out, workers, check, dry_run, {"skip_broken_scenes": skip_broken_scenes})
 
 
 def _run(
@@ -176,24 +186,24 @@ def _run(
     options: Callable[[str], TaskOptions],
     out: str,
     workers: int,
-    skip_broken_scenes: bool,
     check: bool,
     dry_run: bool,
+    skip: Mapping[str, bool],
 ) -> None:
-    """Check, forecast or prepare every split."""
+    """Check, forecast or prepare every split; `skip` says what may be left out."""
     if not splits:
         raise ValueError("--splits is empty; name at least one.")
     folder, complete = Path(out or Path(root) / "prepared" / task), True
     for split in dict.fromkeys(splits):
         if check:
             found = missing(root, options(split))
-            print(report(root, options(split), found), flush=True)
+            print(lines(report(root, options(split), found)), flush=True)
             complete = complete and not found
         elif dry_run:
             print(forecast(make_plan(root, options(split)), folder / split), flush=True)
         else:
-            done = prepare(root, options(split), folder / split, _processes(workers), skip_broken_scenes)
-            print(summary(done.folder, done.manifest, done.reused), flush=True)
+            done = prepare(root, options(split), folder / split, _processes(workers), **skip)
+            print(lines(summary(done.folder, done.manifest, done.reused)), flush=True)
     if not complete:
         sys.exit(1)
 
@@ -259,11 +269,8 @@ def demo(workers: int = 0) -> None:
 
 
 def with_values(words: Sequence[str]) -> list[str]:
-    """A command line whose flags have values, as jsonargparse wants them: ``--check`` is ``--check true``.
-
-    The same flags may be written with a hyphen inside.
-    """
-    flags = ("--check", "--dry_run", "--skip_broken_scenes", "--overwrite")
+    """A command line whose flags have values, as jsonargparse wants: ``--check true``; hyphens in them are accepted."""
+    flags = ("--check", "--dry_run", "--skip_broken_scenes", "--skip_without_box", "--overwrite")
     written: list[str] = []
     for i, word in enumerate(words):
         name = word.replace("-", "_").replace("__", "--", 1)
@@ -284,7 +291,7 @@ def main() -> None:
             description="Prepare data for training and evaluation.",
         )
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        sys.exit(f"prepare.py: {error}")
+        sys.exit(f"prepare.py: {message(error)}")
 
 
 if __name__ == "__main__":

@@ -6,44 +6,54 @@ Without --config it runs the demo recipe, which makes its own scenes and tiny mo
 from __future__ import annotations
 
 import sys
+import traceback
 
 import torch.distributed as dist
 
-from w2r2_ds.config import RunConfig, config_first, from_tree, names_config, parser
+from w2r2_ds.config import RunConfig, config_first, from_tree, train_parser
 from w2r2_ds.demo import prepare_demo
 from w2r2_ds.engine.deepspeed import join_ranks, load_ds_config
+from w2r2_ds.engine.exits import DONE, LOST
 from w2r2_ds.engine.loop import train
+from w2r2_ds.engine.preemption import StopSignals
 from w2r2_ds.evaluation.in_training import InTraining
 from w2r2_ds.objective.push import find_reading
+from w2r2_ds.printable import message
 
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
     """The run configuration and the DeepSpeed JSON of a command line."""
-    options = parser("Train a video LLM with W2R2.", with_demo=not names_config(args))
-    options.add_argument("--deepspeed", required=True, help="DeepSpeed JSON: ZeRO, precision, offload, clipping.")
-    options.add_argument("--local_rank", type=int, default=-1, help="Set by the deepspeed launcher.")
+    options = train_parser("Train a video LLM with W2R2.", args)
     tree = options.parse_args(config_first(args)).as_dict()
     return from_tree(tree), tree["deepspeed"]
 
 
-def main(args: list[str]) -> None:
-    """Join the other ranks, make the demo's data if asked to, train."""
+def main(args: list[str], signals: StopSignals) -> int:
+    """Join the other ranks, make the demo's data if asked to, train; returns an exit code of engine/exits.py."""
     config, ds_path = read_arguments(args)
     find_reading(config.objective.push)  # this and the next before minutes of demo preparation
     load_ds_config(ds_path)
-    join_ranks()
+    join_ranks(config.train.hang_seconds)
     if config.demo.enabled:
         if dist.get_rank() == 0:
             prepare_demo(config)
         dist.barrier()
-    checkpoint = train(config, ds_path, InTraining)
+    outcome = train(config, ds_path, InTraining, signals)
     if dist.get_rank() == 0:
-        print(f"checkpoint: {checkpoint}", flush=True)
+        print(f"checkpoint: {outcome.checkpoint}" if outcome.checkpoint else "no checkpoint was written", flush=True)
+        if outcome.code != DONE:
+            print(f"stopped by a signal; --resume auto goes on (exit code {outcome.code})", flush=True)
+    dist.barrier()  # so that no rank is gone, and nobody looks for it, while another one still writes
     dist.destroy_process_group()
+    return outcome.code
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with StopSignals() as stop_signals:
+            sys.exit(main(sys.argv[1:], stop_signals))
     except (ValueError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {message(error)}")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(LOST)

@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
+from w2r2_ds.printable import one_line, without_secrets
+
 LIKE = 0.65
 """Least similarity of a name that is proposed, as difflib measures it."""
 
@@ -26,6 +28,7 @@ class Parser(ArgumentParser):
             sentence = "; ".join(f"there is no option {name}{did_you_mean(name, self.names())}" for name in names)
         else:
             sentence = plain(message)
+        sentence = one_line(without_secrets(sentence))
         self.exit(2, f"{self.prog.replace(' [options]', '')}: {sentence}; --help lists the options.\n")
 
     def names(self) -> list[str]:

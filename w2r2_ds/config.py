@@ -6,14 +6,17 @@ Unknown keys are errors. The command line wins over `--config RECIPE.yaml`, whic
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import ArgumentError
 
-from w2r2_ds.command_line import Parser
+from w2r2_ds.command_line import Parser, plain
+from w2r2_ds.recipe_file import Recipe, code_in, refuse_texts
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -155,6 +158,8 @@ class TrainConfig:
         best_by: metric whose highest value is the best checkpoint, as scan2cap/CIDEr@0.5; empty for the main metric of
             the first set's task (docs/metrics.md).
         seed: of initialisation, data order, dropout and validation samples.
+        hang_seconds: a rank that stands still for so long ends the job, with what every rank was doing; more than the
+            longest pause of a healthy run (a save, a batch from a slow disk).
         wandb: also log to Weights & Biases.
         tensorboard: also log to TensorBoard.
     """
@@ -174,6 +179,7 @@ class TrainConfig:
     eval_max_new_tokens: int = 128
     best_by: str = ""
     seed: int = 0
+    hang_seconds: float = 600.0
     wandb: bool = False
     tensorboard: bool = False
 
@@ -233,6 +239,12 @@ class RunConfig:
 
 def check(config: RunConfig) -> None:
     """Refuse values that cannot work, by name, before anything is loaded."""
+    refuse_texts(asdict(config))
+    if not re.fullmatch(r"\w+", config.model.attention):  # transformers takes OWNER/NAME for code on the hub
+        raise ValueError(
+            f"model.attention is {config.model.attention!r}; it is the name of an implementation such as sdpa or "
+            "flash_attention_2, never code of the Hugging Face Hub."
+        )
     positive = {
         "data.frame_width": config.data.frame_width,
         "data.video_fps": config.data.video_fps,
@@ -246,6 +258,7 @@ def check(config: RunConfig) -> None:
         "train.eval_samples": config.train.eval_samples,
         "train.eval_max_new_tokens": config.train.eval_max_new_tokens,
         "train.lr": config.train.lr,
+        "train.hang_seconds": config.train.hang_seconds,
         "train.merger_lr": config.train.merger_lr,
         "demo.frames": config.demo.frames,
         "demo.warmup_steps": config.demo.warmup_steps,
@@ -297,8 +310,18 @@ def parser(description: str, with_demo: bool = True) -> Parser:
     defaults: list[str | PathLike[Any]] = [RECIPES / "demo.yaml"] if with_demo else []
     result = Parser(description=description, default_config_files=defaults)
     result.allow_abbrev = False  # an abbreviated --config would not be seen by `names_config`
-    result.add_argument("--config", action="config", help="YAML recipe; its keys are the options below.")
+    result.add_argument("--config", action=Recipe, help="YAML recipe; its keys are the options below.")
     result.add_class_arguments(RunConfig)
+    return result
+
+
+def train_parser(description: str, args: list[str], needs_deepspeed: bool = True) -> Parser:
+    """`parser`, with what else launchers/train.py takes; for it and for whoever takes the same command line."""
+    result = parser(description, with_demo=not names_config(args))
+    result.add_argument(
+        "--deepspeed", required=needs_deepspeed, help="DeepSpeed JSON: ZeRO, precision, offload, clipping."
+    )
+    result.add_argument("--local_rank", type=int, default=-1, help="Set by the deepspeed launcher.")
     return result
 
 
@@ -320,6 +343,22 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     for name in ("train", "val"):
         setattr(values["data"], name, [SourceConfig(**source) for source in tree["data"][name]])
     return RunConfig(out=tree["out"], resume=tree["resume"], **values)
+
+
+def from_values(tree: Any, where: str) -> RunConfig:
+    """`from_tree` of a file that somebody else may have written: checked as a recipe is.
+
+    Raises:
+        ValueError: a field is unknown or its value is of another type; `where` names the file.
+    """
+    for problem in code_in(tree):
+        raise ValueError(f"{where}: {problem}.")
+    reader = parser("", with_demo=False)
+    reader.exit_on_error = False
+    try:
+        return from_tree(reader.parse_object(tree).as_dict())
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{where}: {plain(str(error))}; it was written by another version, or changed.") from None
 
 
 def config_first(args: list[str]) -> list[str]:

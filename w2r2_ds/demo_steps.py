@@ -106,13 +106,13 @@ def show(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> floa
         table.add_row(task, NAMES[geometry], f"{shares[-1]:.1%}", str(results[name]["count"]), ", ".join(numbers))
     console = Console(width=100)
     console.print(table)
-    console.print("all scores times 100; protocols:", ", ".join(protocols), highlight=False)
+    console.print("all scores times 100; protocols:", ", ".join(protocols), markup=False, highlight=False)
     for label, path in (
         ("scenes", f"{config.data.root} (look at contact_sheets/)"),
         ("run", f"{config.out} (metrics.jsonl, checkpoints/)"),
         ("predictions", scores),
         ("adapter", adapter),
     ):
-        console.print(f"{label:12} {path}", highlight=False, soft_wrap=True)
-    console.print(f"done in {seconds:.0f} s", highlight=False)
+        console.print(f"{label:12} {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"done in {seconds:.0f} s", markup=False, highlight=False)
     return min(shares)

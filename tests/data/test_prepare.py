@@ -141,11 +141,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, when: str) -> list[str]:
     """Make `prepare` die when it comes to a scene; returns the list of scenes that were worked on."""
     worked, original = [], preparing.scene_outcomes
 
-    def outcomes(root: Path, options: TaskOptions, job: Any) -> Any:
+    def outcomes(root: Path, options: TaskOptions, job: Any, **rest: Any) -> Any:
         worked.append(job.scene_id)
         if job.scene_id == when:
             raise Killed
-        return original(root, options, job)
+        return original(root, options, job, **rest)
 
     monkeypatch.setattr(preparing, "scene_outcomes", outcomes)
     return worked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.engine.deepspeed import KNOWN, REFUSED, join_ranks, load_ds_config, resolve_ds_config, skip_shm_build
+from w2r2_ds.engine.deepspeed import (
+    KNOWN,
+    REFUSED,
+    join_ranks,
+    load_ds_config,
+    own_extensions,
+    resolve_ds_config,
+    skip_shm_build,
+)
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -170,6 +179,28 @@ def test_shm_build_is_skipped_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert build_shm_op() is None
 
 
+def test_every_start_compiles_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = tmp_path / f"w2r2-ds-{os.getuid()}"
+    folders = []
+    for names in ({}, {"JOB_ID": "7"}, {"JOB_ID": "7", "RESTART_COUNT": "1", "STEP_ID": "2"}):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"):
+            monkeypatch.delenv(f"SLURM_{name}", raising=False)
+        for name, value in names.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        own_extensions()
+        folders.append(os.environ["TORCH_EXTENSIONS_DIR"])
+    ends = [f"launcher-{os.getppid()}", "7", "7-1-2"]
+    assert folders == [str(mine / f"extensions-{end}") for end in ends]
+    own_extensions()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == folders[-1]
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    mine.chmod(0o777)
+    with pytest.raises(ValueError, match="others may write to it"):
+        own_extensions()
+
+
 def test_a_port_that_another_run_has_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
 
@@ -180,6 +211,7 @@ def test_a_port_that_another_run_has_is_one_sentence(monkeypatch: pytest.MonkeyP
         start = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in start.items():
             monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/unused")
         with pytest.raises(ValueError) as caught:
             join_ranks()
     message = str(caught.value)

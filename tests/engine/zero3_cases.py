@@ -175,7 +175,7 @@ def sharded_gradients(
     from transformers.integrations import HfDeepSpeedConfig
 
     from w2r2_ds.engine.gradients import group_norms
-    from w2r2_ds.engine.loop import make_engine, trained_groups
+    from w2r2_ds.engine.wrap import make_engine, trained_groups
     from w2r2_ds.models.build import build_model, trainable
 
     world, device = dist.get_world_size(), torch.device("cpu")

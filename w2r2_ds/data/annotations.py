@@ -139,14 +139,14 @@ def _identity(entry: Entry, field: str) -> str:
 _SCANREFER_FIELDS: _Fields = {
     "scene_id": ("scene_id", Entry.scene),
     "object_id": ("object_id", Entry.integer),
-    "object_name": ("object_name", Entry.text),
+    "object_name": ("object_name", Entry.name),
     "ann_id": ("ann_id", _identity),
     "text": ("description", Entry.text),
     "words": ("token", _tokens),
 }
 _SCANQA_FIELDS: _Fields = {
     "scene_id": ("scene_id", Entry.scene),
-    "question_id": ("question_id", Entry.text),
+    "question_id": ("question_id", Entry.name),
     "text": ("question", Entry.text),
     "answers": ("answers", Entry.texts),
     "object_ids": ("object_ids", Entry.integers),

@@ -28,6 +28,7 @@ import numpy as np
 from w2r2_ds.data.entries import Problems
 from w2r2_ds.data.scannet import check_scene_id
 from w2r2_ds.data.unpickle import load_plain
+from w2r2_ds.printable import one_line
 
 SOURCE = "EmbodiedScan's infos, which its authors send on request"
 SCANNET = "scannet"
@@ -107,9 +108,9 @@ def read_infos(path: Path | str) -> Infos:
         if source != SCANNET:
             infos.skipped[source] = infos.skipped.get(source, 0) + 1
         elif scene_id in infos:
-            problems.add(f"{path}: {name}: field 'sample_idx' is there twice; remove one of the two scenes")
+            problems.add(f"{path}: {one_line(name)}: field 'sample_idx' is there twice; remove one of the two scenes")
         else:
-            info = problems.read(_scene, entry, scene_id, labels, _Place(path, name))
+            info = problems.read(_scene, entry, scene_id, labels, _Place(path, one_line(name)))
             if info is not None:
                 infos[scene_id] = info
     problems.raise_any()

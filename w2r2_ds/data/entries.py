@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from w2r2_ds.data.json_text import LONGEST_MEMBER, members
 from w2r2_ds.data.scannet import check_scene_id
+from w2r2_ds.printable import CONTROL
 
 LARGEST_NUMBER = 2**31 - 1
 _SHOWN = 10
@@ -78,6 +79,17 @@ class Entry:
         if not isinstance(value, str) or not value.strip():
             self._refuse(field, f"is {_short(value)}, but must be a text that is not empty")
         return self._whole(field, value)
+
+    def name(self, field: str) -> str:
+        """A text that becomes part of an id, and so of messages: on one line, without control characters.
+
+        Raises:
+            ValueError: it is anything else.
+        """
+        value = self.text(field)
+        if CONTROL.search(value):
+            self._refuse(field, f"is {_short(value)}, which holds a control character")
+        return value
 
     def integer(self, field: str) -> int:
         """A number from 0, or a string of its digits (ScanRefer writes ``"39"``).

@@ -33,9 +33,9 @@ def load_depth(frame: Frame) -> np.ndarray:
         ValueError: the file is unreadable, of another kind, or its numbers cannot be millimetres of a room.
     """
     try:
-        with Image.open(frame.depth) as image:
+        with Image.open(frame.depth, formats=["PNG"]) as image:
             depth = np.asarray(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{frame.depth} is not a readable depth image; extract it again ({error})") from None
     if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype.itemsize < 2:
         raise ValueError(f"{frame.depth} is not a 16-bit one-channel depth image; extract it again")

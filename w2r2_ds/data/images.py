@@ -14,6 +14,8 @@ from PIL import Image
 
 VGGT_PATCH = 14
 WHITE = 255
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What is looked for in an image file, whatever its name; of the others some start programs (EPS: Ghostscript)."""
 UNSUPPORTED = ("I", "F")
 """First letters of PIL modes with more than 8 bits, such as depth maps; a conversion would clip them."""
 
@@ -29,7 +31,7 @@ def load_frame(path: str | Path) -> np.ndarray:
             f"Frame {path} does not exist; extract the scene's frames again, or correct data.root (or --root)."
         )
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             if image.mode[0] in UNSUPPORTED:
                 raise ValueError(f"it has mode {image.mode}, more than 8 bits per channel; is it a depth map?")
@@ -45,7 +47,7 @@ def frame_size(path: Path) -> tuple[int, int]:
         ValueError: the file is missing or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"Frame {path} cannot be read as a colour image ({error}); replace the file.") from error

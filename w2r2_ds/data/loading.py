@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +138,23 @@ def make_collate(front: Front, config: DataConfig, with_prompts: bool) -> Collat
     return CollateOrError(Collator(pad, visual_kind(config), positions, front.vision, with_prompts))
 
 
+def keep_working(worker: int) -> None:
+    """Let a loader process work on when the signals that stop a run reach it too; `worker_init_fn` of every loader.
+
+    A worker must first deliver what the run finishes its step with. PyTorch ends workers by SIGTERM: that of the
+    parent is obeyed, which takes a thread, since only waiting for a signal tells who sent it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 def train_loader(
     samples: Sequence[Sample],
     front: Front,
@@ -148,6 +168,7 @@ def train_loader(
         batch_sampler=sampler,
         collate_fn=make_collate(front, config, with_prompts),
         num_workers=config.workers,
+        worker_init_fn=keep_working,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.workers > 0,
         # Its own: else making the iterator draws from the random state that a resume has just put back.
@@ -180,6 +201,7 @@ def prompt_loader(
         batch_size=batch_size,
         collate_fn=CollateOrError(collate),
         num_workers=config.workers,
+        worker_init_fn=keep_working,
         # Its own: a validation must not draw from the random state that training goes on with.
         generator=torch.Generator(),
     )

@@ -68,9 +68,13 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def description(plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str]) -> dict[str, Any]:
+def description(
+    plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str], skip_without_box: bool = False
+) -> dict[str, Any]:
     """The part of a manifest that says what was asked for; equal descriptions mean equal data sets."""
     options = {**recorded_options(plan.options), "skip_broken_scenes": skip_broken_scenes}
+    if skip_without_box:  # only then: data sets that were prepared before there was the option are reused
+        options["skip_without_box"] = True
     return {
         "version": VERSION,
         "task": plan.options.task,

@@ -28,14 +28,17 @@ from w2r2_ds.data.shards import Numbered, assemble, has_shard, write_dropped, wr
 from w2r2_ds.data.tasks import detection, scan2cap, scanqa, scanrefer
 from w2r2_ds.data.tasks.outcome import (
     BROKEN_SCENE,
+    NO_BOX,
     Dropped,
     Job,
     Outcomes,
     TaskOptions,
     WrongAnnotations,
     check_objects,
+    part_by_boxes,
 )
 from w2r2_ds.data.workers import listed, run_all
+from w2r2_ds.lock import locked
 
 DROPPED = "dropped.jsonl"
 
@@ -66,6 +69,7 @@ def prepare(
     out: Path | str,
     workers: int = 1,
     skip_broken_scenes: bool = False,
+    skip_without_box: bool = False,
     quiet: bool = False,
 ) -> Prepared:
     """Prepare one task and split, go on with what a killed run left, or reuse what is there.
@@ -76,35 +80,75 @@ def prepare(
         out: folder to make; one with the same options and inputs is reused, another is refused.
         workers: processes; 1 works in this one.
         skip_broken_scenes: drop the items of scenes that cannot be used, instead of refusing.
+        skip_without_box: drop the items that name objects without a box, instead of refusing.
         quiet: print only what a user must know.
 
     Raises:
         ValueError: an option, a file, annotations or scenes cannot be used; scenes and annotations are looked at to
-            the end, and the first ten problems named.
+            the end, and the first ten problems named. Another process prepares this folder.
     """
     plan, out = make_plan(root, options), Path(out)
     files, scenes = task_inputs(plan), scene_inputs(plan)
     of_scenes = {name: digest for scene in scenes.values() for name, digest in scene.items()}
-    wanted = description(plan, skip_broken_scenes, {**files, **of_scenes})
-    if reusable(out, wanted):
-        return Prepared(out, json.loads((out / MANIFEST).read_text(encoding="utf-8")), reused=True)
-    partial = out.with_name(out.name + ".partial")
-    # Whoever leaves broken scenes out after all keeps the others.
-    asked = {**wanted, "inputs": files, "options": recorded_options(options)}
-    _open_partial(partial, asked)
-    keys = {job.scene_id: key_of(asked, scenes[job.scene_id]) for job in plan.jobs}
-    todo = [job for job in plan.jobs if not has_shard(partial, job.scene_id, keys[job.scene_id])]
+    wanted = description(plan, skip_broken_scenes, {**files, **of_scenes}, skip_without_box)
+    if not reusable(out, wanted):
+        # Whoever leaves broken scenes or items without a box out after all keeps what is done.
+        asked = {**wanted, "inputs": files, "options": recorded_options(options)}
+        work = _Work(plan, out.with_name(out.name + ".partial"), skip_without_box, asked, scenes)
+        with locked(out.with_name(out.name + ".lock"), f"{out} is being prepared", "give --out another folder"):
+            if not reusable(out, wanted):  # another process may just have made it
+                _open_partial(work.partial, asked)
+                broken = _broken(plan, _make_shards(work, workers, quiet), skip_broken_scenes)
+                return Prepared(out, _finish(plan, work.partial, out, wanted, broken), reused=False)
+    return Prepared(out, json.loads((out / MANIFEST).read_text(encoding="utf-8")), reused=True)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is made into which folder of shards.
+
+    Attributes:
+        plan: of the task.
+        partial: folder of shards.
+        skip_without_box: leave out items whose objects have no box.
+        asked: what all scenes depend on.
+        scenes: scene -> hashes of what it alone depends on.
+    """
+
+    plan: Plan
+    partial: Path
+    skip_without_box: bool
+    asked: Mapping[str, Any]
+    scenes: Mapping[str, Mapping[str, str]]
+
+    def key(self, scene_id: str, left_out: bool = False) -> str:
+        """Of a scene's shard; another one where items without a box were left out, which not everybody wants."""
+        return key_of(self.asked, self.scenes[scene_id], *([NO_BOX] if left_out else []))
+
+    def is_done(self, scene_id: str) -> bool:
+        """Whether the scene has a shard of just this."""
+        choices = (False, True) if self.skip_without_box else (False,)
+        return any(has_shard(self.partial, scene_id, self.key(scene_id, left_out)) for left_out in choices)
+
+
+def _make_shards(work: _Work, workers: int, quiet: bool) -> list[_Failure]:
+    """Make the shards that are not there yet; what was wrong with scenes."""
+    plan = work.plan
+    todo = [job for job in plan.jobs if not work.is_done(job.scene_id)]
     if todo and len(todo) < len(plan.jobs):
-        print(f"{partial}: {len(plan.jobs) - len(todo)} of {len(plan.jobs)} scenes are done already", flush=True)
+        done = len(plan.jobs) - len(todo)
+        print(f"{work.partial}: {done} of {len(plan.jobs)} scenes are done already", flush=True)
     failures = []
-    with progress(f"{options.task} {options.split}: scenes", len(todo), quiet) as advance:
-        arguments = [(plan.root, options, job, partial, keys[job.scene_id]) for job in todo]
+    with progress(f"{plan.options.task} {plan.options.split}: scenes", len(todo), quiet) as advance:
+        arguments = [
+            (plan.root, plan.options, job, work.partial, work.key(job.scene_id))
+            + ((work.key(job.scene_id, True),) if work.skip_without_box else ())
+            for job in todo
+        ]
         for failure in run_all(_write_scene, arguments, workers):
             failures += [failure] if failure else []
             advance()
-    broken = _broken(plan, failures, skip_broken_scenes)
-    manifest = _finish(plan, partial, out, wanted, broken)
-    return Prepared(out, manifest, reused=False)
+    return failures
 
 
 def _open_partial(partial: Path, asked: Mapping[str, Any]) -> None:
@@ -126,23 +170,29 @@ def _open_partial(partial: Path, asked: Mapping[str, Any]) -> None:
     record.write_text(text, encoding="utf-8")
 
 
-def _write_scene(root: Path, options: TaskOptions, job: Job, partial: Path, key: str) -> _Failure | None:
-    """Make one scene's shard; what is wrong comes back as sentences, so that all scenes can be looked at."""
+def _write_scene(
+    root: Path, options: TaskOptions, job: Job, partial: Path, key: str, key_without: str | None = None
+) -> _Failure | None:
+    """Make one scene's shard; what is wrong comes back as sentences, so that all scenes can be looked at.
+
+    `key_without` is the shard's key if items without a box are left out; None where they may not be.
+    """
     try:
-        outcomes, lost = scene_outcomes(root, options, job)
+        outcomes, lost = scene_outcomes(root, options, job, skip_without_box=key_without is not None)
     except WrongAnnotations as error:
         return _Failure(job.scene_id, error.sentences, annotations=True)
     except ValueError as error:
         return _Failure(job.scene_id, [str(error)], annotations=False)
-    write_shard(partial, job.scene_id, key, outcomes, lost, root)
+    left_out = any(isinstance(outcome, Dropped) and outcome.reason == NO_BOX for _, outcome in outcomes)
+    write_shard(partial, job.scene_id, key_without if left_out and key_without else key, outcomes, lost, root)
     return None
 
 
-def scene_outcomes(root: Path, options: TaskOptions, job: Job) -> tuple[Outcomes, int]:
+def scene_outcomes(root: Path, options: TaskOptions, job: Job, skip_without_box: bool = False) -> tuple[Outcomes, int]:
     """What becomes of one scene's items, and how many of its frames have no valid pose.
 
     Raises:
-        WrongAnnotations: they name objects that the scene lacks.
+        WrongAnnotations: they name objects that the scene lacks, and may not be left out.
         ValueError: the scene cannot be used.
     """
     if needs_infos(options) and job.info is None:
@@ -150,8 +200,15 @@ def scene_outcomes(root: Path, options: TaskOptions, job: Job) -> tuple[Outcomes
     if needs_proposals(options) and job.proposals is None:
         raise ValueError(f"{job.scene_id}: the proposals do not have this scene; use boxes annotated without")
     scene = load_scene(root, job.scene_id)
+    outcomes: Outcomes = []
+    if skip_without_box:
+        job, left = part_by_boxes(scene, job)
+        detail = f"its object has no box in {scene.scene_id}_aligned_bbox.npy"
+        items = items_of(left, options, annotation_source(root, options).path)
+        outcomes = [(number, Dropped(identity, NO_BOX, where, detail)) for number, identity, where in items]
     check_objects(scene, job)
-    outcomes = _MAKE[options.task](scene, job, options)
+    if not outcomes or job.descriptions or job.questions:
+        outcomes += _MAKE[options.task](scene, job, options)
     check_frames([outcome for _, outcome in outcomes if isinstance(outcome, Sample)])
     return outcomes, scene.dropped_frames
 
@@ -162,7 +219,8 @@ def _broken(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failu
     failures = sorted(failures, key=lambda failure: rank[failure.scene_id])
     wrong = [sentence for failure in failures if failure.annotations for sentence in failure.sentences]
     if wrong:
-        raise ValueError(listed(f"{len(wrong)} annotations do not belong to the scenes", wrong))
+        head = f"{len(wrong)} annotations do not belong to the scenes (--skip_without_box leaves them out)"
+        raise ValueError(listed(head, wrong))
     if failures and not skip:
         head = f"{len(failures)} of {len(plan.jobs)} scenes cannot be used (--skip_broken_scenes leaves them out)"
         raise ValueError(listed(head, [sentence for failure in failures for sentence in failure.sentences]))

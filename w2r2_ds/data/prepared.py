@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from w2r2_ds.data.sample import Labelled, Reference, Sample, Target
+from w2r2_ds.printable import CONTROL
 
 VERSION = 1
 """Of the two schemas and the manifest; raised whenever an older folder can no longer be read."""
@@ -27,6 +29,7 @@ VERSION = 1
 ROWS = 1024
 """Samples that are read at once where all are looked at."""
 
+_TASK = re.compile(r"[a-z0-9_]{1,40}")
 SAMPLES, FRAMES, MANIFEST = "samples.parquet", "frames.parquet", "manifest.json"
 
 _NUMBERS = pa.list_(pa.float64())
@@ -76,6 +79,8 @@ class PreparedSet(Sequence[Sample]):
         self.manifest = read_manifest(self.folder)
         self._samples = _read(self.folder / SAMPLES, SAMPLE_SCHEMA)
         frames = _read(self.folder / FRAMES, FRAME_SCHEMA)
+        for column in ("id", "task", "scene_id"):
+            _check_names(self._samples[column].to_pylist(), self.folder / SAMPLES, column)
         self._files = [self.root / _inside(path, self.folder / FRAMES) for path in frames["path"].to_pylist()]
         poses = frames["cam_to_world"].combine_chunks()
         self._poses = np.asarray(poses.flatten()).reshape(-1, 4, 4)
@@ -153,8 +158,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not readable ({error!r}); prepare the data set again.") from None
+    if not isinstance(found[1], str) or not _TASK.fullmatch(found[1]):  # it becomes part of files' names
+        raise ValueError(f"{path}: task {found[1]!r} is no name of small letters; prepare the data set again.")
     if found[0] != VERSION:
-        raise ValueError(f"{path} is of version {found[0]}, this program reads {VERSION}; prepare the data set again.")
+        raise ValueError(
+            f"{path} is of version {found[0]!r}, this program reads {VERSION}; prepare the data set again."
+        )
     return dict(manifest)
 
 
@@ -229,9 +238,18 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
     return table
 
 
+def _check_names(values: Sequence[str], file: Path, column: str) -> None:
+    """Refuse names that cannot stand in a message or a log; a search in all of them at once, since there are many."""
+    if CONTROL.search("".join(values)):
+        name = next(value for value in values if CONTROL.search(value))
+        raise ValueError(f"{file}: {column} {name!r} holds a control character; prepare the data set again.")
+
+
 def _inside(path: str, file: Path) -> str:
     """A relative path that does not climb; links below the root are the user's own."""
     pure = PurePosixPath(path)
+    if CONTROL.search(path):
+        raise ValueError(f"{file}: path {path!r} holds a control character; prepare the data set again.")
     if pure.is_absolute() or ".." in pure.parts:
         raise ValueError(f"{file}: path {path!r} leaves the data root; prepare the data set again.")
     return path

@@ -32,7 +32,12 @@ def progress(
     if quiet:
         yield lambda: None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(label, total=total)
             yield lambda: bar.advance(task)
@@ -48,6 +53,6 @@ def _lines(label: str, total: int, console: Console) -> Callable[[], None]:
         done += 1
         if done == total or time.monotonic() - shown >= SECONDS:
             shown = time.monotonic()
-            console.print(f"{label}: {done} of {total}", highlight=False, soft_wrap=True)
+            console.print(f"{label}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
 
     return advance

@@ -17,6 +17,7 @@ import numpy as np
 from w2r2_ds.data.entries import Problems, too_long
 from w2r2_ds.data.json_text import LONGEST_MEMBER, members
 from w2r2_ds.data.scannet import check_scene_id
+from w2r2_ds.printable import one_line
 
 SOURCE = "a JSON object that maps a scene to its proposed boxes, such as Mask3D's from VG-LLM's public data"
 PREFIX = "scannet/"
@@ -36,7 +37,7 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
         scene_id, before = member.name.removeprefix(PREFIX), problems.count
         problems.read(_check_name, scene_id, member.where)
         if scene_id in seen:
-            problems.add(f"{member.where}: scene {scene_id} is there twice; remove one of the two")
+            problems.add(f"{member.where}: scene {one_line(scene_id)} is there twice; remove one of the two")
         if member.length > LONGEST_MEMBER:
             problems.add(too_long(member.where, member.length))
         seen.add(scene_id)

@@ -28,6 +28,7 @@ import trimesh
 from w2r2_ds.data.json_text import read_document
 from w2r2_ds.data.labels import LabelMap, read_labels
 from w2r2_ds.data.scannet import check_scene_id, read_alignment
+from w2r2_ds.printable import one_line
 
 SOURCE = "a file of ScanNet, which its own download script fetches"
 
@@ -71,8 +72,8 @@ def write_boxes(root: Path | str, scene_id: str) -> Path:
     for row, group in zip(rows, sorted(groups, key=lambda each: each.object_id), strict=True):
         if row.any() and (row[3:6] <= 0).any():
             raise ValueError(
-                f"{mesh_file}: object {group.object_id} ({group.label}) is flat, with the size {row[3:6].tolist()}; "
-                "download the scene's files again"
+                f"{mesh_file}: object {group.object_id} ({one_line(group.label)}) is flat, with the size "
+                f"{row[3:6].tolist()}; download the scene's files again"
             )
     path = root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"
     path.parent.mkdir(exist_ok=True)
@@ -108,8 +109,9 @@ def _read_vertices(path: Path) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; it must be {SOURCE}")
     try:
-        # process=True would merge vertices, and their order is what segIndices refers to
-        mesh: Any = trimesh.load(path, file_type="ply", process=False)
+        # process=True would merge vertices, and their order is what segIndices refers to. No materials: a mesh names
+        # the file of its texture, which may lie anywhere.
+        mesh: Any = trimesh.load(path, file_type="ply", process=False, skip_materials=True)
         vertices = np.asarray(mesh.vertices, dtype=np.float64)
     except Exception as error:  # trimesh lets through whatever a cut file makes it stumble over
         raise ValueError(f"{path} is no readable mesh ({error}); download it again") from None

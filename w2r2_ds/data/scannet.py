@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-_SCENE_ID = re.compile(r"[A-Za-z0-9_]+")
+_SCENE_ID = re.compile(r"[A-Za-z0-9_]{1,100}")
 _FRAME_SUFFIXES = (".txt", ".jpg", ".png")
 
 
@@ -71,7 +71,7 @@ class Scene:
 def check_scene_id(scene_id: str) -> str:
     """Return ``scene_id`` if it is safe to use in a path (letters, digits, underscores), else raise ``ValueError``."""
     if not _SCENE_ID.fullmatch(scene_id):
-        raise ValueError(f"scene id {scene_id!r} is not made of letters, digits and underscores only")
+        raise ValueError(f"scene id {scene_id[:120]!r} is not made of letters, digits and underscores only, 1 to 100")
     return scene_id
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from w2r2_ds.printable import one_line
+
 
 def load_plain(path: Path | str, what: str = "a pickle of NumPy arrays and plain containers") -> Any:
     """What a pickle holds. Arrays may come as a private subclass of ``ndarray``; `numpy.asarray` makes them plain.
@@ -43,7 +45,7 @@ def load_plain(path: Path | str, what: str = "a pickle of NumPy arrays and plain
     except EOFError:
         raise ValueError(f"{path} is empty or truncated; copy it again, it must be {what}") from None
     except Exception as error:  # whatever a broken stream makes the interpreter of pickles stumble over
-        said = " ".join(str(error).split())
+        said = one_line(" ".join(str(error).split()))
         if "truncated" in said or "exhausted" in said:
             raise ValueError(f"{path} is truncated; copy it again, it must be {what}") from None
         raise ValueError(f"{path} is no readable pickle ({said}); it must be {what}") from None
@@ -58,7 +60,7 @@ class _Plain(pickle.Unpickler):
         try:
             return _TABLE[module, name]
         except KeyError:
-            raise _Refused(f"{module}.{name}") from None
+            raise _Refused(one_line(f"{module}.{name}")) from None
 
 
 class _Call:

@@ -37,7 +37,9 @@ MAY_CHANGE = (
     frozenset(f"data.{name}" for name in ("root", "workers"))
     | frozenset(f"model.{name}" for name in ("vlm", "vggt", "merger", "attention"))
     | frozenset(f"objective.{name}" for name in ("gap_every", "gap_samples"))
-    | frozenset(f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard"))
+    | frozenset(
+        f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard", "hang_seconds")
+    )
     | frozenset(f"train.{name}" for name in ("eval_every", "eval_samples", "eval_max_new_tokens", "best_by"))
 )
 """Options that a resumed run may change: where things lie, and what leaves the losses alone up to rounding."""

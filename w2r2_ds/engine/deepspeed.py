@@ -10,7 +10,10 @@ import copy
 import json
 import os
 import socket
+import stat
+import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +153,48 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join_ranks() -> None:
-    """Meet the other ranks of the `deepspeed` launcher; without a launcher this process is the only one.
+def collective_timeout(hang_seconds: float) -> timedelta:
+    """How long a collective waits: longer than the watchdog, which speaks first and says more.
+
+    At least half an hour: in the set-up, where no limit of `train.hang_seconds` holds, ranks wait for the one that
+    reads its weights slowest.
+    """
+    return timedelta(seconds=max(1800.0, 2 * hang_seconds))
+
+
+def own_extensions() -> None:
+    """Give this start of a job a folder of its own for what DeepSpeed compiles, unless TORCH_EXTENSIONS_DIR names one.
+
+    In the folder that all jobs of a user share, the lock of a build that was killed lets every later run hang without
+    a word. The ranks of a machine share the folder (their Slurm step, or their launcher's process, is the same), so
+    that a kernel is built once per start and machine; whoever wants to keep it names a folder.
 
     Raises:
-        ValueError: the ranks cannot meet: above all, another run has this machine's port.
+        ValueError: somebody else could put compiled code there.
+    """
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return
+    slurm = [os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
+    start = "-".join(filter(None, slurm)) if slurm[0] else f"launcher-{os.getppid()}"
+    mine = Path(tempfile.gettempdir()) / f"w2r2-ds-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    found = mine.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ValueError(
+            f"{mine}, where DeepSpeed would compile, is no folder or others may write to it; remove it, or name a "
+            "folder of your own in TORCH_EXTENSIONS_DIR."
+        )
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(mine / f"extensions-{start}")
+
+
+def join_ranks(hang_seconds: float = 0.0) -> None:
+    """Meet the other ranks of the launcher; without a launcher this process is the only one.
+
+    Args:
+        hang_seconds: of the run's configuration, see `collective_timeout`.
+
+    Raises:
+        ValueError: see `own_extensions`; or the ranks cannot meet: above all, another run has this machine's port.
     """
     import deepspeed
     import torch
@@ -164,9 +204,10 @@ def join_ranks() -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    own_extensions()
     skip_shm_build()
     try:
-        deepspeed.init_distributed()
+        deepspeed.init_distributed(timeout=collective_timeout(hang_seconds))
     except DistNetworkError as error:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error):

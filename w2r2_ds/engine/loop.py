@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_modules
-from transformers import get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
 
 from w2r2_ds.config import RunConfig, save_config
@@ -21,23 +18,27 @@ from w2r2_ds.data.check import check_frames, check_texts, describe_frames
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.data.loading import checked, digests, load_mixture, make_processor, train_loader
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.data.slots import require_digit_slots, token_tables
+from w2r2_ds.data.slots import require_digit_slots
+from w2r2_ds.engine.activity import Activity
 from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint, resume, save_checkpoint
-from w2r2_ds.engine.deepspeed import load_ds_config, resolve_ds_config
+from w2r2_ds.engine.deepspeed import collective_timeout, load_ds_config, resolve_ds_config
+from w2r2_ds.engine.exits import DONE
 from w2r2_ds.engine.gap import DecodeGap
 from w2r2_ds.engine.gradients import group_norms
 from w2r2_ds.engine.hinge import HingeWatch
+from w2r2_ds.engine.judge import Limits
 from w2r2_ds.engine.metrics import MetricsLogger
-from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.engine.preemption import StopSignals
+from w2r2_ds.engine.statistics import global_weight, reduce_stats, throughput
 from w2r2_ds.engine.together import together
 from w2r2_ds.engine.validation import BestSoFar, MakeValidation
+from w2r2_ds.engine.watchdog import Watchdog
+from w2r2_ds.engine.wrap import make_engine, trained_groups
 from w2r2_ds.geometry.loading import locate, read_config
-from w2r2_ds.models.build import Front, build_model, load_front, resolve_dtype, trainable
+from w2r2_ds.models.build import Front, build_model, load_front
+from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.lora import trainable_table
-from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push import find_reading
-from w2r2_ds.objective.scorer import Scorer
-from w2r2_ds.objective.w2r2 import LOSS_PARTS, STATS, sample_weights
 
 
 @dataclass
@@ -54,46 +55,100 @@ class Run:
     gap: DecodeGap | None
     best: BestSoFar | None
     data: list[str]
+    activity: Activity = field(default_factory=Activity)
 
 
-def train(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Path:
-    """Train a configuration under a DeepSpeed JSON; returns the last checkpoint's folder.
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
 
-    Every rank calls it, after `deepspeed.init_distributed`. `make_validation` is called where `train.eval_every` asks.
+    Attributes:
+        code: of engine/exits.py: `DONE`, or what a signal asked for.
+        checkpoint: the newest one of the run, None if there is none.
+    """
+
+    code: int
+    checkpoint: Path | None
+
+
+def train(
+    config: RunConfig, ds_path: str, make_validation: MakeValidation, signals: StopSignals | None = None
+) -> Outcome:
+    """Train a configuration under a DeepSpeed JSON, to the end or until `signals` ask to stop.
+
+    Every rank calls it, after `join_ranks`. `make_validation` is called where `train.eval_every` asks.
 
     Raises:
-        ValueError: data, weights, configuration or DeepSpeed JSON do not fit, before the first step.
+        ValueError: data, weights, configuration or DeepSpeed JSON do not fit, before the first step; or the last
+            checkpoint could not be written.
         FloatingPointError: a loss is not finite; raised on all ranks before the update.
     """
-    run = set_up(config, ds_path, make_validation)
+    signals = signals or StopSignals()
+    signals.join(collective_timeout(config.train.hang_seconds))
+    with Watchdog(Limits(config.train.hang_seconds)) as watchdog:
+        run = set_up(config, ds_path, make_validation)
+        run.activity = watchdog.activity
+        run.activity.follow("step", run.engine.module)
+        run.activity.follow("geometry", run.engine.module.model.geometry)
+        watchdog.loop()
+        return loop(run, signals)
+
+
+def loop(run: Run, signals: StopSignals) -> Outcome:
+    """The steps of a run."""
+    config, at = run.config, run.activity.at
     batches = checked(run.loader)
-    checkpoint = find_checkpoint(config.out) if run.start else Path(config.out)
+    saved, checkpoint = run.start, find_checkpoint(config.out) if run.start else None
+    metrics: dict[str, float] = {}
+    hinge = HingeWatch(run.start, config)
     logger = MetricsLogger(
         Path(config.out), config.train.steps, config.train.wandb, config.train.tensorboard, dist.get_rank()
     )
-    hinge = HingeWatch(run.start, config)
     with logger:
         logger.start(run.start)
         for step in range(run.start, config.train.steps):
+            if code := signals.agreed():
+                at("save")
+                if saved != step:
+                    checkpoint = save_checkpoint(run.engine, config, step, metrics, run.data) or checkpoint
+                return Outcome(code, checkpoint)
+            at("data", step + 1)
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
             run.engine.module.optimizer_step = step
             if step == run.start:
+                at("dry run")
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches)
             metrics |= throughput(micro_batches, time.perf_counter() - started)
             if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
+                at("decode gap")
                 metrics |= run.gap.measure(run.engine)
             hinge.see(metrics)
             best = None
             if run.best is not None and due(step + 1, config.train.eval_every, config):
+                at("validation")
                 scores, best = run.best.measure(run.engine, step + 1)
                 metrics |= scores
             logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
-                checkpoint = save_checkpoint(run.engine, config, step + 1, metrics, run.data, best)
+                at("save")
+                written = save_checkpoint(run.engine, config, step + 1, metrics, run.data, best)
+                if written is not None:  # else the disk is full, say: the run goes on, and the next save may succeed
+                    saved, checkpoint = step + 1, written
     hinge.end()
-    return checkpoint
+    if saved != config.train.steps:
+        raise unsaved(config, saved, checkpoint)
+    return Outcome(DONE, checkpoint)
+
+
+def unsaved(config: RunConfig, saved: int, checkpoint: Path | None) -> ValueError:
+    """What to say where the last checkpoint of a run could not be written."""
+    newest = f"the newest checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+    return ValueError(
+        f"the checkpoint after the last step, {config.train.steps}, could not be written: the weights of the last "
+        f"{config.train.steps - saved} step(s) are lost and {newest}; make room and go on with --resume auto."
+    )
 
 
 def due(done: int, every: int, config: RunConfig) -> bool:
@@ -109,13 +164,16 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     scale = run.accumulation * dist.get_world_size() / total
     stats = []
     for batch in micro_batches:
+        run.activity.at("forward")
         loss, sample_stats = engine(batch.to(run.device))
+        run.activity.at("backward")
         engine.backward(loss * scale)
         stats.append(sample_stats)
         if len(stats) == len(micro_batches):
             # Before the last step() call, which updates the weights.
             metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
             metrics |= group_norms(run.groups, run.device)
+        run.activity.at("update")
         engine.step()
     norm = engine.get_global_grad_norm()
     parts = [metrics[f"grad_norm_{name}"] for name in run.groups]
@@ -131,40 +189,6 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     return metrics
 
 
-def global_weight(micro_batches: list[Batch], reduction: str, device: torch.device) -> float:
-    """Samples (or answer tokens) of the optimizer step over all ranks and micro-batches."""
-    weight = sum(sample_weights(batch, reduction).sum() for batch in micro_batches)
-    total = torch.as_tensor(weight, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total)
-
-
-def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str, total: float) -> dict[str, float]:
-    """Weighted global means of ``[samples, len(STATS)]``; stops all ranks if any loss is not finite.
-
-    Raises:
-        FloatingPointError: names the samples, on every rank.
-    """
-    weights = torch.cat([sample_weights(batch, reduction) for batch in micro_batches]).to(stats.device)
-    finite = torch.isfinite(stats[:, 0])
-    # What is in the loss is weighed as the loss is; everything else counts per sample.
-    by_loss = torch.tensor([name in LOSS_PARTS for name in STATS], device=stats.device)
-    values = stats.double()
-    sums = torch.where(by_loss, (values * weights[:, None]).sum(0), values.sum(0))
-    count = torch.tensor([float(len(stats))], dtype=torch.float64, device=stats.device)
-    packed = torch.cat([sums, count, (~finite).sum()[None].double()])
-    dist.all_reduce(packed)
-    *totals, samples, bad = packed.tolist()
-    if bad:
-        ids = [identity for batch in micro_batches for identity in batch.ids]
-        mine = [identity for identity, good in zip(ids, finite.tolist(), strict=True) if not good]
-        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-        named = [identity for rank in everyone for identity in rank]
-        raise FloatingPointError(f"The loss is not finite; stopped before the update. Samples: {', '.join(named)}.")
-    return {name: value / (total if name in LOSS_PARTS else samples) for name, value in zip(STATS, totals, strict=True)}
-
-
 def dry_run(run: Run, batch: Batch) -> None:
     """One forward and backward with zero weight, so that an out-of-memory shows before an hour is lost.
 
@@ -178,14 +202,6 @@ def dry_run(run: Run, batch: Batch) -> None:
     torch.set_rng_state(random_state)
     if device_state is not None:
         torch.cuda.set_rng_state(device_state)
-
-
-def throughput(micro_batches: list[Batch], seconds: float) -> dict[str, float]:
-    """Samples and tokens per second over all ranks, every rank taken to be as full as this one."""
-    world = dist.get_world_size()
-    samples = sum(len(batch.ids) for batch in micro_batches) * world
-    tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches) * world
-    return {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "step_s": seconds}
 
 
 def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:
@@ -263,38 +279,3 @@ def continue_from(config: RunConfig) -> Path | None:
     if config.resume == "none":
         raise ValueError(f"{config.out} already holds checkpoints; give --resume auto to go on, or another --out.")
     return find_checkpoint(config.out)
-
-
-def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> Any:
-    """Wrap the step in DeepSpeed, with AdamW and a cosine schedule over two parameter groups."""
-    decoder_layer = type(model.base.model.language_model.layers[0])
-    rows = model.base.config.get_text_config().vocab_size
-    scorer = Scorer(token_tables(front.tokenizer, rows).to(device), front.tokenizer, config.objective)
-    step = W2R2Step(model, config, scorer)
-    step.train()
-    if config.train.activation_checkpointing:
-        options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}
-        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    # Decoder layers are gathered whole; DeepSpeed then needs their input to require grad.
-    model.base.enable_input_require_grads()
-    if find_reading(config.objective.push).blocked:  # a leaf with two graphs would reduce its gradients twice
-        set_z3_leaf_modules(model, [decoder_layer])
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)
-    steps = config.train.steps
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(config.train.warmup * steps), steps)
-    engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    return engine
-
-
-def trained_groups(model: W2R2) -> dict[str, list[torch.nn.Parameter]]:
-    """LoRA, and geometry (merger and fusion); none is empty, which would break DeepSpeed."""
-    geometry = [parameter for module in model.geometry_modules().values() for parameter in module.parameters()]
-    groups = {"lora": list(trainable(model.vlm).values()), "geometry": geometry}
-    assert all(groups.values()), "both groups train"
-    return groups
-
-
-def parameter_groups(model: W2R2, config: RunConfig) -> list[dict[str, Any]]:
-    """The trained groups with a learning rate each."""
-    rates = {"lora": config.train.lr, "geometry": config.train.merger_lr}
-    return [{"params": parameters, "lr": rates[name]} for name, parameters in trained_groups(model).items()]

@@ -164,7 +164,9 @@ class ProgressLine:
         self.progress: Progress | None = None
         self.task = TaskID(0)
         if self.console.is_terminal:
-            self.progress = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=self.console)
+            self.progress = Progress(
+                BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=self.console
+            )
             self.task = self.progress.add_task("", total=total, completed=start)
             self.progress.start()
 
@@ -231,7 +233,9 @@ def open_wandb(run_dir: Path) -> Any:
     import wandb
 
     try:
-        return wandb.init(dir=str(run_dir), project="w2r2-ds", name=run_dir.name, settings={"silent": True})
+        # No git: the remote's address may hold a token, and the patch of what is not committed anything.
+        settings = {"silent": True, "disable_git": True}
+        return wandb.init(dir=str(run_dir), project="w2r2-ds", name=run_dir.name, settings=settings)
     except (wandb.errors.Error, ValueError) as error:  # a wrong setting is a ValueError of pydantic
         said = "; ".join(part.strip(" .") for part in re.split(r"\n|\.\s", str(error)) if part.strip(" ."))
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from w2r2_ds.data.processor import Features
 from w2r2_ds.data.progress import progress
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.engine.checkpoint import TENSORS, find_checkpoint, load_trainable
+from w2r2_ds.engine.together import together
 from w2r2_ds.evaluation import generate
 from w2r2_ds.evaluation.ranks import Ranks, set_threads, wait
 from w2r2_ds.evaluation.record import record_of
@@ -31,7 +33,9 @@ from w2r2_ds.evaluation.sets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_records
 from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.export.adapter import ADAPTER_CARD, adapter_config, load_adapter
-from w2r2_ds.models.build import Front, build_model, fingerprint, load_front, resolve_dtype
+from w2r2_ds.lock import locked
+from w2r2_ds.models.build import Front, build_model, fingerprint, load_front
+from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.w2r2 import W2R2
 
 GEOMETRY = (*generate.GEOMETRY, "shuffle")
@@ -152,28 +156,43 @@ def evaluate(
         **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
         **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
     }
-    parts = Parts(out / f"parts-{task}-{geometry}", run)
-    answerer = Answerer(model, front, config.data, geometry, whole, batch_size, max_new_tokens)
-    answer_share(answerer, samples, parts, ranks)
-    wait(ranks)
-    if ranks.rank:
-        return {}
+    with alone(out, f"{task}-{geometry}", ranks):
+        parts = Parts(out / f"parts-{task}-{geometry}", run)
+        answerer = Answerer(model, front, config.data, geometry, whole, batch_size, max_new_tokens)
+        answer_share(answerer, samples, parts, ranks)
+        wait(ranks)
+        if ranks.rank:
+            return {}
 
-    records = parts.merge([sample.id for sample in samples])
-    write_records(out / f"predictions-{task}-{geometry}.jsonl", records)
-    scores = {
-        "task": task,
-        "geometry": geometry,
-        "checkpoint": str(path),
-        "data": described,
-        "samples": len(records),
-        "of": len(whole),
-        "max_new_tokens": max_new_tokens,
-        "protocols": score_records(records, names, boxes),
-    }
-    (out / f"scores-{task}-{geometry}.json").write_text(json.dumps(scores, indent=2) + "\n")
-    parts.remove()
+        records = parts.merge([sample.id for sample in samples])
+        write_records(out / f"predictions-{task}-{geometry}.jsonl", records)
+        scores = {
+            "task": task,
+            "geometry": geometry,
+            "checkpoint": str(path),
+            "data": described,
+            "samples": len(records),
+            "of": len(whole),
+            "max_new_tokens": max_new_tokens,
+            "protocols": score_records(records, names, boxes),
+        }
+        (out / f"scores-{task}-{geometry}.json").write_text(json.dumps(scores, indent=2) + "\n")
+        parts.remove()
     return scores
+
+
+@contextmanager
+def alone(out: Path, name: str, ranks: Ranks) -> Iterator[None]:
+    """One evaluation of this name writes into a folder: rank 0 holds the lock, and if it cannot, all ranks stop.
+
+    Others, of another task or geometry, have files of their own there.
+    """
+    with ExitStack() as stack:
+        with together():
+            if ranks.rank == 0:
+                what = f"{out}: {name} is being evaluated"
+                stack.enter_context(locked(out / f"{name}.lock", what, "give --out another folder"))
+        yield
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from w2r2_ds.evaluation.record import FORMS, record_of
 from w2r2_ds.evaluation.scanrefer import GROUPS
 from w2r2_ds.evaluation.score import read_boxes, score_records
 from w2r2_ds.evaluation.sets import all_samples, describe_sets, find_sets
+from w2r2_ds.printable import CONTROL
 
 
 def score_file(
@@ -161,7 +162,8 @@ def complete_record(line: Line) -> dict[str, Any]:
         ValueError: a field is missing or of another type.
     """
     for name in ("id", "task", "scene_id"):
-        line.get(name, str)
+        if CONTROL.search(line.get(name, str)):
+            raise ValueError(f"{line.where}: field {name!r} is {line.get(name, str)!r}, with a control character.")
     task = line.get("task", str)
     if task not in _NEEDED:
         raise ValueError(f"{line.where}: field 'task' is {task!r}; it is one of {', '.join(_NEEDED)}.")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO, overload
 
 from w2r2_ds.data.sample import Sample
+from w2r2_ds.printable import CONTROL
 
 RUN = "run.json"
 Record = dict[str, Any]
@@ -125,8 +126,9 @@ def share(ids: Sequence[str], done: Mapping[str, Any], rank: int, world: int) ->
 
 
 def line_of(record: Record) -> str:
-    """A record as it stands in files."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    """A record as it stands in files; what a terminal would take for a command stands there as JSON's escape."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:

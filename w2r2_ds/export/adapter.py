@@ -16,20 +16,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config import RunConfig, from_tree, relocated
+from w2r2_ds.config import RunConfig, from_values, relocated
 from w2r2_ds.config import load_config as load_run_config
 from w2r2_ds.engine.checkpoint import DESCRIPTION, find_checkpoint, load_trainable, refuse_other_model
+from w2r2_ds.geometry.loading import read_json
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.merger_file import MERGER, load_merger, merger_tensors
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.versions import versions
 
-ADAPTER_CARD = "w2r2_card.json"
+ADAPTER_CARD, LORA = "w2r2_card.json", "adapter_model.safetensors"
 README = """---
-base_model: {base}
+base_model: {quoted}
 library_name: peft
 tags: [w2r2, vggt]
 ---
@@ -54,7 +56,7 @@ With peft and transformers alone, which see the frames and no geometry:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    base = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto")
+    base = AutoModelForImageTextToText.from_pretrained({quoted}, dtype="auto")
     model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 """
 """Takes the place of the blank form that peft writes."""
@@ -113,6 +115,7 @@ def readme(described: dict[str, Any]) -> str:
     """The card in words."""
     return README.format(
         base=described["base_model"],
+        quoted=json.dumps(described["base_model"]),  # as YAML and as Python
         geometry=described["geometry_model"],
         version=described["trained_with"]["w2r2_ds"],
         step=described["step"],
@@ -130,16 +133,58 @@ def refuse_empty(out: Path) -> None:
 
 
 def adapter_config(path: Path) -> RunConfig:
-    """The configuration that an exported adapter was trained with, from its card."""
-    return from_tree(json.loads((path / ADAPTER_CARD).read_text())["configuration"])
+    """The configuration that an exported adapter was trained with, from its card.
+
+    Raises:
+        ValueError: the card has none, or one with fields or values that no configuration has.
+    """
+    return from_values(read_card(path)["configuration"], f"{path / ADAPTER_CARD}: configuration")
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """An adapter's card; ``ValueError`` where it is none."""
+    file = path / ADAPTER_CARD
+    found = read_json(file)
+    for field in ("configuration", "model"):
+        if not isinstance(found.get(field), dict):
+            raise ValueError(f"{file}: field {field!r} is missing or no object; export the adapter again.")
+    return found
 
 
 def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
-    """The model of an exported adapter; `config` says where its base models lie."""
-    described = json.loads((path / ADAPTER_CARD).read_text())
+    """The model of an exported adapter; `config` says where its base models lie.
+
+    Its adapter_config.json, which is for others, is not read: peft would do what that file says, as importing modules.
+
+    Raises:
+        ValueError: a file is missing or broken, or its tensors are not just those of this model.
+    """
+    described = read_card(path)
     model = build_model(config.model, device, config.train.seed)
     refuse_other_model(described["model"], model, path / ADAPTER_CARD)
-    plain = cast(PeftModel, model.vlm).unload()
-    model.vlm = PeftModel.from_pretrained(plain, str(path), autocast_adapter_dtype=False)
+    load_lora(cast(PeftModel, model.vlm), path / LORA)
     load_merger(model, path / MERGER)
     return model
+
+
+def load_lora(vlm: PeftModel, file: Path) -> None:
+    """Fill the LoRA weights of a model from a file that peft wrote, strictly.
+
+    Raises:
+        ValueError: the file cannot be read, or does not hold exactly these tensors.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: cannot read the LoRA weights ({error}); copy the file again.") from error
+    own = get_peft_model_state_dict(vlm, save_embedding_layers=False)
+    for name in sorted(tensors.keys() ^ own.keys()):
+        where = "is missing in it" if name in own else "is in it but not in the model"
+        raise ValueError(f"{file}: {name} {where}; it belongs to another model.")
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(tensor.shape)}; it belongs "
+                "to another model."
+            )
+    set_peft_model_state_dict(vlm, tensors)

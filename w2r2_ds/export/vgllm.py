@@ -73,6 +73,9 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
     load_tokenizer(source)  # it and the next name a missing file
     VisionSpec.load(source)
     raw = read_json(source / CONFIG)
+    copied = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
+    for file in (source / CONFIG, *copied):
+        refuse_foreign(file, source)
     own = {key: raw.pop(key, missing) for key, missing in OWN.items()}
     if own["use_vggt_feature"] is not True:
         raise ValueError(f"{source / CONFIG}: use_vggt_feature is not true; give the directory of a VG-LLM checkpoint.")
@@ -94,13 +97,28 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     vlm.save_pretrained(aside / "vlm")
-    for file in (file for pattern in COPIED for file in source.glob(pattern)):
+    for file in copied:
         shutil.copyfile(file, aside / "vlm" / file.name)
     save_vggt(vggt, aside / "vggt")
     save_file({name: tensor.contiguous() for name, tensor in merger.state_dict().items()}, aside / MERGER)
     (aside / "model.yaml").write_text(yaml.safe_dump({"model": options}, sort_keys=False))
     os.replace(aside, out)
     return ModelConfig(**options)
+
+
+def refuse_foreign(file: Path, source: Path) -> None:
+    """Refuse to carry on what is not the model's: a link to another folder's file, and the names of code.
+
+    The hub's cache has links, to its own blobs.
+
+    Raises:
+        ValueError: names the file.
+    """
+    folder, real = source.resolve(), file.resolve()
+    if real.parent not in (folder, folder.parent.parent / "blobs"):
+        raise ValueError(f"{file} is a link out of {source}; put the file itself there.")
+    if file.suffix == ".json" and file.name != "vocab.json" and "auto_map" in read_json(file):
+        raise ValueError(f"{file}: auto_map names code of its own; remove the field, it is never run here.")
 
 
 def split_state(state: Mapping[str, T]) -> dict[str, dict[str, T]]:

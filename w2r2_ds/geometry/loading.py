@@ -122,8 +122,10 @@ def weight_files(directory: Path) -> list[Path]:
         raise ValueError(f"{index} has no weight_map from weights to files; fetch it again.")
     files = [directory / name for name in sorted(set(shards.values()))]
     for file in files:
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{index} names {file.name!r}, which is no safetensors file; only those are read.")
         if file.parent != directory or not file.is_file():
-            raise ValueError(f"{index} names {file.name}, which is not beside it; fetch the missing shard.")
+            raise ValueError(f"{index} names {file.name!r}, which is not beside it; fetch the missing shard.")
     return files
 
 

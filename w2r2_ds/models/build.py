@@ -13,6 +13,7 @@ from torch import nn
 from w2r2_ds.config import ModelConfig
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.loading import load_vggt
+from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.identity import weights_identity
 from w2r2_ds.models.lora import add_lora
@@ -40,13 +41,6 @@ class Front:
 def load_front(config: ModelConfig) -> Front:
     """Tokenizer, vision facts and meta model of `model.vlm`."""
     return Front(load_tokenizer(config.vlm), VisionSpec.load(config.vlm), meta_model(config.vlm))
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """`model.dtype`; auto is bfloat16 on a GPU and float32 without."""
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers.utils.hub import cached_file
 
 TENSORS = 16
 """Tensors that are looked at, evenly spread over the sorted names; one row of each."""
@@ -24,6 +23,8 @@ def weights_identity(name_or_path: str | Path) -> str:
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
+        from transformers.utils.hub import cached_file  # a second that directories need not wait for
+
         folder = Path(str(cached_file(str(name_or_path), "config.json"))).parent
     where: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -27,6 +27,8 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.hub import cached_file
 
+from w2r2_ds.models.trust import refuse_hub_code, refuse_strangers_code
+
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 PREPROCESSOR_FILE = "preprocessor_config.json"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -110,6 +112,7 @@ def load_config(name_or_path: str | Path) -> Any:
     except OSError as error:
         raise ValueError(_unreadable(name, "config.json", error)) from error
     check_model_type(raw.get("model_type"), f"{name}/config.json")
+    refuse_hub_code(raw, f"{name}/config.json")
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
@@ -155,6 +158,7 @@ def load_vlm(
     name = _check_name(name_or_path)
     config = load_config(name)
     model_class(config)
+    refuse_strangers_code(name, attn_implementation)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -164,6 +168,7 @@ def load_vlm(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one sentence
             trust_remote_code=False,
+            use_safetensors=True,  # a .bin is a pickle
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(_unreadable(name, "model weights", error)) from error

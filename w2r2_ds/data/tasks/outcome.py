@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ NO_VISIBLE_FRAME = "no_visible_frame"
 NO_PROPOSAL = "no_proposal"
 NO_WINDOW = "no_window"
 BROKEN_SCENE = "broken_scene"
+NO_BOX = "no_box"
 
 Format = Literal["vgllm", "video3dllm"]
 Split = Literal["train", "val", "test_w_obj", "test_wo_obj"]
@@ -137,6 +138,23 @@ def check_objects(scene: Scene, job: Job) -> None:
     ]
     if lacking:
         raise WrongAnnotations(lacking)
+
+
+def part_by_boxes(scene: Scene, job: Job) -> tuple[Job, Job]:
+    """The items of a job whose objects all have a box, and those that name one without."""
+
+    def has(*numbers: int) -> bool:
+        return all(number in scene.instances for number in numbers)
+
+    kept, left = (
+        replace(
+            job,
+            descriptions=tuple(each for each in job.descriptions if has(each[1].object_id) is wanted),
+            questions=tuple(each for each in job.questions if has(*each[1].object_ids) is wanted),
+        )
+        for wanted in (True, False)
+    )
+    return kept, left
 
 
 def target_of(

@@ -20,6 +20,7 @@ from PIL import Image
 
 from w2r2_ds.data.annotations import Description
 from w2r2_ds.data.boxes import world_to_camera
+from w2r2_ds.data.images import FORMATS
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.scannet import Scene
 from w2r2_ds.data.tasks.outcome import (
@@ -107,9 +108,9 @@ def image_size(scene: Scene) -> tuple[int, int]:
     """Width and height of a scene's colour images, read from the first; ``ValueError`` names an unreadable file."""
     path = scene.frames[0].color
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image; extract it again ({error})") from None
 
 

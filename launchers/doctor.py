@@ -1,0 +1,61 @@
+"""Look before you train: ``python launchers/doctor.py [--config RECIPE ... any option of train.py]``.
+
+Without options it looks at this machine alone. In a launch (slurm/rank.sh, deepspeed, torchrun) it looks at every node
+and compares them. Exit status 1 if anything is wrong, within a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import os
+import sys
+from pathlib import Path
+
+try:
+    import w2r2_ds  # noqa: F401
+except ImportError:  # not installed, which the doctor then reports
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from w2r2_ds.planning.checks import Asked
+from w2r2_ds.planning.doctor import examine
+
+
+def read_arguments(args: list[str]) -> Asked:
+    """What a command line of train.py asks for; in a launch, a refused one is reported with the node's name."""
+    from w2r2_ds.config import config_first, from_tree, train_parser
+
+    options = train_parser("Look at this machine, or at every node of a launch, before training.", args, False)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            tree = options.parse_args(config_first(args)).as_dict()
+        config = from_tree(tree)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        return Asked(None, "", [], refused=said.getvalue().strip())
+    except ValueError as error:
+        return Asked(None, "", [], refused=str(error))
+    ds_path = tree["deepspeed"] or ""
+    recipes = [str(path) for path in tree.get("config") or []]
+    asks_run = any(arg.startswith("--") and not arg.startswith(("--deepspeed", "--local_rank")) for arg in args)
+    return Asked(config if asks_run else None, ds_path, [*recipes, *([ds_path] if ds_path else [])])
+
+
+def main(args: list[str]) -> int:
+    """Read the command line and look; a library that the command line needs and that is broken is reported too."""
+    try:
+        asked = read_arguments(args)
+    except ImportError as error:
+        asked = Asked(None, "", [], refused=f"the command line cannot be read without {error.name} ({error}).")
+    return examine(asked)
+
+
+if __name__ == "__main__":
+    faulthandler.enable()  # a library that crashes is named by the traceback
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a check that hangs in the kernel is left behind in its thread

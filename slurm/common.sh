@@ -1,0 +1,161 @@
+# shellcheck shell=bash
+# What the batch scripts share: how ranks are started, how a signal reaches them, and how a job ends.
+# Sourced in the repository root, by the batch shell on the first node of the job.
+
+# shellcheck source=slurm/cluster.env
+. slurm/cluster.env
+
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID of a task may name the whole array
+job=${job:-${SLURM_JOB_ID:-JOBID}}
+starts=${SLURM_RESTART_COUNT:-0}
+logs=logs/$job
+nodes=${SLURM_JOB_NUM_NODES:-1}
+per_node=${SLURM_NTASKS_PER_NODE:-1}
+dry=   # 1: print what would be started
+asked= # the signal that this shell got
+
+say() { printf '%(%F %T)T job %s: %s\n' -1 "$job" "$*"; }
+die() {
+    say "$*" >&2
+    exit 1
+}
+
+# begin WORD...: the options that every script has; leaves the others in `rest`, and makes ready where this is a job.
+begin() {
+    local word
+    rest=()
+    for word; do
+        case $word in
+        --help | -h) usage && exit ;;
+        --dry-run | --dry_run) dry=1 ;;
+        *) rest+=("$word") ;;
+        esac
+    done
+    if [ -n "$dry" ]; then return; fi
+    if [ -z "${SLURM_JOB_ID:-}" ]; then die "start it with sbatch; --help and --dry-run alone work without Slurm."; fi
+    if [ "${SLURM_GPUS_ON_NODE:-$per_node}" != "$per_node" ]; then
+        die "$SLURM_GPUS_ON_NODE GPUs and $per_node ranks on a node; give sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE."
+    fi
+    read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_PORT=$((10000 + (SLURM_JOB_ID * 61 + starts) % 20000)) # below the ports that Linux gives out by itself
+    export MASTER_ADDR MASTER_PORT
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # else srun gives 1
+    trap 'forward USR1' USR1
+    trap 'forward TERM' TERM
+    say "start $starts on $SLURM_JOB_NODELIST; the ranks write $logs/rank-*.log"
+}
+
+# train OPTION...: looks at every node, then trains.
+train() {
+    local word doctor=1 deepspeed=(--deepspeed ds_configs/zero3.json) words=()
+    for word; do
+        case $word in
+        --skip-doctor | --skip_doctor) doctor= ;;
+        --deepspeed | --deepspeed=*) deepspeed=() && words+=("$word") ;;
+        *) words+=("$word") ;;
+        esac
+    done
+    words=("${deepspeed[@]}" "${words[@]}" --resume auto)
+    if [ -n "$doctor" ]; then ranks doctor python launchers/doctor.py "${words[@]}"; fi
+    ranks train python launchers/train.py "${words[@]}"
+}
+
+# ranks NAME COMMAND...: runs COMMAND as one rank per GPU; comes back where all of them ended with 0.
+ranks() {
+    local name=$1 output=() line step
+    if [ "$name" != doctor ]; then output=(--output="$logs/rank-%t.log" --open-mode=append); fi # it has the job's log
+    state=$logs/start-$starts/$name # where the ranks leave process ids and exit codes
+    line=(srun --nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --export=ALL
+        --kill-on-bad-exit=1 --wait=60 "${output[@]}" "${SRUN_EXTRA[@]}"
+        "${CONTAINER[@]}" slurm/rank.sh "$state" "${@:2}")
+    if [ -n "$dry" ]; then
+        printf '%q ' "${line[@]}" && echo
+        return
+    fi
+    say "$name: ${*:2}"
+    mkdir -p "$state"
+    "${line[@]}" &
+    step=$!
+    until
+        wait "$step"
+        ! kill -0 "$step" 2>/dev/null # still there: a signal ended the wait, not srun
+    do :; done
+    wait "$step"
+    conclude $?
+    say "$name: done"
+}
+
+# forward SIGNAL: hands it to the ranks of this node and to nothing else; srun and loader workers have no use for it.
+# The ranks of all nodes agree at the next step boundary (w2r2_ds/engine/preemption.py).
+forward() {
+    local file
+    say "SIG$1"
+    if [ "$asked" != TERM ]; then asked=$1; fi
+    for _ in {1..30}; do # ranks that are just being started have no process yet
+        if compgen -G "$state/*-$SLURMD_NODENAME" >/dev/null; then break; fi
+        sleep 1
+    done
+    for file in "$state"/pid-*-"$SLURMD_NODENAME"; do
+        if [ -e "$file" ]; then kill -s "$1" "$(<"$file")"; fi
+    done
+}
+
+# conclude STATUS: what srun's exit code and those of the ranks ask for (w2r2_ds/engine/exits.py).
+# Returns where every rank ended with 0, else ends the job.
+conclude() {
+    local file code seen=0 done=0 failed='' lost='' stopped=''
+    for file in "$state"/exit-*; do
+        if [ ! -e "$file" ]; then break; fi
+        read -r code <"$file"
+        seen=$((seen + 1))
+        case $code in
+        0) done=$((done + 1)) ;;
+        85) asked=${asked:-USR1} ;;
+        143) stopped=1 ;;
+        *) if ((code == 75 || code > 128)); then lost=${file##*/exit-}; else failed=${file##*/exit-}; fi ;;
+        esac
+    done
+    if [ -n "$failed" ]; then
+        if [ "$name" = doctor ]; then die "not fit to train; not requeued. What is wrong, and where, is above."; fi
+        tail -n 15 "$logs/rank-${failed%%-*}.log"
+        die "$(ended "$failed"); not requeued. The end of its log is above."
+    elif ((done == nodes * per_node)); then
+        return
+    elif [ -z "$asked$lost" ] && [ -n "$stopped" ]; then
+        asked=TERM # by scancel, which tells the ranks and not this shell
+    fi
+    if [ "$asked" = TERM ]; then
+        say "stopped by SIGTERM; not requeued. The same command goes on where it was."
+        exit 143
+    elif [ -n "$lost" ]; then
+        requeue "$(ended "$lost")"
+    elif [ "$asked" = USR1 ]; then
+        requeue "stopped by SIGUSR1"
+    elif ((seen == 0)) && ! compgen -G "$state/pid-*" >/dev/null; then
+        die "srun could not start the ranks and ended with $1; its message is above."
+    fi
+    requeue "srun ended with $1, and a rank left no exit code"
+}
+
+# ended RANK-NODE: a sentence about it.
+ended() { echo "rank ${1%%-*} on ${1#*-} ended with $(<"$state/exit-$1")"; }
+
+# requeue REASON: puts the job back into the queue, unless it was there too often or this shell is a ghost: one whose
+# node was cut off while Slurm started the job anew must not take it away from the ranks that replaced its own.
+requeue() {
+    local now
+    if ((starts >= MAX_REQUEUES)); then
+        die "$1; not requeued: this was start $starts, and MAX_REQUEUES in slurm/cluster.env is $MAX_REQUEUES."
+    fi
+    for _ in {1..30}; do # a controller that does not answer may be back in minutes
+        if now=$(scontrol --oneliner show job "$job"); then
+            if [[ $now != *" Restarts=$starts "* || $now != *" JobState=RUNNING "* ]]; then
+                die "$1; not requeued: Slurm has ended this job or started it anew."
+            fi
+            say "$1; requeued"
+            if scontrol requeue "$job"; then exit 0; fi
+        fi
+        sleep 10
+    done
+    die "$1; not requeued: the controller does not answer. Submit the same command again."
+}

@@ -1,0 +1,151 @@
+"""Jobs on a real Slurm of this machine alone: training on two nodes through everything that clusters do to jobs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import HERE, Cluster, make_root
+
+from runs import World
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+STEPS, SAVE_EVERY = 12, 5
+TIMED = ("samples_per_s", "tokens_per_s", "step_s")
+
+
+@pytest.fixture(scope="module")
+def stand_in(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """The same cluster, with a repository whose train.py and doctor.py take no time."""
+    root = make_root(tmp_path_factory.mktemp("stand_in") / "repository")
+    (root / "launchers").unlink()
+    (root / "launchers").mkdir()
+    for name in ("train.py", "doctor.py"):
+        (root / "launchers" / name).symlink_to(HERE / "stand_in.py")
+    return Cluster(cluster.folder, root)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics, without what depends on the time."""
+    path = out / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "checkpoints" / f"step-{STEPS:06d}" / "trainable.safetensors").read_bytes()
+
+
+def words(world: World, out: Path) -> list[str]:
+    """Two nodes with one rank each, whose loaders have a process of their own."""
+    options = world.arguments(out, train__steps=STEPS, train__save_every=SAVE_EVERY, data__workers=1)
+    return ["--nodes=2", "slurm/train.sbatch", "--skip-doctor", *options]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two nodes that nothing happens to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    job = cluster.submit(*words(world, out))
+    assert cluster.end(job) == "COMPLETED", cluster.logs(job)
+    assert "train: done" in cluster.log(job)
+    assert [cluster.root / "logs" / job / f"rank-{rank}.log" for rank in (0, 1)] == sorted(
+        (cluster.root / "logs" / job).glob("*.log")
+    )
+    return out
+
+
+def test_training_on_two_nodes(undisturbed: Path) -> None:
+    assert [line["step"] for line in metrics(undisturbed)] == list(range(1, STEPS + 1))
+
+
+def test_a_folder_that_one_node_alone_sees_is_found_before_training(cluster: Cluster, world: World) -> None:
+    """/dev/shm is every node's own: rank 0 would write checkpoints that the next start, elsewhere, does not find."""
+    options = world.arguments(Path("/dev/shm/run"), train__steps=STEPS)
+    job = cluster.submit("--nodes=2", "slurm/train.sbatch", *options)
+    assert cluster.end(job) == "FAILED", cluster.logs(job)
+    assert re.search(r"WRONG: n2: .*/dev/shm/run", cluster.log(job)), cluster.log(job)
+    assert "not fit to train; not requeued" in cluster.log(job)
+
+
+def reach(cluster: Cluster, job: str, out: Path, step: int) -> None:
+    """Wait until a run has logged a step."""
+    cluster.until(job, f"at step {step}", lambda: len(metrics(out)) >= step)
+
+
+def restarted(cluster: Cluster, job: str, times: int) -> None:
+    """Wait until Slurm runs a job again."""
+
+    def happened() -> bool:
+        now = cluster.job(job)
+        return now["Restarts"] == str(times) and now["JobState"] == "RUNNING"
+
+    cluster.until(job, f"restarted {times} times", happened)
+
+
+def test_a_run_outlives_its_time_limit_and_a_node(
+    cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path
+) -> None:
+    """USR1 between two checkpoints, then a node without power; nothing is repaired by hand, nothing is lost."""
+    out = tmp_path / "run"
+    job = cluster.submit(*words(world, out))
+    reach(cluster, job, out, 2)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    restarted(cluster, job, 1)
+    stopped = len(metrics(out))
+    assert 2 <= stopped < SAVE_EVERY, "stopped at a step that saves by itself: the test would show less"
+    assert "stopped by SIGUSR1; requeued" in cluster.log(job), cluster.logs(job)
+    assert (out / "checkpoints" / f"step-{stopped:06d}").is_dir()
+    reach(cluster, job, out, SAVE_EVERY + 1)
+    cluster.power("off", "n2")
+    try:
+        restarted(cluster, job, 2)
+        assert cluster.job(job)["NodeList"] == "n[1,3]"
+        assert cluster.end(job) == "COMPLETED", cluster.logs(job)
+    finally:
+        cluster.power("on", "n2")
+    assert metrics(out) == metrics(undisturbed)
+    assert weights(out) == weights(undisturbed)
+
+
+def test_how_a_job_ends(stand_in: Cluster) -> None:
+    """All at once: they wait for Slurm, not for processors."""
+    submit = stand_in.submit
+    two, alone = (
+        ("--nodes=2", "slurm/train.sbatch", "--skip-doctor", "--plan"),
+        ("slurm/train.sbatch", "--skip-doctor", "--plan"),
+    )
+    done = submit(*two, "0")
+    mistake = submit(*two, "1,0")
+    lost = submit(*two, "75,9,0")
+    capped = submit(*alone, "75,75,75")
+    limit = submit(*alone, "wait,0")
+    terminated = submit(*alone, "wait,0")
+    unfit = submit("slurm/train.sbatch", "--plan", "1")
+    sweep = submit("--array=0-1", "slurm/sweep.sbatch", "--skip-doctor", "--over", "plan=85|0,9", "--out", "x")
+    beyond = submit("--array=2", "slurm/sweep.sbatch", "--skip-doctor", "--over", "plan=0|0", "--out", "x")
+    for job, name in ((limit, "USR1"), (terminated, "TERM")):
+        stand_in.until(job, "started", lambda job=job: stand_in.job(job)["JobState"] == "RUNNING")
+        stand_in.run("scancel", "--batch", f"--signal={name}", job)  # as likely as not before the ranks are there
+
+    def ended(job: str, state: str, restarts: int, *sentences: str) -> None:
+        assert stand_in.end(job) == state, stand_in.logs(job)
+        assert stand_in.job(job)["Restarts"] == str(restarts), stand_in.logs(job)
+        for sentence in sentences:
+            assert sentence in stand_in.log(job), stand_in.logs(job)
+
+    ended(done, "COMPLETED", 0, "train: done")
+    ended(mistake, "FAILED", 0, "ended with 1; not requeued", "start 0: 1")  # the end of the rank's log
+    ended(lost, "COMPLETED", 2, "ended with 75; requeued", "ended with 137; requeued")
+    ended(capped, "FAILED", 2, "this was start 2, and MAX_REQUEUES in slurm/cluster.env is 2")
+    ended(limit, "COMPLETED", 1, "SIGUSR1", "requeued")
+    ended(terminated, "FAILED", 0, "stopped by SIGTERM; not requeued")
+    ended(unfit, "FAILED", 0, "not fit to train; not requeued")
+    assert not (stand_in.root / "logs" / unfit / "rank-0.log").exists(), "training started on a node that is not fit"
+    ended(f"{sweep}_0", "FAILED", 1, "stopped by SIGUSR1; requeued")
+    ended(f"{sweep}_1", "COMPLETED", 0)  # its neighbour was requeued, not the array
+    ended(f"{beyond}_2", "FAILED", 0, "the sweep has 2 runs and this is array task 2; give sbatch --array=0-1.")

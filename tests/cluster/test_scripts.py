@@ -1,0 +1,173 @@
+"""What the batch scripts do without a cluster: their help, the srun lines, sweeps, refusals; how a rank ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from slurm_cluster import make_root
+
+SCRIPTS = ("train", "evaluate", "prepare", "sweep")
+JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURMD_NODENAME": "gpu-2",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_root(tmp_path_factory.mktemp("scripts") / "repository")
+
+
+def script(root: Path, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a batch script as sbatch would, in its own bash."""
+    command = ["bash", str(root / "slurm" / f"{name}.sbatch"), *words]
+    return subprocess.run(
+        command, env=os.environ | environment, text=True, capture_output=True, timeout=60, cwd="/", check=False
+    )
+
+
+def lines(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """The words of every srun line of a dry run."""
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("srun ")]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_works_everywhere_and_names_itself(root: Path, name: str) -> None:
+    done = script(root, name, "--help")
+    assert done.returncode == 0 and f"slurm/{name}.sbatch" in done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_job_from_another_folder_is_refused(root: Path, name: str, tmp_path: Path) -> None:
+    """sbatch runs a copy from its spool: the submission's folder is all that a script knows."""
+    done = script(root, name, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"{name}.sbatch: {tmp_path} is not the repository root; submit slurm/{name}.sbatch from there.\n"
+    )
+
+
+def test_training_is_the_doctor_and_then_a_rank_per_gpu(root: Path) -> None:
+    shape = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
+    doctor, train = lines(script(root, "train", "--dry-run", "--config", "a b.yaml", **shape))
+    for line in (doctor, train):
+        assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--kill-on-bad-exit=1"} <= set(line)
+    options = ["--deepspeed", "ds_configs/zero3.json", "--config", "a b.yaml", "--resume", "auto"]
+    assert doctor[-len(options) - 2 :] == ["python", "launchers/doctor.py", *options]
+    assert train[-len(options) - 2 :] == ["python", "launchers/train.py", *options]
+    (train,) = lines(script(root, "train", "--skip-doctor", "--dry-run", "--deepspeed", "other.json", **shape))
+    assert train[-6:] == ["python", "launchers/train.py", "--deepspeed", "other.json", "--resume", "auto"]
+
+
+def test_containers_and_more_options_come_from_the_one_small_file(root: Path, tmp_path: Path) -> None:
+    other = make_root(tmp_path / "repository")
+    with (other / "slurm" / "cluster.env").open("a") as file:
+        file.write("SRUN_EXTRA=(--container-image='my image')\nCONTAINER=(apptainer exec --nv image.sif)\n")
+    (line,) = lines(script(other, "evaluate", "--dry-run", "--task", "scanqa"))
+    at = line.index("slurm/rank.sh")
+    assert line[at - 5 : at] == ["--container-image=my image", "apptainer", "exec", "--nv", "image.sif"]
+    assert line[at + 2 :] == ["python", "launchers/evaluate.py", "--task", "scanqa"]
+
+
+def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
+    words = ["--over", "objective.lam=0.5,1", "--over=data.train=[a]|[a,b]|[c/d]", "--out", "runs/s", "--skip-doctor"]
+    made = lines(script(root, "sweep", "--dry-run", *words, "--train.steps", "5"))
+    points = [
+        (line[line.index("--objective.lam") + 1], line[line.index("--data.train") + 1], line[line.index("--out") + 1])
+        for line in made
+    ]
+    assert points == [
+        ("0.5", "[a]", "runs/s/objective.lam=0.5,data.train=_a_"),
+        ("1", "[a]", "runs/s/objective.lam=1,data.train=_a_"),
+        ("0.5", "[a,b]", "runs/s/objective.lam=0.5,data.train=_a_b_"),
+        ("1", "[a,b]", "runs/s/objective.lam=1,data.train=_a_b_"),
+        ("0.5", "[c/d]", "runs/s/objective.lam=0.5,data.train=_c_d_"),
+        ("1", "[c/d]", "runs/s/objective.lam=1,data.train=_c_d_"),
+    ]
+    assert all("--train.steps 5" in shlex.join(line) for line in made)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "runs/s"], "a sweep needs --over OPTION=VALUE,VALUE and --out FOLDER."),
+        (["--over", "lam", "--out", "x"], "--over is lam; write --over OPTION=VALUE,VALUE."),
+        (["--out", "x", "--over"], "--over needs a value."),
+    ],
+)
+def test_a_sweep_over_nothing_is_refused(root: Path, words: list[str], message: str) -> None:
+    done = script(root, "sweep", "--dry-run", *words)
+    assert done.returncode == 1 and message in done.stderr
+
+
+def test_without_slurm_there_is_no_job(root: Path) -> None:
+    done = script(root, "prepare", "scanrefer")
+    assert done.returncode == 1 and "start it with sbatch" in done.stderr
+
+
+def test_every_gpu_has_a_rank(root: Path) -> None:
+    done = script(root, "train", SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="1")
+    assert done.returncode == 1 and "8 GPUs and 1 ranks on a node; give sbatch --ntasks-per-node=8." in done.stderr
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, 0), (1, 1), (75, 0), (85, 0), (143, 0), (137, 137)])
+def test_srun_does_not_kill_ranks_that_are_still_putting_things_away(
+    root: Path, tmp_path: Path, code: int, told: int
+) -> None:
+    command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", f"exit {code}"]
+    done = subprocess.run(command, cwd=root, env=os.environ | JOB | {"TMPDIR": str(tmp_path)}, timeout=60, check=False)
+    assert done.returncode == told
+    assert (tmp_path / "exit-3-gpu-2").read_text() == f"{code}\n"
+    assert [path.name for path in tmp_path.glob("pid-*")] == []
+
+
+def test_a_rank_has_the_names_of_torch_distributed_and_a_folder_for_kernels_that_is_its_own(
+    root: Path, tmp_path: Path
+) -> None:
+    asked = "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $TORCH_EXTENSIONS_DIR $TRITON_CACHE_DIR"
+    command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", asked]
+    environment = os.environ | JOB | {"TMPDIR": str(tmp_path), "SLURM_RESTART_COUNT": "2"}
+    done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == f"3 4 1 2 {tmp_path}/w2r2-7-2/torch {tmp_path}/w2r2-7-2/triton"
+    assert (tmp_path / "w2r2-7-2").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_for_kernels_that_somebody_else_made_is_refused(root: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a folder of somebody else")
+    (tmp_path / "w2r2-7-0").mkdir()
+    os.chown(tmp_path / "w2r2-7-0", 65534, 65534)
+    command = ["slurm/rank.sh", str(tmp_path), "true"]
+    environment = os.environ | JOB | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1 and "belongs to somebody else" in done.stderr
+
+
+def test_a_rank_outlives_a_storm_of_signals_that_its_command_takes(root: Path, tmp_path: Path) -> None:
+    """scancel signals all processes of a step; the exit code must be the command's, not the shell's."""
+    program = "trap 'echo got it' USR1 TERM; for i in $(seq 40); do sleep 0.05; done; exit 85"
+    command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", program]
+    environment = os.environ | JOB | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=root, env=environment, text=True, stdout=subprocess.PIPE) as rank:
+        while not list(tmp_path.glob("pid-*")):
+            time.sleep(0.01)
+        child = int((tmp_path / "pid-3-gpu-2").read_text())
+        time.sleep(0.3)  # the command's own trap
+        for number in (signal.SIGUSR1, signal.SIGTERM) * 4:
+            rank.send_signal(number)
+            os.kill(child, number)
+            time.sleep(0.02)
+        output, _ = rank.communicate(timeout=60)
+    assert rank.returncode == 0 and "got it" in output
+    assert (tmp_path / "exit-3-gpu-2").read_text() == "85\n"

@@ -1,0 +1,71 @@
+"""Ranks as plain processes, started without a launcher, so that a test can signal each one and see how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from runs import ROOT, environment
+from w2r2_ds.engine.deepspeed import free_port
+
+
+class Ranks:
+    """The processes of one run.
+
+    Args:
+        count: of ranks.
+        command: script and arguments.
+        folder: for the output of each rank, both streams together, in ``rank-N.log``.
+    """
+
+    def __init__(self, count: int, command: list[str], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
+        meet = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment() | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONUNBUFFERED": "1"},
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(self.logs)
+        ]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def said(self, rank: int) -> str:
+        """What a rank has printed so far."""
+        return self.logs[rank].read_text(errors="replace")
+
+    def send(self, rank: int, signal: int) -> None:
+        """Signal one rank."""
+        os.kill(self.processes[rank].pid, signal)
+
+    def codes(self, timeout: float) -> list[int]:
+        """The exit code of each rank, once all have ended; minus the signal for one that a signal killed."""
+        try:
+            return [process.wait(timeout) for process in self.processes]
+        except subprocess.TimeoutExpired as error:
+            said = "\n".join(f"rank {rank}:\n{self.said(rank)[-3000:]}" for rank in range(len(self.logs)))
+            raise AssertionError(f"still running after {timeout} s:\n{said}") from error
+
+    def until(self, seen: Callable[[], bool], timeout: float = 300) -> None:
+        """Wait for something to be seen while all ranks run."""
+        deadline = time.monotonic() + timeout
+        while not seen():
+            ended = [rank for rank, process in enumerate(self.processes) if process.poll() is not None]
+            assert not ended, f"rank {ended[0]} has ended:\n{self.said(ended[0])[-4000:]}"
+            assert time.monotonic() < deadline, f"not seen in {timeout} s:\n{self.said(0)[-4000:]}"
+            time.sleep(0.02)

@@ -1,0 +1,154 @@
+"""Texts of strangers on terminals and in logs, and secrets that never get there."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from launchers import prepare as launcher
+from w2r2_ds.command_line import Parser
+from w2r2_ds.config import ModelConfig, RunConfig, from_values, load_config
+from w2r2_ds.evaluation.shard import line_of
+from w2r2_ds.printable import for_rich, holds_secret, lines, message, one_line, without_secrets
+
+EVIL = "chair\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\r\nstep 5  loss 0.0"
+TOKEN = "hf_" + "aB3" * 11 + "x"
+
+
+def test_nothing_that_moves_the_cursor_is_left() -> None:
+    assert one_line("a\x1b[31mb\nc\u202ed\x9be\x00") == r"a\x1b[31mb\nc\u202ed\x9be\x00"
+    assert one_line("Stühle 椅子, 2 m²") == "Stühle 椅子, 2 m²"
+    assert one_line("\ud800") == r"\ud800"
+
+
+def test_a_line_break_of_a_stranger_begins_no_line_of_the_log() -> None:
+    said = lines(f"prepare: {EVIL}\ntrain.py: done")
+    assert "\x1b" not in said and "\r" not in said
+    assert [line[:2] for line in said.split("\n")[1:]] == ["  ", "  "]
+    assert lines("head:\n  first\n    deeper") == "head:\n  first\n    deeper", "what is indented stays as it is"
+
+
+def test_square_brackets_are_no_markup() -> None:
+    text = io.StringIO()
+    table = Table()
+    table.add_column("name")
+    table.add_row(for_rich("[red]a[/red] [link=http://x]b[/link]\x1b[5m"))
+    Console(file=text, width=80, force_terminal=True, color_system=None).print(table)
+    assert r"[red]a[/red] [link=http://x]b[/link]\x1b[5m" in text.getvalue()
+
+
+def test_predictions_hold_no_control_characters() -> None:
+    record = {"id": "a", "text": f"{EVIL} ü", "question": "\u2028"}
+    line = line_of(record)
+    assert json.loads(line) == record and line.count("\n") == 1 and "ü" in line
+    assert all(char.isprintable() for char in line[:-1])
+
+
+@pytest.mark.parametrize("field", ["object_name", "scene_id"])
+def test_a_forged_name_does_not_reach_the_terminal(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an annotation file says is quoted by a launcher without its escape sequences and line breaks."""
+    entry = {"scene_id": "scene0000_00", "object_id": "1", "object_name": "chair", "ann_id": "0", "description": "x"}
+    (tmp_path / "ScanRefer").mkdir()
+    file = tmp_path / "ScanRefer" / "ScanRefer_filtered_train.json"
+    file.write_text(json.dumps([{**entry, "token": ["x"], field: EVIL}]))
+    (tmp_path / "embodiedscan").mkdir()
+    (tmp_path / "embodiedscan" / "embodiedscan_infos_train.pkl").write_bytes(b"\x80\x02cos\x1b[31m\nsystem\n.")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "scanrefer", "--root", str(tmp_path), "--splits", "[train]"])
+    with pytest.raises(SystemExit) as stopped:
+        launcher.main()
+    said = f"{stopped.value}{''.join(capsys.readouterr())}"
+    assert f"field '{field}'" in said and all(char.isprintable() for char in said.replace("\n", ""))
+    assert not [line for line in said.split("\n")[1:] if not line.startswith("  ")]
+
+
+SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef" * 2, "MY_PASSWORD": "correct horse", "SHORT_KEY": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (f"no access with {TOKEN}", "no access with [hidden]"),
+        ("https://user:s3cret@host/x and https://tok@host", "https://[hidden]@host/x and https://[hidden]@host"),
+        ("key 0123456789abcdef0123456789abcdef!", "key [hidden]!"),
+        ("correct horse battery", "[hidden] battery"),
+        ("xylophone, runs/hf_qwen_experiment_of_monday_42, me@host", None),
+    ],
+)
+def test_secrets_are_hidden(text: str, kept: str | None) -> None:
+    assert without_secrets(text, SECRETS) == (text if kept is None else kept)
+    assert holds_secret(text, SECRETS) == (kept is not None)
+
+
+def test_a_launcher_hides_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-secret-of-mine")
+    assert message(ValueError("401 for a-secret-of-mine")) == "401 for [hidden]"
+    with pytest.raises(SystemExit):
+        Parser(prog="x").parse_args(["--nothing=a-secret-of-mine", "a-secret-of-mine"])
+    assert "a-secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("secret", ["https://me:s3cret@host/model", TOKEN, "a-secret-of-mine"])
+@pytest.mark.parametrize("field", ["model.vlm", "out", "data.train"])
+def test_a_configuration_holds_none(
+    secret: str, field: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So config.yaml, checkpoint.json, cards and what W&B is told hold none: all are made of the configuration."""
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-mine")
+    value = f"[{{path: '{secret}'}}]" if field == "data.train" else secret
+    with pytest.raises(ValueError, match=rf"{field}(\[0\].path)? holds a key, a token or a password") as caught:
+        load_config(overrides=[f"--{field}", value])
+    assert secret not in str(caught.value) + capsys.readouterr().err
+
+
+def test_a_configuration_holds_no_control_characters() -> None:
+    with pytest.raises(ValueError, match=r"model.vlm is 'a\\nb', which holds"):
+        RunConfig(model=ModelConfig(vlm="a\nb"))
+    tree: dict[str, Any] = {"out": "runs/\x1b[31mred"}
+    with pytest.raises(ValueError, match=r"out is 'runs/\\x1b\[31mred'"):
+        from_values(tree, "card.json")
+
+
+def test_weights_and_biases_is_told_nothing_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client would send the remote's address, whose user may be a token, and the patch of what is not committed."""
+    wandb = pytest.importorskip("wandb")
+    from w2r2_ds.engine.metrics import open_wandb
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **given: told.update(given))
+    open_wandb(tmp_path / "run")
+    assert told.pop("settings")["disable_git"] is True
+    assert set(told) == {"dir", "project", "name"}, "no configuration, no environment"
+
+
+@pytest.mark.nightly
+def test_what_weights_and_biases_stores_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    import subprocess
+
+    from w2r2_ds.engine.metrics import open_wandb
+
+    git = shutil.which("git")
+    assert git is not None
+    token = "ghp-token-of-a-remote"
+    for command in (["init", "-q"], ["remote", "add", "origin", f"https://{token}:x-oauth-basic@github.com/a/b.git"]):
+        subprocess.run([git, *command], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_API_KEY": "5" * 40, "HF_TOKEN": "hf-token-of-mine"}.items():
+        monkeypatch.setenv(name, value)
+    run = open_wandb(tmp_path)
+    run.log({"loss": 1.0})
+    run.finish()
+    stored = [path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
+    assert stored
+    for secret in (token, "5" * 40, "hf-token-of-mine"):
+        assert not any(secret.encode() in content for content in stored), secret

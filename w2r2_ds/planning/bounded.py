@@ -1,0 +1,115 @@
+"""Nothing hangs: a call with a time limit, and an alarm for the whole program."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+STILL = 2.0
+"""Seconds without any work after which a call whose time is over is said to hang."""
+
+
+class TooLong(Exception):
+    """A call did not end in its time; it goes on in a thread that ends with the program.
+
+    Args:
+        works: it was still doing something, so that it is slow and does not hang.
+    """
+
+    def __init__(self, works: bool) -> None:
+        super().__init__()
+        self.works = works
+
+
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """The result of a call, or its exception.
+
+    A dead network mount holds a process in the kernel, where no signal reaches it; hence a thread that is left behind.
+
+    Raises:
+        TooLong: it has not ended after `seconds`.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # handed on to the caller below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(0.0, seconds - STILL))
+    before = work(f"self/task/{thread.native_id}")
+    thread.join(min(STILL, seconds))
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TooLong(work(f"self/task/{thread.native_id}") != before)
+    return results[0]
+
+
+def work(process: str) -> tuple[str, ...]:
+    """What a process or thread (below /proc) has done, CPU time and bytes read: equal twice, it did nothing between."""
+    try:
+        times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+        read = Path(f"/proc/{process}/io").read_text().splitlines()[0]
+    except (OSError, IndexError):  # it has just ended
+        return ()
+    return (*times, read)
+
+
+class Alarm:
+    """Ends the program when its time is over, and says what it was doing.
+
+    Args:
+        seconds: for everything.
+        host: this node, for the sentence.
+    """
+
+    def __init__(self, seconds: float, host: str) -> None:
+        self.doing = "starting"
+        self.listener: Callable[[str], None] | None = None
+        self._seconds, self._host, self._started = seconds, host, time.monotonic()
+        self._timer = threading.Timer(seconds, self._ring)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def left(self, end: float | None = None) -> float:
+        """Seconds until `end` seconds after the start, by default until the alarm; never negative."""
+        until = self._seconds if end is None else end
+        return max(0.0, self._started + until - time.monotonic())
+
+    def now(self, doing: str) -> None:
+        """What is being done, for the alarm and for whoever listens."""
+        self.doing = doing
+        if self.listener is not None:
+            self.listener(doing)
+
+    def off(self) -> None:
+        """No alarm any more."""
+        self._timer.cancel()
+
+    def _ring(self) -> None:
+        print(
+            f"doctor: {self._host} was not done after {self._seconds:.0f} s, while {self.doing}; look there, or leave "
+            "this node out.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # other threads may be stuck in the kernel
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says, with its kind, short enough for a table."""
+    text: Any = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

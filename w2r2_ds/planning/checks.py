@@ -1,0 +1,115 @@
+"""Which checks a rank does on its own, in which order, and within which time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from w2r2_ds.config import RunConfig
+from w2r2_ds.planning import disk, gpus, installed, jit_locks, limits, own_code, settings, visible
+from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, one_line
+from w2r2_ds.planning.checkpoint_size import checkpoint_bytes
+from w2r2_ds.planning.outcome import Outcome
+from w2r2_ds.planning.place import Place
+
+SECONDS = 15.0
+"""For one check; a file system that takes longer to answer will not serve a training run."""
+GIB = 2**30
+SPARE = GIB
+"""Bytes of free space beyond what is known to be needed: logs, temporary files, compiled kernels."""
+
+Checks = dict[str, Callable[[], Outcome]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the doctor is to look at.
+
+    Args:
+        config: of the run; None looks at the machine alone.
+        ds_path: DeepSpeed JSON, empty for none.
+        files: recipe and JSON, as the command line names them.
+        refused: the sentence with which the command line or recipe was refused, empty if it was not.
+    """
+
+    config: RunConfig | None
+    ds_path: str
+    files: list[str]
+    refused: str = ""
+
+
+def node_checks(asked: Asked, place: Place, torch_usable: bool) -> Checks:
+    """Checks of a node; rank 0 also looks at what is the same for all.
+
+    Args:
+        asked: what for.
+        place: of this rank, which leads its node.
+        torch_usable: whether torch can be imported; without it, neither weights nor the DeepSpeed JSON are read.
+    """
+    config = asked.config
+    checks: Checks = {
+        "versions": lambda: installed.check_versions(settings.needed_packages(config)),
+        "code": lambda: own_code.check_code(asked.files),
+        "limits": lambda: limits.check_limits(config.data.workers if config else 0, place.local_world),
+        "TMPDIR": lambda: disk.check_folder("TMPDIR", Path(tempfile.gettempdir()), SPARE, "training"),
+        "extensions": lambda: disk.check_folder("TORCH_EXTENSIONS_DIR", _extensions(), SPARE, "a compiled extension"),
+        "locks": jit_locks.check_locks,
+        "GPU health": gpus.check_health,
+    }
+    if config is not None:
+        needed = SPARE + (checkpoint_bytes(config) or 0)
+        checks["out"] = lambda: disk.check_folder("out", Path(config.out), needed, "the run's checkpoints")
+        if config.demo.enabled:
+            checks["data"] = lambda: visible.demo_makes(config)
+        else:
+            checks["data"] = lambda: visible.check_data(config.data)
+            if torch_usable:
+                checks["weights"] = lambda: visible.check_weights(config.model)
+        if place.rank == 0 and torch_usable:
+            checks["settings"] = lambda: settings.check_settings(config, asked.ds_path, place.world)
+    return checks
+
+
+def rank_checks(asked: Asked, place: Place) -> Checks:
+    """Checks of every rank: its own GPU, and what it would use."""
+    return {
+        "device": partial(gpus.check_device, place.local_rank, place.world),
+        "use": partial(settings.check_use, asked.config),
+    }
+
+
+def do_checks(checks: Checks, alarm: Alarm, end: float) -> dict[str, Outcome]:
+    """Do checks one after the other, none longer than its time; a check that fails itself is reported, not raised.
+
+    Args:
+        checks: by name.
+        alarm: told what is being done.
+        end: seconds after the start at which all must be through.
+    """
+    found = {}
+    for name, check in checks.items():
+        alarm.now(f"looking at {name}")
+        seconds = min(SECONDS, alarm.left(end))
+        try:
+            found[name] = bounded(check, seconds + 1)
+        except TooLong as late:
+            text = f"looking at {name} had not ended after {seconds:.0f} s; "
+            if late.works:
+                found[name] = Outcome(warnings=[f"{text}this machine is slow or busy: run the doctor again by itself."])
+            else:
+                found[name] = Outcome(wrong=[f"{text}a file system or driver hangs: look at it on this node."])
+        except Exception as error:  # what broken libraries raise can be anything
+            found[name] = Outcome(
+                wrong=[f"{name} cannot be looked at ({one_line(error)}); see whether imports are right."]
+            )
+    return found
+
+
+def _extensions() -> Path:
+    """Where extensions are compiled; without TORCH_EXTENSIONS_DIR each run has a folder of its own below TMPDIR."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(named) if named else Path(tempfile.gettempdir())

@@ -1,0 +1,46 @@
+"""What the system allows a process: open files, shared memory for the loader's processes."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+from w2r2_ds.planning.outcome import Outcome
+
+SHM = Path("/dev/shm")
+SHM_PER_WORKER = 256 * 2**20
+"""Bytes: two prefetched micro-batches of some ten frames each, as VGGT and the vision tower take them."""
+FILES, FILES_PER_WORKER = 256, 64
+"""Libraries, sockets and logs of a rank; tensors that a loader process shares, each an open file."""
+
+
+def check_limits(workers: int, ranks: int) -> Outcome:
+    """Of this process, for `workers` loader processes per rank and `ranks` ranks on this node."""
+    outcome = Outcome()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = FILES + FILES_PER_WORKER * workers
+    outcome.shown["open files"] = f"{_limit(soft)} (at most {_limit(hard)})"
+    if soft != resource.RLIM_INFINITY and soft < files:
+        outcome.wrong.append(
+            f"a process may hold {soft} open files, a rank with data.workers {workers} needs {files}; run "
+            f"ulimit -n {files} before the start (or lower data.workers)."
+        )
+    if not SHM.is_dir():
+        outcome.shown["shared memory"] = f"no {SHM}"
+        if workers:
+            outcome.wrong.append(f"there is no {SHM}, which data.workers {workers} need; mount it, or give 0 workers.")
+        return outcome
+    found = os.statvfs(SHM)
+    size, needed = found.f_blocks * found.f_frsize, SHM_PER_WORKER * workers * ranks
+    outcome.shown["shared memory"] = f"{size / 2**30:.1f} GiB in {SHM}"
+    if size < needed:
+        outcome.wrong.append(
+            f"{SHM} has {size / 2**30:.2f} GiB, {ranks} rank(s) with data.workers {workers} need "
+            f"{needed / 2**30:.2f}; enlarge it (docker: --shm-size {-(-needed // 2**30)}g), or lower data.workers."
+        )
+    return outcome
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else str(value)

@@ -1,0 +1,115 @@
+"""Ranks meet at a key-value store before any collective: who is missing is known by name, nothing waits for ever."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+from w2r2_ds.planning.bounded import bounded, one_line
+from w2r2_ds.planning.place import Place
+
+EVERY = 0.05
+"""Seconds between looks for many keys."""
+
+
+class Unreachable(Exception):
+    """There is no store where it should be; the text is a sentence."""
+
+
+class Meeting:
+    """Rank 0 holds the store (or torchrun's agent does), every rank writes under names of its own.
+
+    Args:
+        place: of this process.
+        seconds: to reach the store.
+
+    Raises:
+        Unreachable: rank 0 is not there in that time, or its port is taken.
+    """
+
+    def __init__(self, place: Place, seconds: float) -> None:
+        from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+        self.place = place
+
+        def reach() -> Store:
+            store = TCPStore(
+                place.address,
+                place.port,
+                is_master=place.rank == 0 and not place.hosted,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+            )
+            return PrefixStore("w2r2-doctor", store)
+
+        try:
+            self.store = bounded(reach, seconds + 2)
+        except Exception as error:  # torch's and the operating system's; a place that cannot be reached has many
+            where = f"{place.address}, port {place.port}"
+            if place.rank == 0:
+                raise Unreachable(
+                    f"rank 0 cannot listen at {where} ({one_line(error)}); another run may have this port: start with "
+                    "another MASTER_PORT."
+                ) from None
+            raise Unreachable(
+                f"rank 0 cannot be reached at {where} within {seconds:.0f} s ({one_line(error)}); look whether its "
+                "node is up and whether a firewall or a wrong interface lies between."
+            ) from None
+
+    def say(self, name: str, value: Any) -> None:
+        """Write a value of this rank, as JSON."""
+        self.store.set(f"{name}/{self.place.rank}", json.dumps(value))
+
+    def hear(self, name: str, rank: int, seconds: float) -> Any:
+        """What a rank says under a name.
+
+        Raises:
+            TimeoutError: nothing in that time.
+        """
+        key = f"{name}/{rank}"
+        try:
+            self.store.wait([key], timedelta(seconds=max(0.01, seconds)))
+        except Exception as error:  # DistStoreError for a time that is over, and for a store that is gone
+            raise TimeoutError(f"rank {rank} did not say {name}: {one_line(error)}") from None
+        return json.loads(self.store.get(key))
+
+    def gather(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
+        """What ranks say under a name, of those that do so in that time."""
+        end = time.monotonic() + seconds
+        waiting, found = list(ranks), {}
+        while True:
+            for rank in list(waiting):
+                if self.store.check([f"{name}/{rank}"]):
+                    found[rank] = json.loads(self.store.get(f"{name}/{rank}"))
+                    waiting.remove(rank)
+            if not waiting or time.monotonic() > end:
+                return found
+            time.sleep(EVERY)
+
+
+def missing_sentences(missing: list[int], hosts: dict[int, str], allocated: list[str], seconds: float) -> list[str]:
+    """Who did not come, by node where the scheduler's list or the ranks before and after tell it.
+
+    Args:
+        missing: ranks.
+        hosts: of the ranks that came.
+        allocated: all nodes of the job, empty if unknown.
+        seconds: waited.
+    """
+    if not missing:
+        return []
+    ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+    absent = [host for host in allocated if host not in hosts.values()]
+    where = f"{', '.join(absent)}: " if absent else ""
+    return [
+        f"{where}{ranks} did not come within {seconds:.0f} s (there are {_short(hosts)}); look whether the node is up "
+        "and starts Python, or leave it out (sbatch --exclude)."
+    ]
+
+
+def _short(hosts: dict[int, str]) -> str:
+    names = sorted(set(hosts.values()))
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,65 @@
+"""Text of strangers on a terminal and in logs: nothing of it moves the cursor, colours, hides or begins a line.
+
+Names, labels and sentences come from annotation files, archives and models. An escape sequence in one of them would
+rewrite what stands on the terminal, a line break would write a line of its own into a log, and rich would take
+``[red]`` for markup.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from rich.markup import escape
+
+_SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
+_IN_URL = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+_SHAPE = re.compile(r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,})")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What no name holds: control characters, line breaks, and what turns the direction of writing."""
+LEAST_SECRET = 8
+"""Characters of a secret: what is shorter is an empty or a made-up value, and would be found everywhere."""
+HIDDEN = "[hidden]"
+
+
+def one_line(text: str) -> str:
+    r"""The text with every character that does not print, line breaks too, as Python's escape, ``\x1b``."""
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def lines(text: str) -> str:
+    """The same line by line; all but the first are indented, so that none can pass for the next line of a log."""
+    return "\n  ".join(one_line(line.removeprefix("  ")) for line in text.split("\n"))
+
+
+def for_rich(text: str) -> str:
+    """The text for a rich table, panel or progress line: on one line, its square brackets no markup."""
+    return escape(one_line(text))
+
+
+def message(error: object) -> str:
+    """What a launcher says of an error: `lines`, without secrets."""
+    return lines(without_secrets(str(error)))
+
+
+def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The text with credentials hidden: values of the environment's tokens and keys, those of URLs, known shapes."""
+    for value in secrets(environment):
+        text = text.replace(value, HIDDEN)
+    return _SHAPE.sub(HIDDEN, _IN_URL.sub(HIDDEN, text))
+
+
+def holds_secret(text: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `without_secrets` would change it."""
+    return without_secrets(text, environment) != text
+
+
+def secrets(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Values of variables that are called a token, a key, a secret or a password, longest first."""
+    found = {value.strip() for name, value in environment.items() if _SECRET_NAME.search(name.upper())}
+    return sorted((value for value in found if len(value) >= LEAST_SECRET), key=lambda value: (-len(value), value))
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii") if not "\ud800" <= char <= "\udfff" else f"\\u{ord(char):04x}"
