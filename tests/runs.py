@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forked import fork_ranks
+from forked import ROOT, environment, fork_ranks
 
-ROOT = Path(__file__).parents[1]
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
 GOLDEN_LOSSES = ROOT / "tests" / "golden" / "losses" / "demo30.json"
 TIMEOUT = 900
-STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 10, 8, 4
+STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 5, 8, 4
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def environment() -> dict[str, str]:
-    """For a child process: one thread, offline, the repository importable."""
-    extra = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    # The launcher looks for its helpers beside the interpreter that runs the tests.
-    return os.environ | extra | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
 def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a script with the `deepspeed` launcher on `ranks` processes; both output streams together."""
     from w2r2_ds.engine.deepspeed import free_port
@@ -123,7 +115,7 @@ def run_ranks(ranks: int, program: Path, folder: Path) -> str:
     """What forked ranks print that each call ``work(folder)`` of a program; a rank that fails is an error."""
     from w2r2_ds.engine.deepspeed import free_port
 
-    status = fork_ranks(ranks, program, folder, free_port(), TIMEOUT, environment())
+    status = fork_ranks(ranks, program, folder, free_port(), TIMEOUT)
     printed = (folder / "output.txt").read_text()
     assert status == 0, f"exit status {status}\n{printed[-6000:]}"
     return printed
