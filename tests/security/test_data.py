@@ -176,13 +176,11 @@ def test_an_image_starts_no_program(tmp_path: Path, started: list[Any]) -> None:
 
 
 def test_a_mesh_opens_no_other_file(tmp_path: Path) -> None:
-    """A PLY names its texture, and its reader would open it."""
-    Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
-    (tmp_path / "scans").mkdir()
-    mesh = trimesh.creation.box()
-    content = mesh.export(file_type="ply")
-    path = tmp_path / "scans" / "scene.ply"
-    path.write_bytes(content.replace(b"\nelement", b"\ncomment TextureFile ../outside.png\nelement", 1))
+    """A PLY names its texture, and its reader would open it; one outside the folder trimesh itself refuses."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "texture.png")
+    content = trimesh.creation.box().export(file_type="ply")
+    path = tmp_path / "scene.ply"
+    path.write_bytes(content.replace(b"\nelement", b"\ncomment TextureFile texture.png\nelement", 1))
     opened: list[str] = []
     watching = True
 
@@ -194,7 +192,7 @@ def test_a_mesh_opens_no_other_file(tmp_path: Path) -> None:
     vertices = _read_vertices(path)
     watching = False
     assert len(vertices) == 8 and str(path) in opened
-    assert not [name for name in opened if name.endswith("outside.png")]
+    assert not [name for name in opened if name.endswith("texture.png")]
 
 
 def test_what_a_pickle_names_is_quoted_on_one_line(tmp_path: Path, mark: Path, payload: Any) -> None:
