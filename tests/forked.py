@@ -48,6 +48,7 @@ def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: floa
         answer = server.stdout.readline()
     except BaseException:  # a test that ran into its time limit leaves no ranks behind
         os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
         _server.cache_clear()
         raise
     assert answer, "the process that forks ranks has died; its error is on the standard error stream"
@@ -85,7 +86,7 @@ def serve() -> None:
 
 
 def _fork_all(ranks: int, program: str, folder: str, port: int, timeout: float) -> int:
-    deadline = time.monotonic() + timeout
+    deadline, parent = time.monotonic() + timeout, os.getppid()
     alive = {_fork(rank, ranks, Path(program), Path(folder), port) for rank in range(ranks)}
     failed = 0
     while alive:
@@ -93,7 +94,7 @@ def _fork_all(ranks: int, program: str, folder: str, port: int, timeout: float) 
         if pid:
             alive.discard(pid)
             failed = failed or os.waitstatus_to_exitcode(status)
-        if failed or time.monotonic() > deadline:
+        if failed or time.monotonic() > deadline or os.getppid() != parent:  # or killed with the tests
             failed = failed or -signal.SIGKILL
             for each in alive:
                 os.kill(each, signal.SIGKILL)

@@ -159,6 +159,7 @@ def due(done: int, every: int, config: RunConfig) -> bool:
 def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches; returns the global means of the statistics."""
     engine, reduction = run.engine, run.config.objective.reduction
+    run.activity.at("start of the step")
     total = global_weight(micro_batches, reduction, run.device)
     # DeepSpeed divides by accumulation steps and ranks; the loss is a sum over samples divided by the global weight.
     scale = run.accumulation * dist.get_world_size() / total
