@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from w2r2_ds import durable
 from w2r2_ds.command_line import Parser
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -355,6 +356,11 @@ def relocated(
     )
 
 
+def config_text(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `--config` reads back."""
+    return str(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML that `--config` reads back."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    """Write the resolved configuration."""
+    durable.replace(path, config_text(config))

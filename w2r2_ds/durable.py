@@ -1,4 +1,4 @@
-"""How a file is written so that a crash, a cut cable or a full disk leaves the old one or the new one, never half of it.
+"""How a file is written so that a crash, a cut cable or a full disk leaves the old or the new one, never half of it.
 
 Written aside, flushed to the disk (fsync), renamed, and the folder flushed too: without the last the rename itself may
 be lost with the power. The digest is of the bytes that were meant to be written, not of what can be read back.
@@ -82,7 +82,7 @@ def writing(path: Path) -> Iterator[Writer]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what shall become `path`: beside it, under a name of its own that ends in .partial; renamed when the block ends.
+    """Where to write what shall become `path`: beside it, as NAME.TOKEN.partial; renamed when the block ends.
 
     Raises:
         OSError: the disk failed; `path` is as it was and nothing lies beside it.
