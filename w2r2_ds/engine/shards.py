@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 import torch.distributed as dist
@@ -154,15 +155,19 @@ def load(file: Path, map_location: Any = "cpu") -> Any:
     Raises:
         ValueError: it names something to be run, or cannot be read.
     """
-    with safe_loading():
-        try:
+    try:
+        with file.open("rb") as opened:
+            zipped = is_zipfile(opened)
+        if not zipped:
+            raise ValueError(f"{file} is no file of torch.save; it is cut or damaged.")
+        with safe_loading():
             return torch.load(file, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError:
-            refuse_programs(file)
-            raise ValueError(f"{file} is no file of torch.save; it is damaged.") from None
-        except (OSError, RuntimeError, EOFError) as error:
-            said = " ".join(str(error).split())
-            raise ValueError(f"{file}: cannot be read ({said[:200]}); copy the checkpoint again.") from error
+    except pickle.UnpicklingError as error:
+        refuse_programs(file)
+        raise ValueError(f"{file} is damaged ({' '.join(str(error).split())[:200]}).") from error
+    except (OSError, RuntimeError, EOFError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{file}: cannot be read ({said[:200]}); copy the checkpoint again.") from error
 
 
 def refuse_programs(*files: Path) -> None:
