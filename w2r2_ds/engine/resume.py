@@ -90,7 +90,14 @@ def _find_start(config: RunConfig) -> Start:
     for wrong in damaged.values():
         say(f"warning: {wrong} Going on from {newest.name} instead.")
     refuse_programs(*sorted(newest.rglob("*.pt")))
-    return Start(newest, int(read_description(newest)["world_size"]), damaged)
+    saved = read_description(newest)
+    start = Start(newest, int(saved["world_size"]), damaged)
+    if start.universal and saved.get("zero_stage") == 0:
+        raise ValueError(
+            f"{newest} was written by {start.world_size} rank(s) without ZeRO, which DeepSpeed cannot convert for "
+            f"{dist.get_world_size()}; start as many ranks as before."
+        )
+    return start
 
 
 def take_over(config: RunConfig, start: Start) -> Fence:

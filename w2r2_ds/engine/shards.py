@@ -22,7 +22,7 @@ from zipfile import is_zipfile
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint, safe_globals
 
 from w2r2_ds import durable
 from w2r2_ds.durable import Digest, Writer
@@ -127,13 +127,15 @@ def save_shards(engine: Any, part: Part, step: int) -> None:
             (part.folder / name).unlink(missing_ok=True)
 
 
-def allowed() -> list[Any]:
-    """The classes that DeepSpeed's shards hold besides tensors and plain containers; none does anything when made."""
+def allowed() -> Any:
+    """Allow the classes that DeepSpeed's shards hold besides tensors and containers; none does anything when made."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    # `safe_globals` forgets on leaving what an enclosing one had allowed as well.
+    return safe_globals([each for each in classes if each not in get_safe_globals()])
 
 
 @contextmanager
@@ -142,7 +144,7 @@ def safe_loading() -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
     try:
-        with safe_globals(allowed()):
+        with allowed():
             yield
     finally:
         del os.environ[FORCE]
@@ -176,7 +178,7 @@ def refuse_programs(*files: Path) -> None:
     Raises:
         ValueError: names the file and what it would run.
     """
-    with safe_globals(allowed()):
+    with allowed():
         for file in files:
             try:
                 unsafe = sorted(get_unsafe_globals_in_checkpoint(str(file)))
