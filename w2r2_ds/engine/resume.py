@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from w2r2_ds.config import RunConfig
@@ -144,7 +145,7 @@ def resume(engine: Any, start: Start, config: RunConfig, data: Sequence[str]) ->
             engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
     else:
         say(f"{path} was written by {start.world_size} rank(s); converting it for {dist.get_world_size()}")
-        with converted(path) as folder, same_options(engine), safe_loading():
+        with converted(path) as folder, own_options(engine), safe_loading():
             engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=False)
     step = int(saved["step"])
     own = path / f"rng-{dist.get_rank()}.pt"
@@ -202,16 +203,20 @@ def _convert(shards: Path, beside: Path) -> None:
 
 
 @contextmanager
-def same_options(engine: Any) -> Iterator[None]:
-    """Keep the optimizer's options of each group: a universal load gives the first group's to all (stage3.py).
+def own_options(engine: Any) -> Iterator[None]:
+    """Mend what a universal load of ZeRO-3 does to an optimizer with several groups (deepspeed/runtime/zero/stage3.py).
 
-    The rates come from the schedule, whose state was loaded as well.
+    All groups get the options of the first one: each keeps its own, and the rate of the schedule, whose state was
+    loaded as well. And all share one tensor that counts the steps, so that each group's update counts for all.
     """
     groups = engine.optimizer.optimizer.param_groups
     before = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     yield
     for group, options, rate in zip(groups, before, engine.lr_scheduler.get_last_lr(), strict=True):
         group.update(options | {"lr": rate})
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def best_until(checkpoint: Path) -> dict[str, Any] | None:

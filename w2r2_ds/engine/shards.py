@@ -73,12 +73,14 @@ class Shards(CheckpointEngine):  # type: ignore[misc]
 
     Args:
         part: where they belong; not needed to read.
+        kept: names of the model's tensors that are stored. Below ZeRO-3 DeepSpeed leaves out what is frozen by its
+            first name only, so that an output head tied to the frozen embedding would be stored whole.
     """
 
-    def __init__(self, part: Part | None = None) -> None:
+    def __init__(self, part: Part | None = None, kept: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.name = "w2r2_ds"
-        self.part = part
+        self.part, self.kept = part, kept
 
     def create(self, info: Any) -> None:
         """Nothing to do before a save."""
@@ -92,6 +94,9 @@ class Shards(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: Any, path: str) -> None:
         """Write a shard."""
         assert self.part is not None
+        if isinstance(module := state_dict.get("module"), dict):
+            module = {name: tensor for name, tensor in module.items() if name in self.kept}
+            state_dict = {**state_dict, "module": module}
         self.part.save(Path(path).relative_to(self.part.folder).as_posix(), state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -105,7 +110,9 @@ class Shards(CheckpointEngine):  # type: ignore[misc]
 
 def save_shards(engine: Any, part: Part, step: int) -> None:
     """DeepSpeed's own save into ``part.folder/engine``; every rank calls it, and none leaves it early."""
-    engine.checkpoint_engine = Shards(part)
+    kept = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    kept |= {name for name, _ in engine.module.named_buffers()}
+    engine.checkpoint_engine = Shards(part, frozenset(kept))
     with part.attempt():
         try:
             # DeepSpeed keeps rank 0's client state only below ZeRO-3; every rank's random state is a file of its own.
