@@ -22,7 +22,8 @@ from w2r2_ds.data.loading import make_processor, prompt_loader
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.progress import progress
 from w2r2_ds.data.sample import Sample
-from w2r2_ds.engine.checkpoint import TENSORS, find_checkpoint, load_trainable
+from w2r2_ds.engine.complete import TENSORS, find_checkpoint
+from w2r2_ds.engine.tensors import load_trainable
 from w2r2_ds.evaluation import generate
 from w2r2_ds.evaluation.ranks import Ranks, alone, set_threads, wait
 from w2r2_ds.evaluation.record import record_of
