@@ -153,6 +153,7 @@ requeue() {
                 die "$1; not requeued: Slurm has ended this job or started it anew."
             fi
             say "$1; requeued"
+            trap '' TERM # Slurm ends this shell with it, which is no news
             if scontrol requeue "$job"; then exit 0; fi
         fi
         sleep 10

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 WARM = (
     "launchers.train",
     "launchers.evaluate",
@@ -32,14 +33,14 @@ POLL = 0.02
 """Seconds between two looks at the ranks."""
 
 
-def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: float, env: dict[str, str]) -> int:
+def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: float) -> int:
     """Call ``work(folder)`` of the Python file `program` on so many ranks; all they print goes to folder/output.txt.
 
     Returns:
         0, or what the first rank that failed exited with, negative for a signal; the others are then killed, as
         DeepSpeed's launcher does. After `timeout` seconds all are killed: -9.
     """
-    server = _server(tuple(sorted(env.items())))
+    server = _server()
     assert server.stdin is not None and server.stdout is not None
     try:
         request = [ranks, str(program), str(folder), port, timeout]
@@ -47,6 +48,7 @@ def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: floa
         answer = server.stdout.readline()
     except BaseException:  # a test that ran into its time limit leaves no ranks behind
         os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
         _server.cache_clear()
         raise
     assert answer, "the process that forks ranks has died; its error is on the standard error stream"
@@ -54,11 +56,18 @@ def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: floa
 
 
 @functools.cache
-def _server(env: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
+def _server() -> subprocess.Popen[str]:
     """Started by the first test that needs it; ends with the process that runs the tests, whose pipe then closes."""
     command = [sys.executable, "-u", __file__]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, env=dict(env), text=True, start_new_session=True, **pipes)  # type: ignore[call-overload, no-any-return]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), text=True, start_new_session=True, stdin=pipe, stdout=pipe)
+
+
+def environment() -> dict[str, str]:
+    """For a child process: one thread, offline, the repository importable."""
+    extra = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    # The launcher looks for its helpers beside the interpreter that runs the tests.
+    return os.environ | extra | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def serve() -> None:
@@ -77,7 +86,7 @@ def serve() -> None:
 
 
 def _fork_all(ranks: int, program: str, folder: str, port: int, timeout: float) -> int:
-    deadline = time.monotonic() + timeout
+    deadline, parent = time.monotonic() + timeout, os.getppid()
     alive = {_fork(rank, ranks, Path(program), Path(folder), port) for rank in range(ranks)}
     failed = 0
     while alive:
@@ -85,7 +94,7 @@ def _fork_all(ranks: int, program: str, folder: str, port: int, timeout: float) 
         if pid:
             alive.discard(pid)
             failed = failed or os.waitstatus_to_exitcode(status)
-        if failed or time.monotonic() > deadline:
+        if failed or time.monotonic() > deadline or os.getppid() != parent:  # or killed with the tests
             failed = failed or -signal.SIGKILL
             for each in alive:
                 os.kill(each, signal.SIGKILL)

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forked import fork_ranks
+from forked import ROOT, environment, fork_ranks
 
-ROOT = Path(__file__).parents[1]
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
 GOLDEN_LOSSES = ROOT / "tests" / "golden" / "losses" / "demo30.json"
 TIMEOUT = 900
-STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 10, 8, 4
+STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 5, 8, 4
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def environment() -> dict[str, str]:
-    """For a child process: one thread, offline, the repository importable."""
-    extra = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    # The launcher looks for its helpers beside the interpreter that runs the tests.
-    return os.environ | extra | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
 def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a script with the `deepspeed` launcher on `ranks` processes; both output streams together."""
     from w2r2_ds.engine.deepspeed import free_port
@@ -123,7 +116,7 @@ def run_ranks(ranks: int, program: Path, folder: Path) -> str:
     """What forked ranks print that each call ``work(folder)`` of a program; a rank that fails is an error."""
     from w2r2_ds.engine.deepspeed import free_port
 
-    status = fork_ranks(ranks, program, folder, free_port(), TIMEOUT, environment())
+    status = fork_ranks(ranks, program, folder, free_port(), TIMEOUT)
     printed = (folder / "output.txt").read_text()
     assert status == 0, f"exit status {status}\n{printed[-6000:]}"
     return printed
@@ -150,6 +143,8 @@ class Job:
         dry_run: False skips the dry run.
         nan_call: forward, from 1, in which rank 1's first sample gets a NaN loss; 0 for none.
         rewind: run, copy and step for `rewind`, done before the job.
+        disturb: what happens before the checkpoint of which step: "full" lets no file of rank 1 grow beyond 1000 bytes
+            during it, "fenced" lets another start take the run over; ("", 0) for nothing.
         scores: what the validations give, in order, instead of what the answers are worth; empty for the real scores.
     """
 
@@ -159,6 +154,7 @@ class Job:
     dry_run: bool = True
     nan_call: int = 0
     rewind: tuple[str, str, int] | None = None
+    disturb: tuple[str, int] = ("", 0)
     scores: tuple[float, ...] = ()
 
 
@@ -220,6 +216,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
     import torch.distributed as dist
 
     from w2r2_ds.engine import loop
+    from w2r2_ds.engine.fence import Fence
     from w2r2_ds.engine.step import W2R2Step
     from w2r2_ds.evaluation import in_training
 
@@ -233,6 +230,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
         return found
 
     saved = loop.train_step, loop.dry_run, W2R2Step.forward
+    save_checkpoint = loop.save_checkpoint
     calls = 0
 
     def train_step(run: Any, micro_batches: Any) -> Any:
@@ -256,7 +254,20 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
             loss = loss * torch.nan
         return loss, stats
 
+    def save_disturbed(engine: Any, config: Any, content: Any, fence: Any) -> Any:
+        what, step = job.disturb
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if content.step == step and what == "fenced" and dist.get_rank() == 0:
+            Fence.claim(config.out)
+        if content.step == step and what == "full" and dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # EFBIG; Python ignores SIGXFSZ
+        try:
+            return save_checkpoint(engine, config, content, fence)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
     loop.train_step = train_step  # type: ignore[assignment]
+    loop.save_checkpoint = save_disturbed
     W2R2Step.forward = forward  # type: ignore[method-assign]
     if job.scores:
         in_training.score = score
@@ -266,6 +277,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         loop.train_step, loop.dry_run, W2R2Step.forward = saved  # type: ignore[method-assign]
+        loop.save_checkpoint = save_checkpoint
         in_training.score = real_score
 
 

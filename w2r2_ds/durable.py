@@ -1,4 +1,4 @@
-"""How a file is written so that a crash, a cut cable or a full disk leaves the old one or the new one, never half of it.
+"""How a file is written so that a crash, a cut cable or a full disk leaves the old or the new one, never half of it.
 
 Written aside, flushed to the disk (fsync), renamed, and the folder flushed too: without the last the rename itself may
 be lost with the power. The digest is of the bytes that were meant to be written, not of what can be read back.
@@ -82,7 +82,7 @@ def writing(path: Path) -> Iterator[Writer]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what shall become `path`: beside it, under a name of its own that ends in .partial; renamed when the block ends.
+    """Where to write what shall become `path`: beside it, as NAME.TOKEN.partial; renamed when the block ends.
 
     Raises:
         OSError: the disk failed; `path` is as it was and nothing lies beside it.
@@ -138,3 +138,40 @@ def digest(path: Path) -> Digest:
             found.update(chunk)
             size += len(chunk)
     return Digest(size, found.hexdigest())
+
+
+class Lines:
+    """A log that grows by whole lines; what a full disk does not take waits and goes with a later line.
+
+    Args:
+        path: appended to; made where it is missing.
+
+    Attributes:
+        waiting: bytes that are not in the file yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self.waiting = b""
+
+    def append(self, line: str) -> OSError | None:
+        """Append a line, given without its line break; returns why it has to wait, if it has to."""
+        self.waiting += line.encode() + b"\n"
+        return self.flush()
+
+    def flush(self) -> OSError | None:
+        """Try to write what waits; a line that only begins to fit is taken back."""
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            left = memoryview(self.waiting)
+            while len(left):
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            return error
+        self.waiting = b""
+        return None
+
+    def close(self) -> None:
+        """Close the file; what still waits is lost."""
+        self._file.close()

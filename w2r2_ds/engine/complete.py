@@ -99,7 +99,8 @@ def verify(path: Path, deep: bool = True) -> str | None:
             if size != stated["bytes"]:
                 return f"{file} has {size} bytes, {DESCRIPTION} states {stated['bytes']}; it is cut or damaged."
             if deep and (found := durable.digest(file).sha256) != stated["sha256"]:
-                return f"{file} has SHA-256 {found[:12]}..., {DESCRIPTION} states {stated['sha256'][:12]}...; it is damaged."
+                wanted = stated["sha256"]
+                return f"{file} has SHA-256 {found[:12]}..., {DESCRIPTION} states {wanted[:12]}...; it is damaged."
         except OSError as error:
             return f"{file} cannot be read: {error.strerror}."
     return None
@@ -117,7 +118,7 @@ def steps(run: str | Path) -> dict[int, Path]:
 
 def newest_complete(run: str | Path) -> tuple[Path | None, dict[Path, str]]:
     """The checkpoint with the highest step that is whole, every file read; and what is wrong with each above it."""
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for path in steps(run).values():
         wrong = verify(path)
         if wrong is None:

@@ -16,6 +16,7 @@ import socket
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from w2r2_ds import durable
 from w2r2_ds.engine.complete import PARTIAL
@@ -106,7 +107,7 @@ class Fence:
                 path.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> dict[str, object]:
+def _read(file: Path) -> dict[str, Any]:
     """The file as JSON; empty where it is missing or damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
