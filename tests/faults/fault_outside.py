@@ -31,7 +31,10 @@ def in_a_save(draw: random.Random) -> Fault:
         start.send(signal.SIGKILL, *ranks)
         return True
 
-    return Fault("kill -9 during a save", (KILLED, LOST), act)
+    def when(out: Path) -> str:
+        return ", half written" if list((out / "checkpoints").glob(f"step-*{PARTIAL}*")) else ", renamed already"
+
+    return Fault("kill -9 during a save", (KILLED, LOST), act, when=when)
 
 
 def storm(number: signal.Signals, code: int, name: str, seen: Callable[[Start], bool] | None = None) -> Fault:

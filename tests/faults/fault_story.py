@@ -30,6 +30,7 @@ class Fault:
         inside: by rank, arguments of `fault_inside.install`.
         said: words that a rank must have written.
         before: done before the start, to what the last start left.
+        when: from what was left, words to add to the name.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Fault:
     inside: dict[int, dict[str, Any]] | None = None
     said: tuple[str, ...] = ()
     before: Callable[[Path], None] = lambda out: None
+    when: Callable[[Path], str] = lambda out: ""
 
 
 @dataclass
@@ -78,7 +80,8 @@ def suffer(out: Path, command: list[str], faults: Sequence[Fault]) -> list[Row]:
             assert set(codes) <= set(fault.codes), shown
             for word in fault.said:
                 assert any(word in start.text(rank) for rank in range(len(codes))), f"{word!r} is not said: {shown}"
-            row = rows.setdefault(fault.name, Row(fault.name))
+            name = fault.name + fault.when(out)
+            row = rows.setdefault(name, Row(name))
             row.injected += 1
             if any(codes):
                 row.restarts += 1

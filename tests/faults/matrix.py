@@ -33,8 +33,15 @@ def main(args: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report, began = options.report or Path(folder) / "report.xml", time.time()
         if options.report is None:
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "nightly or not nightly", "-o", "junit_family=xunit1"]
-            subprocess.run([*command, f"--junitxml={report}", *options.tests], cwd=ROOT, check=False)
+            which = [
+                "-m",
+                "nightly or not nightly",
+                "-o",
+                "junit_family=xunit1",
+                f"--junitxml={report}",
+                *options.tests,
+            ]
+            subprocess.run([sys.executable, "-m", "pytest", "-q", *which], cwd=ROOT, check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
         text = table(cases, report.stat().st_mtime, began)
     print(text)
