@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+MARK = "fault at"
+"""In the rank's log, before the time.monotonic() of the fault, which is the same clock for all of a machine."""
+
 
 def install(kind: str, call: int, seconds: float = 0.0) -> None:
     """Let fault `kind` happen in forward `call` of the training step, from 1; the first is the dry run's.
@@ -34,9 +37,11 @@ def install(kind: str, call: int, seconds: float = 0.0) -> None:
         if calls == call and kind == "forward":
             middle_layer(self).register_forward_pre_hook(lambda *_: die())
         if (calls == call and kind == "sleep") or (calls >= call and kind == "slow"):
+            stamp()
             time.sleep(seconds)
         loss, stats = real(self, batch)
         if calls == call and kind == "nan":
+            stamp()
             stats[0, 0] = float("nan")
             loss = loss * float("nan")
         if calls == call and kind == "backward":
@@ -56,4 +61,10 @@ def middle_layer(step: Any) -> Any:
 
 def die() -> None:
     """As the kernel's out-of-memory killer does it."""
+    stamp()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stamp() -> None:
+    """Say when it happens."""
+    print(MARK, time.monotonic(), flush=True)

@@ -12,8 +12,9 @@ from fault_runs import KILLED, LOST, Start, steps_logged
 from fault_story import Fault, newest_step
 from w2r2_ds.engine.complete import PARTIAL, newest_complete
 
-LONGEST = 1.5
-"""Seconds after a save's first file until the kill, at most; a save takes 0.5 to 1 s, so that some fall behind it."""
+LONGEST = 0.6
+"""Seconds after a save's first file until the kill, at most; a save takes 0.3 s on an idle machine, so that some kills
+fall between its rename and its end, and some behind."""
 VICTIMS = ((0,), (1,), (0, 1))
 """Both: a node without power."""
 
@@ -34,7 +35,7 @@ def in_a_save(draw: random.Random) -> Fault:
     def when(out: Path) -> str:
         return ", half written" if list((out / "checkpoints").glob(f"step-*{PARTIAL}*")) else ", renamed already"
 
-    return Fault("kill -9 during a save", (KILLED, LOST), act, when=when)
+    return Fault("kill -9 during a save", (KILLED, LOST), act, when=when, late=True)
 
 
 def storm(number: signal.Signals, code: int, name: str, seen: Callable[[Start], bool] | None = None) -> Fault:

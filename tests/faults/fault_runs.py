@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
@@ -143,8 +144,9 @@ class Start:
         return [process.exitcode for process in self.processes]
 
     def seconds_to_end(self) -> float:
-        """From the fault (or, where a rank did it to itself, from the first end) until all ranks had ended."""
-        return max(self.ended.values()) - (self.fault_at or min(self.ended.values()))
+        """From the fault until all ranks had ended; only where there was one."""
+        stamps = re.findall(rf"{fault_inside.MARK} ([\d.]+)", "".join(map(self.text, range(WORLD_SIZE))))
+        return max(self.ended.values()) - (float(stamps[0]) if stamps else self.fault_at or min(self.ended.values()))
 
     def text(self, rank: int) -> str:
         """What a rank wrote in this start."""

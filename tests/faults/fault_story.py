@@ -24,13 +24,15 @@ class Fault:
     """Something that happens once to one start of a job.
 
     Attributes:
-        name: its row in the fault matrix.
+        name: its row in the fault matrix; empty where nothing happens but what is `found`.
         codes: exit codes that a rank may end with.
         act: done from outside while the ranks run; says whether it came in time.
         inside: by rank, arguments of `fault_inside.install`.
         said: words that a rank must have written.
         before: done before the start, to what the last start left.
+        found: name of what `before` did, a row of its own.
         when: from what was left, words to add to the name.
+        late: whether it may come when the run is done; then it does not count, and no further fault comes.
     """
 
     name: str
@@ -39,7 +41,9 @@ class Fault:
     inside: dict[int, dict[str, Any]] | None = None
     said: tuple[str, ...] = ()
     before: Callable[[Path], None] = lambda out: None
+    found: str = ""
     when: Callable[[Path], str] = lambda out: ""
+    late: bool = False
 
 
 @dataclass
@@ -74,16 +78,18 @@ def suffer(out: Path, command: list[str], faults: Sequence[Fault]) -> list[Row]:
         step = newest_step(out)
         with Start(out, command, fault.inside) as start:
             happened = fault.act(start)
-            assert happened, f"{fault.name}: the run ended before\n{start.output()}"
             codes = start.wait()
+            if fault.late and not any(codes):
+                break
+            assert happened, f"{fault.name}: the run ended before\n{start.output()}"
             shown = f"{fault.name}: {codes}\n{start.output()}"
             assert set(codes) <= set(fault.codes), shown
             for word in fault.said:
                 assert any(word in start.text(rank) for rank in range(len(codes))), f"{word!r} is not said: {shown}"
-            name = fault.name + fault.when(out)
-            row = rows.setdefault(name, Row(name))
-            row.injected += 1
+            for name in filter(None, (fault.found, fault.name and fault.name + fault.when(out))):
+                rows.setdefault(name, Row(name)).injected += 1
             if any(codes):
+                row = rows[fault.name + fault.when(out)]
                 row.restarts += 1
                 row.ended.append(start.seconds_to_end())
         assert_nothing_torn(out)

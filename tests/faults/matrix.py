@@ -1,7 +1,7 @@
 """The fault matrix, from an actual run: ``python tests/faults/matrix.py [TEST ...] [--into docs/cluster.md]``.
 
-Runs tests/faults with its nightly part (or the tests that are named), and prints one row of Markdown per fault. What a
-test did is in the properties of its report; a test that failed stands in the table as well.
+Runs tests/faults and tests/cluster with their nightly parts (or the tests that are named), and prints one row of
+Markdown per fault. What a test did is in the properties of its report; a test that failed stands in the table as well.
 """
 
 from __future__ import annotations
@@ -26,24 +26,17 @@ BEGIN, END = "<!-- fault matrix: begin -->", "<!-- fault matrix: end -->"
 def main(args: Sequence[str]) -> int:
     """Run, print, and put the table between its marks in a document if asked to; 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", nargs="*", default=["tests/faults"], help="what to give to pytest")
+    parser.add_argument("tests", nargs="*", default=["tests/faults", "tests/cluster"], help="what to give to pytest")
     parser.add_argument("--into", type=Path, help=f"document with the lines {BEGIN} and {END}")
-    parser.add_argument("--report", type=Path, help="a report of pytest --junitxml to read, instead of a run")
+    parser.add_argument("--report", type=Path, nargs="+", help="reports of pytest --junitxml, instead of a run")
     options = parser.parse_args(args)
     with tempfile.TemporaryDirectory() as folder:
-        report, began = options.report or Path(folder) / "report.xml", time.time()
+        reports = options.report or [Path(folder) / "report.xml"]
         if options.report is None:
-            which = [
-                "-m",
-                "nightly or not nightly",
-                "-o",
-                "junit_family=xunit1",
-                f"--junitxml={report}",
-                *options.tests,
-            ]
-            subprocess.run([sys.executable, "-m", "pytest", "-q", *which], cwd=ROOT, check=False)
-        cases = list(ElementTree.parse(report).iter("testcase"))
-        text = table(cases, report.stat().st_mtime, began)
+            which = ["-m", "nightly or not nightly", "-o", "junit_family=xunit1", f"--junitxml={reports[0]}"]
+            subprocess.run([sys.executable, "-m", "pytest", "-q", *which, *options.tests], cwd=ROOT, check=False)
+        cases = [case for report in reports for case in ElementTree.parse(report).iter("testcase")]
+        text = table(cases, max(report.stat().st_mtime for report in reports))
     print(text)
     if options.into is not None:
         put(text, options.into)
@@ -66,7 +59,7 @@ def rows(cases: Sequence[ElementTree.Element]) -> Iterator[dict[str, Any]]:
             yield {"fault": name, "injected": 0, "restarts": 0, "equal": False, "ended": []}
 
 
-def table(cases: Sequence[ElementTree.Element], when: float, began: float) -> str:
+def table(cases: Sequence[ElementTree.Element], when: float) -> str:
     """Markdown: one line per fault, counts summed over the tests."""
     sums: dict[str, dict[str, Any]] = {}
     for row in rows(cases):
@@ -77,12 +70,12 @@ def table(cases: Sequence[ElementTree.Element], when: float, began: float) -> st
         into["ended"] += row["ended"]
     lines = [HEAD, "|---|---:|---:|---|---:|"]
     for fault, row in sums.items():
-        ended = f"{max(row['ended']):.1f} s" if row["ended"] else "goes on"
+        ended = f"{max(row['ended']):.1f} s" if row["ended"] else "-" if row["restarts"] else "goes on"
         equal = "yes" if row["equal"] else "NO"
         lines.append(f"| {fault} | {row['injected']} | {row['restarts']} | {equal} | {ended} |")
     skipped = [case for case in cases if case.find("skipped") is not None]
     seconds = sum(float(case.get("time", 0)) for case in cases)
-    day = time.strftime("%Y-%m-%d", time.gmtime(max(when, began)))
+    day = time.strftime("%Y-%m-%d", time.gmtime(when))
     about = f"{len(cases)} tests in {seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores, {day}"
     lines += ["", about + (f"; {len(skipped)} skipped." if skipped else ".")]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 Record = Callable[[str, object], None]
 FORWARD, BACKWARD = "kill -9 in forward", "kill -9 in backward"
 NAN, FLIPPED, TORN = "NaN in one rank", "bit flipped in a checkpoint", "checkpoint file cut"
+POWER = "kill -9 of both ranks between saves"
 USR1, EARLY, TERM = "SIGUSR1 storm", "SIGUSR1 storm from the set-up on", "SIGTERM storm"
 
 
@@ -40,7 +41,7 @@ def test_a_bad_day(world: World, calm: Path, tmp_path: Path, record_property: Re
         kill("forward", rank=1, call=4),
         kill("backward", rank=0, call=4),
         nan(rank=1, call=2),
-        Fault(FLIPPED, (0,), before=flipped, said=("optim_states.pt has SHA-256",)),
+        Fault("", (0,), before=flipped, found=FLIPPED, said=("optim_states.pt has SHA-256",)),
     ]
     rows = suffer(out, arguments(world, out), day)
     assert_as_undisturbed(out, calm, set_aside=1)
@@ -88,12 +89,11 @@ def test_every_file_of_a_checkpoint_is_checked(
         (TORN, damage("checkpoint.json", cut), "checkpoint.json is not JSON"),
         (FLIPPED, damage("trainable.safetensors", flip_a_bit), "trainable.safetensors has SHA-256"),
     ]
-    powerless = Fault("power lost between saves", (KILLED,), kill_after(2))
-    day = [powerless]
-    for name, before, said in damages[:-1]:
-        day.append(Fault(name, (KILLED,), kill_after(2), before=before, said=(said,)))
-    name, before, said = damages[-1]
-    day.append(Fault(name, (0,), before=before, said=(said,)))
+    day = [Fault(POWER, (KILLED,), kill_after(2))]
+    for found, before, said in damages[:-1]:
+        day.append(Fault(POWER, (KILLED,), kill_after(2), before=before, found=found, said=(said,)))
+    found, before, said = damages[-1]
+    day.append(Fault("", (0,), before=before, found=found, said=(said,)))
     rows = suffer(out, arguments(world, out), day)
     assert_as_undisturbed(out, calm, set_aside=len(damages))
     note(record_property, rows)
