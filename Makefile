@@ -42,6 +42,7 @@ lint: $(STAMP)
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
+	"$(BIN)/shellcheck" -x .ci/run slurm/* tests/cluster/*.sh
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,7 @@ from typing import Literal
 from jsonargparse import auto_cli
 
 from w2r2_ds.command_line import Parser
-from w2r2_ds.engine.checkpoint import find_checkpoint
+from w2r2_ds.engine.complete import find_checkpoint
 from w2r2_ds.evaluation.evaluate import evaluate
 from w2r2_ds.evaluation.ranks import find_ranks, joined
 from w2r2_ds.evaluation.score_file import score_file

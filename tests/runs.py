@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,8 @@ class Job:
         dry_run: False skips the dry run.
         nan_call: forward, from 1, in which rank 1's first sample gets a NaN loss; 0 for none.
         rewind: run, copy and step for `rewind`, done before the job.
+        disturb: what happens before the checkpoint of which step: "full" lets no file of rank 1 grow beyond 1000 bytes
+            during it, "fenced" lets another start take the run over; ("", 0) for nothing.
         scores: what the validations give, in order, instead of what the answers are worth; empty for the real scores.
     """
 
@@ -151,6 +154,7 @@ class Job:
     dry_run: bool = True
     nan_call: int = 0
     rewind: tuple[str, str, int] | None = None
+    disturb: tuple[str, int] = ("", 0)
     scores: tuple[float, ...] = ()
 
 
@@ -212,6 +216,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
     import torch.distributed as dist
 
     from w2r2_ds.engine import loop
+    from w2r2_ds.engine.fence import Fence
     from w2r2_ds.engine.step import W2R2Step
     from w2r2_ds.evaluation import in_training
 
@@ -225,6 +230,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
         return found
 
     saved = loop.train_step, loop.dry_run, W2R2Step.forward
+    save_checkpoint = loop.save_checkpoint
     calls = 0
 
     def train_step(run: Any, micro_batches: Any) -> Any:
@@ -248,7 +254,20 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
             loss = loss * torch.nan
         return loss, stats
 
+    def save_disturbed(engine: Any, config: Any, content: Any, fence: Any) -> Any:
+        what, step = job.disturb
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if content.step == step and what == "fenced" and dist.get_rank() == 0:
+            Fence.claim(config.out)
+        if content.step == step and what == "full" and dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # EFBIG; Python ignores SIGXFSZ
+        try:
+            return save_checkpoint(engine, config, content, fence)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
     loop.train_step = train_step  # type: ignore[assignment]
+    loop.save_checkpoint = save_disturbed
     W2R2Step.forward = forward  # type: ignore[method-assign]
     if job.scores:
         in_training.score = score
@@ -258,6 +277,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         loop.train_step, loop.dry_run, W2R2Step.forward = saved  # type: ignore[method-assign]
+        loop.save_checkpoint = save_checkpoint
         in_training.score = real_score
 
 

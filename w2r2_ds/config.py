@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError
 
+from w2r2_ds import durable
 from w2r2_ds.command_line import Parser, plain
 from w2r2_ds.recipe_file import Recipe, code_in, refuse_texts
 
@@ -394,6 +395,11 @@ def relocated(
     )
 
 
+def config_text(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `--config` reads back."""
+    return str(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML that `--config` reads back."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    """Write the resolved configuration."""
+    durable.replace(path, config_text(config))

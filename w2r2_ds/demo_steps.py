@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w2r2_ds.config import RunConfig, load_config
-from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint
+from w2r2_ds.engine.complete import find_checkpoint, has_checkpoint
 from w2r2_ds.engine.deepspeed import free_port
 from w2r2_ds.evaluation.score import headline
 

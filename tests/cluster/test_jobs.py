@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
+import shlex
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import HERE, Cluster, make_root
 
 from runs import World
+from slurm_cluster import HERE, Cluster, make_root
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 STEPS, SAVE_EVERY = 12, 5
-TIMED = ("samples_per_s", "tokens_per_s", "step_s")
+UNLIKE = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +30,11 @@ def stand_in(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Clus
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics, without what depends on the time."""
+    """The whole lines of a run's metrics, without what no two runs have alike."""
     path = out / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+    return [{name: value for name, value in line.items() if name not in UNLIKE} for line in lines]
 
 
 def weights(out: Path) -> bytes:
@@ -68,7 +69,7 @@ def test_a_folder_that_one_node_alone_sees_is_found_before_training(cluster: Clu
     options = world.arguments(Path("/dev/shm/run"), train__steps=STEPS)
     job = cluster.submit("--nodes=2", "slurm/train.sbatch", *options)
     assert cluster.end(job) == "FAILED", cluster.logs(job)
-    assert re.search(r"WRONG: n2: .*/dev/shm/run", cluster.log(job)), cluster.log(job)
+    assert "WRONG: n2: out: /dev/shm is not the folder that n1 sees" in cluster.log(job), cluster.logs(job)
     assert "not fit to train; not requeued" in cluster.log(job)
 
 
@@ -149,3 +150,77 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
     ended(f"{sweep}_0", "FAILED", 1, "stopped by SIGUSR1; requeued")
     ended(f"{sweep}_1", "COMPLETED", 0)  # its neighbour was requeued, not the array
     ended(f"{beyond}_2", "FAILED", 0, "the sweep has 2 runs and this is array task 2; give sbatch --array=0-1.")
+
+
+@pytest.mark.nightly
+def test_ranks_behind_a_cut_link_do_no_harm(cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path) -> None:
+    """The first node is cut off, with the batch shell and rank 0, and lives on while the job runs elsewhere."""
+    out = tmp_path / "run"
+    job = cluster.submit(*words(world, out))
+    reach(cluster, job, out, SAVE_EVERY + 1)
+    cut = cluster.job(job)["BatchHost"]
+    cluster.link("down", cut)
+    try:
+        restarted(cluster, job, 1)
+        assert cut not in cluster.job(job)["BatchHost"]
+        ghost = cluster.root / "logs" / job / "start-0" / "train" / f"exit-0-{cut}"
+        cluster.until(job, "rid of its old rank 0", ghost.exists)
+        assert ghost.read_text() == "75\n", cluster.logs(job)
+        assert cluster.end(job) == "COMPLETED", cluster.logs(job)
+    finally:
+        cluster.link("up", cut)
+    deadline = time.monotonic() + 90
+    while "idle" not in cluster.run("sinfo", "-h", "-n", cut, "-o", "%t"):
+        assert time.monotonic() < deadline, "the node did not come back"
+        time.sleep(0.5)
+    assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("COMPLETED", "1"), cluster.logs(job)
+    assert metrics(out) == metrics(undisturbed)
+    assert weights(out) == weights(undisturbed)
+
+
+@pytest.mark.nightly
+def test_a_cancelled_run_goes_on_with_the_same_command(
+    cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path
+) -> None:
+    """scancel sends SIGTERM to all processes of the job, loader workers too; KillWait seconds are left for a save."""
+    out = tmp_path / "run"
+    job = cluster.submit(*words(world, out))
+    reach(cluster, job, out, 2)
+    cluster.run("scancel", "--signal=TERM", job)
+    assert cluster.end(job) == "FAILED", cluster.logs(job)
+    assert "stopped by SIGTERM; not requeued" in cluster.log(job)
+    assert cluster.end(cluster.submit(*words(world, out))) == "COMPLETED"
+    assert metrics(out) == metrics(undisturbed)
+    evaluation = ["--checkpoint", str(out), "--task", "scanrefer", "--max_new_tokens", "4", "--limit", "4"]
+    job = cluster.submit("--nodes=2", "slurm/evaluate.sbatch", *evaluation)
+    assert cluster.end(job) == "COMPLETED", cluster.logs(job)
+    assert (out / "evaluation").is_dir()
+
+
+@pytest.mark.nightly
+def test_preparing_data_is_a_job_too(cluster: Cluster, world: World, tmp_path: Path) -> None:
+    options = ["--root", str(world.folder / "scenes"), "--splits", "[val]", "--frames.count", "2"]
+    job = cluster.submit("slurm/prepare.sbatch", "scanrefer", *options, "--visibility", "depth", "--out", str(tmp_path))
+    missing = cluster.submit("slurm/prepare.sbatch", "scanrefer", "--root", "/nowhere")
+    assert cluster.end(job) == "COMPLETED", cluster.logs(job)
+    assert (tmp_path / "val" / "manifest.json").exists()
+    assert cluster.end(missing) == "FAILED"
+    assert "ended with 1; not requeued" in cluster.log(missing), cluster.logs(missing)
+
+
+@pytest.mark.nightly
+def test_the_deepspeed_launcher_with_a_hostfile(
+    cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path
+) -> None:
+    """For clusters without Slurm, which here only starts the two launchers; without ssh, as there is none."""
+    out = tmp_path / "run"
+    (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    options = words(world, out)[3:]
+    launcher = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", "n1"]
+    command = [*launcher, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *options]
+    at = len(launcher)
+    line = f'{shlex.join(command[:at])} --node_rank "$SLURM_PROCID" {shlex.join(command[at:])}'
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n. slurm/cluster.env\nactivate\nexec {line}\n")
+    job = cluster.submit("--nodes=2", "--output=logs/%j.log", f"--wrap=srun bash {tmp_path / 'job.sh'}")
+    assert cluster.end(job) == "COMPLETED", cluster.logs(job)
+    assert metrics(out) == metrics(undisturbed)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from slurm_cluster import make_root
 
 SCRIPTS = ("train", "evaluate", "prepare", "sweep")

@@ -1,8 +1,7 @@
-"""Which checkpoints may be gone on from, and which are kept."""
+"""Which runs may be gone on with, and what is done to a checkpoint's files."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,8 @@ from typing import Any
 import pytest
 
 from w2r2_ds.config import DataConfig, RunConfig, SourceConfig, load_config
-from w2r2_ds.engine.checkpoint import DESCRIPTION, check_same_data, check_same_run, find_checkpoint, prune
-
-
-def described(folder: Path, name: str, age: int) -> Path:
-    path = folder / name
-    path.mkdir(parents=True)
-    (path / DESCRIPTION).write_text("{}")
-    os.utime(path / DESCRIPTION, (1_000_000 - age, 1_000_000 - age))
-    return path
+from w2r2_ds.engine.complete import DESCRIPTION, find_checkpoint
+from w2r2_ds.engine.same_run import check_same_data, check_same_run
 
 
 @pytest.mark.distributed
@@ -61,10 +53,3 @@ def test_a_resume_with_other_samples_is_refused(tmp_path: Path) -> None:
         check_same_data(tmp_path, config, ["1", "3"])
     (tmp_path / DESCRIPTION).write_text("{}")
     check_same_data(tmp_path, config, ["1", "3"])
-
-
-def test_the_newest_are_kept_whatever_their_steps(tmp_path: Path) -> None:
-    old = described(tmp_path, "step-000090", age=30)
-    kept = [described(tmp_path, "step-000040", age=20), described(tmp_path, "step-1000050", age=10)]
-    prune(tmp_path, 2)
-    assert not old.exists() and all(path.exists() for path in kept)

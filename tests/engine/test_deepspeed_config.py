@@ -121,7 +121,7 @@ def test_contradictions_name_file_field_and_values(raw: dict[str, Any], words: l
         ({"comms_logger": {"verbos": True}}, 'unknown key "comms_logger.verbos" (did you mean comms_logger.verbose'),
         ({"flops_profiler": {"profile_stp": 1}}, "(did you mean flops_profiler.profile_step"),
         ({"aio": {"blocksize": 1}}, "(did you mean aio.block_size"),
-        ({"checkpoint": {"load_univrsal": True}}, "(did you mean checkpoint.load_universal"),
+        ({"checkpoint": {"tag_validaton": "Warn"}}, "(did you mean checkpoint.tag_validation"),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "(did you mean data_types.grad_accum_dtype"),
         ({"gradient_cliping": 1.0}, 'unknown key "gradient_cliping" (did you mean gradient_clipping'),
     ],

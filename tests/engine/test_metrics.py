@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,32 @@ def test_time_left_is_reckoned_from_the_steps_after_the_first(monkeypatch: pytes
     assert line.eta(501) == "?"
     assert line.eta(502) == "1:23:00"
     assert line.eta(503) == "2:04:15"
+
+
+def test_a_full_disk_is_said_once_and_the_lines_come_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLogger(tmp_path, 9) as logger:
+        logger.start(0)
+        logger.log(1, VALUES)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, hard))
+        try:
+            logger.log(2, VALUES)
+            logger.log(3, VALUES)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert [line["step"] for line in read(tmp_path)] == [1]
+        logger.log(4, VALUES)
+        assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written (File too large); its lines wait") == 1
+
+
+def test_a_start_that_was_taken_over_writes_into_the_old_file(tmp_path: Path) -> None:
+    first, second = MetricsLogger(tmp_path, 9), MetricsLogger(tmp_path, 9)
+    first.start(0)
+    first.log(1, VALUES)
+    second.start(1)
+    first.log(2, VALUES | {"loss": 9.0})
+    second.log(2, VALUES)
+    first.close()
+    second.close()
+    assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [(1, 1.5), (2, 1.5)]

@@ -19,8 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from runs import GOLDEN_LOSSES, SAVE_EVERY, STEPS, ZERO3, Job, World, read_metrics, run_jobs
+from w2r2_ds import durable
 from w2r2_ds.config import load_config
 from w2r2_ds.data.loading import load_mixture
+from w2r2_ds.engine.complete import DESCRIPTION, read_description, verify, write_description
+from w2r2_ds.engine.shards import load
 from w2r2_ds.objective.push import PUSH_TERMS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -40,6 +43,11 @@ AUTO: dict[str, object] = {"resume": "auto"}
 STAGES = ("zero2", "zero3_offload")
 """Of ds_configs/, besides zero3."""
 
+RESHARDED = {"apart-zero3": ZERO3, "apart-zero2": ZERO3.with_name("zero2.json")}
+APART: dict[str, object] = {"train__steps": FEW, "train__save_every": 3, "train__merger_lr": 3e-4}
+"""Rates so far apart that a group with the other's would show."""
+EVERY: dict[str, object] = {"train__steps": 3, "train__save_every": 1, "train__keep_last": 9}
+
 Reports = dict[str, list[dict[str, Any]]]
 
 
@@ -54,15 +62,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_rank(world: World, trained: Path, folder: Path) -> Reports:
-    """All short runs on one rank, in one start of the launcher."""
+def one_rank(world: World, trained: Path, folder: Path, two_ranks: Reports) -> Reports:
+    """All short runs on one rank, in one start of the launcher; some go on from runs of two ranks."""
     contradiction = folder / "contradiction.json"
     contradiction.write_text(json.dumps(json.loads(ZERO3.read_text()) | {"train_micro_batch_size_per_gpu": 2}))
     d, back = folder / "dropout", folder / "dropout-resumed"
     resumed, untouched = folder / "resumed", folder / "untouched"
     shutil.copytree(trained, untouched)
+    shutil.copytree(trained, resumed)
+    flip_a_bit(resumed / "checkpoints" / f"step-{STEPS:06d}" / "engine")
+    booby_trapped = trapped(trained, folder / "trapped")
     jobs = [
-        Job("resumed", arguments(world, resumed, **AUTO), rewind=(str(trained), str(resumed), STEPS - SAVE_EVERY)),
+        Job("resumed", arguments(world, resumed, **AUTO)),
+        Job("trapped", arguments(world, booby_trapped, **AUTO)),
         Job("dropout", arguments(world, d, **DROPOUT)),
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
         Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, dry_run=False),
@@ -79,14 +91,17 @@ def one_rank(world: World, trained: Path, folder: Path) -> Reports:
     for name in STAGES:
         ds = ZERO3.with_name(f"{name}.json")
         jobs.append(Job(name, arguments(world, folder / name, ds, train__save_every=3), stop_after=3))
+    for name, ds in RESHARDED.items():
+        one = folder / f"{name}-on-one"
+        rewound = (str(folder / name), str(one), 3)
+        jobs.append(Job(one.name, arguments(world, one, ds, **APART, **AUTO), rewind=rewound))
     return run_jobs(1, folder / "one", jobs)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(world: World, trained: Path, folder: Path) -> Reports:
     """All short runs on two ranks, in one start of the launcher."""
-    world_size = folder / "world-size"
-    shutil.copytree(trained, world_size)
+    grown = folder / "two-from-one"
     d, back = folder / "dropout2", folder / "dropout2-resumed"
     foreign = folder / "foreign"
     foreign.mkdir()
@@ -98,7 +113,10 @@ def two_ranks(world: World, trained: Path, folder: Path) -> Reports:
         Job("mask", arguments(world, folder / "mask2", objective__mask2d=0.5), stop_after=3),
         # Calls: the dry run, step 1, step 2.
         Job("nan", arguments(world, folder / "nan", train__save_every=1), nan_call=3),
-        Job("world-size", arguments(world, world_size, **AUTO)),
+        Job("two-from-one", arguments(world, grown, **AUTO), rewind=(str(trained), str(grown), STEPS - SAVE_EVERY)),
+        *(Job(name, arguments(world, folder / name, ds, **APART)) for name, ds in RESHARDED.items()),
+        Job("full", arguments(world, folder / "full", **EVERY), disturb=("full", 2)),
+        Job("fenced", arguments(world, folder / "fenced", **EVERY), disturb=("fenced", 2)),
         Job("dropout", arguments(world, d, **DROPOUT)),
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
         Job("cut-frame", arguments(world, folder / "cut", data__root=cut_frame_root(world, folder))),
@@ -116,6 +134,36 @@ def cut_frame_root(world: World, folder: Path) -> Path:
     frames = list(dict.fromkeys(path for sample in load_mixture(config.data, "train") for path in sample.frames))
     frames[1].write_bytes(frames[1].read_bytes()[: frames[1].stat().st_size // 2])
     return root
+
+
+def flip_a_bit(engine: Path) -> None:
+    """In the middle of the optimizer's shard, where its numbers are: nothing but a digest can tell."""
+    (file,) = engine.glob("*optim_states.pt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+class Trap:
+    """Unpickled as a program it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def trapped(trained: Path, run: Path) -> Path:
+    """A copy of a run in whose newest checkpoint a shard would run something; the digests are right."""
+    shutil.copytree(trained, run)
+    newest = run / "checkpoints" / f"step-{STEPS:06d}"
+    (shard,) = (newest / "engine").glob("*optim_states.pt")
+    torch.save({"optimizer_state_dict": Trap(run / "it-ran")}, shard)
+    description = read_description(newest)
+    files = {name: durable.digest(newest / name) for name in description.pop("files")}
+    write_description(newest, description, files)
+    return run
 
 
 def assert_one_sentence(error: str | None, *named: str) -> None:
@@ -173,7 +221,7 @@ def test_losses_equal_the_recorded_ones(trained: Path) -> None:
 def test_only_the_last_checkpoints_stay_and_hold_only_what_trains(world: World, trained: Path) -> None:
     folder = trained / "checkpoints"
     names = ["latest", *(f"step-{step:06d}" for step in (STEPS - SAVE_EVERY, STEPS))]
-    assert sorted(os.listdir(folder)) == names
+    assert sorted(os.listdir(folder)) == ["incarnation.json", *names]
     assert (folder / "latest").read_text().strip() == names[-1]
     tensors = load_file(folder / names[-1] / "trainable.safetensors")
     assert all(".lora_A." in name or ".lora_B." in name or name.startswith("geometry_merger.") for name in tensors)
@@ -182,14 +230,18 @@ def test_only_the_last_checkpoints_stay_and_hold_only_what_trains(world: World, 
     assert all(tensor.numel() for tensor in tensors.values())
     trained_bytes = sum(tensor.numel() * 4 for tensor in tensors.values())
     everything = sum(file.stat().st_size for file in (folder / names[-1]).rglob("*") if file.is_file())
-    # The weights, DeepSpeed's master copy, two moments; then names, the scripts that DeepSpeed puts beside, padding.
-    assert everything < 4 * trained_bytes + 300_000
+    # The weights, DeepSpeed's master copy, two moments; then names and padding.
+    assert everything < 4 * trained_bytes + 200_000
+    listed = read_description(folder / names[-1])["files"]
+    assert (
+        sum(file["bytes"] for file in listed.values()) + (folder / names[-1] / DESCRIPTION).stat().st_size == everything
+    )
     assert everything < (world.folder / "vlm" / "model.safetensors").stat().st_size
 
 
 def test_engine_shards_hold_no_frozen_tensor(trained: Path) -> None:
     (file,) = (trained / "checkpoints" / f"step-{STEPS:06d}" / "engine").glob("*model_states.pt")
-    state = torch.load(file, weights_only=False)
+    state = load(file)
     kept = [name for name in state["module"] if "lora_" in name or "geometry_merger" in name]
     # DeepSpeed leaves the name of the tied head, without its values.
     frozen = {name: tensor.numel() for name, tensor in state["module"].items() if name not in kept}
@@ -227,7 +279,13 @@ def test_masks_do_not_depend_on_the_ranks(one_rank: Reports, two_ranks: Reports,
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(one_rank: Reports, trained: Path, folder: Path) -> None:
+    """From the checkpoint before the newest, in whose optimizer a bit has flipped."""
     assert one_rank["resumed"][0] == {"error": None, "updates": STEPS, "injected": None}
+    damaged = folder / "resumed" / "checkpoints" / f"step-{STEPS:06d}"
+    printed = (folder / "one" / "output.txt").read_text()
+    assert f"warning: {damaged}/engine/zero_pp_rank_0_mp_rank_00_optim_states.pt has SHA-256" in printed
+    assert f"Going on from step-{STEPS - SAVE_EVERY:06d} instead" in printed
+    assert damaged.with_name(damaged.name + ".damaged").is_dir() and verify(damaged) is None
     assert exact(read_metrics(folder / "resumed")) == exact(read_metrics(trained))
     last = f"checkpoints/step-{STEPS:06d}/trainable.safetensors"
     ours, theirs = load_file(folder / "resumed" / last), load_file(trained / last)
@@ -308,9 +366,51 @@ def test_a_checkpoint_of_another_model_is_refused(one_rank: Reports, trained: Pa
     assert "lora_rank: 8" in (folder / "untouched" / "config.yaml").read_text()
 
 
-def test_another_world_size_is_refused(two_ranks: Reports) -> None:
-    for report in two_ranks["world-size"]:
-        assert_one_sentence(report["error"], "world-size", "1 rank", "2", "resume")
+def test_two_ranks_go_on_with_what_one_began(two_ranks: Reports, trained: Path, folder: Path) -> None:
+    assert [report["error"] for report in two_ranks["two-from-one"]] == [None, None]
+    assert_same_curve(read_metrics(folder / "two-from-one"), read_metrics(trained))
+    assert not list((folder / "two-from-one" / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_one_rank_goes_on_with_what_two_began(one_rank: Reports, two_ranks: Reports, folder: Path, name: str) -> None:
+    """In the middle of an epoch, with a rate per group: DeepSpeed's universal load gives all groups the first one's."""
+    errors = [report["error"] for report in (*two_ranks[name], *one_rank[f"{name}-on-one"])]
+    assert errors == [None] * 3
+    whole, resumed = read_metrics(folder / name), read_metrics(folder / f"{name}-on-one")
+    assert len(whole) == FEW and whole[3]["lr"] != whole[3]["merger_lr"]
+    assert resumed[:3] == whole[:3] and resumed[3:] != whole[3:]
+    assert_same_curve(resumed, whole)
+    for rate in ("lr", "merger_lr"):
+        assert [line[rate] for line in resumed] == [line[rate] for line in whole]
+
+
+def test_a_full_disk_of_one_rank_fails_the_save_and_not_the_run(two_ranks: Reports, folder: Path) -> None:
+    assert [report["error"] for report in two_ranks["full"]] == [None, None]
+    checkpoints = folder / "full" / "checkpoints"
+    assert sorted(os.listdir(checkpoints)) == ["incarnation.json", "latest", "step-000001", "step-000003"]
+    assert all(verify(checkpoints / name) is None for name in ("step-000001", "step-000003"))
+    assert len(read_metrics(folder / "full")) == 3
+    (line,) = [
+        line for line in (folder / "both" / "output.txt").read_text().splitlines() if "could not be saved" in line
+    ]
+    assert "the checkpoint of step 2 could not be saved (rank 1 on " in line and "errno 27" in line
+    assert str(checkpoints / "step-000002.") in line and "the newest checkpoint is step-000001" in line
+
+
+def test_a_start_whose_run_was_taken_over_stops_and_writes_nothing(two_ranks: Reports, folder: Path) -> None:
+    first, second = two_ranks["fenced"]
+    assert first == second
+    assert first["error"].startswith("Fenced: ") and "was taken over by start 2" in first["error"]
+    checkpoints = folder / "fenced" / "checkpoints"
+    assert sorted(os.listdir(checkpoints)) == ["incarnation.json", "latest", "step-000001"]
+    assert verify(checkpoints / "step-000001") is None
+
+
+def test_a_checkpoint_that_wants_to_run_something_is_refused_and_does_not(one_rank: Reports, folder: Path) -> None:
+    error = one_rank["trapped"][0]["error"]
+    assert_one_sentence(error, "trapped", "optim_states.pt wants to run posix.mkdir", "never run")
+    assert not (folder / "trapped" / "it-ran").exists()
 
 
 def test_a_deepspeed_json_that_contradicts_is_refused(one_rank: Reports, folder: Path) -> None:

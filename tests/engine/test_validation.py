@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.engine import validation
-from w2r2_ds.engine.checkpoint import BEST, DESCRIPTION, find_checkpoint, point, prune
+from w2r2_ds.engine.complete import BEST, DESCRIPTION, TENSORS, find_checkpoint, outdated, point
 from w2r2_ds.engine.subset import draw, share
 from w2r2_ds.engine.validation import BestSoFar
 
@@ -27,16 +26,12 @@ class Scripted:
         return {"scanrefer/parsed": 1.0} | ({} if value is None else {self.best_by: value})
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0, without a process group."""
-    monkeypatch.setattr(validation.dist, "get_rank", lambda: 0)
-
-
 def saved(run: Path, step: int, best: dict[str, Any] | None = None) -> Path:
     """A checkpoint folder, as far as these tests look into it."""
     path = run / "checkpoints" / f"step-{step:06d}"
     path.mkdir(parents=True)
+    for name in (TENSORS, "config.yaml"):
+        (path / name).touch()
     (path / DESCRIPTION).write_text(json.dumps({"step": step, "best": best}))
     return path
 
@@ -119,8 +114,7 @@ def test_a_best_that_is_gone_or_of_later_is_forgotten(tmp_path: Path, there: boo
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     paths = [saved(tmp_path, step) for step in (10, 20, 30, 40)]
     point(paths[0].parent / BEST, paths[1])
-    prune(paths[0].parent, 1)
-    assert [path.exists() for path in paths] == [False, True, False, True]
+    assert outdated(tmp_path, 1) == [paths[2], paths[0]]
 
 
 def test_a_run_without_validation_has_no_best(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -122,6 +123,16 @@ def test_meteor_starts_again_after_it_was_closed(tmp_path: Path) -> None:
         assert java.meteor([["a"]], ["a"]) == (0.25, [0.5])
         java.close()
     assert count.read_text() == "xx"
+
+
+def test_what_stops_a_training_run_leaves_meteor_alone(java: Java) -> None:
+    before = score_captions(REFERENCES, CANDIDATES, java=java).corpus["METEOR"]
+    assert java._meteor is not None
+    process = java._meteor
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        process.send_signal(number)
+    assert score_captions(REFERENCES, CANDIDATES, java=java).corpus["METEOR"] == before
+    assert java._meteor is process and process.poll() is None
 
 
 def test_references_without_words_have_no_cider(no_java: Java) -> None:

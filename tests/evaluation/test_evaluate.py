@@ -19,7 +19,7 @@ from launchers.evaluate import main as evaluate_cli
 from runs import STEPS, World
 from w2r2_ds.config import SourceConfig
 from w2r2_ds.data.loading import load_mixture, prompt_loader
-from w2r2_ds.engine.checkpoint import find_checkpoint
+from w2r2_ds.engine.complete import find_checkpoint
 from w2r2_ds.evaluation.evaluate import Answerer, evaluate, load_model
 from w2r2_ds.evaluation.generate import generate_answers
 from w2r2_ds.evaluation.sets import all_samples, find_sets

@@ -19,7 +19,7 @@ from runs import ZERO3, Job, World, read_metrics, run_jobs
 from w2r2_ds.config import RunConfig, TrainConfig, load_config
 from w2r2_ds.data.loading import load_mixture
 from w2r2_ds.data.sample import Reference
-from w2r2_ds.engine.checkpoint import find_checkpoint
+from w2r2_ds.engine.complete import find_checkpoint
 from w2r2_ds.evaluation import in_training
 from w2r2_ds.evaluation.evaluate import load_model
 from w2r2_ds.evaluation.generate import generate_answers

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.engine.checkpoint import refuse_other_model
+from w2r2_ds.engine.same_run import refuse_other_model
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.identity import weights_identity
 

@@ -16,7 +16,6 @@ a sentence may be about one ("closet wall").
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import trimesh
 
+from w2r2_ds import durable
 from w2r2_ds.data.json_text import read_document
 from w2r2_ds.data.labels import LabelMap, read_labels
 from w2r2_ds.data.scannet import check_scene_id, read_alignment
@@ -77,10 +77,8 @@ def write_boxes(root: Path | str, scene_id: str) -> Path:
             )
     path = root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes prepare scenes side by side
-    with aside.open("wb") as file:
+    with durable.replacing(path) as aside, aside.open("wb") as file:  # processes prepare scenes side by side
         np.save(file, rows)
-    os.replace(aside, path)
     return path
 
 

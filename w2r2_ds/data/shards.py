@@ -8,7 +8,6 @@ on with the scenes that lack one, and its result does not depend on which proces
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from w2r2_ds import durable
 from w2r2_ds.data.prepared import FRAME_SCHEMA, SAMPLE_SCHEMA, tables
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.tasks.outcome import Dropped, Outcomes
@@ -36,14 +36,11 @@ def write_shard(folder: Path, scene_id: str, key: str, outcomes: Outcomes, lost:
     made = [(number, outcome) for number, outcome in outcomes if isinstance(outcome, Sample)]
     samples, frames = tables((sample for _, sample in made), root)
     for name, table in (("samples", samples), ("frames", frames)):
-        aside = folder / f"{scene_id}.{name}.partial"
-        pq.write_table(table, aside, compression="zstd")
-        os.replace(aside, folder / f"{scene_id}.{name}.parquet")
+        with durable.replacing(folder / f"{scene_id}.{name}.parquet") as aside:
+            pq.write_table(table, aside, compression="zstd")
     dropped = [{"number": number, **asdict(each)} for number, each in outcomes if isinstance(each, Dropped)]
     record = {"key": key, "numbers": [number for number, _ in made], "dropped": dropped, "lost": lost}
-    aside = folder / f"{scene_id}.json.partial"
-    aside.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(aside, folder / f"{scene_id}.json")
+    durable.replace(folder / f"{scene_id}.json", json.dumps(record))
 
 
 def has_shard(folder: Path, scene_id: str, key: str) -> bool:

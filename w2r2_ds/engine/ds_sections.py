@@ -56,7 +56,6 @@ def plain_sections() -> dict[str, set[str]]:
     """The keys that DeepSpeed reads of a section for which it has no model."""
     from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
     from deepspeed.runtime import constants
-    from deepspeed.runtime.model_checkpointing.constants import CHECKPOINT_SERIALIZATION, CHECKPOINT_WRITER
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 
     return {
@@ -64,12 +63,8 @@ def plain_sections() -> dict[str, set[str]]:
         "aio": set(AIO_DEFAULT_DICT),
         "checkpoint": {
             constants.CHECKPOINT_TAG_VALIDATION,
-            constants.LOAD_UNIVERSAL_CHECKPOINT,
-            constants.USE_NODE_LOCAL_STORAGE_CHECKPOINT,
             constants.CHECKPOINT_PARALLEL_WRITE,
-            CHECKPOINT_SERIALIZATION,
-            CHECKPOINT_WRITER,
-        },
+        },  # how and where files are written, and when the universal form is read, is engine/checkpoint.py's
         "data_types": {
             constants.GRAD_ACCUM_DTYPE,
             constants.PARAM_DTYPE,

@@ -20,15 +20,17 @@ from w2r2_ds.data.loading import checked, digests, load_mixture, make_processor,
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots
 from w2r2_ds.engine.activity import Activity
-from w2r2_ds.engine.checkpoint import find_checkpoint, has_checkpoint, resume, save_checkpoint
+from w2r2_ds.engine.checkpoint import Content, save_checkpoint
 from w2r2_ds.engine.deepspeed import collective_timeout, load_ds_config, resolve_ds_config
 from w2r2_ds.engine.exits import DONE
+from w2r2_ds.engine.fence import Fence
 from w2r2_ds.engine.gap import DecodeGap
 from w2r2_ds.engine.gradients import group_norms
 from w2r2_ds.engine.hinge import HingeWatch
 from w2r2_ds.engine.judge import Limits
 from w2r2_ds.engine.metrics import MetricsLogger
 from w2r2_ds.engine.preemption import StopSignals
+from w2r2_ds.engine.resume import find_start, resume, take_over
 from w2r2_ds.engine.statistics import global_weight, reduce_stats, throughput
 from w2r2_ds.engine.together import together
 from w2r2_ds.engine.validation import BestSoFar, MakeValidation
@@ -55,6 +57,8 @@ class Run:
     gap: DecodeGap | None
     best: BestSoFar | None
     data: list[str]
+    fence: Fence
+    checkpoint: Path | None
     activity: Activity = field(default_factory=Activity)
 
 
@@ -98,7 +102,7 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
     """The steps of a run."""
     config, at = run.config, run.activity.at
     batches = checked(run.loader)
-    saved, checkpoint = run.start, find_checkpoint(config.out) if run.start else None
+    saved, checkpoint = run.start, run.checkpoint
     metrics: dict[str, float] = {}
     hinge = HingeWatch(run.start, config)
     logger = MetricsLogger(
@@ -110,7 +114,8 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
             if code := signals.agreed():
                 at("save")
                 if saved != step:
-                    checkpoint = save_checkpoint(run.engine, config, step, metrics, run.data) or checkpoint
+                    content = Content(step, metrics, run.data)
+                    checkpoint = save_checkpoint(run.engine, config, content, run.fence) or checkpoint
                 return Outcome(code, checkpoint)
             at("data", step + 1)
             started = time.perf_counter()
@@ -133,7 +138,7 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
             logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
                 at("save")
-                written = save_checkpoint(run.engine, config, step + 1, metrics, run.data, best)
+                written = save_checkpoint(run.engine, config, Content(step + 1, metrics, run.data, best), run.fence)
                 if written is not None:  # else the disk is full, say: the run goes on, and the next save may succeed
                     saved, checkpoint = step + 1, written
     hinge.end()
@@ -159,6 +164,7 @@ def due(done: int, every: int, config: RunConfig) -> bool:
 def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches; returns the global means of the statistics."""
     engine, reduction = run.engine, run.config.objective.reduction
+    run.activity.at("start of the step")
     total = global_weight(micro_batches, reduction, run.device)
     # DeepSpeed divides by accumulation steps and ranks; the loss is a sum over samples divided by the global weight.
     scale = run.accumulation * dist.get_world_size() / total
@@ -207,8 +213,8 @@ def dry_run(run: Run, batch: Batch) -> None:
 def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:
     """Everything that can fail for a reason the user can mend happens here."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    begin = find_start(config)
     with together():  # what only one node lacks stops all of them
-        continued = continue_from(config)
         dtype = resolve_dtype(config.model.dtype)
         ds_config = resolve_ds_config(
             load_ds_config(ds_path),
@@ -218,6 +224,8 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
             world_size=world,
             bf16=dtype == torch.bfloat16,
         )
+        if begin.universal:
+            ds_config.setdefault("checkpoint", {})["load_universal"] = True
         front = load_front(config.model)
         read_config(locate(config.model.vggt))
         check_objective(config, front)
@@ -241,9 +249,9 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
     # Ranks draw different dropout masks.
     torch.manual_seed(config.train.seed + rank)
     data = digests(samples)
-    start = resume(engine, continued, config, data) if continued else 0
-    if rank == 0:  # not before the resume, which may refuse this configuration
-        Path(config.out).mkdir(parents=True, exist_ok=True)
+    start = resume(engine, begin, config, data) if begin.checkpoint else 0
+    fence = take_over(config, begin)  # not before the resume, which may refuse this configuration
+    if rank == 0:
         save_config(config, Path(config.out) / "config.yaml")
     sampler = GlobalBatchSampler(
         mixture=samples,
@@ -257,9 +265,10 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
     )
     loader = train_loader(samples, front, config.data, sampler, config.objective.shortcut_decode == "greedy")
     gap = DecodeGap(samples, front, config, device) if config.objective.gap_every else None
-    best = BestSoFar(validation, continued) if validation is not None else None
+    best = BestSoFar(validation, begin.checkpoint) if validation is not None else None
     accumulation = engine.gradient_accumulation_steps()
-    return Run(config, engine, loader, device, accumulation, start, trained_groups(model), gap, best, data)
+    groups = trained_groups(model)
+    return Run(config, engine, loader, device, accumulation, start, groups, gap, best, data, fence, begin.checkpoint)
 
 
 def check_objective(config: RunConfig, front: Front) -> None:
@@ -270,12 +279,3 @@ def check_objective(config: RunConfig, front: Front) -> None:
         require_digit_slots(front.tokenizer, "objective.shortcut_decode teacher")
     if config.objective.gap_every:
         require_digit_slots(front.tokenizer, "objective.gap_every")
-
-
-def continue_from(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, if any; a run never overwrites another one."""
-    if not has_checkpoint(config.out):
-        return None
-    if config.resume == "none":
-        raise ValueError(f"{config.out} already holds checkpoints; give --resume auto to go on, or another --out.")
-    return find_checkpoint(config.out)

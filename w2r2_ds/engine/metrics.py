@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from w2r2_ds import durable
 from w2r2_ds.engine.together import together
 
 FILE = "metrics.jsonl"
@@ -53,7 +53,7 @@ class MetricsLogger:
         self.total_steps = total_steps
         self.active = rank == 0
         self._last_step = 0
-        self._file: Any = None
+        self._file: durable.Lines | None = None
         self._wandb: Any = None
         self._board: Any = None
         self._progress: ProgressLine | None = None
@@ -93,8 +93,10 @@ class MetricsLogger:
         if "step" in values:
             raise ValueError("A metric cannot be called step.")
         values = values | {"memory_gib": memory_gib()}
-        self._file.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
-        self._file.flush()
+        waits = bool(self._file.waiting)
+        failure = self._file.append(json.dumps({"step": step} | values, allow_nan=False))
+        if failure is not None and not waits:  # said once, not every step
+            print(f"warning: {self.path} cannot be written ({failure.strerror}); its lines wait.", flush=True)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         if self._board is not None:
@@ -113,6 +115,9 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.finish()
         if self._file is not None:
+            if self._file.waiting and (failure := self._file.flush()) is not None:
+                lost = self._file.waiting.count(b"\n")
+                print(f"warning: {self.path} lacks the last {lost} steps ({failure.strerror}).", flush=True)
             self._file.close()
         self._progress = self._board = self._wandb = self._file = None
 
@@ -129,9 +134,8 @@ class MetricsLogger:
         if not self.path.exists():
             return
         kept = [line for number, line in read_lines(self.path) if number <= step]
-        aside = self.path.with_name(self.path.name + ".partial")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        # A new file, also where nothing is dropped: a start that lives on behind a cut link writes into the old one.
+        durable.replace(self.path, "".join(line + "\n" for line in kept))
 
     def _open(self) -> None:
         """Open the outputs."""
@@ -144,7 +148,7 @@ class MetricsLogger:
             # Hides points of a run that was killed after its last checkpoint.
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._last_step + 1)
         self._progress = ProgressLine(self.total_steps, self._last_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = durable.Lines(self.path)
 
 
 class ProgressLine:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from w2r2_ds.config import RunConfig
-from w2r2_ds.engine.checkpoint import best_until
+from w2r2_ds.engine.rank_zero import say
+from w2r2_ds.engine.resume import best_until
 from w2r2_ds.models.build import Front
 
 PREFIX = "val/"
@@ -71,9 +71,3 @@ class BestSoFar:
         verdict = "the best so far" if better else f"best {best['value']:.4g} after step {best['step']}"
         say(f"validation after step {step}: {metric} {value:.4g}, {verdict}, in {seconds:.1f} s")
         return logged, best if better else None
-
-
-def say(text: str) -> None:
-    """A line of rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)

@@ -84,7 +84,8 @@ class Watchdog:
         verdict = self._unreachable() if self._lost and self._kind == FAILURE else self._verdict
         if verdict is not None and self._kind != MISTAKE:
             self._end(verdict, error)
-        self._leave()
+        if error is not None or self.rank == 0:
+            self._leave()
         self._ended = True
         self._wake.set()
         for thread in self._threads:
@@ -102,8 +103,11 @@ class Watchdog:
                 for verdict in self.board.verdict():
                     self._verdict, self._over = verdict, verdict is None
                 self._contacts += 1
-            except dist.DistError:
-                pass  # rank 0 is gone, or the way to it: `_guard` counts, and says so
+            except dist.DistError:  # rank 0 is gone, or the way to it: `_guard` counts, and says so
+                if self._kind == LEFT:
+                    self._lost = True
+                    return
+                time.sleep(self.limits.gone / 4)  # PyTorch warns at length each time
             self._wake.wait(self.limits.beat if self._kind == RUNNING else TICK)
 
     def _state(self) -> State:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,16 @@ from w2r2_ds.data.loading import make_processor, prompt_loader
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.progress import progress
 from w2r2_ds.data.sample import Sample
-from w2r2_ds.engine.checkpoint import TENSORS, find_checkpoint, load_trainable
-from w2r2_ds.engine.together import together
+from w2r2_ds.engine.complete import TENSORS, find_checkpoint
+from w2r2_ds.engine.tensors import load_trainable
 from w2r2_ds.evaluation import generate
-from w2r2_ds.evaluation.ranks import Ranks, set_threads, wait
+from w2r2_ds.evaluation.ranks import Ranks, alone, set_threads, wait
 from w2r2_ds.evaluation.record import record_of
 from w2r2_ds.evaluation.score import choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.sets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_records
 from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.export.adapter import ADAPTER_CARD, adapter_config, load_adapter
-from w2r2_ds.lock import locked
 from w2r2_ds.models.build import Front, build_model, fingerprint, load_front
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.w2r2 import W2R2
@@ -141,22 +139,22 @@ def evaluate(
     if geometry == "shuffle":
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world)
-    front = load_front(config.model)
-    check_texts(samples, make_processor(front, config.data), ranks.rank, ranks.world, False)
-
-    model, described = trained_model(path, config), describe_sets(sets)
-    set_threads(ranks, model.base.config.get_text_config().hidden_size)
-    run = {
-        "weights": _trained_weights(path),
-        "model": fingerprint(model),
-        "dtype": str(resolve_dtype(config.model.dtype)),
-        "data": [each["manifest"] for each in described],
-        "geometry": geometry,
-        "max_new_tokens": max_new_tokens,
-        **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
-        **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
-    }
     with alone(out, f"{task}-{geometry}", ranks):
+        front = load_front(config.model)
+        check_texts(samples, make_processor(front, config.data), ranks.rank, ranks.world, False)
+
+        model, described = trained_model(path, config), describe_sets(sets)
+        set_threads(ranks, model.base.config.get_text_config().hidden_size)
+        run = {
+            "weights": _trained_weights(path),
+            "model": fingerprint(model),
+            "dtype": str(resolve_dtype(config.model.dtype)),
+            "data": [each["manifest"] for each in described],
+            "geometry": geometry,
+            "max_new_tokens": max_new_tokens,
+            **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
+            **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
+        }
         parts = Parts(out / f"parts-{task}-{geometry}", run)
         answerer = Answerer(model, front, config.data, geometry, whole, batch_size, max_new_tokens)
         answer_share(answerer, samples, parts, ranks)
@@ -179,20 +177,6 @@ def evaluate(
         (out / f"scores-{task}-{geometry}.json").write_text(json.dumps(scores, indent=2) + "\n")
         parts.remove()
     return scores
-
-
-@contextmanager
-def alone(out: Path, name: str, ranks: Ranks) -> Iterator[None]:
-    """One evaluation of this name writes into a folder: rank 0 holds the lock, and if it cannot, all ranks stop.
-
-    Others, of another task or geometry, have files of their own there.
-    """
-    with ExitStack() as stack:
-        with together():
-            if ranks.rank == 0:
-                what = f"{out}: {name} is being evaluated"
-                stack.enter_context(locked(out / f"{name}.lock", what, "give --out another folder"))
-        yield
 
 
 @dataclass(frozen=True)

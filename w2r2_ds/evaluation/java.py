@@ -35,6 +35,9 @@ BLANKS = re.compile("[ \t]+")
 
 # The machine's language and encoding must not reach the numbers (in Turkish, "I" is no capital "i").
 JAVA_OPTIONS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
+DEAF = ("sh", "-c", 'trap "" USR1 TERM; exec "$@"', "sh")
+"""Goes before the command of the process that stays: what stops a training run at its next step must not take this one
+before; it ends with its input, or by `kill`."""
 
 
 class JavaError(RuntimeError):
@@ -131,7 +134,7 @@ class Java:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
             self._meteor = subprocess.Popen(
                 # In its directory, because it looks for its paraphrase table there.
-                command,
+                [*DEAF, *command],
                 cwd=archive.parent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

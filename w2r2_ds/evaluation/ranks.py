@@ -1,15 +1,19 @@
-"""Several processes that evaluate together: who is who, how many threads each takes, and the one wait at the end."""
+"""Several processes that evaluate together: who is who, their threads, the lock, and the one wait at the end."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from w2r2_ds.engine.together import together
+from w2r2_ds.lock import locked
 
 PATIENCE = timedelta(days=7)
 """Of the wait at the end. Ranks finish at different times, by hours on a long set; a rank that dies ends it at once."""
@@ -63,6 +67,20 @@ def wait(ranks: Ranks) -> None:
     """Until all ranks are here."""
     if ranks.world > 1:
         dist.barrier()
+
+
+@contextmanager
+def alone(out: Path, name: str, ranks: Ranks) -> Iterator[None]:
+    """One evaluation of this name writes into a folder: rank 0 holds the lock, and if it cannot, all ranks stop.
+
+    Others, of another task or geometry, have files of their own there.
+    """
+    with ExitStack() as stack:
+        with together():
+            if ranks.rank == 0:
+                what = f"{out}: {name} is being evaluated"
+                stack.enter_context(locked(out / f"{name}.lock", what, "give --out another folder"))
+        yield
 
 
 def set_threads(ranks: Ranks, hidden: int, environment: Mapping[str, str] = os.environ) -> None:

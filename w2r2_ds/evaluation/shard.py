@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, overload
 
+from w2r2_ds import durable
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.printable import CONTROL
 
@@ -64,9 +65,7 @@ class Parts:
             # Another rank may be just ahead: its parts come after the file.
             if any(folder.glob("part-*.jsonl")) and not file.is_file():
                 raise ValueError(f"{folder} holds answers of an unknown run ({RUN} is missing); remove it.")
-            aside = folder / f"{RUN}.{os.getpid()}.partial"
-            aside.write_text(json.dumps(wanted, indent=2) + "\n")
-            os.replace(aside, file)  # every rank writes the same: whichever is first
+            durable.replace(file, json.dumps(wanted, indent=2) + "\n")  # every rank writes the same
         found = json.loads(file.read_text())
         for field in dict.fromkeys([*wanted, *found]):
             if found.get(field) != wanted.get(field):
@@ -132,11 +131,9 @@ def line_of(record: Record) -> str:
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
-    """Write aside, then rename: a predictions file is whole or not there."""
-    aside = file.with_name(file.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as opened:
+    """A predictions file is whole or not there."""
+    with durable.replacing(file) as aside, open(aside, "w", encoding="utf-8") as opened:
         opened.writelines(line_of(record) for record in records)
-    os.replace(aside, file)
 
 
 def _records(file: Path) -> Iterator[Record]:

@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config import RunConfig, from_values, relocated
 from w2r2_ds.config import load_config as load_run_config
-from w2r2_ds.engine.checkpoint import DESCRIPTION, find_checkpoint, load_trainable, refuse_other_model
+from w2r2_ds.engine.complete import find_checkpoint, read_description
+from w2r2_ds.engine.same_run import refuse_other_model
+from w2r2_ds.engine.tensors import load_trainable
 from w2r2_ds.geometry.loading import read_json
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.merger_file import MERGER, load_merger, merger_tensors
@@ -98,7 +100,7 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | No
 
 def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
     """What a reader must know to use or to doubt the adapter."""
-    saved = json.loads((checkpoint / DESCRIPTION).read_text())
+    saved = read_description(checkpoint)
     return {
         "base_model": config.model.vlm,
         "geometry_model": config.model.vggt,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-STILL = 2.0
+STILL = 4.0
 """Seconds without any work after which a call whose time is over is said to hang."""
 
 
@@ -29,13 +29,18 @@ class TooLong(Exception):
         self.works = works
 
 
-def bounded(call: Callable[[], T], seconds: float) -> T:
+def bounded(call: Callable[[], T], seconds: float, at_most: float = 0.0) -> T:
     """The result of a call, or its exception.
 
     A dead network mount holds a process in the kernel, where no signal reaches it; hence a thread that is left behind.
 
+    Args:
+        call: what to do, in a thread.
+        seconds: that it may take.
+        at_most: seconds that it may take as long as it works and does not only wait; 0 for no more than `seconds`.
+
     Raises:
-        TooLong: it has not ended after `seconds`.
+        TooLong: it has not ended in that time.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -48,20 +53,26 @@ def bounded(call: Callable[[], T], seconds: float) -> T:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    end = time.monotonic() + max(seconds, at_most)
     thread.join(max(0.0, seconds - STILL))
-    before = work(f"self/task/{thread.native_id}")
-    thread.join(min(STILL, seconds))
+    while thread.is_alive():
+        before = work(f"self/task/{thread.native_id}")
+        thread.join(max(0.0, min(STILL, end - time.monotonic())))
+        works = work(f"self/task/{thread.native_id}") != before
+        if thread.is_alive() and (not works or time.monotonic() >= end):
+            raise TooLong(works)
     if errors:
         raise errors[0]
-    if not results:
-        raise TooLong(work(f"self/task/{thread.native_id}") != before)
     return results[0]
 
 
 def work(process: str) -> tuple[str, ...]:
-    """What a process or thread (below /proc) has done, CPU time and bytes read: equal twice, it did nothing between."""
+    """What a process or thread (below /proc) has done: time on a CPU or waiting for one, bytes read.
+
+    Equal twice, it did nothing in between and had nothing to do.
+    """
     try:
-        times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+        times = Path(f"/proc/{process}/schedstat").read_text().split()[:2]
         read = Path(f"/proc/{process}/io").read_text().splitlines()[0]
     except (OSError, IndexError):  # it has just ended
         return ()

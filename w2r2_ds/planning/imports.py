@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -60,12 +61,13 @@ class Imports:
 
     def result(self, seconds: float) -> Outcome:
         """What could not be imported; waits at most `seconds` for the rest."""
-        works = False
+        late = works = False
         if not self._ended.wait(max(0.0, seconds - STILL)):
             before = work(str(self._pid))
-            if not self._ended.wait(STILL):
-                works = work(str(self._pid)) != before
-                os.kill(self._pid, signal.SIGKILL)
+            late = not self._ended.wait(STILL)
+            works = work(str(self._pid)) != before
+        if late:
+            os.kill(self._pid, signal.SIGKILL)
         status = self._reap()
         outcome = Outcome()
         outcome.wrong += [
@@ -74,19 +76,19 @@ class Imports:
             if error
         ]
         what = f"importing {self._begun}"
-        if self._ended.is_set() and status:
-            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            outcome.wrong.append(f"{what} ends the process ({how}); install it again, for this Python and this torch.")
-        elif works:
+        if late and works:
             outcome.warnings.append(
                 f"{what} is slow, and was not waited for; the environment may lie on a slow file system, or the "
                 "machine be busy: copy the environment to a local disk."
             )
-        elif not self._ended.is_set():
+        elif late:
             outcome.wrong.append(
                 f"{what} hangs; a lock or a file system may hold it: import it by hand on this node, and install it "
                 "again."
             )
+        elif status:
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            outcome.wrong.append(f"{what} ends the process ({how}); install it again, for this Python and this torch.")
         return outcome
 
     def _reap(self) -> int:
@@ -127,6 +129,7 @@ def import_all(packages: list[str], writing: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)  # libraries print what they like
     os.dup2(nowhere, 2)
+    faulthandler.disable()  # the parent tells of a crash
     for name in packages:
         os.write(writing, json.dumps([name, None]).encode() + b"\n")
         error = ""

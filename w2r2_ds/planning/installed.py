@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 from w2r2_ds.planning.outcome import Outcome
 
@@ -49,13 +50,14 @@ def wanted_packages() -> list[Wanted]:
             found = [Requirement(text) for text in requires(NAME) or []]
         except PackageNotFoundError:
             raise ValueError(f"{NAME} is not installed and {PROJECT} is missing; run make install.") from None
-        texts = [
-            (extra, each)
-            for extra in ("", *OWN_EXTRAS)
-            for each in found
-            if (each.marker is None) == (not extra) and (each.marker is None or each.marker.evaluate({"extra": extra}))
-        ]
+        texts = [(extra, each) for extra in ("", *OWN_EXTRAS) for each in found if _belongs(each.marker, extra)]
     return [Wanted(each.name, str(each.specifier), extra) for extra, each in texts]
+
+
+def _belongs(marker: Any, extra: str) -> bool:
+    """Whether a requirement with this marker (None for none) holds for an extra and not without it; "" is without."""
+    always = marker is None or marker.evaluate({"extra": ""})
+    return bool(always if not extra else not always and marker.evaluate({"extra": extra}))
 
 
 def check_versions(needed: frozenset[str]) -> Outcome:

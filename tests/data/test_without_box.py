@@ -1,0 +1,139 @@
+"""`--skip_without_box`: items that name objects without a box are left out, counted and recorded; else refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hand_scene import SCENE, entry, question_entry, write_annotations, write_questions, write_scene
+from launchers.prepare import main
+from w2r2_ds.data import prepare as preparing
+from w2r2_ds.data.manifest import summary
+from w2r2_ds.data.prepare import DROPPED, prepare
+from w2r2_ds.data.prepared import PreparedSet
+from w2r2_ds.data.tasks.outcome import TaskOptions
+from w2r2_ds.data.views import FrameOptions
+from w2r2_ds.lock import locked
+
+SECOND = "scene0001_00"
+TWO = FrameOptions("uniform", 2)
+DEPTH = TaskOptions("scanrefer", "train", frames=TWO, visibility="depth")
+CAPTIONS = TaskOptions("scan2cap", "val", frames=TWO, boxes="annotated")
+QUESTIONS = TaskOptions("scanqa", "val", "video3dllm", TWO)
+
+
+@pytest.fixture
+def scenes(root: Path) -> Path:
+    """Two scenes; one sentence of the first and both of the second are about objects without a box."""
+    write_scene(root, SECOND)
+    walls = [{**entry(98, "wall", number), "scene_id": SECOND} for number in (3, 4)]
+    write_annotations(root, [entry(), entry(97, "floor", 1), entry(4, "table", 2), *walls])
+    write_annotations(root, [entry(), entry(97, "floor", 1), entry(97, "floor", 2), entry(4, "table")], "val")
+    write_questions(
+        root, [question_entry(), question_entry(1, objects=(0, 97)), question_entry(2, objects=(4,))], "val"
+    )
+    return root
+
+
+def dropped(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / DROPPED).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "left_out"),
+    [
+        (
+            DEPTH,
+            [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|2"],
+            [(f"{SCENE}|97|floor|1", 2), (f"{SECOND}|98|wall|3", 4), (f"{SECOND}|98|wall|4", 5)],
+        ),
+        (CAPTIONS, [f"{SCENE}|0|office_chair", f"{SCENE}|4|table"], [(f"{SCENE}|97|floor", 2)]),
+        (QUESTIONS, ["val-scene0000-0", "val-scene0000-2"], [("val-scene0000-1", 2)]),
+    ],
+    ids=["scanrefer", "scan2cap", "scanqa"],
+)
+def test_they_are_left_out_counted_and_recorded(
+    scenes: Path, options: TaskOptions, kept: list[str], left_out: list[tuple[str, int]]
+) -> None:
+    done = prepare(scenes, options, scenes / "out", skip_without_box=True, quiet=True)
+    assert [each.id for each in PreparedSet(done.folder, scenes)] == kept
+    assert done.manifest["dropped"] == {"no_box": len(left_out)}
+    assert done.manifest["options"]["skip_without_box"] is True
+    records = dropped(done.folder)
+    assert [each["id"] for each in records] == [name for name, _ in left_out]
+    for each, (name, number) in zip(records, left_out, strict=True):
+        assert each["where"].endswith(f"(entry {number})") and each["reason"] == "no_box"
+        scene = name.split("|")[0] if "|" in name else SCENE
+        assert each["detail"] == f"its object has no box in {scene}_aligned_bbox.npy"
+    assert f"left out: {len(left_out)} no_box" in summary(done.folder, done.manifest, False)
+
+
+@pytest.mark.parametrize("options", [DEPTH, CAPTIONS, QUESTIONS], ids=lambda each: each.task)
+def test_without_it_the_error_says_that_there_is_the_option(scenes: Path, options: TaskOptions) -> None:
+    with pytest.raises(ValueError, match=r"do not belong to the scenes \(--skip_without_box leaves them out\):"):
+        prepare(scenes, options, scenes / "out", quiet=True)
+    assert not (scenes / "out").exists()
+
+
+def test_unique_and_multiple_are_still_those_of_all_annotations(scenes: Path) -> None:
+    """Two chairs of which one has no box: the other stays "multiple", as ScanRefer counts."""
+    write_annotations(scenes, [entry(), entry(97, "office_chair", 1)])
+    done = prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
+    (made,) = PreparedSet(done.folder, scenes)
+    assert made.target.group == "multiple"
+
+
+def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was refused goes on with what is done; what left items out is no answer to who wants all of them."""
+    worked, real = [], preparing.scene_outcomes
+
+    def outcomes(root: Path, options: TaskOptions, job: Any, **rest: Any) -> Any:
+        worked.append(job.scene_id)
+        return real(root, options, job, **rest)
+
+    monkeypatch.setattr(preparing, "scene_outcomes", outcomes)
+    write_annotations(scenes, [entry(), {**entry(98, "wall", 3), "scene_id": SECOND}])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="1 annotations do not belong"):
+            prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    assert worked == [SCENE, SECOND, SECOND], "the scene that is right is kept"
+    monkeypatch.setattr(preparing, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
+    with pytest.raises(ValueError, match="1 annotations do not belong"):
+        prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    assert worked[3:] == [SECOND, SECOND], "a shard with something left out is not whole for everybody"
+    monkeypatch.undo()
+    done = prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
+    assert prepare(scenes, DEPTH, done.folder, skip_without_box=True, quiet=True).reused
+    with pytest.raises(ValueError, match=r"another prepared data set \(options: skip_without_box is True there"):
+        prepare(scenes, DEPTH, done.folder, quiet=True)
+
+
+def test_the_command_has_it(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["scanqa", "--root", str(scenes), "--splits", "[val]", "--frames.count", "2", "--skip-without-box"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
+    main()
+    assert "left out: 1 no_box (dropped.jsonl names each)" in capsys.readouterr().out
+
+
+def test_two_preparations_of_one_folder(scenes: Path) -> None:
+    """The second is refused, and what the first one has there is left alone."""
+    (scenes / "out.partial").mkdir()
+    (scenes / "out.partial" / "asked.json").write_text("{}")
+    with locked(scenes / "out.lock", "first", "wait"):
+        with pytest.raises(
+            ValueError, match=r"out is being prepared by process \d+ on .*, or give --out another folder"
+        ):
+            prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)
+        assert (scenes / "out.partial" / "asked.json").read_text() == "{}"
+    done = prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)
+    with locked(scenes / "out.lock", "first", "wait"):
+        assert prepare(scenes, QUESTIONS, done.folder, skip_without_box=True, quiet=True).reused, (
+            "reading needs no lock"
+        )
+    assert not (scenes / "out.lock").exists()

@@ -1,0 +1,47 @@
+"""Two starts of one run: the later one writes, the earlier one stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from w2r2_ds.engine.fence import INCARNATION, Fence, Fenced
+
+
+def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    first = Fence.claim(tmp_path)
+    first.check()
+    second = Fence.claim(tmp_path)
+    second.check()
+    assert (first.number, second.number) == (1, 2) and first.token != second.token
+    with pytest.raises(Fenced, match=r"was taken over by start 2 \(host \S+, job 17, 20.*start 1 of 20.* stops"):
+        first.check()
+    written = json.loads((tmp_path / "checkpoints" / INCARNATION).read_text())
+    assert written == second.described() and written["job"] == "17"
+
+
+def test_a_fence_that_is_gone_or_unreadable_stops_the_writer(tmp_path: Path) -> None:
+    fence = Fence.claim(tmp_path)
+    (tmp_path / "checkpoints" / INCARNATION).write_text("{")
+    with pytest.raises(Fenced, match="is gone or unreadable"):
+        fence.check()
+    (tmp_path / "checkpoints" / INCARNATION).unlink()
+    with pytest.raises(Fenced, match="is gone or unreadable"):
+        fence.check()
+
+
+def test_starts_write_in_folders_of_their_own_and_sweep_those_of_others(tmp_path: Path) -> None:
+    first = Fence.claim(tmp_path)
+    mine = first.aside(30)
+    mine.mkdir()
+    left = tmp_path / "checkpoints" / "step-000020.partial"  # of an earlier version
+    left.mkdir()
+    (mine.parent / "latest.01ab.partial").write_text("step")
+    first.sweep()
+    assert mine.exists() and not left.exists() and not (mine.parent / "latest.01ab.partial").exists()
+    second = Fence.claim(tmp_path)
+    assert not mine.exists()
+    assert second.aside(30) != first.aside(30)

@@ -1,0 +1,137 @@
+"""Files of a checkpoint are read as data, and a full disk is noted instead of raised."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from w2r2_ds.engine import shards
+from w2r2_ds.engine.random_state import rng_state, seed_afresh, set_rng_state
+from w2r2_ds.engine.shards import FORCE, FORCE_NOT, Part, Shards, load, refuse_programs, safe_loading
+
+
+class Trap:
+    """Unpickled as a program it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1, without a process group."""
+    monkeypatch.setattr(shards.dist, "get_rank", lambda: 1)
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Path:
+    """A file that looks like a shard, and makes `tmp_path/ran` when a program reads it."""
+    file = tmp_path / "shard.pt"
+    torch.save({"state": torch.ones(3), "more": Trap(tmp_path / "ran")}, file)
+    return file
+
+
+def test_the_trap_works_on_who_reads_pickles(trap: Path) -> None:
+    """Else the tests below would show nothing."""
+    torch.load(trap, weights_only=False)
+    assert (trap.parent / "ran").is_dir()
+
+
+def test_what_wants_to_run_is_refused_by_name_and_does_not_run(trap: Path) -> None:
+    for read in (load, Shards().load, refuse_programs):
+        with pytest.raises(ValueError, match=r"shard\.pt wants to run posix\.mkdir; .* never run"):
+            read(trap)  # type: ignore[operator]
+    with safe_loading(), pytest.raises(Exception, match=r"posix\.mkdir"):
+        torch.load(trap, weights_only=False)  # as DeepSpeed calls it
+    assert not (trap.parent / "ran").exists()
+
+
+def test_the_environment_does_not_weaken_it_and_is_put_back(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCE_NOT, "1")
+    monkeypatch.delenv(FORCE, raising=False)
+    with pytest.raises(ValueError, match=r"posix\.mkdir"):
+        load(trap)
+    assert not (trap.parent / "ran").exists()
+    assert os.environ[FORCE_NOT] == "1" and FORCE not in os.environ
+
+
+def test_deepspeeds_own_classes_are_read(tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    state = {"scaler": LossScaler(1.0), "stage": ZeroStageEnum.weights, "where": fragment_address(numel=3, start=4)}
+    torch.save(state, tmp_path / "shard.pt")
+    refuse_programs(tmp_path / "shard.pt")
+    with safe_loading():
+        load(tmp_path / "shard.pt")
+        read = torch.load(tmp_path / "shard.pt", weights_only=False)  # still allowed after one inside
+    assert read["stage"] is ZeroStageEnum.weights and read["where"] == state["where"]
+    assert read["scaler"].cur_scale == 1.0
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut"])
+def test_what_is_no_file_of_torch_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "shard.pt"
+    file.write_bytes(content)
+    for read in (load, refuse_programs):
+        with pytest.raises(ValueError, match=r"shard\.pt"):
+            read(file)  # type: ignore[operator]
+    file.unlink()
+    with pytest.raises(ValueError, match=r"shard\.pt: cannot be read"):
+        load(file)
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_first_failure_is_kept_and_the_rank_goes_on(tmp_path: Path) -> None:
+    part = Part(tmp_path)
+    writer = Shards(part)
+    writer.makedirs(str(tmp_path / "engine"), exist_ok=True)
+    writer.save({"weight": torch.ones(3)}, str(tmp_path / "engine" / "one.pt"))
+    writer.save({"weight": torch.ones(3)}, str(tmp_path / "nowhere" / "two.pt"))
+    writer.save({"weight": torch.ones(3)}, str(tmp_path / "nobody" / "three.pt"))
+    assert list(part.files) == ["engine/one.pt"]
+    expected = f"rank 1 on {socket.gethostname()}: {tmp_path}/nowhere/two.pt: No such file or directory (errno 2)"
+    assert part.failure == expected
+    assert torch.equal(load(tmp_path / "engine" / "one.pt")["weight"], torch.ones(3))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_file_system_without_room_is_noted(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {small} 2>/dev/null") != 0:
+        pytest.skip("this root may not mount (a container without CAP_SYS_ADMIN)")
+    try:
+        part = Part(small)
+        part.save("large.pt", {"weight": torch.ones(100_000)})
+        assert part.failure is not None and part.failure.endswith("large.pt: No space left on device (errno 28)")
+        part = Part(small)
+        (small / "large.pt").unlink()
+        part.save("small.pt", {"weight": torch.ones(1000)})
+        assert part.failure is None
+    finally:
+        assert os.system(f"umount {small}") == 0
+
+
+def test_a_random_state_goes_on_or_starts_afresh_by_rank_and_step() -> None:
+    before = rng_state()
+    first = torch.rand(4)
+    set_rng_state(before)
+    assert torch.equal(torch.rand(4), first)
+    drawn = []
+    for rank, step in ((0, 3), (1, 3), (0, 4), (0, 3)):
+        seed_afresh(7, rank, step)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[3])
+    assert not any(torch.equal(drawn[0], other) for other in drawn[1:3])
+    set_rng_state(before)

@@ -1,0 +1,51 @@
+"""A run small enough to be looked at in a second: one prepared set, two model directories without a use."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from broken_rank import command
+from runs import ZERO3
+
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Options of launchers/train.py for it, by name without dashes."""
+    from w2r2_ds.data.prepared import MANIFEST, VERSION, tables, write_tables
+
+    folder = tmp_path_factory.mktemp("little")
+    prepared = samples[0].frames[0].parent / "prepared"
+    prepared.mkdir()
+    write_tables(prepared, *tables(samples, prepared.parent))
+    manifest = {"version": VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}}
+    (prepared / MANIFEST).write_text(json.dumps(manifest))
+    for name, config in (("vlm", {"text_config": TEXT | {"num_hidden_layers": 2}}), ("vggt", {"embed_dim": 32})):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        save_file({"weight": torch.arange(12.0).reshape(3, 4)}, folder / name / "model.safetensors")
+    return {
+        "deepspeed": str(ZERO3),
+        "demo.enabled": "false",
+        "data.root": str(prepared.parent),
+        "data.train": "[{path: prepared}]",
+        "data.val": "[{path: prepared}]",
+        "data.workers": "0",
+        "model.vlm": str(folder / "vlm"),
+        "model.vggt": str(folder / "vggt"),
+        "out": str(folder / "run"),
+    }
+
+
+@pytest.fixture
+def config(little_run: dict[str, str]) -> Any:
+    """Its configuration."""
+    from launchers.doctor import read_arguments
+
+    return read_arguments(command(little_run)).config

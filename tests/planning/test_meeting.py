@@ -1,0 +1,155 @@
+"""Time limits, the alarm, places, comparison and table: the parts that hold the checks together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broken_rank import command
+from runs import environment
+from w2r2_ds.planning import bounded as limits_of_time
+from w2r2_ds.planning import doctor, place
+from w2r2_ds.planning.bounded import TooLong, bounded
+from w2r2_ds.planning.clocks import Skew, judge
+from w2r2_ds.planning.compare import differences
+from w2r2_ds.planning.meeting import missing_sentences
+from w2r2_ds.planning.outcome import Outcome, Report
+from w2r2_ds.planning.table import merged, results, sentences, show
+
+
+def test_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and exceptions come back; a call that waits hangs, one that computes is only slow."""
+    monkeypatch.setattr(limits_of_time, "STILL", 0.5)
+    assert bounded(lambda: 3, 5) == 3
+    with pytest.raises(KeyError):
+        bounded(lambda: {}["no"], 5)
+    with pytest.raises(TooLong) as waits:
+        bounded(lambda: time.sleep(60), 0.5, 60)
+    assert not waits.value.works
+    over = time.monotonic() + 2
+
+    def compute() -> str:
+        while time.monotonic() < over:
+            pass
+        return "done"
+
+    assert bounded(compute, 0.1, 60) == "done", "it may take longer as long as it works"
+
+
+def test_alarm() -> None:
+    """The program ends, whatever it waits for, and says what that was."""
+    code = (
+        "import time\nfrom w2r2_ds.planning.bounded import Alarm\n"
+        "alarm = Alarm(0.5, 'n7')\nalarm.now('reading a dead disk')\ntime.sleep(60)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("doctor: n7 was not done after 0 s, while reading a dead disk; ")
+
+
+def test_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert place.find_place() == place.Place(host="n1") and place.allocated_hosts() == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK is not set"):
+        place.find_place()
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("PATH", "")
+    assert place.allocated_hosts() == ["n[1-2]"], "as it is, where scontrol is not"
+
+
+def test_clock_is_judged_by_what_was_measured() -> None:
+    """Two seconds are allowed; a slow round trip proves nothing beyond its half."""
+    assert judge(Skew(1.9, 0.01), "n1").wrong == []
+    assert judge(Skew(-2.5, 0.6), "n1").wrong == []
+    assert judge(Skew(-2.5, 0.1), "n1").wrong[0].startswith("the clock is 2.5 s behind that of n1")
+
+
+def test_missing() -> None:
+    assert missing_sentences([], {0: "n1"}, ["n1"], 40) == []
+    (sentence,) = missing_sentences([4, 5], {0: "n1", 6: "n4"}, ["n1", "n3", "n4"], 40)
+    assert sentence.startswith("n3: ranks 4, 5 did not come within 40 s (there are n1, n4); ")
+    assert missing_sentences([1], {0: "n1"}, [], 40)[0].startswith("rank 1 did not come")
+
+
+def report(host: str, **outcomes: Outcome) -> Report:
+    return Report(0, 0, host, outcomes)
+
+
+def test_differences() -> None:
+    """Only what differs from the first node, with both values; a list that is too long is cut."""
+    first = report("n1", versions=Outcome(equal={"torch": "2", "peft": "1"}), data=Outcome(equal={"set": "a"}))
+    same = report("n2", versions=Outcome(equal={"torch": "2", "peft": "1"}), data=Outcome(equal={"set": "a"}))
+    assert differences([]) == differences([first, same]) == []
+    other = report("n3", versions=Outcome(equal={"torch": "3", "wandb": "1"}), data=Outcome(equal={}))
+    assert differences([first, same, other]) == [
+        ("n3", "torch is 3 here, but 2 on n1; make the nodes the same."),
+        ("n3", "peft is missing here; n1 has it: install it."),
+        ("n3", "wandb is installed here, not on n1."),
+    ]
+    many = [report(host, versions=Outcome(equal={str(i): host for i in range(9)})) for host in ("n1", "n2")]
+    assert len(differences(many)) == 5 and differences(many)[-1][1] == "5 more of versions differ from n1."
+
+
+def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of which the same is true share a line; paths are no markup; without rich the same is plain."""
+    nodes = [
+        report(host, disk=Outcome(shown={"out": "/data/[red]x"}, wrong=["no room; make some."]))
+        for host in ("n1", "n2")
+    ]
+    found = sentences(nodes)
+    assert merged(found) == ["WRONG: n1, n2: no room; make some."]
+    assert results(nodes) == [("disk", "WRONG on n1, n2")]
+    show(nodes, found, "verdict")
+    with_rich = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    show(nodes, found, "verdict")
+    plain = capsys.readouterr().out
+    for text in ("/data/[red]x", "WRONG on n1, n2", "WRONG: n1, n2: no room; make some.", "verdict"):
+        assert text in with_rich and text in plain
+
+
+def test_report_survives_json() -> None:
+    first = report("n1", clock=Outcome({"a": "b"}, {"c": "d"}, ["e"], ["f"]))
+    assert Report.from_json(json.loads(json.dumps(first.to_json()))) == first
+
+
+def test_command_line(little_run: dict[str, str], tmp_path: Path) -> None:
+    """The options are train.py's, to the last one; a refused one is a finding, no options mean no run."""
+    from launchers.doctor import read_arguments
+    from launchers.train import read_arguments as of_train
+
+    arguments = [*command(little_run), "--train.steps", "7", "--local_rank=3"]
+    asked = read_arguments(arguments)
+    assert (asked.config, asked.ds_path) == of_train(arguments)
+    assert asked.files == [little_run["deepspeed"]]
+    assert read_arguments([]).config is None and read_arguments(["--local_rank=0"]).config is None
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {steps: 3}\n")
+    assert read_arguments(["--config", str(recipe)]).files == [str(recipe)]
+    assert "did you mean --train.steps" in read_arguments(["--train.step", "3"]).refused
+    assert "train.steps is -1" in read_arguments(["--train.steps", "-1"]).refused
+
+
+def test_torch_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The rest is looked at all the same."""
+
+    def broken(name: str) -> None:
+        raise OSError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    assert doctor.examine(doctor.Asked(None, "", [])) == 1
+    output = capsys.readouterr().out
+    assert "torch cannot be imported (OSError: libcudart.so.12: cannot open shared object file)" in output
+    assert "versions" in output and "TMPDIR" in output

@@ -1,0 +1,223 @@
+"""Data of strangers: recipes, prepared sets, frames, meshes and archives stay data, and below the data root."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import trimesh
+from PIL import Image
+
+from w2r2_ds.config import load_config
+from w2r2_ds.data.check import check_frames
+from w2r2_ds.data.frames import load_depth
+from w2r2_ds.data.images import frame_size, load_frame
+from w2r2_ds.data.manifest import file_hash
+from w2r2_ds.data.prepared import FRAMES, MANIFEST, SAMPLES, VERSION, PreparedSet, tables, write_tables
+from w2r2_ds.data.scan_boxes import _read_vertices
+from w2r2_ds.data.scannet import Frame, check_scene_id
+from w2r2_ds.data.tasks.scanrefer import image_size
+from w2r2_ds.data.unpickle import load_plain
+from w2r2_ds.evaluation.score_file import score_file
+from w2r2_ds.evaluation.sets import find_sets
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+"""An image to PIL, whose reader starts Ghostscript."""
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("data: {class_path: evil_recipe.Data, init_args: {root: x}}", "data.class_path would import code"),
+        ("data.class_path: evil_recipe.Data", "data.class_path would import code"),
+        ("data: evil_recipe.Data", "data is 'evil_recipe.Data', but must be a section"),
+        ("data: {train: [{class_path: evil_recipe.Data}]}", "data.train[0].class_path would import code"),
+        ("data: {train: [evil_recipe.Data]}", "data.train[0] is 'evil_recipe.Data', but must be a section"),
+        ("data: OTHER", "but must be a section"),
+        ("config: OTHER", "config would import code or read another file"),
+        ("data: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    ],
+)
+def test_a_recipe_is_data(
+    text: str,
+    sentence: str,
+    tmp_path: Path,
+    mark: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also the config.yaml of somebody's run, which evaluation and export read by the same function."""
+    (tmp_path / "evil_recipe.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\nfrom w2r2_ds.config import DataConfig\nclass Data(DataConfig): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "other.yaml").write_text("a-line-of-another-file: 1\n")
+    (tmp_path / "config.yaml").write_text(text.replace("OTHER", str(tmp_path / "other.yaml")) + "\n")
+    with pytest.raises(SystemExit):
+        load_config(tmp_path / "config.yaml")
+    said = capsys.readouterr().err
+    assert sentence in said and "a-line-of-another-file" not in said
+    assert not mark.exists() and "evil_recipe" not in sys.modules
+
+
+def write_set(folder: Path, samples: Any, root: Path, **manifest: Any) -> tuple[pa.Table, pa.Table]:
+    """A prepared set as another program may write one."""
+    folder.mkdir(exist_ok=True)
+    made = tables(samples, root)
+    write_tables(folder, *made)
+    content = {"version": VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}, **manifest}
+    (folder / MANIFEST).write_text(json.dumps(content))
+    return made
+
+
+def with_first(table: pa.Table, column: str, value: str) -> pa.Table:
+    values = [value, *table[column].to_pylist()[1:]]
+    return table.set_column(table.schema.get_field_index(column), table.schema.field(column), pa.array(values))
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/etc/passwd", "leaves the data root"),
+        ("../outside.png", "leaves the data root"),
+        ("posed_images/../../outside.png", "leaves the data root"),
+        ("a\x00b.png", "holds a control character"),
+        ("a\x1b[31m.png", "holds a control character"),
+    ],
+)
+def test_a_frame_stays_below_the_data_root(path: str, sentence: str, samples: Any, tmp_path: Path) -> None:
+    root = samples[0].frames[0].parent
+    _, frames = write_set(tmp_path, samples, root)
+    pq.write_table(with_first(frames, "path", path), tmp_path / FRAMES)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        PreparedSet(tmp_path, root)
+    assert "\x1b" not in str(caught.value) and "\x00" not in str(caught.value)
+
+
+def test_links_of_the_users_own_are_followed(samples: Any, tmp_path: Path) -> None:
+    """docs/data.md: a folder may be a link to another disk. A table cannot make one."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "posed_images").symlink_to(samples[0].frames[0].parent)
+    write_set(tmp_path / "set", samples, samples[0].frames[0].parent)
+    table = pq.read_table(tmp_path / "set" / FRAMES)
+    for row, path in enumerate(table["path"].to_pylist()):
+        assert "/" not in path, row
+    paths = pa.array([f"posed_images/{path}" for path in table["path"].to_pylist()])
+    pq.write_table(table.set_column(0, table.schema.field(0), paths), tmp_path / "set" / FRAMES)
+    assert check_frames(PreparedSet(tmp_path / "set", tmp_path / "root")) == sum(len(each.frames) for each in samples)
+
+
+@pytest.mark.parametrize("column", ["id", "scene_id", "task"])
+def test_names_of_a_table_stand_on_one_line(column: str, samples: Any, tmp_path: Path) -> None:
+    root = samples[0].frames[0].parent
+    made, _ = write_set(tmp_path, samples, root)
+    pq.write_table(with_first(made, column, "x\nstep 5  loss 0.0"), tmp_path / SAMPLES)
+    with pytest.raises(ValueError, match=rf"{column} 'x\\nstep 5  loss 0.0' holds a control character"):
+        PreparedSet(tmp_path, root)
+
+
+@pytest.mark.parametrize("task", ["../../x", "scan/refer", "/tmp/x", "", "a\nb", 3, None])
+def test_a_task_is_a_name_and_no_path(task: Any, samples: Any, tmp_path: Path, data_config: Any) -> None:
+    """An evaluation writes predictions-TASK-GEOMETRY.jsonl and removes parts-TASK-GEOMETRY."""
+    write_set(tmp_path, samples, samples[0].frames[0].parent, task=task)
+    config = data_config(root=str(samples[0].frames[0].parent))
+    with pytest.raises(ValueError, match=r"manifest.json: task .* is no name of small letters"):
+        find_sets(config, data=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "/etc", "a b", "", "..", "a\n", "scene0000_00\x00", "s" * 101])
+def test_a_scene_is_a_name_and_no_path(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is not made of letters, digits and underscores only"):
+        check_scene_id(name)
+
+
+def test_a_prediction_of_a_stranger_forges_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "predictions-x.jsonl"
+    file.write_text(json.dumps({"id": "a\nscores: 1.0", "task": "scanqa", "scene_id": "s", "text": "x"}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1: field 'id' is 'a\\nscores: 1.0', with a control character"):
+        score_file(file)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Programs that PIL starts; none is."""
+    calls: list[Any] = []
+
+    def refuse(*arguments: Any, **_: Any) -> None:
+        calls.append(arguments)
+        raise OSError("started")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    monkeypatch.setattr("subprocess.check_call", refuse)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    yield calls
+    assert not calls
+
+
+def test_an_image_starts_no_program(tmp_path: Path, started: list[Any]) -> None:
+    """PostScript is an image to PIL whatever the file's name, and Ghostscript reads it."""
+    path = tmp_path / "00000.jpg"
+    path.write_bytes(EPS)
+    frame = Frame(0, path, path, np.eye(4))
+    for read, value in ((load_frame, path), (frame_size, path), (load_depth, frame)):
+        with pytest.raises(ValueError, match=r"00000\.jpg"):
+            read(value)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"00000\.jpg is not a readable image"):
+        image_size(type("Scene", (), {"frames": (frame,)}))  # type: ignore[arg-type]
+
+
+def test_a_mesh_opens_no_other_file(tmp_path: Path) -> None:
+    """A PLY names its texture, and its reader would open it; one outside the folder trimesh itself refuses."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "texture.png")
+    content = trimesh.creation.box().export(file_type="ply")
+    path = tmp_path / "scene.ply"
+    path.write_bytes(content.replace(b"\nelement", b"\ncomment TextureFile texture.png\nelement", 1))
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open":
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    vertices = _read_vertices(path)
+    watching = False
+    assert len(vertices) == 8 and str(path) in opened
+    assert not [name for name in opened if name.endswith("texture.png")]
+
+
+def test_what_a_pickle_names_is_quoted_on_one_line(tmp_path: Path, mark: Path, payload: Any) -> None:
+    path = tmp_path / "infos.pkl"
+    path.write_bytes(b"\x80\x04\x8c\x0aos\x1b[2J\r\x85.x\x8c\x06system\x93.")
+    with pytest.raises(ValueError) as caught:
+        load_plain(path)
+    assert all(char.isprintable() for char in str(caught.value))
+    path.write_bytes(pickle.dumps(payload))
+    with pytest.raises(ValueError, match="nothing of it was run"):
+        load_plain(path)
+    assert not mark.exists()
+
+
+def test_an_array_with_a_pickle_is_not_read(tmp_path: Path, payload: Any, mark: Path) -> None:
+    from w2r2_ds.data.scannet import _read_instances
+
+    path = tmp_path / "scene0000_00_aligned_bbox.npy"
+    for content in (np.array([payload], dtype=object), {"a": np.array([payload], dtype=object)}):
+        file = io.BytesIO()
+        if isinstance(content, dict):
+            np.savez(file, **content)
+        else:
+            np.save(file, content, allow_pickle=True)
+        path.write_bytes(file.getvalue())
+        with pytest.raises(ValueError, match=r"aligned_bbox.npy (is not a readable array|must hold numbers)"):
+            _read_instances(path)
+    assert not mark.exists() and file_hash(path) != "missing"

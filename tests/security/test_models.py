@@ -1,0 +1,226 @@
+"""Model and adapter folders of strangers: nothing in them is run, and no pickle in them is read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from w2r2_ds.config import RunConfig, load_config, save_config
+from w2r2_ds.export.adapter import adapter_config, export_adapter, load_adapter
+from w2r2_ds.export.vgllm import refuse_foreign
+from w2r2_ds.geometry.loading import weight_files
+from w2r2_ds.models.build import build_model, fingerprint, trainable
+from w2r2_ds.models.vlm import load_tokenizer, load_vlm, meta_model
+from w2r2_ds.versions import versions
+
+WEIGHTS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_weights_in_a_pickle_are_not_read(vlm_folder: Path, payload: Any, mark: Path) -> None:
+    """Not even good ones: without `use_safetensors` transformers would take these."""
+    torch.save(load_file(vlm_folder / WEIGHTS), vlm_folder / BIN)
+    (vlm_folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"cannot read model weights \(.*no file named model.safetensors"):
+        load_vlm(vlm_folder, torch.float32)
+    torch.save(payload, vlm_folder / BIN)
+    with pytest.raises(ValueError, match="cannot read model weights"):
+        load_vlm(vlm_folder, torch.float32)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", [BIN, "../other.safetensors", "/etc/passwd.safetensors", ".."])
+def test_an_index_names_safetensors_beside_it_only(vlm_folder: Path, name: str) -> None:
+    tensors = load_file(vlm_folder / WEIGHTS)
+    torch.save(tensors, vlm_folder / BIN)
+    (vlm_folder / WEIGHTS).rename(vlm_folder.parent / "other.safetensors")
+    (vlm_folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}))
+    for load in (lambda: load_vlm(vlm_folder, torch.float32), lambda: weight_files(vlm_folder)):
+        with pytest.raises(ValueError, match=r"index\.json names .*, which is (no safetensors file|not beside it)"):
+            load()
+
+
+def test_code_of_a_model_folder_is_not_run(vlm_folder: Path, code: str, mark: Path) -> None:
+    """`auto_map` is what `trust_remote_code` would follow; the stock classes are used."""
+    (vlm_folder / "evil.py").write_text(code)
+    models = {name: "evil.Model" for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")}
+    edit(vlm_folder / "config.json", auto_map={"AutoConfig": "evil.Config", **models})
+    edit(vlm_folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]})
+    assert type(load_vlm(vlm_folder, torch.float32)).__module__.startswith("transformers.")
+    assert type(load_tokenizer(vlm_folder)).__module__.startswith("transformers.")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_class_that_only_its_own_code_has_is_not_looked_for(
+    vlm_folder: Path, code: str, mark: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (vlm_folder / "evil.py").write_text(code)
+    monkeypatch.syspath_prepend(str(vlm_folder))
+    changes: dict[str, Any] = {
+        "config.json": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}},
+        "tokenizer_config.json": {
+            "tokenizer_class": "Tokenizer",
+            "auto_map": {"AutoTokenizer": ["evil.Tokenizer"] * 2},
+        },
+    }
+    edit(vlm_folder / file, **changes[file])
+    try:
+        assert type(load_tokenizer(vlm_folder)).__module__.startswith("transformers.")
+    except ValueError as error:
+        assert str(vlm_folder) in str(error)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
+def test_attention_of_the_hub_is_refused(vlm_folder: Path, part: str) -> None:
+    """transformers would fetch OWNER/NAME and run it, without `trust_remote_code`."""
+    raw = json.loads((vlm_folder / "config.json").read_text())
+    (raw[part] if part else raw)["attn_implementation"] = "somebody/kernel:forward"
+    (vlm_folder / "config.json").write_text(json.dumps(raw))
+    for load in (lambda: load_vlm(vlm_folder, torch.float32), lambda: meta_model(vlm_folder)):
+        with pytest.raises(ValueError, match=r"attn_implementation 'somebody/kernel:forward' is code of the Hugging"):
+            load()
+
+
+def test_nor_is_it_an_option(model_config: Any) -> None:
+    with pytest.raises(ValueError, match=r"model.attention is 'somebody/kernel'; .* never code of the Hugging"):
+        load_config(overrides=["--model.attention", "somebody/kernel"])
+    with pytest.raises(ValueError, match=r"model.attention somebody/kernel is code of the Hugging Face Hub"):
+        load_vlm(model_config.vlm, torch.float32, "somebody/kernel")
+
+
+def test_flash_attention_that_is_not_installed_is_not_fetched(
+    model_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("w2r2_ds.models.trust.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"flash_attention_2, which needs a package that is not installed \(flash_attn"
+    ):
+        load_vlm(model_config.vlm, torch.float32, "flash_attention_2")
+
+
+def test_an_adapter_in_a_model_folder_is_refused(vlm_folder: Path) -> None:
+    """transformers would load it without being asked, with whatever its configuration says."""
+    (vlm_folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    with pytest.raises(ValueError, match=r"holds a PEFT adapter \(adapter_config.json\); give the model's own"):
+        load_vlm(vlm_folder, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the engine saves of a model, its LoRA weights moved."""
+    config = RunConfig(model=model_config)
+    model = build_model(config.model, torch.device("cpu"), seed=1)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.1)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, folder / "trainable.safetensors")
+    save_config(config, folder / "config.yaml")
+    description = {"step": 0, "model": fingerprint(model), "metrics": {}, "versions": versions()}
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture
+def adapter(checkpoint: Path, tmp_path: Path) -> Path:
+    return export_adapter(checkpoint, tmp_path / "adapter")
+
+
+def read(adapter: Path) -> Any:
+    return load_adapter(adapter, adapter_config(adapter), torch.device("cpu"))
+
+
+def test_peft_does_not_do_what_an_adapter_says(
+    adapter: Path, checkpoint: Path, code: str, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft imports the module that `megatron_core` names; here only the tensors of the folder are read."""
+    (adapter / "evil_core.py").write_text(code)
+    monkeypatch.syspath_prepend(str(adapter))
+    edit(adapter / "adapter_config.json", megatron_core="evil_core", megatron_config={"a": 1})
+    model = read(adapter)
+    assert not mark.exists() and "evil_core" not in sys.modules
+    saved = load_file(checkpoint / "trainable.safetensors")
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in trainable(model).items())
+
+
+def test_an_adapter_in_a_pickle_is_not_read(adapter: Path, payload: Any, mark: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    for content in (tensors, payload):
+        torch.save(content, adapter / "adapter_model.bin")
+        with pytest.raises(ValueError, match=r"adapter_model.safetensors: cannot read the LoRA weights"):
+            read(adapter)
+    assert not mark.exists()
+
+
+def test_an_adapter_holds_just_the_tensors_of_the_model(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    for content, sentence in (
+        (tensors | {"stray": torch.zeros(1)}, "stray is in it but not in the model"),
+        ({key: value for key, value in tensors.items() if key != name}, f"{name} is missing in it"),
+        (tensors | {name: torch.zeros(1, 1)}, rf"{name} has shape \(1, 1\), the model"),
+    ):
+        save_file(content, file)
+        with pytest.raises(ValueError, match=sentence):
+            read(adapter)
+
+
+def test_a_card_is_read_as_values(adapter: Path, mark: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (adapter / "evil_card.py").write_text(code)
+    monkeypatch.syspath_prepend(str(adapter))
+    card = json.loads((adapter / "w2r2_card.json").read_text())
+    for section, values, sentence in (
+        ("data", {"class_path": "evil_card.Config"}, "data.class_path would import code"),
+        ("data", "evil_card.Config", "data is 'evil_card.Config', but must be a section of fields"),
+        ("model", {"attention": "somebody/kernel"}, "never code of the Hugging Face Hub"),
+        ("model", {"lora_rank": "many"}, "w2r2_card.json: configuration: model.lora_rank: expected int, got many"),
+        ("nothing", 1, "Option 'nothing' is not accepted"),
+    ):
+        (adapter / "w2r2_card.json").write_text(
+            json.dumps(card | {"configuration": card["configuration"] | {section: values}})
+        )
+        with pytest.raises(ValueError, match=sentence):
+            adapter_config(adapter)
+    (adapter / "w2r2_card.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"w2r2_card.json: field 'configuration' is missing"):
+        adapter_config(adapter)
+    assert not mark.exists()
+
+
+def test_the_card_in_words_quotes_names(checkpoint: Path, model_config: Any, tmp_path: Path) -> None:
+    """A path with a quote in it would end the text of the code that a reader copies."""
+    folder = tmp_path / 'a"); import os; ("'
+    folder.symlink_to(model_config.vlm)
+    text = (export_adapter(checkpoint, tmp_path / "out", vlm=str(folder)) / "README.md").read_text()
+    assert f"from_pretrained({json.dumps(str(folder))}, dtype" in text
+
+
+def test_an_import_carries_no_links_and_no_code_on(tmp_path: Path) -> None:
+    secret = tmp_path / "token.json"
+    secret.write_text('{"token": "mine"}')
+    source = tmp_path / "models" / "snapshots" / "a1"
+    source.mkdir(parents=True)
+    (source / "special_tokens_map.json").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"special_tokens_map.json is a link out of .*; put the file itself there"):
+        refuse_foreign(source / "special_tokens_map.json", source)
+    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}')
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: auto_map names code of its own"):
+        refuse_foreign(source / "tokenizer_config.json", source)
+    blobs = tmp_path / "models" / "blobs"
+    blobs.mkdir()
+    (blobs / "0123").write_text("{}")
+    (source / "tokenizer.json").symlink_to(blobs / "0123")
+    refuse_foreign(source / "tokenizer.json", source)

@@ -1,0 +1,141 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from w2r2_ds import durable
+
+KILLED_WHILE_REPLACING = """
+import sys
+from pathlib import Path
+from w2r2_ds import durable
+file = Path(sys.argv[1])
+number = 0
+while True:
+    number += 1
+    durable.replace(file, str(number) * 100_000)
+    print(number, flush=True)
+"""
+
+
+class Full(io.RawIOBase):
+    """A disk with room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.kept = room, b""
+
+    def write(self, data: object) -> int:
+        view = memoryview(data)  # type: ignore[arg-type]
+        if len(view) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= len(view)
+        self.kept += bytes(view)
+        return len(view)
+
+
+def test_what_is_written_is_counted_and_hashed(tmp_path: Path) -> None:
+    with durable.writing(tmp_path / "a") as writer:
+        writer.write(b"one")
+        writer.write(memoryview(b"two"))
+    expected = durable.Digest(6, hashlib.sha256(b"onetwo").hexdigest())
+    assert writer.digest == expected == durable.digest(tmp_path / "a")
+    assert durable.replace(tmp_path / "a", "größer") == durable.digest(tmp_path / "a")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "größer"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_torch_saves_through_it(tmp_path: Path) -> None:
+    state = {"weight": torch.arange(1000.0), "step": 3}
+    with durable.writing(tmp_path / "a.pt") as writer:
+        torch.save(state, writer)
+    assert writer.digest == durable.digest(tmp_path / "a.pt")
+    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert torch.equal(loaded["weight"], state["weight"]) and loaded["step"] == 3
+
+
+@pytest.mark.parametrize("room", [0, 10, 3000])
+def test_torch_does_not_see_a_full_disk_but_its_writer_does(room: int) -> None:
+    """Inside `torch.save` an exception would become a RuntimeError of its archive, or end the process."""
+    writer = durable.Writer(Full(room))
+    torch.save({"weight": torch.arange(10_000.0)}, writer)
+    assert writer.error is not None and writer.error.errno == errno.ENOSPC
+
+
+def test_a_file_that_grows_too_large_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """As on a full disk, from the kernel: EFBIG; then nothing is replaced and nothing lies about."""
+    durable.replace(tmp_path / "a", "old")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(OSError) as caught:
+            durable.replace(tmp_path / "a", "new" * 1000)
+        with pytest.raises(OSError) as saving, durable.writing(tmp_path / "b") as writer:
+            torch.save(torch.arange(1000.0), writer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert caught.value.errno == errno.EFBIG and "a." in str(caught.value.filename)
+    assert saving.value.errno == errno.EFBIG and saving.value.filename == str(tmp_path / "b")
+    assert (tmp_path / "a").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]  # b is inside a folder that is aside itself
+
+
+def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
+    durable.replace(tmp_path / "a", "old")
+    with pytest.raises(KeyError), durable.replacing(tmp_path / "a") as aside:
+        aside.write_text("half")
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_reader_sees_a_whole_file_whenever_the_writer_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    for pause in (0.0, 0.003, 0.011):
+        writer = subprocess.Popen([sys.executable, "-c", KILLED_WHILE_REPLACING, str(file)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None and writer.stdout.readline() == b"1\n"
+        time.sleep(pause)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        text = file.read_text()
+        number = text[: len(text) // 100_000]
+        assert number and text == number * 100_000
+
+
+def test_a_folder_never_replaces_another(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(OSError):
+        durable.move(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "file").read_text() == "two"
+    durable.move(tmp_path / "one", tmp_path / "three")
+    assert (tmp_path / "three" / "file").read_text() == "one"
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
+    lines = durable.Lines(tmp_path / "log")
+    assert lines.append("one") is None
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
+    try:
+        failures = [lines.append("two"), lines.append("three")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert [failure and failure.errno for failure in failures] == [errno.EFBIG] * 2
+    assert (tmp_path / "log").read_text() == "one\n" and lines.waiting == b"two\nthree\n"
+    assert lines.append("four") is None and not lines.waiting
+    lines.close()
+    assert (tmp_path / "log").read_text() == "one\ntwo\nthree\nfour\n"

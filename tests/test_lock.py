@@ -1,0 +1,137 @@
+"""One process at a time per output folder, with real processes; a killed one never blocks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2r2_ds.lock import locked
+
+HOLD = """
+import sys, time, os
+from pathlib import Path
+from w2r2_ds.lock import locked
+with locked(Path(sys.argv[1]), "out is being prepared", "give another --out"):
+    child = os.fork() if sys.argv[2] == "fork" else 1
+    print(child, flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Any]:
+    """`hold(how)`: another process that holds the lock, and the number of its forked child."""
+    processes, children = [], []
+
+    def start(how: str = "alone") -> tuple[subprocess.Popen[str], int]:
+        command = [sys.executable, "-c", HOLD, str(tmp_path / "out.lock"), how]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout is not None
+        child = max(int(processes[-1].stdout.readline()), int((how == "fork" and processes[-1].stdout.readline()) or 0))
+        children.extend([child] if how == "fork" else [])
+        return processes[-1], child
+
+    yield start
+    for each in processes:
+        each.kill()
+        each.communicate()
+    for number in children:
+        os.kill(number, 9)
+
+
+def take(file: Path) -> Any:
+    return locked(file, "out is being prepared", "give another --out")
+
+
+def test_a_second_one_is_refused_by_name(tmp_path: Path, hold: Any) -> None:
+    process, _ = hold()
+    with (
+        pytest.raises(
+            ValueError, match=rf"out is being prepared by process {process.pid} on .* since 20.*; wait until"
+        ),
+        take(tmp_path / "out.lock"),
+    ):
+        raise AssertionError("it is held by another")
+
+
+def test_a_killed_one_does_not_block(tmp_path: Path, hold: Any) -> None:
+    process, _ = hold()
+    process.kill()
+    process.wait()
+    assert (tmp_path / "out.lock").is_file(), "what a killed process leaves"
+    with take(tmp_path / "out.lock"):
+        pass
+    assert not (tmp_path / "out.lock").exists()
+
+
+def test_nor_do_its_loader_processes(tmp_path: Path, hold: Any) -> None:
+    """A forked child has the parent's open files; it outlives a parent that is killed."""
+    process, child = hold("fork")
+    process.kill()
+    process.wait()
+    os.kill(child, 0)
+    with take(tmp_path / "out.lock"):
+        pass
+
+
+def test_it_is_free_again_after_the_block_and_after_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "out.lock"
+    for _ in range(2):
+        with pytest.raises(KeyError), take(file):
+            raise KeyError
+    with take(file), pytest.raises(ValueError, match=rf"by process {os.getpid()} on"), take(file):
+        pass
+    assert not file.exists()
+
+
+def test_what_is_in_the_file_decides_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "out.lock"
+    file.write_text('{"pid": 1, "host": "\\u001b[31m", "since": "x"}')
+    with take(file), pytest.raises(ValueError, match="is being prepared by process"), take(file):
+        pass
+
+
+def test_one_that_was_removed_while_it_was_opened_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking, the holder may end and remove the file: a lock on a removed file excludes nobody."""
+    import fcntl
+
+    file, real, times = tmp_path / "out.lock", fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        times.append(descriptor)
+        if len(times) == 1:
+            file.unlink()
+        real(descriptor, how)
+
+    monkeypatch.setattr("w2r2_ds.lock.fcntl.flock", flock)
+    with take(file):
+        assert len(times) == 2 and file.exists()
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="is being prepared"), take(file):
+            pass
+
+
+def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("keep")
+    (tmp_path / "out.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError), take(tmp_path / "out.lock"):
+        pass
+    assert (tmp_path / "mine").read_text() == "keep"
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("w2r2_ds.lock.fcntl.flock", flock)
+    with take(tmp_path / "out.lock"):
+        assert "this file system has no locks (No locks available)" in capsys.readouterr().out
