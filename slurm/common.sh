@@ -129,13 +129,25 @@ conclude() {
     if [ "$asked" = TERM ]; then
         leave
     elif [ -n "$lost" ]; then
-        requeue "$(ended "$lost")"
+        again "$(ended "$lost")"
     elif [ -n "$asked" ]; then
         leave
     elif ((seen == 0)) && ! compgen -G "$state/pid-*" >/dev/null; then
         die "srun could not start the ranks and ended with $1; its message is above."
     fi
-    requeue "srun ended with $1, and a rank left no exit code"
+    again "srun ended with $1, and a rank left no exit code"
+}
+
+# again REASON: requeues a job that lost a rank, unless that is all it does: what ends three starts in a row within a
+# quarter of an hour each is no mishap of a machine.
+again() {
+    if ((SECONDS < 900)); then
+        : >"$logs/start-$starts/early"
+        if [ -e "$logs/start-$((starts - 1))/early" ] && [ -e "$logs/start-$((starts - 2))/early" ]; then
+            die "$1; not requeued: the third start in a row that was lost within minutes. See $logs/rank-*.log."
+        fi
+    fi
+    requeue "$1"
 }
 
 # leave: ends a job that a signal stopped.
