@@ -13,7 +13,7 @@ import torch.distributed as dist
 from w2r2_ds.config import RunConfig, config_first, from_tree, train_parser
 from w2r2_ds.demo import prepare_demo
 from w2r2_ds.engine.deepspeed import join_ranks, load_ds_config
-from w2r2_ds.engine.exits import DONE, LOST
+from w2r2_ds.engine.exits import DONE, LOST, MISTAKES
 from w2r2_ds.engine.loop import train
 from w2r2_ds.engine.preemption import StopSignals
 from w2r2_ds.evaluation.in_training import InTraining
@@ -52,7 +52,7 @@ if __name__ == "__main__":
     try:
         with StopSignals() as stop_signals:
             sys.exit(main(sys.argv[1:], stop_signals))
-    except (ValueError, FloatingPointError) as error:
+    except MISTAKES as error:
         sys.exit(f"train.py: {message(error)}")
     except Exception:
         traceback.print_exc()

@@ -13,6 +13,7 @@ nodes=${SLURM_JOB_NUM_NODES:-1}
 per_node=${SLURM_NTASKS_PER_NODE:-1}
 dry=   # 1: print what would be started
 asked= # the signal that this shell got
+state= # where the ranks leave process ids and exit codes; empty before the first ones
 
 say() { printf '%(%F %T)T job %s: %s\n' -1 "$job" "$*"; }
 die() {
@@ -64,7 +65,7 @@ train() {
 ranks() {
     local name=$1 output=() line step
     if [ "$name" != doctor ]; then output=(--output="$logs/rank-%t.log" --open-mode=append); fi # it has the job's log
-    state=$logs/start-$starts/$name # where the ranks leave process ids and exit codes
+    state=$logs/start-$starts/$name
     line=(srun --nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --export=ALL
         --kill-on-bad-exit=1 --wait=60 "${output[@]}" "${SRUN_EXTRA[@]}"
         "${CONTAINER[@]}" slurm/rank.sh "$state" "${@:2}")
@@ -72,6 +73,7 @@ ranks() {
         printf '%q ' "${line[@]}" && echo
         return
     fi
+    if [ -n "$asked" ]; then leave; fi # a signal after the doctor and before this
     say "$name: ${*:2}"
     mkdir -p "$state"
     "${line[@]}" &
@@ -92,7 +94,7 @@ forward() {
     say "SIG$1"
     if [ "$asked" != TERM ]; then asked=$1; fi
     for _ in {1..30}; do # ranks that are just being started have no process yet
-        if compgen -G "$state/*-$SLURMD_NODENAME" >/dev/null; then break; fi
+        if [ -z "$state" ] || compgen -G "$state/*-$SLURMD_NODENAME" >/dev/null; then break; fi
         sleep 1
     done
     for file in "$state"/pid-*-"$SLURMD_NODENAME"; do
@@ -125,16 +127,34 @@ conclude() {
         asked=TERM # by scancel, which tells the ranks and not this shell
     fi
     if [ "$asked" = TERM ]; then
-        say "stopped by SIGTERM; not requeued. The same command goes on where it was."
-        exit 143
+        leave
     elif [ -n "$lost" ]; then
-        requeue "$(ended "$lost")"
-    elif [ "$asked" = USR1 ]; then
-        requeue "stopped by SIGUSR1"
+        again "$(ended "$lost")"
+    elif [ -n "$asked" ]; then
+        leave
     elif ((seen == 0)) && ! compgen -G "$state/pid-*" >/dev/null; then
         die "srun could not start the ranks and ended with $1; its message is above."
     fi
-    requeue "srun ended with $1, and a rank left no exit code"
+    again "srun ended with $1, and a rank left no exit code"
+}
+
+# again REASON: requeues a job that lost a rank, unless that is all it does: what ends three starts in a row within a
+# quarter of an hour each is no mishap of a machine.
+again() {
+    if ((SECONDS < 900)); then
+        : >"$logs/start-$starts/early"
+        if [ -e "$logs/start-$((starts - 1))/early" ] && [ -e "$logs/start-$((starts - 2))/early" ]; then
+            die "$1; not requeued: the third start in a row that was lost within minutes. See $logs/rank-*.log."
+        fi
+    fi
+    requeue "$1"
+}
+
+# leave: ends a job that a signal stopped.
+leave() {
+    if [ "$asked" = USR1 ]; then requeue "stopped by SIGUSR1"; fi
+    say "stopped by SIGTERM; not requeued. The same command goes on where it was."
+    exit 143
 }
 
 # ended RANK-NODE: a sentence about it.

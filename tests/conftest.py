@@ -24,10 +24,14 @@ settings.load_profile("suite")
 
 LONG_FIRST = (
     "engine/test_training.py",
-    "engine/test_zero3.py",  # the one that needs no `trained`, which the other worker makes meanwhile
+    "engine/test_zero3.py",  # needs no `trained`, which the other worker makes meanwhile
+    "cluster/test_jobs.py",
+    "planning/test_doctor.py",
+    "engine/test_preemption.py",
     "test_end_to_end.py",
     "evaluation/test_in_training.py",
     "evaluation/test_ranks.py",
+    "engine/test_watchdog.py",
     "evaluation/test_evaluate.py",
     "export/test_adapter.py",
 )

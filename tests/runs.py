@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import ROOT, environment, fork_ranks
+from w2r2_ds.engine.deepspeed import free_port
 
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
 GOLDEN_LOSSES = ROOT / "tests" / "golden" / "losses" / "demo30.json"
@@ -97,8 +98,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a script with the `deepspeed` launcher on `ranks` processes; both output streams together."""
-    from w2r2_ds.engine.deepspeed import free_port
-
     launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
     return subprocess.run(
         [*launcher, *arguments],
@@ -114,8 +113,6 @@ def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.Complete
 
 def run_ranks(ranks: int, program: Path, folder: Path) -> str:
     """What forked ranks print that each call ``work(folder)`` of a program; a rank that fails is an error."""
-    from w2r2_ds.engine.deepspeed import free_port
-
     status = fork_ranks(ranks, program, folder, free_port(), TIMEOUT)
     printed = (folder / "output.txt").read_text()
     assert status == 0, f"exit status {status}\n{printed[-6000:]}"

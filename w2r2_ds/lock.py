@@ -35,7 +35,10 @@ def locked(file: Path, what: str, otherwise: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it; the sentence names process, machine and time.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file.parent)) from None
     descriptor = _acquire(file, what, otherwise)
     _held.add(descriptor)
     try:

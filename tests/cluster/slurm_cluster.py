@@ -78,7 +78,7 @@ class Cluster:
         path = self.root / "logs" / f"{job}.log"
         return path.read_text() if path.exists() else ""
 
-    def until(self, job: str, what: str, happened: Callable[[], object], seconds: float = 150) -> None:
+    def until(self, job: str, what: str, happened: Callable[[], object], seconds: float = 300) -> None:
         """Wait for something that a job does; its logs are in the message if it does not."""
         give_up = time.monotonic() + seconds
         while not happened():
@@ -92,7 +92,7 @@ class Cluster:
         paths = [self.root / "logs" / f"{job}.log", *sorted((self.root / "logs" / job).glob("*.log"))]
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths if path.exists())
 
-    def end(self, job: str, seconds: float = 150) -> str:
+    def end(self, job: str, seconds: float = 300) -> str:
         """How a job ended."""
         self.until(job, "over", lambda: self.job(job)["JobState"] in ENDED, seconds)
         return self.job(job)["JobState"]

@@ -127,7 +127,8 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
     done = submit(*two, "0")
     mistake = submit(*two, "1,0")
     lost = submit(*two, "75,9,0")
-    capped = submit(*alone, "75,75,75")
+    in_vain = submit(*two, "75,9,75")
+    capped = submit(*alone, "85,85,85")
     limit = submit(*alone, "wait,0")
     terminated = submit(*alone, "wait,0")
     unfit = submit("slurm/train.sbatch", "--plan", "1")
@@ -146,6 +147,7 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
     ended(done, "COMPLETED", 0, "train: done")
     ended(mistake, "FAILED", 0, "ended with 1; not requeued", "start 0: 1")  # the end of the rank's log
     ended(lost, "COMPLETED", 2, "ended with 75; requeued", "ended with 137; requeued")
+    ended(in_vain, "FAILED", 2, "ended with 75; not requeued: the third start in a row that was lost within minutes")
     ended(capped, "FAILED", 2, "this was start 2, and MAX_REQUEUES in slurm/cluster.env is 2")
     ended(limit, "COMPLETED", 1, "SIGUSR1", "requeued")
     ended(terminated, "FAILED", 0, "stopped by SIGTERM; not requeued")

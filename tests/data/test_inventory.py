@@ -206,5 +206,5 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(complete: Path, monkeypat
     (complete / "taken").write_text("")
     arguments = ["scan2cap", "--root", complete, "--splits", "[train]", "--workers", 1, "--out", complete / "taken"]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-    with pytest.raises(SystemExit, match=r"prepare\.py: .*Not a directory: .*taken/train"):
+    with pytest.raises(SystemExit, match=r"prepare\.py: .*Not a directory: .*taken"):
         main()

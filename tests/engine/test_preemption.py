@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -67,10 +68,11 @@ def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
         deadline = time.monotonic() + 60
         while any(process.poll() is None for process in ranks.processes) and time.monotonic() < deadline:
             for process in [*family, *workers]:
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    process.send_signal(signal.SIGUSR1)
-                    if process in workers:
-                        process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended since the last look
+                    if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                        process.send_signal(signal.SIGUSR1)
+                        if process in workers:
+                            process.send_signal(signal.SIGTERM)
             time.sleep(0.005)
         return ranks.codes(120), run, lines(run)
 

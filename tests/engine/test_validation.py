@@ -79,6 +79,16 @@ def test_the_best_is_the_highest_and_a_tie_keeps_the_earlier(capsys: pytest.Capt
     assert len(said) == 6
 
 
+def test_a_best_that_could_not_be_saved_does_not_count() -> None:
+    """The disk was full: `checkpoints/best` still names the one of before, and a later one has to beat that."""
+    best = BestSoFar(Scripted(0.5, 0.9, 0.6), None)
+    assert best.measure(None, 10)[1] == known(0.5, 10)
+    assert best.measure(None, 20)[1] == known(0.9, 20)
+    best.not_saved()
+    assert best.best == known(0.5, 10)
+    assert best.measure(None, 30)[1] == known(0.6, 30)
+
+
 def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:
     best, last = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30)
     point(best.parent / BEST, best)

@@ -108,11 +108,18 @@ def test_a_mistake_that_one_rank_meets_is_said_by_all(ended: Callable[[str], End
 
 
 @pytest.mark.distributed
+def test_a_gpu_out_of_memory_is_not_tried_again(ended: Callable[[str], Ended]) -> None:
+    codes, said = ended("memory")
+    assert codes == [FAILED, FAILED]
+    assert f"rank 1 ({HOST}) stopped at step 2, forward, {MODULE}: CUDA out of memory." in sentence(said[0])
+
+
+@pytest.mark.distributed
 def test_another_failure_is_lost(ended: Callable[[str], Ended]) -> None:
     codes, said = ended("failure")
     assert codes == [LOST, LOST]
     assert sentence(said[0]) == sentence(said[1])
-    assert f"rank 1 ({HOST}) failed at step 2, forward, {MODULE}: RuntimeError('out of memory')" in sentence(said[0])
+    assert f"rank 1 ({HOST}) failed at step 2, forward, {MODULE}: RuntimeError('no such kernel')" in sentence(said[0])
     assert "Traceback" in said[1] and "in failure" in said[1]
 
 

@@ -1,6 +1,6 @@
 """The step under ZeRO-3 on two real processes: gradients of one whole model, an untouched trace, no hangs.
 
-One launch runs all cases (tests/engine/zero3_cases.py), each with a limit of 60 s.
+One launch runs all cases (tests/engine/zero3_cases.py), each with a time limit.
 """
 
 from __future__ import annotations

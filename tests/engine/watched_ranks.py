@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from w2r2_ds.engine.deepspeed import free_port
+from w2r2_ds.engine.exits import MISTAKES
 from w2r2_ds.engine.judge import Limits
 from w2r2_ds.engine.watchdog import Watchdog
 
@@ -40,11 +41,15 @@ def mistake() -> None:
     raise ValueError("frame 7 of scene0001_00 cannot be read; replace the file.")
 
 
+def memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 def failure() -> None:
-    raise RuntimeError("out of memory")
+    raise RuntimeError("no such kernel")
 
 
-MISHAPS = {each.__name__: each for each in (sleep, stop, die, mistake, failure)}
+MISHAPS = {each.__name__: each for each in (sleep, stop, die, mistake, memory, failure)}
 EVERY, NEVER = -1, -2
 CASES: dict[str, tuple[int, str, int]] = {
     "hang": (3, "sleep", 1),
@@ -56,6 +61,7 @@ CASES: dict[str, tuple[int, str, int]] = {
     "mistake": (2, "mistake", 1),
     "mistake-0": (2, "mistake", 0),
     "mistake-of-all": (2, "mistake", EVERY),
+    "memory": (2, "memory", 1),
     "failure": (2, "failure", 1),
     "none": (2, "sleep", NEVER),
 }
@@ -117,7 +123,7 @@ def child(log: Path, environment: dict[str, str], mishap: str, who: int) -> None
     try:
         rank(mishap, who)
         code = 0
-    except ValueError as error:  # as launchers/train.py
+    except MISTAKES as error:  # as launchers/train.py
         print(f"train.py: {error}", file=sys.stderr)
         code = 1
     finally:

@@ -143,8 +143,15 @@ def point(file: Path, checkpoint: Path) -> None:
 
 
 def pointed(file: Path) -> Path:
-    """The checkpoint that `latest` or `best` names, which need not be there."""
-    return file.parent / file.read_text().strip()
+    """The checkpoint that `latest` or `best` names, which need not be there.
+
+    Raises:
+        ValueError: it names no step folder.
+    """
+    name = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not STEP.fullmatch(name):
+        raise ValueError(f"{file} names {name[:80]!r}, which is no step folder; write the name of one into it.")
+    return file.parent / name
 
 
 def outdated(run: str | Path, keep: int) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 DONE = 0
 """All steps are done, and the last checkpoint is written."""
 FAILED = 1
@@ -12,3 +14,6 @@ REQUEUE = 85
 """Stopped by SIGUSR1 after a checkpoint: the time is up, and the job wants to go on where it is."""
 TERMINATED = 143
 """Stopped by SIGTERM after a checkpoint: whoever sent it decides whether the job goes on (128 + 15, as of a shell)."""
+
+MISTAKES = (ValueError, FloatingPointError, torch.OutOfMemoryError)
+"""What ends a run with `FAILED`: the same samples would use up the memory again."""

@@ -141,6 +141,8 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
                 written = save_checkpoint(run.engine, config, Content(step + 1, metrics, run.data, best), run.fence)
                 if written is not None:  # else the disk is full, say: the run goes on, and the next save may succeed
                     saved, checkpoint = step + 1, written
+                elif best is not None and run.best is not None:
+                    run.best.not_saved()
     hinge.end()
     if saved != config.train.steps:
         raise unsaved(config, saved, checkpoint)

@@ -48,6 +48,7 @@ class BestSoFar:
     def __init__(self, validation: Validation, resumed: Path | None) -> None:
         self.validation = validation
         self.best = best_until(resumed) if resumed else None
+        self._before = self.best
         if self.best and (self.best["metric"], self.best["about"]) != (validation.best_by, validation.about):
             say(
                 f"validation: the best so far was another metric's or of other samples ({self.best}); looked for afresh"
@@ -65,9 +66,14 @@ class BestSoFar:
             say(f"warning: {metric} could not be computed after step {step}; the best stays as it is.")
             return logged, None
         value, best = scores[metric], self.best
+        self._before = best
         better = best is None or value > best["value"]
         if best is None or better:
             self.best = best = {"metric": metric, "value": value, "step": step, "about": self.validation.about}
         verdict = "the best so far" if better else f"best {best['value']:.4g} after step {best['step']}"
         say(f"validation after step {step}: {metric} {value:.4g}, {verdict}, in {seconds:.1f} s")
         return logged, best if better else None
+
+    def not_saved(self) -> None:
+        """The best so far could not be saved: the one before it, which was, is still the best."""
+        self.best = self._before

@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from w2r2_ds.engine.activity import Activity
 from w2r2_ds.engine.board import Board
-from w2r2_ds.engine.exits import FAILED, LOST
+from w2r2_ds.engine.exits import FAILED, LOST, MISTAKES
 from w2r2_ds.engine.judge import FAILURE, LEFT, MISTAKE, RUNNING, Judge, Limits, State, Verdict
+from w2r2_ds.printable import message
 
 TICK = 0.1
 """Seconds between two looks of the thread that keeps the time."""
@@ -72,8 +73,8 @@ class Watchdog:
         if error is None:
             self._kind = LEFT
         else:
-            self._kind = MISTAKE if isinstance(error, ValueError | FloatingPointError) else FAILURE
-            self._words = " ".join((str(error) if self._kind == MISTAKE else repr(error)).split())[:600]
+            self._kind = MISTAKE if isinstance(error, MISTAKES) else FAILURE
+            self._words = message(" ".join((str(error) if self._kind == MISTAKE else repr(error)).split()))[:600]
         before = self._contacts
         self._wake.set()
         # Rank 0 stays until it has heard of everybody; another rank that is through leaves as soon as it has said so.

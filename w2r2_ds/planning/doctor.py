@@ -22,6 +22,7 @@ from w2r2_ds.planning.meeting import Meeting, Unreachable, missing_sentences
 from w2r2_ds.planning.outcome import Outcome, Report
 from w2r2_ds.planning.place import Place, allocated_hosts, find_place
 from w2r2_ds.planning.table import Sentence, sentences, show
+from w2r2_ds.printable import message
 
 # Seconds in which torch must be imported, and as long as that goes on, from however slow a file system.
 TORCH, TORCH_AT_WORK = 20.0, 240.0
@@ -36,7 +37,7 @@ def examine(asked: Asked) -> int:
     try:
         place = find_place()
     except ValueError as error:
-        print(f"doctor: {error}", file=sys.stderr)
+        print(f"doctor: {message(error)}", file=sys.stderr)
         return 1
     report = Report(place.rank, place.local_rank, place.host)
     if asked.refused:
