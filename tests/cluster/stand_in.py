@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 
-plan = sys.argv[sys.argv.index("--plan") + 1].split(",")
+words = [part for word in sys.argv for part in word.split("=", 1)]
+plan = words[words.index("--plan") + 1].split(",")
 start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
 order = plan[start] if start < len(plan) else "1"
 print(f"start {start}: {order}", flush=True)

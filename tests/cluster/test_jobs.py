@@ -129,7 +129,7 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
     terminated = submit(*alone, "wait,0")
     unfit = submit("slurm/train.sbatch", "--plan", "1")
     sweep = submit("--array=0-1", "slurm/sweep.sbatch", "--skip-doctor", "--over", "plan=85|0,9", "--out", "x")
-    beyond = submit("--array=2", "slurm/sweep.sbatch", "--skip-doctor", "--over", "plan=0|0", "--out", "x")
+    beyond = submit("--array=2", "slurm/sweep.sbatch", "--skip-doctor", "--over", "plan=0|0,0", "--out", "x")
     for job, name in ((limit, "USR1"), (terminated, "TERM")):
         stand_in.until(job, "started", lambda job=job: stand_in.job(job)["JobState"] == "RUNNING")
         stand_in.run("scancel", "--batch", f"--signal={name}", job)  # as likely as not before the ranks are there

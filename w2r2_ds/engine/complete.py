@@ -157,10 +157,18 @@ def pointed(file: Path) -> Path:
     return file.parent / name
 
 
+def best_of(folder: Path) -> Path | None:
+    """The checkpoint that `best` in RUN/checkpoints names; None where it names none, which is not worth a run."""
+    try:
+        return pointed(folder / BEST) if (folder / BEST).is_file() else None
+    except ValueError as error:
+        print(f"warning: {error}", flush=True)
+        return None
+
+
 def outdated(run: str | Path, keep: int) -> list[Path]:
     """The checkpoints to delete: all but the newest `keep` complete ones and the best, and remains of such ones."""
-    folder = Path(run) / "checkpoints"
-    best = pointed(folder / BEST) if (folder / BEST).is_file() else None
+    best = best_of(Path(run) / "checkpoints")
     found, whole = [], 0
     for path in steps(run).values():
         complete = (path / DESCRIPTION).is_file()
