@@ -62,7 +62,7 @@ def test_a_resume_with_other_samples_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_holds_more_than_what_trains_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 trained numbers of 4 bytes: twice the weights and 12 bytes each, and the allowance; the frozen layer is more."""
+    """10 trained numbers of 4 bytes: twice the weights, 12 bytes each and the allowance; the frozen layer is more."""
     monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
     model: Any = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(500, 500).requires_grad_(False))
     most = 10 * (2 * 4 + 12) + 100_000 + 2 * 2_000

@@ -92,7 +92,7 @@ def test_a_checkpoint_that_an_older_start_saves_meanwhile_ends_the_newer_one(tmp
     saved(tmp_path, 10)
     start = find_start(configured(tmp_path))
     saved(tmp_path, 20)
-    with pytest.raises(Unreachable, match="another start of .* has saved a checkpoint while this one made ready"):
+    with pytest.raises(Unreachable, match=r"another start of .* has saved a checkpoint while this one made ready"):
         take_over(configured(tmp_path), start)
     again = find_start(configured(tmp_path))
     assert again.checkpoint is not None and again.checkpoint.name == "step-000020"
