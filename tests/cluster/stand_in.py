@@ -1,8 +1,8 @@
 """Stands in for launchers/train.py where a test is about the batch shell: ends as it is told, in milliseconds.
 
 ``--plan wait,9,0``: at the first start wait for a signal and end with the code that training ends with then, at the
-second be killed by signal 9, at the third end well.
-``deaf`` waits for a signal and dies of it, as evaluation does. A plan that is over ends with 1. Every rank does the same.
+second be killed by signal 9, at the third end well. ``deaf`` waits for a signal and dies of it, as evaluation does. A
+plan that is over ends with 1. Every rank does the same.
 """
 
 from __future__ import annotations
