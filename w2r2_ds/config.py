@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError
 
 from w2r2_ds import durable
 from w2r2_ds.command_line import Parser, plain
-from w2r2_ds.recipe_file import Recipe, code_in, refuse_texts
+from w2r2_ds.recipe_file import SECTIONS, Recipe, code_in, importing_nothing, refuse_texts, section
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -313,6 +313,9 @@ def parser(description: str, with_demo: bool = True) -> Parser:
     result.allow_abbrev = False  # an abbreviated --config would not be seen by `names_config`
     result.add_argument("--config", action=Recipe, help="YAML recipe; its keys are the options below.")
     result.add_class_arguments(RunConfig)
+    for action in result._actions:
+        if action.dest in SECTIONS:
+            action.type = section
     return result
 
 
@@ -357,7 +360,9 @@ def from_values(tree: Any, where: str) -> RunConfig:
     reader = parser("", with_demo=False)
     reader.exit_on_error = False
     try:
-        return from_tree(reader.parse_object(tree).as_dict())
+        with importing_nothing():
+            values = reader.parse_object(tree)
+        return from_tree(values.as_dict())
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{where}: {plain(str(error))}; it was written by another version, or changed.") from None
 
