@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -50,9 +52,9 @@ class Meeting:
         except Exception as error:  # torch's and the operating system's; a place that cannot be reached has many
             where = f"{place.address}, port {place.port}"
             if place.rank == 0:
+                other = "submit the job again" if os.environ.get("SLURM_JOB_ID") else "start with another MASTER_PORT"
                 raise Unreachable(
-                    f"rank 0 cannot listen at {where} ({one_line(error)}); another run may have this port: start with "
-                    "another MASTER_PORT."
+                    f"rank 0 cannot listen at {where} ({one_line(error)}); another run may have this port: {other}."
                 ) from None
             raise Unreachable(
                 f"rank 0 cannot be reached at {where} within {seconds:.0f} s ({one_line(error)}); look whether its "
@@ -60,8 +62,15 @@ class Meeting:
             ) from None
 
     def say(self, name: str, value: Any) -> None:
-        """Write a value of this rank, as JSON."""
-        self.store.set(f"{name}/{self.place.rank}", json.dumps(value))
+        """Write a value of this rank, as JSON.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        try:
+            self.store.set(f"{name}/{self.place.rank}", json.dumps(value))
+        except RuntimeError as error:  # DistNetworkError and its like
+            raise ConnectionError(f"{name} could not be said: {one_line(error)}") from None
 
     def hear(self, name: str, rank: int, seconds: float) -> Any:
         """What a rank says under a name.
@@ -74,20 +83,76 @@ class Meeting:
             self.store.wait([key], timedelta(seconds=max(0.01, seconds)))
         except Exception as error:  # DistStoreError for a time that is over, and for a store that is gone
             raise TimeoutError(f"rank {rank} did not say {name}: {one_line(error)}") from None
-        return json.loads(self.store.get(key))
+        return self._get(key)
+
+    def said(self, name: str, rank: int) -> bool:
+        """Whether a rank has said something under a name.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        try:
+            return bool(self.store.check([f"{name}/{rank}"]))
+        except RuntimeError as error:
+            raise ConnectionError(f"{name} could not be asked for: {one_line(error)}") from None
 
     def gather(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
-        """What ranks say under a name, of those that do so in that time."""
+        """What ranks say under a name, of those that do so in that time.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
         end = time.monotonic() + seconds
         waiting, found = list(ranks), {}
         while True:
             for rank in list(waiting):
-                if self.store.check([f"{name}/{rank}"]):
-                    found[rank] = json.loads(self.store.get(f"{name}/{rank}"))
+                if self.said(name, rank):
+                    found[rank] = self._get(f"{name}/{rank}")
                     waiting.remove(rank)
             if not waiting or time.monotonic() > end:
                 return found
             time.sleep(EVERY)
+
+    def _get(self, key: str) -> Any:
+        try:
+            return json.loads(self.store.get(key))
+        except RuntimeError as error:
+            raise ConnectionError(f"{key} could not be read: {one_line(error)}") from None
+
+
+class Coming:
+    """Rank 0 looks who comes, in a thread beside its own checks, so that it knows when the last one came.
+
+    Args:
+        meeting: where they come.
+        seconds: to wait for them.
+    """
+
+    def __init__(self, meeting: Meeting, seconds: float) -> None:
+        self._here: dict[int, Any] = {}
+        self._when = 0.0
+        self._lost: ConnectionError | None = None
+
+        def look() -> None:
+            try:
+                self._here = meeting.gather("here", range(meeting.place.world), seconds)
+            except ConnectionError as error:
+                self._lost = error
+            self._when = time.monotonic()
+
+        self._thread = threading.Thread(target=look, daemon=True)
+        self._thread.start()
+
+    def result(self) -> tuple[dict[int, Any], float]:
+        """What each rank said as it came, and the reading of the monotonic clock when the last did, or was given up.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        self._thread.join()
+        if self._lost is not None:
+            raise self._lost
+        return self._here, self._when
 
 
 def missing_sentences(missing: list[int], hosts: dict[int, str], allocated: list[str], seconds: float) -> list[str]:
@@ -97,7 +162,7 @@ def missing_sentences(missing: list[int], hosts: dict[int, str], allocated: list
         missing: ranks.
         hosts: of the ranks that came.
         allocated: all nodes of the job, empty if unknown.
-        seconds: waited.
+        seconds: waited, from the start of rank 0.
     """
     if not missing:
         return []
