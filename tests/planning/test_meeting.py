@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,7 +20,7 @@ from w2r2_ds.planning import doctor, place
 from w2r2_ds.planning.bounded import Alarm, TooLong, bounded
 from w2r2_ds.planning.clocks import Skew, judge
 from w2r2_ds.planning.compare import differences
-from w2r2_ds.planning.meeting import Meeting, Unreachable, missing_sentences
+from w2r2_ds.planning.meeting import Coming, Meeting, Unreachable, missing_sentences
 from w2r2_ds.planning.outcome import Outcome, Report
 from w2r2_ds.planning.table import merged, results, sentences, show
 
@@ -125,6 +126,22 @@ def test_missing() -> None:
     (sentence,) = missing_sentences([4, 5], {0: "n1", 6: "n4"}, ["n1", "n3", "n4"], 40)
     assert sentence.startswith("n3: ranks 4, 5 did not come within 40 s (there are n1, n4); ")
     assert missing_sentences([1], {0: "n1"}, [], 40)[0].startswith("rank 1 did not come")
+
+
+def test_who_is_late_is_named_before_it_is_given_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two:
+        place = place.Place(rank=0, world=2, host="n1")
+
+        def gather(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
+            return {0: {"host": "n1"}} if seconds <= 50 else {0: {"host": "n1"}, 1: {"host": "n2"}}
+
+    monkeypatch.setattr("w2r2_ds.planning.meeting.allocated_hosts", lambda: ["n1", "n2"])
+    here, _ = Coming(cast(Meeting, Two()), 280.0).result()
+    assert sorted(here) == [0, 1]
+    said = capsys.readouterr().out
+    assert said.startswith("doctor: still waiting: n2: rank 1 did not come within 50 s (there are n1); look whether")
 
 
 def report(host: str, **outcomes: Outcome) -> Report:

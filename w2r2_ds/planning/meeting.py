@@ -11,10 +11,13 @@ from datetime import timedelta
 from typing import Any
 
 from w2r2_ds.planning.bounded import bounded, one_line
-from w2r2_ds.planning.place import Place
+from w2r2_ds.planning.place import Place, allocated_hosts
+from w2r2_ds.printable import message
 
 EVERY = 0.05
 """Seconds between looks for many keys."""
+NOTICE = 50.0
+"""Seconds after which ranks that are still to come are named; torch's import may take them longer."""
 
 
 class Unreachable(Exception):
@@ -134,14 +137,25 @@ class Coming:
         self._lost: ConnectionError | None = None
 
         def look() -> None:
+            ranks = range(meeting.place.world)
             try:
-                self._here = meeting.gather("here", range(meeting.place.world), seconds)
+                self._here = meeting.gather("here", ranks, min(NOTICE, seconds))
+                if seconds > NOTICE and len(self._here) < len(ranks):
+                    self._notice(ranks)
+                    self._here |= meeting.gather("here", ranks, seconds - NOTICE)
             except ConnectionError as error:
                 self._lost = error
             self._when = time.monotonic()
 
         self._thread = threading.Thread(target=look, daemon=True)
         self._thread.start()
+
+    def _notice(self, ranks: Iterable[int]) -> None:
+        """Say within a minute who is late: it may be slow, and may never come."""
+        hosts = {rank: each["host"] for rank, each in self._here.items()}
+        late = [rank for rank in ranks if rank not in self._here]
+        (sentence,) = missing_sentences(late, hosts, allocated_hosts(), NOTICE)
+        print(message(f"doctor: still waiting: {sentence}"), flush=True)
 
     def result(self) -> tuple[dict[int, Any], float]:
         """What each rank said as it came, and the reading of the monotonic clock when the last did, or was given up.
