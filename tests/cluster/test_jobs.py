@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fault_story import Row, note
 from runs import World
 from slurm_cluster import HERE, Cluster, make_root
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 STEPS, SAVE_EVERY = 12, 5
+Record = Callable[[str, object], None]
 UNLIKE = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib")
 
 
@@ -89,7 +92,7 @@ def restarted(cluster: Cluster, job: str, times: int) -> None:
 
 
 def test_a_run_outlives_its_time_limit_and_a_node(
-    cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path
+    cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """USR1 between two checkpoints, then a node without power; nothing is repaired by hand, nothing is lost."""
     out = tmp_path / "run"
@@ -111,6 +114,7 @@ def test_a_run_outlives_its_time_limit_and_a_node(
         cluster.power("on", "n2")
     assert metrics(out) == metrics(undisturbed)
     assert weights(out) == weights(undisturbed)
+    note(record_property, [Row("Slurm: SIGUSR1 before the time limit", 1, 1), Row("Slurm: node without power", 1, 1)])
 
 
 def test_how_a_job_ends(stand_in: Cluster) -> None:
@@ -157,7 +161,9 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
 
 
 @pytest.mark.nightly
-def test_ranks_behind_a_cut_link_do_no_harm(cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path) -> None:
+def test_ranks_behind_a_cut_link_do_no_harm(
+    cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path, record_property: Record
+) -> None:
     """The first node is cut off, with the batch shell and rank 0, and lives on while the job runs elsewhere."""
     out = tmp_path / "run"
     job = cluster.submit(*words(world, out))
@@ -180,6 +186,7 @@ def test_ranks_behind_a_cut_link_do_no_harm(cluster: Cluster, world: World, undi
     assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("COMPLETED", "1"), cluster.logs(job)
     assert metrics(out) == metrics(undisturbed)
     assert weights(out) == weights(undisturbed)
+    note(record_property, [Row("Slurm: link cut, the old ranks live on", 1, 1)])
 
 
 @pytest.mark.nightly

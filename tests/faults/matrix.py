@@ -1,0 +1,98 @@
+"""The fault matrix, from an actual run: ``python tests/faults/matrix.py [TEST ...] [--into docs/cluster.md]``.
+
+Runs tests/faults and tests/cluster with their nightly parts (or the tests that are named), and prints one row of
+Markdown per fault. What a test did is in the properties of its report; a test that failed stands in the table as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+HEAD = "| Fault | Times | Restarts | Ends as an undisturbed run, to the bit | All ranks ended after, at most |"
+BEGIN, END = "<!-- fault matrix: begin -->", "<!-- fault matrix: end -->"
+
+
+def main(args: Sequence[str]) -> int:
+    """Run, print, and put the table between its marks in a document if asked to; 1 if a test failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", default=["tests/faults", "tests/cluster"], help="what to give to pytest")
+    parser.add_argument("--into", type=Path, help=f"document with the lines {BEGIN} and {END}")
+    parser.add_argument("--report", type=Path, nargs="+", help="reports of pytest --junitxml, instead of a run")
+    options = parser.parse_args(args)
+    with tempfile.TemporaryDirectory() as folder:
+        reports = options.report or [Path(folder) / "report.xml"]
+        if options.report is None:
+            which = ["-m", "nightly or not nightly", "-o", "junit_family=xunit1", f"--junitxml={reports[0]}"]
+            subprocess.run([sys.executable, "-m", "pytest", "-q", *which, *options.tests], cwd=ROOT, check=False)
+        cases = [case for report in reports for case in ElementTree.parse(report).iter("testcase")]
+        text = table(cases, max(report.stat().st_mtime for report in reports))
+    print(text)
+    if options.into is not None:
+        put(text, options.into)
+    return int(any(failed(case) for case in cases))
+
+
+def failed(case: ElementTree.Element) -> bool:
+    """Whether a test failed."""
+    return case.find("failure") is not None or case.find("error") is not None
+
+
+def rows(cases: Sequence[ElementTree.Element]) -> Iterator[dict[str, Any]]:
+    """What the tests noted (`fault_story.note`), and what failed."""
+    for case in cases:
+        for each in case.iter("property"):
+            if each.get("name") == "fault":
+                yield json.loads(str(each.get("value")))
+        if failed(case):
+            name = f"FAILED: {case.get('name')}"
+            yield {"fault": name, "injected": 0, "restarts": 0, "equal": False, "ended": []}
+
+
+def table(cases: Sequence[ElementTree.Element], when: float) -> str:
+    """Markdown: one line per fault, counts summed over the tests."""
+    sums: dict[str, dict[str, Any]] = {}
+    for row in rows(cases):
+        into = sums.setdefault(row["fault"], {"injected": 0, "restarts": 0, "equal": True, "ended": []})
+        into["injected"] += row["injected"]
+        into["restarts"] += row["restarts"]
+        into["equal"] &= row["equal"]
+        into["ended"] += row["ended"]
+    lines = [HEAD, "|---|---:|---:|---|---:|"]
+    for fault, row in sums.items():
+        ended = f"{max(row['ended']):.1f} s" if row["ended"] else "-" if row["restarts"] else "goes on"
+        equal = "yes" if row["equal"] else "NO"
+        lines.append(f"| {fault} | {row['injected']} | {row['restarts']} | {equal} | {ended} |")
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    seconds = sum(float(case.get("time", 0)) for case in cases)
+    day = time.strftime("%Y-%m-%d", time.gmtime(when))
+    about = f"{len(cases)} tests in {seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores, {day}"
+    lines += ["", about + (f"; {len(skipped)} skipped." if skipped else ".")]
+    return "\n".join(lines)
+
+
+def put(text: str, document: Path) -> None:
+    """Replace what stands between the marks of a document.
+
+    Raises:
+        ValueError: it has no marks.
+    """
+    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{document} has no lines {BEGIN} and {END}; put them where the table belongs.")
+    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

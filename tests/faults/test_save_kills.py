@@ -1,0 +1,34 @@
+"""kill -9 at random moments of a save: 5 times here, 50 times more with `-m nightly`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fault_outside import in_a_save
+from fault_runs import arguments
+from fault_story import Row, assert_as_undisturbed, note, suffer
+from runs import World
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
+
+KILLS = 5
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 11))])
+def test_a_kill_during_a_save_costs_nothing(
+    world: World, calm: Path, tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
+) -> None:
+    draw, rows, kills = random.Random(seed), list[Row](), 0
+    for attempt in range(KILLS):  # the second only where a kill came when the run was done
+        out = tmp_path / f"run{attempt}"
+        rows += suffer(out, arguments(world, out), [in_a_save(draw) for _ in range(KILLS - kills)])
+        assert_as_undisturbed(out, calm)
+        kills = sum(row.injected for row in rows)
+        if kills == KILLS:
+            break
+    assert kills == KILLS
+    note(record_property, rows)
