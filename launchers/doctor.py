@@ -1,7 +1,9 @@
 """Look before you train: ``python launchers/doctor.py [--config RECIPE ... any option of train.py]``.
 
 Without options it looks at this machine alone. In a launch (slurm/rank.sh, deepspeed, torchrun) it looks at every node
-and compares them. Exit status 1 if anything is wrong, within a minute.
+and compares them. Exit status 1 if anything is wrong, within a minute of the last node's import of torch; for nodes
+that import it from a slow file system it waits four more at most. ``Timeout (...)!`` with stacks means that a call into
+a file system, library or driver did not come back: the top of the stacks says which.
 """
 
 from __future__ import annotations
@@ -13,13 +15,19 @@ import os
 import sys
 from pathlib import Path
 
+READING = 120.0
+"""Seconds to find this project and to read the command line; a recipe may lie on a file system that is dead."""
+if __name__ == "__main__":  # before anything is read
+    faulthandler.enable()  # a library that crashes is named by the traceback
+    faulthandler.dump_traceback_later(READING, exit=True)
+
 try:
     import w2r2_ds  # noqa: F401
 except ImportError:  # not installed, which the doctor then reports
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from w2r2_ds.planning.checks import Asked
-from w2r2_ds.planning.doctor import examine
+from w2r2_ds.planning.checks import Asked  # noqa: E402
+from w2r2_ds.planning.doctor import examine  # noqa: E402
 
 
 def read_arguments(args: list[str]) -> Asked:
@@ -54,7 +62,6 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a library that crashes is named by the traceback
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

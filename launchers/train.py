@@ -13,12 +13,13 @@ import torch.distributed as dist
 from w2r2_ds.config import RunConfig, config_first, from_tree, train_parser
 from w2r2_ds.demo import prepare_demo
 from w2r2_ds.engine.deepspeed import join_ranks, load_ds_config
-from w2r2_ds.engine.exits import DONE, LOST, MISTAKES
+from w2r2_ds.engine.exits import DONE, LOST, MISTAKES, Unreachable
 from w2r2_ds.engine.loop import train
 from w2r2_ds.engine.preemption import StopSignals
 from w2r2_ds.evaluation.in_training import InTraining
 from w2r2_ds.objective.push import find_reading
 from w2r2_ds.printable import message
+from w2r2_ds.streams import keep_going
 
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
@@ -49,11 +50,15 @@ def main(args: list[str], signals: StopSignals) -> int:
 
 
 if __name__ == "__main__":
+    keep_going()
     try:
         with StopSignals() as stop_signals:
             sys.exit(main(sys.argv[1:], stop_signals))
     except MISTAKES as error:
         sys.exit(f"train.py: {message(error)}")
+    except Unreachable as error:
+        print(f"train.py: {message(error)}", file=sys.stderr)
+        sys.exit(LOST)
     except Exception:
         traceback.print_exc()
         sys.exit(LOST)

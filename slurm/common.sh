@@ -4,6 +4,7 @@
 
 # shellcheck source=slurm/cluster.env
 . slurm/cluster.env
+shopt -s extglob
 
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID of a task may name the whole array
 job=${job:-${SLURM_JOB_ID:-JOBID}}
@@ -74,7 +75,7 @@ ranks() {
         return
     fi
     if [ -n "$asked" ]; then leave; fi # a signal after the doctor and before this
-    say "$name: ${*:2}"
+    say "$name: ${*:2:2} with $(($# - 3)) words of options" # not the words: one may be a token, which the ranks refuse
     mkdir -p "$state"
     "${line[@]}" &
     step=$!
@@ -97,7 +98,7 @@ forward() {
         if [ -z "$state" ] || compgen -G "$state/*-$SLURMD_NODENAME" >/dev/null; then break; fi
         sleep 1
     done
-    for file in "$state"/pid-*-"$SLURMD_NODENAME"; do
+    for file in "$state"/pid-+([0-9])-"$SLURMD_NODENAME"; do
         if [ -e "$file" ]; then kill -s "$1" "$(<"$file")"; fi
     done
 }
@@ -111,13 +112,17 @@ conclude() {
         read -r code <"$file"
         seen=$((seen + 1))
         case $code in
+        '') ;; # the disk was full
         0) done=$((done + 1)) ;;
         85) asked=${asked:-USR1} ;;
         143) stopped=1 ;;
         *) if ((code == 75 || code > 128)); then lost=${file##*/exit-}; else failed=${file##*/exit-}; fi ;;
         esac
     done
-    if [ -n "$failed" ]; then
+    if [ "$name" != train ] && [ -n "$asked" ] && ((done < nodes * per_node)); then
+        leave # only training hears signals; others die of them, and who waits for one of these ends as a failure
+    elif [ -n "$failed" ]; then
+        if [ "$name" = doctor ] && ((starts > 0)); then again "not fit to train, see above"; fi # other nodes may be
         if [ "$name" = doctor ]; then die "not fit to train; not requeued. What is wrong, and where, is above."; fi
         tail -n 15 "$logs/rank-${failed%%-*}.log"
         die "$(ended "$failed"); not requeued. The end of its log is above."
@@ -171,6 +176,9 @@ requeue() {
         if now=$(scontrol --oneliner show job "$job"); then
             if [[ $now != *" Restarts=$starts "* || $now != *" JobState=RUNNING "* ]]; then
                 die "$1; not requeued: Slurm has ended this job or started it anew."
+            fi
+            if [[ $now == *" Requeue=0 "* ]]; then
+                die "$1; not requeued: the job was submitted with --no-requeue. The same command goes on where it was."
             fi
             say "$1; requeued"
             trap '' TERM # Slurm ends this shell with it, which is no news

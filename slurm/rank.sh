@@ -37,6 +37,7 @@ until
 do :; done
 wait "$child"
 status=$?
+if ((status < 0 || status > 255)); then status=137; fi # bash lost it: srun killed the step in that moment
 echo "$status" >"$state/exit-$me"
 rm -f "$state/pid-$me" # after the other: a rank without both was lost with its node
 [ "$LOCAL_RANK" != 0 ] || rm -rf "$jit"

@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,11 @@ class Lines:
             return error
         self.waiting = b""
         return None
+
+    def sync(self) -> None:
+        """Flush what was written to the disk; a disk that cannot is not worth the log's program."""
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; what still waits is lost."""

@@ -13,13 +13,21 @@ from collections.abc import Mapping
 
 from rich.markup import escape
 
-_SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
-_IN_URL = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+_SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|APIKEY|SECRET|PASS|PASSWD|PASSWORD|JWT|CREDENTIALS)$")
+_USER = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+_QUERY = re.compile(
+    r"([?&](?:[\w.-]*[_.-])?(?:token|(?:api)?key|secret|pass|passwd|password|jwt|sig|signature|credential)=)[^\s&#'\"]+",
+    re.IGNORECASE,
+)
 _SHAPE = re.compile(r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,})")
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What no name holds: control characters, line breaks, and what turns the direction of writing."""
 LEAST_SECRET = 8
 """Characters of a secret: what is shorter is an empty or a made-up value, and would be found everywhere."""
+LEAST_KEY = 12
+"""Characters of a key, which has letters and digits, too: a service makes them at random, and longer. KEY is also a
+dictionary's, a column's or a sort's, whose value is a word (PRIMARY_KEY=scanrefer) and would be found in honest names.
+"""
 HIDDEN = "[hidden]"
 
 
@@ -47,7 +55,7 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
     """The text with credentials hidden: values of the environment's tokens and keys, those of URLs, known shapes."""
     for value in secrets(environment):
         text = text.replace(value, HIDDEN)
-    return _SHAPE.sub(HIDDEN, _IN_URL.sub(HIDDEN, text))
+    return _SHAPE.sub(HIDDEN, _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(HIDDEN, text)))
 
 
 def holds_secret(text: str, environment: Mapping[str, str] = os.environ) -> bool:
@@ -57,8 +65,18 @@ def holds_secret(text: str, environment: Mapping[str, str] = os.environ) -> bool
 
 def secrets(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Values of variables that are called a token, a key, a secret or a password, longest first."""
-    found = {value.strip() for name, value in environment.items() if _SECRET_NAME.search(name.upper())}
-    return sorted((value for value in found if len(value) >= LEAST_SECRET), key=lambda value: (-len(value), value))
+    found = {value.strip() for name, value in environment.items() if _is_secret(name.upper(), value.strip())}
+    return sorted(found, key=lambda value: (-len(value), value))
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if not _SECRET_NAME.search(name) or len(value) < LEAST_SECRET:
+        return False
+    if name.endswith("KEY") and (
+        len(value) < LEAST_KEY or not re.search(r"[^\W\d_]", value) or not re.search(r"\d", value)
+    ):
+        return False
+    return not os.path.exists(os.path.expanduser(value))  # SSH_KEY=~/.ssh/id_rsa says where it lies
 
 
 def _escape(char: str) -> str:

@@ -27,7 +27,7 @@ def stand_in(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Clus
     root = make_root(tmp_path_factory.mktemp("stand_in") / "repository")
     (root / "launchers").unlink()
     (root / "launchers").mkdir()
-    for name in ("train.py", "doctor.py"):
+    for name in ("train.py", "doctor.py", "evaluate.py"):
         (root / "launchers" / name).symlink_to(HERE / "stand_in.py")
     return Cluster(cluster.folder, root)
 
@@ -131,10 +131,11 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
     capped = submit(*alone, "85,85,85")
     limit = submit(*alone, "wait,0")
     terminated = submit(*alone, "wait,0")
+    deaf = submit("--nodes=2", "slurm/evaluate.sbatch", "--plan", "deaf,0")
     unfit = submit("slurm/train.sbatch", "--plan", "1")
     sweep = submit("--array=0-1", "slurm/sweep.sbatch", "--skip-doctor", "--over", "plan=85|0,9", "--out", "x")
-    beyond = submit("--array=2", "slurm/sweep.sbatch", "--skip-doctor", "--over", "plan=0|0", "--out", "x")
-    for job, name in ((limit, "USR1"), (terminated, "TERM")):
+    beyond = submit("--array=2", "slurm/sweep.sbatch", "--skip-doctor", "--over", "plan=0|0,0", "--out", "x")
+    for job, name in ((limit, "USR1"), (terminated, "TERM"), (deaf, "USR1")):
         stand_in.until(job, "started", lambda job=job: stand_in.job(job)["JobState"] == "RUNNING")
         stand_in.run("scancel", "--batch", f"--signal={name}", job)  # as likely as not before the ranks are there
 
@@ -150,6 +151,7 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
     ended(in_vain, "FAILED", 2, "ended with 75; not requeued: the third start in a row that was lost within minutes")
     ended(capped, "FAILED", 2, "this was start 2, and MAX_REQUEUES in slurm/cluster.env is 2")
     ended(limit, "COMPLETED", 1, "SIGUSR1", "requeued")
+    ended(deaf, "COMPLETED", 1, "SIGUSR1", "stopped by SIGUSR1; requeued")
     ended(terminated, "FAILED", 0, "stopped by SIGTERM; not requeued")
     ended(unfit, "FAILED", 0, "not fit to train; not requeued")
     assert not (stand_in.root / "logs" / unfit / "rank-0.log").exists(), "training started on a node that is not fit"

@@ -84,9 +84,10 @@ def test_containers_and_more_options_come_from_the_one_small_file(root: Path, tm
 def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
     words = ["--over", "objective.lam=0.5,1", "--over=data.train=[a]|[a,b]|[c/d]", "--out", "runs/s", "--skip-doctor"]
     made = lines(script(root, "sweep", "--dry-run", *words, "--train.steps", "5"))
+    given = [dict(word.split("=", 1) for word in line if word.startswith("--") and "=" in word) for line in made]
     points = [
-        (line[line.index("--objective.lam") + 1], line[line.index("--data.train") + 1], line[line.index("--out") + 1])
-        for line in made
+        (options["--objective.lam"], options["--data.train"], line[line.index("--out") + 1])
+        for options, line in zip(given, made, strict=True)
     ]
     assert points == [
         ("0.5", "[a]", "runs/s/objective.lam=0.5,data.train=_a_"),
@@ -105,6 +106,7 @@ def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
         (["--out", "runs/s"], "a sweep needs --over OPTION=VALUE,VALUE and --out FOLDER."),
         (["--over", "lam", "--out", "x"], "--over is lam; write --over OPTION=VALUE,VALUE."),
         (["--out", "x", "--over"], "--over needs a value."),
+        (["--over", "name=a/b,a_b", "--out", "x"], "two of its values would train into one folder; leave one out."),
     ],
 )
 def test_a_sweep_over_nothing_is_refused(root: Path, words: list[str], message: str) -> None:

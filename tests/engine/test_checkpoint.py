@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from w2r2_ds import durable
 from w2r2_ds.config import DataConfig, RunConfig, SourceConfig, load_config
+from w2r2_ds.durable import Digest
+from w2r2_ds.engine import checkpoint
+from w2r2_ds.engine.checkpoint import check_size, replace_folder
 from w2r2_ds.engine.complete import DESCRIPTION, find_checkpoint
 from w2r2_ds.engine.same_run import check_same_data, check_same_run
 
@@ -25,23 +31,23 @@ from w2r2_ds.engine.same_run import check_same_data, check_same_run
     ],
 )
 def test_a_resume_with_other_options_is_refused_by_name(trained: Path, section: str, changes: dict[str, Any]) -> None:
-    checkpoint = find_checkpoint(trained)
-    config = load_config(checkpoint / "config.yaml")
-    check_same_run(checkpoint, config)
+    saved = find_checkpoint(trained)
+    config = load_config(saved / "config.yaml")
+    check_same_run(saved, config)
     other = replace(config, **{section: replace(getattr(config, section), **changes)})
     with pytest.raises(ValueError, match=f"{section}.{next(iter(changes))} = "):
-        check_same_run(checkpoint, other)
+        check_same_run(saved, other)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(1200)
 def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
-    checkpoint = find_checkpoint(trained)
-    config = load_config(checkpoint / "config.yaml")
-    check_same_run(checkpoint, replace(config, train=replace(config.train, save_every=7, keep_last=9, wandb=True)))
-    check_same_run(checkpoint, replace(config, objective=replace(config.objective, gap_every=7, gap_samples=3)))
+    saved = find_checkpoint(trained)
+    config = load_config(saved / "config.yaml")
+    check_same_run(saved, replace(config, train=replace(config.train, save_every=7, keep_last=9, wandb=True)))
+    check_same_run(saved, replace(config, objective=replace(config.objective, gap_every=7, gap_samples=3)))
     validated = {"eval_every": 7, "eval_samples": 3, "eval_max_new_tokens": 9, "best_by": "scanrefer/mean_iou"}
-    check_same_run(checkpoint, replace(config, train=replace(config.train, **validated)))
+    check_same_run(saved, replace(config, train=replace(config.train, **validated)))
 
 
 def test_a_resume_with_other_samples_is_refused(tmp_path: Path) -> None:
@@ -53,3 +59,34 @@ def test_a_resume_with_other_samples_is_refused(tmp_path: Path) -> None:
         check_same_data(tmp_path, config, ["1", "3"])
     (tmp_path / DESCRIPTION).write_text("{}")
     check_same_data(tmp_path, config, ["1", "3"])
+
+
+def test_a_checkpoint_that_holds_more_than_what_trains_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 trained numbers of 4 bytes: twice the weights, 12 bytes each and the allowance; the frozen layer is more."""
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(500, 500).requires_grad_(False))
+    most = 10 * (2 * 4 + 12) + 100_000 + 2 * 2_000
+    check_size({"a": Digest(most - 8, ""), "b": Digest(8, "")}, model)
+    with pytest.raises(AssertionError, match=f"a checkpoint of {most + 1} bytes holds more than the {most}"):
+        check_size({"a": Digest(most + 1, "")}, model)
+    with pytest.raises(AssertionError, match="holds more"):
+        check_size({"frozen": Digest(500 * 501 * 4, "")}, model)
+
+
+def test_what_is_there_goes_only_when_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, aside = tmp_path / "step-000010", tmp_path / "step-000010.01ab.partial"
+    for folder, content in ((final, "old"), (aside, "new")):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+    real = durable.move
+
+    def full(*_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable, "move", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_folder(aside, final)
+    assert (final / "file").read_text() == "old"
+    monkeypatch.setattr(durable, "move", real)
+    replace_folder(aside, final)
+    assert (final / "file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == [final.name]

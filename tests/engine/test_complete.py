@@ -161,3 +161,28 @@ def test_a_deletion_that_was_killed_is_finished_later_and_never_taken_for_whole(
     assert outdated(tmp_path, 2) == [paths[0]]
     delete(paths[1])
     assert not paths[1].exists()
+
+
+def test_a_damaged_best_is_not_worth_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [saved(tmp_path, step) for step in (10, 20, 30)]
+    (paths[0].parent / BEST).write_text("step-00002p\n")
+    assert outdated(tmp_path, 1) == [paths[1], paths[0]]
+    assert "names 'step-00002p', which is no step folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/step-000010", "step-000010/..", ""])
+def test_a_pointer_names_a_step_folder_and_nothing_else(tmp_path: Path, name: str) -> None:
+    saved(tmp_path, 10)
+    (tmp_path / "checkpoints" / LATEST).write_text(name)
+    with pytest.raises(ValueError, match="which is no step folder"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_copy_without_what_only_a_resume_needs_is_found(tmp_path: Path) -> None:
+    path = saved(tmp_path, 10)
+    (path / "engine" / "shard.pt").unlink()
+    (path / "rng-0.pt").unlink()
+    assert find_checkpoint(path) == path and verify(path) is not None
+    (path / TENSORS).write_bytes(b"cut")
+    with pytest.raises(ValueError, match=f"{TENSORS} has 3 bytes"):
+        find_checkpoint(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,15 @@ def test_starts_write_in_folders_of_their_own_and_sweep_those_of_others(tmp_path
     second = Fence.claim(tmp_path)
     assert not mine.exists()
     assert second.aside(30) != first.aside(30)
+
+
+def test_a_read_that_fails_says_nothing_of_who_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system that stutters is no reason to end a run for good."""
+    fence = Fence.claim(tmp_path)
+
+    def stale(*_: object, **__: object) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(OSError, match="Stale"):
+        fence.check()

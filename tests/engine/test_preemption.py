@@ -64,7 +64,7 @@ def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
         workers = [child for parent in family for child in parent.children(recursive=True)]
         assert len(workers) >= 2
         ranks.send(1, signal.SIGUSR1)
-        ranks.until(lambda: any((run / "checkpoints").glob("*")))  # the save has begun
+        ranks.until(lambda: any((run / "checkpoints").glob("step-*")))  # the save has begun
         deadline = time.monotonic() + 60
         while any(process.poll() is None for process in ranks.processes) and time.monotonic() < deadline:
             for process in [*family, *workers]:

@@ -13,6 +13,7 @@ from w2r2_ds import durable
 from w2r2_ds.config import RunConfig
 from w2r2_ds.engine import resume
 from w2r2_ds.engine.complete import TENSORS, step_folder, steps, write_description
+from w2r2_ds.engine.exits import Unreachable
 from w2r2_ds.engine.fence import Fence
 from w2r2_ds.engine.resume import Start, find_start, take_over
 
@@ -84,3 +85,15 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ValueError, match=r"run.*: cannot be written \(.*\); make room, or see --out"):
         take_over(configured(tmp_path / "run"), Start())
+
+
+def test_a_checkpoint_that_an_older_start_saves_meanwhile_ends_the_newer_one(tmp_path: Path) -> None:
+    """It lives on behind a cut link, and is fenced only from the claim on."""
+    saved(tmp_path, 10)
+    start = find_start(configured(tmp_path))
+    saved(tmp_path, 20)
+    with pytest.raises(Unreachable, match=r"another start of .* has saved a checkpoint while this one made ready"):
+        take_over(configured(tmp_path), start)
+    again = find_start(configured(tmp_path))
+    assert again.checkpoint is not None and again.checkpoint.name == "step-000020"
+    assert take_over(configured(tmp_path), again).number == 2

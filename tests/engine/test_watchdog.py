@@ -219,3 +219,20 @@ def test_modules_are_followed_down_to_the_blocks() -> None:
     activity.follow("tower", tower)
     tower(torch.ones(1, 2))
     assert activity.module == "tower.0" and activity.moved > before
+
+
+def test_where_no_rank_is_seen_to_wait_the_one_behind_is_named() -> None:
+    """On a GPU a rank waits in its backward pass or in a read of a value, not in a collective's function."""
+    ahead = replace(RUNS, moves=90, still=601.0, phase="backward")
+    behind = replace(RUNS, moves=40, still=597.5)
+    verdict = Judge(LIMITS, 3).look([ahead, behind, ahead], 0.0)
+    assert verdict is not None and verdict.line.startswith("rank 1 (a) hangs, for 598 s, at step 3, forward")
+    verdict = Judge(LIMITS, 2).look([ahead, replace(ahead, still=602.0)], 0.0)
+    assert verdict is not None and verdict.line.startswith("all ranks that hang wait in collectives, for each other")
+
+
+def test_a_rank_that_loads_may_be_silent_for_longer() -> None:
+    loading = replace(RUNS, looping=False)
+    verdict = seen(Judge(LIMITS, 2), [loading, loading], 400, quiet=(1,))
+    assert "rank 1 (a) is gone: not heard for 300 s" in verdict.line
+    assert "not heard for 30 s" in seen(Judge(LIMITS, 2), [RUNS, RUNS], 400, quiet=(1,)).line

@@ -226,14 +226,16 @@ def test_a_checkpoint_without_its_description_is_refused_by_name(trained: Path, 
         evaluate(tmp_path / "run", tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
 def test_a_checkpoint_with_torn_tensors_is_refused_by_name(trained: Path, tmp_path: Path, damage: str) -> None:
     file = torn_copy(trained, tmp_path) / "trainable.safetensors"
     content = file.read_bytes()
     file.unlink()
     if damage == "cut":
         file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"{file}: .*copy the checkpoint again"):
+    if damage == "flipped":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"{file} .*copy the checkpoint again"):
         evaluate(tmp_path / "run", tmp_path / "out")
 
 

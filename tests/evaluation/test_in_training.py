@@ -118,7 +118,7 @@ class TestRuns:
         assert [report["error"] for report in runs["validated"]] == [None, None]
         assert [line[ACC] for line in read_metrics(folder / "validated")] == [0.1, 0.5, 0.3]
         checkpoints = folder / "validated" / "checkpoints"
-        assert sorted(os.listdir(checkpoints)) == ["best", "latest", "step-000002", "step-000003"]
+        assert sorted(os.listdir(checkpoints)) == ["best", "incarnation.json", "latest", "step-000002", "step-000003"]
         assert find_checkpoint(folder / "validated").name == "step-000003"
         best = find_checkpoint(checkpoints / "best")
         assert best.name == "step-000002"

@@ -1,11 +1,14 @@
 """A rank of the doctor with a fault: ``broken_rank.py FAULT OPTION...``, for the tests of whole launches.
 
 clock: the clock is 30 s ahead. freeze: the process is stopped when it enters an all-reduce, as by a dying node.
-sum: the all-reduce gives a wrong sum on rank 1. impatience: no fault, but others are waited for 2 s only.
+sum: the all-reduce gives a wrong sum on rank 1. impatience: no fault, but others are waited for 2 s only. haste: no
+fault, but the all-reduce has 8 s only. vanish: rank 0 ends as soon as rank 1 has come. short: the thread of C rings
+after 3 s.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import runpy
 import signal
@@ -44,6 +47,17 @@ def break_all_reduce(fault: str) -> None:
     dist.all_reduce = all_reduce
 
 
+def vanish() -> None:
+    """Rank 0 ends when rank 1 is about to look at its node."""
+    from w2r2_ds.planning import doctor
+
+    def come(meeting: Any, seconds: float) -> None:
+        meeting.gather("here", [1], seconds)
+        os._exit(9)
+
+    doctor.Coming = come
+
+
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
     if fault == "clock":
@@ -51,7 +65,16 @@ if __name__ == "__main__":
     elif fault == "impatience":
         from w2r2_ds.planning import doctor
 
-        doctor.CAME = 2.0
+        doctor.CAME = doctor.COMING = 2.0
+    elif fault == "haste":
+        from w2r2_ds.planning import doctor
+
+        doctor.REDUCE = 8.0
+    elif fault == "vanish":
+        vanish()
+    elif fault == "short":
+        ring = faulthandler.dump_traceback_later
+        faulthandler.dump_traceback_later = lambda seconds, **options: ring(3, **options)
     elif fault != "none":
         break_all_reduce(fault)
     sys.argv[0] = str(LAUNCHER)

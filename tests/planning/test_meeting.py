@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,10 +17,10 @@ from broken_rank import command
 from runs import environment
 from w2r2_ds.planning import bounded as limits_of_time
 from w2r2_ds.planning import doctor, place
-from w2r2_ds.planning.bounded import TooLong, bounded
+from w2r2_ds.planning.bounded import Alarm, TooLong, bounded
 from w2r2_ds.planning.clocks import Skew, judge
 from w2r2_ds.planning.compare import differences
-from w2r2_ds.planning.meeting import missing_sentences
+from w2r2_ds.planning.meeting import Coming, Meeting, Unreachable, missing_sentences
 from w2r2_ds.planning.outcome import Outcome, Report
 from w2r2_ds.planning.table import merged, results, sentences, show
 
@@ -55,6 +57,50 @@ def test_alarm() -> None:
     assert done.stderr.startswith("doctor: n7 was not done after 0 s, while reading a dead disk; ")
 
 
+def test_a_call_that_holds_python_itself_is_ended() -> None:
+    """No thread of Python, and so no alarm, gets its turn in a driver that keeps the lock."""
+    code = (
+        "import ctypes\nfrom w2r2_ds.planning import bounded\n"
+        "bounded.GRACE = 0.5\nalarm = bounded.Alarm(0.5, 'n7')\n"
+        "bounded.bounded(lambda: ctypes.PyDLL(None).sleep(60), 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Timeout (0:00:0"), done.stderr
+
+
+def test_alarm_renewed() -> None:
+    """What is left counts from the renewal, or from the moment that it names; switched off, nothing rings."""
+    alarm = Alarm(60, "n1")
+    try:
+        alarm.renew(100, time.monotonic() - 40)
+        assert 59 < alarm.left() <= 60 and alarm.left(30) == 0
+    finally:
+        alarm.off()
+
+
+def test_slow_imports_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as torch may take elsewhere, counted from the start; after this rank's own a little at least."""
+    monkeypatch.setattr(limits_of_time, "STARTED", time.monotonic() - 10)
+    assert doctor.TORCH_AT_WORK < doctor.patience() <= doctor.COMING - 10
+    monkeypatch.setattr(limits_of_time, "STARTED", time.monotonic() - 1000)
+    assert doctor.patience() == doctor.CAME
+
+
+def test_taken_port_under_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch shell chooses the port there."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        at = place.Place(world=2, address="127.0.0.1", port=taken.getsockname()[1])
+        for job, what in (("", "start with another MASTER_PORT."), ("7", "submit the job again.")):
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            with pytest.raises(Unreachable, match=what):
+                Meeting(at, 5)
+
+
 def test_place(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_NODELIST"):
         monkeypatch.delenv(name, raising=False)
@@ -80,6 +126,22 @@ def test_missing() -> None:
     (sentence,) = missing_sentences([4, 5], {0: "n1", 6: "n4"}, ["n1", "n3", "n4"], 40)
     assert sentence.startswith("n3: ranks 4, 5 did not come within 40 s (there are n1, n4); ")
     assert missing_sentences([1], {0: "n1"}, [], 40)[0].startswith("rank 1 did not come")
+
+
+def test_who_is_late_is_named_before_it_is_given_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two:
+        place = place.Place(rank=0, world=2, host="n1")
+
+        def gather(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
+            return {0: {"host": "n1"}} if seconds <= 50 else {0: {"host": "n1"}, 1: {"host": "n2"}}
+
+    monkeypatch.setattr("w2r2_ds.planning.meeting.allocated_hosts", lambda: ["n1", "n2"])
+    here, _ = Coming(cast(Meeting, Two()), 280.0).result()
+    assert sorted(here) == [0, 1]
+    said = capsys.readouterr().out
+    assert said.startswith("doctor: still waiting: n2: rank 1 did not come within 50 s (there are n1); look whether")
 
 
 def report(host: str, **outcomes: Outcome) -> Report:
@@ -117,6 +179,29 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     plain = capsys.readouterr().out
     for text in ("/data/[red]x", "WRONG on n1, n2", "WRONG: n1, n2: no room; make some.", "verdict"):
         assert text in with_rich and text in plain
+
+
+def test_a_driver_that_differs_is_a_warning() -> None:
+    nodes = [report(host, smi=Outcome(alike={"the GPU driver": host})) for host in ("n1", "n2")]
+    assert differences(nodes) == []
+    assert differences(nodes, doubtful=True) == [
+        ("n2", "the GPU driver is n2 here, but n1 on n1; make the nodes the same.")
+    ]
+
+
+def test_nothing_of_a_file_moves_the_cursor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of nodes, rows and sentences come from files and the environment."""
+    monkeypatch.setenv("SOME_TOKEN", "very-secret")
+    shown = {"NCCL_\x1b[2J": "eth0\nvery-secret"}
+    node = report("n\x1b1", use=Outcome(shown=shown, wrong=["key \x1b]0;x\x07 is unknown"]))
+    for _ in range(2):
+        doctor.conclude([node], sentences([node]))
+        output = capsys.readouterr().out
+        assert "\x1b" not in output and "\x07" not in output and "very-secret" not in output
+        assert r"WRONG: n\x1b1: key \x1b]0;x\x07 is unknown" in output
+        monkeypatch.setitem(sys.modules, "rich.console", None)
 
 
 def test_report_survives_json() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config import RunConfig, load_config, save_config
 from w2r2_ds.export.adapter import adapter_config, export_adapter, load_adapter
-from w2r2_ds.export.vgllm import refuse_foreign
+from w2r2_ds.export.vgllm import refuse_code
 from w2r2_ds.geometry.loading import weight_files
 from w2r2_ds.models.build import build_model, fingerprint, trainable
 from w2r2_ds.models.vlm import load_tokenizer, load_vlm, meta_model
@@ -208,19 +208,17 @@ def test_the_card_in_words_quotes_names(checkpoint: Path, model_config: Any, tmp
     assert f"from_pretrained({json.dumps(str(folder))}, dtype" in text
 
 
-def test_an_import_carries_no_links_and_no_code_on(tmp_path: Path) -> None:
-    secret = tmp_path / "token.json"
-    secret.write_text('{"token": "mine"}')
-    source = tmp_path / "models" / "snapshots" / "a1"
+@pytest.mark.parametrize("target", ["../../blobs", "/shared"])
+def test_an_import_follows_links_and_carries_no_code_on(target: str, tmp_path: Path) -> None:
+    """Snapshots of the hub's cache are links to its blobs, other model folders to another disk."""
+    source = tmp_path / "models--a--b" / "snapshots" / "a1"
     source.mkdir(parents=True)
-    (source / "special_tokens_map.json").symlink_to(secret)
-    with pytest.raises(ValueError, match=r"special_tokens_map.json is a link out of .*; put the file itself there"):
-        refuse_foreign(source / "special_tokens_map.json", source)
-    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}')
-    with pytest.raises(ValueError, match=r"tokenizer_config.json: auto_map names code of its own"):
-        refuse_foreign(source / "tokenizer_config.json", source)
-    blobs = tmp_path / "models" / "blobs"
+    blobs = tmp_path / "shared" if target == "/shared" else source / target
     blobs.mkdir()
-    (blobs / "0123").write_text("{}")
+    for name, content in (("0123", "{}"), ("4567", '{"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}')):
+        (blobs / name).write_text(content)
     (source / "tokenizer.json").symlink_to(blobs / "0123")
-    refuse_foreign(source / "tokenizer.json", source)
+    refuse_code(source / "tokenizer.json")
+    (source / "tokenizer_config.json").symlink_to(blobs / "4567")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: auto_map names code of its own"):
+        refuse_code(source / "tokenizer_config.json")

@@ -71,7 +71,20 @@ def test_a_forged_name_does_not_reach_the_terminal(
     assert not [line for line in said.split("\n")[1:] if not line.startswith("  ")]
 
 
-SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef" * 2, "MY_PASSWORD": "correct horse", "SHORT_KEY": "x"}
+SECRETS = {
+    "HF_TOKEN": TOKEN,
+    "WANDB_API_KEY": "0123456789abcdef" * 2,
+    "MY_PASSWORD": "correct horse",
+    "DB_PASS": "battery-staple",
+    "SLURM_JWT": "eyJhbGciOiJIUzI1NiJ9.e30",
+    "SHORT_KEY": "x",
+    "PRIMARY_KEY": "scanrefer",
+    "ROW_KEY": "posed_images_of_scenes",
+    "DAY_KEY": "20240131123000",
+    "SEED_KEY": "monday_42",
+    "SSH_KEY": str(Path(__file__).parent),
+    "GOOGLE_APPLICATION_CREDENTIALS": __file__,
+}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +94,14 @@ SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef" * 2, "MY_PASSW
         ("https://user:s3cret@host/x and https://tok@host", "https://[hidden]@host/x and https://[hidden]@host"),
         ("key 0123456789abcdef0123456789abcdef!", "key [hidden]!"),
         ("correct horse battery", "[hidden] battery"),
+        ("db at battery-staple", "db at [hidden]"),
+        ("job eyJhbGciOiJIUzI1NiJ9.e30", "job [hidden]"),
+        ("https://host/x?token=abc&rev=1", "https://host/x?token=[hidden]&rev=1"),
+        ("https://host/x?rev=1&key=abc#top", "https://host/x?rev=1&key=[hidden]#top"),
+        ("https://host/?X-Amz-Signature=0f&api_key=1", "https://host/?X-Amz-Signature=[hidden]&api_key=[hidden]"),
+        ("https://host/x?monkey=abc&tokens=3 key=abc", None),
+        ("prepared/scanrefer/train, posed_images_of_scenes, 20240131123000, runs/monday_42", None),
+        (f"{__file__} and {Path(__file__).parent}/model", None),
         ("xylophone, runs/hf_qwen_experiment_of_monday_42, me@host", None),
     ],
 )
@@ -90,20 +111,20 @@ def test_secrets_are_hidden(text: str, kept: str | None) -> None:
 
 
 def test_a_launcher_hides_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("HF_TOKEN", "a-secret-of-mine")
-    assert message(ValueError("401 for a-secret-of-mine")) == "401 for [hidden]"
+    monkeypatch.setenv("HF_TOKEN", "a-secret-of-mine-1")
+    assert message(ValueError("401 for a-secret-of-mine-1")) == "401 for [hidden]"
     with pytest.raises(SystemExit):
-        Parser(prog="x").parse_args(["--nothing=a-secret-of-mine", "a-secret-of-mine"])
+        Parser(prog="x").parse_args(["--nothing=a-secret-of-mine-1", "a-secret-of-mine-1"])
     assert "a-secret" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("secret", ["https://me:s3cret@host/model", TOKEN, "a-secret-of-mine"])
+@pytest.mark.parametrize("secret", ["https://me:s3cret@host/model", TOKEN, "a-secret-of-mine-1"])
 @pytest.mark.parametrize("field", ["model.vlm", "out", "data.train"])
 def test_a_configuration_holds_none(
     secret: str, field: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So config.yaml, checkpoint.json, cards and what W&B is told hold none: all are made of the configuration."""
-    monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-mine")
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-mine-1")
     value = f"[{{path: '{secret}'}}]" if field == "data.train" else secret
     with pytest.raises(ValueError, match=rf"{field}(\[0\].path)? holds a key, a token or a password") as caught:
         load_config(overrides=[f"--{field}", value])

@@ -17,16 +17,19 @@ class Activity:
         phase: a word or two, as ``forward``; ``set-up`` before the loop.
         module: name of the module, empty before the first.
         moved: when anything changed last, in seconds of `time.monotonic`.
+        moves: changes since the step began. Ranks go through the same ones, so who has made the fewest is behind.
     """
 
     def __init__(self) -> None:
         self.step, self.phase, self.module, self.moved = 0, "set-up", "", time.monotonic()
+        self.moves = 0
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Say what comes next."""
         if step is not None:
-            self.step = step
+            self.step, self.moves = step, 0
         self.phase, self.moved = phase, time.monotonic()
+        self.moves += 1
 
     def follow(self, name: str, root: Any) -> None:
         """Note, from now on, each forward of a module and of what it holds, down to the blocks of its towers.
@@ -44,6 +47,7 @@ class Activity:
     def _hook(self, path: str) -> Any:
         def began(module: nn.Module, args: Any) -> None:
             self.module, self.moved = path, time.monotonic()
+            self.moves += 1
 
         return began
 

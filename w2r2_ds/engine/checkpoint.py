@@ -27,6 +27,7 @@ from w2r2_ds.durable import Digest
 from w2r2_ds.engine.complete import (
     BEST,
     LATEST,
+    PARTIAL,
     TENSORS,
     delete,
     outdated,
@@ -142,9 +143,7 @@ def publish(
     with part.attempt():
         write_description(aside, about, {**files, **copied(aside, files)})
         fence.check()
-        if final.exists():  # of a start that was fenced between its look and its rename
-            delete(final)
-        durable.move(aside, final)
+        replace_folder(aside, final)
     if part.failure is not None:
         return [part.failure]
     after = Part(final)
@@ -158,6 +157,22 @@ def publish(
     if after.failure is not None:
         say(f"warning: {final} is saved, but what comes after is not done: {after.failure}.")
     return []
+
+
+def replace_folder(aside: Path, final: Path) -> None:
+    """Rename; where there is something already (of a start that was fenced between its look and its rename), that
+    goes only when the new one is there."""
+    old = final.with_name(f"{aside.name.removesuffix(PARTIAL)}.old{PARTIAL}")
+    if not final.exists():
+        durable.move(aside, final)
+        return
+    final.rename(old)
+    try:
+        durable.move(aside, final)
+    except OSError:
+        old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def copied(aside: Path, files: Mapping[str, Digest]) -> dict[str, Digest]:
@@ -179,6 +194,6 @@ def give_up(config: RunConfig, step: int, failures: Sequence[str], fence: Fence,
     newest = next((path.name for path in steps(config.out).values()), "none")
     more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
     say(
-        f"warning: the checkpoint of step {step} could not be saved ({failures[0]}{more}); the run goes on, the newest "
-        f"checkpoint is {newest}."
+        f"warning: the checkpoint of step {step} could not be saved ({failures[0]}{more}); the newest checkpoint "
+        f"is {newest}."
     )

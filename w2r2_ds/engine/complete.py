@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,13 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def verify(path: Path, deep: bool = True) -> str | None:
+def verify(path: Path, deep: bool = True, only: Collection[str] | None = None) -> str | None:
     """What is wrong with a checkpoint, in a sentence that names the file; None if it is whole.
 
     Args:
         path: a step folder.
         deep: read every file and compare digests; else compare sizes only.
+        only: names of the files to look at; without it all of them.
 
     One of an earlier version, whose manifest lists no files, is whole if its tensors and its random states are there.
     """
@@ -90,9 +91,11 @@ def verify(path: Path, deep: bool = True) -> str | None:
     files = description.get("files")
     if files is None:
         wanted = [TENSORS, "config.yaml", *(f"rng-{rank}.pt" for rank in range(description.get("world_size", 0)))]
-        missing = [name for name in wanted if not (path / name).is_file()]
+        missing = [name for name in wanted if (only is None or name in only) and not (path / name).is_file()]
         return f"{path / missing[0]} is missing." if missing else None
     for name, stated in files.items():
+        if only is not None and name not in only:
+            continue
         file = path / name
         try:
             size = file.stat().st_size
@@ -154,10 +157,18 @@ def pointed(file: Path) -> Path:
     return file.parent / name
 
 
+def best_of(folder: Path) -> Path | None:
+    """The checkpoint that `best` in RUN/checkpoints names; None where it names none, which is not worth a run."""
+    try:
+        return pointed(folder / BEST) if (folder / BEST).is_file() else None
+    except ValueError as error:
+        print(f"warning: {error}", flush=True)
+        return None
+
+
 def outdated(run: str | Path, keep: int) -> list[Path]:
     """The checkpoints to delete: all but the newest `keep` complete ones and the best, and remains of such ones."""
-    folder = Path(run) / "checkpoints"
-    best = pointed(folder / BEST) if (folder / BEST).is_file() else None
+    best = best_of(Path(run) / "checkpoints")
     found, whole = [], 0
     for path in steps(run).values():
         complete = (path / DESCRIPTION).is_file()
@@ -177,10 +188,11 @@ def delete(checkpoint: Path) -> None:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder of a run (its latest), of RUN/checkpoints/latest or best, or of a checkpoint itself.
 
-    One of an earlier version, which has no digests, is found as well.
+    It may be a copy for evaluation and export, without the shards and random states that only a resume needs. One of an
+    earlier version, which has no digests, is found as well.
 
     Raises:
-        ValueError: there is none, or it is not whole (sizes are compared, digests are not).
+        ValueError: there is none, or its trained tensors are not (`load_trainable` reads them).
     """
     path = Path(path)
     wanted = path
@@ -193,7 +205,7 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{wanted} holds no complete checkpoint ({DESCRIPTION} is missing); name a run, a step folder, or "
             "checkpoints/best of a run that validated (train.eval_every)."
         )
-    wrong = verify(wanted, deep=False)
+    wrong = verify(wanted, deep=False, only={TENSORS})
     if wrong is not None:
         raise ValueError(f"{wrong.removesuffix('.')}; copy the checkpoint again, or name another step folder.")
     return wanted
@@ -208,8 +220,8 @@ def _latest(run: Path) -> Path:
     """What `latest` names; if a kill fell before it moved, or it names nothing, the whole one with the highest step."""
     file = run / "checkpoints" / LATEST
     named = pointed(file) if file.is_file() else None
-    whole = (path for path in steps(run).values() if verify(path, deep=False) is None)
-    if named is not None and (named / DESCRIPTION).is_file():
+    whole = (path for path in steps(run).values() if verify(path, deep=False, only={TENSORS}) is None)
+    if named is not None and named.is_dir():  # else somebody removed it, or a kill fell before it moved
         return named
     return next(whole, named or run)
 

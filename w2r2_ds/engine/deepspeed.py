@@ -194,11 +194,15 @@ def join_ranks(hang_seconds: float = 0.0) -> None:
         hang_seconds: of the run's configuration, see `collective_timeout`.
 
     Raises:
-        ValueError: see `own_extensions`; or the ranks cannot meet: above all, another run has this machine's port.
+        ValueError: see `own_extensions`; or another run has this machine's port.
+        Unreachable: the ranks cannot meet otherwise; under Slurm also at a port that is taken, for the next start has
+            another one.
     """
     import deepspeed
     import torch
-    from torch.distributed import DistNetworkError
+    from torch.distributed import DistError
+
+    from w2r2_ds.engine.exits import Unreachable
 
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -208,14 +212,14 @@ def join_ranks(hang_seconds: float = 0.0) -> None:
     skip_shm_build()
     try:
         deepspeed.init_distributed(timeout=collective_timeout(hang_seconds))
-    except DistNetworkError as error:
+    except DistError as error:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        if "EADDRINUSE" in str(error):
+        if "EADDRINUSE" in str(error) and "SLURM_JOB_ID" not in os.environ:
             raise ValueError(
                 f"port {port} of this machine is taken, probably by another run; start this one with a port of its "
                 f"own: deepspeed --master_port {free_port()} launchers/train.py ..."
             ) from None
-        raise ValueError(
+        raise Unreachable(
             f"the ranks cannot meet at {address}, port {port} ({' '.join(str(error).split())}); check the launcher's "
             "--master_addr and --master_port."
         ) from error

@@ -17,3 +17,7 @@ TERMINATED = 143
 
 MISTAKES = (ValueError, FloatingPointError, torch.OutOfMemoryError)
 """What ends a run with `FAILED`: the same samples would use up the memory again."""
+
+
+class Unreachable(RuntimeError):
+    """Ends a run with `LOST` and one sentence: the network or another start is in the way, and a restart may help."""

@@ -98,7 +98,7 @@ class Fence:
     def sweep(self) -> None:
         """Remove what killed starts left half-written."""
         for path in self.folder.glob(f"*{PARTIAL}"):
-            if self.token in path.name:
+            if self.token in path.name or path.name.startswith(INCARNATION):  # another start may be claiming right now
                 continue
             if path.is_dir():
                 # A fenced start may still write there; what it adds meanwhile goes with the next start's sweep.
@@ -108,9 +108,9 @@ class Fence:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The file as JSON; empty where it is missing or damaged."""
+    """The file as JSON; empty where it is missing or damaged. Another OSError says nothing of who holds the run."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -17,12 +17,14 @@ class State:
     Attributes:
         beat: how often it has said something; 0 before the first time.
         host: its machine.
-        step: see `activity.Activity`, as the next two.
+        step: see `activity.Activity`, as the next three.
         phase: ...
         module: ...
+        moves: ...
         still: seconds since its main thread moved.
         here: the function in which its main thread is, with its file and line.
-        waits: whether that is a collective, in which it waits for other ranks.
+        waits: whether that is a collective, in which it waits for other ranks. On a GPU most waiting is elsewhere: in a
+            read of a value, or in the backward pass.
         looping: whether it is in the training loop; before it, standing still is no hang.
         kind: `RUNNING`; `LEFT` (done); `MISTAKE` (an error that the user can mend) or `FAILURE` (another one).
         words: of the error.
@@ -33,6 +35,7 @@ class State:
     step: int = 0
     phase: str = ""
     module: str = ""
+    moves: int = 0
     still: float = 0.0
     here: str = ""
     waits: bool = False
@@ -68,6 +71,7 @@ class Limits:
     Attributes:
         hang: a main thread that stands still for so long hangs.
         gone: a rank not heard of for so long is gone; a store not reached for so long is gone too.
+        loading: the same while no rank is in the loop yet: what a rank loads may hold Python's lock for longer.
         beat: between two reports of a rank.
         settle: how long, after a rank has failed, the others may take to fail as well, or to be seen to be gone: who is
             cut off from a dead rank fails at once, and is not the one to name.
@@ -75,6 +79,7 @@ class Limits:
 
     hang: float
     gone: float = 30.0
+    loading: float = 300.0
     beat: float = 2.0
     settle: float = 8.0
 
@@ -116,7 +121,10 @@ class Judge:
     def _gone(self, states: Sequence[State]) -> tuple[int, str] | None:
         # Where another rank failed, a shorter silence tells who was the first.
         failed = any(wrong >= self.limits.settle for wrong in self._wrong)
-        limit = self.limits.settle - self.limits.beat if failed else self.limits.gone
+        # One that is in the loop has met all others at the end of the set-up, whatever they have said last.
+        limit = self.limits.gone if any(state.looping for state in states) else self.limits.loading
+        if failed:
+            limit = self.limits.settle - self.limits.beat
         longest = max(range(len(states)), key=lambda rank: self.silent[rank])
         if self.silent[longest] < limit:
             return None
@@ -135,7 +143,10 @@ class Judge:
         return LOST, f"rank {first} ({state.host}) failed at {state.where()}: {state.words}"
 
     def _hang(self, states: Sequence[State]) -> tuple[int, str] | None:
-        """Who waits in a collective does so for another rank; of the others, who stood still first is in the way."""
+        """Who waits in a collective does so for another rank; of the others, who is furthest behind is in the way.
+
+        Of ranks that are equally far, it is the one that stood still first.
+        """
         running = {rank: state for rank, state in enumerate(states) if state.kind == RUNNING}
         if any(self.silent[rank] > 2 * self.limits.beat for rank in running):
             return None  # what is not heard of may be gone, which `_gone` will say
@@ -143,10 +154,11 @@ class Judge:
             return None
         # One that waits for it may have reached the limit a report earlier.
         candidates = [rank for rank, state in running.items() if state.still >= self.limits.hang - 2 * self.limits.beat]
-        first = max(candidates, key=lambda rank: (not states[rank].waits, states[rank].still))
-        state = states[first]
+        places = {rank: (states[rank].waits, states[rank].step, states[rank].moves) for rank in candidates}
+        first = min(candidates, key=lambda rank: (places[rank], -states[rank].still))
+        state, alike = states[first], len(candidates) > 1 and len(set(places.values())) == 1
         line = f"rank {first} ({state.host}) hangs, for {state.still:.0f} s, at {state.where()}, in {state.here}"
-        if state.waits:
+        if state.waits or alike:
             line = f"all ranks that hang wait in collectives, for each other or for a link that is down; {line}"
         return LOST, f"{line} (train.hang_seconds is {self.limits.hang:g})"
 

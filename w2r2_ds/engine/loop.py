@@ -88,8 +88,8 @@ def train(
         FloatingPointError: a loss is not finite; raised on all ranks before the update.
     """
     signals = signals or StopSignals()
-    signals.join(collective_timeout(config.train.hang_seconds))
     with Watchdog(Limits(config.train.hang_seconds)) as watchdog:
+        signals.join(collective_timeout(config.train.hang_seconds))
         run = set_up(config, ds_path, make_validation)
         run.activity = watchdog.activity
         run.activity.follow("step", run.engine.module)
@@ -111,9 +111,11 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
     with logger:
         logger.start(run.start)
         for step in range(run.start, config.train.steps):
+            at("step boundary")
             if code := signals.agreed():
                 at("save")
                 if saved != step:
+                    logger.sync()
                     content = Content(step, metrics, run.data)
                     checkpoint = save_checkpoint(run.engine, config, content, run.fence) or checkpoint
                 return Outcome(code, checkpoint)
@@ -135,9 +137,11 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
                 at("validation")
                 scores, best = run.best.measure(run.engine, step + 1)
                 metrics |= scores
+            at("log")
             logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
                 at("save")
+                logger.sync()
                 written = save_checkpoint(run.engine, config, Content(step + 1, metrics, run.data, best), run.fence)
                 if written is not None:  # else the disk is full, say: the run goes on, and the next save may succeed
                     saved, checkpoint = step + 1, written

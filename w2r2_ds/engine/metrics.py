@@ -106,6 +106,11 @@ class MetricsLogger:
         self._progress.update(step, values)
         self._last_step = step
 
+    def sync(self) -> None:
+        """Flush the lines to the disk, before a checkpoint of their steps; a power cut might leave it without them."""
+        if self._file is not None:
+            self._file.sync()
+
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
         if self._progress is not None:
@@ -215,7 +220,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     Raises:
         ValueError: another line is not a JSON object with an integer step.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     result = []
     for index, line in enumerate(lines[:-1]):
         try:

@@ -11,6 +11,7 @@ so it is right in the middle of an epoch and for every number of ranks and accum
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -27,14 +28,16 @@ from w2r2_ds.config import RunConfig
 from w2r2_ds.engine.complete import (
     BEST,
     PARTIAL,
+    best_of,
     has_checkpoint,
     newest_complete,
     point,
-    pointed,
     read_description,
     set_aside,
+    steps,
     verify,
 )
+from w2r2_ds.engine.exits import Unreachable
 from w2r2_ds.engine.fence import Fence
 from w2r2_ds.engine.random_state import rng_state, seed_afresh, set_rng_state
 from w2r2_ds.engine.rank_zero import on_rank_zero, say
@@ -51,11 +54,13 @@ class Start:
         checkpoint: to go on from; None for a fresh run.
         world_size: ranks that wrote it.
         damaged: what is wrong with each checkpoint above it.
+        highest: the step folder with the highest step, whole or not.
     """
 
     checkpoint: Path | None = None
     world_size: int = 0
     damaged: dict[Path, str] = field(default_factory=dict)
+    highest: Path | None = None
 
     @property
     def universal(self) -> bool:
@@ -92,7 +97,7 @@ def _find_start(config: RunConfig) -> Start:
         say(f"warning: {wrong} Going on from {newest.name} instead.")
     refuse_programs(*sorted(newest.rglob("*.pt")))
     saved = read_description(newest)
-    start = Start(newest, int(saved["world_size"]), damaged)
+    start = Start(newest, int(saved["world_size"]), damaged, next(iter([*damaged, newest])))
     if start.universal and saved.get("zero_stage") == 0:
         raise ValueError(
             f"{newest} was written by {start.world_size} rank(s) without ZeRO, which DeepSpeed cannot convert for "
@@ -105,11 +110,21 @@ def take_over(config: RunConfig, start: Start) -> Fence:
     """Become the one start that writes this run; every rank calls it, when nothing is left to refuse.
 
     Damaged checkpoints are renamed, so that their steps can be saved again.
+
+    Raises:
+        ValueError: the run's folder cannot be written.
+        Unreachable: since `find_start` an older start, which lives on somewhere, has saved a newer checkpoint. On the
+            other ranks a RuntimeError.
     """
 
     def claim() -> Fence:
         try:
             fence = Fence.claim(config.out)
+            if next(iter(steps(config.out).values()), None) != start.highest:
+                raise Unreachable(
+                    f"another start of {config.out} has saved a checkpoint while this one made ready; this one ends, "
+                    "and the same command goes on from that checkpoint."
+                )
             for path in start.damaged:
                 say(f"{path} is kept as {set_aside(path).name}")
         except OSError as error:
@@ -163,14 +178,15 @@ def converted(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: the disk is full, or DeepSpeed cannot convert it.
     """
-    beside = path.with_name(f"{path.name}.universal{PARTIAL}")
+    # A start that lives on behind a cut link must not take it away from the one that converts now.
+    beside = on_rank_zero(lambda: path.with_name(f"{path.name}.universal.{secrets.token_hex(4)}{PARTIAL}"))
     on_rank_zero(lambda: _convert(path / ENGINE, beside))
-    try:
-        yield beside
-    finally:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+    yield beside
+    # Only where all went well: a rank that failed would wait here for others, which wait for it elsewhere. What a
+    # failure leaves goes with the next start (`Fence.sweep`).
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _convert(shards: Path, beside: Path) -> None:
@@ -233,8 +249,7 @@ def _best_until(checkpoint: Path) -> dict[str, Any] | None:
     if description.get("best") is not None:
         point(checkpoint.parent / BEST, checkpoint)
         return dict(description["best"])
-    file = checkpoint.parent / BEST
-    kept = pointed(file) if file.is_file() else None
+    kept = best_of(checkpoint.parent)
     if kept is None or verify(kept, deep=False) is not None:
         return None
     saved = read_description(kept)

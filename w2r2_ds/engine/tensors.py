@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from w2r2_ds.engine.complete import TENSORS
+from w2r2_ds.engine.complete import TENSORS, verify
 from w2r2_ds.engine.same_run import check_same_model
 from w2r2_ds.models.build import trainable
 from w2r2_ds.models.w2r2 import W2R2
@@ -26,8 +26,15 @@ def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
 
 
 def load_trainable(path: Path, model: W2R2) -> None:
-    """Load the trained tensors of a checkpoint into an unsharded model, strictly."""
+    """Load the trained tensors of a checkpoint into an unsharded model, strictly.
+
+    Raises:
+        ValueError: they are not those that were saved (their SHA-256 is compared), or another model's.
+    """
     check_same_model(path, model)
+    wrong = verify(path, only={TENSORS})
+    if wrong is not None:
+        raise ValueError(f"{wrong.removesuffix('.')}; copy the checkpoint again.")
     try:
         tensors = load_file(path / TENSORS)
     except (OSError, SafetensorError) as error:

@@ -121,6 +121,7 @@ class Watchdog:
             step=at.step,
             phase=at.phase,
             module=at.module,
+            moves=at.moves,
             still=now - at.moved,
             here=here,
             waits=waits,

@@ -75,7 +75,7 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
     raw = read_json(source / CONFIG)
     copied = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
     for file in (source / CONFIG, *copied):
-        refuse_foreign(file, source)
+        refuse_code(file)
     own = {key: raw.pop(key, missing) for key, missing in OWN.items()}
     if own["use_vggt_feature"] is not True:
         raise ValueError(f"{source / CONFIG}: use_vggt_feature is not true; give the directory of a VG-LLM checkpoint.")
@@ -106,17 +106,12 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
     return ModelConfig(**options)
 
 
-def refuse_foreign(file: Path, source: Path) -> None:
-    """Refuse to carry on what is not the model's: a link to another folder's file, and the names of code.
-
-    The hub's cache has links, to its own blobs.
+def refuse_code(file: Path) -> None:
+    """Refuse to carry on the names of code. Links are followed: the hub's cache and shared model folders have them.
 
     Raises:
         ValueError: names the file.
     """
-    folder, real = source.resolve(), file.resolve()
-    if real.parent not in (folder, folder.parent.parent / "blobs"):
-        raise ValueError(f"{file} is a link out of {source}; put the file itself there.")
     if file.suffix == ".json" and file.name != "vocab.json" and "auto_map" in read_json(file):
         raise ValueError(f"{file}: auto_map names code of its own; remove the field, it is never run here.")
 

@@ -1,7 +1,13 @@
-"""Nothing hangs: a call with a time limit, and an alarm for the whole program."""
+"""Nothing hangs: a call with a time limit, and an alarm for the whole program.
+
+Both are threads of Python, which stand still while a call into a library or driver holds Python's lock. Behind them is
+a thread of C (faulthandler), which ends the process with exit status 1 and ``Timeout (...)!`` before the stacks of
+all threads: whoever stands at the top of one holds the lock, or waits for a file that does not answer.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
@@ -13,6 +19,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+STARTED = time.monotonic()
+"""When this process began, as exactly as matters here."""
+GRACE = 5.0
+"""Seconds after the alarm at which the thread of C ends a process whose alarm could not ring."""
 STILL = 4.0
 """Seconds without any work after which a call whose time is over is said to hang."""
 
@@ -79,6 +89,11 @@ def work(process: str) -> tuple[str, ...]:
     return (*times, read)
 
 
+def last_resort(seconds: float) -> None:
+    """End the process in that time, whoever holds Python's lock; the last call counts."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+
+
 class Alarm:
     """Ends the program when its time is over, and says what it was doing.
 
@@ -90,10 +105,23 @@ class Alarm:
     def __init__(self, seconds: float, host: str) -> None:
         self.doing = "starting"
         self.listener: Callable[[str], None] | None = None
-        self._seconds, self._host, self._started = seconds, host, time.monotonic()
-        self._timer = threading.Timer(seconds, self._ring)
+        self._host = host
+        self._timer: threading.Timer | None = None
+        self.renew(seconds)
+
+    def renew(self, seconds: float, since: float | None = None) -> None:
+        """Begin again.
+
+        Args:
+            seconds: for everything from now on.
+            since: reading of the monotonic clock from which they count, by default now.
+        """
+        self._stop()
+        self._seconds, self._started = seconds, time.monotonic() if since is None else since
+        self._timer = threading.Timer(self.left(), self._ring)
         self._timer.daemon = True
         self._timer.start()
+        last_resort(self.left() + GRACE)
 
     def left(self, end: float | None = None) -> float:
         """Seconds until `end` seconds after the start, by default until the alarm; never negative."""
@@ -108,7 +136,12 @@ class Alarm:
 
     def off(self) -> None:
         """No alarm any more."""
-        self._timer.cancel()
+        self._stop()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _ring(self) -> None:
         print(

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from w2r2_ds.config import RunConfig
+from w2r2_ds.engine.complete import DAMAGED
 
 PER_WEIGHT = 20
 """Bytes: the trained weight twice (safetensors, DeepSpeed's copy; at most 4 each), float32 master, two moments."""
 
 
+def room_bytes(config: RunConfig) -> int:
+    """Free space that the checkpoints of a run still need; a run that goes on has most of them on the disk already.
+
+    One is always needed, as it is written before an old one is removed; 0 where the models' sizes are unknown.
+    """
+    one = checkpoint_bytes(config) or 0
+    # Those kept, the best, the one being written.
+    return max(one, (config.train.keep_last + 2) * one - held_bytes(Path(config.out) / "checkpoints"))
+
+
+def held_bytes(folder: Path) -> int:
+    """Of the checkpoints in a folder, each file once; a damaged one stays beside those that are kept, and is left out.
+
+    A file that is removed meanwhile does not count.
+    """
+    sizes = {}
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if DAMAGED not in name]
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(where, name))
+            except OSError:
+                continue
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
 def checkpoint_bytes(config: RunConfig) -> int | None:
-    """Of all checkpoints that are there at once: those kept, the best, the one being written. None: sizes unknown."""
+    """Of one checkpoint; None where the models' sizes are unknown."""
     text, vggt = _sizes(Path(config.model.vlm), "text_config"), _sizes(Path(config.model.vggt), "")
     try:
         weights = lora_weights(text, config.model.lora_rank) + merger_weights(
@@ -21,7 +50,7 @@ def checkpoint_bytes(config: RunConfig) -> int | None:
         )
     except KeyError:
         return None
-    return (config.train.keep_last + 2) * PER_WEIGHT * weights
+    return PER_WEIGHT * weights
 
 
 def lora_weights(text: dict[str, Any], rank: int) -> int:

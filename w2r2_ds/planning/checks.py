@@ -12,7 +12,7 @@ from pathlib import Path
 from w2r2_ds.config import RunConfig
 from w2r2_ds.planning import disk, gpus, installed, jit_locks, limits, own_code, settings, visible
 from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, one_line
-from w2r2_ds.planning.checkpoint_size import checkpoint_bytes
+from w2r2_ds.planning.checkpoint_size import room_bytes
 from w2r2_ds.planning.outcome import Outcome
 from w2r2_ds.planning.place import Place
 
@@ -21,6 +21,9 @@ SECONDS = 15.0
 GIB = 2**30
 SPARE = GIB
 """Bytes of free space beyond what is known to be needed: logs, temporary files, compiled kernels."""
+
+ASK_DRIVER = ("settings", "device", "use")
+"""Checks that call into the GPU driver, which may hold Python's lock, so that no thread's time limit works."""
 
 Checks = dict[str, Callable[[], Outcome]]
 
@@ -61,8 +64,7 @@ def node_checks(asked: Asked, place: Place, torch_usable: bool) -> Checks:
         "GPU health": gpus.check_health,
     }
     if config is not None:
-        needed = SPARE + (checkpoint_bytes(config) or 0)
-        checks["out"] = lambda: disk.check_folder("out", Path(config.out), needed, "the run's checkpoints")
+        checks["out"] = lambda: check_out(config)
         if config.demo.enabled:
             checks["data"] = lambda: visible.demo_makes(config)
         else:
@@ -74,6 +76,11 @@ def node_checks(asked: Asked, place: Place, torch_usable: bool) -> Checks:
     return checks
 
 
+def check_out(config: RunConfig) -> Outcome:
+    """The folder of a run, with room for the checkpoints that are not there yet."""
+    return disk.check_folder("out", Path(config.out), SPARE + room_bytes(config), "the run, checkpoints and all, still")
+
+
 def rank_checks(asked: Asked, place: Place) -> Checks:
     """Checks of every rank: its own GPU, and what it would use."""
     return {
@@ -82,16 +89,26 @@ def rank_checks(asked: Asked, place: Place) -> Checks:
     }
 
 
-def do_checks(checks: Checks, alarm: Alarm, end: float) -> dict[str, Outcome]:
+def driver_silent(found: dict[str, Outcome]) -> bool:
+    """Whether nvidia-smi is there and told of no GPU: a call into such a driver may hold the whole process for ever."""
+    health = found.get("GPU health", Outcome())
+    return bool(health.wrong or health.warnings) and not health.shown
+
+
+def do_checks(checks: Checks, alarm: Alarm, end: float, before: dict[str, Outcome] | None = None) -> dict[str, Outcome]:
     """Do checks one after the other, none longer than its time; a check that fails itself is reported, not raised.
 
     Args:
         checks: by name.
         alarm: told what is being done.
         end: seconds after the start at which all must be through.
+        before: what was found before, on which it depends what can be looked at.
     """
-    found = {}
+    found: dict[str, Outcome] = {}
     for name, check in checks.items():
+        if name in ASK_DRIVER and driver_silent((before or {}) | found):
+            found[name] = Outcome(warnings=[f"{name} was not looked at, as the GPU driver does not answer."])
+            continue
         alarm.now(f"looking at {name}")
         seconds = min(SECONDS, alarm.left(end))
         try:

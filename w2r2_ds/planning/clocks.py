@@ -32,7 +32,7 @@ def answer_clocks(meeting: Meeting, leaders: list[int], seconds: float) -> None:
     trips = dict.fromkeys(leaders, 0)
     while trips and time.monotonic() < end:
         for rank, trip in list(trips.items()):
-            if meeting.store.check([f"clock-ask-{trip}/{rank}"]):
+            if meeting.said(f"clock-ask-{trip}", rank):
                 meeting.say(f"clock-{rank}-{trip}", time.time())
                 trips[rank] += 1
                 if trips[rank] == TRIPS:

@@ -8,8 +8,13 @@ MANY = 4
 """Differences of one check on one node that are spelt out."""
 
 
-def differences(reports: list[Report]) -> list[tuple[str, str]]:
-    """Host and sentence for every difference; `reports` are those of ranks that lead their node, rank 0 first."""
+def differences(reports: list[Report], doubtful: bool = False) -> list[tuple[str, str]]:
+    """Host and sentence for every difference.
+
+    Args:
+        reports: of ranks that lead their node, rank 0 first.
+        doubtful: of what should be alike instead of what must be equal.
+    """
     if not reports:
         return []
     first, *others = reports
@@ -19,13 +24,15 @@ def differences(reports: list[Report]) -> list[tuple[str, str]]:
             if check not in first.outcomes:
                 continue
             mine, theirs = first.outcomes[check].equal, outcome.equal
+            if doubtful:
+                mine, theirs = first.outcomes[check].alike, outcome.alike
             sentences = [
                 f"{name} is {theirs[name]} here, but {mine[name]} on {first.host}; make the nodes the same."
                 for name in mine
                 if name in theirs and mine[name] != theirs[name]
             ]
             # What cannot be read at all has its own sentence; a package that only one node has is told here.
-            if check == "versions":
+            if check == "versions" and not doubtful:
                 sentences += [
                     f"{name} is missing here; {first.host} has it: install it." for name in mine.keys() - theirs
                 ]

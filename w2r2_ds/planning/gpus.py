@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import subprocess
+import time
 
+from w2r2_ds.planning.bounded import one_line
 from w2r2_ds.planning.outcome import Outcome
 
 SMI_SECONDS = 15
@@ -28,6 +31,8 @@ FIELDS = (
     "clocks_throttle_reasons.hw_thermal_slowdown",
 )
 
+_UNKNOWN = re.compile(r'Field "([^"]+)" is not a valid field to query')
+
 
 def check_device(local_rank: int, world: int) -> Outcome:
     """This rank's accelerator: there, and its matrix product right; on a machine without GPUs the CPU's."""
@@ -35,7 +40,7 @@ def check_device(local_rank: int, world: int) -> Outcome:
 
     outcome = Outcome()
     if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi") and _smi(("index",)):
+        if shutil.which("nvidia-smi") and _smi(("index",))[0]:
             outcome.wrong.append(
                 f"nvidia-smi shows GPUs, but torch {torch.__version__} sees none; install a torch of the driver's CUDA "
                 "version (pytorch.org), and look at CUDA_VISIBLE_DEVICES."
@@ -93,15 +98,15 @@ def check_health() -> Outcome:
     outcome = Outcome()
     if shutil.which("nvidia-smi") is None:
         return outcome
-    rows = _smi(FIELDS)
+    rows, why = _smi(FIELDS)
     if not rows:
         outcome.wrong.append(
-            f"nvidia-smi lists no GPU within {SMI_SECONDS} s; the driver is not well: run nvidia-smi on this node, and "
-            "leave it out (sbatch --exclude) until that answers."
+            f"nvidia-smi lists no GPU ({why}); the driver is not well: run nvidia-smi on this node, and leave it out "
+            "(sbatch --exclude) until that answers."
         )
     for row in rows:
         outcome.shown[f"GPU {row['index']}"] = f"{row['name']}, driver {row['driver_version']}"
-        outcome.equal["the GPU driver"] = row["driver_version"]
+        outcome.alike["the GPU driver"] = row["driver_version"]
         outcome.wrong += _illness(row)
         used, total = _number(row["memory.used"]), _number(row["memory.total"])
         if total and used / total > BUSY:
@@ -142,12 +147,25 @@ def _number(value: str) -> float:
         return 0.0
 
 
-def _smi(fields: tuple[str, ...]) -> list[dict[str, str]]:
-    """A row per GPU; empty where nvidia-smi fails or does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = csv.reader(io.StringIO(done.stdout), skipinitialspace=True)
-    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+def _smi(fields: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
+    """A row per GPU, and why there is none; what this driver's nvidia-smi does not know of a GPU is ``[N/A]``."""
+    known = list(fields)
+    end = time.monotonic() + SMI_SECONDS
+    while True:
+        command = ["nvidia-smi", f"--query-gpu={','.join(known)}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return [], f"it did not answer within {SMI_SECONDS} s"
+        except OSError as error:
+            return [], one_line(error)
+        said = " ".join(f"{done.stderr} {done.stdout}".split())
+        if done.returncode == 0:
+            break
+        unknown = _UNKNOWN.search(said)
+        if unknown is None or unknown[1] not in known or len(known) == 1:
+            return [], f"exit status {done.returncode}: {said[:300] or 'nothing said'}"
+        known.remove(unknown[1])
+    nothing = dict.fromkeys(fields, "[N/A]")
+    rows = [row for row in csv.reader(io.StringIO(done.stdout), skipinitialspace=True) if len(row) == len(known)]
+    return [nothing | dict(zip(known, row, strict=True)) for row in rows], said[:300] or "it said nothing"

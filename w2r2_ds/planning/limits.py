@@ -14,6 +14,9 @@ SHM_PER_WORKER = 256 * 2**20
 FILES, FILES_PER_WORKER = 256, 64
 """Libraries, sockets and logs of a rank; tensors that a loader process shares, each an open file."""
 
+FEW = 1024
+"""Open files that are usually allowed: with fewer it is wrong not to have what is needed, else a warning."""
+
 
 def check_limits(workers: int, ranks: int) -> Outcome:
     """Of this process, for `workers` loader processes per rank and `ranks` ranks on this node."""
@@ -22,9 +25,9 @@ def check_limits(workers: int, ranks: int) -> Outcome:
     files = FILES + FILES_PER_WORKER * workers
     outcome.shown["open files"] = f"{_limit(soft)} (at most {_limit(hard)})"
     if soft != resource.RLIM_INFINITY and soft < files:
-        outcome.wrong.append(
-            f"a process may hold {soft} open files, a rank with data.workers {workers} needs {files}; run "
-            f"ulimit -n {files} before the start (or lower data.workers)."
+        (outcome.wrong if soft < FEW else outcome.warnings).append(
+            f"a process may hold {soft} open files, a rank with data.workers {workers} may need {files}; run "
+            f"ulimit -n {files} before the start (in slurm/cluster.env on a cluster), or lower data.workers."
         )
     if not SHM.is_dir():
         outcome.shown["shared memory"] = f"no {SHM}"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 from w2r2_ds.planning.bounded import bounded, one_line
-from w2r2_ds.planning.place import Place
+from w2r2_ds.planning.place import Place, allocated_hosts
+from w2r2_ds.printable import message
 
 EVERY = 0.05
 """Seconds between looks for many keys."""
+NOTICE = 50.0
+"""Seconds after which ranks that are still to come are named; torch's import may take them longer."""
 
 
 class Unreachable(Exception):
@@ -50,9 +55,9 @@ class Meeting:
         except Exception as error:  # torch's and the operating system's; a place that cannot be reached has many
             where = f"{place.address}, port {place.port}"
             if place.rank == 0:
+                other = "submit the job again" if os.environ.get("SLURM_JOB_ID") else "start with another MASTER_PORT"
                 raise Unreachable(
-                    f"rank 0 cannot listen at {where} ({one_line(error)}); another run may have this port: start with "
-                    "another MASTER_PORT."
+                    f"rank 0 cannot listen at {where} ({one_line(error)}); another run may have this port: {other}."
                 ) from None
             raise Unreachable(
                 f"rank 0 cannot be reached at {where} within {seconds:.0f} s ({one_line(error)}); look whether its "
@@ -60,8 +65,15 @@ class Meeting:
             ) from None
 
     def say(self, name: str, value: Any) -> None:
-        """Write a value of this rank, as JSON."""
-        self.store.set(f"{name}/{self.place.rank}", json.dumps(value))
+        """Write a value of this rank, as JSON.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        try:
+            self.store.set(f"{name}/{self.place.rank}", json.dumps(value))
+        except RuntimeError as error:  # DistNetworkError and its like
+            raise ConnectionError(f"{name} could not be said: {one_line(error)}") from None
 
     def hear(self, name: str, rank: int, seconds: float) -> Any:
         """What a rank says under a name.
@@ -74,20 +86,87 @@ class Meeting:
             self.store.wait([key], timedelta(seconds=max(0.01, seconds)))
         except Exception as error:  # DistStoreError for a time that is over, and for a store that is gone
             raise TimeoutError(f"rank {rank} did not say {name}: {one_line(error)}") from None
-        return json.loads(self.store.get(key))
+        return self._get(key)
+
+    def said(self, name: str, rank: int) -> bool:
+        """Whether a rank has said something under a name.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        try:
+            return bool(self.store.check([f"{name}/{rank}"]))
+        except RuntimeError as error:
+            raise ConnectionError(f"{name} could not be asked for: {one_line(error)}") from None
 
     def gather(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
-        """What ranks say under a name, of those that do so in that time."""
+        """What ranks say under a name, of those that do so in that time.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
         end = time.monotonic() + seconds
         waiting, found = list(ranks), {}
         while True:
             for rank in list(waiting):
-                if self.store.check([f"{name}/{rank}"]):
-                    found[rank] = json.loads(self.store.get(f"{name}/{rank}"))
+                if self.said(name, rank):
+                    found[rank] = self._get(f"{name}/{rank}")
                     waiting.remove(rank)
             if not waiting or time.monotonic() > end:
                 return found
             time.sleep(EVERY)
+
+    def _get(self, key: str) -> Any:
+        try:
+            return json.loads(self.store.get(key))
+        except RuntimeError as error:
+            raise ConnectionError(f"{key} could not be read: {one_line(error)}") from None
+
+
+class Coming:
+    """Rank 0 looks who comes, in a thread beside its own checks, so that it knows when the last one came.
+
+    Args:
+        meeting: where they come.
+        seconds: to wait for them.
+    """
+
+    def __init__(self, meeting: Meeting, seconds: float) -> None:
+        self._here: dict[int, Any] = {}
+        self._when = 0.0
+        self._lost: ConnectionError | None = None
+
+        def look() -> None:
+            ranks = range(meeting.place.world)
+            try:
+                self._here = meeting.gather("here", ranks, min(NOTICE, seconds))
+                if seconds > NOTICE and len(self._here) < len(ranks):
+                    self._notice(ranks)
+                    self._here |= meeting.gather("here", ranks, seconds - NOTICE)
+            except ConnectionError as error:
+                self._lost = error
+            self._when = time.monotonic()
+
+        self._thread = threading.Thread(target=look, daemon=True)
+        self._thread.start()
+
+    def _notice(self, ranks: Iterable[int]) -> None:
+        """Say within a minute who is late: it may be slow, and may never come."""
+        hosts = {rank: each["host"] for rank, each in self._here.items()}
+        late = [rank for rank in ranks if rank not in self._here]
+        (sentence,) = missing_sentences(late, hosts, allocated_hosts(), NOTICE)
+        print(message(f"doctor: still waiting: {sentence}"), flush=True)
+
+    def result(self) -> tuple[dict[int, Any], float]:
+        """What each rank said as it came, and the reading of the monotonic clock when the last did, or was given up.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        self._thread.join()
+        if self._lost is not None:
+            raise self._lost
+        return self._here, self._when
 
 
 def missing_sentences(missing: list[int], hosts: dict[int, str], allocated: list[str], seconds: float) -> list[str]:
@@ -97,7 +176,7 @@ def missing_sentences(missing: list[int], hosts: dict[int, str], allocated: list
         missing: ranks.
         hosts: of the ranks that came.
         allocated: all nodes of the job, empty if unknown.
-        seconds: waited.
+        seconds: waited, from the start of rank 0.
     """
     if not missing:
         return []

@@ -16,12 +16,14 @@ class Outcome:
         equal: name -> value that every node must have alike.
         wrong: sentences, each with what to do; any of them makes the doctor fail.
         warnings: sentences about what works here and may not elsewhere.
+        alike: name -> value that every node should have alike; where not, that is a warning.
     """
 
     shown: dict[str, str] = field(default_factory=dict)
     equal: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    alike: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

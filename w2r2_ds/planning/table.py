@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from w2r2_ds.planning.outcome import Report
+from w2r2_ds.printable import message, one_line, without_secrets
 
 WIDTH = 120
 """Of a table in a log, which has no width of its own."""
@@ -45,7 +46,7 @@ def show(reports: list[Report], found: list[Sentence], verdict: str) -> None:
     _table("checks", ("check", "result"), results(reports))
     for sentence in merged(found):
         print(sentence)
-    print(verdict, flush=True)
+    print(message(verdict), flush=True)
 
 
 def results(reports: list[Report]) -> list[tuple[str, str]]:
@@ -68,14 +69,14 @@ def results(reports: list[Report]) -> list[tuple[str, str]]:
 
 
 def merged(found: list[Sentence]) -> list[str]:
-    """Lines of text; nodes of which the same is true share one."""
+    """Lines of text, fit for a terminal; nodes of which the same is true share one."""
     hosts: dict[tuple[bool, str], list[str]] = {}
     for sentence in sorted(found, key=lambda each: not each.wrong):
         hosts.setdefault((sentence.wrong, sentence.text), []).append(sentence.host)
     lines = []
     for (wrong, text), where in hosts.items():
         names = ", ".join(name for name in where if name)
-        lines.append(f"{'WRONG' if wrong else 'warning'}: {names + ': ' if names else ''}{text}")
+        lines.append(message(f"{'WRONG' if wrong else 'warning'}: {names + ': ' if names else ''}{text}"))
     return lines
 
 
@@ -84,6 +85,8 @@ def _shown(report: Report, check: str) -> list[tuple[str, str]]:
 
 
 def _table(title: str, header: tuple[str, str], rows: list[tuple[str, str]]) -> None:
+    title = one_line(title)
+    rows = [(one_line(name), one_line(without_secrets(value))) for name, value in rows]  # of files and the environment
     try:
         from rich.console import Console
         from rich.table import Table
