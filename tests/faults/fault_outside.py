@@ -19,8 +19,11 @@ VICTIMS = ((0,), (1,), (0, 1))
 """Both: a node without power."""
 
 
-def in_a_save(draw: random.Random) -> Fault:
-    """SIGKILL to rank 0, to rank 1 or to both at a random moment of the next save."""
+def in_a_save(draw: random.Random, patience: float = 0.0) -> Fault:
+    """SIGKILL to rank 0, to rank 1 or to both at a random moment of the next save.
+
+    With `patience`, a rank that is left gets it so many seconds later, as from a launcher; else it ends by itself.
+    """
     delay, ranks = draw.uniform(0, LONGEST), draw.choice(VICTIMS)
 
     def act(start: Start) -> bool:
@@ -30,6 +33,9 @@ def in_a_save(draw: random.Random) -> Fault:
             return False
         time.sleep(delay)
         start.send(signal.SIGKILL, *ranks)
+        if patience:
+            time.sleep(patience)
+            start.send(signal.SIGKILL)
         return True
 
     def when(out: Path) -> str:
