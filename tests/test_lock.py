@@ -20,7 +20,7 @@ from pathlib import Path
 from w2r2_ds.lock import locked
 with locked(Path(sys.argv[1]), "out is being prepared", "give another --out"):
     child = os.fork() if sys.argv[2] == "fork" else 1
-    print(child, flush=True)
+    os.write(1, f"{child}\n".encode())  # at once: parent and child share the pipe
     time.sleep(120)
 """
 

@@ -36,8 +36,9 @@ def work(rank: int, folder: Path) -> None:
         dist.barrier()
         if rank == 0 and number == 0:
             (folder / "refused").touch()
-        while number == 0 and (folder / f"{NAME}.lock").exists():
-            time.sleep(0.05)
+            while (folder / f"{NAME}.lock").exists():
+                time.sleep(0.05)
+        dist.barrier()  # rank 1 does not look: it could take rank 0's new lock for the old one
     (folder / f"{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 

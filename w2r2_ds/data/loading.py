@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -146,7 +147,9 @@ def keep_working(worker: int) -> None:
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+    rank = multiprocessing.parent_process()  # not getppid: that may be Python's fork server
+    assert rank is not None, "a loader process has a parent"
+    threading.Thread(target=_obey_parent, args=(rank.pid,), daemon=True).start()
 
 
 def _obey_parent(parent: int) -> None:
