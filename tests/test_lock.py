@@ -20,7 +20,7 @@ from pathlib import Path
 from w2r2_ds.lock import locked
 with locked(Path(sys.argv[1]), "out is being prepared", "give another --out"):
     child = os.fork() if sys.argv[2] == "fork" else 1
-    os.write(1, f"{child}\n".encode())  # at once: parent and child share the pipe
+    os.write(1, b"%d\\n" % child)  # at once: parent and child share the pipe
     time.sleep(120)
 """
 
