@@ -39,11 +39,11 @@ def hold(tmp_path: Path) -> Iterator[Any]:
         return processes[-1], child
 
     yield start
+    for number in children:  # first: they hold the pipe open
+        os.kill(number, 9)
     for each in processes:
         each.kill()
         each.communicate()
-    for number in children:
-        os.kill(number, 9)
 
 
 def take(file: Path) -> Any:
