@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CHUNK = 1 << 20
-
 
 @dataclass(frozen=True)
 class Digest:
@@ -132,11 +130,9 @@ def move(source: Path, target: Path) -> None:
 
 def digest(path: Path) -> Digest:
     """Of what a file holds now."""
-    found, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
-            size += len(chunk)
+        found = hashlib.file_digest(file, "sha256")
+        size = file.tell()
     return Digest(size, found.hexdigest())
 
 

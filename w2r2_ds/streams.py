@@ -6,6 +6,7 @@ Logs of jobs are files, mostly on the disk that a run fills; a warning that the 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -17,18 +18,14 @@ class Lossy:
 
     def write(self, text: str) -> int:
         """Write, or drop, a text; returns its length."""
-        try:
+        with suppress(OSError):
             self._stream.write(text)
-        except OSError:
-            return len(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush what can be flushed."""
-        try:
+        with suppress(OSError):
             self._stream.flush()
-        except OSError:
-            return
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -30,6 +30,7 @@ from w2r2_ds.engine.hinge import HingeWatch
 from w2r2_ds.engine.judge import Limits
 from w2r2_ds.engine.metrics import MetricsLogger
 from w2r2_ds.engine.preemption import StopSignals
+from w2r2_ds.engine.random_state import rng_state, set_rng_state
 from w2r2_ds.engine.resume import find_start, resume, take_over
 from w2r2_ds.engine.statistics import global_weight, reduce_stats, throughput
 from w2r2_ds.engine.together import together
@@ -206,14 +207,11 @@ def dry_run(run: Run, batch: Batch) -> None:
 
     Gradients of weight 0 leave the accumulated ones as they are; the random state is put back.
     """
-    random_state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state() if run.device.type == "cuda" else None
+    random_state = rng_state()
     loss, stats = run.engine(batch.to(run.device))
     reduce_stats(stats, [batch], "sample", float(len(batch.ids)))
     run.engine.backward(loss * 0.0)
-    torch.set_rng_state(random_state)
-    if device_state is not None:
-        torch.cuda.set_rng_state(device_state)
+    set_rng_state(random_state)
 
 
 def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:

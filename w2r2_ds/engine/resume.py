@@ -178,9 +178,7 @@ def converted(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: the disk is full, or DeepSpeed cannot convert it.
     """
-    # A start that lives on behind a cut link must not take it away from the one that converts now.
-    beside = on_rank_zero(lambda: path.with_name(f"{path.name}.universal.{secrets.token_hex(4)}{PARTIAL}"))
-    on_rank_zero(lambda: _convert(path / ENGINE, beside))
+    beside = on_rank_zero(lambda: _convert(path))
     yield beside
     # Only where all went well: a rank that failed would wait here for others, which wait for it elsewhere. What a
     # failure leaves goes with the next start (`Fence.sweep`).
@@ -189,10 +187,13 @@ def converted(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _convert(shards: Path, beside: Path) -> None:
-    """DeepSpeed's converter (deepspeed/checkpoint/ds_to_universal.py), in this process, one worker."""
+def _convert(path: Path) -> Path:
+    """DeepSpeed's converter (deepspeed/checkpoint/ds_to_universal.py), in this process, one worker; where it wrote."""
     from deepspeed.checkpoint.ds_to_universal import main
 
+    shards = path / ENGINE
+    # A start that lives on behind a cut link must not take it away from the one that converts now.
+    beside = path.with_name(f"{path.name}.universal.{secrets.token_hex(4)}{PARTIAL}")
     options = SimpleNamespace(
         input_folder=str(shards),
         output_folder=str(beside / ENGINE),
@@ -202,7 +203,6 @@ def _convert(shards: Path, beside: Path) -> None:
         strict=True,
         inject_missing_state=True,  # below ZeRO-3 it wants a version number that only Megatron writes
     )
-    shutil.rmtree(beside, ignore_errors=True)
     random_state = rng_state()
     try:
         (beside / ENGINE).mkdir(parents=True)
@@ -216,6 +216,7 @@ def _convert(shards: Path, beside: Path) -> None:
             f"beside it, or start as many ranks as before."
         ) from error
     set_rng_state(random_state)
+    return beside
 
 
 @contextmanager

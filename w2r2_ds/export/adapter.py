@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config import RunConfig, from_values, relocated
@@ -28,6 +27,7 @@ from w2r2_ds.engine.tensors import load_trainable
 from w2r2_ds.geometry.loading import read_json
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.merger_file import MERGER, load_merger, merger_tensors
+from w2r2_ds.models.strict_file import read_strictly
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.versions import versions
 
@@ -175,18 +175,6 @@ def load_lora(vlm: PeftModel, file: Path) -> None:
     Raises:
         ValueError: the file cannot be read, or does not hold exactly these tensors.
     """
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: cannot read the LoRA weights ({error}); copy the file again.") from error
     own = get_peft_model_state_dict(vlm, save_embedding_layers=False)
-    for name in sorted(tensors.keys() ^ own.keys()):
-        where = "is missing in it" if name in own else "is in it but not in the model"
-        raise ValueError(f"{file}: {name} {where}; it belongs to another model.")
-    for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(
-                f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(tensor.shape)}; it belongs "
-                "to another model."
-            )
+    tensors = read_strictly(file, "the LoRA weights", own, "another model", "it belongs to another model")
     set_peft_model_state_dict(vlm, tensors)

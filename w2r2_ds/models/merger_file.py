@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from w2r2_ds.models.strict_file import read_strictly
 from w2r2_ds.models.w2r2 import W2R2
 
 MERGER = "geometry_merger.safetensors"
@@ -28,18 +27,7 @@ def load_merger(model: W2R2, file: Path) -> None:
     Raises:
         ValueError: the file cannot be read, or does not hold exactly these tensors.
     """
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: cannot read the geometry merger ({error}); copy the file again.") from error
     own = merger_tensors(model)
-    for name in sorted(tensors.keys() ^ own.keys()):
-        where = "is missing in it" if name in own else "is in it but not in the model"
-        raise ValueError(f"{file}: {name} {where}; it belongs to another model.fusion.")
-    for name, target in own.items():
-        if tensors[name].shape != target.shape:
-            raise ValueError(
-                f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(target.shape)}; take "
-                "model.vlm, model.vggt and model.merger_hidden that it was trained with."
-            )
-        target.copy_(tensors[name])
+    reshape = "take model.vlm, model.vggt and model.merger_hidden that it was trained with"
+    for name, tensor in read_strictly(file, "the geometry merger", own, "another model.fusion", reshape).items():
+        own[name].copy_(tensor)

@@ -153,7 +153,7 @@ class Alarm:
         os._exit(1)  # other threads may be stuck in the kernel
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of what an exception says, with its kind, short enough for a table."""
+def brief(error: BaseException) -> str:
+    """What an exception says, on one line, with its kind, short enough for a table."""
     text: Any = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from w2r2_ds.config import RunConfig
 from w2r2_ds.planning import disk, gpus, installed, jit_locks, limits, own_code, settings, visible
-from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, one_line
+from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, brief
 from w2r2_ds.planning.checkpoint_size import room_bytes
 from w2r2_ds.planning.outcome import Outcome
 from w2r2_ds.planning.place import Place
@@ -121,7 +121,7 @@ def do_checks(checks: Checks, alarm: Alarm, end: float, before: dict[str, Outcom
                 found[name] = Outcome(wrong=[f"{text}a file system or driver hangs: look at it on this node."])
         except Exception as error:  # what broken libraries raise can be anything
             found[name] = Outcome(
-                wrong=[f"{name} cannot be looked at ({one_line(error)}); see whether imports are right."]
+                wrong=[f"{name} cannot be looked at ({brief(error)}); see whether imports are right."]
             )
     return found
 

@@ -8,7 +8,8 @@ import socket
 import time
 from pathlib import Path
 
-from w2r2_ds.planning.bounded import one_line
+from w2r2_ds import durable
+from w2r2_ds.planning.bounded import brief
 from w2r2_ds.planning.outcome import Outcome
 
 PROBE = 2**20
@@ -32,7 +33,7 @@ def check_folder(name: str, path: Path, needed: int, why: str) -> Outcome:
     except OSError as error:
         outcome.shown[name] = f"{path} (cannot be written)"
         outcome.wrong.append(
-            f"{name}: {folder} cannot be written ({one_line(error)}); mend its rights or its file system, or name "
+            f"{name}: {folder} cannot be written ({brief(error)}); mend its rights or its file system, or name "
             "another folder."
         )
         return outcome
@@ -66,19 +67,11 @@ def write_and_read(folder: Path) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(folder)
+        durable.sync(folder)
         if path.read_bytes() != content:
             raise OSError("what is read is not what was written")
     finally:
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def leave_mark(path: Path, token: str) -> Path:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from w2r2_ds.planning import bounded as limits_of_time
-from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, last_resort, one_line
+from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, brief, last_resort
 from w2r2_ds.planning.checks import Asked, do_checks, driver_silent, node_checks, rank_checks
 from w2r2_ds.planning.clocks import answer_clocks, ask_clock, judge
 from w2r2_ds.planning.compare import differences
@@ -97,7 +97,7 @@ def import_torch(report: Report) -> bool:
     except TooLong:
         report.outcomes["torch"] = Outcome(wrong=["importing torch hangs; look at the file system of the environment."])
     except Exception as error:  # a broken library raises anything
-        report.outcomes["torch"] = Outcome(wrong=[f"torch cannot be imported ({one_line(error)}); install it again."])
+        report.outcomes["torch"] = Outcome(wrong=[f"torch cannot be imported ({brief(error)}); install it again."])
     return "torch" not in report.outcomes
 
 
@@ -282,7 +282,7 @@ def all_reduce(meeting: Meeting, nodes: int, seconds: float, driver: bool) -> Ou
     except TooLong:
         why = f"it had not ended after {seconds:.0f} s"
     except Exception as error:  # every backend has its own
-        why = one_line(error)
+        why = brief(error)
     return Outcome(
         wrong=[
             f"the all-reduce over {backend} failed here ({why}); look at the ranks that are named, at firewalls "

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 
-from w2r2_ds.planning.bounded import one_line
+from w2r2_ds.planning.bounded import brief
 from w2r2_ds.planning.outcome import Outcome
 
 SMI_SECONDS = 15
@@ -158,7 +158,7 @@ def _smi(fields: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
         except subprocess.TimeoutExpired:
             return [], f"it did not answer within {SMI_SECONDS} s"
         except OSError as error:
-            return [], one_line(error)
+            return [], brief(error)
         said = " ".join(f"{done.stderr} {done.stdout}".split())
         if done.returncode == 0:
             break

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-from w2r2_ds.planning.bounded import bounded, one_line
+from w2r2_ds.planning.bounded import bounded, brief
 from w2r2_ds.planning.place import Place, allocated_hosts
 from w2r2_ds.printable import message
 
@@ -57,10 +57,10 @@ class Meeting:
             if place.rank == 0:
                 other = "submit the job again" if os.environ.get("SLURM_JOB_ID") else "start with another MASTER_PORT"
                 raise Unreachable(
-                    f"rank 0 cannot listen at {where} ({one_line(error)}); another run may have this port: {other}."
+                    f"rank 0 cannot listen at {where} ({brief(error)}); another run may have this port: {other}."
                 ) from None
             raise Unreachable(
-                f"rank 0 cannot be reached at {where} within {seconds:.0f} s ({one_line(error)}); look whether its "
+                f"rank 0 cannot be reached at {where} within {seconds:.0f} s ({brief(error)}); look whether its "
                 "node is up and whether a firewall or a wrong interface lies between."
             ) from None
 
@@ -73,7 +73,7 @@ class Meeting:
         try:
             self.store.set(f"{name}/{self.place.rank}", json.dumps(value))
         except RuntimeError as error:  # DistNetworkError and its like
-            raise ConnectionError(f"{name} could not be said: {one_line(error)}") from None
+            raise ConnectionError(f"{name} could not be said: {brief(error)}") from None
 
     def hear(self, name: str, rank: int, seconds: float) -> Any:
         """What a rank says under a name.
@@ -85,7 +85,7 @@ class Meeting:
         try:
             self.store.wait([key], timedelta(seconds=max(0.01, seconds)))
         except Exception as error:  # DistStoreError for a time that is over, and for a store that is gone
-            raise TimeoutError(f"rank {rank} did not say {name}: {one_line(error)}") from None
+            raise TimeoutError(f"rank {rank} did not say {name}: {brief(error)}") from None
         return self._get(key)
 
     def said(self, name: str, rank: int) -> bool:
@@ -97,7 +97,7 @@ class Meeting:
         try:
             return bool(self.store.check([f"{name}/{rank}"]))
         except RuntimeError as error:
-            raise ConnectionError(f"{name} could not be asked for: {one_line(error)}") from None
+            raise ConnectionError(f"{name} could not be asked for: {brief(error)}") from None
 
     def gather(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
         """What ranks say under a name, of those that do so in that time.
@@ -120,7 +120,7 @@ class Meeting:
         try:
             return json.loads(self.store.get(key))
         except RuntimeError as error:
-            raise ConnectionError(f"{key} could not be read: {one_line(error)}") from None
+            raise ConnectionError(f"{key} could not be read: {brief(error)}") from None
 
 
 class Coming:

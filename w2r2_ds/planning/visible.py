@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from w2r2_ds.config import DataConfig, ModelConfig, RunConfig
-from w2r2_ds.planning.bounded import one_line
+from w2r2_ds.planning.bounded import brief
 from w2r2_ds.planning.outcome import Outcome
 from w2r2_ds.planning.own_code import content_hash
 
@@ -76,7 +76,7 @@ def _look(outcome: Outcome, field: str, folder: Path) -> None:
     except (ValueError, OSError) as error:
         outcome.wrong.append(f"{field}: {error}")
     except Exception as error:  # a torn safetensors file has an exception of its own
-        outcome.wrong.append(f"{field}: the weights in {folder} cannot be read ({one_line(error)}); fetch them again.")
+        outcome.wrong.append(f"{field}: the weights in {folder} cannot be read ({brief(error)}); fetch them again.")
     _digest(outcome, field, folder / "config.json")
 
 
