@@ -2,8 +2,8 @@
 
 clock: the clock is 30 s ahead. freeze: the process is stopped when it enters an all-reduce, as by a dying node.
 sum: the all-reduce gives a wrong sum on rank 1. impatience: no fault, but others are waited for 2 s only. haste: no
-fault, but the all-reduce has 8 s only. vanish: rank 0 ends as soon as rank 1 has come. short: the thread of C rings
-after 3 s.
+fault, but the all-reduce has 8 s only. vanish: rank 0 ends as soon as rank 1 has come. dead: the recipe is a
+pipe that nobody fills, taken for a file on a mount that does not answer, and the thread of C rings 1 s after the look.
 """
 
 from __future__ import annotations
@@ -58,6 +58,22 @@ def vanish() -> None:
     doctor.Coming = come
 
 
+def read_a_dead_mount() -> None:
+    """A pipe is taken for a file, and what `dump_traceback_later` was asked for comes 1 s after the look at it."""
+    ring, asked = faulthandler.dump_traceback_later, {}
+
+    def ask(seconds: float, **options: Any) -> None:
+        asked.update(options)
+        ring(seconds, **options)
+
+    def is_file(path: Path) -> bool:
+        if path.is_fifo() and asked:
+            ring(1, **{"file": 2, **asked})  # sys.stderr is caught while the command line is read
+        return path.is_fifo() or os.path.isfile(path)
+
+    faulthandler.dump_traceback_later, Path.is_file = ask, is_file
+
+
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
     if fault == "clock":
@@ -72,9 +88,8 @@ if __name__ == "__main__":
         doctor.REDUCE = 8.0
     elif fault == "vanish":
         vanish()
-    elif fault == "short":
-        ring = faulthandler.dump_traceback_later
-        faulthandler.dump_traceback_later = lambda seconds, **options: ring(3, **options)
+    elif fault == "dead":
+        read_a_dead_mount()
     elif fault != "none":
         break_all_reduce(fault)
     sys.argv[0] = str(LAUNCHER)

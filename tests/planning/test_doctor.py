@@ -224,7 +224,7 @@ def test_a_recipe_that_does_not_answer_ends_the_doctor(tmp_path: Path) -> None:
     """As one on a dead mount; the thread of C ends the process, and the stacks say where it was."""
     os.mkfifo(tmp_path / "recipe.yaml")
     done = subprocess.run(
-        [sys.executable, str(RANK), "short", "--config", str(tmp_path / "recipe.yaml")],
+        [sys.executable, str(RANK), "dead", "--config", str(tmp_path / "recipe.yaml")],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -232,4 +232,5 @@ def test_a_recipe_that_does_not_answer_ends_the_doctor(tmp_path: Path) -> None:
         timeout=START,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Timeout (0:00:0") and "launchers/doctor.py" in done.stderr
+    assert done.stderr.startswith("Timeout (0:00:01)"), done.stdout + done.stderr
+    assert "recipe_file.py" in done.stderr and "launchers/doctor.py" in done.stderr
