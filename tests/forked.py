@@ -29,7 +29,11 @@ WARM = (
     "deepspeed",
     "peft",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # takes torch's compiler along, 2 s
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # looked at by every engine
+    "deepspeed.module_inject.auto_ep_layer",
+    "torch.utils.cpp_extension",
+    "pandas",
+    "PIL.JpegImagePlugin",
     "w2r2_ds.engine.loop",
     "w2r2_ds.evaluation.in_training",
 )
@@ -131,6 +135,8 @@ def script(path: str, words: list[str]) -> None:
 def environment() -> dict[str, str]:
     """For a child process: one thread, offline, the repository importable."""
     extra = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    # An optimizer of DeepSpeed that nobody asked for would import torch's compiler into every rank, 1.2 s.
+    extra["TORCHDYNAMO_DISABLE"] = "1"
     # The launcher looks for its helpers beside the interpreter that runs the tests.
     return os.environ | extra | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -164,10 +170,12 @@ def serve() -> None:
     """Answer each request, a line of JSON, until there are no more; then end what was forked."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
+    gc.disable()  # imports make little garbage, and looking for it is a quarter of their time
     for module in WARM:
         importlib.import_module(module)
     importlib.import_module("torch").set_printoptions(threshold=0, edgeitems=1)  # DeepSpeed formats tensors for no one
     gc.freeze()
+    gc.enable()
     threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
     threads = [name for name in threads if name != "jemalloc_bg_thd"]  # PyArrow's, which is made for forks
     assert len(threads) == 1, f"{threads}: a fork would lose all threads but one"
