@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from w2r2_ds.geometry.encoder import GeometryEncoder
+from w2r2_ds.models.attention import attention_inputs
 from w2r2_ds.models.fusion import GeometryMerger, pair_frames
 from w2r2_ds.models.phi import Fusion
 
@@ -52,9 +53,9 @@ def answer_states(vlm: Any, batch: Any, visual: Any, with_what: bool = False) ->
     given = {} if batch.visuals.dummy else {"mm_encoder_outputs": {batch.visuals.kind: visual}}
     states = vlm.model(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
+        **attention_inputs(vlm, batch),
         **given,
     ).last_hidden_state
     rows = batch.answer_rows
