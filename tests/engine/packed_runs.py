@@ -9,7 +9,7 @@ from typing import Any
 
 from runs import ZERO3, World
 
-TOGETHER, SHORT = 4, 4
+TOGETHER, SHORT = 4, 3
 """Questions per scene; optimizer steps."""
 
 
