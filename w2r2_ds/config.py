@@ -148,7 +148,9 @@ class TrainConfig:
         merger_lr: peak learning rate of the geometry merger and the fusion.
         weight_decay: AdamW's weight decay.
         warmup: share of the steps with rising learning rate; a cosine to zero follows.
-        activation_checkpointing: recompute decoder layers in the backward pass.
+        activation_checkpointing: recompute decoder layers in the backward pass, so that each keeps only its input.
+        recompute_every: of these only every n-th, from the first; the others keep all they compute, and are faster.
+        offload_activations: keep the inputs of recomputed layers in the host's memory; slower.
         save_every: optimizer steps between checkpoints; the last step is always saved.
         keep_last: checkpoints kept, besides the best.
         eval_every: optimizer steps between validations, greedy answers of a fixed part of data.val; the last step is
@@ -173,6 +175,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup: float = 0.03
     activation_checkpointing: bool = True
+    recompute_every: int = 1
+    offload_activations: bool = False
     save_every: int = 200
     keep_last: int = 2
     eval_every: int = 0

@@ -17,6 +17,8 @@ FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 STEPS = 3
 PAIRED = "zero3_hpz-2"
 """zero3_hpz with partitions of two ranks; "auto" leaves them out where one machine holds all ranks."""
+OFFLOADED = "recomputed"
+"""zero3, every second decoder layer recomputed, their inputs in the host's memory."""
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +31,19 @@ def losses(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     # Last: DeepSpeed keeps its group of ranks for the rest of the process, and a later engine would use it.
     files = [*FILES, folder / f"{PAIRED}.json"]
     few = {"train__global_batch": 4, "train__micro_batch": 2, "train__save_every": 99, "data__workers": 0}
+    less = {f"train__{name}": True for name in ("activation_checkpointing", "offload_activations")}
+    runs: list[tuple[str, Path, dict[str, object]]] = [
+        (OFFLOADED, FILES[0].with_name("zero3.json"), less | {"train__recompute_every": 2}),
+        *((file.stem, file, {}) for file in files),
+    ]
     jobs = [
         Job(
-            file.stem,
-            ["--deepspeed", str(file), *world.arguments(folder / file.stem, **few)],
+            name,
+            ["--deepspeed", str(file), *world.arguments(folder / name, **few, **changes)],
             stop_after=STEPS,
             dry_run=False,
         )
-        for file in files
+        for name, file, changes in runs
     ]
     reports = run_jobs(2, folder / "jobs", jobs)
     assert {name: [report["error"] for report in ranks] for name, ranks in reports.items()} == {
@@ -45,10 +52,11 @@ def losses(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {job.name: read_metrics(folder / job.name) for job in jobs}
 
 
-@pytest.mark.parametrize("name", [*(file.stem for file in FILES), PAIRED])
+@pytest.mark.parametrize("name", [*(file.stem for file in FILES), PAIRED, OFFLOADED])
 def test_every_file_trains_and_all_the_same(losses: dict[str, list[dict[str, Any]]], name: str) -> None:
     """float32, the same two ranks: only the order of sums differs (ZeRO-2's buckets against ZeRO-3's)."""
-    exact = name.startswith("zero3_hpz")  # which changes where weights come from, and nothing else
+    # Where weights come from, and what is computed twice, changes nothing else.
+    exact = name in ("zero3_hpz", PAIRED, OFFLOADED)
     assert [line["step"] for line in losses[name]] == list(range(1, STEPS + 1))
     for line, reference in zip(losses[name], losses["zero3"], strict=True):
         for part in ("loss", "align", "push", "grad_norm"):
