@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +14,7 @@ Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManag
 """Around a layer's first run, and around its second."""
 
 
-def recompute(layers: Iterable[nn.Module], every: int, offload: bool, contexts: Contexts) -> None:
+def recompute(layers: Iterable[Any], every: int, offload: bool, contexts: Contexts) -> None:
     """Run layers 0, `every`, 2 `every`, ... again in the backward pass instead of keeping what they computed.
 
     transformers' `activation_checkpointing_enable` does as much, but also counts the blocks of the frozen vision tower,
@@ -35,4 +34,4 @@ def recompute(layers: Iterable[nn.Module], every: int, offload: bool, contexts: 
 
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every == 0
-        layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = run
