@@ -23,6 +23,7 @@ def check(config: RunConfig) -> None:
     positive = {
         "data.frame_width": config.data.frame_width,
         "data.video_fps": config.data.video_fps,
+        "data.prefetch": config.data.prefetch,
         "model.lora_rank": config.model.lora_rank,
         "model.merger_hidden": config.model.merger_hidden,
         "train.steps": config.train.steps,
@@ -86,3 +87,8 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"train.warmup is {config.train.warmup}; it is a share of the steps in [0, 1).")
     if not 0 <= config.model.lora_dropout < 1:
         raise ValueError(f"model.lora_dropout is {config.model.lora_dropout}; it must be in [0, 1).")
+    if config.train.schedule == "lockstep" and config.objective.push == "unblocked":
+        raise ValueError(
+            "train.schedule is lockstep, which keeps no graph of the shortcut pass, but objective.push unblocked needs "
+            "it; choose train.schedule sequential, or auto."
+        )
