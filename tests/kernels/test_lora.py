@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from w2r2_ds.kernels import lora
 from w2r2_ds.kernels.lora import bind_lora
@@ -23,6 +24,18 @@ class Two(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+class Checkpointed(nn.Module):
+    """The same parameters, recomputed in the backward pass."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpoint(self.model, x, use_reentrant=False)
         return out
 
 
@@ -93,28 +106,11 @@ def test_bfloat16_is_no_further_from_float32_than_peft() -> None:
 
 
 def test_checkpointing_draws_the_mask_again(calls: list[float]) -> None:
-    from torch.utils.checkpoint import checkpoint
-
     model = bound_copy(adapted(0.4))
     whole = results(model, torch.ones(6, 24))
-    part = results(lambda_module(model, checkpoint), torch.ones(6, 24))
+    part = results(Checkpointed(model), torch.ones(6, 24))
     assert len(calls) == 2 + 4
     assert all(torch.equal(one, two) for one, two in zip(whole, part, strict=True))
-
-
-def lambda_module(model: Any, checkpoint: Any) -> Any:
-    """The same parameters, recomputed in the backward pass."""
-
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = checkpoint(self.model, x, use_reentrant=False)
-            return out
-
-    return Checkpointed()
 
 
 def test_without_a_graph_nothing_is_kept(calls: list[float]) -> None:

@@ -18,6 +18,7 @@ ways draw the same one.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from w2r2_ds.kernels.choose import Kernels
@@ -32,7 +33,7 @@ PARTS = 16
 def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Kernels) -> Tensor:
     """``scale * (keep * x) @ a.T``: ``[T, K]``, bool ``[T, K]``, ``[r, K]`` to ``[T, r]``, in the dtype of ``x``."""
     if kernels == "torch":
-        return (x * keep).mul_(scale) @ a.t()
+        return (torch.where(keep, x, 0.0) @ a.t()).mul_(scale)
     rows, width = x.shape
     low = x.new_empty(rows, len(a))
     if rows:
@@ -56,10 +57,10 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Kernels) -> 
 def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Kernels) -> Tensor:
     """``scale * low.T @ (keep * x)``: ``[T, r]``, ``[T, K]``, bool ``[T, K]`` to ``[r, K]``, in the dtype of ``x``."""
     if kernels == "torch":
-        return low.t() @ (x * keep).mul_(scale)
+        return (low * scale).t() @ torch.where(keep, x, 0.0)
     rows, width = x.shape
     parts = min(PARTS, max(blocks(rows, ROWS), 1))
-    part = x.new_zeros(parts, low.shape[1], width, dtype=low.float().dtype)
+    part = x.new_zeros(parts, low.shape[1], width, dtype=torch.float32)
     if rows:
         _outer[(blocks(width, COLUMNS), parts)](
             low,
@@ -82,7 +83,7 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Kernels) 
 def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels: Kernels) -> Tensor:
     """``out += scale * keep * (low @ a)`` in place: ``[T, K]``, ``[T, r]``, ``[r, K]``, bool ``[T, K]``."""
     if kernels == "torch":
-        return out.add_((low @ a).mul_(keep), alpha=scale)
+        return out.add_(torch.where(keep, (low * scale) @ a, 0.0))
     rows, width = out.shape
     if rows:
         _up[(blocks(rows, ROWS), blocks(width, COLUMNS))](
