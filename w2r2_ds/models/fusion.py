@@ -10,6 +10,9 @@ from torch import nn
 from w2r2_ds.kernels.cell_norm import cell_norm
 from w2r2_ds.kernels.choose import Kernels
 
+EPS = 1e-6
+"""Of the merger's RMSNorm, VG-LLM's."""
+
 
 class GeometryMerger(nn.Module):
     """RMSNorm, 2 x 2 merge, Linear, GELU, Linear: VG-LLM's merger, with its parameter names and initialisation.
@@ -78,18 +81,18 @@ class GeometryMerger(nn.Module):
         return merged
 
 
-class CellNorm(nn.RMSNorm):
+class CellNorm(nn.Module):
     """RMSNorm of all grids, in the order of merge cells: a module, because ZeRO-3 gathers a weight for its module."""
 
     def __init__(self, feature_dim: int, merge_size: int, kernels: Kernels) -> None:
-        super().__init__(feature_dim, eps=1e-6)
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(feature_dim))
         self.merge_size = merge_size
         self.kernels = kernels
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """``[tokens, merge_size ** 2, feature_dim]``; see `cell_norm`."""
-        assert self.eps is not None
-        return cell_norm(features, self.weight, self.eps, self.merge_size, self.kernels)
+        return cell_norm(features, self.weight, EPS, self.merge_size, self.kernels)
 
 
 def pair_frames(features: torch.Tensor) -> torch.Tensor:
