@@ -19,7 +19,9 @@ from transformers import CONFIG_MAPPING
 
 from golden_files import Golden
 from w2r2_ds.config import ObjectiveConfig, RunConfig
-from w2r2_ds.data.collate import AnswerRows, Batch, PromptRows, Visuals
+from w2r2_ds.data.collate import Batch, Visuals, token_counts
+from w2r2_ds.data.packing import Layout
+from w2r2_ds.data.rows import AnswerRows, PromptRows
 from w2r2_ds.data.slots import NUMBERS, TokenTables
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.export.vgllm import fill, split_state, their_name, vggt_config
@@ -27,6 +29,7 @@ from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.vggt import VGGT
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.phi import make_fusion
+from w2r2_ds.models.tower import TowerInputs
 from w2r2_ds.models.vlm import model_class, position_ids
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.scorer import Scorer
@@ -73,6 +76,9 @@ def batch_of(golden: Golden) -> Batch:
     images = tuple(tensors[f"in/images_vggt_{index}"] for index in range(count))
     base = model_of(golden, *VARIANTS[MAIN][:2]).base
     sample, position = (labels[:, 1:] != -100).nonzero().unbind(1)
+    vision = base.config.vision_config
+    sizes = token_counts(grid, vision.spatial_merge_size)
+    tower = TowerInputs.of(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
     slots = torch.full((count, NUMBERS, 1), -1)
     return Batch(
         ids=tuple(map(str, range(count))),
@@ -80,9 +86,14 @@ def batch_of(golden: Golden) -> Batch:
         attention_mask=mask,
         token_types=types,
         position_ids=position_ids(base, ids, types, attention_mask=mask, image_grid_thw=grid),
-        visuals=Visuals("image", tensors["in/pixel_values"], grid, images),
+        visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, tower, images),
+        visual_tokens=types.flatten().nonzero().squeeze(-1),
+        token_set=types.nonzero()[:, 0],
+        frame_set=torch.arange(count),
+        layout=Layout(mask - 1, torch.zeros_like(mask), tuple(((0, length),) for length in mask.sum(-1).tolist())),
         rows=AnswerRows(
             sample=sample,
+            sequence=sample,
             position=position,
             label=labels[sample, position + 1],
             where=torch.ones_like(sample, dtype=torch.bool),
@@ -92,7 +103,7 @@ def batch_of(golden: Golden) -> Batch:
         ),
         cam_to_world=torch.full((count, 1, 4, 4), torch.nan, dtype=torch.float64),
         target_box=torch.full((count, 9), torch.nan, dtype=torch.float64),
-        what=PromptRows(sample[:0], position[:0]),
+        what=PromptRows(sample[:0], sample[:0], position[:0]),
         kinds=("caption",) * count,
         answers=("",) * count,
     )

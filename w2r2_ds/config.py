@@ -51,6 +51,11 @@ class DataConfig:
         video_fps: nominal rate of the sampled frames, for the temporal positions of a `<video>`.
         max_length: longest sequence in tokens; a longer sample is an error, never cut.
         workers: loader processes per rank; 0 loads in the training process.
+        questions_per_scene: samples that see the same frames come together in bins of so many, and share one visual
+            prefix in one sequence; train.micro_batch is a multiple. Losses and gradients of each are as they are alone,
+            but other samples make a batch. 1 orders samples freely.
+        packing: the samples of a micro-batch make one sequence, without padding, as they do where questions share
+            frames; for samples of unequal length.
     """
 
     root: str = "data/scannet"
@@ -61,6 +66,8 @@ class DataConfig:
     video_fps: float = 2.0
     max_length: int = 9216
     workers: int = 4
+    questions_per_scene: int = 1
+    packing: bool = False
 
 
 @dataclass
@@ -153,6 +160,8 @@ class TrainConfig:
         weight_decay: AdamW's weight decay.
         warmup: share of the steps with rising learning rate; a cosine to zero follows.
         activation_checkpointing: recompute decoder layers in the backward pass.
+        schedule: how the two passes take turns: sequential, the shortcut first, or lockstep, both in every layer, so
+            that ZeRO-3 gathers it once for both; auto is lockstep under ZeRO-3. Losses and gradients are equal.
         save_every: optimizer steps between checkpoints; the last step is always saved.
         keep_last: checkpoints kept, besides the best.
         eval_every: optimizer steps between validations, greedy answers of a fixed part of data.val; the last step is
@@ -177,6 +186,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup: float = 0.03
     activation_checkpointing: bool = True
+    schedule: Literal["auto", "sequential", "lockstep"] = "auto"
     save_every: int = 200
     keep_last: int = 2
     eval_every: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,9 +63,23 @@ def test_right_padding_for_training(front: Any, batch_of: Any, samples: list[Any
         assert torch.equal(batch.position_ids[:, index, :length], alone.position_ids[:, 0])
 
 
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_every_sample_is_a_sequence_and_a_group(batch_of: Any, samples: list[Any], visual: str) -> None:
+    batch = batch_of(samples, visual=visual)
+    layout, lengths = batch.layout, batch.attention_mask.sum(1).tolist()
+    assert torch.equal(layout.group == 0, batch.attention_mask == 1) and set(layout.group.unique().tolist()) == {-1, 0}
+    assert not layout.suffix.any() and layout.spans == tuple(((0, length),) for length in lengths)
+    for rows in (batch.answer_rows, batch.what_rows):
+        assert torch.equal(rows.sequence, rows.sample)
+    assert sum(batch.visuals.sizes) == len(batch.visual_tokens) == int((batch.token_types > 0).sum())
+    assert (batch.token_types.flatten()[batch.visual_tokens] > 0).all()
+    alone = [batch_of([sample], visual=visual).visuals.sizes for sample in samples]
+    assert batch.visuals.sizes == sum(alone, ())
+
+
 def test_left_padding_for_generation(front: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples, with_answer=False)
-    assert batch.position_ids is None and batch.rows is None
+    assert batch.position_ids is None and batch.rows is None and batch.layout is None
     assert batch.attention_mask[:, -1].all() and (batch.attention_mask.diff(dim=1) >= 0).all()
     for index, sample in enumerate(samples):
         alone = batch_of([sample], with_answer=False)
@@ -140,8 +154,10 @@ def test_prompts_are_left_padded_and_made_when_told(batch_of: Any, samples: list
     assert batch_of(chosen).prompts is None
     batch = batch_of(chosen, with_prompts=True)
     generation = batch_of(chosen, with_answer=False)
-    for field in fields(batch.prompts):
-        assert torch.equal(getattr(batch.prompts, field.name), getattr(generation, field.name))
+    for name in ("input_ids", "attention_mask", "token_types"):
+        assert torch.equal(getattr(batch.prompts, name), getattr(generation, name))
+    assert torch.equal(batch.prompts.grid_thw, generation.visuals.grid_thw)
+    assert batch.prompts.order == tuple(range(len(generation.visuals.sizes)))
     assert torch.equal(batch.input_ids, batch_of(chosen).input_ids)
 
 
@@ -216,11 +232,14 @@ def test_to_and_pin_reach_every_tensor(batch_of: Any, samples: list[Any], monkey
     batch = batch_of(samples[:2], with_prompts=True)
     moved = batch.to(torch.device("meta"))
     tensors = [moved.input_ids, moved.attention_mask, moved.token_types, moved.position_ids, moved.cam_to_world]
+    tensors += [moved.visual_tokens, moved.token_set, moved.frame_set, moved.layout.group, moved.layout.suffix]
+    tensors += [moved.visuals.tower.positions, moved.visuals.tower.order]
     tensors += [moved.target_box, moved.visuals.pixel_values, moved.visuals.grid_thw, *moved.visuals.geometry_images]
     for part in (moved.answer_rows, moved.what_rows, moved.prompts):
-        tensors += list(vars(part).values())
+        tensors += [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.ids == batch.ids and moved.visuals.kind == "image" and type(moved) is type(batch)
+    assert moved.layout.spans == batch.layout.spans and moved.visuals.sizes == batch.visuals.sizes
     assert moved.kinds == batch.kinds and moved.answers == batch.answers and moved.visuals.dummy is False
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)

@@ -71,7 +71,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     geometry = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame).to(device, dtype)
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden, kernels=kernels).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
-    model = W2R2(peft, merger, fusion, geometry, config.zero)
+    model = W2R2(peft, merger, fusion, geometry, config.zero, kernels)
     model.weights = {"vlm_weights": weights_identity(config.vlm), "vggt_weights": weights_identity(config.vggt)}
     if config.merger:
         load_merger(model, Path(config.merger))
