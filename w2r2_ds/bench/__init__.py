@@ -1,0 +1,1 @@
+"""The benchmarks behind every claim about speed or memory; `launchers/bench.py NAME` runs one."""
