@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING
 
 from golden_files import Golden
 from w2r2_ds.config import ObjectiveConfig, RunConfig
-from w2r2_ds.data.collate import AnswerRows, Batch, PromptRows, Visuals
+from w2r2_ds.data.collate import AnswerRows, Batch, Layout, PromptRows, Visuals, token_counts
 from w2r2_ds.data.slots import NUMBERS, TokenTables
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.export.vgllm import fill, split_state, their_name, vggt_config
@@ -73,6 +73,7 @@ def batch_of(golden: Golden) -> Batch:
     images = tuple(tensors[f"in/images_vggt_{index}"] for index in range(count))
     base = model_of(golden, *VARIANTS[MAIN][:2]).base
     sample, position = (labels[:, 1:] != -100).nonzero().unbind(1)
+    sizes = token_counts(grid, golden.record["config"]["vision"]["spatial_merge_size"])
     slots = torch.full((count, NUMBERS, 1), -1)
     return Batch(
         ids=tuple(map(str, range(count))),
@@ -80,9 +81,12 @@ def batch_of(golden: Golden) -> Batch:
         attention_mask=mask,
         token_types=types,
         position_ids=position_ids(base, ids, types, attention_mask=mask, image_grid_thw=grid),
-        visuals=Visuals("image", tensors["in/pixel_values"], grid, images),
+        visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, images),
+        visual_tokens=types.flatten().nonzero().squeeze(-1),
+        layout=Layout(mask - 1, torch.zeros_like(mask), tuple(((0, length),) for length in mask.sum(-1).tolist())),
         rows=AnswerRows(
             sample=sample,
+            sequence=sample,
             position=position,
             label=labels[sample, position + 1],
             where=torch.ones_like(sample, dtype=torch.bool),
@@ -92,7 +96,7 @@ def batch_of(golden: Golden) -> Batch:
         ),
         cam_to_world=torch.full((count, 1, 4, 4), torch.nan, dtype=torch.float64),
         target_box=torch.full((count, 9), torch.nan, dtype=torch.float64),
-        what=PromptRows(sample[:0], position[:0]),
+        what=PromptRows(sample[:0], sample[:0], position[:0]),
         kinds=("caption",) * count,
         answers=("",) * count,
     )

@@ -63,9 +63,23 @@ def test_right_padding_for_training(front: Any, batch_of: Any, samples: list[Any
         assert torch.equal(batch.position_ids[:, index, :length], alone.position_ids[:, 0])
 
 
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_every_sample_is_a_sequence_and_a_group(batch_of: Any, samples: list[Any], visual: str) -> None:
+    batch = batch_of(samples, visual=visual)
+    layout, lengths = batch.layout, batch.attention_mask.sum(1).tolist()
+    assert torch.equal(layout.group == 0, batch.attention_mask == 1) and set(layout.group.unique().tolist()) == {-1, 0}
+    assert not layout.suffix.any() and layout.spans == tuple(((0, length),) for length in lengths)
+    for rows in (batch.answer_rows, batch.what_rows):
+        assert torch.equal(rows.sequence, rows.sample)
+    assert sum(batch.visuals.sizes) == len(batch.visual_tokens) == int((batch.token_types > 0).sum())
+    assert (batch.token_types.flatten()[batch.visual_tokens] > 0).all()
+    alone = [batch_of([sample], visual=visual).visuals.sizes for sample in samples]
+    assert batch.visuals.sizes == sum(alone, ())
+
+
 def test_left_padding_for_generation(front: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples, with_answer=False)
-    assert batch.position_ids is None and batch.rows is None
+    assert batch.position_ids is None and batch.rows is None and batch.layout is None
     assert batch.attention_mask[:, -1].all() and (batch.attention_mask.diff(dim=1) >= 0).all()
     for index, sample in enumerate(samples):
         alone = batch_of([sample], with_answer=False)
@@ -216,11 +230,13 @@ def test_to_and_pin_reach_every_tensor(batch_of: Any, samples: list[Any], monkey
     batch = batch_of(samples[:2], with_prompts=True)
     moved = batch.to(torch.device("meta"))
     tensors = [moved.input_ids, moved.attention_mask, moved.token_types, moved.position_ids, moved.cam_to_world]
+    tensors += [moved.visual_tokens, moved.layout.group, moved.layout.suffix]
     tensors += [moved.target_box, moved.visuals.pixel_values, moved.visuals.grid_thw, *moved.visuals.geometry_images]
     for part in (moved.answer_rows, moved.what_rows, moved.prompts):
         tensors += list(vars(part).values())
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.ids == batch.ids and moved.visuals.kind == "image" and type(moved) is type(batch)
+    assert moved.layout.spans == batch.layout.spans and moved.visuals.sizes == batch.visuals.sizes
     assert moved.kinds == batch.kinds and moved.answers == batch.answers and moved.visuals.dummy is False
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)

@@ -338,7 +338,7 @@ def test_a_sample_whose_answer_is_masked_says_nothing(
     batch = batch_of([samples[0], caption_sample])
     rows = batch.answer_rows
     kept = rows.sample == 0
-    names = ("sample", "position", "label", "where")
+    names = ("sample", "sequence", "position", "label", "where")
     masked = replace(batch, rows=replace(rows, **{name: getattr(rows, name)[kept] for name in names}))
     _, stats = step(masked)
     assert stats.isfinite().all() and stats[1, STATS.index("align")] == 0

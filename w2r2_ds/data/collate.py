@@ -28,6 +28,7 @@ class Visuals:
         kind: ``"image"`` or ``"video"``.
         pixel_values: ``[patches, values]`` float32.
         grid_thw: ``[images or videos, 3]`` int64.
+        sizes: tokens of every image, or of every pair of frames of a video, in order.
         geometry_images: per sample with frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1].
         ids: the ids of those samples.
         dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
@@ -36,9 +37,28 @@ class Visuals:
     kind: str
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
+    sizes: tuple[int, ...]
     geometry_images: tuple[torch.Tensor, ...]
     ids: tuple[str, ...] = ()
     dummy: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the sequences of a batch are made of: groups of samples that share a prefix, each with a suffix of its own.
+
+    Token i sees token j where j <= i, both are of one group, and j is in its prefix or in the suffix that i is in. A
+    sample alone is a group without suffixes.
+
+    Attributes:
+        group: ``[sequences, length]`` int64, group of every token in its sequence; -1 for padding.
+        suffix: ``[sequences, length]`` int64, 0 in a prefix, n in the n-th suffix of its group.
+        spans: per sequence and group, on the host: begin, end of the prefix, end of every suffix.
+    """
+
+    group: torch.Tensor
+    suffix: torch.Tensor
+    spans: tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,8 @@ class AnswerRows:
 
     Attributes:
         sample: ``[rows]`` int64, index of the sample in the batch.
-        position: ``[rows]`` int64, position of the hidden state that predicts the label.
+        sequence: ``[rows]`` int64, index of the sequence that the sample is in.
+        position: ``[rows]`` int64, position in it of the hidden state that predicts the label.
         label: ``[rows]`` int64, the token to be predicted.
         where: ``[rows]`` bool, the label says where: digits of frame and box; of captions and answers, every token.
         number: ``[batch, NUMBERS, width >= 1]`` int64 row of every digit and decimal point, -1 where there is none;
@@ -57,6 +78,7 @@ class AnswerRows:
     """
 
     sample: torch.Tensor
+    sequence: torch.Tensor
     position: torch.Tensor
     label: torch.Tensor
     where: torch.Tensor
@@ -71,10 +93,12 @@ class PromptRows:
 
     Attributes:
         sample: ``[n]`` int64, index of the sample in the batch.
-        position: ``[n]`` int64, position of the token itself.
+        sequence: ``[n]`` int64, index of the sequence that the sample is in.
+        position: ``[n]`` int64, position in it of the token itself.
     """
 
     sample: torch.Tensor
+    sequence: torch.Tensor
     position: torch.Tensor
 
 
@@ -93,11 +117,13 @@ class Batch:
 
     Attributes:
         ids: sample ids.
-        input_ids: ``[batch, length]`` int64.
-        attention_mask: ``[batch, length]`` int64, 1 for tokens.
-        token_types: ``[batch, length]`` int64, `mm_token_type_ids`.
-        position_ids: ``[3, batch, length]`` int64; None for generation, which makes its own.
+        input_ids: ``[sequences, length]`` int64; a sample is a sequence.
+        attention_mask: ``[sequences, length]`` int64, 1 for tokens.
+        token_types: ``[sequences, length]`` int64, `mm_token_type_ids`.
+        position_ids: ``[3, sequences, length]`` int64; None for generation, which makes its own.
         visuals: input of the towers.
+        visual_tokens: ``[tokens]`` int64, sequence * length + position of every visual token, in the towers' order.
+        layout: what every sequence is made of; None for generation.
         rows: answer rows; None for generation.
         cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64, NaN where a sample has fewer frames.
         target_box: ``[batch, 9]`` float64 world boxes, NaN where a sample has none.
@@ -113,6 +139,8 @@ class Batch:
     token_types: torch.Tensor
     position_ids: torch.Tensor | None
     visuals: Visuals
+    visual_tokens: torch.Tensor
+    layout: Layout | None
     rows: AnswerRows | None
     cam_to_world: torch.Tensor
     target_box: torch.Tensor
@@ -170,7 +198,7 @@ class Collator:
         self, pad_id: int, kind: str, positions: Positions | None, vision: VisionSpec, with_prompts: bool = False
     ) -> None:
         self.pad_id, self.kind, self.positions, self.with_prompts = pad_id, kind, positions, with_prompts
-        self.dummy = dummy_visuals(kind, vision)
+        self.merge_size, self.dummy = vision.merge_size, dummy_visuals(kind, vision)
 
     def __call__(self, features: Sequence[Features]) -> Batch:
         left = self.positions is None
@@ -189,6 +217,8 @@ class Collator:
             token_types=tokens.token_types,
             position_ids=position_ids,
             visuals=visuals,
+            visual_tokens=tokens.token_types.flatten().nonzero().squeeze(-1),
+            layout=None if left else _one_by_one(features, tokens.attention_mask),
             rows=None if left else _answer_rows(features),
             cam_to_world=_poses(samples),
             target_box=_target_boxes(samples),
@@ -211,10 +241,12 @@ class Collator:
         geometry_images = tuple(f.geometry_images for f in features if f.geometry_images is not None)
         if not geometry_images:
             return self.dummy
+        grid_thw = torch.cat([f.grid_thw for f in features])
         return Visuals(
             kind=self.kind,
             pixel_values=torch.cat([f.pixel_values for f in features]),
-            grid_thw=torch.cat([f.grid_thw for f in features]),
+            grid_thw=grid_thw,
+            sizes=token_counts(grid_thw, self.merge_size),
             geometry_images=geometry_images,
             ids=tuple(f.sample.id for f in features if f.geometry_images is not None),
         )
@@ -223,13 +255,20 @@ class Collator:
 def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
     """One gray image of two by two merged patches, or a video of as many frames as make one row of tokens."""
     frames = vision.temporal_patch_size if kind == "video" else 1
-    patches = 2 * vision.merge_size
+    side = 2 * vision.merge_size
     # Both towers' patches differ in size, their grids do not.
     seen, geometry = (
-        np.full((frames, 3, patches * size, patches * size), 0.5, dtype=np.float32)
+        np.full((frames, 3, side * size, side * size), 0.5, dtype=np.float32)
         for size in (vision.patch_size, VGGT_PATCH)
     )
-    return Visuals(kind, *vision_patches(seen, vision, kind), (torch.from_numpy(geometry),), dummy=True)
+    patches, grid_thw = vision_patches(seen, vision, kind)
+    sizes = token_counts(grid_thw, vision.merge_size)
+    return Visuals(kind, patches, grid_thw, sizes, (torch.from_numpy(geometry),), dummy=True)
+
+
+def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:
+    """Tokens of every image, or of every pair of frames, of ``[images or videos, 3]`` patch grids."""
+    return tuple(height * width // merge_size**2 for time, height, width in grid_thw.tolist() for _ in range(time))
 
 
 def _prompt(feature: Features) -> Features:
@@ -265,11 +304,17 @@ def _target_boxes(samples: Sequence[Sample]) -> torch.Tensor:
     return torch.from_numpy(np.stack([nothing if s.target is None else s.target.box for s in samples]))
 
 
+def _one_by_one(features: Sequence[Features], attention_mask: torch.Tensor) -> Layout:
+    """Every sample is a sequence and a group of its own."""
+    spans = tuple(((0, len(f.input_ids)),) for f in features)
+    return Layout(attention_mask - 1, torch.zeros_like(attention_mask), spans)
+
+
 def _prompt_rows(features: Sequence[Features]) -> PromptRows:
     """Where the description's tokens are; a sequence begins at position 0 of its row (padding is on the right)."""
     positions = [f.what.nonzero().squeeze(-1) for f in features]
     sample = [torch.full_like(position, index) for index, position in enumerate(positions)]
-    return PromptRows(torch.cat(sample), torch.cat(positions))
+    return PromptRows(torch.cat(sample), torch.cat(sample), torch.cat(positions))
 
 
 def _answer_rows(features: Sequence[Features]) -> AnswerRows:
@@ -294,4 +339,5 @@ def _answer_rows(features: Sequence[Features]) -> AnswerRows:
             number[index, i, : len(tokens)] = torch.tensor(tokens) + first_row
             place[index, i, : len(tokens)] = torch.tensor(places, dtype=torch.float64)
         first_row += count
-    return AnswerRows(torch.cat(sample), torch.cat(position), torch.cat(label), torch.cat(where), number, place, lead)
+    owner = torch.cat(sample)
+    return AnswerRows(owner, owner, torch.cat(position), torch.cat(label), torch.cat(where), number, place, lead)

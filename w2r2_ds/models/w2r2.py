@@ -28,6 +28,8 @@ class VisualInputs(Protocol):
     @property
     def grid_thw(self) -> torch.Tensor: ...
     @property
+    def sizes(self) -> tuple[int, ...]: ...
+    @property
     def geometry_images(self) -> tuple[torch.Tensor, ...]: ...
     @property
     def dummy(self) -> bool: ...
@@ -37,11 +39,8 @@ def encode_visuals(vlm: Any, visuals: VisualInputs) -> Any:
     """F2D: a vision tower's output; its `pooler_output` has ``[tokens, hidden]`` for every image or pair of frames."""
     encode = vlm.model.get_video_features if visuals.kind == "video" else vlm.model.get_image_features
     output = encode(visuals.pixel_values, visuals.grid_thw, return_dict=True)
-    times = visuals.grid_thw[:, 0].tolist()
     # The stock forward concatenates them; transformers splits by video, a fusion wants to know the frames.
-    output.pooler_output = tuple(
-        frame for tokens, time in zip(output.pooler_output, times, strict=True) for frame in tokens.chunk(time)
-    )
+    output.pooler_output = torch.split(torch.cat(output.pooler_output), list(visuals.sizes))
     return output
 
 
@@ -59,11 +58,11 @@ def answer_states(vlm: Any, batch: Any, visual: Any, with_what: bool = False) ->
         **given,
     ).last_hidden_state
     rows = batch.answer_rows
-    sample, position = rows.sample, rows.position
+    sequence, position = rows.sequence, rows.position
     if with_what:
-        sample = torch.cat([sample, batch.what_rows.sample])
+        sequence = torch.cat([sequence, batch.what_rows.sequence])
         position = torch.cat([position, batch.what_rows.position])
-    return states[sample, position]
+    return states[sequence, position]
 
 
 class W2R2(nn.Module):
