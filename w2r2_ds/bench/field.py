@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from w2r2_ds.bench.harness import Lap, timed
+from w2r2_ds.bench.shapes import IGNORED
 from w2r2_ds.bench.subject import Subject, Window, optimizer_of
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.models.w2r2 import W2R2
-
-IGNORED = -100
-"""Label of a row without a loss, in the whole ecosystem."""
 
 
 class FieldModel(nn.Module):
@@ -47,12 +45,17 @@ class FieldModel(nn.Module):
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor, geometry_images: Tensor, **rest: Any) -> Any:
         """The stock output, with the loss where `labels` are given; `geometry_images` may have no frames."""
-        visual = self.visual(pixel_values, image_grid_thw)
+        visual = self.fused(pixel_values, image_grid_thw, geometry_images)
+        return self.vlm(mm_encoder_outputs={"image": visual}, image_grid_thw=image_grid_thw, use_cache=False, **rest)
+
+    def fused(self, pixel_values: Tensor, grid: Tensor, geometry_images: Tensor) -> Any:
+        """The tower's output with the merged geometry added."""
+        visual = self.visual(pixel_values, grid)
         if len(geometry_images):
             visual = copy.copy(visual)
             tokens = torch.cat(visual.pooler_output) + self.geometry_merger([self.geometry(geometry_images)])
             visual.pooler_output = (tokens,)
-        return self.vlm(mm_encoder_outputs={"image": visual}, image_grid_thw=image_grid_thw, use_cache=False, **rest)
+        return visual
 
     def visual(self, pixel_values: Tensor, grid: Tensor) -> Any:
         """The frozen vision tower's output."""

@@ -84,9 +84,7 @@ class Spread:
         return {"seconds": self.median, "q1": low, "q3": high, "runs": len(self.seconds)} | memory
 
 
-def interleave(
-    cases: Mapping[str, Case], rounds: int, device: torch.device, warmups: int = 0
-) -> dict[str, Spread]:
+def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, warmups: int = 0) -> dict[str, Spread]:
     """Run every case once per round, so that a slow minute of the machine meets all of them.
 
     Args:
@@ -132,6 +130,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str,
         request = [function.__module__, function.__qualname__, list(arguments), str(result)]
         # Allocations come from and go back to the system at once, so that its count of pages is theirs.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         done = subprocess.run(
             [sys.executable, "-m", __name__, json.dumps(request)], capture_output=True, text=True, env=environment
         )
@@ -159,7 +158,7 @@ def _status(name: str) -> int:
 
 
 def find_device() -> torch.device:
-    """The GPU, or the CPU with one thread: what two threads on shared processors take varies more than what is compared."""
+    """The GPU, or the CPU with one thread: on a shared machine two threads also wait for each other."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(1)

@@ -35,7 +35,7 @@ class Criterion:
     @property
     def met(self) -> bool:
         """Whether the measurement keeps it."""
-        return self.measured <= self.limit
+        return bool(self.measured <= self.limit)
 
 
 @dataclass

@@ -8,6 +8,8 @@ from w2r2_ds.geometry.vggt import VGGTConfig
 
 PATCH, MERGE = 14, 2
 """Pixels of a patch of both towers; patches per side that the VLM's tower merges into a token."""
+IGNORED = -100
+"""Label of a row without a loss, in the whole ecosystem."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Shape:
         return (width // PATCH) * (height // PATCH) + self.vggt.special_tokens
 
 
-# 704 visual and 64 text tokens (40 of them the answer) are the language model's; 8 frames of 392 x 294 are VGGT's. Such
-# frames would be 1120 visual tokens: of each, the VLM is shown the 308 x 224 pixels (22 x 16 patches) at the upper left.
+# 704 visual and 64 text tokens (40 of them the answer) for the language model, 8 frames of 392 x 294 for VGGT: such
+# frames would be 1120 tokens, so the VLM is shown the 308 x 224 pixels (22 x 16 patches) at the upper left of each.
 CPU = Shape(
     name="cpu",
     hidden=512,

@@ -13,7 +13,7 @@ from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, i
 from w2r2_ds.bench.plain import check_equal, plain_loss
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.subject import Subject, build, optimizer_of, update
+from w2r2_ds.bench.subject import Subject, build, describe, optimizer_of, update
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.w2r2 import W2R2
@@ -27,21 +27,22 @@ LIMITS = {("", FIELD): 0.90, (", geometry cached", FIELD): 0.80, ("", SINGLE): 1
 GRADIENTS = 1e-5
 
 
-def step_ratio(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Report:
+def step_ratio(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3, memory: bool = True) -> Report:
     """Time of a step by the field's way, by W2R2 with and without caches, by our single pass, and naively.
 
     Args:
         shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
         frames: frames per sample, one or several; the shape's own without it.
         rounds: how often each is run, in turns.
+        memory: on the CPU, also start a process per case that measures its peak; on a GPU that comes for nothing.
     """
     report = Report("step_ratio", "seconds of one training step, LoRA, checkpointing, one sample", [])
     for each in find_shapes(shape, frames or []):
-        measure(each, rounds, report)
+        measure(each, rounds, memory, report)
     return report
 
 
-def measure(shape: Shape, rounds: int, report: Report) -> None:
+def measure(shape: Shape, rounds: int, memory: bool, report: Report) -> None:
     """Add one shape's rows, criteria and notes."""
     device = find_device()
     subject = build(shape, device)
@@ -52,7 +53,7 @@ def measure(shape: Shape, rounds: int, report: Report) -> None:
     for name, spread in spreads.items():
         report.rows.append(row(shape, name, spread, spreads, rate))
     report.criteria += criteria(shape, spreads, equal)
-    if device.type == "cpu":
+    if memory and device.type == "cpu":
         peaks = {name: in_fresh_process(peak_of, shape.name, shape.frames, name)["bytes"] for name in PEAKS}
         for each in report.rows[-len(spreads) :]:
             each["peak_mib"] = peaks[each["case"]] / 2**20 if each["case"] in peaks else None
@@ -102,9 +103,7 @@ def there_already(model: W2R2, features: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def row(
-    shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rate: float | None
-) -> dict[str, Any]:
+def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rate: float | None) -> dict[str, Any]:
     """One case against the two bases, measured and by the cost model."""
     caches = next(end for end in reversed(CACHES) if name.endswith(end))
     own = SINGLE + caches
@@ -162,18 +161,3 @@ def peak_of(shape: str, frames: int, name: str) -> dict[str, Any]:
     case = cases(subject, subject.batch())[name]
     case()
     return {"bytes": peak_bytes(case)}
-
-
-def describe(shape: Shape) -> str:
-    """The shape in a sentence."""
-    vggt = shape.vggt
-    return (
-        f"{shape.name}: language model {shape.layers} layers of {shape.hidden} ({shape.heads}/{shape.kv_heads} heads, MLP "
-        f"{shape.intermediate}), {shape.vocabulary} rows of vocabulary, {shape.visual_tokens} visual and "
-        f"{shape.tokens - shape.visual_tokens} text tokens ({shape.answer_tokens} of the answer), LoRA rank "
-        f"{shape.lora_rank}, {shape.dtype}; vision tower {shape.vision_depth} x {shape.vision_hidden}; VGGT width "
-        f"{vggt.embed_dim}, {vggt.vit_depth} + {vggt.depth} + {vggt.depth} blocks, {shape.frames} frames of "
-        f"{shape.frame_size[0]}x{shape.frame_size[1]}, layer {shape.geometry_layer} of {vggt.depth} is used."
-    )
-
-

@@ -5,8 +5,6 @@ Nothing here computes in another way than training does: `W2R2Step`, `Collator` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from w2r2_ds.bench.shapes import MERGE, PATCH, Shape
-from w2r2_ds.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
+from w2r2_ds.config import DataConfig, ObjectiveConfig, RunConfig
 from w2r2_ds.data.collate import Batch, Collator
 from w2r2_ds.data.loading import make_positions
 from w2r2_ds.data.processor import IMAGE, Features, vision_patches
@@ -213,6 +211,7 @@ def _text_config(shape: Shape, tokenizer: Any) -> dict[str, Any]:
         "num_key_value_heads": shape.kv_heads,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
+        "bos_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": shape.tied,
@@ -241,18 +240,6 @@ def _vision_config(shape: Shape) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def towers_left_out(model: W2R2, batch: Batch) -> Iterator[None]:
-    """Inside, both towers answer at once with what they make of this batch: the language model's part alone is left."""
-    visual, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
-    model.encode_2d = lambda visuals: visual  # type: ignore[method-assign]
-    model.encode_3d = lambda visuals: features  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.encode_2d, model.encode_3d
-
-
 def optimizer_of(model: W2R2) -> torch.optim.Optimizer:
     """AdamW over what trains, at a rate that leaves the weights nearly as they are."""
     return torch.optim.AdamW(trainable(model).values(), lr=1e-7)
@@ -265,3 +252,16 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def describe(shape: Shape) -> str:
+    """The shape in a sentence."""
+    vggt = shape.vggt
+    return (
+        f"{shape.name}: language model {shape.layers} layers of {shape.hidden} ({shape.heads}/{shape.kv_heads} heads, "
+        f"MLP {shape.intermediate}), {shape.vocabulary} rows of vocabulary, {shape.visual_tokens} visual and "
+        f"{shape.tokens - shape.visual_tokens} text tokens ({shape.answer_tokens} of the answer), LoRA rank "
+        f"{shape.lora_rank}, {shape.dtype}; vision tower {shape.vision_depth} x {shape.vision_hidden}; VGGT width "
+        f"{vggt.embed_dim}, {vggt.vit_depth} + {vggt.depth} + {vggt.depth} blocks, {shape.frames} frames of "
+        f"{shape.frame_size[0]}x{shape.frame_size[1]}, layer {shape.geometry_layer} of {vggt.depth} is used."
+    )

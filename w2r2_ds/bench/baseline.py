@@ -1,0 +1,54 @@
+"""The field's way by itself: steps of Hugging Face's Trainer on stock code, the unit that ratios are in."""
+
+from __future__ import annotations
+
+from w2r2_ds.bench import costs
+from w2r2_ds.bench.field import FieldTrainer
+from w2r2_ds.bench.gpu import matrix_rate
+from w2r2_ds.bench.harness import Spread, find_device, interleave
+from w2r2_ds.bench.report import Report
+from w2r2_ds.bench.shapes import Shape, find_shapes
+from w2r2_ds.bench.subject import build, describe
+
+LORA = costs.Mode()
+
+
+def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Report:
+    """Train by Hugging Face's Trainer: stock Qwen2.5-VL, logits on every row, all of VGGT in every step, PEFT LoRA.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
+        frames: frames per sample, one or several; the shape's own without it.
+        rounds: steps.
+    """
+    report = Report("baseline", "the field's training step: HF Trainer, one sample, LoRA, checkpointing", [])
+    for each in find_shapes(shape, frames or []):
+        device = find_device()
+        subject = build(each, device)
+        field = FieldTrainer(subject, subject.batch())
+        cases = {"whole step": field.step, "without the towers": field.step_without_towers}
+        warmups = 2 if device.type == "cuda" else 0
+        spreads = interleave(cases, rounds, device, warmups)
+        rate = matrix_rate(device, each.dtype)
+        for name, spread in spreads.items():
+            report.rows.append(row(each, name, spread, rate))
+        report.notes.append(describe(each))
+    return report
+
+
+def row(shape: Shape, name: str, spread: Spread, rate: float) -> dict[str, object]:
+    """What one part took, and what of the measured matrix rate it used."""
+    step = costs.field_step(shape, LORA)
+    whole = name == "whole step"
+    operations = step.total(geometry=whole, vision=whole)
+    needed = costs.model_operations(shape, LORA, two_passes=False, rows=None)
+    return {
+        "part": name,
+        "shape": f"{shape.name}, {shape.frames} frames",
+        **spread.columns(),
+        "tokens/s": shape.tokens / spread.median,
+        "Tflop": operations / costs.TERA,
+        "Tflop/s": operations / costs.TERA / spread.median,
+        "of matrix rate": operations / spread.median / rate,
+        "MFU": None if whole else needed / spread.median / rate,
+    }
