@@ -14,6 +14,7 @@ from w2r2_ds.data.images import VGGT_PATCH
 from w2r2_ds.data.processor import Features, vision_patches
 from w2r2_ds.data.sample import Kind, Sample
 from w2r2_ds.data.slots import NUMBERS
+from w2r2_ds.models.tower import TowerInputs
 from w2r2_ds.models.vlm import VisionSpec
 
 Positions = Callable[..., torch.Tensor]
@@ -29,6 +30,7 @@ class Visuals:
         pixel_values: ``[patches, values]`` float32.
         grid_thw: ``[images or videos, 3]`` int64.
         sizes: tokens of every image, or of every pair of frames of a video, in order.
+        tower: what the vision tower would read off `grid_thw`.
         geometry_images: per sample with frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1].
         ids: the ids of those samples.
         dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
@@ -38,6 +40,7 @@ class Visuals:
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     sizes: tuple[int, ...]
+    tower: TowerInputs
     geometry_images: tuple[torch.Tensor, ...]
     ids: tuple[str, ...] = ()
     dummy: bool = False
@@ -198,7 +201,7 @@ class Collator:
         self, pad_id: int, kind: str, positions: Positions | None, vision: VisionSpec, with_prompts: bool = False
     ) -> None:
         self.pad_id, self.kind, self.positions, self.with_prompts = pad_id, kind, positions, with_prompts
-        self.merge_size, self.dummy = vision.merge_size, dummy_visuals(kind, vision)
+        self.vision, self.dummy = vision, dummy_visuals(kind, vision)
 
     def __call__(self, features: Sequence[Features]) -> Batch:
         left = self.positions is None
@@ -246,7 +249,8 @@ class Collator:
             kind=self.kind,
             pixel_values=torch.cat([f.pixel_values for f in features]),
             grid_thw=grid_thw,
-            sizes=token_counts(grid_thw, self.merge_size),
+            sizes=token_counts(grid_thw, self.vision.merge_size),
+            tower=_tower_inputs(grid_thw, self.vision),
             geometry_images=geometry_images,
             ids=tuple(f.sample.id for f in features if f.geometry_images is not None),
         )
@@ -262,8 +266,12 @@ def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
         for size in (vision.patch_size, VGGT_PATCH)
     )
     patches, grid_thw = vision_patches(seen, vision, kind)
-    sizes = token_counts(grid_thw, vision.merge_size)
-    return Visuals(kind, patches, grid_thw, sizes, (torch.from_numpy(geometry),), dummy=True)
+    sizes, tower = token_counts(grid_thw, vision.merge_size), _tower_inputs(grid_thw, vision)
+    return Visuals(kind, patches, grid_thw, sizes, tower, (torch.from_numpy(geometry),), dummy=True)
+
+
+def _tower_inputs(grid_thw: torch.Tensor, vision: VisionSpec) -> TowerInputs:
+    return TowerInputs.of(grid_thw, vision.merge_size, vision.window_size, vision.patch_size)
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:
