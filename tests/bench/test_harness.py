@@ -65,11 +65,10 @@ def allocate(mib: int) -> dict[str, int]:
 
 
 def test_memory_is_that_of_the_call_alone() -> None:
-    small, large = (in_fresh_process(allocate, mib)["bytes"] / MIB for mib in (16, 96))
-    # Resident pages of the allocation, and little else that the first call loads.
-    assert large - small == pytest.approx(80, abs=8) and small < 48
-    with pytest.raises(RuntimeError, match="not an int"):
-        in_fresh_process(allocate, "not an int")
+    # Resident pages of the allocation, and what the first sum loads.
+    assert 96 <= in_fresh_process(allocate, 96)["bytes"] / MIB < 128
+    with pytest.raises(RuntimeError, match="no attribute"):
+        in_fresh_process(in_fresh_process, "no such function")
 
 
 def test_a_report_says_what_is_not_met_and_keeps_the_numbers(tmp_path: Path) -> None:

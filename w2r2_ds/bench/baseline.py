@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from w2r2_ds.bench import costs
 from w2r2_ds.bench.field import FieldTrainer
 from w2r2_ds.bench.gpu import matrix_rate
-from w2r2_ds.bench.harness import Spread, find_device, interleave
+from w2r2_ds.bench.harness import Case, Spread, find_device, interleave
 from w2r2_ds.bench.report import Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.bench.subject import build, describe
@@ -26,7 +28,8 @@ def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 
         device = find_device()
         subject = build(each, device)
         field = FieldTrainer(subject, subject.batch())
-        cases = {"whole step": field.step, "without the towers": field.step_without_towers}
+        given = field.towers()
+        cases: dict[str, Case] = {"whole step": field.step, "without the towers": partial(field.step, given)}
         warmups = 2 if device.type == "cuda" else 0
         spreads = interleave(cases, rounds, device, warmups)
         rate = matrix_rate(device, each.dtype)

@@ -82,7 +82,8 @@ def vggt(config: VGGTConfig, frames: int, tokens: int, layers: int) -> float:
     vit = config.vit_depth * (2 * (4 + 2 * config.vit_mlp_ratio) * width**2 + 4 * width * tokens)
     linear = 2 * (4 + 2 * config.mlp_ratio) * width**2
     layer = 2 * linear + 4 * width * tokens + 4 * width * every
-    return every * (vit + layers * layer)
+    patches = frames * (tokens - config.special_tokens)
+    return every * (vit + layers * layer) + patches * 2 * 3 * config.patch_size**2 * width
 
 
 def geometry_merger(shape: Shape) -> float:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +21,10 @@ from w2r2_ds.data.collate import Batch
 from w2r2_ds.models.w2r2 import W2R2
 
 
+Towers = tuple[Any, Tensor]
+"""The vision tower's output and the geometry features of a sample."""
+
+
 class FieldModel(nn.Module):
     """VLM, VGGT and merger in one forward, as VG-LLM's model.
 
@@ -34,7 +36,7 @@ class FieldModel(nn.Module):
         super().__init__()
         self.vlm, self.geometry_merger = model.vlm, model.geometry_merger
         object.__setattr__(self, "_model", model)  # of which only the towers are asked for
-        self.given: tuple[Any, Tensor] | None = None
+        self.given: Towers | None = None
 
     @property
     def window(self) -> Window:
@@ -61,7 +63,8 @@ class FieldModel(nn.Module):
         """The frozen vision tower's output."""
         if self.given:
             return self.given[0]
-        return self.vlm.get_base_model().model.get_image_features(pixel_values, grid, return_dict=True)
+        base: Any = self.vlm.get_base_model()  # type: ignore[operator]
+        return base.model.get_image_features(pixel_values, grid, return_dict=True)
 
     @torch.no_grad()
     def geometry(self, images: Tensor) -> Tensor:
@@ -73,17 +76,6 @@ class FieldModel(nn.Module):
         tokens = list(layers.values())[-2][0]
         grid = tokens[:, vggt.config.special_tokens :].unflatten(1, (images.shape[-2] // vggt.config.patch_size, -1))
         return self.window.crop(grid)
-
-    @contextmanager
-    def towers_left_out(self, inputs: dict[str, Tensor]) -> Iterator[None]:
-        """Inside, features are there without being computed: more than the field has."""
-        with torch.no_grad():
-            visual = self.visual(inputs["pixel_values"], inputs["image_grid_thw"])
-            self.given = (visual, self.geometry(inputs["geometry_images"]))
-        try:
-            yield
-        finally:
-            self.given = None
 
 
 def stock_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -152,13 +144,15 @@ class FieldTrainer:
         )
         self.trainer.remove_callback(PrinterCallback)
 
-    def step(self) -> Lap:
-        """Train one step and say what it took."""
-        self.timer.lap = Lap()
+    def step(self, given: Towers | None = None) -> Lap:
+        """Train one step and say what it took; with `given`, both towers' features need not be computed."""
+        self.timer.lap, self.model.given = Lap(), given
         self.trainer.train()
         return self.timer.lap
 
-    def step_without_towers(self) -> Lap:
-        """The same with both towers' features given."""
-        with self.model.towers_left_out(self.inputs):
-            return self.step()
+    @torch.no_grad()
+    def towers(self) -> Towers:
+        """What both towers make of the sample."""
+        self.model.given = None
+        visual = self.model.visual(self.inputs["pixel_values"], self.inputs["image_grid_thw"])
+        return visual, self.model.geometry(self.inputs["geometry_images"])

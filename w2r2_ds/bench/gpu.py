@@ -7,8 +7,8 @@ import torch
 from w2r2_ds.bench.harness import Lap, timed
 from w2r2_ds.models.dtype import resolve_dtype
 
-SIDE = {"cuda": 8192, "cpu": 1024}
-PRODUCTS = 20
+SIDE = {"cuda": 8192, "cpu": 512}
+PRODUCTS = 10
 
 
 def matrix_rate(device: torch.device, dtype: str) -> float:

@@ -98,7 +98,7 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, int] = {}
     for turn in range(warmups + rounds):
-        order = list(cases) if turn % 2 == 0 else list(reversed(cases))
+        order = list(cases) if turn % 2 == 0 else list(reversed(list(cases)))
         for name in order:
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from w2r2_ds.bench import costs
 from w2r2_ds.bench.field import FieldTrainer
 from w2r2_ds.bench.gpu import matrix_rate
@@ -66,8 +69,9 @@ def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
     """What is run in turns. They share one model, so that what differs is the way alone."""
     model, optimizer = subject.model, optimizer_of(subject.model)
     field = FieldTrainer(subject, batch)
-    step, single, naive = subject.step(), single_pass(subject, batch), subject.step("unblocked")
-    known = {name: getattr(model, name)(batch.visuals) for name in ("encode_2d", "encode_3d")}
+    visual, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
+    known = {"encode_2d": visual, "encode_3d": features}
+    step, single, naive = subject.step(), single_pass(subject, batch, visual, features), subject.step("unblocked")
 
     def run(step: W2R2Step, cached: tuple[str, ...]) -> Case:
         def once() -> None:
@@ -76,7 +80,8 @@ def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
 
         return once
 
-    result: dict[str, Case] = {FIELD: field.step, FIELD + ", both cached": field.step_without_towers}
+    result: dict[str, Case] = {FIELD: field.step}
+    result[FIELD + ", both cached"] = lambda: field.step((visual, features[0]))
     for caches, encoders in CACHES.items():
         result[SINGLE + caches] = run(single, encoders)
         result[W2R2_STEP + caches] = run(step, encoders)
@@ -84,12 +89,17 @@ def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
     return result
 
 
-def single_pass(subject: Subject, batch: Batch) -> W2R2Step:
-    """Push `none` without the shortcut that is then only read for the statistics."""
+def single_pass(subject: Subject, batch: Batch, visual: Any, features: list[Tensor]) -> W2R2Step:
+    """Push `none` without the shortcut, which is then only read for the statistics: its states are there already."""
     step = subject.step("none")
-    visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
-    read = step.shortcut(batch, visual, features)
-    step.shortcut = lambda *_: read  # type: ignore[method-assign]
+    model = step.model
+    with torch.no_grad():
+        short = model.hidden(batch, step.plain(visual, features))
+
+    def schedule(batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
+        return short, model.hidden(batch, fused, with_what)
+
+    step.schedule = schedule
     return step
 
 

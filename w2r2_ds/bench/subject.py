@@ -184,19 +184,21 @@ def build_front(shape: Shape) -> Front:
     """Tokenizer and facts of a shape's VLM; no weights."""
     answers = [f'{{"frame": {i}, "bbox_3d": [{i}.0, 1, 2, 3, 4, 5, 6, 7, 8]}}' for i in range(9)]
     tokenizer = train_tokenizer([QUESTION * 2, *answers], 400)
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
     config = Qwen2_5_VLConfig(
         text_config=_text_config(shape, tokenizer),
         vision_config=_vision_config(shape),
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
         tie_word_embeddings=shape.tied,
         dtype=shape.dtype,
     )
     mean, std = ((values[0], values[1], values[2]) for values in (IMAGE_MEAN, IMAGE_STD))
-    spec = VisionSpec(PATCH, MERGE, 2, mean, std, *ids.values(), tokens_per_second=2)
+    sizes = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "window_size": shape.vision_window}
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_id": "vision_start"}
+    tokens = {field: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for field, name in names.items()}
+    spec = VisionSpec(**sizes, **tokens, image_mean=mean, image_std=std, tokens_per_second=2)
     return Front(tokenizer, spec, meta_model(config))
 
 
