@@ -51,6 +51,11 @@ class DataConfig:
         video_fps: nominal rate of the sampled frames, for the temporal positions of a `<video>`.
         max_length: longest sequence in tokens; a longer sample is an error, never cut.
         workers: loader processes per rank; 0 loads in the training process.
+        questions_per_scene: samples that see the same frames come together in bins of so many, and share one visual
+            prefix in one sequence; train.micro_batch is a multiple. Losses and gradients of each are as they are alone,
+            but other samples make a batch. 1 orders samples freely.
+        packing: the samples of a micro-batch make one sequence, without padding, as they do where questions share
+            frames; for samples of unequal length.
     """
 
     root: str = "data/scannet"
@@ -61,6 +66,8 @@ class DataConfig:
     video_fps: float = 2.0
     max_length: int = 9216
     workers: int = 4
+    questions_per_scene: int = 1
+    packing: bool = False
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,10 @@ class Features:
     slots: AnswerSlots | None
 
 
+_Visuals = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+"""Geometry images, pixel values and grid, as of `Features`."""
+
+
 def vision_patches(images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`qwen_patches` of ``[frames, 3, height, width]`` frames for a vision tower, as images or as one video."""
     pixel_values, grid_thw = qwen_patches(
@@ -93,6 +98,7 @@ class Processor:
         self.end_of_turn = "<|im_end|>"
         self._frames: dict[int, tuple[str, str]] = {}
         self._frame_tokens: dict[int, int] = {}
+        self._last: tuple[tuple[Path, ...], _Visuals] | None = None
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         if not tokenizer.is_fast:
             raise ValueError(
@@ -109,7 +115,7 @@ class Processor:
             ValueError: a frame cannot be read, text holds a special token, the chat template changes the question, or
                 the sequence is longer than `data.max_length`.
         """
-        geometry_images, pixel_values, grid_thw = self._visuals(sample)
+        geometry_images, pixel_values, grid_thw = self._shared_visuals(sample)
         prompt, what = self._prompt(sample, grid_thw)
         answer, slots = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)
@@ -175,7 +181,13 @@ class Processor:
         """Tokens of a text. The library's batch call would start threads, which forked loader workers do not bear."""
         return len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _visuals(self, sample: Sample) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def _shared_visuals(self, sample: Sample) -> _Visuals:
+        """`_visuals`, read once for samples in a row about the same frames."""
+        if self._last is None or self._last[0] != sample.frames:
+            self._last = sample.frames, self._visuals(sample)
+        return self._last[1]
+
+    def _visuals(self, sample: Sample) -> _Visuals:
         """Geometry images, patches and their grid; None and empty arrays for a sample without frames."""
         vision = self.vision
         if not sample.frames:

@@ -16,7 +16,15 @@ from transformers.integrations import HfDeepSpeedConfig
 from w2r2_ds.config import RunConfig, save_config
 from w2r2_ds.data.check import check_frames, check_texts, describe_frames
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import checked, digests, load_mixture, make_processor, train_loader
+from w2r2_ds.data.loading import (
+    checked,
+    digests,
+    grouping,
+    load_mixture,
+    make_processor,
+    refuse_drawn_frames,
+    train_loader,
+)
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots
 from w2r2_ds.engine.activity import Activity
@@ -38,6 +46,7 @@ from w2r2_ds.engine.validation import BestSoFar, MakeValidation
 from w2r2_ds.engine.watchdog import Watchdog
 from w2r2_ds.engine.wrap import make_engine, trained_groups
 from w2r2_ds.geometry.loading import locate, read_config
+from w2r2_ds.models.attention import use_scene_split
 from w2r2_ds.models.build import Front, build_model, load_front
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.lora import trainable_table
@@ -234,6 +243,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         read_config(locate(config.model.vggt))
         check_objective(config, front)
         samples = load_mixture(config.data, "train")
+        refuse_drawn_frames(samples, config.data.questions_per_scene)
         processor = make_processor(front, config.data)
         if rank == 0:
             print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
@@ -246,6 +256,8 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
     # transformers partitions the weights while it loads them as long as this object lives.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     model = build_model(config.model, device, config.train.seed)
+    if grouping(config.data) is not None:
+        use_scene_split(model.base)
     if rank == 0:
         print(trainable_table({"vlm": model.vlm} | model.geometry_modules()), flush=True)
     engine = make_engine(model, front, config, ds_config, device)
@@ -266,6 +278,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         steps=config.train.steps,
         start=start,
         seed=config.train.seed,
+        questions_per_scene=config.data.questions_per_scene,
     )
     loader = train_loader(samples, front, config.data, sampler, config.objective.shortcut_decode == "greedy")
     gap = DecodeGap(samples, front, config, device) if config.objective.gap_every else None

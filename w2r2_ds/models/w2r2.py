@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from w2r2_ds.geometry.encoder import GeometryEncoder
+from w2r2_ds.models.attention import attention_inputs
 from w2r2_ds.models.fusion import GeometryMerger, pair_frames
 from w2r2_ds.models.last_layer import Rows, rows_only
 from w2r2_ds.models.phi import Fusion
@@ -90,15 +91,9 @@ def row_states(
     text = vlm.model.language_model
     with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), around or nullcontext():
         states: torch.Tensor = text(
-            inputs_embeds=inputs, position_ids=batch.position_ids, use_cache=False, **attention_arguments(batch)
+            inputs_embeds=inputs, position_ids=batch.position_ids, use_cache=False, **attention_inputs(vlm, batch)
         ).last_hidden_state
     return states
-
-
-def attention_arguments(batch: Any) -> dict[str, Any]:
-    """No mask for one sample per sequence: attention is causal, and padding comes after all tokens that are read."""
-    assert all(len(groups) == 1 and len(groups[0]) == 2 for groups in batch.layout.spans), "a packed batch"
-    return {"attention_mask": None}
 
 
 def answer_states(vlm: Any, batch: Any, visual: Any, with_what: bool = False) -> torch.Tensor:
