@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-BENCHMARKS = ("baseline", "step_ratio", "head_memory", "loader", "iou", "eval_throughput")
+BENCHMARKS = ("baseline", "step_ratio", "scene_pack", "zero3_bytes", "head_memory", "loader", "iou", "eval_throughput")
 """Each a file here, with a function of its name that returns a `Report`."""
 
 

@@ -104,10 +104,10 @@ def language(shape: Shape, rows: int | None = None, questions: int = 1) -> Pass:
     Args:
         shape: of the model and of a sample.
         rows: hidden states that are read: the last layer and the head are computed for them only; None for all.
-        questions: suffixes that share one visual prefix.
+        questions: suffixes that share one prefix.
     """
     weights, keys = layer_weights(shape)
-    prefix, suffix = shape.visual_tokens, shape.prompt_tokens + shape.answer_tokens
+    prefix, suffix = shape.prefix_tokens, shape.tokens - shape.prefix_tokens
     tokens = prefix + questions * suffix
     pairs = prefix**2 / 2 + questions * (suffix * prefix + suffix**2 / 2)
     whole_layers = shape.layers if rows is None else shape.layers - 1

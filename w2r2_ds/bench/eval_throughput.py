@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def eval_throughput(
     cases = {FIELD: keep(FIELD, lambda: stock_tokens(subject, prompts(subject, 1), tokens))}
     for size, batch in batches.items():
         name = f"ours, {size} at a time"
-        cases[name] = keep(name, lambda batch=batch: ours(subject, batch, tokens))
+        cases[name] = keep(name, partial(ours, subject, batch, tokens))
     spreads = interleave(cases, rounds, device)
     counts = {FIELD: 1} | {f"ours, {size} at a time": size for size in batch_sizes}
     for name, spread in spreads.items():

@@ -20,7 +20,6 @@ from w2r2_ds.bench.subject import Subject, Window, optimizer_of
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.models.w2r2 import W2R2
 
-
 Towers = tuple[Any, Tensor]
 """The vision tower's output and the geometry features of a sample."""
 

@@ -61,6 +61,11 @@ class Shape:
         return self.frames * self.grid[0] * self.grid[1] // MERGE**2
 
     @property
+    def prefix_tokens(self) -> int:
+        """That all questions about the same frames share: visual ones, and the two marks around every frame's."""
+        return self.visual_tokens + 2 * self.frames
+
+    @property
     def tokens(self) -> int:
         """Of a sample: visual, prompt and answer."""
         return self.visual_tokens + self.prompt_tokens + self.answer_tokens

@@ -17,6 +17,7 @@ from w2r2_ds.bench.shapes import MERGE, PATCH, Shape
 from w2r2_ds.config import DataConfig, ObjectiveConfig, RunConfig
 from w2r2_ds.data.collate import Batch, Collator
 from w2r2_ds.data.loading import make_positions
+from w2r2_ds.data.packing import Grouping, by_frames
 from w2r2_ds.data.processor import IMAGE, Features, vision_patches
 from w2r2_ds.data.sample import Sample, Target
 from w2r2_ds.data.slots import answer_slots, token_tables
@@ -77,11 +78,18 @@ class Subject:
         tables = token_tables(self.front.tokenizer, self.shape.vocabulary).to(self.device)
         return W2R2Step(self.model, config, Scorer(tables, self.front.tokenizer, config.objective)).train()
 
-    def batch(self, questions: int = 1) -> Batch:
-        """Questions about one set of frames, a sample each."""
-        positions = make_positions(self.front, DataConfig())
-        collate = Collator(self.front.tokenizer.pad_token_id, "image", positions, self.front.vision)
-        return collate(self.features(questions)).to(self.device)
+    def batch(self, questions: int = 1, packed: bool = False) -> Batch:
+        """Questions about one set of frames, each a sequence; `packed`, all in one, with the frames once."""
+        return self._collate(self.features(questions), by_frames if packed else None)
+
+    def alone(self, question: int) -> Batch:
+        """One of these questions."""
+        return self._collate(self.features(question + 1)[question:], None)
+
+    def _collate(self, features: list[Features], grouping: Grouping | None) -> Batch:
+        positions, pad = make_positions(self.front, DataConfig()), self.front.tokenizer.pad_token_id
+        collate = Collator(pad, "image", positions, self.front.vision, grouping=grouping)
+        return collate(features).to(self.device)
 
     def features(self, questions: int) -> list[Features]:
         """What the processor makes of questions about one set of frames, here of noise."""
