@@ -102,18 +102,31 @@ def batches_of(case: Case, rank: int, samples: dict[str, Any], front: Any, confi
     return [collate([processor(samples[name], True) for name in names]) for names in case.ranks[rank]]
 
 
+@functools.cache
+def whole_model(**options: Any) -> Any:
+    """The same for all cases that differ in the objective alone; nothing steps it."""
+    import torch
+
+    from w2r2_ds.config import ModelConfig
+    from w2r2_ds.models.build import build_model
+
+    model = build_model(ModelConfig(**options), torch.device("cpu"), 1)
+    awaken(model)
+    model.base.enable_input_require_grads()
+    return model
+
+
 def whole_gradients(case: Case, config: Any, front: Any, samples: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Gradients of the mean over all samples on one unsharded model, and the statistics of all batches."""
     import torch
 
     from w2r2_ds.data.slots import token_tables
     from w2r2_ds.engine.step import W2R2Step
-    from w2r2_ds.models.build import build_model, trainable
+    from w2r2_ds.models.build import trainable
     from w2r2_ds.objective.scorer import Scorer
 
-    model = build_model(config.model, torch.device("cpu"), 1)
-    awaken(model)
-    model.base.enable_input_require_grads()
+    model = whole_model(**vars(config.model))
+    model.zero_grad()
     tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
     # Whole and without checkpointing, whatever the case does.
     step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
