@@ -71,6 +71,35 @@ def test_step_ratio(tmp_path: Path) -> None:
     assert len(claims) == 2 and all(each["met"] for each in claims.values())
 
 
+def test_scene_pack(tmp_path: Path) -> None:
+    report = run(tmp_path, "scene_pack", "--shape", "tiny", "--questions", "[1,3]", "--rounds", "1")
+    rows = rows_of(report, "case")
+    packed = {f"W2R2, K = {count}, both cached" for count in (1, 3)} | {"W2R2, K = 3"}
+    assert set(rows) == packed | {FIELD, FIELD + ", both cached", "own single pass, K = 3, both cached"}
+    for name, row in rows.items():
+        assert row["per sample"] == row["seconds"] / (3 if "K = 3" in name else 1)
+    assert rows["W2R2, K = 3, both cached"]["model"] < rows["W2R2, K = 1, both cached"]["model"]
+    (gradients_equal,) = report["criteria"]
+    assert gradients_equal["met"] and gradients_equal["claim"].endswith("3 packed and apart")
+
+
+@pytest.mark.nightly  # two ranks that import everything; what is gathered is also counted in test_zero3.py
+def test_zero3_bytes(tmp_path: Path) -> None:
+    report = run(tmp_path, "zero3_bytes", "--shape", "tiny")
+    rows = rows_of(report, "schedule")
+    assert set(rows) == {"single pass", "sequential", "lockstep"}
+    assert rows["sequential"]["gathered_mib"] > rows["single pass"]["gathered_mib"]
+    assert rows["sequential"]["most of a layer's"] == 3 and rows["lockstep"]["most of a layer's"] == 2
+    assert report["criteria"][0]["met"]
+
+
+@pytest.mark.nightly  # three processes that import everything
+def test_memory_of_steps(tmp_path: Path) -> None:
+    report = run(tmp_path, "step_ratio", "--shape", "tiny", "--rounds", "1")
+    found = [row["peak_mib"] for row in report["rows"] if row["peak_mib"] is not None]
+    assert len(found) == 3 and "peak memory" in report["criteria"][-1]["claim"]
+
+
 def test_the_field_and_our_single_pass_have_the_same_gradients(subject: Subject) -> None:
     batch = subject.batch()
     # float32, sums in another order

@@ -6,11 +6,12 @@ from functools import partial
 
 from w2r2_ds.bench import costs
 from w2r2_ds.bench.field import FieldTrainer
-from w2r2_ds.bench.gpu import matrix_rate
 from w2r2_ds.bench.harness import Case, Spread, find_device, interleave
 from w2r2_ds.bench.report import Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.bench.subject import build, describe
+from w2r2_ds.engine.throughput import matrix_rate
+from w2r2_ds.models.dtype import resolve_dtype
 
 LORA = costs.Mode()
 
@@ -32,26 +33,25 @@ def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 
         cases: dict[str, Case] = {"whole step": field.step, "without the towers": partial(field.step, given)}
         warmups = 2 if device.type == "cuda" else 0
         spreads = interleave(cases, rounds, device, warmups)
-        rate = matrix_rate(device, each.dtype)
+        rate = matrix_rate(device, resolve_dtype(each.dtype)) if device.type == "cuda" else None
         for name, spread in spreads.items():
             report.rows.append(row(each, name, spread, rate))
         report.notes.append(describe(each))
     return report
 
 
-def row(shape: Shape, name: str, spread: Spread, rate: float) -> dict[str, object]:
-    """What one part took, and what of the measured matrix rate it used."""
-    step = costs.field_step(shape, LORA)
+def row(shape: Shape, name: str, spread: Spread, rate: float | None) -> dict[str, object]:
+    """What one part took, and on a GPU what of the measured matrix rate the language model used."""
     whole = name == "whole step"
-    operations = step.total(geometry=whole, vision=whole)
-    needed = costs.model_operations(shape, LORA, two_passes=False, rows=None)
-    return {
+    operations = costs.field_step(shape, LORA).total(geometry=whole, vision=whole)
+    values: dict[str, object] = {
         "part": name,
         "shape": f"{shape.name}, {shape.frames} frames",
         **spread.columns(),
         "tokens/s": shape.tokens / spread.median,
         "Tflop": operations / costs.TERA,
         "Tflop/s": operations / costs.TERA / spread.median,
-        "of matrix rate": operations / spread.median / rate,
-        "MFU": None if whole else needed / spread.median / rate,
     }
+    if rate is not None and not whole:
+        values["MFU"] = costs.model_operations(shape, two_passes=False) / spread.median / rate
+    return values

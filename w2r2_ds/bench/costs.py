@@ -169,8 +169,11 @@ def own_step(shape: Shape, mode: Mode, questions: int = 1, two_passes: bool = Tr
     return Step(*towers, passed.trained(mode) / questions, passed.forward() / questions if two_passes else 0.0)
 
 
-def model_operations(shape: Shape, mode: Mode, two_passes: bool, rows: int | None) -> float:
-    """What MFU counts of the language model per sample: forward and backward, nothing computed again."""
-    needed = Mode(mode.full, checkpointing=False)
-    passed = language(shape, rows)
-    return passed.trained(needed) + (passed.forward() if two_passes else 0.0)
+def model_operations(shape: Shape, two_passes: bool) -> float:
+    """What MFU counts of the language model per sample under LoRA, as `engine/throughput.py` does.
+
+    Attention whole, its backward pass twice its forward; nothing that need not be computed, nothing computed again.
+    """
+    passed = language(shape, shape.answer_tokens)
+    products, attention = passed.linear + passed.head, 2 * passed.attention
+    return 2 * products + 3 * attention + (products + attention if two_passes else 0.0)

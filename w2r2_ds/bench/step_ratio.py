@@ -11,7 +11,6 @@ from torch import Tensor
 
 from w2r2_ds.bench import costs
 from w2r2_ds.bench.field import FieldTrainer
-from w2r2_ds.bench.gpu import matrix_rate
 from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, interleave, peak_bytes, ratio
 from w2r2_ds.bench.plain import check_equal, plain_loss
 from w2r2_ds.bench.report import Criterion, Report
@@ -19,6 +18,8 @@ from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.bench.subject import Subject, build, describe, optimizer_of, update
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.engine.throughput import matrix_rate
+from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.w2r2 import W2R2
 
 FIELD, SINGLE, W2R2_STEP, NAIVE = "field (baseline)", "own single pass", "W2R2", "naive two passes"
@@ -52,7 +53,7 @@ def measure(shape: Shape, rounds: int, memory: bool, report: Report) -> None:
     batch = subject.batch()
     equal = check_equal(subject, batch) if shape.dtype == "float32" else {}
     spreads = interleave(cases(subject, batch), rounds, device, warmups=2 if device.type == "cuda" else 0)
-    rate = matrix_rate(device, shape.dtype) if device.type == "cuda" else None
+    rate = matrix_rate(device, resolve_dtype(shape.dtype)) if device.type == "cuda" else None
     for name, spread in spreads.items():
         report.rows.append(row(shape, name, spread, spreads, rate))
     report.criteria += criteria(shape, spreads, equal)
@@ -127,10 +128,7 @@ def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rat
         "its model": predicted(shape, name) / predicted(shape, own),
     }
     if rate is not None:
-        all_rows = name.startswith((FIELD, NAIVE))
-        needed = costs.model_operations(
-            shape, LORA, name.startswith((W2R2_STEP, NAIVE)), None if all_rows else shape.answer_tokens
-        )
+        needed = costs.model_operations(shape, two_passes=name.startswith((W2R2_STEP, NAIVE)))
         values["MFU"] = needed / spread.median / rate if caches == ", both cached" else None
     return values
 

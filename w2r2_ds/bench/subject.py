@@ -5,6 +5,7 @@ Nothing here computes in another way than training does: `W2R2Step`, `Collator` 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from w2r2_ds.data.packing import Grouping, by_frames
 from w2r2_ds.data.processor import IMAGE, Features, vision_patches
 from w2r2_ds.data.sample import Sample, Target
 from w2r2_ds.data.slots import answer_slots, token_tables
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.vggt import VGGT
@@ -183,7 +185,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
         for name, parameter in trainable(model).items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-    model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(model.base.model.language_model.layers, 1, False, lambda: (nullcontext(), nullcontext()))
     model.base.enable_input_require_grads()
     return Subject(shape, model, front, device)
 
