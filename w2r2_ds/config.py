@@ -51,6 +51,11 @@ class DataConfig:
         video_fps: nominal rate of the sampled frames, for the temporal positions of a `<video>`.
         max_length: longest sequence in tokens; a longer sample is an error, never cut.
         workers: loader processes per rank; 0 loads in the training process.
+        cache: folder for features of the frozen encoders, so that they are computed once; empty for none. Any number of
+            runs may share it; `launchers/prepare.py geometry` fills it ahead.
+        cache_gib: the most that this folder may hold, in GiB; what was used longest ago goes first.
+        cached: what is kept there: the geometry encoder's features, or also the vision tower's, which then sees no
+            image twice.
     """
 
     root: str = "data/scannet"
@@ -61,6 +66,9 @@ class DataConfig:
     video_fps: float = 2.0
     max_length: int = 9216
     workers: int = 4
+    cache: str = ""
+    cache_gib: float = 100.0
+    cached: Literal["geometry", "geometry+2d"] = "geometry"
 
 
 @dataclass

@@ -23,6 +23,7 @@ def check(config: RunConfig) -> None:
     positive = {
         "data.frame_width": config.data.frame_width,
         "data.video_fps": config.data.video_fps,
+        "data.cache_gib": config.data.cache_gib,
         "model.lora_rank": config.model.lora_rank,
         "model.merger_hidden": config.model.merger_hidden,
         "train.steps": config.train.steps,

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from w2r2_ds.data.eyes import vision_patches
 from w2r2_ds.data.images import VGGT_PATCH
-from w2r2_ds.data.processor import Features, vision_patches
+from w2r2_ds.data.processor import Features
 from w2r2_ds.data.sample import Kind, Sample
 from w2r2_ds.data.slots import NUMBERS
+from w2r2_ds.geometry.cached import Cached
 from w2r2_ds.models.vlm import VisionSpec
 
 Positions = Callable[..., torch.Tensor]
@@ -29,18 +31,27 @@ class Visuals:
         pixel_values: ``[patches, values]`` float32.
         grid_thw: ``[images or videos, 3]`` int64.
         sizes: tokens of every image, or of every pair of frames of a video, in order.
-        geometry_images: per sample with frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1].
+        geometry_images: per sample with frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]; None where
+            `cached_3d` has the features.
         ids: the ids of those samples.
         dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
+        cached_3d: per sample with frames, what the cache says about its geometry; empty without a cache.
+        cached_2d: likewise about its 2D features. Then there are no `pixel_values`, but
+        alone: per sample with frames, what the vision tower is given, sample by sample; None where it need not be, and
+        spare: the dummy, for a rank that lacks fewer samples than another.
     """
 
     kind: str
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     sizes: tuple[int, ...]
-    geometry_images: tuple[torch.Tensor, ...]
+    geometry_images: tuple[torch.Tensor | None, ...]
     ids: tuple[str, ...] = ()
     dummy: bool = False
+    cached_3d: tuple[Cached, ...] = ()
+    cached_2d: tuple[Cached, ...] = ()
+    alone: tuple[Visuals | None, ...] = ()
+    spare: Visuals | None = None
 
 
 @dataclass(frozen=True)
@@ -238,18 +249,29 @@ class Collator:
 
     def _visuals(self, features: Sequence[Features]) -> Visuals:
         """Visuals of the samples that have some, or the dummy."""
-        geometry_images = tuple(f.geometry_images for f in features if f.geometry_images is not None)
-        if not geometry_images:
+        seen = [f for f in features if f.sample.frames]
+        if not seen:
             return self.dummy
-        grid_thw = torch.cat([f.grid_thw for f in features])
-        return Visuals(
-            kind=self.kind,
-            pixel_values=torch.cat([f.pixel_values for f in features]),
-            grid_thw=grid_thw,
-            sizes=token_counts(grid_thw, self.merge_size),
+        cached_3d = tuple(f.cached_3d for f in seen if f.cached_3d is not None)
+        cached_2d = tuple(f.cached_2d for f in seen if f.cached_2d is not None)
+        geometry_images = tuple(f.geometry_images for f in seen)
+        if not cached_2d:
+            patches = torch.cat([f.pixel_values for f in seen])
+            return dataclasses.replace(self._seen(seen, patches), geometry_images=geometry_images, cached_3d=cached_3d)
+        return dataclasses.replace(
+            self._seen(seen, seen[0].pixel_values.new_zeros(0, seen[0].pixel_values.shape[1])),
             geometry_images=geometry_images,
-            ids=tuple(f.sample.id for f in features if f.geometry_images is not None),
+            cached_3d=cached_3d,
+            cached_2d=cached_2d,
+            alone=tuple(self._seen([f], f.pixel_values) if len(f.pixel_values) else None for f in seen),
+            spare=self.dummy,
         )
+
+    def _seen(self, features: Sequence[Features], patches: torch.Tensor) -> Visuals:
+        """What the vision tower is given of samples with frames."""
+        grid_thw = torch.cat([f.grid_thw for f in features])
+        sizes = token_counts(grid_thw, self.merge_size)
+        return Visuals(self.kind, patches, grid_thw, sizes, (), tuple(f.sample.id for f in features))
 
 
 def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:

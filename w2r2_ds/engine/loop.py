@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from w2r2_ds.data.loading import checked, digests, load_mixture, make_processor,
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots
 from w2r2_ds.engine.activity import Activity
+from w2r2_ds.engine.cache_use import cache_use
 from w2r2_ds.engine.checkpoint import Content, save_checkpoint
 from w2r2_ds.engine.deepspeed import collective_timeout, load_ds_config, resolve_ds_config
 from w2r2_ds.engine.exits import DONE
@@ -37,10 +38,12 @@ from w2r2_ds.engine.together import together
 from w2r2_ds.engine.validation import BestSoFar, MakeValidation
 from w2r2_ds.engine.watchdog import Watchdog
 from w2r2_ds.engine.wrap import make_engine, trained_groups
+from w2r2_ds.geometry.cached import flush
 from w2r2_ds.geometry.loading import locate, read_config
 from w2r2_ds.models.build import Front, build_model, load_front
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.lora import trainable_table
+from w2r2_ds.models.open_cache import open_cache
 from w2r2_ds.objective.push import find_reading
 
 
@@ -96,7 +99,9 @@ def train(
         run.activity.follow("step", run.engine.module)
         run.activity.follow("geometry", run.engine.module.model.geometry)
         watchdog.loop()
-        return loop(run, signals)
+        outcome = loop(run, signals)
+        flush()
+        return outcome
 
 
 def loop(run: Run, signals: StopSignals) -> Outcome:
@@ -129,6 +134,7 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches)
             metrics |= throughput(micro_batches, time.perf_counter() - started)
+            metrics |= cache_use(micro_batches)
             if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
                 at("decode gap")
                 metrics |= run.gap.measure(run.engine)
@@ -232,6 +238,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
             ds_config.setdefault("checkpoint", {})["load_universal"] = True
         front = load_front(config.model)
         read_config(locate(config.model.vggt))
+        front = replace(front, cache=open_cache(config.data, config.model))
         check_objective(config, front)
         samples = load_mixture(config.data, "train")
         processor = make_processor(front, config.data)

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from w2r2_ds.config import ModelConfig
+from w2r2_ds.geometry.cached import FeatureCache
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.loading import load_vggt
 from w2r2_ds.models.dtype import resolve_dtype
@@ -31,11 +32,13 @@ class Front:
         tokenizer: with the chat template.
         vision: patch sizes, normalisation, token ids.
         meta: the VLM on the meta device, for its multimodal positions.
+        cache: features that need not be computed; None without a cache.
     """
 
     tokenizer: Any
     vision: VisionSpec
     meta: Any
+    cache: FeatureCache | None = None
 
 
 def load_front(config: ModelConfig) -> Front:
