@@ -209,7 +209,7 @@ class Collator:
         self, pad_id: int, kind: str, positions: Positions | None, vision: VisionSpec, with_prompts: bool = False
     ) -> None:
         self.pad_id, self.kind, self.positions, self.with_prompts = pad_id, kind, positions, with_prompts
-        self.merge_size, self.dummy = vision.merge_size, dummy_visuals(kind, vision)
+        self.vision, self.dummy = vision, dummy_visuals(kind, vision)
 
     def __call__(self, features: Sequence[Features]) -> Batch:
         left = self.positions is None
@@ -254,24 +254,27 @@ class Collator:
             return self.dummy
         cached_3d = tuple(f.cached_3d for f in seen if f.cached_3d is not None)
         cached_2d = tuple(f.cached_2d for f in seen if f.cached_2d is not None)
-        geometry_images = tuple(f.geometry_images for f in seen)
-        if not cached_2d:
-            patches = torch.cat([f.pixel_values for f in seen])
-            return dataclasses.replace(self._seen(seen, patches), geometry_images=geometry_images, cached_3d=cached_3d)
-        return dataclasses.replace(
-            self._seen(seen, seen[0].pixel_values.new_zeros(0, seen[0].pixel_values.shape[1])),
-            geometry_images=geometry_images,
+        grid_thw = torch.cat([f.grid_thw for f in seen])
+        # With cached 2D features the tower is given sample by sample what it lacks.
+        patches = torch.cat([f.pixel_values[:0] if cached_2d else f.pixel_values for f in seen])
+        visuals = dataclasses.replace(
+            tower_input(self.kind, patches, grid_thw, self.vision),
+            geometry_images=tuple(f.geometry_images for f in seen),
+            ids=tuple(f.sample.id for f in seen),
             cached_3d=cached_3d,
             cached_2d=cached_2d,
-            alone=tuple(self._seen([f], f.pixel_values) if len(f.pixel_values) else None for f in seen),
-            spare=self.dummy,
+        )
+        if not cached_2d:
+            return visuals
+        alone = [tower_input(self.kind, f.pixel_values, f.grid_thw, self.vision) for f in seen]
+        return dataclasses.replace(
+            visuals, alone=tuple(each if len(each.pixel_values) else None for each in alone), spare=self.dummy
         )
 
-    def _seen(self, features: Sequence[Features], patches: torch.Tensor) -> Visuals:
-        """What the vision tower is given of samples with frames."""
-        grid_thw = torch.cat([f.grid_thw for f in features])
-        sizes = token_counts(grid_thw, self.merge_size)
-        return Visuals(self.kind, patches, grid_thw, sizes, (), tuple(f.sample.id for f in features))
+
+def tower_input(kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec) -> Visuals:
+    """What the vision tower is given of patches and their grids; no geometry, nobody's."""
+    return Visuals(kind, patches, grid_thw, token_counts(grid_thw, vision.merge_size), ())
 
 
 def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
@@ -283,9 +286,8 @@ def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
         np.full((frames, 3, side * size, side * size), 0.5, dtype=np.float32)
         for size in (vision.patch_size, VGGT_PATCH)
     )
-    patches, grid_thw = vision_patches(seen, vision, kind)
-    sizes = token_counts(grid_thw, vision.merge_size)
-    return Visuals(kind, patches, grid_thw, sizes, (torch.from_numpy(geometry),), dummy=True)
+    visuals = tower_input(kind, *vision_patches(seen, vision, kind), vision)
+    return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(geometry),), dummy=True)
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:

@@ -72,8 +72,9 @@ class Cache:
                 about, features = file.metadata() or {}, file.get_tensor(FEATURES)
         except FileNotFoundError:
             return None
-        except OSError as error:  # not the file's fault: another node has just removed it, or its rights are wrong
-            print(f"warning: {path} cannot be read ({error}); its features are computed.", flush=True)
+        except (OSError, RuntimeError) as error:  # not the file's fault; torch, which maps it, has a RuntimeError
+            if path.exists():  # else another process has just removed it
+                print(f"warning: {path} cannot be read ({error}); its features are computed.", flush=True)
             return None
         except SafetensorError as error:
             wrong = str(error)

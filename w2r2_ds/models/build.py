@@ -62,13 +62,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
         )
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
-    vggt = load_vggt(config.vggt)
-    if config.geometry_layer >= vggt.config.depth:
-        raise ValueError(
-            f"model.geometry_layer is {config.geometry_layer}, "
-            f"but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
-        )
-    geometry = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame).to(device, dtype)
+    geometry = load_geometry(config, device)
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero)
@@ -76,6 +70,22 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     if config.merger:
         load_merger(model, Path(config.merger))
     return model
+
+
+def load_geometry(config: ModelConfig, device: torch.device) -> VGGTEncoder:
+    """The frozen geometry encoder alone.
+
+    Raises:
+        ValueError: `model.geometry_layer` does not exist.
+    """
+    vggt = load_vggt(config.vggt)
+    if config.geometry_layer >= vggt.config.depth:
+        raise ValueError(
+            f"model.geometry_layer is {config.geometry_layer}, "
+            f"but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
+        )
+    encoder = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame)
+    return encoder.to(device, resolve_dtype(config.dtype))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
