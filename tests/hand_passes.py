@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from w2r2_ds.config import ObjectiveConfig
+from w2r2_ds.engine.schedules import without_dropout
 from w2r2_ds.models.fusion import pair_frames
 from w2r2_ds.objective.expected import expected_overlap
 from w2r2_ds.objective.push import PUSH_TERMS, Overlaps, PushInputs, States
@@ -94,3 +95,13 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
         )
         total = total + align + reading.term(inputs).sum()
     return total
+
+
+def shortcut_of(step: Any, batch: Any, visual: Any, features: Any) -> Any:
+    """What the step keeps of its shortcut pass, which it runs alone."""
+    with step.without_graph():
+        plain = step.plain(visual, features)
+        answers = step.decode(batch, plain) if step.objective.shortcut_decode == "greedy" else None
+    with step.without_graph(), without_dropout(step.dropouts):
+        states = step.model.hidden(batch, plain, step.reading.states)
+    return step.read(batch, states, answers)

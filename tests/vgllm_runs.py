@@ -27,6 +27,7 @@ from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.vggt import VGGT
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.phi import make_fusion
+from w2r2_ds.models.tower import TowerInputs
 from w2r2_ds.models.vlm import model_class, position_ids
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.scorer import Scorer
@@ -73,7 +74,9 @@ def batch_of(golden: Golden) -> Batch:
     images = tuple(tensors[f"in/images_vggt_{index}"] for index in range(count))
     base = model_of(golden, *VARIANTS[MAIN][:2]).base
     sample, position = (labels[:, 1:] != -100).nonzero().unbind(1)
-    sizes = token_counts(grid, golden.record["config"]["vision"]["spatial_merge_size"])
+    vision = base.config.vision_config
+    sizes = token_counts(grid, vision.spatial_merge_size)
+    tower = TowerInputs.of(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
     slots = torch.full((count, NUMBERS, 1), -1)
     return Batch(
         ids=tuple(map(str, range(count))),
@@ -81,7 +84,7 @@ def batch_of(golden: Golden) -> Batch:
         attention_mask=mask,
         token_types=types,
         position_ids=position_ids(base, ids, types, attention_mask=mask, image_grid_thw=grid),
-        visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, images),
+        visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, tower, images),
         visual_tokens=types.flatten().nonzero().squeeze(-1),
         layout=Layout(mask - 1, torch.zeros_like(mask), tuple(((0, length),) for length in mask.sum(-1).tolist())),
         rows=AnswerRows(

@@ -157,6 +157,8 @@ class TrainConfig:
         weight_decay: AdamW's weight decay.
         warmup: share of the steps with rising learning rate; a cosine to zero follows.
         activation_checkpointing: recompute decoder layers in the backward pass.
+        schedule: how the two passes take turns: sequential, the shortcut first, or lockstep, both in every layer, so
+            that ZeRO-3 gathers it once for both; auto is lockstep under ZeRO-3. Losses and gradients are equal.
         save_every: optimizer steps between checkpoints; the last step is always saved.
         keep_last: checkpoints kept, besides the best.
         eval_every: optimizer steps between validations, greedy answers of a fixed part of data.val; the last step is
@@ -181,6 +183,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup: float = 0.03
     activation_checkpointing: bool = True
+    schedule: Literal["auto", "sequential", "lockstep"] = "auto"
     save_every: int = 200
     keep_last: int = 2
     eval_every: int = 0

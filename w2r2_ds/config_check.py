@@ -79,3 +79,8 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"train.warmup is {config.train.warmup}; it is a share of the steps in [0, 1).")
     if not 0 <= config.model.lora_dropout < 1:
         raise ValueError(f"model.lora_dropout is {config.model.lora_dropout}; it must be in [0, 1).")
+    if config.train.schedule == "lockstep" and config.objective.push == "unblocked":
+        raise ValueError(
+            "train.schedule is lockstep, which keeps no graph of the shortcut pass, but objective.push unblocked needs "
+            "it; choose train.schedule sequential, or auto."
+        )

@@ -231,6 +231,7 @@ def test_to_and_pin_reach_every_tensor(batch_of: Any, samples: list[Any], monkey
     moved = batch.to(torch.device("meta"))
     tensors = [moved.input_ids, moved.attention_mask, moved.token_types, moved.position_ids, moved.cam_to_world]
     tensors += [moved.visual_tokens, moved.layout.group, moved.layout.suffix]
+    tensors += [moved.visuals.tower.positions, moved.visuals.tower.order]
     tensors += [moved.target_box, moved.visuals.pixel_values, moved.visuals.grid_thw, *moved.visuals.geometry_images]
     for part in (moved.answer_rows, moved.what_rows, moved.prompts):
         tensors += list(vars(part).values())

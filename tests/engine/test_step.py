@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hand_passes import hand_loss
+from hand_passes import hand_loss, shortcut_of
 from torch.nn.functional import log_softmax
 
 from w2r2_ds.config import ObjectiveConfig, RunConfig
+from w2r2_ds.engine.schedules import without_dropout
 from w2r2_ds.engine.step import SLACK, W2R2Step
 from w2r2_ds.evaluation.generate import generate_tokens
 from w2r2_ds.models.build import build_model, trainable
@@ -142,7 +143,7 @@ def test_shortcut_is_the_stock_model(
     """Untrained LoRA and merged geometry zeroed: the VLM as it comes from its directory, bit for bit."""
     step = make_step(fresh=True)
     batch = batch_of(samples, visual=visual)
-    short = step.shortcut(batch, step.model.encode_2d(batch.visuals), [])
+    short = shortcut_of(step, batch, step.model.encode_2d(batch.visuals), [])
     with torch.no_grad():
         logits = stock_logits(load_vlm(model_config.vlm, torch.float32, "sdpa"), batch)
     assert not short.label_log_p.requires_grad
@@ -164,9 +165,9 @@ def test_zeroed_features_still_pass_the_merger(
     silent = step.model.geometry_merger.mlp(torch.zeros(1, 4 * step.model.geometry.feature_dim))
     torch.testing.assert_close(merged, silent.expand_as(merged))
     visual = step.model.encode_2d(batch.visuals)
-    biased = step.shortcut(batch, visual, features).label_log_p
+    biased = shortcut_of(step, batch, visual, features).label_log_p
     step.model.zero = "merged"
-    assert not torch.allclose(biased, step.shortcut(batch, visual, features).label_log_p)
+    assert not torch.allclose(biased, shortcut_of(step, batch, visual, features).label_log_p)
 
 
 def test_dropout_is_off_in_the_shortcut_only(
@@ -177,19 +178,19 @@ def test_dropout_is_off_in_the_shortcut_only(
     batch = batch_of(samples[:1])
     visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
     state = torch.get_rng_state()
-    first, second = (step.shortcut(batch, visual, features).label_log_p for _ in range(2))
+    first, second = (shortcut_of(step, batch, visual, features).label_log_p for _ in range(2))
     assert torch.equal(first, second) and torch.equal(state, torch.get_rng_state())
     assert all(module.training for module in step.modules() if isinstance(module, torch.nn.Dropout))
     assert step(batch)[0].item() != step(batch)[0].item()  # the fused pass drops
     step.eval()
-    assert torch.equal(first, step.shortcut(batch, visual, features).label_log_p)
+    assert torch.equal(first, shortcut_of(step, batch, visual, features).label_log_p)
     assert step(batch)[0].item() == step(batch)[0].item()
     assert not any(module.training for module in step.modules())
 
 
 def test_dropout_comes_back_after_an_error(make_step: Callable[..., W2R2Step]) -> None:
     step = make_step(lora_dropout=0.5)
-    with pytest.raises(RuntimeError), step.without_dropout():
+    with pytest.raises(RuntimeError), without_dropout(step.dropouts):
         raise RuntimeError
     assert all(module.training for module in step.dropouts)
 
@@ -232,7 +233,7 @@ def test_geometry_is_heard_by_the_fused_pass_only(step: W2R2Step, batch_of: Any,
     visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
     other = [features[0].flip(0)]
     assert torch.equal(
-        step.shortcut(batch, visual, features).label_log_p, step.shortcut(batch, visual, other).label_log_p
+        shortcut_of(step, batch, visual, features).label_log_p, shortcut_of(step, batch, visual, other).label_log_p
     )
     fused = [step.model.hidden(batch, step.model.fuse(visual, step.model.merge(f))) for f in (features, other)]
     assert not torch.allclose(*fused)
@@ -262,7 +263,7 @@ def test_only_unblocked_keeps_the_graph_of_the_shortcut(
     step = make_step(push=push)
     batch = batch_of(samples)
     visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
-    kept = vars(step.shortcut(batch, visual, features))
+    kept = vars(shortcut_of(step, batch, visual, features))
     with_graph = {name for name, value in kept.items() if isinstance(value, torch.Tensor) and value.requires_grad}
     assert with_graph == ({"label_log_p", "guess_log_p", "iou"} if push == "unblocked" else set())
 
@@ -300,7 +301,7 @@ def test_greedy_decoding_defines_s(
     counts = (batch.answer_rows.sample.bincount() + SLACK).tolist()
     assert texts == [tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in zip(tokens, counts, strict=True)]
     step.train()
-    short = step.shortcut(batch, plain, step.model.encode_3d(batch.visuals))
+    short = shortcut_of(step, batch, plain, step.model.encode_3d(batch.visuals))
     assert torch.equal(short.score.s, step.scorer.decoded(texts, batch).s)
     assert all(module.training for module in step.modules())
 

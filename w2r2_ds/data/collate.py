@@ -16,6 +16,7 @@ from w2r2_ds.data.processor import Features
 from w2r2_ds.data.sample import Kind, Sample
 from w2r2_ds.data.slots import NUMBERS
 from w2r2_ds.geometry.cached import Cached
+from w2r2_ds.models.tower import TowerInputs
 from w2r2_ds.models.vlm import VisionSpec
 
 Positions = Callable[..., torch.Tensor]
@@ -31,6 +32,7 @@ class Visuals:
         pixel_values: ``[patches, values]`` float32.
         grid_thw: ``[images or videos, 3]`` int64.
         sizes: tokens of every image, or of every pair of frames of a video, in order.
+        tower: what the vision tower would read off `grid_thw`.
         geometry_images: per sample with frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]; None where
             `cached_3d` has the features.
         ids: the ids of those samples.
@@ -45,6 +47,7 @@ class Visuals:
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     sizes: tuple[int, ...]
+    tower: TowerInputs
     geometry_images: tuple[torch.Tensor | None, ...]
     ids: tuple[str, ...] = ()
     dummy: bool = False
@@ -266,15 +269,18 @@ class Collator:
         )
         if not cached_2d:
             return visuals
-        alone = [tower_input(self.kind, f.pixel_values, f.grid_thw, self.vision) for f in seen]
-        return dataclasses.replace(
-            visuals, alone=tuple(each if len(each.pixel_values) else None for each in alone), spare=self.dummy
+        alone = tuple(
+            tower_input(self.kind, f.pixel_values, f.grid_thw, self.vision) if len(f.pixel_values) else None
+            for f in seen
         )
+        return dataclasses.replace(visuals, alone=alone, spare=self.dummy)
 
 
 def tower_input(kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec) -> Visuals:
     """What the vision tower is given of patches and their grids; no geometry, nobody's."""
-    return Visuals(kind, patches, grid_thw, token_counts(grid_thw, vision.merge_size), ())
+    sizes = token_counts(grid_thw, vision.merge_size)
+    tower = TowerInputs.of(grid_thw, vision.merge_size, vision.window_size, vision.patch_size)
+    return Visuals(kind, patches, grid_thw, sizes, tower, ())
 
 
 def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:

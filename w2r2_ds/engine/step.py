@@ -1,14 +1,14 @@
-"""The W2R2 step: one engine forward that runs the shortcut pass under no_grad first, then the fused pass.
+"""The W2R2 step: one engine forward that makes both passes, the shortcut's under no_grad (engine/schedules.py).
 
-This order keeps ZeRO-3's parameter trace valid and leaves nothing gathered behind (docs/architecture.md). Every rank
-calls the same modules in the same order, whatever its batch holds: a batch without frames carries a dummy one.
+Every rank calls the same modules in the same order, whatever its batch holds: a batch without frames carries a dummy
+one. Nothing in it makes the host wait for the device, except that decoding answers (`shortcut_decode: greedy`, the
+measured gap, validation) reads every token, and that DeepSpeed waits for parameters that it gathers.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from w2r2_ds.config import RunConfig
 from w2r2_ds.data.collate import Batch, Visuals
 from w2r2_ds.engine.cache_use import TowerCalls
+from w2r2_ds.engine.schedules import dropouts_of, make_schedule, without_dropout
 from w2r2_ds.models.decode import PromptInputs, greedy_tokens
 from w2r2_ds.models.mask2d import mask_images
 from w2r2_ds.models.w2r2 import W2R2, Mask
@@ -37,9 +38,10 @@ class W2R2Step(nn.Module):
         model: the composed model.
         config: objective, and the nominal frame rate of a video.
         scorer: how similar an answer is to its label.
+        zero3: DeepSpeed will gather the parameters layer by layer.
     """
 
-    def __init__(self, model: W2R2, config: RunConfig, scorer: Scorer) -> None:
+    def __init__(self, model: W2R2, config: RunConfig, scorer: Scorer, zero3: bool = False) -> None:
         super().__init__()
         self.model = model
         self.objective = config.objective
@@ -48,7 +50,8 @@ class W2R2Step(nn.Module):
         self.scorer = scorer
         self.calls = TowerCalls(config.data)
         self.reading = find_reading(config.objective.push)
-        self.dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+        self.dropouts = dropouts_of(model)
+        self.schedule = make_schedule(model, config, zero3)
 
     def forward(self, batch: Batch, measure: bool = False, answer: int = 0) -> Forward:
         """Weighted sum of the losses of the samples, and their statistics ``[batch, len(STATS)]``.
@@ -64,22 +67,32 @@ class W2R2Step(nn.Module):
         if answer:
             fused = self.model.fuse(visual, self.model.merge(features))
             return self.greedy(batch, batch.visuals, fused, answer)
-        shortcut = self.shortcut(batch, visual, features)
+        with self.without_graph():
+            plain = self.plain(visual, features)
+            answers = self.decode(batch, plain) if self.objective.shortcut_decode == "greedy" else None
         merged = self.model.merge(features)
         fused = self.model.fuse(visual, merged, self.mask(batch, features))
+        short_states, states = self.schedule(batch, plain, fused, self.reading.states)
+        shortcut = self.read(batch, short_states, answers)
         ratio = geometry_norm(visual, merged, batch)
-        loss, stats = w2r2_loss(self.outputs(batch, fused), shortcut, batch, self.objective, self.scorer, ratio)
+        outputs = self.outputs(batch, states)
+        loss, stats = w2r2_loss(outputs, shortcut, batch, self.objective, self.scorer, ratio)
         if batch.visuals.dummy:
             loss = loss + 0.0 * torch.cat(fused.pooler_output).sum()
         return loss, stats
 
-    def shortcut(self, batch: Batch, visual: Any, features: list[Tensor]) -> Shortcut:
-        """The 2D-only pass, Phi(F2D, 0): no dropout, and no graph unless the reading keeps it."""
-        with torch.no_grad() if self.reading.blocked else nullcontext(), self.without_dropout():
-            plain = self.model.fuse(visual, self.model.merge_nothing(features))
-            outputs = self.outputs(batch, plain)
-            answers = self.decode(batch, plain) if self.objective.shortcut_decode == "greedy" else None
-            return read_shortcut(outputs, batch, self.objective, self.scorer, answers)
+    def plain(self, visual: Any, features: list[Tensor]) -> Any:
+        """Phi(F2D, 0): what the shortcut sees."""
+        return self.model.fuse(visual, self.model.merge_nothing(features))
+
+    def read(self, batch: Batch, states: Tensor, answers: list[str] | None) -> Shortcut:
+        """What is kept of the shortcut's last hidden states, and of its decoded answers where there are some."""
+        with self.without_graph():
+            return read_shortcut(self.outputs(batch, states), batch, self.objective, self.scorer, answers)
+
+    def without_graph(self) -> AbstractContextManager[None]:
+        """For what the shortcut makes: no graph unless the reading keeps it."""
+        return torch.no_grad() if self.reading.blocked else nullcontext()
 
     def mask(self, batch: Batch, features: list[Tensor]) -> Mask | None:
         """What `objective.mask2d` does to the fused pass in training; None where it does nothing."""
@@ -91,14 +104,14 @@ class W2R2Step(nn.Module):
 
     def both_readings(self, batch: Batch, visual: Any, features: list[Tensor]) -> Tensor:
         """``[batch, 2]`` s of the shortcut's answer: teacher-forced, greedily decoded."""
-        plain = self.model.fuse(visual, self.model.merge_nothing(features))
-        teacher = self.scorer.teacher(self.outputs(batch, plain).logits.argmax(-1), batch)
+        plain = self.plain(visual, features)
+        logits = self.outputs(batch, self.model.hidden(batch, plain)).logits
+        teacher = self.scorer.teacher(logits.argmax(-1), batch)
         decoded = self.scorer.decoded(self.decode(batch, plain), batch)
         return torch.stack([teacher.s, decoded.s], dim=-1)
 
-    def outputs(self, batch: Batch, visual: Any) -> Outputs:
-        """One pass of the language model, from the vision tower's output."""
-        states = self.model.hidden(batch, visual, with_what=self.reading.states)
+    def outputs(self, batch: Batch, states: Tensor) -> Outputs:
+        """What one pass gives, from the last hidden states of the rows that are read."""
         logits = self.model.logits(states[: len(batch.answer_rows.label)])
         return Outputs(logits, states if self.reading.states else None)
 
@@ -123,22 +136,10 @@ class W2R2Step(nn.Module):
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For torch's checkpointing: a layer that ran without dropout is computed again without it.
 
-        A shortcut with a graph (`unblocked`) is computed again in the backward pass, long after `without_dropout`.
+        A shortcut with a graph (`unblocked`) is computed again in the backward pass, when its dropout is on again.
         """
         off = bool(self.dropouts) and not self.dropouts[0].training
-        return nullcontext(), self.without_dropout() if off else nullcontext()
-
-    @contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """Switch off the dropout layers, by their own flag, for the length of the shortcut pass."""
-        training = [module.training for module in self.dropouts]
-        for module in self.dropouts:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, state in zip(self.dropouts, training, strict=True):
-                module.training = state
+        return nullcontext(), without_dropout(self.dropouts) if off else nullcontext()
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[st
     decoder_layer = type(model.base.model.language_model.layers[0])
     rows = model.base.config.get_text_config().vocab_size
     scorer = Scorer(token_tables(front.tokenizer, rows).to(device), front.tokenizer, config.objective)
-    step = W2R2Step(model, config, scorer)
+    zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
+    step = W2R2Step(model, config, scorer, zero3)
     step.train()
     if config.train.activation_checkpointing:
         options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}

@@ -50,6 +50,7 @@ class VisionSpec:
         patch_size: side of a patch in pixels.
         merge_size: patches per side that become one token of the language model.
         temporal_patch_size: frames that become one row of tokens.
+        window_size: side in pixels of a window of the tower's attention.
         image_mean: per-channel mean, RGB, of pixels in [0, 1].
         image_std: per-channel standard deviation, RGB.
         image_token_id: id of ``<|image_pad|>``.
@@ -61,6 +62,7 @@ class VisionSpec:
     patch_size: int
     merge_size: int
     temporal_patch_size: int
+    window_size: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     image_token_id: int
@@ -91,6 +93,7 @@ class VisionSpec:
                 )
         return cls(
             **sizes,
+            window_size=int(vision.window_size),
             image_mean=_three(raw, "image_mean", where),
             image_std=_three(raw, "image_std", where),
             image_token_id=config.image_token_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,7 +16,9 @@ from w2r2_ds.geometry.cached import Cached
 from w2r2_ds.geometry.encoder import GeometryEncoder
 from w2r2_ds.models.encode import encode_cached, encode_geometry
 from w2r2_ds.models.fusion import GeometryMerger, pair_frames
+from w2r2_ds.models.last_layer import Rows, rows_only
 from w2r2_ds.models.phi import Fusion
+from w2r2_ds.models.tower import TowerInputs
 
 Mask = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 """``[tokens, hidden]`` of every image -> the same with some tokens zeroed."""
@@ -33,6 +36,8 @@ class VisualInputs(Protocol):
     @property
     def sizes(self) -> tuple[int, ...]: ...
     @property
+    def tower(self) -> TowerInputs: ...
+    @property
     def geometry_images(self) -> tuple[torch.Tensor | None, ...]: ...
     @property
     def dummy(self) -> bool: ...
@@ -47,33 +52,69 @@ class VisualInputs(Protocol):
 
 
 def encode_visuals(vlm: Any, visuals: VisualInputs) -> Any:
-    """F2D: a vision tower's output; its `pooler_output` has ``[tokens, hidden]`` for every image or pair of frames."""
-    encode = vlm.model.get_video_features if visuals.kind == "video" else vlm.model.get_image_features
-    output = encode(visuals.pixel_values, visuals.grid_thw, return_dict=True)
-    # The stock forward concatenates them; transformers splits by video, a fusion wants to know the frames.
-    output.pooler_output = torch.split(torch.cat(output.pooler_output), list(visuals.sizes))
+    """F2D: a vision tower's output; its `pooler_output` has ``[tokens, hidden]`` for every image or pair of frames.
+
+    The tower itself is called: `get_image_features` would read the grid off the device to split the tokens.
+    """
+    tower = vlm.model.visual
+    given = visuals.tower.arguments(tower.config)
+    output = tower(visuals.pixel_values.type(tower.dtype), grid_thw=visuals.grid_thw, return_dict=True, **given)
+    output.pooler_output = torch.split(output.pooler_output, list(visuals.sizes))
     return output
 
 
-def answer_states(vlm: Any, batch: Any, visual: Any, with_what: bool = False) -> torch.Tensor:
-    """Last hidden states of a batch's answer rows, ``[rows, hidden]``, from a vision tower's output.
+def embed(vlm: Any, batch: Any) -> torch.Tensor:
+    """``[sequences, length, hidden]`` embeddings of the tokens, visual ones meaning nothing yet."""
+    embeddings: torch.Tensor = vlm.get_input_embeddings()(batch.input_ids)
+    return embeddings
 
-    `with_what` appends those of the *what* positions (the description in the prompt). A dummy visual goes nowhere.
+
+def place(batch: Any, embeddings: torch.Tensor, visual: Any) -> torch.Tensor:
+    """The same with a vision tower's output at the visual tokens; a dummy's goes nowhere.
+
+    The stock forward would search for the places and read on the host how many it found.
     """
-    given = {} if batch.visuals.dummy else {"mm_encoder_outputs": {batch.visuals.kind: visual}}
-    states = vlm.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        **given,
-    ).last_hidden_state
+    if batch.visuals.dummy:
+        return embeddings
+    tokens, places = torch.cat(visual.pooler_output), batch.visual_tokens
+    assert len(tokens) == len(places), f"{len(tokens)} visual tokens, but {len(places)} places for them"
+    return embeddings.flatten(0, 1).index_copy(0, places, tokens.to(embeddings.dtype)).view_as(embeddings)
+
+
+def row_states(
+    vlm: Any,
+    batch: Any,
+    inputs: torch.Tensor,
+    with_what: bool = False,
+    around: AbstractContextManager[object] | None = None,
+) -> torch.Tensor:
+    """Last hidden states of a batch's answer rows, ``[rows, hidden]``, from ``[sequences, length, hidden]`` inputs.
+
+    `with_what` appends those of the *what* positions (the description in the prompt); `around` is entered for the
+    length of the stock loop over the layers, of which the last one knows the rows only.
+    """
     rows = batch.answer_rows
     sequence, position = rows.sequence, rows.position
     if with_what:
         sequence = torch.cat([sequence, batch.what_rows.sequence])
         position = torch.cat([position, batch.what_rows.position])
-    return states[sequence, position]
+    text = vlm.model.language_model
+    with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), around or nullcontext():
+        states: torch.Tensor = text(
+            inputs_embeds=inputs, position_ids=batch.position_ids, use_cache=False, **attention_arguments(batch)
+        ).last_hidden_state
+    return states
+
+
+def attention_arguments(batch: Any) -> dict[str, Any]:
+    """No mask for one sample per sequence: attention is causal, and padding comes after all tokens that are read."""
+    assert all(len(groups) == 1 and len(groups[0]) == 2 for groups in batch.layout.spans), "a packed batch"
+    return {"attention_mask": None}
+
+
+def answer_states(vlm: Any, batch: Any, visual: Any, with_what: bool = False) -> torch.Tensor:
+    """`row_states` from a vision tower's output."""
+    return row_states(vlm, batch, place(batch, embed(vlm, batch), visual), with_what)
 
 
 class W2R2(nn.Module):
