@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from w2r2_ds.config import RunConfig
 from w2r2_ds.data.check import THREADS
-from w2r2_ds.data.collate import tower_input
+from w2r2_ds.data.collate import moved, tower_input
 from w2r2_ds.data.eyes import Eyes, Seen
 from w2r2_ds.data.images import VGGT_PATCH, frame_size
 from w2r2_ds.data.loading import keep_working, load_mixture, visual_kind
@@ -145,7 +145,7 @@ def refuse_too_large(cache: Cache, whole: Need, lacking: Need) -> None:
     if whole.bytes > cache.limit:
         raise ValueError(
             f"The features need {gib(whole.bytes)} ({whole.files} files), more than data.cache_gib = "
-            f"{cache.limit / 2**30:g}; raise it, or fill the cache for fewer --splits or frames."
+            f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames."
         )
     growth, free = min(lacking.bytes, cache.limit - cache.size()), shutil.disk_usage(cache.folder).free
     if growth > free:
@@ -185,7 +185,7 @@ def encode_all(samples: Sequence[Sample], eyes: Eyes, config: RunConfig, device:
             if seen.cached_3d is not None and seen.geometry_images is not None:
                 seen.cached_3d.keep(geometry.encode(seen.geometry_images))
             if seen.cached_2d is not None and len(seen.pixel_values):
-                visuals = tower_input(kind, seen.pixel_values.to(device), seen.grid_thw.to(device), eyes.vision)
+                visuals = moved(tower_input(kind, seen.pixel_values, seen.grid_thw, eyes.vision), device)
                 seen.cached_2d.keep(torch.cat(encode_visuals(vlm, visuals).pooler_output))
             advance()
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from w2r2_ds.config import DataConfig, ModelConfig
 from w2r2_ds.data import eyes
 from w2r2_ds.data.loading import checked, make_collate, make_processor, prompt_loader
+from w2r2_ds.evaluation.evaluate import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.geometry.cached import flush
 from w2r2_ds.models.build import Front, build_model
@@ -269,3 +270,42 @@ def test_the_geometry_swap_neither_reads_nor_keeps_anything(
         ShuffledGeometry(make_processor(asking, config), rooms)(rooms[0], False)
     features = ShuffledGeometry(make_processor(replace(asking, cache=None), config), rooms)(rooms[0], False)
     assert features.cached_3d is None and features.cached_2d is None
+
+
+def test_an_evaluation_is_served_and_a_swap_is_not(
+    samples: list[Any],
+    front: Front,
+    model_config: ModelConfig,
+    models: dict[str, W2R2],
+    data_config: Any,
+    calls: dict[str, int],
+    tmp_path: Path,
+) -> None:
+    """Under inference mode; the swapped geometry is the same with the cache as without, and none is kept."""
+    model, cache = models["float32"], tmp_path / "cache"
+    rooms = [replace(sample, scene_id=f"scene000{index}_00") for index, sample in enumerate(samples)]
+    given: list[list[torch.Tensor]] = []
+    real = model.merge
+    model.merge = lambda features: (given.append(features), real(features))[1]  # type: ignore[method-assign]
+
+    def answered(geometry: str, folder: str) -> tuple[list[Any], list[torch.Tensor]]:
+        config = data_config(cache=folder, cached="geometry+2d")
+        asking = replace(front, cache=open_cache(config, model_config))
+        given.clear()
+        records = list(Answerer(model, asking, config, geometry, rooms, 2, 3).records(rooms))
+        flush()
+        return records, [features for batch in given for features in batch]
+
+    try:
+        plain, expected = answered("fused", "")
+        swapped, others = answered("shuffle", "")
+        cold, warm = answered("fused", str(cache)), answered("fused", str(cache))
+        before, made = sorted(cache.rglob("*.safetensors")), dict(calls)
+        again = answered("shuffle", str(cache))
+    finally:
+        del model.merge
+    assert cold[0] == plain == warm[0] and same(cold[1], expected) and same(warm[1], expected)
+    assert len(before) == 6 and made["3d"] == 9  # plain, swapped, cold
+    assert again[0] == swapped and same(again[1], others) and calls["3d"] == 12
+    assert not any(torch.equal(one, other) for one, other in zip(others, expected, strict=True))
+    assert sorted(cache.rglob("*.safetensors")) == before

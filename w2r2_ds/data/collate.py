@@ -165,7 +165,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not wait."""
-        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return moved(self, device)
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader."""
@@ -182,6 +182,11 @@ class Batch:
         """The *what* positions of a training batch."""
         assert self.what is not None, "a batch for generation has no what rows"
         return self.what
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch or a part of it on `device`; copies from pinned memory do not wait."""
+    return _map(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
