@@ -19,7 +19,9 @@ from transformers import CONFIG_MAPPING
 
 from golden_files import Golden
 from w2r2_ds.config import ObjectiveConfig, RunConfig
-from w2r2_ds.data.collate import AnswerRows, Batch, Layout, PromptRows, Visuals, token_counts
+from w2r2_ds.data.collate import Batch, Visuals, token_counts
+from w2r2_ds.data.packing import Layout
+from w2r2_ds.data.rows import AnswerRows, PromptRows
 from w2r2_ds.data.slots import NUMBERS, TokenTables
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.export.vgllm import fill, split_state, their_name, vggt_config
@@ -86,6 +88,8 @@ def batch_of(golden: Golden) -> Batch:
         position_ids=position_ids(base, ids, types, attention_mask=mask, image_grid_thw=grid),
         visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, tower, images),
         visual_tokens=types.flatten().nonzero().squeeze(-1),
+        token_set=types.nonzero()[:, 0],
+        frame_set=torch.arange(count),
         layout=Layout(mask - 1, torch.zeros_like(mask), tuple(((0, length),) for length in mask.sum(-1).tolist())),
         rows=AnswerRows(
             sample=sample,

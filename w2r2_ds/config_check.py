@@ -23,6 +23,8 @@ def check(config: RunConfig) -> None:
     positive = {
         "data.frame_width": config.data.frame_width,
         "data.video_fps": config.data.video_fps,
+        "data.questions_per_scene": config.data.questions_per_scene,
+        "data.prefetch": config.data.prefetch,
         "data.cache_gib": config.data.cache_gib,
         "model.lora_rank": config.model.lora_rank,
         "model.merger_hidden": config.model.merger_hidden,
@@ -31,6 +33,7 @@ def check(config: RunConfig) -> None:
         "train.micro_batch": config.train.micro_batch,
         "train.save_every": config.train.save_every,
         "train.keep_last": config.train.keep_last,
+        "train.recompute_every": config.train.recompute_every,
         "train.eval_samples": config.train.eval_samples,
         "train.eval_max_new_tokens": config.train.eval_max_new_tokens,
         "train.lr": config.train.lr,
@@ -63,8 +66,26 @@ def check(config: RunConfig) -> None:
                 f"data.train: {source.path} has weight {source.weight} and cap {source.cap}; a weight is "
                 "greater than 0, a cap is not negative."
             )
+    together = config.data.questions_per_scene
+    if config.train.micro_batch % together:
+        raise ValueError(
+            f"train.micro_batch is {config.train.micro_batch}, no multiple of data.questions_per_scene {together}: "
+            f"questions that share frames are in one micro-batch; give a multiple."
+        )
+    if together > 1 and config.objective.mask2d:
+        raise ValueError(
+            f"objective.mask2d is {config.objective.mask2d}: it masks every sample's frames by themselves, which "
+            f"data.questions_per_scene {together} lets them share; give 1, or mask2d 0."
+        )
     if config.train.eval_every and not config.data.val:
         raise ValueError("data.val is empty, but train.eval_every is not 0; name a validation set, or give 0.")
+    if not config.train.activation_checkpointing:
+        for name, idle in (("recompute_every", 1), ("offload_activations", False)):
+            if (value := getattr(config.train, name)) != idle:
+                raise ValueError(
+                    f"train.{name} is {value}, but train.activation_checkpointing is false, so that nothing is "
+                    "recomputed; set it to true."
+                )
     if not config.out:
         raise ValueError("out is empty; name the folder of the run.")
     if not 0 <= config.objective.mu < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,8 +154,10 @@ def test_prompts_are_left_padded_and_made_when_told(batch_of: Any, samples: list
     assert batch_of(chosen).prompts is None
     batch = batch_of(chosen, with_prompts=True)
     generation = batch_of(chosen, with_answer=False)
-    for field in fields(batch.prompts):
-        assert torch.equal(getattr(batch.prompts, field.name), getattr(generation, field.name))
+    for name in ("input_ids", "attention_mask", "token_types"):
+        assert torch.equal(getattr(batch.prompts, name), getattr(generation, name))
+    assert torch.equal(batch.prompts.grid_thw, generation.visuals.grid_thw)
+    assert batch.prompts.order == tuple(range(len(generation.visuals.sizes)))
     assert torch.equal(batch.input_ids, batch_of(chosen).input_ids)
 
 
@@ -230,11 +232,11 @@ def test_to_and_pin_reach_every_tensor(batch_of: Any, samples: list[Any], monkey
     batch = batch_of(samples[:2], with_prompts=True)
     moved = batch.to(torch.device("meta"))
     tensors = [moved.input_ids, moved.attention_mask, moved.token_types, moved.position_ids, moved.cam_to_world]
-    tensors += [moved.visual_tokens, moved.layout.group, moved.layout.suffix]
+    tensors += [moved.visual_tokens, moved.token_set, moved.frame_set, moved.layout.group, moved.layout.suffix]
     tensors += [moved.visuals.tower.positions, moved.visuals.tower.order]
     tensors += [moved.target_box, moved.visuals.pixel_values, moved.visuals.grid_thw, *moved.visuals.geometry_images]
     for part in (moved.answer_rows, moved.what_rows, moved.prompts):
-        tensors += list(vars(part).values())
+        tensors += [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.ids == batch.ids and moved.visuals.kind == "image" and type(moved) is type(batch)
     assert moved.layout.spans == batch.layout.spans and moved.visuals.sizes == batch.visuals.sizes

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from w2r2_ds.config import DataConfig, ModelConfig
 from w2r2_ds.data import eyes
 from w2r2_ds.data.loading import checked, make_collate, make_processor, prompt_loader
+from w2r2_ds.engine.throughput import geometry_flops, tower_flops
 from w2r2_ds.evaluation.evaluate import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.geometry.cached import flush
@@ -109,6 +110,37 @@ def test_geometry_alone_leaves_the_2d_features_to_one_call(
     assert calls["3d"] == 3 and same(model.encode_2d(warm).pooler_output, plain) and calls["2d"] == 2
     model.encode_3d(warm)
     assert calls["3d"] == 3
+
+
+def test_packed_samples_share_what_the_cache_has_of_their_frames(
+    samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any], calls: dict[str, int]
+) -> None:
+    model, packed = models["float32"], {"questions_per_scene": 2}
+    chosen = [samples[0], replace(samples[0], id="again"), samples[2]]
+    plain = loaded(chosen, cache="", **packed)
+    expected = model.encode_3d(plain.visuals), model.encode_2d(plain.visuals).pooler_output
+    for made in (2, 0):
+        before, batch = dict(calls), loaded(chosen, **packed, **BOTH)
+        assert len(batch.visuals.cached_3d) == 2 and torch.equal(batch.token_set, plain.token_set)
+        assert torch.equal(batch.position_ids, plain.position_ids) and torch.equal(batch.frame_set, plain.frame_set)
+        assert same(model.encode_3d(batch.visuals), expected[0])
+        assert same(model.encode_2d(batch.visuals).pooler_output, expected[1])
+        assert (calls["3d"] - before["3d"], calls["2d"] - before["2d"]) == (made, made)
+        flush()
+
+
+def test_what_is_not_computed_counts_for_no_speed(
+    samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any]
+) -> None:
+    model = models["float32"]
+    tower, plain = model.base.model.visual, loaded(samples, cache="").visuals
+    cold = loaded(samples, **BOTH).visuals
+    assert geometry_flops(model.geometry, cold) == geometry_flops(model.geometry, plain) > 0
+    assert tower_flops(tower, cold) == pytest.approx(tower_flops(tower, plain))
+    model.encode_3d(cold), model.encode_2d(cold)
+    flush()
+    warm = loaded(samples, **BOTH).visuals
+    assert geometry_flops(model.geometry, warm) == tower_flops(tower, warm) == 0
 
 
 def test_only_what_is_missing_is_made(

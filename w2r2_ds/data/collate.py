@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from w2r2_ds.data.eyes import vision_patches
 from w2r2_ds.data.images import VGGT_PATCH
+from w2r2_ds.data.packing import Group, Grouping, Layout, alone, in_one_sequence, joined, joined_positions, one_by_one
 from w2r2_ds.data.processor import Features
+from w2r2_ds.data.rows import AnswerRows, PromptRows, answer_rows, prompt_rows
 from w2r2_ds.data.sample import Kind, Sample
-from w2r2_ds.data.slots import NUMBERS
 from w2r2_ds.geometry.cached import Cached
 from w2r2_ds.models.tower import TowerInputs
 from w2r2_ds.models.vlm import VisionSpec
@@ -33,14 +35,14 @@ class Visuals:
         grid_thw: ``[images or videos, 3]`` int64.
         sizes: tokens of every image, or of every pair of frames of a video, in order.
         tower: what the vision tower would read off `grid_thw`.
-        geometry_images: per sample with frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]; None where
-            `cached_3d` has the features.
-        ids: the ids of those samples.
+        geometry_images: per set of frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]; None where
+            `cached_3d` has the features. A sample with frames has a set of its own, or packed samples share one.
+        ids: per set, the id of the (first) sample that sees it.
         dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
-        cached_3d: per sample with frames, what the cache says about its geometry; empty without a cache.
+        cached_3d: per set, what the cache says about its geometry; empty without a cache.
         cached_2d: likewise about its 2D features. Then there are no `pixel_values`, but
-        alone: per sample with frames, what the vision tower is given, sample by sample; None where it need not be, and
-        spare: the dummy, for a rank that lacks fewer samples than another.
+        alone: per set, what the vision tower is given, set by set; None where it need not be, and
+        spare: the dummy, for a rank that lacks fewer sets than another.
     """
 
     kind: str
@@ -57,72 +59,37 @@ class Visuals:
     spare: Visuals | None = None
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What the sequences of a batch are made of: groups of samples that share a prefix, each with a suffix of its own.
-
-    Token i sees token j where j <= i, both are of one group, and j is in its prefix or in the suffix that i is in. A
-    sample alone is a group without suffixes.
-
-    Attributes:
-        group: ``[sequences, length]`` int64, group of every token in its sequence; -1 for padding.
-        suffix: ``[sequences, length]`` int64, 0 in a prefix, n in the n-th suffix of its group.
-        spans: per sequence and group, on the host: begin, end of the prefix, end of every suffix.
-    """
-
-    group: torch.Tensor
-    suffix: torch.Tensor
-    spans: tuple[tuple[tuple[int, ...], ...], ...]
-
-
-@dataclass(frozen=True)
-class AnswerRows:
-    """The rows (positions) whose next token is an answer token, over the whole batch, samples in order.
-
-    Attributes:
-        sample: ``[rows]`` int64, index of the sample in the batch.
-        sequence: ``[rows]`` int64, index of the sequence that the sample is in.
-        position: ``[rows]`` int64, position in it of the hidden state that predicts the label.
-        label: ``[rows]`` int64, the token to be predicted.
-        where: ``[rows]`` bool, the label says where: digits of frame and box; of captions and answers, every token.
-        number: ``[batch, NUMBERS, width >= 1]`` int64 row of every digit and decimal point, -1 where there is none;
-            -1 everywhere for a sample without number slots.
-        place: ``[batch, NUMBERS, width]`` float64 unit of the digit, 0 for a decimal point and where there is none.
-        lead: ``[batch, NUMBERS]`` int64 row of the token that carries the sign; 0 for a sample without number slots.
-    """
-
-    sample: torch.Tensor
-    sequence: torch.Tensor
-    position: torch.Tensor
-    label: torch.Tensor
-    where: torch.Tensor
-    number: torch.Tensor
-    place: torch.Tensor
-    lead: torch.Tensor
-
-
-@dataclass(frozen=True)
-class PromptRows:
-    """The positions of the *what* tokens (of the description, in the prompt) of the whole batch, samples in order.
-
-    Attributes:
-        sample: ``[n]`` int64, index of the sample in the batch.
-        sequence: ``[n]`` int64, index of the sequence that the sample is in.
-        position: ``[n]`` int64, position in it of the token itself.
-    """
-
-    sample: torch.Tensor
-    sequence: torch.Tensor
-    position: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of a training batch alone, padded on the left, for greedy decoding; fields as `Batch`'s."""
+class Tokens(NamedTuple):
+    """Tokens of all sequences; fields as `Batch`'s."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     token_types: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a training batch alone, padded on the left, for greedy decoding; no two share a sequence.
+
+    Attributes:
+        input_ids, attention_mask, token_types: ``[batch, length]`` int64, as `Batch`'s.
+        grid_thw: ``[images or videos, 3]`` int64, of all prompts.
+        order: which of the entries of `Visuals.sizes` the prompts see, one after the other.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_types: torch.Tensor
+    grid_thw: torch.Tensor
+    order: tuple[int, ...]
+
+    def seen(self, visuals: Visuals, visual: Any) -> tuple[Visuals, Any]:
+        """Visuals and a vision tower's output of the batch, as the prompts see them, which share no images."""
+        if visuals.dummy:
+            return visuals, visual
+        repeated = copy.copy(visual)
+        repeated.pooler_output = tuple(visual.pooler_output[entry] for entry in self.order)
+        return dataclasses.replace(visuals, grid_thw=self.grid_thw), repeated
 
 
 @dataclass(frozen=True)
@@ -131,12 +98,14 @@ class Batch:
 
     Attributes:
         ids: sample ids.
-        input_ids: ``[sequences, length]`` int64; a sample is a sequence.
+        input_ids: ``[sequences, length]`` int64; a sample is a sequence, or all are packed into one.
         attention_mask: ``[sequences, length]`` int64, 1 for tokens.
         token_types: ``[sequences, length]`` int64, `mm_token_type_ids`.
         position_ids: ``[3, sequences, length]`` int64; None for generation, which makes its own.
         visuals: input of the towers.
         visual_tokens: ``[tokens]`` int64, sequence * length + position of every visual token, in the towers' order.
+        token_set: ``[tokens]`` int64, which of the visuals' sets of frames each of them is of.
+        frame_set: ``[batch]`` int64, which of these sets a sample sees; -1 for a sample without frames.
         layout: what every sequence is made of; None for generation.
         rows: answer rows; None for generation.
         cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64, NaN where a sample has fewer frames.
@@ -154,6 +123,8 @@ class Batch:
     position_ids: torch.Tensor | None
     visuals: Visuals
     visual_tokens: torch.Tensor
+    token_set: torch.Tensor
+    frame_set: torch.Tensor
     layout: Layout | None
     rows: AnswerRows | None
     cam_to_world: torch.Tensor
@@ -211,49 +182,82 @@ class Collator:
             for generation.
         vision: sizes of the vision tower, for the image of a batch without frames.
         with_prompts: also make `Batch.prompts`.
+        grouping: which samples share frames, packed into one sequence; None makes a padded sequence of each.
     """
 
     def __init__(
-        self, pad_id: int, kind: str, positions: Positions | None, vision: VisionSpec, with_prompts: bool = False
+        self,
+        pad_id: int,
+        kind: str,
+        positions: Positions | None,
+        vision: VisionSpec,
+        with_prompts: bool = False,
+        grouping: Grouping | None = None,
     ) -> None:
+        assert grouping is None or positions is not None, "prompts for generation are not packed"
         self.pad_id, self.kind, self.positions, self.with_prompts = pad_id, kind, positions, with_prompts
-        self.vision, self.dummy = vision, dummy_visuals(kind, vision)
+        self.vision, self.dummy, self.grouping = vision, dummy_visuals(kind, vision), grouping
 
     def __call__(self, features: Sequence[Features]) -> Batch:
         left = self.positions is None
-        tokens = self._padded(features, left)
-        visuals = self._visuals(features)
-        position_ids = None
-        if self.positions is not None:
-            grid = None if visuals.dummy else visuals.grid_thw
-            grids = {"image": (grid, None), "video": (None, grid)}[self.kind]
-            position_ids = self.positions(tokens.input_ids, tokens.token_types, tokens.attention_mask, *grids)
+        groups = (self.grouping or alone)(features)
+        shown = [features[group.members[0]] for group in groups]
+        visuals = self._visuals(shown)
+        if self.grouping is None:
+            tokens = self._padded(features, left)
+            layout, places = one_by_one(features, tokens.attention_mask)
+        else:
+            tokens = _packed(groups, features)
+            layout, places = in_one_sequence(groups, features)
+        sets = _sets(groups, features)
         samples = [f.sample for f in features]
         return Batch(
             ids=tuple(sample.id for sample in samples),
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             token_types=tokens.token_types,
-            position_ids=position_ids,
+            position_ids=self._positions(groups, features, visuals, tokens),
             visuals=visuals,
             visual_tokens=tokens.token_types.flatten().nonzero().squeeze(-1),
-            layout=None if left else _one_by_one(features, tokens.attention_mask),
-            rows=None if left else _answer_rows(features),
+            token_set=sets.token,
+            frame_set=sets.frame,
+            layout=None if left else layout,
+            rows=None if left else answer_rows(features, places),
             cam_to_world=_poses(samples),
             target_box=_target_boxes(samples),
-            what=None if left else _prompt_rows(features),
+            what=None if left else prompt_rows(features, places),
             kinds=tuple(sample.kind for sample in samples),
             answers=tuple(sample.answer for sample in samples),
-            prompts=self._padded([_prompt(f) for f in features], left=True) if self.with_prompts else None,
+            prompts=self._prompts(features, sets) if self.with_prompts else None,
         )
 
-    def _padded(self, features: Sequence[Features], left: bool) -> Prompts:
-        """Tokens of all sequences, padded to the longest."""
-        return Prompts(
+    def _padded(self, features: Sequence[Features], left: bool) -> Tokens:
+        """Every sample a sequence, padded to the longest."""
+        return Tokens(
             input_ids=_pad([f.input_ids for f in features], self.pad_id, left),
             attention_mask=_pad([torch.ones_like(f.input_ids) for f in features], 0, left),
             token_types=_pad([f.token_types for f in features], 0, left),
         )
+
+    def _positions(
+        self, groups: Sequence[Group], features: Sequence[Features], visuals: Visuals, tokens: Tokens
+    ) -> torch.Tensor | None:
+        """Multimodal positions of all sequences; None for generation."""
+        if self.positions is None:
+            return None
+        grid = None if visuals.dummy else visuals.grid_thw
+        grids = {"image": (grid, None), "video": (None, grid)}[self.kind]
+        if self.grouping is None:
+            return self.positions(tokens.input_ids, tokens.token_types, tokens.attention_mask, *grids)
+        firsts = self._padded([features[group.members[0]] for group in groups], left=False)
+        positions = self.positions(firsts.input_ids, firsts.token_types, firsts.attention_mask, *grids)
+        return joined_positions(groups, positions, [len(f.input_ids) for f in features])
+
+    def _prompts(self, features: Sequence[Features], sets: _Sets) -> Prompts:
+        """The prompts alone; each has its images to itself."""
+        tokens = self._padded([_prompt(f) for f in features], left=True)
+        order = [entry for each in sets.frame.tolist() if each >= 0 for entry in sets.entries[each]]
+        return Prompts(*tokens, torch.cat([f.grid_thw for f in features]), tuple(order))
 
     def _visuals(self, features: Sequence[Features]) -> Visuals:
         """Visuals of the samples that have some, or the dummy."""
@@ -306,6 +310,34 @@ def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:
     return tuple(height * width // merge_size**2 for time, height, width in grid_thw.tolist() for _ in range(time))
 
 
+class _Sets(NamedTuple):
+    """Sets of frames of a batch: `Batch.token_set`, `Batch.frame_set`, and per set the entries of `Visuals.sizes`."""
+
+    token: torch.Tensor
+    frame: torch.Tensor
+    entries: list[range]
+
+
+def _sets(groups: Sequence[Group], features: Sequence[Features]) -> _Sets:
+    """A set per group that has frames, in order."""
+    frame = torch.full((len(features),), -1, dtype=torch.int64)
+    counts: list[int] = []
+    entries: list[range] = []
+    for group in groups:
+        first, end = features[group.members[0]], entries[-1].stop if entries else 0
+        if first.sample.frames:
+            frame[list(group.members)] = len(entries)
+            entries.append(range(end, end + int(first.grid_thw[:, 0].sum())))
+            counts.append(int((first.token_types > 0).sum()))
+    return _Sets(torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)), frame, entries)
+
+
+def _packed(groups: Sequence[Group], features: Sequence[Features]) -> Tokens:
+    """All samples in one sequence."""
+    ids = joined(groups, [f.input_ids for f in features])[None]
+    return Tokens(ids, torch.ones_like(ids), joined(groups, [f.token_types for f in features])[None])
+
+
 def _prompt(feature: Features) -> Features:
     """The same sample without its answer."""
     count = len(feature.input_ids) - feature.answer_tokens
@@ -337,42 +369,3 @@ def _target_boxes(samples: Sequence[Sample]) -> torch.Tensor:
     """``[batch, 9]`` float64, NaN for a sample without a target."""
     nothing = np.full(9, np.nan)
     return torch.from_numpy(np.stack([nothing if s.target is None else s.target.box for s in samples]))
-
-
-def _one_by_one(features: Sequence[Features], attention_mask: torch.Tensor) -> Layout:
-    """Every sample is a sequence and a group of its own."""
-    spans = tuple(((0, len(f.input_ids)),) for f in features)
-    return Layout(attention_mask - 1, torch.zeros_like(attention_mask), spans)
-
-
-def _prompt_rows(features: Sequence[Features]) -> PromptRows:
-    """Where the description's tokens are; a sequence begins at position 0 of its row (padding is on the right)."""
-    positions = [f.what.nonzero().squeeze(-1) for f in features]
-    sample = [torch.full_like(position, index) for index, position in enumerate(positions)]
-    return PromptRows(torch.cat(sample), torch.cat(sample), torch.cat(positions))
-
-
-def _answer_rows(features: Sequence[Features]) -> AnswerRows:
-    """Flatten the answer positions of the batch and point the number slots at them."""
-    slots = [f.slots for f in features if f.slots is not None]
-    assert len(slots) == len(features), "training features carry answers"
-    width = max([1, *(len(tokens) for slot in slots for tokens in slot.tokens)])
-    number = torch.full((len(features), NUMBERS, width), -1, dtype=torch.int64)
-    place = torch.zeros((len(features), NUMBERS, width), dtype=torch.float64)
-    lead = torch.zeros((len(features), NUMBERS), dtype=torch.int64)
-    sample, position, label, where = [], [], [], []
-    first_row = 0
-    for index, (feature, slot) in enumerate(zip(features, slots, strict=True)):
-        length, count = len(feature.input_ids), feature.answer_tokens
-        sample.append(torch.full((count,), index, dtype=torch.int64))
-        position.append(torch.arange(length - count - 1, length - 1))
-        label.append(feature.input_ids[length - count :])
-        where.append(torch.from_numpy(slot.where))
-        if slot.digits:
-            lead[index] = torch.from_numpy(slot.lead) + first_row
-        for i, (tokens, places) in enumerate(zip(slot.tokens, slot.places, strict=True)):
-            number[index, i, : len(tokens)] = torch.tensor(tokens) + first_row
-            place[index, i, : len(tokens)] = torch.tensor(places, dtype=torch.float64)
-        first_row += count
-    owner = torch.cat(sample)
-    return AnswerRows(owner, owner, torch.cat(position), torch.cat(label), torch.cat(where), number, place, lead)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +44,10 @@ class Seen:
     cached_2d: Cached | None = None
     cached_3d: Cached | None = None
 
+    def is_learnt(self) -> bool:
+        """Whether the cache lacked something then that it has now."""
+        return any(each is not None and each.is_learnt() for each in (self.cached_2d, self.cached_3d))
+
 
 def vision_patches(images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`qwen_patches` of ``[frames, 3, height, width]`` frames for a vision tower, as images or as one video."""
@@ -69,6 +74,13 @@ class Eyes:
 
     def __init__(self, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None) -> None:
         self.vision, self.config, self.cache = vision, config, cache
+        self._last: tuple[tuple[Path, ...], Seen] | None = None
+
+    def look_again(self, sample: Sample) -> Seen:
+        """`look`, once for samples in a row about the same frames, unless the cache has had time to learn of them."""
+        if self._last is None or self._last[0] != sample.frames or self._last[1].is_learnt():
+            self._last = sample.frames, self.look(sample)
+        return self._last[1]
 
     def look(self, sample: Sample) -> Seen:
         """What the towers see of a sample's frames, as far as the cache lacks what they would make of it.

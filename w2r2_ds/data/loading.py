@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from w2r2_ds.config import DataConfig
 from w2r2_ds.data.collate import Batch, Collator, Positions
 from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.packing import Grouping, alone, by_frames
 from w2r2_ds.data.prepared import MANIFEST, PreparedSet
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sample import Sample
@@ -42,6 +43,17 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
             "there what was left out and prepare the data set again, or raise the weight."
         )
     return mixture
+
+
+def refuse_drawn_frames(mixture: Mixture, questions: int) -> None:
+    """Raise ValueError where several questions per scene should share frames that were drawn for every sample."""
+    for each in mixture.sets if questions > 1 else ():
+        if isinstance(each, PreparedSet) and each.manifest["options"]["frames"].get("protocol") == "vgllm":
+            raise ValueError(
+                f"{each.folder / MANIFEST}: frames.protocol is vgllm, which draws other frames for every sample, so "
+                f"that data.questions_per_scene {questions} finds none to share; prepare the data set with "
+                "scene_sets (or uniform, coverage, list), or give 1."
+            )
 
 
 def digests(mixture: Mixture) -> list[str]:
@@ -133,10 +145,17 @@ def visual_kind(config: DataConfig) -> str:
     return {"images": "image", "video": "video"}[config.visual]
 
 
+def grouping(config: DataConfig) -> Grouping | None:
+    """Which samples of a micro-batch share frames in one sequence; None where each has a sequence of its own."""
+    if config.questions_per_scene > 1:
+        return by_frames
+    return alone if config.packing else None
+
+
 def make_collate(front: Front, config: DataConfig, with_prompts: bool) -> CollateOrError:
     """Collation of training samples."""
     positions, pad = make_positions(front, config), front.tokenizer.pad_token_id
-    return CollateOrError(Collator(pad, visual_kind(config), positions, front.vision, with_prompts))
+    return CollateOrError(Collator(pad, visual_kind(config), positions, front.vision, with_prompts, grouping(config)))
 
 
 def keep_working(worker: int) -> None:
@@ -172,7 +191,8 @@ def train_loader(
         collate_fn=make_collate(front, config, with_prompts),
         num_workers=config.workers,
         worker_init_fn=keep_working,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=torch.cuda.is_available(),  # then `Batch.to` copies without waiting
         persistent_workers=config.workers > 0,
         # Its own: else making the iterator draws from the random state that a resume has just put back.
         generator=torch.Generator(),

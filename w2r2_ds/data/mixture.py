@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,11 @@ class Mixture(Sequence[Sample]):
     def epoch_size(self) -> int:
         """Samples in an epoch."""
         return sum(self.shares)
+
+    def frame_sets(self) -> np.ndarray:
+        """``[len(self)]`` int64, equal for samples, of any set, that see the same files in the same order."""
+        numbers: dict[tuple[Path, ...], int] = {}
+        return np.array([numbers.setdefault(sample.frames, len(numbers)) for sample in self], dtype=np.int64)
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """Indices of one epoch in random order: ``[epoch_size]`` int64, the same on every rank.

@@ -98,7 +98,7 @@ class Processor:
             ValueError: a frame cannot be read, text holds a special token, the chat template changes the question, or
                 the sequence is longer than `data.max_length`.
         """
-        seen = self.eyes.look(sample)
+        seen = self.eyes.look_again(sample)
         prompt, what = self._prompt(sample, seen.grid_thw)
         answer, slots = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)

@@ -16,7 +16,15 @@ from transformers.integrations import HfDeepSpeedConfig
 from w2r2_ds.config import RunConfig, save_config
 from w2r2_ds.data.check import check_frames, check_texts, describe_frames
 from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import checked, digests, load_mixture, make_processor, train_loader
+from w2r2_ds.data.loading import (
+    checked,
+    digests,
+    grouping,
+    load_mixture,
+    make_processor,
+    refuse_drawn_frames,
+    train_loader,
+)
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots
 from w2r2_ds.engine.activity import Activity
@@ -33,13 +41,15 @@ from w2r2_ds.engine.metrics import MetricsLogger
 from w2r2_ds.engine.preemption import StopSignals
 from w2r2_ds.engine.random_state import rng_state, set_rng_state
 from w2r2_ds.engine.resume import find_start, resume, take_over
-from w2r2_ds.engine.statistics import global_weight, reduce_stats, throughput
+from w2r2_ds.engine.statistics import global_weight, reduce_stats
+from w2r2_ds.engine.throughput import Throughput, matrix_rate
 from w2r2_ds.engine.together import together
 from w2r2_ds.engine.validation import BestSoFar, MakeValidation
 from w2r2_ds.engine.watchdog import Watchdog
 from w2r2_ds.engine.wrap import make_engine, trained_groups
 from w2r2_ds.geometry.cached import flush
 from w2r2_ds.geometry.loading import locate, read_config
+from w2r2_ds.models.attention import use_scene_split
 from w2r2_ds.models.build import Front, build_model, load_front
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.lora import trainable_table
@@ -63,6 +73,7 @@ class Run:
     data: list[str]
     fence: Fence
     checkpoint: Path | None
+    speed: Throughput
     activity: Activity = field(default_factory=Activity)
 
 
@@ -128,12 +139,13 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
             at("data", step + 1)
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
+            loaded = time.perf_counter()
             run.engine.module.optimizer_step = step
             if step == run.start:
                 at("dry run")
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches)
-            metrics |= throughput(micro_batches, time.perf_counter() - started)
+            metrics |= run.speed(micro_batches, time.perf_counter() - started) | {"data_s": loaded - started}
             metrics |= cache_use(micro_batches)
             if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
                 at("decode gap")
@@ -241,6 +253,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         front = replace(front, cache=open_cache(config.data, config.model))
         check_objective(config, front)
         samples = load_mixture(config.data, "train")
+        refuse_drawn_frames(samples, config.data.questions_per_scene)
         processor = make_processor(front, config.data)
         if rank == 0:
             print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
@@ -250,9 +263,14 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
             print(describe_frames(samples, processor), flush=True)
         device = torch.device(get_accelerator().current_device_name())
         validation = make_validation(config, front, device) if config.train.eval_every else None
+    rate = matrix_rate(device, dtype)  # while the device is empty
+    if rank == 0:
+        print(f"matrices are multiplied at {rate / 1e12:.3g} TFLOP/s ({dtype}): mfu is relative to it", flush=True)
     # transformers partitions the weights while it loads them as long as this object lives.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     model = build_model(config.model, device, config.train.seed)
+    if grouping(config.data) is not None:
+        use_scene_split(model.base)
     if rank == 0:
         print(trainable_table({"vlm": model.vlm} | model.geometry_modules()), flush=True)
     engine = make_engine(model, front, config, ds_config, device)
@@ -273,13 +291,17 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         steps=config.train.steps,
         start=start,
         seed=config.train.seed,
+        questions_per_scene=config.data.questions_per_scene,
     )
     loader = train_loader(samples, front, config.data, sampler, config.objective.shortcut_decode == "greedy")
     gap = DecodeGap(samples, front, config, device) if config.objective.gap_every else None
     best = BestSoFar(validation, begin.checkpoint) if validation is not None else None
     accumulation = engine.gradient_accumulation_steps()
     groups = trained_groups(model)
-    return Run(config, engine, loader, device, accumulation, start, groups, gap, best, data, fence, begin.checkpoint)
+    speed = Throughput(model, find_reading(config.objective.push), rate)
+    return Run(
+        config, engine, loader, device, accumulation, start, groups, gap, best, data, fence, begin.checkpoint, speed
+    )
 
 
 def check_objective(config: RunConfig, front: Front) -> None:

@@ -1,8 +1,9 @@
 """The W2R2 step: one engine forward that makes both passes, the shortcut's under no_grad (engine/schedules.py).
 
 Every rank calls the same modules in the same order, whatever its batch holds: a batch without frames carries a dummy
-one. Nothing in it makes the host wait for the device, except that decoding answers (`shortcut_decode: greedy`, the
-measured gap, validation) reads every token, and that DeepSpeed waits for parameters that it gathers.
+one. Nothing in it makes the host wait for the device, except that answers made of words are compared as text (captions
+and short answers: one read in either pass) and that decoding (`shortcut_decode: greedy`, the gap, validation) reads
+every token; DeepSpeed's own waits aside.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class W2R2Step(nn.Module):
         """Greedy answers of every sample of a training batch."""
         assert batch.prompts is not None, "the loader makes prompts where answers are decoded"
         longest = (batch.answer_rows.sample.bincount(minlength=len(batch.ids)) + SLACK).tolist()
-        tokens = self.greedy(batch.prompts, batch.visuals, visual, max(longest))
+        tokens = self.greedy(batch.prompts, *batch.prompts.seen(batch.visuals, visual), max(longest))
         # Each at its own length: what a sample's neighbours are must not matter.
         return [
             self.scorer.tokenizer.decode(ids[:most], skip_special_tokens=True)
@@ -145,14 +146,12 @@ class W2R2Step(nn.Module):
 @torch.no_grad()
 def geometry_norm(visual: Any, merged: Tensor, batch: Batch) -> Tensor:
     """``[batch]`` Frobenius norm of a sample's merged geometry relative to that of its 2D tokens; 0 without frames."""
-    size = len(batch.ids)
     if batch.visuals.dummy:
-        return merged.new_zeros(size)
-    counts = (batch.token_types > 0).sum(-1)
-    owner = torch.arange(size, device=merged.device)
-    sample = torch.repeat_interleave(owner, counts, output_size=len(merged))
+        return merged.new_zeros(len(batch.ids))
+    sets = len(batch.visuals.geometry_images)
     squares = [
-        torch.zeros(size, device=merged.device).index_add(0, sample, tokens.float().square().sum(-1))
+        torch.zeros(sets, device=merged.device).index_add(0, batch.token_set, tokens.float().square().sum(-1))
         for tokens in (merged, torch.cat(visual.pooler_output))
     ]
-    return (squares[0] / squares[1].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    ratio = (squares[0] / squares[1].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    return torch.where(batch.frame_set >= 0, ratio[batch.frame_set.clamp(min=0)], 0.0)

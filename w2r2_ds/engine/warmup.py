@@ -6,6 +6,7 @@ A user brings a pretrained VLM; the demo has none, and without this an untrained
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def warm_up(vlm: Any, front: Front, samples: Mixture, config: RunConfig, report:
     vlm.train()
     optimizer = torch.optim.AdamW(vlm.parameters(), lr=demo.warmup_lr, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, demo.warmup_steps // 20, demo.warmup_steps)
-    for step, batch in enumerate(checked(train_loader(samples, front, config.data, sampler))):
+    data = replace(config.data, questions_per_scene=1, packing=False)
+    for step, batch in enumerate(checked(train_loader(samples, front, data, sampler))):
         loss = answer_loss(vlm, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)

@@ -42,6 +42,10 @@ class Cached:
         """Whether these frames are still what the key was made of."""
         return self.key == features_key(self.about["encoder"], frames)
 
+    def is_learnt(self) -> bool:
+        """Whether the cache lacked these features when it was asked, and has them now."""
+        return self.features is None and self.cache.path(self.key).exists()
+
     def keep(self, features: torch.Tensor) -> None:
         """Write features that have just been made; comes back before that is done. On a GPU this waits for them."""
         while _pending and (_pending[0].done() or len(_pending) >= BACKLOG):

@@ -14,6 +14,7 @@ from torch import nn
 
 from w2r2_ds.geometry.cached import Cached
 from w2r2_ds.geometry.encoder import GeometryEncoder
+from w2r2_ds.models.attention import attention_inputs
 from w2r2_ds.models.encode import encode_cached, encode_geometry
 from w2r2_ds.models.fusion import GeometryMerger, pair_frames
 from w2r2_ds.models.last_layer import Rows, rows_only
@@ -101,15 +102,9 @@ def row_states(
     text = vlm.model.language_model
     with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), around or nullcontext():
         states: torch.Tensor = text(
-            inputs_embeds=inputs, position_ids=batch.position_ids, use_cache=False, **attention_arguments(batch)
+            inputs_embeds=inputs, position_ids=batch.position_ids, use_cache=False, **attention_inputs(vlm, batch)
         ).last_hidden_state
     return states
-
-
-def attention_arguments(batch: Any) -> dict[str, Any]:
-    """No mask for one sample per sequence: attention is causal, and padding comes after all tokens that are read."""
-    assert all(len(groups) == 1 and len(groups[0]) == 2 for groups in batch.layout.spans), "a packed batch"
-    return {"attention_mask": None}
 
 
 def answer_states(vlm: Any, batch: Any, visual: Any, with_what: bool = False) -> torch.Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.data.boxes import camera_to_world_torch
-from w2r2_ds.data.collate import AnswerRows, Batch
+from w2r2_ds.data.collate import Batch
 from w2r2_ds.data.giou import oriented_giou
+from w2r2_ds.data.rows import AnswerRows
 from w2r2_ds.data.slots import TokenTables
 from w2r2_ds.objective.similarity import frame_poses, has_numbers, read_numbers, world_parts
 

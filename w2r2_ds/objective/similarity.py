@@ -15,8 +15,9 @@ import torch
 
 from w2r2_ds.data.answers import AnswerError, parse_grounding
 from w2r2_ds.data.boxes import camera_to_world_torch, rotation_matrix_torch
-from w2r2_ds.data.collate import AnswerRows, Batch
+from w2r2_ds.data.collate import Batch
 from w2r2_ds.data.iou import oriented_iou
+from w2r2_ds.data.rows import AnswerRows
 from w2r2_ds.data.slots import TokenTables
 
 

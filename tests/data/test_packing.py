@@ -1,0 +1,156 @@
+"""A packed sequence holds what its samples hold alone, the tokens that they share once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from packed import packed_of, questions
+
+from w2r2_ds.config import load_config
+from w2r2_ds.data.loading import make_processor, refuse_drawn_frames
+from w2r2_ds.data.packing import alone, by_frames, in_one_sequence
+
+
+@pytest.fixture(scope="module")
+def pack(front: Any, data_config: Any) -> Callable[..., Any]:
+    return packed_of(front, data_config)
+
+
+def tokens_of(batch: Any, index: int) -> torch.Tensor:
+    """Positions in the sequence of all tokens of a sample, found by the layout alone."""
+    row = int((batch.answer_rows.sample == index).nonzero()[-1])
+    last = int(batch.answer_rows.position[row])
+    group, suffix = batch.layout.group[0], batch.layout.suffix[0]
+    mine = (group == group[last]) & ((suffix == 0) | (suffix == suffix[last]))
+    return mine.nonzero().squeeze(-1)
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_every_sample_is_as_it_is_alone(
+    pack: Callable[..., Any],
+    batch_of: Any,
+    samples: list[Any],
+    text_samples: list[Any],
+    caption_sample: Any,
+    together: int,
+    visual: str,
+) -> None:
+    """Tokens, types, positions, rows, slots; questions of two scenes in turn, a text, a caption, one sample twice."""
+    first, second = questions(samples[0], 3), questions(samples[1], 2)
+    chosen = [first[0], second[0], first[1], text_samples[0], second[1], first[2], caption_sample, first[1]]
+    batch = pack(chosen, questions_per_scene=together, packing=True, visual=visual)
+    assert batch.input_ids.shape[0] == 1 and batch.attention_mask.all()
+    assert len(batch.layout.spans[0]) == (8 if together == 1 else 3)
+    assert batch.layout.spans[0][-1][-1] == batch.input_ids.shape[1]
+    for index, sample in enumerate(chosen):
+        single = batch_of([sample], visual=visual)
+        at = tokens_of(batch, index)
+        for name in ("input_ids", "token_types"):
+            assert torch.equal(getattr(batch, name)[0, at], getattr(single, name)[0])
+        assert torch.equal(batch.position_ids[:, 0, at], single.position_ids[:, 0])
+        for rows in ("answer_rows", "what_rows"):
+            mine = getattr(batch, rows).sample == index
+            assert torch.equal(getattr(batch, rows).position[mine], at[getattr(single, rows).position])
+        mine = batch.answer_rows.sample == index
+        assert torch.equal(batch.answer_rows.label[mine], single.answer_rows.label)
+    separate = batch_of(chosen, visual=visual)
+    for name in ("label", "where", "number", "place", "lead", "sample"):
+        assert torch.equal(getattr(batch.answer_rows, name), getattr(separate.answer_rows, name))
+    assert not batch.answer_rows.sequence.any() and not batch.what_rows.sequence.any()
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_frames_are_seen_once(
+    pack: Callable[..., Any], samples: list[Any], text_samples: list[Any], visual: str
+) -> None:
+    first, second = questions(samples[0], 3), questions(samples[1], 2)
+    chosen = [first[0], second[0], text_samples[0], first[1], second[1], first[2]]
+    batch = pack(chosen, questions_per_scene=2, visual=visual)
+    alone_once = pack([first[0], second[0]], visual=visual)
+    assert batch.visuals.ids == (first[0].id, second[0].id) and batch.visuals.sizes == alone_once.visuals.sizes
+    for name in ("pixel_values", "grid_thw"):
+        assert torch.equal(getattr(batch.visuals, name), getattr(alone_once.visuals, name))
+    assert len(batch.visuals.geometry_images) == 2
+    assert (batch.token_types.flatten()[batch.visual_tokens] > 0).all()
+    assert len(batch.visual_tokens) == sum(batch.visuals.sizes) == int((batch.token_types > 0).sum())
+    assert batch.frame_set.tolist() == [0, 1, -1, 0, 1, 0]
+    assert torch.equal(batch.token_set, alone_once.token_types.nonzero()[:, 0])
+    assert (batch.layout.suffix.flatten()[batch.visual_tokens] == 0).all()
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_prompts_stay_apart(pack: Callable[..., Any], samples: list[Any], text_samples: list[Any], visual: str) -> None:
+    first, second = questions(samples[0], 2), questions(samples[1], 1)
+    chosen = [first[0], text_samples[0], second[0], first[1]]
+    batch = pack(chosen, with_prompts=True, questions_per_scene=4, visual=visual)
+    expected = pack(chosen, with_prompts=True, visual=visual)
+    for name in ("input_ids", "attention_mask", "token_types", "grid_thw"):
+        assert torch.equal(getattr(batch.prompts, name), getattr(expected.prompts, name))
+    sizes = [batch.visuals.sizes[entry] for entry in batch.prompts.order]
+    assert tuple(sizes) == expected.visuals.sizes
+    counts = [2, 2, 2] if visual == "video" else [4, 3, 4]
+    first_set, second_set = range(counts[0]), range(counts[0], counts[0] + counts[1])
+    assert batch.prompts.order == (*first_set, *second_set, *first_set)
+
+
+def test_a_suffix_keeps_what_predicts_its_answer(front: Any, data_config: Any, samples: list[Any]) -> None:
+    """The same question twice: all is shared but the last token of the prompt, and the answer."""
+    processor = make_processor(front, data_config())
+    twice = [processor(samples[0], True)] * 2
+    (group,) = by_frames(twice)
+    assert group.prefix == len(twice[0].input_ids) - twice[0].answer_tokens - 1
+    layout, places = in_one_sequence([group], twice)
+    assert layout.spans[0][0] == (0, group.prefix, *(group.prefix + n * (twice[0].answer_tokens + 1) for n in (1, 2)))
+    assert [place.suffix for place in places] == list(layout.spans[0][0][1:3])
+    assert [each.prefix for each in alone(twice)] == [len(twice[0].input_ids)] * 2
+
+
+def test_frames_after_the_question_cannot_be_shared(front: Any, data_config: Any, samples: list[Any]) -> None:
+    processor = make_processor(front, data_config())
+    pair = [processor(sample, True) for sample in questions(samples[0], 2)]
+    turned = [replace(each, input_ids=each.input_ids.flip(0), token_types=each.token_types.flip(0)) for each in pair]
+    with pytest.raises(ValueError, match="before the last frame"):
+        by_frames(turned)
+
+
+def test_frames_in_a_row_are_read_once(
+    front: Any, data_config: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    processor = make_processor(front, data_config())
+    original = processor._visuals
+    monkeypatch.setattr(processor, "_visuals", lambda sample: read.append(sample.id) or original(sample))
+    first, second = questions(samples[0], 2), questions(samples[1], 2)
+    for sample in [*first, *second, first[0]]:
+        processor(sample, True)
+    assert read == [first[0].id, second[0].id, first[0].id]
+
+
+def test_options_that_do_not_go_together() -> None:
+    def refused(*options: str) -> str:
+        with pytest.raises(ValueError) as error:
+            load_config(None, list(options))
+        return str(error.value)
+
+    assert "train.micro_batch is 6, no multiple of data.questions_per_scene 4" in refused(
+        "--data.questions_per_scene", "4", "--train.micro_batch", "6"
+    )
+    masked = ["--data.questions_per_scene", "2", "--train.micro_batch", "2", "--objective.mask2d", "0.1"]
+    assert "objective.mask2d is 0.1" in refused(*masked)
+    assert "data.questions_per_scene is 0" in refused("--data.questions_per_scene", "0")
+
+
+def test_frames_drawn_for_every_sample_are_refused(tmp_path: Any) -> None:
+    from w2r2_ds.data.prepared import PreparedSet
+
+    drawn = object.__new__(PreparedSet)
+    drawn.folder, drawn.manifest = tmp_path, {"options": {"frames": {"protocol": "vgllm"}}}
+    mixture: Any = type("Mixture", (), {"sets": [drawn]})
+    refuse_drawn_frames(mixture, 1)
+    with pytest.raises(ValueError, match=r"manifest\.json: frames\.protocol is vgllm"):
+        refuse_drawn_frames(mixture, 2)

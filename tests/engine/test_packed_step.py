@@ -1,0 +1,198 @@
+"""The step on packed samples against the same samples one by one: losses, gradients, decoded answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from packed import packed_of, questions
+
+from w2r2_ds.config import ObjectiveConfig, RunConfig
+from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.models.attention import use_scene_split
+from w2r2_ds.models.build import build_model, trainable
+from w2r2_ds.objective.scorer import Score, Scorer
+from w2r2_ds.objective.w2r2 import STATS
+
+REL = 1e-5
+"""Of a loss, and of each gradient's norm: float32, sums over tokens and samples in another order."""
+
+
+@pytest.fixture(scope="module")
+def pack(front: Any, data_config: Any) -> Callable[..., Any]:
+    return packed_of(front, data_config)
+
+
+@pytest.fixture
+def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
+    """`make_step(full, checkpointing, **of the objective)`: weights that do something; takes packed batches."""
+
+    def make(full: bool = False, checkpointing: bool = False, **changes: Any) -> W2R2Step:
+        config = RunConfig(model=model_config, objective=ObjectiveConfig(**{"mu": 0.0} | changes))
+        model = build_model(config.model, torch.device("cpu"), seed=1)
+        use_scene_split(model.base)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in trainable(model).items():
+                if "lora_B" in name or "geometry_merger.mlp" in name:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        if full:
+            model.base.model.language_model.requires_grad_(True)
+        step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+        if checkpointing:
+            options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}
+            model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.base.enable_input_require_grads()
+        return step
+
+    return make
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model solves nothing: say of the shortcut's answers that some are good, by the samples' ids."""
+
+    def teacher(self: Scorer, predicted: torch.Tensor, batch: Any) -> Score:
+        s = torch.tensor([len(identity) / 16 for identity in batch.ids], dtype=torch.float64)
+        return Score(s, torch.ones_like(s, dtype=torch.bool))
+
+    monkeypatch.setattr(Scorer, "teacher", teacher)
+
+
+def in_a_large_box(batch: Any) -> Any:
+    """Targets that a random model's expected boxes (digits around 4.5) lie in, so that these overlap."""
+    return replace(batch, target_box=torch.tensor([[0.0, 0, 0, 24, 24, 24, 0, 0, 0]] * len(batch.ids)).double())
+
+
+def backward(step: W2R2Step, batches: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Statistics of all samples, and the summed gradients of all batches."""
+    step.zero_grad()
+    stats = []
+    for batch in batches:
+        loss, own = step(batch)
+        loss.backward()
+        stats.append(own)
+    gradients = {name: parameter.grad.clone() for name, parameter in trainable(step.model).items()}
+    step.zero_grad()
+    return torch.cat(stats), gradients
+
+
+def assert_as_alone(step: W2R2Step, packed: Any, separate: list[Any]) -> None:
+    stats, gradients = backward(step, [in_a_large_box(packed)])
+    expected, by_hand = backward(step, [in_a_large_box(batch) for batch in separate])
+    torch.testing.assert_close(stats, expected, rtol=REL, atol=1e-6)
+    assert stats[:, STATS.index("push")].any()
+    for name, gradient in by_hand.items():
+        assert gradient.norm() > 0, name
+        assert (gradients[name] - gradient).norm() <= REL * gradient.norm(), name
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_questions_about_one_scene(
+    make_step: Callable[..., W2R2Step],
+    pack: Callable[..., Any],
+    batch_of: Any,
+    samples: list[Any],
+    count: int,
+    full: bool,
+) -> None:
+    chosen = questions(samples[0], count)
+    packed = pack(chosen, questions_per_scene=count, packing=True)
+    assert len(packed.layout.spans[0]) == 1
+    assert_as_alone(make_step(full, push="poe"), packed, [batch_of([sample]) for sample in chosen])
+
+
+@pytest.mark.parametrize("push", ["margin", "representation", "unblocked"])
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_several_scenes_and_tasks(
+    make_step: Callable[..., W2R2Step],
+    pack: Callable[..., Any],
+    batch_of: Any,
+    samples: list[Any],
+    text_samples: list[Any],
+    caption_sample: Any,
+    answer_sample: Any,
+    solved: None,
+    push: str,
+    visual: str,
+) -> None:
+    """Questions of two scenes in turn, a caption, an answer, text alone; checkpointed, with states of *what* rows."""
+    first, second = questions(samples[0], 3), questions(samples[1], 2)
+    chosen = [first[0], second[0], answer_sample, text_samples[1], first[1], caption_sample, second[1], first[2]]
+    step = make_step(checkpointing=True, push=push, mu=0.001, cosine=-0.2, margin=30.0)
+    packed = pack(chosen, questions_per_scene=4, visual=visual)
+    assert_as_alone(step, packed, [batch_of([sample], visual=visual) for sample in chosen])
+
+
+def test_samples_of_unequal_length_without_padding(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, samples: list[Any], caption_sample: Any
+) -> None:
+    """Plain packing: nothing is shared, two samples about the same frames included; masks of 2D tokens are the same."""
+    chosen = [*samples, *questions(samples[0], 1), caption_sample]
+    step = make_step(push="poe", mask2d=0.4)
+    packed = pack(chosen, packing=True)
+    assert [len(group) for group in packed.layout.spans[0]] == [2] * 5 and len(packed.visuals.ids) == 5
+    assert_as_alone(step, packed, [batch_of([sample]) for sample in chosen])
+
+
+def test_a_packed_batch_without_frames(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, text_samples: list[Any]
+) -> None:
+    step = make_step(push="poe")
+    packed, separate = pack(text_samples, questions_per_scene=2), [batch_of([sample]) for sample in text_samples]
+    (loss, stats), expected = step(packed), torch.cat([step(batch)[1] for batch in separate])
+    torch.testing.assert_close(stats, expected, rtol=REL, atol=1e-6)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in step.model.geometry_merger.parameters())
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_decoded_answers(
+    make_step: Callable[..., W2R2Step],
+    pack: Callable[..., Any],
+    batch_of: Any,
+    samples: list[Any],
+    text_samples: list[Any],
+    answer_sample: Any,
+    visual: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts are decoded each with its frames, through the same attention without spans."""
+    short = {"answer": answer_sample.answer, "kind": answer_sample.kind}
+    first, other = questions(answer_sample, 2), replace(questions(samples[1], 1)[0], **short)
+    chosen = [first[0], text_samples[0], other, first[1]]
+    step = make_step(shortcut_decode="greedy", push="poe")
+    seen: list[Any] = []
+    answers: list[list[list[int]]] = []
+    greedy = step.greedy
+
+    def recorded(*given: Any) -> list[list[int]]:
+        seen.append(given)
+        answers.append(greedy(*given))
+        return answers[-1]
+
+    monkeypatch.setattr(step, "greedy", recorded)
+    with torch.no_grad():
+        packed = step(pack(chosen, with_prompts=True, questions_per_scene=4, visual=visual))[1]
+        separate = step(batch_of(chosen, with_prompts=True, visual=visual))[1]
+    torch.testing.assert_close(packed, separate, rtol=REL, atol=1e-6)
+    assert answers[0] == answers[1]
+    # A random model may say the same of other frames: these are what is shown to it.
+    tokens = [torch.cat(visual.pooler_output) for _, _, visual, _ in seen]
+    torch.testing.assert_close(tokens[0], tokens[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen[0][1].grid_thw, seen[1][1].grid_thw)
+
+
+def test_a_sample_does_not_feel_its_neighbours(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], samples: list[Any]
+) -> None:
+    """Another question or answer beside it changes nothing, not even by rounding where lengths stay."""
+    step = make_step(push="poe")
+    pair = questions(samples[0], 2)
+    other = replace(pair[1], answer=pair[1].answer.replace("0", "7"))
+    before, after = (step(pack(chosen, questions_per_scene=2))[1] for chosen in (pair, [pair[0], other]))
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])

@@ -1,0 +1,65 @@
+"""Whole training runs in which questions share frames, against runs that see the same samples one by one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import packed_runs
+import pytest
+from packed_runs import SHORT, TOGETHER
+
+from runs import MICRO_BATCH, World, read_metrics, run_ranks
+from w2r2_ds.config import load_config
+from w2r2_ds.data.loading import load_mixture
+
+
+@pytest.fixture(scope="module")
+def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders of the runs on one rank and on two."""
+    folders = {}
+    for ranks in (1, 2):
+        folders[ranks] = tmp_path_factory.mktemp("packed")
+        (folders[ranks] / "world").write_text(str(world.folder))
+        run_ranks(ranks, Path(packed_runs.__file__), folders[ranks])
+    return folders
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run)]
+
+
+def test_a_run_is_that_of_the_same_samples_one_by_one(runs: dict[int, Path]) -> None:
+    """Over several updates, on one rank and two, and packed without sharing: float32, sums in another order."""
+    expected = losses(runs[1] / "apart")
+    assert len(expected) == SHORT and len(set(expected)) == SHORT
+    for run in (runs[1] / "packed", runs[1] / "plain", runs[2] / "packed"):
+        assert losses(run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_batches_are_bins_that_share_frames(runs: dict[int, Path], world: World) -> None:
+    """11 samples see two sets of frames, 6 and 5: two full bins of four, and the rests, over the epochs."""
+    config = load_config(None, world.arguments(runs[1]))
+    frames = {sample.id: sample.frames for sample in load_mixture(config.data, "train")}
+    sequences: list[Any] = json.loads((runs[1] / "report.json").read_text())["sequences"]
+    packed, apart, plain = (sequences[n * 2 * SHORT : (n + 1) * 2 * SHORT] for n in range(3))
+    assert TOGETHER == MICRO_BATCH and all(number == 1 and len(ids) == TOGETHER for ids, number in packed)
+    assert [ids for ids, _ in packed] == [ids for ids, _ in apart] == [ids for ids, _ in plain]
+    assert all(number == TOGETHER for _, number in apart) and all(number == 1 for _, number in plain)
+    stream = [each for ids, _ in packed for each in ids]
+    assert sorted(stream[:11]) == sorted(stream[11:22]) == sorted(frames)
+    assert sum(len({frames[each] for each in ids}) == 1 for ids, _ in packed) >= 4
+
+
+def test_speed_counts_the_tokens_that_are_computed(runs: dict[int, Path]) -> None:
+    packed, apart = (read_metrics(runs[1] / name)[0] for name in ("packed", "apart"))
+    tokens = [
+        line["tokens_per_s"] * line["step_s"] / line["samples_per_s"] / line["step_s"] for line in (packed, apart)
+    ]
+    assert tokens[0] < tokens[1]
+
+
+def test_a_resumed_run_keeps_its_order(runs: dict[int, Path]) -> None:
+    (refused,) = json.loads((runs[1] / "report.json").read_text())["refused"]
+    assert "data.questions_per_scene = 4, now it is 2" in refused

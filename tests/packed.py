@@ -1,0 +1,46 @@
+"""Samples that share frames, batches of them packed and not, and the mask that says who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+WORDS = ("chair", "brown table beside the door", "lamp", "sofa that stands below the large window of the room")
+
+
+def questions(sample: Any, count: int) -> list[Any]:
+    """So many samples about the frames of one, of different lengths; answers differ in frame and box."""
+    from w2r2_ds.data.tasks.scanrefer import description_span, question_text
+
+    found = []
+    for index in range(count):
+        text = f"the {WORDS[index % len(WORDS)]} {'and ' * (index // len(WORDS))}."
+        answer = sample.answer.replace('"frame": 2', f'"frame": {index % 4}')
+        changes = {"id": f"{sample.id} {index}", "question": question_text(text), "what": description_span(text)}
+        found.append(replace(sample, answer=answer, **changes))
+    return found
+
+
+def packed_of(front: Any, data_config: Callable[..., Any]) -> Callable[..., Any]:
+    """`batch_of` (tests/conftest.py) by the loader's own collation of training batches, which hears of packing."""
+    from w2r2_ds.data.loading import make_collate, make_processor
+
+    def make(chosen: Sequence[Any], with_prompts: bool = False, **changes: Any) -> Any:
+        config = data_config(**changes)
+        processor = make_processor(front, config)
+        return make_collate(front, config, with_prompts)([processor(sample, True) for sample in chosen])
+
+    return make
+
+
+def visible(layout: Any) -> torch.Tensor:
+    """``[sequences, 1, length, length]`` bool: the rule of `Layout` written out, token by token."""
+    group, suffix = layout.group, layout.suffix
+    length = group.shape[1]
+    before = torch.ones(length, length, dtype=torch.bool).tril()
+    same = (group[:, :, None] == group[:, None, :]) & (group[:, :, None] >= 0)
+    shared = (suffix[:, None, :] == 0) | (suffix[:, None, :] == suffix[:, :, None])
+    return (before & same & shared)[:, None]
