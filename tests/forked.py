@@ -38,6 +38,14 @@ WARM = (
     "w2r2_ds.evaluation.in_training",
 )
 """What the ranks would import one by one."""
+VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'quick'}",
+    # An optimizer of DeepSpeed that nobody asked for would import torch's compiler into every rank, 1.2 s.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Of every child process: one thread, offline, the repository importable, a quick start."""
 POLL = 0.02
 """Seconds between two looks at the ranks."""
 
@@ -133,12 +141,9 @@ def script(path: str, words: list[str]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """For a child process: one thread, offline, the repository importable."""
-    extra = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    # An optimizer of DeepSpeed that nobody asked for would import torch's compiler into every rank, 1.2 s.
-    extra["TORCHDYNAMO_DISABLE"] = "1"
+    """For a child process: `VARIABLES`, and the programs of this interpreter."""
     # The launcher looks for its helpers beside the interpreter that runs the tests.
-    return os.environ | extra | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return os.environ | VARIABLES | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 @functools.cache

@@ -51,14 +51,14 @@ def test_model_flops_are_those_that_pytorch_counts(
 ) -> None:
     """Of a step without padding and recomputation. Attention as plain products, so that both count alike.
 
-    Within 0.5 %: the mean for what the rows of the last layer see, the attention of a fusion, products of the loss.
+    Within 0.1 % (0.04 is the most that was seen): the mean for what the rows of the last layer see, the attention of a fusion, products of the loss.
     """
     step = make_step(replace(model_config, fusion=fusion, zero=zero), front, push)
     batch = batch_of(samples[1:2], visual=visual)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step(batch)[0].backward()
     reading = find_reading(push)
-    assert step_flops(step.model, reading, batch) == pytest.approx(counter.get_total_flops(), rel=5e-3)
+    assert step_flops(step.model, reading, batch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_a_sample_beside_another_counts_as_it_does_alone(

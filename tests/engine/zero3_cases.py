@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import pickle
 import signal
@@ -322,7 +323,9 @@ def work(folder: Path) -> None:
         gradients, stats = next(expected)
         with scripted(case, scale):
             results[case.name] = compare(case, model_config, samples, ds_config, gradients, stats)
-        signal.alarm(0)  # the next engine collects this one's garbage
+        signal.alarm(0)
+        gc.collect()
+        gc.freeze()  # what is left stays for ever, and every engine collects garbage among all that is not frozen
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
