@@ -100,7 +100,9 @@ def ours(subject: Subject, batch: Batch, tokens: int) -> list[list[int]]:
 def stock_tokens(subject: Subject, batch: Batch, tokens: int) -> list[int]:
     """One answer by the stock `generate`, all of VGGT computed."""
     field = FieldModel(subject.model)
-    visual = field.fused(batch.visuals.pixel_values, batch.visuals.grid_thw, batch.visuals.geometry_images[0])
+    images = batch.visuals.geometry_images[0]
+    assert images is not None, "a batch without a cache"
+    visual = field.fused(batch.visuals.pixel_values, batch.visuals.grid_thw, images)
     tokenizer = subject.front.tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     output = subject.model.base.generate(

@@ -80,6 +80,8 @@ class FieldModel(nn.Module):
 def stock_inputs(batch: Batch) -> dict[str, Tensor]:
     """A batch of one sample with frames as the stock forward takes it; labels mark the answer."""
     assert len(batch.ids) == 1, "one pass per sample"
+    images = batch.visuals.geometry_images[0]
+    assert images is not None, "a batch without a cache"
     labels = torch.full_like(batch.input_ids, IGNORED)
     labels[0, batch.answer_rows.position + 1] = batch.answer_rows.label
     return {
@@ -88,7 +90,7 @@ def stock_inputs(batch: Batch) -> dict[str, Tensor]:
         "mm_token_type_ids": batch.token_types,
         "pixel_values": batch.visuals.pixel_values,
         "image_grid_thw": batch.visuals.grid_thw,
-        "geometry_images": batch.visuals.geometry_images[0],
+        "geometry_images": images,
         "labels": labels,
     }
 

@@ -17,9 +17,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from w2r2_ds.bench.shapes import MERGE, PATCH, Shape
 from w2r2_ds.config import DataConfig, ObjectiveConfig, RunConfig
 from w2r2_ds.data.collate import Batch, Collator
+from w2r2_ds.data.eyes import vision_patches
 from w2r2_ds.data.loading import make_positions
 from w2r2_ds.data.packing import Grouping, by_frames
-from w2r2_ds.data.processor import IMAGE, Features, vision_patches
+from w2r2_ds.data.processor import IMAGE, Features
 from w2r2_ds.data.sample import Sample, Target
 from w2r2_ds.data.slots import answer_slots, token_tables
 from w2r2_ds.engine.recompute import recompute
