@@ -58,6 +58,11 @@ class DataConfig:
             frames; for samples of unequal length.
         prefetch: micro-batches that each of them makes ahead, in the host's memory; `data_s` in metrics.jsonl is what a
             step still waited for data.
+        cache: folder for features of the frozen encoders, so that they are computed once; empty for none. Any number of
+            runs may share it; `launchers/prepare.py geometry` fills it ahead.
+        cache_gib: the most that this folder may hold, in GiB; what was used longest ago goes first.
+        cached: what is kept there: the geometry encoder's features, or also the vision tower's, which then sees no
+            image twice.
     """
 
     root: str = "data/scannet"
@@ -71,6 +76,9 @@ class DataConfig:
     questions_per_scene: int = 1
     packing: bool = False
     prefetch: int = 2
+    cache: str = ""
+    cache_gib: float = 100.0
+    cached: Literal["geometry", "geometry+2d"] = "geometry"
 
 
 @dataclass
@@ -91,7 +99,10 @@ class ModelConfig:
         lora_alpha: LoRA scale is lora_alpha / lora_rank.
         lora_dropout: dropout in the LoRA branch, fused pass only.
         dtype: weights and activations; auto is bfloat16 on a GPU and float32 without.
-        attention: attention implementation of transformers, for example sdpa or flash_attention_2.
+        attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
+            flash_attention_2 where flash_attn is installed and there is a GPU, else sdpa.
+        kernels: torch, or triton with our own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto is triton
+            where there is a CUDA device and both are installed. The results are equal up to rounding.
     """
 
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -106,7 +117,8 @@ class ModelConfig:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: str = "sdpa"
+    attention: str = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
 
 
 @dataclass
@@ -340,12 +352,15 @@ def relocated(
 ) -> RunConfig:
     """The same run with its data and models elsewhere; None leaves a place as it is.
 
-    What the merger started from is forgotten: the trained one takes its place.
+    What the merger started from is forgotten: the trained one takes its place. Kernels that need a GPU become auto.
     """
+    kernels: Literal["auto", "torch"] = "torch" if config.model.kernels == "torch" else "auto"
     return replace(
         config,
         data=replace(config.data, root=str(root or config.data.root)),
-        model=replace(config.model, vlm=vlm or config.model.vlm, vggt=vggt or config.model.vggt, merger=""),
+        model=replace(
+            config.model, vlm=vlm or config.model.vlm, vggt=vggt or config.model.vggt, merger="", kernels=kernels
+        ),
     )
 
 

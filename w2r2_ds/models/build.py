@@ -11,8 +11,11 @@ from peft import PeftModel
 from torch import nn
 
 from w2r2_ds.config import ModelConfig
+from w2r2_ds.geometry.cached import FeatureCache
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.loading import load_vggt
+from w2r2_ds.kernels.bind import bind_kernels
+from w2r2_ds.kernels.choose import resolve_attention, resolve_kernels
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.identity import weights_identity
@@ -31,11 +34,13 @@ class Front:
         tokenizer: with the chat template.
         vision: patch sizes, normalisation, token ids.
         meta: the VLM on the meta device, for its multimodal positions.
+        cache: features that need not be computed; None without a cache.
     """
 
     tokenizer: Any
     vision: VisionSpec
     meta: Any
+    cache: FeatureCache | None = None
 
 
 def load_front(config: ModelConfig) -> Front:
@@ -48,8 +53,8 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
 
     Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
     """
-    dtype = resolve_dtype(config.dtype)
-    vlm = load_vlm(config.vlm, dtype, config.attention)
+    dtype, kernels = resolve_dtype(config.dtype), resolve_kernels(config.kernels)
+    vlm = load_vlm(config.vlm, dtype, resolve_attention(config.attention, dtype))
     text = vlm.config.get_text_config()
     hidden, attention_dropout = text.hidden_size, getattr(text, "attention_dropout", 0.0)
     if attention_dropout:
@@ -59,20 +64,31 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
         )
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    bind_kernels(vlm, kernels)
+    geometry = load_geometry(config, device)
+    merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden, kernels=kernels).to(dtype)
+    fusion = make_fusion(config.fusion, hidden).to(dtype)
+    model = W2R2(peft, merger, fusion, geometry, config.zero, kernels)
+    model.weights = {"vlm_weights": weights_identity(config.vlm), "vggt_weights": weights_identity(config.vggt)}
+    if config.merger:
+        load_merger(model, Path(config.merger))
+    return model
+
+
+def load_geometry(config: ModelConfig, device: torch.device) -> VGGTEncoder:
+    """The frozen geometry encoder alone.
+
+    Raises:
+        ValueError: `model.geometry_layer` does not exist.
+    """
     vggt = load_vggt(config.vggt)
     if config.geometry_layer >= vggt.config.depth:
         raise ValueError(
             f"model.geometry_layer is {config.geometry_layer}, "
             f"but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
         )
-    geometry = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame).to(device, dtype)
-    merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
-    fusion = make_fusion(config.fusion, hidden).to(dtype)
-    model = W2R2(peft, merger, fusion, geometry, config.zero)
-    model.weights = {"vlm_weights": weights_identity(config.vlm), "vggt_weights": weights_identity(config.vggt)}
-    if config.merger:
-        load_merger(model, Path(config.merger))
-    return model
+    encoder = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame)
+    return encoder.to(device, resolve_dtype(config.dtype))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

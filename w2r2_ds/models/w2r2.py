@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
@@ -11,11 +12,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from w2r2_ds.geometry.cached import Cached
 from w2r2_ds.geometry.encoder import GeometryEncoder
+from w2r2_ds.kernels.choose import Kernels
 from w2r2_ds.models.attention import attention_inputs
+from w2r2_ds.models.emit import LateSum
+from w2r2_ds.models.encode import encode_cached, encode_geometry
 from w2r2_ds.models.fusion import GeometryMerger, pair_frames
 from w2r2_ds.models.last_layer import Rows, rows_only
-from w2r2_ds.models.phi import Fusion
+from w2r2_ds.models.phi import Add, Fusion
 from w2r2_ds.models.tower import TowerInputs
 
 Mask = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
@@ -36,9 +41,17 @@ class VisualInputs(Protocol):
     @property
     def tower(self) -> TowerInputs: ...
     @property
-    def geometry_images(self) -> tuple[torch.Tensor, ...]: ...
+    def geometry_images(self) -> tuple[torch.Tensor | None, ...]: ...
     @property
     def dummy(self) -> bool: ...
+    @property
+    def cached_3d(self) -> tuple[Cached, ...]: ...
+    @property
+    def cached_2d(self) -> tuple[Cached, ...]: ...
+    @property
+    def alone(self) -> tuple[VisualInputs | None, ...]: ...
+    @property
+    def spare(self) -> VisualInputs | None: ...
 
 
 def encode_visuals(vlm: Any, visuals: VisualInputs) -> Any:
@@ -112,6 +125,7 @@ class W2R2(nn.Module):
         fusion: Phi.
         geometry: frozen encoder.
         zero: what Phi(F2D, 0) zeroes, ``"merged"`` or ``"features"``.
+        kernels: how the streams' inputs are written; the modules are bound already.
     """
 
     def __init__(
@@ -121,12 +135,14 @@ class W2R2(nn.Module):
         fusion: Fusion,
         geometry: GeometryEncoder,
         zero: str = "merged",
+        kernels: Kernels = "torch",
     ) -> None:
         super().__init__()
         self.vlm = vlm
         self.geometry_merger = geometry_merger
         self.fusion = fusion
         self.zero = zero
+        self.kernels = kernels
         self.weights: dict[str, str] = {}  # which frozen weights it stands on, where they came from files
         object.__setattr__(self, "_geometry", geometry)
 
@@ -145,14 +161,20 @@ class W2R2(nn.Module):
         return {"geometry_merger": self.geometry_merger, "fusion": self.fusion}
 
     @torch.no_grad()
-    def encode_2d(self, visuals: VisualInputs) -> Any:
-        """F2D, as `encode_visuals` gives it, without a gradient."""
-        return encode_visuals(self.base, visuals)
+    def encode_2d(self, visuals: VisualInputs, calls: int = 0) -> Any:
+        """F2D, as `encode_visuals` gives it, without a gradient, or as the cache has it.
+
+        Args:
+            visuals: of a batch.
+            calls: how often the vision tower is called at least, with the dummy where it need not be: under ZeRO-3 as
+                often as on every other rank.
+        """
+        return encode_cached(functools.partial(encode_visuals, self.base), visuals, calls)
 
     @torch.no_grad()
     def encode_3d(self, visuals: VisualInputs) -> list[torch.Tensor]:
         """F3D: per sample ``[frames or pairs of frames, h, w, channels]`` features of the geometry encoder."""
-        features = [self.geometry.encode(images) for images in visuals.geometry_images]
+        features = encode_geometry(self.geometry, visuals)
         return [pair_frames(f) for f in features] if visuals.kind == "video" else features
 
     def merge(self, features: list[torch.Tensor]) -> torch.Tensor:
@@ -177,6 +199,8 @@ class W2R2(nn.Module):
         assert mask is None or geometry is not None, "the shortcut is never masked"
         images = list(visual.pooler_output) if mask is None else mask(visual.pooler_output)
         sizes = [len(tokens) for tokens in images]
+        if self.kernels == "triton" and type(self.fusion) is Add and geometry is not None and mask is None:
+            return LateSum(visual, geometry)
         fused = copy.copy(visual)
         fused.pooler_output = torch.split(self.fusion(torch.cat(images), geometry, sizes), sizes)
         return fused
