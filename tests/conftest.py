@@ -24,16 +24,19 @@ settings.load_profile("suite")
 
 LONG_FIRST = (
     "engine/test_training.py",
-    "engine/test_zero3.py",  # needs no `trained`, which the other worker makes meanwhile
+    "engine/test_zero3.py",  # needs no `trained` and no `world`, which another worker makes meanwhile
+    "planning/test_doctor.py",  # nor does this
     "cluster/test_jobs.py",
-    "planning/test_doctor.py",
+    "faults/test_save_kills.py",
+    "evaluation/test_in_training.py",
+    "faults/test_bad_day.py",
+    "evaluation/test_ranks.py",
     "engine/test_preemption.py",
     "test_end_to_end.py",
-    "evaluation/test_in_training.py",
-    "evaluation/test_ranks.py",
-    "engine/test_watchdog.py",
     "evaluation/test_evaluate.py",
     "export/test_adapter.py",
+    "faults/test_disk_full.py",
+    "engine/test_watchdog.py",
 )
 """Files that take longest: a worker that begins one of them last leaves the others idle."""
 

@@ -57,8 +57,9 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
     with torch.no_grad() if reading.blocked else nullcontext():
         geometry = {"merged": "none", "features": "zeros"}[model.zero]
         short = hidden_states(model, batch, visual_tokens(model, batch, geometry))
+        logits_short = model.base.lm_head(short[batch.answer_rows.sample, batch.answer_rows.position])
     rows = batch.answer_rows
-    logits, logits_short = (model.base.lm_head(z[rows.sample, rows.position]) for z in (fused, short))
+    logits = model.base.lm_head(fused[rows.sample, rows.position])
     log_p, log_p_short = logits.log_softmax(-1), logits_short.log_softmax(-1)
     _, giou, has_box = expected_overlap(log_p, batch, tables)
     iou_short, _, _ = expected_overlap(log_p_short, batch, tables)

@@ -200,6 +200,7 @@ def work(folder: Path) -> None:
             except (ValueError, FloatingPointError) as error:
                 report["error"] = f"{type(error).__name__}: {error}"
         gc.collect()
+        gc.freeze()  # what is left stays for ever, and every engine collects garbage among all that is not frozen
         dist.barrier()
         reports[job.name] = report
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(reports))

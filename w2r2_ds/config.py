@@ -56,6 +56,8 @@ class DataConfig:
             but other samples make a batch. 1 orders samples freely.
         packing: the samples of a micro-batch make one sequence, without padding, as they do where questions share
             frames; for samples of unequal length.
+        prefetch: micro-batches that each of them makes ahead, in the host's memory; `data_s` in metrics.jsonl is what a
+            step still waited for data.
     """
 
     root: str = "data/scannet"
@@ -68,6 +70,7 @@ class DataConfig:
     workers: int = 4
     questions_per_scene: int = 1
     packing: bool = False
+    prefetch: int = 2
 
 
 @dataclass
@@ -159,7 +162,9 @@ class TrainConfig:
         merger_lr: peak learning rate of the geometry merger and the fusion.
         weight_decay: AdamW's weight decay.
         warmup: share of the steps with rising learning rate; a cosine to zero follows.
-        activation_checkpointing: recompute decoder layers in the backward pass.
+        activation_checkpointing: recompute decoder layers in the backward pass, so that each keeps only its input.
+        recompute_every: of these only every n-th, from the first; the others keep all they compute, and are faster.
+        offload_activations: keep the inputs of recomputed layers in the host's memory; slower.
         schedule: how the two passes take turns: sequential, the shortcut first, or lockstep, both in every layer, so
             that ZeRO-3 gathers it once for both; auto is lockstep under ZeRO-3. Losses and gradients are equal.
         save_every: optimizer steps between checkpoints; the last step is always saved.
@@ -186,6 +191,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup: float = 0.03
     activation_checkpointing: bool = True
+    recompute_every: int = 1
+    offload_activations: bool = False
     schedule: Literal["auto", "sequential", "lockstep"] = "auto"
     save_every: int = 200
     keep_last: int = 2

@@ -24,6 +24,7 @@ def check(config: RunConfig) -> None:
         "data.frame_width": config.data.frame_width,
         "data.video_fps": config.data.video_fps,
         "data.questions_per_scene": config.data.questions_per_scene,
+        "data.prefetch": config.data.prefetch,
         "model.lora_rank": config.model.lora_rank,
         "model.merger_hidden": config.model.merger_hidden,
         "train.steps": config.train.steps,
@@ -31,6 +32,7 @@ def check(config: RunConfig) -> None:
         "train.micro_batch": config.train.micro_batch,
         "train.save_every": config.train.save_every,
         "train.keep_last": config.train.keep_last,
+        "train.recompute_every": config.train.recompute_every,
         "train.eval_samples": config.train.eval_samples,
         "train.eval_max_new_tokens": config.train.eval_max_new_tokens,
         "train.lr": config.train.lr,
@@ -76,6 +78,13 @@ def check(config: RunConfig) -> None:
         )
     if config.train.eval_every and not config.data.val:
         raise ValueError("data.val is empty, but train.eval_every is not 0; name a validation set, or give 0.")
+    if not config.train.activation_checkpointing:
+        for name, idle in (("recompute_every", 1), ("offload_activations", False)):
+            if (value := getattr(config.train, name)) != idle:
+                raise ValueError(
+                    f"train.{name} is {value}, but train.activation_checkpointing is false, so that nothing is "
+                    "recomputed; set it to true."
+                )
     if not config.out:
         raise ValueError("out is empty; name the folder of the run.")
     if not 0 <= config.objective.mu < 1:

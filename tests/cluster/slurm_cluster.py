@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import ROOT
+from forked import ROOT, VARIABLES
 
 HERE = Path(__file__).parent
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2 util-linux"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 CLUSTER_ENV = """
-activate() {{ export PATH={path}:$PATH PYTHONPATH={root} OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; }}
+activate() {{ export PATH={path}:$PATH {variables}; }}
 CONTAINER=()
 SRUN_EXTRA=()
 MAX_REQUEUES=2
@@ -104,7 +104,10 @@ def make_root(folder: Path) -> Path:
     for name in ("launchers", "ds_configs"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "slurm", folder / "slurm")
-    (folder / "slurm" / "cluster.env").write_text(CLUSTER_ENV.format(path=Path(sys.executable).parent, root=ROOT))
+    variables = " ".join(f"{name}={value}" for name, value in VARIABLES.items())
+    (folder / "slurm" / "cluster.env").write_text(
+        CLUSTER_ENV.format(path=Path(sys.executable).parent, variables=variables)
+    )
     return folder
 
 

@@ -39,3 +39,25 @@ def test_a_missing_frame_is_one_sentence_from_any_process(
     assert "Traceback" not in str(caught.value)
     with pytest.raises(ValueError, match="00007"):
         list(checked(prompt_loader([bad], front, data_config(workers=workers), 1)))
+
+
+def test_loader_processes_work_ahead_as_far_as_they_are_told(front: Any, data_config: Any, samples: list[Any]) -> None:
+    sampler: Any = [[0], [1]]
+    loaders = [train_loader(samples, front, data_config(workers=w, prefetch=3), sampler) for w in (2, 0)]
+    assert [loader.prefetch_factor for loader in loaders] == [3, None]
+    assert all(loader.pin_memory == torch.cuda.is_available() for loader in loaders)
+
+
+def test_no_copy_to_the_device_waits(batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of a batch: one that waits makes the host wait for all that the device has still to do."""
+    waits = []
+    real = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, non_blocking: bool = False, **given: Any) -> torch.Tensor:
+        waits.append(not non_blocking)
+        return real(self, *args, non_blocking=non_blocking, **given)
+
+    batch = batch_of(samples)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch.to(torch.device("cpu"))
+    assert len(waits) > 10 and not any(waits)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runs import ROOT, environment
+import forked
 from w2r2_ds.engine.deepspeed import free_port
 
 
 class Ranks:
-    """The processes of one run.
+    """The processes of one run, forked with everything imported.
 
     Args:
         count: of ranks.
@@ -25,15 +22,9 @@ class Ranks:
     def __init__(self, count: int, command: list[str], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
-        meet = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        port, given = free_port(), [command[0], command[1:]]
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment() | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONUNBUFFERED": "1"},
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-            )
+            forked.fork_rank(Path(forked.__file__), "script", given, forked.place(rank, count, port), log)
             for rank, log in enumerate(self.logs)
         ]
 
@@ -42,8 +33,7 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            process.kill()
-            process.wait()
+            process.end()
 
     def said(self, rank: int) -> str:
         """What a rank has printed so far."""
@@ -51,15 +41,17 @@ class Ranks:
 
     def send(self, rank: int, signal: int) -> None:
         """Signal one rank."""
-        os.kill(self.processes[rank].pid, signal)
+        self.processes[rank].send(signal)
 
-    def codes(self, timeout: float) -> list[int]:
+    def codes(self, timeout: float) -> list[int | None]:
         """The exit code of each rank, once all have ended; minus the signal for one that a signal killed."""
-        try:
-            return [process.wait(timeout) for process in self.processes]
-        except subprocess.TimeoutExpired as error:
-            said = "\n".join(f"rank {rank}:\n{self.said(rank)[-3000:]}" for rank in range(len(self.logs)))
-            raise AssertionError(f"still running after {timeout} s:\n{said}") from error
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in self.processes):
+            if time.monotonic() > deadline:
+                said = "\n".join(f"rank {rank}:\n{self.said(rank)[-3000:]}" for rank in range(len(self.logs)))
+                raise AssertionError(f"still running after {timeout} s:\n{said}")
+            time.sleep(forked.POLL)
+        return [process.code for process in self.processes]
 
     def until(self, seen: Callable[[], bool], timeout: float = 300) -> None:
         """Wait for something to be seen while all ranks run."""
@@ -68,4 +60,4 @@ class Ranks:
             ended = [rank for rank, process in enumerate(self.processes) if process.poll() is not None]
             assert not ended, f"rank {ended[0]} has ended:\n{self.said(ended[0])[-4000:]}"
             assert time.monotonic() < deadline, f"not seen in {timeout} s:\n{self.said(0)[-4000:]}"
-            time.sleep(0.02)
+            time.sleep(forked.POLL)

@@ -20,6 +20,7 @@ from w2r2_ds.engine.deepspeed import (
     resolve_ds_config,
     skip_shm_build,
 )
+from w2r2_ds.engine.hierarchy import ranks_per_machine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -30,7 +31,7 @@ def resolve(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_the_shipped_files_are_there() -> None:
-    assert [file.stem for file in FILES] == ["zero2", "zero3", "zero3_offload"]
+    assert [file.stem for file in FILES] == ["zero2", "zero3", "zero3_hpz", "zero3_offload"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -62,6 +63,44 @@ def test_auto_and_missing_are_filled_and_the_input_stays() -> None:
         "zero_force_ds_cpu_optimizer": False,
     }
     assert json.dumps(raw) == before
+
+
+@pytest.mark.parametrize(("world", "local", "filled"), [(16, 8, 8), (8, 8, 1), (1, 1, 1), (4, 2, 2)])
+def test_hierarchical_partitions_are_a_machine_of_several(world: int, local: int, filled: int) -> None:
+    raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+    config = resolve(raw, global_batch=16, micro_batch=1, world_size=world, local_size=local)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == filled
+
+
+def test_ranks_per_machine_are_as_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_per_machine(6) == 6
+    monkeypatch.setenv("LOCAL_SIZE", "3")
+    assert ranks_per_machine(6) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ranks_per_machine(6) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "words"),
+    [
+        (3, 3, ["zero_hpz_partition_size is 3", "does not divide the 16 ranks", "here 8 ranks per machine"]),
+        (3, 16, ["zero_hpz_partition_size is 16", "a machine has 8 ranks"]),
+        (2, 8, ["zero_hpz_partition_size is 8", "only stage 3"]),
+        (3, 0, ["zero_hpz_partition_size is 0"]),
+        (3, 8.0, ["zero_hpz_partition_size is 8.0"]),
+        (3, True, ["zero_hpz_partition_size is True"]),
+    ],
+)
+def test_hierarchical_partitions_that_cannot_be(stage: int, size: Any, words: list[str]) -> None:
+    raw = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
+    with pytest.raises(ValueError) as caught:
+        resolve(raw, micro_batch=1, world_size=16, local_size=8)
+    message = str(caught.value)
+    assert message.startswith("ds.json: ") and message.endswith(".") and "\n" not in message
+    for word in words:
+        assert word in message
 
 
 def test_equal_values_are_accepted_and_other_settings_untouched() -> None:

@@ -8,11 +8,13 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from rich.console import Console
 
 import w2r2_ds.engine.metrics as metrics
-from w2r2_ds.engine.metrics import MetricsLogger, ProgressLine
+from w2r2_ds.engine.metrics import MetricsLogger, ProgressLine, memory_gib
 
 VALUES = {"loss": 1.5, "align": 1.25, "push": 0.25, "samples_per_s": 8.0, "tokens_per_s": 1234.5, "lr": 1e-4}
 
@@ -184,6 +186,21 @@ def test_without_a_terminal_plain_lines_now_and_then(tmp_path: Path) -> None:
     assert len(lines) == 51 and "\x1b" not in out.getvalue()
     assert lines[0] == ("step 1/200  loss 1.5  align 1.25  push 0.25  8 samples/s  1,234 tokens/s  2.00 GiB  ETA ?")
     assert lines[-1].startswith("step 200/200") and lines[-1].endswith("ETA 0:00:00")
+
+
+def test_the_share_of_the_device_is_on_the_line() -> None:
+    text = ProgressLine(4, 0, Console(file=io.StringIO())).text(2, VALUES | {"memory_gib": 2.0, "mfu": 0.456})
+    assert "  1,234 tokens/s  MFU 46%  2.00 GiB  " in text
+
+
+def test_memory_is_the_peak() -> None:
+    """On a CPU: what was given back still counts."""
+    if torch.cuda.is_available():
+        pytest.skip("counts the GPU's memory")
+    held = torch.ones(2**24)  # 64 MiB
+    high = psutil.Process().memory_info().rss / 2**30
+    del held
+    assert memory_gib() >= high - 0.01  # the kernel counts pages in batches
 
 
 def test_in_a_terminal_a_bar(tmp_path: Path) -> None:

@@ -99,7 +99,12 @@ def named_samples(samples: list[Any]) -> dict[str, Any]:
 
 
 ROBUST = [
-    Case("text beside visual", [[["words", "more words"]], [["four", "three"]]], {"margin": 30.0}),
+    Case(
+        "text beside visual",
+        [[["words", "more words"]], [["four", "three"]]],
+        {"margin": 30.0},
+        schedule="sequential",
+    ),
     Case(
         "visual beside text, features zeroed",
         [[["four", "three"]], [["words", "more words"]]],
@@ -114,8 +119,16 @@ ROBUST = [
     Case("text, graph of the shortcut kept", [[["words"]], [["four"]]], {"push": "unblocked", "mu": 0.001}),
 ]
 TRACED = [
-    Case(f"traced {push} {checkpointing}", SPLIT, {"push": push, "margin": 30.0}, {}, checkpointing, steps=4)
-    for push in ("margin", "representation")
+    Case(
+        f"traced {push} {schedule} {checkpointing}",
+        SPLIT,
+        {"push": push, "margin": 30.0},
+        {},
+        checkpointing,
+        steps=4,
+        schedule=schedule,
+    )
+    for push, schedule in (("margin", "lockstep"), ("representation", "sequential"))
     for checkpointing in (False, True)
 ]
 GREEDY = [

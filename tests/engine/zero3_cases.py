@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import pickle
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from schedule_tools import fused_alone, gathers, unfreeze
 
 CASE_LIMIT = 180
 """Seconds; a hang of two ranks is an error. An idle machine needs 2 s, but it may be busy."""
@@ -29,6 +32,9 @@ class Case:
         objective, model, train: changes of the configuration.
         visual: images or video.
         steps: optimizer steps; gradients are those of the last, with a learning rate that moves nothing.
+        schedule: of the two passes; "single" leaves the shortcut's out, which then has the fused pass's states.
+        full: the language model's weights train, too.
+        zero: changes of DeepSpeed's section `zero_optimization`.
     """
 
     name: str
@@ -38,6 +44,9 @@ class Case:
     checkpointing: bool = False
     visual: str = "images"
     steps: int = 1
+    schedule: str = "auto"
+    full: bool = False
+    zero: dict[str, Any] = field(default_factory=dict)
 
 
 def step_config(case: Case, model_config: Any) -> Any:
@@ -53,6 +62,7 @@ def step_config(case: Case, model_config: Any) -> Any:
             micro_batch=micro,
             global_batch=micro * len(case.ranks) * len(case.ranks[0]),
             activation_checkpointing=case.checkpointing,
+            schedule="auto" if case.schedule == "single" else case.schedule,  # type: ignore[arg-type]
             lr=1e-30,
             merger_lr=1e-30,
             steps=10,
@@ -102,21 +112,38 @@ def batches_of(case: Case, rank: int, samples: dict[str, Any], front: Any, confi
     return [collate([processor(samples[name], True) for name in names]) for names in case.ranks[rank]]
 
 
+@functools.cache
+def whole_model(full: bool, **options: Any) -> Any:
+    """The same for all cases that differ in the objective alone; nothing steps it."""
+    import torch
+
+    from w2r2_ds.config import ModelConfig
+    from w2r2_ds.models.build import build_model
+
+    model = build_model(ModelConfig(**options), torch.device("cpu"), 1)
+    awaken(model)
+    if full:
+        unfreeze(model)
+    model.base.enable_input_require_grads()
+    return model
+
+
 def whole_gradients(case: Case, config: Any, front: Any, samples: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Gradients of the mean over all samples on one unsharded model, and the statistics of all batches."""
     import torch
 
     from w2r2_ds.data.slots import token_tables
     from w2r2_ds.engine.step import W2R2Step
-    from w2r2_ds.models.build import build_model, trainable
+    from w2r2_ds.models.build import trainable
     from w2r2_ds.objective.scorer import Scorer
 
-    model = build_model(config.model, torch.device("cpu"), 1)
-    awaken(model)
-    model.base.enable_input_require_grads()
+    model = whole_model(case.full, **vars(config.model))
+    model.zero_grad()
     tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
     # Whole and without checkpointing, whatever the case does.
     step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+    if case.schedule == "single":
+        step.schedule = functools.partial(fused_alone, model)
     stats = []
     for rank in range(len(case.ranks)):
         for batch in batches_of(case, rank, samples, front, config):
@@ -171,8 +198,11 @@ def count(case: Case) -> int:
 
 def sharded_gradients(
     case: Case, config: Any, front: Any, samples: dict[str, Any], ds_config: dict[str, Any]
-) -> tuple[dict[str, Any], Any, dict[str, float], Any]:
-    """The same under ZeRO-3 by the production code: gradients, this rank's statistics, group norms, a gap reading."""
+) -> tuple[dict[str, Any], Any, dict[str, float], Any, list[int]]:
+    """The same under ZeRO-3 by the production code: gradients, this rank's statistics, group norms, a gap reading.
+
+    And how often a parameter of a decoder layer was gathered in the last step, every number that there was.
+    """
     import torch
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad
@@ -186,7 +216,11 @@ def sharded_gradients(
     keep_alive = HfDeepSpeedConfig(ds_config)
     model = build_model(config.model, device, 1)
     awaken(model)  # what trains is whole until the engine takes it
+    if case.full:
+        unfreeze(model)
     engine = make_engine(model, front, config, ds_config, device)
+    if case.schedule == "single":
+        engine.module.schedule = functools.partial(fused_alone, model)
     del keep_alive
     batches = batches_of(case, dist.get_rank(), samples, front, config)
     scale = len(batches) * world / count(case)
@@ -194,8 +228,9 @@ def sharded_gradients(
         say(f"step {step} of {case.name}")
         stats = []
         for index, batch in enumerate(batches):
-            loss, sample_stats = engine(batch)
-            engine.backward(loss * scale)
+            with gathers(model) as counts:
+                loss, sample_stats = engine(batch)
+                engine.backward(loss * scale)
             stats.append(sample_stats)
             if index + 1 == len(batches):
                 gradients = {n: safe_get_full_grad(p).clone() for n, p in trainable(model).items()}
@@ -208,7 +243,7 @@ def sharded_gradients(
 
         reading = DecodeGap(list(samples.values())[:3], front, config, device).measure(engine)
     engine.destroy()
-    return gradients, torch.cat(stats), norms, reading
+    return gradients, torch.cat(stats), norms, reading, sorted(set(counts.values()))
 
 
 def compare(
@@ -229,10 +264,11 @@ def compare(
     config = step_config(case, model_config)
     front = cached_front(config.model.vlm)
     sizes = {"global_batch": config.train.global_batch, "micro_batch": config.train.micro_batch}
+    ds_config = ds_config | {"zero_optimization": ds_config["zero_optimization"] | case.zero}
     resolved = resolve_ds_config(
         ds_config, path="zero3_cases.py", world_size=dist.get_world_size(), bf16=False, **sizes
     )
-    actual, stats, norms, gap = sharded_gradients(case, config, front, samples, resolved)
+    actual, stats, norms, gap, gathered_so_often = sharded_gradients(case, config, front, samples, resolved)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, stats)
     assert actual.keys() == expected.keys()
@@ -245,7 +281,7 @@ def compare(
         worst = max(worst, float((actual[name] - gradient).norm() / gradient.norm()))
     squares = {"lora": 0.0, "geometry": 0.0}
     for name, gradient in expected.items():
-        squares["lora" if "lora_" in name else "geometry"] += (
+        squares["geometry" if "geometry_merger" in name or "fusion" in name else "lora"] += (
             0.0 if gradient is None else float(gradient.square().sum())
         )
     return {
@@ -256,6 +292,7 @@ def compare(
         "norms": norms,
         "expected_norms": {f"grad_norm_{name}": value**0.5 for name, value in squares.items()},
         "gap": gap,
+        "gathers": gathered_so_often,
     }
 
 
@@ -286,7 +323,9 @@ def work(folder: Path) -> None:
         gradients, stats = next(expected)
         with scripted(case, scale):
             results[case.name] = compare(case, model_config, samples, ds_config, gradients, stats)
-        signal.alarm(0)  # the next engine collects this one's garbage
+        signal.alarm(0)
+        gc.collect()
+        gc.freeze()  # what is left stays for ever, and every engine collects garbage among all that is not frozen
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

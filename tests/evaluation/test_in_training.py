@@ -79,7 +79,7 @@ def cut_frame_root(world: World, folder: Path) -> Path:
 
 def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Losses, norms and similarities: what two equal runs share to the last bit."""
-    times = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib")
+    times = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib", "data_s", "tflops", "mfu")
     return [{k: v for k, v in line.items() if k not in times and not k.startswith("val/")} for line in metrics]
 
 

@@ -1,26 +1,34 @@
-"""Real processes (torchrun, deepspeed, forked, alone): any number of ranks, killed or not, predict the same bytes."""
+"""Real processes (torchrun, deepspeed, forked, alone): any number of ranks, killed or not, predict the same bytes.
+
+What forks ranks and what launches them set the same variables; of the two launchers each is waited for where it is new:
+torchrun here, `deepspeed` in `train_once` of tests/runs.py; here too at night.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from jsonargparse import auto_cli
 
+import forked
+from forked import ROOT, environment
 from launchers import evaluate
-from runs import ROOT, environment, launch, run_ranks
+from runs import TIMEOUT, launch, run_ranks
+from w2r2_ds.engine.deepspeed import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 SAMPLES = 8
 NAME = "predictions-scanrefer-fused.jsonl"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def arguments(run: Path, out: Path) -> list[str]:
@@ -28,29 +36,24 @@ def arguments(run: Path, out: Path) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def start(command: list[str], run: Path, out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*command, "launchers/evaluate.py", *arguments(run, out)],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def torchrun(ranks: int, script: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """As `launch`, with the other launcher."""
+    command = [*TORCHRUN, "--nproc_per_node", str(ranks), script, *words]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(command, cwd=ROOT, env=environment(), text=True, timeout=TIMEOUT, check=False, **out)
 
 
-def kill_at(process: subprocess.Popen[str], parts: Path, lines: int) -> int:
-    """SIGKILL to the launcher and all its ranks when so many answers are there; returns how many that were."""
+def kill_at(ranks: list[forked.Rank], parts: Path, lines: int) -> int:
+    """SIGKILL to all ranks when so many answers are there; returns how many that were."""
     deadline = time.monotonic() + 300
     while (found := count(parts)) < lines:
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        assert not any(rank.poll() is not None for rank in ranks), "it ended before it could be killed"
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    # The launcher gives its ranks sessions of their own, so they are looked up before any of them dies.
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for each in reversed(family):
-        each.kill()
-    process.communicate()
-    psutil.wait_procs(family)
+    for each in ranks:
+        os.kill(each.pid, signal.SIGKILL)
+    for each in ranks:
+        each.end()
     return found
 
 
@@ -69,8 +72,16 @@ def work(folder: Path) -> None:
     auto_cli(evaluate.main, args=evaluate.gather_protocols(words), as_positional=False)
 
 
+def given(run: Path, out: Path) -> Path:
+    """A folder that tells forked ranks what to do."""
+    out.mkdir()
+    (out / "arguments.json").write_text(json.dumps(arguments(run, out)))
+    return out
+
+
+@pytest.mark.parametrize("launcher", [torchrun, pytest.param(launch, marks=pytest.mark.nightly)])
 def test_one_two_and_three_ranks_and_a_killed_run_agree(
-    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], launcher: Any
 ) -> None:
     auto_cli(evaluate.main, args=arguments(trained, tmp_path / "one"), as_positional=False)
     stdout, stderr = capfd.readouterr()
@@ -79,15 +90,20 @@ def test_one_two_and_three_ranks_and_a_killed_run_agree(
     assert scores_in(stdout) == json.loads((tmp_path / "one" / "scores-scanrefer-fused.json").read_text())
     assert f"answers (fused): {SAMPLES} of {SAMPLES}" in stderr
 
-    process = start(TORCHRUN, trained, tmp_path / "two")
+    two, port = given(trained, tmp_path / "two"), free_port()
+    words = [__file__, str(two)]
+    ranks = [
+        forked.fork_rank(Path(forked.__file__), "work", words, forked.place(rank, 2, port), two / "output.txt")
+        for rank in range(2)
+    ]
     parts = tmp_path / "two" / "parts-scanrefer-fused"
-    kill_at(process, parts, 3)
+    kill_at(ranks, parts, 3)
     assert not (tmp_path / "two" / NAME).exists()
     torn = max(parts.glob("part-*.jsonl"), key=lambda file: file.stat().st_size)
     torn.write_bytes(torn.read_bytes()[:-40])  # as if killed within a line
     kept = {file.name: file.read_bytes() for file in parts.glob("part-*.jsonl")}
     left = SAMPLES - count(parts)
-    done = launch(2, "launchers/evaluate.py", arguments(trained, tmp_path / "two"))
+    done = launcher(2, "launchers/evaluate.py", arguments(trained, tmp_path / "two"))
     assert done.returncode == 0, done.stdout[-4000:]
     assert (tmp_path / "two" / NAME).read_bytes() == expected
     assert scores_in(done.stdout) == json.loads((tmp_path / "two" / "scores-scanrefer-fused.json").read_text())
@@ -95,8 +111,6 @@ def test_one_two_and_three_ranks_and_a_killed_run_agree(
     own = len(range(0, SAMPLES, 2)) - kept.get("part-0000.jsonl", b"").count(b"\n")
     assert own == 0 or f"rank 0 of 2: {own} of {own}" in done.stdout, "what was finished is not answered again"
 
-    folder = tmp_path / "three"
-    folder.mkdir()
-    (folder / "arguments.json").write_text(json.dumps(arguments(trained, folder)))
+    folder = given(trained, tmp_path / "three")
     run_ranks(3, Path(__file__), folder)
     assert (folder / NAME).read_bytes() == expected

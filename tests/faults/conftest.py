@@ -8,11 +8,13 @@ import pytest
 
 from fault_runs import arguments, undisturbed
 from runs import World
+from shared import once, shared_base
 
 
 @pytest.fixture(scope="session")
 def calm(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both ranks, all steps, one start."""
-    out = tmp_path_factory.mktemp("calm") / "run"
-    undisturbed(out, arguments(world, out))
+    """Both ranks, all steps, one start; made once for all workers."""
+    base = shared_base(tmp_path_factory.getbasetemp())
+    out = base / "calm"
+    once(base, "calm", lambda: undisturbed(out, arguments(world, out)))
     return out

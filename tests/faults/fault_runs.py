@@ -1,26 +1,23 @@
 """Two real ranks without a launcher: one start of a job, what is sent to it, how it ends.
 
-A rank is a process that runs launchers/train.py as a script, in a session of its own. Python's fork server forks it
-with the heavy packages imported once: a start of both ranks takes a few seconds, so that a test affords many.
+A rank is a process that runs launchers/train.py as a script, in a session of its own, forked with the heavy packages
+imported (tests/forked.py): a start of both ranks takes a few seconds, so that a test affords many.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
-import os
 import re
-import runpy
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fault_inside
-from runs import ROOT, ZERO3, World, environment
+import forked
+from runs import ROOT, ZERO3, World
 
 WORLD_SIZE = 2
 STEPS = 6
@@ -39,29 +36,18 @@ OPTIONS: dict[str, object] = {
     "resume": "auto",
 }
 
-_context = multiprocessing.get_context("forkserver")
-# What every start would import again: the script's packages; DeepSpeed takes torch's compiler along for an optimizer.
-_context.set_forkserver_preload(["launchers.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
-
 
 def arguments(world: World, out: Path, **changes: object) -> list[str]:
     """The command of a run, the same for every start of it."""
     return ["--deepspeed", str(ZERO3), *world.arguments(out, **(OPTIONS | changes))]
 
 
-def be_rank(command: list[str], variables: dict[str, str], log: Path, inside: dict[str, Any] | None) -> None:
-    """What a rank's process does: its own session, its output into `log`, its own fault if any, the real script."""
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # a child of the fork server would use it for its loader too
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(variables)
+def be_rank(command: list[str], inside: dict[str, Any] | None) -> None:
+    """What a rank's process does: its own fault if any, the real script."""
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # for `Start.wait`: where it hangs
     if inside is not None:
         fault_inside.install(**inside)
-    sys.argv = [str(TRAIN), *command]
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    forked.script(str(TRAIN), command)
 
 
 class Start:
@@ -81,28 +67,24 @@ class Start:
         self._skip = [log.stat().st_size if log.exists() else 0 for log in self.logs]
         self.ended: dict[int, float] = {}  # rank -> time.monotonic() at which it was seen to have ended
         self.fault_at = 0.0
-        meet = {"WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self.processes = []
-        with _environ(environment()):
-            for rank, log in enumerate(self.logs):
-                variables = meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                given = command, variables, log, (inside or {}).get(rank)
-                self.processes.append(_context.Process(target=be_rank, args=given))
-                self.processes[-1].start()
+        port = free_port()
+        self.processes: list[forked.Rank] = []
+        for rank, log in enumerate(self.logs):
+            given = [command, (inside or {}).get(rank)]
+            where = forked.place(rank, WORLD_SIZE, port)
+            self.processes.append(forked.fork_rank(Path(__file__), "be_rank", given, where, log))
 
     def __enter__(self) -> Start:
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone with all its children
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join(10)
+            process.end()
 
     def running(self) -> list[int]:
         """The ranks that have not ended."""
         for rank, process in enumerate(self.processes):
-            if rank not in self.ended and not process.is_alive():
+            if rank not in self.ended and process.poll() is not None:
                 self.ended[rank] = time.monotonic()
         return [rank for rank in range(WORLD_SIZE) if rank not in self.ended]
 
@@ -110,8 +92,7 @@ class Start:
         """Send a signal to those of some ranks (without any: of all) that still run."""
         self.fault_at = self.fault_at or time.monotonic()
         for rank in set(ranks or range(WORLD_SIZE)) & set(self.running()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.processes[rank].pid, what)
+            self.processes[rank].send(what)
 
     def until(self, seen: Callable[[], bool], pause: float = 0.02) -> bool:
         """Poll until something is seen; False if a rank ended before.
@@ -141,7 +122,7 @@ class Start:
                 time.sleep(1.0)
                 raise AssertionError(f"ranks {running} have not ended:\n{self.output()}")
             time.sleep(0.05)
-        return [process.exitcode for process in self.processes]
+        return [process.code for process in self.processes]
 
     def seconds_to_end(self) -> float:
         """From the fault until all ranks had ended; only where there was one."""
@@ -175,15 +156,3 @@ def steps_logged(out: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         return (out / "metrics.jsonl").read_bytes().count(b"\n")
     return 0
-
-
-@contextlib.contextmanager
-def _environ(changes: dict[str, str]) -> Iterator[None]:
-    """For the first start: the fork server inherits this environment."""
-    saved = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)

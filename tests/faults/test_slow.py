@@ -55,7 +55,7 @@ def test_a_frozen_rank_wakes_after_its_job_was_started_again(
             assert time.monotonic() < frozen + 60, start.output()
             time.sleep(0.1)
         row.ended.append(time.monotonic() - frozen)
-        assert start.processes[other].exitcode == LOST, start.output()
+        assert start.processes[other].code == LOST, start.output()
         with Start(out, arguments(world, out)) as again:
             before = steps_logged(out)
             assert again.until(lambda: steps_logged(out) != before), again.output()

@@ -191,7 +191,8 @@ def train_loader(
         collate_fn=make_collate(front, config, with_prompts),
         num_workers=config.workers,
         worker_init_fn=keep_working,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=torch.cuda.is_available(),  # then `Batch.to` copies without waiting
         persistent_workers=config.workers > 0,
         # Its own: else making the iterator draws from the random state that a resume has just put back.
         generator=torch.Generator(),

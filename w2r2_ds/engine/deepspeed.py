@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.engine.ds_sections import check_sections, unknown
+from w2r2_ds.engine.hierarchy import fill_hierarchy, ranks_per_machine
 
 AUTO = "auto"
 
@@ -93,6 +94,7 @@ def resolve_ds_config(
     micro_batch: int,
     world_size: int,
     bf16: bool,
+    local_size: int | None = None,
 ) -> dict[str, Any]:
     """Fill "auto" from the run's configuration; ``raw`` is left as it is.
 
@@ -103,6 +105,7 @@ def resolve_ds_config(
         micro_batch: samples per forward per rank.
         world_size: ranks.
         bf16: whether weights and activations are bfloat16 (else float32).
+        local_size: ranks on this machine; None for what the launcher says.
 
     Returns:
         What `deepspeed.initialize` takes, without any "auto".
@@ -137,6 +140,8 @@ def resolve_ds_config(
     own = "the optimizer is the run configuration's AdamW"
     _fill(config, "zero_allow_untested_optimizer", True, own, path)
     _fill(config, "zero_force_ds_cpu_optimizer", False, own, path)
+    if isinstance(zero := config.get("zero_optimization"), dict):
+        fill_hierarchy(zero, path, world_size, local_size or ranks_per_machine(world_size))
     for where in _autos(config):
         raise ValueError(
             f'{path}: {where} is "auto", which nothing here can fill; write a value or leave the key out '

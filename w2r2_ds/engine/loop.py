@@ -40,7 +40,8 @@ from w2r2_ds.engine.metrics import MetricsLogger
 from w2r2_ds.engine.preemption import StopSignals
 from w2r2_ds.engine.random_state import rng_state, set_rng_state
 from w2r2_ds.engine.resume import find_start, resume, take_over
-from w2r2_ds.engine.statistics import global_weight, reduce_stats, throughput
+from w2r2_ds.engine.statistics import global_weight, reduce_stats
+from w2r2_ds.engine.throughput import Throughput, matrix_rate
 from w2r2_ds.engine.together import together
 from w2r2_ds.engine.validation import BestSoFar, MakeValidation
 from w2r2_ds.engine.watchdog import Watchdog
@@ -70,6 +71,7 @@ class Run:
     data: list[str]
     fence: Fence
     checkpoint: Path | None
+    speed: Throughput
     activity: Activity = field(default_factory=Activity)
 
 
@@ -133,12 +135,13 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
             at("data", step + 1)
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
+            loaded = time.perf_counter()
             run.engine.module.optimizer_step = step
             if step == run.start:
                 at("dry run")
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches)
-            metrics |= throughput(micro_batches, time.perf_counter() - started)
+            metrics |= run.speed(micro_batches, time.perf_counter() - started) | {"data_s": loaded - started}
             if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
                 at("decode gap")
                 metrics |= run.gap.measure(run.engine)
@@ -256,6 +259,9 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
             print(describe_frames(samples, processor), flush=True)
         device = torch.device(get_accelerator().current_device_name())
         validation = make_validation(config, front, device) if config.train.eval_every else None
+    rate = matrix_rate(device, dtype)  # while the device is empty
+    if rank == 0:
+        print(f"matrices are multiplied at {rate / 1e12:.3g} TFLOP/s ({dtype}): mfu is relative to it", flush=True)
     # transformers partitions the weights while it loads them as long as this object lives.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     model = build_model(config.model, device, config.train.seed)
@@ -288,7 +294,10 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
     best = BestSoFar(validation, begin.checkpoint) if validation is not None else None
     accumulation = engine.gradient_accumulation_steps()
     groups = trained_groups(model)
-    return Run(config, engine, loader, device, accumulation, start, groups, gap, best, data, fence, begin.checkpoint)
+    speed = Throughput(model, find_reading(config.objective.push), rate)
+    return Run(
+        config, engine, loader, device, accumulation, start, groups, gap, best, data, fence, begin.checkpoint, speed
+    )
 
 
 def check_objective(config: RunConfig, front: Front) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -22,6 +21,7 @@ from w2r2_ds.engine.together import together
 FILE = "metrics.jsonl"
 SHOWN = ("loss", "align", "det", "push", "s_short", "s_fused")
 """Parts of the loss on the progress line, of what is logged."""
+PROCESS = Path("/proc/self/status")
 PLAIN_LINES = 50
 """Progress lines of a whole run where there is no terminal."""
 
@@ -195,6 +195,8 @@ class ProgressLine:
             parts.append(f"{values['samples_per_s']:.3g} samples/s")
         if "tokens_per_s" in values:
             parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+        if "mfu" in values:
+            parts.append(f"MFU {values['mfu']:.0%}")
         parts.append(f"{values['memory_gib']:.2f} GiB")
         parts.append(f"ETA {self.eta(step)}")
         return "  ".join(parts)
@@ -254,10 +256,12 @@ def open_wandb(run_dir: Path) -> Any:
 
 
 def memory_gib() -> float:
-    """Peak of GPU memory allocated by this process, or its resident memory on a CPU."""
+    """Peak of the GPU memory allocated by this process, on a CPU of the memory that it had."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return float(psutil.Process().memory_info().rss) / 2**30
+    # Not getrusage's, which begins with that of the program that started this one.
+    (line,) = [line for line in PROCESS.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 2**20
 
 
 def require(package: str, field: str) -> None:

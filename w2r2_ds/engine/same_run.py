@@ -13,12 +13,13 @@ from w2r2_ds.models.build import fingerprint
 from w2r2_ds.models.w2r2 import W2R2
 
 MAY_CHANGE = (
-    frozenset(f"data.{name}" for name in ("root", "workers", "packing"))
+    frozenset(f"data.{name}" for name in ("root", "workers", "prefetch", "packing"))
     | frozenset(f"model.{name}" for name in ("vlm", "vggt", "merger", "attention", "kernels"))
     | frozenset(f"objective.{name}" for name in ("gap_every", "gap_samples"))
     | frozenset(
         f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard", "hang_seconds")
     )
+    | frozenset(f"train.{name}" for name in ("activation_checkpointing", "recompute_every", "offload_activations"))
     | frozenset(f"train.{name}" for name in ("eval_every", "eval_samples", "eval_max_new_tokens", "best_by"))
 )
 """Options that a resumed run may change: where things lie, and what leaves the losses alone up to rounding."""

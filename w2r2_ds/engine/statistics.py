@@ -1,4 +1,4 @@
-"""What a step is worth over all ranks: its weight, the means of its statistics, its speed."""
+"""What a step is worth over all ranks: its weight, the means of its statistics."""
 
 from __future__ import annotations
 
@@ -41,11 +41,3 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
         named = [identity for rank in everyone for identity in rank]
         raise FloatingPointError(f"The loss is not finite; stopped before the update. Samples: {', '.join(named)}.")
     return {name: value / (total if name in LOSS_PARTS else samples) for name, value in zip(STATS, totals, strict=True)}
-
-
-def throughput(micro_batches: list[Batch], seconds: float) -> dict[str, float]:
-    """Samples and tokens per second over all ranks, every rank taken to be as full as this one."""
-    world = dist.get_world_size()
-    samples = sum(len(batch.ids) for batch in micro_batches) * world
-    tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches) * world
-    return {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "step_s": seconds}

@@ -1,8 +1,9 @@
 """The W2R2 step: one engine forward that makes both passes, the shortcut's under no_grad (engine/schedules.py).
 
 Every rank calls the same modules in the same order, whatever its batch holds: a batch without frames carries a dummy
-one. Nothing in it makes the host wait for the device, except that decoding answers (`shortcut_decode: greedy`, the
-measured gap, validation) reads every token, and that DeepSpeed waits for parameters that it gathers.
+one. Nothing in it makes the host wait for the device, except that answers made of words are compared as text (captions
+and short answers: one read in either pass) and that decoding (`shortcut_decode: greedy`, the gap, validation) reads
+every token; DeepSpeed's own waits aside.
 """
 
 from __future__ import annotations

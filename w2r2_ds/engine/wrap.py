@@ -11,6 +11,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from w2r2_ds.config import RunConfig
 from w2r2_ds.data.slots import token_tables
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.build import Front, trainable
 from w2r2_ds.models.w2r2 import W2R2
@@ -27,8 +28,8 @@ def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[st
     step = W2R2Step(model, config, scorer, zero3)
     step.train()
     if config.train.activation_checkpointing:
-        options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}
-        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        every, offload = config.train.recompute_every, config.train.offload_activations
+        recompute(model.base.model.language_model.layers, every, offload, step.checkpoint_contexts)
     # Decoder layers are gathered whole; DeepSpeed then needs their input to require grad.
     model.base.enable_input_require_grads()
     if find_reading(config.objective.push).blocked:  # a leaf with two graphs would reduce its gradients twice

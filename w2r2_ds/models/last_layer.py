@@ -6,13 +6,12 @@ pass, forward and backward.
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import repeat_kv, rotate_half
 
@@ -47,8 +46,12 @@ class Rows:
         return cls(index, (same & shared & (token <= index[:, None]))[None, None])
 
 
-def rows_only(layer: nn.Module, rows: Rows) -> AbstractContextManager[None]:
-    """Inside, `layer` gives ``[rows, hidden]`` instead of ``[sequences, length, hidden]``, no other token's output."""
+def rows_only(layer: Any, rows: Rows) -> AbstractContextManager[None]:
+    """Inside, `layer` gives ``[rows, hidden]`` instead of ``[sequences, length, hidden]``, no other token's output.
+
+    It is never computed again in the backward pass: it keeps less than any other layer does while that is computed
+    again, and its backward pass comes first.
+    """
     if layer.self_attn.sliding_window is not None:
         raise ValueError(
             "config.json of the VLM: the last layer has sliding-window attention, which is not supported; "
@@ -57,10 +60,7 @@ def rows_only(layer: nn.Module, rows: Rows) -> AbstractContextManager[None]:
 
     def forward(_: Any, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **given: Any) -> Tensor:
         assert given.get("past_key_values") is None, "generation needs every token's output"
-        run = functools.partial(layer_rows, layer, rows, position_embeddings=position_embeddings)
-        if layer.gradient_checkpointing and layer.training:
-            return layer._gradient_checkpointing_func(run, hidden_states)  # type: ignore[no-any-return, operator]
-        return run(hidden_states)
+        return layer_rows(layer, rows, hidden_states, position_embeddings)
 
     return bound(layer, forward)
 

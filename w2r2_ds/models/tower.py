@@ -48,7 +48,7 @@ class TowerInputs:
         # Flash-attention's kernel reads the segments; the loop over segments of every other implementation, the host.
         flash = is_flash_attention_requested(config)
         device = self.positions.device if flash else torch.device("cpu")
-        result = {"position_ids": self.positions, "window_index": self.order}
+        result: dict[str, Any] = {"position_ids": self.positions, "window_index": self.order}
         for name, begins in (("seqlen", self.frames), ("window_seqlen", self.windows)):
             result[f"cu_{name}s"] = torch.tensor(begins, dtype=torch.int32).to(device, non_blocking=True)
             if flash:

@@ -1,0 +1,143 @@
+"""Recomputed decoder layers: the same losses and gradients in every mode, and what each mode keeps in memory."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.data.slots import token_tables
+from w2r2_ds.engine.recompute import recompute
+from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.models.build import build_model, load_front, trainable
+from w2r2_ds.models.tiny import build_tiny_vlm
+from w2r2_ds.objective.scorer import Scorer
+
+LAYERS = 6
+MODES = {
+    "none": None,
+    "every layer": (1, False),
+    "every second": (2, False),
+    "every fourth": (4, False),
+    "offloaded": (1, True),
+    "every second, offloaded": (2, True),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_config: Any, batch_of: Any) -> Any:
+    """Per mode: loss, gradients, bytes that the forward pass keeps on the device, layers that ran twice."""
+
+    folder = tmp_path_factory.mktemp("recompute")
+    texts = [text for sample in samples for text in (sample.question, sample.answer)]
+    sizes = {"hidden": 64, "intermediate": 256, "vision_hidden": 32, "vision_depth": 2}
+    build_tiny_vlm(folder / "vlm", texts, 3, layers=LAYERS, **sizes)
+    model = replace(model_config, vlm=str(folder / "vlm"), lora_dropout=0.1)
+    front, batch = load_front(model), batch_of(samples)
+    config = RunConfig(model=model, objective=ObjectiveConfig(mu=0.0))
+    composed = build_model(model, torch.device("cpu"), 1)
+    composed.base.enable_input_require_grads()
+    tables = token_tables(front.tokenizer, composed.base.config.get_text_config().vocab_size)
+    step = W2R2Step(composed, config, Scorer(tables, front.tokenizer, config.objective)).train()
+    return {name: one_step(step, batch, mode) for name, mode in MODES.items()}, batch.input_ids.numel()
+
+
+def one_step(step: W2R2Step, batch: Any, mode: tuple[int, bool] | None) -> dict[str, Any]:
+    """A step with dropout, whose masks the seed decides."""
+    layers = step.model.base.model.language_model.layers
+    if mode is not None:  # the first mode leaves the layers as they are
+        recompute(layers, *mode, step.checkpoint_contexts)
+    ran = [0] * LAYERS
+    hooks = [  # inside the checkpoint of a layer, which its own hooks are not
+        layer.self_attn.q_proj.register_forward_hook(lambda *_, at=at: ran.__setitem__(at, ran[at] + 1))
+        for at, layer in enumerate(layers)
+    ]
+    kept = Kept(step)
+    step.zero_grad()
+    torch.manual_seed(0)
+    with kept.hooks():
+        loss, _ = step(batch)
+    before = list(ran)
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    gradients = {name: parameter.grad for name, parameter in trainable(step.model).items()}
+    again = [index for index in range(LAYERS) if ran[index] > before[index]]
+    return {"loss": loss.detach(), "gradients": gradients, "kept": kept.bytes, "again": again}
+
+
+class Kept:
+    """Bytes of the storages that a graph keeps, each counted once; parameters live anyway."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.alive: list[torch.Tensor] = []
+        self.bytes = 0
+
+    def hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.alive.append(tensor)  # so that no other storage takes its place
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_every_mode_is_the_same_step(found: Any, mode: str) -> None:
+    """To the last bit: a recomputed layer draws the masks of its dropout again."""
+    plain, other = found[0]["none"], found[0][mode]
+    assert torch.equal(other["loss"], plain["loss"])
+    assert all(torch.equal(gradient, plain["gradients"][name]) for name, gradient in other["gradients"].items())
+    assert any(gradient.any() for gradient in plain["gradients"].values())
+
+
+def test_the_layers_that_are_named_run_again(found: Any) -> None:
+    again = {name: result["again"] for name, result in found[0].items()}
+    assert again == {
+        "none": [],
+        "every layer": [0, 1, 2, 3, 4, 5],
+        "every second": [0, 2, 4],
+        "every fourth": [0, 4],
+        "offloaded": [0, 1, 2, 3, 4, 5],
+        "every second, offloaded": [0, 2, 4],
+    }
+
+
+def test_what_is_kept(found: Any) -> None:
+    """Fewer bytes with every layer that runs again, and offloading takes the inputs of these layers off the device."""
+    kept = {name: result["kept"] for name, result in found[0].items()}
+    print(kept)
+    order = ["none", "every fourth", "every second", "every layer", "offloaded"]
+    assert all(kept[more] > kept[less] for more, less in itertools.pairwise(order))
+    assert kept["every layer"] < kept["none"] / 4
+    one = found[1] * 64 * 4  # a layer's input in float32
+    # The input of the first layer is the embeddings, which nothing else keeps either.
+    assert kept["every layer"] - kept["offloaded"] == pytest.approx(LAYERS * one, abs=one)
+    assert kept["every second"] - kept["every second, offloaded"] == pytest.approx(LAYERS / 2 * one, abs=one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recompute_every": 2}, "train.recompute_every is 2, but train.activation_checkpointing is false"),
+        ({"offload_activations": True}, "train.offload_activations is True, but train.activation_checkpointing is"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        RunConfig(train=TrainConfig(activation_checkpointing=False, **changes))
+    assert str(caught.value).startswith(said) and str(caught.value).endswith(".")
+
+
+def test_no_layer_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train\.recompute_every is 0; it must be greater than 0"):
+        RunConfig(train=TrainConfig(recompute_every=0))
