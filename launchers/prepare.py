@@ -268,6 +268,34 @@ def demo(workers: int = 0) -> None:
     prepare_models(config)
 
 
+def geometry() -> None:
+    """Features of the frozen encoders, into data.cache, so that training need not compute them: geometry --help."""
+    # Here: whoever prepares data need not wait for transformers.
+    from w2r2_ds.config import config_first, from_tree, train_parser
+    from w2r2_ds.evaluation.ranks import find_ranks, joined
+    from w2r2_ds.fill_cache import fill_cache
+
+    args = config_first(with_values(rest_of_geometry(sys.argv[1:])))
+    options = train_parser(
+        "Fill the feature cache data.cache with what a run's frozen encoders make of its frames. Takes the options of "
+        "train.py; started by torchrun, deepspeed or srun, all ranks share the work.",
+        args,
+        needs_deepspeed=False,
+    )
+    options.add_argument("--splits", type=Splits, default=["train", "val"], help="Of which data sets.")
+    options.add_argument("--dry_run", type=bool, default=False, help="Only say what is missing, and how large it is.")
+    tree = options.parse_args(args).as_dict()
+    ranks = find_ranks()
+    with joined(ranks):
+        fill_cache(from_tree(tree), tree["splits"], tree["dry_run"], ranks)
+
+
+def rest_of_geometry(words: Sequence[str]) -> list[str]:
+    """What stands beside the word ``geometry``; the deepspeed launcher writes its --local_rank before it."""
+    index = list(words).index("geometry")
+    return [*words[:index], *words[index + 1 :]]
+
+
 def with_values(words: Sequence[str]) -> list[str]:
     """A command line whose flags have values, as jsonargparse wants: ``--check true``; hyphens in them are accepted."""
     flags = ("--check", "--dry_run", "--skip_broken_scenes", "--skip_without_box", "--overwrite")
@@ -281,11 +309,13 @@ def with_values(words: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Parse the command line and run one preparation."""
-    commands = (scanrefer, scan2cap, scanqa, detection, boxes, synthetic, demo)
+    commands = (scanrefer, scan2cap, scanqa, detection, boxes, synthetic, demo, geometry)
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     try:
         auto_cli(
             {command.__name__: command for command in commands},
-            args=with_values(sys.argv[1:]),
+            # Its options are those of train.py, and it reads them itself.
+            args=words[:1] if words[:1] == ["geometry"] else with_values(words),
             as_positional=False,
             parser_class=Parser,
             description="Prepare data for training and evaluation.",

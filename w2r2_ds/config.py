@@ -58,6 +58,11 @@ class DataConfig:
             frames; for samples of unequal length.
         prefetch: micro-batches that each of them makes ahead, in the host's memory; `data_s` in metrics.jsonl is what a
             step still waited for data.
+        cache: folder for features of the frozen encoders, so that they are computed once; empty for none. Any number of
+            runs may share it; `launchers/prepare.py geometry` fills it ahead.
+        cache_gib: the most that this folder may hold, in GiB; what was used longest ago goes first.
+        cached: what is kept there: the geometry encoder's features, or also the vision tower's, which then sees no
+            image twice.
     """
 
     root: str = "data/scannet"
@@ -71,6 +76,9 @@ class DataConfig:
     questions_per_scene: int = 1
     packing: bool = False
     prefetch: int = 2
+    cache: str = ""
+    cache_gib: float = 100.0
+    cached: Literal["geometry", "geometry+2d"] = "geometry"
 
 
 @dataclass

@@ -25,6 +25,7 @@ def check(config: RunConfig) -> None:
         "data.video_fps": config.data.video_fps,
         "data.questions_per_scene": config.data.questions_per_scene,
         "data.prefetch": config.data.prefetch,
+        "data.cache_gib": config.data.cache_gib,
         "model.lora_rank": config.model.lora_rank,
         "model.merger_hidden": config.model.merger_hidden,
         "train.steps": config.train.steps,

@@ -103,7 +103,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path) -> np.ndarray:
         raise AssertionError(f"{path} is decoded")
 
-    monkeypatch.setattr("w2r2_ds.data.processor.load_frame", load)
+    monkeypatch.setattr("w2r2_ds.data.eyes.load_frame", load)
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -120,7 +120,7 @@ def test_the_length_is_that_of_the_sequence(
 ) -> None:
     every = [*samples, *text_samples, caption_sample, replace(samples[0], id="é", question="…é中" * 9, what=(0, 0))]
     lengths = [len(make_processor(front, data_config(visual=visual))(s, with_answer).input_ids) for s in every]
-    monkeypatch.setattr("w2r2_ds.data.processor.load_frame", None)
+    monkeypatch.setattr("w2r2_ds.data.eyes.load_frame", None)
     for sample, length in zip(every, lengths, strict=True):
         processors = [make_processor(front, data_config(visual=visual, max_length=length - n)) for n in (0, 1)]
         assert check_texts([sample], processors[0], with_answer=with_answer) == 1

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from w2r2_ds.data.eyes import vision_patches
 from w2r2_ds.data.images import VGGT_PATCH
 from w2r2_ds.data.packing import Group, Grouping, Layout, alone, in_one_sequence, joined, joined_positions, one_by_one
-from w2r2_ds.data.processor import Features, vision_patches
+from w2r2_ds.data.processor import Features
 from w2r2_ds.data.rows import AnswerRows, PromptRows, answer_rows, prompt_rows
 from w2r2_ds.data.sample import Kind, Sample
+from w2r2_ds.geometry.cached import Cached
 from w2r2_ds.models.tower import TowerInputs
 from w2r2_ds.models.vlm import VisionSpec
 
@@ -33,10 +35,14 @@ class Visuals:
         grid_thw: ``[images or videos, 3]`` int64.
         sizes: tokens of every image, or of every pair of frames of a video, in order.
         tower: what the vision tower would read off `grid_thw`.
-        geometry_images: per set of frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]. A sample with
-            frames has a set of its own, or packed samples share one.
+        geometry_images: per set of frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]; None where
+            `cached_3d` has the features. A sample with frames has a set of its own, or packed samples share one.
         ids: per set, the id of the (first) sample that sees it.
         dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
+        cached_3d: per set, what the cache says about its geometry; empty without a cache.
+        cached_2d: likewise about its 2D features. Then there are no `pixel_values`, but
+        alone: per set, what the vision tower is given, set by set; None where it need not be, and
+        spare: the dummy, for a rank that lacks fewer sets than another.
     """
 
     kind: str
@@ -44,9 +50,13 @@ class Visuals:
     grid_thw: torch.Tensor
     sizes: tuple[int, ...]
     tower: TowerInputs
-    geometry_images: tuple[torch.Tensor, ...]
+    geometry_images: tuple[torch.Tensor | None, ...]
     ids: tuple[str, ...] = ()
     dummy: bool = False
+    cached_3d: tuple[Cached, ...] = ()
+    cached_2d: tuple[Cached, ...] = ()
+    alone: tuple[Visuals | None, ...] = ()
+    spare: Visuals | None = None
 
 
 class Tokens(NamedTuple):
@@ -126,7 +136,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not wait."""
-        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return moved(self, device)
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader."""
@@ -143,6 +153,11 @@ class Batch:
         """The *what* positions of a training batch."""
         assert self.what is not None, "a batch for generation has no what rows"
         return self.what
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch or a part of it on `device`; copies from pinned memory do not wait."""
+    return _map(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -246,19 +261,35 @@ class Collator:
 
     def _visuals(self, features: Sequence[Features]) -> Visuals:
         """Visuals of the samples that have some, or the dummy."""
-        geometry_images = tuple(f.geometry_images for f in features if f.geometry_images is not None)
-        if not geometry_images:
+        seen = [f for f in features if f.sample.frames]
+        if not seen:
             return self.dummy
-        grid_thw = torch.cat([f.grid_thw for f in features])
-        return Visuals(
-            kind=self.kind,
-            pixel_values=torch.cat([f.pixel_values for f in features]),
-            grid_thw=grid_thw,
-            sizes=token_counts(grid_thw, self.vision.merge_size),
-            tower=_tower_inputs(grid_thw, self.vision),
-            geometry_images=geometry_images,
-            ids=tuple(f.sample.id for f in features if f.geometry_images is not None),
+        cached_3d = tuple(f.cached_3d for f in seen if f.cached_3d is not None)
+        cached_2d = tuple(f.cached_2d for f in seen if f.cached_2d is not None)
+        grid_thw = torch.cat([f.grid_thw for f in seen])
+        # With cached 2D features the tower is given sample by sample what it lacks.
+        patches = torch.cat([f.pixel_values[:0] if cached_2d else f.pixel_values for f in seen])
+        visuals = dataclasses.replace(
+            tower_input(self.kind, patches, grid_thw, self.vision),
+            geometry_images=tuple(f.geometry_images for f in seen),
+            ids=tuple(f.sample.id for f in seen),
+            cached_3d=cached_3d,
+            cached_2d=cached_2d,
         )
+        if not cached_2d:
+            return visuals
+        alone = tuple(
+            tower_input(self.kind, f.pixel_values, f.grid_thw, self.vision) if len(f.pixel_values) else None
+            for f in seen
+        )
+        return dataclasses.replace(visuals, alone=alone, spare=self.dummy)
+
+
+def tower_input(kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec) -> Visuals:
+    """What the vision tower is given of patches and their grids; no geometry, nobody's."""
+    sizes = token_counts(grid_thw, vision.merge_size)
+    tower = TowerInputs.of(grid_thw, vision.merge_size, vision.window_size, vision.patch_size)
+    return Visuals(kind, patches, grid_thw, sizes, tower, ())
 
 
 def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
@@ -270,13 +301,8 @@ def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
         np.full((frames, 3, side * size, side * size), 0.5, dtype=np.float32)
         for size in (vision.patch_size, VGGT_PATCH)
     )
-    patches, grid_thw = vision_patches(seen, vision, kind)
-    sizes, tower = token_counts(grid_thw, vision.merge_size), _tower_inputs(grid_thw, vision)
-    return Visuals(kind, patches, grid_thw, sizes, tower, (torch.from_numpy(geometry),), dummy=True)
-
-
-def _tower_inputs(grid_thw: torch.Tensor, vision: VisionSpec) -> TowerInputs:
-    return TowerInputs.of(grid_thw, vision.merge_size, vision.window_size, vision.patch_size)
+    visuals = tower_input(kind, *vision_patches(seen, vision, kind), vision)
+    return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(geometry),), dummy=True)
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:
@@ -299,7 +325,7 @@ def _sets(groups: Sequence[Group], features: Sequence[Features]) -> _Sets:
     entries: list[range] = []
     for group in groups:
         first, end = features[group.members[0]], entries[-1].stop if entries else 0
-        if first.geometry_images is not None:
+        if first.sample.frames:
             frame[list(group.members)] = len(entries)
             entries.append(range(end, end + int(first.grid_thw[:, 0].sum())))
             counts.append(int((first.token_types > 0).sum()))

@@ -111,7 +111,7 @@ class CollateOrError:
 
 def make_processor(front: Front, config: DataConfig) -> Processor:
     """The processor of a VLM for a data configuration."""
-    return Processor(front.tokenizer, front.vision, config)
+    return Processor(front.tokenizer, front.vision, config, front.cache)
 
 
 def make_positions(front: Front, config: DataConfig) -> Positions:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from w2r2_ds.config import DataConfig
-from w2r2_ds.data.images import crop_size, even_crop, even_size, load_frame, qwen_patches, resize_for_vggt
+from w2r2_ds.data.eyes import Eyes
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.data.slots import AnswerSlots, answer_slots, what_tokens
+from w2r2_ds.geometry.cached import Cached, FeatureCache
 from w2r2_ds.models.vlm import VisionSpec
 
 IMAGE, VIDEO = 1, 2
@@ -43,10 +42,7 @@ class Features:
         input_ids: ``[tokens]`` int64: prompt, then (when training) the answer and the end of turn.
         token_types: ``[tokens]`` int64, 0 text, 1 image, 2 video.
         answer_tokens: number of trailing tokens that are the answer and its end of turn; 0 for a prompt alone.
-        pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input.
-        grid_thw: ``[images or 1, 3]`` int64 patch grid.
-        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], VGGT's input (not cropped); None without
-            frames.
+        pixel_values, grid_thw, geometry_images, cached_2d, cached_3d: as `eyes.Seen`'s.
         what: ``[tokens]`` bool, tokens of the prompt that say what is meant.
         slots: slots of the answer; None for a prompt alone.
     """
@@ -60,24 +56,8 @@ class Features:
     geometry_images: torch.Tensor | None
     what: torch.Tensor
     slots: AnswerSlots | None
-
-
-_Visuals = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
-"""Geometry images, pixel values and grid, as of `Features`."""
-
-
-def vision_patches(images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`qwen_patches` of ``[frames, 3, height, width]`` frames for a vision tower, as images or as one video."""
-    pixel_values, grid_thw = qwen_patches(
-        images,
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.merge_size,
-        mean=vision.image_mean,
-        std=vision.image_std,
-        as_video=kind == "video",
-    )
-    return torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)
+    cached_2d: Cached | None = None
+    cached_3d: Cached | None = None
 
 
 class Processor:
@@ -87,18 +67,21 @@ class Processor:
         tokenizer: the VLM's tokenizer with its chat template.
         vision: patch sizes, normalisation and token ids of the VLM.
         config: frames, sizes and the form of the visual prompt.
+        cache: where features lie that need not be computed; None looks nowhere.
     """
 
-    def __init__(self, tokenizer: Any, vision: VisionSpec, config: DataConfig) -> None:
+    def __init__(
+        self, tokenizer: Any, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None
+    ) -> None:
         self.tokenizer, self.vision, self.config = tokenizer, vision, config
         if config.frame_width % vision.patch_size:
             raise ValueError(
                 f"data.frame_width is {config.frame_width}; make it a multiple of the patch size {vision.patch_size}."
             )
+        self.eyes = Eyes(vision, config, cache)
         self.end_of_turn = "<|im_end|>"
         self._frames: dict[int, tuple[str, str]] = {}
         self._frame_tokens: dict[int, int] = {}
-        self._last: tuple[tuple[Path, ...], _Visuals] | None = None
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         if not tokenizer.is_fast:
             raise ValueError(
@@ -115,8 +98,8 @@ class Processor:
             ValueError: a frame cannot be read, text holds a special token, the chat template changes the question, or
                 the sequence is longer than `data.max_length`.
         """
-        geometry_images, pixel_values, grid_thw = self._shared_visuals(sample)
-        prompt, what = self._prompt(sample, grid_thw)
+        seen = self.eyes.look_again(sample)
+        prompt, what = self._prompt(sample, seen.grid_thw)
         answer, slots = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)
         self._refuse_too_long(sample, len(ids))
@@ -128,9 +111,11 @@ class Processor:
             input_ids=ids,
             token_types=types,
             answer_tokens=len(answer),
-            pixel_values=pixel_values,
-            grid_thw=grid_thw,
-            geometry_images=geometry_images,
+            pixel_values=seen.pixel_values,
+            grid_thw=seen.grid_thw,
+            geometry_images=seen.geometry_images,
+            cached_2d=seen.cached_2d,
+            cached_3d=seen.cached_3d,
             what=torch.tensor(what + [False] * len(answer)),
             slots=slots,
         )
@@ -161,17 +146,11 @@ class Processor:
             text, _ = self._prompt_text(sample, frames)
             self._refuse_too_long(sample, self._count(text) + self._count(answer) + visual)
 
-    def seen_sizes(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Width and height at which VGGT sees frames of these ``(width, height)``, and at which the VLM does."""
-        width, height = crop_size(sizes, self.config.frame_width)
-        even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)
-        return (width, height), (even_width, even_height)
-
     def _visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
         """Visual tokens of frames of these sizes, less the placeholders that stand for them in the text."""
         if not sizes:
             return 0
-        _, (width, height) = self.seen_sizes(sizes)
+        _, (width, height) = self.eyes.sizes(sizes)
         step = self.vision.patch_size * self.vision.merge_size
         video = self.config.visual == "video"
         times = -(-len(sizes) // self.vision.temporal_patch_size) if video else len(sizes)
@@ -180,23 +159,6 @@ class Processor:
     def _count(self, text: str) -> int:
         """Tokens of a text. The library's batch call would start threads, which forked loader workers do not bear."""
         return len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def _shared_visuals(self, sample: Sample) -> _Visuals:
-        """`_visuals`, read once for samples in a row about the same frames."""
-        if self._last is None or self._last[0] != sample.frames:
-            self._last = sample.frames, self._visuals(sample)
-        return self._last[1]
-
-    def _visuals(self, sample: Sample) -> _Visuals:
-        """Geometry images, patches and their grid; None and empty arrays for a sample without frames."""
-        vision = self.vision
-        if not sample.frames:
-            values = 3 * vision.temporal_patch_size * vision.patch_size**2
-            return None, torch.zeros(0, values), torch.zeros(0, 3, dtype=torch.int64)
-        images = resize_for_vggt([load_frame(path) for path in sample.frames], width=self.config.frame_width)
-        cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
-        kind = "video" if self.config.visual == "video" else "image"
-        return torch.from_numpy(images), *vision_patches(cropped, vision, kind)
 
     def _prompt(self, sample: Sample, grid_thw: torch.Tensor) -> tuple[list[int], list[bool]]:
         """Token ids of system turn, frames and question, and which of them say what is meant.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from w2r2_ds.data.loading import (
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots
 from w2r2_ds.engine.activity import Activity
+from w2r2_ds.engine.cache_use import cache_use
 from w2r2_ds.engine.checkpoint import Content, save_checkpoint
 from w2r2_ds.engine.deepspeed import collective_timeout, load_ds_config, resolve_ds_config
 from w2r2_ds.engine.exits import DONE
@@ -46,12 +47,14 @@ from w2r2_ds.engine.together import together
 from w2r2_ds.engine.validation import BestSoFar, MakeValidation
 from w2r2_ds.engine.watchdog import Watchdog
 from w2r2_ds.engine.wrap import make_engine, trained_groups
+from w2r2_ds.geometry.cached import flush
 from w2r2_ds.geometry.loading import locate, read_config
 from w2r2_ds.kernels.choose import describe
 from w2r2_ds.models.attention import use_scene_split
 from w2r2_ds.models.build import Front, build_model, load_front
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.lora import trainable_table
+from w2r2_ds.models.open_cache import open_cache
 from w2r2_ds.objective.push import find_reading
 
 
@@ -108,7 +111,9 @@ def train(
         run.activity.follow("step", run.engine.module)
         run.activity.follow("geometry", run.engine.module.model.geometry)
         watchdog.loop()
-        return loop(run, signals)
+        outcome = loop(run, signals)
+        flush()
+        return outcome
 
 
 def loop(run: Run, signals: StopSignals) -> Outcome:
@@ -142,6 +147,7 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches)
             metrics |= run.speed(micro_batches, time.perf_counter() - started) | {"data_s": loaded - started}
+            metrics |= cache_use(micro_batches)
             if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
                 at("decode gap")
                 metrics |= run.gap.measure(run.engine)
@@ -246,6 +252,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
             ds_config.setdefault("checkpoint", {})["load_universal"] = True
         front = load_front(config.model)
         read_config(locate(config.model.vggt))
+        front = replace(front, cache=open_cache(config.data, config.model))
         check_objective(config, front)
         samples = load_mixture(config.data, "train")
         refuse_drawn_frames(samples, config.data.questions_per_scene)

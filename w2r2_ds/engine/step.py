@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from w2r2_ds.config import RunConfig
 from w2r2_ds.data.collate import Batch, Visuals
+from w2r2_ds.engine.cache_use import TowerCalls
 from w2r2_ds.engine.schedules import dropouts_of, make_schedule, without_dropout
 from w2r2_ds.models.decode import PromptInputs, greedy_tokens
 from w2r2_ds.models.mask2d import mask_images
@@ -48,6 +49,7 @@ class W2R2Step(nn.Module):
         self.video_fps, self.seed = config.data.video_fps, config.train.seed
         self.optimizer_step = 0  # which the loop keeps: the masks of `mask2d` follow from it
         self.scorer = scorer
+        self.calls = TowerCalls(config.data)
         self.reading = find_reading(config.objective.push)
         self.dropouts = dropouts_of(model)
         self.schedule = make_schedule(model, config, zero3)
@@ -59,7 +61,7 @@ class W2R2Step(nn.Module):
         With `measure`, no loss: ``[batch, 2]`` s of the shortcut's answer, teacher-forced and greedily decoded. With
         `answer`, no loss either: token ids of the fused pass's greedy answers, at most so many each, of prompts alone.
         """
-        visual = self.model.encode_2d(batch.visuals)
+        visual = self.model.encode_2d(batch.visuals, self.calls.agreed(batch.visuals))
         features = self.model.encode_3d(batch.visuals)
         if measure:
             return self.both_readings(batch, visual, features)

@@ -155,6 +155,8 @@ def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
 
 def tower_flops(tower: Any, visuals: Visuals) -> float:
     """The frozen vision tower, forward: windows of patches attend within, in some blocks whole frames."""
+    if visuals.cached_2d:
+        return sum(tower_flops(tower, alone) for alone in visuals.alone if alone is not None)
     patches = len(visuals.pixel_values)
     if not patches:
         return 0.0
@@ -179,7 +181,9 @@ def geometry_flops(encoder: Any, visuals: Visuals) -> float:
     vggt = getattr(encoder, "vggt", None)
     if not isinstance(vggt, VGGT):
         return 0.0
-    return sum(vggt_flops(vggt, encoder.layer, images.shape) for images in visuals.geometry_images)
+    return sum(
+        vggt_flops(vggt, encoder.layer, images.shape) for images in visuals.geometry_images if images is not None
+    )
 
 
 def vggt_flops(vggt: VGGT, layer: int, shape: Sequence[int]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.export.adapter import ADAPTER_CARD, adapter_config, load_adapter
 from w2r2_ds.models.build import Front, build_model, fingerprint, load_front
 from w2r2_ds.models.dtype import resolve_dtype
+from w2r2_ds.models.open_cache import open_cache
 from w2r2_ds.models.w2r2 import W2R2
 
 GEOMETRY = (*generate.GEOMETRY, "shuffle")
@@ -140,7 +141,7 @@ def evaluate(
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world)
     with alone(out, f"{task}-{geometry}", ranks):
-        front = load_front(config.model)
+        front = with_cache(load_front(config.model), config)
         check_texts(samples, make_processor(front, config.data), ranks.rank, ranks.world, False)
 
         model, described = trained_model(path, config), describe_sets(sets)
@@ -208,7 +209,7 @@ class Answerer:
         """
         processor: Callable[[Sample, bool], Features] = make_processor(self.front, self.data)
         if self.geometry == "shuffle":
-            processor = ShuffledGeometry(processor, self.whole)
+            processor = ShuffledGeometry(make_processor(replace(self.front, cache=None), self.data), self.whole)
         loader = prompt_loader(samples, self.front, self.data, self.batch_size, processor)
         made = generate.generate_answers(
             self.model,
@@ -221,6 +222,14 @@ class Answerer:
         for sample, (identity, tokens, text) in zip(samples, made, strict=True):
             assert identity == sample.id, "answers come in the order of the samples"
             yield record_of(sample, text, tokens)
+
+
+def with_cache(front: Front, config: RunConfig) -> Front:
+    """The run's feature cache, where it lies on this machine; here none is begun."""
+    return replace(
+        front,
+        cache=open_cache(config.data, config.model) if config.data.cache and Path(config.data.cache).is_dir() else None,
+    )
 
 
 def answer_share(answerer: Answerer, samples: Sequence[Sample], parts: Parts, ranks: Ranks) -> None:

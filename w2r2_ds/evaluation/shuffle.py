@@ -69,6 +69,8 @@ class ShuffledGeometry:
     def __call__(self, sample: Sample, with_answer: bool) -> Features:
         """Features of one sample, its geometry images replaced; without frames there is nothing to replace."""
         features = self.processor(sample, with_answer)
+        # The other scene's features must be neither skipped nor kept as this one's.
+        assert features.cached_3d is None, "the processor of a swap asks no cache"
         if features.geometry_images is None:
             return features
         frames = self.donor(sample.scene_id).frames

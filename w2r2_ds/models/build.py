@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from w2r2_ds.config import ModelConfig
+from w2r2_ds.geometry.cached import FeatureCache
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.loading import load_vggt
 from w2r2_ds.kernels.bind import bind_kernels
@@ -33,11 +34,13 @@ class Front:
         tokenizer: with the chat template.
         vision: patch sizes, normalisation, token ids.
         meta: the VLM on the meta device, for its multimodal positions.
+        cache: features that need not be computed; None without a cache.
     """
 
     tokenizer: Any
     vision: VisionSpec
     meta: Any
+    cache: FeatureCache | None = None
 
 
 def load_front(config: ModelConfig) -> Front:
@@ -62,13 +65,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     bind_kernels(vlm, kernels)
-    vggt = load_vggt(config.vggt)
-    if config.geometry_layer >= vggt.config.depth:
-        raise ValueError(
-            f"model.geometry_layer is {config.geometry_layer}, "
-            f"but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
-        )
-    geometry = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame).to(device, dtype)
+    geometry = load_geometry(config, device)
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden, kernels=kernels).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero, kernels)
@@ -76,6 +73,22 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     if config.merger:
         load_merger(model, Path(config.merger))
     return model
+
+
+def load_geometry(config: ModelConfig, device: torch.device) -> VGGTEncoder:
+    """The frozen geometry encoder alone.
+
+    Raises:
+        ValueError: `model.geometry_layer` does not exist.
+    """
+    vggt = load_vggt(config.vggt)
+    if config.geometry_layer >= vggt.config.depth:
+        raise ValueError(
+            f"model.geometry_layer is {config.geometry_layer}, "
+            f"but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
+        )
+    encoder = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame)
+    return encoder.to(device, resolve_dtype(config.dtype))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

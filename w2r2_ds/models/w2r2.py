@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
@@ -11,10 +12,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from w2r2_ds.geometry.cached import Cached
 from w2r2_ds.geometry.encoder import GeometryEncoder
 from w2r2_ds.kernels.choose import Kernels
 from w2r2_ds.models.attention import attention_inputs
 from w2r2_ds.models.emit import LateSum
+from w2r2_ds.models.encode import encode_cached, encode_geometry
 from w2r2_ds.models.fusion import GeometryMerger, pair_frames
 from w2r2_ds.models.last_layer import Rows, rows_only
 from w2r2_ds.models.phi import Add, Fusion
@@ -38,9 +41,17 @@ class VisualInputs(Protocol):
     @property
     def tower(self) -> TowerInputs: ...
     @property
-    def geometry_images(self) -> tuple[torch.Tensor, ...]: ...
+    def geometry_images(self) -> tuple[torch.Tensor | None, ...]: ...
     @property
     def dummy(self) -> bool: ...
+    @property
+    def cached_3d(self) -> tuple[Cached, ...]: ...
+    @property
+    def cached_2d(self) -> tuple[Cached, ...]: ...
+    @property
+    def alone(self) -> tuple[VisualInputs | None, ...]: ...
+    @property
+    def spare(self) -> VisualInputs | None: ...
 
 
 def encode_visuals(vlm: Any, visuals: VisualInputs) -> Any:
@@ -150,14 +161,20 @@ class W2R2(nn.Module):
         return {"geometry_merger": self.geometry_merger, "fusion": self.fusion}
 
     @torch.no_grad()
-    def encode_2d(self, visuals: VisualInputs) -> Any:
-        """F2D, as `encode_visuals` gives it, without a gradient."""
-        return encode_visuals(self.base, visuals)
+    def encode_2d(self, visuals: VisualInputs, calls: int = 0) -> Any:
+        """F2D, as `encode_visuals` gives it, without a gradient, or as the cache has it.
+
+        Args:
+            visuals: of a batch.
+            calls: how often the vision tower is called at least, with the dummy where it need not be: under ZeRO-3 as
+                often as on every other rank.
+        """
+        return encode_cached(functools.partial(encode_visuals, self.base), visuals, calls)
 
     @torch.no_grad()
     def encode_3d(self, visuals: VisualInputs) -> list[torch.Tensor]:
         """F3D: per sample ``[frames or pairs of frames, h, w, channels]`` features of the geometry encoder."""
-        features = [self.geometry.encode(images) for images in visuals.geometry_images]
+        features = encode_geometry(self.geometry, visuals)
         return [pair_frames(f) for f in features] if visuals.kind == "video" else features
 
     def merge(self, features: list[torch.Tensor]) -> torch.Tensor:

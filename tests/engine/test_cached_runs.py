@@ -1,0 +1,60 @@
+"""A run with the feature cache is the run without it, to the last bit: cold, warm, and where ranks differ in hits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runs import ZERO3, Job, World, read_metrics, run_jobs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+ONE_FILE = 8000 / 2**30
+"""GiB, less than the 5 kB that the 2D features of both rooms need with what is reckoned for a header."""
+LOSSES = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused")
+EXACT = (*LOSSES, "grad_norm", "grad_norm_lora", "grad_norm_geometry", "geometry_norm")
+BOTH: dict[str, object] = {"data__cached": "geometry+2d"}
+
+
+@pytest.fixture(scope="module")
+def metrics(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What runs under ZeRO-3 on two ranks log, the first one without a cache."""
+    folder = tmp_path_factory.mktemp("cached")
+    cache, small = folder / "cache", folder / "small"
+
+    def job(name: str, **changes: object) -> Job:
+        arguments = ["--deepspeed", str(ZERO3), *world.arguments(folder / name, train__steps=2, **changes)]
+        return Job(name, arguments, dry_run=False)
+
+    jobs = [
+        job("none"),
+        job("cold", data__cache=cache, **BOTH),
+        job("warm", data__cache=cache, data__workers=1, **BOTH),
+        job("differing", data__cache=small, data__cache_gib=ONE_FILE, **BOTH),
+    ]
+    reports = run_jobs(2, folder / "both", jobs)
+    assert all(report["error"] is None for ranks in reports.values() for report in ranks)
+    printed = (folder / "both" / "output.txt").read_text()
+    assert printed.count("holds all that data.cache_gib allows") == 2, "once per rank"
+    return {each.name: read_metrics(folder / each.name) for each in jobs}
+
+
+@pytest.mark.parametrize("name", ["cold", "warm", "differing"])
+def test_losses_and_gradients_are_equal_to_the_last_bit(metrics: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Float32 on the CPU: what is read is what was computed, and each sample's 2D features are computed alone."""
+    assert len(metrics[name]) == 2
+    for line, plain in zip(metrics[name], metrics["none"], strict=True):
+        for value in EXACT:
+            assert line[value] == plain[value], f"{value} of step {line['step']}"
+
+
+def test_hits_and_size_are_logged(metrics: dict[str, list[dict[str, Any]]]) -> None:
+    assert "cache_hits" not in metrics["none"][0]
+    assert [line["cache_hits"] for line in metrics["cold"]] == [0, 1]
+    assert [line["cache_hits"] for line in metrics["warm"]] == [1, 1]
+    sizes = [metrics[name][-1]["cache_gib"] * 2**30 for name in ("cold", "warm")]
+    assert 20_000 < sizes[0] == sizes[1] < 40_000  # two rooms
+    hits = [line["cache_hits"] for line in metrics["differing"]]
+    assert hits[0] == 0 < hits[1] < 0.5  # one room's 2D features
+    assert 0 < metrics["differing"][-1]["cache_gib"] <= ONE_FILE

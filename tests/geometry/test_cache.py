@@ -1,0 +1,304 @@
+"""The feature cache: whole files or none, whatever is written, killed, damaged or evicted meanwhile."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from w2r2_ds.geometry import cached
+from w2r2_ds.geometry.cache import ABANDONED, GRACE, HEADER, Cache, file_size
+from w2r2_ds.geometry.cache_key import encoder_identity, features_key
+from w2r2_ds.geometry.cached import Cached, flush
+
+BIG = 10**9
+SEVEN = torch.full((500, 1000), 7.0)
+"""2 MB."""
+
+
+def fork_writer(cache: Cache, number: int, times: int) -> int:
+    """A process that writes `SEVEN` so many times, each time anew; its id. A fork has no imports to wait for."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        for _ in range(times):
+            cache.path(key(number)).unlink(missing_ok=True)
+            assert cache.write(key(number), SEVEN, {})
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def key(number: int) -> str:
+    return f"{number:064x}"
+
+
+def features(
+    number: float, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4, 30, 20, 8)
+) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(number))).to(dtype)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", BIG)
+
+
+def used(cache: Cache, number: int, seconds_ago: float) -> None:
+    """Let a file have been used so long ago."""
+    then = time.time() - seconds_ago
+    os.utime(cache.path(key(number)), (then, then))
+
+
+def there(cache: Cache, numbers: range) -> list[int]:
+    return [number for number in numbers if cache.path(key(number)).exists()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_comes_back_is_what_was_written_to_the_last_bit(cache: Cache, dtype: torch.dtype) -> None:
+    """Not-a-numbers and negative zeros too; slices of something larger are written alone."""
+    whole = features(1, dtype)
+    whole[0, 0, 0, :3] = torch.tensor([torch.nan, -0.0, torch.inf])
+    assert cache.read(key(1)) is None
+    assert cache.write(key(1), whole[:, 1:], {"frames": ["größer"]})
+    read = cache.read(key(1))
+    assert read is not None and read.dtype == dtype and read.shape == (4, 29, 20, 8)
+    assert torch.equal(read.contiguous().view(torch.uint8), whole[:, 1:].contiguous().view(torch.uint8))
+    size = cache.path(key(1)).stat().st_size
+    assert size <= file_size((4, 29, 20, 8), dtype) <= size + HEADER
+    assert cache.size() == size
+
+
+def test_a_read_maps_the_file_and_copies_nothing(cache: Cache) -> None:
+    cache.write(key(1), features(1), {})
+    read = cache.read(key(1))
+    assert read is not None
+    place = read.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(each, 16) for each in line.split()[0].split("-"))
+        if begin <= place < end:
+            assert line.endswith(str(cache.path(key(1)))), line
+            return
+    raise AssertionError("the tensor is in no mapping")
+
+
+def test_other_users_may_read_what_the_umask_lets_them(cache: Cache) -> None:
+    mask = os.umask(0o027)
+    try:
+        cache.write(key(1), features(1), {})
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(cache.path(key(1)).stat().st_mode) == 0o640
+
+
+def test_two_processes_write_one_key_at_once(cache: Cache) -> None:
+    """Readers meanwhile see the whole file or none; nothing is left beside it."""
+    alive, seen = {fork_writer(cache, 5, 20) for _ in range(2)}, 0
+    while alive:
+        read = cache.read(key(5))
+        seen += read is not None
+        assert read is None or torch.equal(read, SEVEN)
+        for process in sorted(alive):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            assert status == 0
+            alive.discard(ended)
+    assert seen and [path.name for path in cache.folder.rglob("*.*")] == [f"{key(5)}.safetensors"]
+
+
+def test_a_writer_is_killed(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    """At any moment: then there is the whole file or none, and what it left aside goes after an hour."""
+    for pause in range(12):
+        process = fork_writer(cache, 6, 10**6)
+        time.sleep(0.02 + 0.003 * pause)
+        os.kill(process, signal.SIGKILL)
+        assert os.waitpid(process, 0)[1] == signal.SIGKILL
+        read = cache.read(key(6))
+        assert read is None or torch.equal(read, SEVEN)
+    assert capsys.readouterr().out == ""  # nothing was damaged
+    assert list(cache.folder.rglob("*.partial"))  # it was killed while it wrote, too
+    left = cache.path(key(7)).with_suffix(".safetensors.0123abcd.partial")
+    left.write_bytes(b"half")
+    cache.size()
+    assert left.exists()
+    then = time.time() - ABANDONED - 1
+    os.utime(left, (then, then))
+    cache.size()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "flipped shape", "another key", "no safetensors"])
+def test_a_damaged_file_is_named_and_made_again(cache: Cache, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = features(1, torch.bfloat16)
+    cache.write(key(1), kept, {})
+    cache.write(key(2), features(2, torch.bfloat16), {})
+    path, content = cache.path(key(1)), bytearray(cache.path(key(1)).read_bytes())
+    if damage == "flipped":
+        content[-7] ^= 16
+    changed = {
+        "truncated": content[:-100],
+        "empty": b"",
+        "flipped": content,
+        "flipped shape": content.replace(b"[4,30,20,8]", b"[4,30,8,20]"),
+        "another key": cache.path(key(2)).read_bytes(),
+        "no safetensors": b"x" * 500,
+    }[damage]
+    path.write_bytes(changed)
+    assert cache.read(key(1)) is None
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning: {path} is damaged (") and said.endswith("); it is made again.\n")
+    assert cache.read(key(1)) is None and capsys.readouterr().out == ""
+    assert cache.write(key(1), kept, {})
+    again = cache.read(key(1))
+    assert again is not None and torch.equal(again, kept)
+
+
+def test_every_single_bit_is_in_the_checksum(cache: Cache) -> None:
+    kept = features(1, shape=(1, 1, 2, 2))
+    cache.write(key(1), kept, {})
+    content = cache.path(key(1)).read_bytes()
+    begin = len(content) - 16
+    for bit in range(8 * 16):
+        changed = bytearray(content)
+        changed[begin + bit // 8] ^= 1 << bit % 8
+        cache.path(key(1)).write_bytes(changed)
+        assert cache.read(key(1)) is None, bit
+
+
+def test_the_one_whose_last_use_is_oldest_goes_first(cache: Cache) -> None:
+    for number in range(4):
+        cache.write(key(number), features(number), {})
+        used(cache, number, GRACE + 100 * (4 - number))
+    size = cache.path(key(0)).stat().st_size
+    assert cache.read(key(0)) is not None  # now 1 is the oldest
+    small = Cache(cache.folder, 4 * size + HEADER)
+    assert small.write(key(4), features(4), {})
+    assert there(cache, range(5)) == [0, 2, 3, 4]
+    assert cache.read(key(4)) is not None and small.size() <= small.limit
+
+
+def test_reading_changes_no_byte_of_a_file(cache: Cache) -> None:
+    cache.write(key(1), features(1), {})
+    used(cache, 1, 5000)
+    before = cache.path(key(1)).stat(), cache.path(key(1)).read_bytes()
+    cache.read(key(1))
+    after = cache.path(key(1)).stat(), cache.path(key(1)).read_bytes()
+    assert before[1] == after[1] and before[0].st_ino == after[0].st_ino
+    assert after[0].st_mtime > before[0].st_mtime + 4000
+
+
+def test_what_this_run_uses_is_not_evicted_for_what_it_makes_next(cache: Cache) -> None:
+    """Else an epoch over more than fits would find nothing in the next one."""
+    one = file_size((4, 30, 20, 8), torch.float32)
+    small = Cache(cache.folder, 3 * one)
+    written = [small.write(key(number), features(number), {}) for number in range(6)]
+    assert written[:2] == [True, True] and not written[-1]
+    assert there(small, range(6)) == [number for number in range(6) if written[number]]
+    assert small.size() <= small.limit
+    later = Cache(cache.folder, 3 * one, began=time.time() + 1)  # a run that begins after all that
+    assert later.write(key(7), features(7), {}) and later.size() <= later.limit
+
+
+def test_a_file_larger_than_the_limit_is_not_kept_and_nothing_goes_for_it(cache: Cache) -> None:
+    cache.write(key(1), features(1), {})
+    used(cache, 1, GRACE + 100)
+    small = Cache(cache.folder, 100_000)
+    assert not small.write(key(2), features(2, shape=(500, 100)), {})
+    assert there(small, range(3)) == [1]
+
+
+def test_only_files_of_its_own_are_counted_and_evicted(cache: Cache) -> None:
+    """Somebody may name a folder with other things in it."""
+    cache.write(key(1), features(1), {})
+    used(cache, 1, GRACE + 100)
+    size = cache.size()
+    others = [cache.folder / "00" / "notes.safetensors", cache.folder / "notes.txt", cache.folder / "00" / "x.partial"]
+    for path in others:
+        path.write_bytes(b"x" * 10_000)
+        os.utime(path, (1, 1))
+    assert cache.size() == size
+    assert Cache(cache.folder, size + HEADER).write(key(2), features(2), {})
+    assert there(cache, range(3)) == [2] and all(path.exists() for path in others)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(cache: Cache) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            cache.write(key(1), features(1), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert cache.size() == 0 and not list(cache.folder.rglob("*.*"))
+
+
+def test_a_cache_that_only_may_be_read_serves(
+    cache: Cache, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's; root may do everything, so the kernel's refusal is put in its place."""
+
+    def refuse(*args: Any, **keywords: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    cache.write(key(1), features(1), {})
+    monkeypatch.setattr(os, "utime", refuse)
+    read = cache.read(key(1))
+    assert read is not None and torch.equal(read, features(1))
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(cached, "_said", set())
+    for number in (2, 3):
+        Cached(cache, key(number), {}, None).keep(features(number))
+    flush()
+    said = capsys.readouterr().out
+    assert said.count("cannot be written (Permission denied); what it lacks is computed every time.") == 1
+
+
+def test_a_program_error_while_writing_comes_up(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> bool:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(Cache, "write", fail)
+    Cached(cache, key(1), {}, None).keep(features(1))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        flush()
+
+
+def test_a_key_is_of_content_order_and_encoder(samples: list[Any], tmp_path: Path) -> None:
+    frames = list(samples[0].frames)
+    about = {"kind": "geometry", "weights": "abc", "layer": 3, "dtype": "torch.float32"}
+    own = features_key(encoder_identity(about), frames)
+    assert len(own) == 64
+    assert features_key(encoder_identity(about), frames) == own
+    assert features_key(encoder_identity(about), [*frames[1:], frames[0]]) != own
+    assert features_key(encoder_identity(about), frames[:-1]) != own
+    for field in about:
+        assert features_key(encoder_identity(about | {field: "other"}), frames) != own
+    moved = [Path(shutil.copy(path, tmp_path / f"elsewhere-{index}")) for index, path in enumerate(frames)]
+    assert features_key(encoder_identity(about), moved) == own
+    # The same size and date as before, as rsync and tar leave them: other content all the same.
+    before = moved[0].stat()
+    content = bytearray(moved[0].read_bytes())
+    content[-20] ^= 1
+    moved[0].write_bytes(content)
+    os.utime(moved[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert moved[0].stat().st_size == before.st_size and moved[0].stat().st_mtime_ns == before.st_mtime_ns
+    assert features_key(encoder_identity(about), moved) != own
+    with pytest.raises(ValueError, match=r"Frame .*gone cannot be read \(No such file"):
+        features_key("x", [tmp_path / "gone"])
+
+
+def test_the_header_says_what_a_file_is_of(cache: Cache) -> None:
+    cache.write(key(1), features(1), {"kind": "geometry", "frames": ["a.jpg"]})
+    with safe_open(cache.path(key(1)), framework="pt") as file:
+        about = file.metadata()
+    assert about["about"] == '{"kind": "geometry", "frames": ["a.jpg"]}' and about["key"] == key(1)

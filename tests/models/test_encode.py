@@ -1,0 +1,343 @@
+"""Features from the cache are those that the encoders make; what it lacks is made, and only that."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from w2r2_ds.config import DataConfig, ModelConfig
+from w2r2_ds.data import eyes
+from w2r2_ds.data.loading import checked, make_collate, make_processor, prompt_loader
+from w2r2_ds.engine.throughput import geometry_flops, tower_flops
+from w2r2_ds.evaluation.evaluate import Answerer
+from w2r2_ds.evaluation.shuffle import ShuffledGeometry
+from w2r2_ds.geometry.cached import flush
+from w2r2_ds.models.build import Front, build_model
+from w2r2_ds.models.encode import missing_2d
+from w2r2_ds.models.open_cache import geometry_identity, open_cache, vision_identity
+from w2r2_ds.models.w2r2 import W2R2
+
+BOTH: dict[str, Any] = {"cached": "geometry+2d"}
+
+
+@pytest.fixture(scope="module")
+def models(model_config: ModelConfig) -> dict[str, W2R2]:
+    """The tiny model in both precisions."""
+    configs = {name: replace(model_config, dtype=name) for name in ("float32", "bfloat16")}  # type: ignore[arg-type]
+    return {name: build_model(config, torch.device("cpu"), 0).eval() for name, config in configs.items()}
+
+
+@pytest.fixture
+def loaded(front: Front, model_config: ModelConfig, data_config: Any, tmp_path: Path) -> Callable[..., Any]:
+    """`loaded(samples, dtype, **changes)`: a training batch as a loader makes it, with a cache in the test's folder."""
+
+    def make(chosen: Sequence[Any], dtype: Any = "float32", cached: str = "geometry", **changes: Any) -> Any:
+        config = data_config(**{"cache": str(tmp_path / "cache"), "cached": cached, **changes})
+        with_cache = replace(front, cache=open_cache(config, replace(model_config, dtype=dtype)))
+        processor = make_processor(with_cache, config)
+        return make_collate(with_cache, config, False)([processor(sample, True) for sample in chosen])
+
+    return make
+
+
+@pytest.fixture
+def calls(models: dict[str, W2R2], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often both encoders ran since the test began, ``"2d"`` and ``"3d"``."""
+    counted = {"2d": 0, "3d": 0}
+
+    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **given: Any) -> Any:
+            counted[name] += 1
+            return real(*args, **given)
+
+        return call
+
+    for model in models.values():
+        tower = model.base.model.visual
+        monkeypatch.setattr(model.geometry, "encode", counting("3d", model.geometry.encode))
+        monkeypatch.setattr(tower, "forward", counting("2d", tower.forward))
+    return counted
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the last bit, tensor by tensor."""
+    return len(one) == len(other) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other))  # noqa: B905
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cold_warm_and_without_a_cache_are_equal_to_the_last_bit(
+    samples: list[Any],
+    models: dict[str, W2R2],
+    loaded: Callable[..., Any],
+    calls: dict[str, int],
+    dtype: str,
+    visual: str,
+) -> None:
+    model = models[dtype]
+    plain = loaded(samples, dtype, cache="", visual=visual)
+    one_by_one = [model.encode_2d(loaded([sample], dtype, cache="", visual=visual).visuals) for sample in samples]
+    expected_2d = [tokens for visual in one_by_one for tokens in visual.pooler_output]
+    expected_3d = model.encode_3d(plain.visuals)
+    for name, made in (("cold", (6, 6)), ("warm", (6, 6))):
+        batch = loaded(samples, dtype, visual=visual, **BOTH)
+        assert same(model.encode_3d(batch.visuals), expected_3d), name
+        assert same(model.encode_2d(batch.visuals).pooler_output, expected_2d), name
+        flush()
+        assert (calls["2d"], calls["3d"]) == made, name
+        assert torch.equal(batch.position_ids, plain.position_ids) and batch.visuals.sizes == plain.visuals.sizes
+        assert torch.equal(batch.visuals.grid_thw, plain.visuals.grid_thw)
+    # Nothing of the pictures was decoded, and nothing of them travels.
+    assert batch.visuals.geometry_images == (None,) * 3 and batch.visuals.alone == (None,) * 3
+    assert len(batch.visuals.pixel_values) == 0
+
+
+def test_geometry_alone_leaves_the_2d_features_to_one_call(
+    samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any], calls: dict[str, int]
+) -> None:
+    model = models["float32"]
+    plain = model.encode_2d(loaded(samples, cache="").visuals).pooler_output
+    model.encode_3d(loaded(samples).visuals)
+    flush()
+    warm = loaded(samples).visuals
+    assert calls["3d"] == 3 and same(model.encode_2d(warm).pooler_output, plain) and calls["2d"] == 2
+    model.encode_3d(warm)
+    assert calls["3d"] == 3
+
+
+def test_packed_samples_share_what_the_cache_has_of_their_frames(
+    samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any], calls: dict[str, int]
+) -> None:
+    model, packed = models["float32"], {"questions_per_scene": 2}
+    chosen = [samples[0], replace(samples[0], id="again"), samples[2]]
+    plain = loaded(chosen, cache="", **packed)
+    expected = model.encode_3d(plain.visuals), model.encode_2d(plain.visuals).pooler_output
+    for made in (2, 0):
+        before, batch = dict(calls), loaded(chosen, **packed, **BOTH)
+        assert len(batch.visuals.cached_3d) == 2 and torch.equal(batch.token_set, plain.token_set)
+        assert torch.equal(batch.position_ids, plain.position_ids) and torch.equal(batch.frame_set, plain.frame_set)
+        assert same(model.encode_3d(batch.visuals), expected[0])
+        assert same(model.encode_2d(batch.visuals).pooler_output, expected[1])
+        assert (calls["3d"] - before["3d"], calls["2d"] - before["2d"]) == (made, made)
+        flush()
+
+
+def test_what_is_not_computed_counts_for_no_speed(
+    samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any]
+) -> None:
+    model = models["float32"]
+    tower, plain = model.base.model.visual, loaded(samples, cache="").visuals
+    cold = loaded(samples, **BOTH).visuals
+    assert geometry_flops(model.geometry, cold) == geometry_flops(model.geometry, plain) > 0
+    assert tower_flops(tower, cold) == pytest.approx(tower_flops(tower, plain))
+    model.encode_3d(cold), model.encode_2d(cold)
+    flush()
+    warm = loaded(samples, **BOTH).visuals
+    assert geometry_flops(model.geometry, warm) == tower_flops(tower, warm) == 0
+
+
+def test_only_what_is_missing_is_made(
+    samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any], calls: dict[str, int]
+) -> None:
+    model = models["float32"]
+    for sample in samples[:2]:
+        visuals = loaded([sample], **BOTH).visuals
+        model.encode_2d(visuals), model.encode_3d(visuals)
+    flush()
+    mixed = loaded(samples, **BOTH)
+    known = mixed.visuals.cached_3d[0]
+    known.cache.path(known.key).unlink()
+    mixed = loaded(samples, **BOTH)
+    before = dict(calls)
+    assert [images is None for images in mixed.visuals.geometry_images] == [False, True, False]
+    assert [alone is None for alone in mixed.visuals.alone] == [True, True, False]
+    features = model.encode_3d(mixed.visuals), model.encode_2d(mixed.visuals).pooler_output
+    assert calls["3d"] - before["3d"] == 2 and calls["2d"] - before["2d"] == 1 == missing_2d(mixed.visuals)
+    flush()
+    assert same(features[0], model.encode_3d(loaded(samples, **BOTH).visuals))
+    assert same(features[1], model.encode_2d(loaded(samples, **BOTH).visuals).pooler_output)
+
+
+def test_a_rank_calls_the_tower_as_often_as_the_one_that_lacks_most(
+    samples: list[Any],
+    text_samples: list[Any],
+    models: dict[str, W2R2],
+    loaded: Callable[..., Any],
+    calls: dict[str, int],
+) -> None:
+    """With the dummy; what it gives goes nowhere."""
+    model = models["float32"]
+    cold = loaded(samples, **BOTH).visuals
+    assert missing_2d(cold) == 3
+    first = model.encode_2d(cold, calls=3).pooler_output
+    flush()
+    assert calls["2d"] == 3
+    warm = loaded(samples, **BOTH).visuals
+    assert missing_2d(warm) == 0
+    assert same(model.encode_2d(warm, calls=2).pooler_output, first) and calls["2d"] == 5
+    nothing = loaded(text_samples, **BOTH).visuals  # a batch without frames calls it for its own dummy
+    assert nothing.dummy and missing_2d(nothing) == 1
+    model.encode_2d(nothing, calls=3)
+    assert calls["2d"] == 8
+
+
+def test_loader_processes_look_things_up(
+    samples: list[Any],
+    front: Front,
+    model_config: ModelConfig,
+    models: dict[str, W2R2],
+    data_config: Any,
+    tmp_path: Any,
+) -> None:
+    """Features come through shared memory as they are."""
+    model = models["float32"]
+    config: DataConfig = data_config(cache=str(tmp_path), cached="geometry+2d", workers=2)
+    with_cache = replace(front, cache=open_cache(config, model_config))
+    made = []
+    for _ in range(2):
+        made.append([])
+        for batch in checked(prompt_loader(samples, with_cache, config, 1)):
+            made[-1].append([*model.encode_3d(batch.visuals), *model.encode_2d(batch.visuals).pooler_output])
+        flush()
+    assert batch.visuals.geometry_images == (None,)
+    assert all(same(cold, warm) for cold, warm in zip(*made, strict=True))
+
+
+def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+    """A model directory with other weights."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return str(target)
+
+
+def test_whatever_the_features_depend_on_is_in_the_key(
+    model_config: ModelConfig, data_config: Any, tmp_path: Path
+) -> None:
+    def one_bit(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            tensors[name].flatten()[-1:].view(torch.int32).bitwise_xor_(1)
+
+        return change
+
+    data = data_config()
+    names = load_file(Path(model_config.vlm) / "model.safetensors")
+    tower = next(name for name in names if name.startswith(("visual.", "model.visual.")))
+    text = next(name for name in names if "visual" not in name)
+    vggt = copy_with(model_config.vggt, tmp_path / "vggt", one_bit("aggregator.global_blocks.1.mlp.fc2.bias"))
+    other_tower = copy_with(model_config.vlm, tmp_path / "tower", one_bit(tower))
+    other_text = copy_with(model_config.vlm, tmp_path / "text", one_bit(text))
+
+    own_3d, own_2d = geometry_identity(data, model_config), vision_identity(data, model_config)
+    wider, video = data_config(frame_width=112), data_config(visual="video")
+    assert len({own_3d, own_2d, geometry_identity(wider, model_config), vision_identity(wider, model_config)}) == 4
+    for changes in ({"vggt": vggt}, {"geometry_layer": 0}, {"reference_frame": "last"}, {"dtype": "bfloat16"}):
+        assert geometry_identity(data, replace(model_config, **changes)) != own_3d, changes  # type: ignore[arg-type]
+    for changes in ({"vlm": other_tower}, {"attention": "eager"}, {"dtype": "bfloat16"}):
+        assert vision_identity(data, replace(model_config, **changes)) != own_2d, changes  # type: ignore[arg-type]
+    assert vision_identity(video, model_config) != own_2d
+    # What they do not depend on is not: the language model's weights, where a model lies, how it is trained.
+    assert vision_identity(data, replace(model_config, vlm=other_text, lora_rank=7)) == own_2d
+    assert geometry_identity(video, replace(model_config, vlm=other_text, fusion="gated")) == own_3d
+
+
+def test_there_must_be_weights_of_a_tower(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+    def without(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "visual" in name]:
+            del tensors[name]
+
+    vlm = copy_with(model_config.vlm, tmp_path / "vlm", without)
+    with pytest.raises(ValueError, match=r"holds the weights of the encoder whose features are to be cached; copy"):
+        vision_identity(data_config(), replace(model_config, vlm=vlm))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"data\.cache is .*/file/cache, which cannot be made \(.*\); name another"):
+        open_cache(data_config(cache=str(tmp_path / "file" / "cache")), model_config)
+    assert open_cache(data_config(), model_config) is None
+
+
+def test_a_frame_that_is_replaced_while_it_is_read_is_read_again(
+    samples: list[Any],
+    models: dict[str, W2R2],
+    loaded: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the features of the new frame would lie under the key of the old one, for ever."""
+    paths = [Path(shutil.copy(path, tmp_path / path.name)) for path in samples[0].frames]
+    moved = replace(samples[0], frames=tuple(paths))
+    real = eyes.load_frame
+
+    def replaced_before(path: Path) -> Any:
+        monkeypatch.setattr(eyes, "load_frame", real)
+        shutil.copy(samples[0].frames[1], paths[0])
+        return real(path)
+
+    monkeypatch.setattr(eyes, "load_frame", replaced_before)
+    (cold,) = models["float32"].encode_3d(loaded([moved]).visuals)
+    flush()
+    (alone,) = models["float32"].encode_3d(loaded([moved], cache="").visuals)
+    assert torch.equal(cold, alone)
+    shutil.copy(samples[0].frames[0], paths[0])  # as it was: the key of before
+    assert loaded([moved]).visuals.cached_3d[0].features is None
+
+
+def test_the_geometry_swap_neither_reads_nor_keeps_anything(
+    samples: list[Any], front: Front, model_config: ModelConfig, data_config: Any, tmp_path: Path
+) -> None:
+    rooms = [replace(sample, scene_id=f"scene000{index}_00") for index, sample in enumerate(samples[:2])]
+    config = data_config(cache=str(tmp_path))
+    asking = replace(front, cache=open_cache(config, model_config))
+    with pytest.raises(AssertionError, match="asks no cache"):
+        ShuffledGeometry(make_processor(asking, config), rooms)(rooms[0], False)
+    features = ShuffledGeometry(make_processor(replace(asking, cache=None), config), rooms)(rooms[0], False)
+    assert features.cached_3d is None and features.cached_2d is None
+
+
+def test_an_evaluation_is_served_and_a_swap_is_not(
+    samples: list[Any],
+    front: Front,
+    model_config: ModelConfig,
+    models: dict[str, W2R2],
+    data_config: Any,
+    calls: dict[str, int],
+    tmp_path: Path,
+) -> None:
+    """Under inference mode; the swapped geometry is the same with the cache as without, and none is kept."""
+    model, cache = models["float32"], tmp_path / "cache"
+    rooms = [replace(sample, scene_id=f"scene000{index}_00") for index, sample in enumerate(samples)]
+    given: list[list[torch.Tensor]] = []
+    real = model.merge
+    model.merge = lambda features: (given.append(features), real(features))[1]  # type: ignore[method-assign]
+
+    def answered(geometry: str, folder: str) -> tuple[list[Any], list[torch.Tensor]]:
+        config = data_config(cache=folder, cached="geometry+2d")
+        asking = replace(front, cache=open_cache(config, model_config))
+        given.clear()
+        records = list(Answerer(model, asking, config, geometry, rooms, 2, 3).records(rooms))
+        flush()
+        return records, [features for batch in given for features in batch]
+
+    try:
+        plain, expected = answered("fused", "")
+        swapped, others = answered("shuffle", "")
+        cold, warm = answered("fused", str(cache)), answered("fused", str(cache))
+        before, made = sorted(cache.rglob("*.safetensors")), dict(calls)
+        again = answered("shuffle", str(cache))
+    finally:
+        del model.merge
+    assert cold[0] == plain == warm[0] and same(cold[1], expected) and same(warm[1], expected)
+    assert len(before) == 6 and made["3d"] == 9  # plain, swapped, cold
+    assert again[0] == swapped and same(again[1], others) and calls["3d"] == 12
+    assert not any(torch.equal(one, other) for one, other in zip(others, expected, strict=True))
+    assert sorted(cache.rglob("*.safetensors")) == before
