@@ -12,7 +12,6 @@ import pytest
 import torch
 import zero3_cases
 from hand_passes import hand_loss
-from peft.tuners.lora.layer import Linear
 from schedule_tools import unfreeze
 from zero3_cases import Case, awaken, similar, write_cases
 
@@ -61,16 +60,9 @@ def run(step: W2R2Step, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, tor
     return loss.detach(), found
 
 
-<<<<<<< HEAD
 def forwards(step: W2R2Step) -> dict[str, Any]:
     """Forwards of module instances, by name: those of model.kernels, and what a pass binds for its length."""
     return {name: vars(module)["forward"] for name, module in step.named_modules() if "forward" in vars(module)}
-=======
-def forwards(step: W2R2Step) -> list[str]:
-    """Modules whose instance has a forward of its own, but projections, which model.kernels binds for good."""
-    bound = [(name, module) for name, module in step.named_modules() if "forward" in vars(module)]
-    return [name for name, module in bound if not isinstance(module, Linear)]
->>>>>>> main
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
