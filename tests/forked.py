@@ -102,12 +102,8 @@ def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: floa
         0, or what the first rank that failed exited with, negative for a signal; the others are then killed, as
         DeepSpeed's launcher does. After `timeout` seconds all are killed: -9.
     """
-    deadline, alive = time.monotonic() + timeout, list[Rank]()
+    deadline, alive = time.monotonic() + timeout, start_ranks(ranks, program, folder, port)
     try:
-        for rank in range(ranks):
-            where = place(rank, ranks, port)
-            given = [str(program), str(folder)]
-            alive.append(fork_rank(Path(__file__), "work", given, where, folder / "output.txt"))
         while alive:
             codes = [rank.poll() for rank in alive]
             if failed := next(filter(None, codes), 0):
@@ -120,6 +116,12 @@ def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: floa
     finally:  # also where a test ran into its time limit
         for rank in alive:
             rank.end()
+
+
+def start_ranks(ranks: int, program: Path, folder: Path, port: int) -> list[Rank]:
+    """As `fork_ranks`, and wait for nothing."""
+    given, output = [str(program), str(folder)], folder / "output.txt"
+    return [fork_rank(Path(__file__), "work", given, place(rank, ranks, port), output) for rank in range(ranks)]
 
 
 def place(rank: int, ranks: int, port: int) -> dict[str, str]:

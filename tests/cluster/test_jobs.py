@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from rank_processes import Ranks
 
-from fault_story import Row, note
+from fault_story import NOT_EXACT, Row, note
 from runs import ZERO3, World
 from slurm_cluster import HERE, Cluster, make_root
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 STEPS, SAVE_EVERY = 12, 5
 Record = Callable[[str, object], None]
-UNLIKE = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     path = out / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [{name: value for name, value in line.items() if name not in UNLIKE} for line in lines]
+    return [{name: value for name, value in line.items() if name not in NOT_EXACT} for line in lines]
 
 
 def weights(out: Path) -> bytes:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from runs import run_ranks
 from w2r2_ds.engine.together import together
 
 FAILURES: dict[str, tuple[Exception | None, Exception | None]] = {
@@ -21,9 +21,10 @@ FAILURES: dict[str, tuple[Exception | None, Exception | None]] = {
 """What ranks 0 and 1 fail with."""
 
 
-def work(rank: int, folder: Path) -> None:
+def work(folder: Path) -> None:
     """What each rank does: every case, one after the other, so that one that went out of step would show."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     seen: dict[str, str | None] = {}
     for name, failures in FAILURES.items():
         seen[name] = None
@@ -39,7 +40,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.mark.distributed
 def test_ranks_fail_alike(tmp_path: Path) -> None:
-    mp.spawn(work, (tmp_path,), nprocs=2)
+    run_ranks(2, Path(__file__), tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first.pop("disk") == "ValueError: OSError('disk full')"
     assert second.pop("disk") == "OSError: disk full"

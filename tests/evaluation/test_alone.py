@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from forked import start_ranks
+from w2r2_ds.engine.deepspeed import free_port
 from w2r2_ds.evaluation.ranks import Ranks, alone
 from w2r2_ds.lock import locked
 
@@ -28,8 +29,9 @@ def enter(rank: int, folder: Path) -> str:
         return str(error)
 
 
-def work(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+def work(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     said = []
     for number in range(2):
         said.append(enter(rank, folder))
@@ -46,11 +48,13 @@ def work(rank: int, folder: Path) -> None:
 @pytest.mark.distributed
 def test_all_ranks_are_refused_and_one_of_them_holds_the_lock(tmp_path: Path) -> None:
     with locked(tmp_path / f"{NAME}.lock", "other", "wait"):
-        ranks = mp.spawn(work, (tmp_path,), nprocs=2, join=False)
+        ranks = start_ranks(2, Path(__file__), tmp_path, free_port())
         while not (tmp_path / "refused").exists():
-            assert not ranks.join(timeout=0.2), "they ended before the lock was free"
-    while not ranks.join():
-        pass
+            assert [rank.poll() for rank in ranks] == [None, None], (tmp_path / "output.txt").read_text()
+            time.sleep(0.05)
+    while None in [rank.poll() for rank in ranks]:
+        time.sleep(0.05)
+    assert [rank.code for rank in ranks] == [0, 0], (tmp_path / "output.txt").read_text()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert f"{tmp_path}: {NAME} is being evaluated by process {os.getpid()} on " in first[0]

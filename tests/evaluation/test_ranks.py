@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 from jsonargparse import auto_cli
 
-import forked
-from forked import ROOT, environment
+from forked import ROOT, Rank, environment, start_ranks
 from launchers import evaluate
 from runs import TIMEOUT, launch, run_ranks
 from w2r2_ds.engine.deepspeed import free_port
@@ -43,7 +42,7 @@ def torchrun(ranks: int, script: str, words: list[str]) -> subprocess.CompletedP
     return subprocess.run(command, cwd=ROOT, env=environment(), text=True, timeout=TIMEOUT, check=False, **out)
 
 
-def kill_at(ranks: list[forked.Rank], parts: Path, lines: int) -> int:
+def kill_at(ranks: list[Rank], parts: Path, lines: int) -> int:
     """SIGKILL to all ranks when so many answers are there; returns how many that were."""
     deadline = time.monotonic() + 300
     while (found := count(parts)) < lines:
@@ -90,12 +89,8 @@ def test_one_two_and_three_ranks_and_a_killed_run_agree(
     assert scores_in(stdout) == json.loads((tmp_path / "one" / "scores-scanrefer-fused.json").read_text())
     assert f"answers (fused): {SAMPLES} of {SAMPLES}" in stderr
 
-    two, port = given(trained, tmp_path / "two"), free_port()
-    words = [__file__, str(two)]
-    ranks = [
-        forked.fork_rank(Path(forked.__file__), "work", words, forked.place(rank, 2, port), two / "output.txt")
-        for rank in range(2)
-    ]
+    two = given(trained, tmp_path / "two")
+    ranks = start_ranks(2, Path(__file__), two, free_port())
     parts = tmp_path / "two" / "parts-scanrefer-fused"
     kill_at(ranks, parts, 3)
     assert not (tmp_path / "two" / NAME).exists()
