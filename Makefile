@@ -8,9 +8,9 @@ STAMP := $(VENV)/.installed
 # Without an NVIDIA driver the one tested version; override with `make install TORCH='torch==...'`.
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.11,<2.15'; else echo 'torch==2.13.0'; fi)
 
-# Processes of the test suite. A file's tests stay in one, so that what they share is made once; the long files, which
-# tests/conftest.py puts first, go first.
-JOBS ?= 2
+# Processes of the test suite, more than two cores: some tests wait, for a watchdog or for Slurm. A file's tests stay in
+# one, so that what they share is made once; the long files, which tests/conftest.py puts first, go first.
+JOBS ?= 3
 
 # The deepspeed and ninja programs are looked up on PATH.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"

@@ -1,4 +1,4 @@
-"""Every task in the real layout, by the commands a user types: prepare -> train 8 steps -> evaluate -> score again."""
+"""Every task in the real layout, by the commands a user types: prepare -> train 4 steps -> evaluate -> score again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from launchers import evaluate, prepare
 from runs import ZERO3, Job, World, run_jobs
 
-STEPS, MIXED_STEPS, FRAMES = 8, 3, 2
+STEPS, MIXED_STEPS, FRAMES = 4, 3, 2
 PREPARE = {
     "scanrefer": ["--frames.protocol", "vgllm", "--frames.count", str(FRAMES)],
     "scan2cap": ["--frames.protocol", "scene_sets", "--frames.count", str(FRAMES)],
@@ -42,7 +42,7 @@ def prepared(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(world: World, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps per task under ZeRO-3, and a short one of all tasks mixed; one launch."""
+    """A run of 4 steps per task under ZeRO-3, and a short one of all tasks mixed; one launch."""
     folder = tmp_path_factory.mktemp("trained")
 
     def job(name: str, tasks: list[str], steps: int) -> Job:

@@ -99,7 +99,10 @@ class ModelConfig:
         lora_alpha: LoRA scale is lora_alpha / lora_rank.
         lora_dropout: dropout in the LoRA branch, fused pass only.
         dtype: weights and activations; auto is bfloat16 on a GPU and float32 without.
-        attention: attention implementation of transformers, for example sdpa or flash_attention_2.
+        attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
+            flash_attention_2 where flash_attn is installed and there is a GPU, else sdpa.
+        kernels: torch, or triton with our own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto is triton
+            where there is a CUDA device and both are installed. The results are equal up to rounding.
     """
 
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -114,7 +117,8 @@ class ModelConfig:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: str = "sdpa"
+    attention: str = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
 
 
 @dataclass
@@ -348,12 +352,15 @@ def relocated(
 ) -> RunConfig:
     """The same run with its data and models elsewhere; None leaves a place as it is.
 
-    What the merger started from is forgotten: the trained one takes its place.
+    What the merger started from is forgotten: the trained one takes its place. Kernels that need a GPU become auto.
     """
+    kernels: Literal["auto", "torch"] = "torch" if config.model.kernels == "torch" else "auto"
     return replace(
         config,
         data=replace(config.data, root=str(root or config.data.root)),
-        model=replace(config.model, vlm=vlm or config.model.vlm, vggt=vggt or config.model.vggt, merger=""),
+        model=replace(
+            config.model, vlm=vlm or config.model.vlm, vggt=vggt or config.model.vggt, merger="", kernels=kernels
+        ),
     )
 
 

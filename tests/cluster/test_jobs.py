@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_processes import Ranks
 
 from fault_story import Row, note
-from runs import World
+from runs import ZERO3, World
 from slurm_cluster import HERE, Cluster, make_root
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -51,20 +52,31 @@ def words(world: World, out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two nodes that nothing happens to."""
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = cluster.submit(*words(world, out))
+def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing happens to, without a cluster: what every job must equal to the last bit."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    options = ["--deepspeed", str(ZERO3), *words(world, folder / "run")[3:]]
+    with Ranks(2, ["launchers/train.py", *options], folder) as ranks:
+        assert ranks.codes(300) == [0, 0], ranks.said(0)[-4000:] + ranks.said(1)[-4000:]
+    assert [line["step"] for line in metrics(folder / "run")] == list(range(1, STEPS + 1))
+    return folder / "run"
+
+
+def assert_done(cluster: Cluster, job: str, out: Path, undisturbed: Path) -> None:
+    """A job has trained to the end, each rank wrote its log, and what came out is what the undisturbed run has."""
     assert cluster.end(job) == "COMPLETED", cluster.logs(job)
     assert "train: done" in cluster.log(job)
-    assert [cluster.root / "logs" / job / f"rank-{rank}.log" for rank in (0, 1)] == sorted(
-        (cluster.root / "logs" / job).glob("*.log")
-    )
-    return out
+    logs = cluster.root / "logs" / job
+    assert sorted(logs.glob("*.log")) == [logs / f"rank-{rank}.log" for rank in (0, 1)]
+    assert metrics(out) == metrics(undisturbed)
+    assert weights(out) == weights(undisturbed)
 
 
-def test_training_on_two_nodes(undisturbed: Path) -> None:
-    assert [line["step"] for line in metrics(undisturbed)] == list(range(1, STEPS + 1))
+@pytest.mark.nightly
+def test_training_on_two_nodes(cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path) -> None:
+    """By day there is the one of which a node dies."""
+    out = tmp_path / "run"
+    assert_done(cluster, cluster.submit(*words(world, out)), out, undisturbed)
 
 
 def test_a_folder_that_one_node_alone_sees_is_found_before_training(cluster: Cluster, world: World) -> None:
@@ -109,11 +121,9 @@ def test_a_run_outlives_its_time_limit_and_a_node(
     try:
         restarted(cluster, job, 2)
         assert cluster.job(job)["NodeList"] == "n[1,3]"
-        assert cluster.end(job) == "COMPLETED", cluster.logs(job)
+        assert_done(cluster, job, out, undisturbed)
     finally:
         cluster.power("on", "n2")
-    assert metrics(out) == metrics(undisturbed)
-    assert weights(out) == weights(undisturbed)
     note(record_property, [Row("Slurm: SIGUSR1 before the time limit", 1, 1), Row("Slurm: node without power", 1, 1)])
 
 

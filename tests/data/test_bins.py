@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2r2_ds.data.bins import in_bins
@@ -37,6 +37,7 @@ def stream(each: GlobalBatchSampler) -> list[int]:
     return [index for batch in each for index in batch]
 
 
+@settings(max_examples=30)
 @given(SETS, st.sampled_from([2, 3, 4, 8]))
 def test_every_sample_once_per_epoch_in_bins_that_share_frames(counts: list[int], together: int) -> None:
     mixture = scenes(counts)
@@ -54,6 +55,7 @@ def test_every_sample_once_per_epoch_in_bins_that_share_frames(counts: list[int]
         assert all(len(set(sets[each])) == 1 + np.count_nonzero(np.diff(sets[each])) for each in bins)
 
 
+@settings(max_examples=30)
 @given(SETS, st.sampled_from([2, 4]), st.integers(0, 5))
 def test_the_same_for_every_split_and_after_a_resume(counts: list[int], together: int, start: int) -> None:
     mixture = scenes(counts)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from packed import packed_of, questions
 
-from w2r2_ds.config import ObjectiveConfig, RunConfig
+from host_reads import host_reads
+from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.attention import use_scene_split
 from w2r2_ds.models.build import build_model, trainable
@@ -28,10 +29,11 @@ def pack(front: Any, data_config: Any) -> Callable[..., Any]:
 
 @pytest.fixture
 def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
-    """`make_step(full, checkpointing, **of the objective)`: weights that do something; takes packed batches."""
+    """`make_step(full, schedule, checkpointing, **of the objective)`: for packed batches, with weights that matter."""
 
-    def make(full: bool = False, checkpointing: bool = False, **changes: Any) -> W2R2Step:
-        config = RunConfig(model=model_config, objective=ObjectiveConfig(**{"mu": 0.0} | changes))
+    def make(full: bool = False, schedule: Any = "auto", checkpointing: bool = False, **changes: Any) -> W2R2Step:
+        objective = ObjectiveConfig(**{"mu": 0.0} | changes)
+        config = RunConfig(model=model_config, objective=objective, train=TrainConfig(schedule=schedule))
         model = build_model(config.model, torch.device("cpu"), seed=1)
         use_scene_split(model.base)
         generator = torch.Generator().manual_seed(2)
@@ -67,7 +69,10 @@ def in_a_large_box(batch: Any) -> Any:
     return replace(batch, target_box=torch.tensor([[0.0, 0, 0, 24, 24, 24, 0, 0, 0]] * len(batch.ids)).double())
 
 
-def backward(step: W2R2Step, batches: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+Results = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def backward(step: W2R2Step, batches: list[Any]) -> Results:
     """Statistics of all samples, and the summed gradients of all batches."""
     step.zero_grad()
     stats = []
@@ -81,33 +86,41 @@ def backward(step: W2R2Step, batches: list[Any]) -> tuple[torch.Tensor, dict[str
 
 
 def assert_as_alone(step: W2R2Step, packed: Any, separate: list[Any]) -> None:
-    stats, gradients = backward(step, [in_a_large_box(packed)])
-    expected, by_hand = backward(step, [in_a_large_box(batch) for batch in separate])
-    torch.testing.assert_close(stats, expected, rtol=REL, atol=1e-6)
-    assert stats[:, STATS.index("push")].any()
-    for name, gradient in by_hand.items():
+    assert_equal(backward(step, [in_a_large_box(packed)]), backward(step, [in_a_large_box(each) for each in separate]))
+
+
+def assert_equal(packed: Results, separate: Results) -> None:
+    torch.testing.assert_close(packed[0], separate[0], rtol=REL, atol=1e-6)
+    assert packed[0][:, STATS.index("push")].any()
+    for name, gradient in separate[1].items():
         assert gradient.norm() > 0, name
-        assert (gradients[name] - gradient).norm() <= REL * gradient.norm(), name
+        assert (packed[1][name] - gradient).norm() <= REL * gradient.norm(), name
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("count", [1, 4, 8])
 def test_questions_about_one_scene(
-    make_step: Callable[..., W2R2Step],
-    pack: Callable[..., Any],
-    batch_of: Any,
-    samples: list[Any],
-    count: int,
-    full: bool,
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, samples: list[Any], full: bool
 ) -> None:
-    chosen = questions(samples[0], count)
-    packed = pack(chosen, questions_per_scene=count, packing=True)
-    assert len(packed.layout.spans[0]) == 1
-    assert_as_alone(make_step(full, push="poe"), packed, [batch_of([sample]) for sample in chosen])
+    """One, four and eight of them, under both schedules, the second with checkpointing."""
+    steps = [make_step(full, "sequential", push="poe"), make_step(full, "lockstep", checkpointing=True, push="poe")]
+    for count in (1, 4, 8):
+        chosen = questions(samples[0], count)
+        packed = pack(chosen, questions_per_scene=count, packing=True)
+        assert len(packed.layout.spans[0]) == 1
+        expected = backward(steps[0], [batch_of([sample]) for sample in chosen])
+        for step in steps:
+            assert_equal(backward(step, [packed]), expected)
 
 
-@pytest.mark.parametrize("push", ["margin", "representation", "unblocked"])
-@pytest.mark.parametrize("visual", ["images", "video"])
+@pytest.mark.parametrize(
+    ("push", "schedule", "visual"),
+    [
+        ("margin", "lockstep", "images"),
+        ("representation", "lockstep", "video"),
+        ("representation", "sequential", "images"),
+        ("unblocked", "sequential", "video"),
+    ],
+)
 def test_several_scenes_and_tasks(
     make_step: Callable[..., W2R2Step],
     pack: Callable[..., Any],
@@ -118,12 +131,13 @@ def test_several_scenes_and_tasks(
     answer_sample: Any,
     solved: None,
     push: str,
+    schedule: str,
     visual: str,
 ) -> None:
     """Questions of two scenes in turn, a caption, an answer, text alone; checkpointed, with states of *what* rows."""
     first, second = questions(samples[0], 3), questions(samples[1], 2)
     chosen = [first[0], second[0], answer_sample, text_samples[1], first[1], caption_sample, second[1], first[2]]
-    step = make_step(checkpointing=True, push=push, mu=0.001, cosine=-0.2, margin=30.0)
+    step = make_step(schedule=schedule, checkpointing=True, push=push, mu=0.001, cosine=-0.2, margin=30.0)
     packed = pack(chosen, questions_per_scene=4, visual=visual)
     assert_as_alone(step, packed, [batch_of([sample], visual=visual) for sample in chosen])
 
@@ -196,3 +210,10 @@ def test_a_sample_does_not_feel_its_neighbours(
     other = replace(pair[1], answer=pair[1].answer.replace("0", "7"))
     before, after = (step(pack(chosen, questions_per_scene=2))[1] for chosen in (pair, [pair[0], other]))
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+def test_the_host_waits_for_nothing(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], samples: list[Any]
+) -> None:
+    step, batch = make_step(schedule="lockstep", push="poe"), pack(questions(samples[0], 4), questions_per_scene=4)
+    assert not host_reads(lambda: step(batch)[0].backward())

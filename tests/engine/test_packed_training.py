@@ -15,34 +15,40 @@ from w2r2_ds.config import load_config
 from w2r2_ds.data.loading import load_mixture
 
 
+def run_on(ranks: int, world: World, folder: Path) -> Path:
+    (folder / "world").write_text(str(world.folder))
+    run_ranks(ranks, Path(packed_runs.__file__), folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Folders of the runs on one rank and on two."""
-    folders = {}
-    for ranks in (1, 2):
-        folders[ranks] = tmp_path_factory.mktemp("packed")
-        (folders[ranks] / "world").write_text(str(world.folder))
-        run_ranks(ranks, Path(packed_runs.__file__), folders[ranks])
-    return folders
+def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs on one rank."""
+    return run_on(1, world, tmp_path_factory.mktemp("packed"))
 
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run)]
 
 
-def test_a_run_is_that_of_the_same_samples_one_by_one(runs: dict[int, Path]) -> None:
-    """Over several updates, on one rank and two, and packed without sharing: float32, sums in another order."""
-    expected = losses(runs[1] / "apart")
+def test_a_run_is_that_of_the_same_samples_one_by_one(runs: Path) -> None:
+    """Over several updates, and packed without sharing: float32, sums in another order."""
+    expected = losses(runs / "apart")
     assert len(expected) == SHORT and len(set(expected)) == SHORT
-    for run in (runs[1] / "packed", runs[1] / "plain", runs[2] / "packed"):
-        assert losses(run) == pytest.approx(expected, rel=1e-5)
+    for name in ("packed", "plain"):
+        assert losses(runs / name) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_batches_are_bins_that_share_frames(runs: dict[int, Path], world: World) -> None:
+@pytest.mark.nightly
+def test_two_ranks_pack_as_one_does(runs: Path, world: World, tmp_path: Path) -> None:
+    assert losses(run_on(2, world, tmp_path) / "packed") == pytest.approx(losses(runs / "packed"), rel=1e-5)
+
+
+def test_the_batches_are_bins_that_share_frames(runs: Path, world: World) -> None:
     """11 samples see two sets of frames, 6 and 5: two full bins of four, and the rests, over the epochs."""
-    config = load_config(None, world.arguments(runs[1]))
+    config = load_config(None, world.arguments(runs))
     frames = {sample.id: sample.frames for sample in load_mixture(config.data, "train")}
-    sequences: list[Any] = json.loads((runs[1] / "report.json").read_text())["sequences"]
+    sequences: list[Any] = json.loads((runs / "report.json").read_text())["sequences"]
     packed, apart, plain = (sequences[n * 2 * SHORT : (n + 1) * 2 * SHORT] for n in range(3))
     assert TOGETHER == MICRO_BATCH and all(number == 1 and len(ids) == TOGETHER for ids, number in packed)
     assert [ids for ids, _ in packed] == [ids for ids, _ in apart] == [ids for ids, _ in plain]
@@ -52,14 +58,14 @@ def test_the_batches_are_bins_that_share_frames(runs: dict[int, Path], world: Wo
     assert sum(len({frames[each] for each in ids}) == 1 for ids, _ in packed) >= 4
 
 
-def test_speed_counts_the_tokens_that_are_computed(runs: dict[int, Path]) -> None:
-    packed, apart = (read_metrics(runs[1] / name)[0] for name in ("packed", "apart"))
+def test_speed_counts_the_tokens_that_are_computed(runs: Path) -> None:
+    packed, apart = (read_metrics(runs / name)[0] for name in ("packed", "apart"))
     tokens = [
         line["tokens_per_s"] * line["step_s"] / line["samples_per_s"] / line["step_s"] for line in (packed, apart)
     ]
     assert tokens[0] < tokens[1]
 
 
-def test_a_resumed_run_keeps_its_order(runs: dict[int, Path]) -> None:
-    (refused,) = json.loads((runs[1] / "report.json").read_text())["refused"]
+def test_a_resumed_run_keeps_its_order(runs: Path) -> None:
+    (refused,) = json.loads((runs / "report.json").read_text())["refused"]
     assert "data.questions_per_scene = 4, now it is 2" in refused

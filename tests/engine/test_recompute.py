@@ -101,13 +101,14 @@ def test_every_mode_is_the_same_step(found: Any, mode: str) -> None:
 
 
 def test_the_layers_that_are_named_run_again(found: Any) -> None:
+    """The last one never does (models/last_layer.py)."""
     again = {name: result["again"] for name, result in found[0].items()}
     assert again == {
         "none": [],
-        "every layer": [0, 1, 2, 3, 4, 5],
+        "every layer": [0, 1, 2, 3, 4],
         "every second": [0, 2, 4],
         "every fourth": [0, 4],
-        "offloaded": [0, 1, 2, 3, 4, 5],
+        "offloaded": [0, 1, 2, 3, 4],
         "every second, offloaded": [0, 2, 4],
     }
 
@@ -120,9 +121,8 @@ def test_what_is_kept(found: Any) -> None:
     assert all(kept[more] > kept[less] for more, less in itertools.pairwise(order))
     assert kept["every layer"] < kept["none"] / 4
     one = found[1] * 64 * 4  # a layer's input in float32
-    # The input of the first layer is the embeddings, which nothing else keeps either.
-    assert kept["every layer"] - kept["offloaded"] == pytest.approx(LAYERS * one, abs=one)
-    assert kept["every second"] - kept["every second, offloaded"] == pytest.approx(LAYERS / 2 * one, abs=one)
+    assert kept["every layer"] - kept["offloaded"] == pytest.approx((LAYERS - 1) * one, rel=1e-3)
+    assert kept["every second"] - kept["every second, offloaded"] == pytest.approx(3 * one, rel=1e-3)
 
 
 @pytest.mark.parametrize(

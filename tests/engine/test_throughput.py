@@ -51,7 +51,8 @@ def test_model_flops_are_those_that_pytorch_counts(
 ) -> None:
     """Of a step without padding and recomputation. Attention as plain products, so that both count alike.
 
-    Within 0.1 % (0.04 is the most that was seen): the mean for what the rows of the last layer see, the attention of a fusion, products of the loss.
+    Within 0.1 % (0.04 is the most that was seen): the mean for what the rows of the last layer see, the attention of a
+    fusion, products of the loss.
     """
     step = make_step(replace(model_config, fusion=fusion, zero=zero), front, push)
     batch = batch_of(samples[1:2], visual=visual)

@@ -26,6 +26,8 @@ STAGES = ("zero2", "zero3_offload")
 RESHARDED = {"apart-zero3": ZERO3, "apart-zero2": ZERO3.with_name("zero2.json")}
 APART: dict[str, object] = {"train__steps": FEW, "train__save_every": 3, "train__merger_lr": 3e-4}
 """Rates so far apart that a group with the other's would show."""
+NO_DRY_RUN: dict[str, Any] = {"dry_run": False}
+"""Without the dry run, where that is not what a run is about; `test_the_dry_run_changes_nothing`."""
 EVERY: dict[str, object] = {"train__steps": 3, "train__save_every": 1, "train__keep_last": 9}
 
 
@@ -48,12 +50,17 @@ def on_one_rank(world: World, trained: Path, folder: Path) -> list[Job]:
         Job("trapped", arguments(world, booby_trapped, **AUTO)),
         Job("dropout", arguments(world, d, **DROPOUT)),
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
-        Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, dry_run=False),
-        Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3),
+        Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, **NO_DRY_RUN),
+        Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3, **NO_DRY_RUN),
         Job("gap", arguments(world, folder / "gap", **DROPOUT, **GAP), stop_after=2),
-        Job("mask", arguments(world, folder / "mask1", objective__mask2d=0.5), stop_after=3),
-        Job("silent", arguments(world, folder / "silent", train__steps=1, objective__mu=0.99)),
-        Job("rates", arguments(world, folder / "rates", train__steps=2, train__merger_lr=3e-4), stop_after=1),
+        Job("mask", arguments(world, folder / "mask1", objective__mask2d=0.5), stop_after=3, **NO_DRY_RUN),
+        Job("silent", arguments(world, folder / "silent", train__steps=1, objective__mu=0.99), **NO_DRY_RUN),
+        Job(
+            "rates",
+            arguments(world, folder / "rates", train__steps=2, train__merger_lr=3e-4),
+            stop_after=1,
+            **NO_DRY_RUN,
+        ),
         Job("misspelt", arguments(world, folder / "misspelt", objective__push="marign")),
         Job("again", arguments(world, untouched)),
         Job("other-rank", arguments(world, untouched, model__lora_rank=4, **AUTO)),
@@ -65,7 +72,7 @@ def on_one_rank(world: World, trained: Path, folder: Path) -> list[Job]:
     for name, ds in RESHARDED.items():
         one = folder / f"{name}-on-one"
         rewound = (str(folder / name), str(one), 3)
-        jobs.append(Job(one.name, arguments(world, one, ds, **APART, **AUTO), rewind=rewound))
+        jobs.append(Job(one.name, arguments(world, one, ds, **APART, **AUTO), rewind=rewound, **NO_DRY_RUN))
     return jobs
 
 
@@ -78,17 +85,21 @@ def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
     (foreign / "metrics.jsonl").write_text("hello\n")
     return [
         Job("two", arguments(world, folder / "two"), stop_after=FEW),
-        Job("two-micro2", arguments(world, folder / "two-micro2", train__micro_batch=2), stop_after=FEW),
-        Job("token", arguments(world, folder / "token2", objective__reduction="token"), stop_after=3),
-        Job("mask", arguments(world, folder / "mask2", objective__mask2d=0.5), stop_after=3),
-        # Calls: the dry run, step 1, step 2.
-        Job("nan", arguments(world, folder / "nan", train__save_every=1), nan_call=3),
-        Job("two-from-one", arguments(world, grown, **AUTO), rewind=(str(trained), str(grown), STEPS - SAVE_EVERY)),
-        *(Job(name, arguments(world, folder / name, ds, **APART)) for name, ds in RESHARDED.items()),
-        Job("full", arguments(world, folder / "full", **EVERY), disturb=("full", 2)),
-        Job("fenced", arguments(world, folder / "fenced", **EVERY), disturb=("fenced", 2)),
+        Job("two-micro2", arguments(world, folder / "two-micro2", train__micro_batch=2), stop_after=FEW, **NO_DRY_RUN),
+        Job("token", arguments(world, folder / "token2", objective__reduction="token"), stop_after=3, **NO_DRY_RUN),
+        Job("mask", arguments(world, folder / "mask2", objective__mask2d=0.5), stop_after=3, **NO_DRY_RUN),
+        Job("nan", arguments(world, folder / "nan", train__save_every=1), nan_call=2, **NO_DRY_RUN),
+        Job(
+            "two-from-one",
+            arguments(world, grown, **AUTO),
+            rewind=(str(trained), str(grown), STEPS - SAVE_EVERY),
+            **NO_DRY_RUN,
+        ),
+        *(Job(name, arguments(world, folder / name, ds, **APART), **NO_DRY_RUN) for name, ds in RESHARDED.items()),
+        Job("full", arguments(world, folder / "full", **EVERY), disturb=("full", 2), **NO_DRY_RUN),
+        Job("fenced", arguments(world, folder / "fenced", **EVERY), disturb=("fenced", 2), **NO_DRY_RUN),
         Job("dropout", arguments(world, d, **DROPOUT)),
-        Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
+        Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2), **NO_DRY_RUN),
         Job("cut-frame", arguments(world, folder / "cut", data__root=cut_frame_root(world, folder))),
         Job("foreign", arguments(world, foreign)),
         Job("long", arguments(world, folder / "long", data__max_length=100)),

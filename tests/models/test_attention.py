@@ -131,8 +131,8 @@ def test_the_stock_forward_with_spans_is_that_under_the_mask(model_config: Any, 
         split = load_vlm(model_config.vlm, torch.float32, "sdpa")
         use_scene_split(split)
         use_scene_split(split)  # again: nothing happens
-        given = attention_inputs(split, SimpleNamespace(layout=layout, attention_mask=torch.ones_like(ids)))
-        assert given == {"scene_spans": layout.spans[0]}
+        given = attention_inputs(split, SimpleNamespace(layout=layout))
+        assert given == {"attention_mask": None, "scene_spans": layout.spans[0]}
         actual = split.model(input_ids=ids, position_ids=positions, **given).last_hidden_state
         plain = vlm.model(input_ids=ids, position_ids=positions).last_hidden_state
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -157,7 +157,7 @@ def test_what_would_be_silently_wrong_is_refused(model_config: Any, vlm: Any) ->
     eager = load_vlm(model_config.vlm, torch.float32, "eager")
     with pytest.raises(ValueError, match=r"model\.attention is eager"):
         use_scene_split(eager)
-    packed = SimpleNamespace(layout=layout_of(SPANS["mixed"]), attention_mask=torch.ones(1, 22))
+    packed = SimpleNamespace(layout=layout_of(SPANS["mixed"]))
     for model in (eager, vlm):
         with pytest.raises(AssertionError, match="use_scene_split"):
             attention_inputs(model, packed)

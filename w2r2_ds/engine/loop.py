@@ -49,6 +49,7 @@ from w2r2_ds.engine.watchdog import Watchdog
 from w2r2_ds.engine.wrap import make_engine, trained_groups
 from w2r2_ds.geometry.cached import flush
 from w2r2_ds.geometry.loading import locate, read_config
+from w2r2_ds.kernels.choose import describe
 from w2r2_ds.models.attention import use_scene_split
 from w2r2_ds.models.build import Front, build_model, load_front
 from w2r2_ds.models.dtype import resolve_dtype
@@ -238,6 +239,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
     begin = find_start(config)
     with together():  # what only one node lacks stops all of them
         dtype = resolve_dtype(config.model.dtype)
+        chosen = describe(config.model.kernels, config.model.attention, dtype)
         ds_config = resolve_ds_config(
             load_ds_config(ds_path),
             path=ds_path,
@@ -256,6 +258,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         refuse_drawn_frames(samples, config.data.questions_per_scene)
         processor = make_processor(front, config.data)
         if rank == 0:
+            print(chosen, flush=True)
             print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
         check_frames(samples, rank, world)
         check_texts(samples, processor, rank, world)

@@ -17,6 +17,8 @@ Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManag
 def recompute(layers: Iterable[Any], every: int, offload: bool, contexts: Contexts) -> None:
     """Run layers 0, `every`, 2 `every`, ... again in the backward pass instead of keeping what they computed.
 
+    Not the last one, which is computed for few rows and keeps little (models/last_layer.py).
+
     transformers' `activation_checkpointing_enable` does as much, but also counts the blocks of the frozen vision tower,
     so that it depends on their number which decoder layers are meant, and asks for pinned memory on machines that have
     none. What it sets in a layer is the same: the layer's own forward, inside all hooks, calls the function.

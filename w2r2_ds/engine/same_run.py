@@ -14,7 +14,7 @@ from w2r2_ds.models.w2r2 import W2R2
 
 MAY_CHANGE = (
     frozenset(f"data.{name}" for name in ("root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached"))
-    | frozenset(f"model.{name}" for name in ("vlm", "vggt", "merger", "attention"))
+    | frozenset(f"model.{name}" for name in ("vlm", "vggt", "merger", "attention", "kernels"))
     | frozenset(f"objective.{name}" for name in ("gap_every", "gap_samples"))
     | frozenset(
         f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard", "hang_seconds")

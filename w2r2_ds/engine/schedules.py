@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from w2r2_ds.config import RunConfig
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.models.bound import bound
-from w2r2_ds.models.w2r2 import W2R2, embed, place, row_states
+from w2r2_ds.models.emit import input_streams
+from w2r2_ds.models.w2r2 import W2R2, embed, row_states
 from w2r2_ds.objective.push import find_reading
 
 Schedule = Callable[[Batch, Any, Any, bool], tuple[Tensor, Tensor]]
@@ -72,10 +73,8 @@ class Lockstep:
 
     def __call__(self, batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
         base = self.model.base
-        embeddings = embed(base, batch)
-        with torch.no_grad():
-            short = [place(batch, embeddings, plain)]
-        inputs = place(batch, embeddings, fused)
+        inputs, shortcut = input_streams(batch, embed(base, batch), plain, fused, self.model.kernels)
+        short = [shortcut]
         states = row_states(base, batch, inputs, with_what, self.beside(short))
         return short[0], states
 

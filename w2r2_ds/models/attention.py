@@ -70,7 +70,7 @@ def attention_inputs(vlm: Any, batch: Sequences) -> dict[str, Any]:
     spans = batch.layout.spans
     packed = len(spans) == 1 and vlm.model.language_model.config._attn_implementation in SPLIT.values()
     if packed:
-        return {SPANS: spans[0]}
+        return {"attention_mask": None, SPANS: spans[0]}
     # Without spans a token would see all before it, whatever its sample.
     assert all(len(groups) == 1 and len(groups[0]) == 2 for groups in spans), "a packed batch needs `use_scene_split`"
     return {"attention_mask": None}

@@ -14,6 +14,8 @@ from w2r2_ds.config import ModelConfig
 from w2r2_ds.geometry.cached import FeatureCache
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.loading import load_vggt
+from w2r2_ds.kernels.bind import bind_kernels
+from w2r2_ds.kernels.choose import resolve_attention, resolve_kernels
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.identity import weights_identity
@@ -51,8 +53,8 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
 
     Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
     """
-    dtype = resolve_dtype(config.dtype)
-    vlm = load_vlm(config.vlm, dtype, config.attention)
+    dtype, kernels = resolve_dtype(config.dtype), resolve_kernels(config.kernels)
+    vlm = load_vlm(config.vlm, dtype, resolve_attention(config.attention, dtype))
     text = vlm.config.get_text_config()
     hidden, attention_dropout = text.hidden_size, getattr(text, "attention_dropout", 0.0)
     if attention_dropout:
@@ -62,10 +64,11 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
         )
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    bind_kernels(vlm, kernels)
     geometry = load_geometry(config, device)
-    merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
+    merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden, kernels=kernels).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
-    model = W2R2(peft, merger, fusion, geometry, config.zero)
+    model = W2R2(peft, merger, fusion, geometry, config.zero, kernels)
     model.weights = {"vlm_weights": weights_identity(config.vlm), "vggt_weights": weights_identity(config.vggt)}
     if config.merger:
         load_merger(model, Path(config.merger))

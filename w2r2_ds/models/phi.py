@@ -55,17 +55,22 @@ class Fusion(nn.Module, ABC):
             if self.zero_is_stock:
                 return visual
             geometry = torch.zeros_like(visual)
-        if visual.shape != geometry.shape:
-            raise ValueError(
-                f"fusion: the vision grid is {tuple(visual.shape)} [tokens, hidden] but the geometry grid is "
-                f"{tuple(geometry.shape)}; give both encoders frames of the same size and order"
-            )
+        check_same_tokens(visual.shape, geometry.shape)
         dtype = next(self.parameters(), visual).dtype
         return self.combine(visual.to(dtype), geometry.to(dtype), sizes).to(visual.dtype)
 
     @abstractmethod
     def combine(self, visual: torch.Tensor, geometry: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """The formula, on ``[tokens, hidden]`` of one dtype."""
+
+
+def check_same_tokens(visual: torch.Size, geometry: torch.Size) -> None:
+    """Refuse two grids that do not hold the same tokens."""
+    if visual != geometry:
+        raise ValueError(
+            f"fusion: the vision grid is {tuple(visual)} [tokens, hidden] but the geometry grid is {tuple(geometry)}; "
+            "give both encoders frames of the same size and order"
+        )
 
 
 class Add(Fusion):

@@ -14,11 +14,13 @@ from torch import nn
 
 from w2r2_ds.geometry.cached import Cached
 from w2r2_ds.geometry.encoder import GeometryEncoder
+from w2r2_ds.kernels.choose import Kernels
 from w2r2_ds.models.attention import attention_inputs
+from w2r2_ds.models.emit import LateSum
 from w2r2_ds.models.encode import encode_cached, encode_geometry
 from w2r2_ds.models.fusion import GeometryMerger, pair_frames
 from w2r2_ds.models.last_layer import Rows, rows_only
-from w2r2_ds.models.phi import Fusion
+from w2r2_ds.models.phi import Add, Fusion
 from w2r2_ds.models.tower import TowerInputs
 
 Mask = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
@@ -123,6 +125,7 @@ class W2R2(nn.Module):
         fusion: Phi.
         geometry: frozen encoder.
         zero: what Phi(F2D, 0) zeroes, ``"merged"`` or ``"features"``.
+        kernels: how the streams' inputs are written; the modules are bound already.
     """
 
     def __init__(
@@ -132,12 +135,14 @@ class W2R2(nn.Module):
         fusion: Fusion,
         geometry: GeometryEncoder,
         zero: str = "merged",
+        kernels: Kernels = "torch",
     ) -> None:
         super().__init__()
         self.vlm = vlm
         self.geometry_merger = geometry_merger
         self.fusion = fusion
         self.zero = zero
+        self.kernels = kernels
         self.weights: dict[str, str] = {}  # which frozen weights it stands on, where they came from files
         object.__setattr__(self, "_geometry", geometry)
 
@@ -194,6 +199,8 @@ class W2R2(nn.Module):
         assert mask is None or geometry is not None, "the shortcut is never masked"
         images = list(visual.pooler_output) if mask is None else mask(visual.pooler_output)
         sizes = [len(tokens) for tokens in images]
+        if self.kernels == "triton" and type(self.fusion) is Add and geometry is not None and mask is None:
+            return LateSum(visual, geometry)
         fused = copy.copy(visual)
         fused.pooler_output = torch.split(self.fusion(torch.cat(images), geometry, sizes), sizes)
         return fused

@@ -20,6 +20,8 @@ def needed_packages(config: RunConfig | None) -> frozenset[str]:
         "wandb": config.train.wandb,
         "tensorboard": config.train.tensorboard,
         "flash-attn": config.model.attention == "flash_attention_2",
+        "triton": config.model.kernels == "triton",
+        "liger-kernel": config.model.kernels == "triton",
     }
     return frozenset(name for name, used in wanted.items() if used)
 
@@ -76,6 +78,9 @@ def check_use(config: RunConfig | None) -> Outcome:
     """
     import torch
 
+    from w2r2_ds.kernels.choose import resolve_attention, resolve_kernels
+    from w2r2_ds.models.dtype import resolve_dtype
+
     outcome = Outcome()
     gpu = torch.cuda.is_available()
     for name, value in sorted(os.environ.items()):
@@ -95,14 +100,19 @@ def check_use(config: RunConfig | None) -> Outcome:
             f"model.dtype is bfloat16, which {torch.cuda.get_device_name()} does not compute; take GPUs of the Ampere "
             "generation or later, or --model.dtype float32."
         )
-    outcome.shown["attention"] = config.model.attention
+    attention = resolve_attention(config.model.attention, resolve_dtype(config.model.dtype))
+    outcome.shown["attention"] = f"{attention} (model.attention {config.model.attention})"
     if config.model.attention.startswith("flash_attention") and not gpu:
         outcome.wrong.append(
             f"model.attention is {config.model.attention}, which needs a GPU; give --model.attention sdpa."
         )
-    if config.model.attention == "sdpa" and gpu:
-        outcome.shown["attention"] += " (PyTorch's own kernels)"
-    outcome.shown["kernels"] = "PyTorch"
+    try:
+        kernels = resolve_kernels(config.model.kernels)
+        outcome.shown["kernels"] = f"{kernels} (model.kernels {config.model.kernels})"
+        outcome.equal["kernels"] = kernels
+    except ValueError as error:
+        outcome.wrong.append(str(error))
+    outcome.equal["attention"] = attention
     return outcome
 
 

@@ -1,0 +1,141 @@
+"""Print the cost model's tables of docs/performance.md: ``python docs/cost_model.py``.
+
+Operations are counted from the architectures' shapes alone (w2r2_ds/bench/costs.py); nothing here was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from w2r2_ds.bench import costs
+from w2r2_ds.bench.costs import TERA, Mode, Step
+from w2r2_ds.bench.shapes import QWEN_3B, QWEN_7B, Shape
+
+SIZES = {"3B": QWEN_3B, "7B": QWEN_7B}
+MODES = {
+    "full, checkpointed": Mode(full=True),
+    "LoRA, checkpointed": Mode(full=False),
+    "full": Mode(full=True, checkpointing=False),
+    "LoRA": Mode(full=False, checkpointing=False),
+}
+SQUARE: dict[str, tuple[int, int]] = {"frame_size": (518, 518), "grid": (32, 32)}
+"""Frames of 518 x 518 for VGGT, of 448 x 448 for the VLM: 256 tokens; else 518 x 392 and 252, as in VG-LLM."""
+QUESTIONS = (1, 2, 4, 8, 16)
+FP8 = 0.6
+"""Assumed cost of a forward pass in FP8, of one in bfloat16."""
+KNOBS: dict[str, tuple[float, float]] = {
+    "exact": (1.0, 1.0),
+    "FP8 shortcut": (1.0, FP8),
+    "half of the frames": (0.5, 1.0),
+    "a quarter of the frames": (0.25, 1.0),
+    "FP8, half of the frames": (0.5, FP8),
+    "every second step": (1.0, 0.5),
+    "every fourth step": (1.0, 0.25),
+}
+"""What would be approximate -> share of the frames that the shortcut sees, cost of one of its operations."""
+
+Row = list[str]
+
+
+def square(shape: Shape, frames: int) -> Shape:
+    """The shape with square frames."""
+    return replace(shape, frames=frames, **SQUARE)
+
+
+def parts() -> tuple[Row, list[Row]]:
+    """Operations of every part, in Tflop per sample."""
+    rows = []
+    for name, size in SIZES.items():
+        for frames in (8, 16, 32):
+            shape = square(size, frames)
+            whole, read = costs.language(shape), costs.language(shape, shape.answer_tokens)
+            own = costs.field_step(shape, MODES["LoRA, checkpointed"])
+            values = (own.vision, own.geometry, whole.linear + whole.attention, whole.head, read.forward())
+            rows.append([name, str(frames), str(shape.tokens), *(f"{value / TERA:.1f}" for value in values)])
+    head = ["size", "frames", "tokens", "vision tower", "VGGT", "LLM forward", "head, all rows", "shortcut forward"]
+    return head, rows
+
+
+def ways(shape: Shape, mode: Mode) -> dict[str, float]:
+    """Operations of a step by every way, in Tflop per sample."""
+    own, alone = costs.own_step(shape, mode), costs.own_step(shape, mode, two_passes=False)
+    found = {
+        "field": costs.field_step(shape, mode).total(),
+        "naive": costs.naive_step(shape, mode).total(),
+        "shared": costs.shared_step(shape, mode).total(),
+        "exact": own.total(),
+        "geometry": own.total(geometry=False),
+        "both": own.total(geometry=False, vision=False),
+        "single": alone.total(),
+        "single, geometry": alone.total(geometry=False),
+        "single, both": alone.total(geometry=False, vision=False),
+    }
+    return {name: value / TERA for name, value in found.items()}
+
+
+def ratios() -> tuple[Row, list[Row]]:
+    """W2R2 against the field's single pass and against our own, one question to a sequence."""
+    rows = []
+    for name, size in SIZES.items():
+        for mode_name, mode in MODES.items():
+            for frames in (8, 16, 32):
+                way = ways(square(size, frames), mode)
+                against_field = [way[key] / way["field"] for key in ("naive", "shared", "exact", "geometry", "both")]
+                against_own = [
+                    way[key] / way[own]
+                    for key, own in (("exact", "single"), ("geometry", "single, geometry"), ("both", "single, both"))
+                ]
+                numbers = [f"{value:.2f}" for value in against_field + against_own]
+                rows.append([name, str(frames), mode_name, f"{way['field']:.0f}", *numbers])
+    head = ["size", "frames", "training", "field, Tflop", "naive", "shared features", "exact", "geometry cached"]
+    return [*head, "both cached", "exact / own", "geometry cached / own", "both cached / own"], rows
+
+
+def packed() -> tuple[Row, list[Row]]:
+    """Tflop per sample with several questions about a scene in one sequence, 24 frames of 518 x 392."""
+    rows = []
+    for name, size in SIZES.items():
+        for mode_name in ("full, checkpointed", "LoRA, checkpointed"):
+            shape, mode = replace(size, frames=24), MODES[mode_name]
+            field = costs.field_step(shape, mode).total()
+            steps = [costs.own_step(shape, mode, count).total(geometry=False, vision=False) for count in QUESTIONS]
+            steps.append(costs.own_step(shape, mode, 8).total())
+            cells = [f"{value / TERA:.0f} ({value / field:.2f}x)" for value in steps]
+            rows.append([name, mode_name, f"{field / TERA:.0f}", *cells])
+    head = ["size", "training", "field", *(f"K = {count}, cached" for count in QUESTIONS), "K = 8, no cache"]
+    return head, rows
+
+
+def approximate() -> tuple[Row, list[Row]]:
+    """What an approximate shortcut would cost, against our own single pass; 24 frames, geometry cached."""
+    rows = []
+    for knob, (share, cost) in KNOBS.items():
+        cells = []
+        for name in ("LoRA, checkpointed", "full, checkpointed"):
+            shape, mode = replace(QWEN_7B, frames=24), MODES[name]
+            alone = costs.own_step(shape, mode, two_passes=False)
+            fewer = replace(shape, frames=round(shape.frames * share), prompt_tokens=shape.prompt_tokens)
+            shortcut = costs.own_step(fewer, mode).shortcut * cost
+            both: Step = replace(alone, shortcut=shortcut)
+            cells.append(f"{both.total(geometry=False) / alone.total(geometry=False):.2f}")
+        rows.append([knob, *cells])
+    return ["7B", "LoRA, checkpointed / own", "full, checkpointed / own"], rows
+
+
+def markdown(table: tuple[Row, list[Row]]) -> str:
+    """A table as docs/performance.md has it."""
+    head, rows = table
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES = {
+    "Operations per sample, Tflop (square frames)": parts,
+    "A step against the field's and against our own single pass (square frames)": ratios,
+    "Scene packing, Tflop per sample (24 frames of 518 x 392)": packed,
+    "What an approximate shortcut would give": approximate,
+}
+
+if __name__ == "__main__":
+    for title, make in TABLES.items():
+        print(f"### {title}\n\n{markdown(make())}\n")

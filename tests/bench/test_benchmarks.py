@@ -1,0 +1,149 @@
+"""Every benchmark end to end in shapes of a second: what its table says. How long anything took is no matter here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launchers.bench import main
+from w2r2_ds.bench import BENCHMARKS, load
+from w2r2_ds.bench.field import FieldModel, stock_inputs
+from w2r2_ds.bench.plain import check_equal, difference, gradients, plain_loss
+from w2r2_ds.bench.shapes import TINY
+from w2r2_ds.bench.step_ratio import CACHES, FIELD, NAIVE, SINGLE, W2R2_STEP
+from w2r2_ds.bench.subject import Subject, build
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return build(TINY, torch.device("cpu"))
+
+
+def rows_of(report: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """Rows by their first column; all numbers are finite."""
+    for row in report["rows"]:
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, int | float))
+    return {row[key]: row for row in report["rows"]}
+
+
+def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """What a command line writes."""
+    main([*arguments, "--json", str(tmp_path / "report.json")])
+    report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    assert report["name"] == arguments[0]
+    return report
+
+
+def test_the_command_line_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    for name in BENCHMARKS:
+        assert name in said and load(name).__doc__
+
+
+def test_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(tmp_path, "baseline", "--shape", "tiny", "--rounds", "2")
+    rows = rows_of(report, "part")
+    assert set(rows) == {"whole step", "without the towers"}
+    assert rows["whole step"]["runs"] == 2 and rows["whole step"]["Tflop"] > rows["without the towers"]["Tflop"]
+    assert "language model 2 layers of 64" in report["notes"][0]
+    assert "whole step" in capsys.readouterr().out
+
+
+def test_step_ratio(tmp_path: Path) -> None:
+    report = run(tmp_path, "step_ratio", "--shape", "tiny", "--rounds", "1", "--memory", "false")
+    rows = rows_of(report, "case")
+    ways = {start + end for start in (SINGLE, W2R2_STEP) for end in CACHES}
+    assert set(rows) == ways | {FIELD, FIELD + ", both cached", NAIVE}
+    assert rows[FIELD]["/baseline"] == rows[FIELD]["model"] == 1.0
+    assert all(rows[SINGLE + end]["/own single"] == 1.0 for end in CACHES)
+    # The cost model's order: what a cache holds is not computed, a second pass is, and a graph makes it dearer.
+    model = {name: row["model"] for name, row in rows.items()}
+    assert model[W2R2_STEP + ", both cached"] < model[W2R2_STEP + ", geometry cached"] < model[W2R2_STEP]
+    assert model[SINGLE] < model[W2R2_STEP] < model[NAIVE]
+    claims = {each["claim"]: each for each in report["criteria"]}
+    assert len(claims) == 2 and all(each["met"] for each in claims.values())
+
+
+def test_scene_pack(tmp_path: Path) -> None:
+    report = run(tmp_path, "scene_pack", "--shape", "tiny", "--questions", "[1,3]", "--rounds", "1")
+    rows = rows_of(report, "case")
+    packed = {f"W2R2, K = {count}, both cached" for count in (1, 3)} | {"W2R2, K = 3"}
+    assert set(rows) == packed | {FIELD, FIELD + ", both cached", "own single pass, K = 3, both cached"}
+    for name, row in rows.items():
+        assert row["per sample"] == row["seconds"] / (3 if "K = 3" in name else 1)
+    assert rows["W2R2, K = 3, both cached"]["model"] < rows["W2R2, K = 1, both cached"]["model"]
+    (gradients_equal,) = report["criteria"]
+    assert gradients_equal["met"] and gradients_equal["claim"].endswith("3 packed and apart")
+
+
+@pytest.mark.nightly  # two ranks that import everything; what is gathered is also counted in test_zero3.py
+def test_zero3_bytes(tmp_path: Path) -> None:
+    report = run(tmp_path, "zero3_bytes", "--shape", "tiny")
+    rows = rows_of(report, "schedule")
+    assert set(rows) == {"single pass", "sequential", "lockstep"}
+    assert rows["sequential"]["gathered_mib"] > rows["single pass"]["gathered_mib"]
+    assert rows["sequential"]["most of a layer's"] == 3 and rows["lockstep"]["most of a layer's"] == 2
+    assert report["criteria"][0]["met"]
+
+
+@pytest.mark.nightly  # three processes that import everything
+def test_memory_of_steps(tmp_path: Path) -> None:
+    report = run(tmp_path, "step_ratio", "--shape", "tiny", "--rounds", "1")
+    found = [row["peak_mib"] for row in report["rows"] if row["peak_mib"] is not None]
+    assert len(found) == 3 and "peak memory" in report["criteria"][-1]["claim"]
+
+
+def test_the_field_and_our_single_pass_have_the_same_gradients(subject: Subject) -> None:
+    batch = subject.batch()
+    # float32, sums in another order
+    assert max(check_equal(subject, batch).values()) <= 1e-5
+    # ... and the comparison sees what differs: a push, and a layer of VGGT.
+    model, none = subject.model, subject.step("none")
+    own = gradients(model, none(batch)[0])
+    assert difference(gradients(model, plain_loss(subject.step("poe"), batch)), own) > 1e-2
+    field = FieldModel(model)
+    geometry = field.geometry
+    field.geometry = lambda images: geometry(images).flip(0)  # type: ignore[method-assign]
+    assert difference(gradients(model, field(**stock_inputs(batch)).loss), own) > 1e-4
+
+
+def test_answers_have_just_the_tokens_that_the_shape_says(subject: Subject) -> None:
+    batch = subject.batch(3)
+    assert batch.input_ids.shape == (3, TINY.tokens) and bool(batch.attention_mask.all())
+    assert len(batch.answer_rows.label) == 3 * TINY.answer_tokens
+    assert len(set(batch.answers)) == 3 and batch.answer_rows.where.any()
+
+
+def test_head_memory(tmp_path: Path) -> None:
+    report = run(tmp_path, "head_memory", "--rows", "1024", "--hidden", "64", "--vocabularies", "[16384]")
+    rows = rows_of(report, "head on")
+    assert set(rows) == {"all rows", "all rows, chunked", "answer rows"}
+    # Logits, their float32 copy and gradients: at least once [1024, 16384] of 4 bytes.
+    assert rows["all rows"]["peak_mib"] > 64 > rows["answer rows"]["peak_mib"]
+    assert all(each["met"] for each in report["criteria"])
+
+
+def test_iou(tmp_path: Path) -> None:
+    report = run(tmp_path, "iou", "--pairs", "120", "--points", "20000", "--rounds", "1")
+    assert set(rows_of(report, "way")) == {"ours", "ours, with gradient", "SciPy"}
+    assert len(report["criteria"]) == 3 and all(each["met"] for each in report["criteria"])
+
+
+def test_loader(tmp_path: Path) -> None:
+    report = run(tmp_path, "loader", "--frames", "2", "--images", "small", "--rounds", "1")
+    assert len(rows_of(report, "way")) == 2 and all(each["met"] for each in report["criteria"])
+    with pytest.raises(ValueError, match="--images is 'big'; it is one of scannet, small"):
+        load("loader")(images="big")
+
+
+def test_eval_throughput(tmp_path: Path) -> None:
+    report = run(tmp_path, "eval_throughput", "--shape", "tiny", "--tokens", "3", "--rounds", "1")
+    assert set(rows_of(report, "way")) == {"field: one sample at a time", "ours, 1 at a time", "ours, 4 at a time"}
+    assert report["criteria"][0]["met"]

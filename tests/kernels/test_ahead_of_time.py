@@ -1,0 +1,53 @@
+"""Every kernel compiles for the GPUs that it will meet, without one: Ampere, Hopper, Blackwell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from w2r2_ds.kernels import cell_norm, dropped, dual_emit
+
+triton = pytest.importorskip("triton", reason="kernels are not installed: pip install 'w2r2-ds[kernels]'")
+
+POINTERS = {
+    dual_emit._emit: {"token": "*i32"},
+    cell_norm._norm: {"scale": "*fp32"},
+    cell_norm._weight: {"scale": "*fp32", "part": "*fp32"},
+    dropped._down: {"keep": "*i1"},
+    dropped._outer: {"keep": "*i1", "part": "*fp32"},
+    dropped._up: {"keep": "*i1"},
+}
+"""Types of a kernel's arguments that are not those of `DEFAULTS`."""
+DEFAULTS = {
+    **{name: "*bf16" for name in ("text", "visual", "other", "fused", "shortcut", "features", "weight", "normed")},
+    **{name: "*bf16" for name in ("grad", "x", "a", "low", "out")},
+    **{name: "i32" for name in ("width", "height", "down", "across", "channels", "rows", "rank", "tiles")},
+    **{name: "fp32" for name in ("eps", "scale")},
+}
+CONSTANTS = {"ADD": True, "MERGE": 2, "RANK": 16, "COLUMNS": 128, "HOW": "tf32", "ROWS": 64, "BLOCK": 2048}
+
+
+ALWAYS = {(kernel, 90) for kernel in POINTERS} | {(dual_emit._emit, 80), (dropped._up, 100)}
+"""Compiling takes seconds: every kernel for Hopper, every GPU once; the rest is for the night."""
+
+
+def cases() -> Iterator[Any]:
+    for kernel in POINTERS:
+        for capability in (80, 90, 100):
+            marks = [] if (kernel, capability) in ALWAYS else [pytest.mark.nightly]
+            yield pytest.param(kernel, capability, id=f"{kernel.__name__.strip('_')}-sm_{capability}", marks=marks)
+
+
+@pytest.mark.parametrize(("kernel", "capability"), list(cases()))
+def test_compiles(kernel: Any, capability: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))  # or the second run would compile nothing
+    signature = {name: (DEFAULTS | POINTERS[kernel]).get(name, "constexpr") for name in kernel.arg_names}
+    constants = {name: CONSTANTS[name] for name, kind in signature.items() if kind == "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert f"sm_{capability}" in made.asm["ptx"] and len(made.asm["cubin"]) > 1000

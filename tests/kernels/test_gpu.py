@@ -1,0 +1,98 @@
+"""On a GPU: every kernel against PyTorch at the widths of Qwen2.5-VL-3B, in the dtype of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from w2r2_ds.kernels import dropped
+from w2r2_ds.kernels.cell_norm import cell_norm
+from w2r2_ds.kernels.dual_emit import dual_emit
+from w2r2_ds.kernels.lora import lora_projection
+from w2r2_ds.kernels.norm import add_rms_norm, rms_norm
+from w2r2_ds.kernels.rope import rotate
+from w2r2_ds.kernels.swiglu import swiglu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
+]
+ROWS, WIDTH = 1000, 2048
+
+
+def random(*size: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*size, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def both(function: Callable[..., Any], *inputs: torch.Tensor, leaves: int) -> list[tuple[Any, Any, Any]]:
+    """(triton, torch, torch in float32) of results and gradients of the first `leaves` inputs."""
+    ways = []
+    for kernels, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float32)):
+        given = [x.to(dtype).requires_grad_(i < leaves) if x.is_floating_point() else x for i, x in enumerate(inputs)]
+        torch.manual_seed(3)
+        made = function(*(x * 1 if x.is_floating_point() else x for x in given), kernels)
+        made = [each for each in (made if isinstance(made, tuple) else (made,))]
+        copies = [each.detach().clone() for each in made]
+        sum((each * random(*each.shape, seed=9)).float().sum() for each in made if each.requires_grad).backward()
+        ways.append([*copies, *(x.grad for x in given[:leaves])])
+    return list(zip(*ways, strict=True))
+
+
+def close(cases: list[tuple[Any, Any, Any]]) -> None:
+    """No further from float32 than torch's bfloat16 is, and a tenth: the same roundings or fewer."""
+    for triton, torch_, exact in cases:
+        far, allowed = ((x.float() - exact).norm() / exact.norm() for x in (triton, torch_))
+        assert far <= 1.1 * allowed + 1e-6, f"{far:.2e} from float32, torch {allowed:.2e}"
+
+
+def test_dual_emit_is_equal_to_the_last_bit() -> None:
+    slots = torch.randperm(ROWS, device="cuda")[:900]
+    text, seen, other = random(1, ROWS, WIDTH), random(900, WIDTH, seed=1), random(900, WIDTH, seed=2)
+    for add in (True, False):
+        cases = both(
+            lambda text, other, seen, slots, way, add=add: dual_emit(text, slots, seen, other, add, way),
+            *(text, other, seen, slots),
+            leaves=2,
+        )
+        assert all(torch.equal(triton, torch_) for triton, torch_, _ in cases)
+
+
+def test_cell_norm() -> None:
+    grids = [random(2, 28, 37, WIDTH), random(1, 5, 7, WIDTH, seed=1)]
+    close(both(lambda w, way: cell_norm([g.to(w.dtype) for g in grids], w, 1e-6, 2, way), random(WIDTH), leaves=1))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_lora(p: float) -> None:
+    x, a, b, w, bias = (random(*s) for s in [(ROWS, WIDTH), (16, WIDTH), (256, 16), (256, WIDTH), (256,)])
+    close(
+        both(lambda x, a, b, w, bias, way: lora_projection(x, w, bias, a, b, 2.0, p, way), x, a, b, w, bias, leaves=3)
+    )
+
+
+def test_dropped_products_of_float32_are_not_tf32() -> None:
+    x, a, low = random(300, 512).float() + 1e-3, random(16, 512).float() * 1.001, random(300, 16).float() * 1.001
+    keep = torch.rand(300, 512, device="cuda") < 0.9
+    for way in (dropped.down(x, keep, a, 1.0, "triton"), dropped.down(x, keep, a, 1.0, "torch")):
+        exact = (x.double() * keep) @ a.double().t()
+        assert (way - exact).norm() / exact.norm() < 1e-6
+    got = dropped.outer(low, x, keep, 1.0, "triton")
+    exact = low.double().t() @ (x.double() * keep)
+    assert (got - exact).norm() / exact.norm() < 1e-6
+
+
+def test_norms_and_swiglu() -> None:
+    x, r, w = random(1, ROWS, WIDTH), random(1, ROWS, WIDTH, seed=1), random(WIDTH)
+    close(both(lambda x, way: rms_norm(x, w.to(x.dtype), 1e-6, way), x, leaves=1))
+    close(both(lambda x, r, way: add_rms_norm(x, r, w.to(x.dtype), 1e-6, way), x, r, leaves=2))
+    close(both(swiglu, random(ROWS, 11008), random(ROWS, 11008, seed=1), leaves=2))
+
+
+def test_rotation() -> None:
+    angles = torch.randn(1, ROWS, 64, device="cuda").repeat(1, 1, 2)
+    tables = angles.cos().bfloat16(), angles.sin().bfloat16()
+    close(both(rotate, random(1, 16, ROWS, 128), random(1, 2, ROWS, 128, seed=1), *tables, leaves=2))

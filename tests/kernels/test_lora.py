@@ -1,0 +1,176 @@
+"""The projection that stands in for PEFT's forward: the same numbers, and PEFT's own where it was not made for it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from w2r2_ds.kernels import lora
+from w2r2_ds.kernels.lora import bind_lora
+
+
+class Two(nn.Module):
+    """A projection with a bias and one without, and something between them that LoRA leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 40), nn.Linear(40, 24, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+class Checkpointed(nn.Module):
+    """The same parameters, recomputed in the backward pass."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpoint(self.model, x, use_reentrant=False)
+        return out
+
+
+def adapted(dropout: float = 0.0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["first", "second"], **options)
+    model: Any = get_peft_model(Two(), config)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype)
+
+
+def bound_copy(model: Any) -> Any:
+    """A copy whose projections are bound."""
+    twin = copy.deepcopy(model)
+    for module in (twin.base_model.model.first, twin.base_model.model.second):
+        bind_lora(module, "torch")
+    return twin
+
+
+def results(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, the input's gradient, and those of LoRA, with one seed for the dropout."""
+    torch.manual_seed(7)
+    leaf = x.clone().requires_grad_()
+    out = model(leaf)
+    model.zero_grad()
+    out.float().square().sum().backward()
+    return [out, leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Dropout of every projection that ours computed."""
+    made: list[float] = []
+    stock = lora.lora_projection
+
+    def counted(*args: Any) -> torch.Tensor:
+        made.append(args[6])
+        return stock(*args)
+
+    monkeypatch.setattr(lora, "lora_projection", counted)
+    return made
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("training", [True, False])
+def test_equal_to_peft(calls: list[float], dropout: float, training: bool) -> None:
+    """With the same mask: torch draws it alike. 1e-5 of the largest: float32 in another order."""
+    model = adapted(dropout).train(training)
+    x = torch.randn(3, 5, 24)
+    for ours, theirs in zip(results(bound_copy(model), x), results(model, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.detach().abs().max()))
+    assert calls == [dropout if training else 0.0] * 2
+
+
+def test_bfloat16_is_no_further_from_float32_than_peft() -> None:
+    """The update is added before the output is rounded, not after: one rounding less."""
+    model = adapted(dtype=torch.bfloat16)
+    x = torch.randn(64, 24).bfloat16()
+    exact = results(copy.deepcopy(model).float(), x.float())
+    ours, theirs = (
+        [(got.float() - true).norm() / true.norm() for got, true in zip(results(m, x), exact, strict=True)]
+        for m in (bound_copy(model), model)
+    )
+    assert all(error < 2**-6 for error in ours)  # two projections of three roundings each, 2**-8
+    assert sum(ours) < 1.1 * sum(theirs)
+
+
+def test_checkpointing_draws_the_mask_again(calls: list[float]) -> None:
+    model = bound_copy(adapted(0.4))
+    whole = results(model, torch.ones(6, 24))
+    part = results(Checkpointed(model), torch.ones(6, 24))
+    assert len(calls) == 2 + 4
+    assert all(torch.equal(one, two) for one, two in zip(whole, part, strict=True))
+
+
+def test_without_a_graph_nothing_is_kept(calls: list[float]) -> None:
+    """The shortcut stream: no graph, and no dropout by the layers' own flag."""
+    model = bound_copy(adapted(0.4))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.training = False
+    kept: list[torch.Tensor] = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = model(torch.ones(6, 24))
+    assert not kept and not out.requires_grad and calls == [0.0, 0.0]
+
+
+def test_peft_does_what_this_was_not_made_for(calls: list[float]) -> None:
+    """Adapters that are off, merged, two at once, or of another kind; and a frozen base that is not frozen."""
+    x = torch.randn(6, 24)
+    model = bound_copy(adapted())
+    plain = copy.deepcopy(model)
+    with model.disable_adapter():
+        assert torch.equal(
+            model(x), model.base_model.model.second.base_layer(torch.tanh(model.base_model.model.first.base_layer(x)))
+        )
+    before = model(x)
+    assert len(calls) == 2
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 4
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"]))
+    model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)  # a fresh adapter adds nothing
+    model.base_model.set_adapter("default")
+    assert len(calls) == 4 and torch.allclose(model(x), before, rtol=1e-4, atol=1e-5) and len(calls) == 6
+    bound_copy(adapted(use_dora=True))(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    plain.base_model.model.first.base_layer.weight.requires_grad_()
+    plain(x).sum().backward()
+    assert plain.base_model.model.first.base_layer.weight.grad is not None
+    assert len(calls) == 7  # the second projection of the last
+
+
+def test_a_weight_that_zero3_has_not_gathered_is_left_to_peft(calls: list[float]) -> None:
+    """Its parameters carry `ds_id`; those of a leaf module, which is gathered whole, `ds_z3_leaf_module` too."""
+    model = bound_copy(adapted())
+    weight = model.base_model.model.first.base_layer.weight
+    weight.ds_id = 0
+    model(torch.ones(6, 24))
+    assert len(calls) == 1
+    weight.ds_z3_leaf_module = model
+    model(torch.ones(6, 24))
+    assert len(calls) == 3
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    model = bound_copy(adapted())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(torch.ones(1, 24)).any() and model(torch.ones(1, 24)).any()

@@ -1,0 +1,16 @@
+"""The benchmarks behind every claim about speed or memory; `launchers/bench.py NAME` runs one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+BENCHMARKS = ("baseline", "step_ratio", "scene_pack", "zero3_bytes", "head_memory", "loader", "iou", "eval_throughput")
+"""Each a file here, with a function of its name that returns a `Report`."""
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function of a benchmark."""
+    function: Callable[..., Any] = getattr(import_module(f"{__name__}.{name}"), name)
+    return function

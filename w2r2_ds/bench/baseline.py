@@ -1,0 +1,57 @@
+"""The field's way by itself: steps of Hugging Face's Trainer on stock code, the unit that ratios are in."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from w2r2_ds.bench import costs
+from w2r2_ds.bench.field import FieldTrainer
+from w2r2_ds.bench.harness import Case, Spread, find_device, interleave
+from w2r2_ds.bench.report import Report
+from w2r2_ds.bench.shapes import Shape, find_shapes
+from w2r2_ds.bench.subject import build, describe
+from w2r2_ds.engine.throughput import matrix_rate
+from w2r2_ds.models.dtype import resolve_dtype
+
+LORA = costs.Mode()
+
+
+def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Report:
+    """Train by Hugging Face's Trainer: stock Qwen2.5-VL, logits on every row, all of VGGT in every step, PEFT LoRA.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
+        frames: frames per sample, one or several; the shape's own without it.
+        rounds: steps.
+    """
+    report = Report("baseline", "the field's training step: HF Trainer, one sample, LoRA, checkpointing", [])
+    for each in find_shapes(shape, frames or []):
+        device = find_device()
+        subject = build(each, device)
+        field = FieldTrainer(subject, subject.batch())
+        given = field.towers()
+        cases: dict[str, Case] = {"whole step": field.step, "without the towers": partial(field.step, given)}
+        warmups = 2 if device.type == "cuda" else 0
+        spreads = interleave(cases, rounds, device, warmups)
+        rate = matrix_rate(device, resolve_dtype(each.dtype)) if device.type == "cuda" else None
+        for name, spread in spreads.items():
+            report.rows.append(row(each, name, spread, rate))
+        report.notes.append(describe(each))
+    return report
+
+
+def row(shape: Shape, name: str, spread: Spread, rate: float | None) -> dict[str, object]:
+    """What one part took, and on a GPU what of the measured matrix rate the language model used."""
+    whole = name == "whole step"
+    operations = costs.field_step(shape, LORA).total(geometry=whole, vision=whole)
+    values: dict[str, object] = {
+        "part": name,
+        "shape": f"{shape.name}, {shape.frames} frames",
+        **spread.columns(),
+        "tokens/s": shape.tokens / spread.median,
+        "Tflop": operations / costs.TERA,
+        "Tflop/s": operations / costs.TERA / spread.median,
+    }
+    if rate is not None and not whole:
+        values["MFU"] = costs.model_operations(shape, two_passes=False) / spread.median / rate
+    return values

@@ -1,0 +1,121 @@
+"""Answers a second: the stock `generate` per sample with both towers, and this project's batches of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from w2r2_ds.bench.field import FieldModel
+from w2r2_ds.bench.harness import find_device, interleave, ratio
+from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.shapes import find_shapes
+from w2r2_ds.bench.subject import Subject
+from w2r2_ds.bench.subject import build as build_subject
+from w2r2_ds.config import DataConfig
+from w2r2_ds.data.collate import Batch, Collator
+from w2r2_ds.data.processor import Features
+from w2r2_ds.evaluation.generate import generate_tokens
+
+FIELD = "field: one sample at a time"
+
+
+def eval_throughput(
+    shape: str = "cpu", batch_sizes: tuple[int, ...] = (1, 4), tokens: int = 24, rounds: int = 2
+) -> Report:
+    """Seconds per greedy answer of a fixed length, from frames to token ids.
+
+    Args:
+        shape: cpu, tiny, 3b or 7b.
+        batch_sizes: prompts per forward of ours.
+        tokens: of every answer.
+        rounds: how often each is run, in turns.
+    """
+    (chosen,) = find_shapes(shape, [])
+    device = find_device()
+    subject = build_subject(chosen, device)
+    subject.model.eval()
+    report = Report("eval_throughput", f"greedy answers of {tokens} tokens, {chosen.visual_tokens} visual tokens", [])
+    batches = {size: prompts(subject, size) for size in batch_sizes}
+    answers: dict[str, Any] = {}
+
+    def keep(name: str, answer: Callable[[], Any]) -> Callable[[], None]:
+        def case() -> None:
+            answers[name] = answer()
+
+        return case
+
+    cases = {FIELD: keep(FIELD, lambda: stock_tokens(subject, prompts(subject, 1), tokens))}
+    for size, batch in batches.items():
+        name = f"ours, {size} at a time"
+        cases[name] = keep(name, partial(ours, subject, batch, tokens))
+    spreads = interleave(cases, rounds, device)
+    counts = {FIELD: 1} | {f"ours, {size} at a time": size for size in batch_sizes}
+    for name, spread in spreads.items():
+        per_answer = spread.median / counts[name]
+        report.rows.append(
+            {
+                "way": name,
+                **spread.columns(),
+                "answers/s": 1 / per_answer,
+                "/field": ratio(spread, spreads[FIELD]) / counts[name],
+            }
+        )
+    first = f"ours, {batch_sizes[0]} at a time"
+    report.criteria.append(
+        Criterion("answers that differ from the stock ones", float(answers[first][0] != answers[FIELD]), 0)
+    )
+    return report
+
+
+def prompts(subject: Subject, count: int) -> Batch:
+    """So many prompts, each with frames of its own, left-padded."""
+    made = [prompt(feature) for feature in subject.features(count)]
+    collate = Collator(subject.front.tokenizer.pad_token_id, "image", None, subject.front.vision)
+    return collate(made).to(subject.device)
+
+
+def prompt(feature: Features) -> Features:
+    """A sample without its answer."""
+    length = len(feature.input_ids) - feature.answer_tokens
+    return replace(
+        feature,
+        input_ids=feature.input_ids[:length],
+        token_types=feature.token_types[:length],
+        what=feature.what[:length],
+        answer_tokens=0,
+        slots=None,
+    )
+
+
+def ours(subject: Subject, batch: Batch, tokens: int) -> list[list[int]]:
+    """This project's answers."""
+    return generate_tokens(subject.model, batch, subject.front.tokenizer, "fused", tokens, DataConfig().video_fps)
+
+
+@torch.inference_mode()
+def stock_tokens(subject: Subject, batch: Batch, tokens: int) -> list[int]:
+    """One answer by the stock `generate`, all of VGGT computed."""
+    field = FieldModel(subject.model)
+    images = batch.visuals.geometry_images[0]
+    assert images is not None, "a batch without a cache"
+    visual = field.fused(batch.visuals.pixel_values, batch.visuals.grid_thw, images)
+    tokenizer = subject.front.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    output = subject.model.base.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        mm_token_type_ids=batch.token_types,
+        mm_encoder_outputs={"image": visual},
+        image_grid_thw=batch.visuals.grid_thw,
+        do_sample=False,
+        repetition_penalty=1.0,
+        max_new_tokens=tokens,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answer: list[int] = output[0, batch.input_ids.shape[1] :].tolist()
+    return answer[: answer.index(end)] if end in answer else answer

@@ -1,0 +1,176 @@
+"""How everything is measured: in turns, by process time or CUDA events; memory in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Case = Callable[[], "Lap | None"]
+"""One run of what is compared. It is timed from outside, unless it says itself which part of it counts."""
+
+
+@dataclass
+class Lap:
+    """Seconds of one run; more than one stretch may be added to it."""
+
+    seconds: float = 0.0
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def total(self) -> float:
+        """Waits for the GPU where stretches were marked there."""
+        if self.marks:
+            torch.cuda.synchronize()
+        return self.seconds + sum(begin.elapsed_time(end) for begin, end in self.marks) / 1000
+
+
+@contextmanager
+def timed(lap: Lap, device: torch.device) -> Iterator[None]:
+    """Add what happens inside: processor time of this process, or time between two CUDA events.
+
+    On a shared machine processor time is what a computation costs; the clock on the wall also counts the neighbours.
+    """
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        lap.marks.append((begin, end))
+        return
+    started = time.process_time()
+    yield
+    lap.seconds += time.process_time() - started
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What one case took.
+
+    Attributes:
+        seconds: of every run.
+        peak: bytes allocated on the GPU at the worst moment; None on the CPU.
+    """
+
+    seconds: tuple[float, ...]
+    peak: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return float(np.median(self.seconds))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """A quarter of the runs was faster than the first and slower than the second, in seconds."""
+        low, high = np.percentile(self.seconds, [25, 75])
+        return float(low), float(high)
+
+    def columns(self) -> dict[str, Any]:
+        """For a row of a table."""
+        low, high = self.quartiles
+        memory = {} if self.peak is None else {"peak_gib": self.peak / 2**30}
+        return {"seconds": self.median, "q1": low, "q3": high, "runs": len(self.seconds)} | memory
+
+
+def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, warmups: int = 0) -> dict[str, Spread]:
+    """Run every case once per round, so that a slow minute of the machine meets all of them.
+
+    Args:
+        cases: by name, in order; every second round goes backwards.
+        rounds: how often.
+        device: where they compute.
+        warmups: rounds before that do not count.
+    """
+    if rounds < 1:
+        raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    peaks: dict[str, int] = {}
+    for turn in range(warmups + rounds):
+        order = list(cases) if turn % 2 == 0 else list(reversed(list(cases)))
+        for name in order:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            outer = Lap()
+            with timed(outer, device):
+                own = cases[name]()
+            took = (own or outer).total()
+            if turn >= warmups:
+                seconds[name].append(took)
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated()
+    return {name: Spread(tuple(seconds[name]), peaks.get(name)) for name in cases}
+
+
+def ratio(case: Spread, base: Spread) -> float:
+    """Median over rounds of case / base: both of a round ran close to each other."""
+    return float(np.median(np.array(case.seconds) / np.array(base.seconds)))
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Call a function of a module in a new Python process and return its JSON-like result.
+
+    Raises:
+        RuntimeError: the process failed; with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        request = [function.__module__, function.__qualname__, list(arguments), str(result)]
+        # Allocations come from and go back to the system at once, so that its count of pages is theirs.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, json.dumps(request)], capture_output=True, text=True, env=environment
+        )
+        if done.returncode:
+            raise RuntimeError(f"{function.__qualname__}{arguments} failed:\n{done.stderr[-2000:]}")
+        answer: dict[str, Any] = json.loads(result.read_text())
+    return answer
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Bytes that a call has resident beyond what was there before, at its worst moment (Linux)."""
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = _status("VmRSS")
+    function()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    """Bytes of one line of this process's status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {name}")
+
+
+def find_device() -> torch.device:
+    """The GPU, or the CPU with one thread: on a shared machine two threads also wait for each other."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def _serve(request: str) -> None:
+    """The other side of `in_fresh_process`."""
+    module, name, arguments, result = json.loads(request)
+    find_device()
+    Path(result).write_text(json.dumps(getattr(import_module(module), name)(*arguments)))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -1,0 +1,119 @@
+"""What a benchmark hands back: a table, what was promised and what came of it, the machine; printed or as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from w2r2_ds import durable
+from w2r2_ds.versions import versions
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One claim that the project wants to keep.
+
+    Attributes:
+        claim: in words.
+        measured: its number.
+        limit: the most it may be.
+    """
+
+    claim: str
+    measured: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the measurement keeps it."""
+        return bool(self.measured <= self.limit)
+
+
+@dataclass
+class Report:
+    """One benchmark's result.
+
+    Attributes:
+        name: of the benchmark.
+        title: one line: what was compared.
+        rows: dictionaries with the same keys; the first is the name of the row.
+        criteria: claims, met or not.
+        notes: sentences that a reader of the numbers must know.
+        machine: where it ran.
+    """
+
+    name: str
+    title: str
+    rows: list[dict[str, Any]]
+    criteria: list[Criterion] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that `show` prints, unrounded."""
+        criteria = [asdict(each) | {"met": each.met} for each in self.criteria]
+        whole = {"name": self.name, "title": self.title, "machine": self.machine}
+        return whole | {"rows": self.rows, "criteria": criteria, "notes": self.notes}
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.replace(path, json.dumps(self.to_json(), indent=2) + "\n")
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the table, the criteria, the notes and the machine."""
+        console = console or Console(highlight=False, width=None if os.isatty(1) else 150)
+        table = Table(title=f"{self.name}: {self.title}", title_justify="left")
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in self.rows:
+            table.add_row(*(_cell(row.get(column)) for column in columns))
+        console.print(table)
+        for each in self.criteria:
+            verdict = "met" if each.met else "NOT MET"
+            console.print(f"{each.claim}: {each.measured:.3g}, at most {each.limit:g}: {verdict}", markup=False)
+        for note in self.notes:
+            console.print(f"- {note}", markup=False)
+        console.print("; ".join(f"{key} {value}" for key, value in self.machine.items()), markup=False)
+
+
+def _cell(value: Any) -> str:
+    """A number with three or four significant digits; nothing for what a row does not have."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, its load, memory, GPU and the versions that a number depends on."""
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return found | versions()
+
+
+def _processor() -> str:
+    """The model's name, where Linux says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

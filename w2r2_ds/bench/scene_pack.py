@@ -1,0 +1,127 @@
+"""What a sample costs where K questions about the same frames share one visual prefix, and that it is exact."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2r2_ds.bench import costs
+from w2r2_ds.bench.field import FieldTrainer
+from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, ratio
+from w2r2_ds.bench.plain import difference, gradients
+from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.shapes import Shape, find_shapes
+from w2r2_ds.bench.step_ratio import FIELD, GRADIENTS, LORA, SINGLE, W2R2_STEP, single_pass, there_already
+from w2r2_ds.bench.subject import Subject, build, describe, optimizer_of, update
+from w2r2_ds.data.collate import Batch
+from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.models.attention import use_scene_split
+
+CACHED = ", both cached"
+LIMIT = 0.22
+"""Of the field's time per sample that one of eight packed questions may cost."""
+
+
+def scene_pack(
+    shape: str = "cpu", frames: list[int] | None = None, questions: tuple[int, ...] = (1, 4, 8), rounds: int = 3
+) -> Report:
+    """Time per sample of W2R2 with K questions in one sequence, against the field's single pass per sample.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
+        frames: frames per sample, one or several; the shape's own without it.
+        questions: K, one or several; the last one is also run without caches, as a single pass, and compared.
+        rounds: how often each is run, in turns.
+    """
+    report = Report("scene_pack", "seconds per sample, K questions share a visual prefix, LoRA, checkpointing", [])
+    for each in find_shapes(shape, frames or []):
+        measure(each, questions, rounds, report)
+    return report
+
+
+def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Report) -> None:
+    """Add one shape's rows, criteria and notes."""
+    device = find_device()
+    subject = build(shape, device)
+    batches = {count: subject.batch(count, packed=True) for count in questions}
+    most = questions[-1]
+    where = f"{shape.name}, {shape.frames} frames"
+    if shape.dtype == "float32":
+        gap = separate_difference(subject, batches[most])
+        report.criteria.append(Criterion(f"relative difference of gradients, {most} packed and apart", gap, GRADIENTS))
+    spreads = interleave(cases(subject, batches), rounds, device, warmups=2 if device.type == "cuda" else 0)
+    per_sample = {name: (int(name.partition("K = ")[2].partition(",")[0] or 1)) for name in spreads}
+    for name, spread in spreads.items():
+        count, base = per_sample[name], FIELD + (CACHED if name.endswith(CACHED) else "")
+        measured = {"per sample": spread.median / count, "/field": ratio(spread, spreads[FIELD]) / count}
+        report.rows.append(
+            {
+                "case": name,
+                "shape": where,
+                **spread.columns(),
+                **measured,
+                "model": predicted(shape, name, count) / predicted(shape, FIELD, 1),
+                "/field, as cached": ratio(spread, spreads[base]) / count,
+                "its model": predicted(shape, name, count) / predicted(shape, base, 1),
+            }
+        )
+    if shape.name != "tiny":
+        for end in ("", CACHED):
+            name = f"{W2R2_STEP}, K = {most}{end}"
+            claim = f"{where}: {name}, per sample / {FIELD}"
+            report.criteria.append(Criterion(claim, ratio(spreads[name], spreads[FIELD]) / most, LIMIT))
+    report.notes.append(describe(shape))
+
+
+def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
+    """What is run in turns."""
+    model, optimizer = subject.model, optimizer_of(subject.model)
+    first, most = next(iter(batches.values())), list(batches)[-1]
+    visual, features = model.encode_2d(first.visuals), model.encode_3d(first.visuals)
+    known = {"encode_2d": visual, "encode_3d": features}
+    field = FieldTrainer(subject, subject.batch())
+
+    def stock(given: Any = None) -> Lap:
+        model.base.set_attn_implementation({"text_config": "sdpa"})
+        lap = field.step(given)
+        use_scene_split(model.base)
+        return lap
+
+    def run(step: W2R2Step, batch: Batch, cached: bool) -> None:
+        with there_already(model, known if cached else {}):
+            update(optimizer, step(batch)[0])
+
+    use_scene_split(model.base)
+    result: dict[str, Case] = {FIELD: stock, FIELD + CACHED: partial(stock, (visual, features[0]))}
+    for count, batch in batches.items():
+        result[f"{W2R2_STEP}, K = {count}{CACHED}"] = partial(run, subject.step(), batch, True)
+    result[f"{W2R2_STEP}, K = {most}"] = partial(run, subject.step(), batches[most], False)
+    single = single_pass(subject, batches[most], visual, features)
+    result[f"{SINGLE}, K = {most}{CACHED}"] = partial(run, single, batches[most], True)
+    return result
+
+
+def separate_difference(subject: Subject, packed: Batch) -> float:
+    """Gradients of packed samples against the sum of those of each sample alone, by push `poe`."""
+    model, step = subject.model, subject.step("poe")
+    known = {"encode_2d": model.encode_2d(packed.visuals), "encode_3d": model.encode_3d(packed.visuals)}
+    with there_already(model, known):
+        total: dict[str, Tensor] = {}
+        for index in range(len(packed.ids)):
+            own = gradients(model, step(subject.alone(index))[0])
+            total = {name: total.get(name, torch.zeros_like(each)) + each for name, each in own.items()}
+        use_scene_split(model.base)
+        return difference(gradients(model, step(packed)[0]), total)
+
+
+def predicted(shape: Shape, name: str, count: int) -> float:
+    """The cost model's operations per sample of a case."""
+    if name.startswith(FIELD):
+        step = costs.field_step(shape, LORA)
+    else:
+        step = costs.own_step(shape, LORA, count, two_passes=name.startswith(W2R2_STEP))
+    towers = not name.endswith(CACHED)
+    return step.total(geometry=towers, vision=towers)

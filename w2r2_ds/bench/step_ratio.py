@@ -1,0 +1,171 @@
+"""What a W2R2 step costs beside the field's single pass and beside our own, that it is exact, and what it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2r2_ds.bench import costs
+from w2r2_ds.bench.field import FieldTrainer
+from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, interleave, peak_bytes, ratio
+from w2r2_ds.bench.plain import check_equal, plain_loss
+from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.shapes import Shape, find_shapes
+from w2r2_ds.bench.subject import Subject, build, describe, optimizer_of, update
+from w2r2_ds.data.collate import Batch
+from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.engine.throughput import matrix_rate
+from w2r2_ds.models.dtype import resolve_dtype
+from w2r2_ds.models.w2r2 import W2R2
+
+FIELD, SINGLE, W2R2_STEP, NAIVE = "field (baseline)", "own single pass", "W2R2", "naive two passes"
+CACHES = {"": (), ", geometry cached": ("encode_3d",), ", both cached": ("encode_3d", "encode_2d")}
+"""Name of a row's end -> the encoders of `W2R2` whose features are there already."""
+LORA = costs.Mode()
+LIMITS = {("", FIELD): 0.90, (", geometry cached", FIELD): 0.80, ("", SINGLE): 1.40, (", both cached", SINGLE): 1.40}
+"""(caches, base) -> the most that W2R2 may cost of it."""
+GRADIENTS = 1e-5
+
+
+def step_ratio(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3, memory: bool = True) -> Report:
+    """Time of a step by the field's way, by W2R2 with and without caches, by our single pass, and naively.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
+        frames: frames per sample, one or several; the shape's own without it.
+        rounds: how often each is run, in turns.
+        memory: on the CPU, also start a process per case that measures its peak; on a GPU that comes for nothing.
+    """
+    report = Report("step_ratio", "seconds of one training step, LoRA, checkpointing, one sample", [])
+    for each in find_shapes(shape, frames or []):
+        measure(each, rounds, memory, report)
+    return report
+
+
+def measure(shape: Shape, rounds: int, memory: bool, report: Report) -> None:
+    """Add one shape's rows, criteria and notes."""
+    device = find_device()
+    subject = build(shape, device)
+    batch = subject.batch()
+    equal = check_equal(subject, batch) if shape.dtype == "float32" else {}
+    spreads = interleave(cases(subject, batch), rounds, device, warmups=2 if device.type == "cuda" else 0)
+    rate = matrix_rate(device, resolve_dtype(shape.dtype)) if device.type == "cuda" else None
+    for name, spread in spreads.items():
+        report.rows.append(row(shape, name, spread, spreads, rate))
+    report.criteria += criteria(shape, spreads, equal)
+    if memory and device.type == "cpu":
+        peaks = {name: in_fresh_process(peak_of, shape.name, shape.frames, name)["bytes"] for name in PEAKS}
+        for each in report.rows[-len(spreads) :]:
+            each["peak_mib"] = peaks[each["case"]] / 2**20 if each["case"] in peaks else None
+        grows = peaks[W2R2_STEP + ", both cached"] / peaks[SINGLE + ", both cached"]
+        report.criteria.append(Criterion("peak memory, W2R2 / own single pass, both cached", grows, 1.05))
+    report.notes.append(describe(shape))
+
+
+def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
+    """What is run in turns. They share one model, so that what differs is the way alone."""
+    model, optimizer = subject.model, optimizer_of(subject.model)
+    field = FieldTrainer(subject, batch)
+    visual, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
+    known = {"encode_2d": visual, "encode_3d": features}
+    step, single, naive = subject.step(), single_pass(subject, batch, visual, features), subject.step("unblocked")
+
+    def run(step: W2R2Step, cached: tuple[str, ...]) -> Case:
+        def once() -> None:
+            with there_already(model, {name: known[name] for name in cached}):
+                update(optimizer, step(batch)[0])
+
+        return once
+
+    result: dict[str, Case] = {FIELD: field.step}
+    result[FIELD + ", both cached"] = lambda: field.step((visual, features[0]))
+    for caches, encoders in CACHES.items():
+        result[SINGLE + caches] = run(single, encoders)
+        result[W2R2_STEP + caches] = run(step, encoders)
+    result[NAIVE] = lambda: update(optimizer, plain_loss(naive, batch))
+    return result
+
+
+def single_pass(subject: Subject, batch: Batch, visual: Any, features: list[Tensor]) -> W2R2Step:
+    """Push `none` without the shortcut, which is then only read for the statistics: its states are there already."""
+    step = subject.step("none")
+    model = step.model
+    with torch.no_grad():
+        short = model.hidden(batch, step.plain(visual, features))
+
+    def schedule(batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
+        return short, model.hidden(batch, fused, with_what)
+
+    step.schedule = schedule
+    return step
+
+
+@contextmanager
+def there_already(model: W2R2, features: dict[str, Any]) -> Iterator[None]:
+    """Inside, these encoders of the model answer at once."""
+    with ExitStack() as undo:
+        for name, value in features.items():
+            setattr(model, name, lambda visuals, value=value: value)
+            undo.callback(delattr, model, name)
+        yield
+
+
+def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rate: float | None) -> dict[str, Any]:
+    """One case against the two bases, measured and by the cost model."""
+    caches = next(end for end in reversed(CACHES) if name.endswith(end))
+    own = SINGLE + caches
+    values = {
+        "case": name,
+        "shape": f"{shape.name}, {shape.frames} frames",
+        **spread.columns(),
+        "/baseline": ratio(spread, spreads[FIELD]),
+        "model": predicted(shape, name) / predicted(shape, FIELD),
+        "/own single": ratio(spread, spreads[own]),
+        "its model": predicted(shape, name) / predicted(shape, own),
+    }
+    if rate is not None:
+        needed = costs.model_operations(shape, two_passes=name.startswith((W2R2_STEP, NAIVE)))
+        values["MFU"] = needed / spread.median / rate if caches == ", both cached" else None
+    return values
+
+
+def predicted(shape: Shape, name: str) -> float:
+    """The cost model's operations of a case."""
+    encoders = next(CACHES[end] for end in reversed(CACHES) if name.endswith(end))
+    ways: dict[str, Callable[[], costs.Step]] = {
+        FIELD: lambda: costs.field_step(shape, LORA),
+        SINGLE: lambda: costs.own_step(shape, LORA, two_passes=False),
+        W2R2_STEP: lambda: costs.own_step(shape, LORA),
+        NAIVE: lambda: costs.naive_step(shape, LORA),
+    }
+    step = next(way() for start, way in ways.items() if name.startswith(start))
+    return step.total(geometry="encode_3d" not in encoders, vision="encode_2d" not in encoders)
+
+
+def criteria(shape: Shape, spreads: dict[str, Spread], equal: dict[str, float]) -> list[Criterion]:
+    """The claims; those about time are about the fixed shapes."""
+    found = [Criterion(f"relative difference of gradients, {name}", gap, GRADIENTS) for name, gap in equal.items()]
+    if shape.name == "tiny":
+        return found
+    for (caches, base), limit in LIMITS.items():
+        against = base if base == FIELD else base + caches
+        claim = f"{shape.name}, {shape.frames} frames: {W2R2_STEP}{caches} / {against}"
+        found.append(Criterion(claim, ratio(spreads[W2R2_STEP + caches], spreads[against]), limit))
+    return found
+
+
+PEAKS = tuple(name + ", both cached" for name in (FIELD, SINGLE, W2R2_STEP))
+"""Cases whose memory is measured on the CPU: of the language model's part, in which they differ."""
+
+
+def peak_of(shape: str, frames: int, name: str) -> dict[str, Any]:
+    """Bytes that the second step of a case adds, in a process of its own."""
+    (chosen,) = find_shapes(shape, [frames])
+    subject = build(chosen, find_device())
+    case = cases(subject, subject.batch())[name]
+    case()
+    return {"bytes": peak_bytes(case)}

@@ -1,0 +1,79 @@
+"""What ZeRO-3 gathers in a step by each schedule, counted on ranks: bytes, and a decoder layer's parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.shapes import find_shapes
+
+WAYS = ("single pass", "sequential", "lockstep")
+
+
+def zero3_bytes(shape: str = "cpu", ranks: int = 2) -> Report:
+    """Bytes gathered per training step, relative to the bytes of all sharded parameters; no time is taken.
+
+    Args:
+        shape: cpu or tiny; the towers' cost is left out.
+        ranks: processes, on this machine.
+    """
+    find_shapes(shape, [])
+    found = run_ranks(ranks, shape)
+    report = Report("zero3_bytes", f"gathers of ZeRO-3 per step, {ranks} ranks, LoRA, checkpointing", [])
+    for way in WAYS:
+        each = found[way]
+        report.rows.append(
+            {
+                "schedule": way,
+                "gathered_mib": each["bytes"] / 2**20,
+                "/parameters": each["bytes"] / found["parameters"],
+                "fewest of a layer's": min(each["gathers"]),
+                "most of a layer's": max(each["gathers"]),
+            }
+        )
+    single, lockstep = found["single pass"]["bytes"], found["lockstep"]["bytes"]
+    report.criteria.append(Criterion("bytes, lockstep / single pass", lockstep / single, 1.0))
+    report.notes.append(
+        "stage3_max_live_parameters holds two decoder layers here, as ds_configs/ do at real sizes; what fits below it "
+        "altogether would be gathered once."
+    )
+    return report
+
+
+def run_ranks(ranks: int, shape: str) -> dict[str, Any]:
+    """Start `zero3_rank` on so many ranks; what the first one found."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_SIZE": str(ranks),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        result = Path(folder) / "result.json"
+        processes = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", "w2r2_ds.bench.zero3_rank", shape, str(result)]
+            with open(Path(folder) / f"{rank}.txt", "w") as said:
+                processes.append(subprocess.Popen(command, env=environment | place, stdout=said, stderr=said))
+        failed = [rank for rank, process in enumerate(processes) if process.wait()]
+        if failed:
+            raise RuntimeError(f"rank {failed[0]} failed:\n" + (Path(folder) / f"{failed[0]}.txt").read_text()[-2000:])
+        answer: dict[str, Any] = json.loads(result.read_text())
+    return answer
+
+
+def free_port() -> int:
+    """A port that nobody uses just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

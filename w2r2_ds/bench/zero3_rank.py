@@ -1,0 +1,135 @@
+"""One rank of `zero3_bytes`: ``python -m w2r2_ds.bench.zero3_rank SHAPE RESULT``, its place in the environment."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
+from torch import Tensor
+
+from w2r2_ds.bench.harness import find_device
+from w2r2_ds.bench.shapes import Shape, find_shapes
+from w2r2_ds.bench.step_ratio import there_already
+from w2r2_ds.bench.subject import build
+from w2r2_ds.bench.zero3_bytes import WAYS
+from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.data.collate import Batch
+from w2r2_ds.engine.deepspeed import resolve_ds_config
+from w2r2_ds.engine.wrap import make_engine
+
+STEPS = 3
+"""The first one makes DeepSpeed's trace; what the last one gathers is what every later one does."""
+LAYERS_LIVE = 2
+
+
+@dataclass
+class Counts:
+    """What was gathered.
+
+    Attributes:
+        layers: gathers of every parameter of the decoder layers, by name.
+        bytes: of all parameters.
+    """
+
+    layers: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+
+
+@contextmanager
+def counting(language_model: Any) -> Iterator[Counts]:
+    """Counts what DeepSpeed starts to gather inside, by the table in which it keeps what is on its way."""
+    names = {id(parameter): name for name, parameter in language_model.layers.named_parameters()}
+    counts, saved = Counts(dict.fromkeys(names.values(), 0)), InflightParamRegistry.__setitem__
+
+    def counted(self: Any, parameter: Any, handle: Any) -> None:
+        counts.bytes += parameter.ds_numel * parameter.element_size()
+        if id(parameter) in names:
+            counts.layers[names[id(parameter)]] += 1
+        saved(self, parameter, handle)
+
+    InflightParamRegistry.__setitem__ = counted
+    try:
+        yield counts
+    finally:
+        InflightParamRegistry.__setitem__ = saved
+
+
+def work(shape: Shape) -> dict[str, Any]:
+    """Every way on a model of its own."""
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        counts, found["parameters"] = gathered(shape, way)
+        found[way] = {"bytes": counts.bytes, "gathers": sorted(set(counts.layers.values()))}
+    return found
+
+
+def gathered(shape: Shape, way: str) -> tuple[Counts, int]:
+    """Counts of one step, and the bytes of all parameters that are sharded."""
+    subject = build(shape, find_device())
+    model = subject.model
+    batch = subject.batch()
+    known = {"encode_2d": model.encode_2d(batch.visuals), "encode_3d": model.encode_3d(batch.visuals)}
+    world = dist.get_world_size()
+    schedule: Any = "sequential" if way == "single pass" else way
+    train = TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10, schedule=schedule)
+    config = RunConfig(objective=ObjectiveConfig(), train=train)
+    ds_config = resolve_ds_config(
+        sharded(model.base.model.language_model),
+        path=__file__,
+        global_batch=world,
+        micro_batch=1,
+        world_size=world,
+        bf16=False,
+    )
+    engine = make_engine(model, subject.front, config, ds_config, subject.device)
+    if way == "single pass":
+        engine.module.schedule = fused_alone(model)
+    for _ in range(STEPS):
+        with counting(model.base.model.language_model) as counts, there_already(model, known):
+            engine.backward(engine(batch)[0])
+        engine.step()
+    size = sum(each.ds_numel * each.element_size() for each in engine.module.parameters())
+    engine.destroy()
+    return counts, size
+
+
+def sharded(language_model: Any) -> dict[str, Any]:
+    """A DeepSpeed JSON that keeps two decoder layers gathered at most, as a large model's does."""
+    layer = sum(parameter.numel() for parameter in language_model.layers[0].parameters())
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": LAYERS_LIVE * layer,
+        "stage3_max_reuse_distance": LAYERS_LIVE * layer,
+        "stage3_prefetch_bucket_size": layer // 2,
+    }
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {name: "auto" for name in sizes} | {"zero_optimization": zero, "bf16": {"enabled": "auto"}}
+
+
+def fused_alone(model: Any) -> Any:
+    """A schedule of one pass, whose states stand for the shortcut's."""
+
+    def schedule(batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
+        states = model.hidden(batch, fused, with_what)
+        return states.detach(), states
+
+    return schedule
+
+
+if __name__ == "__main__":
+    (chosen,) = find_shapes(sys.argv[1], [])
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo" if not torch.cuda.is_available() else "nccl", auto_mpi_discovery=False)
+    result = work(chosen)
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(result))
