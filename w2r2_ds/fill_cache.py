@@ -27,6 +27,7 @@ from w2r2_ds.evaluation.ranks import Ranks, set_threads, wait
 from w2r2_ds.geometry.cache import Cache, file_size
 from w2r2_ds.geometry.cached import FeatureCache, flush
 from w2r2_ds.geometry.loading import locate, read_config
+from w2r2_ds.kernels.choose import resolve_attention
 from w2r2_ds.models.build import load_geometry
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.open_cache import open_cache
@@ -177,7 +178,8 @@ def encode_all(samples: Sequence[Sample], eyes: Eyes, config: RunConfig, device:
     set_threads(ranks, geometry.vggt.config.embed_dim)
     vlm: Any = None
     if config.data.cached == "geometry+2d":
-        vlm = load_vlm(config.model.vlm, resolve_dtype(config.model.dtype), config.model.attention).to(device).eval()
+        dtype = resolve_dtype(config.model.dtype)
+        vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).to(device).eval()
     kind = visual_kind(config.data)
     label = "features" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():

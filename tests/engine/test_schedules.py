@@ -12,7 +12,6 @@ import pytest
 import torch
 import zero3_cases
 from hand_passes import hand_loss
-from peft.tuners.lora.layer import Linear
 from schedule_tools import unfreeze
 from zero3_cases import Case, awaken, similar, write_cases
 
@@ -61,10 +60,9 @@ def run(step: W2R2Step, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, tor
     return loss.detach(), found
 
 
-def forwards(step: W2R2Step) -> list[str]:
-    """Modules whose instance has a forward of its own, but projections, which model.kernels binds for good."""
-    bound = [(name, module) for name, module in step.named_modules() if "forward" in vars(module)]
-    return [name for name, module in bound if not isinstance(module, Linear)]
+def forwards(step: W2R2Step) -> dict[str, Any]:
+    """Forwards of module instances, by name: those of model.kernels, and what a pass binds for its length."""
+    return {name: vars(module)["forward"] for name, module in step.named_modules() if "forward" in vars(module)}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -92,9 +90,10 @@ def test_loss_and_all_gradients_are_those_of_two_plain_passes(
 ) -> None:
     step = make_step(schedule, full, checkpointing, model={"zero": zero}, push=push, margin=30.0)
     batch = batch_of([samples[0], text_samples[0], samples[1]], visual=visual)
+    before = forwards(step)
     with similar(SIMILAR):
         loss, ours = run(step, step(batch)[0])
-    assert not forwards(step)
+    assert forwards(step) == before
     expected, theirs = run(
         step, hand_loss(step.model, batch, step.objective, tables, [SIMILAR[name] for name in batch.ids])
     )
@@ -138,9 +137,10 @@ def test_forwards_come_back_after_an_error(
     step = make_step("lockstep", model={"lora_dropout": 0.5})
     batch = batch_of(samples[:1])
     step.model.base.model.language_model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    before = forwards(step)
     with pytest.raises(ZeroDivisionError):
         step(batch)
-    assert not forwards(step) and all(module.training for module in step.dropouts)
+    assert forwards(step) == before and all(module.training for module in step.dropouts)
 
 
 def test_each_layer_advances_the_shortcut_first(

@@ -244,6 +244,7 @@ def test_whatever_the_features_depend_on_is_in_the_key(
     for changes in ({"vlm": other_tower}, {"attention": "eager"}, {"dtype": "bfloat16"}):
         assert vision_identity(data, replace(model_config, **changes)) != own_2d, changes  # type: ignore[arg-type]
     assert vision_identity(video, model_config) != own_2d
+    assert vision_identity(data, replace(model_config, attention="auto")) == own_2d  # sdpa, without a GPU
     # What they do not depend on is not: the language model's weights, where a model lies, how it is trained.
     assert vision_identity(data, replace(model_config, vlm=other_text, lora_rank=7)) == own_2d
     assert geometry_identity(video, replace(model_config, vlm=other_text, fusion="gated")) == own_3d

@@ -109,7 +109,7 @@ def there_already(model: W2R2, features: dict[str, Any]) -> Iterator[None]:
     """Inside, these encoders of the model answer at once."""
     with ExitStack() as undo:
         for name, value in features.items():
-            setattr(model, name, lambda visuals, value=value: value)
+            setattr(model, name, lambda *_, value=value: value)
             undo.callback(delattr, model, name)
         yield
 

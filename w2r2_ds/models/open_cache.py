@@ -10,6 +10,7 @@ from w2r2_ds.geometry.cache import Cache
 from w2r2_ds.geometry.cache_key import encoder_identity
 from w2r2_ds.geometry.cached import FeatureCache
 from w2r2_ds.geometry.loading import HEADS, locate, read_config, weight_files
+from w2r2_ds.kernels.choose import resolve_attention
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.identity import model_folder, tensors_digest
 from w2r2_ds.models.vlm import VisionSpec, load_config
@@ -60,7 +61,7 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         "weights": tensors_digest(sorted(folder.glob("*.safetensors")), lambda name: name.startswith(TOWER)),
         "pixels": asdict(VisionSpec.load(model.vlm)),
         "visual": data.visual,
-        "attention": model.attention,
+        "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),
     }
     return encoder_identity(about | _common(data, model))
 
