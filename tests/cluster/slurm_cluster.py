@@ -18,6 +18,8 @@ from forked import ROOT, VARIABLES
 HERE = Path(__file__).parent
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2 util-linux"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+LIMIT = 300
+"""Seconds that anything may take."""
 CLUSTER_ENV = """
 activate() {{ export PATH={path}:$PATH {variables}; }}
 CONTAINER=()
@@ -78,23 +80,25 @@ class Cluster:
         path = self.root / "logs" / f"{job}.log"
         return path.read_text() if path.exists() else ""
 
-    def until(self, job: str, what: str, happened: Callable[[], object], seconds: float = 300) -> None:
-        """Wait for something that a job does; its logs are in the message if it does not."""
-        give_up = time.monotonic() + seconds
+    def until(self, job: str, what: str, happened: Callable[[], object], pause: float = 0.2) -> None:
+        """Wait for something that a job does; its logs are in the message if it does not in `LIMIT` seconds."""
+        give_up, look = time.monotonic() + LIMIT, 0.0
         while not happened():
-            state = self.job(job)["JobState"]
-            if time.monotonic() > give_up or (state in ENDED and not happened()):
-                raise AssertionError(f"job {job} is {state}, and not yet {what}.\n{self.logs(job)}")
-            time.sleep(0.2)
+            now = time.monotonic()
+            if now >= look:  # every question to Slurm costs 20 ms of a processor that the job needs
+                state, look = self.job(job)["JobState"], now + 1.0
+                if now > give_up or (state in ENDED and not happened()):
+                    raise AssertionError(f"job {job} is {state}, and not yet {what}.\n{self.logs(job)}")
+            time.sleep(pause)
 
     def logs(self, job: str) -> str:
         """The end of everything that a job wrote."""
         paths = [self.root / "logs" / f"{job}.log", *sorted((self.root / "logs" / job).glob("*.log"))]
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths if path.exists())
 
-    def end(self, job: str, seconds: float = 300) -> str:
+    def end(self, job: str) -> str:
         """How a job ended."""
-        self.until(job, "over", lambda: self.job(job)["JobState"] in ENDED, seconds)
+        self.until(job, "over", lambda: self.job(job)["JobState"] in ENDED, pause=0.5)
         return self.job(job)["JobState"]
 
 

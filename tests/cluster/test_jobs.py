@@ -99,7 +99,7 @@ def restarted(cluster: Cluster, job: str, times: int) -> None:
         now = cluster.job(job)
         return now["Restarts"] == str(times) and now["JobState"] == "RUNNING"
 
-    cluster.until(job, f"restarted {times} times", happened)
+    cluster.until(job, f"restarted {times} times", happened, pause=0.5)
 
 
 def test_a_run_outlives_its_time_limit_and_a_node(
