@@ -27,6 +27,7 @@ from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.export.vgllm import fill, split_state, their_name, vggt_config
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.vggt import VGGT
+from w2r2_ds.kernels.cell_norm import merge_cells
 from w2r2_ds.models.fusion import GeometryMerger
 from w2r2_ds.models.phi import make_fusion
 from w2r2_ds.models.tower import TowerInputs
@@ -139,7 +140,8 @@ def forward(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
     if merged is not None:
         result["geometry_embeds"] = merged
         shapes = [grid_of(golden, index) for index in range(len(features))]
-        patches = torch.cat([call[0].flatten(0, -2) for call in cells])  # of all samples, in the merger's order
+        grids = [grid for call in cells for grid in call[0]]  # of all samples
+        patches = torch.cat([merge_cells(grid, model.geometry_merger.merge_size).flatten(0, 1) for grid in grids])
         for index, part in enumerate(patches.split([math.prod(shape) for shape in shapes])):
             result[f"merger_in_{index}"] = part.unflatten(0, shapes[index])
     with inputs_of(model.base.model.language_model) as calls:
