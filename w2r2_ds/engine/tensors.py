@@ -6,12 +6,11 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from w2r2_ds.engine.complete import TENSORS, verify
 from w2r2_ds.engine.same_run import check_same_model
 from w2r2_ds.models.build import trainable
+from w2r2_ds.models.strict_file import read_strictly
 from w2r2_ds.models.w2r2 import W2R2
 
 
@@ -25,6 +24,7 @@ def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@torch.no_grad()
 def load_trainable(path: Path, model: W2R2) -> None:
     """Load the trained tensors of a checkpoint into an unsharded model, strictly.
 
@@ -35,25 +35,6 @@ def load_trainable(path: Path, model: W2R2) -> None:
     wrong = verify(path, only={TENSORS})
     if wrong is not None:
         raise ValueError(f"{wrong.removesuffix('.')}; copy the checkpoint again.")
-    try:
-        tensors = load_file(path / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path / TENSORS}: cannot read the trained tensors ({error}); copy the checkpoint again."
-        ) from error
-    assign_trainable(tensors, model, path / TENSORS)
-
-
-@torch.no_grad()
-def assign_trainable(tensors: dict[str, torch.Tensor], model: W2R2, source: Path) -> None:
-    """Copy whole tensors into the parameters that train; names and shapes must match exactly."""
     parameters = trainable(model)
-    for name in sorted(tensors.keys() ^ parameters.keys()):
-        where = "is missing in" if name in parameters else "is in"
-        raise ValueError(f"The trained tensor {name} {where} {source}; it belongs to another model.")
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise ValueError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}."
-            )
-        parameter.copy_(tensors[name])
+    for name, tensor in read_strictly(path / TENSORS, "the trained tensors", parameters).items():
+        parameters[name].copy_(tensor)

@@ -176,5 +176,4 @@ def load_lora(vlm: PeftModel, file: Path) -> None:
         ValueError: the file cannot be read, or does not hold exactly these tensors.
     """
     own = get_peft_model_state_dict(vlm, save_embedding_layers=False)
-    tensors = read_strictly(file, "the LoRA weights", own, "another model", "it belongs to another model")
-    set_peft_model_state_dict(vlm, tensors)
+    set_peft_model_state_dict(vlm, read_strictly(file, "the LoRA weights", own))

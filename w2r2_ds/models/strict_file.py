@@ -10,7 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def read_strictly(file: Path, what: str, own: Mapping[str, Tensor], other: str, reshape: str) -> dict[str, Tensor]:
+def read_strictly(
+    file: Path,
+    what: str,
+    own: Mapping[str, Tensor],
+    other: str = "another model",
+    reshape: str = "it belongs to another model",
+) -> dict[str, Tensor]:
     """The tensors of a file, by name.
 
     Args:
