@@ -17,8 +17,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRe
 from torch import Tensor
 
 from w2r2_ds.bench.harness import find_device
+from w2r2_ds.bench.on_disk import OnDisk
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.step_ratio import there_already
 from w2r2_ds.bench.subject import build
 from w2r2_ds.bench.zero3_bytes import WAYS
 from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
@@ -76,8 +76,8 @@ def gathered(shape: Shape, way: str) -> tuple[Counts, int]:
     """Counts of one step, and the bytes of all parameters that are sharded."""
     subject = build(shape, find_device())
     model = subject.model
-    batch = subject.batch()
-    known = {"encode_2d": model.encode_2d(batch.visuals), "encode_3d": model.encode_3d(batch.visuals)}
+    fresh = subject.batch()
+    batch = OnDisk(model, fresh).into(fresh, both=True)
     world = dist.get_world_size()
     schedule: Any = "sequential" if way == "single pass" else way
     train = TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10, schedule=schedule)
@@ -94,7 +94,7 @@ def gathered(shape: Shape, way: str) -> tuple[Counts, int]:
     if way == "single pass":
         engine.module.schedule = fused_alone(model)
     for _ in range(STEPS):
-        with counting(model.base.model.language_model) as counts, there_already(model, known):
+        with counting(model.base.model.language_model) as counts:
             engine.backward(engine(batch)[0])
         engine.step()
     size = sum(each.ds_numel * each.element_size() for each in engine.module.parameters())
