@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from w2r2_ds import durable
-from w2r2_ds.bench.harness import Case, find_device, interleave, ratio
-from w2r2_ds.bench.loader import run, write_frames
+from w2r2_ds.bench.harness import Case, discard, find_device, interleave, ratio
+from w2r2_ds.bench.loader import write_frames
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.data.images import load_frame, resize_for_vggt
@@ -88,11 +88,11 @@ def measure(shape: Shape, rounds: int, place: Path, report: Report) -> None:
     features = encoder.encode(images).cpu()
     disk.write(features)
     cases: dict[str, Case] = {
-        VGGT_WAY: run(partial(encoder.encode, images)),
-        READ: run(disk.find),
-        DECODE: run(disk.decode),
-        FIRST: run(disk.digest),
-        WRITE: run(partial(disk.write, features)),
+        VGGT_WAY: discard(partial(encoder.encode, images)),
+        READ: discard(disk.find),
+        DECODE: discard(disk.decode),
+        FIRST: discard(disk.digest),
+        WRITE: discard(partial(disk.write, features)),
     }
     spreads = interleave(cases, rounds, device, warmups=1)
     mib = features.nbytes / 2**20
