@@ -1,4 +1,4 @@
-"""One rank of `zero3_bytes`: ``python -m w2r2_ds.bench.zero3_rank SHAPE RESULT ROUNDS``, its place given by torchrun's variables."""
+"""One rank of `zero3_bytes`, placed by the environment: ``python -m w2r2_ds.bench.zero3_rank SHAPE RESULT ROUNDS``."""
 
 from __future__ import annotations
 
