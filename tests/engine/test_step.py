@@ -12,6 +12,7 @@ from hand_passes import hand_loss, shortcut_of
 from torch.nn.functional import log_softmax
 
 from w2r2_ds.config import ObjectiveConfig, RunConfig
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.schedules import without_dropout
 from w2r2_ds.engine.step import SLACK, W2R2Step
 from w2r2_ds.evaluation.generate import generate_tokens
@@ -249,8 +250,7 @@ def test_gradient_checkpointing_changes_nothing(
     batch = in_a_large_box(batch_of(samples[:2]))
     torch.manual_seed(0)
     plain = gradients(step, step(batch)[0])
-    options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}
-    step.model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    recompute(step.model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
     step.model.base.enable_input_require_grads()
     torch.manual_seed(0)
     assert_same_gradients(gradients(step, step(batch)[0]), plain)
@@ -289,7 +289,7 @@ def test_greedy_decoding_defines_s(
 ) -> None:
     """s is that of the 2D-only answer which evaluation decodes; training mode comes back, checkpointing or not."""
     step = make_step(shortcut_decode="greedy", lora_dropout=0.5)
-    step.model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(step.model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
     batch = batch_of(samples, with_prompts=True, visual=visual)
     plain = step.model.encode_2d(batch.visuals)
     texts = step.decode(batch, plain)
