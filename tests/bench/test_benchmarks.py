@@ -12,7 +12,7 @@ import torch
 
 from launchers.bench import main
 from w2r2_ds.bench import BENCHMARKS, load
-from w2r2_ds.bench.field import FieldModel, stock_inputs
+from w2r2_ds.bench.field import FieldModel, stock, stock_inputs
 from w2r2_ds.bench.plain import check_equal, difference, gradients, plain_loss
 from w2r2_ds.bench.shapes import TINY
 from w2r2_ds.bench.step_ratio import CACHES, FIELD, NAIVE, SINGLE, W2R2_STEP
@@ -83,6 +83,26 @@ def test_scene_pack(tmp_path: Path) -> None:
     assert gradients_equal["met"] and gradients_equal["claim"].endswith("3 packed and apart")
 
 
+def test_geometry_cache(tmp_path: Path) -> None:
+    report = run(tmp_path, "geometry_cache", "--shape", "tiny", "--rounds", "1", "--folder", str(tmp_path))
+    rows = rows_of(report, "what")
+    assert len(rows) == 5 and rows["VGGT"]["/VGGT"] == 1.0
+    # Two frames of 84 x 56 pixels, 6 x 4 patches, 64 channels of four bytes.
+    assert rows["read and checksum"]["mib"] == 2 * 24 * 64 * 4 / 2**20
+    kinds = [each["claim"].rpartition(", ")[2] for each in report["criteria"]]
+    assert kinds == ["float32", "bfloat16"] and all(each["met"] for each in report["criteria"])
+    assert list(tmp_path.iterdir()) == [tmp_path / "report.json"]
+
+
+def test_kernels(tmp_path: Path) -> None:
+    report = run(tmp_path, "kernels", "--shape", "tiny", "--rounds", "1")
+    ways = [(row["function"], row["way"]) for row in report["rows"]]
+    projections = [f"lora_projection to {width}{end}" for width in (64, 128) for end in ("", ", dropout")]
+    assert ways == [(name, way) for name in ["dual_emit", *projections] for way in ("stock", "torch")]
+    equal = [each for each in report["criteria"] if each["claim"].endswith("difference from stock")]
+    assert len(equal) == 5 and all(each["met"] for each in equal)
+
+
 @pytest.mark.nightly  # two ranks that import everything; what is gathered is also counted in test_zero3.py
 def test_zero3_bytes(tmp_path: Path) -> None:
     report = run(tmp_path, "zero3_bytes", "--shape", "tiny")
@@ -104,6 +124,11 @@ def test_the_field_and_our_single_pass_have_the_same_gradients(subject: Subject)
     batch = subject.batch()
     # float32, sums in another order
     assert max(check_equal(subject, batch).values()) <= 1e-5
+    # The field's step is stock code through and through, and leaves ours as it was.
+    bound = [module for module in subject.model.vlm.modules() if "forward" in module.__dict__]
+    with stock(subject.model):
+        assert len(bound) == 7 * TINY.layers and not any("forward" in module.__dict__ for module in bound)
+    assert all("forward" in module.__dict__ for module in bound)
     # ... and the comparison sees what differs: a push, and a layer of VGGT.
     model, none = subject.model, subject.step("none")
     own = gradients(model, none(batch)[0])

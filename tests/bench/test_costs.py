@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2r2_ds.bench import costs
+from w2r2_ds.bench.field import stock
 from w2r2_ds.bench.shapes import TINY, find_shapes
 from w2r2_ds.bench.subject import build
 from w2r2_ds.engine.throughput import language_flops
@@ -74,7 +75,8 @@ def test_parts_are_what_torch_counts() -> None:
     subject = build(TINY, torch.device("cpu"))
     batch = subject.batch()
     model = subject.model
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # it counts nothing of the CPU's other kernel
+    # The counter knows no `addmm_`, and nothing of the CPU's other kernel of attention.
+    with stock(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as tower:
             visual = model.encode_2d(batch.visuals)
         with FlopCounterMode(display=False) as geometry:

@@ -11,12 +11,10 @@ import torch
 from hand_passes import hand_loss, shortcut_of
 from torch.nn.functional import log_softmax
 
-from w2r2_ds.config import ObjectiveConfig, RunConfig
 from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.schedules import without_dropout
-from w2r2_ds.engine.step import SLACK, W2R2Step
-from w2r2_ds.evaluation.generate import generate_tokens
-from w2r2_ds.models.build import build_model, trainable
+from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.models.build import trainable
 from w2r2_ds.models.vlm import load_vlm
 from w2r2_ds.objective.push import PUSH_TERMS
 from w2r2_ds.objective.scorer import Score, Scorer
@@ -24,33 +22,6 @@ from w2r2_ds.objective.w2r2 import STATS
 
 SIMILAR = [0.2, 0.9, 0.75]
 """What the fixture `solved` says of the shortcut's answers; mu is 0.7."""
-
-
-@pytest.fixture
-def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
-    """`make_step(push=..., of the objective; lora_dropout=..., of the model)`: LoRA and merger that do something."""
-
-    def make(fresh: bool = False, **changes: Any) -> W2R2Step:
-        of_model = {name: changes.pop(name) for name in list(changes) if hasattr(model_config, name)}
-        config = RunConfig(model=replace(model_config, **of_model), objective=ObjectiveConfig(**changes))
-        model = build_model(config.model, torch.device("cpu"), seed=1)
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for name, parameter in trainable(model).items():
-                if fresh:
-                    continue
-                if "lora_B" in name:
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-                if "geometry_merger.mlp" in name:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        return W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
-
-    return make
-
-
-@pytest.fixture
-def step(make_step: Callable[..., W2R2Step]) -> W2R2Step:
-    return make_step()
 
 
 @pytest.fixture
@@ -283,54 +254,6 @@ def test_literal_has_the_gradient_of_plain_fine_tuning(
     assert all(torch.equal(gradient, both["none"][1][name]) for name, gradient in both["literal"][1].items())
 
 
-@pytest.mark.parametrize("visual", ["images", "video"])
-def test_greedy_decoding_defines_s(
-    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], visual: str
-) -> None:
-    """s is that of the 2D-only answer which evaluation decodes; training mode comes back, checkpointing or not."""
-    step = make_step(shortcut_decode="greedy", lora_dropout=0.5)
-    recompute(step.model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
-    batch = batch_of(samples, with_prompts=True, visual=visual)
-    plain = step.model.encode_2d(batch.visuals)
-    texts = step.decode(batch, plain)
-    prompts = batch_of(samples, with_answer=False, visual=visual)
-    tokenizer = step.scorer.tokenizer
-    longest = int(batch.answer_rows.sample.bincount().max()) + SLACK
-    step.eval()
-    tokens = generate_tokens(step.model, prompts, tokenizer, "zero", longest, step.video_fps)
-    counts = (batch.answer_rows.sample.bincount() + SLACK).tolist()
-    assert texts == [tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in zip(tokens, counts, strict=True)]
-    step.train()
-    short = shortcut_of(step, batch, plain, step.model.encode_3d(batch.visuals))
-    assert torch.equal(short.score.s, step.scorer.decoded(texts, batch).s)
-    assert all(module.training for module in step.modules())
-
-
-def test_a_decoded_answer_does_not_feel_its_neighbours(
-    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], answer_sample: Any
-) -> None:
-    """A short answer beside long ones is cut where it is cut alone."""
-    step = make_step(shortcut_decode="greedy", push="poe")
-    mixed = [answer_sample, *samples]
-    together = batch_of(mixed, with_prompts=True)
-    texts = step.decode(together, step.model.encode_2d(together.visuals))
-    for sample, text in zip(mixed, texts, strict=True):
-        alone = batch_of([sample], with_prompts=True)
-        assert step.decode(alone, step.model.encode_2d(alone.visuals)) == [text]
-    assert len(step.scorer.tokenizer(texts[0])["input_ids"]) < len(step.scorer.tokenizer(texts[1])["input_ids"])
-
-
-def test_the_gain_compares_like_with_like(
-    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
-) -> None:
-    """Without geometry both passes are one model: no gain, however the shortcut's answer is decoded."""
-    step = make_step(shortcut_decode="greedy", fresh=True)
-    with torch.no_grad():
-        step.model.geometry_merger.mlp[2].weight.zero_()
-    _, stats = step(batch_of(samples, with_prompts=True))
-    assert not stats[:, STATS.index("s_gain")].any()
-
-
 @pytest.mark.parametrize("push", PUSH_TERMS)
 def test_a_sample_whose_answer_is_masked_says_nothing(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], caption_sample: Any, push: str
@@ -344,21 +267,6 @@ def test_a_sample_whose_answer_is_masked_says_nothing(
     _, stats = step(masked)
     assert stats.isfinite().all() and stats[1, STATS.index("align")] == 0
     torch.testing.assert_close(stats[0], step(batch_of(samples[:1]))[1][0], rtol=1e-5, atol=1e-6)
-
-
-def test_a_decoded_label_has_similarity_one(
-    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Up to the label's two decimals; and a sentence that is no box is counted as invalid."""
-    step = make_step(shortcut_decode="greedy")
-    batch = batch_of(samples, with_prompts=True)
-    answers = [samples[0].answer, "the chair", samples[2].answer]
-    monkeypatch.setattr(W2R2Step, "decode", lambda *_: answers)
-    _, stats = step(batch)
-    column = dict(zip(STATS, stats.T, strict=True))
-    assert column["s_short"].tolist() == [pytest.approx(1, abs=0.05), 0, pytest.approx(1, abs=0.05)]
-    assert column["invalid_short"].tolist() == [0, 1, 0]
-    assert column["above_mu"].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("push", PUSH_TERMS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from w2r2_ds.planning import checks, disk, gpus, installed, jit_locks, limits, own_code, settings, visible
+from w2r2_ds.planning import checks, disk, gpus, imports, installed, jit_locks, limits, own_code, settings, visible
 from w2r2_ds.planning.bounded import Alarm
 from w2r2_ds.planning.checkpoint_size import checkpoint_bytes, lora_weights, merger_weights, room_bytes
 from w2r2_ds.planning.imports import MODULES, Imports
@@ -75,6 +75,18 @@ def test_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, sen
     found = Imports(["numpy", "broken"]).result(5)
     assert found.warnings == []
     assert (found.wrong == []) if sentence is None else (len(found.wrong) == 1 and sentence in found.wrong[0])
+
+
+def test_a_child_that_nobody_waits_for_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stuck_library.py").write_text(
+        "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MODULES, "stuck", "stuck_library")
+    monkeypatch.setattr(imports, "ORPHANED", 1)
+    started = time.monotonic()
+    found = Imports(["stuck"]).result(20)
+    assert time.monotonic() - started < 10 and "ends the process (signal SIGALRM)" in found.wrong[0]
 
 
 def test_an_import_that_works_on_is_slow_not_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

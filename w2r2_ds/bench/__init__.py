@@ -6,7 +6,18 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-BENCHMARKS = ("baseline", "step_ratio", "scene_pack", "zero3_bytes", "head_memory", "loader", "iou", "eval_throughput")
+BENCHMARKS = (
+    "baseline",
+    "step_ratio",
+    "scene_pack",
+    "head_memory",
+    "geometry_cache",
+    "loader",
+    "zero3_bytes",
+    "kernels",
+    "iou",
+    "eval_throughput",
+)
 """Each a file here, with a function of its name that returns a `Report`."""
 
 

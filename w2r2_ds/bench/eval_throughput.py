@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from w2r2_ds.bench.field import FieldModel
+from w2r2_ds.bench.field import FieldModel, stock
 from w2r2_ds.bench.harness import find_device, interleave, ratio
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import find_shapes
@@ -102,20 +102,21 @@ def stock_tokens(subject: Subject, batch: Batch, tokens: int) -> list[int]:
     field = FieldModel(subject.model)
     images = batch.visuals.geometry_images[0]
     assert images is not None, "a batch without a cache"
-    visual = field.fused(batch.visuals.pixel_values, batch.visuals.grid_thw, images)
     tokenizer = subject.front.tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    output = subject.model.base.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        mm_token_type_ids=batch.token_types,
-        mm_encoder_outputs={"image": visual},
-        image_grid_thw=batch.visuals.grid_thw,
-        do_sample=False,
-        repetition_penalty=1.0,
-        max_new_tokens=tokens,
-        eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    with stock(subject.model):
+        visual = field.fused(batch.visuals.pixel_values, batch.visuals.grid_thw, images)
+        output = subject.model.base.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            mm_token_type_ids=batch.token_types,
+            mm_encoder_outputs={"image": visual},
+            image_grid_thw=batch.visuals.grid_thw,
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=tokens,
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     answer: list[int] = output[0, batch.input_ids.shape[1] :].tolist()
     return answer[: answer.index(end)] if end in answer else answer

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,21 @@ from w2r2_ds.bench.shapes import IGNORED
 from w2r2_ds.bench.subject import Subject, Window, optimizer_of
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.models.w2r2 import W2R2
+
+
+@contextmanager
+def stock(model: W2R2) -> Iterator[None]:
+    """Inside, forward and backward, every module of the VLM and the merger does what its class does: no kernels."""
+    norm = model.geometry_merger.ln_q
+    kernels, norm.kernels = norm.kernels, "torch"
+    ours = [(module, module.__dict__.pop("forward")) for module in model.vlm.modules() if "forward" in module.__dict__]
+    try:
+        yield
+    finally:
+        norm.kernels = kernels
+        for module, forward in ours:
+            module.forward = forward
+
 
 Towers = tuple[Any, Tensor]
 """The vision tower's output and the geometry features of a sample."""
@@ -118,7 +135,7 @@ class FieldTrainer:
     """
 
     def __init__(self, subject: Subject, batch: Batch) -> None:
-        self.model = FieldModel(subject.model)
+        self.subject, self.model = subject, FieldModel(subject.model)
         self.inputs = stock_inputs(batch)
         self.timer = StepTimer(subject.device)
         self.folder = tempfile.TemporaryDirectory()
@@ -148,7 +165,8 @@ class FieldTrainer:
     def step(self, given: Towers | None = None) -> Lap:
         """Train one step and say what it took; with `given`, both towers' features need not be computed."""
         self.timer.lap, self.model.given = Lap(), given
-        self.trainer.train()
+        with stock(self.subject.model):
+            self.trainer.train()
         return self.timer.lap
 
     @torch.no_grad()

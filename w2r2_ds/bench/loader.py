@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from w2r2_ds.bench.harness import interleave, ratio
+from w2r2_ds.bench.harness import discard, interleave, ratio
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import QWEN_3B, TINY, Shape
 from w2r2_ds.bench.subject import build_front
@@ -38,7 +38,7 @@ def loader(frames: int = 8, images: str = "scannet", rounds: int = 5) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_frames(Path(folder), frames, SIDE[images])
         ways = ways_of(paths, QWEN_3B if frames > 2 else TINY)
-        spreads = interleave({name: run(way) for name, way in ways.items()}, rounds, CPU, warmups=1)
+        spreads = interleave({name: discard(way) for name, way in ways.items()}, rounds, CPU, warmups=1)
         same = {name: way() for name, way in ways.items()}
     report = Report("loader", f"{frames} JPEG files of {images} size to patches and VGGT's images", [])
     for name, spread in spreads.items():
@@ -56,15 +56,6 @@ def loader(frames: int = 8, images: str = "scannet", rounds: int = 5) -> Report:
     report.criteria.append(Criterion("largest difference of a patch's value from the stock processor's", gap, 1e-5))
     report.notes.append("One process; the training loader has data.workers of them per rank beside the GPU.")
     return report
-
-
-def run(way: Callable[[], np.ndarray]) -> Callable[[], None]:
-    """A way as a case."""
-
-    def case() -> None:
-        way()
-
-    return case
 
 
 def write_frames(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:

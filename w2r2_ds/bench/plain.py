@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from w2r2_ds.bench.field import FieldModel, stock_inputs
+from w2r2_ds.bench.field import FieldModel, stock, stock_inputs
 from w2r2_ds.bench.subject import Subject
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.engine.step import W2R2Step
@@ -51,7 +51,8 @@ def check_equal(subject: Subject, batch: Batch) -> dict[str, float]:
     """
     model = subject.model
     none, poe = subject.step("none"), subject.step("poe")
-    field_loss = FieldModel(model)(**stock_inputs(batch)).loss
-    field = difference(gradients(model, none(batch)[0]), gradients(model, field_loss))
-    passes = difference(gradients(model, poe(batch)[0]), gradients(model, plain_loss(poe, batch)))
+    ours = gradients(model, none(batch)[0]), gradients(model, poe(batch)[0])
+    with stock(model):
+        field = difference(ours[0], gradients(model, FieldModel(model)(**stock_inputs(batch)).loss))
+        passes = difference(ours[1], gradients(model, plain_loss(poe, batch)))
     return {"none against the field": field, "poe against two plain passes": passes}

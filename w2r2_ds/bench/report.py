@@ -77,7 +77,7 @@ class Report:
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in self.rows:
-            table.add_row(*(_cell(row.get(column)) for column in columns))
+            table.add_row(*(cell(row.get(column)) for column in columns))
         console.print(table)
         for each in self.criteria:
             verdict = "met" if each.met else "NOT MET"
@@ -87,7 +87,7 @@ class Report:
         console.print("; ".join(f"{key} {value}" for key, value in self.machine.items()), markup=False)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """A number with three or four significant digits; nothing for what a row does not have."""
     if value is None:
         return ""

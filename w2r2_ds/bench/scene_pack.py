@@ -11,16 +11,16 @@ from torch import Tensor
 from w2r2_ds.bench import costs
 from w2r2_ds.bench.field import FieldTrainer
 from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, ratio
+from w2r2_ds.bench.on_disk import OnDisk
 from w2r2_ds.bench.plain import difference, gradients
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.step_ratio import FIELD, GRADIENTS, LORA, SINGLE, W2R2_STEP, single_pass, there_already
+from w2r2_ds.bench.step_ratio import BOTH, FIELD, GRADIENTS, LORA, SINGLE, W2R2_STEP, single_pass
 from w2r2_ds.bench.subject import Subject, build, describe, optimizer_of, update
 from w2r2_ds.data.collate import Batch
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.attention import use_scene_split
 
-CACHED = ", both cached"
 LIMIT = 0.22
 """Of the field's time per sample that one of eight packed questions may cost."""
 
@@ -55,7 +55,7 @@ def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Repor
     spreads = interleave(cases(subject, batches), rounds, device, warmups=2 if device.type == "cuda" else 0)
     per_sample = {name: (int(name.partition("K = ")[2].partition(",")[0] or 1)) for name in spreads}
     for name, spread in spreads.items():
-        count, base = per_sample[name], FIELD + (CACHED if name.endswith(CACHED) else "")
+        count, base = per_sample[name], FIELD + (BOTH if name.endswith(BOTH) else "")
         measured = {"per sample": spread.median / count, "/field": ratio(spread, spreads[FIELD]) / count}
         report.rows.append(
             {
@@ -69,7 +69,7 @@ def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Repor
             }
         )
     if shape.name != "tiny":
-        for end in ("", CACHED):
+        for end in ("", BOTH):
             name = f"{W2R2_STEP}, K = {most}{end}"
             claim = f"{where}: {name}, per sample / {FIELD}"
             report.criteria.append(Criterion(claim, ratio(spreads[name], spreads[FIELD]) / most, LIMIT))
@@ -79,42 +79,41 @@ def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Repor
 def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
     """What is run in turns."""
     model, optimizer = subject.model, optimizer_of(subject.model)
-    first, most = next(iter(batches.values())), list(batches)[-1]
-    visual, features = model.encode_2d(first.visuals), model.encode_3d(first.visuals)
-    known = {"encode_2d": visual, "encode_3d": features}
-    field = FieldTrainer(subject, subject.batch())
+    most, alone = list(batches)[-1], subject.batch()
+    disk, field = OnDisk(model, alone), FieldTrainer(subject, alone)
+    known = disk.kept_2d, disk.kept_3d
+    whole = model.base.model.language_model.config._attn_implementation
 
     def stock(given: Any = None) -> Lap:
-        model.base.set_attn_implementation({"text_config": "sdpa"})
+        model.base.set_attn_implementation({"text_config": whole})
         lap = field.step(given)
         use_scene_split(model.base)
         return lap
 
     def run(step: W2R2Step, batch: Batch, cached: bool) -> None:
-        with there_already(model, known if cached else {}):
-            update(optimizer, step(batch)[0])
+        given = disk.into(batch, both=True) if cached else batch
+        update(optimizer, step(given)[0])
 
     use_scene_split(model.base)
-    result: dict[str, Case] = {FIELD: stock, FIELD + CACHED: partial(stock, (visual, features[0]))}
+    result: dict[str, Case] = {FIELD: stock, FIELD + BOTH: partial(stock, known)}
     for count, batch in batches.items():
-        result[f"{W2R2_STEP}, K = {count}{CACHED}"] = partial(run, subject.step(), batch, True)
+        result[f"{W2R2_STEP}, K = {count}{BOTH}"] = partial(run, subject.step(), batch, True)
     result[f"{W2R2_STEP}, K = {most}"] = partial(run, subject.step(), batches[most], False)
-    single = single_pass(subject, batches[most], visual, features)
-    result[f"{SINGLE}, K = {most}{CACHED}"] = partial(run, single, batches[most], True)
+    single = single_pass(subject, batches[most], *known)
+    result[f"{SINGLE}, K = {most}{BOTH}"] = partial(run, single, batches[most], True)
     return result
 
 
 def separate_difference(subject: Subject, packed: Batch) -> float:
     """Gradients of packed samples against the sum of those of each sample alone, by push `poe`."""
     model, step = subject.model, subject.step("poe")
-    known = {"encode_2d": model.encode_2d(packed.visuals), "encode_3d": model.encode_3d(packed.visuals)}
-    with there_already(model, known):
-        total: dict[str, Tensor] = {}
-        for index in range(len(packed.ids)):
-            own = gradients(model, step(subject.alone(index))[0])
-            total = {name: total.get(name, torch.zeros_like(each)) + each for name, each in own.items()}
-        use_scene_split(model.base)
-        return difference(gradients(model, step(packed)[0]), total)
+    disk = OnDisk(model, packed)
+    total: dict[str, Tensor] = {}
+    for index in range(len(packed.ids)):
+        own = gradients(model, step(disk.into(subject.alone(index), both=True))[0])
+        total = {name: total.get(name, torch.zeros_like(each)) + each for name, each in own.items()}
+    use_scene_split(model.base)
+    return difference(gradients(model, step(disk.into(packed, both=True))[0]), total)
 
 
 def predicted(shape: Shape, name: str, count: int) -> float:
@@ -123,5 +122,5 @@ def predicted(shape: Shape, name: str, count: int) -> float:
         step = costs.field_step(shape, LORA)
     else:
         step = costs.own_step(shape, LORA, count, two_passes=name.startswith(W2R2_STEP))
-    towers = not name.endswith(CACHED)
+    towers = not name.endswith(BOTH)
     return step.total(geometry=towers, vision=towers)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from w2r2_ds.bench import costs
-from w2r2_ds.bench.field import FieldTrainer
+from w2r2_ds.bench.field import FieldTrainer, stock
 from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, interleave, peak_bytes, ratio
+from w2r2_ds.bench.on_disk import OnDisk
 from w2r2_ds.bench.plain import check_equal, plain_loss
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
@@ -20,13 +20,13 @@ from w2r2_ds.data.collate import Batch
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.engine.throughput import matrix_rate
 from w2r2_ds.models.dtype import resolve_dtype
-from w2r2_ds.models.w2r2 import W2R2
 
 FIELD, SINGLE, W2R2_STEP, NAIVE = "field (baseline)", "own single pass", "W2R2", "naive two passes"
-CACHES = {"": (), ", geometry cached": ("encode_3d",), ", both cached": ("encode_3d", "encode_2d")}
-"""Name of a row's end -> the encoders of `W2R2` whose features are there already."""
+GEOMETRY, BOTH = ", geometry cached", ", both cached"
+CACHES = ("", GEOMETRY, BOTH)
+"""Ends of the rows' names: what a step reads from a cache on the disk."""
 LORA = costs.Mode()
-LIMITS = {("", FIELD): 0.90, (", geometry cached", FIELD): 0.80, ("", SINGLE): 1.40, (", both cached", SINGLE): 1.40}
+LIMITS = {("", FIELD): 0.90, (GEOMETRY, FIELD): 0.80, ("", SINGLE): 1.40, (BOTH, SINGLE): 1.40}
 """(caches, base) -> the most that W2R2 may cost of it."""
 GRADIENTS = 1e-5
 
@@ -57,11 +57,13 @@ def measure(shape: Shape, rounds: int, memory: bool, report: Report) -> None:
     for name, spread in spreads.items():
         report.rows.append(row(shape, name, spread, spreads, rate))
     report.criteria += criteria(shape, spreads, equal)
-    if memory and device.type == "cpu":
-        peaks = {name: in_fresh_process(peak_of, shape.name, shape.frames, name)["bytes"] for name in PEAKS}
-        for each in report.rows[-len(spreads) :]:
-            each["peak_mib"] = peaks[each["case"]] / 2**20 if each["case"] in peaks else None
-        grows = peaks[W2R2_STEP + ", both cached"] / peaks[SINGLE + ", both cached"]
+    if memory:
+        peaks = {name: spreads[name].peak or 0 for name in PEAKS}
+        if device.type == "cpu":
+            peaks = {name: in_fresh_process(peak_of, shape.name, shape.frames, name)["bytes"] for name in PEAKS}
+            for each in report.rows[-len(spreads) :]:
+                each["peak_mib"] = peaks[each["case"]] / 2**20 if each["case"] in peaks else None
+        grows = peaks[W2R2_STEP + BOTH] / peaks[SINGLE + BOTH]
         report.criteria.append(Criterion("peak memory, W2R2 / own single pass, both cached", grows, 1.05))
     report.notes.append(describe(shape))
 
@@ -69,33 +71,34 @@ def measure(shape: Shape, rounds: int, memory: bool, report: Report) -> None:
 def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
     """What is run in turns. They share one model, so that what differs is the way alone."""
     model, optimizer = subject.model, optimizer_of(subject.model)
-    field = FieldTrainer(subject, batch)
-    visual, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
-    known = {"encode_2d": visual, "encode_3d": features}
-    step, single, naive = subject.step(), single_pass(subject, batch, visual, features), subject.step("unblocked")
+    field, disk = FieldTrainer(subject, batch), OnDisk(model, batch)
+    known = disk.kept_2d, disk.kept_3d
+    step, single, naive = subject.step(), single_pass(subject, batch, *known), subject.step("unblocked")
 
-    def run(step: W2R2Step, cached: tuple[str, ...]) -> Case:
+    def run(step: W2R2Step, caches: str) -> Case:
         def once() -> None:
-            with there_already(model, {name: known[name] for name in cached}):
-                update(optimizer, step(batch)[0])
+            given = disk.into(batch, both=caches == BOTH) if caches else batch
+            update(optimizer, step(given)[0])
 
         return once
 
-    result: dict[str, Case] = {FIELD: field.step}
-    result[FIELD + ", both cached"] = lambda: field.step((visual, features[0]))
-    for caches, encoders in CACHES.items():
-        result[SINGLE + caches] = run(single, encoders)
-        result[W2R2_STEP + caches] = run(step, encoders)
-    result[NAIVE] = lambda: update(optimizer, plain_loss(naive, batch))
-    return result
+    def twice() -> None:
+        with stock(model):
+            update(optimizer, plain_loss(naive, batch))
+
+    result: dict[str, Case] = {FIELD: field.step, FIELD + BOTH: lambda: field.step(known)}
+    for caches in CACHES:
+        result[SINGLE + caches] = run(single, caches)
+        result[W2R2_STEP + caches] = run(step, caches)
+    return result | {NAIVE: twice}
 
 
-def single_pass(subject: Subject, batch: Batch, visual: Any, features: list[Tensor]) -> W2R2Step:
+def single_pass(subject: Subject, batch: Batch, visual: Any, features: Tensor) -> W2R2Step:
     """Push `none` without the shortcut, which is then only read for the statistics: its states are there already."""
     step = subject.step("none")
     model = step.model
     with torch.no_grad():
-        short = model.hidden(batch, step.plain(visual, features))
+        short = model.hidden(batch, step.plain(visual, [features]))
 
     def schedule(batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
         return short, model.hidden(batch, fused, with_what)
@@ -104,19 +107,9 @@ def single_pass(subject: Subject, batch: Batch, visual: Any, features: list[Tens
     return step
 
 
-@contextmanager
-def there_already(model: W2R2, features: dict[str, Any]) -> Iterator[None]:
-    """Inside, these encoders of the model answer at once."""
-    with ExitStack() as undo:
-        for name, value in features.items():
-            setattr(model, name, lambda *_, value=value: value)
-            undo.callback(delattr, model, name)
-        yield
-
-
 def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rate: float | None) -> dict[str, Any]:
     """One case against the two bases, measured and by the cost model."""
-    caches = next(end for end in reversed(CACHES) if name.endswith(end))
+    caches = caches_of(name)
     own = SINGLE + caches
     values = {
         "case": name,
@@ -129,13 +122,12 @@ def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rat
     }
     if rate is not None:
         needed = costs.model_operations(shape, two_passes=name.startswith((W2R2_STEP, NAIVE)))
-        values["MFU"] = needed / spread.median / rate if caches == ", both cached" else None
+        values["MFU"] = needed / spread.median / rate if caches == BOTH else None
     return values
 
 
 def predicted(shape: Shape, name: str) -> float:
     """The cost model's operations of a case."""
-    encoders = next(CACHES[end] for end in reversed(CACHES) if name.endswith(end))
     ways: dict[str, Callable[[], costs.Step]] = {
         FIELD: lambda: costs.field_step(shape, LORA),
         SINGLE: lambda: costs.own_step(shape, LORA, two_passes=False),
@@ -143,7 +135,12 @@ def predicted(shape: Shape, name: str) -> float:
         NAIVE: lambda: costs.naive_step(shape, LORA),
     }
     step = next(way() for start, way in ways.items() if name.startswith(start))
-    return step.total(geometry="encode_3d" not in encoders, vision="encode_2d" not in encoders)
+    return step.total(geometry=not caches_of(name), vision=caches_of(name) != BOTH)
+
+
+def caches_of(name: str) -> str:
+    """The end of a row's name."""
+    return next(end for end in reversed(CACHES) if name.endswith(end))
 
 
 def criteria(shape: Shape, spreads: dict[str, Spread], equal: dict[str, float]) -> list[Criterion]:
@@ -158,7 +155,7 @@ def criteria(shape: Shape, spreads: dict[str, Spread], equal: dict[str, float]) 
     return found
 
 
-PEAKS = tuple(name + ", both cached" for name in (FIELD, SINGLE, W2R2_STEP))
+PEAKS = tuple(name + BOTH for name in (FIELD, SINGLE, W2R2_STEP))
 """Cases whose memory is measured on the CPU: of the language model's part, in which they differ."""
 
 

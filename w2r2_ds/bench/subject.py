@@ -27,6 +27,8 @@ from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.geometry.encoder import VGGTEncoder
 from w2r2_ds.geometry.vggt import VGGT
+from w2r2_ds.kernels.bind import bind_kernels
+from w2r2_ds.kernels.choose import resolve_attention, resolve_kernels
 from w2r2_ds.models.build import Front, trainable
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.fusion import GeometryMerger
@@ -166,22 +168,23 @@ def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
 
 def build(shape: Shape, device: torch.device) -> Subject:
     """A random model of a shape, checkpointed and trained as `engine/wrap.py` does it."""
-    dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
+    dtype, kernels = resolve_dtype(shape.dtype), resolve_kernels("auto")  # type: ignore[arg-type]
     front = build_front(shape)
     torch.manual_seed(SEED)
     with torch.device(device):
         torch.set_default_dtype(dtype)
         try:
             vlm = Qwen2_5_VLForConditionalGeneration(front.meta.config)
-            merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden)
+            merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden, kernels=kernels)
             fusion = make_fusion("add", shape.hidden)
             vggt = VGGT(shape.vggt)
         finally:
             torch.set_default_dtype(torch.float32)
-    vlm.set_attn_implementation("sdpa")
+    vlm.set_attn_implementation(resolve_attention("auto", dtype))
     peft = add_lora(vlm, shape.lora_rank, 2 * shape.lora_rank)
+    bind_kernels(peft, kernels)
     geometry = Window(VGGTEncoder(vggt, shape.geometry_layer), shape.grid)
-    model = W2R2(peft, merger, fusion, geometry)
+    model = W2R2(peft, merger, fusion, geometry, kernels=kernels)
     with torch.no_grad():
         for name, parameter in trainable(model).items():
             if "lora_B" in name:

@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers in a step by each schedule, counted on ranks: bytes, and a decoder layer's parameters."""
+"""What ZeRO-3 gathers in a step by each schedule, counted on ranks: bytes, a layer's parameters; and what it takes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from w2r2_ds.bench.harness import Spread, ratio
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import find_shapes
 
 WAYS = ("single pass", "sequential", "lockstep")
 
 
-def zero3_bytes(shape: str = "cpu", ranks: int = 2) -> Report:
-    """Bytes gathered per training step, relative to the bytes of all sharded parameters; no time is taken.
+def zero3_bytes(shape: str = "cpu", ranks: int = 2, rounds: int = 5) -> Report:
+    """Bytes gathered per training step, relative to the bytes of all sharded parameters, and seconds by the clock.
 
     Args:
         shape: cpu or tiny; the towers' cost is left out.
         ranks: processes, on this machine.
+        rounds: how often a step of each is timed, in turns.
     """
+    if rounds < 1:
+        raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
     find_shapes(shape, [])
-    found = run_ranks(ranks, shape)
+    found = run_ranks(ranks, shape, rounds)
     report = Report("zero3_bytes", f"gathers of ZeRO-3 per step, {ranks} ranks, LoRA, checkpointing", [])
+    spreads = {way: Spread(tuple(found[way]["seconds"])) for way in WAYS}
     for way in WAYS:
         each = found[way]
         report.rows.append(
@@ -36,18 +41,20 @@ def zero3_bytes(shape: str = "cpu", ranks: int = 2) -> Report:
                 "/parameters": each["bytes"] / found["parameters"],
                 "fewest of a layer's": min(each["gathers"]),
                 "most of a layer's": max(each["gathers"]),
+                **spreads[way].columns(),
+                "/single pass": ratio(spreads[way], spreads[WAYS[0]]),
             }
         )
     single, lockstep = found["single pass"]["bytes"], found["lockstep"]["bytes"]
     report.criteria.append(Criterion("bytes, lockstep / single pass", lockstep / single, 1.0))
     report.notes.append(
         "stage3_max_live_parameters holds two decoder layers here, as ds_configs/ do at real sizes; what fits below it "
-        "altogether would be gathered once."
+        "altogether would be gathered once. Seconds are those of the clock: ranks wait for each other."
     )
     return report
 
 
-def run_ranks(ranks: int, shape: str) -> dict[str, Any]:
+def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
     """Start `zero3_rank` on so many ranks; what the first one found."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
@@ -61,7 +68,7 @@ def run_ranks(ranks: int, shape: str) -> dict[str, Any]:
         processes = []
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, "-m", "w2r2_ds.bench.zero3_rank", shape, str(result)]
+            command = [sys.executable, "-m", "w2r2_ds.bench.zero3_rank", shape, str(result), str(rounds)]
             with open(Path(folder) / f"{rank}.txt", "w") as said:
                 processes.append(subprocess.Popen(command, env=environment | place, stdout=said, stderr=said))
         failed = [rank for rank, process in enumerate(processes) if process.wait()]

@@ -1,9 +1,10 @@
-"""One rank of `zero3_bytes`: ``python -m w2r2_ds.bench.zero3_rank SHAPE RESULT``, its place in the environment."""
+"""One rank of `zero3_bytes`, placed by the environment: ``python -m w2r2_ds.bench.zero3_rank SHAPE RESULT ROUNDS``."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRe
 from torch import Tensor
 
 from w2r2_ds.bench.harness import find_device
+from w2r2_ds.bench.on_disk import OnDisk
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.step_ratio import there_already
 from w2r2_ds.bench.subject import build
 from w2r2_ds.bench.zero3_bytes import WAYS
 from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
@@ -63,43 +64,63 @@ def counting(language_model: Any) -> Iterator[Counts]:
         InflightParamRegistry.__setitem__ = saved
 
 
-def work(shape: Shape) -> dict[str, Any]:
-    """Every way on a model of its own."""
+def work(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Every way, each with a model of its own: counted, then timed in turns by the clock, for ranks wait."""
+    runs = {way: Run(shape, way) for way in WAYS}
     found: dict[str, Any] = {}
-    for way in WAYS:
-        counts, found["parameters"] = gathered(shape, way)
-        found[way] = {"bytes": counts.bytes, "gathers": sorted(set(counts.layers.values()))}
+    for way, run in runs.items():
+        counts = run.counted()
+        found["parameters"] = run.size
+        found[way] = {"bytes": counts.bytes, "gathers": sorted(set(counts.layers.values())), "seconds": []}
+    for turn in range(rounds):
+        for way in WAYS if turn % 2 == 0 else reversed(WAYS):
+            dist.barrier()
+            began = time.perf_counter()
+            runs[way].step()
+            dist.barrier()
+            found[way]["seconds"].append(time.perf_counter() - began)
     return found
 
 
-def gathered(shape: Shape, way: str) -> tuple[Counts, int]:
-    """Counts of one step, and the bytes of all parameters that are sharded."""
-    subject = build(shape, find_device())
-    model = subject.model
-    batch = subject.batch()
-    known = {"encode_2d": model.encode_2d(batch.visuals), "encode_3d": model.encode_3d(batch.visuals)}
-    world = dist.get_world_size()
-    schedule: Any = "sequential" if way == "single pass" else way
-    train = TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10, schedule=schedule)
-    config = RunConfig(objective=ObjectiveConfig(), train=train)
-    ds_config = resolve_ds_config(
-        sharded(model.base.model.language_model),
-        path=__file__,
-        global_batch=world,
-        micro_batch=1,
-        world_size=world,
-        bf16=False,
-    )
-    engine = make_engine(model, subject.front, config, ds_config, subject.device)
-    if way == "single pass":
-        engine.module.schedule = fused_alone(model)
-    for _ in range(STEPS):
-        with counting(model.base.model.language_model) as counts, there_already(model, known):
-            engine.backward(engine(batch)[0])
-        engine.step()
-    size = sum(each.ds_numel * each.element_size() for each in engine.module.parameters())
-    engine.destroy()
-    return counts, size
+class Run:
+    """Training steps of one way.
+
+    Attributes:
+        size: bytes of all parameters that are sharded.
+    """
+
+    def __init__(self, shape: Shape, way: str) -> None:
+        subject = build(shape, find_device())
+        self.model, fresh = subject.model, subject.batch()
+        self.batch = OnDisk(self.model, fresh).into(fresh, both=True)
+        world = dist.get_world_size()
+        schedule: Any = "sequential" if way == "single pass" else way
+        train = TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10, schedule=schedule)
+        config = RunConfig(objective=ObjectiveConfig(), train=train)
+        ds_config = resolve_ds_config(
+            sharded(self.model.base.model.language_model),
+            path=__file__,
+            global_batch=world,
+            micro_batch=1,
+            world_size=world,
+            bf16=False,
+        )
+        self.engine = make_engine(self.model, subject.front, config, ds_config, subject.device)
+        if way == "single pass":
+            self.engine.module.schedule = fused_alone(self.model)
+        self.size = sum(each.ds_numel * each.element_size() for each in self.engine.module.parameters())
+
+    def counted(self) -> Counts:
+        """What the last of the first steps gathers, as every later one does."""
+        for _ in range(STEPS):
+            with counting(self.model.base.model.language_model) as counts:
+                self.step()
+        return counts
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.engine.backward(self.engine(self.batch)[0])
+        self.engine.step()
 
 
 def sharded(language_model: Any) -> dict[str, Any]:
@@ -130,6 +151,6 @@ if __name__ == "__main__":
     (chosen,) = find_shapes(sys.argv[1], [])
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo" if not torch.cuda.is_available() else "nccl", auto_mpi_discovery=False)
-    result = work(chosen)
+    result = work(chosen, int(sys.argv[3]))
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(result))

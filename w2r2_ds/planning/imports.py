@@ -37,6 +37,9 @@ MODULES = {
 REAPED = 1.0
 """Seconds in which a killed child leaves; one that is stuck in the kernel does not."""
 
+ORPHANED = 120
+"""Seconds after which a child ends by itself: longer than any doctor works, one whose parent was killed may hang."""
+
 
 class Imports:
     """Imports going on in a child, which has what this process has imported (torch) already.
@@ -126,6 +129,8 @@ def installed_modules() -> list[str]:
 
 def import_all(packages: list[str], writing: int) -> None:
     """Import, and write a line before each, ``[name, null]``, and one after it, ``[name, error]``; never returns."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(ORPHANED)  # of the system: it needs no thread that still runs
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)  # libraries print what they like
     os.dup2(nowhere, 2)

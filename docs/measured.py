@@ -1,0 +1,59 @@
+"""Print the tables of docs/performance.md, section Measured, from docs/measured/: ``python docs/measured.py``.
+
+A file there is what ``python launchers/bench.py NAME --json docs/measured/NAME.json`` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from w2r2_ds.bench import BENCHMARKS
+from w2r2_ds.bench.report import cell
+
+FOLDER = Path(__file__).parent / "measured"
+HIDDEN = {"q1", "q3", "runs", "shape", "operations"}
+"""Columns that are shown otherwise or are the same in every row."""
+MACHINE = ("load", "threads", "processor", "gpu", "torch", "transformers", "peft", "deepspeed", "triton", "python")
+
+
+def read() -> list[dict[str, Any]]:
+    """Every report that was kept, in the order of the benchmarks."""
+    paths = [FOLDER / f"{name}.json" for name in BENCHMARKS]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def section(report: dict[str, Any]) -> str:
+    """One benchmark as Markdown."""
+    machine = report["machine"]
+    facts = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
+    where = f"{machine['processors']} processors, {machine['memory_gib']:.0f} GiB; {facts}."
+    claims = [
+        f"* {each['claim']}: **{each['measured']:.3g}**, at most {each['limit']:g}: "
+        f"{'met' if each['met'] else '**not met**'}."
+        for each in report["criteria"]
+    ]
+    notes = [f"* {note}" for note in report["notes"]]
+    parts = [f"### `{report['name']}`", f"{report['title'][:1].upper()}{report['title'][1:]}. {where}", table(report)]
+    return "\n\n".join([*parts, *(["\n".join(claims + notes)] if claims + notes else [])])
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows; quartiles stand behind their median."""
+    rows = [shown(row) for row in report["rows"]]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row's cells as text."""
+    cells = {key: cell(value) for key, value in row.items() if key not in HIDDEN}
+    if "q1" in row:
+        cells["seconds"] += f" ({cell(row['q1'])} .. {cell(row['q3'])})"
+    return cells
+
+
+if __name__ == "__main__":
+    print("\n\n".join(section(report) for report in read()))

@@ -1,0 +1,42 @@
+"""A step with weights that do something, for the tests of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from w2r2_ds.config import ObjectiveConfig, RunConfig
+from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.models.build import build_model, trainable
+from w2r2_ds.objective.scorer import Scorer
+
+
+@pytest.fixture
+def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
+    """`make_step(push=..., of the objective; lora_dropout=..., of the model)`: LoRA and merger that do something."""
+
+    def make(fresh: bool = False, **changes: Any) -> W2R2Step:
+        of_model = {name: changes.pop(name) for name in list(changes) if hasattr(model_config, name)}
+        config = RunConfig(model=replace(model_config, **of_model), objective=ObjectiveConfig(**changes))
+        model = build_model(config.model, torch.device("cpu"), seed=1)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in trainable(model).items():
+                if fresh:
+                    continue
+                if "lora_B" in name:
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                if "geometry_merger.mlp" in name:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+
+    return make
+
+
+@pytest.fixture
+def step(make_step: Callable[..., W2R2Step]) -> W2R2Step:
+    return make_step()
