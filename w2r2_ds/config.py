@@ -53,7 +53,8 @@ class DataConfig:
         workers: loader processes per rank; 0 loads in the training process.
         questions_per_scene: samples that see the same frames come together in bins of so many, and share one visual
             prefix in one sequence; train.micro_batch is a multiple. Losses and gradients of each are as they are alone,
-            but other samples make a batch. 1 orders samples freely.
+            but other samples make a batch, and dropout draws a shared prefix's mask once for all of them. 1 orders
+            samples freely.
         packing: the samples of a micro-batch make one sequence, without padding, as they do where questions share
             frames; for samples of unequal length.
         prefetch: micro-batches that each of them makes ahead, in the host's memory; `data_s` in metrics.jsonl is what a

@@ -11,7 +11,7 @@ import torch
 from packed import packed_of, questions
 
 from w2r2_ds.config import load_config
-from w2r2_ds.data.loading import make_processor, refuse_drawn_frames
+from w2r2_ds.data.loading import make_collate, make_processor, refuse_drawn_frames
 from w2r2_ds.data.packing import alone, by_frames, in_one_sequence
 
 
@@ -116,6 +116,9 @@ def test_frames_after_the_question_cannot_be_shared(front: Any, data_config: Any
     turned = [replace(each, input_ids=each.input_ids.flip(0), token_types=each.token_types.flip(0)) for each in pair]
     with pytest.raises(ValueError, match="before the last frame"):
         by_frames(turned)
+    # A loader process hands it on, as it does a sample that cannot be read.
+    handed = make_collate(front, data_config(questions_per_scene=2), False)(turned)
+    assert isinstance(handed, ValueError) and "before the last frame" in str(handed)
 
 
 def test_frames_in_a_row_are_read_once(

@@ -91,12 +91,13 @@ def test_ranks_per_machine_are_as_the_launcher_says(monkeypatch: pytest.MonkeyPa
         (3, 0, ["zero_hpz_partition_size is 0"]),
         (3, 8.0, ["zero_hpz_partition_size is 8.0"]),
         (3, True, ["zero_hpz_partition_size is True"]),
+        (3, "auto", ['zero_hpz_partition_size is "auto"', "are not 6 per machine", "or write 1"]),
     ],
 )
 def test_hierarchical_partitions_that_cannot_be(stage: int, size: Any, words: list[str]) -> None:
     raw = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
     with pytest.raises(ValueError) as caught:
-        resolve(raw, micro_batch=1, world_size=16, local_size=8)
+        resolve(raw, micro_batch=1, world_size=16, local_size=6 if size == "auto" else 8)
     message = str(caught.value)
     assert message.startswith("ds.json: ") and message.endswith(".") and "\n" not in message
     for word in words:

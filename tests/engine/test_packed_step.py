@@ -12,6 +12,7 @@ from packed import packed_of, questions
 
 from host_reads import host_reads
 from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.attention import use_scene_split
 from w2r2_ds.models.build import build_model, trainable
@@ -45,8 +46,7 @@ def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2S
             model.base.model.language_model.requires_grad_(True)
         step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
         if checkpointing:
-            options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}
-            model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
             model.base.enable_input_require_grads()
         return step
 

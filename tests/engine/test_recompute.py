@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.data.slots import token_tables
 from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.models.bound import bound
 from w2r2_ds.models.build import build_model, load_front, trainable
 from w2r2_ds.models.tiny import build_tiny_vlm
 from w2r2_ds.objective.scorer import Scorer
@@ -123,6 +125,36 @@ def test_what_is_kept(found: Any) -> None:
     one = found[1] * 64 * 4  # a layer's input in float32
     assert kept["every layer"] - kept["offloaded"] == pytest.approx((LAYERS - 1) * one, rel=1e-3)
     assert kept["every second"] - kept["every second, offloaded"] == pytest.approx(3 * one, rel=1e-3)
+
+
+def test_forwards_bound_before_and_later_run_within_and_instead() -> None:
+    """Of model.kernels, which are run again too; of a pass, for which alone they hold. Without a graph, once."""
+    calls: list[str] = []
+    layers = [torch.nn.Linear(3, 3) for _ in range(3)]
+    for index, layer in enumerate(layers):
+        stock = layer.forward
+        layer.forward = lambda x, *, scale, name=str(index), stock=stock: calls.append(name) or scale * stock(x)  # type: ignore[method-assign]
+    for every in (2, 1):  # the second call forgets the first
+        recompute(layers, every, False, lambda: (nullcontext(), nullcontext()))
+
+    def through(x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = layer(x, scale=2.0)
+        return x.sum()
+
+    x = torch.ones(2, 3, requires_grad=True)
+    loss = through(x)
+    loss.backward()
+    assert calls == ["0", "1", "2", "1", "0"]
+    calls.clear()
+    with bound(layers[0], lambda inner, x, scale: scale * x):
+        loss = through(x)
+    loss.backward()
+    assert calls == ["1", "2", "1"]
+    calls.clear()
+    with torch.no_grad():
+        through(x)
+    assert calls == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(

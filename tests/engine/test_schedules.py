@@ -18,6 +18,7 @@ from zero3_cases import Case, awaken, similar, write_cases
 from host_reads import host_reads
 from runs import ZERO3, run_ranks
 from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.schedules import Lockstep, Sequential, make_schedule
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.build import build_model, trainable
@@ -45,8 +46,7 @@ def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2S
             unfreeze(model)
         step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
         if checkpointing:
-            options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}
-            model.base.activation_checkpointing_enable(options)
+            recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
         return step
 
     return make

@@ -11,6 +11,7 @@ import torch
 from hand_passes import hand_loss, shortcut_of
 from torch.nn.functional import log_softmax
 
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.schedules import without_dropout
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.build import trainable
@@ -220,8 +221,7 @@ def test_gradient_checkpointing_changes_nothing(
     batch = in_a_large_box(batch_of(samples[:2]))
     torch.manual_seed(0)
     plain = gradients(step, step(batch)[0])
-    options = {"use_reentrant": False, "context_fn": step.checkpoint_contexts}
-    step.model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    recompute(step.model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
     step.model.base.enable_input_require_grads()
     torch.manual_seed(0)
     assert_same_gradients(gradients(step, step(batch)[0]), plain)

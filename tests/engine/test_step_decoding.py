@@ -9,6 +9,7 @@ import pytest
 import torch
 from hand_passes import shortcut_of
 
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.step import SLACK, W2R2Step
 from w2r2_ds.evaluation.generate import generate_tokens
 from w2r2_ds.objective.w2r2 import STATS
@@ -20,7 +21,7 @@ def test_greedy_decoding_defines_s(
 ) -> None:
     """s is that of the 2D-only answer which evaluation decodes; training mode comes back, checkpointing or not."""
     step = make_step(shortcut_decode="greedy", lora_dropout=0.5)
-    step.model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(step.model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
     batch = batch_of(samples, with_prompts=True, visual=visual)
     plain = step.model.encode_2d(batch.visuals)
     texts = step.decode(batch, plain)

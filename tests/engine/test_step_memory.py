@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.data.slots import token_tables
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.build import build_model
 from w2r2_ds.models.tiny import build_tiny_vlm
@@ -63,11 +64,11 @@ def peak(model_config: Any, front: Any, batch: Any, checkpointing: bool, schedul
     train = TrainConfig(schedule="auto" if schedule == "single" else schedule)  # type: ignore[arg-type]
     config = RunConfig(model=model_config, objective=ObjectiveConfig(push=push, mu=0.0), train=train)
     model = build_model(model_config, torch.device("cpu"), 1)
-    if checkpointing:
-        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.base.enable_input_require_grads()
     tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
     step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+    if checkpointing:
+        recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
     if schedule == "single":
         step.schedule = functools.partial(fused_alone, model)
     step(batch)[0].backward()  # gradients and lazily made buffers are there from now on
@@ -85,7 +86,7 @@ def test_the_tracker_counts_what_lives() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_shortcut_adds_at_most_one_layer(
+def test_the_shortcut_adds_at_most_a_twentieth(
     deep: dict[int, Any], front: Any, batch_of: Any, samples: list[Any], checkpointing: bool
 ) -> None:
     batch = batch_of(samples * 2)
@@ -97,7 +98,7 @@ def test_the_shortcut_adds_at_most_one_layer(
     for schedule in ("sequential", "lockstep"):
         added = peak(deep[LAYERS], front, batch, checkpointing, schedule) - single
         print(f"{schedule}, checkpointing {checkpointing}: {single:,} bytes, one layer {one_layer:,}, added {added:,}")
-        assert added <= one_layer
+        assert added <= single / 20  # nothing, where this was measured: the peak is in the backward pass
     if not checkpointing:  # the measurement would see a second graph
         kept = peak(deep[LAYERS], front, batch, False, "sequential", push="unblocked")
         # All layers but the last, of which both passes keep little.

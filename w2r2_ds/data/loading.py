@@ -96,7 +96,7 @@ def checked(batches: Iterable[Batch | ValueError]) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class CollateOrError:
-    """Collate, unless a sample could not be read: then hand its error on."""
+    """Collate, unless a sample could not be read, or does not go with the others: then hand the error on."""
 
     collate: Collator
 
@@ -106,7 +106,10 @@ class CollateOrError:
             if isinstance(item, ValueError):
                 return item
             features.append(item)
-        return self.collate(features)
+        try:
+            return self.collate(features)
+        except ValueError as error:
+            return error
 
 
 def make_processor(front: Front, config: DataConfig) -> Processor:

@@ -35,6 +35,11 @@ def fill_hierarchy(zero: dict[str, Any], path: str | Path, world_size: int, loca
         return
     size = zero[FIELD]
     if size == "auto":
+        if local_size < world_size and world_size % local_size:
+            raise ValueError(
+                f'{path}: zero_optimization.{FIELD} is "auto", but the {world_size} ranks of this run are not '
+                f"{local_size} per machine, as on this one; start as many on every machine, or write 1."
+            )
         size = zero[FIELD] = local_size if local_size < world_size else 1
     if type(size) is not int or size < 1:
         raise ValueError(

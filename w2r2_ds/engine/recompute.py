@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +16,37 @@ Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManag
 """Around a layer's first run, and around its second."""
 
 
+@dataclass(frozen=True)
+class Recomputed:
+    """A layer's forward that is run again in the backward pass.
+
+    Attributes:
+        inner: the forward that the layer had.
+        offload, contexts: of `recompute`.
+    """
+
+    inner: Callable[..., Any]
+    offload: bool
+    contexts: Contexts
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        if not torch.is_grad_enabled():  # the shortcut, decoding: there is no backward pass
+            return self.inner(*args, **given)
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else nullcontext():
+            inner = functools.partial(self.inner, **given)
+            return checkpoint(inner, *args, use_reentrant=False, context_fn=self.contexts)
+
+
 def recompute(layers: Iterable[Any], every: int, offload: bool, contexts: Contexts) -> None:
     """Run layers 0, `every`, 2 `every`, ... again in the backward pass instead of keeping what they computed.
 
-    Not the last one, which is computed for few rows and keeps little (models/last_layer.py).
+    Not the last one, which is computed for few rows and keeps little (models/last_layer.py). Called again, it forgets
+    what it did before.
 
-    transformers' `activation_checkpointing_enable` does as much, but also counts the blocks of the frozen vision tower,
-    so that it depends on their number which decoder layers are meant, and asks for pinned memory on machines that have
-    none. What it sets in a layer is the same: the layer's own forward, inside all hooks, calls the function.
+    The forward of the instance is bound, whatever it is by now: transformers' `activation_checkpointing_enable` would
+    be passed over by a forward that model.kernels has bound to a layer, and before 5.23 it is around the hooks, outside
+    of what is bound for the length of a pass. It also counts the blocks of the frozen vision tower, so that it depends
+    on their number which decoder layers are meant, and asks for pinned memory on machines that have none.
 
     Args:
         layers: decoder layers of transformers, in order.
@@ -29,11 +54,8 @@ def recompute(layers: Iterable[Any], every: int, offload: bool, contexts: Contex
         offload: keep their inputs in the memory of the host, pinned where there is a GPU.
         contexts: for torch's checkpointing.
     """
-
-    def run(function: Callable[..., Any], *args: Any) -> Any:
-        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
-            return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
-
+    layers = list(layers)
     for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = index % every == 0
-        layer._gradient_checkpointing_func = run
+        inner = layer.forward.inner if isinstance(layer.forward, Recomputed) else layer.forward
+        again = index % every == 0 and index < len(layers) - 1
+        layer.forward = Recomputed(inner, offload, contexts) if again else inner

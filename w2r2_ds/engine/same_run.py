@@ -19,7 +19,8 @@ MAY_CHANGE = (
     | frozenset(
         f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard", "hang_seconds")
     )
-    | frozenset(f"train.{name}" for name in ("activation_checkpointing", "recompute_every", "offload_activations"))
+    | frozenset(f"train.{name}" for name in ("schedule", "activation_checkpointing"))
+    | frozenset(f"train.{name}" for name in ("recompute_every", "offload_activations"))
     | frozenset(f"train.{name}" for name in ("eval_every", "eval_samples", "eval_max_new_tokens", "best_by"))
 )
 """Options that a resumed run may change: where things lie, and what leaves the losses alone up to rounding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.choose import Kernels
 from w2r2_ds.models.lora import add_lora
@@ -49,7 +51,7 @@ def results(model: Any, checkpointing: bool) -> list[torch.Tensor]:
     text = model.model.language_model
     text.train(checkpointing)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(text.layers, 1, False, lambda: (nullcontext(), nullcontext()))
     inputs = torch.randn(2, TOKENS, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     positions = torch.arange(3 * 2 * TOKENS).view(3, 2, TOKENS) % 7
     states = text(inputs_embeds=inputs, position_ids=positions, attention_mask=None, use_cache=False).last_hidden_state
