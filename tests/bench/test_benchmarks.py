@@ -125,10 +125,14 @@ def test_the_field_and_our_single_pass_have_the_same_gradients(subject: Subject)
     # float32, sums in another order
     assert max(check_equal(subject, batch).values()) <= 1e-5
     # The field's step is stock code through and through, and leaves ours as it was.
-    bound = [module for module in subject.model.vlm.modules() if "forward" in module.__dict__]
+    modules, layers = list(subject.model.vlm.modules()), subject.model.base.model.language_model.layers
+    bound = [module for module in modules if "forward" in module.__dict__]
+    assert len(bound) == 8 * TINY.layers  # projections, and the layers, of which all but the last are recomputed
     with stock(subject.model):
-        assert len(bound) == 7 * TINY.layers and not any("forward" in module.__dict__ for module in bound)
-    assert all("forward" in module.__dict__ for module in bound)
+        assert not any("forward" in module.__dict__ for module in modules)
+        assert all(layer.gradient_checkpointing for layer in layers)
+    assert [module for module in modules if "forward" in module.__dict__] == bound
+    assert not any(layer.gradient_checkpointing for layer in layers)
     # ... and the comparison sees what differs: a push, and a layer of VGGT.
     model, none = subject.model, subject.step("none")
     own = gradients(model, none(batch)[0])

@@ -10,10 +10,12 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from w2r2_ds.bench.harness import Lap, timed
@@ -25,13 +27,23 @@ from w2r2_ds.models.w2r2 import W2R2
 
 @contextmanager
 def stock(model: W2R2) -> Iterator[None]:
-    """Inside, forward and backward, every module of the VLM and the merger does what its class does: no kernels."""
-    norm = model.geometry_merger.ln_q
+    """Inside, forward and backward, every module of the VLM and the merger does what its class does: no kernels.
+
+    Activations are recomputed as the Trainer's `gradient_checkpointing` has it done: in every layer, by transformers.
+    """
+    norm, text = model.geometry_merger.ln_q, model.base.model.language_model
     kernels, norm.kernels = norm.kernels, "torch"
     ours = [(module, module.__dict__.pop("forward")) for module in model.vlm.modules() if "forward" in module.__dict__]
+    for layer in text.layers:  # what transformers sets; the method's name is another in every few versions
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
+            True,
+            partial(checkpoint, use_reentrant=False),
+        )
     try:
         yield
     finally:
+        for layer in text.layers:
+            layer.gradient_checkpointing = False
         norm.kernels = kernels
         for module, forward in ours:
             module.forward = forward
