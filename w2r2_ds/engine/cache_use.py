@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,13 +17,18 @@ from w2r2_ds.models.encode import missing_2d
 def cache_use(micro_batches: list[Batch]) -> dict[str, float]:
     """``cache_hits``, the share of features that the cache had, and ``cache_gib``, its size; nothing without a cache.
 
+    No size where a part of the folder may not be listed, another user's say.
+
     Of this rank, which sees of the files of other ranks what was there when it last wrote one.
     """
     asked = [each for batch in micro_batches for each in batch.visuals.cached_3d + batch.visuals.cached_2d]
     if not asked:
         return {}
     hits = sum(each.features is not None for each in asked) / len(asked)
-    return {"cache_hits": hits, "cache_gib": size_of(asked[0].cache) / 2**30}
+    found = {"cache_hits": hits}
+    with suppress(OSError):
+        found["cache_gib"] = size_of(asked[0].cache) / 2**30
+    return found
 
 
 class TowerCalls:
