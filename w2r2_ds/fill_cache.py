@@ -149,7 +149,8 @@ def refuse_too_large(cache: Cache, whole: Need, lacking: Need) -> None:
     if whole.bytes > cache.limit:
         raise ValueError(
             f"The features need {gib(whole.bytes)} ({whole.files} files), more than data.cache_gib = "
-            f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames."
+            f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames "
+            "(of protocol vgllm every sample has its own, of scene_sets samples share them)."
         )
     growth, free = min(lacking.bytes, cache.limit - cache.size()), shutil.disk_usage(cache.folder).free
     if growth > free:

@@ -2,8 +2,8 @@
 
 Every rank calls the same modules in the same order, whatever its batch holds: a batch without frames carries a dummy
 one. Nothing in it makes the host wait for the device, except that answers made of words are compared as text (captions
-and short answers: one read in either pass) and that decoding (`shortcut_decode: greedy`, the gap, validation) reads
-every token; DeepSpeed's own waits aside.
+and short answers: one read in either pass), that decoding (`shortcut_decode: greedy`, the gap, validation) reads
+every token, and that features which the feature cache lacks are copied to the host. DeepSpeed's own waits aside.
 """
 
 from __future__ import annotations
