@@ -40,7 +40,8 @@ def check_limits(workers: int, prefetch: int, ranks: int) -> Outcome:
     if size < needed:
         outcome.wrong.append(
             f"{SHM} has {size / 2**30:.2f} GiB, {ranks} rank(s) with data.workers {workers} and data.prefetch "
-            f"{prefetch} need {needed / 2**30:.2f}; enlarge it (docker: --shm-size {-(-needed // 2**30)}g), or lower them."
+            f"{prefetch} need {needed / 2**30:.2f}; enlarge it (docker: --shm-size {-(-needed // 2**30)}g), or lower "
+            "them."
         )
     return outcome
 
