@@ -108,8 +108,8 @@ def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels
 def fits(rank: int, dtype: torch.dtype) -> bool:
     """Whether a rank's tiles fit into shared memory, up to 128 in bfloat16 and 32 in float32; else torch does the work.
 
-    The largest are those of `down`, of which two stages are loaded: compiled for sm_90, 2 * (64 + rank) * 128 numbers in
-    float32, and fewer in bfloat16. At rank 128 that is 192 KiB, more than an A100 has.
+    The largest are those of `down`, of which two stages are loaded: compiled for sm_90, 2 * (64 + rank) * 128 numbers
+    in float32, and fewer in bfloat16. At rank 128 that is 192 KiB, more than an A100 has.
     """
     return 2 * (ROWS + _rank(rank)) * COLUMNS * dtype.itemsize <= SHARED
 
