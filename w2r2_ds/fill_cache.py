@@ -24,7 +24,7 @@ from w2r2_ds.data.progress import progress
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.engine.together import together
 from w2r2_ds.evaluation.ranks import Ranks, set_threads
-from w2r2_ds.geometry.cache import Cache, file_size
+from w2r2_ds.geometry.cache import Cache, file_size, gib
 from w2r2_ds.geometry.cached import FeatureCache, flush
 from w2r2_ds.geometry.loading import locate, read_config
 from w2r2_ds.kernels.bind import bind_kernels
@@ -221,8 +221,3 @@ def _looked(samples: Sequence[Sample], eyes: Eyes, workers: int) -> Iterator[See
         if isinstance(seen, ValueError):
             raise seen
         yield seen
-
-
-def gib(size: int) -> str:
-    """Bytes as a text."""
-    return f"{size / 2**30:.3g} GiB"

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from w2r2_ds.config import DataConfig, ModelConfig
 from w2r2_ds.data import eyes
 from w2r2_ds.data.loading import checked, make_collate, make_processor, prompt_loader
-from w2r2_ds.engine.cache_use import cache_use
+from w2r2_ds.engine.cache_use import cache_use, describe_cache
 from w2r2_ds.engine.throughput import geometry_flops, tower_flops
 from w2r2_ds.evaluation.evaluate import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
@@ -149,13 +150,25 @@ def test_what_is_not_computed_counts_for_no_speed(
 
 
 def test_a_cache_that_may_not_be_listed_ends_no_run(
-    samples: list[Any], loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    samples: list[Any], loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(cache: Cache) -> int:
-        raise PermissionError(13, "Permission denied")
+        raise PermissionError(13, "Permission denied", "another's")
 
     monkeypatch.setattr(Cache, "size", refuse)
     assert cache_use([loaded(samples)]) == {"cache_hits": 0}
+    assert describe_cache(Cache(tmp_path, 2**30)).endswith("its size is not known, another's cannot be listed")
+
+
+def test_a_limit_that_the_disk_cannot_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is filled on first use has no forecast, and a full disk would cost a checkpoint."""
+    for free, lines in ((2**30, 1), (2**29, 2)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        said = describe_cache(Cache(tmp_path, 2**30)).splitlines()
+        assert (
+            said[0] == f"feature cache {tmp_path}: 0 GiB of at most 1 GiB (data.cache_gib), {free / 2**30:g} GiB free"
+        )
+        assert len(said) == lines and all("it may fill the disk" in line for line in said[1:])
 
 
 def test_only_what_is_missing_is_made(

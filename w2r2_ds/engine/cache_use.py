@@ -1,7 +1,8 @@
-"""What the feature cache did in a step, for the log, and how ranks agree on the calls of a sharded vision tower."""
+"""What the feature cache is and did, for the log, and how ranks agree on the calls of a sharded vision tower."""
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from w2r2_ds.config import DataConfig
 from w2r2_ds.data.collate import Batch, Visuals
+from w2r2_ds.geometry.cache import Cache, gib
 from w2r2_ds.geometry.cached import size_of
 from w2r2_ds.models.encode import missing_2d
 
@@ -29,6 +31,19 @@ def cache_use(micro_batches: list[Batch]) -> dict[str, float]:
     with suppress(OSError):
         found["cache_gib"] = size_of(asked[0].cache) / 2**30
     return found
+
+
+def describe_cache(cache: Cache) -> str:
+    """How large the cache is and may become, for the start of a run; warns where that is more than is free."""
+    free = shutil.disk_usage(cache.folder).free
+    try:
+        size = cache.size()
+    except OSError as error:
+        return f"feature cache {cache.folder}: its size is not known, {error.filename} cannot be listed"
+    held = f"feature cache {cache.folder}: {gib(size)} of at most {gib(cache.limit)} (data.cache_gib), {gib(free)} free"
+    if cache.limit - size <= free:
+        return held
+    return f"{held}\nwarning: it may fill the disk, where checkpoints need room too; lower data.cache_gib."
 
 
 class TowerCalls:

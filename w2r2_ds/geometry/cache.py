@@ -187,3 +187,8 @@ def checksum(features: torch.Tensor) -> str:
 def file_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes that the file of such features has at most."""
     return torch.Size(shape).numel() * dtype.itemsize + HEADER
+
+
+def gib(size: int) -> str:
+    """Bytes as a text."""
+    return f"{size / 2**30:.3g} GiB"
