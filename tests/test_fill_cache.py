@@ -23,6 +23,7 @@ from w2r2_ds.data.loading import make_collate, make_processor
 from w2r2_ds.evaluation.ranks import Ranks
 from w2r2_ds.fill_cache import fill_cache
 from w2r2_ds.geometry.cache import Cache
+from w2r2_ds.models import open_cache as open_cache_module
 from w2r2_ds.models.build import build_model, load_front
 from w2r2_ds.models.open_cache import open_cache
 
@@ -77,6 +78,29 @@ def test_what_is_filled_ahead_is_what_training_would_make(
                 assert torch.equal(one, other)
             both = [torch.cat(model.encode_2d(each).pooler_output) for each in (cached, plain)]
             assert torch.equal(*both)
+
+
+def test_the_tower_has_the_kernels_of_training(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, str]] = []
+    monkeypatch.setattr(fill, "bind_kernels", lambda vlm, kernels: given.append((type(vlm).__name__, kernels)))
+    for module in (fill, open_cache_module):
+        monkeypatch.setattr(module, "resolve_kernels", lambda name: {"auto": "triton"}[name])
+    fill_cache(config(), ["train"], False, Ranks())
+    assert given == [("Qwen2_5_VLForConditionalGeneration", "triton")]
+
+
+def test_what_could_not_be_kept_is_not_called_complete(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another run's files that are in use may fill the cache, and a disk may fail."""
+    real = Cache.write
+    monkeypatch.setattr(Cache, "write", lambda self, key, *rest: key[0] in "01234567" and real(self, key, *rest))
+    run = config()
+    with pytest.raises(ValueError, match=r"cache lacks \d of the 4 files that were just made .*; make room or raise"):
+        fill_cache(run, ["train"], False, Ranks())
+    assert "complete" not in capsys.readouterr().out and 0 < len(files(run)) < 4
 
 
 @pytest.mark.parametrize("cached", ["geometry", "geometry+2d"])

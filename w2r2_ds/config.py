@@ -57,8 +57,8 @@ class DataConfig:
             samples freely.
         packing: the samples of a micro-batch make one sequence, without padding, as they do where questions share
             frames; for samples of unequal length.
-        prefetch: micro-batches that each of them makes ahead, in the host's memory; `data_s` in metrics.jsonl is what a
-            step still waited for data.
+        prefetch: micro-batches that each loader process makes ahead, in shared memory; `data_s` in metrics.jsonl is
+            what a step still waited for data.
         cache: folder for features of the frozen encoders, so that they are computed once; empty for none. Any number of
             runs may share it; `launchers/prepare.py geometry` fills it ahead.
         cache_gib: the most that this folder may hold, in GiB; what was used longest ago goes first.
@@ -101,7 +101,7 @@ class ModelConfig:
         lora_dropout: dropout in the LoRA branch, fused pass only.
         dtype: weights and activations; auto is bfloat16 on a GPU and float32 without.
         attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
-            flash_attention_2 where flash_attn is installed and there is a GPU, else sdpa.
+            flash_attention_2 on a GPU in bfloat16 where flash_attn is installed, else sdpa.
         kernels: torch, or triton with our own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto is triton
             where there is a CUDA device and both are installed. The results are equal up to rounding.
     """

@@ -23,11 +23,12 @@ from w2r2_ds.data.loading import keep_working, load_mixture, visual_kind
 from w2r2_ds.data.progress import progress
 from w2r2_ds.data.sample import Sample
 from w2r2_ds.engine.together import together
-from w2r2_ds.evaluation.ranks import Ranks, set_threads, wait
-from w2r2_ds.geometry.cache import Cache, file_size
+from w2r2_ds.evaluation.ranks import Ranks, set_threads
+from w2r2_ds.geometry.cache import Cache, file_size, gib
 from w2r2_ds.geometry.cached import FeatureCache, flush
 from w2r2_ds.geometry.loading import locate, read_config
-from w2r2_ds.kernels.choose import resolve_attention
+from w2r2_ds.kernels.bind import bind_kernels
+from w2r2_ds.kernels.choose import resolve_attention, resolve_kernels
 from w2r2_ds.models.build import load_geometry
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.open_cache import open_cache
@@ -55,7 +56,8 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
     Every rank calls it, after `evaluation.ranks.joined`; rank 0 prints what there is to do and what was done.
 
     Raises:
-        ValueError: there is no cache, no room for it, or a frame cannot be read; on every rank.
+        ValueError: there is no cache, no room for it, a frame cannot be read, or what was made could not be kept; on
+            every rank, but for a frame that is no picture, which ends the rank that decodes it.
     """
     with together():
         scenes = frame_sets(config, splits)[ranks.rank :: ranks.world]
@@ -74,9 +76,10 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         print(f" (free: {free}, data.cache_gib {config.data.cache_gib:g})", flush=True)
     if not dry_run and lacking.files:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encode_all(missing, eyes, config, device, ranks)
+        made = encode_all(missing, eyes, config, device, ranks)
         flush()
-        wait(ranks)
+        with together():  # and here all ranks wait for each other
+            refuse_lost(cache.cache, made)
         if ranks.rank == 0:
             print(f"{cache.cache.folder}: {gib(cache.cache.size())}, complete", flush=True)
 
@@ -146,13 +149,24 @@ def refuse_too_large(cache: Cache, whole: Need, lacking: Need) -> None:
     if whole.bytes > cache.limit:
         raise ValueError(
             f"The features need {gib(whole.bytes)} ({whole.files} files), more than data.cache_gib = "
-            f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames."
+            f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames "
+            "(of protocol vgllm every sample has its own, of scene_sets samples share them)."
         )
     growth, free = min(lacking.bytes, cache.limit - cache.size()), shutil.disk_usage(cache.folder).free
     if growth > free:
         raise ValueError(
             f"{cache.folder} has {gib(free)} free, but the missing features need {gib(growth)}; make room, or name "
             "another folder with data.cache."
+        )
+
+
+def refuse_lost(cache: Cache, made: Sequence[str]) -> None:
+    """What no longer fits, or a disk did not take, was said once and left out while the rest was made."""
+    lost = [key for key in made if not cache.has(key)]
+    if lost:
+        raise ValueError(
+            f"{cache.folder} lacks {len(lost)} of the {len(made)} files that were just made (a warning above says "
+            "why); make room or raise data.cache_gib, and call this again."
         )
 
 
@@ -172,24 +186,31 @@ class _Looked(Dataset[Seen | ValueError]):
             return error
 
 
-def encode_all(samples: Sequence[Sample], eyes: Eyes, config: RunConfig, device: torch.device, ranks: Ranks) -> None:
-    """Make and keep what is missing of these samples' features."""
+def encode_all(
+    samples: Sequence[Sample], eyes: Eyes, config: RunConfig, device: torch.device, ranks: Ranks
+) -> list[str]:
+    """Make and keep what is missing of these samples' features; returns their keys."""
+    made: list[str] = []
     geometry = load_geometry(config.model, device)
     set_threads(ranks, geometry.vggt.config.embed_dim)
     vlm: Any = None
     if config.data.cached == "geometry+2d":
         dtype = resolve_dtype(config.model.dtype)
         vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).to(device).eval()
+        bind_kernels(vlm, resolve_kernels(config.model.kernels))  # as in training: other kernels round otherwise
     kind = visual_kind(config.data)
     label = "features" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
         for seen in _looked(samples, eyes, config.data.workers):
             if seen.cached_3d is not None and seen.geometry_images is not None:
                 seen.cached_3d.keep(geometry.encode(seen.geometry_images))
+                made.append(seen.cached_3d.key)
             if seen.cached_2d is not None and len(seen.pixel_values):
                 visuals = moved(tower_input(kind, seen.pixel_values, seen.grid_thw, eyes.vision), device)
                 seen.cached_2d.keep(torch.cat(encode_visuals(vlm, visuals).pooler_output))
+                made.append(seen.cached_2d.key)
             advance()
+    return made
 
 
 def _looked(samples: Sequence[Sample], eyes: Eyes, workers: int) -> Iterator[Seen]:
@@ -200,8 +221,3 @@ def _looked(samples: Sequence[Sample], eyes: Eyes, workers: int) -> Iterator[See
         if isinstance(seen, ValueError):
             raise seen
         yield seen
-
-
-def gib(size: int) -> str:
-    """Bytes as a text."""
-    return f"{size / 2**30:.3g} GiB"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,34 @@ def test_a_cache_that_only_may_be_read_serves(
     flush()
     said = capsys.readouterr().out
     assert said.count("cannot be written (Permission denied); what it lacks is computed every time.") == 1
+
+
+def test_what_another_user_keeps_to_himself_is_said(tmp_path: Path) -> None:
+    """A file, and a folder of files: silence would cost every epoch the encoders. In a process that is not root's."""
+    cache, said, secret = Cache(tmp_path / "cache", BIG), tmp_path / "said", key(2**255)
+    for number in (1, 2**255):
+        cache.write(key(number), features(1), {})
+    cache.path(key(1)).chmod(0)
+    cache.path(secret).parent.chmod(0)
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            with said.open("w") as output, redirect_stdout(output):
+                os.chdir(cache.folder)  # as whom the folders above let nobody through
+                if os.geteuid() == 0:
+                    os.setuid(65534)
+                here = Cache(Path(), BIG)
+                assert all(here.read(each) is None for each in (key(1), secret, key(3)))
+                assert not here.has(secret) and not Cached(here, secret, {}, None).is_learnt()
+                status = 0
+        finally:
+            os._exit(status)
+    ended = os.waitpid(process, 0)[1]
+    cache.path(secret).parent.chmod(0o700)
+    lines = said.read_text().splitlines()
+    assert ended == 0 and len(lines) == 2, lines
+    assert all("cannot be read (Permission denied); its features are computed." in line for line in lines)
 
 
 def test_a_program_error_while_writing_comes_up(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

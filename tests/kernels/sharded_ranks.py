@@ -1,4 +1,4 @@
-"""What test_zero3.py runs on two ranks: bound LoRA projections in layers that ZeRO-3 gathers whole, or does not."""
+"""What test_sharded.py runs on two ranks: bound LoRA projections in layers that ZeRO-3 gathers whole, or does not."""
 
 from __future__ import annotations
 

@@ -11,8 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from w2r2_ds.kernels import lora
+from w2r2_ds.kernels import dropped, lora
+from w2r2_ds.kernels.choose import Kernels
 from w2r2_ds.kernels.lora import bind_lora
+
+BF16 = torch.bfloat16
+WAYS: tuple[Kernels, ...] = ("torch", "triton")
 
 
 class Two(nn.Module):
@@ -165,6 +169,22 @@ def test_a_weight_that_zero3_has_not_gathered_is_left_to_peft(calls: list[float]
     weight.ds_z3_leaf_module = model
     model(torch.ones(6, 24))
     assert len(calls) == 3
+
+
+def test_a_rank_whose_tiles_no_gpu_holds_is_torchs() -> None:
+    """Else a launch would end in OutOfResources; here, without the interpreter, a launch would end the test."""
+    fitting = [[rank for rank in (8, 16, 32, 64, 128, 256) if dropped.fits(rank, d)] for d in (BF16, torch.float32)]
+    assert fitting == [[8, 16, 32, 64, 128], [8, 16, 32]]
+    x, keep, a, low = torch.randn(6, 8), torch.rand(6, 8) < 0.5, torch.randn(33, 8), torch.randn(6, 33)
+    ways = [
+        (
+            dropped.down(x, keep, a, 2.0, way),
+            dropped.outer(low, x, keep, 2.0, way),
+            dropped.up_(x * 1, low, a, keep, 2.0, way),
+        )
+        for way in WAYS
+    ]
+    assert all(torch.equal(one, two) for one, two in zip(*ways, strict=True))
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:

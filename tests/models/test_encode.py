@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,12 +17,16 @@ from safetensors.torch import load_file, save_file
 from w2r2_ds.config import DataConfig, ModelConfig
 from w2r2_ds.data import eyes
 from w2r2_ds.data.loading import checked, make_collate, make_processor, prompt_loader
+from w2r2_ds.engine.cache_use import cache_use, describe_cache
 from w2r2_ds.engine.throughput import geometry_flops, tower_flops
 from w2r2_ds.evaluation.evaluate import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
+from w2r2_ds.geometry.cache import Cache
 from w2r2_ds.geometry.cached import flush
+from w2r2_ds.kernels import choose
 from w2r2_ds.models.build import Front, build_model
 from w2r2_ds.models.encode import missing_2d
+from w2r2_ds.models.identity import model_weights
 from w2r2_ds.models.open_cache import geometry_identity, open_cache, vision_identity
 from w2r2_ds.models.w2r2 import W2R2
 
@@ -143,6 +149,28 @@ def test_what_is_not_computed_counts_for_no_speed(
     assert geometry_flops(model.geometry, warm) == tower_flops(tower, warm) == 0
 
 
+def test_a_cache_that_may_not_be_listed_ends_no_run(
+    samples: list[Any], loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(cache: Cache) -> int:
+        raise PermissionError(13, "Permission denied", "another's")
+
+    monkeypatch.setattr(Cache, "size", refuse)
+    assert cache_use([loaded(samples)]) == {"cache_hits": 0}
+    assert describe_cache(Cache(tmp_path, 2**30)).endswith("its size is not known, another's cannot be listed")
+
+
+def test_a_limit_that_the_disk_cannot_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is filled on first use has no forecast, and a full disk would cost a checkpoint."""
+    for free, lines in ((2**30, 1), (2**29, 2)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        said = describe_cache(Cache(tmp_path, 2**30)).splitlines()
+        assert (
+            said[0] == f"feature cache {tmp_path}: 0 GiB of at most 1 GiB (data.cache_gib), {free / 2**30:g} GiB free"
+        )
+        assert len(said) == lines and all("it may fill the disk" in line for line in said[1:])
+
+
 def test_only_what_is_missing_is_made(
     samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any], calls: dict[str, int]
 ) -> None:
@@ -220,7 +248,7 @@ def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tenso
 
 
 def test_whatever_the_features_depend_on_is_in_the_key(
-    model_config: ModelConfig, data_config: Any, tmp_path: Path
+    model_config: ModelConfig, data_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_bit(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
         def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -245,6 +273,11 @@ def test_whatever_the_features_depend_on_is_in_the_key(
         assert vision_identity(data, replace(model_config, **changes)) != own_2d, changes  # type: ignore[arg-type]
     assert vision_identity(video, model_config) != own_2d
     assert vision_identity(data, replace(model_config, attention="auto")) == own_2d  # sdpa, without a GPU
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(choose, "triton", object())
+    monkeypatch.setattr(choose, "find_spec", lambda name: name)
+    triton = replace(model_config, kernels="triton")  # of which the tower's norms and MLPs are some, and VGGT's none
+    assert vision_identity(data, triton) != own_2d and geometry_identity(data, triton) == own_3d
     # What they do not depend on is not: the language model's weights, where a model lies, how it is trained.
     assert vision_identity(data, replace(model_config, vlm=other_text, lora_rank=7)) == own_2d
     assert geometry_identity(video, replace(model_config, vlm=other_text, fusion="gated")) == own_3d
@@ -258,6 +291,39 @@ def test_there_must_be_weights_of_a_tower(model_config: ModelConfig, data_config
     vlm = copy_with(model_config.vlm, tmp_path / "vlm", without)
     with pytest.raises(ValueError, match=r"holds the weights of the encoder whose features are to be cached; copy"):
         vision_identity(data_config(), replace(model_config, vlm=vlm))
+
+
+def test_weights_that_are_torn_are_one_sentence(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+    for identity, field in ((vision_identity, "vlm"), (geometry_identity, "vggt")):
+        folder = Path(shutil.copytree(getattr(model_config, field), tmp_path / field))
+        torn = folder / "model.safetensors"
+        torn.write_bytes(torn.read_bytes()[:-100])
+        with pytest.raises(
+            ValueError, match=r"The weights in .*model\.safetensors cannot be read \(.*\); fetch or copy"
+        ):
+            identity(data_config(), replace(model_config, **{field: str(folder)}))  # type: ignore[arg-type]
+
+
+def test_the_weights_of_a_hub_id_are_fetched_before_they_are_loaded(
+    model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first start the hub's cache holds the small files alone."""
+    asked: list[Any] = []
+
+    def fetch(name: str, **given: Any) -> str:
+        asked.append(name)
+        return model_config.vlm
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert (
+        model_weights("Qwen/some-vlm")
+        == [Path(model_config.vlm) / "model.safetensors"]
+        == model_weights(model_config.vlm)
+    )
+    assert asked == ["Qwen/some-vlm"]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *names, **given: 1 / 0)
+    with pytest.raises(ValueError, match=r"weights of model\.vlm Qwen/some-vlm could not be fetched"):
+        model_weights("Qwen/some-vlm")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:

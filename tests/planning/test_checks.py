@@ -114,12 +114,15 @@ def test_code(tmp_path: Path) -> None:
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert limits.check_limits(0, 1).wrong == []
+    assert limits.check_limits(0, 2, 1).wrong == []
     monkeypatch.setattr(limits.resource, "getrlimit", lambda kind: (10**9, 10**9))
-    (memory,) = limits.check_limits(10**6, 1).wrong
-    assert "with data.workers 1000000 need 250000.00; enlarge it (docker: --shm-size 250000g)" in memory
+    for prefetch, size in ((2, 250000), (4, 500000)):
+        (memory,) = limits.check_limits(10**6, prefetch, 1).wrong
+        assert f"data.prefetch {prefetch} need {size}.00; enlarge it (docker: --shm-size {size}g)" in memory
     monkeypatch.setattr(limits, "SHM", tmp_path / "none")
-    assert limits.check_limits(0, 1).wrong == [] and limits.check_limits(1, 1).wrong[-1].startswith("there is no ")
+    assert limits.check_limits(0, 2, 1).wrong == [] and limits.check_limits(1, 2, 1).wrong[-1].startswith(
+        "there is no "
+    )
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer than the loaders may need do for most data; fewer than are usual do not."""
     for soft, field in ((1024, "warnings"), (1000, "wrong")):
         monkeypatch.setattr(limits.resource, "getrlimit", lambda kind, soft=soft: (soft, 4096))
-        found = limits.check_limits(16, 0)
+        found = limits.check_limits(16, 2, 0)
         (sentence,) = found.wrong + found.warnings
         assert getattr(found, field) == [sentence] and "may need 1280; run ulimit -n 1280" in sentence
 

@@ -88,7 +88,6 @@ class Eyes:
         Raises:
             ValueError: a frame cannot be read, or is too small.
         """
-        vision, kind = self.vision, "video" if self.config.visual == "video" else "image"
         vision = self.vision
         nothing = torch.zeros(0, 3 * vision.temporal_patch_size * vision.patch_size**2)
         if not sample.frames:

@@ -28,7 +28,7 @@ from w2r2_ds.data.loading import (
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.slots import require_digit_slots
 from w2r2_ds.engine.activity import Activity
-from w2r2_ds.engine.cache_use import cache_use
+from w2r2_ds.engine.cache_use import cache_use, describe_cache
 from w2r2_ds.engine.checkpoint import Content, save_checkpoint
 from w2r2_ds.engine.deepspeed import collective_timeout, load_ds_config, resolve_ds_config
 from w2r2_ds.engine.exits import DONE
@@ -264,6 +264,8 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         check_texts(samples, processor, rank, world)
         if rank == 0:
             print(describe_frames(samples, processor), flush=True)
+            if front.cache is not None:
+                print(describe_cache(front.cache.cache), flush=True)
         device = torch.device(get_accelerator().current_device_name())
         validation = make_validation(config, front, device) if config.train.eval_every else None
     rate = matrix_rate(device, dtype)  # while the device is empty

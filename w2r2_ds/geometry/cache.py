@@ -4,7 +4,7 @@
 
 Any number of processes on any number of nodes may read and write it. A file is written aside and renamed, so that a
 killed writer leaves none or a whole one; two that write the same key write the same bytes, and the later rename wins.
-Every read compares the checksum: it is taken where the data are loaded, not where the model waits (docs/architecture).
+Every read compares the checksum: it is taken where the data are loaded, not where the model waits.
 When a file was used last is its modification time, which a read sets without writing anything.
 """
 
@@ -61,6 +61,10 @@ class Cache:
         """Where the features of a key lie, whether they do or not."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
+    def has(self, key: str) -> bool:
+        """Whether there is a file of this key where this process may look."""
+        return os.path.exists(self.path(key))  # pathlib's raises where a folder is another user's
+
     def read(self, key: str) -> torch.Tensor | None:
         """Features, mapped into memory and compared with their checksum; None where there are none.
 
@@ -70,11 +74,9 @@ class Cache:
         try:
             with safe_open(path, framework="pt") as file:
                 about, features = file.metadata() or {}, file.get_tensor(FEATURES)
-        except FileNotFoundError:
-            return None
         except (OSError, RuntimeError) as error:  # not the file's fault; torch, which maps it, has a RuntimeError
-            if path.exists():  # else another process has just removed it
-                print(f"warning: {path} cannot be read ({error}); its features are computed.", flush=True)
+            if why := _why_unreadable(path, error):
+                print(f"warning: {path} cannot be read ({why}); its features are computed.", flush=True)
             return None
         except SafetensorError as error:
             wrong = str(error)
@@ -101,7 +103,7 @@ class Cache:
             OSError: the disk failed; nothing is left behind.
         """
         path, features = self.path(key), features.contiguous()
-        if path.exists():
+        if self.has(key):
             return True
         header = {"key": key, "checksum": checksum(features), "about": json.dumps(about)}
         try:
@@ -115,8 +117,8 @@ class Cache:
         return True
 
     def size(self) -> int:
-        """Bytes of all files, also of those that are being written."""
-        return sum(size for _, size, _ in self._files())
+        """Bytes of all files; what is just being written does not count yet."""
+        return sum(size for _, size, path in self._files() if NAME.fullmatch(path.name))
 
     def make_room(self, needed: int) -> None:
         """Evict files, the one whose last use is oldest first, until `needed` bytes fit below the limit.
@@ -157,6 +159,17 @@ class Cache:
         return found
 
 
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Empty where there is no file, or no longer; safetensors says so too of one that may not be opened."""
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except FileNotFoundError:
+        return ""
+    except OSError as refusal:
+        return refusal.strerror or str(refusal)
+    return str(error)
+
+
 def _what_is_wrong(key: str, about: Mapping[str, str], features: torch.Tensor) -> str:
     """Empty for a file that is as it was written."""
     if about.get("key") != key:
@@ -174,3 +187,8 @@ def checksum(features: torch.Tensor) -> str:
 def file_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes that the file of such features has at most."""
     return torch.Size(shape).numel() * dtype.itemsize + HEADER
+
+
+def gib(size: int) -> str:
+    """Bytes as a text."""
+    return f"{size / 2**30:.3g} GiB"

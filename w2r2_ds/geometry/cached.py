@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Cached:
 
     def is_learnt(self) -> bool:
         """Whether the cache lacked these features when it was asked, and has them now."""
-        return self.features is None and self.cache.path(self.key).exists()
+        return self.features is None and self.cache.has(self.key)
 
     def keep(self, features: torch.Tensor) -> None:
         """Write features that have just been made; comes back before that is done. On a GPU this waits for them."""
@@ -94,7 +95,11 @@ def flush() -> None:
 
 
 def size_of(cache: Cache) -> int:
-    """Bytes of a cache, as this process saw them after the last time it wrote."""
+    """Bytes of a cache, as this process saw them after the last time it wrote.
+
+    Raises:
+        OSError: a part of it may not be listed.
+    """
     if cache.folder not in _sizes:
         _sizes[cache.folder] = cache.size()
     return _sizes[cache.folder]
@@ -108,7 +113,8 @@ def _write(cache: Cache, key: str, features: torch.Tensor, about: dict[str, Any]
     else:
         if not kept:
             _say_once(f"the feature cache {cache.folder} holds all that data.cache_gib allows")
-        _sizes.pop(cache.folder, None)
+        with suppress(OSError):
+            _sizes[cache.folder] = cache.size()  # here: a network's disk takes seconds to list, and a step logs it
 
 
 def _say_once(what: str) -> None:

@@ -26,13 +26,15 @@ from w2r2_ds.kernels.jit import blocks, jit, power_of_two, precision, tl
 
 ROWS, COLUMNS = 64, 128
 """Sides of a tile."""
+SHARED = 96 * 2**10
+"""Bytes of shared memory that a program has on every GPU of sm_80 and later."""
 PARTS = 16
 """Most parts into which `outer` splits the rows, added up in a fixed order."""
 
 
 def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Kernels) -> Tensor:
     """``scale * (keep * x) @ a.T``: ``[T, K]``, bool ``[T, K]``, ``[r, K]`` to ``[T, r]``, in the dtype of ``x``."""
-    if kernels == "torch":
+    if kernels == "torch" or not fits(len(a), x.dtype):
         return (torch.where(keep, x, 0.0) @ a.t()).mul_(scale)
     rows, width = x.shape
     low = x.new_empty(rows, len(a))
@@ -46,7 +48,7 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Kernels) -> 
             rows,
             width,
             len(a),
-            RANK=_rank(a),
+            RANK=_rank(len(a)),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             HOW=precision(x.dtype),
@@ -56,7 +58,7 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Kernels) -> 
 
 def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Kernels) -> Tensor:
     """``scale * low.T @ (keep * x)``: ``[T, r]``, ``[T, K]``, bool ``[T, K]`` to ``[r, K]``, in the dtype of ``x``."""
-    if kernels == "torch":
+    if kernels == "torch" or not fits(low.shape[1], x.dtype):
         return (low * scale).t() @ torch.where(keep, x, 0.0)
     rows, width = x.shape
     parts = min(PARTS, max(blocks(rows, ROWS), 1))
@@ -72,7 +74,7 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Kernels) 
             width,
             low.shape[1],
             blocks(blocks(rows, ROWS), parts),
-            RANK=_rank(low.t()),
+            RANK=_rank(low.shape[1]),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             HOW=precision(x.dtype),
@@ -82,7 +84,7 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Kernels) 
 
 def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels: Kernels) -> Tensor:
     """``out += scale * keep * (low @ a)`` in place: ``[T, K]``, ``[T, r]``, ``[r, K]``, bool ``[T, K]``."""
-    if kernels == "torch":
+    if kernels == "torch" or not fits(len(a), out.dtype):
         return out.add_(torch.where(keep, (low * scale) @ a, 0.0))
     rows, width = out.shape
     if rows:
@@ -95,7 +97,7 @@ def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels
             rows,
             width,
             len(a),
-            RANK=_rank(a),
+            RANK=_rank(len(a)),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             HOW=precision(out.dtype),
@@ -103,9 +105,18 @@ def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels
     return out
 
 
-def _rank(a: Tensor) -> int:
+def fits(rank: int, dtype: torch.dtype) -> bool:
+    """Whether a rank's tiles fit into shared memory, up to 128 in bfloat16 and 32 in float32; else torch does the work.
+
+    The largest are those of `down`, of which two stages are loaded: compiled for sm_90, 2 * (64 + rank) * 128 numbers
+    in float32, and fewer in bfloat16. At rank 128 that is 192 KiB, more than an A100 has.
+    """
+    return 2 * (ROWS + _rank(rank)) * COLUMNS * dtype.itemsize <= SHARED
+
+
+def _rank(rank: int) -> int:
     """Rank rounded up to what `tl.dot` takes."""
-    return max(power_of_two(len(a)), 16)
+    return max(power_of_two(rank), 16)
 
 
 @jit

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 TENSORS = 16
 """Tensors that are looked at, evenly spread over the sorted names; one row of each."""
@@ -43,8 +43,16 @@ def tensors_digest(files: Sequence[Path], wanted: Callable[[str], bool]) -> str:
     Every byte is read, about 1.5 GB/s: for what must not be wrong about a single weight.
 
     Raises:
-        ValueError: there is no such tensor.
+        ValueError: there is no such tensor, or a file is broken.
     """
+    try:
+        return _digest_of(files, wanted)
+    except (SafetensorError, OSError) as error:
+        named = ", ".join(map(str, files))
+        raise ValueError(f"The weights in {named} cannot be read ({error}); fetch or copy them again.") from error
+
+
+def _digest_of(files: Sequence[Path], wanted: Callable[[str], bool]) -> str:
     where = _files_of(files)
     names = sorted(filter(wanted, where))
     if not names:
@@ -59,6 +67,26 @@ def tensors_digest(files: Sequence[Path], wanted: Callable[[str], bool]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def model_weights(name_or_path: str | Path) -> list[Path]:
+    """The safetensors files of a model's directory, or of a hub id: those are fetched, as loading the model would.
+
+    Raises:
+        ValueError: they cannot be fetched.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(name_or_path), allow_patterns=["config.json", "*.safetensors"]))
+        except Exception as error:  # the hub client raises many kinds, of several libraries
+            raise ValueError(
+                f"The weights of model.vlm {name_or_path} could not be fetched from the Hugging Face Hub "
+                f"({type(error).__name__}); fetch them where there is a network and give their directory."
+            ) from error
+    return sorted(folder.glob("*.safetensors"))
 
 
 def model_folder(name_or_path: str | Path) -> Path:

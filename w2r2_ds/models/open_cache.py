@@ -10,9 +10,9 @@ from w2r2_ds.geometry.cache import Cache
 from w2r2_ds.geometry.cache_key import encoder_identity
 from w2r2_ds.geometry.cached import FeatureCache
 from w2r2_ds.geometry.loading import HEADS, locate, read_config, weight_files
-from w2r2_ds.kernels.choose import resolve_attention
+from w2r2_ds.kernels.choose import resolve_attention, resolve_kernels
 from w2r2_ds.models.dtype import resolve_dtype
-from w2r2_ds.models.identity import model_folder, tensors_digest
+from w2r2_ds.models.identity import model_weights, tensors_digest
 from w2r2_ds.models.vlm import VisionSpec, load_config
 
 TOWER = ("visual.", "model.visual.")
@@ -54,14 +54,14 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
 
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
     """What the 2D features of given frames depend on."""
-    folder = model_folder(model.vlm)
     about = {
         "kind": "2d",
         "config": load_config(model.vlm).vision_config.to_dict(),
-        "weights": tensors_digest(sorted(folder.glob("*.safetensors")), lambda name: name.startswith(TOWER)),
+        "weights": tensors_digest(model_weights(model.vlm), lambda name: name.startswith(TOWER)),
         "pixels": asdict(VisionSpec.load(model.vlm)),
         "visual": data.visual,
         "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),
+        "kernels": resolve_kernels(model.kernels),  # the tower's norms and MLPs are bound too
     }
     return encoder_identity(about | _common(data, model))
 

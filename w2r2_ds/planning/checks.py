@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from w2r2_ds.config import RunConfig
+from w2r2_ds.config import DataConfig, RunConfig
 from w2r2_ds.planning import disk, gpus, installed, jit_locks, limits, own_code, settings, visible
 from w2r2_ds.planning.bounded import Alarm, TooLong, bounded, brief
 from w2r2_ds.planning.checkpoint_size import room_bytes
@@ -54,10 +54,11 @@ def node_checks(asked: Asked, place: Place, torch_usable: bool) -> Checks:
         torch_usable: whether torch can be imported; without it, neither weights nor the DeepSpeed JSON are read.
     """
     config = asked.config
+    data = config.data if config else DataConfig()
     checks: Checks = {
         "versions": lambda: installed.check_versions(settings.needed_packages(config)),
         "code": lambda: own_code.check_code(asked.files),
-        "limits": lambda: limits.check_limits(config.data.workers if config else 0, place.local_world),
+        "limits": lambda: limits.check_limits(data.workers if config else 0, data.prefetch, place.local_world),
         "TMPDIR": lambda: disk.check_folder("TMPDIR", Path(tempfile.gettempdir()), SPARE, "training"),
         "extensions": lambda: disk.check_folder("TORCH_EXTENSIONS_DIR", _extensions(), SPARE, "a compiled extension"),
         "locks": jit_locks.check_locks,

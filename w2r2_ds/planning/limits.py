@@ -9,8 +9,8 @@ from pathlib import Path
 from w2r2_ds.planning.outcome import Outcome
 
 SHM = Path("/dev/shm")
-SHM_PER_WORKER = 256 * 2**20
-"""Bytes: two prefetched micro-batches of some ten frames each, as VGGT and the vision tower take them."""
+SHM_PER_BATCH = 128 * 2**20
+"""Bytes: a micro-batch of some ten frames, as VGGT and the vision tower take them."""
 FILES, FILES_PER_WORKER = 256, 64
 """Libraries, sockets and logs of a rank; tensors that a loader process shares, each an open file."""
 
@@ -18,8 +18,8 @@ FEW = 1024
 """Open files that are usually allowed: with fewer it is wrong not to have what is needed, else a warning."""
 
 
-def check_limits(workers: int, ranks: int) -> Outcome:
-    """Of this process, for `workers` loader processes per rank and `ranks` ranks on this node."""
+def check_limits(workers: int, prefetch: int, ranks: int) -> Outcome:
+    """Of this process, for `workers` loader processes per rank, as `DataConfig` has them, and `ranks` ranks here."""
     outcome = Outcome()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = FILES + FILES_PER_WORKER * workers
@@ -35,12 +35,13 @@ def check_limits(workers: int, ranks: int) -> Outcome:
             outcome.wrong.append(f"there is no {SHM}, which data.workers {workers} need; mount it, or give 0 workers.")
         return outcome
     found = os.statvfs(SHM)
-    size, needed = found.f_blocks * found.f_frsize, SHM_PER_WORKER * workers * ranks
+    size, needed = found.f_blocks * found.f_frsize, SHM_PER_BATCH * prefetch * workers * ranks
     outcome.shown["shared memory"] = f"{size / 2**30:.1f} GiB in {SHM}"
     if size < needed:
         outcome.wrong.append(
-            f"{SHM} has {size / 2**30:.2f} GiB, {ranks} rank(s) with data.workers {workers} need "
-            f"{needed / 2**30:.2f}; enlarge it (docker: --shm-size {-(-needed // 2**30)}g), or lower data.workers."
+            f"{SHM} has {size / 2**30:.2f} GiB, {ranks} rank(s) with data.workers {workers} and data.prefetch "
+            f"{prefetch} need {needed / 2**30:.2f}; enlarge it (docker: --shm-size {-(-needed // 2**30)}g), or lower "
+            "them."
         )
     return outcome
 
