@@ -101,6 +101,8 @@ def test_it_survives_yaml(tmp_path: Path) -> None:
         ("train.warmup", "1"),
         ("train.seed", "-1"),
         ("data.workers", "-1"),
+        ("data.cache_gib", ".inf"),
+        ("data.cached", "geometry+2d"),
         ("model.lora_dropout", "1"),
         ("demo.warmup_batch", "0"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -47,6 +48,10 @@ def check(config: RunConfig) -> None:
     for name, value in positive.items():
         if value <= 0:
             raise ValueError(f"{name} is {value}; it must be greater than 0.")
+    if not math.isfinite(config.data.cache_gib):
+        raise ValueError(f"data.cache_gib is {config.data.cache_gib}; give a number of GiB.")
+    if config.data.cached != "geometry" and not config.data.cache:
+        raise ValueError(f"data.cached is {config.data.cached}, but data.cache is empty; name the cache's folder.")
     not_negative = {
         "data.workers": config.data.workers,
         "train.seed": config.train.seed,

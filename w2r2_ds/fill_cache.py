@@ -28,7 +28,7 @@ from w2r2_ds.geometry.cache import Cache, file_size, gib
 from w2r2_ds.geometry.cached import FeatureCache, flush
 from w2r2_ds.geometry.loading import locate, read_config
 from w2r2_ds.kernels.bind import bind_kernels
-from w2r2_ds.kernels.choose import resolve_attention, resolve_kernels
+from w2r2_ds.kernels.choose import describe, resolve_attention, resolve_kernels
 from w2r2_ds.models.build import load_geometry
 from w2r2_ds.models.dtype import resolve_dtype
 from w2r2_ds.models.open_cache import open_cache
@@ -71,6 +71,9 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
     with together():
         refuse_too_large(cache.cache, whole, lacking)
     if ranks.rank == 0:
+        dtype = resolve_dtype(config.model.dtype)
+        chosen = describe(config.model.kernels, config.model.attention, dtype)
+        print(f"{chosen}, {dtype}: training on other machines finds only what it would choose too", flush=True)
         free = gib(shutil.disk_usage(cache.cache.folder).free)
         print(f"features of data.{', data.'.join(splits)}: {whole}; missing in {cache.cache.folder}: {lacking}", end="")
         print(f" (free: {free}, data.cache_gib {config.data.cache_gib:g})", flush=True)
@@ -196,7 +199,8 @@ def encode_all(
     vlm: Any = None
     if config.data.cached == "geometry+2d":
         dtype = resolve_dtype(config.model.dtype)
-        vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).to(device).eval()
+        vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()
+        vlm.model.visual.to(device)  # nothing else of it is used
         bind_kernels(vlm, resolve_kernels(config.model.kernels))  # as in training: other kernels round otherwise
     kind = visual_kind(config.data)
     label = "features" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from w2r2_ds.engine.deepspeed import (
     KNOWN,
@@ -20,7 +21,7 @@ from w2r2_ds.engine.deepspeed import (
     resolve_ds_config,
     skip_shm_build,
 )
-from w2r2_ds.engine.hierarchy import ranks_per_machine
+from w2r2_ds.engine.hierarchy import common_ranks_per_machine, ranks_per_machine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -80,6 +81,19 @@ def test_ranks_per_machine_are_as_the_launcher_says(monkeypatch: pytest.MonkeyPa
     assert ranks_per_machine(6) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert ranks_per_machine(6) == 2
+
+
+@pytest.mark.parametrize(("machines", "common"), [([8, 8], 8), ([2, 2, 4], 2), ([4, 2], 2), ([3, 1], 1)])
+def test_ranks_of_unequal_machines_agree(monkeypatch: pytest.MonkeyPatch, machines: list[int], common: int) -> None:
+    """Else each would make groups of its own machine's size, and wait for others for ever."""
+    everywhere = [size for size in machines for _ in range(size)]
+    monkeypatch.setattr(dist, "all_gather_object", lambda target, own: target.__setitem__(slice(None), everywhere))
+    raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+    world = sum(machines)
+    config = resolve(
+        raw, global_batch=world, micro_batch=1, world_size=world, local_size=common_ranks_per_machine(world)
+    )
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == common
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ there are several machines.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 FIELD = "zero_hpz_partition_size"
 
@@ -17,6 +20,13 @@ def ranks_per_machine(world_size: int) -> int:
     """As torchrun and slurm/rank.sh (LOCAL_WORLD_SIZE) or deepspeed (LOCAL_SIZE) say it; else all on one machine."""
     said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     return int(said)
+
+
+def common_ranks_per_machine(world_size: int) -> int:
+    """The largest number of ranks into which every machine's can be divided; all ranks call it, and have one answer."""
+    everywhere = [0] * world_size
+    dist.all_gather_object(everywhere, ranks_per_machine(world_size))
+    return math.gcd(*everywhere)
 
 
 def fill_hierarchy(zero: dict[str, Any], path: str | Path, world_size: int, local_size: int) -> None:

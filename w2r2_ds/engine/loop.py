@@ -35,6 +35,7 @@ from w2r2_ds.engine.exits import DONE
 from w2r2_ds.engine.fence import Fence
 from w2r2_ds.engine.gap import DecodeGap
 from w2r2_ds.engine.gradients import group_norms
+from w2r2_ds.engine.hierarchy import common_ranks_per_machine
 from w2r2_ds.engine.hinge import HingeWatch
 from w2r2_ds.engine.judge import Limits
 from w2r2_ds.engine.metrics import MetricsLogger
@@ -236,7 +237,7 @@ def dry_run(run: Run, batch: Batch) -> None:
 def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:
     """Everything that can fail for a reason the user can mend happens here."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    begin = find_start(config)
+    begin, local_size = find_start(config), common_ranks_per_machine(world)
     with together():  # what only one node lacks stops all of them
         dtype = resolve_dtype(config.model.dtype)
         chosen = describe(config.model.kernels, config.model.attention, dtype)
@@ -247,6 +248,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
             micro_batch=config.train.micro_batch,
             world_size=world,
             bf16=dtype == torch.bfloat16,
+            local_size=local_size,
         )
         if begin.universal:
             ds_config.setdefault("checkpoint", {})["load_universal"] = True
