@@ -1,0 +1,41 @@
+"""docs/performance.md shows what docs/measured/ holds, and that is of every benchmark."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2r2_ds.bench import BENCHMARKS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def measured() -> Any:
+    """docs/measured.py."""
+    spec = importlib.util.spec_from_file_location("measured", DOCS / "measured.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_docs_show_what_was_measured(measured: Any) -> None:
+    text = (DOCS / "performance.md").read_text()
+    reports = measured.read()
+    assert [report["name"] for report in reports] == list(BENCHMARKS)
+    for report in reports:
+        assert measured.section(report) in text, f"{report['name']}: run docs/measured.py again"
+
+
+def test_a_row_without_a_value_is_an_empty_cell(measured: Any) -> None:
+    rows = [{"way": "a", "seconds": 2.0, "q1": 1.0, "q3": 3.0}, {"way": "b", "peak_mib": 1234.5}]
+    assert measured.table({"rows": rows}).splitlines() == [
+        "| way | seconds | peak_mib |",
+        "| --- | --- | --- |",
+        "| a | 2 (1 .. 3) |  |",
+        "| b |  | 1,234 |",
+    ]
