@@ -12,7 +12,7 @@ Roofline, bfloat16, x ``[T, K]`` to ``[T, N]``, rank r: base 2 T K N FLOP; besid
 7B, T 6304, q_proj (K = N = 3584): base 0.162 TFLOP, 0.20 ms at 790 TFLOP/s; beside it 0.040 ms without and 0.054 with
 dropout on an H100 (3.35 TB/s), PEFT 0.094 and 0.128. gate_proj (N 18944): base 1.08 ms, beside it 0.156 / 0.170, PEFT
 0.441 / 0.475. 3B (K = N = 2048): base 0.067, 0.023 / 0.031, PEFT 0.054 / 0.073. H200 (4.3 TB/s): 0.78 of the bytes'
-times. Computed, never measured: no GPU was there; on a CPU `launchers/bench.py kernels` measures it (docs/performance.md).
+times. Computed, never measured: no GPU was there; on a CPU `launchers/bench.py kernels` measures it.
 """
 
 from __future__ import annotations
