@@ -130,7 +130,7 @@ def test_there_is_no_room(config: Callable[..., RunConfig], monkeypatch: pytest.
         fill_cache(config(), ["train"], False, Ranks())
     assert not files(config())
     with pytest.raises(ValueError, match=r"data\.cache is empty; name the folder to fill, as --data\.cache"):
-        fill_cache(config(data__cache=""), ["train"], False, Ranks())
+        fill_cache(config(data__cache="", data__cached="geometry"), ["train"], False, Ranks())
 
 
 def test_an_unreadable_frame_is_named(
