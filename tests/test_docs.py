@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_scripts import DOCS, docs_script
 
 from w2r2_ds.models.phi import FUSIONS
 from w2r2_ds.objective.push import PUSH_TERMS
 from w2r2_ds.objective.w2r2 import STATS
 
-DOCS = Path(__file__).parents[1] / "docs"
-
 
 @pytest.fixture(scope="module")
 def figures() -> Any:
-    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("figures")
 
 
 def test_the_objective_names_every_reading_statistic_and_fusion() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docs_scripts import DOCS, docs_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +17,6 @@ from w2r2_ds.bench.subject import build
 from w2r2_ds.engine.throughput import language_flops
 from w2r2_ds.objective.push import find_reading
 
-DOCS = Path(__file__).parents[2] / "docs"
 PARTS = {
     # size, frames: tokens, vision tower, VGGT, LLM forward, head on all rows, shortcut forward (Tflop)
     ("3B", "8"): (2304, 10.7, 34.8, 13.6, 1.4, 13.3),
@@ -39,11 +37,7 @@ RATIOS = {
 @pytest.fixture(scope="module")
 def tables() -> Any:
     """docs/cost_model.py."""
-    spec = importlib.util.spec_from_file_location("cost_model", DOCS / "cost_model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("cost_model")
 
 
 @pytest.mark.parametrize(("make", "known", "keys"), [("parts", PARTS, 2), ("ratios", RATIOS, 3)])

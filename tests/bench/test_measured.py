@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_scripts import DOCS, docs_script
 
 from w2r2_ds.bench import BENCHMARKS
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
 def measured() -> Any:
     """docs/measured.py."""
-    spec = importlib.util.spec_from_file_location("measured", DOCS / "measured.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("measured")
 
 
 def test_the_docs_show_what_was_measured(measured: Any) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from schedule_tools import fused_alone
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from w2r2_ds.bench.gathers import fused_alone
 from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.data.slots import token_tables
 from w2r2_ds.engine.recompute import recompute

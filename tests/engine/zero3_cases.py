@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from schedule_tools import fused_alone, gathers, unfreeze
+from schedule_tools import unfreeze
+
+from w2r2_ds.bench.gathers import counting, fused_alone
 
 CASE_LIMIT = 180
 """Seconds; a hang of two ranks is an error. An idle machine needs 2 s, but it may be busy."""
@@ -228,7 +230,7 @@ def sharded_gradients(
         say(f"step {step} of {case.name}")
         stats = []
         for index, batch in enumerate(batches):
-            with gathers(model) as counts:
+            with counting(model.base.model.language_model) as counts:
                 loss, sample_stats = engine(batch)
                 engine.backward(loss * scale)
             stats.append(sample_stats)
@@ -243,7 +245,7 @@ def sharded_gradients(
 
         reading = DecodeGap(list(samples.values())[:3], front, config, device).measure(engine)
     engine.destroy()
-    return gradients, torch.cat(stats), norms, reading, sorted(set(counts.values()))
+    return gradients, torch.cat(stats), norms, reading, sorted(set(counts.layers.values()))
 
 
 def compare(

@@ -9,10 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config import DataConfig, ModelConfig
 from w2r2_ds.data import eyes
@@ -23,11 +21,9 @@ from w2r2_ds.evaluation.evaluate import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.geometry.cache import Cache
 from w2r2_ds.geometry.cached import flush
-from w2r2_ds.kernels import choose
 from w2r2_ds.models.build import Front, build_model
 from w2r2_ds.models.encode import missing_2d
-from w2r2_ds.models.identity import model_weights
-from w2r2_ds.models.open_cache import geometry_identity, open_cache, vision_identity
+from w2r2_ds.models.open_cache import open_cache
 from w2r2_ds.models.w2r2 import W2R2
 
 BOTH: dict[str, Any] = {"cached": "geometry+2d"}
@@ -236,101 +232,6 @@ def test_loader_processes_look_things_up(
         flush()
     assert batch.visuals.geometry_images == (None,)
     assert all(same(cold, warm) for cold, warm in zip(*made, strict=True))
-
-
-def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
-    """A model directory with other weights."""
-    shutil.copytree(folder, target)
-    tensors = load_file(target / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return str(target)
-
-
-def test_whatever_the_features_depend_on_is_in_the_key(
-    model_config: ModelConfig, data_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def one_bit(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-        def change(tensors: dict[str, torch.Tensor]) -> None:
-            tensors[name].flatten()[-1:].view(torch.int32).bitwise_xor_(1)
-
-        return change
-
-    data = data_config()
-    names = load_file(Path(model_config.vlm) / "model.safetensors")
-    tower = next(name for name in names if name.startswith(("visual.", "model.visual.")))
-    text = next(name for name in names if "visual" not in name)
-    vggt = copy_with(model_config.vggt, tmp_path / "vggt", one_bit("aggregator.global_blocks.1.mlp.fc2.bias"))
-    other_tower = copy_with(model_config.vlm, tmp_path / "tower", one_bit(tower))
-    other_text = copy_with(model_config.vlm, tmp_path / "text", one_bit(text))
-
-    own_3d, own_2d = geometry_identity(data, model_config), vision_identity(data, model_config)
-    wider, video = data_config(frame_width=112), data_config(visual="video")
-    assert len({own_3d, own_2d, geometry_identity(wider, model_config), vision_identity(wider, model_config)}) == 4
-    for changes in ({"vggt": vggt}, {"geometry_layer": 0}, {"reference_frame": "last"}, {"dtype": "bfloat16"}):
-        assert geometry_identity(data, replace(model_config, **changes)) != own_3d, changes  # type: ignore[arg-type]
-    for changes in ({"vlm": other_tower}, {"attention": "eager"}, {"dtype": "bfloat16"}):
-        assert vision_identity(data, replace(model_config, **changes)) != own_2d, changes  # type: ignore[arg-type]
-    assert vision_identity(video, model_config) != own_2d
-    assert vision_identity(data, replace(model_config, attention="auto")) == own_2d  # sdpa, without a GPU
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(choose, "triton", object())
-    monkeypatch.setattr(choose, "find_spec", lambda name: name)
-    triton = replace(model_config, kernels="triton")  # of which the tower's norms and MLPs are some, and VGGT's none
-    assert vision_identity(data, triton) != own_2d and geometry_identity(data, triton) == own_3d
-    # What they do not depend on is not: the language model's weights, where a model lies, how it is trained.
-    assert vision_identity(data, replace(model_config, vlm=other_text, lora_rank=7)) == own_2d
-    assert geometry_identity(video, replace(model_config, vlm=other_text, fusion="gated")) == own_3d
-
-
-def test_there_must_be_weights_of_a_tower(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
-    def without(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if "visual" in name]:
-            del tensors[name]
-
-    vlm = copy_with(model_config.vlm, tmp_path / "vlm", without)
-    with pytest.raises(ValueError, match=r"holds the weights of the encoder whose features are to be cached; copy"):
-        vision_identity(data_config(), replace(model_config, vlm=vlm))
-
-
-def test_weights_that_are_torn_are_one_sentence(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
-    for identity, field in ((vision_identity, "vlm"), (geometry_identity, "vggt")):
-        folder = Path(shutil.copytree(getattr(model_config, field), tmp_path / field))
-        torn = folder / "model.safetensors"
-        torn.write_bytes(torn.read_bytes()[:-100])
-        with pytest.raises(
-            ValueError, match=r"The weights in .*model\.safetensors cannot be read \(.*\); fetch or copy"
-        ):
-            identity(data_config(), replace(model_config, **{field: str(folder)}))  # type: ignore[arg-type]
-
-
-def test_the_weights_of_a_hub_id_are_fetched_before_they_are_loaded(
-    model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the first start the hub's cache holds the small files alone."""
-    asked: list[Any] = []
-
-    def fetch(name: str, **given: Any) -> str:
-        asked.append(name)
-        return model_config.vlm
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert (
-        model_weights("Qwen/some-vlm")
-        == [Path(model_config.vlm) / "model.safetensors"]
-        == model_weights(model_config.vlm)
-    )
-    assert asked == ["Qwen/some-vlm"]
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *names, **given: 1 / 0)
-    with pytest.raises(ValueError, match=r"weights of model\.vlm Qwen/some-vlm could not be fetched"):
-        model_weights("Qwen/some-vlm")
-
-
-def test_a_folder_that_cannot_be_made_is_refused(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"data\.cache is .*/file/cache, which cannot be made \(.*\); name another"):
-        open_cache(data_config(cache=str(tmp_path / "file" / "cache")), model_config)
-    assert open_cache(data_config(), model_config) is None
 
 
 def test_a_frame_that_is_replaced_while_it_is_read_is_read_again(

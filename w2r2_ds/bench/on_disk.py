@@ -29,7 +29,7 @@ class OnDisk:
         (images,) = batch.visuals.geometry_images
         assert images is not None, "a batch without a cache"
         self.folder = tempfile.TemporaryDirectory()
-        self.frames = write_frames(Path(self.folder.name), images)
+        self.frames = write_pixels(Path(self.folder.name), images)
         self.cache = FeatureCache(Cache(Path(self.folder.name) / "cache", ROOM), "geometry", "vision")
         self.kept_2d, self.kept_3d = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)[0]
         two, three = self.cache.find_2d(self.frames), self.cache.find_3d(self.frames)
@@ -48,7 +48,7 @@ class OnDisk:
         return replace(batch, visuals=moved(visuals, batch.input_ids.device))
 
 
-def write_frames(folder: Path, images: torch.Tensor) -> tuple[Path, ...]:
+def write_pixels(folder: Path, images: torch.Tensor) -> tuple[Path, ...]:
     """A file per frame with the bytes of its pixels: keys are made of what files hold."""
     paths = []
     for index, image in enumerate(images):

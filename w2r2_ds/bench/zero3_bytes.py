@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 from w2r2_ds.bench.harness import Spread, ratio
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import find_shapes
+from w2r2_ds.engine.deepspeed import free_port
 
 WAYS = ("single pass", "sequential", "lockstep")
 
@@ -76,11 +76,3 @@ def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
             raise RuntimeError(f"rank {failed[0]} failed:\n" + (Path(folder) / f"{failed[0]}.txt").read_text()[-2000:])
         answer: dict[str, Any] = json.loads(result.read_text())
     return answer
-
-
-def free_port() -> int:
-    """A port that nobody uses just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
-from torch import Tensor
 
+from w2r2_ds.bench.gathers import Counts, counting, fused_alone
 from w2r2_ds.bench.harness import find_device
 from w2r2_ds.bench.on_disk import OnDisk
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.bench.subject import build
 from w2r2_ds.bench.zero3_bytes import WAYS
 from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
-from w2r2_ds.data.collate import Batch
 from w2r2_ds.engine.deepspeed import resolve_ds_config
 from w2r2_ds.engine.wrap import make_engine
 
 STEPS = 3
 """The first one makes DeepSpeed's trace; what the last one gathers is what every later one does."""
 LAYERS_LIVE = 2
-
-
-@dataclass
-class Counts:
-    """What was gathered.
-
-    Attributes:
-        layers: gathers of every parameter of the decoder layers, by name.
-        bytes: of all parameters.
-    """
-
-    layers: dict[str, int] = field(default_factory=dict)
-    bytes: int = 0
-
-
-@contextmanager
-def counting(language_model: Any) -> Iterator[Counts]:
-    """Counts what DeepSpeed starts to gather inside, by the table in which it keeps what is on its way."""
-    names = {id(parameter): name for name, parameter in language_model.layers.named_parameters()}
-    counts, saved = Counts(dict.fromkeys(names.values(), 0)), InflightParamRegistry.__setitem__
-
-    def counted(self: Any, parameter: Any, handle: Any) -> None:
-        counts.bytes += parameter.ds_numel * parameter.element_size()
-        if id(parameter) in names:
-            counts.layers[names[id(parameter)]] += 1
-        saved(self, parameter, handle)
-
-    InflightParamRegistry.__setitem__ = counted
-    try:
-        yield counts
-    finally:
-        InflightParamRegistry.__setitem__ = saved
 
 
 def work(shape: Shape, rounds: int) -> dict[str, Any]:
@@ -107,7 +71,7 @@ class Run:
         )
         self.engine = make_engine(self.model, subject.front, config, ds_config, subject.device)
         if way == "single pass":
-            self.engine.module.schedule = fused_alone(self.model)
+            self.engine.module.schedule = functools.partial(fused_alone, self.model)
         self.size = sum(each.ds_numel * each.element_size() for each in self.engine.module.parameters())
 
     def counted(self) -> Counts:
@@ -135,16 +99,6 @@ def sharded(language_model: Any) -> dict[str, Any]:
     }
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return {name: "auto" for name in sizes} | {"zero_optimization": zero, "bf16": {"enabled": "auto"}}
-
-
-def fused_alone(model: Any) -> Any:
-    """A schedule of one pass, whose states stand for the shortcut's."""
-
-    def schedule(batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
-        states = model.hidden(batch, fused, with_what)
-        return states.detach(), states
-
-    return schedule
 
 
 if __name__ == "__main__":
