@@ -1,14 +1,14 @@
 """Print the cost model's tables of docs/performance.md: ``python docs/cost_model.py``.
 
-Operations are counted from the architectures' shapes alone (w2r2_ds/bench/costs.py); nothing here was measured.
+Operations are counted from the architectures' shapes alone (w2r2_ds/bench/cost_model.py); nothing here was measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from w2r2_ds.bench import costs
-from w2r2_ds.bench.costs import TERA, Mode, Step
+from w2r2_ds.bench import cost_model
+from w2r2_ds.bench.cost_model import TERA, Mode, Step
 from w2r2_ds.bench.shapes import QWEN_3B, QWEN_7B, Shape
 
 SIZES = {"3B": QWEN_3B, "7B": QWEN_7B}
@@ -48,8 +48,8 @@ def parts() -> tuple[Row, list[Row]]:
     for name, size in SIZES.items():
         for frames in (8, 16, 32):
             shape = square(size, frames)
-            whole, read = costs.language(shape), costs.language(shape, shape.answer_tokens)
-            own = costs.field_step(shape, MODES["LoRA, checkpointed"])
+            whole, read = cost_model.language(shape), cost_model.language(shape, shape.answer_tokens)
+            own = cost_model.field_step(shape, MODES["LoRA, checkpointed"])
             values = (own.vision, own.geometry, whole.linear + whole.attention, whole.head, read.forward())
             rows.append([name, str(frames), str(shape.tokens), *(f"{value / TERA:.1f}" for value in values)])
     head = ["size", "frames", "tokens", "vision tower", "VGGT", "LLM forward", "head, all rows", "shortcut forward"]
@@ -58,11 +58,11 @@ def parts() -> tuple[Row, list[Row]]:
 
 def ways(shape: Shape, mode: Mode) -> dict[str, float]:
     """Operations of a step by every way, in Tflop per sample."""
-    own, alone = costs.own_step(shape, mode), costs.own_step(shape, mode, two_passes=False)
+    own, alone = cost_model.own_step(shape, mode), cost_model.own_step(shape, mode, two_passes=False)
     found = {
-        "field": costs.field_step(shape, mode).total(),
-        "naive": costs.naive_step(shape, mode).total(),
-        "shared": costs.shared_step(shape, mode).total(),
+        "field": cost_model.field_step(shape, mode).total(),
+        "naive": cost_model.naive_step(shape, mode).total(),
+        "shared": cost_model.shared_step(shape, mode).total(),
         "exact": own.total(),
         "geometry": own.total(geometry=False),
         "both": own.total(geometry=False, vision=False),
@@ -97,9 +97,9 @@ def packed() -> tuple[Row, list[Row]]:
     for name, size in SIZES.items():
         for mode_name in ("full, checkpointed", "LoRA, checkpointed"):
             shape, mode = replace(size, frames=24), MODES[mode_name]
-            field = costs.field_step(shape, mode).total()
-            steps = [costs.own_step(shape, mode, count).total(geometry=False, vision=False) for count in QUESTIONS]
-            steps.append(costs.own_step(shape, mode, 8).total())
+            field = cost_model.field_step(shape, mode).total()
+            steps = [cost_model.own_step(shape, mode, count).total(geometry=False, vision=False) for count in QUESTIONS]
+            steps.append(cost_model.own_step(shape, mode, 8).total())
             cells = [f"{value / TERA:.0f} ({value / field:.2f}x)" for value in steps]
             rows.append([name, mode_name, f"{field / TERA:.0f}", *cells])
     head = ["size", "training", "field", *(f"K = {count}, cached" for count in QUESTIONS), "K = 8, no cache"]
@@ -113,9 +113,9 @@ def approximate() -> tuple[Row, list[Row]]:
         cells = []
         for name in ("LoRA, checkpointed", "full, checkpointed"):
             shape, mode = replace(QWEN_7B, frames=24), MODES[name]
-            alone = costs.own_step(shape, mode, two_passes=False)
+            alone = cost_model.own_step(shape, mode, two_passes=False)
             fewer = replace(shape, frames=round(shape.frames * share), prompt_tokens=shape.prompt_tokens)
-            shortcut = costs.own_step(fewer, mode).shortcut * cost
+            shortcut = cost_model.own_step(fewer, mode).shortcut * cost
             both: Step = replace(alone, shortcut=shortcut)
             cells.append(f"{both.total(geometry=False) / alone.total(geometry=False):.2f}")
         rows.append([knob, *cells])

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from w2r2_ds.objective.push import PUSH_TERMS, Overlaps, PushInputs, States
+from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States
 
 LAM, MU, MARGIN, IOU_MARGIN, COSINE = 1.5, 0.7, 1.0, 0.1, 0.5
 POINTS = 201

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from w2r2_ds.bench import BENCHMARKS, load
-from w2r2_ds.command_line import Parser
-from w2r2_ds.printable import message
+from w2r2_ds.config.cli import Parser
+from w2r2_ds.utils.sanitize import message
 
 
 def main(args: list[str]) -> None:

@@ -6,9 +6,9 @@ import sys
 
 from jsonargparse import auto_cli
 
-from w2r2_ds.command_line import Parser
-from w2r2_ds.demo_steps import run_demo
-from w2r2_ds.printable import message
+from w2r2_ds.config.cli import Parser
+from w2r2_ds.demo.run import run_demo
+from w2r2_ds.utils.sanitize import message
 
 if __name__ == "__main__":
     try:

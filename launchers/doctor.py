@@ -26,13 +26,13 @@ try:
 except ImportError:  # not installed, which the doctor then reports
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from w2r2_ds.planning.checks import Asked  # noqa: E402
-from w2r2_ds.planning.doctor import examine  # noqa: E402
+from w2r2_ds.doctor.checks import Asked  # noqa: E402
+from w2r2_ds.doctor.run import examine  # noqa: E402
 
 
 def read_arguments(args: list[str]) -> Asked:
     """What a command line of train.py asks for; in a launch, a refused one is reported with the node's name."""
-    from w2r2_ds.config import config_first, from_tree, train_parser
+    from w2r2_ds.config.io import config_first, from_tree, train_parser
 
     options = train_parser("Look at this machine, or at every node of a launch, before training.", args, False)
     said = io.StringIO()

@@ -13,12 +13,12 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 
-from w2r2_ds.command_line import Parser
-from w2r2_ds.engine.complete import find_checkpoint
-from w2r2_ds.evaluation.evaluate import evaluate
+from w2r2_ds.config.cli import Parser
+from w2r2_ds.evaluation.predictions.rescore import score_file
 from w2r2_ds.evaluation.ranks import find_ranks, joined
-from w2r2_ds.evaluation.score_file import score_file
-from w2r2_ds.printable import message
+from w2r2_ds.evaluation.runner import evaluate
+from w2r2_ds.training.checkpoint.manifest import find_checkpoint
+from w2r2_ds.utils.sanitize import message
 
 
 def main(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from w2r2_ds.command_line import Parser
-from w2r2_ds.export.adapter import export_adapter
-from w2r2_ds.printable import message
+from w2r2_ds.config.cli import Parser
+from w2r2_ds.convert.peft_adapter import export_adapter
+from w2r2_ds.utils.sanitize import message
 
 
 def main(checkpoint: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> None:

@@ -10,16 +10,16 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from w2r2_ds.command_line import Parser
-from w2r2_ds.data.all_boxes import write_all_boxes
-from w2r2_ds.data.inventory import forecast, missing, report
-from w2r2_ds.data.manifest import summary
-from w2r2_ds.data.plan import make_plan
-from w2r2_ds.data.prepare import prepare
-from w2r2_ds.data.synthetic.write import write_dataset
-from w2r2_ds.data.tasks.outcome import TaskOptions
-from w2r2_ds.data.views import FrameOptions
-from w2r2_ds.printable import lines, message
+from w2r2_ds.config.cli import Parser
+from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.prepare.manifest import summary
+from w2r2_ds.data.prepare.pipeline import prepare
+from w2r2_ds.data.prepare.plan import make_plan
+from w2r2_ds.data.prepare.preflight import forecast, missing, report
+from w2r2_ds.data.prepare.scannet_boxes import write_all_boxes
+from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.demo.synthetic.write import write_dataset
+from w2r2_ds.utils.sanitize import lines, message
 
 Splits = list[Literal["train", "val"]]
 QaSplits = list[Literal["train", "val", "test_w_obj", "test_wo_obj"]]
@@ -260,8 +260,8 @@ def demo(workers: int = 0) -> None:
         workers: processes for the scenes; 0 means one per available core.
     """
     # Here: whoever prepares data need not wait for transformers, and each of the processes would.
-    from w2r2_ds.config import load_config
-    from w2r2_ds.demo import prepare_models, prepare_scenes
+    from w2r2_ds.config.io import load_config
+    from w2r2_ds.demo.assets import prepare_models, prepare_scenes
 
     config = load_config()
     prepare_scenes(config, _processes(workers))
@@ -271,9 +271,9 @@ def demo(workers: int = 0) -> None:
 def geometry() -> None:
     """Features of the frozen encoders, into data.cache, so that training need not compute them: geometry --help."""
     # Here: whoever prepares data need not wait for transformers.
-    from w2r2_ds.config import config_first, from_tree, train_parser
+    from w2r2_ds.config.io import config_first, from_tree, train_parser
+    from w2r2_ds.data.prepare.features import fill_cache
     from w2r2_ds.evaluation.ranks import find_ranks, joined
-    from w2r2_ds.fill_cache import fill_cache
 
     args = config_first(with_values(rest_of_geometry(sys.argv[1:])))
     options = train_parser(

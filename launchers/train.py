@@ -10,16 +10,17 @@ import traceback
 
 import torch.distributed as dist
 
-from w2r2_ds.config import RunConfig, config_first, from_tree, train_parser
-from w2r2_ds.demo import prepare_demo
-from w2r2_ds.engine.deepspeed import join_ranks, load_ds_config
-from w2r2_ds.engine.exits import DONE, LOST, MISTAKES, Unreachable
-from w2r2_ds.engine.loop import train
-from w2r2_ds.engine.preemption import StopSignals
-from w2r2_ds.evaluation.in_training import InTraining
-from w2r2_ds.objective.push import find_reading
-from w2r2_ds.printable import message
-from w2r2_ds.streams import keep_going
+from w2r2_ds.config.io import config_first, from_tree, train_parser
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.demo.assets import prepare_demo
+from w2r2_ds.evaluation.validator import InTraining
+from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.training.deepspeed.config import load_ds_config
+from w2r2_ds.training.deepspeed.launch import join_ranks
+from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, MISTAKES, Unreachable
+from w2r2_ds.training.fault_tolerance.signals import StopSignals
+from w2r2_ds.training.trainer import train
+from w2r2_ds.utils.sanitize import keep_going, message
 
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
@@ -30,7 +31,7 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
 
 
 def main(args: list[str], signals: StopSignals) -> int:
-    """Join the other ranks, make the demo's data if asked to, train; returns an exit code of engine/exits.py."""
+    """Join the other ranks, make the demo's data if asked to, train; returns an exit code of training/fault_tolerance/exit_codes.py."""
     config, ds_path = read_arguments(args)
     find_reading(config.objective.push)  # this and the next before minutes of demo preparation
     load_ds_config(ds_path)

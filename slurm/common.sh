@@ -89,7 +89,7 @@ ranks() {
 }
 
 # forward SIGNAL: hands it to the ranks of this node and to nothing else; srun and loader workers have no use for it.
-# The ranks of all nodes agree at the next step boundary (w2r2_ds/engine/preemption.py).
+# The ranks of all nodes agree at the next step boundary (w2r2_ds/training/fault_tolerance/signals.py).
 forward() {
     local file
     say "SIG$1"
@@ -103,7 +103,7 @@ forward() {
     done
 }
 
-# conclude STATUS: what srun's exit code and those of the ranks ask for (w2r2_ds/engine/exits.py).
+# conclude STATUS: what srun's exit code and those of the ranks ask for (w2r2_ds/training/fault_tolerance/exit_codes.py).
 # Returns where every rank ended with 0, else ends the job.
 conclude() {
     local file code seen=0 done=0 failed='' lost='' stopped=''

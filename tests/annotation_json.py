@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from w2r2_ds.evaluation.scan2cap import Caption, DescribedObject
-from w2r2_ds.evaluation.scanrefer_protocols import Description
+from w2r2_ds.evaluation.protocols.scan2cap import Caption, DescribedObject
+from w2r2_ds.evaluation.protocols.scanrefer import Description
 
 Boxes = Mapping[str, Mapping[str, Sequence[float]]]
 """Scene -> object id -> ``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres."""

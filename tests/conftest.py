@@ -63,9 +63,9 @@ def look(step: int) -> np.ndarray:
 
 def make_sample(folder: Path, name: str, frames: int, size: tuple[int, int], frame: int, description: str) -> Any:
     """A sample of `frames` noise images of `size` (width, height), whose answer names `frame`."""
-    from w2r2_ds.data.boxes import world_to_camera
-    from w2r2_ds.data.sample import Sample, Target
+    from w2r2_ds.boxes3d.transforms import world_to_camera
     from w2r2_ds.data.tasks.scanrefer import answer_text, description_span, question_text
+    from w2r2_ds.types.sample import Sample, Target
 
     noise = np.random.default_rng(len(name) + frames)
     paths = []
@@ -140,8 +140,8 @@ def text_samples(answer_sample: Any, samples: list[Any]) -> list[Any]:
 @pytest.fixture(scope="session")
 def model_config(tmp_path_factory: pytest.TempPathFactory, samples: list[Any]) -> Any:
     """Configuration of a tiny Qwen2.5-VL and a tiny VGGT, both random."""
-    from w2r2_ds.config import ModelConfig
-    from w2r2_ds.models.tiny import build_tiny_vggt, build_tiny_vlm
+    from w2r2_ds.config.schema import ModelConfig
+    from w2r2_ds.demo.tiny_models import build_tiny_vggt, build_tiny_vlm
 
     folder = tmp_path_factory.mktemp("tiny_models")
     texts = [text for sample in samples for text in (sample.question, sample.answer)]
@@ -171,7 +171,7 @@ def front(model_config: Any) -> Any:
 @pytest.fixture(scope="session")
 def data_config() -> Any:
     """`data_config(**changes)`: small frames, loaded in this process."""
-    from w2r2_ds.config import DataConfig
+    from w2r2_ds.config.schema import DataConfig
 
     def make(**changes: Any) -> Any:
         return DataConfig(**{"frame_width": 56, "max_length": 512, "workers": 0, **changes})
@@ -183,7 +183,7 @@ def data_config() -> Any:
 def batch_of(front: Any, data_config: Any) -> Callable[..., Any]:
     """`batch_of(samples, with_answer, with_prompts, **changes of the data configuration)`: what a loader makes."""
     from w2r2_ds.data.collate import Collator
-    from w2r2_ds.data.loading import make_positions, make_processor, visual_kind
+    from w2r2_ds.data.loader import make_positions, make_processor, visual_kind
 
     def make(chosen: Sequence[Any], with_answer: bool = True, with_prompts: bool = False, **changes: Any) -> Any:
         config = data_config(**changes)
@@ -198,7 +198,7 @@ def batch_of(front: Any, data_config: Any) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tables(front: Any) -> Any:
     """Token tables of the tiny tokenizer."""
-    from w2r2_ds.data.slots import token_tables
+    from w2r2_ds.data.answer_tokens import token_tables
 
     return token_tables(front.tokenizer, front.meta.config.get_text_config().vocab_size)
 

@@ -34,8 +34,8 @@ WARM = (
     "torch.utils.cpp_extension",
     "pandas",
     "PIL.JpegImagePlugin",
-    "w2r2_ds.engine.loop",
-    "w2r2_ds.evaluation.in_training",
+    "w2r2_ds.training.trainer",
+    "w2r2_ds.evaluation.validator",
 )
 """What the ranks would import one by one."""
 VARIABLES = {

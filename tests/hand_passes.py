@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from w2r2_ds.config import ObjectiveConfig
-from w2r2_ds.engine.schedules import without_dropout
-from w2r2_ds.models.fusion import pair_frames
-from w2r2_ds.objective.expected import expected_overlap
-from w2r2_ds.objective.push import PUSH_TERMS, Overlaps, PushInputs, States
+from w2r2_ds.config.schema import ObjectiveConfig
+from w2r2_ds.models.merger import pair_frames
+from w2r2_ds.objective.expected_box import expected_overlap
+from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States
+from w2r2_ds.training.two_pass import without_dropout
 
 
 def visual_tokens(model: Any, batch: Any, geometry: str) -> Tensor:

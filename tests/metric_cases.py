@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.evaluation.captions import ITEM_MEAN
-from w2r2_ds.evaluation.java import Java
+from w2r2_ds.evaluation.metrics.captions import ITEM_MEAN
+from w2r2_ds.evaluation.metrics.meteor import Java
 
 TOLERANCE = 1e-6
 METEOR = ("METEOR", ITEM_MEAN)

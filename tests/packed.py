@@ -26,7 +26,7 @@ def questions(sample: Any, count: int) -> list[Any]:
 
 def packed_of(front: Any, data_config: Callable[..., Any]) -> Callable[..., Any]:
     """`batch_of` (tests/conftest.py) by the loader's own collation of training batches, which hears of packing."""
-    from w2r2_ds.data.loading import make_collate, make_processor
+    from w2r2_ds.data.loader import make_collate, make_processor
 
     def make(chosen: Sequence[Any], with_prompts: bool = False, **changes: Any) -> Any:
         config = data_config(**changes)

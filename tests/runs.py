@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import ROOT, environment, fork_ranks
-from w2r2_ds.engine.deepspeed import free_port
+from w2r2_ds.training.deepspeed.launch import free_port
 
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
 GOLDEN_LOSSES = ROOT / "tests" / "golden" / "losses" / "demo30.json"
@@ -70,9 +70,9 @@ def world_folder(base: Path) -> Path:
 
 def make_world(folder: Path) -> World:
     """Write the scenes and the models, or reuse what the same options wrote."""
-    from w2r2_ds.config import load_config
-    from w2r2_ds.data.synthetic.write import write_dataset
-    from w2r2_ds.demo import prepare_models, prepare_sets
+    from w2r2_ds.config.io import load_config
+    from w2r2_ds.demo.assets import prepare_models, prepare_sets
+    from w2r2_ds.demo.synthetic.write import write_dataset
 
     world = World(folder)
     write_dataset(folder / "scenes", 0, 2, 1, (160, 120), 6)
@@ -178,9 +178,9 @@ def work(folder: Path) -> None:
     import torch.distributed as dist
 
     from launchers.train import read_arguments
-    from w2r2_ds.engine.deepspeed import skip_shm_build
-    from w2r2_ds.engine.loop import train
-    from w2r2_ds.evaluation.in_training import InTraining
+    from w2r2_ds.evaluation.validator import InTraining
+    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from w2r2_ds.training.trainer import train
 
     skip_shm_build()
     deepspeed.init_distributed()
@@ -213,12 +213,12 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    from w2r2_ds.engine import loop
-    from w2r2_ds.engine.fence import Fence
-    from w2r2_ds.engine.step import W2R2Step
-    from w2r2_ds.evaluation import in_training
+    from w2r2_ds.evaluation import validator
+    from w2r2_ds.training import trainer
+    from w2r2_ds.training.checkpoint.ownership import Fence
+    from w2r2_ds.training.step import W2R2Step
 
-    real_score = in_training.score
+    real_score = validator.score
     values = iter(job.scores)
 
     def score(records: Any) -> dict[str, float | None]:
@@ -227,8 +227,8 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
             found |= {"scanrefer/acc@0.25": next(values)}
         return found
 
-    saved = loop.train_step, loop.dry_run, W2R2Step.forward
-    save_checkpoint = loop.save_checkpoint
+    saved = trainer.train_step, trainer.dry_run, W2R2Step.forward
+    save_checkpoint = trainer.save_checkpoint
     calls = 0
 
     def train_step(run: Any, micro_batches: Any) -> Any:
@@ -264,26 +264,26 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    loop.train_step = train_step  # type: ignore[assignment]
-    loop.save_checkpoint = save_disturbed
+    trainer.train_step = train_step  # type: ignore[assignment]
+    trainer.save_checkpoint = save_disturbed
     W2R2Step.forward = forward  # type: ignore[method-assign]
     if job.scores:
-        in_training.score = score
+        validator.score = score
     if not job.dry_run:
-        loop.dry_run = lambda run, batch: None
+        trainer.dry_run = lambda run, batch: None
     try:
         yield
     finally:
-        loop.train_step, loop.dry_run, W2R2Step.forward = saved  # type: ignore[method-assign]
-        loop.save_checkpoint = save_checkpoint
-        in_training.score = real_score
+        trainer.train_step, trainer.dry_run, W2R2Step.forward = saved  # type: ignore[method-assign]
+        trainer.save_checkpoint = save_checkpoint
+        validator.score = real_score
 
 
 def record() -> None:
     """Make the world and the run afresh and write the golden losses."""
     import torch
 
-    from w2r2_ds.versions import versions
+    from w2r2_ds.utils.versions import versions
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = read_metrics(train_once(make_world(Path(folder) / "world")))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from jsonargparse import auto_cli
 
-from w2r2_ds.command_line import Parser, did_you_mean, plain
-from w2r2_ds.config import load_config
+from w2r2_ds.config.cli import Parser, did_you_mean, plain
+from w2r2_ds.config.io import load_config
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:

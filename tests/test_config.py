@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from w2r2_ds.config import RECIPES, RunConfig, SourceConfig, from_tree, load_config, parser, save_config
+from w2r2_ds.config.io import RECIPES, from_tree, load_config, parser, save_config
+from w2r2_ds.config.schema import RunConfig, SourceConfig
 
 RECIPE = str(RECIPES / "scanrefer_3b.yaml")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from runs import ROOT
-from w2r2_ds import demo_steps
-from w2r2_ds.config import load_config
-from w2r2_ds.demo import prepare_models
+from w2r2_ds.config.io import load_config
+from w2r2_ds.demo import run
+from w2r2_ds.demo.assets import prepare_models
 
 
 def test_it_does_not_build_a_tiny_model_under_another_name() -> None:
@@ -59,9 +59,9 @@ def test_it_trains_on_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
             sys.exit("seen enough")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo_steps, "run", command)
-    monkeypatch.setattr(demo_steps, "free_port", iter([41234, 41235]).__next__)
+    monkeypatch.setattr(run, "run", command)
+    monkeypatch.setattr(run, "free_port", iter([41234, 41235]).__next__)
     for _ in range(2):
         with pytest.raises(SystemExit, match="seen enough"):
-            demo_steps.run_demo()
+            run.run_demo()
     assert ports == [41234, 41235]

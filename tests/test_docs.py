@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from docs_scripts import DOCS, docs_script
 
-from w2r2_ds.models.phi import FUSIONS
-from w2r2_ds.objective.push import PUSH_TERMS
-from w2r2_ds.objective.w2r2 import STATS
+from w2r2_ds.models.fusion import FUSIONS
+from w2r2_ds.objective.loss import STATS
+from w2r2_ds.objective.push_terms import PUSH_TERMS
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from w2r2_ds import durable
+from w2r2_ds.utils import atomic_io
 
 KILLED_WHILE_REPLACING = """
 import sys
@@ -26,7 +26,7 @@ file = Path(sys.argv[1])
 number = 0
 while True:
     number += 1
-    durable.replace(file, str(number) * 100_000)
+    atomic_io.replace(file, str(number) * 100_000)
     print(number, flush=True)
 """
 
@@ -47,21 +47,21 @@ class Full(io.RawIOBase):
 
 
 def test_what_is_written_is_counted_and_hashed(tmp_path: Path) -> None:
-    with durable.writing(tmp_path / "a") as writer:
+    with atomic_io.writing(tmp_path / "a") as writer:
         writer.write(b"one")
         writer.write(memoryview(b"two"))
-    expected = durable.Digest(6, hashlib.sha256(b"onetwo").hexdigest())
-    assert writer.digest == expected == durable.digest(tmp_path / "a")
-    assert durable.replace(tmp_path / "a", "größer") == durable.digest(tmp_path / "a")
+    expected = atomic_io.Digest(6, hashlib.sha256(b"onetwo").hexdigest())
+    assert writer.digest == expected == atomic_io.digest(tmp_path / "a")
+    assert atomic_io.replace(tmp_path / "a", "größer") == atomic_io.digest(tmp_path / "a")
     assert (tmp_path / "a").read_text(encoding="utf-8") == "größer"
     assert os.listdir(tmp_path) == ["a"]
 
 
 def test_torch_saves_through_it(tmp_path: Path) -> None:
     state = {"weight": torch.arange(1000.0), "step": 3}
-    with durable.writing(tmp_path / "a.pt") as writer:
+    with atomic_io.writing(tmp_path / "a.pt") as writer:
         torch.save(state, writer)
-    assert writer.digest == durable.digest(tmp_path / "a.pt")
+    assert writer.digest == atomic_io.digest(tmp_path / "a.pt")
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     assert torch.equal(loaded["weight"], state["weight"]) and loaded["step"] == 3
 
@@ -69,20 +69,20 @@ def test_torch_saves_through_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("room", [0, 10, 3000])
 def test_torch_does_not_see_a_full_disk_but_its_writer_does(room: int) -> None:
     """Inside `torch.save` an exception would become a RuntimeError of its archive, or end the process."""
-    writer = durable.Writer(Full(room))
+    writer = atomic_io.Writer(Full(room))
     torch.save({"weight": torch.arange(10_000.0)}, writer)
     assert writer.error is not None and writer.error.errno == errno.ENOSPC
 
 
 def test_a_file_that_grows_too_large_is_an_error_that_names_it(tmp_path: Path) -> None:
     """As on a full disk, from the kernel: EFBIG; then nothing is replaced and nothing lies about."""
-    durable.replace(tmp_path / "a", "old")
+    atomic_io.replace(tmp_path / "a", "old")
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # Python ignores SIGXFSZ
     try:
         with pytest.raises(OSError) as caught:
-            durable.replace(tmp_path / "a", "new" * 1000)
-        with pytest.raises(OSError) as saving, durable.writing(tmp_path / "b") as writer:
+            atomic_io.replace(tmp_path / "a", "new" * 1000)
+        with pytest.raises(OSError) as saving, atomic_io.writing(tmp_path / "b") as writer:
             torch.save(torch.arange(1000.0), writer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -93,8 +93,8 @@ def test_a_file_that_grows_too_large_is_an_error_that_names_it(tmp_path: Path) -
 
 
 def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
-    durable.replace(tmp_path / "a", "old")
-    with pytest.raises(KeyError), durable.replacing(tmp_path / "a") as aside:
+    atomic_io.replace(tmp_path / "a", "old")
+    with pytest.raises(KeyError), atomic_io.replacing(tmp_path / "a") as aside:
         aside.write_text("half")
         raise KeyError
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
@@ -119,14 +119,14 @@ def test_a_folder_never_replaces_another(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     with pytest.raises(OSError):
-        durable.move(tmp_path / "one", tmp_path / "two")
+        atomic_io.move(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two" / "file").read_text() == "two"
-    durable.move(tmp_path / "one", tmp_path / "three")
+    atomic_io.move(tmp_path / "one", tmp_path / "three")
     assert (tmp_path / "three" / "file").read_text() == "one"
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
-    lines = durable.Lines(tmp_path / "log")
+    lines = atomic_io.Lines(tmp_path / "log")
     assert lines.append("one") is None
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))

@@ -17,15 +17,16 @@ import torch
 from forked import ROOT, environment
 from launchers import prepare
 from runs import World
-from w2r2_ds import fill_cache as fill
-from w2r2_ds.config import RunConfig, load_config
-from w2r2_ds.data.loading import make_collate, make_processor
+from w2r2_ds.config.io import load_config
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.data.loader import make_collate, make_processor
+from w2r2_ds.data.prepare import features as fill
+from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.evaluation.ranks import Ranks
-from w2r2_ds.fill_cache import fill_cache
-from w2r2_ds.geometry.cache import Cache
-from w2r2_ds.models import open_cache as open_cache_module
+from w2r2_ds.features.store import Cache
+from w2r2_ds.models import feature_identity as open_cache_module
 from w2r2_ds.models.build import build_model, load_front
-from w2r2_ds.models.open_cache import open_cache
+from w2r2_ds.models.feature_identity import open_cache
 
 
 @pytest.fixture

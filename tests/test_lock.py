@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.lock import locked
+from w2r2_ds.utils.file_lock import locked
 
 HOLD = """
 import sys, time, os
 from pathlib import Path
-from w2r2_ds.lock import locked
+from w2r2_ds.utils.file_lock import locked
 with locked(Path(sys.argv[1]), "out is being prepared", "give another --out"):
     child = os.fork() if sys.argv[2] == "fork" else 1
     os.write(1, b"%d\\n" % child)  # at once: parent and child share the pipe
@@ -110,7 +110,7 @@ def test_one_that_was_removed_while_it_was_opened_is_not_taken(tmp_path: Path, m
             file.unlink()
         real(descriptor, how)
 
-    monkeypatch.setattr("w2r2_ds.lock.fcntl.flock", flock)
+    monkeypatch.setattr("w2r2_ds.utils.file_lock.fcntl.flock", flock)
     with take(file):
         assert len(times) == 2 and file.exists()
         monkeypatch.undo()
@@ -132,6 +132,6 @@ def test_a_file_system_without_locks_is_said(
     def flock(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("w2r2_ds.lock.fcntl.flock", flock)
+    monkeypatch.setattr("w2r2_ds.utils.file_lock.fcntl.flock", flock)
     with take(tmp_path / "out.lock"):
         assert "this file system has no locks (No locks available)" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from runs import environment
 
 PROGRAM = """
 import resource, sys
-from w2r2_ds.streams import keep_going
+from w2r2_ds.utils.sanitize import keep_going
 {call}
 print("before", flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))  # EFBIG; Python ignores SIGXFSZ

@@ -18,23 +18,21 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from golden_files import Golden
-from w2r2_ds.config import ObjectiveConfig, RunConfig
-from w2r2_ds.data.collate import Batch, Visuals, token_counts
-from w2r2_ds.data.packing import Layout
-from w2r2_ds.data.rows import AnswerRows, PromptRows
-from w2r2_ds.data.slots import NUMBERS, TokenTables
-from w2r2_ds.engine.step import W2R2Step
-from w2r2_ds.export.vgllm import fill, split_state, their_name, vggt_config
-from w2r2_ds.geometry.encoder import VGGTEncoder
-from w2r2_ds.geometry.vggt import VGGT
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
+from w2r2_ds.convert.from_vgllm import fill, split_state, their_name, vggt_config
+from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
+from w2r2_ds.data.collate import token_counts
 from w2r2_ds.kernels.cell_norm import merge_cells
-from w2r2_ds.models.fusion import GeometryMerger
-from w2r2_ds.models.phi import make_fusion
-from w2r2_ds.models.tower import TowerInputs
-from w2r2_ds.models.vlm import model_class, position_ids
+from w2r2_ds.models.fusion import make_fusion
+from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.qwen2_5_vl.loading import model_class, position_ids
+from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.objective.loss import sample_weights
 from w2r2_ds.objective.scorer import Scorer
-from w2r2_ds.objective.w2r2 import sample_weights
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.types.batch import AnswerRows, Batch, Layout, PromptRows, TowerInputs, Visuals
 
 MAIN = ""
 VARIANTS = {

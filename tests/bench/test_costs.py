@@ -10,12 +10,12 @@ from docs_scripts import DOCS, docs_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from w2r2_ds.bench import costs
-from w2r2_ds.bench.field import stock
+from w2r2_ds.bench import cost_model
+from w2r2_ds.bench.hf_trainer import stock
+from w2r2_ds.bench.model import build
 from w2r2_ds.bench.shapes import TINY, find_shapes
-from w2r2_ds.bench.subject import build
-from w2r2_ds.engine.throughput import language_flops
-from w2r2_ds.objective.push import find_reading
+from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.training.throughput import language_flops
 
 PARTS = {
     # size, frames: tokens, vision tower, VGGT, LLM forward, head on all rows, shortcut forward (Tflop)
@@ -84,21 +84,21 @@ def test_parts_are_what_torch_counts() -> None:
                 mm_encoder_outputs={"image": visual},
                 use_cache=False,
             )
-    passed = costs.language(TINY)
+    passed = cost_model.language(TINY)
     lora = 2 * TINY.tokens * TINY.layers * TINY.lora_rank * lora_sides()
     expected = passed.linear + 2 * passed.attention + lora
     assert language.get_total_flops() == pytest.approx(expected, rel=0.01)  # rotary angles
-    assert merger.get_total_flops() == costs.geometry_merger(TINY)
+    assert merger.get_total_flops() == cost_model.geometry_merger(TINY)
     layers = TINY.geometry_layer + 1
-    assert geometry.get_total_flops() == costs.vggt(TINY.vggt, TINY.frames, TINY.geometry_tokens, layers)
-    assert tower.get_total_flops() == pytest.approx(costs.vision(TINY), rel=0.01)
+    assert geometry.get_total_flops() == cost_model.vggt(TINY.vggt, TINY.frames, TINY.geometry_tokens, layers)
+    assert tower.get_total_flops() == pytest.approx(cost_model.vision(TINY), rel=0.01)
 
 
 def test_mfu_counts_as_training_does() -> None:
     """Of a tiny model, in which LoRA's own products, that the cost model leaves out, are an eighth."""
     subject = build(TINY, torch.device("cpu"))
     counted = language_flops(subject.model, find_reading("margin"), subject.batch())
-    expected = costs.model_operations(TINY, two_passes=True)
+    expected = cost_model.model_operations(TINY, two_passes=True)
     assert expected < counted < 1.2 * expected
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hand_scene import write_scene
-from w2r2_ds.data.synthetic.rooms import Room, make_room
-from w2r2_ds.data.synthetic.write import Written, write_dataset
+from w2r2_ds.demo.synthetic.rooms import Room, make_room
+from w2r2_ds.demo.synthetic.write import Written, write_dataset
 
 
 @pytest.fixture

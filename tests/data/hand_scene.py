@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from w2r2_ds.data.plan import make_plan
-from w2r2_ds.data.prepare import scene_outcomes
-from w2r2_ds.data.tasks.outcome import Dropped, TaskOptions
-from w2r2_ds.data.views import FrameOptions
+from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.prepare.pipeline import scene_outcomes
+from w2r2_ds.data.prepare.plan import make_plan
+from w2r2_ds.data.tasks.base import Dropped, TaskOptions
 
 ALIGN = np.array([[0.0, -1.0, 0.0, 0.5], [1.0, 0.0, 0.0, -2.0], [0.0, 0.0, 1.0, 0.25], [0.0, 0.0, 0.0, 1.0]])
 CAMERA = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 2.0], [0.0, -1.0, 0.0, 1.5], [0.0, 0.0, 0.0, 1.0]])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from w2r2_ds.data.synthetic.furniture import KINDS, PALETTE
-from w2r2_ds.data.synthetic.options import scene_seed
-from w2r2_ds.data.synthetic.rooms import Room, RoomObject, make_room
+from w2r2_ds.demo.synthetic.furniture import KINDS, PALETTE
+from w2r2_ds.demo.synthetic.options import scene_seed
+from w2r2_ds.demo.synthetic.rooms import Room, RoomObject, make_room
 
 SCENES = ("scene0000_00", "scene0001_00", "scene5000_00")
 """Scenes of the fixture ``rooms``, which has seed 7 and 12 frames."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hand_scene import entry
-from w2r2_ds.data.annotations import read_scanqa, read_scanrefer
+from w2r2_ds.data.sources.annotations import read_scanqa, read_scanrefer
 
 
 def written(folder: Path, entries: object) -> Path:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from w2r2_ds.data.answers import AnswerError, parse_grounding
+from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding
 
 NUMBERS = [-0.63, -0.83, 2.43, 3.0, 0.59, 2.35, -2.32, 1.18, 3.05]
 PLAIN = json.dumps({"frame": 12, "bbox_3d": NUMBERS})

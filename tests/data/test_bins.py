@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w2r2_ds.data.bins import in_bins
 from w2r2_ds.data.mixture import Mixture
-from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.data.sampler import GlobalBatchSampler, in_bins
 
 SETS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 """How many samples see each set of frames."""

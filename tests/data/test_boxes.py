@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from w2r2_ds.data.boxes import (
+from w2r2_ds.boxes3d.transforms import (
     angles_from_matrix,
     camera_to_world,
     camera_to_world_torch,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from w2r2_ds.data import check
-from w2r2_ds.data.check import check_frames, check_texts
+from w2r2_ds.data import validate
 from w2r2_ds.data.images import load_frame
-from w2r2_ds.data.loading import make_processor
+from w2r2_ds.data.loader import make_processor
+from w2r2_ds.data.validate import check_frames, check_texts
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         paths.append(path)
         return load_frame(path)
 
-    monkeypatch.setattr(check, "load_frame", load)
+    monkeypatch.setattr(validate, "load_frame", load)
     return paths
 
 
@@ -103,7 +103,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path) -> np.ndarray:
         raise AssertionError(f"{path} is decoded")
 
-    monkeypatch.setattr("w2r2_ds.data.eyes.load_frame", load)
+    monkeypatch.setattr("w2r2_ds.data.visual_inputs.load_frame", load)
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -120,7 +120,7 @@ def test_the_length_is_that_of_the_sequence(
 ) -> None:
     every = [*samples, *text_samples, caption_sample, replace(samples[0], id="é", question="…é中" * 9, what=(0, 0))]
     lengths = [len(make_processor(front, data_config(visual=visual))(s, with_answer).input_ids) for s in every]
-    monkeypatch.setattr("w2r2_ds.data.eyes.load_frame", None)
+    monkeypatch.setattr("w2r2_ds.data.visual_inputs.load_frame", None)
     for sample, length in zip(every, lengths, strict=True):
         processors = [make_processor(front, data_config(visual=visual, max_length=length - n)) for n in (0, 1)]
         assert check_texts([sample], processors[0], with_answer=with_answer) == 1

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from w2r2_ds.data.answer_tokens import NUMBERS
 from w2r2_ds.data.collate import dummy_visuals
-from w2r2_ds.data.slots import NUMBERS
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hand_scene import INTRINSIC, SCENE
-from w2r2_ds.data import coverage
-from w2r2_ds.data.coverage import covering_frames, frame_voxels, greedy_cover
-from w2r2_ds.data.frames import load_depth
-from w2r2_ds.data.scannet import Scene, load_scene
+from w2r2_ds.data.frames import coverage
+from w2r2_ds.data.frames.coverage import covering_frames, frame_voxels, greedy_cover
+from w2r2_ds.data.frames.projection import load_depth
+from w2r2_ds.data.sources.scannet import Scene, load_scene
 
 SETS = st.lists(st.sets(st.integers(0, 12)), min_size=1, max_size=6).filter(any)
 

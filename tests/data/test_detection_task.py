@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hand_scene import SCENE, outcomes_of, write_infos
-from w2r2_ds.data.boxes import camera_to_world
+from w2r2_ds.boxes3d.transforms import camera_to_world
 from w2r2_ds.data.tasks.detection import QUESTION, answer_text
 
 HAND = {"interval": 1, "step": 1}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hand_scene import ALIGN, CAMERA, moved
-from w2r2_ds.data.embodiedscan import read_infos
+from w2r2_ds.data.sources.embodiedscan import read_infos
 
 BOX = [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.1, 0.0, 0.0]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from w2r2_ds.data.entries import Problems, read_entries
-from w2r2_ds.data.json_text import read_document
+from w2r2_ds.data.sources.entries import Problems, read_entries
+from w2r2_ds.data.sources.json_reader import read_document
 
 
 def written(folder: Path, content: str | bytes) -> Path:

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from hand_scene import CAMERA, INTRINSIC, SCENE
-from w2r2_ds.data.frames import load_depth, projected_area, visible_share
-from w2r2_ds.data.scannet import Scene, load_scene
-from w2r2_ds.data.visibility import seen_by_depth
+from w2r2_ds.data.frames.projection import load_depth, projected_area, visible_share
+from w2r2_ds.data.frames.visibility import seen_by_depth
+from w2r2_ds.data.sources.scannet import Scene, load_scene
 
 SIZE = (64, 48)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from host_reads import host_reads
-from w2r2_ds.data.boxes import corners, rotation_matrix_torch
-from w2r2_ds.data.giou import box_giou, oriented_giou
-from w2r2_ds.data.iou import box_iou
+from w2r2_ds.boxes3d.giou import box_giou, oriented_giou
+from w2r2_ds.boxes3d.iou import box_iou
+from w2r2_ds.boxes3d.transforms import corners, rotation_matrix_torch
 
 UNIT = [0.0, 0, 0, 1, 1, 1, 0, 0, 0]
 QUARTER = torch.pi / 4

@@ -9,15 +9,7 @@ import pytest
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from w2r2_ds.data.images import (
-    crop_size,
-    even_crop,
-    even_size,
-    frame_size,
-    load_frame,
-    qwen_patches,
-    resize_for_vggt,
-)
+from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, qwen_patches, resize_for_vggt
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from host_reads import host_reads
-from w2r2_ds.data.boxes import rotation_matrix_torch
-from w2r2_ds.data.iou import box_iou, oriented_iou
+from w2r2_ds.boxes3d.iou import box_iou, oriented_iou
+from w2r2_ds.boxes3d.transforms import rotation_matrix_torch
 
 HERE = Path(__file__).parent.parent / "golden" / "boxes.json"
 OTHER = Path(os.environ.get("W2R2_GOLDEN", HERE.parent)) / "boxes.json"

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from hand_scene import SCENE
-from w2r2_ds.data.annotations import Description
-from w2r2_ds.data.groups import SCANNET_CLASSES, groups, nyu40_class, scannet_class
-from w2r2_ds.data.labels import LABELS_FILE, read_labels
+from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.labels import LABELS_FILE, SCANNET_CLASSES, groups, nyu40_class, read_labels, scannet_class
 
 HEADER = "id\traw_category\tnyu40id\tnyu40class\n"
 

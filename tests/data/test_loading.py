@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.data.loading import checked, prompt_loader, train_loader
+from w2r2_ds.data.loader import checked, prompt_loader, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 

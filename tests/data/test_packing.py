@@ -10,8 +10,8 @@ import pytest
 import torch
 from packed import packed_of, questions
 
-from w2r2_ds.config import load_config
-from w2r2_ds.data.loading import make_collate, make_processor, refuse_drawn_frames
+from w2r2_ds.config.io import load_config
+from w2r2_ds.data.loader import make_collate, make_processor, refuse_drawn_frames
 from w2r2_ds.data.packing import alone, by_frames, in_one_sequence
 
 
@@ -149,7 +149,7 @@ def test_options_that_do_not_go_together() -> None:
 
 
 def test_frames_drawn_for_every_sample_are_refused(tmp_path: Any) -> None:
-    from w2r2_ds.data.prepared import PreparedSet
+    from w2r2_ds.data.dataset import PreparedSet
 
     drawn = object.__new__(PreparedSet)
     drawn.folder, drawn.manifest = tmp_path, {"options": {"frames": {"protocol": "vgllm"}}}

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 
 from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_questions, write_scene
-from w2r2_ds.config import SourceConfig, load_config
-from w2r2_ds.data import plan as planning
-from w2r2_ds.data import prepare as preparing
-from w2r2_ds.data.loading import load_mixture
-from w2r2_ds.data.manifest import summary
-from w2r2_ds.data.prepare import DROPPED, prepare
-from w2r2_ds.data.prepared import FRAMES, MANIFEST, SAMPLES, PreparedSet
-from w2r2_ds.data.synthetic.write import Written
-from w2r2_ds.data.tasks.outcome import TaskOptions
-from w2r2_ds.data.views import FrameOptions
-from w2r2_ds.data.workers import run_all
-from w2r2_ds.demo import prepare_sets
+from w2r2_ds.config.io import load_config
+from w2r2_ds.config.schema import SourceConfig
+from w2r2_ds.data.dataset import FRAMES, MANIFEST, SAMPLES, PreparedSet
+from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.loader import load_mixture
+from w2r2_ds.data.prepare import pipeline as preparing
+from w2r2_ds.data.prepare import plan as planning
+from w2r2_ds.data.prepare.manifest import summary
+from w2r2_ds.data.prepare.pipeline import DROPPED, prepare
+from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.demo.assets import prepare_sets
+from w2r2_ds.demo.synthetic.write import Written
+from w2r2_ds.utils.parallel import run_all
 
 SECOND, THIRD = "scene0001_00", "scene0002_00"
 DEPTH = TaskOptions("scanrefer", "train", frames=FrameOptions("uniform", 2), visibility="depth")

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from w2r2_ds.data import prepared
-from w2r2_ds.data.prepared import PreparedSet, tables, write_tables
-from w2r2_ds.data.sample import Labelled, Reference, Sample, Target
+from w2r2_ds.data import dataset
+from w2r2_ds.data.dataset import PreparedSet, tables, write_tables
+from w2r2_ds.types.sample import Labelled, Reference, Sample, Target
 
 BOX = np.array([0.1, -2.0, 0.7, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
 
@@ -45,8 +45,8 @@ def write(folder: Path, root: Path) -> list[Sample]:
     folder.mkdir(parents=True)
     samples = make(root)
     write_tables(folder, *tables(samples, root))
-    manifest = {"version": prepared.VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}}
-    (folder / prepared.MANIFEST).write_text(json.dumps(manifest))
+    manifest = {"version": dataset.VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}}
+    (folder / dataset.MANIFEST).write_text(json.dumps(manifest))
     return samples
 
 
@@ -73,7 +73,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     for one, other in zip(samples, read, strict=True):
         assert_same(one, other)
     assert_same(read[-1], samples[2])
-    assert len(pq.read_table(tmp_path / "set" / prepared.FRAMES)) == 3, "every frame once"
+    assert len(pq.read_table(tmp_path / "set" / dataset.FRAMES)) == 3, "every frame once"
 
 
 def test_another_root_moves_the_frames(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_another_root_moves_the_frames(tmp_path: Path) -> None:
 def test_the_tables_open_with_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets", reason="installed by the extra dev")
     samples = write(tmp_path / "set", tmp_path)
-    files = str(tmp_path / "set" / prepared.SAMPLES)
+    files = str(tmp_path / "set" / dataset.SAMPLES)
     table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert table["question"][:] == [sample.question for sample in samples]
 
@@ -98,15 +98,15 @@ def test_a_frame_outside_the_root_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["../secret.jpg", "/etc/passwd", "posed_images/../../x.jpg"])
 def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, path: str) -> None:
     write(tmp_path / "set", tmp_path)
-    file = tmp_path / "set" / prepared.FRAMES
+    file = tmp_path / "set" / dataset.FRAMES
     table = pq.read_table(file).to_pydict()
     table["path"][1] = path
-    pq.write_table(prepared.pa.table(table, schema=prepared.FRAME_SCHEMA), file)
+    pq.write_table(dataset.pa.table(table, schema=dataset.FRAME_SCHEMA), file)
     with pytest.raises(ValueError, match=r"frames\.parquet: path .* leaves the data root"):
         PreparedSet(tmp_path / "set", tmp_path)
 
 
-@pytest.mark.parametrize("name", [prepared.SAMPLES, prepared.FRAMES])
+@pytest.mark.parametrize("name", [dataset.SAMPLES, dataset.FRAMES])
 def test_a_truncated_table_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path / "set", tmp_path)
     file = tmp_path / "set" / name
@@ -118,7 +118,7 @@ def test_a_truncated_table_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("column", ["question", "frames"])
 def test_an_empty_field_is_named(tmp_path: Path, column: str) -> None:
     write(tmp_path / "set", tmp_path)
-    file = tmp_path / "set" / prepared.SAMPLES
+    file = tmp_path / "set" / dataset.SAMPLES
     table = pq.read_table(file)
     rows = [{**row, column: None} if row["id"] == "c" else row for row in table.to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
@@ -131,7 +131,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no prepared data set"):
         PreparedSet(folder, tmp_path)
     write(folder, tmp_path)
-    manifest = folder / prepared.MANIFEST
+    manifest = folder / dataset.MANIFEST
     for change, message in (
         ({"counts": {"samples": 7}}, "has 3 rows"),
         ({"version": 99}, "is of version 99"),
@@ -142,6 +142,6 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             PreparedSet(folder, tmp_path)
         manifest.write_text(json.dumps(written))
-    pq.write_table(pq.read_table(folder / prepared.FRAMES).slice(0, 1), folder / prepared.FRAMES)
+    pq.write_table(pq.read_table(folder / dataset.FRAMES).slice(0, 1), folder / dataset.FRAMES)
     with pytest.raises(ValueError, match="names a frame that"):
         PreparedSet(folder, tmp_path)[0]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from w2r2_ds.data.loading import make_processor
+from w2r2_ds.data.loader import make_processor
 from w2r2_ds.data.processor import IMAGE, VIDEO, Processor
-from w2r2_ds.models.tiny import CHAT_TEMPLATE
+from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE
 
 
 def text_of(front: Any, ids: torch.Tensor) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from w2r2_ds.data.proposals import read_proposals
+from w2r2_ds.data.sources.proposals import read_proposals
 
 BOX = [1.0, 2.0, 0.5, 0.4, 0.6, 1]
 

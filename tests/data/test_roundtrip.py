@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from w2r2_ds.data.answers import parse_grounding, parse_objects, parse_world_box
-from w2r2_ds.data.boxes import GIMBAL_TOLERANCE, camera_to_world, corners, rotation_matrix, world_to_camera
-from w2r2_ds.data.sample import Labelled
+from w2r2_ds.boxes3d.transforms import GIMBAL_TOLERANCE, camera_to_world, corners, rotation_matrix, world_to_camera
 from w2r2_ds.data.tasks import detection
+from w2r2_ds.data.tasks.parsing import parse_grounding, parse_objects, parse_world_box
 from w2r2_ds.data.tasks.scanrefer import answer_text, world_answer_text
+from w2r2_ds.types.sample import Labelled
 
 HALF_UNIT = 0.005 + 1e-9
 """Metres or radians by which a number with two decimals may be off."""

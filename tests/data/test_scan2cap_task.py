@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hand_scene import CAMERA, SCENE, entry, outcomes_of, reasons, write_annotations, write_proposals
-from w2r2_ds.data.sample import Reference
+from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.tasks.scan2cap import best_proposal, question_text
-from w2r2_ds.data.views import FrameOptions
+from w2r2_ds.types.sample import Reference
 
 BOX = np.array([2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0])
 ENTRIES = [entry(), entry(4, "table", 0, "the table."), entry(0, "office_chair", 1, "It is RED. very.")]

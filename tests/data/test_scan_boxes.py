@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hand_scene import ALIGN, SCENE, write_scene
-from w2r2_ds.data.scan_boxes import write_boxes
-from w2r2_ds.data.scannet import load_scene
+from w2r2_ds.data.prepare.scannet_boxes import write_boxes
+from w2r2_ds.data.sources.scannet import load_scene
 
 VERTICES = np.array(
     [

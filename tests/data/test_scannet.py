@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hand_scene import ALIGN, CAMERA, INTRINSIC, SCENE, moved
-from w2r2_ds.data.scannet import load_scene
+from w2r2_ds.data.sources.scannet import load_scene
 
 
 def test_scene_is_read_and_aligned(root: Path) -> None:

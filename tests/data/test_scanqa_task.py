@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hand_scene import outcomes_of, question_entry, write_questions
-from w2r2_ds.data.sample import Reference
-from w2r2_ds.data.tasks.outcome import WrongAnnotations
+from w2r2_ds.data.tasks.base import WrongAnnotations
+from w2r2_ds.types.sample import Reference
 
 
 def test_training_has_a_sample_per_answer(root: Path) -> None:

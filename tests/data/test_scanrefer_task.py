@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 
 from hand_scene import SCENE, entry, outcomes_of, reasons, write_annotations, write_infos
-from w2r2_ds.data.sample import Sample
-from w2r2_ds.data.tasks.outcome import WrongAnnotations
-from w2r2_ds.data.tasks.scanrefer import (
-    WORLD_QUESTION,
-    answer_text,
-    description_span,
-    question_text,
-    world_answer_text,
-)
-from w2r2_ds.data.views import FrameOptions
+from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.tasks.base import WrongAnnotations
+from w2r2_ds.data.tasks.scanrefer import WORLD_QUESTION, answer_text, description_span, question_text, world_answer_text
+from w2r2_ds.types.sample import Sample
 
 CHAIR, TABLE, LAMP = entry(), entry(4, "table", 1, "the table."), entry(3, "lamp", 0, "a hidden lamp.")
 

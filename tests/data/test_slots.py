@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from w2r2_ds.data.slots import answer_slots, require_digit_slots, token_tables, what_tokens
+from w2r2_ds.data.answer_tokens import answer_slots, require_digit_slots, token_tables, what_tokens
 from w2r2_ds.data.tasks.scanrefer import description_span, question_text
-from w2r2_ds.models.tiny import train_tokenizer
+from w2r2_ds.demo.tiny_models import train_tokenizer
 
 ANSWER = '```json\n\t{"frame": 12, "bbox_3d": [-0.63, 0.83, 12.4, 3.0, 0.59, 2.35, -2.32, 1.18, -0.0]}\n```'
 NUMBERS = ["12", "0.63", "0.83", "12.4", "3.0", "0.59", "2.35", "2.32", "1.18", "0.0"]

@@ -24,11 +24,11 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from w2r2_ds.data.answer_tokens import answer_slots, require_digit_slots, token_tables, what_tokens
 from w2r2_ds.data.collate import Collator
 from w2r2_ds.data.processor import Processor
-from w2r2_ds.data.slots import answer_slots, require_digit_slots, token_tables, what_tokens
 from w2r2_ds.data.tasks.scanrefer import answer_text, question_text
-from w2r2_ds.models.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
 
 # The rule in the tokenizer.json of Qwen2.5-VL, Qwen3 and Qwen3-VL: every digit (\p{N}) alone.
 QWEN_RULE = (

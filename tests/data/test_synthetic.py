@@ -17,14 +17,14 @@ from PIL import Image
 
 from hand_scene import outcomes_of, reasons
 from synthetic_truth import SCENES, boxes, named, room_again, the
-from w2r2_ds.data.frames import box_corners, load_depth, project
-from w2r2_ds.data.scannet import load_scene
-from w2r2_ds.data.synthetic.options import Options, scene_id, scene_seed
-from w2r2_ds.data.synthetic.relations import resolve
-from w2r2_ds.data.synthetic.render import Renderer, pinhole
-from w2r2_ds.data.synthetic.rooms import RoomObject, make_room
-from w2r2_ds.data.synthetic.sentences import describe
-from w2r2_ds.data.synthetic.write import Written, write_dataset
+from w2r2_ds.data.frames.projection import box_corners, load_depth, project
+from w2r2_ds.data.sources.scannet import load_scene
+from w2r2_ds.demo.synthetic.options import Options, scene_id, scene_seed
+from w2r2_ds.demo.synthetic.relations import resolve
+from w2r2_ds.demo.synthetic.render import Renderer, pinhole
+from w2r2_ds.demo.synthetic.rooms import RoomObject, make_room
+from w2r2_ds.demo.synthetic.sentences import describe
+from w2r2_ds.demo.synthetic.write import Written, write_dataset
 
 
 def entries(root: Path) -> list[dict[str, Any]]:
@@ -223,7 +223,7 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("w2r2_ds.data.synthetic.scene.write_sheet", fail)
+    monkeypatch.setattr("w2r2_ds.demo.synthetic.scene.write_sheet", fail)
     with pytest.raises(OSError, match="disk full"):
         write_dataset(tmp_path / "data", 0, 1, 1, (64, 48), 12)
     assert list(tmp_path.iterdir()) == []

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from synthetic_truth import SCENES, boxes, room_again
-from w2r2_ds.data.boxes import corners
-from w2r2_ds.data.frames import MIN_VISIBLE_SHARE, load_depth, visible_share
-from w2r2_ds.data.iou import box_iou
-from w2r2_ds.data.scannet import load_scene
-from w2r2_ds.data.synthetic.proposals import ABSENT, BAD, propose
-from w2r2_ds.data.synthetic.rooms import Room
-from w2r2_ds.data.synthetic.write import Written
+from w2r2_ds.boxes3d.iou import box_iou
+from w2r2_ds.boxes3d.transforms import corners
+from w2r2_ds.data.frames.projection import MIN_VISIBLE_SHARE, load_depth, visible_share
+from w2r2_ds.data.sources.scannet import load_scene
+from w2r2_ds.demo.synthetic.annotations import ABSENT, BAD, propose
+from w2r2_ds.demo.synthetic.rooms import Room
+from w2r2_ds.demo.synthetic.write import Written
 
 
 def infos(rooms: Written) -> dict[str, dict[str, Any]]:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from synthetic_truth import SCENES, named, room_again, the
-from w2r2_ds.data.synthetic.questions import Question, ask
-from w2r2_ds.data.synthetic.rooms import Room, RoomObject
-from w2r2_ds.data.synthetic.write import Written
+from w2r2_ds.demo.synthetic.questions import Question, ask
+from w2r2_ds.demo.synthetic.rooms import Room, RoomObject
+from w2r2_ds.demo.synthetic.write import Written
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 PATTERNS = {

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from synthetic_truth import SCENES
-from w2r2_ds.data.synthetic.write import Written, write_dataset
+from w2r2_ds.demo.synthetic.write import Written, write_dataset
 
 # Recorded from VERSION 1 for the options of the fixture `rooms`.
 WORDS = "3184d86d900e7ed580e4ed45c16ae8179b646e2aceeac9c74dd51bae500bd055"
@@ -70,7 +70,7 @@ def test_a_folder_of_another_version_is_refused(rooms: Written, tmp_path: Path) 
 
 
 def test_a_killed_writer_s_folder_goes_and_a_living_one_s_stays(tmp_path: Path) -> None:
-    code = f"from w2r2_ds.data.synthetic.write import write_dataset as w; w({str(tmp_path / 'data')!r}, 0, 500, 1)"
+    code = f"from w2r2_ds.demo.synthetic.write import write_dataset as w; w({str(tmp_path / 'data')!r}, 0, 500, 1)"
     writer = subprocess.Popen([sys.executable, "-c", code])
     end = time.monotonic() + 120
     while not list(tmp_path.glob(".data.partial-*/posed_images/*")) and time.monotonic() < end:

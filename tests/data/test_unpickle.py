@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from w2r2_ds.data import unpickle
-from w2r2_ds.data.unpickle import load_plain
+from w2r2_ds.data.sources import numpy_unpickler
+from w2r2_ds.data.sources.numpy_unpickler import load_plain
 
 VALUES: dict[str, Any] = {
     "matrix": np.arange(16.0).reshape(4, 4),
@@ -120,7 +120,10 @@ PAYLOADS = {
         r"numpy\.testing\.runstring",
     ),
     "import": (stack_global("numpy.core.multiarray", "__import__") + b".", r"numpy\.core\.multiarray\.__import__"),
-    "own table": (stack_global("w2r2_ds.data.unpickle", "_TABLE") + b".", r"w2r2_ds\.data\.unpickle\._TABLE"),
+    "own table": (
+        stack_global("w2r2_ds.data.sources.numpy_unpickler", "_TABLE") + b".",
+        r"w2r2_ds\.data\.unpickle\._TABLE",
+    ),
     "copyreg": (stack_global("copyreg", "__newobj__") + b".", r"copyreg\.__newobj__"),
     "partial": (stack_global("functools", "partial") + b".", r"functools\.partial"),
     "defaultdict": (stack_global("collections", "defaultdict") + b".", r"collections\.defaultdict"),
@@ -237,13 +240,13 @@ REASONS = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_streams_that_trust_numpy_are_refused(tmp_path: Path, name: str) -> None:
-    reader = unpickle._TABLE["numpy.core.multiarray", "_reconstruct"]._function
+    reader = numpy_unpickler._TABLE["numpy.core.multiarray", "_reconstruct"]._function
     with pytest.raises(
         ValueError, match=r"infos\.pkl is (no readable pickle \(|truncated;).* it must be an infos file"
     ) as caught:
         load_plain(written(tmp_path, BROKEN[name]), "an infos file")
     assert REASONS.get(name, "") in str(caught.value)
-    assert unpickle._TABLE["numpy.core.multiarray", "_reconstruct"]._function is reader
+    assert numpy_unpickler._TABLE["numpy.core.multiarray", "_reconstruct"]._function is reader
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

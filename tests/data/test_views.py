@@ -14,8 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hand_scene import SCENE
-from w2r2_ds.data.scannet import Scene, load_scene
-from w2r2_ds.data.views import REDRAWS, FrameOptions, Protocol, assign, choose, listed, scene_sets, uniform, vgllm
+from w2r2_ds.data.frames.selection import (
+    REDRAWS,
+    FrameOptions,
+    Protocol,
+    assign,
+    choose,
+    listed,
+    scene_sets,
+    uniform,
+    vgllm,
+)
+from w2r2_ds.data.sources.scannet import Scene, load_scene
 
 TOTAL, COUNT = st.integers(1, 400), st.integers(1, 40)
 

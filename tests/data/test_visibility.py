@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hand_scene import ALIGN, CAMERA, INTRINSIC, SCENE, moved
-from w2r2_ds.data import visibility
-from w2r2_ds.data.embodiedscan import InfoInstance, ScanInfo
-from w2r2_ds.data.frames import load_depth, projected_area
-from w2r2_ds.data.scannet import Frame, Scene, load_scene
-from w2r2_ds.data.visibility import (
+from w2r2_ds.data.frames import visibility
+from w2r2_ds.data.frames.projection import load_depth, projected_area
+from w2r2_ds.data.frames.visibility import (
     clear_area,
     clearest,
     listed_frames,
@@ -24,6 +22,8 @@ from w2r2_ds.data.visibility import (
     seen_by_depth,
     seen_by_infos,
 )
+from w2r2_ds.data.sources.embodiedscan import InfoInstance, ScanInfo
+from w2r2_ds.data.sources.scannet import Frame, Scene, load_scene
 
 SIZE = (64, 48)
 

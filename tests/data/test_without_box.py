@@ -11,13 +11,13 @@ import pytest
 
 from hand_scene import SCENE, entry, question_entry, write_annotations, write_questions, write_scene
 from launchers.prepare import main
-from w2r2_ds.data import prepare as preparing
-from w2r2_ds.data.manifest import summary
-from w2r2_ds.data.prepare import DROPPED, prepare
-from w2r2_ds.data.prepared import PreparedSet
-from w2r2_ds.data.tasks.outcome import TaskOptions
-from w2r2_ds.data.views import FrameOptions
-from w2r2_ds.lock import locked
+from w2r2_ds.data.dataset import PreparedSet
+from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.prepare import pipeline as preparing
+from w2r2_ds.data.prepare.manifest import summary
+from w2r2_ds.data.prepare.pipeline import DROPPED, prepare
+from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.utils.file_lock import locked
 
 SECOND = "scene0001_00"
 TWO = FrameOptions("uniform", 2)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.config import ObjectiveConfig, RunConfig
-from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.step import W2R2Step
 
 
 @pytest.fixture

@@ -41,16 +41,16 @@ def work(folder: Path) -> None:
     import torch.distributed as dist
 
     from launchers.train import read_arguments
-    from w2r2_ds.data.loading import load_mixture
-    from w2r2_ds.engine import loop
-    from w2r2_ds.engine.deepspeed import skip_shm_build
-    from w2r2_ds.engine.step import W2R2Step
-    from w2r2_ds.evaluation.in_training import InTraining
+    from w2r2_ds.data.loader import load_mixture
+    from w2r2_ds.evaluation.validator import InTraining
+    from w2r2_ds.training import trainer
+    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from w2r2_ds.training.step import W2R2Step
 
     skip_shm_build()
     deepspeed.init_distributed()
     world = Path((folder / "world").read_text())
-    forward, loop.dry_run = W2R2Step.forward, lambda run, batch: None
+    forward, trainer.dry_run = W2R2Step.forward, lambda run, batch: None
     sequences: list[tuple[tuple[str, ...], int]] = []
 
     def recorded(self: Any, batch: Any, *given: Any, **more: Any) -> Any:
@@ -59,21 +59,21 @@ def work(folder: Path) -> None:
 
     W2R2Step.forward = recorded  # type: ignore[method-assign]
     packed = {"data__questions_per_scene": TOGETHER}
-    loop.train(*read_arguments(arguments(world, folder / "packed", **packed)), InTraining)
+    trainer.train(*read_arguments(arguments(world, folder / "packed", **packed)), InTraining)
     if dist.get_world_size() == 1:
         refused = []
         other = packed | {"data__questions_per_scene": 2, "train__steps": SHORT, "resume": "auto"}
         try:
-            loop.train(*read_arguments(arguments(world, folder / "packed", **other)), InTraining)
+            trainer.train(*read_arguments(arguments(world, folder / "packed", **other)), InTraining)
         except ValueError as error:
             refused.append(str(error))
         config, _ = read_arguments(arguments(world, folder / "apart"))
         number = {sample.id: index for index, sample in enumerate(load_mixture(config.data, "train"))}
-        sampler = loop.GlobalBatchSampler
+        sampler = trainer.GlobalBatchSampler
         for name, changes in {"apart": {}, "plain": {"data__packing": True}}.items():
             batches = [[number[each] for each in ids] for ids, _ in sequences[: 2 * SHORT]]
-            loop.GlobalBatchSampler = lambda batches=batches, **_: Given(batches)  # type: ignore[misc, assignment]
-            loop.train(*read_arguments(arguments(world, folder / name, **changes)), InTraining)
-        loop.GlobalBatchSampler = sampler  # type: ignore[misc]
+            trainer.GlobalBatchSampler = lambda batches=batches, **_: Given(batches)  # type: ignore[misc, assignment]
+            trainer.train(*read_arguments(arguments(world, folder / name, **changes)), InTraining)
+        trainer.GlobalBatchSampler = sampler  # type: ignore[misc]
         (folder / "report.json").write_text(json.dumps({"refused": refused, "sequences": sequences}))
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import forked
-from w2r2_ds.engine.deepspeed import free_port
+from w2r2_ds.training.deepspeed.launch import free_port
 
 
 class Ranks:

@@ -80,9 +80,10 @@ def work(folder: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
     from zero3_cases import batches_of, step_config
 
-    from w2r2_ds.engine.deepspeed import resolve_ds_config, skip_shm_build
-    from w2r2_ds.engine.wrap import make_engine
     from w2r2_ds.models.build import build_model, load_front
+    from w2r2_ds.training.deepspeed.config import resolve_ds_config
+    from w2r2_ds.training.deepspeed.engine import make_engine
+    from w2r2_ds.training.deepspeed.launch import skip_shm_build
 
     torch.set_num_threads(1)
     skip_shm_build()

@@ -17,16 +17,16 @@ from typing import Any
 import torch.distributed as dist
 
 from launchers.train import read_arguments
-from w2r2_ds.engine import loop
-from w2r2_ds.engine.deepspeed import join_ranks
-from w2r2_ds.engine.preemption import StopSignals
-from w2r2_ds.evaluation.in_training import InTraining
+from w2r2_ds.evaluation.validator import InTraining
+from w2r2_ds.training import trainer
+from w2r2_ds.training.deepspeed.launch import join_ranks
+from w2r2_ds.training.fault_tolerance.signals import StopSignals
 
 
 def main(file: Path) -> None:
     """Run all jobs."""
     join_ranks()
-    real_step, codes = loop.train_step, []
+    real_step, codes = trainer.train_step, []
     for arguments, rank, at, name in json.loads(file.read_text()):
 
         def train_step(run: Any, batches: Any, rank: int = rank, at: int = at, name: str = name) -> dict[str, float]:
@@ -34,9 +34,9 @@ def main(file: Path) -> None:
                 os.kill(os.getpid(), signal.Signals[name])
             return real_step(run, batches)
 
-        loop.train_step = train_step  # type: ignore[assignment]
+        trainer.train_step = train_step  # type: ignore[assignment]
         with StopSignals() as signals:
-            outcome = loop.train(*read_arguments(arguments), InTraining, signals)
+            outcome = trainer.train(*read_arguments(arguments), InTraining, signals)
         codes.append([outcome.code, str(outcome.checkpoint)])
         gc.collect()
         dist.barrier()

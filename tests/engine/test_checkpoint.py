@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds import durable
-from w2r2_ds.config import DataConfig, RunConfig, SourceConfig, load_config
-from w2r2_ds.durable import Digest
-from w2r2_ds.engine import checkpoint
-from w2r2_ds.engine.checkpoint import check_size, replace_folder
-from w2r2_ds.engine.complete import DESCRIPTION, find_checkpoint
-from w2r2_ds.engine.same_run import check_same_data, check_same_run
+from w2r2_ds.config.io import load_config
+from w2r2_ds.config.schema import DataConfig, RunConfig, SourceConfig
+from w2r2_ds.training.checkpoint import save
+from w2r2_ds.training.checkpoint.compat import check_same_data, check_same_run
+from w2r2_ds.training.checkpoint.manifest import DESCRIPTION, find_checkpoint
+from w2r2_ds.training.checkpoint.save import check_size, replace_folder
+from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.atomic_io import Digest
 
 
 @pytest.mark.distributed
@@ -70,7 +71,7 @@ def test_a_resume_with_other_samples_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_holds_more_than_what_trains_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 trained numbers of 4 bytes: twice the weights, 12 bytes each and the allowance; the frozen layer is more."""
-    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(save.dist, "get_world_size", lambda: 1)
     model: Any = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(500, 500).requires_grad_(False))
     most = 10 * (2 * 4 + 12) + 100_000 + 2 * 2_000
     check_size({"a": Digest(most - 8, ""), "b": Digest(8, "")}, model)
@@ -85,15 +86,15 @@ def test_what_is_there_goes_only_when_the_new_one_is_there(tmp_path: Path, monke
     for folder, content in ((final, "old"), (aside, "new")):
         folder.mkdir()
         (folder / "file").write_text(content)
-    real = durable.move
+    real = atomic_io.move
 
     def full(*_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(durable, "move", full)
+    monkeypatch.setattr(atomic_io, "move", full)
     with pytest.raises(OSError, match="No space"):
         replace_folder(aside, final)
     assert (final / "file").read_text() == "old"
-    monkeypatch.setattr(durable, "move", real)
+    monkeypatch.setattr(atomic_io, "move", real)
     replace_folder(aside, final)
     assert (final / "file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == [final.name]

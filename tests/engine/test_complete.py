@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from w2r2_ds import durable
-from w2r2_ds.engine.complete import (
+from w2r2_ds.training.checkpoint.manifest import (
     BEST,
     DESCRIPTION,
     LATEST,
@@ -27,6 +26,7 @@ from w2r2_ds.engine.complete import (
     verify,
     write_description,
 )
+from w2r2_ds.utils import atomic_io
 
 CONTENT = {TENSORS: b"tensors" * 100, "engine/shard.pt": b"shard" * 100, "config.yaml": b"seed: 0\n", "rng-0.pt": b"r"}
 
@@ -38,7 +38,7 @@ def saved(run: Path, step: int) -> Path:
     for name, content in CONTENT.items():
         (path / name).write_bytes(content)
     description = {"step": step, "world_size": 1, "metrics": {"loss": 0.1}, "incarnation": 1}
-    write_description(path, description, {name: durable.digest(path / name) for name in CONTENT})
+    write_description(path, description, {name: atomic_io.digest(path / name) for name in CONTENT})
     return path
 
 

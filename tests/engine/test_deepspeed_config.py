@@ -12,16 +12,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from w2r2_ds.engine.deepspeed import (
-    KNOWN,
-    REFUSED,
-    join_ranks,
-    load_ds_config,
-    own_extensions,
-    resolve_ds_config,
-    skip_shm_build,
-)
-from w2r2_ds.engine.hierarchy import common_ranks_per_machine, ranks_per_machine
+from w2r2_ds.training.deepspeed.config import KNOWN, REFUSED, load_ds_config, resolve_ds_config
+from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine, ranks_per_machine
+from w2r2_ds.training.deepspeed.launch import join_ranks, own_extensions, skip_shm_build
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 

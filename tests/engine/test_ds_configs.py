@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from runs import Job, World, read_metrics, run_jobs
-from w2r2_ds.engine.deepspeed import load_ds_config
+from w2r2_ds.training.deepspeed.config import load_ds_config
 
 pytestmark = pytest.mark.distributed
 

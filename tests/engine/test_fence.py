@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from w2r2_ds.engine.fence import INCARNATION, Fence, Fenced
+from w2r2_ds.training.checkpoint.ownership import INCARNATION, Fence, Fenced
 
 
 def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

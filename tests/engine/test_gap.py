@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
-from w2r2_ds.engine import gap
-from w2r2_ds.engine.gap import DecodeGap
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.training import decode_gap
+from w2r2_ds.training.decode_gap import DecodeGap
 
 S = {"four": (0.9, 0.5), "three": (0.2, 0.4), "twelve": (0.6, 0.0)}
 """Teacher-forced and decoded s by sample."""
@@ -48,11 +48,11 @@ def test_means_over_the_same_samples_on_any_number_of_ranks(
     config = RunConfig(
         data=data_config(), objective=ObjectiveConfig(gap_samples=wanted), train=TrainConfig(micro_batch=micro, seed=3)
     )
-    monkeypatch.setattr(gap.dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(gap.dist, "all_reduce", lambda tensor: None)  # the ranks' shares are added below
+    monkeypatch.setattr(decode_gap.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(decode_gap.dist, "all_reduce", lambda tensor: None)  # the ranks' shares are added below
     engines, shares = [Engine() for _ in range(world)], []
     for rank in range(world):
-        monkeypatch.setattr(gap.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(decode_gap.dist, "get_rank", lambda rank=rank: rank)
         shares.append(DecodeGap(samples, front, config, torch.device("cpu")).measure(engines[rank]))
         assert engines[rank].training
     assert len({len(engine.seen) for engine in engines}) == 1

@@ -18,8 +18,8 @@ from torch import nn
 from zero3_cases import Case
 
 from runs import ZERO3, run_ranks
-from w2r2_ds.models.tiny import build_tiny_vlm
-from w2r2_ds.models.vlm import meta_model
+from w2r2_ds.demo.tiny_models import build_tiny_vlm
+from w2r2_ds.models.qwen2_5_vl.loading import meta_model
 
 pytestmark = pytest.mark.distributed
 

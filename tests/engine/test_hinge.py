@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.config import ObjectiveConfig, RunConfig
-from w2r2_ds.engine import hinge
-from w2r2_ds.engine.hinge import PATIENCE, HingeWatch
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
+from w2r2_ds.training import hinge_monitor
+from w2r2_ds.training.hinge_monitor import PATIENCE, HingeWatch
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> HingeWatch:
-    monkeypatch.setattr(hinge.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
     return HingeWatch(0, RunConfig(objective=ObjectiveConfig(mu=0.9)))
 
 
@@ -53,7 +53,7 @@ def test_a_resumed_run_remembers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps before the resume count, those after it are of a run that was killed."""
-    monkeypatch.setattr(hinge.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
     for acted in (0.0, 0.5):
         lines = [{"step": step, "above_mu": 0.0, "s_short": 0.1} for step in range(1, 61)]
         lines[10]["above_mu"] = acted
@@ -68,7 +68,7 @@ def test_a_resumed_run_remembers(
 def test_what_h_does_not_gate_is_not_watched(
     changes: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hinge.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
     watch = HingeWatch(0, RunConfig(objective=ObjectiveConfig(**changes)))
     see(watch, PATIENCE)
     watch.end()
@@ -79,6 +79,6 @@ def test_other_ranks_and_runs_without_a_step_are_silent(
     watch: HingeWatch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch.end()
-    monkeypatch.setattr(hinge.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 1)
     see(HingeWatch(0, RunConfig()), PATIENCE)
     assert capsys.readouterr().out == ""

@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-import w2r2_ds.engine.metrics as metrics
-from w2r2_ds.engine.metrics import MetricsLogger, ProgressLine, memory_gib
+import w2r2_ds.training.metrics as metrics
+from w2r2_ds.training.metrics import MetricsLogger, ProgressLine, memory_gib
 
 VALUES = {"loss": 1.5, "align": 1.25, "push": 0.25, "samples_per_s": 8.0, "tokens_per_s": 1234.5, "lr": 1e-4}
 

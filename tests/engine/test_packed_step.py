@@ -11,13 +11,13 @@ import torch
 from packed import packed_of, questions
 
 from host_reads import host_reads
-from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
-from w2r2_ds.engine.recompute import recompute
-from w2r2_ds.engine.step import W2R2Step
-from w2r2_ds.models.attention import use_scene_split
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.models.build import build_model, trainable
+from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
+from w2r2_ds.objective.loss import STATS
 from w2r2_ds.objective.scorer import Score, Scorer
-from w2r2_ds.objective.w2r2 import STATS
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import W2R2Step
 
 REL = 1e-5
 """Of a loss, and of each gradient's norm: float32, sums over tokens and samples in another order."""

@@ -11,8 +11,8 @@ import pytest
 from packed_runs import SHORT, TOGETHER
 
 from runs import MICRO_BATCH, World, read_metrics, run_ranks
-from w2r2_ds.config import load_config
-from w2r2_ds.data.loading import load_mixture
+from w2r2_ds.config.io import load_config
+from w2r2_ds.data.loader import load_mixture
 
 
 def run_on(ranks: int, world: World, folder: Path) -> Path:

@@ -14,8 +14,8 @@ import pytest
 from rank_processes import Ranks
 
 from runs import ZERO3, World, read_metrics
-from w2r2_ds.engine import exits
-from w2r2_ds.engine.preemption import StopSignals
+from w2r2_ds.training.fault_tolerance import exit_codes
+from w2r2_ds.training.fault_tolerance.signals import StopSignals
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
@@ -99,7 +99,7 @@ def after(world: World, stopped: tuple[list[int], Path, int], tmp_path_factory: 
 
 def test_a_signal_to_one_rank_stops_both_after_one_checkpoint(stopped: tuple[list[int], Path, int]) -> None:
     codes, run, done = stopped
-    assert codes == [exits.REQUEUE, exits.REQUEUE]
+    assert codes == [exit_codes.REQUEUE, exit_codes.REQUEUE]
     assert 2 <= done < STEPS
     assert checkpoints(run)[0] == f"step-{done:06d}"
     assert [line["step"] for line in read_metrics(run)][:done] == list(range(1, done + 1))
@@ -109,7 +109,7 @@ def test_sigterm_stops_without_a_wish_to_go_on(after: Any, stopped: tuple[list[i
     (first, second), _ = after
     _, run, done = stopped
     assert first == second
-    assert [code for code, _ in first] == [exits.DONE, exits.TERMINATED, exits.DONE]
+    assert [code for code, _ in first] == [exit_codes.DONE, exit_codes.TERMINATED, exit_codes.DONE]
     assert first[1][1] == str(run / "checkpoints" / f"step-{done + 2:06d}")  # after the step in which it came
 
 
@@ -130,7 +130,7 @@ def test_a_signal_during_the_set_up_leaves_nothing_behind(world: World, tmp_path
         ranks.until(lambda: catches(ranks.processes[0].pid, signal.SIGTERM))
         ranks.send(0, signal.SIGTERM)
         ranks.send(0, signal.SIGUSR1)  # SIGTERM wins, whichever comes last
-        assert ranks.codes(300) == [exits.TERMINATED], ranks.said(0)[-4000:]
+        assert ranks.codes(300) == [exit_codes.TERMINATED], ranks.said(0)[-4000:]
     assert lines(run) == 0 and not checkpoints(run)
     assert "no checkpoint was written" in ranks.said(0) and "Traceback" not in ranks.said(0)
 
@@ -145,10 +145,10 @@ def test_signals_are_heard_inside_the_block_and_ignored_after_it() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     try:
         with StopSignals() as signals:
-            assert signals.agreed() == exits.DONE
+            assert signals.agreed() == exit_codes.DONE
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGUSR1)
-            assert signals.agreed() == exits.TERMINATED
+            assert signals.agreed() == exit_codes.TERMINATED
         signal.raise_signal(signal.SIGUSR1)
     finally:
         for number, handler in before.items():

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
-from w2r2_ds.data.slots import token_tables
-from w2r2_ds.engine.recompute import recompute
-from w2r2_ds.engine.step import W2R2Step
-from w2r2_ds.models.bound import bound
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.data.answer_tokens import token_tables
+from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model, load_front, trainable
-from w2r2_ds.models.tiny import build_tiny_vlm
+from w2r2_ds.models.forward_override import bound
 from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import W2R2Step
 
 LAYERS = 6
 MODES = {
@@ -103,7 +103,7 @@ def test_every_mode_is_the_same_step(found: Any, mode: str) -> None:
 
 
 def test_the_layers_that_are_named_run_again(found: Any) -> None:
-    """The last one never does (models/last_layer.py)."""
+    """The last one never does (models/qwen2_5_vl/last_layer.py)."""
     again = {name: result["again"] for name, result in found[0].items()}
     assert again == {
         "none": [],

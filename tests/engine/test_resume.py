@@ -9,13 +9,13 @@ import pytest
 import torch
 from test_complete import flip
 
-from w2r2_ds import durable
-from w2r2_ds.config import RunConfig
-from w2r2_ds.engine import resume
-from w2r2_ds.engine.complete import TENSORS, step_folder, steps, write_description
-from w2r2_ds.engine.exits import Unreachable
-from w2r2_ds.engine.fence import Fence
-from w2r2_ds.engine.resume import Start, find_start, take_over
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.training.checkpoint import resume
+from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, steps, write_description
+from w2r2_ds.training.checkpoint.ownership import Fence
+from w2r2_ds.training.checkpoint.resume import Start, find_start, take_over
+from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
+from w2r2_ds.utils import atomic_io
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def saved(run: Path, step: int, **changes: Any) -> Path:
     path.mkdir(parents=True)
     (path / TENSORS).write_bytes(b"tensors")
     torch.save({"cpu": torch.arange(5)}, path / "rng-0.pt")
-    files = {file.name: durable.digest(file) for file in path.iterdir()}
+    files = {file.name: atomic_io.digest(file) for file in path.iterdir()}
     write_description(path, {"step": step, "incarnation": 1, "world_size": 2, "zero_stage": 3} | changes, files)
     return path
 

@@ -17,12 +17,12 @@ from zero3_cases import Case, awaken, similar, write_cases
 
 from host_reads import host_reads
 from runs import ZERO3, run_ranks
-from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
-from w2r2_ds.engine.recompute import recompute
-from w2r2_ds.engine.schedules import Lockstep, Sequential, make_schedule
-from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.training.two_pass import Lockstep, Sequential, make_schedule
 
 SCHEDULES = ("sequential", "lockstep")
 SIMILAR = {"four": 0.2, "three": 0.9, "twelve": 0.75, "text answer": 0.95}

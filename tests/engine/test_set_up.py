@@ -11,10 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from runs import ZERO3, World
-from w2r2_ds.config import load_config
-from w2r2_ds.data.prepared import VERSION, PreparedSet, tables, write_tables
-from w2r2_ds.engine import loop
-from w2r2_ds.evaluation.in_training import InTraining
+from w2r2_ds.config.io import load_config
+from w2r2_ds.data.dataset import VERSION, PreparedSet, tables, write_tables
+from w2r2_ds.evaluation.validator import InTraining
+from w2r2_ds.training import trainer
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def build(*_: Any) -> None:
         raise AssertionError("the weights are loaded")
 
-    monkeypatch.setattr(loop, "build_model", build)
+    monkeypatch.setattr(trainer, "build_model", build)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -33,7 +33,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
     """What `set_up` says of these options."""
     with pytest.raises(ValueError) as caught:
-        loop.set_up(load_config(None, world.arguments(out, **changes)), str(ds), InTraining)
+        trainer.set_up(load_config(None, world.arguments(out, **changes)), str(ds), InTraining)
     message = str(caught.value)
     assert "\n" not in message and not out.exists()
     return message
@@ -44,7 +44,7 @@ def test_a_good_start_says_at_what_size_frames_are_seen(
     world: World, tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture[str], width: int, vggt: str, vlm: str
 ) -> None:
     with pytest.raises(AssertionError, match="the weights are loaded"):
-        loop.set_up(
+        trainer.set_up(
             load_config(None, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3), InTraining
         )
     assert f"\nframes {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in capsys.readouterr().out

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.engine import shards
-from w2r2_ds.engine.random_state import rng_state, seed_afresh, set_rng_state
-from w2r2_ds.engine.shards import FORCE, FORCE_NOT, Part, Shards, load, refuse_programs, safe_loading
+from w2r2_ds.training.checkpoint import deepspeed_io
+from w2r2_ds.training.checkpoint.deepspeed_io import FORCE, FORCE_NOT, Part, Shards, load, refuse_programs, safe_loading
+from w2r2_ds.utils.rng import rng_state, seed_afresh, set_rng_state
 
 
 class Trap:
@@ -28,7 +28,7 @@ class Trap:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1, without a process group."""
-    monkeypatch.setattr(shards.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(deepspeed_io.dist, "get_rank", lambda: 1)
 
 
 @pytest.fixture

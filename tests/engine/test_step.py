@@ -11,14 +11,14 @@ import torch
 from hand_passes import hand_loss, shortcut_of
 from torch.nn.functional import log_softmax
 
-from w2r2_ds.engine.recompute import recompute
-from w2r2_ds.engine.schedules import without_dropout
-from w2r2_ds.engine.step import W2R2Step
 from w2r2_ds.models.build import trainable
-from w2r2_ds.models.vlm import load_vlm
-from w2r2_ds.objective.push import PUSH_TERMS
+from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
+from w2r2_ds.objective.loss import STATS
+from w2r2_ds.objective.push_terms import PUSH_TERMS
 from w2r2_ds.objective.scorer import Score, Scorer
-from w2r2_ds.objective.w2r2 import STATS
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.training.two_pass import without_dropout
 
 SIMILAR = [0.2, 0.9, 0.75]
 """What the fixture `solved` says of the shortcut's answers; mu is 0.7."""

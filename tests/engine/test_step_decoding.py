@@ -9,10 +9,10 @@ import pytest
 import torch
 from hand_passes import shortcut_of
 
-from w2r2_ds.engine.recompute import recompute
-from w2r2_ds.engine.step import SLACK, W2R2Step
 from w2r2_ds.evaluation.generate import generate_tokens
-from w2r2_ds.objective.w2r2 import STATS
+from w2r2_ds.objective.loss import STATS
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import SLACK, W2R2Step
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])

@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from w2r2_ds.bench.gathers import fused_alone
-from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
-from w2r2_ds.data.slots import token_tables
-from w2r2_ds.engine.recompute import recompute
-from w2r2_ds.engine.step import W2R2Step
+from w2r2_ds.bench.zero3_gathers import fused_alone
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.data.answer_tokens import token_tables
+from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model
-from w2r2_ds.models.tiny import build_tiny_vlm
 from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import W2R2Step
 
 LAYERS = 6
 

@@ -13,20 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from host_reads import host_reads
-from w2r2_ds.config import ObjectiveConfig, RunConfig
-from w2r2_ds.data.slots import token_tables
-from w2r2_ds.engine.step import W2R2Step
-from w2r2_ds.engine.throughput import (
-    Throughput,
-    last_layer_work,
-    matrix_rate,
-    squares,
-    step_flops,
-    tokens_and_pairs,
-)
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
+from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.models.build import build_model
-from w2r2_ds.objective.push import find_reading
+from w2r2_ds.objective.push_terms import find_reading
 from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.training.throughput import Throughput, last_layer_work, matrix_rate, squares, step_flops, tokens_and_pairs
 
 CASES = [
     # push, fusion, zero, visual

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from runs import run_ranks
-from w2r2_ds.engine.together import together
+from w2r2_ds.utils.distributed import together
 
 FAILURES: dict[str, tuple[Exception | None, Exception | None]] = {
     "none": (None, None),

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from runs import GOLDEN_LOSSES, SAVE_EVERY, STEPS, ZERO3, Job, World, read_metrics, run_jobs
 from training_jobs import FEW, RESHARDED, STAGES, arguments, on_one_rank, on_two_ranks
-from w2r2_ds.engine.complete import DESCRIPTION, read_description, verify
-from w2r2_ds.engine.shards import load
-from w2r2_ds.objective.push import PUSH_TERMS
+from w2r2_ds.objective.push_terms import PUSH_TERMS
+from w2r2_ds.training.checkpoint.deepspeed_io import load
+from w2r2_ds.training.checkpoint.manifest import DESCRIPTION, read_description, verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.engine.complete import BEST, DESCRIPTION, TENSORS, find_checkpoint, outdated, point
-from w2r2_ds.engine.subset import draw, share
-from w2r2_ds.engine.validation import BestSoFar
+from w2r2_ds.training.checkpoint.manifest import BEST, DESCRIPTION, TENSORS, find_checkpoint, outdated, point
+from w2r2_ds.training.validation import BestSoFar, draw, share
 
 
 class Scripted:

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from runs import environment
-from w2r2_ds.engine.activity import Activity, blocks
-from w2r2_ds.engine.exits import FAILED, LOST
-from w2r2_ds.engine.judge import FAILURE, LEFT, MISTAKE, Judge, Limits, State, Verdict
+from w2r2_ds.training.fault_tolerance.activity import Activity, blocks
+from w2r2_ds.training.fault_tolerance.exit_codes import FAILED, LOST
+from w2r2_ds.training.fault_tolerance.hang_detector import FAILURE, LEFT, MISTAKE, Judge, Limits, State, Verdict
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 HOST = socket.gethostname()

@@ -19,8 +19,8 @@ import zero3_cases
 from zero3_cases import Case, write_cases
 
 from runs import ZERO3, run_ranks
-from w2r2_ds.models.phi import FUSIONS
-from w2r2_ds.objective.push import PUSH_TERMS
+from w2r2_ds.models.fusion import FUSIONS
+from w2r2_ds.objective.push_terms import PUSH_TERMS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 

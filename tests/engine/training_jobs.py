@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from runs import SAVE_EVERY, STEPS, ZERO3, Job, World
-from w2r2_ds import durable
-from w2r2_ds.config import load_config
-from w2r2_ds.data.loading import load_mixture
-from w2r2_ds.engine.complete import read_description, write_description
+from w2r2_ds.config.io import load_config
+from w2r2_ds.data.loader import load_mixture
+from w2r2_ds.training.checkpoint.manifest import read_description, write_description
+from w2r2_ds.utils import atomic_io
 
 FEW = 6
 DROPOUT: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "train__save_every": 2}
@@ -141,6 +141,6 @@ def trapped(trained: Path, run: Path) -> Path:
     (shard,) = (newest / "engine").glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Trap(run / "it-ran")}, shard)
     description = read_description(newest)
-    files = {name: durable.digest(newest / name) for name in description.pop("files")}
+    files = {name: atomic_io.digest(newest / name) for name in description.pop("files")}
     write_description(newest, description, files)
     return run

@@ -18,7 +18,7 @@ from typing import Any
 
 from schedule_tools import unfreeze
 
-from w2r2_ds.bench.gathers import counting, fused_alone
+from w2r2_ds.bench.zero3_gathers import counting, fused_alone
 
 CASE_LIMIT = 180
 """Seconds; a hang of two ranks is an error. An idle machine needs 2 s, but it may be busy."""
@@ -53,7 +53,7 @@ class Case:
 
 def step_config(case: Case, model_config: Any) -> Any:
     """The run configuration of a case."""
-    from w2r2_ds.config import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
+    from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
 
     micro = max(len(batch) for rank in case.ranks for batch in rank)
     return RunConfig(
@@ -107,7 +107,7 @@ def similar(scale: dict[str, float]) -> Iterator[None]:
 
 def batches_of(case: Case, rank: int, samples: dict[str, Any], front: Any, config: Any) -> list[Any]:
     """The micro-batches of a rank."""
-    from w2r2_ds.data.loading import make_collate, make_processor
+    from w2r2_ds.data.loader import make_collate, make_processor
 
     collate = make_collate(front, config.data, with_prompts=True)
     processor = make_processor(front, config.data)
@@ -119,7 +119,7 @@ def whole_model(full: bool, **options: Any) -> Any:
     """The same for all cases that differ in the objective alone; nothing steps it."""
     import torch
 
-    from w2r2_ds.config import ModelConfig
+    from w2r2_ds.config.schema import ModelConfig
     from w2r2_ds.models.build import build_model
 
     model = build_model(ModelConfig(**options), torch.device("cpu"), 1)
@@ -134,10 +134,10 @@ def whole_gradients(case: Case, config: Any, front: Any, samples: dict[str, Any]
     """Gradients of the mean over all samples on one unsharded model, and the statistics of all batches."""
     import torch
 
-    from w2r2_ds.data.slots import token_tables
-    from w2r2_ds.engine.step import W2R2Step
+    from w2r2_ds.data.answer_tokens import token_tables
     from w2r2_ds.models.build import trainable
     from w2r2_ds.objective.scorer import Scorer
+    from w2r2_ds.training.step import W2R2Step
 
     model = whole_model(case.full, **vars(config.model))
     model.zero_grad()
@@ -187,7 +187,7 @@ def scripted(case: Case, scale: dict[str, float] | None) -> contextlib.AbstractC
 @functools.cache
 def cached_front(vlm: str) -> Any:
     """Tokenizer and vision facts, the same for all cases."""
-    from w2r2_ds.config import ModelConfig
+    from w2r2_ds.config.schema import ModelConfig
     from w2r2_ds.models.build import load_front
 
     return load_front(ModelConfig(vlm=vlm))
@@ -210,9 +210,9 @@ def sharded_gradients(
     from deepspeed.utils import safe_get_full_grad
     from transformers.integrations import HfDeepSpeedConfig
 
-    from w2r2_ds.engine.gradients import group_norms
-    from w2r2_ds.engine.wrap import make_engine, trained_groups
     from w2r2_ds.models.build import build_model, trainable
+    from w2r2_ds.training.deepspeed.engine import make_engine, trained_groups
+    from w2r2_ds.training.reduce import group_norms
 
     world, device = dist.get_world_size(), torch.device("cpu")
     keep_alive = HfDeepSpeedConfig(ds_config)
@@ -241,7 +241,7 @@ def sharded_gradients(
     norms["grad_norm"] = float(engine.get_global_grad_norm())
     reading = None
     if case.objective.get("gap_every"):
-        from w2r2_ds.engine.gap import DecodeGap
+        from w2r2_ds.training.decode_gap import DecodeGap
 
         reading = DecodeGap(list(samples.values())[:3], front, config, device).measure(engine)
     engine.destroy()
@@ -260,8 +260,8 @@ def compare(
     import torch
     import torch.distributed as dist
 
-    from w2r2_ds.engine.deepspeed import resolve_ds_config
-    from w2r2_ds.objective.w2r2 import STATS
+    from w2r2_ds.objective.loss import STATS
+    from w2r2_ds.training.deepspeed.config import resolve_ds_config
 
     config = step_config(case, model_config)
     front = cached_front(config.model.vlm)
@@ -312,7 +312,7 @@ def work(folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from w2r2_ds.engine.deepspeed import skip_shm_build
+    from w2r2_ds.training.deepspeed.launch import skip_shm_build
 
     torch.set_num_threads(1)
     skip_shm_build()

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from w2r2_ds.evaluation.java import Java, shared_java
+from w2r2_ds.evaluation.metrics.meteor import Java, shared_java
 
 NO_JAVA = "there is no Java here (Debian: apt-get install default-jre-headless)"
 

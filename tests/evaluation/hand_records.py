@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from w2r2_ds.data.boxes import world_to_camera
-from w2r2_ds.data.sample import Labelled, Reference, Sample, Target
+from w2r2_ds.boxes3d.transforms import world_to_camera
+from w2r2_ds.types.sample import Labelled, Reference, Sample, Target
 
 ROOT = Path("/nowhere")
 LEVEL = np.array([[1, 0, 0, 1], [0, 0, 1, 2], [0, -1, 0, 1.5], [0, 0, 0, 1.0]])

@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from forked import start_ranks
-from w2r2_ds.engine.deepspeed import free_port
 from w2r2_ds.evaluation.ranks import Ranks, alone
-from w2r2_ds.lock import locked
+from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.utils.file_lock import locked
 
 NAME = "scanrefer-fused"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from w2r2_ds.evaluation.captions import ITEM_MEAN, METRICS, score_captions
-from w2r2_ds.evaluation.java import TOKENIZER_JAR, Java, JavaError, jar
+from w2r2_ds.evaluation.metrics.captions import ITEM_MEAN, METRICS, score_captions
+from w2r2_ds.evaluation.metrics.meteor import TOKENIZER_JAR, Java, JavaError, jar
 
 PLAIN = tuple(name for name in METRICS if name != "METEOR")
 REFERENCES = {"a": ["the chair is black"], "b": ["a brown desk", "the desk is brown"]}

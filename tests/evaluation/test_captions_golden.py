@@ -8,9 +8,9 @@ import pytest
 
 from golden_files import Golden, find, is_caption_vectors, is_clean_answer_pairs, is_tokenizer_pairs
 from metric_cases import only, same_scores
-from w2r2_ds.evaluation.captions import score_captions
-from w2r2_ds.evaluation.clean_answer import clean_answer
-from w2r2_ds.evaluation.java import Java
+from w2r2_ds.evaluation.metrics.captions import score_captions
+from w2r2_ds.evaluation.metrics.meteor import Java
+from w2r2_ds.evaluation.protocols.scanqa import clean_answer
 
 pytestmark = pytest.mark.golden
 

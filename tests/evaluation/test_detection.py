@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from w2r2_ds.data.answers import AnswerError, parse_objects, parse_world_box
-from w2r2_ds.evaluation.detection import Scene, match, score_f1
+from w2r2_ds.data.tasks.parsing import AnswerError, parse_objects, parse_world_box
+from w2r2_ds.evaluation.protocols.detection import Scene, match, score_f1
 
 
 def cube(x: float, size: float = 1.0) -> np.ndarray:

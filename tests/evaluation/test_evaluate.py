@@ -17,13 +17,13 @@ from jsonargparse import auto_cli
 from launchers.evaluate import gather_protocols
 from launchers.evaluate import main as evaluate_cli
 from runs import STEPS, World
-from w2r2_ds.config import SourceConfig
-from w2r2_ds.data.loading import load_mixture, prompt_loader
-from w2r2_ds.engine.complete import find_checkpoint
-from w2r2_ds.evaluation.evaluate import Answerer, evaluate, load_model
+from w2r2_ds.config.schema import SourceConfig
+from w2r2_ds.convert.peft_adapter import export_adapter
+from w2r2_ds.data.loader import load_mixture, prompt_loader
+from w2r2_ds.evaluation.datasets import all_samples, find_sets
 from w2r2_ds.evaluation.generate import generate_answers
-from w2r2_ds.evaluation.sets import all_samples, find_sets
-from w2r2_ds.export.adapter import export_adapter
+from w2r2_ds.evaluation.runner import Answerer, evaluate, load_model
+from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
@@ -151,7 +151,7 @@ def test_finished_answers_are_kept_and_other_options_refused(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stops while it scores has all its answers; the next one asks for none."""
-    monkeypatch.setattr("w2r2_ds.evaluation.evaluate.score_records", lambda *_: 1 / 0)
+    monkeypatch.setattr("w2r2_ds.evaluation.runner.score_records", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
     monkeypatch.undo()
@@ -183,7 +183,7 @@ def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path:
 def test_a_protocol_that_does_not_apply_is_refused_before_the_model_is_loaded(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2r2_ds.evaluation.evaluate.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("w2r2_ds.evaluation.runner.load_model", lambda *_: pytest.fail("the model was loaded"))
     for protocol, message in (("scanqa/leo", "scores scanqa"), ("vgllm_refined", "needs detected boxes")):
         with pytest.raises(ValueError, match=message):
             evaluate(trained, tmp_path, protocols=[protocol])
@@ -309,6 +309,6 @@ def test_a_truncated_frame_is_found_before_the_first_answer(
     data = replace(loaded[0].data, root=str(root))
     frame = load_mixture(data, "val")[-1].frames[-1]
     frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
-    monkeypatch.setattr("w2r2_ds.evaluation.evaluate.answer_share", lambda *_: pytest.fail("an answer was asked for"))
+    monkeypatch.setattr("w2r2_ds.evaluation.runner.answer_share", lambda *_: pytest.fail("an answer was asked for"))
     with pytest.raises(ValueError, match=f"Frame {frame} cannot be read"):
         evaluate(trained, tmp_path / "out", root=root)

@@ -16,15 +16,16 @@ import torch
 
 from launchers.evaluate import main as evaluate_cli
 from runs import ZERO3, Job, World, read_metrics, run_jobs
-from w2r2_ds.config import RunConfig, TrainConfig, load_config
-from w2r2_ds.data.loading import load_mixture
-from w2r2_ds.data.sample import Reference
-from w2r2_ds.engine.complete import find_checkpoint
-from w2r2_ds.evaluation import in_training
-from w2r2_ds.evaluation.evaluate import load_model
+from w2r2_ds.config.io import load_config
+from w2r2_ds.config.schema import RunConfig, TrainConfig
+from w2r2_ds.data.loader import load_mixture
+from w2r2_ds.evaluation import validator
 from w2r2_ds.evaluation.generate import generate_answers
-from w2r2_ds.evaluation.in_training import InTraining, computed, score
-from w2r2_ds.evaluation.record import record_of
+from w2r2_ds.evaluation.predictions.record import record_of
+from w2r2_ds.evaluation.runner import load_model
+from w2r2_ds.evaluation.validator import InTraining, computed, score
+from w2r2_ds.training.checkpoint.manifest import find_checkpoint
+from w2r2_ds.types.sample import Reference
 
 LAUNCHED = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 TOKENS, PICKED = 72, 6
@@ -154,8 +155,8 @@ class TestRuns:
 def alone(config: RunConfig, front: Any) -> InTraining:
     """As one rank would make it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_training.dist, "get_rank", lambda: 0)
-        patch.setattr(in_training.dist, "get_world_size", lambda: 1)
+        patch.setattr(validator.dist, "get_rank", lambda: 0)
+        patch.setattr(validator.dist, "get_world_size", lambda: 1)
         return InTraining(config, front, torch.device("cpu"))
 
 
@@ -164,7 +165,7 @@ def mixed(
     monkeypatch: pytest.MonkeyPatch, samples: list[Any], caption_sample: Any, answer_sample: Any, no_java: Any
 ) -> list[Any]:
     """Validation samples of three tasks, a caption's first, on a machine without Java."""
-    monkeypatch.setattr("w2r2_ds.evaluation.captions.shared_java", lambda: no_java)
+    monkeypatch.setattr("w2r2_ds.evaluation.metrics.captions.shared_java", lambda: no_java)
     caption = replace(
         caption_sample,
         target=replace(samples[1].target, described=samples[1].target.box[:6]),
@@ -172,7 +173,7 @@ def mixed(
     )
     answer = replace(answer_sample, references=(Reference("2 chairs"), Reference("two")))
     found = [caption, answer, *samples]
-    monkeypatch.setattr(in_training, "load_mixture", lambda config, split: found)
+    monkeypatch.setattr(validator, "load_mixture", lambda config, split: found)
     return found
 
 
@@ -229,7 +230,7 @@ def test_a_question_that_cannot_be_asked_is_refused_at_once(mixed: list[Any], fr
 def test_a_validation_set_without_samples_is_refused(
     front: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_training, "load_mixture", lambda config, split: [])
+    monkeypatch.setattr(validator, "load_mixture", lambda config, split: [])
     with pytest.raises(ValueError, match=r"data\.val holds no samples"):
         alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
     with pytest.raises(ValueError, match=r"data\.val is empty"):

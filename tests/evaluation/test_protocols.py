@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 
 from annotation_json import answers_from, captions_from, descriptions_from, objects_from, questions_from
-from w2r2_ds.data.answers import AnswerError
-from w2r2_ds.data.groups import groups, nyu40_class, scannet_class
-from w2r2_ds.evaluation import scan2cap, scanqa
-from w2r2_ds.evaluation.aabb import aabb_iou
-from w2r2_ds.evaluation.clean_answer import match_any, match_in_order, match_nonempty
-from w2r2_ds.evaluation.java import Java
-from w2r2_ds.evaluation.proposals import refine
-from w2r2_ds.evaluation.protocol import PROTOCOLS, find_protocol, overall
-from w2r2_ds.evaluation.scan2cap import Caption, DescribedObject, score_scan2cap
-from w2r2_ds.evaluation.scanqa import score_scanqa
-from w2r2_ds.evaluation.scanrefer_protocols import Description, score_official, score_vgllm, score_video3dllm
-from w2r2_ds.evaluation.vgllm_answer import read_anywhere, read_line, turn_extrinsic
+from w2r2_ds.boxes3d.aabb import aabb_iou
+from w2r2_ds.data.sources.labels import groups, nyu40_class, scannet_class
+from w2r2_ds.data.tasks.parsing import AnswerError
+from w2r2_ds.evaluation.metrics.meteor import Java
+from w2r2_ds.evaluation.protocols import scan2cap, scanqa
+from w2r2_ds.evaluation.protocols.refinement import refine
+from w2r2_ds.evaluation.protocols.registry import PROTOCOLS, find_protocol, overall
+from w2r2_ds.evaluation.protocols.scan2cap import Caption, DescribedObject, score_scan2cap
+from w2r2_ds.evaluation.protocols.scanqa import match_any, match_in_order, match_nonempty, score_scanqa
+from w2r2_ds.evaluation.protocols.scanrefer import Description, score_official, score_vgllm, score_video3dllm
+from w2r2_ds.evaluation.protocols.vgllm_answer import read_anywhere, read_line, turn_extrinsic
 
 UNIT = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
 LABELS = {"chair": (5, "chair"), "office chair": (5, "chair"), "table": (7, "table"), "wall": (1, "wall")}

@@ -21,7 +21,7 @@ from jsonargparse import auto_cli
 from forked import ROOT, Rank, environment, start_ranks
 from launchers import evaluate
 from runs import TIMEOUT, launch, run_ranks
-from w2r2_ds.engine.deepspeed import free_port
+from w2r2_ds.training.deepspeed.launch import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

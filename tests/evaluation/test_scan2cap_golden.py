@@ -12,11 +12,11 @@ import pytest
 from annotation_json import captions_from, objects_from
 from golden_files import Golden, find, is_scan2cap_scores
 from metric_cases import has_java, only, same_numbers, same_scores
-from w2r2_ds.evaluation.aabb import aabb_iou
-from w2r2_ds.evaluation.captions import METRICS
-from w2r2_ds.evaluation.java import Java
-from w2r2_ds.evaluation.protocol import find_protocol
-from w2r2_ds.evaluation.scan2cap import PROTOCOLS, Caption, DescribedObject
+from w2r2_ds.boxes3d.aabb import aabb_iou
+from w2r2_ds.evaluation.metrics.captions import METRICS
+from w2r2_ds.evaluation.metrics.meteor import Java
+from w2r2_ds.evaluation.protocols.registry import find_protocol
+from w2r2_ds.evaluation.protocols.scan2cap import PROTOCOLS, Caption, DescribedObject
 
 pytestmark = pytest.mark.golden
 

@@ -9,9 +9,9 @@ import pytest
 from annotation_json import answers_from, questions_from
 from golden_files import Golden, find, is_scanqa_scores
 from metric_cases import only, same_scores
-from w2r2_ds.evaluation.java import Java
-from w2r2_ds.evaluation.protocol import find_protocol
-from w2r2_ds.evaluation.scanqa import PROTOCOLS
+from w2r2_ds.evaluation.metrics.meteor import Java
+from w2r2_ds.evaluation.protocols.registry import find_protocol
+from w2r2_ds.evaluation.protocols.scanqa import PROTOCOLS
 
 pytestmark = pytest.mark.golden
 

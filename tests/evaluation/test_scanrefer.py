@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from w2r2_ds.data.boxes import world_to_camera
-from w2r2_ds.data.sample import Sample, Target
-from w2r2_ds.evaluation.scanrefer import PROTOCOL, score_prediction, summarise
+from w2r2_ds.boxes3d.transforms import world_to_camera
+from w2r2_ds.evaluation.protocols.scanrefer import PROTOCOL, score_prediction, summarise
+from w2r2_ds.types.sample import Sample, Target
 
 HERE = Path(__file__).parent.parent / "golden" / "boxes.json"
 OTHER = Path(os.environ.get("W2R2_GOLDEN", HERE.parent)) / "boxes.json"

@@ -10,10 +10,10 @@ import pytest
 from annotation_json import descriptions_from
 from golden_files import Golden, find, is_scanrefer_scores
 from metric_cases import only, same_numbers
-from w2r2_ds.data.boxes import rotation_matrix
-from w2r2_ds.data.groups import OTHERS
-from w2r2_ds.evaluation.protocol import find_protocol
-from w2r2_ds.evaluation.scanrefer_protocols import Description, official_scores, score_vgllm
+from w2r2_ds.boxes3d.transforms import rotation_matrix
+from w2r2_ds.data.sources.labels import OTHERS
+from w2r2_ds.evaluation.protocols.registry import find_protocol
+from w2r2_ds.evaluation.protocols.scanrefer import Description, official_scores, score_vgllm
 
 pytestmark = pytest.mark.golden
 

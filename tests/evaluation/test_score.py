@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from hand_records import BOX, beside, camera_answer, caption, detection, grounding, in_world, question
-from w2r2_ds.data.sample import Sample
-from w2r2_ds.evaluation import score
-from w2r2_ds.evaluation.java import Java
-from w2r2_ds.evaluation.protocol import PROTOCOLS
-from w2r2_ds.evaluation.record import record_of
-from w2r2_ds.evaluation.score import choose_protocols, enclosing, headline, score_records, split_words, world_box
+from w2r2_ds.evaluation import scoring
+from w2r2_ds.evaluation.metrics.meteor import Java
+from w2r2_ds.evaluation.predictions.record import record_of
+from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
+from w2r2_ds.evaluation.scoring import choose_protocols, enclosing, headline, score_records, split_words, world_box
+from w2r2_ds.types.sample import Sample
 
 MOVED = beside(0.4)
 """Half a width away: IoU 1/3."""
@@ -30,7 +30,7 @@ def records(pairs: Sequence[tuple[Sample, str | None]]) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
     """METEOR's start takes longer than all of these together; its values are tested elsewhere."""
-    monkeypatch.setattr("w2r2_ds.evaluation.captions.shared_java", lambda: Java(program="no-such-java"))
+    monkeypatch.setattr("w2r2_ds.evaluation.metrics.captions.shared_java", lambda: Java(program="no-such-java"))
 
 
 @pytest.fixture
@@ -179,6 +179,6 @@ def test_misleading_sets_are_refused(grounded: list[dict[str, Any]]) -> None:
 def test_proposals_are_read(tmp_path: Path, grounded: list[dict[str, Any]]) -> None:
     file = tmp_path / "boxes.json"
     file.write_text(json.dumps({"scannet/scene0011_00": [BOX[:6].tolist()]}))
-    boxes = score.read_boxes(file)
-    assert boxes == {"scene0011_00": [BOX[:6].tolist()]} and score.read_boxes(None) is None
+    boxes = scoring.read_boxes(file)
+    assert boxes == {"scene0011_00": [BOX[:6].tolist()]} and scoring.read_boxes(None) is None
     assert score_records(grounded, ["vgllm_refined"], boxes)["scanrefer/vgllm_refined"]["count"] == 4

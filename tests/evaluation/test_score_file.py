@@ -12,27 +12,27 @@ import numpy as np
 import pytest
 
 from hand_records import BOX, ROOT, beside, camera_answer, caption, detection, grounding, question
-from w2r2_ds.data import prepared
-from w2r2_ds.data.sample import Sample
-from w2r2_ds.evaluation.java import Java
-from w2r2_ds.evaluation.record import record_of
-from w2r2_ds.evaluation.score import headline
-from w2r2_ds.evaluation.score_file import score_file
+from w2r2_ds.data import dataset
+from w2r2_ds.evaluation.metrics.meteor import Java
+from w2r2_ds.evaluation.predictions.record import record_of
+from w2r2_ds.evaluation.predictions.rescore import score_file
+from w2r2_ds.evaluation.scoring import headline
+from w2r2_ds.types.sample import Sample
 
 ALIGN = np.array([[0, -1, 0, 2], [1, 0, 0, 3], [0, 0, 1, 0.5], [0, 0, 0, 1.0]])
 
 
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2r2_ds.evaluation.captions.shared_java", lambda: Java(program="no-such-java"))
+    monkeypatch.setattr("w2r2_ds.evaluation.metrics.captions.shared_java", lambda: Java(program="no-such-java"))
 
 
 def write_set(folder: Path, samples: Sequence[Sample]) -> Path:
     """A prepared folder whose images nobody looks at."""
     folder.mkdir()
-    prepared.write_tables(folder, *prepared.tables(samples, ROOT))
-    manifest = {"version": prepared.VERSION, "task": samples[0].task, "counts": {"samples": len(samples)}}
-    (folder / prepared.MANIFEST).write_text(json.dumps(manifest))
+    dataset.write_tables(folder, *dataset.tables(samples, ROOT))
+    manifest = {"version": dataset.VERSION, "task": samples[0].task, "counts": {"samples": len(samples)}}
+    (folder / dataset.MANIFEST).write_text(json.dumps(manifest))
     return folder
 
 

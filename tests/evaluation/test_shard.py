@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from w2r2_ds.evaluation.ranks import Ranks, find_ranks, set_threads
-from w2r2_ds.evaluation.shard import Parts, Selection, line_of, share, write_records
+from w2r2_ds.evaluation.resumable import Parts, Selection, line_of, share, write_records
 
 IDS = [f"s{number}" for number in range(10)]
 RUN: dict[str, Any] = {"weights": "a", "geometry": "fused", "data": ["m"]}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.data.loading import make_processor, prompt_loader
+from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry, pair_scenes
 
 

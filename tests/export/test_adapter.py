@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runs import STEPS, World, read_metrics
-from w2r2_ds.config import RunConfig, save_config
-from w2r2_ds.data.loading import load_mixture, prompt_loader
-from w2r2_ds.evaluation.evaluate import evaluate, load_model
-from w2r2_ds.export.adapter import adapter_config, export_adapter, load_adapter
+from w2r2_ds.config.io import save_config
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
+from w2r2_ds.data.loader import load_mixture, prompt_loader
+from w2r2_ds.evaluation.runner import evaluate, load_model
 from w2r2_ds.models.build import build_model, fingerprint, trainable
-from w2r2_ds.versions import versions
+from w2r2_ds.utils.versions import versions
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 

@@ -12,17 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config import ModelConfig, load_config
-from w2r2_ds.export.vgllm import import_vgllm, split_state, vggt_config
-from w2r2_ds.geometry.encoder import VGGTEncoder
-from w2r2_ds.geometry.loading import INDEX, WEIGHTS, load_vggt
-from w2r2_ds.geometry.vggt import VGGT, VGGTConfig
+from w2r2_ds.config.io import load_config
+from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
+from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model, fingerprint
-from w2r2_ds.models.fusion import GeometryMerger
-from w2r2_ds.models.merger_file import MERGER
-from w2r2_ds.models.tiny import build_tiny_vlm
-from w2r2_ds.models.vlm import VisionSpec, load_tokenizer, load_vlm
-from w2r2_ds.models.vlm import load_config as load_vlm_config
+from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.merger_io import MERGER
+from w2r2_ds.models.qwen2_5_vl.loading import load_config as load_vlm_config
+from w2r2_ds.models.qwen2_5_vl.loading import load_tokenizer, load_vlm
+from w2r2_ds.models.vggt.loading import INDEX, WEIGHTS, load_vggt
+from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.types.vision import VisionSpec
 
 PUBLIC_KEYS = Path(__file__).parents[1] / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"
 SIZES = VGGTConfig(

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from golden_files import Golden, find, is_vgllm_run
 from vgllm_runs import LOSSES, MAIN, VARIANTS, batch_of, computed, gradients, loss_of, model_of, state_of, tokenizer_of
+from w2r2_ds.convert.from_vgllm import split_state, vggt_config
 from w2r2_ds.evaluation.generate import generate_tokens
-from w2r2_ds.export.vgllm import split_state, vggt_config
 
 pytestmark = pytest.mark.golden
 

@@ -24,7 +24,7 @@ def install(kind: str, call: int, seconds: float = 0.0) -> None:
         call: which forward.
         seconds: of ``sleep`` and ``slow``.
     """
-    from w2r2_ds.engine.step import W2R2Step
+    from w2r2_ds.training.step import W2R2Step
 
     real: Callable[..., Any] = W2R2Step.forward
     calls = 0

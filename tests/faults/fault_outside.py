@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fault_runs import KILLED, LOST, Start, steps_logged
 from fault_story import Fault, newest_step
-from w2r2_ds.engine.complete import PARTIAL, newest_complete
+from w2r2_ds.training.checkpoint.manifest import PARTIAL, newest_complete
 
 LONGEST = 0.6
 """Seconds after a save's first file until the kill, at most; a save takes 0.3 s on an idle machine, so that some kills

@@ -24,7 +24,7 @@ STEPS = 6
 RUN_LIMIT, END_LIMIT = 280.0, 60.0
 """Seconds: for a start that nothing happens to, and from a fault until every rank has ended."""
 FAILED, LOST, REQUEUE, TERMINATED, KILLED = 1, 75, 85, 143, -int(signal.SIGKILL)
-"""How a rank ends (w2r2_ds/engine/exits.py), and one that was killed."""
+"""How a rank ends (w2r2_ds/training/fault_tolerance/exit_codes.py), and one that was killed."""
 TRAIN = ROOT / "launchers" / "train.py"
 OPTIONS: dict[str, object] = {
     "model__lora_dropout": 0.1,  # so that the random state matters
@@ -60,7 +60,7 @@ class Start:
     """
 
     def __init__(self, out: Path, command: list[str], inside: dict[int, dict[str, Any]] | None = None) -> None:
-        from w2r2_ds.engine.deepspeed import free_port
+        from w2r2_ds.training.deepspeed.launch import free_port
 
         self.out = out
         self.logs = [out.with_name(f"{out.name}.rank{rank}.log") for rank in range(WORLD_SIZE)]

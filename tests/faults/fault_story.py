@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fault_runs import Start, undisturbed
 from runs import read_metrics
-from w2r2_ds.engine.complete import DAMAGED, PARTIAL, newest_complete, steps, verify
+from w2r2_ds.training.checkpoint.manifest import DAMAGED, PARTIAL, newest_complete, steps, verify
 
 NOT_EXACT = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib", "data_s", "tflops", "mfu")
 """Times and sizes in a line of metrics; everything else is equal to the last bit."""

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from w2r2_ds.geometry import cached
-from w2r2_ds.geometry.cache import ABANDONED, GRACE, HEADER, Cache, file_size
-from w2r2_ds.geometry.cache_key import encoder_identity, features_key
-from w2r2_ds.geometry.cached import Cached, flush
+from w2r2_ds.features import lookup
+from w2r2_ds.features.key import encoder_identity, features_key
+from w2r2_ds.features.lookup import Cached, flush
+from w2r2_ds.features.store import ABANDONED, GRACE, HEADER, Cache, file_size
 
 BIG = 10**9
 SEVEN = torch.full((500, 1000), 7.0)
@@ -256,7 +256,7 @@ def test_a_cache_that_only_may_be_read_serves(
     read = cache.read(key(1))
     assert read is not None and torch.equal(read, features(1))
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    monkeypatch.setattr(cached, "_said", set())
+    monkeypatch.setattr(lookup, "_said", set())
     for number in (2, 3):
         Cached(cache, key(number), {}, None).keep(features(number))
     flush()

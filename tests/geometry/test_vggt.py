@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.geometry.encoder import VGGTEncoder
-from w2r2_ds.geometry.loading import CONFIG, INDEX, WEIGHTS, load_vggt, save_vggt
-from w2r2_ds.geometry.vggt import VGGT, VGGTConfig
+from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.vggt.loading import CONFIG, INDEX, WEIGHTS, load_vggt, save_vggt
+from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
 
 PUBLIC_KEYS = Path(__file__).parent.parent / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"
 TINY = VGGTConfig(img_size=28, embed_dim=32, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)

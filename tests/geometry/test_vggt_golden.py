@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from golden_files import Golden, find, is_aggregator, is_geometry_misc
-from w2r2_ds.geometry.dino import resample_position_table
-from w2r2_ds.geometry.layers import grid_positions, rotary_table, rotate
-from w2r2_ds.geometry.vggt import PIXEL_MEAN, PIXEL_STD, VGGT, Aggregator, VGGTConfig
+from w2r2_ds.models.vggt.dinov2 import resample_position_table
+from w2r2_ds.models.vggt.layers import grid_positions, rotary_table, rotate
+from w2r2_ds.models.vggt.model import PIXEL_MEAN, PIXEL_STD, VGGT, Aggregator, VGGTConfig
 
 pytestmark = pytest.mark.golden
 

@@ -34,7 +34,7 @@ class Loss(nn.Module):
 def adapted(bind: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    from w2r2_ds.kernels.lora import bind_lora
+    from w2r2_ds.kernels.lora_linear import bind_lora
 
     torch.manual_seed(0)
     model: Any = get_peft_model(Loss(), LoraConfig(r=4, target_modules=["first", "second"]))  # type: ignore[arg-type]
@@ -53,15 +53,15 @@ def work(folder: Path) -> None:
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
 
-    from w2r2_ds.engine.deepspeed import skip_shm_build
-    from w2r2_ds.kernels import lora
+    from w2r2_ds.kernels import lora_linear
+    from w2r2_ds.training.deepspeed.launch import skip_shm_build
 
     torch.set_num_threads(1)
     skip_shm_build()
     deepspeed.init_distributed()
     calls: list[bool] = []
-    stock = lora.lora_projection
-    lora.lora_projection = lambda *args: (calls.append(True), stock(*args))[1]  # type: ignore[assignment, func-returns-value]
+    stock = lora_linear.lora_projection
+    lora_linear.lora_projection = lambda *args: (calls.append(True), stock(*args))[1]  # type: ignore[assignment, func-returns-value]
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()  # the same on both ranks
     whole = adapted(False)
     whole(x).backward()

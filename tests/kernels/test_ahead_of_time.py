@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.kernels import cell_norm, dropped, dual_emit
+from w2r2_ds.kernels import cell_norm, dropout_matmul, dual_stream_embed
 
 triton = pytest.importorskip("triton", reason="kernels are not installed: pip install 'w2r2-ds[kernels]'")
 
 POINTERS = {
-    dual_emit._emit: {"token": "*i32"},
+    dual_stream_embed._emit: {"token": "*i32"},
     cell_norm._norm: {"scale": "*fp32"},
     cell_norm._weight: {"scale": "*fp32", "part": "*fp32"},
-    dropped._down: {"keep": "*i1"},
-    dropped._outer: {"keep": "*i1", "part": "*fp32"},
-    dropped._up: {"keep": "*i1"},
+    dropout_matmul._down: {"keep": "*i1"},
+    dropout_matmul._outer: {"keep": "*i1", "part": "*fp32"},
+    dropout_matmul._up: {"keep": "*i1"},
 }
 """Types of a kernel's arguments that are not those of `DEFAULTS`."""
 DEFAULTS = {
@@ -29,7 +29,7 @@ DEFAULTS = {
 CONSTANTS = {"ADD": True, "MERGE": 2, "RANK": 16, "COLUMNS": 128, "HOW": "tf32", "ROWS": 64, "BLOCK": 2048}
 
 
-ALWAYS = {(kernel, 90) for kernel in POINTERS} | {(dual_emit._emit, 80), (dropped._up, 100)}
+ALWAYS = {(kernel, 90) for kernel in POINTERS} | {(dual_stream_embed._emit, 80), (dropout_matmul._up, 100)}
 """Compiling takes seconds: every kernel for Hopper, every GPU once; the rest is for the night."""
 
 

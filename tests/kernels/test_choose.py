@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from w2r2_ds.config import RunConfig, load_config, relocated
-from w2r2_ds.kernels import choose
+from w2r2_ds.config.io import load_config, relocated
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.kernels import select
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None:
     """A machine with a CUDA device or without, on which these packages are installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(choose, "triton", object() if "triton" in installed else None)
-    monkeypatch.setattr(choose, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(select, "triton", object() if "triton" in installed else None)
+    monkeypatch.setattr(select, "find_spec", lambda name: name if name in installed else None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -21,35 +22,35 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None
 @pytest.mark.parametrize("gpu", [True, False])
 def test_auto_is_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: tuple[str, ...]) -> None:
     machine(monkeypatch, gpu, *installed)
-    assert choose.resolve_kernels("auto") == ("triton" if gpu and len(installed) == 2 else "torch")
-    assert choose.resolve_kernels("torch") == "torch"
+    assert select.resolve_kernels("auto") == ("triton" if gpu and len(installed) == 2 else "torch")
+    assert select.resolve_kernels("torch") == "torch"
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, True, "triton")
     with pytest.raises(ValueError, match=r"liger-kernel is not installed; pip install \"w2r2-ds\[kernels\]\""):
-        choose.resolve_kernels("triton")
+        select.resolve_kernels("triton")
     machine(monkeypatch, False, "triton", "liger_kernel")
     with pytest.raises(ValueError, match=r"there is no CUDA device; give --model.kernels torch"):
-        choose.resolve_kernels("triton")
+        select.resolve_kernels("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose.resolve_kernels("triton") == "triton" and choose.resolve_kernels("auto") == "torch"
+    assert select.resolve_kernels("triton") == "triton" and select.resolve_kernels("auto") == "torch"
 
 
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, True, "flash_attn")
-    assert choose.resolve_attention("auto", torch.bfloat16) == "flash_attention_2"
-    assert choose.resolve_attention("auto", torch.float32) == "sdpa"
-    assert choose.resolve_attention("eager", torch.bfloat16) == "eager"
+    assert select.resolve_attention("auto", torch.bfloat16) == "flash_attention_2"
+    assert select.resolve_attention("auto", torch.float32) == "sdpa"
+    assert select.resolve_attention("eager", torch.bfloat16) == "eager"
     machine(monkeypatch, False, "flash_attn")
-    assert choose.resolve_attention("auto", torch.bfloat16) == "sdpa"
+    assert select.resolve_attention("auto", torch.bfloat16) == "sdpa"
     machine(monkeypatch, True)
-    assert choose.resolve_attention("auto", torch.bfloat16) == "sdpa"
+    assert select.resolve_attention("auto", torch.bfloat16) == "sdpa"
 
 
 def test_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, False)
-    said = choose.describe("auto", "auto", torch.float32)
+    said = select.describe("auto", "auto", torch.float32)
     assert said == "kernels: torch (model.kernels auto), attention: sdpa (model.attention auto)"
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.kernels import dropped
+from w2r2_ds.kernels import dropout_matmul
 from w2r2_ds.kernels.cell_norm import cell_norm
-from w2r2_ds.kernels.dual_emit import dual_emit
-from w2r2_ds.kernels.lora import lora_projection
+from w2r2_ds.kernels.dual_stream_embed import dual_emit
+from w2r2_ds.kernels.lora_linear import lora_projection
 from w2r2_ds.kernels.norm import add_rms_norm, rms_norm
 from w2r2_ds.kernels.rope import rotate
 from w2r2_ds.kernels.swiglu import swiglu
@@ -77,10 +77,10 @@ def test_lora(p: float) -> None:
 def test_dropped_products_of_float32_are_not_tf32() -> None:
     x, a, low = random(300, 512).float() + 1e-3, random(16, 512).float() * 1.001, random(300, 16).float() * 1.001
     keep = torch.rand(300, 512, device="cuda") < 0.9
-    for way in (dropped.down(x, keep, a, 1.0, "triton"), dropped.down(x, keep, a, 1.0, "torch")):
+    for way in (dropout_matmul.down(x, keep, a, 1.0, "triton"), dropout_matmul.down(x, keep, a, 1.0, "torch")):
         exact = (x.double() * keep) @ a.double().t()
         assert (way - exact).norm() / exact.norm() < 1e-6
-    got = dropped.outer(low, x, keep, 1.0, "triton")
+    got = dropout_matmul.outer(low, x, keep, 1.0, "triton")
     exact = low.double().t() @ (x.double() * keep)
     assert (got - exact).norm() / exact.norm() < 1e-6
 

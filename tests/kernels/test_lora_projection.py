@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from w2r2_ds.kernels import dropped, lora
-from w2r2_ds.kernels.choose import Kernels
-from w2r2_ds.kernels.lora import bind_lora
+from w2r2_ds.kernels import dropout_matmul, lora_linear
+from w2r2_ds.kernels.lora_linear import bind_lora
+from w2r2_ds.kernels.select import Kernels
 
 BF16 = torch.bfloat16
 WAYS: tuple[Kernels, ...] = ("torch", "triton")
@@ -75,13 +75,13 @@ def results(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Dropout of every projection that ours computed."""
     made: list[float] = []
-    stock = lora.lora_projection
+    stock = lora_linear.lora_projection
 
     def counted(*args: Any) -> torch.Tensor:
         made.append(args[6])
         return stock(*args)
 
-    monkeypatch.setattr(lora, "lora_projection", counted)
+    monkeypatch.setattr(lora_linear, "lora_projection", counted)
     return made
 
 
@@ -173,14 +173,16 @@ def test_a_weight_that_zero3_has_not_gathered_is_left_to_peft(calls: list[float]
 
 def test_a_rank_whose_tiles_no_gpu_holds_is_torchs() -> None:
     """Else a launch would end in OutOfResources; here, without the interpreter, a launch would end the test."""
-    fitting = [[rank for rank in (8, 16, 32, 64, 128, 256) if dropped.fits(rank, d)] for d in (BF16, torch.float32)]
+    fitting = [
+        [rank for rank in (8, 16, 32, 64, 128, 256) if dropout_matmul.fits(rank, d)] for d in (BF16, torch.float32)
+    ]
     assert fitting == [[8, 16, 32, 64, 128], [8, 16, 32]]
     x, keep, a, low = torch.randn(6, 8), torch.rand(6, 8) < 0.5, torch.randn(33, 8), torch.randn(6, 33)
     ways = [
         (
-            dropped.down(x, keep, a, 2.0, way),
-            dropped.outer(low, x, keep, 2.0, way),
-            dropped.up_(x * 1, low, a, keep, 2.0, way),
+            dropout_matmul.down(x, keep, a, 2.0, way),
+            dropout_matmul.outer(low, x, keep, 2.0, way),
+            dropout_matmul.up_(x * 1, low, a, keep, 2.0, way),
         )
         for way in WAYS
     ]

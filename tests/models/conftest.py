@@ -28,7 +28,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Qwen2.5-VL directory."""
-    from w2r2_ds.models.tiny import build_tiny_vlm
+    from w2r2_ds.demo.tiny_models import build_tiny_vlm
 
     return build_tiny_vlm(tmp_path_factory.mktemp("tiny"), TEXTS, seed=3)
 
@@ -36,7 +36,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_dir: Path) -> Any:
     """Its tokenizer."""
-    from w2r2_ds.models.vlm import load_tokenizer
+    from w2r2_ds.models.qwen2_5_vl.loading import load_tokenizer
 
     return load_tokenizer(tiny_dir)
 
@@ -50,7 +50,7 @@ def visual_inputs() -> Any:
 @pytest.fixture
 def vlm(tiny_dir: Path) -> Any:
     """A fresh copy of the small model, float32, eval mode."""
-    from w2r2_ds.models.vlm import load_vlm
+    from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
 
     return load_vlm(tiny_dir, torch.float32, "sdpa").eval()
 

@@ -12,10 +12,10 @@ import torch
 from packed import visible
 from torch.nn.functional import scaled_dot_product_attention
 
-from w2r2_ds.data.packing import Layout
-from w2r2_ds.models import attention
-from w2r2_ds.models.attention import SPLIT, attention_inputs, use_scene_split
-from w2r2_ds.models.vlm import load_vlm
+from w2r2_ds.models.qwen2_5_vl import packed_attention
+from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
+from w2r2_ds.models.qwen2_5_vl.packed_attention import SPLIT, attention_inputs, use_scene_split
+from w2r2_ds.types.batch import Layout
 
 SPANS = {
     "one alone": ((0, 9),),
@@ -83,7 +83,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-@pytest.mark.parametrize("function", [attention.scene_split, attention.scene_split_varlen])
+@pytest.mark.parametrize("function", [packed_attention.scene_split, packed_attention.scene_split_varlen])
 def test_outputs_and_gradients_are_those_under_the_mask(
     flash_attn: None, function: Callable[..., Any], spans: Any, heads: tuple[int, int]
 ) -> None:
@@ -107,7 +107,7 @@ def test_outputs_and_gradients_are_those_under_the_mask(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [attention.scene_split, attention.scene_split_varlen])
+@pytest.mark.parametrize("function", [packed_attention.scene_split, packed_attention.scene_split_varlen])
 def test_a_mask_beside_spans_is_refused(flash_attn: None, function: Callable[..., Any]) -> None:
     states = torch.randn(1, 2, 9, 8)
     with pytest.raises(AssertionError, match="neither a mask"):
@@ -169,6 +169,6 @@ def test_what_would_be_silently_wrong_is_refused(model_config: Any, vlm: Any) ->
 
 
 def test_ends_are_made_once_per_pass() -> None:
-    assert attention._ends((3, 1), torch.device("cpu")).tolist() == [0, 3, 4]
-    assert attention._ends((3, 1), torch.device("cpu")) is attention._ends((3, 1), torch.device("cpu"))
+    assert packed_attention._ends((3, 1), torch.device("cpu")).tolist() == [0, 3, 4]
+    assert packed_attention._ends((3, 1), torch.device("cpu")) is packed_attention._ends((3, 1), torch.device("cpu"))
     assert set(SPLIT.values()) == {"scene_split", "scene_split_varlen"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from w2r2_ds.models.emit import LateSum, input_streams
-from w2r2_ds.models.phi import Add, Gated
+from w2r2_ds.models.fusion import Add, Gated
 from w2r2_ds.models.w2r2 import W2R2, place
 
 SLOTS = torch.tensor([1, 2, 3, 9, 8])

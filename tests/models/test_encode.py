@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.config import DataConfig, ModelConfig
-from w2r2_ds.data import eyes
-from w2r2_ds.data.loading import checked, make_collate, make_processor, prompt_loader
-from w2r2_ds.engine.cache_use import cache_use, describe_cache
-from w2r2_ds.engine.throughput import geometry_flops, tower_flops
-from w2r2_ds.evaluation.evaluate import Answerer
+from w2r2_ds.config.schema import DataConfig, ModelConfig
+from w2r2_ds.data import visual_inputs
+from w2r2_ds.data.loader import checked, make_collate, make_processor, prompt_loader
+from w2r2_ds.evaluation.runner import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
-from w2r2_ds.geometry.cache import Cache
-from w2r2_ds.geometry.cached import flush
+from w2r2_ds.features.lookup import flush
+from w2r2_ds.features.store import Cache
 from w2r2_ds.models.build import Front, build_model
 from w2r2_ds.models.encode import missing_2d
-from w2r2_ds.models.open_cache import open_cache
+from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.training.cache_stats import cache_use, describe_cache
+from w2r2_ds.training.throughput import geometry_flops, tower_flops
 
 BOTH: dict[str, Any] = {"cached": "geometry+2d"}
 
@@ -244,14 +244,14 @@ def test_a_frame_that_is_replaced_while_it_is_read_is_read_again(
     """Else the features of the new frame would lie under the key of the old one, for ever."""
     paths = [Path(shutil.copy(path, tmp_path / path.name)) for path in samples[0].frames]
     moved = replace(samples[0], frames=tuple(paths))
-    real = eyes.load_frame
+    real = visual_inputs.load_frame
 
     def replaced_before(path: Path) -> Any:
-        monkeypatch.setattr(eyes, "load_frame", real)
+        monkeypatch.setattr(visual_inputs, "load_frame", real)
         shutil.copy(samples[0].frames[1], paths[0])
         return real(path)
 
-    monkeypatch.setattr(eyes, "load_frame", replaced_before)
+    monkeypatch.setattr(visual_inputs, "load_frame", replaced_before)
     (cold,) = models["float32"].encode_3d(loaded([moved]).visuals)
     flush()
     (alone,) = models["float32"].encode_3d(loaded([moved], cache="").visuals)

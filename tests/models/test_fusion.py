@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from w2r2_ds.models.fusion import GeometryMerger, pair_frames
+from w2r2_ds.models.merger import GeometryMerger, pair_frames
 
 
 def reference(merger: GeometryMerger, features: torch.Tensor) -> torch.Tensor:

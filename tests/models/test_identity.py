@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.engine.same_run import refuse_other_model
 from w2r2_ds.models.build import build_model, fingerprint
-from w2r2_ds.models.identity import weights_identity
+from w2r2_ds.models.weights_hash import weights_identity
+from w2r2_ds.training.checkpoint.compat import refuse_other_model
 
 
 def rewrite(folder: Path, change: Any) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.data.collate import Layout
-from w2r2_ds.models.bound import bound
-from w2r2_ds.models.last_layer import Rows, rows_only
+from w2r2_ds.models.forward_override import bound
 from w2r2_ds.models.lora import add_lora
+from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
 
 GROUPS = ([0, 0, 0, 0, 0, 1, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, -1, -1, -1])
 SUFFIXES = ([0, 0, 1, 1, 2, 0, 0, 1, 2, 0], [0, 0, 0, 1, 1, 1, 2, 2, 3, 3], [0] * 10)

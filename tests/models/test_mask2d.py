@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from w2r2_ds.models.mask2d import mask_2d, mask_images
+from w2r2_ds.models.token_masking import mask_2d, mask_images
 
 
 def test_a_share_of_zero_is_the_same_tensor_and_draws_nothing() -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config import ModelConfig
-from w2r2_ds.kernels import choose
-from w2r2_ds.models.identity import model_weights
-from w2r2_ds.models.open_cache import geometry_identity, open_cache, vision_identity
+from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.kernels import select
+from w2r2_ds.models.feature_identity import geometry_identity, open_cache, vision_identity
+from w2r2_ds.models.weights_hash import model_weights
 
 
 def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
@@ -55,8 +55,8 @@ def test_whatever_the_features_depend_on_is_in_the_key(
     assert vision_identity(video, model_config) != own_2d
     assert vision_identity(data, replace(model_config, attention="auto")) == own_2d  # sdpa, without a GPU
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(choose, "triton", object())
-    monkeypatch.setattr(choose, "find_spec", lambda name: name)
+    monkeypatch.setattr(select, "triton", object())
+    monkeypatch.setattr(select, "find_spec", lambda name: name)
     triton = replace(model_config, kernels="triton")  # of which the tower's norms and MLPs are some, and VGGT's none
     assert vision_identity(data, triton) != own_2d and geometry_identity(data, triton) == own_3d
     # What they do not depend on is not: the language model's weights, where a model lies, how it is trained.

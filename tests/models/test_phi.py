@@ -12,11 +12,11 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import layer_norm
 
-from w2r2_ds.config import ModelConfig
+from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.models.build import build_model, fingerprint, trainable
-from w2r2_ds.models.mask2d import mask_images
-from w2r2_ds.models.phi import FUSIONS, HEADS, Fusion, fusion_name, index_codes, make_fusion
-from w2r2_ds.models.vlm import load_vlm
+from w2r2_ds.models.fusion import FUSIONS, HEADS, Fusion, fusion_name, index_codes, make_fusion
+from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
+from w2r2_ds.models.token_masking import mask_images
 
 SIZES = (3, 3, 5, 0, 2)
 WIDTH = 16

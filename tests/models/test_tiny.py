@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from w2r2_ds.geometry.loading import load_vggt
-from w2r2_ds.models.tiny import build_tiny_vggt, build_tiny_vlm, train_tokenizer
+from w2r2_ds.demo.tiny_models import build_tiny_vggt, build_tiny_vlm, train_tokenizer
+from w2r2_ds.models.vggt.loading import load_vggt
 
 FILES = {
     "config.json",

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from w2r2_ds.data.collate import token_counts
-from w2r2_ds.models.tower import TowerInputs
-from w2r2_ds.models.vlm import VisionSpec
 from w2r2_ds.models.w2r2 import encode_visuals
+from w2r2_ds.types.batch import TowerInputs
+from w2r2_ds.types.vision import VisionSpec
 
 GRIDS = {"image": [[1, 4, 6], [1, 10, 4]], "video": [[3, 4, 6], [1, 6, 6]]}
 

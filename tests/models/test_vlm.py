@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from w2r2_ds.models.vlm import (
-    VisionSpec,
+from w2r2_ds.models.qwen2_5_vl.loading import (
     check_forward,
     load_config,
     load_tokenizer,
@@ -21,6 +20,7 @@ from w2r2_ds.models.vlm import (
     meta_model,
     position_ids,
 )
+from w2r2_ds.types.vision import VisionSpec
 
 CONFIGS = Path(__file__).parent / "configs"
 

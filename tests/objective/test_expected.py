@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from host_reads import host_reads
-from w2r2_ds.data.boxes import camera_to_world
-from w2r2_ds.data.giou import box_giou
-from w2r2_ds.data.slots import TokenTables
-from w2r2_ds.objective.expected import MOST_DIGIT_TOKENS, expected_numbers, expected_overlap
+from w2r2_ds.boxes3d.giou import box_giou
+from w2r2_ds.boxes3d.transforms import camera_to_world
+from w2r2_ds.data.answer_tokens import TokenTables
+from w2r2_ds.objective.expected_box import MOST_DIGIT_TOKENS, expected_numbers, expected_overlap
 from w2r2_ds.objective.similarity import read_numbers
 
 VALUES = [-0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from w2r2_ds.config import ObjectiveConfig
-from w2r2_ds.objective.align import mean_per_sample
-from w2r2_ds.objective.push import PUSH_TERMS, Overlaps, PushInputs, States, find_reading
+from w2r2_ds.config.schema import ObjectiveConfig
+from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States, find_reading
+from w2r2_ds.objective.reductions import mean_per_sample
 
 GATED = [name for name, reading in PUSH_TERMS.items() if reading.gated]
 """Readings that are 0 for a sample whose shortcut is not above mu."""

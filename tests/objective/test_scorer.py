@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.config import ObjectiveConfig
+from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.objective.scorer import Scorer
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from host_reads import host_reads
-from w2r2_ds.data.boxes import camera_to_world
-from w2r2_ds.data.iou import box_iou
+from w2r2_ds.boxes3d.iou import box_iou
+from w2r2_ds.boxes3d.transforms import camera_to_world
 from w2r2_ds.objective.similarity import (
     decoded_grounding_similarity,
     grounding_similarity,
@@ -22,7 +22,7 @@ from w2r2_ds.objective.similarity import (
     read_texts,
     similarity,
 )
-from w2r2_ds.objective.text import text_similarity
+from w2r2_ds.objective.text_similarity import text_similarity
 
 FRAME, X = 0, 1
 VALUES = "[-0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]"

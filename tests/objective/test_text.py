@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from w2r2_ds.objective.text import exact_match, rouge_l, text_similarity, token_f1
+from w2r2_ds.objective.text_similarity import exact_match, rouge_l, text_similarity, token_f1
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from w2r2_ds.config import ObjectiveConfig
-from w2r2_ds.objective.push import PUSH_TERMS
+from w2r2_ds.config.schema import ObjectiveConfig
+from w2r2_ds.objective.loss import STATS, Outputs, read_shortcut, sample_weights, w2r2_loss
+from w2r2_ds.objective.push_terms import PUSH_TERMS
 from w2r2_ds.objective.scorer import Scorer
-from w2r2_ds.objective.w2r2 import STATS, Outputs, read_shortcut, sample_weights, w2r2_loss
 
 HIDDEN = 8
 GATED = [name for name, reading in PUSH_TERMS.items() if reading.gated]

@@ -49,13 +49,13 @@ def break_all_reduce(fault: str) -> None:
 
 def vanish() -> None:
     """Rank 0 ends when rank 1 is about to look at its node."""
-    from w2r2_ds.planning import doctor
+    from w2r2_ds.doctor import run
 
     def come(meeting: Any, seconds: float) -> None:
         meeting.gather("here", [1], seconds)
         os._exit(9)
 
-    doctor.Coming = come
+    run.Coming = come
 
 
 def read_a_dead_mount() -> None:
@@ -79,13 +79,13 @@ if __name__ == "__main__":
     if fault == "clock":
         break_clock()
     elif fault == "impatience":
-        from w2r2_ds.planning import doctor
+        from w2r2_ds.doctor import run
 
-        doctor.CAME = doctor.COMING = 2.0
+        run.CAME = run.COMING = 2.0
     elif fault == "haste":
-        from w2r2_ds.planning import doctor
+        from w2r2_ds.doctor import run
 
-        doctor.REDUCE = 8.0
+        run.REDUCE = 8.0
     elif fault == "vanish":
         vanish()
     elif fault == "dead":

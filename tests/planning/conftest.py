@@ -18,7 +18,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "
 @pytest.fixture(scope="session")
 def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Options of launchers/train.py for it, by name without dashes."""
-    from w2r2_ds.data.prepared import MANIFEST, VERSION, tables, write_tables
+    from w2r2_ds.data.dataset import MANIFEST, VERSION, tables, write_tables
 
     folder = tmp_path_factory.mktemp("little")
     prepared = samples[0].frames[0].parent / "prepared"

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from w2r2_ds.planning import checks, disk, gpus, imports, installed, jit_locks, limits, own_code, settings, visible
-from w2r2_ds.planning.bounded import Alarm
-from w2r2_ds.planning.checkpoint_size import checkpoint_bytes, lora_weights, merger_weights, room_bytes
-from w2r2_ds.planning.imports import MODULES, Imports
-from w2r2_ds.planning.outcome import Outcome
+from w2r2_ds.doctor import checks, disk, imports, installed, jit_locks, limits, own_code
+from w2r2_ds.doctor.checkpoint_size import checkpoint_bytes, lora_weights, merger_weights, room_bytes
+from w2r2_ds.doctor.checks import data, gpu, settings
+from w2r2_ds.doctor.imports import MODULES, Imports
+from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.timeouts import Alarm
 
 
 def test_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +158,7 @@ def test_mark(tmp_path: Path) -> None:
 
 def test_checkpoint_room(config: Any) -> None:
     """LoRA's and the merger's weights are counted as peft and the merger count them; huge ones do not fit any disk."""
-    from w2r2_ds.models.fusion import GeometryMerger
+    from w2r2_ds.models.merger import GeometryMerger
 
     merger = GeometryMerger(64, 64, config.model.merger_hidden)
     assert merger_weights(64, 64, config.model.merger_hidden) == sum(p.numel() for p in merger.parameters())
@@ -248,7 +249,7 @@ def test_gpu_health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, w
     """What a program called nvidia-smi answers, on a machine that has none."""
     make_smi(tmp_path, f"echo '{row}'" if row else "exit 9")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = gpus.check_health()
+    found = gpu.check_health()
     for sentences, expected in ((found.wrong, wrong), (found.warnings, warning)):
         assert (sentences == []) if not expected else (len(sentences) == 1 and expected in sentences[0])
 
@@ -259,11 +260,11 @@ def test_a_field_that_nvidia_smi_does_not_know(tmp_path: Path, monkeypatch: pyte
     row = WELL.rpartition(",")[0]
     make_smi(tmp_path, f"case $1 in *hw_thermal*) echo '{unknown}'; exit 2;; esac; echo '{row}'")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = gpus.check_health()
+    found = gpu.check_health()
     assert found.wrong == [] and found.shown == {"GPU 0": "NVIDIA H100, driver 570.1"}
     assert found.equal == {} and found.alike == {"the GPU driver": "570.1"}
     make_smi(tmp_path, "echo 'Failed to initialize NVML' >&2; exit 18")
-    silent = gpus.check_health()
+    silent = gpu.check_health()
     assert "nvidia-smi lists no GPU (exit status 18: Failed to initialize NVML); " in silent.wrong[0]
     assert checks.driver_silent({"GPU health": silent}) and not checks.driver_silent({"GPU health": found})
 
@@ -286,12 +287,12 @@ def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A product that is right; a GPU that only nvidia-smi sees; a rank without a GPU of its own."""
     make_smi(tmp_path, "echo 0")
     if not torch.cuda.is_available():
-        assert gpus.check_device(0, 1).wrong == []
+        assert gpu.check_device(0, 1).wrong == []
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        assert gpus.check_device(0, 1).wrong[0].startswith("nvidia-smi shows GPUs, but torch")
+        assert gpu.check_device(0, 1).wrong[0].startswith("nvidia-smi shows GPUs, but torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert gpus.check_device(1, 2).wrong[0].startswith("local rank 1 would use GPU 1, but sees 1; ")
+    assert gpu.check_device(1, 2).wrong[0].startswith("local rank 1 would use GPU 1, but sees 1; ")
 
 
 def test_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,45 +305,45 @@ def test_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
         return product
 
     for dtype in (torch.float32, torch.bfloat16):
-        assert gpus.product_wrong("cpu", dtype) == []
+        assert gpu.product_wrong("cpu", dtype) == []
     monkeypatch.setattr(torch.Tensor, "__matmul__", off_by_one)
     for dtype in (torch.float32, torch.bfloat16):
-        assert gpus.product_wrong("cpu", dtype)[0].startswith("cpu computes wrong: 1 of 262144 numbers")
-    assert gpus.product_wrong("meta", torch.float32)[0].startswith("meta cannot multiply")
+        assert gpu.product_wrong("cpu", dtype)[0].startswith("cpu computes wrong: 1 of 262144 numbers")
+    assert gpu.product_wrong("meta", torch.float32)[0].startswith("meta cannot multiply")
 
 
 def test_data(config: Any, tmp_path: Path) -> None:
     """Sets and frames that are there; no set; a set whose frames are elsewhere."""
-    well = visible.check_data(config.data)
+    well = data.check_data(config.data)
     assert well.wrong == [] and well.shown == {"prepared": f"3 samples in {config.data.root}/prepared"}
     prepared = Path(config.data.root) / "prepared"
     config.data.root = str(tmp_path)
-    assert "holds no prepared data set" in visible.check_data(config.data).wrong[0]
+    assert "holds no prepared data set" in data.check_data(config.data).wrong[0]
     (tmp_path / "prepared").symlink_to(prepared)
-    assert "cannot be seen (3 of 3 frames looked for)" in visible.check_data(config.data).wrong[0]
+    assert "cannot be seen (3 of 3 frames looked for)" in data.check_data(config.data).wrong[0]
 
 
 def test_weights(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Directories that are whole; other weights have another fingerprint; torn, missing and uncached ones are named."""
-    well = visible.check_weights(config.model)
+    well = data.check_weights(config.model)
     assert well.wrong == [] and len(well.equal) == 4
     folder = tmp_path / "vggt"
     folder.mkdir()
     config.model.vggt = str(folder)
-    assert [sentence.split(":")[0] for sentence in visible.check_weights(config.model).wrong] == ["model.vggt"] * 2
+    assert [sentence.split(":")[0] for sentence in data.check_weights(config.model).wrong] == ["model.vggt"] * 2
     (folder / "config.json").write_text("{}")
     save_file({"weight": torch.ones(3, 4)}, folder / "model.safetensors")
-    first = visible.check_weights(config.model)
+    first = data.check_weights(config.model)
     save_file({"weight": torch.zeros(3, 4)}, folder / "model.safetensors")
-    assert first.wrong == [] and first.equal != visible.check_weights(config.model).equal
+    assert first.wrong == [] and first.equal != data.check_weights(config.model).equal
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:20])
-    assert "cannot be read (SafetensorError" in visible.check_weights(config.model).wrong[0]
+    assert "cannot be read (SafetensorError" in data.check_weights(config.model).wrong[0]
     config.model.vggt, config.model.merger = "someone/model-that-is-not-here", str(tmp_path / "merger.safetensors")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    offline, merger = visible.check_weights(config.model).wrong
+    offline, merger = data.check_weights(config.model).wrong
     assert "not in the Hugging Face cache of this node; fetch it" in offline and merger.startswith("model.merger: ")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert "training will fetch it" in visible.check_weights(config.model).warnings[0]
+    assert "training will fetch it" in data.check_weights(config.model).warnings[0]
 
 
 def test_settings(config: Any, little_run: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from broken_rank import command
 from runs import ROOT, environment
-from w2r2_ds.engine.deepspeed import free_port
+from w2r2_ds.training.deepspeed.launch import free_port
 
 pytestmark = pytest.mark.distributed
 

@@ -15,14 +15,14 @@ import pytest
 
 from broken_rank import command
 from runs import environment
-from w2r2_ds.planning import bounded as limits_of_time
-from w2r2_ds.planning import doctor, place
-from w2r2_ds.planning.bounded import Alarm, TooLong, bounded
-from w2r2_ds.planning.clocks import Skew, judge
-from w2r2_ds.planning.compare import differences
-from w2r2_ds.planning.meeting import Coming, Meeting, Unreachable, missing_sentences
-from w2r2_ds.planning.outcome import Outcome, Report
-from w2r2_ds.planning.table import merged, results, sentences, show
+from w2r2_ds.doctor import place, run
+from w2r2_ds.doctor import timeouts as limits_of_time
+from w2r2_ds.doctor.clocks import Skew, judge
+from w2r2_ds.doctor.compare import differences
+from w2r2_ds.doctor.rendezvous import Coming, Meeting, Unreachable, missing_sentences
+from w2r2_ds.doctor.report import merged, results, sentences, show
+from w2r2_ds.doctor.result import Outcome, Report
+from w2r2_ds.doctor.timeouts import Alarm, TooLong, bounded
 
 
 def test_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alarm() -> None:
     """The program ends, whatever it waits for, and says what that was."""
     code = (
-        "import time\nfrom w2r2_ds.planning.bounded import Alarm\n"
+        "import time\nfrom w2r2_ds.doctor.timeouts import Alarm\n"
         "alarm = Alarm(0.5, 'n7')\nalarm.now('reading a dead disk')\ntime.sleep(60)"
     )
     done = subprocess.run(
@@ -60,7 +60,7 @@ def test_alarm() -> None:
 def test_a_call_that_holds_python_itself_is_ended() -> None:
     """No thread of Python, and so no alarm, gets its turn in a driver that keeps the lock."""
     code = (
-        "import ctypes\nfrom w2r2_ds.planning import bounded\n"
+        "import ctypes\nfrom w2r2_ds.doctor import bounded\n"
         "bounded.GRACE = 0.5\nalarm = bounded.Alarm(0.5, 'n7')\n"
         "bounded.bounded(lambda: ctypes.PyDLL(None).sleep(60), 1)"
     )
@@ -84,9 +84,9 @@ def test_alarm_renewed() -> None:
 def test_slow_imports_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as torch may take elsewhere, counted from the start; after this rank's own a little at least."""
     monkeypatch.setattr(limits_of_time, "STARTED", time.monotonic() - 10)
-    assert doctor.TORCH_AT_WORK < doctor.patience() <= doctor.COMING - 10
+    assert run.TORCH_AT_WORK < run.patience() <= run.COMING - 10
     monkeypatch.setattr(limits_of_time, "STARTED", time.monotonic() - 1000)
-    assert doctor.patience() == doctor.CAME
+    assert run.patience() == run.CAME
 
 
 def test_taken_port_under_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_who_is_late_is_named_before_it_is_given_up(
         def gather(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
             return {0: {"host": "n1"}} if seconds <= 50 else {0: {"host": "n1"}, 1: {"host": "n2"}}
 
-    monkeypatch.setattr("w2r2_ds.planning.meeting.allocated_hosts", lambda: ["n1", "n2"])
+    monkeypatch.setattr("w2r2_ds.doctor.rendezvous.allocated_hosts", lambda: ["n1", "n2"])
     here, _ = Coming(cast(Meeting, Two()), 280.0).result()
     assert sorted(here) == [0, 1]
     said = capsys.readouterr().out
@@ -197,7 +197,7 @@ def test_nothing_of_a_file_moves_the_cursor(
     shown = {"NCCL_\x1b[2J": "eth0\nvery-secret"}
     node = report("n\x1b1", use=Outcome(shown=shown, wrong=["key \x1b]0;x\x07 is unknown"]))
     for _ in range(2):
-        doctor.conclude([node], sentences([node]))
+        run.conclude([node], sentences([node]))
         output = capsys.readouterr().out
         assert "\x1b" not in output and "\x07" not in output and "very-secret" not in output
         assert r"WRONG: n\x1b1: key \x1b]0;x\x07 is unknown" in output
@@ -233,8 +233,8 @@ def test_torch_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPat
         raise OSError("libcudart.so.12: cannot open shared object file")
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(doctor.importlib, "import_module", broken)
-    assert doctor.examine(doctor.Asked(None, "", [])) == 1
+    monkeypatch.setattr(run.importlib, "import_module", broken)
+    assert run.examine(run.Asked(None, "", [])) == 1
     output = capsys.readouterr().out
     assert "torch cannot be imported (OSError: libcudart.so.12: cannot open shared object file)" in output
     assert "versions" in output and "TMPDIR" in output

@@ -19,18 +19,18 @@ import trimesh
 import yaml
 from PIL import Image
 
-from w2r2_ds.config import from_values, load_config
-from w2r2_ds.data.check import check_frames
-from w2r2_ds.data.frames import load_depth
+from w2r2_ds.config.io import from_values, load_config
+from w2r2_ds.data.dataset import FRAMES, MANIFEST, SAMPLES, VERSION, PreparedSet, tables, write_tables
+from w2r2_ds.data.frames.projection import load_depth
 from w2r2_ds.data.images import frame_size, load_frame
-from w2r2_ds.data.manifest import file_hash
-from w2r2_ds.data.prepared import FRAMES, MANIFEST, SAMPLES, VERSION, PreparedSet, tables, write_tables
-from w2r2_ds.data.scan_boxes import _read_vertices
-from w2r2_ds.data.scannet import Frame, check_scene_id
+from w2r2_ds.data.prepare.manifest import file_hash
+from w2r2_ds.data.prepare.scannet_boxes import _read_vertices
+from w2r2_ds.data.sources.numpy_unpickler import load_plain
+from w2r2_ds.data.sources.scannet import Frame, check_scene_id
 from w2r2_ds.data.tasks.scanrefer import image_size
-from w2r2_ds.data.unpickle import load_plain
-from w2r2_ds.evaluation.score_file import score_file
-from w2r2_ds.evaluation.sets import find_sets
+from w2r2_ds.data.validate import check_frames
+from w2r2_ds.evaluation.datasets import find_sets
+from w2r2_ds.evaluation.predictions.rescore import score_file
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
 """An image to PIL, whose reader starts Ghostscript."""
@@ -40,7 +40,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpa
 def evil_recipe(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A module that leaves the mark, which is returned, when it is imported."""
     (tmp_path / "evil_recipe.py").write_text(
-        f"open({str(mark)!r}, 'w').close()\nfrom w2r2_ds.config import DataConfig\nclass Data(DataConfig): ...\n"
+        f"open({str(mark)!r}, 'w').close()\nfrom w2r2_ds.config.schema import DataConfig\nclass Data(DataConfig): ...\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     yield mark
@@ -318,7 +318,7 @@ def test_what_a_pickle_names_is_quoted_on_one_line(tmp_path: Path, mark: Path, p
 
 
 def test_an_array_with_a_pickle_is_not_read(tmp_path: Path, payload: Any, mark: Path) -> None:
-    from w2r2_ds.data.scannet import _read_instances
+    from w2r2_ds.data.sources.scannet import _read_instances
 
     path = tmp_path / "scene0000_00_aligned_bbox.npy"
     for content in (np.array([payload], dtype=object), {"a": np.array([payload], dtype=object)}):

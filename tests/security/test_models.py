@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config import RunConfig, load_config, save_config
-from w2r2_ds.export.adapter import adapter_config, export_adapter, load_adapter
-from w2r2_ds.export.vgllm import refuse_code
-from w2r2_ds.geometry.loading import weight_files
+from w2r2_ds.config.io import load_config, save_config
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.convert.from_vgllm import refuse_code
+from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
 from w2r2_ds.models.build import build_model, fingerprint, trainable
-from w2r2_ds.models.vlm import load_tokenizer, load_vlm, meta_model
-from w2r2_ds.versions import versions
+from w2r2_ds.models.qwen2_5_vl.loading import load_tokenizer, load_vlm, meta_model
+from w2r2_ds.models.vggt.loading import weight_files
+from w2r2_ds.utils.versions import versions
 
 WEIGHTS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
@@ -102,7 +103,7 @@ def test_nor_is_it_an_option(model_config: Any) -> None:
 def test_flash_attention_that_is_not_installed_is_not_fetched(
     model_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2r2_ds.models.trust.find_spec", lambda name: None)
+    monkeypatch.setattr("w2r2_ds.models.hub_safety.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"flash_attention_2, which needs a package that is not installed \(flash_attn"
     ):

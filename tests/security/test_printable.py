@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers import prepare as launcher
-from w2r2_ds.command_line import Parser
-from w2r2_ds.config import ModelConfig, RunConfig, from_values, load_config
-from w2r2_ds.evaluation.shard import line_of
-from w2r2_ds.printable import for_rich, holds_secret, lines, message, one_line, without_secrets
+from w2r2_ds.config.cli import Parser
+from w2r2_ds.config.io import from_values, load_config
+from w2r2_ds.config.schema import ModelConfig, RunConfig
+from w2r2_ds.evaluation.resumable import line_of
+from w2r2_ds.utils.sanitize import for_rich, holds_secret, lines, message, one_line, without_secrets
 
 EVIL = "chair\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\r\nstep 5  loss 0.0"
 TOKEN = "hf_" + "aB3" * 11 + "x"
@@ -142,7 +143,7 @@ def test_a_configuration_holds_no_control_characters() -> None:
 def test_weights_and_biases_is_told_nothing_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client would send the remote's address, whose user may be a token, and the patch of what is not committed."""
     wandb = pytest.importorskip("wandb")
-    from w2r2_ds.engine.metrics import open_wandb
+    from w2r2_ds.training.metrics import open_wandb
 
     told: dict[str, Any] = {}
     monkeypatch.setattr(wandb, "init", lambda **given: told.update(given))
@@ -156,7 +157,7 @@ def test_what_weights_and_biases_stores_holds_no_secret(tmp_path: Path, monkeypa
     pytest.importorskip("wandb")
     import subprocess
 
-    from w2r2_ds.engine.metrics import open_wandb
+    from w2r2_ds.training.metrics import open_wandb
 
     git = shutil.which("git")
     assert git is not None

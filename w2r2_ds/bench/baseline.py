@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from w2r2_ds.bench import costs
-from w2r2_ds.bench.field import FieldTrainer
+from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.harness import Case, Spread, find_device, interleave
+from w2r2_ds.bench.hf_trainer import FieldTrainer
+from w2r2_ds.bench.model import build, describe
 from w2r2_ds.bench.report import Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.subject import build, describe
-from w2r2_ds.engine.throughput import matrix_rate
-from w2r2_ds.models.dtype import resolve_dtype
+from w2r2_ds.kernels.select import resolve_dtype
+from w2r2_ds.training.throughput import matrix_rate
 
-LORA = costs.Mode()
+LORA = cost_model.Mode()
 
 
 def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Report:
@@ -43,15 +43,15 @@ def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 
 def row(shape: Shape, name: str, spread: Spread, rate: float | None) -> dict[str, object]:
     """What one part took, and on a GPU what of the measured matrix rate the language model used."""
     whole = name == "whole step"
-    operations = costs.field_step(shape, LORA).total(geometry=whole, vision=whole)
+    operations = cost_model.field_step(shape, LORA).total(geometry=whole, vision=whole)
     values: dict[str, object] = {
         "part": name,
         "shape": f"{shape.name}, {shape.frames} frames",
         **spread.columns(),
         "tokens/s": shape.tokens / spread.median,
-        "Tflop": operations / costs.TERA,
-        "Tflop/s": operations / costs.TERA / spread.median,
+        "Tflop": operations / cost_model.TERA,
+        "Tflop/s": operations / cost_model.TERA / spread.median,
     }
     if rate is not None and not whole:
-        values["MFU"] = costs.model_operations(shape, two_passes=False) / spread.median / rate
+        values["MFU"] = cost_model.model_operations(shape, two_passes=False) / spread.median / rate
     return values

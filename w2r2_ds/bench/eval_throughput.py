@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from w2r2_ds.bench.field import FieldModel, stock
 from w2r2_ds.bench.harness import find_device, interleave, ratio
+from w2r2_ds.bench.hf_trainer import FieldModel, stock
+from w2r2_ds.bench.model import Subject
+from w2r2_ds.bench.model import build as build_subject
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import find_shapes
-from w2r2_ds.bench.subject import Subject
-from w2r2_ds.bench.subject import build as build_subject
-from w2r2_ds.config import DataConfig
-from w2r2_ds.data.collate import Batch, Collator
+from w2r2_ds.config.schema import DataConfig
+from w2r2_ds.data.collate import Collator
 from w2r2_ds.data.processor import Features
 from w2r2_ds.evaluation.generate import generate_tokens
+from w2r2_ds.types.batch import Batch
 
 FIELD = "field: one sample at a time"
 

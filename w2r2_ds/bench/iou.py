@@ -12,8 +12,8 @@ from torch import Tensor
 
 from w2r2_ds.bench.harness import find_device, interleave, ratio
 from w2r2_ds.bench.report import Criterion, Report
-from w2r2_ds.data.boxes import rotation_matrix
-from w2r2_ds.data.iou import box_iou
+from w2r2_ds.boxes3d.iou import box_iou
+from w2r2_ds.boxes3d.transforms import rotation_matrix
 
 PEER_PAIRS = 100
 """SciPy takes a millisecond each."""

@@ -11,9 +11,8 @@ from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, ratio, tim
 from w2r2_ds.bench.operations import Operation, Way, operations
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import find_shapes
-from w2r2_ds.engine.throughput import matrix_rate
-from w2r2_ds.kernels.choose import resolve_kernels
-from w2r2_ds.models.dtype import resolve_dtype
+from w2r2_ds.kernels.select import resolve_dtype, resolve_kernels
+from w2r2_ds.training.throughput import matrix_rate
 
 EQUAL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative difference of results and gradients that two ways may have: sums in another order, roundings left out."""

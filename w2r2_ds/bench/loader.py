@@ -14,11 +14,11 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from w2r2_ds.bench.harness import discard, interleave, ratio
+from w2r2_ds.bench.model import build_front
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import QWEN_3B, TINY, Shape
-from w2r2_ds.bench.subject import build_front
-from w2r2_ds.data.eyes import vision_patches
 from w2r2_ds.data.images import even_crop, load_frame, resize_for_vggt
+from w2r2_ds.data.visual_inputs import vision_patches
 
 CPU = torch.device("cpu")
 SIDE = {"scannet": (1296, 968), "small": (640, 480)}

@@ -16,11 +16,11 @@ from torch.nn.functional import dropout, linear
 
 from w2r2_ds.bench.shapes import Shape
 from w2r2_ds.kernels.cell_norm import cell_norm
-from w2r2_ds.kernels.choose import Kernels
-from w2r2_ds.kernels.dual_emit import dual_emit
-from w2r2_ds.kernels.lora import lora_projection
+from w2r2_ds.kernels.dual_stream_embed import dual_emit
+from w2r2_ds.kernels.lora_linear import lora_projection
 from w2r2_ds.kernels.norm import add_rms_norm, rms_norm
 from w2r2_ds.kernels.rope import rotate
+from w2r2_ds.kernels.select import Kernels
 from w2r2_ds.kernels.swiglu import swiglu
 
 EPS = 1e-6

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from w2r2_ds import durable
-from w2r2_ds.versions import versions
+from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.versions import versions
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write the JSON file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.replace(path, json.dumps(self.to_json(), indent=2) + "\n")
+        atomic_io.replace(path, json.dumps(self.to_json(), indent=2) + "\n")
 
     def show(self, console: Console | None = None) -> None:
         """Print the table, the criteria, the notes and the machine."""

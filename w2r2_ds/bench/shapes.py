@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from w2r2_ds.geometry.vggt import VGGTConfig
+from w2r2_ds.models.vggt.model import VGGTConfig
 
 PATCH, MERGE = 14, 2
 """Pixels of a patch of both towers; patches per side that the VLM's tower merges into a token."""

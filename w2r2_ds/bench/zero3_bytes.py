@@ -13,7 +13,7 @@ from typing import Any
 from w2r2_ds.bench.harness import Spread, ratio
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import find_shapes
-from w2r2_ds.engine.deepspeed import free_port
+from w2r2_ds.training.deepspeed.launch import free_port
 
 WAYS = ("single pass", "sequential", "lockstep")
 

@@ -13,15 +13,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from w2r2_ds.bench.gathers import Counts, counting, fused_alone
+from w2r2_ds.bench.feature_cache import OnDisk
 from w2r2_ds.bench.harness import find_device
-from w2r2_ds.bench.on_disk import OnDisk
+from w2r2_ds.bench.model import build
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.subject import build
 from w2r2_ds.bench.zero3_bytes import WAYS
-from w2r2_ds.config import ObjectiveConfig, RunConfig, TrainConfig
-from w2r2_ds.engine.deepspeed import resolve_ds_config
-from w2r2_ds.engine.wrap import make_engine
+from w2r2_ds.bench.zero3_gathers import Counts, counting, fused_alone
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.training.deepspeed.config import resolve_ds_config
+from w2r2_ds.training.deepspeed.engine import make_engine
 
 STEPS = 3
 """The first one makes DeepSpeed's trace; what the last one gathers is what every later one does."""

@@ -2,174 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from w2r2_ds.data.eyes import vision_patches
+from w2r2_ds.data.answer_rows import answer_rows, prompt_rows
 from w2r2_ds.data.images import VGGT_PATCH
-from w2r2_ds.data.packing import Group, Grouping, Layout, alone, in_one_sequence, joined, joined_positions, one_by_one
+from w2r2_ds.data.packing import Group, Grouping, alone, in_one_sequence, joined, joined_positions, one_by_one
 from w2r2_ds.data.processor import Features
-from w2r2_ds.data.rows import AnswerRows, PromptRows, answer_rows, prompt_rows
-from w2r2_ds.data.sample import Kind, Sample
-from w2r2_ds.geometry.cached import Cached
-from w2r2_ds.models.tower import TowerInputs
-from w2r2_ds.models.vlm import VisionSpec
+from w2r2_ds.data.visual_inputs import vision_patches
+from w2r2_ds.types.batch import Batch, Prompts, Tokens, TowerInputs, Visuals
+from w2r2_ds.types.sample import Sample
+from w2r2_ds.types.vision import VisionSpec
 
 Positions = Callable[..., torch.Tensor]
 """(input_ids, token_types, attention_mask, image grid or None, video grid or None) -> ``[3, batch, length]``."""
-
-
-@dataclass(frozen=True)
-class Visuals:
-    """What both towers see of a batch; never nothing, so that every rank calls them in every step.
-
-    Attributes:
-        kind: ``"image"`` or ``"video"``.
-        pixel_values: ``[patches, values]`` float32.
-        grid_thw: ``[images or videos, 3]`` int64.
-        sizes: tokens of every image, or of every pair of frames of a video, in order.
-        tower: what the vision tower would read off `grid_thw`.
-        geometry_images: per set of frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]; None where
-            `cached_3d` has the features. A sample with frames has a set of its own, or packed samples share one.
-        ids: per set, the id of the (first) sample that sees it.
-        dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
-        cached_3d: per set, what the cache says about its geometry; empty without a cache.
-        cached_2d: likewise about its 2D features. Then there are no `pixel_values`, but
-        alone: per set, what the vision tower is given, set by set; None where it need not be, and
-        spare: the dummy, for a rank that lacks fewer sets than another.
-    """
-
-    kind: str
-    pixel_values: torch.Tensor
-    grid_thw: torch.Tensor
-    sizes: tuple[int, ...]
-    tower: TowerInputs
-    geometry_images: tuple[torch.Tensor | None, ...]
-    ids: tuple[str, ...] = ()
-    dummy: bool = False
-    cached_3d: tuple[Cached, ...] = ()
-    cached_2d: tuple[Cached, ...] = ()
-    alone: tuple[Visuals | None, ...] = ()
-    spare: Visuals | None = None
-
-
-class Tokens(NamedTuple):
-    """Tokens of all sequences; fields as `Batch`'s."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    token_types: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of a training batch alone, padded on the left, for greedy decoding; no two share a sequence.
-
-    Attributes:
-        input_ids, attention_mask, token_types: ``[batch, length]`` int64, as `Batch`'s.
-        grid_thw: ``[images or videos, 3]`` int64, of all prompts.
-        order: which of the entries of `Visuals.sizes` the prompts see, one after the other.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    token_types: torch.Tensor
-    grid_thw: torch.Tensor
-    order: tuple[int, ...]
-
-    def seen(self, visuals: Visuals, visual: Any) -> tuple[Visuals, Any]:
-        """Visuals and a vision tower's output of the batch, as the prompts see them, which share no images."""
-        if visuals.dummy:
-            return visuals, visual
-        repeated = copy.copy(visual)
-        repeated.pooler_output = tuple(visual.pooler_output[entry] for entry in self.order)
-        return dataclasses.replace(visuals, grid_thw=self.grid_thw), repeated
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch.
-
-    Attributes:
-        ids: sample ids.
-        input_ids: ``[sequences, length]`` int64; a sample is a sequence, or all are packed into one.
-        attention_mask: ``[sequences, length]`` int64, 1 for tokens.
-        token_types: ``[sequences, length]`` int64, `mm_token_type_ids`.
-        position_ids: ``[3, sequences, length]`` int64; None for generation, which makes its own.
-        visuals: input of the towers.
-        visual_tokens: ``[tokens]`` int64, sequence * length + position of every visual token, in the towers' order.
-        token_set: ``[tokens]`` int64, which of the visuals' sets of frames each of them is of.
-        frame_set: ``[batch]`` int64, which of these sets a sample sees; -1 for a sample without frames.
-        layout: what every sequence is made of; None for generation.
-        rows: answer rows; None for generation.
-        cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64, NaN where a sample has fewer frames.
-        target_box: ``[batch, 9]`` float64 world boxes, NaN where a sample has none.
-        what: positions of the description's tokens; None for generation.
-        kinds: what every answer is, see `Sample.kind`.
-        answers: every answer's text.
-        prompts: the prompts alone, where the collator was told to make them.
-    """
-
-    ids: tuple[str, ...]
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    token_types: torch.Tensor
-    position_ids: torch.Tensor | None
-    visuals: Visuals
-    visual_tokens: torch.Tensor
-    token_set: torch.Tensor
-    frame_set: torch.Tensor
-    layout: Layout | None
-    rows: AnswerRows | None
-    cam_to_world: torch.Tensor
-    target_box: torch.Tensor
-    what: PromptRows | None
-    kinds: tuple[Kind, ...]
-    answers: tuple[str, ...]
-    prompts: Prompts | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; copies from pinned memory do not wait."""
-        return moved(self, device)
-
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader."""
-        return _map(self, torch.Tensor.pin_memory)
-
-    @property
-    def answer_rows(self) -> AnswerRows:
-        """The answer rows of a training batch."""
-        assert self.rows is not None, "a batch for generation has no answer rows"
-        return self.rows
-
-    @property
-    def what_rows(self) -> PromptRows:
-        """The *what* positions of a training batch."""
-        assert self.what is not None, "a batch for generation has no what rows"
-        return self.what
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """A batch or a part of it on `device`; copies from pinned memory do not wait."""
-    return _map(value, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply `function` to every tensor of nested dataclasses and tuples."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(_map(item, function) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _map(getattr(value, field.name), function) for field in dataclasses.fields(value)}
-        return type(value)(**fields)
-    return value
 
 
 class Collator:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from w2r2_ds.data.sample import Sample
+from w2r2_ds.types.sample import Sample
 
 
 class Mixture(Sequence[Sample]):

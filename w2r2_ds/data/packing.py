@@ -13,24 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from w2r2_ds.data.processor import Features
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the sequences of a batch are made of: groups of samples that share a prefix, each with a suffix of its own.
-
-    Token i sees token j where j <= i, both are of one group, and j is in its prefix or in the suffix that i is in. A
-    sample alone is a group without suffixes.
-
-    Attributes:
-        group: ``[sequences, length]`` int64, group of every token in its sequence; -1 for padding.
-        suffix: ``[sequences, length]`` int64, 0 in a prefix, n in the n-th suffix of its group.
-        spans: per sequence and group, on the host: begin, end of the prefix, end of every suffix.
-    """
-
-    group: torch.Tensor
-    suffix: torch.Tensor
-    spans: tuple[tuple[tuple[int, ...], ...], ...]
+from w2r2_ds.types.batch import Layout
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from w2r2_ds.config import DataConfig
-from w2r2_ds.data.eyes import Eyes
-from w2r2_ds.data.sample import Sample
-from w2r2_ds.data.slots import AnswerSlots, answer_slots, what_tokens
-from w2r2_ds.geometry.cached import Cached, FeatureCache
-from w2r2_ds.models.vlm import VisionSpec
+from w2r2_ds.config.schema import DataConfig
+from w2r2_ds.data.answer_tokens import AnswerSlots, answer_slots, what_tokens
+from w2r2_ds.data.visual_inputs import Eyes
+from w2r2_ds.features.lookup import Cached, FeatureCache
+from w2r2_ds.types.sample import Sample
+from w2r2_ds.types.vision import VisionSpec
 
 IMAGE, VIDEO = 1, 2
 """Values of `mm_token_type_ids`; text is 0."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.loading import checked
-from w2r2_ds.models.decode import greedy_tokens
+from w2r2_ds.data.loader import checked
+from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
 from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.types.batch import Batch
 
 GEOMETRY = ("fused", "zero")
 """`fused`: Phi(F2D, F3D); `zero`: Phi(F2D, 0)."""

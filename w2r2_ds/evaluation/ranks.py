@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from w2r2_ds.engine.together import together
-from w2r2_ds.lock import locked
+from w2r2_ds.utils.distributed import together
+from w2r2_ds.utils.file_lock import locked
 
 PATIENCE = timedelta(days=7)
 """Of the wait at the end. Ranks finish at different times, by hours on a long set; a rank that dies ends it at once."""

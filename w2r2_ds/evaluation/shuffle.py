@@ -15,7 +15,7 @@ from PIL import Image
 
 from w2r2_ds.data.images import load_frame
 from w2r2_ds.data.processor import Features
-from w2r2_ds.data.sample import Sample
+from w2r2_ds.types.sample import Sample
 
 SEED = 0
 """Of the pairing, so that all checkpoints are shown the same wrong rooms."""

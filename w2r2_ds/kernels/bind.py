@@ -10,10 +10,10 @@ from typing import Any
 
 from peft.tuners.lora.layer import Linear
 
-from w2r2_ds.kernels.choose import Kernels
-from w2r2_ds.kernels.lora import bind_lora
+from w2r2_ds.kernels.lora_linear import bind_lora
 from w2r2_ds.kernels.norm import bind_layer, bind_norm
 from w2r2_ds.kernels.rope import bind_attention
+from w2r2_ds.kernels.select import Kernels
 from w2r2_ds.kernels.swiglu import bind_mlp
 
 NORMS = ("Qwen2_5_VLRMSNorm",)

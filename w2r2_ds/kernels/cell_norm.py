@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 
-from w2r2_ds.kernels.choose import Kernels
-from w2r2_ds.kernels.jit import blocks, jit, power_of_two, tl
+from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, tl
 
 ROWS = 64
 """Features whose share of the weight's gradient one program adds up."""

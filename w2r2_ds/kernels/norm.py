@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from w2r2_ds.kernels.choose import Kernels
+from w2r2_ds.kernels.select import Kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2r2_ds.kernels.choose import Kernels
+from w2r2_ds.kernels.select import Kernels
 
 NAME = "apply_rotary_pos_emb"
 """What the stock attention calls, a function of its file."""

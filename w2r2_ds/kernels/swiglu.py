@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import silu
 
-from w2r2_ds.kernels.choose import Kernels
+from w2r2_ds.kernels.select import Kernels
 
 
 def swiglu(gate: Tensor, up: Tensor, kernels: Kernels) -> Tensor:

@@ -10,20 +10,20 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from w2r2_ds.config import ModelConfig
-from w2r2_ds.geometry.cached import FeatureCache
-from w2r2_ds.geometry.encoder import VGGTEncoder
-from w2r2_ds.geometry.loading import load_vggt
+from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.kernels.bind import bind_kernels
-from w2r2_ds.kernels.choose import resolve_attention, resolve_kernels
-from w2r2_ds.models.dtype import resolve_dtype
-from w2r2_ds.models.fusion import GeometryMerger
-from w2r2_ds.models.identity import weights_identity
+from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.models.fusion import fusion_name, make_fusion
+from w2r2_ds.models.geometry_encoder import VGGTEncoder
 from w2r2_ds.models.lora import add_lora
-from w2r2_ds.models.merger_file import load_merger
-from w2r2_ds.models.phi import fusion_name, make_fusion
-from w2r2_ds.models.vlm import VisionSpec, load_tokenizer, load_vlm, meta_model
+from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.merger_io import load_merger
+from w2r2_ds.models.qwen2_5_vl.loading import load_tokenizer, load_vlm, meta_model
+from w2r2_ds.models.vggt.loading import load_vggt
 from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.models.weights_hash import weights_identity
+from w2r2_ds.types.vision import VisionSpec
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2r2_ds.kernels.choose import Kernels
-from w2r2_ds.kernels.dual_emit import dual_emit
-from w2r2_ds.models.phi import check_same_tokens
+from w2r2_ds.kernels.dual_stream_embed import dual_emit
+from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.models.fusion import check_same_tokens
 
 
 class LateSum:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from w2r2_ds.geometry.encoder import GeometryEncoder
+from w2r2_ds.models.geometry_encoder import GeometryEncoder
 
 if TYPE_CHECKING:
     from w2r2_ds.models.w2r2 import VisualInputs

@@ -12,16 +12,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from w2r2_ds.geometry.cached import Cached
-from w2r2_ds.geometry.encoder import GeometryEncoder
-from w2r2_ds.kernels.choose import Kernels
-from w2r2_ds.models.attention import attention_inputs
+from w2r2_ds.features.lookup import Cached
+from w2r2_ds.kernels.select import Kernels
 from w2r2_ds.models.emit import LateSum
 from w2r2_ds.models.encode import encode_cached, encode_geometry
-from w2r2_ds.models.fusion import GeometryMerger, pair_frames
-from w2r2_ds.models.last_layer import Rows, rows_only
-from w2r2_ds.models.phi import Add, Fusion
-from w2r2_ds.models.tower import TowerInputs
+from w2r2_ds.models.fusion import Add, Fusion
+from w2r2_ds.models.geometry_encoder import GeometryEncoder
+from w2r2_ds.models.merger import GeometryMerger, pair_frames
+from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
+from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs
+from w2r2_ds.types.batch import TowerInputs
 
 Mask = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 """``[tokens, hidden]`` of every image -> the same with some tokens zeroed."""

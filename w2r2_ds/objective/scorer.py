@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2r2_ds.config import ObjectiveConfig
-from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.slots import TokenTables
+from w2r2_ds.config.schema import ObjectiveConfig
+from w2r2_ds.data.answer_tokens import TokenTables
 from w2r2_ds.objective.similarity import (
     decoded_grounding_similarity,
     grounding_similarity,
@@ -19,7 +18,8 @@ from w2r2_ds.objective.similarity import (
     read_texts,
     similarity,
 )
-from w2r2_ds.objective.text import text_similarity
+from w2r2_ds.objective.text_similarity import text_similarity
+from w2r2_ds.types.batch import Batch
 
 
 @dataclass(frozen=True)

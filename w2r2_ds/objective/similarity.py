@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from w2r2_ds.data.answers import AnswerError, parse_grounding
-from w2r2_ds.data.boxes import camera_to_world_torch, rotation_matrix_torch
-from w2r2_ds.data.collate import Batch
-from w2r2_ds.data.iou import oriented_iou
-from w2r2_ds.data.rows import AnswerRows
-from w2r2_ds.data.slots import TokenTables
+from w2r2_ds.boxes3d.iou import oriented_iou
+from w2r2_ds.boxes3d.transforms import camera_to_world_torch, rotation_matrix_torch
+from w2r2_ds.data.answer_tokens import TokenTables
+from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding
+from w2r2_ds.types.batch import AnswerRows, Batch
 
 
 def read_numbers(predicted: torch.Tensor, rows: AnswerRows, tables: TokenTables) -> torch.Tensor:
@@ -100,7 +99,7 @@ def grounding_similarity(
 
 
 def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`grounding_similarity` of decoded answers, read strictly (``data/answers.py``), on the CPU.
+    """`grounding_similarity` of decoded answers, read strictly (``data/tasks/parsing.py``), on the CPU.
 
     Args:
         texts: a decoded answer per sample, without special tokens; those of other kinds are not looked at.

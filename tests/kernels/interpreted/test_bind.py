@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from w2r2_ds.engine.recompute import recompute
 from w2r2_ds.kernels.bind import bind_kernels
-from w2r2_ds.kernels.choose import Kernels
+from w2r2_ds.kernels.select import Kernels
 from w2r2_ds.models.lora import add_lora
+from w2r2_ds.training.activation_checkpointing import recompute
 
 pytestmark = pytest.mark.usefixtures("liger_interpreted")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from w2r2_ds.kernels.cell_norm import cell_norm
-from w2r2_ds.kernels.choose import Kernels
+from w2r2_ds.kernels.select import Kernels
 
 
 def normed_and_gradient(dtype: torch.dtype, wide: bool, kernels: Kernels) -> tuple[torch.Tensor, torch.Tensor]:

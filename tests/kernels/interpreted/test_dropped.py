@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from w2r2_ds.kernels import dropped
-from w2r2_ds.kernels.lora import lora_projection
+from w2r2_ds.kernels import dropout_matmul
+from w2r2_ds.kernels.lora_linear import lora_projection
 
 WAYS = ("torch", "triton")
 
@@ -24,19 +24,22 @@ def matrices(rows: int, width: int, rank: int, dtype: torch.dtype = torch.float3
 def test_products_equal_torch(rows: int, width: int, rank: int) -> None:
     x, keep, a, low, out = matrices(rows, width, rank)
     pairs = [
-        [dropped.down(x, keep, a, 1.25, way) for way in WAYS],
-        [dropped.outer(low, x, keep, 1.25, way) for way in WAYS],
-        [dropped.up_(out.clone(), low, a, keep, 1.25, way) for way in WAYS],
+        [dropout_matmul.down(x, keep, a, 1.25, way) for way in WAYS],
+        [dropout_matmul.outer(low, x, keep, 1.25, way) for way in WAYS],
+        [dropout_matmul.up_(out.clone(), low, a, keep, 1.25, way) for way in WAYS],
     ]
     for one, two in pairs:
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)  # another order of up to 130 summands near 1
 
 
 def test_many_rows_are_split_without_losing_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dropped, "PARTS", 2)
+    monkeypatch.setattr(dropout_matmul, "PARTS", 2)
     x, keep, _, low, _ = matrices(300, 20, 16)
     torch.testing.assert_close(
-        dropped.outer(low, x, keep, 1.0, "triton"), dropped.outer(low, x, keep, 1.0, "torch"), rtol=1e-5, atol=1e-4
+        dropout_matmul.outer(low, x, keep, 1.0, "triton"),
+        dropout_matmul.outer(low, x, keep, 1.0, "torch"),
+        rtol=1e-5,
+        atol=1e-4,
     )
 
 
@@ -45,11 +48,14 @@ def test_bfloat16_products_in_float32() -> None:
     x, keep, a, low, out = matrices(70, 130, 16, torch.bfloat16)
     wide = [m.float() for m in (x, a, low, out)]
     pairs = [
-        (dropped.down(x, keep, a, 1.25, "triton"), dropped.down(wide[0], keep, wide[1], 1.25, "torch")),
-        (dropped.outer(low, x, keep, 1.25, "triton"), dropped.outer(wide[2], wide[0], keep, 1.25, "torch")),
+        (dropout_matmul.down(x, keep, a, 1.25, "triton"), dropout_matmul.down(wide[0], keep, wide[1], 1.25, "torch")),
         (
-            dropped.up_(out.clone(), low, a, keep, 1.25, "triton"),
-            dropped.up_(wide[3], wide[2], wide[1], keep, 1.25, "torch"),
+            dropout_matmul.outer(low, x, keep, 1.25, "triton"),
+            dropout_matmul.outer(wide[2], wide[0], keep, 1.25, "torch"),
+        ),
+        (
+            dropout_matmul.up_(out.clone(), low, a, keep, 1.25, "triton"),
+            dropout_matmul.up_(wide[3], wide[2], wide[1], keep, 1.25, "torch"),
         ),
     ]
     for got, exact in pairs:

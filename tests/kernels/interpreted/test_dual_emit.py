@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from w2r2_ds.kernels.dual_emit import dual_emit
+from w2r2_ds.kernels.dual_stream_embed import dual_emit
 
 HIDDEN = 24
 

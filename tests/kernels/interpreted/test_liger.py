@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.kernels.choose import Kernels
 from w2r2_ds.kernels.norm import add_rms_norm, rms_norm
 from w2r2_ds.kernels.rope import rotate
+from w2r2_ds.kernels.select import Kernels
 from w2r2_ds.kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.usefixtures("liger_interpreted")

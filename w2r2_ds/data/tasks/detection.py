@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from w2r2_ds.data.boxes import world_to_camera
-from w2r2_ds.data.embodiedscan import ScanInfo
-from w2r2_ds.data.sample import Labelled, Sample
-from w2r2_ds.data.scannet import Frame, Scene
-from w2r2_ds.data.tasks.outcome import NO_WINDOW, Dropped, Job, Outcomes, TaskOptions, rounded_box, shown
-from w2r2_ds.data.visibility import listed_frames
+from w2r2_ds.boxes3d.transforms import world_to_camera
+from w2r2_ds.data.frames.visibility import listed_frames
+from w2r2_ds.data.sources.embodiedscan import ScanInfo
+from w2r2_ds.data.sources.scannet import Frame, Scene
+from w2r2_ds.data.tasks.base import NO_WINDOW, Dropped, Job, Outcomes, TaskOptions, rounded_box, shown
+from w2r2_ds.types.sample import Labelled, Sample
 
 QUESTION = (
     "\nDetect the 3D bounding boxes in the camera coordinate system of the first frame.\n"

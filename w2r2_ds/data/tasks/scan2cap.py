@@ -16,22 +16,24 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from w2r2_ds.data.annotations import Description
-from w2r2_ds.data.boxes import world_to_camera
-from w2r2_ds.data.sample import Reference, Sample
-from w2r2_ds.data.scannet import Scene
-from w2r2_ds.data.tasks.outcome import (
+from w2r2_ds.boxes3d.transforms import world_to_camera
+from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,
     Dropped,
     Job,
     Outcome,
     Outcomes,
+    Sight,
     TaskOptions,
+    choose_seeing,
+    look,
     rounded,
     shown,
     target_of,
 )
-from w2r2_ds.data.tasks.sights import Sight, choose_seeing, look
+from w2r2_ds.types.sample import Reference, Sample
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
 """VG-LLM's, with the line break that follows its frames."""

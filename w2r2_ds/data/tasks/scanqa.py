@@ -6,11 +6,11 @@ all references. The test splits have none, and the answer is empty.
 
 from __future__ import annotations
 
-from w2r2_ds.data.annotations import Question
-from w2r2_ds.data.sample import Reference, Sample
-from w2r2_ds.data.scannet import Scene
-from w2r2_ds.data.tasks.outcome import Job, Outcomes, TaskOptions, shown
-from w2r2_ds.data.views import choose
+from w2r2_ds.data.frames.selection import choose
+from w2r2_ds.data.sources.annotations import Question
+from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.data.tasks.base import Job, Outcomes, TaskOptions, shown
+from w2r2_ds.types.sample import Reference, Sample
 
 QUESTION = "{question} Answer the question simply."
 

@@ -18,28 +18,30 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from PIL import Image
 
-from w2r2_ds.data.annotations import Description
-from w2r2_ds.data.boxes import world_to_camera
+from w2r2_ds.boxes3d.transforms import world_to_camera
+from w2r2_ds.data.frames.selection import choose
+from w2r2_ds.data.frames.visibility import clearest
 from w2r2_ds.data.images import FORMATS
-from w2r2_ds.data.sample import Sample
-from w2r2_ds.data.scannet import Scene
-from w2r2_ds.data.tasks.outcome import (
+from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
     NO_VISIBLE_FRAME,
     Dropped,
     Job,
     Outcome,
     Outcomes,
+    Sight,
     TaskOptions,
+    choose_seeing,
+    look,
     rounded,
     rounded_box,
     shown,
     target_of,
     world_box,
 )
-from w2r2_ds.data.tasks.sights import Sight, choose_seeing, look
-from w2r2_ds.data.views import choose
-from w2r2_ds.data.visibility import clearest
+from w2r2_ds.types.sample import Sample
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"

@@ -1,0 +1,189 @@
+"""The field's way, the unit of cost: Hugging Face's Trainer, stock Qwen2.5-VL with logits on every row, VGGT each step.
+
+As VG-LLM does it (github.com/LaVi-Lab/VG-LLM): one pass per sample, all of VGGT's blocks computed and every layer's
+output kept until the one before the last is taken, the loss over all rows. The weights are the subject's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from w2r2_ds.bench.harness import Lap, timed
+from w2r2_ds.bench.model import Subject, Window, optimizer_of
+from w2r2_ds.bench.shapes import IGNORED
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.types.batch import Batch
+
+
+@contextmanager
+def stock(model: W2R2) -> Iterator[None]:
+    """Inside, forward and backward, every module of the VLM and the merger does what its class does: no kernels.
+
+    Activations are recomputed as the Trainer's `gradient_checkpointing` has it done: in every layer, by transformers.
+    """
+    norm, text = model.geometry_merger.ln_q, model.base.model.language_model
+    kernels, norm.kernels = norm.kernels, "torch"
+    ours = [(module, module.__dict__.pop("forward")) for module in model.vlm.modules() if "forward" in module.__dict__]
+    for layer in text.layers:  # what transformers sets; the method's name is another in every few versions
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
+            True,
+            partial(checkpoint, use_reentrant=False),
+        )
+    try:
+        yield
+    finally:
+        for layer in text.layers:
+            layer.gradient_checkpointing = False
+        norm.kernels = kernels
+        for module, forward in ours:
+            module.forward = forward
+
+
+Towers = tuple[Any, Tensor]
+"""The vision tower's output and the geometry features of a sample."""
+
+
+class FieldModel(nn.Module):
+    """VLM, VGGT and merger in one forward, as VG-LLM's model.
+
+    Args:
+        model: whose modules it shares.
+    """
+
+    def __init__(self, model: W2R2) -> None:
+        super().__init__()
+        self.vlm, self.geometry_merger = model.vlm, model.geometry_merger
+        object.__setattr__(self, "_model", model)  # of which only the towers are asked for
+        self.given: Towers | None = None
+
+    @property
+    def window(self) -> Window:
+        """The geometry encoder."""
+        encoder = self.__dict__["_model"].geometry
+        assert isinstance(encoder, Window), "the bench builds it"
+        return encoder
+
+    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor, geometry_images: Tensor, **rest: Any) -> Any:
+        """The stock output, with the loss where `labels` are given; `geometry_images` may have no frames."""
+        visual = self.fused(pixel_values, image_grid_thw, geometry_images)
+        return self.vlm(mm_encoder_outputs={"image": visual}, image_grid_thw=image_grid_thw, use_cache=False, **rest)
+
+    def fused(self, pixel_values: Tensor, grid: Tensor, geometry_images: Tensor) -> Any:
+        """The tower's output with the merged geometry added."""
+        visual = self.visual(pixel_values, grid)
+        if len(geometry_images):
+            visual = copy.copy(visual)
+            tokens = torch.cat(visual.pooler_output) + self.geometry_merger([self.geometry(geometry_images)])
+            visual.pooler_output = (tokens,)
+        return visual
+
+    def visual(self, pixel_values: Tensor, grid: Tensor) -> Any:
+        """The frozen vision tower's output."""
+        if self.given:
+            return self.given[0]
+        base: Any = self.vlm.get_base_model()  # type: ignore[operator]
+        return base.model.get_image_features(pixel_values, grid, return_dict=True)
+
+    @torch.no_grad()
+    def geometry(self, images: Tensor) -> Tensor:
+        """``[frames, rows, columns, channels]`` of the layer before the last; all of them are computed and kept."""
+        if self.given:
+            return self.given[1]
+        vggt = self.window.encoder.vggt
+        layers = vggt.aggregator(images[None], list(range(vggt.config.depth)))
+        tokens = list(layers.values())[-2][0]
+        grid = tokens[:, vggt.config.special_tokens :].unflatten(1, (images.shape[-2] // vggt.config.patch_size, -1))
+        return self.window.crop(grid)
+
+
+def stock_inputs(batch: Batch) -> dict[str, Tensor]:
+    """A batch of one sample with frames as the stock forward takes it; labels mark the answer."""
+    assert len(batch.ids) == 1, "one pass per sample"
+    images = batch.visuals.geometry_images[0]
+    assert images is not None, "a batch without a cache"
+    labels = torch.full_like(batch.input_ids, IGNORED)
+    labels[0, batch.answer_rows.position + 1] = batch.answer_rows.label
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "mm_token_type_ids": batch.token_types,
+        "pixel_values": batch.visuals.pixel_values,
+        "image_grid_thw": batch.visuals.grid_thw,
+        "geometry_images": images,
+        "labels": labels,
+    }
+
+
+class StepTimer(TrainerCallback):
+    """Times what lies between a step's begin and its end: forward, backward, clipping, update; not the fetch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.lap, self.inside = device, Lap(), timed(Lap(), device)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.inside = timed(self.lap, self.device)
+        self.inside.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.inside.__exit__(None, None, None)
+
+
+class FieldTrainer:
+    """Steps of Hugging Face's Trainer on one sample.
+
+    Args:
+        subject: whose model is trained.
+        batch: the sample.
+    """
+
+    def __init__(self, subject: Subject, batch: Batch) -> None:
+        self.subject, self.model = subject, FieldModel(subject.model)
+        self.inputs = stock_inputs(batch)
+        self.timer = StepTimer(subject.device)
+        self.folder = tempfile.TemporaryDirectory()
+        arguments = TrainingArguments(
+            output_dir=self.folder.name,
+            per_device_train_batch_size=1,
+            max_steps=1,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,  # the one sample is on the device already
+            use_cpu=subject.device.type == "cpu",
+        )
+        self.trainer = Trainer(
+            model=self.model,
+            args=arguments,
+            data_collator=lambda items: dict(items[0]),
+            train_dataset=[self.inputs],  # type: ignore[arg-type]
+            optimizers=(optimizer_of(subject.model), None),
+            callbacks=[self.timer],
+        )
+        self.trainer.remove_callback(PrinterCallback)
+
+    def step(self, given: Towers | None = None) -> Lap:
+        """Train one step and say what it took; with `given`, both towers' features need not be computed."""
+        self.timer.lap, self.model.given = Lap(), given
+        with stock(self.subject.model):
+            self.trainer.train()
+        return self.timer.lap
+
+    @torch.no_grad()
+    def towers(self) -> Towers:
+        """What both towers make of the sample."""
+        self.model.given = None
+        visual = self.model.visual(self.inputs["pixel_values"], self.inputs["image_grid_thw"])
+        return visual, self.model.geometry(self.inputs["geometry_images"])

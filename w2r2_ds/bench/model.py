@@ -1,0 +1,284 @@
+"""What is measured: the project's own model, step and batches, in shapes of choice, random and in memory.
+
+Nothing here computes in another way than training does: `W2R2Step`, `Collator` and the stock classes do the work.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from w2r2_ds.bench.shapes import MERGE, PATCH, Shape
+from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig
+from w2r2_ds.data.answer_tokens import answer_slots, token_tables
+from w2r2_ds.data.collate import Collator
+from w2r2_ds.data.loader import make_positions
+from w2r2_ds.data.packing import Grouping, by_frames
+from w2r2_ds.data.processor import IMAGE, Features
+from w2r2_ds.data.visual_inputs import vision_patches
+from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, train_tokenizer
+from w2r2_ds.kernels.bind import bind_kernels
+from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.models.build import Front, trainable
+from w2r2_ds.models.fusion import make_fusion
+from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.lora import add_lora
+from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.qwen2_5_vl.loading import meta_model
+from w2r2_ds.models.vggt.model import VGGT
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.types.batch import Batch
+from w2r2_ds.types.sample import Sample, Target
+from w2r2_ds.types.vision import VisionSpec
+
+SEED = 0
+BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
+QUESTION = " find the chair"
+
+
+class Window:
+    """A geometry encoder of which the VLM sees a part: columns and rows of patches at the upper left of a frame."""
+
+    def __init__(self, encoder: VGGTEncoder, grid: tuple[int, int]) -> None:
+        self.encoder, self.grid = encoder, grid
+        self.feature_dim, self.layer, self.reference_frame = encoder.feature_dim, encoder.layer, encoder.reference_frame
+
+    def encode(self, images: Tensor) -> Tensor:
+        """``[frames, rows, columns, channels]``."""
+        return self.crop(self.encoder.encode(images))
+
+    def crop(self, features: Tensor) -> Tensor:
+        """The part of ``[frames, h, w, channels]``."""
+        columns, rows = self.grid
+        return features[:, :rows, :columns]
+
+
+@dataclass
+class Subject:
+    """A model of some shape with all that a step needs.
+
+    Attributes:
+        shape: its sizes.
+        model: LoRA on a random VLM, random merger and VGGT; LoRA pairs are not silent.
+        front: tokenizer, vision facts, positions.
+        device: where it computes.
+    """
+
+    shape: Shape
+    model: W2R2
+    front: Front
+    device: torch.device
+
+    def step(self, push: str = "margin", **objective: Any) -> W2R2Step:
+        """The training step with a reading of Eq. 6; all steps share the model."""
+        config = RunConfig(objective=ObjectiveConfig(push=push, **objective))
+        tables = token_tables(self.front.tokenizer, self.shape.vocabulary).to(self.device)
+        return W2R2Step(self.model, config, Scorer(tables, self.front.tokenizer, config.objective)).train()
+
+    def batch(self, questions: int = 1, packed: bool = False) -> Batch:
+        """Questions about one set of frames, each a sequence; `packed`, all in one, with the frames once."""
+        return self._collate(self.features(questions), by_frames if packed else None)
+
+    def alone(self, question: int) -> Batch:
+        """One of these questions."""
+        return self._collate(self.features(question + 1)[question:], None)
+
+    def _collate(self, features: list[Features], grouping: Grouping | None) -> Batch:
+        positions, pad = make_positions(self.front, DataConfig()), self.front.tokenizer.pad_token_id
+        collate = Collator(pad, "image", positions, self.front.vision, grouping=grouping)
+        return collate(features).to(self.device)
+
+    def features(self, questions: int) -> list[Features]:
+        """What the processor makes of questions about one set of frames, here of noise."""
+        shape, vision = self.shape, self.front.vision
+        width, height = shape.frame_size
+        noise = np.random.default_rng(SEED)
+        images = noise.random((shape.frames, 3, height, width), dtype=np.float32)
+        seen = images[:, :, : shape.grid[1] * PATCH, : shape.grid[0] * PATCH]
+        pixel_values, grid_thw = vision_patches(np.ascontiguousarray(seen), vision, "image")
+        dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
+        made = []
+        for index in range(questions):
+            ids, answer = self._tokens(index)
+            types = torch.where(ids == vision.image_token_id, IMAGE, 0)
+            sample = self._sample(index, answer)
+            offsets = self.front.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+            end = (len(answer), len(answer) + 1)
+            made.append(
+                Features(
+                    sample=sample,
+                    input_ids=ids,
+                    token_types=types,
+                    answer_tokens=shape.answer_tokens,
+                    pixel_values=pixel_values.to(dtype),
+                    grid_thw=grid_thw,
+                    geometry_images=torch.from_numpy(images),
+                    what=torch.zeros(len(ids), dtype=torch.bool),
+                    slots=answer_slots("grounding", answer, [*offsets["offset_mapping"], end]),
+                )
+            )
+        return made
+
+    def _tokens(self, question: int) -> tuple[Tensor, str]:
+        """Frames, each between its two marks, a question and an answer of just the shape's lengths."""
+        shape, tokenizer, vision = self.shape, self.front.tokenizer, self.front.vision
+        pads = [vision.image_token_id] * (shape.visual_tokens // shape.frames)
+        end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+        frames = [vision.vision_start_id, *pads, end] * shape.frames
+        length = shape.prompt_tokens - 2 * shape.frames
+        words = tokenizer(QUESTION * length, add_special_tokens=False)["input_ids"]
+        asked = words[question % len(words) :][:length]
+        answer, ids = answer_of(tokenizer, shape.answer_tokens - 1, question)
+        ids = [*frames, *asked, *ids, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        assert len(ids) == shape.tokens, "the shape says how many tokens there are"
+        return torch.tensor(ids), answer
+
+    def _sample(self, index: int, answer: str) -> Sample:
+        frames = self.shape.frames
+        poses = np.tile(np.eye(4), (frames, 1, 1))
+        target = Target(BOX, 1, "chair", "unique")
+        paths = tuple(f"frame{i}.jpg" for i in range(frames))  # of the bench: nothing reads them
+        return Sample(f"bench|{index}", "scanrefer", "bench", paths, poses, QUESTION, answer, target)  # type: ignore[arg-type]
+
+
+def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
+    """A frame and nine box values whose text has so many tokens, with decimals here and there to fill it up."""
+    digits = np.random.default_rng(seed).integers(1, 10, 400)
+    for extra in range(200):
+        values = [str(digits[i]) for i in range(9)]
+        for decimal in range(extra // 2):
+            at = decimal % 9
+            values[at] += ("." if "." not in values[at] else "") + str(digits[9 + decimal])
+        if extra % 2:
+            values[8] = "1" + values[8]
+        answer = f'{{"frame": 0, "bbox_3d": [{", ".join(values)}]}}'
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if len(ids) == tokens:
+            return answer, ids
+    raise AssertionError(f"no answer has {tokens} tokens")
+
+
+def build(shape: Shape, device: torch.device) -> Subject:
+    """A random model of a shape, checkpointed and trained as `training/deepspeed/engine.py` does it."""
+    dtype, kernels = resolve_dtype(shape.dtype), resolve_kernels("auto")  # type: ignore[arg-type]
+    front = build_front(shape)
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        try:
+            vlm = Qwen2_5_VLForConditionalGeneration(front.meta.config)
+            merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden, kernels=kernels)
+            fusion = make_fusion("add", shape.hidden)
+            vggt = VGGT(shape.vggt)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    vlm.set_attn_implementation(resolve_attention("auto", dtype))
+    peft = add_lora(vlm, shape.lora_rank, 2 * shape.lora_rank)
+    bind_kernels(peft, kernels)
+    geometry = Window(VGGTEncoder(vggt, shape.geometry_layer), shape.grid)
+    model = W2R2(peft, merger, fusion, geometry, kernels=kernels)
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    recompute(model.base.model.language_model.layers, 1, False, lambda: (nullcontext(), nullcontext()))
+    model.base.enable_input_require_grads()
+    return Subject(shape, model, front, device)
+
+
+def build_front(shape: Shape) -> Front:
+    """Tokenizer and facts of a shape's VLM; no weights."""
+    answers = [f'{{"frame": {i}, "bbox_3d": [{i}.0, 1, 2, 3, 4, 5, 6, 7, 8]}}' for i in range(9)]
+    tokenizer = train_tokenizer([QUESTION * 2, *answers], 400)
+    config = Qwen2_5_VLConfig(
+        text_config=_text_config(shape, tokenizer),
+        vision_config=_vision_config(shape),
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=shape.tied,
+        dtype=shape.dtype,
+    )
+    mean, std = ((values[0], values[1], values[2]) for values in (IMAGE_MEAN, IMAGE_STD))
+    sizes = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "window_size": shape.vision_window}
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_id": "vision_start"}
+    tokens = {field: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for field, name in names.items()}
+    spec = VisionSpec(**sizes, **tokens, image_mean=mean, image_std=std, tokens_per_second=2)
+    return Front(tokenizer, spec, meta_model(config))
+
+
+def _text_config(shape: Shape, tokenizer: Any) -> dict[str, Any]:
+    eighth = shape.hidden // shape.heads // 16
+    return {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": shape.tied,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1000000.0,
+            "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth],
+        },
+    }
+
+
+def _vision_config(shape: Shape) -> dict[str, Any]:
+    return {
+        "depth": shape.vision_depth,
+        "hidden_size": shape.vision_hidden,
+        "intermediate_size": shape.vision_intermediate,
+        "num_heads": shape.vision_heads,
+        "in_channels": 3,
+        "out_hidden_size": shape.hidden,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": shape.vision_window,
+        "fullatt_block_indexes": list(shape.vision_full),
+    }
+
+
+def optimizer_of(model: W2R2) -> torch.optim.Optimizer:
+    """AdamW over what trains, at a rate that leaves the weights nearly as they are."""
+    return torch.optim.AdamW(trainable(model).values(), lr=1e-7)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Backward, clipping and the optimizer's step, as the engine and the Trainer do."""
+    loss.backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def describe(shape: Shape) -> str:
+    """The shape in a sentence."""
+    vggt = shape.vggt
+    return (
+        f"{shape.name}: language model {shape.layers} layers of {shape.hidden} ({shape.heads}/{shape.kv_heads} heads, "
+        f"MLP {shape.intermediate}), {shape.vocabulary} rows of vocabulary, {shape.visual_tokens} visual and "
+        f"{shape.tokens - shape.visual_tokens} text tokens ({shape.answer_tokens} of the answer), LoRA rank "
+        f"{shape.lora_rank}, {shape.dtype}; vision tower {shape.vision_depth} x {shape.vision_hidden}; VGGT width "
+        f"{vggt.embed_dim}, {vggt.vit_depth} + {vggt.depth} + {vggt.depth} blocks, {shape.frames} frames of "
+        f"{shape.frame_size[0]}x{shape.frame_size[1]}, layer {shape.geometry_layer} of {vggt.depth} is used."
+    )

@@ -1,0 +1,58 @@
+"""W2R2 as it would first be written: two stock passes with logits on every row. Slow, and what ours must equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from w2r2_ds.bench.hf_trainer import FieldModel, stock, stock_inputs
+from w2r2_ds.bench.model import Subject
+from w2r2_ds.models.build import trainable
+from w2r2_ds.objective.loss import Outputs, read_shortcut, w2r2_loss
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.types.batch import Batch
+
+
+def plain_loss(step: W2R2Step, batch: Batch) -> Tensor:
+    """The objective of `step` from two plain passes over one sample, both with a graph.
+
+    Whether a gradient goes through the shortcut too is the reading's matter: `unblocked` lets it.
+    """
+    field = FieldModel(step.model)
+    inputs = stock_inputs(batch)
+    del inputs["labels"]
+    outputs = [
+        field(**(inputs | {"geometry_images": images})).logits[0, batch.answer_rows.position]
+        for images in (inputs["geometry_images"][:0], inputs["geometry_images"])
+    ]
+    shortcut = read_shortcut(Outputs(outputs[0]), batch, step.objective, step.scorer)
+    loss, _ = w2r2_loss(Outputs(outputs[1]), shortcut, batch, step.objective, step.scorer)
+    return loss
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of what trains, by name; the model's are cleared."""
+    loss.backward()
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(model).items()}
+    model.zero_grad()
+    return found
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of a tensor's gradients relative to their norm."""
+    assert ours.keys() == theirs.keys() and all(gradient.norm() > 0 for gradient in theirs.values()), "all train"
+    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
+
+
+def check_equal(subject: Subject, batch: Batch) -> dict[str, float]:
+    """Gradients of our steps against plain ones: of push `none` against the field's loss, of W2R2 against two passes.
+
+    `poe` pushes on every row; most others wait for a shortcut that answers well, which random weights do not.
+    """
+    model = subject.model
+    none, poe = subject.step("none"), subject.step("poe")
+    ours = gradients(model, none(batch)[0]), gradients(model, poe(batch)[0])
+    with stock(model):
+        field = difference(ours[0], gradients(model, FieldModel(model)(**stock_inputs(batch)).loss))
+        passes = difference(ours[1], gradients(model, plain_loss(poe, batch)))
+    return {"none against the field": field, "poe against two plain passes": passes}

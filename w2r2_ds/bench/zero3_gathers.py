@@ -1,0 +1,52 @@
+"""What ZeRO-3 gathers, counted, and the single pass that this is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from w2r2_ds.types.batch import Batch
+
+
+@dataclass
+class Counts:
+    """What was gathered.
+
+    Attributes:
+        layers: gathers of every parameter of the decoder layers, by name.
+        bytes: of all parameters.
+    """
+
+    layers: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+
+
+@contextmanager
+def counting(language_model: Any) -> Iterator[Counts]:
+    """Counts what DeepSpeed starts to gather inside, by the table in which it keeps what is on its way."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry  # seconds
+
+    names = {id(parameter): name for name, parameter in language_model.layers.named_parameters()}
+    counts, saved = Counts(dict.fromkeys(names.values(), 0)), InflightParamRegistry.__setitem__
+
+    def counted(self: Any, parameter: Any, handle: Any) -> None:
+        counts.bytes += parameter.ds_numel * parameter.element_size()
+        if id(parameter) in names:
+            counts.layers[names[id(parameter)]] += 1
+        saved(self, parameter, handle)
+
+    InflightParamRegistry.__setitem__ = counted
+    try:
+        yield counts
+    finally:
+        InflightParamRegistry.__setitem__ = saved
+
+
+def fused_alone(model: Any, batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
+    """A schedule without a shortcut pass, given its model: the fused pass's states stand for the shortcut's."""
+    states = model.hidden(batch, fused, with_what)
+    return states.detach(), states

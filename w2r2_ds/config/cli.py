@@ -1,0 +1,76 @@
+"""The command line's errors: one sentence, with the options that a misspelt one may have meant."""
+
+from __future__ import annotations
+
+import re
+from argparse import _SubParsersAction
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+
+from w2r2_ds.utils.sanitize import one_line, without_secrets
+
+LIKE = 0.65
+"""Least similarity of a name that is proposed, as difflib measures it."""
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser; what is wrong with a command line or a recipe is one sentence, without the usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and exit with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        names = unknown_names(message)
+        if names:
+            sentence = "; ".join(f"there is no option {name}{did_you_mean(name, self.names())}" for name in names)
+        else:
+            sentence = plain(message)
+        sentence = one_line(without_secrets(sentence))
+        self.exit(2, f"{self.prog.replace(' [options]', '')}: {sentence}; --help lists the options.\n")
+
+    def names(self) -> list[str]:
+        """All options of this parser and of its subcommands, without their dashes."""
+        found = []
+        for action in self._actions:
+            if isinstance(action, _SubParsersAction):
+                found += [name for parser in action.choices.values() for name in parser.names()]
+            found += [name.removeprefix("--") for name in action.option_strings if name.startswith("--")]
+        return found
+
+
+def unknown_names(message: str) -> list[str]:
+    """The options that jsonargparse's message does not know: with dashes of a command line, without of a recipe."""
+    if found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        words = found[1].split()
+        return [word.partition("=")[0] for word in words if word.startswith("-")] or words[:1]
+    if found := re.fullmatch(r"Group '(.*)' does not accept option '(.*)'", message):
+        return [".".join(found.groups())]
+    if found := re.fullmatch(r"Option '(.*)' is not accepted", message):
+        return [found[1]]
+    return []
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """`` (did you mean a, b?)``, the likest known names, or nothing where none is like it.
+
+    A name is like another if its last part is, of `objctive.lam` and of `lam` too: `objective.lam`.
+    """
+    bare = name.lstrip("-")
+    dashes = name[: len(name) - len(bare)]
+    scores = {}
+    for other in known:
+        last = SequenceMatcher(None, bare.rpartition(".")[2], other.rpartition(".")[2]).ratio()
+        if last >= LIKE:
+            scores[other] = last + 0.1 * SequenceMatcher(None, bare, other).ratio()  # of equal ends, the same section
+    like = sorted(scores, key=lambda other: (-scores[other], other))[:most]
+    return f" (did you mean {', '.join(dashes + other for other in like)}?)" if like else ""
+
+
+def plain(message: str) -> str:
+    """jsonargparse's message on one line, without Python's types in it."""
+    text = " ".join(message.split()).rstrip(".")
+    text = re.sub(r"Parser key \"(.*?)\":", r"\1:", text).replace("typing.", "").replace(". Got value:", ", got")
+    return re.sub(r"Expected an? (?:<class '(.*?)'>|)", r"expected \1", text)

@@ -1,0 +1,233 @@
+"""Import a VG-LLM checkpoint: its Qwen2.5-VL, VGGT and geometry merger, each as this project loads it.
+
+OUT/vlm/                          a plain Qwen2.5-VL directory, with the source's tokenizer and processor files
+    vggt/                         config.json, model.safetensors
+    geometry_merger.safetensors   the merger's tensors
+    model.yaml                    the options that put them together, for --config
+
+VG-LLM (github.com/LaVi-Lab/VG-LLM, arXiv 2505.24625) keeps all three in one state_dict, under the names that Qwen2.5-VL
+had before transformers 4.52, and adds keys of its own to Qwen2.5-VL's flat config.json.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.models.geometry_encoder import REFERENCE_FRAMES
+from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.merger_io import MERGER
+from w2r2_ds.models.qwen2_5_vl.loading import load_tokenizer, meta_model
+from w2r2_ds.models.vggt.loading import CONFIG, HEADS, read_json, save_vggt, weight_files
+from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.types.vision import VisionSpec
+
+T = TypeVar("T")
+
+PREFIXES = {
+    "visual.": ("vlm", "model.visual."),
+    "model.": ("vlm", "model.language_model."),
+    "lm_head.": ("vlm", "lm_head."),
+    "merger.": ("geometry_merger", ""),
+    "vggt.aggregator.": ("vggt", "aggregator."),
+}
+"""VG-LLM's prefix -> the part it belongs to, and the prefix there."""
+SKIPPED = tuple(f"vggt.{head}" for head in HEADS)
+OWN = {
+    "use_vggt_feature": False,
+    "use_dense_supervision": False,
+    "distill_loss_weight": None,
+    "reference_frame": "first",
+    "vggt_merger_hidden_dim": 4096,
+    "add_ground_classifier": False,
+}
+"""What VG-LLM adds to Qwen2.5-VL's config.json, and what it means where it is missing."""
+COPIED = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "*processor_config.json", "generation_*.json")
+"""Files beside the weights that a plain Qwen2.5-VL directory has too."""
+
+
+def import_vgllm(source: Path, out: Path) -> ModelConfig:
+    """Split the VG-LLM checkpoint directory `source`; `out` appears whole or not at all.
+
+    Returns:
+        The options of `out`/model.yaml, all others at their defaults.
+
+    Raises:
+        ValueError: `out` is not empty; `source` is no VG-LLM checkpoint, lacks a file, or does not hold exactly the
+            weights that its config.json describes (the first one is named).
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; name another folder or remove it.")
+    load_tokenizer(source)  # it and the next name a missing file
+    VisionSpec.load(source)
+    raw = read_json(source / CONFIG)
+    copied = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
+    for file in (source / CONFIG, *copied):
+        refuse_code(file)
+    own = {key: raw.pop(key, missing) for key, missing in OWN.items()}
+    if own["use_vggt_feature"] is not True:
+        raise ValueError(f"{source / CONFIG}: use_vggt_feature is not true; give the directory of a VG-LLM checkpoint.")
+    if own["reference_frame"] not in REFERENCE_FRAMES:
+        raise ValueError(f"{source / CONFIG}: reference_frame {own['reference_frame']!r} is neither first nor last.")
+    try:
+        vlm, vggt, merger = _modules(split_state(_read_state(source)), raw, own["vggt_merger_hidden_dim"])
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    options = {
+        "vlm": str(out.absolute() / "vlm"),
+        "vggt": str(out.absolute() / "vggt"),
+        "geometry_layer": vggt.config.depth - 2,  # VG-LLM takes the last layer but one
+        "reference_frame": own["reference_frame"],
+        "merger_hidden": own["vggt_merger_hidden_dim"],
+        "merger": str(out.absolute() / MERGER),
+        "fusion": "add",
+    }
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    vlm.save_pretrained(aside / "vlm")
+    for file in copied:
+        shutil.copyfile(file, aside / "vlm" / file.name)
+    save_vggt(vggt, aside / "vggt")
+    save_file({name: tensor.contiguous() for name, tensor in merger.state_dict().items()}, aside / MERGER)
+    (aside / "model.yaml").write_text(yaml.safe_dump({"model": options}, sort_keys=False))
+    os.replace(aside, out)
+    return ModelConfig(**options)
+
+
+def refuse_code(file: Path) -> None:
+    """Refuse to carry on the names of code. Links are followed: the hub's cache and shared model folders have them.
+
+    Raises:
+        ValueError: names the file.
+    """
+    if file.suffix == ".json" and file.name != "vocab.json" and "auto_map" in read_json(file):
+        raise ValueError(f"{file}: auto_map names code of its own; remove the field, it is never run here.")
+
+
+def split_state(state: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """VG-LLM's state_dict -> part -> name in that part -> value; weights of VGGT's heads are left out.
+
+    The VLM's names are those that transformers 5 has in memory.
+
+    Raises:
+        ValueError: a name that belongs to no part.
+    """
+    parts: dict[str, dict[str, T]] = {part: {} for part, _ in PREFIXES.values()}
+    for name, value in state.items():
+        if name.startswith(SKIPPED):
+            continue
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            raise ValueError(
+                f"{name} belongs neither to Qwen2.5-VL, VGGT nor the geometry merger; VG-LLM's use_dense_supervision "
+                "and add_ground_classifier are not supported."
+            )
+        part, ours = PREFIXES[prefix]
+        parts[part][ours + name.removeprefix(prefix)] = value
+    return parts
+
+
+def fill(module: nn.Module, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give `module` the tensors of one part of `split_state`, without a copy; names and shapes must fit exactly.
+
+    Raises:
+        ValueError: a tensor is unknown, missing, of another shape or quantised; named as in VG-LLM.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    owners = {id(parameter): name for name, parameter in module.named_parameters()}
+    assert module.state_dict().keys() == parameters.keys(), "a buffer would stay as it is"
+    for name in sorted(tensors.keys() - parameters.keys()):
+        raise ValueError(f"{their_name(part, name)} has no place in the {part} that {CONFIG} describes.")
+    for name, parameter in parameters.items():
+        owner = owners[id(parameter)]  # another name where the output head is tied to the embedding
+        if owner not in tensors:
+            raise ValueError(f"{their_name(part, owner)} is missing.")
+        tensor = tensors.get(name, tensors[owner])
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            given = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{their_name(part, name)} is {given}, not floating-point {list(parameter.shape)}.")
+        if owner != name and name in tensors and not torch.equal(tensor, tensors[owner]):
+            raise ValueError(f"{their_name(part, name)} is not {their_name(part, owner)}, to which {CONFIG} ties it.")
+    # Not strict: all is checked, and a tied head gets its tensor below.
+    module.load_state_dict({name: tensors[name] for name in owners.values()}, strict=False, assign=True)
+    if isinstance(module, PreTrainedModel):
+        module.tie_weights()
+
+
+def their_name(part: str, name: str) -> str:
+    """VG-LLM's name of a part's tensor."""
+    found = [(theirs, ours) for theirs, (owner, ours) in PREFIXES.items() if owner == part and name.startswith(ours)]
+    return found[0][0] + name.removeprefix(found[0][1])
+
+
+def vggt_config(tensors: Mapping[str, torch.Tensor]) -> VGGTConfig:
+    """Sizes of a VGGT from the shapes of its tensors; VG-LLM writes none down.
+
+    Shapes do not tell the heads of the ViT, which are taken to be as wide as those of the other blocks, nor the base of
+    the rotary positions; both are then right for the public 1B model, the only one that VG-LLM builds.
+
+    Raises:
+        ValueError: a tensor that tells a size is missing.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if f"aggregator.{name}" not in tensors:
+            raise ValueError(f"vggt.aggregator.{name} is missing.")
+        return tuple(tensors[f"aggregator.{name}"].shape)
+
+    def depth(blocks: str) -> int:
+        found = (re.match(rf"aggregator\.{blocks}\.(\d+)\.", name) for name in tensors)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    width, patch = shape("camera_token")[-1], shape("patch_embed.patch_embed.proj.weight")[-1]
+    heads = width // shape("frame_blocks.0.attn.q_norm.weight")[0]
+    return VGGTConfig(
+        img_size=patch * math.isqrt(shape("patch_embed.pos_embed")[1] - 1),
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth("frame_blocks"),
+        num_heads=heads,
+        mlp_ratio=shape("frame_blocks.0.mlp.fc1.weight")[0] / width,
+        num_register_tokens=shape("register_token")[2],
+        vit_depth=depth(r"patch_embed\.blocks"),
+        vit_num_heads=heads,
+        vit_mlp_ratio=shape("patch_embed.blocks.0.mlp.fc1.weight")[0] / width,
+    )
+
+
+def _modules(
+    parts: Mapping[str, Mapping[str, torch.Tensor]], raw: dict[str, Any], merger_hidden: int
+) -> tuple[PreTrainedModel, VGGT, GeometryMerger]:
+    """The filled parts; `raw` is config.json without VG-LLM's own keys."""
+    config: Any = CONFIG_MAPPING[raw["model_type"]].from_dict({**raw, "architectures": None})
+    vlm = meta_model(config)
+    hidden, merge = config.text_config.hidden_size, config.vision_config.spatial_merge_size
+    with torch.device("meta"):
+        vggt = VGGT(vggt_config(parts["vggt"]))
+        merger = GeometryMerger(2 * vggt.config.embed_dim, hidden, merger_hidden, merge)
+    for part, module in (("vlm", vlm), ("vggt", vggt), ("geometry_merger", merger)):
+        fill(module, part, parts[part])
+    return vlm, vggt, merger
+
+
+def _read_state(source: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory."""
+    try:
+        return {name: tensor for file in weight_files(source) for name, tensor in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"the weights cannot be read ({error}); a file is broken or incomplete: copy it again."
+        ) from error

@@ -1,0 +1,180 @@
+"""Export what was trained: a plain PEFT directory, the geometry merger, and a card.
+
+ADAPTER/adapter_config.json, adapter_model.safetensors   stock peft and transformers load these
+        geometry_merger.safetensors                      the merger's tensors, VG-LLM's names; a fusion's as fusion.NAME
+        w2r2_card.json                                   base model, configuration, metrics, versions
+        README.md                                        the same in words, and how to load it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from w2r2_ds.config.io import from_values, relocated
+from w2r2_ds.config.io import load_config as load_run_config
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.models.build import build_model, fingerprint
+from w2r2_ds.models.merger_io import MERGER, load_merger, merger_tensors
+from w2r2_ds.models.vggt.loading import read_json
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.training.checkpoint.compat import refuse_other_model
+from w2r2_ds.training.checkpoint.manifest import find_checkpoint, read_description
+from w2r2_ds.training.checkpoint.weights import load_trainable
+from w2r2_ds.utils.safetensors_io import read_strictly
+from w2r2_ds.utils.versions import versions
+
+ADAPTER_CARD, LORA = "w2r2_card.json", "adapter_model.safetensors"
+README = """---
+base_model: {quoted}
+library_name: peft
+tags: [w2r2, vggt]
+---
+
+# A W2R2 adapter for {base}
+
+LoRA weights and a geometry merger, trained with W2R2-DS {version} to step {step}. Objective: `push {objective[push]}`,
+lambda {objective[lam]}, mu {objective[mu]}. Geometry: layer {model[geometry_layer]} of {geometry} (frozen, not here),
+joined by `fusion {model[fusion]}`. Everything else of the training is in `w2r2_card.json`.
+
+| file | holds |
+|---|---|
+| `adapter_config.json`, `adapter_model.safetensors` | the LoRA weights, for peft |
+| `geometry_merger.safetensors` | the merger's tensors, and the fusion's as `fusion.NAME` |
+
+With W2R2-DS, from frames and geometry (where the base models lie now is said by `--vlm` and `--vggt`):
+
+    python launchers/evaluate.py --checkpoint THIS_FOLDER --geometry fused
+
+With peft and transformers alone, which see the frames and no geometry:
+
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    base = AutoModelForImageTextToText.from_pretrained({quoted}, dtype="auto")
+    model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+"""
+"""Takes the place of the blank form that peft writes."""
+
+
+def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> Path:
+    """Write the adapter of a run's newest checkpoint, or of a checkpoint, to `out`.
+
+    Args:
+        path: of one of them.
+        out: new folder.
+        vlm: where the video LLM lies now; where it lay in training without it.
+        vggt: likewise VGGT.
+
+    Raises:
+        ValueError: `path` is an adapter itself or holds no checkpoint, `out` is not empty, or a trained tensor would
+            be empty.
+    """
+    if (path / ADAPTER_CARD).is_file():
+        raise ValueError(f"{path} is an exported adapter already; name the run or the checkpoint that it came from.")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; name another --out or remove it.")
+    checkpoint = find_checkpoint(path)
+    config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, vggt=vggt)
+    model = build_model(config.model, torch.device("cpu"), config.train.seed)
+    load_trainable(checkpoint, model)
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    cast(PeftModel, model.vlm).save_pretrained(str(aside), save_embedding_layers=False)
+    save_file(merger_tensors(model), aside / MERGER)
+    described = card(config, model, checkpoint)
+    (aside / ADAPTER_CARD).write_text(json.dumps(described, indent=2) + "\n")
+    (aside / "README.md").write_text(readme(described))
+    refuse_empty(aside)
+    os.replace(aside, out)
+    return out
+
+
+def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
+    """What a reader must know to use or to doubt the adapter."""
+    saved = read_description(checkpoint)
+    return {
+        "base_model": config.model.vlm,
+        "geometry_model": config.model.vggt,
+        "model": fingerprint(model),
+        "step": saved["step"],
+        "training_metrics": saved["metrics"],
+        "trained_with": saved["versions"],
+        "exported_with": versions(),
+        "configuration": asdict(config),
+    }
+
+
+def readme(described: dict[str, Any]) -> str:
+    """The card in words."""
+    return README.format(
+        base=described["base_model"],
+        quoted=json.dumps(described["base_model"]),  # as YAML and as Python
+        geometry=described["geometry_model"],
+        version=described["trained_with"]["w2r2_ds"],
+        step=described["step"],
+        objective=described["configuration"]["objective"],
+        model=described["model"],
+    )
+
+
+def refuse_empty(out: Path) -> None:
+    """An export never holds a tensor of shape (0,)."""
+    for file in sorted(out.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if tensor.numel() == 0:
+                raise ValueError(f"{file}: {name} is empty; the checkpoint was saved without gathering its tensors.")
+
+
+def adapter_config(path: Path) -> RunConfig:
+    """The configuration that an exported adapter was trained with, from its card.
+
+    Raises:
+        ValueError: the card has none, or one with fields or values that no configuration has.
+    """
+    return from_values(read_card(path)["configuration"], f"{path / ADAPTER_CARD}: configuration")
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """An adapter's card; ``ValueError`` where it is none."""
+    file = path / ADAPTER_CARD
+    found = read_json(file)
+    for field in ("configuration", "model"):
+        if not isinstance(found.get(field), dict):
+            raise ValueError(f"{file}: field {field!r} is missing or no object; export the adapter again.")
+    return found
+
+
+def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
+    """The model of an exported adapter; `config` says where its base models lie.
+
+    Its adapter_config.json, which is for others, is not read: peft would do what that file says, as importing modules.
+
+    Raises:
+        ValueError: a file is missing or broken, or its tensors are not just those of this model.
+    """
+    described = read_card(path)
+    model = build_model(config.model, device, config.train.seed)
+    refuse_other_model(described["model"], model, path / ADAPTER_CARD)
+    load_lora(cast(PeftModel, model.vlm), path / LORA)
+    load_merger(model, path / MERGER)
+    return model
+
+
+def load_lora(vlm: PeftModel, file: Path) -> None:
+    """Fill the LoRA weights of a model from a file that peft wrote, strictly.
+
+    Raises:
+        ValueError: the file cannot be read, or does not hold exactly these tensors.
+    """
+    own = get_peft_model_state_dict(vlm, save_embedding_layers=False)
+    set_peft_model_state_dict(vlm, read_strictly(file, "the LoRA weights", own))

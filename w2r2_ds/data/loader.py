@@ -1,0 +1,234 @@
+"""Configuration -> samples -> batches: the one place where the data side is put together."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from w2r2_ds.config.schema import DataConfig
+from w2r2_ds.data.collate import Collator, Positions
+from w2r2_ds.data.dataset import MANIFEST, PreparedSet
+from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.packing import Grouping, alone, by_frames
+from w2r2_ds.data.processor import Features, Processor
+from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.models.build import Front
+from w2r2_ds.models.qwen2_5_vl.loading import position_ids
+from w2r2_ds.types.batch import Batch
+from w2r2_ds.types.sample import Sample
+
+
+def load_mixture(config: DataConfig, split: str) -> Mixture:
+    """The prepared data sets of a split.
+
+    Raises:
+        ValueError: one of them is missing or broken, or an epoch of training would show nothing.
+    """
+    sources = {"train": config.train, "val": config.val}[split]
+    sets = [PreparedSet(Path(config.root) / source.path, config.root) for source in sources]
+    mixture = Mixture(sets, [source.weight for source in sources], [source.cap for source in sources])
+    if split == "train" and mixture.epoch_size == 0:
+        shown = ", ".join(f"{each.folder / MANIFEST} ({len(each)})" for each in sets)
+        raise ValueError(
+            f"There is nothing to train on: the samples of {shown}, times their weight in data.train, are none; see "
+            "there what was left out and prepare the data set again, or raise the weight."
+        )
+    return mixture
+
+
+def refuse_drawn_frames(mixture: Mixture, questions: int) -> None:
+    """Raise ValueError where several questions per scene should share frames that were drawn for every sample."""
+    for each in mixture.sets if questions > 1 else ():
+        if isinstance(each, PreparedSet) and each.manifest["options"]["frames"].get("protocol") == "vgllm":
+            raise ValueError(
+                f"{each.folder / MANIFEST}: frames.protocol is vgllm, which draws other frames for every sample, so "
+                f"that data.questions_per_scene {questions} finds none to share; prepare the data set with "
+                "scene_sets (or uniform, coverage, list), or give 1."
+            )
+
+
+def digests(mixture: Mixture) -> list[str]:
+    """What each of the prepared sets of a mixture was made of, as one hash."""
+    return [each.digest for each in mixture.sets if isinstance(each, PreparedSet)]
+
+
+class SampleDataset(Dataset[Features | ValueError]):
+    """Features of samples, made when asked for.
+
+    Args:
+        samples: what to turn into tensors.
+        processor: how.
+        with_answer: with the answer as label (training), or the prompt alone (generation).
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], processor: Callable[[Sample, bool], Features], with_answer: bool
+    ) -> None:
+        self.samples, self.processor, self.with_answer = samples, processor, with_answer
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Features | ValueError:
+        # A loader process would wrap an error in its traceback; `checked` raises it as it is.
+        try:
+            return self.processor(self.samples[index], self.with_answer)
+        except ValueError as error:
+            return error
+
+
+def checked(batches: Iterable[Batch | ValueError]) -> Iterator[Batch]:
+    """The batches of a loader; raises the sentence of the first sample that could not be read."""
+    for batch in batches:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+@dataclass(frozen=True)
+class CollateOrError:
+    """Collate, unless a sample could not be read, or does not go with the others: then hand the error on."""
+
+    collate: Collator
+
+    def __call__(self, items: Sequence[Features | ValueError]) -> Batch | ValueError:
+        features = []
+        for item in items:
+            if isinstance(item, ValueError):
+                return item
+            features.append(item)
+        try:
+            return self.collate(features)
+        except ValueError as error:
+            return error
+
+
+def make_processor(front: Front, config: DataConfig) -> Processor:
+    """The processor of a VLM for a data configuration."""
+    return Processor(front.tokenizer, front.vision, config, front.cache)
+
+
+def make_positions(front: Front, config: DataConfig) -> Positions:
+    """Multimodal positions of a padded batch, from the VLM's own rule, on the CPU."""
+    seconds = front.vision.temporal_patch_size / config.video_fps
+    return functools.partial(_positions, front.meta, seconds)
+
+
+def _positions(
+    meta: torch.nn.Module,
+    seconds: float,
+    input_ids: torch.Tensor,
+    token_types: torch.Tensor,
+    attention_mask: torch.Tensor,
+    image_grid: torch.Tensor | None,
+    video_grid: torch.Tensor | None,
+) -> torch.Tensor:
+    return position_ids(
+        meta,  # type: ignore[arg-type]
+        input_ids,
+        token_types,
+        attention_mask=attention_mask,
+        image_grid_thw=image_grid,
+        video_grid_thw=video_grid,
+        second_per_grid_ts=None if video_grid is None else torch.full((len(video_grid),), seconds),
+    )
+
+
+def visual_kind(config: DataConfig) -> str:
+    """`"image"` or `"video"`, as the VLM calls them."""
+    return {"images": "image", "video": "video"}[config.visual]
+
+
+def grouping(config: DataConfig) -> Grouping | None:
+    """Which samples of a micro-batch share frames in one sequence; None where each has a sequence of its own."""
+    if config.questions_per_scene > 1:
+        return by_frames
+    return alone if config.packing else None
+
+
+def make_collate(front: Front, config: DataConfig, with_prompts: bool) -> CollateOrError:
+    """Collation of training samples."""
+    positions, pad = make_positions(front, config), front.tokenizer.pad_token_id
+    return CollateOrError(Collator(pad, visual_kind(config), positions, front.vision, with_prompts, grouping(config)))
+
+
+def keep_working(worker: int) -> None:
+    """Let a loader process work on when the signals that stop a run reach it too; `worker_init_fn` of every loader.
+
+    A worker must first deliver what the run finishes its step with. PyTorch ends workers by SIGTERM: that of the
+    parent is obeyed, which takes a thread, since only waiting for a signal tells who sent it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    rank = multiprocessing.parent_process()  # not getppid: that may be Python's fork server
+    assert rank is not None, "a loader process has a parent"
+    threading.Thread(target=_obey_parent, args=(rank.pid,), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def train_loader(
+    samples: Sequence[Sample],
+    front: Front,
+    config: DataConfig,
+    sampler: GlobalBatchSampler,
+    with_prompts: bool = False,
+) -> DataLoader[Any]:
+    """Micro-batches of this rank, in the sampler's order; `with_prompts` where answers are decoded in training."""
+    return DataLoader(
+        SampleDataset(samples, make_processor(front, config), with_answer=True),
+        batch_sampler=sampler,
+        collate_fn=make_collate(front, config, with_prompts),
+        num_workers=config.workers,
+        worker_init_fn=keep_working,
+        prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=torch.cuda.is_available(),  # then `Batch.to` copies without waiting
+        persistent_workers=config.workers > 0,
+        # Its own: else making the iterator draws from the random state that a resume has just put back.
+        generator=torch.Generator(),
+    )
+
+
+def measure_loader(samples: Sequence[Sample], front: Front, config: DataConfig, batch_size: int) -> DataLoader[Any]:
+    """Batches in order, with answers and with prompts, to compare the two readings of the shortcut's answer."""
+    return DataLoader(
+        SampleDataset(samples, make_processor(front, config), with_answer=True),
+        batch_size=batch_size,
+        collate_fn=make_collate(front, config, with_prompts=True),
+        generator=torch.Generator(),
+    )
+
+
+def prompt_loader(
+    samples: Sequence[Sample],
+    front: Front,
+    config: DataConfig,
+    batch_size: int,
+    processor: Callable[[Sample, bool], Features] | None = None,
+) -> DataLoader[Any]:
+    """Left-padded prompts in order, for generation; `processor` where it is not the VLM's own."""
+    dataset = SampleDataset(samples, processor or make_processor(front, config), with_answer=False)
+    collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), None, front.vision)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=CollateOrError(collate),
+        num_workers=config.workers,
+        worker_init_fn=keep_working,
+        # Its own: a validation must not draw from the random state that training goes on with.
+        generator=torch.Generator(),
+    )

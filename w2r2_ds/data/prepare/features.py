@@ -1,0 +1,228 @@
+"""Fill the feature cache ahead of training, by one process or many: ``launchers/prepare.py geometry``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.data.collate import tower_input
+from w2r2_ds.data.images import VGGT_PATCH, frame_size
+from w2r2_ds.data.loader import keep_working, load_mixture, visual_kind
+from w2r2_ds.data.validate import THREADS
+from w2r2_ds.data.visual_inputs import Eyes, Seen
+from w2r2_ds.evaluation.ranks import Ranks, set_threads
+from w2r2_ds.features.lookup import FeatureCache, flush
+from w2r2_ds.features.store import Cache, file_size, gib
+from w2r2_ds.kernels.bind import bind_kernels
+from w2r2_ds.kernels.select import describe, resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.models.build import load_geometry
+from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.models.qwen2_5_vl.loading import load_config, load_vlm
+from w2r2_ds.models.vggt.loading import locate, read_config
+from w2r2_ds.models.w2r2 import encode_visuals
+from w2r2_ds.types.batch import moved
+from w2r2_ds.types.sample import Sample
+from w2r2_ds.types.vision import VisionSpec
+from w2r2_ds.utils.distributed import together
+from w2r2_ds.utils.progress import progress
+
+
+@dataclass(frozen=True)
+class Need:
+    """Files of features: how many, and their bytes at most."""
+
+    files: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Need) -> Need:
+        return Need(self.files + other.files, self.bytes + other.bytes)
+
+    def __str__(self) -> str:
+        return f"{self.files} files, {gib(self.bytes)}"
+
+
+def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: Ranks) -> None:
+    """Encode every set of frames of these splits that the cache lacks; a killed call goes on where it was.
+
+    Every rank calls it, after `evaluation.ranks.joined`; rank 0 prints what there is to do and what was done.
+
+    Raises:
+        ValueError: there is no cache, no room for it, a frame cannot be read, or what was made could not be kept; on
+            every rank, but for a frame that is no picture, which ends the rank that decodes it.
+    """
+    with together():
+        scenes = frame_sets(config, splits)[ranks.rank :: ranks.world]
+        cache = open_cache(config.data, config.model)
+        if cache is None:
+            raise ValueError("data.cache is empty; name the folder to fill, as --data.cache runs/cache.")
+        vision = VisionSpec.load(config.model.vlm)
+        eyes = Eyes(vision, config.data, cache)
+        missing, whole, lacking = look_up(scenes, eyes, FeatureBytes(config, vision, cache))
+    whole, lacking = over_ranks(whole, ranks), over_ranks(lacking, ranks)
+    with together():
+        refuse_too_large(cache.cache, whole, lacking)
+    if ranks.rank == 0:
+        dtype = resolve_dtype(config.model.dtype)
+        chosen = describe(config.model.kernels, config.model.attention, dtype)
+        print(f"{chosen}, {dtype}: training on other machines finds only what it would choose too", flush=True)
+        free = gib(shutil.disk_usage(cache.cache.folder).free)
+        print(f"features of data.{', data.'.join(splits)}: {whole}; missing in {cache.cache.folder}: {lacking}", end="")
+        print(f" (free: {free}, data.cache_gib {config.data.cache_gib:g})", flush=True)
+    if not dry_run and lacking.files:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        made = encode_all(missing, eyes, config, device, ranks)
+        flush()
+        with together():  # and here all ranks wait for each other
+            refuse_lost(cache.cache, made)
+        if ranks.rank == 0:
+            print(f"{cache.cache.folder}: {gib(cache.cache.size())}, complete", flush=True)
+
+
+def frame_sets(config: RunConfig, splits: Sequence[str]) -> list[Sample]:
+    """A sample per distinct ordered set of frames."""
+    found: dict[tuple[Path, ...], Sample] = {}
+    for split in dict.fromkeys(splits):
+        for sample in load_mixture(config.data, split):
+            if sample.frames:
+                found.setdefault(sample.frames, sample)
+    return list(found.values())
+
+
+class FeatureBytes:
+    """How large the features of frames are, from sizes alone."""
+
+    def __init__(self, config: RunConfig, vision: VisionSpec, cache: FeatureCache) -> None:
+        self.dtype, self.vision, self.cache = resolve_dtype(config.model.dtype), vision, cache
+        self.channels = 2 * read_config(locate(config.model.vggt)).embed_dim
+        self.hidden = load_config(config.model.vlm).vision_config.out_hidden_size
+        self.as_video = config.data.visual == "video"
+
+    def of(self, sample: Sample, eyes: Eyes) -> tuple[int, int]:
+        """Bytes at most of the geometry file and of the 2D file; 0 for 2D features that are not cached."""
+        (width, height), (less, lower) = eyes.sizes([frame_size(path) for path in sample.frames])
+        count = len(sample.frames)
+        shape_3d = (count, height // VGGT_PATCH, width // VGGT_PATCH, self.channels)
+        if self.cache.vision is None:
+            return file_size(shape_3d, self.dtype), 0
+        step = self.vision.patch_size * self.vision.merge_size
+        times = -(-count // self.vision.temporal_patch_size) if self.as_video else count
+        shape_2d = (times * (lower // step) * (less // step), self.hidden)
+        return file_size(shape_3d, self.dtype), file_size(shape_2d, self.dtype)
+
+
+def look_up(samples: Sequence[Sample], eyes: Eyes, sizes: FeatureBytes) -> tuple[list[Sample], Need, Need]:
+    """Samples of which something is missing, what all of them need, and what of it is missing.
+
+    Whatever is there is read whole, so that it is not damaged files that are counted.
+    """
+    cache = sizes.cache
+
+    def one(sample: Sample) -> tuple[Need, Need]:
+        found = [cache.find_3d(sample.frames), cache.find_2d(sample.frames)]
+        needs = [(each, Need(1, size)) for each, size in zip(found, sizes.of(sample, eyes), strict=True) if each]
+        lacking = [need for each, need in needs if each.features is None]
+        return sum((need for _, need in needs), Need()), sum(lacking, Need())
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        needs = list(pool.map(one, samples))
+    missing = [sample for sample, (_, lacking) in zip(samples, needs, strict=True) if lacking.files]
+    return missing, sum((whole for whole, _ in needs), Need()), sum((lacking for _, lacking in needs), Need())
+
+
+def over_ranks(need: Need, ranks: Ranks) -> Need:
+    """What all ranks need together."""
+    if ranks.world == 1:
+        return need
+    everyone: list[Need] = [need] * ranks.world
+    dist.all_gather_object(everyone, need)
+    return sum(everyone, Need())
+
+
+def refuse_too_large(cache: Cache, whole: Need, lacking: Need) -> None:
+    """Say that there is no room before hours of work, not after them."""
+    if whole.bytes > cache.limit:
+        raise ValueError(
+            f"The features need {gib(whole.bytes)} ({whole.files} files), more than data.cache_gib = "
+            f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames "
+            "(of protocol vgllm every sample has its own, of scene_sets samples share them)."
+        )
+    growth, free = min(lacking.bytes, cache.limit - cache.size()), shutil.disk_usage(cache.folder).free
+    if growth > free:
+        raise ValueError(
+            f"{cache.folder} has {gib(free)} free, but the missing features need {gib(growth)}; make room, or name "
+            "another folder with data.cache."
+        )
+
+
+def refuse_lost(cache: Cache, made: Sequence[str]) -> None:
+    """What no longer fits, or a disk did not take, was said once and left out while the rest was made."""
+    lost = [key for key in made if not cache.has(key)]
+    if lost:
+        raise ValueError(
+            f"{cache.folder} lacks {len(lost)} of the {len(made)} files that were just made (a warning above says "
+            "why); make room or raise data.cache_gib, and call this again."
+        )
+
+
+class _Looked(Dataset[Seen | ValueError]):
+    """What the towers see of samples, made when asked for."""
+
+    def __init__(self, samples: Sequence[Sample], eyes: Eyes) -> None:
+        self.samples, self.eyes = samples, eyes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Seen | ValueError:
+        try:
+            return self.eyes.look(self.samples[index])
+        except ValueError as error:  # a loader process would wrap it in its traceback
+            return error
+
+
+def encode_all(
+    samples: Sequence[Sample], eyes: Eyes, config: RunConfig, device: torch.device, ranks: Ranks
+) -> list[str]:
+    """Make and keep what is missing of these samples' features; returns their keys."""
+    made: list[str] = []
+    geometry = load_geometry(config.model, device)
+    set_threads(ranks, geometry.vggt.config.embed_dim)
+    vlm: Any = None
+    if config.data.cached == "geometry+2d":
+        dtype = resolve_dtype(config.model.dtype)
+        vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()
+        vlm.model.visual.to(device)  # nothing else of it is used
+        bind_kernels(vlm, resolve_kernels(config.model.kernels))  # as in training: other kernels round otherwise
+    kind = visual_kind(config.data)
+    label = "features" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")
+    with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
+        for seen in _looked(samples, eyes, config.data.workers):
+            if seen.cached_3d is not None and seen.geometry_images is not None:
+                seen.cached_3d.keep(geometry.encode(seen.geometry_images))
+                made.append(seen.cached_3d.key)
+            if seen.cached_2d is not None and len(seen.pixel_values):
+                visuals = moved(tower_input(kind, seen.pixel_values, seen.grid_thw, eyes.vision), device)
+                seen.cached_2d.keep(torch.cat(encode_visuals(vlm, visuals).pooler_output))
+                made.append(seen.cached_2d.key)
+            advance()
+    return made
+
+
+def _looked(samples: Sequence[Sample], eyes: Eyes, workers: int) -> Iterator[Seen]:
+    dataset = _Looked(samples, eyes)
+    for seen in DataLoader(
+        dataset, batch_size=1, collate_fn=itemgetter(0), num_workers=workers, worker_init_fn=keep_working
+    ):
+        if isinstance(seen, ValueError):
+            raise seen
+        yield seen

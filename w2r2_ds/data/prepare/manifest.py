@@ -1,0 +1,156 @@
+"""What a prepared folder was made of: hashes of its inputs, its options, and whether it is what another run wants."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from w2r2_ds.data.dataset import MANIFEST, VERSION, read_manifest
+from w2r2_ds.data.prepare.inputs import scene_sources
+from w2r2_ds.data.prepare.plan import Plan, recorded_options
+
+MISSING = "missing"
+"""In place of a hash."""
+THREADS = 16
+_CHUNK = 2**20
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, or ``MISSING``."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return MISSING
+    return digest.hexdigest()
+
+
+def folder_hash(path: Path) -> str:
+    """SHA-256 of the sorted names in a folder, or ``MISSING``: images are too many to be read for this."""
+    try:
+        names = sorted(each.name for each in path.iterdir())
+    except OSError:
+        return MISSING
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def task_inputs(plan: Plan) -> dict[str, str]:
+    """Hash of every file of the task, by its path relative to the data root."""
+    return {relative(path, plan.root): file_hash(path) for path in plan.files}
+
+
+def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
+    """Scene -> hashes of its alignment, boxes and intrinsics, and of the names of its frames' files."""
+
+    def hashes(scene_id: str) -> dict[str, str]:
+        found = {relative(each.path, plan.root): file_hash(each.path) for each in scene_sources(plan.root, scene_id)}
+        folder = plan.root / "posed_images" / scene_id
+        return {**found, relative(folder, plan.root): folder_hash(folder)}
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        scene_ids = [job.scene_id for job in plan.jobs]
+        return dict(zip(scene_ids, pool.map(hashes, scene_ids), strict=True))
+
+
+def relative(path: Path, root: Path) -> str:
+    """The path below the root; as it is, where it lies elsewhere."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def key_of(*parts: Any) -> str:
+    """One hash of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def description(
+    plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str], skip_without_box: bool = False
+) -> dict[str, Any]:
+    """The part of a manifest that says what was asked for; equal descriptions mean equal data sets."""
+    options = {**recorded_options(plan.options), "skip_broken_scenes": skip_broken_scenes}
+    if skip_without_box:  # only then: data sets that were prepared before there was the option are reused
+        options["skip_without_box"] = True
+    return {
+        "version": VERSION,
+        "task": plan.options.task,
+        "format": plan.options.format,
+        "split": plan.options.split,
+        "options": options,
+        "inputs": dict(inputs),
+    }
+
+
+def counts(plan: Plan, samples: int, scenes: int, lost: int) -> dict[str, Any]:
+    """What the manifest counts; the published number is compared with what the annotations hold, never assumed.
+
+    Args:
+        plan: with its annotations.
+        samples: that were made.
+        scenes: that were used.
+        lost: frames of them without a valid pose.
+    """
+    found: dict[str, Any] = {"samples": samples, "scenes": scenes, "frames_without_pose": lost}
+    if plan.unit != "scenes":
+        found[plan.unit] = plan.items
+    if plan.published is not None:
+        found["published"] = {"of": plan.unit, "count": plan.published, "met": plan.items == plan.published}
+    return found
+
+
+def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
+    """A prepared folder in two or three lines: what is in it, whether the annotations are all, what was left out."""
+    numbers = manifest["counts"]
+    units = [name for name in ("descriptions", "objects", "questions", "scenes") if name in numbers]
+    held = " in ".join(f"{numbers[name]} {name}" for name in units)
+    lines = [f"{'reusing ' if reused else ''}{folder}: {numbers['samples']} samples of {held}"]
+    published = numbers.get("published")
+    if published is not None:
+        found = numbers[published["of"]]
+        verdict = "as published" if published["met"] else f"not the {published['count']} that are published"
+        lines.append(f"  {found} {published['of']}, {verdict}")
+    if manifest["dropped"]:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in manifest["dropped"].items())
+        lines.append(f"  left out: {reasons} (dropped.jsonl names each)")
+    return "\n".join(lines)
+
+
+def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a folder holds just what is wanted; False where there is no folder.
+
+    Raises:
+        ValueError: it holds something else; the message names the first difference.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = read_manifest(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} is in the way: {error} Remove it, or give --out another folder.") from None
+    difference = next(_differences(found, wanted, ""), None)
+    if difference is not None:
+        raise ValueError(
+            f"{folder} holds another prepared data set ({difference}); remove it, or give --out another folder."
+        )
+    changed = [name for name, digest in found["files"].items() if file_hash(folder / name) != digest]
+    if changed:
+        raise ValueError(f"{folder / changed[0]} is not the file that {MANIFEST} describes; remove {folder}.")
+    return True
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], before: str) -> Iterator[str]:
+    for name in wanted:
+        mine, theirs = wanted[name], found.get(name)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(theirs, {**dict.fromkeys(theirs), **mine}, f"{before}{name}: ")
+        elif mine != theirs:
+            if theirs is None and isinstance(mine, Mapping):
+                yield f"its manifest does not say its {name}"
+            elif "inputs: " in f"{before}{name}: ":
+                yield f"{name} has changed since"
+            else:
+                yield f"{before}{name} is {theirs!r} there and {mine!r} here"

@@ -1,0 +1,157 @@
+"""What a preparation needs and does not find, and what it would make; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from w2r2_ds.data.prepare.inputs import (
+    BOXES,
+    EXTRACTED,
+    SCANNET,
+    annotation_source,
+    needs_infos,
+    needs_proposals,
+    scene_sources,
+    sources,
+)
+from w2r2_ds.data.prepare.manifest import relative
+from w2r2_ds.data.prepare.plan import Plan, check_options, make_plan
+from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.data.validate import THREADS, ends_well
+
+SAMPLE_BYTES, FRAME_BYTES = 130, 160
+"""Size of a sample of 32 frames and of a frame in the compressed tables; measured on sentences of random words."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that is not there, or not whole.
+
+    Attributes:
+        path: of the file or folder.
+        problem: in a word or a sentence.
+        origin: where it comes from.
+    """
+
+    path: Path
+    problem: str
+    origin: str
+
+
+def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
+    """Everything that a task and split need and that is missing, truncated or unreadable.
+
+    Every image of the scenes that the annotations name is looked at: it must end as a JPEG or a PNG does. Without
+    usable annotations, the scenes in posed_images/ are looked at instead.
+    """
+    root = Path(root)
+    check_options(options)
+    found = [Missing(each.path, "missing", each.origin) for each in sources(root, options) if not each.path.is_file()]
+    scenes, unusable = _scenes(root, options, bool(found))
+    for scene_id in scenes:
+        found += _missing_of_scene(root, scene_id)
+    if not scenes:
+        folders = {"posed_images": EXTRACTED, "scans": SCANNET, "scannet_data": BOXES}
+        unknown = "missing; which scenes are needed is not known before the annotations are here"
+        found += [
+            Missing(root / name, unknown, origin) for name, origin in folders.items() if not (root / name).is_dir()
+        ]
+    return unusable + found
+
+
+def report(root: Path | str, options: TaskOptions, found: list[Missing]) -> str:
+    """What is missing, a line each, under where it comes from."""
+    name = f"{options.task} {options.split}"
+    if not found:
+        return f"{name}: everything is here"
+    things = "1 thing is" if len(found) == 1 else f"{len(found)} things are"
+    lines = [f"{name}: {things} missing"]
+    for origin in dict.fromkeys(each.origin for each in found):
+        lines.append(f"  from {origin}")
+        lines += [f"    {relative(each.path, Path(root))}: {each.problem}" for each in found if each.origin == origin]
+    return "\n".join(lines)
+
+
+def forecast(plan: Plan, out: Path) -> str:
+    """What a preparation would make, from the annotations alone."""
+    samples, options = _most_samples(plan), plan.options
+    listed = sum(len(list((plan.root / "posed_images" / job.scene_id).glob("*.jpg"))) for job in plan.jobs)
+    if options.task == "detection":
+        samples = listed if not options.windows else min(listed, samples)
+    size = samples * SAMPLE_BYTES + listed * FRAME_BYTES
+    published = ""
+    if plan.published is not None:
+        published = " (as published)" if plan.items == plan.published else f" ({plan.published} are published)"
+    return (
+        f"{out}: at most {samples} samples of {plan.items} {plan.unit}{published}, {len(plan.jobs)} scenes, "
+        f"{listed} frames; about {size / 1e6:.1f} MB; nothing was written"
+    )
+
+
+def _most_samples(plan: Plan) -> int:
+    """Samples if none is dropped; of a detection with all windows nobody knows before its scenes are opened."""
+    options = plan.options
+    if options.task == "detection":
+        return plan.items * options.windows
+    if options.split != "train":
+        return plan.items
+    if options.task == "scanqa":
+        return sum(len(question.answers) for job in plan.jobs for _, question in job.questions)
+    return plan.items * (options.rolls if options.task == "scanrefer" else 1)
+
+
+def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[str], list[Missing]]:
+    """The scenes that the annotations name, and what is wrong with these files if they cannot be read."""
+    if not incomplete:
+        try:
+            plan = make_plan(root, options)
+        except ValueError as error:
+            named = [each for each in sources(root, options) if str(each.path) in str(error)]
+            source = named[0] if named else annotation_source(root, options)
+            return _extracted(root), [Missing(source.path, str(error), source.origin)]
+        return [job.scene_id for job in plan.jobs], list(_left_out(plan))
+    return _extracted(root), []
+
+
+def _left_out(plan: Plan) -> Iterator[Missing]:
+    """Scenes that EmbodiedScan's infos or the proposals leave out."""
+    files = {each.name: each for each in reversed(sources(plan.root, plan.options))}  # the split's own infos
+    for job in plan.jobs:
+        if needs_infos(plan.options) and job.info is None:
+            yield Missing(files["infos"].path, f"does not have {job.scene_id}", files["infos"].origin)
+        if needs_proposals(plan.options) and job.proposals is None:
+            yield Missing(files["proposals"].path, f"does not have {job.scene_id}", files["proposals"].origin)
+
+
+def _extracted(root: Path) -> list[str]:
+    folder = root / "posed_images"
+    return sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
+
+
+def _missing_of_scene(root: Path, scene_id: str) -> Iterator[Missing]:
+    folder = root / "posed_images" / scene_id
+    if not folder.is_dir():
+        yield Missing(folder, "missing", EXTRACTED)
+    for each in scene_sources(root, scene_id):
+        if not each.path.is_file() and (each.path.parent != folder or folder.is_dir()):
+            yield Missing(each.path, "missing", each.origin)
+    if not folder.is_dir():
+        return
+    names = {each.name for each in folder.iterdir()}
+    stems = sorted({name.partition(".")[0] for name in names if name.partition(".")[0].isdecimal()}, key=int)
+    if not stems:
+        yield Missing(folder, "holds no frames", EXTRACTED)
+    images = []
+    for stem in stems:
+        for suffix in (".txt", ".jpg", ".png"):
+            if stem + suffix not in names:
+                yield Missing(folder / (stem + suffix), "missing", EXTRACTED)
+            elif suffix != ".txt":
+                images.append(folder / (stem + suffix))
+    with ThreadPoolExecutor(THREADS) as pool:
+        for path, whole in zip(images, pool.map(ends_well, images), strict=True):
+            if not whole:
+                yield Missing(path, "truncated, or no image", EXTRACTED)

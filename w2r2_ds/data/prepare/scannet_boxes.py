@@ -1,0 +1,204 @@
+"""Instance boxes from ScanNet's own files, by ScanRefer's rule.
+
+Of ``scans/SCENE/`` (ScanNet's download script fetches all four)::
+
+    SCENE_vh_clean_2.ply                     the mesh whose vertices are annotated, raw world, metres
+    SCENE_vh_clean_2.0.010000.segs.json      segIndices: the segment of each vertex
+    SCENE_vh_clean.aggregation.json          segGroups: objectId, label and segments of each object
+      or SCENE.aggregation.json
+    SCENE.txt                                axisAlignment
+
+and ``scannetv2-labels.combined.tsv``. The rule (daveredrum/ScanRefer ``load_scannet_data.py``): vertices are aligned in
+float64 and kept as float32; a segment that two objects name belongs to the later one; a box is the least and greatest
+coordinate of an object's vertices. ScanRefer leaves out walls, floors and ceilings afterwards; here they stay, since
+a sentence may be about one ("closet wall").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import trimesh
+
+from w2r2_ds.data.sources.json_reader import read_document
+from w2r2_ds.data.sources.labels import LabelMap, read_labels
+from w2r2_ds.data.sources.scannet import check_scene_id, read_alignment
+from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.parallel import listed, run_all
+from w2r2_ds.utils.progress import progress
+from w2r2_ds.utils.sanitize import one_line
+
+SOURCE = "a file of ScanNet, which its own download script fetches"
+
+
+@dataclass(frozen=True)
+class _Group:
+    object_id: int
+    label: str
+    segments: tuple[int, ...]
+
+
+def write_boxes(root: Path | str, scene_id: str) -> Path:
+    """Make ``scannet_data/SCENE_aligned_bbox.npy`` of one scene; what is there is replaced at once or not at all.
+
+    Args:
+        root: data root, see ``data/sources/scannet.py``.
+        scene_id: ScanNet scene name.
+
+    Returns:
+        the file: ``[N, 8]`` float64, cx cy cz dx dy dz label_id object_id, one row per object by its id; zeros for an
+        object without vertices.
+
+    Raises:
+        ValueError: one of ScanNet's files is missing, malformed or belongs to other files; the message names it.
+    """
+    root = Path(root)
+    folder = root / "scans" / check_scene_id(scene_id)
+    groups = _read_groups(_aggregation(folder, scene_id))
+    segments_file = folder / f"{scene_id}_vh_clean_2.0.010000.segs.json"
+    segments = _read_segments(segments_file)
+    mesh_file = folder / f"{scene_id}_vh_clean_2.ply"
+    vertices = _aligned(_read_vertices(mesh_file), read_alignment(folder / f"{scene_id}.txt"))
+    if len(vertices) != len(segments):
+        raise ValueError(
+            f"{segments_file} has {len(segments)} segIndices, but {mesh_file.name} {len(vertices)} vertices; one of "
+            "them is not this scene's, so download both again"
+        )
+    rows = _rows(vertices, segments, groups, read_labels(root))
+    if not rows.any():
+        raise ValueError(f"{segments_file} has no vertex of any object of {scene_id}; download the scene's files again")
+    for row, group in zip(rows, sorted(groups, key=lambda each: each.object_id), strict=True):
+        if row.any() and (row[3:6] <= 0).any():
+            raise ValueError(
+                f"{mesh_file}: object {group.object_id} ({one_line(group.label)}) is flat, with the size "
+                f"{row[3:6].tolist()}; download the scene's files again"
+            )
+    path = root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"
+    path.parent.mkdir(exist_ok=True)
+    with atomic_io.replacing(path) as aside, aside.open("wb") as file:  # processes prepare scenes side by side
+        np.save(file, rows)
+    return path
+
+
+def _rows(vertices: np.ndarray, segments: np.ndarray, groups: list[_Group], labels: LabelMap) -> np.ndarray:
+    """``[N, 8]`` of objects by id, from ``[V, 3]`` float32 vertices and the ``[V]`` segments they are in."""
+    owner = {segment: group.object_id for group in groups for segment in group.segments}
+    names, inverse = np.unique(segments, return_inverse=True)
+    # -1: no object
+    object_of = np.array([owner.get(int(name), -1) for name in names], dtype=np.int64)[inverse]
+    rows = np.zeros((len(groups), 8))
+    for row, group in zip(rows, sorted(groups, key=lambda each: each.object_id), strict=True):
+        points = vertices[object_of == group.object_id]
+        if len(points):
+            low, high = points.min(axis=0), points.max(axis=0)
+            row[:] = *((low + high) / 2), *(high - low), labels.get(group.label, (0, ""))[0], group.object_id
+    return rows
+
+
+def _aligned(vertices: np.ndarray, axis_align: np.ndarray) -> np.ndarray:
+    """``[V, 3]`` float32 in the axis-aligned world."""
+    return (vertices @ axis_align[:3, :3].T + axis_align[:3, 3]).astype(np.float32)
+
+
+def _read_vertices(path: Path) -> np.ndarray:
+    """``[V, 3]`` float64 of a mesh, binary or text, in the file's order."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; it must be {SOURCE}")
+    try:
+        # process=True would merge vertices, and their order is what segIndices refers to. No materials: a mesh names
+        # the file of its texture, which may lie anywhere.
+        mesh: Any = trimesh.load(path, file_type="ply", process=False, skip_materials=True)
+        vertices = np.asarray(mesh.vertices, dtype=np.float64)
+    except Exception as error:  # trimesh lets through whatever a cut file makes it stumble over
+        raise ValueError(f"{path} is no readable mesh ({error}); download it again") from None
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or not len(vertices) or not np.isfinite(vertices).all():
+        raise ValueError(f"{path} has no vertices, or some that are not finite; download it again")
+    return vertices
+
+
+def _read_segments(path: Path) -> np.ndarray:
+    """``[V]`` int64: the segment of each vertex."""
+    values = _field(read_document(path, SOURCE), "segIndices", path)
+    if not all(type(value) is int and abs(value) < 2**62 for value in values):
+        raise ValueError(f"{path}: field 'segIndices' holds something that is no whole number; download it again")
+    return np.array(values, dtype=np.int64)
+
+
+def _aggregation(folder: Path, scene_id: str) -> Path:
+    """ScanRefer reads the first; both hold the same objects."""
+    candidates = [folder / f"{scene_id}{ending}.aggregation.json" for ending in ("_vh_clean", "")]
+    return next((path for path in candidates if path.is_file()), candidates[1])
+
+
+def _read_groups(path: Path) -> list[_Group]:
+    groups: dict[int, _Group] = {}
+    for number, each in enumerate(_field(read_document(path, SOURCE), "segGroups", path)):
+        where = f"{path}: segGroups[{number}]"
+        fields: Mapping[str, Any] = each if isinstance(each, dict) else {}
+        object_id, label, segments = (fields.get(name) for name in ("objectId", "label", "segments"))
+        if type(object_id) is not int or object_id < 0:
+            raise ValueError(f"{where}: field 'objectId' is {object_id!r}, no number from 0; download the file again")
+        if object_id in groups:
+            raise ValueError(f"{where}: field 'objectId' repeats {object_id}; download the file again")
+        if not isinstance(label, str):
+            raise ValueError(f"{where}: field 'label' is {label!r}, no text; download the file again")
+        if not isinstance(segments, list) or not all(type(segment) is int for segment in segments):
+            raise ValueError(f"{where}: field 'segments' is no list of whole numbers; download the file again")
+        groups[object_id] = _Group(object_id, label, tuple(segments))
+    return list(groups.values())
+
+
+def _field(document: Any, name: str, path: Path) -> list[Any]:
+    value = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path}: field {name!r} is missing or no list; it must be {SOURCE}")
+    return value
+
+
+def write_all_boxes(
+    root: Path | str, scenes: Sequence[str] = (), workers: int = 1, overwrite: bool = False
+) -> tuple[int, int]:
+    """Make ``scannet_data/SCENE_aligned_bbox.npy`` of every scene that has none.
+
+    Args:
+        root: data root in ScanNet's layout.
+        scenes: names; without any, those below ``ROOT/scans``.
+        workers: processes.
+        overwrite: make them again where they are.
+
+    Returns:
+        How many were made and how many were there.
+
+    Raises:
+        ValueError: there are no scenes, or some cannot be used; the first ten are named, the others are made.
+    """
+    root, folder = Path(root), Path(root) / "scans"
+    if not scenes:
+        scenes = sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
+    if not scenes:
+        raise ValueError(f"{folder} holds no scenes; correct --root, or get ScanNet's scans first (docs/data.md).")
+    there = {name for name in scenes if (root / "scannet_data" / f"{name}_aligned_bbox.npy").is_file()}
+    todo = [(root, name) for name in scenes if overwrite or name not in there]
+    problems: dict[str, str] = {}
+    with progress("boxes: scenes", len(todo)) as advance:
+        for scene_id, problem in run_all(_write, todo, workers):
+            if problem:
+                problems[scene_id] = problem
+            advance()
+    if problems:
+        sentences = [problems[name] for name in sorted(problems)]
+        raise ValueError(listed(f"{len(problems)} of {len(scenes)} scenes have no boxes yet", sentences))
+    return len(todo), len(scenes) - len(todo)
+
+
+def _write(root: Path, scene_id: str) -> tuple[str, str]:
+    """Boxes of one scene; its name, and what is wrong with it."""
+    try:
+        write_boxes(root, scene_id)
+    except ValueError as error:
+        return scene_id, str(error)
+    return scene_id, ""

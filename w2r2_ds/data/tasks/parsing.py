@@ -1,0 +1,156 @@
+"""Strict reading of generated answers.
+
+A grounding answer is one JSON object, with or without a ```json fence around it, on one line or several:
+
+    {"frame": 12, "bbox_3d": [-0.63, -0.83, 2.43, 3.0, 0.59, 2.35, -2.32, 1.18, 3.05]}
+
+A detection is a JSON list of labels and boxes, likewise; a grounding in world coordinates is the six numbers
+``x_min,y_min,z_min,x_max,y_max,z_max`` (Video-3D-LLM's "gen" template).
+
+Nothing is guessed and nothing is evaluated: whatever is not exactly this is a failure with a reason. VG-LLM's evaluator
+reads the first line that holds "bbox_3d" as a Python literal instead; on the answers that models are trained to give
+(one line) both read the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n?(.*?)\s*```", re.DOTALL)
+_KEYS = {"frame", "bbox_3d"}
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+
+
+class AnswerError(ValueError):
+    """An answer that cannot be read.
+
+    Attributes:
+        reason: why, in words that do not depend on the answer, so that reasons can be counted.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The answer cannot be read: {reason}.")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """A grounding answer.
+
+    Attributes:
+        frame: index into the sample's frames.
+        box: ``[9]`` float64 in that frame's camera (metres, radians; see ``boxes3d/transforms.py``).
+    """
+
+    frame: int
+    box: np.ndarray
+
+
+def parse_grounding(text: str, frame_count: int) -> Grounding:
+    """Read a grounding answer, or raise ``AnswerError``.
+
+    Args:
+        text: the generated text, without special tokens.
+        frame_count: number of frames that the model saw.
+    """
+    answer = _json_object(text)
+    if set(answer) != _KEYS:
+        raise AnswerError("the keys are not exactly frame and bbox_3d")
+    frame = answer["frame"]
+    if not isinstance(frame, int) or isinstance(frame, bool):
+        raise AnswerError("frame is not an integer")
+    if not 0 <= frame < frame_count:
+        raise AnswerError("frame is out of range")
+    return Grounding(frame=frame, box=_box(answer["bbox_3d"]))
+
+
+def parse_objects(text: str) -> list[tuple[str, np.ndarray]]:
+    """Read a detection: labels and ``[9]`` float64 boxes in the order of the answer, or raise ``AnswerError``.
+
+    Every entry has exactly a label and a box; the box is called box_3d or bbox_3d (VG-LLM's prompt and evaluator
+    differ). The empty list is an answer too.
+    """
+    entries = _json(text, "it is not exactly one JSON list")
+    if not isinstance(entries, list):
+        raise AnswerError("it is not exactly one JSON list")
+    return [_object(entry) for entry in entries]
+
+
+def _object(entry: object) -> tuple[str, np.ndarray]:
+    if not isinstance(entry, dict) or set(entry) not in ({"label", "box_3d"}, {"label", "bbox_3d"}):
+        raise AnswerError("the keys of an entry are not exactly label and box_3d")
+    label = entry["label"]
+    if not isinstance(label, str) or not label.strip():
+        raise AnswerError("a label is not a text")
+    return label, _box(entry["box_3d"] if "box_3d" in entry else entry["bbox_3d"])
+
+
+def parse_world_box(text: str) -> np.ndarray:
+    """``[6]`` float64 world box (centre, size; metres) of an answer of two corners, or raise ``AnswerError``."""
+    parts = text.strip().split(",")
+    if len(parts) != 6 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
+        raise AnswerError("it is not exactly six numbers with commas between them")
+    corners = np.array([float(part) for part in parts])
+    if not np.isfinite(corners).all():
+        raise AnswerError("it holds a number that is not finite")
+    low, high = corners[:3], corners[3:]
+    if not (high > low).all():
+        raise AnswerError("a highest coordinate is not above the lowest")
+    return np.concatenate([low / 2 + high / 2, high - low])
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """The one JSON object that the text consists of."""
+    value = _json(text, "it is not exactly one JSON object")
+    if not isinstance(value, dict):
+        raise AnswerError("it is not exactly one JSON object")
+    return value
+
+
+def _json(text: str, otherwise: str) -> Any:
+    """The one JSON value that the text consists of, fenced or not."""
+    body = text.strip()
+    fenced = _FENCE.fullmatch(body)
+    try:
+        return json.loads(
+            fenced.group(1) if fenced else body, parse_constant=_no_constant, object_pairs_hook=_no_duplicates
+        )
+    except AnswerError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AnswerError(otherwise) from error
+
+
+def _box(values: object) -> np.ndarray:
+    """``[9]`` float64 from a list of nine finite numbers, the sizes positive."""
+    if not isinstance(values, list) or len(values) != 9:
+        raise AnswerError("bbox_3d is not a list of 9 numbers")
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        raise AnswerError("bbox_3d is not a list of 9 numbers")
+    try:
+        numbers = [float(value) for value in values]
+    except OverflowError as error:
+        raise AnswerError("bbox_3d holds a number that is not finite") from error
+    if not all(math.isfinite(number) for number in numbers):
+        raise AnswerError("bbox_3d holds a number that is not finite")
+    if min(numbers[3:6]) <= 0:
+        raise AnswerError("bbox_3d has a size that is not positive")
+    return np.array(numbers)
+
+
+def _no_constant(_: str) -> NoReturn:
+    """JSON has no NaN or Infinity, though Python's reader takes them."""
+    raise AnswerError("bbox_3d holds a number that is not finite")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict from the pairs of a JSON object, none of them twice."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise AnswerError("a key is there twice")
+    return dict(pairs)

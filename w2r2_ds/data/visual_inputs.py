@@ -1,0 +1,115 @@
+"""Sample -> what the towers see of its frames, on the CPU worker; less what the cache knows already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from w2r2_ds.config.schema import DataConfig
+from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, qwen_patches, resize_for_vggt
+from w2r2_ds.features.lookup import Cached, FeatureCache
+from w2r2_ds.types.sample import Sample
+from w2r2_ds.types.vision import VisionSpec
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the towers see of one sample.
+
+    Attributes:
+        pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input; no patches where
+            the cache has its output.
+        grid_thw: ``[images or 1, 3]`` int64 patch grid, in any case.
+        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], VGGT's input (not cropped); None without
+            frames, and where the cache has its features.
+        cached_2d: what the cache says about the vision tower's output; None where it is not asked.
+        cached_3d: likewise about the geometry features.
+    """
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    geometry_images: torch.Tensor | None
+    cached_2d: Cached | None = None
+    cached_3d: Cached | None = None
+
+    def is_learnt(self) -> bool:
+        """Whether the cache lacked something then that it has now."""
+        return any(each is not None and each.is_learnt() for each in (self.cached_2d, self.cached_3d))
+
+
+def vision_patches(images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`qwen_patches` of ``[frames, 3, height, width]`` frames for a vision tower, as images or as one video."""
+    pixel_values, grid_thw = qwen_patches(
+        images,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.merge_size,
+        mean=vision.image_mean,
+        std=vision.image_std,
+        as_video=kind == "video",
+    )
+    return torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)
+
+
+class Eyes:
+    """Frames as both towers see them.
+
+    Args:
+        vision: patch sizes and normalisation of the VLM.
+        config: frame size, and whether frames are images or a video.
+        cache: where features lie that need not be computed; None looks nowhere.
+    """
+
+    def __init__(self, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None) -> None:
+        self.vision, self.config, self.cache = vision, config, cache
+        self._last: tuple[tuple[Path, ...], Seen] | None = None
+
+    def look_again(self, sample: Sample) -> Seen:
+        """`look`, once for samples in a row about the same frames, unless the cache has had time to learn of them."""
+        if self._last is None or self._last[0] != sample.frames or self._last[1].is_learnt():
+            self._last = sample.frames, self.look(sample)
+        return self._last[1]
+
+    def look(self, sample: Sample) -> Seen:
+        """What the towers see of a sample's frames, as far as the cache lacks what they would make of it.
+
+        Raises:
+            ValueError: a frame cannot be read, or is too small.
+        """
+        vision = self.vision
+        nothing = torch.zeros(0, 3 * vision.temporal_patch_size * vision.patch_size**2)
+        if not sample.frames:
+            return Seen(nothing, torch.zeros(0, 3, dtype=torch.int64), None)
+        known_2d = self.cache.find_2d(sample.frames) if self.cache else None
+        known_3d = self.cache.find_3d(sample.frames) if self.cache else None
+        missing = [each for each in (known_2d, known_3d) if each is None or each.features is None]
+        if not missing:
+            return Seen(nothing, self._grid(sample), None, known_2d, known_3d)
+        images = resize_for_vggt([load_frame(path) for path in sample.frames], width=self.config.frame_width)
+        if any(each is not None and not each.is_of(sample.frames) for each in missing):
+            return self.look(sample)  # a frame was replaced between its key and its pixels
+        geometry_images = torch.from_numpy(images) if known_3d is None or known_3d.features is None else None
+        if known_2d is not None and known_2d.features is not None:
+            return Seen(nothing, self._grid(sample), geometry_images, known_2d, known_3d)
+        cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
+        kind = "video" if self.config.visual == "video" else "image"
+        return Seen(*vision_patches(cropped, vision, kind), geometry_images, known_2d, known_3d)
+
+    def _grid(self, sample: Sample) -> torch.Tensor:
+        """The grid of `vision_patches`, from the headers of the frames' files."""
+        _, (width, height) = self.sizes([frame_size(path) for path in sample.frames])
+        rows, columns = height // self.vision.patch_size, width // self.vision.patch_size
+        count = len(sample.frames)
+        if self.config.visual == "video":
+            return torch.tensor([[-(-count // self.vision.temporal_patch_size), rows, columns]])
+        return torch.tensor([[1, rows, columns]] * count)
+
+    def sizes(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Width and height at which VGGT sees frames of these ``(width, height)``, and at which the VLM does."""
+        width, height = crop_size(sizes, self.config.frame_width)
+        even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)
+        return (width, height), (even_width, even_height)

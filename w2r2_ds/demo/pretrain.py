@@ -1,0 +1,64 @@
+"""The demo's stand-in for pre-training: full-weight steps of the tiny VLM on 2D input.
+
+A user brings a pretrained VLM; the demo has none, and without this an untrained one answers nothing that parses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import get_cosine_schedule_with_warmup
+
+from w2r2_ds.config.schema import DemoConfig, RunConfig
+from w2r2_ds.data.loader import checked, train_loader
+from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.models.build import Front
+from w2r2_ds.models.w2r2 import answer_states, encode_visuals
+from w2r2_ds.types.batch import Batch
+
+
+def warm_up(vlm: Any, front: Front, samples: Mixture, config: RunConfig, report: Callable[[int, float], None]) -> None:
+    """Train all weights of `vlm` in place on training samples, 2D only, float32, on the CPU.
+
+    Args:
+        vlm: tiny VLM.
+        front: its tokenizer and vision facts.
+        samples: the training split.
+        config: data and `demo.*`.
+        report: called with step and loss.
+    """
+    demo: DemoConfig = config.demo
+    sampler = GlobalBatchSampler(
+        samples,
+        demo.warmup_batch,
+        demo.warmup_batch,
+        rank=0,
+        world_size=1,
+        steps=demo.warmup_steps,
+        seed=demo.seed,
+    )
+    torch.manual_seed(demo.seed)
+    vlm.train()
+    optimizer = torch.optim.AdamW(vlm.parameters(), lr=demo.warmup_lr, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = get_cosine_schedule_with_warmup(optimizer, demo.warmup_steps // 20, demo.warmup_steps)
+    data = replace(config.data, questions_per_scene=1, packing=False)
+    for step, batch in enumerate(checked(train_loader(samples, front, data, sampler))):
+        loss = answer_loss(vlm, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        report(step + 1, float(loss.detach()))
+    vlm.eval()
+
+
+def answer_loss(vlm: Any, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of the answer tokens of a batch, from frames and question."""
+    states = answer_states(vlm, batch, encode_visuals(vlm, batch.visuals))
+    return cross_entropy(vlm.lm_head(states), batch.answer_rows.label)

@@ -1,0 +1,119 @@
+"""The whole job on a machine with nothing: scenes, tiny model, training under ZeRO-3, evaluation, export, a table.
+
+Every step is one of the commands a user would type, printed before it runs. Run twice, it reuses what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from w2r2_ds.config.io import load_config
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.evaluation.scoring import headline
+from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint
+from w2r2_ds.training.deepspeed.launch import free_port
+
+CAPTION = "tiny model: shows that the pipeline works, not that the method does"
+LEAST_PARSED = 0.95
+NAMES = {"fused": "2D + 3D", "zero": "2D only"}
+SHOWN = ("acc@0.25", "acc@0.5", "CIDEr@0.5", "BLEU-4@0.5", "ROUGE-L@0.5", "EM", "CIDEr", "ROUGE-L")
+EVALUATIONS = [(task, geometry) for task in ("scanrefer", "scan2cap", "scanqa") for geometry in NAMES]
+
+
+def run(*command: str) -> None:
+    """Print a command, run it, stop the demo if it fails."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    # The Makefile puts the environment's programs first on PATH; the interpreter is this one in any case.
+    program = sys.executable if command[0] == "python" else command[0]
+    # The tensors are tiny: a second thread costs more than it computes.
+    done = subprocess.run([program, *command[1:]], env={"OMP_NUM_THREADS": "1", **os.environ})
+    if done.returncode:
+        sys.exit(f"demo: the command above failed with exit status {done.returncode}.")
+
+
+def trained(config: RunConfig) -> bool:
+    """Whether the run is complete already."""
+    if not has_checkpoint(config.out):
+        return False
+    return find_checkpoint(config.out).name == f"step-{config.train.steps:06d}"
+
+
+def run_demo() -> None:
+    """The whole job, in runs/demo: scenes, tiny model, training under ZeRO-3, evaluation, export, a table.
+
+    It takes minutes; what is there already is reused.
+    """
+    started = time.perf_counter()
+    config = load_config()
+    out = Path(config.out).parent
+    adapter, scores = out / "adapter", out / "evaluation"
+    run("python", "launchers/prepare.py", "demo")
+    if trained(config):
+        print(f"\nreusing the trained run in {config.out}")
+    else:
+        resume = ("--resume", "auto") if has_checkpoint(config.out) else ()
+        port = ("--master_port", str(free_port()))  # not the launcher's own: another run may have it
+        run("deepspeed", *port, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
+    step = find_checkpoint(config.out)
+    for task, geometry in EVALUATIONS:
+        file = scores / f"scores-{task}-{geometry}.json"
+        if evaluated(file, step):
+            print(f"\nreusing {file}")
+            continue
+        where = ("--checkpoint", str(step), "--out", str(scores))
+        what = ("--task", task, "--geometry", geometry, "--batch_size", "32")
+        run("python", "launchers/evaluate.py", *where, *what)
+    if evaluated(adapter / "w2r2_card.json", step):
+        print(f"\nreusing the adapter in {adapter}")
+    else:
+        if adapter.exists():
+            shutil.rmtree(adapter)  # of an earlier training
+        run("python", "launchers/export.py", "--checkpoint", config.out, "--out", str(adapter))
+    parsed = show(config, scores, adapter, time.perf_counter() - started)
+    if parsed < LEAST_PARSED:
+        sys.exit(f"demo: only {parsed:.1%} of the answers parse; at least {LEAST_PARSED:.0%} should.")
+
+
+def evaluated(file: Path, checkpoint: Path) -> bool:
+    """Whether scores of this very checkpoint are there; a retrained one is scored again."""
+    return file.is_file() and file.stat().st_mtime >= (checkpoint / "checkpoint.json").stat().st_mtime
+
+
+def show(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:
+    """Print the table; returns the smallest share of answers that parse."""
+    table = Table(title=CAPTION, title_style="bold")
+    for column in ("task", "geometry", "parsed", "samples", "scores"):
+        table.add_column(column, justify="right" if column in ("parsed", "samples") else "left")
+    shares, protocols = [], []
+    for task, geometry in EVALUATIONS:
+        results = json.loads((scores / f"scores-{task}-{geometry}.json").read_text())["protocols"]
+        (name,) = results
+        shares.append(results[name]["parsed"])
+        protocols += [name] if name not in protocols else []
+        numbers = [
+            f"{metric.removeprefix(name).strip()} {100 * value:.1f}"
+            for metric, value in headline(results).items()
+            if value is not None and metric.removeprefix(name).strip() in SHOWN
+        ]
+        table.add_row(task, NAMES[geometry], f"{shares[-1]:.1%}", str(results[name]["count"]), ", ".join(numbers))
+    console = Console(width=100)
+    console.print(table)
+    console.print("all scores times 100; protocols:", ", ".join(protocols), markup=False, highlight=False)
+    for label, path in (
+        ("scenes", f"{config.data.root} (look at contact_sheets/)"),
+        ("run", f"{config.out} (metrics.jsonl, checkpoints/)"),
+        ("predictions", scores),
+        ("adapter", adapter),
+    ):
+        console.print(f"{label:12} {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"done in {seconds:.0f} s", markup=False, highlight=False)
+    return min(shares)

@@ -1,0 +1,226 @@
+"""Furnished rooms: what stands where, as one coloured triangle mesh with an exact box per object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import trimesh
+
+from w2r2_ds.demo.synthetic.furniture import KINDS, PALETTE, Part
+
+HEIGHT = 2.6
+"""Height of every room, metres."""
+
+_WALL, _FLOOR, _CEILING = (222, 212, 192), (172, 142, 108), (238, 236, 230)
+_HEADROOM = 0.25
+_FIXED_COLORS = {"window": "white", "door": "brown"}
+
+
+@dataclass(frozen=True)
+class RoomObject:
+    """A piece of furniture, in the aligned world, metres and radians.
+
+    Attributes:
+        object_id: its place in the room's list.
+        name: class, a key of ``furniture.KINDS``.
+        color: colour word, a key of ``furniture.PALETTE``.
+        box: ``[6]`` float64 centre and size, exact bounds along the world's axes.
+        oriented: ``[9]`` float64, exact bounds along its own axes (convention of ``boxes3d/transforms.py``): centre; width,
+            depth and height; the turn about z by which its front leaves -y, in (-pi, pi], and two zeros.
+    """
+
+    object_id: int
+    name: str
+    color: str
+    box: np.ndarray
+    oriented: np.ndarray
+
+
+@dataclass(frozen=True)
+class Room:
+    """A room centred on the origin of the axis-aligned world, floor at z = 0.
+
+    Attributes:
+        size: width along x and depth along y, metres.
+        objects: furniture; ``objects[i].object_id == i``.
+        vertices: ``[V, 3]`` float64, metres.
+        faces: ``[F, 3]`` int64.
+        face_colors: ``[F, 3]`` float64 RGB, 0 to 255.
+        face_objects: ``[F]`` int64 object id; -1 for walls and ceiling, -2 for the floor.
+        cameras: ``[frames, 4, 4]`` float64, OpenCV camera to aligned world.
+    """
+
+    size: tuple[float, float]
+    objects: tuple[RoomObject, ...]
+    vertices: np.ndarray
+    faces: np.ndarray
+    face_colors: np.ndarray
+    face_objects: np.ndarray
+    cameras: np.ndarray
+
+
+@dataclass
+class _Builder:
+    """A room under construction."""
+
+    rng: np.random.Generator
+    size: tuple[float, float]
+    cameras: np.ndarray
+    objects: list[RoomObject] = field(default_factory=list)
+    parts: list[tuple[int, Part]] = field(default_factory=list)
+
+    def add(self, name: str, color: str) -> bool:
+        """Try to place one object; ``False`` if no free spot was found in 40 tries."""
+        kind = KINDS[name]
+        parts = kind.build(self.rng, PALETTE[color])
+        own = _bounds(parts, np.eye(4))
+        for _ in range(40):
+            move = self._wall_pose(parts) if kind.place in ("wall", "hang") else self._free_pose(name)
+            bounds = _bounds(parts, move)
+            if self._fits(bounds):
+                low, high = bounds
+                number, box = len(self.objects), np.concatenate([(low + high) / 2, high - low])
+                self.objects.append(RoomObject(number, name, color, box, _oriented(own, move)))
+                self.parts += [(number, _moved(part, move)) for part in parts]
+                return True
+        return False
+
+    def _wall_pose(self, parts: list[Part]) -> np.ndarray:
+        """Stand the back (+y side) against a random wall at a random place."""
+        quarter = int(self.rng.integers(4))
+        along, across = (self.size[0], self.size[1]) if quarter % 2 == 0 else (self.size[1], self.size[0])
+        low, high = _bounds(parts, np.eye(4))
+        reach = along / 2 - (high[0] - low[0]) / 2 - 0.05
+        local = np.eye(4)
+        local[:3, 3] = (self.rng.uniform(-reach, reach), across / 2 - high[1] - 0.005, 0.0)
+        return _turn(quarter * np.pi / 2) @ local
+
+    def _free_pose(self, name: str) -> np.ndarray:
+        margin = 0.4
+        pose = _turn(self.rng.integers(4) * np.pi / 2 + (self.rng.uniform(-0.5, 0.5) if name != "table" else 0.0))
+        pose[0, 3] = self.rng.uniform(-1, 1) * (self.size[0] / 2 - margin)
+        pose[1, 3] = self.rng.uniform(-1, 1) * (self.size[1] / 2 - margin)
+        return pose
+
+    def _fits(self, bounds: tuple[np.ndarray, np.ndarray]) -> bool:
+        """Inside the room, clear of other objects, and not where a camera passes."""
+        low, high = bounds
+        half = np.array(self.size) / 2
+        if (low[:2] < -half).any() or (high[:2] > half).any():
+            return False
+        for other in self.objects:
+            if (np.abs((low + high) / 2 - other.box[:3]) < (high - low + other.box[3:]) / 2 + 0.08).all():
+                return False
+        eyes = self.cameras[:, :3, 3]
+        near = (eyes[:, :2] > low[:2] - 0.35).all(axis=1) & (eyes[:, :2] < high[:2] + 0.35).all(axis=1)
+        return not (near & (eyes[:, 2] < high[2] + _HEADROOM)).any()
+
+
+def make_room(rng: np.random.Generator, frames: int) -> Room:
+    """Furnish a random room and lay a camera path through it.
+
+    Args:
+        rng: the only source of randomness.
+        frames: number of cameras.
+    """
+    size = (float(rng.uniform(5.0, 6.8)), float(rng.uniform(4.8, 6.2)))
+    builder = _Builder(rng, size, camera_path(rng, size, frames))
+    for name, kind in KINDS.items():
+        for color in _colors(rng, name, int(rng.integers(kind.count[0], kind.count[1] + 1))):
+            builder.add(name, color)
+    shell = _shell(size)
+    return _assemble(builder, shell)
+
+
+def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int) -> np.ndarray:
+    """Walk once around the room, looking across it and down, as a person scanning a room does.
+
+    Returns:
+        ``[frames, 4, 4]`` float64 OpenCV camera-to-world matrices, never two alike.
+    """
+    start, way = rng.uniform(0, 2 * np.pi), rng.choice([-1.0, 1.0])
+    angles = start + way * np.arange(frames) / frames * 2 * np.pi
+    radius = np.array(size) / 2 - rng.uniform(0.75, 0.95)
+    height = rng.uniform(1.5, 1.65) + 0.05 * np.sin(3 * angles)
+    eyes = np.stack([radius[0] * np.cos(angles), radius[1] * np.sin(angles), height], axis=1)
+    turn = angles + np.pi + rng.uniform(-0.3, 0.3) + 0.2 * np.sin(2 * angles)
+    pitch = np.radians(rng.uniform(20, 26)) + 0.06 * np.cos(2 * angles)
+    ahead = np.stack([np.cos(turn) * np.cos(pitch), np.sin(turn) * np.cos(pitch), -np.sin(pitch)], axis=1)
+    right = np.stack([np.sin(turn), -np.cos(turn), np.zeros(frames)], axis=1)
+    cameras = np.tile(np.eye(4), (frames, 1, 1))
+    cameras[:, :3, 0], cameras[:, :3, 1], cameras[:, :3, 2] = right, np.cross(ahead, right), ahead
+    cameras[:, :3, 3] = eyes
+    return cameras
+
+
+def _colors(rng: np.random.Generator, name: str, count: int) -> list[str]:
+    """Colours of one class: fewer colours than objects, so that the colour alone does not tell which one is meant."""
+    if name in _FIXED_COLORS:
+        return [_FIXED_COLORS[name]] * count
+    first, second = (str(color) for color in rng.choice(sorted(PALETTE), size=2, replace=False))
+    if count == 2:
+        return [first, first if rng.random() < 0.6 else second]
+    return [first if i % 2 == 0 else second for i in range(count)]
+
+
+def _turn(angle: float) -> np.ndarray:
+    """``[4, 4]`` rotation about z by ``angle`` radians."""
+    pose = np.eye(4)
+    pose[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return pose
+
+
+def _moved(part: Part, move: np.ndarray) -> Part:
+    mesh = part.mesh.copy()
+    mesh.apply_transform(move)
+    return Part(mesh, part.color)
+
+
+def _bounds(parts: list[Part], move: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    points = np.concatenate([part.mesh.vertices for part in parts]) @ move[:3, :3].T + move[:3, 3]
+    return points.min(axis=0), points.max(axis=0)
+
+
+def _oriented(own: tuple[np.ndarray, np.ndarray], move: np.ndarray) -> np.ndarray:
+    """Box ``[9]`` of an object with the bounds ``own`` in its own frame that ``move`` turned about z and shifted."""
+    low, high = own
+    center = move[:3, :3] @ ((low + high) / 2) + move[:3, 3]
+    return np.concatenate([center, high - low, [np.arctan2(move[1, 0], move[0, 0]), 0.0, 0.0]])
+
+
+def _shell(size: tuple[float, float]) -> list[tuple[int, Part]]:
+    """Walls and ceiling (-1) and floor (-2), thick slabs whose inner faces bound the room."""
+    (w, d), t = size, 0.1
+    slabs = [
+        (-2, (w + 2 * t, d + 2 * t, t), (0.0, 0.0, -t / 2), _FLOOR),
+        (-1, (w + 2 * t, d + 2 * t, t), (0.0, 0.0, HEIGHT + t / 2), _CEILING),
+    ]
+    for sign in (-1, 1):
+        slabs.append((-1, (t, d, HEIGHT), (sign * (w + t) / 2, 0.0, HEIGHT / 2), _WALL))
+        slabs.append((-1, (w, t, HEIGHT), (0.0, sign * (d + t) / 2, HEIGHT / 2), _WALL))
+    parts = []
+    for number, extents, center, color in slabs:
+        mesh = trimesh.creation.box(extents=extents)
+        mesh.apply_translation(center)
+        parts.append((number, Part(mesh, color)))
+    return parts
+
+
+def _assemble(builder: _Builder, shell: list[tuple[int, Part]]) -> Room:
+    vertices, faces, colors, owners, offset = [], [], [], [], 0
+    for owner, part in shell + builder.parts:
+        vertices.append(np.asarray(part.mesh.vertices))
+        faces.append(np.asarray(part.mesh.faces) + offset)
+        colors.append(np.tile(np.array(part.color, dtype=np.float64), (len(part.mesh.faces), 1)))
+        owners.append(np.full(len(part.mesh.faces), owner))
+        offset += len(part.mesh.vertices)
+    return Room(
+        builder.size,
+        tuple(builder.objects),
+        np.concatenate(vertices),
+        np.concatenate(faces),
+        np.concatenate(colors),
+        np.concatenate(owners),
+        builder.cameras,
+    )

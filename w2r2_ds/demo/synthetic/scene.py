@@ -1,0 +1,195 @@
+"""Make one synthetic scene: write its own files, and return its entries for the files that hold a whole split."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from w2r2_ds.data.frames.projection import MIN_VISIBLE_SHARE, projected_area, visible_share
+from w2r2_ds.data.sources.scannet import Frame
+from w2r2_ds.demo.synthetic.annotations import propose, scene_info
+from w2r2_ds.demo.synthetic.contact_sheet import write_sheet
+from w2r2_ds.demo.synthetic.furniture import KINDS
+from w2r2_ds.demo.synthetic.options import Options, scene_id, scene_seed
+from w2r2_ds.demo.synthetic.questions import Question, ask
+from w2r2_ds.demo.synthetic.render import Renderer, pinhole
+from w2r2_ds.demo.synthetic.rooms import Room, RoomObject, make_room
+from w2r2_ds.demo.synthetic.sentences import Sentence, describe
+
+_SENTENCES = (6, 10)
+_QUESTIONS = (6, 10)
+_ATTEMPTS = 50
+_QUESTION_STREAM, _PROPOSAL_STREAM = 1000, 1001
+"""What stands in the seed where the room's own generator has the attempt: their draws change nothing of the room."""
+
+
+@dataclass(frozen=True)
+class SceneEntries:
+    """What one scene adds to the files of its split.
+
+    Attributes:
+        scene_id: ScanNet-like name.
+        descriptions: ScanRefer's entries.
+        questions: ScanQA's entries.
+        info: EmbodiedScan's entry.
+        proposals: ``[cx, cy, cz, dx, dy, dz]`` each, aligned world, metres.
+    """
+
+    scene_id: str
+    descriptions: list[dict[str, Any]]
+    questions: list[dict[str, Any]]
+    info: dict[str, Any]
+    proposals: list[list[float]]
+
+
+def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEntries:
+    """Make one room, write its files below ``root`` and return its entries."""
+    name = scene_id(split, index)
+    matrix = pinhole(options.image_size)
+    for attempt in range(_ATTEMPTS):
+        rng = _generator(options, split, index, attempt)
+        room = make_room(rng, options.frames_per_scene)
+        renderer = Renderer(room, options.image_size)
+        images = [renderer.render(camera) for camera in room.cameras]
+        colors, depths = [image[0] for image in images], [image[1] for image in images]
+        frames = _frames(root / "posed_images" / name, room)
+        seen = _seen(room, frames, depths, matrix)
+        visible = _visible(room, frames, seen, matrix, options.image_size)
+        wanted = int(rng.integers(_SENTENCES[0], _SENTENCES[1] + 1))
+        sentences = describe(rng, room.objects, visible, wanted)
+        if len(sentences) >= _SENTENCES[0]:
+            break
+    else:
+        raise ValueError(f"no room of {_ATTEMPTS} had {_SENTENCES[0]} clear sentences; use more frames per scene")
+    _write_images(frames, colors, depths, options.image_size)
+    axis_align = _alignment(rng)
+    poses = [np.linalg.inv(axis_align) @ frame.cam_to_world for frame in frames]
+    _write_geometry(root, name, room, frames, poses, axis_align)
+    sheet = root / "contact_sheets" / f"{name}.png"
+    write_sheet(sheet, frames, colors, depths, matrix, room.objects, sentences)
+    asker = _generator(options, split, index, _QUESTION_STREAM)
+    questions = ask(asker, room.objects, visible, int(asker.integers(_QUESTIONS[0], _QUESTIONS[1] + 1)))
+    return SceneEntries(
+        name,
+        _descriptions(name, sentences),
+        _questions(name, split, room, questions),
+        scene_info(name, room.objects, frames, poses, seen, axis_align, matrix),
+        propose(_generator(options, split, index, _PROPOSAL_STREAM), room).tolist(),
+    )
+
+
+def _generator(options: Options, split: str, index: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng([*scene_seed(options.seed, split, index), stream])
+
+
+def _frames(folder: Path, room: Room) -> list[Frame]:
+    return [Frame(i, folder / f"{i:05d}.jpg", folder / f"{i:05d}.png", camera) for i, camera in enumerate(room.cameras)]
+
+
+def _seen(room: Room, frames: list[Frame], depths: list[np.ndarray], matrix: np.ndarray) -> list[list[int]]:
+    """Ids of the objects that each frame sees."""
+    return [
+        [
+            o.object_id
+            for o in room.objects
+            if visible_share(o.box, frame.cam_to_world, matrix, depth) >= MIN_VISIBLE_SHARE
+        ]
+        for frame, depth in zip(frames, depths, strict=True)
+    ]
+
+
+def _visible(
+    room: Room, frames: list[Frame], seen: list[list[int]], matrix: np.ndarray, size: tuple[int, int]
+) -> set[int]:
+    """Ids of the objects that some frame both sees and shows with an area in the image."""
+    return {
+        o.object_id
+        for o in room.objects
+        if any(
+            o.object_id in ids and projected_area(o.box, frame.cam_to_world, matrix, size) > 0
+            for frame, ids in zip(frames, seen, strict=True)
+        )
+    }
+
+
+def _write_images(
+    frames: list[Frame], colors: list[np.ndarray], depths: list[np.ndarray], size: tuple[int, int]
+) -> None:
+    folder = frames[0].color.parent
+    folder.mkdir()
+    for frame, color, depth in zip(frames, colors, depths, strict=True):
+        Image.fromarray(color).save(frame.color, quality=92)
+        Image.fromarray(depth).save(frame.depth, compress_level=1)
+    for file in ("intrinsic.txt", "depth_intrinsic.txt"):
+        (folder / file).write_text(_numbers(pinhole(size)))
+
+
+def _alignment(rng: np.random.Generator) -> np.ndarray:
+    """Raw world to aligned world, ``[4, 4]`` float64. The raw world is turned and shifted, as a real scan's is."""
+    angle = float(rng.uniform(0.2, 1.3))
+    align = np.eye(4)
+    align[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    align[:3, 3] = rng.uniform(-3.0, 3.0, size=3)
+    return align
+
+
+def _write_geometry(
+    root: Path, name: str, room: Room, frames: list[Frame], poses: list[np.ndarray], axis_align: np.ndarray
+) -> None:
+    """Write poses (raw world), alignment and boxes."""
+    for frame, pose in zip(frames, poses, strict=True):
+        frame.color.with_suffix(".txt").write_text(_numbers(pose))
+    (root / "scans" / name).mkdir()
+    words = " ".join(f"{value:.12f}" for value in axis_align.ravel())
+    (root / "scans" / name / f"{name}.txt").write_text(f"axisAlignment = {words}\nsceneType = Synthetic room\n")
+    rows = [_row(o) for o in room.objects]
+    np.save(root / "scannet_data" / f"{name}_aligned_bbox.npy", np.array(rows, dtype=np.float64), allow_pickle=False)
+
+
+def _row(o: RoomObject) -> list[float]:
+    return [*(float(value) for value in o.box), float(KINDS[o.name].label[0]), float(o.object_id)]
+
+
+def _descriptions(name: str, sentences: list[Sentence]) -> list[dict[str, Any]]:
+    """ScanRefer entries; ``ann_id`` counts the sentences about one object."""
+    used: dict[int, int] = {}
+    entries = []
+    for sentence in sentences:
+        number = used.get(sentence.object_id, 0)
+        used[sentence.object_id] = number + 1
+        entries.append(
+            {
+                "scene_id": name,
+                "object_id": str(sentence.object_id),
+                "object_name": sentence.name.replace(" ", "_"),
+                "ann_id": str(number),
+                "description": sentence.text,
+                "token": re.findall(r"\w+|[^\w\s]", sentence.text),
+            }
+        )
+    return entries
+
+
+def _questions(name: str, split: str, room: Room, questions: list[Question]) -> list[dict[str, Any]]:
+    """ScanQA entries; the question's number counts within the place, of which a synthetic data set has one scan."""
+    place = name.split("_")[0]
+    return [
+        {
+            "scene_id": name,
+            "question_id": f"{split}-{place}-{number}",
+            "question": question.text,
+            "answers": list(question.answers),
+            "object_ids": list(question.object_ids),
+            "object_names": [room.objects[i].name.replace(" ", "_") for i in question.object_ids],
+        }
+        for number, question in enumerate(questions)
+    ]
+
+
+def _numbers(matrix: np.ndarray) -> str:
+    return "".join(" ".join(f"{value:.12f}" for value in row) + "\n" for row in matrix)

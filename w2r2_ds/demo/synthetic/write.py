@@ -1,0 +1,201 @@
+"""Write a synthetic data set in the layout of ScanNet and its annotations, whole or not at all, reproducibly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from w2r2_ds.data.sources.labels import LABELS_FILE
+from w2r2_ds.demo.synthetic.annotations import write_infos
+from w2r2_ds.demo.synthetic.furniture import KINDS
+from w2r2_ds.demo.synthetic.options import SPLITS, Options, scene_id
+from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
+
+VERSION = 2
+"""Raise it whenever the same options give other files."""
+_MANIFEST = "manifest.json"
+_ANNOTATIONS = ("ScanRefer", "ScanQA", "embodiedscan", "proposals")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Result of ``write_dataset``: the folder, whether it was there before, its manifest."""
+
+    root: Path
+    reused: bool
+    manifest: dict[str, Any]
+
+    @property
+    def message(self) -> str:
+        """One line for the user."""
+        counts = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in self.manifest["counts"].items())
+        return f"{'reusing' if self.reused else 'wrote'} {self.root}: {counts}"
+
+
+def write_dataset(
+    root: Path | str,
+    seed: int = 0,
+    train_scenes: int = 48,
+    val_scenes: int = 12,
+    image_size: tuple[int, int] = (320, 240),
+    frames_per_scene: int = 24,
+    workers: int = 1,
+) -> Written:
+    """Write furnished rooms, or reuse the complete data set with the same options that is already there.
+
+    Everything is written to a folder beside ``root`` that is renamed at the end, so ``root`` is complete if it exists.
+
+    Args:
+        root: folder to write; see ``data/sources/scannet.py`` for the layout, plus ScanQA's, EmbodiedScan's and the proposals'
+            files, ``contact_sheets/`` and ``manifest.json``.
+        seed: the same seed and options give the same bytes.
+        train_scenes: number of training rooms.
+        val_scenes: number of validation rooms, never one of the training rooms.
+        image_size: width and height of colour and depth images, pixels.
+        frames_per_scene: posed images per room.
+        workers: processes; does not change the result.
+
+    Raises:
+        ValueError: an option is out of range, or ``root`` holds something else.
+    """
+    root = Path(root)
+    options = Options(seed, train_scenes, val_scenes, (image_size[0], image_size[1]), frames_per_scene)
+    existing = _existing(root, options)
+    if existing is not None:
+        return Written(root, True, existing)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(root)
+    aside = partial_folder(root)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        manifest = _write_all(aside, options, workers)
+        try:
+            aside.rename(root)
+        except OSError:  # another process may have been faster; its data set is as good if the options agree
+            existing = _existing(root, options)
+            if existing is None:
+                raise
+            return Written(root, True, existing)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Written(root, False, manifest)
+
+
+def _existing(root: Path, options: Options) -> dict[str, Any] | None:
+    """Manifest of the data set at ``root`` if it can be reused, ``None`` if nothing is there."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return None
+    path = root / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = {"version": manifest["version"], **manifest["options"]}
+        manifest["counts"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{root} exists but has no readable {_MANIFEST}; name another folder or remove it") from None
+    wanted = _described(options)
+    other = sorted(name for name in wanted if found.get(name) != wanted[name])
+    if other:
+        have = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in other)
+        raise ValueError(f"{root} holds a data set made with {have}; name another folder, remove it or use its options")
+    for split, index in _scenes(options):
+        if not (root / "posed_images" / scene_id(split, index)).is_dir():
+            raise ValueError(f"{root} lacks {scene_id(split, index)}; remove the folder so that it is written again")
+    return dict(manifest)
+
+
+def _described(options: Options) -> dict[str, Any]:
+    return {"version": VERSION, **json.loads(json.dumps(asdict(options)))}
+
+
+def _scenes(options: Options) -> list[tuple[str, int]]:
+    return [("train", i) for i in range(options.train_scenes)] + [("val", i) for i in range(options.val_scenes)]
+
+
+def _write_all(root: Path, options: Options, workers: int) -> dict[str, Any]:
+    for folder in ("posed_images", "scans", "scannet_data", "contact_sheets", *_ANNOTATIONS):
+        (root / folder).mkdir(parents=True)
+    scenes = _scenes(options)
+    if workers > 1:
+        with ProcessPoolExecutor(min(workers, len(scenes)), mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(write_scene, root, options, split, index) for split, index in scenes]
+            results = [future.result() for future in futures]
+    else:
+        results = [write_scene(root, options, split, index) for split, index in scenes]
+    counts = {"train_scenes": options.train_scenes, "val_scenes": options.val_scenes}
+    for split in SPLITS:
+        parts = [part for (of, _), part in zip(scenes, results, strict=True) if of == split]
+        counts |= {f"{split}_{name}": number for name, number in _write_annotations(root, split, parts).items()}
+    counts["frames"] = len(scenes) * options.frames_per_scene
+    _write_labels(root / LABELS_FILE)
+    described = _described(options)
+    manifest = {"version": described.pop("version"), "seed": options.seed, "options": described, "counts": counts}
+    _write_json(root / _MANIFEST, manifest)
+    return manifest
+
+
+def _write_annotations(root: Path, split: str, parts: Sequence[SceneEntries]) -> dict[str, int]:
+    """Write the files that hold a whole split; how many entries there are of each."""
+    descriptions = [entry for part in parts for entry in part.descriptions]
+    questions = [entry for part in parts for entry in part.questions]
+    proposals = {f"scannet/{part.scene_id}": part.proposals for part in parts}
+    _write_json(root / "ScanRefer" / f"ScanRefer_filtered_{split}.json", descriptions)
+    _write_json(root / "ScanQA" / f"ScanQA_v1.0_{split}.json", questions)
+    _write_json(root / "proposals" / f"scannet_{split}_pred_box.json", proposals, indent=None)
+    write_infos(root / "embodiedscan" / f"embodiedscan_infos_{split}.pkl", [part.info for part in parts])
+    return {
+        "descriptions": len(descriptions),
+        "questions": len(questions),
+        "objects": sum(len(part.info["instances"]) for part in parts),
+        "proposals": sum(len(part.proposals) for part in parts),
+    }
+
+
+def _write_labels(path: Path) -> None:
+    """The columns of ScanNet's table that are read here, in their places there."""
+    columns = ("id", "raw_category", "category", "count", "nyu40id", "eigen13id", "nyuClass", "nyu40class")
+    rows = ["\t".join(columns)]
+    for number, (name, kind) in enumerate(KINDS.items(), start=1):
+        rows.append("\t".join(map(str, (number, name, name, 0, kind.label[0], 0, kind.label[1], kind.label[1]))))
+    path.write_text("\n".join(rows) + "\n")
+
+
+def _write_json(path: Path, content: object, indent: int | None = 1) -> None:
+    path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def partial_folder(root: Path) -> Path:
+    """Where this process writes ``root``: hidden, beside it, named after the machine and the process."""
+    return root.parent / f".{root.name}.partial-{socket.gethostname()}-{os.getpid()}"
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove the partial folders of ``root`` whose writers no longer live.
+
+    Another machine that shares the disk cannot be asked, so its folders stay. Names without a machine (written before
+    there were names with one) are taken for this machine's.
+    """
+    name = re.compile(rf"\.{re.escape(root.name)}\.partial-(?:(?P<host>.+)-)?(?P<pid>\d+)")
+    for folder in root.parent.iterdir():
+        match = name.fullmatch(folder.name)
+        if match and match["host"] in (None, socket.gethostname()) and not _lives(int(match["pid"])):
+            shutil.rmtree(folder, ignore_errors=True)  # another new writer may be removing it too
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this machine has the number ``pid``."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -1,0 +1,297 @@
+"""A complete small Qwen2.5-VL directory and a small VGGT directory: the real files and classes, seconds to make."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+
+from w2r2_ds.models.qwen2_5_vl.loading import whole_weights
+from w2r2_ds.models.vggt.loading import save_vggt
+from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+
+# In the order of the hub's tokenizer, where <|endoftext|> is 151643.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
+IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
+VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+IMAGE_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}
+
+# The output format of Qwen2.5-VL's template; the words of the template are our own.
+CHAT_TEMPLATE = r"""
+{%- set seen = namespace(images=0, videos=0) -%}
+{%- if messages and messages[0]['role'] != 'system' -%}
+    {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
+{%- endif -%}
+{%- for turn in messages -%}
+    {{- '<|im_start|>' + turn['role'] + '\n' -}}
+    {%- if turn['content'] is string -%}
+        {{- turn['content'] -}}
+    {%- else -%}
+        {%- for part in turn['content'] -%}
+            {%- if part['type'] in ('image', 'image_url') or 'image' in part or 'image_url' in part -%}
+                {%- set seen.images = seen.images + 1 -%}
+                {{- 'Picture ' ~ seen.images ~ ': ' if add_vision_id else '' -}}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif part['type'] == 'video' or 'video' in part -%}
+                {%- set seen.videos = seen.videos + 1 -%}
+                {{- 'Video ' ~ seen.videos ~ ': ' if add_vision_id else '' -}}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+            {%- elif 'text' in part -%}
+                {{- part['text'] -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+""".strip()
+
+
+def build_tiny_vlm(
+    out: Path,
+    texts: Iterable[str],
+    seed: int,
+    *,
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    intermediate: int = 384,
+    vision_hidden: int = 64,
+    vision_depth: int = 2,
+    vocabulary: int = 512,
+    tie: bool = True,
+) -> Path:
+    """Write a small Qwen2.5-VL that stock ``AutoModelForImageTextToText`` and ``AutoTokenizer`` load.
+
+    Patches are 14 pixels, merged 2 x 2, two frames to a row, as in the real models. Weights are float32, drawn by the
+    stock initialisation (normal, 0.02) from ``seed``; the same arguments give the same bytes.
+
+    Args:
+        out: directory, made if needed; files of the same names are replaced.
+        texts: what the tokenizer's merges are learned from, e.g. the data set's questions and answers.
+        seed: of the weights.
+        hidden: width of the language model; ``hidden / heads`` must be a multiple of 16 (three rotary sections).
+        layers: decoder layers.
+        heads: attention heads.
+        kv_heads: key and value heads, a divisor of ``heads``.
+        intermediate: width of the language model's MLP.
+        vision_hidden: width of the vision tower (4 heads, so a multiple of 16).
+        vision_depth: blocks of the vision tower; the last one has full attention.
+        vocabulary: most byte-pair tokens, without the special ones (at least 256).
+        tie: share the embedding with the output head, as in Qwen2.5-VL-3B.
+
+    Raises:
+        ValueError: sizes that do not fit together, or no text.
+    """
+    _check_sizes(hidden, layers, heads, kv_heads, vision_hidden, vision_depth)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(texts, vocabulary)
+    tokenizer.save_pretrained(out)
+    rows = -(-len(tokenizer) // 64) * 64
+    config = Qwen2_5_VLConfig(
+        text_config=_text_config(tokenizer, rows, hidden, layers, heads, kv_heads, intermediate),
+        vision_config=_vision_config(vision_hidden, vision_depth, hidden),
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=tie,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]), whole_weights():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")],
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+    model.save_pretrained(out)
+    _write_preprocessors(out)
+    return out
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Qwen2Tokenizer:
+    """A stock ``Qwen2Tokenizer`` with merges learned from ``texts``; every byte and every special token is in it.
+
+    The pre-tokenizer is Qwen2's: a digit is always a token of its own.
+
+    Raises:
+        ValueError: no text, or ``vocabulary`` below 256.
+    """
+    lines = [text for text in texts if text]
+    if not lines:
+        raise ValueError("tiny model: texts is empty; give the questions and answers that it shall read")
+    if vocabulary < 256:
+        raise ValueError(f"tiny model: vocabulary must be at least 256 (the bytes), got {vocabulary}")
+    backend = Qwen2Tokenizer().backend_tokenizer
+    backend.model = BPE()
+    trainer = BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    backend.train_from_iterator(lines, trainer)
+    learned = json.loads(backend.to_str())["model"]
+    vocab: dict[str, int] = {token: number for token, number in learned["vocab"].items() if token not in SPECIAL_TOKENS}
+    tokens = sorted(vocab, key=lambda token: vocab[token])
+    vocab = {token: number for number, token in enumerate((*tokens, *SPECIAL_TOKENS))}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[tuple(pair) for pair in learned["merges"]],
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in ("<|endoftext|>", "<|im_end|>")],
+        model_max_length=32768,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_tiny_vggt(out: Path, seed: int, *, embed_dim: int = 64, depth: int = 4, num_heads: int = 4) -> Path:
+    """Write a small random VGGT directory: float32 features of ``2 * embed_dim`` channels, patches of 14 pixels.
+
+    Args:
+        out: directory, made if needed.
+        seed: of the weights; the same arguments give the same bytes.
+        embed_dim: width of a token, a multiple of ``4 * num_heads`` (rotary halves for rows and columns).
+        depth: frame blocks, and as many global blocks.
+        num_heads: attention heads.
+
+    Raises:
+        ValueError: an ``embed_dim`` that the heads do not divide.
+    """
+    config = VGGTConfig(
+        img_size=112,
+        patch_size=14,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        patch_embed="conv",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VGGT(config)
+    save_vggt(model, out)
+    return out
+
+
+def _check_sizes(hidden: int, layers: int, heads: int, kv_heads: int, vision_hidden: int, vision_depth: int) -> None:
+    """Raise ValueError for sizes that the stock classes would accept and fail on later."""
+    if layers < 1 or vision_depth < 1:
+        raise ValueError(f"tiny model: layers ({layers}) and vision_depth ({vision_depth}) must be at least 1")
+    if hidden % heads or (hidden // heads) % 16:
+        raise ValueError(f"tiny model: hidden {hidden} / heads {heads} must be a multiple of 16")
+    if heads % kv_heads:
+        raise ValueError(f"tiny model: kv_heads {kv_heads} must divide heads {heads}")
+    if vision_hidden % 16:
+        raise ValueError(f"tiny model: vision_hidden {vision_hidden} must be a multiple of 16")
+
+
+def _text_config(
+    tokenizer: Qwen2Tokenizer, rows: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int
+) -> dict[str, Any]:
+    """The language model's part of the config; rotary sections in the real models' 2 : 3 : 3."""
+    eighth = hidden // heads // 16
+    return {
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1000000.0,
+            "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth],
+        },
+    }
+
+
+def _vision_config(hidden: int, depth: int, out_hidden: int) -> dict[str, Any]:
+    """The vision tower's part: windows of 4 x 4 patches, full attention in the last block."""
+    return {
+        "depth": depth,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_heads": 4,
+        "in_channels": 3,
+        "out_hidden_size": out_hidden,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [depth - 1],
+    }
+
+
+def _write_preprocessors(out: Path) -> None:
+    """``preprocessor_config.json`` and ``video_preprocessor_config.json`` as the stock processors read them."""
+    shared = {
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "rescale_factor": 1 / 255,
+        "resample": 3,
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    image = {**shared, "size": IMAGE_SIZE, "image_processor_type": "Qwen2VLImageProcessor"}
+    video = {
+        **shared,
+        "size": VIDEO_SIZE,
+        "do_sample_frames": False,
+        "min_frames": 4,
+        "max_frames": 768,
+        "cap_pixels_per_frame": False,
+        "video_processor_type": "Qwen2VLVideoProcessor",
+    }
+    for name, content in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")

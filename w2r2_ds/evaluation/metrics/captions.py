@@ -1,0 +1,159 @@
+"""BLEU-1..4, METEOR, ROUGE-L and CIDEr-D of a corpus of captions, and of each of its items.
+
+BLEU, ROUGE-L and CIDEr-D are pycocoevalcap's own classes, which every reference evaluator of this field carries a copy
+of (tylin/coco-caption, ``pycocoevalcap/{bleu,rouge,cider}``):
+
+* BLEU-n = exp(min(0, 1 - r / c)) (prod_k p_k)^(1/n), with p_k = (matches_k + 1e-15) / (guesses_k + 1e-9) summed over
+  the corpus, c the candidates' words, r the words of the references closest in length, ties to the shorter. An order
+  without a match gives a tiny number, not 0.
+* ROUGE-L = mean of (1 + b^2) P R / (R + b^2 P), b = 1.2, P and R the best of all references; words are split at every
+  single blank, so doubled blanks add empty words.
+* CIDEr-D = mean of 10 x mean_n cos(tf-idf_n) with clipping and exp(-(l - l')^2 / (2 x 6^2)); document frequencies come
+  from the references that are evaluated, so scores of subsets are not comparable, and a corpus of one item scores 0.
+
+METEOR, and every score of PTB-tokenized text, needs Java (``java.py``). Without it they are None, never a number.
+Scores are as the scorers return them: fractions, CIDEr on its own scale of 0..10 (1.0 is printed as 100 in papers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from w2r2_ds.evaluation.metrics.meteor import Java, JavaError, shared_java
+
+Tokenizer = Literal["none", "ptb"]
+Score = float | None
+
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+ITEM_MEAN = "METEOR_mean_of_items"
+"""Mean of METEOR's items, beside METEOR in a corpus: it is another, larger number."""
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of one corpus.
+
+    Attributes:
+        corpus: metric -> score; None where it was not computed.
+        items: key -> metric -> score, likewise.
+        candidates: key -> the very string that was scored; empty where the tokenizer could not run.
+        references: key -> the very strings it was compared with; likewise.
+        not_computed: metric -> why it is None.
+    """
+
+    corpus: dict[str, Score]
+    items: dict[str, dict[str, Score]]
+    candidates: dict[str, str]
+    references: dict[str, list[str]]
+    not_computed: dict[str, str] = field(default_factory=dict)
+
+
+def score_captions(
+    references: Mapping[str, Sequence[str]],
+    candidates: Mapping[str, str],
+    tokenizer: Tokenizer = "none",
+    java: Java | None = None,
+) -> CaptionScores:
+    """Score one caption per key against the references of that key.
+
+    Args:
+        references: key -> at least one text.
+        candidates: the same keys -> one text.
+        tokenizer: ``none`` scores the strings as they are; ``ptb`` tokenizes both sides first.
+        java: what runs METEOR and the tokenizer; the process's shared one without it.
+
+    Raises:
+        ValueError: the keys differ, there are none, a key has no reference, or pycocoevalcap is not installed.
+    """
+    _check(references, candidates)
+    java = java or shared_java()
+    texts = {key: list(references[key]) for key in candidates}
+    given = dict(candidates)
+    if tokenizer == "ptb":
+        try:
+            texts, given = tokenize_captions(texts, given, java)
+        except JavaError as error:
+            return _nothing(candidates, str(error))
+    corpus, items = _plain_scores(texts, given)
+    reasons = {}
+    if corpus["CIDEr"] is None:
+        reasons["CIDEr"] = "No reference holds a word, so there are no document frequencies."
+    try:
+        corpus["METEOR"], values = java.meteor(list(texts.values()), list(given.values()))
+        corpus[ITEM_MEAN] = sum(values) / len(values)
+        meteor: Sequence[Score] = values
+    except JavaError as error:
+        corpus["METEOR"] = corpus[ITEM_MEAN] = None
+        meteor = [None] * len(given)
+        reasons |= dict.fromkeys(("METEOR", ITEM_MEAN), str(error))
+    for item, value in zip(items.values(), meteor, strict=True):
+        item["METEOR"] = value
+    return CaptionScores(corpus, items, given, texts, reasons)
+
+
+def tokenize_captions(
+    references: Mapping[str, Sequence[str]], candidates: Mapping[str, str], java: Java
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Both sides through the PTB tokenizer, in one process.
+
+    Raises:
+        JavaError: Java is missing or failed.
+    """
+    counts = {key: len(texts) for key, texts in references.items()}
+    lines = iter(java.tokenize([*(t for texts in references.values() for t in texts), *candidates.values()]))
+    tokenized = {key: [next(lines) for _ in range(count)] for key, count in counts.items()}
+    return tokenized, {key: next(lines) for key in candidates}
+
+
+def _plain_scores(
+    references: Mapping[str, list[str]], candidates: Mapping[str, str]
+) -> tuple[dict[str, Score], dict[str, dict[str, Score]]]:
+    """What needs no Java: corpus and items."""
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError as error:
+        raise ValueError("Scoring captions needs pycocoevalcap: pip install 'w2r2-ds[metrics]'.") from error
+    lists = {key: [text] for key, text in candidates.items()}
+    bleu, bleu_items = Bleu(4).compute_score(references, lists, verbose=0)
+    columns: dict[str, tuple[Score, Sequence[Score]]] = {}
+    for order, (score, values) in enumerate(zip(bleu, bleu_items, strict=True), start=1):
+        columns[f"BLEU-{order}"] = (score, values)
+    columns["ROUGE-L"] = Rouge().compute_score(references, lists)
+    if any(text.split() for texts in references.values() for text in texts):
+        columns["CIDEr"] = Cider().compute_score(references, lists)
+    else:  # pycocoevalcap stops here: the largest document frequency of no words
+        columns["CIDEr"] = (None, [None] * len(lists))
+    corpus = {name: _plain(score) for name, (score, _) in columns.items()}
+    items = {
+        key: {name: _plain(values[index]) for name, (_, values) in columns.items()} for index, key in enumerate(lists)
+    }
+    return corpus, items
+
+
+def _plain(score: Score) -> Score:
+    """A Python float of a NumPy one."""
+    return None if score is None else float(score)
+
+
+def _nothing(candidates: Mapping[str, str], reason: str) -> CaptionScores:
+    """Every score None, for one reason."""
+    names = (*METRICS, ITEM_MEAN)
+    items: dict[str, dict[str, Score]] = {key: dict.fromkeys(METRICS) for key in candidates}
+    return CaptionScores(dict.fromkeys(names), items, {}, {}, dict.fromkeys(names, reason))
+
+
+def _check(references: Mapping[str, Sequence[str]], candidates: Mapping[str, str]) -> None:
+    if not candidates:
+        raise ValueError("There are no captions to score.")
+    odd = sorted(references.keys() ^ candidates.keys())
+    if odd:
+        raise ValueError(
+            f"References and captions must have the same keys; {len(odd)} have only one, such as {odd[0]!r}."
+        )
+    bare = [key for key, texts in references.items() if not texts]
+    if bare:
+        raise ValueError(f"{len(bare)} captions have no reference, the first is {bare[0]!r}.")

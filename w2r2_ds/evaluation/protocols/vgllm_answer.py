@@ -1,0 +1,107 @@
+"""VG-LLM's reading of grounding answers: as its evaluator does it, or leniently; its two readings of the angles.
+
+Source: LaVi-Lab/VG-LLM ``src/lmms_eval/tasks/scanrefer/utils.py`` (``scanrefer_process_results``,
+``transform_scanrefer_bbox``). Its evaluator runs ``eval`` on what the model said; here only literals are read.
+``data/tasks/parsing.py`` has this project's own, strict reading.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from w2r2_ds.boxes3d.transforms import camera_to_world
+from w2r2_ds.data.tasks.parsing import AnswerError, Grounding
+
+Reading = Callable[[str, int], Grounding]
+Turn = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def read_line(text: str, frame_count: int) -> Grounding:
+    """The first line that holds "bbox_3d", as a Python literal: an integer frame in range and a list of nine numbers.
+
+    Fences are taken off first. Single quotes pass; a dictionary over several lines, or behind words, does not.
+
+    Raises:
+        AnswerError: it cannot be read so.
+    """
+    lines = text.replace("`", "").replace("json", "").split("\n")
+    line = next((line.strip() for line in lines if "bbox_3d" in line), None)
+    if line is None:
+        raise AnswerError("no line holds bbox_3d")
+    try:
+        value = ast.literal_eval(line)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise AnswerError("the line with bbox_3d is no literal") from error
+    if isinstance(value, tuple) and len(value) == 1:  # a comma behind the dictionary
+        value = value[0]
+    return _grounding(value, frame_count)
+
+
+def read_anywhere(text: str, frame_count: int) -> Grounding:
+    """The first JSON object anywhere in the text that has an integer frame and nine numbers.
+
+    Raises:
+        AnswerError: there is none, or its frame is out of range.
+    """
+    decoder = json.JSONDecoder()
+    start = text.find("{")
+    while start >= 0:
+        try:
+            value, _ = decoder.raw_decode(text, start)
+            return _grounding(value, frame_count)
+        except AnswerError as error:
+            if error.reason == "frame is out of range":
+                raise
+        except (ValueError, RecursionError):
+            pass  # no object begins here; perhaps at the next brace
+        start = text.find("{", start + 1)
+    raise AnswerError("it holds no JSON object with frame and bbox_3d")
+
+
+def turn_extrinsic(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
+    """Box ``[9]`` to the world as VG-LLM's evaluator moves it: SciPy's lower-case ``zxy``, R = Ry(a2) Rx(a1) Rz(a0).
+
+    The angles that come out are extrinsic too, but its IoU reads them as intrinsic ZXY. So do all who take the result
+    for a box of ``boxes3d/transforms.py``: that mistake is the protocol.
+    """
+    turned = cam_to_world[:3, :3] @ Rotation.from_euler("zxy", box[6:]).as_matrix()
+    with warnings.catch_warnings():
+        # SciPy warns of gimbal lock, where it sets one angle to 0; so it does there.
+        warnings.simplefilter("ignore", UserWarning)
+        angles = Rotation.from_matrix(turned).as_euler("zxy")
+    return np.concatenate([cam_to_world[:3, :3] @ box[:3] + cam_to_world[:3, 3], box[3:6], angles])
+
+
+READINGS: Mapping[str, Reading] = {"line": read_line, "anywhere": read_anywhere}
+TURNS: Mapping[str, Turn] = {"zxy": turn_extrinsic, "ZXY": camera_to_world}
+"""``zxy`` is what VG-LLM's evaluator does, ``ZXY`` what its labels mean."""
+
+
+def _grounding(value: Any, frame_count: int) -> Grounding:
+    if not isinstance(value, dict):
+        raise AnswerError("it is no dictionary")
+    frame, box = value.get("frame"), value.get("bbox_3d")
+    if not isinstance(frame, int) or isinstance(frame, bool):
+        raise AnswerError("frame is not an integer")
+    if not isinstance(box, list) or len(box) != 9 or not all(map(_is_number, box)):
+        raise AnswerError("bbox_3d is not a list of 9 numbers")
+    if not 0 <= frame < frame_count:
+        raise AnswerError("frame is out of range")
+    return Grounding(frame, np.array(box, dtype=np.float64))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False

@@ -1,0 +1,70 @@
+"""The feature cache of a configuration: whatever its features depend on is part of their keys."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from w2r2_ds.config.schema import DataConfig, ModelConfig
+from w2r2_ds.features.key import encoder_identity
+from w2r2_ds.features.lookup import FeatureCache
+from w2r2_ds.features.store import Cache
+from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.models.qwen2_5_vl.loading import load_config
+from w2r2_ds.models.vggt.loading import HEADS, locate, read_config, weight_files
+from w2r2_ds.models.weights_hash import model_weights, tensors_digest
+from w2r2_ds.types.vision import VisionSpec
+
+TOWER = ("visual.", "model.visual.")
+"""How the names of a vision tower's weights begin in public checkpoints, and in saved ones."""
+
+
+def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
+    """The cache that `data.cache` names; None without one.
+
+    Reads the frozen weights once to know them: sizes and names do not tell one training from another.
+
+    Raises:
+        ValueError: the folder cannot be made, or there are no weights.
+    """
+    if not data.cache:
+        return None
+    folder = Path(data.cache)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache is {folder}, which cannot be made ({error}); name another folder.") from error
+    cache = Cache(folder.absolute(), int(data.cache_gib * 2**30))
+    vision = vision_identity(data, model) if data.cached == "geometry+2d" else None
+    return FeatureCache(cache, geometry_identity(data, model), vision)
+
+
+def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
+    """What the geometry features of given frames depend on."""
+    vggt = locate(model.vggt)
+    about = {
+        "kind": "geometry",
+        "config": read_config(vggt).to_dict(),
+        "weights": tensors_digest(weight_files(vggt), lambda name: not name.startswith(HEADS)),
+        "layer": model.geometry_layer,
+        "reference_frame": model.reference_frame,
+    }
+    return encoder_identity(about | _common(data, model))
+
+
+def vision_identity(data: DataConfig, model: ModelConfig) -> str:
+    """What the 2D features of given frames depend on."""
+    about = {
+        "kind": "2d",
+        "config": load_config(model.vlm).vision_config.to_dict(),
+        "weights": tensors_digest(model_weights(model.vlm), lambda name: name.startswith(TOWER)),
+        "pixels": asdict(VisionSpec.load(model.vlm)),
+        "visual": data.visual,
+        "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),
+        "kernels": resolve_kernels(model.kernels),  # the tower's norms and MLPs are bound too
+    }
+    return encoder_identity(about | _common(data, model))
+
+
+def _common(data: DataConfig, model: ModelConfig) -> dict[str, object]:
+    return {"frame_width": data.frame_width, "dtype": str(resolve_dtype(model.dtype))}

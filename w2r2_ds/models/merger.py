@@ -1,0 +1,111 @@
+"""Geometry features become tokens of the language model's width, as many as there are visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from w2r2_ds.kernels.cell_norm import cell_norm
+from w2r2_ds.kernels.select import Kernels
+
+EPS = 1e-6
+"""Of the merger's RMSNorm, VG-LLM's."""
+
+
+class GeometryMerger(nn.Module):
+    """RMSNorm, 2 x 2 merge, Linear, GELU, Linear: VG-LLM's merger, with its parameter names and initialisation.
+
+    Args:
+        feature_dim: channels of a geometry feature (2048 for VGGT: frame and global halves).
+        hidden_size: width of the language model.
+        merger_hidden: width between the two linear layers.
+        merge_size: patches per side that become one token, as in the vision tower.
+        init_std: standard deviation of the linear weights; biases start at zero.
+        kernels: how the norm is computed.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_size: int,
+        merger_hidden: int = 4096,
+        merge_size: int = 2,
+        init_std: float = 0.02,
+        kernels: Kernels = "torch",
+    ) -> None:
+        super().__init__()
+        for field, value in (
+            ("feature_dim", feature_dim),
+            ("hidden_size", hidden_size),
+            ("merger_hidden", merger_hidden),
+            ("merge_size", merge_size),
+        ):
+            if value < 1:
+                raise ValueError(f"geometry merger: {field} must be at least 1, got {value}")
+        self.feature_dim = feature_dim
+        self.hidden_size = hidden_size
+        self.merger_hidden = merger_hidden
+        self.merge_size = merge_size
+        self.ln_q = CellNorm(feature_dim, merge_size, kernels)
+        self.mlp = nn.Sequential(
+            nn.Linear(feature_dim * merge_size**2, merger_hidden),
+            nn.GELU(),
+            nn.Linear(merger_hidden, hidden_size),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=init_std)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Merge grids ``[frames, h, w, feature_dim]``, one per sample, to ``[tokens, hidden_size]``.
+
+        A grid gives ``frames * (h // m) * (w // m)`` tokens, possibly none: rows and columns that do not fill a merge
+        cell are cropped at the bottom and the right. Tokens are in the vision tower's order: sample, frame, row,
+        column. Features are cast to the weights' dtype; the result has that dtype.
+
+        Every submodule is called once, however many samples there are and whatever their sizes: ZeRO-3 needs the same
+        calls on every rank.
+
+        Raises:
+            ValueError: wrong rank or channels, or a grid smaller than one merge cell.
+        """
+        for grid in features:
+            if grid.dim() != 4 or grid.shape[-1] != self.feature_dim:
+                raise ValueError(
+                    f"geometry merger: features are {tuple(grid.shape)}, expected [frames, h, w, {self.feature_dim}]"
+                )
+        merged: torch.Tensor = self.mlp(self.ln_q(features).flatten(1))
+        return merged
+
+
+class CellNorm(nn.Module):
+    """RMSNorm of all grids, in the order of merge cells: a module, because ZeRO-3 gathers a weight for its module."""
+
+    def __init__(self, feature_dim: int, merge_size: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(feature_dim))
+        self.merge_size = merge_size
+        self.kernels = kernels
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``[tokens, merge_size ** 2, feature_dim]``; see `cell_norm`."""
+        return cell_norm(features, self.weight, EPS, self.merge_size, self.kernels)
+
+
+def pair_frames(features: torch.Tensor) -> torch.Tensor:
+    """Mean of consecutive frame pairs, ``[frames, h, w, C]`` to ``[ceil(frames / 2), h, w, C]``, same dtype.
+
+    This is what a video's temporal patches of two frames see; an odd last frame is paired with itself, as the vision
+    tower's pre-processing does. The mean is taken in float32.
+
+    Raises:
+        ValueError: wrong rank or no frames.
+    """
+    if features.dim() != 4 or features.shape[0] == 0:
+        raise ValueError(f"geometry features are {tuple(features.shape)}, expected [frames >= 1, h, w, channels]")
+    if features.shape[0] % 2:
+        features = torch.cat([features, features[-1:]])
+    return features.float().unflatten(0, (-1, 2)).mean(1).to(features.dtype)

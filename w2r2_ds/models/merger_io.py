@@ -1,0 +1,33 @@
+"""The geometry's trained tensors as a file: ``geometry_merger.safetensors``, of an export or of a VG-LLM import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.utils.safetensors_io import read_strictly
+
+MERGER = "geometry_merger.safetensors"
+FUSION = "fusion."
+"""Prefix of the fusion's tensors; the merger's have their own names, which are VG-LLM's."""
+
+
+def merger_tensors(model: W2R2) -> dict[str, torch.Tensor]:
+    """Tensors of the merger by their own names, those of the fusion below `FUSION`; `add` has none."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.geometry_merger.state_dict().items()}
+    return tensors | {FUSION + name: tensor.detach().contiguous() for name, tensor in model.fusion.state_dict().items()}
+
+
+@torch.no_grad()
+def load_merger(model: W2R2, file: Path) -> None:
+    """Fill merger and fusion from a file, strictly, in the model's dtype.
+
+    Raises:
+        ValueError: the file cannot be read, or does not hold exactly these tensors.
+    """
+    own = merger_tensors(model)
+    reshape = "take model.vlm, model.vggt and model.merger_hidden that it was trained with"
+    for name, tensor in read_strictly(file, "the geometry merger", own, "another model.fusion", reshape).items():
+        own[name].copy_(tensor)

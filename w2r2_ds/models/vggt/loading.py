@@ -1,0 +1,171 @@
+"""Read and write VGGT directories: ``config.json`` and safetensors weights, strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEADS = ("camera_head.", "point_head.", "depth_head.", "track_head.")
+"""Prefixes of weights that a checkpoint may hold and that are not loaded."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load_vggt(source: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> VGGT:
+    """A VGGT with its weights, on the CPU, in eval mode.
+
+    Args:
+        source: directory with ``config.json`` and ``model.safetensors`` (or shards and their index), or the id of a
+            Hugging Face Hub repository such as ``facebook/VGGT-1B``.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights in memory.
+
+    Raises:
+        ValueError: nothing there; a file is missing or broken; a weight is missing, unknown or of another shape.
+    """
+    directory = locate(source, revision)
+    config = read_config(directory)
+    with torch.device("meta"):
+        model = VGGT(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(directory):
+        for name, tensor in _read(file, expected, dtype).items():
+            if name in state:
+                raise ValueError(f"{file}: {name} is also in another file of {directory}; fetch the directory again.")
+            state[name] = tensor
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise ValueError(
+            f"{directory}: the weights lack {_first(missing)}; its {CONFIG} describes another VGGT, or a file is "
+            "incomplete: fetch it again."
+        )
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def save_vggt(vggt: VGGT, directory: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors``, each whole or not at all; the directory is made if needed."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vggt.state_dict().items()}
+    aside = directory / f".{WEIGHTS}.{os.getpid()}"
+    save_file(tensors, aside, metadata={"format": "pt"})
+    os.replace(aside, directory / WEIGHTS)
+    aside = directory / f".{CONFIG}.{os.getpid()}"
+    aside.write_text(json.dumps(vggt.config.to_dict(), indent=2) + "\n")
+    os.replace(aside, directory / CONFIG)
+
+
+def read_config(directory: Path) -> VGGTConfig:
+    """``config.json`` of a VGGT directory.
+
+    Raises:
+        ValueError: it is missing, no JSON object, or describes no VGGT that can be built.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a VGGT directory needs {CONFIG} and {WEIGHTS}.")
+    try:
+        return VGGTConfig.from_dict(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The local directory of `source`, downloaded when it is a hub id.
+
+    Raises:
+        ValueError: there is no such directory, and it cannot be downloaded.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise ValueError(
+            f"{source} is no directory here; correct model.vggt (or --vggt): a VGGT directory, "
+            "or a hub id such as facebook/VGGT-1B."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG, INDEX, "*.safetensors"]))
+    except Exception as error:  # the hub client raises many kinds, of several libraries
+        raise ValueError(
+            f"{source} is no directory here and could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}); "
+            "correct model.vggt (or --vggt), or fetch it where there is a network and give its "
+            "directory."
+        ) from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The single safetensors file of a model directory, or the shards that its index names; ValueError for neither."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
+    if not index.is_file():
+        raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}; fetch the weights into it.")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} has no weight_map from weights to files; fetch it again.")
+    files = [directory / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{index} names {file.name!r}, which is no safetensors file; only those are read.")
+        if file.parent != directory or not file.is_file():
+            raise ValueError(f"{index} names {file.name!r}, which is not beside it; fetch the missing shard.")
+    return files
+
+
+def _read(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The expected tensors of one file; weights of heads are skipped, names and shapes checked before any is read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = [name for name in opened.keys() if not name.startswith(HEADS)]  # noqa: SIM118
+            unknown = [name for name in names if name not in expected]
+            if unknown:
+                raise ValueError(f"{file} holds {_first(unknown)}, which this VGGT does not have; check {CONFIG}.")
+            for name in names:
+                part = opened.get_slice(name)
+                _check(file, name, tuple(part.get_shape()), part.get_dtype(), expected[name])
+            return {name: opened.get_tensor(name).to(dtype) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); it is broken or incomplete: fetch it again.") from error
+
+
+def _check(file: Path, name: str, shape: tuple[int, ...], kind: str, wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise ValueError(
+            f"{file}: {name} has shape {list(shape)}, but {CONFIG} asks for {list(wanted)}; take both from one VGGT."
+        )
+    if kind not in FLOATS:
+        raise ValueError(f"{file}: {name} is stored as {kind}; only unquantised weights ({', '.join(FLOATS)}) load.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; ValueError where it does not."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable JSON ({error}); fetch it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch it again.")
+    return values
+
+
+def _first(names: Iterable[str]) -> str:
+    """The first name, and how many follow."""
+    ordered = sorted(names)
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} and {len(ordered) - 1} more"

@@ -1,0 +1,243 @@
+"""VGGT's aggregator, written from its specification; parameter names are those of the public checkpoint.
+
+Frames become patch tokens, a camera token and registers are put in front of each frame's, and blocks that look at one
+frame alternate with blocks that look at all. Heads (camera, depth, points, tracks) are not built; `models/vggt/loading.py`
+skips their weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from w2r2_ds.models.vggt.dinov2 import DinoViT
+from w2r2_ds.models.vggt.layers import Block, PatchProjection, RotaryTable, grid_positions, rotary_table
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+EPS = 1e-5
+
+VIT_LARGE = "dinov2_vitl14_reg"
+"""What upstream calls the patch embedding of the 1B model; the same as ``dinov2`` with the default sizes."""
+UPSTREAM_SWITCHES = ("enable_camera", "enable_point", "enable_depth", "enable_track")
+UPSTREAM_ORDER = {"aa_order": ["frame", "global"], "aa_block_size": 1}
+
+
+@dataclass(frozen=True)
+class VGGTConfig:
+    """Sizes of a VGGT; the defaults are those of the public 1B model.
+
+    Attributes:
+        img_size: side in pixels of the square that the ViT's position table was made for.
+        patch_size: side of a patch in pixels; frames must be a multiple of it.
+        embed_dim: width of a token; features are twice as wide.
+        depth: frame blocks, and as many global blocks; also the number of layers to choose from.
+        num_heads: attention heads of the frame and global blocks.
+        mlp_ratio: hidden width of their MLPs over `embed_dim`.
+        num_register_tokens: registers per frame, in the ViT too.
+        qk_norm: LayerNorm on queries and keys of the frame and global blocks.
+        rope_freq: base of their rotary positions; 0 for none.
+        patch_embed: ``"dinov2"`` (a ViT) or ``"conv"`` (one convolution).
+        vit_depth: blocks of the ViT.
+        vit_num_heads: its attention heads.
+        vit_mlp_ratio: hidden width of its MLPs over `embed_dim`.
+    """
+
+    img_size: int = 518
+    patch_size: int = 14
+    embed_dim: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_register_tokens: int = 4
+    qk_norm: bool = True
+    rope_freq: float = 100
+    patch_embed: str = "dinov2"
+    vit_depth: int = 24
+    vit_num_heads: int = 16
+    vit_mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "vit_depth", "vit_num_heads"):
+            _require_count(name, getattr(self, name), 1)
+        _require_count("num_register_tokens", self.num_register_tokens, 0)
+        for name in ("mlp_ratio", "rope_freq", "vit_mlp_ratio"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ValueError(f"VGGT config: {name} is {value!r}; it must be a number, not negative.")
+        if self.patch_embed not in ("dinov2", "conv"):
+            raise ValueError(f"VGGT config: patch_embed is {self.patch_embed!r}; it must be 'dinov2' or 'conv'.")
+        if self.img_size % self.patch_size:
+            raise ValueError(
+                f"VGGT config: img_size {self.img_size} must be a multiple of patch_size {self.patch_size}."
+            )
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(
+                f"VGGT config: embed_dim {self.embed_dim} must be a multiple of 4 * num_heads = {4 * self.num_heads}."
+            )
+        if self.patch_embed == "dinov2" and self.embed_dim % self.vit_num_heads:
+            raise ValueError(f"VGGT config: vit_num_heads {self.vit_num_heads} must divide embed_dim {self.embed_dim}.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
+        """Read a ``config.json``: what it lacks is as in the 1B model.
+
+        Upstream's switches for heads are ignored; its name of the ViT is understood.
+
+        Raises:
+            ValueError: unknown key, or a value out of range.
+        """
+        given = {key: value for key, value in values.items() if key not in UPSTREAM_SWITCHES}
+        for key, only in UPSTREAM_ORDER.items():
+            if given.pop(key, only) != only:
+                raise ValueError(f"VGGT config: {key} is {values[key]!r}; only {only!r} is supported.")
+        unknown = sorted(set(given) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"VGGT config: unknown key {unknown[0]!r}; remove it or correct its spelling.")
+        if given.get("patch_embed") == VIT_LARGE:
+            given["patch_embed"] = "dinov2"
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads back as an equal configuration."""
+        return dataclasses.asdict(self)
+
+    @property
+    def special_tokens(self) -> int:
+        """Tokens before the patches of a frame: one camera token and the registers."""
+        return 1 + self.num_register_tokens
+
+
+def _require_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"VGGT config: {name} is {value!r}; it must be a whole number of at least {least}.")
+
+
+class Aggregator(nn.Module):
+    """Alternating attention over frames; output ``i`` joins what frame block ``i`` and global block ``i`` made."""
+
+    def __init__(self, config: VGGTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = _patch_embed(config)
+        # Row 0 is for the first frame, the reference; row 1 for every other frame.
+        self.camera_token = nn.Parameter(torch.empty(1, 2, 1, config.embed_dim))
+        self.register_token = nn.Parameter(torch.empty(1, 2, config.num_register_tokens, config.embed_dim))
+        self.frame_blocks = _blocks(config)
+        self.global_blocks = _blocks(config)
+        nn.init.normal_(self.camera_token, std=1e-6)
+        nn.init.normal_(self.register_token, std=1e-6)
+
+    def patch_tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """``[N, 3, H, W]`` in [0, 1] -> ``[N, patches, embed_dim]`` in the dtype of the weights."""
+        mean = torch.tensor(PIXEL_MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
+        std = torch.tensor(PIXEL_STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
+        return self.patch_embed(((images - mean) / std).to(self.camera_token.dtype))
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """``[B, S, 3, H, W]`` -> ``[B * S, special + patches, embed_dim]``: what frame block 0 gets."""
+        batch, frames = images.shape[:2]
+        patches = self.patch_tokens(images.flatten(0, 1))
+        first_or_other = [0] + [1] * (frames - 1)
+        special = torch.cat((self.camera_token, self.register_token), dim=2)[:, first_or_other]
+        special = special.expand(batch, -1, -1, -1).flatten(0, 1)
+        return torch.cat((special.to(patches.dtype), patches), dim=1)
+
+    def positions(self, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+        """``[special + patches, 2]`` int64 (row, column) of a frame: special tokens at (0, 0), patches from (1, 1)."""
+        size = self.config.patch_size
+        patches = 1 + grid_positions(height // size, width // size, device)
+        return torch.cat((patches.new_zeros(self.config.special_tokens, 2), patches))
+
+    def rope(self, positions: torch.Tensor) -> RotaryTable | None:
+        """Rotary table of ``[..., tokens, 2]`` positions; None where the configuration has none."""
+        head_dim = self.config.embed_dim // self.config.num_heads
+        return rotary_table(positions, head_dim, self.config.rope_freq) if self.config.rope_freq else None
+
+    def forward(self, images: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Run as many blocks as the deepest wanted layer needs and keep the wanted layers only.
+
+        Args:
+            images: ``[B, S, 3, H, W]`` floating, RGB in [0, 1]; frame 0 is the reference. H and W are multiples of
+                the patch size.
+            layers: absolute layer indices, each in ``0 .. depth - 1``.
+
+        Returns:
+            Layer -> ``[B, S, special + patches, 2 * embed_dim]`` in the dtype of the weights.
+
+        Raises:
+            ValueError: images of a wrong shape or size, no layers, or a layer that does not exist.
+        """
+        self._check(images, layers)
+        batch, frames, _, height, width = images.shape
+        positions = self.positions(height, width, images.device)
+        frame_rope, global_rope = self.rope(positions), self.rope(positions.repeat(frames, 1))
+        tokens = self.tokens(images)
+        kept: dict[int, torch.Tensor] = {}
+        for index in range(max(layers) + 1):
+            within = self.frame_blocks[index](tokens, frame_rope)
+            across = self.global_blocks[index](within.unflatten(0, (batch, frames)).flatten(1, 2), global_rope)
+            tokens = across.unflatten(1, (frames, -1)).flatten(0, 1)
+            if index in layers:
+                kept[index] = torch.cat((within, tokens), dim=-1).unflatten(0, (batch, frames))
+        return kept
+
+    def _check(self, images: torch.Tensor, layers: Sequence[int]) -> None:
+        size, depth = self.config.patch_size, self.config.depth
+        if images.dim() != 5 or images.shape[2] != 3 or 0 in images.shape:
+            raise ValueError(f"VGGT: images have shape {tuple(images.shape)}; give [batch, frames, 3, height, width].")
+        if not images.is_floating_point():
+            raise ValueError(f"VGGT: images are {images.dtype}; give floating point values in [0, 1].")
+        height, width = images.shape[-2:]
+        if height % size or width % size:
+            raise ValueError(
+                f"VGGT: frames are {height} x {width} pixels; height and width must be multiples of {size}."
+            )
+        if not layers or not all(0 <= layer < depth for layer in layers):
+            raise ValueError(f"VGGT: layers {list(layers)} were asked for; name some of 0 to {depth - 1}.")
+
+
+def _patch_embed(config: VGGTConfig) -> nn.Module:
+    if config.patch_embed == "conv":
+        return PatchProjection(config.patch_size, config.embed_dim)
+    return DinoViT(
+        config.img_size,
+        config.patch_size,
+        config.embed_dim,
+        config.vit_depth,
+        config.vit_num_heads,
+        config.vit_mlp_ratio,
+        config.num_register_tokens,
+    )
+
+
+def _blocks(config: VGGTConfig) -> nn.ModuleList:
+    return nn.ModuleList(
+        Block(
+            config.embed_dim,
+            config.num_heads,
+            config.mlp_ratio,
+            eps=EPS,
+            initial_scale=0.01,
+            qk_norm=config.qk_norm,
+        )
+        for _ in range(config.depth)
+    )
+
+
+class VGGT(nn.Module):
+    """A VGGT without heads.
+
+    Args:
+        config: its sizes.
+    """
+
+    def __init__(self, config: VGGTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.aggregator = Aggregator(config)

@@ -1,0 +1,199 @@
+"""The total: L = sum over samples of weight * (l_align + push), with what a user wants to see beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from w2r2_ds.config.schema import ObjectiveConfig
+from w2r2_ds.objective.expected_box import expected_overlap
+from w2r2_ds.objective.push_terms import Overlaps, PushInputs, States, find_reading
+from w2r2_ds.objective.reductions import at, mean_per_sample
+from w2r2_ds.objective.scorer import Score, Scorer
+from w2r2_ds.types.batch import Batch
+
+STATS = (
+    "loss",
+    "align",
+    "det",
+    "push",
+    "above_mu",
+    "s_short",
+    "s_fused",
+    "s_gain",
+    "invalid_short",
+    "invalid_fused",
+    "geometry_norm",
+)
+"""Columns of the per-sample statistics (docs/objective.md says how to read them)."""
+
+LOSS_PARTS = ("loss", "align", "push")
+"""Columns that `objective.reduction` weighs; the others are means over samples."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one pass gives.
+
+    Attributes:
+        logits: ``[rows, vocabulary]`` at the answer rows.
+        states: ``[rows + what positions, hidden]`` last hidden states; None where the reading does not ask.
+    """
+
+    logits: Tensor
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What is kept of the 2D-only pass; detached unless the reading keeps its graph.
+
+    Attributes:
+        guess: ``[rows]`` int64 most likely token.
+        label_log_p: ``[rows]`` float32 log-likelihood of the label.
+        guess_log_p: ``[rows]`` float32 log-likelihood of the most likely token.
+        score: s of its answer, decoded where answers are.
+        teacher: s of its teacher-forced answer, which is what the fused pass is compared with.
+        log_p: ``[rows, vocabulary]`` float32, where the reading wants the whole distribution.
+        states: of `Outputs`.
+        iou: ``[batch]`` float64 IoU of the expected box, where the reading wants boxes.
+    """
+
+    guess: Tensor
+    label_log_p: Tensor
+    guess_log_p: Tensor
+    score: Score
+    teacher: Score
+    log_p: Tensor | None = None
+    states: Tensor | None = None
+    iou: Tensor | None = None
+
+
+def read_shortcut(
+    outputs: Outputs, batch: Batch, config: ObjectiveConfig, scorer: Scorer, answers: list[str] | None = None
+) -> Shortcut:
+    """Keep what the objective needs of the 2D-only pass.
+
+    Args:
+        outputs: of the 2D-only pass.
+        answers: greedily decoded answers per sample; None reads the answer off the teacher-forced predictions.
+    """
+    reading = find_reading(config.push)
+    logits, states = outputs.logits, outputs.states
+    if reading.blocked:
+        logits, states = logits.detach(), None if states is None else states.detach()
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    guess = logits.argmax(-1)
+    teacher = scorer.teacher(guess, batch)
+    return Shortcut(
+        guess=guess,
+        label_log_p=at(log_p, batch.answer_rows.label),
+        guess_log_p=at(log_p, guess),
+        score=teacher if answers is None else scorer.decoded(answers, batch),
+        teacher=teacher,
+        log_p=log_p if reading.distribution else None,
+        states=states,
+        iou=expected_overlap(log_p, batch, scorer.tables)[0] if reading.boxes else None,
+    )
+
+
+def w2r2_loss(
+    outputs: Outputs,
+    shortcut: Shortcut,
+    batch: Batch,
+    config: ObjectiveConfig,
+    scorer: Scorer,
+    geometry_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The objective of one micro-batch.
+
+    Args:
+        outputs: of the fused pass.
+        shortcut: of the 2D-only pass.
+        geometry_norm: ``[batch]`` for the statistics, see `W2R2Step`.
+
+    Returns:
+        The weighted *sum* over samples, to be divided by the global sum of weights, and ``[batch, len(STATS)]``
+        float32 detached statistics per sample.
+    """
+    rows, size = batch.answer_rows, len(batch.ids)
+    log_p = torch.log_softmax(outputs.logits.float(), dim=-1)
+    align = mean_per_sample(-at(log_p, rows.label), rows.sample, size, torch.ones_like(rows.where))
+    fused = scorer.teacher(outputs.logits.detach().argmax(-1), batch)
+    s_short = shortcut.score.s.float()
+    hinge = torch.clamp(s_short - config.mu, min=0)
+    push = find_reading(config.push).term(push_inputs(log_p, outputs, align, hinge, shortcut, batch, config, scorer))
+    loss = align + push
+    columns = {
+        "loss": loss,
+        "align": align,
+        "det": hinge,
+        "push": push,
+        "above_mu": hinge > 0,
+        "s_short": s_short,
+        "s_fused": fused.s,
+        "s_gain": fused.s - shortcut.teacher.s,
+        "invalid_short": ~shortcut.score.valid,
+        "invalid_fused": ~fused.valid,
+        "geometry_norm": torch.zeros_like(align) if geometry_norm is None else geometry_norm,
+    }
+    stats = torch.stack([columns[name].detach().float() for name in STATS], dim=-1)
+    return (sample_weights(batch, config.reduction) * loss).sum(), stats
+
+
+def push_inputs(
+    log_p: Tensor,
+    outputs: Outputs,
+    align: Tensor,
+    hinge: Tensor,
+    shortcut: Shortcut,
+    batch: Batch,
+    config: ObjectiveConfig,
+    scorer: Scorer,
+) -> PushInputs:
+    """Everything that the configured reading asks for."""
+    rows = batch.answer_rows
+    overlaps = None
+    if shortcut.iou is not None:
+        _, giou, has_box = expected_overlap(log_p, batch, scorer.tables)
+        overlaps = Overlaps(giou, shortcut.iou, has_box)
+    return PushInputs(
+        log_p=log_p,
+        label=rows.label,
+        guess=shortcut.guess,
+        label_short=shortcut.label_log_p,
+        guess_short=shortcut.guess_log_p,
+        sample=rows.sample,
+        where=rows.where,
+        cross_entropy=align,
+        hinge=hinge,
+        lam=config.lam,
+        mu=config.mu,
+        margin=config.margin,
+        iou_margin=config.iou_margin,
+        cosine=config.cosine,
+        log_p_short=shortcut.log_p,
+        states=pair_states(outputs.states, shortcut.states, batch),
+        overlaps=overlaps,
+    )
+
+
+def pair_states(fused: Tensor | None, short: Tensor | None, batch: Batch) -> States | None:
+    """Hidden states of both passes at the answer rows, then at the what positions; None where they were not kept."""
+    if fused is None or short is None:
+        return None
+    rows, what = batch.answer_rows, batch.what_rows
+    is_what = torch.cat([torch.zeros_like(rows.where), torch.ones_like(what.sample, dtype=torch.bool)])
+    where = torch.cat([rows.where, torch.zeros_like(what.sample, dtype=torch.bool)])
+    return States(fused, short, torch.cat([rows.sample, what.sample]), where, is_what)
+
+
+def sample_weights(batch: Batch, reduction: str) -> Tensor:
+    """``[batch]`` float32: 1 per sample, or its number of answer tokens (VG-LLM's mean over tokens)."""
+    rows = batch.answer_rows
+    ones = torch.ones(len(batch.ids), device=rows.label.device)
+    if reduction == "sample":
+        return ones
+    return torch.zeros_like(ones).index_add(0, rows.sample, torch.ones_like(rows.sample, dtype=ones.dtype))

@@ -1,0 +1,235 @@
+"""How fast a run is: samples, tokens, and floating-point operations against what the device can do with matrices.
+
+*Model* FLOPs, as PaLM (appendix B), nanoGPT and torchtitan count them, for W2R2's step:
+
+* matrix products only, 2 per multiply-add; norms, activations, softmax and rotary positions are left out;
+* a pass forward, and backward once for the gradient of what a product is given and once for that of its weights; the
+  weights' only where they train, so that LoRA counts 4 per frozen weight and token where full fine-tuning counts 6;
+* what is computed a second time (activation checkpointing) does not count: with it, MFU is a lower number than what the
+  device really does;
+* attention counts every pair of tokens of a sample, whichever half a causal mask leaves out;
+* what the step need not compute does not count: logits of the prompt, the last layer for rows that nobody reads,
+  padding, a shared prefix twice, a tower whose features are cached.
+
+The shortcut pass counts forward only (with `unblocked`, backward too). The attention of the `cross_attention` fusion
+(below 0.1 %), and greedy decoding in training (`shortcut_decode: greedy`, `gap_every`), are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from w2r2_ds.models.vggt.model import VGGT
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.objective.push_terms import Reading
+from w2r2_ds.types.batch import Batch, Visuals
+
+RATE_SECONDS = 0.2
+"""How long matrices are multiplied at the start."""
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product of this device, the best of as many as fit into `RATE_SECONDS`; waits for the device.
+
+    Of 8192 x 8192 matrices on a GPU, 0.4 GB, and of 1024 x 1024 ones on a CPU with the threads of this process.
+    """
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1024
+    # Not all ones: equal bits cost a GPU less power, so that it would be faster than it is in a run. An own generator
+    # leaves the run's random state alone.
+    drawn = torch.Generator(device).manual_seed(0)
+    left, right, product = (torch.randn(size, size, generator=drawn, device=device, dtype=dtype) for _ in range(3))
+    wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - began < RATE_SECONDS:
+        wait()
+        started = time.perf_counter()
+        torch.mm(left, right, out=product)
+        wait()
+        times.append(time.perf_counter() - started)
+    del left, right, product
+    if cuda:  # not the run's memory
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return 2.0 * size**3 / min(times)
+
+
+class Throughput:
+    """Speed of an optimizer step over all ranks, every rank taken to be as full as this one.
+
+    Args:
+        model: the composed model, sharded or whole.
+        reading: of the push term; what of the shortcut has a graph, and which states are read.
+        rate: of `matrix_rate`.
+    """
+
+    def __init__(self, model: W2R2, reading: Reading, rate: float) -> None:
+        self.model, self.reading, self.rate = model, reading, rate
+
+    def __call__(self, micro_batches: Sequence[Batch], seconds: float) -> dict[str, float]:
+        """Of micro-batches on the CPU and the time that they took, loading included; nothing waits for the device."""
+        world = dist.get_world_size()
+        samples = sum(len(batch.ids) for batch in micro_batches) * world
+        tokens = sum(ends[-1] - ends[0] for batch in micro_batches for ends in groups(batch)) * world
+        work = sum(step_flops(self.model, self.reading, batch) for batch in micro_batches) / seconds
+        return {
+            "samples_per_s": samples / seconds,
+            "tokens_per_s": tokens / seconds,
+            "step_s": seconds,
+            "tflops": work / 1e12,
+            "mfu": work / self.rate,
+        }
+
+
+def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
+    """Begin, end of the prefix and ends of the suffixes of every group of a batch."""
+    assert batch.layout is not None, "a training batch knows its sequences"
+    return (ends for spans in batch.layout.spans for ends in spans)
+
+
+def step_flops(model: W2R2, reading: Reading, batch: Batch) -> float:
+    """Model FLOPs of forward and backward of one micro-batch."""
+    towers = tower_flops(model.base.model.visual, batch.visuals) + geometry_flops(model.geometry, batch.visuals)
+    return towers + merger_flops(model, batch.visuals, reading.blocked) + language_flops(model, reading, batch)
+
+
+def language_flops(model: W2R2, reading: Reading, batch: Batch) -> float:
+    """Both passes of the language model and its head; its decoder layers are all alike."""
+    layers, head = model.base.model.language_model.layers, model.base.lm_head
+    tokens, pairs = tokens_and_pairs(batch)
+    read = len(batch.answer_rows.label)
+    rows = read + (len(batch.what_rows.position) if reading.states else 0)
+    work = Work() + layer_work(layers[0], tokens, pairs) * (len(layers) - 1)
+    # A row sees as many tokens as another, on average.
+    work = work + last_layer_work(layers[-1], tokens, rows, rows * pairs / max(tokens, 1)) + products(head, read)
+    return work.both + (work.forward if reading.blocked else work.both)
+
+
+def tokens_and_pairs(batch: Batch) -> tuple[int, int]:
+    """Tokens of all samples, a shared prefix once, and pairs of tokens of a sample."""
+    tokens = pairs = 0
+    for begin, prefix_end, *ends in groups(batch):
+        prefix = prefix_end - begin
+        tokens, pairs = tokens + prefix, pairs + prefix**2
+        for start, end in pairwise((prefix_end, *ends)):
+            tokens, pairs = tokens + end - start, pairs + (end - start) * (prefix + end - start)
+    return tokens, pairs
+
+
+def layer_work(layer: Any, tokens: int, pairs: float) -> Work:
+    """A whole decoder layer."""
+    return products(layer, tokens) + attention(layer.self_attn, pairs)
+
+
+def last_layer_work(layer: Any, tokens: int, rows: int, pairs: float) -> Work:
+    """The last decoder layer: keys and values of all tokens, everything else of the rows that are read."""
+    heads = layer.self_attn
+    work = attention(heads, pairs) + products(heads.k_proj, tokens) + products(heads.v_proj, tokens)
+    return work + products(heads.q_proj, rows) + products(heads.o_proj, rows) + products(layer.mlp, rows)
+
+
+def attention(heads: Any, pairs: float) -> Work:
+    """Scores and sums of values: a multiply-add each per pair and channel of the queries; backward twice as much."""
+    forward = 4.0 * heads.num_heads * heads.head_dim * pairs
+    return Work(forward, 3 * forward)
+
+
+def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
+    """The geometry merger and the fusion, in the passes in which they run."""
+    tokens = sum(visuals.sizes)
+    merger, fusion = products(model.geometry_merger, tokens), products(model.fusion, tokens)
+    short = Work()
+    if model.zero == "features":
+        short = short + merger
+    if model.zero == "features" or not model.fusion.zero_is_stock:
+        short = short + fusion
+    return merger.both + fusion.both + (short.forward if blocked else short.both)
+
+
+def tower_flops(tower: Any, visuals: Visuals) -> float:
+    """The frozen vision tower, forward: windows of patches attend within, in some blocks whole frames."""
+    if visuals.cached_2d:
+        return sum(tower_flops(tower, alone) for alone in visuals.alone if alone is not None)
+    patches = len(visuals.pixel_values)
+    if not patches:
+        return 0.0
+    config, grids = tower.config, visuals.grid_thw.tolist()
+    side = config.window_size // config.patch_size  # patches, a multiple of the merge size
+    whole = sum(time * (height * width) ** 2 for time, height, width in grids)
+    windows = sum(time * squares(height, side) * squares(width, side) for time, height, width in grids)
+    full = len(config.fullatt_block_indexes)
+    attention = 4 * config.hidden_size * (full * whole + (config.depth - full) * windows)
+    merged = patches // config.spatial_merge_size**2
+    work = products(tower.patch_embed, patches) + products(tower.merger, merged)
+    return work.forward + config.depth * products(tower.blocks[0], patches).forward + attention
+
+
+def squares(length: int, side: int) -> int:
+    """Sum of the squares of what windows of a side take of a length."""
+    return length // side * side**2 + (length % side) ** 2
+
+
+def geometry_flops(encoder: Any, visuals: Visuals) -> float:
+    """The frozen geometry encoder, forward, of the scenes whose frames it is shown; 0 for one that is no VGGT."""
+    vggt = getattr(encoder, "vggt", None)
+    if not isinstance(vggt, VGGT):
+        return 0.0
+    return sum(
+        vggt_flops(vggt, encoder.layer, images.shape) for images in visuals.geometry_images if images is not None
+    )
+
+
+def vggt_flops(vggt: VGGT, layer: int, shape: Sequence[int]) -> float:
+    """``[frames, 3, height, width]`` through the ViT and the blocks up to `layer`."""
+    frames, _, height, width = shape
+    config, aggregator = vggt.config, vggt.aggregator
+    patches = (height // config.patch_size) * (width // config.patch_size)
+    within, per_pair = patches + config.special_tokens, 4 * config.embed_dim  # the ViT has as many: a class token
+    frame_block = products(aggregator.frame_blocks[0], frames * within).forward + per_pair * frames * within**2
+    global_block = frame_block + per_pair * ((frames * within) ** 2 - frames * within**2)
+    work = (layer + 1) * (frame_block + global_block)
+    if config.patch_embed == "conv":
+        return work + products(aggregator.patch_embed, frames * patches).forward
+    vit: Any = aggregator.patch_embed
+    block = products(vit.blocks[0], frames * within).forward + per_pair * frames * within**2
+    return work + products(vit.patch_embed, frames * patches).forward + config.vit_depth * block
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a pass.
+
+    Attributes:
+        forward: of the pass itself.
+        both: with its backward pass.
+    """
+
+    forward: float = 0.0
+    both: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.forward + other.forward, self.both + other.both)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.forward * times, self.both * times)
+
+
+def products(module: nn.Module, rows: int) -> Work:
+    """All matrix products of a module that is given so many rows."""
+    frozen = trained = 0
+    for each in module.modules():
+        if isinstance(each, nn.Linear | nn.Conv2d | nn.Conv3d):
+            weight: Any = each.weight
+            size = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty tensor
+            frozen, trained = (frozen, trained + size) if weight.requires_grad else (frozen + size, trained)
+    return Work(2.0 * rows * (frozen + trained), 2.0 * rows * (2 * frozen + 3 * trained))

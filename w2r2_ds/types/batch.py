@@ -1,0 +1,264 @@
+"""One micro-batch as the model and the training step read it: tokens, visual inputs, answer positions."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+from w2r2_ds.features.lookup import Cached
+from w2r2_ds.types.sample import Kind
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """What both towers see of a batch; never nothing, so that every rank calls them in every step.
+
+    Attributes:
+        kind: ``"image"`` or ``"video"``.
+        pixel_values: ``[patches, values]`` float32.
+        grid_thw: ``[images or videos, 3]`` int64.
+        sizes: tokens of every image, or of every pair of frames of a video, in order.
+        tower: what the vision tower would read off `grid_thw`.
+        geometry_images: per set of frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]; None where
+            `cached_3d` has the features. A sample with frames has a set of its own, or packed samples share one.
+        ids: per set, the id of the (first) sample that sees it.
+        dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
+        cached_3d: per set, what the cache says about its geometry; empty without a cache.
+        cached_2d: likewise about its 2D features. Then there are no `pixel_values`, but
+        alone: per set, what the vision tower is given, set by set; None where it need not be, and
+        spare: the dummy, for a rank that lacks fewer sets than another.
+    """
+
+    kind: str
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    sizes: tuple[int, ...]
+    tower: TowerInputs
+    geometry_images: tuple[torch.Tensor | None, ...]
+    ids: tuple[str, ...] = ()
+    dummy: bool = False
+    cached_3d: tuple[Cached, ...] = ()
+    cached_2d: tuple[Cached, ...] = ()
+    alone: tuple[Visuals | None, ...] = ()
+    spare: Visuals | None = None
+
+
+class Tokens(NamedTuple):
+    """Tokens of all sequences; fields as `Batch`'s."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_types: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a training batch alone, padded on the left, for greedy decoding; no two share a sequence.
+
+    Attributes:
+        input_ids, attention_mask, token_types: ``[batch, length]`` int64, as `Batch`'s.
+        grid_thw: ``[images or videos, 3]`` int64, of all prompts.
+        order: which of the entries of `Visuals.sizes` the prompts see, one after the other.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_types: torch.Tensor
+    grid_thw: torch.Tensor
+    order: tuple[int, ...]
+
+    def seen(self, visuals: Visuals, visual: Any) -> tuple[Visuals, Any]:
+        """Visuals and a vision tower's output of the batch, as the prompts see them, which share no images."""
+        if visuals.dummy:
+            return visuals, visual
+        repeated = copy.copy(visual)
+        repeated.pooler_output = tuple(visual.pooler_output[entry] for entry in self.order)
+        return dataclasses.replace(visuals, grid_thw=self.grid_thw), repeated
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        ids: sample ids.
+        input_ids: ``[sequences, length]`` int64; a sample is a sequence, or all are packed into one.
+        attention_mask: ``[sequences, length]`` int64, 1 for tokens.
+        token_types: ``[sequences, length]`` int64, `mm_token_type_ids`.
+        position_ids: ``[3, sequences, length]`` int64; None for generation, which makes its own.
+        visuals: input of the towers.
+        visual_tokens: ``[tokens]`` int64, sequence * length + position of every visual token, in the towers' order.
+        token_set: ``[tokens]`` int64, which of the visuals' sets of frames each of them is of.
+        frame_set: ``[batch]`` int64, which of these sets a sample sees; -1 for a sample without frames.
+        layout: what every sequence is made of; None for generation.
+        rows: answer rows; None for generation.
+        cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64, NaN where a sample has fewer frames.
+        target_box: ``[batch, 9]`` float64 world boxes, NaN where a sample has none.
+        what: positions of the description's tokens; None for generation.
+        kinds: what every answer is, see `Sample.kind`.
+        answers: every answer's text.
+        prompts: the prompts alone, where the collator was told to make them.
+    """
+
+    ids: tuple[str, ...]
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_types: torch.Tensor
+    position_ids: torch.Tensor | None
+    visuals: Visuals
+    visual_tokens: torch.Tensor
+    token_set: torch.Tensor
+    frame_set: torch.Tensor
+    layout: Layout | None
+    rows: AnswerRows | None
+    cam_to_world: torch.Tensor
+    target_box: torch.Tensor
+    what: PromptRows | None
+    kinds: tuple[Kind, ...]
+    answers: tuple[str, ...]
+    prompts: Prompts | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; copies from pinned memory do not wait."""
+        return moved(self, device)
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader."""
+        return _map(self, torch.Tensor.pin_memory)
+
+    @property
+    def answer_rows(self) -> AnswerRows:
+        """The answer rows of a training batch."""
+        assert self.rows is not None, "a batch for generation has no answer rows"
+        return self.rows
+
+    @property
+    def what_rows(self) -> PromptRows:
+        """The *what* positions of a training batch."""
+        assert self.what is not None, "a batch for generation has no what rows"
+        return self.what
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch or a part of it on `device`; copies from pinned memory do not wait."""
+    return _map(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply `function` to every tensor of nested dataclasses and tuples."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_map(item, function) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _map(getattr(value, field.name), function) for field in dataclasses.fields(value)}
+        return type(value)(**fields)
+    return value
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the sequences of a batch are made of: groups of samples that share a prefix, each with a suffix of its own.
+
+    Token i sees token j where j <= i, both are of one group, and j is in its prefix or in the suffix that i is in. A
+    sample alone is a group without suffixes.
+
+    Attributes:
+        group: ``[sequences, length]`` int64, group of every token in its sequence; -1 for padding.
+        suffix: ``[sequences, length]`` int64, 0 in a prefix, n in the n-th suffix of its group.
+        spans: per sequence and group, on the host: begin, end of the prefix, end of every suffix.
+    """
+
+    group: torch.Tensor
+    suffix: torch.Tensor
+    spans: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """The rows (positions) whose next token is an answer token, over the whole batch, samples in order.
+
+    Attributes:
+        sample: ``[rows]`` int64, index of the sample in the batch.
+        sequence: ``[rows]`` int64, index of the sequence that the sample is in.
+        position: ``[rows]`` int64, position in it of the hidden state that predicts the label.
+        label: ``[rows]`` int64, the token to be predicted.
+        where: ``[rows]`` bool, the label says where: digits of frame and box; of captions and answers, every token.
+        number: ``[batch, NUMBERS, width >= 1]`` int64 row of every digit and decimal point, -1 where there is none;
+            -1 everywhere for a sample without number slots.
+        place: ``[batch, NUMBERS, width]`` float64 unit of the digit, 0 for a decimal point and where there is none.
+        lead: ``[batch, NUMBERS]`` int64 row of the token that carries the sign; 0 for a sample without number slots.
+    """
+
+    sample: torch.Tensor
+    sequence: torch.Tensor
+    position: torch.Tensor
+    label: torch.Tensor
+    where: torch.Tensor
+    number: torch.Tensor
+    place: torch.Tensor
+    lead: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The positions of the *what* tokens (of the description, in the prompt) of the whole batch, samples in order.
+
+    Attributes:
+        sample: ``[n]`` int64, index of the sample in the batch.
+        sequence: ``[n]`` int64, index of the sequence that the sample is in.
+        position: ``[n]`` int64, position in it of the token itself.
+    """
+
+    sample: torch.Tensor
+    sequence: torch.Tensor
+    position: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TowerInputs:
+    """Positions and attention segments of all patches of a batch.
+
+    Attributes:
+        positions: ``[patches, 2]`` int64 row and column.
+        order: ``[tokens]`` int64, merged patches window by window.
+        frames: on the host, the patch at which every frame begins, and the end; a segment of full attention.
+        windows: the same of the windows.
+    """
+
+    positions: Tensor
+    order: Tensor
+    frames: tuple[int, ...]
+    windows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, grid_thw: Tensor, merge_size: int, window_size: int, patch_size: int) -> TowerInputs:
+        """Of ``[images or videos, 3]`` patch grids on the CPU; the sizes are `VisionSpec`'s."""
+        order, windows = get_vision_window_index(grid_thw, merge_size, window_size, patch_size)
+        return cls(
+            positions=get_vision_position_ids(grid_thw, merge_size),
+            order=order,
+            frames=tuple(get_vision_cu_seqlens(grid_thw).tolist()),
+            windows=tuple(windows.tolist()),
+        )
+
+    def arguments(self, config: Any) -> dict[str, Any]:
+        """Keyword arguments of the tower's stock forward; `config` is the tower's."""
+        # Flash-attention's kernel reads the segments; the loop over segments of every other implementation, the host.
+        flash = is_flash_attention_requested(config)
+        device = self.positions.device if flash else torch.device("cpu")
+        result: dict[str, Any] = {"position_ids": self.positions, "window_index": self.order}
+        for name, begins in (("seqlen", self.frames), ("window_seqlen", self.windows)):
+            result[f"cu_{name}s"] = torch.tensor(begins, dtype=torch.int32).to(device, non_blocking=True)
+            if flash:
+                result[f"max_{name}"] = max(end - begin for begin, end in pairwise(begins))
+        return result
