@@ -15,7 +15,7 @@ from hypothesis import settings
 from PIL import Image
 
 from runs import World, make_world, train_once, world_folder
-from shared import once, shared_base
+from shared_fixtures import once, shared_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The same examples in every run, and none fails for being slow on a busy machine.
@@ -23,20 +23,20 @@ settings.register_profile("suite", derandomize=True, deadline=None, database=Non
 settings.load_profile("suite")
 
 LONG_FIRST = (
-    "engine/test_training.py",
-    "engine/test_zero3.py",  # needs no `trained` and no `world`, which another worker makes meanwhile
-    "planning/test_doctor.py",  # nor does this
+    "training/test_trainer.py",
+    "training/deepspeed/test_zero3.py",  # needs no `trained` and no `world`, which another worker makes meanwhile
+    "doctor/test_run.py",  # nor does this
     "cluster/test_jobs.py",
     "faults/test_save_kills.py",
-    "evaluation/test_in_training.py",
+    "evaluation/test_validator.py",
     "faults/test_bad_day.py",
-    "evaluation/test_ranks.py",
-    "engine/test_preemption.py",
+    "evaluation/test_multi_rank.py",
+    "training/fault_tolerance/test_signals.py",
     "test_end_to_end.py",
-    "evaluation/test_evaluate.py",
-    "export/test_adapter.py",
+    "evaluation/test_runner.py",
+    "convert/test_peft_adapter.py",
     "faults/test_disk_full.py",
-    "engine/test_watchdog.py",
+    "training/fault_tolerance/test_watchdog.py",
 )
 """Files that take longest: a worker that begins one of them last leaves the others idle."""
 

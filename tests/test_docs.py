@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from docs_scripts import DOCS, docs_script
 
+from docs_scripts import DOCS, docs_script
 from w2r2_ds.models.fusion import FUSIONS
 from w2r2_ds.objective.loss import STATS
 from w2r2_ds.objective.push_terms import PUSH_TERMS

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from docs_scripts import DOCS, docs_script
 
+from docs_scripts import DOCS, docs_script
 from w2r2_ds.bench import BENCHMARKS
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from forked import ROOT, VARIABLES
+from fork_server import ROOT, VARIABLES
 
 HERE = Path(__file__).parent
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2 util-linux"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_processes import Ranks
 
-from fault_story import NOT_EXACT, Row, note
+from rank_processes import Ranks
 from runs import ZERO3, World
+from scenario import NOT_EXACT, Row, note
 from slurm_cluster import HERE, Cluster, make_root
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -24,11 +24,11 @@ Record = Callable[[str, object], None]
 @pytest.fixture(scope="module")
 def stand_in(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     """The same cluster, with a repository whose train.py and doctor.py take no time."""
-    root = make_root(tmp_path_factory.mktemp("stand_in") / "repository")
+    root = make_root(tmp_path_factory.mktemp("stub_launcher") / "repository")
     (root / "launchers").unlink()
     (root / "launchers").mkdir()
     for name in ("train.py", "doctor.py", "evaluate.py"):
-        (root / "launchers" / name).symlink_to(HERE / "stand_in.py")
+        (root / "launchers" / name).symlink_to(HERE / "stub_launcher.py")
     return Cluster(cluster.folder, root)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from packed import packed_of, questions
 
+from packed_batches import packed_of, questions
 from w2r2_ds.config.io import load_config
 from w2r2_ds.data.loader import make_collate, make_processor, refuse_drawn_frames
 from w2r2_ds.data.packing import alone, by_frames, in_one_sequence

@@ -8,7 +8,7 @@ import pytest
 
 from fault_runs import arguments, undisturbed
 from runs import World
-from shared import once, shared_base
+from shared_fixtures import once, shared_base
 
 
 @pytest.fixture(scope="session")

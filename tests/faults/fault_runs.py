@@ -1,7 +1,7 @@
 """Two real ranks without a launcher: one start of a job, what is sent to it, how it ends.
 
 A rank is a process that runs launchers/train.py as a script, in a session of its own, forked with the heavy packages
-imported (tests/forked.py): a start of both ranks takes a few seconds, so that a test affords many.
+imported (tests/helpers/fork_server.py): a start of both ranks takes a few seconds, so that a test affords many.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fault_inside
-import forked
+import fork_server
+import inject_in_process
 from runs import ROOT, ZERO3, World
 
 WORLD_SIZE = 2
@@ -46,8 +46,8 @@ def be_rank(command: list[str], inside: dict[str, Any] | None) -> None:
     """What a rank's process does: its own fault if any, the real script."""
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # for `Start.wait`: where it hangs
     if inside is not None:
-        fault_inside.install(**inside)
-    forked.script(str(TRAIN), command)
+        inject_in_process.install(**inside)
+    fork_server.script(str(TRAIN), command)
 
 
 class Start:
@@ -56,7 +56,7 @@ class Start:
     Args:
         out: folder of the run; every rank's log lies beside it, of all starts in one.
         command: of `arguments`.
-        inside: by rank, arguments of `fault_inside.install`: a fault that a rank does to itself.
+        inside: by rank, arguments of `inject_in_process.install`: a fault that a rank does to itself.
     """
 
     def __init__(self, out: Path, command: list[str], inside: dict[int, dict[str, Any]] | None = None) -> None:
@@ -68,11 +68,11 @@ class Start:
         self.ended: dict[int, float] = {}  # rank -> time.monotonic() at which it was seen to have ended
         self.fault_at = 0.0
         port = free_port()
-        self.processes: list[forked.Rank] = []
+        self.processes: list[fork_server.Rank] = []
         for rank, log in enumerate(self.logs):
             given = [command, (inside or {}).get(rank)]
-            where = forked.place(rank, WORLD_SIZE, port)
-            self.processes.append(forked.fork_rank(Path(__file__), "be_rank", given, where, log))
+            where = fork_server.place(rank, WORLD_SIZE, port)
+            self.processes.append(fork_server.fork_rank(Path(__file__), "be_rank", given, where, log))
 
     def __enter__(self) -> Start:
         return self
@@ -126,7 +126,7 @@ class Start:
 
     def seconds_to_end(self) -> float:
         """From the fault until all ranks had ended; only where there was one."""
-        stamps = re.findall(rf"{fault_inside.MARK} ([\d.]+)", "".join(map(self.text, range(WORLD_SIZE))))
+        stamps = re.findall(rf"{inject_in_process.MARK} ([\d.]+)", "".join(map(self.text, range(WORLD_SIZE))))
         return max(self.ended.values()) - (float(stamps[0]) if stamps else self.fault_at or min(self.ended.values()))
 
     def text(self, rank: int) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fault_outside import cut, damage, flip_a_bit, kill_after, storm
 from fault_runs import FAILED, KILLED, LOST, REQUEUE, TERMINATED, Start, arguments
-from fault_story import Fault, assert_as_undisturbed, note, suffer
+from inject_from_outside import cut, damage, flip_a_bit, kill_after, storm
 from runs import World
+from scenario import Fault, assert_as_undisturbed, note, suffer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 

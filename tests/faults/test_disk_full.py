@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fault_runs import FAILED, LOST, Start, arguments, steps_logged
-from fault_story import Fault, assert_as_undisturbed, newest_step, note, suffer
 from runs import World
+from scenario import Fault, assert_as_undisturbed, newest_step, note, suffer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fault_outside import in_a_save
 from fault_runs import arguments
-from fault_story import Row, assert_as_undisturbed, note, suffer
+from inject_from_outside import in_a_save
 from runs import World
+from scenario import Row, assert_as_undisturbed, note, suffer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 

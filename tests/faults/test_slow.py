@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fault_runs import LOST, Start, arguments, steps_logged, undisturbed
-from fault_story import Fault, Row, assert_as_undisturbed, note, suffer
 from runs import World
+from scenario import Fault, Row, assert_as_undisturbed, note, suffer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.nightly, pytest.mark.timeout(1800)]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fault_outside import cut
 from fault_runs import FAILED, KILLED, Start, arguments, steps_logged
-from fault_story import Fault, assert_as_undisturbed, newest_step, note, suffer
+from inject_from_outside import cut
 from runs import World
+from scenario import Fault, assert_as_undisturbed, newest_step, note, suffer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.nightly, pytest.mark.timeout(1800)]
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from fork_server import HELPERS
 from runs import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 def test_gradients_on_two_ranks(tmp_path: Path) -> None:
-    run_ranks(2, Path(__file__).with_name("sharded_ranks.py"), tmp_path)
+    run_ranks(2, HELPERS / "sharded_ranks.py", tmp_path)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         # Two layers of two projections, forward and again for the backward pass.

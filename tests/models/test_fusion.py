@@ -1,116 +1,388 @@
-"""The geometry merger against its formula, its sizes in the real models, and its one call per pass."""
+"""Every fusion against its formula, its gradients in float64, its beginning, and the exact zero of Phi."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
+
 import pytest
 import torch
-from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import layer_norm
 
-from w2r2_ds.models.merger import GeometryMerger, pair_frames
+from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.models.build import build_model, fingerprint, trainable
+from w2r2_ds.models.fusion import FUSIONS, HEADS, Fusion, fusion_name, index_codes, make_fusion
+from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
+from w2r2_ds.models.token_masking import mask_images
 
-
-def reference(merger: GeometryMerger, features: torch.Tensor) -> torch.Tensor:
-    """The merger written out with loops: cell by cell, patch by patch."""
-    tokens = []
-    weights = {name: value.detach() for name, value in merger.named_parameters()}
-    for frame in features:
-        for row in range(frame.shape[0] // 2):
-            for column in range(frame.shape[1] // 2):
-                cell = [frame[2 * row + y, 2 * column + x] for y in (0, 1) for x in (0, 1)]
-                normal = [weights["ln_q.weight"] * v / torch.sqrt(v.pow(2).mean() + 1e-6) for v in cell]
-                hidden = weights["mlp.0.weight"] @ torch.cat(normal) + weights["mlp.0.bias"]
-                hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-                tokens.append(weights["mlp.2.weight"] @ hidden + weights["mlp.2.bias"])
-    return torch.stack(tokens)
+SIZES = (3, 3, 5, 0, 2)
+WIDTH = 16
+KEEPERS = [name for name, kind in FUSIONS.items() if kind.zero_is_stock]
 
 
-@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (2, 3)])
-def test_merger_equals_its_formula_and_crops(grid: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    merger = GeometryMerger(8, 12, merger_hidden=16, init_std=0.3)
-    nn.init.normal_(merger.ln_q.weight)
-    nn.init.normal_(merger.get_parameter("mlp.0.bias"))
-    features = torch.randn(3, *grid, 8)
-    merged = merger([features])
-    assert merged.shape == (3 * (grid[0] // 2) * (grid[1] // 2), 12)
-    torch.testing.assert_close(merged, reference(merger, features), rtol=1e-5, atol=1e-6)
+def shaken(name: str, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Fusion:
+    """A fusion none of whose parameters is as it began."""
+    fusion = make_fusion(name, width).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(0.4 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return fusion
 
 
-def test_token_order_is_frame_row_column() -> None:
-    merger = GeometryMerger(4, 4, merger_hidden=8, init_std=0.5)
-    features = torch.randn(2, 4, 6, 4)
-    changed = features.clone()
-    changed[1, 2, 5] += 1.0
-    difference = (merger([features]) - merger([changed])).abs().sum(-1)
-    assert difference.nonzero().flatten().tolist() == [6 + 3 + 2]
+def tokens(count: int = sum(SIZES), width: int = WIDTH, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """F2D, not centred and not of unit length, and geometry."""
+    generator = torch.Generator().manual_seed(seed)
+    visual, geometry = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
+    return 3 * visual + 1, geometry
 
 
-def test_samples_of_any_size_are_merged_in_one_call() -> None:
-    """ZeRO-3 needs as many calls on a rank with three samples as on one with none."""
-    torch.manual_seed(0)
-    merger = GeometryMerger(8, 12, merger_hidden=16, init_std=0.3).double()
-    nn.init.normal_(merger.get_parameter("mlp.2.bias"))
-    grids = [torch.randn(*size, 8, dtype=torch.float64) for size in [(2, 4, 6), (0, 4, 4), (1, 5, 3), (3, 2, 2)]]
-    calls: list[tuple[str, int]] = []
-    for name, module in merger.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda *call, name=name: calls.append((name, len(call[2]))))
-    merged = merger(grids)
-    assert calls == [(name, 12 + 0 + 2 + 3) for name in ("ln_q", "mlp.0", "mlp.1", "mlp.2")]
-    alone = torch.cat([merger([grid]) for grid in grids])
-    torch.testing.assert_close(merged, alone, rtol=1e-12, atol=1e-12)
+def test_the_registry_is_what_the_configuration_offers() -> None:
+    assert set(FUSIONS) == set(get_args(get_type_hints(ModelConfig)["fusion"]))
+    assert [fusion_name(make_fusion(name, WIDTH)) for name in FUSIONS] == list(FUSIONS)
+    assert KEEPERS == ["add", "cross_attention", "gated"]
+    with pytest.raises(ValueError, match=r"model.fusion is 'sum'; it is one of add, concat"):
+        make_fusion("sum", WIDTH)
 
 
-def test_no_sample_still_calls_every_module_with_a_gradient() -> None:
-    merger = GeometryMerger(8, 12, merger_hidden=16)
-    for grids in ([], [torch.zeros(0, 4, 4, 8)]):
-        merged = merger(grids)
-        assert merged.shape == (0, 12)
-        merged.sum().backward()
-        assert all(p.grad is not None and not p.grad.any() for p in merger.parameters())
-        merger.zero_grad()
-
-
-@pytest.mark.parametrize(("hidden", "count"), [(2048, 41_951_232), (3584, 48_244_224)])
-def test_real_sizes(hidden: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("add", 0),
+        ("concat", 2 * 2048 * 2048 + 2048 + 4 * 2048),
+        ("cross_attention", 4 * 2048 * 2048 + 2 * 2048),
+        ("gated", 2 * 2048 * 2048 + 2048 + 4 * 2048),
+    ],
+)
+def test_real_sizes(name: str, count: int) -> None:
     with torch.device("meta"):
-        merger = GeometryMerger(2048, hidden)
-    shapes = {name: tuple(value.shape) for name, value in merger.named_parameters()}
-    assert shapes == {
-        "ln_q.weight": (2048,),
-        "mlp.0.weight": (4096, 8192),
-        "mlp.0.bias": (4096,),
-        "mlp.2.weight": (hidden, 4096),
-        "mlp.2.bias": (hidden,),
-    }
-    assert sum(value.numel() for value in merger.parameters()) == count
+        assert sum(parameter.numel() for parameter in FUSIONS[name](2048).parameters()) == count
 
 
-def test_initialisation_is_normal_and_dtype_follows_the_weights() -> None:
-    torch.manual_seed(0)
-    merger = GeometryMerger(32, 64, merger_hidden=256)
-    assert merger.get_parameter("mlp.0.weight").std().item() == pytest.approx(0.02, rel=0.05)
-    assert not merger.get_parameter("mlp.0.bias").any() and not merger.get_parameter("mlp.2.bias").any()
-    assert merger.to(torch.bfloat16)([torch.randn(1, 2, 2, 32)]).dtype == torch.bfloat16
+def test_add_is_the_sum() -> None:
+    visual, geometry = tokens()
+    assert torch.equal(make_fusion("add", WIDTH)(visual, geometry, SIZES), visual + geometry)
 
 
-def test_bad_features() -> None:
-    merger = GeometryMerger(8, 12, merger_hidden=16)
-    with pytest.raises(ValueError, match=r"expected \[frames, h, w, 8\]"):
-        merger([torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 4, 9)])
-    with pytest.raises(ValueError, match=r"\(4, 4, 8\)"):
-        merger(torch.zeros(1, 4, 4, 8))  # a grid instead of a list of grids
-    with pytest.raises(ValueError, match="a 1 x 4 grid holds no 2 x 2 cell"):
-        merger([torch.zeros(1, 1, 4, 8)])
-    with pytest.raises(ValueError, match="merger_hidden must be at least 1"):
-        GeometryMerger(8, 12, merger_hidden=0)
+def test_gated_by_hand() -> None:
+    """Two channels: a LayerNorm of (a, b) is (-1, 1) or (1, -1) up to epsilon, so the gate is known in closed form."""
+    fusion = make_fusion("gated", 2).double()
+    fusion.load_state_dict(
+        {
+            "norm_visual.weight": torch.tensor([1.0, 2.0]),
+            "norm_visual.bias": torch.tensor([0.0, 1.0]),
+            "norm_geometry.weight": torch.tensor([3.0, 1.0]),
+            "norm_geometry.bias": torch.tensor([0.5, 0.0]),
+            "gate.weight": torch.tensor([[0.1, 0.2, 0.3, 0.4], [-0.4, 0.3, -0.2, 0.1]]),
+            "gate.bias": torch.tensor([0.05, -0.1]),
+        }
+    )
+    visual, geometry = torch.tensor([[100.0, 300.0]]).double(), torch.tensor([[60.0, -40.0]]).double()
+    # norms: visual (-1, 2 * 1 + 1) = (-1, 3); geometry (3 * 1 + 0.5, -1) = (3.5, -1)
+    first = 0.1 * -1 + 0.2 * 3 + 0.3 * 3.5 + 0.4 * -1 + 0.05  # 1.2
+    second = -0.4 * -1 + 0.3 * 3 + -0.2 * 3.5 + 0.1 * -1 - 0.1  # 0.4
+    gate = [1 / (1 + math.exp(-first)), 1 / (1 + math.exp(-second))]
+    expected = torch.tensor([[100 + 60 * gate[0], 300 - 40 * gate[1]]], dtype=torch.float64)
+    torch.testing.assert_close(fusion(visual, geometry, [1]), expected, rtol=1e-6, atol=0)
 
 
-def test_pair_frames() -> None:
-    frames = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 2, 3, 4)
-    assert pair_frames(frames)[:, 0, 0, 0].tolist() == [0.5, 2.5, 4.0]
-    assert pair_frames(frames[:4]).shape == (2, 2, 3, 4)
-    assert torch.equal(pair_frames(frames[3:4]), frames[3:4])
-    assert pair_frames(frames.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="frames >= 1"):
-        pair_frames(frames[:0])
+def test_concat_by_hand() -> None:
+    fusion = make_fusion("concat", 2).double()
+    fusion.load_state_dict(
+        {
+            "norm_visual.weight": torch.tensor([1.0, 2.0]),
+            "norm_visual.bias": torch.tensor([0.0, 1.0]),
+            "norm_geometry.weight": torch.tensor([3.0, 1.0]),
+            "norm_geometry.bias": torch.tensor([0.5, -2.0]),
+            "projection.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0], [-4.0, 3.0, -2.0, 1.0]]),
+            "projection.bias": torch.tensor([0.5, -1.0]),
+        }
+    )
+    visual, geometry = torch.tensor([[100.0, 300.0]]).double(), torch.tensor([[60.0, -40.0]]).double()
+    # norms: visual (-1, 3); geometry (3.5, -1 - 2) = (3.5, -3); zero geometry (0.5, -2), the bias
+    fused = [[-1 + 6 + 10.5 - 12 + 0.5, 4 + 9 - 7 - 3 - 1.0]]
+    torch.testing.assert_close(fusion(visual, geometry, [1]), torch.tensor(fused).double(), rtol=1e-5, atol=0)
+    alone = [[-1 + 6 + 1.5 - 8 + 0.5, 4 + 9 - 1 - 2 - 1.0]]
+    torch.testing.assert_close(fusion(visual, None, [1]), torch.tensor(alone).double(), rtol=1e-5, atol=0)
+
+
+def attention_by_hand(fusion: Any, visual: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
+    """Cross-attention inside one image, token by token and head by head."""
+    width, depth = fusion.hidden_size, fusion.hidden_size // HEADS
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * x / torch.sqrt(x.pow(2).mean() + 1e-6)
+
+    def code(index: int) -> torch.Tensor:
+        angles = [index / 10000 ** (i / (width // 2)) for i in range(width // 2)]
+        return torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float64)
+
+    seen = [rms_norm(g, fusion.norm_geometry.weight) for g in geometry]
+    keys = [fusion.key.weight @ (s + code(j)) for j, s in enumerate(seen)]
+    values = [fusion.value.weight @ s for s in seen]
+    fused = []
+    for i, token in enumerate(visual):
+        query = fusion.query.weight @ (rms_norm(token, fusion.norm_visual.weight) + code(i))
+        answer = []
+        for begin in range(0, width, depth):
+            head = slice(begin, begin + depth)
+            scores = torch.stack([query[head] @ key[head] / math.sqrt(depth) for key in keys])
+            weights = scores.exp() / scores.exp().sum()
+            answer.append(sum(w * value[head] for w, value in zip(weights, values, strict=True)))
+        fused.append(token + fusion.output.weight @ torch.cat(answer))
+    return torch.stack(fused)
+
+
+def test_cross_attention_is_its_formula_in_every_image() -> None:
+    fusion = shaken("cross_attention")
+    visual, geometry = tokens()
+    pairs = zip(visual.split(SIZES), geometry.split(SIZES), strict=True)
+    expected = torch.cat([attention_by_hand(fusion, v, g) for v, g in pairs if len(v)])
+    # codes are float32
+    torch.testing.assert_close(fusion(visual, geometry, SIZES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cross_attention_stays_within_an_image_and_keeps_the_order() -> None:
+    fusion = shaken("cross_attention")
+    visual, geometry = tokens()
+    fused = fusion(visual, geometry, SIZES)
+    other = geometry.clone()
+    other[3:6] += 1.0  # all of the second image
+    changed = (fusion(visual, other, SIZES) - fused).abs().amax(-1)
+    assert changed[3:6].min() > 1e-3 and changed[:3].max() == 0 and changed[6:].max() == 0
+    moved = visual.clone()
+    moved[7] += 1.0  # a 2D token asks for itself only
+    assert (fusion(moved, geometry, SIZES) - fused).abs().amax(-1).nonzero().flatten().tolist() == [7]
+    # Images change places together with their tokens.
+    order = [4, 2, 0, 3, 1]
+    turned = [torch.cat([list(x.split(SIZES))[i] for i in order]) for x in (visual, geometry, fused)]
+    torch.testing.assert_close(fusion(turned[0], turned[1], [SIZES[i] for i in order]), turned[2])
+
+
+def test_cross_attention_knows_where_a_geometry_token_lies() -> None:
+    """Without codes the answer would be the same for geometry tokens in any order."""
+    fusion = shaken("cross_attention")
+    visual, geometry = tokens(6)
+    assert not torch.allclose(fusion(visual, geometry, [6]), fusion(visual, geometry.flip(0), [6]), atol=1e-3)
+    # Codes, not the place in the batch: the second image of the same content gets the same answer.
+    twice = fusion(torch.cat([visual, visual]), torch.cat([geometry, geometry]), [6, 6])
+    torch.testing.assert_close(twice[:6], twice[6:])
+
+
+def test_index_codes() -> None:
+    codes = index_codes([2, 0, 3], 4)
+    one, two = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)], [math.sin(2), math.sin(0.02)]
+    expected = [[0, 0, 1, 1], one, [0, 0, 1, 1], one, [*two, math.cos(2), math.cos(0.02)]]
+    torch.testing.assert_close(codes, torch.tensor(expected), rtol=1e-6, atol=1e-7)
+    assert index_codes([], 4).shape == index_codes([0], 4).shape == (0, 4)
+
+
+def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cross_attention, whose 8 heads do not divide .* width 12; choose add"):
+        make_fusion("cross_attention", 12)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    width = HEADS if name == "cross_attention" else 4
+    fusion, sizes = shaken(name, width), (2, 0, 1)
+    visual, geometry = (x.clone().requires_grad_() for x in tokens(3, width))
+    names = [key for key, _ in fusion.named_parameters()]
+
+    def fuse(visual: torch.Tensor, geometry: torch.Tensor | None, *weights: torch.Tensor) -> torch.Tensor:
+        return functional_call(fusion, dict(zip(names, weights, strict=True)), (visual, geometry, sizes))
+
+    weights = [parameter.detach().clone().requires_grad_() for parameter in fusion.parameters()]
+    assert torch.autograd.gradcheck(fuse, (visual, geometry, *weights), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(fuse, (visual, None, *weights), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_batch_is_its_images_one_by_one(name: str) -> None:
+    fusion = shaken(name)
+    visual, geometry = tokens()
+    pairs = zip(visual.split(SIZES), geometry.split(SIZES), SIZES, strict=True)
+    alone = torch.cat([fusion(v, g, [size]) for v, g, size in pairs])
+    torch.testing.assert_close(fusion(visual, geometry, SIZES), alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_no_tokens_still_call_every_module_with_a_gradient(name: str) -> None:
+    fusion = shaken(name)
+    visual, geometry = (x.clone().requires_grad_() for x in tokens(0))
+    for sizes in ([], [0, 0]):
+        fused = fusion(visual, geometry, sizes)
+        assert fused.shape == (0, WIDTH)
+        fused.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in fusion.parameters())
+        fusion.zero_grad()
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_modules_are_called_once_however_many_images(name: str) -> None:
+    fusion = shaken(name)
+    calls: dict[str, int] = {}
+
+    def count(key: str) -> Callable[..., None]:
+        return lambda *_: calls.update({key: calls.get(key, 0) + 1})
+
+    for key, module in fusion.named_modules():
+        module.register_forward_pre_hook(count(key))
+    fusion(*tokens(), SIZES)
+    assert calls == {key: 1 for key, _ in fusion.named_modules()}
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_geometry_is_the_stock_vlm_whatever_the_weights(name: str, dtype: torch.dtype) -> None:
+    fusion = shaken(name, dtype=dtype)
+    visual = tokens()[0].to(dtype)
+    assert fusion(visual, None, SIZES) is visual
+    assert torch.equal(fusion(visual, torch.zeros_like(visual), SIZES), visual)
+
+
+def test_where_the_fusions_begin() -> None:
+    visual, geometry = (x.float() for x in tokens(64, 256))
+    start = {name: make_fusion(name, 256)(visual, geometry, [64]) for name in FUSIONS}
+    assert torch.equal(start["add"], visual + geometry)
+    assert torch.equal(start["cross_attention"], visual)
+    torch.testing.assert_close(start["gated"], visual + geometry / 2, rtol=1e-6, atol=1e-6)
+    heard = start["concat"] - layer_norm(visual, (256,))
+    # a normal(0, 0.02) projection of 256 channels of unit variance
+    assert heard.std().item() == pytest.approx(0.02 * math.sqrt(256), rel=0.1)
+
+
+def test_what_the_first_steps_of_cross_attention_reach() -> None:
+    fusion = make_fusion("cross_attention", WIDTH).double()
+    visual, geometry = tokens()
+    geometry.requires_grad_()
+    for step, reached in enumerate([{"output.weight"}, set(dict(fusion.named_parameters()))]):
+        fusion.zero_grad()
+        geometry.grad = None
+        fusion(visual, geometry, SIZES).pow(2).sum().backward()
+        assert {name for name, p in fusion.named_parameters() if p.grad is not None and p.grad.any()} == reached
+        assert geometry.grad is not None and geometry.grad.any().item() == (step == 1)
+        with torch.no_grad():
+            for parameter in fusion.parameters():
+                parameter -= 0.1 * parameter.grad
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_dtypes_and_grids_that_do_not_match(name: str) -> None:
+    fusion = shaken(name, dtype=torch.bfloat16)
+    visual, geometry = (x.float() for x in tokens())
+    assert fusion(visual.bfloat16(), geometry, SIZES).dtype == torch.bfloat16
+    assert fusion(visual, geometry, SIZES).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"vision grid is \(13, 16\).*geometry grid is \(12, 16\)"):
+        fusion(visual, geometry[:-1], SIZES)
+    with pytest.raises(AssertionError, match="12 tokens in 1 images, but 13 tokens"):
+        fusion(visual, geometry, [12])
+
+
+# The composed model.
+
+
+def composed(model_config: Any, fusion: str, **changes: Any) -> Any:
+    """The tiny model, its fusion shaken."""
+    model = build_model(
+        type(model_config)(**{**vars(model_config), "fusion": fusion, **changes}), torch.device("cpu"), seed=1
+    )
+    model.fusion.load_state_dict(shaken(fusion, model.fusion.hidden_size, torch.float32).state_dict())
+    return model.eval()
+
+
+def stock_tokens(model_config: Any, visuals: Any) -> torch.Tensor:
+    """Visual tokens of the VLM as it lies in its directory."""
+    vlm = load_vlm(model_config.vlm, torch.float32, "sdpa").eval()
+    encode = vlm.model.get_video_features if visuals.kind == "video" else vlm.model.get_image_features
+    with torch.no_grad():
+        return torch.cat(encode(visuals.pixel_values, visuals.grid_thw, return_dict=True).pooler_output)
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+@pytest.mark.parametrize("name", FUSIONS)
+@torch.no_grad()
+def test_merged_zeros_are_the_stock_vlm(
+    model_config: Any, batch_of: Any, samples: list[Any], name: str, visual: str
+) -> None:
+    batch = batch_of(samples, visual=visual)
+    model = composed(model_config, name)
+    tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
+    plain = torch.cat(model.fuse(tower, model.merge_nothing(features)).pooler_output)
+    stock = stock_tokens(model_config, batch.visuals)
+    assert torch.equal(plain, stock) == (name in KEEPERS)
+    fused = model.fuse(tower, model.merge(features))
+    assert not torch.allclose(torch.cat(fused.pooler_output), plain, atol=1e-3)
+    assert torch.equal(torch.cat(tower.pooler_output), stock), "the tower's output stays as it was"
+    assert [len(tokens) for tokens in fused.pooler_output] == [len(tokens) for tokens in tower.pooler_output]
+    # Four, three and twelve frames; pairs of them in a video.
+    assert len(tower.pooler_output) == (4 + 3 + 12 if visual == "images" else 2 + 2 + 6)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+@torch.no_grad()
+def test_zeroed_features_are_the_mergers_answer_to_zeros(
+    model_config: Any, batch_of: Any, samples: list[Any], name: str
+) -> None:
+    batch = batch_of(samples[:2])
+    model = composed(model_config, name, zero="features")
+    tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
+    torch.nn.init.normal_(model.geometry_merger.mlp[2].bias)
+    silent = model.merge_nothing(features)
+    torch.testing.assert_close(silent, model.geometry_merger.mlp[2].bias.expand_as(silent))
+    visual, sizes = torch.cat(tower.pooler_output), [len(tokens) for tokens in tower.pooler_output]
+    expected = model.fusion(visual, silent, sizes)
+    assert torch.equal(torch.cat(model.fuse(tower, silent).pooler_output), expected)
+    assert not torch.allclose(expected, visual, atol=1e-3)
+
+
+def test_frames_attend_to_themselves_in_the_composed_model(
+    model_config: Any, batch_of: Any, samples: list[Any]
+) -> None:
+    """Geometry of one pair of video frames moves the tokens of that pair alone."""
+    batch = batch_of(samples[:2], visual="video")
+    model = composed(model_config, "cross_attention")
+    with torch.no_grad():
+        tower = model.encode_2d(batch.visuals)
+        merged = model.merge(model.encode_3d(batch.visuals))
+        bounds = [0, *torch.tensor([len(tokens) for tokens in tower.pooler_output]).cumsum(0).tolist()]
+        other = merged.clone()
+        other[bounds[1] : bounds[2]] += 1.0
+        one, two = (model.fuse(tower, geometry).pooler_output for geometry in (merged, other))
+    assert [not torch.equal(a, b) for a, b in zip(one, two, strict=True)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_fusion_trains_with_the_merger_and_is_named_in_the_fingerprint(model_config: Any, name: str) -> None:
+    model = composed(model_config, name)
+    names = {name for name in trainable(model) if name.startswith("fusion.")}
+    assert names == {f"fusion.{key}" for key in model.fusion.state_dict()} and bool(names) == (name != "add")
+    parameters = [parameter for module in model.geometry_modules().values() for parameter in module.parameters()]
+    expected = {id(p) for key, p in trainable(model).items() if key.startswith(("fusion.", "geometry_merger."))}
+    assert {id(parameter) for parameter in parameters} == expected
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert fingerprint(model)["fusion"] == name
+
+
+def test_the_mask_reaches_the_fused_pass_alone(model_config: Any, batch_of: Any, samples: list[Any]) -> None:
+    batch = batch_of(samples[:2])
+    model = composed(model_config, "add")
+    with torch.no_grad():
+        tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
+        before = [tokens.clone() for tokens in tower.pooler_output]
+        merged = model.merge(features)
+        owners = list(zip(batch.visuals.ids, map(len, features), strict=True))
+        mask = functools.partial(mask_images, owners=owners, share=0.5, seed=0, step=0)
+        masked = model.fuse(tower, merged, mask).pooler_output
+    for plain, fused, geometry in zip(before, masked, merged.split([len(t) for t in before]), strict=True):
+        alone = (fused == geometry).all(-1)
+        assert int(alone.sum()) == math.floor(len(plain) / 2 + 0.5)
+        assert torch.equal(fused[~alone], (plain + geometry)[~alone])
+    assert all(torch.equal(old, now) for old, now in zip(before, tower.pooler_output, strict=True))
+    shortcut = model.fuse(tower, model.merge_nothing(features)).pooler_output
+    assert all(torch.equal(old, now) for old, now in zip(before, shortcut, strict=True))
+    with pytest.raises(AssertionError, match="the shortcut is never masked"):
+        model.fuse(tower, None, mask)

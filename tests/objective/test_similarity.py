@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from host_reads import host_reads
+from host_sync import host_reads
 from w2r2_ds.boxes3d.iou import box_iou
 from w2r2_ds.boxes3d.transforms import camera_to_world
 from w2r2_ds.objective.similarity import (

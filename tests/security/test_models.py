@@ -214,7 +214,7 @@ def test_an_import_follows_links_and_carries_no_code_on(target: str, tmp_path: P
     """Snapshots of the hub's cache are links to its blobs, other model folders to another disk."""
     source = tmp_path / "models--a--b" / "snapshots" / "a1"
     source.mkdir(parents=True)
-    blobs = tmp_path / "shared" if target == "/shared" else source / target
+    blobs = tmp_path / "shared_fixtures" if target == "/shared" else source / target
     blobs.mkdir()
     for name, content in (("0123", "{}"), ("4567", '{"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}')):
         (blobs / name).write_text(content)

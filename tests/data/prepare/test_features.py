@@ -1,0 +1,193 @@
+"""``launchers/prepare.py geometry``: the cache is filled ahead, goes on, and says no before the disk does."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fork_server import ROOT, environment
+from launchers import prepare
+from runs import World
+from w2r2_ds.config.io import load_config
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.data.loader import make_collate, make_processor
+from w2r2_ds.data.prepare import features as fill
+from w2r2_ds.data.prepare.features import fill_cache
+from w2r2_ds.evaluation.ranks import Ranks
+from w2r2_ds.features.store import Cache
+from w2r2_ds.models import feature_identity as open_cache_module
+from w2r2_ds.models.build import build_model, load_front
+from w2r2_ds.models.feature_identity import open_cache
+
+
+@pytest.fixture
+def config(world: World, tmp_path: Path) -> Callable[..., RunConfig]:
+    """`config(**changes)` of a run in the world, both kinds of features cached; two rooms to train, one to validate."""
+
+    def make(**changes: object) -> RunConfig:
+        given = {"data__cache": tmp_path / "cache", "data__cached": "geometry+2d", **changes}
+        return load_config(None, world.arguments(tmp_path / "run", **given))
+
+    return make
+
+
+def files(config: RunConfig) -> list[Path]:
+    return sorted(Path(config.data.cache).rglob("*.safetensors"))
+
+
+def test_what_is_filled_ahead_is_what_training_would_make(
+    config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every frame set, once; a second call finds all, makes again what is damaged, and adds another split."""
+    run = config()
+    fill_cache(run, ["train"], True, Ranks())
+    assert "features of data.train: 4 files, " in capsys.readouterr().out and not files(run)
+    fill_cache(run, ["train"], False, Ranks())
+    assert "complete" in capsys.readouterr().out and len(files(run)) == 4
+    fill_cache(run, ["train", "val"], False, Ranks())
+    assert "data.train, data.val: 6 files" in capsys.readouterr().out and len(files(run)) == 6
+    inodes = {path: path.stat().st_ino for path in files(run)}
+    damaged = files(run)[3]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    fill_cache(run, ["train", "val"], False, Ranks())
+    said = capsys.readouterr().out
+    assert f"{damaged} is damaged" in said and "missing in" in said and ": 1 files" in said
+    assert {path for path in files(run) if path.stat().st_ino != inodes[path]} <= {damaged} and len(files(run)) == 6
+    fill_cache(run, ["train", "val"], False, Ranks())
+    assert ": 0 files, 0 GiB (free" in capsys.readouterr().out
+
+    model = build_model(run.model, torch.device("cpu"), 0).eval()
+    front = load_front(run.model)
+    asking = replace(front, cache=open_cache(run.data, run.model))
+    for split in ("train", "val"):
+        for sample in fill.frame_sets(run, [split]):
+            cached, plain = (
+                make_collate(each, run.data, False)([make_processor(each, run.data)(sample, True)]).visuals
+                for each in (asking, front)
+            )
+            assert cached.geometry_images == (None,) and cached.alone == (None,)
+            for one, other in zip(model.encode_3d(cached), model.encode_3d(plain), strict=True):
+                assert torch.equal(one, other)
+            both = [torch.cat(model.encode_2d(each).pooler_output) for each in (cached, plain)]
+            assert torch.equal(*both)
+
+
+def test_the_tower_has_the_kernels_of_training(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, str]] = []
+    monkeypatch.setattr(fill, "bind_kernels", lambda vlm, kernels: given.append((type(vlm).__name__, kernels)))
+    for module in (fill, open_cache_module):
+        monkeypatch.setattr(module, "resolve_kernels", lambda name: {"auto": "triton"}[name])
+    fill_cache(config(), ["train"], False, Ranks())
+    assert given == [("Qwen2_5_VLForConditionalGeneration", "triton")]
+
+
+def test_what_could_not_be_kept_is_not_called_complete(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another run's files that are in use may fill the cache, and a disk may fail."""
+    real = Cache.write
+    monkeypatch.setattr(Cache, "write", lambda self, key, *rest: key[0] in "01234567" and real(self, key, *rest))
+    run = config()
+    with pytest.raises(ValueError, match=r"cache lacks \d of the 4 files that were just made .*; make room or raise"):
+        fill_cache(run, ["train"], False, Ranks())
+    assert "complete" not in capsys.readouterr().out and 0 < len(files(run)) < 4
+
+
+@pytest.mark.parametrize("cached", ["geometry", "geometry+2d"])
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_the_forecast_is_what_is_written(
+    config: Callable[..., RunConfig], visual: str, cached: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the frames' sizes alone; more by a header per file at most."""
+    run = config(data__visual=visual, data__cached=cached, demo__frames=3)
+    forecast: list[fill.Need] = []
+    real = fill.refuse_too_large
+    fill.refuse_too_large = lambda cache, whole, lacking: forecast.append(lacking)  # type: ignore[assignment]
+    try:
+        fill_cache(run, ["train"], False, Ranks())
+    finally:
+        fill.refuse_too_large = real
+    written = sum(path.stat().st_size for path in files(run))
+    assert forecast[0].files == len(files(run)) == (2 if cached == "geometry" else 4)
+    assert written <= forecast[0].bytes <= written + 4096 * forecast[0].files
+
+
+def test_there_is_no_room(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"more than data\.cache_gib = 1e-05; raise it, or fill the cache for fewer"):
+        fill_cache(config(data__cache_gib=1e-5), ["train"], False, Ranks())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(ValueError, match=r"cache has 9\.31e-06 GiB free, but the missing features need .*; make room"):
+        fill_cache(config(), ["train"], False, Ranks())
+    assert not files(config())
+    with pytest.raises(ValueError, match=r"data\.cache is empty; name the folder to fill, as --data\.cache"):
+        fill_cache(config(data__cache="", data__cached="geometry"), ["train"], False, Ranks())
+
+
+def test_an_unreadable_frame_is_named(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = config()
+    (first, *rest) = fill.frame_sets(run, ["train"])
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(first.frames[0].read_bytes()[:-400])  # its header is whole
+    samples = [replace(first, frames=(broken, *first.frames[1:])), *rest]
+    monkeypatch.setattr(fill, "frame_sets", lambda config, splits: samples)
+    with pytest.raises(ValueError, match=r"Frame .*broken\.jpg cannot be read as a colour image"):
+        fill_cache(run, ["train"], False, Ranks())
+
+
+def test_the_command_takes_the_options_of_a_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also behind the --local_rank that the deepspeed launcher writes first; a mistake is one sentence."""
+    options = [*world.arguments(tmp_path / "run"), "--data.cache", str(tmp_path / "cache")]
+    seen: list[Any] = []
+    monkeypatch.setattr(fill, "fill_cache", lambda *given: seen.append(given))
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--local_rank=0", "geometry", *options, "--splits", "[val]"])
+    prepare.main()
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "geometry", *options, "--dry-run"])
+    prepare.main()
+    assert [(splits, dry) for _, splits, dry, _ in seen] == [(["val"], False), (["train", "val"], True)]
+    assert seen[0][0].data.cache == str(tmp_path / "cache") and seen[0][3] == Ranks()
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "geometry", "--data.cach", "x"])
+    with pytest.raises(SystemExit):
+        prepare.main()
+    assert "there is no option --data.cach (did you mean --data.cache" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+@pytest.mark.distributed
+def test_ranks_share_the_work(config: Callable[..., RunConfig], world: World, tmp_path: Path) -> None:
+    """Under torchrun, and under deepspeed on top of it: nothing is left to do."""
+    options = [*world.arguments(tmp_path / "run"), "--data.cache", str(tmp_path / "cache")]
+    both = [*options, "--data.cached", "geometry+2d"]
+    for start, words in (
+        (["torchrun", "--standalone", "--nproc_per_node", "2"], options),
+        (["deepspeed", "--num_accelerators", "2"], both),
+    ):
+        command = [*start, "launchers/prepare.py", "geometry", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("complete") == 1
+    assert len(files(config())) == 6
+    assert all(each.features is not None for each in found(config()))
+
+
+def found(run: RunConfig) -> list[Any]:
+    cache = open_cache(run.data, run.model)
+    assert cache is not None and isinstance(cache.cache, Cache)
+    sets = fill.frame_sets(run, ["train", "val"])
+    return [each for sample in sets for each in (cache.find_3d(sample.frames), cache.find_2d(sample.frames)) if each]

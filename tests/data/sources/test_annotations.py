@@ -1,0 +1,163 @@
+"""The files of ScanRefer and ScanQA, and that nothing wrong in them passes or goes unnamed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hand_scene import entry
+from w2r2_ds.data.sources.annotations import read_scanqa, read_scanrefer
+
+
+def written(folder: Path, entries: object) -> Path:
+    """One entry per line, so that entry N begins on line N + 1."""
+    path = folder / "annotations.json"
+    assert isinstance(entries, list)
+    path.write_text("[\n" + ",\n".join(json.dumps(each) for each in entries) + "\n]")
+    return path
+
+
+def question(number: int = 0, **changes: Any) -> dict[str, Any]:
+    return {
+        "scene_id": "scene0000_00",
+        "question_id": f"train-scene0000-{number}",
+        "question": "What is it?",
+        "answers": ["brown", "dark brown"],
+        "object_ids": [8, 9],
+        "object_names": ["table"],
+        **changes,
+    }
+
+
+def test_a_description(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, [entry(39, "office_chair", 2, "The Red Chair."), {**entry(4), "object_id": 4, "ann_id": 7}]
+    )
+    first, second = read_scanrefer(path)
+    assert (first.scene_id, first.object_id, first.object_name, first.ann_id) == (
+        "scene0000_00",
+        39,
+        "office_chair",
+        "2",
+    )
+    assert (first.text, first.words) == ("The Red Chair.", ("the", "red", "chair."))
+    assert first.where == f"{path}: line 2 (entry 1)"
+    assert first.key == "scene0000_00|39|office_chair|2"
+    assert (second.object_id, second.ann_id) == (4, "7")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"description": "  "}, "field 'description' is '  ', but must be a text that is not empty"),
+        ({"description": None}, "field 'description' is None"),
+        ({"object_id": "a"}, "field 'object_id' is 'a', but must be a whole number"),
+        ({"object_name": ""}, "field 'object_name' is ''"),
+        ({"scene_id": "../up"}, "field 'scene_id' scene id '../up' is not made of"),
+        ({"ann_id": []}, "field 'ann_id' is []"),
+        ({"token": "the chair"}, "field 'token' is 'the chair', but must be a list"),
+        ({"token": []}, "field 'token' is an empty list"),
+        ({"token": [1]}, "field 'token' holds 1"),
+        ({"ann_id": "0"}, "field scene_id, object_id and ann_id repeats line 2 (entry 1)"),
+        ({"ann_id": "00", "object_name": "other"}, "field scene_id, object_id and ann_id repeats line 2 (entry 1)"),
+    ],
+)
+def test_a_bad_description_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = written(tmp_path, [entry(), {**entry(ann_id=1), **change}])
+    with pytest.raises(ValueError, match=re.escape(f"{path}: line 3 (entry 2): {message}")):
+        read_scanrefer(path)
+
+
+@pytest.mark.parametrize("field", ["scene_id", "object_id", "object_name", "ann_id", "description", "token"])
+def test_every_field_is_needed(tmp_path: Path, field: str) -> None:
+    second = entry(ann_id=1)
+    del second[field]
+    with pytest.raises(ValueError, match=re.escape(f"line 3 (entry 2): field '{field}' is missing")):
+        read_scanrefer(written(tmp_path, [entry(), second]))
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    bad = {**entry(ann_id=1), "description": "", "object_id": "x"}
+    path = written(tmp_path, [entry(), bad, 5, entry(), entry(ann_id=3)])
+    with pytest.raises(ValueError) as caught:
+        read_scanrefer(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path} has 4 problems:"
+    assert [line.removeprefix(f"{path}: ").split(" ")[:4] for line in lines[1:]] == [
+        ["line", "4", "(entry", "3)"],  # what is no object is seen while reading
+        ["line", "3", "(entry", "2):"],
+        ["line", "3", "(entry", "2):"],
+        ["line", "5", "(entry", "4):"],
+    ]
+    with pytest.raises(ValueError, match="has 25 problems of which the first 10:") as caught:
+        read_scanrefer(written(tmp_path, [{**entry(ann_id=n), "description": ""} for n in range(25)]))
+    assert len(str(caught.value).splitlines()) == 11
+
+
+def test_files_without_entries_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"annotations\.json holds an empty list"):
+        read_scanrefer(written(tmp_path, []))
+    with pytest.raises(ValueError, match=r"none\.json does not exist; it must be ScanQA's annotations"):
+        read_scanqa(tmp_path / "none.json")
+
+
+def test_a_question(tmp_path: Path) -> None:
+    path = written(tmp_path, [question()])
+    (first,) = read_scanqa(path)
+    assert (first.scene_id, first.question_id, first.text) == ("scene0000_00", "train-scene0000-0", "What is it?")
+    assert (first.answers, first.object_ids, first.object_names) == (("brown", "dark brown"), (8, 9), ("table",))
+    assert first.where == f"{path}: line 2 (entry 1)"
+
+
+def test_the_test_splits_have_no_answers(tmp_path: Path) -> None:
+    entries = [question(0), question(1)]
+    for each in entries:
+        del each["answers"]
+    path = written(tmp_path, entries)
+    assert [each.answers for each in read_scanqa(path, answers_needed=False)] == [(), ()]
+    with pytest.raises(
+        ValueError, match="no entry has the field 'answers'; ScanQA's test splits cannot be trained on or"
+    ):
+        read_scanqa(path)
+    for each in entries:
+        del each["object_ids"], each["object_names"]
+    assert [each.object_ids for each in read_scanqa(written(tmp_path, entries), answers_needed=False)] == [(), ()]
+
+
+@pytest.mark.parametrize("answers_needed", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": []}, "field 'answers' is an empty list"),
+        ({"answers": ["", "x"]}, "field 'answers' holds ''"),
+        ({"answers": "brown"}, "field 'answers' is 'brown', but must be a list"),
+        ({"question": " "}, "field 'question' is ' '"),
+        ({"question_id": "train-scene0000-0"}, "field question_id repeats line 2 (entry 1)"),
+        ({"question_id": 4}, "field 'question_id' is 4"),
+        ({"object_ids": ["x"]}, "field 'object_ids' is 'x'"),
+        ({"object_names": [""]}, "field 'object_names' holds ''"),
+        ({"scene_id": "a/b"}, "field 'scene_id' scene id 'a/b'"),
+    ],
+)
+def test_a_bad_question_is_named(tmp_path: Path, answers_needed: bool, change: dict[str, Any], message: str) -> None:
+    path = written(tmp_path, [question(), question(1, **change)])
+    with pytest.raises(ValueError, match=re.escape(f"{path}: line 3 (entry 2): {message}")):
+        read_scanqa(path, answers_needed)
+
+
+def test_answers_that_one_entry_lacks_are_missed(tmp_path: Path) -> None:
+    second = question(1)
+    del second["answers"]
+    with pytest.raises(ValueError, match=re.escape("line 3 (entry 2): field 'answers' is missing")):
+        read_scanqa(written(tmp_path, [question(), second]))
+
+
+def test_the_recorded_files_are_read() -> None:
+    folder = Path(__file__).parents[2] / "golden" / "metrics"
+    for name, read in (("scanrefer.annotations", read_scanrefer), ("scanqa.questions", read_scanqa)):
+        raw = json.loads((folder / f"{name}.json").read_text())
+        assert len(read(folder / f"{name}.json")) == len(raw) > 0

@@ -1,0 +1,6 @@
+"""Fixtures of the demo tests."""
+
+from room_fixtures import many_rooms, rooms
+from tiny_vlm_fixtures import texts, tiny_dir, tokenizer, visual_inputs, vlm
+
+__all__ = ["many_rooms", "rooms", "texts", "tiny_dir", "tokenizer", "visual_inputs", "vlm"]

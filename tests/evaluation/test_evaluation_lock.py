@@ -1,0 +1,74 @@
+"""Two evaluations into one folder: the second is refused on all of its ranks, by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fork_server import start_ranks
+from w2r2_ds.evaluation.ranks import Ranks, alone
+from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.utils.file_lock import locked
+
+NAME = "scanrefer-fused"
+
+
+def enter(rank: int, folder: Path) -> str:
+    try:
+        with alone(folder, NAME, Ranks(rank, 2)):
+            dist.barrier()
+            held = (folder / f"{NAME}.lock").is_file()
+            dist.barrier()
+        return f"went in, locked: {held}"
+    except ValueError as error:
+        return str(error)
+
+
+def work(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    said = []
+    for number in range(2):
+        said.append(enter(rank, folder))
+        dist.barrier()
+        if rank == 0 and number == 0:
+            (folder / "refused").touch()
+            while (folder / f"{NAME}.lock").exists():
+                time.sleep(0.05)
+        dist.barrier()  # rank 1 does not look: it could take rank 0's new lock for the old one
+    (folder / f"{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_all_ranks_are_refused_and_one_of_them_holds_the_lock(tmp_path: Path) -> None:
+    with locked(tmp_path / f"{NAME}.lock", "other", "wait"):
+        ranks = start_ranks(2, Path(__file__), tmp_path, free_port())
+        while not (tmp_path / "refused").exists():
+            assert [rank.poll() for rank in ranks] == [None, None], (tmp_path / "output.txt").read_text()
+            time.sleep(0.05)
+    while None in [rank.poll() for rank in ranks]:
+        time.sleep(0.05)
+    assert [rank.code for rank in ranks] == [0, 0], (tmp_path / "output.txt").read_text()
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert f"{tmp_path}: {NAME} is being evaluated by process {os.getpid()} on " in first[0]
+    assert first[0].endswith("; wait until it has ended, or give --out another folder.")
+    assert first[1] == "went in, locked: True"
+
+
+def test_another_task_or_geometry_has_files_of_its_own(tmp_path: Path) -> None:
+    zero = "scanrefer-zero"
+    with (
+        alone(tmp_path, NAME, Ranks()),
+        alone(tmp_path, zero, Ranks()),
+        pytest.raises(ValueError, match="scanrefer-zero is being evaluated"),
+        alone(tmp_path, zero, Ranks()),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

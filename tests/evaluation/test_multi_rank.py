@@ -1,0 +1,111 @@
+"""Real processes (torchrun, deepspeed, forked, alone): any number of ranks, killed or not, predict the same bytes.
+
+What forks ranks and what launches them set the same variables; of the two launchers each is waited for where it is new:
+torchrun here, `deepspeed` in `train_once` of tests/helpers/runs.py; here too at night.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import auto_cli
+
+from fork_server import ROOT, Rank, environment, start_ranks
+from launchers import evaluate
+from runs import TIMEOUT, launch, run_ranks
+from w2r2_ds.training.deepspeed.launch import free_port
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+SAMPLES = 8
+NAME = "predictions-scanrefer-fused.jsonl"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def arguments(run: Path, out: Path) -> list[str]:
+    options = {"checkpoint": run, "out": out, "batch_size": 1, "limit": SAMPLES, "max_new_tokens": 60}
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def torchrun(ranks: int, script: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """As `launch`, with the other launcher."""
+    command = [*TORCHRUN, "--nproc_per_node", str(ranks), script, *words]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(command, cwd=ROOT, env=environment(), text=True, timeout=TIMEOUT, check=False, **out)
+
+
+def kill_at(ranks: list[Rank], parts: Path, lines: int) -> int:
+    """SIGKILL to all ranks when so many answers are there; returns how many that were."""
+    deadline = time.monotonic() + 300
+    while (found := count(parts)) < lines:
+        assert not any(rank.poll() is not None for rank in ranks), "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for each in ranks:
+        os.kill(each.pid, signal.SIGKILL)
+    for each in ranks:
+        each.end()
+    return found
+
+
+def scores_in(stdout: str) -> Any:
+    """The scores; DeepSpeed and its launcher write on the same stream."""
+    return json.JSONDecoder().raw_decode(stdout[stdout.index("{\n") :])[0]
+
+
+def count(parts: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in parts.glob("part-*.jsonl"))
+
+
+def work(folder: Path) -> None:
+    """What each of the forked ranks does."""
+    words = json.loads((folder / "arguments.json").read_text())
+    auto_cli(evaluate.main, args=evaluate.gather_protocols(words), as_positional=False)
+
+
+def given(run: Path, out: Path) -> Path:
+    """A folder that tells forked ranks what to do."""
+    out.mkdir()
+    (out / "arguments.json").write_text(json.dumps(arguments(run, out)))
+    return out
+
+
+@pytest.mark.parametrize("launcher", [torchrun, pytest.param(launch, marks=pytest.mark.nightly)])
+def test_one_two_and_three_ranks_and_a_killed_run_agree(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], launcher: Any
+) -> None:
+    auto_cli(evaluate.main, args=arguments(trained, tmp_path / "one"), as_positional=False)
+    stdout, stderr = capfd.readouterr()
+    expected = (tmp_path / "one" / NAME).read_bytes()
+    assert len(expected.splitlines()) == SAMPLES
+    assert scores_in(stdout) == json.loads((tmp_path / "one" / "scores-scanrefer-fused.json").read_text())
+    assert f"answers (fused): {SAMPLES} of {SAMPLES}" in stderr
+
+    two = given(trained, tmp_path / "two")
+    ranks = start_ranks(2, Path(__file__), two, free_port())
+    parts = tmp_path / "two" / "parts-scanrefer-fused"
+    kill_at(ranks, parts, 3)
+    assert not (tmp_path / "two" / NAME).exists()
+    torn = max(parts.glob("part-*.jsonl"), key=lambda file: file.stat().st_size)
+    torn.write_bytes(torn.read_bytes()[:-40])  # as if killed within a line
+    kept = {file.name: file.read_bytes() for file in parts.glob("part-*.jsonl")}
+    left = SAMPLES - count(parts)
+    done = launcher(2, "launchers/evaluate.py", arguments(trained, tmp_path / "two"))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert (tmp_path / "two" / NAME).read_bytes() == expected
+    assert scores_in(done.stdout) == json.loads((tmp_path / "two" / "scores-scanrefer-fused.json").read_text())
+    assert 0 < left < SAMPLES and kept and not parts.exists()
+    own = len(range(0, SAMPLES, 2)) - kept.get("part-0000.jsonl", b"").count(b"\n")
+    assert own == 0 or f"rank 0 of 2: {own} of {own}" in done.stdout, "what was finished is not answered again"
+
+    folder = given(trained, tmp_path / "three")
+    run_ranks(3, Path(__file__), folder)
+    assert (folder / NAME).read_bytes() == expected

@@ -1,0 +1,79 @@
+"""Short runs that tests/training/test_packed_training.py compares: packed by scene, and the same samples one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runs import ZERO3, World
+
+TOGETHER, SHORT = 4, 3
+"""Questions per scene; optimizer steps."""
+
+
+def arguments(world: Path, out: Path, **changes: object) -> list[str]:
+    few = {"train__steps": SHORT, "train__save_every": SHORT, "model__lora_dropout": 0.0, "data__workers": 0}
+    return ["--deepspeed", str(ZERO3), *World(world).arguments(out, **few | changes)]
+
+
+class Given:
+    """Micro-batches of one rank, in place of the sampler's.
+
+    Args:
+        batches: indices of samples.
+    """
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def work(folder: Path) -> None:
+    """What each rank does; rank 0 of one writes what was in the batches, and what was refused."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from launchers.train import read_arguments
+    from w2r2_ds.data.loader import load_mixture
+    from w2r2_ds.evaluation.validator import InTraining
+    from w2r2_ds.training import trainer
+    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from w2r2_ds.training.step import W2R2Step
+
+    skip_shm_build()
+    deepspeed.init_distributed()
+    world = Path((folder / "world").read_text())
+    forward, trainer.dry_run = W2R2Step.forward, lambda run, batch: None
+    sequences: list[tuple[tuple[str, ...], int]] = []
+
+    def recorded(self: Any, batch: Any, *given: Any, **more: Any) -> Any:
+        sequences.append((batch.ids, batch.input_ids.shape[0]))
+        return forward(self, batch, *given, **more)
+
+    W2R2Step.forward = recorded  # type: ignore[method-assign]
+    packed = {"data__questions_per_scene": TOGETHER}
+    trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **packed)), InTraining)
+    if dist.get_world_size() == 1:
+        refused = []
+        other = packed | {"data__questions_per_scene": 2, "train__steps": SHORT, "resume": "auto"}
+        try:
+            trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **other)), InTraining)
+        except ValueError as error:
+            refused.append(str(error))
+        config, _ = read_arguments(arguments(world, folder / "apart"))
+        number = {sample.id: index for index, sample in enumerate(load_mixture(config.data, "train"))}
+        sampler = trainer.GlobalBatchSampler
+        for name, changes in {"apart": {}, "plain": {"data__packing": True}}.items():
+            batches = [[number[each] for each in ids] for ids, _ in sequences[: 2 * SHORT]]
+            trainer.GlobalBatchSampler = lambda batches=batches, **_: Given(batches)  # type: ignore[misc, assignment]
+            trainer.train(*read_arguments(arguments(world, folder / name, **changes)), InTraining)
+        trainer.GlobalBatchSampler = sampler  # type: ignore[misc]
+        (folder / "report.json").write_text(json.dumps({"refused": refused, "sequences": sequences}))
+    dist.destroy_process_group()

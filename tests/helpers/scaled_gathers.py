@@ -1,0 +1,110 @@
+"""What each rank of test_gathers does: steps of a model whose decoder layers stand for those of a 7B, gathers watched.
+
+`work` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/found.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STEPS = 3  # DeepSpeed records its trace in the first and begins to prefetch in the third
+
+
+@dataclass
+class Watched:
+    """Elements of the decoder layers.
+
+    Attributes:
+        gathered: times that a layer was gathered, by its index; of its largest matrix.
+        elements: gathered in all.
+        late: of these not yet on their way when their layer was called.
+        live: the most that was gathered at once, other parameters included.
+    """
+
+    gathered: Counter[int] = field(default_factory=Counter)
+    elements: int = 0
+    late: int = 0
+    live: int = 0
+
+
+@contextlib.contextmanager
+def watched(model: Any) -> Iterator[Watched]:
+    """Look at every gather inside."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        InflightParamRegistry,
+        PartitionedParameterCoordinator,
+    )
+
+    layers = model.base.model.language_model.layers
+    owner = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
+    largest = {id(layer.mlp.gate_proj.base_layer.weight) for layer in layers}
+    sharded = [parameter for parameter in model.parameters() if not parameter.ds_persist]
+    found = Watched()
+    register, fetch = InflightParamRegistry.__setitem__, PartitionedParameterCoordinator._fetch_sub_module_impl
+    absent = ZeroParamStatus.NOT_AVAILABLE
+
+    def registered(self: Any, parameter: Any, handle: Any) -> None:
+        register(self, parameter, handle)
+        if id(parameter) in owner:
+            found.elements += parameter.ds_numel
+            found.gathered[owner[id(parameter)]] += id(parameter) in largest
+        found.live = max(found.live, sum(each.ds_numel for each in sharded if each.ds_status != absent))
+
+    def fetched(self: Any, module: Any, forward: bool, is_leaf: bool) -> None:
+        if is_leaf:
+            found.late += sum(each.ds_numel for each in module.parameters() if each.ds_status == absent)
+        fetch(self, module, forward, is_leaf)
+
+    InflightParamRegistry.__setitem__ = registered
+    PartitionedParameterCoordinator._fetch_sub_module_impl = fetched
+    try:
+        yield found
+    finally:
+        InflightParamRegistry.__setitem__ = register
+        PartitionedParameterCoordinator._fetch_sub_module_impl = fetch
+
+
+def work(folder: Path) -> None:
+    """Per DeepSpeed configuration, what the last step gathered; the sizes in it are for layers of 233 M parameters."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from w2r2_ds.models.build import build_model, load_front
+    from w2r2_ds.training.deepspeed.config import resolve_ds_config
+    from w2r2_ds.training.deepspeed.engine import make_engine
+    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from zero3_cases import batches_of, step_config
+
+    torch.set_num_threads(1)
+    skip_shm_build()
+    deepspeed.init_distributed()
+    case, model_config, samples, ds_configs = pickle.loads((folder / "cases.pkl").read_bytes())
+    config, front = step_config(case, model_config), load_front(model_config)
+    (batch,) = batches_of(case, dist.get_rank(), samples, front, config)
+    found = {}
+    for name, raw in ds_configs.items():
+        sizes = {"global_batch": config.train.global_batch, "micro_batch": config.train.micro_batch}
+        ds_config = resolve_ds_config(raw, path=name, world_size=2, bf16=False, **sizes)
+        keep_alive = HfDeepSpeedConfig(ds_config)
+        model = build_model(config.model, torch.device("cpu"), 1)
+        engine = make_engine(model, front, config, ds_config, torch.device("cpu"))
+        del keep_alive
+        for _ in range(STEPS):
+            with watched(model) as seen:
+                engine.backward(engine(batch)[0])
+                engine.step()
+        found[name] = vars(seen) | {"gathered": [seen.gathered[i] for i in range(max(seen.gathered) + 1)]}
+        engine.destroy()
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()

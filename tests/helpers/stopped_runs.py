@@ -1,0 +1,48 @@
+"""What each rank of tests/training/fault_tolerance/test_signals.py runs: several trainings in one process, each perhaps stopped.
+
+``python stopped_runs.py JOBS.json``; a job is [arguments of launchers/train.py, rank, step, signal]: that rank sends
+itself that signal in that optimizer step, from 0. Every rank appends the code of each run to JOBS.json.RANK.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from launchers.train import read_arguments
+from w2r2_ds.evaluation.validator import InTraining
+from w2r2_ds.training import trainer
+from w2r2_ds.training.deepspeed.launch import join_ranks
+from w2r2_ds.training.fault_tolerance.signals import StopSignals
+
+
+def main(file: Path) -> None:
+    """Run all jobs."""
+    join_ranks()
+    real_step, codes = trainer.train_step, []
+    for arguments, rank, at, name in json.loads(file.read_text()):
+
+        def train_step(run: Any, batches: Any, rank: int = rank, at: int = at, name: str = name) -> dict[str, float]:
+            if dist.get_rank() == rank and run.engine.module.optimizer_step == at:
+                os.kill(os.getpid(), signal.Signals[name])
+            return real_step(run, batches)
+
+        trainer.train_step = train_step  # type: ignore[assignment]
+        with StopSignals() as signals:
+            outcome = trainer.train(*read_arguments(arguments), InTraining, signals)
+        codes.append([outcome.code, str(outcome.checkpoint)])
+        gc.collect()
+        dist.barrier()
+    Path(f"{file}.{dist.get_rank()}").write_text(json.dumps(codes))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

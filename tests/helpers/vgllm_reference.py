@@ -1,0 +1,208 @@
+"""VG-LLM's recorded runs as our model sees them: model, batch, every recorded output, the loss by two routes.
+
+For tests/convert/test_from_vgllm_golden.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from golden_files import Golden
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
+from w2r2_ds.convert.from_vgllm import fill, split_state, their_name, vggt_config
+from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
+from w2r2_ds.data.collate import token_counts
+from w2r2_ds.kernels.cell_norm import merge_cells
+from w2r2_ds.models.fusion import make_fusion
+from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.qwen2_5_vl.loading import model_class, position_ids
+from w2r2_ds.models.vggt.model import VGGT
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.objective.loss import sample_weights
+from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.types.batch import AnswerRows, Batch, Layout, PromptRows, TowerInputs, Visuals
+
+MAIN = ""
+VARIANTS = {
+    MAIN: ("first", "merged", "fused"),
+    "ref_last": ("last", "merged", "fused"),
+    "geometry_output_zero": ("first", "merged", "zero"),
+    "geometry_input_zero": ("first", "features", "zero"),
+}
+"""Name in the files -> our options: reference frame, what zero means, and which of the two passes."""
+
+
+def state_of(golden: Golden) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("param/"): value for key, value in golden.tensors.items() if key.startswith("param/")}
+
+
+@cache
+def model_of(golden: Golden, reference_frame: str, zero: str) -> W2R2:
+    """The recorded model; the language model and the merger train, as in VG-LLM."""
+    stated, parts = golden.record["config"], split_state(state_of(golden))
+    config = CONFIG_MAPPING["qwen2_5_vl"].from_dict({**stated["text"], "vision_config": stated["vision"]})
+    vlm = model_class(config)(config)
+    vggt = VGGT(dataclasses.replace(vggt_config(parts["vggt"]), **stated["vggt"]))
+    merge, hidden = config.vision_config.spatial_merge_size, config.text_config.hidden_size
+    merger = GeometryMerger(2 * vggt.config.embed_dim, hidden, stated["merger_hidden"], merge)
+    for part, module in (("vlm", vlm), ("vggt", vggt), ("geometry_merger", merger)):
+        fill(module, part, parts[part])
+    vlm.model.visual.requires_grad_(False)
+    layer = vggt.config.depth - 2
+    encoder = VGGTEncoder(vggt, layer, reference_frame)
+    return W2R2(vlm, merger, make_fusion("add", hidden), encoder, zero).eval()
+
+
+@cache
+def batch_of(golden: Golden) -> Batch:
+    """The recorded inputs as a training batch; every supervised token is an answer token without number slots."""
+    tensors, count = golden.tensors, len(golden.record["samples"])
+    ids, mask, labels = (tensors[f"in/{name}"] for name in ("input_ids", "attention_mask", "labels"))
+    types = (ids == golden.record["config"]["text"]["image_token_id"]).long()
+    grid = tensors["in/image_grid_thw"]
+    images = tuple(tensors[f"in/images_vggt_{index}"] for index in range(count))
+    base = model_of(golden, *VARIANTS[MAIN][:2]).base
+    sample, position = (labels[:, 1:] != -100).nonzero().unbind(1)
+    vision = base.config.vision_config
+    sizes = token_counts(grid, vision.spatial_merge_size)
+    tower = TowerInputs.of(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    slots = torch.full((count, NUMBERS, 1), -1)
+    return Batch(
+        ids=tuple(map(str, range(count))),
+        input_ids=ids,
+        attention_mask=mask,
+        token_types=types,
+        position_ids=position_ids(base, ids, types, attention_mask=mask, image_grid_thw=grid),
+        visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, tower, images),
+        visual_tokens=types.flatten().nonzero().squeeze(-1),
+        token_set=types.nonzero()[:, 0],
+        frame_set=torch.arange(count),
+        layout=Layout(mask - 1, torch.zeros_like(mask), tuple(((0, length),) for length in mask.sum(-1).tolist())),
+        rows=AnswerRows(
+            sample=sample,
+            sequence=sample,
+            position=position,
+            label=labels[sample, position + 1],
+            where=torch.ones_like(sample, dtype=torch.bool),
+            number=slots,
+            place=torch.zeros_like(slots, dtype=torch.float64),
+            lead=torch.zeros_like(slots[..., 0]),
+        ),
+        cam_to_world=torch.full((count, 1, 4, 4), torch.nan, dtype=torch.float64),
+        target_box=torch.full((count, 9), torch.nan, dtype=torch.float64),
+        what=PromptRows(sample[:0], sample[:0], position[:0]),
+        kinds=("caption",) * count,
+        answers=("",) * count,
+    )
+
+
+def grid_of(golden: Golden, index: int) -> tuple[int, ...]:
+    """Frames, rows and columns of merged patches, and the rows and columns of patches that one of them is made of."""
+    vision, stated = golden.record["config"]["vision"], golden.record["samples"][index]
+    merge = vision["spatial_merge_size"]
+    return (stated["frames"], *(side // (vision["patch_size"] * merge) for side in stated["hw"]), merge, merge)
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """Collects what `module` is called with."""
+    calls: list[dict[str, Any]] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({**dict(enumerate(args)), **kwargs}), with_kwargs=True
+    )
+    yield calls
+    handle.remove()
+
+
+def forward(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
+    """Everything that a file may record of a variant, with the graph of the trained weights."""
+    reference_frame, zero, geometry = VARIANTS[variant]
+    model, batch = model_of(golden, reference_frame, zero), batch_of(golden)
+    features = model.encode_3d(batch.visuals)
+    visual = model.encode_2d(batch.visuals)
+    result = {f"geometry_features_{i}": f.flatten(1, 2) for i, f in enumerate(features)}
+    with inputs_of(model.geometry_merger.ln_q) as cells:
+        merged = model.merge(features) if geometry == "fused" else model.merge_nothing(features)
+    if merged is not None:
+        result["geometry_embeds"] = merged
+        shapes = [grid_of(golden, index) for index in range(len(features))]
+        grids = [grid for call in cells for grid in call[0]]  # of all samples
+        patches = torch.cat([merge_cells(grid, model.geometry_merger.merge_size).flatten(0, 1) for grid in grids])
+        for index, part in enumerate(patches.split([math.prod(shape) for shape in shapes])):
+            result[f"merger_in_{index}"] = part.unflatten(0, shapes[index])
+    with inputs_of(model.base.model.language_model) as calls:
+        result["logits"] = model.base(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            mm_encoder_outputs={"image": model.fuse(visual, merged)},
+            use_cache=False,
+        ).logits
+    result["visual_embeds"] = torch.cat(visual.pooler_output)
+    result["inputs_embeds"] = calls[0]["inputs_embeds"]
+    result["position_ids"] = calls[0]["position_ids"]
+    return result
+
+
+@cache
+@torch.no_grad()
+def computed(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
+    return forward(golden, variant)
+
+
+def loss_of(golden: Golden, logits: torch.Tensor) -> torch.Tensor:
+    """VG-LLM's: the mean over all supervised tokens of the batch, labels shifted by one."""
+    labels = golden.tensors["in/labels"]
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def step_loss_of(golden: Golden) -> torch.Tensor:
+    """The same through our training step: no push, sums over samples weighted by their tokens."""
+    batch, tokens = batch_of(golden), golden.record["config"]["text"]["vocab_size"]
+    objective = ObjectiveConfig(push="none", reduction="token")
+    tables = TokenTables(torch.full((tokens,), -1), torch.zeros(tokens, dtype=torch.bool))
+    scorer = Scorer(tables, tokenizer_of(golden), objective)
+    step = W2R2Step(model_of(golden, *VARIANTS[MAIN][:2]), RunConfig(objective=objective), scorer)
+    total, _ = step(batch)
+    return total / sample_weights(batch, objective.reduction).sum()
+
+
+def tokenizer_of(golden: Golden) -> Any:
+    """The recorded tokens have no text; this is what our code asks of a tokenizer."""
+    text = golden.record["config"]["text"]
+    return SimpleNamespace(
+        pad_token_id=text["pad_token_id"],
+        convert_tokens_to_ids=lambda token: text["eos_token_id"],
+        decode=lambda tokens, **_: " ".join(map(str, tokens)),
+    )
+
+
+LOSSES: dict[str, Callable[[Golden], torch.Tensor]] = {
+    "logits": lambda golden: loss_of(golden, forward(golden, MAIN)["logits"]),
+    "step": step_loss_of,
+}
+
+
+@cache
+def gradients(golden: Golden, route: str) -> dict[str, torch.Tensor]:
+    """VG-LLM's name -> gradient of the loss, of every weight that trains."""
+    model = model_of(golden, *VARIANTS[MAIN][:2])
+    weights = {
+        their_name(part, name): weight
+        for part, module in (("vlm", model.base), ("geometry_merger", model.geometry_merger))
+        for name, weight in module.named_parameters()
+        if weight.requires_grad
+    }
+    return dict(zip(weights, torch.autograd.grad(LOSSES[route](golden), list(weights.values())), strict=True))

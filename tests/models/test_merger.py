@@ -1,0 +1,116 @@
+"""The geometry merger against its formula, its sizes in the real models, and its one call per pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from w2r2_ds.models.merger import GeometryMerger, pair_frames
+
+
+def reference(merger: GeometryMerger, features: torch.Tensor) -> torch.Tensor:
+    """The merger written out with loops: cell by cell, patch by patch."""
+    tokens = []
+    weights = {name: value.detach() for name, value in merger.named_parameters()}
+    for frame in features:
+        for row in range(frame.shape[0] // 2):
+            for column in range(frame.shape[1] // 2):
+                cell = [frame[2 * row + y, 2 * column + x] for y in (0, 1) for x in (0, 1)]
+                normal = [weights["ln_q.weight"] * v / torch.sqrt(v.pow(2).mean() + 1e-6) for v in cell]
+                hidden = weights["mlp.0.weight"] @ torch.cat(normal) + weights["mlp.0.bias"]
+                hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+                tokens.append(weights["mlp.2.weight"] @ hidden + weights["mlp.2.bias"])
+    return torch.stack(tokens)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (2, 3)])
+def test_merger_equals_its_formula_and_crops(grid: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    merger = GeometryMerger(8, 12, merger_hidden=16, init_std=0.3)
+    nn.init.normal_(merger.ln_q.weight)
+    nn.init.normal_(merger.get_parameter("mlp.0.bias"))
+    features = torch.randn(3, *grid, 8)
+    merged = merger([features])
+    assert merged.shape == (3 * (grid[0] // 2) * (grid[1] // 2), 12)
+    torch.testing.assert_close(merged, reference(merger, features), rtol=1e-5, atol=1e-6)
+
+
+def test_token_order_is_frame_row_column() -> None:
+    merger = GeometryMerger(4, 4, merger_hidden=8, init_std=0.5)
+    features = torch.randn(2, 4, 6, 4)
+    changed = features.clone()
+    changed[1, 2, 5] += 1.0
+    difference = (merger([features]) - merger([changed])).abs().sum(-1)
+    assert difference.nonzero().flatten().tolist() == [6 + 3 + 2]
+
+
+def test_samples_of_any_size_are_merged_in_one_call() -> None:
+    """ZeRO-3 needs as many calls on a rank with three samples as on one with none."""
+    torch.manual_seed(0)
+    merger = GeometryMerger(8, 12, merger_hidden=16, init_std=0.3).double()
+    nn.init.normal_(merger.get_parameter("mlp.2.bias"))
+    grids = [torch.randn(*size, 8, dtype=torch.float64) for size in [(2, 4, 6), (0, 4, 4), (1, 5, 3), (3, 2, 2)]]
+    calls: list[tuple[str, int]] = []
+    for name, module in merger.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *call, name=name: calls.append((name, len(call[2]))))
+    merged = merger(grids)
+    assert calls == [(name, 12 + 0 + 2 + 3) for name in ("ln_q", "mlp.0", "mlp.1", "mlp.2")]
+    alone = torch.cat([merger([grid]) for grid in grids])
+    torch.testing.assert_close(merged, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_no_sample_still_calls_every_module_with_a_gradient() -> None:
+    merger = GeometryMerger(8, 12, merger_hidden=16)
+    for grids in ([], [torch.zeros(0, 4, 4, 8)]):
+        merged = merger(grids)
+        assert merged.shape == (0, 12)
+        merged.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in merger.parameters())
+        merger.zero_grad()
+
+
+@pytest.mark.parametrize(("hidden", "count"), [(2048, 41_951_232), (3584, 48_244_224)])
+def test_real_sizes(hidden: int, count: int) -> None:
+    with torch.device("meta"):
+        merger = GeometryMerger(2048, hidden)
+    shapes = {name: tuple(value.shape) for name, value in merger.named_parameters()}
+    assert shapes == {
+        "ln_q.weight": (2048,),
+        "mlp.0.weight": (4096, 8192),
+        "mlp.0.bias": (4096,),
+        "mlp.2.weight": (hidden, 4096),
+        "mlp.2.bias": (hidden,),
+    }
+    assert sum(value.numel() for value in merger.parameters()) == count
+
+
+def test_initialisation_is_normal_and_dtype_follows_the_weights() -> None:
+    torch.manual_seed(0)
+    merger = GeometryMerger(32, 64, merger_hidden=256)
+    assert merger.get_parameter("mlp.0.weight").std().item() == pytest.approx(0.02, rel=0.05)
+    assert not merger.get_parameter("mlp.0.bias").any() and not merger.get_parameter("mlp.2.bias").any()
+    assert merger.to(torch.bfloat16)([torch.randn(1, 2, 2, 32)]).dtype == torch.bfloat16
+
+
+def test_bad_features() -> None:
+    merger = GeometryMerger(8, 12, merger_hidden=16)
+    with pytest.raises(ValueError, match=r"expected \[frames, h, w, 8\]"):
+        merger([torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 4, 9)])
+    with pytest.raises(ValueError, match=r"\(4, 4, 8\)"):
+        merger(torch.zeros(1, 4, 4, 8))  # a grid instead of a list of grids
+    with pytest.raises(ValueError, match="a 1 x 4 grid holds no 2 x 2 cell"):
+        merger([torch.zeros(1, 1, 4, 8)])
+    with pytest.raises(ValueError, match="merger_hidden must be at least 1"):
+        GeometryMerger(8, 12, merger_hidden=0)
+
+
+def test_pair_frames() -> None:
+    frames = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 2, 3, 4)
+    assert pair_frames(frames)[:, 0, 0, 0].tolist() == [0.5, 2.5, 4.0]
+    assert pair_frames(frames[:4]).shape == (2, 2, 3, 4)
+    assert torch.equal(pair_frames(frames[3:4]), frames[3:4])
+    assert pair_frames(frames.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="frames >= 1"):
+        pair_frames(frames[:0])

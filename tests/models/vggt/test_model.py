@@ -1,0 +1,300 @@
+"""VGGT's names and shapes, reading and writing its directories, and what must hold of any VGGT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.vggt.loading import CONFIG, INDEX, WEIGHTS, load_vggt, save_vggt
+from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+
+PUBLIC_KEYS = Path(__file__).parents[2] / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"
+TINY = VGGTConfig(img_size=28, embed_dim=32, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)
+SOME = "aggregator.frame_blocks.1.mlp.fc1.weight"
+
+
+def tiny(**changes: object) -> VGGT:
+    """Every weight is random: nothing is hidden by a zero or by a small LayerScale."""
+    torch.manual_seed(0)
+    model = VGGT(dataclasses.replace(TINY, **changes))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def vggt() -> VGGT:
+    return tiny()
+
+
+@pytest.fixture
+def directory(vggt: VGGT, tmp_path: Path) -> Path:
+    save_vggt(vggt, tmp_path / "vggt")
+    return tmp_path / "vggt"
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Two scenes of three frames, 2 x 3 patches each."""
+    return torch.rand(2, 3, 3, 28, 42, generator=torch.Generator().manual_seed(1))
+
+
+def run(vggt: VGGT, images: torch.Tensor, *layers: int) -> dict[int, torch.Tensor]:
+    with torch.no_grad():
+        return vggt.aggregator(images, layers)
+
+
+def put(directory: Path, **changes: torch.Tensor | None) -> None:
+    """Rewrite the weights with some added, replaced or (None) removed; `__` stands for a dot."""
+    weights = load_file(directory / WEIGHTS)
+    for name, tensor in changes.items():
+        name = name.replace("__", ".")
+        if tensor is None:
+            del weights[name]
+        else:
+            weights[name] = tensor
+    save_file(weights, directory / WEIGHTS)
+
+
+def same_weights(one: VGGT, other: VGGT) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.golden
+def test_default_sizes_give_the_names_and_shapes_of_the_public_checkpoint() -> None:
+    shapes = json.loads(PUBLIC_KEYS.read_text())["shapes"]
+    with torch.device("meta"):
+        ours = VGGT(VGGTConfig()).state_dict()
+    wanted = {name: shape for name, shape in shapes.items() if name.startswith("aggregator.")}
+    assert {name: list(tensor.shape) for name, tensor in ours.items()} == wanted
+
+
+def test_what_was_saved_is_loaded(vggt: VGGT, directory: Path) -> None:
+    loaded = load_vggt(directory)
+    assert loaded.config == vggt.config
+    assert same_weights(loaded, vggt)
+    assert not loaded.training
+
+
+def test_saving_leaves_two_files(directory: Path) -> None:
+    assert sorted(path.name for path in directory.iterdir()) == sorted([CONFIG, WEIGHTS])
+
+
+def test_weights_are_loaded_in_the_wanted_dtype(directory: Path) -> None:
+    assert {weight.dtype for weight in load_vggt(directory, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_a_missing_weight_is_named(directory: Path) -> None:
+    put(directory, **{SOME.replace(".", "__"): None})
+    with pytest.raises(ValueError, match=SOME):
+        load_vggt(directory)
+
+
+def test_an_unknown_weight_is_named(directory: Path) -> None:
+    put(directory, aggregator__surplus=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"aggregator\.surplus"):
+        load_vggt(directory)
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes(directory: Path) -> None:
+    put(directory, **{SOME.replace(".", "__"): torch.zeros(5, 7)})
+    with pytest.raises(ValueError, match=rf"{SOME}.*\[5, 7\].*\[128, 32\]"):
+        load_vggt(directory)
+
+
+def test_a_quantised_weight_is_named(directory: Path) -> None:
+    put(directory, **{SOME.replace(".", "__"): torch.zeros(128, 32, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=f"{SOME}.*I8"):
+        load_vggt(directory)
+
+
+@pytest.mark.parametrize("head", ["camera_head", "point_head", "depth_head", "track_head"])
+def test_weights_of_heads_are_skipped(vggt: VGGT, directory: Path, head: str) -> None:
+    put(directory, **{f"{head}__trunk__weight": torch.zeros(3)})
+    assert same_weights(load_vggt(directory), vggt)
+
+
+def shard(directory: Path) -> None:
+    """Replace the one weights file by two and an index."""
+    weights = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()
+    names = sorted(weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: weights[name] for name in part}, directory / file)
+    where = {name: file for file, part in parts.items() for name in part}
+    (directory / INDEX).write_text(json.dumps({"weight_map": where}))
+
+
+def test_shards_are_loaded_through_their_index(vggt: VGGT, directory: Path) -> None:
+    shard(directory)
+    assert same_weights(load_vggt(directory), vggt)
+
+
+def test_a_missing_shard_is_named(directory: Path) -> None:
+    shard(directory)
+    (directory / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"b\.safetensors"):
+        load_vggt(directory)
+
+
+def test_a_weight_in_two_shards_is_refused(directory: Path) -> None:
+    shard(directory)
+    save_file(
+        load_file(directory / "a.safetensors") | load_file(directory / "b.safetensors"), directory / "b.safetensors"
+    )
+    with pytest.raises(ValueError, match="also in another file"):
+        load_vggt(directory)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])
+def test_a_truncated_file_is_refused_naming_the_folder(directory: Path, kept: float) -> None:
+    whole = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=str(directory)):
+        load_vggt(directory)
+
+
+@pytest.mark.parametrize("text", ['{"depth": 3,', "[]", '{"depht": 3}', '{"depth": "3"}', '{"embed_dim": 30}'])
+def test_a_bad_config_is_refused_naming_the_file(directory: Path, text: str) -> None:
+    (directory / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=str(directory / CONFIG)):
+        load_vggt(directory)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        load_vggt(directory)
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=str(tmp_path / "nowhere")):
+        load_vggt(tmp_path / "nowhere")
+
+
+def test_an_unknown_config_field_is_named() -> None:
+    with pytest.raises(ValueError, match="'depht'"):
+        VGGTConfig.from_dict({"depht": 24})
+
+
+def test_upstreams_config_describes_the_default_model() -> None:
+    upstream = {"img_size": 518, "patch_embed": "dinov2_vitl14_reg", "enable_camera": True, "aa_block_size": 1}
+    assert VGGTConfig.from_dict(upstream) == VGGTConfig()
+
+
+def test_another_order_of_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="aa_order"):
+        VGGTConfig.from_dict({"aa_order": ["global", "frame"]})
+
+
+def test_a_layer_is_the_same_whether_or_not_deeper_ones_run(vggt: VGGT, images: torch.Tensor) -> None:
+    every = run(vggt, images, 0, 1, 2)
+    assert torch.equal(run(vggt, images, 1)[1], every[1])
+    assert list(run(vggt, images, 1)) == [1]
+
+
+def test_blocks_behind_the_wanted_layer_do_not_run(vggt: VGGT, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        vggt.aggregator.global_blocks[2].mlp.fc2.bias.fill_(torch.nan)
+    assert run(vggt, images, 1)[1].isfinite().all()
+    assert run(vggt, images, 2)[2].isnan().any()
+
+
+def test_scenes_of_a_batch_do_not_see_each_other(vggt: VGGT, images: torch.Tensor) -> None:
+    together = run(vggt, images, 2)[2]
+    torch.testing.assert_close(run(vggt, images[1:], 2)[2], together[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_frames_of_a_scene_see_each_other(vggt: VGGT, images: torch.Tensor) -> None:
+    changed = images.clone()
+    changed[:, 2] = 0
+    assert (run(vggt, changed, 0)[0][:, 0] - run(vggt, images, 0)[0][:, 0]).abs().max() > 1e-2
+
+
+def test_order_matters_for_the_first_frame_only(vggt: VGGT, images: torch.Tensor) -> None:
+    plain = run(vggt, images, 2)[2]
+    torch.testing.assert_close(run(vggt, images[:, [0, 2, 1]], 2)[2], plain[:, [0, 2, 1]], rtol=1e-4, atol=1e-4)
+    assert (run(vggt, images[:, [1, 0, 2]], 2)[2] - plain[:, [1, 0, 2]]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("patch_embed", ["dinov2", "conv"])
+def test_bfloat16_is_close_to_float32(images: torch.Tensor, patch_embed: str) -> None:
+    vggt = tiny(patch_embed=patch_embed)
+    exact = run(vggt, images, 2)[2]
+    rounded = run(vggt.to(torch.bfloat16), images, 2)[2]
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize(("height", "width"), [(27, 42), (28, 43)])
+def test_sides_that_are_no_multiple_of_14_are_refused(vggt: VGGT, height: int, width: int) -> None:
+    with pytest.raises(ValueError, match=f"{height} x {width} pixels.*multiples of 14"):
+        run(vggt, torch.zeros(1, 1, 3, height, width), 0)
+
+
+def test_integer_images_are_refused(vggt: VGGT) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        run(vggt, torch.zeros(1, 1, 3, 28, 28, dtype=torch.uint8), 0)
+
+
+@pytest.mark.parametrize("layers", [[], [3], [-1], [0, 3]])
+def test_layers_that_do_not_exist_are_refused(vggt: VGGT, images: torch.Tensor, layers: list[int]) -> None:
+    with pytest.raises(ValueError, match="0 to 2"):
+        run(vggt, images, *layers)
+
+
+def test_encoder_gives_the_patch_tokens_of_its_layer_as_a_grid(vggt: VGGT, images: torch.Tensor) -> None:
+    features = VGGTEncoder(vggt, layer=1).encode(images[0])
+    tokens = run(vggt, images[:1], 1)[1][0, :, 5:]
+    assert features.shape == (3, 2, 3, VGGTEncoder(vggt, layer=1).feature_dim)
+    assert torch.equal(features.flatten(1, 2), tokens)
+
+
+def test_encoder_freezes_its_vggt(vggt: VGGT, images: torch.Tensor) -> None:
+    encoder = VGGTEncoder(vggt.train(), layer=1)
+    assert not encoder.encode(images[0].requires_grad_()).requires_grad
+    assert not vggt.training
+    assert not any(weight.requires_grad for weight in vggt.parameters())
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_encoder_refuses_a_layer_that_does_not_exist(vggt: VGGT, layer: int) -> None:
+    with pytest.raises(ValueError, match=f"layer {layer} does not exist"):
+        VGGTEncoder(vggt, layer)
+
+
+def test_encoder_refuses_frames_of_more_than_one_scene(vggt: VGGT, images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"\[frames, 3, height, width\]"):
+        VGGTEncoder(vggt, layer=0).encode(images)
+
+
+def test_the_last_frame_as_reference_is_the_first_of_the_reversed_ones(vggt: VGGT, images: torch.Tensor) -> None:
+    first, last = (VGGTEncoder(vggt, 2, frame) for frame in ("first", "last"))
+    assert torch.equal(last.encode(images[0]), first.encode(images[0].flip(0)).flip(0))
+    assert (last.encode(images[0]) - first.encode(images[0])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("frame", "others"), [("first", [0, 2, 1]), ("last", [1, 0, 2])])
+def test_only_the_reference_frame_has_a_place_of_its_own(
+    vggt: VGGT, images: torch.Tensor, frame: str, others: list[int]
+) -> None:
+    encoder = VGGTEncoder(vggt, 2, frame)
+    plain = encoder.encode(images[0])
+    torch.testing.assert_close(encoder.encode(images[0, others]), plain[others], rtol=1e-4, atol=1e-4)
+    with_reference = [2, 1, 0]
+    assert (encoder.encode(images[0, with_reference]) - plain[with_reference]).abs().max() > 1e-2
+
+
+def test_a_reference_frame_in_between_is_refused(vggt: VGGT) -> None:
+    with pytest.raises(ValueError, match="reference_frame is 'middle'; it is one of first, last"):
+        VGGTEncoder(vggt, 0, "middle")

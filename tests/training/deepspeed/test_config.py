@@ -1,0 +1,268 @@
+"""The DeepSpeed JSON against the run's configuration, and the start of the ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from w2r2_ds.training.deepspeed.config import KNOWN, REFUSED, load_ds_config, resolve_ds_config
+from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine, ranks_per_machine
+from w2r2_ds.training.deepspeed.launch import join_ranks, own_extensions, skip_shm_build
+
+FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
+
+
+def resolve(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    values = {"global_batch": 16, "micro_batch": 2, "world_size": 4, "bf16": True} | changes
+    return resolve_ds_config(raw, path="ds.json", **values)
+
+
+def test_the_shipped_files_are_there() -> None:
+    assert [file.stem for file in FILES] == ["zero2", "zero3", "zero3_hpz", "zero3_offload"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_shipped_files_resolve_and_parse_in_deepspeed(file: Path, bf16: bool) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = resolve(load_ds_config(file), world_size=1, bf16=bf16)
+    parsed = DeepSpeedConfig(config)
+    assert parsed.train_batch_size == 16
+    assert parsed.train_micro_batch_size_per_gpu == 2
+    assert parsed.gradient_accumulation_steps == 8
+    assert parsed.bfloat16_config.enabled is bf16
+    assert parsed.gradient_clipping == 1.0
+    assert parsed.zero_config.stage == (2 if file.stem == "zero2" else 3)
+    assert parsed.zero_allow_untested_optimizer and not parsed.zero_force_ds_cpu_optimizer
+
+
+def test_auto_and_missing_are_filled_and_the_input_stays() -> None:
+    raw = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3}}
+    before = json.dumps(raw)
+    assert resolve(raw) == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    assert json.dumps(raw) == before
+
+
+@pytest.mark.parametrize(("world", "local", "filled"), [(16, 8, 8), (8, 8, 1), (1, 1, 1), (4, 2, 2)])
+def test_hierarchical_partitions_are_a_machine_of_several(world: int, local: int, filled: int) -> None:
+    raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+    config = resolve(raw, global_batch=16, micro_batch=1, world_size=world, local_size=local)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == filled
+
+
+def test_ranks_per_machine_are_as_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_per_machine(6) == 6
+    monkeypatch.setenv("LOCAL_SIZE", "3")
+    assert ranks_per_machine(6) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ranks_per_machine(6) == 2
+
+
+@pytest.mark.parametrize(("machines", "common"), [([8, 8], 8), ([2, 2, 4], 2), ([4, 2], 2), ([3, 1], 1)])
+def test_ranks_of_unequal_machines_agree(monkeypatch: pytest.MonkeyPatch, machines: list[int], common: int) -> None:
+    """Else each would make groups of its own machine's size, and wait for others for ever."""
+    everywhere = [size for size in machines for _ in range(size)]
+    monkeypatch.setattr(dist, "all_gather_object", lambda target, own: target.__setitem__(slice(None), everywhere))
+    raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+    world = sum(machines)
+    config = resolve(
+        raw, global_batch=world, micro_batch=1, world_size=world, local_size=common_ranks_per_machine(world)
+    )
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == common
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "words"),
+    [
+        (3, 3, ["zero_hpz_partition_size is 3", "does not divide the 16 ranks", "here 8 ranks per machine"]),
+        (3, 16, ["zero_hpz_partition_size is 16", "a machine has 8 ranks"]),
+        (2, 8, ["zero_hpz_partition_size is 8", "only stage 3"]),
+        (3, 0, ["zero_hpz_partition_size is 0"]),
+        (3, 8.0, ["zero_hpz_partition_size is 8.0"]),
+        (3, True, ["zero_hpz_partition_size is True"]),
+        (3, "auto", ['zero_hpz_partition_size is "auto"', "are not 6 per machine", "or write 1"]),
+    ],
+)
+def test_hierarchical_partitions_that_cannot_be(stage: int, size: Any, words: list[str]) -> None:
+    raw = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
+    with pytest.raises(ValueError) as caught:
+        resolve(raw, micro_batch=1, world_size=16, local_size=6 if size == "auto" else 8)
+    message = str(caught.value)
+    assert message.startswith("ds.json: ") and message.endswith(".") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_equal_values_are_accepted_and_other_settings_untouched() -> None:
+    zero = {"stage": 3, "log_trace_cache_warnings": True}
+    raw = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "fp16": {"enabled": False}}
+    assert resolve(raw | {"zero_optimization": zero})["zero_optimization"] == zero
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"train_batch_size": 32}, ["train_batch_size is 32", "train.global_batch is 16"]),
+        ({"train_micro_batch_size_per_gpu": 1}, ["train_micro_batch_size_per_gpu is 1", "train.micro_batch is 2"]),
+        ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps is 4", "4 ranks) is 2"]),
+        ({"gradient_accumulation_steps": "2"}, ['gradient_accumulation_steps is "2"']),
+        ({"bf16": {"enabled": False}}, ["bf16.enabled is false", "model.dtype resolves to bfloat16"]),
+        ({"bf16": True}, ["bf16 is true"]),
+        ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer is true", "AdamW"]),
+        ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer is false"]),
+        ({"optimizer": {"type": "AdamW"}}, ['remove "optimizer"', "train.lr"]),
+        ({"scheduler": {}}, ['remove "scheduler"', "train.warmup"]),
+        ({"fp16": {"enabled": True}}, ["fp16", "use", "bf16"]),
+        ({"fp16": {"enabled": "auto"}}, ["fp16", "bf16"]),
+        ({"zero_optimisation": {"stage": 3}}, ['unknown key "zero_optimisation"', "zero_optimization"]),
+        ({"gradient_clipping": "auto"}, ['gradient_clipping is "auto"']),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ['zero_optimization.reduce_bucket_size is "auto"']),
+        ({"data_types": {"x": [1, "auto"]}}, ['data_types.x[1] is "auto"']),
+    ],
+)
+def test_contradictions_name_file_field_and_values(raw: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(raw)
+    message = str(caught.value)
+    assert message.startswith("ds.json: ") and message.endswith(".") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 5}},
+            'unknown key "zero_optimization.stage3_prefetch_bucket" (did you mean '
+            "zero_optimization.stage3_prefetch_bucket_size",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memry": True}}},
+            'unknown key "zero_optimization.offload_param.pin_memry" (did you mean '
+            "zero_optimization.offload_param.pin_memory",
+        ),
+        ({"zero_optimization": {"stage": 3, "xyzzy": 5}}, 'unknown key "zero_optimization.xyzzy".'),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7: Input should be 0, 1, 2"),
+        ({"zero_optimization": {"overlap_comm": "maybe"}}, "zero_optimization.overlap_comm is 'maybe': Input should"),
+        ({"zero_optimization": True}, "zero_optimization is True; it must be an object"),
+        ({"bf16": {"enable": True}}, 'unknown key "bf16.enable" (did you mean bf16.enabled?)'),
+        ({"comms_logger": {"verbos": True}}, 'unknown key "comms_logger.verbos" (did you mean comms_logger.verbose'),
+        ({"flops_profiler": {"profile_stp": 1}}, "(did you mean flops_profiler.profile_step"),
+        ({"aio": {"blocksize": 1}}, "(did you mean aio.block_size"),
+        ({"checkpoint": {"tag_validaton": "Warn"}}, "(did you mean checkpoint.tag_validation"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "(did you mean data_types.grad_accum_dtype"),
+        ({"gradient_cliping": 1.0}, 'unknown key "gradient_cliping" (did you mean gradient_clipping'),
+    ],
+)
+def test_a_misspelt_key_or_a_wrong_value_is_named(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(raw)
+    message = str(caught.value)
+    assert message.startswith("ds.json: ") and message.endswith(".") and "\n" not in message
+    assert words in message
+
+
+def test_true_is_not_one() -> None:
+    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu is true"):
+        resolve({"train_micro_batch_size_per_gpu": True}, micro_batch=1)
+
+
+def test_global_batch_must_divide() -> None:
+    with pytest.raises(ValueError, match=r"train.global_batch is 16, not divisible by train.micro_batch 2 x 3 ranks"):
+        resolve({}, world_size=3)
+
+
+def test_no_key_is_both_known_and_refused() -> None:
+    assert not KNOWN & REFUSED.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot read"),
+        ("{", "not a valid DeepSpeed JSON"),
+        ("[]", "must be an object"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', '"stage" is given twice'),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "bad.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_ds_config(path)
+    assert str(path) in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_shm_build_is_skipped_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm.torch import build_shm_op
+
+    if get_accelerator().device_name() != "cpu":
+        pytest.skip("DeepSpeed compiles its shared-memory all-reduce on CPUs only")
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    assert get_accelerator().create_op_builder("ShareMemCommBuilder").NAME == "deepspeed_shm_comm"
+    skip_shm_build()
+    assert build_shm_op() is None
+
+
+def test_every_start_compiles_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = tmp_path / f"w2r2-ds-{os.getuid()}"
+    folders = []
+    for names in ({}, {"JOB_ID": "7"}, {"JOB_ID": "7", "RESTART_COUNT": "1", "STEP_ID": "2"}):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"):
+            monkeypatch.delenv(f"SLURM_{name}", raising=False)
+        for name, value in names.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        own_extensions()
+        folders.append(os.environ["TORCH_EXTENSIONS_DIR"])
+    ends = [f"launcher-{os.getppid()}", "7", "7-1-2"]
+    assert folders == [str(mine / f"extensions-{end}") for end in ends]
+    own_extensions()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == folders[-1]
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    mine.chmod(0o777)
+    with pytest.raises(ValueError, match="others may write to it"):
+        own_extensions()
+
+
+def test_a_port_that_another_run_has_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        start = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in start.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/unused")
+        with pytest.raises(ValueError) as caught:
+            join_ranks()
+    message = str(caught.value)
+    assert message.startswith(f"port {port} of this machine is taken") and "\n" not in message
+    found = re.search(r"deepspeed --master_port (\d+) launchers/train.py", message)
+    assert found and int(found[1]) != port
+    assert not dist.is_initialized()

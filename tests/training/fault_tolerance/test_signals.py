@@ -1,0 +1,156 @@
+"""Signals stop real runs: every rank at the same step, after one checkpoint, and a resume goes on bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fork_server import HELPERS
+from rank_processes import Ranks
+from runs import ZERO3, World, read_metrics
+from w2r2_ds.training.fault_tolerance import exit_codes
+from w2r2_ds.training.fault_tolerance.signals import StopSignals
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
+
+STEPS = 8
+EXACT = ("step", "loss", "align", "det", "push", "s_short", "s_fused", "grad_norm", "lr", "merger_lr")
+SCRIPT = str(HELPERS / "stopped_runs.py")
+
+
+def arguments(world: World, out: Path) -> list[str]:
+    """Eight steps with dropout, two micro-batches per step and rank, one loader process each; saved at the end only."""
+    changes: dict[str, object] = {
+        "train__steps": STEPS,
+        "train__micro_batch": 2,
+        "train__save_every": 1000,
+        "model__lora_dropout": 0.1,
+        "data__workers": 1,
+        "resume": "auto",
+    }
+    return ["--deepspeed", str(ZERO3), *world.arguments(out, **changes)]
+
+
+def exact(run: Path) -> list[list[Any]]:
+    return [[line[name] for name in EXACT] for line in read_metrics(run)]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+def lines(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[int], Path, int]:
+    """A run of two ranks that were sent signals until they ended: exit codes, its folder, its steps.
+
+    One USR1 to rank 1 alone; then a storm, to it, to the other and to their loader processes.
+    """
+    folder = tmp_path_factory.mktemp("stopped")
+    run = folder / "run"
+    with Ranks(2, ["launchers/train.py", *arguments(world, run)], folder) as ranks:
+        ranks.until(lambda: lines(run) >= 2)
+        family = [psutil.Process(process.pid) for process in ranks.processes]
+        workers = [child for parent in family for child in parent.children(recursive=True)]
+        assert len(workers) >= 2
+        ranks.send(1, signal.SIGUSR1)
+        ranks.until(lambda: any((run / "checkpoints").glob("step-*")))  # the save has begun
+        deadline = time.monotonic() + 60
+        while any(process.poll() is None for process in ranks.processes) and time.monotonic() < deadline:
+            for process in [*family, *workers]:
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended since the last look
+                    if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                        process.send_signal(signal.SIGUSR1)
+                        if process in workers:
+                            process.send_signal(signal.SIGTERM)
+            time.sleep(0.005)
+        return ranks.codes(120), run, lines(run)
+
+
+@pytest.fixture(scope="module")
+def after(world: World, stopped: tuple[list[int], Path, int], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """In one start: an undisturbed run; the stopped one resumed and stopped by SIGTERM; and resumed again.
+
+    Returns the codes of each rank, and the folder of the undisturbed run.
+    """
+    folder = tmp_path_factory.mktemp("after")
+    _, run, done = stopped
+    jobs = [
+        [arguments(world, folder / "whole"), -1, 0, "SIGUSR1"],
+        [arguments(world, run), 0, done + 1, "SIGTERM"],
+        [arguments(world, run), -1, 0, "SIGUSR1"],
+    ]
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    with Ranks(2, [SCRIPT, str(file)], folder) as ranks:
+        assert ranks.codes(600) == [0, 0], ranks.said(0)[-4000:] + ranks.said(1)[-4000:]
+    return [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(2)], folder / "whole"
+
+
+def test_a_signal_to_one_rank_stops_both_after_one_checkpoint(stopped: tuple[list[int], Path, int]) -> None:
+    codes, run, done = stopped
+    assert codes == [exit_codes.REQUEUE, exit_codes.REQUEUE]
+    assert 2 <= done < STEPS
+    assert checkpoints(run)[0] == f"step-{done:06d}"
+    assert [line["step"] for line in read_metrics(run)][:done] == list(range(1, done + 1))
+
+
+def test_sigterm_stops_without_a_wish_to_go_on(after: Any, stopped: tuple[list[int], Path, int]) -> None:
+    (first, second), _ = after
+    _, run, done = stopped
+    assert first == second
+    assert [code for code, _ in first] == [exit_codes.DONE, exit_codes.TERMINATED, exit_codes.DONE]
+    assert first[1][1] == str(run / "checkpoints" / f"step-{done + 2:06d}")  # after the step in which it came
+
+
+def test_a_run_that_was_stopped_twice_ends_as_an_undisturbed_one(
+    after: Any, stopped: tuple[list[int], Path, int]
+) -> None:
+    _, whole = after
+    _, run, _ = stopped
+    assert len(exact(whole)) == STEPS
+    assert exact(run) == exact(whole)
+    assert checkpoints(run)[-1] == checkpoints(whole)[-1] == f"step-{STEPS:06d}"
+
+
+def test_a_signal_during_the_set_up_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
+    """One rank without a launcher, signalled as soon as it listens: long before the first step."""
+    run = tmp_path / "run"
+    with Ranks(1, ["launchers/train.py", *arguments(world, run)], tmp_path) as ranks:
+        ranks.until(lambda: catches(ranks.processes[0].pid, signal.SIGTERM))
+        ranks.send(0, signal.SIGTERM)
+        ranks.send(0, signal.SIGUSR1)  # SIGTERM wins, whichever comes last
+        assert ranks.codes(300) == [exit_codes.TERMINATED], ranks.said(0)[-4000:]
+    assert lines(run) == 0 and not checkpoints(run)
+    assert "no checkpoint was written" in ranks.said(0) and "Traceback" not in ranks.said(0)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (mask,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_signals_are_heard_inside_the_block_and_ignored_after_it() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        with StopSignals() as signals:
+            assert signals.agreed() == exit_codes.DONE
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGUSR1)
+            assert signals.agreed() == exit_codes.TERMINATED
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

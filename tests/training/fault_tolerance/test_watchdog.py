@@ -1,0 +1,238 @@
+"""A rank that hangs, dies or fails ends all others in time, with the same sentence; real processes, short limits."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fork_server import HELPERS
+from runs import environment
+from w2r2_ds.training.fault_tolerance.activity import Activity, blocks
+from w2r2_ds.training.fault_tolerance.exit_codes import FAILED, LOST
+from w2r2_ds.training.fault_tolerance.hang_detector import FAILURE, LEFT, MISTAKE, Judge, Limits, State, Verdict
+
+SCRIPT = HELPERS / "watched_ranks.py"
+HOST = socket.gethostname()
+LIMITS = Limits(hang=600.0)
+KILLED = -signal.SIGKILL
+MODULE = "model.layers.1"
+
+
+Ended = tuple[list[int], list[str]]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
+    """Exit codes and outputs of the ranks of each case of watched_ranks.py, which all run at once."""
+    folder = tmp_path_factory.mktemp("watched")
+    subprocess.run([sys.executable, str(SCRIPT), str(folder)], env=environment(), check=True, timeout=200)
+    codes = json.loads((folder / "codes.json").read_text())
+
+    def look(case: str) -> Ended:
+        return codes[case], [(folder / f"{case}.{rank}.log").read_text() for rank in range(len(codes[case]))]
+
+    return look
+
+
+def sentence(said: str) -> str:
+    """What the watchdog of a rank said, once."""
+    found = re.findall(r"^watchdog, rank \d+: (.*)$", said, re.MULTILINE)
+    assert len(found) == 1, said
+    return str(found[0])
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_ends_all(ended: Callable[[str], Ended]) -> None:
+    codes, said = ended("hang")
+    assert codes == [LOST] * 3
+    assert len({sentence(each) for each in said}) == 1
+    assert re.fullmatch(
+        rf"rank 1 \({HOST}\) hangs, for \d+ s, at step 2, forward, {MODULE}, in sleep \(watched_ranks.py:\d+\) "
+        r"\(train.hang_seconds is 4\) \(exit code 75\)",
+        sentence(said[0]),
+    )
+    rows = said[0].split("\n")
+    top = next(i for i, row in enumerate(rows) if row.startswith("rank  host"))
+    assert [row.split()[:4] for row in rows[top + 1 : top + 4]] == [[str(r), HOST, "2", "forward"] for r in range(3)]
+    assert all(MODULE in row for row in rows[top + 1 : top + 4])
+    assert "all_reduce (distributed_c10d.py:" in rows[top + 1]
+    assert "in sleep" in said[1].split("rank 1 is here:")[1]
+    assert "all_reduce" in said[2].split("rank 2 is here:")[1]
+
+
+@pytest.mark.distributed
+def test_one_rank_alone_is_watched_too(ended: Callable[[str], Ended]) -> None:
+    codes, said = ended("hang-alone")
+    assert codes == [LOST]
+    assert f"rank 0 ({HOST}) hangs" in sentence(said[0])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["die", "stop"])
+def test_a_rank_that_is_gone_ends_the_others(ended: Callable[[str], Ended], case: str) -> None:
+    codes, said = ended(case)
+    assert codes == [LOST, KILLED, LOST]
+    assert sentence(said[0]) == sentence(said[2])
+    assert f"rank 1 ({HOST}) is gone: not heard for " in sentence(said[0])
+    assert re.search(rf"^1 +{HOST} .*silent for \d+ s$", said[0], re.MULTILINE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["die-0", "stop-0"])
+def test_without_rank_0_the_others_end_as_well(ended: Callable[[str], Ended], case: str) -> None:
+    codes, said = ended(case)
+    assert codes == [KILLED, LOST]
+    assert "rank 0 (127.0.0.1) is gone, or the network to it: rank 1" in sentence(said[1])
+    assert "step 2, forward" in sentence(said[1])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("case", "rank"), [("mistake-0", 0), ("mistake", 1)])
+def test_a_mistake_that_one_rank_meets_is_said_by_all(ended: Callable[[str], Ended], case: str, rank: int) -> None:
+    codes, said = ended(case)
+    assert codes == [FAILED, FAILED]
+    assert said[rank].endswith("train.py: frame 7 of scene0001_00 cannot be read; replace the file.\n")
+    expected = f"rank {rank} ({HOST}) stopped at step 2, forward, {MODULE}: frame 7 of scene0001_00 cannot be read"
+    assert expected in sentence(said[1 - rank]) and "exit code 1" in sentence(said[1 - rank])
+    assert "Traceback" not in said[0] + said[1]
+
+
+@pytest.mark.distributed
+def test_a_gpu_out_of_memory_is_not_tried_again(ended: Callable[[str], Ended]) -> None:
+    codes, said = ended("memory")
+    assert codes == [FAILED, FAILED]
+    assert f"rank 1 ({HOST}) stopped at step 2, forward, {MODULE}: CUDA out of memory." in sentence(said[0])
+
+
+@pytest.mark.distributed
+def test_another_failure_is_lost(ended: Callable[[str], Ended]) -> None:
+    codes, said = ended("failure")
+    assert codes == [LOST, LOST]
+    assert sentence(said[0]) == sentence(said[1])
+    assert f"rank 1 ({HOST}) failed at step 2, forward, {MODULE}: RuntimeError('no such kernel')" in sentence(said[0])
+    assert "Traceback" in said[1] and "in failure" in said[1]
+
+
+@pytest.mark.distributed
+def test_what_all_ranks_raise_goes_its_way(ended: Callable[[str], Ended]) -> None:
+    codes, said = ended("mistake-of-all")
+    assert codes == [FAILED, FAILED]
+    assert all("watchdog" not in each and each.endswith("replace the file.\n") for each in said)
+
+
+@pytest.mark.distributed
+def test_a_run_without_mishap_ends_as_if_unwatched(ended: Callable[[str], Ended]) -> None:
+    assert ended("none") == ([0, 0], ["through\n", "through\n"])
+
+
+def seen(judge: Judge, states: list[State], until: float, quiet: tuple[int, ...] = (), now: float = 0.0) -> Verdict:
+    """The verdict of a judge that looks every two seconds for a while; it must come."""
+    verdict = None
+    while now <= until and verdict is None:
+        states = [replace(each, beat=each.beat + (r not in quiet)) for r, each in enumerate(states)]
+        verdict, now = judge.look(states, now), now + 2
+    assert verdict is not None
+    return verdict
+
+
+RUNS = State(beat=1, host="a", step=3, phase="forward", module="m", looping=True)
+
+
+def test_a_judge_that_could_not_look_blames_nobody() -> None:
+    """A machine that was suspended, or a main thread that held Python's lock for long."""
+    judge = Judge(LIMITS, 2)
+    assert judge.look([RUNS, RUNS], 0.0) is None
+    for now in (1000.0, 2000.0, 3000.0):
+        assert judge.look([RUNS, RUNS], now) is None  # 12 s at most have been counted
+
+
+def test_standing_still_before_the_loop_is_no_hang() -> None:
+    judge = Judge(LIMITS, 2)
+    loading = replace(RUNS, looping=False, still=5000.0)
+    assert judge.look([loading, loading], 0.0) is None
+    assert judge.look([loading, replace(RUNS, still=599.0, waits=True)], 2.0) is None
+    verdict = judge.look([loading, replace(RUNS, still=600.0, waits=True)], 4.0)
+    assert verdict is not None and verdict.line.startswith("rank 0 (a) hangs")  # the other one waits for it
+
+
+def test_who_waits_in_a_collective_is_not_in_the_way() -> None:
+    waits = replace(RUNS, still=601.0, here="all_reduce (c.py:1)", waits=True)
+    sleeps = replace(RUNS, still=599.0, here="read (d.py:2)")
+    verdict = Judge(LIMITS, 3).look([waits, sleeps, waits], 0.0)
+    assert verdict is not None and verdict.line.startswith(
+        "rank 1 (a) hangs, for 599 s, at step 3, forward, m, in read"
+    )
+    verdict = Judge(LIMITS, 2).look([waits, replace(waits, still=700.0)], 0.0)
+    assert verdict is not None and "collectives, for each other or for a link that is down; rank 1" in verdict.line
+
+
+def test_a_silent_rank_is_not_overtaken_by_those_that_wait_for_it() -> None:
+    verdict = seen(Judge(replace(LIMITS, hang=5.0), 2), [replace(RUNS, still=9.0, waits=True), RUNS], 60, quiet=(1,))
+    assert "rank 0 (a) hangs" in verdict.line  # heard a moment ago, rank 1 is not yet under suspicion
+    judge = Judge(replace(LIMITS, hang=20.0), 2)
+    for beat in range(4):
+        assert judge.look([replace(RUNS, beat=beat + 1), RUNS], 2.0 * beat) is None
+    verdict = seen(judge, [replace(RUNS, beat=9, still=99.0, waits=True), RUNS], 60, quiet=(1,), now=8.0)
+    assert verdict.line.startswith("rank 1 (a) is gone")
+
+
+def test_the_dead_rank_is_named_and_not_those_that_lost_it() -> None:
+    lost = replace(RUNS, kind=FAILURE, words="RuntimeError('Connection closed by peer')")
+    verdict = seen(Judge(LIMITS, 3), [lost, RUNS, lost], 20, quiet=(1,))
+    assert verdict.code == LOST and verdict.line.startswith("rank 1 (a) is gone: not heard for ")
+    assert verdict.table.count("Connection closed by peer") == 2
+
+
+def test_a_mistake_goes_before_everything_else() -> None:
+    states = [replace(RUNS, still=900.0), replace(RUNS, kind=MISTAKE, words="no such file."), RUNS]
+    verdict = seen(Judge(replace(LIMITS, hang=1000.0), 3), states, 20, quiet=(2,))
+    assert (verdict.code, verdict.line) == (FAILED, "rank 1 (a) stopped at step 3, forward, m: no such file.")
+
+
+def test_ranks_that_have_all_left_are_let_go() -> None:
+    judge = Judge(LIMITS, 3)
+    states = [replace(RUNS, kind=kind) for kind in (LEFT, MISTAKE, FAILURE)]
+    assert [judge.look(states, 2.0 * i) for i in range(50)] == [None] * 50
+
+
+def test_modules_are_followed_down_to_the_blocks() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model = nn.Module()
+            self.base_model.model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])})
+
+    names = [name for name, _ in blocks("model.vlm", Wrapped())]
+    assert "model.vlm.layers.0" in names and "model.vlm.layers.0.0" not in names
+    tower, activity = nn.Sequential(nn.Linear(2, 2)), Activity()
+    before = activity.moved
+    activity.follow("tower", tower)
+    tower(torch.ones(1, 2))
+    assert activity.module == "tower.0" and activity.moved > before
+
+
+def test_where_no_rank_is_seen_to_wait_the_one_behind_is_named() -> None:
+    """On a GPU a rank waits in its backward pass or in a read of a value, not in a collective's function."""
+    ahead = replace(RUNS, moves=90, still=601.0, phase="backward")
+    behind = replace(RUNS, moves=40, still=597.5)
+    verdict = Judge(LIMITS, 3).look([ahead, behind, ahead], 0.0)
+    assert verdict is not None and verdict.line.startswith("rank 1 (a) hangs, for 598 s, at step 3, forward")
+    verdict = Judge(LIMITS, 2).look([ahead, replace(ahead, still=602.0)], 0.0)
+    assert verdict is not None and verdict.line.startswith("all ranks that hang wait in collectives, for each other")
+
+
+def test_a_rank_that_loads_may_be_silent_for_longer() -> None:
+    loading = replace(RUNS, looping=False)
+    verdict = seen(Judge(LIMITS, 2), [loading, loading], 400, quiet=(1,))
+    assert "rank 1 (a) is gone: not heard for 300 s" in verdict.line
+    assert "not heard for 30 s" in seen(Judge(LIMITS, 2), [RUNS, RUNS], 400, quiet=(1,)).line

@@ -1,0 +1,219 @@
+"""The step on packed samples against the same samples one by one: losses, gradients, decoded answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from host_sync import host_reads
+from packed_batches import packed_of, questions
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.models.build import build_model, trainable
+from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
+from w2r2_ds.objective.loss import STATS
+from w2r2_ds.objective.scorer import Score, Scorer
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import W2R2Step
+
+REL = 1e-5
+"""Of a loss, and of each gradient's norm: float32, sums over tokens and samples in another order."""
+
+
+@pytest.fixture(scope="module")
+def pack(front: Any, data_config: Any) -> Callable[..., Any]:
+    return packed_of(front, data_config)
+
+
+@pytest.fixture
+def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
+    """`make_step(full, schedule, checkpointing, **of the objective)`: for packed batches, with weights that matter."""
+
+    def make(full: bool = False, schedule: Any = "auto", checkpointing: bool = False, **changes: Any) -> W2R2Step:
+        objective = ObjectiveConfig(**{"mu": 0.0} | changes)
+        config = RunConfig(model=model_config, objective=objective, train=TrainConfig(schedule=schedule))
+        model = build_model(config.model, torch.device("cpu"), seed=1)
+        use_scene_split(model.base)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in trainable(model).items():
+                if "lora_B" in name or "geometry_merger.mlp" in name:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        if full:
+            model.base.model.language_model.requires_grad_(True)
+        step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+        if checkpointing:
+            recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
+            model.base.enable_input_require_grads()
+        return step
+
+    return make
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model solves nothing: say of the shortcut's answers that some are good, by the samples' ids."""
+
+    def teacher(self: Scorer, predicted: torch.Tensor, batch: Any) -> Score:
+        s = torch.tensor([len(identity) / 16 for identity in batch.ids], dtype=torch.float64)
+        return Score(s, torch.ones_like(s, dtype=torch.bool))
+
+    monkeypatch.setattr(Scorer, "teacher", teacher)
+
+
+def in_a_large_box(batch: Any) -> Any:
+    """Targets that a random model's expected boxes (digits around 4.5) lie in, so that these overlap."""
+    return replace(batch, target_box=torch.tensor([[0.0, 0, 0, 24, 24, 24, 0, 0, 0]] * len(batch.ids)).double())
+
+
+Results = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def backward(step: W2R2Step, batches: list[Any]) -> Results:
+    """Statistics of all samples, and the summed gradients of all batches."""
+    step.zero_grad()
+    stats = []
+    for batch in batches:
+        loss, own = step(batch)
+        loss.backward()
+        stats.append(own)
+    gradients = {name: parameter.grad.clone() for name, parameter in trainable(step.model).items()}
+    step.zero_grad()
+    return torch.cat(stats), gradients
+
+
+def assert_as_alone(step: W2R2Step, packed: Any, separate: list[Any]) -> None:
+    assert_equal(backward(step, [in_a_large_box(packed)]), backward(step, [in_a_large_box(each) for each in separate]))
+
+
+def assert_equal(packed: Results, separate: Results) -> None:
+    torch.testing.assert_close(packed[0], separate[0], rtol=REL, atol=1e-6)
+    assert packed[0][:, STATS.index("push")].any()
+    for name, gradient in separate[1].items():
+        assert gradient.norm() > 0, name
+        assert (packed[1][name] - gradient).norm() <= REL * gradient.norm(), name
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_questions_about_one_scene(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, samples: list[Any], full: bool
+) -> None:
+    """One, four and eight of them, under both schedules, the second with checkpointing."""
+    steps = [make_step(full, "sequential", push="poe"), make_step(full, "lockstep", checkpointing=True, push="poe")]
+    for count in (1, 4, 8):
+        chosen = questions(samples[0], count)
+        packed = pack(chosen, questions_per_scene=count, packing=True)
+        assert len(packed.layout.spans[0]) == 1
+        expected = backward(steps[0], [batch_of([sample]) for sample in chosen])
+        for step in steps:
+            assert_equal(backward(step, [packed]), expected)
+
+
+@pytest.mark.parametrize(
+    ("push", "schedule", "visual"),
+    [
+        ("margin", "lockstep", "images"),
+        ("representation", "lockstep", "video"),
+        ("representation", "sequential", "images"),
+        ("unblocked", "sequential", "video"),
+    ],
+)
+def test_several_scenes_and_tasks(
+    make_step: Callable[..., W2R2Step],
+    pack: Callable[..., Any],
+    batch_of: Any,
+    samples: list[Any],
+    text_samples: list[Any],
+    caption_sample: Any,
+    answer_sample: Any,
+    solved: None,
+    push: str,
+    schedule: str,
+    visual: str,
+) -> None:
+    """Questions of two scenes in turn, a caption, an answer, text alone; checkpointed, with states of *what* rows."""
+    first, second = questions(samples[0], 3), questions(samples[1], 2)
+    chosen = [first[0], second[0], answer_sample, text_samples[1], first[1], caption_sample, second[1], first[2]]
+    step = make_step(schedule=schedule, checkpointing=True, push=push, mu=0.001, cosine=-0.2, margin=30.0)
+    packed = pack(chosen, questions_per_scene=4, visual=visual)
+    assert_as_alone(step, packed, [batch_of([sample], visual=visual) for sample in chosen])
+
+
+def test_samples_of_unequal_length_without_padding(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, samples: list[Any], caption_sample: Any
+) -> None:
+    """Plain packing: nothing is shared, two samples about the same frames included; masks of 2D tokens are the same."""
+    chosen = [*samples, *questions(samples[0], 1), caption_sample]
+    step = make_step(push="poe", mask2d=0.4)
+    packed = pack(chosen, packing=True)
+    assert [len(group) for group in packed.layout.spans[0]] == [2] * 5 and len(packed.visuals.ids) == 5
+    assert_as_alone(step, packed, [batch_of([sample]) for sample in chosen])
+
+
+def test_a_packed_batch_without_frames(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, text_samples: list[Any]
+) -> None:
+    step = make_step(push="poe")
+    packed, separate = pack(text_samples, questions_per_scene=2), [batch_of([sample]) for sample in text_samples]
+    (loss, stats), expected = step(packed), torch.cat([step(batch)[1] for batch in separate])
+    torch.testing.assert_close(stats, expected, rtol=REL, atol=1e-6)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in step.model.geometry_merger.parameters())
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_decoded_answers(
+    make_step: Callable[..., W2R2Step],
+    pack: Callable[..., Any],
+    batch_of: Any,
+    samples: list[Any],
+    text_samples: list[Any],
+    answer_sample: Any,
+    visual: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts are decoded each with its frames, through the same attention without spans."""
+    short = {"answer": answer_sample.answer, "kind": answer_sample.kind}
+    first, other = questions(answer_sample, 2), replace(questions(samples[1], 1)[0], **short)
+    chosen = [first[0], text_samples[0], other, first[1]]
+    step = make_step(shortcut_decode="greedy", push="poe")
+    seen: list[Any] = []
+    answers: list[list[list[int]]] = []
+    greedy = step.greedy
+
+    def recorded(*given: Any) -> list[list[int]]:
+        seen.append(given)
+        answers.append(greedy(*given))
+        return answers[-1]
+
+    monkeypatch.setattr(step, "greedy", recorded)
+    with torch.no_grad():
+        packed = step(pack(chosen, with_prompts=True, questions_per_scene=4, visual=visual))[1]
+        separate = step(batch_of(chosen, with_prompts=True, visual=visual))[1]
+    torch.testing.assert_close(packed, separate, rtol=REL, atol=1e-6)
+    assert answers[0] == answers[1]
+    # A random model may say the same of other frames: these are what is shown to it.
+    tokens = [torch.cat(visual.pooler_output) for _, _, visual, _ in seen]
+    torch.testing.assert_close(tokens[0], tokens[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen[0][1].grid_thw, seen[1][1].grid_thw)
+
+
+def test_a_sample_does_not_feel_its_neighbours(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], samples: list[Any]
+) -> None:
+    """Another question or answer beside it changes nothing, not even by rounding where lengths stay."""
+    step = make_step(push="poe")
+    pair = questions(samples[0], 2)
+    other = replace(pair[1], answer=pair[1].answer.replace("0", "7"))
+    before, after = (step(pack(chosen, questions_per_scene=2))[1] for chosen in (pair, [pair[0], other]))
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+def test_the_host_waits_for_nothing(
+    make_step: Callable[..., W2R2Step], pack: Callable[..., Any], samples: list[Any]
+) -> None:
+    step, batch = make_step(schedule="lockstep", push="poe"), pack(questions(samples[0], 4), questions_per_scene=4)
+    assert not host_reads(lambda: step(batch)[0].backward())

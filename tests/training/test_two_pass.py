@@ -1,0 +1,264 @@
+"""Both schedules against passes written by hand, against each other, and what ZeRO-3 gathers for them on two ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zero3_cases
+from host_sync import host_reads
+from reference_passes import hand_loss
+from runs import ZERO3, run_ranks
+from two_pass_tools import unfreeze
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.models.build import build_model, trainable
+from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.training.two_pass import Lockstep, Sequential, make_schedule
+from zero3_cases import Case, awaken, similar, write_cases
+
+SCHEDULES = ("sequential", "lockstep")
+SIMILAR = {"four": 0.2, "three": 0.9, "twelve": 0.75, "text answer": 0.95}
+TOLERANCE = 2e-6
+"""Of the loss and of each gradient's norm, float32, where 1.1e-6 was seen: the last layer adds in its own order."""
+
+
+@pytest.fixture
+def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
+    """`make_step(schedule, full, checkpointing, model={...}, **objective)`: weights that do something."""
+
+    def make(schedule: str, full: bool = False, checkpointing: bool = False, **changes: Any) -> W2R2Step:
+        config = RunConfig(
+            model=replace(model_config, **changes.pop("model", {})),
+            objective=ObjectiveConfig(**changes),
+            train=TrainConfig(schedule=schedule),  # type: ignore[arg-type]
+        )
+        model = build_model(config.model, torch.device("cpu"), seed=1)
+        awaken(model)
+        if full:
+            unfreeze(model)
+        step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+        if checkpointing:
+            recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
+        return step
+
+    return make
+
+
+def run(step: W2R2Step, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and the gradients of what trains."""
+    step.zero_grad()
+    loss.backward()
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trainable(step.model).items()}
+    return loss.detach(), found
+
+
+def forwards(step: W2R2Step) -> dict[str, Any]:
+    """Forwards of module instances, by name: those of model.kernels, and what a pass binds for its length."""
+    return {name: vars(module)["forward"] for name, module in step.named_modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    ("schedule", "push", "zero", "visual"),
+    [
+        ("lockstep", "margin", "merged", "images"),
+        ("lockstep", "representation", "features", "video"),
+        ("sequential", "margin", "features", "images"),
+    ],
+)
+def test_loss_and_all_gradients_are_those_of_two_plain_passes(
+    make_step: Callable[..., W2R2Step],
+    batch_of: Any,
+    samples: list[Any],
+    text_samples: list[Any],
+    tables: Any,
+    schedule: str,
+    push: str,
+    zero: str,
+    visual: str,
+    full: bool,
+    checkpointing: bool,
+) -> None:
+    step = make_step(schedule, full, checkpointing, model={"zero": zero}, push=push, margin=30.0)
+    batch = batch_of([samples[0], text_samples[0], samples[1]], visual=visual)
+    before = forwards(step)
+    with similar(SIMILAR):
+        loss, ours = run(step, step(batch)[0])
+    assert forwards(step) == before
+    expected, theirs = run(
+        step, hand_loss(step.model, batch, step.objective, tables, [SIMILAR[name] for name in batch.ids])
+    )
+    torch.testing.assert_close(loss, expected, rtol=TOLERANCE, atol=0)
+    assert len(ours) > (30 if full else 15)
+    for name, gradient in theirs.items():
+        assert gradient.norm() > 0, name
+        assert (ours[name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_schedules_are_equal_to_the_last_bit(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], dtype: str, checkpointing: bool
+) -> None:
+    """With dropout, too: the shortcut draws nothing, the fused pass draws the same. Also in bfloat16."""
+    batch, found = batch_of(samples), []
+    for schedule in SCHEDULES:
+        step = make_step(schedule, checkpointing=checkpointing, model={"dtype": dtype, "lora_dropout": 0.5}, mu=0.0)
+        torch.manual_seed(0)
+        loss, stats = step(batch)
+        found.append((stats, *run(step, loss)))
+        assert all(module.training for module in step.modules() if module is not step.model.base.model.visual)
+    (stats, loss, gradients), (other_stats, other_loss, other) = found
+    assert torch.equal(stats, other_stats) and torch.equal(loss, other_loss)
+    assert all(torch.equal(gradient, other[name]) for name, gradient in gradients.items())
+
+
+def test_decoding_knows_nothing_of_the_schedule(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
+) -> None:
+    """Answers decoded amid a lockstep step are those of a sequential one."""
+    batch = batch_of(samples[:2], with_prompts=True)
+    stats = [make_step(schedule, shortcut_decode="greedy")(batch)[1] for schedule in SCHEDULES]
+    assert torch.equal(*stats)
+
+
+def test_forwards_come_back_after_an_error(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
+) -> None:
+    step = make_step("lockstep", model={"lora_dropout": 0.5})
+    batch = batch_of(samples[:1])
+    step.model.base.model.language_model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    before = forwards(step)
+    with pytest.raises(ZeroDivisionError):
+        step(batch)
+    assert forwards(step) == before and all(module.training for module in step.dropouts)
+
+
+def test_each_layer_advances_the_shortcut_first(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
+) -> None:
+    step = make_step("lockstep")
+    text = step.model.base.model.language_model
+    calls: list[tuple[str, bool]] = []
+    for name, module in (("embed", text.embed_tokens), *((str(i), layer.mlp) for i, layer in enumerate(text.layers))):
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append((name, torch.is_grad_enabled())))
+    step(batch_of(samples[:1]))
+    assert calls == [("embed", True), ("0", False), ("0", True), ("1", False), ("1", True)]
+
+
+def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -> None:
+    model = make_step("auto").model
+    chosen: dict[Any, type] = {}
+    for schedule in ("auto", *SCHEDULES):
+        for push in ("margin", "unblocked"):
+            if (schedule, push) == ("lockstep", "unblocked"):
+                continue
+            train = TrainConfig(schedule=schedule)  # type: ignore[arg-type]
+            config = RunConfig(objective=ObjectiveConfig(push=push), train=train)
+            for zero3 in (False, True):
+                chosen[schedule, push, zero3] = type(make_schedule(model, config, zero3))
+    lockstep = {key for key, kind in chosen.items() if kind is Lockstep}
+    assert lockstep == {("auto", "margin", True), ("lockstep", "margin", False), ("lockstep", "margin", True)}
+    assert set(chosen.values()) == {Lockstep, Sequential}
+
+
+def test_unblocked_refuses_lockstep() -> None:
+    with pytest.raises(ValueError, match=r"unblocked needs it; choose train\.schedule sequential"):
+        RunConfig(objective=ObjectiveConfig(push="unblocked"), train=TrainConfig(schedule="lockstep"))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_host_reads_nothing_of_the_device(
+    make_step: Callable[..., W2R2Step],
+    batch_of: Any,
+    samples: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: str,
+) -> None:
+    """Forward and backward; only the vision tower's loop reads its segments, which `TowerInputs` left on the host.
+
+    Captions and short answers are compared as text: their tokens are read (`Scorer.teacher`).
+    """
+    step = make_step(schedule, checkpointing=True)
+    batch = batch_of(samples)
+    tower = batch.visuals.tower
+    assert not host_reads(lambda: step(batch)[0].backward())
+    read, lists = set(), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.add(tuple(lists(self))) or lists(self))
+    step(batch)[0].backward()
+    assert read == {tuple(lists(torch.tensor(begins).diff())) for begins in (tower.frames, tower.windows)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_sync_on_a_gpu(make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], schedule: str) -> None:
+    device = torch.device("cuda")
+    step = make_step(schedule, checkpointing=True).to(device)
+    step.model.geometry.to(device)
+    step.scorer.tables = step.scorer.tables.to(device)
+    batch = batch_of(samples).to(device)
+    step(batch)[0].backward()  # what is made once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+SPLIT = [[["four", "three"]], [["twelve", "three"]]]
+ONE_BY_ONE = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+"""Nothing stays gathered between two uses, so that every use is counted."""
+CASES = [
+    Case(
+        f"{schedule} {'full' if full else 'LoRA'} {'checkpointing' if checkpointing else 'plain'}",
+        SPLIT,
+        {"margin": 30.0},
+        checkpointing=checkpointing,
+        steps=2,
+        schedule=schedule,
+        full=full,
+        zero=ONE_BY_ONE,
+    )
+    for schedule, full, checkpointing in (
+        ("single", False, True),
+        ("sequential", False, True),
+        ("lockstep", False, False),
+        ("lockstep", False, True),
+        ("lockstep", True, False),
+        ("lockstep", True, True),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory, model_config: Any, samples: list[Any]) -> list[Any]:
+    """Per rank what it found; one launch runs all cases."""
+    folder = tmp_path_factory.mktemp("schedules")
+    ds_config = json.loads(ZERO3.read_text())
+    ds_config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+    write_cases(folder, CASES, model_config, {sample.id: sample for sample in samples}, ds_config, SIMILAR)
+    run_ranks(2, Path(zero3_cases.__file__), folder)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_zero3_gathers_as_often_as_a_single_pass(ranks: list[Any], case: Case) -> None:
+    """Every parameter of every decoder layer, per step: forward and backward, and the shortcut's own if it has one.
+
+    Gradients are those of one whole model, by the sequential schedule and without checkpointing.
+    """
+    for found in (rank[case.name] for rank in ranks):
+        assert found["gathers"] == [{"single": 2, "lockstep": 2, "sequential": 3}[case.schedule]]
+        assert found["worst"] <= TOLERANCE and found["stats_worst"] <= 1e-5 and found["silent"] == []
