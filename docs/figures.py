@@ -32,7 +32,7 @@ def inputs(points: int, **given: Any) -> PushInputs:
         "where": one.bool(),
         "cross_entropy": one,
         "hinge": 0.2 * one,
-        "lam": LAM,
+        "lambda_det": LAM,
         "mu": MU,
         "margin": MARGIN,
         "iou_margin": IOU_MARGIN,

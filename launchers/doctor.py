@@ -26,11 +26,11 @@ try:
 except ImportError:  # not installed, which the doctor then reports
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from w2r2_ds.doctor.checks import Asked  # noqa: E402
+from w2r2_ds.doctor.checks import DoctorRequest  # noqa: E402
 from w2r2_ds.doctor.run import examine  # noqa: E402
 
 
-def read_arguments(args: list[str]) -> Asked:
+def read_arguments(args: list[str]) -> DoctorRequest:
     """What a command line of train.py asks for; in a launch, a refused one is reported with the node's name."""
     from w2r2_ds.config.io import config_first, from_tree, train_parser
 
@@ -43,13 +43,13 @@ def read_arguments(args: list[str]) -> Asked:
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
-        return Asked(None, "", [], refused=said.getvalue().strip())
+        return DoctorRequest(None, "", [], refused=said.getvalue().strip())
     except ValueError as error:
-        return Asked(None, "", [], refused=str(error))
+        return DoctorRequest(None, "", [], refused=str(error))
     ds_path = tree["deepspeed"] or ""
     recipes = [str(path) for path in tree.get("config") or []]
     asks_run = any(arg.startswith("--") and not arg.startswith(("--deepspeed", "--local_rank")) for arg in args)
-    return Asked(config if asks_run else None, ds_path, [*recipes, *([ds_path] if ds_path else [])])
+    return DoctorRequest(config if asks_run else None, ds_path, [*recipes, *([ds_path] if ds_path else [])])
 
 
 def main(args: list[str]) -> int:
@@ -57,7 +57,7 @@ def main(args: list[str]) -> int:
     try:
         asked = read_arguments(args)
     except ImportError as error:
-        asked = Asked(None, "", [], refused=f"the command line cannot be read without {error.name} ({error}).")
+        asked = DoctorRequest(None, "", [], refused=f"the command line cannot be read without {error.name} ({error}).")
     return examine(asked)
 
 

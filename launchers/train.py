@@ -14,7 +14,7 @@ from w2r2_ds.config.io import config_first, from_tree, train_parser
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.demo.assets import prepare_demo
 from w2r2_ds.evaluation.validator import InTraining
-from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.training.deepspeed.config import load_ds_config
 from w2r2_ds.training.deepspeed.launch import join_ranks
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, MISTAKES, Unreachable
@@ -33,7 +33,7 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
 def main(args: list[str], signals: StopSignals) -> int:
     """Join the other ranks, make the demo's data if asked to, train; returns an exit code of training/fault_tolerance/exit_codes.py."""
     config, ds_path = read_arguments(args)
-    find_reading(config.objective.push)  # this and the next before minutes of demo preparation
+    find_push_term(config.objective.push)  # this and the next before minutes of demo preparation
     load_ds_config(ds_path)
     join_ranks(config.train.hang_seconds)
     if config.demo.enabled:

@@ -161,11 +161,11 @@ def model_config(tmp_path_factory: pytest.TempPathFactory, samples: list[Any]) -
 
 
 @pytest.fixture(scope="session")
-def front(model_config: Any) -> Any:
+def frontend(model_config: Any) -> Any:
     """Tokenizer, vision facts and meta model of the tiny VLM."""
-    from w2r2_ds.models.build import load_front
+    from w2r2_ds.models.build import load_frontend
 
-    return load_front(model_config)
+    return load_frontend(model_config)
 
 
 @pytest.fixture(scope="session")
@@ -180,27 +180,29 @@ def data_config() -> Any:
 
 
 @pytest.fixture(scope="session")
-def batch_of(front: Any, data_config: Any) -> Callable[..., Any]:
+def batch_of(frontend: Any, data_config: Any) -> Callable[..., Any]:
     """`batch_of(samples, with_answer, with_prompts, **changes of the data configuration)`: what a loader makes."""
     from w2r2_ds.data.collate import Collator
     from w2r2_ds.data.loader import make_positions, make_processor, visual_kind
 
     def make(chosen: Sequence[Any], with_answer: bool = True, with_prompts: bool = False, **changes: Any) -> Any:
         config = data_config(**changes)
-        processor = make_processor(front, config)
-        positions = make_positions(front, config) if with_answer else None
-        collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), positions, front.vision, with_prompts)
+        processor = make_processor(frontend, config)
+        positions = make_positions(frontend, config) if with_answer else None
+        collate = Collator(
+            frontend.tokenizer.pad_token_id, visual_kind(config), positions, frontend.vision, with_prompts
+        )
         return collate([processor(sample, with_answer) for sample in chosen])
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tables(front: Any) -> Any:
+def tables(frontend: Any) -> Any:
     """Token tables of the tiny tokenizer."""
     from w2r2_ds.data.answer_tokens import token_tables
 
-    return token_tables(front.tokenizer, front.meta.config.get_text_config().vocab_size)
+    return token_tables(frontend.tokenizer, frontend.meta.config.get_text_config().vocab_size)
 
 
 @pytest.fixture(scope="session")

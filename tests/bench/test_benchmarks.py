@@ -106,7 +106,7 @@ def test_kernels(tmp_path: Path) -> None:
 @pytest.mark.nightly  # two ranks that import everything; what is gathered is also counted in test_zero3.py
 def test_zero3_bytes(tmp_path: Path) -> None:
     report = run(tmp_path, "zero3_bytes", "--shape", "tiny")
-    rows = rows_of(report, "schedule")
+    rows = rows_of(report, "pass_order")
     assert set(rows) == {"single pass", "sequential", "lockstep"}
     assert rows["sequential"]["gathered_mib"] > rows["single pass"]["gathered_mib"]
     assert rows["sequential"]["most of a layer's"] == 3 and rows["lockstep"]["most of a layer's"] == 2

@@ -82,20 +82,27 @@ def test_containers_and_more_options_come_from_the_one_small_file(root: Path, tm
 
 
 def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
-    words = ["--over", "objective.lam=0.5,1", "--over=data.train=[a]|[a,b]|[c/d]", "--out", "runs/s", "--skip-doctor"]
+    words = [
+        "--over",
+        "objective.lambda_det=0.5,1",
+        "--over=data.train=[a]|[a,b]|[c/d]",
+        "--out",
+        "runs/s",
+        "--skip-doctor",
+    ]
     made = lines(script(root, "sweep", "--dry-run", *words, "--train.steps", "5"))
     given = [dict(word.split("=", 1) for word in line if word.startswith("--") and "=" in word) for line in made]
     points = [
-        (options["--objective.lam"], options["--data.train"], line[line.index("--out") + 1])
+        (options["--objective.lambda_det"], options["--data.train"], line[line.index("--out") + 1])
         for options, line in zip(given, made, strict=True)
     ]
     assert points == [
-        ("0.5", "[a]", "runs/s/objective.lam=0.5,data.train=_a_"),
-        ("1", "[a]", "runs/s/objective.lam=1,data.train=_a_"),
-        ("0.5", "[a,b]", "runs/s/objective.lam=0.5,data.train=_a_b_"),
-        ("1", "[a,b]", "runs/s/objective.lam=1,data.train=_a_b_"),
-        ("0.5", "[c/d]", "runs/s/objective.lam=0.5,data.train=_c_d_"),
-        ("1", "[c/d]", "runs/s/objective.lam=1,data.train=_c_d_"),
+        ("0.5", "[a]", "runs/s/objective.lambda_det=0.5,data.train=_a_"),
+        ("1", "[a]", "runs/s/objective.lambda_det=1,data.train=_a_"),
+        ("0.5", "[a,b]", "runs/s/objective.lambda_det=0.5,data.train=_a_b_"),
+        ("1", "[a,b]", "runs/s/objective.lambda_det=1,data.train=_a_b_"),
+        ("0.5", "[c/d]", "runs/s/objective.lambda_det=0.5,data.train=_c_d_"),
+        ("1", "[c/d]", "runs/s/objective.lambda_det=1,data.train=_c_d_"),
     ]
     assert all("--train.steps 5" in shlex.join(line) for line in made)
 
@@ -104,7 +111,7 @@ def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
     ("words", "message"),
     [
         (["--out", "runs/s"], "a sweep needs --over OPTION=VALUE,VALUE and --out FOLDER."),
-        (["--over", "lam", "--out", "x"], "--over is lam; write --over OPTION=VALUE,VALUE."),
+        (["--over", "lambda_det", "--out", "x"], "--over is lambda_det; write --over OPTION=VALUE,VALUE."),
         (["--out", "x", "--over"], "--over needs a value."),
         (["--over", "name=a/b,a_b", "--out", "x"], "two of its values would train into one folder; leave one out."),
     ],

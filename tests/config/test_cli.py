@@ -24,13 +24,13 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--objective.lamda", "1"], "there is no option --objective.lamda (did you mean --objective.lam?);"),
-        (["--objective.lamda=1"], "there is no option --objective.lamda (did you mean --objective.lam?);"),
+        (["--objective.lamda", "1"], "there is no option --objective.lamda (did you mean --objective.lambda_det?);"),
+        (["--objective.lamda=1"], "there is no option --objective.lamda (did you mean --objective.lambda_det?);"),
         (["--train.step", "5"], "(did you mean --train.steps?);"),
         (["--warmup_step", "5"], "(did you mean --demo.warmup_steps, "),
         (["--zzz", "--objctive.mu", "5"], "no option --zzz; there is no option --objctive.mu (did you mean --objecti"),
-        (["--objective.lam", "abc"], ": objective.lam: expected float, got abc;"),
-        (["--objective.lam"], ": argument --objective.lam: expected one argument;"),
+        (["--objective.lambda_det", "abc"], ": objective.lambda_det: expected float, got abc;"),
+        (["--objective.lambda_det"], ": argument --objective.lambda_det: expected one argument;"),
         (["--data.visual", "film"], ": data.visual: expected Literal['images', 'video'], got film;"),
         (["stray"], "there is no option stray;"),
     ],
@@ -42,9 +42,12 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], args: list[str
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
-        ("objective:\n  lamda: 1.0\n", "there is no option objective.lamda (did you mean objective.lam?);"),
-        ("objctive:\n  lam: 1.0\n", "there is no option objctive.lam (did you mean objective.lam, "),
-        ("objective:\n  lam: [\n", "line 3"),
+        ("objective:\n  lamda: 1.0\n", "there is no option objective.lamda (did you mean objective.lambda_det?);"),
+        (
+            "objctive:\n  lambda_det: 1.0\n",
+            "there is no option objctive.lambda_det (did you mean objective.lambda_det, ",
+        ),
+        ("objective:\n  lambda_det: [\n", "line 3"),
     ],
 )
 def test_a_wrong_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, sentence: str) -> None:
@@ -62,8 +65,8 @@ def test_a_subcommand_knows_its_options(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_likeness_is_that_of_the_last_part() -> None:
-    known = ["objective.lam", "objective.mu", "model.lora_alpha", "data.root"]
-    assert did_you_mean("--lam", known) == " (did you mean --objective.lam?)"
+    known = ["objective.lambda_det", "objective.mu", "model.lora_alpha", "data.root"]
+    assert did_you_mean("--lambda_det", known) == " (did you mean --objective.lambda_det?)"
     assert did_you_mean("objective.zzz", known) == ""  # the section alone is no likeness
     assert did_you_mean("dta.root", ["a.root", *known]) == " (did you mean data.root, a.root?)"
 

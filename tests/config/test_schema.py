@@ -46,7 +46,7 @@ def test_help_lists_every_option_with_its_default_and_a_sentence() -> None:
 
 
 def test_the_defaults_are_the_papers() -> None:
-    assert (RunConfig().objective.lam, RunConfig().objective.mu) == (1.5, 0.7)
+    assert (RunConfig().objective.lambda_det, RunConfig().objective.mu) == (1.5, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -80,30 +80,30 @@ def test_an_abbreviated_config_is_refused(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_it_survives_yaml(tmp_path: Path) -> None:
-    config = load_config(RECIPE, ["--objective.lam", "0.25"])
+    config = load_config(RECIPE, ["--objective.lambda_det", "0.25"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert from_tree(asdict(config)) == config
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["objective"]["lam"] == 0.25
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["objective"]["lambda_det"] == 0.25
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("objective.mu", "1.0"),
-        ("objective.lam", "-1"),
+        ("objective.lambda_det", "-1"),
         ("objective.margin", "-1"),
         ("objective.cosine", "1.5"),
-        ("objective.mask2d", "1"),
+        ("objective.visual_mask_ratio", "1"),
         ("objective.gap_every", "-1"),
         ("objective.gap_samples", "0"),
         ("train.lr", "0"),
         ("train.steps", "0"),
-        ("train.warmup", "1"),
+        ("train.warmup_ratio", "1"),
         ("train.seed", "-1"),
         ("data.workers", "-1"),
         ("data.cache_gib", ".inf"),
-        ("data.cached", "geometry+2d"),
+        ("data.cached_features", "geometry+2d"),
         ("model.lora_dropout", "1"),
         ("demo.warmup_batch", "0"),
     ],

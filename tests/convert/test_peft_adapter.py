@@ -35,9 +35,9 @@ def test_stock_peft_and_transformers_load_it(adapter: Path, trained: Path, world
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    config, model, front = load_model(trained)
+    config, model, frontend = load_model(trained)
     plain = AutoModelForImageTextToText.from_pretrained(world.folder / "vlm", dtype=torch.float32).eval()
-    (batch,) = prompt_loader(load_mixture(config.data, "val")[:3], front, config.data, 3)
+    (batch,) = prompt_loader(load_mixture(config.data, "val")[:3], frontend, config.data, 3)
     inputs = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,

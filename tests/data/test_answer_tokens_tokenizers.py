@@ -307,12 +307,12 @@ def test_terms_that_need_digit_slots_refuse_by_name(tokenizers: dict[str, Any], 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "spm split", "gpt2", "spm", "llama"])
 def test_from_sample_to_batch(
-    tokenizers: dict[str, Any], name: str, front: Any, data_config: Callable[..., Any], samples: list[Any]
+    tokenizers: dict[str, Any], name: str, frontend: Any, data_config: Callable[..., Any], samples: list[Any]
 ) -> None:
     """Placeholders take 8 or 12 tokens before the description; the rows point at the right ones all the same."""
     tokenizer = tokenizers[name]
     pads = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
-    vision = replace(front.vision, **pads)
+    vision = replace(frontend.vision, **pads)
     processor = Processor(tokenizer, vision, data_config())
     collate = Collator(tokenizer.pad_token_id, "image", lambda ids, *rest: torch.zeros(3, *ids.shape), vision)
     batch = collate([processor(sample, with_answer=True) for sample in samples[:2]])

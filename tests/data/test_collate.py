@@ -13,22 +13,24 @@ from w2r2_ds.data.collate import dummy_visuals
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_rows_point_at_the_answers(front: Any, batch_of: Any, samples: list[Any], visual: str) -> None:
+def test_rows_point_at_the_answers(frontend: Any, batch_of: Any, samples: list[Any], visual: str) -> None:
     batch = batch_of(samples, visual=visual)
     rows = batch.answer_rows
     assert torch.equal(batch.input_ids[rows.sample, rows.position + 1], rows.label)
     assert batch.attention_mask[rows.sample, rows.position + 1].all()
     for index, sample in enumerate(samples):
         mine = rows.sample == index
-        assert front.tokenizer.decode(rows.label[mine]) == sample.answer + "<|im_end|>"
+        assert frontend.tokenizer.decode(rows.label[mine]) == sample.answer + "<|im_end|>"
         before = batch.input_ids[index, int(rows.position[mine][0])]
-        assert front.tokenizer.decode(before) == "\n"  # the last token of the prompt predicts the first of the answer
+        assert (
+            frontend.tokenizer.decode(before) == "\n"
+        )  # the last token of the prompt predicts the first of the answer
 
 
-def test_slots_point_at_the_digits(front: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_slots_point_at_the_digits(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples)
     rows = batch.answer_rows
-    tokens = front.tokenizer.convert_ids_to_tokens(rows.label.tolist())
+    tokens = frontend.tokenizer.convert_ids_to_tokens(rows.label.tolist())
     seen = torch.zeros_like(rows.where)
     for index in range(len(samples)):
         numbers = []
@@ -50,7 +52,7 @@ def test_slots_point_at_the_digits(front: Any, batch_of: Any, samples: list[Any]
     assert (rows.place[rows.number < 0] == 0).all()
 
 
-def test_right_padding_for_training(front: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_right_padding_for_training(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples)
     lengths = batch.attention_mask.sum(1)
     assert len(set(lengths.tolist())) == 3 and lengths.max() == batch.input_ids.shape[1]
@@ -58,7 +60,7 @@ def test_right_padding_for_training(front: Any, batch_of: Any, samples: list[Any
         alone = batch_of([sample])
         length = int(lengths[index])
         assert torch.equal(batch.input_ids[index, :length], alone.input_ids[0])
-        assert (batch.input_ids[index, length:] == front.tokenizer.pad_token_id).all()
+        assert (batch.input_ids[index, length:] == frontend.tokenizer.pad_token_id).all()
         assert (batch.token_types[index, length:] == 0).all()
         assert torch.equal(batch.position_ids[:, index, :length], alone.position_ids[:, 0])
 
@@ -77,7 +79,7 @@ def test_every_sample_is_a_sequence_and_a_group(batch_of: Any, samples: list[Any
     assert batch.visuals.sizes == sum(alone, ())
 
 
-def test_left_padding_for_generation(front: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_left_padding_for_generation(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples, with_answer=False)
     assert batch.position_ids is None and batch.rows is None and batch.layout is None
     assert batch.attention_mask[:, -1].all() and (batch.attention_mask.diff(dim=1) >= 0).all()
@@ -104,7 +106,7 @@ def test_visuals_poses_and_targets(batch_of: Any, samples: list[Any]) -> None:
 
 
 def test_what_rows_point_at_the_descriptions(
-    front: Any, batch_of: Any, samples: list[Any], caption_sample: Any, text_samples: list[Any]
+    frontend: Any, batch_of: Any, samples: list[Any], caption_sample: Any, text_samples: list[Any]
 ) -> None:
     batch = batch_of([samples[0], caption_sample, text_samples[1], samples[1]])
     what = batch.what_rows
@@ -112,14 +114,14 @@ def test_what_rows_point_at_the_descriptions(
     assert (what.sample.diff() >= 0).all() and sorted(set(what.sample.tolist())) == [0, 2, 3]  # a caption has none
     for index, description in [(0, "The red chair."), (2, "The sofa."), (3, "A small brown table beside the white ")]:
         at = what.position[what.sample == index]
-        assert front.tokenizer.decode(batch.input_ids[index, at]).strip().startswith(description.strip())
+        assert frontend.tokenizer.decode(batch.input_ids[index, at]).strip().startswith(description.strip())
     assert batch_of(samples, with_answer=False).what is None
     with pytest.raises(AssertionError, match="no what rows"):
         _ = batch_of(samples, with_answer=False).what_rows
 
 
 def test_mixed_tasks(
-    front: Any, batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any
+    frontend: Any, batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any
 ) -> None:
     """A caption and an answer have no number slots and no box; those of the others are as without them."""
     mixed = batch_of([caption_sample, samples[0], answer_sample, samples[2]])
@@ -129,7 +131,7 @@ def test_mixed_tasks(
     assert mixed.answers == (caption_sample.answer, samples[0].answer, "2 chairs", samples[2].answer)
     for index, sample in [(0, caption_sample), (2, answer_sample)]:
         mine = rows.sample == index
-        assert front.tokenizer.decode(rows.label[mine & rows.where]) == sample.answer
+        assert frontend.tokenizer.decode(rows.label[mine & rows.where]) == sample.answer
         assert int((mine & ~rows.where).sum()) == 1  # the end of turn
         assert (rows.number[index] == -1).all() and not rows.place[index].any() and not rows.lead[index].any()
         assert mixed.target_box[index].isnan().all()
@@ -164,7 +166,7 @@ def test_prompts_are_left_padded_and_made_when_told(batch_of: Any, samples: list
 @pytest.mark.parametrize("with_answer", [True, False])
 @pytest.mark.parametrize("visual", ["images", "video"])
 def test_a_batch_without_frames_has_a_dummy(
-    front: Any, batch_of: Any, text_samples: list[Any], visual: str, with_answer: bool
+    frontend: Any, batch_of: Any, text_samples: list[Any], visual: str, with_answer: bool
 ) -> None:
     """Two by two merged patches of 28 pixels, all gray; no sequence has a placeholder for it."""
     batch = batch_of(text_samples, with_answer, visual=visual)
@@ -174,10 +176,10 @@ def test_a_batch_without_frames_has_a_dummy(
     assert batch.visuals.pixel_values.shape == (16, 3 * 2 * 14 * 14)
     (geometry,) = batch.visuals.geometry_images
     assert geometry.shape == (frames, 3, 56, 56) and (geometry == 0.5).all()
-    mean, std = front.vision.image_mean, front.vision.image_std
+    mean, std = frontend.vision.image_mean, frontend.vision.image_std
     expected = torch.tensor([(0.5 - mean[c]) / std[c] for c in range(3)]).repeat_interleave(2 * 14 * 14)
     assert torch.allclose(batch.visuals.pixel_values, expected.expand(16, -1), atol=1e-6)
-    assert not batch.token_types.any() and not (batch.input_ids == front.vision.image_token_id).any()
+    assert not batch.token_types.any() and not (batch.input_ids == frontend.vision.image_token_id).any()
     assert batch.cam_to_world.shape == (2, 1, 4, 4) and batch.cam_to_world.isnan().all()
     assert batch.target_box[0].isnan().all() and not batch.target_box[1].isnan().any()
     if with_answer:
@@ -186,9 +188,9 @@ def test_a_batch_without_frames_has_a_dummy(
             assert torch.equal(batch.position_ids[:, index, :length], positions[:length].expand(3, -1))
 
 
-def test_the_dummys_grids_line_up_where_patches_differ(front: Any) -> None:
+def test_the_dummys_grids_line_up_where_patches_differ(frontend: Any) -> None:
     """Patches of 16 pixels for the vision tower, of 14 for VGGT; a tower may take more than two frames at once."""
-    vision = replace(front.vision, patch_size=16, temporal_patch_size=3)
+    vision = replace(frontend.vision, patch_size=16, temporal_patch_size=3)
     image, video = (dummy_visuals(kind, vision) for kind in ("image", "video"))
     for visuals, frames in ((image, 1), (video, 3)):
         assert visuals.grid_thw.tolist() == [[1, 4, 4]] and visuals.pixel_values.shape == (16, 3 * 3 * 16 * 16)
@@ -197,7 +199,7 @@ def test_the_dummys_grids_line_up_where_patches_differ(front: Any) -> None:
 
 @pytest.mark.parametrize("visual", ["images", "video"])
 def test_text_beside_frames(
-    front: Any, batch_of: Any, samples: list[Any], text_samples: list[Any], visual: str
+    frontend: Any, batch_of: Any, samples: list[Any], text_samples: list[Any], visual: str
 ) -> None:
     """Visuals, positions and poses are those of the samples with frames; a text's positions count from 0."""
     chosen = [text_samples[0], samples[1], text_samples[1], samples[0]]

@@ -15,35 +15,37 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 
 
-def batches(samples: list[Any], front: Any, config: Any) -> list[Any]:
+def batches(samples: list[Any], frontend: Any, config: Any) -> list[Any]:
     mixture = Mixture([samples], [1.0], [0])
     sampler = GlobalBatchSampler(mixture, global_batch=2, micro_batch=1, rank=0, world_size=1, steps=2)
-    return list(checked(train_loader(samples, front, config, sampler)))
+    return list(checked(train_loader(samples, frontend, config, sampler)))
 
 
-def test_loader_processes_change_nothing(samples: list[Any], front: Any, data_config: Callable[..., Any]) -> None:
-    alone = batches(samples, front, data_config(workers=0))
-    helped = batches(samples, front, data_config(workers=1))
+def test_loader_processes_change_nothing(samples: list[Any], frontend: Any, data_config: Callable[..., Any]) -> None:
+    alone = batches(samples, frontend, data_config(workers=0))
+    helped = batches(samples, frontend, data_config(workers=1))
     assert [batch.ids for batch in alone] == [batch.ids for batch in helped]
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(alone, helped, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_missing_frame_is_one_sentence_from_any_process(
-    samples: list[Any], front: Any, data_config: Callable[..., Any], workers: int
+    samples: list[Any], frontend: Any, data_config: Callable[..., Any], workers: int
 ) -> None:
     missing = Path("no/such/00007.jpg")
     bad = replace(samples[0], frames=(*samples[0].frames[:-1], missing))
     with pytest.raises(ValueError, match="00007") as caught:
-        batches([bad, samples[1]], front, data_config(workers=workers))
+        batches([bad, samples[1]], frontend, data_config(workers=workers))
     assert "Traceback" not in str(caught.value)
     with pytest.raises(ValueError, match="00007"):
-        list(checked(prompt_loader([bad], front, data_config(workers=workers), 1)))
+        list(checked(prompt_loader([bad], frontend, data_config(workers=workers), 1)))
 
 
-def test_loader_processes_work_ahead_as_far_as_they_are_told(front: Any, data_config: Any, samples: list[Any]) -> None:
+def test_loader_processes_work_ahead_as_far_as_they_are_told(
+    frontend: Any, data_config: Any, samples: list[Any]
+) -> None:
     sampler: Any = [[0], [1]]
-    loaders = [train_loader(samples, front, data_config(workers=w, prefetch=3), sampler) for w in (2, 0)]
+    loaders = [train_loader(samples, frontend, data_config(workers=w, prefetch=3), sampler) for w in (2, 0)]
     assert [loader.prefetch_factor for loader in loaders] == [3, None]
     assert all(loader.pin_memory == torch.cuda.is_available() for loader in loaders)
 

@@ -16,8 +16,8 @@ from w2r2_ds.data.packing import alone, by_frames, in_one_sequence
 
 
 @pytest.fixture(scope="module")
-def pack(front: Any, data_config: Any) -> Callable[..., Any]:
-    return packed_of(front, data_config)
+def pack(frontend: Any, data_config: Any) -> Callable[..., Any]:
+    return packed_of(frontend, data_config)
 
 
 def tokens_of(batch: Any, index: int) -> torch.Tensor:
@@ -98,9 +98,9 @@ def test_prompts_stay_apart(pack: Callable[..., Any], samples: list[Any], text_s
     assert batch.prompts.order == (*first_set, *second_set, *first_set)
 
 
-def test_a_suffix_keeps_what_predicts_its_answer(front: Any, data_config: Any, samples: list[Any]) -> None:
+def test_a_suffix_keeps_what_predicts_its_answer(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     """The same question twice: all is shared but the last token of the prompt, and the answer."""
-    processor = make_processor(front, data_config())
+    processor = make_processor(frontend, data_config())
     twice = [processor(samples[0], True)] * 2
     (group,) = by_frames(twice)
     assert group.prefix == len(twice[0].input_ids) - twice[0].answer_tokens - 1
@@ -110,22 +110,22 @@ def test_a_suffix_keeps_what_predicts_its_answer(front: Any, data_config: Any, s
     assert [each.prefix for each in alone(twice)] == [len(twice[0].input_ids)] * 2
 
 
-def test_frames_after_the_question_cannot_be_shared(front: Any, data_config: Any, samples: list[Any]) -> None:
-    processor = make_processor(front, data_config())
+def test_frames_after_the_question_cannot_be_shared(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    processor = make_processor(frontend, data_config())
     pair = [processor(sample, True) for sample in questions(samples[0], 2)]
     turned = [replace(each, input_ids=each.input_ids.flip(0), token_types=each.token_types.flip(0)) for each in pair]
     with pytest.raises(ValueError, match="before the last frame"):
         by_frames(turned)
     # A loader process hands it on, as it does a sample that cannot be read.
-    handed = make_collate(front, data_config(questions_per_scene=2), False)(turned)
+    handed = make_collate(frontend, data_config(questions_per_scene=2), False)(turned)
     assert isinstance(handed, ValueError) and "before the last frame" in str(handed)
 
 
 def test_frames_in_a_row_are_read_once(
-    front: Any, data_config: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
+    frontend: Any, data_config: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []
-    processor = make_processor(front, data_config())
+    processor = make_processor(frontend, data_config())
     original = processor.eyes.look
     monkeypatch.setattr(processor.eyes, "look", lambda sample: read.append(sample.id) or original(sample))
     first, second = questions(samples[0], 2), questions(samples[1], 2)
@@ -143,8 +143,8 @@ def test_options_that_do_not_go_together() -> None:
     assert "train.micro_batch is 6, no multiple of data.questions_per_scene 4" in refused(
         "--data.questions_per_scene", "4", "--train.micro_batch", "6"
     )
-    masked = ["--data.questions_per_scene", "2", "--train.micro_batch", "2", "--objective.mask2d", "0.1"]
-    assert "objective.mask2d is 0.1" in refused(*masked)
+    masked = ["--data.questions_per_scene", "2", "--train.micro_batch", "2", "--objective.visual_mask_ratio", "0.1"]
+    assert "objective.visual_mask_ratio is 0.1" in refused(*masked)
     assert "data.questions_per_scene is 0" in refused("--data.questions_per_scene", "0")
 
 

@@ -16,66 +16,68 @@ from w2r2_ds.data.processor import IMAGE, VIDEO, Processor
 from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE
 
 
-def text_of(front: Any, ids: torch.Tensor) -> str:
-    return str(front.tokenizer.decode(ids, skip_special_tokens=False))
+def text_of(frontend: Any, ids: torch.Tensor) -> str:
+    return str(frontend.tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def test_images_one_placeholder_per_merged_patch(front: Any, data_config: Any, samples: list[Any]) -> None:
-    features = make_processor(front, data_config())(samples[0], with_answer=True)
+def test_images_one_placeholder_per_merged_patch(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    features = make_processor(frontend, data_config())(samples[0], with_answer=True)
     assert features.grid_thw.tolist() == [[1, 2, 4]] * 4  # 56 x 42 pixels, the odd row of patches cropped
     assert features.pixel_values.shape == (4 * 8, 3 * 2 * 14 * 14)
     assert features.geometry_images.shape == (4, 3, 42, 56)  # not cropped
     assert features.geometry_images.min() >= 0 and features.geometry_images.max() <= 1
-    assert int((features.input_ids == front.vision.image_token_id).sum()) == 4 * 2
-    assert torch.equal(features.token_types == IMAGE, features.input_ids == front.vision.image_token_id)
+    assert int((features.input_ids == frontend.vision.image_token_id).sum()) == 4 * 2
+    assert torch.equal(features.token_types == IMAGE, features.input_ids == frontend.vision.image_token_id)
     pads = "<|image_pad|>" * 2
     frames = "".join(f"Frame-{i}: <|vision_start|>{pads}<|vision_end|>" for i in range(4))
-    assert text_of(front, features.input_ids) == (
+    assert text_of(frontend, features.input_ids) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"{frames}{samples[0].question}<|im_end|>\n<|im_start|>assistant\n{samples[0].answer}<|im_end|>"
     )
 
 
-def test_video_has_one_grid_and_pairs_of_frames(front: Any, data_config: Any, samples: list[Any]) -> None:
-    features = make_processor(front, data_config(visual="video"))(samples[1], with_answer=True)
+def test_video_has_one_grid_and_pairs_of_frames(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    features = make_processor(frontend, data_config(visual="video"))(samples[1], with_answer=True)
     assert features.grid_thw.tolist() == [[2, 4, 4]]  # three frames are two pairs
     assert features.pixel_values.shape[0] == 32
-    assert int((features.input_ids == front.vision.video_token_id).sum()) == 2 * 4
-    assert torch.equal(features.token_types == VIDEO, features.input_ids == front.vision.video_token_id)
-    assert "Frame-" not in text_of(front, features.input_ids)
+    assert int((features.input_ids == frontend.vision.video_token_id).sum()) == 2 * 4
+    assert torch.equal(features.token_types == VIDEO, features.input_ids == frontend.vision.video_token_id)
+    assert "Frame-" not in text_of(frontend, features.input_ids)
 
 
-def test_prompt_is_the_training_sequence_without_its_answer(front: Any, data_config: Any, samples: list[Any]) -> None:
-    processor = make_processor(front, data_config())
+def test_prompt_is_the_training_sequence_without_its_answer(
+    frontend: Any, data_config: Any, samples: list[Any]
+) -> None:
+    processor = make_processor(frontend, data_config())
     training, prompt = (processor(samples[2], with_answer) for with_answer in (True, False))
     count = training.answer_tokens
     assert torch.equal(training.input_ids[:-count], prompt.input_ids)
-    assert text_of(front, training.input_ids[-count:]) == samples[2].answer + "<|im_end|>"
+    assert text_of(frontend, training.input_ids[-count:]) == samples[2].answer + "<|im_end|>"
     assert training.slots is not None and len(training.slots.where) == count
     assert prompt.answer_tokens == 0 and prompt.slots is None
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
 def test_what_is_the_description_behind_all_placeholders(
-    front: Any, data_config: Any, samples: list[Any], visual: str
+    frontend: Any, data_config: Any, samples: list[Any], visual: str
 ) -> None:
-    processor = make_processor(front, data_config(visual=visual))
+    processor = make_processor(frontend, data_config(visual=visual))
     table = "A small brown table beside the white door of the room."
     for sample, description in zip(samples, ["The red chair.", table, "The sofa."], strict=True):
         features = processor(sample, with_answer=True)
         at = features.what.nonzero().squeeze(-1)
         assert len(features.what) == len(features.input_ids) and torch.equal(at, torch.arange(at[0], at[-1] + 1))
-        assert text_of(front, features.input_ids[at]).strip() == description
-        before = text_of(front, features.input_ids[: at[0]]).rstrip(" ")
+        assert text_of(frontend, features.input_ids[at]).strip() == description
+        before = text_of(frontend, features.input_ids[: at[0]]).rstrip(" ")
         assert before.endswith("<|vision_end|>" + sample.question[: sample.what[0]].rstrip(" "))
-        assert text_of(front, features.input_ids[at[-1] + 1 :]).startswith("Output a JSON dictionary")
+        assert text_of(frontend, features.input_ids[at[-1] + 1 :]).startswith("Output a JSON dictionary")
         prompt = processor(sample, with_answer=False)
         assert torch.equal(prompt.what, features.what[: len(prompt.what)])
 
 
-def test_what_of_a_question_that_occurs_elsewhere_too(front: Any, data_config: Any, samples: list[Any]) -> None:
+def test_what_of_a_question_that_occurs_elsewhere_too(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     """`a` and `assistant` are in the chat, `Frame-0: ` is before the frame; the question is the turn's last text."""
-    processor = make_processor(front, data_config())
+    processor = make_processor(frontend, data_config())
     for question, what, chosen in [
         ("a", (0, 1), "a"),
         ("assistant", (0, 9), "assistant"),
@@ -84,58 +86,62 @@ def test_what_of_a_question_that_occurs_elsewhere_too(front: Any, data_config: A
     ]:
         features = processor(replace(samples[0], question=question, what=what), with_answer=False)
         at = features.what.nonzero().squeeze(-1)
-        assert text_of(front, features.input_ids[at]) == chosen
-        after = text_of(front, features.input_ids[at[0] :])
+        assert text_of(frontend, features.input_ids[at]) == chosen
+        after = text_of(frontend, features.input_ids[at[0] :])
         begin = question[what[0] :] if chosen[0] != " " else question[what[0] - 1 :]
         assert after == begin + "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_no_what_where_nothing_is_meant(front: Any, data_config: Any, caption_sample: Any, answer_sample: Any) -> None:
+def test_no_what_where_nothing_is_meant(
+    frontend: Any, data_config: Any, caption_sample: Any, answer_sample: Any
+) -> None:
     for sample in (caption_sample, answer_sample):
-        features = make_processor(front, data_config())(sample, with_answer=True)
+        features = make_processor(frontend, data_config())(sample, with_answer=True)
         assert features.what.dtype == torch.bool and not features.what.any()
         assert features.slots is not None
         assert features.slots.where.tolist() == [True] * (features.answer_tokens - 1) + [False]
-        assert text_of(front, features.input_ids[-features.answer_tokens :]) == sample.answer + "<|im_end|>"
+        assert text_of(frontend, features.input_ids[-features.answer_tokens :]) == sample.answer + "<|im_end|>"
 
 
 @pytest.mark.parametrize("what", [(-1, 2), (3, 2), (0, 10_000)])
-def test_what_outside_the_question(front: Any, data_config: Any, samples: list[Any], what: tuple[int, int]) -> None:
+def test_what_outside_the_question(frontend: Any, data_config: Any, samples: list[Any], what: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"Sample four: what is \(.*\), which is no span of its question"):
-        make_processor(front, data_config())(replace(samples[0], what=what), with_answer=True)
+        make_processor(frontend, data_config())(replace(samples[0], what=what), with_answer=True)
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_text_only(front: Any, data_config: Any, text_samples: list[Any], visual: str) -> None:
-    processor = make_processor(front, data_config(visual=visual))
+def test_text_only(frontend: Any, data_config: Any, text_samples: list[Any], visual: str) -> None:
+    processor = make_processor(frontend, data_config(visual=visual))
     for sample in text_samples:
         features = processor(sample, with_answer=True)
-        assert text_of(front, features.input_ids) == (
+        assert text_of(frontend, features.input_ids) == (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
             f"{sample.question}<|im_end|>\n<|im_start|>assistant\n{sample.answer}<|im_end|>"
         )
         assert features.pixel_values.shape == (0, 3 * 2 * 14 * 14) and features.pixel_values.dtype == torch.float32
         assert features.grid_thw.shape == (0, 3) and features.grid_thw.dtype == torch.int64
         assert features.geometry_images is None and not features.token_types.any()
-    assert text_of(front, features.input_ids[features.what]).strip() == "The sofa."
+    assert text_of(frontend, features.input_ids[features.what]).strip() == "The sofa."
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|video_pad|>"])
-def test_special_tokens_in_the_description(front: Any, data_config: Any, samples: list[Any], token: str) -> None:
-    processor = make_processor(front, data_config())
+def test_special_tokens_in_the_description(frontend: Any, data_config: Any, samples: list[Any], token: str) -> None:
+    processor = make_processor(frontend, data_config())
     with pytest.raises(ValueError, match=r"Sample four: .*special token"):
         processor(replace(samples[0], question=f"where is {token}?"), with_answer=False)
     with pytest.raises(ValueError, match=r"Sample four: .*special token"):
         processor(replace(samples[0], answer=samples[0].answer + token), with_answer=True)
 
 
-def test_too_long_names_sample_and_limit(front: Any, data_config: Any, samples: list[Any]) -> None:
+def test_too_long_names_sample_and_limit(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"Sample four has \d+ tokens, more than data.max_length = 100"):
-        make_processor(front, data_config(max_length=100))(samples[0], with_answer=True)
+        make_processor(frontend, data_config(max_length=100))(samples[0], with_answer=True)
 
 
-def test_missing_and_broken_frames_are_named(front: Any, data_config: Any, samples: list[Any], tmp_path: Path) -> None:
-    processor = make_processor(front, data_config())
+def test_missing_and_broken_frames_are_named(
+    frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path
+) -> None:
+    processor = make_processor(frontend, data_config())
     frames = samples[0].frames
     with pytest.raises(ValueError, match=r"gone\.jpg does not exist"):
         processor(replace(samples[0], frames=(*frames[:3], tmp_path / "gone.jpg")), with_answer=True)
@@ -145,23 +151,23 @@ def test_missing_and_broken_frames_are_named(front: Any, data_config: Any, sampl
         processor(replace(samples[0], frames=(*frames[:3], broken)), with_answer=True)
 
 
-def test_width_must_be_a_multiple_of_the_patch(front: Any, data_config: Any) -> None:
+def test_width_must_be_a_multiple_of_the_patch(frontend: Any, data_config: Any) -> None:
     with pytest.raises(ValueError, match=r"data.frame_width is 60; .* 14"):
-        make_processor(front, data_config(frame_width=60))
+        make_processor(frontend, data_config(frame_width=60))
 
 
-def test_frames_smaller_than_a_merged_patch(front: Any, data_config: Any, samples: list[Any]) -> None:
+def test_frames_smaller_than_a_merged_patch(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     with pytest.raises(ValueError, match="smaller than one merged patch"):
-        make_processor(front, data_config(frame_width=14))(samples[0], with_answer=True)
+        make_processor(frontend, data_config(frame_width=14))(samples[0], with_answer=True)
 
 
-def test_frames_of_odd_and_unequal_sizes(front: Any, data_config: Any, samples: list[Any], tmp_path: Path) -> None:
+def test_frames_of_odd_and_unequal_sizes(frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path) -> None:
     paths = []
     for index, size in enumerate([(83, 61), (47, 61)]):
         paths.append(tmp_path / f"{index}.png")
         Image.fromarray(np.full((size[1], size[0], 3), 90, dtype=np.uint8)).save(paths[-1])
     odd = replace(samples[0], frames=tuple(paths), cam_to_world=samples[0].cam_to_world[:2])
-    features = make_processor(front, data_config())(odd, with_answer=False)
+    features = make_processor(frontend, data_config())(odd, with_answer=False)
     # 56 x 42 and 56 x 56 (cut): the first is padded to the second.
     assert features.geometry_images.shape == (2, 3, 56, 56)
     assert features.grid_thw.tolist() == [[1, 4, 4]] * 2
@@ -185,29 +191,29 @@ class Tokenizer:
 
 
 @pytest.mark.parametrize("token", ["<|an_image|>", ""])
-def test_tokenizer_without_vision_tokens(front: Any, data_config: Any, samples: list[Any], token: str) -> None:
-    tokenizer = Tokenizer(front.tokenizer, CHAT_TEMPLATE.replace("<|image_pad|>", token))
+def test_tokenizer_without_vision_tokens(frontend: Any, data_config: Any, samples: list[Any], token: str) -> None:
+    tokenizer = Tokenizer(frontend.tokenizer, CHAT_TEMPLATE.replace("<|image_pad|>", token))
     with pytest.raises(ValueError, match="made 0 visual placeholders for 4 images"):
-        Processor(tokenizer, front.vision, data_config())(samples[0], with_answer=True)
+        Processor(tokenizer, frontend.vision, data_config())(samples[0], with_answer=True)
 
 
 @pytest.mark.parametrize("rewrite", ["part['text'] | trim", "part['text'] | e", "part['text'] | lower", "'?'"])
-def test_template_that_changes_the_question(front: Any, data_config: Any, samples: list[Any], rewrite: str) -> None:
+def test_template_that_changes_the_question(frontend: Any, data_config: Any, samples: list[Any], rewrite: str) -> None:
     template = CHAT_TEMPLATE.replace("{{- part['text'] -}}", "{{- " + rewrite + " -}}")
     assert template != CHAT_TEMPLATE
-    processor = Processor(Tokenizer(front.tokenizer, template), front.vision, data_config())
+    processor = Processor(Tokenizer(frontend.tokenizer, template), frontend.vision, data_config())
     with pytest.raises(ValueError, match=r"Sample four: the tokenizer's chat template changes the question 'Localize"):
         processor(samples[0], with_answer=True)
 
 
-def test_tokenizer_without_offsets(front: Any, data_config: Any) -> None:
+def test_tokenizer_without_offsets(frontend: Any, data_config: Any) -> None:
     class Slow(Tokenizer):
         is_fast = False
 
     with pytest.raises(ValueError, match=r"Slow gives no character offsets, .* add the tokenizer\.json"):
-        Processor(Slow(front.tokenizer, CHAT_TEMPLATE), front.vision, data_config())
+        Processor(Slow(frontend.tokenizer, CHAT_TEMPLATE), frontend.vision, data_config())
 
 
-def test_tokenizer_without_chat_template(front: Any, data_config: Any) -> None:
+def test_tokenizer_without_chat_template(frontend: Any, data_config: Any) -> None:
     with pytest.raises(ValueError, match="no chat template"):
-        Processor(Tokenizer(front.tokenizer, None), front.vision, data_config())
+        Processor(Tokenizer(frontend.tokenizer, None), frontend.vision, data_config())

@@ -109,7 +109,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("visual", ["images", "video"])
 @pytest.mark.parametrize("with_answer", [True, False])
 def test_the_length_is_that_of_the_sequence(
-    front: Any,
+    frontend: Any,
     data_config: Any,
     samples: list[Any],
     text_samples: list[Any],
@@ -119,20 +119,20 @@ def test_the_length_is_that_of_the_sequence(
     with_answer: bool,
 ) -> None:
     every = [*samples, *text_samples, caption_sample, replace(samples[0], id="é", question="…é中" * 9, what=(0, 0))]
-    lengths = [len(make_processor(front, data_config(visual=visual))(s, with_answer).input_ids) for s in every]
+    lengths = [len(make_processor(frontend, data_config(visual=visual))(s, with_answer).input_ids) for s in every]
     monkeypatch.setattr("w2r2_ds.data.visual_inputs.load_frame", None)
     for sample, length in zip(every, lengths, strict=True):
-        processors = [make_processor(front, data_config(visual=visual, max_length=length - n)) for n in (0, 1)]
+        processors = [make_processor(frontend, data_config(visual=visual, max_length=length - n)) for n in (0, 1)]
         assert check_texts([sample], processors[0], with_answer=with_answer) == 1
         with pytest.raises(ValueError, match=f"Sample {sample.id} has {length} tokens, more than data.max_length = "):
             check_texts([sample], processors[1], with_answer=with_answer)
 
 
 def test_a_short_text_is_not_encoded(
-    front: Any, data_config: Any, samples: list[Any], blind: None, monkeypatch: pytest.MonkeyPatch
+    frontend: Any, data_config: Any, samples: list[Any], blind: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """36,665 of them would take most of a minute; what the frames' placeholders take is counted once."""
-    processor = make_processor(front, data_config(max_length=9000))
+    processor = make_processor(frontend, data_config(max_length=9000))
     encoded: list[str] = []
     count = processor._count
     monkeypatch.setattr(processor, "_count", lambda text: encoded.append(text) or count(text))
@@ -140,10 +140,10 @@ def test_a_short_text_is_not_encoded(
     assert len(encoded) == 2 and not any(samples[0].question in text for text in encoded)
 
 
-def test_one_message_says_how_long_the_longest_is(front: Any, data_config: Any, samples: list[Any]) -> None:
-    lengths = [len(make_processor(front, data_config())(sample, True).input_ids) for sample in samples]
+def test_one_message_says_how_long_the_longest_is(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    lengths = [len(make_processor(frontend, data_config())(sample, True).input_ids) for sample in samples]
     with pytest.raises(ValueError) as caught:
-        check_texts(samples, make_processor(front, data_config(max_length=100)))
+        check_texts(samples, make_processor(frontend, data_config(max_length=100)))
     assert str(caught.value) == (
         f"Sample four has {lengths[0]} tokens, more than data.max_length = 100; raise it or use fewer or smaller "
         f"frames (look also at three, twelve; the longest has {max(lengths)} tokens)."
@@ -152,9 +152,9 @@ def test_one_message_says_how_long_the_longest_is(front: Any, data_config: Any, 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
 def test_a_special_token_is_found_by_the_rank_of_its_sample(
-    front: Any, data_config: Any, samples: list[Any], blind: None, token: str
+    frontend: Any, data_config: Any, samples: list[Any], blind: None, token: str
 ) -> None:
-    processor = make_processor(front, data_config())
+    processor = make_processor(frontend, data_config())
     asks = replace(samples[0], id="asks", question=f"where is {token}?", what=(0, 0))
     answers = replace(samples[0], id="answers", answer=samples[0].answer + token)
     every = [*samples, asks, samples[0]]  # shares: one, two, two

@@ -15,7 +15,7 @@ from w2r2_ds.doctor import checks, disk, imports, installed, jit_locks, limits, 
 from w2r2_ds.doctor.checkpoint_size import checkpoint_bytes, lora_weights, merger_weights, room_bytes
 from w2r2_ds.doctor.checks import data, gpu, settings
 from w2r2_ds.doctor.imports import MODULES, Imports
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import Alarm
 
 
@@ -272,11 +272,11 @@ def test_a_field_that_nvidia_smi_does_not_know(tmp_path: Path, monkeypatch: pyte
 def test_a_silent_driver_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """It might hold Python's lock."""
     alarm = Alarm(60, "n1")
-    health = {"GPU health": lambda: Outcome(wrong=["nvidia-smi lists no GPU"])}
+    health = {"GPU health": lambda: CheckResult(wrong=["nvidia-smi lists no GPU"])}
     try:
         found = checks.do_checks(health | {"settings": lambda: pytest.fail("called")}, alarm, 50)
-        found |= checks.do_checks({"device": lambda: pytest.fail("called"), "use": Outcome}, alarm, 50, found)
-        assert checks.do_checks({"device": Outcome}, alarm, 50) == {"device": Outcome()}
+        found |= checks.do_checks({"device": lambda: pytest.fail("called"), "use": CheckResult}, alarm, 50, found)
+        assert checks.do_checks({"device": CheckResult}, alarm, 50) == {"device": CheckResult()}
     finally:
         alarm.off()
     for name in ("settings", "device", "use"):
@@ -372,22 +372,22 @@ def test_use(config: Any) -> None:
 def test_checks_that_fail_themselves_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that raises and one that hangs are sentences, and the next one is done."""
 
-    def raises() -> Outcome:
+    def raises() -> CheckResult:
         raise AttributeError("module 'torch' has no attribute 'x'")
 
-    def hangs() -> Outcome:
+    def hangs() -> CheckResult:
         time.sleep(100)
-        return Outcome()
+        return CheckResult()
 
     monkeypatch.setattr(checks, "SECONDS", 0.5)
     alarm = Alarm(60, "n1")
     try:
-        found = checks.do_checks({"a": raises, "b": hangs, "c": Outcome}, alarm, 50)
+        found = checks.do_checks({"a": raises, "b": hangs, "c": CheckResult}, alarm, 50)
     finally:
         alarm.off()
     assert "a cannot be looked at (AttributeError: module 'torch' has no attribute 'x')" in found["a"].wrong[0]
     assert "looking at b had not ended in its time; a file system or driver hangs" in found["b"].wrong[0]
-    assert found["c"] == Outcome()
+    assert found["c"] == CheckResult()
 
 
 def make_smi(folder: Path, body: str) -> None:

@@ -21,7 +21,7 @@ from w2r2_ds.doctor.clocks import Skew, judge
 from w2r2_ds.doctor.compare import differences
 from w2r2_ds.doctor.rendezvous import Coming, Meeting, Unreachable, missing_sentences
 from w2r2_ds.doctor.report import merged, results, sentences, show
-from w2r2_ds.doctor.result import Outcome, Report
+from w2r2_ds.doctor.result import CheckResult, Report
 from w2r2_ds.doctor.timeouts import Alarm, TooLong, bounded
 
 
@@ -144,29 +144,29 @@ def test_who_is_late_is_named_before_it_is_given_up(
     assert said.startswith("doctor: still waiting: n2: rank 1 did not come within 50 s (there are n1); look whether")
 
 
-def report(host: str, **outcomes: Outcome) -> Report:
+def report(host: str, **outcomes: CheckResult) -> Report:
     return Report(0, 0, host, outcomes)
 
 
 def test_differences() -> None:
     """Only what differs from the first node, with both values; a list that is too long is cut."""
-    first = report("n1", versions=Outcome(equal={"torch": "2", "peft": "1"}), data=Outcome(equal={"set": "a"}))
-    same = report("n2", versions=Outcome(equal={"torch": "2", "peft": "1"}), data=Outcome(equal={"set": "a"}))
+    first = report("n1", versions=CheckResult(equal={"torch": "2", "peft": "1"}), data=CheckResult(equal={"set": "a"}))
+    same = report("n2", versions=CheckResult(equal={"torch": "2", "peft": "1"}), data=CheckResult(equal={"set": "a"}))
     assert differences([]) == differences([first, same]) == []
-    other = report("n3", versions=Outcome(equal={"torch": "3", "wandb": "1"}), data=Outcome(equal={}))
+    other = report("n3", versions=CheckResult(equal={"torch": "3", "wandb": "1"}), data=CheckResult(equal={}))
     assert differences([first, same, other]) == [
         ("n3", "torch is 3 here, but 2 on n1; make the nodes the same."),
         ("n3", "peft is missing here; n1 has it: install it."),
         ("n3", "wandb is installed here, not on n1."),
     ]
-    many = [report(host, versions=Outcome(equal={str(i): host for i in range(9)})) for host in ("n1", "n2")]
+    many = [report(host, versions=CheckResult(equal={str(i): host for i in range(9)})) for host in ("n1", "n2")]
     assert len(differences(many)) == 5 and differences(many)[-1][1] == "5 more of versions differ from n1."
 
 
 def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes of which the same is true share a line; paths are no markup; without rich the same is plain."""
     nodes = [
-        report(host, disk=Outcome(shown={"out": "/data/[red]x"}, wrong=["no room; make some."]))
+        report(host, disk=CheckResult(shown={"out": "/data/[red]x"}, wrong=["no room; make some."]))
         for host in ("n1", "n2")
     ]
     found = sentences(nodes)
@@ -182,7 +182,7 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 
 def test_a_driver_that_differs_is_a_warning() -> None:
-    nodes = [report(host, smi=Outcome(alike={"the GPU driver": host})) for host in ("n1", "n2")]
+    nodes = [report(host, smi=CheckResult(alike={"the GPU driver": host})) for host in ("n1", "n2")]
     assert differences(nodes) == []
     assert differences(nodes, doubtful=True) == [
         ("n2", "the GPU driver is n2 here, but n1 on n1; make the nodes the same.")
@@ -195,7 +195,7 @@ def test_nothing_of_a_file_moves_the_cursor(
     """Names of nodes, rows and sentences come from files and the environment."""
     monkeypatch.setenv("SOME_TOKEN", "very-secret")
     shown = {"NCCL_\x1b[2J": "eth0\nvery-secret"}
-    node = report("n\x1b1", use=Outcome(shown=shown, wrong=["key \x1b]0;x\x07 is unknown"]))
+    node = report("n\x1b1", use=CheckResult(shown=shown, wrong=["key \x1b]0;x\x07 is unknown"]))
     for _ in range(2):
         run.conclude([node], sentences([node]))
         output = capsys.readouterr().out
@@ -205,7 +205,7 @@ def test_nothing_of_a_file_moves_the_cursor(
 
 
 def test_report_survives_json() -> None:
-    first = report("n1", clock=Outcome({"a": "b"}, {"c": "d"}, ["e"], ["f"]))
+    first = report("n1", clock=CheckResult({"a": "b"}, {"c": "d"}, ["e"], ["f"]))
     assert Report.from_json(json.loads(json.dumps(first.to_json()))) == first
 
 
@@ -234,7 +234,7 @@ def test_torch_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(run.importlib, "import_module", broken)
-    assert run.examine(run.Asked(None, "", [])) == 1
+    assert run.examine(run.DoctorRequest(None, "", [])) == 1
     output = capsys.readouterr().out
     assert "torch cannot be imported (OSError: libcudart.so.12: cannot open shared object file)" in output
     assert "versions" in output and "TMPDIR" in output

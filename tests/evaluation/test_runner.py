@@ -47,17 +47,17 @@ def prompts(loaded: Any) -> list[Any]:
 
 
 def answers(loaded: Any, samples: Sequence[Any], geometry: str, batch_size: int) -> list[tuple[str, list[int], str]]:
-    config, model, front = loaded
-    loader = prompt_loader(samples, front, config.data, batch_size)
-    return list(generate_answers(model, loader, front.tokenizer, geometry, TOKENS, config.data.video_fps))
+    config, model, frontend = loaded
+    loader = prompt_loader(samples, frontend, config.data, batch_size)
+    return list(generate_answers(model, loader, frontend.tokenizer, geometry, TOKENS, config.data.video_fps))
 
 
 def test_without_geometry_it_is_stock_generation(loaded: Any, prompts: list[Any]) -> None:
-    config, model, front = loaded
+    config, model, frontend = loaded
     ours = [tokens for _, tokens, _ in answers(loaded, prompts, "zero", 4)]
-    end = front.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = frontend.tokenizer.convert_tokens_to_ids("<|im_end|>")
     stock = []
-    for batch in prompt_loader(prompts, front, config.data, 4):
+    for batch in prompt_loader(prompts, frontend, config.data, 4):
         output = model.vlm.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -82,8 +82,8 @@ def test_left_padding_changes_nothing(loaded: Any, prompts: list[Any], geometry:
 
 @torch.no_grad()
 def test_geometry_reaches_the_answer(loaded: Any, prompts: list[Any]) -> None:
-    _, model, front = loaded
-    (batch,) = prompt_loader(prompts, front, loaded[0].data, len(prompts))
+    _, model, frontend = loaded
+    (batch,) = prompt_loader(prompts, frontend, loaded[0].data, len(prompts))
     features = model.encode_3d(batch.visuals)
     assert model.merge(features).abs().max() > 1e-4, "the merger has left its zeros"
     assert model.merge_nothing(features) is None
@@ -124,17 +124,17 @@ def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: P
 
 def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: Path) -> None:
     scores = evaluate(trained, tmp_path, "zero", max_new_tokens=4, limit=2)
-    config, model, front = loaded
+    config, model, frontend = loaded
     samples = load_mixture(config.data, "val")
     lines = [json.loads(line) for line in (tmp_path / "predictions-scanrefer-zero.jsonl").read_text().splitlines()]
     assert (scores["samples"], scores["of"]) == (2, len(samples))
-    answerer = Answerer(model, front, config.data, "zero", samples, 2, 4)
+    answerer = Answerer(model, frontend, config.data, "zero", samples, 2, 4)
     assert lines == list(answerer.records(samples[:2]))
 
 
 def test_shuffled_geometry_is_another_rooms(loaded: Any, trained: Path, tmp_path: Path) -> None:
     """The training set has two rooms, the validation set one."""
-    _, model, front = loaded
+    _, model, frontend = loaded
     with pytest.raises(ValueError, match="at least two scenes with frames, but there are 1"):
         evaluate(trained, tmp_path, "shuffle", max_new_tokens=4)
     options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 4, "data": Path("prepared/scanrefer/train")}
@@ -143,7 +143,7 @@ def test_shuffled_geometry_is_another_rooms(loaded: Any, trained: Path, tmp_path
     whole = load_mixture(loaded[0].data, "train")
     assert (scores["samples"], scores["of"]) == (2, len(whole))
     lines = [json.loads(line) for line in (tmp_path / "predictions-scanrefer-shuffle.jsonl").read_text().splitlines()]
-    answerer = Answerer(model, front, loaded[0].data, "shuffle", whole, 2, 4)
+    answerer = Answerer(model, frontend, loaded[0].data, "shuffle", whole, 2, 4)
     assert lines == list(answerer.records(whole[:2]))
 
 

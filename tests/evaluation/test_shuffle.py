@@ -35,8 +35,10 @@ def rooms(samples: list[Any], text_samples: list[Any]) -> list[Any]:
     return [replace(each, scene_id=f"scene000{number}_00") for number, each in enumerate([*samples, text_samples[0]])]
 
 
-def test_2d_stays_and_geometry_is_the_partners(rooms: list[Any], front: Any, data_config: Callable[..., Any]) -> None:
-    plain = make_processor(front, data_config())
+def test_2d_stays_and_geometry_is_the_partners(
+    rooms: list[Any], frontend: Any, data_config: Callable[..., Any]
+) -> None:
+    plain = make_processor(frontend, data_config())
     shuffled = ShuffledGeometry(plain, rooms)
     assert set(shuffled.partner) == {room.scene_id for room in rooms[:3]}
     for room in rooms[:3]:
@@ -58,11 +60,11 @@ def test_2d_stays_and_geometry_is_the_partners(rooms: list[Any], front: Any, dat
     assert shuffled(rooms[3], False).geometry_images is None
 
 
-def test_the_batch_does_not_matter(rooms: list[Any], front: Any, data_config: Callable[..., Any]) -> None:
+def test_the_batch_does_not_matter(rooms: list[Any], frontend: Any, data_config: Callable[..., Any]) -> None:
     config = data_config()
-    shuffled = ShuffledGeometry(make_processor(front, config), rooms)
-    together = next(iter(prompt_loader(rooms[:3], front, config, 3, shuffled)))
-    alone = [batch for batch in prompt_loader(rooms[:3][::-1], front, config, 1, shuffled)][::-1]
+    shuffled = ShuffledGeometry(make_processor(frontend, config), rooms)
+    together = next(iter(prompt_loader(rooms[:3], frontend, config, 3, shuffled)))
+    alone = [batch for batch in prompt_loader(rooms[:3][::-1], frontend, config, 1, shuffled)][::-1]
     images = [batch.visuals.geometry_images[0] for batch in alone]
     assert all(torch.equal(a, b) for a, b in zip(together.visuals.geometry_images, images, strict=True))
     assert torch.equal(together.visuals.pixel_values, torch.cat([batch.visuals.pixel_values for batch in alone]))

@@ -102,9 +102,9 @@ class TestRuns:
         """The checkpoint of the same step, loaded without DeepSpeed, on the same samples."""
         assert runs["validated"][0]["error"] is None
         best = folder / "validated" / "checkpoints" / "best"
-        config, model, front = load_model(best)
-        validation = alone(config, front)
-        answers = generate_answers(model, validation.loader, front.tokenizer, "fused", TOKENS, config.data.video_fps)
+        config, model, frontend = load_model(best)
+        validation = alone(config, frontend)
+        answers = generate_answers(model, validation.loader, frontend.tokenizer, "fused", TOKENS, config.data.video_fps)
         texts = {identity: text for identity, _, text in answers}
         assert len(texts) == PICKED
         expected = computed(score([record_of(sample, texts[sample.id]) for sample in validation.samples]))
@@ -152,12 +152,12 @@ class TestRuns:
             assert runs[name][0]["updates"] == 0 and not (folder / name).exists()
 
 
-def alone(config: RunConfig, front: Any) -> InTraining:
+def alone(config: RunConfig, frontend: Any) -> InTraining:
     """As one rank would make it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validator.dist, "get_rank", lambda: 0)
         patch.setattr(validator.dist, "get_world_size", lambda: 1)
-        return InTraining(config, front, torch.device("cpu"))
+        return InTraining(config, frontend, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -186,52 +186,52 @@ def test_every_task_has_its_scores(mixed: list[Any]) -> None:
 
 
 def test_the_first_sets_task_decides(
-    mixed: list[Any], front: Any, data_config: Any, capsys: pytest.CaptureFixture[str]
+    mixed: list[Any], frontend: Any, data_config: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, seed=3))
-    assert alone(config, front).best_by == "scan2cap/CIDEr@0.5"
+    assert alone(config, frontend).best_by == "scan2cap/CIDEr@0.5"
     said = "validation: 5 samples (data.val holds fewer than train.eval_samples 64), best by scan2cap/CIDEr@0.5\n"
     assert said == capsys.readouterr().out
     other = replace(config, train=replace(config.train, best_by="scanrefer/mean_iou", eval_samples=4))
-    chosen = alone(other, front)
+    chosen = alone(other, frontend)
     assert chosen.best_by == "scanrefer/mean_iou" and len(chosen.samples) == 4
-    assert chosen.about != alone(config, front).about
+    assert chosen.about != alone(config, frontend).about
 
 
-def test_a_task_that_was_not_drawn_cannot_decide(mixed: list[Any], front: Any, data_config: Any) -> None:
+def test_a_task_that_was_not_drawn_cannot_decide(mixed: list[Any], frontend: Any, data_config: Any) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, eval_samples=1, seed=0))
     with pytest.raises(ValueError, match=r"best_by scan2cap/CIDEr@0\.5 is none .* raise train\.eval_samples"):
-        alone(config, front)
+        alone(config, frontend)
 
 
-def test_without_java_its_metrics_cannot_decide(mixed: list[Any], front: Any, data_config: Any) -> None:
+def test_without_java_its_metrics_cannot_decide(mixed: list[Any], frontend: Any, data_config: Any) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, best_by="scan2cap/METEOR@0.5"))
     with pytest.raises(ValueError, match=r"METEOR@0\.5 cannot be computed here; install Java"):
-        alone(config, front)
-    assert alone(replace(config, train=replace(config.train, best_by="scan2cap/CIDEr@0.5")), front).samples
+        alone(config, frontend)
+    assert alone(replace(config, train=replace(config.train, best_by="scan2cap/CIDEr@0.5")), frontend).samples
 
 
 def test_without_pycocoevalcap_captions_are_refused_at_once(
-    mixed: list[Any], front: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
+    mixed: list[Any], frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("bleu.bleu", "cider.cider", "rouge.rouge"):
         monkeypatch.setitem(sys.modules, f"pycocoevalcap.{module}", None)
     with pytest.raises(ValueError, match=r"pip install 'w2r2-ds\[metrics\]'"):
-        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
+        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
 
 
-def test_a_question_that_cannot_be_asked_is_refused_at_once(mixed: list[Any], front: Any, data_config: Any) -> None:
+def test_a_question_that_cannot_be_asked_is_refused_at_once(mixed: list[Any], frontend: Any, data_config: Any) -> None:
     """Not after the first `train.eval_every` steps, by one rank while the others wait for it."""
     mixed[1] = replace(mixed[1], question="What is <|im_end|> here?", what=(0, 4))
     with pytest.raises(ValueError, match=re.escape("<|im_end|>")):
-        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
+        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
 
 
 def test_a_validation_set_without_samples_is_refused(
-    front: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
+    frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validator, "load_mixture", lambda config, split: [])
     with pytest.raises(ValueError, match=r"data\.val holds no samples"):
-        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), front)
+        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
     with pytest.raises(ValueError, match=r"data\.val is empty"):
         RunConfig(data=data_config(val=[]), train=TrainConfig(eval_every=1))

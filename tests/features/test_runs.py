@@ -14,7 +14,7 @@ ONE_FILE = 8000 / 2**30
 """GiB, less than the 5 kB that the 2D features of both rooms need with what is reckoned for a header."""
 LOSSES = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused")
 EXACT = (*LOSSES, "grad_norm", "grad_norm_lora", "grad_norm_geometry", "geometry_norm")
-BOTH: dict[str, object] = {"data__cached": "geometry+2d"}
+BOTH: dict[str, object] = {"data__cached_features": "geometry+2d"}
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from w2r2_ds.evaluation.protocols.scan2cap import Caption, DescribedObject
-from w2r2_ds.evaluation.protocols.scanrefer import Description
+from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription
 
 Boxes = Mapping[str, Mapping[str, Sequence[float]]]
 """Scene -> object id -> ``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres."""
 
 
-def descriptions_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> list[Description]:
+def descriptions_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> list[ScoredDescription]:
     """ScanRefer's annotations, in order.
 
     Raises:
@@ -26,7 +26,7 @@ def descriptions_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> lis
     for number, entry in enumerate(entries):
         scene, identity, name = _object(entry, number)
         box = _box(boxes, scene, identity, number)
-        found.append(Description(scene, identity, name, str(_field(entry, "ann_id", number)), box))
+        found.append(ScoredDescription(scene, identity, name, str(_field(entry, "ann_id", number)), box))
     return found
 
 

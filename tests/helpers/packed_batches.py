@@ -24,14 +24,14 @@ def questions(sample: Any, count: int) -> list[Any]:
     return found
 
 
-def packed_of(front: Any, data_config: Callable[..., Any]) -> Callable[..., Any]:
+def packed_of(frontend: Any, data_config: Callable[..., Any]) -> Callable[..., Any]:
     """`batch_of` (tests/conftest.py) by the loader's own collation of training batches, which hears of packing."""
     from w2r2_ds.data.loader import make_collate, make_processor
 
     def make(chosen: Sequence[Any], with_prompts: bool = False, **changes: Any) -> Any:
         config = data_config(**changes)
-        processor = make_processor(front, config)
-        return make_collate(front, config, with_prompts)([processor(sample, True) for sample in chosen])
+        processor = make_processor(frontend, config)
+        return make_collate(frontend, config, with_prompts)([processor(sample, True) for sample in chosen])
 
     return make
 

@@ -55,7 +55,7 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
     reading = PUSH_TERMS[config.push]
     fused = hidden_states(model, batch, visual_tokens(model, batch, "features"))
     with torch.no_grad() if reading.blocked else nullcontext():
-        geometry = {"merged": "none", "features": "zeros"}[model.zero]
+        geometry = {"merged": "none", "features": "zeros"}[model.zero_geometry]
         short = hidden_states(model, batch, visual_tokens(model, batch, geometry))
         logits_short = model.base.lm_head(short[batch.answer_rows.sample, batch.answer_rows.position])
     rows = batch.answer_rows
@@ -79,7 +79,7 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
             where=rows.where[mine],
             cross_entropy=align[None],
             hinge=torch.tensor([max(0.0, s - config.mu)]),
-            lam=config.lam,
+            lambda_det=config.lambda_det,
             mu=config.mu,
             margin=config.margin,
             iou_margin=config.iou_margin,

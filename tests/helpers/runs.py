@@ -136,7 +136,7 @@ class Job:
     Attributes:
         name: of the run; its folder is named after it.
         arguments: of `launchers/train.py`, with ``--deepspeed``.
-        stop_after: optimizer steps after which to stop, without the schedule knowing.
+        stop_after: optimizer steps after which to stop, without the pass_order knowing.
         dry_run: False skips the dry run.
         nan_call: forward, from 1, in which rank 1's first sample gets a NaN loss; 0 for none.
         rewind: run, copy and step for `rewind`, done before the job.
@@ -215,7 +215,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
 
     from w2r2_ds.evaluation import validator
     from w2r2_ds.training import trainer
-    from w2r2_ds.training.checkpoint.ownership import Fence
+    from w2r2_ds.training.checkpoint.ownership import OwnershipToken
     from w2r2_ds.training.step import W2R2Step
 
     real_score = validator.score
@@ -256,7 +256,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
         what, step = job.disturb
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if content.step == step and what == "fenced" and dist.get_rank() == 0:
-            Fence.claim(config.out)
+            OwnershipToken.claim(config.out)
         if content.step == step and what == "full" and dist.get_rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # EFBIG; Python ignores SIGXFSZ
         try:

@@ -79,7 +79,7 @@ def work(folder: Path) -> None:
     import torch.distributed as dist
     from transformers.integrations import HfDeepSpeedConfig
 
-    from w2r2_ds.models.build import build_model, load_front
+    from w2r2_ds.models.build import build_model, load_frontend
     from w2r2_ds.training.deepspeed.config import resolve_ds_config
     from w2r2_ds.training.deepspeed.engine import make_engine
     from w2r2_ds.training.deepspeed.launch import skip_shm_build
@@ -89,15 +89,15 @@ def work(folder: Path) -> None:
     skip_shm_build()
     deepspeed.init_distributed()
     case, model_config, samples, ds_configs = pickle.loads((folder / "cases.pkl").read_bytes())
-    config, front = step_config(case, model_config), load_front(model_config)
-    (batch,) = batches_of(case, dist.get_rank(), samples, front, config)
+    config, frontend = step_config(case, model_config), load_frontend(model_config)
+    (batch,) = batches_of(case, dist.get_rank(), samples, frontend, config)
     found = {}
     for name, raw in ds_configs.items():
         sizes = {"global_batch": config.train.global_batch, "micro_batch": config.train.micro_batch}
         ds_config = resolve_ds_config(raw, path=name, world_size=2, bf16=False, **sizes)
         keep_alive = HfDeepSpeedConfig(ds_config)
         model = build_model(config.model, torch.device("cpu"), 1)
-        engine = make_engine(model, front, config, ds_config, torch.device("cpu"))
+        engine = make_engine(model, frontend, config, ds_config, torch.device("cpu"))
         del keep_alive
         for _ in range(STEPS):
             with watched(model) as seen:

@@ -33,7 +33,7 @@ class Case:
         objective, model, train: changes of the configuration.
         visual: images or video.
         steps: optimizer steps; gradients are those of the last, with a learning rate that moves nothing.
-        schedule: of the two passes; "single" leaves the shortcut's out, which then has the fused pass's states.
+        pass_order: of the two passes; "single" leaves the shortcut's out, which then has the fused pass's states.
         full: the language model's weights train, too.
         zero: changes of DeepSpeed's section `zero_optimization`.
     """
@@ -45,7 +45,7 @@ class Case:
     checkpointing: bool = False
     visual: str = "images"
     steps: int = 1
-    schedule: str = "auto"
+    pass_order: str = "auto"
     full: bool = False
     zero: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +63,7 @@ def step_config(case: Case, model_config: Any) -> Any:
             micro_batch=micro,
             global_batch=micro * len(case.ranks) * len(case.ranks[0]),
             activation_checkpointing=case.checkpointing,
-            schedule="auto" if case.schedule == "single" else case.schedule,  # type: ignore[arg-type]
+            pass_order="auto" if case.pass_order == "single" else case.pass_order,  # type: ignore[arg-type]
             lr=1e-30,
             merger_lr=1e-30,
             steps=10,
@@ -104,12 +104,12 @@ def similar(scale: dict[str, float]) -> Iterator[None]:
         Scorer.teacher = saved  # type: ignore[method-assign]
 
 
-def batches_of(case: Case, rank: int, samples: dict[str, Any], front: Any, config: Any) -> list[Any]:
+def batches_of(case: Case, rank: int, samples: dict[str, Any], frontend: Any, config: Any) -> list[Any]:
     """The micro-batches of a rank."""
     from w2r2_ds.data.loader import make_collate, make_processor
 
-    collate = make_collate(front, config.data, with_prompts=True)
-    processor = make_processor(front, config.data)
+    collate = make_collate(frontend, config.data, with_prompts=True)
+    processor = make_processor(frontend, config.data)
     return [collate([processor(samples[name], True) for name in names]) for names in case.ranks[rank]]
 
 
@@ -129,7 +129,7 @@ def whole_model(full: bool, **options: Any) -> Any:
     return model
 
 
-def whole_gradients(case: Case, config: Any, front: Any, samples: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def whole_gradients(case: Case, config: Any, frontend: Any, samples: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Gradients of the mean over all samples on one unsharded model, and the statistics of all batches."""
     import torch
 
@@ -140,14 +140,14 @@ def whole_gradients(case: Case, config: Any, front: Any, samples: dict[str, Any]
 
     model = whole_model(case.full, **vars(config.model))
     model.zero_grad()
-    tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
+    tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
     # Whole and without checkpointing, whatever the case does.
-    step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
-    if case.schedule == "single":
-        step.schedule = functools.partial(fused_alone, model)
+    step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
+    if case.pass_order == "single":
+        step.two_pass = functools.partial(fused_alone, model)
     stats = []
     for rank in range(len(case.ranks)):
-        for batch in batches_of(case, rank, samples, front, config):
+        for batch in batches_of(case, rank, samples, frontend, config):
             loss, sample_stats = step(batch)
             (loss / count(case)).backward()
             stats.append(sample_stats)
@@ -187,9 +187,9 @@ def scripted(case: Case, scale: dict[str, float] | None) -> contextlib.AbstractC
 def cached_front(vlm: str) -> Any:
     """Tokenizer and vision facts, the same for all cases."""
     from w2r2_ds.config.schema import ModelConfig
-    from w2r2_ds.models.build import load_front
+    from w2r2_ds.models.build import load_frontend
 
-    return load_front(ModelConfig(vlm=vlm))
+    return load_frontend(ModelConfig(vlm=vlm))
 
 
 def count(case: Case) -> int:
@@ -198,7 +198,7 @@ def count(case: Case) -> int:
 
 
 def sharded_gradients(
-    case: Case, config: Any, front: Any, samples: dict[str, Any], ds_config: dict[str, Any]
+    case: Case, config: Any, frontend: Any, samples: dict[str, Any], ds_config: dict[str, Any]
 ) -> tuple[dict[str, Any], Any, dict[str, float], Any, list[int]]:
     """The same under ZeRO-3 by the production code: gradients, this rank's statistics, group norms, a gap reading.
 
@@ -219,11 +219,11 @@ def sharded_gradients(
     awaken(model)  # what trains is whole until the engine takes it
     if case.full:
         unfreeze(model)
-    engine = make_engine(model, front, config, ds_config, device)
-    if case.schedule == "single":
-        engine.module.schedule = functools.partial(fused_alone, model)
+    engine = make_engine(model, frontend, config, ds_config, device)
+    if case.pass_order == "single":
+        engine.module.two_pass = functools.partial(fused_alone, model)
     del keep_alive
-    batches = batches_of(case, dist.get_rank(), samples, front, config)
+    batches = batches_of(case, dist.get_rank(), samples, frontend, config)
     scale = len(batches) * world / count(case)
     for step in range(case.steps):
         say(f"step {step} of {case.name}")
@@ -242,7 +242,7 @@ def sharded_gradients(
     if case.objective.get("gap_every"):
         from w2r2_ds.training.decode_gap import DecodeGap
 
-        reading = DecodeGap(list(samples.values())[:3], front, config, device).measure(engine)
+        reading = DecodeGap(list(samples.values())[:3], frontend, config, device).measure(engine)
     engine.destroy()
     return gradients, torch.cat(stats), norms, reading, sorted(set(counts.layers.values()))
 
@@ -263,13 +263,13 @@ def compare(
     from w2r2_ds.training.deepspeed.config import resolve_ds_config
 
     config = step_config(case, model_config)
-    front = cached_front(config.model.vlm)
+    frontend = cached_front(config.model.vlm)
     sizes = {"global_batch": config.train.global_batch, "micro_batch": config.train.micro_batch}
     ds_config = ds_config | {"zero_optimization": ds_config["zero_optimization"] | case.zero}
     resolved = resolve_ds_config(
         ds_config, path="zero3_cases.py", world_size=dist.get_world_size(), bf16=False, **sizes
     )
-    actual, stats, norms, gap, gathered_so_often = sharded_gradients(case, config, front, samples, resolved)
+    actual, stats, norms, gap, gathered_so_often = sharded_gradients(case, config, frontend, samples, resolved)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, stats)
     assert actual.keys() == expected.keys()

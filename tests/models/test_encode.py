@@ -19,14 +19,14 @@ from w2r2_ds.evaluation.runner import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.features.lookup import flush
 from w2r2_ds.features.store import Cache
-from w2r2_ds.models.build import Front, build_model
+from w2r2_ds.models.build import VlmFrontend, build_model
 from w2r2_ds.models.encode import missing_2d
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.cache_stats import cache_use, describe_cache
 from w2r2_ds.training.throughput import geometry_flops, tower_flops
 
-BOTH: dict[str, Any] = {"cached": "geometry+2d"}
+BOTH: dict[str, Any] = {"cached_features": "geometry+2d"}
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def models(model_config: ModelConfig) -> dict[str, W2R2]:
 
 
 @pytest.fixture
-def loaded(front: Front, model_config: ModelConfig, data_config: Any, tmp_path: Path) -> Callable[..., Any]:
+def loaded(frontend: VlmFrontend, model_config: ModelConfig, data_config: Any, tmp_path: Path) -> Callable[..., Any]:
     """`loaded(samples, dtype, **changes)`: a training batch as a loader makes it, with a cache in the test's folder."""
 
     def make(chosen: Sequence[Any], dtype: Any = "float32", cached: str = "geometry", **changes: Any) -> Any:
-        config = data_config(**{"cache": str(tmp_path / "cache"), "cached": cached, **changes})
-        with_cache = replace(front, cache=open_cache(config, replace(model_config, dtype=dtype)))
+        config = data_config(**{"cache": str(tmp_path / "cache"), "cached_features": cached, **changes})
+        with_cache = replace(frontend, cache=open_cache(config, replace(model_config, dtype=dtype)))
         processor = make_processor(with_cache, config)
         return make_collate(with_cache, config, False)([processor(sample, True) for sample in chosen])
 
@@ -214,7 +214,7 @@ def test_a_rank_calls_the_tower_as_often_as_the_one_that_lacks_most(
 
 def test_loader_processes_look_things_up(
     samples: list[Any],
-    front: Front,
+    frontend: VlmFrontend,
     model_config: ModelConfig,
     models: dict[str, W2R2],
     data_config: Any,
@@ -222,8 +222,8 @@ def test_loader_processes_look_things_up(
 ) -> None:
     """Features come through shared memory as they are."""
     model = models["float32"]
-    config: DataConfig = data_config(cache=str(tmp_path), cached="geometry+2d", workers=2)
-    with_cache = replace(front, cache=open_cache(config, model_config))
+    config: DataConfig = data_config(cache=str(tmp_path), cached_features="geometry+2d", workers=2)
+    with_cache = replace(frontend, cache=open_cache(config, model_config))
     made = []
     for _ in range(2):
         made.append([])
@@ -261,11 +261,11 @@ def test_a_frame_that_is_replaced_while_it_is_read_is_read_again(
 
 
 def test_the_geometry_swap_neither_reads_nor_keeps_anything(
-    samples: list[Any], front: Front, model_config: ModelConfig, data_config: Any, tmp_path: Path
+    samples: list[Any], frontend: VlmFrontend, model_config: ModelConfig, data_config: Any, tmp_path: Path
 ) -> None:
     rooms = [replace(sample, scene_id=f"scene000{index}_00") for index, sample in enumerate(samples[:2])]
     config = data_config(cache=str(tmp_path))
-    asking = replace(front, cache=open_cache(config, model_config))
+    asking = replace(frontend, cache=open_cache(config, model_config))
     with pytest.raises(AssertionError, match="asks no cache"):
         ShuffledGeometry(make_processor(asking, config), rooms)(rooms[0], False)
     features = ShuffledGeometry(make_processor(replace(asking, cache=None), config), rooms)(rooms[0], False)
@@ -274,7 +274,7 @@ def test_the_geometry_swap_neither_reads_nor_keeps_anything(
 
 def test_an_evaluation_is_served_and_a_swap_is_not(
     samples: list[Any],
-    front: Front,
+    frontend: VlmFrontend,
     model_config: ModelConfig,
     models: dict[str, W2R2],
     data_config: Any,
@@ -289,8 +289,8 @@ def test_an_evaluation_is_served_and_a_swap_is_not(
     model.merge = lambda features: (given.append(features), real(features))[1]  # type: ignore[method-assign]
 
     def answered(geometry: str, folder: str) -> tuple[list[Any], list[torch.Tensor]]:
-        config = data_config(cache=folder, cached="geometry+2d")
-        asking = replace(front, cache=open_cache(config, model_config))
+        config = data_config(cache=folder, cached_features="geometry+2d")
+        asking = replace(frontend, cache=open_cache(config, model_config))
         given.clear()
         records = list(Answerer(model, asking, config, geometry, rooms, 2, 3).records(rooms))
         flush()

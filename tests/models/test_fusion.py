@@ -328,7 +328,7 @@ def test_zeroed_features_are_the_mergers_answer_to_zeros(
     model_config: Any, batch_of: Any, samples: list[Any], name: str
 ) -> None:
     batch = batch_of(samples[:2])
-    model = composed(model_config, name, zero="features")
+    model = composed(model_config, name, zero_geometry="features")
     tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
     torch.nn.init.normal_(model.geometry_merger.mlp[2].bias)
     silent = model.merge_nothing(features)

@@ -40,8 +40,8 @@ def mixed(batch_of: Any, samples: list[Any]) -> Any:
 
 
 @pytest.fixture
-def token(front: Any) -> Callable[[str], int]:
-    return front.tokenizer.convert_tokens_to_ids
+def token(frontend: Any) -> Callable[[str], int]:
+    return frontend.tokenizer.convert_tokens_to_ids
 
 
 def sure(labels: Tensor, vocabulary: int) -> Tensor:

@@ -35,7 +35,7 @@ class Total:
 
 
 @pytest.fixture
-def total(batch_of: Any, tables: Any, front: Any) -> Callable[..., Total]:
+def total(batch_of: Any, tables: Any, frontend: Any) -> Callable[..., Total]:
     """`total(samples, sure=30.0, batch=None, **objective)`: passes made of noise that depends on the sample alone.
 
     The fused pass leans towards the label; the shortcut is certain of it (`sure` > 0) or of anything else.
@@ -59,7 +59,7 @@ def total(batch_of: Any, tables: Any, front: Any) -> Callable[..., Total]:
             inputs += [logits.requires_grad_(), torch.cat(states).requires_grad_()]
         fused, fused_states, short, short_states = inputs
         config = ObjectiveConfig(**changes)
-        scorer = Scorer(tables, front.tokenizer, config)
+        scorer = Scorer(tables, frontend.tokenizer, config)
         asks = PUSH_TERMS[config.push].states
         shortcut = read_shortcut(Outputs(short, short_states if asks else None), batch, config, scorer)
         loss, stats = w2r2_loss(Outputs(fused, fused_states if asks else None), shortcut, batch, config, scorer)
@@ -81,7 +81,7 @@ def test_no_gradient_reaches_the_shortcut(samples: list[Any], total: Callable[..
 
 @pytest.mark.parametrize(
     ("push", "changes"),
-    [(push, {"lam": 0.0}) for push in PUSH_TERMS]
+    [(push, {"lambda_det": 0.0}) for push in PUSH_TERMS]
     + [(push, changes) for push in GATED for changes in ({"mu": 0.999}, {"sure": -30.0})],
 )
 def test_equal_to_none(samples: list[Any], total: Callable[..., Total], push: str, changes: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.config.schema import ObjectiveConfig
-from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States, find_reading
+from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States, find_push_term
 from w2r2_ds.objective.reductions import mean_per_sample
 
 GATED = [name for name, reading in PUSH_TERMS.items() if reading.gated]
@@ -50,7 +50,7 @@ def inputs() -> PushInputs:
         where=torch.tensor([False, True, True, True, False, True]),
         cross_entropy=mean_per_sample(-log_p[at, label], sample, 4, torch.ones(6, dtype=torch.bool)),
         hinge=torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64),
-        lam=1.5,
+        lambda_det=1.5,
         mu=0.7,
         margin=1.0,
         iou_margin=0.1,
@@ -119,12 +119,14 @@ def test_every_reading_has_hand_values_a_docstring_and_a_place_in_the_help() -> 
     assert set(PUSH_TERMS) == set(HAND)
     for name, reading in PUSH_TERMS.items():
         assert reading.term.__name__ == name and reading.term.__doc__
-        assert name in (ObjectiveConfig.__doc__ or "").split("lam:")[0].replace(",", " ").replace(".", " ").split()
+        assert (
+            name in (ObjectiveConfig.__doc__ or "").split("lambda_det:")[0].replace(",", " ").replace(".", " ").split()
+        )
 
 
 def test_an_unknown_reading_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^objective\.push is 'marign'; it must be one of none, literal, .*poe"):
-        find_reading("marign")
+        find_push_term("marign")
 
 
 @pytest.mark.parametrize("name", PUSH_TERMS)
@@ -152,7 +154,7 @@ def test_gradient_against_finite_differences(inputs: PushInputs, name: str) -> N
 @pytest.mark.parametrize("name", PUSH_TERMS)
 def test_nothing_without_weight(inputs: PushInputs, name: str) -> None:
     leaves = leaves_of(inputs)
-    values = PUSH_TERMS[name].term(differentiable(replace(inputs, lam=0.0), leaves))
+    values = PUSH_TERMS[name].term(differentiable(replace(inputs, lambda_det=0.0), leaves))
     assert values.tolist() == [0.0] * 4
     gradients = torch.autograd.grad((values + 0 * leaves[0].sum()).sum(), leaves, allow_unused=True)
     assert all(not g.any() for g in gradients if g is not None)
@@ -212,7 +214,7 @@ def cast(inputs: Any, dtype: torch.dtype) -> Any:
 
 def test_the_hinge_bounds_downweight(inputs: PushInputs) -> None:
     """At the most the whole sample is forgotten, never learned backwards."""
-    heavy = replace(inputs, lam=50.0)
+    heavy = replace(inputs, lambda_det=50.0)
     total = inputs.cross_entropy + PUSH_TERMS["downweight"].term(heavy)
     assert total.tolist() == pytest.approx([0.0, 0.0, 0.0, LN2])
 

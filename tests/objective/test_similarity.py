@@ -1,4 +1,4 @@
-"""Reading numbers off teacher-forced predictions, and the similarity of what was read."""
+"""PushTerm numbers off teacher-forced predictions, and the similarity of what was read."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def batch(batch_of: Any, samples: list[Any]) -> Any:
 
 
 @pytest.fixture
-def change(front: Any, batch: Any) -> Any:
+def change(frontend: Any, batch: Any) -> Any:
     """`change(sample, number, position, token)`: predictions equal to the labels but for one token of a number."""
 
     def predict(sample: int, number: int, position: int, token: str) -> torch.Tensor:
         predicted = batch.answer_rows.label.clone()
         row = batch.answer_rows.number[sample, number]
         after = int(row[row >= 0][-1]) + 1
-        index = front.tokenizer.convert_tokens_to_ids(token)
+        index = frontend.tokenizer.convert_tokens_to_ids(token)
         assert index is not None
         predicted[int(row[position]) if position < int((row >= 0).sum()) else after] = index
         return predicted
@@ -103,31 +103,31 @@ def test_one_wrong_token(
     assert torch.equal(numbers, read_numbers(batch.answer_rows.label, batch.answer_rows, tables))
 
 
-def test_later_digits_do_not_count_after_a_wrong_one(batch: Any, tables: Any, change: Any, front: Any) -> None:
+def test_later_digits_do_not_count_after_a_wrong_one(batch: Any, tables: Any, change: Any, frontend: Any) -> None:
     """2.98 for 3.02: of the tokens 2 . 9 8 only the first is believed, the others were conditioned on the 3."""
     rows = batch.answer_rows
     predicted = change(0, 3, 0, "2")
     for position, token in ((2, "9"), (3, "8")):
-        predicted[rows.number[0, 3, position]] = front.tokenizer.convert_tokens_to_ids(token)
+        predicted[rows.number[0, 3, position]] = frontend.tokenizer.convert_tokens_to_ids(token)
     assert float(read_numbers(predicted, rows, tables)[0, 3]) == 2.5
 
 
-def test_wrong_signs(batch: Any, tables: Any, front: Any) -> None:
+def test_wrong_signs(batch: Any, tables: Any, frontend: Any) -> None:
     rows = batch.answer_rows
-    minus, space = front.tokenizer.convert_tokens_to_ids("-"), front.tokenizer.convert_tokens_to_ids("Ġ")
+    minus, space = frontend.tokenizer.convert_tokens_to_ids("-"), frontend.tokenizer.convert_tokens_to_ids("Ġ")
     predicted = rows.label.clone()
     predicted[rows.lead[0, X]], predicted[rows.lead[0, 7]], predicted[rows.lead[0, 2]] = space, space, minus
     numbers = read_numbers(predicted, rows, tables)
     assert numbers[0, [X, 7, 2]].tolist() == pytest.approx([0.63, 2.32, -12.4])
 
 
-def test_any_end_of_a_number_is_right(batch: Any, tables: Any, front: Any) -> None:
+def test_any_end_of_a_number_is_right(batch: Any, tables: Any, frontend: Any) -> None:
     """What follows a number is not its own: another comma or bracket does not change it."""
     rows = batch.answer_rows
     labels = read_numbers(rows.label, rows, tables)
     for token in ("]", "}", "<|im_end|>", "."):
         predicted = rows.label.clone()
-        predicted[rows.number.amax(-1).flatten() + 1] = front.tokenizer.convert_tokens_to_ids(token)
+        predicted[rows.number.amax(-1).flatten() + 1] = frontend.tokenizer.convert_tokens_to_ids(token)
         signs = read_numbers(predicted, rows, tables).abs() == labels.abs()
         assert signs.all()
 
@@ -158,11 +158,11 @@ def iou_with_target(world: np.ndarray, sample: Any) -> float:
     return float(box_iou(torch.from_numpy(world)[None], torch.from_numpy(sample.target.box)[None]))
 
 
-def test_invalid_answers_have_similarity_zero(batch_of: Any, samples: list[Any], tables: Any, front: Any) -> None:
+def test_invalid_answers_have_similarity_zero(batch_of: Any, samples: list[Any], tables: Any, frontend: Any) -> None:
     """A frame that only a longer sample has, one that none has, a size of zero, a negative size."""
     batch = batch_of([samples[1], samples[2]])
     rows = batch.answer_rows
-    token = front.tokenizer.convert_tokens_to_ids
+    token = frontend.tokenizer.convert_tokens_to_ids
     cases = []
     for row, text in (
         (rows.number[0, FRAME, 0], "7"),
@@ -199,7 +199,7 @@ def mixed(batch_of: Any, samples: list[Any]) -> Any:
 
 
 def test_samples_without_number_slots_have_none_and_disturb_none(
-    mixed: Any, batch_of: Any, samples: list[Any], tables: Any, front: Any
+    mixed: Any, batch_of: Any, samples: list[Any], tables: Any, frontend: Any
 ) -> None:
     """Row 0, to which absent numbers point, is the caption's: whatever is predicted there is no number."""
     rows = mixed.answer_rows
@@ -209,7 +209,7 @@ def test_samples_without_number_slots_have_none_and_disturb_none(
     assert labels[1] == alone[0] > 0.95
     for text in ("9", "-", ".", ","):
         predicted = rows.label.clone()
-        predicted[rows.sample != 1] = front.tokenizer.convert_tokens_to_ids(text)
+        predicted[rows.sample != 1] = frontend.tokenizer.convert_tokens_to_ids(text)
         numbers = read_numbers(predicted, rows, tables)
         assert not numbers[[0, 2]].any() and numbers[1].any()
         s, valid = grounding_similarity(predicted, mixed, tables)
@@ -267,18 +267,18 @@ def test_teacher_forced_and_decoded_agree_on_right_answers(batch_of: Any, sample
     torch.testing.assert_close(teacher, decoded, atol=1e-12, rtol=0)
 
 
-def test_texts_of_teacher_forced_predictions(mixed: Any, front: Any) -> None:
+def test_texts_of_teacher_forced_predictions(mixed: Any, frontend: Any) -> None:
     def decode(tokens: list[int]) -> str:
-        return front.tokenizer.decode(tokens, skip_special_tokens=True)
+        return frontend.tokenizer.decode(tokens, skip_special_tokens=True)
 
     rows = mixed.answer_rows
     assert read_texts(rows.label, mixed, decode) == ["7 red chairs.", "", "brown"]
     wrong = rows.label.clone()
-    wrong[0] = front.tokenizer.convert_tokens_to_ids("2")
-    wrong[(rows.sample == 2).nonzero()[0]] = front.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    wrong[0] = frontend.tokenizer.convert_tokens_to_ids("2")
+    wrong[(rows.sample == 2).nonzero()[0]] = frontend.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert read_texts(wrong, mixed, decode) == ["2 red chairs.", "", ""]
     longer = rows.label.clone()
-    longer[(rows.sample == 2).nonzero()[-1]] = front.tokenizer.convert_tokens_to_ids(".")
+    longer[(rows.sample == 2).nonzero()[-1]] = frontend.tokenizer.convert_tokens_to_ids(".")
     assert read_texts(longer, mixed, decode)[2] == "brown."
 
 

@@ -16,7 +16,7 @@ from w2r2_ds.training.step import W2R2Step
 
 
 @pytest.fixture
-def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
+def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2R2Step]:
     """`make_step(push=..., of the objective; lora_dropout=..., of the model)`: LoRA and merger that do something."""
 
     def make(fresh: bool = False, **changes: Any) -> W2R2Step:
@@ -32,7 +32,7 @@ def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2S
                     parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
                 if "geometry_merger.mlp" in name:
                     parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        return W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+        return W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
 
     return make
 

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
-from w2r2_ds.models.build import build_model, load_front, trainable
+from w2r2_ds.models.build import build_model, load_frontend, trainable
 from w2r2_ds.models.forward_override import bound
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
@@ -40,12 +40,12 @@ def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_co
     sizes = {"hidden": 64, "intermediate": 256, "vision_hidden": 32, "vision_depth": 2}
     build_tiny_vlm(folder / "vlm", texts, 3, layers=LAYERS, **sizes)
     model = replace(model_config, vlm=str(folder / "vlm"), lora_dropout=0.1)
-    front, batch = load_front(model), batch_of(samples)
+    frontend, batch = load_frontend(model), batch_of(samples)
     config = RunConfig(model=model, objective=ObjectiveConfig(mu=0.0))
     composed = build_model(model, torch.device("cpu"), 1)
     composed.base.enable_input_require_grads()
-    tables = token_tables(front.tokenizer, composed.base.config.get_text_config().vocab_size)
-    step = W2R2Step(composed, config, Scorer(tables, front.tokenizer, config.objective)).train()
+    tables = token_tables(frontend.tokenizer, composed.base.config.get_text_config().vocab_size)
+    step = W2R2Step(composed, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
     return {name: one_step(step, batch, mode) for name, mode in MODES.items()}, batch.input_ids.numel()
 
 

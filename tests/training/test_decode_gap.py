@@ -37,7 +37,7 @@ class Engine:
 @pytest.mark.parametrize("wanted", [2, 3, 50])
 def test_means_over_the_same_samples_on_any_number_of_ranks(
     samples: list[Any],
-    front: Any,
+    frontend: Any,
     data_config: Any,
     monkeypatch: pytest.MonkeyPatch,
     world: int,
@@ -53,7 +53,7 @@ def test_means_over_the_same_samples_on_any_number_of_ranks(
     engines, shares = [Engine() for _ in range(world)], []
     for rank in range(world):
         monkeypatch.setattr(decode_gap.dist, "get_rank", lambda rank=rank: rank)
-        shares.append(DecodeGap(samples, front, config, torch.device("cpu")).measure(engines[rank]))
+        shares.append(DecodeGap(samples, frontend, config, torch.device("cpu")).measure(engines[rank]))
         assert engines[rank].training
     assert len({len(engine.seen) for engine in engines}) == 1
     order = torch.randperm(3, generator=torch.Generator().manual_seed(3)).tolist()[:wanted]

@@ -10,21 +10,21 @@ import pytest
 
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
 from w2r2_ds.training import hinge_monitor
-from w2r2_ds.training.hinge_monitor import PATIENCE, HingeWatch
+from w2r2_ds.training.hinge_monitor import PATIENCE, HingeMonitor
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> HingeWatch:
+def watch(monkeypatch: pytest.MonkeyPatch) -> HingeMonitor:
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
-    return HingeWatch(0, RunConfig(objective=ObjectiveConfig(mu=0.9)))
+    return HingeMonitor(0, RunConfig(objective=ObjectiveConfig(mu=0.9)))
 
 
-def see(watch: HingeWatch, steps: int, above: float = 0.0) -> None:
+def see(watch: HingeMonitor, steps: int, above: float = 0.0) -> None:
     for step in range(steps):
         watch.see({"above_mu": above, "s_short": 0.25 + 0.001 * step})
 
 
-def test_it_speaks_after_its_patience_and_not_again(watch: HingeWatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_speaks_after_its_patience_and_not_again(watch: HingeMonitor, capsys: pytest.CaptureFixture[str]) -> None:
     see(watch, PATIENCE - 1)
     assert capsys.readouterr().out == ""
     see(watch, PATIENCE)
@@ -35,13 +35,13 @@ def test_it_speaks_after_its_patience_and_not_again(watch: HingeWatch, capsys: p
         assert part in out
 
 
-def test_a_short_run_is_warned_of_at_its_end(watch: HingeWatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_run_is_warned_of_at_its_end(watch: HingeMonitor, capsys: pytest.CaptureFixture[str]) -> None:
     see(watch, 3)
     watch.end()
     assert "in 3 steps" in capsys.readouterr().out
 
 
-def test_one_active_sample_is_enough(watch: HingeWatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_active_sample_is_enough(watch: HingeMonitor, capsys: pytest.CaptureFixture[str]) -> None:
     see(watch, 3)
     watch.see({"above_mu": 0.01, "s_short": 0.3})
     see(watch, PATIENCE)
@@ -59,26 +59,26 @@ def test_a_resumed_run_remembers(
         lines[10]["above_mu"] = acted
         lines[55]["above_mu"] = 1.0
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        watch = HingeWatch(50, RunConfig(out=str(tmp_path)))
+        watch = HingeMonitor(50, RunConfig(out=str(tmp_path)))
         see(watch, 50)
         assert (f"in {PATIENCE} steps" in capsys.readouterr().out) == (acted == 0.0)
 
 
-@pytest.mark.parametrize("changes", [{"push": "poe"}, {"push": "none"}, {"lam": 0.0}])
+@pytest.mark.parametrize("changes", [{"push": "poe"}, {"push": "none"}, {"lambda_det": 0.0}])
 def test_what_h_does_not_gate_is_not_watched(
     changes: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
-    watch = HingeWatch(0, RunConfig(objective=ObjectiveConfig(**changes)))
+    watch = HingeMonitor(0, RunConfig(objective=ObjectiveConfig(**changes)))
     see(watch, PATIENCE)
     watch.end()
     assert capsys.readouterr().out == ""
 
 
 def test_other_ranks_and_runs_without_a_step_are_silent(
-    watch: HingeWatch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    watch: HingeMonitor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch.end()
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 1)
-    see(HingeWatch(0, RunConfig()), PATIENCE)
+    see(HingeMonitor(0, RunConfig()), PATIENCE)
     assert capsys.readouterr().out == ""

@@ -24,17 +24,17 @@ REL = 1e-5
 
 
 @pytest.fixture(scope="module")
-def pack(front: Any, data_config: Any) -> Callable[..., Any]:
-    return packed_of(front, data_config)
+def pack(frontend: Any, data_config: Any) -> Callable[..., Any]:
+    return packed_of(frontend, data_config)
 
 
 @pytest.fixture
-def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
-    """`make_step(full, schedule, checkpointing, **of the objective)`: for packed batches, with weights that matter."""
+def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2R2Step]:
+    """`make_step(full, pass_order, checkpointing, **of the objective)`: for packed batches, with weights that matter."""
 
-    def make(full: bool = False, schedule: Any = "auto", checkpointing: bool = False, **changes: Any) -> W2R2Step:
+    def make(full: bool = False, pass_order: Any = "auto", checkpointing: bool = False, **changes: Any) -> W2R2Step:
         objective = ObjectiveConfig(**{"mu": 0.0} | changes)
-        config = RunConfig(model=model_config, objective=objective, train=TrainConfig(schedule=schedule))
+        config = RunConfig(model=model_config, objective=objective, train=TrainConfig(pass_order=pass_order))
         model = build_model(config.model, torch.device("cpu"), seed=1)
         use_scene_split(model.base)
         generator = torch.Generator().manual_seed(2)
@@ -44,7 +44,7 @@ def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2S
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         if full:
             model.base.model.language_model.requires_grad_(True)
-        step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+        step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
         if checkpointing:
             recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
             model.base.enable_input_require_grads()
@@ -113,7 +113,7 @@ def test_questions_about_one_scene(
 
 
 @pytest.mark.parametrize(
-    ("push", "schedule", "visual"),
+    ("push", "pass_order", "visual"),
     [
         ("margin", "lockstep", "images"),
         ("representation", "lockstep", "video"),
@@ -131,13 +131,13 @@ def test_several_scenes_and_tasks(
     answer_sample: Any,
     solved: None,
     push: str,
-    schedule: str,
+    pass_order: str,
     visual: str,
 ) -> None:
     """Questions of two scenes in turn, a caption, an answer, text alone; checkpointed, with states of *what* rows."""
     first, second = questions(samples[0], 3), questions(samples[1], 2)
     chosen = [first[0], second[0], answer_sample, text_samples[1], first[1], caption_sample, second[1], first[2]]
-    step = make_step(schedule=schedule, checkpointing=True, push=push, mu=0.001, cosine=-0.2, margin=30.0)
+    step = make_step(pass_order=pass_order, checkpointing=True, push=push, mu=0.001, cosine=-0.2, margin=30.0)
     packed = pack(chosen, questions_per_scene=4, visual=visual)
     assert_as_alone(step, packed, [batch_of([sample], visual=visual) for sample in chosen])
 
@@ -147,7 +147,7 @@ def test_samples_of_unequal_length_without_padding(
 ) -> None:
     """Plain packing: nothing is shared, two samples about the same frames included; masks of 2D tokens are the same."""
     chosen = [*samples, *questions(samples[0], 1), caption_sample]
-    step = make_step(push="poe", mask2d=0.4)
+    step = make_step(push="poe", visual_mask_ratio=0.4)
     packed = pack(chosen, packing=True)
     assert [len(group) for group in packed.layout.spans[0]] == [2] * 5 and len(packed.visuals.ids) == 5
     assert_as_alone(step, packed, [batch_of([sample]) for sample in chosen])
@@ -215,5 +215,5 @@ def test_a_sample_does_not_feel_its_neighbours(
 def test_the_host_waits_for_nothing(
     make_step: Callable[..., W2R2Step], pack: Callable[..., Any], samples: list[Any]
 ) -> None:
-    step, batch = make_step(schedule="lockstep", push="poe"), pack(questions(samples[0], 4), questions_per_scene=4)
+    step, batch = make_step(pass_order="lockstep", push="poe"), pack(questions(samples[0], 4), questions_per_scene=4)
     assert not host_reads(lambda: step(batch)[0].backward())

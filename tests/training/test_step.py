@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_those_of_two_plain_passes(
 ) -> None:
     # No option at its default, so that each of them is heard.
     mu = 0.001 if push == "unblocked" else 0.65
-    step = make_step(push=push, zero=zero, lam=1.2, mu=mu, margin=30.0, iou_margin=0.3, cosine=-0.2)
+    step = make_step(push=push, zero_geometry=zero, lambda_det=1.2, mu=mu, margin=30.0, iou_margin=0.3, cosine=-0.2)
     batch = in_a_large_box(batch_of(samples, visual=visual))
     loss, stats = step(batch)
     ours = gradients(step, loss)
@@ -129,7 +129,7 @@ def test_shortcut_is_the_stock_model(
 def test_zeroed_features_still_pass_the_merger(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
-    step = make_step(zero="features")
+    step = make_step(zero_geometry="features")
     batch = batch_of(samples[:1])
     features = step.model.encode_3d(batch.visuals)
     merged = step.model.merge_nothing(features)
@@ -138,7 +138,7 @@ def test_zeroed_features_still_pass_the_merger(
     torch.testing.assert_close(merged, silent.expand_as(merged))
     visual = step.model.encode_2d(batch.visuals)
     biased = shortcut_of(step, batch, visual, features).label_log_p
-    step.model.zero = "merged"
+    step.model.zero_geometry = "merged"
     assert not torch.allclose(biased, shortcut_of(step, batch, visual, features).label_log_p)
 
 
@@ -312,7 +312,7 @@ def test_a_batch_without_frames_has_an_exact_zero_for_the_geometry(
 def test_masking_2d_tokens_is_for_the_fused_pass_in_training(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
-    plain, masked = make_step(push="none"), make_step(push="none", mask2d=0.5)
+    plain, masked = make_step(push="none"), make_step(push="none", visual_mask_ratio=0.5)
     batch = batch_of(samples)
     torch.manual_seed(0)
     ours, theirs = masked(batch)[1], plain(batch)[1]

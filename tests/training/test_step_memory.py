@@ -59,18 +59,20 @@ def deep(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_con
     return {layers: replace(model_config, vlm=str(folder / str(layers))) for layers in (LAYERS - 1, LAYERS)}
 
 
-def peak(model_config: Any, front: Any, batch: Any, checkpointing: bool, schedule: str, push: str = "margin") -> int:
+def peak(
+    model_config: Any, frontend: Any, batch: Any, checkpointing: bool, pass_order: str, push: str = "margin"
+) -> int:
     """Bytes that forward and backward of a step have alive at their worst moment."""
-    train = TrainConfig(schedule="auto" if schedule == "single" else schedule)  # type: ignore[arg-type]
+    train = TrainConfig(pass_order="auto" if pass_order == "single" else pass_order)  # type: ignore[arg-type]
     config = RunConfig(model=model_config, objective=ObjectiveConfig(push=push, mu=0.0), train=train)
     model = build_model(model_config, torch.device("cpu"), 1)
     model.base.enable_input_require_grads()
-    tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
-    step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+    tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
+    step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
     if checkpointing:
         recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
-    if schedule == "single":
-        step.schedule = functools.partial(fused_alone, model)
+    if pass_order == "single":
+        step.two_pass = functools.partial(fused_alone, model)
     step(batch)[0].backward()  # gradients and lazily made buffers are there from now on
     with Living() as living:
         step(batch)[0].backward()
@@ -87,19 +89,21 @@ def test_the_tracker_counts_what_lives() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_shortcut_adds_at_most_a_twentieth(
-    deep: dict[int, Any], front: Any, batch_of: Any, samples: list[Any], checkpointing: bool
+    deep: dict[int, Any], frontend: Any, batch_of: Any, samples: list[Any], checkpointing: bool
 ) -> None:
     batch = batch_of(samples * 2)
-    single = peak(deep[LAYERS], front, batch, checkpointing, "single")
+    single = peak(deep[LAYERS], frontend, batch, checkpointing, "single")
     # Without checkpointing a layer keeps everything for its backward pass; with it, only its input.
-    full = {layers: peak(config, front, batch, False, "single") for layers, config in deep.items()}
+    full = {layers: peak(config, frontend, batch, False, "single") for layers, config in deep.items()}
     one_layer = full[LAYERS] - full[LAYERS - 1]
     assert one_layer > 1_000_000
-    for schedule in ("sequential", "lockstep"):
-        added = peak(deep[LAYERS], front, batch, checkpointing, schedule) - single
-        print(f"{schedule}, checkpointing {checkpointing}: {single:,} bytes, one layer {one_layer:,}, added {added:,}")
+    for pass_order in ("sequential", "lockstep"):
+        added = peak(deep[LAYERS], frontend, batch, checkpointing, pass_order) - single
+        print(
+            f"{pass_order}, checkpointing {checkpointing}: {single:,} bytes, one layer {one_layer:,}, added {added:,}"
+        )
         assert added <= single / 20  # nothing, where this was measured: the peak is in the backward pass
     if not checkpointing:  # the measurement would see a second graph
-        kept = peak(deep[LAYERS], front, batch, False, "sequential", push="unblocked")
+        kept = peak(deep[LAYERS], frontend, batch, False, "sequential", push="unblocked")
         # All layers but the last, of which both passes keep little.
         assert kept - single > (LAYERS - 1) * one_layer

@@ -16,7 +16,7 @@ from host_sync import host_reads
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.models.build import build_model
-from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.training.throughput import Throughput, last_layer_work, matrix_rate, squares, step_flops, tokens_and_pairs
@@ -30,39 +30,39 @@ CASES = [
 ]
 
 
-def make_step(model_config: Any, front: Any, push: str) -> W2R2Step:
+def make_step(model_config: Any, frontend: Any, push: str) -> W2R2Step:
     config = RunConfig(model=model_config, objective=ObjectiveConfig(push=push, mu=0.001))
     model = build_model(model_config, torch.device("cpu"), 1)
     model.base.enable_input_require_grads()
-    tables = token_tables(front.tokenizer, model.base.config.get_text_config().vocab_size)
-    return W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+    tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
+    return W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
 
 
 @pytest.mark.parametrize(("push", "fusion", "zero", "visual"), CASES)
 def test_model_flops_are_those_that_pytorch_counts(
-    model_config: Any, front: Any, batch_of: Any, samples: list[Any], push: str, fusion: str, zero: str, visual: str
+    model_config: Any, frontend: Any, batch_of: Any, samples: list[Any], push: str, fusion: str, zero: str, visual: str
 ) -> None:
     """Of a step without padding and recomputation. Attention as plain products, so that both count alike.
 
     Within 0.1 % (0.04 is the most that was seen): the mean for what the rows of the last layer see, the attention of a
     fusion, products of the loss.
     """
-    step = make_step(replace(model_config, fusion=fusion, zero=zero), front, push)
+    step = make_step(replace(model_config, fusion=fusion, zero_geometry=zero), frontend, push)
     batch = batch_of(samples[1:2], visual=visual)
     # PyTorch counts addmm, and not addmm_, by which LoRA's update is added.
     counter = FlopCounterMode(display=False)
     counter.flop_registry = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
     with counter, sdpa_kernel(SDPBackend.MATH):
         step(batch)[0].backward()
-    reading = find_reading(push)
+    reading = find_push_term(push)
     assert step_flops(step.model, reading, batch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_a_sample_beside_another_counts_as_it_does_alone(
-    model_config: Any, front: Any, batch_of: Any, samples: list[Any]
+    model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]
 ) -> None:
     """Padding does not count; within what the mean over all samples for the last layer's attention makes."""
-    step, reading = make_step(model_config, front, "margin"), find_reading("margin")
+    step, reading = make_step(model_config, frontend, "margin"), find_push_term("margin")
     alone = [step_flops(step.model, reading, batch_of([sample])) for sample in samples]
     assert step_flops(step.model, reading, batch_of(samples)) == pytest.approx(sum(alone), rel=5e-3)
 
@@ -74,8 +74,8 @@ def test_a_shared_prefix_counts_once(batch_of: Any, samples: list[Any]) -> None:
     assert tokens_and_pairs(packed) == (17, 8 * 8 + 3 * (8 + 3) + 2 * (8 + 2) + 4 * 4)
 
 
-def test_the_last_layer_counts_its_rows(model_config: Any, front: Any) -> None:
-    layer = make_step(model_config, front, "margin").model.base.model.language_model.layers[-1]
+def test_the_last_layer_counts_its_rows(model_config: Any, frontend: Any) -> None:
+    layer = make_step(model_config, frontend, "margin").model.base.model.language_model.layers[-1]
     few, more = (last_layer_work(layer, 100, rows, 0.0).forward for rows in (10, 20))
     heads = layer.self_attn
     sizes = [parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1]
@@ -88,9 +88,9 @@ def test_windows_take_what_is_left() -> None:
 
 
 def test_a_step_in_the_log(
-    model_config: Any, front: Any, batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
+    model_config: Any, frontend: Any, batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, reading = make_step(model_config, front, "margin"), find_reading("margin")
+    step, reading = make_step(model_config, frontend, "margin"), find_push_term("margin")
     batches = [batch_of(samples[:1]), batch_of(samples[1:])]
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     found = Throughput(step.model, reading, rate=2e9)(batches, seconds=2.0)
@@ -107,9 +107,9 @@ def test_a_step_in_the_log(
     )
 
 
-def test_the_device_is_asked_nothing(model_config: Any, front: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_the_device_is_asked_nothing(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     """But the grids of the images, which the batch has on the CPU."""
-    step, reading = make_step(model_config, front, "margin"), find_reading("margin")
+    step, reading = make_step(model_config, frontend, "margin"), find_push_term("margin")
     batch = batch_of(samples)
     grids = replace(batch, visuals=replace(batch.visuals, grid_thw=batch.visuals.grid_thw))
     assert host_reads(lambda: step_flops(step.model, reading, grids)) <= {"aten::item", "aten::_local_scalar_dense"}

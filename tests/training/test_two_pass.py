@@ -21,7 +21,7 @@ from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
-from w2r2_ds.training.two_pass import Lockstep, Sequential, make_schedule
+from w2r2_ds.training.two_pass import Lockstep, Sequential, make_two_pass
 from zero3_cases import Case, awaken, similar, write_cases
 
 SCHEDULES = ("sequential", "lockstep")
@@ -31,20 +31,20 @@ TOLERANCE = 2e-6
 
 
 @pytest.fixture
-def make_step(model_config: Any, front: Any, tables: Any) -> Callable[..., W2R2Step]:
-    """`make_step(schedule, full, checkpointing, model={...}, **objective)`: weights that do something."""
+def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2R2Step]:
+    """`make_step(pass_order, full, checkpointing, model={...}, **objective)`: weights that do something."""
 
-    def make(schedule: str, full: bool = False, checkpointing: bool = False, **changes: Any) -> W2R2Step:
+    def make(pass_order: str, full: bool = False, checkpointing: bool = False, **changes: Any) -> W2R2Step:
         config = RunConfig(
             model=replace(model_config, **changes.pop("model", {})),
             objective=ObjectiveConfig(**changes),
-            train=TrainConfig(schedule=schedule),  # type: ignore[arg-type]
+            train=TrainConfig(pass_order=pass_order),  # type: ignore[arg-type]
         )
         model = build_model(config.model, torch.device("cpu"), seed=1)
         awaken(model)
         if full:
             unfreeze(model)
-        step = W2R2Step(model, config, Scorer(tables, front.tokenizer, config.objective)).train()
+        step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
         if checkpointing:
             recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
         return step
@@ -68,7 +68,7 @@ def forwards(step: W2R2Step) -> dict[str, Any]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(
-    ("schedule", "push", "zero", "visual"),
+    ("pass_order", "push", "zero", "visual"),
     [
         ("lockstep", "margin", "merged", "images"),
         ("lockstep", "representation", "features", "video"),
@@ -81,14 +81,14 @@ def test_loss_and_all_gradients_are_those_of_two_plain_passes(
     samples: list[Any],
     text_samples: list[Any],
     tables: Any,
-    schedule: str,
+    pass_order: str,
     push: str,
     zero: str,
     visual: str,
     full: bool,
     checkpointing: bool,
 ) -> None:
-    step = make_step(schedule, full, checkpointing, model={"zero": zero}, push=push, margin=30.0)
+    step = make_step(pass_order, full, checkpointing, model={"zero_geometry": zero}, push=push, margin=30.0)
     batch = batch_of([samples[0], text_samples[0], samples[1]], visual=visual)
     before = forwards(step)
     with similar(SIMILAR):
@@ -111,8 +111,8 @@ def test_schedules_are_equal_to_the_last_bit(
 ) -> None:
     """With dropout, too: the shortcut draws nothing, the fused pass draws the same. Also in bfloat16."""
     batch, found = batch_of(samples), []
-    for schedule in SCHEDULES:
-        step = make_step(schedule, checkpointing=checkpointing, model={"dtype": dtype, "lora_dropout": 0.5}, mu=0.0)
+    for pass_order in SCHEDULES:
+        step = make_step(pass_order, checkpointing=checkpointing, model={"dtype": dtype, "lora_dropout": 0.5}, mu=0.0)
         torch.manual_seed(0)
         loss, stats = step(batch)
         found.append((stats, *run(step, loss)))
@@ -127,7 +127,7 @@ def test_decoding_knows_nothing_of_the_schedule(
 ) -> None:
     """Answers decoded amid a lockstep step are those of a sequential one."""
     batch = batch_of(samples[:2], with_prompts=True)
-    stats = [make_step(schedule, shortcut_decode="greedy")(batch)[1] for schedule in SCHEDULES]
+    stats = [make_step(pass_order, shortcut_decode="greedy")(batch)[1] for pass_order in SCHEDULES]
     assert torch.equal(*stats)
 
 
@@ -158,37 +158,37 @@ def test_each_layer_advances_the_shortcut_first(
 def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -> None:
     model = make_step("auto").model
     chosen: dict[Any, type] = {}
-    for schedule in ("auto", *SCHEDULES):
+    for pass_order in ("auto", *SCHEDULES):
         for push in ("margin", "unblocked"):
-            if (schedule, push) == ("lockstep", "unblocked"):
+            if (pass_order, push) == ("lockstep", "unblocked"):
                 continue
-            train = TrainConfig(schedule=schedule)  # type: ignore[arg-type]
+            train = TrainConfig(pass_order=pass_order)  # type: ignore[arg-type]
             config = RunConfig(objective=ObjectiveConfig(push=push), train=train)
             for zero3 in (False, True):
-                chosen[schedule, push, zero3] = type(make_schedule(model, config, zero3))
+                chosen[pass_order, push, zero3] = type(make_two_pass(model, config, zero3))
     lockstep = {key for key, kind in chosen.items() if kind is Lockstep}
     assert lockstep == {("auto", "margin", True), ("lockstep", "margin", False), ("lockstep", "margin", True)}
     assert set(chosen.values()) == {Lockstep, Sequential}
 
 
 def test_unblocked_refuses_lockstep() -> None:
-    with pytest.raises(ValueError, match=r"unblocked needs it; choose train\.schedule sequential"):
-        RunConfig(objective=ObjectiveConfig(push="unblocked"), train=TrainConfig(schedule="lockstep"))
+    with pytest.raises(ValueError, match=r"unblocked needs it; choose train\.pass_order sequential"):
+        RunConfig(objective=ObjectiveConfig(push="unblocked"), train=TrainConfig(pass_order="lockstep"))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("pass_order", SCHEDULES)
 def test_the_host_reads_nothing_of_the_device(
     make_step: Callable[..., W2R2Step],
     batch_of: Any,
     samples: list[Any],
     monkeypatch: pytest.MonkeyPatch,
-    schedule: str,
+    pass_order: str,
 ) -> None:
     """Forward and backward; only the vision tower's loop reads its segments, which `TowerInputs` left on the host.
 
     Captions and short answers are compared as text: their tokens are read (`Scorer.teacher`).
     """
-    step = make_step(schedule, checkpointing=True)
+    step = make_step(pass_order, checkpointing=True)
     batch = batch_of(samples)
     tower = batch.visuals.tower
     assert not host_reads(lambda: step(batch)[0].backward())
@@ -200,10 +200,12 @@ def test_the_host_reads_nothing_of_the_device(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_sync_on_a_gpu(make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], schedule: str) -> None:
+@pytest.mark.parametrize("pass_order", SCHEDULES)
+def test_no_sync_on_a_gpu(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], pass_order: str
+) -> None:
     device = torch.device("cuda")
-    step = make_step(schedule, checkpointing=True).to(device)
+    step = make_step(pass_order, checkpointing=True).to(device)
     step.model.geometry.to(device)
     step.scorer.tables = step.scorer.tables.to(device)
     batch = batch_of(samples).to(device)
@@ -221,16 +223,16 @@ ONE_BY_ONE = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0, "
 """Nothing stays gathered between two uses, so that every use is counted."""
 CASES = [
     Case(
-        f"{schedule} {'full' if full else 'LoRA'} {'checkpointing' if checkpointing else 'plain'}",
+        f"{pass_order} {'full' if full else 'LoRA'} {'checkpointing' if checkpointing else 'plain'}",
         SPLIT,
         {"margin": 30.0},
         checkpointing=checkpointing,
         steps=2,
-        schedule=schedule,
+        pass_order=pass_order,
         full=full,
         zero=ONE_BY_ONE,
     )
-    for schedule, full, checkpointing in (
+    for pass_order, full, checkpointing in (
         ("single", False, True),
         ("sequential", False, True),
         ("lockstep", False, False),
@@ -257,8 +259,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, model_config: Any, samples: 
 def test_zero3_gathers_as_often_as_a_single_pass(ranks: list[Any], case: Case) -> None:
     """Every parameter of every decoder layer, per step: forward and backward, and the shortcut's own if it has one.
 
-    Gradients are those of one whole model, by the sequential schedule and without checkpointing.
+    Gradients are those of one whole model, by the sequential pass_order and without checkpointing.
     """
     for found in (rank[case.name] for rank in ranks):
-        assert found["gathers"] == [{"single": 2, "lockstep": 2, "sequential": 3}[case.schedule]]
+        assert found["gathers"] == [{"single": 2, "lockstep": 2, "sequential": 3}[case.pass_order]]
         assert found["worst"] <= TOLERANCE and found["stats_worst"] <= 1e-5 and found["silent"] == []

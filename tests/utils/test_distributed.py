@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from runs import run_ranks
-from w2r2_ds.utils.distributed import together
+from w2r2_ds.utils.distributed import raise_on_all_ranks
 
 FAILURES: dict[str, tuple[Exception | None, Exception | None]] = {
     "none": (None, None),
@@ -29,7 +29,7 @@ def work(folder: Path) -> None:
     for name, failures in FAILURES.items():
         seen[name] = None
         try:
-            with together():
+            with raise_on_all_ranks():
                 if failures[rank] is not None:
                     raise failures[rank]
         except Exception as error:
@@ -55,9 +55,9 @@ def test_ranks_fail_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [ValueError, OSError])
 def test_alone_it_is_not_there(kind: type[Exception]) -> None:
-    with together():
+    with raise_on_all_ranks():
         pass
     failure = kind("wrong")
-    with pytest.raises(kind) as caught, together():
+    with pytest.raises(kind) as caught, raise_on_all_ranks():
         raise failure
     assert caught.value is failure

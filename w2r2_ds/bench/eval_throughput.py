@@ -75,7 +75,7 @@ def eval_throughput(
 def prompts(subject: Subject, count: int) -> Batch:
     """So many prompts, each with frames of its own, left-padded."""
     made = [prompt(feature) for feature in subject.features(count)]
-    collate = Collator(subject.front.tokenizer.pad_token_id, "image", None, subject.front.vision)
+    collate = Collator(subject.frontend.tokenizer.pad_token_id, "image", None, subject.frontend.vision)
     return collate(made).to(subject.device)
 
 
@@ -94,7 +94,7 @@ def prompt(feature: Features) -> Features:
 
 def ours(subject: Subject, batch: Batch, tokens: int) -> list[list[int]]:
     """This project's answers."""
-    return generate_tokens(subject.model, batch, subject.front.tokenizer, "fused", tokens, DataConfig().video_fps)
+    return generate_tokens(subject.model, batch, subject.frontend.tokenizer, "fused", tokens, DataConfig().video_fps)
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def stock_tokens(subject: Subject, batch: Batch, tokens: int) -> list[int]:
     field = FieldModel(subject.model)
     images = batch.visuals.geometry_images[0]
     assert images is not None, "a batch without a cache"
-    tokenizer = subject.front.tokenizer
+    tokenizer = subject.frontend.tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     with stock(subject.model):
         visual = field.fused(batch.visuals.pixel_values, batch.visuals.grid_thw, images)

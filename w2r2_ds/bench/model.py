@@ -25,7 +25,7 @@ from w2r2_ds.data.visual_inputs import vision_patches
 from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, train_tokenizer
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
-from w2r2_ds.models.build import Front, trainable
+from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry_encoder import VGGTEncoder
 from w2r2_ds.models.lora import add_lora
@@ -69,20 +69,20 @@ class Subject:
     Attributes:
         shape: its sizes.
         model: LoRA on a random VLM, random merger and VGGT; LoRA pairs are not silent.
-        front: tokenizer, vision facts, positions.
+        frontend: tokenizer, vision facts, positions.
         device: where it computes.
     """
 
     shape: Shape
     model: W2R2
-    front: Front
+    frontend: VlmFrontend
     device: torch.device
 
     def step(self, push: str = "margin", **objective: Any) -> W2R2Step:
         """The training step with a reading of Eq. 6; all steps share the model."""
         config = RunConfig(objective=ObjectiveConfig(push=push, **objective))
-        tables = token_tables(self.front.tokenizer, self.shape.vocabulary).to(self.device)
-        return W2R2Step(self.model, config, Scorer(tables, self.front.tokenizer, config.objective)).train()
+        tables = token_tables(self.frontend.tokenizer, self.shape.vocabulary).to(self.device)
+        return W2R2Step(self.model, config, Scorer(tables, self.frontend.tokenizer, config.objective)).train()
 
     def batch(self, questions: int = 1, packed: bool = False) -> Batch:
         """Questions about one set of frames, each a sequence; `packed`, all in one, with the frames once."""
@@ -93,13 +93,13 @@ class Subject:
         return self._collate(self.features(question + 1)[question:], None)
 
     def _collate(self, features: list[Features], grouping: Grouping | None) -> Batch:
-        positions, pad = make_positions(self.front, DataConfig()), self.front.tokenizer.pad_token_id
-        collate = Collator(pad, "image", positions, self.front.vision, grouping=grouping)
+        positions, pad = make_positions(self.frontend, DataConfig()), self.frontend.tokenizer.pad_token_id
+        collate = Collator(pad, "image", positions, self.frontend.vision, grouping=grouping)
         return collate(features).to(self.device)
 
     def features(self, questions: int) -> list[Features]:
         """What the processor makes of questions about one set of frames, here of noise."""
-        shape, vision = self.shape, self.front.vision
+        shape, vision = self.shape, self.frontend.vision
         width, height = shape.frame_size
         noise = np.random.default_rng(SEED)
         images = noise.random((shape.frames, 3, height, width), dtype=np.float32)
@@ -111,7 +111,7 @@ class Subject:
             ids, answer = self._tokens(index)
             types = torch.where(ids == vision.image_token_id, IMAGE, 0)
             sample = self._sample(index, answer)
-            offsets = self.front.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+            offsets = self.frontend.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
             end = (len(answer), len(answer) + 1)
             made.append(
                 Features(
@@ -130,7 +130,7 @@ class Subject:
 
     def _tokens(self, question: int) -> tuple[Tensor, str]:
         """Frames, each between its two marks, a question and an answer of just the shape's lengths."""
-        shape, tokenizer, vision = self.shape, self.front.tokenizer, self.front.vision
+        shape, tokenizer, vision = self.shape, self.frontend.tokenizer, self.frontend.vision
         pads = [vision.image_token_id] * (shape.visual_tokens // shape.frames)
         end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
         frames = [vision.vision_start_id, *pads, end] * shape.frames
@@ -170,12 +170,12 @@ def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
 def build(shape: Shape, device: torch.device) -> Subject:
     """A random model of a shape, checkpointed and trained as `training/deepspeed/engine.py` does it."""
     dtype, kernels = resolve_dtype(shape.dtype), resolve_kernels("auto")  # type: ignore[arg-type]
-    front = build_front(shape)
+    frontend = build_front(shape)
     torch.manual_seed(SEED)
     with torch.device(device):
         torch.set_default_dtype(dtype)
         try:
-            vlm = Qwen2_5_VLForConditionalGeneration(front.meta.config)
+            vlm = Qwen2_5_VLForConditionalGeneration(frontend.meta.config)
             merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden, kernels=kernels)
             fusion = make_fusion("add", shape.hidden)
             vggt = VGGT(shape.vggt)
@@ -192,10 +192,10 @@ def build(shape: Shape, device: torch.device) -> Subject:
                 torch.nn.init.normal_(parameter, std=0.02)
     recompute(model.base.model.language_model.layers, 1, False, lambda: (nullcontext(), nullcontext()))
     model.base.enable_input_require_grads()
-    return Subject(shape, model, front, device)
+    return Subject(shape, model, frontend, device)
 
 
-def build_front(shape: Shape) -> Front:
+def build_front(shape: Shape) -> VlmFrontend:
     """Tokenizer and facts of a shape's VLM; no weights."""
     answers = [f'{{"frame": {i}, "bbox_3d": [{i}.0, 1, 2, 3, 4, 5, 6, 7, 8]}}' for i in range(9)]
     tokenizer = train_tokenizer([QUESTION * 2, *answers], 400)
@@ -214,7 +214,7 @@ def build_front(shape: Shape) -> Front:
     names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_id": "vision_start"}
     tokens = {field: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for field, name in names.items()}
     spec = VisionSpec(**sizes, **tokens, image_mean=mean, image_std=std, tokens_per_second=2)
-    return Front(tokenizer, spec, meta_model(config))
+    return VlmFrontend(tokenizer, spec, meta_model(config))
 
 
 def _text_config(shape: Shape, tokenizer: Any) -> dict[str, Any]:

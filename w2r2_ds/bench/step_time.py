@@ -100,10 +100,10 @@ def single_pass(subject: Subject, batch: Batch, visual: Any, features: Tensor) -
     with torch.no_grad():
         short = model.hidden(batch, step.plain(visual, [features]))
 
-    def schedule(batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
+    def pass_order(batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
         return short, model.hidden(batch, fused, with_what)
 
-    step.schedule = schedule
+    step.two_pass = pass_order
     return step
 
 

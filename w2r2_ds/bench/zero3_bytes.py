@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers in a step by each schedule, counted on ranks: bytes, a layer's parameters; and what it takes."""
+"""What ZeRO-3 gathers in a step by each pass_order, counted on ranks: bytes, a layer's parameters; and what it takes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def zero3_bytes(shape: str = "cpu", ranks: int = 2, rounds: int = 5) -> Report:
         each = found[way]
         report.rows.append(
             {
-                "schedule": way,
+                "pass_order": way,
                 "gathered_mib": each["bytes"] / 2**20,
                 "/parameters": each["bytes"] / found["parameters"],
                 "fewest of a layer's": min(each["gathers"]),

@@ -47,6 +47,6 @@ def counting(language_model: Any) -> Iterator[Counts]:
 
 
 def fused_alone(model: Any, batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
-    """A schedule without a shortcut pass, given its model: the fused pass's states stand for the shortcut's."""
+    """A pass_order without a shortcut pass, given its model: the fused pass's states stand for the shortcut's."""
     states = model.hidden(batch, fused, with_what)
     return states.detach(), states

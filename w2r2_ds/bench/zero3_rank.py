@@ -58,8 +58,8 @@ class Run:
         self.model, fresh = subject.model, subject.batch()
         self.batch = OnDisk(self.model, fresh).into(fresh, both=True)
         world = dist.get_world_size()
-        schedule: Any = "sequential" if way == "single pass" else way
-        train = TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10, schedule=schedule)
+        pass_order: Any = "sequential" if way == "single pass" else way
+        train = TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10, pass_order=pass_order)
         config = RunConfig(objective=ObjectiveConfig(), train=train)
         ds_config = resolve_ds_config(
             sharded(self.model.base.model.language_model),
@@ -69,9 +69,9 @@ class Run:
             world_size=world,
             bf16=False,
         )
-        self.engine = make_engine(self.model, subject.front, config, ds_config, subject.device)
+        self.engine = make_engine(self.model, subject.frontend, config, ds_config, subject.device)
         if way == "single pass":
-            self.engine.module.schedule = functools.partial(fused_alone, self.model)
+            self.engine.module.two_pass = functools.partial(fused_alone, self.model)
         self.size = sum(each.ds_numel * each.element_size() for each in self.engine.module.parameters())
 
     def counted(self) -> Counts:

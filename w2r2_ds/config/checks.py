@@ -50,8 +50,10 @@ def check(config: RunConfig) -> None:
             raise ValueError(f"{name} is {value}; it must be greater than 0.")
     if not math.isfinite(config.data.cache_gib):
         raise ValueError(f"data.cache_gib is {config.data.cache_gib}; give a number of GiB.")
-    if config.data.cached != "geometry" and not config.data.cache:
-        raise ValueError(f"data.cached is {config.data.cached}, but data.cache is empty; name the cache's folder.")
+    if config.data.cached_features != "geometry" and not config.data.cache:
+        raise ValueError(
+            f"data.cached_features is {config.data.cached_features}, but data.cache is empty; name the cache's folder."
+        )
     not_negative = {
         "data.workers": config.data.workers,
         "train.seed": config.train.seed,
@@ -77,10 +79,10 @@ def check(config: RunConfig) -> None:
             f"train.micro_batch is {config.train.micro_batch}, no multiple of data.questions_per_scene {together}: "
             f"questions that share frames are in one micro-batch; give a multiple."
         )
-    if together > 1 and config.objective.mask2d:
+    if together > 1 and config.objective.visual_mask_ratio:
         raise ValueError(
-            f"objective.mask2d is {config.objective.mask2d}: it masks every sample's frames by themselves, which "
-            f"data.questions_per_scene {together} lets them share; give 1, or mask2d 0."
+            f"objective.visual_mask_ratio is {config.objective.visual_mask_ratio}: it masks every sample's frames by themselves, which "
+            f"data.questions_per_scene {together} lets them share; give 1, or visual_mask_ratio 0."
         )
     if config.train.eval_every and not config.data.val:
         raise ValueError("data.val is empty, but train.eval_every is not 0; name a validation set, or give 0.")
@@ -97,16 +99,20 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"objective.mu is {config.objective.mu}; a similarity threshold lies in [0, 1).")
     if not -1 <= config.objective.cosine <= 1:
         raise ValueError(f"objective.cosine is {config.objective.cosine}; a cosine lies in [-1, 1].")
-    if not 0 <= config.objective.mask2d < 1:
-        raise ValueError(f"objective.mask2d is {config.objective.mask2d}; it is a share of the 2D tokens in [0, 1).")
-    if config.objective.lam < 0:
-        raise ValueError(f"objective.lam is {config.objective.lam}; the weight of the push term cannot be negative.")
-    if not 0 <= config.train.warmup < 1:
-        raise ValueError(f"train.warmup is {config.train.warmup}; it is a share of the steps in [0, 1).")
+    if not 0 <= config.objective.visual_mask_ratio < 1:
+        raise ValueError(
+            f"objective.visual_mask_ratio is {config.objective.visual_mask_ratio}; it is a share of the 2D tokens in [0, 1)."
+        )
+    if config.objective.lambda_det < 0:
+        raise ValueError(
+            f"objective.lambda_det is {config.objective.lambda_det}; the weight of the push term cannot be negative."
+        )
+    if not 0 <= config.train.warmup_ratio < 1:
+        raise ValueError(f"train.warmup_ratio is {config.train.warmup_ratio}; it is a share of the steps in [0, 1).")
     if not 0 <= config.model.lora_dropout < 1:
         raise ValueError(f"model.lora_dropout is {config.model.lora_dropout}; it must be in [0, 1).")
-    if config.train.schedule == "lockstep" and config.objective.push == "unblocked":
+    if config.train.pass_order == "lockstep" and config.objective.push == "unblocked":
         raise ValueError(
-            "train.schedule is lockstep, which keeps no graph of the shortcut pass, but objective.push unblocked needs "
-            "it; choose train.schedule sequential, or auto."
+            "train.pass_order is lockstep, which keeps no graph of the shortcut pass, but objective.push unblocked needs "
+            "it; choose train.pass_order sequential, or auto."
         )

@@ -52,7 +52,7 @@ class DataConfig:
         cache: folder for features of the frozen encoders, so that they are computed once; empty for none. Any number of
             runs may share it; `launchers/prepare.py geometry` fills it ahead.
         cache_gib: the most that this folder may hold, in GiB; what was used longest ago goes first.
-        cached: what is kept there: the geometry encoder's features, or also the vision tower's, which then sees no
+        cached_features: what is kept there: the geometry encoder's features, or also the vision tower's, which then sees no
             image twice.
     """
 
@@ -69,7 +69,7 @@ class DataConfig:
     prefetch: int = 2
     cache: str = ""
     cache_gib: float = 100.0
-    cached: Literal["geometry", "geometry+2d"] = "geometry"
+    cached_features: Literal["geometry", "geometry+2d"] = "geometry"
 
 
 @dataclass
@@ -85,7 +85,7 @@ class ModelConfig:
         fusion: Phi, how merged geometry joins the visual tokens: added, concatenated and projected, attended to within
             an image, or added through a gate.
         merger: geometry_merger.safetensors to start from, of an export or an imported VG-LLM; empty starts afresh.
-        zero: what `Phi(F2D, 0)` zeroes: the merged geometry (then it equals the stock VLM) or VGGT's features.
+        zero_geometry: what `Phi(F2D, 0)` zeroes: the merged geometry (then it equals the stock VLM) or VGGT's features.
         lora_rank: rank of the LoRA update of the language model's seven projections.
         lora_alpha: LoRA scale is lora_alpha / lora_rank.
         lora_dropout: dropout in the LoRA branch, fused pass only.
@@ -103,7 +103,7 @@ class ModelConfig:
     merger_hidden: int = 4096
     fusion: Literal["add", "concat", "cross_attention", "gated"] = "add"
     merger: str = ""
-    zero: Literal["merged", "features"] = "merged"
+    zero_geometry: Literal["merged", "features"] = "merged"
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
@@ -119,12 +119,12 @@ class ObjectiveConfig:
     Args:
         push: reading of Eq. 6: none, literal, reweight, downweight, margin, pseudo_label, soft_iou, representation, poe
             or unblocked.
-        lam: lambda, the weight of the push term.
+        lambda_det: lambda, the weight of the push term.
         mu: similarity above which the shortcut counts as having solved the sample.
         margin: of push margin, log-likelihood in nats by which the fused pass must beat the shortcut on where tokens.
         iou_margin: of push soft_iou, IoU by which the fused pass's expected box must beat the shortcut's.
         cosine: of push representation, cosine of fused and shortcut states that is far enough apart at where tokens.
-        mask2d: share of the 2D tokens that the fused pass loses in training, a baseline; 0 masks none.
+        visual_mask_ratio: share of the 2D tokens that the fused pass loses in training, a baseline; 0 masks none.
         shortcut_decode: how the shortcut's answer is read: greedy decoding, which defines s, or the teacher-forced
             approximation, which costs nothing.
         gap_every: optimizer steps between measurements of what teacher reading changes; 0 never measures.
@@ -135,12 +135,12 @@ class ObjectiveConfig:
     """
 
     push: str = "margin"
-    lam: float = 1.5
+    lambda_det: float = 1.5
     mu: float = 0.7
     margin: float = 1.0
     iou_margin: float = 0.1
     cosine: float = 0.5
-    mask2d: float = 0.0
+    visual_mask_ratio: float = 0.0
     shortcut_decode: Literal["teacher", "greedy"] = "teacher"
     gap_every: int = 0
     gap_samples: int = 32
@@ -160,11 +160,11 @@ class TrainConfig:
         lr: peak learning rate of the LoRA weights.
         merger_lr: peak learning rate of the geometry merger and the fusion.
         weight_decay: AdamW's weight decay.
-        warmup: share of the steps with rising learning rate; a cosine to zero follows.
+        warmup_ratio: share of the steps with rising learning rate; a cosine to zero follows.
         activation_checkpointing: recompute decoder layers in the backward pass, so that each keeps only its input.
         recompute_every: of these only every n-th, from the first; the others keep all they compute, and are faster.
         offload_activations: keep the inputs of recomputed layers in the host's memory; slower.
-        schedule: how the two passes take turns: sequential, the shortcut first, or lockstep, both in every layer, so
+        pass_order: how the two passes take turns: sequential, the shortcut first, or lockstep, both in every layer, so
             that ZeRO-3 gathers it once for both; auto is lockstep under ZeRO-3. Losses and gradients are equal.
         save_every: optimizer steps between checkpoints; the last step is always saved.
         keep_last: checkpoints kept, besides the best.
@@ -188,11 +188,11 @@ class TrainConfig:
     lr: float = 1e-4
     merger_lr: float = 1e-4
     weight_decay: float = 0.01
-    warmup: float = 0.03
+    warmup_ratio: float = 0.03
     activation_checkpointing: bool = True
     recompute_every: int = 1
     offload_activations: bool = False
-    schedule: Literal["auto", "sequential", "lockstep"] = "auto"
+    pass_order: Literal["auto", "sequential", "lockstep"] = "auto"
     save_every: int = 200
     keep_last: int = 2
     eval_every: int = 0

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from w2r2_ds.data.answer_tokens import NUMBERS
-from w2r2_ds.data.packing import Place
+from w2r2_ds.data.packing import TokenPlacement
 from w2r2_ds.data.processor import Features
 from w2r2_ds.types.batch import AnswerRows, PromptRows
 
 
-def prompt_rows(features: Sequence[Features], places: Sequence[Place]) -> PromptRows:
+def prompt_rows(features: Sequence[Features], places: Sequence[TokenPlacement]) -> PromptRows:
     """Where the description's tokens are."""
     tokens = [f.what.nonzero().squeeze(-1) for f in features]
     position = [place.at(own) for place, own in zip(places, tokens, strict=True)]
@@ -20,7 +20,7 @@ def prompt_rows(features: Sequence[Features], places: Sequence[Place]) -> Prompt
     return PromptRows(sample, sequence, torch.cat(position))
 
 
-def answer_rows(features: Sequence[Features], places: Sequence[Place]) -> AnswerRows:
+def answer_rows(features: Sequence[Features], places: Sequence[TokenPlacement]) -> AnswerRows:
     """Flatten the answer positions of the batch and point the number slots at them."""
     slots = [f.slots for f in features if f.slots is not None]
     assert len(slots) == len(features), "training features carry answers"
@@ -45,7 +45,7 @@ def answer_rows(features: Sequence[Features], places: Sequence[Place]) -> Answer
     return AnswerRows(sample, sequence, torch.cat(position), torch.cat(label), torch.cat(where), number, place, lead)
 
 
-def _owners(counts: Sequence[int], places: Sequence[Place]) -> tuple[torch.Tensor, torch.Tensor]:
+def _owners(counts: Sequence[int], places: Sequence[TokenPlacement]) -> tuple[torch.Tensor, torch.Tensor]:
     """``[rows]`` each: sample and sequence of so many rows of every sample."""
     sample = torch.repeat_interleave(torch.tensor(counts))
     return sample, torch.tensor([place.sequence for place in places])[sample]

@@ -22,7 +22,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.packing import Grouping, alone, by_frames
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.models.build import Front
+from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.qwen2_5_vl.loading import position_ids
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
@@ -113,15 +113,15 @@ class CollateOrError:
             return error
 
 
-def make_processor(front: Front, config: DataConfig) -> Processor:
+def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
     """The processor of a VLM for a data configuration."""
-    return Processor(front.tokenizer, front.vision, config, front.cache)
+    return Processor(frontend.tokenizer, frontend.vision, config, frontend.cache)
 
 
-def make_positions(front: Front, config: DataConfig) -> Positions:
+def make_positions(frontend: VlmFrontend, config: DataConfig) -> Positions:
     """Multimodal positions of a padded batch, from the VLM's own rule, on the CPU."""
-    seconds = front.vision.temporal_patch_size / config.video_fps
-    return functools.partial(_positions, front.meta, seconds)
+    seconds = frontend.vision.temporal_patch_size / config.video_fps
+    return functools.partial(_positions, frontend.meta, seconds)
 
 
 def _positions(
@@ -156,10 +156,12 @@ def grouping(config: DataConfig) -> Grouping | None:
     return alone if config.packing else None
 
 
-def make_collate(front: Front, config: DataConfig, with_prompts: bool) -> CollateOrError:
+def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> CollateOrError:
     """Collation of training samples."""
-    positions, pad = make_positions(front, config), front.tokenizer.pad_token_id
-    return CollateOrError(Collator(pad, visual_kind(config), positions, front.vision, with_prompts, grouping(config)))
+    positions, pad = make_positions(frontend, config), frontend.tokenizer.pad_token_id
+    return CollateOrError(
+        Collator(pad, visual_kind(config), positions, frontend.vision, with_prompts, grouping(config))
+    )
 
 
 def keep_working(worker: int) -> None:
@@ -183,16 +185,16 @@ def _obey_parent(parent: int) -> None:
 
 def train_loader(
     samples: Sequence[Sample],
-    front: Front,
+    frontend: VlmFrontend,
     config: DataConfig,
     sampler: GlobalBatchSampler,
     with_prompts: bool = False,
 ) -> DataLoader[Any]:
     """Micro-batches of this rank, in the sampler's order; `with_prompts` where answers are decoded in training."""
     return DataLoader(
-        SampleDataset(samples, make_processor(front, config), with_answer=True),
+        SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_sampler=sampler,
-        collate_fn=make_collate(front, config, with_prompts),
+        collate_fn=make_collate(frontend, config, with_prompts),
         num_workers=config.workers,
         worker_init_fn=keep_working,
         prefetch_factor=config.prefetch if config.workers else None,
@@ -203,26 +205,28 @@ def train_loader(
     )
 
 
-def measure_loader(samples: Sequence[Sample], front: Front, config: DataConfig, batch_size: int) -> DataLoader[Any]:
+def measure_loader(
+    samples: Sequence[Sample], frontend: VlmFrontend, config: DataConfig, batch_size: int
+) -> DataLoader[Any]:
     """Batches in order, with answers and with prompts, to compare the two readings of the shortcut's answer."""
     return DataLoader(
-        SampleDataset(samples, make_processor(front, config), with_answer=True),
+        SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_size=batch_size,
-        collate_fn=make_collate(front, config, with_prompts=True),
+        collate_fn=make_collate(frontend, config, with_prompts=True),
         generator=torch.Generator(),
     )
 
 
 def prompt_loader(
     samples: Sequence[Sample],
-    front: Front,
+    frontend: VlmFrontend,
     config: DataConfig,
     batch_size: int,
     processor: Callable[[Sample, bool], Features] | None = None,
 ) -> DataLoader[Any]:
     """Left-padded prompts in order, for generation; `processor` where it is not the VLM's own."""
-    dataset = SampleDataset(samples, processor or make_processor(front, config), with_answer=False)
-    collate = Collator(front.tokenizer.pad_token_id, visual_kind(config), None, front.vision)
+    dataset = SampleDataset(samples, processor or make_processor(frontend, config), with_answer=False)
+    collate = Collator(frontend.tokenizer.pad_token_id, visual_kind(config), None, frontend.vision)
     return DataLoader(
         dataset,
         batch_size=batch_size,

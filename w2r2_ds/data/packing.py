@@ -33,7 +33,7 @@ Grouping = Callable[[Sequence[Features]], list[Group]]
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenPlacement:
     """Where a sample's tokens are: the first `prefix` of them from `begin` on, the others from `suffix` on."""
 
     sequence: int
@@ -81,16 +81,16 @@ def _shared(features: Sequence[Features]) -> int:
     return count
 
 
-def in_one_sequence(groups: Sequence[Group], features: Sequence[Features]) -> tuple[Layout, list[Place]]:
+def in_one_sequence(groups: Sequence[Group], features: Sequence[Features]) -> tuple[Layout, list[TokenPlacement]]:
     """The layout of all groups, one after the other; and the place of every sample."""
-    places: dict[int, Place] = {}
+    places: dict[int, TokenPlacement] = {}
     spans: list[tuple[int, ...]] = []
     end = 0
     for group in groups:
         begin, ends = end, [end, end + group.prefix]
         end += group.prefix
         for member in group.members:
-            places[member] = Place(0, begin, group.prefix, end)
+            places[member] = TokenPlacement(0, begin, group.prefix, end)
             end += len(features[member].input_ids) - group.prefix
             ends.append(end)
         spans.append(tuple(ends if len(group.members) > 1 else ends[:2]))
@@ -101,11 +101,11 @@ def in_one_sequence(groups: Sequence[Group], features: Sequence[Features]) -> tu
     return layout, [places[index] for index in range(len(features))]
 
 
-def one_by_one(features: Sequence[Features], attention_mask: torch.Tensor) -> tuple[Layout, list[Place]]:
+def one_by_one(features: Sequence[Features], attention_mask: torch.Tensor) -> tuple[Layout, list[TokenPlacement]]:
     """Every sample is a sequence and a group of its own, padded on the right."""
     lengths = [len(each.input_ids) for each in features]
     layout = Layout(attention_mask - 1, torch.zeros_like(attention_mask), tuple(((0, length),) for length in lengths))
-    return layout, [Place(index, 0, length, length) for index, length in enumerate(lengths)]
+    return layout, [TokenPlacement(index, 0, length, length) for index, length in enumerate(lengths)]
 
 
 def joined(groups: Sequence[Group], rows: Sequence[torch.Tensor]) -> torch.Tensor:

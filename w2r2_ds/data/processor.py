@@ -10,7 +10,7 @@ import torch
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.answer_tokens import AnswerSlots, answer_slots, what_tokens
-from w2r2_ds.data.visual_inputs import Eyes
+from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.features.lookup import Cached, FeatureCache
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
@@ -42,7 +42,7 @@ class Features:
         input_ids: ``[tokens]`` int64: prompt, then (when training) the answer and the end of turn.
         token_types: ``[tokens]`` int64, 0 text, 1 image, 2 video.
         answer_tokens: number of trailing tokens that are the answer and its end of turn; 0 for a prompt alone.
-        pixel_values, grid_thw, geometry_images, cached_2d, cached_3d: as `eyes.Seen`'s.
+        pixel_values, grid_thw, geometry_images, cached_2d, cached_3d: as `eyes.VisualInputs`'s.
         what: ``[tokens]`` bool, tokens of the prompt that say what is meant.
         slots: slots of the answer; None for a prompt alone.
     """
@@ -78,7 +78,7 @@ class Processor:
             raise ValueError(
                 f"data.frame_width is {config.frame_width}; make it a multiple of the patch size {vision.patch_size}."
             )
-        self.eyes = Eyes(vision, config, cache)
+        self.eyes = VisualPreprocessor(vision, config, cache)
         self.end_of_turn = "<|im_end|>"
         self._frames: dict[int, tuple[str, str]] = {}
         self._frame_tokens: dict[int, int] = {}

@@ -17,7 +17,7 @@ from w2r2_ds.types.vision import VisionSpec
 
 
 @dataclass(frozen=True)
-class Seen:
+class VisualInputs:
     """What the towers see of one sample.
 
     Attributes:
@@ -55,7 +55,7 @@ def vision_patches(images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[t
     return torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)
 
 
-class Eyes:
+class VisualPreprocessor:
     """Frames as both towers see them.
 
     Args:
@@ -66,15 +66,15 @@ class Eyes:
 
     def __init__(self, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None) -> None:
         self.vision, self.config, self.cache = vision, config, cache
-        self._last: tuple[tuple[Path, ...], Seen] | None = None
+        self._last: tuple[tuple[Path, ...], VisualInputs] | None = None
 
-    def look_again(self, sample: Sample) -> Seen:
+    def look_again(self, sample: Sample) -> VisualInputs:
         """`look`, once for samples in a row about the same frames, unless the cache has had time to learn of them."""
         if self._last is None or self._last[0] != sample.frames or self._last[1].is_learnt():
             self._last = sample.frames, self.look(sample)
         return self._last[1]
 
-    def look(self, sample: Sample) -> Seen:
+    def look(self, sample: Sample) -> VisualInputs:
         """What the towers see of a sample's frames, as far as the cache lacks what they would make of it.
 
         Raises:
@@ -83,21 +83,21 @@ class Eyes:
         vision = self.vision
         nothing = torch.zeros(0, 3 * vision.temporal_patch_size * vision.patch_size**2)
         if not sample.frames:
-            return Seen(nothing, torch.zeros(0, 3, dtype=torch.int64), None)
+            return VisualInputs(nothing, torch.zeros(0, 3, dtype=torch.int64), None)
         known_2d = self.cache.find_2d(sample.frames) if self.cache else None
         known_3d = self.cache.find_3d(sample.frames) if self.cache else None
         missing = [each for each in (known_2d, known_3d) if each is None or each.features is None]
         if not missing:
-            return Seen(nothing, self._grid(sample), None, known_2d, known_3d)
+            return VisualInputs(nothing, self._grid(sample), None, known_2d, known_3d)
         images = resize_for_vggt([load_frame(path) for path in sample.frames], width=self.config.frame_width)
         if any(each is not None and not each.is_of(sample.frames) for each in missing):
             return self.look(sample)  # a frame was replaced between its key and its pixels
         geometry_images = torch.from_numpy(images) if known_3d is None or known_3d.features is None else None
         if known_2d is not None and known_2d.features is not None:
-            return Seen(nothing, self._grid(sample), geometry_images, known_2d, known_3d)
+            return VisualInputs(nothing, self._grid(sample), geometry_images, known_2d, known_3d)
         cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
         kind = "video" if self.config.visual == "video" else "image"
-        return Seen(*vision_patches(cropped, vision, kind), geometry_images, known_2d, known_3d)
+        return VisualInputs(*vision_patches(cropped, vision, kind), geometry_images, known_2d, known_3d)
 
     def _grid(self, sample: Sample) -> torch.Tensor:
         """The grid of `vision_patches`, from the headers of the frames' files."""

@@ -21,7 +21,7 @@ from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.demo.pretrain import warm_up
 from w2r2_ds.demo.synthetic.write import write_dataset
 from w2r2_ds.demo.tiny_models import build_tiny_vggt, build_tiny_vlm
-from w2r2_ds.models.build import load_front
+from w2r2_ds.models.build import load_frontend
 from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
 
 MANIFEST = "demo.json"
@@ -107,14 +107,14 @@ def prepare_models(config: RunConfig) -> None:
     build_tiny_vlm(aside, [f"{sample.question}\n{sample.answer}" for sample in samples], config.demo.seed)
     build_tiny_vggt(aside.with_name("vggt.partial"), config.demo.seed)
     model = load_vlm(str(aside), torch.float32, "sdpa")
-    front = load_front(replace(config.model, vlm=str(aside)))
+    frontend = load_frontend(replace(config.model, vlm=str(aside)))
     every = max(1, config.demo.warmup_steps // 10)
 
     def report(step: int, loss: float) -> None:
         if step % every == 0:
             print(f"warm-up step {step}/{config.demo.warmup_steps}: loss {loss:.3f}", flush=True)
 
-    warm_up(model, front, samples, config, report)
+    warm_up(model, frontend, samples, config, report)
     model.save_pretrained(aside)
     (aside / MANIFEST).write_text(json.dumps(options, indent=2) + "\n")
     os.replace(aside.with_name("vggt.partial"), vggt)

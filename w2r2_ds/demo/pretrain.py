@@ -17,17 +17,19 @@ from w2r2_ds.config.schema import DemoConfig, RunConfig
 from w2r2_ds.data.loader import checked, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.models.build import Front
+from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.w2r2 import answer_states, encode_visuals
 from w2r2_ds.types.batch import Batch
 
 
-def warm_up(vlm: Any, front: Front, samples: Mixture, config: RunConfig, report: Callable[[int, float], None]) -> None:
+def warm_up(
+    vlm: Any, frontend: VlmFrontend, samples: Mixture, config: RunConfig, report: Callable[[int, float], None]
+) -> None:
     """Train all weights of `vlm` in place on training samples, 2D only, float32, on the CPU.
 
     Args:
         vlm: tiny VLM.
-        front: its tokenizer and vision facts.
+        frontend: its tokenizer and vision facts.
         samples: the training split.
         config: data and `demo.*`.
         report: called with step and loss.
@@ -47,7 +49,7 @@ def warm_up(vlm: Any, front: Front, samples: Mixture, config: RunConfig, report:
     optimizer = torch.optim.AdamW(vlm.parameters(), lr=demo.warmup_lr, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, demo.warmup_steps // 20, demo.warmup_steps)
     data = replace(config.data, questions_per_scene=1, packing=False)
-    for step, batch in enumerate(checked(train_loader(samples, front, data, sampler))):
+    for step, batch in enumerate(checked(train_loader(samples, frontend, data, sampler))):
         loss = answer_loss(vlm, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 from w2r2_ds.doctor.rendezvous import Meeting
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 
 TRIPS = 5
 MOST = 2.0
@@ -57,9 +57,9 @@ def ask_clock(meeting: Meeting, seconds: float) -> Skew:
     return min(skews, key=lambda skew: skew.uncertain)
 
 
-def judge(skew: Skew, first_host: str) -> Outcome:
+def judge(skew: Skew, first_host: str) -> CheckResult:
     """Wrong if the clocks differ by more than allowed, even at the friendlier end of what the measurement leaves."""
-    outcome = Outcome(shown={"clock": f"{skew.ahead:+.3f} s of {first_host}'s, within {skew.uncertain:.3f}"})
+    outcome = CheckResult(shown={"clock": f"{skew.ahead:+.3f} s of {first_host}'s, within {skew.uncertain:.3f}"})
     if abs(skew.ahead) - skew.uncertain > MOST:
         way = "ahead of" if skew.ahead > 0 else "behind"
         outcome.wrong.append(

@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 
 from w2r2_ds.doctor.rendezvous import Meeting
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 
 BYTES = {"gloo": 16 * 2**20, "nccl": 256 * 2**20}
 ROUNDS = 3
@@ -14,7 +14,7 @@ SLOW = 1e9
 """Bytes per second between nodes below which NCCL most likely talks over the wrong network."""
 
 
-def check_all_reduce(meeting: Meeting, backend: str, nodes: int, seconds: float) -> Outcome:
+def check_all_reduce(meeting: Meeting, backend: str, nodes: int, seconds: float) -> CheckResult:
     """Every rank calls it at once, in a thread that is left behind where it hangs.
 
     Args:
@@ -28,7 +28,7 @@ def check_all_reduce(meeting: Meeting, backend: str, nodes: int, seconds: float)
     from torch._C._distributed_c10d import PrefixStore
 
     place = meeting.place
-    outcome = Outcome(shown={"communication": backend})
+    outcome = CheckResult(shown={"communication": backend})
     device = torch.device(f"cuda:{place.local_rank}" if backend == "nccl" else "cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)

@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 from w2r2_ds.utils import atomic_io
 
@@ -16,7 +16,7 @@ PROBE = 2**20
 """Bytes that are written."""
 
 
-def check_folder(name: str, path: Path, needed: int, why: str) -> Outcome:
+def check_folder(name: str, path: Path, needed: int, why: str) -> CheckResult:
     """A folder can be written, and has room.
 
     Args:
@@ -25,7 +25,7 @@ def check_folder(name: str, path: Path, needed: int, why: str) -> Outcome:
         needed: bytes.
         why: what needs them.
     """
-    outcome = Outcome()
+    outcome = CheckResult()
     folder = nearest(path)
     try:
         free = shutil.disk_usage(folder).free
@@ -85,7 +85,7 @@ def leave_mark(path: Path, token: str) -> Path:
     return mark
 
 
-def check_mark(name: str, mark: str, first_host: str, seconds: float) -> Outcome:
+def check_mark(name: str, mark: str, first_host: str, seconds: float) -> CheckResult:
     """Whether this node sees the file that another has just written: one folder for all, as checkpoints need it.
 
     Args:
@@ -97,11 +97,11 @@ def check_mark(name: str, mark: str, first_host: str, seconds: float) -> Outcome
     end = time.monotonic() + seconds
     while not Path(mark).is_file():
         if time.monotonic() > end:
-            return Outcome(
+            return CheckResult(
                 wrong=[
                     f"{name}: {Path(mark).parent} is not the folder that {first_host} sees under this name; put {name} "
                     "on a file system that all nodes share."
                 ]
             )
         time.sleep(0.1)
-    return Outcome()
+    return CheckResult()

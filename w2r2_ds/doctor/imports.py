@@ -12,7 +12,7 @@ import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import STILL, work
 
 MODULES = {
@@ -62,7 +62,7 @@ class Imports:
         os.close(writing)
         threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
 
-    def result(self, seconds: float) -> Outcome:
+    def result(self, seconds: float) -> CheckResult:
         """What could not be imported; waits at most `seconds` for the rest."""
         late = works = False
         if not self._ended.wait(max(0.0, seconds - STILL)):
@@ -72,7 +72,7 @@ class Imports:
         if late:
             os.kill(self._pid, signal.SIGKILL)
         status = self._reap()
-        outcome = Outcome()
+        outcome = CheckResult()
         outcome.wrong += [
             f"{name} is installed but cannot be imported ({error}); install it again, for this Python and this torch."
             for name, error in self._errors.items()

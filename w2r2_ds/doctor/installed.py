@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 NAME = "w2r2-ds"
@@ -60,9 +60,9 @@ def _belongs(marker: Any, extra: str) -> bool:
     return bool(always if not extra else not always and marker.evaluate({"extra": extra}))
 
 
-def check_versions(needed: frozenset[str]) -> Outcome:
+def check_versions(needed: frozenset[str]) -> CheckResult:
     """Every required package, and the optional ones that are there or `needed`, against their ranges."""
-    outcome = Outcome(shown={"python": platform.python_version()}, equal={"python": platform.python_version()})
+    outcome = CheckResult(shown={"python": platform.python_version()}, equal={"python": platform.python_version()})
     try:
         from packaging.specifiers import SpecifierSet
 

@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 
 OLD = 600
 """Seconds after which no build is still going on, on whatever node."""
@@ -23,9 +23,9 @@ def extension_roots() -> tuple[Path | None, Path]:
     return (Path(named) if named else None), cache / "torch_extensions"
 
 
-def check_locks() -> Outcome:
+def check_locks() -> CheckResult:
     """Stale locks in both folders; in PyTorch's own they do not hold this project up, but other programs."""
-    outcome = Outcome()
+    outcome = CheckResult()
     named, own = extension_roots()
     if named is not None:
         outcome.wrong += [_sentence(path, "training hangs") for path in stale_locks(named)]

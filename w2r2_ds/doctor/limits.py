@@ -6,7 +6,7 @@ import os
 import resource
 from pathlib import Path
 
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 
 SHM = Path("/dev/shm")
 SHM_PER_BATCH = 128 * 2**20
@@ -18,9 +18,9 @@ FEW = 1024
 """Open files that are usually allowed: with fewer it is wrong not to have what is needed, else a warning."""
 
 
-def check_limits(workers: int, prefetch: int, ranks: int) -> Outcome:
+def check_limits(workers: int, prefetch: int, ranks: int) -> CheckResult:
     """Of this process, for `workers` loader processes per rank, as `DataConfig` has them, and `ranks` ranks here."""
-    outcome = Outcome()
+    outcome = CheckResult()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = FILES + FILES_PER_WORKER * workers
     outcome.shown["open files"] = f"{_limit(soft)} (at most {_limit(hard)})"

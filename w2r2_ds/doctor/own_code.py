@@ -7,20 +7,20 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 
 PACKAGE = Path(__file__).parents[1]
 GIT_SECONDS = 5
 
 
-def check_code(settings: list[str]) -> Outcome:
+def check_code(settings: list[str]) -> CheckResult:
     """This package's files, and the recipe and DeepSpeed JSON that the command line names.
 
     Args:
         settings: paths of recipe and JSON.
     """
     files = [path for kind in ("*.py", "*.yaml") for path in PACKAGE.rglob(kind)]
-    outcome = Outcome(shown={"code": str(PACKAGE)}, equal={"the code of w2r2_ds": content_hash(files, PACKAGE)})
+    outcome = CheckResult(shown={"code": str(PACKAGE)}, equal={"the code of w2r2_ds": content_hash(files, PACKAGE)})
     commit = git_commit(PACKAGE.parent)
     if commit:
         outcome.shown["commit"] = commit

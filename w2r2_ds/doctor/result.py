@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass
-class Outcome:
+class CheckResult:
     """Of one check on one node or rank.
 
     Args:
@@ -40,7 +40,7 @@ class Report:
     rank: int
     local_rank: int
     host: str
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: dict[str, CheckResult] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the store."""
@@ -49,5 +49,5 @@ class Report:
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Report:
         """The reverse of `to_json`."""
-        outcomes = {name: Outcome(**found) for name, found in tree["outcomes"].items()}
+        outcomes = {name: CheckResult(**found) for name, found in tree["outcomes"].items()}
         return Report(tree["rank"], tree["local_rank"], tree["host"], outcomes)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from w2r2_ds.doctor import timeouts as limits_of_time
-from w2r2_ds.doctor.checks import Asked, do_checks, driver_silent, node_checks, rank_checks
+from w2r2_ds.doctor.checks import DoctorRequest, do_checks, driver_silent, node_checks, rank_checks
 from w2r2_ds.doctor.clocks import answer_clocks, ask_clock, judge
 from w2r2_ds.doctor.compare import differences
 from w2r2_ds.doctor.disk import check_mark, leave_mark
@@ -23,7 +23,7 @@ from w2r2_ds.doctor.imports import Imports, installed_modules
 from w2r2_ds.doctor.place import Place, allocated_hosts, find_place
 from w2r2_ds.doctor.rendezvous import Coming, Meeting, Unreachable, missing_sentences
 from w2r2_ds.doctor.report import Sentence, sentences, show
-from w2r2_ds.doctor.result import Outcome, Report
+from w2r2_ds.doctor.result import CheckResult, Report
 from w2r2_ds.doctor.timeouts import Alarm, TooLong, bounded, brief, last_resort
 from w2r2_ds.utils.sanitize import message
 
@@ -39,7 +39,7 @@ CLOCKS, MARK, REDUCE = 3.0, 3.0, 60.0
 REPORTING = 2.0
 
 
-def examine(asked: Asked) -> int:
+def examine(asked: DoctorRequest) -> int:
     """Look at everything, print it on rank 0, and return the exit status: 0 if nothing is wrong, 1 otherwise."""
     try:
         place = find_place()
@@ -48,7 +48,7 @@ def examine(asked: Asked) -> int:
         return 1
     report = Report(place.rank, place.local_rank, place.host)
     if asked.refused:
-        report.outcomes["command line"] = Outcome(wrong=[message(asked.refused)])
+        report.outcomes["command line"] = CheckResult(wrong=[message(asked.refused)])
     last_resort(TORCH_AT_WORK + ALL)
     usable = import_torch(report)
     alarm = Alarm(ALL, place.host)
@@ -77,7 +77,7 @@ def meet(place: Place, report: Report, alarm: Alarm) -> Meeting | None:
         meeting = Meeting(place, patience())
         meeting.say("here", {"host": place.host, "leads": place.leads})
     except (Unreachable, ImportError, ConnectionError) as error:
-        report.outcomes["meeting"] = Outcome(wrong=[str(error)])
+        report.outcomes["meeting"] = CheckResult(wrong=[str(error)])
         return None
     finally:
         alarm.renew(ALL)
@@ -95,13 +95,15 @@ def import_torch(report: Report) -> bool:
     try:
         bounded(lambda: importlib.import_module("torch.distributed"), TORCH, TORCH_AT_WORK)
     except TooLong:
-        report.outcomes["torch"] = Outcome(wrong=["importing torch hangs; look at the file system of the environment."])
+        report.outcomes["torch"] = CheckResult(
+            wrong=["importing torch hangs; look at the file system of the environment."]
+        )
     except Exception as error:  # a broken library raises anything
-        report.outcomes["torch"] = Outcome(wrong=[f"torch cannot be imported ({brief(error)}); install it again."])
+        report.outcomes["torch"] = CheckResult(wrong=[f"torch cannot be imported ({brief(error)}); install it again."])
     return "torch" not in report.outcomes
 
 
-def look(asked: Asked, place: Place, report: Report, alarm: Alarm, torch_usable: bool) -> None:
+def look(asked: DoctorRequest, place: Place, report: Report, alarm: Alarm, torch_usable: bool) -> None:
     """This rank's own checks; without torch only those of the node that do without it."""
     if place.leads:
         report.outcomes |= do_checks(node_checks(asked, place, torch_usable), alarm, LOOKED)
@@ -114,7 +116,7 @@ def alone(report: Report) -> int:
     return conclude([report], sentences([report]))
 
 
-def in_launch(asked: Asked, meeting: Meeting, coming: Coming | None, report: Report, alarm: Alarm) -> int:
+def in_launch(asked: DoctorRequest, meeting: Meeting, coming: Coming | None, report: Report, alarm: Alarm) -> int:
     """Measure together, and agree on the exit status; a rank that loses rank 0 prints what it found itself.
 
     Args:
@@ -131,7 +133,7 @@ def in_launch(asked: Asked, meeting: Meeting, coming: Coming | None, report: Rep
             return follow(asked, meeting, report, alarm)
         found, reports, reporting = lead(asked, meeting, coming, report, alarm)
     except (TimeoutError, ConnectionError) as error:
-        report.outcomes["meeting"] = Outcome(wrong=[f"rank 0 has stopped ({error}); look at its log."])
+        report.outcomes["meeting"] = CheckResult(wrong=[f"rank 0 has stopped ({error}); look at its log."])
         return alone(report)
     code = conclude(reports, found)
     with suppress(ConnectionError):  # torchrun's agent, which holds the store, may be gone
@@ -140,7 +142,7 @@ def in_launch(asked: Asked, meeting: Meeting, coming: Coming | None, report: Rep
     return code
 
 
-def follow(asked: Asked, meeting: Meeting, report: Report, alarm: Alarm) -> int:
+def follow(asked: DoctorRequest, meeting: Meeting, report: Report, alarm: Alarm) -> int:
     """What every other rank does when it is ready.
 
     Raises:
@@ -161,7 +163,7 @@ def follow(asked: Asked, meeting: Meeting, report: Report, alarm: Alarm) -> int:
 
 
 def lead(
-    asked: Asked, meeting: Meeting, coming: Coming, report: Report, alarm: Alarm
+    asked: DoctorRequest, meeting: Meeting, coming: Coming, report: Report, alarm: Alarm
 ) -> tuple[list[Sentence], list[Report], list[int]]:
     """What rank 0 does: wait for the others, measure with them, gather what they found.
 
@@ -202,7 +204,7 @@ def lead(
     return found, reports, sorted(set(trees) - {0})
 
 
-def together(asked: Asked, meeting: Meeting, report: Report, alarm: Alarm, end: float) -> None:
+def together(asked: DoctorRequest, meeting: Meeting, report: Report, alarm: Alarm, end: float) -> None:
     """What takes two: a folder that all see, clocks, an all-reduce. All ranks are there when it begins.
 
     Args:
@@ -228,7 +230,7 @@ def together(asked: Asked, meeting: Meeting, report: Report, alarm: Alarm, end: 
             report.outcomes["clock"] = judge(ask_clock(meeting, CLOCKS), first)
         except TimeoutError as error:
             text = f"the clock could not be measured in time ({error}); rank 0 may be busy: compare `date` by hand."
-            report.outcomes["clock"] = Outcome(warnings=[text])
+            report.outcomes["clock"] = CheckResult(warnings=[text])
     if asked.config is not None:
         shared_out(Path(asked.config.out), meeting, report, alarm, first)
     alarm.now("doing an all-reduce")
@@ -255,11 +257,11 @@ def shared_out(out: Path, meeting: Meeting, report: Report, alarm: Alarm, first:
         try:
             report.outcomes["shared out"] = bounded(lambda: check_mark("out", mark, first, MARK - 1), MARK)
         except TooLong:
-            report.outcomes["shared out"] = Outcome(wrong=[f"out: {out} does not answer; look at its file system."])
+            report.outcomes["shared out"] = CheckResult(wrong=[f"out: {out} does not answer; look at its file system."])
     meeting.say("seen", 0)
 
 
-def all_reduce(meeting: Meeting, nodes: int, seconds: float, driver: bool) -> Outcome:
+def all_reduce(meeting: Meeting, nodes: int, seconds: float, driver: bool) -> CheckResult:
     """Over NCCL if every rank has a GPU, else over gloo; whatever goes wrong is a sentence.
 
     Args:
@@ -283,7 +285,7 @@ def all_reduce(meeting: Meeting, nodes: int, seconds: float, driver: bool) -> Ou
         why = f"it had not ended after {seconds:.0f} s"
     except Exception as error:  # every backend has its own
         why = brief(error)
-    return Outcome(
+    return CheckResult(
         wrong=[
             f"the all-reduce over {backend} failed here ({why}); look at the ranks that are named, at firewalls "
             f"between the nodes, and at {'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME."

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from w2r2_ds.utils.distributed import together
+from w2r2_ds.utils.distributed import raise_on_all_ranks
 from w2r2_ds.utils.file_lock import locked
 
 PATIENCE = timedelta(days=7)
@@ -76,7 +76,7 @@ def alone(out: Path, name: str, ranks: Ranks) -> Iterator[None]:
     Others, of another task or geometry, have files of their own there.
     """
     with ExitStack() as stack:
-        with together():
+        with raise_on_all_ranks():
             if ranks.rank == 0:
                 what = f"{out}: {name} is being evaluated"
                 stack.enter_context(locked(out / f"{name}.lock", what, "give --out another folder"))

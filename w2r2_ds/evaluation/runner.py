@@ -30,7 +30,7 @@ from w2r2_ds.evaluation.resumable import Parts, Selection, line_of, share, write
 from w2r2_ds.evaluation.scoring import choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.kernels.select import resolve_dtype
-from w2r2_ds.models.build import Front, build_model, fingerprint, load_front
+from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.manifest import TENSORS, find_checkpoint
@@ -44,7 +44,7 @@ GEOMETRY = (*generate.GEOMETRY, "shuffle")
 
 def load_model(
     path: Path, root: str | Path | None = None, vlm: str | None = None, vggt: str | None = None
-) -> tuple[RunConfig, W2R2, Front]:
+) -> tuple[RunConfig, W2R2, VlmFrontend]:
     """Model and configuration of a run, a checkpoint or an exported adapter.
 
     Args:
@@ -57,7 +57,7 @@ def load_model(
         ValueError: there is no such thing, or it belongs to other models than these.
     """
     config = run_config(path, root, vlm, vggt)
-    return config, trained_model(path, config), load_front(config.model)
+    return config, trained_model(path, config), load_frontend(config.model)
 
 
 def trained_model(path: Path, config: RunConfig) -> W2R2:
@@ -142,8 +142,8 @@ def evaluate(
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world)
     with alone(out, f"{task}-{geometry}", ranks):
-        front = with_cache(load_front(config.model), config)
-        check_texts(samples, make_processor(front, config.data), ranks.rank, ranks.world, False)
+        frontend = with_cache(load_frontend(config.model), config)
+        check_texts(samples, make_processor(frontend, config.data), ranks.rank, ranks.world, False)
 
         model, described = trained_model(path, config), describe_sets(sets)
         set_threads(ranks, model.base.config.get_text_config().hidden_size)
@@ -158,7 +158,7 @@ def evaluate(
             **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
         }
         parts = Parts(out / f"parts-{task}-{geometry}", run)
-        answerer = Answerer(model, front, config.data, geometry, whole, batch_size, max_new_tokens)
+        answerer = Answerer(model, frontend, config.data, geometry, whole, batch_size, max_new_tokens)
         answer_share(answerer, samples, parts, ranks)
         wait(ranks)
         if ranks.rank:
@@ -195,7 +195,7 @@ class Answerer:
     """
 
     model: W2R2
-    front: Front
+    frontend: VlmFrontend
     data: DataConfig
     geometry: str
     whole: Sequence[Sample]
@@ -208,14 +208,14 @@ class Answerer:
         Raises:
             ValueError: a sample cannot be read, or there is only one scene to shuffle.
         """
-        processor: Callable[[Sample, bool], Features] = make_processor(self.front, self.data)
+        processor: Callable[[Sample, bool], Features] = make_processor(self.frontend, self.data)
         if self.geometry == "shuffle":
-            processor = ShuffledGeometry(make_processor(replace(self.front, cache=None), self.data), self.whole)
-        loader = prompt_loader(samples, self.front, self.data, self.batch_size, processor)
+            processor = ShuffledGeometry(make_processor(replace(self.frontend, cache=None), self.data), self.whole)
+        loader = prompt_loader(samples, self.frontend, self.data, self.batch_size, processor)
         made = generate.generate_answers(
             self.model,
             loader,
-            self.front.tokenizer,
+            self.frontend.tokenizer,
             "zero" if self.geometry == "zero" else "fused",
             self.max_new_tokens,
             self.data.video_fps,
@@ -225,10 +225,10 @@ class Answerer:
             yield record_of(sample, text, tokens)
 
 
-def with_cache(front: Front, config: RunConfig) -> Front:
+def with_cache(frontend: VlmFrontend, config: RunConfig) -> VlmFrontend:
     """The run's feature cache, where it lies on this machine; here none is begun."""
     return replace(
-        front,
+        frontend,
         cache=open_cache(config.data, config.model) if config.data.cache and Path(config.data.cache).is_dir() else None,
     )
 

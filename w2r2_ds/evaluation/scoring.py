@@ -18,7 +18,7 @@ from w2r2_ds.evaluation.protocols.detection import Scene
 from w2r2_ds.evaluation.protocols.refinement import nine_numbers
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS, Protocol, find_protocol
 from w2r2_ds.evaluation.protocols.scan2cap import Caption, DescribedObject
-from w2r2_ds.evaluation.protocols.scanrefer import Description
+from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription
 
 Record = Mapping[str, Any]
 Proposals = Mapping[str, Sequence[Sequence[float]]]
@@ -225,9 +225,9 @@ def _direct(record: Record) -> Mapping[str, Any]:
     return scanrefer.score_answer(record["id"], record["text"], poses, box, target["group"])
 
 
-def _description(record: Record) -> Description:
+def _description(record: Record) -> ScoredDescription:
     target = record["target"]
-    return Description(
+    return ScoredDescription(
         scene_id=record["scene_id"],
         object_id=str(target["object_id"]),
         object_name=target["object_name"],

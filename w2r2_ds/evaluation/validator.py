@@ -19,10 +19,10 @@ from w2r2_ds.data.loader import checked, load_mixture, make_processor, prompt_lo
 from w2r2_ds.data.validate import check_frames, check_texts
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.scoring import headline, score_records
-from w2r2_ds.models.build import Front
+from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.validation import draw, share
 from w2r2_ds.types.sample import Sample
-from w2r2_ds.utils.distributed import together
+from w2r2_ds.utils.distributed import raise_on_all_ranks
 
 MAIN = {"scanrefer": "acc@0.25", "scan2cap": "CIDEr@0.5", "scanqa": "EM", "detection": "F1@0.25"}
 """By which metric a checkpoint is the best, where `train.best_by` names none."""
@@ -35,7 +35,7 @@ class InTraining:
 
     Args:
         config: of the run: data.val, train.eval_samples, eval_max_new_tokens, best_by, micro_batch, seed.
-        front: tokenizer and vision facts.
+        frontend: tokenizer and vision facts.
         device: of the model.
 
     Raises:
@@ -43,15 +43,15 @@ class InTraining:
             a package that a score needs is not installed.
     """
 
-    def __init__(self, config: RunConfig, front: Front, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, frontend: VlmFrontend, device: torch.device) -> None:
         rank, world, wanted = dist.get_rank(), dist.get_world_size(), config.train.eval_samples
         available = load_mixture(config.data, "val")
         if not len(available):
             raise ValueError("data.val holds no samples; prepare a validation set, or give train.eval_every 0.")
         self.samples = [available[index] for index in draw(len(available), wanted, config.train.seed)]
         check_frames(self.samples, rank, world)
-        check_texts(self.samples, make_processor(front, config.data), rank, world, with_answer=False)
-        self.most, self.tokenizer, self.device = config.train.eval_max_new_tokens, front.tokenizer, device
+        check_texts(self.samples, make_processor(frontend, config.data), rank, world, with_answer=False)
+        self.most, self.tokenizer, self.device = config.train.eval_max_new_tokens, frontend.tokenizer, device
         self.about = f"{len(self.samples)} samples {digest(self.samples)}, {self.most} tokens"
         self.best_by = config.train.best_by or f"{available[0].task}/{MAIN[available[0].task]}"
         if rank == 0:
@@ -60,7 +60,7 @@ class InTraining:
             print(f"validation: {len(self.samples)} samples{fewer}, best by {self.best_by}", flush=True)
         self.share = share(len(self.samples), config.train.micro_batch, rank, world)
         mine = [self.samples[index] for index in self.share.indices]
-        self.loader = prompt_loader(mine, front, config.data, config.train.micro_batch)
+        self.loader = prompt_loader(mine, frontend, config.data, config.train.micro_batch)
 
     @torch.no_grad()
     def measure(self, engine: Any) -> dict[str, float]:
@@ -78,7 +78,9 @@ class InTraining:
         records = {index: record for rank in everyone for index, record in rank.items()}
         assert len(records) == len(self.samples), "every sample is answered once"
         found: list[dict[str, float]] = [{}]
-        with together():  # METEOR and the PTB tokenizer are processes of Java: once per run, not once per rank
+        with (
+            raise_on_all_ranks()
+        ):  # METEOR and the PTB tokenizer are processes of Java: once per run, not once per rank
             if dist.get_rank() == 0:
                 found = [computed(score([records[index] for index in sorted(records)]))]
         dist.broadcast_object_list(found)

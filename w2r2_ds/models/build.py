@@ -27,7 +27,7 @@ from w2r2_ds.types.vision import VisionSpec
 
 
 @dataclass(frozen=True)
-class Front:
+class VlmFrontend:
     """What the CPU side needs of a VLM: no weights.
 
     Attributes:
@@ -43,9 +43,9 @@ class Front:
     cache: FeatureCache | None = None
 
 
-def load_front(config: ModelConfig) -> Front:
+def load_frontend(config: ModelConfig) -> VlmFrontend:
     """Tokenizer, vision facts and meta model of `model.vlm`."""
-    return Front(load_tokenizer(config.vlm), VisionSpec.load(config.vlm), meta_model(config.vlm))
+    return VlmFrontend(load_tokenizer(config.vlm), VisionSpec.load(config.vlm), meta_model(config.vlm))
 
 
 def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
@@ -68,7 +68,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     geometry = load_geometry(config, device)
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden, kernels=kernels).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
-    model = W2R2(peft, merger, fusion, geometry, config.zero, kernels)
+    model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
     model.weights = {"vlm_weights": weights_identity(config.vlm), "vggt_weights": weights_identity(config.vggt)}
     if config.merger:
         load_merger(model, Path(config.merger))
@@ -115,5 +115,5 @@ def fingerprint(model: W2R2) -> dict[str, Any]:
         "fusion": fusion_name(model.fusion),
         "geometry_layer": model.geometry.layer,
         "reference_frame": model.geometry.reference_frame,
-        "zero": model.zero,
+        "zero_geometry": model.zero_geometry,
     }

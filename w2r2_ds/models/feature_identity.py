@@ -35,7 +35,7 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
     except OSError as error:
         raise ValueError(f"data.cache is {folder}, which cannot be made ({error}); name another folder.") from error
     cache = Cache(folder.absolute(), int(data.cache_gib * 2**30))
-    vision = vision_identity(data, model) if data.cached == "geometry+2d" else None
+    vision = vision_identity(data, model) if data.cached_features == "geometry+2d" else None
     return FeatureCache(cache, geometry_identity(data, model), vision)
 
 

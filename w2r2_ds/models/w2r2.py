@@ -124,7 +124,7 @@ class W2R2(nn.Module):
         geometry_merger: maps geometry features to the VLM's width.
         fusion: Phi.
         geometry: frozen encoder.
-        zero: what Phi(F2D, 0) zeroes, ``"merged"`` or ``"features"``.
+        zero_geometry: what Phi(F2D, 0) zeroes, ``"merged"`` or ``"features"``.
         kernels: how the streams' inputs are written; the modules are bound already.
     """
 
@@ -134,14 +134,14 @@ class W2R2(nn.Module):
         geometry_merger: GeometryMerger,
         fusion: Fusion,
         geometry: GeometryEncoder,
-        zero: str = "merged",
+        zero_geometry: str = "merged",
         kernels: Kernels = "torch",
     ) -> None:
         super().__init__()
         self.vlm = vlm
         self.geometry_merger = geometry_merger
         self.fusion = fusion
-        self.zero = zero
+        self.zero_geometry = zero_geometry
         self.kernels = kernels
         self.weights: dict[str, str] = {}  # which frozen weights it stands on, where they came from files
         object.__setattr__(self, "_geometry", geometry)
@@ -184,7 +184,7 @@ class W2R2(nn.Module):
 
     def merge_nothing(self, features: list[torch.Tensor]) -> torch.Tensor | None:
         """The geometry operand of Phi(F2D, 0): None (2D features pass unchanged), or the merger's answer to zeros."""
-        if self.zero == "merged":
+        if self.zero_geometry == "merged":
             return None
         return self.merge([torch.zeros_like(f) for f in features])
 
@@ -194,7 +194,7 @@ class W2R2(nn.Module):
         Args:
             visual: of `encode_2d`.
             geometry: ``[tokens, hidden]`` of `merge`, or what `merge_nothing` says for the shortcut.
-            mask: what is done to the 2D tokens of the images first, for the fused pass in training only (`mask2d.py`).
+            mask: what is done to the 2D tokens of the images first, for the fused pass in training only (`visual_mask_ratio.py`).
         """
         assert mask is None or geometry is not None, "the shortcut is never masked"
         images = list(visual.pooler_output) if mask is None else mask(visual.pooler_output)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.objective.expected_box import expected_overlap
-from w2r2_ds.objective.push_terms import Overlaps, PushInputs, States, find_reading
+from w2r2_ds.objective.push_terms import Overlaps, PushInputs, States, find_push_term
 from w2r2_ds.objective.reductions import at, mean_per_sample
 from w2r2_ds.objective.scorer import Score, Scorer
 from w2r2_ds.types.batch import Batch
@@ -80,7 +80,7 @@ def read_shortcut(
         outputs: of the 2D-only pass.
         answers: greedily decoded answers per sample; None reads the answer off the teacher-forced predictions.
     """
-    reading = find_reading(config.push)
+    reading = find_push_term(config.push)
     logits, states = outputs.logits, outputs.states
     if reading.blocked:
         logits, states = logits.detach(), None if states is None else states.detach()
@@ -124,7 +124,7 @@ def w2r2_loss(
     fused = scorer.teacher(outputs.logits.detach().argmax(-1), batch)
     s_short = shortcut.score.s.float()
     hinge = torch.clamp(s_short - config.mu, min=0)
-    push = find_reading(config.push).term(push_inputs(log_p, outputs, align, hinge, shortcut, batch, config, scorer))
+    push = find_push_term(config.push).term(push_inputs(log_p, outputs, align, hinge, shortcut, batch, config, scorer))
     loss = align + push
     columns = {
         "loss": loss,
@@ -169,7 +169,7 @@ def push_inputs(
         where=rows.where,
         cross_entropy=align,
         hinge=hinge,
-        lam=config.lam,
+        lambda_det=config.lambda_det,
         mu=config.mu,
         margin=config.margin,
         iou_margin=config.iou_margin,

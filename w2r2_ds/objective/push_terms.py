@@ -70,7 +70,7 @@ class PushInputs:
         where: ``[rows]`` bool, W.
         cross_entropy: ``[batch]`` l, with gradient.
         hinge: ``[batch]`` h.
-        lam: lambda.
+        lambda_det: lambda.
         mu: similarity above which the shortcut counts as having solved the sample.
         margin: m of `margin`, nats.
         iou_margin: m of `soft_iou`.
@@ -89,7 +89,7 @@ class PushInputs:
     where: Tensor
     cross_entropy: Tensor
     hinge: Tensor
-    lam: float
+    lambda_det: float
     mu: float
     margin: float
     iou_margin: float
@@ -126,7 +126,7 @@ def literal(inputs: PushInputs) -> Tensor:
     Reads Eq. 6 as printed. Its gradient is zero everywhere, so it trains as `none` does; it is there to be logged and
     to prove the point.
     """
-    return inputs.lam * inputs.hinge
+    return inputs.lambda_det * inputs.hinge
 
 
 def reweight(inputs: PushInputs) -> Tensor:
@@ -135,7 +135,7 @@ def reweight(inputs: PushInputs) -> Tensor:
     Reads Eq. 7's "L_align + lambda L_det" as a per-sample weight: what the shortcut solves is learned *more* strongly
     with geometry. The gradient is that of l times lambda * h; nothing flows through h.
     """
-    return inputs.lam * inputs.hinge * inputs.cross_entropy
+    return inputs.lambda_det * inputs.hinge * inputs.cross_entropy
 
 
 def downweight(inputs: PushInputs) -> Tensor:
@@ -145,7 +145,7 @@ def downweight(inputs: PushInputs) -> Tensor:
     what 2D alone solves teaches nothing about geometry and counts less, at the least not at all. The gradient is that
     of l times -min(1, lambda * h).
     """
-    return -torch.clamp(inputs.lam * inputs.hinge, max=1) * inputs.cross_entropy
+    return -torch.clamp(inputs.lambda_det * inputs.hinge, max=1) * inputs.cross_entropy
 
 
 def margin(inputs: PushInputs) -> Tensor:
@@ -156,7 +156,7 @@ def margin(inputs: PushInputs) -> Tensor:
     gradient raises log p(y) on W until it does, and is zero from there on. A sample without where tokens contributes 0.
     """
     lead = inputs.mean(at(inputs.log_p, inputs.label) - inputs.label_short, inputs.where)
-    return inputs.lam * inputs.active * inputs.has(inputs.where) * torch.clamp(inputs.margin - lead, min=0)
+    return inputs.lambda_det * inputs.active * inputs.has(inputs.where) * torch.clamp(inputs.margin - lead, min=0)
 
 
 def pseudo_label(inputs: PushInputs) -> Tensor:
@@ -170,7 +170,7 @@ def pseudo_label(inputs: PushInputs) -> Tensor:
     differs = inputs.where & (inputs.guess != inputs.label)
     # log(1 - p(y')) as the sum over all others: exact, and finite where p(y') rounds to 1.
     others = inputs.log_p.scatter(-1, inputs.guess[:, None], -torch.inf).logsumexp(-1)
-    return -inputs.lam * inputs.mean(inputs.guess_short.exp() * others, differs)
+    return -inputs.lambda_det * inputs.mean(inputs.guess_short.exp() * others, differs)
 
 
 def soft_iou(inputs: PushInputs) -> Tensor:
@@ -184,7 +184,7 @@ def soft_iou(inputs: PushInputs) -> Tensor:
     assert overlaps is not None, "asked for by the registry"
     wanted = torch.clamp(overlaps.iou_short + inputs.iou_margin, max=1)
     lack = torch.where(overlaps.has_box, torch.clamp(wanted - overlaps.giou, min=0), 0.0)
-    return inputs.lam * inputs.active * lack.to(inputs.hinge.dtype)
+    return inputs.lambda_det * inputs.active * lack.to(inputs.hinge.dtype)
 
 
 def representation(inputs: PushInputs) -> Tensor:
@@ -201,7 +201,7 @@ def representation(inputs: PushInputs) -> Tensor:
     batch = len(inputs.hinge)
     close = mean_per_sample(1 - cosine, states.sample, batch, states.what)
     apart = mean_per_sample(torch.clamp(cosine - inputs.cosine, min=0), states.sample, batch, states.where)
-    return inputs.lam * inputs.active * (close + apart)
+    return inputs.lambda_det * inputs.active * (close + apart)
 
 
 def poe(inputs: PushInputs) -> Tensor:
@@ -214,7 +214,7 @@ def poe(inputs: PushInputs) -> Tensor:
     """
     assert inputs.log_p_short is not None, "asked for by the registry"
     product = torch.log_softmax(inputs.log_p + inputs.log_p_short, dim=-1)
-    return inputs.lam * inputs.mean(-at(product, inputs.label), inputs.where)
+    return inputs.lambda_det * inputs.mean(-at(product, inputs.label), inputs.where)
 
 
 def unblocked(inputs: PushInputs) -> Tensor:
@@ -227,11 +227,11 @@ def unblocked(inputs: PushInputs) -> Tensor:
     overlaps = inputs.overlaps
     assert overlaps is not None, "asked for by the registry"
     excess = torch.clamp(overlaps.iou_short - inputs.mu, min=0)
-    return inputs.lam * torch.where(overlaps.has_box, excess, 0.0).to(inputs.hinge.dtype)
+    return inputs.lambda_det * torch.where(overlaps.has_box, excess, 0.0).to(inputs.hinge.dtype)
 
 
 @dataclass(frozen=True)
-class Reading:
+class PushTerm:
     """A term and what it needs beyond the label's likelihoods.
 
     Attributes:
@@ -251,21 +251,21 @@ class Reading:
     blocked: bool = True
 
 
-PUSH_TERMS: dict[str, Reading] = {
-    "none": Reading(none),
-    "literal": Reading(literal, gated=True),
-    "reweight": Reading(reweight, gated=True),
-    "downweight": Reading(downweight, gated=True),
-    "margin": Reading(margin, gated=True),
-    "pseudo_label": Reading(pseudo_label),
-    "soft_iou": Reading(soft_iou, gated=True, boxes=True),
-    "representation": Reading(representation, gated=True, states=True),
-    "poe": Reading(poe, distribution=True),
-    "unblocked": Reading(unblocked, boxes=True, blocked=False),
+PUSH_TERMS: dict[str, PushTerm] = {
+    "none": PushTerm(none),
+    "literal": PushTerm(literal, gated=True),
+    "reweight": PushTerm(reweight, gated=True),
+    "downweight": PushTerm(downweight, gated=True),
+    "margin": PushTerm(margin, gated=True),
+    "pseudo_label": PushTerm(pseudo_label),
+    "soft_iou": PushTerm(soft_iou, gated=True, boxes=True),
+    "representation": PushTerm(representation, gated=True, states=True),
+    "poe": PushTerm(poe, distribution=True),
+    "unblocked": PushTerm(unblocked, boxes=True, blocked=False),
 }
 
 
-def find_reading(name: str) -> Reading:
+def find_push_term(name: str) -> PushTerm:
     """The reading of `objective.push`.
 
     Raises:

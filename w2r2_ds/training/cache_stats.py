@@ -49,16 +49,16 @@ def describe_cache(cache: Cache) -> str:
 class TowerCalls:
     """How often all ranks call the vision tower for a batch: under ZeRO-3 it is sharded, and they call it together.
 
-    Only with 2D features cached; then a rank may lack more samples than another. Asked on the host, through gloo, so
+    Only with 2D features cached; then a rank may lack more samples than another. DoctorRequest on the host, through gloo, so
     that no rank waits for its GPU.
 
     Args:
-        config: `data.cache` and `data.cached`.
+        config: `data.cache` and `data.cached_features`.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self.group: Any = None
-        self.differ = bool(config.cache) and config.cached == "geometry+2d"
+        self.differ = bool(config.cache) and config.cached_features == "geometry+2d"
         if self.differ and dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo")
 

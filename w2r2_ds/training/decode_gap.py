@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.loader import checked, measure_loader
-from w2r2_ds.models.build import Front
+from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.validation import draw, share
 from w2r2_ds.types.sample import Sample
 
@@ -22,18 +22,20 @@ class DecodeGap:
 
     Args:
         samples: the training split.
-        front: tokenizer and vision facts.
+        frontend: tokenizer and vision facts.
         config: `objective.gap_samples`, `train.seed`, `train.micro_batch`.
         device: of the model.
     """
 
-    def __init__(self, samples: Sequence[Sample], front: Front, config: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], frontend: VlmFrontend, config: RunConfig, device: torch.device
+    ) -> None:
         world, rank, micro = dist.get_world_size(), dist.get_rank(), config.train.micro_batch
         chosen = draw(len(samples), config.objective.gap_samples, config.train.seed)
         self.wanted, self.device = len(chosen), device
         self.share = share(len(chosen), micro, rank, world)
         mine = [samples[chosen[index]] for index in self.share.indices]
-        self.loader = measure_loader(mine, front, config.data, micro)
+        self.loader = measure_loader(mine, frontend, config.data, micro)
 
     @torch.no_grad()
     def measure(self, engine: Any) -> dict[str, float]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.training.metrics import FILE, read_lines
 
 PATIENCE = 100
 """Optimizer steps without a sample above mu after which to warn, once."""
 
 
-class HingeWatch:
+class HingeMonitor:
     """Looks at ``above_mu`` of every step, those before a resume among them; rank 0 speaks.
 
     Args:
@@ -25,7 +25,7 @@ class HingeWatch:
 
     def __init__(self, start: int, config: RunConfig) -> None:
         self.objective = config.objective
-        gated = find_reading(config.objective.push).gated and config.objective.lam > 0
+        gated = find_push_term(config.objective.push).gated and config.objective.lambda_det > 0
         self.watching = gated and dist.get_rank() == 0
         self.acted = self.warned = False
         self.steps, self.highest = 0, 0.0

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.distributed import together
+from w2r2_ds.utils.distributed import raise_on_all_ranks
 
 FILE = "metrics.jsonl"
 SHOWN = ("loss", "align", "det", "push", "s_short", "s_fused")
@@ -70,7 +70,7 @@ class MetricsLogger:
         """
         assert self._file is None, "start comes once"
         self._last_step = step
-        with together():
+        with raise_on_all_ranks():
             if self.active:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 self._drop_after(step)

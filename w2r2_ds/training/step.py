@@ -21,10 +21,10 @@ from w2r2_ds.models.qwen2_5_vl.generate import PromptInputs, greedy_tokens
 from w2r2_ds.models.token_masking import mask_images
 from w2r2_ds.models.w2r2 import W2R2, Mask
 from w2r2_ds.objective.loss import Outputs, Shortcut, read_shortcut, w2r2_loss
-from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.cache_stats import TowerCalls
-from w2r2_ds.training.two_pass import dropouts_of, make_schedule, without_dropout
+from w2r2_ds.training.two_pass import dropouts_of, make_two_pass, without_dropout
 from w2r2_ds.types.batch import Batch, Visuals
 
 Forward = tuple[Tensor, Tensor] | Tensor | list[list[int]]
@@ -47,12 +47,12 @@ class W2R2Step(nn.Module):
         self.model = model
         self.objective = config.objective
         self.video_fps, self.seed = config.data.video_fps, config.train.seed
-        self.optimizer_step = 0  # which the loop keeps: the masks of `mask2d` follow from it
+        self.optimizer_step = 0  # which the loop keeps: the masks of `visual_mask_ratio` follow from it
         self.scorer = scorer
         self.calls = TowerCalls(config.data)
-        self.reading = find_reading(config.objective.push)
+        self.reading = find_push_term(config.objective.push)
         self.dropouts = dropouts_of(model)
-        self.schedule = make_schedule(model, config, zero3)
+        self.two_pass = make_two_pass(model, config, zero3)
 
     def forward(self, batch: Batch, measure: bool = False, answer: int = 0) -> Forward:
         """Weighted sum of the losses of the samples, and their statistics ``[batch, len(STATS)]``.
@@ -73,7 +73,7 @@ class W2R2Step(nn.Module):
             answers = self.decode(batch, plain) if self.objective.shortcut_decode == "greedy" else None
         merged = self.model.merge(features)
         fused = self.model.fuse(visual, merged, self.mask(batch, features))
-        short_states, states = self.schedule(batch, plain, fused, self.reading.states)
+        short_states, states = self.two_pass(batch, plain, fused, self.reading.states)
         shortcut = self.read(batch, short_states, answers)
         ratio = geometry_norm(visual, merged, batch)
         outputs = self.outputs(batch, states)
@@ -96,11 +96,11 @@ class W2R2Step(nn.Module):
         return torch.no_grad() if self.reading.blocked else nullcontext()
 
     def mask(self, batch: Batch, features: list[Tensor]) -> Mask | None:
-        """What `objective.mask2d` does to the fused pass in training; None where it does nothing."""
-        if not self.training or not self.objective.mask2d or batch.visuals.dummy:
+        """What `objective.visual_mask_ratio` does to the fused pass in training; None where it does nothing."""
+        if not self.training or not self.objective.visual_mask_ratio or batch.visuals.dummy:
             return None
         owners = list(zip(batch.visuals.ids, map(len, features), strict=True))
-        share, seed, step = self.objective.mask2d, self.seed, self.optimizer_step
+        share, seed, step = self.objective.visual_mask_ratio, self.seed, self.optimizer_step
         return functools.partial(mask_images, owners=owners, share=share, seed=seed, step=step)
 
     def both_readings(self, batch: Batch, visual: Any, features: list[Tensor]) -> Tensor:

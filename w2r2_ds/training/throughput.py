@@ -30,7 +30,7 @@ from torch import nn
 
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.objective.push_terms import Reading
+from w2r2_ds.objective.push_terms import PushTerm
 from w2r2_ds.types.batch import Batch, Visuals
 
 RATE_SECONDS = 0.2
@@ -73,7 +73,7 @@ class Throughput:
         rate: of `matrix_rate`.
     """
 
-    def __init__(self, model: W2R2, reading: Reading, rate: float) -> None:
+    def __init__(self, model: W2R2, reading: PushTerm, rate: float) -> None:
         self.model, self.reading, self.rate = model, reading, rate
 
     def __call__(self, micro_batches: Sequence[Batch], seconds: float) -> dict[str, float]:
@@ -97,13 +97,13 @@ def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
     return (ends for spans in batch.layout.spans for ends in spans)
 
 
-def step_flops(model: W2R2, reading: Reading, batch: Batch) -> float:
+def step_flops(model: W2R2, reading: PushTerm, batch: Batch) -> float:
     """Model FLOPs of forward and backward of one micro-batch."""
     towers = tower_flops(model.base.model.visual, batch.visuals) + geometry_flops(model.geometry, batch.visuals)
     return towers + merger_flops(model, batch.visuals, reading.blocked) + language_flops(model, reading, batch)
 
 
-def language_flops(model: W2R2, reading: Reading, batch: Batch) -> float:
+def language_flops(model: W2R2, reading: PushTerm, batch: Batch) -> float:
     """Both passes of the language model and its head; its decoder layers are all alike."""
     layers, head = model.base.model.language_model.layers, model.base.lm_head
     tokens, pairs = tokens_and_pairs(batch)
@@ -149,9 +149,9 @@ def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
     tokens = sum(visuals.sizes)
     merger, fusion = products(model.geometry_merger, tokens), products(model.fusion, tokens)
     short = Work()
-    if model.zero == "features":
+    if model.zero_geometry == "features":
         short = short + merger
-    if model.zero == "features" or not model.fusion.zero_is_stock:
+    if model.zero_geometry == "features" or not model.fusion.zero_is_stock:
         short = short + fusion
     return merger.both + fusion.both + (short.forward if blocked else short.both)
 

@@ -29,14 +29,14 @@ from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.validate import check_frames, check_texts, describe_frames
 from w2r2_ds.features.lookup import flush
 from w2r2_ds.kernels.select import describe, resolve_dtype
-from w2r2_ds.models.build import Front, build_model, load_front
+from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
 from w2r2_ds.models.vggt.loading import locate, read_config
-from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.training.cache_stats import cache_use, describe_cache
-from w2r2_ds.training.checkpoint.ownership import Fence
+from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.resume import find_start, resume, take_over
 from w2r2_ds.training.checkpoint.save import Content, save_checkpoint
 from w2r2_ds.training.decode_gap import DecodeGap
@@ -49,13 +49,13 @@ from w2r2_ds.training.fault_tolerance.exit_codes import DONE
 from w2r2_ds.training.fault_tolerance.hang_detector import Limits
 from w2r2_ds.training.fault_tolerance.signals import StopSignals
 from w2r2_ds.training.fault_tolerance.watchdog import Watchdog
-from w2r2_ds.training.hinge_monitor import HingeWatch
+from w2r2_ds.training.hinge_monitor import HingeMonitor
 from w2r2_ds.training.metrics import MetricsLogger
 from w2r2_ds.training.reduce import global_weight, group_norms, reduce_stats
 from w2r2_ds.training.throughput import Throughput, matrix_rate
 from w2r2_ds.training.validation import BestSoFar, MakeValidation
 from w2r2_ds.types.batch import Batch
-from w2r2_ds.utils.distributed import together
+from w2r2_ds.utils.distributed import raise_on_all_ranks
 from w2r2_ds.utils.rng import rng_state, set_rng_state
 
 
@@ -73,14 +73,14 @@ class Run:
     gap: DecodeGap | None
     best: BestSoFar | None
     data: list[str]
-    fence: Fence
+    fence: OwnershipToken
     checkpoint: Path | None
     speed: Throughput
     activity: Activity = field(default_factory=Activity)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How a run ended.
 
     Attributes:
@@ -94,7 +94,7 @@ class Outcome:
 
 def train(
     config: RunConfig, ds_path: str, make_validation: MakeValidation, signals: StopSignals | None = None
-) -> Outcome:
+) -> TrainResult:
     """Train a configuration under a DeepSpeed JSON, to the end or until `signals` ask to stop.
 
     Every rank calls it, after `join_ranks`. `make_validation` is called where `train.eval_every` asks.
@@ -117,13 +117,13 @@ def train(
         return outcome
 
 
-def loop(run: Run, signals: StopSignals) -> Outcome:
+def loop(run: Run, signals: StopSignals) -> TrainResult:
     """The steps of a run."""
     config, at = run.config, run.activity.at
     batches = checked(run.loader)
     saved, checkpoint = run.start, run.checkpoint
     metrics: dict[str, float] = {}
-    hinge = HingeWatch(run.start, config)
+    hinge = HingeMonitor(run.start, config)
     logger = MetricsLogger(
         Path(config.out), config.train.steps, config.train.wandb, config.train.tensorboard, dist.get_rank()
     )
@@ -137,7 +137,7 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
                     logger.sync()
                     content = Content(step, metrics, run.data)
                     checkpoint = save_checkpoint(run.engine, config, content, run.fence) or checkpoint
-                return Outcome(code, checkpoint)
+                return TrainResult(code, checkpoint)
             at("data", step + 1)
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
@@ -171,7 +171,7 @@ def loop(run: Run, signals: StopSignals) -> Outcome:
     hinge.end()
     if saved != config.train.steps:
         raise unsaved(config, saved, checkpoint)
-    return Outcome(DONE, checkpoint)
+    return TrainResult(DONE, checkpoint)
 
 
 def unsaved(config: RunConfig, saved: int, checkpoint: Path | None) -> ValueError:
@@ -238,7 +238,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
     """Everything that can fail for a reason the user can mend happens here."""
     rank, world = dist.get_rank(), dist.get_world_size()
     begin, local_size = find_start(config), common_ranks_per_machine(world)
-    with together():  # what only one node lacks stops all of them
+    with raise_on_all_ranks():  # what only one node lacks stops all of them
         dtype = resolve_dtype(config.model.dtype)
         chosen = describe(config.model.kernels, config.model.attention, dtype)
         ds_config = resolve_ds_config(
@@ -252,13 +252,13 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         )
         if begin.universal:
             ds_config.setdefault("checkpoint", {})["load_universal"] = True
-        front = load_front(config.model)
+        frontend = load_frontend(config.model)
         read_config(locate(config.model.vggt))
-        front = replace(front, cache=open_cache(config.data, config.model))
-        check_objective(config, front)
+        frontend = replace(frontend, cache=open_cache(config.data, config.model))
+        check_objective(config, frontend)
         samples = load_mixture(config.data, "train")
         refuse_drawn_frames(samples, config.data.questions_per_scene)
-        processor = make_processor(front, config.data)
+        processor = make_processor(frontend, config.data)
         if rank == 0:
             print(chosen, flush=True)
             print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
@@ -266,10 +266,10 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         check_texts(samples, processor, rank, world)
         if rank == 0:
             print(describe_frames(samples, processor), flush=True)
-            if front.cache is not None:
-                print(describe_cache(front.cache.cache), flush=True)
+            if frontend.cache is not None:
+                print(describe_cache(frontend.cache.cache), flush=True)
         device = torch.device(get_accelerator().current_device_name())
-        validation = make_validation(config, front, device) if config.train.eval_every else None
+        validation = make_validation(config, frontend, device) if config.train.eval_every else None
     rate = matrix_rate(device, dtype)  # while the device is empty
     if rank == 0:
         print(f"matrices are multiplied at {rate / 1e12:.3g} TFLOP/s ({dtype}): mfu is relative to it", flush=True)
@@ -280,7 +280,7 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         use_scene_split(model.base)
     if rank == 0:
         print(trainable_table({"vlm": model.vlm} | model.geometry_modules()), flush=True)
-    engine = make_engine(model, front, config, ds_config, device)
+    engine = make_engine(model, frontend, config, ds_config, device)
     del keep_alive
     # Ranks draw different dropout masks.
     torch.manual_seed(config.train.seed + rank)
@@ -300,22 +300,22 @@ def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> 
         seed=config.train.seed,
         questions_per_scene=config.data.questions_per_scene,
     )
-    loader = train_loader(samples, front, config.data, sampler, config.objective.shortcut_decode == "greedy")
-    gap = DecodeGap(samples, front, config, device) if config.objective.gap_every else None
+    loader = train_loader(samples, frontend, config.data, sampler, config.objective.shortcut_decode == "greedy")
+    gap = DecodeGap(samples, frontend, config, device) if config.objective.gap_every else None
     best = BestSoFar(validation, begin.checkpoint) if validation is not None else None
     accumulation = engine.gradient_accumulation_steps()
     groups = trained_groups(model)
-    speed = Throughput(model, find_reading(config.objective.push), rate)
+    speed = Throughput(model, find_push_term(config.objective.push), rate)
     return Run(
         config, engine, loader, device, accumulation, start, groups, gap, best, data, fence, begin.checkpoint, speed
     )
 
 
-def check_objective(config: RunConfig, front: Front) -> None:
+def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
     """Refuse, before weights are loaded, a push term that is none, or one that this tokenizer cannot serve."""
-    if find_reading(config.objective.push).boxes:
-        require_digit_slots(front.tokenizer, f"objective.push {config.objective.push}")
+    if find_push_term(config.objective.push).boxes:
+        require_digit_slots(frontend.tokenizer, f"objective.push {config.objective.push}")
     if config.objective.shortcut_decode == "teacher":
-        require_digit_slots(front.tokenizer, "objective.shortcut_decode teacher")
+        require_digit_slots(frontend.tokenizer, "objective.shortcut_decode teacher")
     if config.objective.gap_every:
-        require_digit_slots(front.tokenizer, "objective.gap_every")
+        require_digit_slots(frontend.tokenizer, "objective.gap_every")

@@ -23,7 +23,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.emit import input_streams
 from w2r2_ds.models.forward_override import bound
 from w2r2_ds.models.w2r2 import W2R2, embed, row_states
-from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.types.batch import Batch
 
 Schedule = Callable[[Batch, Any, Any, bool], tuple[Tensor, Tensor]]
@@ -33,10 +33,10 @@ Visual tokens are a vision tower's output. The shortcut's states have no graph, 
 """
 
 
-def make_schedule(model: W2R2, config: RunConfig, zero3: bool) -> Schedule:
-    """The schedule of `train.schedule`."""
-    blocked = find_reading(config.objective.push).blocked
-    chosen = config.train.schedule
+def make_two_pass(model: W2R2, config: RunConfig, zero3: bool) -> Schedule:
+    """The schedule of `train.pass_order`."""
+    blocked = find_push_term(config.objective.push).blocked
+    chosen = config.train.pass_order
     if chosen == "auto":
         chosen = "lockstep" if zero3 and blocked else "sequential"
     return Lockstep(model) if chosen == "lockstep" else Sequential(model, blocked)

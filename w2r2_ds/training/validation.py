@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.build import Front
+from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.checkpoint.resume import best_until
 from w2r2_ds.utils.distributed import say
 
@@ -34,7 +34,7 @@ class Validation(Protocol):
         ...
 
 
-MakeValidation = Callable[[RunConfig, Front, torch.device], Validation]
+MakeValidation = Callable[[RunConfig, VlmFrontend, torch.device], Validation]
 """Called on every rank, without collectives; what the user can mend is a ValueError here, not after many steps."""
 
 

@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Run a block on every rank; where it fails on some, it fails on all. The block itself must hold no collective.
 
     Without a process group the block runs as if this were not here.

@@ -25,7 +25,7 @@ from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.evaluation.ranks import Ranks
 from w2r2_ds.features.store import Cache
 from w2r2_ds.models import feature_identity as open_cache_module
-from w2r2_ds.models.build import build_model, load_front
+from w2r2_ds.models.build import build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
 
 
@@ -34,7 +34,7 @@ def config(world: World, tmp_path: Path) -> Callable[..., RunConfig]:
     """`config(**changes)` of a run in the world, both kinds of features cached; two rooms to train, one to validate."""
 
     def make(**changes: object) -> RunConfig:
-        given = {"data__cache": tmp_path / "cache", "data__cached": "geometry+2d", **changes}
+        given = {"data__cache": tmp_path / "cache", "data__cached_features": "geometry+2d", **changes}
         return load_config(None, world.arguments(tmp_path / "run", **given))
 
     return make
@@ -66,13 +66,13 @@ def test_what_is_filled_ahead_is_what_training_would_make(
     assert ": 0 files, 0 GiB (free" in capsys.readouterr().out
 
     model = build_model(run.model, torch.device("cpu"), 0).eval()
-    front = load_front(run.model)
-    asking = replace(front, cache=open_cache(run.data, run.model))
+    frontend = load_frontend(run.model)
+    asking = replace(frontend, cache=open_cache(run.data, run.model))
     for split in ("train", "val"):
         for sample in fill.frame_sets(run, [split]):
             cached, plain = (
                 make_collate(each, run.data, False)([make_processor(each, run.data)(sample, True)]).visuals
-                for each in (asking, front)
+                for each in (asking, frontend)
             )
             assert cached.geometry_images == (None,) and cached.alone == (None,)
             for one, other in zip(model.encode_3d(cached), model.encode_3d(plain), strict=True):
@@ -110,7 +110,7 @@ def test_the_forecast_is_what_is_written(
     config: Callable[..., RunConfig], visual: str, cached: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the frames' sizes alone; more by a header per file at most."""
-    run = config(data__visual=visual, data__cached=cached, demo__frames=3)
+    run = config(data__visual=visual, data__cached_features=cached, demo__frames=3)
     forecast: list[fill.Need] = []
     real = fill.refuse_too_large
     fill.refuse_too_large = lambda cache, whole, lacking: forecast.append(lacking)  # type: ignore[assignment]
@@ -131,7 +131,7 @@ def test_there_is_no_room(config: Callable[..., RunConfig], monkeypatch: pytest.
         fill_cache(config(), ["train"], False, Ranks())
     assert not files(config())
     with pytest.raises(ValueError, match=r"data\.cache is empty; name the folder to fill, as --data\.cache"):
-        fill_cache(config(data__cache="", data__cached="geometry"), ["train"], False, Ranks())
+        fill_cache(config(data__cache="", data__cached_features="geometry"), ["train"], False, Ranks())
 
 
 def test_an_unreadable_frame_is_named(
@@ -171,7 +171,7 @@ def test_the_command_takes_the_options_of_a_run(
 def test_ranks_share_the_work(config: Callable[..., RunConfig], world: World, tmp_path: Path) -> None:
     """Under torchrun, and under deepspeed on top of it: nothing is left to do."""
     options = [*world.arguments(tmp_path / "run"), "--data.cache", str(tmp_path / "cache")]
-    both = [*options, "--data.cached", "geometry+2d"]
+    both = [*options, "--data.cached_features", "geometry+2d"]
     for start, words in (
         (["torchrun", "--standalone", "--nproc_per_node", "2"], options),
         (["deepspeed", "--num_accelerators", "2"], both),

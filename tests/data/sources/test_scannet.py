@@ -1,4 +1,4 @@
-"""Reading ScanNet's layout, and what is said when it is broken."""
+"""PushTerm ScanNet's layout, and what is said when it is broken."""
 
 from __future__ import annotations
 

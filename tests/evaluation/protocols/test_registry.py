@@ -20,7 +20,7 @@ from w2r2_ds.evaluation.protocols.refinement import refine
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS, find_protocol, overall
 from w2r2_ds.evaluation.protocols.scan2cap import Caption, DescribedObject, score_scan2cap
 from w2r2_ds.evaluation.protocols.scanqa import match_any, match_in_order, match_nonempty, score_scanqa
-from w2r2_ds.evaluation.protocols.scanrefer import Description, score_official, score_vgllm, score_video3dllm
+from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription, score_official, score_vgllm, score_video3dllm
 from w2r2_ds.evaluation.protocols.vgllm_answer import read_anywhere, read_line, turn_extrinsic
 
 UNIT = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
@@ -28,8 +28,8 @@ LABELS = {"chair": (5, "chair"), "office chair": (5, "chair"), "table": (7, "tab
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-def describe(name: str, number: str = "1", scene: str = "scene0000_00", ann: str = "0") -> Description:
-    return Description(scene, number, name, ann, UNIT)
+def describe(name: str, number: str = "1", scene: str = "scene0000_00", ann: str = "0") -> ScoredDescription:
+    return ScoredDescription(scene, number, name, ann, UNIT)
 
 
 def thing(number: str = "1") -> DescribedObject:

@@ -13,7 +13,7 @@ from metric_cases import only, same_numbers
 from w2r2_ds.boxes3d.transforms import rotation_matrix
 from w2r2_ds.data.sources.labels import OTHERS
 from w2r2_ds.evaluation.protocols.registry import find_protocol
-from w2r2_ds.evaluation.protocols.scanrefer import Description, official_scores, score_vgllm
+from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription, official_scores, score_vgllm
 
 pytestmark = pytest.mark.golden
 
@@ -32,7 +32,7 @@ def names(entry: dict[str, Any]) -> str:
     return "|".join(entry[field] for field in ("scene_id", "object_id", "ann_id"))
 
 
-def descriptions(golden: Golden) -> list[Description]:
+def descriptions(golden: Golden) -> list[ScoredDescription]:
     return descriptions_from(golden.beside("annotations"), golden.beside("scenes")["gt_boxes"])
 
 
@@ -56,12 +56,12 @@ def printed(scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def score(golden: Golden, name: str, kept: list[Description]) -> dict[str, Any]:
+def score(golden: Golden, name: str, kept: list[ScoredDescription]) -> dict[str, Any]:
     boxes = {key: box for key, box in predictions(golden, "box").items() if key in {each.key for each in kept}}
     return find_protocol(f"scanrefer/{name}").score(kept, boxes, labels(golden), descriptions(golden))
 
 
-def with_box(golden: Golden) -> list[Description]:
+def with_box(golden: Golden) -> list[ScoredDescription]:
     boxes = predictions(golden, "box")
     return [each for each in descriptions(golden) if boxes.get(each.key) is not None]
 

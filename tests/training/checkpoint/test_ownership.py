@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from w2r2_ds.training.checkpoint.ownership import INCARNATION, Fence, Fenced
+from w2r2_ds.training.checkpoint.ownership import INCARNATION, Fenced, OwnershipToken
 
 
 def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    first = Fence.claim(tmp_path)
+    first = OwnershipToken.claim(tmp_path)
     first.check()
-    second = Fence.claim(tmp_path)
+    second = OwnershipToken.claim(tmp_path)
     second.check()
     assert (first.number, second.number) == (1, 2) and first.token != second.token
     with pytest.raises(Fenced, match=r"was taken over by start 2 \(host \S+, job 17, 20.*start 1 of 20.* stops"):
@@ -26,7 +26,7 @@ def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_fence_that_is_gone_or_unreadable_stops_the_writer(tmp_path: Path) -> None:
-    fence = Fence.claim(tmp_path)
+    fence = OwnershipToken.claim(tmp_path)
     (tmp_path / "checkpoints" / INCARNATION).write_text("{")
     with pytest.raises(Fenced, match="is gone or unreadable"):
         fence.check()
@@ -36,7 +36,7 @@ def test_a_fence_that_is_gone_or_unreadable_stops_the_writer(tmp_path: Path) -> 
 
 
 def test_starts_write_in_folders_of_their_own_and_sweep_those_of_others(tmp_path: Path) -> None:
-    first = Fence.claim(tmp_path)
+    first = OwnershipToken.claim(tmp_path)
     mine = first.aside(30)
     mine.mkdir()
     left = tmp_path / "checkpoints" / "step-000020.partial"  # of an earlier version
@@ -44,14 +44,14 @@ def test_starts_write_in_folders_of_their_own_and_sweep_those_of_others(tmp_path
     (mine.parent / "latest.01ab.partial").write_text("step")
     first.sweep()
     assert mine.exists() and not left.exists() and not (mine.parent / "latest.01ab.partial").exists()
-    second = Fence.claim(tmp_path)
+    second = OwnershipToken.claim(tmp_path)
     assert not mine.exists()
     assert second.aside(30) != first.aside(30)
 
 
 def test_a_read_that_fails_says_nothing_of_who_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system that stutters is no reason to end a run for good."""
-    fence = Fence.claim(tmp_path)
+    fence = OwnershipToken.claim(tmp_path)
 
     def stale(*_: object, **__: object) -> str:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))

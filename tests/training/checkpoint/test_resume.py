@@ -12,7 +12,7 @@ from damaged_files import flip
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.checkpoint import resume
 from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, steps, write_description
-from w2r2_ds.training.checkpoint.ownership import Fence
+from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.resume import Start, find_start, take_over
 from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
 from w2r2_ds.utils import atomic_io
@@ -42,7 +42,7 @@ def configured(run: Path, mode: Any = "auto") -> RunConfig:
 def test_a_fresh_run_starts_at_the_beginning(tmp_path: Path) -> None:
     for mode in ("auto", "none"):
         assert find_start(configured(tmp_path, mode)) == Start()
-    Fence.claim(tmp_path)  # killed before its first checkpoint
+    OwnershipToken.claim(tmp_path)  # killed before its first checkpoint
     assert find_start(configured(tmp_path, "none")) == Start()
 
 

@@ -28,7 +28,7 @@ from w2r2_ds.utils.atomic_io import Digest
         ("train", {"global_batch": 4}),
         ("train", {"lr": 1e-5}),
         ("data", {"frame_width": 112}),
-        ("objective", {"lam": 0.5}),
+        ("objective", {"lambda_det": 0.5}),
     ],
 )
 def test_a_resume_with_other_options_is_refused_by_name(trained: Path, section: str, changes: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
     config = load_config(saved / "config.yaml")
     check_same_run(saved, replace(config, train=replace(config.train, save_every=7, keep_last=9, wandb=True)))
     exact = {
-        "schedule": "lockstep",
+        "pass_order": "lockstep",
         "activation_checkpointing": True,
         "recompute_every": 3,
         "offload_activations": True,

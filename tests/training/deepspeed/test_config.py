@@ -129,7 +129,7 @@ def test_equal_values_are_accepted_and_other_settings_untouched() -> None:
         ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer is true", "AdamW"]),
         ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer is false"]),
         ({"optimizer": {"type": "AdamW"}}, ['remove "optimizer"', "train.lr"]),
-        ({"scheduler": {}}, ['remove "scheduler"', "train.warmup"]),
+        ({"scheduler": {}}, ['remove "scheduler"', "train.warmup_ratio"]),
         ({"fp16": {"enabled": True}}, ["fp16", "use", "bf16"]),
         ({"fp16": {"enabled": "auto"}}, ["fp16", "bf16"]),
         ({"zero_optimisation": {"stage": 3}}, ['unknown key "zero_optimisation"', "zero_optimization"]),

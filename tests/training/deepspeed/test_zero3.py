@@ -31,7 +31,7 @@ SPLIT = [[["four", "three"]], [["twelve", "three"]]]
 FACTORS: dict[str, Sequence[Any]] = {
     "push": list(PUSH_TERMS),
     "checkpointing": [False, True],
-    "zero": ["merged", "features"],
+    "zero_geometry": ["merged", "features"],
     "visual": ["images", "video"],
     "fusion": list(FUSIONS),
 }
@@ -57,7 +57,7 @@ def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def matrix_case(row: dict[str, Any]) -> Case:
     name = "-".join(str(value) for value in row.values())
     objective = {"push": row["push"], "margin": 30.0, "mu": 0.001 if row["push"] == "unblocked" else 0.7}
-    model = {"zero": row["zero"], "fusion": row["fusion"]}
+    model = {"zero_geometry": row["zero_geometry"], "fusion": row["fusion"]}
     return Case(name, SPLIT, objective, model, row["checkpointing"], row["visual"])
 
 
@@ -103,13 +103,13 @@ ROBUST = [
         "text beside visual",
         [[["words", "more words"]], [["four", "three"]]],
         {"margin": 30.0},
-        schedule="sequential",
+        pass_order="sequential",
     ),
     Case(
         "visual beside text, features zeroed",
         [[["four", "three"]], [["words", "more words"]]],
         {"margin": 30.0},
-        {"zero": "features"},
+        {"zero_geometry": "features"},
     ),
     Case("text everywhere", [[["words"]], [["more words"]]], {"push": "poe"}),
     Case("mixed in a batch", [[["words", "twelve"]], [["three", "more words"]]], {"push": "pseudo_label"}),
@@ -120,15 +120,15 @@ ROBUST = [
 ]
 TRACED = [
     Case(
-        f"traced {push} {schedule} {checkpointing}",
+        f"traced {push} {pass_order} {checkpointing}",
         SPLIT,
         {"push": push, "margin": 30.0},
         {},
         checkpointing,
         steps=4,
-        schedule=schedule,
+        pass_order=pass_order,
     )
-    for push, schedule in (("margin", "lockstep"), ("representation", "sequential"))
+    for push, pass_order in (("margin", "lockstep"), ("representation", "sequential"))
     for checkpointing in (False, True)
 ]
 GREEDY = [
@@ -166,7 +166,7 @@ def check_case(case: Case, ranks: Any) -> None:
             assert found["norms"][name] == pytest.approx(value, rel=1e-5)
         both = found["norms"]["grad_norm_lora"] ** 2 + found["norms"]["grad_norm_geometry"] ** 2
         assert found["norms"]["grad_norm"] ** 2 == pytest.approx(both, rel=1e-5)
-    if "fusion" in case.model and "zero" in case.model:  # of the matrix
+    if "fusion" in case.model and "zero_geometry" in case.model:  # of the matrix
         assert any(ranks[0][case.name]["stats"]["push"]) == (case.objective["push"] != "none")
 
 

@@ -19,7 +19,15 @@ from fork_server import HELPERS
 from runs import environment
 from w2r2_ds.training.fault_tolerance.activity import Activity, blocks
 from w2r2_ds.training.fault_tolerance.exit_codes import FAILED, LOST
-from w2r2_ds.training.fault_tolerance.hang_detector import FAILURE, LEFT, MISTAKE, Judge, Limits, State, Verdict
+from w2r2_ds.training.fault_tolerance.hang_detector import (
+    FAILURE,
+    LEFT,
+    MISTAKE,
+    Diagnosis,
+    HangDetector,
+    Limits,
+    State,
+)
 
 SCRIPT = HELPERS / "watched_ranks.py"
 HOST = socket.gethostname()
@@ -135,7 +143,9 @@ def test_a_run_without_mishap_ends_as_if_unwatched(ended: Callable[[str], Ended]
     assert ended("none") == ([0, 0], ["through\n", "through\n"])
 
 
-def seen(judge: Judge, states: list[State], until: float, quiet: tuple[int, ...] = (), now: float = 0.0) -> Verdict:
+def seen(
+    judge: HangDetector, states: list[State], until: float, quiet: tuple[int, ...] = (), now: float = 0.0
+) -> Diagnosis:
     """The verdict of a judge that looks every two seconds for a while; it must come."""
     verdict = None
     while now <= until and verdict is None:
@@ -150,14 +160,14 @@ RUNS = State(beat=1, host="a", step=3, phase="forward", module="m", looping=True
 
 def test_a_judge_that_could_not_look_blames_nobody() -> None:
     """A machine that was suspended, or a main thread that held Python's lock for long."""
-    judge = Judge(LIMITS, 2)
+    judge = HangDetector(LIMITS, 2)
     assert judge.look([RUNS, RUNS], 0.0) is None
     for now in (1000.0, 2000.0, 3000.0):
         assert judge.look([RUNS, RUNS], now) is None  # 12 s at most have been counted
 
 
 def test_standing_still_before_the_loop_is_no_hang() -> None:
-    judge = Judge(LIMITS, 2)
+    judge = HangDetector(LIMITS, 2)
     loading = replace(RUNS, looping=False, still=5000.0)
     assert judge.look([loading, loading], 0.0) is None
     assert judge.look([loading, replace(RUNS, still=599.0, waits=True)], 2.0) is None
@@ -168,18 +178,20 @@ def test_standing_still_before_the_loop_is_no_hang() -> None:
 def test_who_waits_in_a_collective_is_not_in_the_way() -> None:
     waits = replace(RUNS, still=601.0, here="all_reduce (c.py:1)", waits=True)
     sleeps = replace(RUNS, still=599.0, here="read (d.py:2)")
-    verdict = Judge(LIMITS, 3).look([waits, sleeps, waits], 0.0)
+    verdict = HangDetector(LIMITS, 3).look([waits, sleeps, waits], 0.0)
     assert verdict is not None and verdict.line.startswith(
         "rank 1 (a) hangs, for 599 s, at step 3, forward, m, in read"
     )
-    verdict = Judge(LIMITS, 2).look([waits, replace(waits, still=700.0)], 0.0)
+    verdict = HangDetector(LIMITS, 2).look([waits, replace(waits, still=700.0)], 0.0)
     assert verdict is not None and "collectives, for each other or for a link that is down; rank 1" in verdict.line
 
 
 def test_a_silent_rank_is_not_overtaken_by_those_that_wait_for_it() -> None:
-    verdict = seen(Judge(replace(LIMITS, hang=5.0), 2), [replace(RUNS, still=9.0, waits=True), RUNS], 60, quiet=(1,))
+    verdict = seen(
+        HangDetector(replace(LIMITS, hang=5.0), 2), [replace(RUNS, still=9.0, waits=True), RUNS], 60, quiet=(1,)
+    )
     assert "rank 0 (a) hangs" in verdict.line  # heard a moment ago, rank 1 is not yet under suspicion
-    judge = Judge(replace(LIMITS, hang=20.0), 2)
+    judge = HangDetector(replace(LIMITS, hang=20.0), 2)
     for beat in range(4):
         assert judge.look([replace(RUNS, beat=beat + 1), RUNS], 2.0 * beat) is None
     verdict = seen(judge, [replace(RUNS, beat=9, still=99.0, waits=True), RUNS], 60, quiet=(1,), now=8.0)
@@ -188,19 +200,19 @@ def test_a_silent_rank_is_not_overtaken_by_those_that_wait_for_it() -> None:
 
 def test_the_dead_rank_is_named_and_not_those_that_lost_it() -> None:
     lost = replace(RUNS, kind=FAILURE, words="RuntimeError('Connection closed by peer')")
-    verdict = seen(Judge(LIMITS, 3), [lost, RUNS, lost], 20, quiet=(1,))
+    verdict = seen(HangDetector(LIMITS, 3), [lost, RUNS, lost], 20, quiet=(1,))
     assert verdict.code == LOST and verdict.line.startswith("rank 1 (a) is gone: not heard for ")
     assert verdict.table.count("Connection closed by peer") == 2
 
 
 def test_a_mistake_goes_before_everything_else() -> None:
     states = [replace(RUNS, still=900.0), replace(RUNS, kind=MISTAKE, words="no such file."), RUNS]
-    verdict = seen(Judge(replace(LIMITS, hang=1000.0), 3), states, 20, quiet=(2,))
+    verdict = seen(HangDetector(replace(LIMITS, hang=1000.0), 3), states, 20, quiet=(2,))
     assert (verdict.code, verdict.line) == (FAILED, "rank 1 (a) stopped at step 3, forward, m: no such file.")
 
 
 def test_ranks_that_have_all_left_are_let_go() -> None:
-    judge = Judge(LIMITS, 3)
+    judge = HangDetector(LIMITS, 3)
     states = [replace(RUNS, kind=kind) for kind in (LEFT, MISTAKE, FAILURE)]
     assert [judge.look(states, 2.0 * i) for i in range(50)] == [None] * 50
 
@@ -225,14 +237,14 @@ def test_where_no_rank_is_seen_to_wait_the_one_behind_is_named() -> None:
     """On a GPU a rank waits in its backward pass or in a read of a value, not in a collective's function."""
     ahead = replace(RUNS, moves=90, still=601.0, phase="backward")
     behind = replace(RUNS, moves=40, still=597.5)
-    verdict = Judge(LIMITS, 3).look([ahead, behind, ahead], 0.0)
+    verdict = HangDetector(LIMITS, 3).look([ahead, behind, ahead], 0.0)
     assert verdict is not None and verdict.line.startswith("rank 1 (a) hangs, for 598 s, at step 3, forward")
-    verdict = Judge(LIMITS, 2).look([ahead, replace(ahead, still=602.0)], 0.0)
+    verdict = HangDetector(LIMITS, 2).look([ahead, replace(ahead, still=602.0)], 0.0)
     assert verdict is not None and verdict.line.startswith("all ranks that hang wait in collectives, for each other")
 
 
 def test_a_rank_that_loads_may_be_silent_for_longer() -> None:
     loading = replace(RUNS, looping=False)
-    verdict = seen(Judge(LIMITS, 2), [loading, loading], 400, quiet=(1,))
+    verdict = seen(HangDetector(LIMITS, 2), [loading, loading], 400, quiet=(1,))
     assert "rank 1 (a) is gone: not heard for 300 s" in verdict.line
-    assert "not heard for 30 s" in seen(Judge(LIMITS, 2), [RUNS, RUNS], 400, quiet=(1,)).line
+    assert "not heard for 30 s" in seen(HangDetector(LIMITS, 2), [RUNS, RUNS], 400, quiet=(1,)).line

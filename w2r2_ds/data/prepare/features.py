@@ -19,7 +19,7 @@ from w2r2_ds.data.collate import tower_input
 from w2r2_ds.data.images import VGGT_PATCH, frame_size
 from w2r2_ds.data.loader import keep_working, load_mixture, visual_kind
 from w2r2_ds.data.validate import THREADS
-from w2r2_ds.data.visual_inputs import Eyes, Seen
+from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.evaluation.ranks import Ranks, set_threads
 from w2r2_ds.features.lookup import FeatureCache, flush
 from w2r2_ds.features.store import Cache, file_size, gib
@@ -33,7 +33,7 @@ from w2r2_ds.models.w2r2 import encode_visuals
 from w2r2_ds.types.batch import moved
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
-from w2r2_ds.utils.distributed import together
+from w2r2_ds.utils.distributed import raise_on_all_ranks
 from w2r2_ds.utils.progress import progress
 
 
@@ -60,16 +60,16 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         ValueError: there is no cache, no room for it, a frame cannot be read, or what was made could not be kept; on
             every rank, but for a frame that is no picture, which ends the rank that decodes it.
     """
-    with together():
+    with raise_on_all_ranks():
         scenes = frame_sets(config, splits)[ranks.rank :: ranks.world]
         cache = open_cache(config.data, config.model)
         if cache is None:
             raise ValueError("data.cache is empty; name the folder to fill, as --data.cache runs/cache.")
         vision = VisionSpec.load(config.model.vlm)
-        eyes = Eyes(vision, config.data, cache)
+        eyes = VisualPreprocessor(vision, config.data, cache)
         missing, whole, lacking = look_up(scenes, eyes, FeatureBytes(config, vision, cache))
     whole, lacking = over_ranks(whole, ranks), over_ranks(lacking, ranks)
-    with together():
+    with raise_on_all_ranks():
         refuse_too_large(cache.cache, whole, lacking)
     if ranks.rank == 0:
         dtype = resolve_dtype(config.model.dtype)
@@ -82,7 +82,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         made = encode_all(missing, eyes, config, device, ranks)
         flush()
-        with together():  # and here all ranks wait for each other
+        with raise_on_all_ranks():  # and here all ranks wait for each other
             refuse_lost(cache.cache, made)
         if ranks.rank == 0:
             print(f"{cache.cache.folder}: {gib(cache.cache.size())}, complete", flush=True)
@@ -107,7 +107,7 @@ class FeatureBytes:
         self.hidden = load_config(config.model.vlm).vision_config.out_hidden_size
         self.as_video = config.data.visual == "video"
 
-    def of(self, sample: Sample, eyes: Eyes) -> tuple[int, int]:
+    def of(self, sample: Sample, eyes: VisualPreprocessor) -> tuple[int, int]:
         """Bytes at most of the geometry file and of the 2D file; 0 for 2D features that are not cached."""
         (width, height), (less, lower) = eyes.sizes([frame_size(path) for path in sample.frames])
         count = len(sample.frames)
@@ -120,7 +120,9 @@ class FeatureBytes:
         return file_size(shape_3d, self.dtype), file_size(shape_2d, self.dtype)
 
 
-def look_up(samples: Sequence[Sample], eyes: Eyes, sizes: FeatureBytes) -> tuple[list[Sample], Need, Need]:
+def look_up(
+    samples: Sequence[Sample], eyes: VisualPreprocessor, sizes: FeatureBytes
+) -> tuple[list[Sample], Need, Need]:
     """Samples of which something is missing, what all of them need, and what of it is missing.
 
     Whatever is there is read whole, so that it is not damaged files that are counted.
@@ -174,16 +176,16 @@ def refuse_lost(cache: Cache, made: Sequence[str]) -> None:
         )
 
 
-class _Looked(Dataset[Seen | ValueError]):
+class _Looked(Dataset[VisualInputs | ValueError]):
     """What the towers see of samples, made when asked for."""
 
-    def __init__(self, samples: Sequence[Sample], eyes: Eyes) -> None:
+    def __init__(self, samples: Sequence[Sample], eyes: VisualPreprocessor) -> None:
         self.samples, self.eyes = samples, eyes
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Seen | ValueError:
+    def __getitem__(self, index: int) -> VisualInputs | ValueError:
         try:
             return self.eyes.look(self.samples[index])
         except ValueError as error:  # a loader process would wrap it in its traceback
@@ -191,14 +193,14 @@ class _Looked(Dataset[Seen | ValueError]):
 
 
 def encode_all(
-    samples: Sequence[Sample], eyes: Eyes, config: RunConfig, device: torch.device, ranks: Ranks
+    samples: Sequence[Sample], eyes: VisualPreprocessor, config: RunConfig, device: torch.device, ranks: Ranks
 ) -> list[str]:
     """Make and keep what is missing of these samples' features; returns their keys."""
     made: list[str] = []
     geometry = load_geometry(config.model, device)
     set_threads(ranks, geometry.vggt.config.embed_dim)
     vlm: Any = None
-    if config.data.cached == "geometry+2d":
+    if config.data.cached_features == "geometry+2d":
         dtype = resolve_dtype(config.model.dtype)
         vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()
         vlm.model.visual.to(device)  # nothing else of it is used
@@ -218,7 +220,7 @@ def encode_all(
     return made
 
 
-def _looked(samples: Sequence[Sample], eyes: Eyes, workers: int) -> Iterator[Seen]:
+def _looked(samples: Sequence[Sample], eyes: VisualPreprocessor, workers: int) -> Iterator[VisualInputs]:
     dataset = _Looked(samples, eyes)
     for seen in DataLoader(
         dataset, batch_size=1, collate_fn=itemgetter(0), num_workers=workers, worker_init_fn=keep_working

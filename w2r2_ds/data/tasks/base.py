@@ -104,8 +104,8 @@ class Dropped:
     detail: str = ""
 
 
-Outcome = Sample | Dropped
-Outcomes = list[tuple[int, Outcome]]
+PreparedItem = Sample | Dropped
+Outcomes = list[tuple[int, PreparedItem]]
 """What items became, each with the item's number in its file."""
 
 

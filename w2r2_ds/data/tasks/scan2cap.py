@@ -23,8 +23,8 @@ from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,
     Dropped,
     Job,
-    Outcome,
     Outcomes,
+    PreparedItem,
     Sight,
     TaskOptions,
     choose_seeing,
@@ -101,7 +101,7 @@ def _outcome(
     sights: Mapping[int, Sight],
     key: str,
     references: tuple[Reference, ...] = (),
-) -> Outcome:
+) -> PreparedItem:
     described = scene.instances[about.object_id].box
     if options.split != "train" and options.boxes == "proposals":
         assert job.proposals is not None

@@ -29,8 +29,8 @@ from w2r2_ds.data.tasks.base import (
     NO_VISIBLE_FRAME,
     Dropped,
     Job,
-    Outcome,
     Outcomes,
+    PreparedItem,
     Sight,
     TaskOptions,
     choose_seeing,
@@ -118,7 +118,7 @@ def image_size(scene: Scene) -> tuple[int, int]:
 
 def _camera_samples(
     scene: Scene, job: Job, about: Description, sight: Sight, options: TaskOptions, size: tuple[int, int]
-) -> Iterator[Outcome]:
+) -> Iterator[PreparedItem]:
     training = options.split == "train"
     if training and sight.box is None:
         yield Dropped(about.key, NO_INSTANCE_MATCH, about.where)
@@ -156,7 +156,7 @@ def _sample(scene: Scene, job: Job, about: Description, key: str, chosen: list[i
 
 def _world_outcome(
     scene: Scene, job: Job, about: Description, options: TaskOptions, sights: Mapping[int, Sight]
-) -> Outcome:
+) -> PreparedItem:
     chosen = choose_seeing(scene, about, about.key, options, sights)
     if isinstance(chosen, Dropped):
         return chosen

@@ -15,7 +15,7 @@ from w2r2_ds.doctor.checkpoint_size import room_bytes
 from w2r2_ds.doctor.checks import data as data_checks
 from w2r2_ds.doctor.checks import gpu, settings
 from w2r2_ds.doctor.place import Place
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import Alarm, TooLong, bounded, brief
 
 SECONDS = 15.0
@@ -27,11 +27,11 @@ SPARE = GIB
 ASK_DRIVER = ("settings", "device", "use")
 """Checks that call into the GPU driver, which may hold Python's lock, so that no thread's time limit works."""
 
-Checks = dict[str, Callable[[], Outcome]]
+Checks = dict[str, Callable[[], CheckResult]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class DoctorRequest:
     """What the doctor is to look at.
 
     Args:
@@ -47,7 +47,7 @@ class Asked:
     refused: str = ""
 
 
-def node_checks(asked: Asked, place: Place, torch_usable: bool) -> Checks:
+def node_checks(asked: DoctorRequest, place: Place, torch_usable: bool) -> Checks:
     """Checks of a node; rank 0 also looks at what is the same for all.
 
     Args:
@@ -79,12 +79,12 @@ def node_checks(asked: Asked, place: Place, torch_usable: bool) -> Checks:
     return checks
 
 
-def check_out(config: RunConfig) -> Outcome:
+def check_out(config: RunConfig) -> CheckResult:
     """The folder of a run, with room for the checkpoints that are not there yet."""
     return disk.check_folder("out", Path(config.out), SPARE + room_bytes(config), "the run, checkpoints and all, still")
 
 
-def rank_checks(asked: Asked, place: Place) -> Checks:
+def rank_checks(asked: DoctorRequest, place: Place) -> Checks:
     """Checks of every rank: its own GPU, and what it would use."""
     return {
         "device": partial(gpu.check_device, place.local_rank, place.world),
@@ -92,13 +92,15 @@ def rank_checks(asked: Asked, place: Place) -> Checks:
     }
 
 
-def driver_silent(found: dict[str, Outcome]) -> bool:
+def driver_silent(found: dict[str, CheckResult]) -> bool:
     """Whether nvidia-smi is there and told of no GPU: a call into such a driver may hold the whole process for ever."""
-    health = found.get("GPU health", Outcome())
+    health = found.get("GPU health", CheckResult())
     return bool(health.wrong or health.warnings) and not health.shown
 
 
-def do_checks(checks: Checks, alarm: Alarm, end: float, before: dict[str, Outcome] | None = None) -> dict[str, Outcome]:
+def do_checks(
+    checks: Checks, alarm: Alarm, end: float, before: dict[str, CheckResult] | None = None
+) -> dict[str, CheckResult]:
     """Do checks one after the other, none longer than its time; a check that fails itself is reported, not raised.
 
     Args:
@@ -107,10 +109,10 @@ def do_checks(checks: Checks, alarm: Alarm, end: float, before: dict[str, Outcom
         end: seconds after the start at which all must be through.
         before: what was found before, on which it depends what can be looked at.
     """
-    found: dict[str, Outcome] = {}
+    found: dict[str, CheckResult] = {}
     for name, check in checks.items():
         if name in ASK_DRIVER and driver_silent((before or {}) | found):
-            found[name] = Outcome(warnings=[f"{name} was not looked at, as the GPU driver does not answer."])
+            found[name] = CheckResult(warnings=[f"{name} was not looked at, as the GPU driver does not answer."])
             continue
         alarm.now(f"looking at {name}")
         seconds = min(SECONDS, alarm.left(end))
@@ -119,11 +121,13 @@ def do_checks(checks: Checks, alarm: Alarm, end: float, before: dict[str, Outcom
         except TooLong as late:
             text = f"looking at {name} had not ended in its time; "
             if late.works:
-                found[name] = Outcome(warnings=[f"{text}this machine is slow or busy: run the doctor again by itself."])
+                found[name] = CheckResult(
+                    warnings=[f"{text}this machine is slow or busy: run the doctor again by itself."]
+                )
             else:
-                found[name] = Outcome(wrong=[f"{text}a file system or driver hangs: look at it on this node."])
+                found[name] = CheckResult(wrong=[f"{text}a file system or driver hangs: look at it on this node."])
         except Exception as error:  # what broken libraries raise can be anything
-            found[name] = Outcome(
+            found[name] = CheckResult(
                 wrong=[f"{name} cannot be looked at ({brief(error)}); see whether imports are right."]
             )
     return found

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from w2r2_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from w2r2_ds.doctor.own_code import content_hash
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 
 FRAMES = 8
 """Image files of every set that are looked for, evenly spread; training itself looks for all of them."""
 
 
-def check_data(config: DataConfig) -> Outcome:
+def check_data(config: DataConfig) -> CheckResult:
     """Prepared sets: readable, with frames; equal content is equal digests of their manifests, which hash the rest."""
     from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 
-    outcome = Outcome()
+    outcome = CheckResult()
     root = Path(config.root)
     for source in [*config.train, *config.val]:
         folder = root / source.path
@@ -41,9 +41,9 @@ def check_data(config: DataConfig) -> Outcome:
     return outcome
 
 
-def check_weights(config: ModelConfig) -> Outcome:
+def check_weights(config: ModelConfig) -> CheckResult:
     """Directories of VLM and VGGT, or their copies in the hub's cache; equal weights have equal fingerprints."""
-    outcome = Outcome()
+    outcome = CheckResult()
     for field, source in (("model.vlm", config.vlm), ("model.vggt", config.vggt)):
         folder = Path(source)
         if not folder.is_dir():
@@ -62,12 +62,14 @@ def check_weights(config: ModelConfig) -> Outcome:
     return outcome
 
 
-def demo_makes(config: RunConfig) -> Outcome:
+def demo_makes(config: RunConfig) -> CheckResult:
     """The demo makes scenes and models where they are missing, so that none can be missed."""
-    return Outcome(shown={"data and models": f"the demo's, in {config.data.root} and {Path(config.model.vlm).parent}"})
+    return CheckResult(
+        shown={"data and models": f"the demo's, in {config.data.root} and {Path(config.model.vlm).parent}"}
+    )
 
 
-def _look(outcome: Outcome, field: str, folder: Path) -> None:
+def _look(outcome: CheckResult, field: str, folder: Path) -> None:
     from w2r2_ds.models.weights_hash import weights_identity
 
     try:
@@ -80,7 +82,7 @@ def _look(outcome: Outcome, field: str, folder: Path) -> None:
     _digest(outcome, field, folder / "config.json")
 
 
-def _digest(outcome: Outcome, field: str, path: Path) -> None:
+def _digest(outcome: CheckResult, field: str, path: Path) -> None:
     try:
         outcome.equal[f"{field} ({path})"] = content_hash([path], path.parent)
     except OSError as error:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 
 SMI_SECONDS = 15
@@ -34,11 +34,11 @@ FIELDS = (
 _UNKNOWN = re.compile(r'Field "([^"]+)" is not a valid field to query')
 
 
-def check_device(local_rank: int, world: int) -> Outcome:
+def check_device(local_rank: int, world: int) -> CheckResult:
     """This rank's accelerator: there, and its matrix product right; on a machine without GPUs the CPU's."""
     import torch
 
-    outcome = Outcome()
+    outcome = CheckResult()
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and _smi(("index",))[0]:
             outcome.wrong.append(
@@ -93,9 +93,9 @@ def product_wrong(device: str, dtype: object) -> list[str]:
     return []
 
 
-def check_health() -> Outcome:
+def check_health() -> CheckResult:
     """What nvidia-smi says of every GPU of this node; nothing on a machine without it."""
-    outcome = Outcome()
+    outcome = CheckResult()
     if shutil.which("nvidia-smi") is None:
         return outcome
     rows, why = _smi(FIELDS)

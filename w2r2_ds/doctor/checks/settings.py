@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.doctor.result import Outcome
+from w2r2_ds.doctor.result import CheckResult
 
 NETWORK = ("NCCL_", "GLOO_", "FI_", "UCX_")
 """Beginnings of environment variables that decide about the network."""
@@ -26,14 +26,14 @@ def needed_packages(config: RunConfig | None) -> frozenset[str]:
     return frozenset(name for name, used in wanted.items() if used)
 
 
-def check_settings(config: RunConfig, ds_path: str, world: int) -> Outcome:
+def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
     """What training refuses at its start, refused here: the push term, the JSON, batch sizes for this many ranks."""
-    from w2r2_ds.objective.push_terms import find_reading
+    from w2r2_ds.objective.push_terms import find_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 
-    outcome = Outcome()
+    outcome = CheckResult()
     try:
-        find_reading(config.objective.push)
+        find_push_term(config.objective.push)
     except ValueError as error:
         outcome.wrong.append(str(error))
     if not ds_path:
@@ -70,7 +70,7 @@ def zero(section: dict[str, Any]) -> str:
     return text
 
 
-def check_use(config: RunConfig | None) -> Outcome:
+def check_use(config: RunConfig | None) -> CheckResult:
     """Precision, attention and network of a run on this node.
 
     Args:
@@ -80,7 +80,7 @@ def check_use(config: RunConfig | None) -> Outcome:
 
     from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
 
-    outcome = Outcome()
+    outcome = CheckResult()
     gpu = torch.cuda.is_available()
     for name, value in sorted(os.environ.items()):
         if name.startswith(NETWORK):

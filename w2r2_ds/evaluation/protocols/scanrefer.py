@@ -139,7 +139,7 @@ Box = Sequence[float]
 
 
 @dataclass(frozen=True)
-class Description:
+class ScoredDescription:
     """One annotated description.
 
     Attributes:
@@ -167,10 +167,10 @@ class Description:
 
 
 def score_official(
-    descriptions: Sequence[Description],
+    descriptions: Sequence[ScoredDescription],
     boxes: Mapping[str, Box | None],
     labels: LabelMap | None = None,
-    split: Sequence[Description] | None = None,
+    split: Sequence[ScoredDescription] | None = None,
 ) -> dict[str, Any]:
     """ScanRefer's own evaluator: axis-aligned IoU with + 1e-8, ScanNet-18 classes, classes in and not in "others".
 
@@ -178,7 +178,7 @@ def score_official(
 
     Args:
         descriptions: those that count.
-        boxes: by ``Description.key``; None for an answer that could not be read.
+        boxes: by ``ScoredDescription.key``; None for an answer that could not be read.
         labels: see ``LabelMap``; without it, groups and classes are those that the descriptions bring.
         split: all descriptions of the split, which decide what is unique; ``descriptions`` without it.
 
@@ -219,10 +219,10 @@ def official_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def score_video3dllm(
-    descriptions: Sequence[Description],
+    descriptions: Sequence[ScoredDescription],
     boxes: Mapping[str, Box | None],
     labels: LabelMap | None = None,
-    split: Sequence[Description] | None = None,
+    split: Sequence[ScoredDescription] | None = None,
 ) -> dict[str, Any]:
     """Video-3D-LLM's evaluator: axis-aligned IoU with + 1e-8, unique by NYU40 ids.
 
@@ -246,7 +246,7 @@ def score_video3dllm(
 
 
 def score_vgllm(
-    descriptions: Sequence[Description],
+    descriptions: Sequence[ScoredDescription],
     answers: Mapping[str, str],
     poses: Mapping[str, np.ndarray],
     angles: str = "zxy",
@@ -261,7 +261,7 @@ def score_vgllm(
 
     Args:
         descriptions: those that count.
-        answers: generated texts by ``Description.key``.
+        answers: generated texts by ``ScoredDescription.key``.
         poses: by the same key, ``[n, 4, 4]``: camera to axis-aligned world of the frames that the model saw.
         angles: ``zxy`` as the evaluator reads them, ``ZXY`` as the labels mean them (``vgllm_answer.TURNS``).
         reading: ``line`` as the evaluator reads texts, ``anywhere`` leniently (``vgllm_answer.READINGS``).
@@ -302,7 +302,7 @@ def score_vgllm(
 
 
 def score_vgllm_refined(
-    descriptions: Sequence[Description],
+    descriptions: Sequence[ScoredDescription],
     answers: Mapping[str, str],
     poses: Mapping[str, np.ndarray],
     proposals: Mapping[str, Sequence[Box]],
@@ -324,7 +324,7 @@ def _acc(k: float) -> str:
 
 
 def _box_items(
-    descriptions: Sequence[Description], boxes: Mapping[str, Box | None], group_of: Mapping[tuple[str, str], str]
+    descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None], group_of: Mapping[tuple[str, str], str]
 ) -> dict[str, dict[str, Any]]:
     items = {}
     for each in descriptions:
@@ -348,7 +348,7 @@ def _answer_item(
     return {"iou": iou, "box": box if np.isfinite(box).all() else None, "reason": None}
 
 
-def _check(descriptions: Sequence[Description], predictions: Mapping[str, Any]) -> None:
+def _check(descriptions: Sequence[ScoredDescription], predictions: Mapping[str, Any]) -> None:
     if not descriptions:
         raise ValueError("There are no descriptions to score.")
     twice = [key for key, number in Counter(each.key for each in descriptions).items() if number > 1]

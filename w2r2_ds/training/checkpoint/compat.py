@@ -14,13 +14,15 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.manifest import DESCRIPTION, read_description
 
 MAY_CHANGE = (
-    frozenset(f"data.{name}" for name in ("root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached"))
+    frozenset(
+        f"data.{name}" for name in ("root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached_features")
+    )
     | frozenset(f"model.{name}" for name in ("vlm", "vggt", "merger", "attention", "kernels"))
     | frozenset(f"objective.{name}" for name in ("gap_every", "gap_samples"))
     | frozenset(
         f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard", "hang_seconds")
     )
-    | frozenset(f"train.{name}" for name in ("schedule", "activation_checkpointing"))
+    | frozenset(f"train.{name}" for name in ("pass_order", "activation_checkpointing"))
     | frozenset(f"train.{name}" for name in ("recompute_every", "offload_activations"))
     | frozenset(f"train.{name}" for name in ("eval_every", "eval_samples", "eval_max_new_tokens", "best_by"))
 )

@@ -29,7 +29,7 @@ class Fenced(ValueError):
 
 
 @dataclass(frozen=True)
-class Fence:
+class OwnershipToken:
     """The right to write a run's checkpoints, until another start takes it.
 
     Attributes:
@@ -49,7 +49,7 @@ class Fence:
     started: str
 
     @classmethod
-    def claim(cls, run: str | Path) -> Fence:
+    def claim(cls, run: str | Path) -> OwnershipToken:
         """Take over a run; rank 0 calls it, once nothing the user can mend is left to refuse.
 
         Folders that earlier starts left half-written are removed.

@@ -39,9 +39,9 @@ from w2r2_ds.training.checkpoint.manifest import (
     steps,
     verify,
 )
-from w2r2_ds.training.checkpoint.ownership import Fence
+from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
-from w2r2_ds.utils.distributed import on_rank_zero, say, together
+from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks, say
 from w2r2_ds.utils.rng import rng_state, seed_afresh, set_rng_state
 
 
@@ -77,7 +77,7 @@ def find_start(config: RunConfig) -> Start:
             rank does not see its files.
     """
     start = on_rank_zero(lambda: _find_start(config))
-    with together():
+    with raise_on_all_ranks():
         if start.checkpoint is not None and (wrong := verify(start.checkpoint, deep=False)) is not None:
             raise ValueError(f"rank {dist.get_rank()} does not see what rank 0 sees: {wrong}")
     return start
@@ -105,7 +105,7 @@ def _find_start(config: RunConfig) -> Start:
     return start
 
 
-def take_over(config: RunConfig, start: Start) -> Fence:
+def take_over(config: RunConfig, start: Start) -> OwnershipToken:
     """Become the one start that writes this run; every rank calls it, when nothing is left to refuse.
 
     Damaged checkpoints are renamed, so that their steps can be saved again.
@@ -116,9 +116,9 @@ def take_over(config: RunConfig, start: Start) -> Fence:
             other ranks a RuntimeError.
     """
 
-    def claim() -> Fence:
+    def claim() -> OwnershipToken:
         try:
-            fence = Fence.claim(config.out)
+            fence = OwnershipToken.claim(config.out)
             if next(iter(steps(config.out).values()), None) != start.highest:
                 raise Unreachable(
                     f"another start of {config.out} has saved a checkpoint while this one made ready; this one ends, "
@@ -180,7 +180,7 @@ def converted(path: Path) -> Iterator[Path]:
     beside = on_rank_zero(lambda: _convert(path))
     yield beside
     # Only where all went well: a rank that failed would wait here for others, which wait for it elsewhere. What a
-    # failure leaves goes with the next start (`Fence.sweep`).
+    # failure leaves goes with the next start (`OwnershipToken.sweep`).
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)

@@ -38,7 +38,7 @@ from w2r2_ds.training.checkpoint.manifest import (
     steps,
     write_description,
 )
-from w2r2_ds.training.checkpoint.ownership import Fence
+from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.weights import gather_trainable
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.atomic_io import Digest
@@ -69,7 +69,7 @@ class Content:
     best: Mapping[str, Any] | None = None
 
 
-def save_checkpoint(engine: Any, config: RunConfig, content: Content, fence: Fence) -> Path | None:
+def save_checkpoint(engine: Any, config: RunConfig, content: Content, fence: OwnershipToken) -> Path | None:
     """Write a checkpoint; every rank calls it.
 
     Returns:
@@ -121,7 +121,7 @@ def check_size(files: Mapping[str, Digest], model: W2R2) -> None:
     assert written <= most, f"a checkpoint of {written} bytes holds more than the {most} of what trains"
 
 
-def describe(engine: Any, content: Content, fence: Fence) -> dict[str, Any]:
+def describe(engine: Any, content: Content, fence: OwnershipToken) -> dict[str, Any]:
     """The manifest without its files."""
     return {
         "step": content.step,
@@ -137,7 +137,7 @@ def describe(engine: Any, content: Content, fence: Fence) -> dict[str, Any]:
 
 
 def publish(
-    config: RunConfig, about: Mapping[str, Any], files: Mapping[str, Digest], fence: Fence, aside: Path
+    config: RunConfig, about: Mapping[str, Any], files: Mapping[str, Digest], fence: OwnershipToken, aside: Path
 ) -> list[str]:
     """On rank 0: manifest, rename, pointers, deletion of the old; returns what failed before the rename."""
     part, final = Part(aside), step_folder(config.out, about["step"])
@@ -187,7 +187,7 @@ def copied(aside: Path, files: Mapping[str, Digest]) -> dict[str, Digest]:
     return found
 
 
-def give_up(config: RunConfig, step: int, failures: Sequence[str], fence: Fence, aside: Path) -> None:
+def give_up(config: RunConfig, step: int, failures: Sequence[str], fence: OwnershipToken, aside: Path) -> None:
     """Remove what was written of a checkpoint that failed, and say so; a start that was fenced ends here."""
     on_rank_zero(fence.check)  # a newer start removes our folder, which looks like a failure
     if dist.get_rank() == 0:

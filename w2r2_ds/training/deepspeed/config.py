@@ -46,7 +46,7 @@ KNOWN = frozenset(
 """DeepSpeed's top-level keys that change something here and leave the rest of the project right."""
 REFUSED = {
     "optimizer": "the optimizer belongs to the run's configuration (train.lr, train.merger_lr, train.weight_decay)",
-    "scheduler": "the schedule belongs to the run's configuration (train.steps, train.warmup)",
+    "scheduler": "the schedule belongs to the run's configuration (train.steps, train.warmup_ratio)",
     "activation_checkpointing": "it belongs to the run's configuration (train.activation_checkpointing)",
     "tensorboard": "logging belongs to the run's configuration (train.tensorboard)",
     "wandb": "logging belongs to the run's configuration (train.wandb)",

@@ -11,19 +11,21 @@ from transformers import get_cosine_schedule_with_warmup
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
-from w2r2_ds.models.build import Front, trainable
+from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.objective.push_terms import find_reading
+from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
 
 
-def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[str, Any], device: torch.device) -> Any:
+def make_engine(
+    model: W2R2, frontend: VlmFrontend, config: RunConfig, ds_config: dict[str, Any], device: torch.device
+) -> Any:
     """Wrap the step in DeepSpeed, with AdamW and a cosine schedule over two parameter groups."""
     decoder_layer = type(model.base.model.language_model.layers[0])
     rows = model.base.config.get_text_config().vocab_size
-    scorer = Scorer(token_tables(front.tokenizer, rows).to(device), front.tokenizer, config.objective)
+    scorer = Scorer(token_tables(frontend.tokenizer, rows).to(device), frontend.tokenizer, config.objective)
     zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
     step = W2R2Step(model, config, scorer, zero3)
     step.train()
@@ -32,11 +34,11 @@ def make_engine(model: W2R2, front: Front, config: RunConfig, ds_config: dict[st
         recompute(model.base.model.language_model.layers, every, offload, step.checkpoint_contexts)
     # Decoder layers are gathered whole; DeepSpeed then needs their input to require grad.
     model.base.enable_input_require_grads()
-    if find_reading(config.objective.push).blocked:  # a leaf with two graphs would reduce its gradients twice
+    if find_push_term(config.objective.push).blocked:  # a leaf with two graphs would reduce its gradients twice
         set_z3_leaf_modules(model, [decoder_layer])
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)
     steps = config.train.steps
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(config.train.warmup * steps), steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(config.train.warmup_ratio * steps), steps)
     engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     return engine
 

@@ -50,7 +50,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Why a run ends.
 
     Attributes:
@@ -84,7 +84,7 @@ class Limits:
     settle: float = 8.0
 
 
-class Judge:
+class HangDetector:
     """Looks at the ranks again and again.
 
     A rank's silence is measured by the looks of the judge, each counted as two beats at most: a judge that could not
@@ -98,7 +98,7 @@ class Judge:
         self._wrong = [0.0] * world
         self._last: float | None = None
 
-    def look(self, states: Sequence[State], now: float) -> Verdict | None:
+    def look(self, states: Sequence[State], now: float) -> Diagnosis | None:
         """The verdict, None while there is none. `now` in seconds, of any clock that does not jump."""
         passed = 0.0 if self._last is None else min(now - self._last, 2 * self.limits.beat)
         self._last = now
@@ -110,7 +110,7 @@ class Judge:
         if all(state.kind != RUNNING for state in states):
             return None  # each ends by itself
         found = self._mistake(states) or self._gone(states) or self._failure(states) or self._hang(states)
-        return None if found is None else Verdict(*found, table=self.table(states))
+        return None if found is None else Diagnosis(*found, table=self.table(states))
 
     def _mistake(self, states: Sequence[State]) -> tuple[int, str] | None:
         for rank, state in enumerate(states):

@@ -11,15 +11,15 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from w2r2_ds.training.fault_tolerance.hang_detector import State, Verdict
-from w2r2_ds.utils.distributed import together
+from w2r2_ds.training.fault_tolerance.hang_detector import Diagnosis, State
+from w2r2_ds.utils.distributed import raise_on_all_ranks
 
 VERDICT = "verdict"
 REACHED = timedelta(seconds=30)
 """To connect at the start."""
 
 
-class Board:
+class HeartbeatStore:
     """Collective to make; afterwards each call is one exchange with rank 0's machine, which may block when it is gone.
 
     Raises:
@@ -34,13 +34,13 @@ class Board:
             self._clear()
             return
         host, port = os.environ["MASTER_ADDR"], [0]
-        with together():
+        with raise_on_all_ranks():
             if self.rank == 0:
                 server = TCPStore(host, 0, None, True, REACHED, wait_for_workers=False)
                 self.store, port = server, [server.port]
                 self._clear()
         dist.broadcast_object_list(port, src=0)
-        with together():
+        with raise_on_all_ranks():
             if self.rank != 0:
                 try:
                     self.store = TCPStore(host, port[0], None, False, REACHED, wait_for_workers=False)
@@ -64,14 +64,14 @@ class Board:
         """All ranks' states."""
         return [State(**json.loads(self.store.get(f"state/{rank}"))) for rank in range(self.world)]
 
-    def decide(self, verdict: Verdict | None) -> None:
+    def decide(self, verdict: Diagnosis | None) -> None:
         """Pin the verdict; None says that every rank has left, and ends by itself."""
         self.store.set(VERDICT, json.dumps(None if verdict is None else asdict(verdict)))
 
-    def verdict(self) -> Sequence[Verdict | None]:
+    def verdict(self) -> Sequence[Diagnosis | None]:
         """Nothing while there is none, else what was decided."""
         raw = self.store.get(VERDICT)
         if not raw:
             return []
         read = json.loads(raw)
-        return [None if read is None else Verdict(**read)]
+        return [None if read is None else Diagnosis(**read)]

@@ -24,12 +24,12 @@ from w2r2_ds.training.fault_tolerance.hang_detector import (
     LEFT,
     MISTAKE,
     RUNNING,
-    Judge,
+    Diagnosis,
+    HangDetector,
     Limits,
     State,
-    Verdict,
 )
-from w2r2_ds.training.fault_tolerance.heartbeat_store import Board
+from w2r2_ds.training.fault_tolerance.heartbeat_store import HeartbeatStore
 from w2r2_ds.utils.sanitize import message
 
 TICK = 0.1
@@ -55,7 +55,7 @@ class Watchdog:
         self.limits, self.activity = limits, Activity()
         self._kind, self._words, self._beat = RUNNING, "", 0
         self._looping = self._ended = False
-        self._verdict: Verdict | None = None
+        self._verdict: Diagnosis | None = None
         self._over = self._lost = False
         self._contacts = 0
         self._wake, self._ending = threading.Event(), threading.Lock()
@@ -63,9 +63,9 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
-        self.board = Board()
+        self.board = HeartbeatStore()
         self.rank, self.world, self.host = dist.get_rank(), dist.get_world_size(), socket.gethostname()
-        self.judge = Judge(self.limits, self.world)
+        self.judge = HangDetector(self.limits, self.world)
         for work in (self._report, self._guard):
             self._threads.append(threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True))
             self._threads[-1].start()
@@ -162,15 +162,15 @@ class Watchdog:
                 if inside:
                     self._end(self._unreachable())
 
-    def _unreachable(self) -> Verdict:
+    def _unreachable(self) -> Diagnosis:
         """What a rank says that cannot reach rank 0."""
         line = (
             f"rank 0 ({os.environ['MASTER_ADDR']}) is gone, or the network to it: rank {self.rank} ({self.host}), at "
             f"{self._state().where()}, cannot reach it; look for its end in its own log and in its machine's"
         )
-        return Verdict(LOST, line, "")
+        return Diagnosis(LOST, line, "")
 
-    def _end(self, verdict: Verdict, error: BaseException | None = None) -> None:
+    def _end(self, verdict: Diagnosis, error: BaseException | None = None) -> None:
         """Say why, after the main thread's own error if it has one, and end the process.
 
         Both threads and the main one may come here; the first one does it.
