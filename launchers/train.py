@@ -31,7 +31,8 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
 
 
 def main(args: list[str], signals: StopSignals) -> int:
-    """Join the other ranks, make the demo's data if asked to, train; returns an exit code of training/fault_tolerance/exit_codes.py."""
+    """Join the other ranks, make the demo's data if asked to, train; returns an exit code of
+    training/fault_tolerance/exit_codes.py."""
     config, ds_path = read_arguments(args)
     find_push_term(config.objective.push)  # this and the next before minutes of demo preparation
     load_ds_config(ds_path)

@@ -41,17 +41,3 @@ def test_curves_are_finite_and_move(figures: Any) -> None:
     for name, (curves, _, _) in figures.PICTURES.items():
         for _, x, y in curves():
             assert x.isfinite().all() and y.isfinite().all() and y.max() > y.min(), name
-
-
-def test_every_module_has_a_place_in_the_architecture() -> None:
-    text = (DOCS / "architecture.md").read_text()
-    package = DOCS.parent / "w2r2_ds"
-    named = set(re.findall(r"\b(\w+)\.py\b", text))
-    for group in re.findall(r"\{([\w,]+)\}\.py", text):
-        named |= set(group.split(","))
-    missing = [
-        p.name
-        for p in package.rglob("*.py")
-        if p.stem != "__init__" and p.stem not in named and "synthetic" not in p.parts
-    ]
-    assert missing == []

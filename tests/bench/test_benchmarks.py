@@ -16,7 +16,7 @@ from w2r2_ds.bench.hf_trainer import FieldModel, stock, stock_inputs
 from w2r2_ds.bench.model import Subject, build
 from w2r2_ds.bench.reference import check_equal, difference, gradients, plain_loss
 from w2r2_ds.bench.shapes import TINY
-from w2r2_ds.bench.step_time import CACHES, FIELD, NAIVE, SINGLE, W2R2_STEP
+from w2r2_ds.bench.step_ratio import CACHES, FIELD, NAIVE, SINGLE, W2R2_STEP
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], args: list[str
         ("objective:\n  lamda: 1.0\n", "there is no option objective.lamda (did you mean objective.lambda_det?);"),
         (
             "objctive:\n  lambda_det: 1.0\n",
-            "there is no option objctive.lambda_det (did you mean objective.lambda_det, ",
+            "there is no option objctive.lambda_det (did you mean objective.lambda_det",
         ),
         ("objective:\n  lambda_det: [\n", "line 3"),
     ],

@@ -60,9 +60,9 @@ def test_alarm() -> None:
 def test_a_call_that_holds_python_itself_is_ended() -> None:
     """No thread of Python, and so no alarm, gets its turn in a driver that keeps the lock."""
     code = (
-        "import ctypes\nfrom w2r2_ds.doctor import bounded\n"
-        "bounded.GRACE = 0.5\nalarm = bounded.Alarm(0.5, 'n7')\n"
-        "bounded.bounded(lambda: ctypes.PyDLL(None).sleep(60), 1)"
+        "import ctypes\nfrom w2r2_ds.doctor import timeouts\n"
+        "timeouts.GRACE = 0.5\nalarm = timeouts.Alarm(0.5, 'n7')\n"
+        "timeouts.bounded(lambda: ctypes.PyDLL(None).sleep(60), 1)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=50, check=False

@@ -234,4 +234,4 @@ def test_a_recipe_that_does_not_answer_ends_the_doctor(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("Timeout (0:00:01)"), done.stdout + done.stderr
-    assert "recipe_file.py" in done.stderr and "launchers/doctor.py" in done.stderr
+    assert "safe_yaml.py" in done.stderr and "launchers/doctor.py" in done.stderr

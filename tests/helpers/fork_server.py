@@ -2,7 +2,8 @@
 
 The `deepspeed` program imports DeepSpeed twice, 3 s each, before the first rank begins, and a rank spends 10 s of
 processor time on imports. Runs whose start is not what a test is about leave that out (`fork_rank`, `fork_ranks`);
-``python tests/helpers/fork_server.py`` is the process that forks. It ends, with all that it forked, when the tests' process does.
+``python tests/helpers/fork_server.py`` is the process that forks. It ends, with all that it forked, when the tests'
+process does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A small world (scenes, warmed-up tiny models), and runs in it; shared by the slower tests.
 
 `launch` starts the real launcher; `run_jobs` many short runs in one go, on forked ranks that all work through the same
-list (`work`). ``python tests/helpers/runs.py record`` writes the golden losses again (see tests/training/test_trainer.py).
+list (`work`). ``python tests/helpers/runs.py record`` writes the golden losses again (see
+tests/training/test_trainer.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What each rank of tests/training/fault_tolerance/test_signals.py runs: several trainings in one process, each perhaps stopped.
+"""What each rank of tests/training/fault_tolerance/test_signals.py runs: several trainings in one process, each
+perhaps stopped.
 
 ``python stopped_runs.py JOBS.json``; a job is [arguments of launchers/train.py, rank, step, signal]: that rank sends
 itself that signal in that optimizer step, from 0. Every rank appends the code of each run to JOBS.json.RANK.

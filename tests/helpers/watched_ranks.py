@@ -1,4 +1,5 @@
-"""What tests/training/fault_tolerance/test_watchdog.py runs: ranks that step under the watchdog, until one meets a mishap.
+"""What tests/training/fault_tolerance/test_watchdog.py runs: ranks that step under the watchdog, until one meets a
+mishap.
 
 ``python watched_ranks.py FOLDER`` runs all `CASES` at once, each rank a process of its own that is forked once
 everything is imported; ``FOLDER/CASE.RANK.log`` is what it printed, ``FOLDER/codes.json`` how all ended.

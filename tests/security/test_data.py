@@ -104,8 +104,8 @@ def test_nor_is_anything_imported_for_a_card(text: str, key: str, evil_recipe: P
 def test_a_second_lock_holds_where_the_look_sees_nothing(
     tmp_path: Path, evil_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("config", "recipe_file"):
-        monkeypatch.setattr(f"w2r2_ds.{module}.code_in", lambda tree: iter(()))
+    for module in ("io", "safe_yaml"):
+        monkeypatch.setattr(f"w2r2_ds.config.{module}.code_in", lambda tree: iter(()))
     for text in ("data: {val: [evil_recipe.Data]}", "data: {val+: evil_recipe.Data}", "data: evil_recipe.Data"):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(SystemExit):

@@ -30,7 +30,8 @@ def pack(frontend: Any, data_config: Any) -> Callable[..., Any]:
 
 @pytest.fixture
 def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2R2Step]:
-    """`make_step(full, pass_order, checkpointing, **of the objective)`: for packed batches, with weights that matter."""
+    """`make_step(full, pass_order, checkpointing, **of the objective)`: for packed batches, with weights that
+    matter."""
 
     def make(full: bool = False, pass_order: Any = "auto", checkpointing: bool = False, **changes: Any) -> W2R2Step:
         objective = ObjectiveConfig(**{"mu": 0.0} | changes)

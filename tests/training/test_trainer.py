@@ -1,6 +1,7 @@
 """Training through the real launcher, on CPU ranks, in the small world of tests/helpers/runs.py.
 
-The golden losses are written again with ``python tests/helpers/runs.py record``; do so only for a change that is meant to
+The golden losses are written again with ``python tests/helpers/runs.py record``; do so only for a change that is
+meant to
 change training, and say why in the commit.
 """
 

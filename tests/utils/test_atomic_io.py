@@ -21,7 +21,7 @@ from w2r2_ds.utils import atomic_io
 KILLED_WHILE_REPLACING = """
 import sys
 from pathlib import Path
-from w2r2_ds import durable
+from w2r2_ds.utils import atomic_io
 file = Path(sys.argv[1])
 number = 0
 while True:

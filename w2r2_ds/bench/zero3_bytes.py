@@ -1,4 +1,5 @@
-"""What ZeRO-3 gathers in a step by each pass_order, counted on ranks: bytes, a layer's parameters; and what it takes."""
+"""What ZeRO-3 gathers in a step by each pass_order, counted on ranks: bytes, a layer's parameters; and what it
+takes."""
 
 from __future__ import annotations
 

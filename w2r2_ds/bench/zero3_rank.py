@@ -13,7 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from w2r2_ds.bench.feature_cache import OnDisk
+from w2r2_ds.bench.geometry_cache import OnDisk
 from w2r2_ds.bench.harness import find_device
 from w2r2_ds.bench.model import build
 from w2r2_ds.bench.shapes import Shape, find_shapes

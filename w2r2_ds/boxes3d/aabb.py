@@ -2,7 +2,8 @@
 
 IoU = common / (volume_a + volume_b - common + 1e-8). In float64 an exact 0.5 becomes 0.4999999975 and misses
 ``>= 0.5``; in float32 it stays 0.5. Sources: daveredrum/ScanRefer ``utils/box_util.py`` and LaVi-Lab/Video-3D-LLM
-``llava/eval/box_utils.py`` (float64), daveredrum/Scan2Cap ``benchmark/box_util.py`` (float32). ``boxes3d/iou.py`` has the
+``llava/eval/box_utils.py`` (float64), daveredrum/Scan2Cap ``benchmark/box_util.py`` (float32). ``boxes3d/iou.py``
+has the
 exact IoU.
 """
 

@@ -81,7 +81,8 @@ def check(config: RunConfig) -> None:
         )
     if together > 1 and config.objective.visual_mask_ratio:
         raise ValueError(
-            f"objective.visual_mask_ratio is {config.objective.visual_mask_ratio}: it masks every sample's frames by themselves, which "
+            f"objective.visual_mask_ratio is {config.objective.visual_mask_ratio}: it masks every sample's frames by themselves, "
+            f"which "
             f"data.questions_per_scene {together} lets them share; give 1, or visual_mask_ratio 0."
         )
     if config.train.eval_every and not config.data.val:
@@ -100,9 +101,7 @@ def check(config: RunConfig) -> None:
     if not -1 <= config.objective.cosine <= 1:
         raise ValueError(f"objective.cosine is {config.objective.cosine}; a cosine lies in [-1, 1].")
     if not 0 <= config.objective.visual_mask_ratio < 1:
-        raise ValueError(
-            f"objective.visual_mask_ratio is {config.objective.visual_mask_ratio}; it is a share of the 2D tokens in [0, 1)."
-        )
+        raise ValueError(f"objective.visual_mask_ratio is {config.objective.visual_mask_ratio}; a share in [0, 1).")
     if config.objective.lambda_det < 0:
         raise ValueError(
             f"objective.lambda_det is {config.objective.lambda_det}; the weight of the push term cannot be negative."
@@ -113,6 +112,7 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"model.lora_dropout is {config.model.lora_dropout}; it must be in [0, 1).")
     if config.train.pass_order == "lockstep" and config.objective.push == "unblocked":
         raise ValueError(
-            "train.pass_order is lockstep, which keeps no graph of the shortcut pass, but objective.push unblocked needs "
+            "train.pass_order is lockstep, which keeps no graph of the shortcut pass, but objective.push unblocked "
+            "needs "
             "it; choose train.pass_order sequential, or auto."
         )

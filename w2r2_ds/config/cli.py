@@ -56,7 +56,8 @@ def unknown_names(message: str) -> list[str]:
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """`` (did you mean a, b?)``, the likest known names, or nothing where none is like it.
 
-    A name is like another if its last part is, of `objctive.lambda_det` and of `lambda_det` too: `objective.lambda_det`.
+    A name is like another if its last part is, of `objctive.lambda_det` and of `lambda_det` too:
+    `objective.lambda_det`.
     """
     bare = name.lstrip("-")
     dashes = name[: len(name) - len(bare)]

@@ -52,7 +52,8 @@ class DataConfig:
         cache: folder for features of the frozen encoders, so that they are computed once; empty for none. Any number of
             runs may share it; `launchers/prepare.py geometry` fills it ahead.
         cache_gib: the most that this folder may hold, in GiB; what was used longest ago goes first.
-        cached_features: what is kept there: the geometry encoder's features, or also the vision tower's, which then sees no
+        cached_features: what is kept there: the geometry encoder's features, or also the vision tower's, which then
+        sees no
             image twice.
     """
 

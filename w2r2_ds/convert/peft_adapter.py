@@ -42,7 +42,8 @@ tags: [w2r2, vggt]
 # A W2R2 adapter for {base}
 
 LoRA weights and a geometry merger, trained with W2R2-DS {version} to step {step}. Objective: `push {objective[push]}`,
-lambda {objective[lambda_det]}, mu {objective[mu]}. Geometry: layer {model[geometry_layer]} of {geometry} (frozen, not here),
+lambda {objective[lambda_det]}, mu {objective[mu]}. Geometry: layer {model[geometry_layer]} of {geometry} (frozen,
+not here),
 joined by `fusion {model[fusion]}`. Everything else of the training is in `w2r2_card.json`.
 
 | file | holds |

@@ -1,4 +1,5 @@
-"""`objective.visual_mask_ratio`: 2D tokens vanish at random from the fused pass, so that only geometry tells what was there."""
+"""`objective.visual_mask_ratio`: 2D tokens vanish at random from the fused pass, so that only geometry tells what
+was there."""
 
 from __future__ import annotations
 

@@ -194,7 +194,8 @@ class W2R2(nn.Module):
         Args:
             visual: of `encode_2d`.
             geometry: ``[tokens, hidden]`` of `merge`, or what `merge_nothing` says for the shortcut.
-            mask: what is done to the 2D tokens of the images first, for the fused pass in training only (`visual_mask_ratio.py`).
+            mask: what is done to the 2D tokens of the images first, for the fused pass in training only
+            (`visual_mask_ratio.py`).
         """
         assert mask is None or geometry is not None, "the shortcut is never masked"
         images = list(visual.pooler_output) if mask is None else mask(visual.pooler_output)

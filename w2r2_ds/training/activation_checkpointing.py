@@ -40,7 +40,8 @@ class Recomputed:
 def recompute(layers: Iterable[Any], every: int, offload: bool, contexts: Contexts) -> None:
     """Run layers 0, `every`, 2 `every`, ... again in the backward pass instead of keeping what they computed.
 
-    Not the last one, which is computed for few rows and keeps little (models/qwen2_5_vl/last_layer.py). Called again, it forgets
+    Not the last one, which is computed for few rows and keeps little (models/qwen2_5_vl/last_layer.py). Called
+    again, it forgets
     what it did before.
 
     The forward of the instance is bound, whatever it is by now: transformers' `activation_checkpointing_enable` would

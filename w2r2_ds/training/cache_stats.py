@@ -49,7 +49,8 @@ def describe_cache(cache: Cache) -> str:
 class TowerCalls:
     """How often all ranks call the vision tower for a batch: under ZeRO-3 it is sharded, and they call it together.
 
-    Only with 2D features cached; then a rank may lack more samples than another. DoctorRequest on the host, through gloo, so
+    Only with 2D features cached; then a rank may lack more samples than another. DoctorRequest on the host, through
+    gloo, so
     that no rank waits for its GPU.
 
     Args:

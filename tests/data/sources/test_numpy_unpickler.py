@@ -122,7 +122,7 @@ PAYLOADS = {
     "import": (stack_global("numpy.core.multiarray", "__import__") + b".", r"numpy\.core\.multiarray\.__import__"),
     "own table": (
         stack_global("w2r2_ds.data.sources.numpy_unpickler", "_TABLE") + b".",
-        r"w2r2_ds\.data\.unpickle\._TABLE",
+        r"w2r2_ds\.data\.sources\.numpy_unpickler\._TABLE",
     ),
     "copyreg": (stack_global("copyreg", "__newobj__") + b".", r"copyreg\.__newobj__"),
     "partial": (stack_global("functools", "partial") + b".", r"functools\.partial"),

@@ -26,7 +26,8 @@ class RoomObject:
         name: class, a key of ``furniture.KINDS``.
         color: colour word, a key of ``furniture.PALETTE``.
         box: ``[6]`` float64 centre and size, exact bounds along the world's axes.
-        oriented: ``[9]`` float64, exact bounds along its own axes (convention of ``boxes3d/transforms.py``): centre; width,
+        oriented: ``[9]`` float64, exact bounds along its own axes (convention of ``boxes3d/transforms.py``): centre;
+        width,
             depth and height; the turn about z by which its front leaves -y, in (-pi, pi], and two zeros.
     """
 

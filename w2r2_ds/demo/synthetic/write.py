@@ -55,7 +55,8 @@ def write_dataset(
     Everything is written to a folder beside ``root`` that is renamed at the end, so ``root`` is complete if it exists.
 
     Args:
-        root: folder to write; see ``data/sources/scannet.py`` for the layout, plus ScanQA's, EmbodiedScan's and the proposals'
+        root: folder to write; see ``data/sources/scannet.py`` for the layout, plus ScanQA's, EmbodiedScan's and the
+        proposals'
             files, ``contact_sheets/`` and ``manifest.json``.
         seed: the same seed and options give the same bytes.
         train_scenes: number of training rooms.

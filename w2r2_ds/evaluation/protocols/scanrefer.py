@@ -3,7 +3,8 @@
 Protocol ``vgllm-direct, exact IoU``: the box is moved to the axis-aligned world with the predicted frame's pose and
 compared as an oriented box with the annotated one (VG-LLM, ``src/lmms_eval/tasks/scanrefer/utils.py``). "Direct" means
 without refinement by detected proposals. Three things differ from VG-LLM's evaluator, on purpose: angles are intrinsic
-ZXY throughout, IoU is exact (pytorch3d's is wrong for some nearly aligned boxes; ``boxes3d/iou.py``), and answers are read
+ZXY throughout, IoU is exact (pytorch3d's is wrong for some nearly aligned boxes; ``boxes3d/iou.py``), and answers
+are read
 strictly as JSON (``data/tasks/parsing.py``).
 
 An answer that cannot be read counts as IoU 0 and stays in the denominator. Hits are ``IoU >= k``, as in every reference

@@ -1,7 +1,8 @@
 """VGGT's aggregator, written from its specification; parameter names are those of the public checkpoint.
 
 Frames become patch tokens, a camera token and registers are put in front of each frame's, and blocks that look at one
-frame alternate with blocks that look at all. Heads (camera, depth, points, tracks) are not built; `models/vggt/loading.py`
+frame alternate with blocks that look at all. Heads (camera, depth, points, tracks) are not built;
+`models/vggt/loading.py`
 skips their weights.
 """
 

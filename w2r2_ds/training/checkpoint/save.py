@@ -6,7 +6,8 @@ RUN/checkpoints/step-000030/trainable.safetensors   LoRA and merger, whole tenso
                             config.yaml             the resolved configuration
                             checkpoint.json         the manifest (training/checkpoint/manifest.py); written last
 
-A checkpoint is written aside under a name of this start alone (training/checkpoint/ownership.py), flushed to the disk, renamed; then
+A checkpoint is written aside under a name of this start alone (training/checkpoint/ownership.py), flushed to the
+disk, renamed; then
 `latest` moves, then `best`, then old ones go. Whenever the power goes there is a whole one, the new or the old.
 """
 

@@ -1,7 +1,9 @@
 """Hangs and deaths become errors: every rank says what it is doing, rank 0 judges, and all end with the same sentence.
 
-Two threads per rank. One reports to the board (training/fault_tolerance/heartbeat_store.py) and reads the verdict; on rank 0 it also judges
-(training/fault_tolerance/hang_detector.py). It may block for ever in a call to a machine that is gone, so the other one keeps the time and ends
+Two threads per rank. One reports to the board (training/fault_tolerance/heartbeat_store.py) and reads the verdict;
+on rank 0 it also judges
+(training/fault_tolerance/hang_detector.py). It may block for ever in a call to a machine that is gone, so the other
+one keeps the time and ends
 the process: no exception can reach a main thread that hangs in a collective.
 """
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.bench import cost_model
-from w2r2_ds.bench.feature_cache import OnDisk
+from w2r2_ds.bench.geometry_cache import OnDisk
 from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, ratio
 from w2r2_ds.bench.hf_trainer import FieldTrainer
 from w2r2_ds.bench.model import Subject, build, describe, optimizer_of, update
 from w2r2_ds.bench.reference import difference, gradients
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.step_time import BOTH, FIELD, GRADIENTS, LORA, SINGLE, W2R2_STEP, single_pass
+from w2r2_ds.bench.step_ratio import BOTH, FIELD, GRADIENTS, LORA, SINGLE, W2R2_STEP, single_pass
 from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import Batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.bench import cost_model
-from w2r2_ds.bench.feature_cache import OnDisk
+from w2r2_ds.bench.geometry_cache import OnDisk
 from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, interleave, peak_bytes, ratio
 from w2r2_ds.bench.hf_trainer import FieldTrainer, stock
 from w2r2_ds.bench.model import Subject, build, describe, optimizer_of, update

@@ -1,0 +1,84 @@
+"""Read JSON and JSON Lines files that users or other programs wrote; errors name the file, the line and the cause."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path | str, expected: str = "") -> Any:
+    """Decode a whole JSON file.
+
+    Args:
+        path: UTF-8 file, with or without a byte order mark.
+        expected: what the file should be and where it comes from; appended to the message of a missing file.
+
+    Raises:
+        ValueError: the file is missing, unreadable, not UTF-8 or not JSON, or an object has a key twice (decoders
+            silently keep one of the two).
+    """
+    return parse_json(read_text(path, expected), str(path))
+
+
+def read_jsonl(
+    path: Path | str, expected: str = "", allow_torn_end: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Decode a JSON Lines file object by object; empty lines are skipped.
+
+    Args:
+        path: UTF-8 file with one JSON object per line.
+        expected: as in `read_json`.
+        allow_torn_end: skip what follows the last line break: a writer may have been killed in the middle of a line.
+
+    Yields:
+        Line number, counted from 1, and the object.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or a line is not a JSON object.
+    """
+    lines = read_text(path, expected).split("\n")
+    for number, line in enumerate(lines[:-1] if allow_torn_end else lines, start=1):
+        if line.strip():
+            value = parse_json(line, f"{path}: line {number}")
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: line {number} is not a JSON object.")
+            yield number, value
+
+
+def read_text(path: Path | str, expected: str = "") -> str:
+    """The text of a UTF-8 file; raises ValueError as `read_json` does."""
+    hint = f"; expected {expected}" if expected else ""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist{hint}.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}){hint}.") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Decode JSON text; `where` names its source in the ValueError."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+        cause = (
+            "it ends too early, so copy it again" if cut else f"line {error.lineno}, column {error.colno}: {error.msg}"
+        )
+        raise ValueError(f"{where} is not valid JSON ({cause}).") from None
+    except (RecursionError, ValueError) as error:  # nested thousands of times, a key given twice, a huge number
+        raise ValueError(f"{where} is not valid JSON ({error}).") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} is given twice")
+        result[key] = value
+    return result
