@@ -81,9 +81,8 @@ def check(config: RunConfig) -> None:
         )
     if together > 1 and config.objective.visual_mask_ratio:
         raise ValueError(
-            f"objective.visual_mask_ratio is {config.objective.visual_mask_ratio}: it masks every sample's frames by themselves, "
-            f"which "
-            f"data.questions_per_scene {together} lets them share; give 1, or visual_mask_ratio 0."
+            f"objective.visual_mask_ratio is {config.objective.visual_mask_ratio}: it masks every sample's frames by "
+            f"themselves, but data.questions_per_scene {together} shares them; set one of the two to its default."
         )
     if config.train.eval_every and not config.data.val:
         raise ValueError("data.val is empty, but train.eval_every is not 0; name a validation set, or give 0.")
