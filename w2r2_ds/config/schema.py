@@ -53,7 +53,7 @@ class DataConfig:
             runs may share it; `launchers/prepare.py geometry` fills it ahead.
         cache_gib: the most that this folder may hold, in GiB; what was used longest ago goes first.
         cached_features: what is kept there: the geometry encoder's features, or also the vision tower's, which then
-        sees no
+            sees no
             image twice.
     """
 
