@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from w2r2_ds.training.deepspeed.config import KNOWN, REFUSED, load_ds_config, resolve_ds_config
+from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine, ranks_per_machine
-from w2r2_ds.training.deepspeed.launch import join_ranks, own_extensions, skip_shm_build
+from w2r2_ds.training.deepspeed.launch import join_ranks, use_private_extensions_dir, skip_shm_build
 
 FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
@@ -45,13 +45,15 @@ def test_shipped_files_resolve_and_parse_in_deepspeed(file: Path, bf16: bool) ->
 
 
 def test_auto_and_missing_are_filled_and_the_input_stays() -> None:
-    raw = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3}}
+    raw = {"train_batch_size": "auto", "zero_optimization": {"stage": 3}}
+    raw |= {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
     before = json.dumps(raw)
     assert resolve(raw) == {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
         "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
         "zero_optimization": {"stage": 3},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -131,7 +133,6 @@ def test_equal_values_are_accepted_and_other_settings_untouched() -> None:
         ({"optimizer": {"type": "AdamW"}}, ['remove "optimizer"', "train.lr"]),
         ({"scheduler": {}}, ['remove "scheduler"', "train.warmup_ratio"]),
         ({"fp16": {"enabled": True}}, ["fp16", "use", "bf16"]),
-        ({"fp16": {"enabled": "auto"}}, ["fp16", "bf16"]),
         ({"zero_optimisation": {"stage": 3}}, ['unknown key "zero_optimisation"', "zero_optimization"]),
         ({"gradient_clipping": "auto"}, ['gradient_clipping is "auto"']),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ['zero_optimization.reduce_bucket_size is "auto"']),
@@ -162,14 +163,14 @@ def test_contradictions_name_file_field_and_values(raw: dict[str, Any], words: l
         ),
         ({"zero_optimization": {"stage": 3, "xyzzy": 5}}, 'unknown key "zero_optimization.xyzzy".'),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7: Input should be 0, 1, 2"),
-        ({"zero_optimization": {"overlap_comm": "maybe"}}, "zero_optimization.overlap_comm is 'maybe': Input should"),
-        ({"zero_optimization": True}, "zero_optimization is True; it must be an object"),
+        ({"zero_optimization": {"overlap_comm": "maybe"}}, 'zero_optimization.overlap_comm is "maybe": Input should'),
+        ({"zero_optimization": True}, "zero_optimization is true"),
         ({"bf16": {"enable": True}}, 'unknown key "bf16.enable" (did you mean bf16.enabled?)'),
         ({"comms_logger": {"verbos": True}}, 'unknown key "comms_logger.verbos" (did you mean comms_logger.verbose'),
-        ({"flops_profiler": {"profile_stp": 1}}, "(did you mean flops_profiler.profile_step"),
-        ({"aio": {"blocksize": 1}}, "(did you mean aio.block_size"),
+        ({"flops_profiler": 1}, "flops_profiler is 1"),
+        ({"gradient_clipping": "much"}, 'gradient_clipping is "much"'),
+        ({"checkpoint": {"load_universal": True}}, 'unknown key "checkpoint.load_universal"'),
         ({"checkpoint": {"tag_validaton": "Warn"}}, "(did you mean checkpoint.tag_validation"),
-        ({"data_types": {"grad_acum_dtype": "fp32"}}, "(did you mean data_types.grad_accum_dtype"),
         ({"gradient_cliping": 1.0}, 'unknown key "gradient_cliping" (did you mean gradient_clipping'),
     ],
 )
@@ -191,17 +192,13 @@ def test_global_batch_must_divide() -> None:
         resolve({}, world_size=3)
 
 
-def test_no_key_is_both_known_and_refused() -> None:
-    assert not KNOWN & REFUSED.keys()
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "cannot read"),
-        ("{", "not a valid DeepSpeed JSON"),
+        (None, "ds_configs/zero3.json"),
+        ("{", "not valid JSON"),
         ("[]", "must be an object"),
-        ('{"zero_optimization": {"stage": 2, "stage": 3}}', '"stage" is given twice'),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "'stage' is given twice"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path: Path, text: str | None, words: str) -> None:
@@ -236,16 +233,16 @@ def test_every_start_compiles_in_a_folder_of_its_own(tmp_path: Path, monkeypatch
             monkeypatch.delenv(f"SLURM_{name}", raising=False)
         for name, value in names.items():
             monkeypatch.setenv(f"SLURM_{name}", value)
-        own_extensions()
+        use_private_extensions_dir()
         folders.append(os.environ["TORCH_EXTENSIONS_DIR"])
     ends = [f"launcher-{os.getppid()}", "7", "7-1-2"]
     assert folders == [str(mine / f"extensions-{end}") for end in ends]
-    own_extensions()
+    use_private_extensions_dir()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == folders[-1]
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     mine.chmod(0o777)
     with pytest.raises(ValueError, match="others may write to it"):
-        own_extensions()
+        use_private_extensions_dir()
 
 
 def test_a_port_that_another_run_has_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

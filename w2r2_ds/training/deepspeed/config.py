@@ -1,7 +1,7 @@
-"""The DeepSpeed JSON: read strictly, "auto" filled from the run's configuration, contradictions refused; the start.
+"""Read the DeepSpeed JSON, fill its "auto" values from the run's configuration, and validate it.
 
-The JSON is the one place for ZeRO, precision, offload and clipping; batch sizes, optimizer, schedule and logging
-belong to the run's configuration.
+The JSON is the one place for ZeRO, precision, offload and gradient clipping. Batch sizes, optimizer, learning-rate
+schedule and logging belong to the run's configuration.
 """
 
 from __future__ import annotations
@@ -10,72 +10,35 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from w2r2_ds.training.deepspeed.hpz import fill_hierarchy, ranks_per_machine
-from w2r2_ds.training.deepspeed.sections import check_sections, unknown
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from w2r2_ds.config.cli import did_you_mean
+from w2r2_ds.training.deepspeed.hpz import fill_hpz, ranks_per_machine
+from w2r2_ds.utils.json_io import read_json
 
 AUTO = "auto"
-KNOWN = frozenset(
-    {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "bf16",
-        "fp16",
-        "gradient_clipping",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "data_types",
-        "checkpoint",
-        "aio",
-        "comms_logger",
-        "flops_profiler",
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "disable_python_gc",
-        "log_level",
-    }
-)
-"""DeepSpeed's top-level keys that change something here and leave the rest of the project right."""
-REFUSED = {
-    "optimizer": "the optimizer belongs to the run's configuration (train.lr, train.merger_lr, train.weight_decay)",
-    "scheduler": "the schedule belongs to the run's configuration (train.steps, train.warmup_ratio)",
-    "activation_checkpointing": "it belongs to the run's configuration (train.activation_checkpointing)",
-    "tensorboard": "logging belongs to the run's configuration (train.tensorboard)",
-    "wandb": "logging belongs to the run's configuration (train.wandb)",
-    "csv_monitor": "metrics are always written to metrics.jsonl",
-    "amp": "precision is bf16 or float32 (model.dtype)",
-    "torch_autocast": "precision is bf16 or float32 (model.dtype)",
-    "gradient_allreduce_op": "the loop needs DeepSpeed's mean over ranks",
-    "managed_gradient_accumulation": "the loop needs DeepSpeed's own accumulation",
+OWNED_BY_THE_RUN = {
+    "optimizer": "train.lr, train.merger_lr and train.weight_decay",
+    "scheduler": "train.steps and train.warmup_ratio",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "tensorboard": "train.trackers",
+    "wandb": "train.trackers",
+    "csv_monitor": "metrics.jsonl, which is always written",
 }
-"""Keys of DeepSpeed with an owner elsewhere, and why."""
+"""Sections of DeepSpeed that are set in the run's configuration, and by which options."""
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON; a key given twice is an error.
+    """Read a DeepSpeed JSON.
 
     Raises:
-        ValueError: missing, unreadable, or not a JSON object; one sentence that names the file.
+        ValueError: the file is missing, unreadable, or not a JSON object; or a key is given twice.
     """
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot read the DeepSpeed JSON: {error.strerror}; give --deepspeed a file such as "
-            "ds_configs/zero3.json."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not a valid DeepSpeed JSON: {error}.") from None
+    raw = read_json(path, "a DeepSpeed JSON such as ds_configs/zero3.json (--deepspeed)")
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: not a valid DeepSpeed JSON: it must be an object in braces.")
+        raise ValueError(f"{path}: a DeepSpeed JSON must be an object in braces.")
     return raw
 
 
@@ -89,25 +52,23 @@ def resolve_ds_config(
     bf16: bool,
     local_size: int | None = None,
 ) -> dict[str, Any]:
-    """Fill "auto" from the run's configuration; ``raw`` is left as it is.
+    """Fill "auto" from the run's configuration and validate the result; ``raw`` is not changed.
 
     Args:
-        raw: of `load_ds_config`.
+        raw: result of `load_ds_config`.
         path: the file, for messages.
         global_batch: samples per optimizer step over all ranks and accumulation steps.
         micro_batch: samples per forward per rank.
-        world_size: ranks.
+        world_size: number of ranks.
         bf16: whether weights and activations are bfloat16 (else float32).
-        local_size: ranks on this machine; None for what the launcher says.
+        local_size: ranks on this machine; by default what the launcher's environment variables state.
 
     Returns:
-        What `deepspeed.initialize` takes, without any "auto".
+        The configuration for `deepspeed.initialize`, without any "auto".
 
     Raises:
-        ValueError: the JSON contradicts the configuration, holds what this project cannot honour or what DeepSpeed
-            does not know.
+        ValueError: the JSON contradicts the run's configuration, or has an unknown key or a wrong value.
     """
-    _check_keys(raw, path)
     per_pass = micro_batch * world_size
     if global_batch % per_pass:
         raise ValueError(
@@ -116,83 +77,118 @@ def resolve_ds_config(
         )
     accumulation = global_batch // per_pass
     config = copy.deepcopy(raw)
+    sizes = f"train.global_batch {global_batch} / (train.micro_batch {micro_batch} x {world_size} ranks)"
+    optimizer = "the optimizer is the run configuration's AdamW"
     _fill(config, "train_batch_size", global_batch, f"train.global_batch is {global_batch}", path)
     _fill(config, "train_micro_batch_size_per_gpu", micro_batch, f"train.micro_batch is {micro_batch}", path)
-    _fill(
-        config,
-        "gradient_accumulation_steps",
-        accumulation,
-        f"train.global_batch {global_batch} / (train.micro_batch {micro_batch} x {world_size} ranks) is {accumulation}",
-        path,
-    )
-    section = config.setdefault("bf16", {})
-    if not isinstance(section, dict):
-        raise ValueError(f'{path}: bf16 is {_show(section)}; write {{"enabled": "auto"}}.')
-    dtype = "bfloat16" if bf16 else "float32"
-    _fill(section, "enabled", bf16, f"model.dtype resolves to {dtype} on this machine", path, "bf16.")
-    own = "the optimizer is the run configuration's AdamW"
-    _fill(config, "zero_allow_untested_optimizer", True, own, path)
-    _fill(config, "zero_force_ds_cpu_optimizer", False, own, path)
-    if isinstance(zero := config.get("zero_optimization"), dict):
-        fill_hierarchy(zero, path, world_size, local_size or ranks_per_machine(world_size))
-    for where in _autos(config):
+    _fill(config, "gradient_accumulation_steps", accumulation, f"{sizes} is {accumulation}", path)
+    _fill(config, "zero_allow_untested_optimizer", True, optimizer, path)
+    _fill(config, "zero_force_ds_cpu_optimizer", False, optimizer, path)
+    dtype = f"model.dtype resolves to {'bfloat16' if bf16 else 'float32'} on this machine"
+    # A section of another type than dict is left to the validation below.
+    if isinstance(section := config.setdefault("bf16", {}), dict):
+        _fill(section, "enabled", bf16, dtype, path, "bf16.")
+    if isinstance(section := config.get("fp16"), dict):
+        _fill(section, "enabled", False, f"{dtype}, and the range of fp16 is too small; use bf16", path, "fp16.")
+    if isinstance(section := config.get("zero_optimization"), dict):
+        fill_hpz(section, path, world_size, local_size or ranks_per_machine(world_size))
+    for where in _auto_paths(config):
         raise ValueError(
-            f'{path}: {where} is "auto", which nothing here can fill; write a value or leave the key out '
-            f"for DeepSpeed's default."
+            f'{path}: {where} is "auto", but no option of the run fills it; write a value, or remove the key to use '
+            "DeepSpeed's default."
         )
-    check_sections(config, path)
+    _validate(config, path)
     return config
-
-
-def _check_keys(raw: dict[str, Any], path: str | Path) -> None:
-    """Refuse top-level keys by name, and fp16."""
-    for key in raw:
-        if key in REFUSED:
-            raise ValueError(f'{path}: remove "{key}": {REFUSED[key]}.')
-        if key not in KNOWN:
-            raise ValueError(f"{path}: {unknown(key, KNOWN)}; known are {', '.join(sorted(KNOWN))}.")
-    fp16 = raw.get("fp16", {})
-    if not isinstance(fp16, dict) or fp16.get("enabled", False) is not False:
-        raise ValueError(
-            f'{path}: fp16 is not supported, its range is too small for these models; remove "fp16" and use '
-            f'"bf16": {{"enabled": "auto"}} with model.dtype bfloat16.'
-        )
 
 
 def _fill(
     section: dict[str, Any], key: str, value: int | bool, because: str, path: str | Path, prefix: str = ""
 ) -> None:
-    """Set ``section[key]`` where it is missing or "auto"; refuse another value."""
+    """Set ``section[key]`` where it is missing or "auto"; raise ValueError on another value."""
     given = section.get(key, AUTO)
+    # True == 1 in Python, but not in JSON: compare types too.
     if given != AUTO and (type(given) is not type(value) or given != value):
         raise ValueError(
-            f'{path}: {prefix}{key} is {_show(given)}, but {because}; write "auto" or {_show(value)} in the JSON, '
-            f"or change the run's configuration."
+            f'{path}: {prefix}{key} is {json.dumps(given)}, but {because}; write "auto" or {json.dumps(value)} in the '
+            "JSON, or change the run's configuration."
         )
     section[key] = value
 
 
-def _autos(value: Any, where: str = "") -> Iterator[str]:
-    """Key paths of what is still "auto"."""
+def _auto_paths(value: Any, where: str = "") -> Iterator[str]:
+    """Key paths whose value is still "auto"; DeepSpeed's models would silently use their default instead."""
     if value == AUTO:
         yield where
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from _autos(inner, f"{where}.{key}" if where else key)
+            yield from _auto_paths(inner, f"{where}.{key}" if where else key)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _autos(inner, f"{where}[{index}]")
+            yield from _auto_paths(inner, f"{where}[{index}]")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f'the key "{key}" is given twice')
-        result[key] = value
-    return result
+def _schema() -> type[BaseModel]:
+    """Pydantic model of the JSON: DeepSpeed's own models for the sections, plain types for the other keys.
+
+    DeepSpeed itself ignores unknown top-level keys, and unknown keys of a section that it reads without a model.
+    """
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    # Other keys of `checkpoint` are set by training/checkpoint when it saves or loads.
+    checkpoint = _model("Checkpoint", {"tag_validation": str, "parallel_write": dict})
+    sections = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "comms_logger": CommsLoggerConfig,
+        "checkpoint": checkpoint,
+    }
+    keys: dict[str, Any] = {
+        "communication_data_type": str,
+        "log_level": str,
+        "gradient_clipping": float,
+        "gradient_predivide_factor": float,
+        **dict.fromkeys(("data_types", "aio", "flops_profiler"), dict),
+        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), int),
+        **dict.fromkeys(("gradient_accumulation_steps", "steps_per_print"), int),
+        **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients"), bool),
+        **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc"), bool),
+    }
+    return _model("DeepSpeedJson", sections | keys)
 
 
-def _show(value: Any) -> str:
-    """As the JSON writes it."""
-    return json.dumps(value)
+def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
+    """A pydantic model with optional fields that refuses unknown keys."""
+    definitions: dict[str, Any] = {field: (kind, None) for field, kind in fields.items()}
+    return create_model(name, __config__=ConfigDict(extra="forbid"), **definitions)
+
+
+def _validate(config: dict[str, Any], path: str | Path) -> None:
+    """Raise ValueError with the file and the key of the first unknown key or wrong value."""
+    for key, owner in OWNED_BY_THE_RUN.items():
+        if key in config:
+            raise ValueError(f'{path}: remove "{key}"; the run\'s configuration sets it: {owner}.')
+    schema = _schema()
+    try:
+        schema(**config)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        where = ".".join(map(str, error["loc"]))
+        if error["type"] == "extra_forbidden":
+            section = where.rpartition(".")[0]
+            known = [key for key in _key_paths(schema) if key.rpartition(".")[0] == section]
+            raise ValueError(f'{path}: unknown key "{where}"{did_you_mean(where, known)}.') from None
+        value = json.dumps(error["input"], default=str)
+        raise ValueError(f"{path}: {where} is {value}: {error['msg'].rstrip('.')}.") from None
+
+
+def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Key paths that a model accepts, those of its sections included."""
+    for name, field in model.model_fields.items():
+        path = prefix + (field.alias or name)
+        yield path
+        for kind in (field.annotation, *get_args(field.annotation)):  # an optional section is a union with None
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _key_paths(kind, f"{path}.")

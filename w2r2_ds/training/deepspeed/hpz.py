@@ -1,7 +1,7 @@
-"""ZeRO++'s hierarchical partitions (hpZ): every machine keeps a whole copy of the weights, shared among its ranks.
+"""Fill and validate ``zero_hpz_partition_size``: ZeRO++'s hierarchical partitioning (hpZ).
 
-Gathers of frozen weights then stay inside a machine from the second pass on. The copy is worth its memory only where
-there are several machines.
+With hpZ, each machine keeps a second, whole copy of the weights, sharded over its own ranks. After the first forward,
+all-gathers of frozen weights stay inside the machine. The copy costs memory, so it pays only with several machines.
 """
 
 from __future__ import annotations
@@ -17,58 +17,57 @@ FIELD = "zero_hpz_partition_size"
 
 
 def ranks_per_machine(world_size: int) -> int:
-    """As torchrun and slurm/rank.sh (LOCAL_WORLD_SIZE) or deepspeed (LOCAL_SIZE) say it; else all on one machine."""
-    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
-    return int(said)
+    """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun, slurm/rank.sh) or LOCAL_SIZE (deepspeed); else all ranks."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
 
 
 def common_ranks_per_machine(world_size: int) -> int:
-    """The largest number of ranks into which every machine's can be divided; all ranks call it, and have one answer."""
-    everywhere = [0] * world_size
-    dist.all_gather_object(everywhere, ranks_per_machine(world_size))
-    return math.gcd(*everywhere)
+    """Largest partition size that divides the ranks of every machine; collective, the same value on every rank.
+
+    Machines may have different numbers of ranks. If each rank used its own machine's number, the ranks would create
+    different process groups and wait for each other forever.
+    """
+    sizes = [0] * world_size
+    dist.all_gather_object(sizes, ranks_per_machine(world_size))
+    return math.gcd(*sizes)
 
 
-def fill_hierarchy(zero: dict[str, Any], path: str | Path, world_size: int, local_size: int) -> None:
-    """Fill "auto", in place: the ranks of a machine, or 1 (no copy) where one machine holds all ranks.
+def fill_hpz(zero: dict[str, Any], path: str | Path, world_size: int, local_size: int) -> None:
+    """Replace "auto" by the ranks of a machine, or by 1 (no copy) if one machine has all ranks; in place.
 
     Args:
         zero: section `zero_optimization` of a DeepSpeed JSON.
         path: the file, for messages.
-        world_size: ranks.
+        world_size: number of ranks.
         local_size: ranks on this machine.
 
     Raises:
-        ValueError: the value is no number of ranks, or cuts a machine; DeepSpeed says so much later, or not at all.
+        ValueError: the value is not a positive integer, does not divide the ranks of a machine, or the stage is not 3.
+            DeepSpeed would fail much later, or use a wrong group without an error.
     """
     if FIELD not in zero:
         return
-    size = zero[FIELD]
+    name, size = f"{path}: zero_optimization.{FIELD}", zero[FIELD]
     if size == "auto":
         if local_size < world_size and world_size % local_size:
             raise ValueError(
-                f'{path}: zero_optimization.{FIELD} is "auto", but the {world_size} ranks of this run are not '
-                f"{local_size} per machine, as on this one; start as many on every machine, or write 1."
+                f'{name} is "auto", but the {world_size} ranks of this run are not {local_size} per machine, as on '
+                "this one; start as many on every machine, or write 1."
             )
         size = zero[FIELD] = local_size if local_size < world_size else 1
     if type(size) is not int or size < 1:
-        raise ValueError(
-            f'{path}: zero_optimization.{FIELD} is {size!r}; write "auto", the number of ranks on a machine, or 1.'
-        )
+        raise ValueError(f'{name} is {size!r}; write "auto", the number of ranks on a machine, or 1.')
     if size == 1:
         return
     if zero.get("stage") != 3:
-        raise ValueError(
-            f"{path}: zero_optimization.{FIELD} is {size}, but only stage 3 divides the weights; remove it or use "
-            "stage 3."
-        )
+        raise ValueError(f"{name} is {size}, but only stage 3 shards the weights; remove it or use stage 3.")
     if world_size % size:
         raise ValueError(
-            f"{path}: zero_optimization.{FIELD} is {size}, which does not divide the {world_size} ranks of this run; "
-            f'write "auto" (here {local_size} ranks per machine) or a divisor of {world_size}.'
+            f"{name} is {size}, which does not divide the {world_size} ranks of this run; write \"auto\" (here "
+            f"{local_size} ranks per machine) or a divisor of {world_size}."
         )
     if local_size % size:
         raise ValueError(
-            f"{path}: zero_optimization.{FIELD} is {size}, but a machine has {local_size} ranks: the copy would be "
-            f'shared between machines, over the link that it is to spare; write "auto" or a divisor of {local_size}.'
+            f"{name} is {size}, but a machine has {local_size} ranks, so the copy would be sharded across machines; "
+            f'write "auto" or a divisor of {local_size}.'
         )

@@ -1,4 +1,4 @@
-"""Start the process group: ports, time limits, and where DeepSpeed compiles its extensions."""
+"""Initialise the process group: port, time-outs, and the folder in which DeepSpeed compiles its extensions."""
 
 from __future__ import annotations
 
@@ -11,56 +11,56 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    """A port on which nothing listens now, for the launcher's `--master_port`; another program may still take it."""
+    """A TCP port that is free now, for the launcher's `--master_port`; another program may still take it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def collective_timeout(hang_seconds: float) -> timedelta:
-    """How long a collective waits: longer than the watchdog, which speaks first and says more.
+    """Time-out of collectives: longer than the watchdog's, whose message names the rank at fault.
 
-    At least half an hour: in the set-up, where no limit of `train.hang_seconds` holds, ranks wait for the one that
-    reads its weights slowest.
+    At least half an hour: before the first step, where `train.hang_seconds` does not apply, all ranks wait for the
+    one that loads its weights last.
     """
     return timedelta(seconds=max(1800.0, 2 * hang_seconds))
 
 
-def own_extensions() -> None:
-    """Give this start of a job a folder of its own for what DeepSpeed compiles, unless TORCH_EXTENSIONS_DIR names one.
+def use_private_extensions_dir() -> None:
+    """Set TORCH_EXTENSIONS_DIR to a folder of this job start, unless it is set already.
 
-    In the folder that all jobs of a user share, the lock of a build that was killed lets every later run hang without
-    a word. The ranks of a machine share the folder (their Slurm step, or their launcher's process, is the same), so
-    that a kernel is built once per start and machine; whoever wants to keep it names a folder.
+    In the default folder, which all jobs of a user share, a killed build leaves a lock file on which every later run
+    waits forever. All ranks of a machine share the new folder (they have the same Slurm step, or the same launcher
+    process), so that each extension is built once per start and machine. To keep builds, set TORCH_EXTENSIONS_DIR.
 
     Raises:
-        ValueError: somebody else could put compiled code there.
+        ValueError: another user could write to the folder, and so place compiled code there.
     """
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return
     slurm = [os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
     start = "-".join(filter(None, slurm)) if slurm[0] else f"launcher-{os.getppid()}"
-    mine = Path(tempfile.gettempdir()) / f"w2r2-ds-{os.getuid()}"
-    mine.mkdir(mode=0o700, exist_ok=True)
-    found = mine.lstat()
+    parent = Path(tempfile.gettempdir()) / f"w2r2-ds-{os.getuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    # lstat, not stat: in a shared temporary folder another user may have put a symbolic link here.
+    found = parent.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise ValueError(
-            f"{mine}, where DeepSpeed would compile, is no folder or others may write to it; remove it, or name a "
-            "folder of your own in TORCH_EXTENSIONS_DIR."
+            f"{parent}, where DeepSpeed would compile, is not a folder or others may write to it; remove it, or set "
+            "TORCH_EXTENSIONS_DIR to a folder of your own."
         )
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(mine / f"extensions-{start}")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(parent / f"extensions-{start}")
 
 
 def join_ranks(hang_seconds: float = 0.0) -> None:
-    """Meet the other ranks of the launcher; without a launcher this process is the only one.
+    """Initialise the default process group; without a launcher this process is the only rank.
 
     Args:
-        hang_seconds: of the run's configuration, see `collective_timeout`.
+        hang_seconds: `train.hang_seconds`, see `collective_timeout`.
 
     Raises:
-        ValueError: see `own_extensions`; or another run has this machine's port.
-        Unreachable: the ranks cannot meet otherwise; under Slurm also at a port that is taken, for the next start has
-            another one.
+        ValueError: the master port is taken (without Slurm); or see `use_private_extensions_dir`.
+        Unreachable: the ranks cannot connect. Under Slurm also if the port is taken: a requeued job has another port.
     """
     import deepspeed
     import torch
@@ -72,7 +72,7 @@ def join_ranks(hang_seconds: float = 0.0) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    own_extensions()
+    use_private_extensions_dir()
     skip_shm_build()
     try:
         deepspeed.init_distributed(timeout=collective_timeout(hang_seconds))
@@ -80,20 +80,20 @@ def join_ranks(hang_seconds: float = 0.0) -> None:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error) and "SLURM_JOB_ID" not in os.environ:
             raise ValueError(
-                f"port {port} of this machine is taken, probably by another run; start this one with a port of its "
-                f"own: deepspeed --master_port {free_port()} launchers/train.py ..."
+                f"port {port} of this machine is taken, probably by another run; start this one with its own port: "
+                f"deepspeed --master_port {free_port()} launchers/train.py ..."
             ) from None
         raise Unreachable(
-            f"the ranks cannot meet at {address}, port {port} ({' '.join(str(error).split())}); check the launcher's "
-            "--master_addr and --master_port."
+            f"the ranks cannot connect to {address}, port {port} ({' '.join(str(error).split())}); check the "
+            "launcher's --master_addr and --master_port."
         ) from error
 
 
 def skip_shm_build() -> None:
-    """On a CPU, keep DeepSpeed from compiling its shared-memory all-reduce; call before `init_distributed`.
+    """On a CPU, do not let DeepSpeed compile its shared-memory all-reduce; call before `init_distributed`.
 
-    The build needs a C++ compiler and Python's headers and hangs for ever on the lock of a build that was killed;
-    gloo does the same work. DeepSpeed keeps this table to be edited (deepspeed/ops/__init__.py).
+    The build needs a C++ compiler and Python's headers, and waits forever on the lock file of a killed build. gloo
+    gives the same results. DeepSpeed documents this table as editable (deepspeed/ops/__init__.py).
     """
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
