@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine, ranks_per_machine
-from w2r2_ds.training.deepspeed.launch import join_ranks, use_private_extensions_dir, skip_shm_build
+from w2r2_ds.training.deepspeed.launch import join_ranks, skip_shm_build, use_private_extensions_dir
 
 FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 

@@ -63,7 +63,7 @@ def fill_hpz(zero: dict[str, Any], path: str | Path, world_size: int, local_size
         raise ValueError(f"{name} is {size}, but only stage 3 shards the weights; remove it or use stage 3.")
     if world_size % size:
         raise ValueError(
-            f"{name} is {size}, which does not divide the {world_size} ranks of this run; write \"auto\" (here "
+            f'{name} is {size}, which does not divide the {world_size} ranks of this run; write "auto" (here '
             f"{local_size} ranks per machine) or a divisor of {world_size}."
         )
     if local_size % size:
