@@ -351,7 +351,7 @@ def test_settings(config: Any, little_run: dict[str, str]) -> None:
     well = settings.check_settings(config, little_run["deepspeed"], 2)
     assert well.wrong == [] and well.shown["ZeRO"] == "stage 3"
     assert "not divisible by train.micro_batch" in settings.check_settings(config, little_run["deepspeed"], 7).wrong[0]
-    assert "cannot read the DeepSpeed JSON" in settings.check_settings(config, "none.json", 2).wrong[0]
+    assert "none.json" in settings.check_settings(config, "none.json", 2).wrong[0]
     config.objective.push = "nothing of the kind"
     assert len(settings.check_settings(config, "", 2).wrong) == 1
 

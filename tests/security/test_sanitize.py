@@ -143,11 +143,11 @@ def test_a_configuration_holds_no_control_characters() -> None:
 def test_weights_and_biases_is_told_nothing_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client would send the remote's address, whose user may be a token, and the patch of what is not committed."""
     wandb = pytest.importorskip("wandb")
-    from w2r2_ds.training.metrics import open_wandb
+    from w2r2_ds.training.trackers import WandbTracker
 
     told: dict[str, Any] = {}
     monkeypatch.setattr(wandb, "init", lambda **given: told.update(given))
-    open_wandb(tmp_path / "run")
+    WandbTracker(tmp_path / "run", 0)
     assert told.pop("settings")["disable_git"] is True
     assert set(told) == {"dir", "project", "name"}, "no configuration, no environment"
 
@@ -157,7 +157,7 @@ def test_what_weights_and_biases_stores_holds_no_secret(tmp_path: Path, monkeypa
     pytest.importorskip("wandb")
     import subprocess
 
-    from w2r2_ds.training.metrics import open_wandb
+    from w2r2_ds.training.trackers import WandbTracker
 
     git = shutil.which("git")
     assert git is not None
@@ -167,7 +167,7 @@ def test_what_weights_and_biases_stores_holds_no_secret(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     for name, value in {"WANDB_MODE": "offline", "WANDB_API_KEY": "5" * 40, "HF_TOKEN": "hf-token-of-mine"}.items():
         monkeypatch.setenv(name, value)
-    run = open_wandb(tmp_path)
+    run = WandbTracker(tmp_path, 0).run
     run.log({"loss": 1.0})
     run.finish()
     stored = [path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file()]

@@ -69,8 +69,8 @@ def test_options(world: World, tmp_path: Path, one_process: None, changes: dict[
 
 def test_the_deepspeed_json(world: World, tmp_path: Path, one_process: None) -> None:
     said = refusal(world, tmp_path / "out", tmp_path / "none.json")
-    assert said.startswith(f"{tmp_path}/none.json: cannot read the DeepSpeed JSON: No such file or directory; ")
-    assert said.endswith("; give --deepspeed a file such as ds_configs/zero3.json.")
+    assert said.startswith(f"{tmp_path}/none.json ") and "--deepspeed" in said
+    assert "ds_configs/zero3.json" in said
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "sub_group_siz": 1}}))
     assert "(did you mean zero_optimization.sub_group_size?" in refusal(world, tmp_path / "out", file)

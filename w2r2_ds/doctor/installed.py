@@ -13,7 +13,7 @@ from w2r2_ds.doctor.result import CheckResult
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 NAME = "w2r2-ds"
-OWN_EXTRAS = ("flash", "quant", "kernels", "wandb", "tensorboard", "metrics")
+OWN_EXTRAS = ("flash", "quant", "kernels", "wandb", "tensorboard", "trackio", "metrics")
 """Optional packages that a run may use; those of developers are not looked at."""
 
 

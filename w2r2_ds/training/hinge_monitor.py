@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.objective.push_terms import find_push_term
-from w2r2_ds.training.metrics import FILE, read_lines
+from w2r2_ds.training.metrics import FILE, read_metrics
 
 PATIENCE = 100
 """Optimizer steps without a sample above mu after which to warn, once."""
@@ -31,9 +30,9 @@ class HingeMonitor:
         self.steps, self.highest = 0, 0.0
         log = Path(config.out) / FILE
         if self.watching and start and log.exists():
-            for step, line in read_lines(log):
+            for step, values in read_metrics(log):
                 if step <= start:
-                    self.note(json.loads(line))
+                    self.note(values)
 
     def see(self, metrics: dict[str, float]) -> None:
         """Take note of a step that has just ended."""

@@ -124,9 +124,8 @@ def loop(run: Run, signals: StopSignals) -> TrainResult:
     saved, checkpoint = run.start, run.checkpoint
     metrics: dict[str, float] = {}
     hinge = HingeMonitor(run.start, config)
-    logger = MetricsLogger(
-        Path(config.out), config.train.steps, config.train.wandb, config.train.tensorboard, dist.get_rank()
-    )
+    trackers = [name for name in ("wandb", "tensorboard") if getattr(config.train, name)]
+    logger = MetricsLogger(Path(config.out), config.train.steps, trackers, dist.get_rank())
     with logger:
         logger.start(run.start)
         for step in range(run.start, config.train.steps):

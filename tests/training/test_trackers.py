@@ -1,0 +1,167 @@
+"""Trackers: the shipped ones, and one that a user's file adds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from w2r2_ds.training import trackers
+from w2r2_ds.training.metrics import MetricsLogger
+from w2r2_ds.training.trackers import TRACKERS
+
+VALUES = {"loss": 1.5, "lr": 1e-4}
+
+USER_FILE = """
+from collections.abc import Mapping
+from pathlib import Path
+
+from w2r2_ds.training.trackers import register_tracker
+
+
+@register_tracker("csv")
+class CsvTracker:
+    def __init__(self, run_dir: Path, start: int) -> None:
+        self.file = (run_dir / "loss.csv").open("a")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        print(step, metrics["loss"], sep=",", file=self.file)
+
+    def finish(self) -> None:
+        self.file.close()
+"""
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    before = dict(TRACKERS)
+    yield
+    TRACKERS.clear()
+    TRACKERS.update(before)
+
+
+def log_steps(folder: Path, names: list[str], start: int, *steps: int, loss: float = 1.5) -> None:
+    with MetricsLogger(folder, 4, names) as logger:
+        logger.start(start)
+        for step in steps:
+            logger.log(step, VALUES | {"loss": loss})
+
+
+def test_one_file_outside_the_package_adds_a_tracker(tmp_path: Path, registry: None) -> None:
+    file = tmp_path / "csv_tracker.py"
+    file.write_text(USER_FILE)
+    spec = importlib.util.spec_from_file_location("csv_tracker", file)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    log_steps(tmp_path / "run", ["csv"], 0, 1, 2)
+    assert (tmp_path / "run" / "loss.csv").read_text() == "1,1.5\n2,1.5\n"
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_missing_package_is_an_error_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rank: int
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"train\.trackers: {name} .*w2r2-ds\[{name}\]"):
+        MetricsLogger(tmp_path, 3, [name], rank=rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_unknown_tracker_is_an_error_on_every_rank(tmp_path: Path, rank: int) -> None:
+    with pytest.raises(ValueError, match=r"train\.trackers: .*'wandbb'.*wandb"):
+        MetricsLogger(tmp_path, 3, ["wandbb"], rank=rank)
+
+
+def test_tensorboard_holds_the_curve_once_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_steps(tmp_path, ["tensorboard"], 0, 1, 2, 3)
+    log_steps(tmp_path, ["tensorboard"], 1, 2, 3, 4, loss=9.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.5), (2, 9.0), (3, 9.0), (4, 9.0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "part"),
+    [
+        (
+            "UsageError",
+            "No API key configured. Use `wandb login` to log in.",
+            "configured; Use `wandb login` to log in)",
+        ),
+        ("CommError", "Timed out while retrying: no such host\nConsider the setting:\n  x=1", "no such host; Consider"),
+        ("AuthenticationError", "API key must have 40+ characters, has 5.", "40+ characters, has 5)"),
+        # Of pydantic, for WANDB_MODE=nonsense.
+        (
+            "ValidationError",
+            "1 validation error for Settings\nmode\n  Input should be 'online'",
+            "mode; Input should be",
+        ),
+    ],
+)
+def test_wandb_that_does_not_start_is_one_sentence_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str, part: str
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    # What wandb does without a key; really asking for one would leave its settings behind for the next test.
+    def refuse(**_: object) -> None:
+        raise getattr(wandb.errors, kind, ValueError)(words)
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError) as caught, MetricsLogger(tmp_path, 2, ["wandb"]) as logger:
+        logger.start(0)
+    sentence = str(caught.value)
+    assert sentence.startswith("train.trackers: wandb") and part in sentence and "WANDB_MODE=offline" in sentence
+    assert "\n" not in sentence and ". " not in sentence and sentence.endswith(".")
+
+
+def test_another_rank_does_not_open_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("opened"))
+    MetricsLogger(tmp_path, 2, ["wandb"], rank=1).start(0)
+
+
+def test_everything_is_open_before_the_first_log(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with MetricsLogger(tmp_path / "new", 3, ["tensorboard"]) as logger:
+        logger.start(0)
+        assert (tmp_path / "new" / "metrics.jsonl").read_text() == ""
+        assert list((tmp_path / "new" / "tensorboard").iterdir())
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log_steps(tmp_path, ["wandb"], 0, 1, 2)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_trackio_continues_the_run_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stub of the package, which is large and optional."""
+    calls: list[object] = []
+    run = SimpleNamespace(
+        log=lambda metrics, step: calls.append((step, metrics["loss"])), finish=lambda: calls.append("finish")
+    )
+
+    def init(**given: object) -> SimpleNamespace:
+        calls.append((given["name"], given["resume"]))
+        return run
+
+    stub = ModuleType("trackio")
+    stub.__dict__["init"] = init
+    monkeypatch.setitem(sys.modules, "trackio", stub)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: stub)
+    log_steps(tmp_path / "mine", ["trackio"], 0, 1)
+    log_steps(tmp_path / "mine", ["trackio"], 1, 2)
+    assert calls == [("mine", "never"), (1, 1.5), "finish", ("mine", "allow"), (2, 1.5), "finish"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "mine" / "metrics.jsonl").open()] == [1, 2]

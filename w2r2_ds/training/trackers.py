@@ -1,0 +1,137 @@
+"""Experiment trackers: where metrics are logged besides metrics.jsonl, chosen by `train.trackers`.
+
+To add one, write a class with the methods of `Tracker` and decorate it with ``@register_tracker("NAME")``; the file may
+lie outside the package (``--plugin FILE``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from w2r2_ds.config.cli import did_you_mean
+
+PROJECT = "w2r2-ds"
+"""Project name in trackers that group runs by project."""
+
+
+class Tracker(Protocol):
+    """Receives the metrics of every optimizer step. Exists on rank 0 only."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of `step`; steps count from 1 and increase."""
+        ...
+
+    def finish(self) -> None:
+        """Flush and close."""
+        ...
+
+
+OpenTracker = Callable[[Path, int], Tracker]
+"""(folder of the run, last step done before this start) -> tracker. Raises ValueError if the user must do something."""
+
+TRACKERS: dict[str, OpenTracker] = {}
+"""Registered trackers by the name that `train.trackers` uses."""
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+"""Optional package of the trackers below."""
+
+
+def register_tracker(name: str) -> Callable[[OpenTracker], OpenTracker]:
+    """Class decorator that adds a tracker to `TRACKERS`."""
+
+    def register(tracker: OpenTracker) -> OpenTracker:
+        TRACKERS[name] = tracker
+        return tracker
+
+    return register
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Check that every tracker is registered and that its package is installed, on every rank.
+
+    Raises:
+        ValueError: names the tracker.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(
+                f"train.trackers: unknown tracker {name!r}{did_you_mean(name, TRACKERS)}; registered are "
+                f"{', '.join(sorted(TRACKERS))}."
+            )
+        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+            raise ValueError(
+                f"train.trackers: {name} needs a package that is not installed: pip install 'w2r2-ds[{name}]'."
+            )
+
+
+@register_tracker("wandb")
+class WandbTracker:
+    """Weights & Biases.
+
+    Raises:
+        ValueError: it does not start: missing or wrong API key, no connection, wrong WANDB_* setting.
+    """
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        import wandb
+
+        # disable_git: the address of a git remote may contain a token, and the patch of uncommitted changes any secret.
+        settings = {"silent": True, "disable_git": True}
+        try:
+            self.run: Any = wandb.init(dir=str(run_dir), project=PROJECT, name=run_dir.name, settings=settings)
+        except (wandb.errors.Error, ValueError) as error:  # pydantic's ValidationError is a ValueError
+            parts = (part.strip(" .") for part in re.split(r"\n|\.\s", str(error)))
+            raise ValueError(
+                f"train.trackers: wandb does not start ({'; '.join(filter(None, parts))}): run `wandb login`, or set "
+                "WANDB_MODE=offline to log without an account."
+            ) from error
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log to the run."""
+        self.run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        """Upload what is left."""
+        self.run.finish()
+
+
+@register_tracker("tensorboard")
+class TensorBoardTracker:
+    """TensorBoard event files in ``run_dir/tensorboard``."""
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides points that a killed start logged after its last checkpoint.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one scalar per metric."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+
+@register_tracker("trackio")
+class TrackioTracker:
+    """Trackio (Hugging Face): local, or in a Space named by TRACKIO_SPACE_ID."""
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        import trackio
+
+        # resume="allow": a resumed run continues the run of the same name.
+        self.run: Any = trackio.init(project=PROJECT, name=run_dir.name, resume="allow" if start else "never")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log to the run."""
+        self.run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        """Send what is left."""
+        self.run.finish()
