@@ -100,9 +100,9 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
 
 def shortcut_of(step: Any, batch: Any, visual: Any, features: Any) -> Any:
     """What the step keeps of its shortcut pass, which it runs alone."""
-    with step.without_graph():
-        plain = step.plain(visual, features)
+    with step.shortcut_context():
+        plain = step.visual_only(visual, features)
         answers = step.decode(batch, plain) if step.objective.shortcut_decode == "greedy" else None
-    with step.without_graph(), without_dropout(step.dropouts):
-        states = step.model.hidden(batch, plain, step.reading.states)
-    return step.read(batch, states, answers)
+    with step.shortcut_context(), without_dropout(step.dropouts):
+        states = step.model.hidden(batch, plain, step.push_term.states)
+    return step.shortcut(batch, states, answers)

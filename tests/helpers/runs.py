@@ -232,21 +232,21 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
     save_checkpoint = trainer.save_checkpoint
     calls = 0
 
-    def train_step(run: Any, micro_batches: Any) -> Any:
+    def train_step(run: Any, micro_batches: Any, step: int) -> Any:
         report["updates"] = run.engine.global_steps
         if job.stop_after and report["updates"] - run.start == job.stop_after:
             raise Stopped
         try:
-            return saved[0](run, micro_batches)
+            return saved[0](run, micro_batches, step)
         finally:
             report["updates"] = run.engine.global_steps
 
-    def forward(self: Any, batch: Any, measure: bool = False, answer: int = 0) -> Any:
+    def forward(self: Any, batch: Any, mode: Any = "loss", **more: Any) -> Any:
         nonlocal calls
-        if measure or answer:
-            return saved[2](self, batch, measure, answer)
+        if mode != "loss":
+            return saved[2](self, batch, mode, **more)
         calls += 1
-        loss, stats = saved[2](self, batch)
+        loss, stats = saved[2](self, batch, mode, **more)
         if calls == job.nan_call and dist.get_rank() == 1:
             report["injected"] = batch.ids[0]
             stats[0, 0] = torch.nan

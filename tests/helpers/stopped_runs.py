@@ -30,10 +30,12 @@ def main(file: Path) -> None:
     real_step, codes = trainer.train_step, []
     for arguments, rank, at, name in json.loads(file.read_text()):
 
-        def train_step(run: Any, batches: Any, rank: int = rank, at: int = at, name: str = name) -> dict[str, float]:
-            if dist.get_rank() == rank and run.engine.module.optimizer_step == at:
+        def train_step(
+            run: Any, batches: Any, step: int, rank: int = rank, at: int = at, name: str = name
+        ) -> dict[str, float]:
+            if dist.get_rank() == rank and step == at:
                 os.kill(os.getpid(), signal.Signals[name])
-            return real_step(run, batches)
+            return real_step(run, batches, step)
 
         trainer.train_step = train_step  # type: ignore[assignment]
         with StopSignals() as signals:

@@ -153,7 +153,7 @@ def test_a_cache_that_may_not_be_listed_ends_no_run(
 
     monkeypatch.setattr(Cache, "size", refuse)
     assert cache_use([loaded(samples)]) == {"cache_hits": 0}
-    assert describe_cache(Cache(tmp_path, 2**30)).endswith("its size is not known, another's cannot be listed")
+    assert describe_cache(Cache(tmp_path, 2**30)).endswith(": size unknown, another's cannot be listed")
 
 
 def test_a_limit_that_the_disk_cannot_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ class Engine:
     def train(self) -> None:
         self.training = True
 
-    def __call__(self, batch: Any, measure: bool) -> torch.Tensor:
-        assert measure and not self.training and batch.prompts is not None
+    def __call__(self, batch: Any, mode: str) -> torch.Tensor:
+        assert mode == "measure" and not self.training and batch.prompts is not None
         self.seen.append(batch.ids)
         return torch.tensor([S[identity] for identity in batch.ids])
 

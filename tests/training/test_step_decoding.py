@@ -12,7 +12,7 @@ from reference_passes import shortcut_of
 from w2r2_ds.evaluation.generate import generate_tokens
 from w2r2_ds.objective.loss import STATS
 from w2r2_ds.training.activation_checkpointing import recompute
-from w2r2_ds.training.step import SLACK, W2R2Step
+from w2r2_ds.training.step import EXTRA_TOKENS, W2R2Step
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -27,10 +27,10 @@ def test_greedy_decoding_defines_s(
     texts = step.decode(batch, plain)
     prompts = batch_of(samples, with_answer=False, visual=visual)
     tokenizer = step.scorer.tokenizer
-    longest = int(batch.answer_rows.sample.bincount().max()) + SLACK
+    longest = int(batch.answer_rows.sample.bincount().max()) + EXTRA_TOKENS
     step.eval()
     tokens = generate_tokens(step.model, prompts, tokenizer, "zero", longest, step.video_fps)
-    counts = (batch.answer_rows.sample.bincount() + SLACK).tolist()
+    counts = (batch.answer_rows.sample.bincount() + EXTRA_TOKENS).tolist()
     assert texts == [tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in zip(tokens, counts, strict=True)]
     step.train()
     short = shortcut_of(step, batch, plain, step.model.encode_3d(batch.visuals))

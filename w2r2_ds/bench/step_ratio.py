@@ -98,9 +98,9 @@ def single_pass(subject: Subject, batch: Batch, visual: Any, features: Tensor) -
     step = subject.step("none")
     model = step.model
     with torch.no_grad():
-        short = model.hidden(batch, step.plain(visual, [features]))
+        short = model.hidden(batch, step.visual_only(visual, [features]))
 
-    def pass_order(batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
+    def pass_order(batch: Batch, visual_only: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
         return short, model.hidden(batch, fused, with_what)
 
     step.two_pass = pass_order

@@ -66,7 +66,11 @@ class InTraining:
     def measure(self, engine: Any) -> dict[str, float]:
         """Scores of the model as it is, the same on every rank; every rank calls it."""
         engine.eval()
-        answers = [ids for batch in checked(self.loader) for ids in engine(batch.to(self.device), answer=self.most)]
+        answers = [
+            ids
+            for batch in checked(self.loader)
+            for ids in engine(batch.to(self.device), mode="generate", max_new_tokens=self.most)
+        ]
         engine.train()
         mine = {
             index: record_of(self.samples[index], self.tokenizer.decode(ids, skip_special_tokens=True), ids)

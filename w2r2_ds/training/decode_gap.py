@@ -41,7 +41,7 @@ class DecodeGap:
     def measure(self, engine: Any) -> dict[str, float]:
         """Both readings of the shortcut's answers; every rank calls it."""
         engine.eval()
-        pairs = [engine(batch.to(self.device), measure=True) for batch in checked(self.loader)]
+        pairs = [engine(batch.to(self.device), mode="measure") for batch in checked(self.loader)]
         engine.train()
         teacher, greedy = torch.cat(pairs).double().unbind(-1)
         # What was repeated to fill the last batches counts once.

@@ -1,16 +1,20 @@
-"""The W2R2 step: one engine forward that makes both passes, the shortcut's under no_grad (training/two_pass.py).
+"""The W2R2 training step: one engine forward that runs the shortcut pass and the fused pass.
 
-Every rank calls the same modules in the same order, whatever its batch holds: a batch without frames carries a dummy
-one. Nothing in it makes the host wait for the device, except that answers made of words are compared as text (captions
-and short answers: one read in either pass), that decoding (`shortcut_decode: greedy`, the gap, validation) reads
-every token, and that features which the feature cache lacks are copied to the host. DeepSpeed's own waits aside.
+Passes (see `two_pass.py` for their order):
+
+* shortcut: Phi(F2D, 0), visual tokens without geometry, under ``no_grad`` unless the push term needs its graph;
+* fused: Phi(F2D, F3D), the pass that trains.
+
+Every rank calls the same modules in the same order whatever its batch holds; a batch without frames carries a dummy
+frame. The host waits for the device only where text is needed: comparing generated text (captions, short answers),
+greedy decoding (`shortcut_decode: greedy`, the decode gap, validation), and copying new features to the feature cache.
 """
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,23 +27,30 @@ from w2r2_ds.models.w2r2 import W2R2, Mask
 from w2r2_ds.objective.loss import Outputs, Shortcut, read_shortcut, w2r2_loss
 from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.objective.scorer import Scorer
-from w2r2_ds.training.cache_stats import TowerCalls
+from w2r2_ds.training.tower_calls import TowerCallCount
 from w2r2_ds.training.two_pass import dropouts_of, make_two_pass, without_dropout
 from w2r2_ds.types.batch import Batch, Visuals
 
-Forward = tuple[Tensor, Tensor] | Tensor | list[list[int]]
-SLACK = 16
-"""Tokens that a decoded answer may have more than its label; a longer one is cut."""
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
+
+Mode = Literal["loss", "measure", "generate"]
+EXTRA_TOKENS = 16
+"""Tokens by which a decoded answer may be longer than its label; the rest is cut."""
 
 
 class W2R2Step(nn.Module):
-    """What DeepSpeed wraps: forward makes the loss of one micro-batch.
+    """The module that DeepSpeed wraps.
+
+    It has one ``forward`` with a mode, not one method per purpose: ZeRO-3 gathers sharded weights in hooks of module
+    forwards, and resets its parameter trace in the hook of the engine's forward. A method that bypasses the engine's
+    forward would see empty weights and invalidate that trace.
 
     Args:
         model: the composed model.
-        config: objective, and the nominal frame rate of a video.
-        scorer: how similar an answer is to its label.
-        zero3: DeepSpeed will gather the parameters layer by layer.
+        config: objective, seed, and the nominal frame rate of a video.
+        scorer: similarity of an answer to its label.
+        zero3: whether DeepSpeed shards the parameters (chooses the default pass order).
     """
 
     def __init__(self, model: W2R2, config: RunConfig, scorer: Scorer, zero3: bool = False) -> None:
@@ -47,105 +58,133 @@ class W2R2Step(nn.Module):
         self.model = model
         self.objective = config.objective
         self.video_fps, self.seed = config.data.video_fps, config.train.seed
-        self.optimizer_step = 0  # which the loop keeps: the masks of `visual_mask_ratio` follow from it
         self.scorer = scorer
-        self.calls = TowerCalls(config.data)
-        self.reading = find_push_term(config.objective.push)
+        self.tower_calls = TowerCallCount(config.data)
+        self.push_term = find_push_term(config.objective.push)
         self.dropouts = dropouts_of(model)
         self.two_pass = make_two_pass(model, config, zero3)
 
-    def forward(self, batch: Batch, measure: bool = False, answer: int = 0) -> Forward:
-        """Weighted sum of the losses of the samples, and their statistics ``[batch, len(STATS)]``.
+    def forward(
+        self, batch: Batch, mode: Mode = "loss", optimizer_step: int = 0, max_new_tokens: int = 0
+    ) -> tuple[Tensor, Tensor] | Tensor | list[list[int]]:
+        """Run one micro-batch.
 
-        A batch whose only frame is a dummy adds its tokens times zero, so that the merger has a gradient on every rank.
-        With `measure`, no loss: ``[batch, 2]`` s of the shortcut's answer, teacher-forced and greedily decoded. With
-        `answer`, no loss either: token ids of the fused pass's greedy answers, at most so many each, of prompts alone.
+        Args:
+            batch: on the model's device; of prompts without answers for ``generate``.
+            mode: what to compute, see Returns.
+            optimizer_step: steps done before this one; `visual_mask_ratio` draws its masks from it.
+            max_new_tokens: longest answer of ``generate``.
+
+        Returns:
+            ``loss``: weighted sum of the samples' losses, and their statistics ``[batch, len(STATS)]``.
+            ``measure``: ``[batch, 2]`` similarity s of the shortcut's answer, teacher-forced and greedily decoded.
+            ``generate``: token ids of the fused pass's greedy answers.
         """
-        visual = self.model.encode_2d(batch.visuals, self.calls.agreed(batch.visuals))
-        features = self.model.encode_3d(batch.visuals)
-        if measure:
-            return self.both_readings(batch, visual, features)
-        if answer:
-            fused = self.model.fuse(visual, self.model.merge(features))
-            return self.greedy(batch, batch.visuals, fused, answer)
-        with self.without_graph():
-            plain = self.plain(visual, features)
-            answers = self.decode(batch, plain) if self.objective.shortcut_decode == "greedy" else None
-        merged = self.model.merge(features)
-        fused = self.model.fuse(visual, merged, self.mask(batch, features))
-        short_states, states = self.two_pass(batch, plain, fused, self.reading.states)
-        shortcut = self.read(batch, short_states, answers)
-        ratio = geometry_norm(visual, merged, batch)
-        outputs = self.outputs(batch, states)
-        loss, stats = w2r2_loss(outputs, shortcut, batch, self.objective, self.scorer, ratio)
+        visual = self.model.encode_2d(batch.visuals, self.tower_calls.maximum(batch.visuals))
+        geometry = self.model.encode_3d(batch.visuals)
+        if mode == "measure":
+            return self.measure_decode_gap(batch, visual, geometry)
+        if mode == "generate":
+            fused = self.model.fuse(visual, self.model.merge(geometry))
+            return self.generate(batch, batch.visuals, fused, max_new_tokens)
+        return self.loss(batch, visual, geometry, optimizer_step)
+
+    def loss(
+        self, batch: Batch, visual: VisionOutput, geometry: list[Tensor], optimizer_step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both passes and the objective; see `forward`."""
+        # Shortcut first, in every module: its forward under no_grad leaves no parameter gathered for a backward pass
+        # that never comes, and the trace that ZeRO-3 prefetches from stays valid.
+        with self.shortcut_context():
+            visual_only = self.visual_only(visual, geometry)
+            answers = self.decode(batch, visual_only) if self.objective.shortcut_decode == "greedy" else None
+        merged = self.model.merge(geometry)
+        fused = self.model.fuse(visual, merged, self.mask(batch, geometry, optimizer_step))
+        shortcut_states, fused_states = self.two_pass(batch, visual_only, fused, self.push_term.states)
+        shortcut = self.shortcut(batch, shortcut_states, answers)
+        norms = geometry_norm(visual, merged, batch)
+        outputs = self.outputs(batch, fused_states)
+        loss, stats = w2r2_loss(outputs, shortcut, batch, self.objective, self.scorer, norms)
         if batch.visuals.dummy:
+            # Without frames the merger is not in the graph. Adding its output times zero gives it a (zero) gradient:
+            # all ranks must reduce the same gradients, or the reduction of the others waits forever.
             loss = loss + 0.0 * torch.cat(fused.pooler_output).sum()
         return loss, stats
 
-    def plain(self, visual: Any, features: list[Tensor]) -> Any:
-        """Phi(F2D, 0): what the shortcut sees."""
-        return self.model.fuse(visual, self.model.merge_nothing(features))
+    def visual_only(self, visual: VisionOutput, geometry: list[Tensor]) -> VisionOutput:
+        """Phi(F2D, 0): the shortcut's visual tokens."""
+        return self.model.fuse(visual, self.model.merge_nothing(geometry))
 
-    def read(self, batch: Batch, states: Tensor, answers: list[str] | None) -> Shortcut:
-        """What is kept of the shortcut's last hidden states, and of its decoded answers where there are some."""
-        with self.without_graph():
+    def shortcut(self, batch: Batch, states: Tensor, answers: list[str] | None) -> Shortcut:
+        """The shortcut's similarity and distributions, from its hidden states and its decoded answers, if any."""
+        with self.shortcut_context():
             return read_shortcut(self.outputs(batch, states), batch, self.objective, self.scorer, answers)
 
-    def without_graph(self) -> AbstractContextManager[None]:
-        """For what the shortcut makes: no graph unless the reading keeps it."""
-        return torch.no_grad() if self.reading.blocked else nullcontext()
+    def shortcut_context(self) -> AbstractContextManager[None]:
+        """Context of the shortcut pass: ``no_grad`` unless the push term differentiates through it."""
+        return torch.no_grad() if self.push_term.blocked else nullcontext()
 
-    def mask(self, batch: Batch, features: list[Tensor]) -> Mask | None:
-        """What `objective.visual_mask_ratio` does to the fused pass in training; None where it does nothing."""
+    def mask(self, batch: Batch, geometry: list[Tensor], optimizer_step: int) -> Mask | None:
+        """The masking of 2D tokens in the fused pass (`objective.visual_mask_ratio`); None if nothing is masked."""
         if not self.training or not self.objective.visual_mask_ratio or batch.visuals.dummy:
             return None
-        owners = list(zip(batch.visuals.ids, map(len, features), strict=True))
-        share, seed, step = self.objective.visual_mask_ratio, self.seed, self.optimizer_step
-        return functools.partial(mask_images, owners=owners, share=share, seed=seed, step=step)
+        owners = list(zip(batch.visuals.ids, map(len, geometry), strict=True))
+        ratio = self.objective.visual_mask_ratio
+        return functools.partial(mask_images, owners=owners, share=ratio, seed=self.seed, step=optimizer_step)
 
-    def both_readings(self, batch: Batch, visual: Any, features: list[Tensor]) -> Tensor:
-        """``[batch, 2]`` s of the shortcut's answer: teacher-forced, greedily decoded."""
-        plain = self.plain(visual, features)
-        logits = self.outputs(batch, self.model.hidden(batch, plain)).logits
+    def measure_decode_gap(self, batch: Batch, visual: VisionOutput, geometry: list[Tensor]) -> Tensor:
+        """``[batch, 2]`` similarity s of the shortcut's answer: teacher-forced, greedily decoded."""
+        visual_only = self.visual_only(visual, geometry)
+        logits = self.outputs(batch, self.model.hidden(batch, visual_only)).logits
         teacher = self.scorer.teacher(logits.argmax(-1), batch)
-        decoded = self.scorer.decoded(self.decode(batch, plain), batch)
+        decoded = self.scorer.decoded(self.decode(batch, visual_only), batch)
         return torch.stack([teacher.s, decoded.s], dim=-1)
 
     def outputs(self, batch: Batch, states: Tensor) -> Outputs:
-        """What one pass gives, from the last hidden states of the rows that are read."""
+        """Logits of the answer positions, from ``[rows, hidden]`` states; description positions come after them."""
         logits = self.model.logits(states[: len(batch.answer_rows.label)])
-        return Outputs(logits, states if self.reading.states else None)
+        return Outputs(logits, states if self.push_term.states else None)
 
-    def decode(self, batch: Batch, visual: Any) -> list[str]:
-        """Greedy answers of every sample of a training batch."""
+    def decode(self, batch: Batch, visual: VisionOutput) -> list[str]:
+        """Greedy answers of every sample of a training batch, as text."""
         assert batch.prompts is not None, "the loader makes prompts where answers are decoded"
-        longest = (batch.answer_rows.sample.bincount(minlength=len(batch.ids)) + SLACK).tolist()
-        tokens = self.greedy(batch.prompts, *batch.prompts.seen(batch.visuals, visual), max(longest))
-        # Each at its own length: what a sample's neighbours are must not matter.
+        longest = (batch.answer_rows.sample.bincount(minlength=len(batch.ids)) + EXTRA_TOKENS).tolist()
+        tokens = self.generate(batch.prompts, *batch.prompts.seen(batch.visuals, visual), max(longest))
+        # Cut each answer at its own limit: the result must not depend on the other samples of the batch.
         return [
             self.scorer.tokenizer.decode(ids[:most], skip_special_tokens=True)
             for ids, most in zip(tokens, longest, strict=True)
         ]
 
-    def greedy(self, prompts: PromptInputs, visuals: Visuals, visual: Any, most: int) -> list[list[int]]:
-        """Greedy token ids; all ranks together, for ZeRO-3 gathers the weights once per token."""
+    def generate(
+        self, prompts: PromptInputs, visuals: Visuals, visual: VisionOutput, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Greedy token ids of every prompt."""
+        # ZeRO-3 gathers the weights once per token, so all ranks must generate as many tokens as the slowest.
         synced = dist.is_initialized() and dist.get_world_size() > 1
         return greedy_tokens(
-            self.model.base, prompts, visuals, visual, self.scorer.tokenizer, most, self.video_fps, synced
+            self.model.base, prompts, visuals, visual, self.scorer.tokenizer, max_new_tokens, self.video_fps, synced
         )
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For torch's checkpointing: a layer that ran without dropout is computed again without it.
+        """Contexts for `torch.utils.checkpoint`: (first forward of a layer, its recomputation).
 
-        A shortcut with a graph (`unblocked`) is computed again in the backward pass, when its dropout is on again.
+        A shortcut pass with a graph runs without dropout. Its layers are recomputed in the backward pass, when dropout
+        is on again, so it must be switched off for the recomputation too.
         """
         off = bool(self.dropouts) and not self.dropouts[0].training
         return nullcontext(), without_dropout(self.dropouts) if off else nullcontext()
 
 
 @torch.no_grad()
-def geometry_norm(visual: Any, merged: Tensor, batch: Batch) -> Tensor:
-    """``[batch]`` Frobenius norm of a sample's merged geometry relative to that of its 2D tokens; 0 without frames."""
+def geometry_norm(visual: VisionOutput, merged: Tensor, batch: Batch) -> Tensor:
+    """``[batch]`` Frobenius norm of a sample's merged geometry relative to that of its 2D tokens; 0 without frames.
+
+    Args:
+        visual: F2D; `pooler_output` has ``[tokens, hidden]`` per image.
+        merged: ``[tokens, hidden]`` merged geometry of all images.
+        batch: assigns tokens to frame sets, and samples to frame sets (several samples may share one).
+    """
     if batch.visuals.dummy:
         return merged.new_zeros(len(batch.ids))
     sets = len(batch.visuals.geometry_images)

@@ -141,11 +141,10 @@ def loop(run: Run, signals: StopSignals) -> TrainResult:
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
             loaded = time.perf_counter()
-            run.engine.module.optimizer_step = step
             if step == run.start:
                 at("dry run")
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
-            metrics = train_step(run, micro_batches)
+            metrics = train_step(run, micro_batches, step)
             metrics |= run.speed(micro_batches, time.perf_counter() - started) | {"data_s": loaded - started}
             metrics |= cache_use(micro_batches)
             if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
@@ -187,7 +186,7 @@ def due(done: int, every: int, config: RunConfig) -> bool:
     return done % every == 0 or done == config.train.steps
 
 
-def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
+def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches; returns the global means of the statistics."""
     engine, reduction = run.engine, run.config.objective.reduction
     run.activity.at("start of the step")
@@ -197,7 +196,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     stats = []
     for batch in micro_batches:
         run.activity.at("forward")
-        loss, sample_stats = engine(batch.to(run.device))
+        loss, sample_stats = engine(batch.to(run.device), optimizer_step=step)
         run.activity.at("backward")
         engine.backward(loss * scale)
         stats.append(sample_stats)

@@ -1,20 +1,21 @@
-"""How the two passes take turns. Losses and gradients are the same; what ZeRO-3 gathers, and how often, is not.
+"""Order in which the shortcut pass and the fused pass run through the decoder (`train.pass_order`).
 
-`sequential`: the whole shortcut pass, then the fused one. ZeRO-3 gathers every decoder layer three times: for either
-pass, and for the fused one's backward pass. No memory but the states of the rows is kept of the shortcut.
+Losses and gradients do not depend on the order; memory and the number of ZeRO-3 all-gathers do:
 
-`lockstep`: every layer first advances the shortcut, then runs the fused stream; it is gathered once for both, and once
-more for the backward pass, as often as by a single pass. The shortcut's hidden state is all that lives beside.
+* `sequential`: the whole shortcut pass, then the whole fused pass. ZeRO-3 gathers every decoder layer three times: in
+  each forward and in the fused pass's backward. Of the shortcut, only the states of the answer positions are kept.
+* `lockstep`: each layer advances the shortcut, then the fused stream, while its weights are gathered. Two gathers per
+  layer (forward, backward), as in single-pass training. Costs one more hidden state.
 
-In both, what the shortcut does in a module comes before what the fused pass does there, inside one engine forward:
-this keeps ZeRO-3's parameter trace valid and leaves nothing gathered behind (docs/architecture.md).
+In both orders the shortcut comes first in every module, and both passes are in one engine forward. This keeps ZeRO-3's
+parameter trace valid (so that it can prefetch), and releases every gathered parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +27,34 @@ from w2r2_ds.models.w2r2 import W2R2, embed, row_states
 from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.types.batch import Batch
 
-Schedule = Callable[[Batch, Any, Any, bool], tuple[Tensor, Tensor]]
-"""(batch, shortcut's visual tokens, fused ones, with what positions) -> last hidden states ``[rows, hidden]`` of both.
-
-Visual tokens are a vision tower's output. The shortcut's states have no graph, unless the reading keeps it.
-"""
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
 
-def make_two_pass(model: W2R2, config: RunConfig, zero3: bool) -> Schedule:
-    """The schedule of `train.pass_order`."""
+class PassOrder(Protocol):
+    """Runs both passes of the language model."""
+
+    def __call__(
+        self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Last hidden states ``[rows, hidden]`` of (shortcut, fused).
+
+        Args:
+            batch: token ids, positions, answer positions.
+            visual_only: visual tokens of the shortcut pass.
+            fused: visual tokens of the fused pass.
+            with_what: append the states of the description positions.
+        """
+        ...
+
+
+def make_two_pass(model: W2R2, config: RunConfig, zero3: bool) -> PassOrder:
+    """The pass order of `train.pass_order`; ``auto`` is lockstep under ZeRO-3 if the shortcut has no graph."""
     blocked = find_push_term(config.objective.push).blocked
-    chosen = config.train.pass_order
-    if chosen == "auto":
-        chosen = "lockstep" if zero3 and blocked else "sequential"
-    return Lockstep(model) if chosen == "lockstep" else Sequential(model, blocked)
+    order = config.train.pass_order
+    if order == "auto":
+        order = "lockstep" if zero3 and blocked else "sequential"
+    return Lockstep(model) if order == "lockstep" else Sequential(model, blocked)
 
 
 class Sequential:
@@ -47,23 +62,28 @@ class Sequential:
 
     Args:
         model: the composed model.
-        blocked: the shortcut has no graph.
+        blocked: run the shortcut pass under ``no_grad``.
     """
 
     def __init__(self, model: W2R2, blocked: bool) -> None:
         self.model, self.blocked, self.dropouts = model, blocked, dropouts_of(model)
 
-    def __call__(self, batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+    ) -> tuple[Tensor, Tensor]:
+        # Dropout off in the shortcut: its answer is a measurement. It also draws no random numbers, so that the fused
+        # pass has the same dropout masks in both orders.
         with torch.no_grad() if self.blocked else nullcontext(), without_dropout(self.dropouts):
-            short = self.model.hidden(batch, plain, with_what)
-        return short, self.model.hidden(batch, fused, with_what)
+            shortcut = self.model.hidden(batch, visual_only, with_what)
+        return shortcut, self.model.hidden(batch, fused, with_what)
 
 
 class Lockstep:
-    """Both streams through every decoder layer and the last norm, the shortcut first.
+    """Both streams through every decoder layer and the final norm, the shortcut first.
 
-    The stock loop carries the fused stream and knows of no other. The shortcut's hidden state is kept aside; rotary
-    tables, masks and whatever else a layer is given are the same for both.
+    transformers' loop over the layers carries the fused stream only. The forward of every layer is overridden during
+    the pass so that it advances the shortcut's hidden state too. Rotary tables, masks and all other arguments of a
+    layer are the same for both streams.
     """
 
     def __init__(self, model: W2R2) -> None:
@@ -71,39 +91,43 @@ class Lockstep:
         self.model = model
         self.stages = [(stage, dropouts_of(stage)) for stage in (*text.layers, text.norm)]
 
-    def __call__(self, batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+    ) -> tuple[Tensor, Tensor]:
         base = self.model.base
-        inputs, shortcut = input_streams(batch, embed(base, batch), plain, fused, self.model.kernels)
-        short = [shortcut]
-        states = row_states(base, batch, inputs, with_what, self.beside(short))
-        return short[0], states
+        inputs, shortcut = input_streams(batch, embed(base, batch), visual_only, fused, self.model.kernels)
+        holder = [shortcut]
+        fused_states = row_states(base, batch, inputs, with_what, self.advance_shortcut(holder))
+        return holder[0], fused_states
 
     @contextmanager
-    def beside(self, short: list[Tensor]) -> Iterator[None]:
-        """Inside, every stage advances ``short[0]`` before it does what it always does."""
+    def advance_shortcut(self, holder: list[Tensor]) -> Iterator[None]:
+        """While active, every stage first replaces ``holder[0]``, the shortcut's hidden state, by its output for it."""
 
-        def both(dropouts: Sequence[nn.Dropout]) -> Callable[..., Any]:
+        def override(dropouts: Sequence[nn.Dropout]) -> Callable[..., Any]:
             def forward(inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
                 with torch.no_grad(), without_dropout(dropouts):
-                    short[0] = inner(short[0], *args, **kwargs)
-                return inner(hidden, *args, **kwargs)  # its checkpointing is in here, behind ZeRO-3's hooks
+                    holder[0] = inner(holder[0], *args, **kwargs)
+                # `inner` includes activation checkpointing, but not ZeRO-3's hooks: those belong to the module's
+                # __call__, around both lines. So one gather serves both streams, and only the fused one is recomputed.
+                return inner(hidden, *args, **kwargs)
 
             return forward
 
         with ExitStack() as stack:
             for stage, dropouts in self.stages:
-                stack.enter_context(bound(stage, both(dropouts)))
+                stack.enter_context(bound(stage, override(dropouts)))
             yield
 
 
 def dropouts_of(module: nn.Module) -> list[nn.Dropout]:
-    """The dropout layers that do something."""
+    """The dropout layers with a positive rate."""
     return [each for each in module.modules() if isinstance(each, nn.Dropout) and each.p > 0]
 
 
 @contextmanager
 def without_dropout(dropouts: Sequence[nn.Dropout]) -> Iterator[None]:
-    """Switch dropout layers off, by their own flag."""
+    """Switch dropout layers off; other modules stay in training mode, which activation checkpointing depends on."""
     training = [module.training for module in dropouts]
     for module in dropouts:
         module.training = False
