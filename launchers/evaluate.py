@@ -15,9 +15,10 @@ from jsonargparse import auto_cli
 
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.evaluation.predictions.rescore import score_file
-from w2r2_ds.evaluation.ranks import find_ranks, joined
 from w2r2_ds.evaluation.runner import evaluate
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
+from w2r2_ds.utils.distributed import RankInfo, gloo_process_group
+from w2r2_ds.utils.logging import setup_logging
 from w2r2_ds.utils.sanitize import message
 
 
@@ -68,8 +69,8 @@ def main(
         return
     if checkpoint is None:
         raise ValueError("name a run, a checkpoint or an adapter with --checkpoint, or predictions with --score_only.")
-    ranks = find_ranks()
-    with joined(ranks):
+    ranks = RankInfo.from_environment()
+    with gloo_process_group(ranks):
         scores = evaluate(
             checkpoint,
             out or (find_checkpoint(checkpoint) if checkpoint.is_file() else checkpoint) / "evaluation",
@@ -115,6 +116,7 @@ def _underscored(word: str) -> str:
 
 if __name__ == "__main__":
     try:
+        setup_logging()
         auto_cli(main, args=gather_protocols(sys.argv[1:]), as_positional=False, parser_class=Parser)
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         sys.exit(f"evaluate.py: {message(error)}")

@@ -273,7 +273,7 @@ def geometry() -> None:
     # Here: whoever prepares data need not wait for transformers.
     from w2r2_ds.config.io import config_first, from_tree, train_parser
     from w2r2_ds.data.prepare.features import fill_cache
-    from w2r2_ds.evaluation.ranks import find_ranks, joined
+    from w2r2_ds.utils.distributed import RankInfo, gloo_process_group
 
     args = config_first(with_values(rest_of_geometry(sys.argv[1:])))
     options = train_parser(
@@ -285,8 +285,8 @@ def geometry() -> None:
     options.add_argument("--splits", type=Splits, default=["train", "val"], help="Of which data sets.")
     options.add_argument("--dry_run", type=bool, default=False, help="Only say what is missing, and how large it is.")
     tree = options.parse_args(args).as_dict()
-    ranks = find_ranks()
-    with joined(ranks):
+    ranks = RankInfo.from_environment()
+    with gloo_process_group(ranks):
         fill_cache(from_tree(tree), tree["splits"], tree["dry_run"], ranks)
 
 

@@ -20,7 +20,8 @@ from w2r2_ds.training.deepspeed.launch import join_ranks
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, MISTAKES, Unreachable
 from w2r2_ds.training.fault_tolerance.signals import StopSignals
 from w2r2_ds.training.trainer import train
-from w2r2_ds.utils.sanitize import keep_going, message
+from w2r2_ds.utils.logging import ignore_write_errors, setup_logging
+from w2r2_ds.utils.sanitize import message
 
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
@@ -52,8 +53,9 @@ def main(args: list[str], signals: StopSignals) -> int:
 
 
 if __name__ == "__main__":
-    keep_going()
+    ignore_write_errors()
     try:
+        setup_logging()
         with StopSignals() as stop_signals:
             sys.exit(main(sys.argv[1:], stop_signals))
     except MISTAKES as error:

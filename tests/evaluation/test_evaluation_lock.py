@@ -11,8 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from fork_server import start_ranks
-from w2r2_ds.evaluation.ranks import Ranks, alone
+from w2r2_ds.evaluation.runner import evaluation_lock
 from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.utils.distributed import RankInfo
 from w2r2_ds.utils.file_lock import locked
 
 NAME = "scanrefer-fused"
@@ -20,7 +21,7 @@ NAME = "scanrefer-fused"
 
 def enter(rank: int, folder: Path) -> str:
     try:
-        with alone(folder, NAME, Ranks(rank, 2)):
+        with evaluation_lock(folder, NAME, RankInfo(rank, 2)):
             dist.barrier()
             held = (folder / f"{NAME}.lock").is_file()
             dist.barrier()
@@ -65,10 +66,10 @@ def test_all_ranks_are_refused_and_one_of_them_holds_the_lock(tmp_path: Path) ->
 def test_another_task_or_geometry_has_files_of_its_own(tmp_path: Path) -> None:
     zero = "scanrefer-zero"
     with (
-        alone(tmp_path, NAME, Ranks()),
-        alone(tmp_path, zero, Ranks()),
+        evaluation_lock(tmp_path, NAME, RankInfo()),
+        evaluation_lock(tmp_path, zero, RankInfo()),
         pytest.raises(ValueError, match="scanrefer-zero is being evaluated"),
-        alone(tmp_path, zero, Ranks()),
+        evaluation_lock(tmp_path, zero, RankInfo()),
     ):
         pass
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.evaluation.ranks import Ranks, find_ranks, set_threads
 from w2r2_ds.evaluation.resumable import Parts, Selection, line_of, share, write_records
 
 IDS = [f"s{number}" for number in range(10)]
@@ -111,22 +110,3 @@ def test_a_predictions_file_is_whole_or_old(tmp_path: Path) -> None:
 def test_a_selection_is_a_view() -> None:
     chosen: Any = Selection(IDS, [7, 1, 3])  # type: ignore[arg-type]
     assert (list(chosen), list(chosen[1:]), len(chosen)) == (["s7", "s1", "s3"], ["s1", "s3"], 3)
-
-
-def test_ranks_are_found_as_launchers_name_them() -> None:
-    assert find_ranks({}) == Ranks(0, 1, 0, 1)
-    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert find_ranks(torchrun) == Ranks(5, 8, 1, 4)
-    assert find_ranks({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}) == Ranks(1, 2, 1, 2)
-
-
-def test_threads_are_shared_unless_the_user_has_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
-    monkeypatch.setattr("torch.set_num_threads", given.append)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    set_threads(Ranks(), 2048, {})
-    set_threads(Ranks(1, 3, 1, 3), 2048, {})
-    set_threads(Ranks(1, 16, 1, 16), 2048, {})
-    set_threads(Ranks(), 64, {})
-    set_threads(Ranks(), 2048, {"OMP_NUM_THREADS": "5"})
-    assert given == [8, 2, 1, 1]

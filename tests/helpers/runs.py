@@ -182,7 +182,9 @@ def work(folder: Path) -> None:
     from w2r2_ds.evaluation.validator import InTraining
     from w2r2_ds.training.deepspeed.launch import skip_shm_build
     from w2r2_ds.training.trainer import train
+    from w2r2_ds.utils.logging import setup_logging
 
+    setup_logging()
     skip_shm_build()
     deepspeed.init_distributed()
     reports = {}

@@ -22,10 +22,12 @@ from w2r2_ds.evaluation.validator import InTraining
 from w2r2_ds.training import trainer
 from w2r2_ds.training.deepspeed.launch import join_ranks
 from w2r2_ds.training.fault_tolerance.signals import StopSignals
+from w2r2_ds.utils.logging import setup_logging
 
 
 def main(file: Path) -> None:
     """Run all jobs."""
+    setup_logging()
     join_ranks()
     real_step, codes = trainer.train_step, []
     for arguments, rank, at, name in json.loads(file.read_text()):

@@ -1,4 +1,4 @@
-"""A failure of one rank is one of all ranks."""
+"""Ranks from the launchers' environment variables; errors of one rank on all ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from runs import run_ranks
-from w2r2_ds.utils.distributed import raise_on_all_ranks
+from w2r2_ds.utils.distributed import RankInfo, local_world_size, raise_on_all_ranks
 
 FAILURES: dict[str, tuple[Exception | None, Exception | None]] = {
     "none": (None, None),
@@ -61,3 +61,20 @@ def test_alone_it_is_not_there(kind: type[Exception]) -> None:
     with pytest.raises(kind) as caught, raise_on_all_ranks():
         raise failure
     assert caught.value is failure
+
+
+def test_rank_info_of_launchers() -> None:
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert RankInfo.from_environment({}) == RankInfo(0, 1, 0, 1)
+    assert RankInfo.from_environment(torchrun) == RankInfo(5, 8, 1, 4)
+    assert RankInfo.from_environment({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}) == RankInfo(1, 2, 1, 2)
+    assert RankInfo.from_environment({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == RankInfo(), "a batch shell"
+    for name in ("RANK", "LOCAL_RANK"):
+        with pytest.raises(ValueError, match=f"\\b{name} is not set"):
+            RankInfo.from_environment({key: value for key, value in torchrun.items() if key != name})
+
+
+def test_ranks_of_this_machine() -> None:
+    assert local_world_size(6, {}) == 6
+    assert local_world_size(6, {"LOCAL_SIZE": "3"}) == 3
+    assert local_world_size(6, {"LOCAL_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}) == 2

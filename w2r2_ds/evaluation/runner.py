@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from w2r2_ds.data.validate import check_frames, check_texts
 from w2r2_ds.evaluation import generate
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.predictions.record import record_of
-from w2r2_ds.evaluation.ranks import Ranks, alone, set_threads, wait
 from w2r2_ds.evaluation.resumable import Parts, Selection, line_of, share, write_records
 from w2r2_ds.evaluation.scoring import choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
@@ -36,6 +36,9 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.manifest import TENSORS, find_checkpoint
 from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.types.sample import Sample
+from w2r2_ds.utils.distributed import RankInfo, barrier, raise_on_all_ranks
+from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 
 GEOMETRY = (*generate.GEOMETRY, "shuffle")
@@ -95,7 +98,7 @@ def evaluate(
     root: str | Path | None = None,
     vlm: str | None = None,
     vggt: str | None = None,
-    ranks: Ranks | None = None,
+    ranks: RankInfo | None = None,
 ) -> dict[str, Any]:
     """Answer a validation set greedily and score it.
 
@@ -127,7 +130,7 @@ def evaluate(
             raise ValueError(f"--{option} is {value}; it must be at least {least}.")
     if geometry not in GEOMETRY:
         raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
-    ranks = ranks or Ranks()
+    ranks = ranks or RankInfo()
     config = run_config(path, root, vlm, vggt)
     sets = find_sets(config.data, task, data)
     task = sets[0].task
@@ -140,13 +143,13 @@ def evaluate(
     names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
     if geometry == "shuffle":
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
-    check_frames(samples, ranks.rank, ranks.world)
-    with alone(out, f"{task}-{geometry}", ranks):
+    check_frames(samples, ranks.rank, ranks.world_size)
+    with evaluation_lock(out, f"{task}-{geometry}", ranks):
         frontend = with_cache(load_frontend(config.model), config)
-        check_texts(samples, make_processor(frontend, config.data), ranks.rank, ranks.world, False)
+        check_texts(samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, False)
 
         model, described = trained_model(path, config), describe_sets(sets)
-        set_threads(ranks, model.base.config.get_text_config().hidden_size)
+        set_num_threads(ranks, model.base.config.get_text_config().hidden_size)
         run = {
             "weights": _trained_weights(path),
             "model": fingerprint(model),
@@ -160,7 +163,7 @@ def evaluate(
         parts = Parts(out / f"parts-{task}-{geometry}", run)
         answerer = Answerer(model, frontend, config.data, geometry, whole, batch_size, max_new_tokens)
         answer_share(answerer, samples, parts, ranks)
-        wait(ranks)
+        barrier()
         if ranks.rank:
             return {}
 
@@ -233,10 +236,30 @@ def with_cache(frontend: VlmFrontend, config: RunConfig) -> VlmFrontend:
     )
 
 
-def answer_share(answerer: Answerer, samples: Sequence[Sample], parts: Parts, ranks: Ranks) -> None:
+@contextmanager
+def evaluation_lock(out: Path, name: str, ranks: RankInfo) -> Iterator[None]:
+    """Only one evaluation of this task and geometry at a time writes to `out`; others use other files.
+
+    Args:
+        out: folder of the results.
+        name: task and geometry, which all file names contain.
+        ranks: rank 0 holds the lock; all ranks raise if it cannot.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    with ExitStack() as stack:
+        with raise_on_all_ranks():
+            if ranks.rank == 0:
+                what = f"{out}: {name} is being evaluated"
+                stack.enter_context(locked(out / f"{name}.lock", what, "give --out another folder"))
+        yield
+
+
+def answer_share(answerer: Answerer, samples: Sequence[Sample], parts: Parts, ranks: RankInfo) -> None:
     """Answer what is left of a rank's share into its part; what is finished survives the process."""
-    left = share([sample.id for sample in samples], parts.read(), ranks.rank, ranks.world)
-    label = f"answers ({answerer.geometry})" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")
+    left = share([sample.id for sample in samples], parts.read(), ranks.rank, ranks.world_size)
+    label = f"answers ({answerer.geometry})" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     quiet = ranks.rank > 0 or not left
     with parts.writer(ranks.rank) as file, progress(label, len(left), quiet, Console(stderr=True)) as advance:
         for record in answerer.records(Selection(samples, left)):

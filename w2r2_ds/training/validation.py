@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import torch
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.checkpoint.resume import best_until
-from w2r2_ds.utils.distributed import say
+from w2r2_ds.utils.distributed import is_rank_zero
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "val/"
 
@@ -51,8 +54,8 @@ class BestSoFar:
         self.best = best_until(resumed) if resumed else None
         self._before = self.best
         if self.best and (self.best["metric"], self.best["about"]) != (validation.best_by, validation.about):
-            say(
-                f"validation: the best so far was another metric's or of other samples ({self.best}); looked for afresh"
+            logger.info(
+                "validation: the best so far was of another metric or other samples (%s); starting over", self.best
             )
             self.best = None
 
@@ -64,15 +67,16 @@ class BestSoFar:
         logged = {PREFIX + name: score for name, score in scores.items()} | {f"{PREFIX}seconds": seconds}
         metric = self.validation.best_by
         if metric not in scores:  # it was there when the run began: not worth the run
-            say(f"warning: {metric} could not be computed after step {step}; the best stays as it is.")
+            if is_rank_zero():
+                logger.warning("%s could not be computed after step %d; the best stays as it is.", metric, step)
             return logged, None
         value, best = scores[metric], self.best
         self._before = best
         better = best is None or value > best["value"]
         if best is None or better:
             self.best = best = {"metric": metric, "value": value, "step": step, "about": self.validation.about}
-        verdict = "the best so far" if better else f"best {best['value']:.4g} after step {best['step']}"
-        say(f"validation after step {step}: {metric} {value:.4g}, {verdict}, in {seconds:.1f} s")
+        comparison = "the best so far" if better else f"best {best['value']:.4g} after step {best['step']}"
+        logger.info("validation after step %d: %s %.4g, %s, in %.1f s", step, metric, value, comparison, seconds)
         return logged, best if better else None
 
     def not_saved(self) -> None:

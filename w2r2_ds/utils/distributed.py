@@ -1,59 +1,156 @@
-"""What one rank does for all: it alone reads or writes, and all go on with its result or end with its error."""
+"""Ranks of a distributed run: who this process is, and work or errors that all ranks share.
+
+Importing this module does not import torch: `RankInfo` is read before torch is needed (logging, ``--help``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
-import torch.distributed as dist
-
 Result = TypeVar("Result")
+BARRIER_TIMEOUT = timedelta(days=7)
+"""Ranks finish a long evaluation hours apart. A rank that dies still ends the others' wait at once."""
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Position of this process among those that one launcher started.
+
+    Args:
+        rank: global rank.
+        world_size: number of ranks.
+        local_rank: rank on this machine, which is also the index of its GPU.
+        local_world_size: ranks on this machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo:
+        """Read the variables of torchrun and DeepSpeed's launcher; without them, this process is the only rank.
+
+        Slurm's own variables are not read here: slurm/rank.sh translates them. SLURM_NTASKS is also set in a batch
+        script and an interactive shell, where one process would wait for ranks that never start.
+
+        Raises:
+            ValueError: WORLD_SIZE is above 1, but RANK or LOCAL_RANK is missing.
+        """
+        world_size = int(environment.get("WORLD_SIZE", 1))
+        if world_size == 1:
+            return cls()
+        for name in ("RANK", "LOCAL_RANK"):
+            if name not in environment:
+                raise ValueError(
+                    f"WORLD_SIZE is {world_size}, but {name} is not set; start the ranks with slurm/rank.sh, deepspeed "
+                    "or torchrun, or unset WORLD_SIZE."
+                )
+        local = local_world_size(world_size, environment)
+        return cls(int(environment["RANK"]), world_size, int(environment["LOCAL_RANK"]), local)
+
+
+def local_world_size(world_size: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun, slurm/rank.sh) or LOCAL_SIZE (deepspeed), else all ranks.
+
+    DeepSpeed's launcher sets neither if all ranks are on one machine.
+    """
+    return int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world_size)
+
+
+def host_name() -> str:
+    """Name of this machine, as in Slurm's node lists under Slurm."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+@contextmanager
+def gloo_process_group(ranks: RankInfo) -> Iterator[None]:
+    """Join the ranks of an inference job and select this rank's GPU. A single rank needs no process group.
+
+    gloo instead of NCCL: these ranks exchange only small objects and wait for each other at the end, for hours if
+    need be.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+    if ranks.world_size == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=BARRIER_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_rank_zero() -> bool:
+    """Whether this is rank 0 of the default process group, or the only process."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait until all ranks have reached this call. Does nothing without a process group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def on_rank_zero(compute: Callable[[], Result]) -> Result:
-    """Run something on rank 0 and give its result, which must pickle, to every rank; every rank calls it.
+    """Call a function on rank 0 only and return its result on every rank (collective).
 
-    Without a process group it just runs.
+    Args:
+        compute: its result must be picklable. Without a process group it is simply called.
 
     Raises:
-        ValueError: what rank 0 raised, on every rank. Another exception is raised as it is on rank 0, and as a
-            RuntimeError on the others.
+        ValueError: raised by `compute` on rank 0; the same on every rank.
+        RuntimeError: on the other ranks, if `compute` raised any other exception; rank 0 raises that exception.
     """
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         return compute()
     failure: Exception | None = None
-    outcome: list[object] = [None, None]
+    result: list[object] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = compute()
+            result[0] = compute()
         except Exception as error:
+            # Kept until after the broadcast: raised here, the other ranks would wait in it until their time-out.
             failure = error
-            outcome[1] = error if isinstance(error, ValueError) else RuntimeError(f"rank 0 failed: {error!r}")
-    dist.broadcast_object_list(outcome, src=0)
+            result[1] = error if isinstance(error, ValueError) else RuntimeError(f"rank 0 failed: {error!r}")
+    dist.broadcast_object_list(result, src=0)
     if failure is not None:
         raise failure
-    if isinstance(outcome[1], Exception):
-        raise outcome[1]
-    return outcome[0]  # type: ignore[return-value]
-
-
-def say(text: str) -> None:
-    """A line of rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
+    if isinstance(result[1], Exception):
+        raise result[1]
+    return result[0]  # type: ignore[return-value]
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Run a block on every rank; where it fails on some, it fails on all. The block itself must hold no collective.
+    """Run a block on every rank; if it fails on one, raise on all (collective at the end of the block).
 
-    Without a process group the block runs as if this were not here.
+    The block itself must not contain a collective: a rank that failed would not take part in it. Without a process
+    group, exceptions pass unchanged.
 
     Raises:
-        ValueError: the sentence of the lowest rank that failed, the same on all ranks. A rank that failed with
-            another exception, which is no user's mistake, raises that one.
+        ValueError: with the message of the lowest rank that failed. A rank that failed with another exception type
+            (a bug, not a user's mistake) raises that exception instead.
     """
+    import torch.distributed as dist
+
     failure: Exception | None = None
     try:
         yield
@@ -63,11 +160,11 @@ def raise_on_all_ranks() -> Iterator[None]:
         failure = error
     if not dist.is_initialized():
         return
-    sentence = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
-    sentences: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, sentence)
+    own = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, own)
     if failure is not None and not isinstance(failure, ValueError):
         raise failure
-    for said in sentences:
-        if said is not None:
-            raise ValueError(said) from failure
+    for message in messages:
+        if message is not None:
+            raise ValueError(message) from failure

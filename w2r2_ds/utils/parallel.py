@@ -1,36 +1,41 @@
-"""Work that is done scene by scene, in several processes."""
+"""Run a function in several processes; share a machine's cores between ranks."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
 
+from w2r2_ds.utils.distributed import RankInfo
+
 _Result = TypeVar("_Result")
 SHOWN = 10
-"""Sentences of a list of problems that are printed; the rest is counted."""
+"""Problems of a list that are printed; the others are counted."""
+SMALL_MODEL = 512
+"""Up to this hidden size, tensors are so small that a second thread costs more than it computes."""
 
 
 def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], workers: int) -> Iterator[_Result]:
-    """What a function returns for each of many arguments, as soon as it is there, in no order.
+    """Call a function with many arguments in worker processes and yield the results as they complete, unordered.
 
     Args:
-        call: of a module, so that it can be sent; errors it raises come through.
-        arguments: of each call.
-        workers: processes; 1 works in this one.
+        call: a function of a module (it is pickled); its exceptions are raised here.
+        arguments: positional arguments of each call.
+        workers: number of processes; 1 runs in this process.
 
     Raises:
-        ValueError: a process died.
+        ValueError: a worker process died.
     """
     workers = min(workers, len(arguments))
     if workers <= 1:
         yield from (call(*each) for each in arguments)
         return
-    # Not forked from here: a child of a process that has threads may hang. The server imports torch once for all.
+    # No plain fork: a child of a process with threads may hang. The fork server imports torch once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([call.__module__])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -40,14 +45,29 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
                 yield future.result()
         except BrokenProcessPool:
             raise ValueError(
-                f"One of {workers} processes died (is there memory for so many? --workers gives fewer); what was done "
-                "is kept, so run it again."
+                f"One of {workers} worker processes died, perhaps for lack of memory (try fewer --workers). Finished "
+                "work is kept; run the same command again."
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def listed(head: str, sentences: Sequence[str]) -> str:
-    """A headline, the first sentences below it, and how many more there are."""
+    """A headline, the first `SHOWN` problems below it, and the number of the others."""
     more = [f"... and {len(sentences) - SHOWN} more"] if len(sentences) > SHOWN else []
     return "\n  ".join([f"{head}:", *sentences[:SHOWN], *more])
+
+
+def set_num_threads(ranks: RankInfo, hidden_size: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Divide this machine's cores among its ranks, unless OMP_NUM_THREADS is set.
+
+    A small model gets one thread: on a busy machine, threads that wait for each other make it ten times slower.
+
+    Args:
+        ranks: for the number of ranks on this machine.
+        hidden_size: of the model's layers.
+        environment: where OMP_NUM_THREADS is read.
+    """
+    if "OMP_NUM_THREADS" not in environment:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(1 if hidden_size <= SMALL_MODEL else max(1, cores // ranks.local_world_size))

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
 
 from rich.markup import escape
 
@@ -84,29 +81,3 @@ def _is_secret(name: str, value: str) -> bool:
 
 def _escape(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii") if not "\ud800" <= char <= "\udfff" else f"\\u{ord(char):04x}"
-
-
-class Lossy:
-    """A text stream whose errors of writing are swallowed; everything else is the stream's own."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write, or drop, a text; returns its length."""
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush what can be flushed."""
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def keep_going() -> None:
-    """Let nothing that this process prints end it."""
-    sys.stdout, sys.stderr = Lossy(sys.stdout), Lossy(sys.stderr)  # type: ignore[assignment]

@@ -22,11 +22,11 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.prepare import features as fill
 from w2r2_ds.data.prepare.features import fill_cache
-from w2r2_ds.evaluation.ranks import Ranks
 from w2r2_ds.features.store import Cache
 from w2r2_ds.models import feature_identity as open_cache_module
 from w2r2_ds.models.build import build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.utils.distributed import RankInfo
 
 
 @pytest.fixture
@@ -49,20 +49,20 @@ def test_what_is_filled_ahead_is_what_training_would_make(
 ) -> None:
     """Of every frame set, once; a second call finds all, makes again what is damaged, and adds another split."""
     run = config()
-    fill_cache(run, ["train"], True, Ranks())
+    fill_cache(run, ["train"], True, RankInfo())
     assert "features of data.train: 4 files, " in capsys.readouterr().out and not files(run)
-    fill_cache(run, ["train"], False, Ranks())
+    fill_cache(run, ["train"], False, RankInfo())
     assert "complete" in capsys.readouterr().out and len(files(run)) == 4
-    fill_cache(run, ["train", "val"], False, Ranks())
+    fill_cache(run, ["train", "val"], False, RankInfo())
     assert "data.train, data.val: 6 files" in capsys.readouterr().out and len(files(run)) == 6
     inodes = {path: path.stat().st_ino for path in files(run)}
     damaged = files(run)[3]
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    fill_cache(run, ["train", "val"], False, Ranks())
+    fill_cache(run, ["train", "val"], False, RankInfo())
     said = capsys.readouterr().out
     assert f"{damaged} is damaged" in said and "missing in" in said and ": 1 files" in said
     assert {path for path in files(run) if path.stat().st_ino != inodes[path]} <= {damaged} and len(files(run)) == 6
-    fill_cache(run, ["train", "val"], False, Ranks())
+    fill_cache(run, ["train", "val"], False, RankInfo())
     assert ": 0 files, 0 GiB (free" in capsys.readouterr().out
 
     model = build_model(run.model, torch.device("cpu"), 0).eval()
@@ -88,7 +88,7 @@ def test_the_tower_has_the_kernels_of_training(
     monkeypatch.setattr(fill, "bind_kernels", lambda vlm, kernels: given.append((type(vlm).__name__, kernels)))
     for module in (fill, open_cache_module):
         monkeypatch.setattr(module, "resolve_kernels", lambda name: {"auto": "triton"}[name])
-    fill_cache(config(), ["train"], False, Ranks())
+    fill_cache(config(), ["train"], False, RankInfo())
     assert given == [("Qwen2_5_VLForConditionalGeneration", "triton")]
 
 
@@ -100,7 +100,7 @@ def test_what_could_not_be_kept_is_not_called_complete(
     monkeypatch.setattr(Cache, "write", lambda self, key, *rest: key[0] in "01234567" and real(self, key, *rest))
     run = config()
     with pytest.raises(ValueError, match=r"cache lacks \d of the 4 files that were just made .*; make room or raise"):
-        fill_cache(run, ["train"], False, Ranks())
+        fill_cache(run, ["train"], False, RankInfo())
     assert "complete" not in capsys.readouterr().out and 0 < len(files(run)) < 4
 
 
@@ -115,7 +115,7 @@ def test_the_forecast_is_what_is_written(
     real = fill.refuse_too_large
     fill.refuse_too_large = lambda cache, whole, lacking: forecast.append(lacking)  # type: ignore[assignment]
     try:
-        fill_cache(run, ["train"], False, Ranks())
+        fill_cache(run, ["train"], False, RankInfo())
     finally:
         fill.refuse_too_large = real
     written = sum(path.stat().st_size for path in files(run))
@@ -125,13 +125,13 @@ def test_the_forecast_is_what_is_written(
 
 def test_there_is_no_room(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"more than data\.cache_gib = 1e-05; raise it, or fill the cache for fewer"):
-        fill_cache(config(data__cache_gib=1e-5), ["train"], False, Ranks())
+        fill_cache(config(data__cache_gib=1e-5), ["train"], False, RankInfo())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(ValueError, match=r"cache has 9\.31e-06 GiB free, but the missing features need .*; make room"):
-        fill_cache(config(), ["train"], False, Ranks())
+        fill_cache(config(), ["train"], False, RankInfo())
     assert not files(config())
     with pytest.raises(ValueError, match=r"data\.cache is empty; name the folder to fill, as --data\.cache"):
-        fill_cache(config(data__cache="", data__cached_features="geometry"), ["train"], False, Ranks())
+        fill_cache(config(data__cache="", data__cached_features="geometry"), ["train"], False, RankInfo())
 
 
 def test_an_unreadable_frame_is_named(
@@ -144,7 +144,7 @@ def test_an_unreadable_frame_is_named(
     samples = [replace(first, frames=(broken, *first.frames[1:])), *rest]
     monkeypatch.setattr(fill, "frame_sets", lambda config, splits: samples)
     with pytest.raises(ValueError, match=r"Frame .*broken\.jpg cannot be read as a colour image"):
-        fill_cache(run, ["train"], False, Ranks())
+        fill_cache(run, ["train"], False, RankInfo())
 
 
 def test_the_command_takes_the_options_of_a_run(
@@ -159,7 +159,7 @@ def test_the_command_takes_the_options_of_a_run(
     monkeypatch.setattr(sys, "argv", ["prepare.py", "geometry", *options, "--dry-run"])
     prepare.main()
     assert [(splits, dry) for _, splits, dry, _ in seen] == [(["val"], False), (["train", "val"], True)]
-    assert seen[0][0].data.cache == str(tmp_path / "cache") and seen[0][3] == Ranks()
+    assert seen[0][0].data.cache == str(tmp_path / "cache") and seen[0][3] == RankInfo()
     monkeypatch.setattr(sys, "argv", ["prepare.py", "geometry", "--data.cach", "x"])
     with pytest.raises(SystemExit):
         prepare.main()

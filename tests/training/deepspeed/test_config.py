@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
-from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine, ranks_per_machine
+from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine
 from w2r2_ds.training.deepspeed.launch import join_ranks, skip_shm_build, use_private_extensions_dir
 
 FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
@@ -66,16 +66,6 @@ def test_hierarchical_partitions_are_a_machine_of_several(world: int, local: int
     raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
     config = resolve(raw, global_batch=16, micro_batch=1, world_size=world, local_size=local)
     assert config["zero_optimization"]["zero_hpz_partition_size"] == filled
-
-
-def test_ranks_per_machine_are_as_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert ranks_per_machine(6) == 6
-    monkeypatch.setenv("LOCAL_SIZE", "3")
-    assert ranks_per_machine(6) == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert ranks_per_machine(6) == 2
 
 
 @pytest.mark.parametrize(("machines", "common"), [([8, 8], 8), ([2, 2, 4], 2), ([4, 2], 2), ([3, 1], 1)])

@@ -20,7 +20,6 @@ from w2r2_ds.data.images import VGGT_PATCH, frame_size
 from w2r2_ds.data.loader import keep_working, load_mixture, visual_kind
 from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
-from w2r2_ds.evaluation.ranks import Ranks, set_threads
 from w2r2_ds.features.lookup import FeatureCache, flush
 from w2r2_ds.features.store import Cache, file_size, gib
 from w2r2_ds.kernels.bind import bind_kernels
@@ -33,7 +32,8 @@ from w2r2_ds.models.w2r2 import encode_visuals
 from w2r2_ds.types.batch import moved
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
-from w2r2_ds.utils.distributed import raise_on_all_ranks
+from w2r2_ds.utils.distributed import RankInfo, raise_on_all_ranks
+from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 
 
@@ -51,17 +51,17 @@ class Need:
         return f"{self.files} files, {gib(self.bytes)}"
 
 
-def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: Ranks) -> None:
+def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: RankInfo) -> None:
     """Encode every set of frames of these splits that the cache lacks; a killed call goes on where it was.
 
-    Every rank calls it, after `evaluation.ranks.joined`; rank 0 prints what there is to do and what was done.
+    Every rank calls it, inside `utils.distributed.gloo_process_group`.
 
     Raises:
         ValueError: there is no cache, no room for it, a frame cannot be read, or what was made could not be kept; on
             every rank, but for a frame that is no picture, which ends the rank that decodes it.
     """
     with raise_on_all_ranks():
-        scenes = frame_sets(config, splits)[ranks.rank :: ranks.world]
+        scenes = frame_sets(config, splits)[ranks.rank :: ranks.world_size]
         cache = open_cache(config.data, config.model)
         if cache is None:
             raise ValueError("data.cache is empty; name the folder to fill, as --data.cache runs/cache.")
@@ -141,11 +141,11 @@ def look_up(
     return missing, sum((whole for whole, _ in needs), Need()), sum((lacking for _, lacking in needs), Need())
 
 
-def over_ranks(need: Need, ranks: Ranks) -> Need:
+def over_ranks(need: Need, ranks: RankInfo) -> Need:
     """What all ranks need together."""
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return need
-    everyone: list[Need] = [need] * ranks.world
+    everyone: list[Need] = [need] * ranks.world_size
     dist.all_gather_object(everyone, need)
     return sum(everyone, Need())
 
@@ -193,12 +193,12 @@ class _Looked(Dataset[VisualInputs | ValueError]):
 
 
 def encode_all(
-    samples: Sequence[Sample], eyes: VisualPreprocessor, config: RunConfig, device: torch.device, ranks: Ranks
+    samples: Sequence[Sample], eyes: VisualPreprocessor, config: RunConfig, device: torch.device, ranks: RankInfo
 ) -> list[str]:
     """Make and keep what is missing of these samples' features; returns their keys."""
     made: list[str] = []
     geometry = load_geometry(config.model, device)
-    set_threads(ranks, geometry.vggt.config.embed_dim)
+    set_num_threads(ranks, geometry.vggt.config.embed_dim)
     vlm: Any = None
     if config.data.cached_features == "geometry+2d":
         dtype = resolve_dtype(config.model.dtype)
@@ -206,7 +206,7 @@ def encode_all(
         vlm.model.visual.to(device)  # nothing else of it is used
         bind_kernels(vlm, resolve_kernels(config.model.kernels))  # as in training: other kernels round otherwise
     kind = visual_kind(config.data)
-    label = "features" + (f", rank 0 of {ranks.world}" if ranks.world > 1 else "")
+    label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
         for seen in _looked(samples, eyes, config.data.workers):
             if seen.cached_3d is not None and seen.geometry_images is not None:

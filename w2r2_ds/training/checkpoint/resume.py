@@ -11,6 +11,7 @@ so it is right in the middle of an epoch and for every number of ranks and accum
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -41,8 +42,10 @@ from w2r2_ds.training.checkpoint.manifest import (
 )
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
-from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks, say
+from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
 from w2r2_ds.utils.rng import rng_state, seed_afresh, set_rng_state
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def _find_start(config: RunConfig) -> Start:
         first = next(iter(damaged.values()), f"{config.out}/checkpoints holds no step folder.")
         raise ValueError(f"no checkpoint of {config.out} is whole; give another --out, or bring one back: {first}")
     for wrong in damaged.values():
-        say(f"warning: {wrong} Going on from {newest.name} instead.")
+        logger.warning("%s Going on from %s instead.", wrong, newest.name)
     refuse_programs(*sorted(newest.rglob("*.pt")))
     saved = read_description(newest)
     start = Start(newest, int(saved["world_size"]), damaged, next(iter([*damaged, newest])))
@@ -125,7 +128,7 @@ def take_over(config: RunConfig, start: Start) -> OwnershipToken:
                     "and the same command goes on from that checkpoint."
                 )
             for path in start.damaged:
-                say(f"{path} is kept as {set_aside(path).name}")
+                logger.info("%s is kept as %s", path, set_aside(path).name)
         except OSError as error:
             raise ValueError(
                 f"{error.filename}: cannot be written ({error.strerror}); make room, or see --out."
@@ -158,7 +161,7 @@ def resume(engine: Any, start: Start, config: RunConfig, data: Sequence[str]) ->
         with safe_loading():
             engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
     else:
-        say(f"{path} was written by {start.world_size} rank(s); converting it for {dist.get_world_size()}")
+        logger.info("%s was written by %d rank(s); converting it for %d", path, start.world_size, dist.get_world_size())
         with converted(path) as folder, own_options(engine), safe_loading():
             engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=False)
     step = int(saved["step"])

@@ -13,6 +13,7 @@ disk, renamed; then
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,9 +44,11 @@ from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.weights import gather_trainable
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.atomic_io import Digest
-from w2r2_ds.utils.distributed import on_rank_zero, say
+from w2r2_ds.utils.distributed import on_rank_zero
 from w2r2_ds.utils.rng import rng_state
 from w2r2_ds.utils.versions import versions
+
+logger = logging.getLogger(__name__)
 
 MASTER_BYTES = 12
 """Of each trained number: a float32 master copy and two float32 moments."""
@@ -157,7 +160,7 @@ def publish(
             fence.check()
             delete(old)
     if after.failure is not None:
-        say(f"warning: {final} is saved, but what comes after is not done: {after.failure}.")
+        logger.warning("%s is saved, but what comes after is not done: %s.", final, after.failure)
     return []
 
 
@@ -195,7 +198,11 @@ def give_up(config: RunConfig, step: int, failures: Sequence[str], fence: Owners
         shutil.rmtree(aside, ignore_errors=True)
     newest = next((path.name for path in steps(config.out).values()), "none")
     more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
-    say(
-        f"warning: the checkpoint of step {step} could not be saved ({failures[0]}{more}); the newest checkpoint "
-        f"is {newest}."
-    )
+    if dist.get_rank() == 0:
+        logger.warning(
+            "the checkpoint of step %d could not be saved (%s%s); the newest checkpoint is %s.",
+            step,
+            failures[0],
+            more,
+            newest,
+        )

@@ -15,7 +15,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from w2r2_ds.config.cli import did_you_mean
-from w2r2_ds.training.deepspeed.hpz import fill_hpz, ranks_per_machine
+from w2r2_ds.training.deepspeed.hpz import fill_hpz
+from w2r2_ds.utils.distributed import local_world_size
 from w2r2_ds.utils.json_io import read_json
 
 AUTO = "auto"
@@ -91,7 +92,7 @@ def resolve_ds_config(
     if isinstance(section := config.get("fp16"), dict):
         _fill(section, "enabled", False, f"{dtype}, and the range of fp16 is too small; use bf16", path, "fp16.")
     if isinstance(section := config.get("zero_optimization"), dict):
-        fill_hpz(section, path, world_size, local_size or ranks_per_machine(world_size))
+        fill_hpz(section, path, world_size, local_size or local_world_size(world_size))
     for where in _auto_paths(config):
         raise ValueError(
             f'{path}: {where} is "auto", but no option of the run fills it; write a value, or remove the key to use '

@@ -7,18 +7,14 @@ all-gathers of frozen weights stay inside the machine. The copy costs memory, so
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from w2r2_ds.utils.distributed import local_world_size
+
 FIELD = "zero_hpz_partition_size"
-
-
-def ranks_per_machine(world_size: int) -> int:
-    """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun, slurm/rank.sh) or LOCAL_SIZE (deepspeed); else all ranks."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
 
 
 def common_ranks_per_machine(world_size: int) -> int:
@@ -28,7 +24,7 @@ def common_ranks_per_machine(world_size: int) -> int:
     different process groups and wait for each other forever.
     """
     sizes = [0] * world_size
-    dist.all_gather_object(sizes, ranks_per_machine(world_size))
+    dist.all_gather_object(sizes, local_world_size(world_size))
     return math.gcd(*sizes)
 
 

@@ -9,6 +9,8 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 
+from w2r2_ds.utils.distributed import RankInfo
+
 
 def free_port() -> int:
     """A TCP port that is free now, for the launcher's `--master_port`; another program may still take it."""
@@ -71,7 +73,7 @@ def join_ranks(hang_seconds: float = 0.0) -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(RankInfo.from_environment().local_rank)
     use_private_extensions_dir()
     skip_shm_build()
     try:
