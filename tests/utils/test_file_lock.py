@@ -98,8 +98,10 @@ def test_what_is_in_the_file_decides_nothing(tmp_path: Path) -> None:
         pass
 
 
-def test_one_that_was_removed_while_it_was_opened_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening and locking, the holder may end and remove the file: a lock on a removed file excludes nobody."""
+def test_a_file_removed_between_opening_and_locking_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder may end and remove the file in between: a lock on a removed file excludes no other process."""
     import fcntl
 
     file, real, times = tmp_path / "out.lock", fcntl.flock, []
@@ -110,11 +112,11 @@ def test_one_that_was_removed_while_it_was_opened_is_not_taken(tmp_path: Path, m
             file.unlink()
         real(descriptor, how)
 
-    monkeypatch.setattr("w2r2_ds.utils.file_lock.fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     with take(file):
         assert len(times) == 2 and file.exists()
         monkeypatch.undo()
-        with pytest.raises(ValueError, match="is being prepared"), take(file):
+        with pytest.raises(ValueError, match="is being prepared by process"), take(file):
             pass
 
 
@@ -126,12 +128,12 @@ def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "keep"
 
 
-def test_a_file_system_without_locks_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_file_system_without_locks_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("w2r2_ds.utils.file_lock.fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     with take(tmp_path / "out.lock"):
-        assert "this file system has no locks (No locks available)" in capsys.readouterr().out
+        assert f"{tmp_path / 'out.lock'}: this file system has no locks" in caplog.text

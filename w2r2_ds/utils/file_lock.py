@@ -1,15 +1,14 @@
-"""One process at a time per output folder; another one is refused by name.
+"""Lock an output folder, so that only one process at a time writes to it.
 
-The lock is `flock`'s, held by the process: the kernel lets go of it when the process ends, however it ends, so that a
-killed one never blocks. It holds on one machine, and between machines where the file system shares locks (NFSv4,
-Lustre mounted with ``flock``). The file itself means nothing: it only says who has it.
+The lock is `flock`'s: the kernel releases it when the process ends, however it ends. It works on one machine, and
+between machines if the file system shares locks (NFSv4, Lustre mounted with ``flock``).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -17,97 +16,51 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from w2r2_ds.utils.sanitize import one_line
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_held: set[int] = set()
 
 
 @contextmanager
 def locked(file: Path, what: str, otherwise: str) -> Iterator[None]:
-    """Hold a lock while the block runs; the file is removed after it.
+    """Hold a lock while the block runs; the lock file is removed afterwards.
 
     Args:
-        file: of the lock; its folder is made.
-        what: what happens in the block, ``"runs/x/evaluation: scanrefer, fused, is being evaluated"``.
-        otherwise: what else a user may do, ``"give another --out"``.
+        file: the lock file; its folder is created.
+        what: what the block does, for the message: ``"runs/x is being prepared"``.
+        otherwise: what else the user can do, for the message: ``"give another --out"``.
 
     Raises:
-        ValueError: another process holds it; the sentence names process, machine and time.
+        ValueError: another process holds the lock; the message names its process id, machine and start time.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Not 0: a second attempt is needed if the holder ends, and removes the file, between our opening and locking it.
+    lock = FileLock(file, timeout=0.2)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file.parent)) from None
-    descriptor = _acquire(file, what, otherwise)
-    _held.add(descriptor)
-    try:
-        yield
-    finally:
-        # Removed while it is held: whoever opened it before looks again, see `_acquire`.
-        file.unlink(missing_ok=True)
-        _held.discard(descriptor)
-        os.close(descriptor)
-
-
-def _acquire(file: Path, what: str, otherwise: str) -> int:
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            if not _lock(descriptor, file):
-                raise ValueError(f"{what} by {_owner(descriptor)}; wait until it has ended, or {otherwise}.")
-            if _is_there(file, descriptor):
-                _sign(descriptor)
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the one before removed the file between our opening and locking it
-
-
-def _lock(descriptor: int, file: Path) -> bool:
-    """Whether the lock is ours; a file system without locks is said, once per lock, and does not stop the work."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{what} by {_holder(file)}; wait until it has ended, or {otherwise}.") from None
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        print(
-            f"{file}: this file system has no locks ({error.strerror}); let one command at a time write here",
-            flush=True,
-        )
-    return True
-
-
-def _is_there(file: Path, descriptor: int) -> bool:
+        reason = os.strerror(error.errno)
+        logger.warning("%s: this file system has no locks (%s); run one command at a time here", file, reason)
     try:
-        return os.path.samestat(os.stat(file, follow_symlinks=False), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+        since = datetime.now().isoformat(" ", "seconds")
+        file.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        yield
+    finally:
+        # Removed before the release: a process that opened the file in between notices that it is gone and retries.
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
-def _sign(descriptor: int) -> None:
-    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(about).encode(), 0)
-
-
-def _owner(descriptor: int) -> str:
-    """Who has it; whoever is just about to sign is only "another process"."""
+def _holder(file: Path) -> str:
+    """Process, machine and start time that the lock's holder wrote into the file."""
     try:
-        about = json.loads(os.pread(descriptor, 4096, 0))
-        return one_line(f"process {about['pid']} on {about['host']} since {about['since']}")
-    except (ValueError, KeyError, TypeError):
+        holder = json.loads(file.read_text())
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # removed, or just being written
         return "another process"
-
-
-def _close_in_child() -> None:
-    """A forked loader process must not keep the lock of a parent that was killed."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
