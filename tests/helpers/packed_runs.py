@@ -43,7 +43,7 @@ def work(folder: Path) -> None:
     from launchers.train import read_arguments
     from w2r2_ds.data.loader import load_mixture
     from w2r2_ds.evaluation.validator import InTraining
-    from w2r2_ds.training import trainer
+    from w2r2_ds.training import build, trainer
     from w2r2_ds.training.deepspeed.launch import skip_shm_build
     from w2r2_ds.training.step import W2R2Step
 
@@ -69,11 +69,11 @@ def work(folder: Path) -> None:
             refused.append(str(error))
         config, _ = read_arguments(arguments(world, folder / "apart"))
         number = {sample.id: index for index, sample in enumerate(load_mixture(config.data, "train"))}
-        sampler = trainer.GlobalBatchSampler
+        sampler = build.GlobalBatchSampler
         for name, changes in {"apart": {}, "plain": {"data__packing": True}}.items():
             batches = [[number[each] for each in ids] for ids, _ in sequences[: 2 * SHORT]]
-            trainer.GlobalBatchSampler = lambda batches=batches, **_: Given(batches)  # type: ignore[misc, assignment]
+            build.GlobalBatchSampler = lambda batches=batches, **_: Given(batches)  # type: ignore[misc, assignment]
             trainer.train(*read_arguments(arguments(world, folder / name, **changes)), InTraining)
-        trainer.GlobalBatchSampler = sampler  # type: ignore[misc]
+        build.GlobalBatchSampler = sampler  # type: ignore[misc]
         (folder / "report.json").write_text(json.dumps({"refused": refused, "sequences": sequences}))
     dist.destroy_process_group()

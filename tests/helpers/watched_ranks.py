@@ -103,7 +103,7 @@ def rank(mishap: str, who: int) -> None:
     model = Tower()
     with Watchdog(LIMITS) as watchdog:
         watchdog.activity.follow("model", model)
-        watchdog.loop()
+        watchdog.start_hang_detection()
         for step in range(1, 4):
             watchdog.activity.at("forward", step)
             if who in (dist.get_rank(), EVERY) and step == 2:

@@ -1,4 +1,4 @@
-"""A run in which the hinge never acts says so, once."""
+"""A run in which the hinge is always zero is warned of once."""
 
 from __future__ import annotations
 
@@ -19,66 +19,66 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> HingeMonitor:
     return HingeMonitor(0, RunConfig(objective=ObjectiveConfig(mu=0.9)))
 
 
-def see(watch: HingeMonitor, steps: int, above: float = 0.0) -> None:
+def update(watch: HingeMonitor, steps: int, above: float = 0.0) -> None:
     for step in range(steps):
-        watch.see({"above_mu": above, "s_short": 0.25 + 0.001 * step})
+        watch.update({"above_mu": above, "s_short": 0.25 + 0.001 * step})
 
 
-def test_it_speaks_after_its_patience_and_not_again(watch: HingeMonitor, capsys: pytest.CaptureFixture[str]) -> None:
-    see(watch, PATIENCE - 1)
-    assert capsys.readouterr().out == ""
-    see(watch, PATIENCE)
-    watch.end()
-    out = capsys.readouterr().out
-    assert out.count("warning:") == 1
-    for part in (f"in {PATIENCE} steps", "objective.mu = 0.9", "highest mean s 0.348", "push margin"):
-        assert part in out
+def test_it_warns_once_after_its_patience(watch: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+    update(watch, PATIENCE - 1)
+    assert not caplog.records
+    update(watch, PATIENCE)
+    watch.finish()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    for part in (f"in {PATIENCE} steps", "objective.mu = 0.9", "highest mean s 0.348", "margin"):
+        assert part in caplog.text
 
 
-def test_a_short_run_is_warned_of_at_its_end(watch: HingeMonitor, capsys: pytest.CaptureFixture[str]) -> None:
-    see(watch, 3)
-    watch.end()
-    assert "in 3 steps" in capsys.readouterr().out
+def test_a_short_run_is_warned_of_at_its_end(watch: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+    update(watch, 3)
+    watch.finish()
+    assert "in 3 steps" in caplog.text
 
 
-def test_one_active_sample_is_enough(watch: HingeMonitor, capsys: pytest.CaptureFixture[str]) -> None:
-    see(watch, 3)
-    watch.see({"above_mu": 0.01, "s_short": 0.3})
-    see(watch, PATIENCE)
-    watch.end()
-    assert capsys.readouterr().out == ""
+def test_one_active_sample_is_enough(watch: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+    update(watch, 3)
+    watch.update({"above_mu": 0.01, "s_short": 0.3})
+    update(watch, PATIENCE)
+    watch.finish()
+    assert not caplog.records
 
 
 def test_a_resumed_run_remembers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps before the resume count, those after it are of a run that was killed."""
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
-    for acted in (0.0, 0.5):
+    for active in (0.0, 0.5):
         lines = [{"step": step, "above_mu": 0.0, "s_short": 0.1} for step in range(1, 61)]
-        lines[10]["above_mu"] = acted
+        lines[10]["above_mu"] = active
         lines[55]["above_mu"] = 1.0
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         watch = HingeMonitor(50, RunConfig(out=str(tmp_path)))
-        see(watch, 50)
-        assert (f"in {PATIENCE} steps" in capsys.readouterr().out) == (acted == 0.0)
+        caplog.clear()
+        update(watch, 50)
+        assert (f"in {PATIENCE} steps" in caplog.text) == (active == 0.0)
 
 
 @pytest.mark.parametrize("changes", [{"push": "poe"}, {"push": "none"}, {"lambda_det": 0.0}])
 def test_what_h_does_not_gate_is_not_watched(
-    changes: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
     watch = HingeMonitor(0, RunConfig(objective=ObjectiveConfig(**changes)))
-    see(watch, PATIENCE)
-    watch.end()
-    assert capsys.readouterr().out == ""
+    update(watch, PATIENCE)
+    watch.finish()
+    assert not caplog.records
 
 
 def test_other_ranks_and_runs_without_a_step_are_silent(
-    watch: HingeMonitor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    watch: HingeMonitor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch.end()
+    watch.finish()
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 1)
-    see(HingeMonitor(0, RunConfig()), PATIENCE)
-    assert capsys.readouterr().out == ""
+    update(HingeMonitor(0, RunConfig()), PATIENCE)
+    assert not caplog.records

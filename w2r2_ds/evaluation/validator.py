@@ -20,7 +20,7 @@ from w2r2_ds.data.validate import check_frames, check_texts
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.scoring import headline, score_records
 from w2r2_ds.models.build import VlmFrontend
-from w2r2_ds.training.validation import draw, share
+from w2r2_ds.training.validation import draw_subset, rank_subset
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import raise_on_all_ranks
 
@@ -48,7 +48,7 @@ class InTraining:
         available = load_mixture(config.data, "val")
         if not len(available):
             raise ValueError("data.val holds no samples; prepare a validation set, or give train.eval_every 0.")
-        self.samples = [available[index] for index in draw(len(available), wanted, config.train.seed)]
+        self.samples = [available[index] for index in draw_subset(len(available), wanted, config.train.seed)]
         check_frames(self.samples, rank, world)
         check_texts(self.samples, make_processor(frontend, config.data), rank, world, with_answer=False)
         self.most, self.tokenizer, self.device = config.train.eval_max_new_tokens, frontend.tokenizer, device
@@ -58,8 +58,8 @@ class InTraining:
             self.rehearse()
             fewer = f" (data.val holds fewer than train.eval_samples {wanted})" if len(available) < wanted else ""
             print(f"validation: {len(self.samples)} samples{fewer}, best by {self.best_by}", flush=True)
-        self.share = share(len(self.samples), config.train.micro_batch, rank, world)
-        mine = [self.samples[index] for index in self.share.indices]
+        self.subset = rank_subset(len(self.samples), config.train.micro_batch, rank, world)
+        mine = [self.samples[index] for index in self.subset.indices]
         self.loader = prompt_loader(mine, frontend, config.data, config.train.micro_batch)
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class InTraining:
         engine.train()
         mine = {
             index: record_of(self.samples[index], self.tokenizer.decode(ids, skip_special_tokens=True), ids)
-            for index, once, ids in zip(self.share.indices, self.share.once, answers, strict=True)
+            for index, once, ids in zip(self.subset.indices, self.subset.once, answers, strict=True)
             if once
         }
         everyone: list[dict[int, Record]] = [{} for _ in range(dist.get_world_size())]

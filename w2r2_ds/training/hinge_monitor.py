@@ -1,7 +1,8 @@
-"""Warns of a run in which the hinge never acts: then an h-gated push term trains as `none` does."""
+"""Warn if the hinge h = [s_short - mu]+ is zero in every step: then a push term gated by h trains as `none`."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,56 +12,59 @@ from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.training.metrics import FILE, read_metrics
 
 PATIENCE = 100
-"""Optimizer steps without a sample above mu after which to warn, once."""
+"""Optimizer steps without a sample above mu before the warning."""
+
+logger = logging.getLogger(__name__)
 
 
 class HingeMonitor:
-    """Looks at ``above_mu`` of every step, those before a resume among them; rank 0 speaks.
+    """Watches ``above_mu`` of every step, including the logged steps before a resume; warns once, on rank 0.
 
     Args:
-        start: step that the run goes on from.
-        config: of the run; readings that h does not gate, and those without weight, are not watched.
+        start: optimizer steps done before.
+        config: of the run; a push term that h does not gate, or that has no weight, is not watched.
     """
 
     def __init__(self, start: int, config: RunConfig) -> None:
         self.objective = config.objective
         gated = find_push_term(config.objective.push).gated and config.objective.lambda_det > 0
         self.watching = gated and dist.get_rank() == 0
-        self.acted = self.warned = False
+        self.active = self.warned = False
         self.steps, self.highest = 0, 0.0
-        log = Path(config.out) / FILE
-        if self.watching and start and log.exists():
-            for step, values in read_metrics(log):
+        path = Path(config.out) / FILE
+        if self.watching and start and path.exists():
+            for step, metrics in read_metrics(path):
                 if step <= start:
-                    self.note(values)
+                    self._count(metrics)
 
-    def see(self, metrics: dict[str, float]) -> None:
-        """Take note of a step that has just ended."""
+    def update(self, metrics: dict[str, float]) -> None:
+        """Count a step; warn after `PATIENCE` steps."""
         if not self.watching:
             return
-        self.note(metrics)
+        self._count(metrics)
         if self.steps == PATIENCE:
-            self.warn()
+            self._warn()
 
-    def end(self) -> None:
-        """At the end of a run that was too short for its patience, warn all the same."""
+    def finish(self) -> None:
+        """Warn at the end of a run shorter than `PATIENCE`."""
         if self.watching and self.steps:
-            self.warn()
+            self._warn()
 
-    def note(self, metrics: dict[str, float]) -> None:
-        """Count a step."""
+    def _count(self, metrics: dict[str, float]) -> None:
         self.steps += 1
-        self.acted = self.acted or metrics["above_mu"] > 0
+        self.active = self.active or metrics["above_mu"] > 0
         self.highest = max(self.highest, metrics["s_short"])
 
-    def warn(self) -> None:
-        """Say once that h > 0 has not happened."""
-        if self.acted or self.warned:
+    def _warn(self) -> None:
+        """Warn once if h was never positive."""
+        if self.active or self.warned:
             return
         self.warned = True
-        print(
-            f"warning: in {self.steps} steps no sample's shortcut answer was above objective.mu = {self.objective.mu} "
-            f"(highest mean s {self.highest:.3f}), so push {self.objective.push} has done nothing yet; lower mu, or "
-            "train the 2D-only model first.",
-            flush=True,
+        logger.warning(
+            "in %d steps no sample's shortcut answer was above objective.mu = %g (highest mean s %.3f), so the push "
+            "term %s has had no effect; lower mu, or first train the 2D-only model.",
+            self.steps,
+            self.objective.mu,
+            self.highest,
+            self.objective.push,
         )

@@ -1,50 +1,22 @@
-"""The training loop, readable top to bottom."""
+"""The training loop. Building the run is in `build.py`, the forward pass in `step.py`."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from transformers.integrations import HfDeepSpeedConfig
 
-from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.answer_tokens import require_digit_slots
-from w2r2_ds.data.loader import (
-    checked,
-    digests,
-    grouping,
-    load_mixture,
-    make_processor,
-    refuse_drawn_frames,
-    train_loader,
-)
-from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.data.validate import check_frames, check_texts, describe_frames
+from w2r2_ds.data.loader import checked
 from w2r2_ds.features.lookup import flush
-from w2r2_ds.kernels.select import describe, resolve_dtype
-from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
-from w2r2_ds.models.feature_identity import open_cache
-from w2r2_ds.models.lora import trainable_table
-from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
-from w2r2_ds.models.vggt.loading import locate, read_config
-from w2r2_ds.objective.push_terms import find_push_term
-from w2r2_ds.training.cache_stats import cache_use, describe_cache
-from w2r2_ds.training.checkpoint.ownership import OwnershipToken
-from w2r2_ds.training.checkpoint.resume import find_start, resume, take_over
+from w2r2_ds.training.build import Run, build_run
+from w2r2_ds.training.cache_stats import cache_use
 from w2r2_ds.training.checkpoint.save import Content, save_checkpoint
-from w2r2_ds.training.decode_gap import DecodeGap
-from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
-from w2r2_ds.training.deepspeed.engine import make_engine, trained_groups
-from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine
 from w2r2_ds.training.deepspeed.launch import collective_timeout
-from w2r2_ds.training.fault_tolerance.activity import Activity
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE
 from w2r2_ds.training.fault_tolerance.hang_detector import Limits
 from w2r2_ds.training.fault_tolerance.signals import StopSignals
@@ -52,31 +24,9 @@ from w2r2_ds.training.fault_tolerance.watchdog import Watchdog
 from w2r2_ds.training.hinge_monitor import HingeMonitor
 from w2r2_ds.training.metrics import MetricsLogger
 from w2r2_ds.training.reduce import global_weight, group_norms, reduce_stats
-from w2r2_ds.training.throughput import Throughput, matrix_rate
-from w2r2_ds.training.validation import BestSoFar, MakeValidation
+from w2r2_ds.training.validation import MakeValidation
 from w2r2_ds.types.batch import Batch
-from w2r2_ds.utils.distributed import raise_on_all_ranks
 from w2r2_ds.utils.rng import rng_state, set_rng_state
-
-
-@dataclass
-class Run:
-    """What the loop needs, set up once."""
-
-    config: RunConfig
-    engine: Any
-    loader: Any
-    device: torch.device
-    accumulation: int
-    start: int
-    groups: dict[str, list[torch.nn.Parameter]]
-    gap: DecodeGap | None
-    best: BestSoFar | None
-    data: list[str]
-    fence: OwnershipToken
-    checkpoint: Path | None
-    speed: Throughput
-    activity: Activity = field(default_factory=Activity)
 
 
 @dataclass(frozen=True)
@@ -84,8 +34,8 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        code: of training/fault_tolerance/exit_codes.py: `DONE`, or what a signal asked for.
-        checkpoint: the newest one of the run, None if there is none.
+        code: exit code, of training/fault_tolerance/exit_codes.py: `DONE`, or the code of a signal.
+        checkpoint: the newest checkpoint of the run, None if there is none.
     """
 
     code: int
@@ -95,103 +45,126 @@ class TrainResult:
 def train(
     config: RunConfig, ds_path: str, make_validation: MakeValidation, signals: StopSignals | None = None
 ) -> TrainResult:
-    """Train a configuration under a DeepSpeed JSON, to the end or until `signals` ask to stop.
+    """Train until the last step or until a signal asks to stop. Every rank calls it, after `join_ranks`.
 
-    Every rank calls it, after `join_ranks`. `make_validation` is called where `train.eval_every` asks.
+    Args:
+        config: of the run.
+        ds_path: the DeepSpeed JSON.
+        make_validation: called if `train.eval_every` is set.
+        signals: an entered `StopSignals`; by default signals keep their usual effect.
 
     Raises:
         ValueError: data, weights, configuration or DeepSpeed JSON do not fit, before the first step; or the last
             checkpoint could not be written.
-        FloatingPointError: a loss is not finite; raised on all ranks before the update.
+        FloatingPointError: a loss or a gradient norm is not finite; raised on all ranks before the update.
     """
     signals = signals or StopSignals()
     with Watchdog(Limits(config.train.hang_seconds)) as watchdog:
         signals.join(collective_timeout(config.train.hang_seconds))
-        run = set_up(config, ds_path, make_validation)
+        run = build_run(config, ds_path, make_validation)
         run.activity = watchdog.activity
         run.activity.follow("step", run.engine.module)
         run.activity.follow("geometry", run.engine.module.model.geometry)
-        watchdog.loop()
-        outcome = loop(run, signals)
+        watchdog.start_hang_detection()
+        result = train_steps(run, signals)
         flush()
-        return outcome
+        return result
 
 
-def loop(run: Run, signals: StopSignals) -> TrainResult:
-    """The steps of a run."""
-    config, at = run.config, run.activity.at
+def train_steps(run: Run, signals: StopSignals) -> TrainResult:
+    """The loop over optimizer steps."""
+    config, activity = run.config, run.activity
     batches = checked(run.loader)
-    saved, checkpoint = run.start, run.checkpoint
-    metrics: dict[str, float] = {}
-    hinge = HingeMonitor(run.start, config)
+    hinge_monitor = HingeMonitor(run.start, config)
     trackers = [name for name in ("wandb", "tensorboard") if getattr(config.train, name)]
-    logger = MetricsLogger(Path(config.out), config.train.steps, trackers, dist.get_rank())
-    with logger:
-        logger.start(run.start)
+    with MetricsLogger(Path(config.out), config.train.steps, trackers, dist.get_rank()) as metrics_logger:
+        saves = Saves(run, metrics_logger)
+        metrics_logger.start(run.start)
+        metrics: dict[str, float] = {}
         for step in range(run.start, config.train.steps):
-            at("step boundary")
+            activity.at("step boundary")
+            # The signal flag is reduced over ranks: all stop at the same step, or none.
             if code := signals.agreed():
-                at("save")
-                if saved != step:
-                    logger.sync()
-                    content = Content(step, metrics, run.data)
-                    checkpoint = save_checkpoint(run.engine, config, content, run.fence) or checkpoint
-                return TrainResult(code, checkpoint)
-            at("data", step + 1)
+                if saves.step != step:
+                    saves.save(Content(step, metrics, run.data))
+                return TrainResult(code, saves.checkpoint)
+
+            activity.at("data", step + 1)
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(run.accumulation)]
             loaded = time.perf_counter()
             if step == run.start:
-                at("dry run")
+                activity.at("dry run")
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches, step)
-            metrics |= run.speed(micro_batches, time.perf_counter() - started) | {"data_s": loaded - started}
+            metrics |= run.throughput(micro_batches, time.perf_counter() - started) | {"data_s": loaded - started}
             metrics |= cache_use(micro_batches)
-            if run.gap is not None and (step + 1) % config.objective.gap_every == 0:
-                at("decode gap")
-                metrics |= run.gap.measure(run.engine)
-            hinge.see(metrics)
+            hinge_monitor.update(metrics)
+
+            if run.decode_gap is not None and (step + 1) % config.objective.gap_every == 0:
+                activity.at("decode gap")
+                metrics |= run.decode_gap.measure(run.engine)
             best = None
             if run.best is not None and due(step + 1, config.train.eval_every, config):
-                at("validation")
+                activity.at("validation")
                 scores, best = run.best.measure(run.engine, step + 1)
                 metrics |= scores
-            at("log")
-            logger.log(step + 1, metrics)
+            activity.at("log")
+            metrics_logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
-                at("save")
-                logger.sync()
-                written = save_checkpoint(run.engine, config, Content(step + 1, metrics, run.data, best), run.fence)
-                if written is not None:  # else the disk is full, say: the run goes on, and the next save may succeed
-                    saved, checkpoint = step + 1, written
-                elif best is not None and run.best is not None:
+                saved = saves.save(Content(step + 1, metrics, run.data, best))
+                if not saved and best is not None and run.best is not None:
                     run.best.not_saved()
-    hinge.end()
-    if saved != config.train.steps:
-        raise unsaved(config, saved, checkpoint)
-    return TrainResult(DONE, checkpoint)
-
-
-def unsaved(config: RunConfig, saved: int, checkpoint: Path | None) -> ValueError:
-    """What to say where the last checkpoint of a run could not be written."""
-    newest = f"the newest checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
-    return ValueError(
-        f"the checkpoint after the last step, {config.train.steps}, could not be written: the weights of the last "
-        f"{config.train.steps - saved} step(s) are lost and {newest}; make room and go on with --resume auto."
-    )
+    hinge_monitor.finish()
+    saves.require(config.train.steps)
+    return TrainResult(DONE, saves.checkpoint)
 
 
 def due(done: int, every: int, config: RunConfig) -> bool:
-    """Whether something is done after `done` steps: every so many, and after the last."""
+    """Whether a periodic action is due after `done` steps: every `every` steps, and after the last step."""
     return done % every == 0 or done == config.train.steps
 
 
+class Saves:
+    """Saves checkpoints and remembers the newest one.
+
+    Attributes:
+        step: of the newest checkpoint, or the step that the run started from.
+        checkpoint: its folder; None if there is none.
+    """
+
+    def __init__(self, run: Run, metrics_logger: MetricsLogger) -> None:
+        self.run, self.metrics_logger = run, metrics_logger
+        self.step, self.checkpoint = run.start, run.checkpoint
+
+    def save(self, content: Content) -> bool:
+        """Save a checkpoint; False if it could not be written (a full disk), so that the next one may succeed."""
+        self.run.activity.at("save")
+        self.metrics_logger.sync()
+        path = save_checkpoint(self.run.engine, self.run.config, content, self.run.token)
+        if path is None:
+            return False
+        self.step, self.checkpoint = content.step, path
+        return True
+
+    def require(self, last: int) -> None:
+        """Raise ValueError if the checkpoint after the last step was not written."""
+        if self.step != last:
+            newest = f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
+            raise ValueError(
+                f"the checkpoint after the last step, {last}, could not be written: the weights of the last "
+                f"{last - self.step} step(s) are lost and {newest}; free disk space and continue with --resume auto."
+            )
+
+
 def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches; returns the global means of the statistics."""
+    """One optimizer step over this rank's micro-batches; returns global means of the statistics."""
     engine, reduction = run.engine, run.config.objective.reduction
     run.activity.at("start of the step")
     total = global_weight(micro_batches, reduction, run.device)
-    # DeepSpeed divides by accumulation steps and ranks; the loss is a sum over samples divided by the global weight.
+    # The step returns the *sum* of weighted sample losses. The wanted loss is the sum over all ranks and micro-batches,
+    # divided by their total weight. engine.backward divides by the accumulation steps, and gradients are averaged over
+    # ranks: multiply by both, divide by the total. Then the loss does not depend on how samples are split.
     scale = run.accumulation * dist.get_world_size() / total
     stats = []
     for batch in micro_batches:
@@ -201,7 +174,7 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
         engine.backward(loss * scale)
         stats.append(sample_stats)
         if len(stats) == len(micro_batches):
-            # Before the last step() call, which updates the weights.
+            # Before the last engine.step(), which updates the weights: a loss that is not finite raises here.
             metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
             metrics |= group_norms(run.groups, run.device)
         run.activity.at("update")
@@ -210,110 +183,22 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
     parts = [metrics[f"grad_norm_{name}"] for name in run.groups]
     metrics["grad_norm"] = math.hypot(*parts) if norm is None else float(norm)  # DeepSpeed has none without ZeRO
     if not math.isfinite(metrics["grad_norm"]):
-        # The norm is global: every rank stops here. ZeRO skipped the update.
-        named = ", ".join(identity for batch in micro_batches for identity in batch.ids)
-        raise FloatingPointError(
-            f"The gradient norm is not finite; stopped. Samples of rank {dist.get_rank()}: {named}."
-        )
+        # The norm is global, so every rank raises. ZeRO has skipped the update.
+        ids = ", ".join(identity for batch in micro_batches for identity in batch.ids)
+        raise FloatingPointError(f"The gradient norm is not finite; stopped. Samples of rank {dist.get_rank()}: {ids}.")
     for name, rate in zip(("lr", "merger_lr"), engine.get_lr(), strict=True):  # in the order of `parameter_groups`
         metrics[name] = float(rate)
     return metrics
 
 
 def dry_run(run: Run, batch: Batch) -> None:
-    """One forward and backward with zero weight, so that an out-of-memory shows before an hour is lost.
+    """Forward and backward of the largest first micro-batch with weight 0, so that out-of-memory shows at once.
 
-    Gradients of weight 0 leave the accumulated ones as they are; the random state is put back.
+    It changes nothing: gradients of weight 0 add zero to the accumulated ones, ``engine.step()`` is not called, and
+    the random state is restored.
     """
     random_state = rng_state()
     loss, stats = run.engine(batch.to(run.device))
     reduce_stats(stats, [batch], "sample", float(len(batch.ids)))
     run.engine.backward(loss * 0.0)
     set_rng_state(random_state)
-
-
-def set_up(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:
-    """Everything that can fail for a reason the user can mend happens here."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    begin, local_size = find_start(config), common_ranks_per_machine(world)
-    with raise_on_all_ranks():  # what only one node lacks stops all of them
-        dtype = resolve_dtype(config.model.dtype)
-        chosen = describe(config.model.kernels, config.model.attention, dtype)
-        ds_config = resolve_ds_config(
-            load_ds_config(ds_path),
-            path=ds_path,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            world_size=world,
-            bf16=dtype == torch.bfloat16,
-            local_size=local_size,
-        )
-        if begin.universal:
-            ds_config.setdefault("checkpoint", {})["load_universal"] = True
-        frontend = load_frontend(config.model)
-        read_config(locate(config.model.vggt))
-        frontend = replace(frontend, cache=open_cache(config.data, config.model))
-        check_objective(config, frontend)
-        samples = load_mixture(config.data, "train")
-        refuse_drawn_frames(samples, config.data.questions_per_scene)
-        processor = make_processor(frontend, config.data)
-        if rank == 0:
-            print(chosen, flush=True)
-            print(f"training samples: {len(samples)}, {samples.epoch_size} in an epoch", flush=True)
-        check_frames(samples, rank, world)
-        check_texts(samples, processor, rank, world)
-        if rank == 0:
-            print(describe_frames(samples, processor), flush=True)
-            if frontend.cache is not None:
-                print(describe_cache(frontend.cache.cache), flush=True)
-        device = torch.device(get_accelerator().current_device_name())
-        validation = make_validation(config, frontend, device) if config.train.eval_every else None
-    rate = matrix_rate(device, dtype)  # while the device is empty
-    if rank == 0:
-        print(f"matrices are multiplied at {rate / 1e12:.3g} TFLOP/s ({dtype}): mfu is relative to it", flush=True)
-    # transformers partitions the weights while it loads them as long as this object lives.
-    keep_alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
-    model = build_model(config.model, device, config.train.seed)
-    if grouping(config.data) is not None:
-        use_scene_split(model.base)
-    if rank == 0:
-        print(trainable_table({"vlm": model.vlm} | model.geometry_modules()), flush=True)
-    engine = make_engine(model, frontend, config, ds_config, device)
-    del keep_alive
-    # Ranks draw different dropout masks.
-    torch.manual_seed(config.train.seed + rank)
-    data = digests(samples)
-    start = resume(engine, begin, config, data) if begin.checkpoint else 0
-    fence = take_over(config, begin)  # not before the resume, which may refuse this configuration
-    if rank == 0:
-        save_config(config, Path(config.out) / "config.yaml")
-    sampler = GlobalBatchSampler(
-        mixture=samples,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=rank,
-        world_size=world,
-        steps=config.train.steps,
-        start=start,
-        seed=config.train.seed,
-        questions_per_scene=config.data.questions_per_scene,
-    )
-    loader = train_loader(samples, frontend, config.data, sampler, config.objective.shortcut_decode == "greedy")
-    gap = DecodeGap(samples, frontend, config, device) if config.objective.gap_every else None
-    best = BestSoFar(validation, begin.checkpoint) if validation is not None else None
-    accumulation = engine.gradient_accumulation_steps()
-    groups = trained_groups(model)
-    speed = Throughput(model, find_push_term(config.objective.push), rate)
-    return Run(
-        config, engine, loader, device, accumulation, start, groups, gap, best, data, fence, begin.checkpoint, speed
-    )
-
-
-def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
-    """Refuse, before weights are loaded, a push term that is none, or one that this tokenizer cannot serve."""
-    if find_push_term(config.objective.push).boxes:
-        require_digit_slots(frontend.tokenizer, f"objective.push {config.objective.push}")
-    if config.objective.shortcut_decode == "teacher":
-        require_digit_slots(frontend.tokenizer, "objective.shortcut_decode teacher")
-    if config.objective.gap_every:
-        require_digit_slots(frontend.tokenizer, "objective.gap_every")

@@ -73,8 +73,8 @@ class Watchdog:
             self._threads[-1].start()
         return self
 
-    def loop(self) -> None:
-        """From now on standing still for too long is a hang."""
+    def start_hang_detection(self) -> None:
+        """Apply `Limits.hang` from now on; before the training loop a rank may stand still for long (loading)."""
         self.activity.at(self.activity.phase)
         self._looping = True
 

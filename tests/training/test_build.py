@@ -14,26 +14,26 @@ from runs import ZERO3, World
 from w2r2_ds.config.io import load_config
 from w2r2_ds.data.dataset import VERSION, PreparedSet, tables, write_tables
 from w2r2_ds.evaluation.validator import InTraining
-from w2r2_ds.training import trainer
+from w2r2_ds.training import build
 
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A group of one rank, whose model must not be built."""
 
-    def build(*_: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise AssertionError("the weights are loaded")
 
-    monkeypatch.setattr(trainer, "build_model", build)
+    monkeypatch.setattr(build, "build_model", refuse)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
-    """What `set_up` says of these options."""
+    """Error of `build_run` with these options."""
     with pytest.raises(ValueError) as caught:
-        trainer.set_up(load_config(None, world.arguments(out, **changes)), str(ds), InTraining)
+        build.build_run(load_config(None, world.arguments(out, **changes)), str(ds), InTraining)
     message = str(caught.value)
     assert "\n" not in message and not out.exists()
     return message
@@ -41,13 +41,14 @@ def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str
 
 @pytest.mark.parametrize(("width", "vggt", "vlm"), [(56, "56 x 42", "56 x 28"), (126, "126 x 98", "112 x 84")])
 def test_a_good_start_says_at_what_size_frames_are_seen(
-    world: World, tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture[str], width: int, vggt: str, vlm: str
+    world: World, tmp_path: Path, one_process: None, caplog: pytest.LogCaptureFixture, width: int, vggt: str, vlm: str
 ) -> None:
+    caplog.set_level("INFO", "w2r2_ds")
     with pytest.raises(AssertionError, match="the weights are loaded"):
-        trainer.set_up(
+        build.build_run(
             load_config(None, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3), InTraining
         )
-    assert f"\nframes {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in capsys.readouterr().out
+    assert f"frames {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,234 @@
+"""Build a run: check configuration and data, load the model, start or resume, make the loader.
+
+All errors that the user can correct are raised here, before the first step, and as many as possible before weights are
+loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import DataLoader
+from transformers.integrations import HfDeepSpeedConfig
+
+from w2r2_ds.config.io import save_config
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.data.answer_tokens import require_digit_slots
+from w2r2_ds.data.loader import digests, grouping, load_mixture, make_processor, refuse_drawn_frames, train_loader
+from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.data.validate import check_frames, check_texts, describe_frames
+from w2r2_ds.kernels.select import describe, resolve_dtype
+from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
+from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.models.lora import trainable_table
+from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
+from w2r2_ds.models.vggt.loading import locate, read_config
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.objective.push_terms import find_push_term
+from w2r2_ds.training.cache_stats import describe_cache
+from w2r2_ds.training.checkpoint.ownership import OwnershipToken
+from w2r2_ds.training.checkpoint.resume import Start, find_start, resume, take_over
+from w2r2_ds.training.decode_gap import DecodeGap
+from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
+from w2r2_ds.training.deepspeed.engine import make_engine, trained_groups
+from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine
+from w2r2_ds.training.fault_tolerance.activity import Activity
+from w2r2_ds.training.throughput import Throughput, matrix_rate
+from w2r2_ds.training.validation import BestSoFar, MakeValidation, Validation
+from w2r2_ds.utils.distributed import raise_on_all_ranks
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything the training loop needs.
+
+    Attributes:
+        config: of the run.
+        engine: DeepSpeed's engine around `W2R2Step`.
+        loader: micro-batches of this rank, from step `start` on.
+        device: of this rank.
+        accumulation: micro-batches per optimizer step.
+        start: optimizer steps done before.
+        groups: trained parameters by group.
+        decode_gap: measures the decode gap; None if it is off.
+        best: validation; None if it is off.
+        data: digests of the training sets, for the checkpoint.
+        token: this start's right to write checkpoints.
+        checkpoint: the one that the run resumed from.
+        throughput: counts samples, tokens and FLOPs.
+        activity: what the main thread is doing, for the watchdog.
+    """
+
+    config: RunConfig
+    engine: DeepSpeedEngine
+    loader: DataLoader[Any]
+    device: torch.device
+    accumulation: int
+    start: int
+    groups: dict[str, list[torch.nn.Parameter]]
+    decode_gap: DecodeGap | None
+    best: BestSoFar | None
+    data: list[str]
+    token: OwnershipToken
+    checkpoint: Path | None
+    throughput: Throughput
+    activity: Activity = field(default_factory=Activity)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checked inputs of a run, before weights are loaded.
+
+    Attributes:
+        dtype: of weights and activations.
+        ds_config: the resolved DeepSpeed configuration.
+        frontend: tokenizer, vision sizes and feature cache.
+        samples: the training mixture.
+        device: of this rank.
+        validation: None if validation is off.
+    """
+
+    dtype: torch.dtype
+    ds_config: dict[str, Any]
+    frontend: VlmFrontend
+    samples: Mixture
+    device: torch.device
+    validation: Validation | None
+
+
+def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:
+    """Build the model, engine and loader of a run, fresh or resumed. Collective.
+
+    Raises:
+        ValueError: data, weights, configuration, DeepSpeed JSON or checkpoint do not fit; on all ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    begin, local_size = find_start(config), common_ranks_per_machine(world_size)
+    with raise_on_all_ranks():  # a file may be missing on one machine only
+        inputs = check_inputs(config, ds_path, begin, local_size, make_validation)
+    rate = matrix_rate(inputs.device, inputs.dtype)  # before the model fills the device
+    logger.info("peak matrix rate %.3g TFLOP/s (%s); mfu is relative to it", rate / 1e12, inputs.dtype)
+    # transformers finds this object by a weak reference: while it lives, loaded weights are partitioned (ZeRO-3).
+    # Without it every rank would hold the whole model.
+    zero3 = inputs.ds_config.get("zero_optimization", {}).get("stage") == 3
+    keep_alive = HfDeepSpeedConfig(inputs.ds_config) if zero3 else None
+    model = load_model(config, inputs)
+    engine = make_engine(model, inputs.frontend, config, inputs.ds_config, inputs.device)
+    del keep_alive
+    # After the model is built with the same seed on all ranks: from here on ranks draw different dropout masks.
+    torch.manual_seed(config.train.seed + rank)
+    data = digests(inputs.samples)
+    start = resume(engine, begin, config, data) if begin.checkpoint else 0
+    # Only now: `resume` may still raise on this configuration, and then the run must stay with its owner.
+    token = take_over(config, begin)
+    if rank == 0:
+        save_config(config, Path(config.out) / "config.yaml")
+    return Run(
+        config=config,
+        engine=engine,
+        loader=make_loader(config, inputs, start),
+        device=inputs.device,
+        accumulation=engine.gradient_accumulation_steps(),
+        start=start,
+        groups=trained_groups(model),
+        decode_gap=make_decode_gap(config, inputs),
+        best=None if inputs.validation is None else BestSoFar(inputs.validation, begin.checkpoint),
+        data=data,
+        token=token,
+        checkpoint=begin.checkpoint,
+        throughput=Throughput(model, find_push_term(config.objective.push), rate),
+    )
+
+
+def check_inputs(
+    config: RunConfig, ds_path: str, begin: Start, local_size: int, make_validation: MakeValidation
+) -> Inputs:
+    """Read and check everything but the weights; no collectives, so that an error of one rank can be raised on all."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = resolve_dtype(config.model.dtype)
+    kernels = describe(config.model.kernels, config.model.attention, dtype)
+    ds_config = resolve_ds_config(
+        load_ds_config(ds_path),
+        path=ds_path,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        world_size=world_size,
+        bf16=dtype == torch.bfloat16,
+        local_size=local_size,
+    )
+    if begin.universal:
+        ds_config.setdefault("checkpoint", {})["load_universal"] = True
+    frontend = load_frontend(config.model)
+    read_config(locate(config.model.vggt))
+    frontend = replace(frontend, cache=open_cache(config.data, config.model))
+    check_objective(config, frontend)
+    samples = load_mixture(config.data, "train")
+    refuse_drawn_frames(samples, config.data.questions_per_scene)
+    processor = make_processor(frontend, config.data)
+    logger.info("%s", kernels)
+    logger.info("training samples: %d, %d in an epoch", len(samples), samples.epoch_size)
+    # Each rank checks its share of the samples.
+    check_frames(samples, rank, world_size)
+    check_texts(samples, processor, rank, world_size)
+    if rank == 0:
+        logger.info("%s", describe_frames(samples, processor))
+        if frontend.cache is not None:
+            logger.info("%s", describe_cache(frontend.cache.cache))
+    device = torch.device(get_accelerator().current_device_name())
+    validation = make_validation(config, frontend, device) if config.train.eval_every else None
+    return Inputs(dtype, ds_config, frontend, samples, device, validation)
+
+
+def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
+    """Raise ValueError if the push term is unknown or needs digit tokens that this tokenizer does not have."""
+    if find_push_term(config.objective.push).boxes:
+        require_digit_slots(frontend.tokenizer, f"objective.push {config.objective.push}")
+    if config.objective.shortcut_decode == "teacher":
+        require_digit_slots(frontend.tokenizer, "objective.shortcut_decode teacher")
+    if config.objective.gap_every:
+        require_digit_slots(frontend.tokenizer, "objective.gap_every")
+
+
+def load_model(config: RunConfig, inputs: Inputs) -> W2R2:
+    """Load the frozen models, add LoRA and merger, and log what trains."""
+    model = build_model(config.model, inputs.device, config.train.seed)
+    if grouping(config.data) is not None:
+        use_scene_split(model.base)
+    logger.info("%s", trainable_table({"vlm": model.vlm} | model.geometry_modules()))
+    return model
+
+
+def make_loader(config: RunConfig, inputs: Inputs, start: int) -> DataLoader[Any]:
+    """The loader of this rank's micro-batches, from step `start` on."""
+    sampler = GlobalBatchSampler(
+        mixture=inputs.samples,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        steps=config.train.steps,
+        start=start,
+        seed=config.train.seed,
+        questions_per_scene=config.data.questions_per_scene,
+    )
+    decode = config.objective.shortcut_decode == "greedy"
+    return train_loader(inputs.samples, inputs.frontend, config.data, sampler, decode)
+
+
+def make_decode_gap(config: RunConfig, inputs: Inputs) -> DecodeGap | None:
+    """The measurement of the decode gap; None if `objective.gap_every` is 0."""
+    if not config.objective.gap_every:
+        return None
+    return DecodeGap(inputs.samples, inputs.frontend, config, inputs.device)
