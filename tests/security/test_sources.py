@@ -31,7 +31,7 @@ NEEDED = {"torch.load": "weights_only", "console.print": "markup", "TextColumn":
 """Calls that must have this argument: without it, pickles are read by some versions, and texts as rich's markup."""
 NEVER_IMPORTED = {"dill", "cloudpickle", "joblib", "marshal", "shelve"}
 ALLOWED = {
-    "w2r2_ds/data/sources/numpy_unpickler.py: pickle.Unpickler",  # its subclass, which knows a closed table
+    "w2r2_ds/data/sources/numpy_unpickler.py: pickle.Unpickler",  # its subclass, with an allow-list
     "w2r2_ds/demo/synthetic/annotations.py: pickle.loads",  # of what the same line has dumped
 }
 

@@ -86,7 +86,7 @@ def test_everything_is_a_sample_or_is_written_down(scenes: Path) -> None:
     done = prepare(scenes, options, scenes / "out", quiet=True)
     dropped = lines(done.folder)
     assert [(each["id"], each["reason"]) for each in dropped] == [(f"{SCENE}|3|lamp|6", "no_instance_match")]
-    assert dropped[0]["where"].endswith("train.json: line 1 (entry 7)")
+    assert dropped[0]["where"].endswith("train.json: entry 7")
     assert len(PreparedSet(done.folder, scenes)) == 2 * 6
 
 
@@ -266,7 +266,7 @@ def test_broken_scenes_can_be_left_out(damaged: Path, monkeypatch: pytest.Monkey
     dropped = lines(done.folder)
     assert [each["id"].split("|")[0] for each in dropped] == [SECOND, THIRD, SECOND, THIRD, SCENE]
     assert "has no frame with a valid pose" in dropped[0]["detail"]
-    assert dropped[0]["where"].endswith("train.json: line 1 (entry 1)")
+    assert dropped[0]["where"].endswith("train.json: entry 1")
 
 
 def test_more_than_ten_problems_are_counted(root: Path) -> None:
@@ -280,8 +280,8 @@ def test_wrong_annotations_cannot_be_skipped(scenes: Path) -> None:
     write_annotations(scenes, [entry(), entry(98), {**entry(97), "scene_id": SECOND}])
     with pytest.raises(ValueError, match="2 annotations do not belong to the scenes") as caught:
         prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True)
-    assert "(entry 2): field 'object_id' is 98" in str(caught.value)
-    assert "(entry 3): field 'object_id' is 97" in str(caught.value)
+    assert "entry 2: field 'object_id' is 98" in str(caught.value)
+    assert "entry 3: field 'object_id' is 97" in str(caught.value)
 
 
 def test_no_sample_at_all_is_an_error(root: Path) -> None:

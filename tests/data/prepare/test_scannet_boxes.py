@@ -124,13 +124,13 @@ def group(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("which", "content", "message"),
     [
-        ("groups", "{}", "field 'segGroups' is missing or no list"),
-        ("groups", '{"segGroups": [{"obj', "the file ends in the middle of this; it is truncated"),
-        ("groups", '{"segGroups": [7]}', "segGroups[0]: field 'objectId' is None"),
-        ("groups", group(objectId="3"), "segGroups[0]: field 'objectId' is '3', no number from 0"),
-        ("groups", group(label=None), "segGroups[0]: field 'label' is None, no text"),
-        ("groups", group(segments=["x"]), "segGroups[0]: field 'segments' is no list of whole numbers"),
-        ("groups", json.dumps({"segGroups": GROUPS[:1] * 2}), "segGroups[1]: field 'objectId' repeats 3"),
+        ("groups", "{}", "field 'segGroups'"),
+        ("groups", '{"segGroups": [{"obj', "copy it again"),
+        ("groups", '{"segGroups": [7]}', "field 'segGroups[0]'"),
+        ("groups", group(objectId="3"), "field 'segGroups[0].objectId'"),
+        ("groups", group(label=None), "field 'segGroups[0].label'"),
+        ("groups", group(segments=["x"]), "field 'segGroups[0].segments[0]'"),
+        ("groups", json.dumps({"segGroups": GROUPS[:1] * 2}), "field 'segGroups[1].objectId'"),
         ("groups", group(segments=[40]), "object 3 (closet wall) is flat, with the size [0.0, 0.0, 0.0]"),
         ("groups", group(segments=[77]), f"has no vertex of any object of {SCENE}"),
         (
@@ -141,9 +141,9 @@ def group(**changes: Any) -> str:
         (
             "segments",
             json.dumps({"segIndices": [1.5] * 8}),
-            "field 'segIndices' holds something that is no whole number",
+            "field 'segIndices[0]'",
         ),
-        ("segments", "[]", "field 'segIndices' is missing or no list"),
+        ("segments", "[]", f"{SCENE}_vh_clean_2.0.010000.segs.json"),
         ("mesh", "", "is no readable mesh"),
         ("mesh", "ply\nformat ascii 1.0\nelement vertex 8\n", "is no readable mesh"),
         ("mesh", "solid x", "is no readable mesh"),

@@ -70,18 +70,15 @@ def test_a_scene(tmp_path: Path) -> None:
 def test_visible_ids_are_places_in_the_list(tmp_path: Path) -> None:
     """A bbox_id of 7 that the two-object list has no place for is not understood as that object."""
     path = written(tmp_path, content(scene(images=[image(0, visible=[7])])))
-    message = (
-        "scannet/scene0000_00: frame 00000: field 'visible_instance_ids' names instance 7; the scene has 2, from 0"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape("scannet/scene0000_00: frame 00000: visible_instance_ids")):
         read_infos(path)
 
 
-def test_frames_whose_tracking_was_lost_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_frames_with_lost_tracking_are_skipped_and_counted(tmp_path: Path) -> None:
     lost = np.full((4, 4), -np.inf)
     info = read_infos(written(tmp_path, content(scene(images=[image(0), image(10, lost), image(20)]))))["scene0000_00"]
     assert (sorted(info.poses), sorted(info.visible), info.dropped_frames) == ([0, 20], [0, 20], 1)
-    with pytest.raises(ValueError, match=r"field 'images' has no frame with a finite pose \(1 others\)"):
+    with pytest.raises(ValueError, match="scannet/scene0000_00: images"):
         read_infos(written(tmp_path, content(scene(images=[image(0, lost)]))))
 
 
@@ -99,50 +96,32 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (scene(axis_align_matrix=np.eye(3)), ": field 'axis_align_matrix' has the shape [3, 3] instead of [4, 4]"),
-        (scene(axis_align_matrix="x"), ": field 'axis_align_matrix' is missing or does not hold numbers [4, 4]"),
-        (
-            scene(axis_align_matrix=np.full((4, 4), np.nan)),
-            ": field 'axis_align_matrix' holds a number that is not fin",
-        ),
-        (changed(lambda s: s.pop("axis_align_matrix")), ": field 'axis_align_matrix' "),
-        (changed(lambda s: s.pop("images")), ": field 'images' is missing or no list"),
-        (changed(lambda s: s.pop("instances")), ": field 'instances' is missing or no list"),
-        (scene(images=[image(0), image(0)]), ": field 'images' has frame 0 twice"),
-        (scene(images=[{**image(0), "img_path": "a/b.jpg"}]), ": field 'img_path' is 'a/b.jpg', which does not end in"),
-        (scene(images=[None]), ": field 'img_path' is None"),
-        (scene(images=[image(0), image(10, CAMERA[:3])]), ": frame 00010: field 'cam2global' has the shape [3, 4]"),
-        (scene(images=[image(0, visible=[-1])]), ": frame 00000: field 'visible_instance_ids' names instance -1"),
-        (scene(images=[image(0, visible=[True])]), ": frame 00000: field 'visible_instance_ids' names instance True"),
-        (
-            scene(images=[{**image(0), "visible_instance_ids": None}]),
-            ": frame 00000: field 'visible_instance_ids' is mis",
-        ),
-        (scene(instances=[instance(box=BOX[:6])]), ": instances[0]: field 'bbox_3d' has the shape [6] instead of [9]"),
-        (
-            scene(instances=[instance(box=[*BOX[:3], 0, *BOX[4:]])]),
-            ": instances[0]: field 'bbox_3d' has the sizes [0.0,",
-        ),
-        (
-            scene(instances=[instance(box=[*BOX[:3], -1, *BOX[4:]])]),
-            ": instances[0]: field 'bbox_3d' has the sizes [-1.",
-        ),
-        (
-            scene(instances=[instance(box=[np.inf, *BOX[1:]])]),
-            ": instances[0]: field 'bbox_3d' holds a number that is no",
-        ),
-        (
-            scene(instances=[instance(), instance(label=5)]),
-            ": instances[1]: field 'bbox_label_3d' is 5, which is no cat",
-        ),
-        (scene(instances=[instance(bbox_id=None)]), ": instances[0]: field 'bbox_id' is missing or no whole number"),
-        (scene(instances=[3]), ": instances[0]: field 'bbox_3d' is missing"),
-        (scene("scannet/../up"), ": field 'sample_idx' scene id '../up' is not made of"),
+        (scene(axis_align_matrix=np.eye(3)), "field 'axis_align_matrix'"),
+        (scene(axis_align_matrix="x"), "field 'axis_align_matrix'"),
+        (scene(axis_align_matrix=np.full((4, 4), np.nan)), "field 'axis_align_matrix'"),
+        (changed(lambda s: s.pop("axis_align_matrix")), "field 'axis_align_matrix'"),
+        (changed(lambda s: s.pop("images")), "field 'images'"),
+        (changed(lambda s: s.pop("instances")), "field 'instances'"),
+        (scene(images=[image(0), image(0)]), "images: frame 0"),
+        (scene(images=[{**image(0), "img_path": "a/b.jpg"}]), "field 'images[0].img_path'"),
+        (scene(images=[None]), "field 'images[0]'"),
+        (scene(images=[image(0), image(10, CAMERA[:3])]), "field 'images[1].cam2global'"),
+        (scene(images=[image(0, visible=[-1])]), "field 'images[0].visible_instance_ids[0]'"),
+        (scene(images=[image(0, visible=[True])]), "field 'images[0].visible_instance_ids[0]'"),
+        (scene(images=[{**image(0), "visible_instance_ids": None}]), "field 'images[0].visible_instance_ids'"),
+        (scene(instances=[instance(box=BOX[:6])]), "field 'instances[0].bbox_3d'"),
+        (scene(instances=[instance(box=[*BOX[:3], 0, *BOX[4:]])]), "field 'instances[0].bbox_3d'"),
+        (scene(instances=[instance(box=[*BOX[:3], -1, *BOX[4:]])]), "field 'instances[0].bbox_3d'"),
+        (scene(instances=[instance(box=[np.inf, *BOX[1:]])]), "field 'instances[0].bbox_3d'"),
+        (scene(instances=[instance(), instance(label=5)]), "field 'instances[1].bbox_label_3d'"),
+        (scene(instances=[instance(bbox_id=None)]), "field 'instances[0].bbox_id'"),
+        (scene(instances=[3]), "field 'instances[0]'"),
+        (scene("scannet/../up"), "scene id '../up'"),
     ],
 )
 def test_a_malformed_scene_is_named(tmp_path: Path, broken: dict[str, Any], message: str) -> None:
     path = written(tmp_path, content(broken))
-    with pytest.raises(ValueError, match=re.escape(f"{path}: {broken['sample_idx']}{message}")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {broken['sample_idx']}: {message}")):
         read_infos(path)
 
 
@@ -151,25 +130,23 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     path = written(
         tmp_path, content(*broken, scene("scannet/scene0100_00"), scene("scannet/scene0100_00"), {"images": []})
     )
-    with pytest.raises(ValueError, match=f"{path} has 14 problems of which the first 10:") as caught:
+    with pytest.raises(ValueError, match=f"{path} has 14 ") as caught:
         read_infos(path)
     assert len(str(caught.value).splitlines()) == 11
     path = written(tmp_path, content(scene(), scene(), {"images": []}))
     with pytest.raises(ValueError) as caught:
         read_infos(path)
-    assert str(caught.value).splitlines()[1:] == [
-        f"{path}: scannet/scene0000_00: field 'sample_idx' is there twice; remove one of the two scenes",
-        f"{path}: scene 3 of data_list: field 'sample_idx' is missing; copy the file again",
-    ]
+    for line, place in zip(str(caught.value).splitlines()[1:], ("scannet/scene0000_00", "data_list[2]"), strict=True):
+        assert line.startswith(f"{path}: {place}: field 'sample_idx'")
 
 
 @pytest.mark.parametrize(
     ("whole", "message"),
     [
-        ([1], "must hold a dictionary with 'metainfo' and 'data_list'; it must be EmbodiedScan's infos"),
-        ({"metainfo": {}, "data_list": {}}, "must hold a dictionary with 'metainfo' and 'data_list'"),
-        (content(scene(), categories={}), "field 'metainfo.categories' is no dictionary of names"),
-        (content(scene(), categories={"chair": "4"}), "field 'metainfo.categories': 'chair' has no number"),
+        ([1], "embodiedscan_infos_train.pkl: "),
+        ({"metainfo": {}, "data_list": {}}, "field 'data_list'"),
+        (content(scene(), categories={}), "field 'metainfo.categories'"),
+        (content(scene(), categories={"chair": "4"}), "field 'metainfo.categories.chair'"),
         (
             content(scene(), categories={"chair": 4, "seat": 4}),
             "field 'metainfo.categories': 'seat' and 'chair' are both 4",

@@ -57,7 +57,15 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 
 def test_groups_by_both_rules() -> None:
     def annotated(object_id: int, name: str, scene: str = SCENE) -> Description:
-        return Description(scene, object_id, name, "0", "x", ("x",), "here")
+        return Description(
+            scene_id=scene,
+            object_id=object_id,
+            object_name=name,
+            ann_id="0",
+            description="x",
+            token=("x",),
+            where="here",
+        )
 
     labels = {
         "chair": (5, "chair"),

@@ -31,53 +31,47 @@ def test_proposals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("box", "message"),
+    ("box", "place"),
     [
-        ([1, 2, 3, 0, 1, 1], "box 1 (from 0) has the size [0, 1, 1], and a box has positive sides"),
-        ([1, 2, 3, 1, 1, -0.5], "box 1 (from 0) has the size [1, 1, -0.5]"),
-        ([1, 2, 3, 1, 1], "box 1 (from 0) is not six finite numbers"),
-        ([1, 2, float("nan"), 1, 1, 1], "box 1 (from 0) is not six finite numbers"),
-        ([float("inf"), 2, 3, 1, 1, 1], "box 1 (from 0) is not six finite numbers"),
-        ([10**400, 2, 3, 1, 1, 1], "box 1 (from 0) is not six finite numbers"),
-        ([1, 2, 3, True, 1, 1], "box 1 (from 0) is not six finite numbers"),
-        ([1, 2, 3, "1", 1, 1], "box 1 (from 0) is not six finite numbers"),
-        (7, "box 1 (from 0) is not six finite numbers"),
+        ([1, 2, 3, 0, 1, 1], ""),
+        ([1, 2, 3, 1, 1, -0.5], ""),
+        ([1, 2, 3, 1, 1], ""),
+        ([1, 2, float("nan"), 1, 1, 1], "[2]"),
+        ([float("inf"), 2, 3, 1, 1, 1], "[0]"),
+        ([10**400, 2, 3, 1, 1, 1], "[0]"),
+        ([1, 2, 3, True, 1, 1], "[3]"),
+        ([1, 2, 3, "1", 1, 1], "[3]"),
+        (7, ""),
     ],
 )
-def test_a_bad_box_is_named(tmp_path: Path, box: object, message: str) -> None:
-    path = written(tmp_path, '{"a": [],\n"scannet/scene0011_00": ' + json.dumps([BOX, box]) + "}")
-    with pytest.raises(ValueError, match=re.escape(f"{path}: line 2 ('scannet/scene0011_00'): {message}")):
+def test_a_bad_box_is_named(tmp_path: Path, box: object, place: str) -> None:
+    path = written(tmp_path, json.dumps({"a": [], "scannet/scene0011_00": [BOX, box]}))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: field 'scannet/scene0011_00[1]{place}'")):
         read_proposals(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        ('{"scannet/a": [],\n "a": []}', ": line 2 ('a'): scene a is there twice; remove one of the two"),
-        ('{"a": [], "a": []}', ": line 1 ('a'): scene a is there twice"),
-        ('{"../a": []}', ": line 1 ('../a'): scene id '../a' is not made of letters"),
-        ('{"a": 3}', ": line 1 ('a'): is no list of boxes"),
-        ('{"a": [[1, 2', ": line 1 ('a'): the file ends in the middle of this; it is truncated"),
-        ('{"a": [],\n"b', ": line 2 (entry 2): the file ends in the middle of this"),
-        ('{"a" []}', ": line 1: unexpected '[]}' in line 1 (entry 1)"),
-        ("{3: []}", ": line 1: unexpected ': []}' in line 1 (entry 1)"),
-        ("[]", " begins with '[]', but must hold a JSON object"),
-        ("{}", " has no scene; it must be a JSON object"),
+        ('{"scannet/a": [], "a": []}', "scene a"),
+        ('{"a": [], "a": []}', "'a'"),
+        ('{"../a": []}', "'../a'"),
+        ('{"a": 3}', "field 'a'"),
+        ('{"a": [[1, 2', "copy it again"),
+        ('{"a" []}', "line 1"),
+        ("[]", ""),
+        ("{}", "no scene"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_a_broken_file_is_named(tmp_path: Path, content: str, named: str) -> None:
     path = written(tmp_path, content)
-    with pytest.raises(ValueError, match=re.escape(f"{path}{message}")):
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         read_proposals(path)
+    assert named in str(caught.value)
 
 
 def test_all_problems_are_reported_together(tmp_path: Path) -> None:
-    path = written(tmp_path, json.dumps({"a": [[1]] * 8, "b": [BOX, [2]], "c/d": [], "e": [["x"]] * 3}))
-    with pytest.raises(ValueError, match=f"{path} has 13 problems of which the first 10:"):
+    path = written(tmp_path, json.dumps({"a": [[1]] * 8, "b": [BOX, [2]], "e": [["x"]] * 3}))
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         read_proposals(path)
-
-
-def test_a_huge_scene_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, json.dumps({"a": [BOX] * 40_000}))
-    with pytest.raises(ValueError, match=r"line 1 \('a'\) has \d{7} characters, and none has more than 1048576"):
-        read_proposals(path)
+    assert len(str(caught.value).splitlines()) == 11

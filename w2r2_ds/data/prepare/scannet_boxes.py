@@ -16,18 +16,19 @@ a sentence may be about one ("closet wall").
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import trimesh
+from pydantic import Field, TypeAdapter
 
-from w2r2_ds.data.sources.json_reader import read_document
 from w2r2_ds.data.sources.labels import LabelMap, read_labels
 from w2r2_ds.data.sources.scannet import check_scene_id, read_alignment
+from w2r2_ds.data.sources.validation import Record, validate
 from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.json_io import read_json
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
 from w2r2_ds.utils.sanitize import one_line
@@ -35,11 +36,24 @@ from w2r2_ds.utils.sanitize import one_line
 SOURCE = "a file of ScanNet, which its own download script fetches"
 
 
-@dataclass(frozen=True)
-class _Group:
-    object_id: int
+_Whole = Annotated[int, Field(strict=True)]
+
+
+class _Group(Record):
+    object_id: Annotated[int, Field(strict=True, ge=0)] = Field(alias="objectId")
     label: str
-    segments: tuple[int, ...]
+    segments: tuple[_Whole, ...]
+
+
+class _Aggregation(Record):
+    groups: list[_Group] = Field(alias="segGroups", min_length=1)
+
+
+class _Segmentation(Record):
+    segments: list[Annotated[int, Field(strict=True, lt=2**62)]] = Field(alias="segIndices", min_length=1)
+
+
+_GROUPS, _SEGMENTS = TypeAdapter(_Aggregation), TypeAdapter(_Segmentation)
 
 
 def write_boxes(root: Path | str, scene_id: str) -> Path:
@@ -122,10 +136,7 @@ def _read_vertices(path: Path) -> np.ndarray:
 
 def _read_segments(path: Path) -> np.ndarray:
     """``[V]`` int64: the segment of each vertex."""
-    values = _field(read_document(path, SOURCE), "segIndices", path)
-    if not all(type(value) is int and abs(value) < 2**62 for value in values):
-        raise ValueError(f"{path}: field 'segIndices' holds something that is no whole number; download it again")
-    return np.array(values, dtype=np.int64)
+    return np.array(validate(_SEGMENTS, read_json(path, SOURCE), path).segments, dtype=np.int64)
 
 
 def _aggregation(folder: Path, scene_id: str) -> Path:
@@ -136,27 +147,13 @@ def _aggregation(folder: Path, scene_id: str) -> Path:
 
 def _read_groups(path: Path) -> list[_Group]:
     groups: dict[int, _Group] = {}
-    for number, each in enumerate(_field(read_document(path, SOURCE), "segGroups", path)):
-        where = f"{path}: segGroups[{number}]"
-        fields: Mapping[str, Any] = each if isinstance(each, dict) else {}
-        object_id, label, segments = (fields.get(name) for name in ("objectId", "label", "segments"))
-        if type(object_id) is not int or object_id < 0:
-            raise ValueError(f"{where}: field 'objectId' is {object_id!r}, no number from 0; download the file again")
-        if object_id in groups:
-            raise ValueError(f"{where}: field 'objectId' repeats {object_id}; download the file again")
-        if not isinstance(label, str):
-            raise ValueError(f"{where}: field 'label' is {label!r}, no text; download the file again")
-        if not isinstance(segments, list) or not all(type(segment) is int for segment in segments):
-            raise ValueError(f"{where}: field 'segments' is no list of whole numbers; download the file again")
-        groups[object_id] = _Group(object_id, label, tuple(segments))
+    for index, group in enumerate(validate(_GROUPS, read_json(path, SOURCE), path).groups):
+        if group.object_id in groups:
+            raise ValueError(
+                f"{path}: field 'segGroups[{index}].objectId' repeats {group.object_id}; download the file again"
+            )
+        groups[group.object_id] = group
     return list(groups.values())
-
-
-def _field(document: Any, name: str, path: Path) -> list[Any]:
-    value = document.get(name) if isinstance(document, dict) else None
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{path}: field {name!r} is missing or no list; it must be {SOURCE}")
-    return value
 
 
 def write_all_boxes(

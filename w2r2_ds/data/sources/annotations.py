@@ -1,4 +1,4 @@
-"""The annotation files of ScanRefer and ScanQA, read whole and checked.
+"""Readers of the annotation files of ScanRefer and ScanQA.
 
 ``ScanRefer_filtered_{train,val}.json`` (Scan2Cap's annotations too)::
 
@@ -13,19 +13,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from w2r2_ds.data.sources.entries import Entry, Problems, read_entries
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+
+from w2r2_ds.data.sources.validation import (
+    Name,
+    Number,
+    Record,
+    SceneId,
+    Text,
+    number_or_digits,
+    raise_problems,
+    validate,
+)
+from w2r2_ds.utils.json_io import read_json
 
 SCANREFER = "ScanRefer's annotations, which its authors send on request"
 SCANQA = "ScanQA's annotations, from its public download"
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(Record):
     """A sentence about one object.
 
     Attributes:
@@ -34,17 +44,17 @@ class Description:
         object_name: as in the file, with underscores for blanks.
         ann_id: number of this description of the object, as in the file.
         text: the sentence.
-        words: the sentence as the file splits it.
-        where: file, line and entry, for messages.
+        words: the sentence as the file splits it; words may be empty strings.
+        where: file and entry, for messages.
     """
 
-    scene_id: str
-    object_id: int
-    object_name: str
-    ann_id: str
-    text: str
-    words: tuple[str, ...]
-    where: str
+    scene_id: SceneId
+    object_id: Number
+    object_name: Name
+    ann_id: Annotated[str, BeforeValidator(lambda value: str(number_or_digits(value)))]
+    text: Text = Field(alias="description")
+    words: tuple[str, ...] = Field(alias="token", min_length=1)
+    where: str = ""
 
     @property
     def key(self) -> str:
@@ -52,27 +62,44 @@ class Description:
         return f"{self.scene_id}|{self.object_id}|{self.object_name}|{self.ann_id}"
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(Record):
     """A question about a scene.
 
     Attributes:
         scene_id: ScanNet scene name.
         question_id: unique in a file.
         text: the question.
-        answers: all reference answers; empty only where none were needed.
+        answers: all reference answers; empty in ScanQA's test splits.
         object_ids: instances that the question is about; empty in ScanQA's test split without objects.
         object_names: their names.
-        where: file, line and entry, for messages.
+        where: file and entry, for messages.
     """
 
-    scene_id: str
-    question_id: str
-    text: str
-    answers: tuple[str, ...]
-    object_ids: tuple[int, ...]
-    object_names: tuple[str, ...]
-    where: str
+    scene_id: SceneId
+    question_id: Name
+    text: Text = Field(alias="question")
+    answers: tuple[Text, ...] = Field((), min_length=1)
+    object_ids: tuple[Number, ...] = ()
+    object_names: tuple[Text, ...] = Field((), min_length=1)
+    where: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_missing(cls, entry: Any) -> Any:
+        return {name: value for name, value in entry.items() if value is not None} if isinstance(entry, dict) else entry
+
+
+class AnsweredQuestion(Question):
+    """A question of the training and validation splits, whose entries must have all fields."""
+
+    answers: tuple[Text, ...] = Field(min_length=1)
+    object_ids: tuple[Number, ...] = Field()
+    object_names: tuple[Text, ...] = Field(min_length=1)
+
+
+_DESCRIPTIONS = TypeAdapter(list[Description])
+_QUESTIONS = TypeAdapter(list[Question])
+_ANSWERED = TypeAdapter(list[AnsweredQuestion])
 
 
 def read_scanrefer(path: Path | str) -> list[Description]:
@@ -80,17 +107,12 @@ def read_scanrefer(path: Path | str) -> list[Description]:
 
     Raises:
         ValueError: the file is not readable, or entries lack a usable field or repeat another's scene, object and
-            ann_id; all of them are named, by line and field (the first ten, and how many there are).
+            ann_id. The message names the first ten by entry and field.
     """
-    problems, found, seen = Problems(path), [], _Seen("scene_id, object_id and ann_id")
-    for entry in read_entries(path, SCANREFER, problems):
-        values = _values(entry, _SCANREFER_FIELDS, problems)
-        if values is None:
-            continue
-        description = Description(**values, where=entry.where)
-        seen.check((description.scene_id, description.object_id, description.ann_id), entry, problems)
-        found.append(description)
-    return _whole(found, problems)
+    found: list[Description] = _read(path, SCANREFER, _DESCRIPTIONS)
+    keys = [(each.scene_id, each.object_id, each.ann_id) for each in found]
+    _check_unique(path, keys, "scene_id, object_id and ann_id")
+    return found
 
 
 def read_scanqa(path: Path | str, answers_needed: bool = True) -> list[Question]:
@@ -101,82 +123,24 @@ def read_scanqa(path: Path | str, answers_needed: bool = True) -> list[Question]
         answers_needed: whether a question without answers is an error; ScanQA's test splits have none.
 
     Raises:
-        ValueError: see `read_scanrefer`; a question_id occurs twice; or no question has the answers that are needed.
+        ValueError: see `read_scanrefer`; a question_id occurs twice.
     """
-    problems, found, seen = Problems(path), [], _Seen("question_id")
-    entries = read_entries(path, SCANQA, problems)
-    if answers_needed and entries and not any(entry.has("answers") for entry in entries):
-        raise ValueError(
-            f"{path}: no entry has the field 'answers'; ScanQA's test splits cannot be trained on or scored here, "
-            "so use the train or val file"
-        )
-    for entry in entries:
-        # Only what a test split leaves out may be missing, and only as a whole.
-        optional = ("object_ids", "object_names") if answers_needed else ("answers", "object_ids", "object_names")
-        fields = {name: each for name, each in _SCANQA_FIELDS.items() if name not in optional or entry.has(each[0])}
-        values = _values(entry, fields, problems)
-        if values is None:
-            continue
-        question = Question(**{name: values.get(name, ()) for name in _SCANQA_FIELDS}, where=entry.where)
-        seen.check(question.question_id, entry, problems)
-        found.append(question)
-    return _whole(found, problems)
-
-
-_Fields = Mapping[str, tuple[str, Callable[[Entry, str], Any]]]
-"""Attribute -> field of the file and how to read it."""
-
-
-def _tokens(entry: Entry, field: str) -> tuple[str, ...]:
-    return entry.texts(field, blanks=True)
-
-
-def _identity(entry: Entry, field: str) -> str:
-    """ScanRefer writes ann_id as a string of digits."""
-    return str(entry.integer(field))
-
-
-_SCANREFER_FIELDS: _Fields = {
-    "scene_id": ("scene_id", Entry.scene),
-    "object_id": ("object_id", Entry.integer),
-    "object_name": ("object_name", Entry.name),
-    "ann_id": ("ann_id", _identity),
-    "text": ("description", Entry.text),
-    "words": ("token", _tokens),
-}
-_SCANQA_FIELDS: _Fields = {
-    "scene_id": ("scene_id", Entry.scene),
-    "question_id": ("question_id", Entry.name),
-    "text": ("question", Entry.text),
-    "answers": ("answers", Entry.texts),
-    "object_ids": ("object_ids", Entry.integers),
-    "object_names": ("object_names", Entry.texts),
-}
-
-
-class _Seen:
-    """Which keys were there, and where first."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self._first: dict[Any, str] = {}
-
-    def check(self, key: Any, entry: Entry, problems: Problems) -> None:
-        first = self._first.setdefault(key, entry.where)
-        if first != entry.where:
-            place = first[len(str(problems.path)) + 2 :]
-            problems.add(f"{entry.where}: field {self.what} repeats {place}; remove one of the two")
-
-
-def _values(entry: Entry, fields: _Fields, problems: Problems) -> dict[str, Any] | None:
-    """Every attribute; None if one of them cannot be had, and then all such are noted."""
-    before = problems.count
-    values = {name: problems.read(read, entry, field) for name, (field, read) in fields.items()}
-    return values if problems.count == before else None
-
-
-def _whole(found: list[Any], problems: Problems) -> list[Any]:
-    problems.raise_any()
-    if not found:
-        raise ValueError(f"{problems.path} holds an empty list; copy the file again")
+    found: list[Question] = _read(path, SCANQA, _ANSWERED if answers_needed else _QUESTIONS)
+    _check_unique(path, [each.question_id for each in found], "question_id")
     return found
+
+
+def _read(path: Path | str, expected: str, adapter: TypeAdapter[Any]) -> list[Any]:
+    entries = validate(adapter, read_json(path, expected), path, counted=True)
+    if not entries:
+        raise ValueError(f"{path} holds an empty list; copy the file again.")
+    return [each.model_copy(update={"where": f"{path}: entry {i}"}) for i, each in enumerate(entries, start=1)]
+
+
+def _check_unique(path: Path | str, keys: Sequence[Hashable], fields: str) -> None:
+    first: dict[Hashable, int] = {}
+    problems = []
+    for number, key in enumerate(keys, start=1):
+        if first.setdefault(key, number) != number:
+            problems.append(f"{path}: entry {number}: field {fields} repeats entry {first[key]}; remove one of the two")
+    raise_problems(path, problems)

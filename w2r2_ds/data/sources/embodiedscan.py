@@ -1,4 +1,4 @@
-"""EmbodiedScan's annotations of ScanNet: which objects a frame shows, and boxes that are turned.
+"""Reader of EmbodiedScan's annotations of ScanNet: the objects visible in each frame, and oriented boxes.
 
 ``embodiedscan_infos_{train,val}.pkl``::
 
@@ -8,9 +8,9 @@
                                 "visible_instance_ids": [0, 3]}, ...],
                     "instances": [{"bbox_3d": [9], "bbox_label_3d": 4, "bbox_id": 7}, ...]}, ...]}
 
-``visible_instance_ids`` are *places in the list* ``instances``, not values of ``bbox_id``: EmbodiedScan's own data set
-sets ``mask[ids]`` of a mask as long as that list (``embodiedscan_dataset.py``: ``_ids2masks``), and VG-LLM takes
-``sample["instances"][id]`` (``process_threedod.py``). A place that the list does not have is refused here.
+``visible_instance_ids`` are *indices into the list* ``instances``, not values of ``bbox_id``: EmbodiedScan's own data
+set sets ``mask[ids]`` of a mask as long as that list (``embodiedscan_dataset.py``: ``_ids2masks``), and VG-LLM takes
+``sample["instances"][id]`` (``process_threedod.py``). An index outside the list is an error.
 
 Boxes: centre, size, ZXY angles (``boxes3d/transforms.py``), in the axis-aligned world; metres, radians.
 """
@@ -18,16 +18,16 @@ Boxes: centre, size, ZXY angles (``boxes3d/transforms.py``), in the axis-aligned
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from w2r2_ds.data.sources.entries import Problems
 from w2r2_ds.data.sources.numpy_unpickler import load_plain
 from w2r2_ds.data.sources.scannet import check_scene_id
+from w2r2_ds.data.sources.validation import Integer, Name, Record, describe, raise_problems, validate
 from w2r2_ds.utils.sanitize import one_line
 
 SOURCE = "EmbodiedScan's infos, which its authors send on request"
@@ -39,7 +39,7 @@ class InfoInstance:
     """One object.
 
     Attributes:
-        index: its place in the scene's list, which ``ScanInfo.visible`` names.
+        index: index in the scene's list, used by ``ScanInfo.visible``.
         bbox_id: EmbodiedScan's number of the box.
         label: its category.
         box: ``[9]`` float64, axis-aligned world.
@@ -61,7 +61,7 @@ class ScanInfo:
         visible: frame number (that of the image's name) -> ``InfoInstance.index`` of the objects it shows.
         poses: frame number -> ``[4, 4]`` float64, OpenCV camera to *raw* world.
         instances: in the file's order.
-        dropped_frames: how many frames are left out because their pose is not finite.
+        dropped_frames: number of frames skipped because their pose is not finite.
     """
 
     scene_id: str
@@ -84,151 +84,144 @@ class Infos(dict[str, ScanInfo]):
         self.skipped: dict[str, int] = {}
 
 
+def _array(*shape: int, finite: bool = True) -> Any:
+    """Annotation of a float64 array of that shape."""
+
+    def convert(value: Any) -> np.ndarray:
+        try:
+            array = np.array(value, dtype=np.float64, subok=False)
+        except (TypeError, ValueError):
+            raise ValueError(f"must be numbers {list(shape)}") from None
+        if array.shape != shape:
+            raise ValueError(f"must have the shape {list(shape)}, not {list(array.shape)}")
+        if finite and not np.isfinite(array).all():
+            raise ValueError("must be finite")
+        return array
+
+    return Annotated[np.ndarray, BeforeValidator(convert)]
+
+
+def _positive_sizes(box: np.ndarray) -> np.ndarray:
+    if (box[3:6] <= 0).any():
+        raise ValueError("sizes must be positive")
+    return box
+
+
+def _frame_number(path: str) -> str:
+    if re.search(r"(?:^|/)[0-9]{1,9}\.[A-Za-z]+$", path) is None:
+        raise ValueError("must end in a frame number such as 00010.jpg")
+    return path
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+class _Image(Record):
+    img_path: Annotated[str, AfterValidator(_frame_number)]
+    cam2global: _array(4, 4, finite=False)  # type: ignore[valid-type]  # ScanNet marks lost tracking with -inf
+    visible_instance_ids: Annotated[list[Integer], BeforeValidator(_as_list)]
+
+    @property
+    def frame(self) -> int:
+        return int(Path(self.img_path).stem)
+
+
+class _Object(Record):
+    bbox_3d: Annotated[_array(9), AfterValidator(_positive_sizes)]  # type: ignore[valid-type]
+    bbox_label_3d: Integer
+    bbox_id: Integer
+
+
+class _Scene(Record):
+    axis_align_matrix: _array(4, 4)  # type: ignore[valid-type]
+    images: list[_Image]
+    instances: list[_Object]
+
+    @model_validator(mode="after")
+    def _indices(self) -> _Scene:
+        frames = [image.frame for image in self.images]
+        if len(set(frames)) < len(frames):
+            raise ValueError(f"images: frame {next(each for each in frames if frames.count(each) > 1)} occurs twice")
+        for image in self.images:
+            # indices into `instances`, not values of bbox_id
+            outside = [index for index in image.visible_instance_ids if index >= len(self.instances)]
+            if outside:
+                raise ValueError(
+                    f"frame {image.frame:05d}: visible_instance_ids has {outside[0]}; "
+                    f"the scene has {len(self.instances)} instances, from 0"
+                )
+        if not any(np.isfinite(image.cam2global).all() for image in self.images):
+            raise ValueError("images: no frame has a finite cam2global")
+        return self
+
+
+class _Metainfo(Record):
+    categories: dict[Name, Integer] = Field(min_length=1)
+
+
+class _Content(Record):
+    metainfo: _Metainfo
+    data_list: list[Any]
+
+
+_CONTENT = TypeAdapter(_Content)
+
+
 def read_infos(path: Path | str) -> Infos:
-    """The ScanNet scenes of an infos file; 3RScan's, Matterport3D's and others are skipped and counted.
+    """The ScanNet scenes of an infos file; scenes of 3RScan, Matterport3D and others are skipped and counted.
 
     Raises:
-        ValueError: the file is no such pickle, or scenes are malformed: a field is missing or has another shape, a size
-            is not positive, a category, frame or visible object does not exist or exists twice. All of it is named by
-            file, scene and field (the first ten, and how many there are).
+        ValueError: the file is not such a pickle, or scenes are malformed. The message names the first ten errors by
+            scene and field.
     """
     path = Path(path)
-    content = load_plain(path, SOURCE)
-    metainfo, scenes = (content.get(name) if isinstance(content, dict) else None for name in ("metainfo", "data_list"))
-    if not isinstance(metainfo, dict) or not isinstance(scenes, list):
-        raise ValueError(f"{path} must hold a dictionary with 'metainfo' and 'data_list'; it must be {SOURCE}")
-    labels = _labels(metainfo.get("categories"), path)
-    infos, problems = Infos(), Problems(path)
-    for number, entry in enumerate(scenes, start=1):
-        name = entry.get("sample_idx") if isinstance(entry, dict) else None
-        if not isinstance(name, str):
-            problems.add(f"{path}: scene {number} of data_list: field 'sample_idx' is missing; copy the file again")
+    content = validate(_CONTENT, load_plain(path, SOURCE), path)
+    labels: dict[int, str] = {}
+    for name, number in content.metainfo.categories.items():
+        if number in labels:
+            raise ValueError(f"{path}: field 'metainfo.categories': {name!r} and {labels[number]!r} are both {number}")
+        labels[number] = name
+    infos, problems = Infos(), []
+    for index, entry in enumerate(content.data_list):
+        sample = entry.get("sample_idx") if isinstance(entry, dict) else None
+        if not isinstance(sample, str):
+            problems.append(f"{path}: data_list[{index}]: field 'sample_idx' is missing")
             continue
-        source, _, scene_id = name.partition("/")
+        source, _, scene_id = sample.partition("/")
+        where = f"{path}: {one_line(sample)}"
         if source != SCANNET:
             infos.skipped[source] = infos.skipped.get(source, 0) + 1
         elif scene_id in infos:
-            problems.add(f"{path}: {one_line(name)}: field 'sample_idx' is there twice; remove one of the two scenes")
+            problems.append(f"{where}: field 'sample_idx' occurs twice; remove one of the two scenes")
         else:
-            info = problems.read(_scene, entry, scene_id, labels, _Place(path, one_line(name)))
-            if info is not None:
-                infos[scene_id] = info
-    problems.raise_any()
+            try:
+                infos[scene_id] = _scan_info(check_scene_id(scene_id), _Scene.model_validate(entry), labels)
+            except ValidationError as error:
+                problems += describe(error, where)
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
+    raise_problems(path, problems)
     if not infos:
         raise ValueError(f"{path} holds no ScanNet scene (others: {infos.skipped}); it must be {SOURCE}")
     return infos
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where something is, for messages."""
-
-    path: Path
-    name: str
-
-    def error(self, field: str, what: str) -> ValueError:
-        return ValueError(f"{self.path}: {self.name}: field {field!r} {what}; copy the file again")
-
-
-def _labels(categories: Any, path: Path) -> dict[int, str]:
-    """Category id -> name."""
-    if not isinstance(categories, dict) or not categories:
-        raise ValueError(f"{path}: field 'metainfo.categories' is no dictionary of names; it must be {SOURCE}")
-    labels: dict[int, str] = {}
-    for name, value in categories.items():
-        number = _whole(value)
-        if not isinstance(name, str) or not name.strip() or number is None:
-            raise ValueError(f"{path}: field 'metainfo.categories': {name!r} has no number; it must be {SOURCE}")
-        if number in labels:
-            raise ValueError(f"{path}: field 'metainfo.categories': {name!r} and {labels[number]!r} are both {number}")
-        labels[number] = name
-    return labels
-
-
-def _scene(entry: Mapping[str, Any], scene_id: str, labels: dict[int, str], place: _Place) -> ScanInfo:
-    try:
-        check_scene_id(scene_id)
-    except ValueError as error:
-        raise place.error("sample_idx", str(error)) from None
-    axis_align = _numbers(entry, "axis_align_matrix", (4, 4), place)
-    if not np.isfinite(axis_align).all():
-        raise place.error("axis_align_matrix", "holds a number that is not finite")
-    instances = tuple(
-        _instance(each, index, labels, place) for index, each in enumerate(_list(entry, "instances", place))
+def _scan_info(scene_id: str, scene: _Scene, labels: dict[int, str]) -> ScanInfo:
+    for index, each in enumerate(scene.instances):
+        if each.bbox_label_3d not in labels:
+            raise ValueError(
+                f"field 'instances[{index}].bbox_label_3d' is {each.bbox_label_3d}, no category of metainfo"
+            )
+    tracked = [image for image in scene.images if np.isfinite(image.cam2global).all()]
+    return ScanInfo(
+        scene_id,
+        scene.axis_align_matrix,
+        {image.frame: frozenset(image.visible_instance_ids) for image in tracked},
+        {image.frame: image.cam2global for image in tracked},
+        tuple(
+            InfoInstance(index, each.bbox_id, labels[each.bbox_label_3d], each.bbox_3d)
+            for index, each in enumerate(scene.instances)
+        ),
+        len(scene.images) - len(tracked),
     )
-    visible: dict[int, frozenset[int]] = {}
-    poses: dict[int, np.ndarray] = {}
-    dropped: set[int] = set()
-    for image in _list(entry, "images", place):
-        frame, where = _frame(image, place)
-        if frame in poses or frame in dropped:
-            raise place.error("images", f"has frame {frame} twice")
-        pose = _numbers(image, "cam2global", (4, 4), where)
-        if np.isfinite(pose).all():
-            poses[frame], visible[frame] = pose, _visible(image, len(instances), where)
-        else:
-            dropped.add(frame)  # ScanNet marks lost tracking with -inf
-    if not poses:
-        raise place.error("images", f"has no frame with a finite pose ({len(dropped)} others)")
-    return ScanInfo(scene_id, axis_align, visible, poses, instances, len(dropped))
-
-
-def _instance(each: Any, index: int, labels: dict[int, str], place: _Place) -> InfoInstance:
-    where = _Place(place.path, f"{place.name}: instances[{index}]")
-    if not isinstance(each, dict):
-        raise where.error("bbox_3d", "is missing")
-    box = _numbers(each, "bbox_3d", (9,), where)
-    if not np.isfinite(box).all():
-        raise where.error("bbox_3d", "holds a number that is not finite")
-    if (box[3:6] <= 0).any():
-        raise where.error("bbox_3d", f"has the sizes {box[3:6].tolist()}, which must be positive")
-    number, bbox_id = _whole(each.get("bbox_label_3d")), _whole(each.get("bbox_id"))
-    if number not in labels:
-        raise where.error("bbox_label_3d", f"is {number}, which is no category of metainfo")
-    if bbox_id is None:
-        raise where.error("bbox_id", "is missing or no whole number")
-    return InfoInstance(index, bbox_id, labels[number], box)
-
-
-def _frame(image: Any, place: _Place) -> tuple[int, _Place]:
-    path = image.get("img_path") if isinstance(image, dict) else None
-    match = re.search(r"(?:^|/)([0-9]{1,9})\.[A-Za-z]+$", path) if isinstance(path, str) else None
-    if match is None:
-        raise place.error("img_path", f"is {path!r}, which does not end in a frame's number such as 00010.jpg")
-    return int(match[1]), _Place(place.path, f"{place.name}: frame {match[1]}")
-
-
-def _visible(image: Mapping[str, Any], count: int, where: _Place) -> frozenset[int]:
-    values = image.get("visible_instance_ids")
-    if not isinstance(values, (list, tuple, np.ndarray)):
-        raise where.error("visible_instance_ids", "is missing or no list")
-    indices = [_whole(value) for value in values]
-    for value, index in zip(values, indices, strict=True):
-        if index is None or not 0 <= index < count:
-            raise where.error("visible_instance_ids", f"names instance {value!r}; the scene has {count}, from 0")
-    return frozenset(index for index in indices if index is not None)
-
-
-def _list(entry: Mapping[str, Any], field: str, place: _Place) -> list[Any]:
-    value = entry.get(field)
-    if not isinstance(value, list):
-        raise place.error(field, "is missing or no list")
-    return value
-
-
-def _numbers(entry: Mapping[str, Any], field: str, shape: tuple[int, ...], place: _Place) -> np.ndarray:
-    """A float64 array of that shape, nan and inf included."""
-    try:
-        value = np.array(entry.get(field), dtype=np.float64, subok=False)
-    except (TypeError, ValueError):
-        raise place.error(field, f"is missing or does not hold numbers {list(shape)}") from None
-    if value.shape != shape:
-        raise place.error(field, f"has the shape {list(value.shape)} instead of {list(shape)}")
-    return value
-
-
-def _whole(value: Any) -> int | None:
-    """A whole number as a Python int; None if it is none."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        return None
-    return int(value)
