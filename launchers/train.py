@@ -17,8 +17,9 @@ from w2r2_ds.evaluation.validator import InTraining
 from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.training.deepspeed.config import load_ds_config
 from w2r2_ds.training.deepspeed.launch import join_ranks
-from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, MISTAKES, Unreachable
+from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, Unreachable
 from w2r2_ds.training.fault_tolerance.signals import StopSignals
+from w2r2_ds.training.fault_tolerance.watchdog import MISTAKES
 from w2r2_ds.training.trainer import train
 from w2r2_ds.utils.logging import ignore_write_errors, setup_logging
 from w2r2_ds.utils.sanitize import message

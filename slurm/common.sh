@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# What the batch scripts share: how ranks are started, how a signal reaches them, and how a job ends.
+# Functions of the batch scripts: start the ranks, forward signals to them, and requeue or end the job.
 # Sourced in the repository root, by the batch shell on the first node of the job.
 
 # shellcheck source=slurm/cluster.env
 . slurm/cluster.env
+# shellcheck source=slurm/exit_codes.sh
+. slurm/exit_codes.sh
 shopt -s extglob
 
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID of a task may name the whole array
@@ -13,16 +15,16 @@ logs=logs/$job
 nodes=${SLURM_JOB_NUM_NODES:-1}
 per_node=${SLURM_NTASKS_PER_NODE:-1}
 dry=   # 1: print what would be started
-asked= # the signal that this shell got
+asked= # the signal that this shell received
 state= # where the ranks leave process ids and exit codes; empty before the first ones
 
-say() { printf '%(%F %T)T job %s: %s\n' -1 "$job" "$*"; }
+log() { printf '%(%F %T)T job %s: %s\n' -1 "$job" "$*"; }
 die() {
-    say "$*" >&2
+    log "$*" >&2
     exit 1
 }
 
-# begin WORD...: the options that every script has; leaves the others in `rest`, and makes ready where this is a job.
+# begin WORD...: parse the options that every script has, leave the others in `rest`, and set up the job.
 begin() {
     local word
     rest=()
@@ -44,10 +46,10 @@ begin() {
     if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # else srun gives 1
     trap 'forward USR1' USR1
     trap 'forward TERM' TERM
-    say "start $starts on $SLURM_JOB_NODELIST; the ranks write $logs/rank-*.log"
+    log "start $starts on $SLURM_JOB_NODELIST; the ranks write $logs/rank-*.log"
 }
 
-# train OPTION...: looks at every node, then trains.
+# train OPTION...: check every node with the doctor, then train.
 train() {
     local word doctor=1 deepspeed=(--deepspeed ds_configs/zero3.json) words=()
     for word; do
@@ -62,10 +64,10 @@ train() {
     ranks train python launchers/train.py "${words[@]}"
 }
 
-# ranks NAME COMMAND...: runs COMMAND as one rank per GPU; comes back where all of them ended with 0.
+# ranks NAME COMMAND...: run COMMAND as one rank per GPU; returns if all of them exit with 0, else ends the job.
 ranks() {
     local name=$1 output=() line step
-    if [ "$name" != doctor ]; then output=(--output="$logs/rank-%t.log" --open-mode=append); fi # it has the job's log
+    if [ "$name" != doctor ]; then output=(--output="$logs/rank-%t.log" --open-mode=append); fi # the doctor writes to the job's log
     state=$logs/start-$starts/$name
     line=(srun --nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --export=ALL
         --kill-on-bad-exit=1 --wait=60 "${output[@]}" "${SRUN_EXTRA[@]}"
@@ -74,27 +76,27 @@ ranks() {
         printf '%q ' "${line[@]}" && echo
         return
     fi
-    if [ -n "$asked" ]; then leave; fi # a signal after the doctor and before this
-    say "$name: ${*:2:2} with $(($# - 3)) words of options" # not the words: one may be a token, which the ranks refuse
+    if [ -n "$asked" ]; then leave; fi # a signal came between the doctor and this step
+    log "$name: ${*:2:2} with $(($# - 3)) words of options" # not the words themselves: one may be an access token
     mkdir -p "$state"
     "${line[@]}" &
     step=$!
     until
         wait "$step"
-        ! kill -0 "$step" 2>/dev/null # still there: a signal ended the wait, not srun
+        ! kill -0 "$step" 2>/dev/null # srun still runs: a signal ended the wait
     do :; done
     wait "$step"
     conclude $?
-    say "$name: done"
+    log "$name: done"
 }
 
-# forward SIGNAL: hands it to the ranks of this node and to nothing else; srun and loader workers have no use for it.
-# The ranks of all nodes agree at the next step boundary (w2r2_ds/training/fault_tolerance/signals.py).
+# forward SIGNAL: send it to the ranks of this node only; it would kill srun and the data loader's workers.
+# The ranks of all nodes agree on it at the next step boundary (w2r2_ds/training/fault_tolerance/signals.py).
 forward() {
     local file
-    say "SIG$1"
+    log "SIG$1"
     if [ "$asked" != TERM ]; then asked=$1; fi
-    for _ in {1..30}; do # ranks that are just being started have no process yet
+    for _ in {1..30}; do # wait for the process ids of ranks that are just being started
         if [ -z "$state" ] || compgen -G "$state/*-$SLURMD_NODENAME" >/dev/null; then break; fi
         sleep 1
     done
@@ -103,8 +105,8 @@ forward() {
     done
 }
 
-# conclude STATUS: what srun's exit code and those of the ranks ask for (w2r2_ds/training/fault_tolerance/exit_codes.py).
-# Returns where every rank ended with 0, else ends the job.
+# conclude STATUS: decide by srun's exit code and the ranks' (slurm/exit_codes.sh) how the job goes on.
+# Returns if every rank exited with 0; else requeues or ends the job.
 conclude() {
     local file code seen=0 done=0 failed='' lost='' stopped=''
     for file in "$state"/exit-*; do
@@ -113,16 +115,16 @@ conclude() {
         seen=$((seen + 1))
         case $code in
         '') ;; # the disk was full
-        0) done=$((done + 1)) ;;
-        85) asked=${asked:-USR1} ;;
-        143) stopped=1 ;;
-        *) if ((code == 75 || code > 128)); then lost=${file##*/exit-}; else failed=${file##*/exit-}; fi ;;
+        "$EXIT_DONE") done=$((done + 1)) ;;
+        "$EXIT_REQUEUE") asked=${asked:-USR1} ;;
+        "$EXIT_TERMINATED") stopped=1 ;;
+        *) if ((code == EXIT_LOST || code > 128)); then lost=${file##*/exit-}; else failed=${file##*/exit-}; fi ;;
         esac
     done
     if [ "$name" != train ] && [ -n "$asked" ] && ((done < nodes * per_node)); then
-        leave # only training hears signals; others die of them, and who waits for one of these ends as a failure
+        leave # only training handles signals; other commands die of them, and ranks that wait for those fail
     elif [ -n "$failed" ]; then
-        if [ "$name" = doctor ] && ((starts > 0)); then again "not fit to train, see above"; fi # other nodes may be
+        if [ "$name" = doctor ] && ((starts > 0)); then again "not fit to train, see above"; fi # other nodes may be fit
         if [ "$name" = doctor ]; then die "not fit to train; not requeued. What is wrong, and where, is above."; fi
         tail -n 15 "$logs/rank-${failed%%-*}.log"
         die "$(ended "$failed"); not requeued. The end of its log is above."
@@ -143,8 +145,8 @@ conclude() {
     again "srun ended with $1, and a rank left no exit code"
 }
 
-# again REASON: requeues a job that lost a rank, unless that is all it does: what ends three starts in a row within a
-# quarter of an hour each is no mishap of a machine.
+# again REASON: requeue a job that lost a rank. After three starts in a row that each ended within a quarter of an hour,
+# the cause is not one bad machine: end the job.
 again() {
     if ((SECONDS < 900)); then
         : >"$logs/start-$starts/early"
@@ -155,18 +157,18 @@ again() {
     requeue "$1"
 }
 
-# leave: ends a job that a signal stopped.
+# leave: requeue (SIGUSR1) or end (SIGTERM) a job that a signal stopped.
 leave() {
     if [ "$asked" = USR1 ]; then requeue "stopped by SIGUSR1"; fi
-    say "stopped by SIGTERM; not requeued. The same command goes on where it was."
-    exit 143
+    log "stopped by SIGTERM; not requeued. The same command goes on where it was."
+    exit "$EXIT_TERMINATED"
 }
 
-# ended RANK-NODE: a sentence about it.
+# ended RANK-NODE: print how that rank ended.
 ended() { echo "rank ${1%%-*} on ${1#*-} ended with $(<"$state/exit-$1")"; }
 
-# requeue REASON: puts the job back into the queue, unless it was there too often or this shell is a ghost: one whose
-# node was cut off while Slurm started the job anew must not take it away from the ranks that replaced its own.
+# requeue REASON: put the job back into the queue, at most MAX_REQUEUES times. Not if Slurm has already restarted it on
+# other nodes because this one was unreachable: a requeue from this shell would stop the new ranks.
 requeue() {
     local now
     if ((starts >= MAX_REQUEUES)); then
@@ -180,8 +182,8 @@ requeue() {
             if [[ $now == *" Requeue=0 "* ]]; then
                 die "$1; not requeued: the job was submitted with --no-requeue. The same command goes on where it was."
             fi
-            say "$1; requeued"
-            trap '' TERM # Slurm ends this shell with it, which is no news
+            log "$1; requeued"
+            trap '' TERM # scontrol requeue sends SIGTERM to this shell
             if scontrol requeue "$job"; then exit 0; fi
         fi
         sleep 10

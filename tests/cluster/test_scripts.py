@@ -6,12 +6,14 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from slurm_cluster import make_root
+from w2r2_ds.training.fault_tolerance import exit_codes
 
 SCRIPTS = ("train", "evaluate", "prepare", "sweep")
 JOB = {
@@ -142,6 +144,14 @@ def test_srun_does_not_kill_ranks_that_are_still_putting_things_away(
     assert [path.name for path in tmp_path.glob("pid-*")] == []
 
 
+def test_exit_codes_of_the_scripts_are_those_of_training(root: Path) -> None:
+    assert (root / "slurm" / "exit_codes.sh").read_text() == exit_codes.shell_assignments()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", exit_codes.__name__], text=True, capture_output=True, check=True
+    )
+    assert done.stdout == exit_codes.shell_assignments() and "torch" not in done.stderr
+
+
 def test_a_rank_has_the_names_of_torch_distributed_and_a_folder_for_kernels_that_is_its_own(
     root: Path, tmp_path: Path
 ) -> None:
@@ -153,15 +163,15 @@ def test_a_rank_has_the_names_of_torch_distributed_and_a_folder_for_kernels_that
     assert (tmp_path / "w2r2-7-2").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_folder_for_kernels_that_somebody_else_made_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_folder_for_kernels_of_another_user_is_an_error(root: Path, tmp_path: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can make a folder of somebody else")
+        pytest.skip("only root can make another user's folder")
     (tmp_path / "w2r2-7-0").mkdir()
     os.chown(tmp_path / "w2r2-7-0", 65534, 65534)
     command = ["slurm/rank.sh", str(tmp_path), "true"]
     environment = os.environ | JOB | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 1 and "belongs to somebody else" in done.stderr
+    assert done.returncode == 1 and "belongs to another user" in done.stderr
 
 
 def test_a_rank_outlives_a_storm_of_signals_that_its_command_takes(root: Path, tmp_path: Path) -> None:

@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from w2r2_ds.training.deepspeed.launch import free_port
-from w2r2_ds.training.fault_tolerance.exit_codes import MISTAKES
 from w2r2_ds.training.fault_tolerance.hang_detector import Limits
-from w2r2_ds.training.fault_tolerance.watchdog import Watchdog
+from w2r2_ds.training.fault_tolerance.watchdog import MISTAKES, Watchdog
 
 LIMITS = Limits(hang=4, gone=6, beat=0.3, settle=2)
 

@@ -1,23 +1,37 @@
-"""Exit codes of launchers/train.py; slurm/ decides by them whether a job is queued again."""
+"""Exit codes of training; the batch scripts in slurm/ decide by them whether a job is requeued.
+
+The scripts source slurm/exit_codes.sh, which ``python -m w2r2_ds.training.fault_tolerance.exit_codes`` prints. It is a
+file because the batch shell may have no Python: the environment can be in a container that only the ranks run in.
+"""
 
 from __future__ import annotations
 
-import torch
-
 DONE = 0
-"""All steps are done, and the last checkpoint is written."""
+"""All steps are done and the last checkpoint is written."""
 FAILED = 1
-"""A mistake that the user can mend, or a loss that is not finite; starting again would end alike: never requeued."""
+"""A user's mistake or a loss that is not finite. The same command would end in the same way, so never requeued."""
 LOST = 75
-"""A rank died, hung or cannot be reached, or something unforeseen was raised; starting again may help."""
+"""A rank died, hung or was unreachable, or an unexpected exception was raised. Another start may help."""
 REQUEUE = 85
-"""Stopped by SIGUSR1 after a checkpoint: the time is up, and the job wants to go on where it is."""
+"""Stopped by SIGUSR1 (time limit) after a checkpoint; the job is to continue."""
 TERMINATED = 143
-"""Stopped by SIGTERM after a checkpoint: whoever sent it decides whether the job goes on (128 + 15, as of a shell)."""
-
-MISTAKES = (ValueError, FloatingPointError, torch.OutOfMemoryError)
-"""What ends a run with `FAILED`: the same samples would use up the memory again."""
+"""Stopped by SIGTERM after a checkpoint; the job is not requeued (128 + 15, as a shell reports it)."""
 
 
 class Unreachable(RuntimeError):
-    """Ends a run with `LOST` and one sentence: the network or another start is in the way, and a restart may help."""
+    """The network or another start of this run prevents training; ends the process with `LOST`."""
+
+
+def shell_assignments() -> str:
+    """The exit codes as Bash variables: the content of slurm/exit_codes.sh."""
+    codes = {"DONE": DONE, "FAILED": FAILED, "LOST": LOST, "REQUEUE": REQUEUE, "TERMINATED": TERMINATED}
+    lines = [
+        "# shellcheck shell=bash disable=SC2034",
+        "# Generated: python -m w2r2_ds.training.fault_tolerance.exit_codes > slurm/exit_codes.sh",
+        *(f"EXIT_{name}={code}" for name, code in codes.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(shell_assignments(), end="")

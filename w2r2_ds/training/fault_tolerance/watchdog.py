@@ -17,10 +17,11 @@ import time
 import traceback
 from types import FrameType, TracebackType
 
+import torch
 import torch.distributed as dist
 
 from w2r2_ds.training.fault_tolerance.activity import Activity
-from w2r2_ds.training.fault_tolerance.exit_codes import FAILED, LOST, MISTAKES
+from w2r2_ds.training.fault_tolerance.exit_codes import FAILED, LOST
 from w2r2_ds.training.fault_tolerance.hang_detector import (
     FAILURE,
     LEFT,
@@ -34,6 +35,8 @@ from w2r2_ds.training.fault_tolerance.hang_detector import (
 from w2r2_ds.training.fault_tolerance.heartbeat_store import HeartbeatStore
 from w2r2_ds.utils.sanitize import message
 
+MISTAKES = (ValueError, FloatingPointError, torch.OutOfMemoryError)
+"""Exceptions that end a run with exit code `FAILED`: the same command would raise them again."""
 TICK = 0.1
 """Seconds between two looks of the thread that keeps the time."""
 COLLECTIVES = ("torch.distributed.", "deepspeed.")

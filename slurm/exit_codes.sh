@@ -1,0 +1,7 @@
+# shellcheck shell=bash disable=SC2034
+# Generated: python -m w2r2_ds.training.fault_tolerance.exit_codes > slurm/exit_codes.sh
+EXIT_DONE=0
+EXIT_FAILED=1
+EXIT_LOST=75
+EXIT_REQUEUE=85
+EXIT_TERMINATED=143
