@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fault_runs import Start, undisturbed
 from runs import read_metrics
-from w2r2_ds.training.checkpoint.manifest import DAMAGED, PARTIAL, newest_complete, steps, verify
+from w2r2_ds.training.checkpoint.manifest import DAMAGED, PARTIAL, newest_complete, step_folders, verify
 
 NOT_EXACT = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib", "data_s", "tflops", "mfu")
 """Times and sizes in a line of metrics; everything else is equal to the last bit."""
@@ -111,16 +111,16 @@ def assert_nothing_torn(out: Path) -> None:
     assert not damaged, damaged
 
 
-def assert_as_undisturbed(out: Path, expected: Path, set_aside: int = 0) -> None:
+def assert_as_undisturbed(out: Path, expected: Path, rename_damaged: int = 0) -> None:
     """Equal to the last bit: the final weights, both ranks' random states, every line of metrics; nothing lies about.
 
     Args:
         out: the run that faults happened to.
         expected: the run that none happened to.
-        set_aside: damaged checkpoints that the test itself made, which the run has set aside by name.
+        rename_damaged: damaged checkpoints that the test itself made, which the run has set aside by name.
     """
-    (last, path), *_ = steps(out).items()
-    (wanted, other), *_ = steps(expected).items()
+    (last, path), *_ = step_folders(out).items()
+    (wanted, other), *_ = step_folders(expected).items()
     assert last == wanted
     mine, theirs = load_file(path / "trainable.safetensors"), load_file(other / "trainable.safetensors")
     assert mine.keys() == theirs.keys()
@@ -129,12 +129,12 @@ def assert_as_undisturbed(out: Path, expected: Path, set_aside: int = 0) -> None
         a, b = (torch.load(each / file.name, weights_only=True) for each in (path, other))
         assert torch.equal(a["cpu"], b["cpu"]), f"another random state: {file.name}"
     assert exact(out) == exact(expected)
-    for checkpoint in steps(out).values():
+    for checkpoint in step_folders(out).values():
         assert verify(checkpoint) is None, verify(checkpoint)
     assert (out / "checkpoints" / "latest").read_text().strip() == path.name
     names = sorted(each.name for each in (out / "checkpoints").iterdir())
     damaged = [name for name in names if DAMAGED in name]
-    assert len(damaged) == set_aside, names
+    assert len(damaged) == rename_damaged, names
     expected_names = sorted([*(each.name for each in (expected / "checkpoints").iterdir()), *damaged])
     assert names == expected_names, "other files than an undisturbed run's"
     assert not list(out.glob(f"*{PARTIAL}")), sorted(out.iterdir())

@@ -142,7 +142,7 @@ class Job:
         nan_call: forward, from 1, in which rank 1's first sample gets a NaN loss; 0 for none.
         rewind: run, copy and step for `rewind`, done before the job.
         disturb: what happens before the checkpoint of which step: "full" lets no file of rank 1 grow beyond 1000 bytes
-            during it, "fenced" lets another start take the run over; ("", 0) for nothing.
+            during it, "taken over" lets another start claim the run; ("", 0) for nothing.
         scores: what the validations give, in order, instead of what the answers are worth; empty for the real scores.
     """
 
@@ -255,15 +255,15 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
             loss = loss * torch.nan
         return loss, stats
 
-    def save_disturbed(engine: Any, config: Any, content: Any, fence: Any) -> Any:
+    def save_disturbed(engine: Any, config: Any, info: Any, token: Any) -> Any:
         what, step = job.disturb
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if content.step == step and what == "fenced" and dist.get_rank() == 0:
+        if info.step == step and what == "taken over" and dist.get_rank() == 0:
             OwnershipToken.claim(config.out)
-        if content.step == step and what == "full" and dist.get_rank() == 1:
+        if info.step == step and what == "full" and dist.get_rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # EFBIG; Python ignores SIGXFSZ
         try:
-            return save_checkpoint(engine, config, content, fence)
+            return save_checkpoint(engine, config, info, token)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 

@@ -13,7 +13,7 @@ import torch
 from runs import SAVE_EVERY, STEPS, ZERO3, Job, World
 from w2r2_ds.config.io import load_config
 from w2r2_ds.data.loader import load_mixture
-from w2r2_ds.training.checkpoint.manifest import read_description, write_description
+from w2r2_ds.training.checkpoint.manifest import read_manifest, write_manifest
 from w2r2_ds.utils import atomic_io
 
 FEW = 6
@@ -53,7 +53,7 @@ def on_one_rank(world: World, trained: Path, folder: Path) -> list[Job]:
         Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, **NO_DRY_RUN),
         Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3, **NO_DRY_RUN),
         Job("gap", arguments(world, folder / "gap", **DROPOUT, **GAP), stop_after=2),
-        Job("mask", arguments(world, folder / "mask1", objective__mask2d=0.5), stop_after=3, **NO_DRY_RUN),
+        Job("mask", arguments(world, folder / "mask1", objective__visual_mask_ratio=0.5), stop_after=3, **NO_DRY_RUN),
         Job("silent", arguments(world, folder / "silent", train__steps=1, objective__mu=0.99), **NO_DRY_RUN),
         Job(
             "rates",
@@ -87,7 +87,7 @@ def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
         Job("two", arguments(world, folder / "two"), stop_after=FEW),
         Job("two-micro2", arguments(world, folder / "two-micro2", train__micro_batch=2), stop_after=FEW, **NO_DRY_RUN),
         Job("token", arguments(world, folder / "token2", objective__reduction="token"), stop_after=3, **NO_DRY_RUN),
-        Job("mask", arguments(world, folder / "mask2", objective__mask2d=0.5), stop_after=3, **NO_DRY_RUN),
+        Job("mask", arguments(world, folder / "mask2", objective__visual_mask_ratio=0.5), stop_after=3, **NO_DRY_RUN),
         Job("nan", arguments(world, folder / "nan", train__save_every=1), nan_call=2, **NO_DRY_RUN),
         Job(
             "two-from-one",
@@ -97,7 +97,7 @@ def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
         ),
         *(Job(name, arguments(world, folder / name, ds, **APART), **NO_DRY_RUN) for name, ds in RESHARDED.items()),
         Job("full", arguments(world, folder / "full", **EVERY), disturb=("full", 2), **NO_DRY_RUN),
-        Job("fenced", arguments(world, folder / "fenced", **EVERY), disturb=("fenced", 2), **NO_DRY_RUN),
+        Job("taken-over", arguments(world, folder / "taken-over", **EVERY), disturb=("taken over", 2), **NO_DRY_RUN),
         Job("dropout", arguments(world, d, **DROPOUT)),
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2), **NO_DRY_RUN),
         Job("cut-frame", arguments(world, folder / "cut", data__root=cut_frame_root(world, folder))),
@@ -140,7 +140,7 @@ def trapped(trained: Path, run: Path) -> Path:
     newest = run / "checkpoints" / f"step-{STEPS:06d}"
     (shard,) = (newest / "engine").glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Trap(run / "it-ran")}, shard)
-    description = read_description(newest)
+    description = read_manifest(newest)
     files = {name: atomic_io.digest(newest / name) for name in description.pop("files")}
-    write_description(newest, description, files)
+    write_manifest(newest, description, files)
     return run

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.weights_hash import weights_identity
-from w2r2_ds.training.checkpoint.compat import refuse_other_model
+from w2r2_ds.training.checkpoint.compat import check_fingerprint
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -44,11 +44,11 @@ def test_trained_weights_are_others(model_config: Any, copy: Path) -> None:
 def test_a_checkpoint_of_another_model_of_equal_size_is_refused_by_name(model_config: Any, copy: Path) -> None:
     ours = build_model(model_config, torch.device("cpu"), 0)
     saved = fingerprint(ours)
-    refuse_other_model(saved, ours, Path("checkpoint.json"))
+    check_fingerprint(saved, ours, Path("checkpoint.json"))
     rewrite(copy, lambda tensors: {name: -tensor for name, tensor in tensors.items()})
     other = build_model(type(model_config)(**{**vars(model_config), "vlm": str(copy)}), torch.device("cpu"), 0)
     with pytest.raises(ValueError, match=r"checkpoint\.json: model\.vlm_weights is '\w{16}', but"):
-        refuse_other_model(saved, other, Path("checkpoint.json"))
+        check_fingerprint(saved, other, Path("checkpoint.json"))
 
 
 def test_no_weights(tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from w2r2_ds.training.checkpoint.manifest import BEST, DESCRIPTION, TENSORS, find_checkpoint, outdated, point
+from w2r2_ds.training.checkpoint.manifest import (
+    BEST,
+    TENSORS,
+    expired_checkpoints,
+    find_checkpoint,
+    write_manifest,
+    write_pointer,
+)
 from w2r2_ds.training.validation import BestSoFar, draw_subset, rank_subset
 
 
@@ -31,7 +37,7 @@ def saved(run: Path, step: int, best: dict[str, Any] | None = None) -> Path:
     path.mkdir(parents=True)
     for name in (TENSORS, "config.yaml"):
         (path / name).touch()
-    (path / DESCRIPTION).write_text(json.dumps({"step": step, "best": best}))
+    write_manifest(path, {"step": step, "best": best}, {})
     return path
 
 
@@ -92,14 +98,14 @@ def test_a_best_that_could_not_be_saved_does_not_count() -> None:
 
 def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:
     best, last = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30)
-    point(best.parent / BEST, best)
+    write_pointer(best.parent / BEST, best)
     resumed = BestSoFar(Scripted(0.5, 0.51), last)
     assert [resumed.measure(None, step)[1] for step in (40, 50)] == [None, known(0.51, 50)]
 
 
 def test_values_of_other_samples_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     best = saved(tmp_path, 20, known(0.5, 20, about="8 samples"))
-    point(best.parent / BEST, best)
+    write_pointer(best.parent / BEST, best)
     caplog.set_level("INFO", "w2r2_ds")
     resumed = BestSoFar(Scripted(0.1), best)
     assert "8 samples" in caplog.text
@@ -109,7 +115,7 @@ def test_values_of_other_samples_are_not_compared(tmp_path: Path, caplog: pytest
 def test_a_kill_between_the_two_moves_is_mended(tmp_path: Path) -> None:
     """`latest` had moved to the new best, `best` had not."""
     old, new = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30, known(0.7, 30))
-    point(old.parent / BEST, old)
+    write_pointer(old.parent / BEST, old)
     assert BestSoFar(Scripted(), new).best == known(0.7, 30)
     assert find_checkpoint(tmp_path / "checkpoints" / BEST) == new
 
@@ -119,19 +125,19 @@ def test_a_best_that_is_gone_or_of_later_is_forgotten(tmp_path: Path, there: boo
     """A run that was set back by hand."""
     later = saved(tmp_path, 40, known(0.9, 40)) if there else tmp_path / "checkpoints" / "step-000040"
     last = saved(tmp_path, 30)
-    point(last.parent / BEST, later)
+    write_pointer(last.parent / BEST, later)
     assert BestSoFar(Scripted(), last).best is None
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     paths = [saved(tmp_path, step) for step in (10, 20, 30, 40)]
-    point(paths[0].parent / BEST, paths[1])
-    assert outdated(tmp_path, 1) == [paths[2], paths[0]]
+    write_pointer(paths[0].parent / BEST, paths[1])
+    assert expired_checkpoints(tmp_path, 1) == [paths[2], paths[0]]
 
 
 def test_a_run_without_validation_has_no_best(tmp_path: Path) -> None:
     path = saved(tmp_path, 10)
-    point(path.parent / "latest", path)
+    write_pointer(path.parent / "latest", path)
     assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / "checkpoints" / "latest") == path
     with pytest.raises(ValueError, match=r"best holds no complete checkpoint.*train\.eval_every"):
         find_checkpoint(tmp_path / "checkpoints" / BEST)

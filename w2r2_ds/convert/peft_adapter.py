@@ -26,8 +26,8 @@ from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.merger_io import MERGER, load_merger, merger_tensors
 from w2r2_ds.models.vggt.loading import read_json
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.compat import refuse_other_model
-from w2r2_ds.training.checkpoint.manifest import find_checkpoint, read_description
+from w2r2_ds.training.checkpoint.compat import check_fingerprint
+from w2r2_ds.training.checkpoint.manifest import find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.utils.safetensors_io import read_strictly
 from w2r2_ds.utils.versions import versions
@@ -102,7 +102,7 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | No
 
 def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
     """What a reader must know to use or to doubt the adapter."""
-    saved = read_description(checkpoint)
+    saved = read_manifest(checkpoint)
     return {
         "base_model": config.model.vlm,
         "geometry_model": config.model.vggt,
@@ -165,7 +165,7 @@ def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
     """
     described = read_card(path)
     model = build_model(config.model, device, config.train.seed)
-    refuse_other_model(described["model"], model, path / ADAPTER_CARD)
+    check_fingerprint(described["model"], model, path / ADAPTER_CARD)
     load_lora(cast(PeftModel, model.vlm), path / LORA)
     load_merger(model, path / MERGER)
     return model

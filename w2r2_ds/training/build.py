@@ -34,7 +34,7 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.training.cache_stats import describe_cache
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
-from w2r2_ds.training.checkpoint.resume import Start, find_start, resume, take_over
+from w2r2_ds.training.checkpoint.resume import StartPoint, find_start, resume, take_over
 from w2r2_ds.training.decode_gap import DecodeGap
 from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 from w2r2_ds.training.deepspeed.engine import make_engine, trained_groups
@@ -153,7 +153,7 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
 
 
 def check_inputs(
-    config: RunConfig, ds_path: str, begin: Start, local_size: int, make_validation: MakeValidation
+    config: RunConfig, ds_path: str, begin: StartPoint, local_size: int, make_validation: MakeValidation
 ) -> Inputs:
     """Read and check everything but the weights; no collectives, so that an error of one rank can be raised on all."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -15,7 +15,7 @@ from w2r2_ds.data.loader import checked
 from w2r2_ds.features.lookup import flush
 from w2r2_ds.training.build import Run, build_run
 from w2r2_ds.training.cache_stats import cache_use
-from w2r2_ds.training.checkpoint.save import Content, save_checkpoint
+from w2r2_ds.training.checkpoint.save import CheckpointInfo, save_checkpoint
 from w2r2_ds.training.deepspeed.launch import collective_timeout
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE
 from w2r2_ds.training.fault_tolerance.hang_detector import Limits
@@ -86,7 +86,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
             # The signal flag is reduced over ranks: all stop at the same step, or none.
             if code := signals.agreed():
                 if saves.step != step:
-                    saves.save(Content(step, metrics, run.data))
+                    saves.save(CheckpointInfo(step, metrics, run.data))
                 return TrainResult(code, saves.checkpoint)
 
             activity.at("data", step + 1)
@@ -112,7 +112,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
             activity.at("log")
             metrics_logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
-                saved = saves.save(Content(step + 1, metrics, run.data, best))
+                saved = saves.save(CheckpointInfo(step + 1, metrics, run.data, best))
                 if not saved and best is not None and run.best is not None:
                     run.best.not_saved()
     hinge_monitor.finish()
@@ -137,14 +137,14 @@ class Saves:
         self.run, self.metrics_logger = run, metrics_logger
         self.step, self.checkpoint = run.start, run.checkpoint
 
-    def save(self, content: Content) -> bool:
+    def save(self, info: CheckpointInfo) -> bool:
         """Save a checkpoint; False if it could not be written (a full disk), so that the next one may succeed."""
         self.run.activity.at("save")
         self.metrics_logger.sync()
-        path = save_checkpoint(self.run.engine, self.run.config, content, self.run.token)
+        path = save_checkpoint(self.run.engine, self.run.config, info, self.run.token)
         if path is None:
             return False
-        self.step, self.checkpoint = content.step, path
+        self.step, self.checkpoint = info.step, path
         return True
 
     def require(self, last: int) -> None:

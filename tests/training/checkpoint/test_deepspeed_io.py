@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from w2r2_ds.training.checkpoint import deepspeed_io
-from w2r2_ds.training.checkpoint.deepspeed_io import FORCE, FORCE_NOT, Part, Shards, load, refuse_programs, safe_loading
+from w2r2_ds.training.checkpoint.deepspeed_io import (
+    FORCE,
+    FORCE_NOT,
+    RankWriter,
+    SafeCheckpointEngine,
+    check_no_code,
+    load,
+    safe_loading,
+)
 from w2r2_ds.utils.rng import rng_state, seed_afresh, set_rng_state
 
 
@@ -39,15 +47,15 @@ def trap(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_trap_works_on_who_reads_pickles(trap: Path) -> None:
+def test_the_trap_runs_when_it_is_unpickled(trap: Path) -> None:
     """Else the tests below would show nothing."""
     torch.load(trap, weights_only=False)
     assert (trap.parent / "ran").is_dir()
 
 
-def test_what_wants_to_run_is_refused_by_name_and_does_not_run(trap: Path) -> None:
-    for read in (load, Shards().load, refuse_programs):
-        with pytest.raises(ValueError, match=r"shard\.pt wants to run posix\.mkdir; .* never run"):
+def test_code_in_a_file_is_named_and_does_not_run(trap: Path) -> None:
+    for read in (load, SafeCheckpointEngine().load, check_no_code):
+        with pytest.raises(ValueError, match=r"shard\.pt .*posix\.mkdir"):
             read(trap)  # type: ignore[operator]
     with safe_loading(), pytest.raises(Exception, match=r"posix\.mkdir"):
         torch.load(trap, weights_only=False)  # as DeepSpeed calls it
@@ -70,7 +78,7 @@ def test_deepspeeds_own_classes_are_read(tmp_path: Path) -> None:
 
     state = {"scaler": LossScaler(1.0), "stage": ZeroStageEnum.weights, "where": fragment_address(numel=3, start=4)}
     torch.save(state, tmp_path / "shard.pt")
-    refuse_programs(tmp_path / "shard.pt")
+    check_no_code(tmp_path / "shard.pt")
     with safe_loading():
         load(tmp_path / "shard.pt")
         read = torch.load(tmp_path / "shard.pt", weights_only=False)  # still allowed after one inside
@@ -82,7 +90,7 @@ def test_deepspeeds_own_classes_are_read(tmp_path: Path) -> None:
 def test_what_is_no_file_of_torch_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "shard.pt"
     file.write_bytes(content)
-    for read in (load, refuse_programs):
+    for read in (load, check_no_code):
         with pytest.raises(ValueError, match=r"shard\.pt"):
             read(file)  # type: ignore[operator]
     file.unlink()
@@ -92,15 +100,15 @@ def test_what_is_no_file_of_torch_is_named(tmp_path: Path, content: bytes) -> No
 
 @pytest.mark.usefixtures("alone")
 def test_the_first_failure_is_kept_and_the_rank_goes_on(tmp_path: Path) -> None:
-    part = Part(tmp_path)
-    writer = Shards(part)
-    writer.makedirs(str(tmp_path / "engine"), exist_ok=True)
-    writer.save({"weight": torch.ones(3)}, str(tmp_path / "engine" / "one.pt"))
-    writer.save({"weight": torch.ones(3)}, str(tmp_path / "nowhere" / "two.pt"))
-    writer.save({"weight": torch.ones(3)}, str(tmp_path / "nobody" / "three.pt"))
-    assert list(part.files) == ["engine/one.pt"]
+    writer = RankWriter(tmp_path)
+    engine = SafeCheckpointEngine(writer)
+    engine.makedirs(str(tmp_path / "engine"), exist_ok=True)
+    engine.save({"weight": torch.ones(3)}, str(tmp_path / "engine" / "one.pt"))
+    engine.save({"weight": torch.ones(3)}, str(tmp_path / "nowhere" / "two.pt"))
+    engine.save({"weight": torch.ones(3)}, str(tmp_path / "nobody" / "three.pt"))
+    assert list(writer.files) == ["engine/one.pt"]
     expected = f"rank 1 on {socket.gethostname()}: {tmp_path}/nowhere/two.pt: No such file or directory (errno 2)"
-    assert part.failure == expected
+    assert writer.failure == expected
     assert torch.equal(load(tmp_path / "engine" / "one.pt")["weight"], torch.ones(3))
 
 
@@ -112,13 +120,13 @@ def test_a_file_system_without_room_is_noted(tmp_path: Path) -> None:
     if os.system(f"mount -t tmpfs -o size=64k tmpfs {small} 2>/dev/null") != 0:
         pytest.skip("this root may not mount (a container without CAP_SYS_ADMIN)")
     try:
-        part = Part(small)
-        part.save("large.pt", {"weight": torch.ones(100_000)})
-        assert part.failure is not None and part.failure.endswith("large.pt: No space left on device (errno 28)")
-        part = Part(small)
+        writer = RankWriter(small)
+        writer.save("large.pt", {"weight": torch.ones(100_000)})
+        assert writer.failure is not None and writer.failure.endswith("large.pt: No space left on device (errno 28)")
+        writer = RankWriter(small)
         (small / "large.pt").unlink()
-        part.save("small.pt", {"weight": torch.ones(1000)})
-        assert part.failure is None
+        writer.save("small.pt", {"weight": torch.ones(1000)})
+        assert writer.failure is None
     finally:
         assert os.system(f"umount {small}") == 0
 

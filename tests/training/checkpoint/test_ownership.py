@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from w2r2_ds.training.checkpoint.ownership import INCARNATION, Fenced, OwnershipToken
+from w2r2_ds.training.checkpoint.ownership import INCARNATION, OwnershipLost, OwnershipToken
 
 
 def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,43 +19,43 @@ def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     second = OwnershipToken.claim(tmp_path)
     second.check()
     assert (first.number, second.number) == (1, 2) and first.token != second.token
-    with pytest.raises(Fenced, match=r"was taken over by start 2 \(host \S+, job 17, 20.*start 1 of 20.* stops"):
+    with pytest.raises(OwnershipLost, match=r"was taken over by start 2 \(host \S+, job 17, 20.*start 1 of 20.* stops"):
         first.check()
     written = json.loads((tmp_path / "checkpoints" / INCARNATION).read_text())
-    assert written == second.described() and written["job"] == "17"
+    assert written == second.to_json() and written["job"] == "17"
 
 
-def test_a_fence_that_is_gone_or_unreadable_stops_the_writer(tmp_path: Path) -> None:
-    fence = OwnershipToken.claim(tmp_path)
+def test_a_token_that_is_gone_or_unreadable_stops_the_writer(tmp_path: Path) -> None:
+    token = OwnershipToken.claim(tmp_path)
     (tmp_path / "checkpoints" / INCARNATION).write_text("{")
-    with pytest.raises(Fenced, match="is gone or unreadable"):
-        fence.check()
+    with pytest.raises(OwnershipLost, match="is gone or unreadable"):
+        token.check()
     (tmp_path / "checkpoints" / INCARNATION).unlink()
-    with pytest.raises(Fenced, match="is gone or unreadable"):
-        fence.check()
+    with pytest.raises(OwnershipLost, match="is gone or unreadable"):
+        token.check()
 
 
 def test_starts_write_in_folders_of_their_own_and_sweep_those_of_others(tmp_path: Path) -> None:
     first = OwnershipToken.claim(tmp_path)
-    mine = first.aside(30)
+    mine = first.temporary_folder(30)
     mine.mkdir()
     left = tmp_path / "checkpoints" / "step-000020.partial"  # of an earlier version
     left.mkdir()
     (mine.parent / "latest.01ab.partial").write_text("step")
-    first.sweep()
+    first.remove_partial()
     assert mine.exists() and not left.exists() and not (mine.parent / "latest.01ab.partial").exists()
     second = OwnershipToken.claim(tmp_path)
     assert not mine.exists()
-    assert second.aside(30) != first.aside(30)
+    assert second.temporary_folder(30) != first.temporary_folder(30)
 
 
 def test_a_read_that_fails_says_nothing_of_who_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system that stutters is no reason to end a run for good."""
-    fence = OwnershipToken.claim(tmp_path)
+    token = OwnershipToken.claim(tmp_path)
 
     def stale(*_: object, **__: object) -> str:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(Path, "read_text", stale)
     with pytest.raises(OSError, match="Stale"):
-        fence.check()
+        token.check()

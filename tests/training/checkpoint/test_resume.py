@@ -11,9 +11,9 @@ import torch
 from damaged_files import flip
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.checkpoint import resume
-from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, steps, write_description
+from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, step_folders, write_manifest
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
-from w2r2_ds.training.checkpoint.resume import Start, find_start, take_over
+from w2r2_ds.training.checkpoint.resume import StartPoint, find_start, take_over
 from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
 from w2r2_ds.utils import atomic_io
 
@@ -31,7 +31,8 @@ def saved(run: Path, step: int, **changes: Any) -> Path:
     (path / TENSORS).write_bytes(b"tensors")
     torch.save({"cpu": torch.arange(5)}, path / "rng-0.pt")
     files = {file.name: atomic_io.digest(file) for file in path.iterdir()}
-    write_description(path, {"step": step, "incarnation": 1, "world_size": 2, "zero_stage": 3} | changes, files)
+    description = {"step": step, "incarnation": 1, "world_size": 2, "zero_stage": 3, "best": None}
+    write_manifest(path, description | changes, files)
     return path
 
 
@@ -41,35 +42,35 @@ def configured(run: Path, mode: Any = "auto") -> RunConfig:
 
 def test_a_fresh_run_starts_at_the_beginning(tmp_path: Path) -> None:
     for mode in ("auto", "none"):
-        assert find_start(configured(tmp_path, mode)) == Start()
+        assert find_start(configured(tmp_path, mode)) == StartPoint()
     OwnershipToken.claim(tmp_path)  # killed before its first checkpoint
-    assert find_start(configured(tmp_path, "none")) == Start()
+    assert find_start(configured(tmp_path, "none")) == StartPoint()
 
 
 def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
     saved(tmp_path, 10)
-    with pytest.raises(ValueError, match="already holds checkpoints; give --resume auto to go on, or another --out"):
+    with pytest.raises(ValueError, match=r"--resume auto .*--out"):
         find_start(configured(tmp_path, "none"))
 
 
 def test_damaged_ones_are_named_and_kept_once_the_run_is_taken_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, cut = saved(tmp_path, 10), saved(tmp_path, 20)
     flip(cut / TENSORS, 3)
     start = find_start(configured(tmp_path))
     assert start.checkpoint == whole and not start.universal
-    assert f"warning: {cut / TENSORS} has SHA-256" in capsys.readouterr().out
-    assert list(steps(tmp_path)) == [20, 10]  # it may still be refused
-    fence = take_over(configured(tmp_path), start)
-    assert fence.number == 1 and list(steps(tmp_path)) == [10]
+    assert f"{cut / TENSORS} has SHA-256" in caplog.text
+    assert list(step_folders(tmp_path)) == [20, 10]  # it may still be refused
+    token = take_over(configured(tmp_path), start)
+    assert token.number == 1 and list(step_folders(tmp_path)) == [10]
     assert (cut.with_name(cut.name + ".damaged") / TENSORS).is_file()
 
 
 def test_a_run_without_a_whole_one_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, 10)
     flip(path / TENSORS, 3)
-    with pytest.raises(ValueError, match=rf"no checkpoint of .* is whole; .*{TENSORS} has SHA-256"):
+    with pytest.raises(ValueError, match=rf"no checkpoint of .* .*{TENSORS} has SHA-256"):
         find_start(configured(tmp_path))
 
 
@@ -83,16 +84,16 @@ def test_other_ranks_than_before_need_zero(tmp_path: Path) -> None:
 
 def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(ValueError, match=r"run.*: cannot be written \(.*\); make room, or see --out"):
-        take_over(configured(tmp_path / "run"), Start())
+    with pytest.raises(ValueError, match=r"run.*: cannot be written \(.*\); .*--out"):
+        take_over(configured(tmp_path / "run"), StartPoint())
 
 
 def test_a_checkpoint_that_an_older_start_saves_meanwhile_ends_the_newer_one(tmp_path: Path) -> None:
-    """It lives on behind a cut link, and is fenced only from the claim on."""
+    """It lives on behind a cut link, and loses the run only from the claim on."""
     saved(tmp_path, 10)
     start = find_start(configured(tmp_path))
     saved(tmp_path, 20)
-    with pytest.raises(Unreachable, match=r"another start of .* has saved a checkpoint while this one made ready"):
+    with pytest.raises(Unreachable, match=r"another start of .* has saved a checkpoint"):
         take_over(configured(tmp_path), start)
     again = find_start(configured(tmp_path))
     assert again.checkpoint is not None and again.checkpoint.name == "step-000020"

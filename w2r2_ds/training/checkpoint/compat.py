@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the run it goes on: model, options, training sets."""
+"""Check that a resumed run continues the same run: same model, same options, same training sets."""
 
 from __future__ import annotations
 
@@ -11,31 +11,26 @@ from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import fingerprint
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.manifest import DESCRIPTION, read_description
+from w2r2_ds.training.checkpoint.manifest import MANIFEST, read_manifest
 
-MAY_CHANGE = (
-    frozenset(
-        f"data.{name}" for name in ("root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached_features")
-    )
-    | frozenset(f"model.{name}" for name in ("vlm", "vggt", "merger", "attention", "kernels"))
-    | frozenset(f"objective.{name}" for name in ("gap_every", "gap_samples"))
-    | frozenset(
-        f"train.{name}" for name in ("micro_batch", "save_every", "keep_last", "wandb", "tensorboard", "hang_seconds")
-    )
-    | frozenset(f"train.{name}" for name in ("pass_order", "activation_checkpointing"))
-    | frozenset(f"train.{name}" for name in ("recompute_every", "offload_activations"))
-    | frozenset(f"train.{name}" for name in ("eval_every", "eval_samples", "eval_max_new_tokens", "best_by"))
-)
-"""Options that a resumed run may change: where things lie, and what leaves the losses alone up to rounding."""
+MAY_CHANGE = {
+    "data": {"root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
+    "model": {"vlm", "vggt", "merger", "attention", "kernels"},
+    "objective": {"gap_every", "gap_samples"},
+    "train": {"micro_batch", "save_every", "keep_last", "wandb", "tensorboard", "hang_seconds", "pass_order"}
+    | {"activation_checkpointing", "recompute_every", "offload_activations"}
+    | {"eval_every", "eval_samples", "eval_max_new_tokens", "best_by"},
+}
+"""Options that a resumed run may change, by section: paths, and what changes the losses by rounding at most."""
 
 
 def check_same_model(path: Path, model: W2R2) -> None:
-    """Refuse a checkpoint of another model."""
-    refuse_other_model(read_description(path)["model"], model, path / DESCRIPTION)
+    """Raise ValueError if a checkpoint is of another model."""
+    check_fingerprint(read_manifest(path)["model"], model, path / MANIFEST)
 
 
-def refuse_other_model(saved: dict[str, Any], model: W2R2, source: Path) -> None:
-    """Compare a saved fingerprint with a model's, naming the first field that differs."""
+def check_fingerprint(saved: dict[str, Any], model: W2R2, source: Path) -> None:
+    """Raise ValueError with the first field in which a saved fingerprint differs from a model's."""
     for field, value in fingerprint(model).items():
         if saved.get(field) != value:
             raise ValueError(
@@ -45,23 +40,28 @@ def refuse_other_model(saved: dict[str, Any], model: W2R2, source: Path) -> None
 
 
 def check_same_run(path: Path, config: RunConfig) -> None:
-    """Refuse to go on with options that would change the run, naming the first one that differs."""
+    """Raise ValueError with the first option that differs from the checkpoint's and would change the run."""
     saved, wanted = asdict(load_config(path / "config.yaml")), asdict(config)
-    for section in ("data", "model", "objective", "train"):
+    for section, may_change in MAY_CHANGE.items():
         for field, value in wanted[section].items():
-            if f"{section}.{field}" not in MAY_CHANGE and saved[section][field] != value:
+            if field not in may_change and saved[section][field] != value:
                 raise ValueError(
                     f"{path / 'config.yaml'} has {section}.{field} = {saved[section][field]!r}, now it is {value!r}; "
-                    "a resumed run goes on as it began: give the old value, or a new --out."
+                    "a resumed run cannot change it: use the old value, or a new --out."
                 )
 
 
 def check_same_data(path: Path, config: RunConfig, data: Sequence[str]) -> None:
-    """Refuse to go on with training sets that hold something else: the order of an epoch would be another one's."""
-    saved = read_description(path).get("data")  # None in checkpoints of before
-    for source, mine, theirs in zip(config.data.train, data, data if saved is None else saved, strict=True):
+    """Raise ValueError if a training set has another content than before: its epochs would have another order.
+
+    Args:
+        path: the checkpoint.
+        config: of the run.
+        data: digests of the training sets, in the order of `data.train`.
+    """
+    for source, mine, theirs in zip(config.data.train, data, read_manifest(path)["data"], strict=True):
         if mine != theirs:
             raise ValueError(
-                f"{Path(config.data.root) / source.path} is not the data set that {path} was trained on; a resumed run "
-                "goes on as it began: prepare it as before, or give a new --out."
+                f"{Path(config.data.root) / source.path} is not the data set that {path} was trained on; prepare it as "
+                "before, or use a new --out."
             )

@@ -1,11 +1,11 @@
-"""A checkpoint's files as one rank writes and reads them, DeepSpeed's shards among them.
+"""Write and read one rank's files of a checkpoint, DeepSpeed's shards included.
 
-Written: through `durable`, and a full disk is remembered, not raised. DeepSpeed's save holds barriers, so a rank that
-left it early would leave the others waiting for ever; all ranks compare notes once it is through.
+Writing: DeepSpeed's save contains barriers, so a rank that raised in the middle of it would leave the others waiting
+forever. Write errors (a full disk) are therefore recorded, and compared between ranks after the save.
 
-Read: never as a program. A pickle can name any function to be called while it is read; DeepSpeed reads its shards with
-`torch.load(weights_only=False)`, which would call it. Here every read takes tensors, plain containers and the few
-classes of `allowed`, whatever the caller asks for (TORCH_FORCE_WEIGHTS_ONLY_LOAD, torch/serialization.py).
+Reading: DeepSpeed reads its shards with ``torch.load(weights_only=False)``, which runs any function that a crafted
+pickle names. Here every read is restricted to tensors, plain containers and the few classes of `allowed_classes`,
+whatever the caller passes (TORCH_FORCE_WEIGHTS_ONLY_LOAD, torch/serialization.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 import torch
@@ -27,19 +27,22 @@ from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoi
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.atomic_io import Digest, Writer
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 ENGINE = "engine"
 FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-"""DeepSpeed puts them beside its shards; they read pickles as programs, and trainable.safetensors needs none."""
+"""Scripts that DeepSpeed copies beside its shards. They unpickle without restriction, and are not needed here."""
 
 
-class Part:
-    """What one rank writes of a checkpoint.
+class RankWriter:
+    """Writes one rank's files of a checkpoint.
 
     Attributes:
-        folder: of the whole checkpoint.
-        files: digest by name below `folder`.
-        failure: the first, as a sentence without its full stop; the rank goes on after it, in step with the others.
+        folder: the temporary folder of the checkpoint.
+        files: digest by path below `folder`.
+        failure: the first write error, as a sentence without its full stop; the rank continues after it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,8 +51,8 @@ class Part:
         self.failure: str | None = None
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Note an OSError instead of raising it."""
+    def record_errors(self) -> Iterator[None]:
+        """Record an OSError instead of raising it."""
         try:
             yield
         except OSError as error:
@@ -58,7 +61,7 @@ class Part:
 
     def write(self, name: str, write: Callable[[Writer], object]) -> None:
         """Write one file; `write` fills it."""
-        with self.attempt():
+        with self.record_errors():
             with atomic_io.writing(self.folder / name) as writer:
                 write(writer)
             self.files[name] = writer.digest
@@ -68,90 +71,91 @@ class Part:
         self.write(name, lambda writer: torch.save(state, writer))  # type: ignore[arg-type]
 
 
-class Shards(CheckpointEngine):  # type: ignore[misc]
-    """What DeepSpeed writes and reads its shards with (deepspeed/runtime/checkpoint_engine).
+class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
+    """DeepSpeed's interface for writing and reading shards (deepspeed/runtime/checkpoint_engine).
 
     Args:
-        part: where they belong; not needed to read.
-        kept: names of the model's tensors that are stored. Below ZeRO-3 DeepSpeed leaves out what is frozen by its
-            first name only, so that an output head tied to the frozen embedding would be stored whole.
+        writer: writes the files; not needed to read.
+        kept: names of the module's tensors to save. Below ZeRO-3, DeepSpeed drops frozen tensors by the first of their
+            names only, so that an output head tied to the frozen embedding would be saved whole.
     """
 
-    def __init__(self, part: Part | None = None, kept: frozenset[str] = frozenset()) -> None:
+    def __init__(self, writer: RankWriter | None = None, kept: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.name = "w2r2_ds"
-        self.part, self.kept = part, kept
+        self.writer, self.kept = writer, kept
 
     def create(self, info: Any) -> None:
         """Nothing to do before a save."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder."""
-        assert self.part is not None
-        with self.part.attempt():
+        assert self.writer is not None
+        with self.writer.record_errors():
             os.makedirs(path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write a shard."""
-        assert self.part is not None
+        assert self.writer is not None
         if isinstance(module := state_dict.get("module"), dict):
             module = {name: tensor for name, tensor in module.items() if name in self.kept}
             state_dict = {**state_dict, "module": module}
-        self.part.save(Path(path).relative_to(self.part.folder).as_posix(), state_dict)
+        self.writer.save(Path(path).relative_to(self.writer.folder).as_posix(), state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a shard."""
         return load(Path(path), map_location or "cpu")
 
     def commit(self, info: Any) -> bool:
-        """Whether all is well is found out later."""
+        """Errors are compared between ranks later."""
         return True
 
 
-def save_shards(engine: Any, part: Part, step: int) -> None:
-    """DeepSpeed's own save into ``part.folder/engine``; every rank calls it, and none leaves it early."""
+def save_shards(engine: DeepSpeedEngine, writer: RankWriter, step: int) -> None:
+    """DeepSpeed's own save into ``writer.folder/engine``. Collective: no rank leaves it early."""
     kept = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     kept |= {name for name, _ in engine.module.named_buffers()}
-    engine.checkpoint_engine = Shards(part, frozenset(kept))
-    with part.attempt():
+    engine.checkpoint_engine = SafeCheckpointEngine(writer, frozenset(kept))
+    with writer.record_errors():
         try:
-            # DeepSpeed keeps rank 0's client state only below ZeRO-3; every rank's random state is a file of its own.
+            # Random states are not part of client_state: under ZeRO-3 DeepSpeed saves rank 0's client state only.
             engine.save_checkpoint(
-                str(part.folder),
+                str(writer.folder),
                 tag=ENGINE,
                 client_state={"step": step},
                 save_latest=False,
                 exclude_frozen_parameters=True,
             )
         except OSError:
-            # It copies scripts (rank 0) and NVMe swap files without our writer, just before these two.
+            # Rank 0 copies scripts, and an NVMe offload copies swap files, without our engine. An error there skips the
+            # last two steps of DeepSpeed's save; take them, since the other ranks wait in the barrier.
             if engine._optimizer_has_ckpt_event_epilogue():
                 engine.optimizer.checkpoint_event_epilogue()
             dist.barrier()
             raise
     if dist.get_rank() == 0:
         for name in RECOVERY_SCRIPTS:
-            (part.folder / name).unlink(missing_ok=True)
+            (writer.folder / name).unlink(missing_ok=True)
 
 
-def allowed() -> Any:
-    """Allow the classes that DeepSpeed's shards hold besides tensors and containers; none does anything when made."""
+def allowed_classes() -> Any:
+    """Context that allows the classes in DeepSpeed's shards besides tensors and containers; none has side effects."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    # `safe_globals` forgets on leaving what an enclosing one had allowed as well.
+    # On leaving, `safe_globals` also removes classes that an enclosing context had allowed; so add the new ones only.
     return safe_globals([each for each in classes if each not in get_safe_globals()])
 
 
 @contextmanager
 def safe_loading() -> Iterator[None]:
-    """Every `torch.load` inside reads data only, DeepSpeed's own as well."""
+    """Restrict every `torch.load` inside, DeepSpeed's included, to data."""
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
     try:
-        with allowed():
+        with allowed_classes():
             yield
     finally:
         del os.environ[FORCE]
@@ -159,40 +163,41 @@ def safe_loading() -> Iterator[None]:
 
 
 def load(file: Path, map_location: Any = "cpu") -> Any:
-    """Read a file of `torch.save` as data.
+    """Read a `torch.save` file as data.
 
     Raises:
-        ValueError: it names something to be run, or cannot be read.
+        ValueError: the file names code to run, is damaged or cannot be read.
     """
     try:
         with file.open("rb") as opened:
             zipped = is_zipfile(opened)
         if not zipped:
-            raise ValueError(f"{file} is no file of torch.save; it is cut or damaged.")
+            raise ValueError(f"{file} is not a torch.save file; it is cut or damaged.")
         with safe_loading():
             return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        refuse_programs(file)
+        check_no_code(file)
         raise ValueError(f"{file} is damaged ({' '.join(str(error).split())[:200]}).") from error
     except (OSError, RuntimeError, EOFError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{file}: cannot be read ({said[:200]}); copy the checkpoint again.") from error
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{file}: cannot be read ({cause[:200]}); copy the checkpoint again.") from error
 
 
-def refuse_programs(*files: Path) -> None:
-    """Look through files of `torch.save`, without reading them, for names of what a load would have to call.
+def check_no_code(*files: Path) -> None:
+    """Scan `torch.save` files, without loading them, for functions that loading would call.
 
     Raises:
-        ValueError: names the file and what it would run.
+        ValueError: names the file and the functions.
     """
-    with allowed():
+    with allowed_classes():
         for file in files:
             try:
                 unsafe = sorted(get_unsafe_globals_in_checkpoint(str(file)))
             except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{file} is no file of torch.save ({' '.join(str(error).split())[:200]}).") from error
+                cause = " ".join(str(error).split())
+                raise ValueError(f"{file} is not a torch.save file ({cause[:200]}).") from error
             if unsafe:
                 raise ValueError(
-                    f"{file} wants to run {', '.join(unsafe)}; a checkpoint is data and never run: do not "
-                    "trust where it came from."
+                    f"{file} contains code to run ({', '.join(unsafe)}); a checkpoint is data and is never executed: "
+                    "do not trust its source."
                 )

@@ -1,18 +1,19 @@
-"""Which checkpoints of a run are whole: the manifest, how one is found, which are kept. Needs no GPU and no DeepSpeed.
+"""The manifest of a checkpoint: write it, verify files against it, find and prune checkpoints. No GPU, no DeepSpeed.
 
-RUN/checkpoints/step-000030/checkpoint.json   the manifest: what the checkpoint is, every file's size and SHA-256, and a
-                                              SHA-256 of the manifest itself; written last
-RUN/checkpoints/latest                        name of the newest complete checkpoint; moves last
-                best                          name of the one with the best validation; moves after `latest`
+RUN/checkpoints/step-000030/checkpoint.json   the manifest: description, size and SHA-256 of every file, and a SHA-256
+                                              of the manifest itself; written last
+RUN/checkpoints/latest                        name of the newest complete checkpoint; written after it
+                best                          name of the one with the best validation; written after `latest`
 
-The digests find a bit that flipped and a file that was cut. They say nothing of who wrote it: whoever can change a
-shard can change the manifest, and no file of a checkpoint is ever run (training/checkpoint/deepspeed_io.py).
+The digests detect bit flips and truncated files, not tampering: whoever can change a shard can change the manifest.
+Against that, no file of a checkpoint is ever executed (training/checkpoint/deepspeed_io.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -22,77 +23,66 @@ from typing import Any
 
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.atomic_io import Digest
+from w2r2_ds.utils.json_io import read_json
 
 TENSORS = "trainable.safetensors"
-DESCRIPTION = "checkpoint.json"
+MANIFEST = "checkpoint.json"
 LATEST = "latest"
 BEST = "best"
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
-SEAL = "sha256"
+OWN_DIGEST = "sha256"
 STEP = re.compile(r"step-(\d{6,})")
+
+logger = logging.getLogger(__name__)
 
 
 def step_folder(run: str | Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
+    """Folder of the checkpoint after `step` steps."""
     return Path(run) / "checkpoints" / f"step-{step:06d}"
 
 
-def write_description(folder: Path, description: Mapping[str, Any], files: Mapping[str, Digest]) -> None:
-    """Write the manifest of a folder in which every other file is on the disk.
+def write_manifest(folder: Path, description: Mapping[str, Any], files: Mapping[str, Digest]) -> None:
+    """Write the manifest; all other files of the folder must be on disk.
 
     Args:
-        folder: still aside.
-        description: JSON values; see `save_checkpoint`.
-        files: digest by name below `folder`, with slashes.
+        folder: the temporary folder of the checkpoint.
+        description: JSON values; see training/checkpoint/save.py.
+        files: digest by path below `folder`, with slashes.
     """
-    listed = {name: asdict(files[name]) for name in sorted(files)}
-    content = {**description, "files": listed}
-    atomic_io.replace(folder / DESCRIPTION, json.dumps({**content, SEAL: _seal(content)}, indent=2) + "\n")
+    content = {**description, "files": {name: asdict(files[name]) for name in sorted(files)}}
+    text = json.dumps({**content, OWN_DIGEST: _digest(content)}, indent=2)
+    atomic_io.replace(folder / MANIFEST, text + "\n")
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, its own digest checked.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
 
     Raises:
-        ValueError: missing, unreadable, changed or cut.
+        ValueError: it is missing, unreadable, or does not have its own digest.
     """
-    file = path / DESCRIPTION
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}.") from None
-    except ValueError:
-        raise ValueError(f"{file} is not JSON; it is cut or damaged.") from None
-    if not isinstance(description, dict):
-        raise ValueError(f"{file} is no JSON object; it is damaged.")
-    if _of_before(description):
-        return description
-    seal = description.pop(SEAL, None)
-    if seal != _seal(description):
-        raise ValueError(f"{file} does not have the {SEAL} that it states; it is damaged.")
-    return description
+    file = path / MANIFEST
+    manifest = read_json(file, "a complete checkpoint")
+    if not isinstance(manifest, dict) or manifest.pop(OWN_DIGEST, None) != _digest(manifest):
+        raise ValueError(f"{file} does not have the {OWN_DIGEST} that it states; it is damaged.")
+    return manifest
 
 
 def verify(path: Path, deep: bool = True, only: Collection[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint, in a sentence that names the file; None if it is whole.
+    """Check the files of a checkpoint against its manifest.
 
     Args:
         path: a step folder.
-        deep: read every file and compare digests; else compare sizes only.
-        only: names of the files to look at; without it all of them.
+        deep: read every file and compare digests; otherwise compare sizes only.
+        only: names of the files to check; by default all.
 
-    One of an earlier version, whose manifest lists no files, is whole if its tensors and its random states are there.
+    Returns:
+        The first problem, as a sentence that names the file; None if there is none.
     """
     try:
-        description = read_description(path)
+        files = read_manifest(path)["files"]
     except ValueError as error:
         return str(error)
-    files = description.get("files")
-    if files is None:
-        wanted = [TENSORS, "config.yaml", *(f"rng-{rank}.pt" for rank in range(description.get("world_size", 0)))]
-        missing = [name for name in wanted if (only is None or name in only) and not (path / name).is_file()]
-        return f"{path / missing[0]} is missing." if missing else None
     for name, stated in files.items():
         if only is not None and name not in only:
             continue
@@ -100,17 +90,17 @@ def verify(path: Path, deep: bool = True, only: Collection[str] | None = None) -
         try:
             size = file.stat().st_size
             if size != stated["bytes"]:
-                return f"{file} has {size} bytes, {DESCRIPTION} states {stated['bytes']}; it is cut or damaged."
+                return f"{file} has {size} bytes, {MANIFEST} states {stated['bytes']}; it is cut or damaged."
             if deep and (found := atomic_io.digest(file).sha256) != stated["sha256"]:
                 wanted = stated["sha256"]
-                return f"{file} has SHA-256 {found[:12]}..., {DESCRIPTION} states {wanted[:12]}...; it is damaged."
+                return f"{file} has SHA-256 {found[:12]}..., {MANIFEST} states {wanted[:12]}...; it is damaged."
         except OSError as error:
             return f"{file} cannot be read: {error.strerror}."
     return None
 
 
-def steps(run: str | Path) -> dict[int, Path]:
-    """Step folders of a run, whole or not, by step, the highest first."""
+def step_folders(run: str | Path) -> dict[int, Path]:
+    """Step folders of a run by step, the highest first; complete or not."""
     found = {}
     for path in (Path(run) / "checkpoints").glob("step-*"):
         match = STEP.fullmatch(path.name)
@@ -120,18 +110,18 @@ def steps(run: str | Path) -> dict[int, Path]:
 
 
 def newest_complete(run: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint with the highest step that is whole, every file read; and what is wrong with each above it."""
+    """The complete checkpoint with the highest step, every file verified; and the problem of each newer one."""
     damaged: dict[Path, str] = {}
-    for path in steps(run).values():
-        wrong = verify(path)
-        if wrong is None:
+    for path in step_folders(run).values():
+        problem = verify(path)
+        if problem is None:
             return path, damaged
-        damaged[path] = wrong
+        damaged[path] = problem
     return None, damaged
 
 
-def set_aside(damaged: Path) -> Path:
-    """Rename a damaged checkpoint so that its step can be saved again; it is never deleted. Returns where it lies."""
+def rename_damaged(damaged: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be saved again; it is never deleted. Returns the new path."""
     target, number = damaged.with_name(damaged.name + DAMAGED), 1
     while target.exists():
         number += 1
@@ -140,97 +130,97 @@ def set_aside(damaged: Path) -> Path:
     return target
 
 
-def point(file: Path, checkpoint: Path) -> None:
-    """Let `latest` or `best` name another checkpoint, at once."""
+def write_pointer(file: Path, checkpoint: Path) -> None:
+    """Write the name of a checkpoint to `latest` or `best`, atomically."""
     atomic_io.replace(file, checkpoint.name + "\n")
 
 
-def pointed(file: Path) -> Path:
-    """The checkpoint that `latest` or `best` names, which need not be there.
+def read_pointer(file: Path) -> Path:
+    """The checkpoint that `latest` or `best` names; it may not exist.
 
     Raises:
-        ValueError: it names no step folder.
+        ValueError: the file does not name a step folder.
     """
     name = file.read_text(encoding="utf-8", errors="replace").strip()
     if not STEP.fullmatch(name):
-        raise ValueError(f"{file} names {name[:80]!r}, which is no step folder; write the name of one into it.")
+        raise ValueError(f"{file} names {name[:80]!r}, which is not a step folder; write the name of one into it.")
     return file.parent / name
 
 
-def best_of(folder: Path) -> Path | None:
-    """The checkpoint that `best` in RUN/checkpoints names; None where it names none, which is not worth a run."""
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that RUN/checkpoints/best names; None if there is none. A damaged pointer is only warned of."""
     try:
-        return pointed(folder / BEST) if (folder / BEST).is_file() else None
+        return read_pointer(folder / BEST) if (folder / BEST).is_file() else None
     except ValueError as error:
-        print(f"warning: {error}", flush=True)
+        logger.warning("%s", error)
         return None
 
 
-def outdated(run: str | Path, keep: int) -> list[Path]:
-    """The checkpoints to delete: all but the newest `keep` complete ones and the best, and remains of such ones."""
-    best = best_of(Path(run) / "checkpoints")
-    found, whole = [], 0
-    for path in steps(run).values():
-        complete = (path / DESCRIPTION).is_file()
-        whole += complete
-        if whole > keep if complete else whole:
+def expired_checkpoints(run: str | Path, keep: int) -> list[Path]:
+    """Checkpoints to delete: older than the newest `keep` complete ones, and not the best; incomplete ones included.
+
+    Incomplete ones that are newer than the newest complete one stay: a resume reports them.
+    """
+    best = best_checkpoint(Path(run) / "checkpoints")
+    found, complete_count = [], 0
+    for path in step_folders(run).values():
+        complete = (path / MANIFEST).is_file()
+        complete_count += complete
+        if complete_count > keep if complete else complete_count:
             found.append(path)
     return [path for path in found if path != best]
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint, its manifest first: a half-deleted one is never taken for a whole one."""
-    (checkpoint / DESCRIPTION).unlink(missing_ok=True)
+    """Delete a checkpoint, its manifest first: after a kill in between it does not count as complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
     atomic_io.sync(checkpoint)
     shutil.rmtree(checkpoint)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder of a run (its latest), of RUN/checkpoints/latest or best, or of a checkpoint itself.
+    """The checkpoint folder of a run (its latest), of RUN/checkpoints/latest or best, or of a step folder itself.
 
-    It may be a copy for evaluation and export, without the shards and random states that only a resume needs. One of an
-    earlier version, which has no digests, is found as well.
+    Only its trained tensors need to be there: it may be a copy for evaluation, without what a resume needs.
 
     Raises:
-        ValueError: there is none, or its trained tensors are not (`load_trainable` reads them).
+        ValueError: there is none, or its trained tensors are missing or have another size.
     """
     path = Path(path)
-    wanted = path
+    found = path
     if path.name in (LATEST, BEST) and path.is_file():
-        wanted = pointed(path)
+        found = read_pointer(path)
     elif has_checkpoint(path):
-        wanted = _latest(path)
-    if not (wanted / DESCRIPTION).is_file():
+        found = _latest(path)
+    if not (found / MANIFEST).is_file():
         raise ValueError(
-            f"{wanted} holds no complete checkpoint ({DESCRIPTION} is missing); name a run, a step folder, or "
+            f"{found} holds no complete checkpoint ({MANIFEST} is missing); name a run, a step folder, or "
             "checkpoints/best of a run that validated (train.eval_every)."
         )
-    wrong = verify(wanted, deep=False, only={TENSORS})
-    if wrong is not None:
-        raise ValueError(f"{wrong.removesuffix('.')}; copy the checkpoint again, or name another step folder.")
-    return wanted
+    problem = verify(found, deep=False, only={TENSORS})
+    if problem is not None:
+        raise ValueError(f"{problem.removesuffix('.')}; copy the checkpoint again, or name another step folder.")
+    return found
 
 
 def has_checkpoint(run: str | Path) -> bool:
-    """Whether a run has saved anything, whole or not."""
-    return bool(steps(run)) or (Path(run) / "checkpoints" / LATEST).is_file()
+    """Whether a run has saved a checkpoint, complete or not."""
+    return bool(step_folders(run)) or (Path(run) / "checkpoints" / LATEST).is_file()
 
 
 def _latest(run: Path) -> Path:
-    """What `latest` names; if a kill fell before it moved, or it names nothing, the whole one with the highest step."""
+    """The checkpoint that `latest` names; if there is none, the newest complete one.
+
+    `latest` may be missing or out of date if the run was killed before it was written.
+    """
     file = run / "checkpoints" / LATEST
-    named = pointed(file) if file.is_file() else None
-    whole = (path for path in steps(run).values() if verify(path, deep=False, only={TENSORS}) is None)
-    if named is not None and named.is_dir():  # else somebody removed it, or a kill fell before it moved
+    named = read_pointer(file) if file.is_file() else None
+    if named is not None and named.is_dir():
         return named
-    return next(whole, named or run)
+    complete = (path for path in step_folders(run).values() if verify(path, deep=False, only={TENSORS}) is None)
+    return next(complete, named or run)
 
 
-def _of_before(description: Mapping[str, Any]) -> bool:
-    """Whether a version without digests wrote this manifest; one flipped bit cannot rename all three keys."""
-    return not {"files", "incarnation", SEAL} & description.keys()
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest without its seal, in one canonical spelling."""
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest without its own digest, in canonical JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

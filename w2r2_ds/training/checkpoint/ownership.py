@@ -1,9 +1,11 @@
-"""One writer per run: every start of a run takes a token, and who no longer holds it writes nothing more.
+"""Ownership token: only the latest start of a run may write its checkpoints (a fencing token).
 
-A job that was requeued elsewhere while its old ranks live on behind a cut link has two writers. The newer start
-replaces RUN/checkpoints/incarnation.json; the older one finds another token there before its next rename and ends.
-Between look and rename lies a moment; what could slip through it is a whole checkpoint of the same run and step, since
-each writes aside in a folder named after its token and a rename never replaces a folder.
+A requeued job may run while ranks of the old job still live on a node that lost its connection. Both would write to the
+same folder. Every start therefore replaces RUN/checkpoints/incarnation.json with its own random token, and compares it
+before every rename, deletion and pointer update. A start that finds another token there stops.
+
+An old start may still rename right after its comparison. This is harmless: each start writes to a temporary folder
+named after its token, and a rename never merges folders, so at worst it publishes a complete checkpoint of that step.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from w2r2_ds.utils import atomic_io
 INCARNATION = "incarnation.json"
 
 
-class Fenced(ValueError):
+class OwnershipLost(ValueError):
     """Another start of the same run has taken over; this one must not write any more."""
 
 
 @dataclass(frozen=True)
 class OwnershipToken:
-    """The right to write a run's checkpoints, until another start takes it.
+    """The right to write a run's checkpoints, until another start claims it.
 
     Attributes:
         folder: RUN/checkpoints.
         number: starts of this run so far, from 1.
         token: 16 random hex digits.
-        host, pid, job: of rank 0; `job` is the Slurm job's id, empty without Slurm.
+        host, pid, job: of rank 0; `job` is the Slurm job id, empty without Slurm.
         started: UTC, ISO 8601.
     """
 
@@ -50,14 +52,11 @@ class OwnershipToken:
 
     @classmethod
     def claim(cls, run: str | Path) -> OwnershipToken:
-        """Take over a run; rank 0 calls it, once nothing the user can mend is left to refuse.
-
-        Folders that earlier starts left half-written are removed.
-        """
+        """Take over a run and remove temporary folders of earlier starts. Rank 0 calls it, after all input checks."""
         folder = Path(run) / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         before = _read(folder / INCARNATION)
-        fence = cls(
+        token = cls(
             folder,
             int(before.get("number", 0)) + 1,
             secrets.token_hex(8),
@@ -66,49 +65,54 @@ class OwnershipToken:
             os.environ.get("SLURM_JOB_ID", ""),
             datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        atomic_io.replace(folder / INCARNATION, json.dumps(fence.described(), indent=2) + "\n")
-        fence.sweep()
-        return fence
+        atomic_io.replace(folder / INCARNATION, json.dumps(token.to_json(), indent=2) + "\n")
+        token.remove_partial()
+        return token
 
-    def described(self) -> dict[str, object]:
-        """As it is written: everything but the folder."""
+    def to_json(self) -> dict[str, object]:
+        """Content of the file: all fields but the folder."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     def check(self) -> None:
-        """Call before whatever others can see: a rename, a deletion, a pointer that moves.
+        """Compare the token; called before everything that other starts can see: renames, deletions, pointers.
 
         Raises:
-            Fenced: another start has taken over, or the file is gone.
+            OwnershipLost: another start has taken over, or the file is gone.
         """
         found = _read(self.folder / INCARNATION)
         if found.get("token") == self.token:
             return
         if not found:
-            raise Fenced(f"{self.folder / INCARNATION} is gone or unreadable; this run stops without writing more.")
-        raise Fenced(
+            raise OwnershipLost(
+                f"{self.folder / INCARNATION} is gone or unreadable; this run stops without writing more."
+            )
+        raise OwnershipLost(
             f"{self.folder.parent} was taken over by start {found.get('number')} (host {found.get('host')}, job "
             f"{found.get('job') or 'none'}, {found.get('started')}); this one, start {self.number} of "
             f"{self.started}, stops without writing more."
         )
 
-    def aside(self, step: int) -> Path:
-        """Where this start writes the checkpoint of a step; no other start uses the same folder."""
+    def temporary_folder(self, step: int) -> Path:
+        """Folder in which this start writes the checkpoint of a step; no other start uses it."""
         return self.folder / f"step-{step:06d}.{self.token}{PARTIAL}"
 
-    def sweep(self) -> None:
-        """Remove what killed starts left half-written."""
+    def remove_partial(self) -> None:
+        """Remove the temporary folders and files of earlier starts."""
         for path in self.folder.glob(f"*{PARTIAL}"):
             if self.token in path.name or path.name.startswith(INCARNATION):  # another start may be claiming right now
                 continue
             if path.is_dir():
-                # A fenced start may still write there; what it adds meanwhile goes with the next start's sweep.
+                # An old start may still write there; what it adds meanwhile is removed by the next start.
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The file as JSON; empty where it is missing or damaged. Another OSError says nothing of who holds the run."""
+    """The file as JSON; empty if it is missing or damaged.
+
+    Other OSErrors are raised: a network file system that fails for a moment does not mean that ownership is lost.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

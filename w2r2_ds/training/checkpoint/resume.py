@@ -1,12 +1,10 @@
-"""How a run goes on: the newest whole checkpoint is found, loaded on as many ranks as there are, and taken over.
+"""Resume a run: find the newest complete checkpoint, load it on any number of ranks, take over the run.
 
-On as many ranks as before every rank reads its own shard and random state back: the losses go on bit for bit. On more
-or fewer, rank 0 has DeepSpeed convert the shards to its universal form, which any number of ranks reads; then the same
-global batches follow and the losses are equal up to rounding, as long as nothing is drawn at random (with dropout each
-rank has another mask, as it would have had from the start).
+On the same number of ranks, every rank reads its own shard and random state: the losses continue bit for bit. On
+another number, rank 0 converts the shards to DeepSpeed's universal format, which any number of ranks can read. Then the
+global batches are the same and the losses equal up to rounding, unless something is random per rank (dropout).
 
-The position in the data needs no state: which samples make a global batch depends on the step alone (data/sampler.py),
-so it is right in the middle of an epoch and for every number of ranks and accumulation steps.
+The position in the data needs no state: the samples of a global batch depend on the step alone (data/sampler.py).
 """
 
 from __future__ import annotations
@@ -20,43 +18,46 @@ from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.checkpoint.compat import check_same_data, check_same_model, check_same_run
-from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, Shards, load, refuse_programs, safe_loading
+from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, SafeCheckpointEngine, check_no_code, load, safe_loading
 from w2r2_ds.training.checkpoint.manifest import (
     BEST,
     PARTIAL,
-    best_of,
+    best_checkpoint,
     has_checkpoint,
     newest_complete,
-    point,
-    read_description,
-    set_aside,
-    steps,
+    read_manifest,
+    rename_damaged,
+    step_folders,
     verify,
+    write_pointer,
 )
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
 from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
 from w2r2_ds.utils.rng import rng_state, seed_afresh, set_rng_state
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run begins.
+class StartPoint:
+    """The checkpoint that a run starts from.
 
     Attributes:
-        checkpoint: to go on from; None for a fresh run.
+        checkpoint: None for a fresh run.
         world_size: ranks that wrote it.
-        damaged: what is wrong with each checkpoint above it.
-        highest: the step folder with the highest step, whole or not.
+        damaged: newer checkpoints that are damaged, and their problems.
+        highest: the step folder with the highest step, complete or not.
     """
 
     checkpoint: Path | None = None
@@ -66,40 +67,40 @@ class Start:
 
     @property
     def universal(self) -> bool:
-        """Whether other ranks than wrote the checkpoint go on from it."""
+        """Whether the number of ranks has changed, so that the shards must be converted."""
         return self.checkpoint is not None and self.world_size != dist.get_world_size()
 
 
-def find_start(config: RunConfig) -> Start:
-    """The newest whole checkpoint, its files read and compared on rank 0; damaged ones above it are named.
+def find_start(config: RunConfig) -> StartPoint:
+    """The newest complete checkpoint, verified on rank 0; warns of damaged newer ones. Collective.
 
-    Every rank calls it. Nothing is changed on disk: the run may still be refused.
+    Nothing is changed on disk: later checks may still stop the run.
 
     Raises:
-        ValueError: there are checkpoints but `resume` is none, none of them is whole, one wants to run something, or a
-            rank does not see its files.
+        ValueError: there are checkpoints but `resume` is none, none is complete, one contains code, or a rank cannot
+            read its files (a path that is not shared between machines).
     """
     start = on_rank_zero(lambda: _find_start(config))
     with raise_on_all_ranks():
-        if start.checkpoint is not None and (wrong := verify(start.checkpoint, deep=False)) is not None:
-            raise ValueError(f"rank {dist.get_rank()} does not see what rank 0 sees: {wrong}")
+        if start.checkpoint is not None and (problem := verify(start.checkpoint, deep=False)) is not None:
+            raise ValueError(f"rank {dist.get_rank()} cannot read the checkpoint that rank 0 verified: {problem}")
     return start
 
 
-def _find_start(config: RunConfig) -> Start:
+def _find_start(config: RunConfig) -> StartPoint:
     if not has_checkpoint(config.out):
-        return Start()
+        return StartPoint()
     if config.resume == "none":
-        raise ValueError(f"{config.out} already holds checkpoints; give --resume auto to go on, or another --out.")
+        raise ValueError(f"{config.out} already holds checkpoints; give --resume auto to continue, or another --out.")
     newest, damaged = newest_complete(config.out)
     if newest is None:
         first = next(iter(damaged.values()), f"{config.out}/checkpoints holds no step folder.")
-        raise ValueError(f"no checkpoint of {config.out} is whole; give another --out, or bring one back: {first}")
-    for wrong in damaged.values():
-        logger.warning("%s Going on from %s instead.", wrong, newest.name)
-    refuse_programs(*sorted(newest.rglob("*.pt")))
-    saved = read_description(newest)
-    start = Start(newest, int(saved["world_size"]), damaged, next(iter([*damaged, newest])))
+        raise ValueError(f"no checkpoint of {config.out} is complete; give another --out, or restore one: {first}")
+    for problem in damaged.values():
+        logger.warning("%s Resuming from %s instead.", problem, newest.name)
+    check_no_code(*sorted(newest.rglob("*.pt")))
+    saved = read_manifest(newest)
+    start = StartPoint(newest, int(saved["world_size"]), damaged, next(iter([*damaged, newest])))
     if start.universal and saved.get("zero_stage") == 0:
         raise ValueError(
             f"{newest} was written by {start.world_size} rank(s) without ZeRO, which DeepSpeed cannot convert for "
@@ -108,61 +109,59 @@ def _find_start(config: RunConfig) -> Start:
     return start
 
 
-def take_over(config: RunConfig, start: Start) -> OwnershipToken:
-    """Become the one start that writes this run; every rank calls it, when nothing is left to refuse.
-
-    Damaged checkpoints are renamed, so that their steps can be saved again.
+def take_over(config: RunConfig, start: StartPoint) -> OwnershipToken:
+    """Claim the run's ownership token and rename damaged checkpoints. Collective; called after all input checks.
 
     Raises:
         ValueError: the run's folder cannot be written.
-        Unreachable: since `find_start` an older start, which lives on somewhere, has saved a newer checkpoint. On the
-            other ranks a RuntimeError.
+        Unreachable: since `find_start`, an older start that still runs has saved a newer checkpoint. On the other ranks
+            a RuntimeError.
     """
 
     def claim() -> OwnershipToken:
         try:
-            fence = OwnershipToken.claim(config.out)
-            if next(iter(steps(config.out).values()), None) != start.highest:
+            token = OwnershipToken.claim(config.out)
+            if next(iter(step_folders(config.out).values()), None) != start.highest:
                 raise Unreachable(
-                    f"another start of {config.out} has saved a checkpoint while this one made ready; this one ends, "
-                    "and the same command goes on from that checkpoint."
+                    f"another start of {config.out} has saved a checkpoint while this one loaded; this one ends, and "
+                    "the same command resumes from that checkpoint."
                 )
             for path in start.damaged:
-                logger.info("%s is kept as %s", path, set_aside(path).name)
+                logger.info("%s is kept as %s", path, rename_damaged(path).name)
         except OSError as error:
             raise ValueError(
-                f"{error.filename}: cannot be written ({error.strerror}); make room, or see --out."
+                f"{error.filename}: cannot be written ({error.strerror}); free disk space, or give another --out."
             ) from None
-        return fence
+        return token
 
     return on_rank_zero(claim)
 
 
-def resume(engine: Any, start: Start, config: RunConfig, data: Sequence[str]) -> int:
-    """Load weights, optimizer, schedule and random state; returns the step to go on with. Every rank calls it.
+def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: Sequence[str]) -> int:
+    """Load weights, optimizer, schedule and random state; returns the optimizer steps done. Collective.
 
     Raises:
-        ValueError: the checkpoint is another model's, another run's, or of another ZeRO stage.
+        ValueError: the checkpoint is of another model, run or ZeRO stage.
     """
     path = start.checkpoint
     assert path is not None
     check_same_model(path, engine.module.model)
     check_same_run(path, config)
     check_same_data(path, config, data)
-    saved = read_description(path)
+    saved = read_manifest(path)
     stage = engine.zero_optimization_stage()
-    if saved.get("zero_stage", stage) != stage:  # earlier versions did not say
+    if saved["zero_stage"] != stage:
         raise ValueError(
             f"{path} was written under ZeRO stage {saved['zero_stage']} and cannot be resumed under stage {stage}; "
-            "give the DeepSpeed JSON of before."
+            "use the DeepSpeed JSON that it was trained with."
         )
-    engine.checkpoint_engine = Shards()
+    engine.checkpoint_engine = SafeCheckpointEngine()
     if not start.universal:
         with safe_loading():
             engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
     else:
         logger.info("%s was written by %d rank(s); converting it for %d", path, start.world_size, dist.get_world_size())
-        with converted(path) as folder, own_options(engine), safe_loading():
+        with converted(path) as folder, restore_group_options(engine), safe_loading():
             engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=False)
     step = int(saved["step"])
     own = path / f"rng-{dist.get_rank()}.pt"
@@ -175,58 +174,59 @@ def resume(engine: Any, start: Start, config: RunConfig, data: Sequence[str]) ->
 
 @contextmanager
 def converted(path: Path) -> Iterator[Path]:
-    """A folder beside a checkpoint with its shards in DeepSpeed's universal form; every rank enters and leaves it.
+    """A temporary folder beside a checkpoint with its shards in DeepSpeed's universal format. Collective.
 
     Raises:
         ValueError: the disk is full, or DeepSpeed cannot convert it.
     """
-    beside = on_rank_zero(lambda: _convert(path))
-    yield beside
-    # Only where all went well: a rank that failed would wait here for others, which wait for it elsewhere. What a
-    # failure leaves goes with the next start (`OwnershipToken.sweep`).
+    folder = on_rank_zero(lambda: _convert(path))
+    yield folder
+    # Not in a `finally`: a rank that failed would wait in this barrier while the others wait elsewhere. After a failure
+    # the next start removes the folder (`OwnershipToken.remove_partial`).
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _convert(path: Path) -> Path:
-    """DeepSpeed's converter (deepspeed/checkpoint/ds_to_universal.py), in this process, one worker; where it wrote."""
+    """Run DeepSpeed's converter (deepspeed/checkpoint/ds_to_universal.py) in this process; returns its folder."""
     from deepspeed.checkpoint.ds_to_universal import main
 
     shards = path / ENGINE
-    # A start that lives on behind a cut link must not take it away from the one that converts now.
-    beside = path.with_name(f"{path.name}.universal.{secrets.token_hex(4)}{PARTIAL}")
+    # A name of its own: an older start that still runs must not remove it.
+    folder = path.with_name(f"{path.name}.universal.{secrets.token_hex(4)}{PARTIAL}")
     options = SimpleNamespace(
         input_folder=str(shards),
-        output_folder=str(beside / ENGINE),
+        output_folder=str(folder / ENGINE),
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # below ZeRO-3 it wants a version number that only Megatron writes
+        inject_missing_state=True,  # below ZeRO-3 it needs a version number that only Megatron writes
     )
     random_state = rng_state()
     try:
-        (beside / ENGINE).mkdir(parents=True)
+        (folder / ENGINE).mkdir(parents=True)
         with safe_loading(), redirect_stdout(StringIO()):
             main(options)
-    except (OSError, RuntimeError) as error:  # of a full disk torch makes a RuntimeError
-        shutil.rmtree(beside, ignore_errors=True)
-        said = " ".join(str(error).split())[:300]
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError on a full disk
+        shutil.rmtree(folder, ignore_errors=True)
+        cause = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{shards} cannot be converted for another number of ranks ({said}); make room for a second checkpoint "
-            f"beside it, or start as many ranks as before."
+            f"{shards} cannot be converted for another number of ranks ({cause}); free disk space for a second "
+            "checkpoint beside it, or start as many ranks as before."
         ) from error
     set_rng_state(random_state)
-    return beside
+    return folder
 
 
 @contextmanager
-def own_options(engine: Any) -> Iterator[None]:
-    """Mend what a universal load of ZeRO-3 does to an optimizer with several groups (deepspeed/runtime/zero/stage3.py).
+def restore_group_options(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Correct the optimizer after a universal load under ZeRO-3 (deepspeed/runtime/zero/stage3.py).
 
-    All groups get the options of the first one: each keeps its own, and the rate of the schedule, whose state was
-    loaded as well. And all share one tensor that counts the steps, so that each group's update counts for all.
+    DeepSpeed gives all parameter groups the options of the first. Each group gets its own back, with the learning rate
+    of the (loaded) schedule. All groups would also share one step-counter tensor, which each update would increment;
+    each gets a copy.
     """
     groups = engine.optimizer.optimizer.param_groups
     before = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -239,21 +239,21 @@ def own_options(engine: Any) -> Iterator[None]:
 
 
 def best_until(checkpoint: Path) -> dict[str, Any] | None:
-    """What `best` was saved with, for a run that goes on from `checkpoint`; None if the best must be found afresh.
+    """Metric and value of the best checkpoint, for a run that resumes from `checkpoint`; None if there is none.
 
-    A kill may fall between two moves: `checkpoint` itself is the best where it says so. One that is gone, or that was
-    saved after `checkpoint`, is forgotten.
+    If the run was killed before `best` was written, and `checkpoint` itself is the best, `best` is written now. A best
+    checkpoint that is gone, or newer than `checkpoint`, is ignored.
     """
     return on_rank_zero(lambda: _best_until(checkpoint))
 
 
 def _best_until(checkpoint: Path) -> dict[str, Any] | None:
-    description = read_description(checkpoint)
-    if description.get("best") is not None:
-        point(checkpoint.parent / BEST, checkpoint)
-        return dict(description["best"])
-    kept = best_of(checkpoint.parent)
+    manifest = read_manifest(checkpoint)
+    if manifest["best"] is not None:
+        write_pointer(checkpoint.parent / BEST, checkpoint)
+        return dict(manifest["best"])
+    kept = best_checkpoint(checkpoint.parent)
     if kept is None or verify(kept, deep=False) is not None:
         return None
-    saved = read_description(kept)
-    return saved.get("best") if saved["step"] <= description["step"] else None
+    saved = read_manifest(kept)
+    return saved["best"] if saved["step"] <= manifest["step"] else None

@@ -1,14 +1,14 @@
-"""What is saved: the trained tensors, DeepSpeed's optimizer shards, and a manifest of both.
+"""Save a checkpoint: trained tensors, DeepSpeed's optimizer shards, random states, and a manifest.
 
 RUN/checkpoints/step-000030/trainable.safetensors   LoRA and merger, whole tensors, for evaluation and export
                             engine/                 DeepSpeed's shards, for an exact resume
-                            rng-RANK.pt             every rank's random state
+                            rng-RANK.pt             random state of every rank
                             config.yaml             the resolved configuration
                             checkpoint.json         the manifest (training/checkpoint/manifest.py); written last
 
-A checkpoint is written aside under a name of this start alone (training/checkpoint/ownership.py), flushed to the
-disk, renamed; then
-`latest` moves, then `best`, then old ones go. Whenever the power goes there is a whole one, the new or the old.
+Order of publication: write to a temporary folder that only this start uses, fsync every file, write the manifest,
+rename the folder; then update `latest`, then `best`, then delete old checkpoints. After a crash at any point there is a
+complete checkpoint, the old or the new one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from safetensors.torch import save
@@ -27,18 +27,18 @@ from w2r2_ds.config.io import config_text
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import fingerprint, trainable
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, Part, save_shards
+from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, RankWriter, save_shards
 from w2r2_ds.training.checkpoint.manifest import (
     BEST,
     LATEST,
     PARTIAL,
     TENSORS,
     delete,
-    outdated,
-    point,
+    expired_checkpoints,
     step_folder,
-    steps,
-    write_description,
+    step_folders,
+    write_manifest,
+    write_pointer,
 )
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.weights import gather_trainable
@@ -48,23 +48,26 @@ from w2r2_ds.utils.distributed import on_rank_zero
 from w2r2_ds.utils.rng import rng_state
 from w2r2_ds.utils.versions import versions
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
-MASTER_BYTES = 12
-"""Of each trained number: a float32 master copy and two float32 moments."""
+OPTIMIZER_BYTES = 12
+"""Per trained number: a float32 master copy and two float32 moments."""
 RANK_ALLOWANCE, TENSOR_ALLOWANCE = 100_000, 2_000
 """Bytes per rank, and per rank and trained tensor: random state, names, shapes, padding, DeepSpeed's settings."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Content:
-    """What a checkpoint says of itself.
+class CheckpointInfo:
+    """What the manifest records of the run.
 
     Attributes:
         step: optimizer steps done.
         metrics: of that step.
-        data: what the training sets hold (``data.loading.digests``).
-        best: where this one has the best validation so far, by what; then `best` moves too.
+        data: digests of the training sets (`data.loader.digests`).
+        best: if this is the best validation so far, its metric and value; then `best` is updated too.
     """
 
     step: int
@@ -73,136 +76,150 @@ class Content:
     best: Mapping[str, Any] | None = None
 
 
-def save_checkpoint(engine: Any, config: RunConfig, content: Content, fence: OwnershipToken) -> Path | None:
-    """Write a checkpoint; every rank calls it.
+def save_checkpoint(
+    engine: DeepSpeedEngine, config: RunConfig, info: CheckpointInfo, token: OwnershipToken
+) -> Path | None:
+    """Save a checkpoint. Collective.
 
     Returns:
-        Its folder, or None if some rank could not write (a full disk): that is said, nothing is left of it, the
-        checkpoints of before are as they were, and the run can go on.
+        Its folder; or None if a rank could not write (a full disk). Then a warning is logged, the temporary folder is
+        removed, and older checkpoints are unchanged, so the run can continue.
 
     Raises:
-        Fenced: another start of this run has taken over; on every rank.
+        OwnershipLost: another start of this run has taken over; on every rank.
     """
-    aside = fence.aside(content.step)
-    on_rank_zero(fence.check)
-    part = Part(aside)
+    temporary = token.temporary_folder(info.step)
+    on_rank_zero(token.check)
+    writer = RankWriter(temporary)
     if dist.get_rank() == 0:
-        with part.attempt():
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / ENGINE).mkdir(parents=True)
+        with writer.record_errors():
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / ENGINE).mkdir(parents=True)
     dist.barrier()
-    part.save(f"rng-{dist.get_rank()}.pt", rng_state())
-    save_shards(engine, part, content.step)
+    writer.save(f"rng-{dist.get_rank()}.pt", rng_state())
+    save_shards(engine, writer, info.step)
     tensors = gather_trainable(engine.module.model)
     if dist.get_rank() == 0:
-        part.write(TENSORS, lambda writer: writer.write(save(tensors)))
-        part.write("config.yaml", lambda writer: writer.write(config_text(config).encode()))
-    files, failures = compare_notes(part)
+        writer.write(TENSORS, lambda file: file.write(save(tensors)))
+        writer.write("config.yaml", lambda file: file.write(config_text(config).encode()))
+    files, failures = gather_results(writer)
     if not failures:
         check_size(files, engine.module.model)
-        about = describe(engine, content, fence)
-        failures = on_rank_zero(lambda: publish(config, about, files, fence, aside))
+        description = describe(engine, info, token)
+        failures = on_rank_zero(lambda: publish(config, description, files, token, temporary))
     if failures:
-        give_up(config, content.step, failures, fence, aside)
+        discard(config, info.step, failures, token, temporary)
         return None
-    return step_folder(config.out, content.step)
+    return step_folder(config.out, info.step)
 
 
-def compare_notes(part: Part) -> tuple[dict[str, Digest], list[str]]:
-    """What all ranks have written, and what has failed; the same on every rank."""
-    notes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(notes, (part.files, part.failure))
-    files = {name: digest for written, _ in notes for name, digest in written.items()}
-    return files, [failure for _, failure in notes if failure is not None]
+def gather_results(writer: RankWriter) -> tuple[dict[str, Digest], list[str]]:
+    """Files that all ranks have written, and their failures; the same on every rank."""
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, (writer.files, writer.failure))
+    files = {name: digest for written, _ in results for name, digest in written.items()}
+    return files, [failure for _, failure in results if failure is not None]
 
 
 def check_size(files: Mapping[str, Digest], model: W2R2) -> None:
-    """Only what trains is stored: weights whole and in a shard, master copy, moments, and the stated allowance."""
+    """Assert that nothing frozen is stored: weights (whole and in a shard), optimizer state, and an allowance."""
     parameters = [(p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p) for p in trainable(model).values()]
-    numbers = sum(count * (2 * p.element_size() + MASTER_BYTES) for count, p in parameters)
-    most = numbers + dist.get_world_size() * (RANK_ALLOWANCE + TENSOR_ALLOWANCE * len(parameters))
+    numbers = sum(count * (2 * p.element_size() + OPTIMIZER_BYTES) for count, p in parameters)
+    limit = numbers + dist.get_world_size() * (RANK_ALLOWANCE + TENSOR_ALLOWANCE * len(parameters))
     written = sum(digest.bytes for digest in files.values())
-    assert written <= most, f"a checkpoint of {written} bytes holds more than the {most} of what trains"
+    assert written <= limit, f"a checkpoint of {written} bytes holds more than the {limit} of what trains"
 
 
-def describe(engine: Any, content: Content, fence: OwnershipToken) -> dict[str, Any]:
+def describe(engine: DeepSpeedEngine, info: CheckpointInfo, token: OwnershipToken) -> dict[str, Any]:
     """The manifest without its files."""
     return {
-        "step": content.step,
-        "incarnation": fence.number,
+        "step": info.step,
+        "incarnation": token.number,
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "model": fingerprint(engine.module.model),
-        "metrics": dict(content.metrics),
-        "best": content.best,
-        "data": list(content.data),
+        "metrics": dict(info.metrics),
+        "best": info.best,
+        "data": list(info.data),
         "versions": versions(),
     }
 
 
 def publish(
-    config: RunConfig, about: Mapping[str, Any], files: Mapping[str, Digest], fence: OwnershipToken, aside: Path
+    config: RunConfig,
+    description: Mapping[str, Any],
+    files: Mapping[str, Digest],
+    token: OwnershipToken,
+    temporary: Path,
 ) -> list[str]:
-    """On rank 0: manifest, rename, pointers, deletion of the old; returns what failed before the rename."""
-    part, final = Part(aside), step_folder(config.out, about["step"])
-    with part.attempt():
-        write_description(aside, about, {**files, **copied(aside, files)})
-        fence.check()
-        replace_folder(aside, final)
-    if part.failure is not None:
-        return [part.failure]
-    after = Part(final)
-    with after.attempt():
-        for name in (LATEST, BEST) if about["best"] is not None else (LATEST,):
-            fence.check()
-            point(fence.folder / name, final)
-        for old in outdated(config.out, config.train.keep_last):
-            fence.check()
+    """On rank 0: write the manifest, rename, update pointers, delete old checkpoints.
+
+    Ownership is checked before each of these. Returns the failures before the rename; later ones are only warned of,
+    because the checkpoint is complete then.
+    """
+    writer, final = RankWriter(temporary), step_folder(config.out, description["step"])
+    with writer.record_errors():
+        write_manifest(temporary, description, {**files, **unlisted_files(temporary, files)})
+        token.check()
+        replace_folder(temporary, final)
+    if writer.failure is not None:
+        return [writer.failure]
+    afterwards = RankWriter(final)
+    with afterwards.record_errors():
+        for name in (LATEST, BEST) if description["best"] is not None else (LATEST,):
+            token.check()
+            write_pointer(token.folder / name, final)
+        for old in expired_checkpoints(config.out, config.train.keep_last):
+            token.check()
             delete(old)
-    if after.failure is not None:
-        logger.warning("%s is saved, but what comes after is not done: %s.", final, after.failure)
+    if afterwards.failure is not None:
+        logger.warning("%s is saved, but pointers or deletions failed: %s.", final, afterwards.failure)
     return []
 
 
-def replace_folder(aside: Path, final: Path) -> None:
-    """Rename; where there is something already (of a start that was fenced between its look and its rename), that
-    goes only when the new one is there."""
-    old = final.with_name(f"{aside.name.removesuffix(PARTIAL)}.old{PARTIAL}")
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Rename `temporary` to `final`.
+
+    If `final` exists (of a start that lost ownership just before its rename), it is deleted after the rename.
+    """
     if not final.exists():
-        atomic_io.move(aside, final)
+        atomic_io.move(temporary, final)
         return
+    # A rename cannot replace a folder that is not empty: move the old one away, and back if the rename fails.
+    old = final.with_name(f"{temporary.name.removesuffix(PARTIAL)}.old{PARTIAL}")
     final.rename(old)
     try:
-        atomic_io.move(aside, final)
+        atomic_io.move(temporary, final)
     except OSError:
         old.rename(final)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def copied(aside: Path, files: Mapping[str, Digest]) -> dict[str, Digest]:
-    """Digests of what DeepSpeed put there past our writer: the swap files of an NVMe offload."""
+def unlisted_files(folder: Path, files: Mapping[str, Digest]) -> dict[str, Digest]:
+    """Sync and hash files that DeepSpeed copied without our writer: the swap files of an NVMe offload."""
     found = {}
-    for file in sorted(path for path in aside.rglob("*") if path.is_file()):
-        name = file.relative_to(aside).as_posix()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
         if name not in files:
             atomic_io.sync(file)
             found[name] = atomic_io.digest(file)
     return found
 
 
-def give_up(config: RunConfig, step: int, failures: Sequence[str], fence: OwnershipToken, aside: Path) -> None:
-    """Remove what was written of a checkpoint that failed, and say so; a start that was fenced ends here."""
-    on_rank_zero(fence.check)  # a newer start removes our folder, which looks like a failure
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-    newest = next((path.name for path in steps(config.out).values()), "none")
+def discard(config: RunConfig, step: int, failures: Sequence[str], token: OwnershipToken, temporary: Path) -> None:
+    """Remove what was written of a failed checkpoint, and warn."""
+    # A newer start removes our temporary folder, which shows as a write failure; then this raises OwnershipLost.
+    on_rank_zero(token.check)
+    if dist.get_rank() != 0:
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    newest = next((path.name for path in step_folders(config.out).values()), "none")
     more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
-    if dist.get_rank() == 0:
-        logger.warning(
-            "the checkpoint of step %d could not be saved (%s%s); the newest checkpoint is %s.",
-            step,
-            failures[0],
-            more,
-            newest,
-        )
+    logger.warning(
+        "the checkpoint of step %d could not be saved (%s%s); the newest checkpoint is %s.",
+        step,
+        failures[0],
+        more,
+        newest,
+    )

@@ -1,4 +1,4 @@
-"""The trained tensors of a checkpoint: gathered whole, and loaded into a model that is not sharded."""
+"""The trained tensors of a checkpoint: gather them from all ranks, load them into an unsharded model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from w2r2_ds.utils.safetensors_io import read_strictly
 
 
 def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
-    """Whole trained tensors by name, on the CPU; every rank calls it, ZeRO-3 partitions are gathered."""
+    """Whole trained tensors by name, on the CPU. Collective."""
     parameters = trainable(model)
+    # Under ZeRO-3 a parameter is an empty tensor outside this context; `state_dict()` would save shape (0,).
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         tensors = {name: p.detach().cpu().clone().contiguous() for name, p in parameters.items()}
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
@@ -29,12 +30,12 @@ def load_trainable(path: Path, model: W2R2) -> None:
     """Load the trained tensors of a checkpoint into an unsharded model, strictly.
 
     Raises:
-        ValueError: they are not those that were saved (their SHA-256 is compared), or another model's.
+        ValueError: the file does not have the SHA-256 of the manifest, or is of another model.
     """
     check_same_model(path, model)
-    wrong = verify(path, only={TENSORS})
-    if wrong is not None:
-        raise ValueError(f"{wrong.removesuffix('.')}; copy the checkpoint again.")
+    problem = verify(path, only={TENSORS})
+    if problem is not None:
+        raise ValueError(f"{problem.removesuffix('.')}; copy the checkpoint again.")
     parameters = trainable(model)
     for name, tensor in read_strictly(path / TENSORS, "the trained tensors", parameters).items():
         parameters[name].copy_(tensor)
