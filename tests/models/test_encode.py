@@ -20,9 +20,8 @@ from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.features.lookup import flush
 from w2r2_ds.features.store import Cache
 from w2r2_ds.models.build import VlmFrontend, build_model
-from w2r2_ds.models.encode import missing_2d
 from w2r2_ds.models.feature_identity import open_cache
-from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.models.w2r2 import W2R2, missing_2d
 from w2r2_ds.training.cache_stats import cache_use, describe_cache
 from w2r2_ds.training.throughput import geometry_flops, tower_flops
 

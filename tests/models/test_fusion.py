@@ -311,7 +311,7 @@ def test_merged_zeros_are_the_stock_vlm(
     batch = batch_of(samples, visual=visual)
     model = composed(model_config, name)
     tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
-    plain = torch.cat(model.fuse(tower, model.merge_nothing(features)).pooler_output)
+    plain = torch.cat(model.fuse(tower, model.merge_zeros(features)).pooler_output)
     stock = stock_tokens(model_config, batch.visuals)
     assert torch.equal(plain, stock) == (name in KEEPERS)
     fused = model.fuse(tower, model.merge(features))
@@ -331,7 +331,7 @@ def test_zeroed_features_are_the_mergers_answer_to_zeros(
     model = composed(model_config, name, zero_geometry="features")
     tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
     torch.nn.init.normal_(model.geometry_merger.mlp[2].bias)
-    silent = model.merge_nothing(features)
+    silent = model.merge_zeros(features)
     torch.testing.assert_close(silent, model.geometry_merger.mlp[2].bias.expand_as(silent))
     visual, sizes = torch.cat(tower.pooler_output), [len(tokens) for tokens in tower.pooler_output]
     expected = model.fusion(visual, silent, sizes)
@@ -382,7 +382,7 @@ def test_the_mask_reaches_the_fused_pass_alone(model_config: Any, batch_of: Any,
         assert int(alone.sum()) == math.floor(len(plain) / 2 + 0.5)
         assert torch.equal(fused[~alone], (plain + geometry)[~alone])
     assert all(torch.equal(old, now) for old, now in zip(before, tower.pooler_output, strict=True))
-    shortcut = model.fuse(tower, model.merge_nothing(features)).pooler_output
+    shortcut = model.fuse(tower, model.merge_zeros(features)).pooler_output
     assert all(torch.equal(old, now) for old, now in zip(before, shortcut, strict=True))
     with pytest.raises(AssertionError, match="the shortcut is never masked"):
         model.fuse(tower, None, mask)

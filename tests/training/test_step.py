@@ -132,7 +132,7 @@ def test_zeroed_features_still_pass_the_merger(
     step = make_step(zero_geometry="features")
     batch = batch_of(samples[:1])
     features = step.model.encode_3d(batch.visuals)
-    merged = step.model.merge_nothing(features)
+    merged = step.model.merge_zeros(features)
     assert merged is not None
     silent = step.model.geometry_merger.mlp(torch.zeros(1, 4 * step.model.geometry.feature_dim))
     torch.testing.assert_close(merged, silent.expand_as(merged))

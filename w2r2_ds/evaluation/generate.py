@@ -32,7 +32,7 @@ def generate_tokens(
     """
     visual = model.encode_2d(batch.visuals)
     features = model.encode_3d(batch.visuals)
-    merged = model.merge(features) if geometry == "fused" else model.merge_nothing(features)
+    merged = model.merge(features) if geometry == "fused" else model.merge_zeros(features)
     fused = model.fuse(visual, merged)
     return greedy_tokens(model.base, batch, batch.visuals, fused, tokenizer, max_new_tokens, video_fps)
 

@@ -1,131 +1,45 @@
-"""The composed model: a LoRA-wrapped VLM, a trained geometry merger, and a frozen geometry encoder beside them."""
+"""The composed model: a LoRA-wrapped VLM, a trained geometry merger and fusion, and a frozen geometry encoder."""
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
-from w2r2_ds.features.lookup import Cached
+from w2r2_ds.kernels.dual_stream_embed import dual_emit
 from w2r2_ds.kernels.select import Kernels
-from w2r2_ds.models.emit import LateSum
-from w2r2_ds.models.encode import encode_cached, encode_geometry
-from w2r2_ds.models.fusion import Add, Fusion
+from w2r2_ds.models.fusion import Fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
 from w2r2_ds.models.merger import GeometryMerger, pair_frames
 from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
 from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs
-from w2r2_ds.types.batch import TowerInputs
+from w2r2_ds.types.batch import Batch, Visuals
 
-Mask = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Mask = Callable[[Sequence[Tensor]], list[Tensor]]
 """``[tokens, hidden]`` of every image -> the same with some tokens zeroed."""
 
 
-class VisualInputs(Protocol):
-    """What `W2R2.encode` reads; `data.collate.Visuals` has it."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def pixel_values(self) -> torch.Tensor: ...
-    @property
-    def grid_thw(self) -> torch.Tensor: ...
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-    @property
-    def tower(self) -> TowerInputs: ...
-    @property
-    def geometry_images(self) -> tuple[torch.Tensor | None, ...]: ...
-    @property
-    def dummy(self) -> bool: ...
-    @property
-    def cached_3d(self) -> tuple[Cached, ...]: ...
-    @property
-    def cached_2d(self) -> tuple[Cached, ...]: ...
-    @property
-    def alone(self) -> tuple[VisualInputs | None, ...]: ...
-    @property
-    def spare(self) -> VisualInputs | None: ...
-
-
-def encode_visuals(vlm: Any, visuals: VisualInputs) -> Any:
-    """F2D: a vision tower's output; its `pooler_output` has ``[tokens, hidden]`` for every image or pair of frames.
-
-    The tower itself is called: `get_image_features` would read the grid off the device to split the tokens.
-    """
-    tower = vlm.model.visual
-    given = visuals.tower.arguments(tower.config)
-    output = tower(visuals.pixel_values.type(tower.dtype), grid_thw=visuals.grid_thw, return_dict=True, **given)
-    output.pooler_output = torch.split(output.pooler_output, list(visuals.sizes))
-    return output
-
-
-def embed(vlm: Any, batch: Any) -> torch.Tensor:
-    """``[sequences, length, hidden]`` embeddings of the tokens, visual ones meaning nothing yet."""
-    embeddings: torch.Tensor = vlm.get_input_embeddings()(batch.input_ids)
-    return embeddings
-
-
-def place(batch: Any, embeddings: torch.Tensor, visual: Any) -> torch.Tensor:
-    """The same with a vision tower's output at the visual tokens; a dummy's goes nowhere.
-
-    The stock forward would search for the places and read on the host how many it found.
-    """
-    if batch.visuals.dummy:
-        return embeddings
-    tokens, places = torch.cat(visual.pooler_output), batch.visual_tokens
-    assert len(tokens) == len(places), f"{len(tokens)} visual tokens, but {len(places)} places for them"
-    return embeddings.flatten(0, 1).index_copy(0, places, tokens.to(embeddings.dtype)).view_as(embeddings)
-
-
-def row_states(
-    vlm: Any,
-    batch: Any,
-    inputs: torch.Tensor,
-    with_what: bool = False,
-    around: AbstractContextManager[object] | None = None,
-) -> torch.Tensor:
-    """Last hidden states of a batch's answer rows, ``[rows, hidden]``, from ``[sequences, length, hidden]`` inputs.
-
-    `with_what` appends those of the *what* positions (the description in the prompt); `around` is entered for the
-    length of the stock loop over the layers, of which the last one knows the rows only.
-    """
-    rows = batch.answer_rows
-    sequence, position = rows.sequence, rows.position
-    if with_what:
-        sequence = torch.cat([sequence, batch.what_rows.sequence])
-        position = torch.cat([position, batch.what_rows.position])
-    text = vlm.model.language_model
-    with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), around or nullcontext():
-        states: torch.Tensor = text(
-            inputs_embeds=inputs, position_ids=batch.position_ids, use_cache=False, **attention_inputs(vlm, batch)
-        ).last_hidden_state
-    return states
-
-
-def answer_states(vlm: Any, batch: Any, visual: Any, with_what: bool = False) -> torch.Tensor:
-    """`row_states` from a vision tower's output."""
-    return row_states(vlm, batch, place(batch, embed(vlm, batch), visual), with_what)
-
-
 class W2R2(nn.Module):
-    """One VLM that answers from fused features, Phi(F2D, F3D), or from 2D ones, Phi(F2D, 0).
+    """One VLM that answers from fused tokens, Phi(F2D, F3D), or from visual-only tokens, Phi(F2D, 0).
 
-    The geometry encoder is frozen and no submodule: DeepSpeed neither shards nor saves it.
+    The geometry encoder is frozen and not a submodule: DeepSpeed neither shards nor saves it.
 
     Args:
         vlm: a transformers VLM or a PeftModel around one.
-        geometry_merger: maps geometry features to the VLM's width.
+        geometry_merger: maps geometry features to tokens of the VLM's width.
         fusion: Phi.
         geometry: frozen encoder.
-        zero_geometry: what Phi(F2D, 0) zeroes, ``"merged"`` or ``"features"``.
-        kernels: how the streams' inputs are written; the modules are bound already.
+        zero_geometry: what Phi(F2D, 0) zeroes, ``"merged"`` tokens or the encoder's ``"features"``.
+        kernels: implementation of the two-stream embedding; kernels of modules are bound already.
     """
 
     def __init__(
@@ -143,7 +57,8 @@ class W2R2(nn.Module):
         self.fusion = fusion
         self.zero_geometry = zero_geometry
         self.kernels = kernels
-        self.weights: dict[str, str] = {}  # which frozen weights it stands on, where they came from files
+        self.weights: dict[str, str] = {}  # hashes of the frozen weights, where they were read from files
+        # nn.Module.__setattr__ would register an encoder that is a module; ZeRO-3 would then shard and save it.
         object.__setattr__(self, "_geometry", geometry)
 
     @property
@@ -152,64 +67,183 @@ class W2R2(nn.Module):
         return cast(GeometryEncoder, self.__dict__["_geometry"])
 
     @property
-    def base(self) -> Any:
-        """The transformers model itself, LoRA layers in place."""
+    def base(self) -> PreTrainedModel:
+        """The transformers model itself, with LoRA layers in place."""
         return self.vlm.get_base_model() if isinstance(self.vlm, PeftModel) else self.vlm
 
     def geometry_modules(self) -> dict[str, nn.Module]:
-        """What trains beside LoRA, in an optimizer group of its own: the merger, and the fusion, which may be empty."""
+        """Modules that train besides LoRA, in an optimizer group of their own; `add` has no parameters."""
         return {"geometry_merger": self.geometry_merger, "fusion": self.fusion}
 
     @torch.no_grad()
-    def encode_2d(self, visuals: VisualInputs, calls: int = 0) -> Any:
-        """F2D, as `encode_visuals` gives it, without a gradient, or as the cache has it.
+    def encode_2d(self, visuals: Visuals, calls: int = 0) -> VisionOutput:
+        """F2D of a batch, without gradient: from the feature cache where it has them, else from the vision tower.
+
+        With a cache of 2D features the tower is called once per set of frames, so that a cached value never depends on
+        the rest of the batch.
 
         Args:
             visuals: of a batch.
-            calls: how often the vision tower is called at least, with the dummy where it need not be: under ZeRO-3 as
-                often as on every other rank.
+            calls: least number of calls of the tower. Under ZeRO-3 all ranks must call it equally often, because each
+                call gathers its weights; missing calls are made on the dummy image.
         """
-        return encode_cached(functools.partial(encode_visuals, self.base), visuals, calls)
+        if not visuals.cached_2d:
+            assert visuals.dummy or not calls, "ranks agree on a number of calls only where 2D features are cached"
+            output, made = encode_visuals(self.base, visuals), 1
+        else:
+            features, made = [], 0
+            for cached, alone in zip(visuals.cached_2d, visuals.alone, strict=True):
+                if cached.features is None:
+                    assert alone is not None, "the collator keeps the patches of what the cache lacks"
+                    features.append(torch.cat(encode_visuals(self.base, alone).pooler_output))
+                    cached.keep(features[-1])
+                    made += 1
+                else:
+                    features.append(cached.features)
+            output = VisionOutput(pooler_output=torch.split(torch.cat(features), list(visuals.sizes)))
+        for _ in range(calls - made):
+            encode_visuals(self.base, visuals.spare or visuals)
+        return output
 
     @torch.no_grad()
-    def encode_3d(self, visuals: VisualInputs) -> list[torch.Tensor]:
-        """F3D: per sample ``[frames or pairs of frames, h, w, channels]`` features of the geometry encoder."""
-        features = encode_geometry(self.geometry, visuals)
+    def encode_3d(self, visuals: Visuals) -> list[Tensor]:
+        """F3D: per set of frames ``[frames or pairs of frames, h, w, channels]`` features, from cache or encoder."""
+        features = []
+        cached_3d = visuals.cached_3d or (None,) * len(visuals.geometry_images)
+        for cached, images in zip(cached_3d, visuals.geometry_images, strict=True):
+            if cached is not None and cached.features is not None:
+                features.append(cached.features)
+                continue
+            assert images is not None, "the collator keeps the images of what the cache lacks"
+            features.append(self.geometry.encode(images))
+            if cached is not None:
+                cached.keep(features[-1])
         return [pair_frames(f) for f in features] if visuals.kind == "video" else features
 
-    def merge(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """``[tokens, hidden]`` merged geometry of all samples, in the order of the visual tokens, by one call."""
-        merged: torch.Tensor = self.geometry_merger(features)
+    def merge(self, features: list[Tensor]) -> Tensor:
+        """``[tokens, hidden]`` merged geometry of all sets of frames, in the order of the visual tokens."""
+        merged: Tensor = self.geometry_merger(features)
         return merged
 
-    def merge_nothing(self, features: list[torch.Tensor]) -> torch.Tensor | None:
-        """The geometry operand of Phi(F2D, 0): None (2D features pass unchanged), or the merger's answer to zeros."""
+    def merge_zeros(self, features: list[Tensor]) -> Tensor | None:
+        """The geometry operand of Phi(F2D, 0), by `model.zero_geometry`.
+
+        ``merged``: None, zeros in place of merged tokens. ``features``: the merger's output for zero features, which
+        its biases make non-zero.
+        """
         if self.zero_geometry == "merged":
             return None
         return self.merge([torch.zeros_like(f) for f in features])
 
-    def fuse(self, visual: Any, geometry: torch.Tensor | None, mask: Mask | None = None) -> Any:
-        """Phi, as a vision tower's output that the VLM takes; `visual` stays as it is.
+    def fuse(self, visual: VisionOutput, geometry: Tensor | None, mask: Mask | None = None) -> VisionOutput:
+        """Phi, as a vision tower's output that the VLM takes; `visual` itself stays unchanged.
 
         Args:
             visual: of `encode_2d`.
-            geometry: ``[tokens, hidden]`` of `merge`, or what `merge_nothing` says for the shortcut.
-            mask: what is done to the 2D tokens of the images first, for the fused pass in training only
-            (`visual_mask_ratio.py`).
+            geometry: ``[tokens, hidden]`` of `merge`, or of `merge_zeros` for the shortcut.
+            mask: applied to the 2D tokens first, in the fused pass in training only (`token_masking.py`).
         """
         assert mask is None or geometry is not None, "the shortcut is never masked"
         images = list(visual.pooler_output) if mask is None else mask(visual.pooler_output)
         sizes = [len(tokens) for tokens in images]
-        if self.kernels == "triton" and type(self.fusion) is Add and geometry is not None and mask is None:
-            return LateSum(visual, geometry)
+        # A shallow copy keeps every other field of the output, such as visual features of single layers.
         fused = copy.copy(visual)
+        # The fusion is called on every rank, also for a dummy: ZeRO-3 needs the same order of modules everywhere.
         fused.pooler_output = torch.split(self.fusion(torch.cat(images), geometry, sizes), sizes)
         return fused
 
-    def hidden(self, batch: Any, visual: Any, with_what: bool = False) -> torch.Tensor:
-        """Last hidden states of the answer rows, ``[rows, hidden]``; logits of the prompt are never made."""
+    def input_streams(self, batch: Batch, fused: VisionOutput, visual_only: VisionOutput) -> tuple[Tensor, Tensor]:
+        """Input embeddings of the fused and of the visual-only stream, ``[sequences, length, hidden]``, in one pass.
+
+        Both operands are finished outputs of `fuse`, whatever the fusion, the masking and `zero_geometry`; only
+        `model.kernels` chooses the implementation, never the batch.
+
+        Args:
+            batch: token ids, and the positions of visual tokens; a dummy has none.
+            fused: Phi(F2D, F3D).
+            visual_only: Phi(F2D, 0); receives no gradient.
+        """
+        embeddings = embed(self.base, batch)
+        if batch.visuals.dummy:
+            return embeddings, embeddings.detach()
+        shortcut = torch.cat(visual_only.pooler_output).detach()
+        return dual_emit(embeddings, batch.visual_tokens, shortcut, torch.cat(fused.pooler_output), False, self.kernels)
+
+    def hidden(self, batch: Batch, visual: VisionOutput, with_what: bool = False) -> Tensor:
+        """Last hidden states of the answer rows, ``[rows, hidden]``; logits of the prompt are never computed."""
         return answer_states(self.base, batch, visual, with_what)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden]`` -> ``[rows, vocabulary]``."""
         return self.base.lm_head(hidden)
+
+
+def missing_2d(visuals: Visuals) -> int:
+    """Calls of the vision tower that `W2R2.encode_2d` makes for a batch itself."""
+    return sum(cached.features is None for cached in visuals.cached_2d) if visuals.cached_2d else 1
+
+
+def encode_visuals(vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
+    """F2D of a vision tower; its `pooler_output` has ``[tokens, hidden]`` for every image or pair of frames."""
+    # The tower itself is called: `get_image_features` would copy the grids to the host to split the tokens.
+    tower = vlm.model.visual
+    inputs = visuals.tower.arguments(tower.config)
+    output = tower(visuals.pixel_values.type(tower.dtype), grid_thw=visuals.grid_thw, return_dict=True, **inputs)
+    output.pooler_output = torch.split(output.pooler_output, list(visuals.sizes))
+    return output
+
+
+def embed(vlm: PreTrainedModel, batch: Batch) -> Tensor:
+    """``[sequences, length, hidden]`` embeddings of the token ids, with placeholders at the visual tokens."""
+    embeddings: Tensor = vlm.get_input_embeddings()(batch.input_ids)
+    return embeddings
+
+
+def place(batch: Batch, embeddings: Tensor, visual: VisionOutput) -> Tensor:
+    """The embeddings with a vision tower's output at the visual tokens; unchanged for a dummy."""
+    if batch.visuals.dummy:
+        return embeddings
+    tokens, positions = torch.cat(visual.pooler_output), batch.visual_tokens
+    assert len(tokens) == len(positions), f"{len(tokens)} visual tokens, but {len(positions)} positions for them"
+    # The collator knows the positions. The stock forward would search for placeholders and copy their number to the
+    # host, which waits for the device.
+    return embeddings.flatten(0, 1).index_copy(0, positions, tokens.to(embeddings.dtype)).view_as(embeddings)
+
+
+def row_states(
+    vlm: PreTrainedModel,
+    batch: Batch,
+    inputs: Tensor,
+    with_what: bool = False,
+    context: AbstractContextManager[object] | None = None,
+) -> Tensor:
+    """Last hidden states of a batch's answer rows, ``[rows, hidden]``.
+
+    Args:
+        vlm: the transformers model.
+        batch: answer rows, layout of the sequences, positions.
+        inputs: ``[sequences, length, hidden]`` input embeddings.
+        with_what: append the states of the description's tokens in the prompt.
+        context: entered while the decoder layers run.
+    """
+    rows = batch.answer_rows
+    sequence, position = rows.sequence, rows.position
+    if with_what:
+        sequence = torch.cat([sequence, batch.what_rows.sequence])
+        position = torch.cat([position, batch.what_rows.position])
+    assert batch.layout is not None, "a training batch has a layout"
+    text = vlm.model.language_model
+    # The last layer computes the answer rows only: its output at other tokens has no reader.
+    with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), context or nullcontext():
+        states: Tensor = text(
+            inputs_embeds=inputs,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **attention_inputs(vlm, batch.layout),
+        ).last_hidden_state
+    return states
+
+
+def answer_states(vlm: PreTrainedModel, batch: Batch, visual: VisionOutput, with_what: bool = False) -> Tensor:
+    """`row_states` from a vision tower's output."""
+    return row_states(vlm, batch, place(batch, embed(vlm, batch), visual), with_what)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.qwen2_5_vl.generate import PromptInputs, greedy_tokens
+from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
 from w2r2_ds.models.token_masking import mask_images
 from w2r2_ds.models.w2r2 import W2R2, Mask
 from w2r2_ds.objective.loss import Outputs, Shortcut, read_shortcut, w2r2_loss
@@ -29,7 +29,7 @@ from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.tower_calls import TowerCallCount
 from w2r2_ds.training.two_pass import dropouts_of, make_two_pass, without_dropout
-from w2r2_ds.types.batch import Batch, Visuals
+from w2r2_ds.types.batch import Batch, Prompts, Visuals
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
@@ -113,7 +113,7 @@ class W2R2Step(nn.Module):
 
     def visual_only(self, visual: VisionOutput, geometry: list[Tensor]) -> VisionOutput:
         """Phi(F2D, 0): the shortcut's visual tokens."""
-        return self.model.fuse(visual, self.model.merge_nothing(geometry))
+        return self.model.fuse(visual, self.model.merge_zeros(geometry))
 
     def shortcut(self, batch: Batch, states: Tensor, answers: list[str] | None) -> Shortcut:
         """The shortcut's similarity and distributions, from its hidden states and its decoded answers, if any."""
@@ -157,7 +157,7 @@ class W2R2Step(nn.Module):
         ]
 
     def generate(
-        self, prompts: PromptInputs, visuals: Visuals, visual: VisionOutput, max_new_tokens: int
+        self, prompts: Prompts | Batch, visuals: Visuals, visual: VisionOutput, max_new_tokens: int
     ) -> list[list[int]]:
         """Greedy token ids of every prompt."""
         # ZeRO-3 gathers the weights once per token, so all ranks must generate as many tokens as the slowest.

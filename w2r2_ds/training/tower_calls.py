@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.models.encode import missing_2d
+from w2r2_ds.models.w2r2 import missing_2d
 from w2r2_ds.types.batch import Visuals
 
 

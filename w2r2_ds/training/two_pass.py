@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.emit import input_streams
 from w2r2_ds.models.forward_override import bound
-from w2r2_ds.models.w2r2 import W2R2, embed, row_states
+from w2r2_ds.models.w2r2 import W2R2, row_states
 from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.types.batch import Batch
 
@@ -95,7 +94,7 @@ class Lockstep:
         self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
     ) -> tuple[Tensor, Tensor]:
         base = self.model.base
-        inputs, shortcut = input_streams(batch, embed(base, batch), visual_only, fused, self.model.kernels)
+        inputs, shortcut = self.model.input_streams(batch, fused, visual_only)
         holder = [shortcut]
         fused_states = row_states(base, batch, inputs, with_what, self.advance_shortcut(holder))
         return holder[0], fused_states

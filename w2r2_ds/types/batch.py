@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
@@ -76,7 +77,7 @@ class Prompts:
     grid_thw: torch.Tensor
     order: tuple[int, ...]
 
-    def seen(self, visuals: Visuals, visual: Any) -> tuple[Visuals, Any]:
+    def seen(self, visuals: Visuals, visual: BaseModelOutputWithPooling) -> tuple[Visuals, BaseModelOutputWithPooling]:
         """Visuals and a vision tower's output of the batch, as the prompts see them, which share no images."""
         if visuals.dummy:
             return visuals, visual

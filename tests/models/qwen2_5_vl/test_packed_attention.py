@@ -131,7 +131,7 @@ def test_the_stock_forward_with_spans_is_that_under_the_mask(model_config: Any, 
         split = load_vlm(model_config.vlm, torch.float32, "sdpa")
         use_scene_split(split)
         use_scene_split(split)  # again: nothing happens
-        given = attention_inputs(split, SimpleNamespace(layout=layout))
+        given = attention_inputs(split, layout)
         assert given == {"attention_mask": None, "scene_spans": layout.spans[0]}
         actual = split.model(input_ids=ids, position_ids=positions, **given).last_hidden_state
         plain = vlm.model(input_ids=ids, position_ids=positions).last_hidden_state
@@ -160,7 +160,7 @@ def test_what_would_be_silently_wrong_is_refused(model_config: Any, vlm: Any) ->
     packed = SimpleNamespace(layout=layout_of(SPANS["mixed"]))
     for model in (eager, vlm):
         with pytest.raises(AssertionError, match="use_scene_split"):
-            attention_inputs(model, packed)
+            attention_inputs(model, packed.layout)
     # The name alone, as if transformers had loaded flash-attn from the hub.
     named = SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(config=SimpleNamespace())))
     named.model.language_model.config._attn_implementation = "flash_attention_2"

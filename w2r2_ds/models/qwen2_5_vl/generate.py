@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from w2r2_ds.models.w2r2 import VisualInputs
+from w2r2_ds.types.batch import Batch, Prompts, Visuals
 
 END = "<|im_end|>"
 
 
-class PromptInputs(Protocol):
-    """Left-padded prompts; `data.collate.Prompts` and a `Batch` for generation have it."""
-
-    @property
-    def input_ids(self) -> torch.Tensor: ...
-    @property
-    def attention_mask(self) -> torch.Tensor: ...
-    @property
-    def token_types(self) -> torch.Tensor: ...
-
-
 @torch.no_grad()
 def greedy_tokens(
-    vlm: Any,
-    prompts: PromptInputs,
-    visuals: VisualInputs,
-    visual: Any,
-    tokenizer: Any,
+    vlm: PreTrainedModel,
+    prompts: Prompts | Batch,
+    visuals: Visuals,
+    visual: BaseModelOutputWithPooling,
+    tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     video_fps: float,
     synced: bool = False,

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import repeat_kv, rotate_half
 
 from w2r2_ds.models.forward_override import bound
+from w2r2_ds.types.batch import Layout
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Rows:
     visible: Tensor
 
     @classmethod
-    def of(cls, layout: Any, sequence: Tensor, position: Tensor) -> Rows:
+    def of(cls, layout: Layout, sequence: Tensor, position: Tensor) -> Rows:
         """The rows at ``[rows]`` int64 `sequence` and `position` of sequences that are laid out so.
 
         All sequences are searched for what a row sees, though it sees its own alone: without lengths of sequences the

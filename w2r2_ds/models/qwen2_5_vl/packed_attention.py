@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from w2r2_ds.types.batch import Layout
 
 Spans = tuple[tuple[int, ...], ...]
 """Per group: begin, end of the prefix, end of every suffix. Groups follow each other without a gap."""
@@ -31,14 +33,7 @@ SPLIT = {"sdpa": "scene_split", "flash_attention_2": "scene_split_varlen"}
 """`model.attention` -> what packed sequences need in its place."""
 
 
-class Sequences(Protocol):
-    """What is read of a batch; `data.collate.Batch` has it."""
-
-    @property
-    def layout(self) -> Any: ...
-
-
-def use_scene_split(vlm: Any) -> None:
+def use_scene_split(vlm: PreTrainedModel) -> None:
     """Let the language model of a transformers VLM take packed sequences; its vision tower stays as it is.
 
     Raises:
@@ -62,12 +57,12 @@ def use_scene_split(vlm: Any) -> None:
     assert found == SPLIT[name], f"transformers left the text model's attention at {found}"
 
 
-def attention_inputs(vlm: Any, batch: Sequences) -> dict[str, Any]:
+def attention_inputs(vlm: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     """What the stock forward is told about who sees whom: the spans of a packed sequence, or nothing.
 
     Attention is causal, and padding comes after all tokens that are read, so that it needs no mask.
     """
-    spans = batch.layout.spans
+    spans = layout.spans
     packed = len(spans) == 1 and vlm.model.language_model.config._attn_implementation in SPLIT.values()
     if packed:
         return {"attention_mask": None, SPANS: spans[0]}
