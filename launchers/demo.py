@@ -1,17 +1,8 @@
-"""The demo: ``python launchers/demo.py``, or ``make demo``."""
-
-from __future__ import annotations
+"""``w2r2 demo``, for launchers that start a file: see w2r2_ds/commands/demo.py."""
 
 import sys
 
-from jsonargparse import auto_cli
-
-from w2r2_ds.config.cli import Parser
-from w2r2_ds.demo.run import run_demo
-from w2r2_ds.utils.sanitize import message
+from w2r2_ds.commands.demo import main
 
 if __name__ == "__main__":
-    try:
-        auto_cli(run_demo, as_positional=False, parser_class=Parser)
-    except ValueError as error:
-        sys.exit(f"demo.py: {message(error)}")
+    sys.exit(main())

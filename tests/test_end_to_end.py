@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launchers import evaluate, prepare
 from runs import ZERO3, Job, World, run_jobs
+from w2r2_ds.commands import evaluate, prepare
 
 STEPS, MIXED_STEPS, FRAMES = 4, 3, 2
 PREPARE = {
@@ -36,7 +36,7 @@ def prepared(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for task, options in PREPARE.items():
             where = ["--root", str(world.folder / "scenes"), "--out", str(out / task), "--workers", "1"]
             patch.setattr(sys, "argv", ["prepare.py", task, *where, *options])
-            prepare.main()
+            assert prepare.main() == 0
     return out
 
 
@@ -76,10 +76,10 @@ def test_a_task_from_its_files_to_its_score(
     manifest = json.loads((prepared / task / "val" / "manifest.json").read_text())
     assert manifest["task"] == task and manifest["counts"]["samples"] > 0
     count = min(4, manifest["counts"]["samples"])
-    evaluate.main(trained / task, task, out=tmp_path, limit=count, max_new_tokens=64)
+    evaluate.run(trained / task, task, out=tmp_path, limit=count, max_new_tokens=64)
     scores = json.loads((tmp_path / f"scores-{task}-fused.json").read_text())
     capsys.readouterr()
-    evaluate.main(score_only=tmp_path / f"predictions-{task}-fused.jsonl")
+    evaluate.run(score_only=tmp_path / f"predictions-{task}-fused.jsonl")
     again = json.loads(capsys.readouterr().out)
     protocol, value = SCORES[task]
     for each in (scores, again):
@@ -91,6 +91,6 @@ def test_a_task_from_its_files_to_its_score(
 
 def test_the_mixed_run_answers_every_task(trained: Path, tmp_path: Path) -> None:
     for task in PREPARE:
-        evaluate.main(trained / "mixed", task, out=tmp_path, limit=2, max_new_tokens=8)
+        evaluate.run(trained / "mixed", task, out=tmp_path, limit=2, max_new_tokens=8)
         lines = (tmp_path / f"predictions-{task}-fused.jsonl").read_text().splitlines()
         assert [json.loads(line)["task"] for line in lines] == [task, task]

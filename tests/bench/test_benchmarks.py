@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from launchers.bench import main
 from w2r2_ds.bench import BENCHMARKS, load
 from w2r2_ds.bench.hf_trainer import FieldModel, stock, stock_inputs
 from w2r2_ds.bench.model import Subject, build
 from w2r2_ds.bench.reference import check_equal, difference, gradients, plain_loss
 from w2r2_ds.bench.shapes import TINY
 from w2r2_ds.bench.step_ratio import CACHES, FIELD, NAIVE, SINGLE, W2R2_STEP
+from w2r2_ds.commands.bench import main
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def rows_of(report: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
 
 def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     """What a command line writes."""
-    main([*arguments, "--json", str(tmp_path / "report.json")])
+    assert main([*arguments, "--json", str(tmp_path / "report.json")]) == 0
     report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
     assert report["name"] == arguments[0]
     return report

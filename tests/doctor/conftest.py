@@ -46,6 +46,6 @@ def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def config(little_run: dict[str, str]) -> Any:
     """Its configuration."""
-    from launchers.doctor import read_arguments
+    from w2r2_ds.commands.doctor import read_arguments
 
     return read_arguments(command(little_run)).config

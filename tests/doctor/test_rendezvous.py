@@ -211,8 +211,8 @@ def test_report_survives_json() -> None:
 
 def test_command_line(little_run: dict[str, str], tmp_path: Path) -> None:
     """The options are train.py's, to the last one; a refused one is a finding, no options mean no run."""
-    from launchers.doctor import read_arguments
-    from launchers.train import read_arguments as of_train
+    from w2r2_ds.commands.doctor import read_arguments
+    from w2r2_ds.commands.train import read_arguments as of_train
 
     arguments = [*command(little_run), "--train.steps", "7", "--local_rank=3"]
     asked = read_arguments(arguments)

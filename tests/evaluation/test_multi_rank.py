@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonargparse import auto_cli
 
 from fork_server import ROOT, Rank, environment, start_ranks
-from launchers import evaluate
 from runs import TIMEOUT, launch, run_ranks
+from w2r2_ds.commands import evaluate
 from w2r2_ds.training.deepspeed.launch import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -68,7 +67,7 @@ def count(parts: Path) -> int:
 def work(folder: Path) -> None:
     """What each of the forked ranks does."""
     words = json.loads((folder / "arguments.json").read_text())
-    auto_cli(evaluate.main, args=evaluate.gather_protocols(words), as_positional=False)
+    sys.exit(evaluate.main(words))
 
 
 def given(run: Path, out: Path) -> Path:
@@ -82,7 +81,7 @@ def given(run: Path, out: Path) -> Path:
 def test_one_two_and_three_ranks_and_a_killed_run_agree(
     trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], launcher: Any
 ) -> None:
-    auto_cli(evaluate.main, args=arguments(trained, tmp_path / "one"), as_positional=False)
+    assert evaluate.main(arguments(trained, tmp_path / "one")) == 0
     stdout, stderr = capfd.readouterr()
     expected = (tmp_path / "one" / NAME).read_bytes()
     assert len(expected.splitlines()) == SAMPLES

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from jsonargparse import auto_cli
 
-from launchers.evaluate import gather_protocols
-from launchers.evaluate import main as evaluate_cli
 from runs import STEPS, World
+from w2r2_ds.commands.evaluate import main as evaluate_main
+from w2r2_ds.commands.evaluate import run as evaluate_command
 from w2r2_ds.config.schema import SourceConfig
 from w2r2_ds.convert.peft_adapter import export_adapter
 from w2r2_ds.data.loader import load_mixture, prompt_loader
@@ -195,15 +194,14 @@ def test_the_command_line_scores_again_and_gathers_protocols(
     evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
     file = str(tmp_path / "predictions-scanrefer-fused.jsonl")
     words = ["--protocol", "vgllm", "--local_rank=0", "--protocol=video3dllm", "--score-only", file]
-    assert gather_protocols(words) == ["--local_rank=0", "--score_only", file, "--protocol", "vgllm,video3dllm"]
     capsys.readouterr()
-    auto_cli(evaluate_cli, args=gather_protocols(words), as_positional=False)
+    assert evaluate_main(words) == 0
     scores = json.loads(capsys.readouterr().out)
     assert list(scores["protocols"]) == ["scanrefer/vgllm", "scanrefer/video3dllm"] and scores["samples"] == 2
     with pytest.raises(ValueError, match="--score_only needs no --checkpoint"):
-        evaluate_cli(checkpoint=trained, score_only=Path(file))
+        evaluate_command(checkpoint=trained, score_only=Path(file))
     with pytest.raises(ValueError, match="name a run, a checkpoint or an adapter with --checkpoint"):
-        evaluate_cli()
+        evaluate_command()
 
 
 def test_a_run_and_its_last_checkpoint_are_the_same(loaded: Any, trained: Path) -> None:
@@ -281,7 +279,7 @@ def test_data_and_models_may_lie_elsewhere(
     for index, stranger in enumerate(strangers):
         out = tmp_path / str(index)
         named = ["--checkpoint", str(stranger), "--out", str(out), "--limit", "2", "--max_new_tokens", "8"]
-        auto_cli(evaluate_cli, args=[*named, *options], as_positional=False)
+        assert evaluate_main([*named, *options]) == 0
         found = json.loads(capsys.readouterr().out)
         (place,) = found["data"]
         assert place["path"].startswith(elsewhere["root"]) and place["manifest"] == scores["data"][0]["manifest"]

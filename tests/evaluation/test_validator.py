@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from launchers.evaluate import main as evaluate_cli
 from runs import ZERO3, Job, World, read_metrics, run_jobs
+from w2r2_ds.commands import evaluate
 from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.loader import load_mixture
@@ -131,7 +131,7 @@ class TestRuns:
 
     def test_the_best_is_evaluated_by_its_name(self, runs: Reports, folder: Path) -> None:
         checkpoints = folder / "validated" / "checkpoints"
-        evaluate_cli(checkpoints / "best", limit=1, max_new_tokens=2)
+        evaluate.run(checkpoints / "best", limit=1, max_new_tokens=2)
         assert list((checkpoints / "step-000002" / "evaluation").glob("scores-*.json"))
 
     def test_a_resumed_run_keeps_the_best_at_a_tie(self, runs: Reports, folder: Path) -> None:

@@ -26,8 +26,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HELPERS = Path(__file__).parent
 WARM = (
-    "launchers.train",
-    "launchers.evaluate",
+    "w2r2_ds.commands.train",
+    "w2r2_ds.commands.evaluate",
     "deepspeed",
     "peft",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
@@ -37,7 +37,9 @@ WARM = (
     "pandas",
     "PIL.JpegImagePlugin",
     "w2r2_ds.training.trainer",
+    "w2r2_ds.evaluation.runner",
     "w2r2_ds.evaluation.validator",
+    "w2r2_ds.demo.assets",
 )
 """What the ranks would import one by one."""
 VARIABLES = {

@@ -40,7 +40,7 @@ def work(folder: Path) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from launchers.train import read_arguments
+    from w2r2_ds.commands.train import read_arguments
     from w2r2_ds.data.loader import load_mixture
     from w2r2_ds.evaluation.validator import InTraining
     from w2r2_ds.training import build, trainer

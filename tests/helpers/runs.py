@@ -178,7 +178,7 @@ def work(folder: Path) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from launchers.train import read_arguments
+    from w2r2_ds.commands.train import read_arguments
     from w2r2_ds.evaluation.validator import InTraining
     from w2r2_ds.training.deepspeed.launch import skip_shm_build
     from w2r2_ds.training.trainer import train

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launchers.train import read_arguments
+from w2r2_ds.commands.train import read_arguments
 from w2r2_ds.evaluation.validator import InTraining
 from w2r2_ds.training import trainer
 from w2r2_ds.training.deepspeed.launch import join_ranks

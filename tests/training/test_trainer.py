@@ -342,7 +342,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(two_ranks: 
 def test_an_unknown_option_is_refused_by_name(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
-    from launchers.train import read_arguments
+    from w2r2_ds.commands.train import read_arguments
 
     with pytest.raises(SystemExit):
         read_arguments([*arguments(world, tmp_path), f"--{key}", "1"])
@@ -350,7 +350,7 @@ def test_an_unknown_option_is_refused_by_name(
 
 
 def test_an_unknown_key_of_a_recipe_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from launchers.train import read_arguments
+    from w2r2_ds.commands.train import read_arguments
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("objective:\n  lamda: 1.0\n")

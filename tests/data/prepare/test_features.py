@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fork_server import ROOT, environment
-from launchers import prepare
 from runs import World
+from w2r2_ds.commands import prepare
 from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor
@@ -155,9 +155,9 @@ def test_the_command_takes_the_options_of_a_run(
     seen: list[Any] = []
     monkeypatch.setattr(fill, "fill_cache", lambda *given: seen.append(given))
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--local_rank=0", "geometry", *options, "--splits", "[val]"])
-    prepare.main()
+    assert prepare.main() == 0
     monkeypatch.setattr(sys, "argv", ["prepare.py", "geometry", *options, "--dry-run"])
-    prepare.main()
+    assert prepare.main() == 0
     assert [(splits, dry) for _, splits, dry, _ in seen] == [(["val"], False), (["train", "val"], True)]
     assert seen[0][0].data.cache == str(tmp_path / "cache") and seen[0][3] == RankInfo()
     monkeypatch.setattr(sys, "argv", ["prepare.py", "geometry", "--data.cach", "x"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hand_scene import SCENE, entry, question_entry, write_annotations, write_questions, write_scene
-from launchers.prepare import main
+from w2r2_ds.commands.prepare import main
 from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare import pipeline as preparing
@@ -117,7 +117,7 @@ def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.Mo
 def test_the_command_has_it(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["scanqa", "--root", str(scenes), "--splits", "[val]", "--frames.count", "2", "--skip-without-box"]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
-    main()
+    assert main() == 0
     assert "left out: 1 no_box (dropped.jsonl names each)" in capsys.readouterr().out
 
 

@@ -1,0 +1,8 @@
+"""``w2r2 convert``, for launchers that start a file: see w2r2_ds/commands/convert.py."""
+
+import sys
+
+from w2r2_ds.commands.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Commands: they answer --help without the heavy libraries, import plug-ins, and report an error in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fork_server import ROOT, environment
+from w2r2_ds import __version__
+from w2r2_ds.commands import COMMANDS, main
+from w2r2_ds.commands.common import FAILED, import_plugins
+
+HEAVY = ("torch", "deepspeed", "transformers", "peft", "accelerate")
+"""Libraries whose import takes seconds; a command imports them only when it has something to do."""
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which heavy libraries a new process has imported after some code."""
+    program = f"{code}\nimport json, sys\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_package_imports_no_heavy_library() -> None:
+    assert loaded_after("import w2r2_ds, w2r2_ds.commands, w2r2_ds.config.io") == set()
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "prepare geometry", "convert from-vgllm"])
+def test_help_imports_no_heavy_library(command: str) -> None:
+    words = [*command.split(), "--help"]
+    code = f"from w2r2_ds.commands import main\ntry:\n    main({words})\nexcept SystemExit:\n    pass"
+    assert loaded_after(code) == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_and_a_launcher(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: w2r2 {command}") and "--plugin" in text
+    assert (ROOT / "launchers" / f"{command}.py").is_file()
+
+
+def test_the_program_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {command} " in text for command in COMMANDS)
+    assert main([]) == 2 and main(["trian"]) == 2
+    assert "'trian'" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == FAILED
+    error = capsys.readouterr().err
+    assert error.startswith("w2r2 export: ") and str(tmp_path) in error and "Traceback" not in error
+
+
+def test_plugins_are_imported_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file and an installed module; everything else of the command line is left as it is."""
+    (tmp_path / "first.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Options:\n    value: int = 1\n"
+    )
+    (tmp_path / "second_plugin.py").write_text("import sys\nassert 'w2r2_plugin_first' in sys.modules\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["--plugin", str(tmp_path / "first.py"), "--train.steps", "3", "--plugin=second_plugin", "--out", "x"]
+    assert import_plugins(words) == ["--train.steps", "3", "--out", "x"]
+    assert sys.modules.pop("w2r2_plugin_first").Options().value == 1
+    assert "second_plugin" in sys.modules
+
+
+@pytest.mark.parametrize("target", ["nowhere.py", "no_such_package.module", ""])
+def test_a_plugin_that_does_not_exist(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--plugin", target]) == FAILED
+    error = capsys.readouterr().err
+    assert "--plugin" in error and target in error
+
+
+def test_a_plugin_with_an_error_keeps_its_traceback(tmp_path: Path) -> None:
+    """It is the user's code: the line in it that failed is what the user needs."""
+    (tmp_path / "broken.py").write_text("import a_module_that_is_missing\n")
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+        import_plugins(["--plugin", str(tmp_path / "broken.py")])
+
+
+def test_hyphens_in_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "missing.jsonl"
+    assert main(["evaluate", "--score-only", str(file)]) == FAILED
+    assert str(file) in capsys.readouterr().err
+
+
+def test_the_launchers_run_the_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "launchers/export.py", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: w2r2 export")

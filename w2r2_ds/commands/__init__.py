@@ -1,0 +1,47 @@
+"""The commands of the package: ``w2r2 NAME ...``, or ``python launchers/NAME.py ...`` in a clone.
+
+Every command is a module here with ``main(args) -> int``. A module is imported only when its command runs, and it
+imports torch only when it has read its command line: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from w2r2_ds import __version__
+
+COMMANDS = {
+    "train": "train a video LLM with W2R2 (also: deepspeed launchers/train.py ...)",
+    "prepare": "prepare data sets, boxes and encoder features",
+    "evaluate": "answer a validation set with a trained model and score the answers",
+    "export": "write a checkpoint as a PEFT adapter",
+    "convert": "convert the checkpoints of other projects",
+    "doctor": "check a machine, or all nodes of a launch, before training",
+    "demo": "run everything with synthetic rooms and a tiny model",
+    "bench": "run a benchmark of speed or memory",
+}
+"""Name -> what it does."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command that the first word names; returns its exit status."""
+    words = sys.argv[1:] if args is None else args
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"w2r2: there is no command {words[0]!r}; use one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    status: int = import_module(f"{__name__}.{words[0]}").main(words[1:])
+    return status
+
+
+def usage() -> str:
+    """The text of ``w2r2 --help``."""
+    lines = [f"  {name:10}{text}" for name, text in COMMANDS.items()]
+    end = "w2r2 COMMAND --help lists the options of a command."
+    return "\n".join(["usage: w2r2 COMMAND [options]", "", *lines, "", end])

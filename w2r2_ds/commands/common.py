@@ -1,0 +1,122 @@
+"""Shared by the commands: read a command line, import plug-ins, report an error in one line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from w2r2_ds.config.cli import Parser
+from w2r2_ds.utils.logging import setup_logging
+from w2r2_ds.utils.sanitize import message
+
+FAILED = 1
+"""Exit status after an error that the user can correct."""
+
+
+def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ...] = ()) -> Parser:
+    """A parser whose options are the parameters of a function; its docstring is the help.
+
+    Args:
+        function: the first paragraph of its docstring describes the command, its ``Args`` the options.
+        prog: name of the command in help and errors.
+        skip: parameters that the caller adds itself.
+    """
+    parser = Parser(prog=prog, description=(function.__doc__ or "").strip().partition("\n\n")[0])
+    parser.add_function_arguments(function, as_group=False, skip=set(skip))
+    return parser
+
+
+def parse(parser: Parser, words: list[str]) -> dict[str, Any]:
+    """Values of the options, with dataclasses built, by name."""
+    add_plugin_option(parser)
+    values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
+    del values["plugin"]
+    return values
+
+
+def add_plugin_option(parser: Parser) -> None:
+    """List ``--plugin`` in the help; `import_plugins` has already taken its values out of the command line."""
+    parser.add_argument(
+        "--plugin",
+        metavar="FILE_OR_MODULE",
+        help="Python file or module to import first, which registers extensions; can be given several times.",
+    )
+
+
+def command_words(args: list[str] | None) -> list[str]:
+    """Set up logging, import the plug-ins, and return the other words of the command line.
+
+    Hyphens in the names of options become underscores: ``--score-only`` is ``--score_only``.
+
+    Args:
+        args: the command line without the program; None takes that of this process.
+
+    Raises:
+        ValueError: a plug-in cannot be imported.
+    """
+    setup_logging()
+    return import_plugins([_underscored(word) for word in (sys.argv[1:] if args is None else args)])
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def import_plugins(words: list[str]) -> list[str]:
+    """Import what ``--plugin`` names, in this order, and return the other words.
+
+    Only a command line can name code to run; a recipe and a saved configuration hold values.
+
+    Raises:
+        ValueError: a file or module does not exist.
+    """
+    rest: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if name != "--plugin":
+            rest.append(word)
+            continue
+        target = value if equals else next(remaining, "")
+        if not target:
+            raise ValueError("--plugin needs a Python file or the name of a module.")
+        import_plugin(target)
+    return rest
+
+
+def import_plugin(target: str) -> None:
+    """Import a Python file, or a module by its dotted name.
+
+    Raises:
+        ValueError: it does not exist.
+    """
+    if not target.endswith(".py"):
+        try:
+            importlib.import_module(target)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (target == error.name or target.startswith(f"{error.name}.")):
+                raise  # the plug-in exists; a module that it imports does not
+            raise ValueError(
+                f"--plugin {target}: there is no such module; name a file that ends in .py, or an installed module."
+            ) from None
+        return
+    file = Path(target)
+    if not file.is_file():
+        raise ValueError(f"--plugin {target}: there is no such file.")
+    name = f"w2r2_plugin_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+
+
+def report_error(command: str, error: Exception) -> int:
+    """Write an error that the user can correct as one line on standard error; returns the exit status."""
+    print(f"w2r2 {command}: {message(error)}", file=sys.stderr)
+    return FAILED

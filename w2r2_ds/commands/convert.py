@@ -1,0 +1,35 @@
+"""Convert the checkpoints of other projects: ``w2r2 convert from-vgllm --source VGLLM --out FOLDER``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
+from w2r2_ds.config.cli import Parser
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = Parser(prog="w2r2 convert", description="Convert the checkpoints of other projects.")
+    formats = parser.add_subcommands(dest="format")
+    command = function_parser(from_vgllm, "w2r2 convert from-vgllm")
+    formats.add_subcommand("from-vgllm", command, help=command.description)
+    try:
+        values = parse(parser, command_words(args))
+        from_vgllm(**values[values["format"]])
+    except (ValueError, OSError) as error:
+        return report_error("convert", error)
+    return 0
+
+
+def from_vgllm(source: Path, out: Path) -> None:
+    """Split a VG-LLM checkpoint into a Qwen2.5-VL directory, a VGGT directory, a geometry merger and model.yaml.
+
+    Args:
+        source: directory of the VG-LLM checkpoint.
+        out: new folder; train with --config OUT/model.yaml.
+    """
+    from w2r2_ds.convert.from_vgllm import import_vgllm
+
+    import_vgllm(source, out)
+    print(f"converted: {out}")

@@ -1,0 +1,24 @@
+"""Run everything on a machine without data and weights: ``w2r2 demo``, or ``make demo``."""
+
+from __future__ import annotations
+
+from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        run(**parse(function_parser(run, "w2r2 demo"), command_words(args)))
+    except (ValueError, OSError) as error:
+        return report_error("demo", error)
+    return 0
+
+
+def run() -> None:
+    """Make synthetic rooms and a tiny model in runs/demo, train under ZeRO-3, evaluate, export, print a table.
+
+    It takes minutes. What an earlier demo made is reused.
+    """
+    from w2r2_ds.demo.run import run_demo
+
+    run_demo()

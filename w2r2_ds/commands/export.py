@@ -1,0 +1,30 @@
+"""Export a checkpoint as a PEFT adapter: ``w2r2 export --checkpoint RUN --out ADAPTER``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        run(**parse(function_parser(run, "w2r2 export"), command_words(args)))
+    except (ValueError, OSError) as error:
+        return report_error("export", error)
+    return 0
+
+
+def run(checkpoint: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> None:
+    """Write a PEFT directory, geometry_merger.safetensors and a card.
+
+    Args:
+        checkpoint: run or checkpoint.
+        out: new folder.
+        vlm: directory or hub id of the video LLM, if not where it was in training.
+        vggt: directory or hub id of VGGT, if not where it was in training.
+    """
+    from w2r2_ds.convert.peft_adapter import export_adapter
+
+    print(f"adapter: {export_adapter(checkpoint, out, vlm, vggt)}")

@@ -1,0 +1,86 @@
+"""Prepare data: ``w2r2 prepare scanrefer --root data/scannet``; ``w2r2 prepare scanrefer --help`` lists the options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Literal
+
+from w2r2_ds.commands.common import add_plugin_option, command_words, function_parser, parse, report_error
+from w2r2_ds.config.cli import Parser
+
+COMMANDS = {
+    "scanrefer": "a sentence about an object -> the object's box",
+    "scan2cap": "an object given by its position -> a sentence about it",
+    "scanqa": "a question about a scene -> a short answer",
+    "detection": "a few neighbouring frames -> the boxes of all visible objects",
+    "boxes": "ScanRefer's boxes from ScanNet's meshes and annotations",
+    "synthetic": "furnished rooms with annotations, in ScanNet's layout",
+    "demo": "scenes and tiny models of the demo recipe",
+    "geometry": "features of the frozen encoders, ahead of training, into data.cache",
+}
+"""Name -> what it prepares."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one preparation; returns the exit status, 1 also if ``--check`` finds that something is missing."""
+    try:
+        # The deepspeed launcher writes --local_rank before the command's own words.
+        words = [word for word in command_words(args) if not word.startswith("--local_rank=")]
+        words = with_values(words)
+        if words[:1] == ["geometry"]:  # takes the options of train.py
+            geometry(words[1:])
+            return 0
+        parser = Parser(prog="w2r2 prepare", description="Prepare data for training and evaluation.")
+        commands = parser.add_subcommands(dest="command")
+        named = next((word for word in words if word in COMMANDS), "")
+        for name, description in COMMANDS.items():
+            # Only the named preparation is imported: it imports torch.
+            command = function_parser(_function(name), f"w2r2 prepare {name}") if name == named else Parser()
+            commands.add_subcommand(name, command, help=description)
+        values = parse(parser, words)
+        return _function(values["command"])(**values[values["command"]]) or 0
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+        return report_error("prepare", error)
+
+
+def _function(name: str) -> Callable[..., int | None]:
+    function: Callable[..., int | None] = getattr(import_module("w2r2_ds.commands.prepare_data"), name)
+    return function
+
+
+def geometry(args: list[str]) -> None:
+    """Compute the features of the frozen encoders ahead of training, into data.cache."""
+    from w2r2_ds.config.io import config_first, from_tree, train_parser
+    from w2r2_ds.utils.distributed import RankInfo, gloo_process_group
+
+    args = config_first(args)
+    options = train_parser(
+        "Fill the feature cache data.cache with the features of a run's frozen encoders. Takes the options of "
+        "train.py; started by torchrun, deepspeed or srun, all ranks share the work.",
+        args,
+        needs_deepspeed=False,
+    )
+    options.prog = "w2r2 prepare geometry"
+    add_plugin_option(options)
+    options.add_argument(
+        "--splits", type=list[Literal["train", "val"]], default=["train", "val"], help="Of which data sets."
+    )
+    options.add_argument("--dry_run", type=bool, default=False, help="Only report what is missing, and its size.")
+    tree = options.parse_args(args).as_dict()
+    # Imported after the command line is read: this imports torch and transformers.
+    from w2r2_ds.data.prepare.features import fill_cache
+
+    ranks = RankInfo.from_environment()
+    with gloo_process_group(ranks):
+        fill_cache(from_tree(tree), tree["splits"], tree["dry_run"], ranks)
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """A command line whose flags have values, as jsonargparse needs them: ``--check true``."""
+    flags = ("--check", "--dry_run", "--skip_broken_scenes", "--skip_without_box", "--overwrite")
+    written: list[str] = []
+    for i, word in enumerate(words):
+        bare = word in flags and (i + 1 == len(words) or words[i + 1].lower() not in ("true", "false"))
+        written += [word, *(["true"] if bare else [])]
+    return written

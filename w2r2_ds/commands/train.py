@@ -1,0 +1,85 @@
+"""Train: ``deepspeed launchers/train.py --deepspeed ds_configs/zero3.json [--config RECIPE.yaml] ...``.
+
+Without --config it runs the demo recipe, which makes its own scenes and tiny model where they are missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from w2r2_ds.commands.common import add_plugin_option, command_words, report_error
+from w2r2_ds.config.io import config_first, from_tree, train_parser
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, Unreachable
+from w2r2_ds.utils.logging import ignore_write_errors
+from w2r2_ds.utils.sanitize import message
+
+if TYPE_CHECKING:
+    from w2r2_ds.training.fault_tolerance.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Train; returns an exit code of training/fault_tolerance/exit_codes.py, by which Slurm jobs are requeued."""
+    ignore_write_errors()
+    try:
+        config, ds_path = read_arguments(command_words(args))
+    except ValueError as error:
+        return report_error("train", error)
+    # Imported after the command line is read: these import torch, DeepSpeed and transformers.
+    from w2r2_ds.training.fault_tolerance.signals import StopSignals
+    from w2r2_ds.training.fault_tolerance.watchdog import MISTAKES
+
+    try:
+        with StopSignals() as signals:
+            return run(config, ds_path, signals)
+    except MISTAKES as error:
+        return report_error("train", error)
+    except Unreachable as error:
+        print(f"w2r2 train: {message(error)}", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    return LOST
+
+
+def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
+    """The run configuration and the DeepSpeed JSON of a command line."""
+    options = train_parser("Train a video LLM with W2R2.", args)
+    options.prog = "w2r2 train"
+    add_plugin_option(options)
+    tree = options.parse_args(config_first(args)).as_dict()
+    return from_tree(tree), tree["deepspeed"]
+
+
+def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
+    """Join the other ranks, make the demo's data if it is the demo, and train; returns the exit code."""
+    import torch.distributed as dist
+
+    from w2r2_ds.demo.assets import prepare_demo
+    from w2r2_ds.evaluation.validator import InTraining
+    from w2r2_ds.objective.push_terms import find_push_term
+    from w2r2_ds.training.deepspeed.config import load_ds_config
+    from w2r2_ds.training.deepspeed.launch import join_ranks
+    from w2r2_ds.training.trainer import train
+
+    # Both are checked before the demo is prepared, which takes minutes.
+    find_push_term(config.objective.push)
+    load_ds_config(ds_path)
+    join_ranks(config.train.hang_seconds)
+    if config.demo.enabled:
+        if dist.get_rank() == 0:
+            prepare_demo(config)
+        dist.barrier()
+    result = train(config, ds_path, InTraining, signals)
+    if dist.get_rank() == 0:
+        print(f"checkpoint: {result.checkpoint}" if result.checkpoint else "no checkpoint was written", flush=True)
+        if result.code != DONE:
+            logger.warning("stopped by a signal; --resume auto continues the run (exit code %d)", result.code)
+    # A rank that ends while another one still writes would be reported as lost.
+    dist.barrier()
+    dist.destroy_process_group()
+    return result.code
