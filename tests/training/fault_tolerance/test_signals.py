@@ -142,7 +142,7 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
 
 
-def test_signals_are_heard_inside_the_block_and_ignored_after_it() -> None:
+def test_signals_set_the_code_inside_the_block_and_ignored_after_it() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     try:
         with StopSignals() as signals:

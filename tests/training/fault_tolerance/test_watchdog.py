@@ -46,96 +46,96 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
     subprocess.run([sys.executable, str(SCRIPT), str(folder)], env=environment(), check=True, timeout=200)
     codes = json.loads((folder / "codes.json").read_text())
 
-    def look(case: str) -> Ended:
+    def case_result(case: str) -> Ended:
         return codes[case], [(folder / f"{case}.{rank}.log").read_text() for rank in range(len(codes[case]))]
 
-    return look
+    return case_result
 
 
-def sentence(said: str) -> str:
-    """What the watchdog of a rank said, once."""
-    found = re.findall(r"^watchdog, rank \d+: (.*)$", said, re.MULTILINE)
-    assert len(found) == 1, said
+def sentence(logs: str) -> str:
+    """The watchdog's line of a rank's log; there is one."""
+    found = re.findall(r"^watchdog, rank \d+: (.*)$", logs, re.MULTILINE)
+    assert len(found) == 1, logs
     return str(found[0])
 
 
 @pytest.mark.distributed
 def test_a_rank_that_hangs_ends_all(ended: Callable[[str], Ended]) -> None:
-    codes, said = ended("hang")
+    codes, logs = ended("hang")
     assert codes == [LOST] * 3
-    assert len({sentence(each) for each in said}) == 1
+    assert len({sentence(each) for each in logs}) == 1
     assert re.fullmatch(
         rf"rank 1 \({HOST}\) hangs, for \d+ s, at step 2, forward, {MODULE}, in sleep \(watched_ranks.py:\d+\) "
         r"\(train.hang_seconds is 4\) \(exit code 75\)",
-        sentence(said[0]),
+        sentence(logs[0]),
     )
-    rows = said[0].split("\n")
+    rows = logs[0].split("\n")
     top = next(i for i, row in enumerate(rows) if row.startswith("rank  host"))
     assert [row.split()[:4] for row in rows[top + 1 : top + 4]] == [[str(r), HOST, "2", "forward"] for r in range(3)]
     assert all(MODULE in row for row in rows[top + 1 : top + 4])
     assert "all_reduce (distributed_c10d.py:" in rows[top + 1]
-    assert "in sleep" in said[1].split("rank 1 is here:")[1]
-    assert "all_reduce" in said[2].split("rank 2 is here:")[1]
+    assert "in sleep" in logs[1].split("rank 1 is here:")[1]
+    assert "all_reduce" in logs[2].split("rank 2 is here:")[1]
 
 
 @pytest.mark.distributed
 def test_one_rank_alone_is_watched_too(ended: Callable[[str], Ended]) -> None:
-    codes, said = ended("hang-alone")
+    codes, logs = ended("hang-alone")
     assert codes == [LOST]
-    assert f"rank 0 ({HOST}) hangs" in sentence(said[0])
+    assert f"rank 0 ({HOST}) hangs" in sentence(logs[0])
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["die", "stop"])
 def test_a_rank_that_is_gone_ends_the_others(ended: Callable[[str], Ended], case: str) -> None:
-    codes, said = ended(case)
+    codes, logs = ended(case)
     assert codes == [LOST, KILLED, LOST]
-    assert sentence(said[0]) == sentence(said[2])
-    assert f"rank 1 ({HOST}) is gone: not heard for " in sentence(said[0])
-    assert re.search(rf"^1 +{HOST} .*silent for \d+ s$", said[0], re.MULTILINE)
+    assert sentence(logs[0]) == sentence(logs[2])
+    assert f"rank 1 ({HOST}) is gone: no heartbeat for " in sentence(logs[0])
+    assert re.search(rf"^1 +{HOST} .*silent for \d+ s$", logs[0], re.MULTILINE)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["die-0", "stop-0"])
 def test_without_rank_0_the_others_end_as_well(ended: Callable[[str], Ended], case: str) -> None:
-    codes, said = ended(case)
+    codes, logs = ended(case)
     assert codes == [KILLED, LOST]
-    assert "rank 0 (127.0.0.1) is gone, or the network to it: rank 1" in sentence(said[1])
-    assert "step 2, forward" in sentence(said[1])
+    assert "rank 0 (127.0.0.1) is gone, or the network to it: rank 1" in sentence(logs[1])
+    assert "step 2, forward" in sentence(logs[1])
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("case", "rank"), [("mistake-0", 0), ("mistake", 1)])
-def test_a_mistake_that_one_rank_meets_is_said_by_all(ended: Callable[[str], Ended], case: str, rank: int) -> None:
-    codes, said = ended(case)
+def test_a_mistake_of_one_rank_ends_all_with_its_message(ended: Callable[[str], Ended], case: str, rank: int) -> None:
+    codes, logs = ended(case)
     assert codes == [FAILED, FAILED]
-    assert said[rank].endswith("train.py: frame 7 of scene0001_00 cannot be read; replace the file.\n")
+    assert logs[rank].endswith("train.py: frame 7 of scene0001_00 cannot be read; replace the file.\n")
     expected = f"rank {rank} ({HOST}) stopped at step 2, forward, {MODULE}: frame 7 of scene0001_00 cannot be read"
-    assert expected in sentence(said[1 - rank]) and "exit code 1" in sentence(said[1 - rank])
-    assert "Traceback" not in said[0] + said[1]
+    assert expected in sentence(logs[1 - rank]) and "exit code 1" in sentence(logs[1 - rank])
+    assert "Traceback" not in logs[0] + logs[1]
 
 
 @pytest.mark.distributed
 def test_a_gpu_out_of_memory_is_not_tried_again(ended: Callable[[str], Ended]) -> None:
-    codes, said = ended("memory")
+    codes, logs = ended("memory")
     assert codes == [FAILED, FAILED]
-    assert f"rank 1 ({HOST}) stopped at step 2, forward, {MODULE}: CUDA out of memory." in sentence(said[0])
+    assert f"rank 1 ({HOST}) stopped at step 2, forward, {MODULE}: CUDA out of memory." in sentence(logs[0])
 
 
 @pytest.mark.distributed
 def test_another_failure_is_lost(ended: Callable[[str], Ended]) -> None:
-    codes, said = ended("failure")
+    codes, logs = ended("failure")
     assert codes == [LOST, LOST]
-    assert sentence(said[0]) == sentence(said[1])
-    assert f"rank 1 ({HOST}) failed at step 2, forward, {MODULE}: RuntimeError('no such kernel')" in sentence(said[0])
-    assert "Traceback" in said[1] and "in failure" in said[1]
+    assert sentence(logs[0]) == sentence(logs[1])
+    assert f"rank 1 ({HOST}) failed at step 2, forward, {MODULE}: RuntimeError('no such kernel')" in sentence(logs[0])
+    assert "Traceback" in logs[1] and "in failure" in logs[1]
 
 
 @pytest.mark.distributed
 def test_what_all_ranks_raise_goes_its_way(ended: Callable[[str], Ended]) -> None:
-    codes, said = ended("mistake-of-all")
+    codes, logs = ended("mistake-of-all")
     assert codes == [FAILED, FAILED]
-    assert all("watchdog" not in each and each.endswith("replace the file.\n") for each in said)
+    assert all("watchdog" not in each and each.endswith("replace the file.\n") for each in logs)
 
 
 @pytest.mark.distributed
@@ -144,77 +144,76 @@ def test_a_run_without_mishap_ends_as_if_unwatched(ended: Callable[[str], Ended]
 
 
 def seen(
-    judge: HangDetector, states: list[State], until: float, quiet: tuple[int, ...] = (), now: float = 0.0
+    detector: HangDetector, states: list[State], until: float, quiet: tuple[int, ...] = (), now: float = 0.0
 ) -> Diagnosis:
-    """The verdict of a judge that looks every two seconds for a while; it must come."""
-    verdict = None
-    while now <= until and verdict is None:
+    """The diagnosis of a detector that is updated every two seconds; there must be one."""
+    diagnosis = None
+    while now <= until and diagnosis is None:
         states = [replace(each, beat=each.beat + (r not in quiet)) for r, each in enumerate(states)]
-        verdict, now = judge.look(states, now), now + 2
-    assert verdict is not None
-    return verdict
+        diagnosis, now = detector.update(states, now), now + 2
+    assert diagnosis is not None
+    return diagnosis
 
 
-RUNS = State(beat=1, host="a", step=3, phase="forward", module="m", looping=True)
+RUNS = State(beat=1, host="a", step=3, phase="forward", module="m", in_loop=True)
 
 
-def test_a_judge_that_could_not_look_blames_nobody() -> None:
+def test_a_detector_that_did_not_run_blames_no_rank() -> None:
     """A machine that was suspended, or a main thread that held Python's lock for long."""
-    judge = HangDetector(LIMITS, 2)
-    assert judge.look([RUNS, RUNS], 0.0) is None
+    detector = HangDetector(LIMITS, 2)
+    assert detector.update([RUNS, RUNS], 0.0) is None
     for now in (1000.0, 2000.0, 3000.0):
-        assert judge.look([RUNS, RUNS], now) is None  # 12 s at most have been counted
+        assert detector.update([RUNS, RUNS], now) is None  # 12 s at most have been counted
 
 
 def test_standing_still_before_the_loop_is_no_hang() -> None:
-    judge = HangDetector(LIMITS, 2)
-    loading = replace(RUNS, looping=False, still=5000.0)
-    assert judge.look([loading, loading], 0.0) is None
-    assert judge.look([loading, replace(RUNS, still=599.0, waits=True)], 2.0) is None
-    verdict = judge.look([loading, replace(RUNS, still=600.0, waits=True)], 4.0)
-    assert verdict is not None and verdict.line.startswith("rank 0 (a) hangs")  # the other one waits for it
+    detector = HangDetector(LIMITS, 2)
+    loading = replace(RUNS, in_loop=False, idle_s=5000.0)
+    assert detector.update([loading, loading], 0.0) is None
+    assert detector.update([loading, replace(RUNS, idle_s=599.0, in_collective=True)], 2.0) is None
+    diagnosis = detector.update([loading, replace(RUNS, idle_s=600.0, in_collective=True)], 4.0)
+    assert diagnosis is not None and diagnosis.line.startswith("rank 0 (a) hangs")  # the other one waits for it
 
 
 def test_who_waits_in_a_collective_is_not_in_the_way() -> None:
-    waits = replace(RUNS, still=601.0, here="all_reduce (c.py:1)", waits=True)
-    sleeps = replace(RUNS, still=599.0, here="read (d.py:2)")
-    verdict = HangDetector(LIMITS, 3).look([waits, sleeps, waits], 0.0)
-    assert verdict is not None and verdict.line.startswith(
+    waits = replace(RUNS, idle_s=601.0, location="all_reduce (c.py:1)", in_collective=True)
+    sleeps = replace(RUNS, idle_s=599.0, location="read (d.py:2)")
+    diagnosis = HangDetector(LIMITS, 3).update([waits, sleeps, waits], 0.0)
+    assert diagnosis is not None and diagnosis.line.startswith(
         "rank 1 (a) hangs, for 599 s, at step 3, forward, m, in read"
     )
-    verdict = HangDetector(LIMITS, 2).look([waits, replace(waits, still=700.0)], 0.0)
-    assert verdict is not None and "collectives, for each other or for a link that is down; rank 1" in verdict.line
+    diagnosis = HangDetector(LIMITS, 2).update([waits, replace(waits, idle_s=700.0)], 0.0)
+    assert diagnosis is not None and "collectives, for each other or for a link that is down; rank 1" in diagnosis.line
 
 
 def test_a_silent_rank_is_not_overtaken_by_those_that_wait_for_it() -> None:
-    verdict = seen(
-        HangDetector(replace(LIMITS, hang=5.0), 2), [replace(RUNS, still=9.0, waits=True), RUNS], 60, quiet=(1,)
-    )
-    assert "rank 0 (a) hangs" in verdict.line  # heard a moment ago, rank 1 is not yet under suspicion
-    judge = HangDetector(replace(LIMITS, hang=20.0), 2)
+    waits = replace(RUNS, idle_s=9.0, in_collective=True)
+    diagnosis = seen(HangDetector(replace(LIMITS, hang=5.0), 2), [waits, RUNS], 60, quiet=(1,))
+    assert "rank 0 (a) hangs" in diagnosis.line  # rank 1 had a heartbeat a moment ago
+    detector = HangDetector(replace(LIMITS, hang=20.0), 2)
     for beat in range(4):
-        assert judge.look([replace(RUNS, beat=beat + 1), RUNS], 2.0 * beat) is None
-    verdict = seen(judge, [replace(RUNS, beat=9, still=99.0, waits=True), RUNS], 60, quiet=(1,), now=8.0)
-    assert verdict.line.startswith("rank 1 (a) is gone")
+        assert detector.update([replace(RUNS, beat=beat + 1), RUNS], 2.0 * beat) is None
+    diagnosis = seen(detector, [replace(RUNS, beat=9, idle_s=99.0, in_collective=True), RUNS], 60, quiet=(1,), now=8.0)
+    assert diagnosis.line.startswith("rank 1 (a) is gone")
 
 
 def test_the_dead_rank_is_named_and_not_those_that_lost_it() -> None:
-    lost = replace(RUNS, kind=FAILURE, words="RuntimeError('Connection closed by peer')")
-    verdict = seen(HangDetector(LIMITS, 3), [lost, RUNS, lost], 20, quiet=(1,))
-    assert verdict.code == LOST and verdict.line.startswith("rank 1 (a) is gone: not heard for ")
-    assert verdict.table.count("Connection closed by peer") == 2
+    lost = replace(RUNS, kind=FAILURE, error="RuntimeError('Connection closed by peer')")
+    diagnosis = seen(HangDetector(LIMITS, 3), [lost, RUNS, lost], 20, quiet=(1,))
+    assert diagnosis.code == LOST and diagnosis.line.startswith("rank 1 (a) is gone: no heartbeat for ")
+    assert diagnosis.table.count("Connection closed by peer") == 2
 
 
 def test_a_mistake_goes_before_everything_else() -> None:
-    states = [replace(RUNS, still=900.0), replace(RUNS, kind=MISTAKE, words="no such file."), RUNS]
-    verdict = seen(HangDetector(replace(LIMITS, hang=1000.0), 3), states, 20, quiet=(2,))
-    assert (verdict.code, verdict.line) == (FAILED, "rank 1 (a) stopped at step 3, forward, m: no such file.")
+    states = [replace(RUNS, idle_s=900.0), replace(RUNS, kind=MISTAKE, error="no such file."), RUNS]
+    diagnosis = seen(HangDetector(replace(LIMITS, hang=1000.0), 3), states, 20, quiet=(2,))
+    assert (diagnosis.code, diagnosis.line) == (FAILED, "rank 1 (a) stopped at step 3, forward, m: no such file.")
 
 
 def test_ranks_that_have_all_left_are_let_go() -> None:
-    judge = HangDetector(LIMITS, 3)
+    detector = HangDetector(LIMITS, 3)
     states = [replace(RUNS, kind=kind) for kind in (LEFT, MISTAKE, FAILURE)]
-    assert [judge.look(states, 2.0 * i) for i in range(50)] == [None] * 50
+    assert [detector.update(states, 2.0 * i) for i in range(50)] == [None] * 50
 
 
 def test_modules_are_followed_down_to_the_blocks() -> None:
@@ -227,24 +226,26 @@ def test_modules_are_followed_down_to_the_blocks() -> None:
     names = [name for name, _ in blocks("model.vlm", Wrapped())]
     assert "model.vlm.layers.0" in names and "model.vlm.layers.0.0" not in names
     tower, activity = nn.Sequential(nn.Linear(2, 2)), Activity()
-    before = activity.moved
+    before = activity.changed_at
     activity.follow("tower", tower)
     tower(torch.ones(1, 2))
-    assert activity.module == "tower.0" and activity.moved > before
+    assert activity.module == "tower.0" and activity.changed_at > before
 
 
 def test_where_no_rank_is_seen_to_wait_the_one_behind_is_named() -> None:
     """On a GPU a rank waits in its backward pass or in a read of a value, not in a collective's function."""
-    ahead = replace(RUNS, moves=90, still=601.0, phase="backward")
-    behind = replace(RUNS, moves=40, still=597.5)
-    verdict = HangDetector(LIMITS, 3).look([ahead, behind, ahead], 0.0)
-    assert verdict is not None and verdict.line.startswith("rank 1 (a) hangs, for 598 s, at step 3, forward")
-    verdict = HangDetector(LIMITS, 2).look([ahead, replace(ahead, still=602.0)], 0.0)
-    assert verdict is not None and verdict.line.startswith("all ranks that hang wait in collectives, for each other")
+    ahead = replace(RUNS, changes=90, idle_s=601.0, phase="backward")
+    behind = replace(RUNS, changes=40, idle_s=597.5)
+    diagnosis = HangDetector(LIMITS, 3).update([ahead, behind, ahead], 0.0)
+    assert diagnosis is not None and diagnosis.line.startswith("rank 1 (a) hangs, for 598 s, at step 3, forward")
+    diagnosis = HangDetector(LIMITS, 2).update([ahead, replace(ahead, idle_s=602.0)], 0.0)
+    assert diagnosis is not None and diagnosis.line.startswith(
+        "all ranks that hang wait in collectives, for each other"
+    )
 
 
 def test_a_rank_that_loads_may_be_silent_for_longer() -> None:
-    loading = replace(RUNS, looping=False)
-    verdict = seen(HangDetector(LIMITS, 2), [loading, loading], 400, quiet=(1,))
-    assert "rank 1 (a) is gone: not heard for 300 s" in verdict.line
-    assert "not heard for 30 s" in seen(HangDetector(LIMITS, 2), [RUNS, RUNS], 400, quiet=(1,)).line
+    loading = replace(RUNS, in_loop=False)
+    diagnosis = seen(HangDetector(LIMITS, 2), [loading, loading], 400, quiet=(1,))
+    assert "rank 1 (a) is gone: no heartbeat for 300 s" in diagnosis.line
+    assert "no heartbeat for 30 s" in seen(HangDetector(LIMITS, 2), [RUNS, RUNS], 400, quiet=(1,)).line

@@ -1,4 +1,4 @@
-"""What the main thread of a rank is doing: written by it, read by the watchdog's threads, printed when ranks hang."""
+"""What the main thread of a rank is doing: written by the training loop, read by the watchdog's threads."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from torch import nn
 
 
 class Activity:
-    """Step, phase, and the module whose forward began last; every change says that the main thread moves.
+    """Step, phase, and the module whose forward began last.
 
     Attributes:
         step: optimizer step, from 1; 0 before the first.
-        phase: a word or two, as ``forward``; ``set-up`` before the loop.
+        phase: one or two words, such as ``forward``; ``set-up`` before the loop.
         module: name of the module, empty before the first.
-        moved: when anything changed last, in seconds of `time.monotonic`.
-        moves: changes since the step began. Ranks go through the same ones, so who has made the fewest is behind.
+        changed_at: time of the last change, in seconds of `time.monotonic`.
+        changes: number of changes since the step began. All ranks make the same changes in the same order, so the rank
+            with the fewest is behind.
     """
 
     def __init__(self) -> None:
-        self.step, self.phase, self.module, self.moved = 0, "set-up", "", time.monotonic()
-        self.moves = 0
+        self.step, self.phase, self.module, self.changed_at = 0, "set-up", "", time.monotonic()
+        self.changes = 0
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Say what comes next."""
+        """Record the beginning of a phase, and of a step if `step` is given."""
         if step is not None:
-            self.step, self.moves = step, 0
-        self.phase, self.moved = phase, time.monotonic()
-        self.moves += 1
+            self.step, self.changes = step, 0
+        self.phase, self.changed_at = phase, time.monotonic()
+        self.changes += 1
 
     def follow(self, name: str, root: Any) -> None:
-        """Note, from now on, each forward of a module and of what it holds, down to the blocks of its towers.
+        """Record, from now on, each forward of a module and its descendants, down to the blocks of its towers.
 
-        A root that is no module has some as attributes, as a geometry encoder.
+        Args:
+            name: of the root, the prefix of all names.
+            root: a module, or an object with modules as attributes, such as a geometry encoder.
         """
         if not isinstance(root, nn.Module):
             for key, value in vars(root).items():
@@ -46,16 +49,16 @@ class Activity:
 
     def _hook(self, path: str) -> Any:
         def began(module: nn.Module, args: Any) -> None:
-            self.module, self.moved = path, time.monotonic()
-            self.moves += 1
+            self.module, self.changed_at = path, time.monotonic()
+            self.changes += 1
 
         return began
 
 
 def blocks(name: str, module: nn.Module, inside: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """A module and its descendants by name, not below the entries of a list, which are a tower's blocks.
+    """Names and modules of a module and its descendants, not below the entries of a ModuleList (a tower's blocks).
 
-    PEFT's wrappers are left out of the names: ``model.vlm.model.language_model.layers.3``.
+    PEFT's wrappers are removed from the names: ``model.vlm.model.language_model.layers.3``.
     """
     yield name.replace(".base_model.model", ""), module
     if not inside:

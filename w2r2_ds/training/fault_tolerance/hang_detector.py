@@ -1,4 +1,7 @@
-"""From what all ranks say of themselves: whether the run can go on, else which rank is in the way. No threads here."""
+"""Decide from the ranks' heartbeats whether a run is healthy, and which rank is at fault if not.
+
+Pure logic; the threads are in `watchdog.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,22 @@ RUNNING, LEFT, MISTAKE, FAILURE = "running", "left", "mistake", "failure"
 
 @dataclass(frozen=True)
 class State:
-    """What a rank says of itself.
+    """Heartbeat of a rank.
 
     Attributes:
-        beat: how often it has said something; 0 before the first time.
-        host: its machine.
+        beat: number of this heartbeat; 0 before the first.
+        host: name of its machine.
         step: see `activity.Activity`, as the next three.
         phase: ...
         module: ...
-        moves: ...
-        still: seconds since its main thread moved.
-        here: the function in which its main thread is, with its file and line.
-        waits: whether that is a collective, in which it waits for other ranks. On a GPU most waiting is elsewhere: in a
-            read of a value, or in the backward pass.
-        looping: whether it is in the training loop; before it, standing still is no hang.
-        kind: `RUNNING`; `LEFT` (done); `MISTAKE` (an error that the user can mend) or `FAILURE` (another one).
-        words: of the error.
+        changes: ...
+        idle_s: seconds since the last change.
+        location: function, file and line of the main thread.
+        in_collective: whether `location` is a collective, where the rank waits for others. On a GPU most waiting is
+            elsewhere: in a copy to the host, or in the backward pass.
+        in_loop: whether the training loop has started; before it, standing still is not a hang.
+        kind: `RUNNING`; `LEFT` (finished); `MISTAKE` (an error that the user can correct) or `FAILURE` (any other).
+        error: message of the error.
     """
 
     beat: int = 0
@@ -35,18 +38,18 @@ class State:
     step: int = 0
     phase: str = ""
     module: str = ""
-    moves: int = 0
-    still: float = 0.0
-    here: str = ""
-    waits: bool = False
-    looping: bool = False
+    changes: int = 0
+    idle_s: float = 0.0
+    location: str = ""
+    in_collective: bool = False
+    in_loop: bool = False
     kind: str = RUNNING
-    words: str = ""
+    error: str = ""
 
     def where(self) -> str:
-        """Step, phase and module in words."""
+        """Step, phase and module as text."""
         module = f", {self.module}" if self.module else ""
-        return f"step {self.step}, {self.phase or 'nothing heard yet'}{module}"
+        return f"step {self.step}, {self.phase or 'no heartbeat yet'}{module}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Diagnosis:
     Attributes:
         code: exit code of every rank.
         line: one sentence.
-        table: every rank, as lines of text.
+        table: all ranks, as lines of text.
     """
 
     code: int
@@ -66,15 +69,15 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds.
+    """Time limits in seconds.
 
     Attributes:
-        hang: a main thread that stands still for so long hangs.
-        gone: a rank not heard of for so long is gone; a store not reached for so long is gone too.
-        loading: the same while no rank is in the loop yet: what a rank loads may hold Python's lock for longer.
-        beat: between two reports of a rank.
-        settle: how long, after a rank has failed, the others may take to fail as well, or to be seen to be gone: who is
-            cut off from a dead rank fails at once, and is not the one to name.
+        hang: main thread without a change.
+        gone: rank without a heartbeat, or heartbeat store that cannot be reached.
+        loading: the same before any rank is in the loop: loading may hold Python's global lock for longer.
+        beat: interval between heartbeats.
+        settle: after the failure of one rank, time for others to fail or to go silent before one is named. When a rank
+            dies, the ranks connected to it fail first, but they are not the cause.
     """
 
     hang: float
@@ -85,91 +88,97 @@ class Limits:
 
 
 class HangDetector:
-    """Looks at the ranks again and again.
+    """Evaluates the heartbeats of all ranks at regular intervals.
 
-    A rank's silence is measured by the looks of the judge, each counted as two beats at most: a judge that could not
-    look for a while (a suspended machine, a long call that holds Python's lock) blames nobody for it.
+    The silence of a rank is summed over evaluations, each counted as two beats at most. So if the detector itself did
+    not run for a while (a suspended machine, a long call that held Python's global lock), no rank is blamed for it.
     """
 
-    def __init__(self, limits: Limits, world: int) -> None:
+    def __init__(self, limits: Limits, world_size: int) -> None:
         self.limits = limits
-        self.silent = [0.0] * world
-        self._beats = [0] * world
-        self._wrong = [0.0] * world
+        self.silent = [0.0] * world_size
+        self._beats = [0] * world_size
+        self._failed_for = [0.0] * world_size
         self._last: float | None = None
 
-    def look(self, states: Sequence[State], now: float) -> Diagnosis | None:
-        """The verdict, None while there is none. `now` in seconds, of any clock that does not jump."""
+    def update(self, states: Sequence[State], now: float) -> Diagnosis | None:
+        """Evaluate new heartbeats; None while the run is healthy.
+
+        Args:
+            states: of all ranks.
+            now: seconds of a monotonic clock.
+        """
         passed = 0.0 if self._last is None else min(now - self._last, 2 * self.limits.beat)
         self._last = now
         for rank, state in enumerate(states):
-            heard = state.beat != self._beats[rank] or state.kind == LEFT
-            self.silent[rank] = 0.0 if heard else self.silent[rank] + passed
+            alive = state.beat != self._beats[rank] or state.kind == LEFT
+            self.silent[rank] = 0.0 if alive else self.silent[rank] + passed
             self._beats[rank] = state.beat
-            self._wrong[rank] += passed if state.kind in (MISTAKE, FAILURE) else 0.0
+            self._failed_for[rank] += passed if state.kind in (MISTAKE, FAILURE) else 0.0
         if all(state.kind != RUNNING for state in states):
-            return None  # each ends by itself
+            return None  # every rank ends by itself
+        # In order of certainty: a stated mistake, a dead rank, another failure (often its consequence), a hang.
         found = self._mistake(states) or self._gone(states) or self._failure(states) or self._hang(states)
         return None if found is None else Diagnosis(*found, table=self.table(states))
 
     def _mistake(self, states: Sequence[State]) -> tuple[int, str] | None:
         for rank, state in enumerate(states):
-            if state.kind == MISTAKE and self._wrong[rank] >= self.limits.settle / 2:
-                return FAILED, f"rank {rank} ({state.host}) stopped at {state.where()}: {state.words}"
+            if state.kind == MISTAKE and self._failed_for[rank] >= self.limits.settle / 2:
+                return FAILED, f"rank {rank} ({state.host}) stopped at {state.where()}: {state.error}"
         return None
 
     def _gone(self, states: Sequence[State]) -> tuple[int, str] | None:
-        # Where another rank failed, a shorter silence tells who was the first.
-        failed = any(wrong >= self.limits.settle for wrong in self._wrong)
-        # One that is in the loop has met all others at the end of the set-up, whatever they have said last.
-        limit = self.limits.gone if any(state.looping for state in states) else self.limits.loading
-        if failed:
+        # A rank in the loop has passed a collective with all others, so none of them is still loading.
+        limit = self.limits.gone if any(state.in_loop for state in states) else self.limits.loading
+        # After a failure, a shorter silence is enough to tell that the silent rank died first.
+        if any(seconds >= self.limits.settle for seconds in self._failed_for):
             limit = self.limits.settle - self.limits.beat
         longest = max(range(len(states)), key=lambda rank: self.silent[rank])
         if self.silent[longest] < limit:
             return None
         state = states[longest]
-        heard = f"was last at {state.where()}" if state.beat else "has never been heard"
+        last = f"it was last at {state.where()}" if state.beat else "it never sent one"
         return LOST, (
-            f"rank {longest} ({state.host}) is gone: not heard for {self.silent[longest]:.0f} s, it {heard}; look for "
-            "its end in its own log and in its machine's"
+            f"rank {longest} ({state.host}) is gone: no heartbeat for {self.silent[longest]:.0f} s, {last}; see the "
+            "log of that rank and of its machine"
         )
 
     def _failure(self, states: Sequence[State]) -> tuple[int, str] | None:
-        first = max(range(len(states)), key=lambda rank: self._wrong[rank])
-        if self._wrong[first] < self.limits.settle:
+        first = max(range(len(states)), key=lambda rank: self._failed_for[rank])
+        if self._failed_for[first] < self.limits.settle:
             return None
         state = states[first]
-        return LOST, f"rank {first} ({state.host}) failed at {state.where()}: {state.words}"
+        return LOST, f"rank {first} ({state.host}) failed at {state.where()}: {state.error}"
 
     def _hang(self, states: Sequence[State]) -> tuple[int, str] | None:
-        """Who waits in a collective does so for another rank; of the others, who is furthest behind is in the way.
+        """A rank in a collective waits for another rank. Of the others, the one furthest behind is at fault.
 
-        Of ranks that are equally far, it is the one that stood still first.
+        Of ranks that are equally far, it is the one that stands still for the longest.
         """
         running = {rank: state for rank, state in enumerate(states) if state.kind == RUNNING}
         if any(self.silent[rank] > 2 * self.limits.beat for rank in running):
-            return None  # what is not heard of may be gone, which `_gone` will say
-        if not any(state.looping and state.still >= self.limits.hang for state in running.values()):
+            return None  # a silent rank may be dead; `_gone` will report it
+        if not any(state.in_loop and state.idle_s >= self.limits.hang for state in running.values()):
             return None
-        # One that waits for it may have reached the limit a report earlier.
-        candidates = [rank for rank, state in running.items() if state.still >= self.limits.hang - 2 * self.limits.beat]
-        places = {rank: (states[rank].waits, states[rank].step, states[rank].moves) for rank in candidates}
-        first = min(candidates, key=lambda rank: (places[rank], -states[rank].still))
-        state, alike = states[first], len(candidates) > 1 and len(set(places.values())) == 1
-        line = f"rank {first} ({state.host}) hangs, for {state.still:.0f} s, at {state.where()}, in {state.here}"
-        if state.waits or alike:
+        # A rank that waits for the one at fault may have reached the limit a heartbeat earlier.
+        limit = self.limits.hang - 2 * self.limits.beat
+        candidates = [rank for rank, state in running.items() if state.idle_s >= limit]
+        progress = {rank: (states[rank].in_collective, states[rank].step, states[rank].changes) for rank in candidates}
+        first = min(candidates, key=lambda rank: (progress[rank], -states[rank].idle_s))
+        state, alike = states[first], len(candidates) > 1 and len(set(progress.values())) == 1
+        line = f"rank {first} ({state.host}) hangs, for {state.idle_s:.0f} s, at {state.where()}, in {state.location}"
+        if state.in_collective or alike:
             line = f"all ranks that hang wait in collectives, for each other or for a link that is down; {line}"
         return LOST, f"{line} (train.hang_seconds is {self.limits.hang:g})"
 
     def table(self, states: Sequence[State]) -> str:
-        """One line per rank: where it is, for how long, and what it says."""
-        rows = [("rank", "host", "step", "phase", "still", "module", "function", "")]
+        """One line per rank: step, phase, idle time, module, function, state."""
+        rows = [("rank", "host", "step", "phase", "idle", "module", "function", "")]
         for rank, state in enumerate(states):
             silent = f"silent for {self.silent[rank]:.0f} s" if self.silent[rank] > 2 * self.limits.beat else ""
-            said = "done" if state.kind == LEFT else silent or state.words
-            seconds = f"{state.still + self.silent[rank]:.0f} s"
-            module, here = state.module or "-", state.here or "-"
-            rows.append((str(rank), state.host, str(state.step), state.phase, seconds, module, here, said))
+            status = "done" if state.kind == LEFT else silent or state.error
+            seconds = f"{state.idle_s + self.silent[rank]:.0f} s"
+            module, location = state.module or "-", state.location or "-"
+            rows.append((str(rank), state.host, str(state.step), state.phase, seconds, module, location, status))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

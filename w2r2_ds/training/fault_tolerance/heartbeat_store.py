@@ -1,4 +1,4 @@
-"""Where the ranks' states and the verdict are pinned: a key-value store of rank 0, apart from training's own."""
+"""Key-value store for the ranks' heartbeats and the diagnosis: a TCPStore on rank 0, separate from training's own."""
 
 from __future__ import annotations
 
@@ -14,64 +14,63 @@ from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-de
 from w2r2_ds.training.fault_tolerance.hang_detector import Diagnosis, State
 from w2r2_ds.utils.distributed import raise_on_all_ranks
 
-VERDICT = "verdict"
-REACHED = timedelta(seconds=30)
-"""To connect at the start."""
+DIAGNOSIS = "diagnosis"
+CONNECT_TIMEOUT = timedelta(seconds=30)
 
 
 class HeartbeatStore:
-    """Collective to make; afterwards each call is one exchange with rank 0's machine, which may block when it is gone.
+    """Construction is collective; afterwards each call is one exchange with rank 0's machine, and may block if it died.
 
     Raises:
         ValueError: rank 0 cannot listen, or a rank cannot reach it.
     """
 
     def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.store: Store
-        if self.world == 1:  # nobody else to talk to: no network
+        if self.world_size == 1:  # no network needed
             self.store = HashStore()
-            self._clear()
+            self._initialize()
             return
         host, port = os.environ["MASTER_ADDR"], [0]
         with raise_on_all_ranks():
             if self.rank == 0:
-                server = TCPStore(host, 0, None, True, REACHED, wait_for_workers=False)
+                server = TCPStore(host, 0, None, True, CONNECT_TIMEOUT, wait_for_workers=False)
                 self.store, port = server, [server.port]
-                self._clear()
+                self._initialize()
         dist.broadcast_object_list(port, src=0)
         with raise_on_all_ranks():
             if self.rank != 0:
                 try:
-                    self.store = TCPStore(host, port[0], None, False, REACHED, wait_for_workers=False)
+                    self.store = TCPStore(host, port[0], None, False, CONNECT_TIMEOUT, wait_for_workers=False)
                 except dist.DistError as error:
                     raise ValueError(
                         f"rank {self.rank} cannot reach rank 0's watchdog at {host}, port {port[0]} "
                         f"({' '.join(str(error).split())[:200]}); ranks must reach any port of that machine."
                     ) from error
 
-    def _clear(self) -> None:
-        """Every key is there from the start, so that no read waits for one."""
-        self.store.set(VERDICT, "")
-        for rank in range(self.world):
+    def _initialize(self) -> None:
+        """Set every key: `get` of a missing key would block."""
+        self.store.set(DIAGNOSIS, "")
+        for rank in range(self.world_size):
             self.store.set(f"state/{rank}", json.dumps(asdict(State())))
 
-    def post(self, state: State) -> None:
-        """Pin this rank's state."""
+    def put_state(self, state: State) -> None:
+        """Store this rank's heartbeat."""
         self.store.set(f"state/{self.rank}", json.dumps(asdict(state)))
 
     def states(self) -> list[State]:
-        """All ranks' states."""
-        return [State(**json.loads(self.store.get(f"state/{rank}"))) for rank in range(self.world)]
+        """Last heartbeats of all ranks."""
+        return [State(**json.loads(self.store.get(f"state/{rank}"))) for rank in range(self.world_size)]
 
-    def decide(self, verdict: Diagnosis | None) -> None:
-        """Pin the verdict; None says that every rank has left, and ends by itself."""
-        self.store.set(VERDICT, json.dumps(None if verdict is None else asdict(verdict)))
+    def put_diagnosis(self, diagnosis: Diagnosis | None) -> None:
+        """Store the diagnosis; None if every rank has left or ends by itself."""
+        self.store.set(DIAGNOSIS, json.dumps(None if diagnosis is None else asdict(diagnosis)))
 
-    def verdict(self) -> Sequence[Diagnosis | None]:
-        """Nothing while there is none, else what was decided."""
-        raw = self.store.get(VERDICT)
+    def diagnosis(self) -> Sequence[Diagnosis | None]:
+        """Empty while there is no diagnosis, else the one that was stored."""
+        raw = self.store.get(DIAGNOSIS)
         if not raw:
             return []
-        read = json.loads(raw)
-        return [None if read is None else Diagnosis(**read)]
+        found = json.loads(raw)
+        return [None if found is None else Diagnosis(**found)]

@@ -1,7 +1,7 @@
 """SIGUSR1 and SIGTERM stop a run at the next step boundary, on all ranks at the same step.
 
-A handler only sets a flag, and what it may interrupt (a save, a collective, a read) is restarted by the system
-(SA_RESTART), so that a storm of signals does no more than one.
+A handler only sets a flag, so that repeated signals have no further effect. System calls that it interrupts (a save, a
+collective, a read) are restarted by the kernel (SA_RESTART).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch.distributed as dist
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, REQUEUE, TERMINATED
 
 CODES = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: TERMINATED}
-"""What a signal makes of the exit code; the greatest wins, over signals and over ranks: SIGTERM over SIGUSR1."""
+"""Exit code of each signal. Over signals and ranks the greatest counts: SIGTERM over SIGUSR1."""
 
 
 class StopSignals:
-    """Which signal, if any, has asked the run to stop; listens inside a ``with`` block, in the main thread.
+    """Context manager that handles the signals, and the agreement of all ranks on when to stop.
 
-    Enter it before anything forks. After the block the signals are ignored: the process only ends, and Python, which
-    takes its handlers away as it goes, would let a late signal change the exit code. One that is not entered hears
-    only what other ranks heard.
+    Enter it in the main thread before anything forks. After the block, signals are ignored: while Python exits it
+    removes its handlers, and a late signal would change the exit code. If it is not entered, only signals to other
+    ranks are noticed.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in CODES:
-            signal.signal(number, self._heard)
+            signal.signal(number, self._handle)
             signal.siginterrupt(number, False)
         return self
 
@@ -41,18 +41,22 @@ class StopSignals:
         for number in CODES:
             signal.signal(number, signal.SIG_IGN)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.code = max(self.code, CODES[signal.Signals(number)])
 
     def join(self, timeout: timedelta) -> None:
-        """Make the group that `agreed` talks over; every rank calls it, once per run.
+        """Create the process group of `agreed`. Collective, once per run.
 
-        It is of gloo and its own: the flag is reduced on the CPU, without waiting for what a GPU has in hand.
+        gloo on the CPU: reducing a flag with NCCL would wait for all work queued on the GPU.
         """
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
 
     def agreed(self) -> int:
-        """The exit code to stop with now, `DONE` to go on; the same on every rank, which all call it."""
+        """The exit code to stop with now, or `DONE` to continue. Collective: the same value on every rank.
+
+        A signal reaches the ranks at different times, or only one of them. If each rank acted on its own flag, one
+        would save while the others wait for it in the next step's collectives. Hence one maximum per step.
+        """
         if self._group is None:
             return self.code
         code = torch.tensor(self.code)
