@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prepared_sets import SCENE_FILE, write_prepared
 from w2r2_ds.data import dataset
-from w2r2_ds.data.dataset import PreparedSet, tables, write_tables
+from w2r2_ds.data.dataset import PreparedSet, write_samples
 from w2r2_ds.types.sample import Labelled, Reference, Sample, Target
 
 BOX = np.array([0.1, -2.0, 0.7, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
@@ -42,11 +44,8 @@ def make(root: Path) -> list[Sample]:
 
 def write(folder: Path, root: Path) -> list[Sample]:
     """Write them as launchers/prepare.py does."""
-    folder.mkdir(parents=True)
     samples = make(root)
-    write_tables(folder, *tables(samples, root))
-    manifest = {"version": dataset.VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}}
-    (folder / dataset.MANIFEST).write_text(json.dumps(manifest))
+    write_prepared(folder, samples, root)
     return samples
 
 
@@ -73,7 +72,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     for one, other in zip(samples, read, strict=True):
         assert_same(one, other)
     assert_same(read[-1], samples[2])
-    assert len(pq.read_table(tmp_path / "set" / dataset.FRAMES)) == 3, "every frame once"
+    assert len(read._poses) == 3, "every frame once"
 
 
 def test_another_root_moves_the_frames(tmp_path: Path) -> None:
@@ -81,59 +80,99 @@ def test_another_root_moves_the_frames(tmp_path: Path) -> None:
     assert PreparedSet(tmp_path / "set", "/elsewhere")[0].frames[0].parts[1] == "elsewhere"
 
 
-def test_the_tables_open_with_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_ordered_by_their_number(tmp_path: Path) -> None:
+    samples = write(tmp_path / "set", tmp_path)
+    (tmp_path / "set" / SCENE_FILE).unlink()
+    write_samples(tmp_path / "set" / "a.parquet", [(1, samples[1]), (5, samples[0])], tmp_path)
+    write_samples(tmp_path / "set" / "b.parquet", [(0, samples[2])], tmp_path)
+    for one, other in zip((samples[2], samples[1], samples[0]), PreparedSet(tmp_path / "set", tmp_path), strict=True):
+        assert_same(one, other)
+
+
+def test_the_files_open_with_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets", reason="installed by the extra dev")
     samples = write(tmp_path / "set", tmp_path)
-    files = str(tmp_path / "set" / dataset.SAMPLES)
+    files = str(tmp_path / "set" / "*.parquet")
     table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert table["question"][:] == [sample.question for sample in samples]
+    assert np.array_equal(np.array(table[0]["cam_to_world"]).reshape(-1, 4, 4), samples[0].cam_to_world)
+
+
+def test_reading_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cache folder is needed: nothing below the folder, the home or the cache variables is opened for writing."""
+    samples = write(tmp_path / "set", tmp_path)
+    opened: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and watching and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+            opened.append(str(arguments[0]))
+        if event in ("os.mkdir", "os.rename", "os.link", "os.symlink") and watching:
+            opened.append(str(arguments[0]))
+
+    watching = True
+    sys.addaudithook(watch)
+    (tmp_path / "set").chmod(0o500)
+    before = sorted(tmp_path.rglob("*"))
+    assert len(list(PreparedSet(tmp_path / "set", tmp_path))) == len(samples)
+    watching = False
+    (tmp_path / "set").chmod(0o700)
+    assert opened == [] and sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_frame_outside_the_root_is_refused(tmp_path: Path) -> None:
     stray = replace(make(tmp_path)[0], frames=(tmp_path.parent / "x.jpg", tmp_path / "y.jpg"))
     with pytest.raises(ValueError, match="outside the data root"):
-        tables([stray], tmp_path)
+        write_samples(tmp_path / "s.parquet", [(0, stray)], tmp_path)
+
+
+def changed(file: Path, column: str, value: Any, row: int = 0) -> None:
+    """Replace one value of a scene's file."""
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[row][column] = value
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
 
 
 @pytest.mark.parametrize("path", ["../secret.jpg", "/etc/passwd", "posed_images/../../x.jpg"])
 def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, path: str) -> None:
     write(tmp_path / "set", tmp_path)
-    file = tmp_path / "set" / dataset.FRAMES
-    table = pq.read_table(file).to_pydict()
-    table["path"][1] = path
-    pq.write_table(dataset.pa.table(table, schema=dataset.FRAME_SCHEMA), file)
-    with pytest.raises(ValueError, match=r"frames\.parquet: path .* leaves the data root"):
+    changed(tmp_path / "set" / SCENE_FILE, "frames", ["a.jpg", path])
+    with pytest.raises(ValueError, match=rf"{SCENE_FILE}: path .* leaves the data root"):
         PreparedSet(tmp_path / "set", tmp_path)
 
 
-@pytest.mark.parametrize("name", [dataset.SAMPLES, dataset.FRAMES])
-def test_a_truncated_table_is_named(tmp_path: Path, name: str) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "set", tmp_path)
-    file = tmp_path / "set" / name
+    file = tmp_path / "set" / SCENE_FILE
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"{name} is missing or not whole"):
+    with pytest.raises(ValueError, match=f"{SCENE_FILE} is missing or truncated"):
         PreparedSet(tmp_path / "set", tmp_path)
 
 
 @pytest.mark.parametrize("column", ["question", "frames"])
 def test_an_empty_field_is_named(tmp_path: Path, column: str) -> None:
     write(tmp_path / "set", tmp_path)
-    file = tmp_path / "set" / dataset.SAMPLES
-    table = pq.read_table(file)
-    rows = [{**row, column: None} if row["id"] == "c" else row for row in table.to_pylist()]
-    pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
-    with pytest.raises(ValueError, match=rf"samples\.parquet: 1 of 3 rows have no '{column}'"):
+    changed(tmp_path / "set" / SCENE_FILE, column, None)
+    with pytest.raises(ValueError, match=rf"{SCENE_FILE}: 1 of 3 rows have no '{column}'"):
         PreparedSet(tmp_path / "set", tmp_path)
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+def test_a_frame_with_two_poses_is_refused(tmp_path: Path) -> None:
+    samples = write(tmp_path / "set", tmp_path)
+    changed(tmp_path / "set" / SCENE_FILE, "cam_to_world", [pose.ravel() + 1 for pose in samples[0].cam_to_world])
+    with pytest.raises(ValueError, match=f"{SCENE_FILE}: a frame has two poses"):
+        PreparedSet(tmp_path / "set", tmp_path)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     with pytest.raises(ValueError, match="holds no prepared data set"):
         PreparedSet(folder, tmp_path)
     write(folder, tmp_path)
     manifest = folder / dataset.MANIFEST
     for change, message in (
-        ({"counts": {"samples": 7}}, "has 3 rows"),
+        ({"counts": {"samples": 7}}, "has 3 samples"),
         ({"version": 99}, "is of version 99"),
         ({"counts": {}}, "not readable"),
     ):
@@ -142,6 +181,3 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             PreparedSet(folder, tmp_path)
         manifest.write_text(json.dumps(written))
-    pq.write_table(pq.read_table(folder / dataset.FRAMES).slice(0, 1), folder / dataset.FRAMES)
-    with pytest.raises(ValueError, match="names a frame that"):
-        PreparedSet(folder, tmp_path)[0]

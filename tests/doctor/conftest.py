@@ -18,14 +18,11 @@ TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "
 @pytest.fixture(scope="session")
 def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Options of launchers/train.py for it, by name without dashes."""
-    from w2r2_ds.data.dataset import MANIFEST, VERSION, tables, write_tables
+    from prepared_sets import write_prepared
 
     folder = tmp_path_factory.mktemp("little")
     prepared = samples[0].frames[0].parent / "prepared"
-    prepared.mkdir()
-    write_tables(prepared, *tables(samples, prepared.parent))
-    manifest = {"version": VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}}
-    (prepared / MANIFEST).write_text(json.dumps(manifest))
+    write_prepared(prepared, samples, prepared.parent)
     for name, config in (("vlm", {"text_config": TEXT | {"num_hidden_layers": 2}}), ("vggt", {"embed_dim": 32})):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))

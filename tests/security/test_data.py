@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import trimesh
 import yaml
 from PIL import Image
 
+from prepared_sets import SCENE_FILE, write_prepared
 from w2r2_ds.config.io import from_values, load_config
-from w2r2_ds.data.dataset import FRAMES, MANIFEST, SAMPLES, VERSION, PreparedSet, tables, write_tables
+from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.projection import load_depth
 from w2r2_ds.data.images import frame_size, load_frame
 from w2r2_ds.data.prepare.manifest import file_hash
@@ -179,19 +181,12 @@ def test_what_the_user_types_may_be_a_text() -> None:
     assert config.out == "runs/typed" and [source.path for source in config.data.val] == ["a", "b"]
 
 
-def write_set(folder: Path, samples: Any, root: Path, **manifest: Any) -> tuple[pa.Table, pa.Table]:
-    """A prepared set as another program may write one."""
-    folder.mkdir(exist_ok=True)
-    made = tables(samples, root)
-    write_tables(folder, *made)
-    content = {"version": VERSION, "task": "scanrefer", "counts": {"samples": len(samples)}, **manifest}
-    (folder / MANIFEST).write_text(json.dumps(content))
-    return made
-
-
-def with_first(table: pa.Table, column: str, value: str) -> pa.Table:
-    values = [value, *table[column].to_pylist()[1:]]
-    return table.set_column(table.schema.get_field_index(column), table.schema.field(column), pa.array(values))
+def with_first(file: Path, column: str, value: Any) -> None:
+    """Replace the first value of a column, as another program may write it."""
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[0][column] = value
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +201,8 @@ def with_first(table: pa.Table, column: str, value: str) -> pa.Table:
 )
 def test_a_frame_stays_below_the_data_root(path: str, sentence: str, samples: Any, tmp_path: Path) -> None:
     root = samples[0].frames[0].parent
-    _, frames = write_set(tmp_path, samples, root)
-    pq.write_table(with_first(frames, "path", path), tmp_path / FRAMES)
+    write_prepared(tmp_path, samples, root)
+    with_first(tmp_path / SCENE_FILE, "frames", [path, *(each.name for each in samples[0].frames[1:])])
     with pytest.raises(ValueError, match=sentence) as caught:
         PreparedSet(tmp_path, root)
     assert "\x1b" not in str(caught.value) and "\x00" not in str(caught.value)
@@ -217,20 +212,19 @@ def test_links_of_the_users_own_are_followed(samples: Any, tmp_path: Path) -> No
     """docs/data.md: a folder may be a link to another disk. A table cannot make one."""
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "posed_images").symlink_to(samples[0].frames[0].parent)
-    write_set(tmp_path / "set", samples, samples[0].frames[0].parent)
-    table = pq.read_table(tmp_path / "set" / FRAMES)
-    for row, path in enumerate(table["path"].to_pylist()):
-        assert "/" not in path, row
-    paths = pa.array([f"posed_images/{path}" for path in table["path"].to_pylist()])
-    pq.write_table(table.set_column(0, table.schema.field(0), paths), tmp_path / "set" / FRAMES)
+    linked = [
+        replace(each, frames=tuple(tmp_path / "root" / "posed_images" / path.name for path in each.frames))
+        for each in samples
+    ]
+    write_prepared(tmp_path / "set", linked, tmp_path / "root")
     assert check_frames(PreparedSet(tmp_path / "set", tmp_path / "root")) == sum(len(each.frames) for each in samples)
 
 
 @pytest.mark.parametrize("column", ["id", "scene_id", "task"])
 def test_names_of_a_table_stand_on_one_line(column: str, samples: Any, tmp_path: Path) -> None:
     root = samples[0].frames[0].parent
-    made, _ = write_set(tmp_path, samples, root)
-    pq.write_table(with_first(made, column, "x\nstep 5  loss 0.0"), tmp_path / SAMPLES)
+    write_prepared(tmp_path, samples, root)
+    with_first(tmp_path / SCENE_FILE, column, "x\nstep 5  loss 0.0")
     with pytest.raises(ValueError, match=rf"{column} 'x\\nstep 5  loss 0.0' holds a control character"):
         PreparedSet(tmp_path, root)
 
@@ -238,7 +232,7 @@ def test_names_of_a_table_stand_on_one_line(column: str, samples: Any, tmp_path:
 @pytest.mark.parametrize("task", ["../../x", "scan/refer", "/tmp/x", "", "a\nb", 3, None])
 def test_a_task_is_a_name_and_no_path(task: Any, samples: Any, tmp_path: Path, data_config: Any) -> None:
     """An evaluation writes predictions-TASK-GEOMETRY.jsonl and removes parts-TASK-GEOMETRY."""
-    write_set(tmp_path, samples, samples[0].frames[0].parent, task=task)
+    write_prepared(tmp_path, samples, samples[0].frames[0].parent, task=task)
     config = data_config(root=str(samples[0].frames[0].parent))
     with pytest.raises(ValueError, match=r"manifest.json: task .* is no name of small letters"):
         find_sets(config, data=tmp_path)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from prepared_sets import write_prepared
 from runs import ZERO3, World
 from w2r2_ds.config.io import load_config
-from w2r2_ds.data.dataset import VERSION, PreparedSet, tables, write_tables
+from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.evaluation.validator import InTraining
 from w2r2_ds.training import build
 
@@ -82,9 +83,6 @@ def test_nothing_to_train_on(world: World, tmp_path: Path, one_process: None, ke
     root = world.folder / "scenes"
     samples = PreparedSet(root / "prepared" / "scanrefer" / "train", root)[:kept]
     folder = tmp_path / "few"
-    folder.mkdir()
-    write_tables(folder, *tables(samples, root))
-    manifest = {"version": VERSION, "task": "scanrefer", "counts": {"samples": kept}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_prepared(folder, samples, root)
     said = refusal(world, tmp_path / "out", data__train=f"[{{path: {folder}, weight: {weight}}}]")
     assert said.startswith(f"There is nothing to train on: the samples of {folder}/manifest.json ({kept}), times")

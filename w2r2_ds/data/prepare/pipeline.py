@@ -1,26 +1,26 @@
-"""Prepare one task and split: scenes in parallel, a shard each, put together in the order of the annotations.
+"""Prepare one task and split: scenes in parallel, one Parquet file each, written as the scene is done.
 
-``OUT.partial/`` holds the shards until the data set is whole; a run that was killed goes on from there. Then
-samples.parquet, frames.parquet, dropped.jsonl and, last, manifest.json are written aside and the folder is renamed into
-place, so ``OUT`` is whole or is not there.
+A scene's file holds, in its schema's metadata, the key of its options and inputs and the items that were dropped. A
+killed preparation therefore goes on: scenes whose file has the right key are skipped. ``manifest.json`` is written
+last; without it the folder is not a data set yet.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.data.dataset import FRAMES, MANIFEST, SAMPLES, write_tables
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from w2r2_ds.data.dataset import MANIFEST, read_manifest, write_samples
 from w2r2_ds.data.prepare.inputs import annotation_source, needs_infos, needs_proposals
-from w2r2_ds.data.prepare.manifest import counts, description, file_hash, key_of, reusable, scene_inputs, task_inputs
+from w2r2_ds.data.prepare.manifest import counts, description, key_of, reusable, scene_inputs, task_inputs
 from w2r2_ds.data.prepare.plan import Plan, items_of, make_plan, recorded_options
-from w2r2_ds.data.prepare.shards import Numbered, assemble, has_shard, write_dropped, write_shard
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks import detection, scan2cap, scanqa, scanrefer
 from w2r2_ds.data.tasks.base import (
@@ -36,11 +36,16 @@ from w2r2_ds.data.tasks.base import (
 )
 from w2r2_ds.data.validate import check_frames
 from w2r2_ds.types.sample import Sample
+from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.hashing import file_sha256
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
 
 DROPPED = "dropped.jsonl"
+METADATA, EMPTY = "w2r2_ds", ".empty"
+"""Key of a scene's record in its file's schema metadata; suffix of scenes without samples, removed at the end:
+``datasets`` cannot read a Parquet file without rows."""
 
 _MAKE = {"scanrefer": scanrefer.make, "scan2cap": scan2cap.make, "scanqa": scanqa.make, "detection": detection.make}
 
@@ -92,100 +97,93 @@ def prepare(
     of_scenes = {name: digest for scene in scenes.values() for name, digest in scene.items()}
     wanted = description(plan, skip_broken_scenes, {**files, **of_scenes}, skip_without_box)
     if not reusable(out, wanted):
-        # Whoever leaves broken scenes or items without a box out after all keeps what is done.
-        asked = {**wanted, "inputs": files, "options": recorded_options(options)}
-        work = _Work(plan, out.with_name(out.name + ".partial"), skip_without_box, asked, scenes)
+        # The skip options are not part of a scene's key: files of unaffected scenes stay valid when they change.
+        common = {**wanted, "inputs": files, "options": recorded_options(options)}
+        keys = {scene_id: key_of(common, inputs) for scene_id, inputs in scenes.items()}
         with locked(out.with_name(out.name + ".lock"), f"{out} is being prepared", "give --out another folder"):
-            if not reusable(out, wanted):  # another process may just have made it
-                _open_partial(work.partial, asked)
-                broken = _broken(plan, _make_shards(work, workers, quiet), skip_broken_scenes)
-                return Prepared(out, _finish(plan, work.partial, out, wanted, broken), reused=False)
-    return Prepared(out, json.loads((out / MANIFEST).read_text(encoding="utf-8")), reused=True)
+            if not reusable(out, wanted):  # another process may just have finished it
+                _check_folder(out)
+                failures = _prepare_scenes(plan, out, keys, skip_without_box, workers, quiet)
+                broken = _broken(plan, failures, skip_broken_scenes)
+                return Prepared(out, _finish(plan, out, wanted, broken), reused=False)
+    return Prepared(out, read_manifest(out), reused=True)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is made into which folder of shards.
-
-    Attributes:
-        plan: of the task.
-        partial: folder of shards.
-        skip_without_box: leave out items whose objects have no box.
-        asked: what all scenes depend on.
-        scenes: scene -> hashes of what it alone depends on.
-    """
-
-    plan: Plan
-    partial: Path
-    skip_without_box: bool
-    asked: Mapping[str, Any]
-    scenes: Mapping[str, Mapping[str, str]]
-
-    def key(self, scene_id: str, left_out: bool = False) -> str:
-        """Of a scene's shard; another one where items without a box were left out, which not everybody wants."""
-        return key_of(self.asked, self.scenes[scene_id], *([NO_BOX] if left_out else []))
-
-    def is_done(self, scene_id: str) -> bool:
-        """Whether the scene has a shard of just this."""
-        choices = (False, True) if self.skip_without_box else (False,)
-        return any(has_shard(self.partial, scene_id, self.key(scene_id, left_out)) for left_out in choices)
+def _check_folder(out: Path) -> None:
+    """Create the folder; raise ``ValueError`` if it holds files that no preparation wrote."""
+    out.mkdir(parents=True, exist_ok=True)
+    others = [
+        path for path in out.iterdir() if path.suffix not in (".parquet", ".partial", EMPTY) and path.name != DROPPED
+    ]
+    others += [path for path in out.glob("*.parquet") if _is_readable(path) and _metadata(path) is None]
+    if others:
+        raise ValueError(f"{out} holds {others[0].name}, which no preparation wrote; give --out another folder.")
 
 
-def _make_shards(work: _Work, workers: int, quiet: bool) -> list[_Failure]:
-    """Make the shards that are not there yet; what was wrong with scenes."""
-    plan = work.plan
-    todo = [job for job in plan.jobs if not work.is_done(job.scene_id)]
+def _prepare_scenes(
+    plan: Plan, out: Path, keys: Mapping[str, str], skip_without_box: bool, workers: int, quiet: bool
+) -> list[_Failure]:
+    """Write the files of scenes that are not done yet; return what is wrong with scenes."""
+    todo = [job for job in plan.jobs if not _is_done(out, job.scene_id, keys[job.scene_id], skip_without_box)]
     if todo and len(todo) < len(plan.jobs):
         done = len(plan.jobs) - len(todo)
-        print(f"{work.partial}: {done} of {len(plan.jobs)} scenes are done already", flush=True)
+        print(f"{out}: {done} of {len(plan.jobs)} scenes are done already", flush=True)
     failures = []
     with progress(f"{plan.options.task} {plan.options.split}: scenes", len(todo), quiet) as advance:
-        arguments = [
-            (plan.root, plan.options, job, work.partial, work.key(job.scene_id))
-            + ((work.key(job.scene_id, True),) if work.skip_without_box else ())
-            for job in todo
-        ]
+        arguments = [(plan.root, plan.options, job, out, keys[job.scene_id], skip_without_box) for job in todo]
         for failure in run_all(_write_scene, arguments, workers):
             failures += [failure] if failure else []
             advance()
     return failures
 
 
-def _open_partial(partial: Path, asked: Mapping[str, Any]) -> None:
-    """Make the folder of shards, or keep it where the same was asked for.
-
-    Raises:
-        ValueError: a folder of this name is there that no preparation made.
-    """
-    record = partial / "asked.json"
-    text = json.dumps(asked, indent=2) + "\n"
-    if partial.exists() and any(partial.iterdir()):
-        if not record.is_file():
-            raise ValueError(f"{partial} is in the way, and no preparation made it; remove it, or give another --out.")
-        if record.read_text(encoding="utf-8") == text:
-            return
-        print(f"{partial} was begun with other options or inputs; it is begun afresh", flush=True)
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    record.write_text(text, encoding="utf-8")
+def _is_done(out: Path, scene_id: str, key: str, skip_without_box: bool) -> bool:
+    """Whether the scene's file is complete and made from the same options and inputs."""
+    found = _scene_record(out, scene_id)
+    if found is None or found["key"] != key:
+        return False
+    return skip_without_box or all(each["reason"] != NO_BOX for each in found["dropped"])
 
 
 def _write_scene(
-    root: Path, options: TaskOptions, job: Job, partial: Path, key: str, key_without: str | None = None
+    root: Path, options: TaskOptions, job: Job, out: Path, key: str, skip_without_box: bool
 ) -> _Failure | None:
-    """Make one scene's shard; what is wrong comes back as sentences, so that all scenes can be looked at.
-
-    `key_without` is the shard's key if items without a box are left out; None where they may not be.
-    """
+    """Write one scene's file. Errors are returned, so that the caller can report those of all scenes."""
     try:
-        outcomes, lost = scene_outcomes(root, options, job, skip_without_box=key_without is not None)
+        outcomes, lost = scene_outcomes(root, options, job, skip_without_box=skip_without_box)
     except WrongAnnotations as error:
         return _Failure(job.scene_id, error.sentences, annotations=True)
     except ValueError as error:
         return _Failure(job.scene_id, [str(error)], annotations=False)
-    left_out = any(isinstance(outcome, Dropped) and outcome.reason == NO_BOX for _, outcome in outcomes)
-    write_shard(partial, job.scene_id, key_without if left_out and key_without else key, outcomes, lost, root)
+    samples = [(number, outcome) for number, outcome in outcomes if isinstance(outcome, Sample)]
+    dropped = [{"number": number, **asdict(each)} for number, each in outcomes if isinstance(each, Dropped)]
+    record = {"key": key, "dropped": dropped, "frames_without_pose": lost}
+    scene, empty = (out / f"{job.scene_id}{suffix}" for suffix in (".parquet", EMPTY))
+    written, other = (scene, empty) if samples else (empty, scene)
+    write_samples(written, samples, root, {METADATA: json.dumps(record)})
+    other.unlink(missing_ok=True)
     return None
+
+
+def _scene_record(out: Path, scene_id: str) -> dict[str, Any] | None:
+    """Key, dropped items and lost frames of a scene that is done; None for other scenes."""
+    return _metadata(out / f"{scene_id}.parquet") or _metadata(out / f"{scene_id}{EMPTY}")
+
+
+def _metadata(path: Path) -> dict[str, Any] | None:
+    """The record that `_write_scene` stored in a scene's file; None if there is no such complete file."""
+    if not _is_readable(path):
+        return None
+    stored = (pq.read_schema(path).metadata or {}).get(METADATA.encode())
+    return None if stored is None else dict(json.loads(stored))
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        pq.read_metadata(path)
+    except (OSError, pa.ArrowException):  # missing or truncated: a full disk cuts files
+        return False
+    return True
 
 
 def scene_outcomes(root: Path, options: TaskOptions, job: Job, skip_without_box: bool = False) -> tuple[Outcomes, int]:
@@ -227,35 +225,44 @@ def _broken(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failu
     return list(failures)
 
 
-def _finish(
-    plan: Plan, partial: Path, out: Path, wanted: Mapping[str, Any], broken: Sequence[_Failure]
-) -> dict[str, Any]:
-    """Put the shards together and the folder into place."""
+def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_Failure]) -> dict[str, Any]:
+    """Write dropped.jsonl and the manifest, and remove files of scenes that do not belong to the data set."""
     sentences = {failure.scene_id: " ".join(failure.sentences) for failure in broken}
-    whole = [job.scene_id for job in plan.jobs if job.scene_id not in sentences]
-    samples, frames, dropped, lost = assemble(partial, whole)
-    file = annotation_source(plan.root, plan.options).path
+    annotations = annotation_source(plan.root, plan.options).path
+    dropped: list[dict[str, Any]] = []
+    samples = scenes = lost = 0
+    files = []
     for job in plan.jobs:
         if job.scene_id in sentences:
             dropped += [
-                Numbered(number, Dropped(identity, BROKEN_SCENE, where, sentences[job.scene_id]))
-                for number, identity, where in items_of(job, plan.options, file)
+                {"number": number, **asdict(Dropped(identity, BROKEN_SCENE, where, sentences[job.scene_id]))}
+                for number, identity, where in items_of(job, plan.options, annotations)
             ]
-    reasons = Counter(each.dropped.reason for each in dropped)
-    if not len(samples):
-        raise ValueError(f"No sample can be made of {file}: {dict(reasons) or 'it has nothing for these options'}.")
-    made = partial / "made"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
-    write_tables(made, samples, frames)
-    write_dropped(made / DROPPED, dropped)
+            continue
+        record = _scene_record(out, job.scene_id)
+        assert record is not None, "every other scene has its file"
+        scenes += 1
+        path = out / f"{job.scene_id}.parquet"
+        if path.is_file():
+            files.append(path)
+            samples += pq.read_metadata(path).num_rows
+        lost += record["frames_without_pose"]
+        dropped += record["dropped"]
+    reasons = Counter(each["reason"] for each in dropped)
+    if not samples:
+        raise ValueError(
+            f"No sample can be made of {annotations}: {dict(reasons) or 'it has nothing for these options'}."
+        )
+    for path in {*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")} - set(files):  # also of earlier annotations
+        path.unlink()
+    dropped.sort(key=lambda each: each["number"])
+    lines = [json.dumps({name: value for name, value in each.items() if name != "number"}) + "\n" for each in dropped]
+    atomic_io.replace(out / DROPPED, "".join(lines))
     manifest = {
         **wanted,
-        "counts": counts(plan, len(samples), len(whole), lost),
+        "counts": counts(plan, samples, scenes, lost),
         "dropped": dict(sorted(reasons.items())),
-        "files": {name: file_hash(made / name) for name in (SAMPLES, FRAMES, DROPPED)},
+        "files": {path.name: file_sha256(path) for path in [*files, out / DROPPED]},
     }
-    (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(made, out)
-    shutil.rmtree(partial)
+    atomic_io.replace(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
