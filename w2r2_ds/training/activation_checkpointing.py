@@ -1,4 +1,4 @@
-"""Which decoder layers keep only their input for the backward pass, and where they keep it."""
+"""Activation checkpointing: recompute decoder layers in the backward pass, with their inputs on the GPU or the host."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
-"""Around a layer's first run, and around its second."""
+"""Makes two contexts: for a layer's forward, and for its recomputation."""
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """A layer's forward that is run again in the backward pass.
+    """Replaces a layer's forward; runs it under `torch.utils.checkpoint`.
 
     Attributes:
-        inner: the forward that the layer had.
-        offload, contexts: of `recompute`.
+        inner: the layer's own forward.
+        offload, contexts: see `recompute`.
     """
 
     inner: Callable[..., Any]
@@ -30,30 +30,27 @@ class Recomputed:
     contexts: Contexts
 
     def __call__(self, *args: Any, **given: Any) -> Any:
-        if not torch.is_grad_enabled():  # the shortcut, decoding: there is no backward pass
+        if not torch.is_grad_enabled():  # shortcut pass, decoding: no backward pass
             return self.inner(*args, **given)
         with save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else nullcontext():
             inner = functools.partial(self.inner, **given)
+            # save_on_cpu moves what `checkpoint` saves, which is the layer's input.
             return checkpoint(inner, *args, use_reentrant=False, context_fn=self.contexts)
 
 
 def recompute(layers: Iterable[Any], every: int, offload: bool, contexts: Contexts) -> None:
-    """Run layers 0, `every`, 2 `every`, ... again in the backward pass instead of keeping what they computed.
+    """Recompute layers 0, `every`, 2 `every`, ... in the backward pass. A second call replaces the first.
 
-    Not the last one, which is computed for few rows and keeps little (models/qwen2_5_vl/last_layer.py). Called
-    again, it forgets
-    what it did before.
+    The last layer is skipped: it is computed at the answer positions only and keeps little (models/*/last_layer.py).
 
-    The forward of the instance is bound, whatever it is by now: transformers' `activation_checkpointing_enable` would
-    be passed over by a forward that model.kernels has bound to a layer, and before 5.23 it is around the hooks, outside
-    of what is bound for the length of a pass. It also counts the blocks of the frozen vision tower, so that it depends
-    on their number which decoder layers are meant, and asks for pinned memory on machines that have none.
+    Not transformers' `gradient_checkpointing_enable`: a kernel or a pass order that overrides a layer's forward would
+    bypass it; it counts the blocks of the frozen vision tower too; and its offloading needs pinned memory.
 
     Args:
         layers: decoder layers of transformers, in order.
-        every: distance of the layers that are run again.
-        offload: keep their inputs in the memory of the host, pinned where there is a GPU.
-        contexts: for torch's checkpointing.
+        every: distance between recomputed layers.
+        offload: keep the layers' inputs in host memory, pinned if there is a GPU.
+        contexts: see `Contexts`.
     """
     layers = list(layers)
     for index, layer in enumerate(layers):

@@ -1,4 +1,4 @@
-"""What a step is worth over all ranks: its weight, the means of its statistics."""
+"""Reduce over all ranks: the weight of a step, means of its statistics, gradient norms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from w2r2_ds.types.batch import Batch
 
 
 def global_weight(micro_batches: list[Batch], reduction: str, device: torch.device) -> float:
-    """Samples (or answer tokens) of the optimizer step over all ranks and micro-batches."""
+    """Samples (or answer tokens) of an optimizer step over all ranks and micro-batches. Collective."""
     weight = sum(sample_weights(batch, reduction).sum() for batch in micro_batches)
     total = torch.as_tensor(weight, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -22,14 +22,20 @@ def global_weight(micro_batches: list[Batch], reduction: str, device: torch.devi
 
 
 def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str, total: float) -> dict[str, float]:
-    """Weighted global means of ``[samples, len(STATS)]``; stops all ranks if any loss is not finite.
+    """Weighted global means of the statistics, with one all-reduce. Collective.
+
+    Args:
+        stats: ``[samples, len(STATS)]`` of this rank's micro-batches; the first column is the loss.
+        micro_batches: in the same order.
+        reduction: `objective.reduction`.
+        total: result of `global_weight`.
 
     Raises:
-        FloatingPointError: names the samples, on every rank.
+        FloatingPointError: a loss on any rank is not finite; raised on every rank, with the ids of the samples.
     """
     weights = torch.cat([sample_weights(batch, reduction) for batch in micro_batches]).to(stats.device)
     finite = torch.isfinite(stats[:, 0])
-    # What is in the loss is weighed as the loss is; everything else counts per sample.
+    # Parts of the loss are weighted as the loss is; all other statistics are means over samples.
     by_loss = torch.tensor([name in LOSS_PARTS for name in STATS], device=stats.device)
     values = stats.double()
     sums = torch.where(by_loss, (values * weights[:, None]).sum(0), values.sum(0))
@@ -48,10 +54,10 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
 
 
 def group_norms(groups: Mapping[str, Iterable[nn.Parameter]], device: torch.device) -> dict[str, float]:
-    """``grad_norm_GROUP`` of every group: L2, over all ranks, before clipping; every rank calls it.
+    """``grad_norm_GROUP`` of every group: global L2 norm before clipping. Collective.
 
-    To be called after the last backward of an optimizer step and before the update. Under ZeRO-3 the partitions are
-    summed with one all-reduce; below it DeepSpeed assembles each gradient.
+    Call it after the last backward of an optimizer step and before the update. Under ZeRO-3, squared norms of the
+    partitions are summed with one all-reduce; below it, DeepSpeed assembles each gradient.
     """
     squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
     for index, parameters in enumerate(groups.values()):
@@ -62,7 +68,7 @@ def group_norms(groups: Mapping[str, Iterable[nn.Parameter]], device: torch.devi
 
 
 def squared_share(parameter: nn.Parameter) -> torch.Tensor | float:
-    """This rank's share of the squared gradient norm of a parameter, such that the ranks' shares add up to it."""
+    """This rank's part of the squared gradient norm of a parameter; the parts of all ranks sum to it."""
     if hasattr(parameter, "ds_id"):
         return safe_get_local_grad(parameter).double().square().sum()
     gradient = safe_get_full_grad(parameter)

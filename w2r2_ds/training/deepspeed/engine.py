@@ -1,8 +1,8 @@
-"""The model in DeepSpeed's engine: what is gathered whole, what is recomputed, two groups with a learning rate each."""
+"""Wrap the training step in DeepSpeed: activation checkpointing, ZeRO-3 leaf modules, optimizer, schedule."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -18,23 +18,37 @@ from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 def make_engine(
     model: W2R2, frontend: VlmFrontend, config: RunConfig, ds_config: dict[str, Any], device: torch.device
-) -> Any:
-    """Wrap the step in DeepSpeed, with AdamW and a cosine schedule over two parameter groups."""
+) -> DeepSpeedEngine:
+    """The engine around `W2R2Step`, with AdamW and a cosine schedule over two parameter groups.
+
+    Args:
+        model: under ZeRO-3 with sharded weights.
+        frontend: its tokenizer gives the digit tokens.
+        config: of the run.
+        ds_config: result of `resolve_ds_config`.
+        device: of this rank.
+    """
     decoder_layer = type(model.base.model.language_model.layers[0])
-    rows = model.base.config.get_text_config().vocab_size
-    scorer = Scorer(token_tables(frontend.tokenizer, rows).to(device), frontend.tokenizer, config.objective)
+    vocabulary = model.base.config.get_text_config().vocab_size
+    scorer = Scorer(token_tables(frontend.tokenizer, vocabulary).to(device), frontend.tokenizer, config.objective)
     zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
     step = W2R2Step(model, config, scorer, zero3)
     step.train()
     if config.train.activation_checkpointing:
         every, offload = config.train.recompute_every, config.train.offload_activations
         recompute(model.base.model.language_model.layers, every, offload, step.checkpoint_contexts)
-    # Decoder layers are gathered whole; DeepSpeed then needs their input to require grad.
+    # ZeRO-3 releases a module's weights after its backward, in a hook on the gradients of its inputs. The output of the
+    # frozen embedding has no gradient, so without this the hook of the first layer would not run.
     model.base.enable_input_require_grads()
-    if find_push_term(config.objective.push).blocked:  # a leaf with two graphs would reduce its gradients twice
+    if find_push_term(config.objective.push).blocked:
+        # A leaf module is gathered whole: one fetch per layer instead of one per Linear. Not if both passes have a
+        # graph: a leaf reduces its gradients at every backward call, and two graphs are two calls.
         set_z3_leaf_modules(model, [decoder_layer])
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)
     steps = config.train.steps
@@ -44,14 +58,15 @@ def make_engine(
 
 
 def trained_groups(model: W2R2) -> dict[str, list[torch.nn.Parameter]]:
-    """LoRA, and geometry (merger and fusion); none is empty, which would break DeepSpeed."""
+    """The parameters that train: ``lora``, and ``geometry`` (merger and fusion)."""
     geometry = [parameter for module in model.geometry_modules().values() for parameter in module.parameters()]
     groups = {"lora": list(trainable(model.vlm).values()), "geometry": geometry}
+    # DeepSpeed drops an empty parameter group, and the schedule then fails on the number of groups.
     assert all(groups.values()), "both groups train"
     return groups
 
 
 def parameter_groups(model: W2R2, config: RunConfig) -> list[dict[str, Any]]:
-    """The trained groups with a learning rate each."""
+    """The optimizer's parameter groups, with a learning rate each."""
     rates = {"lora": config.train.lr, "geometry": config.train.merger_lr}
     return [{"params": parameters, "lr": rates[name]} for name, parameters in trained_groups(model).items()]
