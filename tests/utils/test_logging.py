@@ -33,6 +33,15 @@ def run(folder: Path, call: str) -> int:
         return subprocess.run(command, stdout=log, stderr=log, env=environment(), check=False).returncode
 
 
+def test_deepspeed_does_not_write_to_standard_output() -> None:
+    """Its warnings go to standard error, less the one about a missing GPU: a command's JSON is all that is piped."""
+    code = "from w2r2_ds.utils.logging import setup_logging\nsetup_logging()\nsetup_logging()\nimport deepspeed\n"
+    code += "from deepspeed.utils import logger\nlogger.warning('a warning of its own')\nprint('{}')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "{}\n"
+    assert done.stderr.count("a warning of its own") == 1 and "accelerator" not in done.stderr
+
+
 def test_a_log_that_is_full_ends_nothing(tmp_path: Path) -> None:
     assert run(tmp_path, "ignore_write_errors()") == 0
     assert (tmp_path / "end").read_text() == "reached"

@@ -57,6 +57,7 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
 
 def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
     """Join the other ranks, make the demo's data if it is the demo, and train; returns the exit code."""
+    import torch
     import torch.distributed as dist
 
     from w2r2_ds.demo.assets import prepare_demo
@@ -70,6 +71,8 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
     find_push_term(config.objective.push)
     load_ds_config(ds_path)
     join_ranks(config.train.hang_seconds)
+    if not torch.cuda.is_available():
+        logger.info("no CUDA device: training on the CPU")
     if config.demo.enabled:
         if dist.get_rank() == 0:
             prepare_demo(config)

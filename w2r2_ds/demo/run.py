@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +36,10 @@ def run(*command: str) -> None:
     # The Makefile puts the environment's programs first on PATH; the interpreter is this one in any case.
     program = sys.executable if command[0] == "python" else command[0]
     # The tensors are tiny: a second thread costs more than it computes.
-    done = subprocess.run([program, *command[1:]], env={"OMP_NUM_THREADS": "1", **os.environ})
+    defaults = {"OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        defaults["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed's launcher warns that it found no GPU
+    done = subprocess.run([program, *command[1:]], env={**defaults, **os.environ})
     if done.returncode:
         sys.exit(f"demo: the command above failed with exit status {done.returncode}.")
 

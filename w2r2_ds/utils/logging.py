@@ -34,8 +34,26 @@ class _Formatter(logging.Formatter):
         return lines(without_secrets(super().format(record)))
 
 
+class _DeepSpeedFilter(logging.Filter):
+    """Hand DeepSpeed's warnings to the package's handler: its own handler writes to standard output.
+
+    One of them is dropped: while it is imported on a machine without a GPU, DeepSpeed warns that it found none.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.funcName != "get_accelerator":
+            for handler in logging.getLogger(LOGGER).handlers:
+                handler.handle(record)
+        return False
+
+
+_DEEPSPEED_FILTER = _DeepSpeedFilter()  # one object: a logger keeps a filter only once
+
+
 def setup_logging(ranks: RankInfo | None = None) -> None:
-    """Send the package's log messages to standard error: INFO and above on rank 0, warnings on the other ranks.
+    """Send the package's and DeepSpeed's log messages to standard error.
+
+    INFO and above on rank 0, warnings on the other ranks; of DeepSpeed only warnings.
 
     Args:
         ranks: this process among the ranks; by default as the launcher's environment variables say.
@@ -48,6 +66,7 @@ def setup_logging(ranks: RankInfo | None = None) -> None:
     # A second call replaces the handler; a second handler would write every message twice.
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_DEEPSPEED_FILTER)
 
 
 class IgnoreWriteErrors:
