@@ -1,104 +1,117 @@
-"""What the doctor found, as a table where rich is there and as plain lines where it is not."""
+"""Print the doctor's report: tables of versions, settings and checks, then errors and warnings by node."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 
-from w2r2_ds.doctor.result import Report
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from w2r2_ds.doctor.result import CheckResult, Report
 from w2r2_ds.utils.sanitize import message, one_line, without_secrets
 
 WIDTH = 120
-"""Of a table in a log, which has no width of its own."""
+"""Columns of a table in a log file."""
 INSTALLED = ("versions", "code")
-"""Checks whose rows say what is installed; the rows of others say what will be used."""
+"""Checks whose rows list what is installed; the rows of all others list what the run will use."""
+MANY = 4
+"""Differences of one check between two nodes that are listed; the others are counted."""
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """One thing that is wrong, or may be.
+class Finding:
+    """An error or a warning.
 
     Args:
-        wrong: or only a warning.
-        host: node, empty for the launch as a whole.
-        text: what, and what to do.
+        error: False for a warning.
+        host: the node.
+        text: what is wrong and what to do.
     """
 
-    wrong: bool
+    error: bool
     host: str
     text: str
 
 
-def sentences(reports: list[Report]) -> list[Sentence]:
-    """All of the ranks' reports: what is wrong first, each once per node."""
-    found = [Sentence(True, r.host, text) for r in reports for o in r.outcomes.values() for text in o.wrong]
-    found += [Sentence(False, r.host, text) for r in reports for o in r.outcomes.values() for text in o.warnings]
+def findings(reports: list[Report]) -> list[Finding]:
+    """Errors, then warnings, of all ranks and of the comparison of their nodes; each once per node."""
+    results = [(report.host, result) for report in reports for result in report.results.values()]
+    found = [Finding(True, host, text) for host, result in results for text in result.errors]
+    found += [Finding(True, host, text) for host, text in differences(reports, "must_match")]
+    found += [Finding(False, host, text) for host, text in differences(reports, "should_match")]
+    found += [Finding(False, host, text) for host, result in results for text in result.warnings]
     return list(dict.fromkeys(found))
 
 
-def show(reports: list[Report], found: list[Sentence], verdict: str) -> None:
-    """Print everything; `reports` are those of ranks that came, rank 0 first."""
-    first = reports[0]
-    installed = [(name, value) for check in INSTALLED for name, value in _shown(first, check)]
-    used = [(name, value) for check in first.outcomes if check not in INSTALLED for name, value in _shown(first, check)]
-    _table(f"installed on {first.host}", ("what", "version or place"), installed)
+def differences(reports: list[Report], field: str) -> list[tuple[str, str]]:
+    """Host and message for every value that is not the same as on the node of rank 0.
+
+    Args:
+        reports: rank 0 first; only those of local rank 0 are compared.
+        field: `must_match` or `should_match` of `CheckResult`.
+    """
+    first, *others = [report for report in reports if report.local_rank == 0] or reports
+    found = []
+    for report in others:
+        for check in report.results.keys() & first.results.keys():
+            own, expected = getattr(report.results[check], field), getattr(first.results[check], field)
+            texts = [
+                f"{name} is {own[name]} here, but {expected[name]} on {first.host}; make the nodes the same."
+                for name in expected
+                if name in own and own[name] != expected[name]
+            ]
+            if check == "versions":
+                texts += [f"{name} is missing here; {first.host} has it: install it." for name in expected.keys() - own]
+                texts += [f"{name} is installed here, but not on {first.host}." for name in own.keys() - expected]
+            if len(texts) > MANY:
+                texts[MANY:] = [f"{len(texts) - MANY} more of {check} differ from {first.host}."]
+            found += [(report.host, text) for text in texts]
+    return found
+
+
+def show(reports: list[Report], found: list[Finding]) -> None:
+    """Print everything to standard output. Reports of several ranks: rank 0 first."""
+    first = reports[0].results
+    used = [(name, value) for check in first if check not in INSTALLED for name, value in first[check].info.items()]
+    installed = [row for check in INSTALLED for row in first.get(check, CheckResult()).info.items()]
+    _table(f"installed on {reports[0].host}", ("what", "version or place"), installed)
     _table("will be used", ("what", "how"), used)
-    _table("checks", ("check", "result"), results(reports))
-    for sentence in merged(found):
-        print(sentence)
-    print(message(verdict), flush=True)
+    _table("checks", ("check", "result"), summary(reports))
+    hosts: dict[tuple[bool, str], list[str]] = {}  # nodes with the same finding share a line
+    for finding in found:
+        hosts.setdefault((finding.error, finding.text), []).append(finding.host)
+    for (error, text), names in hosts.items():
+        print(message(f"{'ERROR' if error else 'warning'}: {', '.join(names)}: {text}"))
+    errors = [finding for finding in found if finding.error]
+    where = f", on {', '.join(sorted({finding.host for finding in errors}))}" if errors else ""
+    print(message(f"doctor: {len(errors) or 'no'} errors{where}."), flush=True)
 
 
-def results(reports: list[Report]) -> list[tuple[str, str]]:
-    """Every check that was done: fine on how many nodes, or where it is wrong."""
+def summary(reports: list[Report]) -> list[tuple[str, str]]:
+    """A row per check: ok on how many nodes, or the nodes with errors or warnings."""
     rows = []
-    for check in dict.fromkeys(name for report in reports for name in report.outcomes):
-        done = [(report.host, report.outcomes[check]) for report in reports if check in report.outcomes]
-        bad = sorted({host for host, outcome in done if outcome.wrong})
-        doubtful = sorted({host for host, outcome in done if outcome.warnings})
-        if bad:
-            rows.append((check, f"WRONG on {', '.join(bad)}"))
-        elif doubtful:
-            rows.append((check, f"warning on {', '.join(doubtful)}"))
+    for check in dict.fromkeys(name for report in reports for name in report.results):
+        done = [(report.host, report.results[check]) for report in reports if check in report.results]
+        errors = sorted({host for host, result in done if result.errors})
+        warnings = sorted({host for host, result in done if result.warnings})
+        hosts = {host for host, _ in done}
+        if errors:
+            rows.append((check, f"ERROR on {', '.join(errors)}"))
+        elif warnings:
+            rows.append((check, f"warning on {', '.join(warnings)}"))
         else:
-            hosts = {host for host, _ in done}
-            rows.append((check, "fine" if len(hosts) == 1 else f"fine on {len(hosts)} nodes"))
-        if check == "clock":  # rank 0's node has none to show among its own rows
-            rows += [(f"  {host}", value) for host, outcome in done for value in outcome.shown.values()]
+            rows.append((check, "ok" if len(hosts) == 1 else f"ok on {len(hosts)} nodes"))
     return rows
 
 
-def merged(found: list[Sentence]) -> list[str]:
-    """Lines of text, fit for a terminal; nodes of which the same is true share one."""
-    hosts: dict[tuple[bool, str], list[str]] = {}
-    for sentence in sorted(found, key=lambda each: not each.wrong):
-        hosts.setdefault((sentence.wrong, sentence.text), []).append(sentence.host)
-    lines = []
-    for (wrong, text), where in hosts.items():
-        names = ", ".join(name for name in where if name)
-        lines.append(message(f"{'WRONG' if wrong else 'warning'}: {names + ': ' if names else ''}{text}"))
-    return lines
-
-
-def _shown(report: Report, check: str) -> list[tuple[str, str]]:
-    return list(report.outcomes[check].shown.items()) if check in report.outcomes else []
-
-
 def _table(title: str, header: tuple[str, str], rows: list[tuple[str, str]]) -> None:
-    title = one_line(title)
-    rows = [(one_line(name), one_line(without_secrets(value))) for name, value in rows]  # of files and the environment
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        width = max((len(name) for name, _ in rows), default=0)
-        print("\n".join([f"== {title}", *(f"   {name:<{width}}  {value}" for name, value in rows)]))
-        return
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=one_line(title), title_justify="left", title_style="bold")
     for name in header:
         table.add_column(name, overflow="fold")
     for name, value in rows:
-        style = "red" if value.startswith(("WRONG", "missing")) else ""
-        table.add_row(Text(name), Text(value, style=style))  # Text: what data and paths hold is no markup
+        style = "red" if value.startswith(("ERROR", "missing")) else ""
+        # Text: names and values come from files and the environment, and may look like rich's markup.
+        table.add_row(Text(one_line(name)), Text(one_line(without_secrets(value)), style=style))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH).print(table)

@@ -1,53 +1,41 @@
-"""What one check finds: rows to show, what must be equal on all nodes, what is wrong and what may be."""
+"""Results of the doctor's checks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass
 class CheckResult:
-    """Of one check on one node or rank.
+    """Result of one check on one node or rank.
 
     Args:
-        shown: name -> value, for the table.
-        equal: name -> value that every node must have alike.
-        wrong: sentences, each with what to do; any of them makes the doctor fail.
-        warnings: sentences about what works here and may not elsewhere.
-        alike: name -> value that every node should have alike; where not, that is a warning.
+        info: name -> value, rows of the table.
+        must_match: name -> value that has to be equal on all nodes; a difference is an error.
+        should_match: name -> value that is usually equal on all nodes; a difference is a warning.
+        errors: messages that say what is wrong and what to do; any of them makes the doctor fail.
+        warnings: messages about what may be wrong.
     """
 
-    shown: dict[str, str] = field(default_factory=dict)
-    equal: dict[str, str] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
+    info: dict[str, str] = field(default_factory=dict)
+    must_match: dict[str, str] = field(default_factory=dict)
+    should_match: dict[str, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    alike: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Report:
-    """Everything that one rank found.
+    """Results of one rank.
 
     Args:
         rank: global rank.
-        local_rank: on its node.
-        host: name of its node.
-        outcomes: by the check's name, in the order in which they were done.
+        local_rank: rank on its node; local rank 0 runs the checks of the node.
+        host: name of the node.
+        results: by the name of the check, in the order in which they ran.
     """
 
     rank: int
     local_rank: int
     host: str
-    outcomes: dict[str, CheckResult] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for the store."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(tree: Mapping[str, Any]) -> Report:
-        """The reverse of `to_json`."""
-        outcomes = {name: CheckResult(**found) for name, found in tree["outcomes"].items()}
-        return Report(tree["rank"], tree["local_rank"], tree["host"], outcomes)
+    results: dict[str, CheckResult] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What training reads, seen from this node: prepared sets, the frames they name, the weights of VLM and VGGT."""
+"""Files that training reads: prepared data sets, their frames, and the weights of VLM and VGGT."""
 
 from __future__ import annotations
 
@@ -6,97 +6,90 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from w2r2_ds.config.schema import DataConfig, ModelConfig, RunConfig
-from w2r2_ds.doctor.own_code import content_hash
+from w2r2_ds.config.schema import DataConfig, ModelConfig
+from w2r2_ds.doctor.checks.environment import short_hash
 from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 
 FRAMES = 8
-"""Image files of every set that are looked for, evenly spread; training itself looks for all of them."""
+"""Number of frames per data set, evenly spread, whose files must exist; training checks all of them."""
 
 
 def check_data(config: DataConfig) -> CheckResult:
-    """Prepared sets: readable, with frames; equal content is equal digests of their manifests, which hash the rest."""
+    """Whether the prepared data sets can be read and have frames. Their manifests, which hash the rest, must match."""
     from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 
-    outcome = CheckResult()
+    result = CheckResult()
     root = Path(config.root)
     for source in [*config.train, *config.val]:
         folder = root / source.path
         try:
             found = PreparedSet(folder, root)
         except ValueError as error:
-            outcome.wrong.append(str(error))
+            result.errors.append(str(error))
             continue
-        outcome.shown[source.path] = f"{len(found)} samples in {folder}"
-        outcome.equal[f"the prepared set {folder}"] = content_hash([folder / MANIFEST], folder)
+        result.info[source.path] = f"{len(found)} samples in {folder}"
+        result.must_match[f"the prepared set {folder}"] = short_hash([folder / MANIFEST], folder)
         every = max(1, len(found) // FRAMES)
         frames = [found[index].frames[0] for index in range(0, len(found), every) if found[index].frames]
         lost = [path for path in frames if not path.is_file()]
         if lost:
-            outcome.wrong.append(
-                f"{lost[0]} of {folder} cannot be seen ({len(lost)} of {len(frames)} frames looked for); mount or copy "
+            result.errors.append(
+                f"{lost[0]} of {folder} does not exist ({len(lost)} of {len(frames)} checked frames); mount or copy "
                 "the frames to this node, or correct data.root."
             )
-    return outcome
+    return result
 
 
 def check_weights(config: ModelConfig) -> CheckResult:
-    """Directories of VLM and VGGT, or their copies in the hub's cache; equal weights have equal fingerprints."""
-    outcome = CheckResult()
+    """Model directories of VLM and VGGT, or their copies in the Hugging Face cache; their hashes must match."""
+    result = CheckResult()
     for field, source in (("model.vlm", config.vlm), ("model.vggt", config.vggt)):
         folder = Path(source)
         if not folder.is_dir():
             cached = _cached(source)
             if cached is None:
-                sentence = f"{field}: {source} is no directory here and not in the Hugging Face cache of this node; "
+                message = f"{field}: {source} is neither a directory nor in the Hugging Face cache of this node; "
                 if os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "ON", "YES", "TRUE"):
-                    outcome.wrong.append(f"{sentence}fetch it where there is a network, or correct {field}.")
+                    result.errors.append(f"{message}download it on a node with network access, or correct {field}.")
                 else:
-                    outcome.warnings.append(f"{sentence}training will fetch it, or fail where it is no hub id.")
+                    result.warnings.append(f"{message}training will download it, or fail if it is not a hub id.")
                 continue
             folder = cached
-        _look(outcome, field, folder)
+        _hash_model(result, field, folder)
     if config.merger:
-        _digest(outcome, "model.merger", Path(config.merger))
-    return outcome
+        _hash_file(result, "model.merger", Path(config.merger))
+    return result
 
 
-def demo_makes(config: RunConfig) -> CheckResult:
-    """The demo makes scenes and models where they are missing, so that none can be missed."""
-    return CheckResult(
-        shown={"data and models": f"the demo's, in {config.data.root} and {Path(config.model.vlm).parent}"}
-    )
-
-
-def _look(outcome: CheckResult, field: str, folder: Path) -> None:
+def _hash_model(result: CheckResult, field: str, folder: Path) -> None:
     from w2r2_ds.models.weights_hash import weights_identity
 
     try:
-        outcome.equal[f"{field} ({folder})"] = weights_identity(folder)
-        outcome.shown[field] = str(folder)
+        result.must_match[f"{field} ({folder})"] = weights_identity(folder)
+        result.info[field] = str(folder)
     except (ValueError, OSError) as error:
-        outcome.wrong.append(f"{field}: {error}")
-    except Exception as error:  # a torn safetensors file has an exception of its own
-        outcome.wrong.append(f"{field}: the weights in {folder} cannot be read ({brief(error)}); fetch them again.")
-    _digest(outcome, field, folder / "config.json")
+        result.errors.append(f"{field}: {error}")
+    except Exception as error:  # safetensors has its own exception type for a truncated file
+        result.errors.append(f"{field}: the weights in {folder} cannot be read ({brief(error)}); download them again.")
+    _hash_file(result, field, folder / "config.json")
 
 
-def _digest(outcome: CheckResult, field: str, path: Path) -> None:
+def _hash_file(result: CheckResult, field: str, path: Path) -> None:
     try:
-        outcome.equal[f"{field} ({path})"] = content_hash([path], path.parent)
+        result.must_match[f"{field} ({path})"] = short_hash([path], path.parent)
     except OSError as error:
-        outcome.wrong.append(
+        result.errors.append(
             f"{field}: {path} cannot be read ({error.strerror}); correct {field}, or copy the complete directory."
         )
 
 
 def _cached(source: str) -> Path | None:
-    """The directory of a hub id in the cache; never goes to the network."""
+    """The directory of a hub id in the Hugging Face cache; does not use the network."""
     from huggingface_hub import snapshot_download
 
     fetch: Callable[..., str] = snapshot_download
     try:
         return Path(fetch(source, local_files_only=True))
-    except Exception:  # not there, or no hub id: several kinds of several libraries, all one answer
+    except Exception:  # not cached or not a hub id; the exception types vary between versions
         return None

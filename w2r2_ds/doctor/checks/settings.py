@@ -1,4 +1,4 @@
-"""Whether configuration and DeepSpeed JSON fit together and this number of ranks; what they will make the run use."""
+"""Check the configuration and the DeepSpeed JSON for this number of ranks; list precision, attention and kernels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.doctor.result import CheckResult
 
 NETWORK = ("NCCL_", "GLOO_", "FI_", "UCX_")
-"""Beginnings of environment variables that decide about the network."""
+"""Prefixes of environment variables that configure the network."""
 
 
 def needed_packages(config: RunConfig | None) -> frozenset[str]:
-    """Optional packages that a run cannot do without."""
+    """Optional packages that this configuration uses."""
     if config is None:
         return frozenset()
     wanted = {
@@ -27,17 +27,17 @@ def needed_packages(config: RunConfig | None) -> frozenset[str]:
 
 
 def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
-    """What training refuses at its start, refused here: the push term, the JSON, batch sizes for this many ranks."""
+    """The push term, the DeepSpeed JSON and the batch sizes, with the checks that training does at its start."""
     from w2r2_ds.objective.push_terms import find_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 
-    outcome = CheckResult()
+    result = CheckResult()
     try:
         find_push_term(config.objective.push)
     except ValueError as error:
-        outcome.wrong.append(str(error))
+        result.errors.append(str(error))
     if not ds_path:
-        return outcome
+        return result
     try:
         resolved = resolve_ds_config(
             load_ds_config(ds_path),
@@ -48,18 +48,18 @@ def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
             bf16=dtype_name(config) == "bfloat16",
         )
     except ValueError as error:
-        outcome.wrong.append(str(error))
-        return outcome
-    outcome.shown["ZeRO"] = zero(resolved.get("zero_optimization", {}))
-    outcome.shown["global batch"] = (
+        result.errors.append(str(error))
+        return result
+    result.info["ZeRO"] = zero(resolved.get("zero_optimization", {}))
+    result.info["global batch"] = (
         f"{config.train.global_batch} = {config.train.micro_batch} x {world} ranks x "
         f"{resolved['gradient_accumulation_steps']} accumulation steps"
     )
-    return outcome
+    return result
 
 
 def zero(section: dict[str, Any]) -> str:
-    """Stage and offload of a DeepSpeed JSON in a few words."""
+    """ZeRO stage, offload and hpZ of a DeepSpeed JSON in one line."""
     text = f"stage {section.get('stage', 0)}"
     for name in ("offload_param", "offload_optimizer"):
         device = section.get(name, {}).get("device", "none")
@@ -70,53 +70,49 @@ def zero(section: dict[str, Any]) -> str:
     return text
 
 
-def check_use(config: RunConfig | None) -> CheckResult:
-    """Precision, attention and network of a run on this node.
-
-    Args:
-        config: None for no run, then only what the environment decides.
-    """
+def check_precision(config: RunConfig | None) -> CheckResult:
+    """Precision, attention, kernels and network variables of a run on this node; without a run, only the network."""
     import torch
 
     from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
 
-    outcome = CheckResult()
+    result = CheckResult()
     gpu = torch.cuda.is_available()
     for name, value in sorted(os.environ.items()):
         if name.startswith(NETWORK):
-            outcome.shown[name] = value
-            outcome.equal[name] = value
-    outcome.shown["backend"] = "NCCL" if gpu else "gloo"
+            result.info[name] = value
+            result.must_match[name] = value
+    result.info["backend"] = "NCCL" if gpu else "gloo"
     if os.environ.get("DS_ACCELERATOR"):
-        outcome.shown["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"]
+        result.info["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"]
     if config is None:
-        return outcome
+        return result
     dtype = dtype_name(config)
-    outcome.shown["precision"] = f"{dtype} (model.dtype {config.model.dtype})"
-    outcome.equal["precision"] = dtype
+    result.info["precision"] = f"{dtype} (model.dtype {config.model.dtype})"
+    result.must_match["precision"] = dtype
     if gpu and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        outcome.wrong.append(
-            f"model.dtype is bfloat16, which {torch.cuda.get_device_name()} does not compute; take GPUs of the Ampere "
-            "generation or later, or --model.dtype float32."
+        result.errors.append(
+            f"model.dtype is bfloat16, which {torch.cuda.get_device_name()} does not support; use GPUs of the "
+            "Ampere generation or later, or --model.dtype float32."
         )
     attention = resolve_attention(config.model.attention, resolve_dtype(config.model.dtype))
-    outcome.shown["attention"] = f"{attention} (model.attention {config.model.attention})"
+    result.info["attention"] = f"{attention} (model.attention {config.model.attention})"
     if config.model.attention.startswith("flash_attention") and not gpu:
-        outcome.wrong.append(
-            f"model.attention is {config.model.attention}, which needs a GPU; give --model.attention sdpa."
+        result.errors.append(
+            f"model.attention is {config.model.attention}, which needs a GPU; use --model.attention sdpa."
         )
     try:
         kernels = resolve_kernels(config.model.kernels)
-        outcome.shown["kernels"] = f"{kernels} (model.kernels {config.model.kernels})"
-        outcome.equal["kernels"] = kernels
+        result.info["kernels"] = f"{kernels} (model.kernels {config.model.kernels})"
+        result.must_match["kernels"] = kernels
     except ValueError as error:
-        outcome.wrong.append(str(error))
-    outcome.equal["attention"] = attention
-    return outcome
+        result.errors.append(str(error))
+    result.must_match["attention"] = attention
+    return result
 
 
 def dtype_name(config: RunConfig) -> str:
-    """`model.dtype` on this machine, by name."""
+    """`model.dtype` resolved on this machine: "bfloat16" or "float32"."""
     from w2r2_ds.kernels.select import resolve_dtype
 
     return str(resolve_dtype(config.model.dtype)).removeprefix("torch.")

@@ -1,0 +1,169 @@
+"""Disks (free space, write, fsync), open files and shared memory of a node."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.doctor.result import CheckResult
+from w2r2_ds.doctor.timeouts import brief
+from w2r2_ds.training.checkpoint.manifest import DAMAGED
+from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.json_io import read_json
+
+GIB = 2**30
+SPARE = GIB
+"""Bytes of free space beyond the known need: logs, temporary files, compiled kernels."""
+PROBE = 2**20
+"""Bytes of the file that is written as a test."""
+BYTES_PER_WEIGHT = 20
+"""Of a checkpoint: the trained weight twice (safetensors and DeepSpeed, up to 4 bytes each), float32 master copy, two
+Adam moments."""
+SHM = Path("/dev/shm")
+SHM_PER_BATCH = 128 * 2**20
+"""Bytes of a micro-batch of about ten frames as inputs of VGGT and the vision tower."""
+FILES, FILES_PER_WORKER = 256, 64
+"""Open files of a rank, and of each data loader worker (every shared tensor is an open file)."""
+USUAL_FILES = 1024
+"""Usual limit of open files; below it, too few are an error instead of a warning."""
+
+
+def check_folder(name: str, path: Path, needed: int, purpose: str) -> CheckResult:
+    """Whether a folder can be written and has room; if it does not exist, its nearest existing parent.
+
+    Args:
+        name: the option or variable, for messages: out, TMPDIR, TORCH_EXTENSIONS_DIR.
+        path: of the folder.
+        needed: bytes of free space.
+        purpose: what needs the space, for the message.
+    """
+    folder = existing_parent(path)
+    try:
+        free = shutil.disk_usage(folder).free
+        write_and_read(folder)
+    except OSError as error:
+        return CheckResult(
+            info={name: f"{path} (cannot be written)"},
+            errors=[
+                f"{name}: {folder} cannot be written ({brief(error)}); correct its permissions or its file system, or "
+                "use another folder."
+            ],
+        )
+    result = CheckResult(info={name: f"{path}, {free / GIB:.1f} GiB free"})
+    if free < needed:
+        result.errors.append(
+            f"{name}: {folder} has {free / GIB:.1f} GiB free, {purpose} needs about {needed / GIB:.1f}; make room, or "
+            "use another folder."
+        )
+    return result
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder itself, or its nearest parent that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def write_and_read(folder: Path) -> None:
+    """Write a file, fsync it and the folder, read it back, remove it. Raises OSError if any of these fails."""
+    path = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
+    content = os.urandom(PROBE)
+    try:
+        with open(path, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        atomic_io.sync(folder)
+        if path.read_bytes() != content:
+            raise OSError("the file has other content than was written")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_out(config: RunConfig) -> CheckResult:
+    """The folder of the run, with room for the checkpoints that are still to be written."""
+    return check_folder("out", Path(config.out), SPARE + missing_checkpoint_bytes(config), "the run")
+
+
+def missing_checkpoint_bytes(config: RunConfig) -> int:
+    """Disk space that the run's checkpoints still need; 0 if the sizes of the models are unknown.
+
+    A resumed run has most of its checkpoints already. One more is always needed: it is written before an old one is
+    deleted.
+    """
+    one = checkpoint_bytes(config)
+    existing = 0
+    for folder, names, files in os.walk(Path(config.out) / "checkpoints"):
+        names[:] = [name for name in names if DAMAGED not in name]  # stay beside the checkpoints that are kept
+        existing += sum(os.lstat(os.path.join(folder, file)).st_size for file in files)
+    # keep_last, the best one, and the one being written
+    return max(one, (config.train.keep_last + 2) * one - existing)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of one checkpoint: LoRA on every decoder layer, and the geometry merger; 0 if sizes are unknown."""
+    text, vggt = _model_config(config.model.vlm, "text_config"), _model_config(config.model.vggt, "")
+    try:
+        weights = lora_weights(text, config.model.lora_rank)
+        weights += merger_weights(2 * vggt.get("embed_dim", 1024), text["hidden_size"], config.model.merger_hidden)
+    except KeyError:
+        return 0
+    return BYTES_PER_WEIGHT * weights
+
+
+def lora_weights(text: dict[str, Any], rank: int) -> int:
+    """Weights of LoRA on the seven projections of every decoder layer: rank x (inputs + outputs) each."""
+    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    head = text.get("head_dim") or hidden // heads
+    queries, keys = heads * head, text["num_key_value_heads"] * head
+    sides = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    return int(text["num_hidden_layers"]) * rank * int(sides)
+
+
+def merger_weights(features: int, hidden: int, merger_hidden: int) -> int:
+    """Weights of the geometry merger: norm, and two linear layers over 2 x 2 merged features."""
+    return features + (4 * features + 1) * merger_hidden + (merger_hidden + 1) * hidden
+
+
+def check_limits(workers: int, prefetch: int, ranks: int) -> CheckResult:
+    """Limits of open files and shared memory.
+
+    Args:
+        workers: `data.workers`, per rank.
+        prefetch: `data.prefetch`.
+        ranks: on this node.
+    """
+    result = CheckResult()
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = FILES + FILES_PER_WORKER * workers
+    result.info["open files"] = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+    if soft != resource.RLIM_INFINITY and soft < files:
+        (result.errors if soft < USUAL_FILES else result.warnings).append(
+            f"a process may open {soft} files, a rank with data.workers {workers} may need {files}; run "
+            f"ulimit -n {files} before the start (in slurm/cluster.env on a cluster), or lower data.workers."
+        )
+    size = shutil.disk_usage(SHM).total if SHM.is_dir() else 0
+    needed = SHM_PER_BATCH * prefetch * workers * ranks
+    result.info["shared memory"] = f"{size / GIB:.1f} GiB in {SHM}"
+    if size < needed:
+        result.errors.append(
+            f"{SHM} has {size / GIB:.2f} GiB, but {ranks} rank(s) with data.workers {workers} and data.prefetch "
+            f"{prefetch} need {needed / GIB:.2f}; enlarge it (docker: --shm-size {-(-needed // GIB)}g), or lower them."
+        )
+    return result
+
+
+def _model_config(source: str, section: str) -> dict[str, Any]:
+    """A section of a model directory's config.json; empty if unreadable, which the check of the weights reports."""
+    try:
+        tree = read_json(Path(source) / "config.json")
+    except ValueError:
+        return {}
+    return dict(tree.get(section, tree))
