@@ -1,8 +1,9 @@
 """Check before training: ``python launchers/doctor.py [--config RECIPE ... any option of train.py]``.
 
 Without options it checks this machine. In a launch (slurm/rank.sh, deepspeed, torchrun) it checks every node and
-compares them. The exit status is 1 if anything is wrong. It waits up to four minutes for ranks that still import torch. ``Timeout (...)!`` with stacks means that a call into a file system, library
-or driver did not return: the top of the stacks names it.
+compares them. The exit status is 1 if anything is wrong. It waits up to four minutes for ranks that still import torch.
+``Timeout (...)!`` with stacks means that a call into a file system, library or driver did not return: the top of the
+stacks names it.
 """
 
 from __future__ import annotations
