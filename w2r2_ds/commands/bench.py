@@ -20,7 +20,7 @@ def main(args: list[str] | None = None) -> int:
         commands = parser.add_subcommands(dest="benchmark")
         named = next((word for word in words if word in BENCHMARKS), "")
         for name, description in BENCHMARKS.items():
-            # Only the named benchmark is imported: all of them together take seconds.
+            # Only the named benchmark is imported: importing all takes seconds.
             command = function_parser(load(name), f"w2r2 bench {name}") if name == named else Parser()
             command.add_argument("--json", type=Path | None, help="Write the result to this file too.")
             commands.add_subcommand(name, command, help=description)

@@ -31,7 +31,7 @@ def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ..
 
 
 def parse(parser: Parser, words: list[str]) -> dict[str, Any]:
-    """Values of the options, with dataclasses built, by name."""
+    """Option name -> value, dataclasses built."""
     add_plugin_option(parser)
     values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
     del values["plugin"]
@@ -112,7 +112,7 @@ def import_plugin(target: str) -> None:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # needed by dataclasses
     spec.loader.exec_module(module)
 
 

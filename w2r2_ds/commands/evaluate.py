@@ -68,7 +68,7 @@ def run(
         vlm: directory or hub id of the video LLM, if not where it was in training.
         vggt: directory or hub id of VGGT, if not where it was in training.
         score_only: predictions to score without a model; scores are printed, and written into --out if it is given.
-        format: who wrote them; for other projects' --data says what they are predictions of.
+        format: format of --score_only: this project's, or that of another one, which needs --data too.
         local_rank: set by the deepspeed launcher.
     """
     # Imported after the command line is read: these import torch and transformers.

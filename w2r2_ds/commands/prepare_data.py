@@ -39,13 +39,13 @@ def scanrefer(
         frames: which frames a sample sees.
         rolls: training samples per description in VG-LLM's format, each with frames of its own; 0 means 2, as VG-LLM,
             where the protocol draws frames for every sample (vgllm), else 1.
-        visibility: what says whether a frame sees an object: EmbodiedScan's lists, as VG-LLM, or the depth images.
+        visibility: source of object visibility: EmbodiedScan's lists of visible frames (as VG-LLM), or the depth images.
         out: folder for a folder per split; ROOT/prepared/scanrefer without it.
         workers: processes; 0 means one per available core.
-        skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
-        skip_without_box: leave out what is about objects that have no box, and say so, instead of refusing.
+        skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
+        skip_without_box: skip and report items about objects without a box, instead of stopping with an error.
         check: only list what is missing and where it comes from; exit status 1 if something is.
-        dry_run: only say what would be made.
+        dry_run: only print what would be written.
     """
     drawn = frames.protocol == "vgllm" and format == "vgllm"
 
@@ -83,13 +83,13 @@ def scan2cap(
         format: the place in the first frame's camera (VG-LLM), or in the world (Video-3D-LLM's words).
         frames: which frames a sample sees.
         boxes: in validation, which box the place is the centre of: the best of the proposals, or the annotated one.
-        visibility: in training with protocol scene_sets, what says whether a frame sees an object, as for scanrefer.
+        visibility: source of object visibility for the training protocol scene_sets, as for scanrefer.
         out: folder for a folder per split; ROOT/prepared/scan2cap without it.
         workers: processes; 0 means one per available core.
-        skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
-        skip_without_box: leave out what is about objects that have no box, and say so, instead of refusing.
+        skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
+        skip_without_box: skip and report items about objects without a box, instead of stopping with an error.
         check: only list what is missing and where it comes from; exit status 1 if something is.
-        dry_run: only say what would be made.
+        dry_run: only print what would be written.
     """
 
     from w2r2_ds.data.tasks.base import TaskOptions
@@ -120,10 +120,10 @@ def scanqa(
         frames: which frames a sample sees.
         out: folder for a folder per split; ROOT/prepared/scanqa without it.
         workers: processes; 0 means one per available core.
-        skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
-        skip_without_box: leave out what is about objects that have no box, and say so, instead of refusing.
+        skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
+        skip_without_box: skip and report items about objects without a box, instead of stopping with an error.
         check: only list what is missing and where it comes from; exit status 1 if something is.
-        dry_run: only say what would be made.
+        dry_run: only print what would be written.
     """
 
     from w2r2_ds.data.tasks.base import TaskOptions
@@ -159,13 +159,13 @@ def detection(
         interval: every how many frames of a run without a gap a sample takes one.
         step: how far apart the numbers of neighbouring frames are; 10 where every tenth image was extracted.
         windows: samples per scene in validation, drawn; 0 for all.
-        train_windows: likewise in training.
+        train_windows: the same for training.
         seed: of the draw.
         out: folder for a folder per split; ROOT/prepared/detection without it.
         workers: processes; 0 means one per available core.
-        skip_broken_scenes: leave out scenes that cannot be used, and say so, instead of refusing.
+        skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
         check: only list what is missing and where it comes from; exit status 1 if something is.
-        dry_run: only say what would be made.
+        dry_run: only print what would be written.
     """
 
     from w2r2_ds.data.tasks.base import TaskOptions
