@@ -12,7 +12,9 @@ import pytest
 from fork_server import ROOT, environment
 from w2r2_ds import __version__
 from w2r2_ds.commands import COMMANDS, main
-from w2r2_ds.commands.common import FAILED, import_plugins
+from w2r2_ds.commands.common import FAILED
+from w2r2_ds.utils import plugins
+from w2r2_ds.utils.plugins import import_plugins
 
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "accelerate")
 """Libraries whose import takes seconds; a command imports them only when it has something to do."""
@@ -71,10 +73,11 @@ def test_plugins_are_imported_in_their_order(tmp_path: Path, monkeypatch: pytest
     )
     (tmp_path / "second_plugin.py").write_text("import sys\nassert 'w2r2_plugin_first' in sys.modules\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "IMPORTED", [])
     words = ["--plugin", str(tmp_path / "first.py"), "--train.steps", "3", "--plugin=second_plugin", "--out", "x"]
     assert import_plugins(words) == ["--train.steps", "3", "--out", "x"]
     assert sys.modules.pop("w2r2_plugin_first").Options().value == 1
-    assert "second_plugin" in sys.modules
+    assert [str(tmp_path / "first.py"), "second_plugin"] == plugins.IMPORTED
 
 
 @pytest.mark.parametrize("target", ["nowhere.py", "no_such_package.module", ""])

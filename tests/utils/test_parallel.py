@@ -1,11 +1,25 @@
-"""Threads per rank."""
+"""Worker processes import plug-ins; threads per rank."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
+from w2r2_ds.utils import plugins
 from w2r2_ds.utils.distributed import RankInfo
-from w2r2_ds.utils.parallel import set_num_threads
+from w2r2_ds.utils.parallel import run_all, set_num_threads
+
+
+def test_worker_processes_import_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not forked, so that what a plug-in registered would be missing in them."""
+    monkeypatch.setattr(plugins, "IMPORTED", [])
+    (tmp_path / "settings.py").write_text("import os\nos.environ['A_TEST_PLUGIN'] = 'imported'\n")
+    monkeypatch.setenv("A_TEST_PLUGIN", "")
+    plugins.import_plugin(str(tmp_path / "settings.py"))
+    monkeypatch.delenv("A_TEST_PLUGIN")
+    assert list(run_all(os.getenv, [("A_TEST_PLUGIN",)] * 2, workers=2)) == ["imported"] * 2
 
 
 def test_threads_are_shared_unless_the_user_set_them(monkeypatch: pytest.MonkeyPatch) -> None:

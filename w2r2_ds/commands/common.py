@@ -1,16 +1,14 @@
-"""Shared by the commands: read a command line, import plug-ins, report an error in one line."""
+"""Shared by the commands: read a command line, report an error in one line."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.utils.logging import setup_logging
+from w2r2_ds.utils.plugins import import_plugins
 from w2r2_ds.utils.sanitize import message
 
 FAILED = 1
@@ -65,55 +63,6 @@ def command_words(args: list[str] | None) -> list[str]:
 def _underscored(word: str) -> str:
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
-def import_plugins(words: list[str]) -> list[str]:
-    """Import what ``--plugin`` names, in this order, and return the other words.
-
-    Only a command line can name code to run; a recipe and a saved configuration hold values.
-
-    Raises:
-        ValueError: a file or module does not exist.
-    """
-    rest: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        name, equals, value = word.partition("=")
-        if name != "--plugin":
-            rest.append(word)
-            continue
-        target = value if equals else next(remaining, "")
-        if not target:
-            raise ValueError("--plugin needs a Python file or the name of a module.")
-        import_plugin(target)
-    return rest
-
-
-def import_plugin(target: str) -> None:
-    """Import a Python file, or a module by its dotted name.
-
-    Raises:
-        ValueError: it does not exist.
-    """
-    if not target.endswith(".py"):
-        try:
-            importlib.import_module(target)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (target == error.name or target.startswith(f"{error.name}.")):
-                raise  # the plug-in exists; a module that it imports does not
-            raise ValueError(
-                f"--plugin {target}: there is no such module; name a file that ends in .py, or an installed module."
-            ) from None
-        return
-    file = Path(target)
-    if not file.is_file():
-        raise ValueError(f"--plugin {target}: there is no such file.")
-    name = f"w2r2_plugin_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # needed by dataclasses
-    spec.loader.exec_module(module)
 
 
 def report_error(command: str, error: Exception) -> int:

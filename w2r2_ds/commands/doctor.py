@@ -29,8 +29,9 @@ def main(args: list[str] | None = None) -> int:
 def read_arguments(args: list[str]) -> DoctorRequest:
     """Read a command line of train.py. In a launch, an error in it is reported with the node's name."""
     # Imported here, so that a broken library is reported like any other finding.
-    from w2r2_ds.commands.common import add_plugin_option, import_plugins
+    from w2r2_ds.commands.common import add_plugin_option
     from w2r2_ds.config.io import config_first, from_tree, train_parser
+    from w2r2_ds.utils.plugins import import_plugins
 
     errors = io.StringIO()
     try:

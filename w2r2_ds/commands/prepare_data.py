@@ -39,7 +39,7 @@ def scanrefer(
         frames: which frames a sample sees.
         rolls: training samples per description in VG-LLM's format, each with frames of its own; 0 means 2, as VG-LLM,
             where the protocol draws frames for every sample (vgllm), else 1.
-        visibility: source of object visibility: EmbodiedScan's lists of visible frames (as VG-LLM), or the depth images.
+        visibility: which frames see an object: by EmbodiedScan's lists (as VG-LLM), or by the depth images.
         out: folder for a folder per split; ROOT/prepared/scanrefer without it.
         workers: processes; 0 means one per available core.
         skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
@@ -83,7 +83,7 @@ def scan2cap(
         format: the place in the first frame's camera (VG-LLM), or in the world (Video-3D-LLM's words).
         frames: which frames a sample sees.
         boxes: in validation, which box the place is the centre of: the best of the proposals, or the annotated one.
-        visibility: source of object visibility for the training protocol scene_sets, as for scanrefer.
+        visibility: for the training protocol scene_sets, which frames see an object, as for scanrefer.
         out: folder for a folder per split; ROOT/prepared/scan2cap without it.
         workers: processes; 0 means one per available core.
         skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.

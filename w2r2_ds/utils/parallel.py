@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from w2r2_ds.utils import plugins
 from w2r2_ds.utils.distributed import RankInfo
 
 _Result = TypeVar("_Result")
@@ -38,7 +39,7 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
     # No plain fork: a child of a process with threads may hang. The fork server imports torch once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([call.__module__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(plugins.IMPORTED,)) as pool:
         futures = [pool.submit(call, *each) for each in arguments]
         try:
             for future in as_completed(futures):
@@ -50,6 +51,13 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(imported: list[str]) -> None:
+    """Prepare a worker process: one thread, and the plug-ins of the process that started it."""
+    torch.set_num_threads(1)
+    for plugin in imported:
+        plugins.import_plugin(plugin)
 
 
 def listed(head: str, sentences: Sequence[str]) -> str:
