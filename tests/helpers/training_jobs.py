@@ -80,9 +80,9 @@ def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
     """All short runs on two ranks."""
     grown = folder / "two-from-one"
     d, back = folder / "dropout2", folder / "dropout2-resumed"
-    foreign = folder / "foreign"
-    foreign.mkdir()
-    (foreign / "metrics.jsonl").write_text("hello\n")
+    other_log = folder / "other-log"
+    other_log.mkdir()
+    (other_log / "metrics.jsonl").write_text("hello\n")
     return [
         Job("two", arguments(world, folder / "two"), stop_after=FEW),
         Job("two-micro2", arguments(world, folder / "two-micro2", train__micro_batch=2), stop_after=FEW, **NO_DRY_RUN),
@@ -101,7 +101,7 @@ def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
         Job("dropout", arguments(world, d, **DROPOUT)),
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2), **NO_DRY_RUN),
         Job("cut-frame", arguments(world, folder / "cut", data__root=cut_frame_root(world, folder))),
-        Job("foreign", arguments(world, foreign)),
+        Job("other-log", arguments(world, other_log)),
         Job("long", arguments(world, folder / "long", data__max_length=100)),
     ]
 

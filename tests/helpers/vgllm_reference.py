@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING
 
 from golden_files import Golden
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
-from w2r2_ds.convert.from_vgllm import fill, split_state, their_name, vggt_config
+from w2r2_ds.convert.from_vgllm import fill, split_state, vggt_config, vgllm_name
 from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
 from w2r2_ds.data.collate import token_counts
 from w2r2_ds.kernels.cell_norm import merge_cells
@@ -200,7 +200,7 @@ def gradients(golden: Golden, route: str) -> dict[str, torch.Tensor]:
     """VG-LLM's name -> gradient of the loss, of every weight that trains."""
     model = model_of(golden, *VARIANTS[MAIN][:2])
     weights = {
-        their_name(part, name): weight
+        vgllm_name(part, name): weight
         for part, module in (("vlm", model.base), ("geometry_merger", model.geometry_merger))
         for name, weight in module.named_parameters()
         if weight.requires_grad

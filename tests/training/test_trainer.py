@@ -321,9 +321,9 @@ def test_a_sample_that_is_too_long_stops_all_ranks_before_the_model_is_loaded(tw
 
 
 def test_a_log_that_does_not_open_stops_all_ranks_before_the_first_step(two_ranks: Reports, folder: Path) -> None:
-    first, second = two_ranks["foreign"]
+    first, second = two_ranks["other-log"]
     assert first == second
-    assert_one_sentence(first["error"], str(folder / "foreign" / "metrics.jsonl"), "line 1", "move the file away")
+    assert_one_sentence(first["error"], str(folder / "other-log" / "metrics.jsonl"), "line 1", "move the file away")
     assert first["updates"] == 0
 
 

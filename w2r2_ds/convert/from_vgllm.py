@@ -1,12 +1,12 @@
-"""Import a VG-LLM checkpoint: its Qwen2.5-VL, VGGT and geometry merger, each as this project loads it.
+"""Convert a VG-LLM checkpoint into a Qwen2.5-VL directory, a VGGT directory and a geometry merger.
 
-OUT/vlm/                          a plain Qwen2.5-VL directory, with the source's tokenizer and processor files
+OUT/vlm/                          a standard Qwen2.5-VL directory, with the source's tokenizer and processor files
     vggt/                         config.json, model.safetensors
     geometry_merger.safetensors   the merger's tensors
-    model.yaml                    the options that put them together, for --config
+    model.yaml                    the model options, for --config
 
-VG-LLM (github.com/LaVi-Lab/VG-LLM, arXiv 2505.24625) keeps all three in one state_dict, under the names that Qwen2.5-VL
-had before transformers 4.52, and adds keys of its own to Qwen2.5-VL's flat config.json.
+VG-LLM (github.com/LaVi-Lab/VG-LLM, arXiv 2505.24625) stores all three in one state_dict, with the names that Qwen2.5-VL
+had before transformers 4.52, and adds its own keys to Qwen2.5-VL's flat config.json.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ PREFIXES = {
     "merger.": ("geometry_merger", ""),
     "vggt.aggregator.": ("vggt", "aggregator."),
 }
-"""VG-LLM's prefix -> the part it belongs to, and the prefix there."""
+"""VG-LLM's name prefix -> (part, name prefix in that part)."""
 SKIPPED = tuple(f"vggt.{head}" for head in HEADS)
-OWN = {
+VGLLM_KEYS = {
     "use_vggt_feature": False,
     "use_dense_supervision": False,
     "distill_loss_weight": None,
@@ -54,30 +54,30 @@ OWN = {
     "vggt_merger_hidden_dim": 4096,
     "add_ground_classifier": False,
 }
-"""What VG-LLM adds to Qwen2.5-VL's config.json, and what it means where it is missing."""
+"""Keys that VG-LLM adds to Qwen2.5-VL's config.json, and their defaults."""
 COPIED = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "*processor_config.json", "generation_*.json")
-"""Files beside the weights that a plain Qwen2.5-VL directory has too."""
+"""Tokenizer and processor files of a standard Qwen2.5-VL directory."""
 
 
 def import_vgllm(source: Path, out: Path) -> ModelConfig:
-    """Split the VG-LLM checkpoint directory `source`; `out` appears whole or not at all.
+    """Convert the VG-LLM checkpoint directory `source` into the new directory `out`, atomically.
 
     Returns:
-        The options of `out`/model.yaml, all others at their defaults.
+        The model options in `out`/model.yaml; all others have their defaults.
 
     Raises:
-        ValueError: `out` is not empty; `source` is no VG-LLM checkpoint, lacks a file, or does not hold exactly the
-            weights that its config.json describes (the first one is named).
+        ValueError: `out` is not empty; `source` is not a VG-LLM checkpoint, lacks a file, or does not have exactly the
+            weights that its config.json describes (the first difference is named).
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name another folder or remove it.")
-    load_tokenizer(source)  # it and the next name a missing file
+    load_tokenizer(source)  # this and the next line raise on missing files
     VisionSpec.load(source)
     raw = read_json(source / CONFIG)
     copied = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
     for file in (source / CONFIG, *copied):
-        refuse_code(file)
-    own = {key: raw.pop(key, missing) for key, missing in OWN.items()}
+        check_no_remote_code(file)
+    own = {key: raw.pop(key, missing) for key, missing in VGLLM_KEYS.items()}
     if own["use_vggt_feature"] is not True:
         raise ValueError(f"{source / CONFIG}: use_vggt_feature is not true; give the directory of a VG-LLM checkpoint.")
     if own["reference_frame"] not in REFERENCE_FRAMES:
@@ -95,35 +95,32 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
         "merger": str(out.absolute() / MERGER),
         "fusion": "add",
     }
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    vlm.save_pretrained(aside / "vlm")
+    temporary = out.with_name(out.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    vlm.save_pretrained(temporary / "vlm")
     for file in copied:
-        shutil.copyfile(file, aside / "vlm" / file.name)
-    save_vggt(vggt, aside / "vggt")
-    save_file({name: tensor.contiguous() for name, tensor in merger.state_dict().items()}, aside / MERGER)
-    (aside / "model.yaml").write_text(yaml.safe_dump({"model": options}, sort_keys=False))
-    os.replace(aside, out)
+        shutil.copyfile(file, temporary / "vlm" / file.name)
+    save_vggt(vggt, temporary / "vggt")
+    save_file({name: tensor.contiguous() for name, tensor in merger.state_dict().items()}, temporary / MERGER)
+    (temporary / "model.yaml").write_text(yaml.safe_dump({"model": options}, sort_keys=False))
+    os.replace(temporary, out)
     return ModelConfig(**options)
 
 
-def refuse_code(file: Path) -> None:
-    """Refuse to carry on the names of code. Links are followed: the hub's cache and shared model folders have them.
-
-    Raises:
-        ValueError: names the file.
-    """
+def check_no_remote_code(file: Path) -> None:
+    """Raise ValueError if a JSON file names remote code (``auto_map``), which would be copied to the new directory."""
     if file.suffix == ".json" and file.name != "vocab.json" and "auto_map" in read_json(file):
-        raise ValueError(f"{file}: auto_map names code of its own; remove the field, it is never run here.")
+        raise ValueError(f"{file}: auto_map names remote code, which is never run here; remove the field.")
 
 
 def split_state(state: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """VG-LLM's state_dict -> part -> name in that part -> value; weights of VGGT's heads are left out.
+    """Split VG-LLM's state_dict into parts and rename the tensors; weights of VGGT's heads are skipped.
 
-    The VLM's names are those that transformers 5 has in memory.
+    Returns:
+        part -> name in that part -> value. The VLM's names are those of transformers 5 in memory.
 
     Raises:
-        ValueError: a name that belongs to no part.
+        ValueError: a name belongs to no part.
     """
     parts: dict[str, dict[str, T]] = {part: {} for part, _ in PREFIXES.values()}
     for name, value in state.items():
@@ -141,46 +138,46 @@ def split_state(state: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def fill(module: nn.Module, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give `module` the tensors of one part of `split_state`, without a copy; names and shapes must fit exactly.
+    """Assign the tensors of one part of `split_state` to `module`, without a copy.
 
     Raises:
-        ValueError: a tensor is unknown, missing, of another shape or quantised; named as in VG-LLM.
+        ValueError: a tensor is unknown, missing, of another shape or quantised; with its name in VG-LLM.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     owners = {id(parameter): name for name, parameter in module.named_parameters()}
     assert module.state_dict().keys() == parameters.keys(), "a buffer would stay as it is"
     for name in sorted(tensors.keys() - parameters.keys()):
-        raise ValueError(f"{their_name(part, name)} has no place in the {part} that {CONFIG} describes.")
+        raise ValueError(f"{vgllm_name(part, name)} has no place in the {part} that {CONFIG} describes.")
     for name, parameter in parameters.items():
         owner = owners[id(parameter)]  # another name where the output head is tied to the embedding
         if owner not in tensors:
-            raise ValueError(f"{their_name(part, owner)} is missing.")
+            raise ValueError(f"{vgllm_name(part, owner)} is missing.")
         tensor = tensors.get(name, tensors[owner])
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             given = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{their_name(part, name)} is {given}, not floating-point {list(parameter.shape)}.")
+            raise ValueError(f"{vgllm_name(part, name)} is {given}, not floating-point {list(parameter.shape)}.")
         if owner != name and name in tensors and not torch.equal(tensor, tensors[owner]):
-            raise ValueError(f"{their_name(part, name)} is not {their_name(part, owner)}, to which {CONFIG} ties it.")
-    # Not strict: all is checked, and a tied head gets its tensor below.
+            raise ValueError(f"{vgllm_name(part, name)} is not {vgllm_name(part, owner)}, to which {CONFIG} ties it.")
+    # Not strict: names are checked above, and a tied output head gets its tensor below.
     module.load_state_dict({name: tensors[name] for name in owners.values()}, strict=False, assign=True)
     if isinstance(module, PreTrainedModel):
         module.tie_weights()
 
 
-def their_name(part: str, name: str) -> str:
-    """VG-LLM's name of a part's tensor."""
+def vgllm_name(part: str, name: str) -> str:
+    """Name in VG-LLM of a tensor of a part."""
     found = [(theirs, ours) for theirs, (owner, ours) in PREFIXES.items() if owner == part and name.startswith(ours)]
     return found[0][0] + name.removeprefix(found[0][1])
 
 
 def vggt_config(tensors: Mapping[str, torch.Tensor]) -> VGGTConfig:
-    """Sizes of a VGGT from the shapes of its tensors; VG-LLM writes none down.
+    """Sizes of a VGGT from the shapes of its tensors; VG-LLM does not store them.
 
-    Shapes do not tell the heads of the ViT, which are taken to be as wide as those of the other blocks, nor the base of
-    the rotary positions; both are then right for the public 1B model, the only one that VG-LLM builds.
+    Two sizes cannot be derived: the number of heads of the ViT (assumed to be as wide as those of the other blocks) and
+    the base of the rotary positions (default). Both are right for the public 1B model, the only one that VG-LLM uses.
 
     Raises:
-        ValueError: a tensor that tells a size is missing.
+        ValueError: a tensor whose shape is needed is missing.
     """
 
     def shape(name: str) -> tuple[int, ...]:
@@ -211,7 +208,7 @@ def vggt_config(tensors: Mapping[str, torch.Tensor]) -> VGGTConfig:
 def _modules(
     parts: Mapping[str, Mapping[str, torch.Tensor]], raw: dict[str, Any], merger_hidden: int
 ) -> tuple[PreTrainedModel, VGGT, GeometryMerger]:
-    """The filled parts; `raw` is config.json without VG-LLM's own keys."""
+    """The three modules with their weights; `raw` is config.json without VG-LLM's own keys."""
     config: Any = CONFIG_MAPPING[raw["model_type"]].from_dict({**raw, "architectures": None})
     vlm = meta_model(config)
     hidden, merge = config.text_config.hidden_size, config.vision_config.spatial_merge_size

@@ -1,9 +1,9 @@
-"""Export what was trained: a plain PEFT directory, the geometry merger, and a card.
+"""Export a checkpoint as a PEFT adapter directory with the geometry merger and a model card, and load it again.
 
-ADAPTER/adapter_config.json, adapter_model.safetensors   stock peft and transformers load these
-        geometry_merger.safetensors                      the merger's tensors, VG-LLM's names; a fusion's as fusion.NAME
+ADAPTER/adapter_config.json, adapter_model.safetensors   load with peft and transformers
+        geometry_merger.safetensors                      the merger's tensors (VG-LLM's names) and the fusion's
         w2r2_card.json                                   base model, configuration, metrics, versions
-        README.md                                        the same in words, and how to load it
+        README.md                                        model card: the same as text, and how to load the adapter
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ joined by `fusion {model[fusion]}`. Everything else of the training is in `w2r2_
 | `adapter_config.json`, `adapter_model.safetensors` | the LoRA weights, for peft |
 | `geometry_merger.safetensors` | the merger's tensors, and the fusion's as `fusion.NAME` |
 
-With W2R2-DS, from frames and geometry (where the base models lie now is said by `--vlm` and `--vggt`):
+With W2R2-DS, from frames and geometry (give moved base models with `--vlm` and `--vggt`):
 
     python launchers/evaluate.py --checkpoint THIS_FOLDER --geometry fused
 
-With peft and transformers alone, which see the frames and no geometry:
+With peft and transformers alone (frames only, no geometry):
 
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
@@ -63,21 +63,20 @@ With peft and transformers alone, which see the frames and no geometry:
     base = AutoModelForImageTextToText.from_pretrained({quoted}, dtype="auto")
     model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 """
-"""Takes the place of the blank form that peft writes."""
+"""Replaces the empty template that peft writes."""
 
 
 def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> Path:
-    """Write the adapter of a run's newest checkpoint, or of a checkpoint, to `out`.
+    """Export the newest checkpoint of a run, or a checkpoint, to the new directory `out`, atomically.
 
     Args:
-        path: of one of them.
+        path: a run or a checkpoint.
         out: new folder.
-        vlm: where the video LLM lies now; where it lay in training without it.
-        vggt: likewise VGGT.
+        vlm: path of the VLM, if it is not the one of the training run.
+        vggt: path of VGGT, if it is not the one of the training run.
 
     Raises:
-        ValueError: `path` is an adapter itself or holds no checkpoint, `out` is not empty, or a trained tensor would
-            be empty.
+        ValueError: `path` is an adapter or has no checkpoint, `out` is not empty, or a trained tensor is empty.
     """
     if (path / ADAPTER_CARD).is_file():
         raise ValueError(f"{path} is an exported adapter already; name the run or the checkpoint that it came from.")
@@ -87,21 +86,21 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | No
     config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, vggt=vggt)
     model = build_model(config.model, torch.device("cpu"), config.train.seed)
     load_trainable(checkpoint, model)
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    cast(PeftModel, model.vlm).save_pretrained(str(aside), save_embedding_layers=False)
-    save_file(merger_tensors(model), aside / MERGER)
+    temporary = out.with_name(out.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    cast(PeftModel, model.vlm).save_pretrained(str(temporary), save_embedding_layers=False)
+    save_file(merger_tensors(model), temporary / MERGER)
     described = card(config, model, checkpoint)
-    (aside / ADAPTER_CARD).write_text(json.dumps(described, indent=2) + "\n")
-    (aside / "README.md").write_text(readme(described))
-    refuse_empty(aside)
-    os.replace(aside, out)
+    (temporary / ADAPTER_CARD).write_text(json.dumps(described, indent=2) + "\n")
+    (temporary / "README.md").write_text(readme(described))
+    check_not_empty(temporary)
+    os.replace(temporary, out)
     return out
 
 
 def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
-    """What a reader must know to use or to doubt the adapter."""
+    """Content of w2r2_card.json."""
     saved = read_manifest(checkpoint)
     return {
         "base_model": config.model.vlm,
@@ -116,7 +115,7 @@ def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
 
 
 def readme(described: dict[str, Any]) -> str:
-    """The card in words."""
+    """Content of README.md."""
     return README.format(
         base=described["base_model"],
         quoted=json.dumps(described["base_model"]),  # as YAML and as Python
@@ -128,8 +127,8 @@ def readme(described: dict[str, Any]) -> str:
     )
 
 
-def refuse_empty(out: Path) -> None:
-    """An export never holds a tensor of shape (0,)."""
+def check_not_empty(out: Path) -> None:
+    """Raise ValueError if a tensor has shape (0,), as an ungathered ZeRO-3 parameter has."""
     for file in sorted(out.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if tensor.numel() == 0:
@@ -137,31 +136,36 @@ def refuse_empty(out: Path) -> None:
 
 
 def adapter_config(path: Path) -> RunConfig:
-    """The configuration that an exported adapter was trained with, from its card.
+    """The configuration of an exported adapter, from its card.
 
     Raises:
-        ValueError: the card has none, or one with fields or values that no configuration has.
+        ValueError: the card has none, or it is not valid.
     """
     return from_values(read_card(path)["configuration"], f"{path / ADAPTER_CARD}: configuration")
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """An adapter's card; ``ValueError`` where it is none."""
+    """The card of an adapter; raises ValueError if a field is missing."""
     file = path / ADAPTER_CARD
     found = read_json(file)
     for field in ("configuration", "model"):
         if not isinstance(found.get(field), dict):
-            raise ValueError(f"{file}: field {field!r} is missing or no object; export the adapter again.")
+            raise ValueError(f"{file}: field {field!r} is missing or not an object; export the adapter again.")
     return found
 
 
 def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
-    """The model of an exported adapter; `config` says where its base models lie.
+    """Load the model of an exported adapter.
 
-    Its adapter_config.json, which is for others, is not read: peft would do what that file says, as importing modules.
+    adapter_config.json is not read: peft imports the modules that it names.
+
+    Args:
+        path: the adapter.
+        config: with the paths of the base models.
+        device: of the result.
 
     Raises:
-        ValueError: a file is missing or broken, or its tensors are not just those of this model.
+        ValueError: a file is missing or broken, or does not have exactly the tensors of this model.
     """
     described = read_card(path)
     model = build_model(config.model, device, config.train.seed)
@@ -172,10 +176,10 @@ def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
 
 
 def load_lora(vlm: PeftModel, file: Path) -> None:
-    """Fill the LoRA weights of a model from a file that peft wrote, strictly.
+    """Load LoRA weights from a file that peft wrote, strictly.
 
     Raises:
-        ValueError: the file cannot be read, or does not hold exactly these tensors.
+        ValueError: the file cannot be read, or does not have exactly the model's LoRA tensors.
     """
     own = get_peft_model_state_dict(vlm, save_embedding_layers=False)
     set_peft_model_state_dict(vlm, read_strictly(file, "the LoRA weights", own))

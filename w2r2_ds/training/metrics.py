@@ -141,10 +141,13 @@ def read_metrics(path: Path) -> list[tuple[int, dict[str, float]]]:
         ValueError: a line is not a JSON object with an integer step.
     """
     result = []
-    for number, values in read_jsonl(path, allow_torn_end=True):
-        if type(values.get("step")) is not int:
-            raise ValueError(f"{path}: line {number} has no step; move the file to another place.")
-        result.append((values["step"], values))
+    try:
+        for number, values in read_jsonl(path, allow_torn_end=True):
+            if type(values.get("step")) is not int:
+                raise ValueError(f"{path}: line {number} has no step.")
+            result.append((values["step"], values))
+    except ValueError as error:
+        raise ValueError(f"{str(error).removesuffix('.')}; move the file away.") from None
     return result
 
 
