@@ -16,19 +16,11 @@ WIDTH = 120
 """Columns of a table in a log file."""
 INSTALLED = ("versions", "code")
 """Checks whose rows list what is installed; the rows of all others list what the run will use."""
-MANY = 4
-"""Differences of one check between two nodes that are listed; the others are counted."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An error or a warning.
-
-    Args:
-        error: False for a warning.
-        host: the node.
-        text: what is wrong and what to do.
-    """
+    """An error, or a warning, of a node: what is wrong and what to do."""
 
     error: bool
     host: str
@@ -46,12 +38,7 @@ def findings(reports: list[Report]) -> list[Finding]:
 
 
 def differences(reports: list[Report], field: str) -> list[tuple[str, str]]:
-    """Host and message for every value that is not the same as on the node of rank 0.
-
-    Args:
-        reports: rank 0 first; only those of local rank 0 are compared.
-        field: `must_match` or `should_match` of `CheckResult`.
-    """
+    """Host and message for every value of `CheckResult.<field>` that differs from the node of rank 0 (first report)."""
     first, *others = [report for report in reports if report.local_rank == 0] or reports
     found = []
     for report in others:
@@ -65,8 +52,6 @@ def differences(reports: list[Report], field: str) -> list[tuple[str, str]]:
             if check == "versions":
                 texts += [f"{name} is missing here; {first.host} has it: install it." for name in expected.keys() - own]
                 texts += [f"{name} is installed here, but not on {first.host}." for name in own.keys() - expected]
-            if len(texts) > MANY:
-                texts[MANY:] = [f"{len(texts) - MANY} more of {check} differ from {first.host}."]
             found += [(report.host, text) for text in texts]
     return found
 

@@ -26,14 +26,7 @@ class CheckResult:
 
 @dataclass
 class Report:
-    """Results of one rank.
-
-    Args:
-        rank: global rank.
-        local_rank: rank on its node; local rank 0 runs the checks of the node.
-        host: name of the node.
-        results: by the name of the check, in the order in which they ran.
-    """
+    """Results of one rank by the name of the check, in order; local rank 0 also ran the checks of its node."""
 
     rank: int
     local_rank: int

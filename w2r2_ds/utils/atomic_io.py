@@ -1,7 +1,7 @@
-"""How a file is written so that a crash, a cut cable or a full disk leaves the old or the new one, never half of it.
+"""Write files atomically and durably: after a crash or on a full disk, a file has its old or its new content.
 
-Written aside, flushed to the disk (fsync), renamed, and the folder flushed too: without the last the rename itself may
-be lost with the power. The digest is of the bytes that were meant to be written, not of what can be read back.
+Order: write a temporary file beside the target, fsync it, rename it, fsync the folder. Without the last step, a power
+failure may undo the rename. Digests are of the bytes given to `write`, so that later reads can detect corruption.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Digest:
 
 
 class Writer:
-    """A binary file open for writing that counts and hashes what goes through it; made by `writing`.
+    """A binary file that counts and hashes what is written to it; created by `writing`.
 
-    The first OSError is kept and what follows is dropped: `torch.save` writes from C++, which must not see an
-    exception (it would try to finish its archive and hide the error behind one of its own).
+    The first OSError is stored and later writes are dropped: `torch.save` writes from C++, which on an exception would
+    try to finish its archive and replace the error by its own.
     """
 
     def __init__(self, file: Any) -> None:
@@ -38,7 +38,7 @@ class Writer:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of `data`; returns its size in bytes, also once the disk has failed."""
+        """Write all of `data`; returns its size in bytes, even after an error."""
         view = memoryview(data).cast("B")
         self._hash.update(view)
         self._bytes += len(view)
@@ -51,20 +51,20 @@ class Writer:
         return len(view)
 
     def flush(self) -> None:
-        """For `torch.save`; nothing is buffered here."""
+        """No-op, called by `torch.save`; the file is unbuffered."""
 
     @property
     def digest(self) -> Digest:
-        """Of everything written so far."""
+        """Digest of everything written so far."""
         return Digest(self._bytes, self._hash.hexdigest())
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Writer]:
-    """Write a new file in place (inside a folder that is itself still aside); on the disk when the block ends.
+    """Write a new file directly, inside a folder that is itself still temporary; fsynced when the block ends.
 
     Raises:
-        OSError: the disk failed at any time; its ``filename`` is `path`.
+        OSError: any write failed; its ``filename`` is `path`.
     """
     try:
         with open(path, "wb", buffering=0) as file:
@@ -80,35 +80,35 @@ def writing(path: Path) -> Iterator[Writer]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what shall become `path`: beside it, as NAME.TOKEN.partial; renamed when the block ends.
+    """Yield a temporary path beside `path` (NAME.TOKEN.partial), renamed to `path` when the block ends.
 
     Raises:
-        OSError: the disk failed; `path` is as it was and nothing lies beside it.
+        OSError: the disk failed; `path` is unchanged and the temporary file removed.
     """
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # process ids are not unique across nodes
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # process ids are not unique across nodes
     try:
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
+        yield temporary
+        sync(temporary)  # content first: a rename must not become durable before it
+        os.replace(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def replace(path: Path, content: bytes | str) -> Digest:
-    """Let a file hold `content` (text as UTF-8), at once.
+    """Replace the content of a file (text as UTF-8) atomically.
 
     Raises:
-        OSError: the disk failed; the file is as it was.
+        OSError: the disk failed; the file is unchanged.
     """
-    with replacing(path) as aside, writing(aside) as writer:
+    with replacing(path) as temporary, writing(temporary) as writer:
         writer.write(content.encode() if isinstance(content, str) else content)
     return writer.digest
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Fsync a file or a folder (its directory entries)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,10 +117,10 @@ def sync(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a folder whose files are on the disk already; durable when this returns.
+    """Rename a folder whose files are already fsynced; durable when this returns.
 
     Raises:
-        OSError: above all, there is something at `target`.
+        OSError: for example, `target` exists.
     """
     for folder, _, _ in os.walk(source):
         sync(Path(folder))
@@ -129,7 +129,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def digest(path: Path) -> Digest:
-    """Of what a file holds now."""
+    """Digest of a file's current content."""
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256")
         size = file.tell()
@@ -137,13 +137,13 @@ def digest(path: Path) -> Digest:
 
 
 class Lines:
-    """A log that grows by whole lines; what a full disk does not take waits and goes with a later line.
+    """An append-only log of whole lines; lines that a full disk does not accept are written with a later one.
 
     Args:
-        path: appended to; made where it is missing.
+        path: appended to; created if missing.
 
     Attributes:
-        waiting: bytes that are not in the file yet.
+        waiting: bytes that are not written yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,12 +151,12 @@ class Lines:
         self.waiting = b""
 
     def append(self, line: str) -> OSError | None:
-        """Append a line, given without its line break; returns why it has to wait, if it has to."""
+        """Append a line, given without its line break; returns the error if it could not be written yet."""
         self.waiting += line.encode() + b"\n"
         return self.flush()
 
     def flush(self) -> OSError | None:
-        """Try to write what waits; a line that only begins to fit is taken back."""
+        """Try to write the waiting lines; a partly written line is truncated away."""
         size = os.fstat(self._file.fileno()).st_size
         try:
             left = memoryview(self.waiting)
@@ -169,10 +169,10 @@ class Lines:
         return None
 
     def sync(self) -> None:
-        """Flush what was written to the disk; a disk that cannot is not worth the log's program."""
+        """Fsync; errors are ignored, since a log must not end the program."""
         with suppress(OSError):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; what still waits is lost."""
+        """Close the file; waiting lines are lost."""
         self._file.close()

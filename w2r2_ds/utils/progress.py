@@ -1,4 +1,4 @@
-"""How far a long preparation is: a bar on a terminal, a line now and then where the output goes to a file."""
+"""Progress of a long job: a bar on a terminal, otherwise a line of text every `SECONDS`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def progress(
     """Show how many of `total` are done.
 
     Args:
-        label: what is being done.
-        total: how many.
+        label: description of the work.
+        total: number of items.
         quiet: show nothing.
-        console: where to; standard output without one.
+        console: output; standard output by default.
 
     Yields:
-        A function to call after each.
+        A function to call after each item.
     """
     console = console or Console()
     if quiet:

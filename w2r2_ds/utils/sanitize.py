@@ -1,8 +1,7 @@
-"""Text of strangers on a terminal and in logs: nothing of it moves the cursor, colours, hides or begins a line.
+"""Escape untrusted text, and hide credentials, before it is printed or logged.
 
-Names, labels and sentences come from annotation files, archives and models. An escape sequence in one of them would
-rewrite what stands on the terminal, a line break would write a line of its own into a log, and rich would take
-``[red]`` for markup.
+Names, labels and sentences come from annotation files, archives and models. An escape sequence could rewrite the
+terminal, a line break could forge a log line, and rich would interpret ``[red]`` as markup.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ _QUERY = re.compile(
 )
 _SHAPE = re.compile(r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,})")
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""What no name holds: control characters, line breaks, and what turns the direction of writing."""
+"""Characters that no name contains: control characters, line breaks, and marks that change the text direction."""
 LEAST_SECRET = 8
-"""Characters of a secret: what is shorter is an empty or a made-up value, and would be found everywhere."""
+"""Minimum length of a secret; shorter values are placeholders and would match everywhere."""
 LEAST_KEY = 12
 """Characters of a key, which has letters and digits, too: a service makes them at random, and longer. KEY is also a
 dictionary's, a column's or a sort's, whose value is a word (PRIMARY_KEY=scanrefer) and would be found in honest names.
@@ -47,7 +46,7 @@ def for_rich(text: str) -> str:
 
 
 def message(error: object) -> str:
-    """What a launcher says of an error: `lines`, without secrets."""
+    """An error message for the user: `lines`, without secrets."""
     return lines(without_secrets(str(error)))
 
 

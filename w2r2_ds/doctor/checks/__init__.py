@@ -52,7 +52,9 @@ def node_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:
         "GPU health": gpu.check_health,
     }
     if config is not None:
-        checks["out"] = lambda: host.check_out(config)
+        checks["out"] = lambda: host.check_folder(
+            "out", Path(config.out), host.SPARE + host.missing_checkpoint_bytes(config), "the run"
+        )
         if not config.demo.enabled:  # the demo creates its data and models
             checks["data"] = lambda: data.check_data(config.data)
             checks["weights"] = lambda: data.check_weights(config.model)

@@ -19,11 +19,7 @@ TOOLS = ("dev", "docs")
 
 
 def check_versions(needed: frozenset[str]) -> CheckResult:
-    """Compare every installed dependency with its range.
-
-    Args:
-        needed: optional packages that this run's configuration uses.
-    """
+    """Compare every dependency with its range; `needed` are the optional packages that the configuration uses."""
     from packaging.requirements import Requirement
 
     result = CheckResult(info={"python": platform.python_version()}, must_match={"python": platform.python_version()})

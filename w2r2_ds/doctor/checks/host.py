@@ -87,11 +87,6 @@ def write_and_read(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_out(config: RunConfig) -> CheckResult:
-    """The folder of the run, with room for the checkpoints that are still to be written."""
-    return check_folder("out", Path(config.out), SPARE + missing_checkpoint_bytes(config), "the run")
-
-
 def missing_checkpoint_bytes(config: RunConfig) -> int:
     """Disk space that the run's checkpoints still need; 0 if the sizes of the models are unknown.
 
@@ -133,13 +128,7 @@ def merger_weights(features: int, hidden: int, merger_hidden: int) -> int:
 
 
 def check_limits(workers: int, prefetch: int, ranks: int) -> CheckResult:
-    """Limits of open files and shared memory.
-
-    Args:
-        workers: `data.workers`, per rank.
-        prefetch: `data.prefetch`.
-        ranks: on this node.
-    """
+    """Limits of open files and shared memory for `data.workers`, `data.prefetch` and the ranks on this node."""
     result = CheckResult()
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = FILES + FILES_PER_WORKER * workers

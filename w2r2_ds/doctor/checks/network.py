@@ -74,12 +74,7 @@ def gather_reports(report: Report) -> list[Report]:
 
 
 def check_shared_folder(name: str, path: Path) -> CheckResult:
-    """Whether all nodes see one folder: rank 0 creates a file, the others search for it.
-
-    Args:
-        name: option, for the message.
-        path: the folder, or one that is to be created.
-    """
+    """Whether all nodes see the same folder `path` (option `name`): rank 0 creates a file, the others search for it."""
     result = CheckResult()
     folder, created = existing_parent(path), [""]
     if dist.get_rank() == 0:
@@ -101,13 +96,7 @@ def check_shared_folder(name: str, path: Path) -> CheckResult:
 
 
 def check_all_reduce(ranks: RankInfo, use_gpu: bool, nodes: int) -> CheckResult:
-    """All-reduce over NCCL if all ranks have a GPU, else over gloo.
-
-    Args:
-        ranks: this rank.
-        use_gpu: whether this rank has a GPU.
-        nodes: number of machines.
-    """
+    """All-reduce over NCCL if all ranks have a GPU (`use_gpu`), else over gloo."""
     usable = [False] * ranks.world_size
     dist.all_gather_object(usable, use_gpu)
     backend = "nccl" if all(usable) else "gloo"

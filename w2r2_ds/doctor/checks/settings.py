@@ -83,8 +83,6 @@ def check_precision(config: RunConfig | None) -> CheckResult:
             result.info[name] = value
             result.must_match[name] = value
     result.info["backend"] = "NCCL" if gpu else "gloo"
-    if os.environ.get("DS_ACCELERATOR"):
-        result.info["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"]
     if config is None:
         return result
     dtype = dtype_name(config)
