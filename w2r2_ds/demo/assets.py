@@ -16,8 +16,7 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare.manifest import summary
 from w2r2_ds.data.prepare.pipeline import prepare
-from w2r2_ds.data.prepare.plan import FORMATS
-from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.data.tasks.base import TASKS, TaskOptions
 from w2r2_ds.demo.pretrain import warm_up
 from w2r2_ds.demo.synthetic.write import write_dataset
 from w2r2_ds.demo.tiny_models import build_tiny_vggt, build_tiny_vlm
@@ -63,14 +62,12 @@ def prepare_sets(config: RunConfig) -> None:
 
 def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
     task = PurePosixPath(path).parent.name
-    if task not in FORMATS:
-        raise ValueError(
-            f"{path} names no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(FORMATS)}."
-        )
+    if task not in TASKS:
+        raise ValueError(f"{path} names no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(TASKS)}.")
     return TaskOptions(
         task,
         split,
-        format="video3dllm" if task == "scanqa" else "vgllm",
+        format=TASKS[task].formats[0],
         frames=FrameOptions("uniform", frames),
         visibility="depth",
         step=1,  # every rendered frame is written

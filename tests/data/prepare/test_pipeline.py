@@ -20,10 +20,11 @@ from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare import pipeline as preparing
-from w2r2_ds.data.prepare import plan as planning
 from w2r2_ds.data.prepare.manifest import summary
 from w2r2_ds.data.prepare.pipeline import DROPPED, prepare
 from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.data.tasks.scan2cap import Scan2Cap
+from w2r2_ds.data.tasks.scanrefer import ScanRefer
 from w2r2_ds.demo.assets import prepare_sets
 from w2r2_ds.demo.synthetic.write import Written
 from w2r2_ds.utils.parallel import run_all
@@ -95,7 +96,7 @@ def test_everything_is_a_sample_or_is_written_down(scenes: Path) -> None:
 def test_the_published_count_is_compared(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = prepare(scenes, DEPTH, scenes / "one", quiet=True)
     assert "7 descriptions, not the 36665 that are published" in summary(done.folder, done.manifest, False)
-    monkeypatch.setitem(planning.PUBLISHED, ("scanrefer", "train"), 7)
+    monkeypatch.setattr(ScanRefer, "published", {"train": 7})
     done = prepare(scenes, DEPTH, scenes / "two", quiet=True)
     assert done.manifest["counts"]["published"]["met"] is True
     text = summary(done.folder, done.manifest, False)
@@ -104,7 +105,7 @@ def test_the_published_count_is_compared(scenes: Path, monkeypatch: pytest.Monke
 
 def test_objects_of_validation_are_what_is_counted(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_annotations(scenes, [entry(), entry(ann_id=1), entry(4, "table")], "val")
-    monkeypatch.setitem(planning.PUBLISHED, ("scan2cap", "val"), 2)
+    monkeypatch.setattr(Scan2Cap, "published", {"val": 2})
     options = TaskOptions("scan2cap", "val", frames=FrameOptions("uniform", 2), boxes="annotated")
     counts = prepare(scenes, options, scenes / "out", quiet=True).manifest["counts"]
     assert (counts["objects"], counts["published"]["met"], counts["samples"]) == (2, True, 2)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.data.dataset import MANIFEST, VERSION, read_manifest
-from w2r2_ds.data.prepare.inputs import scene_sources
-from w2r2_ds.data.prepare.plan import Plan, recorded_options
+from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_sources
 from w2r2_ds.utils.hashing import file_sha256
 
 MISSING = "missing"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from w2r2_ds.data.dataset import MANIFEST, read_manifest, write_samples
-from w2r2_ds.data.prepare.inputs import annotation_source, needs_infos, needs_proposals
 from w2r2_ds.data.prepare.manifest import counts, description, key_of, reusable, scene_inputs, task_inputs
-from w2r2_ds.data.prepare.plan import Plan, items_of, make_plan, recorded_options
+from w2r2_ds.data.prepare.plan import Plan, make_plan, recorded_options
 from w2r2_ds.data.sources.scannet import load_scene
-from w2r2_ds.data.tasks import detection, scan2cap, scanqa, scanrefer
 from w2r2_ds.data.tasks.base import (
     BROKEN_SCENE,
     NO_BOX,
@@ -32,7 +30,8 @@ from w2r2_ds.data.tasks.base import (
     TaskOptions,
     WrongAnnotations,
     check_objects,
-    part_by_boxes,
+    find_task,
+    split_by_boxes,
 )
 from w2r2_ds.data.validate import check_frames
 from w2r2_ds.types.sample import Sample
@@ -46,8 +45,6 @@ DROPPED = "dropped.jsonl"
 METADATA, EMPTY = "w2r2_ds", ".empty"
 """Key of a scene's record in its file's schema metadata; suffix of scenes without samples, removed at the end:
 ``datasets`` cannot read a Parquet file without rows."""
-
-_MAKE = {"scanrefer": scanrefer.make, "scan2cap": scan2cap.make, "scanqa": scanqa.make, "detection": detection.make}
 
 
 @dataclass(frozen=True)
@@ -131,6 +128,8 @@ def _prepare_scenes(
     failures = []
     with progress(f"{plan.options.task} {plan.options.split}: scenes", len(todo), quiet) as advance:
         arguments = [(plan.root, plan.options, job, out, keys[job.scene_id], skip_without_box) for job in todo]
+        # Another process could not unpickle the classes of a plug-in file.
+        workers = workers if type(plan.task).__module__.startswith("w2r2_ds.") else 1
         for failure in run_all(_write_scene, arguments, workers):
             failures += [failure] if failure else []
             advance()
@@ -193,20 +192,25 @@ def scene_outcomes(root: Path, options: TaskOptions, job: Job, skip_without_box:
         WrongAnnotations: they name objects that the scene lacks, and may not be left out.
         ValueError: the scene cannot be used.
     """
-    if needs_infos(options) and job.info is None:
+    task = find_task(options.task)
+    if task.needs_infos(options) and job.info is None:
         raise ValueError(f"{job.scene_id}: EmbodiedScan's infos do not have this scene; use visibility depth without")
-    if needs_proposals(options) and job.proposals is None:
+    if task.needs_proposals(options) and job.proposals is None:
         raise ValueError(f"{job.scene_id}: the proposals do not have this scene; use boxes annotated without")
     scene = load_scene(root, job.scene_id)
     outcomes: Outcomes = []
     if skip_without_box:
-        job, left = part_by_boxes(scene, job)
+        job, left = split_by_boxes(scene, job)
         detail = f"its object has no box in {scene.scene_id}_aligned_bbox.npy"
-        items = items_of(left, options, annotation_source(root, options).path)
+        items = task.items(left, options)
         outcomes = [(number, Dropped(identity, NO_BOX, where, detail)) for number, identity, where in items]
     check_objects(scene, job)
-    if not outcomes or job.descriptions or job.questions:
-        outcomes += _MAKE[options.task](scene, job, options)
+    if not outcomes or job.items:
+        kind = task.kind(options)
+        outcomes += [
+            (number, replace(made, kind=kind) if isinstance(made, Sample) else made)
+            for number, made in task.make(scene, job, options)
+        ]
     check_frames([outcome for _, outcome in outcomes if isinstance(outcome, Sample)])
     return outcomes, scene.dropped_frames
 
@@ -228,7 +232,7 @@ def _broken(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failu
 def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_Failure]) -> dict[str, Any]:
     """Write dropped.jsonl and the manifest, and remove files of scenes that do not belong to the data set."""
     sentences = {failure.scene_id: " ".join(failure.sentences) for failure in broken}
-    annotations = annotation_source(plan.root, plan.options).path
+    annotations = plan.task.annotations(plan.root, plan.options).path
     dropped: list[dict[str, Any]] = []
     samples = scenes = lost = 0
     files = []
@@ -236,7 +240,7 @@ def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_
         if job.scene_id in sentences:
             dropped += [
                 {"number": number, **asdict(Dropped(identity, BROKEN_SCENE, where, sentences[job.scene_id]))}
-                for number, identity, where in items_of(job, plan.options, annotations)
+                for number, identity, where in plan.task.items(job, plan.options)
             ]
             continue
         record = _scene_record(out, job.scene_id)

@@ -7,19 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from w2r2_ds.data.prepare.inputs import (
-    BOXES,
-    EXTRACTED,
-    SCANNET,
-    annotation_source,
-    needs_infos,
-    needs_proposals,
-    scene_sources,
-    sources,
-)
 from w2r2_ds.data.prepare.manifest import relative
-from w2r2_ds.data.prepare.plan import Plan, check_options, make_plan
-from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.data.prepare.plan import BOXES, EXTRACTED, Plan, check_options, make_plan, scene_sources, sources
+from w2r2_ds.data.tasks.base import TaskOptions, find_task
+from w2r2_ds.data.tasks.common import SCANNET
 from w2r2_ds.data.validate import THREADS, ends_well
 
 SAMPLE_BYTES, FRAME_BYTES = 130, 160
@@ -77,10 +68,10 @@ def report(root: Path | str, options: TaskOptions, found: list[Missing]) -> str:
 
 def forecast(plan: Plan, out: Path) -> str:
     """What a preparation would make, from the annotations alone."""
-    samples, options = _most_samples(plan), plan.options
+    samples, options = plan.task.most_samples(plan.jobs, plan.options), plan.options
     listed = sum(len(list((plan.root / "posed_images" / job.scene_id).glob("*.jpg"))) for job in plan.jobs)
-    if options.task == "detection":
-        samples = listed if not options.windows else min(listed, samples)
+    if plan.unit == "scenes":  # detection: at most one window per frame
+        samples = min(listed, samples) if options.windows else listed
     size = samples * SAMPLE_BYTES + listed * FRAME_BYTES
     published = ""
     if plan.published is not None:
@@ -91,18 +82,6 @@ def forecast(plan: Plan, out: Path) -> str:
     )
 
 
-def _most_samples(plan: Plan) -> int:
-    """Samples if none is dropped; of a detection with all windows nobody knows before its scenes are opened."""
-    options = plan.options
-    if options.task == "detection":
-        return plan.items * options.windows
-    if options.split != "train":
-        return plan.items
-    if options.task == "scanqa":
-        return sum(len(question.answers) for job in plan.jobs for _, question in job.questions)
-    return plan.items * (options.rolls if options.task == "scanrefer" else 1)
-
-
 def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[str], list[Missing]]:
     """The scenes that the annotations name, and what is wrong with these files if they cannot be read."""
     if not incomplete:
@@ -110,19 +89,19 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
             plan = make_plan(root, options)
         except ValueError as error:
             named = [each for each in sources(root, options) if str(each.path) in str(error)]
-            source = named[0] if named else annotation_source(root, options)
+            source = named[0] if named else find_task(options.task).annotations(root, options)
             return _extracted(root), [Missing(source.path, str(error), source.origin)]
-        return [job.scene_id for job in plan.jobs], list(_left_out(plan))
+        return [job.scene_id for job in plan.jobs], list(_lacking(plan))
     return _extracted(root), []
 
 
-def _left_out(plan: Plan) -> Iterator[Missing]:
+def _lacking(plan: Plan) -> Iterator[Missing]:
     """Scenes that EmbodiedScan's infos or the proposals leave out."""
     files = {each.name: each for each in reversed(sources(plan.root, plan.options))}  # the split's own infos
     for job in plan.jobs:
-        if needs_infos(plan.options) and job.info is None:
+        if plan.task.needs_infos(plan.options) and job.info is None:
             yield Missing(files["infos"].path, f"does not have {job.scene_id}", files["infos"].origin)
-        if needs_proposals(plan.options) and job.proposals is None:
+        if plan.task.needs_proposals(plan.options) and job.proposals is None:
             yield Missing(files["proposals"].path, f"does not have {job.scene_id}", files["proposals"].origin)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
@@ -56,10 +56,17 @@ class Description(Record):
     words: tuple[str, ...] = Field(alias="token", min_length=1)
     where: str = ""
 
+    object_field: ClassVar[str] = "object_id"
+
     @property
     def key(self) -> str:
         """Unique in a file: ``"scene0000_00|39|office_chair|0"``."""
         return f"{self.scene_id}|{self.object_id}|{self.object_name}|{self.ann_id}"
+
+    @property
+    def object_ids(self) -> tuple[int, ...]:
+        """The one object."""
+        return (self.object_id,)
 
 
 class Question(Record):
@@ -82,6 +89,13 @@ class Question(Record):
     object_ids: tuple[Number, ...] = ()
     object_names: tuple[Text, ...] = Field((), min_length=1)
     where: str = ""
+
+    object_field: ClassVar[str] = "object_ids"
+
+    @property
+    def key(self) -> str:
+        """Unique in a file."""
+        return self.question_id
 
     @model_validator(mode="before")
     @classmethod

@@ -1,19 +1,23 @@
-"""What a task makes of one scene: samples, and a record of whatever became none."""
+"""Tasks: the `Task` class, the registry, and the records that preparation passes around.
+
+A new task is one file: a subclass of `Task` with ``@register_task``. Built-in tasks are registered when the package
+``w2r2_ds.data.tasks`` is imported, those of users with the option ``--plugin``.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from w2r2_ds.data.frames.selection import FrameOptions, choose
-from w2r2_ds.data.frames.visibility import listed_frames, match_instance, seen_by_depth, seen_by_infos
-from w2r2_ds.data.sources.annotations import Description, Question
+from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
-from w2r2_ds.data.sources.scannet import Frame, Scene
-from w2r2_ds.types.sample import Sample, Target
+from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.types.sample import Kind, Sample
 
 NO_INSTANCE_MATCH = "no_instance_match"
 NO_VISIBLE_FRAME = "no_visible_frame"
@@ -21,8 +25,6 @@ NO_PROPOSAL = "no_proposal"
 NO_WINDOW = "no_window"
 BROKEN_SCENE = "broken_scene"
 NO_BOX = "no_box"
-Format = Literal["vgllm", "video3dllm"]
-Split = Literal["train", "val", "test_w_obj", "test_wo_obj"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class TaskOptions:
     """
 
     task: str
-    split: Split
-    format: Format = "vgllm"
+    split: str
+    format: str = "vgllm"
     frames: FrameOptions = field(default_factory=lambda: FrameOptions("vgllm", 32))
     rolls: int = 1
     visibility: Literal["embodiedscan", "depth"] = "embodiedscan"
@@ -53,14 +55,6 @@ class TaskOptions:
     step: int = 10
     windows: int = 0
 
-    @property
-    def looks(self) -> bool:
-        """Whether what frames see decides something: the frame of an answer, or a training sample's set of frames."""
-        if self.task == "scanrefer" and self.format == "vgllm":
-            return True
-        sets = self.split == "train" and self.frames.protocol == "scene_sets"
-        return sets and self.task in ("scanrefer", "scan2cap")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -68,23 +62,51 @@ class Job:
 
     Attributes:
         scene_id: ScanNet scene name.
-        number: of the scene in its split, from 0.
-        descriptions: with their numbers in the annotation file, from 0.
-        questions: likewise.
+        number: index of the scene in its split.
+        items: annotations of the scene, each with its number in the annotation file, from 0.
         groups: object id -> unique or multiple by ScanNet's 18 classes, and by NYU40's ids.
         classes: object name -> 0 to 16 for ScanNet's named classes, 17 for others.
-        info: what EmbodiedScan says about the scene, where the task asks for it.
-        proposals: ``[N, 6]`` float64 proposed boxes, axis-aligned world, where the task asks for them.
+        info: EmbodiedScan's annotations of the scene, where the task needs them.
+        proposals: ``[N, 6]`` float64 proposed boxes, axis-aligned world, where the task needs them.
     """
 
     scene_id: str
     number: int = 0
-    descriptions: tuple[tuple[int, Description], ...] = ()
-    questions: tuple[tuple[int, Question], ...] = ()
+    items: tuple[tuple[int, Any], ...] = ()
     groups: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     classes: Mapping[str, int] = field(default_factory=dict)
     info: ScanInfo | None = None
     proposals: np.ndarray | None = None
+
+
+class Item(Protocol):
+    """One annotation, e.g. a description or a question."""
+
+    @property
+    def scene_id(self) -> str: ...
+    @property
+    def key(self) -> str:
+        """Unique in the annotation file."""
+
+    @property
+    def where(self) -> str:
+        """File and entry, for messages."""
+
+    @property
+    def object_ids(self) -> tuple[int, ...]:
+        """Objects of the scene that the annotation is about; they need a box."""
+
+    object_field: ClassVar[str]
+    """Field of the annotation file that names them, for messages."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file: its kind (annotations, labels, infos, proposals or frames), path, and where a user gets it."""
+
+    name: str
+    path: Path
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -121,132 +143,136 @@ class WrongAnnotations(ValueError):
         self.sentences = sentences
 
 
-def check_objects(scene: Scene, job: Job) -> None:
-    """Refuse object ids that the scene lacks.
+class Task(ABC):
+    """Format, prompts, answers and preparation of one task. Stateless: every method takes the options.
+
+    Attributes:
+        name: used on the command line, in manifests and in samples.
+        formats: whose prompts and answers there are.
+        splits: of the annotations.
+        published: split -> number of items in the complete annotation file, where known.
+    """
+
+    name: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]] = ("vgllm",)
+    splits: ClassVar[tuple[str, ...]] = ("train", "val")
+    published: ClassVar[Mapping[str, int]] = {}
+
+    @abstractmethod
+    def annotations(self, root: Path, options: TaskOptions) -> Source:
+        """The file whose entries become samples."""
+
+    @abstractmethod
+    def read(self, root: Path, options: TaskOptions) -> Sequence[Item]:
+        """All items of the annotation file, in its order."""
+
+    @abstractmethod
+    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+        """The samples of one scene, and the items that became none, each with the item's number."""
+
+    def kind(self, options: TaskOptions) -> Kind:
+        """Kind of answer; the similarity of the objective follows from it."""
+        return "answer"
+
+    def parse(self, text: str, frame_count: int) -> Any:
+        """Read a generated answer; raises ``AnswerError`` if it cannot be read."""
+        return text
+
+    def unit(self, options: TaskOptions) -> str:
+        """Plural noun for the items that are counted."""
+        return "items"
+
+    def count(self, jobs: Sequence[Job], options: TaskOptions) -> int:
+        """Number of items, to compare with `published`."""
+        return sum(len(self.items(job, options)) for job in jobs)
+
+    def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
+        """Number, id and place of every item of a scene."""
+        return [(number, each.key, each.where) for number, each in job.items]
+
+    def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
+        """One job per scene, in the order in which the annotations first name the scenes."""
+        return tuple(
+            Job(scene_id, number, items)
+            for number, (scene_id, items) in enumerate(by_scene(self.read(root, options)).items())
+        )
+
+    def other_sources(self, root: Path, options: TaskOptions) -> list[Source]:
+        """Files besides the annotations, EmbodiedScan's and the proposals."""
+        return []
+
+    def uses_visibility(self, options: TaskOptions) -> bool:
+        """Whether samples depend on which frames see an object."""
+        return False
+
+    def needs_infos(self, options: TaskOptions) -> bool:
+        """Whether that comes from EmbodiedScan's annotations."""
+        return self.uses_visibility(options) and options.visibility == "embodiedscan"
+
+    def needs_proposals(self, options: TaskOptions) -> bool:
+        """Whether samples are about a detector's boxes."""
+        return False
+
+    def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
+        """Options that the samples depend on, besides split, format, frames and visibility."""
+        return {}
+
+    def most_samples(self, jobs: Sequence[Job], options: TaskOptions) -> int:
+        """Number of samples if no item is dropped; an upper bound."""
+        return self.count(jobs, options)
+
+
+TASKS: dict[str, Task] = {}
+"""Name -> task."""
+
+
+def register_task(task: type[Task]) -> type[Task]:
+    """Class decorator: add a task to `TASKS`.
 
     Raises:
-        WrongAnnotations: all of them.
+        ValueError: another class has this name already.
     """
-    named = [(d.object_id, "object_id", d.where) for _, d in job.descriptions]
-    named += [(number, "object_ids", q.where) for _, q in job.questions for number in q.object_ids]
+    known = TASKS.get(task.name)
+    if known is not None and type(known).__qualname__ != task.__qualname__:
+        raise ValueError(f"Task {task.name!r} is registered by {type(known).__module__}; choose another name.")
+    TASKS[task.name] = task()
+    return task
+
+
+def find_task(name: str) -> Task:
+    """A registered task; raises ``ValueError`` with the known names."""
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}; known tasks: {', '.join(TASKS)}. Use --plugin for your own.")
+    return TASKS[name]
+
+
+def by_scene(items: Sequence[Item]) -> dict[str, tuple[tuple[int, Any], ...]]:
+    """Scene -> its items with their numbers; scenes in order of appearance."""
+    scenes: dict[str, list[tuple[int, Any]]] = {}
+    for number, item in enumerate(items):
+        scenes.setdefault(item.scene_id, []).append((number, item))
+    return {scene_id: tuple(of) for scene_id, of in scenes.items()}
+
+
+def check_objects(scene: Scene, job: Job) -> None:
+    """Raise ``WrongAnnotations`` with all items about objects that the scene lacks."""
     lacking = [
-        f"{where}: field {name!r} is {number}, which scene {scene.scene_id} does not have in "
+        f"{item.where}: field {item.object_field!r} is {number}, which scene {scene.scene_id} does not have in "
         f"{scene.scene_id}_aligned_bbox.npy; use the annotations that belong to these scans, and boxes of "
-        "launchers/prepare.py boxes (ScanRefer's own leave out walls, floors, ceilings and unlabelled objects)"
-        for number, name, where in named
+        "launchers/prepare.py boxes (ScanRefer's own lack walls, floors, ceilings and unlabelled objects)"
+        for _, item in job.items
+        for number in item.object_ids
         if number not in scene.instances
     ]
     if lacking:
         raise WrongAnnotations(lacking)
 
 
-def part_by_boxes(scene: Scene, job: Job) -> tuple[Job, Job]:
-    """The items of a job whose objects all have a box, and those that name one without."""
-
-    def has(*numbers: int) -> bool:
-        return all(number in scene.instances for number in numbers)
-
-    kept, left = (
-        replace(
-            job,
-            descriptions=tuple(each for each in job.descriptions if has(each[1].object_id) is wanted),
-            questions=tuple(each for each in job.questions if has(*each[1].object_ids) is wanted),
-        )
+def split_by_boxes(scene: Scene, job: Job) -> tuple[Job, Job]:
+    """The job with the items whose objects all have a box, and the job with the others."""
+    have = [all(number in scene.instances for number in item.object_ids) for _, item in job.items]
+    kept, others = (
+        tuple(each for each, has_box in zip(job.items, have, strict=True) if has_box is wanted)
         for wanted in (True, False)
     )
-    return kept, left
-
-
-def target_of(
-    scene: Scene, job: Job, about: Description, ann_id: str = "", described: np.ndarray | None = None
-) -> Target:
-    """The object that a description is about."""
-    group, group_nyu40 = job.groups[about.object_id]
-    return Target(
-        box=world_box(scene, about.object_id),
-        object_id=about.object_id,
-        object_name=about.object_name.replace("_", " "),
-        group=group,
-        group_nyu40=group_nyu40,
-        scannet_class=job.classes[about.object_name],
-        ann_id=ann_id,
-        described=described,
-    )
-
-
-def shown(frames: Sequence[Frame]) -> dict[str, Any]:
-    """``frames`` and ``cam_to_world`` of a sample that sees these, in this order."""
-    return {
-        "frames": tuple(frame.color for frame in frames),
-        "cam_to_world": np.stack([frame.cam_to_world for frame in frames]),
-    }
-
-
-def world_box(scene: Scene, object_id: int) -> np.ndarray:
-    """``[9]`` float64 annotated box: axis-aligned, so its angles are 0."""
-    return np.concatenate([scene.instances[object_id].box, np.zeros(3)])
-
-
-def rounded(values: np.ndarray, decimals: int = 2) -> list[float]:
-    """Numbers as VG-LLM writes them: Python's ``repr`` of these floats (``3.0``, ``0.59``)."""
-    return [round(float(value), decimals) for value in values]
-
-
-def rounded_box(box9: np.ndarray, decimals: int = 2) -> list[float]:
-    """``rounded`` of a ``[9]`` box; a side that would be 0, which is no box, is one unit of the last digit."""
-    numbers = rounded(box9, decimals)
-    numbers[3:6] = [max(size, 10**-decimals) for size in numbers[3:6]]
-    return numbers
-
-
-@dataclass(frozen=True)
-class Sight:
-    """Positions in ``scene.frames`` that see an object, and the ``[9]`` box whose outline says how well.
-
-    ``box`` is None where the annotated box matches no EmbodiedScan instance.
-    """
-
-    seen: frozenset[int]
-    box: np.ndarray | None
-
-
-def look(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene, dict[int, Sight]]:
-    """The scene's frames that count, and what they see, by object id; nothing is looked at where nothing depends on it.
-
-    Raises:
-        ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
-    """
-    if not options.looks:
-        return scene, {}
-    if options.visibility == "embodiedscan":
-        assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
-        scene = listed_frames(scene, job.info)
-    return scene, _sights(scene, job, options)
-
-
-def choose_seeing(
-    scene: Scene, about: Description, key: str, options: TaskOptions, sights: Mapping[int, Sight]
-) -> list[int] | Dropped:
-    """Positions of a sample's frames; of them, one sees the object where the options look for it."""
-    sight = sights.get(about.object_id)
-    if sight is not None and sight.box is None:
-        return Dropped(key, NO_INSTANCE_MATCH, about.where)
-    chosen = choose(options.frames, scene, key, None if sight is None else sight.seen)
-    return Dropped(key, NO_VISIBLE_FRAME, about.where) if chosen is None else chosen
-
-
-def _sights(scene: Scene, job: Job, options: TaskOptions) -> dict[int, Sight]:
-    """Of every object that a description is about."""
-    boxes = {about.object_id: world_box(scene, about.object_id) for _, about in job.descriptions}
-    if options.visibility == "depth":
-        seen = seen_by_depth(scene, [box[:6] for box in boxes.values()])
-        return {number: Sight(each, box) for (number, box), each in zip(boxes.items(), seen, strict=True)}
-    assert job.info is not None
-    sights = {}
-    for number, box in boxes.items():
-        instance = match_instance(box[:6], job.info)
-        if instance is None:
-            sights[number] = Sight(frozenset(), None)
-        else:
-            sights[number] = Sight(seen_by_infos(scene, job.info, instance), instance.box)
-    return sights
+    return replace(job, items=kept), replace(job, items=others)

@@ -11,14 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.visibility import listed_frames
-from w2r2_ds.data.sources.embodiedscan import ScanInfo
+from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
 from w2r2_ds.data.sources.scannet import Frame, Scene
-from w2r2_ds.data.tasks.base import NO_WINDOW, Dropped, Job, Outcomes, TaskOptions, rounded_box, shown
+from w2r2_ds.data.tasks.base import NO_WINDOW, Dropped, Job, Outcomes, Source, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.common import EMBODIEDSCAN, frame_fields, infos_files, rounded_box
+from w2r2_ds.data.tasks.parsing import parse_objects
 from w2r2_ds.types.sample import Labelled, Sample
 
 QUESTION = (
@@ -81,9 +85,43 @@ def _sample(scene: Scene, info: ScanInfo, frames: list[Frame]) -> Sample:
         id=f"{scene.scene_id}|{frames[0].index:05d}",
         task="detection",
         scene_id=scene.scene_id,
-        **shown(frames),
+        **frame_fields(frames),
         question=QUESTION,
         answer=answer_text(objects),
-        kind="answer",
         objects=objects,
     )
+
+
+@register_task
+class Detection(Task):
+    """A few neighbouring frames -> the boxes of all visible objects."""
+
+    name = "detection"
+
+    def annotations(self, root: Path, options: TaskOptions) -> Source:
+        return Source("infos", infos_files(root, options.split)[0], EMBODIEDSCAN)
+
+    def read(self, root: Path, options: TaskOptions) -> Sequence[Any]:
+        return list(read_infos(self.annotations(root, options).path).values())
+
+    def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
+        return tuple(Job(info.scene_id, number, info=info) for number, info in enumerate(self.read(root, options)))
+
+    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+        return make(scene, job, options)
+
+    def parse(self, text: str, frame_count: int) -> list[tuple[str, np.ndarray]]:
+        return parse_objects(text)
+
+    def unit(self, options: TaskOptions) -> str:
+        return "scenes"
+
+    def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
+        return [(job.number, job.scene_id, f"EmbodiedScan's infos: scannet/{job.scene_id}")]
+
+    def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
+        frames = {"count": options.frames.count, "seed": options.frames.seed}
+        return {"frames": frames, "interval": options.interval, "step": options.step, "windows": options.windows}
+
+    def most_samples(self, jobs: Sequence[Job], options: TaskOptions) -> int:
+        return len(jobs) * options.windows

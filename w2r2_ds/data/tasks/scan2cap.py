@@ -12,12 +12,14 @@ the object is a reference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
-from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.annotations import Description, read_scanrefer
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,
@@ -25,15 +27,23 @@ from w2r2_ds.data.tasks.base import (
     Job,
     Outcomes,
     PreparedItem,
-    Sight,
+    Source,
+    Task,
     TaskOptions,
-    choose_seeing,
-    look,
+    register_task,
+)
+from w2r2_ds.data.tasks.common import (
+    ObjectVisibility,
+    choose_frames,
+    description_jobs,
+    find_visibility,
+    frame_fields,
+    labels_source,
     rounded,
-    shown,
+    scanrefer_source,
     target_of,
 )
-from w2r2_ds.types.sample import Reference, Sample
+from w2r2_ds.types.sample import Kind, Reference, Sample
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
 """VG-LLM's, with the line break that follows its frames."""
@@ -75,11 +85,11 @@ def object_key(about: Description) -> str:
 
 def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
     """The samples of one scene: of each description (training), or of each object where its first one stands."""
-    scene, sights = look(scene, job, options)
+    scene, visibility = find_visibility(scene, job, options)
     if options.split == "train":
-        return [(number, _outcome(scene, job, about, options, sights, about.key)) for number, about in job.descriptions]
+        return [(number, _outcome(scene, job, about, options, visibility, about.key)) for number, about in job.items]
     objects: dict[str, list[tuple[int, Description]]] = {}
-    for number, about in job.descriptions:
+    for number, about in job.items:
         objects.setdefault(object_key(about), []).append((number, about))
     outcomes: Outcomes = []
     proposed = options.boxes == "proposals"
@@ -89,7 +99,7 @@ def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
             outcomes.append((number, Dropped(key, NO_PROPOSAL, about.where)))
             continue
         references = tuple(Reference(each.text, each.words) for _, each in members)
-        outcomes.append((number, _outcome(scene, job, about, options, sights, key, references)))
+        outcomes.append((number, _outcome(scene, job, about, options, visibility, key, references)))
     return outcomes
 
 
@@ -98,7 +108,7 @@ def _outcome(
     job: Job,
     about: Description,
     options: TaskOptions,
-    sights: Mapping[int, Sight],
+    visibility: Mapping[int, ObjectVisibility],
     key: str,
     references: tuple[Reference, ...] = (),
 ) -> PreparedItem:
@@ -106,7 +116,7 @@ def _outcome(
     if options.split != "train" and options.boxes == "proposals":
         assert job.proposals is not None
         described = best_proposal(job.proposals, described)
-    chosen = choose_seeing(scene, about, key, options, sights)
+    chosen = choose_frames(scene, about, key, options, visibility)
     if isinstance(chosen, Dropped):
         return chosen
     first = scene.frames[chosen[0]].cam_to_world
@@ -114,10 +124,56 @@ def _outcome(
         id=key,
         task="scan2cap",
         scene_id=about.scene_id,
-        **shown([scene.frames[p] for p in chosen]),
+        **frame_fields([scene.frames[p] for p in chosen]),
         question=question_text(np.concatenate([described, np.zeros(3)]), first if options.format == "vgllm" else None),
         answer=about.text.capitalize(),
         target=target_of(scene, job, about, about.ann_id if options.split == "train" else "", described.copy()),
-        kind="caption",
         references=references,
     )
+
+
+@register_task
+class Scan2Cap(Task):
+    """An object given by its position -> a sentence about it."""
+
+    name = "scan2cap"
+    formats = ("vgllm", "video3dllm")
+    published: ClassVar = {"train": 36665, "val": 2068}
+
+    def annotations(self, root: Path, options: TaskOptions) -> Source:
+        return scanrefer_source(root, options.split)
+
+    def other_sources(self, root: Path, options: TaskOptions) -> list[Source]:
+        return [labels_source(root)]
+
+    def read(self, root: Path, options: TaskOptions) -> Sequence[Description]:
+        return read_scanrefer(self.annotations(root, options).path)
+
+    def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
+        return description_jobs(root, options, self.read(root, options))
+
+    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+        return make(scene, job, options)
+
+    def kind(self, options: TaskOptions) -> Kind:
+        return "caption"
+
+    def unit(self, options: TaskOptions) -> str:
+        return "descriptions" if options.split == "train" else "objects"
+
+    def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
+        if options.split == "train":
+            return super().items(job, options)
+        first: dict[str, tuple[int, str, str]] = {}
+        for number, each in job.items:
+            first.setdefault(object_key(each), (number, object_key(each), each.where))
+        return list(first.values())
+
+    def uses_visibility(self, options: TaskOptions) -> bool:
+        return options.split == "train" and options.frames.protocol == "scene_sets"
+
+    def needs_proposals(self, options: TaskOptions) -> bool:
+        return options.split != "train" and options.boxes == "proposals"
+
+    def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
+        return {} if options.split == "train" else {"boxes": options.boxes}

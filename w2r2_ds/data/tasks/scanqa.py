@@ -6,10 +6,15 @@ all references. The test splits have none, and the answer is empty.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
 from w2r2_ds.data.frames.selection import choose
-from w2r2_ds.data.sources.annotations import Question
+from w2r2_ds.data.sources.annotations import Question, read_scanqa
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.data.tasks.base import Job, Outcomes, TaskOptions, shown
+from w2r2_ds.data.tasks.base import Job, Outcomes, Source, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.common import SCANQA, frame_fields
 from w2r2_ds.types.sample import Reference, Sample
 
 QUESTION = "{question} Answer the question simply."
@@ -29,7 +34,7 @@ def question_span(question: str) -> tuple[int, int]:
 def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
     """The samples of one scene's questions, in the file's order."""
     outcomes: Outcomes = []
-    for number, question in job.questions:
+    for number, question in job.items:
         if options.split == "train":
             for i, answer in enumerate(question.answers):
                 key = f"scanqa_{question.question_id}_{i}"
@@ -55,10 +60,36 @@ def _sample(
         id=key,
         task="scanqa",
         scene_id=question.scene_id,
-        **shown([scene.frames[p] for p in chosen]),
+        **frame_fields([scene.frames[p] for p in chosen]),
         question=question_text(question.text),
         answer=answer,
-        kind="answer",
         what=question_span(question.text),
         references=references,
     )
+
+
+@register_task
+class ScanQA(Task):
+    """A question about a scene -> a short answer."""
+
+    name = "scanqa"
+    formats = ("video3dllm",)
+    splits = ("train", "val", "test_w_obj", "test_wo_obj")
+    published: ClassVar = {"val": 4675}
+
+    def annotations(self, root: Path, options: TaskOptions) -> Source:
+        return Source("annotations", root / "ScanQA" / f"ScanQA_v1.0_{options.split}.json", SCANQA)
+
+    def read(self, root: Path, options: TaskOptions) -> Sequence[Question]:
+        return read_scanqa(self.annotations(root, options).path, answers_needed=options.split in ("train", "val"))
+
+    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+        return make(scene, job, options)
+
+    def unit(self, options: TaskOptions) -> str:
+        return "questions"
+
+    def most_samples(self, jobs: Sequence[Job], options: TaskOptions) -> int:
+        if options.split != "train":
+            return self.count(jobs, options)
+        return sum(len(question.answers) for job in jobs for _, question in job.items)

@@ -13,7 +13,9 @@ answer is ours: two decimals, commas between. Its kind is ``answer``: only boxes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -22,7 +24,7 @@ from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.selection import choose
 from w2r2_ds.data.frames.visibility import clearest
 from w2r2_ds.data.images import FORMATS
-from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.annotations import Description, read_scanrefer
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
@@ -31,17 +33,26 @@ from w2r2_ds.data.tasks.base import (
     Job,
     Outcomes,
     PreparedItem,
-    Sight,
+    Source,
+    Task,
     TaskOptions,
-    choose_seeing,
-    look,
+    register_task,
+)
+from w2r2_ds.data.tasks.common import (
+    ObjectVisibility,
+    choose_frames,
+    description_jobs,
+    find_visibility,
+    frame_fields,
+    labels_source,
     rounded,
     rounded_box,
-    shown,
+    scanrefer_source,
     target_of,
     world_box,
 )
-from w2r2_ds.types.sample import Sample
+from w2r2_ds.data.tasks.parsing import Grounding, parse_grounding
+from w2r2_ds.types.sample import Kind, Sample
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -95,14 +106,14 @@ def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
     """
-    scene, sights = look(scene, job, options)
+    scene, visibility = find_visibility(scene, job, options)
     if options.format == "video3dllm":
-        return [(number, _world_outcome(scene, job, about, options, sights)) for number, about in job.descriptions]
+        return [(number, _world_outcome(scene, job, about, options, visibility)) for number, about in job.items]
     size = image_size(scene)
     return [
         (number, outcome)
-        for number, about in job.descriptions
-        for outcome in _camera_samples(scene, job, about, sights[about.object_id], options, size)
+        for number, about in job.items
+        for outcome in _camera_samples(scene, job, about, visibility[about.object_id], options, size)
     ]
 
 
@@ -117,20 +128,20 @@ def image_size(scene: Scene) -> tuple[int, int]:
 
 
 def _camera_samples(
-    scene: Scene, job: Job, about: Description, sight: Sight, options: TaskOptions, size: tuple[int, int]
+    scene: Scene, job: Job, about: Description, visible: ObjectVisibility, options: TaskOptions, size: tuple[int, int]
 ) -> Iterator[PreparedItem]:
     training = options.split == "train"
-    if training and sight.box is None:
+    if training and visible.box is None:
         yield Dropped(about.key, NO_INSTANCE_MATCH, about.where)
         return
     rolls = options.rolls if training else 1
     for roll in range(rolls):
         key = f"{about.key}#{roll}" if rolls > 1 else about.key
-        chosen = choose(options.frames, scene, key, sight.seen if training else None)
+        chosen = choose(options.frames, scene, key, visible.seen if training else None)
         best = None
-        if chosen is not None and sight.box is not None:
-            seeing = [position for position in chosen if position in sight.seen]
-            best = clearest(scene.frames, seeing, sight.box, scene.intrinsic, size)
+        if chosen is not None and visible.box is not None:
+            seeing = [position for position in chosen if position in visible.seen]
+            best = clearest(scene.frames, seeing, visible.box, scene.intrinsic, size)
         if chosen is None or (training and best is None):
             yield Dropped(key, NO_VISIBLE_FRAME, about.where)
             continue
@@ -146,7 +157,7 @@ def _sample(scene: Scene, job: Job, about: Description, key: str, chosen: list[i
         id=key,
         task="scanrefer",
         scene_id=about.scene_id,
-        **shown([scene.frames[p] for p in chosen]),
+        **frame_fields([scene.frames[p] for p in chosen]),
         question=question_text(about.text),
         answer=answer,
         target=target_of(scene, job, about, about.ann_id),
@@ -155,19 +166,61 @@ def _sample(scene: Scene, job: Job, about: Description, key: str, chosen: list[i
 
 
 def _world_outcome(
-    scene: Scene, job: Job, about: Description, options: TaskOptions, sights: Mapping[int, Sight]
+    scene: Scene, job: Job, about: Description, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
 ) -> PreparedItem:
-    chosen = choose_seeing(scene, about, about.key, options, sights)
+    chosen = choose_frames(scene, about, about.key, options, visibility)
     if isinstance(chosen, Dropped):
         return chosen
     return Sample(
         id=about.key,
         task="scanrefer",
         scene_id=about.scene_id,
-        **shown([scene.frames[p] for p in chosen]),
+        **frame_fields([scene.frames[p] for p in chosen]),
         question=question_text(about.text, WORLD_QUESTION),
         answer=world_answer_text(world_box(scene, about.object_id)),
         target=target_of(scene, job, about, about.ann_id),
-        kind="answer",
         what=description_span(about.text, WORLD_QUESTION),
     )
+
+
+@register_task
+class ScanRefer(Task):
+    """A sentence about an object -> the object's box."""
+
+    name = "scanrefer"
+    formats = ("vgllm", "video3dllm")
+    published: ClassVar = {"train": 36665, "val": 9508}
+
+    def annotations(self, root: Path, options: TaskOptions) -> Source:
+        return scanrefer_source(root, options.split)
+
+    def other_sources(self, root: Path, options: TaskOptions) -> list[Source]:
+        return [labels_source(root)]
+
+    def read(self, root: Path, options: TaskOptions) -> Sequence[Description]:
+        return read_scanrefer(self.annotations(root, options).path)
+
+    def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
+        return description_jobs(root, options, self.read(root, options))
+
+    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+        return make(scene, job, options)
+
+    def kind(self, options: TaskOptions) -> Kind:
+        return "grounding" if options.format == "vgllm" else "answer"
+
+    def parse(self, text: str, frame_count: int) -> Grounding:
+        return parse_grounding(text, frame_count)
+
+    def unit(self, options: TaskOptions) -> str:
+        return "descriptions"
+
+    def uses_visibility(self, options: TaskOptions) -> bool:
+        # vgllm answers with a frame that sees the object; scene_sets trains on frames of which one sees it
+        return options.format == "vgllm" or (options.split == "train" and options.frames.protocol == "scene_sets")
+
+    def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
+        return {"rolls": options.rolls} if options.format == "vgllm" else {}
+
+    def most_samples(self, jobs: Sequence[Job], options: TaskOptions) -> int:
+        return self.count(jobs, options) * (options.rolls if options.split == "train" else 1)

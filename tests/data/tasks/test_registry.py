@@ -1,0 +1,102 @@
+"""A task added by one file outside the package: prepared, read back, and found by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hand_scene import SCENE
+from w2r2_ds.data.dataset import PreparedSet
+from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.prepare.pipeline import prepare
+from w2r2_ds.data.tasks.base import TASKS, Task, TaskOptions, find_task, register_task
+from w2r2_ds.utils.plugins import import_plugin
+
+COUNTING = '''
+"""Counting: how many objects of a name a scene has. Annotations: counting/SPLIT.json."""
+
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
+
+from w2r2_ds.data.frames.selection import choose
+from w2r2_ds.data.sources.validation import Name, Number, Record, SceneId, validate
+from w2r2_ds.data.tasks.base import Source, Task, register_task
+from w2r2_ds.data.tasks.common import frame_fields
+from w2r2_ds.types.sample import Sample
+from w2r2_ds.utils.json_io import read_json
+
+
+class Count(Record):
+    scene_id: SceneId
+    name: Name
+    count: Number
+    where: str = ""
+    object_ids: tuple[int, ...] = ()
+
+    @property
+    def key(self):
+        return f"{self.scene_id}|{self.name}"
+
+
+@register_task
+class Counting(Task):
+    name = "counting"
+
+    def annotations(self, root, options):
+        return Source("annotations", root / "counting" / f"{options.split}.json", "your own")
+
+    def read(self, root, options):
+        path = self.annotations(root, options).path
+        return validate(TypeAdapter(list[Count]), read_json(path), path, counted=True)
+
+    def make(self, scene, job, options):
+        made = []
+        for number, item in job.items:
+            frames = [scene.frames[i] for i in choose(options.frames, scene, item.key, None)]
+            question, answer = f"How many {item.name}s are there?", str(item.count)
+            texts = {"question": question, "answer": answer}
+            made.append((number, Sample(item.key, self.name, scene.scene_id, **frame_fields(frames), **texts)))
+        return made
+
+    def parse(self, text, frame_count):
+        return int(text)
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    file = tmp_path / "counting_task.py"
+    file.write_text(COUNTING)
+    return file
+
+
+def test_a_task_from_one_file(root: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("w2r2_ds.data.tasks.base.TASKS", dict(TASKS))
+    import_plugin(str(plugin))
+    (root / "counting").mkdir()
+    entries = [{"scene_id": SCENE, "name": name, "count": count} for name, count in (("chair", 2), ("lamp", 0))]
+    (root / "counting" / "train.json").write_text(json.dumps(entries))
+    options = TaskOptions("counting", "train", frames=FrameOptions("uniform", 2))
+    done = prepare(root, options, root / "out", workers=2, quiet=True)
+    made = PreparedSet(done.folder, root)
+    assert [(each.task, each.question, each.answer, each.kind) for each in made] == [
+        ("counting", "How many chairs are there?", "2", "answer"),
+        ("counting", "How many lamps are there?", "0", "answer"),
+    ]
+    assert [path.name for path in made[0].frames] == ["00000.jpg", "00002.jpg"]
+    assert [find_task("counting").parse(each.answer, 2) for each in made] == [2, 0]
+    assert prepare(root, options, root / "out", quiet=True).reused
+
+
+def test_unknown_and_repeated_names() -> None:
+    with pytest.raises(ValueError, match=r"'colouring'.*scanrefer"):
+        find_task("colouring")
+
+    class Another(Task):
+        name = "scanrefer"
+
+    with pytest.raises(ValueError, match="'scanrefer'"):
+        register_task(Another)

@@ -1,0 +1,190 @@
+"""Helpers shared by tasks: targets, rounding, object visibility, and jobs made of ScanRefer's descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w2r2_ds.data.frames.selection import choose
+from w2r2_ds.data.frames.visibility import listed_frames, match_instance, seen_by_depth, seen_by_infos
+from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
+from w2r2_ds.data.sources.labels import LABELS_FILE, groups, nyu40_class, read_labels, scannet_class
+from w2r2_ds.data.sources.proposals import read_proposals
+from w2r2_ds.data.sources.scannet import Frame, Scene
+from w2r2_ds.data.tasks.base import (
+    NO_INSTANCE_MATCH,
+    NO_VISIBLE_FRAME,
+    Dropped,
+    Job,
+    Source,
+    TaskOptions,
+    by_scene,
+    find_task,
+)
+from w2r2_ds.types.sample import Target
+
+SCANNET = "ScanNet: sign its terms of use (http://www.scan-net.org), then use its download script"
+SCANREFER = "ScanRefer: fill in its form (https://github.com/daveredrum/ScanRefer)"
+SCANQA = "ScanQA: its public download (https://github.com/ATR-DBI/ScanQA)"
+EMBODIEDSCAN = "EmbodiedScan: fill in its form (https://github.com/OpenRobotLab/EmbodiedScan, data/README.md)"
+PROPOSALS = (
+    "boxes of Mask3D's masks in LEO's release (https://github.com/embodied-generalist/embodied-generalist); "
+    "docs/data.md says how they are written"
+)
+
+
+def scanrefer_source(root: Path, split: str) -> Source:
+    """ScanRefer's annotations, which Scan2Cap uses too."""
+    return Source("annotations", root / "ScanRefer" / f"ScanRefer_filtered_{split}.json", SCANREFER)
+
+
+def labels_source(root: Path) -> Source:
+    """ScanNet's table of labels."""
+    return Source("labels", root / LABELS_FILE, SCANNET)
+
+
+def infos_files(root: Path, split: str) -> list[Path]:
+    """EmbodiedScan's file of a split, and the other split's if it exists: EmbodiedScan may divide scenes otherwise."""
+    folder = root / "embodiedscan"
+    own, other = (folder / f"embodiedscan_infos_{name}.pkl" for name in (split, "val" if split == "train" else "train"))
+    return [own, other] if other.is_file() else [own]
+
+
+def proposals_file(root: Path, split: str) -> Path:
+    """Boxes that a detector proposes for a split."""
+    return root / "proposals" / f"scannet_{split}_pred_box.json"
+
+
+def description_jobs(root: Path, options: TaskOptions, descriptions: Sequence[Description]) -> tuple[Job, ...]:
+    """One job per scene, with groups and classes of its objects, EmbodiedScan's annotations and proposals if needed."""
+    task = find_task(options.task)
+    labels = read_labels(root)
+    by_scannet = groups(descriptions, labels, scannet_class)
+    by_nyu40 = groups(descriptions, labels, nyu40_class)
+    scenes = by_scene(descriptions)
+    infos = _read_infos(root, options.split, scenes) if task.needs_infos(options) else {}
+    proposals = read_proposals(proposals_file(root, options.split)) if task.needs_proposals(options) else {}
+    jobs = []
+    for number, (scene_id, items) in enumerate(scenes.items()):
+        objects = {about.object_id for _, about in items}
+        jobs.append(
+            Job(
+                scene_id,
+                number,
+                items,
+                groups={each: (by_scannet[scene_id, each], by_nyu40[scene_id, each]) for each in objects},
+                classes={about.object_name: scannet_class(about.object_name, labels) for _, about in items},
+                info=infos.get(scene_id),
+                proposals=proposals.get(scene_id),
+            )
+        )
+    return tuple(jobs)
+
+
+def _read_infos(root: Path, split: str, scenes: Mapping[str, Any]) -> dict[str, ScanInfo]:
+    """EmbodiedScan's annotations of these scenes; the other split's file is read if scenes are missing, as VG-LLM."""
+    found: dict[str, ScanInfo] = {}
+    for path in infos_files(root, split):
+        if not found or any(scene_id not in found for scene_id in scenes):
+            found = {**read_infos(path), **found}
+    return {scene_id: found[scene_id] for scene_id in scenes if scene_id in found}
+
+
+def target_of(
+    scene: Scene, job: Job, about: Description, ann_id: str = "", described: np.ndarray | None = None
+) -> Target:
+    """The object that a description is about."""
+    group, group_nyu40 = job.groups[about.object_id]
+    return Target(
+        box=world_box(scene, about.object_id),
+        object_id=about.object_id,
+        object_name=about.object_name.replace("_", " "),
+        group=group,
+        group_nyu40=group_nyu40,
+        scannet_class=job.classes[about.object_name],
+        ann_id=ann_id,
+        described=described,
+    )
+
+
+def frame_fields(frames: Sequence[Frame]) -> dict[str, Any]:
+    """Fields ``frames`` and ``cam_to_world`` of a sample with these frames."""
+    return {
+        "frames": tuple(frame.color for frame in frames),
+        "cam_to_world": np.stack([frame.cam_to_world for frame in frames]),
+    }
+
+
+def world_box(scene: Scene, object_id: int) -> np.ndarray:
+    """``[9]`` float64 annotated box: axis-aligned, so its angles are 0."""
+    return np.concatenate([scene.instances[object_id].box, np.zeros(3)])
+
+
+def rounded(values: np.ndarray, decimals: int = 2) -> list[float]:
+    """Numbers as VG-LLM writes them: Python's ``repr`` of these floats (``3.0``, ``0.59``)."""
+    return [round(float(value), decimals) for value in values]
+
+
+def rounded_box(box9: np.ndarray, decimals: int = 2) -> list[float]:
+    """``rounded`` of a ``[9]`` box; a side that would be 0, which is no box, is one unit of the last digit."""
+    numbers = rounded(box9, decimals)
+    numbers[3:6] = [max(size, 10**-decimals) for size in numbers[3:6]]
+    return numbers
+
+
+@dataclass(frozen=True)
+class ObjectVisibility:
+    """Positions in ``scene.frames`` that see an object, and the ``[9]`` box whose projection measures how well.
+
+    ``box`` is None where the annotated box matches no EmbodiedScan instance.
+    """
+
+    seen: frozenset[int]
+    box: np.ndarray | None
+
+
+def find_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene, dict[int, ObjectVisibility]]:
+    """The scene with the frames that can be used, and the visibility of its objects by id (empty if not needed).
+
+    Raises:
+        ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
+    """
+    if not find_task(options.task).uses_visibility(options):
+        return scene, {}
+    if options.visibility == "embodiedscan":
+        assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
+        scene = listed_frames(scene, job.info)
+    return scene, _visibility(scene, job, options)
+
+
+def choose_frames(
+    scene: Scene, about: Description, key: str, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
+) -> list[int] | Dropped:
+    """Positions of a sample's frames in the scene; one of them sees the object if the options ask for that."""
+    visible = visibility.get(about.object_id)
+    if visible is not None and visible.box is None:
+        return Dropped(key, NO_INSTANCE_MATCH, about.where)
+    chosen = choose(options.frames, scene, key, None if visible is None else visible.seen)
+    return Dropped(key, NO_VISIBLE_FRAME, about.where) if chosen is None else chosen
+
+
+def _visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[int, ObjectVisibility]:
+    """Of every object that a description is about."""
+    boxes = {about.object_id: world_box(scene, about.object_id) for _, about in job.items}
+    if options.visibility == "depth":
+        seen = seen_by_depth(scene, [box[:6] for box in boxes.values()])
+        return {number: ObjectVisibility(each, box) for (number, box), each in zip(boxes.items(), seen, strict=True)}
+    assert job.info is not None
+    visibility: dict[int, ObjectVisibility] = {}
+    for number, box in boxes.items():
+        instance = match_instance(box[:6], job.info)
+        if instance is None:
+            visibility[number] = ObjectVisibility(frozenset(), None)
+        else:
+            visibility[number] = ObjectVisibility(seen_by_infos(scene, job.info, instance), instance.box)
+    return visibility
