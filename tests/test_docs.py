@@ -1,4 +1,4 @@
-"""The documentation keeps up with the code."""
+"""The documentation matches the code."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def figures() -> Any:
     return docs_script("figures")
 
 
-def test_the_objective_names_every_reading_statistic_and_fusion() -> None:
-    text = (DOCS / "objective.md").read_text()
+def test_the_objective_names_every_push_term_statistic_and_fusion() -> None:
+    text = (DOCS / "concepts" / "objective.md").read_text()
     for name in (*PUSH_TERMS, *FUSIONS, *STATS):
         assert f"`{name}`" in text, name
 
 
 def test_every_picture_can_be_drawn_and_is_shown(figures: Any, tmp_path: Path) -> None:
-    """Every reading but `none` has one; what is in the folder is what the script makes."""
+    """Every push term except `none` has a figure, and docs/figures/ holds the output of the script."""
     drawn = {file.name for file in figures.draw(tmp_path)}
     assert drawn == {f"push_{name}.svg" for name in PUSH_TERMS if name != "none"}
-    assert {file.name for file in (DOCS / "figures").glob("*.svg")} == drawn
-    for file in (DOCS / "figures").glob("*.svg"):
+    assert {file.name for file in (DOCS / "figures").glob("push_*.svg")} == drawn
+    for file in (DOCS / "figures").glob("push_*.svg"):
         if f"Matplotlib v{figures.matplotlib.__version__}" in file.read_text():  # another version draws other bytes
-            assert file.read_bytes() == (tmp_path / file.name).read_bytes(), f"{file.name}: run docs/figures.py again"
-    shown = set(re.findall(r"figures/(push_\w+\.svg)", (DOCS / "objective.md").read_text()))
+            assert file.read_bytes() == (tmp_path / file.name).read_bytes(), f"{file.name}: run docs/scripts/figures.py again"
+    shown = set(re.findall(r"figures/(push_\w+\.svg)", (DOCS / "concepts" / "objective.md").read_text()))
     assert shown == drawn
 
 

@@ -1,4 +1,4 @@
-"""The cost model against figures worked out apart from it, and the tables that docs/performance.md shows."""
+"""The cost model against independently computed values; docs/research/cost-model.md shows its tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RATIOS = {
 
 @pytest.fixture(scope="module")
 def tables() -> Any:
-    """docs/cost_model.py."""
+    """docs/scripts/cost_model.py."""
     return docs_script("cost_model")
 
 
@@ -58,10 +58,10 @@ def test_packing_divides_what_the_prefix_costs(tables: Any) -> None:
 
 
 def test_the_docs_show_these_tables(tables: Any) -> None:
-    text = (DOCS / "performance.md").read_text()
+    text = (DOCS / "research" / "cost-model.md").read_text()
     for make in tables.TABLES.values():
         for line in tables.markdown(make()).splitlines():
-            assert line in text, "run docs/cost_model.py again and put its tables into docs/performance.md"
+            assert line in text, "run docs/scripts/cost_model.py and copy its tables to docs/research/cost-model.md"
 
 
 def test_parts_are_what_torch_counts() -> None:

@@ -1,4 +1,4 @@
-"""docs/performance.md shows what docs/measured/ holds, and that is of every benchmark."""
+"""docs/research/measurements.md shows the reports in docs/measured/, one per benchmark."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from w2r2_ds.bench import BENCHMARKS
 
 @pytest.fixture(scope="module")
 def measured() -> Any:
-    """docs/measured.py."""
+    """docs/scripts/measured.py."""
     return docs_script("measured")
 
 
 def test_the_docs_show_what_was_measured(measured: Any) -> None:
-    text = (DOCS / "performance.md").read_text()
+    text = (DOCS / "research" / "measurements.md").read_text()
     reports = measured.read()
     assert [report["name"] for report in reports] == list(BENCHMARKS)
     for report in reports:
-        assert measured.section(report) in text, f"{report['name']}: run docs/measured.py again"
+        assert measured.section(report) in text, f"{report['name']}: run docs/scripts/measured.py again"
 
 
 def test_a_row_without_a_value_is_an_empty_cell(measured: Any) -> None:

@@ -1,4 +1,4 @@
-"""The fault matrix, from an actual run: ``python tests/faults/matrix.py [TEST ...] [--into docs/cluster.md]``.
+"""The fault matrix, from an actual run: ``python tests/faults/matrix.py [TEST ...] [--into docs/guides/troubleshooting.md]``.
 
 Runs tests/faults and tests/cluster with their nightly parts (or the tests that are named), and prints one row of
 Markdown per fault. What a test did is in the properties of its report; a test that failed stands in the table as well.

@@ -1,4 +1,4 @@
-"""The scripts of docs/, which are no package."""
+"""Load the scripts of docs/scripts/, which are not a package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def docs_script(name: str) -> Any:
-    """docs/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    """docs/scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -209,7 +209,7 @@ def test_a_frame_stays_below_the_data_root(path: str, sentence: str, samples: An
 
 
 def test_links_of_the_users_own_are_followed(samples: Any, tmp_path: Path) -> None:
-    """docs/data.md: a folder may be a link to another disk. A table cannot make one."""
+    """docs/guides/own-dataset.md: a folder may be a link to another disk. A table cannot make one."""
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "posed_images").symlink_to(samples[0].frames[0].parent)
     linked = [

@@ -14,7 +14,7 @@ from typing import Literal
 from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
 
 PROTOCOL = (
-    "How to score (docs/metrics.md): a name, several separated by commas or by giving the option several times, or "
+    "How to score (docs/reference/metrics/): a name, several separated by commas or by giving the option several times, or "
     "all; by default the task's own."
 )
 
@@ -58,7 +58,7 @@ def run(
             not needed if all are of one task.
         data: a prepared folder instead of the run's own, as it is or below the root.
         geometry: fused, zero for the 2D-only pass, or shuffle for another scene's geometry.
-        protocols: how to score (docs/metrics.md): names, or all; the task's default if empty.
+        protocols: how to score (docs/reference/metrics/): names, or all; the task's default if empty.
         proposals: file of detected boxes, for the protocol vgllm_refined.
         out: folder for predictions and scores; CHECKPOINT/evaluation without it.
         limit: number of samples, 0 for all.

@@ -33,7 +33,7 @@ def scanrefer(
     """A sentence about an object -> where the object is.
 
     Args:
-        root: data root in ScanNet's layout (docs/data.md).
+        root: data root in ScanNet's layout (docs/guides/own-dataset.md).
         splits: of the annotations.
         format: VG-LLM's frame and box in its camera, or the corners of the world box in Video-3D-LLM's words.
         frames: which frames a sample sees.
@@ -78,7 +78,7 @@ def scan2cap(
     """An object given by its place -> a sentence about it.
 
     Args:
-        root: data root in ScanNet's layout (docs/data.md).
+        root: data root in ScanNet's layout (docs/guides/own-dataset.md).
         splits: of the annotations, which are ScanRefer's.
         format: the place in the first frame's camera (VG-LLM), or in the world (Video-3D-LLM's words).
         frames: which frames a sample sees.
@@ -115,7 +115,7 @@ def scanqa(
     """A question about a scene -> a short answer, in Video-3D-LLM's words.
 
     Args:
-        root: data root in ScanNet's layout (docs/data.md).
+        root: data root in ScanNet's layout (docs/guides/own-dataset.md).
         splits: of the annotations; the test splits have no answers and cannot be scored here.
         frames: which frames a sample sees.
         out: folder for a folder per split; ROOT/prepared/scanqa without it.
@@ -153,7 +153,7 @@ def detection(
     """A few neighbouring frames -> every object that they see, from EmbodiedScan, as VG-LLM.
 
     Args:
-        root: data root in ScanNet's layout (docs/data.md).
+        root: data root in ScanNet's layout (docs/guides/own-dataset.md).
         splits: of EmbodiedScan.
         count: frames per sample.
         interval: every how many frames of a run without a gap a sample takes one.
@@ -224,7 +224,7 @@ def boxes(root: str, scenes: list[str] = [], workers: int = 0, overwrite: bool =
     """ScanRefer's boxes, scannet_data/SCENE_aligned_bbox.npy, from ScanNet's meshes and their annotations.
 
     Args:
-        root: data root in ScanNet's layout (docs/data.md).
+        root: data root in ScanNet's layout (docs/guides/own-dataset.md).
         scenes: names; without any, every scene below ROOT/scans.
         workers: processes; 0 means one per available core.
         overwrite: make them again where they are.

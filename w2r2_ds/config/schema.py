@@ -32,7 +32,7 @@ class DataConfig:
     """Where the data lie and what the model is shown of them.
 
     Args:
-        root: folder in ScanNet's layout (posed_images/, scans/, ...; docs/data.md).
+        root: folder in ScanNet's layout (posed_images/, scans/, ...; docs/guides/own-dataset.md).
         train: prepared training sets, a list of path, weight and cap.
         val: prepared validation sets, all shown whole.
         frame_width: width in pixels to which a frame is resized for VGGT, whose own is 518; a multiple of its patch 14.
@@ -115,7 +115,7 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """L = L_align + push, where push is one reading of the paper's lambda * L_det (docs/objective.md).
+    """L = L_align + push, where push is one reading of the paper's lambda * L_det (docs/concepts/objective.md).
 
     Args:
         push: reading of Eq. 6: none, literal, reweight, downweight, margin, pseudo_label, soft_iou, representation, poe
@@ -175,7 +175,7 @@ class TrainConfig:
             not hold is not missed. Answers of micro_batch samples are decoded at once.
         eval_max_new_tokens: longest answer in validation; under ZeRO-3 every token gathers the weights once.
         best_by: metric whose highest value is the best checkpoint, as scan2cap/CIDEr@0.5; empty for the main metric of
-            the first set's task (docs/metrics.md).
+            the first set's task (docs/reference/metrics/).
         seed: of initialisation, data order, dropout and validation samples.
         hang_seconds: a rank that stands still for so long ends the job, with what every rank was doing; more than the
             longest pause of a healthy run (a save, a batch from a slow disk).

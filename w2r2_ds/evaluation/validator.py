@@ -1,7 +1,8 @@
 """Validation while training: fused greedy answers of a fixed part of data.val, scored by each task's default protocol.
 
 Names are ``task/metric``: those that papers print (``score.headline``), and ``parsed``; for ScanRefer's answers in a
-frame's camera also ``mean_iou``. A part of a set has other scores than the whole, CIDEr above all (docs/metrics.md).
+frame's camera also ``mean_iou``. Scores of a subset differ from those of the whole set, most of all CIDEr
+(docs/reference/metrics/).
 """
 
 from __future__ import annotations

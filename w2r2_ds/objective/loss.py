@@ -27,7 +27,7 @@ STATS = (
     "invalid_fused",
     "geometry_norm",
 )
-"""Columns of the per-sample statistics (docs/objective.md says how to read them)."""
+"""Columns of the per-sample statistics (docs/concepts/objective.md says how to read them)."""
 
 LOSS_PARTS = ("loss", "align", "push")
 """Columns that `objective.reduction` weighs; the others are means over samples."""

@@ -1,7 +1,7 @@
 """The readings of Eq. 6, each a small pure function of tensors; `PUSH_TERMS` is the registry.
 
 Eq. 6 as printed, ``L_det = max(0, s(o_short, y) - mu)``, has no gradient: o_short is detached and an IoU of text is not
-differentiable (docs/objective.md). What the method pushes on is therefore a choice, and every choice has a name. A term
+differentiable (docs/concepts/objective.md). The push term is therefore a choice among several named ones. A term
 is added to the sample's cross-entropy l; it returns ``[batch]`` and is 0 for a sample that it has nothing to say about.
 
 Notation: p and p' the fused and the shortcut's next-token probabilities under teacher forcing (p' is detached), y the

@@ -1,4 +1,4 @@
-"""Print the cost model's tables of docs/performance.md: ``python docs/cost_model.py``.
+"""Print the cost model's tables of docs/research/cost-model.md: ``python docs/scripts/cost_model.py``.
 
 Operations are counted from the architectures' shapes alone (w2r2_ds/bench/cost_model.py); nothing here was measured.
 """
@@ -74,7 +74,7 @@ def ways(shape: Shape, mode: Mode) -> dict[str, float]:
 
 
 def ratios() -> tuple[Row, list[Row]]:
-    """W2R2 against the field's single pass and against our own, one question to a sequence."""
+    """W2R2 relative to the HF Trainer baseline and to our own single pass, one question per sequence."""
     rows = []
     for name, size in SIZES.items():
         for mode_name, mode in MODES.items():
@@ -87,7 +87,7 @@ def ratios() -> tuple[Row, list[Row]]:
                 ]
                 numbers = [f"{value:.2f}" for value in against_field + against_own]
                 rows.append([name, str(frames), mode_name, f"{way['field']:.0f}", *numbers])
-    head = ["size", "frames", "training", "field, Tflop", "naive", "shared features", "exact", "geometry cached"]
+    head = ["size", "frames", "training", "baseline, Tflop", "naive", "shared features", "exact", "geometry cached"]
     return [*head, "both cached", "exact / own", "geometry cached / own", "both cached / own"], rows
 
 
@@ -102,7 +102,7 @@ def packed() -> tuple[Row, list[Row]]:
             steps.append(cost_model.own_step(shape, mode, 8).total())
             cells = [f"{value / TERA:.0f} ({value / field:.2f}x)" for value in steps]
             rows.append([name, mode_name, f"{field / TERA:.0f}", *cells])
-    head = ["size", "training", "field", *(f"K = {count}, cached" for count in QUESTIONS), "K = 8, no cache"]
+    head = ["size", "training", "baseline", *(f"K = {count}, cached" for count in QUESTIONS), "K = 8, no cache"]
     return head, rows
 
 
@@ -123,7 +123,7 @@ def approximate() -> tuple[Row, list[Row]]:
 
 
 def markdown(table: tuple[Row, list[Row]]) -> str:
-    """A table as docs/performance.md has it."""
+    """A table in Markdown, as in docs/research/cost-model.md."""
     head, rows = table
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -131,7 +131,7 @@ def markdown(table: tuple[Row, list[Row]]) -> str:
 
 TABLES = {
     "Operations per sample, Tflop (square frames)": parts,
-    "A step against the field's and against our own single pass (square frames)": ratios,
+    "A step relative to the HF Trainer baseline and to our own single pass (square frames)": ratios,
     "Scene packing, Tflop per sample (24 frames of 518 x 392)": packed,
     "What an approximate shortcut would give": approximate,
 }

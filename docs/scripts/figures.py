@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/objective.md from the push terms themselves: ``python docs/figures.py [FOLDER]``."""
+"""Draw the push-term figures of docs/concepts/objective.md: ``python docs/scripts/figures.py [FOLDER]``."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ PICTURES: dict[str, tuple[Callable[[], list[tuple[str, Tensor, Tensor]]], str, s
 
 
 def draw(folder: Path) -> list[Path]:
-    """One SVG per reading; the same bytes for the same matplotlib."""
+    """One SVG per push term; the same bytes for the same matplotlib."""
     matplotlib.rcParams |= {"svg.hashsalt": "w2r2", "svg.fonttype": "none", "font.size": 8}
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -156,5 +156,5 @@ def draw(folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for file in draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "figures"):
+    for file in draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "figures"):
         print(file)

@@ -1,4 +1,4 @@
-"""Print the tables of docs/performance.md, section Measured, from docs/measured/: ``python docs/measured.py``.
+"""Print the tables of docs/research/measurements.md from docs/measured/: ``python docs/scripts/measured.py``.
 
 A file there is what ``python launchers/bench.py NAME --json docs/measured/NAME.json`` wrote.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from w2r2_ds.bench import BENCHMARKS
 from w2r2_ds.bench.report import cell
 
-FOLDER = Path(__file__).parent / "measured"
+FOLDER = Path(__file__).parents[1] / "measured"
 HIDDEN = {"q1", "q3", "runs", "shape", "operations"}
 """Columns that are shown otherwise or are the same in every row."""
 MACHINE = ("load", "threads", "processor", "gpu", "torch", "transformers", "peft", "deepspeed", "triton", "python")

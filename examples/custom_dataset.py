@@ -1,0 +1,74 @@
+"""Questions of your own about scenes in ScanNet's layout, as a prepared data set.
+
+    python examples/custom_dataset.py QUESTIONS.jsonl --root data/scannet [--frames 8]
+
+A line of QUESTIONS.jsonl is ``{"scene": "scene0000_00", "question": "How many chairs?", "answers": ["2", "two"]}``. The
+script writes them in ScanQA's format to a folder of their own, links the scenes, and runs ``prepare.py scanqa`` there.
+Train on the printed folder: ``--data.root FOLDER --data.train '[{path: prepared/scanqa/train}]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = ("posed_images", "scans", "scannet_data", "scannetv2-labels.combined.tsv")
+"""Parts of the data root that do not depend on the questions."""
+
+
+def scanqa_entries(questions: Path) -> list[dict[str, object]]:
+    """Entries of a ScanQA file, one per line of `questions`.
+
+    Raises:
+        ValueError: a line without a scene, a question or an answer; names the file and the line.
+    """
+    entries: list[dict[str, object]] = []
+    for number, line in enumerate(questions.read_text(encoding="utf-8").splitlines(), start=1):
+        record = json.loads(line)
+        missing = [key for key in ("scene", "question", "answers") if not record.get(key)]
+        if missing:
+            raise ValueError(f"{questions}, line {number}: no {', '.join(missing)}")
+        entries.append(
+            {
+                "scene_id": record["scene"],
+                "question_id": f"custom-{number}",
+                "question": record["question"],
+                "answers": record["answers"],
+                # A question about no single object: ScanQA lists the objects that an answer is about.
+                "object_ids": record.get("object_ids", []),
+                "object_names": record.get("object_names", []),
+            }
+        )
+    return entries
+
+
+def main(args: list[str] | None = None) -> int:
+    """Write the annotations, prepare the set; returns the exit code of prepare.py."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("--root", type=Path, required=True, help="data root in ScanNet's layout")
+    parser.add_argument("--out", type=Path, default=Path("runs/custom"), help="new data root")
+    parser.add_argument("--frames", type=int, default=8, help="frames per sample")
+    options = parser.parse_args(args)
+    annotations = options.out / "ScanQA"
+    annotations.mkdir(parents=True, exist_ok=True)
+    for name in SHARED:
+        link = options.out / name
+        if (options.root / name).exists() and not link.exists():
+            link.symlink_to((options.root / name).resolve())
+    entries = scanqa_entries(options.questions)
+    (annotations / "ScanQA_v1.0_train.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    command = [sys.executable, str(REPOSITORY / "launchers" / "prepare.py"), "scanqa", "--root", str(options.out)]
+    command += ["--splits", "[train]", "--frames.protocol", "uniform", "--frames.count", str(options.frames)]
+    code = subprocess.run(command, check=False).returncode
+    if code == 0:
+        print(f"prepared: {options.out / 'prepared' / 'scanqa' / 'train'}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
