@@ -1,4 +1,4 @@
-# make install | demo | test | lint | clean. Everything lands in .venv and runs/; a second run reuses it.
+# make install | demo | test-unit | test | nightly | lint | docs | clean. Everything lands in .venv and runs/; a second run reuses it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ JOBS ?= 3
 # The deepspeed and ninja programs are looked up on PATH.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-unit nightly docs lint clean
 
 install: $(STAMP)
 	@echo "== $(VENV) is up to date"
@@ -37,6 +37,18 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(RUN) "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# Not the tests that start processes (distributed) or take long (slow, nightly): under 3 minutes on 2 cores.
+test-unit: $(STAMP)
+	@$(RUN) "$(BIN)/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not distributed and not slow and not nightly"
+
+nightly: $(STAMP)
+	@$(RUN) "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m nightly
+
+# The site, in runs/site; `.venv/bin/mkdocs serve` shows it while you write.
+docs: $(STAMP)
+	@$(RUN) DISABLE_MKDOCS_2_WARNING=true "$(BIN)/mkdocs" build --strict --quiet
+	@echo "== docs: runs/site/index.html"
 
 lint: $(STAMP)
 	"$(BIN)/ruff" format --check .

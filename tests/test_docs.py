@@ -32,7 +32,7 @@ def test_every_picture_can_be_drawn_and_is_shown(figures: Any, tmp_path: Path) -
     assert {file.name for file in (DOCS / "figures").glob("push_*.svg")} == drawn
     for file in (DOCS / "figures").glob("push_*.svg"):
         if f"Matplotlib v{figures.matplotlib.__version__}" in file.read_text():  # another version draws other bytes
-            assert file.read_bytes() == (tmp_path / file.name).read_bytes(), f"{file.name}: run docs/scripts/figures.py again"
+            assert file.read_bytes() == (tmp_path / file.name).read_bytes(), f"{file.name}: run docs/scripts/figures.py"
     shown = set(re.findall(r"figures/(push_\w+\.svg)", (DOCS / "concepts" / "objective.md").read_text()))
     assert shown == drawn
 

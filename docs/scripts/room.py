@@ -26,7 +26,8 @@ def make_sheet(folder: Path) -> Path:
 def reduce(sheet: Path, out: Path) -> None:
     """Write a smaller copy with a palette."""
     with Image.open(sheet) as image:
-        small = image.convert("RGB").resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
+        size = (WIDTH, round(image.height * WIDTH / image.width))
+        small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     small.quantize(64).save(out, optimize=True)
 
 

@@ -49,8 +49,8 @@ def arrow(start: str, end: str, label: str) -> str:
     x1, y1, _, tall, *_ = BOXES[end]
     a, b, c, d = x0 + width, y0 + height / 2, x1 - 4, y1 + tall / 2
     text = f'<text x="{(a + c) / 2:g}" y="{(b + d) / 2 - 8:g}" class="small">{label}</text>' if label else ""
-    line = f'<line x1="{a}" y1="{b:g}" x2="{c}" y2="{d:g}" stroke="#455a64" stroke-width="1.6" marker-end="url(#head)"/>'
-    return line + text
+    ends = f'x1="{a}" y1="{b:g}" x2="{c}" y2="{d:g}"'
+    return f'<line {ends} stroke="#455a64" stroke-width="1.6" marker-end="url(#head)"/>{text}'
 
 
 def svg() -> str:

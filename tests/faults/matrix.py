@@ -1,4 +1,6 @@
-"""The fault matrix, from an actual run: ``python tests/faults/matrix.py [TEST ...] [--into docs/guides/troubleshooting.md]``.
+"""Make the fault matrix from a run: ``python tests/faults/matrix.py [TEST ...] [--into FILE]``.
+
+FILE is docs/guides/troubleshooting.md, which has the marks that the table goes between.
 
 Runs tests/faults and tests/cluster with their nightly parts (or the tests that are named), and prints one row of
 Markdown per fault. What a test did is in the properties of its report; a test that failed stands in the table as well.

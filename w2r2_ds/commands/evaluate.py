@@ -14,8 +14,8 @@ from typing import Literal
 from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
 
 PROTOCOL = (
-    "How to score (docs/reference/metrics/): a name, several separated by commas or by giving the option several times, or "
-    "all; by default the task's own."
+    "How to score (docs/reference/metrics/): a name, several separated by commas or by giving the option several "
+    "times, or all; by default the task's own."
 )
 
 

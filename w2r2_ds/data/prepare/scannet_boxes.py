@@ -177,7 +177,9 @@ def write_all_boxes(
     if not scenes:
         scenes = sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
     if not scenes:
-        raise ValueError(f"{folder} holds no scenes; correct --root, or get ScanNet's scans first (docs/guides/own-dataset.md).")
+        raise ValueError(
+            f"{folder} holds no scenes; correct --root, or get ScanNet's scans first (docs/guides/own-dataset.md)."
+        )
     there = {name for name in scenes if (root / "scannet_data" / f"{name}_aligned_bbox.npy").is_file()}
     todo = [(root, name) for name in scenes if overwrite or name not in there]
     problems: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Every scoring protocol by name, and the paper's "Overall".
 
-A name is ``task/protocol``: one project scores several tasks. ``docs/reference/metrics/`` says what is comparable with what.
+A name is ``task/protocol``: one project scores several tasks. See docs/reference/metrics/ for what is comparable.
 """
 
 from __future__ import annotations
