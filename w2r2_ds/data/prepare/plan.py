@@ -10,7 +10,7 @@ from typing import Any
 from w2r2_ds.data.tasks.base import Job, Source, Task, TaskOptions, find_task
 from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, SCANNET, infos_files, proposals_file
 
-EXTRACTED = f"{SCANNET}; docs/data.md says how frames are extracted"
+EXTRACTED = f"{SCANNET}; docs/guides/own-dataset.md says how frames are extracted"
 BOXES = "launchers/prepare.py boxes, or ScanRefer's batch_load_scannet_data.py"
 
 

@@ -34,7 +34,7 @@ SCANQA = "ScanQA: its public download (https://github.com/ATR-DBI/ScanQA)"
 EMBODIEDSCAN = "EmbodiedScan: fill in its form (https://github.com/OpenRobotLab/EmbodiedScan, data/README.md)"
 PROPOSALS = (
     "boxes of Mask3D's masks in LEO's release (https://github.com/embodied-generalist/embodied-generalist); "
-    "docs/data.md says how they are written"
+    "docs/guides/own-dataset.md says how they are written"
 )
 
 
