@@ -190,7 +190,12 @@ def batch_of(frontend: Any, data_config: Any) -> Callable[..., Any]:
         processor = make_processor(frontend, config)
         positions = make_positions(frontend, config) if with_answer else None
         collate = Collator(
-            frontend.tokenizer.pad_token_id, visual_kind(config), positions, frontend.vision, with_prompts
+            frontend.tokenizer.pad_token_id,
+            visual_kind(config),
+            positions,
+            frontend.vision,
+            frontend.family,
+            with_prompts,
         )
         return collate([processor(sample, with_answer) for sample in chosen])
 

@@ -18,13 +18,12 @@ from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.loading import load_config as load_vlm_config
+from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, load_vlm
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
-from w2r2_ds.models.qwen2_5_vl.loading import load_config as load_vlm_config
-from w2r2_ds.models.qwen2_5_vl.loading import load_tokenizer, load_vlm
 from w2r2_ds.models.vggt.loading import INDEX, WEIGHTS, load_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
-from w2r2_ds.types.vision import VisionSpec
 
 PUBLIC_KEYS = Path(__file__).parents[1] / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"
 SIZES = VGGTConfig(
@@ -112,7 +111,7 @@ def test_the_language_model_is_a_plain_directory_of_the_same_weights(source: Pat
     assert not [key for key in ("use_vggt_feature", "reference_frame") if key in json.dumps(config)]
     rope = load_vlm_config(imported).text_config.rope_parameters
     assert rope["mrope_section"] == load_vlm_config(plain).text_config.rope_parameters["mrope_section"]
-    assert VisionSpec.load(imported) == VisionSpec.load(plain)
+    assert load_vision_spec(imported) == load_vision_spec(plain)
     assert load_tokenizer(imported).get_vocab() == load_tokenizer(plain).get_vocab()
     assert (imported / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
 

@@ -314,7 +314,9 @@ def test_from_sample_to_batch(
     pads = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
     vision = replace(frontend.vision, **pads)
     processor = Processor(tokenizer, vision, data_config())
-    collate = Collator(tokenizer.pad_token_id, "image", lambda ids, *rest: torch.zeros(3, *ids.shape), vision)
+    collate = Collator(
+        tokenizer.pad_token_id, "image", lambda ids, *rest: torch.zeros(3, *ids.shape), vision, frontend.family
+    )
     batch = collate([processor(sample, with_answer=True) for sample in samples[:2]])
     rows, what = batch.answer_rows, batch.what_rows
     for index, description in enumerate(["The red chair.", "A small brown table beside the white door of the room."]):

@@ -25,14 +25,16 @@ from w2r2_ds.data.collate import token_counts
 from w2r2_ds.kernels.cell_norm import merge_cells
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.loading import model_class
 from w2r2_ds.models.merger import GeometryMerger
-from w2r2_ds.models.qwen2_5_vl.loading import model_class, position_ids
+from w2r2_ds.models.qwen2_5_vl.positions import position_ids
+from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.loss import sample_weights
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
-from w2r2_ds.types.batch import AnswerRows, Batch, Layout, PromptRows, TowerInputs, Visuals
+from w2r2_ds.types.batch import AnswerRows, Batch, Layout, PromptRows, Visuals
 
 MAIN = ""
 VARIANTS = {
@@ -77,7 +79,7 @@ def batch_of(golden: Golden) -> Batch:
     sample, position = (labels[:, 1:] != -100).nonzero().unbind(1)
     vision = base.config.vision_config
     sizes = token_counts(grid, vision.spatial_merge_size)
-    tower = TowerInputs.of(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    tower = WindowInputs.of(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
     slots = torch.full((count, NUMBERS, 1), -1)
     return Batch(
         ids=tuple(map(str, range(count))),

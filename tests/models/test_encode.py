@@ -23,7 +23,7 @@ from w2r2_ds.models.build import VlmFrontend, build_model
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.w2r2 import W2R2, missing_2d
 from w2r2_ds.training.cache_stats import cache_use, describe_cache
-from w2r2_ds.training.throughput import geometry_flops, tower_flops
+from w2r2_ds.training.throughput import geometry_flops
 
 BOTH: dict[str, Any] = {"cached_features": "geometry+2d"}
 
@@ -134,6 +134,7 @@ def test_what_is_not_computed_counts_for_no_speed(
     samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any]
 ) -> None:
     model = models["float32"]
+    tower_flops = model.family.vision_flops
     tower, plain = model.base.model.visual, loaded(samples, cache="").visuals
     cold = loaded(samples, **BOTH).visuals
     assert geometry_flops(model.geometry, cold) == geometry_flops(model.geometry, plain) > 0

@@ -15,7 +15,7 @@ from torch.nn.functional import layer_norm
 from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.models.build import build_model, fingerprint, trainable
 from w2r2_ds.models.fusion import FUSIONS, HEADS, Fusion, fusion_name, index_codes, make_fusion
-from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
+from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.token_masking import mask_images
 
 SIZES = (3, 3, 5, 0, 2)

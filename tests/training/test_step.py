@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax
 
 from reference_passes import hand_loss, shortcut_of
 from w2r2_ds.models.build import trainable
-from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
+from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.objective.loss import STATS
 from w2r2_ds.objective.push_terms import PUSH_TERMS
 from w2r2_ds.objective.scorer import Score, Scorer

@@ -16,10 +16,11 @@ from host_sync import host_reads
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.models.build import build_model
+from w2r2_ds.models.qwen2_5_vl.family import squares
 from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
-from w2r2_ds.training.throughput import Throughput, last_layer_work, matrix_rate, squares, step_flops, tokens_and_pairs
+from w2r2_ds.training.throughput import Throughput, last_layer_work, matrix_rate, step_flops, tokens_and_pairs
 
 CASES = [
     # push, fusion, zero, visual

@@ -75,7 +75,9 @@ def eval_throughput(
 def prompts(subject: Subject, count: int) -> Batch:
     """So many prompts, each with frames of its own, left-padded."""
     made = [prompt(feature) for feature in subject.features(count)]
-    collate = Collator(subject.frontend.tokenizer.pad_token_id, "image", None, subject.frontend.vision)
+    collate = Collator(
+        subject.frontend.tokenizer.pad_token_id, "image", None, subject.frontend.vision, subject.frontend.family
+    )
     return collate(made).to(subject.device)
 
 
@@ -104,7 +106,7 @@ def stock_tokens(subject: Subject, batch: Batch, tokens: int) -> list[int]:
     images = batch.visuals.geometry_images[0]
     assert images is not None, "a batch without a cache"
     tokenizer = subject.frontend.tokenizer
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = tokenizer.convert_tokens_to_ids(subject.frontend.family.end_of_turn)
     with stock(subject.model):
         visual = field.fused(batch.visuals.pixel_values, batch.visuals.grid_thw, images)
         output = subject.model.base.generate(

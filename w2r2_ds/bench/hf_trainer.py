@@ -31,7 +31,7 @@ def stock(model: W2R2) -> Iterator[None]:
 
     Activations are recomputed as the Trainer's `gradient_checkpointing` has it done: in every layer, by transformers.
     """
-    norm, text = model.geometry_merger.ln_q, model.base.model.language_model
+    norm, text = model.geometry_merger.ln_q, model.family.language_model(model.base)
     kernels, norm.kernels = norm.kernels, "torch"
     ours = [(module, module.__dict__.pop("forward")) for module in model.vlm.modules() if "forward" in module.__dict__]
     for layer in text.layers:  # what transformers sets; the method's name is another in every few versions

@@ -28,9 +28,9 @@ from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_ker
 from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.loading import meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
-from w2r2_ds.models.qwen2_5_vl.loading import meta_model
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.scorer import Scorer
@@ -94,7 +94,7 @@ class Subject:
 
     def _collate(self, features: list[Features], grouping: Grouping | None) -> Batch:
         positions, pad = make_positions(self.frontend, DataConfig()), self.frontend.tokenizer.pad_token_id
-        collate = Collator(pad, "image", positions, self.frontend.vision, grouping=grouping)
+        collate = Collator(pad, "image", positions, self.frontend.vision, self.frontend.family, grouping=grouping)
         return collate(features).to(self.device)
 
     def features(self, questions: int) -> list[Features]:
@@ -190,7 +190,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
         for name, parameter in trainable(model).items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-    recompute(model.base.model.language_model.layers, 1, False, lambda: (nullcontext(), nullcontext()))
+    recompute(model.family.language_model(model.base).layers, 1, False, lambda: (nullcontext(), nullcontext()))
     model.base.enable_input_require_grads()
     return Subject(shape, model, frontend, device)
 

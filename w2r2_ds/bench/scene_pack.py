@@ -17,7 +17,6 @@ from w2r2_ds.bench.reference import difference, gradients
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.bench.step_ratio import BOTH, FIELD, GRADIENTS, LORA, SINGLE, W2R2_STEP, single_pass
-from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import Batch
 
@@ -82,19 +81,19 @@ def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
     most, alone = list(batches)[-1], subject.batch()
     disk, field = OnDisk(model, alone), FieldTrainer(subject, alone)
     known = disk.kept_2d, disk.kept_3d
-    whole = model.base.model.language_model.config._attn_implementation
+    whole = model.family.language_model(model.base).config._attn_implementation
 
     def stock(given: Any = None) -> Lap:
         model.base.set_attn_implementation({"text_config": whole})
         lap = field.step(given)
-        use_scene_split(model.base)
+        model.family.use_packed_attention(model.base)
         return lap
 
     def run(step: W2R2Step, batch: Batch, cached: bool) -> None:
         given = disk.into(batch, both=True) if cached else batch
         update(optimizer, step(given)[0])
 
-    use_scene_split(model.base)
+    model.family.use_packed_attention(model.base)
     result: dict[str, Case] = {FIELD: stock, FIELD + BOTH: partial(stock, known)}
     for count, batch in batches.items():
         result[f"{W2R2_STEP}, K = {count}{BOTH}"] = partial(run, subject.step(), batch, True)
@@ -112,7 +111,7 @@ def separate_difference(subject: Subject, packed: Batch) -> float:
     for index in range(len(packed.ids)):
         own = gradients(model, step(disk.into(subject.alone(index), both=True))[0])
         total = {name: total.get(name, torch.zeros_like(each)) + each for name, each in own.items()}
-    use_scene_split(model.base)
+    model.family.use_packed_attention(model.base)
     return difference(gradients(model, step(disk.into(packed, both=True))[0]), total)
 
 

@@ -62,7 +62,7 @@ class Run:
         train = TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10, pass_order=pass_order)
         config = RunConfig(objective=ObjectiveConfig(), train=train)
         ds_config = resolve_ds_config(
-            sharded(self.model.base.model.language_model),
+            sharded(self.model.family.language_model(self.model.base)),
             path=__file__,
             global_batch=world,
             micro_batch=1,
@@ -77,7 +77,7 @@ class Run:
     def counted(self) -> Counts:
         """What the last of the first steps gathers, as every later one does."""
         for _ in range(STEPS):
-            with counting(self.model.base.model.language_model) as counts:
+            with counting(self.model.family.language_model(self.model.base)) as counts:
                 self.step()
         return counts
 

@@ -28,12 +28,11 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.models.geometry_encoder import REFERENCE_FRAMES
+from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, meta_model
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
-from w2r2_ds.models.qwen2_5_vl.loading import load_tokenizer, meta_model
 from w2r2_ds.models.vggt.loading import CONFIG, HEADS, read_json, save_vggt, weight_files
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
-from w2r2_ds.types.vision import VisionSpec
 
 T = TypeVar("T")
 
@@ -72,7 +71,7 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name another folder or remove it.")
     load_tokenizer(source)  # this and the next line raise on missing files
-    VisionSpec.load(source)
+    load_vision_spec(source)
     raw = read_json(source / CONFIG)
     copied = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
     for file in (source / CONFIG, *copied):

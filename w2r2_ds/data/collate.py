@@ -14,7 +14,8 @@ from w2r2_ds.data.images import VGGT_PATCH
 from w2r2_ds.data.packing import Group, Grouping, alone, in_one_sequence, joined, joined_positions, one_by_one
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.visual_inputs import vision_patches
-from w2r2_ds.types.batch import Batch, Prompts, Tokens, TowerInputs, Visuals
+from w2r2_ds.models.family import VlmFamily
+from w2r2_ds.types.batch import Batch, Prompts, Tokens, Visuals
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 
@@ -31,6 +32,7 @@ class Collator:
         positions: multimodal positions, computed here so that the GPU never waits for them; None pads on the left,
             for generation.
         vision: sizes of the vision tower, for the image of a batch without frames.
+        family: builds the inputs of its vision tower.
         with_prompts: also make `Batch.prompts`.
         grouping: which samples share frames, packed into one sequence; None makes a padded sequence of each.
     """
@@ -41,12 +43,14 @@ class Collator:
         kind: str,
         positions: Positions | None,
         vision: VisionSpec,
+        family: VlmFamily,
         with_prompts: bool = False,
         grouping: Grouping | None = None,
     ) -> None:
         assert grouping is None or positions is not None, "prompts for generation are not packed"
         self.pad_id, self.kind, self.positions, self.with_prompts = pad_id, kind, positions, with_prompts
-        self.vision, self.dummy, self.grouping = vision, dummy_visuals(kind, vision), grouping
+        self.family = family
+        self.vision, self.dummy, self.grouping = vision, dummy_visuals(kind, vision, family), grouping
 
     def __call__(self, features: Sequence[Features]) -> Batch:
         left = self.positions is None
@@ -120,7 +124,7 @@ class Collator:
         # With cached 2D features the tower is given sample by sample what it lacks.
         patches = torch.cat([f.pixel_values[:0] if cached_2d else f.pixel_values for f in seen])
         visuals = dataclasses.replace(
-            tower_input(self.kind, patches, grid_thw, self.vision),
+            tower_input(self.kind, patches, grid_thw, self.vision, self.family),
             geometry_images=tuple(f.geometry_images for f in seen),
             ids=tuple(f.sample.id for f in seen),
             cached_3d=cached_3d,
@@ -129,20 +133,24 @@ class Collator:
         if not cached_2d:
             return visuals
         alone = tuple(
-            tower_input(self.kind, f.pixel_values, f.grid_thw, self.vision) if len(f.pixel_values) else None
+            tower_input(self.kind, f.pixel_values, f.grid_thw, self.vision, self.family)
+            if len(f.pixel_values)
+            else None
             for f in seen
         )
         return dataclasses.replace(visuals, alone=alone, spare=self.dummy)
 
 
-def tower_input(kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec) -> Visuals:
+def tower_input(
+    kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec, family: VlmFamily
+) -> Visuals:
     """What the vision tower is given of patches and their grids; no geometry, nobody's."""
     sizes = token_counts(grid_thw, vision.merge_size)
-    tower = TowerInputs.of(grid_thw, vision.merge_size, vision.window_size, vision.patch_size)
+    tower = family.tower_inputs(grid_thw, vision)
     return Visuals(kind, patches, grid_thw, sizes, tower, ())
 
 
-def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
+def dummy_visuals(kind: str, vision: VisionSpec, family: VlmFamily) -> Visuals:
     """One gray image of two by two merged patches, or a video of as many frames as make one row of tokens."""
     frames = vision.temporal_patch_size if kind == "video" else 1
     side = 2 * vision.merge_size
@@ -151,7 +159,7 @@ def dummy_visuals(kind: str, vision: VisionSpec) -> Visuals:
         np.full((frames, 3, side * size, side * size), 0.5, dtype=np.float32)
         for size in (vision.patch_size, VGGT_PATCH)
     )
-    visuals = tower_input(kind, *vision_patches(seen, vision, kind), vision)
+    visuals = tower_input(kind, *vision_patches(seen, vision, kind), vision, family)
     return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(geometry),), dummy=True)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.collate import Collator, Positions
@@ -23,7 +24,7 @@ from w2r2_ds.data.packing import Grouping, alone, by_frames
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.models.build import VlmFrontend
-from w2r2_ds.models.qwen2_5_vl.loading import position_ids
+from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
 
@@ -115,17 +116,18 @@ class CollateOrError:
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
     """The processor of a VLM for a data configuration."""
-    return Processor(frontend.tokenizer, frontend.vision, config, frontend.cache)
+    return Processor(frontend.tokenizer, frontend.vision, config, frontend.cache, frontend.family.end_of_turn)
 
 
 def make_positions(frontend: VlmFrontend, config: DataConfig) -> Positions:
-    """Multimodal positions of a padded batch, from the VLM's own rule, on the CPU."""
+    """Rotary positions of a padded batch, by the VLM family's rule, on the CPU."""
     seconds = frontend.vision.temporal_patch_size / config.video_fps
-    return functools.partial(_positions, frontend.meta, seconds)
+    return functools.partial(_positions, frontend.family, frontend.meta, seconds)
 
 
 def _positions(
-    meta: torch.nn.Module,
+    family: VlmFamily,
+    meta: PreTrainedModel,
     seconds: float,
     input_ids: torch.Tensor,
     token_types: torch.Tensor,
@@ -133,15 +135,8 @@ def _positions(
     image_grid: torch.Tensor | None,
     video_grid: torch.Tensor | None,
 ) -> torch.Tensor:
-    return position_ids(
-        meta,  # type: ignore[arg-type]
-        input_ids,
-        token_types,
-        attention_mask=attention_mask,
-        image_grid_thw=image_grid,
-        video_grid_thw=video_grid,
-        second_per_grid_ts=None if video_grid is None else torch.full((len(video_grid),), seconds),
-    )
+    grids = {kind: grid for kind, grid in (("image", image_grid), ("video", video_grid)) if grid is not None}
+    return family.position_ids(meta, input_ids, token_types, attention_mask, grids, seconds)
 
 
 def visual_kind(config: DataConfig) -> str:
@@ -160,7 +155,7 @@ def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) 
     """Collation of training samples."""
     positions, pad = make_positions(frontend, config), frontend.tokenizer.pad_token_id
     return CollateOrError(
-        Collator(pad, visual_kind(config), positions, frontend.vision, with_prompts, grouping(config))
+        Collator(pad, visual_kind(config), positions, frontend.vision, frontend.family, with_prompts, grouping(config))
     )
 
 
@@ -226,7 +221,7 @@ def prompt_loader(
 ) -> DataLoader[Any]:
     """Left-padded prompts in order, for generation; `processor` where it is not the VLM's own."""
     dataset = SampleDataset(samples, processor or make_processor(frontend, config), with_answer=False)
-    collate = Collator(frontend.tokenizer.pad_token_id, visual_kind(config), None, frontend.vision)
+    collate = Collator(frontend.tokenizer.pad_token_id, visual_kind(config), None, frontend.vision, frontend.family)
     return DataLoader(
         dataset,
         batch_size=batch_size,

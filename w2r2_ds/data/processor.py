@@ -68,10 +68,16 @@ class Processor:
         vision: patch sizes, normalisation and token ids of the VLM.
         config: frames, sizes and the form of the visual prompt.
         cache: where features lie that need not be computed; None looks nowhere.
+        end_of_turn: token at which an answer ends.
     """
 
     def __init__(
-        self, tokenizer: Any, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None
+        self,
+        tokenizer: Any,
+        vision: VisionSpec,
+        config: DataConfig,
+        cache: FeatureCache | None = None,
+        end_of_turn: str = "<|im_end|>",
     ) -> None:
         self.tokenizer, self.vision, self.config = tokenizer, vision, config
         if config.frame_width % vision.patch_size:
@@ -79,7 +85,7 @@ class Processor:
                 f"data.frame_width is {config.frame_width}; make it a multiple of the patch size {vision.patch_size}."
             )
         self.eyes = VisualPreprocessor(vision, config, cache)
-        self.end_of_turn = "<|im_end|>"
+        self.end_of_turn = end_of_turn
         self._frames: dict[int, tuple[str, str]] = {}
         self._frame_tokens: dict[int, int] = {}
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})

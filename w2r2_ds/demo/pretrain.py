@@ -18,7 +18,8 @@ from w2r2_ds.data.loader import checked, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.models.build import VlmFrontend
-from w2r2_ds.models.w2r2 import answer_states, encode_visuals
+from w2r2_ds.models.family import find_family
+from w2r2_ds.models.w2r2 import answer_states
 from w2r2_ds.types.batch import Batch
 
 
@@ -62,5 +63,6 @@ def warm_up(
 
 def answer_loss(vlm: Any, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the answer tokens of a batch, from frames and question."""
-    states = answer_states(vlm, batch, encode_visuals(vlm, batch.visuals))
+    family = find_family(vlm.config.model_type)
+    states = answer_states(family, vlm, batch, family.encode_visuals(vlm, batch.visuals))
     return cross_entropy(vlm.lm_head(states), batch.answer_rows.label)

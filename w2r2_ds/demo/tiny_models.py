@@ -18,7 +18,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from w2r2_ds.models.qwen2_5_vl.loading import whole_weights
+from w2r2_ds.models.loading import whole_weights
 from w2r2_ds.models.vggt.loading import save_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from w2r2_ds.data.loader import checked
-from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
 
@@ -34,7 +33,7 @@ def generate_tokens(
     features = model.encode_3d(batch.visuals)
     merged = model.merge(features) if geometry == "fused" else model.merge_zeros(features)
     fused = model.fuse(visual, merged)
-    return greedy_tokens(model.base, batch, batch.visuals, fused, tokenizer, max_new_tokens, video_fps)
+    return model.family.generate(model.base, batch, batch.visuals, fused, tokenizer, max_new_tokens, video_fps)
 
 
 def generate_answers(

@@ -14,12 +14,13 @@ from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import fusion_name, make_fusion
 from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, load_vlm, meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import load_merger
-from w2r2_ds.models.qwen2_5_vl.loading import load_tokenizer, load_vlm, meta_model
 from w2r2_ds.models.vggt.loading import load_vggt
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.models.weights_hash import weights_identity
@@ -42,10 +43,15 @@ class VlmFrontend:
     meta: Any
     cache: FeatureCache | None = None
 
+    @property
+    def family(self) -> VlmFamily:
+        """The VLM's family."""
+        return find_family(self.meta.config.model_type)
+
 
 def load_frontend(config: ModelConfig) -> VlmFrontend:
     """Tokenizer, vision facts and meta model of `model.vlm`."""
-    return VlmFrontend(load_tokenizer(config.vlm), VisionSpec.load(config.vlm), meta_model(config.vlm))
+    return VlmFrontend(load_tokenizer(config.vlm), load_vision_spec(config.vlm), meta_model(config.vlm))
 
 
 def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:

@@ -10,10 +10,9 @@ from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.features.store import Cache
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
-from w2r2_ds.models.qwen2_5_vl.loading import load_config
+from w2r2_ds.models.loading import load_config, load_vision_spec
 from w2r2_ds.models.vggt.loading import HEADS, locate, read_config, weight_files
 from w2r2_ds.models.weights_hash import model_weights, tensors_digest
-from w2r2_ds.types.vision import VisionSpec
 
 TOWER = ("visual.", "model.visual.")
 """How the names of a vision tower's weights begin in public checkpoints, and in saved ones."""
@@ -58,7 +57,7 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         "kind": "2d",
         "config": load_config(model.vlm).vision_config.to_dict(),
         "weights": tensors_digest(model_weights(model.vlm), lambda name: name.startswith(TOWER)),
-        "pixels": asdict(VisionSpec.load(model.vlm)),
+        "pixels": asdict(load_vision_spec(model.vlm)),
         "visual": data.visual,
         "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),
         "kernels": resolve_kernels(model.kernels),  # the tower's norms and MLPs are bound too

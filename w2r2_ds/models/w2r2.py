@@ -14,11 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOu
 
 from w2r2_ds.kernels.dual_stream_embed import dual_emit
 from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import Fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
 from w2r2_ds.models.merger import GeometryMerger, pair_frames
-from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
-from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs
 from w2r2_ds.types.batch import Batch, Visuals
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ class W2R2(nn.Module):
         self.vlm = vlm
         self.geometry_merger = geometry_merger
         self.fusion = fusion
+        self.family = find_family(self.base.config.model_type)
         self.zero_geometry = zero_geometry
         self.kernels = kernels
         self.weights: dict[str, str] = {}  # hashes of the frozen weights, where they were read from files
@@ -89,20 +89,20 @@ class W2R2(nn.Module):
         """
         if not visuals.cached_2d:
             assert visuals.dummy or not calls, "ranks agree on a number of calls only where 2D features are cached"
-            output, made = encode_visuals(self.base, visuals), 1
+            output, made = self.family.encode_visuals(self.base, visuals), 1
         else:
             features, made = [], 0
             for cached, alone in zip(visuals.cached_2d, visuals.alone, strict=True):
                 if cached.features is None:
                     assert alone is not None, "the collator keeps the patches of what the cache lacks"
-                    features.append(torch.cat(encode_visuals(self.base, alone).pooler_output))
+                    features.append(self.family.to_cache(self.family.encode_visuals(self.base, alone)))
                     cached.keep(features[-1])
                     made += 1
                 else:
                     features.append(cached.features)
-            output = VisionOutput(pooler_output=torch.split(torch.cat(features), list(visuals.sizes)))
+            output = self.family.from_cache(torch.cat(features), visuals.sizes)
         for _ in range(calls - made):
-            encode_visuals(self.base, visuals.spare or visuals)
+            self.family.encode_visuals(self.base, visuals.spare or visuals)
         return output
 
     @torch.no_grad()
@@ -171,7 +171,19 @@ class W2R2(nn.Module):
 
     def hidden(self, batch: Batch, visual: VisionOutput, with_what: bool = False) -> Tensor:
         """Last hidden states of the answer rows, ``[rows, hidden]``; logits of the prompt are never computed."""
-        return answer_states(self.base, batch, visual, with_what)
+        inputs = place(batch, embed(self.base, batch), visual)
+        return self.row_states(batch, inputs, visual, with_what, nullcontext())
+
+    def row_states(
+        self,
+        batch: Batch,
+        inputs: Tensor,
+        visual: VisionOutput,
+        with_what: bool,
+        context: AbstractContextManager[object],
+    ) -> Tensor:
+        """`VlmFamily.row_states` of the answer rows; `with_what` appends those of the description's tokens."""
+        return self.family.row_states(self.base, batch, inputs, visual, *answer_positions(batch, with_what), context)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden]`` -> ``[rows, vocabulary]``."""
@@ -181,16 +193,6 @@ class W2R2(nn.Module):
 def missing_2d(visuals: Visuals) -> int:
     """Calls of the vision tower that `W2R2.encode_2d` makes for a batch itself."""
     return sum(cached.features is None for cached in visuals.cached_2d) if visuals.cached_2d else 1
-
-
-def encode_visuals(vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
-    """F2D of a vision tower; its `pooler_output` has ``[tokens, hidden]`` for every image or pair of frames."""
-    # The tower itself is called: `get_image_features` would copy the grids to the host to split the tokens.
-    tower = vlm.model.visual
-    inputs = visuals.tower.arguments(tower.config)
-    output = tower(visuals.pixel_values.type(tower.dtype), grid_thw=visuals.grid_thw, return_dict=True, **inputs)
-    output.pooler_output = torch.split(output.pooler_output, list(visuals.sizes))
-    return output
 
 
 def embed(vlm: PreTrainedModel, batch: Batch) -> Tensor:
@@ -210,40 +212,16 @@ def place(batch: Batch, embeddings: Tensor, visual: VisionOutput) -> Tensor:
     return embeddings.flatten(0, 1).index_copy(0, positions, tokens.to(embeddings.dtype)).view_as(embeddings)
 
 
-def row_states(
-    vlm: PreTrainedModel,
-    batch: Batch,
-    inputs: Tensor,
-    with_what: bool = False,
-    context: AbstractContextManager[object] | None = None,
-) -> Tensor:
-    """Last hidden states of a batch's answer rows, ``[rows, hidden]``.
-
-    Args:
-        vlm: the transformers model.
-        batch: answer rows, layout of the sequences, positions.
-        inputs: ``[sequences, length, hidden]`` input embeddings.
-        with_what: append the states of the description's tokens in the prompt.
-        context: entered while the decoder layers run.
-    """
+def answer_positions(batch: Batch, with_what: bool = False) -> tuple[Tensor, Tensor]:
+    """Sequence and position, ``[rows]`` int64 each, of a batch's answer rows; `with_what` appends the description's."""
     rows = batch.answer_rows
-    sequence, position = rows.sequence, rows.position
-    if with_what:
-        sequence = torch.cat([sequence, batch.what_rows.sequence])
-        position = torch.cat([position, batch.what_rows.position])
-    assert batch.layout is not None, "a training batch has a layout"
-    text = vlm.model.language_model
-    # The last layer computes the answer rows only: its output at other tokens has no reader.
-    with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), context or nullcontext():
-        states: Tensor = text(
-            inputs_embeds=inputs,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **attention_inputs(vlm, batch.layout),
-        ).last_hidden_state
-    return states
+    if not with_what:
+        return rows.sequence, rows.position
+    what = batch.what_rows
+    return torch.cat([rows.sequence, what.sequence]), torch.cat([rows.position, what.position])
 
 
-def answer_states(vlm: PreTrainedModel, batch: Batch, visual: VisionOutput, with_what: bool = False) -> Tensor:
-    """`row_states` from a vision tower's output."""
-    return row_states(vlm, batch, place(batch, embed(vlm, batch), visual), with_what)
+def answer_states(family: VlmFamily, vlm: PreTrainedModel, batch: Batch, visual: VisionOutput) -> Tensor:
+    """Last hidden states ``[rows, hidden]`` of a batch's answer rows, for a VLM outside a `W2R2`."""
+    inputs = place(batch, embed(vlm, batch), visual)
+    return family.row_states(vlm, batch, inputs, visual, *answer_positions(batch), nullcontext())

@@ -28,7 +28,6 @@ from w2r2_ds.kernels.select import describe, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.lora import trainable_table
-from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
 from w2r2_ds.models.vggt.loading import locate, read_config
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import find_push_term
@@ -205,7 +204,7 @@ def load_model(config: RunConfig, inputs: Inputs) -> W2R2:
     """Load the frozen models, add LoRA and merger, and log what trains."""
     model = build_model(config.model, inputs.device, config.train.seed)
     if grouping(config.data) is not None:
-        use_scene_split(model.base)
+        model.family.use_packed_attention(model.base)
     logger.info("%s", trainable_table({"vlm": model.vlm} | model.geometry_modules()))
     return model
 

@@ -12,6 +12,7 @@ greedy decoding (`shortcut_decode: greedy`, the decode gap, validation), and cop
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
 from w2r2_ds.models.token_masking import mask_images
 from w2r2_ds.models.w2r2 import W2R2, Mask
 from w2r2_ds.objective.loss import Outputs, Shortcut, read_shortcut, w2r2_loss
@@ -149,7 +149,12 @@ class W2R2Step(nn.Module):
         """Greedy answers of every sample of a training batch, as text."""
         assert batch.prompts is not None, "the loader makes prompts where answers are decoded"
         longest = (batch.answer_rows.sample.bincount(minlength=len(batch.ids)) + EXTRA_TOKENS).tolist()
-        tokens = self.generate(batch.prompts, *batch.prompts.seen(batch.visuals, visual), max(longest))
+        visuals, prompts = batch.visuals, batch.prompts
+        if not visuals.dummy:
+            # In the batch, samples may share frames; every prompt has its own copy of their tokens.
+            visuals = dataclasses.replace(visuals, grid_thw=prompts.grid_thw)
+            visual = self.model.family.select(visual, prompts.order)
+        tokens = self.generate(prompts, visuals, visual, max(longest))
         # Cut each answer at its own limit: the result must not depend on the other samples of the batch.
         return [
             self.scorer.tokenizer.decode(ids[:most], skip_special_tokens=True)
@@ -162,7 +167,7 @@ class W2R2Step(nn.Module):
         """Greedy token ids of every prompt."""
         # ZeRO-3 gathers the weights once per token, so all ranks must generate as many tokens as the slowest.
         synced = dist.is_initialized() and dist.get_world_size() > 1
-        return greedy_tokens(
+        return self.model.family.generate(
             self.model.base, prompts, visuals, visual, self.scorer.tokenizer, max_new_tokens, self.video_fps, synced
         )
 

@@ -20,14 +20,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from w2r2_ds.models.flops import Work, products
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import PushTerm
@@ -99,13 +98,15 @@ def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
 
 def step_flops(model: W2R2, reading: PushTerm, batch: Batch) -> float:
     """Model FLOPs of forward and backward of one micro-batch."""
-    towers = tower_flops(model.base.model.visual, batch.visuals) + geometry_flops(model.geometry, batch.visuals)
+    vision = model.family.vision_flops(model.family.vision_tower(model.base), batch.visuals)
+    towers = vision + geometry_flops(model.geometry, batch.visuals)
     return towers + merger_flops(model, batch.visuals, reading.blocked) + language_flops(model, reading, batch)
 
 
 def language_flops(model: W2R2, reading: PushTerm, batch: Batch) -> float:
     """Both passes of the language model and its head; its decoder layers are all alike."""
-    layers, head = model.base.model.language_model.layers, model.base.lm_head
+    text: Any = model.family.language_model(model.base)
+    layers, head = text.layers, model.base.lm_head
     tokens, pairs = tokens_and_pairs(batch)
     read = len(batch.answer_rows.label)
     rows = read + (len(batch.what_rows.position) if reading.states else 0)
@@ -156,29 +157,6 @@ def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
     return merger.both + fusion.both + (short.forward if blocked else short.both)
 
 
-def tower_flops(tower: Any, visuals: Visuals) -> float:
-    """The frozen vision tower, forward: windows of patches attend within, in some blocks whole frames."""
-    if visuals.cached_2d:
-        return sum(tower_flops(tower, alone) for alone in visuals.alone if alone is not None)
-    patches = len(visuals.pixel_values)
-    if not patches:
-        return 0.0
-    config, grids = tower.config, visuals.grid_thw.tolist()
-    side = config.window_size // config.patch_size  # patches, a multiple of the merge size
-    whole = sum(time * (height * width) ** 2 for time, height, width in grids)
-    windows = sum(time * squares(height, side) * squares(width, side) for time, height, width in grids)
-    full = len(config.fullatt_block_indexes)
-    attention = 4 * config.hidden_size * (full * whole + (config.depth - full) * windows)
-    merged = patches // config.spatial_merge_size**2
-    work = products(tower.patch_embed, patches) + products(tower.merger, merged)
-    return work.forward + config.depth * products(tower.blocks[0], patches).forward + attention
-
-
-def squares(length: int, side: int) -> int:
-    """Sum of the squares of what windows of a side take of a length."""
-    return length // side * side**2 + (length % side) ** 2
-
-
 def geometry_flops(encoder: Any, visuals: Visuals) -> float:
     """The frozen geometry encoder, forward, of the scenes whose frames it is shown; 0 for one that is no VGGT."""
     vggt = getattr(encoder, "vggt", None)
@@ -203,33 +181,3 @@ def vggt_flops(vggt: VGGT, layer: int, shape: Sequence[int]) -> float:
     vit: Any = aggregator.patch_embed
     block = products(vit.blocks[0], frames * within).forward + per_pair * frames * within**2
     return work + products(vit.patch_embed, frames * patches).forward + config.vit_depth * block
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs of a pass.
-
-    Attributes:
-        forward: of the pass itself.
-        both: with its backward pass.
-    """
-
-    forward: float = 0.0
-    both: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.forward + other.forward, self.both + other.both)
-
-    def __mul__(self, times: int) -> Work:
-        return Work(self.forward * times, self.both * times)
-
-
-def products(module: nn.Module, rows: int) -> Work:
-    """All matrix products of a module that is given so many rows."""
-    frozen = trained = 0
-    for each in module.modules():
-        if isinstance(each, nn.Linear | nn.Conv2d | nn.Conv3d):
-            weight: Any = each.weight
-            size = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty tensor
-            frozen, trained = (frozen, trained + size) if weight.requires_grad else (frozen + size, trained)
-    return Work(2.0 * rows * (frozen + trained), 2.0 * rows * (2 * frozen + 3 * trained))

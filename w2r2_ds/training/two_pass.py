@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.forward_override import bound
-from w2r2_ds.models.w2r2 import W2R2, row_states
+from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.types.batch import Batch
 
@@ -86,27 +86,33 @@ class Lockstep:
     """
 
     def __init__(self, model: W2R2) -> None:
-        text = model.base.model.language_model
+        text: Any = model.family.language_model(model.base)
         self.model = model
         self.stages = [(stage, dropouts_of(stage)) for stage in (*text.layers, text.norm)]
 
     def __call__(
         self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
     ) -> tuple[Tensor, Tensor]:
-        base = self.model.base
         inputs, shortcut = self.model.input_streams(batch, fused, visual_only)
         holder = [shortcut]
-        fused_states = row_states(base, batch, inputs, with_what, self.advance_shortcut(holder))
+        fused_states = self.model.row_states(
+            batch, inputs, fused, with_what, self.advance_shortcut(holder, batch, visual_only)
+        )
         return holder[0], fused_states
 
     @contextmanager
-    def advance_shortcut(self, holder: list[Tensor]) -> Iterator[None]:
+    def advance_shortcut(self, holder: list[Tensor], batch: Batch, visual_only: VisionOutput) -> Iterator[None]:
         """While active, every stage first replaces ``holder[0]``, the shortcut's hidden state, by its output for it."""
 
-        def override(dropouts: Sequence[nn.Dropout]) -> Callable[..., Any]:
+        family = self.model.family
+
+        def override(index: int, dropouts: Sequence[nn.Dropout]) -> Callable[..., Any]:
             def forward(inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
                 with torch.no_grad(), without_dropout(dropouts):
-                    holder[0] = inner(holder[0], *args, **kwargs)
+                    advanced = inner(holder[0], *args, **kwargs)
+                    # DeepStack families add visual features after some layers; the final norm is not a layer.
+                    last = index == len(self.stages) - 1
+                    holder[0] = advanced if last else family.add_layer_features(advanced, index, batch, visual_only)
                 # `inner` includes activation checkpointing, but not ZeRO-3's hooks: those belong to the module's
                 # __call__, around both lines. So one gather serves both streams, and only the fused one is recomputed.
                 return inner(hidden, *args, **kwargs)
@@ -114,8 +120,8 @@ class Lockstep:
             return forward
 
         with ExitStack() as stack:
-            for stage, dropouts in self.stages:
-                stack.enter_context(bound(stage, override(dropouts)))
+            for index, (stage, dropouts) in enumerate(self.stages):
+                stack.enter_context(bound(stage, override(index, dropouts)))
             yield
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import is_flash_attention_requested
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from w2r2_ds.features.lookup import Cached
 from w2r2_ds.types.sample import Kind
+
+
+@dataclass(frozen=True)
+class TowerInputs:
+    """Inputs of the vision tower that follow from the patch grids, built on the host; each VLM family has a subclass.
+
+    Computing them from grids on the device would make the host wait, a few times per image.
+    """
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Prompts:
     Attributes:
         input_ids, attention_mask, token_types: ``[batch, length]`` int64, as `Batch`'s.
         grid_thw: ``[images or videos, 3]`` int64, of all prompts.
-        order: which of the entries of `Visuals.sizes` the prompts see, one after the other.
+        order: entries of `Visuals.sizes` that the prompts contain, one after the other; entries may repeat.
     """
 
     input_ids: torch.Tensor
@@ -76,14 +78,6 @@ class Prompts:
     token_types: torch.Tensor
     grid_thw: torch.Tensor
     order: tuple[int, ...]
-
-    def seen(self, visuals: Visuals, visual: BaseModelOutputWithPooling) -> tuple[Visuals, BaseModelOutputWithPooling]:
-        """Visuals and a vision tower's output of the batch, as the prompts see them, which share no images."""
-        if visuals.dummy:
-            return visuals, visual
-        repeated = copy.copy(visual)
-        repeated.pooler_output = tuple(visual.pooler_output[entry] for entry in self.order)
-        return dataclasses.replace(visuals, grid_thw=self.grid_thw), repeated
 
 
 @dataclass(frozen=True)
@@ -223,43 +217,3 @@ class PromptRows:
     sample: torch.Tensor
     sequence: torch.Tensor
     position: torch.Tensor
-
-
-@dataclass(frozen=True)
-class TowerInputs:
-    """Positions and attention segments of all patches of a batch.
-
-    Attributes:
-        positions: ``[patches, 2]`` int64 row and column.
-        order: ``[tokens]`` int64, merged patches window by window.
-        frames: on the host, the patch at which every frame begins, and the end; a segment of full attention.
-        windows: the same of the windows.
-    """
-
-    positions: Tensor
-    order: Tensor
-    frames: tuple[int, ...]
-    windows: tuple[int, ...]
-
-    @classmethod
-    def of(cls, grid_thw: Tensor, merge_size: int, window_size: int, patch_size: int) -> TowerInputs:
-        """Of ``[images or videos, 3]`` patch grids on the CPU; the sizes are `VisionSpec`'s."""
-        order, windows = get_vision_window_index(grid_thw, merge_size, window_size, patch_size)
-        return cls(
-            positions=get_vision_position_ids(grid_thw, merge_size),
-            order=order,
-            frames=tuple(get_vision_cu_seqlens(grid_thw).tolist()),
-            windows=tuple(windows.tolist()),
-        )
-
-    def arguments(self, config: Any) -> dict[str, Any]:
-        """Keyword arguments of the tower's stock forward; `config` is the tower's."""
-        # Flash-attention's kernel reads the segments; the loop over segments of every other implementation, the host.
-        flash = is_flash_attention_requested(config)
-        device = self.positions.device if flash else torch.device("cpu")
-        result: dict[str, Any] = {"position_ids": self.positions, "window_index": self.order}
-        for name, begins in (("seqlen", self.frames), ("window_seqlen", self.windows)):
-            result[f"cu_{name}s"] = torch.tensor(begins, dtype=torch.int32).to(device, non_blocking=True)
-            if flash:
-                result[f"max_{name}"] = max(end - begin for begin, end in pairwise(begins))
-        return result

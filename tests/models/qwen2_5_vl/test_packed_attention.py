@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from packed_batches import visible
+from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.qwen2_5_vl import packed_attention
-from w2r2_ds.models.qwen2_5_vl.loading import load_vlm
 from w2r2_ds.models.qwen2_5_vl.packed_attention import SPLIT, attention_inputs, use_scene_split
 from w2r2_ds.types.batch import Layout
 

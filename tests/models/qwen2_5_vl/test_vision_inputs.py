@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from w2r2_ds.data.collate import token_counts
-from w2r2_ds.models.w2r2 import encode_visuals
-from w2r2_ds.types.batch import TowerInputs
-from w2r2_ds.types.vision import VisionSpec
+from w2r2_ds.models.family import find_family
+from w2r2_ds.models.loading import load_vision_spec
+from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 
 GRIDS = {"image": [[1, 4, 6], [1, 10, 4]], "video": [[3, 4, 6], [1, 6, 6]]}
 
 
-def inputs(vlm: Any, grid: torch.Tensor) -> TowerInputs:
-    vision = VisionSpec.load(vlm.config.name_or_path)
-    return TowerInputs.of(grid, vision.merge_size, vision.window_size, vision.patch_size)
+def inputs(vlm: Any, grid: torch.Tensor) -> WindowInputs:
+    vision = load_vision_spec(vlm.config.name_or_path)
+    return WindowInputs.of(grid, vision.merge_size, vision.window_size, vision.patch_size)
 
 
 @pytest.mark.parametrize("kind", GRIDS)
@@ -30,7 +30,7 @@ def test_tokens_are_those_of_the_stock_call(vlm: Any, kind: str) -> None:
     sizes = token_counts(grid, merge)
     visuals = SimpleNamespace(pixel_values=pixels, grid_thw=grid, sizes=sizes, tower=inputs(vlm, grid))
     with torch.no_grad():
-        ours = encode_visuals(vlm, visuals).pooler_output
+        ours = find_family("qwen2_5_vl").encode_visuals(vlm, visuals).pooler_output
         stock = vlm.model.get_video_features if kind == "video" else vlm.model.get_image_features
         theirs = torch.cat(stock(pixels, grid, return_dict=True).pooler_output)
     assert tuple(map(len, ours)) == sizes and len(sizes) == int(grid[:, 0].sum())

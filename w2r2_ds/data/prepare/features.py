@@ -25,10 +25,10 @@ from w2r2_ds.features.store import Cache, file_size, gib
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.select import describe, resolve_attention, resolve_dtype, resolve_kernels
 from w2r2_ds.models.build import load_geometry
+from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_identity import open_cache
-from w2r2_ds.models.qwen2_5_vl.loading import load_config, load_vlm
+from w2r2_ds.models.loading import load_config, load_vision_spec, load_vlm
 from w2r2_ds.models.vggt.loading import locate, read_config
-from w2r2_ds.models.w2r2 import encode_visuals
 from w2r2_ds.types.batch import moved
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
@@ -65,7 +65,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         cache = open_cache(config.data, config.model)
         if cache is None:
             raise ValueError("data.cache is empty; name the folder to fill, as --data.cache runs/cache.")
-        vision = VisionSpec.load(config.model.vlm)
+        vision = load_vision_spec(config.model.vlm)
         eyes = VisualPreprocessor(vision, config.data, cache)
         missing, whole, lacking = look_up(scenes, eyes, FeatureBytes(config, vision, cache))
     whole, lacking = over_ranks(whole, ranks), over_ranks(lacking, ranks)
@@ -200,10 +200,11 @@ def encode_all(
     geometry = load_geometry(config.model, device)
     set_num_threads(ranks, geometry.vggt.config.embed_dim)
     vlm: Any = None
+    family = find_family(load_config(config.model.vlm).model_type)
     if config.data.cached_features == "geometry+2d":
         dtype = resolve_dtype(config.model.dtype)
         vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()
-        vlm.model.visual.to(device)  # nothing else of it is used
+        family.vision_tower(vlm).to(device)  # nothing else of it is used
         bind_kernels(vlm, resolve_kernels(config.model.kernels))  # as in training: other kernels round otherwise
     kind = visual_kind(config.data)
     label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
@@ -213,8 +214,8 @@ def encode_all(
                 seen.cached_3d.keep(geometry.encode(seen.geometry_images))
                 made.append(seen.cached_3d.key)
             if seen.cached_2d is not None and len(seen.pixel_values):
-                visuals = moved(tower_input(kind, seen.pixel_values, seen.grid_thw, eyes.vision), device)
-                seen.cached_2d.keep(torch.cat(encode_visuals(vlm, visuals).pooler_output))
+                visuals = moved(tower_input(kind, seen.pixel_values, seen.grid_thw, eyes.vision, family), device)
+                seen.cached_2d.keep(family.to_cache(family.encode_visuals(vlm, visuals)))
                 made.append(seen.cached_2d.key)
             advance()
     return made

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from w2r2_ds.types.batch import Batch, Prompts, Visuals
-
-END = "<|im_end|>"
 
 
 @torch.no_grad()
@@ -19,7 +17,8 @@ def greedy_tokens(
     prompts: Prompts | Batch,
     visuals: Visuals,
     visual: BaseModelOutputWithPooling,
-    tokenizer: PreTrainedTokenizerBase,
+    end: int,
+    pad: int,
     max_new_tokens: int,
     video_fps: float,
     synced: bool = False,
@@ -31,7 +30,8 @@ def greedy_tokens(
         prompts: left-padded, on the model's device.
         visuals: kind and grids of the frames.
         visual: output of the vision tower, geometry added or not.
-        tokenizer: of the VLM.
+        end: token id of the end of turn.
+        pad: padding token id.
         max_new_tokens: longest answer.
         video_fps: nominal frame rate, as in training.
         synced: under ZeRO-3 with several ranks, so that all make as many forward passes as the longest needs.
@@ -42,7 +42,6 @@ def greedy_tokens(
         if visuals.kind == "video":
             seconds = vlm.config.vision_config.temporal_patch_size / video_fps
             given["second_per_grid_ts"] = torch.full((len(visuals.grid_thw),), seconds, device=visuals.grid_thw.device)
-    end = tokenizer.convert_tokens_to_ids(END)
     training = vlm.training
     vlm.eval()  # in training mode, checkpointing would switch the cache off and dropout would be on
     try:
@@ -56,7 +55,7 @@ def greedy_tokens(
             repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad,
             synced_gpus=synced,
             **given,
         )

@@ -1,7 +1,58 @@
-"""What the vision tower reads off the patch grids, made on the host beforehand so that the device is never asked.
+"""Inputs of Qwen2.5-VL's vision tower that follow from the patch grids, built on the host.
 
-transformers (5.18 and later) takes these by name instead of working them out; of a grid on the device that would be a
-few reads per image, which make the host wait.
+transformers (5.18 and later) takes them as keywords. It would otherwise compute them from the grids on the device, with
+a few copies to the host per image.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+from w2r2_ds.types.batch import TowerInputs
+
+
+@dataclass(frozen=True)
+class WindowInputs(TowerInputs):
+    """Positions and attention segments of all patches of a batch, for window attention.
+
+    Attributes:
+        positions: ``[patches, 2]`` int64 row and column.
+        order: ``[tokens]`` int64, merged patches window by window.
+        frames: on the host, the patch at which every frame begins, and the end; a segment of full attention.
+        windows: the same of the windows.
+    """
+
+    positions: Tensor
+    order: Tensor
+    frames: tuple[int, ...]
+    windows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, grid_thw: Tensor, merge_size: int, window_size: int, patch_size: int) -> WindowInputs:
+        """Of ``[images or videos, 3]`` patch grids on the CPU; the sizes are `VisionSpec`'s."""
+        order, windows = get_vision_window_index(grid_thw, merge_size, window_size, patch_size)
+        return cls(
+            positions=get_vision_position_ids(grid_thw, merge_size),
+            order=order,
+            frames=tuple(get_vision_cu_seqlens(grid_thw).tolist()),
+            windows=tuple(windows.tolist()),
+        )
+
+    def arguments(self, config: Any) -> dict[str, Any]:
+        """Keyword arguments of the tower's stock forward; `config` is the tower's."""
+        # Flash-attention's kernel reads the segments; the loop over segments of every other implementation, the host.
+        flash = is_flash_attention_requested(config)
+        device = self.positions.device if flash else torch.device("cpu")
+        result: dict[str, Any] = {"position_ids": self.positions, "window_index": self.order}
+        for name, begins in (("seqlen", self.frames), ("window_seqlen", self.windows)):
+            result[f"cu_{name}s"] = torch.tensor(begins, dtype=torch.int32).to(device, non_blocking=True)
+            if flash:
+                result[f"max_{name}"] = max(end - begin for begin, end in pairwise(begins))
+        return result

@@ -34,7 +34,7 @@ def make_engine(
         ds_config: result of `resolve_ds_config`.
         device: of this rank.
     """
-    decoder_layer = type(model.base.model.language_model.layers[0])
+    decoder_layer = type(model.family.language_model(model.base).layers[0])
     vocabulary = model.base.config.get_text_config().vocab_size
     scorer = Scorer(token_tables(frontend.tokenizer, vocabulary).to(device), frontend.tokenizer, config.objective)
     zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
@@ -42,7 +42,7 @@ def make_engine(
     step.train()
     if config.train.activation_checkpointing:
         every, offload = config.train.recompute_every, config.train.offload_activations
-        recompute(model.base.model.language_model.layers, every, offload, step.checkpoint_contexts)
+        recompute(model.family.language_model(model.base).layers, every, offload, step.checkpoint_contexts)
     # ZeRO-3 releases a module's weights after its backward, in a hook on the gradients of its inputs. The output of the
     # frozen embedding has no gradient, so without this the hook of the first layer would not run.
     model.base.enable_input_require_grads()

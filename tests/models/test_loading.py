@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from w2r2_ds.models.qwen2_5_vl.loading import (
+from w2r2_ds.models.loading import (
     check_forward,
     load_config,
     load_tokenizer,
+    load_vision_spec,
     load_vlm,
     meta_model,
-    position_ids,
 )
-from w2r2_ds.types.vision import VisionSpec
+from w2r2_ds.models.qwen2_5_vl.positions import position_ids
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @pytest.fixture
@@ -75,21 +75,21 @@ def test_class_and_sizes_come_from_the_config_not_the_path(tiny_dir: Path, tmp_p
 
 
 def test_vision_spec(tiny_dir: Path, tokenizer: Any, copy_dir: Path) -> None:
-    spec = VisionSpec.load(tiny_dir)
+    spec = load_vision_spec(tiny_dir)
     assert (spec.patch_size, spec.merge_size, spec.temporal_patch_size, spec.tokens_per_second) == (14, 2, 2, 2)
     assert spec.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert spec.video_token_id == tokenizer.convert_tokens_to_ids("<|video_pad|>")
     assert spec.vision_start_id == tokenizer.convert_tokens_to_ids("<|vision_start|>")
     assert spec.image_mean[0] == pytest.approx(0.48145466) and len(spec.image_std) == 3
     edit(copy_dir / "preprocessor_config.json", patch_size=16)
-    with pytest.raises(ValueError, match=r"preprocessor_config.json: patch_size is 16 but config.json says 14"):
-        VisionSpec.load(copy_dir)
+    with pytest.raises(ValueError, match=r"preprocessor_config.json: patch_size is 16 but config.json has 14"):
+        load_vision_spec(copy_dir)
     edit(copy_dir / "preprocessor_config.json", patch_size=14, image_std=[1.0])
     with pytest.raises(ValueError, match="image_std must be a list of three"):
-        VisionSpec.load(copy_dir)
+        load_vision_spec(copy_dir)
     (copy_dir / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"preprocessor_config.json"):
-        VisionSpec.load(copy_dir)
+        load_vision_spec(copy_dir)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

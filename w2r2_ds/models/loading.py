@@ -1,4 +1,4 @@
-"""Load a Qwen-VL directory or hub id: the class and every size come from its ``config.json``, never from its path."""
+"""Load a VLM from a directory or hub id; class and sizes come from its ``config.json``, never from its path."""
 
 from __future__ import annotations
 
@@ -26,18 +26,11 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.hub import cached_file
 
+from w2r2_ds.models.family import find_family
 from w2r2_ds.models.hub_safety import refuse_hub_code, refuse_strangers_code
+from w2r2_ds.types.vision import VisionSpec
 
-SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 PREPROCESSOR_FILE = "preprocessor_config.json"
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
-# Token of the tokenizer -> the config field that must hold its id.
-VISION_TOKENS = {
-    "<|image_pad|>": "image_token_id",
-    "<|video_pad|>": "video_token_id",
-    "<|vision_start|>": "vision_start_token_id",
-    "<|vision_end|>": "vision_end_token_id",
-}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -52,23 +45,14 @@ def load_config(name_or_path: str | Path) -> Any:
         raw, _ = PreTrainedConfig.get_config_dict(name)
     except OSError as error:
         raise ValueError(_unreadable(name, "config.json", error)) from error
-    check_model_type(raw.get("model_type"), f"{name}/config.json")
+    find_family(raw.get("model_type"), f"{name}/config.json")
     refuse_hub_code(raw, f"{name}/config.json")
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def check_model_type(model_type: str | None, where: str) -> None:
-    """Refuse a model that the rest of the project was not tested with; ``where`` names the file in the message."""
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"{where}: model_type {model_type!r} is not supported; "
-            f"use a model of type {' or '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-
-
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The stock class for this config, checked for the ``mm_encoder_outputs`` argument that the two passes need."""
-    check_model_type(config.model_type, config.name_or_path or type(config).__name__)
+    find_family(config.model_type, config.name_or_path or type(config).__name__)
     found: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     check_forward(found)
     return found
@@ -143,12 +127,13 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ValueError(_unreadable(name, "tokenizer.json", error)) from error
     vocabulary = tokenizer.get_vocab()
-    for token in (*CHAT_TOKENS, *VISION_TOKENS):
+    family = find_family(config.model_type)
+    for token in (*family.chat_tokens, *family.vision_tokens):
         if token not in vocabulary:
             raise ValueError(
                 f"{name}/tokenizer.json: no token {token}; use the tokenizer files that came with the model"
             )
-    for token, field in VISION_TOKENS.items():
+    for token, field in family.vision_tokens.items():
         if vocabulary[token] != getattr(config, field):
             raise ValueError(
                 f"{name}/tokenizer.json: {token} has id {vocabulary[token]} but config.json says {field} = "
@@ -163,6 +148,17 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None:
         raise ValueError(f"{name}: no chat template; add the model's chat_template.jinja (or tokenizer_config.json)")
     return tokenizer
+
+
+def load_vision_spec(name_or_path: str | Path) -> VisionSpec:
+    """Sizes and token ids of the vision tower, from ``config.json`` and ``preprocessor_config.json``.
+
+    Raises:
+        ValueError: a file or field is missing, or the two files differ in a size.
+    """
+    config = load_config(name_or_path)
+    preprocessor = _read_json(name_or_path, PREPROCESSOR_FILE)
+    return find_family(config.model_type).vision_spec(config, preprocessor, f"{name_or_path}/{PREPROCESSOR_FILE}")
 
 
 @contextmanager
@@ -190,62 +186,6 @@ def meta_model(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
     chosen = model_class(config)
     with whole_weights(), torch.device("meta"):
         return chosen(config).eval()
-
-
-def position_ids(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    mm_token_type_ids: torch.Tensor,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    image_grid_thw: torch.Tensor | None = None,
-    video_grid_thw: torch.Tensor | None = None,
-    second_per_grid_ts: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Multimodal rotary positions, made on the CPU by the stock ``get_rope_index``.
-
-    Args:
-        model: a model of ``meta_model`` (only its config and code are used) or a loaded one.
-        input_ids: ``[batch, length]`` int64, CPU.
-        mm_token_type_ids: ``[batch, length]`` int, 0 text, 1 image pad, 2 video pad.
-        attention_mask: ``[batch, length]``, 0 at padding; None where there is none.
-        image_grid_thw: ``[images, 3]`` int64 patch grids in order of appearance.
-        video_grid_thw: ``[videos, 3]`` int64.
-        second_per_grid_ts: ``[videos]`` float seconds between rows of video tokens.
-
-    Returns:
-        ``[3, batch, length]`` int64 (temporal, height, width).
-
-    Raises:
-        ValueError: the token types do not mark exactly the pad tokens, or the grids hold another number of tokens
-            (without this check the stock code would silently give wrong positions).
-    """
-    config: Any = model.config
-    if mm_token_type_ids.shape != input_ids.shape:
-        raise ValueError(
-            f"mm_token_type_ids is {tuple(mm_token_type_ids.shape)} but input_ids is {tuple(input_ids.shape)}"
-        )
-    merge = config.vision_config.spatial_merge_size**2
-    for kind, code, pad, grid in (
-        ("image", 1, config.image_token_id, image_grid_thw),
-        ("video", 2, config.video_token_id, video_grid_thw),
-    ):
-        marked = mm_token_type_ids == code
-        if not torch.equal(marked, input_ids == pad):
-            raise ValueError(f"mm_token_type_ids must be {code} exactly where input_ids is the {kind} pad token {pad}")
-        expected = 0 if grid is None else int(grid.prod(-1).sum()) // merge
-        if int(marked.sum()) != expected:
-            raise ValueError(f"{int(marked.sum())} {kind} pad tokens in the batch but {kind}_grid_thw holds {expected}")
-    positions: torch.Tensor
-    positions, _ = model.model.get_rope_index(
-        input_ids,
-        mm_token_type_ids,
-        image_grid_thw=image_grid_thw,
-        video_grid_thw=video_grid_thw,
-        second_per_grid_ts=second_per_grid_ts,
-        attention_mask=attention_mask,
-    )
-    return positions
 
 
 def _check_name(name_or_path: str | Path) -> str:
@@ -278,14 +218,6 @@ def _read_json(name_or_path: str | Path, filename: str) -> dict[str, Any]:
         return dict(json.loads(Path(str(found)).read_text()))
     except (OSError, ValueError) as error:
         raise ValueError(_unreadable(name, filename, error)) from error
-
-
-def _three(raw: dict[str, Any], field: str, where: str) -> tuple[float, float, float]:
-    """Three numbers of a pre-processor file."""
-    values = raw.get(field)
-    if not isinstance(values, list) or len(values) != 3:
-        raise ValueError(f"{where}: {field} must be a list of three numbers, found {values!r}")
-    return float(values[0]), float(values[1]), float(values[2])
 
 
 def _check_loaded(name: str, info: dict[str, Any]) -> None:

@@ -1,0 +1,113 @@
+"""A VLM family from one file outside the package: registered, loaded, trained for one step in both pass orders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from w2r2_ds.config.schema import ModelConfig, RunConfig
+from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
+from w2r2_ds.models.family import VLM_FAMILIES, find_family, register_family
+from w2r2_ds.models.loading import load_vlm
+from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
+
+FIRST = 0
+"""Layer after which the family adds visual features, as DeepStack does."""
+
+
+class StackedConfig(Qwen2_5_VLConfig):
+    model_type = "stacked_vl"
+
+
+class StackedVLM(Qwen2_5_VLForConditionalGeneration):
+    config_class = StackedConfig
+
+
+class StackedFamily(Qwen25VL):
+    """Qwen2.5-VL whose 2D tokens enter once more after the first decoder layer."""
+
+    model_type = "stacked_vl"
+
+    def encode_visuals(self, vlm: Any, visuals: Any) -> Any:
+        output = super().encode_visuals(vlm, visuals)
+        output.deepstack_features = torch.cat(output.pooler_output)
+        return output
+
+    def add_layer_features(self, hidden: Any, layer: int, batch: Any, visual: Any) -> Any:
+        if layer != FIRST:
+            return hidden
+        rows = hidden.flatten(0, 1).index_add(0, batch.visual_tokens, visual.deepstack_features)
+        return rows.view_as(hidden)
+
+    def row_states(self, vlm: Any, batch: Any, inputs: Any, visual: Any, *rest: Any) -> Any:
+        layer = self.language_model(vlm).layers[FIRST]
+        hook = layer.register_forward_hook(lambda _, __, out: self.add_layer_features(out, FIRST, batch, visual))
+        try:
+            return super().row_states(vlm, batch, inputs, visual, *rest)
+        finally:
+            hook.remove()
+
+
+@pytest.fixture
+def stacked(model_config: ModelConfig, tmp_path: Path) -> Iterator[ModelConfig]:
+    """The tiny model's weights under the new `model_type`; the registry is put back afterwards."""
+    folder = Path(shutil.copytree(model_config.vlm, tmp_path / "vlm"))
+    stock = load_vlm(model_config.vlm, torch.float32)
+    AutoConfig.register("stacked_vl", StackedConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(StackedConfig, StackedVLM, exist_ok=True)
+    fields = json.loads((folder / "config.json").read_text())
+    model = StackedVLM(StackedConfig(**{**fields, "model_type": "stacked_vl"}))
+    model.load_state_dict(stock.state_dict())
+    model.save_pretrained(folder)
+    register_family(StackedFamily())
+    yield replace(model_config, vlm=str(folder))
+    del VLM_FAMILIES["stacked_vl"]
+
+
+def one_step(config: ModelConfig, frontend: VlmFrontend, tables: Any, batch: Any, order: str) -> tuple[Any, Any]:
+    """Loss and gradient norm of the LoRA weights after one forward and backward."""
+    from w2r2_ds.objective.scorer import Scorer
+    from w2r2_ds.training.step import W2R2Step
+
+    run = RunConfig(model=config)
+    run.train.pass_order = order  # type: ignore[assignment]
+    model = build_model(config, torch.device("cpu"), 0)
+    step = W2R2Step(model, run, Scorer(tables, frontend.tokenizer, run.objective)).train()
+    loss, _ = step(batch)
+    loss.backward()
+    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return loss.detach(), torch.stack(gradients).norm()
+
+
+def test_a_family_from_one_file_trains(
+    stacked: ModelConfig, model_config: ModelConfig, tables: Any, samples: list[Any], data_config: Any
+) -> None:
+    from w2r2_ds.data.loader import make_collate, make_processor
+
+    frontend = load_frontend(stacked)
+    assert isinstance(frontend.family, StackedFamily)
+    config = data_config()
+    batch = make_collate(frontend, config, False)([make_processor(frontend, config)(s, True) for s in samples[:2]])
+    runs = [one_step(stacked, frontend, tables, batch, order) for order in ("sequential", "lockstep")]
+    torch.testing.assert_close(runs[0], runs[1])
+    assert torch.isfinite(runs[0][0]) and runs[0][1] > 0
+    stock, _ = one_step(model_config, frontend, tables, batch, "sequential")
+    assert not torch.isclose(runs[0][0], stock), "the layer features change the loss"
+
+
+def test_an_unknown_family_names_the_file_and_what_is_known() -> None:
+    with pytest.raises(ValueError, match=r"here/config\.json: model_type 'other'.*qwen2_5_vl"):
+        find_family("other", "here/config.json")

@@ -1,0 +1,187 @@
+"""`VlmFamily`: everything that differs between families of VLMs. One folder per family, one line in `BUILT_IN`."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
+
+from w2r2_ds.types.batch import Batch, Prompts, TowerInputs, Visuals
+from w2r2_ds.types.vision import VisionSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class VlmFamily(ABC):
+    """One family of VLMs, found by the `model_type` of its config.json. Stateless; sent to loader processes.
+
+    The defaults are those of transformers' Qwen-VL models: ``vlm.model.visual`` is the vision tower,
+    ``vlm.model.language_model`` the text model with ``layers`` and ``norm``, ``vlm.lm_head`` the output head.
+    """
+
+    model_type: ClassVar[str]
+    """Of config.json."""
+    vision_tokens: ClassVar[Mapping[str, str]]
+    """Special token of the tokenizer -> field of config.json that must hold its id."""
+    chat_tokens: ClassVar[Sequence[str]] = ("<|im_start|>", "<|im_end|>")
+    """Special tokens of the chat template."""
+    end_of_turn: ClassVar[str] = "<|im_end|>"
+    """Token at which an answer ends."""
+
+    def language_model(self, vlm: PreTrainedModel) -> PreTrainedModel:
+        """The text model: embeddings, ``layers``, ``norm``."""
+        return vlm.model.language_model
+
+    def vision_tower(self, vlm: PreTrainedModel) -> PreTrainedModel:
+        """The vision encoder with its own merger."""
+        return vlm.model.visual
+
+    @abstractmethod
+    def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], where: str) -> VisionSpec:
+        """Sizes and token ids from config.json and preprocessor_config.json.
+
+        Args:
+            config: of the VLM.
+            preprocessor: the fields of `where`.
+            where: path of preprocessor_config.json, for messages.
+
+        Raises:
+            ValueError: a field is missing, or the two files differ in a size.
+        """
+
+    @abstractmethod
+    def tower_inputs(self, grid_thw: Tensor, vision: VisionSpec) -> TowerInputs:
+        """Inputs of the vision tower that follow from ``[images or videos, 3]`` patch grids; on the CPU."""
+
+    @abstractmethod
+    def position_ids(
+        self,
+        vlm: PreTrainedModel,
+        input_ids: Tensor,
+        token_types: Tensor,
+        attention_mask: Tensor | None,
+        grids: Mapping[str, Tensor],
+        seconds_per_grid: float,
+    ) -> Tensor:
+        """Rotary positions of padded sequences, on the CPU.
+
+        Args:
+            vlm: on the meta device; its config and code are used.
+            input_ids, token_types, attention_mask: ``[sequences, length]``, as `Batch`'s.
+            grids: ``"image"`` or ``"video"`` -> ``[n, 3]`` patch grids in order of appearance.
+            seconds_per_grid: seconds between rows of tokens of a video.
+
+        Returns:
+            ``[axes, sequences, length]`` int64.
+        """
+
+    @abstractmethod
+    def encode_visuals(self, vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
+        """F2D: the vision tower's output; `pooler_output` has ``[tokens, hidden]`` per image or pair of frames.
+
+        A family with visual features of single layers (DeepStack) keeps them in fields of the output. `W2R2.fuse`
+        hands all fields but `pooler_output` on unchanged.
+        """
+
+    def to_cache(self, visual: VisionOutput) -> Tensor:
+        """``[tokens, channels]``: all that the feature cache must keep of a vision tower's output."""
+        return torch.cat(visual.pooler_output)
+
+    def from_cache(self, features: Tensor, sizes: Sequence[int]) -> VisionOutput:
+        """Inverse of `to_cache`, for images of ``sizes`` tokens."""
+        return VisionOutput(pooler_output=torch.split(features, list(sizes)))
+
+    def select(self, visual: VisionOutput, entries: Sequence[int]) -> VisionOutput:
+        """The output for some of its images (or pairs of frames), in the given order; entries may repeat."""
+        selected = copy.copy(visual)
+        selected.pooler_output = tuple(visual.pooler_output[entry] for entry in entries)
+        return selected
+
+    @abstractmethod
+    def row_states(
+        self,
+        vlm: PreTrainedModel,
+        batch: Batch,
+        inputs: Tensor,
+        visual: VisionOutput,
+        sequence: Tensor,
+        position: Tensor,
+        context: AbstractContextManager[object],
+    ) -> Tensor:
+        """Last hidden states ``[rows, hidden]`` of some tokens. The last layer should compute these rows only.
+
+        Args:
+            vlm: the transformers model.
+            batch: layout of the sequences and position ids.
+            inputs: ``[sequences, length, hidden]`` input embeddings, visual tokens in place.
+            visual: the vision output that `inputs` were made from, for features that enter at single layers.
+            sequence, position: ``[rows]`` int64 indices of the tokens.
+            context: to be active while the decoder layers run.
+        """
+
+    def add_layer_features(self, hidden: Tensor, layer: int, batch: Batch, visual: VisionOutput) -> Tensor:
+        """Hidden states after decoder layer `layer`, with this layer's visual features added.
+
+        Only for the stream that `train.pass_order: lockstep` advances itself; `row_states` handles the other one.
+        """
+        return hidden
+
+    @abstractmethod
+    def use_packed_attention(self, vlm: PreTrainedModel) -> None:
+        """Let the text model take packed sequences (`Layout`).
+
+        Raises:
+            ValueError: its attention implementation has no packed form.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        vlm: PreTrainedModel,
+        prompts: Prompts | Batch,
+        visuals: Visuals,
+        visual: VisionOutput,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        video_fps: float,
+        synced: bool = False,
+    ) -> list[list[int]]:
+        """Greedy token ids of every prompt, cut before the end of turn; `synced` for several ranks under ZeRO-3."""
+
+    @abstractmethod
+    def vision_flops(self, tower: nn.Module, visuals: Visuals) -> float:
+        """Model FLOPs of the frozen vision tower, forward, without patches that the feature cache replaces."""
+
+
+BUILT_IN = {"qwen2_5_vl": "w2r2_ds.models.qwen2_5_vl.family"}
+"""`model_type` -> module, imported on first use; it registers its family."""
+
+VLM_FAMILIES: dict[str, VlmFamily] = {}
+"""`model_type` -> family; filled by `register_family`."""
+
+
+def register_family(family: VlmFamily) -> None:
+    """Make a family available under its `model_type`."""
+    VLM_FAMILIES[family.model_type] = family
+
+
+def find_family(model_type: str | None, where: str = "config.json") -> VlmFamily:
+    """The family of a `model_type`.
+
+    Raises:
+        ValueError: none is registered; `where` names the file.
+    """
+    if model_type in BUILT_IN and model_type not in VLM_FAMILIES:
+        import_module(BUILT_IN[model_type])
+    if model_type not in VLM_FAMILIES:
+        known = " or ".join(sorted({*BUILT_IN, *VLM_FAMILIES}))
+        raise ValueError(f"{where}: model_type {model_type!r} is not supported; use a model of type {known}")
+    return VLM_FAMILIES[model_type]

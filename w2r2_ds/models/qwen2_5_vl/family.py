@@ -1,0 +1,168 @@
+"""Qwen2.5-VL behind the `VlmFamily` interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
+
+from w2r2_ds.models.family import VlmFamily, register_family
+from w2r2_ds.models.flops import products
+from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
+from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
+from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_scene_split
+from w2r2_ds.models.qwen2_5_vl.positions import position_ids
+from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
+from w2r2_ds.types.batch import Batch, Prompts, Visuals
+from w2r2_ds.types.vision import VisionSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Qwen25VL(VlmFamily):
+    """Qwen2.5-VL: window attention in the vision tower, three rotary axes, no visual features of single layers."""
+
+    model_type = "qwen2_5_vl"
+    vision_tokens: ClassVar[Mapping[str, str]] = {
+        "<|image_pad|>": "image_token_id",
+        "<|video_pad|>": "video_token_id",
+        "<|vision_start|>": "vision_start_token_id",
+        "<|vision_end|>": "vision_end_token_id",
+    }
+
+    def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], where: str) -> VisionSpec:
+        vision: Any = config.vision_config
+        sizes = {
+            "patch_size": int(vision.patch_size),
+            "merge_size": int(vision.spatial_merge_size),
+            "temporal_patch_size": int(vision.temporal_patch_size),
+        }
+        for field, size in sizes.items():
+            if preprocessor.get(field, size) != size:
+                raise ValueError(
+                    f"{where}: {field} is {preprocessor[field]} but config.json has {size}; take both files from the "
+                    "same model"
+                )
+        return VisionSpec(
+            **sizes,
+            window_size=int(vision.window_size),
+            image_mean=_three(preprocessor, "image_mean", where),
+            image_std=_three(preprocessor, "image_std", where),
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            vision_start_id=config.vision_start_token_id,
+            tokens_per_second=int(vision.tokens_per_second),
+        )
+
+    def tower_inputs(self, grid_thw: Tensor, vision: VisionSpec) -> WindowInputs:
+        return WindowInputs.of(grid_thw, vision.merge_size, vision.window_size, vision.patch_size)
+
+    def position_ids(
+        self,
+        vlm: PreTrainedModel,
+        input_ids: Tensor,
+        token_types: Tensor,
+        attention_mask: Tensor | None,
+        grids: Mapping[str, Tensor],
+        seconds_per_grid: float,
+    ) -> Tensor:
+        video = grids.get("video")
+        return position_ids(
+            vlm,
+            input_ids,
+            token_types,
+            attention_mask=attention_mask,
+            image_grid_thw=grids.get("image"),
+            video_grid_thw=video,
+            second_per_grid_ts=None if video is None else torch.full((len(video),), seconds_per_grid),
+        )
+
+    def encode_visuals(self, vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
+        # The tower itself is called: `get_image_features` would copy the grids to the host to split the tokens.
+        tower = self.vision_tower(vlm)
+        assert isinstance(visuals.tower, WindowInputs), "the collator builds the inputs of this family's tower"
+        inputs = visuals.tower.arguments(tower.config)
+        output = tower(visuals.pixel_values.type(tower.dtype), grid_thw=visuals.grid_thw, return_dict=True, **inputs)
+        output.pooler_output = torch.split(output.pooler_output, list(visuals.sizes))
+        return output
+
+    def row_states(
+        self,
+        vlm: PreTrainedModel,
+        batch: Batch,
+        inputs: Tensor,
+        visual: VisionOutput,
+        sequence: Tensor,
+        position: Tensor,
+        context: AbstractContextManager[object],
+    ) -> Tensor:
+        assert batch.layout is not None, "a training batch has a layout"
+        text = self.language_model(vlm)
+        # `rows_only` first: `context` may override the last layer's forward once more, around it.
+        with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), context:
+            states: Tensor = text(
+                inputs_embeds=inputs,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **attention_inputs(vlm, batch.layout),
+            ).last_hidden_state
+        return states
+
+    def use_packed_attention(self, vlm: PreTrainedModel) -> None:
+        use_scene_split(vlm)
+
+    def generate(
+        self,
+        vlm: PreTrainedModel,
+        prompts: Prompts | Batch,
+        visuals: Visuals,
+        visual: VisionOutput,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        video_fps: float,
+        synced: bool = False,
+    ) -> list[list[int]]:
+        end = tokenizer.convert_tokens_to_ids(self.end_of_turn)
+        return greedy_tokens(
+            vlm, prompts, visuals, visual, end, tokenizer.pad_token_id, max_new_tokens, video_fps, synced
+        )
+
+    def vision_flops(self, tower: nn.Module, visuals: Visuals) -> float:
+        if visuals.cached_2d:
+            return sum(self.vision_flops(tower, alone) for alone in visuals.alone if alone is not None)
+        patches = len(visuals.pixel_values)
+        if not patches:
+            return 0.0
+        config: Any = tower.config
+        grids = visuals.grid_thw.tolist()
+        side = config.window_size // config.patch_size  # patches, a multiple of the merge size
+        # Most blocks attend within windows, a few over the whole frame.
+        whole = sum(time * (height * width) ** 2 for time, height, width in grids)
+        windows = sum(time * squares(height, side) * squares(width, side) for time, height, width in grids)
+        full = len(config.fullatt_block_indexes)
+        attention = 4 * config.hidden_size * (full * whole + (config.depth - full) * windows)
+        merged = patches // config.spatial_merge_size**2
+        modules: Any = tower
+        work = products(modules.patch_embed, patches) + products(modules.merger, merged)
+        return work.forward + config.depth * products(modules.blocks[0], patches).forward + float(attention)
+
+
+def squares(length: int, side: int) -> int:
+    """Sum of the squared lengths of the windows that cover `length`; the last one may be shorter than `side`."""
+    return length // side * side**2 + (length % side) ** 2
+
+
+def _three(raw: Mapping[str, Any], field: str, where: str) -> tuple[float, float, float]:
+    """Three numbers of a pre-processor file."""
+    values = raw.get(field)
+    if not isinstance(values, list) or len(values) != 3:
+        raise ValueError(f"{where}: {field} must be a list of three numbers, found {values!r}")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+register_family(Qwen25VL())
