@@ -255,7 +255,7 @@ def test_precision(config: Any) -> None:
     assert settings.check_precision(None).errors == [] and settings.check_precision(config).errors == []
     assert settings.needed_packages(None) == settings.needed_packages(config) == frozenset()
     config.model.attention = "flash_attention_2"
-    config.train.wandb = config.train.tensorboard = True
+    config.train.trackers = ["wandb", "tensorboard"]
     assert settings.needed_packages(config) == {"flash-attn", "wandb", "tensorboard"}
     if not torch.cuda.is_available():
         assert "needs a GPU" in settings.check_precision(config).errors[0]

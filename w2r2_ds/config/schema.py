@@ -179,8 +179,7 @@ class TrainConfig:
         seed: of initialisation, data order, dropout and validation samples.
         hang_seconds: a rank that stands still for so long ends the job, with what every rank was doing; more than the
             longest pause of a healthy run (a save, a batch from a slow disk).
-        wandb: also log to Weights & Biases.
-        tensorboard: also log to TensorBoard.
+        trackers: where metrics are logged besides metrics.jsonl: wandb, tensorboard, trackio, or a plugin's.
     """
 
     steps: int = 2000
@@ -202,8 +201,7 @@ class TrainConfig:
     best_by: str = ""
     seed: int = 0
     hang_seconds: float = 600.0
-    wandb: bool = False
-    tensorboard: bool = False
+    trackers: list[str] = field(default_factory=list)
 
 
 @dataclass

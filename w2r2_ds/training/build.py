@@ -40,6 +40,7 @@ from w2r2_ds.training.deepspeed.engine import make_engine, trained_groups
 from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine
 from w2r2_ds.training.fault_tolerance.activity import Activity
 from w2r2_ds.training.throughput import Throughput, matrix_rate
+from w2r2_ds.training.trackers import check_trackers
 from w2r2_ds.training.validation import BestSoFar, MakeValidation, Validation
 from w2r2_ds.utils.distributed import raise_on_all_ranks
 
@@ -156,6 +157,7 @@ def check_inputs(
 ) -> Inputs:
     """Read and check everything but the weights; no collectives, so that an error of one rank can be raised on all."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    check_trackers(config.train.trackers)
     dtype = resolve_dtype(config.model.dtype)
     kernels = describe(config.model.kernels, config.model.attention, dtype)
     ds_config = resolve_ds_config(

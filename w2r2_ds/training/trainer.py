@@ -76,8 +76,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
     config, activity = run.config, run.activity
     batches = checked(run.loader)
     hinge_monitor = HingeMonitor(run.start, config)
-    trackers = [name for name in ("wandb", "tensorboard") if getattr(config.train, name)]
-    with MetricsLogger(Path(config.out), config.train.steps, trackers, dist.get_rank()) as metrics_logger:
+    with MetricsLogger(Path(config.out), config.train.steps, config.train.trackers, dist.get_rank()) as metrics_logger:
         saves = Saves(run, metrics_logger)
         metrics_logger.start(run.start)
         metrics: dict[str, float] = {}

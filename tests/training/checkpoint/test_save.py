@@ -45,7 +45,7 @@ def test_a_resume_with_other_options_is_refused_by_name(trained: Path, section: 
 def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
     saved = find_checkpoint(trained)
     config = load_config(saved / "config.yaml")
-    check_same_run(saved, replace(config, train=replace(config.train, save_every=7, keep_last=9, wandb=True)))
+    check_same_run(saved, replace(config, train=replace(config.train, save_every=7, keep_last=9, trackers=["wandb"])))
     exact = {
         "pass_order": "lockstep",
         "activation_checkpointing": True,

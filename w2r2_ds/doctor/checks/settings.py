@@ -14,11 +14,12 @@ NETWORK = ("NCCL_", "GLOO_", "FI_", "UCX_")
 
 def needed_packages(config: RunConfig | None) -> frozenset[str]:
     """Optional packages that this configuration uses."""
+    from w2r2_ds.training.trackers import PACKAGES
+
     if config is None:
         return frozenset()
     wanted = {
-        "wandb": config.train.wandb,
-        "tensorboard": config.train.tensorboard,
+        **{package: name in config.train.trackers for name, package in PACKAGES.items()},
         "flash-attn": config.model.attention == "flash_attention_2",
         "triton": config.model.kernels == "triton",
         "liger-kernel": config.model.kernels == "triton",

@@ -17,7 +17,7 @@ MAY_CHANGE = {
     "data": {"root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
     "model": {"vlm", "vggt", "merger", "attention", "kernels"},
     "objective": {"gap_every", "gap_samples"},
-    "train": {"micro_batch", "save_every", "keep_last", "wandb", "tensorboard", "hang_seconds", "pass_order"}
+    "train": {"micro_batch", "save_every", "keep_last", "trackers", "hang_seconds", "pass_order"}
     | {"activation_checkpointing", "recompute_every", "offload_activations"}
     | {"eval_every", "eval_samples", "eval_max_new_tokens", "best_by"},
 }
