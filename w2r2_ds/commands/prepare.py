@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Literal
 
 from w2r2_ds.commands.common import add_plugin_option, command_words, function_parser, parse, report_error
@@ -33,20 +34,48 @@ def main(args: list[str] | None = None) -> int:
             return 0
         parser = Parser(prog="w2r2 prepare", description="Prepare data for training and evaluation.")
         commands = parser.add_subcommands(dest="command")
-        named = next((word for word in words if word in COMMANDS), "")
-        for name, description in COMMANDS.items():
-            # Only the named preparation is imported: it imports torch.
-            command = function_parser(_function(name), f"w2r2 prepare {name}") if name == named else Parser()
-            commands.add_subcommand(name, command, help=description)
+        names = {**COMMANDS, **_plugin_tasks()}
+        named = next((word for word in words if word in names), "")
+        for name, description in names.items():
+            # Only the options of the named preparation are built.
+            commands.add_subcommand(name, _parser(name) if name == named else Parser(), help=description)
         values = parse(parser, words)
-        return _function(values["command"])(**values[values["command"]]) or 0
+        command = values["command"]
+        return _function(command)(**values[command]) or 0
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         return report_error("prepare", error)
 
 
+def _plugin_tasks() -> dict[str, str]:
+    """Name and first line of the docstring of tasks that a plug-in registered, which has imported the registry."""
+    registry = sys.modules.get("w2r2_ds.data.tasks.base")
+    tasks = {} if registry is None else registry.TASKS
+    documented = {name: (task.__doc__ or name).strip().partition("\n")[0] for name, task in tasks.items()}
+    return {name: text for name, text in documented.items() if name not in COMMANDS}
+
+
+def _parser(name: str) -> Parser:
+    from w2r2_ds.commands import prepare_data  # imports torch
+
+    if not _is_task(name):
+        return function_parser(_function(name), f"w2r2 prepare {name}")
+    parser = function_parser(prepare_data.prepare_task, f"w2r2 prepare {name}", prepare_data.skipped_options(name))
+    if name in ("scanrefer", "scan2cap"):  # frames as VG-LLM draws them
+        parser.set_defaults({"frames.protocol": "vgllm"})
+    return parser
+
+
 def _function(name: str) -> Callable[..., int | None]:
-    function: Callable[..., int | None] = getattr(import_module("w2r2_ds.commands.prepare_data"), name)
+    from w2r2_ds.commands import prepare_data
+
+    if _is_task(name):
+        return functools.partial(prepare_data.prepare_task, name)
+    function: Callable[..., int | None] = getattr(prepare_data, name)
     return function
+
+
+def _is_task(name: str) -> bool:
+    return name not in ("boxes", "synthetic", "demo", "geometry")
 
 
 def geometry(args: list[str]) -> None:

@@ -1,143 +1,39 @@
-"""The preparations of `w2r2 prepare`, each a function whose parameters are its options."""
+"""The preparations of `w2r2 prepare`, each a function whose parameters are its options; one for all tasks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from w2r2_ds.data.frames.selection import FrameOptions
 
-if TYPE_CHECKING:
-    from w2r2_ds.data.tasks.base import TaskOptions
+TASK_OPTIONS: dict[str, tuple[str, ...]] = {
+    "scanrefer": ("format", "frames", "rolls", "visibility", "skip_without_box"),
+    "scan2cap": ("format", "frames", "visibility", "boxes", "skip_without_box"),
+    "scanqa": ("frames", "skip_without_box"),
+    "detection": ("count", "interval", "step", "windows", "train_windows", "seed"),
+}
+"""Task -> its options besides those that all tasks have; tasks of plug-ins have `PLUGIN_OPTIONS`."""
+PLUGIN_OPTIONS = ("format", "frames", "visibility", "boxes", "skip_without_box")
+SOME_TASKS = tuple(dict.fromkeys(name for names in TASK_OPTIONS.values() for name in names))
 
-Splits = list[Literal["train", "val"]]
-QaSplits = list[Literal["train", "val", "test_w_obj", "test_wo_obj"]]
+
+def skipped_options(task: str) -> tuple[str, ...]:
+    """Parameters of `prepare_task` that are no options of this task's command."""
+    own = TASK_OPTIONS.get(task, PLUGIN_OPTIONS)
+    return ("task", *(name for name in SOME_TASKS if name not in own))
 
 
-def scanrefer(
+def prepare_task(
+    task: str,
     root: str,
-    splits: Splits = ["train", "val"],  # noqa: B006
-    format: Literal["vgllm", "video3dllm"] = "vgllm",
-    frames: FrameOptions = FrameOptions("vgllm", 32),  # noqa: B008
+    splits: list[str] = ["train", "val"],  # noqa: B006
+    format: Literal["", "vgllm", "video3dllm"] = "",
+    frames: FrameOptions = FrameOptions("uniform", 32),  # noqa: B008
     rolls: int = 0,
     visibility: Literal["embodiedscan", "depth"] = "embodiedscan",
-    out: str = "",
-    workers: int = 0,
-    skip_broken_scenes: bool = False,
-    skip_without_box: bool = False,
-    check: bool = False,
-    dry_run: bool = False,
-) -> int:
-    """A sentence about an object -> where the object is.
-
-    Args:
-        root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        splits: of the annotations.
-        format: VG-LLM's frame and box in its camera, or the corners of the world box in Video-3D-LLM's words.
-        frames: which frames a sample sees.
-        rolls: training samples per description in VG-LLM's format, each with frames of its own; 0 means 2, as VG-LLM,
-            where the protocol draws frames for every sample (vgllm), else 1.
-        visibility: which frames see an object: by EmbodiedScan's lists (as VG-LLM), or by the depth images.
-        out: folder for a folder per split; ROOT/prepared/scanrefer without it.
-        workers: processes; 0 means one per available core.
-        skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
-        skip_without_box: skip and report items about objects without a box, instead of stopping with an error.
-        check: only list what is missing and where it comes from; exit status 1 if something is.
-        dry_run: only print what would be written.
-    """
-    drawn = frames.protocol == "vgllm" and format == "vgllm"
-
-    from w2r2_ds.data.tasks.base import TaskOptions
-
-    def options(split: Any) -> TaskOptions:
-        each = rolls or (2 if drawn and split == "train" else 1)
-        return TaskOptions("scanrefer", split, format, frames, rolls=each, visibility=visibility)
-
-    if rolls and format != "vgllm":
-        raise ValueError(f"--rolls is {rolls}, but only format vgllm has rolls; leave it out.")
-    skip = {"skip_broken_scenes": skip_broken_scenes, "skip_without_box": skip_without_box}
-    return _run("scanrefer", root, splits, options, out, workers, check, dry_run, skip)
-
-
-def scan2cap(
-    root: str,
-    splits: Splits = ["train", "val"],  # noqa: B006
-    format: Literal["vgllm", "video3dllm"] = "vgllm",
-    frames: FrameOptions = FrameOptions("vgllm", 32),  # noqa: B008
     boxes: Literal["proposals", "annotated"] = "proposals",
-    visibility: Literal["embodiedscan", "depth"] = "embodiedscan",
-    out: str = "",
-    workers: int = 0,
-    skip_broken_scenes: bool = False,
-    skip_without_box: bool = False,
-    check: bool = False,
-    dry_run: bool = False,
-) -> int:
-    """An object given by its place -> a sentence about it.
-
-    Args:
-        root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        splits: of the annotations, which are ScanRefer's.
-        format: the place in the first frame's camera (VG-LLM), or in the world (Video-3D-LLM's words).
-        frames: which frames a sample sees.
-        boxes: in validation, which box the place is the centre of: the best of the proposals, or the annotated one.
-        visibility: for the training protocol scene_sets, which frames see an object, as for scanrefer.
-        out: folder for a folder per split; ROOT/prepared/scan2cap without it.
-        workers: processes; 0 means one per available core.
-        skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
-        skip_without_box: skip and report items about objects without a box, instead of stopping with an error.
-        check: only list what is missing and where it comes from; exit status 1 if something is.
-        dry_run: only print what would be written.
-    """
-
-    from w2r2_ds.data.tasks.base import TaskOptions
-
-    def options(split: Any) -> TaskOptions:
-        return TaskOptions("scan2cap", split, format, frames, boxes=boxes, visibility=visibility)
-
-    skip = {"skip_broken_scenes": skip_broken_scenes, "skip_without_box": skip_without_box}
-    return _run("scan2cap", root, splits, options, out, workers, check, dry_run, skip)
-
-
-def scanqa(
-    root: str,
-    splits: QaSplits = ["train", "val"],  # noqa: B006
-    frames: FrameOptions = FrameOptions("uniform", 32),  # noqa: B008
-    out: str = "",
-    workers: int = 0,
-    skip_broken_scenes: bool = False,
-    skip_without_box: bool = False,
-    check: bool = False,
-    dry_run: bool = False,
-) -> int:
-    """A question about a scene -> a short answer, in Video-3D-LLM's words.
-
-    Args:
-        root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        splits: of the annotations; the test splits have no answers and cannot be scored here.
-        frames: which frames a sample sees.
-        out: folder for a folder per split; ROOT/prepared/scanqa without it.
-        workers: processes; 0 means one per available core.
-        skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
-        skip_without_box: skip and report items about objects without a box, instead of stopping with an error.
-        check: only list what is missing and where it comes from; exit status 1 if something is.
-        dry_run: only print what would be written.
-    """
-
-    from w2r2_ds.data.tasks.base import TaskOptions
-
-    def options(split: Any) -> TaskOptions:
-        return TaskOptions("scanqa", split, "video3dllm", frames)
-
-    skip = {"skip_broken_scenes": skip_broken_scenes, "skip_without_box": skip_without_box}
-    return _run("scanqa", root, splits, options, out, workers, check, dry_run, skip)
-
-
-def detection(
-    root: str,
-    splits: Splits = ["train", "val"],  # noqa: B006
     count: int = 4,
     interval: int = 3,
     step: int = 10,
@@ -147,69 +43,73 @@ def detection(
     out: str = "",
     workers: int = 0,
     skip_broken_scenes: bool = False,
+    skip_without_box: bool = False,
     check: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """A few neighbouring frames -> every object that they see, from EmbodiedScan, as VG-LLM.
+    """Prepare the samples of one task from its annotations and ScanNet's scenes.
 
     Args:
+        task: its name in the registry.
         root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        splits: of EmbodiedScan.
+        splits: of the annotations, e.g. [train,val]; ScanQA also has test_w_obj and test_wo_obj, without answers.
+        format: prompts and answers of VG-LLM (positions in a frame's camera) or Video-3D-LLM (positions in the world);
+            the task's first format without it.
+        frames: which frames a sample has.
+        rolls: training samples per description in VG-LLM's format, each with frames of its own; 0 means 2, as VG-LLM,
+            where the protocol draws frames for every sample (vgllm), else 1.
+        visibility: which frames see an object: by EmbodiedScan's lists (as VG-LLM), or by the depth images.
+        boxes: in validation, the box whose centre is in the prompt: the best of the proposals, or the annotated one.
         count: frames per sample.
-        interval: every how many frames of a run without a gap a sample takes one.
-        step: how far apart the numbers of neighbouring frames are; 10 where every tenth image was extracted.
+        interval: a sample takes every interval-th frame of a run of neighbours.
+        step: difference of the numbers of neighbouring frames; 10 where every tenth image was extracted.
         windows: samples per scene in validation, drawn; 0 for all.
-        train_windows: the same for training.
+        train_windows: samples per scene in training, drawn; 0 for all.
         seed: of the draw.
-        out: folder for a folder per split; ROOT/prepared/detection without it.
+        out: folder for a folder per split; ROOT/prepared/TASK without it.
         workers: processes; 0 means one per available core.
         skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
+        skip_without_box: skip and report items about objects without a box, instead of stopping with an error.
         check: only list what is missing and where it comes from; exit status 1 if something is.
         dry_run: only print what would be written.
     """
-
-    from w2r2_ds.data.tasks.base import TaskOptions
-
-    def options(split: Any) -> TaskOptions:
-        most = train_windows if split == "train" else windows
-        frames = FrameOptions("uniform", count, seed)
-        return TaskOptions("detection", split, "vgllm", frames, interval=interval, step=step, windows=most)
-
-    return _run(
-        "detection", root, splits, options, out, workers, check, dry_run, {"skip_broken_scenes": skip_broken_scenes}
-    )
-
-
-def _run(
-    task: str,
-    root: str,
-    splits: Sequence[str],
-    options: Callable[[str], TaskOptions],
-    out: str,
-    workers: int,
-    check: bool,
-    dry_run: bool,
-    skip: Mapping[str, bool],
-) -> int:
-    """Check, forecast or prepare every split; returns the exit status. `skip`: which items may be skipped."""
     from w2r2_ds.data.prepare.manifest import summary
     from w2r2_ds.data.prepare.pipeline import prepare
     from w2r2_ds.data.prepare.plan import make_plan
     from w2r2_ds.data.prepare.preflight import forecast, missing, report
+    from w2r2_ds.data.tasks.base import TaskOptions, find_task
     from w2r2_ds.utils.sanitize import lines
 
     if not splits:
         raise ValueError("--splits is empty; name at least one.")
+    chosen = format or find_task(task).formats[0]
+    if rolls and chosen != "vgllm":
+        raise ValueError(f"--rolls is {rolls}, but only format vgllm has rolls; leave it out.")
+    if task == "detection":  # samples are windows of neighbouring frames
+        frames = FrameOptions("uniform", count, seed)
     folder, complete = Path(out or Path(root) / "prepared" / task), True
     for split in dict.fromkeys(splits):
+        drawn = task == "scanrefer" and chosen == "vgllm" and frames.protocol == "vgllm" and split == "train"
+        options = TaskOptions(
+            task,
+            split,
+            chosen,
+            frames,
+            rolls=rolls or (2 if drawn else 1),
+            visibility=visibility,
+            boxes=boxes,
+            interval=interval,
+            step=step,
+            windows=train_windows if split == "train" else windows,
+        )
         if check:
-            found = missing(root, options(split))
-            print(lines(report(root, options(split), found)), flush=True)
+            found = missing(root, options)
+            print(lines(report(root, options, found)), flush=True)
             complete = complete and not found
         elif dry_run:
-            print(forecast(make_plan(root, options(split)), folder / split), flush=True)
+            print(forecast(make_plan(root, options), folder / split), flush=True)
         else:
-            done = prepare(root, options(split), folder / split, _processes(workers), **skip)
+            done = prepare(root, options, folder / split, _processes(workers), skip_broken_scenes, skip_without_box)
             print(lines(summary(done.folder, done.manifest, done.reused)), flush=True)
     return 0 if complete else 1
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from hand_scene import SCENE
+from w2r2_ds.commands.prepare import main
 from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TASKS, Task, TaskOptions, find_task, register_task
-from w2r2_ds.utils.plugins import import_plugin
 
 COUNTING = '''
 """Counting: how many objects of a name a scene has. Annotations: counting/SPLIT.json."""
@@ -75,11 +75,13 @@ def plugin(tmp_path: Path) -> Path:
 
 def test_a_task_from_one_file(root: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("w2r2_ds.data.tasks.base.TASKS", dict(TASKS))
-    import_plugin(str(plugin))
     (root / "counting").mkdir()
     entries = [{"scene_id": SCENE, "name": name, "count": count} for name, count in (("chair", 2), ("lamp", 0))]
     (root / "counting" / "train.json").write_text(json.dumps(entries))
     options = TaskOptions("counting", "train", frames=FrameOptions("uniform", 2))
+    words = ["--root", str(root), "--splits", "[train]", "--frames.count", "2", "--out", str(root / "by_command")]
+    assert main(["counting", *words, "--plugin", str(plugin)]) == 0
+    assert len(PreparedSet(root / "by_command" / "train", root)) == 2
     done = prepare(root, options, root / "out", workers=2, quiet=True)
     made = PreparedSet(done.folder, root)
     assert [(each.task, each.question, each.answer, each.kind) for each in made] == [
