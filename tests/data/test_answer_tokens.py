@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from w2r2_ds.data.answer_tokens import answer_slots, require_digit_slots, token_tables, what_tokens
+from w2r2_ds.data.answer_tokens import find_answer_tokens, require_digit_tokens, token_tables, what_tokens
 from w2r2_ds.data.tasks.scanrefer import description_span, question_text
 from w2r2_ds.demo.tiny_models import train_tokenizer
 
@@ -36,7 +36,7 @@ def offsets_of(pieces: list[str]) -> list[tuple[int, int]]:
 
 def test_numbers_places_and_signs(tokenizer: Any) -> None:
     tokens, offsets = encode(tokenizer, ANSWER)
-    slots = answer_slots("grounding", ANSWER, offsets)
+    slots = find_answer_tokens("grounding", ANSWER, offsets)
     assert slots.digits
     assert ["".join(tokens[i] for i in indices) for indices in slots.tokens] == NUMBERS
     assert slots.places[0] == [10, 1]
@@ -47,7 +47,7 @@ def test_numbers_places_and_signs(tokenizer: Any) -> None:
 
 def test_where_is_exactly_the_digits_of_the_numbers(tokenizer: Any) -> None:
     tokens, offsets = encode(tokenizer, ANSWER)
-    where = answer_slots("grounding", ANSWER, offsets).where
+    where = find_answer_tokens("grounding", ANSWER, offsets).where
     chosen = [token for token, flag in zip(tokens, where, strict=True) if flag]
     assert "".join(chosen) == "".join(NUMBERS).replace(".", "")
     three = tokens.index("3")  # of bbox_3d
@@ -55,7 +55,7 @@ def test_where_is_exactly_the_digits_of_the_numbers(tokenizer: Any) -> None:
 
 
 def test_every_character_a_token() -> None:
-    slots = answer_slots("grounding", PLAIN, offsets_of(list(PLAIN)))
+    slots = find_answer_tokens("grounding", PLAIN, offsets_of(list(PLAIN)))
     assert "".join("." if n < 0 else str(n) for n in slots.number) == MARKS
     assert [m != "." for m in MARKS] == slots.where.tolist()
     assert slots.digits and slots.lead.tolist() == [5, 18, 23, 26, 29, 32, 35, 38, 41, 44]
@@ -76,7 +76,7 @@ def test_a_token_belongs_to_the_number_whose_digits_it_holds(pieces: list[str], 
     begun = "".join(pieces)
     assert PLAIN.startswith(begun)
     rest = list(PLAIN[len(begun) :])
-    slots = answer_slots("grounding", PLAIN, offsets_of([*pieces, *rest]))
+    slots = find_answer_tokens("grounding", PLAIN, offsets_of([*pieces, *rest]))
     tail = [-1 if m == "." else int(m) for m in MARKS[len(begun) :]]
     assert slots.number.tolist() == number + tail
     assert slots.where.tolist() == [n >= 0 for n in number + tail]
@@ -86,45 +86,45 @@ def test_a_token_belongs_to_the_number_whose_digits_it_holds(pieces: list[str], 
 def test_one_merged_token_is_enough() -> None:
     """The last of ten numbers, all other digits alone: `81]`, then `8` and `1]`, then ` 8`."""
     for pieces in (["81]"], ["8", "1]"]):
-        slots = answer_slots("grounding", PLAIN, offsets_of([*PLAIN[:45], *pieces, "}"]))
+        slots = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:45], *pieces, "}"]))
         assert slots.number[45:].tolist() == [9] * len(pieces) + [-1] and not slots.digits
-    slots = answer_slots("grounding", PLAIN, offsets_of([*PLAIN[:44], " 8", *PLAIN[46:]]))
+    slots = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:44], " 8", *PLAIN[46:]]))
     assert slots.number[44:].tolist() == [9, 9, -1, -1] and not slots.digits
 
 
 def test_a_blank_that_offsets_leave_out_belongs_to_the_token_after_it() -> None:
     offsets = offsets_of(list(PLAIN))
     trimmed = [*offsets[:5], *offsets[6:]]  # no token of its own for the blank before 7: the token is " 7"
-    slots = answer_slots("grounding", PLAIN, trimmed)
+    slots = find_answer_tokens("grounding", PLAIN, trimmed)
     assert slots.number[5] == 0 and slots.where.sum() == 12 and not slots.digits
 
 
 @pytest.mark.parametrize("answer", ["", '{"frame": 1}', ANSWER.replace("3.0, ", ""), ANSWER + " 7"])
 def test_other_than_ten_numbers(tokenizer: Any, answer: str) -> None:
     with pytest.raises(ValueError, match="holds 10 numbers"):
-        answer_slots("grounding", answer, encode(tokenizer, answer)[1])
+        find_answer_tokens("grounding", answer, encode(tokenizer, answer)[1])
 
 
 def test_a_number_at_the_very_beginning_has_no_place_for_a_sign() -> None:
     answer = "1 2 3 4 5 6 7 8 9 0"
     with pytest.raises(ValueError, match="must not begin the answer"):
-        answer_slots("grounding", answer, [(i, i + 1) for i in range(len(answer))])
+        find_answer_tokens("grounding", answer, [(i, i + 1) for i in range(len(answer))])
 
 
 @pytest.mark.parametrize("kind", ["caption", "answer"])
 def test_of_a_text_every_token_but_the_end_of_turn(kind: Any) -> None:
     pieces = ["2", " chairs", ", ", "1.5 m", "<|im_end|>"]
-    slots = answer_slots(kind, "2 chairs, 1.5 m", offsets_of(pieces))
+    slots = find_answer_tokens(kind, "2 chairs, 1.5 m", offsets_of(pieces))
     assert slots.where.tolist() == [True] * 4 + [False]
     assert slots.number.tolist() == [-1] * 5  # its digits are no box
     assert not slots.digits and len(slots.lead) == 0 and slots.tokens == [] and slots.places == []
-    empty = answer_slots(kind, "", [(0, 10)])
+    empty = find_answer_tokens(kind, "", [(0, 10)])
     assert empty.where.tolist() == [False]
 
 
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match=r"kind is 'box'; it is one of grounding, caption, answer"):
-        answer_slots("box", "", [])  # type: ignore[arg-type]
+        find_answer_tokens("box", "", [])  # type: ignore[arg-type]
 
 
 def test_what_tokens_share_a_character_with_the_description() -> None:
@@ -210,17 +210,17 @@ def test_a_tokenizer_without_digits_has_tables_without_digits() -> None:
 
 
 def test_digit_slots_are_there(tokenizer: Any) -> None:
-    require_digit_slots(tokenizer, "objective.push soft_iou")
+    require_digit_tokens(tokenizer, "objective.push soft_iou")
 
 
 def test_a_digit_that_is_no_token_is_refused() -> None:
     ten = {str(digit): str(digit) for digit in range(10)}
-    require_digit_slots(Words(unk="?", **ten), "objective.push soft_iou")
+    require_digit_tokens(Words(unk="?", **ten), "objective.push soft_iou")
     del ten["7"]
     with pytest.raises(
         ValueError, match=r"objective.push soft_iou needs .* Words makes '7' in '.*' the one token 'unk'"
     ):
-        require_digit_slots(Words(unk="?", **ten), "objective.push soft_iou")
+        require_digit_tokens(Words(unk="?", **ten), "objective.push soft_iou")
 
 
 @pytest.mark.parametrize("merged", ["77", "9.9", " 3", "-1", "1]", "8,", "-0."])
@@ -228,4 +228,4 @@ def test_a_single_merged_token_is_refused(merged: str) -> None:
     tokenizer = train_tokenizer([ANSWER] * 3)
     tokenizer.add_tokens([merged])
     with pytest.raises(ValueError, match=r"objective.push unblocked needs .*Qwen2Tokenizer makes"):
-        require_digit_slots(tokenizer, "objective.push unblocked")
+        require_digit_tokens(tokenizer, "objective.push unblocked")

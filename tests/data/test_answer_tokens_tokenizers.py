@@ -24,7 +24,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from w2r2_ds.data.answer_tokens import answer_slots, require_digit_slots, token_tables, what_tokens
+from w2r2_ds.data.answer_tokens import find_answer_tokens, require_digit_tokens, token_tables, what_tokens
 from w2r2_ds.data.collate import Collator
 from w2r2_ds.data.processor import Processor
 from w2r2_ds.data.tasks.scanrefer import answer_text, question_text
@@ -208,7 +208,7 @@ def test_transformers_reads_sentencepiece_as_sentencepiece_does(models: dict[str
 def test_where_and_number(tokenizers: dict[str, Any], name: str) -> None:
     _, offsets = encode(tokenizers[name], ANSWER + "<|im_end|>")
     assert offsets[-1] == (len(ANSWER), len(ANSWER) + 10)
-    slots = answer_slots("grounding", ANSWER, offsets)
+    slots = find_answer_tokens("grounding", ANSWER, offsets)
     assert slots.number.tolist() == expected_numbers(offsets)
     assert slots.where.tolist() == [number >= 0 for number in expected_numbers(offsets)]
     assert sorted(set(slots.number.tolist())) == list(range(-1, 10))
@@ -220,7 +220,7 @@ def test_slots_of_tokenizers_that_split_digits(tokenizers: dict[str, Any], name:
     tokenizer = tokenizers[name]
     _, offsets = encode(tokenizer, ANSWER)
     ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-    slots = answer_slots("grounding", ANSWER, offsets)
+    slots = find_answer_tokens("grounding", ANSWER, offsets)
     tables = token_tables(tokenizer, len(tokenizer))
     assert slots.places == [pytest.approx(places) for places in PLACES]
     for number, (tokens, places, value) in enumerate(zip(slots.tokens, slots.places, VALUES, strict=True)):
@@ -233,7 +233,7 @@ def test_slots_of_tokenizers_that_split_digits(tokenizers: dict[str, Any], name:
 
 @pytest.mark.parametrize("name", MERGED)
 def test_no_slots_where_digits_merge(tokenizers: dict[str, Any], name: str) -> None:
-    slots = answer_slots("grounding", ANSWER, encode(tokenizers[name], ANSWER)[1])
+    slots = find_answer_tokens("grounding", ANSWER, encode(tokenizers[name], ANSWER)[1])
     assert not slots.digits and len(slots.lead) == 0 and slots.tokens == [] and slots.places == []
 
 
@@ -241,7 +241,7 @@ def test_no_slots_where_digits_merge(tokenizers: dict[str, Any], name: str) -> N
 def test_of_a_caption_all_but_the_end_of_turn(tokenizers: dict[str, Any], name: str) -> None:
     _, offsets = encode(tokenizers[name], DESCRIPTION + "<|im_end|>")
     for kind in ("caption", "answer"):
-        slots = answer_slots(kind, DESCRIPTION, offsets)
+        slots = find_answer_tokens(kind, DESCRIPTION, offsets)
         assert slots.where.tolist() == [True] * (len(offsets) - 1) + [False]
         assert (slots.number == -1).all() and not slots.digits
 
@@ -295,14 +295,14 @@ def test_tables_of_merged_digits(tokenizers: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_digit_slots_are_there(tokenizers: dict[str, Any], name: str) -> None:
-    require_digit_slots(tokenizers[name], "objective.push soft_iou")
+    require_digit_tokens(tokenizers[name], "objective.push soft_iou")
 
 
 @pytest.mark.parametrize("name", MERGED)
 def test_terms_that_need_digit_slots_refuse_by_name(tokenizers: dict[str, Any], name: str) -> None:
     kind = {"gpt2": "TokenizersBackend", "spm": "TokenizersBackend", "llama": "LlamaTokenizer"}[name]
     with pytest.raises(ValueError, match=f"^objective.push soft_iou needs .*{kind} makes"):
-        require_digit_slots(tokenizers[name], "objective.push soft_iou")
+        require_digit_tokens(tokenizers[name], "objective.push soft_iou")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "spm split", "gpt2", "spm", "llama"])

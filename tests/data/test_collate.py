@@ -123,7 +123,7 @@ def test_what_rows_point_at_the_descriptions(
 def test_mixed_tasks(
     frontend: Any, batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any
 ) -> None:
-    """A caption and an answer have no number slots and no box; those of the others are as without them."""
+    """A caption and an answer have no digit tokens and no box; those of the others are as without them."""
     mixed = batch_of([caption_sample, samples[0], answer_sample, samples[2]])
     plain = batch_of([samples[0], samples[2]])
     rows, alone = mixed.answer_rows, plain.answer_rows

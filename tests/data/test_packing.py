@@ -126,8 +126,8 @@ def test_frames_in_a_row_are_read_once(
 ) -> None:
     read: list[Any] = []
     processor = make_processor(frontend, data_config())
-    original = processor.eyes.look
-    monkeypatch.setattr(processor.eyes, "look", lambda sample: read.append(sample.id) or original(sample))
+    original = processor.preprocess.compute
+    monkeypatch.setattr(processor.preprocess, "compute", lambda sample: read.append(sample.id) or original(sample))
     first, second = questions(samples[0], 2), questions(samples[1], 2)
     for sample in [*first, *second, first[0]]:
         processor(sample, True)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2r2_ds.data.mixture import Mixture
-from w2r2_ds.data.sampler import GlobalBatchSampler, in_bins
+from w2r2_ds.data.sampler import GlobalBatchSampler, group_by_frames
 
 SETS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 """How many samples see each set of frames."""
@@ -71,7 +71,7 @@ def test_rests_are_combined_whole_where_they_fit() -> None:
     """Three and one, two and two; not three and a half of a pair."""
     sets = np.repeat([0, 1, 2, 3, 4], [3, 1, 2, 2, 4])
     for seed in range(20):
-        order = in_bins(np.arange(12), sets, 4, 0, np.random.default_rng(seed))
+        order = group_by_frames(np.arange(12), sets, 4, 0, np.random.default_rng(seed))
         kinds = {tuple(sorted(Counter(sets[order[begin : begin + 4]]).values())) for begin in (0, 4, 8)}
         assert kinds == {(1, 3), (2, 2), (4,)}
 

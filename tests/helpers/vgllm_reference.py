@@ -69,7 +69,7 @@ def model_of(golden: Golden, reference_frame: str, zero: str) -> W2R2:
 
 @cache
 def batch_of(golden: Golden) -> Batch:
-    """The recorded inputs as a training batch; every supervised token is an answer token without number slots."""
+    """The recorded inputs as a training batch; every supervised token is an answer token without digit tokens."""
     tensors, count = golden.tensors, len(golden.record["samples"])
     ids, mask, labels = (tensors[f"in/{name}"] for name in ("input_ids", "attention_mask", "labels"))
     types = (ids == golden.record["config"]["text"]["image_token_id"]).long()

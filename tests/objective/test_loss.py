@@ -142,7 +142,7 @@ def test_split_order_and_padding(samples: list[Any], total: Callable[..., Total]
 def test_empty_sets_give_numbers(
     samples: list[Any], batch_of: Any, total: Callable[..., Total], push: str, hidden: str
 ) -> None:
-    """No where rows, no number slots, no description: finite, and untouched where there is nothing to push."""
+    """No where rows, no digit tokens, no description: finite, and untouched where there is nothing to push."""
     batch = batch_of(samples[:2])
     rows = batch.answer_rows
     if hidden == "where":

@@ -90,7 +90,7 @@ def prompt(feature: Features) -> Features:
         token_types=feature.token_types[:length],
         what=feature.what[:length],
         answer_tokens=0,
-        slots=None,
+        digit_tokens=None,
     )
 
 

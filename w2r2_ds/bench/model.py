@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from w2r2_ds.bench.shapes import MERGE, PATCH, Shape
 from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig
-from w2r2_ds.data.answer_tokens import answer_slots, token_tables
+from w2r2_ds.data.answer_tokens import find_answer_tokens, token_tables
 from w2r2_ds.data.collate import Collator
 from w2r2_ds.data.loader import make_positions
 from w2r2_ds.data.packing import Grouping, by_frames
@@ -123,7 +123,7 @@ class Subject:
                     grid_thw=grid_thw,
                     geometry_images=torch.from_numpy(images),
                     what=torch.zeros(len(ids), dtype=torch.bool),
-                    slots=answer_slots("grounding", answer, [*offsets["offset_mapping"], end]),
+                    digit_tokens=find_answer_tokens("grounding", answer, [*offsets["offset_mapping"], end]),
                 )
             )
         return made

@@ -21,23 +21,23 @@ def prompt_rows(features: Sequence[Features], places: Sequence[TokenPlacement]) 
 
 
 def answer_rows(features: Sequence[Features], places: Sequence[TokenPlacement]) -> AnswerRows:
-    """Flatten the answer positions of the batch and point the number slots at them."""
-    slots = [f.slots for f in features if f.slots is not None]
-    assert len(slots) == len(features), "training features carry answers"
-    width = max([1, *(len(tokens) for slot in slots for tokens in slot.tokens)])
+    """Flatten the answer positions of the batch and point the digit tokens at them."""
+    answers = [f.digit_tokens for f in features if f.digit_tokens is not None]
+    assert len(answers) == len(features), "training features carry answers"
+    width = max([1, *(len(tokens) for tokens_of in answers for tokens in tokens_of.tokens)])
     number = torch.full((len(features), NUMBERS, width), -1, dtype=torch.int64)
     place = torch.zeros((len(features), NUMBERS, width), dtype=torch.float64)
     lead = torch.zeros((len(features), NUMBERS), dtype=torch.int64)
     position, label, where = [], [], []
     first_row = 0
-    for index, (feature, slot) in enumerate(zip(features, slots, strict=True)):
+    for index, (feature, tokens_of) in enumerate(zip(features, answers, strict=True)):
         length, count = len(feature.input_ids), feature.answer_tokens
         position.append(places[index].at(torch.arange(length - count - 1, length - 1)))
         label.append(feature.input_ids[length - count :])
-        where.append(torch.from_numpy(slot.where))
-        if slot.digits:
-            lead[index] = torch.from_numpy(slot.lead) + first_row
-        for i, (tokens, units) in enumerate(zip(slot.tokens, slot.places, strict=True)):
+        where.append(torch.from_numpy(tokens_of.where))
+        if tokens_of.digits:
+            lead[index] = torch.from_numpy(tokens_of.lead) + first_row
+        for i, (tokens, units) in enumerate(zip(tokens_of.tokens, tokens_of.places, strict=True)):
             number[index, i, : len(tokens)] = torch.tensor(tokens) + first_row
             place[index, i, : len(tokens)] = torch.tensor(units, dtype=torch.float64)
         first_row += count

@@ -1,8 +1,8 @@
-"""Slots: which tokens of an answer say *where* and which of a prompt say *what*, from character offsets.
+"""Find the *where* tokens (digits of the box) of an answer and the *what* tokens of a prompt, by character offsets.
 
 A grounding answer holds ten numbers: the frame index and the nine box values. Their digits are the *where* tokens; JSON
 syntax, signs and decimal points are in neither set. Where the tokenizer gives every digit a token of its own, as
-Qwen's do, a number also has slots: its digit tokens, their units and the token that carries its sign.
+Qwen's do, a number's digit tokens, their units and the token with its sign are found too.
 
 Offsets are ``[(begin, end), ...]`` per token, in characters of the encoded text. Characters that no token covers (a
 blank that a tokenizer trims) belong to the token after them.
@@ -31,11 +31,11 @@ _DIGIT_OR_HYPHEN = re.compile("[0-9-]")
 
 
 @dataclass(frozen=True)
-class AnswerSlots:
-    """Slots of one answer; indices count the answer's own tokens from 0.
+class AnswerTokens:
+    """Digit tokens and numbers of one answer; indices count the answer's own tokens from 0.
 
     A token that holds a digit belongs to that digit's number, whatever else it holds (`` 0``, ``12``, ``0.5``, ``2]``):
-    leaving it out would lose the digit. A token with digits of two numbers belongs to the first.
+    dropping it would lose the digit. A token with digits of two numbers belongs to the first.
 
     Attributes:
         where: ``[tokens]`` bool: grounding: tokens with a digit of a number; else all but the end of turn.
@@ -55,10 +55,10 @@ class AnswerSlots:
     places: list[list[float]]
 
 
-def answer_slots(kind: Kind, answer: str, offsets: Offsets) -> AnswerSlots:
-    """Slots of an answer from its text and the offsets of its tokens, the end of turn among them.
+def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets) -> AnswerTokens:
+    """Digit tokens of an answer from its text and the offsets of its tokens, the end of turn among them.
 
-    Any tokenizer will do; one that merges digits gives `where` and `number`, and no number slots.
+    Any tokenizer will do; one that merges digits gives `where` and `number`, but no single digits.
 
     Raises:
         ValueError: an unknown kind, or a grounding answer that does not hold ten numbers or begins with one.
@@ -66,9 +66,9 @@ def answer_slots(kind: Kind, answer: str, offsets: Offsets) -> AnswerSlots:
     if kind not in get_args(Kind):
         raise ValueError(f"A sample's kind is {kind!r}; it is one of {', '.join(get_args(Kind))}.")
     if kind == "grounding":
-        return _grounding_slots(answer, _whole(offsets))
+        return _grounding_tokens(answer, _whole(offsets))
     where = np.array([begin < len(answer) for begin, _ in offsets], dtype=bool)
-    return AnswerSlots(where, np.full(len(where), -1, dtype=np.int64), False, np.zeros(0, dtype=np.int64), [], [])
+    return AnswerTokens(where, np.full(len(where), -1, dtype=np.int64), False, np.zeros(0, dtype=np.int64), [], [])
 
 
 def what_tokens(span: tuple[int, int], offsets: Offsets) -> np.ndarray:
@@ -86,7 +86,7 @@ def _whole(offsets: Offsets) -> list[tuple[int, int]]:
     return result
 
 
-def _grounding_slots(answer: str, offsets: Offsets) -> AnswerSlots:
+def _grounding_tokens(answer: str, offsets: Offsets) -> AnswerTokens:
     matches = list(_NUMBER.finditer(answer))
     if len(matches) != NUMBERS:
         raise ValueError(
@@ -106,9 +106,9 @@ def _grounding_slots(answer: str, offsets: Offsets) -> AnswerSlots:
     alone = {begin: index for index, (begin, end) in enumerate(offsets) if end == begin + 1}
     tokens = [[alone.get(character, -1) for character in range(*match.span(2))] for match in matches]
     if any(-1 in indices for indices in tokens):
-        return AnswerSlots(number >= 0, number, False, np.zeros(0, dtype=np.int64), [], [])
+        return AnswerTokens(number >= 0, number, False, np.zeros(0, dtype=np.int64), [], [])
     lead = np.array([indices[0] - 1 for indices in tokens], dtype=np.int64)
-    return AnswerSlots(number >= 0, number, True, lead, tokens, [_places(match.group(2)) for match in matches])
+    return AnswerTokens(number >= 0, number, True, lead, tokens, [_places(match.group(2)) for match in matches])
 
 
 def _places(text: str) -> list[float]:
@@ -145,7 +145,7 @@ class TokenTables:
 def token_tables(tokenizer: Any, rows: int) -> TokenTables:
     """Tables for a tokenizer whose model has `rows` output rows (padding rows mean nothing).
 
-    Any tokenizer will do; one without digit tokens has no digits here, and `require_digit_slots` refuses it.
+    Any tokenizer will do; one without digit tokens has no digits here, and `require_digit_tokens` refuses it.
     """
     digit = torch.full((rows,), -1, dtype=torch.int64)
     minus = torch.zeros(rows, dtype=torch.bool)
@@ -159,7 +159,7 @@ def token_tables(tokenizer: Any, rows: int) -> TokenTables:
     return TokenTables(digit, minus)
 
 
-def require_digit_slots(tokenizer: Any, what: str) -> None:
+def require_digit_tokens(tokenizer: Any, what: str) -> None:
     """Refuse a tokenizer that does not give every digit a token of its own; `what` names the option that needs it.
 
     Asks the tokenizer itself, before training: every number with two decimals between -20 and 20, frames up to 443, in
@@ -172,8 +172,8 @@ def require_digit_slots(tokenizer: Any, what: str) -> None:
     for answer in _probes():
         encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], _whole(encoded["offset_mapping"])
-        slots = answer_slots("grounding", answer, offsets)
-        for index in np.flatnonzero(slots.where).tolist():
+        found = find_answer_tokens("grounding", answer, offsets)
+        for index in np.flatnonzero(found.where).tolist():
             text = answer[slice(*offsets[index])]
             if not _DIGIT.fullmatch(text) or int(text) != digit[ids[index]]:
                 raise ValueError(

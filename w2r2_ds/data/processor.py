@@ -1,4 +1,4 @@
-"""Sample -> Features: token ids, patches, labels and answer slots of one sample, on the CPU worker."""
+"""Sample -> Features: token ids, patches, labels and digit tokens of one sample, on the CPU worker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.answer_tokens import AnswerSlots, answer_slots, what_tokens
+from w2r2_ds.data.answer_tokens import AnswerTokens, find_answer_tokens, what_tokens
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.features.lookup import Cached, FeatureCache
 from w2r2_ds.types.sample import Sample
@@ -42,9 +42,9 @@ class Features:
         input_ids: ``[tokens]`` int64: prompt, then (when training) the answer and the end of turn.
         token_types: ``[tokens]`` int64, 0 text, 1 image, 2 video.
         answer_tokens: number of trailing tokens that are the answer and its end of turn; 0 for a prompt alone.
-        pixel_values, grid_thw, geometry_images, cached_2d, cached_3d: as `eyes.VisualInputs`'s.
+        pixel_values, grid_thw, geometry_images, cached_2d, cached_3d: as in `VisualInputs`.
         what: ``[tokens]`` bool, tokens of the prompt that say what is meant.
-        slots: slots of the answer; None for a prompt alone.
+        digit_tokens: positions of the answer's digits and numbers; None for a prompt alone.
     """
 
     sample: Sample
@@ -55,7 +55,7 @@ class Features:
     grid_thw: torch.Tensor
     geometry_images: torch.Tensor | None
     what: torch.Tensor
-    slots: AnswerSlots | None
+    digit_tokens: AnswerTokens | None
     cached_2d: Cached | None = None
     cached_3d: Cached | None = None
 
@@ -84,14 +84,14 @@ class Processor:
             raise ValueError(
                 f"data.frame_width is {config.frame_width}; make it a multiple of the patch size {vision.patch_size}."
             )
-        self.eyes = VisualPreprocessor(vision, config, cache)
+        self.preprocess = VisualPreprocessor(vision, config, cache)
         self.end_of_turn = end_of_turn
         self._frames: dict[int, tuple[str, str]] = {}
         self._frame_tokens: dict[int, int] = {}
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         if not tokenizer.is_fast:
             raise ValueError(
-                f"{type(tokenizer).__name__} gives no character offsets, which slots need; "
+                f"{type(tokenizer).__name__} gives no character offsets, which digit tokens need; "
                 "add the tokenizer.json that belongs to the model."
             )
         if tokenizer.chat_template is None:
@@ -104,9 +104,9 @@ class Processor:
             ValueError: a frame cannot be read, text holds a special token, the chat template changes the question, or
                 the sequence is longer than `data.max_length`.
         """
-        seen = self.eyes.look_again(sample)
+        seen = self.preprocess(sample)
         prompt, what = self._prompt(sample, seen.grid_thw)
-        answer, slots = self._answer(sample) if with_answer else ([], None)
+        answer, digit_tokens = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)
         self._refuse_too_long(sample, len(ids))
         types = torch.zeros_like(ids)
@@ -123,7 +123,7 @@ class Processor:
             cached_2d=seen.cached_2d,
             cached_3d=seen.cached_3d,
             what=torch.tensor(what + [False] * len(answer)),
-            slots=slots,
+            digit_tokens=digit_tokens,
         )
 
     def check(self, sample: Sample, sizes: Sequence[tuple[int, int]], with_answer: bool) -> None:
@@ -156,7 +156,7 @@ class Processor:
         """Visual tokens of frames of these sizes, less the placeholders that stand for them in the text."""
         if not sizes:
             return 0
-        _, (width, height) = self.eyes.sizes(sizes)
+        _, (width, height) = self.preprocess.sizes(sizes)
         step = self.vision.patch_size * self.vision.merge_size
         video = self.config.visual == "video"
         times = -(-len(sizes) // self.vision.temporal_patch_size) if video else len(sizes)
@@ -235,13 +235,13 @@ class Processor:
         )
         return text
 
-    def _answer(self, sample: Sample) -> tuple[list[int], AnswerSlots]:
-        """Token ids of the answer with its end of turn, and its slots."""
+    def _answer(self, sample: Sample) -> tuple[list[int], AnswerTokens]:
+        """Token ids of the answer with its end of turn, and its digit tokens."""
         self._refuse_special_tokens(sample, sample.answer)
         encoded = self.tokenizer(
             sample.answer + self.end_of_turn, add_special_tokens=False, return_offsets_mapping=True
         )
-        return encoded["input_ids"], answer_slots(sample.kind, sample.answer, encoded["offset_mapping"])
+        return encoded["input_ids"], find_answer_tokens(sample.kind, sample.answer, encoded["offset_mapping"])
 
     def _refuse_special_tokens(self, sample: Sample, text: str) -> None:
         """A description that spells a special token would turn into that token and shift every placeholder."""

@@ -14,8 +14,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """Yield this rank's micro-batches of sample indices, from optimizer step `start` to `steps`.
 
     Sample position `step * global_batch + j` walks through one order per epoch, so the data position after a resume
-    follows from the step alone. That order brings questions about the same frames together, in bins that begin at
-    multiples of `questions_per_scene`, across epochs too: a micro-batch is made of whole bins (data/sampler.py).
+    follows from the step alone. Samples of the same frames are adjacent in that order, in scene groups that begin at
+    multiples of `questions_per_scene`, across epochs too, so that a micro-batch consists of whole groups.
 
     Args:
         mixture: the samples, and what an epoch shows of them.
@@ -26,7 +26,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         steps: last optimizer step, exclusive.
         start: first optimizer step.
         seed: of the orders.
-        questions_per_scene: samples per bin; `micro_batch` is a multiple. 1 leaves the order of the mixture.
+        questions_per_scene: samples per scene group; `micro_batch` is a multiple. 1 keeps the order of the mixture.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         assert global_batch % (micro_batch * world_size) == 0, "checked against the DeepSpeed configuration before"
         self.mixture, self.global_batch, self.micro_batch = mixture, global_batch, micro_batch
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.start, self.steps, self.together = start, steps, questions_per_scene
-        self.frame_sets = mixture.frame_sets() if self.together > 1 else None
+        self.start, self.steps, self.group_size = start, steps, questions_per_scene
+        self.frame_sets = mixture.frame_sets() if self.group_size > 1 else None
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.global_batch // (self.micro_batch * self.world_size)
@@ -73,44 +73,48 @@ class GlobalBatchSampler(Sampler[list[int]]):
         order = self.mixture.epoch(self.seed, epoch)
         if self.frame_sets is None:
             return order
-        first = -epoch * len(order) % self.together  # what completes the last bin of the epoch before
-        generator = np.random.default_rng([self.seed, epoch, self.together])
-        return in_bins(order, self.frame_sets[order], self.together, first, generator)
+        first = -epoch * len(order) % self.group_size  # completes the last group of the previous epoch
+        generator = np.random.default_rng([self.seed, epoch, self.group_size])
+        return group_by_frames(order, self.frame_sets[order], self.group_size, first, generator)
 
 
-def in_bins(order: np.ndarray, sets: np.ndarray, size: int, first: int, generator: np.random.Generator) -> np.ndarray:
-    """The same samples, those that see the same frames together as far as it goes.
+def group_by_frames(
+    order: np.ndarray, sets: np.ndarray, size: int, first: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Permute samples so that those with the same frames are adjacent, in scene groups of `size`.
 
-    The order is cut into bins of `size`, after a first one of `first` samples (the end of a bin that the epoch before
-    began); the last may be short as well. Samples of a set of frames make as many full bins as they can. What is left
-    of them, fewer than `size`, is put together with what is left of others, whole where it fits. Full bins and
-    combined ones come in random order.
+    The first group has `first` samples (it completes the last group of the previous epoch); the last may be short.
+    Each frame set fills as many whole groups as it can. Its remainder, fewer than `size` samples, shares a group with
+    remainders of other frame sets, unsplit where it fits. Whole and shared groups come in random order.
 
     Args:
         order: ``[samples]`` int64, an epoch in random order.
-        sets: ``[samples]`` int64, equal where two of them see the same frames.
-        size: samples per bin.
-        first: in [0, size), samples of the first bin.
-        generator: of all that is random here.
+        sets: ``[samples]`` int64, equal for samples with the same frames.
+        size: samples per group.
+        first: in [0, size), samples of the first group.
+        generator: source of randomness.
 
     Returns:
         ``[samples]`` int64, a permutation of `order`.
     """
+    # 1. Cut each frame set into whole groups and a remainder. The remainders' order decides which of them combine.
     full, rests = _chunks(sets, size)
     rests = [rests[i] for i in generator.permutation(len(rests))]
     first = min(first, len(order))
     last = (len(order) - first) % size
-    if sum(map(len, rests)) < first + last:  # too few to fill the short bins
+    # 2. The short groups at both ends are made of remainders; break up one whole group if those do not suffice.
+    if sum(map(len, rests)) < first + last:
         rests.append(full.pop(int(generator.integers(len(full)))))
+    # 3. Pack the remainders into the short groups and the groups that no frame set fills alone.
     middle = (len(order) - first - last) // size - len(full)
     begin, *combined, end = _fill(rests, [first, *[size] * middle, last])
-    bins = [*full, *combined]
-    chosen = [begin, *(bins[i] for i in generator.permutation(len(bins))), end]
+    groups = [*full, *combined]
+    chosen = [begin, *(groups[i] for i in generator.permutation(len(groups))), end]
     return order[np.concatenate([np.asarray(each, dtype=np.int64) for each in chosen])]
 
 
 def _chunks(sets: np.ndarray, size: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Positions of equal sets: groups of `size`, and what is left of each, not empty."""
+    """Positions of equal sets: whole groups of `size`, and the non-empty remainder of each set."""
     full: list[list[int]] = []
     rests: list[list[int]] = []
     by_set = np.argsort(sets, kind="stable")
@@ -122,9 +126,9 @@ def _chunks(sets: np.ndarray, size: int) -> tuple[list[list[int]], list[list[int
 
 
 def _fill(pieces: list[list[int]], room: list[int]) -> list[list[int]]:
-    """Put all pieces into bins that have just as much room: the largest first, where it fits best, split at worst."""
-    assert sum(map(len, pieces)) == sum(room), "the bins hold just the pieces"
-    bins: list[list[int]] = [[] for _ in room]
+    """Best-fit decreasing bin packing of all pieces into groups of the given capacities; split a piece if none fits."""
+    assert sum(map(len, pieces)) == sum(room), "the groups hold exactly the pieces"
+    groups: list[list[int]] = [[] for _ in room]
     by_room: list[list[int]] = [[] for _ in range(max(room) + 1)]
     for number, space in enumerate(room):
         by_room[space].append(number)
@@ -133,14 +137,14 @@ def _fill(pieces: list[list[int]], room: list[int]) -> list[list[int]]:
         space = fitting[0] if fitting else max(space for space in range(len(by_room)) if by_room[space])
         number = by_room[space].pop()
         taken = piece[:space]
-        bins[number] += taken
+        groups[number] += taken
         by_room[space - len(taken)].append(number)
         del piece[: len(taken)]
-    return bins
+    return groups
 
 
 def _longest_first(pieces: list[list[int]], longest: int) -> Iterator[list[int]]:
-    """Every piece, the longest first; what the caller leaves of one comes again, in its place."""
+    """Every piece, longest first; a piece that the caller shortens is yielded again at its new length."""
     by_length: list[list[list[int]]] = [[] for _ in range(longest + 1)]
     for piece in pieces:
         by_length[len(piece)].append(piece)

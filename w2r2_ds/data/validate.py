@@ -63,7 +63,7 @@ def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
     sample = next((sample for sample in samples if sample.frames), None)
     if sample is None:
         return "no sample has frames"
-    (width, height), (less, lower) = processor.eyes.sizes([frame_size(path) for path in sample.frames])
+    (width, height), (less, lower) = processor.preprocess.sizes([frame_size(path) for path in sample.frames])
     return f"frames {width} x {height} for VGGT, {less} x {lower} for the video LLM (of {sample.id})"
 
 

@@ -18,7 +18,7 @@ from w2r2_ds.types.vision import VisionSpec
 
 @dataclass(frozen=True)
 class VisualInputs:
-    """What the towers see of one sample.
+    """Inputs of the vision tower and the geometry encoder for one sample, or their cached features.
 
     Attributes:
         pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input; no patches where
@@ -26,8 +26,8 @@ class VisualInputs:
         grid_thw: ``[images or 1, 3]`` int64 patch grid, in any case.
         geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], VGGT's input (not cropped); None without
             frames, and where the cache has its features.
-        cached_2d: what the cache says about the vision tower's output; None where it is not asked.
-        cached_3d: likewise about the geometry features.
+        cached_2d: cache entry of the vision tower's output; None without a cache.
+        cached_3d: cache entry of the geometry features.
     """
 
     pixel_values: torch.Tensor
@@ -56,26 +56,26 @@ def vision_patches(images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[t
 
 
 class VisualPreprocessor:
-    """Frames as both towers see them.
+    """Turns a sample's frames into inputs for the vision tower and the geometry encoder.
 
     Args:
         vision: patch sizes and normalisation of the VLM.
         config: frame size, and whether frames are images or a video.
-        cache: where features lie that need not be computed; None looks nowhere.
+        cache: of features that need not be computed; None for none.
     """
 
     def __init__(self, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None) -> None:
         self.vision, self.config, self.cache = vision, config, cache
         self._last: tuple[tuple[Path, ...], VisualInputs] | None = None
 
-    def look_again(self, sample: Sample) -> VisualInputs:
-        """`look`, once for samples in a row about the same frames, unless the cache has had time to learn of them."""
+    def __call__(self, sample: Sample) -> VisualInputs:
+        """`compute`, reused for consecutive samples of the same frames unless the cache has been filled meanwhile."""
         if self._last is None or self._last[0] != sample.frames or self._last[1].is_learnt():
-            self._last = sample.frames, self.look(sample)
+            self._last = sample.frames, self.compute(sample)
         return self._last[1]
 
-    def look(self, sample: Sample) -> VisualInputs:
-        """What the towers see of a sample's frames, as far as the cache lacks what they would make of it.
+    def compute(self, sample: Sample) -> VisualInputs:
+        """Inputs of both encoders for a sample's frames; those whose features are cached are skipped.
 
         Raises:
             ValueError: a frame cannot be read, or is too small.
@@ -91,7 +91,7 @@ class VisualPreprocessor:
             return VisualInputs(nothing, self._grid(sample), None, known_2d, known_3d)
         images = resize_for_vggt([load_frame(path) for path in sample.frames], width=self.config.frame_width)
         if any(each is not None and not each.is_of(sample.frames) for each in missing):
-            return self.look(sample)  # a frame was replaced between its key and its pixels
+            return self.compute(sample)  # a frame was replaced between its key and its pixels
         geometry_images = torch.from_numpy(images) if known_3d is None or known_3d.features is None else None
         if known_2d is not None and known_2d.features is not None:
             return VisualInputs(nothing, self._grid(sample), geometry_images, known_2d, known_3d)

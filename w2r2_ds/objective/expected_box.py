@@ -36,7 +36,7 @@ def expected_numbers(log_p: Tensor, rows: AnswerRows, tables: TokenTables) -> Te
 
     Returns:
         ``[batch, NUMBERS]`` of the dtype of `log_p`, float32 where that is narrower; 0, and without gradient, for a
-        sample without number slots.
+        sample without digit tokens.
     """
     log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
     digits = _expected_digits(log_p, tables)
@@ -58,7 +58,7 @@ def expected_overlap(log_p: Tensor, batch: Batch, tables: TokenTables) -> tuple[
 
     Returns:
         IoU ``[batch]`` and GIoU ``[batch]`` (``boxes3d/giou.py``, along the target's axes), float64, both 0 and without
-        gradient for a sample without number slots; and ``[batch]`` bool, the sample has a box.
+        gradient for a sample without digit tokens; and ``[batch]`` bool, the sample has a box.
     """
     rows = batch.answer_rows
     frame = read_numbers(rows.label, rows, tables)[:, 0].long()

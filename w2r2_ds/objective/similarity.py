@@ -32,7 +32,7 @@ def read_numbers(predicted: torch.Tensor, rows: AnswerRows, tables: TokenTables)
         tables: what a token means inside a number.
 
     Returns:
-        ``[batch, NUMBERS]`` float64, 0 for a sample without number slots.
+        ``[batch, NUMBERS]`` float64, 0 for a sample without digit tokens.
     """
     number, place = _with_token_after(rows)
     at = number.clamp(min=0)
@@ -77,7 +77,7 @@ def _with_token_after(rows: AnswerRows) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def has_numbers(rows: AnswerRows) -> torch.Tensor:
-    """``[batch]`` bool: the sample's answer has number slots."""
+    """``[batch]`` bool: the sample's answer has digit tokens."""
     return (rows.number >= 0).any(-1).all(-1)
 
 
@@ -91,7 +91,7 @@ def grounding_similarity(
 
     Returns:
         s ``[batch]`` float64 in [0, 1], and ``[batch]`` bool: the answer names a frame of the sample and a box with
-        positive sizes. s is 0 where it does not, and for a sample without number slots.
+        positive sizes. s is 0 where it does not, and for a sample without digit tokens.
     """
     numbers = read_numbers(predicted, batch.answer_rows, tables)
     slots = has_numbers(batch.answer_rows)

@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.answer_tokens import require_digit_slots
+from w2r2_ds.data.answer_tokens import require_digit_tokens
 from w2r2_ds.data.loader import digests, grouping, load_mixture, make_processor, refuse_drawn_frames, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
@@ -195,11 +195,11 @@ def check_inputs(
 def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
     """Raise ValueError if the push term is unknown or needs digit tokens that this tokenizer does not have."""
     if find_push_term(config.objective.push).boxes:
-        require_digit_slots(frontend.tokenizer, f"objective.push {config.objective.push}")
+        require_digit_tokens(frontend.tokenizer, f"objective.push {config.objective.push}")
     if config.objective.shortcut_decode == "teacher":
-        require_digit_slots(frontend.tokenizer, "objective.shortcut_decode teacher")
+        require_digit_tokens(frontend.tokenizer, "objective.shortcut_decode teacher")
     if config.objective.gap_every:
-        require_digit_slots(frontend.tokenizer, "objective.gap_every")
+        require_digit_tokens(frontend.tokenizer, "objective.gap_every")
 
 
 def load_model(config: RunConfig, inputs: Inputs) -> W2R2:

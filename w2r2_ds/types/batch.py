@@ -189,9 +189,9 @@ class AnswerRows:
         label: ``[rows]`` int64, the token to be predicted.
         where: ``[rows]`` bool, the label says where: digits of frame and box; of captions and answers, every token.
         number: ``[batch, NUMBERS, width >= 1]`` int64 row of every digit and decimal point, -1 where there is none;
-            -1 everywhere for a sample without number slots.
+            -1 everywhere for a sample without digit tokens.
         place: ``[batch, NUMBERS, width]`` float64 unit of the digit, 0 for a decimal point and where there is none.
-        lead: ``[batch, NUMBERS]`` int64 row of the token that carries the sign; 0 for a sample without number slots.
+        lead: ``[batch, NUMBERS]`` int64 row of the token that carries the sign; 0 for a sample without digit tokens.
     """
 
     sample: torch.Tensor

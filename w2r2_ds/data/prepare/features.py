@@ -66,8 +66,8 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         if cache is None:
             raise ValueError("data.cache is empty; name the folder to fill, as --data.cache runs/cache.")
         vision = load_vision_spec(config.model.vlm)
-        eyes = VisualPreprocessor(vision, config.data, cache)
-        missing, whole, lacking = look_up(scenes, eyes, FeatureBytes(config, vision, cache))
+        preprocess = VisualPreprocessor(vision, config.data, cache)
+        missing, whole, lacking = look_up(scenes, preprocess, FeatureBytes(config, vision, cache))
     whole, lacking = over_ranks(whole, ranks), over_ranks(lacking, ranks)
     with raise_on_all_ranks():
         refuse_too_large(cache.cache, whole, lacking)
@@ -80,7 +80,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         print(f" (free: {free}, data.cache_gib {config.data.cache_gib:g})", flush=True)
     if not dry_run and lacking.files:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        made = encode_all(missing, eyes, config, device, ranks)
+        made = encode_all(missing, preprocess, config, device, ranks)
         flush()
         with raise_on_all_ranks():  # and here all ranks wait for each other
             refuse_lost(cache.cache, made)
@@ -107,9 +107,9 @@ class FeatureBytes:
         self.hidden = load_config(config.model.vlm).vision_config.out_hidden_size
         self.as_video = config.data.visual == "video"
 
-    def of(self, sample: Sample, eyes: VisualPreprocessor) -> tuple[int, int]:
+    def of(self, sample: Sample, preprocess: VisualPreprocessor) -> tuple[int, int]:
         """Bytes at most of the geometry file and of the 2D file; 0 for 2D features that are not cached."""
-        (width, height), (less, lower) = eyes.sizes([frame_size(path) for path in sample.frames])
+        (width, height), (less, lower) = preprocess.sizes([frame_size(path) for path in sample.frames])
         count = len(sample.frames)
         shape_3d = (count, height // VGGT_PATCH, width // VGGT_PATCH, self.channels)
         if self.cache.vision is None:
@@ -121,7 +121,7 @@ class FeatureBytes:
 
 
 def look_up(
-    samples: Sequence[Sample], eyes: VisualPreprocessor, sizes: FeatureBytes
+    samples: Sequence[Sample], preprocess: VisualPreprocessor, sizes: FeatureBytes
 ) -> tuple[list[Sample], Need, Need]:
     """Samples of which something is missing, what all of them need, and what of it is missing.
 
@@ -131,7 +131,7 @@ def look_up(
 
     def one(sample: Sample) -> tuple[Need, Need]:
         found = [cache.find_3d(sample.frames), cache.find_2d(sample.frames)]
-        needs = [(each, Need(1, size)) for each, size in zip(found, sizes.of(sample, eyes), strict=True) if each]
+        needs = [(each, Need(1, size)) for each, size in zip(found, sizes.of(sample, preprocess), strict=True) if each]
         lacking = [need for each, need in needs if each.features is None]
         return sum((need for _, need in needs), Need()), sum(lacking, Need())
 
@@ -176,24 +176,24 @@ def refuse_lost(cache: Cache, made: Sequence[str]) -> None:
         )
 
 
-class _Looked(Dataset[VisualInputs | ValueError]):
-    """What the towers see of samples, made when asked for."""
+class _VisualInputsDataset(Dataset[VisualInputs | ValueError]):
+    """Vision inputs of samples, computed on access."""
 
-    def __init__(self, samples: Sequence[Sample], eyes: VisualPreprocessor) -> None:
-        self.samples, self.eyes = samples, eyes
+    def __init__(self, samples: Sequence[Sample], preprocess: VisualPreprocessor) -> None:
+        self.samples, self.preprocess = samples, preprocess
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> VisualInputs | ValueError:
         try:
-            return self.eyes.look(self.samples[index])
+            return self.preprocess.compute(self.samples[index])
         except ValueError as error:  # a loader process would wrap it in its traceback
             return error
 
 
 def encode_all(
-    samples: Sequence[Sample], eyes: VisualPreprocessor, config: RunConfig, device: torch.device, ranks: RankInfo
+    samples: Sequence[Sample], preprocess: VisualPreprocessor, config: RunConfig, device: torch.device, ranks: RankInfo
 ) -> list[str]:
     """Make and keep what is missing of these samples' features; returns their keys."""
     made: list[str] = []
@@ -209,23 +209,25 @@ def encode_all(
     kind = visual_kind(config.data)
     label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
-        for seen in _looked(samples, eyes, config.data.workers):
-            if seen.cached_3d is not None and seen.geometry_images is not None:
-                seen.cached_3d.keep(geometry.encode(seen.geometry_images))
-                made.append(seen.cached_3d.key)
-            if seen.cached_2d is not None and len(seen.pixel_values):
-                visuals = moved(tower_input(kind, seen.pixel_values, seen.grid_thw, eyes.vision, family), device)
-                seen.cached_2d.keep(family.to_cache(family.encode_visuals(vlm, visuals)))
-                made.append(seen.cached_2d.key)
+        for inputs in _visual_inputs(samples, preprocess, config.data.workers):
+            if inputs.cached_3d is not None and inputs.geometry_images is not None:
+                inputs.cached_3d.keep(geometry.encode(inputs.geometry_images))
+                made.append(inputs.cached_3d.key)
+            if inputs.cached_2d is not None and len(inputs.pixel_values):
+                visuals = moved(
+                    tower_input(kind, inputs.pixel_values, inputs.grid_thw, preprocess.vision, family), device
+                )
+                inputs.cached_2d.keep(family.to_cache(family.encode_visuals(vlm, visuals)))
+                made.append(inputs.cached_2d.key)
             advance()
     return made
 
 
-def _looked(samples: Sequence[Sample], eyes: VisualPreprocessor, workers: int) -> Iterator[VisualInputs]:
-    dataset = _Looked(samples, eyes)
-    for seen in DataLoader(
+def _visual_inputs(samples: Sequence[Sample], preprocess: VisualPreprocessor, workers: int) -> Iterator[VisualInputs]:
+    dataset = _VisualInputsDataset(samples, preprocess)
+    for inputs in DataLoader(
         dataset, batch_size=1, collate_fn=itemgetter(0), num_workers=workers, worker_init_fn=keep_working
     ):
-        if isinstance(seen, ValueError):
-            raise seen
-        yield seen
+        if isinstance(inputs, ValueError):
+            raise inputs
+        yield inputs

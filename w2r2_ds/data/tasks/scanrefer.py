@@ -8,7 +8,7 @@ empty.
 
 ``video3dllm`` asks for the corners of the world box (the "gen" template of LaVi-Lab/Video-3D-LLM
 ``process_scanrefer.py``). Its public code trains the other template, an ``<ground>`` token, so the number format of the
-answer is ours: two decimals, commas between. Its kind is ``answer``: only boxes in a camera have number slots.
+answer is ours: two decimals, commas between. Its kind is ``answer``: only boxes in a camera have digit tokens.
 """
 
 from __future__ import annotations
