@@ -30,7 +30,7 @@ def records(pairs: Sequence[tuple[Sample, str | None]]) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
     """METEOR's start takes longer than all of these together; its values are tested elsewhere."""
-    monkeypatch.setattr("w2r2_ds.evaluation.metrics.captions.shared_java", lambda: Java(program="no-such-java"))
+    monkeypatch.setattr("w2r2_ds.evaluation.metrics.meteor.shared_java", lambda: Java(program="no-such-java"))
 
 
 @pytest.fixture

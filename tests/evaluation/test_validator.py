@@ -165,7 +165,7 @@ def mixed(
     monkeypatch: pytest.MonkeyPatch, samples: list[Any], caption_sample: Any, answer_sample: Any, no_java: Any
 ) -> list[Any]:
     """Validation samples of three tasks, a caption's first, on a machine without Java."""
-    monkeypatch.setattr("w2r2_ds.evaluation.metrics.captions.shared_java", lambda: no_java)
+    monkeypatch.setattr("w2r2_ds.evaluation.metrics.meteor.shared_java", lambda: no_java)
     caption = replace(
         caption_sample,
         target=replace(samples[1].target, described=samples[1].target.box[:6]),

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pycocoevalcap.tokenizer import ptbtokenizer
 
 from w2r2_ds.evaluation.metrics.captions import ITEM_MEAN, METRICS, score_captions
-from w2r2_ds.evaluation.metrics.meteor import TOKENIZER_JAR, Java, JavaError, jar
+from w2r2_ds.evaluation.metrics.meteor import Java, JavaError
 
 PLAIN = tuple(name for name in METRICS if name != "METEOR")
 REFERENCES = {"a": ["the chair is black"], "b": ["a brown desk", "the desk is brown"]}
@@ -102,7 +103,7 @@ def test_odd_texts_are_only_odd_words(java: Java) -> None:
 
 
 def test_nothing_is_written_beside_the_jars(java: Java) -> None:
-    folder = jar(TOKENIZER_JAR).parent
+    folder = Path(ptbtokenizer.__file__).parent
     before = folder.stat().st_mtime_ns
     java.tokenize(["a chair"] * 10)
     assert folder.stat().st_mtime_ns == before
@@ -128,11 +129,11 @@ def test_meteor_starts_again_after_it_was_closed(tmp_path: Path) -> None:
 def test_what_stops_a_training_run_leaves_meteor_alone(java: Java) -> None:
     before = score_captions(REFERENCES, CANDIDATES, java=java).corpus["METEOR"]
     assert java._meteor is not None
-    process = java._meteor
+    process = java._meteor.meteor_p
     for number in (signal.SIGUSR1, signal.SIGTERM):
         process.send_signal(number)
     assert score_captions(REFERENCES, CANDIDATES, java=java).corpus["METEOR"] == before
-    assert java._meteor is process and process.poll() is None
+    assert java._meteor is not None and java._meteor.meteor_p is process and process.poll() is None
 
 
 def test_references_without_words_have_no_cider(no_java: Java) -> None:
@@ -156,7 +157,8 @@ def test_without_the_package_the_extra_is_named(no_java: Java, monkeypatch: pyte
         score_captions(REFERENCES, CANDIDATES, java=no_java)
 
 
-def test_without_the_jar_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(JavaError, match=r"pip install 'w2r2-ds\[metrics\]'"):
-        Java(program=sys.executable).tokenize(["a"])
+def test_without_the_wrapper_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "w2r2_ds.evaluation.metrics.meteor")
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor", None)
+    with pytest.raises(ValueError, match=r"pip install 'w2r2-ds\[metrics\]'"):
+        score_captions(REFERENCES, CANDIDATES)

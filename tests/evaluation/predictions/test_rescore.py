@@ -24,7 +24,7 @@ ALIGN = np.array([[0, -1, 0, 2], [1, 0, 0, 3], [0, 0, 1, 0.5], [0, 0, 0, 1.0]])
 
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2r2_ds.evaluation.metrics.captions.shared_java", lambda: Java(program="no-such-java"))
+    monkeypatch.setattr("w2r2_ds.evaluation.metrics.meteor.shared_java", lambda: Java(program="no-such-java"))
 
 
 def write_set(folder: Path, samples: Sequence[Sample]) -> Path:

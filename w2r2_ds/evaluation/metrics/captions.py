@@ -11,7 +11,7 @@ of (tylin/coco-caption, ``pycocoevalcap/{bleu,rouge,cider}``):
 * CIDEr-D = mean of 10 x mean_n cos(tf-idf_n) with clipping and exp(-(l - l')^2 / (2 x 6^2)); document frequencies come
   from the references that are evaluated, so scores of subsets are not comparable, and a corpus of one item scores 0.
 
-METEOR, and every score of PTB-tokenized text, needs Java (``java.py``). Without it they are None, never a number.
+METEOR, and every score of PTB-tokenized text, needs Java (``meteor.py``). Without it they are None, never a number.
 Scores are as the scorers return them: fractions, CIDEr on its own scale of 0..10 (1.0 is printed as 100 in papers).
 """
 
@@ -19,14 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from w2r2_ds.evaluation.metrics.meteor import Java, JavaError, shared_java
+if TYPE_CHECKING:
+    from w2r2_ds.evaluation.metrics.meteor import Java
 
 Tokenizer = Literal["none", "ptb"]
 Score = float | None
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+NEEDS_PACKAGE = "Scoring captions needs pycocoevalcap: pip install 'w2r2-ds[metrics]'."
 ITEM_MEAN = "METEOR_mean_of_items"
 """Mean of METEOR's items, beside METEOR in a corpus: it is another, larger number."""
 
@@ -68,6 +70,10 @@ def score_captions(
         ValueError: the keys differ, there are none, a key has no reference, or pycocoevalcap is not installed.
     """
     _check(references, candidates)
+    try:  # here, because pycocoevalcap is an optional dependency
+        from w2r2_ds.evaluation.metrics.meteor import JavaError, shared_java
+    except ImportError as error:
+        raise ValueError(NEEDS_PACKAGE) from error
     java = java or shared_java()
     texts = {key: list(references[key]) for key in candidates}
     given = dict(candidates)
@@ -116,7 +122,7 @@ def _plain_scores(
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
-        raise ValueError("Scoring captions needs pycocoevalcap: pip install 'w2r2-ds[metrics]'.") from error
+        raise ValueError(NEEDS_PACKAGE) from error
     lists = {key: [text] for key, text in candidates.items()}
     bleu, bleu_items = Bleu(4).compute_score(references, lists, verbose=0)
     columns: dict[str, tuple[Score, Sequence[Score]]] = {}

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from w2r2_ds.boxes3d.aabb import aabb_iou
 from w2r2_ds.evaluation.metrics.captions import METRICS, CaptionScores, Score, Tokenizer, score_captions
-from w2r2_ds.evaluation.metrics.meteor import Java
+
+if TYPE_CHECKING:
+    from w2r2_ds.evaluation.metrics.meteor import Java
 
 THRESHOLDS = (0.25, 0.5)
 TOKEN_LIMIT = 30

@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from w2r2_ds.evaluation.metrics.captions import Score, Tokenizer, score_captions
-from w2r2_ds.evaluation.metrics.meteor import Java
+
+if TYPE_CHECKING:
+    from w2r2_ds.evaluation.metrics.meteor import Java
 
 _STRIPPED = re.compile(r"[^a-zA-Z0-9,'\s\-:]")
 _NUMBERS = (
