@@ -54,7 +54,9 @@ lint: $(STAMP)
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
-	"$(BIN)/shellcheck" -x .ci/run slurm/* tests/cluster/*.sh
+	"$(BIN)/lint-imports"
+	"$(BIN)/python" scripts/check_words.py --report
+	"$(BIN)/shellcheck" -x .ci/run slurm/* tests/cluster/*.sh examples/*.sh
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,98 @@
+"""Check that code and documents use standard terms: ``python scripts/check_words.py [--report]``.
+
+Prints one line per hit as FILE:LINE: WORD (use REPLACEMENT) and returns 1 if there is any. With --report it prints the
+number of hits per folder and returns 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = ("w2r2_ds", "launchers", "docs", "slurm", "examples", "scripts", "README.md", "CONTRIBUTING.md", "SECURITY.md")
+SUFFIXES = {".py", ".md", ".sh", ".sbatch", ".yaml", ".env", ".toml"}
+
+WORDS = {
+    r"strangers?": "untrusted, or third-party",
+    r"likewise": "repeat the term",
+    r"who(m|so)?ever": "name the role",
+    r"by name": "explicitly, or nothing",
+    r"(is|are|was|were) said": "is logged, is printed",
+    r"verdicts?": "diagnosis",
+    r"judges?": "hang detector, or check",
+    r"(eyes|sights?)": "VisualPreprocessor, ObjectVisibility",
+    r"somebody|nobody": "name the role",
+    r"(refused|refuses|refuse) by name": "raises an error that names it",
+    r"the field's (way|step|numbers)": "HF Trainer baseline",
+    r"aside": "temporary",
+    r"what rows": "answer positions",
+    r"merge nothing": "zero geometry",
+    r"in the way": "blocking",
+    r"ranks? (say|says|hear|hears|meet|meets|met)": "post, read, rendezvous",
+    r"last words": "error message",
+    r"lives? on|knows nothing": "rephrase without personification",
+    r"together\(\)": "raise_on_all_ranks",
+    r"readings? of (Eq|the paper|W2R2)": "push term",
+}
+"""Regular expression of a word that is not used -> what to write instead."""
+
+EXCEPTIONS = {
+    "scripts/check_words.py": "the list itself",
+    "w2r2_ds/demo/synthetic/sentences.py": "English sentences about rooms are data",
+    "w2r2_ds/demo/synthetic/questions.py": "English questions about rooms are data",
+    "w2r2_ds/evaluation/protocols/scanqa.py": "words of the data set's normalisation table",
+    "docs/measured": "recorded reports",
+}
+"""File or folder -> why it is not checked."""
+
+_GROUPS = "|".join(f"(?P<w{i}>{word})" for i, word in enumerate(WORDS))
+PATTERN = re.compile(rf"(?<![\w-])(?:{_GROUPS})(?![\w-])", re.IGNORECASE)
+
+
+def files() -> Iterator[Path]:
+    """Files to check, in order."""
+    for place in PLACES:
+        path = ROOT / place
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            name = file.relative_to(ROOT).as_posix()
+            skipped = any(name == each or name.startswith(f"{each}/") for each in EXCEPTIONS)
+            if file.is_file() and file.suffix in SUFFIXES and not skipped:
+                yield file
+
+
+def hits(text: str) -> Iterator[tuple[int, str, str]]:
+    """Line number, word found and replacement, for every word of the list in `text`."""
+    replacements = list(WORDS.values())
+    for number, line in enumerate(text.splitlines(), start=1):
+        for match in PATTERN.finditer(line):
+            index = next(i for i in range(len(WORDS)) if match.group(f"w{i}"))
+            yield number, match.group(), replacements[index]
+
+
+def main(args: list[str] | None = None) -> int:
+    """Check all files; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="counts per folder instead of an error")
+    options = parser.parse_args(args)
+    counts: Counter[str] = Counter()
+    for file in files():
+        name = file.relative_to(ROOT)
+        for number, word, replacement in hits(file.read_text(encoding="utf-8")):
+            counts["/".join(name.parts[: 2 if len(name.parts) > 2 else 1])] += 1
+            if not options.report:
+                print(f"{name}:{number}: {word} (use {replacement})")
+    if options.report:
+        for place, count in sorted(counts.items()):
+            print(f"{count:5} {place}")
+        print(f"{sum(counts.values()):5} in all")
+        return 0
+    return int(bool(counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
