@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,11 +44,30 @@ LONG_FIRST = (
 BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
 
 
+STARTS_PROCESSES = re.compile(
+    r"^\s*(?:import|from) (?:subprocess|multiprocessing|fork_server|rank_processes|watched_ranks|training_jobs|"
+    r"stopped_runs|sharded_ranks|zero3_cases|slurm_cluster)\b"
+    r"|^from runs import .*\b(?:run_jobs|run_ranks|launch|train_once)\b",
+    re.MULTILINE,
+)
+"""Imports of a test file that starts processes."""
+PROCESS_FIXTURES = {"trained", "world"}
+"""Fixtures that start processes or train the tiny model, which takes minutes."""
+PROCESS_FOLDERS = {"cluster", "faults"}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long files first; in each, and among the others, the order stays."""
+    """Put the longest files first, and mark every test that starts processes as `distributed`."""
     tests = Path(__file__).parent
     places = {tests / name: place for place, name in enumerate(LONG_FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+    starts = {path: bool(STARTS_PROCESSES.search(path.read_text())) for path in {item.path for item in items}}
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        folder = item.path.relative_to(tests).parts[0]
+        if starts[item.path] or fixtures & PROCESS_FIXTURES or folder in PROCESS_FOLDERS:
+            item.add_marker("distributed")
 
 
 def look(step: int) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""The files of examples/."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from w2r2_ds.objective import push_terms
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_the_push_term_is_registered_and_gated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_terms, "PUSH_TERMS", dict(push_terms.PUSH_TERMS))
+    runpy.run_path(str(EXAMPLES / "custom_push_term.py"))
+    assert push_terms.PUSH_TERMS["focal"].gated
+
+
+def test_a_question_without_an_answer_names_the_line(tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"scene": "scene0000_00", "question": "How many?", "answers": []}))
+    entries = runpy.run_path(str(EXAMPLES / "custom_dataset.py"))["scanqa_entries"]
+    with pytest.raises(ValueError, match="line 1.*answers"):
+        entries(questions)
+    questions.write_text(json.dumps({"scene": "scene0000_00", "question": "How many?", "answers": ["2"]}))
+    assert entries(questions)[0]["answers"] == ["2"]
+
+
+def test_the_script_prints_its_commands() -> None:
+    script = EXAMPLES / "train_scanrefer_3b.sh"
+    environment = os.environ | {"DRY_RUN": "1"}
+    done = subprocess.run(["bash", str(script), "data/x"], env=environment, capture_output=True, text=True, check=True)
+    assert [line.split()[2] for line in done.stdout.splitlines() if "deepspeed" in line][0] == "launchers/train.py"
+    assert done.stdout.count("evaluate.py") == 3
+
+
+def test_focal_is_zero_where_the_hinge_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(push_terms, "PUSH_TERMS", dict(push_terms.PUSH_TERMS))
+    focal = runpy.run_path(str(EXAMPLES / "custom_push_term.py"))["focal"]
+    inputs = SimpleNamespace(cross_entropy=torch.tensor([1.0, 1.0]), hinge=torch.tensor([0.0, 0.2]), lambda_det=1.5)
+    term = focal(inputs)
+    assert term[0] == 0 and term[1] > 0
