@@ -160,7 +160,7 @@ def text_samples(answer_sample: Any, samples: list[Any]) -> list[Any]:
 @pytest.fixture(scope="session")
 def model_config(tmp_path_factory: pytest.TempPathFactory, samples: list[Any]) -> Any:
     """Configuration of a tiny Qwen2.5-VL and a tiny VGGT, both random."""
-    from w2r2_ds.config.schema import ModelConfig
+    from w2r2_ds.config.schema import GeometryConfig, ModelConfig
     from w2r2_ds.demo.tiny_models import build_tiny_vggt, build_tiny_vlm
 
     folder = tmp_path_factory.mktemp("tiny_models")
@@ -170,8 +170,7 @@ def model_config(tmp_path_factory: pytest.TempPathFactory, samples: list[Any]) -
     build_tiny_vggt(folder / "vggt", 3, embed_dim=32, depth=2, num_heads=2)
     return ModelConfig(
         vlm=str(folder / "vlm"),
-        vggt=str(folder / "vggt"),
-        geometry_layer=1,
+        geometry=GeometryConfig(path=str(folder / "vggt"), layers=[1]),
         merger_hidden=32,
         lora_rank=4,
         lora_alpha=8,

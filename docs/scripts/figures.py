@@ -49,7 +49,7 @@ def log_odds(p: Tensor) -> Tensor:
 def over_s(name: str) -> list[tuple[str, Tensor, Tensor]]:
     """The term against s."""
     s = torch.linspace(0, 1, POINTS, dtype=torch.float64)
-    return [("", s, PUSH_TERMS[name].term(inputs(POINTS, hinge=torch.clamp(s - MU, min=0))))]
+    return [("", s, PUSH_TERMS[name]()(inputs(POINTS, hinge=torch.clamp(s - MU, min=0))))]
 
 
 def weight(name: str) -> list[tuple[str, Tensor, Tensor]]:
@@ -64,7 +64,7 @@ def lead() -> list[tuple[str, Tensor, Tensor]]:
     for short in (0.1, 0.4):
         p = torch.linspace(0.02, 0.98, POINTS, dtype=torch.float64)
         label_short = torch.full((POINTS,), short, dtype=torch.float64).log()
-        term = PUSH_TERMS["margin"].term(inputs(POINTS, log_p=log_odds(p), label_short=label_short))
+        term = PUSH_TERMS["margin"]()(inputs(POINTS, log_p=log_odds(p), label_short=label_short))
         curves.append((f"p'(y) = {short}", p, term))
     return curves
 
@@ -75,7 +75,7 @@ def unlikelihood() -> list[tuple[str, Tensor, Tensor]]:
     for short in (0.9, 0.5, 0.2):
         p = torch.linspace(0.0, 0.98, POINTS, dtype=torch.float64)
         guess_short = torch.full((POINTS,), short, dtype=torch.float64).log()
-        term = PUSH_TERMS["pseudo_label"].term(inputs(POINTS, log_p=log_odds(1 - p), guess_short=guess_short))
+        term = PUSH_TERMS["pseudo_label"]()(inputs(POINTS, log_p=log_odds(1 - p), guess_short=guess_short))
         curves.append((f"p'(y') = {short}", p, term))
     return curves
 
@@ -86,7 +86,7 @@ def overlap() -> list[tuple[str, Tensor, Tensor]]:
     for short in (0.95, 0.8, 0.5):
         giou = torch.linspace(-1, 1, POINTS, dtype=torch.float64)
         overlaps = Overlaps(giou, torch.full_like(giou, short), torch.ones_like(giou, dtype=torch.bool))
-        curves.append((f"IoU(b') = {short}", giou, PUSH_TERMS["soft_iou"].term(inputs(POINTS, overlaps=overlaps))))
+        curves.append((f"IoU(b') = {short}", giou, PUSH_TERMS["soft_iou"]()(inputs(POINTS, overlaps=overlaps))))
     return curves
 
 
@@ -99,7 +99,7 @@ def angle() -> list[tuple[str, Tensor, Tensor]]:
     for label, where in (("what position", False), ("where position", True)):
         is_where = torch.full((POINTS,), where)
         states = States(fused, short, torch.arange(POINTS), is_where, ~is_where)
-        curves.append((label, turn.cos(), PUSH_TERMS["representation"].term(inputs(POINTS, states=states))))
+        curves.append((label, turn.cos(), PUSH_TERMS["representation"]()(inputs(POINTS, states=states))))
     return curves
 
 
@@ -110,7 +110,7 @@ def slope() -> list[tuple[str, Tensor, Tensor]]:
         p = torch.linspace(0.01, 0.99, POINTS, dtype=torch.float64)
         logits = log_odds(p).requires_grad_()
         given = log_odds(torch.full((POINTS,), short, dtype=torch.float64))
-        PUSH_TERMS["poe"].term(inputs(POINTS, log_p=logits.log_softmax(-1), log_p_short=given)).sum().backward()
+        PUSH_TERMS["poe"]()(inputs(POINTS, log_p=logits.log_softmax(-1), log_p_short=given)).sum().backward()
         assert logits.grad is not None
         curves.append((f"p'(y) = {short}", p, logits.grad[:, 0] / (LAM * (p - 1))))
     return curves
@@ -120,7 +120,7 @@ def worse() -> list[tuple[str, Tensor, Tensor]]:
     """`unblocked` against the IoU of the shortcut's expected box."""
     iou = torch.linspace(0, 1, POINTS, dtype=torch.float64)
     overlaps = Overlaps(iou, iou, torch.ones_like(iou, dtype=torch.bool))
-    return [("", iou, PUSH_TERMS["unblocked"].term(inputs(POINTS, overlaps=overlaps)))]
+    return [("", iou, PUSH_TERMS["unblocked"]()(inputs(POINTS, overlaps=overlaps)))]
 
 
 PICTURES: dict[str, tuple[Callable[[], list[tuple[str, Tensor, Tensor]]], str, str]] = {

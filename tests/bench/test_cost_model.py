@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from docs_scripts import DOCS, docs_script
+from objectives import push_term
 from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.hf_trainer import stock
 from w2r2_ds.bench.model import build
 from w2r2_ds.bench.shapes import TINY, find_shapes
-from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.training.throughput import language_flops
 
 PARTS = {
@@ -97,7 +97,7 @@ def test_parts_are_what_torch_counts() -> None:
 def test_mfu_counts_as_training_does() -> None:
     """Of a tiny model, in which LoRA's own products, that the cost model leaves out, are an eighth."""
     subject = build(TINY, torch.device("cpu"))
-    counted = language_flops(subject.model, find_push_term("margin"), subject.batch())
+    counted = language_flops(subject.model, push_term("margin"), subject.batch())
     expected = cost_model.model_operations(TINY, two_passes=True)
     assert expected < counted < 1.2 * expected
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config.io import load_config
-from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model, fingerprint
@@ -131,9 +131,7 @@ def test_its_options_build_the_model(source: Path, geometry: tuple[VGGT, Geometr
     assert config == load_config(tmp_path / "out" / "model.yaml").model
     assert config == ModelConfig(
         vlm=str(tmp_path / "out" / "vlm"),
-        vggt=str(tmp_path / "out" / "vggt"),
-        geometry_layer=SIZES.depth - 2,
-        reference_frame="last",
+        geometry=GeometryConfig(path=str(tmp_path / "out" / "vggt"), layers=[SIZES.depth - 2], reference_frame="last"),
         merger_hidden=MERGER_HIDDEN,
         merger=str(tmp_path / "out" / MERGER),
         fusion="add",

@@ -210,22 +210,22 @@ def test_a_tokenizer_without_digits_has_tables_without_digits() -> None:
 
 
 def test_digit_slots_are_there(tokenizer: Any) -> None:
-    require_digit_tokens(tokenizer, "objective.push soft_iou")
+    require_digit_tokens(tokenizer, "objective.push_term soft_iou")
 
 
 def test_a_digit_that_is_no_token_is_refused() -> None:
     ten = {str(digit): str(digit) for digit in range(10)}
-    require_digit_tokens(Words(unk="?", **ten), "objective.push soft_iou")
+    require_digit_tokens(Words(unk="?", **ten), "objective.push_term soft_iou")
     del ten["7"]
     with pytest.raises(
-        ValueError, match=r"objective.push soft_iou needs .* Words makes '7' in '.*' the one token 'unk'"
+        ValueError, match=r"objective.push_term soft_iou needs .* Words makes '7' in '.*' the one token 'unk'"
     ):
-        require_digit_tokens(Words(unk="?", **ten), "objective.push soft_iou")
+        require_digit_tokens(Words(unk="?", **ten), "objective.push_term soft_iou")
 
 
 @pytest.mark.parametrize("merged", ["77", "9.9", " 3", "-1", "1]", "8,", "-0."])
 def test_a_single_merged_token_is_refused(merged: str) -> None:
     tokenizer = train_tokenizer([ANSWER] * 3)
     tokenizer.add_tokens([merged])
-    with pytest.raises(ValueError, match=r"objective.push unblocked needs .*Qwen2Tokenizer makes"):
-        require_digit_tokens(tokenizer, "objective.push unblocked")
+    with pytest.raises(ValueError, match=r"objective.push_term unblocked needs .*Qwen2Tokenizer makes"):
+        require_digit_tokens(tokenizer, "objective.push_term unblocked")

@@ -295,14 +295,14 @@ def test_tables_of_merged_digits(tokenizers: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_digit_slots_are_there(tokenizers: dict[str, Any], name: str) -> None:
-    require_digit_tokens(tokenizers[name], "objective.push soft_iou")
+    require_digit_tokens(tokenizers[name], "objective.push_term soft_iou")
 
 
 @pytest.mark.parametrize("name", MERGED)
 def test_terms_that_need_digit_slots_refuse_by_name(tokenizers: dict[str, Any], name: str) -> None:
     kind = {"gpt2": "TokenizersBackend", "spm": "TokenizersBackend", "llama": "LlamaTokenizer"}[name]
-    with pytest.raises(ValueError, match=f"^objective.push soft_iou needs .*{kind} makes"):
-        require_digit_tokens(tokenizers[name], "objective.push soft_iou")
+    with pytest.raises(ValueError, match=f"^objective.push_term soft_iou needs .*{kind} makes"):
+        require_digit_tokens(tokenizers[name], "objective.push_term soft_iou")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "spm split", "gpt2", "spm", "llama"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from packed_batches import packed_of, questions
-from w2r2_ds.config.io import load_config
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.loader import make_collate, make_processor, refuse_drawn_frames
 from w2r2_ds.data.packing import alone, by_frames, in_one_sequence
 
@@ -137,7 +137,7 @@ def test_frames_in_a_row_are_read_once(
 def test_options_that_do_not_go_together() -> None:
     def refused(*options: str) -> str:
         with pytest.raises(ValueError) as error:
-            load_config(None, list(options))
+            load_config(DEMO_RECIPE, list(options))
         return str(error.value)
 
     assert "train.micro_batch is 6, no multiple of data.questions_per_scene 4" in refused(

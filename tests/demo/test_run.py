@@ -27,7 +27,7 @@ def test_it_does_not_build_a_tiny_model_under_another_name() -> None:
 def test_it_does_not_overwrite_models_it_did_not_make(tmp_path: Path, present: str) -> None:
     (tmp_path / present).mkdir()
     (tmp_path / present / "config.json").write_text("{}")
-    args = ["--model.vlm", str(tmp_path / "vlm"), "--model.vggt", str(tmp_path / "vggt")]
+    args = ["--model.vlm", str(tmp_path / "vlm"), "--model.geometry.path", str(tmp_path / "vggt")]
     with pytest.raises(ValueError, match="was not made with these"):
         prepare_models(load_config(overrides=args))
     assert (tmp_path / present / "config.json").read_text() == "{}"

@@ -35,7 +35,7 @@ def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> 
         "data.val": "[{path: prepared}]",
         "data.workers": "0",
         "model.vlm": str(folder / "vlm"),
-        "model.vggt": str(folder / "vggt"),
+        "model.geometry.path": str(folder / "vggt"),
         "out": str(folder / "run"),
     }
 

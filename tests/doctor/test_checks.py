@@ -223,8 +223,8 @@ def test_weights(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert result.errors == [] and len(result.must_match) == 4
     folder = tmp_path / "vggt"
     folder.mkdir()
-    config.model.vggt = str(folder)
-    assert [text.split(":")[0] for text in data.check_weights(config.model).errors] == ["model.vggt"] * 2
+    config.model.geometry.path = str(folder)
+    assert [text.split(":")[0] for text in data.check_weights(config.model).errors] == ["model.geometry.path"] * 2
     (folder / "config.json").write_text("{}")
     save_file({"weight": torch.ones(3, 4)}, folder / "model.safetensors")
     first = data.check_weights(config.model)
@@ -232,7 +232,8 @@ def test_weights(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert first.errors == [] and first.must_match != data.check_weights(config.model).must_match
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:20])
     assert "cannot be read (SafetensorError" in data.check_weights(config.model).errors[0]
-    config.model.vggt, config.model.merger = "someone/model-that-is-not-here", str(tmp_path / "merger.safetensors")
+    config.model.geometry.path = "someone/model-that-is-not-here"
+    config.model.merger = str(tmp_path / "merger.safetensors")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     offline, merger = data.check_weights(config.model).errors
     assert "in the Hugging Face cache" in offline and merger.startswith("model.merger: ")
@@ -246,7 +247,7 @@ def test_settings(config: Any, little_run: dict[str, str]) -> None:
     assert result.errors == [] and result.info["ZeRO"] == "stage 3"
     assert "not divisible by train.micro_batch" in settings.check_settings(config, little_run["deepspeed"], 7).errors[0]
     assert "none.json" in settings.check_settings(config, "none.json", 2).errors[0]
-    config.objective.push = "nothing of the kind"
+    config.objective.push_term = {"name": "nothing of the kind"}
     assert len(settings.check_settings(config, "", 2).errors) == 1
 
 

@@ -254,7 +254,7 @@ def elsewhere(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("elsewhere")
     for name in ("scenes", "vlm", "vggt"):
         shutil.copytree(world.folder / name, folder / name)
-    return {"root": str(folder / "scenes"), "vlm": str(folder / "vlm"), "vggt": str(folder / "vggt")}
+    return {"root": str(folder / "scenes"), "vlm": str(folder / "vlm"), "geometry_path": str(folder / "vggt")}
 
 
 @pytest.fixture(scope="module")
@@ -289,12 +289,12 @@ def test_data_and_models_may_lie_elsewhere(
 
 
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("left_out", ["root", "vlm", "vggt"])
+@pytest.mark.parametrize("left_out", ["root", "vlm", "geometry_path"])
 def test_what_lies_elsewhere_and_is_not_given_is_named(
     strangers: list[Path], elsewhere: dict[str, str], tmp_path: Path, index: int, left_out: str
 ) -> None:
     places = {name: place for name, place in elsewhere.items() if name != left_out}
-    named = {"root": "/another/machine/scenes", "vlm": "/another/machine/vlm", "vggt": "/another/machine/vggt"}
+    named = {"root": "/another/machine/scenes", "vlm": "/another/machine/vlm", "geometry_path": "/another/machine/vggt"}
     with pytest.raises(ValueError, match=named[left_out]):
         evaluate(strangers[index], tmp_path, limit=1, **places)
 

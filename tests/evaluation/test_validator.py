@@ -16,7 +16,7 @@ import torch
 
 from runs import ZERO3, Job, World, read_metrics, run_jobs
 from w2r2_ds.commands import evaluate
-from w2r2_ds.config.io import load_config
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.evaluation import validator
@@ -72,7 +72,7 @@ def cut_frame_root(world: World, folder: Path) -> Path:
     """A copy of the scenes in which one frame of the validation room has lost its second half."""
     root = folder / "scenes"
     shutil.copytree(world.folder / "scenes", root)
-    config = load_config(None, world.arguments(folder, data__root=root))
+    config = load_config(DEMO_RECIPE, world.arguments(folder, data__root=root))
     frame = load_mixture(config.data, "val")[0].frames[1]
     frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
     return root

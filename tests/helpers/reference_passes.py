@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.models.merger import pair_frames
 from w2r2_ds.objective.expected_box import expected_overlap
-from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States
+from w2r2_ds.objective.push_terms import Overlaps, PushInputs, States, build_push_term
 from w2r2_ds.training.two_pass import without_dropout
 
 
@@ -52,9 +52,9 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
     Args:
         s_short: s of every sample's shortcut answer.
     """
-    reading = PUSH_TERMS[config.push]
+    term = build_push_term(config.push_term)
     fused = hidden_states(model, batch, visual_tokens(model, batch, "features"))
-    with torch.no_grad() if reading.blocked else nullcontext():
+    with torch.no_grad() if term.blocked else nullcontext():
         geometry = {"merged": "none", "features": "zeros"}[model.zero_geometry]
         short = hidden_states(model, batch, visual_tokens(model, batch, geometry))
         logits_short = model.base.lm_head(short[batch.answer_rows.sample, batch.answer_rows.position])
@@ -81,9 +81,6 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
             hinge=torch.tensor([max(0.0, s - config.mu)]),
             lambda_det=config.lambda_det,
             mu=config.mu,
-            margin=config.margin,
-            iou_margin=config.iou_margin,
-            cosine=config.cosine,
             log_p_short=log_p_short[mine],
             states=States(
                 fused=fused[index, positions],
@@ -94,7 +91,7 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
             ),
             overlaps=Overlaps(giou[index : index + 1], iou_short[index : index + 1], has_box[index : index + 1]),
         )
-        total = total + align + reading.term(inputs).sum()
+        total = total + align + term(inputs).sum()
     return total
 
 

@@ -25,6 +25,7 @@ from fork_server import ROOT, environment, fork_ranks
 from w2r2_ds.training.deepspeed.launch import free_port
 
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
+DEMO = ROOT / "w2r2_ds" / "recipes" / "demo.yaml"
 GOLDEN_LOSSES = ROOT / "tests" / "golden" / "losses" / "demo30.json"
 TIMEOUT = 900
 STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 5, 8, 4
@@ -51,9 +52,9 @@ class World:
             "demo.frames": 2,
             "data.frame_width": 56,
             "model.vlm": self.folder / "vlm",
-            "model.vggt": self.folder / "vggt",
+            "model.geometry.path": self.folder / "vggt",
             "objective.mu": 0.0,
-            "objective.gap_every": 0,
+            "objective.decode_gap_every": 0,
             "train.steps": STEPS,
             "train.global_batch": GLOBAL_BATCH,
             "train.micro_batch": MICRO_BATCH,
@@ -61,7 +62,7 @@ class World:
             "train.keep_last": 2,
             **{name.replace("__", "."): value for name, value in changes.items()},
         }
-        return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        return ["--config", str(DEMO), *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
 
 
 def world_folder(base: Path) -> Path:
@@ -71,13 +72,13 @@ def world_folder(base: Path) -> Path:
 
 def make_world(folder: Path) -> World:
     """Write the scenes and the models, or reuse what the same options wrote."""
-    from w2r2_ds.config.io import load_config
+    from w2r2_ds.config.io import DEMO_RECIPE, load_config
     from w2r2_ds.demo.assets import prepare_models, prepare_sets
     from w2r2_ds.demo.synthetic.write import write_dataset
 
     world = World(folder)
     write_dataset(folder / "scenes", 0, 2, 1, (160, 120), 6)
-    config = load_config(None, world.arguments(folder / "unused"))
+    config = load_config(DEMO_RECIPE, world.arguments(folder / "unused"))
     prepare_sets(config)
     prepare_models(config)
     return world

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from runs import SAVE_EVERY, STEPS, ZERO3, Job, World
-from w2r2_ds.config.io import load_config
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.training.checkpoint.manifest import read_manifest, write_manifest
 from w2r2_ds.utils import atomic_io
 
 FEW = 6
 DROPOUT: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "train__save_every": 2}
-GAP: dict[str, object] = {"objective__gap_every": 1, "objective__gap_samples": 2}
+GAP: dict[str, object] = {"objective__decode_gap_every": 1, "objective__decode_gap_samples": 2}
 AUTO: dict[str, object] = {"resume": "auto"}
 STAGES = ("zero2", "zero3_offload")
 """Of ds_configs/, besides zero3."""
@@ -61,7 +61,7 @@ def on_one_rank(world: World, trained: Path, folder: Path) -> list[Job]:
             stop_after=1,
             **NO_DRY_RUN,
         ),
-        Job("misspelt", arguments(world, folder / "misspelt", objective__push="marign")),
+        Job("misspelt", arguments(world, folder / "misspelt", objective__push_term="marign")),
         Job("again", arguments(world, untouched)),
         Job("other-rank", arguments(world, untouched, model__lora_rank=4, **AUTO)),
         Job("contradiction", arguments(world, folder / "none", contradiction)),
@@ -110,7 +110,7 @@ def cut_frame_root(world: World, folder: Path) -> Path:
     """A copy of the scenes in which one frame, of rank 1's share, has lost its second half."""
     root = folder / "scenes"
     shutil.copytree(world.folder / "scenes", root)
-    config = load_config(None, world.arguments(folder, data__root=root))
+    config = load_config(DEMO_RECIPE, world.arguments(folder, data__root=root))
     frames = list(dict.fromkeys(path for sample in load_mixture(config.data, "train") for path in sample.frames))
     frames[1].write_bytes(frames[1].read_bytes()[: frames[1].stat().st_size // 2])
     return root

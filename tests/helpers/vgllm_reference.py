@@ -18,7 +18,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from golden_files import Golden
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
+from objectives import objective_config
+from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.from_vgllm import fill, split_state, vggt_config, vgllm_name
 from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
 from w2r2_ds.data.collate import token_counts
@@ -173,7 +174,7 @@ def loss_of(golden: Golden, logits: torch.Tensor) -> torch.Tensor:
 def step_loss_of(golden: Golden) -> torch.Tensor:
     """The same through our training step: no push, sums over samples weighted by their tokens."""
     batch, tokens = batch_of(golden), golden.record["config"]["text"]["vocab_size"]
-    objective = ObjectiveConfig(push="none", reduction="token")
+    objective = objective_config(push="none", reduction="token")
     tables = TokenTables(torch.full((tokens,), -1), torch.zeros(tokens, dtype=torch.bool))
     scorer = Scorer(tables, tokenizer_of(golden), objective)
     step = W2R2Step(model_of(golden, *VARIANTS[MAIN][:2]), RunConfig(objective=objective), scorer)

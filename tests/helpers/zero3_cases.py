@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from objectives import objective_config
 from two_pass_tools import unfreeze
 from w2r2_ds.bench.zero3_gathers import counting, fused_alone
 
@@ -52,13 +53,13 @@ class Case:
 
 def step_config(case: Case, model_config: Any) -> Any:
     """The run configuration of a case."""
-    from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
+    from w2r2_ds.config.schema import DataConfig, RunConfig, TrainConfig
 
     micro = max(len(batch) for rank in case.ranks for batch in rank)
     return RunConfig(
         data=DataConfig(frame_width=56, max_length=512, workers=0, visual=case.visual),  # type: ignore[arg-type]
         model=replace(model_config, **case.model),
-        objective=ObjectiveConfig(**case.objective),
+        objective=objective_config(**case.objective),
         train=TrainConfig(
             micro_batch=micro,
             global_batch=micro * len(case.ranks) * len(case.ranks[0]),
@@ -180,7 +181,7 @@ def expectations(
 
 def scripted(case: Case, scale: dict[str, float] | None) -> contextlib.AbstractContextManager[None]:
     """`similar`, where a case does not measure the real scores."""
-    return contextlib.nullcontext() if scale is None or case.objective.get("gap_every") else similar(scale)
+    return contextlib.nullcontext() if scale is None or case.objective.get("decode_gap_every") else similar(scale)
 
 
 @functools.cache
@@ -239,7 +240,7 @@ def sharded_gradients(
             engine.step()
     norms["grad_norm"] = float(engine.get_global_grad_norm())
     reading = None
-    if case.objective.get("gap_every"):
+    if case.objective.get("decode_gap_every"):
         from w2r2_ds.training.decode_gap import DecodeGap
 
         reading = DecodeGap(list(samples.values())[:3], frontend, config, device).measure(engine)

@@ -41,15 +41,17 @@ def test_whatever_the_features_depend_on_is_in_the_key(
     names = load_file(Path(model_config.vlm) / "model.safetensors")
     tower = next(name for name in names if name.startswith(("visual.", "model.visual.")))
     text = next(name for name in names if "visual" not in name)
-    vggt = copy_with(model_config.vggt, tmp_path / "vggt", one_bit("aggregator.global_blocks.1.mlp.fc2.bias"))
+    vggt = copy_with(model_config.geometry.path, tmp_path / "vggt", one_bit("aggregator.global_blocks.1.mlp.fc2.bias"))
     other_tower = copy_with(model_config.vlm, tmp_path / "tower", one_bit(tower))
     other_text = copy_with(model_config.vlm, tmp_path / "text", one_bit(text))
 
     own_3d, own_2d = geometry_identity(data, model_config), vision_identity(data, model_config)
     wider, video = data_config(frame_width=112), data_config(visual="video")
     assert len({own_3d, own_2d, geometry_identity(wider, model_config), vision_identity(wider, model_config)}) == 4
-    for changes in ({"vggt": vggt}, {"geometry_layer": 0}, {"reference_frame": "last"}, {"dtype": "bfloat16"}):
-        assert geometry_identity(data, replace(model_config, **changes)) != own_3d, changes  # type: ignore[arg-type]
+    assert geometry_identity(data, replace(model_config, dtype="bfloat16")) != own_3d
+    for changes in ({"path": vggt}, {"layers": [0]}, {"reference_frame": "last"}):
+        other = replace(model_config, geometry=replace(model_config.geometry, **changes))  # type: ignore[arg-type]
+        assert geometry_identity(data, other) != own_3d, changes
     for changes in ({"vlm": other_tower}, {"attention": "eager"}, {"dtype": "bfloat16"}):
         assert vision_identity(data, replace(model_config, **changes)) != own_2d, changes  # type: ignore[arg-type]
     assert vision_identity(video, model_config) != own_2d
@@ -75,14 +77,17 @@ def test_there_must_be_weights_of_a_tower(model_config: ModelConfig, data_config
 
 
 def test_weights_that_are_torn_are_one_sentence(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
-    for identity, field in ((vision_identity, "vlm"), (geometry_identity, "vggt")):
-        folder = Path(shutil.copytree(getattr(model_config, field), tmp_path / field))
+    sources = {"vlm": model_config.vlm, "geometry": model_config.geometry.path}
+    for identity, field in ((vision_identity, "vlm"), (geometry_identity, "geometry")):
+        folder = Path(shutil.copytree(sources[field], tmp_path / field))
         torn = folder / "model.safetensors"
         torn.write_bytes(torn.read_bytes()[:-100])
         with pytest.raises(
             ValueError, match=r"The weights in .*model\.safetensors cannot be read \(.*\); fetch or copy"
         ):
-            identity(data_config(), replace(model_config, **{field: str(folder)}))  # type: ignore[arg-type]
+            geometry = replace(model_config.geometry, path=str(folder))
+            changes: dict[str, Any] = {"vlm": str(folder)} if field == "vlm" else {"geometry": geometry}
+            identity(data_config(), replace(model_config, **changes))
 
 
 def test_the_weights_of_a_hub_id_are_fetched_before_they_are_loaded(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from w2r2_ds.config.schema import ObjectiveConfig
+from objectives import objective_config
 from w2r2_ds.objective.loss import STATS, Outputs, read_shortcut, sample_weights, w2r2_loss
-from w2r2_ds.objective.push_terms import PUSH_TERMS
+from w2r2_ds.objective.push_terms import PUSH_TERMS, build_push_term
 from w2r2_ds.objective.scorer import Scorer
 
 HIDDEN = 8
-GATED = [name for name, reading in PUSH_TERMS.items() if reading.gated]
+GATED = [name for name, term in PUSH_TERMS.items() if term.gated]
 
 
 @dataclass
@@ -58,11 +58,12 @@ def total(batch_of: Any, tables: Any, frontend: Any) -> Callable[..., Total]:
             states += [noise(s, salt + 4, count, HIDDEN) for s, count in zip(samples, described, strict=True)]
             inputs += [logits.requires_grad_(), torch.cat(states).requires_grad_()]
         fused, fused_states, short, short_states = inputs
-        config = ObjectiveConfig(**changes)
+        config = objective_config(**changes)
         scorer = Scorer(tables, frontend.tokenizer, config)
-        asks = PUSH_TERMS[config.push].states
-        shortcut = read_shortcut(Outputs(short, short_states if asks else None), batch, config, scorer)
-        loss, stats = w2r2_loss(Outputs(fused, fused_states if asks else None), shortcut, batch, config, scorer)
+        term = build_push_term(config.push_term)
+        shortcut = read_shortcut(Outputs(short, short_states if term.states else None), batch, term, scorer)
+        outputs = Outputs(fused, fused_states if term.states else None)
+        loss, stats = w2r2_loss(outputs, shortcut, batch, config, term, scorer)
         loss.backward()
         assert not stats.requires_grad and stats.shape == (len(samples), len(STATS))
         return Total(loss.detach(), stats, *(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from objectives import push_term
+from w2r2_ds.commands.common import import_plugin
 from w2r2_ds.config.schema import ObjectiveConfig
-from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States, find_push_term
+from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States
 from w2r2_ds.objective.reductions import mean_per_sample
 
-GATED = [name for name, reading in PUSH_TERMS.items() if reading.gated]
-"""Readings that are 0 for a sample whose shortcut is not above mu."""
+GATED = [name for name, term in PUSH_TERMS.items() if term.gated]
+"""Push terms that are 0 for a sample whose shortcut is not above mu."""
 LN2, LN4 = math.log(2), math.log(4)
 
 
@@ -52,9 +56,6 @@ def inputs() -> PushInputs:
         hinge=torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64),
         lambda_det=1.5,
         mu=0.7,
-        margin=1.0,
-        iou_margin=0.1,
-        cosine=0.5,
         log_p_short=short,
         states=States(
             fused=torch.stack([axis[0], 2 * axis[0], axis[1], axis[0] + axis[1], axis[2]]),
@@ -115,23 +116,56 @@ def leaves_of(inputs: PushInputs) -> tuple[Tensor, ...]:
     return tuple((x + 0.05 * torch.rand(x.shape, dtype=x.dtype, generator=noise)).requires_grad_() for x in start)
 
 
-def test_every_reading_has_hand_values_a_docstring_and_a_place_in_the_help() -> None:
+def test_every_push_term_has_hand_values_a_docstring_and_a_place_in_the_help() -> None:
     assert set(PUSH_TERMS) == set(HAND)
-    for name, reading in PUSH_TERMS.items():
-        assert reading.term.__name__ == name and reading.term.__doc__
-        assert (
-            name in (ObjectiveConfig.__doc__ or "").split("lambda_det:")[0].replace(",", " ").replace(".", " ").split()
-        )
+    words = re.findall(r"\w+", (ObjectiveConfig.__doc__ or "").split("lambda_det:")[0])
+    assert all(term.__doc__ and name in words for name, term in PUSH_TERMS.items())
 
 
-def test_an_unknown_reading_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"^objective\.push is 'marign'; it must be one of none, literal, .*poe"):
-        find_push_term("marign")
+def test_an_unknown_push_term_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^objective\.push_term is 'marign'; it must be one of none, literal, .*poe"):
+        push_term("marign")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "field"),
+    [
+        ("margin", {"margin": -1.0}, "margin"),
+        ("margin", {"iou_margin": 0.1}, "iou_margin"),
+        ("representation", {"cosine": 1.5}, "cosine"),
+        ("none", {"margin": 1.0}, "margin"),
+        ("soft_iou", {"iou_margin": "wide"}, "iou_margin"),
+    ],
+)
+def test_a_wrong_hyper_parameter_is_named(name: str, given: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"objective\.push_term\.{field}"):
+        push_term(name, **given)
+
+
+PLUGIN = """
+import torch
+from w2r2_ds.objective.push_terms import PushInputs, PushTerm, register_push_term
+
+@register_push_term("scaled_cross_entropy")
+class ScaledCrossEntropy(PushTerm):
+    scale: float = 2.0
+
+    def __call__(self, inputs: PushInputs) -> torch.Tensor:
+        return self.scale * inputs.cross_entropy
+"""
+
+
+def test_a_push_term_from_one_file(inputs: PushInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("w2r2_ds.objective.push_terms.PUSH_TERMS", dict(PUSH_TERMS))
+    (tmp_path / "own_term.py").write_text(PLUGIN)
+    import_plugin(str(tmp_path / "own_term.py"))
+    found = push_term("scaled_cross_entropy", scale=3.0)(inputs)
+    torch.testing.assert_close(found, 3 * inputs.cross_entropy)
 
 
 @pytest.mark.parametrize("name", PUSH_TERMS)
 def test_hand_values(inputs: PushInputs, name: str) -> None:
-    values = PUSH_TERMS[name].term(inputs)
+    values = push_term(name)(inputs)
     assert values.dtype == torch.float64
     assert values.tolist() == pytest.approx(HAND[name], abs=1e-12)
 
@@ -142,7 +176,7 @@ def test_gradient_against_finite_differences(inputs: PushInputs, name: str) -> N
 
     def total(*leaves: Tensor) -> Tensor:
         # The constant keeps a graph for readings without one.
-        return PUSH_TERMS[name].term(differentiable(inputs, leaves)) + 0 * leaves[0].sum()
+        return push_term(name)(differentiable(inputs, leaves)) + 0 * leaves[0].sum()
 
     assert torch.autograd.gradcheck(total, leaves, atol=1e-8, rtol=1e-6)
     has_gradient = any(
@@ -154,7 +188,7 @@ def test_gradient_against_finite_differences(inputs: PushInputs, name: str) -> N
 @pytest.mark.parametrize("name", PUSH_TERMS)
 def test_nothing_without_weight(inputs: PushInputs, name: str) -> None:
     leaves = leaves_of(inputs)
-    values = PUSH_TERMS[name].term(differentiable(replace(inputs, lambda_det=0.0), leaves))
+    values = push_term(name)(differentiable(replace(inputs, lambda_det=0.0), leaves))
     assert values.tolist() == [0.0] * 4
     gradients = torch.autograd.grad((values + 0 * leaves[0].sum()).sum(), leaves, allow_unused=True)
     assert all(not g.any() for g in gradients if g is not None)
@@ -163,7 +197,7 @@ def test_nothing_without_weight(inputs: PushInputs, name: str) -> None:
 @pytest.mark.parametrize("name", PUSH_TERMS)
 def test_nothing_below_mu_where_h_gates(inputs: PushInputs, name: str) -> None:
     leaves = leaves_of(inputs)
-    values = PUSH_TERMS[name].term(differentiable(replace(inputs, hinge=torch.zeros_like(inputs.hinge)), leaves))
+    values = push_term(name)(differentiable(replace(inputs, hinge=torch.zeros_like(inputs.hinge)), leaves))
     gradients = torch.autograd.grad((values + 0 * leaves[0].sum()).sum(), leaves, allow_unused=True)
     silent = not values.any() and all(not g.any() for g in gradients if g is not None)
     assert silent == (name in [*GATED, "none"])
@@ -197,7 +231,7 @@ def test_no_nan(inputs: PushInputs, name: str, case: str) -> None:
         token = inputs.label if case == "sure" else inputs.guess
         leaves[0] = torch.full((6, 3), -200.0).scatter(-1, token[:, None], 200.0)
     given = tuple(leaf.requires_grad_() for leaf in leaves)
-    values = PUSH_TERMS[name].term(differentiable(inputs, given)) + 0 * given[0].sum()
+    values = push_term(name)(differentiable(inputs, given)) + 0 * given[0].sum()
     assert values.isfinite().all()
     for gradient in torch.autograd.grad(values.sum(), given, allow_unused=True):
         assert gradient is None or gradient.isfinite().all()
@@ -215,20 +249,20 @@ def cast(inputs: Any, dtype: torch.dtype) -> Any:
 def test_the_hinge_bounds_downweight(inputs: PushInputs) -> None:
     """At the most the whole sample is forgotten, never learned backwards."""
     heavy = replace(inputs, lambda_det=50.0)
-    total = inputs.cross_entropy + PUSH_TERMS["downweight"].term(heavy)
+    total = inputs.cross_entropy + push_term("downweight")(heavy)
     assert total.tolist() == pytest.approx([0.0, 0.0, 0.0, LN2])
 
 
 def test_poe_asks_nothing_where_the_shortcut_is_sure_and_right(inputs: PushInputs) -> None:
     short = torch.full((6, 3), -200.0, dtype=torch.float64).scatter(-1, inputs.label[:, None], 0.0)
     logits = inputs.log_p.clone().requires_grad_()
-    PUSH_TERMS["poe"].term(replace(inputs, log_p=torch.log_softmax(logits, -1), log_p_short=short)).sum().backward()
+    push_term("poe")(replace(inputs, log_p=torch.log_softmax(logits, -1), log_p_short=short)).sum().backward()
     assert logits.grad is not None and logits.grad.abs().max() < 1e-80
 
 
 def test_pseudo_label_takes_probability_from_the_wrong_guess(inputs: PushInputs) -> None:
     logits = inputs.log_p.clone().requires_grad_()
-    PUSH_TERMS["pseudo_label"].term(replace(inputs, log_p=torch.log_softmax(logits, -1))).sum().backward()
+    push_term("pseudo_label")(replace(inputs, log_p=torch.log_softmax(logits, -1))).sum().backward()
     assert logits.grad is not None
     touched = logits.grad.abs().sum(-1) > 0
     assert touched.tolist() == [False, True, False, True, False, True]

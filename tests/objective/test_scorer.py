@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.config.schema import ObjectiveConfig
+from objectives import objective_config
 from w2r2_ds.objective.scorer import Scorer
 
 
@@ -33,7 +33,7 @@ def test_decoded_words_by_the_configured_measure(
     answer: Any,
 ) -> None:
     mixed = [samples[0], replace(caption_sample, answer="the red door"), replace(answer_sample, answer="brown chairs")]
-    scorer = Scorer(tables, frontend.tokenizer, ObjectiveConfig(**options))
+    scorer = Scorer(tables, frontend.tokenizer, objective_config(**options))
     score = scorer.decoded([samples[0].answer, "a red door", "two brown chairs"], batch_of(mixed))
     assert score.s.tolist() == [pytest.approx(1, abs=0.05), caption, answer]
     assert score.valid.tolist() == [True, True, True]
@@ -43,5 +43,5 @@ def test_teacher_forced_labels_are_right_whatever_their_kind(
     batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any, frontend: Any
 ) -> None:
     batch = batch_of([samples[0], caption_sample, answer_sample])
-    score = Scorer(tables, frontend.tokenizer, ObjectiveConfig()).teacher(batch.answer_rows.label, batch)
+    score = Scorer(tables, frontend.tokenizer, objective_config()).teacher(batch.answer_rows.label, batch)
     assert score.s.tolist() == [pytest.approx(1, abs=0.05), 1.0, 1.0] and score.valid.all()

@@ -1,4 +1,4 @@
-"""PushTerm numbers off teacher-forced predictions, and the similarity of what was read."""
+"""Reading numbers off teacher-forced predictions, and the similarity of what was read."""
 
 from __future__ import annotations
 

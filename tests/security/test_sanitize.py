@@ -15,7 +15,7 @@ from rich.table import Table
 
 from w2r2_ds.commands import prepare as launcher
 from w2r2_ds.config.cli import Parser
-from w2r2_ds.config.io import from_values, load_config
+from w2r2_ds.config.io import from_tree, load_config
 from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.evaluation.resumable import line_of
 from w2r2_ds.utils.sanitize import for_rich, holds_secret, lines, message, one_line, without_secrets
@@ -132,11 +132,11 @@ def test_a_configuration_holds_none(
 
 
 def test_a_configuration_holds_no_control_characters() -> None:
-    with pytest.raises(ValueError, match=r"model.vlm is 'a\\nb', which holds"):
+    with pytest.raises(ValueError, match=r"model.vlm is 'a\\nb', which contains"):
         RunConfig(model=ModelConfig(vlm="a\nb"))
     tree: dict[str, Any] = {"out": "runs/\x1b[31mred"}
     with pytest.raises(ValueError, match=r"out is 'runs/\\x1b\[31mred'"):
-        from_values(tree, "card.json")
+        from_tree(tree, "card.json")
 
 
 def test_weights_and_biases_is_told_nothing_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

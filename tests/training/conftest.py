@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
+from objectives import objective_config
+from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
@@ -21,7 +22,7 @@ def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2
 
     def make(fresh: bool = False, **changes: Any) -> W2R2Step:
         of_model = {name: changes.pop(name) for name in list(changes) if hasattr(model_config, name)}
-        config = RunConfig(model=replace(model_config, **of_model), objective=ObjectiveConfig(**changes))
+        config = RunConfig(model=replace(model_config, **of_model), objective=objective_config(**changes))
         model = build_model(config.model, torch.device("cpu"), seed=1)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():

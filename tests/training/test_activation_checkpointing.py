@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from objectives import objective_config
+from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model, load_frontend, trainable
@@ -41,7 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_co
     build_tiny_vlm(folder / "vlm", texts, 3, layers=LAYERS, **sizes)
     model = replace(model_config, vlm=str(folder / "vlm"), lora_dropout=0.1)
     frontend, batch = load_frontend(model), batch_of(samples)
-    config = RunConfig(model=model, objective=ObjectiveConfig(mu=0.0))
+    config = RunConfig(model=model, objective=objective_config(mu=0.0))
     composed = build_model(model, torch.device("cpu"), 1)
     composed.base.enable_input_require_grads()
     tables = token_tables(frontend.tokenizer, composed.base.config.get_text_config().vocab_size)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from prepared_sets import write_prepared
 from runs import ZERO3, World
-from w2r2_ds.config.io import load_config
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.evaluation.validator import InTraining
 from w2r2_ds.training import build
@@ -34,7 +34,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
     """Error of `build_run` with these options."""
     with pytest.raises(ValueError) as caught:
-        build.build_run(load_config(None, world.arguments(out, **changes)), str(ds), InTraining)
+        build.build_run(load_config(DEMO_RECIPE, world.arguments(out, **changes)), str(ds), InTraining)
     message = str(caught.value)
     assert "\n" not in message and not out.exists()
     return message
@@ -47,7 +47,7 @@ def test_a_good_start_says_at_what_size_frames_are_seen(
     caplog.set_level("INFO", "w2r2_ds")
     with pytest.raises(AssertionError, match="the weights are loaded"):
         build.build_run(
-            load_config(None, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3), InTraining
+            load_config(DEMO_RECIPE, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3), InTraining
         )
     assert f"frames {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in caplog.text
 
@@ -56,8 +56,11 @@ def test_a_good_start_says_at_what_size_frames_are_seen(
     ("changes", "said"),
     [
         ({"model__vlm": "/nowhere"}, "model '/nowhere' is no directory here; correct model.vlm"),
-        ({"model__vggt": "/nowhere"}, "/nowhere is no directory here; correct model.vggt"),
-        ({"model__vggt": "no-such-org/no-such-vggt"}, "; correct model.vggt (or --vggt), or fetch it"),
+        ({"model__geometry__path": "/nowhere"}, "/nowhere is no directory here; correct model.geometry.path"),
+        (
+            {"model__geometry__path": "no-such-org/no-such-vggt"},
+            "; correct model.geometry.path (or --geometry_path), or fetch it",
+        ),
         (
             {"data__max_length": 100},
             "more than data.max_length = 100; raise it or use fewer or smaller frames (look also",

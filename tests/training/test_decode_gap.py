@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from objectives import objective_config
+from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.training import decode_gap
 from w2r2_ds.training.decode_gap import DecodeGap
 
@@ -46,7 +47,9 @@ def test_means_over_the_same_samples_on_any_number_of_ranks(
 ) -> None:
     """Every rank makes as many passes; what fills the last batches up counts once."""
     config = RunConfig(
-        data=data_config(), objective=ObjectiveConfig(gap_samples=wanted), train=TrainConfig(micro_batch=micro, seed=3)
+        data=data_config(),
+        objective=objective_config(decode_gap_samples=wanted),
+        train=TrainConfig(micro_batch=micro, seed=3),
     )
     monkeypatch.setattr(decode_gap.dist, "get_world_size", lambda: world)
     monkeypatch.setattr(decode_gap.dist, "all_reduce", lambda tensor: None)  # the ranks' shares are added below

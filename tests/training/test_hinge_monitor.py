@@ -8,15 +8,21 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
+from objectives import objective_config
+from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.training import hinge_monitor
 from w2r2_ds.training.hinge_monitor import PATIENCE, HingeMonitor
+
+
+def monitor(start: int, config: RunConfig) -> HingeMonitor:
+    return HingeMonitor(start, config, build_push_term(config.objective.push_term))
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> HingeMonitor:
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
-    return HingeMonitor(0, RunConfig(objective=ObjectiveConfig(mu=0.9)))
+    return monitor(0, RunConfig(objective=objective_config(mu=0.9)))
 
 
 def update(watch: HingeMonitor, steps: int, above: float = 0.0) -> None:
@@ -58,7 +64,7 @@ def test_a_resumed_run_remembers(
         lines[10]["above_mu"] = active
         lines[55]["above_mu"] = 1.0
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        watch = HingeMonitor(50, RunConfig(out=str(tmp_path)))
+        watch = monitor(50, RunConfig(out=str(tmp_path)))
         caplog.clear()
         update(watch, 50)
         assert (f"in {PATIENCE} steps" in caplog.text) == (active == 0.0)
@@ -69,7 +75,7 @@ def test_what_h_does_not_gate_is_not_watched(
     changes: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
-    watch = HingeMonitor(0, RunConfig(objective=ObjectiveConfig(**changes)))
+    watch = monitor(0, RunConfig(objective=objective_config(**changes)))
     update(watch, PATIENCE)
     watch.finish()
     assert not caplog.records
@@ -80,5 +86,5 @@ def test_other_ranks_and_runs_without_a_step_are_silent(
 ) -> None:
     watch.finish()
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 1)
-    update(HingeMonitor(0, RunConfig()), PATIENCE)
+    update(monitor(0, RunConfig()), PATIENCE)
     assert not caplog.records

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from host_sync import host_reads
+from objectives import objective_config
 from packed_batches import packed_of, questions
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
 from w2r2_ds.objective.loss import STATS
@@ -34,7 +35,7 @@ def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2
     matter."""
 
     def make(full: bool = False, pass_order: Any = "auto", checkpointing: bool = False, **changes: Any) -> W2R2Step:
-        objective = ObjectiveConfig(**{"mu": 0.0} | changes)
+        objective = objective_config(**{"mu": 0.0} | changes)
         config = RunConfig(model=model_config, objective=objective, train=TrainConfig(pass_order=pass_order))
         model = build_model(config.model, torch.device("cpu"), seed=1)
         use_scene_split(model.base)

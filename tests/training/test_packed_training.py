@@ -11,7 +11,7 @@ import pytest
 import packed_runs
 from packed_runs import SHORT, TOGETHER
 from runs import MICRO_BATCH, World, read_metrics, run_ranks
-from w2r2_ds.config.io import load_config
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.loader import load_mixture
 
 
@@ -48,7 +48,7 @@ def test_two_ranks_pack_as_one_does(runs: Path, world: World, tmp_path: Path) ->
 
 def test_the_batches_are_bins_that_share_frames(runs: Path, world: World) -> None:
     """11 samples see two sets of frames, 6 and 5: two full bins of four, and the rests, over the epochs."""
-    config = load_config(None, world.arguments(runs))
+    config = load_config(DEMO_RECIPE, world.arguments(runs))
     frames = {sample.id: sample.frames for sample in load_mixture(config.data, "train")}
     sequences: list[Any] = json.loads((runs / "report.json").read_text())["sequences"]
     packed, apart, plain = (sequences[n * 2 * SHORT : (n + 1) * 2 * SHORT] for n in range(3))

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from objectives import objective_config
 from w2r2_ds.bench.zero3_gathers import fused_alone
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model
@@ -64,7 +65,7 @@ def peak(
 ) -> int:
     """Bytes that forward and backward of a step have alive at their worst moment."""
     train = TrainConfig(pass_order="auto" if pass_order == "single" else pass_order)  # type: ignore[arg-type]
-    config = RunConfig(model=model_config, objective=ObjectiveConfig(push=push, mu=0.0), train=train)
+    config = RunConfig(model=model_config, objective=objective_config(push=push, mu=0.0), train=train)
     model = build_model(model_config, torch.device("cpu"), 1)
     model.base.enable_input_require_grads()
     tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)

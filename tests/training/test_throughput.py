@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from host_sync import host_reads
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
+from objectives import objective_config, push_term
+from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.models.build import build_model
 from w2r2_ds.models.qwen2_5_vl.family import squares
-from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.training.throughput import Throughput, last_layer_work, matrix_rate, step_flops, tokens_and_pairs
@@ -32,7 +32,7 @@ CASES = [
 
 
 def make_step(model_config: Any, frontend: Any, push: str) -> W2R2Step:
-    config = RunConfig(model=model_config, objective=ObjectiveConfig(push=push, mu=0.001))
+    config = RunConfig(model=model_config, objective=objective_config(push=push, mu=0.001))
     model = build_model(model_config, torch.device("cpu"), 1)
     model.base.enable_input_require_grads()
     tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
@@ -55,7 +55,7 @@ def test_model_flops_are_those_that_pytorch_counts(
     counter.flop_registry = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
     with counter, sdpa_kernel(SDPBackend.MATH):
         step(batch)[0].backward()
-    reading = find_push_term(push)
+    reading = push_term(push)
     assert step_flops(step.model, reading, batch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
@@ -63,7 +63,7 @@ def test_a_sample_beside_another_counts_as_it_does_alone(
     model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]
 ) -> None:
     """Padding does not count; within what the mean over all samples for the last layer's attention makes."""
-    step, reading = make_step(model_config, frontend, "margin"), find_push_term("margin")
+    step, reading = make_step(model_config, frontend, "margin"), push_term("margin")
     alone = [step_flops(step.model, reading, batch_of([sample])) for sample in samples]
     assert step_flops(step.model, reading, batch_of(samples)) == pytest.approx(sum(alone), rel=5e-3)
 
@@ -91,7 +91,7 @@ def test_windows_take_what_is_left() -> None:
 def test_a_step_in_the_log(
     model_config: Any, frontend: Any, batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, reading = make_step(model_config, frontend, "margin"), find_push_term("margin")
+    step, reading = make_step(model_config, frontend, "margin"), push_term("margin")
     batches = [batch_of(samples[:1]), batch_of(samples[1:])]
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     found = Throughput(step.model, reading, rate=2e9)(batches, seconds=2.0)
@@ -110,7 +110,7 @@ def test_a_step_in_the_log(
 
 def test_the_device_is_asked_nothing(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     """But the grids of the images, which the batch has on the CPU."""
-    step, reading = make_step(model_config, frontend, "margin"), find_push_term("margin")
+    step, reading = make_step(model_config, frontend, "margin"), push_term("margin")
     batch = batch_of(samples)
     grids = replace(batch, visuals=replace(batch.visuals, grid_thw=batch.visuals.grid_thw))
     assert host_reads(lambda: step_flops(step.model, reading, grids)) <= {"aten::item", "aten::_local_scalar_dense"}

@@ -235,7 +235,7 @@ def test_a_silent_hinge_is_warned_of_at_the_end(one_rank: Reports, folder: Path)
 
 
 def test_a_misspelt_reading_is_refused_by_name(one_rank: Reports, folder: Path) -> None:
-    assert_one_sentence(one_rank["misspelt"][0]["error"], "objective.push is 'marign'", "margin", "poe")
+    assert_one_sentence(one_rank["misspelt"][0]["error"], "objective.push_term is 'marign'", "margin", "poe")
     assert not (folder / "misspelt").exists()
 
 
@@ -364,10 +364,10 @@ def test_an_unknown_key_of_a_recipe_is_refused_by_name(tmp_path: Path, capsys: p
 def test_fifty_steps_of_every_reading(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends finite and writes its metrics; readings with a gradient end elsewhere than plain fine-tuning."""
     monkeypatch.setattr("runs.TIMEOUT", 7000)
-    gap: dict[str, object] = {"objective__gap_every": 25, "objective__gap_samples": 4}
+    gap: dict[str, object] = {"objective__decode_gap_every": 25, "objective__decode_gap_samples": 4}
     changes: dict[str, object] = {"train__steps": 50, "train__save_every": 50, **gap}
     names = list(PUSH_TERMS)
-    jobs = [Job(name, arguments(world, tmp_path / name, objective__push=name, **changes)) for name in names]
+    jobs = [Job(name, arguments(world, tmp_path / name, objective__push_term=name, **changes)) for name in names]
     reports = run_jobs(1, tmp_path / "jobs", jobs)
     assert [reports[name][0]["error"] for name in names] == [None] * len(names)
     last = {}

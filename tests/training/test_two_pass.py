@@ -13,10 +13,11 @@ import torch
 
 import zero3_cases
 from host_sync import host_reads
+from objectives import objective_config
 from reference_passes import hand_loss
 from runs import ZERO3, run_ranks
 from two_pass_tools import unfreeze
-from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
@@ -37,7 +38,7 @@ def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2
     def make(pass_order: str, full: bool = False, checkpointing: bool = False, **changes: Any) -> W2R2Step:
         config = RunConfig(
             model=replace(model_config, **changes.pop("model", {})),
-            objective=ObjectiveConfig(**changes),
+            objective=objective_config(**changes),
             train=TrainConfig(pass_order=pass_order),  # type: ignore[arg-type]
         )
         model = build_model(config.model, torch.device("cpu"), seed=1)
@@ -163,7 +164,7 @@ def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -
             if (pass_order, push) == ("lockstep", "unblocked"):
                 continue
             train = TrainConfig(pass_order=pass_order)  # type: ignore[arg-type]
-            config = RunConfig(objective=ObjectiveConfig(push=push), train=train)
+            config = RunConfig(objective=objective_config(push=push), train=train)
             for zero3 in (False, True):
                 chosen[pass_order, push, zero3] = type(make_two_pass(model, config, zero3))
     lockstep = {key for key, kind in chosen.items() if kind is Lockstep}
@@ -173,7 +174,7 @@ def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -
 
 def test_unblocked_refuses_lockstep() -> None:
     with pytest.raises(ValueError, match=r"unblocked needs it; choose train\.pass_order sequential"):
-        RunConfig(objective=ObjectiveConfig(push="unblocked"), train=TrainConfig(pass_order="lockstep"))
+        RunConfig(objective=objective_config(push="unblocked"), train=TrainConfig(pass_order="lockstep"))
 
 
 @pytest.mark.parametrize("pass_order", SCHEDULES)

@@ -80,7 +80,7 @@ class Subject:
 
     def step(self, push: str = "margin", **objective: Any) -> W2R2Step:
         """The training step with a reading of Eq. 6; all steps share the model."""
-        config = RunConfig(objective=ObjectiveConfig(push=push, **objective))
+        config = RunConfig(objective=ObjectiveConfig(push_term={"name": push}, **objective))
         tables = token_tables(self.frontend.tokenizer, self.shape.vocabulary).to(self.device)
         return W2R2Step(self.model, config, Scorer(tables, self.frontend.tokenizer, config.objective)).train()
 

@@ -25,8 +25,8 @@ def plain_loss(step: W2R2Step, batch: Batch) -> Tensor:
         field(**(inputs | {"geometry_images": images})).logits[0, batch.answer_rows.position]
         for images in (inputs["geometry_images"][:0], inputs["geometry_images"])
     ]
-    shortcut = read_shortcut(Outputs(outputs[0]), batch, step.objective, step.scorer)
-    loss, _ = w2r2_loss(Outputs(outputs[1]), shortcut, batch, step.objective, step.scorer)
+    shortcut = read_shortcut(Outputs(outputs[0]), batch, step.push_term, step.scorer)
+    loss, _ = w2r2_loss(Outputs(outputs[1]), shortcut, batch, step.objective, step.push_term, step.scorer)
     return loss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,7 @@ def parse(parser: Parser, words: list[str]) -> dict[str, Any]:
     return values
 
 
-def add_plugin_option(parser: Parser) -> None:
+def add_plugin_option(parser: argparse.ArgumentParser) -> None:
     """List ``--plugin`` in the help; `import_plugins` has already taken its values out of the command line."""
     parser.add_argument(
         "--plugin",

@@ -8,8 +8,6 @@ stacks names it.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
 
 from w2r2_ds.doctor.checks import DoctorRequest
@@ -30,25 +28,19 @@ def read_arguments(args: list[str]) -> DoctorRequest:
     """Read a command line of train.py. In a launch, an error in it is reported with the node's name."""
     # Imported here, so that a broken library is reported like any other finding.
     from w2r2_ds.commands.common import add_plugin_option
-    from w2r2_ds.config.io import config_first, from_tree, train_parser
+    from w2r2_ds.config.io import parse_run, run_parser
     from w2r2_ds.utils.plugins import import_plugins
 
-    errors = io.StringIO()
+    parser = run_parser("Check this machine, or every node of a launch, before training.", "w2r2 doctor")
+    add_plugin_option(parser)
+    parser.add_argument("--deepspeed", default="", help="DeepSpeed JSON of the run.")
+    parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher.")
+    parser.exit_on_error = False  # an error is reported with the node's name
     try:
         args = import_plugins(args)
-        options = train_parser("Check this machine, or every node of a launch, before training.", args, False)
-        options.prog = "w2r2 doctor"
-        add_plugin_option(options)
-        with contextlib.redirect_stderr(errors):
-            tree = options.parse_args(config_first(args)).as_dict()
-        config = from_tree(tree)
-    except SystemExit as stop:
-        if stop.code == 0:  # --help
-            raise
-        return DoctorRequest(None, "", [], refused=errors.getvalue().strip())
+        config, options = parse_run(parser, args)
     except ValueError as error:
         return DoctorRequest(None, "", [], refused=str(error))
-    ds_path = tree["deepspeed"] or ""
-    recipes = [str(path) for path in tree.get("config") or []]
+    files = [path for path in (options.config, options.deepspeed) if path]
     asks_run = any(arg.startswith("--") and not arg.startswith(("--deepspeed", "--local_rank")) for arg in args)
-    return DoctorRequest(config if asks_run else None, ds_path, [*recipes, *([ds_path] if ds_path else [])])
+    return DoctorRequest(config if asks_run else None, options.deepspeed, files)

@@ -45,7 +45,7 @@ def run(
     max_new_tokens: int = 128,
     root: Path | None = None,
     vlm: str | None = None,
-    vggt: str | None = None,
+    geometry_path: str | None = None,
     score_only: Path | None = None,
     format: Literal["ours", "vgllm", "video3dllm"] = "ours",
     local_rank: int = 0,
@@ -66,7 +66,7 @@ def run(
         max_new_tokens: longest answer.
         root: folder of the data, if not where it was in training.
         vlm: directory or hub id of the video LLM, if not where it was in training.
-        vggt: directory or hub id of VGGT, if not where it was in training.
+        geometry_path: directory or hub id of the geometry encoder, if not where it was in training.
         score_only: predictions to score without a model; scores are printed, and written into --out if it is given.
         format: format of --score_only: this project's, or that of another one, which needs --data too.
         local_rank: set by the deepspeed launcher.
@@ -99,7 +99,7 @@ def run(
             proposals=proposals,
             root=root,
             vlm=vlm,
-            vggt=vggt,
+            geometry_path=geometry_path,
             ranks=ranks,
         )
     if ranks.rank == 0:

@@ -16,15 +16,15 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def run(checkpoint: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> None:
+def run(checkpoint: Path, out: Path, vlm: str | None = None, geometry_path: str | None = None) -> None:
     """Write a PEFT directory, geometry_merger.safetensors and a card.
 
     Args:
         checkpoint: run or checkpoint.
         out: new folder.
         vlm: directory or hub id of the video LLM, if not where it was in training.
-        vggt: directory or hub id of VGGT, if not where it was in training.
+        geometry_path: directory or hub id of the geometry encoder, if not where it was in training.
     """
     from w2r2_ds.convert.peft_adapter import export_adapter
 
-    print(f"adapter: {export_adapter(checkpoint, out, vlm, vggt)}")
+    print(f"adapter: {export_adapter(checkpoint, out, vlm, geometry_path)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from w2r2_ds.commands.common import add_plugin_option, command_words, function_parser, parse, report_error
 from w2r2_ds.config.cli import Parser
@@ -80,29 +79,29 @@ def _is_task(name: str) -> bool:
 
 def geometry(args: list[str]) -> None:
     """Compute the features of the frozen encoders ahead of training, into data.cache."""
-    from w2r2_ds.config.io import config_first, from_tree, train_parser
+    from w2r2_ds.config.io import parse_run, run_parser
+    from w2r2_ds.config.options import decoded
     from w2r2_ds.utils.distributed import RankInfo, gloo_process_group
 
-    args = config_first(args)
-    options = train_parser(
+    parser = run_parser(
         "Fill the feature cache data.cache with the features of a run's frozen encoders. Takes the options of "
         "train.py; started by torchrun, deepspeed or srun, all ranks share the work.",
-        args,
-        needs_deepspeed=False,
+        "w2r2 prepare geometry",
     )
-    options.prog = "w2r2 prepare geometry"
-    add_plugin_option(options)
-    options.add_argument(
-        "--splits", type=list[Literal["train", "val"]], default=["train", "val"], help="Of which data sets."
-    )
-    options.add_argument("--dry_run", type=bool, default=False, help="Only report what is missing, and its size.")
-    tree = options.parse_args(args).as_dict()
+    add_plugin_option(parser)
+    parser.add_argument("--deepspeed", help="Accepted as by train.py, and not used.")
+    parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher.")
+    parser.add_argument("--splits", type=decoded, default=["train", "val"], help="Data sets: [train], [val] or both.")
+    parser.add_argument("--dry_run", type=decoded, default=False, help="Only report what is missing, and its size.")
+    config, options = parse_run(parser, args)
+    if not isinstance(options.splits, list) or not set(options.splits) <= {"train", "val"}:
+        parser.error(f"--splits is {options.splits}; give [train], [val] or [train, val]")
     # Imported after the command line is read: this imports torch and transformers.
     from w2r2_ds.data.prepare.features import fill_cache
 
     ranks = RankInfo.from_environment()
     with gloo_process_group(ranks):
-        fill_cache(from_tree(tree), tree["splits"], tree["dry_run"], ranks)
+        fill_cache(config, options.splits, options.dry_run, ranks)
 
 
 def with_values(words: Sequence[str]) -> list[str]:

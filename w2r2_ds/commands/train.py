@@ -11,7 +11,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from w2r2_ds.commands.common import add_plugin_option, command_words, report_error
-from w2r2_ds.config.io import config_first, from_tree, train_parser
+from w2r2_ds.config.io import parse_run, run_parser
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, Unreachable
 from w2r2_ds.utils.logging import ignore_write_errors
@@ -48,11 +48,12 @@ def main(args: list[str] | None = None) -> int:
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
     """The run configuration and the DeepSpeed JSON of a command line."""
-    options = train_parser("Train a video LLM with W2R2.", args)
-    options.prog = "w2r2 train"
-    add_plugin_option(options)
-    tree = options.parse_args(config_first(args)).as_dict()
-    return from_tree(tree), tree["deepspeed"]
+    parser = run_parser("Train a video LLM with W2R2.", "w2r2 train")
+    add_plugin_option(parser)
+    parser.add_argument("--deepspeed", required=True, help="DeepSpeed JSON: ZeRO, precision, offload, clipping.")
+    parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher.")
+    config, options = parse_run(parser, args)
+    return config, options.deepspeed
 
 
 def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
@@ -62,13 +63,13 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
 
     from w2r2_ds.demo.assets import prepare_demo
     from w2r2_ds.evaluation.validator import InTraining
-    from w2r2_ds.objective.push_terms import find_push_term
+    from w2r2_ds.objective.push_terms import build_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config
     from w2r2_ds.training.deepspeed.launch import join_ranks
     from w2r2_ds.training.trainer import train
 
     # Both are checked before the demo is prepared, which takes minutes.
-    find_push_term(config.objective.push)
+    build_push_term(config.objective.push_term)
     load_ds_config(ds_path)
     join_ranks(config.train.hang_seconds)
     if not torch.cuda.is_available():

@@ -1,12 +1,13 @@
-"""The command line's errors: one sentence, with the options that a misspelt one may have meant."""
+"""Command-line parsers whose errors are one sentence, with the options that a misspelt one may have meant."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from argparse import _SubParsersAction
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -14,6 +15,38 @@ from w2r2_ds.utils.sanitize import one_line, without_secrets
 
 LIKE = 0.65
 """Least similarity of a name that is proposed, as difflib measures it."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse's parser; a wrong command line is one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and exit with status 2, or raise ValueError if `exit_on_error` is off."""
+        sentence = one_line(without_secrets(re.sub(r"^argument (--[\w.]+)", r"\1", message)))
+        if not self.exit_on_error:
+            raise ValueError(f"{sentence}.")
+        self.exit(2, f"{self.prog}: {sentence}; --help lists the options.\n")
+
+    def take_free_options(self, unknown: Sequence[str], given: dict[str, Any]) -> None:
+        """Add what argparse does not know to `given`: the hyper-parameters of registered extensions, else an error."""
+        from w2r2_ds.config.options import FREE_SECTIONS, decoded, set_option
+
+        words, wrong = iter(unknown), []
+        for word in words:
+            name, equals, value = word.partition("=")
+            if word.startswith("--") and name.removeprefix("--").split(".")[-2:-1] in [
+                [each] for each in FREE_SECTIONS
+            ]:
+                text = value if equals else next(words, None)
+                if text is None:
+                    self.error(f"{name}: expected one argument")
+                set_option(given, name.removeprefix("--"), decoded(text))
+            elif word.startswith("-"):
+                wrong.append(name)
+        if wrong or (unknown and not any(word.startswith("-") for word in unknown)):
+            known = [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            wrong = wrong or list(unknown[:1])
+            self.error("; ".join(f"there is no option {name}{did_you_mean(name, known)}" for name in wrong))
 
 
 class Parser(ArgumentParser):

@@ -1,126 +1,136 @@
-"""Read and write run configurations: command line, YAML recipes, the saved configuration of a run."""
+"""Read and write run configurations: recipes, command lines, the saved configuration of a run.
+
+A recipe is plain YAML (`yaml.safe_load`), options of the command line are merged into it, and pydantic validates the
+result, so that no configuration can name code.
+"""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError
+from pydantic import TypeAdapter, ValidationError
 
-from w2r2_ds.config.cli import Parser, plain
-from w2r2_ds.config.safe_yaml import SECTIONS, Recipe, code_in, importing_nothing, section
-from w2r2_ds.config.schema import (
-    DataConfig,
-    DemoConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from w2r2_ds.config.cli import OneLineParser, did_you_mean
+from w2r2_ds.config.options import FREE_SECTIONS, add_options, options, set_option
+from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.utils import atomic_io
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+DEMO_RECIPE = RECIPES / "demo.yaml"
+WITHOUT_RECIPE = ("out", "resume", "demo.")
+"""Options that a command line may give without `--config`: the run is the demo, and real models need a recipe."""
+
+_ADAPTER = TypeAdapter(RunConfig)
 
 
-def parser(description: str, with_demo: bool = True) -> Parser:
-    """A parser whose options are the fields of `RunConfig`; `with_demo` takes the demo recipe as defaults."""
-    defaults: list[str | PathLike[Any]] = [RECIPES / "demo.yaml"] if with_demo else []
-    result = Parser(description=description, default_config_files=defaults)
-    result.allow_abbrev = False  # an abbreviated --config would not be seen by `names_config`
-    result.add_argument("--config", action=Recipe, help="YAML recipe; its keys are the options below.")
-    result.add_class_arguments(RunConfig)
-    for action in result._actions:
-        if action.dest in SECTIONS:
-            action.type = section
-    return result
-
-
-def train_parser(description: str, args: list[str], needs_deepspeed: bool = True) -> Parser:
-    """`parser`, with what else launchers/train.py takes; for it and for whoever takes the same command line."""
-    result = parser(description, with_demo=not names_config(args))
-    result.add_argument(
-        "--deepspeed", required=needs_deepspeed, help="DeepSpeed JSON: ZeRO, precision, offload, clipping."
-    )
-    result.add_argument("--local_rank", type=int, default=-1, help="Set by the deepspeed launcher.")
-    return result
-
-
-def names_config(args: list[str]) -> bool:
-    """Whether a command line names a recipe; then the demo recipe is not looked at."""
-    return any(arg == "--config" or arg.startswith("--config=") for arg in args)
-
-
-def from_tree(tree: dict[str, Any]) -> RunConfig:
-    """Build the typed configuration from nested dictionaries, as `asdict` makes them."""
-    sections = {
-        "data": DataConfig,
-        "model": ModelConfig,
-        "objective": ObjectiveConfig,
-        "train": TrainConfig,
-        "demo": DemoConfig,
-    }
-    values = {name: kind(**tree[name]) for name, kind in sections.items()}
-    for name in ("train", "val"):
-        setattr(values["data"], name, [SourceConfig(**source) for source in tree["data"][name]])
-    return RunConfig(out=tree["out"], resume=tree["resume"], **values)
-
-
-def from_values(tree: Any, where: str) -> RunConfig:
-    """`from_tree` of a file that somebody else may have written: checked as a recipe is.
+def from_tree(tree: Any, source: str) -> RunConfig:
+    """Build the configuration from nested dictionaries, as YAML or `asdict` makes them.
 
     Raises:
-        ValueError: a field is unknown or its value is of another type; `where` names the file.
+        ValueError: a field is unknown, missing, or has a wrong type or value; `source` names the file.
     """
-    for problem in code_in(tree):
-        raise ValueError(f"{where}: {problem}.")
-    reader = parser("", with_demo=False)
-    reader.exit_on_error = False
+    return _validated(_ADAPTER, tree, source)
+
+
+def model_from_tree(tree: Any, source: str) -> ModelConfig:
+    """Build the section `model` alone; as `from_tree`."""
+    return _validated(TypeAdapter(ModelConfig), tree, source)
+
+
+def load_config(path: str | Path = DEMO_RECIPE, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe or a saved configuration, with options of a command line that win over it.
+
+    Raises:
+        ValueError: the file cannot be read, or see `from_tree`.
+    """
+    parser = run_parser("")
+    parser.exit_on_error = False
+    given, rest = _given(parser, overrides)
+    recipe = rest.config or path
+    return from_tree(merged(read_yaml(recipe), given), _source(recipe, given))
+
+
+def run_parser(description: str, prog: str | None = None) -> OneLineParser:
+    """A parser whose options are the fields of `RunConfig` and `--config`."""
+    usage = "%(prog)s [--config RECIPE.yaml] [--section.field VALUE ...]"
+    parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="RECIPE", help="YAML recipe; its keys are the options below.")
+    add_options(parser, RunConfig)
+    return parser
+
+
+def parse_run(parser: OneLineParser, args: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:
+    """Parse a command line: defaults, then `--config`, then the other options, in any order.
+
+    Without `--config` the recipe is the demo's; then only `WITHOUT_RECIPE` and the parser's own options are allowed, so
+    that nobody trains a real model with the demo's learning rate.
+
+    Returns:
+        The configuration, and the values of options that the caller added to the parser.
+    """
+    given, rest = _given(parser, args)
+    recipe = rest.config or str(DEMO_RECIPE)
+    if rest.config is None:
+        for name in _dotted(given):
+            if not name.startswith(WITHOUT_RECIPE):
+                parser.error(f"--{name} needs --config RECIPE.yaml; without a recipe the demo runs")
     try:
-        with importing_nothing():
-            values = reader.parse_object(tree)
-        return from_tree(values.as_dict())
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(f"{where}: {plain(str(error))}; it was written by another version, or changed.") from None
+        return from_tree(merged(read_yaml(recipe), given), _source(recipe, given)), rest
+    except ValueError as error:
+        parser.error(str(error).rstrip("."))
 
 
-def config_first(args: list[str]) -> list[str]:
-    """The same command line with `--config` in front, so that every other option wins over the recipe."""
-    front: list[str] = []
-    rest: list[str] = []
-    words = iter(args)
-    for word in words:
-        if word == "--config":
-            front += [word, *[value for value in [next(words, None)] if value is not None]]
-        else:
-            (front if word.startswith("--config=") else rest).append(word)
-    return front + rest
+def read_yaml(path: str | Path) -> Any:
+    """Decode a YAML file without constructing any Python object.
+
+    Raises:
+        ValueError: it is not a regular file, cannot be read, or is not YAML.
+    """
+    path = Path(path).expanduser()
+    try:
+        regular = path.is_file()
+    except OSError:  # a name that is too long
+        regular = False
+    if not regular:
+        raise ValueError(f"{path} is not a regular file.")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, or a day 99
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not valid YAML ({cause}).") from None
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
-    """The configuration of a YAML file (demo recipe without one) with command-line style overrides."""
-    args = (["--config", str(path)] if path else []) + (overrides or [])
-    return from_tree(parser("", with_demo=not names_config(args)).parse_args(config_first(args)).as_dict())
+def merged(tree: Any, given: Mapping[str, Any]) -> Any:
+    """`tree` with the values of `given` in place of its own, section by section; `tree` is not changed."""
+    if not isinstance(tree, Mapping) or not given:
+        return tree
+    result = dict(tree)
+    for key, value in given.items():
+        inner = result.get(key)
+        if key in FREE_SECTIONS and isinstance(inner, str):  # the short form, `push_term: margin`
+            inner = {"name": inner}
+        result[key] = merged(inner or {}, value) if isinstance(value, Mapping) else value
+    return result
 
 
 def relocated(
-    config: RunConfig, root: str | Path | None = None, vlm: str | None = None, vggt: str | None = None
+    config: RunConfig, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
 ) -> RunConfig:
-    """The same run with its data and models elsewhere; None leaves a place as it is.
+    """The same run with its data and models at other places; None keeps a place.
 
-    What the merger started from is forgotten: the trained one takes its place. Kernels that need a GPU become auto.
+    The merger's initial weights are dropped, since the trained ones replace them. Kernels that need a GPU become auto.
     """
     kernels: Literal["auto", "torch"] = "torch" if config.model.kernels == "torch" else "auto"
-    return replace(
-        config,
-        data=replace(config.data, root=str(root or config.data.root)),
-        model=replace(
-            config.model, vlm=vlm or config.model.vlm, vggt=vggt or config.model.vggt, merger="", kernels=kernels
-        ),
-    )
+    geometry = replace(config.model.geometry, path=geometry_path or config.model.geometry.path)
+    model = replace(config.model, vlm=vlm or config.model.vlm, geometry=geometry, merger="", kernels=kernels)
+    return replace(config, data=replace(config.data, root=str(root or config.data.root)), model=model)
 
 
 def config_text(config: RunConfig) -> str:
@@ -131,3 +141,48 @@ def config_text(config: RunConfig) -> str:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration."""
     atomic_io.replace(path, config_text(config))
+
+
+def _given(parser: OneLineParser, args: Sequence[str]) -> tuple[dict[str, Any], argparse.Namespace]:
+    """Options of the configuration as a nested tree, and the other values of the command line."""
+    rest, unknown = parser.parse_known_args(list(args))
+    given: dict[str, Any] = {}
+    for name in options(RunConfig):
+        if name in rest:
+            set_option(given, name, getattr(rest, name))
+            delattr(rest, name)
+    parser.take_free_options(unknown, given)
+    return given, rest
+
+
+def _source(path: str | Path, given: Mapping[str, Any]) -> str:
+    return f"{path} with the command line" if given else str(path)
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _validated(adapter: TypeAdapter[Any], tree: Any, source: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{source}: expected sections and fields, got {type(tree).__name__}.")
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {'; '.join(map(_sentence, error.errors()))}.") from None
+    except RecursionError:
+        raise ValueError(f"{source}: a value of objective.push_term contains itself.") from None
+
+
+def _sentence(error: Any) -> str:
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    if error["type"] == "unexpected_keyword_argument":
+        return f"there is no option {name}{did_you_mean(name, options(RunConfig))}"
+    if error["type"] == "value_error":  # of a __post_init__, whose message names its fields
+        return str(error["ctx"]["error"]).rstrip(".")
+    shown = repr(error["input"])
+    return f"{name}: {error['msg']}, got {shown if len(shown) <= 60 else shown[:60] + '...'}"

@@ -1,251 +1,290 @@
-"""The run configuration: typed, nested, strict. Every field is an option of `launchers/train.py`.
+"""The run configuration. Every field is an option of `launchers/train.py`: `--section.field VALUE`.
 
-Unknown keys are errors. The command line wins over `--config RECIPE.yaml`, which wins over the defaults below; without
-`--config` the recipe is `demo.yaml`.
+pydantic checks types and ranges, and unknown fields are errors. `config/io.py` reads recipes and command lines.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, field
+from typing import Annotated, Any, Literal
 
-from w2r2_ds.config.checks import check
+from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from w2r2_ds.config.safe_text import check_texts
+
+STRICT = ConfigDict(extra="forbid")
+
+PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
+NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
+Fraction = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 
 
-@dataclass
+def _push_term(value: Any) -> Any:
+    """`margin` means `{name: margin}`; without a name, hyper-parameters are those of the default term."""
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "margin", **value} if isinstance(value, Mapping) else value
+
+
+PushTermOptions = Annotated[dict[str, Any], BeforeValidator(_push_term)]
+"""Name of a registered push term and its hyper-parameters; `objective/push_terms.py` checks them."""
+
+
+@dataclass(config=STRICT)
 class SourceConfig:
     """One prepared data set of a mixture.
 
     Args:
-        path: folder that launchers/prepare.py wrote for one task and split, relative to data.root.
-        weight: how often an epoch shows each of its samples; of 0.5, a random half of them, another in every epoch.
-        cap: the most samples an epoch shows of it; 0 for no limit.
+        path: folder written by launchers/prepare.py for one task and split, relative to data.root.
+        weight: how often an epoch contains each sample; 0.5 draws a random half, a different one in every epoch.
+        cap: maximum number of samples per epoch; 0 for no limit.
     """
 
     path: str
-    weight: float = 1.0
-    cap: int = 0
+    weight: PositiveFloat = 1.0
+    cap: NonNegativeInt = 0
 
 
-@dataclass
+@dataclass(config=STRICT)
 class DataConfig:
-    """Where the data lie and what the model is shown of them.
+    """Data sets, frames, batches and the feature cache.
 
     Args:
-        root: folder in ScanNet's layout (posed_images/, scans/, ...; docs/guides/own-dataset.md).
+        root: folder in ScanNet's layout (posed_images/, scans/, ...).
         train: prepared training sets, a list of path, weight and cap.
-        val: prepared validation sets, all shown whole.
-        frame_width: width in pixels to which a frame is resized for VGGT, whose own is 518; a multiple of its patch 14.
-            The VLM merges patches two by two: of an odd number, as in 518, it does not see the last column.
+        val: prepared validation sets; every sample is used.
+        frame_width: width in pixels to which frames are resized for the geometry encoder (VGGT: 518, a multiple of its
+            patch size 14). The VLM merges patches two by two, so of an odd number of patches the last column is cut.
         visual: every frame an `<image>` with its index, or all frames one `<video>`.
-        video_fps: nominal rate of the sampled frames, for the temporal positions of a `<video>`.
-        max_length: longest sequence in tokens; a longer sample is an error, never cut.
-        workers: loader processes per rank; 0 loads in the training process.
-        questions_per_scene: samples that see the same frames come together in bins of so many, and share one visual
-            prefix in one sequence; train.micro_batch is a multiple. Losses and gradients of each are as they are alone,
-            but other samples make a batch, and dropout draws a shared prefix's mask once for all of them. 1 orders
-            samples freely.
-        packing: the samples of a micro-batch make one sequence, without padding, as they do where questions share
-            frames; for samples of unequal length.
-        prefetch: micro-batches that each loader process makes ahead, in shared memory; `data_s` in metrics.jsonl is
-            what a step still waited for data.
-        cache: folder for features of the frozen encoders, so that they are computed once; empty for none. Any number of
-            runs may share it; `launchers/prepare.py geometry` fills it ahead.
-        cache_gib: the most that this folder may hold, in GiB; what was used longest ago goes first.
-        cached_features: what is kept there: the geometry encoder's features, or also the vision tower's, which then
-            sees no
-            image twice.
+        video_fps: nominal frame rate, for the temporal positions of a `<video>`.
+        max_length: longest sequence in tokens; a longer sample is an error and never truncated.
+        workers: data loader processes per rank; 0 loads in the training process.
+        questions_per_scene: number of questions about the same frames that share one visual prefix in one sequence
+            (scene packing). train.micro_batch must be a multiple. Loss and gradient of each sample are unchanged. 1
+            orders samples freely.
+        packing: concatenate the samples of a micro-batch into one sequence without padding.
+        prefetch: micro-batches that each loader process prepares ahead, in shared memory.
+        cache: folder of the feature cache for the frozen encoders; empty for none. Several runs may share it, and
+            `launchers/prepare.py geometry` fills it ahead of time.
+        cache_gib: maximum size of the cache folder in GiB.
+        cached_features: cache the geometry encoder's features only, or the vision tower's 2D features too.
     """
 
     root: str = "data/scannet"
-    train: list[SourceConfig] = field(default_factory=lambda: [SourceConfig("prepared/scanrefer/train")])
+    train: Annotated[list[SourceConfig], Field(min_length=1)] = field(
+        default_factory=lambda: [SourceConfig("prepared/scanrefer/train")]
+    )
     val: list[SourceConfig] = field(default_factory=lambda: [SourceConfig("prepared/scanrefer/val")])
-    frame_width: int = 518
+    frame_width: PositiveInt = 518
     visual: Literal["images", "video"] = "images"
-    video_fps: float = 2.0
-    max_length: int = 9216
-    workers: int = 4
-    questions_per_scene: int = 1
+    video_fps: PositiveFloat = 2.0
+    max_length: PositiveInt = 9216
+    workers: NonNegativeInt = 4
+    questions_per_scene: PositiveInt = 1
     packing: bool = False
-    prefetch: int = 2
+    prefetch: PositiveInt = 2
     cache: str = ""
-    cache_gib: float = 100.0
+    cache_gib: PositiveFloat = 100.0
     cached_features: Literal["geometry", "geometry+2d"] = "geometry"
 
 
-@dataclass
-class ModelConfig:
-    """The video LLM, its geometry branch, and what of it is trained.
+@dataclass(config=STRICT)
+class GeometryConfig:
+    """The frozen geometry encoder.
 
     Args:
-        vlm: Qwen2.5-VL directory or hub id.
-        vggt: VGGT directory or hub id.
-        geometry_layer: alternating-attention layer of VGGT whose patch tokens are used, counted from 0.
-        reference_frame: frame whose camera is VGGT's origin; `last` shows VGGT the frames in reverse, as VG-LLM can.
+        name: encoder of the registry in models/geometry_encoder.py.
+        path: directory or hub id of its weights.
+        layers: layers whose patch tokens are used, counted from 0; features of several layers are concatenated. VGGT
+            counts its pairs of alternating-attention blocks.
+        reference_frame: frame whose camera is the origin; `last` gives the encoder the frames in reverse order, as
+            VG-LLM can.
+    """
+
+    name: str = "vggt"
+    path: str = "facebook/VGGT-1B"
+    layers: Annotated[list[NonNegativeInt], Field(min_length=1)] = field(default_factory=lambda: [22])
+    reference_frame: Literal["first", "last"] = "first"
+
+
+@dataclass(config=STRICT)
+class ModelConfig:
+    """The video LLM, its geometry branch, and the trainable parameters.
+
+    Args:
+        vlm: directory or hub id of the video LLM.
+        geometry: the frozen geometry encoder.
         merger_hidden: width of the geometry merger's hidden layer.
-        fusion: Phi, how merged geometry joins the visual tokens: added, concatenated and projected, attended to within
-            an image, or added through a gate.
-        merger: geometry_merger.safetensors to start from, of an export or an imported VG-LLM; empty starts afresh.
-        zero_geometry: what `Phi(F2D, 0)` zeroes: the merged geometry (then it equals the stock VLM) or VGGT's features.
+        fusion: Phi, how merged geometry joins the visual tokens: add, concat, cross_attention, gated, or a registered
+            fusion.
+        merger: geometry_merger.safetensors to start from, of an export or an imported VG-LLM; empty for new weights.
+        zero_geometry: Phi(F2D, 0) zeroes the merged geometry, which gives the stock VLM, or the encoder's features.
         lora_rank: rank of the LoRA update of the language model's seven projections.
         lora_alpha: LoRA scale is lora_alpha / lora_rank.
-        lora_dropout: dropout in the LoRA branch, fused pass only.
-        dtype: weights and activations; auto is bfloat16 on a GPU and float32 without.
+        lora_dropout: dropout in the LoRA branch, in the fused pass only.
+        dtype: of weights and activations; auto is bfloat16 on a GPU and float32 otherwise.
         attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
-            flash_attention_2 on a GPU in bfloat16 where flash_attn is installed, else sdpa.
-        kernels: torch, or triton with our own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto is triton
-            where there is a CUDA device and both are installed. The results are equal up to rounding.
+            flash_attention_2 on a GPU in bfloat16 if flash_attn is installed, otherwise sdpa.
+        kernels: torch, triton (own and Liger's kernels; `pip install "w2r2-ds[kernels]"`), or auto, which takes the
+            kernels that are right and faster on this device.
     """
 
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
-    vggt: str = "facebook/VGGT-1B"
-    geometry_layer: int = 22
-    reference_frame: Literal["first", "last"] = "first"
-    merger_hidden: int = 4096
-    fusion: Literal["add", "concat", "cross_attention", "gated"] = "add"
+    geometry: GeometryConfig = field(default_factory=GeometryConfig)
+    merger_hidden: PositiveInt = 4096
+    fusion: str = "add"
     merger: str = ""
     zero_geometry: Literal["merged", "features"] = "merged"
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
+    lora_rank: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: Fraction = 0.05
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: str = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+", self.attention):  # transformers loads OWNER/NAME as code from the hub
+            raise ValueError(
+                f"model.attention is {self.attention!r}; it must be the name of an implementation such as sdpa or "
+                "flash_attention_2, not a kernel of the Hugging Face Hub."
+            )
 
-@dataclass
+
+@dataclass(config=STRICT)
 class ObjectiveConfig:
-    """L = L_align + push, where push is one reading of the paper's lambda * L_det (docs/concepts/objective.md).
+    """L = L_align + push term, where the push term is an interpretation of the paper's lambda * L_det.
 
     Args:
-        push: reading of Eq. 6: none, literal, reweight, downweight, margin, pseudo_label, soft_iou, representation, poe
-            or unblocked.
+        push_term: name of the push term and its hyper-parameters, `{name: margin, margin: 1.0}`, or its name alone.
+            Names are none, literal, reweight, downweight, margin, pseudo_label, soft_iou, representation, poe,
+            unblocked, and registered ones.
         lambda_det: lambda, the weight of the push term.
-        mu: similarity above which the shortcut counts as having solved the sample.
-        margin: of push margin, log-likelihood in nats by which the fused pass must beat the shortcut on where tokens.
-        iou_margin: of push soft_iou, IoU by which the fused pass's expected box must beat the shortcut's.
-        cosine: of push representation, cosine of fused and shortcut states that is far enough apart at where tokens.
-        visual_mask_ratio: share of the 2D tokens that the fused pass loses in training, a baseline; 0 masks none.
-        shortcut_decode: how the shortcut's answer is read: greedy decoding, which defines s, or the teacher-forced
-            approximation, which costs nothing.
-        gap_every: optimizer steps between measurements of what teacher reading changes; 0 never measures.
-        gap_samples: training samples on which it is measured, always the same.
+        mu: similarity threshold above which the shortcut counts as having solved the sample.
+        visual_mask_ratio: fraction of the 2D tokens masked in the fused pass in training, a baseline; 0 masks none.
+        shortcut_decode: greedy decodes the shortcut's answer, which defines s; teacher is the teacher-forced
+            approximation, at no cost.
+        decode_gap_every: optimizer steps between measurements of the gap between the two; 0 never measures.
+        decode_gap_samples: training samples on which it is measured, always the same.
         caption_similarity: s of a caption.
         answer_similarity: s of a short answer.
-        reduction: sums over samples divided by the global sample count, or by the global token count (VG-LLM).
+        reduction: divide the sum over samples by the global number of samples, or of answer tokens (VG-LLM).
     """
 
-    push: str = "margin"
-    lambda_det: float = 1.5
-    mu: float = 0.7
-    margin: float = 1.0
-    iou_margin: float = 0.1
-    cosine: float = 0.5
-    visual_mask_ratio: float = 0.0
+    push_term: PushTermOptions = field(default_factory=lambda: {"name": "margin"})
+    lambda_det: NonNegativeFloat = 1.5
+    mu: Fraction = 0.7
+    visual_mask_ratio: Fraction = 0.0
     shortcut_decode: Literal["teacher", "greedy"] = "teacher"
-    gap_every: int = 0
-    gap_samples: int = 32
+    decode_gap_every: NonNegativeInt = 0
+    decode_gap_samples: PositiveInt = 32
     caption_similarity: Literal["rouge_l", "token_f1"] = "rouge_l"
     answer_similarity: Literal["exact_match", "token_f1"] = "exact_match"
     reduction: Literal["sample", "token"] = "sample"
 
 
-@dataclass
+@dataclass(config=STRICT)
 class TrainConfig:
-    """The optimisation.
+    """Optimization, checkpoints, validation and logging.
 
     Args:
-        steps: optimizer steps.
+        steps: number of optimizer steps.
         global_batch: samples per optimizer step over all ranks and accumulation steps.
-        micro_batch: samples per forward per rank.
+        micro_batch: samples per forward pass and rank.
         lr: peak learning rate of the LoRA weights.
         merger_lr: peak learning rate of the geometry merger and the fusion.
-        weight_decay: AdamW's weight decay.
-        warmup_ratio: share of the steps with rising learning rate; a cosine to zero follows.
-        activation_checkpointing: recompute decoder layers in the backward pass, so that each keeps only its input.
-        recompute_every: of these only every n-th, from the first; the others keep all they compute, and are faster.
-        offload_activations: keep the inputs of recomputed layers in the host's memory; slower.
-        pass_order: how the two passes take turns: sequential, the shortcut first, or lockstep, both in every layer, so
-            that ZeRO-3 gathers it once for both; auto is lockstep under ZeRO-3. Losses and gradients are equal.
+        weight_decay: weight decay of AdamW.
+        warmup_ratio: fraction of the steps with linear warm-up; cosine decay to zero follows.
+        activation_checkpointing: recompute decoder layers in the backward pass.
+        recompute_every: with activation checkpointing, recompute every n-th layer only; the others are kept.
+        offload_activations: with activation checkpointing, keep layer inputs in host memory; slower.
+        pass_order: sequential runs the shortcut pass first; lockstep runs both passes layer by layer, so that ZeRO-3
+            gathers each layer once; auto is lockstep under ZeRO-3. Losses and gradients are equal.
         save_every: optimizer steps between checkpoints; the last step is always saved.
-        keep_last: checkpoints kept, besides the best.
-        eval_every: optimizer steps between validations, greedy answers of a fixed part of data.val; the last step is
-            always validated. 0 never validates. A step that is the best so far is saved, whatever save_every says.
-        eval_samples: validation samples, drawn once by the seed, the same for every world size; one that data.val does
-            not hold is not missed. Answers of micro_batch samples are decoded at once.
-        eval_max_new_tokens: longest answer in validation; under ZeRO-3 every token gathers the weights once.
-        best_by: metric whose highest value is the best checkpoint, as scan2cap/CIDEr@0.5; empty for the main metric of
-            the first set's task (docs/reference/metrics/).
-        seed: of initialisation, data order, dropout and validation samples.
-        hang_seconds: a rank that stands still for so long ends the job, with what every rank was doing; more than the
-            longest pause of a healthy run (a save, a batch from a slow disk).
-        trackers: where metrics are logged besides metrics.jsonl: wandb, tensorboard, trackio, or a plugin's.
+        keep_last: number of checkpoints kept, besides the best.
+        eval_every: optimizer steps between validations, greedy answers on a fixed subset of data.val; the last step is
+            always validated, and the best step so far is always saved. 0 never validates.
+        eval_samples: validation samples, drawn by the seed, the same for every world size.
+        eval_max_new_tokens: longest answer in validation.
+        best_by: metric whose highest value is the best checkpoint, such as scan2cap/CIDEr@0.5; empty for the main
+            metric of the first set's task.
+        seed: seed of initialization, data order, dropout and validation samples.
+        hang_seconds: a rank without progress for this long ends the job with a report of all ranks; must be longer than
+            the longest pause of a healthy run.
+        trackers: experiment trackers beside metrics.jsonl, of wandb, tensorboard, trackio and registered ones.
     """
 
-    steps: int = 2000
-    global_batch: int = 16
-    micro_batch: int = 1
-    lr: float = 1e-4
-    merger_lr: float = 1e-4
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.03
+    steps: PositiveInt = 2000
+    global_batch: PositiveInt = 16
+    micro_batch: PositiveInt = 1
+    lr: PositiveFloat = 1e-4
+    merger_lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_ratio: Fraction = 0.03
     activation_checkpointing: bool = True
-    recompute_every: int = 1
+    recompute_every: PositiveInt = 1
     offload_activations: bool = False
     pass_order: Literal["auto", "sequential", "lockstep"] = "auto"
-    save_every: int = 200
-    keep_last: int = 2
-    eval_every: int = 0
-    eval_samples: int = 64
-    eval_max_new_tokens: int = 128
+    save_every: PositiveInt = 200
+    keep_last: PositiveInt = 2
+    eval_every: NonNegativeInt = 0
+    eval_samples: PositiveInt = 64
+    eval_max_new_tokens: PositiveInt = 128
     best_by: str = ""
-    seed: int = 0
-    hang_seconds: float = 600.0
+    seed: NonNegativeInt = 0
+    hang_seconds: PositiveFloat = 600.0
     trackers: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if not self.activation_checkpointing and (self.recompute_every != 1 or self.offload_activations):
+            name = "recompute_every" if self.recompute_every != 1 else "offload_activations"
+            raise ValueError(f"train.{name} needs train.activation_checkpointing, which is false.")
 
-@dataclass
+
+@dataclass(config=STRICT)
 class DemoConfig:
-    """What stands in for data and weights where there are none; used only when `enabled`.
+    """Synthetic scenes and tiny models in place of data and weights; used only when `enabled`.
 
     Args:
-        enabled: make synthetic scenes and the tiny model where they are missing.
-        train_scenes: synthetic training scenes.
-        val_scenes: synthetic validation scenes.
+        enabled: make the synthetic scenes and the tiny models if they are missing.
+        train_scenes: number of synthetic training scenes.
+        val_scenes: number of synthetic validation scenes.
         frames_per_scene: frames rendered along each camera path.
         frames: frames per sample.
-        seed: of scenes and tiny model.
-        warmup_steps: full-weight steps of the tiny language model on 2D input; stands for pre-training.
-        warmup_batch: samples per warm-up step.
-        warmup_lr: peak learning rate of the warm-up.
+        seed: seed of scenes and tiny models.
+        warmup_steps: full-parameter steps of the tiny language model on 2D input, in place of pre-training.
+        warmup_batch: samples per such step.
+        warmup_lr: peak learning rate of these steps.
     """
 
     enabled: bool = False
-    train_scenes: int = 48
-    val_scenes: int = 12
-    frames_per_scene: int = 16
-    frames: int = 4
-    seed: int = 0
-    warmup_steps: int = 240
-    warmup_batch: int = 8
-    warmup_lr: float = 3e-3
+    train_scenes: PositiveInt = 48
+    val_scenes: PositiveInt = 12
+    frames_per_scene: PositiveInt = 16
+    frames: PositiveInt = 4
+    seed: NonNegativeInt = 0
+    warmup_steps: PositiveInt = 240
+    warmup_batch: PositiveInt = 8
+    warmup_lr: PositiveFloat = 3e-3
 
 
-@dataclass
+@dataclass(config=STRICT)
 class RunConfig:
     """One run.
 
     Args:
         out: folder of the run: checkpoints, metrics.jsonl, the resolved configuration.
-        resume: auto goes on from the newest checkpoint in `out`; none refuses a folder that has one.
-        data: what the model is shown.
-        model: what is trained.
-        objective: what it is trained for.
-        train: how.
-        demo: what stands in for missing data and weights.
+        resume: auto continues from the newest checkpoint in `out`; none requires that there is none.
+        data: data sets, frames and batches.
+        model: the video LLM and its geometry branch.
+        objective: the loss.
+        train: optimization, checkpoints, validation and logging.
+        demo: synthetic data and tiny models.
     """
 
-    out: str = "runs/run"
+    out: Annotated[str, Field(min_length=1)] = "runs/run"
     resume: Literal["auto", "none"] = "none"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -254,4 +293,25 @@ class RunConfig:
     demo: DemoConfig = field(default_factory=DemoConfig)
 
     def __post_init__(self) -> None:
-        check(self)
+        """Check what concerns several sections."""
+        check_texts(asdict(self))
+        data, objective, train = self.data, self.objective, self.train
+        if data.cached_features != "geometry" and not data.cache:
+            raise ValueError(f"data.cached_features is {data.cached_features}, but data.cache is empty; name a folder.")
+        if train.micro_batch % data.questions_per_scene:
+            raise ValueError(
+                f"train.micro_batch is {train.micro_batch}, which is not a multiple of data.questions_per_scene "
+                f"{data.questions_per_scene}: questions that share frames must be in one micro-batch."
+            )
+        if data.questions_per_scene > 1 and objective.visual_mask_ratio:
+            raise ValueError(
+                "objective.visual_mask_ratio masks the frames of every sample separately, but "
+                f"data.questions_per_scene {data.questions_per_scene} shares them; set one of the two to its default."
+            )
+        if train.eval_every and not data.val:
+            raise ValueError("data.val is empty, but train.eval_every is not 0; name a validation set, or give 0.")
+        if train.pass_order == "lockstep" and objective.push_term["name"] == "unblocked":
+            raise ValueError(
+                "train.pass_order is lockstep, which keeps no graph of the shortcut pass, but objective.push_term "
+                "unblocked needs it; choose train.pass_order sequential, or auto."
+            )

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from w2r2_ds.config.io import model_from_tree
 from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.models.geometry_encoder import REFERENCE_FRAMES
 from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, meta_model
@@ -87,9 +88,12 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
         raise ValueError(f"{source}: {error}") from error
     options = {
         "vlm": str(out.absolute() / "vlm"),
-        "vggt": str(out.absolute() / "vggt"),
-        "geometry_layer": vggt.config.depth - 2,  # VG-LLM takes the last layer but one
-        "reference_frame": own["reference_frame"],
+        "geometry": {
+            "name": "vggt",
+            "path": str(out.absolute() / "vggt"),
+            "layers": [vggt.config.depth - 2],  # VG-LLM takes the last layer but one
+            "reference_frame": own["reference_frame"],
+        },
         "merger_hidden": own["vggt_merger_hidden_dim"],
         "merger": str(out.absolute() / MERGER),
         "fusion": "add",
@@ -103,7 +107,7 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
     save_file({name: tensor.contiguous() for name, tensor in merger.state_dict().items()}, temporary / MERGER)
     (temporary / "model.yaml").write_text(yaml.safe_dump({"model": options}, sort_keys=False))
     os.replace(temporary, out)
-    return ModelConfig(**options)
+    return model_from_tree(options, str(out / "model.yaml"))
 
 
 def check_no_remote_code(file: Path) -> None:

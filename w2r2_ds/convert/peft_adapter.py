@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config.io import from_values, relocated
+from w2r2_ds.config.io import from_tree, relocated
 from w2r2_ds.config.io import load_config as load_run_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import build_model, fingerprint
@@ -41,17 +41,17 @@ tags: [w2r2, vggt]
 
 # A W2R2 adapter for {base}
 
-LoRA weights and a geometry merger, trained with W2R2-DS {version} to step {step}. Objective: `push {objective[push]}`,
-lambda {objective[lambda_det]}, mu {objective[mu]}. Geometry: layer {model[geometry_layer]} of {geometry} (frozen,
-not here),
-joined by `fusion {model[fusion]}`. Everything else of the training is in `w2r2_card.json`.
+LoRA weights and a geometry merger, trained with W2R2-DS {version} to step {step}.
+Objective: push term `{objective[push_term][name]}`, lambda {objective[lambda_det]}, mu {objective[mu]}.
+Geometry: layers {model[geometry_layers]} of {geometry} (frozen, not here), joined by `fusion {model[fusion]}`.
+Everything else of the training is in `w2r2_card.json`.
 
 | file | holds |
 |---|---|
 | `adapter_config.json`, `adapter_model.safetensors` | the LoRA weights, for peft |
 | `geometry_merger.safetensors` | the merger's tensors, and the fusion's as `fusion.NAME` |
 
-With W2R2-DS, from frames and geometry (give moved base models with `--vlm` and `--vggt`):
+With W2R2-DS, from frames and geometry (give moved base models with `--vlm` and `--geometry_path`):
 
     python launchers/evaluate.py --checkpoint THIS_FOLDER --geometry fused
 
@@ -66,14 +66,14 @@ With peft and transformers alone (frames only, no geometry):
 """Replaces the empty template that peft writes."""
 
 
-def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | None = None) -> Path:
+def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path: str | None = None) -> Path:
     """Export the newest checkpoint of a run, or a checkpoint, to the new directory `out`, atomically.
 
     Args:
         path: a run or a checkpoint.
         out: new folder.
         vlm: path of the VLM, if it is not the one of the training run.
-        vggt: path of VGGT, if it is not the one of the training run.
+        geometry_path: path of the geometry encoder, if it is not the one of the training run.
 
     Raises:
         ValueError: `path` is an adapter or has no checkpoint, `out` is not empty, or a trained tensor is empty.
@@ -83,7 +83,7 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, vggt: str | No
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name another --out or remove it.")
     checkpoint = find_checkpoint(path)
-    config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, vggt=vggt)
+    config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, geometry_path=geometry_path)
     model = build_model(config.model, torch.device("cpu"), config.train.seed)
     load_trainable(checkpoint, model)
     temporary = out.with_name(out.name + ".partial")
@@ -104,7 +104,7 @@ def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
     saved = read_manifest(checkpoint)
     return {
         "base_model": config.model.vlm,
-        "geometry_model": config.model.vggt,
+        "geometry_model": config.model.geometry.path,
         "model": fingerprint(model),
         "step": saved["step"],
         "training_metrics": saved["metrics"],
@@ -141,7 +141,7 @@ def adapter_config(path: Path) -> RunConfig:
     Raises:
         ValueError: the card has none, or it is not valid.
     """
-    return from_values(read_card(path)["configuration"], f"{path / ADAPTER_CARD}: configuration")
+    return from_tree(read_card(path)["configuration"], f"{path / ADAPTER_CARD}: configuration")
 
 
 def read_card(path: Path) -> dict[str, Any]:

@@ -81,13 +81,14 @@ def prepare_models(config: RunConfig) -> None:
     Raises:
         ValueError: `model.vlm` exists and was made with other options, or by someone else.
     """
-    vlm, vggt = Path(config.model.vlm), Path(config.model.vggt)
+    vlm, vggt = Path(config.model.vlm), Path(config.model.geometry.path)
     options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))
     # What the warm-up does not depend on may change.
     options["data"] = {name: options["data"][name] for name in ("root", "train", "frame_width", "visual")}
     if (vlm.name, vggt.name) != ("vlm", "vggt") or vlm.parent != vggt.parent:
         raise ValueError(
-            f"demo.enabled makes tiny models FOLDER/vlm and FOLDER/vggt, but model.vlm is {vlm} and model.vggt {vggt}; "
+            f"demo.enabled makes tiny models FOLDER/vlm and FOLDER/vggt, but model.vlm is {vlm} and "
+            f"model.geometry.path {vggt}; "
             "give --demo.enabled false to use models of your own."
         )
     if vlm.exists() or vggt.exists():

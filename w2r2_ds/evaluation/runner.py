@@ -46,7 +46,7 @@ GEOMETRY = (*generate.GEOMETRY, "shuffle")
 
 
 def load_model(
-    path: Path, root: str | Path | None = None, vlm: str | None = None, vggt: str | None = None
+    path: Path, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
 ) -> tuple[RunConfig, W2R2, VlmFrontend]:
     """Model and configuration of a run, a checkpoint or an exported adapter.
 
@@ -54,12 +54,12 @@ def load_model(
         path: of one of them.
         root: where the data lie now; where they lay in training without it.
         vlm: likewise the video LLM's directory, or a hub id.
-        vggt: likewise VGGT's.
+        geometry_path: likewise the geometry encoder's.
 
     Raises:
         ValueError: there is no such thing, or it belongs to other models than these.
     """
-    config = run_config(path, root, vlm, vggt)
+    config = run_config(path, root, vlm, geometry_path)
     return config, trained_model(path, config), load_frontend(config.model)
 
 
@@ -75,12 +75,12 @@ def trained_model(path: Path, config: RunConfig) -> W2R2:
 
 
 def run_config(
-    path: Path, root: str | Path | None = None, vlm: str | None = None, vggt: str | None = None
+    path: Path, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
 ) -> RunConfig:
     """The configuration alone; arguments and errors as ``load_model``'s."""
     if (path / ADAPTER_CARD).is_file():
-        return relocated(adapter_config(path), root, vlm, vggt)
-    return relocated(load_run_config(find_checkpoint(path) / "config.yaml"), root, vlm, vggt)
+        return relocated(adapter_config(path), root, vlm, geometry_path)
+    return relocated(load_run_config(find_checkpoint(path) / "config.yaml"), root, vlm, geometry_path)
 
 
 def evaluate(
@@ -97,7 +97,7 @@ def evaluate(
     proposals: Path | None = None,
     root: str | Path | None = None,
     vlm: str | None = None,
-    vggt: str | None = None,
+    geometry_path: str | None = None,
     ranks: RankInfo | None = None,
 ) -> dict[str, Any]:
     """Answer a validation set greedily and score it.
@@ -115,7 +115,7 @@ def evaluate(
         proposals: file of detected boxes, for ``scanrefer/vgllm_refined``.
         root: where the data lie now; where they lay in training without it.
         vlm: likewise the video LLM's directory, or a hub id.
-        vggt: likewise VGGT's.
+        geometry_path: likewise the geometry encoder's.
         ranks: this process among others, which have been joined; alone without it.
 
     Returns:
@@ -131,7 +131,7 @@ def evaluate(
     if geometry not in GEOMETRY:
         raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
     ranks = ranks or RankInfo()
-    config = run_config(path, root, vlm, vggt)
+    config = run_config(path, root, vlm, geometry_path)
     sets = find_sets(config.data, task, data)
     task = sets[0].task
     whole = all_samples(sets)

@@ -75,7 +75,10 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden, kernels=kernels).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
-    model.weights = {"vlm_weights": weights_identity(config.vlm), "vggt_weights": weights_identity(config.vggt)}
+    model.weights = {
+        "vlm_weights": weights_identity(config.vlm),
+        "geometry_weights": weights_identity(config.geometry.path),
+    }
     if config.merger:
         load_merger(model, Path(config.merger))
     return model
@@ -85,15 +88,15 @@ def load_geometry(config: ModelConfig, device: torch.device) -> VGGTEncoder:
     """The frozen geometry encoder alone.
 
     Raises:
-        ValueError: `model.geometry_layer` does not exist.
+        ValueError: a layer of `model.geometry.layers` does not exist.
     """
-    vggt = load_vggt(config.vggt)
-    if config.geometry_layer >= vggt.config.depth:
+    vggt, geometry = load_vggt(config.geometry.path), config.geometry
+    if max(geometry.layers) >= vggt.config.depth or len(geometry.layers) > 1:
         raise ValueError(
-            f"model.geometry_layer is {config.geometry_layer}, "
-            f"but {config.vggt} has layers 0 to {vggt.config.depth - 1}."
+            f"model.geometry.layers is {geometry.layers}; give one layer of {geometry.path}, 0 to "
+            f"{vggt.config.depth - 1}."
         )
-    encoder = VGGTEncoder(vggt, config.geometry_layer, config.reference_frame)
+    encoder = VGGTEncoder(vggt, geometry.layers[0], geometry.reference_frame)
     return encoder.to(device, resolve_dtype(config.dtype))
 
 
@@ -119,7 +122,7 @@ def fingerprint(model: W2R2) -> dict[str, Any]:
         "geometry_features": merger.feature_dim,
         "merger_hidden": merger.mlp[0].out_features,
         "fusion": fusion_name(model.fusion),
-        "geometry_layer": model.geometry.layer,
+        "geometry_layers": [model.geometry.layer],
         "reference_frame": model.geometry.reference_frame,
         "zero_geometry": model.zero_geometry,
     }

@@ -40,13 +40,13 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
     """What the geometry features of given frames depend on."""
-    vggt = locate(model.vggt)
+    vggt = locate(model.geometry.path)
     about = {
         "kind": "geometry",
         "config": read_config(vggt).to_dict(),
         "weights": tensors_digest(weight_files(vggt), lambda name: not name.startswith(HEADS)),
-        "layer": model.geometry_layer,
-        "reference_frame": model.reference_frame,
+        "layers": model.geometry.layers,
+        "reference_frame": model.geometry.reference_frame,
     }
     return encoder_identity(about | _common(data, model))
 

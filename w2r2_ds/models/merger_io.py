@@ -28,6 +28,6 @@ def load_merger(model: W2R2, file: Path) -> None:
         ValueError: the file cannot be read, or does not hold exactly these tensors.
     """
     own = merger_tensors(model)
-    reshape = "take model.vlm, model.vggt and model.merger_hidden that it was trained with"
+    reshape = "take model.vlm, model.geometry and model.merger_hidden that it was trained with"
     for name, tensor in read_strictly(file, "the geometry merger", own, "another model.fusion", reshape).items():
         own[name].copy_(tensor)

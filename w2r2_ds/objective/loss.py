@@ -9,7 +9,7 @@ from torch import Tensor
 
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.objective.expected_box import expected_overlap
-from w2r2_ds.objective.push_terms import Overlaps, PushInputs, States, find_push_term
+from w2r2_ds.objective.push_terms import Overlaps, PushInputs, PushTerm, States
 from w2r2_ds.objective.reductions import at, mean_per_sample
 from w2r2_ds.objective.scorer import Score, Scorer
 from w2r2_ds.types.batch import Batch
@@ -72,7 +72,7 @@ class Shortcut:
 
 
 def read_shortcut(
-    outputs: Outputs, batch: Batch, config: ObjectiveConfig, scorer: Scorer, answers: list[str] | None = None
+    outputs: Outputs, batch: Batch, push_term: PushTerm, scorer: Scorer, answers: list[str] | None = None
 ) -> Shortcut:
     """Keep what the objective needs of the 2D-only pass.
 
@@ -80,9 +80,8 @@ def read_shortcut(
         outputs: of the 2D-only pass.
         answers: greedily decoded answers per sample; None reads the answer off the teacher-forced predictions.
     """
-    reading = find_push_term(config.push)
     logits, states = outputs.logits, outputs.states
-    if reading.blocked:
+    if push_term.blocked:
         logits, states = logits.detach(), None if states is None else states.detach()
     log_p = torch.log_softmax(logits.float(), dim=-1)
     guess = logits.argmax(-1)
@@ -93,9 +92,9 @@ def read_shortcut(
         guess_log_p=at(log_p, guess),
         score=teacher if answers is None else scorer.decoded(answers, batch),
         teacher=teacher,
-        log_p=log_p if reading.distribution else None,
+        log_p=log_p if push_term.distribution else None,
         states=states,
-        iou=expected_overlap(log_p, batch, scorer.tables)[0] if reading.boxes else None,
+        iou=expected_overlap(log_p, batch, scorer.tables)[0] if push_term.boxes else None,
     )
 
 
@@ -104,6 +103,7 @@ def w2r2_loss(
     shortcut: Shortcut,
     batch: Batch,
     config: ObjectiveConfig,
+    push_term: PushTerm,
     scorer: Scorer,
     geometry_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ def w2r2_loss(
     fused = scorer.teacher(outputs.logits.detach().argmax(-1), batch)
     s_short = shortcut.score.s.float()
     hinge = torch.clamp(s_short - config.mu, min=0)
-    push = find_push_term(config.push).term(push_inputs(log_p, outputs, align, hinge, shortcut, batch, config, scorer))
+    push = push_term(push_inputs(log_p, outputs, align, hinge, shortcut, batch, config, scorer))
     loss = align + push
     columns = {
         "loss": loss,
@@ -171,9 +171,6 @@ def push_inputs(
         hinge=hinge,
         lambda_det=config.lambda_det,
         mu=config.mu,
-        margin=config.margin,
-        iou_margin=config.iou_margin,
-        cosine=config.cosine,
         log_p_short=shortcut.log_p,
         states=pair_states(outputs.states, shortcut.states, batch),
         overlaps=overlaps,

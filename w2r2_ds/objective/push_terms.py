@@ -1,4 +1,4 @@
-"""The readings of Eq. 6, each a small pure function of tensors; `PUSH_TERMS` is the registry.
+"""Push terms: interpretations of Eq. 6, each a small pure function of tensors; `PUSH_TERMS` is the registry.
 
 Eq. 6 as printed, ``L_det = max(0, s(o_short, y) - mu)``, has no gradient: o_short is detached and an IoU of text is not
 differentiable (docs/concepts/objective.md). The push term is therefore a choice among several named ones. A term
@@ -12,17 +12,21 @@ hidden states. "The paper" is arXiv 2510.17034.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from w2r2_ds.objective.reductions import at, mean_per_sample
 
+Term = TypeVar("Term", bound="PushTerm")
 
-@dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True)
 class States:
     """Last hidden states of both passes at the *where* rows and the *what* positions.
 
@@ -41,7 +45,7 @@ class States:
     what: Tensor
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Overlaps:
     """Overlap of expected boxes with the label's (`objective/expected_box.py`), ``[batch]`` float64.
 
@@ -56,9 +60,9 @@ class Overlaps:
     has_box: Tensor
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PushInputs:
-    """What a term may read. Rows are answer rows; `states`, `overlaps`, `log_p_short` only where the reading asks.
+    """What a term may read. Rows are answer rows; `states`, `overlaps`, `log_p_short` only where the term asks.
 
     Attributes:
         log_p: ``[rows, vocabulary]`` log p, at least float32, with gradient.
@@ -72,9 +76,6 @@ class PushInputs:
         hinge: ``[batch]`` h.
         lambda_det: lambda.
         mu: similarity above which the shortcut counts as having solved the sample.
-        margin: m of `margin`, nats.
-        iou_margin: m of `soft_iou`.
-        cosine: c of `representation`.
         log_p_short: ``[rows, vocabulary]`` log p'.
         states: hidden states.
         overlaps: overlaps of expected boxes.
@@ -91,9 +92,6 @@ class PushInputs:
     hinge: Tensor
     lambda_det: float
     mu: float
-    margin: float
-    iou_margin: float
-    cosine: float
     log_p_short: Tensor | None = None
     states: States | None = None
     overlaps: Overlaps | None = None
@@ -112,54 +110,143 @@ class PushInputs:
         return self.mean(torch.ones_like(mask, dtype=self.hinge.dtype), mask)
 
 
-def none(inputs: PushInputs) -> Tensor:
+class PushTerm(BaseModel):
+    """A push term: hyper-parameters are its fields, requirements are class attributes.
+
+    Subclass it (a pydantic model), implement `__call__`, and register it with `register_push_term`.
+
+    Attributes:
+        gated: only acts where h > 0.
+        distribution: needs the shortcut's whole next-token distribution, `PushInputs.log_p_short`.
+        states: needs the hidden states of both passes, `PushInputs.states`.
+        boxes: needs expected boxes, `PushInputs.overlaps`, hence a tokenizer that splits digits.
+        blocked: the shortcut's gradient is stopped, as in the paper.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gated: ClassVar[bool] = False
+    distribution: ClassVar[bool] = False
+    states: ClassVar[bool] = False
+    boxes: ClassVar[bool] = False
+    blocked: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        """The term per sample, ``[batch]``, which is added to the cross-entropy."""
+        raise TypeError(f"{type(self).__name__} must implement __call__")
+
+
+PUSH_TERMS: dict[str, type[PushTerm]] = {}
+"""Registered push terms by the name in `objective.push_term.name`."""
+
+
+def register_push_term(name: str) -> Callable[[type[Term]], type[Term]]:
+    """Class decorator that registers a push term under a name."""
+
+    def register(term: type[Term]) -> type[Term]:
+        assert name not in PUSH_TERMS, f"push term {name} is registered twice"
+        PUSH_TERMS[name] = term
+        return term
+
+    return register
+
+
+def build_push_term(options: Mapping[str, Any]) -> PushTerm:
+    """The push term of `objective.push_term`.
+
+    Args:
+        options: its name and hyper-parameters, such as `{"name": "margin", "margin": 1.0}`.
+
+    Raises:
+        ValueError: the name is not registered, or a hyper-parameter is unknown or out of range.
+    """
+    name, values = options["name"], {key: value for key, value in options.items() if key != "name"}
+    if name not in PUSH_TERMS:
+        raise ValueError(f"objective.push_term is {name!r}; it must be one of {', '.join(PUSH_TERMS)}.")
+    try:
+        return PUSH_TERMS[name](**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"objective.push_term.{field} of {name}: {first['msg']}, got {first['input']!r}.") from None
+
+
+@register_push_term("none")
+class NoPush(PushTerm):
     """0.
 
     Plain fine-tuning, as VG-LLM does it (arXiv 2505.24625): the total is L_align.
     """
-    return torch.zeros_like(inputs.hinge)
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        return torch.zeros_like(inputs.hinge)
 
 
-def literal(inputs: PushInputs) -> Tensor:
+@register_push_term("literal")
+class Literal(PushTerm):
     """lambda * h.
 
     Reads Eq. 6 as printed. Its gradient is zero everywhere, so it trains as `none` does; it is there to be logged and
     to prove the point.
     """
-    return inputs.lambda_det * inputs.hinge
+
+    gated: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        return inputs.lambda_det * inputs.hinge
 
 
-def reweight(inputs: PushInputs) -> Tensor:
+@register_push_term("reweight")
+class Reweight(PushTerm):
     """lambda * h * l.
 
     Reads Eq. 7's "L_align + lambda L_det" as a per-sample weight: what the shortcut solves is learned *more* strongly
     with geometry. The gradient is that of l times lambda * h; nothing flows through h.
     """
-    return inputs.lambda_det * inputs.hinge * inputs.cross_entropy
+
+    gated: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        return inputs.lambda_det * inputs.hinge * inputs.cross_entropy
 
 
-def downweight(inputs: PushInputs) -> Tensor:
+@register_push_term("downweight")
+class Downweight(PushTerm):
     """-min(1, lambda * h) * l.
 
     The opposite sign of `reweight`, as in debiasing by sample weights (Clark et al., EMNLP 2019, "bias reweighting"):
     what 2D alone solves teaches nothing about geometry and counts less, at the least not at all. The gradient is that
     of l times -min(1, lambda * h).
     """
-    return -torch.clamp(inputs.lambda_det * inputs.hinge, max=1) * inputs.cross_entropy
+
+    gated: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        return -torch.clamp(inputs.lambda_det * inputs.hinge, max=1) * inputs.cross_entropy
 
 
-def margin(inputs: PushInputs) -> Tensor:
+@register_push_term("margin")
+class Margin(PushTerm):
     """lambda * 1[h > 0] * max(0, m - mean_W(log p(y) - log p'(y))).
 
     Reads the abstract's "penalizes overly effective 2D-dominant pseudo-outputs via a margin-based mechanism" as: while
     the 2D-only answer is already good, the fused pass must explain the where tokens better than it by m nats. The
     gradient raises log p(y) on W until it does, and is zero from there on. A sample without where tokens contributes 0.
+
+    Args:
+        margin: log-likelihood in nats by which the fused pass must exceed the shortcut on where tokens (m).
     """
-    lead = inputs.mean(at(inputs.log_p, inputs.label) - inputs.label_short, inputs.where)
-    return inputs.lambda_det * inputs.active * inputs.has(inputs.where) * torch.clamp(inputs.margin - lead, min=0)
+
+    margin: NonNegativeFloat = 1.0
+    gated: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        lead = inputs.mean(at(inputs.log_p, inputs.label) - inputs.label_short, inputs.where)
+        return inputs.lambda_det * inputs.active * inputs.has(inputs.where) * torch.clamp(self.margin - lead, min=0)
 
 
-def pseudo_label(inputs: PushInputs) -> Tensor:
+@register_push_term("pseudo_label")
+class PseudoLabel(PushTerm):
     """-lambda * mean over D of p'(y') * log(1 - p(y')), with D the rows of W where y' differs from y.
 
     Reads the abstract's "Pseudo-Label Loss that penalizes overly effective 2D-dominant pseudo-outputs": the shortcut's
@@ -167,44 +254,67 @@ def pseudo_label(inputs: PushInputs) -> Tensor:
     (unlikelihood, Welleck et al., ICLR 2020). The gradient takes probability from y' and gives it to all other tokens.
     y' is read under teacher forcing also where s is decoded greedily: p(y') is only defined after the label's prefix.
     """
-    differs = inputs.where & (inputs.guess != inputs.label)
-    # log(1 - p(y')) as the sum over all others: exact, and finite where p(y') rounds to 1.
-    others = inputs.log_p.scatter(-1, inputs.guess[:, None], -torch.inf).logsumexp(-1)
-    return -inputs.lambda_det * inputs.mean(inputs.guess_short.exp() * others, differs)
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        differs = inputs.where & (inputs.guess != inputs.label)
+        # log(1 - p(y')) as the sum over all others: exact, and finite where p(y') rounds to 1.
+        others = inputs.log_p.scatter(-1, inputs.guess[:, None], -torch.inf).logsumexp(-1)
+        return -inputs.lambda_det * inputs.mean(inputs.guess_short.exp() * others, differs)
 
 
-def soft_iou(inputs: PushInputs) -> Tensor:
+@register_push_term("soft_iou")
+class SoftIoU(PushTerm):
     """lambda * 1[h > 0] * max(0, min(1, IoU(b') + m) - GIoU(E_p[b])).
 
     Reads Eq. 6's s = IoU3D with both sides made comparable: the fused pass's expected box must overlap the label's
     better than the shortcut's expected box b' (same estimator, detached) by m. GIoU on the side with gradient, since
     IoU has none where boxes are apart. The gradient moves digit probabilities of the fused pass towards the box.
+
+    Args:
+        iou_margin: IoU by which the fused pass's expected box must beat the shortcut's (m).
     """
-    overlaps = inputs.overlaps
-    assert overlaps is not None, "asked for by the registry"
-    wanted = torch.clamp(overlaps.iou_short + inputs.iou_margin, max=1)
-    lack = torch.where(overlaps.has_box, torch.clamp(wanted - overlaps.giou, min=0), 0.0)
-    return inputs.lambda_det * inputs.active * lack.to(inputs.hinge.dtype)
+
+    iou_margin: NonNegativeFloat = 0.1
+    gated: ClassVar[bool] = True
+    boxes: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        overlaps = inputs.overlaps
+        assert overlaps is not None, "asked for by the registry"
+        wanted = torch.clamp(overlaps.iou_short + self.iou_margin, max=1)
+        lack = torch.where(overlaps.has_box, torch.clamp(wanted - overlaps.giou, min=0), 0.0)
+        return inputs.lambda_det * inputs.active * lack.to(inputs.hinge.dtype)
 
 
-def representation(inputs: PushInputs) -> Tensor:
+@register_push_term("representation")
+class Representation(PushTerm):
     """lambda * 1[h > 0] * (mean_A(1 - cos(z, z')) + mean_W max(0, cos(z, z') - c)).
 
     Reads "reshapes the model's internal space by designating 2D features as semantic beacons for What identification
     and 3D features as spatial anchors for Where localization": at *what* positions the fused states stay close to the
     2D-only ones, at *where* positions they move away from them until the cosine is c. z' is detached. It separates
     states, it does not by itself make the where answer right.
+
+    Args:
+        cosine: cosine of fused and shortcut states below which where tokens are far enough apart (c).
     """
-    states = inputs.states
-    assert states is not None, "asked for by the registry"
-    cosine = cosine_similarity(states.fused.to(inputs.log_p.dtype), states.short.to(inputs.log_p.dtype), dim=-1)
-    batch = len(inputs.hinge)
-    close = mean_per_sample(1 - cosine, states.sample, batch, states.what)
-    apart = mean_per_sample(torch.clamp(cosine - inputs.cosine, min=0), states.sample, batch, states.where)
-    return inputs.lambda_det * inputs.active * (close + apart)
+
+    cosine: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    gated: ClassVar[bool] = True
+    states: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        states = inputs.states
+        assert states is not None, "asked for by the registry"
+        cosine = cosine_similarity(states.fused.to(inputs.log_p.dtype), states.short.to(inputs.log_p.dtype), dim=-1)
+        batch = len(inputs.hinge)
+        close = mean_per_sample(1 - cosine, states.sample, batch, states.what)
+        apart = mean_per_sample(torch.clamp(cosine - self.cosine, min=0), states.sample, batch, states.where)
+        return inputs.lambda_det * inputs.active * (close + apart)
 
 
-def poe(inputs: PushInputs) -> Tensor:
+@register_push_term("poe")
+class ProductOfExperts(PushTerm):
     """lambda * mean_W of -log softmax(log p + log p')[y].
 
     Product of experts, the classic debiasing loss (Hinton 2002; Clark et al., EMNLP 2019; Mahabadi et al., ACL 2020):
@@ -212,65 +322,29 @@ def poe(inputs: PushInputs) -> Tensor:
     gradient on a row is that of cross-entropy with the product's probabilities: it vanishes where the shortcut alone is
     sure and right. Not gated by h.
     """
-    assert inputs.log_p_short is not None, "asked for by the registry"
-    product = torch.log_softmax(inputs.log_p + inputs.log_p_short, dim=-1)
-    return inputs.lambda_det * inputs.mean(-at(product, inputs.label), inputs.where)
+
+    distribution: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        assert inputs.log_p_short is not None, "asked for by the registry"
+        product = torch.log_softmax(inputs.log_p + inputs.log_p_short, dim=-1)
+        return inputs.lambda_det * inputs.mean(-at(product, inputs.label), inputs.where)
 
 
-def unblocked(inputs: PushInputs) -> Tensor:
+@register_push_term("unblocked")
+class Unblocked(PushTerm):
     """lambda * max(0, IoU(E_short[b]) - mu), with the graph of the shortcut kept.
 
     Eq. 6 without its stop-gradient and with a differentiable s: the degenerate case, kept as an ablation. The gradient
     makes the 2D-only answer *worse* through weights that the fused pass shares, which the paper's stop-gradient is
     there to prevent. Costs the memory of a second graph.
     """
-    overlaps = inputs.overlaps
-    assert overlaps is not None, "asked for by the registry"
-    excess = torch.clamp(overlaps.iou_short - inputs.mu, min=0)
-    return inputs.lambda_det * torch.where(overlaps.has_box, excess, 0.0).to(inputs.hinge.dtype)
 
+    boxes: ClassVar[bool] = True
+    blocked: ClassVar[bool] = False
 
-@dataclass(frozen=True)
-class PushTerm:
-    """A term and what it needs beyond the label's likelihoods.
-
-    Attributes:
-        term: the pure function.
-        gated: whether it needs h > 0 to do anything.
-        distribution: the shortcut's whole distribution.
-        states: hidden states of both passes.
-        boxes: expected boxes, hence a tokenizer that splits digits.
-        blocked: whether the shortcut's gradient is stopped, as the paper has it.
-    """
-
-    term: Callable[[PushInputs], Tensor]
-    gated: bool = False
-    distribution: bool = False
-    states: bool = False
-    boxes: bool = False
-    blocked: bool = True
-
-
-PUSH_TERMS: dict[str, PushTerm] = {
-    "none": PushTerm(none),
-    "literal": PushTerm(literal, gated=True),
-    "reweight": PushTerm(reweight, gated=True),
-    "downweight": PushTerm(downweight, gated=True),
-    "margin": PushTerm(margin, gated=True),
-    "pseudo_label": PushTerm(pseudo_label),
-    "soft_iou": PushTerm(soft_iou, gated=True, boxes=True),
-    "representation": PushTerm(representation, gated=True, states=True),
-    "poe": PushTerm(poe, distribution=True),
-    "unblocked": PushTerm(unblocked, boxes=True, blocked=False),
-}
-
-
-def find_push_term(name: str) -> PushTerm:
-    """The reading of `objective.push`.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name not in PUSH_TERMS:
-        raise ValueError(f"objective.push is {name!r}; it must be one of {', '.join(PUSH_TERMS)}.")
-    return PUSH_TERMS[name]
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        overlaps = inputs.overlaps
+        assert overlaps is not None, "asked for by the registry"
+        excess = torch.clamp(overlaps.iou_short - inputs.mu, min=0)
+        return inputs.lambda_det * torch.where(overlaps.has_box, excess, 0.0).to(inputs.hinge.dtype)

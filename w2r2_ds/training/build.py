@@ -30,7 +30,7 @@ from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.vggt.loading import locate, read_config
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.objective.push_terms import find_push_term
+from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.training.cache_stats import describe_cache
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.resume import StartPoint, find_start, resume, take_over
@@ -148,7 +148,7 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
         data=data,
         token=token,
         checkpoint=begin.checkpoint,
-        throughput=Throughput(model, find_push_term(config.objective.push), rate),
+        throughput=Throughput(model, engine.module.push_term, rate),
     )
 
 
@@ -172,7 +172,7 @@ def check_inputs(
     if begin.universal:
         ds_config.setdefault("checkpoint", {})["load_universal"] = True
     frontend = load_frontend(config.model)
-    read_config(locate(config.model.vggt))
+    read_config(locate(config.model.geometry.path))
     frontend = replace(frontend, cache=open_cache(config.data, config.model))
     check_objective(config, frontend)
     samples = load_mixture(config.data, "train")
@@ -194,12 +194,12 @@ def check_inputs(
 
 def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
     """Raise ValueError if the push term is unknown or needs digit tokens that this tokenizer does not have."""
-    if find_push_term(config.objective.push).boxes:
-        require_digit_tokens(frontend.tokenizer, f"objective.push {config.objective.push}")
+    if build_push_term(config.objective.push_term).boxes:
+        require_digit_tokens(frontend.tokenizer, f"objective.push_term {config.objective.push_term['name']}")
     if config.objective.shortcut_decode == "teacher":
         require_digit_tokens(frontend.tokenizer, "objective.shortcut_decode teacher")
-    if config.objective.gap_every:
-        require_digit_tokens(frontend.tokenizer, "objective.gap_every")
+    if config.objective.decode_gap_every:
+        require_digit_tokens(frontend.tokenizer, "objective.decode_gap_every")
 
 
 def load_model(config: RunConfig, inputs: Inputs) -> W2R2:
@@ -229,7 +229,7 @@ def make_loader(config: RunConfig, inputs: Inputs, start: int) -> DataLoader[Any
 
 
 def make_decode_gap(config: RunConfig, inputs: Inputs) -> DecodeGap | None:
-    """The measurement of the decode gap; None if `objective.gap_every` is 0."""
-    if not config.objective.gap_every:
+    """The measurement of the decode gap; None if `objective.decode_gap_every` is 0."""
+    if not config.objective.decode_gap_every:
         return None
     return DecodeGap(inputs.samples, inputs.frontend, config, inputs.device)

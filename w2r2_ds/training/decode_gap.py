@@ -26,7 +26,7 @@ class DecodeGap:
     Args:
         samples: the training split.
         frontend: tokenizer and vision sizes.
-        config: `objective.gap_samples`, `train.seed`, `train.micro_batch`.
+        config: `objective.decode_gap_samples`, `train.seed`, `train.micro_batch`.
         device: of the model.
     """
 
@@ -34,7 +34,7 @@ class DecodeGap:
         self, samples: Sequence[Sample], frontend: VlmFrontend, config: RunConfig, device: torch.device
     ) -> None:
         world_size, rank, micro_batch = dist.get_world_size(), dist.get_rank(), config.train.micro_batch
-        chosen = draw_subset(len(samples), config.objective.gap_samples, config.train.seed)
+        chosen = draw_subset(len(samples), config.objective.decode_gap_samples, config.train.seed)
         self.count, self.device = len(chosen), device
         self.subset = rank_subset(len(chosen), micro_batch, rank, world_size)
         mine = [samples[chosen[index]] for index in self.subset.indices]

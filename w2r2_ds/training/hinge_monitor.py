@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.objective.push_terms import find_push_term
+from w2r2_ds.objective.push_terms import PushTerm
 from w2r2_ds.training.metrics import FILE, read_metrics
 
 PATIENCE = 100
@@ -22,12 +22,13 @@ class HingeMonitor:
 
     Args:
         start: optimizer steps done before.
-        config: of the run; a push term that h does not gate, or that has no weight, is not watched.
+        config: of the run.
+        push_term: of the run; not watched if h does not gate it or lambda_det is 0.
     """
 
-    def __init__(self, start: int, config: RunConfig) -> None:
+    def __init__(self, start: int, config: RunConfig, push_term: PushTerm) -> None:
         self.objective = config.objective
-        gated = find_push_term(config.objective.push).gated and config.objective.lambda_det > 0
+        gated = push_term.gated and config.objective.lambda_det > 0
         self.watching = gated and dist.get_rank() == 0
         self.active = self.warned = False
         self.steps, self.highest = 0, 0.0
@@ -66,5 +67,5 @@ class HingeMonitor:
             self.steps,
             self.objective.mu,
             self.highest,
-            self.objective.push,
+            self.objective.push_term["name"],
         )

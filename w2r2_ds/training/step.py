@@ -25,7 +25,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.token_masking import mask_images
 from w2r2_ds.models.w2r2 import W2R2, Mask
 from w2r2_ds.objective.loss import Outputs, Shortcut, read_shortcut, w2r2_loss
-from w2r2_ds.objective.push_terms import find_push_term
+from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.tower_calls import TowerCallCount
 from w2r2_ds.training.two_pass import dropouts_of, make_two_pass, without_dropout
@@ -60,9 +60,9 @@ class W2R2Step(nn.Module):
         self.video_fps, self.seed = config.data.video_fps, config.train.seed
         self.scorer = scorer
         self.tower_calls = TowerCallCount(config.data)
-        self.push_term = find_push_term(config.objective.push)
+        self.push_term = build_push_term(config.objective.push_term)
         self.dropouts = dropouts_of(model)
-        self.two_pass = make_two_pass(model, config, zero3)
+        self.two_pass = make_two_pass(model, config.train.pass_order, self.push_term.blocked, zero3)
 
     def forward(
         self, batch: Batch, mode: Mode = "loss", optimizer_step: int = 0, max_new_tokens: int = 0
@@ -104,7 +104,7 @@ class W2R2Step(nn.Module):
         shortcut = self.shortcut(batch, shortcut_states, answers)
         norms = geometry_norm(visual, merged, batch)
         outputs = self.outputs(batch, fused_states)
-        loss, stats = w2r2_loss(outputs, shortcut, batch, self.objective, self.scorer, norms)
+        loss, stats = w2r2_loss(outputs, shortcut, batch, self.objective, self.push_term, self.scorer, norms)
         if batch.visuals.dummy:
             # Without frames the merger is not in the graph. Adding its output times zero gives it a (zero) gradient:
             # all ranks must reduce the same gradients, or the reduction of the others waits forever.
@@ -118,7 +118,7 @@ class W2R2Step(nn.Module):
     def shortcut(self, batch: Batch, states: Tensor, answers: list[str] | None) -> Shortcut:
         """The shortcut's similarity and distributions, from its hidden states and its decoded answers, if any."""
         with self.shortcut_context():
-            return read_shortcut(self.outputs(batch, states), batch, self.objective, self.scorer, answers)
+            return read_shortcut(self.outputs(batch, states), batch, self.push_term, self.scorer, answers)
 
     def shortcut_context(self) -> AbstractContextManager[None]:
         """Context of the shortcut pass: ``no_grad`` unless the push term differentiates through it."""

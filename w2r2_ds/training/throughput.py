@@ -12,7 +12,7 @@
   padding, a shared prefix twice, a tower whose features are cached.
 
 The shortcut pass counts forward only (with `unblocked`, backward too). The attention of the `cross_attention` fusion
-(below 0.1 %), and greedy decoding in training (`shortcut_decode: greedy`, `gap_every`), are left out.
+(below 0.1 %), and greedy decoding in training (`shortcut_decode: greedy`, `decode_gap_every`), are left out.
 """
 
 from __future__ import annotations
@@ -68,19 +68,19 @@ class Throughput:
 
     Args:
         model: the composed model, sharded or whole.
-        reading: of the push term; what of the shortcut has a graph, and which states are read.
+        push_term: of the push term; what of the shortcut has a graph, and which states are read.
         rate: of `matrix_rate`.
     """
 
-    def __init__(self, model: W2R2, reading: PushTerm, rate: float) -> None:
-        self.model, self.reading, self.rate = model, reading, rate
+    def __init__(self, model: W2R2, push_term: PushTerm, rate: float) -> None:
+        self.model, self.push_term, self.rate = model, push_term, rate
 
     def __call__(self, micro_batches: Sequence[Batch], seconds: float) -> dict[str, float]:
         """Of micro-batches on the CPU and the time that they took, loading included; nothing waits for the device."""
         world = dist.get_world_size()
         samples = sum(len(batch.ids) for batch in micro_batches) * world
         tokens = sum(ends[-1] - ends[0] for batch in micro_batches for ends in groups(batch)) * world
-        work = sum(step_flops(self.model, self.reading, batch) for batch in micro_batches) / seconds
+        work = sum(step_flops(self.model, self.push_term, batch) for batch in micro_batches) / seconds
         return {
             "samples_per_s": samples / seconds,
             "tokens_per_s": tokens / seconds,
@@ -96,24 +96,24 @@ def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
     return (ends for spans in batch.layout.spans for ends in spans)
 
 
-def step_flops(model: W2R2, reading: PushTerm, batch: Batch) -> float:
+def step_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
     """Model FLOPs of forward and backward of one micro-batch."""
     vision = model.family.vision_flops(model.family.vision_tower(model.base), batch.visuals)
     towers = vision + geometry_flops(model.geometry, batch.visuals)
-    return towers + merger_flops(model, batch.visuals, reading.blocked) + language_flops(model, reading, batch)
+    return towers + merger_flops(model, batch.visuals, push_term.blocked) + language_flops(model, push_term, batch)
 
 
-def language_flops(model: W2R2, reading: PushTerm, batch: Batch) -> float:
+def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
     """Both passes of the language model and its head; its decoder layers are all alike."""
     text: Any = model.family.language_model(model.base)
     layers, head = text.layers, model.base.lm_head
     tokens, pairs = tokens_and_pairs(batch)
     read = len(batch.answer_rows.label)
-    rows = read + (len(batch.what_rows.position) if reading.states else 0)
+    rows = read + (len(batch.what_rows.position) if push_term.states else 0)
     work = Work() + layer_work(layers[0], tokens, pairs) * (len(layers) - 1)
     # A row sees as many tokens as another, on average.
     work = work + last_layer_work(layers[-1], tokens, rows, rows * pairs / max(tokens, 1)) + products(head, read)
-    return work.both + (work.forward if reading.blocked else work.both)
+    return work.both + (work.forward if push_term.blocked else work.both)
 
 
 def tokens_and_pairs(batch: Batch) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
     """The loop over optimizer steps."""
     config, activity = run.config, run.activity
     batches = checked(run.loader)
-    hinge_monitor = HingeMonitor(run.start, config)
+    hinge_monitor = HingeMonitor(run.start, config, run.engine.module.push_term)
     with MetricsLogger(Path(config.out), config.train.steps, config.train.trackers, dist.get_rank()) as metrics_logger:
         saves = Saves(run, metrics_logger)
         metrics_logger.start(run.start)
@@ -100,7 +100,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
             metrics |= cache_use(micro_batches)
             hinge_monitor.update(metrics)
 
-            if run.decode_gap is not None and (step + 1) % config.objective.gap_every == 0:
+            if run.decode_gap is not None and (step + 1) % config.objective.decode_gap_every == 0:
                 activity.at("decode gap")
                 metrics |= run.decode_gap.measure(run.engine)
             best = None

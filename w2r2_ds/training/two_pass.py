@@ -20,10 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.forward_override import bound
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.types.batch import Batch
 
 if TYPE_CHECKING:
@@ -47,10 +45,8 @@ class PassOrder(Protocol):
         ...
 
 
-def make_two_pass(model: W2R2, config: RunConfig, zero3: bool) -> PassOrder:
+def make_two_pass(model: W2R2, order: str, blocked: bool, zero3: bool) -> PassOrder:
     """The pass order of `train.pass_order`; ``auto`` is lockstep under ZeRO-3 if the shortcut has no graph."""
-    blocked = find_push_term(config.objective.push).blocked
-    order = config.train.pass_order
     if order == "auto":
         order = "lockstep" if zero3 and blocked else "sequential"
     return Lockstep(model) if order == "lockstep" else Sequential(model, blocked)

@@ -17,7 +17,7 @@ import torch
 from fork_server import ROOT, environment
 from runs import World
 from w2r2_ds.commands import prepare
-from w2r2_ds.config.io import load_config
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.prepare import features as fill
@@ -35,7 +35,7 @@ def config(world: World, tmp_path: Path) -> Callable[..., RunConfig]:
 
     def make(**changes: object) -> RunConfig:
         given = {"data__cache": tmp_path / "cache", "data__cached_features": "geometry+2d", **changes}
-        return load_config(None, world.arguments(tmp_path / "run", **given))
+        return load_config(DEMO_RECIPE, world.arguments(tmp_path / "run", **given))
 
     return make
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_questions, write_scene
-from w2r2_ds.config.io import load_config
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import SourceConfig
 from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
@@ -352,7 +352,7 @@ def test_the_demo_prepares_what_its_recipe_names(root: Path, capsys: pytest.Capt
     for split in ("train", "val"):
         write_annotations(root, [entry(), entry(4, "table")], split)
         write_questions(root, [question_entry()], split)
-    config = load_config(None, ["--data.root", str(root), "--demo.frames", "2"])
+    config = load_config(DEMO_RECIPE, ["--data.root", str(root), "--demo.frames", "2"])
     config.data.train = [SourceConfig(f"prepared/{task}/train") for task in ("scanrefer", "scan2cap", "scanqa")]
     config.data.val = [SourceConfig("prepared/scanrefer/val"), SourceConfig("prepared/scanqa/val")]
     prepare_sets(config)

@@ -1,4 +1,4 @@
-"""PushTerm ScanNet's layout, and what is said when it is broken."""
+"""Reading ScanNet's layout, and what is said when it is broken."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
         "offload_activations": True,
     }
     check_same_run(saved, replace(config, train=replace(config.train, **exact)))
-    check_same_run(saved, replace(config, objective=replace(config.objective, gap_every=7, gap_samples=3)))
+    check_same_run(
+        saved, replace(config, objective=replace(config.objective, decode_gap_every=7, decode_gap_samples=3))
+    )
     validated = {"eval_every": 7, "eval_samples": 3, "eval_max_new_tokens": 9, "best_by": "scanrefer/mean_iou"}
     check_same_run(saved, replace(config, train=replace(config.train, **validated)))
 

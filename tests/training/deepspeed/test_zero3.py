@@ -133,7 +133,7 @@ TRACED = [
 ]
 GREEDY = [
     Case("greedy", [[["four", "words"]], [["three", "more words"]]], {"shortcut_decode": "greedy", "margin": 30.0}),
-    Case("gap", [[["four"]], [["three"]]], {"gap_every": 1, "gap_samples": 3}, steps=1),
+    Case("gap", [[["four"]], [["three"]]], {"decode_gap_every": 1, "decode_gap_samples": 3}, steps=1),
 ]
 MATRIX = [matrix_case(row) for row in pairwise(FACTORS)]
 

@@ -103,7 +103,7 @@ class FeatureBytes:
 
     def __init__(self, config: RunConfig, vision: VisionSpec, cache: FeatureCache) -> None:
         self.dtype, self.vision, self.cache = resolve_dtype(config.model.dtype), vision, cache
-        self.channels = 2 * read_config(locate(config.model.vggt)).embed_dim
+        self.channels = 2 * read_config(locate(config.model.geometry.path)).embed_dim
         self.hidden = load_config(config.model.vlm).vision_config.out_hidden_size
         self.as_video = config.data.visual == "video"
 

@@ -44,7 +44,7 @@ def check_data(config: DataConfig) -> CheckResult:
 def check_weights(config: ModelConfig) -> CheckResult:
     """Model directories of VLM and VGGT, or their copies in the Hugging Face cache; their hashes must match."""
     result = CheckResult()
-    for field, source in (("model.vlm", config.vlm), ("model.vggt", config.vggt)):
+    for field, source in (("model.vlm", config.vlm), ("model.geometry.path", config.geometry.path)):
         folder = Path(source)
         if not folder.is_dir():
             cached = _cached(source)

@@ -104,7 +104,7 @@ def missing_checkpoint_bytes(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of one checkpoint: LoRA on every decoder layer, and the geometry merger; 0 if sizes are unknown."""
-    text, vggt = _model_config(config.model.vlm, "text_config"), _model_config(config.model.vggt, "")
+    text, vggt = _model_config(config.model.vlm, "text_config"), _model_config(config.model.geometry.path, "")
     try:
         weights = lora_weights(text, config.model.lora_rank)
         weights += merger_weights(2 * vggt.get("embed_dim", 1024), text["hidden_size"], config.model.merger_hidden)

@@ -94,7 +94,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         return Path(source)
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         raise ValueError(
-            f"{source} is no directory here; correct model.vggt (or --vggt): a VGGT directory, "
+            f"{source} is no directory here; correct model.geometry.path (or --geometry_path): a VGGT directory, "
             "or a hub id such as facebook/VGGT-1B."
         )
     from huggingface_hub import snapshot_download
@@ -105,7 +105,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         raise ValueError(
             f"{source} is no directory here and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}); "
-            "correct model.vggt (or --vggt), or fetch it where there is a network and give its "
+            "correct model.geometry.path (or --geometry_path), or fetch it where there is a network and give its "
             "directory."
         ) from error
 

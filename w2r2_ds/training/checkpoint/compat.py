@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from w2r2_ds.config.io import load_config
+from w2r2_ds.config.options import options
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import fingerprint
 from w2r2_ds.models.w2r2 import W2R2
@@ -16,7 +17,7 @@ from w2r2_ds.training.checkpoint.manifest import MANIFEST, read_manifest
 MAY_CHANGE = {
     "data": {"root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
     "model": {"vlm", "vggt", "merger", "attention", "kernels"},
-    "objective": {"gap_every", "gap_samples"},
+    "objective": {"decode_gap_every", "decode_gap_samples"},
     "train": {"micro_batch", "save_every", "keep_last", "trackers", "hang_seconds", "pass_order"}
     | {"activation_checkpointing", "recompute_every", "offload_activations"}
     | {"eval_every", "eval_samples", "eval_max_new_tokens", "best_by"},
@@ -41,12 +42,14 @@ def check_fingerprint(saved: dict[str, Any], model: W2R2, source: Path) -> None:
 
 def check_same_run(path: Path, config: RunConfig) -> None:
     """Raise ValueError with the first option that differs from the checkpoint's and would change the run."""
-    saved, wanted = asdict(load_config(path / "config.yaml")), asdict(config)
-    for section, may_change in MAY_CHANGE.items():
-        for field, value in wanted[section].items():
-            if field not in may_change and saved[section][field] != value:
+    saved = load_config(path / "config.yaml")
+    for name in options(RunConfig):
+        section, _, field = name.partition(".")
+        if section in MAY_CHANGE and field not in MAY_CHANGE[section]:
+            before, now = operator.attrgetter(name)(saved), operator.attrgetter(name)(config)
+            if before != now:
                 raise ValueError(
-                    f"{path / 'config.yaml'} has {section}.{field} = {saved[section][field]!r}, now it is {value!r}; "
+                    f"{path / 'config.yaml'} has {name} = {before!r}, now it is {now!r}; "
                     "a resumed run cannot change it: use the old value, or a new --out."
                 )
 

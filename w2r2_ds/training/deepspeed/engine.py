@@ -13,7 +13,6 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.objective.push_terms import find_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
@@ -46,7 +45,7 @@ def make_engine(
     # ZeRO-3 releases a module's weights after its backward, in a hook on the gradients of its inputs. The output of the
     # frozen embedding has no gradient, so without this the hook of the first layer would not run.
     model.base.enable_input_require_grads()
-    if find_push_term(config.objective.push).blocked:
+    if step.push_term.blocked:
         # A leaf module is gathered whole: one fetch per layer instead of one per Linear. Not if both passes have a
         # graph: a leaf reduces its gradients at every backward call, and two graphs are two calls.
         set_z3_leaf_modules(model, [decoder_layer])
