@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from objectives import push_term
-from w2r2_ds.commands.common import import_plugin
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States
 from w2r2_ds.objective.reductions import mean_per_sample
+from w2r2_ds.utils.plugins import import_plugin
 
 GATED = [name for name, term in PUSH_TERMS.items() if term.gated]
 """Push terms that are 0 for a sample whose shortcut is not above mu."""
