@@ -23,11 +23,10 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.from_vgllm import fill, split_state, vggt_config, vgllm_name
 from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
 from w2r2_ds.data.collate import token_counts
-from w2r2_ds.kernels.cell_norm import merge_cells
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry_encoder import VGGTEncoder
 from w2r2_ds.models.loading import model_class
-from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.merger import GeometryMerger, merge_cells
 from w2r2_ds.models.qwen2_5_vl.positions import position_ids
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.models.vggt.model import VGGT

@@ -7,26 +7,24 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.kernels import cell_norm, dropout_matmul, dual_stream_embed
+from w2r2_ds.kernels import dropout_matmul, dual_stream_embed
 
 triton = pytest.importorskip("triton", reason="kernels are not installed: pip install 'w2r2-ds[kernels]'")
 
 POINTERS = {
     dual_stream_embed._emit: {"token": "*i32"},
-    cell_norm._norm: {"scale": "*fp32"},
-    cell_norm._weight: {"scale": "*fp32", "part": "*fp32"},
     dropout_matmul._down: {"keep": "*i1"},
     dropout_matmul._outer: {"keep": "*i1", "part": "*fp32"},
     dropout_matmul._up: {"keep": "*i1"},
 }
 """Types of a kernel's arguments that are not those of `DEFAULTS`."""
 DEFAULTS = {
-    **{name: "*bf16" for name in ("text", "visual", "other", "fused", "shortcut", "features", "weight", "normed")},
-    **{name: "*bf16" for name in ("grad", "x", "a", "low", "out")},
-    **{name: "i32" for name in ("width", "height", "down", "across", "channels", "rows", "rank", "tiles")},
-    **{name: "fp32" for name in ("eps", "scale")},
+    **{name: "*bf16" for name in ("text", "visual", "other", "fused", "shortcut")},
+    **{name: "*bf16" for name in ("x", "a", "low", "out")},
+    **{name: "i32" for name in ("width", "rows", "rank", "tiles")},
+    **{name: "fp32" for name in ("scale",)},
 }
-CONSTANTS = {"ADD": True, "MERGE": 2, "RANK": 16, "COLUMNS": 128, "HOW": "tf32", "ROWS": 64, "BLOCK": 2048}
+CONSTANTS = {"ADD": True, "RANK": 16, "COLUMNS": 128, "HOW": "tf32", "ROWS": 64, "BLOCK": 2048}
 
 
 ALWAYS = {(kernel, 90) for kernel in POINTERS} | {(dual_stream_embed._emit, 80), (dropout_matmul._up, 100)}

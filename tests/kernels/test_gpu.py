@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from w2r2_ds.kernels import dropout_matmul
-from w2r2_ds.kernels.cell_norm import cell_norm
 from w2r2_ds.kernels.dual_stream_embed import dual_emit
 from w2r2_ds.kernels.lora_linear import lora_projection
-from w2r2_ds.kernels.norm import add_rms_norm, rms_norm
-from w2r2_ds.kernels.rope import rotate
-from w2r2_ds.kernels.swiglu import swiglu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,11 +57,6 @@ def test_dual_emit_is_equal_to_the_last_bit() -> None:
         assert all(torch.equal(triton, torch_) for triton, torch_, _ in cases)
 
 
-def test_cell_norm() -> None:
-    grids = [random(2, 28, 37, WIDTH), random(1, 5, 7, WIDTH, seed=1)]
-    close(both(lambda w, way: cell_norm([g.to(w.dtype) for g in grids], w, 1e-6, 2, way), random(WIDTH), leaves=1))
-
-
 @pytest.mark.parametrize("p", [0.0, 0.05])
 def test_lora(p: float) -> None:
     x, a, b, w, bias = (random(*s) for s in [(ROWS, WIDTH), (16, WIDTH), (256, 16), (256, WIDTH), (256,)])
@@ -83,16 +74,3 @@ def test_dropped_products_of_float32_are_not_tf32() -> None:
     got = dropout_matmul.outer(low, x, keep, 1.0, "triton")
     exact = low.double().t() @ (x.double() * keep)
     assert (got - exact).norm() / exact.norm() < 1e-6
-
-
-def test_norms_and_swiglu() -> None:
-    x, r, w = random(1, ROWS, WIDTH), random(1, ROWS, WIDTH, seed=1), random(WIDTH)
-    close(both(lambda x, way: rms_norm(x, w.to(x.dtype), 1e-6, way), x, leaves=1))
-    close(both(lambda x, r, way: add_rms_norm(x, r, w.to(x.dtype), 1e-6, way), x, r, leaves=2))
-    close(both(swiglu, random(ROWS, 11008), random(ROWS, 11008, seed=1), leaves=2))
-
-
-def test_rotation() -> None:
-    angles = torch.randn(1, ROWS, 64, device="cuda").repeat(1, 1, 2)
-    tables = angles.cos().bfloat16(), angles.sin().bfloat16()
-    close(both(rotate, random(1, 16, ROWS, 128), random(1, 2, ROWS, 128, seed=1), *tables, leaves=2))

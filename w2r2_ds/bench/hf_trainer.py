@@ -31,8 +31,7 @@ def stock(model: W2R2) -> Iterator[None]:
 
     Activations are recomputed as the Trainer's `gradient_checkpointing` has it done: in every layer, by transformers.
     """
-    norm, text = model.geometry_merger.ln_q, model.family.language_model(model.base)
-    kernels, norm.kernels = norm.kernels, "torch"
+    text = model.family.language_model(model.base)
     ours = [(module, module.__dict__.pop("forward")) for module in model.vlm.modules() if "forward" in module.__dict__]
     for layer in text.layers:  # what transformers sets; the method's name is another in every few versions
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
@@ -44,7 +43,6 @@ def stock(model: W2R2) -> Iterator[None]:
     finally:
         for layer in text.layers:
             layer.gradient_checkpointing = False
-        norm.kernels = kernels
         for module, forward in ours:
             module.forward = forward
 

@@ -176,7 +176,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
         torch.set_default_dtype(dtype)
         try:
             vlm = Qwen2_5_VLForConditionalGeneration(frontend.meta.config)
-            merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden, kernels=kernels)
+            merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden)
             fusion = make_fusion("add", shape.hidden)
             vggt = VGGT(shape.vggt)
         finally:

@@ -15,15 +15,10 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from w2r2_ds.bench.shapes import Shape
-from w2r2_ds.kernels.cell_norm import cell_norm
 from w2r2_ds.kernels.dual_stream_embed import dual_emit
 from w2r2_ds.kernels.lora_linear import lora_projection
-from w2r2_ds.kernels.norm import add_rms_norm, rms_norm
-from w2r2_ds.kernels.rope import rotate
 from w2r2_ds.kernels.select import Kernels
-from w2r2_ds.kernels.swiglu import swiglu
 
-EPS = 1e-6
 DROPOUT = 0.05
 
 Way = Callable[..., Any]
@@ -65,22 +60,14 @@ def _last(function: Way, kernels: Kernels, *inputs: Tensor) -> Any:
 def operations(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Operation]:
     """All of them: a sample's sizes, as a layer of the language model or the geometry merger has them."""
     draw = Draw(device, dtype)
-    heads, head = shape.heads + shape.kv_heads, shape.hidden // shape.heads
-    tokens, hidden, inner, size = shape.tokens, shape.hidden, shape.intermediate, dtype.itemsize
-    states, more, weight = draw(1, tokens, hidden), draw(1, tokens, hidden), draw(hidden)
-    row, wide = tokens * hidden * size, tokens * inner * size
+    tokens, hidden, inner = shape.tokens, shape.hidden, shape.intermediate
     return [
         emit(shape, draw),
-        cells(shape, draw),
         *(
             projection(tokens, hidden, width, shape.lora_rank, p, draw)
             for width in (hidden, inner)
             for p in (0, DROPOUT)
         ),
-        Operation("rms_norm", _norm, (states, weight), 1, 6 * row),
-        Operation("add_rms_norm", _add_norm, (states, more, weight), 2, 8 * row),
-        Operation("swiglu", swiglu, (draw(tokens, inner), draw(tokens, inner)), 2, 8 * wide),
-        Operation("rotate", rotate, turned(shape, draw), 2, 4 * tokens * heads * head * size),
     ]
 
 
@@ -117,17 +104,6 @@ def _stock_streams(embeds: Tensor, other: Tensor, visual: Tensor, slots: Tensor)
     return fused
 
 
-def cells(shape: Shape, draw: Draw) -> Operation:
-    """The merger's norm, of whose inputs only the weight gets a gradient."""
-    width, channels = shape.grid[0], 2 * shape.vggt.embed_dim
-    features = draw(shape.frames, shape.grid[1], width, channels)
-    return Operation("cell_norm", _cells, (draw(channels), features), 1, 4 * features.nbytes)
-
-
-def _cells(weight: Tensor, features: Tensor, kernels: Kernels) -> Tensor:
-    return cell_norm([features], weight, EPS, 2, kernels)
-
-
 def projection(tokens: int, hidden: int, width: int, rank: int, p: float, draw: Draw) -> Operation:
     """A LoRA projection from `hidden` to `width`, with dropout `p`."""
     x, a, b, weight = draw(tokens, hidden), draw(rank, hidden), draw(width, rank), draw(width, hidden)
@@ -148,19 +124,3 @@ def _projection(
 def _peft(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, p: float, scale: float) -> Tensor:
     """The products and sums that PEFT's LoRA layer makes."""
     return linear(x, weight) + linear(linear(dropout(x, p) if p else x, a), b) * scale
-
-
-def _norm(x: Tensor, weight: Tensor, kernels: Kernels) -> Tensor:
-    return rms_norm(x, weight, EPS, kernels)
-
-
-def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, kernels: Kernels) -> Any:
-    return add_rms_norm(x, residual, weight, EPS, kernels)
-
-
-def turned(shape: Shape, draw: Draw) -> tuple[Tensor, ...]:
-    """Queries, keys, cosines and sines of a layer."""
-    head = shape.hidden // shape.heads
-    angles = draw(1, shape.tokens, head // 2).repeat(1, 1, 2)
-    q, k = (draw(1, shape.tokens, count, head).transpose(1, 2) for count in (shape.heads, shape.kv_heads))
-    return q, k, angles.cos(), angles.sin()

@@ -72,7 +72,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     bind_kernels(vlm, kernels)
     geometry = load_geometry(config, device)
-    merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden, kernels=kernels).to(dtype)
+    merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
     model.weights = {

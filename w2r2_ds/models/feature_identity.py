@@ -9,7 +9,7 @@ from w2r2_ds.config.schema import DataConfig, ModelConfig
 from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.features.store import Cache
-from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.loading import load_config, load_vision_spec
 from w2r2_ds.models.vggt.loading import HEADS, locate, read_config, weight_files
 from w2r2_ds.models.weights_hash import model_weights, tensors_digest
@@ -60,7 +60,6 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         "pixels": asdict(load_vision_spec(model.vlm)),
         "visual": data.visual,
         "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),
-        "kernels": resolve_kernels(model.kernels),  # the tower's norms and MLPs are bound too
     }
     return encoder_identity(about | _common(data, model))
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-
-from w2r2_ds.kernels.cell_norm import cell_norm
-from w2r2_ds.kernels.select import Kernels
+from torch.nn.functional import rms_norm
 
 EPS = 1e-6
 """Of the merger's RMSNorm, VG-LLM's."""
@@ -23,7 +21,6 @@ class GeometryMerger(nn.Module):
         merger_hidden: width between the two linear layers.
         merge_size: patches per side that become one token, as in the vision tower.
         init_std: standard deviation of the linear weights; biases start at zero.
-        kernels: how the norm is computed.
     """
 
     def __init__(
@@ -33,7 +30,6 @@ class GeometryMerger(nn.Module):
         merger_hidden: int = 4096,
         merge_size: int = 2,
         init_std: float = 0.02,
-        kernels: Kernels = "torch",
     ) -> None:
         super().__init__()
         for field, value in (
@@ -48,7 +44,7 @@ class GeometryMerger(nn.Module):
         self.hidden_size = hidden_size
         self.merger_hidden = merger_hidden
         self.merge_size = merge_size
-        self.ln_q = CellNorm(feature_dim, merge_size, kernels)
+        self.ln_q = CellNorm(feature_dim, merge_size)
         self.mlp = nn.Sequential(
             nn.Linear(feature_dim * merge_size**2, merger_hidden),
             nn.GELU(),
@@ -84,15 +80,32 @@ class GeometryMerger(nn.Module):
 class CellNorm(nn.Module):
     """RMSNorm of all grids, in the order of merge cells: a module, because ZeRO-3 gathers a weight for its module."""
 
-    def __init__(self, feature_dim: int, merge_size: int, kernels: Kernels) -> None:
+    def __init__(self, feature_dim: int, merge_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(feature_dim))
         self.merge_size = merge_size
-        self.kernels = kernels
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``[tokens, merge_size ** 2, feature_dim]``; see `cell_norm`."""
-        return cell_norm(features, self.weight, EPS, self.merge_size, self.kernels)
+        """``[tokens, merge_size ** 2, feature_dim]`` in the dtype of the weight."""
+        # The empty first operand keeps one concatenation and one norm where a batch has no features.
+        cells = [self.weight.new_zeros(0, self.merge_size**2, len(self.weight))]
+        cells += [merge_cells(grid.to(self.weight.dtype), self.merge_size) for grid in features]
+        return rms_norm(torch.cat(cells), (len(self.weight),), self.weight, EPS)
+
+
+def merge_cells(features: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """Group ``[frames, h, w, C]`` into ``[tokens, m * m, C]``, row-major inside a cell, cropping right and bottom.
+
+    Raises:
+        ValueError: the grid is smaller than one cell.
+    """
+    frames, height, width, channels = features.shape
+    rows, columns = height // merge_size, width // merge_size
+    if rows == 0 or columns == 0:
+        raise ValueError(f"geometry merger: a {height} x {width} grid holds no {merge_size} x {merge_size} cell")
+    cropped = features[:, : rows * merge_size, : columns * merge_size]
+    grid = cropped.reshape(frames, rows, merge_size, columns, merge_size, channels)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(frames * rows * columns, merge_size**2, channels)
 
 
 def pair_frames(features: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,6 @@ from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.prepare import features as fill
 from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.features.store import Cache
-from w2r2_ds.models import feature_identity as open_cache_module
 from w2r2_ds.models.build import build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.utils.distributed import RankInfo
@@ -79,17 +78,6 @@ def test_what_is_filled_ahead_is_what_training_would_make(
                 assert torch.equal(one, other)
             both = [torch.cat(model.encode_2d(each).pooler_output) for each in (cached, plain)]
             assert torch.equal(*both)
-
-
-def test_the_tower_has_the_kernels_of_training(
-    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[tuple[str, str]] = []
-    monkeypatch.setattr(fill, "bind_kernels", lambda vlm, kernels: given.append((type(vlm).__name__, kernels)))
-    for module in (fill, open_cache_module):
-        monkeypatch.setattr(module, "resolve_kernels", lambda name: {"auto": "triton"}[name])
-    fill_cache(config(), ["train"], False, RankInfo())
-    assert given == [("Qwen2_5_VLForConditionalGeneration", "triton")]
 
 
 def test_what_could_not_be_kept_is_not_called_complete(

@@ -87,9 +87,9 @@ def test_every_module_is_bound_and_nothing_else_changes(stock: Any) -> None:
     model = bound(stock, "triton")
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "forward" in vars(module)}
     lora = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    norms = {"input_layernorm", "post_attention_layernorm", "norm", "norm1", "norm2", "ln_q"}
-    assert names == lora | norms | {"self_attn", "mlp", "0", "1"}
+    norms = {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert names == lora | norms | {"mlp"}
     vision = [module for module in model.model.visual.modules() if "forward" in vars(module)]
-    assert len(vision) == 4  # two norms and an MLP of its block, and the norm of its merger
+    assert not vision  # cached features do not depend on model.kernels
     assert model.state_dict().keys() == stock.state_dict().keys()
     assert not any("forward" in vars(module) for module in stock.modules())

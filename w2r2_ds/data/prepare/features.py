@@ -22,8 +22,7 @@ from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush
 from w2r2_ds.features.store import Cache, file_size, gib
-from w2r2_ds.kernels.bind import bind_kernels
-from w2r2_ds.kernels.select import describe, resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.kernels.select import describe, resolve_attention, resolve_dtype
 from w2r2_ds.models.build import load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_identity import open_cache
@@ -205,7 +204,6 @@ def encode_all(
         dtype = resolve_dtype(config.model.dtype)
         vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()
         family.vision_tower(vlm).to(device)  # nothing else of it is used
-        bind_kernels(vlm, resolve_kernels(config.model.kernels))  # as in training: other kernels round otherwise
     kind = visual_kind(config.data)
     label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
