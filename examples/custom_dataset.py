@@ -2,8 +2,8 @@
 
     python examples/custom_dataset.py QUESTIONS.jsonl --root data/scannet [--frames 8]
 
-A line of QUESTIONS.jsonl is ``{"scene": "scene0000_00", "question": "How many chairs?", "answers": ["2", "two"]}``. The
-script writes them in ScanQA's format to a folder of their own, links the scenes, and runs ``prepare.py scanqa`` there.
+A line of QUESTIONS.jsonl is ``{"scene": "scene0000_00", "question": "How many chairs?", "answers": ["2", "two"],
+"object_ids": [3, 5], "object_names": ["chair"]}``; the objects are those that the answer is about. The script writes them in ScanQA's format to a folder of their own, links the scenes, and runs ``prepare.py scanqa`` there.
 Train on the printed folder: ``--data.root FOLDER --data.train '[{path: prepared/scanqa/train}]'``.
 """
 
@@ -18,18 +18,19 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = ("posed_images", "scans", "scannet_data", "scannetv2-labels.combined.tsv")
 """Parts of the data root that do not depend on the questions."""
+REQUIRED = ("scene", "question", "answers", "object_ids", "object_names")
 
 
 def scanqa_entries(questions: Path) -> list[dict[str, object]]:
     """Entries of a ScanQA file, one per line of `questions`.
 
     Raises:
-        ValueError: a line without a scene, a question or an answer; names the file and the line.
+        ValueError: a line without one of the REQUIRED fields; names the file and the line.
     """
     entries: list[dict[str, object]] = []
     for number, line in enumerate(questions.read_text(encoding="utf-8").splitlines(), start=1):
         record = json.loads(line)
-        missing = [key for key in ("scene", "question", "answers") if not record.get(key)]
+        missing = [key for key in REQUIRED if not record.get(key)]
         if missing:
             raise ValueError(f"{questions}, line {number}: no {', '.join(missing)}")
         entries.append(
@@ -38,9 +39,8 @@ def scanqa_entries(questions: Path) -> list[dict[str, object]]:
                 "question_id": f"custom-{number}",
                 "question": record["question"],
                 "answers": record["answers"],
-                # A question about no single object: ScanQA lists the objects that an answer is about.
-                "object_ids": record.get("object_ids", []),
-                "object_names": record.get("object_names", []),
+                "object_ids": record["object_ids"],
+                "object_names": record["object_names"],
             }
         )
     return entries

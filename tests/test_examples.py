@@ -24,11 +24,12 @@ def test_the_push_term_is_registered_and_gated(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_question_without_an_answer_names_the_line(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
-    questions.write_text(json.dumps({"scene": "scene0000_00", "question": "How many?", "answers": []}))
+    record = {"scene": "scene0000_00", "question": "How many?", "object_ids": [3], "object_names": ["chair"]}
+    questions.write_text(json.dumps(record | {"answers": []}))
     entries = runpy.run_path(str(EXAMPLES / "custom_dataset.py"))["scanqa_entries"]
     with pytest.raises(ValueError, match=r"line 1.*answers"):
         entries(questions)
-    questions.write_text(json.dumps({"scene": "scene0000_00", "question": "How many?", "answers": ["2"]}))
+    questions.write_text(json.dumps(record | {"answers": ["2"]}))
     assert entries(questions)[0]["answers"] == ["2"]
 
 
