@@ -3,7 +3,8 @@
     python examples/custom_dataset.py QUESTIONS.jsonl --root data/scannet [--frames 8]
 
 A line of QUESTIONS.jsonl is ``{"scene": "scene0000_00", "question": "How many chairs?", "answers": ["2", "two"],
-"object_ids": [3, 5], "object_names": ["chair"]}``; the objects are those that the answer is about. The script writes them in ScanQA's format to a folder of their own, links the scenes, and runs ``prepare.py scanqa`` there.
+"object_ids": [3, 5], "object_names": ["chair"]}``; the objects are those that the answer is about. The script
+writes them in ScanQA's format to a folder of their own, links the scenes, and runs ``prepare.py scanqa`` there.
 Train on the printed folder: ``--data.root FOLDER --data.train '[{path: prepared/scanqa/train}]'``.
 """
 
