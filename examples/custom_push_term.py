@@ -2,26 +2,32 @@
 
     python launchers/train.py --plugin examples/custom_push_term.py --objective.push_term.name focal ...
 
-`focal` adds ``lambda * h * (1 - p)^2 * l``: like the built-in term `reweight`, but confident samples count less.
+`focal` adds ``lambda * h * (1 - p)^gamma * l``: like the built-in term `reweight`, but confident samples count less.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from w2r2_ds.objective.push_terms import PUSH_TERMS, PushInputs, PushTerm
+from w2r2_ds.objective.push_terms import PushInputs, PushTerm, register_push_term
 
 
-def focal(inputs: PushInputs) -> Tensor:
-    """``[batch]``: zero where the shortcut's similarity is below mu, because h is zero there.
+@register_push_term("focal")
+class Focal(PushTerm):
+    """lambda * h * (1 - p)^gamma * l, with p the geometric mean probability of the sample's answer tokens.
 
-    `cross_entropy` is l, the mean over a sample's answer tokens, so ``exp(-l)`` is their geometric mean probability.
-    The factor is detached: it weighs the gradient of l and has none of its own.
+    Args:
+        gamma: exponent; 0 is `reweight`.
     """
-    confidence = torch.exp(-inputs.cross_entropy.detach())
-    return inputs.lambda_det * inputs.hinge * (1 - confidence) ** 2 * inputs.cross_entropy
 
+    gated: ClassVar[bool] = True  # zero unless h > 0; the trainer warns if h stays zero
+    gamma: NonNegativeFloat = 2.0
 
-# `gated` declares that the term is zero unless h > 0; the trainer warns if h stays zero.
-PUSH_TERMS["focal"] = PushTerm(focal, gated=True)
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        """``[batch]``. The factor is detached: it weighs the gradient of l and has none of its own."""
+        confidence = torch.exp(-inputs.cross_entropy.detach())
+        return inputs.lambda_det * inputs.hinge * (1 - confidence) ** self.gamma * inputs.cross_entropy
