@@ -36,7 +36,7 @@ def metrics(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     reports = run_jobs(2, folder / "both", jobs)
     assert all(report["error"] is None for ranks in reports.values() for report in ranks)
     printed = (folder / "both" / "output.txt").read_text()
-    assert printed.count("holds all that data.cache_gib allows") == 2, "once per rank"
+    assert printed.count("is full: raise data.cache_gib") == 2, "once per rank"
     assert printed.count(f"feature cache {cache}: ") == 2, "once per run"
     return {each.name: read_metrics(folder / each.name) for each in jobs}
 

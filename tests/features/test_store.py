@@ -1,14 +1,14 @@
-"""The feature cache: whole files or none, whatever is written, killed, damaged or evicted meanwhile."""
+"""The feature cache: whole files or none, also with concurrent, killed or failing writers and damaged files."""
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import shutil
 import signal
 import stat
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from w2r2_ds.features import lookup
 from w2r2_ds.features.key import encoder_identity, features_key
 from w2r2_ds.features.lookup import Cached, flush
-from w2r2_ds.features.store import ABANDONED, GRACE, HEADER, Cache, file_size
+from w2r2_ds.features.store import ABANDONED, HEADER, Cache, file_size
 
 BIG = 10**9
 SEVEN = torch.full((500, 1000), 7.0)
@@ -54,12 +54,6 @@ def features(
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache", BIG)
-
-
-def used(cache: Cache, number: int, seconds_ago: float) -> None:
-    """Let a file have been used so long ago."""
-    then = time.time() - seconds_ago
-    os.utime(cache.path(key(number)), (then, then))
 
 
 def there(cache: Cache, numbers: range) -> list[int]:
@@ -117,7 +111,7 @@ def test_two_processes_write_one_key_at_once(cache: Cache) -> None:
     assert seen and [path.name for path in cache.folder.rglob("*.*")] == [f"{key(5)}.safetensors"]
 
 
-def test_a_writer_is_killed(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_writer_is_killed(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     """At any moment: then there is the whole file or none, and what it left aside goes after an hour."""
     for pause in range(12):
         process = fork_writer(cache, 6, 10**6)
@@ -126,7 +120,7 @@ def test_a_writer_is_killed(cache: Cache, capsys: pytest.CaptureFixture[str]) ->
         assert os.waitpid(process, 0)[1] == signal.SIGKILL
         read = cache.read(key(6))
         assert read is None or torch.equal(read, SEVEN)
-    assert capsys.readouterr().out == ""  # nothing was damaged
+    assert not caplog.records  # nothing was damaged
     assert list(cache.folder.rglob("*.partial"))  # it was killed while it wrote, too
     left = cache.path(key(7)).with_suffix(".safetensors.0123abcd.partial")
     left.write_bytes(b"half")
@@ -139,7 +133,7 @@ def test_a_writer_is_killed(cache: Cache, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "flipped shape", "another key", "no safetensors"])
-def test_a_damaged_file_is_named_and_made_again(cache: Cache, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_named_and_made_again(cache: Cache, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     kept = features(1, torch.bfloat16)
     cache.write(key(1), kept, {})
     cache.write(key(2), features(2, torch.bfloat16), {})
@@ -156,9 +150,9 @@ def test_a_damaged_file_is_named_and_made_again(cache: Cache, damage: str, capsy
     }[damage]
     path.write_bytes(changed)
     assert cache.read(key(1)) is None
-    said = capsys.readouterr().out
-    assert said.startswith(f"warning: {path} is damaged (") and said.endswith("); it is made again.\n")
-    assert cache.read(key(1)) is None and capsys.readouterr().out == ""
+    assert cache.read(key(1)) is None
+    (warning,) = [each.getMessage() for each in caplog.records]
+    assert warning.startswith(f"{path} is damaged (")
     assert cache.write(key(1), kept, {})
     again = cache.read(key(1))
     assert again is not None and torch.equal(again, kept)
@@ -176,60 +170,56 @@ def test_every_single_bit_is_in_the_checksum(cache: Cache) -> None:
         assert cache.read(key(1)) is None, bit
 
 
-def test_the_one_whose_last_use_is_oldest_goes_first(cache: Cache) -> None:
-    for number in range(4):
-        cache.write(key(number), features(number), {})
-        used(cache, number, GRACE + 100 * (4 - number))
-    size = cache.path(key(0)).stat().st_size
-    assert cache.read(key(0)) is not None  # now 1 is the oldest
-    small = Cache(cache.folder, 4 * size + HEADER)
-    assert small.write(key(4), features(4), {})
-    assert there(cache, range(5)) == [0, 2, 3, 4]
-    assert cache.read(key(4)) is not None and small.size() <= small.limit
-
-
-def test_reading_changes_no_byte_of_a_file(cache: Cache) -> None:
+def test_reading_changes_nothing(cache: Cache) -> None:
     cache.write(key(1), features(1), {})
-    used(cache, 1, 5000)
     before = cache.path(key(1)).stat(), cache.path(key(1)).read_bytes()
     cache.read(key(1))
     after = cache.path(key(1)).stat(), cache.path(key(1)).read_bytes()
-    assert before[1] == after[1] and before[0].st_ino == after[0].st_ino
-    assert after[0].st_mtime > before[0].st_mtime + 4000
+    assert before[1] == after[1]
+    assert (before[0].st_ino, before[0].st_mtime_ns) == (after[0].st_ino, after[0].st_mtime_ns)
 
 
-def test_what_this_run_uses_is_not_evicted_for_what_it_makes_next(cache: Cache) -> None:
-    """Else an epoch over more than fits would find nothing in the next one."""
+def test_a_full_cache_takes_no_more_files_and_still_serves(cache: Cache) -> None:
+    """Also where a file is larger than the limit alone. Nothing is evicted, nothing is left behind."""
     one = file_size((4, 30, 20, 8), torch.float32)
     small = Cache(cache.folder, 3 * one)
     written = [small.write(key(number), features(number), {}) for number in range(6)]
     assert written[:2] == [True, True] and not written[-1]
     assert there(small, range(6)) == [number for number in range(6) if written[number]]
     assert small.size() <= small.limit
-    later = Cache(cache.folder, 3 * one, began=time.time() + 1)  # a run that begins after all that
-    assert later.write(key(7), features(7), {}) and later.size() <= later.limit
+    assert small.write(key(0), features(0), {}), "it is there"
+    read = small.read(key(1))
+    assert read is not None and torch.equal(read, features(1))
+    assert not Cache(cache.folder, one - 1).write(key(9), features(9, shape=(500, 100)), {})
+    assert not list(cache.folder.rglob("*.partial"))
 
 
-def test_a_file_larger_than_the_limit_is_not_kept_and_nothing_goes_for_it(cache: Cache) -> None:
+def test_a_full_cache_is_logged_once(
+    cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "_warned", set())
+    small = Cache(cache.folder, 10)
+    for number in range(3):
+        Cached(small, key(number), {}, None).keep(features(number))
+    flush()
+    (warning,) = [each.getMessage() for each in caplog.records]
+    assert str(cache.folder) in warning and "data.cache_gib" in warning
+
+
+def test_only_files_of_the_cache_are_counted(cache: Cache) -> None:
+    """The folder may contain other files."""
     cache.write(key(1), features(1), {})
-    used(cache, 1, GRACE + 100)
-    small = Cache(cache.folder, 100_000)
-    assert not small.write(key(2), features(2, shape=(500, 100)), {})
-    assert there(small, range(3)) == [1]
-
-
-def test_only_files_of_its_own_are_counted_and_evicted(cache: Cache) -> None:
-    """Somebody may name a folder with other things in it."""
-    cache.write(key(1), features(1), {})
-    used(cache, 1, GRACE + 100)
     size = cache.size()
-    others = [cache.folder / "00" / "notes.safetensors", cache.folder / "notes.txt", cache.folder / "00" / "x.partial"]
-    for path in others:
+    for path in (
+        cache.folder / "00" / "notes.safetensors",
+        cache.folder / "notes.txt",
+        cache.folder / "00" / "x.partial",
+    ):
         path.write_bytes(b"x" * 10_000)
         os.utime(path, (1, 1))
     assert cache.size() == size
-    assert Cache(cache.folder, size + HEADER).write(key(2), features(2), {})
-    assert there(cache, range(3)) == [2] and all(path.exists() for path in others)
+    assert Cache(cache.folder, 2 * size + HEADER).write(key(2), features(2), {})
+    assert len(list(cache.folder.rglob("*.*"))) == 5
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(cache: Cache) -> None:
@@ -244,7 +234,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(cache: Cache) -> None:
 
 
 def test_a_cache_that_only_may_be_read_serves(
-    cache: Cache, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another user's; root may do everything, so the kernel's refusal is put in its place."""
 
@@ -252,19 +242,18 @@ def test_a_cache_that_only_may_be_read_serves(
         raise PermissionError(13, "Permission denied")
 
     cache.write(key(1), features(1), {})
-    monkeypatch.setattr(os, "utime", refuse)
     read = cache.read(key(1))
     assert read is not None and torch.equal(read, features(1))
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    monkeypatch.setattr(lookup, "_said", set())
+    monkeypatch.setattr(lookup, "_warned", set())
     for number in (2, 3):
         Cached(cache, key(number), {}, None).keep(features(number))
     flush()
-    said = capsys.readouterr().out
-    assert said.count("cannot be written (Permission denied); what it lacks is computed every time.") == 1
+    (warning,) = [each.getMessage() for each in caplog.records]
+    assert str(cache.folder) in warning and "cannot be written (Permission denied)" in warning
 
 
-def test_what_another_user_keeps_to_himself_is_said(tmp_path: Path) -> None:
+def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> None:
     """A file, and a folder of files: silence would cost every epoch the encoders. In a process that is not root's."""
     cache, said, secret = Cache(tmp_path / "cache", BIG), tmp_path / "said", key(2**255)
     for number in (1, 2**255):
@@ -275,7 +264,8 @@ def test_what_another_user_keeps_to_himself_is_said(tmp_path: Path) -> None:
     if not process:
         status = 1
         try:
-            with said.open("w") as output, redirect_stdout(output):
+            with said.open("w") as output:
+                logging.getLogger("w2r2_ds.features").handlers = [logging.StreamHandler(output)]
                 os.chdir(cache.folder)  # as whom the folders above let nobody through
                 if os.geteuid() == 0:
                     os.setuid(65534)
@@ -289,7 +279,7 @@ def test_what_another_user_keeps_to_himself_is_said(tmp_path: Path) -> None:
     cache.path(secret).parent.chmod(0o700)
     lines = said.read_text().splitlines()
     assert ended == 0 and len(lines) == 2, lines
-    assert all("cannot be read (Permission denied); its features are computed." in line for line in lines)
+    assert all("cannot be read (Permission denied)" in line for line in lines)
 
 
 def test_a_program_error_while_writing_comes_up(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

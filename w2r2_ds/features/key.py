@@ -1,7 +1,7 @@
-"""What makes two features the same: the content of the ordered frames, and everything that the encoder depends on.
+"""Cache key of a feature: hash of the ordered frames' content and of everything that the encoder depends on.
 
-Content, not name and date: a key holds where scenes are moved or copied to another node, tasks that look at the same
-frames share one file, and a frame that is replaced behind our back cannot be taken for the old one.
+Content instead of path and date: the key stays valid if scenes are moved or copied to another node, tasks with the same
+frames share one file, and a replaced frame gets a new key.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 from w2r2_ds.utils import atomic_io
 
 VERSION = 1
-"""Of pre-processing and encoders' code; raised whenever they give other values for the same frames and weights."""
-REMEMBERED = 2**17
-"""Digests of frames that a process keeps."""
+"""Version of the pre-processing and encoder code; increase it when the same frames and weights give other values."""
+MAX_DIGESTS = 2**17
+"""Number of frame digests that a process keeps in memory."""
 
 
 def encoder_identity(about: Mapping[str, Any]) -> str:
-    """Hash of all facts about an encoder and its input besides the frames; `about` is plain JSON."""
+    """Hash of the encoder and its settings, without the frames; `about` must be serialisable as JSON."""
     return hashlib.sha256(json.dumps([VERSION, about], sort_keys=True).encode()).hexdigest()
 
 
 def features_key(identity: str, frames: Sequence[Path]) -> str:
-    """64 hexadecimal digits for an encoder's features of these frames in this order.
+    """Cache key (64 hexadecimal digits) of an encoder's features of these frames in this order.
 
     Raises:
         ValueError: a frame cannot be read.
@@ -38,22 +38,22 @@ def features_key(identity: str, frames: Sequence[Path]) -> str:
 
 
 def frame_digest(path: Path) -> str:
-    """SHA-256 of a file's content, read again only after the file was changed or replaced.
+    """SHA-256 of a file's content; the file is read again only after it was changed or replaced.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     try:
         status = os.stat(path)
-        # No program can set the time of change back, as it can that of modification.
-        seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        return _digest(path, seen)
+        # The modification time can be set back (rsync and tar do); the change time (ctime) cannot.
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return _digest(path, version)
     except OSError as error:
         raise ValueError(
             f"Frame {path} cannot be read ({error.strerror}); extract the scene's frames again, or correct data.root."
         ) from error
 
 
-@functools.lru_cache(REMEMBERED)
-def _digest(path: Path, seen: tuple[int, ...]) -> str:
+@functools.lru_cache(MAX_DIGESTS)
+def _digest(path: Path, version: tuple[int, ...]) -> str:
     return atomic_io.digest(path).sha256

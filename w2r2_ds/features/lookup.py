@@ -1,11 +1,12 @@
-"""A sample's features on their way: looked up where it is loaded, computed and written where they are missing.
+"""Look up a sample's features in the cache, and write computed features in the background.
 
-Loader processes read (and so pay for the checksum); the training process writes, in a thread, so that a step does not
-wait for the disk.
+Loader processes read and verify the checksum. The training process writes in a thread, so that a step does not wait for
+the disk.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,19 +20,21 @@ import torch
 from w2r2_ds.features.key import features_key
 from w2r2_ds.features.store import Cache
 
-BACKLOG = 4
-"""Features that wait in memory to be written; a step that makes more waits for the disk."""
+logger = logging.getLogger(__name__)
+
+MAX_PENDING = 4
+"""Features that may wait in memory to be written; beyond that, a step waits for the disk."""
 
 
 @dataclass(frozen=True)
 class Cached:
-    """One sample's features of one encoder, or where they shall be kept.
+    """Result of a cache lookup: one sample's features of one encoder.
 
     Attributes:
-        cache: where.
-        key: of the features.
-        about: what they are of, for the file.
-        features: None where the cache lacks them: then the encoder makes them, and `keep` is called.
+        cache: the cache that was searched.
+        key: key of the features.
+        about: metadata for the file: kind of the features, encoder identity and frame paths.
+        features: None if the cache does not have them; then the caller computes them and calls `keep`.
     """
 
     cache: Cache
@@ -40,28 +43,28 @@ class Cached:
     features: torch.Tensor | None
 
     def is_of(self, frames: Sequence[Path]) -> bool:
-        """Whether these frames are still what the key was made of."""
+        """Whether the key is that of these frames' current content."""
         return self.key == features_key(self.about["encoder"], frames)
 
     def is_learnt(self) -> bool:
-        """Whether the cache lacked these features when it was asked, and has them now."""
+        """Whether the features were missing at lookup and have been written since."""
         return self.features is None and self.cache.has(self.key)
 
     def keep(self, features: torch.Tensor) -> None:
-        """Write features that have just been made; comes back before that is done. On a GPU this waits for them."""
-        while _pending and (_pending[0].done() or len(_pending) >= BACKLOG):
+        """Write computed features to the cache in the background; waits only for their copy to the CPU."""
+        while _pending and (_pending[0].done() or len(_pending) >= MAX_PENDING):
             _pending.popleft().result()
         _pending.append(_writer.submit(_write, self.cache, self.key, features.detach().cpu(), self.about))
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """How a loader finds what need not be computed; may be sent to other processes.
+    """Look up features of both encoders by frames; picklable.
 
     Attributes:
-        cache: where it lies.
-        geometry: identity of the geometry encoder with its input (``cache_key.encoder_identity``).
-        vision: likewise of the vision tower; None where its features are not cached.
+        cache: the cache on disk.
+        geometry: identity of the geometry encoder and its input (``key.encoder_identity``).
+        vision: identity of the vision tower and its input; None if its features are not cached.
     """
 
     cache: Cache
@@ -69,11 +72,11 @@ class FeatureCache:
     vision: str | None = None
 
     def find_3d(self, frames: Sequence[Path]) -> Cached:
-        """Geometry features ``[frames, h, w, channels]``, as the encoder gives them."""
+        """Geometry features ``[frames, h, w, channels]``."""
         return self._find("geometry", self.geometry, frames)
 
     def find_2d(self, frames: Sequence[Path]) -> Cached | None:
-        """Features ``[tokens, hidden]`` of the vision tower, frame after frame; None where they are not cached."""
+        """Vision tower features ``[tokens, hidden]`` in frame order; None if they are not cached."""
         return None if self.vision is None else self._find("2d", self.vision, frames)
 
     def _find(self, kind: str, identity: str, frames: Sequence[Path]) -> Cached:
@@ -84,21 +87,21 @@ class FeatureCache:
 
 _writer = ThreadPoolExecutor(1, thread_name_prefix="feature-cache")
 _pending: deque[Future[None]] = deque()
-_said: set[str] = set()
+_warned: set[str] = set()
 _sizes: dict[Path, int] = {}
 
 
 def flush() -> None:
-    """Wait until all that was kept is written; errors that are no disk's come up here."""
+    """Wait for pending writes; errors other than OSError are raised here."""
     while _pending:
         _pending.popleft().result()
 
 
 def size_of(cache: Cache) -> int:
-    """Bytes of a cache, as this process saw them after the last time it wrote.
+    """Size of a cache in bytes, measured after this process's last write.
 
     Raises:
-        OSError: a part of it may not be listed.
+        OSError: a folder of the cache cannot be listed.
     """
     if cache.folder not in _sizes:
         _sizes[cache.folder] = cache.size()
@@ -107,17 +110,18 @@ def size_of(cache: Cache) -> int:
 
 def _write(cache: Cache, key: str, features: torch.Tensor, about: dict[str, Any]) -> None:
     try:
-        kept = cache.write(key, features, about)
+        written = cache.write(key, features, about)
     except OSError as error:
-        _say_once(f"the feature cache {cache.folder} cannot be written ({error.strerror or error})")
+        _warn_once(f"The feature cache {cache.folder} cannot be written ({error.strerror or error})")
     else:
-        if not kept:
-            _say_once(f"the feature cache {cache.folder} holds all that data.cache_gib allows")
+        if not written:
+            _warn_once(f"The feature cache {cache.folder} is full: raise data.cache_gib, or delete its old files")
         with suppress(OSError):
-            _sizes[cache.folder] = cache.size()  # here: a network's disk takes seconds to list, and a step logs it
+            # Listing a network disk takes seconds: do it in this thread, not in the training step that logs the size.
+            _sizes[cache.folder] = cache.size()
 
 
-def _say_once(what: str) -> None:
-    if what not in _said:
-        _said.add(what)
-        print(f"warning: {what}; what it lacks is computed every time.", flush=True)
+def _warn_once(problem: str) -> None:
+    if problem not in _warned:
+        _warned.add(problem)
+        logger.warning("%s. Features that it does not have are computed in every epoch.", problem)

@@ -44,7 +44,7 @@ def files(config: RunConfig) -> list[Path]:
 
 
 def test_what_is_filled_ahead_is_what_training_would_make(
-    config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+    config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of every frame set, once; a second call finds all, makes again what is damaged, and adds another split."""
     run = config()
@@ -59,7 +59,7 @@ def test_what_is_filled_ahead_is_what_training_would_make(
     damaged.write_bytes(damaged.read_bytes()[:-1])
     fill_cache(run, ["train", "val"], False, RankInfo())
     said = capsys.readouterr().out
-    assert f"{damaged} is damaged" in said and "missing in" in said and ": 1 files" in said
+    assert f"{damaged} is damaged" in caplog.text and "missing in" in said and ": 1 files" in said
     assert {path for path in files(run) if path.stat().st_ino != inodes[path]} <= {damaged} and len(files(run)) == 6
     fill_cache(run, ["train", "val"], False, RankInfo())
     assert ": 0 files, 0 GiB (free" in capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_what_is_filled_ahead_is_what_training_would_make(
 def test_what_could_not_be_kept_is_not_called_complete(
     config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another run's files that are in use may fill the cache, and a disk may fail."""
+    """Another run's files may fill the cache, and a disk may fail."""
     real = Cache.write
     monkeypatch.setattr(Cache, "write", lambda self, key, *rest: key[0] in "01234567" and real(self, key, *rest))
     run = config()
@@ -114,6 +114,12 @@ def test_the_forecast_is_what_is_written(
 def test_there_is_no_room(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"more than data\.cache_gib = 1e-05; raise it, or fill the cache for fewer"):
         fill_cache(config(data__cache_gib=1e-5), ["train"], False, RankInfo())
+    older = Path(config().data.cache) / "00" / f"{0:064x}.safetensors"  # of other weights
+    older.parent.mkdir(parents=True)
+    older.write_bytes(b"x" * 1_000_000)
+    with pytest.raises(ValueError, match=r"data\.cache_gib"):
+        fill_cache(config(data__cache_gib=1e-3), ["train"], False, RankInfo())
+    older.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(ValueError, match=r"cache has 9\.31e-06 GiB free, but the missing features need .*; make room"):
         fill_cache(config(), ["train"], False, RankInfo())

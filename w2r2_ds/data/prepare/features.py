@@ -157,11 +157,16 @@ def refuse_too_large(cache: Cache, whole: Need, lacking: Need) -> None:
             f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames "
             "(of protocol vgllm every sample has its own, of scene_sets samples share them)."
         )
-    growth, free = min(lacking.bytes, cache.limit - cache.size()), shutil.disk_usage(cache.folder).free
-    if growth > free:
+    size, free = cache.size(), shutil.disk_usage(cache.folder).free
+    if size + lacking.bytes > cache.limit:
         raise ValueError(
-            f"{cache.folder} has {gib(free)} free, but the missing features need {gib(growth)}; make room, or name "
-            "another folder with data.cache."
+            f"{cache.folder} holds {gib(size)} and the missing features need {gib(lacking.bytes)}, more than "
+            f"data.cache_gib = {cache.limit / 2**30:.3g} together; raise it, or delete files of older weights."
+        )
+    if lacking.bytes > free:
+        raise ValueError(
+            f"{cache.folder} has {gib(free)} free, but the missing features need {gib(lacking.bytes)}; make room, or "
+            "name another folder with data.cache."
         )
 
 
