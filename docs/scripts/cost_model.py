@@ -49,7 +49,7 @@ def parts() -> tuple[Row, list[Row]]:
         for frames in (8, 16, 32):
             shape = square(size, frames)
             whole, read = cost_model.language(shape), cost_model.language(shape, shape.answer_tokens)
-            own = cost_model.field_step(shape, MODES["LoRA, checkpointed"])
+            own = cost_model.baseline_step(shape, MODES["LoRA, checkpointed"])
             values = (own.vision, own.geometry, whole.linear + whole.attention, whole.head, read.forward())
             rows.append([name, str(frames), str(shape.tokens), *(f"{value / TERA:.1f}" for value in values)])
     head = ["size", "frames", "tokens", "vision tower", "VGGT", "LLM forward", "head, all rows", "shortcut forward"]
@@ -60,7 +60,7 @@ def ways(shape: Shape, mode: Mode) -> dict[str, float]:
     """Operations of a step by every way, in Tflop per sample."""
     own, alone = cost_model.own_step(shape, mode), cost_model.own_step(shape, mode, two_passes=False)
     found = {
-        "field": cost_model.field_step(shape, mode).total(),
+        "field": cost_model.baseline_step(shape, mode).total(),
         "naive": cost_model.naive_step(shape, mode).total(),
         "shared": cost_model.shared_step(shape, mode).total(),
         "exact": own.total(),
@@ -97,7 +97,7 @@ def packed() -> tuple[Row, list[Row]]:
     for name, size in SIZES.items():
         for mode_name in ("full, checkpointed", "LoRA, checkpointed"):
             shape, mode = replace(size, frames=24), MODES[mode_name]
-            field = cost_model.field_step(shape, mode).total()
+            field = cost_model.baseline_step(shape, mode).total()
             steps = [cost_model.own_step(shape, mode, count).total(geometry=False, vision=False) for count in QUESTIONS]
             steps.append(cost_model.own_step(shape, mode, 8).total())
             cells = [f"{value / TERA:.0f} ({value / field:.2f}x)" for value in steps]

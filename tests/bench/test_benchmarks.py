@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from w2r2_ds.bench import BENCHMARKS, load
-from w2r2_ds.bench.hf_trainer import FieldModel, stock, stock_inputs
+from w2r2_ds.bench.hf_trainer import BaselineModel, stock, stock_inputs
 from w2r2_ds.bench.model import Subject, build
 from w2r2_ds.bench.reference import check_equal, difference, gradients, plain_loss
 from w2r2_ds.bench.shapes import TINY
-from w2r2_ds.bench.step_ratio import CACHES, FIELD, NAIVE, SINGLE, W2R2_STEP
+from w2r2_ds.bench.step_ratio import BASELINE, CACHES, NAIVE, SINGLE, W2R2_STEP
 from w2r2_ds.commands.bench import main
 
 
@@ -60,8 +60,8 @@ def test_step_ratio(tmp_path: Path) -> None:
     report = run(tmp_path, "step_ratio", "--shape", "tiny", "--rounds", "1", "--memory", "false")
     rows = rows_of(report, "case")
     ways = {start + end for start in (SINGLE, W2R2_STEP) for end in CACHES}
-    assert set(rows) == ways | {FIELD, FIELD + ", both cached", NAIVE}
-    assert rows[FIELD]["/baseline"] == rows[FIELD]["model"] == 1.0
+    assert set(rows) == ways | {BASELINE, BASELINE + ", both cached", NAIVE}
+    assert rows[BASELINE]["/baseline"] == rows[BASELINE]["model"] == 1.0
     assert all(rows[SINGLE + end]["/own single"] == 1.0 for end in CACHES)
     # The cost model's order: what a cache holds is not computed, a second pass is, and a graph makes it dearer.
     model = {name: row["model"] for name, row in rows.items()}
@@ -75,7 +75,7 @@ def test_scene_pack(tmp_path: Path) -> None:
     report = run(tmp_path, "scene_pack", "--shape", "tiny", "--questions", "[1,3]", "--rounds", "1")
     rows = rows_of(report, "case")
     packed = {f"W2R2, K = {count}, both cached" for count in (1, 3)} | {"W2R2, K = 3"}
-    assert set(rows) == packed | {FIELD, FIELD + ", both cached", "own single pass, K = 3, both cached"}
+    assert set(rows) == packed | {BASELINE, BASELINE + ", both cached", "own single pass, K = 3, both cached"}
     for name, row in rows.items():
         assert row["per sample"] == row["seconds"] / (3 if "K = 3" in name else 1)
     assert rows["W2R2, K = 3, both cached"]["model"] < rows["W2R2, K = 1, both cached"]["model"]
@@ -137,7 +137,7 @@ def test_the_field_and_our_single_pass_have_the_same_gradients(subject: Subject)
     model, none = subject.model, subject.step("none")
     own = gradients(model, none(batch)[0])
     assert difference(gradients(model, plain_loss(subject.step("poe"), batch)), own) > 1e-2
-    field = FieldModel(model)
+    field = BaselineModel(model)
     geometry = field.geometry
     field.geometry = lambda images: geometry(images).flip(0)  # type: ignore[method-assign]
     assert difference(gradients(model, field(**stock_inputs(batch)).loss), own) > 1e-4

@@ -1,4 +1,4 @@
-"""The benchmarks behind every claim about speed or memory; `launchers/bench.py NAME` runs one."""
+"""Benchmarks of speed and memory; `launchers/bench.py NAME` runs one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BENCHMARKS = {
     "iou": "oriented IoU: speed and error",
     "eval_throughput": "seconds per generated answer",
 }
-"""Name -> what it measures. Each is a file here, with a function of its name that returns a `Report`."""
+"""Name -> description. Module NAME has a function NAME that returns a `Report`."""
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function of a benchmark."""
+    """Import a benchmark's function."""
     function: Callable[..., Any] = getattr(import_module(f"{__name__}.{name}"), name)
     return function

@@ -1,4 +1,4 @@
-"""The field's way by itself: steps of Hugging Face's Trainer on stock code, the unit that ratios are in."""
+"""HF Trainer baseline: training steps of Hugging Face's Trainer on the stock model, the denominator of all ratios."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.harness import Case, Spread, find_device, interleave
-from w2r2_ds.bench.hf_trainer import FieldTrainer
+from w2r2_ds.bench.hf_trainer import BaselineTrainer
 from w2r2_ds.bench.model import build, describe
 from w2r2_ds.bench.report import Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
@@ -21,16 +21,16 @@ def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 
 
     Args:
         shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
-        frames: frames per sample, one or several; the shape's own without it.
-        rounds: steps.
+        frames: numbers of frames per sample; default: the shape's own.
+        rounds: number of steps.
     """
-    report = Report("baseline", "the field's training step: HF Trainer, one sample, LoRA, checkpointing", [])
+    report = Report("baseline", "training step of the HF Trainer baseline: one sample, LoRA, checkpointing", [])
     for each in find_shapes(shape, frames or []):
         device = find_device()
         subject = build(each, device)
-        field = FieldTrainer(subject, subject.batch())
-        given = field.towers()
-        cases: dict[str, Case] = {"whole step": field.step, "without the towers": partial(field.step, given)}
+        trainer = BaselineTrainer(subject, subject.batch())
+        given = trainer.towers()
+        cases: dict[str, Case] = {"whole step": trainer.step, "without the towers": partial(trainer.step, given)}
         warmups = 2 if device.type == "cuda" else 0
         spreads = interleave(cases, rounds, device, warmups)
         rate = matrix_rate(device, resolve_dtype(each.dtype)) if device.type == "cuda" else None
@@ -41,9 +41,9 @@ def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 
 
 
 def row(shape: Shape, name: str, spread: Spread, rate: float | None) -> dict[str, object]:
-    """What one part took, and on a GPU what of the measured matrix rate the language model used."""
+    """Table row: time and FLOP/s of one part; on a GPU also the language model's MFU."""
     whole = name == "whole step"
-    operations = cost_model.field_step(shape, LORA).total(geometry=whole, vision=whole)
+    operations = cost_model.baseline_step(shape, LORA).total(geometry=whole, vision=whole)
     values: dict[str, object] = {
         "part": name,
         "shape": f"{shape.name}, {shape.frames} frames",

@@ -1,7 +1,8 @@
-"""The cost model: floating point operations of every part of a step, from the shapes alone.
+"""Cost model: floating-point operations (FLOPs) of every part of a training step, from shapes alone.
 
-A multiply and an add are two operations. Attention is counted as the causal half in the language model and whole in the
-towers; norms, activations, LoRA's own products and everything else that is small are left out.
+A multiply-add is two operations. Attention counts the causal half in the language model and all pairs in the towers.
+Norms, activations and LoRA's own products are not counted. `training/throughput.py` counts the FLOPs of a real model
+and batch, with all pairs of the attention (PaLM's convention for MFU).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from w2r2_ds.models.vggt.model import VGGTConfig
 
 TERA = 1e12
 BACKWARD_ATTENTION = 2.5
-"""Of one forward: the scores again, and four products instead of two."""
+"""Cost of attention's backward in forwards: FlashAttention recomputes the scores and makes four products, not two."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Mode:
     """How the language model is trained.
 
     Attributes:
-        full: all of its weights; else LoRA, whose backward pass makes no gradients of frozen weights.
-        checkpointing: layers are computed again in the backward pass.
+        full: full fine-tuning; otherwise LoRA, whose backward pass computes no gradients of frozen weights.
+        checkpointing: activation checkpointing; layers are recomputed in the backward pass.
     """
 
     full: bool = False
@@ -30,39 +31,39 @@ class Mode:
 
     @property
     def linear(self) -> float:
-        """Cost of a step in forwards, of linear layers."""
+        """Cost of a training step in units of one forward: linear layers."""
         return (3.0 if self.full else 2.0) + self.checkpointing
 
     @property
     def attention(self) -> float:
-        """Cost of a step in forwards, of attention."""
+        """Cost of a training step in units of one forward: attention."""
         return 1.0 + BACKWARD_ATTENTION + self.checkpointing
 
     @property
     def head(self) -> float:
-        """Cost of a step in forwards, of the LM head, which is not computed again."""
+        """Cost of a training step in units of one forward: the LM head, which is not recomputed."""
         return 3.0 if self.full else 2.0
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Forward operations of one pass of the language model."""
+    """FLOPs of one forward pass of the language model."""
 
     linear: float
     attention: float
     head: float
 
     def forward(self) -> float:
-        """Of a pass without a graph."""
+        """FLOPs of a pass without gradients."""
         return self.linear + self.attention + self.head
 
     def trained(self, mode: Mode) -> float:
-        """Of forward, backward and what is computed again."""
+        """FLOPs of forward, backward and recomputation."""
         return mode.linear * self.linear + mode.attention * self.attention + mode.head * self.head
 
 
 def vision(shape: Shape) -> float:
-    """The vision tower and its merger, for all frames."""
+    """FLOPs of the vision tower and its merger for all frames."""
     columns, rows = shape.grid
     patches, hidden = columns * rows, shape.vision_hidden
     per_layer = 4 * hidden**2 + 3 * hidden * shape.vision_intermediate
@@ -77,7 +78,7 @@ def vision(shape: Shape) -> float:
 
 
 def vggt(config: VGGTConfig, frames: int, tokens: int, layers: int) -> float:
-    """VGGT up to so many layers, for frames of so many tokens each."""
+    """FLOPs of VGGT's ViT and first `layers` layers for `frames` frames of `tokens` tokens each."""
     width, every = config.embed_dim, frames * tokens
     vit = config.vit_depth * (2 * (4 + 2 * config.vit_mlp_ratio) * width**2 + 4 * width * tokens)
     linear = 2 * (4 + 2 * config.mlp_ratio) * width**2
@@ -87,24 +88,24 @@ def vggt(config: VGGTConfig, frames: int, tokens: int, layers: int) -> float:
 
 
 def geometry_merger(shape: Shape) -> float:
-    """One forward of the trained merger."""
+    """FLOPs of one forward of the geometry merger."""
     merged = 2 * shape.vggt.embed_dim * MERGE**2
     return 2 * shape.visual_tokens * (merged * shape.merger_hidden + shape.merger_hidden * shape.hidden)
 
 
 def layer_weights(shape: Shape) -> tuple[int, int]:
-    """Weights of one decoder layer: all of them, and those of keys and values."""
+    """Number of weights of one decoder layer: all, and those of the key and value projections."""
     keys = 2 * shape.hidden * (shape.hidden // shape.heads) * shape.kv_heads
     return 2 * shape.hidden**2 + keys + 3 * shape.hidden * shape.intermediate, keys
 
 
 def language(shape: Shape, rows: int | None = None, questions: int = 1) -> Pass:
-    """One forward over a sequence.
+    """FLOPs of one forward over a sequence.
 
     Args:
-        shape: of the model and of a sample.
-        rows: hidden states that are read: the last layer and the head are computed for them only; None for all.
-        questions: suffixes that share one prefix.
+        shape: shape of the model and of a sample.
+        rows: number of positions for which the last layer and the head are computed; None for all.
+        questions: number of suffixes that share one prefix.
     """
     weights, keys = layer_weights(shape)
     prefix, suffix = shape.prefix_tokens, shape.tokens - shape.prefix_tokens
@@ -122,13 +123,13 @@ def language(shape: Shape, rows: int | None = None, questions: int = 1) -> Pass:
 
 @dataclass(frozen=True)
 class Step:
-    """Operations per sample of one way to train.
+    """FLOPs per sample of one training step.
 
     Attributes:
-        vision, geometry: of the towers.
-        merger: of the geometry merger, which trains.
-        fused: of the pass that trains.
-        shortcut: of the other.
+        vision, geometry: the frozen towers.
+        merger: the geometry merger, which is trained.
+        fused: the fused pass, which is trained.
+        shortcut: the visual-only pass.
     """
 
     vision: float
@@ -138,31 +139,31 @@ class Step:
     shortcut: float
 
     def total(self, geometry: bool = True, vision: bool = True) -> float:
-        """Of the whole step; without what a cache holds."""
+        """FLOPs of the whole step; without the towers whose features are cached."""
         parts = self.merger + self.fused + self.shortcut
         return parts + (self.vision if vision else 0.0) + (self.geometry if geometry else 0.0)
 
 
-def field_step(shape: Shape, mode: Mode) -> Step:
-    """The field's way: one pass, logits on every row, all of VGGT."""
+def baseline_step(shape: Shape, mode: Mode) -> Step:
+    """HF Trainer baseline: one pass, logits at all positions, all layers of VGGT."""
     geometry = vggt(shape.vggt, shape.frames, shape.geometry_tokens, shape.vggt.depth)
     return Step(vision(shape), geometry, 3 * geometry_merger(shape), language(shape).trained(mode), 0.0)
 
 
 def naive_step(shape: Shape, mode: Mode) -> Step:
-    """Two passes of the field's with a graph each; the vision tower runs in both."""
-    one = field_step(shape, mode)
+    """Two passes of the baseline, both with gradients; the vision tower runs in both."""
+    one = baseline_step(shape, mode)
     return Step(2 * one.vision, one.geometry, one.merger, one.fused, one.fused)
 
 
 def shared_step(shape: Shape, mode: Mode) -> Step:
-    """Features shared and the shortcut without a graph; logits still on every row."""
-    one = field_step(shape, mode)
+    """Two passes with shared features, the visual-only one without gradients; logits at all positions."""
+    one = baseline_step(shape, mode)
     return Step(one.vision, one.geometry, one.merger, one.fused, language(shape).forward())
 
 
 def own_step(shape: Shape, mode: Mode, questions: int = 1, two_passes: bool = True) -> Step:
-    """This project's step, per sample, with so many questions about a scene in one sequence."""
+    """This project's step, per sample, with `questions` questions about a scene packed in one sequence."""
     passed = language(shape, shape.answer_tokens, questions)
     geometry = vggt(shape.vggt, shape.frames, shape.geometry_tokens, shape.geometry_layer + 1)
     towers = (vision(shape) / questions, geometry / questions, 3 * geometry_merger(shape) / questions)
@@ -170,9 +171,9 @@ def own_step(shape: Shape, mode: Mode, questions: int = 1, two_passes: bool = Tr
 
 
 def model_operations(shape: Shape, two_passes: bool) -> float:
-    """What MFU counts of the language model per sample under LoRA, as `training/throughput.py` does.
+    """Model FLOPs of the language model per sample under LoRA, counted for MFU as in `training/throughput.py`.
 
-    Attention whole, its backward pass twice its forward; nothing that need not be computed, nothing computed again.
+    All pairs of attention, its backward twice its forward; no recomputation.
     """
     passed = language(shape, shape.answer_tokens)
     products, attention = passed.linear + passed.head, 2 * passed.attention

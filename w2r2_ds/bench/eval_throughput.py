@@ -1,4 +1,4 @@
-"""Answers a second: the stock `generate` per sample with both towers, and this project's batches of prompts."""
+"""Generated answers per second: the stock `generate` per sample with both towers, and this project's batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from w2r2_ds.bench.harness import find_device, interleave, ratio
-from w2r2_ds.bench.hf_trainer import FieldModel, stock
+from w2r2_ds.bench.hf_trainer import BaselineModel, stock
 from w2r2_ds.bench.model import Subject
 from w2r2_ds.bench.model import build as build_subject
 from w2r2_ds.bench.report import Criterion, Report
@@ -21,7 +21,7 @@ from w2r2_ds.data.processor import Features
 from w2r2_ds.evaluation.generate import generate_tokens
 from w2r2_ds.types.batch import Batch
 
-FIELD = "field: one sample at a time"
+BASELINE = "field: one sample at a time"
 
 
 def eval_throughput(
@@ -31,9 +31,9 @@ def eval_throughput(
 
     Args:
         shape: cpu, tiny, 3b or 7b.
-        batch_sizes: prompts per forward of ours.
-        tokens: of every answer.
-        rounds: how often each is run, in turns.
+        batch_sizes: batch sizes of this project's generation.
+        tokens: length of every answer.
+        rounds: number of runs per case, interleaved.
     """
     (chosen,) = find_shapes(shape, [])
     device = find_device()
@@ -49,12 +49,12 @@ def eval_throughput(
 
         return case
 
-    cases = {FIELD: keep(FIELD, lambda: stock_tokens(subject, prompts(subject, 1), tokens))}
+    cases = {BASELINE: keep(BASELINE, lambda: stock_tokens(subject, prompts(subject, 1), tokens))}
     for size, batch in batches.items():
         name = f"ours, {size} at a time"
         cases[name] = keep(name, partial(ours, subject, batch, tokens))
     spreads = interleave(cases, rounds, device)
-    counts = {FIELD: 1} | {f"ours, {size} at a time": size for size in batch_sizes}
+    counts = {BASELINE: 1} | {f"ours, {size} at a time": size for size in batch_sizes}
     for name, spread in spreads.items():
         per_answer = spread.median / counts[name]
         report.rows.append(
@@ -62,18 +62,18 @@ def eval_throughput(
                 "way": name,
                 **spread.columns(),
                 "answers/s": 1 / per_answer,
-                "/field": ratio(spread, spreads[FIELD]) / counts[name],
+                "/field": ratio(spread, spreads[BASELINE]) / counts[name],
             }
         )
     first = f"ours, {batch_sizes[0]} at a time"
     report.criteria.append(
-        Criterion("answers that differ from the stock ones", float(answers[first][0] != answers[FIELD]), 0)
+        Criterion("answers that differ from the stock ones", float(answers[first][0] != answers[BASELINE]), 0)
     )
     return report
 
 
 def prompts(subject: Subject, count: int) -> Batch:
-    """So many prompts, each with frames of its own, left-padded."""
+    """Batch of `count` left-padded prompts, each with its own frames."""
     made = [prompt(feature) for feature in subject.features(count)]
     collate = Collator(
         subject.frontend.tokenizer.pad_token_id, "image", None, subject.frontend.vision, subject.frontend.family
@@ -82,7 +82,7 @@ def prompts(subject: Subject, count: int) -> Batch:
 
 
 def prompt(feature: Features) -> Features:
-    """A sample without its answer."""
+    """Remove the answer from a sample."""
     length = len(feature.input_ids) - feature.answer_tokens
     return replace(
         feature,
@@ -95,14 +95,14 @@ def prompt(feature: Features) -> Features:
 
 
 def ours(subject: Subject, batch: Batch, tokens: int) -> list[list[int]]:
-    """This project's answers."""
+    """Token ids of this project's answers."""
     return generate_tokens(subject.model, batch, subject.frontend.tokenizer, "fused", tokens, DataConfig().video_fps)
 
 
 @torch.inference_mode()
 def stock_tokens(subject: Subject, batch: Batch, tokens: int) -> list[int]:
-    """One answer by the stock `generate`, all of VGGT computed."""
-    field = FieldModel(subject.model)
+    """Token ids of one answer of the stock `generate`, with all layers of VGGT."""
+    field = BaselineModel(subject.model)
     images = batch.visuals.geometry_images[0]
     assert images is not None, "a batch without a cache"
     tokenizer = subject.frontend.tokenizer

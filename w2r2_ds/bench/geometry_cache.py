@@ -1,4 +1,4 @@
-"""What geometry features cost from the cache and from VGGT, and that both are the same bits."""
+"""Time to read geometry features from the cache and to compute them with VGGT; checks that both are bit-equal."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from w2r2_ds.utils import atomic_io
 VGGT_WAY, READ, DECODE = "VGGT", "read and checksum", "decode and resize, which a hit saves too"
 WRITE, FIRST = "write and flush to the disk, once", "digest of the frames, once per process"
 SIZE = (640, 480)
-"""Pixels of a frame's file."""
+"""Width and height of a frame in pixels."""
 SHARE = 0.05
-"""Of VGGT's time that a read may take."""
+"""Maximum time of a read relative to VGGT."""
 
 
 def geometry_cache(
@@ -65,17 +65,17 @@ class Disk:
         return torch.from_numpy(resize_for_vggt([load_frame(path) for path in self.paths], width=self.width))
 
     def find(self) -> Cached:
-        """What the loader does."""
+        """Look up the features, as the data loader does."""
         return self.finder.find_3d(self.paths)
 
     def write(self, features: Tensor) -> None:
-        """As if it were not there yet."""
+        """Write the features to a new file."""
         key = features_key(self.finder.geometry, self.paths)
         self.finder.cache.path(key).unlink(missing_ok=True)
         assert self.finder.cache.write(key, features, {}), "there is room"
 
     def digest(self) -> None:
-        """What a process does when it first meets these files."""
+        """Hash the frames, as a process does the first time it uses them."""
         for path in self.paths:
             atomic_io.digest(path)
 
@@ -120,13 +120,13 @@ def measure(shape: Shape, rounds: int, place: Path, report: Report) -> None:
 
 
 def encoder_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> VGGTEncoder:
-    """Random weights, the same every time."""
+    """VGGT encoder with random weights from a fixed seed."""
     torch.manual_seed(0)
     return VGGTEncoder(VGGT(shape.vggt).to(device, dtype), shape.geometry_layer)
 
 
 def differing(encoder: VGGTEncoder, disk: Disk, images: Tensor) -> float:
-    """How many values come back other than VGGT makes them again."""
+    """Number of cached values that differ from recomputed ones."""
     disk.write(encoder.encode(images).cpu())
     kept, again = disk.find().features, encoder.encode(images).cpu()
     assert kept is not None and kept.dtype == again.dtype and kept.shape == again.shape, "it was just written"
@@ -134,7 +134,7 @@ def differing(encoder: VGGTEncoder, disk: Disk, images: Tensor) -> float:
 
 
 ROOM = 2**40
-"""Bytes that the cache may have: more than any case needs."""
+"""Limit of the cache in bytes, more than any case needs."""
 
 
 class OnDisk:
@@ -169,7 +169,7 @@ class OnDisk:
 
 
 def write_pixels(folder: Path, images: torch.Tensor) -> tuple[Path, ...]:
-    """A file per frame with the bytes of its pixels: keys are made of what files hold."""
+    """Write one file per frame with its pixel bytes; cache keys hash file contents."""
     paths = []
     for index, image in enumerate(images):
         paths.append(folder / f"frame{index}.raw")

@@ -1,4 +1,4 @@
-"""How everything is measured: in turns, by process time or CUDA events; memory in a process of its own."""
+"""Measure benchmarks: interleaved runs timed by process time or CUDA events; peak memory in a fresh process."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ import numpy as np
 import torch
 
 Case = Callable[[], "Lap | None"]
-"""One run of what is compared. It is timed from outside, unless it says itself which part of it counts."""
+"""One run of a benchmark case. Timed as a whole, unless it returns a `Lap` with the time of its relevant part."""
 
 
 @dataclass
 class Lap:
-    """Seconds of one run; more than one stretch may be added to it."""
+    """Timer of one run, in seconds; intervals add up."""
 
     seconds: float = 0.0
     marks: list[tuple[Any, Any]] = field(default_factory=list)
 
     def total(self) -> float:
-        """Waits for the GPU where stretches were marked there."""
+        """Total seconds; synchronises if intervals were recorded on the GPU."""
         if self.marks:
             torch.cuda.synchronize()
         return self.seconds + sum(begin.elapsed_time(end) for begin, end in self.marks) / 1000
 
 
 def discard(way: Callable[[], object]) -> Case:
-    """A way as a case: timed from outside, whatever it returns."""
+    """Wrap a function as a case and drop its result."""
 
     def case() -> None:
         way()
@@ -47,9 +47,9 @@ def discard(way: Callable[[], object]) -> Case:
 
 @contextmanager
 def timed(lap: Lap, device: torch.device) -> Iterator[None]:
-    """Add what happens inside: processor time of this process, or time between two CUDA events.
+    """Add the time of the block to a timer: CPU time of this process, or time between two CUDA events.
 
-    On a shared machine processor time is what a computation costs; the clock on the wall also counts the neighbours.
+    On a shared machine CPU time measures the computation alone; wall-clock time depends on other processes.
     """
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -65,11 +65,11 @@ def timed(lap: Lap, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Spread:
-    """What one case took.
+    """Measurements of one case.
 
     Attributes:
-        seconds: of every run.
-        peak: bytes allocated on the GPU at the worst moment; None on the CPU.
+        seconds: time of every run.
+        peak: peak memory allocated on the GPU in bytes; None on the CPU.
     """
 
     seconds: tuple[float, ...]
@@ -77,30 +77,30 @@ class Spread:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median in seconds."""
         return float(np.median(self.seconds))
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """A quarter of the runs was faster than the first and slower than the second, in seconds."""
+        """First and third quartile in seconds."""
         low, high = np.percentile(self.seconds, [25, 75])
         return float(low), float(high)
 
     def columns(self) -> dict[str, Any]:
-        """For a row of a table."""
+        """Columns of a table row."""
         low, high = self.quartiles
         memory = {} if self.peak is None else {"peak_gib": self.peak / 2**30}
         return {"seconds": self.median, "q1": low, "q3": high, "runs": len(self.seconds)} | memory
 
 
 def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, warmups: int = 0) -> dict[str, Spread]:
-    """Run every case once per round, so that a slow minute of the machine meets all of them.
+    """Run every case once per round, so that a temporary slowdown of the machine affects all cases alike.
 
     Args:
-        cases: by name, in order; every second round goes backwards.
-        rounds: how often.
-        device: where they compute.
-        warmups: rounds before that do not count.
+        cases: name -> case, in order; every second round runs them in reverse order.
+        rounds: number of measured runs per case.
+        device: device on which the cases compute.
+        warmups: number of rounds before that are not measured.
     """
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
@@ -124,7 +124,7 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
 
 
 def ratio(case: Spread, base: Spread) -> float:
-    """Median over rounds of case / base: both of a round ran close to each other."""
+    """Median over rounds of case / base, both of the same round."""
     return float(np.median(np.array(case.seconds) / np.array(base.seconds)))
 
 
@@ -150,7 +150,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str,
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Bytes that a call has resident beyond what was there before, at its worst moment (Linux)."""
+    """Peak resident memory of a call in bytes, beyond that before the call (Linux)."""
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
     before = _status("VmRSS")
@@ -159,7 +159,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 def _status(name: str) -> int:
-    """Bytes of one line of this process's status."""
+    """Value in bytes of one line of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -175,7 +175,7 @@ def find_device() -> torch.device:
 
 
 def _serve(request: str) -> None:
-    """The other side of `in_fresh_process`."""
+    """Entry point of the process that `in_fresh_process` starts."""
     module, name, arguments, result = json.loads(request)
     find_device()
     Path(result).write_text(json.dumps(getattr(import_module(module), name)(*arguments)))

@@ -1,4 +1,4 @@
-"""Memory and time of the LM head with its loss: on every row, as the field does, and on the answer's rows alone."""
+"""Memory and time of the LM head with its loss: at all positions (stock) and at the answer positions only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import IGNORED
 
 ANSWER = 96
-"""Rows with a label."""
+"""Positions with a label."""
 SHARE = 0.05
-"""Of the memory of all rows that the answer's rows may take."""
+"""Maximum memory of the answer positions relative to all positions."""
 
 
 def all_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Stock transformers: logits of every row, made float32, cross-entropy that ignores most."""
+    """Stock transformers: float32 logits at all positions, cross-entropy that ignores most of them."""
     return cross_entropy(linear(hidden, weight).float(), labels, ignore_index=IGNORED)
 
 
@@ -32,7 +32,7 @@ def chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def answer_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """This project's: only rows with a label meet the head. Here their places are known, as the collator knows them."""
+    """This project: logits at labelled positions only, whose indices the collator gives."""
     return cross_entropy(linear(hidden[-ANSWER:], weight).float(), labels[-ANSWER:])
 
 
@@ -74,7 +74,7 @@ def head_memory(rows: int = 2304, hidden: int = 512, vocabularies: tuple[int, ..
 
 
 def measure(name: str, rows: int, hidden: int, vocabulary: int) -> dict[str, Any]:
-    """One way, in this process: peak bytes, seconds, loss."""
+    """Measure one implementation in this process: peak bytes, seconds, loss."""
     device = find_device()
     torch.manual_seed(0)
     states = torch.randn(rows, hidden, device=device, requires_grad=True)

@@ -1,7 +1,7 @@
-"""The field's way, the unit of cost: Hugging Face's Trainer, stock Qwen2.5-VL with logits on every row, VGGT each step.
+"""HF Trainer baseline: Hugging Face's Trainer on stock Qwen2.5-VL, logits at all positions, VGGT in every step.
 
-As VG-LLM does it (github.com/LaVi-Lab/VG-LLM): one pass per sample, all of VGGT's blocks computed and every layer's
-output kept until the one before the last is taken, the loss over all rows. The weights are the subject's own.
+Follows VG-LLM (github.com/LaVi-Lab/VG-LLM): one pass per sample; all blocks of VGGT are computed and every layer's
+output is kept until the last but one is taken; the loss is over all positions. Weights are shared with the subject.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from w2r2_ds.types.batch import Batch
 
 @contextmanager
 def stock(model: W2R2) -> Iterator[None]:
-    """Inside, forward and backward, every module of the VLM and the merger does what its class does: no kernels.
+    """Disable the fused kernels in the block: every module of the VLM and the merger uses the forward of its class.
 
     Activations are recomputed as the Trainer's `gradient_checkpointing` has it done: in every layer, by transformers.
     """
@@ -51,7 +51,7 @@ Towers = tuple[Any, Tensor]
 """The vision tower's output and the geometry features of a sample."""
 
 
-class FieldModel(nn.Module):
+class BaselineModel(nn.Module):
     """VLM, VGGT and merger in one forward, as VG-LLM's model.
 
     Args:
@@ -123,7 +123,7 @@ def stock_inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 class StepTimer(TrainerCallback):
-    """Times what lies between a step's begin and its end: forward, backward, clipping, update; not the fetch."""
+    """Time of a step's forward, backward, clipping and update, without data loading."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.lap, self.inside = device, Lap(), timed(Lap(), device)
@@ -136,7 +136,7 @@ class StepTimer(TrainerCallback):
         self.inside.__exit__(None, None, None)
 
 
-class FieldTrainer:
+class BaselineTrainer:
     """Steps of Hugging Face's Trainer on one sample.
 
     Args:
@@ -145,7 +145,7 @@ class FieldTrainer:
     """
 
     def __init__(self, subject: Subject, batch: Batch) -> None:
-        self.subject, self.model = subject, FieldModel(subject.model)
+        self.subject, self.model = subject, BaselineModel(subject.model)
         self.inputs = stock_inputs(batch)
         self.timer = StepTimer(subject.device)
         self.folder = tempfile.TemporaryDirectory()
@@ -173,7 +173,7 @@ class FieldTrainer:
         self.trainer.remove_callback(PrinterCallback)
 
     def step(self, given: Towers | None = None) -> Lap:
-        """Train one step and say what it took; with `given`, both towers' features need not be computed."""
+        """Train one step and return its time; with `given` features, both towers are skipped."""
         self.timer.lap, self.model.given = Lap(), given
         with stock(self.subject.model):
             self.trainer.train()
@@ -181,7 +181,7 @@ class FieldTrainer:
 
     @torch.no_grad()
     def towers(self) -> Towers:
-        """What both towers make of the sample."""
+        """Features of both towers for the sample."""
         self.model.given = None
         visual = self.model.visual(self.inputs["pixel_values"], self.inputs["image_grid_thw"])
         return visual, self.model.geometry(self.inputs["geometry_images"])

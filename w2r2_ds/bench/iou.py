@@ -1,4 +1,4 @@
-"""Oriented IoU: pairs a second, and its error against Monte Carlo, beside SciPy's half-space intersection."""
+"""Oriented IoU: pairs per second, and error against Monte Carlo and SciPy's half-space intersection."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from w2r2_ds.boxes3d.iou import box_iou
 from w2r2_ds.boxes3d.transforms import rotation_matrix
 
 PEER_PAIRS = 100
-"""SciPy takes a millisecond each."""
+"""Number of pairs for SciPy, which takes a millisecond per pair."""
 CHECKED = 8
 QHULL = 1e-7
-"""What SciPy's own value may be off, where the point that Qhull starts from is near a face."""
+"""Error of SciPy's value if Qhull's interior point is near a face."""
 SIGMAS = 5.0
-"""Standard deviations of the Monte Carlo estimate that the exact value may lie off."""
+"""Maximum deviation from the Monte Carlo estimate in standard deviations."""
 
 
 def iou(pairs: int = 2000, points: int = 1_000_000, rounds: int = 5) -> Report:
@@ -67,7 +67,7 @@ def iou(pairs: int = 2000, points: int = 1_000_000, rounds: int = 5) -> Report:
 
 
 def run(a: Tensor, b: Tensor) -> None:
-    """Ours, as a case."""
+    """Case that runs our implementation."""
     box_iou(a, b)
 
 
@@ -91,7 +91,7 @@ def half_spaces(box: np.ndarray) -> np.ndarray:
 
 
 def scipy_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """IoU by Qhull, from a point inside both boxes; 0 where there is none."""
+    """IoU by Qhull from a point inside both boxes; 0 if they do not intersect."""
     spaces = np.concatenate([half_spaces(a), half_spaces(b)])
     inside = inner_point(spaces)
     if inside is None:
@@ -105,7 +105,7 @@ def scipy_iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def inner_point(spaces: np.ndarray) -> np.ndarray | None:
-    """The centre of the largest ball inside; None where there is none."""
+    """Centre of the largest inscribed ball; None if the intersection is empty."""
     radius = np.linalg.norm(spaces[:, :3], axis=1, keepdims=True)
     found = linprog(
         [0, 0, 0, -1], np.hstack([spaces[:, :3], radius]), -spaces[:, 3], bounds=[(None, None)] * 3 + [(0, None)]
@@ -114,7 +114,7 @@ def inner_point(spaces: np.ndarray) -> np.ndarray | None:
 
 
 def sigmas(a: Tensor, b: Tensor, points: int) -> float:
-    """How far the worst of a few pairs lies from an estimate by points, in the estimate's standard deviations."""
+    """Largest deviation of a few pairs from their Monte Carlo estimate, in standard deviations."""
     exact = box_iou(a[:CHECKED], b[:CHECKED]).cpu().numpy()
     worst = 0.0
     for index, (x, y) in enumerate(zip(a[:CHECKED].cpu().numpy(), b[:CHECKED].cpu().numpy(), strict=True)):

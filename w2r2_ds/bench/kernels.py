@@ -1,4 +1,4 @@
-"""What the functions of `w2r2_ds/kernels/` take, forward and backward, beside what they replace and the roofline."""
+"""Time of the kernels in `w2r2_ds/kernels/`, forward and backward, relative to PyTorch and to the roofline."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from w2r2_ds.kernels.select import resolve_dtype, resolve_kernels
 from w2r2_ds.training.throughput import matrix_rate
 
 EQUAL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Relative difference of results and gradients that two ways may have: sums in another order, roundings left out."""
+"""Maximum relative difference of results and gradients: sums in another order, fewer roundings."""
 MEMORY = 2**30
-"""Bytes that are copied to measure the memory's rate."""
+"""Bytes copied to measure the memory bandwidth."""
 
 
 def kernels(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 15) -> Report:
@@ -74,7 +74,7 @@ def measure(
 
 
 def case(operation: Operation, way: Way) -> Case:
-    """One call with its backward pass; copying the inputs does not count."""
+    """Time one call and its backward pass, without the copy of its inputs."""
 
     def once() -> Lap:
         inputs, cotangents = prepare(operation, way)
@@ -87,7 +87,7 @@ def case(operation: Operation, way: Way) -> Case:
 
 
 def prepare(operation: Operation, way: Way) -> tuple[list[Tensor], list[Tensor]]:
-    """Fresh inputs, for some backward passes write over theirs, and a gradient for every output."""
+    """Copy of the inputs (some backward passes overwrite theirs) and a gradient for every output."""
     inputs = [each.clone() for each in operation.inputs]
     with torch.no_grad():
         outputs = way(*(each.clone() for each in inputs))
@@ -107,7 +107,7 @@ def call(operation: Operation, way: Way, inputs: list[Tensor], cotangents: list[
 
 
 def difference(operation: Operation, ours: Way, base: Way) -> float:
-    """The largest relative difference of an output or a gradient, with the same dropout."""
+    """Largest relative difference of an output or a gradient, with the same dropout mask."""
     found = []
     for way in (ours, base):
         inputs, cotangents = prepare(operation, way)
@@ -117,7 +117,7 @@ def difference(operation: Operation, ours: Way, base: Way) -> float:
 
 
 def memory_rate() -> float:
-    """Bytes per second that this GPU reads and writes in a copy, the best of ten."""
+    """Memory bandwidth in bytes per second, read and written, of a copy; the best of ten."""
     source = torch.empty(MEMORY, dtype=torch.uint8, device="cuda")
     target, laps = torch.empty_like(source), []
     for _ in range(10):

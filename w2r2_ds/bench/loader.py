@@ -1,4 +1,4 @@
-"""What making a sample costs the processor: ours, and by the stock image processor, copied per image as in VG-LLM."""
+"""CPU time to load a sample: ours, and the stock image processor per image as in VG-LLM."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from w2r2_ds.data.visual_inputs import vision_patches
 
 CPU = torch.device("cpu")
 SIDE = {"scannet": (1296, 968), "small": (640, 480)}
-"""Pixels of a colour image of ScanNet, and of one that was made smaller once."""
+"""Width and height of ScanNet's colour images, and of images resized in advance."""
 
 
 def loader(frames: int = 8, images: str = "scannet", rounds: int = 5) -> Report:
-    """Processor seconds from JPEG files to both towers' inputs, per sample.
+    """CPU seconds from JPEG files to both towers' inputs, per sample.
 
     Args:
         frames: per sample.

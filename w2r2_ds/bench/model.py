@@ -1,4 +1,4 @@
-"""What is measured: the project's own model, step and batches, in shapes of choice, random and in memory.
+"""Subject of the benchmarks: the project's model, training step and batches with random weights and inputs.
 
 Nothing here computes in another way than training does: `W2R2Step`, `Collator` and the stock classes do the work.
 """
@@ -79,7 +79,7 @@ class Subject:
     device: torch.device
 
     def step(self, push: str = "margin", **objective: Any) -> W2R2Step:
-        """The training step with a reading of Eq. 6; all steps share the model."""
+        """Training step with a push term; all steps share the model."""
         config = RunConfig(objective=ObjectiveConfig(push_term={"name": push}, **objective))
         tables = token_tables(self.frontend.tokenizer, self.shape.vocabulary).to(self.device)
         return W2R2Step(self.model, config, Scorer(tables, self.frontend.tokenizer, config.objective)).train()

@@ -47,7 +47,7 @@ class Operation:
     replaced: Way | None = None
 
     def ways(self, triton: bool) -> dict[str, Way]:
-        """By name, the first what others are compared with."""
+        """Name -> implementation; the first is the reference of the comparison."""
         kernels: tuple[Kernels, ...] = ("torch", "triton") if triton else ("torch",)
         found = {name: partial(_last, self.function, name) for name in kernels}
         return ({"stock": self.replaced} if self.replaced else {}) | found

@@ -1,11 +1,11 @@
-"""W2R2 as it would first be written: two stock passes with logits on every row. Slow, and what ours must equal."""
+"""Reference implementation of W2R2: two stock passes with logits at all positions. Slow; ours must give the same."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from w2r2_ds.bench.hf_trainer import FieldModel, stock, stock_inputs
+from w2r2_ds.bench.hf_trainer import BaselineModel, stock, stock_inputs
 from w2r2_ds.bench.model import Subject
 from w2r2_ds.models.build import trainable
 from w2r2_ds.objective.loss import Outputs, read_shortcut, w2r2_loss
@@ -18,7 +18,7 @@ def plain_loss(step: W2R2Step, batch: Batch) -> Tensor:
 
     Whether a gradient goes through the shortcut too is the reading's matter: `unblocked` lets it.
     """
-    field = FieldModel(step.model)
+    field = BaselineModel(step.model)
     inputs = stock_inputs(batch)
     del inputs["labels"]
     outputs = [
@@ -31,7 +31,7 @@ def plain_loss(step: W2R2Step, batch: Batch) -> Tensor:
 
 
 def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients of what trains, by name; the model's are cleared."""
+    """Name -> gradient of every trained parameter; clears the model's gradients."""
     loss.backward()
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(model).items()}
     model.zero_grad()
@@ -39,7 +39,7 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference of a tensor's gradients relative to their norm."""
+    """Largest relative difference of a parameter's gradients, in their norm."""
     assert ours.keys() == theirs.keys() and all(gradient.norm() > 0 for gradient in theirs.values()), "all train"
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
 
@@ -53,6 +53,6 @@ def check_equal(subject: Subject, batch: Batch) -> dict[str, float]:
     none, poe = subject.step("none"), subject.step("poe")
     ours = gradients(model, none(batch)[0]), gradients(model, poe(batch)[0])
     with stock(model):
-        field = difference(ours[0], gradients(model, FieldModel(model)(**stock_inputs(batch)).loss))
+        field = difference(ours[0], gradients(model, BaselineModel(model)(**stock_inputs(batch)).loss))
         passes = difference(ours[1], gradients(model, plain_loss(poe, batch)))
     return {"none against the field": field, "poe against two plain passes": passes}

@@ -80,15 +80,15 @@ class Report:
             table.add_row(*(cell(row.get(column)) for column in columns))
         console.print(table)
         for each in self.criteria:
-            verdict = "met" if each.met else "NOT MET"
-            console.print(f"{each.claim}: {each.measured:.3g}, at most {each.limit:g}: {verdict}", markup=False)
+            result = "met" if each.met else "NOT MET"
+            console.print(f"{each.claim}: {each.measured:.3g}, at most {each.limit:g}: {result}", markup=False)
         for note in self.notes:
             console.print(f"- {note}", markup=False)
         console.print("; ".join(f"{key} {value}" for key, value in self.machine.items()), markup=False)
 
 
 def cell(value: Any) -> str:
-    """A number with three or four significant digits; nothing for what a row does not have."""
+    """Format a value with three or four significant digits; None gives an empty cell."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -112,7 +112,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The model's name, where Linux says it."""
+    """Name of the CPU model."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

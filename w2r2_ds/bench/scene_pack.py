@@ -11,12 +11,12 @@ from torch import Tensor
 from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.geometry_cache import OnDisk
 from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, ratio
-from w2r2_ds.bench.hf_trainer import FieldTrainer
+from w2r2_ds.bench.hf_trainer import BaselineTrainer
 from w2r2_ds.bench.model import Subject, build, describe, optimizer_of, update
 from w2r2_ds.bench.reference import difference, gradients
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.step_ratio import BOTH, FIELD, GRADIENTS, LORA, SINGLE, W2R2_STEP, single_pass
+from w2r2_ds.bench.step_ratio import BASELINE, BOTH, GRADIENTS, LORA, SINGLE, W2R2_STEP, single_pass
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import Batch
 
@@ -54,15 +54,15 @@ def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Repor
     spreads = interleave(cases(subject, batches), rounds, device, warmups=2 if device.type == "cuda" else 0)
     per_sample = {name: (int(name.partition("K = ")[2].partition(",")[0] or 1)) for name in spreads}
     for name, spread in spreads.items():
-        count, base = per_sample[name], FIELD + (BOTH if name.endswith(BOTH) else "")
-        measured = {"per sample": spread.median / count, "/field": ratio(spread, spreads[FIELD]) / count}
+        count, base = per_sample[name], BASELINE + (BOTH if name.endswith(BOTH) else "")
+        measured = {"per sample": spread.median / count, "/field": ratio(spread, spreads[BASELINE]) / count}
         report.rows.append(
             {
                 "case": name,
                 "shape": where,
                 **spread.columns(),
                 **measured,
-                "model": predicted(shape, name, count) / predicted(shape, FIELD, 1),
+                "model": predicted(shape, name, count) / predicted(shape, BASELINE, 1),
                 "/field, as cached": ratio(spread, spreads[base]) / count,
                 "its model": predicted(shape, name, count) / predicted(shape, base, 1),
             }
@@ -70,8 +70,8 @@ def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Repor
     if shape.name != "tiny":
         for end in ("", BOTH):
             name = f"{W2R2_STEP}, K = {most}{end}"
-            claim = f"{where}: {name}, per sample / {FIELD}"
-            report.criteria.append(Criterion(claim, ratio(spreads[name], spreads[FIELD]) / most, LIMIT))
+            claim = f"{where}: {name}, per sample / {BASELINE}"
+            report.criteria.append(Criterion(claim, ratio(spreads[name], spreads[BASELINE]) / most, LIMIT))
     report.notes.append(describe(shape))
 
 
@@ -79,7 +79,7 @@ def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
     """What is run in turns."""
     model, optimizer = subject.model, optimizer_of(subject.model)
     most, alone = list(batches)[-1], subject.batch()
-    disk, field = OnDisk(model, alone), FieldTrainer(subject, alone)
+    disk, field = OnDisk(model, alone), BaselineTrainer(subject, alone)
     known = disk.kept_2d, disk.kept_3d
     whole = model.family.language_model(model.base).config._attn_implementation
 
@@ -94,7 +94,7 @@ def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
         update(optimizer, step(given)[0])
 
     model.family.use_packed_attention(model.base)
-    result: dict[str, Case] = {FIELD: stock, FIELD + BOTH: partial(stock, known)}
+    result: dict[str, Case] = {BASELINE: stock, BASELINE + BOTH: partial(stock, known)}
     for count, batch in batches.items():
         result[f"{W2R2_STEP}, K = {count}{BOTH}"] = partial(run, subject.step(), batch, True)
     result[f"{W2R2_STEP}, K = {most}"] = partial(run, subject.step(), batches[most], False)
@@ -117,8 +117,8 @@ def separate_difference(subject: Subject, packed: Batch) -> float:
 
 def predicted(shape: Shape, name: str, count: int) -> float:
     """The cost model's operations per sample of a case."""
-    if name.startswith(FIELD):
-        step = cost_model.field_step(shape, LORA)
+    if name.startswith(BASELINE):
+        step = cost_model.baseline_step(shape, LORA)
     else:
         step = cost_model.own_step(shape, LORA, count, two_passes=name.startswith(W2R2_STEP))
     towers = not name.endswith(BOTH)

@@ -11,7 +11,7 @@ from torch import Tensor
 from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.geometry_cache import OnDisk
 from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, interleave, peak_bytes, ratio
-from w2r2_ds.bench.hf_trainer import FieldTrainer, stock
+from w2r2_ds.bench.hf_trainer import BaselineTrainer, stock
 from w2r2_ds.bench.model import Subject, build, describe, optimizer_of, update
 from w2r2_ds.bench.reference import check_equal, plain_loss
 from w2r2_ds.bench.report import Criterion, Report
@@ -21,24 +21,24 @@ from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.training.throughput import matrix_rate
 from w2r2_ds.types.batch import Batch
 
-FIELD, SINGLE, W2R2_STEP, NAIVE = "field (baseline)", "own single pass", "W2R2", "naive two passes"
+BASELINE, SINGLE, W2R2_STEP, NAIVE = "field (baseline)", "own single pass", "W2R2", "naive two passes"
 GEOMETRY, BOTH = ", geometry cached", ", both cached"
 CACHES = ("", GEOMETRY, BOTH)
-"""Ends of the rows' names: what a step reads from a cache on the disk."""
+"""Suffixes of the rows' names: features that a step reads from the disk cache."""
 LORA = cost_model.Mode()
-LIMITS = {("", FIELD): 0.90, (GEOMETRY, FIELD): 0.80, ("", SINGLE): 1.40, (BOTH, SINGLE): 1.40}
-"""(caches, base) -> the most that W2R2 may cost of it."""
+LIMITS = {("", BASELINE): 0.90, (GEOMETRY, BASELINE): 0.80, ("", SINGLE): 1.40, (BOTH, SINGLE): 1.40}
+"""(caches, base) -> maximum time of W2R2 relative to the base."""
 GRADIENTS = 1e-5
 
 
 def step_ratio(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3, memory: bool = True) -> Report:
-    """Time of a step by the field's way, by W2R2 with and without caches, by our single pass, and naively.
+    """Time of a training step: HF Trainer baseline, W2R2 with and without caches, a single pass, naive two passes.
 
     Args:
         shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
-        frames: frames per sample, one or several; the shape's own without it.
-        rounds: how often each is run, in turns.
-        memory: on the CPU, also start a process per case that measures its peak; on a GPU that comes for nothing.
+        frames: numbers of frames per sample; default: the shape's own.
+        rounds: number of runs per case, interleaved.
+        memory: on the CPU, also measure peak memory in a process per case; on a GPU it is always measured.
     """
     report = Report("step_ratio", "seconds of one training step, LoRA, checkpointing, one sample", [])
     for each in find_shapes(shape, frames or []):
@@ -69,9 +69,9 @@ def measure(shape: Shape, rounds: int, memory: bool, report: Report) -> None:
 
 
 def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
-    """What is run in turns. They share one model, so that what differs is the way alone."""
+    """Cases to compare; they share one model."""
     model, optimizer = subject.model, optimizer_of(subject.model)
-    field, disk = FieldTrainer(subject, batch), OnDisk(model, batch)
+    field, disk = BaselineTrainer(subject, batch), OnDisk(model, batch)
     known = disk.kept_2d, disk.kept_3d
     step, single, naive = subject.step(), single_pass(subject, batch, *known), subject.step("unblocked")
 
@@ -86,7 +86,7 @@ def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
         with stock(model):
             update(optimizer, plain_loss(naive, batch))
 
-    result: dict[str, Case] = {FIELD: field.step, FIELD + BOTH: lambda: field.step(known)}
+    result: dict[str, Case] = {BASELINE: field.step, BASELINE + BOTH: lambda: field.step(known)}
     for caches in CACHES:
         result[SINGLE + caches] = run(single, caches)
         result[W2R2_STEP + caches] = run(step, caches)
@@ -108,15 +108,15 @@ def single_pass(subject: Subject, batch: Batch, visual: Any, features: Tensor) -
 
 
 def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rate: float | None) -> dict[str, Any]:
-    """One case against the two bases, measured and by the cost model."""
+    """Table row: one case relative to both bases, measured and predicted by the cost model."""
     caches = caches_of(name)
     own = SINGLE + caches
     values = {
         "case": name,
         "shape": f"{shape.name}, {shape.frames} frames",
         **spread.columns(),
-        "/baseline": ratio(spread, spreads[FIELD]),
-        "model": predicted(shape, name) / predicted(shape, FIELD),
+        "/baseline": ratio(spread, spreads[BASELINE]),
+        "model": predicted(shape, name) / predicted(shape, BASELINE),
         "/own single": ratio(spread, spreads[own]),
         "its model": predicted(shape, name) / predicted(shape, own),
     }
@@ -127,9 +127,9 @@ def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rat
 
 
 def predicted(shape: Shape, name: str) -> float:
-    """The cost model's operations of a case."""
+    """FLOPs of a case by the cost model."""
     ways: dict[str, Callable[[], cost_model.Step]] = {
-        FIELD: lambda: cost_model.field_step(shape, LORA),
+        BASELINE: lambda: cost_model.baseline_step(shape, LORA),
         SINGLE: lambda: cost_model.own_step(shape, LORA, two_passes=False),
         W2R2_STEP: lambda: cost_model.own_step(shape, LORA),
         NAIVE: lambda: cost_model.naive_step(shape, LORA),
@@ -139,28 +139,28 @@ def predicted(shape: Shape, name: str) -> float:
 
 
 def caches_of(name: str) -> str:
-    """The end of a row's name."""
+    """Suffix of a row's name."""
     return next(end for end in reversed(CACHES) if name.endswith(end))
 
 
 def criteria(shape: Shape, spreads: dict[str, Spread], equal: dict[str, float]) -> list[Criterion]:
-    """The claims; those about time are about the fixed shapes."""
+    """Criteria of the report; limits on time hold only for the fixed shapes, not for `tiny`."""
     found = [Criterion(f"relative difference of gradients, {name}", gap, GRADIENTS) for name, gap in equal.items()]
     if shape.name == "tiny":
         return found
     for (caches, base), limit in LIMITS.items():
-        against = base if base == FIELD else base + caches
+        against = base if base == BASELINE else base + caches
         claim = f"{shape.name}, {shape.frames} frames: {W2R2_STEP}{caches} / {against}"
         found.append(Criterion(claim, ratio(spreads[W2R2_STEP + caches], spreads[against]), limit))
     return found
 
 
-PEAKS = tuple(name + BOTH for name in (FIELD, SINGLE, W2R2_STEP))
-"""Cases whose memory is measured on the CPU: of the language model's part, in which they differ."""
+PEAKS = tuple(name + BOTH for name in (BASELINE, SINGLE, W2R2_STEP))
+"""Cases whose peak memory is measured on the CPU; both caches, so that only the language model counts."""
 
 
 def peak_of(shape: str, frames: int, name: str) -> dict[str, Any]:
-    """Bytes that the second step of a case adds, in a process of its own."""
+    """Peak memory in bytes of a case's second step; runs in a fresh process."""
     (chosen,) = find_shapes(shape, [frames])
     subject = build(chosen, find_device())
     case = cases(subject, subject.batch())[name]

@@ -1,5 +1,4 @@
-"""What ZeRO-3 gathers in a step by each pass_order, counted on ranks: bytes, a layer's parameters; and what it
-takes."""
+"""Bytes that ZeRO-3 gathers per training step for each `train.pass_order`, and the time of the step."""
 
 from __future__ import annotations
 
@@ -23,9 +22,9 @@ def zero3_bytes(shape: str = "cpu", ranks: int = 2, rounds: int = 5) -> Report:
     """Bytes gathered per training step, relative to the bytes of all sharded parameters, and seconds by the clock.
 
     Args:
-        shape: cpu or tiny; the towers' cost is left out.
-        ranks: processes, on this machine.
-        rounds: how often a step of each is timed, in turns.
+        shape: cpu or tiny; the towers are not included.
+        ranks: number of processes on this machine.
+        rounds: number of timed steps per pass order, interleaved.
     """
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
@@ -56,7 +55,7 @@ def zero3_bytes(shape: str = "cpu", ranks: int = 2, rounds: int = 5) -> Report:
 
 
 def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
-    """Start `zero3_rank` on so many ranks; what the first one found."""
+    """Run `zero3_rank` in `ranks` processes; returns the result of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "MASTER_ADDR": "127.0.0.1",
@@ -70,8 +69,8 @@ def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, "-m", "w2r2_ds.bench.zero3_rank", shape, str(result), str(rounds)]
-            with open(Path(folder) / f"{rank}.txt", "w") as said:
-                processes.append(subprocess.Popen(command, env=environment | place, stdout=said, stderr=said))
+            with open(Path(folder) / f"{rank}.txt", "w") as log:
+                processes.append(subprocess.Popen(command, env=environment | place, stdout=log, stderr=log))
         failed = [rank for rank, process in enumerate(processes) if process.wait()]
         if failed:
             raise RuntimeError(f"rank {failed[0]} failed:\n" + (Path(folder) / f"{failed[0]}.txt").read_text()[-2000:])

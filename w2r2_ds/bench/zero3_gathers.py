@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers, counted, and the single pass that this is compared with."""
+"""Count the parameters that ZeRO-3 gathers, and a pass order without a visual-only pass for comparison."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from w2r2_ds.types.batch import Batch
 
 @dataclass
 class Counts:
-    """What was gathered.
+    """Gathers of ZeRO-3.
 
     Attributes:
-        layers: gathers of every parameter of the decoder layers, by name.
-        bytes: of all parameters.
+        layers: parameter name -> number of gathers, for the decoder layers.
+        bytes: bytes gathered, all parameters.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Counts:
 
 @contextmanager
 def counting(language_model: Any) -> Iterator[Counts]:
-    """Counts what DeepSpeed starts to gather inside, by the table in which it keeps what is on its way."""
+    """Count the gathers that DeepSpeed starts in the block, by patching its registry of parameters in flight."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry  # seconds
 
     names = {id(parameter): name for name, parameter in language_model.layers.named_parameters()}
@@ -47,6 +47,6 @@ def counting(language_model: Any) -> Iterator[Counts]:
 
 
 def fused_alone(model: Any, batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
-    """A pass_order without a shortcut pass, given its model: the fused pass's states stand for the shortcut's."""
+    """Pass order with the fused pass only; its states replace those of the visual-only pass."""
     states = model.hidden(batch, fused, with_what)
     return states.detach(), states

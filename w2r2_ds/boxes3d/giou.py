@@ -1,11 +1,11 @@
-"""Generalised IoU of oriented boxes: IoU less the share of a hull that neither box fills, so it feels a distance, too.
+"""Generalised IoU (GIoU) of oriented boxes; has a gradient for disjoint boxes, too.
 
     GIoU = IoU - (C - union) / C
 
-(H. Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019), with C the smallest enclosing shape of the
-boxes' own kind. The smallest *box* around two oriented boxes has no closed form and jumps from one orientation to
-another. C is therefore the smallest box *along the second box's own axes*, the target's: it is their C wherever the
-axes agree, so for axis-aligned pairs, and turns with the target. For other pairs GIoU is not symmetric.
+(H. Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019), with C the smallest enclosing box. Around two
+oriented boxes it has no closed form, and its orientation jumps. C is therefore the smallest box *along the axes of the
+second box*, the target. It equals the usual C where the axes agree, as for axis-aligned pairs, and turns with the
+target. For other pairs GIoU is not symmetric.
 """
 
 from __future__ import annotations

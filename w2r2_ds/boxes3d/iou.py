@@ -109,7 +109,7 @@ def unit_pairs(
 
 
 def common_volume(pairs: Pairs) -> Tensor:
-    """Volume ``[n]`` that both boxes of a pair hold."""
+    """Volume ``[n]`` of the intersection of each pair."""
     offset = pairs.offset.clamp(-FAR, FAR)
     normals_a, distances_a = _half_spaces(torch.zeros_like(offset), pairs.size_a, pairs.rotation_a)
     normals_b, distances_b = _half_spaces(offset, pairs.size_b, pairs.rotation_b)
@@ -124,7 +124,7 @@ def ratio(part: Tensor, whole: Tensor, valid: Tensor) -> Tensor:
 
 
 def product(sides: Tensor) -> Tensor:
-    """``[..., 3]`` -> ``[...]``; the backward pass of ``Tensor.prod`` asks the host whether there is a zero."""
+    """``[..., 3]`` -> ``[...]``; unlike ``Tensor.prod``, its backward pass needs no host sync (to test for zeros)."""
     x, y, z = sides.unbind(-1)
     return x * y * z
 
@@ -144,12 +144,12 @@ def box_parts(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where every input is, else float32 (half precision would blur the thresholds of Acc@k)."""
+    """float64 if all inputs are, else float32 (half precision is too coarse for the thresholds of Acc@k)."""
     return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _only_finite(boxes: Tensor) -> Tensor:
-    """``[n, 9]`` with -1 all over a box that is not finite: sin and cos would pass its NaN on to the gradient."""
+    """``[n, 9]`` with non-finite boxes replaced by -1: the gradients of sin and cos would be NaN."""
     return torch.where(boxes.isfinite().all(-1, keepdim=True), boxes, -1.0)
 
 

@@ -1,4 +1,4 @@
-"""The box convention of the whole project, and the ways in which a box moves between camera and world.
+"""Box convention of the project, and transforms of boxes between camera and world coordinates.
 
 A box is nine numbers ``[cx, cy, cz, sx, sy, sz, a0, a1, a2]``: centre and size in metres, Euler angles in radians.
 The angles are *intrinsic* ZXY, ``R = Rz(a0) Rx(a1) Ry(a2)``, both for labels and for decoding (VG-LLM's evaluator mixes
@@ -162,7 +162,7 @@ def _moved(box9: np.ndarray, transform: np.ndarray) -> np.ndarray:
 
 
 def _vector(values: np.ndarray, length: int, name: str) -> np.ndarray:
-    """``[length]`` float64, or a ValueError that names what was wrong."""
+    """``[length]`` float64, checked; raises ValueError."""
     vector = np.asarray(values, dtype=np.float64)
     if vector.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), not {vector.shape}.")

@@ -1,8 +1,9 @@
-"""What the demo makes where a user would bring data and weights: scenes, a tiny warmed-up VLM, a tiny VGGT."""
+"""Data and models of the demo: synthetic scenes, a tiny VLM trained for a few steps, and a tiny random VGGT."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict, replace
@@ -23,6 +24,8 @@ from w2r2_ds.demo.tiny_models import build_tiny_vggt, build_tiny_vlm
 from w2r2_ds.models.build import load_frontend
 from w2r2_ds.models.loading import load_vlm
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "demo.json"
 
 
@@ -37,17 +40,17 @@ def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
         frames_per_scene=demo.frames_per_scene,
         workers=workers,
     )
-    print(written.message, flush=True)
+    logger.info(written.message)
     prepare_sets(config)
 
 
 def prepare_sets(config: RunConfig) -> None:
-    """Prepare what `data.train` and `data.val` name, or reuse it: ``prepared/TASK/NAME``, with `demo.frames` frames.
+    """Prepare the sets of `data.train` and `data.val` (``prepared/TASK/NAME``, `demo.frames` frames), or reuse them.
 
-    Depth images say which frames see an object, so that nothing is needed that a rendered scene does not have.
+    Object visibility is computed from the depth images: rendered scenes have no meshes.
 
     Raises:
-        ValueError: a path names no task, or data that are not there.
+        ValueError: a path does not contain a task, or its source data are missing.
     """
     root = Path(config.data.root)
     wanted = {source.path: "train" for source in config.data.train}
@@ -57,7 +60,7 @@ def prepare_sets(config: RunConfig) -> None:
     for path, split in wanted.items():
         done = prepare(root, _task_options(path, split, config.demo.frames), root / path, quiet=True)
         if not done.reused:
-            print(summary(done.folder, done.manifest, done.reused), flush=True)
+            logger.info(summary(done.folder, done.manifest, done.reused))
 
 
 def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
@@ -76,14 +79,14 @@ def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
 
 
 def prepare_models(config: RunConfig) -> None:
-    """Build tiny VGGT and VLM and warm the VLM up, or reuse what the same options made before.
+    """Build the tiny VGGT and VLM and train the VLM for `demo.warmup_steps`, or reuse models of the same options.
 
     Raises:
-        ValueError: `model.vlm` exists and was made with other options, or by someone else.
+        ValueError: `model.vlm` exists and was made with other options, or not by the demo.
     """
     vlm, vggt = Path(config.model.vlm), Path(config.model.geometry.path)
     options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))
-    # What the warm-up does not depend on may change.
+    # Compare only the data options that the warm-up depends on.
     options["data"] = {name: options["data"][name] for name in ("root", "train", "frame_width", "visual")}
     if (vlm.name, vggt.name) != ("vlm", "vggt") or vlm.parent != vggt.parent:
         raise ValueError(
@@ -97,29 +100,29 @@ def prepare_models(config: RunConfig) -> None:
             raise ValueError(
                 f"{vlm} exists but was not made with these data and demo options; remove it or name another."
             )
-        print(f"reusing the tiny model in {vlm}", flush=True)
+        logger.info("reusing the tiny model in %s", vlm)
         return
-    aside = vlm.with_name(vlm.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = vlm.with_name(vlm.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     samples = load_mixture(config.data, "train")
-    build_tiny_vlm(aside, [f"{sample.question}\n{sample.answer}" for sample in samples], config.demo.seed)
-    build_tiny_vggt(aside.with_name("vggt.partial"), config.demo.seed)
-    model = load_vlm(str(aside), torch.float32, "sdpa")
-    frontend = load_frontend(replace(config.model, vlm=str(aside)))
+    build_tiny_vlm(partial, [f"{sample.question}\n{sample.answer}" for sample in samples], config.demo.seed)
+    build_tiny_vggt(partial.with_name("vggt.partial"), config.demo.seed)
+    model = load_vlm(str(partial), torch.float32, "sdpa")
+    frontend = load_frontend(replace(config.model, vlm=str(partial)))
     every = max(1, config.demo.warmup_steps // 10)
 
     def report(step: int, loss: float) -> None:
         if step % every == 0:
-            print(f"warm-up step {step}/{config.demo.warmup_steps}: loss {loss:.3f}", flush=True)
+            logger.info("warm-up step %d/%d: loss %.3f", step, config.demo.warmup_steps, loss)
 
     warm_up(model, frontend, samples, config, report)
-    model.save_pretrained(aside)
-    (aside / MANIFEST).write_text(json.dumps(options, indent=2) + "\n")
-    os.replace(aside.with_name("vggt.partial"), vggt)
-    os.replace(aside, vlm)
+    model.save_pretrained(partial)
+    (partial / MANIFEST).write_text(json.dumps(options, indent=2) + "\n")
+    os.replace(partial.with_name("vggt.partial"), vggt)
+    os.replace(partial, vlm)
 
 
 def prepare_demo(config: RunConfig) -> None:
-    """Scenes and models; what is there already is reused."""
+    """Write scenes and models; existing ones are reused."""
     prepare_scenes(config)
     prepare_models(config)

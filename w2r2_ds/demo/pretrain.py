@@ -1,6 +1,6 @@
-"""The demo's stand-in for pre-training: full-weight steps of the tiny VLM on 2D input.
+"""Pre-train the demo's tiny VLM: steps on all weights with 2D input only.
 
-A user brings a pretrained VLM; the demo has none, and without this an untrained one answers nothing that parses.
+Real runs start from a pretrained VLM. Without this, the tiny random VLM gives no answer that can be parsed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def warm_up(
 
     Args:
         vlm: tiny VLM.
-        frontend: its tokenizer and vision facts.
+        frontend: its tokenizer and vision spec.
         samples: the training split.
         config: data and `demo.*`.
-        report: called with step and loss.
+        report: called after every step with the step and the loss.
     """
     demo: DemoConfig = config.demo
     sampler = GlobalBatchSampler(

@@ -1,11 +1,12 @@
-"""The whole job on a machine with nothing: scenes, tiny model, training under ZeRO-3, evaluation, export, a table.
+"""Run the whole pipeline without downloads: scenes, tiny model, ZeRO-3 training, evaluation, export, results table.
 
-Every step is one of the commands a user would type, printed before it runs. Run twice, it reuses what is there.
+Every step is a command of the command line, printed before it runs. A second run reuses finished steps.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -23,77 +24,76 @@ from w2r2_ds.evaluation.scoring import headline
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint
 from w2r2_ds.training.deepspeed.launch import free_port
 
+logger = logging.getLogger(__name__)
+
 CAPTION = "tiny model: shows that the pipeline works, not that the method does"
-LEAST_PARSED = 0.95
+MIN_PARSED = 0.95
 NAMES = {"fused": "2D + 3D", "zero": "2D only"}
 SHOWN = ("acc@0.25", "acc@0.5", "CIDEr@0.5", "BLEU-4@0.5", "ROUGE-L@0.5", "EM", "CIDEr", "ROUGE-L")
 EVALUATIONS = [(task, geometry) for task in ("scanrefer", "scan2cap", "scanqa") for geometry in NAMES]
 
 
 def run(*command: str) -> None:
-    """Print a command, run it, stop the demo if it fails."""
+    """Print and run a command; exit if it fails."""
     print(f"\n$ {' '.join(command)}", flush=True)
-    # The Makefile puts the environment's programs first on PATH; the interpreter is this one in any case.
+    # Programs are found on PATH; Python is always this interpreter.
     program = sys.executable if command[0] == "python" else command[0]
     # The tensors are tiny: a second thread costs more than it computes.
     defaults = {"OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
-        defaults["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed's launcher warns that it found no GPU
+        defaults["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed's launcher warns about a missing GPU
     done = subprocess.run([program, *command[1:]], env={**defaults, **os.environ})
     if done.returncode:
         sys.exit(f"demo: the command above failed with exit status {done.returncode}.")
 
 
 def trained(config: RunConfig) -> bool:
-    """Whether the run is complete already."""
+    """Whether the run's last step has a checkpoint."""
     if not has_checkpoint(config.out):
         return False
     return find_checkpoint(config.out).name == f"step-{config.train.steps:06d}"
 
 
 def run_demo() -> None:
-    """The whole job, in runs/demo: scenes, tiny model, training under ZeRO-3, evaluation, export, a table.
-
-    It takes minutes; what is there already is reused.
-    """
+    """Run all steps of the demo in runs/demo. It takes minutes; finished steps are reused."""
     started = time.perf_counter()
     config = load_config()
     out = Path(config.out).parent
     adapter, scores = out / "adapter", out / "evaluation"
     run("python", "launchers/prepare.py", "demo")
     if trained(config):
-        print(f"\nreusing the trained run in {config.out}")
+        logger.info("reusing the trained run in %s", config.out)
     else:
         resume = ("--resume", "auto") if has_checkpoint(config.out) else ()
-        port = ("--master_port", str(free_port()))  # not the launcher's own: another run may have it
+        port = ("--master_port", str(free_port()))  # the launcher's default port may be in use by another run
         run("deepspeed", *port, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
     step = find_checkpoint(config.out)
     for task, geometry in EVALUATIONS:
         file = scores / f"scores-{task}-{geometry}.json"
         if evaluated(file, step):
-            print(f"\nreusing {file}")
+            logger.info("reusing %s", file)
             continue
         where = ("--checkpoint", str(step), "--out", str(scores))
         what = ("--task", task, "--geometry", geometry, "--batch_size", "32")
         run("python", "launchers/evaluate.py", *where, *what)
     if evaluated(adapter / "w2r2_card.json", step):
-        print(f"\nreusing the adapter in {adapter}")
+        logger.info("reusing the adapter in %s", adapter)
     else:
         if adapter.exists():
-            shutil.rmtree(adapter)  # of an earlier training
+            shutil.rmtree(adapter)  # exported from an earlier checkpoint
         run("python", "launchers/export.py", "--checkpoint", config.out, "--out", str(adapter))
     parsed = show(config, scores, adapter, time.perf_counter() - started)
-    if parsed < LEAST_PARSED:
-        sys.exit(f"demo: only {parsed:.1%} of the answers parse; at least {LEAST_PARSED:.0%} should.")
+    if parsed < MIN_PARSED:
+        sys.exit(f"demo: only {parsed:.1%} of the answers parse; at least {MIN_PARSED:.0%} should.")
 
 
 def evaluated(file: Path, checkpoint: Path) -> bool:
-    """Whether scores of this very checkpoint are there; a retrained one is scored again."""
+    """Whether a result file is newer than the checkpoint."""
     return file.is_file() and file.stat().st_mtime >= (checkpoint / "checkpoint.json").stat().st_mtime
 
 
 def show(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:
-    """Print the table; returns the smallest share of answers that parse."""
+    """Print the results table; returns the smallest share of parsed answers over all evaluations."""
     table = Table(title=CAPTION, title_style="bold")
     for column in ("task", "geometry", "parsed", "samples", "scores"):
         table.add_column(column, justify="right" if column in ("parsed", "samples") else "left")
@@ -113,7 +113,7 @@ def show(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> floa
     console.print(table)
     console.print("all scores times 100; protocols:", ", ".join(protocols), markup=False, highlight=False)
     for label, path in (
-        ("scenes", f"{config.data.root} (look at contact_sheets/)"),
+        ("scenes", f"{config.data.root} (images in contact_sheets/)"),
         ("run", f"{config.out} (metrics.jsonl, checkpoints/)"),
         ("predictions", scores),
         ("adapter", adapter),

@@ -1,4 +1,4 @@
-"""A complete small Qwen2.5-VL directory and a small VGGT directory: the real files and classes, seconds to make."""
+"""Build a tiny random Qwen2.5-VL and a tiny random VGGT with the real classes and file formats, in seconds."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Qwen2Tokeniz
     """
     lines = [text for text in texts if text]
     if not lines:
-        raise ValueError("tiny model: texts is empty; give the questions and answers that it shall read")
+        raise ValueError("tiny model: texts is empty; give the questions and answers to train the tokenizer on")
     if vocabulary < 256:
         raise ValueError(f"tiny model: vocabulary must be at least 256 (the bytes), got {vocabulary}")
     backend = Qwen2Tokenizer().backend_tokenizer

@@ -171,7 +171,7 @@ def refuse_too_large(cache: Cache, whole: Need, lacking: Need) -> None:
 
 
 def refuse_lost(cache: Cache, made: Sequence[str]) -> None:
-    """What no longer fits, or a disk did not take, was said once and left out while the rest was made."""
+    """Raise ValueError if new features are missing from the cache: it was full, or a write failed (logged then)."""
     lost = [key for key in made if not cache.has(key)]
     if lost:
         raise ValueError(

@@ -37,7 +37,7 @@ def write_sheet(
         depths: ``[height, width]`` uint16 per frame, millimetres.
         intrinsic: ``[4, 4]``, of both kinds of image.
         objects: all objects; ``objects[i].object_id == i``.
-        sentences: what is said of them.
+        sentences: descriptions of the objects.
     """
     height, width = depths[0].shape
     tile = (_TILE_WIDTH, round(_TILE_WIDTH * height / width))

@@ -73,10 +73,10 @@ def between(candidates: Sequence[RoomObject], a: RoomObject, b: RoomObject) -> i
     for o in candidates:
         offset = o.box[:2] - start
         share = float(offset @ way) / length**2
-        aside = abs(float(way[0] * offset[1] - way[1] * offset[0])) / length
-        if 0.25 <= share <= 0.75 and aside <= 0.15 * length:
+        distance = abs(float(way[0] * offset[1] - way[1] * offset[0])) / length
+        if 0.25 <= share <= 0.75 and distance <= 0.15 * length:
             inside.append(o.object_id)
-        if -0.1 <= share <= 1.1 and aside <= 0.4 * length:
+        if -0.1 <= share <= 1.1 and distance <= 0.4 * length:
             near.append(o.object_id)
     return inside[0] if len(inside) == 1 and near == inside else None
 

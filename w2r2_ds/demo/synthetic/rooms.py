@@ -113,9 +113,9 @@ class _Builder:
         for other in self.objects:
             if (np.abs((low + high) / 2 - other.box[:3]) < (high - low + other.box[3:]) / 2 + 0.08).all():
                 return False
-        eyes = self.cameras[:, :3, 3]
-        near = (eyes[:, :2] > low[:2] - 0.35).all(axis=1) & (eyes[:, :2] < high[:2] + 0.35).all(axis=1)
-        return not (near & (eyes[:, 2] < high[2] + _HEADROOM)).any()
+        positions = self.cameras[:, :3, 3]
+        near = (positions[:, :2] > low[:2] - 0.35).all(axis=1) & (positions[:, :2] < high[:2] + 0.35).all(axis=1)
+        return not (near & (positions[:, 2] < high[2] + _HEADROOM)).any()
 
 
 def make_room(rng: np.random.Generator, frames: int) -> Room:
@@ -144,14 +144,14 @@ def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int
     angles = start + way * np.arange(frames) / frames * 2 * np.pi
     radius = np.array(size) / 2 - rng.uniform(0.75, 0.95)
     height = rng.uniform(1.5, 1.65) + 0.05 * np.sin(3 * angles)
-    eyes = np.stack([radius[0] * np.cos(angles), radius[1] * np.sin(angles), height], axis=1)
+    positions = np.stack([radius[0] * np.cos(angles), radius[1] * np.sin(angles), height], axis=1)
     turn = angles + np.pi + rng.uniform(-0.3, 0.3) + 0.2 * np.sin(2 * angles)
     pitch = np.radians(rng.uniform(20, 26)) + 0.06 * np.cos(2 * angles)
     ahead = np.stack([np.cos(turn) * np.cos(pitch), np.sin(turn) * np.cos(pitch), -np.sin(pitch)], axis=1)
     right = np.stack([np.sin(turn), -np.cos(turn), np.zeros(frames)], axis=1)
     cameras = np.tile(np.eye(4), (frames, 1, 1))
     cameras[:, :3, 0], cameras[:, :3, 1], cameras[:, :3, 2] = right, np.cross(ahead, right), ahead
-    cameras[:, :3, 3] = eyes
+    cameras[:, :3, 3] = positions
     return cameras
 
 

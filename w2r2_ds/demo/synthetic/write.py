@@ -75,19 +75,19 @@ def write_dataset(
         return Written(root, True, existing)
     root.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
-    aside = partial_folder(root)
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = partial_folder(root)
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        manifest = _write_all(aside, options, workers)
+        manifest = _write_all(partial, options, workers)
         try:
-            aside.rename(root)
+            partial.rename(root)
         except OSError:  # another process may have been faster; its data set is as good if the options agree
             existing = _existing(root, options)
             if existing is None:
                 raise
             return Written(root, True, existing)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return Written(root, False, manifest)
 
 
@@ -187,16 +187,16 @@ def remove_leftovers(root: Path) -> None:
     name = re.compile(rf"\.{re.escape(root.name)}\.partial-(?:(?P<host>.+)-)?(?P<pid>\d+)")
     for folder in root.parent.iterdir():
         match = name.fullmatch(folder.name)
-        if match and match["host"] in (None, socket.gethostname()) and not _lives(int(match["pid"])):
+        if match and match["host"] in (None, socket.gethostname()) and not _is_running(int(match["pid"])):
             shutil.rmtree(folder, ignore_errors=True)  # another new writer may be removing it too
 
 
-def _lives(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     """Whether a process of this machine has the number ``pid``."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # the process of another user
         return True
     return True
