@@ -116,7 +116,7 @@ def test_there_is_no_room(config: Callable[..., RunConfig], monkeypatch: pytest.
         fill_cache(config(data__cache_gib=1e-5), ["train"], False, RankInfo())
     older = Path(config().data.cache) / "00" / f"{0:064x}.safetensors"  # of other weights
     older.parent.mkdir(parents=True)
-    older.write_bytes(b"x" * 1_000_000)
+    older.write_bytes(b"x" * 1_070_000)
     with pytest.raises(ValueError, match=r"data\.cache_gib"):
         fill_cache(config(data__cache_gib=1e-3), ["train"], False, RankInfo())
     older.unlink()
