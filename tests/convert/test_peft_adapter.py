@@ -19,6 +19,7 @@ from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_ad
 from w2r2_ds.data.loader import load_mixture, prompt_loader
 from w2r2_ds.evaluation.runner import evaluate, load_model
 from w2r2_ds.models.build import build_model, fingerprint, trainable
+from w2r2_ds.training.checkpoint.manifest import write_manifest
 from w2r2_ds.utils.versions import versions
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -82,7 +83,7 @@ def untrained(request: pytest.FixtureRequest, model_config: Any, tmp_path: Path)
     save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, folder / "trainable.safetensors")
     save_config(config, folder / "config.yaml")
     description = {"step": 0, "model": fingerprint(model), "metrics": {}, "versions": versions()}
-    (folder / "checkpoint.json").write_text(json.dumps(description))
+    write_manifest(folder, description, {})
     return model, folder
 
 
@@ -159,8 +160,9 @@ def test_its_readme_says_what_it_is_and_how_to_load_it(adapter: Path, world: Wor
     text = (adapter / "README.md").read_text()
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["base_model"] == str(world.folder / "vlm") and head["library_name"] == "peft"
-    assert f"trained with W2R2-DS {versions()['w2r2_ds']} to step {STEPS}. Objective: `push margin`" in text
-    assert f"lambda 1.5, mu 0.0. Geometry: layer 2 of {world.folder / 'vggt'}" in text
+    assert f"trained with W2R2-DS {versions()['w2r2_ds']} to step {STEPS}." in text
+    assert "push term `margin`, lambda 1.5, mu 0.0." in text
+    assert f"layers [2] of {world.folder / 'vggt'}" in text
     named = {file.name for file in adapter.iterdir()} - {"README.md"}
     assert all(f"`{name}`" in text for name in named), named
     assert "[More Information Needed]" not in text  # peft's blank form
