@@ -14,7 +14,7 @@ from torch import Tensor
 
 from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States
 
-LAM, MU, MARGIN, IOU_MARGIN, COSINE = 1.5, 0.7, 1.0, 0.1, 0.5
+LAM, MU = 1.5, 0.7
 POINTS = 201
 
 
@@ -34,9 +34,6 @@ def inputs(points: int, **given: Any) -> PushInputs:
         "hinge": 0.2 * one,
         "lambda_det": LAM,
         "mu": MU,
-        "margin": MARGIN,
-        "iou_margin": IOU_MARGIN,
-        "cosine": COSINE,
     }
     return PushInputs(**(values | given))
 
