@@ -55,7 +55,7 @@ lint: $(STAMP)
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
-	"$(BIN)/python" scripts/check_words.py --report
+	"$(BIN)/python" scripts/check_words.py
 	"$(BIN)/shellcheck" -x .ci/run slurm/* tests/cluster/*.sh examples/*.sh
 
 clean:

@@ -258,9 +258,9 @@ def elsewhere(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def strangers(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def moved_runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The run and its adapter, as they come from a machine on which data and models lay in other places."""
-    folder = tmp_path_factory.mktemp("strangers")
+    folder = tmp_path_factory.mktemp("moved_runs")
     run, adapter = folder / "run", export_adapter(trained, folder / "adapter")
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("engine"))
     home = str(trained.parent)
@@ -272,11 +272,11 @@ def strangers(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[P
 
 
 def test_data_and_models_may_lie_elsewhere(
-    strangers: list[Path], elsewhere: dict[str, str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    moved_runs: list[Path], elsewhere: dict[str, str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = evaluate(trained, tmp_path / "home", max_new_tokens=8, limit=2)
     options = [text for name, value in elsewhere.items() for text in (f"--{name}", value)]
-    for index, stranger in enumerate(strangers):
+    for index, stranger in enumerate(moved_runs):
         out = tmp_path / str(index)
         named = ["--checkpoint", str(stranger), "--out", str(out), "--limit", "2", "--max_new_tokens", "8"]
         assert evaluate_main([*named, *options]) == 0
@@ -291,12 +291,12 @@ def test_data_and_models_may_lie_elsewhere(
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("left_out", ["root", "vlm", "geometry_path"])
 def test_what_lies_elsewhere_and_is_not_given_is_named(
-    strangers: list[Path], elsewhere: dict[str, str], tmp_path: Path, index: int, left_out: str
+    moved_runs: list[Path], elsewhere: dict[str, str], tmp_path: Path, index: int, left_out: str
 ) -> None:
     places = {name: place for name, place in elsewhere.items() if name != left_out}
     named = {"root": "/another/machine/scenes", "vlm": "/another/machine/vlm", "geometry_path": "/another/machine/vggt"}
     with pytest.raises(ValueError, match=named[left_out]):
-        evaluate(strangers[index], tmp_path, limit=1, **places)
+        evaluate(moved_runs[index], tmp_path, limit=1, **places)
 
 
 def test_a_truncated_frame_is_found_before_the_first_answer(

@@ -115,14 +115,14 @@ def batches_of(case: Case, rank: int, samples: dict[str, Any], frontend: Any, co
 
 
 @functools.cache
-def whole_model(full: bool, **options: Any) -> Any:
-    """The same for all cases that differ in the objective alone; nothing steps it."""
+def whole_model(full: bool, options: str) -> Any:
+    """The model of some options (JSON), shared by all cases that differ in the objective alone; nothing steps it."""
     import torch
 
-    from w2r2_ds.config.schema import ModelConfig
+    from w2r2_ds.config.io import model_from_tree
     from w2r2_ds.models.build import build_model
 
-    model = build_model(ModelConfig(**options), torch.device("cpu"), 1)
+    model = build_model(model_from_tree(json.loads(options), "the case"), torch.device("cpu"), 1)
     awaken(model)
     if full:
         unfreeze(model)
@@ -139,7 +139,7 @@ def whole_gradients(case: Case, config: Any, frontend: Any, samples: dict[str, A
     from w2r2_ds.objective.scorer import Scorer
     from w2r2_ds.training.step import W2R2Step
 
-    model = whole_model(case.full, **vars(config.model))
+    model = whole_model(case.full, json.dumps(asdict(config.model)))
     model.zero_grad()
     tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
     # Whole and without checkpointing, whatever the case does.

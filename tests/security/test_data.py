@@ -1,4 +1,4 @@
-"""Data of strangers: recipes, prepared sets, frames, meshes and archives stay data, and below the data root."""
+"""Data of untrusted sources: recipes, prepared sets, frames, meshes and archives stay data, and below the data root."""
 
 from __future__ import annotations
 

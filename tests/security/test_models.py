@@ -1,4 +1,4 @@
-"""Model and adapter folders of strangers: nothing in them is run, and no pickle in them is read."""
+"""Model and adapter folders of untrusted sources: nothing in them is run, and no pickle in them is read."""
 
 from __future__ import annotations
 

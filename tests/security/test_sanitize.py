@@ -1,4 +1,4 @@
-"""Texts of strangers on terminals and in logs, and secrets that never get there."""
+"""Texts of untrusted sources on terminals and in logs, and secrets that never get there."""
 
 from __future__ import annotations
 

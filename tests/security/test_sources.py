@@ -1,4 +1,4 @@
-"""No call that runs strangers' code stands in the sources, and none comes back unnoticed."""
+"""No call that runs untrusted code stands in the sources, and none comes back unnoticed."""
 
 from __future__ import annotations
 

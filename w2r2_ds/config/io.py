@@ -68,7 +68,7 @@ def parse_run(parser: OneLineParser, args: Sequence[str]) -> tuple[RunConfig, ar
     """Parse a command line: defaults, then `--config`, then the other options, in any order.
 
     Without `--config` the recipe is the demo's; then only `WITHOUT_RECIPE` and the parser's own options are allowed, so
-    that nobody trains a real model with the demo's learning rate.
+    that no real model is trained with the demo's learning rate.
 
     Returns:
         The configuration, and the values of options that the caller added to the parser.

@@ -129,7 +129,7 @@ class TokenTables:
     """What a predicted token means inside a number.
 
     Attributes:
-        digit: ``[vocabulary]`` int64, 0 to 9 for every token that reads as one digit, blanks beside it aside (``1``;
+        digit: ``[vocabulary]`` int64, 0 to 9 for every token that is one digit, with or without blanks (``1``;
             SentencePiece also has ``▁1`` and the byte ``<0x31>``); -1 for every other token.
         minus: ``[vocabulary]`` bool, the token's text ends with a minus sign.
     """

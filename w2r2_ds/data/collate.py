@@ -144,7 +144,7 @@ class Collator:
 def tower_input(
     kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec, family: VlmFamily
 ) -> Visuals:
-    """What the vision tower is given of patches and their grids; no geometry, nobody's."""
+    """Inputs of the vision tower from patches and their grids, without geometry and sample ids."""
     sizes = token_counts(grid_thw, vision.merge_size)
     tower = family.tower_inputs(grid_thw, vision)
     return Visuals(kind, patches, grid_thw, sizes, tower, ())

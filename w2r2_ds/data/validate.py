@@ -36,7 +36,7 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
         The number of files looked at.
 
     Raises:
-        ValueError: the first file that is missing or cannot be read, by name.
+        ValueError: a file is missing or cannot be read; the message names the first.
     """
     files = list(dict.fromkeys(path for sample in samples for path in sample.frames))[rank::world_size]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -84,7 +84,7 @@ def check_texts(
 
     Raises:
         ValueError: the sentence of the first sample whose text holds a special token, which is too long or which the
-            chat template changes; with the next few by name, and how long the longest is.
+            chat template changes; the message names the next few, and the longest length.
     """
     # A run of neighbours: they are of the same scenes, so that ranks rarely read the same file.
     begin, end = (len(samples) * share // world_size for share in (rank, rank + 1))

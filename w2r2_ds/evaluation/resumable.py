@@ -132,7 +132,7 @@ def line_of(record: Record) -> str:
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
     """A predictions file is whole or not there."""
-    with atomic_io.replacing(file) as aside, open(aside, "w", encoding="utf-8") as opened:
+    with atomic_io.replacing(file) as temporary, open(temporary, "w", encoding="utf-8") as opened:
         opened.writelines(line_of(record) for record in records)
 
 

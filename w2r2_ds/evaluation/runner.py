@@ -53,8 +53,8 @@ def load_model(
     Args:
         path: of one of them.
         root: where the data lie now; where they lay in training without it.
-        vlm: likewise the video LLM's directory, or a hub id.
-        geometry_path: likewise the geometry encoder's.
+        vlm: present directory or hub id of the video LLM; None for that of training.
+        geometry_path: present directory or hub id of the geometry encoder; None for that of training.
 
     Raises:
         ValueError: there is no such thing, or it belongs to other models than these.
@@ -114,8 +114,8 @@ def evaluate(
         protocols: how to score; the task's default without any (``score.choose_protocols``).
         proposals: file of detected boxes, for ``scanrefer/vgllm_refined``.
         root: where the data lie now; where they lay in training without it.
-        vlm: likewise the video LLM's directory, or a hub id.
-        geometry_path: likewise the geometry encoder's.
+        vlm: present directory or hub id of the video LLM; None for that of training.
+        geometry_path: present directory or hub id of the geometry encoder; None for that of training.
         ranks: this process among others, which have been joined; alone without it.
 
     Returns:

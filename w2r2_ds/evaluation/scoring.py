@@ -146,7 +146,7 @@ def read_boxes(file: Path | None) -> Proposals | None:
 
 
 def without_items(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The same scores without what is said about every item."""
+    """The same scores without the per-item values."""
     kept = {key: value for key, value in result.items() if key not in PER_ITEM}
     if "at" in kept:
         kept["at"] = {k: {key: v for key, v in at.items() if key not in PER_ITEM} for k, at in kept["at"].items()}

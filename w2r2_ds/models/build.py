@@ -101,7 +101,7 @@ def load_geometry(config: ModelConfig, device: torch.device) -> VGGTEncoder:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
+    """Trainable parameters, keyed by their names."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 

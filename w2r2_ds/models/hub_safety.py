@@ -1,4 +1,4 @@
-"""What of a model folder or hub id would run somebody's code or read pickles, refused before transformers sees it.
+"""Reject model folders and hub ids that would run remote code or load pickles, before transformers reads them.
 
 `trust_remote_code` is never given, so that an ``auto_map`` is not followed. Three ways remain that transformers takes
 without being asked: kernels of the hub in place of an attention, an adapter that lies in the folder, and weights that
@@ -39,7 +39,7 @@ def refuse_strangers_code(name: str, attention: str) -> None:
 
     Args:
         name: of `models.vlm.load_vlm`.
-        attention: likewise.
+        attention: name of the attention implementation.
 
     Raises:
         ValueError: the attention is not installed here or would be code of the hub, there is an adapter, or the index

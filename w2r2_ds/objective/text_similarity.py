@@ -1,7 +1,7 @@
 """How similar two texts are: s of captions and of short answers. Pure functions of strings, on the host.
 
 All are in [0, 1], 1 for equal texts. Two texts without words are equal; a text without words and one with words share
-nothing and score 0. They judge single answers while training; corpus scores of benchmarks are evaluation's.
+nothing and score 0. They score single answers during training; corpus scores of benchmarks are evaluation's.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 * what is computed a second time (activation checkpointing) does not count: with it, MFU is a lower number than what the
   device really does;
 * attention counts every pair of tokens of a sample, whichever half a causal mask leaves out;
-* what the step need not compute does not count: logits of the prompt, the last layer for rows that nobody reads,
+* what the step need not compute does not count: logits of the prompt, the last layer for rows that are not used,
   padding, a shared prefix twice, a tower whose features are cached.
 
 The shortcut pass counts forward only (with `unblocked`, backward too). The attention of the `cross_attention` fusion

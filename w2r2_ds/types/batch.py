@@ -36,7 +36,7 @@ class Visuals:
         ids: per set, the id of the (first) sample that sees it.
         dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
         cached_3d: per set, what the cache says about its geometry; empty without a cache.
-        cached_2d: likewise about its 2D features. Then there are no `pixel_values`, but
+        cached_2d: per set, the cache entry of its 2D features. Then there are no `pixel_values`, but
         alone: per set, what the vision tower is given, set by set; None where it need not be, and
         spare: the dummy, for a rank that lacks fewer sets than another.
     """
@@ -139,7 +139,7 @@ class Batch:
     @property
     def what_rows(self) -> PromptRows:
         """The *what* positions of a training batch."""
-        assert self.what is not None, "a batch for generation has no what rows"
+        assert self.what is not None, "a batch for generation has no description positions"
         return self.what
 
 

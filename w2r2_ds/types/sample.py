@@ -21,7 +21,7 @@ class Target:
         object_id: instance id in the scene.
         object_name: annotated name, with spaces.
         group: ``"unique"`` or ``"multiple"`` by ScanNet's 18 classes (``data/sources/labels.py``).
-        group_nyu40: likewise by NYU40 ids.
+        group_nyu40: the same by NYU40 ids.
         scannet_class: 0 to 16 for ScanNet's named classes, 17 for others.
         ann_id: number of the description of this object, as in ScanRefer's file; empty for a caption's object.
         described: ``[6]`` float64, the box that a caption's prompt was made from (annotated or proposed); None if none.

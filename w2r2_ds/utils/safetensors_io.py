@@ -17,7 +17,7 @@ def read_strictly(
     other: str = "another model",
     reshape: str = "it belongs to another model",
 ) -> dict[str, Tensor]:
-    """The tensors of a file, by name.
+    """The tensors of a file, with their names as keys.
 
     Args:
         file: to read.

@@ -76,7 +76,7 @@ def test_our_own_joined_with_a_data_set(tmp_path: Path) -> None:
     lines = [record_of(each, camera_answer(each)) for each in (samples[1], stranger)]
     file = write_lines(tmp_path / "p.jsonl", [*lines, lines[0]])
     scores = score_file(file, data=write_set(tmp_path / "set", samples))
-    assert (scores["samples"], scores["missing"], scores["strangers"], scores["repeated"]) == (2, 1, 1, 1)
+    assert (scores["samples"], scores["missing"], scores["unmatched"], scores["repeated"]) == (2, 1, 1, 1)
     assert scores["protocols"]["scanrefer/vgllm-direct"]["overall"]["acc@0.5"] == 0.5
     assert scores["data"][0]["path"] == str(tmp_path / "set")
     again = write_lines(tmp_path / "p.jsonl", [*lines, {**lines[0], "text": "other"}])
@@ -107,7 +107,7 @@ def test_vgllms_grounding_brings_its_own_frames(tmp_path: Path) -> None:
     lines.append(vgllm_line(grounding("0", scene="scene0999_00"), "x"))
     file = write_lines(tmp_path / "p.jsonl", lines)
     scores = score_file(file, "vgllm", write_set(tmp_path / "set", samples), protocols=["vgllm_ZXY", "video3dllm"])
-    assert (scores["samples"], scores["missing"], scores["strangers"]) == (3, 1, 1)
+    assert (scores["samples"], scores["missing"], scores["unmatched"]) == (3, 1, 1)
     result = scores["protocols"]["scanrefer/vgllm_ZXY"]
     assert (result["acc@0.5"], result["parsed"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert scores["protocols"]["scanrefer/video3dllm"]["multiple"] == {"count": 3, "acc@0.25": 1 / 3, "acc@0.5": 1 / 3}
@@ -138,7 +138,7 @@ def test_video3dllms_boxes_are_told_by_description_and_place(tmp_path: Path) -> 
     scores = score_file(file, "video3dllm", write_set(tmp_path / "set", samples))
     (name,) = scores["protocols"]
     result = scores["protocols"][name]
-    assert (name, scores["missing"], scores["strangers"]) == ("scanrefer/video3dllm", 1, 1)
+    assert (name, scores["missing"], scores["unmatched"]) == ("scanrefer/video3dllm", 1, 1)
     assert result["all"] == {"count": 4, "acc@0.25": 0.5, "acc@0.5": 0.25} and result["parsed"] == 0.5
     with pytest.raises(ValueError, match="reads boxes in a frame's camera"):
         score_file(file, "video3dllm", tmp_path / "set", protocols=["vgllm-direct"])

@@ -93,7 +93,7 @@ def write_boxes(root: Path | str, scene_id: str) -> Path:
             )
     path = root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"
     path.parent.mkdir(exist_ok=True)
-    with atomic_io.replacing(path) as aside, aside.open("wb") as file:  # processes prepare scenes side by side
+    with atomic_io.replacing(path) as temporary, temporary.open("wb") as file:  # processes prepare scenes side by side
         np.save(file, rows)
     return path
 

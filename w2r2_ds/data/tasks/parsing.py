@@ -4,7 +4,7 @@ A grounding answer is one JSON object, with or without a ```json fence around it
 
     {"frame": 12, "bbox_3d": [-0.63, -0.83, 2.43, 3.0, 0.59, 2.35, -2.32, 1.18, 3.05]}
 
-A detection is a JSON list of labels and boxes, likewise; a grounding in world coordinates is the six numbers
+A detection is a JSON list of labels and boxes; a grounding in world coordinates is the six numbers
 ``x_min,y_min,z_min,x_max,y_max,z_max`` (Video-3D-LLM's "gen" template).
 
 Nothing is guessed and nothing is evaluated: whatever is not exactly this is a failure with a reason. VG-LLM's evaluator

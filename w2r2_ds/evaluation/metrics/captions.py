@@ -39,9 +39,9 @@ class CaptionScores:
 
     Attributes:
         corpus: metric -> score; None where it was not computed.
-        items: key -> metric -> score, likewise.
+        items: key -> metric -> score, per item.
         candidates: key -> the very string that was scored; empty where the tokenizer could not run.
-        references: key -> the very strings it was compared with; likewise.
+        references: key -> the strings it was compared with, as tokenized.
         not_computed: metric -> why it is None.
     """
 

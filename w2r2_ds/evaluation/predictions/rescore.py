@@ -45,13 +45,14 @@ def score_file(
 
     Returns:
         ``file``, ``sha256``, ``format``, ``task``, ``data``, ``samples``, ``missing`` (items without a prediction),
-        ``strangers`` (predictions of no item), ``repeated`` (lines that say the same again), ``protocols``.
+        ``unmatched`` (predictions of no item), ``repeated`` (lines with an item that an earlier line
+        has), ``protocols``.
 
     Raises:
         ValueError: a line lacks a field (names file, line and field), or two predictions of one item differ.
     """
     lines = list(read_lines(file))
-    counts = {"strangers": 0, "repeated": 0}
+    counts = {"unmatched": 0, "repeated": 0}
     sets = []
     if data is not None:
         # Scores need no pixels, so the root is only where the folder may lie.
@@ -90,7 +91,7 @@ def join(
     """Records of all samples, in their order, with the predictions that belong to them.
 
     Returns:
-        the records, and how many predictions belong to no sample (``strangers``) or say again what another line says
+        the records, and how many predictions belong to no sample (``unmatched``) or repeat an earlier line
         (``repeated``).
 
     Raises:
@@ -100,7 +101,7 @@ def join(
     for index, sample in enumerate(samples):
         by_key[way.key(sample)].append(index)
     taken: dict[int, Foreign] = {}
-    counts = {"strangers": 0, "repeated": 0}
+    counts = {"unmatched": 0, "repeated": 0}
     for each in predictions:
         fitting = [index for index in by_key.get(each.key, ()) if _near(samples[index], each)]
         free = next((index for index in fitting if index not in taken), None)
@@ -108,7 +109,7 @@ def join(
             _refuse_other_question(samples[free], each)
             taken[free] = each
         elif not fitting:
-            counts["strangers"] += 1
+            counts["unmatched"] += 1
         elif each.text in [taken[index].text for index in fitting]:
             counts["repeated"] += 1
         else:

@@ -19,7 +19,7 @@ def refine(box: Sequence[float], proposals: Sequence[Sequence[float]]) -> tuple[
 
     Args:
         box: six numbers (centre, size) or nine (and ZXY angles), in the world; metres, radians.
-        proposals: boxes of its scene, likewise.
+        proposals: boxes of its scene, in the same convention.
 
     Returns:
         one of them, as given.

@@ -1,4 +1,4 @@
-"""Every scoring protocol by name, and the paper's "Overall".
+"""The registry of scoring protocols, and the paper's "Overall".
 
 A name is ``task/protocol``: one project scores several tasks. See docs/reference/metrics/ for what is comparable.
 """

@@ -69,7 +69,7 @@ def score_prediction(text: str, sample: Sample) -> Prediction:
 
 
 def score_answer(identity: str, text: str, cam_to_world: np.ndarray, target: np.ndarray, group: str) -> Prediction:
-    """Likewise from the parts of a sample: poses ``[frames, 4, 4]`` and world box ``[9]``."""
+    """The same from the parts of a sample: poses ``[frames, 4, 4]`` and world box ``[9]``."""
     record = Prediction(
         id=identity, group=group, text=text, iou=0.0, parsed=False, reason=None, frame=None, box_world=None
     )
@@ -147,7 +147,7 @@ class ScoredDescription:
         scene_id, object_id, object_name, ann_id: as in ScanRefer's file.
         box: of its object, see ``Box``.
         group, group_nyu40: unique or multiple by each class map, where that was found out before (``record.py``).
-        scannet_class: likewise, see ``scannet_class``.
+        scannet_class: class of the object, see ``scannet_class``.
         name: what it is called in results; ``scene|object|ann`` without.
     """
 

@@ -1,6 +1,6 @@
 """The last decoder layer for the rows that are read: keys and values of all tokens, everything else of the rows alone.
 
-Nobody reads what the layer makes of other tokens, so this is exact, and saves the larger part of one layer in every
+The layer's outputs for other tokens are not used, so this is exact, and saves the larger part of one layer in every
 pass, forward and backward.
 """
 

@@ -193,7 +193,7 @@ def _key_lengths(spans: Spans) -> list[int]:
 def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """``[sequences + 1]`` int32 where sequences of these lengths begin and end; the same for all layers of a pass."""
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    if device.type == "cuda":  # from pinned memory nobody waits
+    if device.type == "cuda":  # a copy from pinned memory does not block
         ends = ends.pin_memory()
     return ends.to(device, non_blocking=True)
 

@@ -61,12 +61,12 @@ def save_vggt(vggt: VGGT, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vggt.state_dict().items()}
-    aside = directory / f".{WEIGHTS}.{os.getpid()}"
-    save_file(tensors, aside, metadata={"format": "pt"})
-    os.replace(aside, directory / WEIGHTS)
-    aside = directory / f".{CONFIG}.{os.getpid()}"
-    aside.write_text(json.dumps(vggt.config.to_dict(), indent=2) + "\n")
-    os.replace(aside, directory / CONFIG)
+    temporary = directory / f".{WEIGHTS}.{os.getpid()}"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, directory / WEIGHTS)
+    temporary = directory / f".{CONFIG}.{os.getpid()}"
+    temporary.write_text(json.dumps(vggt.config.to_dict(), indent=2) + "\n")
+    os.replace(temporary, directory / CONFIG)
 
 
 def read_config(directory: Path) -> VGGTConfig:

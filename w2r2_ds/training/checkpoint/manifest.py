@@ -5,7 +5,7 @@ RUN/checkpoints/step-000030/checkpoint.json   the manifest: description, size an
 RUN/checkpoints/latest                        name of the newest complete checkpoint; written after it
                 best                          name of the one with the best validation; written after `latest`
 
-The digests detect bit flips and truncated files, not tampering: whoever can change a shard can change the manifest.
+The digests detect bit flips and truncated files, not tampering: a writer of the shards can also change the manifest.
 Against that, no file of a checkpoint is ever executed (training/checkpoint/deepspeed_io.py).
 """
 

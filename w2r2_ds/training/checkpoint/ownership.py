@@ -1,8 +1,8 @@
 """Ownership token: only the latest start of a run may write its checkpoints (a fencing token).
 
-A requeued job may run while ranks of the old job still live on a node that lost its connection. Both would write to the
-same folder. Every start therefore replaces RUN/checkpoints/incarnation.json with its own random token, and compares it
-before every rename, deletion and pointer update. A start that finds another token there stops.
+A requeued job may run while ranks of the old job are still running on a node that lost its connection. Both would
+write to the same folder. Every start therefore replaces RUN/checkpoints/incarnation.json with its own random token, and
+compares it before every rename, deletion and pointer update. A start that finds another token there stops.
 
 An old start may still rename right after its comparison. This is harmless: each start writes to a temporary folder
 named after its token, and a rename never merges folders, so at worst it publishes a complete checkpoint of that step.

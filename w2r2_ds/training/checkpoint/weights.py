@@ -15,7 +15,7 @@ from w2r2_ds.utils.safetensors_io import read_strictly
 
 
 def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
-    """Whole trained tensors by name, on the CPU. Collective."""
+    """Gathered trainable tensors on the CPU, with their names as keys. Collective."""
     parameters = trainable(model)
     # Under ZeRO-3 a parameter is an empty tensor outside this context; `state_dict()` would save shape (0,).
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
