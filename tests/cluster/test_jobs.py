@@ -83,7 +83,7 @@ def test_a_folder_that_one_node_alone_sees_is_found_before_training(cluster: Clu
     options = world.arguments(Path("/dev/shm/run"), train__steps=STEPS)
     job = cluster.submit("--nodes=2", "slurm/train.sbatch", *options)
     assert cluster.end(job) == "FAILED", cluster.logs(job)
-    assert "WRONG: n2: out: /dev/shm is not the folder that n1 sees" in cluster.log(job), cluster.logs(job)
+    assert "ERROR: n2: out: /dev/shm" in cluster.log(job), cluster.logs(job)
     assert "not fit to train; not requeued" in cluster.log(job)
 
 

@@ -184,14 +184,14 @@ def test_decoded_answers(
     step = make_step(shortcut_decode="greedy", push="poe")
     seen: list[Any] = []
     answers: list[list[list[int]]] = []
-    greedy = step.greedy
+    generate = step.generate
 
     def recorded(*given: Any) -> list[list[int]]:
         seen.append(given)
-        answers.append(greedy(*given))
+        answers.append(generate(*given))
         return answers[-1]
 
-    monkeypatch.setattr(step, "greedy", recorded)
+    monkeypatch.setattr(step, "generate", recorded)
     with torch.no_grad():
         packed = step(pack(chosen, with_prompts=True, questions_per_scene=4, visual=visual))[1]
         separate = step(batch_of(chosen, with_prompts=True, visual=visual))[1]

@@ -96,10 +96,10 @@ class GeometryConfig:
     """The frozen geometry encoder.
 
     Args:
-        name: encoder of the registry in models/geometry_encoder.py.
+        name: name of the encoder: vggt.
         path: directory or hub id of its weights.
-        layers: layers whose patch tokens are used, counted from 0; features of several layers are concatenated. VGGT
-            counts its pairs of alternating-attention blocks.
+        layers: the layer whose patch tokens are used, a list of one, counted from 0. VGGT counts its pairs of
+            alternating-attention blocks.
         reference_frame: frame whose camera is the origin; `last` gives the encoder the frames in reverse order, as
             VG-LLM can.
     """
@@ -128,8 +128,8 @@ class ModelConfig:
         dtype: of weights and activations; auto is bfloat16 on a GPU and float32 otherwise.
         attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
             flash_attention_2 on a GPU in bfloat16 if flash_attn is installed, otherwise sdpa.
-        kernels: torch, triton (own and Liger's kernels; `pip install "w2r2-ds[kernels]"`), or auto, which takes the
-            kernels that are right and faster on this device.
+        kernels: torch, or triton with own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto is triton on a
+            CUDA device with both installed. Results agree up to rounding.
     """
 
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"

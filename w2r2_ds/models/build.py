@@ -90,7 +90,10 @@ def load_geometry(config: ModelConfig, device: torch.device) -> VGGTEncoder:
     Raises:
         ValueError: a layer of `model.geometry.layers` does not exist.
     """
-    vggt, geometry = load_vggt(config.geometry.path), config.geometry
+    geometry = config.geometry
+    if geometry.name != "vggt":
+        raise ValueError(f"model.geometry.name is {geometry.name!r}; the only geometry encoder is vggt.")
+    vggt = load_vggt(geometry.path)
     if max(geometry.layers) >= vggt.config.depth or len(geometry.layers) > 1:
         raise ValueError(
             f"model.geometry.layers is {geometry.layers}; give one layer of {geometry.path}, 0 to "
