@@ -44,7 +44,7 @@ def test_a_bad_day(world: World, calm: Path, tmp_path: Path, record_property: Re
         Fault("", (0,), before=flipped, found=FLIPPED, said=("optim_states.pt has SHA-256",)),
     ]
     rows = suffer(out, arguments(world, out), day)
-    assert_as_undisturbed(out, calm, set_aside=1)
+    assert_as_undisturbed(out, calm, rename_damaged=1)
     note(record_property, rows)
 
 
@@ -95,5 +95,5 @@ def test_every_file_of_a_checkpoint_is_checked(
     found, before, said = damages[-1]
     day.append(Fault("", (0,), before=before, found=found, said=(said,)))
     rows = suffer(out, arguments(world, out), day)
-    assert_as_undisturbed(out, calm, set_aside=len(damages))
+    assert_as_undisturbed(out, calm, rename_damaged=len(damages))
     note(record_property, rows)
