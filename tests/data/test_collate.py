@@ -116,7 +116,7 @@ def test_what_rows_point_at_the_descriptions(
         at = what.position[what.sample == index]
         assert frontend.tokenizer.decode(batch.input_ids[index, at]).strip().startswith(description.strip())
     assert batch_of(samples, with_answer=False).what is None
-    with pytest.raises(AssertionError, match="no what rows"):
+    with pytest.raises(AssertionError, match="no description positions"):
         _ = batch_of(samples, with_answer=False).what_rows
 
 

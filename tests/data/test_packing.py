@@ -140,12 +140,11 @@ def test_options_that_do_not_go_together() -> None:
             load_config(DEMO_RECIPE, list(options))
         return str(error.value)
 
-    assert "train.micro_batch is 6, no multiple of data.questions_per_scene 4" in refused(
-        "--data.questions_per_scene", "4", "--train.micro_batch", "6"
-    )
+    unequal = refused("--data.questions_per_scene", "4", "--train.micro_batch", "6")
+    assert "train.micro_batch is 6" in unequal and "data.questions_per_scene 4" in unequal
     masked = ["--data.questions_per_scene", "2", "--train.micro_batch", "2", "--objective.visual_mask_ratio", "0.1"]
-    assert "objective.visual_mask_ratio is 0.1" in refused(*masked)
-    assert "data.questions_per_scene is 0" in refused("--data.questions_per_scene", "0")
+    assert "objective.visual_mask_ratio" in refused(*masked)
+    assert "data.questions_per_scene" in refused("--data.questions_per_scene", "0")
 
 
 def test_frames_drawn_for_every_sample_are_refused(tmp_path: Any) -> None:

@@ -18,6 +18,7 @@ from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_ad
 from w2r2_ds.models.build import build_model, fingerprint, trainable
 from w2r2_ds.models.loading import load_tokenizer, load_vlm, meta_model
 from w2r2_ds.models.vggt.loading import weight_files
+from w2r2_ds.training.checkpoint.manifest import write_manifest
 from w2r2_ds.utils.versions import versions
 
 WEIGHTS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -94,7 +95,7 @@ def test_attention_of_the_hub_is_refused(vlm_folder: Path, part: str) -> None:
 
 
 def test_nor_is_it_an_option(model_config: Any) -> None:
-    with pytest.raises(ValueError, match=r"model.attention is 'somebody/kernel'; .* never code of the Hugging"):
+    with pytest.raises(ValueError, match=r"model.attention is 'somebody/kernel'; .* not a kernel of the Hugging"):
         load_config(overrides=["--model.attention", "somebody/kernel"])
     with pytest.raises(ValueError, match=r"model.attention somebody/kernel is code of the Hugging Face Hub"):
         load_vlm(model_config.vlm, torch.float32, "somebody/kernel")
@@ -129,7 +130,7 @@ def checkpoint(model_config: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, folder / "trainable.safetensors")
     save_config(config, folder / "config.yaml")
     description = {"step": 0, "model": fingerprint(model), "metrics": {}, "versions": versions()}
-    (folder / "checkpoint.json").write_text(json.dumps(description))
+    write_manifest(folder, description, {})
     return folder
 
 
@@ -184,9 +185,9 @@ def test_a_card_is_read_as_values(adapter: Path, mark: Path, code: str, monkeypa
     monkeypatch.syspath_prepend(str(adapter))
     card = json.loads((adapter / "w2r2_card.json").read_text())
     for section, values, sentence in (
-        ("data", {"class_path": "evil_card.Config"}, "data.class_path would import code"),
+        ("data", {"class_path": "evil_card.Config"}, "data.class_path"),
         ("data", "evil_card.Config", "data is 'evil_card.Config', but must be a section of fields"),
-        ("model", {"attention": "somebody/kernel"}, "never code of the Hugging Face Hub"),
+        ("model", {"attention": "somebody/kernel"}, "not a kernel of the Hugging Face Hub"),
         ("model", {"lora_rank": "many"}, "w2r2_card.json: configuration: model.lora_rank: expected int, got many"),
         ("nothing", 1, "Option 'nothing' is not accepted"),
     ):

@@ -159,18 +159,17 @@ def test_forwards_bound_before_and_later_run_within_and_instead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "named"),
     [
-        ({"recompute_every": 2}, "train.recompute_every is 2, but train.activation_checkpointing is false"),
-        ({"offload_activations": True}, "train.offload_activations is True, but train.activation_checkpointing is"),
+        ({"recompute_every": 2}, "train.recompute_every"),
+        ({"offload_activations": True}, "train.offload_activations"),
     ],
 )
-def test_what_would_do_nothing_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError) as caught:
+def test_what_would_do_nothing_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=rf"{named} .*train\.activation_checkpointing"):
         RunConfig(train=TrainConfig(activation_checkpointing=False, **changes))
-    assert str(caught.value).startswith(said) and str(caught.value).endswith(".")
 
 
 def test_no_layer_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"train\.recompute_every is 0; it must be greater than 0"):
+    with pytest.raises(ValueError, match="recompute_every"):
         RunConfig(train=TrainConfig(recompute_every=0))

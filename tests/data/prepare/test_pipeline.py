@@ -348,7 +348,8 @@ def test_a_file_that_is_missing_is_named(root: Path) -> None:
         prepare(root, options, root / "out", quiet=True)
 
 
-def test_the_demo_prepares_what_its_recipe_names(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_prepares_what_its_recipe_names(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "w2r2_ds")
     for split in ("train", "val"):
         write_annotations(root, [entry(), entry(4, "table")], split)
         write_questions(root, [question_entry()], split)
@@ -356,13 +357,14 @@ def test_the_demo_prepares_what_its_recipe_names(root: Path, capsys: pytest.Capt
     config.data.train = [SourceConfig(f"prepared/{task}/train") for task in ("scanrefer", "scan2cap", "scanqa")]
     config.data.val = [SourceConfig("prepared/scanrefer/val"), SourceConfig("prepared/scanqa/val")]
     prepare_sets(config)
-    assert capsys.readouterr().out.count("samples of") == 5
+    assert caplog.text.count("samples of") == 5
     mixture = load_mixture(config.data, "train")
     assert [each.task for each in mixture] == [task for task in ("scanrefer", "scan2cap", "scanqa") for _ in range(2)]
     assert [path.name for path in mixture[0].frames] == ["00000.jpg", "00002.jpg"]
     assert mixture[4].question.endswith(" Answer the question simply.")
+    caplog.clear()
     prepare_sets(config)
-    assert capsys.readouterr().out == "", "what is there is reused"
+    assert caplog.text == "", "what is there is reused"
     config.data.val = [SourceConfig("prepared/elsewhere")]
     with pytest.raises(ValueError, match=r"prepared/elsewhere names no task; the demo prepares prepared/TASK/NAME"):
         prepare_sets(config)
