@@ -186,10 +186,10 @@ def test_a_card_is_read_as_values(adapter: Path, mark: Path, code: str, monkeypa
     card = json.loads((adapter / "w2r2_card.json").read_text())
     for section, values, sentence in (
         ("data", {"class_path": "evil_card.Config"}, "data.class_path"),
-        ("data", "evil_card.Config", "data is 'evil_card.Config', but must be a section of fields"),
+        ("data", "evil_card.Config", r"configuration: data: .*evil_card.Config"),
         ("model", {"attention": "somebody/kernel"}, "not a kernel of the Hugging Face Hub"),
-        ("model", {"lora_rank": "many"}, "w2r2_card.json: configuration: model.lora_rank: expected int, got many"),
-        ("nothing", 1, "Option 'nothing' is not accepted"),
+        ("model", {"lora_rank": "many"}, r"w2r2_card.json: configuration: model.lora_rank: .*many"),
+        ("nothing", 1, "there is no option nothing"),
     ):
         (adapter / "w2r2_card.json").write_text(
             json.dumps(card | {"configuration": card["configuration"] | {section: values}})
