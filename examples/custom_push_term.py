@@ -1,6 +1,7 @@
-"""A push term of your own, in one file outside the package.
+r"""A push term of your own, in one file outside the package.
 
-    python launchers/train.py --plugin examples/custom_push_term.py --objective.push_term.name focal ...
+    python launchers/train.py --plugin examples/custom_push_term.py --config RECIPE.yaml \
+        --objective.push_term.name focal ...
 
 `focal` adds ``lambda * h * (1 - p)^gamma * l``: like the built-in term `reweight`, but confident samples count less.
 """
