@@ -13,7 +13,7 @@ import torch
 
 import zero3_cases
 from host_sync import host_reads
-from objectives import objective_config
+from objectives import objective_config, push_term
 from reference_passes import hand_loss
 from runs import ZERO3, run_ranks
 from two_pass_tools import unfreeze
@@ -163,10 +163,9 @@ def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -
         for push in ("margin", "unblocked"):
             if (pass_order, push) == ("lockstep", "unblocked"):
                 continue
-            train = TrainConfig(pass_order=pass_order)  # type: ignore[arg-type]
-            config = RunConfig(objective=objective_config(push=push), train=train)
             for zero3 in (False, True):
-                chosen[pass_order, push, zero3] = type(make_two_pass(model, config, zero3))
+                blocked = push_term(push).blocked
+                chosen[pass_order, push, zero3] = type(make_two_pass(model, pass_order, blocked, zero3))
     lockstep = {key for key, kind in chosen.items() if kind is Lockstep}
     assert lockstep == {("auto", "margin", True), ("lockstep", "margin", False), ("lockstep", "margin", True)}
     assert set(chosen.values()) == {Lockstep, Sequential}
