@@ -148,31 +148,3 @@ def test_answers_have_just_the_tokens_that_the_shape_says(subject: Subject) -> N
     assert batch.input_ids.shape == (3, TINY.tokens) and bool(batch.attention_mask.all())
     assert len(batch.answer_rows.label) == 3 * TINY.answer_tokens
     assert len(set(batch.answers)) == 3 and batch.answer_rows.where.any()
-
-
-def test_head_memory(tmp_path: Path) -> None:
-    report = run(tmp_path, "head_memory", "--rows", "1024", "--hidden", "64", "--vocabularies", "[16384]")
-    rows = rows_of(report, "head on")
-    assert set(rows) == {"all rows", "all rows, chunked", "answer rows"}
-    # Logits, their float32 copy and gradients: at least once [1024, 16384] of 4 bytes.
-    assert rows["all rows"]["peak_mib"] > 64 > rows["answer rows"]["peak_mib"]
-    assert all(each["met"] for each in report["criteria"])
-
-
-def test_iou(tmp_path: Path) -> None:
-    report = run(tmp_path, "iou", "--pairs", "120", "--points", "20000", "--rounds", "1")
-    assert set(rows_of(report, "way")) == {"ours", "ours, with gradient", "SciPy"}
-    assert len(report["criteria"]) == 3 and all(each["met"] for each in report["criteria"])
-
-
-def test_loader(tmp_path: Path) -> None:
-    report = run(tmp_path, "loader", "--frames", "2", "--images", "small", "--rounds", "1")
-    assert len(rows_of(report, "way")) == 2 and all(each["met"] for each in report["criteria"])
-    with pytest.raises(ValueError, match="--images is 'big'; it is one of scannet, small"):
-        load("loader")(images="big")
-
-
-def test_eval_throughput(tmp_path: Path) -> None:
-    report = run(tmp_path, "eval_throughput", "--shape", "tiny", "--tokens", "3", "--rounds", "1")
-    assert set(rows_of(report, "way")) == {"field: one sample at a time", "ours, 1 at a time", "ours, 4 at a time"}
-    assert report["criteria"][0]["met"]

@@ -10,13 +10,9 @@ BENCHMARKS = {
     "baseline": "training step of Hugging Face's Trainer on stock Qwen2.5-VL",
     "step_ratio": "training step of W2R2 relative to a single pass and to the baseline, with and without caches",
     "scene_pack": "time per sample if K questions share the frames of one sequence",
-    "head_memory": "memory and time of the LM head with its loss on all tokens and on the answer tokens",
     "geometry_cache": "reading geometry features from the cache relative to computing them",
-    "loader": "CPU time from JPEG files to the inputs of both encoders",
     "zero3_bytes": "bytes that ZeRO-3 gathers in a step, by train.pass_order",
     "kernels": "forward and backward of every kernel relative to PyTorch",
-    "iou": "oriented IoU: speed and error",
-    "eval_throughput": "seconds per generated answer",
 }
 """Name -> description. Module NAME has a function NAME that returns a `Report`."""
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from w2r2_ds.bench.harness import Case, discard, find_device, interleave, ratio
-from w2r2_ds.bench.loader import write_frames
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.data.images import load_frame, resize_for_vggt
@@ -166,6 +167,17 @@ class OnDisk:
             assert two is not None, "both kinds are cached"
             visuals = replace(visuals, cached_2d=(two,), alone=(None,))
         return replace(batch, visuals=moved(visuals, batch.input_ids.device))
+
+
+def write_frames(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+    """Write JPEG files of smooth noise, which compresses about as well as photographs."""
+    noise = np.random.default_rng(0)
+    paths = []
+    for index in range(count):
+        coarse = Image.fromarray(noise.integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8))
+        paths.append(folder / f"{index}.jpg")
+        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+    return paths
 
 
 def write_pixels(folder: Path, images: torch.Tensor) -> tuple[Path, ...]:
