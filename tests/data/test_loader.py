@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.data.loader import checked, prompt_loader, train_loader
+from w2r2_ds.data.loader import prompt_loader, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 
@@ -18,7 +18,7 @@ from w2r2_ds.data.sampler import GlobalBatchSampler
 def batches(samples: list[Any], frontend: Any, config: Any) -> list[Any]:
     mixture = Mixture([samples], [1.0], [0])
     sampler = GlobalBatchSampler(mixture, global_batch=2, micro_batch=1, rank=0, world_size=1, steps=2)
-    return list(checked(train_loader(samples, frontend, config, sampler)))
+    return list(train_loader(samples, frontend, config, sampler))
 
 
 def test_loader_processes_change_nothing(samples: list[Any], frontend: Any, data_config: Callable[..., Any]) -> None:
@@ -29,16 +29,28 @@ def test_loader_processes_change_nothing(samples: list[Any], frontend: Any, data
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_missing_frame_is_one_sentence_from_any_process(
+def test_a_missing_frame_raises_its_own_message_from_any_process(
     samples: list[Any], frontend: Any, data_config: Callable[..., Any], workers: int
 ) -> None:
     missing = Path("no/such/00007.jpg")
     bad = replace(samples[0], frames=(*samples[0].frames[:-1], missing))
     with pytest.raises(ValueError, match="00007") as caught:
         batches([bad, samples[1]], frontend, data_config(workers=workers))
-    assert "Traceback" not in str(caught.value)
+    message = str(caught.value)
+    assert "Traceback" not in message and message.startswith(f"Frame {missing}") and message == message.strip()
+    assert workers == 0 or "in load_frame" in str(caught.value.__cause__), "the worker's traceback is the cause"
     with pytest.raises(ValueError, match="00007"):
-        list(checked(prompt_loader([bad], frontend, data_config(workers=workers), 1)))
+        list(prompt_loader([bad], frontend, data_config(workers=workers), 1))
+
+
+def test_batches_before_a_bad_sample_are_delivered(
+    samples: list[Any], frontend: Any, data_config: Callable[..., Any]
+) -> None:
+    bad = replace(samples[1], frames=(Path("no/such/00007.jpg"),))
+    loader = iter(prompt_loader([samples[0], bad], frontend, data_config(workers=2), 1))
+    assert next(loader).ids == (samples[0].id,)
+    with pytest.raises(ValueError, match="00007"):
+        next(loader)
 
 
 def test_loader_processes_work_ahead_as_far_as_they_are_told(

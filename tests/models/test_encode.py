@@ -14,7 +14,7 @@ import torch
 
 from w2r2_ds.config.schema import DataConfig, ModelConfig
 from w2r2_ds.data import visual_inputs
-from w2r2_ds.data.loader import checked, make_collate, make_processor, prompt_loader
+from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.evaluation.runner import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.features.lookup import flush
@@ -227,7 +227,7 @@ def test_loader_processes_look_things_up(
     made = []
     for _ in range(2):
         made.append([])
-        for batch in checked(prompt_loader(samples, with_cache, config, 1)):
+        for batch in prompt_loader(samples, with_cache, config, 1):
             made[-1].append([*model.encode_3d(batch.visuals), *model.encode_2d(batch.visuals).pooler_output])
         flush()
     assert batch.visuals.geometry_images == (None,)

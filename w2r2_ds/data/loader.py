@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +27,8 @@ from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
+
+T = TypeVar("T")
 
 
 def load_mixture(config: DataConfig, split: str) -> Mixture:
@@ -63,13 +65,13 @@ def digests(mixture: Mixture) -> list[str]:
     return [each.digest for each in mixture.sets if isinstance(each, PreparedSet)]
 
 
-class SampleDataset(Dataset[Features | ValueError]):
-    """Features of samples, made when asked for.
+class SampleDataset(Dataset[Features]):
+    """Map-style dataset that processes a sample on access.
 
     Args:
-        samples: what to turn into tensors.
-        processor: how.
-        with_answer: with the answer as label (training), or the prompt alone (generation).
+        samples: the samples.
+        processor: turns a sample into tensors.
+        with_answer: True: prompt and answer (training); False: the prompt only (generation).
     """
 
     def __init__(
@@ -80,38 +82,26 @@ class SampleDataset(Dataset[Features | ValueError]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Features | ValueError:
-        # A loader process would wrap an error in its traceback; `checked` raises it as it is.
+    def __getitem__(self, index: int) -> Features:
+        return self.processor(self.samples[index], self.with_answer)
+
+
+class ReraisingDataLoader(DataLoader[Any], Generic[T]):
+    """A DataLoader of collated items `T` that raises a ValueError of a worker process with its original message.
+
+    PyTorch re-raises exceptions of workers with the traceback in front of the message. Here the message is only
+    what the worker raised (the sample or file, and what to do); the traceback is in ``error.__cause__``.
+    """
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]
         try:
-            return self.processor(self.samples[index], self.with_answer)
+            yield from super().__iter__()
         except ValueError as error:
-            return error
-
-
-def checked(batches: Iterable[Batch | ValueError]) -> Iterator[Batch]:
-    """The batches of a loader; raises the sentence of the first sample that could not be read."""
-    for batch in batches:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
-
-
-@dataclass(frozen=True)
-class CollateOrError:
-    """Collate, unless a sample could not be read, or does not go with the others: then hand the error on."""
-
-    collate: Collator
-
-    def __call__(self, items: Sequence[Features | ValueError]) -> Batch | ValueError:
-        features = []
-        for item in items:
-            if isinstance(item, ValueError):
-                return item
-            features.append(item)
-        try:
-            return self.collate(features)
-        except ValueError as error:
-            return error
+            if self.num_workers == 0:
+                raise
+            # A traceback ends with "NAME: message"; of chained exceptions, the last one is the one that was raised.
+            message = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.MULTILINE)[-1]
+            raise type(error)(message.rstrip("\n")) from error
 
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
@@ -151,12 +141,11 @@ def grouping(config: DataConfig) -> Grouping | None:
     return alone if config.packing else None
 
 
-def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> CollateOrError:
+def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> Collator:
     """Collation of training samples."""
     positions, pad = make_positions(frontend, config), frontend.tokenizer.pad_token_id
-    return CollateOrError(
-        Collator(pad, visual_kind(config), positions, frontend.vision, frontend.family, with_prompts, grouping(config))
-    )
+    kind, groups = visual_kind(config), grouping(config)
+    return Collator(pad, kind, positions, frontend.vision, frontend.family, with_prompts, groups)
 
 
 def keep_working(worker: int) -> None:
@@ -184,9 +173,9 @@ def train_loader(
     config: DataConfig,
     sampler: GlobalBatchSampler,
     with_prompts: bool = False,
-) -> DataLoader[Any]:
+) -> ReraisingDataLoader[Batch]:
     """Micro-batches of this rank, in the sampler's order; `with_prompts` where answers are decoded in training."""
-    return DataLoader(
+    return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_sampler=sampler,
         collate_fn=make_collate(frontend, config, with_prompts),
@@ -202,9 +191,9 @@ def train_loader(
 
 def measure_loader(
     samples: Sequence[Sample], frontend: VlmFrontend, config: DataConfig, batch_size: int
-) -> DataLoader[Any]:
+) -> ReraisingDataLoader[Batch]:
     """Batches in order, with answers and with prompts, to compare the two readings of the shortcut's answer."""
-    return DataLoader(
+    return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_size=batch_size,
         collate_fn=make_collate(frontend, config, with_prompts=True),
@@ -218,14 +207,14 @@ def prompt_loader(
     config: DataConfig,
     batch_size: int,
     processor: Callable[[Sample, bool], Features] | None = None,
-) -> DataLoader[Any]:
+) -> ReraisingDataLoader[Batch]:
     """Left-padded prompts in order, for generation; `processor` where it is not the VLM's own."""
     dataset = SampleDataset(samples, processor or make_processor(frontend, config), with_answer=False)
     collate = Collator(frontend.tokenizer.pad_token_id, visual_kind(config), None, frontend.vision, frontend.family)
-    return DataLoader(
+    return ReraisingDataLoader(
         dataset,
         batch_size=batch_size,
-        collate_fn=CollateOrError(collate),
+        collate_fn=collate,
         num_workers=config.workers,
         worker_init_fn=keep_working,
         # Its own: a validation must not draw from the random state that training goes on with.

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
 from w2r2_ds.config.schema import DemoConfig, RunConfig
-from w2r2_ds.data.loader import checked, train_loader
+from w2r2_ds.data.loader import train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.models.build import VlmFrontend
@@ -50,7 +50,7 @@ def warm_up(
     optimizer = torch.optim.AdamW(vlm.parameters(), lr=demo.warmup_lr, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, demo.warmup_steps // 20, demo.warmup_steps)
     data = replace(config.data, questions_per_scene=1, packing=False)
-    for step, batch in enumerate(checked(train_loader(samples, frontend, data, sampler))):
+    for step, batch in enumerate(train_loader(samples, frontend, data, sampler)):
         loss = answer_loss(vlm, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)

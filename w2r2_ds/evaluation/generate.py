@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from w2r2_ds.data.loader import checked
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
 
@@ -44,7 +43,7 @@ def generate_answers(
         raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
     model.eval()
     device = model.base.device
-    for batch in checked(loader):
+    for batch in loader:
         tokens = generate_tokens(model, batch.to(device), tokenizer, geometry, max_new_tokens, video_fps)
         for identity, ids in zip(batch.ids, tokens, strict=True):
             yield identity, ids, tokenizer.decode(ids, skip_special_tokens=True)

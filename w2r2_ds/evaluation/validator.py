@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.loader import checked, load_mixture, make_processor, prompt_loader
+from w2r2_ds.data.loader import load_mixture, make_processor, prompt_loader
 from w2r2_ds.data.validate import check_frames, check_texts
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.scoring import headline, score_records
@@ -69,7 +69,7 @@ class InTraining:
         engine.eval()
         answers = [
             ids
-            for batch in checked(self.loader)
+            for batch in self.loader
             for ids in engine(batch.to(self.device), mode="generate", max_new_tokens=self.most)
         ]
         engine.train()

@@ -14,13 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.utils.data import DataLoader
 from transformers.integrations import HfDeepSpeedConfig
 
 from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import require_digit_tokens
-from w2r2_ds.data.loader import digests, grouping, load_mixture, make_processor, refuse_drawn_frames, train_loader
+from w2r2_ds.data.loader import (
+    ReraisingDataLoader,
+    digests,
+    grouping,
+    load_mixture,
+    make_processor,
+    refuse_drawn_frames,
+    train_loader,
+)
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.validate import check_frames, check_texts, describe_frames
@@ -42,6 +49,7 @@ from w2r2_ds.training.fault_tolerance.activity import Activity
 from w2r2_ds.training.throughput import Throughput, matrix_rate
 from w2r2_ds.training.trackers import check_trackers
 from w2r2_ds.training.validation import BestSoFar, MakeValidation, Validation
+from w2r2_ds.types.batch import Batch
 from w2r2_ds.utils.distributed import raise_on_all_ranks
 
 if TYPE_CHECKING:
@@ -73,7 +81,7 @@ class Run:
 
     config: RunConfig
     engine: DeepSpeedEngine
-    loader: DataLoader[Any]
+    loader: ReraisingDataLoader[Batch]
     device: torch.device
     accumulation: int
     start: int
@@ -211,7 +219,7 @@ def load_model(config: RunConfig, inputs: Inputs) -> W2R2:
     return model
 
 
-def make_loader(config: RunConfig, inputs: Inputs, start: int) -> DataLoader[Any]:
+def make_loader(config: RunConfig, inputs: Inputs, start: int) -> ReraisingDataLoader[Batch]:
     """The loader of this rank's micro-batches, from step `start` on."""
     sampler = GlobalBatchSampler(
         mixture=inputs.samples,

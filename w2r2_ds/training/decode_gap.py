@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.loader import checked, measure_loader
+from w2r2_ds.data.loader import measure_loader
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.validation import draw_subset, rank_subset
 from w2r2_ds.types.sample import Sample
@@ -44,7 +44,7 @@ class DecodeGap:
     def measure(self, engine: DeepSpeedEngine) -> dict[str, float]:
         """The three means. Collective."""
         engine.eval()
-        pairs = [engine(batch.to(self.device), mode="measure") for batch in checked(self.loader)]
+        pairs = [engine(batch.to(self.device), mode="measure") for batch in self.loader]
         engine.train()
         teacher, greedy = torch.cat(pairs).double().unbind(-1)
         # Samples repeated to fill the last batches count once.

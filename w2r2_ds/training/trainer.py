@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.loader import checked
 from w2r2_ds.features.lookup import flush
 from w2r2_ds.training.build import Run, build_run
 from w2r2_ds.training.cache_stats import cache_use
@@ -74,7 +73,7 @@ def train(
 def train_steps(run: Run, signals: StopSignals) -> TrainResult:
     """The loop over optimizer steps."""
     config, activity = run.config, run.activity
-    batches = checked(run.loader)
+    batches = iter(run.loader)
     hinge_monitor = HingeMonitor(run.start, config, run.engine.module.push_term)
     with MetricsLogger(Path(config.out), config.train.steps, config.train.trackers, dist.get_rank()) as metrics_logger:
         saves = Saves(run, metrics_logger)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.collate import tower_input
 from w2r2_ds.data.images import VGGT_PATCH, frame_size
-from w2r2_ds.data.loader import keep_working, load_mixture, visual_kind
+from w2r2_ds.data.loader import ReraisingDataLoader, keep_working, load_mixture, visual_kind
 from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush
@@ -180,7 +180,7 @@ def refuse_lost(cache: Cache, made: Sequence[str]) -> None:
         )
 
 
-class _VisualInputsDataset(Dataset[VisualInputs | ValueError]):
+class _VisualInputsDataset(Dataset[VisualInputs]):
     """Vision inputs of samples, computed on access."""
 
     def __init__(self, samples: Sequence[Sample], preprocess: VisualPreprocessor) -> None:
@@ -189,11 +189,8 @@ class _VisualInputsDataset(Dataset[VisualInputs | ValueError]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> VisualInputs | ValueError:
-        try:
-            return self.preprocess.compute(self.samples[index])
-        except ValueError as error:  # a loader process would wrap it in its traceback
-            return error
+    def __getitem__(self, index: int) -> VisualInputs:
+        return self.preprocess.compute(self.samples[index])
 
 
 def encode_all(
@@ -210,9 +207,16 @@ def encode_all(
         vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()
         family.vision_tower(vlm).to(device)  # nothing else of it is used
     kind = visual_kind(config.data)
+    loader: ReraisingDataLoader[VisualInputs] = ReraisingDataLoader(
+        _VisualInputsDataset(samples, preprocess),
+        batch_size=1,
+        collate_fn=itemgetter(0),
+        num_workers=config.data.workers,
+        worker_init_fn=keep_working,
+    )
     label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
-        for inputs in _visual_inputs(samples, preprocess, config.data.workers):
+        for inputs in loader:
             if inputs.cached_3d is not None and inputs.geometry_images is not None:
                 inputs.cached_3d.keep(geometry.encode(inputs.geometry_images))
                 made.append(inputs.cached_3d.key)
@@ -224,13 +228,3 @@ def encode_all(
                 made.append(inputs.cached_2d.key)
             advance()
     return made
-
-
-def _visual_inputs(samples: Sequence[Sample], preprocess: VisualPreprocessor, workers: int) -> Iterator[VisualInputs]:
-    dataset = _VisualInputsDataset(samples, preprocess)
-    for inputs in DataLoader(
-        dataset, batch_size=1, collate_fn=itemgetter(0), num_workers=workers, worker_init_fn=keep_working
-    ):
-        if isinstance(inputs, ValueError):
-            raise inputs
-        yield inputs
