@@ -56,12 +56,9 @@ def _plugin_tasks() -> dict[str, str]:
 def _parser(name: str) -> Parser:
     from w2r2_ds.commands import prepare_data  # imports torch
 
-    if not _is_task(name):
-        return function_parser(_function(name), f"w2r2 prepare {name}")
-    parser = function_parser(prepare_data.prepare_task, f"w2r2 prepare {name}", prepare_data.skipped_options(name))
-    if name in ("scanrefer", "scan2cap"):  # frames as VG-LLM draws them
-        parser.set_defaults({"frames.protocol": "vgllm"})
-    return parser
+    if _is_task(name):
+        return prepare_data.task_parser(name)
+    return function_parser(_function(name), f"w2r2 prepare {name}")
 
 
 def _function(name: str) -> Callable[..., int | None]:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from w2r2_ds.commands.common import function_parser
+from w2r2_ds.config.cli import Parser
 from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.tasks.base import TaskOptions, find_task
 
-TASK_OPTIONS: dict[str, tuple[str, ...]] = {
-    "scanrefer": ("format", "frames", "rolls", "visibility", "skip_without_box"),
-    "scan2cap": ("format", "frames", "visibility", "boxes", "skip_without_box"),
-    "scanqa": ("frames", "skip_without_box"),
-    "detection": ("count", "interval", "step", "windows", "train_windows", "seed"),
-}
-"""Task -> its options besides those that all tasks have; tasks of plug-ins have `PLUGIN_OPTIONS`."""
-PLUGIN_OPTIONS = ("format", "frames", "visibility", "boxes", "skip_without_box")
-SOME_TASKS = tuple(dict.fromkeys(name for names in TASK_OPTIONS.values() for name in names))
+TASK_OPTIONS = (
+    *("format", "frames", "rolls", "visibility", "boxes", "skip_without_box"),
+    *("count", "interval", "step", "windows", "train_windows", "seed"),
+)
+"""Parameters of `prepare_task` that only some tasks have, see `Task.cli_options`."""
 
 
-def skipped_options(task: str) -> tuple[str, ...]:
-    """Parameters of `prepare_task` that are no options of this task's command."""
-    own = TASK_OPTIONS.get(task, PLUGIN_OPTIONS)
-    return ("task", *(name for name in SOME_TASKS if name not in own))
+def task_parser(name: str) -> Parser:
+    """Parser of ``w2r2 prepare NAME`` with the options of the task and its defaults."""
+    task = find_task(name)
+    skipped = ("task", *(option for option in TASK_OPTIONS if option not in task.cli_options))
+    parser = function_parser(prepare_task, f"w2r2 prepare {name}", skipped)
+    if "frames" in task.cli_options:
+        parser.set_defaults({"frames.protocol": task.frame_protocol})
+    return parser
 
 
 def prepare_task(
@@ -77,31 +81,31 @@ def prepare_task(
     from w2r2_ds.data.prepare.pipeline import prepare
     from w2r2_ds.data.prepare.plan import make_plan
     from w2r2_ds.data.prepare.preflight import forecast, missing, report
-    from w2r2_ds.data.tasks.base import TaskOptions, find_task
     from w2r2_ds.utils.sanitize import lines
 
     if not splits:
         raise ValueError("--splits is empty; name at least one.")
-    chosen = format or find_task(task).formats[0]
+    found_task = find_task(task)
+    chosen = format or found_task.formats[0]
     if rolls and chosen != "vgllm":
-        raise ValueError(f"--rolls is {rolls}, but only format vgllm has rolls; leave it out.")
-    if task == "detection":  # samples are windows of neighbouring frames
+        raise ValueError(f"--rolls is {rolls}, but only format vgllm has rolls; omit the option.")
+    if "frames" not in found_task.cli_options:  # the task chooses its frames itself, see Detection
         frames = FrameOptions("uniform", count, seed)
     folder, complete = Path(out or Path(root) / "prepared" / task), True
     for split in dict.fromkeys(splits):
-        drawn = task == "scanrefer" and chosen == "vgllm" and frames.protocol == "vgllm" and split == "train"
         options = TaskOptions(
             task,
             split,
             chosen,
             frames,
-            rolls=rolls or (2 if drawn else 1),
+            rolls=rolls,
             visibility=visibility,
             boxes=boxes,
             interval=interval,
             step=step,
             windows=train_windows if split == "train" else windows,
         )
+        options = replace(options, rolls=rolls or found_task.default_rolls(options))
         if check:
             found = missing(root, options)
             print(lines(report(root, options, found)), flush=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hand_scene import SCENE
-from w2r2_ds.commands.prepare import main
+from w2r2_ds.commands.prepare import COMMANDS, main
+from w2r2_ds.commands.prepare_data import TASK_OPTIONS, task_parser
 from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.pipeline import prepare
@@ -44,6 +45,7 @@ class Count(Record):
 @register_task
 class Counting(Task):
     name = "counting"
+    cli_options = ("frames",)
 
     def annotations(self, root, options):
         return Source("annotations", root / "counting" / f"{options.split}.json", "your own")
@@ -102,3 +104,13 @@ def test_unknown_and_repeated_names() -> None:
 
     with pytest.raises(ValueError, match="'scanrefer'"):
         register_task(Another)
+
+
+def test_the_command_line_lists_the_built_in_tasks() -> None:
+    """The list of ``w2r2 prepare --help``, which imports no task, and the options that each task takes."""
+    for name, task in TASKS.items():
+        assert (task.__doc__ or "").partition("\n")[0].rstrip(".").lower() == COMMANDS[name].lower(), name
+        assert set(task.cli_options) <= set(TASK_OPTIONS), name
+        options = {action.dest.partition(".")[0] for action in task_parser(name)._actions}
+        assert options.isdisjoint({*TASK_OPTIONS} - {*task.cli_options}), name
+        assert options >= {"root", "splits", *task.cli_options}, name

@@ -24,7 +24,7 @@ import numpy as np
 from w2r2_ds.data.frames.coverage import covering_frames
 from w2r2_ds.data.sources.scannet import Scene
 
-Protocol = Literal["uniform", "vgllm", "scene_sets", "coverage", "list"]
+FrameProtocol = Literal["uniform", "vgllm", "scene_sets", "coverage", "list"]
 
 REDRAWS = 20
 """How often VG-LLM draws again when no drawn frame sees the object."""
@@ -44,7 +44,7 @@ class FrameOptions:
         file: of ``list``: JSON, ``{scene: [frame numbers]}``, numbers as in the file names, in the order of viewing.
     """
 
-    protocol: Protocol
+    protocol: FrameProtocol
     count: int
     seed: int = 0
     sets: int = 4
@@ -54,8 +54,10 @@ class FrameOptions:
 
     def check(self) -> None:
         """Raise ``ValueError`` for options that cannot be; the message names the option."""
-        if self.protocol not in get_args(Protocol):
-            raise ValueError(f"frames.protocol is {self.protocol!r}; it must be one of {', '.join(get_args(Protocol))}")
+        if self.protocol not in get_args(FrameProtocol):
+            raise ValueError(
+                f"frames.protocol is {self.protocol!r}; it must be one of {', '.join(get_args(FrameProtocol))}"
+            )
         for name in ("count", "sets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"frames.{name} is {getattr(self, name)}; it must be at least 1")

@@ -90,8 +90,7 @@ def counts(plan: Plan, samples: int, scenes: int, lost: int) -> dict[str, Any]:
         lost: frames of them without a valid pose.
     """
     found: dict[str, Any] = {"samples": samples, "scenes": scenes, "frames_without_pose": lost}
-    if plan.unit != "scenes":
-        found[plan.unit] = plan.items
+    found.setdefault(plan.unit, plan.items)  # of scenes, those that were used are counted
     if plan.published is not None:
         found["published"] = {"of": plan.unit, "count": plan.published, "met": plan.items == plan.published}
     return found
@@ -100,8 +99,8 @@ def counts(plan: Plan, samples: int, scenes: int, lost: int) -> dict[str, Any]:
 def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
     """A prepared folder in two or three lines: its samples, whether the annotations are complete, dropped items."""
     numbers = manifest["counts"]
-    units = [name for name in ("descriptions", "objects", "questions", "scenes") if name in numbers]
-    held = " in ".join(f"{numbers[name]} {name}" for name in units)
+    units = [name for name in numbers if name not in ("samples", "scenes", "frames_without_pose", "published")]
+    held = " in ".join(f"{numbers[name]} {name}" for name in [*units, "scenes"])
     lines = [f"{'reusing ' if reused else ''}{folder}: {numbers['samples']} samples of {held}"]
     published = numbers.get("published")
     if published is not None:

@@ -68,10 +68,8 @@ def report(root: Path | str, options: TaskOptions, found: list[Missing]) -> str:
 
 def forecast(plan: Plan, out: Path) -> str:
     """What a preparation would make, from the annotations alone."""
-    samples, options = plan.task.most_samples(plan.jobs, plan.options), plan.options
     listed = sum(len(list((plan.root / "posed_images" / job.scene_id).glob("*.jpg"))) for job in plan.jobs)
-    if plan.unit == "scenes":  # detection: at most one window per frame
-        samples = min(listed, samples) if options.windows else listed
+    samples = plan.task.most_samples(plan.jobs, plan.options, listed)
     size = samples * SAMPLE_BYTES + listed * FRAME_BYTES
     published = ""
     if plan.published is not None:

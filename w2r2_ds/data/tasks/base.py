@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.frames.selection import FrameOptions, FrameProtocol
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.types.sample import Kind, Sample
@@ -148,15 +148,20 @@ class Task(ABC):
 
     Attributes:
         name: used on the command line, in manifests and in samples.
-        formats: whose prompts and answers there are.
+        formats: prompt and answer formats, by the project that they are from; the first is the default.
         splits: of the annotations.
         published: split -> number of items in the complete annotation file, where known.
+        cli_options: options of ``w2r2 prepare NAME`` besides those of all tasks, a subset of
+            ``commands.prepare_data.TASK_OPTIONS``.
+        frame_protocol: default of ``--frames.protocol``.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]] = ("vgllm",)
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
     published: ClassVar[Mapping[str, int]] = {}
+    cli_options: ClassVar[tuple[str, ...]] = ("format", "frames", "visibility", "boxes", "skip_without_box")
+    frame_protocol: ClassVar[FrameProtocol] = "uniform"
 
     @abstractmethod
     def annotations(self, root: Path, options: TaskOptions) -> Source:
@@ -217,8 +222,18 @@ class Task(ABC):
         """Options that the samples depend on, besides split, format, frames and visibility."""
         return {}
 
-    def most_samples(self, jobs: Sequence[Job], options: TaskOptions) -> int:
-        """Number of samples if no item is dropped; an upper bound."""
+    def default_rolls(self, options: TaskOptions) -> int:
+        """``options.rolls`` where the command line gives none."""
+        return 1
+
+    def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
+        """Upper bound of the number of samples, before any scene is read.
+
+        Args:
+            jobs: all scenes of the split.
+            options: of the task.
+            frames: number of images of these scenes.
+        """
         return self.count(jobs, options)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from w2r2_ds.data.frames.selection import choose
 from w2r2_ds.data.frames.visibility import listed_frames, match_instance, seen_by_depth, seen_by_infos
-from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.annotations import Description, read_scanrefer
 from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
 from w2r2_ds.data.sources.labels import LABELS_FILE, groups, nyu40_class, read_labels, scannet_class
 from w2r2_ds.data.sources.proposals import read_proposals
@@ -22,6 +22,7 @@ from w2r2_ds.data.tasks.base import (
     Dropped,
     Job,
     Source,
+    Task,
     TaskOptions,
     by_scene,
     find_task,
@@ -38,16 +39,6 @@ PROPOSALS = (
 )
 
 
-def scanrefer_source(root: Path, split: str) -> Source:
-    """ScanRefer's annotations, which Scan2Cap uses too."""
-    return Source("annotations", root / "ScanRefer" / f"ScanRefer_filtered_{split}.json", SCANREFER)
-
-
-def labels_source(root: Path) -> Source:
-    """ScanNet's table of labels."""
-    return Source("labels", root / LABELS_FILE, SCANNET)
-
-
 def infos_files(root: Path, split: str) -> list[Path]:
     """EmbodiedScan's file of a split, and the other split's if it exists: EmbodiedScan may divide scenes otherwise."""
     folder = root / "embodiedscan"
@@ -60,9 +51,28 @@ def proposals_file(root: Path, split: str) -> Path:
     return root / "proposals" / f"scannet_{split}_pred_box.json"
 
 
-def description_jobs(root: Path, options: TaskOptions, descriptions: Sequence[Description]) -> tuple[Job, ...]:
+class DescriptionTask(Task):
+    """Base of the tasks whose annotations are ScanRefer's descriptions: ScanRefer and Scan2Cap."""
+
+    formats = ("vgllm", "video3dllm")
+    frame_protocol = "vgllm"
+
+    def annotations(self, root: Path, options: TaskOptions) -> Source:
+        return Source("annotations", root / "ScanRefer" / f"ScanRefer_filtered_{options.split}.json", SCANREFER)
+
+    def other_sources(self, root: Path, options: TaskOptions) -> list[Source]:
+        return [Source("labels", root / LABELS_FILE, SCANNET)]
+
+    def read(self, root: Path, options: TaskOptions) -> Sequence[Description]:
+        return read_scanrefer(self.annotations(root, options).path)
+
+    def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
+        return _description_jobs(self, root, options)
+
+
+def _description_jobs(task: DescriptionTask, root: Path, options: TaskOptions) -> tuple[Job, ...]:
     """One job per scene, with groups and classes of its objects, EmbodiedScan's annotations and proposals if needed."""
-    task = find_task(options.task)
+    descriptions = task.read(root, options)
     labels = read_labels(root)
     by_scannet = groups(descriptions, labels, scannet_class)
     by_nyu40 = groups(descriptions, labels, nyu40_class)

@@ -97,6 +97,7 @@ class Detection(Task):
     """A few neighbouring frames -> the boxes of all visible objects."""
 
     name = "detection"
+    cli_options = ("count", "interval", "step", "windows", "train_windows", "seed")
 
     def annotations(self, root: Path, options: TaskOptions) -> Source:
         return Source("infos", infos_files(root, options.split)[0], EMBODIEDSCAN)
@@ -123,5 +124,6 @@ class Detection(Task):
         frames = {"count": options.frames.count, "seed": options.frames.seed}
         return {"frames": frames, "interval": options.interval, "step": options.step, "windows": options.windows}
 
-    def most_samples(self, jobs: Sequence[Job], options: TaskOptions) -> int:
-        return len(jobs) * options.windows
+    def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
+        # at most one window begins at a frame
+        return min(frames, len(jobs) * options.windows) if options.windows else frames

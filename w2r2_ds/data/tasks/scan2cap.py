@@ -12,14 +12,13 @@ the object is a reference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
-from w2r2_ds.data.sources.annotations import Description, read_scanrefer
+from w2r2_ds.data.sources.annotations import Description
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,
@@ -27,20 +26,16 @@ from w2r2_ds.data.tasks.base import (
     Job,
     Outcomes,
     PreparedItem,
-    Source,
-    Task,
     TaskOptions,
     register_task,
 )
 from w2r2_ds.data.tasks.common import (
+    DescriptionTask,
     ObjectVisibility,
     choose_frames,
-    description_jobs,
     find_visibility,
     frame_fields,
-    labels_source,
     rounded,
-    scanrefer_source,
     target_of,
 )
 from w2r2_ds.types.sample import Kind, Reference, Sample
@@ -133,24 +128,11 @@ def _outcome(
 
 
 @register_task
-class Scan2Cap(Task):
+class Scan2Cap(DescriptionTask):
     """An object given by its position -> a sentence about it."""
 
     name = "scan2cap"
-    formats = ("vgllm", "video3dllm")
     published: ClassVar = {"train": 36665, "val": 2068}
-
-    def annotations(self, root: Path, options: TaskOptions) -> Source:
-        return scanrefer_source(root, options.split)
-
-    def other_sources(self, root: Path, options: TaskOptions) -> list[Source]:
-        return [labels_source(root)]
-
-    def read(self, root: Path, options: TaskOptions) -> Sequence[Description]:
-        return read_scanrefer(self.annotations(root, options).path)
-
-    def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
-        return description_jobs(root, options, self.read(root, options))
 
     def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
         return make(scene, job, options)

@@ -76,6 +76,7 @@ class ScanQA(Task):
     formats = ("video3dllm",)
     splits = ("train", "val", "test_w_obj", "test_wo_obj")
     published: ClassVar = {"val": 4675}
+    cli_options = ("frames", "skip_without_box")
 
     def annotations(self, root: Path, options: TaskOptions) -> Source:
         return Source("annotations", root / "ScanQA" / f"ScanQA_v1.0_{options.split}.json", SCANQA)
@@ -89,7 +90,7 @@ class ScanQA(Task):
     def unit(self, options: TaskOptions) -> str:
         return "questions"
 
-    def most_samples(self, jobs: Sequence[Job], options: TaskOptions) -> int:
+    def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
         if options.split != "train":
             return self.count(jobs, options)
         return sum(len(question.answers) for job in jobs for _, question in job.items)

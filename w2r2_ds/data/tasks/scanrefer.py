@@ -14,7 +14,6 @@ answer is ours: two decimals, commas between. Its kind is ``answer``: only boxes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +23,7 @@ from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.selection import choose
 from w2r2_ds.data.frames.visibility import clearest
 from w2r2_ds.data.images import FORMATS
-from w2r2_ds.data.sources.annotations import Description, read_scanrefer
+from w2r2_ds.data.sources.annotations import Description
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
@@ -33,21 +32,17 @@ from w2r2_ds.data.tasks.base import (
     Job,
     Outcomes,
     PreparedItem,
-    Source,
-    Task,
     TaskOptions,
     register_task,
 )
 from w2r2_ds.data.tasks.common import (
+    DescriptionTask,
     ObjectVisibility,
     choose_frames,
-    description_jobs,
     find_visibility,
     frame_fields,
-    labels_source,
     rounded,
     rounded_box,
-    scanrefer_source,
     target_of,
     world_box,
 )
@@ -184,24 +179,12 @@ def _world_outcome(
 
 
 @register_task
-class ScanRefer(Task):
+class ScanRefer(DescriptionTask):
     """A sentence about an object -> the object's box."""
 
     name = "scanrefer"
-    formats = ("vgllm", "video3dllm")
     published: ClassVar = {"train": 36665, "val": 9508}
-
-    def annotations(self, root: Path, options: TaskOptions) -> Source:
-        return scanrefer_source(root, options.split)
-
-    def other_sources(self, root: Path, options: TaskOptions) -> list[Source]:
-        return [labels_source(root)]
-
-    def read(self, root: Path, options: TaskOptions) -> Sequence[Description]:
-        return read_scanrefer(self.annotations(root, options).path)
-
-    def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
-        return description_jobs(root, options, self.read(root, options))
+    cli_options = ("format", "frames", "rolls", "visibility", "skip_without_box")
 
     def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
         return make(scene, job, options)
@@ -222,5 +205,10 @@ class ScanRefer(Task):
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
         return {"rolls": options.rolls} if options.format == "vgllm" else {}
 
-    def most_samples(self, jobs: Sequence[Job], options: TaskOptions) -> int:
+    def default_rolls(self, options: TaskOptions) -> int:
+        # VG-LLM trains on two samples per description where the frames are drawn per sample
+        drawn = options.format == "vgllm" and options.frames.protocol == "vgllm" and options.split == "train"
+        return 2 if drawn else 1
+
+    def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
         return self.count(jobs, options) * (options.rolls if options.split == "train" else 1)
