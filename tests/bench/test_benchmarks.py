@@ -98,7 +98,7 @@ def test_kernels(tmp_path: Path) -> None:
     report = run(tmp_path, "kernels", "--shape", "tiny", "--rounds", "1")
     ways = [(row["function"], row["way"]) for row in report["rows"]]
     projections = [f"lora_projection to {width}{end}" for width in (64, 128) for end in ("", ", dropout")]
-    assert ways == [(name, way) for name in ["dual_emit", *projections] for way in ("stock", "torch")]
+    assert ways == [(name, way) for name in ["dual_stream_embed", *projections] for way in ("stock", "torch")]
     equal = [each for each in report["criteria"] if each["claim"].endswith("difference from stock")]
     assert len(equal) == 5 and all(each["met"] for each in equal)
 

@@ -12,22 +12,22 @@ from w2r2_ds.kernels import dropout_matmul, dual_stream_embed
 triton = pytest.importorskip("triton", reason="kernels are not installed: pip install 'w2r2-ds[kernels]'")
 
 POINTERS = {
-    dual_stream_embed._emit: {"token": "*i32"},
+    dual_stream_embed._embed: {"token": "*i32"},
     dropout_matmul._down: {"keep": "*i1"},
     dropout_matmul._outer: {"keep": "*i1", "part": "*fp32"},
     dropout_matmul._up: {"keep": "*i1"},
 }
 """Types of a kernel's arguments that are not those of `DEFAULTS`."""
 DEFAULTS = {
-    **{name: "*bf16" for name in ("text", "visual", "other", "fused", "shortcut")},
+    **{name: "*bf16" for name in ("text", "visual_only", "fused", "fused_stream", "visual_stream")},
     **{name: "*bf16" for name in ("x", "a", "low", "out")},
     **{name: "i32" for name in ("width", "rows", "rank", "tiles")},
     **{name: "fp32" for name in ("scale",)},
 }
-CONSTANTS = {"ADD": True, "RANK": 16, "COLUMNS": 128, "HOW": "tf32", "ROWS": 64, "BLOCK": 2048}
+CONSTANTS = {"RANK": 16, "COLUMNS": 128, "HOW": "tf32", "ROWS": 64, "BLOCK": 2048}
 
 
-ALWAYS = {(kernel, 90) for kernel in POINTERS} | {(dual_stream_embed._emit, 80), (dropout_matmul._up, 100)}
+ALWAYS = {(kernel, 90) for kernel in POINTERS} | {(dual_stream_embed._embed, 80), (dropout_matmul._up, 100)}
 """Compiling takes seconds: every kernel for Hopper, every GPU once; the rest is for the night."""
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from w2r2_ds.kernels import dropout_matmul
-from w2r2_ds.kernels.dual_stream_embed import dual_emit
+from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.lora_linear import lora_projection
 
 pytestmark = [
@@ -45,16 +45,15 @@ def close(cases: list[tuple[Any, Any, Any]]) -> None:
         assert far <= 1.1 * allowed + 1e-6, f"{far:.2e} from float32, torch {allowed:.2e}"
 
 
-def test_dual_emit_is_equal_to_the_last_bit() -> None:
-    slots = torch.randperm(ROWS, device="cuda")[:900]
-    text, seen, other = random(1, ROWS, WIDTH), random(900, WIDTH, seed=1), random(900, WIDTH, seed=2)
-    for add in (True, False):
-        cases = both(
-            lambda text, other, seen, slots, way, add=add: dual_emit(text, slots, seen, other, add, way),
-            *(text, other, seen, slots),
-            leaves=2,
-        )
-        assert all(torch.equal(triton, torch_) for triton, torch_, _ in cases)
+def test_dual_stream_embed_is_bit_equal() -> None:
+    positions = torch.randperm(ROWS, device="cuda")[:900]
+    text, visual, fused = random(1, ROWS, WIDTH), random(900, WIDTH, seed=1), random(900, WIDTH, seed=2)
+    cases = both(
+        lambda text, fused, visual, positions, way: dual_stream_embed(text, positions, visual, fused, way),
+        *(text, fused, visual, positions),
+        leaves=2,
+    )
+    assert all(torch.equal(triton, torch_) for triton, torch_, _ in cases)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05])

@@ -65,7 +65,7 @@ def measure(
         report.rows.append(values)
     triton = "triton" in ways
     ours = "triton" if triton else "torch"
-    if operation.name != "dual_emit":  # one code path without a read of the device; its time is no matter
+    if operation.name != "dual_stream_embed":  # one code path without a read of the device; its time is no matter
         claim = f"{where}: {operation.name}, {ours} / {base}"
         report.criteria.append(Criterion(claim, ratio(spreads[ours], spreads[base]), 1.0))
     reference = "torch" if triton else base  # which draws the same dropout, on a GPU too

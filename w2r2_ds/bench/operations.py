@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from w2r2_ds.bench.shapes import Shape
-from w2r2_ds.kernels.dual_stream_embed import dual_emit
+from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.lora_linear import lora_projection
 from w2r2_ds.kernels.select import Kernels
 
@@ -88,11 +88,11 @@ def emit(shape: Shape, draw: Draw) -> Operation:
     row = hidden * draw.dtype.itemsize
     moved = (4 * visual + 3 * (tokens - visual) + 2 * visual + 2 * tokens) * row
     slots = inputs[3].to(draw.device)
-    return Operation("dual_emit", _emit, (*inputs[:3], slots), 2, moved, replaced=_stock_streams)
+    return Operation("dual_stream_embed", _streams, (*inputs[:3], slots), 2, moved, replaced=_stock_streams)
 
 
-def _emit(embeds: Tensor, other: Tensor, visual: Tensor, slots: Tensor, kernels: Kernels) -> Any:
-    return dual_emit(embeds, slots, visual, other, True, kernels)[0]
+def _streams(embeds: Tensor, other: Tensor, visual: Tensor, slots: Tensor, kernels: Kernels) -> Any:
+    return dual_stream_embed(embeds, slots, visual, visual + other, kernels)[0]
 
 
 def _stock_streams(embeds: Tensor, other: Tensor, visual: Tensor, slots: Tensor) -> Tensor:

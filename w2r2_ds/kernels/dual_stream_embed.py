@@ -1,16 +1,15 @@
-"""Phi, dual emit: both input embeddings of the language model in one go, from F2D, the merged F3D and the text.
+"""Input embeddings of the fused and of the visual-only stream, written by one Triton kernel.
 
-Torch reads and writes every row several times (an add, and for either stream a masked scatter with a prefix sum over
-the mask); the kernel reads each input row once and writes each output row once, and nothing waits for the host.
+Both streams share the text embeddings and differ in the visual tokens. PyTorch copies all rows twice and then
+overwrites the visual ones (`index_copy`). The kernel reads every row once and writes it once to each stream.
 
-Roofline, bytes of bfloat16 per row of width H: visual 2 read + 2 written = 8 H, text 1 + 2 = 6 H; H adds per visual
-row, so bandwidth alone counts. 24 frames of 252 tokens + 256 of text, H100 3.35 TB/s (H200 4.3):
-3B, H 2048: 102 MB, 0.031 ms (0.024); 7B, H 3584: 179 MB, 0.053 ms (0.042). Computed, never measured: no GPU was there.
-That is about 0.1 % of a step, which is not what it is for: it is one code path without a read of the device.
+Memory traffic of the kernel in bfloat16, per row of width H: 4 H bytes read and 4 H written for a visual token, 2 H
+and 4 H for a text token. 24 frames of 252 tokens and 256 text tokens on an H100 (3.35 TB/s): 3B (H 2048) 102 MB,
+0.031 ms; 7B (H 3584) 179 MB, 0.053 ms. Calculated, not measured on a GPU. That is about 0.1 % of a training step.
 """
 
 # mypy: disable-error-code=no-untyped-def
-# Triton reads a kernel's annotations and knows only its own.
+# Triton interprets the annotations of a kernel itself and accepts only its own, such as tl.constexpr.
 
 from __future__ import annotations
 
@@ -21,100 +20,107 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from w2r2_ds.kernels.select import Kernels
-from w2r2_ds.kernels.triton_compat import jit, power_of_two, tl
+from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, tl
+
+MAX_BLOCK = 4096
+"""Most columns of one program: 16 KiB of registers per stream in float32."""
 
 
-def dual_emit(
-    embeds: Tensor, slots: Tensor, visual: Tensor, other: Tensor, add: bool, kernels: Kernels
+def dual_stream_embed(
+    embeddings: Tensor, positions: Tensor, visual_only: Tensor, fused: Tensor, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    """Input embeddings of the fused and of the shortcut stream.
+    """Insert the visual tokens of both streams into the text embeddings.
 
     Args:
-        embeds: ``[sequences, length, hidden]`` embeddings of the token ids.
-        slots: ``[tokens]`` int64 rows of the flattened embeddings that visual tokens take, all different.
-        visual: ``[tokens, hidden]`` F2D; the shortcut stream gets it as it is. No gradient goes to it.
-        other: ``[tokens, hidden]`` merged geometry, or with `add` false the finished Phi(F2D, F3D) of another fusion.
-        add: whether the fused stream gets ``visual + other``, in the dtype of ``visual`` as `phi.Add` has it.
-        kernels: which of the two ways.
+        embeddings: ``[sequences, length, hidden]`` embeddings of the token ids, with placeholders at visual tokens.
+        positions: ``[tokens]`` int64 rows of the flattened embeddings that the visual tokens replace, all different.
+        visual_only: ``[tokens, hidden]`` Phi(F2D, 0); without gradient.
+        fused: ``[tokens, hidden]`` Phi(F2D, F3D).
+        kernels: the implementation.
 
     Returns:
-        fused and shortcut ``[sequences, length, hidden]`` in the dtype of ``embeds``. Gradients go through the fused
-        stream, to ``other`` and to the text rows of ``embeds``; the shortcut has none.
+        Fused and visual-only ``[sequences, length, hidden]``, in the dtype of ``embeddings``. Gradients flow from the
+        fused stream to ``fused`` and to the text rows of ``embeddings``; the visual-only stream has no gradient.
     """
-    assert not visual.requires_grad, "F2D comes from a frozen tower"
-    assert len(slots) == len(visual) == len(other), f"{len(slots)} slots, {len(visual)} and {len(other)} tokens"
+    assert not visual_only.requires_grad, "the visual-only stream has no gradient"
+    assert len(positions) == len(visual_only) == len(fused), (
+        f"{len(positions)} positions, {len(visual_only)} visual-only and {len(fused)} fused tokens"
+    )
     if kernels == "torch":
-        return emit_reference(embeds, slots, visual, other, add)
-    fused, shortcut = _DualEmit.apply(embeds, slots, visual, other, add)
-    return fused, shortcut
+        return dual_stream_embed_torch(embeddings, positions, visual_only, fused)
+    fused_stream, visual_stream = _DualStreamEmbed.apply(embeddings, positions, visual_only, fused)
+    return fused_stream, visual_stream
 
 
-def emit_reference(embeds: Tensor, slots: Tensor, visual: Tensor, other: Tensor, add: bool) -> tuple[Tensor, Tensor]:
-    """`dual_emit` in PyTorch."""
-    rows = embeds.flatten(0, 1)
-    tokens = visual + other.to(visual.dtype) if add else other
-    fused = rows.index_copy(0, slots, tokens.to(rows.dtype))
-    shortcut = rows.detach().index_copy(0, slots, visual.to(rows.dtype))
-    return fused.view_as(embeds), shortcut.view_as(embeds)
+def dual_stream_embed_torch(
+    embeddings: Tensor, positions: Tensor, visual_only: Tensor, fused: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`dual_stream_embed` in PyTorch."""
+    rows = embeddings.flatten(0, 1)
+    fused_stream = rows.index_copy(0, positions, fused.to(rows.dtype))
+    visual_stream = rows.detach().index_copy(0, positions, visual_only.to(rows.dtype))
+    return fused_stream.view_as(embeddings), visual_stream.view_as(embeddings)
 
 
-class _DualEmit(torch.autograd.Function):
+class _DualStreamEmbed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeds: Tensor, slots: Tensor, visual: Tensor, other: Tensor, add: bool) -> Any:
-        rows = embeds.contiguous().flatten(0, 1)
+    def forward(ctx: Any, embeddings: Tensor, positions: Tensor, visual_only: Tensor, fused: Tensor) -> Any:
+        rows = embeddings.contiguous().flatten(0, 1)
+        # The inverse of `positions`: row -> visual token, or -1 for text. Computed on the device, without a sync.
         token = torch.full((len(rows),), -1, dtype=torch.int32, device=rows.device)
-        token[slots] = torch.arange(len(slots), dtype=torch.int32, device=rows.device)
-        fused, shortcut = torch.empty_like(rows), torch.empty_like(rows)
+        token[positions] = torch.arange(len(positions), dtype=torch.int32, device=rows.device)
+        fused_stream, visual_stream = torch.empty_like(rows), torch.empty_like(rows)
         width = rows.shape[1]
-        block = min(power_of_two(width), 4096)
-        grid = (len(rows), -(-width // block))
-        _emit[grid](rows, token, visual.contiguous(), other.contiguous(), fused, shortcut, width, ADD=add, BLOCK=block)
-        ctx.save_for_backward(slots)
-        ctx.dtype = other.dtype
-        fused, shortcut = fused.view_as(embeds), shortcut.view_as(embeds)
-        ctx.mark_non_differentiable(shortcut)
-        return fused, shortcut
+        block = min(power_of_two(width), MAX_BLOCK)
+        _embed[(len(rows), blocks(width, block))](
+            rows, token, visual_only.contiguous(), fused.contiguous(), fused_stream, visual_stream, width, BLOCK=block
+        )
+        ctx.save_for_backward(positions)
+        ctx.dtype = fused.dtype
+        fused_stream, visual_stream = fused_stream.view_as(embeddings), visual_stream.view_as(embeddings)
+        ctx.mark_non_differentiable(visual_stream)
+        return fused_stream, visual_stream
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        # A gather and, where the embeddings train, a copy with zeroed rows: nothing that a kernel could save.
-        (slots,) = ctx.saved_tensors
+        # One gather, and one copy with zeroed rows if the embeddings train: PyTorch is optimal here.
+        (positions,) = ctx.saved_tensors
         rows = grad.flatten(0, 1)
-        to_other = rows.index_select(0, slots).to(ctx.dtype) if ctx.needs_input_grad[3] else None
-        to_text = rows.index_fill(0, slots, 0.0).view_as(grad) if ctx.needs_input_grad[0] else None
-        return to_text, None, None, to_other, None
+        to_fused = rows.index_select(0, positions).to(ctx.dtype) if ctx.needs_input_grad[3] else None
+        to_text = rows.index_fill(0, positions, 0.0).view_as(grad) if ctx.needs_input_grad[0] else None
+        return to_text, None, None, to_fused
 
 
 @jit
-def _emit(
+def _embed(
     text,
     token,
-    visual,
-    other,
+    visual_only,
     fused,
-    shortcut,
+    fused_stream,
+    visual_stream,
     width,
-    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program is one row, or `BLOCK` columns of it: of a visual token, or of text where `token` is -1."""
+    """Write `BLOCK` columns of one row to both streams: a visual token, or text where `token` is -1."""
+    # int64: row * width exceeds int32 from 2**31 elements on, such as 600,000 rows of width 3584.
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # `width` need not be a multiple of BLOCK: the mask keeps loads and stores inside the row.
     inside = column < width
     index = tl.load(token + row).to(tl.int64)
-    at = row * width + column
+    target = row * width + column  # all tensors are contiguous, so `width` is the row stride
+    # All threads of a program have the same row, so the branch does not diverge.
     if index < 0:
-        kept = tl.load(text + at, mask=inside)
-        tl.store(fused + at, kept, mask=inside)
-        tl.store(shortcut + at, kept, mask=inside)
+        same = tl.load(text + target, mask=inside)
+        tl.store(fused_stream + target, same, mask=inside)
+        tl.store(visual_stream + target, same, mask=inside)
     else:
         source = index * width + column
-        seen = tl.load(visual + source, mask=inside)
-        added = tl.load(other + source, mask=inside)
-        if ADD:
-            # Rounded where torch rounds: the operand, the sum.
-            sum_ = seen.to(tl.float32) + added.to(seen.dtype).to(tl.float32)
-            added = sum_.to(seen.dtype)
-        tl.store(fused + at, added.to(tl.float32).to(fused.dtype.element_ty), mask=inside)
-        tl.store(shortcut + at, seen.to(tl.float32).to(shortcut.dtype.element_ty), mask=inside)
+        # The tokens may have another dtype than the streams. The conversion goes through float32, which holds every
+        # bfloat16 and float16 value exactly.
+        with_geometry = tl.load(fused + source, mask=inside).to(tl.float32)
+        tl.store(fused_stream + target, with_geometry.to(fused_stream.dtype.element_ty), mask=inside)
+        without_geometry = tl.load(visual_only + source, mask=inside).to(tl.float32)
+        tl.store(visual_stream + target, without_geometry.to(visual_stream.dtype.element_ty), mask=inside)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
-from w2r2_ds.kernels.dual_stream_embed import dual_emit
+from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.select import Kernels
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import Fusion
@@ -167,7 +167,8 @@ class W2R2(nn.Module):
         if batch.visuals.dummy:
             return embeddings, embeddings.detach()
         shortcut = torch.cat(visual_only.pooler_output).detach()
-        return dual_emit(embeddings, batch.visual_tokens, shortcut, torch.cat(fused.pooler_output), False, self.kernels)
+        tokens = torch.cat(fused.pooler_output)
+        return dual_stream_embed(embeddings, batch.visual_tokens, shortcut, tokens, self.kernels)
 
     def hidden(self, batch: Batch, visual: VisionOutput, with_what: bool = False) -> Tensor:
         """Last hidden states of the answer rows, ``[rows, hidden]``; logits of the prompt are never computed."""
