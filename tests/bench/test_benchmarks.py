@@ -146,5 +146,5 @@ def test_the_field_and_our_single_pass_have_the_same_gradients(subject: Subject)
 def test_answers_have_just_the_tokens_that_the_shape_says(subject: Subject) -> None:
     batch = subject.batch(3)
     assert batch.input_ids.shape == (3, TINY.tokens) and bool(batch.attention_mask.all())
-    assert len(batch.answer_rows.label) == 3 * TINY.answer_tokens
-    assert len(set(batch.answers)) == 3 and batch.answer_rows.where.any()
+    assert len(batch.answer_positions.label) == 3 * TINY.answer_tokens
+    assert len(set(batch.answers)) == 3 and batch.answer_positions.where.any()

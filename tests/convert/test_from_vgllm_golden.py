@@ -168,7 +168,7 @@ def test_greedy_tokens_are_the_recorded_ones(golden: Golden) -> None:
         for rows, value in ((prompts, text["pad_token_id"]), ([torch.ones_like(row) for row in prompts], 0))
     )
     for_prompts = dataclasses.replace(
-        batch, input_ids=ids, attention_mask=mask, token_types=(ids == text["image_token_id"]).long(), rows=None
+        batch, input_ids=ids, attention_mask=mask, token_types=(ids == text["image_token_id"]).long(), answer=None
     )
     longest = max(len(case["new_tokens"]) for case in stated)
     model = model_of(golden, *VARIANTS[MAIN][:2])

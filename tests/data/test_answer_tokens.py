@@ -37,12 +37,12 @@ def offsets_of(pieces: list[str]) -> list[tuple[int, int]]:
 def test_numbers_places_and_signs(tokenizer: Any) -> None:
     tokens, offsets = encode(tokenizer, ANSWER)
     slots = find_answer_tokens("grounding", ANSWER, offsets)
-    assert slots.digits
-    assert ["".join(tokens[i] for i in indices) for indices in slots.tokens] == NUMBERS
-    assert slots.places[0] == [10, 1]
-    assert slots.places[3] == pytest.approx([10, 1, 0, 0.1])
-    assert slots.places[1] == pytest.approx([1, 0, 0.1, 0.01])
-    assert ["-" if tokens[i].endswith("-") else "+" for i in slots.lead] == list(SIGNS)
+    assert slots.single_digits
+    assert ["".join(tokens[i] for i in indices) for indices in slots.digits] == NUMBERS
+    assert slots.place_values[0] == [10, 1]
+    assert slots.place_values[3] == pytest.approx([10, 1, 0, 0.1])
+    assert slots.place_values[1] == pytest.approx([1, 0, 0.1, 0.01])
+    assert ["-" if tokens[i].endswith("-") else "+" for i in slots.sign] == list(SIGNS)
 
 
 def test_where_is_exactly_the_digits_of_the_numbers(tokenizer: Any) -> None:
@@ -58,9 +58,9 @@ def test_every_character_a_token() -> None:
     slots = find_answer_tokens("grounding", PLAIN, offsets_of(list(PLAIN)))
     assert "".join("." if n < 0 else str(n) for n in slots.number) == MARKS
     assert [m != "." for m in MARKS] == slots.where.tolist()
-    assert slots.digits and slots.lead.tolist() == [5, 18, 23, 26, 29, 32, 35, 38, 41, 44]
-    assert slots.tokens == [[6], [19, 20, 21], [24], [27], [30], [33], [36], [39], [42], [45, 46]]
-    assert slots.places[1] == [1, 0, 0.1] and slots.places[9] == [10, 1] and slots.places[0] == [1]
+    assert slots.single_digits and slots.sign.tolist() == [5, 18, 23, 26, 29, 32, 35, 38, 41, 44]
+    assert slots.digits == [[6], [19, 20, 21], [24], [27], [30], [33], [36], [39], [42], [45, 46]]
+    assert slots.place_values[1] == [1, 0, 0.1] and slots.place_values[9] == [10, 1] and slots.place_values[0] == [1]
 
 
 @pytest.mark.parametrize(
@@ -80,23 +80,23 @@ def test_a_token_belongs_to_the_number_whose_digits_it_holds(pieces: list[str], 
     tail = [-1 if m == "." else int(m) for m in MARKS[len(begun) :]]
     assert slots.number.tolist() == number + tail
     assert slots.where.tolist() == [n >= 0 for n in number + tail]
-    assert not slots.digits and len(slots.lead) == 0 and slots.tokens == [] and slots.places == []
+    assert not slots.single_digits and len(slots.sign) == 0 and slots.digits == [] and slots.place_values == []
 
 
 def test_one_merged_token_is_enough() -> None:
     """The last of ten numbers, all other digits alone: `81]`, then `8` and `1]`, then ` 8`."""
     for pieces in (["81]"], ["8", "1]"]):
         slots = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:45], *pieces, "}"]))
-        assert slots.number[45:].tolist() == [9] * len(pieces) + [-1] and not slots.digits
+        assert slots.number[45:].tolist() == [9] * len(pieces) + [-1] and not slots.single_digits
     slots = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:44], " 8", *PLAIN[46:]]))
-    assert slots.number[44:].tolist() == [9, 9, -1, -1] and not slots.digits
+    assert slots.number[44:].tolist() == [9, 9, -1, -1] and not slots.single_digits
 
 
 def test_a_blank_that_offsets_leave_out_belongs_to_the_token_after_it() -> None:
     offsets = offsets_of(list(PLAIN))
     trimmed = [*offsets[:5], *offsets[6:]]  # no token of its own for the blank before 7: the token is " 7"
     slots = find_answer_tokens("grounding", PLAIN, trimmed)
-    assert slots.number[5] == 0 and slots.where.sum() == 12 and not slots.digits
+    assert slots.number[5] == 0 and slots.where.sum() == 12 and not slots.single_digits
 
 
 @pytest.mark.parametrize("answer", ["", '{"frame": 1}', ANSWER.replace("3.0, ", ""), ANSWER + " 7"])
@@ -117,7 +117,7 @@ def test_of_a_text_every_token_but_the_end_of_turn(kind: Any) -> None:
     slots = find_answer_tokens(kind, "2 chairs, 1.5 m", offsets_of(pieces))
     assert slots.where.tolist() == [True] * 4 + [False]
     assert slots.number.tolist() == [-1] * 5  # its digits are no box
-    assert not slots.digits and len(slots.lead) == 0 and slots.tokens == [] and slots.places == []
+    assert not slots.single_digits and len(slots.sign) == 0 and slots.digits == [] and slots.place_values == []
     empty = find_answer_tokens(kind, "", [(0, 10)])
     assert empty.where.tolist() == [False]
 

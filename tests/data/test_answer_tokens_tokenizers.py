@@ -212,7 +212,7 @@ def test_where_and_number(tokenizers: dict[str, Any], name: str) -> None:
     assert slots.number.tolist() == expected_numbers(offsets)
     assert slots.where.tolist() == [number >= 0 for number in expected_numbers(offsets)]
     assert sorted(set(slots.number.tolist())) == list(range(-1, 10))
-    assert slots.digits == (name in SPLIT)
+    assert slots.single_digits == (name in SPLIT)
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -222,19 +222,19 @@ def test_slots_of_tokenizers_that_split_digits(tokenizers: dict[str, Any], name:
     ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     slots = find_answer_tokens("grounding", ANSWER, offsets)
     tables = token_tables(tokenizer, len(tokenizer))
-    assert slots.places == [pytest.approx(places) for places in PLACES]
-    for number, (tokens, places, value) in enumerate(zip(slots.tokens, slots.places, VALUES, strict=True)):
+    assert slots.place_values == [pytest.approx(places) for places in PLACES]
+    for number, (tokens, places, value) in enumerate(zip(slots.digits, slots.place_values, VALUES, strict=True)):
         digits = [(int(tables.digit[ids[i]]), place) for i, place in zip(tokens, places, strict=True) if place > 0]
         assert min(digit for digit, _ in digits) >= 0
         assert sum(digit * place for digit, place in digits) == pytest.approx(value)
-        assert bool(tables.minus[ids[slots.lead[number]]]) == (SIGNS[number] == "-")
-        assert slots.lead[number] + 1 == tokens[0]
+        assert bool(tables.minus[ids[slots.sign[number]]]) == (SIGNS[number] == "-")
+        assert slots.sign[number] + 1 == tokens[0]
 
 
 @pytest.mark.parametrize("name", MERGED)
 def test_no_slots_where_digits_merge(tokenizers: dict[str, Any], name: str) -> None:
     slots = find_answer_tokens("grounding", ANSWER, encode(tokenizers[name], ANSWER)[1])
-    assert not slots.digits and len(slots.lead) == 0 and slots.tokens == [] and slots.places == []
+    assert not slots.single_digits and len(slots.sign) == 0 and slots.digits == [] and slots.place_values == []
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *MERGED])
@@ -243,7 +243,7 @@ def test_of_a_caption_all_but_the_end_of_turn(tokenizers: dict[str, Any], name: 
     for kind in ("caption", "answer"):
         slots = find_answer_tokens(kind, DESCRIPTION, offsets)
         assert slots.where.tolist() == [True] * (len(offsets) - 1) + [False]
-        assert (slots.number == -1).all() and not slots.digits
+        assert (slots.number == -1).all() and not slots.single_digits
 
 
 # Where the description begins and ends: a leading blank belongs to its token, and so does what merges with its stop.
@@ -318,7 +318,7 @@ def test_from_sample_to_batch(
         tokenizer.pad_token_id, "image", lambda ids, *rest: torch.zeros(3, *ids.shape), vision, frontend.family
     )
     batch = collate([processor(sample, with_answer=True) for sample in samples[:2]])
-    rows, what = batch.answer_rows, batch.what_rows
+    rows, what = batch.answer_positions, batch.description_positions
     for index, description in enumerate(["The red chair.", "A small brown table beside the white door of the room."]):
         tokens = batch.input_ids[index, what.position[what.sample == index]]
         assert tokenizer.decode(tokens).strip() == description
@@ -327,8 +327,8 @@ def test_from_sample_to_batch(
         assert digits == "".join(c for c in samples[index].answer.replace("bbox_3d", "") if c.isdigit())
         assert all(any(character.isdigit() for character in token) for token in chosen)
         if name in SPLIT:
-            read = [int(tokenizer.decode(rows.label[row])) for row in rows.number[index, 0] if row >= 0]
+            read = [int(tokenizer.decode(rows.label[row])) for row in rows.digit[index, 0] if row >= 0]
             assert read == [(2, 0)[index]]
     if name in MERGED:
-        assert rows.number.tolist() == [[[-1]] * 10] * 2
-        assert not rows.lead.any() and not rows.place.any()
+        assert rows.digit.tolist() == [[[-1]] * 10] * 2
+        assert not rows.sign.any() and not rows.place_value.any()

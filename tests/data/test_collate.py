@@ -15,7 +15,7 @@ from w2r2_ds.data.collate import dummy_visuals
 @pytest.mark.parametrize("visual", ["images", "video"])
 def test_rows_point_at_the_answers(frontend: Any, batch_of: Any, samples: list[Any], visual: str) -> None:
     batch = batch_of(samples, visual=visual)
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     assert torch.equal(batch.input_ids[rows.sample, rows.position + 1], rows.label)
     assert batch.attention_mask[rows.sample, rows.position + 1].all()
     for index, sample in enumerate(samples):
@@ -29,27 +29,27 @@ def test_rows_point_at_the_answers(frontend: Any, batch_of: Any, samples: list[A
 
 def test_slots_point_at_the_digits(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples)
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     tokens = frontend.tokenizer.convert_ids_to_tokens(rows.label.tolist())
     seen = torch.zeros_like(rows.where)
     for index in range(len(samples)):
         numbers = []
         for number in range(NUMBERS):
-            at = rows.number[index, number]
+            at = rows.digit[index, number]
             at = at[at >= 0]
-            assert (rows.sample[at] == index).all() and rows.sample[rows.lead[index, number]] == index
+            assert (rows.sample[at] == index).all() and rows.sample[rows.sign[index, number]] == index
             text = "".join(tokens[i] for i in at)
-            sign = -1 if tokens[rows.lead[index, number]].endswith("-") else 1
+            sign = -1 if tokens[rows.sign[index, number]].endswith("-") else 1
             numbers.append(sign * float(text))
-            value = sum(int(tokens[i]) * p for i, p in zip(at, rows.place[index, number], strict=False) if p > 0)
+            value = sum(int(tokens[i]) * p for i, p in zip(at, rows.place_value[index, number], strict=False) if p > 0)
             assert sign * value == pytest.approx(numbers[-1])
-            seen[at[rows.place[index, number, : len(at)] > 0]] = True
+            seen[at[rows.place_value[index, number, : len(at)] > 0]] = True
         text = samples[index].answer
         expected = [int(text.split('"frame": ')[1].split(",")[0])]
         expected += [float(part) for part in text.split("[")[1].split("]")[0].split(",")]
         assert numbers == expected
     assert torch.equal(seen, rows.where)
-    assert (rows.place[rows.number < 0] == 0).all()
+    assert (rows.place_value[rows.digit < 0] == 0).all()
 
 
 def test_right_padding_for_training(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
@@ -71,7 +71,7 @@ def test_every_sample_is_a_sequence_and_a_group(batch_of: Any, samples: list[Any
     layout, lengths = batch.layout, batch.attention_mask.sum(1).tolist()
     assert torch.equal(layout.group == 0, batch.attention_mask == 1) and set(layout.group.unique().tolist()) == {-1, 0}
     assert not layout.suffix.any() and layout.spans == tuple(((0, length),) for length in lengths)
-    for rows in (batch.answer_rows, batch.what_rows):
+    for rows in (batch.answer_positions, batch.description_positions):
         assert torch.equal(rows.sequence, rows.sample)
     assert sum(batch.visuals.sizes) == len(batch.visual_tokens) == int((batch.token_types > 0).sum())
     assert (batch.token_types.flatten()[batch.visual_tokens] > 0).all()
@@ -81,14 +81,14 @@ def test_every_sample_is_a_sequence_and_a_group(batch_of: Any, samples: list[Any
 
 def test_left_padding_for_generation(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples, with_answer=False)
-    assert batch.position_ids is None and batch.rows is None and batch.layout is None
+    assert batch.position_ids is None and batch.answer is None and batch.layout is None
     assert batch.attention_mask[:, -1].all() and (batch.attention_mask.diff(dim=1) >= 0).all()
     for index, sample in enumerate(samples):
         alone = batch_of([sample], with_answer=False)
         kept = batch.attention_mask[index].bool()
         assert torch.equal(batch.input_ids[index][kept], alone.input_ids[0])
-    with pytest.raises(AssertionError, match="no answer rows"):
-        _ = batch.answer_rows
+    with pytest.raises(AssertionError, match="no answer positions"):
+        _ = batch.answer_positions
 
 
 def test_visuals_poses_and_targets(batch_of: Any, samples: list[Any]) -> None:
@@ -105,19 +105,19 @@ def test_visuals_poses_and_targets(batch_of: Any, samples: list[Any]) -> None:
     assert (batch.target_box.numpy() == samples[0].target.box).all()
 
 
-def test_what_rows_point_at_the_descriptions(
+def test_description_positions_point_at_the_descriptions(
     frontend: Any, batch_of: Any, samples: list[Any], caption_sample: Any, text_samples: list[Any]
 ) -> None:
     batch = batch_of([samples[0], caption_sample, text_samples[1], samples[1]])
-    what = batch.what_rows
+    what = batch.description_positions
     assert what.sample.dtype == what.position.dtype == torch.int64
     assert (what.sample.diff() >= 0).all() and sorted(set(what.sample.tolist())) == [0, 2, 3]  # a caption has none
     for index, description in [(0, "The red chair."), (2, "The sofa."), (3, "A small brown table beside the white ")]:
         at = what.position[what.sample == index]
         assert frontend.tokenizer.decode(batch.input_ids[index, at]).strip().startswith(description.strip())
-    assert batch_of(samples, with_answer=False).what is None
+    assert batch_of(samples, with_answer=False).description is None
     with pytest.raises(AssertionError, match="no description positions"):
-        _ = batch_of(samples, with_answer=False).what_rows
+        _ = batch_of(samples, with_answer=False).description_positions
 
 
 def test_mixed_tasks(
@@ -126,29 +126,29 @@ def test_mixed_tasks(
     """A caption and an answer have no digit tokens and no box; those of the others are as without them."""
     mixed = batch_of([caption_sample, samples[0], answer_sample, samples[2]])
     plain = batch_of([samples[0], samples[2]])
-    rows, alone = mixed.answer_rows, plain.answer_rows
+    rows, alone = mixed.answer_positions, plain.answer_positions
     assert mixed.kinds == ("caption", "grounding", "answer", "grounding")
     assert mixed.answers == (caption_sample.answer, samples[0].answer, "2 chairs", samples[2].answer)
     for index, sample in [(0, caption_sample), (2, answer_sample)]:
         mine = rows.sample == index
         assert frontend.tokenizer.decode(rows.label[mine & rows.where]) == sample.answer
         assert int((mine & ~rows.where).sum()) == 1  # the end of turn
-        assert (rows.number[index] == -1).all() and not rows.place[index].any() and not rows.lead[index].any()
+        assert (rows.digit[index] == -1).all() and not rows.place_value[index].any() and not rows.sign[index].any()
         assert mixed.target_box[index].isnan().all()
     for there, here in [(1, 0), (3, 1)]:
         first = int((rows.sample < there).sum()) - int((alone.sample < here).sum())
-        number = torch.where(alone.number[here] < 0, -1, alone.number[here] + first)
-        assert torch.equal(rows.number[there], number) and torch.equal(rows.place[there], alone.place[here])
-        assert torch.equal(rows.lead[there], alone.lead[here] + first)
+        number = torch.where(alone.digit[here] < 0, -1, alone.digit[here] + first)
+        assert torch.equal(rows.digit[there], number) and torch.equal(rows.place_value[there], alone.place_value[here])
+        assert torch.equal(rows.sign[there], alone.sign[here] + first)
         assert torch.equal(mixed.target_box[there], plain.target_box[here])
         mine, its = rows.sample == there, alone.sample == here
         assert torch.equal(rows.where[mine], alone.where[its]) and torch.equal(rows.label[mine], alone.label[its])
 
 
 def test_a_batch_without_numbers(batch_of: Any, caption_sample: Any, answer_sample: Any) -> None:
-    rows = batch_of([caption_sample, answer_sample, caption_sample]).answer_rows
-    assert rows.number.tolist() == [[[-1]] * NUMBERS] * 3
-    assert rows.place.tolist() == [[[0.0]] * NUMBERS] * 3 and rows.lead.tolist() == [[0] * NUMBERS] * 3
+    rows = batch_of([caption_sample, answer_sample, caption_sample]).answer_positions
+    assert rows.digit.tolist() == [[[-1]] * NUMBERS] * 3
+    assert rows.place_value.tolist() == [[[0.0]] * NUMBERS] * 3 and rows.sign.tolist() == [[0] * NUMBERS] * 3
 
 
 def test_prompts_are_left_padded_and_made_when_told(batch_of: Any, samples: list[Any], text_samples: list[Any]) -> None:
@@ -237,7 +237,7 @@ def test_to_and_pin_reach_every_tensor(batch_of: Any, samples: list[Any], monkey
     tensors += [moved.visual_tokens, moved.token_set, moved.frame_set, moved.layout.group, moved.layout.suffix]
     tensors += [moved.visuals.tower.positions, moved.visuals.tower.order]
     tensors += [moved.target_box, moved.visuals.pixel_values, moved.visuals.grid_thw, *moved.visuals.geometry_images]
-    for part in (moved.answer_rows, moved.what_rows, moved.prompts):
+    for part in (moved.answer_positions, moved.description_positions, moved.prompts):
         tensors += [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.ids == batch.ids and moved.visuals.kind == "image" and type(moved) is type(batch)

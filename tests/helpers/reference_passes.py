@@ -57,8 +57,8 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
     with torch.no_grad() if term.blocked else nullcontext():
         geometry = {"merged": "none", "features": "zeros"}[model.zero_geometry]
         short = hidden_states(model, batch, visual_tokens(model, batch, geometry))
-        logits_short = model.base.lm_head(short[batch.answer_rows.sample, batch.answer_rows.position])
-    rows = batch.answer_rows
+        logits_short = model.base.lm_head(short[batch.answer_positions.sample, batch.answer_positions.position])
+    rows = batch.answer_positions
     logits = model.base.lm_head(fused[rows.sample, rows.position])
     log_p, log_p_short = logits.log_softmax(-1), logits_short.log_softmax(-1)
     _, giou, has_box = expected_overlap(log_p, batch, tables)

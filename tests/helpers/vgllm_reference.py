@@ -34,7 +34,7 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.loss import sample_weights
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
-from w2r2_ds.types.batch import AnswerRows, Batch, Layout, PromptRows, Visuals
+from w2r2_ds.types.batch import AnswerPositions, Batch, DescriptionPositions, Layout, Visuals
 
 MAIN = ""
 VARIANTS = {
@@ -92,19 +92,19 @@ def batch_of(golden: Golden) -> Batch:
         token_set=types.nonzero()[:, 0],
         frame_set=torch.arange(count),
         layout=Layout(mask - 1, torch.zeros_like(mask), tuple(((0, length),) for length in mask.sum(-1).tolist())),
-        rows=AnswerRows(
+        answer=AnswerPositions(
             sample=sample,
             sequence=sample,
             position=position,
             label=labels[sample, position + 1],
             where=torch.ones_like(sample, dtype=torch.bool),
-            number=slots,
-            place=torch.zeros_like(slots, dtype=torch.float64),
-            lead=torch.zeros_like(slots[..., 0]),
+            digit=slots,
+            place_value=torch.zeros_like(slots, dtype=torch.float64),
+            sign=torch.zeros_like(slots[..., 0]),
         ),
         cam_to_world=torch.full((count, 1, 4, 4), torch.nan, dtype=torch.float64),
         target_box=torch.full((count, 9), torch.nan, dtype=torch.float64),
-        what=PromptRows(sample[:0], sample[:0], position[:0]),
+        description=DescriptionPositions(sample[:0], sample[:0], position[:0]),
         kinds=("caption",) * count,
         answers=("",) * count,
     )

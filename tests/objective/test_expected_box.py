@@ -51,7 +51,7 @@ def sure(labels: Tensor, vocabulary: int) -> Tensor:
 
 def noise(batch: Any, tables: Any, seed: int = 0, trust: float = 6.0) -> Tensor:
     """``[rows, vocabulary]`` float64 logits that trust the label more or less."""
-    labels = batch.answer_rows.label
+    labels = batch.answer_positions.label
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(labels), len(tables.digit), generator=draw, dtype=torch.float64)
     return logits.scatter_add(1, labels[:, None], torch.full_like(logits[:, :1], trust))
@@ -65,7 +65,7 @@ def mixture(log_p: Tensor, row: Any, shares: dict[int, float]) -> None:
 
 
 def test_certainty_gives_the_labels_numbers(batch: Any, tables: Any) -> None:
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     numbers = expected_numbers(sure(rows.label, len(tables.digit)), rows, tables)
     assert numbers.dtype == torch.float64
     torch.testing.assert_close(numbers, read_numbers(rows.label, rows, tables), atol=1e-12, rtol=0)
@@ -75,7 +75,7 @@ def test_certainty_gives_the_labels_numbers(batch: Any, tables: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_types_are_widened(batch: Any, tables: Any, dtype: torch.dtype) -> None:
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     numbers = expected_numbers(sure(rows.label, len(tables.digit)).to(dtype), rows, tables)
     assert numbers.dtype == torch.float32
     torch.testing.assert_close(numbers[0], torch.tensor([2, *VALUES]), atol=1e-5, rtol=0)
@@ -83,14 +83,14 @@ def test_narrow_types_are_widened(batch: Any, tables: Any, dtype: torch.dtype) -
 
 def test_mixture_by_hand(batch: Any, tables: Any, token: Callable[[str], int]) -> None:
     """3.02 and -2.32, and a frame of two digits."""
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     log_p = sure(rows.label, len(tables.digit))
     # A quarter of the whole goes to digits: 2 and 3 in shares of 0.2 and 0.8 of it; the rest is not about the digit.
-    mixture(log_p, rows.number[0, 3, 0], {token("2"): 0.05, token("3"): 0.2, token(","): 0.5, token("}"): 0.25})
-    mixture(log_p, rows.number[0, 3, 3], {token("0"): 0.5, token("9"): 0.5})
+    mixture(log_p, rows.digit[0, 3, 0], {token("2"): 0.05, token("3"): 0.2, token(","): 0.5, token("}"): 0.25})
+    mixture(log_p, rows.digit[0, 3, 3], {token("0"): 0.5, token("9"): 0.5})
     # The sign of -2.32: a minus with probability 0.7 of the whole.
-    mixture(log_p, rows.lead[0, 7], {token("-"): 0.7, token("Ġ"): 0.1, token("3"): 0.2})
-    mixture(log_p, rows.number[1, 0, 1], {token("1"): 0.1, token("2"): 0.9})
+    mixture(log_p, rows.sign[0, 7], {token("-"): 0.7, token("Ġ"): 0.1, token("3"): 0.2})
+    mixture(log_p, rows.digit[1, 0, 1], {token("1"): 0.1, token("2"): 0.9})
     numbers = expected_numbers(log_p, rows, tables)
     certain = read_numbers(rows.label, rows, tables)
     expected = certain.clone()
@@ -102,18 +102,18 @@ def test_mixture_by_hand(batch: Any, tables: Any, token: Callable[[str], int]) -
 
 
 def test_tokens_that_spell_the_same_digit_count_together(batch: Any, tables: Any, token: Callable[[str], int]) -> None:
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     other = token("}")
     digit = tables.digit.clone()
     digit[other] = 2
     log_p = sure(rows.label, len(tables.digit))
-    mixture(log_p, rows.number[0, 3, 0], {token("2"): 0.1, other: 0.3, token("3"): 0.4, token(","): 0.2})
+    mixture(log_p, rows.digit[0, 3, 0], {token("2"): 0.1, other: 0.3, token("3"): 0.4, token(","): 0.2})
     numbers = expected_numbers(log_p, rows, TokenTables(digit, tables.minus))
     assert float(numbers[0, 3]) == pytest.approx((0.4 * 2 + 0.4 * 3) / 0.8 + 0.02, abs=1e-12)
 
 
 def test_too_many_digit_tokens_are_not_left_out_in_silence(batch: Any, tables: Any) -> None:
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     digit = tables.digit.clone()
     digit[: MOST_DIGIT_TOKENS + 1] = 5
     assert len(digit) > MOST_DIGIT_TOKENS + 10
@@ -126,8 +126,8 @@ def test_digits_may_be_as_unlikely_as_they_like(
     batch: Any, tables: Any, token: Callable[[str], int], depth: float
 ) -> None:
     """In float32, e^-104 is 0. Shares of the digits are what counts, and they keep their gradient."""
-    rows = batch.answer_rows
-    row = int(rows.number[0, 3, 0])
+    rows = batch.answer_positions
+    row = int(rows.digit[0, 3, 0])
     logits = torch.where(sure(rows.label, len(tables.digit)) == 0, 20.0, 0.0).float()
     logits[row] = -depth
     logits[row, token(",")] = 0.0
@@ -143,18 +143,18 @@ def test_digits_may_be_as_unlikely_as_they_like(
 
 
 def test_impossible_digits_are_equally_likely(batch: Any, tables: Any, token: Callable[[str], int]) -> None:
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     log_p = sure(rows.label, len(tables.digit))
-    mixture(log_p, rows.number[0, 3, 0], {token(","): 1.0})
+    mixture(log_p, rows.digit[0, 3, 0], {token(","): 1.0})
     log_p.requires_grad_()
     numbers = expected_numbers(log_p, rows, tables)
     assert float(numbers[0, 3].detach()) == pytest.approx(4.52, abs=1e-12)
     (gradient,) = torch.autograd.grad(numbers.sum(), log_p)
-    assert gradient.isfinite().all() and not gradient[rows.number[0, 3, 0]].any()
+    assert gradient.isfinite().all() and not gradient[rows.digit[0, 3, 0]].any()
 
 
 def test_gradient_of_numbers_matches_finite_differences(batch: Any, tables: Any) -> None:
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     logits = noise(batch, tables, trust=2.0)[:, :64].contiguous().requires_grad_()
     small = TokenTables(tables.digit[:64], tables.minus[:64])
     assert (small.digit >= 0).sum() == 10 and small.minus.any()
@@ -167,15 +167,15 @@ def test_gradient_of_numbers_matches_finite_differences(batch: Any, tables: Any)
 
 def test_gradient_reaches_digit_slots_and_signs_alone(batch: Any, tables: Any) -> None:
     """And there digit tokens and minus tokens alone. Log-probabilities are leaves here, so nothing is normalised."""
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     log_p = torch.log_softmax(noise(batch, tables, trust=2.0), -1).requires_grad_()
     expected_numbers(log_p, rows, tables).sum().backward()
     assert log_p.grad is not None
     touched = log_p.grad.abs().sum(-1) > 0
     slots = torch.zeros_like(touched)
-    slots[rows.number[(rows.number >= 0) & (rows.place > 0)]] = True
+    slots[rows.digit[(rows.digit >= 0) & (rows.place_value > 0)]] = True
     signs = torch.zeros_like(touched)
-    signs[rows.lead.flatten()] = True
+    signs[rows.sign.flatten()] = True
     assert slots.sum() == rows.where.sum()
     assert torch.equal(touched, slots | signs)
     assert not log_p.grad[slots & ~signs][:, tables.digit < 0].any()
@@ -189,7 +189,7 @@ def test_overlap_is_that_of_the_expected_box_in_the_labels_frame(
     log_p = torch.log_softmax(noise(batch, tables, trust=8.0), -1)
     iou, giou, has_box = expected_overlap(log_p, batch, tables)
     assert iou.dtype == giou.dtype == torch.float64 and has_box.tolist() == [True] * 3
-    numbers = expected_numbers(log_p, batch.answer_rows, tables).numpy()
+    numbers = expected_numbers(log_p, batch.answer_positions, tables).numpy()
     for index, (sample, frame) in enumerate(zip(samples, (2, 0, 11), strict=True)):
         world = camera_to_world(numbers[index, 1:], sample.cam_to_world[frame])
         pair = torch.from_numpy(np.stack([world, sample.target.box]))
@@ -201,7 +201,7 @@ def test_overlap_is_that_of_the_expected_box_in_the_labels_frame(
 
 def test_certain_boxes_overlap_up_to_rounding(batch_of: Any, samples: list[Any], tables: Any) -> None:
     batch = batch_of(samples)
-    iou, giou, _ = expected_overlap(sure(batch.answer_rows.label, len(tables.digit)), batch, tables)
+    iou, giou, _ = expected_overlap(sure(batch.answer_positions.label, len(tables.digit)), batch, tables)
     assert (iou > 0.95).all() and (giou > 0.9).all() and (giou <= iou).all()
 
 
@@ -230,7 +230,7 @@ def test_ascent_finds_the_box(batch_of: Any, samples: list[Any], tables: Any) ->
 
 
 def test_samples_without_a_box_contribute_nothing(mixed: Any, batch_of: Any, samples: list[Any], tables: Any) -> None:
-    rows = mixed.answer_rows
+    rows = mixed.answer_positions
     log_p = torch.log_softmax(noise(mixed, tables), -1).requires_grad_()
     numbers = expected_numbers(log_p, rows, tables)
     assert not numbers[[0, 2]].any()
@@ -252,9 +252,9 @@ def test_a_size_that_is_negative_is_far_away_without_a_gradient(
     batch_of: Any, samples: list[Any], tables: Any, token: Callable[[str], int]
 ) -> None:
     batch = batch_of(samples[:2])
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     log_p = sure(rows.label, len(tables.digit))
-    mixture(log_p, rows.lead[0, 5], {token("-"): 0.8, token("Ġ"): 0.2})
+    mixture(log_p, rows.sign[0, 5], {token("-"): 0.8, token("Ġ"): 0.2})
     log_p.requires_grad_()
     iou, giou, has_box = expected_overlap(log_p, batch, tables)
     assert has_box.all() and iou[0] == 0 and giou[0] == -1 and giou[1] > 0.9

@@ -47,7 +47,7 @@ def total(batch_of: Any, tables: Any, frontend: Any) -> Callable[..., Total]:
 
     def make(samples: list[Any], sure: float = 30.0, batch: Any = None, **changes: Any) -> Total:
         batch = batch or batch_of(samples)
-        rows, what, vocabulary = batch.answer_rows, batch.what_rows, len(tables.digit)
+        rows, what, vocabulary = batch.answer_positions, batch.description_positions, len(tables.digit)
         counts = [int((rows.sample == i).sum()) for i in range(len(samples))]
         inputs = []
         for salt, lean in ((1, 4.0), (2, sure)):
@@ -119,7 +119,7 @@ def test_where_terms_touch_where_rows_only(
     sure = 30.0 if push == "margin" else -3.0
     ours, plain = (total(samples, push=name, margin=30.0, sure=sure, mu=0.0) for name in (push, "none"))
     changed = (ours.fused != plain.fused).any(-1)
-    where = batch_of(samples).answer_rows.where
+    where = batch_of(samples).answer_positions.where
     assert not changed[~where].any() and changed[where].any()
 
 
@@ -145,13 +145,18 @@ def test_empty_sets_give_numbers(
 ) -> None:
     """No where rows, no digit tokens, no description: finite, and untouched where there is nothing to push."""
     batch = batch_of(samples[:2])
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     if hidden == "where":
-        batch = replace(batch, rows=replace(rows, where=torch.zeros_like(rows.where)))
+        batch = replace(batch, answer=replace(rows, where=torch.zeros_like(rows.where)))
     if hidden == "numbers":
-        batch = replace(batch, rows=replace(rows, number=torch.full_like(rows.number, -1), lead=0 * rows.lead))
+        batch = replace(batch, answer=replace(rows, digit=torch.full_like(rows.digit, -1), sign=0 * rows.sign))
     if hidden == "what":
-        batch = replace(batch, what=replace(batch.what, sample=batch.what.sample[:0], position=batch.what.position[:0]))
+        batch = replace(
+            batch,
+            description=replace(
+                batch.description, sample=batch.description.sample[:0], position=batch.description.position[:0]
+            ),
+        )
     result = total(samples[:2], batch=batch, push=push, mu=0.0)
     for value in (result.loss, result.stats, result.fused, result.fused_states, result.short):
         assert value.isfinite().all()
@@ -167,7 +172,7 @@ def test_reductions_by_hand(samples: list[Any], batch_of: Any, total: Callable[.
     by_sample, by_token = total(samples, reduction="sample"), total(samples, reduction="token")
     assert torch.equal(by_sample.stats, by_token.stats)
     batch = batch_of(samples)
-    counts = batch.answer_rows.sample.bincount().float()
+    counts = batch.answer_positions.sample.bincount().float()
     assert sample_weights(batch, "sample").tolist() == [1.0] * 3
     assert torch.equal(sample_weights(batch, "token"), counts)
     torch.testing.assert_close(by_sample.loss, by_sample.column("loss").sum())
@@ -179,7 +184,7 @@ def test_token_reduction_is_the_mean_over_tokens(
 ) -> None:
     """VG-LLM's: each row has the same share of the gradient."""
     result = total(samples, push="none", reduction="token")
-    rows = batch_of(samples).answer_rows
+    rows = batch_of(samples).answer_positions
     # d(-log p) / d logit of the label is p - 1, whatever the sample's length.
     slopes = result.fused[torch.arange(len(rows.label)), rows.label]
     assert ((slopes > -1) & (slopes < 0)).all()

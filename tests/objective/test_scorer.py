@@ -43,5 +43,5 @@ def test_teacher_forced_labels_are_right_whatever_their_kind(
     batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any, frontend: Any
 ) -> None:
     batch = batch_of([samples[0], caption_sample, answer_sample])
-    score = Scorer(tables, frontend.tokenizer, objective_config()).teacher(batch.answer_rows.label, batch)
+    score = Scorer(tables, frontend.tokenizer, objective_config()).teacher(batch.answer_positions.label, batch)
     assert score.s.tolist() == [pytest.approx(1, abs=0.05), 1.0, 1.0] and score.valid.all()

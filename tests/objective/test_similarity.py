@@ -41,8 +41,8 @@ def change(frontend: Any, batch: Any) -> Any:
     """`change(sample, number, position, token)`: predictions equal to the labels but for one token of a number."""
 
     def predict(sample: int, number: int, position: int, token: str) -> torch.Tensor:
-        predicted = batch.answer_rows.label.clone()
-        row = batch.answer_rows.number[sample, number]
+        predicted = batch.answer_positions.label.clone()
+        row = batch.answer_positions.digit[sample, number]
         after = int(row[row >= 0][-1]) + 1
         index = frontend.tokenizer.convert_tokens_to_ids(token)
         assert index is not None
@@ -53,7 +53,7 @@ def change(frontend: Any, batch: Any) -> Any:
 
 
 def test_all_right(batch: Any, tables: Any) -> None:
-    numbers = read_numbers(batch.answer_rows.label, batch.answer_rows, tables)
+    numbers = read_numbers(batch.answer_positions.label, batch.answer_positions, tables)
     assert numbers.dtype == torch.float64
     expected = [2, -0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]
     assert numbers[0].tolist() == pytest.approx(expected)
@@ -97,54 +97,54 @@ def test_one_wrong_token(
     batch: Any, tables: Any, change: Any, sample: int, number: int, position: int, token: str, value: float
 ) -> None:
     predicted = change(sample, number, position, token)
-    numbers = read_numbers(predicted, batch.answer_rows, tables)
+    numbers = read_numbers(predicted, batch.answer_positions, tables)
     assert float(numbers[sample, number]) == pytest.approx(value)
-    numbers[sample, number] = read_numbers(batch.answer_rows.label, batch.answer_rows, tables)[sample, number]
-    assert torch.equal(numbers, read_numbers(batch.answer_rows.label, batch.answer_rows, tables))
+    numbers[sample, number] = read_numbers(batch.answer_positions.label, batch.answer_positions, tables)[sample, number]
+    assert torch.equal(numbers, read_numbers(batch.answer_positions.label, batch.answer_positions, tables))
 
 
 def test_later_digits_do_not_count_after_a_wrong_one(batch: Any, tables: Any, change: Any, frontend: Any) -> None:
     """2.98 for 3.02: of the tokens 2 . 9 8 only the first is believed, the others were conditioned on the 3."""
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     predicted = change(0, 3, 0, "2")
     for position, token in ((2, "9"), (3, "8")):
-        predicted[rows.number[0, 3, position]] = frontend.tokenizer.convert_tokens_to_ids(token)
+        predicted[rows.digit[0, 3, position]] = frontend.tokenizer.convert_tokens_to_ids(token)
     assert float(read_numbers(predicted, rows, tables)[0, 3]) == 2.5
 
 
 def test_wrong_signs(batch: Any, tables: Any, frontend: Any) -> None:
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     minus, space = frontend.tokenizer.convert_tokens_to_ids("-"), frontend.tokenizer.convert_tokens_to_ids("Ġ")
     predicted = rows.label.clone()
-    predicted[rows.lead[0, X]], predicted[rows.lead[0, 7]], predicted[rows.lead[0, 2]] = space, space, minus
+    predicted[rows.sign[0, X]], predicted[rows.sign[0, 7]], predicted[rows.sign[0, 2]] = space, space, minus
     numbers = read_numbers(predicted, rows, tables)
     assert numbers[0, [X, 7, 2]].tolist() == pytest.approx([0.63, 2.32, -12.4])
 
 
 def test_any_end_of_a_number_is_right(batch: Any, tables: Any, frontend: Any) -> None:
     """What follows a number is not its own: another comma or bracket does not change it."""
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     labels = read_numbers(rows.label, rows, tables)
     for token in ("]", "}", "<|im_end|>", "."):
         predicted = rows.label.clone()
-        predicted[rows.number.amax(-1).flatten() + 1] = frontend.tokenizer.convert_tokens_to_ids(token)
+        predicted[rows.digit.amax(-1).flatten() + 1] = frontend.tokenizer.convert_tokens_to_ids(token)
         signs = read_numbers(predicted, rows, tables).abs() == labels.abs()
         assert signs.all()
 
 
 def test_correct_predictions_have_similarity_one_up_to_rounding(batch_of: Any, samples: list[Any], tables: Any) -> None:
     batch = batch_of(samples)
-    s, valid = grounding_similarity(batch.answer_rows.label, batch, tables)
+    s, valid = grounding_similarity(batch.answer_positions.label, batch, tables)
     assert s.dtype == torch.float64 and (s > 0.95).all() and (s <= 1).all()
     assert valid.tolist() == [True] * 3
 
 
 def test_similarity_is_that_of_the_box_that_was_read(batch_of: Any, samples: list[Any], tables: Any) -> None:
     batch = batch_of(samples)
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     predicted = rows.label.clone()
     digit = int((tables.digit == 0).nonzero()[0, 0])
-    predicted[rows.number[:, 4, 0]] = digit  # the first size, 1.2, reads as 0.5
+    predicted[rows.digit[:, 4, 0]] = digit  # the first size, 1.2, reads as 0.5
     numbers = read_numbers(predicted, rows, tables).numpy()
     assert (numbers[:, 4] == 0.5).all()
     s, _ = grounding_similarity(predicted, batch, tables)
@@ -161,14 +161,14 @@ def iou_with_target(world: np.ndarray, sample: Any) -> float:
 def test_invalid_answers_have_similarity_zero(batch_of: Any, samples: list[Any], tables: Any, frontend: Any) -> None:
     """A frame that only a longer sample has, one that none has, a size of zero, a negative size."""
     batch = batch_of([samples[1], samples[2]])
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     token = frontend.tokenizer.convert_tokens_to_ids
     cases = []
     for row, text in (
-        (rows.number[0, FRAME, 0], "7"),
-        (rows.number[1, FRAME, 0], "9"),
-        (rows.number[0, 5, 0], ","),
-        (rows.lead[0, 5], "-"),
+        (rows.digit[0, FRAME, 0], "7"),
+        (rows.digit[1, FRAME, 0], "9"),
+        (rows.digit[0, 5, 0], ","),
+        (rows.sign[0, 5], "-"),
     ):
         predicted = rows.label.clone()
         predicted[row] = token(text)
@@ -183,7 +183,7 @@ def test_noise_is_never_nan(batch_of: Any, samples: list[Any], tables: Any) -> N
     batch = batch_of(samples)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        predicted = torch.randint(len(tables.digit), batch.answer_rows.label.shape, generator=generator)
+        predicted = torch.randint(len(tables.digit), batch.answer_positions.label.shape, generator=generator)
         s, valid = grounding_similarity(predicted, batch, tables)
         assert s.isfinite().all() and (s >= 0).all() and (s <= 1).all()
         assert not s[~valid].any()
@@ -202,10 +202,10 @@ def test_samples_without_number_slots_have_none_and_disturb_none(
     mixed: Any, batch_of: Any, samples: list[Any], tables: Any, frontend: Any
 ) -> None:
     """Row 0, to which absent numbers point, is the caption's: whatever is predicted there is no number."""
-    rows = mixed.answer_rows
+    rows = mixed.answer_positions
     assert has_numbers(rows).tolist() == [False, True, False]
     labels, _ = grounding_similarity(rows.label, mixed, tables)
-    alone, _ = grounding_similarity(batch_of([samples[1]]).answer_rows.label, batch_of([samples[1]]), tables)
+    alone, _ = grounding_similarity(batch_of([samples[1]]).answer_positions.label, batch_of([samples[1]]), tables)
     assert labels[1] == alone[0] > 0.95
     for text in ("9", "-", ".", ","):
         predicted = rows.label.clone()
@@ -218,10 +218,12 @@ def test_samples_without_number_slots_have_none_and_disturb_none(
 
 
 def test_slots_of_no_width_at_all(mixed: Any, tables: Any) -> None:
-    rows = mixed.answer_rows
-    empty = replace(rows, number=rows.number[..., :0], place=rows.place[..., :0], lead=torch.zeros_like(rows.lead))
+    rows = mixed.answer_positions
+    empty = replace(
+        rows, digit=rows.digit[..., :0], place_value=rows.place_value[..., :0], sign=torch.zeros_like(rows.sign)
+    )
     assert not read_numbers(rows.label, empty, tables).any()
-    s, valid = grounding_similarity(rows.label, replace(mixed, rows=empty), tables)
+    s, valid = grounding_similarity(rows.label, replace(mixed, answer=empty), tables)
     assert not s.any() and not valid.any()
 
 
@@ -262,7 +264,7 @@ def test_decoded_reading_looks_at_grounding_alone(mixed: Any, samples: list[Any]
 
 def test_teacher_forced_and_decoded_agree_on_right_answers(batch_of: Any, samples: list[Any], tables: Any) -> None:
     batch = batch_of(samples)
-    teacher, _ = grounding_similarity(batch.answer_rows.label, batch, tables)
+    teacher, _ = grounding_similarity(batch.answer_positions.label, batch, tables)
     decoded, _ = decoded_grounding_similarity([sample.answer for sample in samples], batch)
     torch.testing.assert_close(teacher, decoded, atol=1e-12, rtol=0)
 
@@ -271,7 +273,7 @@ def test_texts_of_teacher_forced_predictions(mixed: Any, frontend: Any) -> None:
     def decode(tokens: list[int]) -> str:
         return frontend.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    rows = mixed.answer_rows
+    rows = mixed.answer_positions
     assert read_texts(rows.label, mixed, decode) == ["7 red chairs.", "", "brown"]
     wrong = rows.label.clone()
     wrong[0] = frontend.tokenizer.convert_tokens_to_ids("2")
@@ -283,7 +285,7 @@ def test_texts_of_teacher_forced_predictions(mixed: Any, frontend: Any) -> None:
 
 
 def test_mixed_batch(mixed: Any, tables: Any) -> None:
-    grounding, _ = grounding_similarity(mixed.answer_rows.label, mixed, tables)
+    grounding, _ = grounding_similarity(mixed.answer_positions.label, mixed, tables)
     texts = ["7 blue chairs.", "nothing to be looked at", "Brown."]
     text = text_similarity(texts, mixed.answers, mixed.kinds, "rouge_l", "exact_match")
     assert has_text(mixed)
@@ -295,12 +297,12 @@ def test_grounding_waits_for_nothing(batch_of: Any, samples: list[Any], tables: 
     """On a device without values a host read would fail, and the host's reads of values have names."""
     batch = batch_of(samples)
     assert not has_text(batch)
-    assert read_texts(batch.answer_rows.label, batch, front_is_not_asked) == ["", "", ""]
-    assert not host_reads(lambda: grounding_similarity(batch.answer_rows.label, batch, tables))
+    assert read_texts(batch.answer_positions.label, batch, front_is_not_asked) == ["", "", ""]
+    assert not host_reads(lambda: grounding_similarity(batch.answer_positions.label, batch, tables))
     meta = batch.to(torch.device("meta"))
-    s, valid = grounding_similarity(meta.answer_rows.label, meta, tables.to(torch.device("meta")))
+    s, valid = grounding_similarity(meta.answer_positions.label, meta, tables.to(torch.device("meta")))
     assert s.shape == valid.shape == (3,)
-    assert read_texts(meta.answer_rows.label, meta, front_is_not_asked) == ["", "", ""]
+    assert read_texts(meta.answer_positions.label, meta, front_is_not_asked) == ["", "", ""]
 
 
 def front_is_not_asked(tokens: list[int]) -> str:

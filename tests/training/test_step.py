@@ -49,7 +49,7 @@ def stock_logits(vlm: Any, batch: Any) -> torch.Tensor:
         use_cache=False,
         **visuals,
     ).logits
-    return logits[batch.answer_rows.sample, batch.answer_rows.position]
+    return logits[batch.answer_positions.sample, batch.answer_positions.position]
 
 
 def in_a_large_box(batch: Any) -> Any:
@@ -121,7 +121,7 @@ def test_shortcut_is_the_stock_model(
     assert not short.label_log_p.requires_grad
     assert torch.equal(short.guess, logits.argmax(-1))
     log_p = log_softmax(logits, -1)
-    expected = log_p.gather(1, batch.answer_rows.label[:, None])[:, 0]
+    expected = log_p.gather(1, batch.answer_positions.label[:, None])[:, 0]
     torch.testing.assert_close(short.label_log_p, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(short.guess_log_p, log_p.max(-1).values, rtol=1e-6, atol=1e-6)
 
@@ -187,7 +187,7 @@ def test_towers_run_once_and_the_head_sees_answers_only(
     model.base.model.language_model.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
     step(batch)[0].backward()
     assert calls == {"visual": 1, "vggt": len(samples)}  # VGGT sees the frames of one sample at a time
-    assert head == [len(batch.answer_rows.label)] * 2
+    assert head == [len(batch.answer_positions.label)] * 2
     assert grads == [False, True]  # the shortcut first
 
 
@@ -260,10 +260,10 @@ def test_a_sample_whose_answer_is_masked_says_nothing(
 ) -> None:
     step = make_step(push=push, mu=0.0)
     batch = batch_of([samples[0], caption_sample])
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     kept = rows.sample == 0
     names = ("sample", "sequence", "position", "label", "where")
-    masked = replace(batch, rows=replace(rows, **{name: getattr(rows, name)[kept] for name in names}))
+    masked = replace(batch, answer=replace(rows, **{name: getattr(rows, name)[kept] for name in names}))
     _, stats = step(masked)
     assert stats.isfinite().all() and stats[1, STATS.index("align")] == 0
     torch.testing.assert_close(stats[0], step(batch_of(samples[:1]))[1][0], rtol=1e-5, atol=1e-6)
@@ -302,7 +302,7 @@ def test_a_batch_without_frames_has_an_exact_zero_for_the_geometry(
     states = step.model.base.model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     logits = step.model.base.lm_head(states[rows.sample, rows.position])
     align = torch.nn.functional.cross_entropy(logits, rows.label)
     product = (2 * log_softmax(logits, -1)).log_softmax(-1).gather(1, rows.label[:, None])[rows.where].mean()

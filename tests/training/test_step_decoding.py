@@ -27,10 +27,10 @@ def test_greedy_decoding_defines_s(
     texts = step.decode(batch, plain)
     prompts = batch_of(samples, with_answer=False, visual=visual)
     tokenizer = step.scorer.tokenizer
-    longest = int(batch.answer_rows.sample.bincount().max()) + EXTRA_TOKENS
+    longest = int(batch.answer_positions.sample.bincount().max()) + EXTRA_TOKENS
     step.eval()
     tokens = generate_tokens(step.model, prompts, tokenizer, "zero", longest, step.video_fps)
-    counts = (batch.answer_rows.sample.bincount() + EXTRA_TOKENS).tolist()
+    counts = (batch.answer_positions.sample.bincount() + EXTRA_TOKENS).tolist()
     assert texts == [tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in zip(tokens, counts, strict=True)]
     step.train()
     short = shortcut_of(step, batch, plain, step.model.encode_3d(batch.visuals))

@@ -110,7 +110,7 @@ def stock_inputs(batch: Batch) -> dict[str, Tensor]:
     images = batch.visuals.geometry_images[0]
     assert images is not None, "a batch without a cache"
     labels = torch.full_like(batch.input_ids, IGNORED)
-    labels[0, batch.answer_rows.position + 1] = batch.answer_rows.label
+    labels[0, batch.answer_positions.position + 1] = batch.answer_positions.label
     return {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,

@@ -22,7 +22,7 @@ def plain_loss(step: W2R2Step, batch: Batch) -> Tensor:
     inputs = stock_inputs(batch)
     del inputs["labels"]
     outputs = [
-        field(**(inputs | {"geometry_images": images})).logits[0, batch.answer_rows.position]
+        field(**(inputs | {"geometry_images": images})).logits[0, batch.answer_positions.position]
         for images in (inputs["geometry_images"][:0], inputs["geometry_images"])
     ]
     shortcut = read_shortcut(Outputs(outputs[0]), batch, step.push_term, step.scorer)

@@ -40,19 +40,19 @@ class AnswerTokens:
     Attributes:
         where: ``[tokens]`` bool: grounding: tokens with a digit of a number; else all but the end of turn.
         number: ``[tokens]`` int64, the number whose digits a token holds; -1 for every other token.
-        digits: every digit of every number is a token of its own, without so much as a blank beside it; False where
-            there are no numbers. The rest is empty where this is False.
-        lead: ``[NUMBERS]`` int64, the token before a number's first digit, which carries its sign.
-        tokens: ``NUMBERS`` lists of the tokens of digits and decimal point.
-        places: the same lists with each digit's unit (10, 1, 0.1, ...), 0 for the decimal point.
+        single_digits: every digit of every number is a token of its own, without even a blank beside it; False if
+            there are no numbers. The fields below are empty if this is False.
+        sign: ``[NUMBERS]`` int64, the token before a number's first digit, which carries its sign.
+        digits: ``NUMBERS`` lists: the tokens of a number's digits and decimal point.
+        place_values: the same lists with each digit's place value (10, 1, 0.1, ...), 0 for the decimal point.
     """
 
     where: np.ndarray
     number: np.ndarray
-    digits: bool
-    lead: np.ndarray
-    tokens: list[list[int]]
-    places: list[list[float]]
+    single_digits: bool
+    sign: np.ndarray
+    digits: list[list[int]]
+    place_values: list[list[float]]
 
 
 def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets) -> AnswerTokens:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from w2r2_ds.data.answer_rows import answer_rows, prompt_rows
+from w2r2_ds.data.answer_positions import answer_positions, description_positions
 from w2r2_ds.data.images import VGGT_PATCH
 from w2r2_ds.data.packing import Group, Grouping, alone, in_one_sequence, joined, joined_positions, one_by_one
 from w2r2_ds.data.processor import Features
@@ -76,10 +76,10 @@ class Collator:
             token_set=sets.token,
             frame_set=sets.frame,
             layout=None if left else layout,
-            rows=None if left else answer_rows(features, places),
+            answer=None if left else answer_positions(features, places),
             cam_to_world=_poses(samples),
             target_box=_target_boxes(samples),
-            what=None if left else prompt_rows(features, places),
+            description=None if left else description_positions(features, places),
             kinds=tuple(sample.kind for sample in samples),
             answers=tuple(sample.answer for sample in samples),
             prompts=self._prompts(features, sets) if self.with_prompts else None,

@@ -215,10 +215,10 @@ def place(batch: Batch, embeddings: Tensor, visual: VisionOutput) -> Tensor:
 
 def answer_positions(batch: Batch, with_what: bool = False) -> tuple[Tensor, Tensor]:
     """Sequence and position, ``[rows]`` int64 each, of a batch's answer rows; `with_what` appends the description's."""
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     if not with_what:
         return rows.sequence, rows.position
-    what = batch.what_rows
+    what = batch.description_positions
     return torch.cat([rows.sequence, what.sequence]), torch.cat([rows.position, what.position])
 
 

@@ -17,7 +17,7 @@ from w2r2_ds.boxes3d.giou import oriented_giou
 from w2r2_ds.boxes3d.transforms import camera_to_world_torch
 from w2r2_ds.data.answer_tokens import TokenTables
 from w2r2_ds.objective.similarity import frame_poses, has_numbers, read_numbers, world_parts
-from w2r2_ds.types.batch import AnswerRows, Batch
+from w2r2_ds.types.batch import AnswerPositions, Batch
 
 MOST_DIGIT_TOKENS = 128
 """Vocabulary entries that may spell a digit; a fixed number, so that the host need not know how many there are."""
@@ -26,7 +26,7 @@ IMPOSSIBLE = -1e30
 """Log-probability that stands in for minus infinity: ten impossible digits are then equally likely, not 0 / 0."""
 
 
-def expected_numbers(log_p: Tensor, rows: AnswerRows, tables: TokenTables) -> Tensor:
+def expected_numbers(log_p: Tensor, rows: AnswerPositions, tables: TokenTables) -> Tensor:
     """Digit-wise expectation of every number.
 
     Args:
@@ -40,11 +40,11 @@ def expected_numbers(log_p: Tensor, rows: AnswerRows, tables: TokenTables) -> Te
     """
     log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
     digits = _expected_digits(log_p, tables)
-    row = rows.number.clamp(min=0)
-    at_slot = digits.gather(0, row.flatten()).view_as(row) * rows.place.to(digits.dtype)
-    magnitude = torch.where(rows.number >= 0, at_slot, 0.0).sum(-1)
-    lead = log_p.index_select(0, rows.lead.flatten())
-    minus = (lead.exp() * tables.minus).sum(-1).view_as(rows.lead)
+    row = rows.digit.clamp(min=0)
+    at_slot = digits.gather(0, row.flatten()).view_as(row) * rows.place_value.to(digits.dtype)
+    magnitude = torch.where(rows.digit >= 0, at_slot, 0.0).sum(-1)
+    lead = log_p.index_select(0, rows.sign.flatten())
+    minus = (lead.exp() * tables.minus).sum(-1).view_as(rows.sign)
     return (1 - 2 * minus) * magnitude
 
 
@@ -60,7 +60,7 @@ def expected_overlap(log_p: Tensor, batch: Batch, tables: TokenTables) -> tuple[
         IoU ``[batch]`` and GIoU ``[batch]`` (``boxes3d/giou.py``, along the target's axes), float64, both 0 and without
         gradient for a sample without digit tokens; and ``[batch]`` bool, the sample has a box.
     """
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     frame = read_numbers(rows.label, rows, tables)[:, 0].long()
     pose, exists = frame_poses(batch.cam_to_world, frame)
     has_box = has_numbers(rows) & exists & batch.target_box.isfinite().all(-1)

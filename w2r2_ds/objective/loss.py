@@ -88,7 +88,7 @@ def read_shortcut(
     teacher = scorer.teacher(guess, batch)
     return Shortcut(
         guess=guess,
-        label_log_p=at(log_p, batch.answer_rows.label),
+        label_log_p=at(log_p, batch.answer_positions.label),
         guess_log_p=at(log_p, guess),
         score=teacher if answers is None else scorer.decoded(answers, batch),
         teacher=teacher,
@@ -118,7 +118,7 @@ def w2r2_loss(
         The weighted *sum* over samples, to be divided by the global sum of weights, and ``[batch, len(STATS)]``
         float32 detached statistics per sample.
     """
-    rows, size = batch.answer_rows, len(batch.ids)
+    rows, size = batch.answer_positions, len(batch.ids)
     log_p = torch.log_softmax(outputs.logits.float(), dim=-1)
     align = mean_per_sample(-at(log_p, rows.label), rows.sample, size, torch.ones_like(rows.where))
     fused = scorer.teacher(outputs.logits.detach().argmax(-1), batch)
@@ -154,7 +154,7 @@ def push_inputs(
     scorer: Scorer,
 ) -> PushInputs:
     """Everything that the configured reading asks for."""
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     overlaps = None
     if shortcut.iou is not None:
         _, giou, has_box = expected_overlap(log_p, batch, scorer.tables)
@@ -181,7 +181,7 @@ def pair_states(fused: Tensor | None, short: Tensor | None, batch: Batch) -> Sta
     """Hidden states of both passes at the answer rows, then at the what positions; None where they were not kept."""
     if fused is None or short is None:
         return None
-    rows, what = batch.answer_rows, batch.what_rows
+    rows, what = batch.answer_positions, batch.description_positions
     is_what = torch.cat([torch.zeros_like(rows.where), torch.ones_like(what.sample, dtype=torch.bool)])
     where = torch.cat([rows.where, torch.zeros_like(what.sample, dtype=torch.bool)])
     return States(fused, short, torch.cat([rows.sample, what.sample]), where, is_what)
@@ -189,7 +189,7 @@ def pair_states(fused: Tensor | None, short: Tensor | None, batch: Batch) -> Sta
 
 def sample_weights(batch: Batch, reduction: str) -> Tensor:
     """``[batch]`` float32: 1 per sample, or its number of answer tokens (VG-LLM's mean over tokens)."""
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     ones = torch.ones(len(batch.ids), device=rows.label.device)
     if reduction == "sample":
         return ones

@@ -17,10 +17,10 @@ from w2r2_ds.boxes3d.iou import oriented_iou
 from w2r2_ds.boxes3d.transforms import camera_to_world_torch, rotation_matrix_torch
 from w2r2_ds.data.answer_tokens import TokenTables
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding
-from w2r2_ds.types.batch import AnswerRows, Batch
+from w2r2_ds.types.batch import AnswerPositions, Batch
 
 
-def read_numbers(predicted: torch.Tensor, rows: AnswerRows, tables: TokenTables) -> torch.Tensor:
+def read_numbers(predicted: torch.Tensor, rows: AnswerPositions, tables: TokenTables) -> torch.Tensor:
     """The numbers of teacher-forced predictions.
 
     Besides a wrong digit, the prediction may end a number early (1 for 12, read as 1) or go on where the label ends
@@ -59,15 +59,15 @@ def read_numbers(predicted: torch.Tensor, rows: AnswerRows, tables: TokenTables)
     value = torch.where(longer, 10 * value + at_cut(guess_digit.to(place.dtype), is_digit), value)
     half_unit = at_cut(torch.where(place == 0, one, place) / 2, is_digit)
     half_unit[:, 0] = 0.0
-    sign = torch.where(tables.minus[predicted[rows.lead]], -1.0, 1.0)
+    sign = torch.where(tables.minus[predicted[rows.sign]], -1.0, 1.0)
     return sign * (value + half_unit)
 
 
-def _with_token_after(rows: AnswerRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows.number` and `rows.place` with one more entry per number: the token after it, in the next smaller place."""
-    number = torch.nn.functional.pad(rows.number, (0, 1), value=-1)
-    place = torch.nn.functional.pad(rows.place, (0, 1))
-    after = (rows.number >= 0).sum(-1, keepdim=True)
+def _with_token_after(rows: AnswerPositions) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows.digit` and `rows.place_value` with one more entry per number: the token after it, one place smaller."""
+    number = torch.nn.functional.pad(rows.digit, (0, 1), value=-1)
+    place = torch.nn.functional.pad(rows.place_value, (0, 1))
+    after = (rows.digit >= 0).sum(-1, keepdim=True)
     last = (after - 1).clamp(min=0)
     has_point = ((number >= 0) & (place == 0)).any(-1, keepdim=True)
     # Where there is no number, there is none after it either.
@@ -76,9 +76,9 @@ def _with_token_after(rows: AnswerRows) -> tuple[torch.Tensor, torch.Tensor]:
     return number.scatter(-1, after, row), place.scatter(-1, after, finest)
 
 
-def has_numbers(rows: AnswerRows) -> torch.Tensor:
+def has_numbers(rows: AnswerPositions) -> torch.Tensor:
     """``[batch]`` bool: the sample's answer has digit tokens."""
-    return (rows.number >= 0).any(-1).all(-1)
+    return (rows.digit >= 0).any(-1).all(-1)
 
 
 def grounding_similarity(
@@ -93,8 +93,8 @@ def grounding_similarity(
         s ``[batch]`` float64 in [0, 1], and ``[batch]`` bool: the answer names a frame of the sample and a box with
         positive sizes. s is 0 where it does not, and for a sample without digit tokens.
     """
-    numbers = read_numbers(predicted, batch.answer_rows, tables)
-    slots = has_numbers(batch.answer_rows)
+    numbers = read_numbers(predicted, batch.answer_positions, tables)
+    slots = has_numbers(batch.answer_positions)
     return _placed_iou(numbers[:, 0].long(), numbers[:, 1:], slots, batch.cam_to_world, batch.target_box)
 
 
@@ -139,7 +139,7 @@ def read_texts(predicted: torch.Tensor, batch: Batch, decode: Callable[[list[int
     texts = [""] * len(batch.kinds)
     if not has_text(batch):
         return texts
-    rows = batch.answer_rows
+    rows = batch.answer_positions
     sample, label, guess = torch.stack((rows.sample, rows.label, predicted)).tolist()
     for index, kind in enumerate(batch.kinds):
         if kind == "grounding":

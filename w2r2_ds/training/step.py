@@ -142,13 +142,13 @@ class W2R2Step(nn.Module):
 
     def outputs(self, batch: Batch, states: Tensor) -> Outputs:
         """Logits of the answer positions, from ``[rows, hidden]`` states; description positions come after them."""
-        logits = self.model.logits(states[: len(batch.answer_rows.label)])
+        logits = self.model.logits(states[: len(batch.answer_positions.label)])
         return Outputs(logits, states if self.push_term.states else None)
 
     def decode(self, batch: Batch, visual: VisionOutput) -> list[str]:
         """Greedy answers of every sample of a training batch, as text."""
         assert batch.prompts is not None, "the loader makes prompts where answers are decoded"
-        longest = (batch.answer_rows.sample.bincount(minlength=len(batch.ids)) + EXTRA_TOKENS).tolist()
+        longest = (batch.answer_positions.sample.bincount(minlength=len(batch.ids)) + EXTRA_TOKENS).tolist()
         visuals, prompts = batch.visuals, batch.prompts
         if not visuals.dummy:
             # In the batch, samples may share frames; every prompt has its own copy of their tokens.

@@ -108,8 +108,8 @@ def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
     text: Any = model.family.language_model(model.base)
     layers, head = text.layers, model.base.lm_head
     tokens, pairs = tokens_and_pairs(batch)
-    read = len(batch.answer_rows.label)
-    rows = read + (len(batch.what_rows.position) if push_term.states else 0)
+    read = len(batch.answer_positions.label)
+    rows = read + (len(batch.description_positions.position) if push_term.states else 0)
     work = Work() + layer_work(layers[0], tokens, pairs) * (len(layers) - 1)
     # A row sees as many tokens as another, on average.
     work = work + last_layer_work(layers[-1], tokens, rows, rows * pairs / max(tokens, 1)) + products(head, read)

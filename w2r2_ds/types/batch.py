@@ -95,10 +95,10 @@ class Batch:
         token_set: ``[tokens]`` int64, which of the visuals' sets of frames each of them is of.
         frame_set: ``[batch]`` int64, which of these sets a sample sees; -1 for a sample without frames.
         layout: what every sequence is made of; None for generation.
-        rows: answer rows; None for generation.
+        answer: positions of the answer tokens; None for generation.
         cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64, NaN where a sample has fewer frames.
         target_box: ``[batch, 9]`` float64 world boxes, NaN where a sample has none.
-        what: positions of the description's tokens; None for generation.
+        description: positions of the description's tokens; None for generation.
         kinds: what every answer is, see `Sample.kind`.
         answers: every answer's text.
         prompts: the prompts alone, where the collator was told to make them.
@@ -114,10 +114,10 @@ class Batch:
     token_set: torch.Tensor
     frame_set: torch.Tensor
     layout: Layout | None
-    rows: AnswerRows | None
+    answer: AnswerPositions | None
     cam_to_world: torch.Tensor
     target_box: torch.Tensor
-    what: PromptRows | None
+    description: DescriptionPositions | None
     kinds: tuple[Kind, ...]
     answers: tuple[str, ...]
     prompts: Prompts | None = None
@@ -131,16 +131,16 @@ class Batch:
         return _map(self, torch.Tensor.pin_memory)
 
     @property
-    def answer_rows(self) -> AnswerRows:
-        """The answer rows of a training batch."""
-        assert self.rows is not None, "a batch for generation has no answer rows"
-        return self.rows
+    def answer_positions(self) -> AnswerPositions:
+        """`answer` of a training batch."""
+        assert self.answer is not None, "a batch for generation has no answer positions"
+        return self.answer
 
     @property
-    def what_rows(self) -> PromptRows:
-        """The *what* positions of a training batch."""
-        assert self.what is not None, "a batch for generation has no description positions"
-        return self.what
+    def description_positions(self) -> DescriptionPositions:
+        """`description` of a training batch."""
+        assert self.description is not None, "a batch for generation has no description positions"
+        return self.description
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -179,19 +179,24 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class AnswerRows:
-    """The rows (positions) whose next token is an answer token, over the whole batch, samples in order.
+class AnswerPositions:
+    """Labels of a batch and the positions whose hidden states predict them; ``answers`` entries, samples in order.
+
+    The label at position ``p`` of a sequence is predicted at ``p - 1``: labels are shifted here, not in the loss, so
+    that the head is applied to these positions only.
 
     Attributes:
-        sample: ``[rows]`` int64, index of the sample in the batch.
-        sequence: ``[rows]`` int64, index of the sequence that the sample is in.
-        position: ``[rows]`` int64, position in it of the hidden state that predicts the label.
-        label: ``[rows]`` int64, the token to be predicted.
-        where: ``[rows]`` bool, the label says where: digits of frame and box; of captions and answers, every token.
-        number: ``[batch, NUMBERS, width >= 1]`` int64 row of every digit and decimal point, -1 where there is none;
-            -1 everywhere for a sample without digit tokens.
-        place: ``[batch, NUMBERS, width]`` float64 unit of the digit, 0 for a decimal point and where there is none.
-        lead: ``[batch, NUMBERS]`` int64 row of the token that carries the sign; 0 for a sample without digit tokens.
+        sample: ``[answers]`` int64, index of the sample in the batch.
+        sequence: ``[answers]`` int64, index of the sequence.
+        position: ``[answers]`` int64, position in the sequence whose hidden state predicts the label.
+        label: ``[answers]`` int64, id of the token to be predicted.
+        where: ``[answers]`` bool, *where* tokens: digits of frame index and box in a grounding answer; in a caption or
+            a short answer, all tokens but the end of turn.
+        digit: ``[batch, NUMBERS, width]`` int64, width >= 1: the entry of every digit and decimal point of a number;
+            -1 for padding, and everywhere for a sample without digit tokens.
+        place_value: ``[batch, NUMBERS, width]`` float64, place value of the digit (10, 1, 0.1, ...); 0 for a decimal
+            point and for padding.
+        sign: ``[batch, NUMBERS]`` int64, the entry of the token that carries the sign; 0 without digit tokens.
     """
 
     sample: torch.Tensor
@@ -199,19 +204,19 @@ class AnswerRows:
     position: torch.Tensor
     label: torch.Tensor
     where: torch.Tensor
-    number: torch.Tensor
-    place: torch.Tensor
-    lead: torch.Tensor
+    digit: torch.Tensor
+    place_value: torch.Tensor
+    sign: torch.Tensor
 
 
 @dataclass(frozen=True)
-class PromptRows:
-    """The positions of the *what* tokens (of the description, in the prompt) of the whole batch, samples in order.
+class DescriptionPositions:
+    """Positions of the *what* tokens (the description in the prompt) of a batch, samples in order.
 
     Attributes:
-        sample: ``[n]`` int64, index of the sample in the batch.
-        sequence: ``[n]`` int64, index of the sequence that the sample is in.
-        position: ``[n]`` int64, position in it of the token itself.
+        sample: ``[tokens]`` int64, index of the sample in the batch.
+        sequence: ``[tokens]`` int64, index of the sequence.
+        position: ``[tokens]`` int64, position of the token in the sequence.
     """
 
     sample: torch.Tensor

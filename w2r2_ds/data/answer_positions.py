@@ -1,0 +1,56 @@
+"""Positions of answer tokens (with their labels) and of description tokens in the sequences of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from w2r2_ds.data.answer_tokens import NUMBERS
+from w2r2_ds.data.packing import TokenPlacement
+from w2r2_ds.data.processor import Features
+from w2r2_ds.types.batch import AnswerPositions, DescriptionPositions
+
+
+def description_positions(features: Sequence[Features], placements: Sequence[TokenPlacement]) -> DescriptionPositions:
+    """Positions of the *what* tokens of every sample."""
+    tokens = [feature.what.nonzero().squeeze(-1) for feature in features]
+    position = [placement.at(own) for placement, own in zip(placements, tokens, strict=True)]
+    sample, sequence = _sample_and_sequence([len(own) for own in tokens], placements)
+    return DescriptionPositions(sample, sequence, torch.cat(position))
+
+
+def answer_positions(features: Sequence[Features], placements: Sequence[TokenPlacement]) -> AnswerPositions:
+    """Concatenate the answers of all samples; digit tokens become indices into the concatenation."""
+    answers = [feature.digit_tokens for feature in features if feature.digit_tokens is not None]
+    assert len(answers) == len(features), "training features carry answers"
+    width = max([1, *(len(tokens) for answer in answers for tokens in answer.digits)])
+    digit = torch.full((len(features), NUMBERS, width), -1, dtype=torch.int64)
+    place_value = torch.zeros((len(features), NUMBERS, width), dtype=torch.float64)
+    sign = torch.zeros((len(features), NUMBERS), dtype=torch.int64)
+    position, label, where = [], [], []
+    begin = 0  # of this sample's answer in the concatenation
+    for index, (feature, answer) in enumerate(zip(features, answers, strict=True)):
+        length, count = len(feature.input_ids), feature.answer_tokens
+        # The answer and its end of turn are the last `count` tokens; each is predicted one position before it.
+        position.append(placements[index].at(torch.arange(length - count - 1, length - 1)))
+        label.append(feature.input_ids[length - count :])
+        where.append(torch.from_numpy(answer.where))
+        if answer.single_digits:
+            sign[index] = torch.from_numpy(answer.sign) + begin
+        for number, (tokens, values) in enumerate(zip(answer.digits, answer.place_values, strict=True)):
+            digit[index, number, : len(tokens)] = torch.tensor(tokens) + begin
+            place_value[index, number, : len(tokens)] = torch.tensor(values, dtype=torch.float64)
+        begin += count
+    sample, sequence = _sample_and_sequence([feature.answer_tokens for feature in features], placements)
+    return AnswerPositions(
+        sample, sequence, torch.cat(position), torch.cat(label), torch.cat(where), digit, place_value, sign
+    )
+
+
+def _sample_and_sequence(
+    counts: Sequence[int], placements: Sequence[TokenPlacement]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[sum(counts)]`` int64 each: the sample and the sequence of `counts[i]` tokens of every sample ``i``."""
+    sample = torch.repeat_interleave(torch.tensor(counts))
+    return sample, torch.tensor([placement.sequence for placement in placements])[sample]
