@@ -29,9 +29,12 @@ from w2r2_ds.utils.atomic_io import Digest
         ("train", {"lr": 1e-5}),
         ("data", {"frame_width": 112}),
         ("objective", {"lambda_det": 0.5}),
+        ("model", {"fusion": "gated"}),
     ],
 )
-def test_a_resume_with_other_options_is_refused_by_name(trained: Path, section: str, changes: dict[str, Any]) -> None:
+def test_resuming_with_other_options_raises_with_the_option(
+    trained: Path, section: str, changes: dict[str, Any]
+) -> None:
     saved = find_checkpoint(trained)
     config = load_config(saved / "config.yaml")
     check_same_run(saved, config)
@@ -42,7 +45,7 @@ def test_a_resume_with_other_options_is_refused_by_name(trained: Path, section: 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(1200)
-def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
+def test_resuming_may_change_logging_saving_and_paths(trained: Path) -> None:
     saved = find_checkpoint(trained)
     config = load_config(saved / "config.yaml")
     check_same_run(saved, replace(config, train=replace(config.train, save_every=7, keep_last=9, trackers=["wandb"])))
@@ -56,6 +59,8 @@ def test_a_resume_may_log_and_save_otherwise(trained: Path) -> None:
     check_same_run(
         saved, replace(config, objective=replace(config.objective, decode_gap_every=7, decode_gap_samples=3))
     )
+    moved = replace(config.model, geometry=replace(config.model.geometry, path="/moved/vggt"))
+    check_same_run(saved, replace(config, model=moved))
     validated = {"eval_every": 7, "eval_samples": 3, "eval_max_new_tokens": 9, "best_by": "scanrefer/mean_iou"}
     check_same_run(saved, replace(config, train=replace(config.train, **validated)))
 

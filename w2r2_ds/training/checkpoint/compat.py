@@ -16,7 +16,7 @@ from w2r2_ds.training.checkpoint.manifest import MANIFEST, read_manifest
 
 MAY_CHANGE = {
     "data": {"root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
-    "model": {"vlm", "vggt", "merger", "attention", "kernels"},
+    "model": {"vlm", "geometry.path", "merger", "attention", "kernels"},
     "objective": {"decode_gap_every", "decode_gap_samples"},
     "train": {"micro_batch", "save_every", "keep_last", "trackers", "hang_seconds", "pass_order"}
     | {"activation_checkpointing", "recompute_every", "offload_activations"}
