@@ -30,9 +30,11 @@ class Recomputed:
     contexts: Contexts
 
     def __call__(self, *args: Any, **given: Any) -> Any:
-        if not torch.is_grad_enabled():  # shortcut pass, decoding: no backward pass
+        if not torch.is_grad_enabled():  # detached shortcut pass, decoding: no backward pass
             return self.inner(*args, **given)
         with save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else nullcontext():
+            # All layers share their keyword arguments (rotary tables, masks). Bound in a partial, they are not among
+            # the inputs that `checkpoint` saves, and so not copied to the host once per layer.
             inner = functools.partial(self.inner, **given)
             # save_on_cpu moves what `checkpoint` saves, which is the layer's input.
             return checkpoint(inner, *args, use_reentrant=False, context_fn=self.contexts)
@@ -54,6 +56,7 @@ def recompute(layers: Iterable[Any], every: int, offload: bool, contexts: Contex
     """
     layers = list(layers)
     for index, layer in enumerate(layers):
+        # Unwrap the forward of an earlier call, so that a layer is never recomputed twice.
         inner = layer.forward.inner if isinstance(layer.forward, Recomputed) else layer.forward
         again = index % every == 0 and index < len(layers) - 1
         layer.forward = Recomputed(inner, offload, contexts) if again else inner

@@ -123,6 +123,7 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
         ValueError: data, weights, configuration, DeepSpeed JSON or checkpoint do not fit; on all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    # These collectives stay outside `raise_on_all_ranks`: a rank that failed inside it would not take part in them.
     begin, local_size = find_start(config), common_ranks_per_machine(world_size)
     with raise_on_all_ranks():  # a file may be missing on one machine only
         inputs = check_inputs(config, ds_path, begin, local_size, make_validation)
@@ -177,7 +178,7 @@ def check_inputs(
         bf16=dtype == torch.bfloat16,
         local_size=local_size,
     )
-    if begin.universal:
+    if begin.universal:  # the number of ranks has changed; DeepSpeed then reads its universal format
         ds_config.setdefault("checkpoint", {})["load_universal"] = True
     frontend = load_frontend(config.model)
     read_config(locate(config.model.geometry.path))
@@ -188,7 +189,7 @@ def check_inputs(
     processor = make_processor(frontend, config.data)
     logger.info("%s", kernels)
     logger.info("training samples: %d, %d in an epoch", len(samples), samples.epoch_size)
-    # Each rank checks its share of the samples.
+    # Each rank checks its share of the samples; an error of one is raised on all (`raise_on_all_ranks`).
     check_frames(samples, rank, world_size)
     check_texts(samples, processor, rank, world_size)
     if rank == 0:

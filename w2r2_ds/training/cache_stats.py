@@ -13,8 +13,8 @@ from w2r2_ds.types.batch import Batch
 def cache_use(micro_batches: list[Batch]) -> dict[str, float]:
     """``cache_hits``, the fraction of features found in the cache, and ``cache_gib``, its size; empty without a cache.
 
-    Both are of this rank, whose view of other ranks' files dates from its last own write. The size is missing if a
-    folder of the cache cannot be listed, for example another user's.
+    Both are of this rank: files that other ranks wrote since its own last write are not counted. The size is missing if
+    a folder of the cache cannot be listed, for example another user's.
     """
     requests = [each for batch in micro_batches for each in batch.visuals.cached_3d + batch.visuals.cached_2d]
     if not requests:

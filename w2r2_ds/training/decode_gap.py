@@ -43,7 +43,7 @@ class DecodeGap:
     @torch.no_grad()
     def measure(self, engine: DeepSpeedEngine) -> dict[str, float]:
         """The three means. Collective."""
-        engine.eval()
+        engine.eval()  # no dropout, so that both answers come from the same model
         pairs = [engine(batch.to(self.device), mode="measure") for batch in self.loader]
         engine.train()
         teacher, greedy = torch.cat(pairs).double().unbind(-1)

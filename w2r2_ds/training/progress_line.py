@@ -37,7 +37,7 @@ class ProgressLine:
             self.progress.start()
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Show `step`, which has just ended."""
+        """Show the metrics of `step`."""
         text = self.text(step, values)
         if self.progress is not None:
             self.progress.update(self.task, completed=step, description=text)

@@ -40,10 +40,11 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
     values = stats.double()
     sums = torch.where(by_loss, (values * weights[:, None]).sum(0), values.sum(0))
     count = torch.tensor([float(len(stats))], dtype=torch.float64, device=stats.device)
+    # Everything in one tensor: one all-reduce, and one copy to the host, per optimizer step.
     packed = torch.cat([sums, count, (~finite).sum()[None].double()])
     dist.all_reduce(packed)
     *totals, samples, bad = packed.tolist()
-    if bad:
+    if bad:  # a global count, so all ranks enter this branch and its collective
         ids = [identity for batch in micro_batches for identity in batch.ids]
         mine = [identity for identity, good in zip(ids, finite.tolist(), strict=True) if not good]
         everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -59,6 +60,7 @@ def group_norms(groups: Mapping[str, Iterable[nn.Parameter]], device: torch.devi
     Call it after the last backward of an optimizer step and before the update. Under ZeRO-3, squared norms of the
     partitions are summed with one all-reduce; below it, DeepSpeed assembles each gradient.
     """
+    # Squared norms add up over parameters and partitions; the root is taken after the all-reduce.
     squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
     for index, parameters in enumerate(groups.values()):
         for parameter in parameters:
@@ -69,9 +71,10 @@ def group_norms(groups: Mapping[str, Iterable[nn.Parameter]], device: torch.devi
 
 def squared_share(parameter: nn.Parameter) -> torch.Tensor | float:
     """This rank's part of the squared gradient norm of a parameter; the parts of all ranks sum to it."""
-    if hasattr(parameter, "ds_id"):
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: every rank has a partition of the gradient
         return safe_get_local_grad(parameter).double().square().sum()
     gradient = safe_get_full_grad(parameter)
     if gradient is None:
         return 0.0
+    # Below ZeRO-3 every rank gets the whole gradient: each contributes an equal part of the square.
     return gradient.double().square().sum() / dist.get_world_size()

@@ -80,6 +80,8 @@ class W2R2Step(nn.Module):
             ``measure``: ``[batch, 2]`` similarity s of the shortcut's answer, teacher-forced and greedily decoded.
             ``generate``: token ids of the fused pass's greedy answers.
         """
+        # Both passes share F2D and F3D: the encoders are frozen and run once per micro-batch, under no_grad. `fuse`
+        # copies the vision output, so the shortcut pass cannot change what the fused pass reads.
         visual = self.model.encode_2d(batch.visuals, self.tower_calls.maximum(batch.visuals))
         geometry = self.model.encode_3d(batch.visuals)
         if mode == "measure":
@@ -98,16 +100,20 @@ class W2R2Step(nn.Module):
         with self.shortcut_context():
             visual_only = self.visual_only(visual, geometry)
             answers = self.decode(batch, visual_only) if self.objective.shortcut_decode == "greedy" else None
+        # With a detached shortcut the autograd graph starts here: all gradients come from the fused pass.
         merged = self.model.merge(geometry)
         fused = self.model.fuse(visual, merged, self.mask(batch, geometry, optimizer_step))
+        # With greedy decoding the answers are known already; the teacher-forced shortcut pass still runs, because the
+        # push terms need its distributions at the answer positions.
         shortcut_states, fused_states = self.two_pass(batch, visual_only, fused, self.push_term.states)
         shortcut = self.shortcut(batch, shortcut_states, answers)
         norms = geometry_norm(visual, merged, batch)
+        # The LM head runs on answer positions only: logits of the prompt would be the largest tensor of the step.
         outputs = self.outputs(batch, fused_states)
         loss, stats = w2r2_loss(outputs, shortcut, batch, self.objective, self.push_term, self.scorer, norms)
         if batch.visuals.dummy:
-            # Without frames the merger is not in the graph. Adding its output times zero gives it a (zero) gradient:
-            # all ranks must reduce the same gradients, or the reduction of the others waits forever.
+            # Without frames the merger's output is not in the loss. Adding it times zero gives the merger a (zero)
+            # gradient. Gradient reduction is a collective: if this rank skipped the merger's, the others would hang.
             loss = loss + 0.0 * torch.cat(fused.pooler_output).sum()
         return loss, stats
 
@@ -177,6 +183,7 @@ class W2R2Step(nn.Module):
         A shortcut pass with a graph runs without dropout. Its layers are recomputed in the backward pass, when dropout
         is on again, so it must be switched off for the recomputation too.
         """
+        # Called at a layer's first forward, so this is the state of dropout in the pass that the layer belongs to.
         off = bool(self.dropouts) and not self.dropouts[0].training
         return nullcontext(), without_dropout(self.dropouts) if off else nullcontext()
 
@@ -193,6 +200,7 @@ def geometry_norm(visual: VisionOutput, merged: Tensor, batch: Batch) -> Tensor:
     if batch.visuals.dummy:
         return merged.new_zeros(len(batch.ids))
     sets = len(batch.visuals.geometry_images)
+    # Sum the squares of all tokens of a frame set; `token_set` is the set's index for each visual token.
     squares = [
         torch.zeros(sets, device=merged.device).index_add(0, batch.token_set, tokens.float().square().sum(-1))
         for tokens in (merged, torch.cat(visual.pooler_output))

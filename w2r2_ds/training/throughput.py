@@ -1,18 +1,17 @@
-"""How fast a run is: samples, tokens, and floating-point operations against what the device can do with matrices.
+"""Throughput of a run: samples and tokens per second, model FLOP/s, and MFU against the measured matrix rate.
 
-*Model* FLOPs, as PaLM (appendix B), nanoGPT and torchtitan count them, for W2R2's step:
+*Model* FLOPs of the W2R2 step, counted as PaLM (appendix B), nanoGPT and torchtitan count them:
 
-* matrix products only, 2 per multiply-add; norms, activations, softmax and rotary positions are left out;
-* a pass forward, and backward once for the gradient of what a product is given and once for that of its weights; the
-  weights' only where they train, so that LoRA counts 4 per frozen weight and token where full fine-tuning counts 6;
-* what is computed a second time (activation checkpointing) does not count: with it, MFU is a lower number than what the
-  device really does;
-* attention counts every pair of tokens of a sample, whichever half a causal mask leaves out;
-* what the step need not compute does not count: logits of the prompt, the last layer for rows that are not used,
-  padding, a shared prefix twice, a tower whose features are cached.
+* matrix products only, 2 FLOPs per multiply-add; norms, activations, softmax and rotary embeddings do not count;
+* the forward pass, and in the backward pass the gradient of each product's input, and of its weights if they train. So
+  a frozen weight under LoRA counts 4 FLOPs per token, where full fine-tuning counts 6;
+* recomputation (activation checkpointing) does not count: with it, MFU is lower than the device's real utilisation;
+* attention counts all pairs of tokens of a sample, also those that the causal mask hides;
+* only necessary work counts: no logits of the prompt, no unused rows of the last layer, no padding, a shared prefix
+  once, no tower whose features are cached.
 
-The shortcut pass counts forward only (with `unblocked`, backward too). The attention of the `cross_attention` fusion
-(below 0.1 %), and greedy decoding in training (`shortcut_decode: greedy`, `decode_gap_every`), are left out.
+The shortcut pass counts forward only (with `unblocked`, backward too). Not counted: the attention of the
+`cross_attention` fusion (below 0.1 %), and greedy decoding in training (`shortcut_decode: greedy`, `decode_gap_every`).
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from w2r2_ds.objective.push_terms import PushTerm
 from w2r2_ds.types.batch import Batch, Visuals
 
 RATE_SECONDS = 0.2
-"""How long matrices are multiplied at the start."""
+"""Duration of the measurement at the start of a run."""
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product of this device, the best of as many as fit into `RATE_SECONDS`; waits for the device.
+    """Peak FLOP/s of a matrix product on this device: the best of all that fit into `RATE_SECONDS`.
 
-    Of 8192 x 8192 matrices on a GPU, 0.4 GB, and of 1024 x 1024 ones on a CPU with the threads of this process.
+    The matrices are 8192 x 8192 on a GPU (0.4 GB in all), and 1024 x 1024 on a CPU, with the threads of this process.
     """
     cuda = device.type == "cuda"
     size = 8192 if cuda else 1024
-    # Not all ones: equal bits cost a GPU less power, so that it would be faster than it is in a run. An own generator
-    # leaves the run's random state alone.
+    # Random values, not ones: constant bits take less power, so a GPU would clock higher than in a run. A generator of
+    # its own keeps the run's random state unchanged.
     drawn = torch.Generator(device).manual_seed(0)
     left, right, product = (torch.randn(size, size, generator=drawn, device=device, dtype=dtype) for _ in range(3))
     wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
@@ -64,19 +63,24 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Throughput:
-    """Speed of an optimizer step over all ranks, every rank taken to be as full as this one.
+    """Speed of an optimizer step over all ranks, extrapolated from this rank's batches.
 
     Args:
         model: the composed model, sharded or whole.
-        push_term: of the push term; what of the shortcut has a graph, and which states are read.
-        rate: of `matrix_rate`.
+        push_term: decides whether the shortcut has a backward pass, and which hidden states are used.
+        rate: result of `matrix_rate`.
     """
 
     def __init__(self, model: W2R2, push_term: PushTerm, rate: float) -> None:
         self.model, self.push_term, self.rate = model, push_term, rate
 
     def __call__(self, micro_batches: Sequence[Batch], seconds: float) -> dict[str, float]:
-        """Of micro-batches on the CPU and the time that they took, loading included; nothing waits for the device."""
+        """Metrics of one optimizer step, without a host-device synchronisation.
+
+        Args:
+            micro_batches: of this rank, on the CPU.
+            seconds: duration of the step, data loading included.
+        """
         world = dist.get_world_size()
         samples = sum(len(batch.ids) for batch in micro_batches) * world
         tokens = sum(ends[-1] - ends[0] for batch in micro_batches for ends in groups(batch)) * world
@@ -91,8 +95,8 @@ class Throughput:
 
 
 def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
-    """Begin, end of the prefix and ends of the suffixes of every group of a batch."""
-    assert batch.layout is not None, "a training batch knows its sequences"
+    """(begin, end of the prefix, ends of the suffixes...) of every group of samples that share a prefix."""
+    assert batch.layout is not None, "a training batch has a layout"
     return (ends for spans in batch.layout.spans for ends in spans)
 
 
@@ -104,20 +108,20 @@ def step_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
 
 
 def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
-    """Both passes of the language model and its head; its decoder layers are all alike."""
+    """Both passes of the language model and its head; all decoder layers have the same sizes."""
     text: Any = model.family.language_model(model.base)
     layers, head = text.layers, model.base.lm_head
     tokens, pairs = tokens_and_pairs(batch)
     read = len(batch.answer_positions.label)
     rows = read + (len(batch.description_positions.position) if push_term.states else 0)
     work = Work() + layer_work(layers[0], tokens, pairs) * (len(layers) - 1)
-    # A row sees as many tokens as another, on average.
+    # An answer position attends to as many tokens as any other position, on average.
     work = work + last_layer_work(layers[-1], tokens, rows, rows * pairs / max(tokens, 1)) + products(head, read)
     return work.both + (work.forward if push_term.blocked else work.both)
 
 
 def tokens_and_pairs(batch: Batch) -> tuple[int, int]:
-    """Tokens of all samples, a shared prefix once, and pairs of tokens of a sample."""
+    """Number of tokens, a shared prefix counted once, and of (query, key) pairs in attention."""
     tokens = pairs = 0
     for begin, prefix_end, *ends in groups(batch):
         prefix = prefix_end - begin
@@ -133,20 +137,20 @@ def layer_work(layer: Any, tokens: int, pairs: float) -> Work:
 
 
 def last_layer_work(layer: Any, tokens: int, rows: int, pairs: float) -> Work:
-    """The last decoder layer: keys and values of all tokens, everything else of the rows that are read."""
+    """The last decoder layer: keys and values of all tokens, everything else at the answer positions only."""
     heads = layer.self_attn
     work = attention(heads, pairs) + products(heads.k_proj, tokens) + products(heads.v_proj, tokens)
     return work + products(heads.q_proj, rows) + products(heads.o_proj, rows) + products(layer.mlp, rows)
 
 
 def attention(heads: Any, pairs: float) -> Work:
-    """Scores and sums of values: a multiply-add each per pair and channel of the queries; backward twice as much."""
+    """Scores and weighted values: one multiply-add each per pair and query channel; twice as much backward."""
     forward = 4.0 * heads.num_heads * heads.head_dim * pairs
     return Work(forward, 3 * forward)
 
 
 def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
-    """The geometry merger and the fusion, in the passes in which they run."""
+    """The geometry merger and the fusion, in each pass that runs them."""
     tokens = sum(visuals.sizes)
     merger, fusion = products(model.geometry_merger, tokens), products(model.fusion, tokens)
     short = Work()
@@ -158,7 +162,7 @@ def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
 
 
 def geometry_flops(encoder: Any, visuals: Visuals) -> float:
-    """The frozen geometry encoder, forward, of the scenes whose frames it is shown; 0 for one that is no VGGT."""
+    """Forward FLOPs of a VGGT on the frame sets that are not cached; 0 for other encoders."""
     vggt = getattr(encoder, "vggt", None)
     if not isinstance(vggt, VGGT):
         return 0.0
@@ -168,7 +172,7 @@ def geometry_flops(encoder: Any, visuals: Visuals) -> float:
 
 
 def vggt_flops(vggt: VGGT, layer: int, shape: Sequence[int]) -> float:
-    """``[frames, 3, height, width]`` through the ViT and the blocks up to `layer`."""
+    """Forward FLOPs of a VGGT: the ViT and the blocks up to `layer`, for images ``[frames, 3, height, width]``."""
     frames, _, height, width = shape
     config, aggregator = vggt.config, vggt.aggregator
     patches = (height // config.patch_size) * (width // config.patch_size)

@@ -1,4 +1,4 @@
-"""How many times all ranks call a sharded vision tower for a micro-batch."""
+"""Number of vision-tower calls per micro-batch, equal on all ranks (needed under ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from w2r2_ds.types.batch import Visuals
 
 
 class TowerCallCount:
-    """Makes the ranks agree on the number of vision-tower calls.
+    """All-reduces the number of vision-tower calls of a micro-batch, so that every rank makes the same number.
 
     Under ZeRO-3 each call gathers weights from all ranks, so all ranks must make the same number of calls. They differ
     only if 2D features are cached: then a rank calls the tower once per sample that the cache lacks.
@@ -33,4 +33,5 @@ class TowerCallCount:
             return 0
         calls = torch.tensor(missing_2d(visuals))
         dist.all_reduce(calls, op=dist.ReduceOp.MAX, group=self.group)
+        # Ranks with fewer missing features make up the difference on a dummy image (`W2R2.encode_2d`).
         return int(calls)

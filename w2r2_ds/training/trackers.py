@@ -1,4 +1,4 @@
-"""Experiment trackers: where metrics are logged besides metrics.jsonl, chosen by `train.trackers`.
+"""Experiment trackers, chosen by `train.trackers`; metrics.jsonl is always written too.
 
 To add one, write a class with the methods of `Tracker` and decorate it with ``@register_tracker("NAME")``; the file may
 lie outside the package (``--plugin FILE``).
@@ -94,7 +94,7 @@ class WandbTracker:
         self.run.log(dict(metrics), step=step)
 
     def finish(self) -> None:
-        """Upload what is left."""
+        """Upload the rest and close."""
         self.run.finish()
 
 
@@ -133,5 +133,5 @@ class TrackioTracker:
         self.run.log(dict(metrics), step=step)
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Send the rest and close."""
         self.run.finish()

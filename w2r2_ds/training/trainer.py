@@ -60,6 +60,8 @@ def train(
     signals = signals or StopSignals()
     with Watchdog(Limits(config.train.hang_seconds)) as watchdog:
         signals.join(collective_timeout(config.train.hang_seconds))
+        # The watchdog already runs: a rank that fails while it loads ends the others too. Hangs are detected only from
+        # `start_hang_detection` on, because loading has long pauses without progress.
         run = build_run(config, ds_path, make_validation)
         run.activity = watchdog.activity
         run.activity.follow("step", run.engine.module)
@@ -83,12 +85,13 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
             activity.at("step boundary")
             # The signal flag is reduced over ranks: all stop at the same step, or none.
             if code := signals.agreed():
-                if saves.step != step:
+                if saves.step != step:  # unless the previous iteration has saved this step
                     saves.save(CheckpointInfo(step, metrics, run.data))
                 return TrainResult(code, saves.checkpoint)
 
             activity.at("data", step + 1)
             started = time.perf_counter()
+            # All micro-batches of the step are loaded first: the loss of each is divided by the weight of all.
             micro_batches = [next(batches) for _ in range(run.accumulation)]
             loaded = time.perf_counter()
             if step == run.start:
@@ -108,6 +111,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
                 scores, best = run.best.measure(run.engine, step + 1)
                 metrics |= scores
             activity.at("log")
+            # Before the save: the checkpoint syncs metrics.jsonl, so that every saved step has its line.
             metrics_logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
                 saved = saves.save(CheckpointInfo(step + 1, metrics, run.data, best))
@@ -170,12 +174,14 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
         loss, sample_stats = engine(batch.to(run.device), optimizer_step=step)
         run.activity.at("backward")
         engine.backward(loss * scale)
-        stats.append(sample_stats)
+        stats.append(sample_stats)  # stays on the device; copied to the host once per optimizer step
         if len(stats) == len(micro_batches):
-            # Before the last engine.step(), which updates the weights: a loss that is not finite raises here.
+            # Before the last engine.step(), which updates the weights and frees the gradients: a loss that is not
+            # finite raises here, on all ranks, and the norms are those before clipping.
             metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
             metrics |= group_norms(run.groups, run.device)
         run.activity.at("update")
+        # DeepSpeed counts micro-batches: only the last call of an optimizer step updates the weights.
         engine.step()
     norm = engine.get_global_grad_norm()
     parts = [metrics[f"grad_norm_{name}"] for name in run.groups]

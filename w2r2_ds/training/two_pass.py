@@ -90,7 +90,8 @@ class Lockstep:
         self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
     ) -> tuple[Tensor, Tensor]:
         inputs, shortcut = self.model.input_streams(batch, fused, visual_only)
-        holder = [shortcut]
+        holder = [shortcut]  # a list, so that the overridden forwards can replace the tensor in it
+        # The language model's own loop runs the fused stream; the context manager adds the shortcut to each layer.
         fused_states = self.model.row_states(
             batch, inputs, fused, with_what, self.advance_shortcut(holder, batch, visual_only)
         )
@@ -98,12 +99,16 @@ class Lockstep:
 
     @contextmanager
     def advance_shortcut(self, holder: list[Tensor], batch: Batch, visual_only: VisionOutput) -> Iterator[None]:
-        """While active, every stage first replaces ``holder[0]``, the shortcut's hidden state, by its output for it."""
+        """Override the forward of every stage (decoder layer or final norm): run it on the shortcut's state first.
 
+        ``holder[0]`` is the shortcut's hidden state; every stage replaces it by its output.
+        """
         family = self.model.family
 
         def override(index: int, dropouts: Sequence[nn.Dropout]) -> Callable[..., Any]:
             def forward(inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                # Shortcut first, as in the sequential order. Under no_grad `inner` skips activation checkpointing, and
+                # only one hidden state of the shortcut is alive at a time.
                 with torch.no_grad(), without_dropout(dropouts):
                     advanced = inner(holder[0], *args, **kwargs)
                     # DeepStack families add visual features after some layers; the final norm is not a layer.

@@ -1,4 +1,4 @@
-"""Validation during training, as the training loop sees it: the `Validation` protocol, and the best step so far.
+"""Validation during training: the `Validation` protocol, and the best step so far.
 
 The implementation that generates and scores answers is evaluation/validator.py.
 """

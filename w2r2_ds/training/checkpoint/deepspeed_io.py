@@ -86,7 +86,7 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self.writer, self.kept = writer, kept
 
     def create(self, info: Any) -> None:
-        """Nothing to do before a save."""
+        """Do nothing; part of the interface."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder."""
@@ -97,6 +97,7 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: Any, path: str) -> None:
         """Write a shard."""
         assert self.writer is not None
+        # Trained parameters and buffers only; frozen weights are read from the VLM's own directory on resume.
         if isinstance(module := state_dict.get("module"), dict):
             module = {name: tensor for name, tensor in module.items() if name in self.kept}
             state_dict = {**state_dict, "module": module}
@@ -127,8 +128,8 @@ def save_shards(engine: DeepSpeedEngine, writer: RankWriter, step: int) -> None:
                 exclude_frozen_parameters=True,
             )
         except OSError:
-            # Rank 0 copies scripts, and an NVMe offload copies swap files, without our engine. An error there skips the
-            # last two steps of DeepSpeed's save; take them, since the other ranks wait in the barrier.
+            # DeepSpeed copies its scripts (rank 0) and swap files (NVMe offload) without our checkpoint engine. An
+            # error there skips the end of its save, an epilogue and a barrier. Run both: the other ranks wait in it.
             if engine._optimizer_has_ckpt_event_epilogue():
                 engine.optimizer.checkpoint_event_epilogue()
             dist.barrier()
@@ -152,6 +153,7 @@ def allowed_classes() -> Any:
 @contextmanager
 def safe_loading() -> Iterator[None]:
     """Restrict every `torch.load` inside, DeepSpeed's included, to data."""
+    # torch.load reads these variables on every call. FORCE_NOT is removed: with both set, torch raises an error.
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
     try:
@@ -172,6 +174,7 @@ def load(file: Path, map_location: Any = "cpu") -> Any:
         with file.open("rb") as opened:
             zipped = is_zipfile(opened)
         if not zipped:
+            # torch would fall back to its old format, a bare pickle stream.
             raise ValueError(f"{file} is not a torch.save file; it is cut or damaged.")
         with safe_loading():
             return torch.load(file, map_location=map_location, weights_only=True)

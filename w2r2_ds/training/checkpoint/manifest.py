@@ -50,6 +50,8 @@ def write_manifest(folder: Path, description: Mapping[str, Any], files: Mapping[
         description: JSON values; see training/checkpoint/save.py.
         files: digest by path below `folder`, with slashes.
     """
+    # Written last: a folder without a manifest is incomplete. It contains its own digest, so a damaged manifest is
+    # detected without any other file.
     content = {**description, "files": {name: asdict(files[name]) for name in sorted(files)}}
     text = json.dumps({**content, OWN_DIGEST: _digest(content)}, indent=2)
     atomic_io.replace(folder / MANIFEST, text + "\n")
@@ -88,7 +90,7 @@ def verify(path: Path, deep: bool = True, only: Collection[str] | None = None) -
             continue
         file = path / name
         try:
-            size = file.stat().st_size
+            size = file.stat().st_size  # cheap, and enough to find a file that was cut
             if size != stated["bytes"]:
                 return f"{file} has {size} bytes, {MANIFEST} states {stated['bytes']}; it is cut or damaged."
             if deep and (found := atomic_io.digest(file).sha256) != stated["sha256"]:
@@ -113,7 +115,7 @@ def newest_complete(run: str | Path) -> tuple[Path | None, dict[Path, str]]:
     """The complete checkpoint with the highest step, every file verified; and the problem of each newer one."""
     damaged: dict[Path, str] = {}
     for path in step_folders(run).values():
-        problem = verify(path)
+        problem = verify(path)  # reads every file: a flipped bit would otherwise be trained on
         if problem is None:
             return path, damaged
         damaged[path] = problem
@@ -166,6 +168,7 @@ def expired_checkpoints(run: str | Path, keep: int) -> list[Path]:
     for path in step_folders(run).values():
         complete = (path / MANIFEST).is_file()
         complete_count += complete
+        # Highest step first: a complete one goes after `keep` newer ones, an incomplete one after any complete one.
         if complete_count > keep if complete else complete_count:
             found.append(path)
     return [path for path in found if path != best]
@@ -173,7 +176,7 @@ def expired_checkpoints(run: str | Path, keep: int) -> list[Path]:
 
 def delete(checkpoint: Path) -> None:
     """Delete a checkpoint, its manifest first: after a kill in between it does not count as complete."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # synced before the other files go, so the order survives a crash
     atomic_io.sync(checkpoint)
     shutil.rmtree(checkpoint)
 

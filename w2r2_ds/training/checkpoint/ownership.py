@@ -65,6 +65,7 @@ class OwnershipToken:
             os.environ.get("SLURM_JOB_ID", ""),
             datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        # An atomic replacement: of two starts that claim at once, the later rename wins and the other one stops.
         atomic_io.replace(folder / INCARNATION, json.dumps(token.to_json(), indent=2) + "\n")
         token.remove_partial()
         return token
@@ -99,7 +100,8 @@ class OwnershipToken:
     def remove_partial(self) -> None:
         """Remove the temporary folders and files of earlier starts."""
         for path in self.folder.glob(f"*{PARTIAL}"):
-            if self.token in path.name or path.name.startswith(INCARNATION):  # another start may be claiming right now
+            # A temporary incarnation.json belongs to a start that is claiming right now.
+            if self.token in path.name or path.name.startswith(INCARNATION):
                 continue
             if path.is_dir():
                 # An old start may still write there; what it adds meanwhile is removed by the next start.

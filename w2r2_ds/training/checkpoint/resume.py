@@ -80,6 +80,7 @@ def find_start(config: RunConfig) -> StartPoint:
         ValueError: there are checkpoints but `resume` is none, none is complete, one contains code, or a rank cannot
             read its files (a path that is not shared between machines).
     """
+    # Rank 0 reads and hashes every file; the others compare sizes, which shows that they have the same folder.
     start = on_rank_zero(lambda: _find_start(config))
     with raise_on_all_ranks():
         if start.checkpoint is not None and (problem := verify(start.checkpoint, deep=False)) is not None:
@@ -98,6 +99,7 @@ def _find_start(config: RunConfig) -> StartPoint:
         raise ValueError(f"no checkpoint of {config.out} is complete; give another --out, or restore one: {first}")
     for problem in damaged.values():
         logger.warning("%s Resuming from %s instead.", problem, newest.name)
+    # Before anything is loaded: the shards and random states are pickles.
     check_no_code(*sorted(newest.rglob("*.pt")))
     saved = read_manifest(newest)
     start = StartPoint(newest, int(saved["world_size"]), damaged, next(iter([*damaged, newest])))
@@ -120,6 +122,7 @@ def take_over(config: RunConfig, start: StartPoint) -> OwnershipToken:
 
     def claim() -> OwnershipToken:
         try:
+            # Claim first, then search for a newer checkpoint: after the claim, an older start stops at its next check.
             token = OwnershipToken.claim(config.out)
             if next(iter(step_folders(config.out).values()), None) != start.highest:
                 raise Unreachable(
@@ -145,6 +148,7 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
     """
     path = start.checkpoint
     assert path is not None
+    # All ranks read the same files, so these raise on all ranks or on none.
     check_same_model(path, engine.module.model)
     check_same_run(path, config)
     check_same_data(path, config, data)
@@ -156,6 +160,7 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
             "use the DeepSpeed JSON that it was trained with."
         )
     engine.checkpoint_engine = SafeCheckpointEngine()
+    # Not strict: shards hold trained tensors only; the frozen weights are loaded already.
     if not start.universal:
         with safe_loading():
             engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
@@ -193,7 +198,7 @@ def _convert(path: Path) -> Path:
     from deepspeed.checkpoint.ds_to_universal import main
 
     shards = path / ENGINE
-    # A name of its own: an older start that still runs must not remove it.
+    # A random name: an older start that still runs must not remove it.
     folder = path.with_name(f"{path.name}.universal.{secrets.token_hex(4)}{PARTIAL}")
     options = SimpleNamespace(
         input_folder=str(shards),

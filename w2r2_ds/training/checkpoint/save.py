@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the manifest records of the run.
+    """State of the run that the manifest records.
 
     Attributes:
         step: optimizer steps done.
@@ -89,19 +89,21 @@ def save_checkpoint(
         OwnershipLost: another start of this run has taken over; on every rank.
     """
     temporary = token.temporary_folder(info.step)
-    on_rank_zero(token.check)
+    on_rank_zero(token.check)  # raises on all ranks
     writer = RankWriter(temporary)
     if dist.get_rank() == 0:
         with writer.record_errors():
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / ENGINE).mkdir(parents=True)
-    dist.barrier()
+    dist.barrier()  # the folder exists on every rank
+    # From here to `gather_results` write errors are recorded, not raised: every collective below needs all ranks.
     writer.save(f"rng-{dist.get_rank()}.pt", rng_state())
     save_shards(engine, writer, info.step)
     tensors = gather_trainable(engine.module.model)
     if dist.get_rank() == 0:
         writer.write(TENSORS, lambda file: file.write(save(tensors)))
         writer.write("config.yaml", lambda file: file.write(config_text(config).encode()))
+    # The agreement of all ranks: publish only if every file of every rank is written and fsynced.
     files, failures = gather_results(writer)
     if not failures:
         check_size(files, engine.module.model)
@@ -122,7 +124,10 @@ def gather_results(writer: RankWriter) -> tuple[dict[str, Digest], list[str]]:
 
 
 def check_size(files: Mapping[str, Digest], model: W2R2) -> None:
-    """Assert that nothing frozen is stored: weights (whole and in a shard), optimizer state, and an allowance."""
+    """Assert that nothing frozen is stored.
+
+    The limit: trained weights twice (whole and in a shard), their optimizer state, and an allowance.
+    """
     parameters = [(p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p) for p in trainable(model).values()]
     numbers = sum(count * (2 * p.element_size() + OPTIMIZER_BYTES) for count, p in parameters)
     limit = numbers + dist.get_world_size() * (RANK_ALLOWANCE + TENSOR_ALLOWANCE * len(parameters))
@@ -159,6 +164,8 @@ def publish(
     """
     writer, final = RankWriter(temporary), step_folder(config.out, description["step"])
     with writer.record_errors():
+        # The manifest is the last file, and the rename publishes the folder whole: a reader finds either no folder of
+        # this step or a complete one. `move` fsyncs the folders before the rename and their parent after it.
         write_manifest(temporary, description, {**files, **unlisted_files(temporary, files)})
         token.check()
         replace_folder(temporary, final)
@@ -166,6 +173,7 @@ def publish(
         return [writer.failure]
     afterwards = RankWriter(final)
     with afterwards.record_errors():
+        # `latest` moves only to a published checkpoint, and old ones are deleted last: one is always complete.
         for name in (LATEST, BEST) if description["best"] is not None else (LATEST,):
             token.check()
             write_pointer(token.folder / name, final)

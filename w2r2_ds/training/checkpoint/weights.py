@@ -17,7 +17,8 @@ from w2r2_ds.utils.safetensors_io import read_strictly
 def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
     """Gathered trainable tensors on the CPU, with their names as keys. Collective."""
     parameters = trainable(model)
-    # Under ZeRO-3 a parameter is an empty tensor outside this context; `state_dict()` would save shape (0,).
+    # ZeRO-3 trap: outside this context a parameter is an empty tensor, and `state_dict()` would save shape (0,). All
+    # ranks must enter it with the same parameters in the same order, although only rank 0 writes the result.
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         tensors = {name: p.detach().cpu().clone().contiguous() for name, p in parameters.items()}
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]

@@ -62,7 +62,7 @@ def resolve_ds_config(
         micro_batch: samples per forward per rank.
         world_size: number of ranks.
         bf16: whether weights and activations are bfloat16 (else float32).
-        local_size: ranks on this machine; by default what the launcher's environment variables state.
+        local_size: ranks on this machine; by default from the launcher's environment variables.
 
     Returns:
         The configuration for `deepspeed.initialize`, without any "auto".
@@ -76,6 +76,7 @@ def resolve_ds_config(
             f"train.global_batch is {global_batch}, not divisible by train.micro_batch {micro_batch} x {world_size} "
             f"ranks = {per_pass}; change train.global_batch, train.micro_batch or the number of ranks."
         )
+    # DeepSpeed requires train_batch_size = micro_batch x accumulation x world_size.
     accumulation = global_batch // per_pass
     config = copy.deepcopy(raw)
     sizes = f"train.global_batch {global_batch} / (train.micro_batch {micro_batch} x {world_size} ranks)"
@@ -161,7 +162,7 @@ def _schema() -> type[BaseModel]:
 
 
 def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
-    """A pydantic model with optional fields that refuses unknown keys."""
+    """A pydantic model with optional fields; unknown keys are errors."""
     definitions: dict[str, Any] = {field: (kind, None) for field, kind in fields.items()}
     return create_model(name, __config__=ConfigDict(extra="forbid"), **definitions)
 

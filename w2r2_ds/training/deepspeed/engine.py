@@ -33,6 +33,7 @@ def make_engine(
         ds_config: result of `resolve_ds_config`.
         device: of this rank.
     """
+    # The class of all decoder layers of this VLM family, for `set_z3_leaf_modules`.
     decoder_layer = type(model.family.language_model(model.base).layers[0])
     vocabulary = model.base.config.get_text_config().vocab_size
     scorer = Scorer(token_tables(frontend.tokenizer, vocabulary).to(device), frontend.tokenizer, config.objective)
@@ -40,6 +41,7 @@ def make_engine(
     step = W2R2Step(model, config, scorer, zero3)
     step.train()
     if config.train.activation_checkpointing:
+        # Before `deepspeed.initialize`: the layers' forwards are replaced, then ZeRO-3's hooks are registered.
         every, offload = config.train.recompute_every, config.train.offload_activations
         recompute(model.family.language_model(model.base).layers, every, offload, step.checkpoint_contexts)
     # ZeRO-3 releases a module's weights after its backward, in a hook on the gradients of its inputs. The output of the
@@ -52,6 +54,7 @@ def make_engine(
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)
     steps = config.train.steps
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.train.warmup_ratio * steps), steps)
+    # Only trained parameters are in the optimizer, so ZeRO makes master weights and moments for them alone.
     engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     return engine
 

@@ -25,7 +25,7 @@ def common_ranks_per_machine(world_size: int) -> int:
     """
     sizes = [0] * world_size
     dist.all_gather_object(sizes, local_world_size(world_size))
-    return math.gcd(*sizes)
+    return math.gcd(*sizes)  # every rank has gathered the same list
 
 
 def fill_hpz(zero: dict[str, Any], path: str | Path, world_size: int, local_size: int) -> None:
@@ -45,6 +45,7 @@ def fill_hpz(zero: dict[str, Any], path: str | Path, world_size: int, local_size
         return
     name, size = f"{path}: zero_optimization.{FIELD}", zero[FIELD]
     if size == "auto":
+        # hpZ's groups are consecutive ranks of this size; they are machines only if all machines have as many ranks.
         if local_size < world_size and world_size % local_size:
             raise ValueError(
                 f'{name} is "auto", but the {world_size} ranks of this run are not {local_size} per machine, as on '

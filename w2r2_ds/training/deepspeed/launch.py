@@ -71,8 +71,10 @@ def join_ranks(hang_seconds: float = 0.0) -> None:
     from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
 
     if "RANK" not in os.environ:
+        # Started without a launcher; port 0 lets the system choose a free one, so that several runs fit on a machine.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
+        # Before the process group: NCCL communicates on the current device.
         torch.cuda.set_device(RankInfo.from_environment().local_rank)
     use_private_extensions_dir()
     skip_shm_build()

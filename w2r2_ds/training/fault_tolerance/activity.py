@@ -1,4 +1,4 @@
-"""What the main thread of a rank is doing: written by the training loop, read by the watchdog's threads."""
+"""Progress of a rank's main thread: written by the training loop, read by the watchdog's threads."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Activity:
         """Record the beginning of a phase, and of a step if `step` is given."""
         if step is not None:
             self.step, self.changes = step, 0
+        # No lock: a heartbeat may combine fields of two moments, which the next heartbeat corrects.
         self.phase, self.changed_at = phase, time.monotonic()
         self.changes += 1
 
@@ -48,11 +49,11 @@ class Activity:
             module.register_forward_pre_hook(self._hook(path))
 
     def _hook(self, path: str) -> Any:
-        def began(module: nn.Module, args: Any) -> None:
+        def record_forward(module: nn.Module, args: Any) -> None:
             self.module, self.changed_at = path, time.monotonic()
             self.changes += 1
 
-        return began
+        return record_forward
 
 
 def blocks(name: str, module: nn.Module, inside: bool = False) -> Iterator[tuple[str, nn.Module]]:

@@ -111,6 +111,7 @@ class HangDetector:
         passed = 0.0 if self._last is None else min(now - self._last, 2 * self.limits.beat)
         self._last = now
         for rank, state in enumerate(states):
+            # The beat number grows while a rank's watchdog thread runs, even if its main thread hangs.
             alive = state.beat != self._beats[rank] or state.kind == LEFT
             self.silent[rank] = 0.0 if alive else self.silent[rank] + passed
             self._beats[rank] = state.beat
@@ -157,11 +158,12 @@ class HangDetector:
         """
         running = {rank: state for rank, state in enumerate(states) if state.kind == RUNNING}
         if any(self.silent[rank] > 2 * self.limits.beat for rank in running):
-            return None  # a silent rank may be dead; `_gone` will report it
+            return None  # a silent rank may be dead; `_gone` will report it, with more certainty
         if not any(state.in_loop and state.idle_s >= self.limits.hang for state in running.values()):
             return None
         # A rank that waits for the one at fault may have reached the limit a heartbeat earlier.
         limit = self.limits.hang - 2 * self.limits.beat
+        # The rank at fault is the first in this order: not in a collective, then fewest steps, then fewest changes.
         candidates = [rank for rank, state in running.items() if state.idle_s >= limit]
         progress = {rank: (states[rank].in_collective, states[rank].step, states[rank].changes) for rank in candidates}
         first = min(candidates, key=lambda rank: (progress[rank], -states[rank].idle_s))

@@ -35,6 +35,8 @@ class HeartbeatStore:
         host, port = os.environ["MASTER_ADDR"], [0]
         with raise_on_all_ranks():
             if self.rank == 0:
+                # Port 0: the system chooses a free one, which is broadcast below. Rank 0 must not wait here for clients
+                # (`wait_for_workers`): they connect only after the broadcast.
                 server = TCPStore(host, 0, None, True, CONNECT_TIMEOUT, wait_for_workers=False)
                 self.store, port = server, [server.port]
                 self._initialize()

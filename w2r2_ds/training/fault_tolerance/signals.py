@@ -34,6 +34,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         for number in CODES:
             signal.signal(number, self._handle)
+            # signal.signal switches SA_RESTART off; without it a blocking call of a C++ library fails with EINTR.
             signal.siginterrupt(number, False)
         return self
 
@@ -42,6 +43,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag: saving here would run in the middle of a step, on this rank only.
         self.code = max(self.code, CODES[signal.Signals(number)])
 
     def join(self, timeout: timedelta) -> None:
@@ -57,7 +59,7 @@ class StopSignals:
         A signal reaches the ranks at different times, or only one of them. If each rank acted on its own flag, one
         would save while the others wait for it in the next step's collectives. Hence one maximum per step.
         """
-        if self._group is None:
+        if self._group is None:  # one rank
             return self.code
         code = torch.tensor(self.code)
         dist.all_reduce(code, dist.ReduceOp.MAX, self._group)

@@ -91,7 +91,8 @@ class Watchdog:
             self._kind = MISTAKE if isinstance(error, MISTAKES) else FAILURE
             text = str(error) if self._kind == MISTAKE else repr(error)
             self._error = message(" ".join(text.split()))[:600]
-        self._wake.set()
+        self._wake.set()  # send the new state at once
+        # If all ranks raise the same error, all leave normally. If only this one does, the diagnosis ends the others.
         self._wait_for_others(error)
         diagnosis = self._unreachable() if self._store_lost and self._kind == FAILURE else self._diagnosis
         if diagnosis is not None and self._kind != MISTAKE:
@@ -108,6 +109,7 @@ class Watchdog:
 
         A rank other than 0 that has finished need not wait: it leaves as soon as its last heartbeat is stored.
         """
+        # The exchange in progress may have begun before the state changed; the second one from now certainly has it.
         before = self._exchanges
         while not self._all_left and self._diagnosis is None and not self._store_lost:
             if error is None and self.rank != 0 and self._exchanges >= before + 2:
@@ -166,14 +168,15 @@ class Watchdog:
 
         It counts its own ticks instead of reading a clock: time in which the process was suspended does not count.
         """
-        missed, seen = 0.0, 0
+        missed, last = 0.0, 0
         while not self._ended:
             time.sleep(TICK)
-            missed = missed + TICK if seen == self._exchanges else 0.0
-            seen = self._exchanges
+            missed = missed + TICK if last == self._exchanges else 0.0
+            last = self._exchanges
             running = self._kind == RUNNING
             if self._diagnosis is not None and running:
                 self._end(self._diagnosis)
+            # Rank 0 has the store itself. Another rank that cannot reach it would never get a diagnosis.
             elif self.rank != 0 and missed >= (self.limits.gone if running else self.limits.settle):
                 self._store_lost = True
                 if running:
@@ -194,6 +197,7 @@ class Watchdog:
         """
         if not self._ending.acquire(blocking=False):
             time.sleep(3600)
+        # The backstop: writing to a pipe that nothing reads, or formatting a traceback, may block.
         timer = threading.Timer(EXIT_TIMEOUT, os._exit, (diagnosis.code,))
         timer.daemon = True
         timer.start()
@@ -210,6 +214,7 @@ class Watchdog:
         sys.stdout.flush()
         sys.stderr.flush()
         self._leave()
+        # Not sys.exit: it would wait for the main thread, and for NCCL's destructors.
         os._exit(diagnosis.code)
 
     def _leave(self) -> None:
