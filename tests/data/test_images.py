@@ -1,4 +1,4 @@
-"""Frames from disk, their sizes, and the inputs of Qwen's vision tower."""
+"""Frames from disk, their sizes and crops."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
 
-from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, qwen_patches, resize_for_vggt
+from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_for_vggt
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -163,51 +162,3 @@ def test_even_crop_cuts_at_bottom_and_right() -> None:
 def test_even_crop_refuses_frames_without_one_merged_patch() -> None:
     with pytest.raises(ValueError, match="70 x 14 pixels"):
         even_crop(np.zeros((1, 3, 14, 70), dtype=np.float32))
-
-
-@pytest.mark.parametrize(("height", "width"), [(84, 112), (112, 56), (392, 504)])
-def test_qwen_patches_are_the_stock_processors(height: int, width: int) -> None:
-    given = frames(2, height, width)
-    stock = Qwen2VLImageProcessorPil()(list(given), return_tensors="np")
-    patches, grid = qwen_patches(pixels(given))
-    np.testing.assert_array_equal(grid, stock["image_grid_thw"])
-    np.testing.assert_allclose(patches, stock["pixel_values"], rtol=0, atol=1e-6)
-
-
-def test_qwen_patches_of_other_sizes_are_the_stock_processors() -> None:
-    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
-    given = frames(1, 96, 192)
-    stock = Qwen2VLImageProcessorPil(patch_size=16, merge_size=3, image_mean=mean, image_std=std)
-    wanted = stock(list(given), return_tensors="np")
-    patches, grid = qwen_patches(pixels(given), patch_size=16, merge_size=3, mean=mean, std=std)
-    np.testing.assert_array_equal(grid, wanted["image_grid_thw"])
-    np.testing.assert_allclose(patches, wanted["pixel_values"], rtol=0, atol=1e-5)
-
-
-def test_a_video_of_one_frame_is_that_image() -> None:
-    given = pixels(frames(1, 56, 84))
-    for video, image in zip(qwen_patches(given, as_video=True), qwen_patches(given), strict=True):
-        np.testing.assert_array_equal(video, image)
-
-
-def test_a_video_pairs_its_frames_and_repeats_the_last() -> None:
-    given = pixels(frames(3, 56, 84))
-    patches, grid = qwen_patches(given, as_video=True)
-    assert grid.tolist() == [[2, 4, 6]]
-    in_time = patches.reshape(2, 24, 3, 2, 14, 14)
-    alone = qwen_patches(given)[0].reshape(3, 24, 3, 2, 14, 14)[:, :, :, 0]
-    for clip, (first, second) in zip(in_time, [(0, 1), (2, 2)], strict=True):
-        np.testing.assert_array_equal(clip[:, :, 0], alone[first])
-        np.testing.assert_array_equal(clip[:, :, 1], alone[second])
-
-
-@pytest.mark.parametrize(("height", "width"), [(42, 56), (56, 42)])
-def test_qwen_patches_refuse_sides_that_cannot_be_merged(height: int, width: int) -> None:
-    with pytest.raises(ValueError, match=f"{width} x {height} pixels must be multiples of 28"):
-        qwen_patches(np.zeros((1, 3, height, width), dtype=np.float32))
-
-
-@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 1, 28, 28), (0, 3, 28, 28), (1, 3, 0, 28)])
-def test_qwen_patches_refuse_other_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"\[frames, 3, height, width\]"):
-        qwen_patches(np.zeros(shape, dtype=np.float32))

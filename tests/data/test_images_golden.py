@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from golden_files import Golden, find, is_qwen_images, is_vggt_images
-from w2r2_ds.data.images import even_crop, load_frame, qwen_patches, resize_for_vggt
+from w2r2_ds.data.images import even_crop, load_frame, resize_for_vggt
+from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 
 pytestmark = pytest.mark.golden
 
@@ -82,7 +83,7 @@ def qwen_input(golden: Golden, case: str) -> tuple[np.ndarray, np.ndarray, np.nd
     path = golden.path.parent / golden.record["images_dir"] / stated["image"]
     pixels = resize_for_vggt([load_frame(path)], width=stated["images_vggt_shape"][-1])
     mean, std = golden.record["image_mean"], golden.record["image_std"]
-    return pixels, *qwen_patches(even_crop(pixels), mean=mean, std=std)
+    return pixels, *patchify(even_crop(pixels), mean=mean, std=std)
 
 
 @pytest.mark.parametrize(("golden", "case"), QWEN_CASES)

@@ -21,7 +21,6 @@ from w2r2_ds.data.collate import Collator
 from w2r2_ds.data.loader import make_positions
 from w2r2_ds.data.packing import Grouping, by_frames
 from w2r2_ds.data.processor import IMAGE, Features
-from w2r2_ds.data.visual_inputs import vision_patches
 from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, train_tokenizer
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
@@ -104,7 +103,7 @@ class Subject:
         noise = np.random.default_rng(SEED)
         images = noise.random((shape.frames, 3, height, width), dtype=np.float32)
         seen = images[:, :, : shape.grid[1] * PATCH, : shape.grid[0] * PATCH]
-        pixel_values, grid_thw = vision_patches(np.ascontiguousarray(seen), vision, "image")
+        pixel_values, grid_thw = self.frontend.family.pixel_values(np.ascontiguousarray(seen), vision, "image")
         dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
         made = []
         for index in range(questions):
@@ -183,7 +182,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
             torch.set_default_dtype(torch.float32)
     vlm.set_attn_implementation(resolve_attention("auto", dtype))
     peft = add_lora(vlm, shape.lora_rank, 2 * shape.lora_rank)
-    bind_kernels(peft, kernels)
+    bind_kernels(frontend.family.language_model(vlm), kernels)
     geometry = Window(VGGTEncoder(vggt, shape.geometry_layer), shape.grid)
     model = W2R2(peft, merger, fusion, geometry, kernels=kernels)
     with torch.no_grad():

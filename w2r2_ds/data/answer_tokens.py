@@ -1,8 +1,8 @@
 """Find the *where* tokens (digits of the box) of an answer and the *what* tokens of a prompt, by character offsets.
 
 A grounding answer holds ten numbers: the frame index and the nine box values. Their digits are the *where* tokens; JSON
-syntax, signs and decimal points are in neither set. Where the tokenizer gives every digit a token of its own, as
-Qwen's do, a number's digit tokens, their units and the token with its sign are found too.
+syntax, signs and decimal points are in neither set. Where the tokenizer gives every digit a token of its own,
+a number's digit tokens, their units and the token with its sign are found too.
 
 Offsets are ``[(begin, end), ...]`` per token, in characters of the encoded text. Characters that no token covers (a
 blank that a tokenizer trims) belong to the token after them.
@@ -177,7 +177,7 @@ def require_digit_tokens(tokenizer: Any, what: str) -> None:
             text = answer[slice(*offsets[index])]
             if not _DIGIT.fullmatch(text) or int(text) != digit[ids[index]]:
                 raise ValueError(
-                    f"{what} needs a tokenizer that gives every digit a token of its own, as Qwen's do; "
+                    f"{what} needs a tokenizer that gives every digit a token of its own; "
                     f"{type(tokenizer).__name__} makes {text!r} in {answer!r} the one token "
                     f"{tokenizer.convert_ids_to_tokens(ids[index])!r}. Choose another option or another model."
                 )

@@ -13,7 +13,6 @@ from w2r2_ds.data.answer_positions import answer_positions, description_position
 from w2r2_ds.data.images import VGGT_PATCH
 from w2r2_ds.data.packing import Group, Grouping, alone, in_one_sequence, joined, joined_positions, one_by_one
 from w2r2_ds.data.processor import Features
-from w2r2_ds.data.visual_inputs import vision_patches
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.batch import Batch, Prompts, Tokens, Visuals
 from w2r2_ds.types.sample import Sample
@@ -159,7 +158,7 @@ def dummy_visuals(kind: str, vision: VisionSpec, family: VlmFamily) -> Visuals:
         np.full((frames, 3, side * size, side * size), 0.5, dtype=np.float32)
         for size in (vision.patch_size, VGGT_PATCH)
     )
-    visuals = tower_input(kind, *vision_patches(seen, vision, kind), vision, family)
+    visuals = tower_input(kind, *family.pixel_values(seen, vision, kind), vision, family)
     return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(geometry),), dummy=True)
 
 

@@ -1,7 +1,7 @@
-"""Frames from disk to the inputs of VGGT and of Qwen's vision tower; PIL and NumPy only.
+"""Load frames, resize them as VGGT's loader does, and crop them to the token grid of the VLM; PIL and NumPy only.
 
-Both see the same pixels: a frame is resized once for VGGT, and Qwen gets a crop of that. Values are those of the
-public pre-processing codes, bit for bit, without the libraries that they pull in.
+A frame is resized once, for VGGT; the vision tower of the VLM gets a crop of the same pixels. Resized pixels equal
+those of VGGT's public loader, bit for bit.
 """
 
 from __future__ import annotations
@@ -145,70 +145,3 @@ def even_size(height: int, width: int, patch: int = 14, merge: int = 2) -> tuple
             "data.frame_width."
         )
     return height // step * step, width // step * step
-
-
-def qwen_patches(
-    images: np.ndarray,
-    patch_size: int = 14,
-    temporal_patch_size: int = 2,
-    merge_size: int = 2,
-    mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
-    std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
-    as_video: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Patches as Qwen's vision tower takes them: the stock processor's values for frames of exactly this size.
-
-    Patches come frame by frame (or pair by pair); inside, merged patches are row-major, and so are the patches of each.
-
-    Args:
-        images: ``[N, 3, H, W]`` float32 in [0, 1]; H and W are multiples of ``patch_size * merge_size``.
-        patch_size: side of a patch in pixels.
-        temporal_patch_size: frames of a patch.
-        merge_size: patches that the tower merges, per side.
-        mean: subtracted, per channel.
-        std: divided by, per channel.
-        as_video: one video of consecutive frames, the last one repeated to fill the last patch; otherwise each frame
-            is an image, repeated in time.
-
-    Returns:
-        ``pixel_values`` float32 ``[patches, 3 * temporal_patch_size * patch_size ** 2]`` and ``grid_thw`` int64
-        ``[N, 3]``, or ``[1, 3]`` of a video: patches in time, height and width.
-
-    Raises:
-        ValueError: images of another form or size.
-    """
-    step = patch_size * merge_size
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"Frames have shape {images.shape}; give [frames, 3, height, width].")
-    if images.shape[2] % step or images.shape[3] % step:
-        raise ValueError(f"Frames of {images.shape[3]} x {images.shape[2]} pixels must be multiples of {step}.")
-    rows, columns = images.shape[2] // patch_size, images.shape[3] // patch_size
-    normalised = _normalise(images, mean, std)
-    if as_video:
-        clips = _clips(normalised, temporal_patch_size)
-        grid = [[len(clips), rows, columns]]
-    else:
-        clips = np.repeat(normalised[:, None], temporal_patch_size, axis=1)
-        grid = [[1, rows, columns]] * len(images)
-    return _patchify(clips, patch_size, merge_size), np.array(grid, dtype=np.int64)
-
-
-def _normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    centre, spread = (np.array(values, dtype=np.float32).reshape(3, 1, 1) for values in (mean, std))
-    return (images.astype(np.float32) - centre) / spread
-
-
-def _clips(frames: np.ndarray, length: int) -> np.ndarray:
-    """``[N, 3, H, W]`` -> ``[ceil(N / length), length, 3, H, W]``, the last frame repeated."""
-    short = -len(frames) % length
-    whole = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
-    return whole.reshape(-1, length, *frames.shape[1:])
-
-
-def _patchify(clips: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """``[n, time, 3, H, W]`` -> ``[n * patches, 3 * time * patch * patch]``."""
-    count, time, channels, height, width = clips.shape
-    rows, columns = height // (patch * merge), width // (patch * merge)
-    cells = clips.reshape(count, time, channels, rows, merge, patch, columns, merge, patch)
-    cells = cells.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return np.ascontiguousarray(cells).reshape(-1, channels * time * patch * patch)

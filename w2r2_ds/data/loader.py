@@ -106,7 +106,7 @@ class ReraisingDataLoader(DataLoader[Any], Generic[T]):
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
     """The processor of a VLM for a data configuration."""
-    return Processor(frontend.tokenizer, frontend.vision, config, frontend.cache, frontend.family.end_of_turn)
+    return Processor(frontend.tokenizer, frontend.family, frontend.vision, config, frontend.cache)
 
 
 def make_positions(frontend: VlmFrontend, config: DataConfig) -> Positions:

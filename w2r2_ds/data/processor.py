@@ -1,4 +1,4 @@
-"""Sample -> Features: token ids, patches, labels and digit tokens of one sample, on the CPU worker."""
+"""Tokenize a sample and preprocess its frames into `Features`; runs in loader workers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.answer_tokens import AnswerTokens, find_answer_tokens, what_tokens
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.features.lookup import Cached, FeatureCache
+from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 
@@ -61,31 +62,31 @@ class Features:
 
 
 class Processor:
-    """Turn samples into tensors; equal to the stock Qwen processor on frames of the size it is given.
+    """Turns samples into tensors; equal to the VLM's transformers processor on frames that it need not resize.
 
     Args:
         tokenizer: the VLM's tokenizer with its chat template.
+        family: of the VLM; pixel values and the token at which an answer ends.
         vision: patch sizes, normalisation and token ids of the VLM.
         config: frames, sizes and the form of the visual prompt.
-        cache: where features lie that need not be computed; None looks nowhere.
-        end_of_turn: token at which an answer ends.
+        cache: features that need not be computed; None without a cache.
     """
 
     def __init__(
         self,
         tokenizer: Any,
+        family: VlmFamily,
         vision: VisionSpec,
         config: DataConfig,
         cache: FeatureCache | None = None,
-        end_of_turn: str = "<|im_end|>",
     ) -> None:
         self.tokenizer, self.vision, self.config = tokenizer, vision, config
         if config.frame_width % vision.patch_size:
             raise ValueError(
                 f"data.frame_width is {config.frame_width}; make it a multiple of the patch size {vision.patch_size}."
             )
-        self.preprocess = VisualPreprocessor(vision, config, cache)
-        self.end_of_turn = end_of_turn
+        self.preprocess = VisualPreprocessor(family, vision, config, cache)
+        self.end_of_turn = family.end_of_turn
         self._frames: dict[int, tuple[str, str]] = {}
         self._frame_tokens: dict[int, int] = {}
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})

@@ -1,4 +1,4 @@
-"""Sample -> what the towers see of its frames, on the CPU worker; less what the cache knows already."""
+"""Turn the frames of a sample into inputs for the vision tower and the geometry encoder; runs in loader workers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, qwen_patches, resize_for_vggt
+from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_for_vggt
 from w2r2_ds.features.lookup import Cached, FeatureCache
+from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 
@@ -41,31 +41,20 @@ class VisualInputs:
         return any(each is not None and each.is_learnt() for each in (self.cached_2d, self.cached_3d))
 
 
-def vision_patches(images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`qwen_patches` of ``[frames, 3, height, width]`` frames for a vision tower, as images or as one video."""
-    pixel_values, grid_thw = qwen_patches(
-        images,
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.merge_size,
-        mean=vision.image_mean,
-        std=vision.image_std,
-        as_video=kind == "video",
-    )
-    return torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)
-
-
 class VisualPreprocessor:
     """Turns a sample's frames into inputs for the vision tower and the geometry encoder.
 
     Args:
+        family: of the VLM; cuts frames into its vision tower's pixel values.
         vision: patch sizes and normalisation of the VLM.
         config: frame size, and whether frames are images or a video.
-        cache: of features that need not be computed; None for none.
+        cache: features that need not be computed; None without a cache.
     """
 
-    def __init__(self, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None) -> None:
-        self.vision, self.config, self.cache = vision, config, cache
+    def __init__(
+        self, family: VlmFamily, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None
+    ) -> None:
+        self.family, self.vision, self.config, self.cache = family, vision, config, cache
         self._last: tuple[tuple[Path, ...], VisualInputs] | None = None
 
     def __call__(self, sample: Sample) -> VisualInputs:
@@ -97,10 +86,10 @@ class VisualPreprocessor:
             return VisualInputs(nothing, self._grid(sample), geometry_images, known_2d, known_3d)
         cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
         kind = "video" if self.config.visual == "video" else "image"
-        return VisualInputs(*vision_patches(cropped, vision, kind), geometry_images, known_2d, known_3d)
+        return VisualInputs(*self.family.pixel_values(cropped, vision, kind), geometry_images, known_2d, known_3d)
 
     def _grid(self, sample: Sample) -> torch.Tensor:
-        """The grid of `vision_patches`, from the headers of the frames' files."""
+        """`grid_thw` of the pixel values, from the headers of the frames' files."""
         _, (width, height) = self.sizes([frame_size(path) for path in sample.frames])
         rows, columns = height // self.vision.patch_size, width // self.vision.patch_size
         count = len(sample.frames)

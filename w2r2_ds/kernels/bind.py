@@ -1,9 +1,9 @@
 """Bind kernels to modules of the language model, once, when the model is built.
 
-A binding is a `forward` of the module *instance*, which Python finds before the class's. Classes, module names,
-parameters and hooks stay as they are, so ZeRO-3, PEFT, activation checkpointing and checkpoints see the stock model.
-The vision tower keeps PyTorch's operations: cached features then never depend on `model.kernels`. Liger's rotary
-embedding is not used, since the stock attention calls its rotation as a function of its file and not as a module.
+A binding is a `forward` of the module *instance*, which takes precedence over the method of its class. Classes, module
+names, parameters and hooks stay as they are, so that ZeRO-3, PEFT, activation checkpointing and checkpoints work as
+with the stock model. The vision tower keeps PyTorch's operations: cached features then never depend on `model.kernels`.
+Liger's rotary embedding is not used: the stock attention calls its rotation as a function, which cannot be bound.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from w2r2_ds.kernels.select import Kernels
 SILU = ("SiLU", "SiLUActivation")
 
 
-def bind_kernels(vlm: nn.Module, kernels: Kernels) -> None:
-    """Bind the LoRA projections of a VLM and, with ``"triton"``, Liger's RMSNorm and SwiGLU in its language model.
+def bind_kernels(language_model: nn.Module, kernels: Kernels) -> None:
+    """Bind the LoRA projections of a language model and, with ``"triton"``, Liger's RMSNorm and SwiGLU.
 
     Args:
-        vlm: the transformers model, LoRA layers in place.
+        language_model: `VlmFamily.language_model` of the VLM, LoRA layers in place.
         kernels: of `resolve_kernels`.
     """
-    for name, module in vlm.named_modules():
+    for module in language_model.modules():
         if isinstance(module, Linear):
             bind_lora(module, kernels)
-        elif kernels == "triton" and "language_model" in name.split("."):
-            if type(module).__name__.endswith("RMSNorm"):
+        elif kernels == "triton":
+            # `variance_epsilon` tells transformers' usual RMSNorm from variants with another formula, such as Gemma's.
+            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
                 module.forward = MethodType(_rms_norm, module)
             elif hasattr(module, "gate_proj") and type(getattr(module, "act_fn", None)).__name__ in SILU:
                 module.forward = MethodType(_mlp, module)

@@ -70,7 +70,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
         )
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
-    bind_kernels(vlm, kernels)
+    bind_kernels(find_family(vlm.config.model_type).language_model(vlm), kernels)
     geometry = load_geometry(config, device)
     merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
@@ -23,18 +24,20 @@ if TYPE_CHECKING:
 class VlmFamily(ABC):
     """One family of VLMs, found by the `model_type` of its config.json. Stateless; sent to loader processes.
 
-    The defaults are those of transformers' Qwen-VL models: ``vlm.model.visual`` is the vision tower,
-    ``vlm.model.language_model`` the text model with ``layers`` and ``norm``, ``vlm.lm_head`` the output head.
+    The defaults follow the usual names of transformers' vision-language classes: ``vlm.model.visual`` is the vision
+    tower, ``vlm.model.language_model`` the text model with ``layers`` and ``norm``, ``vlm.lm_head`` the output head.
     """
 
     model_type: ClassVar[str]
     """Of config.json."""
     vision_tokens: ClassVar[Mapping[str, str]]
     """Special token of the tokenizer -> field of config.json that must hold its id."""
-    chat_tokens: ClassVar[Sequence[str]] = ("<|im_start|>", "<|im_end|>")
+    chat_tokens: ClassVar[Sequence[str]]
     """Special tokens of the chat template."""
-    end_of_turn: ClassVar[str] = "<|im_end|>"
+    end_of_turn: ClassVar[str]
     """Token at which an answer ends."""
+    tower_weights: ClassVar[tuple[str, ...]] = ("visual.", "model.visual.")
+    """Prefixes of the names of the vision tower's weights, in published and in saved checkpoints."""
 
     def language_model(self, vlm: PreTrainedModel) -> PreTrainedModel:
         """The text model: embeddings, ``layers``, ``norm``."""
@@ -55,6 +58,22 @@ class VlmFamily(ABC):
 
         Raises:
             ValueError: a field is missing, or the two files differ in a size.
+        """
+
+    @abstractmethod
+    def pixel_values(self, images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[Tensor, Tensor]:
+        """Cut frames into normalised patches, in the order in which the vision tower takes them; on the CPU.
+
+        Args:
+            images: ``[frames, 3, height, width]`` float32 in [0, 1]; sides are multiples of patch_size * merge_size.
+            vision: sizes and normalisation.
+            kind: ``"image"`` for one image per frame, ``"video"`` for one video of all frames.
+
+        Returns:
+            ``[patches, values]`` float32 and ``[images or 1, 3]`` int64 patch grids (time, height, width).
+
+        Raises:
+            ValueError: another shape, or sides that are no such multiple.
         """
 
     @abstractmethod

@@ -10,12 +10,10 @@ from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.features.store import Cache
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
+from w2r2_ds.models.family import find_family
 from w2r2_ds.models.loading import load_config, load_vision_spec
 from w2r2_ds.models.vggt.loading import HEADS, locate, read_config, weight_files
 from w2r2_ds.models.weights_hash import model_weights, tensors_digest
-
-TOWER = ("visual.", "model.visual.")
-"""How the names of a vision tower's weights begin in public checkpoints, and in saved ones."""
 
 
 def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
@@ -53,10 +51,12 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
 
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
     """What the 2D features of given frames depend on."""
+    config = load_config(model.vlm)
+    tower = find_family(config.model_type).tower_weights
     about = {
         "kind": "2d",
-        "config": load_config(model.vlm).vision_config.to_dict(),
-        "weights": tensors_digest(model_weights(model.vlm), lambda name: name.startswith(TOWER)),
+        "config": config.vision_config.to_dict(),
+        "weights": tensors_digest(model_weights(model.vlm), lambda name: name.startswith(tower)),
         "pixels": asdict(load_vision_spec(model.vlm)),
         "visual": data.visual,
         "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),

@@ -193,8 +193,7 @@ def _check_name(name_or_path: str | Path) -> str:
     name = str(name_or_path)
     if not name or not (Path(name).is_dir() or _HUB_ID.fullmatch(name)):
         raise ValueError(
-            f"model {name!r} is no directory here; correct model.vlm (or --vlm): a directory, "
-            "or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
+            f"model {name!r} is no directory here; correct model.vlm (or --vlm): a directory, or a hub id OWNER/NAME"
         )
     return name
 

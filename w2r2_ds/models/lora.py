@@ -41,7 +41,7 @@ def add_lora(vlm: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0) 
     if not any(re.fullmatch(LORA_TARGETS, name) for name, _ in vlm.named_modules()):
         raise ValueError(
             f"lora: {type(vlm).__name__} has no module such as language_model.layers.0.self_attn.q_proj; "
-            "use a supported Qwen-VL model, not yet wrapped"
+            "use a model that load_vlm returned, without adapters"
         )
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=LORA_TARGETS, inference_mode=False

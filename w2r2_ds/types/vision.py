@@ -16,9 +16,9 @@ class VisionSpec:
         window_size: side in pixels of a window of the tower's attention; 0 without windows.
         image_mean: per-channel mean, RGB, of pixels in [0, 1].
         image_std: per-channel standard deviation, RGB.
-        image_token_id: id of ``<|image_pad|>``.
-        video_token_id: id of ``<|video_pad|>``.
-        vision_start_id: id of ``<|vision_start|>``.
+        image_token_id: id of the placeholder that stands for one token of an image.
+        video_token_id: the same of a video.
+        vision_start_id: id of the token before an image or video.
         tokens_per_second: temporal positions per second of video; 0 where positions do not depend on time.
     """
 

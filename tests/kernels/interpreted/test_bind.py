@@ -42,7 +42,7 @@ def stock() -> Any:
 
 def bound(stock: Any, kernels: Kernels) -> Any:
     twin = copy.deepcopy(stock)
-    bind_kernels(twin, kernels)
+    bind_kernels(twin.model.language_model, kernels)
     return twin
 
 

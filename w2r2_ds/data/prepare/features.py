@@ -65,7 +65,8 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         if cache is None:
             raise ValueError("data.cache is empty; name the folder to fill, as --data.cache runs/cache.")
         vision = load_vision_spec(config.model.vlm)
-        preprocess = VisualPreprocessor(vision, config.data, cache)
+        family = find_family(load_config(config.model.vlm).model_type)
+        preprocess = VisualPreprocessor(family, vision, config.data, cache)
         missing, whole, lacking = look_up(scenes, preprocess, FeatureBytes(config, vision, cache))
     whole, lacking = over_ranks(whole, ranks), over_ranks(lacking, ranks)
     with raise_on_all_ranks():
@@ -201,7 +202,7 @@ def encode_all(
     geometry = load_geometry(config.model, device)
     set_num_threads(ranks, geometry.vggt.config.embed_dim)
     vlm: Any = None
-    family = find_family(load_config(config.model.vlm).model_type)
+    family = preprocess.family
     if config.data.cached_features == "geometry+2d":
         dtype = resolve_dtype(config.model.dtype)
         vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()

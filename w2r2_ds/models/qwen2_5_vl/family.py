@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
@@ -15,6 +16,7 @@ from w2r2_ds.models.flops import products
 from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
 from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
 from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_scene_split
+from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 from w2r2_ds.models.qwen2_5_vl.positions import position_ids
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.types.batch import Batch, Prompts, Visuals
@@ -34,6 +36,9 @@ class Qwen25VL(VlmFamily):
         "<|vision_start|>": "vision_start_token_id",
         "<|vision_end|>": "vision_end_token_id",
     }
+
+    chat_tokens = ("<|im_start|>", "<|im_end|>")
+    end_of_turn = "<|im_end|>"
 
     def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], where: str) -> VisionSpec:
         vision: Any = config.vision_config
@@ -58,6 +63,18 @@ class Qwen25VL(VlmFamily):
             vision_start_id=config.vision_start_token_id,
             tokens_per_second=int(vision.tokens_per_second),
         )
+
+    def pixel_values(self, images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[Tensor, Tensor]:
+        patches, grid_thw = patchify(
+            images,
+            vision.patch_size,
+            vision.temporal_patch_size,
+            vision.merge_size,
+            vision.image_mean,
+            vision.image_std,
+            as_video=kind == "video",
+        )
+        return torch.from_numpy(patches), torch.from_numpy(grid_thw)
 
     def tower_inputs(self, grid_thw: Tensor, vision: VisionSpec) -> WindowInputs:
         return WindowInputs.of(grid_thw, vision.merge_size, vision.window_size, vision.patch_size)
