@@ -133,9 +133,7 @@ def test_position_ids_refuse_what_would_be_silently_wrong(tokenizer: Any, visual
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./runs/model", "a/b/c", "../x", ""])
 def test_missing_directory(name: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"no directory here; correct model\.vlm .* or a hub id"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"no directory here; correct model\.vlm .* or a hub id") as caught:
         load_config(name)
     assert "\n" not in str(caught.value)
 
