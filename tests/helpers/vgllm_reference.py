@@ -83,6 +83,7 @@ def batch_of(golden: Golden) -> Batch:
     slots = torch.full((count, NUMBERS, 1), -1)
     return Batch(
         ids=tuple(map(str, range(count))),
+        tasks=("scan2cap",) * count,
         input_ids=ids,
         attention_mask=mask,
         token_types=types,

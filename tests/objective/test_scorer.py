@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from objectives import objective_config
+from w2r2_ds.data.tasks.base import TASKS, Task
+from w2r2_ds.data.tasks.parsing import AnswerError
+from w2r2_ds.data.tasks.scanrefer import ScanRefer
 from w2r2_ds.objective.scorer import Scorer
 
 
@@ -45,3 +48,28 @@ def test_teacher_forced_labels_are_right_whatever_their_kind(
     batch = batch_of([samples[0], caption_sample, answer_sample])
     score = Scorer(tables, frontend.tokenizer, objective_config()).teacher(batch.answer_positions.label, batch)
     assert score.s.tolist() == [pytest.approx(1, abs=0.05), 1.0, 1.0] and score.valid.all()
+
+
+def test_a_task_parses_and_compares_its_own_answers(
+    monkeypatch: pytest.MonkeyPatch, batch_of: Any, samples: list[Any], answer_sample: Any, tables: Any, frontend: Any
+) -> None:
+    class Prefixed(ScanRefer):
+        """Answers begin with ``box:``; short answers are compared by their length."""
+
+        name = "prefixed"
+
+        def parse(self, text: str, frame_count: int) -> Any:
+            if not text.startswith("box:"):
+                raise AnswerError("no box:")
+            return super().parse(text.removeprefix("box:"), frame_count)
+
+        def text_similarity(self, prediction: str, reference: str) -> float | None:
+            return 1 / (1 + abs(len(prediction) - len(reference)))
+
+    own: dict[str, Task] = {**TASKS, "prefixed": Prefixed()}
+    monkeypatch.setattr("w2r2_ds.data.tasks.base.TASKS", own)
+    mixed = [replace(each, task="prefixed") for each in (samples[0], samples[0], replace(answer_sample, answer="two"))]
+    scorer = Scorer(tables, frontend.tokenizer, objective_config())
+    score = scorer.decoded([f"box:{samples[0].answer}", samples[0].answer, "five"], batch_of(mixed))
+    assert score.s.tolist() == [pytest.approx(1, abs=0.05), 0.0, 0.5]
+    assert score.valid.tolist() == [True, False, True]

@@ -287,7 +287,7 @@ def test_texts_of_teacher_forced_predictions(mixed: Any, frontend: Any) -> None:
 def test_mixed_batch(mixed: Any, tables: Any) -> None:
     grounding, _ = grounding_similarity(mixed.answer_positions.label, mixed, tables)
     texts = ["7 blue chairs.", "nothing to be looked at", "Brown."]
-    text = text_similarity(texts, mixed.answers, mixed.kinds, "rouge_l", "exact_match")
+    text = text_similarity(texts, mixed.answers, mixed.tasks, mixed.kinds, "rouge_l", "exact_match")
     assert has_text(mixed)
     assert similarity(grounding, text).tolist() == [pytest.approx(2 / 3), float(grounding[1]), 1.0]
     assert similarity(grounding, None) is grounding

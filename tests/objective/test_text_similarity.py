@@ -85,9 +85,10 @@ def test_batch_of_kinds() -> None:
     predictions = ["red chair", "not looked at", "red chair", "Two."]
     references = ["red sofa", "", "red sofa", "two"]
     kinds = ("caption", "grounding", "answer", "answer")
-    scores = text_similarity(predictions, references, kinds, "rouge_l", "exact_match")
+    tasks = ("scan2cap", "scanrefer", "scanqa", "scanqa")
+    scores = text_similarity(predictions, references, tasks, kinds, "rouge_l", "exact_match")
     assert scores.dtype == torch.float64
     assert scores.tolist() == [pytest.approx(0.5), 0, 0, 1]
-    assert text_similarity(predictions, references, kinds, "token_f1", "token_f1").tolist() == [0.5, 0, 0.5, 1]
+    assert text_similarity(predictions, references, tasks, kinds, "token_f1", "token_f1").tolist() == [0.5, 0, 0.5, 1]
     with pytest.raises(ValueError, match="shorter"):
-        text_similarity(predictions, references[:3], kinds, "rouge_l", "exact_match")
+        text_similarity(predictions, references[:3], tasks, kinds, "rouge_l", "exact_match")

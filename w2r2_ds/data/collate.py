@@ -66,6 +66,7 @@ class Collator:
         samples = [f.sample for f in features]
         return Batch(
             ids=tuple(sample.id for sample in samples),
+            tasks=tuple(sample.task for sample in samples),
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             token_types=tokens.token_types,

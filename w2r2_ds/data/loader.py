@@ -23,6 +23,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.packing import Grouping, alone, by_frames
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.data.tasks.base import find_task
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.batch import Batch
@@ -35,10 +36,12 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
     """The prepared data sets of a split.
 
     Raises:
-        ValueError: one of them is missing or broken, or an epoch of training would show nothing.
+        ValueError: one of them is missing or broken or of a task that is not registered, or an epoch is empty.
     """
     sources = {"train": config.train, "val": config.val}[split]
     sets = [PreparedSet(Path(config.root) / source.path, config.root) for source in sources]
+    for each in sets:
+        find_task(each.task)  # the objective and the scores need the task's class
     mixture = Mixture(sets, [source.weight for source in sources], [source.cap for source in sources])
     if split == "train" and mixture.epoch_size == 0:
         shown = ", ".join(f"{each.folder / MANIFEST} ({len(each)})" for each in sets)

@@ -65,7 +65,12 @@ class Scorer:
         if not has_text(batch):
             return Score(s, valid)
         words = text_similarity(
-            texts, batch.answers, batch.kinds, self.config.caption_similarity, self.config.answer_similarity
+            texts,
+            batch.answers,
+            batch.tasks,
+            batch.kinds,
+            self.config.caption_similarity,
+            self.config.answer_similarity,
         )
         is_words = torch.tensor([kind != "grounding" for kind in batch.kinds]).to(valid.device)
         return Score(similarity(s, words), valid | is_words)

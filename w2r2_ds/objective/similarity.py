@@ -16,7 +16,8 @@ import torch
 from w2r2_ds.boxes3d.iou import oriented_iou
 from w2r2_ds.boxes3d.transforms import camera_to_world_torch, rotation_matrix_torch
 from w2r2_ds.data.answer_tokens import TokenTables
-from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding
+from w2r2_ds.data.tasks.base import find_task
+from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.types.batch import AnswerPositions, Batch
 
 
@@ -99,7 +100,7 @@ def grounding_similarity(
 
 
 def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`grounding_similarity` of decoded answers, read strictly (``data/tasks/parsing.py``), on the CPU.
+    """`grounding_similarity` of decoded answers, parsed by their tasks (`Task.parse`), on the CPU.
 
     Args:
         texts: a decoded answer per sample, without special tokens; those of other kinds are not looked at.
@@ -113,11 +114,11 @@ def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[to
     frame = torch.zeros(len(target), dtype=torch.int64)
     boxes = torch.zeros(len(target), 9, dtype=torch.float64)
     read = torch.zeros(len(target), dtype=torch.bool)
-    for index, (text, kind, count) in enumerate(zip(texts, batch.kinds, counts, strict=True)):
+    for index, (text, task, kind, count) in enumerate(zip(texts, batch.tasks, batch.kinds, counts, strict=True)):
         if kind != "grounding":
             continue
         try:
-            answer = parse_grounding(text, count)
+            answer = find_task(task).parse(text, count)
         except AnswerError:
             continue
         frame[index], boxes[index], read[index] = answer.frame, torch.from_numpy(answer.box), True

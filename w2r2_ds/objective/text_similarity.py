@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from w2r2_ds.data.tasks.base import find_task
 from w2r2_ds.types.sample import Kind
 
 BETA = 1.2
@@ -70,6 +71,7 @@ TEXT_SCORES: dict[str, Callable[[str, str], float]] = {
 def text_similarity(
     predictions: Sequence[str],
     references: Sequence[str],
+    tasks: Sequence[str],
     kinds: Sequence[Kind],
     caption: Literal["rouge_l", "token_f1"],
     answer: Literal["exact_match", "token_f1"],
@@ -79,17 +81,21 @@ def text_similarity(
     Args:
         predictions: a text per sample; what grounding samples have is not looked at.
         references: a text per sample.
-        kinds: what every answer is.
-        caption, answer: which of ``TEXT_SCORES`` compares captions, and which short answers.
+        tasks: name of every sample's task, which may have a similarity of its own (`Task.text_similarity`).
+        kinds: kind of every answer.
+        caption, answer: keys of ``TEXT_SCORES`` for captions and for short answers of the other tasks.
 
     Returns:
         ``[batch]`` float64 on the CPU, 0 for grounding samples.
     """
     score_of = {"caption": TEXT_SCORES[caption], "answer": TEXT_SCORES[answer]}
-    scores = [
-        0.0 if kind == "grounding" else score_of[kind](prediction, reference)
-        for prediction, reference, kind in zip(predictions, references, kinds, strict=True)
-    ]
+    scores = []
+    for prediction, reference, task, kind in zip(predictions, references, tasks, kinds, strict=True):
+        own = None if kind == "grounding" else find_task(task).text_similarity(prediction, reference)
+        if own is not None:
+            scores.append(own)
+        else:
+            scores.append(0.0 if kind == "grounding" else score_of[kind](prediction, reference))
     return torch.tensor(scores, dtype=torch.float64)
 
 

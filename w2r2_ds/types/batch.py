@@ -86,6 +86,7 @@ class Batch:
 
     Attributes:
         ids: sample ids.
+        tasks: name of the task of every sample.
         input_ids: ``[sequences, length]`` int64; a sample is a sequence, or all are packed into one.
         attention_mask: ``[sequences, length]`` int64, 1 for tokens.
         token_types: ``[sequences, length]`` int64, `mm_token_type_ids`.
@@ -105,6 +106,7 @@ class Batch:
     """
 
     ids: tuple[str, ...]
+    tasks: tuple[str, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     token_types: torch.Tensor

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hand_records import ROOT, grounding
 from hand_scene import SCENE
+from prepared_sets import write_prepared
 from w2r2_ds.commands.prepare import COMMANDS, main
 from w2r2_ds.commands.prepare_data import TASK_OPTIONS, task_parser
+from w2r2_ds.config.schema import DataConfig, SourceConfig
 from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TASKS, Task, TaskOptions, find_task, register_task
+from w2r2_ds.objective.text_similarity import text_similarity
 
 COUNTING = '''
 """Counting: how many objects of a name a scene has. Annotations: counting/SPLIT.json."""
@@ -65,6 +71,9 @@ class Counting(Task):
 
     def parse(self, text, frame_count):
         return int(text)
+
+    def text_similarity(self, prediction, reference):
+        return 1 / (1 + abs(int(prediction) - int(reference))) if prediction.isdecimal() else 0.0
 '''
 
 
@@ -93,6 +102,15 @@ def test_a_task_from_one_file(root: Path, plugin: Path, monkeypatch: pytest.Monk
     assert [path.name for path in made[0].frames] == ["00000.jpg", "00002.jpg"]
     assert [find_task("counting").parse(each.answer, 2) for each in made] == [2, 0]
     assert prepare(root, options, root / "out", quiet=True).reused
+    answers, tasks, kinds = zip(*((each.answer, each.task, each.kind) for each in made), strict=True)
+    for configured in ("exact_match", "token_f1"):  # the task's own similarity is used whichever is configured
+        assert text_similarity(["3", "none"], answers, tasks, kinds, "rouge_l", configured).tolist() == [0.5, 0.0]
+
+
+def test_a_task_that_is_not_registered_is_an_error_before_training(tmp_path: Path) -> None:
+    folder = write_prepared(tmp_path / "set", [replace(grounding(), task="counting")], ROOT)
+    with pytest.raises(ValueError, match=r"'counting'.*--plugin"):
+        load_mixture(DataConfig(root=str(ROOT), train=[SourceConfig(str(folder))]), "train")
 
 
 def test_unknown_and_repeated_names() -> None:

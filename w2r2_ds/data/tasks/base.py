@@ -176,12 +176,30 @@ class Task(ABC):
         """The samples of one scene, and the items that became none, each with the item's number."""
 
     def kind(self, options: TaskOptions) -> Kind:
-        """Kind of answer; the similarity of the objective follows from it."""
+        """Kind of answer: its *where* tokens follow from it, and its similarity (a box: IoU; others: words)."""
         return "answer"
 
     def parse(self, text: str, frame_count: int) -> Any:
-        """Read a generated answer; raises ``AnswerError`` if it cannot be read."""
+        """Parse a generated answer.
+
+        Args:
+            text: without special tokens.
+            frame_count: number of frames of the sample.
+
+        Returns:
+            A `Grounding` if the kind is ``grounding``, else what the task's scoring protocols take.
+
+        Raises:
+            AnswerError: the text is not an answer of this task.
+        """
         return text
+
+    def text_similarity(self, prediction: str, reference: str) -> float | None:
+        """Similarity s of an answer in words to its label, in [0, 1].
+
+        None: the one that ``objective.caption_similarity`` or ``objective.answer_similarity`` names for its kind.
+        """
+        return None
 
     def unit(self, options: TaskOptions) -> str:
         """Plural noun for the items that are counted."""
