@@ -12,7 +12,7 @@ import torch
 from packed_batches import packed_of, questions
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.loader import make_collate, make_processor, refuse_drawn_frames
-from w2r2_ds.data.packing import alone, by_frames, in_one_sequence
+from w2r2_ds.data.packing import groups_by_frames, packed_layout, separate_groups
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def test_a_suffix_keeps_what_predicts_its_answer(frontend: Any, data_config: Any
     """The same question twice: all is shared but the last token of the prompt, and the answer."""
     processor = make_processor(frontend, data_config())
     twice = [processor(samples[0], True)] * 2
-    (group,) = by_frames(twice)
+    (group,) = groups_by_frames(twice)
     assert group.prefix == len(twice[0].input_ids) - twice[0].answer_tokens - 1
-    layout, places = in_one_sequence([group], twice)
+    layout, placements = packed_layout([group], twice)
     assert layout.spans[0][0] == (0, group.prefix, *(group.prefix + n * (twice[0].answer_tokens + 1) for n in (1, 2)))
-    assert [place.suffix for place in places] == list(layout.spans[0][0][1:3])
-    assert [each.prefix for each in alone(twice)] == [len(twice[0].input_ids)] * 2
+    assert [placement.suffix for placement in placements] == list(layout.spans[0][0][1:3])
+    assert [each.prefix for each in separate_groups(twice)] == [len(twice[0].input_ids)] * 2
 
 
 def test_frames_after_the_question_cannot_be_shared(frontend: Any, data_config: Any, samples: list[Any]) -> None:
@@ -115,7 +115,7 @@ def test_frames_after_the_question_cannot_be_shared(frontend: Any, data_config: 
     pair = [processor(sample, True) for sample in questions(samples[0], 2)]
     turned = [replace(each, input_ids=each.input_ids.flip(0), token_types=each.token_types.flip(0)) for each in pair]
     with pytest.raises(ValueError, match="before the last frame"):
-        by_frames(turned)
+        groups_by_frames(turned)
     with pytest.raises(ValueError, match="before the last frame"):
         make_collate(frontend, data_config(questions_per_scene=2), False)(turned)
 

@@ -19,7 +19,7 @@ from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from w2r2_ds.data.answer_tokens import find_answer_tokens, token_tables
 from w2r2_ds.data.collate import Collator
 from w2r2_ds.data.loader import make_positions
-from w2r2_ds.data.packing import Grouping, by_frames
+from w2r2_ds.data.packing import Grouping, groups_by_frames
 from w2r2_ds.data.processor import IMAGE, Features
 from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, train_tokenizer
 from w2r2_ds.kernels.bind import bind_kernels
@@ -85,7 +85,7 @@ class Subject:
 
     def batch(self, questions: int = 1, packed: bool = False) -> Batch:
         """Questions about one set of frames, each a sequence; `packed`, all in one, with the frames once."""
-        return self._collate(self.features(questions), by_frames if packed else None)
+        return self._collate(self.features(questions), groups_by_frames if packed else None)
 
     def alone(self, question: int) -> Batch:
         """One of these questions."""

@@ -11,7 +11,15 @@ import torch
 
 from w2r2_ds.data.answer_positions import answer_positions, description_positions
 from w2r2_ds.data.images import VGGT_PATCH
-from w2r2_ds.data.packing import Group, Grouping, alone, in_one_sequence, joined, joined_positions, one_by_one
+from w2r2_ds.data.packing import (
+    Group,
+    Grouping,
+    pack_position_ids,
+    pack_tokens,
+    packed_layout,
+    padded_layout,
+    separate_groups,
+)
 from w2r2_ds.data.processor import Features
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.batch import Batch, Prompts, Tokens, Visuals
@@ -53,15 +61,15 @@ class Collator:
 
     def __call__(self, features: Sequence[Features]) -> Batch:
         left = self.positions is None
-        groups = (self.grouping or alone)(features)
+        groups = (self.grouping or separate_groups)(features)
         shown = [features[group.members[0]] for group in groups]
         visuals = self._visuals(shown)
         if self.grouping is None:
             tokens = self._padded(features, left)
-            layout, places = one_by_one(features, tokens.attention_mask)
+            layout, placements = padded_layout(features, tokens.attention_mask)
         else:
             tokens = _packed(groups, features)
-            layout, places = in_one_sequence(groups, features)
+            layout, placements = packed_layout(groups, features)
         sets = _sets(groups, features)
         samples = [f.sample for f in features]
         return Batch(
@@ -76,10 +84,10 @@ class Collator:
             token_set=sets.token,
             frame_set=sets.frame,
             layout=None if left else layout,
-            answer=None if left else answer_positions(features, places),
+            answer=None if left else answer_positions(features, placements),
             cam_to_world=_poses(samples),
             target_box=_target_boxes(samples),
-            description=None if left else description_positions(features, places),
+            description=None if left else description_positions(features, placements),
             kinds=tuple(sample.kind for sample in samples),
             answers=tuple(sample.answer for sample in samples),
             prompts=self._prompts(features, sets) if self.with_prompts else None,
@@ -105,7 +113,7 @@ class Collator:
             return self.positions(tokens.input_ids, tokens.token_types, tokens.attention_mask, *grids)
         firsts = self._padded([features[group.members[0]] for group in groups], left=False)
         positions = self.positions(firsts.input_ids, firsts.token_types, firsts.attention_mask, *grids)
-        return joined_positions(groups, positions, [len(f.input_ids) for f in features])
+        return pack_position_ids(groups, positions, [len(f.input_ids) for f in features])
 
     def _prompts(self, features: Sequence[Features], sets: _Sets) -> Prompts:
         """The prompts alone; each has its images to itself."""
@@ -192,8 +200,8 @@ def _sets(groups: Sequence[Group], features: Sequence[Features]) -> _Sets:
 
 def _packed(groups: Sequence[Group], features: Sequence[Features]) -> Tokens:
     """All samples in one sequence."""
-    ids = joined(groups, [f.input_ids for f in features])[None]
-    return Tokens(ids, torch.ones_like(ids), joined(groups, [f.token_types for f in features])[None])
+    ids = pack_tokens(groups, [f.input_ids for f in features])[None]
+    return Tokens(ids, torch.ones_like(ids), pack_tokens(groups, [f.token_types for f in features])[None])
 
 
 def _prompt(feature: Features) -> Features:

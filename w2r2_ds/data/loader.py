@@ -20,7 +20,7 @@ from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.collate import Collator, Positions
 from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 from w2r2_ds.data.mixture import Mixture
-from w2r2_ds.data.packing import Grouping, alone, by_frames
+from w2r2_ds.data.packing import Grouping, groups_by_frames, separate_groups
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.tasks.base import find_task
@@ -140,8 +140,8 @@ def visual_kind(config: DataConfig) -> str:
 def grouping(config: DataConfig) -> Grouping | None:
     """Which samples of a micro-batch share frames in one sequence; None where each has a sequence of its own."""
     if config.questions_per_scene > 1:
-        return by_frames
-    return alone if config.packing else None
+        return groups_by_frames
+    return separate_groups if config.packing else None
 
 
 def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> Collator:
