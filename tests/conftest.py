@@ -213,6 +213,7 @@ def batch_of(frontend: Any, data_config: Any) -> Callable[..., Any]:
             visual_kind(config),
             positions,
             frontend.vision,
+            frontend.geometry,
             frontend.family,
             with_prompts,
         )

@@ -17,13 +17,14 @@ from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model, fingerprint
-from w2r2_ds.models.geometry_encoder import VGGTEncoder
 from w2r2_ds.models.loading import load_config as load_vlm_config
 from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, load_vlm
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
-from w2r2_ds.models.vggt.loading import INDEX, WEIGHTS, load_vggt
+from w2r2_ds.models.vggt.encoder import VGGTEncoder
+from w2r2_ds.models.vggt.loading import load_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS
 
 PUBLIC_KEYS = Path(__file__).parents[1] / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"
 SIZES = VGGTConfig(
@@ -139,7 +140,7 @@ def test_its_options_build_the_model(source: Path, geometry: tuple[VGGT, Geometr
     config.dtype = "float32"
     model = build_model(config, torch.device("cpu"), seed=0)
     images = torch.rand(3, 3, 28, 56, generator=torch.Generator().manual_seed(1))
-    features = VGGTEncoder(geometry[0], 1, "last").encode(images)
+    features = VGGTEncoder(geometry[0], [1], "last").encode(images)
     assert torch.equal(model.geometry.encode(images), features)
     assert fingerprint(model)["reference_frame"] == "last"
     assert torch.equal(model.merge([features]), geometry[1]([features]))

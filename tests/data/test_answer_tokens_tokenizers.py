@@ -313,9 +313,14 @@ def test_from_sample_to_batch(
     tokenizer = tokenizers[name]
     pads = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
     vision = replace(frontend.vision, **pads)
-    processor = Processor(tokenizer, frontend.family, vision, data_config())
+    processor = Processor(tokenizer, frontend.family, vision, frontend.geometry, data_config())
     collate = Collator(
-        tokenizer.pad_token_id, "image", lambda ids, *rest: torch.zeros(3, *ids.shape), vision, frontend.family
+        tokenizer.pad_token_id,
+        "image",
+        lambda ids, *rest: torch.zeros(3, *ids.shape),
+        vision,
+        frontend.geometry,
+        frontend.family,
     )
     batch = collate([processor(sample, with_answer=True) for sample in samples[:2]])
     rows, what = batch.answer_positions, batch.description_positions

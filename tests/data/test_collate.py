@@ -191,7 +191,7 @@ def test_a_batch_without_frames_has_a_dummy(
 def test_the_dummys_grids_line_up_where_patches_differ(frontend: Any) -> None:
     """Patches of 16 pixels for the vision tower, of 14 for VGGT; a tower may take more than two frames at once."""
     vision = replace(frontend.vision, patch_size=16, temporal_patch_size=3)
-    image, video = (dummy_visuals(kind, vision, frontend.family) for kind in ("image", "video"))
+    image, video = (dummy_visuals(kind, vision, frontend.geometry, frontend.family) for kind in ("image", "video"))
     for visuals, frames in ((image, 1), (video, 3)):
         assert visuals.grid_thw.tolist() == [[1, 4, 4]] and visuals.pixel_values.shape == (16, 3 * 3 * 16 * 16)
         assert visuals.geometry_images[0].shape == (frames, 3, 4 * 14, 4 * 14)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_for_vggt
+from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_frames
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -72,28 +72,28 @@ def test_a_depth_map_is_no_frame(tmp_path: Path) -> None:
 
 
 def test_default_width_is_518() -> None:
-    assert resize_for_vggt([noise(48, 64)]).shape == (1, 3, 392, 518)
+    assert resize_frames([noise(48, 64)], width=518, patch=14).shape == (1, 3, 392, 518)
 
 
 def test_a_width_that_is_no_multiple_of_14_becomes_one() -> None:
-    assert resize_for_vggt([noise(75, 101)], width=56).shape == (1, 3, 42, 56)
-    assert resize_for_vggt([noise(101, 75)], width=56, mode="pad").shape == (1, 3, 56, 56)
+    assert resize_frames([noise(75, 101)], width=56, patch=14).shape == (1, 3, 42, 56)
+    assert resize_frames([noise(101, 75)], width=56, patch=14, mode="pad").shape == (1, 3, 56, 56)
 
 
 @pytest.mark.parametrize("width", [0, -14, 100])
 def test_a_target_width_that_is_no_multiple_of_14_is_refused(width: int) -> None:
     with pytest.raises(ValueError, match=f"width {width} must be a positive multiple of 14"):
-        resize_for_vggt([noise(28, 28)], width=width)
+        resize_frames([noise(28, 28)], width=width, patch=14)
 
 
 def test_frames_of_the_target_size_keep_their_pixels() -> None:
     given = frames(2, 28, 56)
-    np.testing.assert_array_equal(resize_for_vggt(list(given), width=56), pixels(given))
+    np.testing.assert_array_equal(resize_frames(list(given), width=56, patch=14), pixels(given))
 
 
 def test_crop_keeps_the_middle_of_a_high_frame() -> None:
     tall = noise(84, 56)
-    np.testing.assert_array_equal(resize_for_vggt([tall], width=56), pixels(tall[None, 14:70]))
+    np.testing.assert_array_equal(resize_frames([tall], width=56, patch=14), pixels(tall[None, 14:70]))
 
 
 @pytest.mark.parametrize(
@@ -106,20 +106,20 @@ def test_sizes_are_foretold(tmp_path: Path, sizes: list[tuple[int, int]], width:
         Image.new("RGB", size).save(tmp_path / f"{index}.jpg")
     assert [frame_size(tmp_path / f"{index}.jpg") for index in range(len(sizes))] == sizes
     try:
-        images = resize_for_vggt([noise(height, width) for width, height in sizes], width=width)
+        images = resize_frames([noise(height, width) for width, height in sizes], width=width, patch=14)
         cropped = even_crop(images)
     except ValueError as error:
         with pytest.raises(ValueError) as caught:
-            even_size(*reversed(crop_size(sizes, width)))
+            even_size(*reversed(crop_size(sizes, width, 14)))
         assert "smaller than one merged patch" in str(caught.value), error
     else:
-        assert images.shape[2:] == (height_width := crop_size(sizes, width)[::-1])
+        assert images.shape[2:] == (height_width := crop_size(sizes, width, 14)[::-1])
         assert cropped.shape[2:] == even_size(*height_width)
 
 
 def test_pad_puts_white_left_and_right_of_a_high_frame() -> None:
     tall = noise(56, 28)
-    padded = resize_for_vggt([tall], width=56, mode="pad")
+    padded = resize_frames([tall], width=56, patch=14, mode="pad")
     np.testing.assert_array_equal(padded[..., 14:42], pixels(tall[None]))
     assert (padded[..., :14] == 1).all()
     assert (padded[..., 42:] == 1).all()
@@ -127,7 +127,7 @@ def test_pad_puts_white_left_and_right_of_a_high_frame() -> None:
 
 def test_frames_of_unequal_height_are_centred_on_white() -> None:
     low, high = noise(28, 56), noise(56, 56)
-    both = resize_for_vggt([low, high], width=56)
+    both = resize_frames([low, high], width=56, patch=14)
     np.testing.assert_array_equal(both[1], pixels(high[None])[0])
     np.testing.assert_array_equal(both[0, :, 14:42], pixels(low[None])[0])
     assert (both[0, :, :14] == 1).all()
@@ -136,22 +136,22 @@ def test_frames_of_unequal_height_are_centred_on_white() -> None:
 
 def test_no_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        resize_for_vggt([])
+        resize_frames([], width=56, patch=14)
 
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="'stretch'"):
-        resize_for_vggt([noise(28, 28)], mode="stretch")
+        resize_frames([noise(28, 28)], width=56, patch=14, mode="stretch")
 
 
 def test_a_frame_that_would_vanish_is_refused() -> None:
     with pytest.raises(ValueError, match="200 x 2 pixels"):
-        resize_for_vggt([noise(2, 200)], width=56)
+        resize_frames([noise(2, 200)], width=56, patch=14)
 
 
 def test_a_frame_of_floats_is_refused() -> None:
     with pytest.raises(ValueError, match="float32"):
-        resize_for_vggt([np.zeros((28, 28, 3), dtype=np.float32)], width=28)
+        resize_frames([np.zeros((28, 28, 3), dtype=np.float32)], width=28, patch=14)
 
 
 def test_even_crop_cuts_at_bottom_and_right() -> None:

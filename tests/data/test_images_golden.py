@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from golden_files import Golden, find, is_qwen_images, is_vggt_images
-from w2r2_ds.data.images import even_crop, load_frame, resize_for_vggt
+from w2r2_ds.data.images import even_crop, load_frame, resize_frames
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 
 pytestmark = pytest.mark.golden
@@ -35,7 +35,7 @@ QWEN_CASES = cases(find(is_qwen_images))
 def vggt_pixels(golden: Golden, case: str) -> np.ndarray:
     stated = golden.record["results"][case]
     frames = [load_frame(golden.path.parent / name) for name in stated["images"]]
-    return resize_for_vggt(frames, width=stated["shape"][-1], mode=stated["mode"])
+    return resize_frames(frames, width=stated["shape"][-1], patch=14, mode=stated["mode"])
 
 
 def digest(values: np.ndarray) -> str:
@@ -81,7 +81,7 @@ def qwen_input(golden: Golden, case: str) -> tuple[np.ndarray, np.ndarray, np.nd
     """VGGT's pixels, Qwen's patches and their grid."""
     stated = golden.record["results"][case]
     path = golden.path.parent / golden.record["images_dir"] / stated["image"]
-    pixels = resize_for_vggt([load_frame(path)], width=stated["images_vggt_shape"][-1])
+    pixels = resize_frames([load_frame(path)], width=stated["images_vggt_shape"][-1], patch=14)
     mean, std = golden.record["image_mean"], golden.record["image_std"]
     return pixels, *patchify(even_crop(pixels), mean=mean, std=std)
 

@@ -24,11 +24,11 @@ from w2r2_ds.convert.from_vgllm import fill, split_state, vggt_config, vgllm_nam
 from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
 from w2r2_ds.data.collate import token_counts
 from w2r2_ds.models.fusion import make_fusion
-from w2r2_ds.models.geometry_encoder import VGGTEncoder
 from w2r2_ds.models.loading import model_class
 from w2r2_ds.models.merger import GeometryMerger, merge_cells
 from w2r2_ds.models.qwen2_5_vl.positions import position_ids
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
+from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.loss import sample_weights
@@ -63,7 +63,7 @@ def model_of(golden: Golden, reference_frame: str, zero: str) -> W2R2:
         fill(module, part, parts[part])
     vlm.model.visual.requires_grad_(False)
     layer = vggt.config.depth - 2
-    encoder = VGGTEncoder(vggt, layer, reference_frame)
+    encoder = VGGTEncoder(vggt, [layer], reference_frame)
     return W2R2(vlm, merger, make_fusion("add", hidden), encoder, zero).eval()
 
 

@@ -172,7 +172,9 @@ def expectations(
                 continue
             config = step_config(case, model_config)
             with scripted(case, scale):
-                result = whole_gradients(case, config, cached_front(config.model.vlm), samples)
+                result = whole_gradients(
+                    case, config, cached_front(config.model.vlm, config.model.geometry.path), samples
+                )
             found = result if place == dist.get_rank() else found
         gathered: list[Any] = [None] * ranks
         dist.all_gather_object(gathered, found)
@@ -185,12 +187,12 @@ def scripted(case: Case, scale: dict[str, float] | None) -> contextlib.AbstractC
 
 
 @functools.cache
-def cached_front(vlm: str) -> Any:
+def cached_front(vlm: str, geometry: str) -> Any:
     """Tokenizer and vision facts, the same for all cases."""
-    from w2r2_ds.config.schema import ModelConfig
+    from w2r2_ds.config.schema import GeometryConfig, ModelConfig
     from w2r2_ds.models.build import load_frontend
 
-    return load_frontend(ModelConfig(vlm=vlm))
+    return load_frontend(ModelConfig(vlm=vlm, geometry=GeometryConfig(path=geometry, layers=[0])))
 
 
 def count(case: Case) -> int:
@@ -264,7 +266,7 @@ def compare(
     from w2r2_ds.training.deepspeed.config import resolve_ds_config
 
     config = step_config(case, model_config)
-    frontend = cached_front(config.model.vlm)
+    frontend = cached_front(config.model.vlm, config.model.geometry.path)
     sizes = {"global_batch": config.train.global_batch, "micro_batch": config.train.micro_batch}
     ds_config = ds_config | {"zero_optimization": ds_config["zero_optimization"] | case.zero}
     resolved = resolve_ds_config(

@@ -17,8 +17,8 @@ from w2r2_ds.convert.from_vgllm import check_no_remote_code
 from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
 from w2r2_ds.models.build import build_model, fingerprint, trainable
 from w2r2_ds.models.loading import load_tokenizer, load_vlm, meta_model
-from w2r2_ds.models.vggt.loading import weight_files
 from w2r2_ds.training.checkpoint.manifest import write_manifest
+from w2r2_ds.utils.safetensors_io import weight_files
 from w2r2_ds.utils.versions import versions
 
 WEIGHTS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

@@ -134,7 +134,7 @@ def test_zeroed_features_still_pass_the_merger(
     features = step.model.encode_3d(batch.visuals)
     merged = step.model.merge_zeros(features)
     assert merged is not None
-    silent = step.model.geometry_merger.mlp(torch.zeros(1, 4 * step.model.geometry.feature_dim))
+    silent = step.model.geometry_merger.mlp(torch.zeros(1, 4 * step.model.geometry.spec.feature_dim))
     torch.testing.assert_close(merged, silent.expand_as(merged))
     visual = step.model.encode_2d(batch.visuals)
     biased = shortcut_of(step, batch, visual, features).label_log_p

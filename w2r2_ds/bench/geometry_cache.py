@@ -14,13 +14,13 @@ from torch import Tensor
 
 from w2r2_ds.bench.harness import Case, discard, find_device, interleave, ratio
 from w2r2_ds.bench.report import Criterion, Report
-from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.data.images import load_frame, resize_for_vggt
+from w2r2_ds.bench.shapes import PATCH, Shape, find_shapes
+from w2r2_ds.data.images import load_frame, resize_frames
 from w2r2_ds.features.key import features_key
 from w2r2_ds.features.lookup import Cached, FeatureCache, flush
 from w2r2_ds.features.store import Cache
 from w2r2_ds.kernels.select import resolve_dtype
-from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch, moved
@@ -63,7 +63,7 @@ class Disk:
 
     def decode(self) -> Tensor:
         """``[frames, 3, height, width]``."""
-        return torch.from_numpy(resize_for_vggt([load_frame(path) for path in self.paths], width=self.width))
+        return torch.from_numpy(resize_frames([load_frame(path) for path in self.paths], self.width, PATCH))
 
     def find(self) -> Cached:
         """Look up the features, as the data loader does."""
@@ -123,7 +123,7 @@ def measure(shape: Shape, rounds: int, place: Path, report: Report) -> None:
 def encoder_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> VGGTEncoder:
     """VGGT encoder with random weights from a fixed seed."""
     torch.manual_seed(0)
-    return VGGTEncoder(VGGT(shape.vggt).to(device, dtype), shape.geometry_layer)
+    return VGGTEncoder(VGGT(shape.vggt).to(device, dtype), [shape.geometry_layer])
 
 
 def differing(encoder: VGGTEncoder, disk: Disk, images: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from w2r2_ds.bench.harness import Lap, timed
-from w2r2_ds.bench.model import Subject, Window, optimizer_of
+from w2r2_ds.bench.model import CroppedVGGT, Subject, optimizer_of
 from w2r2_ds.bench.shapes import IGNORED
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
@@ -65,10 +65,10 @@ class BaselineModel(nn.Module):
         self.given: Towers | None = None
 
     @property
-    def window(self) -> Window:
+    def encoder(self) -> CroppedVGGT:
         """The geometry encoder."""
         encoder = self.__dict__["_model"].geometry
-        assert isinstance(encoder, Window), "the bench builds it"
+        assert isinstance(encoder, CroppedVGGT), "built by bench/model.py"
         return encoder
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor, geometry_images: Tensor, **rest: Any) -> Any:
@@ -97,11 +97,11 @@ class BaselineModel(nn.Module):
         """``[frames, rows, columns, channels]`` of the layer before the last; all of them are computed and kept."""
         if self.given:
             return self.given[1]
-        vggt = self.window.encoder.vggt
+        vggt = self.encoder.vggt
         layers = vggt.aggregator(images[None], list(range(vggt.config.depth)))
         tokens = list(layers.values())[-2][0]
         grid = tokens[:, vggt.config.special_tokens :].unflatten(1, (images.shape[-2] // vggt.config.patch_size, -1))
-        return self.window.crop(grid)
+        return self.encoder.crop(grid)
 
 
 def stock_inputs(batch: Batch) -> dict[str, Tensor]:

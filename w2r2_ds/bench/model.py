@@ -26,10 +26,10 @@ from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
 from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.fusion import make_fusion
-from w2r2_ds.models.geometry_encoder import VGGTEncoder
 from w2r2_ds.models.loading import meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.vggt.encoder import VGGTEncoder, spec_of
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.scorer import Scorer
@@ -44,16 +44,16 @@ BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
 QUESTION = " find the chair"
 
 
-class Window:
-    """A geometry encoder of which the VLM sees a part: columns and rows of patches at the upper left of a frame."""
+class CroppedVGGT(VGGTEncoder):
+    """VGGT whose features are cropped to the VLM's patches: columns and rows at the upper left of a frame."""
 
-    def __init__(self, encoder: VGGTEncoder, grid: tuple[int, int]) -> None:
-        self.encoder, self.grid = encoder, grid
-        self.feature_dim, self.layer, self.reference_frame = encoder.feature_dim, encoder.layer, encoder.reference_frame
+    def __init__(self, vggt: VGGT, layer: int, grid: tuple[int, int]) -> None:
+        super().__init__(vggt, [layer])
+        self.grid = grid
 
     def encode(self, images: Tensor) -> Tensor:
         """``[frames, rows, columns, channels]``."""
-        return self.crop(self.encoder.encode(images))
+        return self.crop(super().encode(images))
 
     def crop(self, features: Tensor) -> Tensor:
         """The part of ``[frames, h, w, channels]``."""
@@ -93,7 +93,10 @@ class Subject:
 
     def _collate(self, features: list[Features], grouping: Grouping | None) -> Batch:
         positions, pad = make_positions(self.frontend, DataConfig()), self.frontend.tokenizer.pad_token_id
-        collate = Collator(pad, "image", positions, self.frontend.vision, self.frontend.family, grouping=grouping)
+        frontend = self.frontend
+        collate = Collator(
+            pad, "image", positions, frontend.vision, frontend.geometry, frontend.family, grouping=grouping
+        )
         return collate(features).to(self.device)
 
     def features(self, questions: int) -> list[Features]:
@@ -183,7 +186,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
     vlm.set_attn_implementation(resolve_attention("auto", dtype))
     peft = add_lora(vlm, shape.lora_rank, 2 * shape.lora_rank)
     bind_kernels(frontend.family.language_model(vlm), kernels)
-    geometry = Window(VGGTEncoder(vggt, shape.geometry_layer), shape.grid)
+    geometry = CroppedVGGT(vggt, shape.geometry_layer, shape.grid)
     model = W2R2(peft, merger, fusion, geometry, kernels=kernels)
     with torch.no_grad():
         for name, parameter in trainable(model).items():
@@ -213,7 +216,7 @@ def build_front(shape: Shape) -> VlmFrontend:
     names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_id": "vision_start"}
     tokens = {field: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for field, name in names.items()}
     spec = VisionSpec(**sizes, **tokens, image_mean=mean, image_std=std, tokens_per_second=2)
-    return VlmFrontend(tokenizer, spec, meta_model(config))
+    return VlmFrontend(tokenizer, spec, meta_model(config), spec_of(shape.vggt, [shape.geometry_layer]))
 
 
 def _text_config(shape: Shape, tokenizer: Any) -> dict[str, Any]:

@@ -33,6 +33,13 @@ PushTermOptions = Annotated[dict[str, Any], BeforeValidator(_push_term)]
 """Name of a registered push term and its hyper-parameters; `objective/push_terms.py` checks them."""
 
 
+def _geometry(value: Any) -> Any:
+    """The defaults of path and layers are VGGT's; another encoder has no files and takes layer 0."""
+    if isinstance(value, Mapping) and value.get("name", "vggt") != "vggt":
+        return {"path": "", "layers": [0], **value}
+    return value
+
+
 @dataclass(config=STRICT)
 class SourceConfig:
     """One prepared data set of a mixture.
@@ -56,8 +63,8 @@ class DataConfig:
         root: folder in ScanNet's layout (posed_images/, scans/, ...).
         train: prepared training sets, a list of path, weight and cap.
         val: prepared validation sets; every sample is used.
-        frame_width: width in pixels to which frames are resized for the geometry encoder (VGGT: 518, a multiple of its
-            patch size 14). The VLM merges patches two by two, so of an odd number of patches the last column is cut.
+        frame_width: width in pixels to which frames are resized for the geometry encoder, a multiple of its patch size
+            (VGGT: 518, patches of 14). The VLM merges patches two by two, so of an odd number the last column is cut.
         visual: every frame an `<image>` with its index, or all frames one `<video>`.
         video_fps: nominal frame rate, for the temporal positions of a `<video>`.
         max_length: longest sequence in tokens; a longer sample is an error and never truncated.
@@ -96,10 +103,10 @@ class GeometryConfig:
     """The frozen geometry encoder.
 
     Args:
-        name: name of the encoder: vggt.
-        path: directory or hub id of its weights.
-        layers: the layer whose patch tokens are used, a list of one, counted from 0. VGGT counts its pairs of
-            alternating-attention blocks.
+        name: vggt, or a registered encoder.
+        path: directory or hub id of its weights; empty for an encoder without files.
+        layers: layers whose patch tokens are used, counted from 0; features of several layers are concatenated. VGGT
+            counts its pairs of alternating-attention blocks.
         reference_frame: frame whose camera is the origin; `last` gives the encoder the frames in reverse order, as
             VG-LLM can.
     """
@@ -133,7 +140,7 @@ class ModelConfig:
     """
 
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
-    geometry: GeometryConfig = field(default_factory=GeometryConfig)
+    geometry: Annotated[GeometryConfig, BeforeValidator(_geometry)] = field(default_factory=GeometryConfig)
     merger_hidden: PositiveInt = 4096
     fusion: str = "add"
     merger: str = ""

@@ -28,12 +28,14 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from w2r2_ds.config.io import model_from_tree
 from w2r2_ds.config.schema import ModelConfig
-from w2r2_ds.models.geometry_encoder import REFERENCE_FRAMES
 from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, meta_model
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
-from w2r2_ds.models.vggt.loading import CONFIG, HEADS, read_json, save_vggt, weight_files
+from w2r2_ds.models.vggt.encoder import REFERENCE_FRAMES
+from w2r2_ds.models.vggt.loading import CONFIG, HEADS, save_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.utils.json_io import read_json_object
+from w2r2_ds.utils.safetensors_io import weight_files
 
 T = TypeVar("T")
 
@@ -73,7 +75,7 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
         raise ValueError(f"{out} is not empty; name another folder or remove it.")
     load_tokenizer(source)  # this and the next line raise on missing files
     load_vision_spec(source)
-    raw = read_json(source / CONFIG)
+    raw = read_json_object(source / CONFIG)
     copied = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
     for file in (source / CONFIG, *copied):
         check_no_remote_code(file)
@@ -112,7 +114,7 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
 
 def check_no_remote_code(file: Path) -> None:
     """Raise ValueError if a JSON file names remote code (``auto_map``), which would be copied to the new directory."""
-    if file.suffix == ".json" and file.name != "vocab.json" and "auto_map" in read_json(file):
+    if file.suffix == ".json" and file.name != "vocab.json" and "auto_map" in read_json_object(file):
         raise ValueError(f"{file}: auto_map names remote code, which is never run here; remove the field.")
 
 

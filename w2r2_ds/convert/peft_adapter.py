@@ -24,11 +24,11 @@ from w2r2_ds.config.io import load_config as load_run_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.merger_io import MERGER, load_merger, merger_tensors
-from w2r2_ds.models.vggt.loading import read_json
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
+from w2r2_ds.utils.json_io import read_json_object
 from w2r2_ds.utils.safetensors_io import read_strictly
 from w2r2_ds.utils.versions import versions
 
@@ -147,7 +147,7 @@ def adapter_config(path: Path) -> RunConfig:
 def read_card(path: Path) -> dict[str, Any]:
     """The card of an adapter; raises ValueError if a field is missing."""
     file = path / ADAPTER_CARD
-    found = read_json(file)
+    found = read_json_object(file)
     for field in ("configuration", "model"):
         if not isinstance(found.get(field), dict):
             raise ValueError(f"{file}: field {field!r} is missing or not an object; export the adapter again.")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from w2r2_ds.data.answer_positions import answer_positions, description_positions
-from w2r2_ds.data.images import VGGT_PATCH
 from w2r2_ds.data.packing import (
     Group,
     Grouping,
@@ -23,6 +22,7 @@ from w2r2_ds.data.packing import (
 from w2r2_ds.data.processor import Features
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.batch import Batch, Prompts, Tokens, Visuals
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 
@@ -38,7 +38,7 @@ class Collator:
         kind: ``"image"`` or ``"video"``.
         positions: multimodal positions, computed here so that the GPU never waits for them; None pads on the left,
             for generation.
-        vision: sizes of the vision tower, for the image of a batch without frames.
+        vision, geometry: sizes of both encoders, for the dummy image of a batch without frames.
         family: builds the inputs of its vision tower.
         with_prompts: also make `Batch.prompts`.
         grouping: which samples share frames, packed into one sequence; None makes a padded sequence of each.
@@ -50,6 +50,7 @@ class Collator:
         kind: str,
         positions: Positions | None,
         vision: VisionSpec,
+        geometry: GeometrySpec,
         family: VlmFamily,
         with_prompts: bool = False,
         grouping: Grouping | None = None,
@@ -57,7 +58,7 @@ class Collator:
         assert grouping is None or positions is not None, "prompts for generation are not packed"
         self.pad_id, self.kind, self.positions, self.with_prompts = pad_id, kind, positions, with_prompts
         self.family = family
-        self.vision, self.dummy, self.grouping = vision, dummy_visuals(kind, vision, family), grouping
+        self.vision, self.dummy, self.grouping = vision, dummy_visuals(kind, vision, geometry, family), grouping
 
     def __call__(self, features: Sequence[Features]) -> Batch:
         left = self.positions is None
@@ -158,17 +159,17 @@ def tower_input(
     return Visuals(kind, patches, grid_thw, sizes, tower, ())
 
 
-def dummy_visuals(kind: str, vision: VisionSpec, family: VlmFamily) -> Visuals:
+def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family: VlmFamily) -> Visuals:
     """One gray image of two by two merged patches, or a video of as many frames as make one row of tokens."""
     frames = vision.temporal_patch_size if kind == "video" else 1
     side = 2 * vision.merge_size
-    # Both towers' patches differ in size, their grids do not.
-    seen, geometry = (
-        np.full((frames, 3, side * size, side * size), 0.5, dtype=np.float32)
-        for size in (vision.patch_size, VGGT_PATCH)
+    # Both encoders get a grid of as many patches, each of its own patch size.
+    image, geometry_image = (
+        np.full((frames, 3, side * patch_size, side * patch_size), 0.5, dtype=np.float32)
+        for patch_size in (vision.patch_size, geometry.patch_size)
     )
-    visuals = tower_input(kind, *family.pixel_values(seen, vision, kind), vision, family)
-    return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(geometry),), dummy=True)
+    visuals = tower_input(kind, *family.pixel_values(image, vision, kind), vision, family)
+    return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(geometry_image),), dummy=True)
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:

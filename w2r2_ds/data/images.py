@@ -1,7 +1,7 @@
-"""Load frames, resize them as VGGT's loader does, and crop them to the token grid of the VLM; PIL and NumPy only.
+"""Load frames, resize them to whole patches, and crop them to the token grid of the VLM; PIL and NumPy only.
 
-A frame is resized once, for VGGT; the vision tower of the VLM gets a crop of the same pixels. Resized pixels equal
-those of VGGT's public loader, bit for bit.
+A frame is resized once, for the geometry encoder; the vision tower of the VLM gets a crop of the same pixels. The rule
+is that of VGGT's public loader, whose pixels it gives bit for bit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-VGGT_PATCH = 14
 WHITE = 255
 FORMATS = ("JPEG", "PNG", "WEBP")
 """What is looked for in an image file, whatever its name; of the others some start programs (EPS: Ghostscript)."""
@@ -57,46 +56,47 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, (WHITE,) * 4), image).convert("RGB")
 
 
-def resize_for_vggt(images: Sequence[np.ndarray], width: int = 518, mode: str = "crop") -> np.ndarray:
-    """Resize frames as VGGT's own loader does.
+def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: str = "crop") -> np.ndarray:
+    """Resize frames to whole patches, by the rule of VGGT's ``load_and_preprocess_images``.
 
-    ``crop`` makes every frame `width` wide, its height the nearest multiple of 14, and cuts what is higher than
+    ``crop`` makes every frame `width` wide, its height the nearest multiple of `patch`, and crops what is higher than
     `width` at top and bottom. ``pad`` makes the longer side `width` and pads the other with white to a square. Frames
     that still differ in size are padded with white, centred, to the largest.
 
     Args:
         images: ``uint8 [height, width, 3]`` each.
-        width: target width in pixels, a multiple of 14.
+        width: target width in pixels, a multiple of `patch`.
+        patch: side in pixels of the geometry encoder's patches.
         mode: ``crop`` or ``pad``.
 
     Returns:
-        ``float32 [N, 3, H, W]`` in [0, 1]; H and W are multiples of 14.
+        ``float32 [N, 3, H, W]`` in [0, 1]; H and W are multiples of `patch`.
 
     Raises:
         ValueError: no frames, a frame of another form or too narrow, or a bad width or mode.
     """
-    if width <= 0 or width % VGGT_PATCH:
-        raise ValueError(f"frame width {width} must be a positive multiple of {VGGT_PATCH}.")
+    if width <= 0 or width % patch:
+        raise ValueError(f"frame width {width} must be a positive multiple of {patch}.")
     if mode not in ("crop", "pad"):
         raise ValueError(f"mode {mode!r} must be 'crop' or 'pad'.")
     if len(images) == 0:
         raise ValueError("No frames were given; a sample needs at least one.")
-    frames = [_fit(image, width, mode) for image in images]
+    frames = [_fit(image, width, patch, mode) for image in images]
     height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))
     pixels = np.stack([_pad(frame, height, width) for frame in frames]).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(255)
 
 
-def _fit(image: np.ndarray, target: int, mode: str) -> np.ndarray:
-    """One frame at its size for VGGT, ``uint8 [H, W, 3]``."""
+def _fit(image: np.ndarray, target: int, patch: int, mode: str) -> np.ndarray:
+    """One frame resized, ``uint8 [H, W, 3]``."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"A frame is {image.dtype} {image.shape}; give uint8 [height, width, 3].")
     height, width = image.shape[:2]
     by_height = mode == "pad" and height > width
-    new_height = target if by_height else _scaled_height(width, height, target)
-    new_width = _to_patches(width * (target / height)) if by_height else target
+    new_height = target if by_height else _scaled_height(width, height, target, patch)
+    new_width = _to_patches(width * (target / height), patch) if by_height else target
     if not new_height or not new_width:
-        raise ValueError(f"A frame of {width} x {height} pixels is too narrow to resize to {target}; leave it out.")
+        raise ValueError(f"A frame of {width} x {height} pixels is too narrow to resize to {target}; remove it.")
     resized = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
     if mode == "pad":
         return _pad(resized, target, target)
@@ -104,19 +104,19 @@ def _fit(image: np.ndarray, target: int, mode: str) -> np.ndarray:
     return resized[top : top + target]
 
 
-def crop_size(sizes: Sequence[tuple[int, int]], target: int) -> tuple[int, int]:
-    """Width and height that `resize_for_vggt` gives frames of these ``(width, height)``, in its mode ``crop``."""
-    return target, max(min(target, _scaled_height(width, height, target)) for width, height in sizes)
+def crop_size(sizes: Sequence[tuple[int, int]], target: int, patch: int) -> tuple[int, int]:
+    """Width and height of `resize_frames` for frames of these ``(width, height)``, in its mode ``crop``."""
+    return target, max(min(target, _scaled_height(width, height, target, patch)) for width, height in sizes)
 
 
-def _scaled_height(width: int, height: int, target: int) -> int:
+def _scaled_height(width: int, height: int, target: int, patch: int) -> int:
     """Height in whole patches of a frame that is made `target` wide."""
-    return _to_patches(height * (target / width))
+    return _to_patches(height * (target / width), patch)
 
 
-def _to_patches(length: float) -> int:
-    """The multiple of the patch size that is nearest; of two, the one of an even number of patches."""
-    return round(length / VGGT_PATCH) * VGGT_PATCH
+def _to_patches(length: float, patch: int) -> int:
+    """Round to the nearest multiple of the patch size; halfway, to an even number of patches."""
+    return round(length / patch) * patch
 
 
 def _pad(frame: np.ndarray, height: int, width: int) -> np.ndarray:

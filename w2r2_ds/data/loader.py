@@ -109,7 +109,9 @@ class ReraisingDataLoader(DataLoader[Any], Generic[T]):
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
     """The processor of a VLM for a data configuration."""
-    return Processor(frontend.tokenizer, frontend.family, frontend.vision, config, frontend.cache)
+    return Processor(
+        frontend.tokenizer, frontend.family, frontend.vision, frontend.geometry, config, frontend.cache
+    )
 
 
 def make_positions(frontend: VlmFrontend, config: DataConfig) -> Positions:
@@ -147,8 +149,16 @@ def grouping(config: DataConfig) -> Grouping | None:
 def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> Collator:
     """Collation of training samples."""
     positions, pad = make_positions(frontend, config), frontend.tokenizer.pad_token_id
-    kind, groups = visual_kind(config), grouping(config)
-    return Collator(pad, kind, positions, frontend.vision, frontend.family, with_prompts, groups)
+    return Collator(
+        pad_id=pad,
+        kind=visual_kind(config),
+        positions=positions,
+        vision=frontend.vision,
+        geometry=frontend.geometry,
+        family=frontend.family,
+        with_prompts=with_prompts,
+        grouping=grouping(config),
+    )
 
 
 def keep_working(worker: int) -> None:
@@ -213,7 +223,14 @@ def prompt_loader(
 ) -> ReraisingDataLoader[Batch]:
     """Left-padded prompts in order, for generation; `processor` where it is not the VLM's own."""
     dataset = SampleDataset(samples, processor or make_processor(frontend, config), with_answer=False)
-    collate = Collator(frontend.tokenizer.pad_token_id, visual_kind(config), None, frontend.vision, frontend.family)
+    collate = Collator(
+        pad_id=frontend.tokenizer.pad_token_id,
+        kind=visual_kind(config),
+        positions=None,
+        vision=frontend.vision,
+        geometry=frontend.geometry,
+        family=frontend.family,
+    )
     return ReraisingDataLoader(
         dataset,
         batch_size=batch_size,

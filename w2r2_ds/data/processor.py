@@ -13,6 +13,7 @@ from w2r2_ds.data.answer_tokens import AnswerTokens, find_answer_tokens, what_to
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.features.lookup import Cached, FeatureCache
 from w2r2_ds.models.family import VlmFamily
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 
@@ -68,6 +69,7 @@ class Processor:
         tokenizer: the VLM's tokenizer with its chat template.
         family: of the VLM; pixel values and the token at which an answer ends.
         vision: patch sizes, normalisation and token ids of the VLM.
+        geometry: patch size of the geometry encoder.
         config: frames, sizes and the form of the visual prompt.
         cache: features that need not be computed; None without a cache.
     """
@@ -77,15 +79,12 @@ class Processor:
         tokenizer: Any,
         family: VlmFamily,
         vision: VisionSpec,
+        geometry: GeometrySpec,
         config: DataConfig,
         cache: FeatureCache | None = None,
     ) -> None:
         self.tokenizer, self.vision, self.config = tokenizer, vision, config
-        if config.frame_width % vision.patch_size:
-            raise ValueError(
-                f"data.frame_width is {config.frame_width}; make it a multiple of the patch size {vision.patch_size}."
-            )
-        self.preprocess = VisualPreprocessor(family, vision, config, cache)
+        self.preprocess = VisualPreprocessor(family, vision, geometry, config, cache)
         self.end_of_turn = family.end_of_turn
         self._frames: dict[int, tuple[str, str]] = {}
         self._frame_tokens: dict[int, int] = {}

@@ -59,12 +59,12 @@ def ends_well(path: Path) -> bool:
 
 
 def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
-    """At what size the first sample's frames are seen; the two differ where the VLM cannot merge an odd patch."""
+    """Frame size of the first sample for both encoders; the VLM gets a crop that its merged patches divide."""
     sample = next((sample for sample in samples if sample.frames), None)
     if sample is None:
         return "no sample has frames"
     (width, height), (less, lower) = processor.preprocess.sizes([frame_size(path) for path in sample.frames])
-    return f"frames {width} x {height} for VGGT, {less} x {lower} for the video LLM (of {sample.id})"
+    return f"frames {width} x {height} for the geometry encoder, {less} x {lower} for the vision tower (of {sample.id})"
 
 
 def check_texts(

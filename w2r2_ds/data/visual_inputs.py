@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_for_vggt
+from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_frames
 from w2r2_ds.features.lookup import Cached, FeatureCache
 from w2r2_ds.models.family import VlmFamily
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 
@@ -24,8 +25,8 @@ class VisualInputs:
         pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input; no patches where
             the cache has its output.
         grid_thw: ``[images or 1, 3]`` int64 patch grid, in any case.
-        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], VGGT's input (not cropped); None without
-            frames, and where the cache has its features.
+        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], the geometry encoder's input (not cropped);
+            None without frames, and where the cache has its features.
         cached_2d: cache entry of the vision tower's output; None without a cache.
         cached_3d: cache entry of the geometry features.
     """
@@ -47,14 +48,29 @@ class VisualPreprocessor:
     Args:
         family: of the VLM; cuts frames into its vision tower's pixel values.
         vision: patch sizes and normalisation of the VLM.
+        geometry: patch size of the geometry encoder.
         config: frame size, and whether frames are images or a video.
         cache: features that need not be computed; None without a cache.
+
+    Raises:
+        ValueError: `data.frame_width` is no multiple of the geometry encoder's patch size.
     """
 
     def __init__(
-        self, family: VlmFamily, vision: VisionSpec, config: DataConfig, cache: FeatureCache | None = None
+        self,
+        family: VlmFamily,
+        vision: VisionSpec,
+        geometry: GeometrySpec,
+        config: DataConfig,
+        cache: FeatureCache | None = None,
     ) -> None:
-        self.family, self.vision, self.config, self.cache = family, vision, config, cache
+        if config.frame_width % geometry.patch_size:
+            raise ValueError(
+                f"data.frame_width is {config.frame_width}; make it a multiple of the geometry encoder's patch size "
+                f"{geometry.patch_size}."
+            )
+        self.family, self.vision, self.geometry = family, vision, geometry
+        self.config, self.cache = config, cache
         self._last: tuple[tuple[Path, ...], VisualInputs] | None = None
 
     def __call__(self, sample: Sample) -> VisualInputs:
@@ -78,7 +94,8 @@ class VisualPreprocessor:
         missing = [each for each in (known_2d, known_3d) if each is None or each.features is None]
         if not missing:
             return VisualInputs(nothing, self._grid(sample), None, known_2d, known_3d)
-        images = resize_for_vggt([load_frame(path) for path in sample.frames], width=self.config.frame_width)
+        frames = [load_frame(path) for path in sample.frames]
+        images = resize_frames(frames, self.config.frame_width, self.geometry.patch_size)
         if any(each is not None and not each.is_of(sample.frames) for each in missing):
             return self.compute(sample)  # a frame was replaced between its key and its pixels
         geometry_images = torch.from_numpy(images) if known_3d is None or known_3d.features is None else None
@@ -98,7 +115,7 @@ class VisualPreprocessor:
         return torch.tensor([[1, rows, columns]] * count)
 
     def sizes(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Width and height at which VGGT sees frames of these ``(width, height)``, and at which the VLM does."""
-        width, height = crop_size(sizes, self.config.frame_width)
+        """Width and height of frames of these ``(width, height)`` for the geometry encoder, and of the VLM's crop."""
+        width, height = crop_size(sizes, self.config.frame_width, self.geometry.patch_size)
         even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)
         return (width, height), (even_width, even_height)

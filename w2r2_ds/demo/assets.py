@@ -106,9 +106,10 @@ def prepare_models(config: RunConfig) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     samples = load_mixture(config.data, "train")
     build_tiny_vlm(partial, [f"{sample.question}\n{sample.answer}" for sample in samples], config.demo.seed)
-    build_tiny_vggt(partial.with_name("vggt.partial"), config.demo.seed)
+    partial_vggt = build_tiny_vggt(partial.with_name("vggt.partial"), config.demo.seed)
     model = load_vlm(str(partial), torch.float32, "sdpa")
-    frontend = load_frontend(replace(config.model, vlm=str(partial)))
+    geometry = replace(config.model.geometry, path=str(partial_vggt))
+    frontend = load_frontend(replace(config.model, vlm=str(partial), geometry=geometry))
     every = max(1, config.demo.warmup_steps // 10)
 
     def report(step: int, loss: float) -> None:
@@ -118,7 +119,7 @@ def prepare_models(config: RunConfig) -> None:
     warm_up(model, frontend, samples, config, report)
     model.save_pretrained(partial)
     (partial / MANIFEST).write_text(json.dumps(options, indent=2) + "\n")
-    os.replace(partial.with_name("vggt.partial"), vggt)
+    os.replace(partial_vggt, vggt)
     os.replace(partial, vlm)
 
 

@@ -9,38 +9,41 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import fusion_name, make_fusion
-from w2r2_ds.models.geometry_encoder import VGGTEncoder
+from w2r2_ds.models.geometry_encoder import GeometryEncoder, find_geometry_encoder
 from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, load_vlm, meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import load_merger
-from w2r2_ds.models.vggt.loading import load_vggt
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.models.weights_hash import weights_identity
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.vision import VisionSpec
 
 
 @dataclass(frozen=True)
 class VlmFrontend:
-    """What the CPU side needs of a VLM: no weights.
+    """What the data pipeline needs of a VLM and a geometry encoder: no weights.
 
     Attributes:
         tokenizer: with the chat template.
-        vision: patch sizes, normalisation, token ids.
+        vision: patch sizes, normalisation and token ids of the VLM.
         meta: the VLM on the meta device, for its multimodal positions.
+        geometry: patch size and channels of the geometry encoder.
         cache: features that need not be computed; None without a cache.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     vision: VisionSpec
-    meta: Any
+    meta: PreTrainedModel
+    geometry: GeometrySpec
     cache: FeatureCache | None = None
 
     @property
@@ -50,12 +53,17 @@ class VlmFrontend:
 
 
 def load_frontend(config: ModelConfig) -> VlmFrontend:
-    """Tokenizer, vision facts and meta model of `model.vlm`."""
-    return VlmFrontend(load_tokenizer(config.vlm), load_vision_spec(config.vlm), meta_model(config.vlm))
+    """Tokenizer, sizes and meta model of `model.vlm`, and sizes of `model.geometry`."""
+    return VlmFrontend(
+        tokenizer=load_tokenizer(config.vlm),
+        vision=load_vision_spec(config.vlm),
+        meta=meta_model(config.vlm),
+        geometry=geometry_spec(config.geometry),
+    )
 
 
 def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
-    """VLM with LoRA, geometry merger, fusion and VGGT; only LoRA, merger and fusion require grad.
+    """VLM with LoRA, geometry merger, fusion and geometry encoder; only LoRA, merger and fusion require grad.
 
     Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
     """
@@ -72,35 +80,31 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     bind_kernels(find_family(vlm.config.model_type).language_model(vlm), kernels)
     geometry = load_geometry(config, device)
-    merger = GeometryMerger(geometry.feature_dim, hidden, config.merger_hidden).to(dtype)
+    merger = GeometryMerger(geometry.spec.feature_dim, hidden, config.merger_hidden).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
     model.weights = {
         "vlm_weights": weights_identity(config.vlm),
-        "geometry_weights": weights_identity(config.geometry.path),
+        "geometry_weights": weights_identity(config.geometry.path) if config.geometry.path else "",
     }
     if config.merger:
         load_merger(model, Path(config.merger))
     return model
 
 
-def load_geometry(config: ModelConfig, device: torch.device) -> VGGTEncoder:
-    """The frozen geometry encoder alone.
+def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:
+    """The frozen encoder of `model.geometry`, without the rest of the model.
 
     Raises:
-        ValueError: a layer of `model.geometry.layers` does not exist.
+        ValueError: no encoder has this name, its weights cannot be loaded, or a layer does not exist.
     """
-    geometry = config.geometry
-    if geometry.name != "vggt":
-        raise ValueError(f"model.geometry.name is {geometry.name!r}; the only geometry encoder is vggt.")
-    vggt = load_vggt(geometry.path)
-    if max(geometry.layers) >= vggt.config.depth or len(geometry.layers) > 1:
-        raise ValueError(
-            f"model.geometry.layers is {geometry.layers}; give one layer of {geometry.path}, 0 to "
-            f"{vggt.config.depth - 1}."
-        )
-    encoder = VGGTEncoder(vggt, geometry.layers[0], geometry.reference_frame)
-    return encoder.to(device, resolve_dtype(config.dtype))
+    encoder = find_geometry_encoder(config.geometry.name)
+    return encoder.load(config.geometry, resolve_dtype(config.dtype), device)
+
+
+def geometry_spec(config: GeometryConfig) -> GeometrySpec:
+    """Sizes of the encoder of `model.geometry`; raises ValueError as `load_geometry` does."""
+    return find_geometry_encoder(config.name).read_spec(config)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -122,10 +126,11 @@ def fingerprint(model: W2R2) -> dict[str, Any]:
         "vision_depth": vision.depth,
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
+        "geometry_encoder": model.geometry.name,
         "geometry_features": merger.feature_dim,
         "merger_hidden": merger.mlp[0].out_features,
         "fusion": fusion_name(model.fusion),
-        "geometry_layers": [model.geometry.layer],
+        "geometry_layers": list(model.geometry.layers),
         "reference_frame": model.geometry.reference_frame,
         "zero_geometry": model.zero_geometry,
     }

@@ -11,8 +11,8 @@ from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.features.store import Cache
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.family import find_family
+from w2r2_ds.models.geometry_encoder import find_geometry_encoder
 from w2r2_ds.models.loading import load_config, load_vision_spec
-from w2r2_ds.models.vggt.loading import HEADS, locate, read_config, weight_files
 from w2r2_ds.models.weights_hash import model_weights, tensors_digest
 
 
@@ -38,13 +38,13 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
     """What the geometry features of given frames depend on."""
-    vggt = locate(model.geometry.path)
+    geometry = model.geometry
     about = {
         "kind": "geometry",
-        "config": read_config(vggt).to_dict(),
-        "weights": tensors_digest(weight_files(vggt), lambda name: not name.startswith(HEADS)),
-        "layers": model.geometry.layers,
-        "reference_frame": model.geometry.reference_frame,
+        "encoder": geometry.name,
+        "layers": geometry.layers,
+        "reference_frame": geometry.reference_frame,
+        **find_geometry_encoder(geometry.name).identity(geometry),
     }
     return encoder_identity(about | _common(data, model))
 

@@ -1,92 +1,108 @@
-"""Geometry encoders: frames of one scene -> a grid of features per frame."""
+"""`GeometryEncoder`: frames of one scene -> a grid of features per frame; registered by name.
+
+The encoders of this package are imported on first use. Those of users are registered by ``--plugin FILE``.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from w2r2_ds.models.vggt.model import VGGT
-
-REFERENCE_FRAMES = ("first", "last")
-
-
-class GeometryEncoder(Protocol):
-    """Whatever sees the frames of one scene together and answers with features that know about space."""
-
-    @property
-    def feature_dim(self) -> int:
-        """Channels of a feature."""
-        ...
-
-    @property
-    def layer(self) -> int:
-        """Layer that the features come from."""
-        ...
-
-    @property
-    def reference_frame(self) -> str:
-        """Frame that the others are seen relative to, one of `REFERENCE_FRAMES`."""
-        ...
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """``[S, 3, H, W]`` in [0, 1], frames of one scene in order -> ``[S, h, w, feature_dim]``, no gradient."""
-        ...
+from w2r2_ds.config.schema import GeometryConfig
+from w2r2_ds.types.geometry import GeometrySpec
 
 
-class VGGTEncoder:
-    """Patch tokens of one layer of a frozen VGGT.
+class GeometryEncoder(ABC):
+    """A frozen encoder of the frames of one scene.
 
-    Deliberately no `nn.Module`: kept as an attribute of a model, it is neither sharded, trained nor saved with it.
+    It is not an `nn.Module`. As an attribute of a model it is neither trained, nor sharded or saved by DeepSpeed.
+    Modules that are its attributes appear in the watchdog's reports.
 
-    Args:
-        vggt: is put into eval mode and frozen.
-        layer: absolute index of the layer, ``0 .. depth - 1``.
-        reference_frame: ``"first"``, or ``"last"``: VGGT sees the frames in reverse, features come back in their order.
-
-    Raises:
-        ValueError: no such layer or reference frame.
+    Attributes:
+        spec: sizes of its input and output.
+        layers: `model.geometry.layers`.
+        reference_frame: `model.geometry.reference_frame`.
     """
 
-    def __init__(self, vggt: VGGT, layer: int, reference_frame: str = "first") -> None:
-        depth = vggt.config.depth
-        if not 0 <= layer < depth:
-            raise ValueError(f"geometry layer {layer} does not exist; this VGGT has layers 0 to {depth - 1}.")
-        if reference_frame not in REFERENCE_FRAMES:
-            raise ValueError(f"reference_frame is {reference_frame!r}; it is one of {', '.join(REFERENCE_FRAMES)}.")
-        self.vggt = vggt.eval().requires_grad_(False)
-        self.layer = layer
-        self.reference_frame = reference_frame
+    name: ClassVar[str]
+    """Value of `model.geometry.name`."""
 
-    @property
-    def feature_dim(self) -> int:
-        """Channels of a feature: the frame block's and the global block's."""
-        return 2 * self.vggt.config.embed_dim
+    spec: GeometrySpec
+    layers: Sequence[int]
+    reference_frame: str
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> VGGTEncoder:
-        """Move the weights, in place; returns itself."""
-        self.vggt.to(device=device, dtype=dtype)
-        return self
-
-    @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of the frames of one scene.
-
-        Args:
-            images: ``[S, 3, H, W]`` floating in [0, 1], any device.
-
-        Returns:
-            ``[S, H / patch, W / patch, feature_dim]`` on the device and in the dtype of the weights.
+    @classmethod
+    @abstractmethod
+    def read_spec(cls, config: GeometryConfig) -> GeometrySpec:
+        """Sizes, from configuration files alone.
 
         Raises:
-            ValueError: images of a wrong shape, or of a size that is no multiple of the patch size.
+            ValueError: no files at `model.geometry.path`, or a layer does not exist.
         """
-        if images.dim() != 4:
-            raise ValueError(f"VGGT: images have shape {tuple(images.shape)}; give [frames, 3, height, width].")
-        config, aggregator = self.vggt.config, self.vggt.aggregator
-        images = images.to(aggregator.camera_token.device)
-        backwards = self.reference_frame == "last"  # VGGT itself takes frame 0 as the reference
-        tokens = aggregator((images.flip(0) if backwards else images)[None], [self.layer])[self.layer][0]
-        rows = images.shape[-2] // config.patch_size
-        grid = tokens[:, config.special_tokens :].unflatten(1, (rows, -1))
-        return grid.flip(0) if backwards else grid
+
+    @classmethod
+    @abstractmethod
+    def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
+        """All that the features of given images depend on besides name, layers, reference frame and dtype.
+
+        Usually a digest of the weights and the model's configuration, as JSON values. It is part of the key of the
+        feature cache.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: GeometryConfig, dtype: torch.dtype, device: torch.device) -> GeometryEncoder:
+        """The encoder with its weights, frozen, on a device.
+
+        Raises:
+            ValueError: the weights are missing or damaged, or an option has a value that is not supported.
+        """
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Features of the frames of one scene, without gradient.
+
+        Args:
+            images: ``[frames, 3, height, width]`` floating in [0, 1], in order; any device. Height and width are
+                multiples of the patch size.
+
+        Returns:
+            ``[frames, height / patch_size, width / patch_size, feature_dim]`` on the device of the weights. Several
+            layers are concatenated along the channels, in the order of `layers`.
+        """
+
+    def flops(self, frames: int, height: int, width: int) -> float:
+        """Model FLOPs of `encode`, for the metric `mfu`; 0 where an encoder does not count them."""
+        return 0.0
+
+
+BUILT_IN = {"vggt": "w2r2_ds.models.vggt.encoder"}
+"""Name -> module, imported on first use; it registers its encoder."""
+
+GEOMETRY_ENCODERS: dict[str, type[GeometryEncoder]] = {}
+"""Name -> class; filled by `register_geometry_encoder`."""
+
+
+def register_geometry_encoder(encoder: type[GeometryEncoder]) -> type[GeometryEncoder]:
+    """Class decorator: make an encoder available under its `name`."""
+    GEOMETRY_ENCODERS[encoder.name] = encoder
+    return encoder
+
+
+def find_geometry_encoder(name: str) -> type[GeometryEncoder]:
+    """The encoder class of `model.geometry.name`.
+
+    Raises:
+        ValueError: no encoder has this name.
+    """
+    if name in BUILT_IN and name not in GEOMETRY_ENCODERS:
+        import_module(BUILT_IN[name])
+    if name not in GEOMETRY_ENCODERS:
+        known = ", ".join(sorted({*BUILT_IN, *GEOMETRY_ENCODERS}))
+        raise ValueError(f"model.geometry.name is {name!r}; known encoders: {known}. Use --plugin for your own.")
+    return GEOMETRY_ENCODERS[name]

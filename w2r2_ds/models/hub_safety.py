@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
-from w2r2_ds.models.vggt.loading import INDEX, weight_files
+from w2r2_ds.utils.safetensors_io import INDEX, weight_files
 
 CODE_FIELDS = frozenset({"attn_implementation", "_attn_implementation", "experts_implementation"})
 """Fields of a config.json that name an implementation, of the whole or of a part."""

@@ -35,7 +35,6 @@ from w2r2_ds.kernels.select import describe, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.lora import trainable_table
-from w2r2_ds.models.vggt.loading import locate, read_config
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.training.cache_stats import describe_cache
@@ -181,7 +180,6 @@ def check_inputs(
     if begin.universal:  # the number of ranks has changed; DeepSpeed then reads its universal format
         ds_config.setdefault("checkpoint", {})["load_universal"] = True
     frontend = load_frontend(config.model)
-    read_config(locate(config.model.geometry.path))
     frontend = replace(frontend, cache=open_cache(config.data, config.model))
     check_objective(config, frontend)
     samples = load_mixture(config.data, "train")

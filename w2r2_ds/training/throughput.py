@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.models.flops import Work, products
-from w2r2_ds.models.vggt.model import VGGT
+from w2r2_ds.models.geometry_encoder import GeometryEncoder
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import PushTerm
 from w2r2_ds.types.batch import Batch, Visuals
@@ -161,27 +161,7 @@ def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
     return merger.both + fusion.both + (short.forward if blocked else short.both)
 
 
-def geometry_flops(encoder: Any, visuals: Visuals) -> float:
-    """Forward FLOPs of a VGGT on the frame sets that are not cached; 0 for other encoders."""
-    vggt = getattr(encoder, "vggt", None)
-    if not isinstance(vggt, VGGT):
-        return 0.0
-    return sum(
-        vggt_flops(vggt, encoder.layer, images.shape) for images in visuals.geometry_images if images is not None
-    )
-
-
-def vggt_flops(vggt: VGGT, layer: int, shape: Sequence[int]) -> float:
-    """Forward FLOPs of a VGGT: the ViT and the blocks up to `layer`, for images ``[frames, 3, height, width]``."""
-    frames, _, height, width = shape
-    config, aggregator = vggt.config, vggt.aggregator
-    patches = (height // config.patch_size) * (width // config.patch_size)
-    within, per_pair = patches + config.special_tokens, 4 * config.embed_dim  # the ViT has as many: a class token
-    frame_block = products(aggregator.frame_blocks[0], frames * within).forward + per_pair * frames * within**2
-    global_block = frame_block + per_pair * ((frames * within) ** 2 - frames * within**2)
-    work = (layer + 1) * (frame_block + global_block)
-    if config.patch_embed == "conv":
-        return work + products(aggregator.patch_embed, frames * patches).forward
-    vit: Any = aggregator.patch_embed
-    block = products(vit.blocks[0], frames * within).forward + per_pair * frames * within**2
-    return work + products(vit.patch_embed, frames * patches).forward + config.vit_depth * block
+def geometry_flops(encoder: GeometryEncoder, visuals: Visuals) -> float:
+    """Forward FLOPs of the geometry encoder on the frame sets that are not cached."""
+    shapes = (images.shape for images in visuals.geometry_images if images is not None)
+    return sum(encoder.flops(frames, height, width) for frames, _, height, width in shapes)

@@ -22,6 +22,14 @@ def read_json(path: Path | str, expected: str = "") -> Any:
     return parse_json(read_text(path, expected), str(path))
 
 
+def read_json_object(path: Path | str, expected: str = "") -> dict[str, Any]:
+    """As `read_json`; also raises ValueError if the file's value is not an object."""
+    values = read_json(path, expected)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; copy or fetch it again.")
+    return values
+
+
 def read_jsonl(
     path: Path | str, expected: str = "", allow_torn_end: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:

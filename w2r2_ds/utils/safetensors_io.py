@@ -1,4 +1,4 @@
-"""A safetensors file that holds just what a model wants: every tensor, none besides, each of its shape."""
+"""Safetensors files of a model: find them, and read one whose names and shapes must match exactly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from w2r2_ds.utils.json_io import read_json_object
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def read_strictly(
@@ -42,3 +47,22 @@ def read_strictly(
                 f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(target.shape)}; {reshape}."
             )
     return tensors
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The single safetensors file of a model directory, or the shards that its index names; ValueError for neither."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
+    if not index.is_file():
+        raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}; fetch the weights into it.")
+    shards = read_json_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} has no weight_map from weights to files; fetch it again.")
+    files = [directory / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{index} names {file.name!r}, which is no safetensors file; only those are read.")
+        if file.parent != directory or not file.is_file():
+            raise ValueError(f"{index} names {file.name!r}, which is not beside it; fetch the missing shard.")
+    return files

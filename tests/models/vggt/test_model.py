@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.models.geometry_encoder import VGGTEncoder
-from w2r2_ds.models.vggt.loading import CONFIG, INDEX, WEIGHTS, load_vggt, save_vggt
+from w2r2_ds.models.vggt.encoder import VGGTEncoder
+from w2r2_ds.models.vggt.loading import CONFIG, load_vggt, save_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS
 
 PUBLIC_KEYS = Path(__file__).parents[2] / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"
 TINY = VGGTConfig(img_size=28, embed_dim=32, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)
@@ -254,14 +255,14 @@ def test_layers_that_do_not_exist_are_refused(vggt: VGGT, images: torch.Tensor, 
 
 
 def test_encoder_gives_the_patch_tokens_of_its_layer_as_a_grid(vggt: VGGT, images: torch.Tensor) -> None:
-    features = VGGTEncoder(vggt, layer=1).encode(images[0])
+    features = VGGTEncoder(vggt, layers=[1]).encode(images[0])
     tokens = run(vggt, images[:1], 1)[1][0, :, 5:]
-    assert features.shape == (3, 2, 3, VGGTEncoder(vggt, layer=1).feature_dim)
+    assert features.shape == (3, 2, 3, VGGTEncoder(vggt, layers=[1]).spec.feature_dim)
     assert torch.equal(features.flatten(1, 2), tokens)
 
 
 def test_encoder_freezes_its_vggt(vggt: VGGT, images: torch.Tensor) -> None:
-    encoder = VGGTEncoder(vggt.train(), layer=1)
+    encoder = VGGTEncoder(vggt.train(), layers=[1])
     assert not encoder.encode(images[0].requires_grad_()).requires_grad
     assert not vggt.training
     assert not any(weight.requires_grad for weight in vggt.parameters())
@@ -269,17 +270,17 @@ def test_encoder_freezes_its_vggt(vggt: VGGT, images: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_encoder_refuses_a_layer_that_does_not_exist(vggt: VGGT, layer: int) -> None:
-    with pytest.raises(ValueError, match=f"layer {layer} does not exist"):
-        VGGTEncoder(vggt, layer)
+    with pytest.raises(ValueError, match=rf"layers is \[{layer}\].*0 to 2"):
+        VGGTEncoder(vggt, [layer])
 
 
 def test_encoder_refuses_frames_of_more_than_one_scene(vggt: VGGT, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"\[frames, 3, height, width\]"):
-        VGGTEncoder(vggt, layer=0).encode(images)
+        VGGTEncoder(vggt, layers=[0]).encode(images)
 
 
 def test_the_last_frame_as_reference_is_the_first_of_the_reversed_ones(vggt: VGGT, images: torch.Tensor) -> None:
-    first, last = (VGGTEncoder(vggt, 2, frame) for frame in ("first", "last"))
+    first, last = (VGGTEncoder(vggt, [2], frame) for frame in ("first", "last"))
     assert torch.equal(last.encode(images[0]), first.encode(images[0].flip(0)).flip(0))
     assert (last.encode(images[0]) - first.encode(images[0])).abs().max() > 1e-2
 
@@ -288,7 +289,7 @@ def test_the_last_frame_as_reference_is_the_first_of_the_reversed_ones(vggt: VGG
 def test_only_the_reference_frame_has_a_place_of_its_own(
     vggt: VGGT, images: torch.Tensor, frame: str, others: list[int]
 ) -> None:
-    encoder = VGGTEncoder(vggt, 2, frame)
+    encoder = VGGTEncoder(vggt, [2], frame)
     plain = encoder.encode(images[0])
     torch.testing.assert_close(encoder.encode(images[0, others]), plain[others], rtol=1e-4, atol=1e-4)
     with_reference = [2, 1, 0]
@@ -297,4 +298,4 @@ def test_only_the_reference_frame_has_a_place_of_its_own(
 
 def test_a_reference_frame_in_between_is_refused(vggt: VGGT) -> None:
     with pytest.raises(ValueError, match="reference_frame is 'middle'; it is one of first, last"):
-        VGGTEncoder(vggt, 0, "middle")
+        VGGTEncoder(vggt, [0], "middle")

@@ -16,19 +16,19 @@ from torch.utils.data import Dataset
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.collate import tower_input
-from w2r2_ds.data.images import VGGT_PATCH, frame_size
+from w2r2_ds.data.images import frame_size
 from w2r2_ds.data.loader import ReraisingDataLoader, keep_working, load_mixture, visual_kind
 from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush
 from w2r2_ds.features.store import Cache, file_size, gib
 from w2r2_ds.kernels.select import describe, resolve_attention, resolve_dtype
-from w2r2_ds.models.build import load_geometry
+from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.loading import load_config, load_vision_spec, load_vlm
-from w2r2_ds.models.vggt.loading import locate, read_config
 from w2r2_ds.types.batch import moved
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 from w2r2_ds.utils.distributed import RankInfo, raise_on_all_ranks
@@ -64,10 +64,10 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         cache = open_cache(config.data, config.model)
         if cache is None:
             raise ValueError("data.cache is empty; name the folder to fill, as --data.cache runs/cache.")
-        vision = load_vision_spec(config.model.vlm)
+        vision, geometry = load_vision_spec(config.model.vlm), geometry_spec(config.model.geometry)
         family = find_family(load_config(config.model.vlm).model_type)
-        preprocess = VisualPreprocessor(family, vision, config.data, cache)
-        missing, whole, lacking = look_up(scenes, preprocess, FeatureBytes(config, vision, cache))
+        preprocess = VisualPreprocessor(family, vision, geometry, config.data, cache)
+        missing, whole, lacking = look_up(scenes, preprocess, FeatureBytes(config, vision, geometry, cache))
     whole, lacking = over_ranks(whole, ranks), over_ranks(lacking, ranks)
     with raise_on_all_ranks():
         refuse_too_large(cache.cache, whole, lacking)
@@ -101,9 +101,9 @@ def frame_sets(config: RunConfig, splits: Sequence[str]) -> list[Sample]:
 class FeatureBytes:
     """How large the features of frames are, from sizes alone."""
 
-    def __init__(self, config: RunConfig, vision: VisionSpec, cache: FeatureCache) -> None:
-        self.dtype, self.vision, self.cache = resolve_dtype(config.model.dtype), vision, cache
-        self.channels = 2 * read_config(locate(config.model.geometry.path)).embed_dim
+    def __init__(self, config: RunConfig, vision: VisionSpec, geometry: GeometrySpec, cache: FeatureCache) -> None:
+        self.dtype, self.cache = resolve_dtype(config.model.dtype), cache
+        self.vision, self.geometry = vision, geometry
         self.hidden = load_config(config.model.vlm).vision_config.out_hidden_size
         self.as_video = config.data.visual == "video"
 
@@ -111,7 +111,7 @@ class FeatureBytes:
         """Bytes at most of the geometry file and of the 2D file; 0 for 2D features that are not cached."""
         (width, height), (less, lower) = preprocess.sizes([frame_size(path) for path in sample.frames])
         count = len(sample.frames)
-        shape_3d = (count, height // VGGT_PATCH, width // VGGT_PATCH, self.channels)
+        shape_3d = (count, *self.geometry.grid(height, width), self.geometry.feature_dim)
         if self.cache.vision is None:
             return file_size(shape_3d, self.dtype), 0
         step = self.vision.patch_size * self.vision.merge_size
@@ -200,7 +200,7 @@ def encode_all(
     """Make and keep what is missing of these samples' features; returns their keys."""
     made: list[str] = []
     geometry = load_geometry(config.model, device)
-    set_num_threads(ranks, geometry.vggt.config.embed_dim)
+    set_num_threads(ranks, geometry.spec.feature_dim)
     vlm: Any = None
     family = preprocess.family
     if config.data.cached_features == "geometry+2d":

@@ -7,17 +7,16 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.utils.json_io import read_json_object
+from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS, weight_files
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 HEADS = ("camera_head.", "point_head.", "depth_head.", "track_head.")
 """Prefixes of weights that a checkpoint may hold and that are not loaded."""
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -79,7 +78,7 @@ def read_config(directory: Path) -> VGGTConfig:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a VGGT directory needs {CONFIG} and {WEIGHTS}.")
     try:
-        return VGGTConfig.from_dict(read_json(path))
+        return VGGTConfig.from_dict(read_json_object(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -110,25 +109,6 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The single safetensors file of a model directory, or the shards that its index names; ValueError for neither."""
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    index = directory / INDEX
-    if not index.is_file():
-        raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}; fetch the weights into it.")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index} has no weight_map from weights to files; fetch it again.")
-    files = [directory / name for name in sorted(set(shards.values()))]
-    for file in files:
-        if file.suffix != ".safetensors":
-            raise ValueError(f"{index} names {file.name!r}, which is no safetensors file; only those are read.")
-        if file.parent != directory or not file.is_file():
-            raise ValueError(f"{index} names {file.name!r}, which is not beside it; fetch the missing shard.")
-    return files
-
-
 def _read(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The expected tensors of one file; weights of heads are skipped, names and shapes checked before any is read."""
     try:
@@ -152,17 +132,6 @@ def _check(file: Path, name: str, shape: tuple[int, ...], kind: str, wanted: tup
         )
     if kind not in FLOATS:
         raise ValueError(f"{file}: {name} is stored as {kind}; only unquantised weights ({', '.join(FLOATS)}) load.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object; ValueError where it does not."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable JSON ({error}); fetch it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch it again.")
-    return values
 
 
 def _first(names: Iterable[str]) -> str:

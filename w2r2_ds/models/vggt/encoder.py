@@ -1,0 +1,106 @@
+"""VGGT as a geometry encoder: patch tokens of some of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w2r2_ds.config.schema import GeometryConfig
+from w2r2_ds.models.flops import products
+from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
+from w2r2_ds.models.vggt.loading import HEADS, load_vggt, locate, read_config
+from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.models.weights_hash import tensors_digest
+from w2r2_ds.types.geometry import GeometrySpec
+from w2r2_ds.utils.safetensors_io import weight_files
+
+REFERENCE_FRAMES = ("first", "last")
+
+
+@register_geometry_encoder
+class VGGTEncoder(GeometryEncoder):
+    """Patch tokens of some layers of a frozen VGGT.
+
+    Args:
+        vggt: is put into eval mode and frozen.
+        layers: absolute indices, ``0 .. depth - 1``.
+        reference_frame: ``"first"``, or ``"last"``: VGGT gets the frames in reverse order, and the features are
+            returned in the order of the input.
+
+    Raises:
+        ValueError: a layer or the reference frame does not exist.
+    """
+
+    name = "vggt"
+
+    def __init__(self, vggt: VGGT, layers: Sequence[int], reference_frame: str = "first") -> None:
+        if reference_frame not in REFERENCE_FRAMES:
+            raise ValueError(f"reference_frame is {reference_frame!r}; it is one of {', '.join(REFERENCE_FRAMES)}.")
+        self.spec = spec_of(vggt.config, layers)
+        self.vggt = vggt.eval().requires_grad_(False)
+        self.layers = tuple(layers)
+        self.reference_frame = reference_frame
+
+    @classmethod
+    def read_spec(cls, config: GeometryConfig) -> GeometrySpec:
+        return spec_of(read_config(locate(config.path)), config.layers)
+
+    @classmethod
+    def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
+        folder = locate(config.path)
+        weights = tensors_digest(weight_files(folder), lambda name: not name.startswith(HEADS))
+        return {"config": read_config(folder).to_dict(), "weights": weights}
+
+    @classmethod
+    def load(cls, config: GeometryConfig, dtype: torch.dtype, device: torch.device) -> VGGTEncoder:
+        encoder = cls(load_vggt(config.path), config.layers, config.reference_frame)
+        encoder.vggt.to(device, dtype)
+        return encoder
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """As `GeometryEncoder.encode`, in the dtype of the weights.
+
+        Raises:
+            ValueError: images of a wrong shape, or of a size that is no multiple of the patch size.
+        """
+        if images.dim() != 4:
+            raise ValueError(f"VGGT: images have shape {tuple(images.shape)}; give [frames, 3, height, width].")
+        config, aggregator = self.vggt.config, self.vggt.aggregator
+        images = images.to(aggregator.camera_token.device)
+        backwards = self.reference_frame == "last"  # VGGT itself takes frame 0 as the reference
+        by_layer = aggregator((images.flip(0) if backwards else images)[None], self.layers)
+        tokens = torch.cat([by_layer[layer][0] for layer in self.layers], dim=-1)
+        rows, _ = self.spec.grid(*images.shape[-2:])
+        grid = tokens[:, config.special_tokens :].unflatten(1, (rows, -1))
+        return grid.flip(0) if backwards else grid
+
+    def flops(self, frames: int, height: int, width: int) -> float:
+        """FLOPs of the ViT and of the blocks up to the deepest selected layer."""
+        config, aggregator = self.vggt.config, self.vggt.aggregator
+        rows, columns = self.spec.grid(height, width)
+        patches = rows * columns
+        # The ViT has as many tokens: its class token in place of the camera token.
+        tokens, per_pair = patches + config.special_tokens, 4 * config.embed_dim
+        frame_block = products(aggregator.frame_blocks[0], frames * tokens).forward + per_pair * frames * tokens**2
+        global_block = frame_block + per_pair * ((frames * tokens) ** 2 - frames * tokens**2)
+        blocks = (max(self.layers) + 1) * (frame_block + global_block)
+        if config.patch_embed == "conv":
+            return blocks + products(aggregator.patch_embed, frames * patches).forward
+        vit: Any = aggregator.patch_embed
+        vit_block = products(vit.blocks[0], frames * tokens).forward + per_pair * frames * tokens**2
+        return blocks + products(vit.patch_embed, frames * patches).forward + config.vit_depth * vit_block
+
+
+def spec_of(config: VGGTConfig, layers: Sequence[int]) -> GeometrySpec:
+    """Sizes of some layers: a layer has the channels of its frame block and of its global block.
+
+    Raises:
+        ValueError: there are no layers, or one does not exist.
+    """
+    if not layers or not all(0 <= layer < config.depth for layer in layers):
+        raise ValueError(f"model.geometry.layers is {list(layers)}; this VGGT has layers 0 to {config.depth - 1}.")
+    return GeometrySpec(config.patch_size, 2 * config.embed_dim * len(layers))
