@@ -261,6 +261,14 @@ def test_encoder_gives_the_patch_tokens_of_its_layer_as_a_grid(vggt: VGGT, image
     assert torch.equal(features.flatten(1, 2), tokens)
 
 
+def test_features_of_several_layers_are_those_of_each_concatenated(vggt: VGGT, images: torch.Tensor) -> None:
+    both, deep, shallow = (VGGTEncoder(vggt, layers) for layers in ([2, 0], [2], [0]))
+    expected = torch.cat([deep.encode(images[0]), shallow.encode(images[0])], dim=-1)
+    assert torch.equal(both.encode(images[0]), expected)
+    assert both.spec.feature_dim == 2 * deep.spec.feature_dim == expected.shape[-1]
+    assert both.flops(3, 28, 42) == deep.flops(3, 28, 42) > shallow.flops(3, 28, 42)
+
+
 def test_encoder_freezes_its_vggt(vggt: VGGT, images: torch.Tensor) -> None:
     encoder = VGGTEncoder(vggt.train(), layers=[1])
     assert not encoder.encode(images[0].requires_grad_()).requires_grad
