@@ -194,14 +194,18 @@ class Tokenizer:
 def test_tokenizer_without_vision_tokens(frontend: Any, data_config: Any, samples: list[Any], token: str) -> None:
     tokenizer = Tokenizer(frontend.tokenizer, CHAT_TEMPLATE.replace("<|image_pad|>", token))
     with pytest.raises(ValueError, match="made 0 visual placeholders for 4 images"):
-        Processor(tokenizer, frontend.family, frontend.vision, frontend.geometry, data_config())(samples[0], with_answer=True)
+        Processor(tokenizer, frontend.family, frontend.vision, frontend.geometry, data_config())(
+            samples[0], with_answer=True
+        )
 
 
 @pytest.mark.parametrize("rewrite", ["part['text'] | trim", "part['text'] | e", "part['text'] | lower", "'?'"])
 def test_template_that_changes_the_question(frontend: Any, data_config: Any, samples: list[Any], rewrite: str) -> None:
     template = CHAT_TEMPLATE.replace("{{- part['text'] -}}", "{{- " + rewrite + " -}}")
     assert template != CHAT_TEMPLATE
-    processor = Processor(Tokenizer(frontend.tokenizer, template), frontend.family, frontend.vision, frontend.geometry, data_config())
+    processor = Processor(
+        Tokenizer(frontend.tokenizer, template), frontend.family, frontend.vision, frontend.geometry, data_config()
+    )
     with pytest.raises(ValueError, match=r"Sample four: the tokenizer's chat template changes the question 'Localize"):
         processor(samples[0], with_answer=True)
 
@@ -211,9 +215,13 @@ def test_tokenizer_without_offsets(frontend: Any, data_config: Any) -> None:
         is_fast = False
 
     with pytest.raises(ValueError, match=r"Slow gives no character offsets, .* add the tokenizer\.json"):
-        Processor(Slow(frontend.tokenizer, CHAT_TEMPLATE), frontend.family, frontend.vision, frontend.geometry, data_config())
+        Processor(
+            Slow(frontend.tokenizer, CHAT_TEMPLATE), frontend.family, frontend.vision, frontend.geometry, data_config()
+        )
 
 
 def test_tokenizer_without_chat_template(frontend: Any, data_config: Any) -> None:
     with pytest.raises(ValueError, match="no chat template"):
-        Processor(Tokenizer(frontend.tokenizer, None), frontend.family, frontend.vision, frontend.geometry, data_config())
+        Processor(
+            Tokenizer(frontend.tokenizer, None), frontend.family, frontend.vision, frontend.geometry, data_config()
+        )

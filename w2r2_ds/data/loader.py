@@ -109,9 +109,7 @@ class ReraisingDataLoader(DataLoader[Any], Generic[T]):
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
     """The processor of a VLM for a data configuration."""
-    return Processor(
-        frontend.tokenizer, frontend.family, frontend.vision, frontend.geometry, config, frontend.cache
-    )
+    return Processor(frontend.tokenizer, frontend.family, frontend.vision, frontend.geometry, config, frontend.cache)
 
 
 def make_positions(frontend: VlmFrontend, config: DataConfig) -> Positions:
