@@ -1,4 +1,4 @@
-"""`GeometryEncoder`: frames of one scene -> a grid of features per frame; registered by name.
+"""`GeometryEncoder`: frames of one scene -> a grid of features per frame, and the registry of encoders.
 
 The encoders of this package are imported on first use. Those of users are registered by ``--plugin FILE``.
 """
