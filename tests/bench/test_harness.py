@@ -64,6 +64,7 @@ def allocate(mib: int) -> dict[str, int]:
     return {"bytes": peak_bytes(run)}
 
 
+@pytest.mark.distributed
 def test_memory_is_that_of_the_call_alone() -> None:
     # Resident pages of the allocation, and what the first sum loads.
     assert 96 <= in_fresh_process(allocate, 96)["bytes"] / MIB < 128

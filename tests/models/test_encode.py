@@ -272,6 +272,7 @@ def test_the_geometry_swap_neither_reads_nor_keeps_anything(
     assert features.cached_3d is None and features.cached_2d is None
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_served_and_a_swap_is_not(
     samples: list[Any],
     frontend: VlmFrontend,

@@ -215,6 +215,7 @@ def test_gradient_of_overlap_matches_finite_differences(batch_of: Any, samples: 
     assert torch.autograd.gradcheck(overlap, (logits,), eps=1e-6, atol=1e-6, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_ascent_finds_the_box(batch_of: Any, samples: list[Any], tables: Any) -> None:
     """From digits that hardly know the label, and no overlap, GIoU alone leads to one."""
     batch = batch_of(samples[:1])

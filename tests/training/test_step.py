@@ -211,6 +211,7 @@ def test_geometry_is_heard_by_the_fused_pass_only(step: W2R2Step, batch_of: Any,
     assert not torch.allclose(*fused)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("push", PUSH_TERMS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gradient_checkpointing_changes_nothing(
@@ -269,6 +270,7 @@ def test_a_sample_whose_answer_is_masked_says_nothing(
     torch.testing.assert_close(stats[0], step(batch_of(samples[:1]))[1][0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("push", PUSH_TERMS)
 def test_mixed_tasks_are_the_tasks_alone(
     make_step: Callable[..., W2R2Step],

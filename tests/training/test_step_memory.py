@@ -88,6 +88,7 @@ def test_the_tracker_counts_what_lives() -> None:
     assert living.most == 4000 and living.now == 2000 and len(second) == 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_shortcut_adds_at_most_a_twentieth(
     deep: dict[int, Any], frontend: Any, batch_of: Any, samples: list[Any], checkpointing: bool

@@ -234,6 +234,7 @@ def test_files_of_others_are_kept(scenes: Path) -> None:
     assert (scenes / "out" / "mine.parquet").is_file()
 
 
+@pytest.mark.distributed
 def test_two_processes_write_the_same_bytes(rooms: Written, tmp_path: Path) -> None:
     one = prepare(rooms.root, DEPTH, tmp_path / "one", workers=1, quiet=True)
     two = prepare(rooms.root, DEPTH, tmp_path / "two", workers=2, quiet=True)

@@ -40,6 +40,7 @@ def digests(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.distributed
 def test_same_seed_same_bytes_in_any_number_of_processes(rooms: Written, tmp_path: Path) -> None:
     again = write_dataset(tmp_path / "again", 7, 2, 1, (160, 120), 12, workers=2)
     assert not again.reused

@@ -70,6 +70,7 @@ def test_a_cut_or_missing_file_is_found_by_name_and_size(tmp_path: Path, name: s
     assert f"{path / name} cannot be read" in str(verify(path, deep=False))
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
     path = saved(tmp_path, 30)
     whole = (path / MANIFEST).read_bytes()
