@@ -1,6 +1,6 @@
 """Print the cost model's tables of docs/research/cost-model.md: ``python docs/scripts/cost_model.py``.
 
-Operations are counted from the architectures' shapes alone (w2r2_ds/bench/cost_model.py); nothing here was measured.
+FLOPs are counted from the shapes of the architectures (w2r2_ds/bench/cost_model.py); nothing here was measured.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MODES = {
     "LoRA": Mode(full=False, checkpointing=False),
 }
 SQUARE: dict[str, tuple[int, int]] = {"frame_size": (518, 518), "grid": (32, 32)}
-"""Frames of 518 x 518 for VGGT, of 448 x 448 for the VLM: 256 tokens; else 518 x 392 and 252, as in VG-LLM."""
+"""518 x 518 pixels for VGGT and 448 x 448 for the VLM: 256 tokens. The default is 518 x 392 and 252, as in VG-LLM."""
 QUESTIONS = (1, 2, 4, 8, 16)
 FP8 = 0.6
-"""Assumed cost of a forward pass in FP8, of one in bfloat16."""
-KNOBS: dict[str, tuple[float, float]] = {
+"""Assumed cost of a forward pass in FP8 relative to bfloat16."""
+APPROXIMATIONS: dict[str, tuple[float, float]] = {
     "exact": (1.0, 1.0),
     "FP8 shortcut": (1.0, FP8),
     "half of the frames": (0.5, 1.0),
@@ -32,7 +32,7 @@ KNOBS: dict[str, tuple[float, float]] = {
     "every second step": (1.0, 0.5),
     "every fourth step": (1.0, 0.25),
 }
-"""What would be approximate -> share of the frames that the shortcut sees, cost of one of its operations."""
+"""Approximation of the shortcut pass -> share of its frames, relative cost of one of its operations."""
 
 Row = list[str]
 
@@ -43,32 +43,32 @@ def square(shape: Shape, frames: int) -> Shape:
 
 
 def parts() -> tuple[Row, list[Row]]:
-    """Operations of every part, in Tflop per sample."""
+    """FLOPs of every part, in Tflop per sample."""
     rows = []
     for name, size in SIZES.items():
         for frames in (8, 16, 32):
             shape = square(size, frames)
-            whole, read = cost_model.language(shape), cost_model.language(shape, shape.answer_tokens)
-            own = cost_model.baseline_step(shape, MODES["LoRA, checkpointed"])
-            values = (own.vision, own.geometry, whole.linear + whole.attention, whole.head, read.forward())
+            full, answers = cost_model.language(shape), cost_model.language(shape, shape.answer_tokens)
+            step = cost_model.baseline_step(shape, MODES["LoRA, checkpointed"])
+            values = (step.vision, step.geometry, full.linear + full.attention, full.head, answers.forward())
             rows.append([name, str(frames), str(shape.tokens), *(f"{value / TERA:.1f}" for value in values)])
-    head = ["size", "frames", "tokens", "vision tower", "VGGT", "LLM forward", "head, all rows", "shortcut forward"]
-    return head, rows
+    head = ["size", "frames", "tokens", "vision tower", "VGGT", "LLM forward", "head, all positions"]
+    return [*head, "shortcut forward"], rows
 
 
-def ways(shape: Shape, mode: Mode) -> dict[str, float]:
-    """Operations of a step by every way, in Tflop per sample."""
-    own, alone = cost_model.own_step(shape, mode), cost_model.own_step(shape, mode, two_passes=False)
+def variants(shape: Shape, mode: Mode) -> dict[str, float]:
+    """FLOPs of a step by variant, in Tflop per sample."""
+    own, single = cost_model.own_step(shape, mode), cost_model.own_step(shape, mode, two_passes=False)
     found = {
-        "field": cost_model.baseline_step(shape, mode).total(),
+        "baseline": cost_model.baseline_step(shape, mode).total(),
         "naive": cost_model.naive_step(shape, mode).total(),
         "shared": cost_model.shared_step(shape, mode).total(),
         "exact": own.total(),
         "geometry": own.total(geometry=False),
         "both": own.total(geometry=False, vision=False),
-        "single": alone.total(),
-        "single, geometry": alone.total(geometry=False),
-        "single, both": alone.total(geometry=False, vision=False),
+        "single": single.total(),
+        "single, geometry": single.total(geometry=False),
+        "single, both": single.total(geometry=False, vision=False),
     }
     return {name: value / TERA for name, value in found.items()}
 
@@ -79,16 +79,16 @@ def ratios() -> tuple[Row, list[Row]]:
     for name, size in SIZES.items():
         for mode_name, mode in MODES.items():
             for frames in (8, 16, 32):
-                way = ways(square(size, frames), mode)
-                against_field = [way[key] / way["field"] for key in ("naive", "shared", "exact", "geometry", "both")]
-                against_own = [
-                    way[key] / way[own]
+                step = variants(square(size, frames), mode)
+                to_baseline = [step[key] / step["baseline"] for key in ("naive", "shared", "exact", "geometry", "both")]
+                to_single = [
+                    step[key] / step[own]
                     for key, own in (("exact", "single"), ("geometry", "single, geometry"), ("both", "single, both"))
                 ]
-                numbers = [f"{value:.2f}" for value in against_field + against_own]
-                rows.append([name, str(frames), mode_name, f"{way['field']:.0f}", *numbers])
+                numbers = [f"{value:.2f}" for value in to_baseline + to_single]
+                rows.append([name, str(frames), mode_name, f"{step['baseline']:.0f}", *numbers])
     head = ["size", "frames", "training", "baseline, Tflop", "naive", "shared features", "exact", "geometry cached"]
-    return [*head, "both cached", "exact / own", "geometry cached / own", "both cached / own"], rows
+    return [*head, "both cached", "exact / single", "geometry cached / single", "both cached / single"], rows
 
 
 def packed() -> tuple[Row, list[Row]]:
@@ -97,33 +97,33 @@ def packed() -> tuple[Row, list[Row]]:
     for name, size in SIZES.items():
         for mode_name in ("full, checkpointed", "LoRA, checkpointed"):
             shape, mode = replace(size, frames=24), MODES[mode_name]
-            field = cost_model.baseline_step(shape, mode).total()
+            baseline = cost_model.baseline_step(shape, mode).total()
             steps = [cost_model.own_step(shape, mode, count).total(geometry=False, vision=False) for count in QUESTIONS]
             steps.append(cost_model.own_step(shape, mode, 8).total())
-            cells = [f"{value / TERA:.0f} ({value / field:.2f}x)" for value in steps]
-            rows.append([name, mode_name, f"{field / TERA:.0f}", *cells])
+            cells = [f"{value / TERA:.0f} ({value / baseline:.2f}x)" for value in steps]
+            rows.append([name, mode_name, f"{baseline / TERA:.0f}", *cells])
     head = ["size", "training", "baseline", *(f"K = {count}, cached" for count in QUESTIONS), "K = 8, no cache"]
     return head, rows
 
 
 def approximate() -> tuple[Row, list[Row]]:
-    """What an approximate shortcut would cost, against our own single pass; 24 frames, geometry cached."""
+    """Predicted cost of an approximate shortcut relative to our own single pass; 24 frames, geometry cached."""
     rows = []
-    for knob, (share, cost) in KNOBS.items():
+    for name, (share, cost) in APPROXIMATIONS.items():
         cells = []
-        for name in ("LoRA, checkpointed", "full, checkpointed"):
-            shape, mode = replace(QWEN_7B, frames=24), MODES[name]
-            alone = cost_model.own_step(shape, mode, two_passes=False)
+        for mode_name in ("LoRA, checkpointed", "full, checkpointed"):
+            shape, mode = replace(QWEN_7B, frames=24), MODES[mode_name]
+            single = cost_model.own_step(shape, mode, two_passes=False)
             fewer = replace(shape, frames=round(shape.frames * share), prompt_tokens=shape.prompt_tokens)
             shortcut = cost_model.own_step(fewer, mode).shortcut * cost
-            both: Step = replace(alone, shortcut=shortcut)
-            cells.append(f"{both.total(geometry=False) / alone.total(geometry=False):.2f}")
-        rows.append([knob, *cells])
-    return ["7B", "LoRA, checkpointed / own", "full, checkpointed / own"], rows
+            both: Step = replace(single, shortcut=shortcut)
+            cells.append(f"{both.total(geometry=False) / single.total(geometry=False):.2f}")
+        rows.append([name, *cells])
+    return ["7B", "LoRA, checkpointed / single", "full, checkpointed / single"], rows
 
 
 def markdown(table: tuple[Row, list[Row]]) -> str:
-    """A table in Markdown, as in docs/research/cost-model.md."""
+    """A Markdown table, as in docs/research/cost-model.md."""
     head, rows = table
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -133,7 +133,7 @@ TABLES = {
     "Operations per sample, Tflop (square frames)": parts,
     "A step relative to the HF Trainer baseline and to our own single pass (square frames)": ratios,
     "Scene packing, Tflop per sample (24 frames of 518 x 392)": packed,
-    "What an approximate shortcut would give": approximate,
+    "Approximate shortcut (predicted)": approximate,
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Print the tables of docs/research/measurements.md from docs/measured/: ``python docs/scripts/measured.py``.
 
-A file there is what ``python launchers/bench.py NAME --json docs/measured/NAME.json`` wrote.
+``python launchers/bench.py NAME --json docs/measured/NAME.json`` writes a file there.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from w2r2_ds.bench.report import cell
 
 FOLDER = Path(__file__).parents[1] / "measured"
 HIDDEN = {"q1", "q3", "runs", "shape", "operations"}
-"""Columns that are shown otherwise or are the same in every row."""
+"""Columns that are part of another cell or the same in every row."""
 MACHINE = ("load", "threads", "processor", "gpu", "torch", "transformers", "peft", "deepspeed", "triton", "python")
 
 
 def read() -> list[dict[str, Any]]:
-    """Every report that was kept, in the order of the benchmarks."""
+    """All saved reports, in the order of the benchmarks."""
     paths = [FOLDER / f"{name}.json" for name in BENCHMARKS]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def section(report: dict[str, Any]) -> str:
-    """One benchmark as Markdown."""
+    """Markdown section of a report."""
     machine = report["machine"]
     facts = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
     where = f"{machine['processors']} processors, {machine['memory_gib']:.0f} GiB; {facts}."
@@ -40,15 +40,15 @@ def section(report: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The rows; quartiles stand behind their median."""
-    rows = [shown(row) for row in report["rows"]]
+    """Markdown table of the rows, with quartiles after the median."""
+    rows = [cells_of(row) for row in report["rows"]]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row's cells as text."""
+def cells_of(row: dict[str, Any]) -> dict[str, str]:
+    """Column -> text of a row's cells."""
     cells = {key: cell(value) for key, value in row.items() if key not in HIDDEN}
     if "q1" in row:
         cells["seconds"] += f" ({cell(row['q1'])} .. {cell(row['q3'])})"

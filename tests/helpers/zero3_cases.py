@@ -18,7 +18,7 @@ from typing import Any
 
 from objectives import objective_config
 from two_pass_tools import unfreeze
-from w2r2_ds.bench.zero3_gathers import counting, fused_alone
+from w2r2_ds.bench.zero3_gathers import count_gathers, fused_pass_only
 
 CASE_LIMIT = 180
 """Seconds; a hang of two ranks is an error. An idle machine needs 2 s, but it may be busy."""
@@ -145,7 +145,7 @@ def whole_gradients(case: Case, config: Any, frontend: Any, samples: dict[str, A
     # Whole and without checkpointing, whatever the case does.
     step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
     if case.pass_order == "single":
-        step.two_pass = functools.partial(fused_alone, model)
+        step.two_pass = functools.partial(fused_pass_only, model)
     stats = []
     for rank in range(len(case.ranks)):
         for batch in batches_of(case, rank, samples, frontend, config):
@@ -224,7 +224,7 @@ def sharded_gradients(
         unfreeze(model)
     engine = make_engine(model, frontend, config, ds_config, device)
     if case.pass_order == "single":
-        engine.module.two_pass = functools.partial(fused_alone, model)
+        engine.module.two_pass = functools.partial(fused_pass_only, model)
     del keep_alive
     batches = batches_of(case, dist.get_rank(), samples, frontend, config)
     scale = len(batches) * world / count(case)
@@ -232,7 +232,7 @@ def sharded_gradients(
         say(f"step {step} of {case.name}")
         stats = []
         for index, batch in enumerate(batches):
-            with counting(model.base.model.language_model) as counts:
+            with count_gathers(model.base.model.language_model) as counts:
                 loss, sample_stats = engine(batch)
                 engine.backward(loss * scale)
             stats.append(sample_stats)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from objectives import objective_config
-from w2r2_ds.bench.zero3_gathers import fused_alone
+from w2r2_ds.bench.zero3_gathers import fused_pass_only
 from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
@@ -73,7 +73,7 @@ def peak(
     if checkpointing:
         recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
     if pass_order == "single":
-        step.two_pass = functools.partial(fused_alone, model)
+        step.two_pass = functools.partial(fused_pass_only, model)
     step(batch)[0].backward()  # gradients and lazily made buffers are there from now on
     with Living() as living:
         step(batch)[0].backward()

@@ -8,10 +8,10 @@ from typing import Any
 
 BENCHMARKS = {
     "baseline": "training step of Hugging Face's Trainer on stock Qwen2.5-VL",
-    "step_ratio": "training step of W2R2 relative to a single pass and to the baseline, with and without caches",
-    "scene_pack": "time per sample if K questions share the frames of one sequence",
-    "geometry_cache": "reading geometry features from the cache relative to computing them",
-    "zero3_bytes": "bytes that ZeRO-3 gathers in a step, by train.pass_order",
+    "step_time": "training step of W2R2 relative to a single pass and to the baseline, with and without caches",
+    "scene_packing": "time per sample if K questions share the frames of one sequence",
+    "feature_cache": "reading geometry features from the cache relative to computing them",
+    "zero3_gathers": "bytes that ZeRO-3 gathers per step, by train.pass_order",
     "kernels": "forward and backward of every kernel relative to PyTorch",
 }
 """Name -> description. Module NAME has a function NAME that returns a `Report`."""

@@ -1,4 +1,4 @@
-"""HF Trainer baseline: training steps of Hugging Face's Trainer on the stock model, the denominator of all ratios."""
+"""Training step of the HF Trainer baseline, the denominator of the ratios in the other benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LORA = cost_model.Mode()
 
 
 def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Report:
-    """Train by Hugging Face's Trainer: stock Qwen2.5-VL, logits on every row, all of VGGT in every step, PEFT LoRA.
+    """Train stock Qwen2.5-VL with PEFT LoRA by HF's Trainer: logits at all positions, all of VGGT in every step.
 
     Args:
         shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
@@ -29,8 +29,8 @@ def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 
         device = find_device()
         subject = build(each, device)
         trainer = BaselineTrainer(subject, subject.batch())
-        given = trainer.towers()
-        cases: dict[str, Case] = {"whole step": trainer.step, "without the towers": partial(trainer.step, given)}
+        towers = trainer.towers()
+        cases: dict[str, Case] = {"whole step": trainer.step, "without the towers": partial(trainer.step, towers)}
         warmups = 2 if device.type == "cuda" else 0
         spreads = interleave(cases, rounds, device, warmups)
         rate = matrix_rate(device, resolve_dtype(each.dtype)) if device.type == "cuda" else None
@@ -43,14 +43,14 @@ def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 
 def row(shape: Shape, name: str, spread: Spread, rate: float | None) -> dict[str, object]:
     """Table row: time and FLOP/s of one part; on a GPU also the language model's MFU."""
     whole = name == "whole step"
-    operations = cost_model.baseline_step(shape, LORA).total(geometry=whole, vision=whole)
+    tflop = cost_model.baseline_step(shape, LORA).total(geometry=whole, vision=whole) / cost_model.TERA
     values: dict[str, object] = {
         "part": name,
         "shape": f"{shape.name}, {shape.frames} frames",
         **spread.columns(),
         "tokens/s": shape.tokens / spread.median,
-        "Tflop": operations / cost_model.TERA,
-        "Tflop/s": operations / cost_model.TERA / spread.median,
+        "Tflop": tflop,
+        "Tflop/s": tflop / spread.median,
     }
     if rate is not None and not whole:
         values["MFU"] = cost_model.model_operations(shape, two_passes=False) / spread.median / rate

@@ -1,7 +1,7 @@
 """HF Trainer baseline: Hugging Face's Trainer on stock Qwen2.5-VL, logits at all positions, VGGT in every step.
 
-Follows VG-LLM (github.com/LaVi-Lab/VG-LLM): one pass per sample; all blocks of VGGT are computed and every layer's
-output is kept until the last but one is taken; the loss is over all positions. Weights are shared with the subject.
+Follows VG-LLM (github.com/LaVi-Lab/VG-LLM): one pass per sample, a loss over all positions, and all layers of VGGT are
+computed and kept although only the last but one is used. Weights are shared with the model under test.
 """
 
 from __future__ import annotations
@@ -19,50 +19,54 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from w2r2_ds.bench.harness import Lap, timed
-from w2r2_ds.bench.model import CroppedVGGT, Subject, optimizer_of
+from w2r2_ds.bench.model import CroppedVGGT, Subject, make_optimizer
 from w2r2_ds.bench.shapes import IGNORED
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
 
 
 @contextmanager
-def stock(model: W2R2) -> Iterator[None]:
-    """Disable the fused kernels in the block: every module of the VLM and the merger uses the forward of its class.
+def stock_forwards(model: W2R2) -> Iterator[None]:
+    """Disable fused kernels in the block: every module of the VLM uses the forward of its class.
 
-    Activations are recomputed as the Trainer's `gradient_checkpointing` has it done: in every layer, by transformers.
+    Activation checkpointing is that of the Trainer's option `gradient_checkpointing`: transformers recomputes every
+    decoder layer.
     """
     text = model.family.language_model(model.base)
-    ours = [(module, module.__dict__.pop("forward")) for module in model.vlm.modules() if "forward" in module.__dict__]
-    for layer in text.layers:  # what transformers sets; the method's name is another in every few versions
-        layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
-            True,
-            partial(checkpoint, use_reentrant=False),
-        )
+    overridden = [module for module in model.vlm.modules() if "forward" in module.__dict__]
+    overrides = [(module, module.__dict__.pop("forward")) for module in overridden]
+    for layer in text.layers:
+        # The attributes that transformers sets; the name of its method changes between versions.
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     try:
         yield
     finally:
         for layer in text.layers:
             layer.gradient_checkpointing = False
-        for module, forward in ours:
+        for module, forward in overrides:
             module.forward = forward
 
 
-Towers = tuple[Any, Tensor]
-"""The vision tower's output and the geometry features of a sample."""
+TowerOutputs = tuple[Any, Tensor]
+"""Output of the vision tower and geometry features ``[frames, rows, columns, channels]`` of a sample."""
 
 
 class BaselineModel(nn.Module):
-    """VLM, VGGT and merger in one forward, as VG-LLM's model.
+    """VLM, VGGT and merger in one forward, as in VG-LLM.
 
     Args:
-        model: whose modules it shares.
+        model: the model whose modules are shared.
+
+    Attributes:
+        given: tower outputs to use instead of computing them.
     """
 
     def __init__(self, model: W2R2) -> None:
         super().__init__()
         self.vlm, self.geometry_merger = model.vlm, model.geometry_merger
-        object.__setattr__(self, "_model", model)  # of which only the towers are asked for
-        self.given: Towers | None = None
+        object.__setattr__(self, "_model", model)  # not a submodule: used for its towers only
+        self.given: TowerOutputs | None = None
 
     @property
     def encoder(self) -> CroppedVGGT:
@@ -72,12 +76,12 @@ class BaselineModel(nn.Module):
         return encoder
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor, geometry_images: Tensor, **rest: Any) -> Any:
-        """The stock output, with the loss where `labels` are given; `geometry_images` may have no frames."""
+        """Output of the stock VLM, with a loss if `labels` are given. Without `geometry_images` it is visual-only."""
         visual = self.fused(pixel_values, image_grid_thw, geometry_images)
         return self.vlm(mm_encoder_outputs={"image": visual}, image_grid_thw=image_grid_thw, use_cache=False, **rest)
 
     def fused(self, pixel_values: Tensor, grid: Tensor, geometry_images: Tensor) -> Any:
-        """The tower's output with the merged geometry added."""
+        """Output of the vision tower with the merged geometry added."""
         visual = self.visual(pixel_values, grid)
         if len(geometry_images):
             visual = copy.copy(visual)
@@ -86,7 +90,7 @@ class BaselineModel(nn.Module):
         return visual
 
     def visual(self, pixel_values: Tensor, grid: Tensor) -> Any:
-        """The frozen vision tower's output."""
+        """Output of the frozen vision tower."""
         if self.given:
             return self.given[0]
         base: Any = self.vlm.get_base_model()  # type: ignore[operator]
@@ -94,7 +98,7 @@ class BaselineModel(nn.Module):
 
     @torch.no_grad()
     def geometry(self, images: Tensor) -> Tensor:
-        """``[frames, rows, columns, channels]`` of the layer before the last; all of them are computed and kept."""
+        """Features ``[frames, rows, columns, channels]`` of the last but one layer; all layers are kept."""
         if self.given:
             return self.given[1]
         vggt = self.encoder.vggt
@@ -105,10 +109,10 @@ class BaselineModel(nn.Module):
 
 
 def stock_inputs(batch: Batch) -> dict[str, Tensor]:
-    """A batch of one sample with frames as the stock forward takes it; labels mark the answer."""
+    """Inputs of the stock forward from a batch of one sample with frames; labels mark the answer."""
     assert len(batch.ids) == 1, "one pass per sample"
     images = batch.visuals.geometry_images[0]
-    assert images is not None, "a batch without a cache"
+    assert images is not None, "the batch has images, not cached features"
     labels = torch.full_like(batch.input_ids, IGNORED)
     labels[0, batch.answer_positions.position + 1] = batch.answer_positions.label
     return {
@@ -123,7 +127,7 @@ def stock_inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 class StepTimer(TrainerCallback):
-    """Time of a step's forward, backward, clipping and update, without data loading."""
+    """Time of the forward, backward, clipping and update of a step, without data loading."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.lap, self.inside = device, Lap(), timed(Lap(), device)
@@ -140,8 +144,8 @@ class BaselineTrainer:
     """Steps of Hugging Face's Trainer on one sample.
 
     Args:
-        subject: whose model is trained.
-        batch: the sample.
+        subject: the model to train.
+        batch: a batch of one sample.
     """
 
     def __init__(self, subject: Subject, batch: Batch) -> None:
@@ -159,7 +163,7 @@ class BaselineTrainer:
             report_to=[],
             remove_unused_columns=False,
             disable_tqdm=True,
-            dataloader_pin_memory=False,  # the one sample is on the device already
+            dataloader_pin_memory=False,  # the sample is already on the device
             use_cpu=subject.device.type == "cpu",
         )
         self.trainer = Trainer(
@@ -167,21 +171,21 @@ class BaselineTrainer:
             args=arguments,
             data_collator=lambda items: dict(items[0]),
             train_dataset=[self.inputs],  # type: ignore[arg-type]
-            optimizers=(optimizer_of(subject.model), None),
+            optimizers=(make_optimizer(subject.model), None),
             callbacks=[self.timer],
         )
         self.trainer.remove_callback(PrinterCallback)
 
-    def step(self, given: Towers | None = None) -> Lap:
-        """Train one step and return its time; with `given` features, both towers are skipped."""
+    def step(self, given: TowerOutputs | None = None) -> Lap:
+        """Train one step and return its time; with `given` tower outputs, both towers are skipped."""
         self.timer.lap, self.model.given = Lap(), given
-        with stock(self.subject.model):
+        with stock_forwards(self.subject.model):
             self.trainer.train()
         return self.timer.lap
 
     @torch.no_grad()
-    def towers(self) -> Towers:
-        """Features of both towers for the sample."""
+    def towers(self) -> TowerOutputs:
+        """Outputs of both towers for the sample."""
         self.model.given = None
         visual = self.model.visual(self.inputs["pixel_values"], self.inputs["image_grid_thw"])
         return visual, self.model.geometry(self.inputs["geometry_images"])

@@ -1,6 +1,6 @@
-"""Subject of the benchmarks: the project's model, training step and batches with random weights and inputs.
+"""Model, training step and batches of the benchmarks, with random weights and inputs.
 
-Nothing here computes in another way than training does: `W2R2Step`, `Collator` and the stock classes do the work.
+Uses the classes of training (`W2R2Step`, `Collator`, the stock VLM), so that benchmarks measure the code that trains.
 """
 
 from __future__ import annotations
@@ -45,31 +45,39 @@ QUESTION = " find the chair"
 
 
 class CroppedVGGT(VGGTEncoder):
-    """VGGT whose features are cropped to the VLM's patches: columns and rows at the upper left of a frame."""
+    """VGGT that returns the features of the upper left part of every frame.
+
+    The benchmark shapes have fewer visual tokens than VGGT has patches; see `shapes.py`.
+
+    Args:
+        vggt: computes all patches of a frame.
+        layer: index of the layer to return.
+        grid: columns and rows of patches to return.
+    """
 
     def __init__(self, vggt: VGGT, layer: int, grid: tuple[int, int]) -> None:
         super().__init__(vggt, [layer])
         self.grid = grid
 
     def encode(self, images: Tensor) -> Tensor:
-        """``[frames, rows, columns, channels]``."""
+        """Features ``[frames, rows, columns, channels]`` of images ``[frames, 3, height, width]``."""
         return self.crop(super().encode(images))
 
     def crop(self, features: Tensor) -> Tensor:
-        """The part of ``[frames, h, w, channels]``."""
+        """The upper left part of ``[frames, h, w, channels]``."""
         columns, rows = self.grid
         return features[:, :rows, :columns]
 
 
 @dataclass
 class Subject:
-    """A model of some shape with all that a step needs.
+    """Model under test with the tokenizer that makes its batches.
 
     Attributes:
-        shape: its sizes.
-        model: LoRA on a random VLM, random merger and VGGT; LoRA pairs are not silent.
-        frontend: tokenizer, vision facts, positions.
-        device: where it computes.
+        shape: sizes of the model and of a sample.
+        model: LoRA on a random VLM, random merger and VGGT; the LoRA pairs have an effect (`lora_B` is not zero).
+        frontend: tokenizer and vision spec of the VLM.
+        device: device of the model and of batches.
     """
 
     shape: Shape
@@ -78,17 +86,17 @@ class Subject:
     device: torch.device
 
     def step(self, push: str = "margin", **objective: Any) -> W2R2Step:
-        """Training step with a push term; all steps share the model."""
+        """A training step with a push term. All steps share the model."""
         config = RunConfig(objective=ObjectiveConfig(push_term={"name": push}, **objective))
         tables = token_tables(self.frontend.tokenizer, self.shape.vocabulary).to(self.device)
         return W2R2Step(self.model, config, Scorer(tables, self.frontend.tokenizer, config.objective)).train()
 
     def batch(self, questions: int = 1, packed: bool = False) -> Batch:
-        """Questions about one set of frames, each a sequence; `packed`, all in one, with the frames once."""
+        """Questions about one set of frames: one sequence each, or packed into one sequence with the frames once."""
         return self._collate(self.features(questions), groups_by_frames if packed else None)
 
-    def alone(self, question: int) -> Batch:
-        """One of these questions."""
+    def single(self, question: int) -> Batch:
+        """Batch of the question with this index only."""
         return self._collate(self.features(question + 1)[question:], None)
 
     def _collate(self, features: list[Features], grouping: Grouping | None) -> Batch:
@@ -100,13 +108,13 @@ class Subject:
         return collate(features).to(self.device)
 
     def features(self, questions: int) -> list[Features]:
-        """What the processor makes of questions about one set of frames, here of noise."""
+        """Processed samples, as of `data/processor.py`: questions about one set of frames of noise."""
         shape, vision = self.shape, self.frontend.vision
         width, height = shape.frame_size
         noise = np.random.default_rng(SEED)
         images = noise.random((shape.frames, 3, height, width), dtype=np.float32)
-        seen = images[:, :, : shape.grid[1] * PATCH, : shape.grid[0] * PATCH]
-        pixel_values, grid_thw = self.frontend.family.pixel_values(np.ascontiguousarray(seen), vision, "image")
+        cropped = images[:, :, : shape.grid[1] * PATCH, : shape.grid[0] * PATCH]
+        pixel_values, grid_thw = self.frontend.family.pixel_values(np.ascontiguousarray(cropped), vision, "image")
         dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
         made = []
         for index in range(questions):
@@ -131,7 +139,7 @@ class Subject:
         return made
 
     def _tokens(self, question: int) -> tuple[Tensor, str]:
-        """Frames, each between its two marks, a question and an answer of just the shape's lengths."""
+        """Token ids ``[tokens]`` (frames with their start and end tokens, question, answer) and the answer as text."""
         shape, tokenizer, vision = self.shape, self.frontend.tokenizer, self.frontend.vision
         pads = [vision.image_token_id] * (shape.visual_tokens // shape.frames)
         end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
@@ -141,19 +149,19 @@ class Subject:
         asked = words[question % len(words) :][:length]
         answer, ids = answer_of(tokenizer, shape.answer_tokens - 1, question)
         ids = [*frames, *asked, *ids, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-        assert len(ids) == shape.tokens, "the shape says how many tokens there are"
+        assert len(ids) == shape.tokens, "a sample has as many tokens as the shape"
         return torch.tensor(ids), answer
 
     def _sample(self, index: int, answer: str) -> Sample:
         frames = self.shape.frames
         poses = np.tile(np.eye(4), (frames, 1, 1))
         target = Target(BOX, 1, "chair", "unique")
-        paths = tuple(f"frame{i}.jpg" for i in range(frames))  # of the bench: nothing reads them
+        paths = tuple(f"frame{i}.jpg" for i in range(frames))  # not read: the features are noise
         return Sample(f"bench|{index}", "scanrefer", "bench", paths, poses, QUESTION, answer, target)  # type: ignore[arg-type]
 
 
 def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
-    """A frame and nine box values whose text has so many tokens, with decimals here and there to fill it up."""
+    """A grounding answer of exactly `tokens` tokens (text, token ids); decimals fill up the length."""
     digits = np.random.default_rng(seed).integers(1, 10, 400)
     for extra in range(200):
         values = [str(digits[i]) for i in range(9)]
@@ -170,9 +178,9 @@ def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
 
 
 def build(shape: Shape, device: torch.device) -> Subject:
-    """A random model of a shape, checkpointed and trained as `training/deepspeed/engine.py` does it."""
+    """Build a model with random weights, with activation checkpointing as in `training/deepspeed/engine.py`."""
     dtype, kernels = resolve_dtype(shape.dtype), resolve_kernels("auto")  # type: ignore[arg-type]
-    frontend = build_front(shape)
+    frontend = build_frontend(shape)
     torch.manual_seed(SEED)
     with torch.device(device):
         torch.set_default_dtype(dtype)
@@ -197,8 +205,8 @@ def build(shape: Shape, device: torch.device) -> Subject:
     return Subject(shape, model, frontend, device)
 
 
-def build_front(shape: Shape) -> VlmFrontend:
-    """Tokenizer and facts of a shape's VLM; no weights."""
+def build_frontend(shape: Shape) -> VlmFrontend:
+    """Tokenizer, vision spec and meta model of a shape's VLM; no weights."""
     answers = [f'{{"frame": {i}, "bbox_3d": [{i}.0, 1, 2, 3, 4, 5, 6, 7, 8]}}' for i in range(9)]
     tokenizer = train_tokenizer([QUESTION * 2, *answers], 400)
     config = Qwen2_5_VLConfig(
@@ -259,13 +267,13 @@ def _vision_config(shape: Shape) -> dict[str, Any]:
     }
 
 
-def optimizer_of(model: W2R2) -> torch.optim.Optimizer:
-    """AdamW over what trains, at a rate that leaves the weights nearly as they are."""
+def make_optimizer(model: W2R2) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, with a learning rate that hardly changes them."""
     return torch.optim.AdamW(trainable(model).values(), lr=1e-7)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Backward, clipping and the optimizer's step, as the engine and the Trainer do."""
+    """Backward pass, gradient clipping and optimizer step, as the engine and the HF Trainer do."""
     loss.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -274,7 +282,7 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def describe(shape: Shape) -> str:
-    """The shape in a sentence."""
+    """One sentence about a shape, for the notes of a report."""
     vggt = shape.vggt
     return (
         f"{shape.name}: language model {shape.layers} layers of {shape.hidden} ({shape.heads}/{shape.kv_heads} heads, "

@@ -1,19 +1,116 @@
-"""Count the parameters that ZeRO-3 gathers, and a pass order without a visual-only pass for comparison."""
+"""Bytes that ZeRO-3 all-gathers per training step for each `train.pass_order`, and the wall-clock time of the step.
+
+``python -m w2r2_ds.bench.zero3_gathers SHAPE RESULT ROUNDS`` is one rank; `zero3_gathers` starts all of them.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from w2r2_ds.bench.feature_cache import CachedFeatures
+from w2r2_ds.bench.harness import Spread, find_device, ratio
+from w2r2_ds.bench.model import build
+from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.shapes import Shape, find_shapes
+from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.training.deepspeed.config import resolve_ds_config
+from w2r2_ds.training.deepspeed.launch import free_port
 from w2r2_ds.types.batch import Batch
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
+
+SINGLE = "single pass"
+PASS_ORDERS = (SINGLE, "sequential", "lockstep")
+STEPS = 3
+"""Steps until the gathers of the last one are counted: DeepSpeed records its trace in the first."""
+LAYERS_LIVE = 2
+"""Decoder layers that may be gathered at the same time."""
+
+
+def zero3_gathers(shape: str = "cpu", ranks: int = 2, rounds: int = 5) -> Report:
+    """Bytes gathered per training step, relative to the bytes of all sharded parameters, and wall-clock seconds.
+
+    Args:
+        shape: cpu or tiny; the features of both towers come from the cache.
+        ranks: number of processes on this machine.
+        rounds: number of timed steps per pass order, interleaved.
+    """
+    if rounds < 1:
+        raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
+    find_shapes(shape, [])
+    found = run_ranks(ranks, shape, rounds)
+    report = Report("zero3_gathers", f"gathers of ZeRO-3 per step, {ranks} ranks, LoRA, checkpointing", [])
+    spreads = {order: Spread(tuple(found[order]["seconds"])) for order in PASS_ORDERS}
+    for order in PASS_ORDERS:
+        each = found[order]
+        report.rows.append(
+            {
+                "pass_order": order,
+                "gathered_mib": each["bytes"] / 2**20,
+                "/parameters": each["bytes"] / found["parameters"],
+                "fewest per layer": min(each["gathers"]),
+                "most per layer": max(each["gathers"]),
+                **spreads[order].columns(),
+                "/single pass": ratio(spreads[order], spreads[SINGLE]),
+            }
+        )
+    report.criteria.append(
+        Criterion("bytes, lockstep / single pass", found["lockstep"]["bytes"] / found[SINGLE]["bytes"], 1.0)
+    )
+    report.notes.append(
+        "stage3_max_live_parameters holds two decoder layers here, as ds_configs/ do at real sizes. A model that fits "
+        "below it would be gathered only once. Seconds are wall-clock time, because ranks wait for each other."
+    )
+    return report
+
+
+def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
+    """Run this module in `ranks` processes and return the result of rank 0.
+
+    Raises:
+        RuntimeError: a rank failed; with the end of its output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_SIZE": str(ranks),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "w2r2_ds.bench.zero3_gathers", shape, str(result), str(rounds)]
+        processes = []
+        for rank in range(ranks):
+            with open(Path(folder) / f"{rank}.txt", "w") as log:
+                own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log))
+        failed = [rank for rank, process in enumerate(processes) if process.wait()]
+        if failed:
+            raise RuntimeError(f"rank {failed[0]} failed:\n" + (Path(folder) / f"{failed[0]}.txt").read_text()[-2000:])
+        answer: dict[str, Any] = json.loads(result.read_text())
+    return answer
 
 
 @dataclass
-class Counts:
+class GatherCounts:
     """Gathers of ZeRO-3.
 
     Attributes:
@@ -26,12 +123,12 @@ class Counts:
 
 
 @contextmanager
-def counting(language_model: Any) -> Iterator[Counts]:
+def count_gathers(language_model: nn.Module) -> Iterator[GatherCounts]:
     """Count the gathers that DeepSpeed starts in the block, by patching its registry of parameters in flight."""
-    from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry  # seconds
+    from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry  # takes seconds
 
-    names = {id(parameter): name for name, parameter in language_model.layers.named_parameters()}
-    counts, saved = Counts(dict.fromkeys(names.values(), 0)), InflightParamRegistry.__setitem__
+    names = {id(parameter): name for name, parameter in language_model.layers.named_parameters()}  # type: ignore[operator,union-attr]
+    counts, saved = GatherCounts(dict.fromkeys(names.values(), 0)), InflightParamRegistry.__setitem__
 
     def counted(self: Any, parameter: Any, handle: Any) -> None:
         counts.bytes += parameter.ds_numel * parameter.element_size()
@@ -46,7 +143,100 @@ def counting(language_model: Any) -> Iterator[Counts]:
         InflightParamRegistry.__setitem__ = saved
 
 
-def fused_alone(model: Any, batch: Batch, plain: Any, fused: Any, with_what: bool) -> tuple[Tensor, Tensor]:
-    """Pass order with the fused pass only; its states replace those of the visual-only pass."""
+def fused_pass_only(
+    model: W2R2, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+) -> tuple[Tensor, Tensor]:
+    """A pass order without the shortcut pass: its states are replaced by those of the fused pass."""
     states = model.hidden(batch, fused, with_what)
     return states.detach(), states
+
+
+class Engine:
+    """A DeepSpeed engine under ZeRO-3 with one pass order, on a batch with cached features.
+
+    Attributes:
+        size: bytes of all sharded parameters.
+    """
+
+    def __init__(self, shape: Shape, order: str) -> None:
+        from w2r2_ds.training.deepspeed.engine import make_engine  # imports deepspeed, which takes seconds
+
+        subject = build(shape, find_device())
+        fresh, world = subject.batch(), dist.get_world_size()
+        self.batch = CachedFeatures(subject.model, fresh).into(fresh, both=True)
+        self.language_model = subject.model.family.language_model(subject.model.base)
+        pass_order: Any = "sequential" if order == SINGLE else order
+        train = TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10, pass_order=pass_order)
+        ds_config = resolve_ds_config(
+            zero3_json(self.language_model),
+            path=__file__,
+            global_batch=world,
+            micro_batch=1,
+            world_size=world,
+            bf16=False,
+        )
+        config = RunConfig(objective=ObjectiveConfig(), train=train)
+        self.engine = make_engine(subject.model, subject.frontend, config, ds_config, subject.device)
+        if order == SINGLE:
+            self.engine.module.two_pass = functools.partial(fused_pass_only, subject.model)
+        self.size = sum(each.ds_numel * each.element_size() for each in self.engine.module.parameters())
+
+    def count(self) -> GatherCounts:
+        """Run the first steps and count the gathers of the last of them."""
+        for _ in range(STEPS):
+            with count_gathers(self.language_model) as counts:
+                self.step()
+        return counts
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.engine.backward(self.engine(self.batch)[0])
+        self.engine.step()
+
+
+def zero3_json(language_model: Any) -> dict[str, Any]:
+    """A DeepSpeed JSON that keeps at most two decoder layers gathered, as ds_configs/ do for large models."""
+    layer = sum(parameter.numel() for parameter in language_model.layers[0].parameters())
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": LAYERS_LIVE * layer,
+        "stage3_max_reuse_distance": LAYERS_LIVE * layer,
+        "stage3_prefetch_bucket_size": layer // 2,
+    }
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {name: "auto" for name in sizes} | {"zero_optimization": zero, "bf16": {"enabled": "auto"}}
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Count the gathers of every pass order, then time its steps. Every pass order has its own model."""
+    engines = {order: Engine(shape, order) for order in PASS_ORDERS}
+    found: dict[str, Any] = {}
+    for order, engine in engines.items():
+        counts = engine.count()
+        found["parameters"] = engine.size
+        found[order] = {"bytes": counts.bytes, "gathers": sorted(set(counts.layers.values())), "seconds": []}
+    for turn in range(rounds):
+        # Interleaved and in alternating order, so that a slowdown of the machine affects all pass orders alike.
+        for order in PASS_ORDERS if turn % 2 == 0 else reversed(PASS_ORDERS):
+            dist.barrier()
+            began = time.perf_counter()
+            engines[order].step()
+            dist.barrier()
+            found[order]["seconds"].append(time.perf_counter() - began)
+    return found
+
+
+def main(shape: str, result: Path, rounds: int) -> None:
+    """Run one rank; rank 0 writes the result."""
+    import deepspeed
+
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
+    measured = measure(find_shapes(shape, [])[0], rounds)
+    if dist.get_rank() == 0:
+        result.write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

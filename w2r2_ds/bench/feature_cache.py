@@ -1,0 +1,192 @@
+"""Time to read geometry features from the feature cache relative to computing them; checks that both are bit-equal."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from w2r2_ds.bench.harness import Case, discard, find_device, interleave, ratio
+from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.shapes import PATCH, Shape, find_shapes
+from w2r2_ds.data.images import load_frame, resize_frames
+from w2r2_ds.features.key import features_key
+from w2r2_ds.features.lookup import Cached, FeatureCache, flush
+from w2r2_ds.features.store import Cache
+from w2r2_ds.kernels.select import resolve_dtype
+from w2r2_ds.models.vggt.encoder import VGGTEncoder
+from w2r2_ds.models.vggt.model import VGGT
+from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.types.batch import Batch, moved
+from w2r2_ds.utils import atomic_io
+
+COMPUTE, READ, DECODE = "VGGT", "read and verify checksum", "decode and resize, which a cache hit skips too"
+HASH, WRITE = "hash the frames, once per process", "write and fsync, once"
+FRAME_SIZE = (640, 480)
+"""Width and height of a JPEG frame in pixels."""
+MAX_RATIO = 0.05
+"""Maximum time of a read relative to VGGT."""
+CACHE_BYTES = 2**40
+"""Size limit of the cache, more than any case needs."""
+
+
+def feature_cache(
+    shape: str = "cpu", frames: list[int] | None = None, rounds: int = 5, folder: Path | None = None
+) -> Report:
+    """Seconds per set of frames: computing the features, and every operation of the cache.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (VGGT-1B with random weights).
+        frames: numbers of frames per set; default: the shape's own.
+        rounds: number of runs per case, interleaved.
+        folder: a folder on the disk to measure; default: the system's folder for temporary files. What was just written
+            is read from the page cache.
+    """
+    report = Report("feature_cache", "seconds per set of frames, CPU time unless VGGT runs on a GPU", [])
+    for each in find_shapes(shape, frames or []):
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            measure(each, rounds, Path(temporary), report)
+    return report
+
+
+@dataclass
+class FrameSet:
+    """Frames on disk and the cache of their features; every method is one timed operation."""
+
+    paths: list[Path]
+    width: int
+    lookup: FeatureCache
+
+    def decode(self) -> Tensor:
+        """Decode and resize the frames: ``[frames, 3, height, width]``."""
+        return torch.from_numpy(resize_frames([load_frame(path) for path in self.paths], self.width, PATCH))
+
+    def read(self) -> Cached:
+        """Look up the features, as the data loader does."""
+        return self.lookup.find_3d(self.paths)
+
+    def write(self, features: Tensor) -> None:
+        """Write the features to a new file."""
+        key = features_key(self.lookup.geometry, self.paths)
+        self.lookup.cache.path(key).unlink(missing_ok=True)
+        assert self.lookup.cache.write(key, features, {}), "the cache is below its size limit"
+
+    def hash(self) -> None:
+        """Hash the frames, as every process does once for the cache keys."""
+        for path in self.paths:
+            atomic_io.digest(path)
+
+
+def measure(shape: Shape, rounds: int, folder: Path, report: Report) -> None:
+    """Add one shape's rows and criteria to the report."""
+    device, dtype = find_device(), resolve_dtype(shape.dtype)  # type: ignore[arg-type]
+    encoder = build_encoder(shape, device, dtype)
+    paths = write_frames(folder, shape.frames, FRAME_SIZE)
+    frames = FrameSet(paths, shape.frame_size[0], FeatureCache(Cache(folder / "cache", CACHE_BYTES), "bench"))
+    images = frames.decode().to(device)
+    features = encoder.encode(images).cpu()
+    frames.write(features)
+    cases: dict[str, Case] = {
+        COMPUTE: discard(partial(encoder.encode, images)),
+        READ: discard(frames.read),
+        DECODE: discard(frames.decode),
+        HASH: discard(frames.hash),
+        WRITE: discard(partial(frames.write, features)),
+    }
+    spreads = interleave(cases, rounds, device, warmups=1)
+    mib = features.nbytes / 2**20
+    for name, spread in spreads.items():
+        transfers = name in (READ, WRITE)
+        report.rows.append(
+            {
+                "operation": name,
+                "shape": f"{shape.name}, {shape.frames} frames, {shape.dtype}",
+                "mib": mib if transfers else None,
+                **spread.columns(),
+                "mib/s": mib / spread.median if transfers else None,
+                "/VGGT": ratio(spread, spreads[COMPUTE]),
+            }
+        )
+    where = f"{shape.name}, {shape.frames} frames"
+    if shape.name != "tiny":
+        claim = f"{where}: read / VGGT"
+        report.criteria.append(Criterion(claim, ratio(spreads[READ], spreads[COMPUTE]), MAX_RATIO))
+    for kind in dict.fromkeys((dtype, torch.bfloat16)):
+        claim = f"{where}: values that differ from recomputed ones, {str(kind).removeprefix('torch.')}"
+        differing = count_differing(build_encoder(shape, device, kind), frames, images)
+        report.criteria.append(Criterion(claim, differing, 0))
+
+
+def build_encoder(shape: Shape, device: torch.device, dtype: torch.dtype) -> VGGTEncoder:
+    """VGGT encoder with random weights from a fixed seed."""
+    torch.manual_seed(0)
+    return VGGTEncoder(VGGT(shape.vggt).to(device, dtype), [shape.geometry_layer])
+
+
+def count_differing(encoder: VGGTEncoder, frames: FrameSet, images: Tensor) -> float:
+    """Number of cached values that differ from recomputed ones."""
+    frames.write(encoder.encode(images).cpu())
+    cached, recomputed = frames.read().features, encoder.encode(images).cpu()
+    assert cached is not None and cached.dtype == recomputed.dtype and cached.shape == recomputed.shape, "just written"
+    return float((cached != recomputed).sum())
+
+
+class CachedFeatures:
+    """A feature cache in a temporary folder with both towers' features of a batch that has one set of frames.
+
+    Args:
+        model: computes the features.
+        batch: with images, not with cached features.
+
+    Attributes:
+        visual: output of the vision tower.
+        geometry: features of VGGT ``[frames, rows, columns, channels]``.
+    """
+
+    def __init__(self, model: W2R2, batch: Batch) -> None:
+        (images,) = batch.visuals.geometry_images
+        assert images is not None, "the batch has images, not cached features"
+        self.folder = tempfile.TemporaryDirectory()
+        self.paths = write_pixels(Path(self.folder.name), images)
+        self.cache = FeatureCache(Cache(Path(self.folder.name) / "cache", CACHE_BYTES), "geometry", "vision")
+        self.visual, self.geometry = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)[0]
+        cached_2d, cached_3d = self.cache.find_2d(self.paths), self.cache.find_3d(self.paths)
+        assert cached_2d is not None, "the cache has an identity of the vision tower"
+        cached_2d.keep(torch.cat(self.visual.pooler_output))
+        cached_3d.keep(self.geometry)
+        flush()
+
+    def into(self, batch: Batch, both: bool) -> Batch:
+        """Return a batch about the same frames with geometry features read from disk; with `both`, also 2D features."""
+        visuals = replace(batch.visuals, geometry_images=(None,), cached_3d=(self.cache.find_3d(self.paths),))
+        if both:
+            cached_2d = self.cache.find_2d(self.paths)
+            assert cached_2d is not None, "the cache has an identity of the vision tower"
+            visuals = replace(visuals, cached_2d=(cached_2d,), alone=(None,))
+        return replace(batch, visuals=moved(visuals, batch.input_ids.device))
+
+
+def write_frames(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+    """Write JPEG files of smooth noise, which compresses about as well as photographs."""
+    noise = np.random.default_rng(0)
+    paths = []
+    for index in range(count):
+        coarse = Image.fromarray(noise.integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8))
+        paths.append(folder / f"{index}.jpg")
+        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+    return paths
+
+
+def write_pixels(folder: Path, images: Tensor) -> tuple[Path, ...]:
+    """Write one file per frame with its pixel bytes; cache keys hash file contents."""
+    paths = []
+    for index, image in enumerate(images):
+        paths.append(folder / f"frame{index}.raw")
+        paths[-1].write_bytes(image.mul(255).byte().cpu().numpy().tobytes())
+    return tuple(paths)

@@ -1,0 +1,126 @@
+"""Time per sample if K questions about the same frames share one visual prefix; checks the gradients."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from w2r2_ds.bench import cost_model
+from w2r2_ds.bench.feature_cache import CachedFeatures
+from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, ratio
+from w2r2_ds.bench.hf_trainer import BaselineTrainer, TowerOutputs
+from w2r2_ds.bench.model import Subject, build, describe, make_optimizer, update
+from w2r2_ds.bench.reference import gradients, largest_difference
+from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.shapes import Shape, find_shapes
+from w2r2_ds.bench.step_time import BASELINE, BOTH, GRADIENT_TOLERANCE, LORA, SINGLE, W2R2_STEP, single_pass
+from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.types.batch import Batch
+
+LIMIT = 0.22
+"""Maximum time per sample of one of K packed questions relative to the baseline."""
+
+
+def scene_packing(
+    shape: str = "cpu", frames: list[int] | None = None, questions: tuple[int, ...] = (1, 4, 8), rounds: int = 3
+) -> Report:
+    """Time per sample of W2R2 with K questions in one sequence, relative to the HF Trainer baseline.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
+        frames: numbers of frames per sample; default: the shape's own.
+        questions: values of K; the last one also runs without caches and as a single pass.
+        rounds: number of runs per case, interleaved.
+    """
+    report = Report("scene_packing", "seconds per sample, K questions share a visual prefix, LoRA, checkpointing", [])
+    for each in find_shapes(shape, frames or []):
+        measure(each, questions, rounds, report)
+    return report
+
+
+def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Report) -> None:
+    """Add one shape's rows, criteria and notes to the report."""
+    device = find_device()
+    subject = build(shape, device)
+    batches = {count: subject.batch(count, packed=True) for count in questions}
+    most = questions[-1]
+    where = f"{shape.name}, {shape.frames} frames"
+    if shape.dtype == "float32":
+        difference = packed_difference(subject, batches[most])
+        claim = f"relative difference of gradients, {most} packed and separate"
+        report.criteria.append(Criterion(claim, difference, GRADIENT_TOLERANCE))
+    spreads = interleave(cases(subject, batches), rounds, device, warmups=2 if device.type == "cuda" else 0)
+    for name, spread in spreads.items():
+        count = int(name.partition("K = ")[2].partition(",")[0] or 1)
+        cached_base = BASELINE + (BOTH if name.endswith(BOTH) else "")
+        report.rows.append(
+            {
+                "case": name,
+                "shape": where,
+                **spread.columns(),
+                "per sample": spread.median / count,
+                "/baseline": ratio(spread, spreads[BASELINE]) / count,
+                "/baseline, predicted": predicted(shape, name, count) / predicted(shape, BASELINE, 1),
+                "/baseline, as cached": ratio(spread, spreads[cached_base]) / count,
+                "/baseline, as cached, predicted": predicted(shape, name, count) / predicted(shape, cached_base, 1),
+            }
+        )
+    if shape.name != "tiny":
+        for end in ("", BOTH):
+            name = f"{W2R2_STEP}, K = {most}{end}"
+            claim = f"{where}: {name}, per sample / {BASELINE}"
+            report.criteria.append(Criterion(claim, ratio(spreads[name], spreads[BASELINE]) / most, LIMIT))
+    report.notes.append(describe(shape))
+
+
+def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
+    """Name -> case. All cases share one model."""
+    model, optimizer = subject.model, make_optimizer(subject.model)
+    most, one = list(batches)[-1], subject.batch()
+    cached, baseline = CachedFeatures(model, one), BaselineTrainer(subject, one)
+    towers = cached.visual, cached.geometry
+    stock_attention = model.family.language_model(model.base).config._attn_implementation
+
+    def stock(given: TowerOutputs | None = None) -> Lap:
+        # The baseline runs with the attention of transformers; all other cases need packed attention.
+        model.base.set_attn_implementation({"text_config": stock_attention})
+        lap = baseline.step(given)
+        model.family.use_packed_attention(model.base)
+        return lap
+
+    def run(step: W2R2Step, batch: Batch, use_cache: bool) -> None:
+        inputs = cached.into(batch, both=True) if use_cache else batch
+        update(optimizer, step(inputs)[0])
+
+    model.family.use_packed_attention(model.base)
+    result: dict[str, Case] = {BASELINE: stock, BASELINE + BOTH: partial(stock, towers)}
+    for count, batch in batches.items():
+        result[f"{W2R2_STEP}, K = {count}{BOTH}"] = partial(run, subject.step(), batch, True)
+    result[f"{W2R2_STEP}, K = {most}"] = partial(run, subject.step(), batches[most], False)
+    single = single_pass(subject, batches[most], *towers)
+    result[f"{SINGLE}, K = {most}{BOTH}"] = partial(run, single, batches[most], True)
+    return result
+
+
+def packed_difference(subject: Subject, packed: Batch) -> float:
+    """Largest relative difference of gradients: packed samples and the sum over separate ones (push `poe`)."""
+    model, step = subject.model, subject.step("poe")
+    cached = CachedFeatures(model, packed)
+    total: dict[str, Tensor] = {}
+    for index in range(len(packed.ids)):
+        own = gradients(model, step(cached.into(subject.single(index), both=True))[0])
+        total = {name: total.get(name, torch.zeros_like(each)) + each for name, each in own.items()}
+    model.family.use_packed_attention(model.base)
+    return largest_difference(gradients(model, step(cached.into(packed, both=True))[0]), total)
+
+
+def predicted(shape: Shape, name: str, count: int) -> float:
+    """FLOPs per sample of a case by the cost model."""
+    if name.startswith(BASELINE):
+        step = cost_model.baseline_step(shape, LORA)
+    else:
+        step = cost_model.own_step(shape, LORA, count, two_passes=name.startswith(W2R2_STEP))
+    towers = not name.endswith(BOTH)
+    return step.total(geometry=towers, vision=towers)
