@@ -112,9 +112,7 @@ def _stock_embed(embeds: Tensor, geometry: Tensor, visual_2d: Tensor, positions:
     return fused
 
 
-def lora_call(
-    tokens: int, hidden: int, width: int, rank: int, rate: float, draw: Callable[..., Tensor]
-) -> KernelCall:
+def lora_call(tokens: int, hidden: int, width: int, rank: int, rate: float, draw: Callable[..., Tensor]) -> KernelCall:
     """A LoRA projection from `hidden` to `width` with dropout `rate`."""
     x, a, b, weight = draw(tokens, hidden), draw(rank, hidden), draw(width, rank), draw(width, hidden)
     read, out, mask = x.nbytes, tokens * width * x.itemsize, tokens * hidden if rate else 0
