@@ -15,8 +15,10 @@ from hand_records import BOX, beside, camera_answer, caption, detection, groundi
 from w2r2_ds.evaluation import scoring
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.predictions.record import record_of
+from w2r2_ds.evaluation.protocols.records import enclosing_box, world_box
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
-from w2r2_ds.evaluation.scoring import choose_protocols, enclosing, headline, score_records, split_words, world_box
+from w2r2_ds.evaluation.protocols.scan2cap_rules import split_words
+from w2r2_ds.evaluation.scoring import choose_protocols, headline, score_records
 from w2r2_ds.types.sample import Sample
 
 MOVED = beside(0.4)
@@ -79,7 +81,7 @@ def test_world_answers() -> None:
     assert name == "scanrefer/video3dllm"
     assert set(score_records([record], ["all"])) == {"scanrefer/video3dllm", "scanrefer/scanrefer_official"}
     for protocol in ("vgllm-direct", "vgllm", "scanrefer/vgllm_ZXY"):
-        with pytest.raises(ValueError, match="reads boxes in a frame's camera, but these answers are boxes in the wor"):
+        with pytest.raises(ValueError, match="boxes in camera coordinates, but these answers are in world coordinates"):
             choose_protocols([protocol], [record])
     (refused,) = records([(sample, camera_answer(sample))])
     assert world_box(refused) is None
@@ -91,8 +93,8 @@ def test_a_camera_answer_is_enclosed_in_the_world() -> None:
     """A box askew by 30 degrees: a unit square's shadow is cos + sin wide, here of 2 by 1."""
     yawed = np.array([0, 0, 0, 2, 1, 3, np.pi / 6, 0, 0])
     wide, deep = 2 * np.cos(np.pi / 6) + 0.5, 2 * 0.5 + np.cos(np.pi / 6)
-    assert enclosing(yawed.tolist()) == pytest.approx([0, 0, 0, wide, deep, 3])
-    assert enclosing(BOX.tolist()) == enclosing(BOX[:6].tolist()) == BOX[:6].tolist()
+    assert enclosing_box(yawed.tolist()) == pytest.approx([0, 0, 0, wide, deep, 3])
+    assert enclosing_box(BOX.tolist()) == enclosing_box(BOX[:6].tolist()) == BOX[:6].tolist()
     sample = grounding()
     for frame in (0, 1):
         (record,) = records([(sample, camera_answer(sample, frame))])
@@ -160,7 +162,7 @@ def test_protocols_are_refused_by_name(grounded: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="no protocol 'scanrefer/leo'"):
         score_records(grounded, ["leo"])
     for name in ("vgllm_refined", "scanrefer/vgllm_refined"):
-        with pytest.raises(ValueError, match="needs detected boxes; name their file with --proposals"):
+        with pytest.raises(ValueError, match=r"vgllm_refined .* --proposals"):
             score_records(grounded, [name])
     assert choose_protocols(["vgllm", "scanrefer/vgllm", "video3dllm"], grounded) == [
         *("scanrefer/vgllm", "scanrefer/video3dllm"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from w2r2_ds.evaluation.protocols.scan2cap import Caption, DescribedObject
+from w2r2_ds.evaluation.protocols.scan2cap_rules import Caption, DescribedObject
 from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription
 
 Boxes = Mapping[str, Mapping[str, Sequence[float]]]

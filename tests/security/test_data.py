@@ -185,7 +185,7 @@ def test_a_scene_is_a_name_and_no_path(name: str) -> None:
 def test_a_prediction_of_a_stranger_forges_no_line(tmp_path: Path) -> None:
     file = tmp_path / "predictions-x.jsonl"
     file.write_text(json.dumps({"id": "a\nscores: 1.0", "task": "scanqa", "scene_id": "s", "text": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"line 1: field 'id' is 'a\\nscores: 1.0', with a control character"):
+    with pytest.raises(ValueError, match=r"line 1: field 'id': .*'a\\nscores: 1.0'"):
         score_file(file)
 
 

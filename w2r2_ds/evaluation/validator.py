@@ -19,14 +19,12 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.loader import load_mixture, make_processor, prompt_loader
 from w2r2_ds.data.validate import check_frames, check_texts
 from w2r2_ds.evaluation.predictions.record import record_of
-from w2r2_ds.evaluation.scoring import headline, score_records
+from w2r2_ds.evaluation.protocols.registry import find_protocol, number_at
+from w2r2_ds.evaluation.scoring import default_protocol, score_records
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.validation import draw_subset, rank_subset
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import raise_on_all_ranks
-
-MAIN = {"scanrefer": "acc@0.25", "scan2cap": "CIDEr@0.5", "scanqa": "EM", "detection": "F1@0.25"}
-"""By which metric a checkpoint is the best, where `train.best_by` names none."""
 
 Record = dict[str, Any]
 
@@ -54,7 +52,9 @@ class InTraining:
         check_texts(self.samples, make_processor(frontend, config.data), rank, world, with_answer=False)
         self.most, self.tokenizer, self.device = config.train.eval_max_new_tokens, frontend.tokenizer, device
         self.about = f"{len(self.samples)} samples {digest(self.samples)}, {self.most} tokens"
-        self.best_by = config.train.best_by or f"{available[0].task}/{MAIN[available[0].task]}"
+        first = available[0]
+        best_by = config.train.best_by or f"{first.task}/{default_protocol(record_of(first, None)).best_by}"
+        self.best_by = best_by
         if rank == 0:
             self.rehearse()
             fewer = f" (data.val holds fewer than train.eval_samples {wanted})" if len(available) < wanted else ""
@@ -119,20 +119,18 @@ def digest(samples: Sequence[Sample]) -> str:
 
 
 def score(records: Sequence[Record]) -> dict[str, float | None]:
-    """``task/metric`` -> value, None where it could not be computed, of records of any tasks."""
+    """``task/metric`` -> value of records of any tasks; None if it could not be computed.
+
+    The metrics are those of each task's default protocol (``metrics`` and ``extra_metrics``), and ``parsed``.
+    """
     found: dict[str, float | None] = {}
     for task in dict.fromkeys(record["task"] for record in records):
-        results = score_records([record for record in records if record["task"] == task])
-        found |= {f"{task}/{name.split(' ', 1)[1]}": value for name, value in headline(results).items()}
-        for result in results.values():
-            found |= {f"{task}/{name}": value for name, value in details(result).items()}
+        for name, result in score_records([record for record in records if record["task"] == task]).items():
+            protocol = find_protocol(name)
+            extra = {metric: number_at(result, path) for metric, path in protocol.extra_metrics.items()}
+            numbers = {**protocol.printed(result), "parsed": result["parsed"], **extra}
+            found |= {f"{task}/{metric}": value for metric, value in numbers.items()}
     return found
-
-
-def details(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """What is worth a curve besides the headline, where a protocol has it."""
-    overall = result.get("overall", {})
-    return {"parsed": result["parsed"]} | ({"mean_iou": overall["mean_iou"]} if "mean_iou" in overall else {})
 
 
 def computed(scores: Mapping[str, float | None]) -> dict[str, float]:

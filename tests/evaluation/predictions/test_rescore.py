@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_video3dllms_boxes_are_told_by_description_and_place(tmp_path: Path) -> 
     result = scores["protocols"][name]
     assert (name, scores["missing"], scores["unmatched"]) == ("scanrefer/video3dllm", 1, 1)
     assert result["all"] == {"count": 4, "acc@0.25": 0.5, "acc@0.5": 0.25} and result["parsed"] == 0.5
-    with pytest.raises(ValueError, match="reads boxes in a frame's camera"):
+    with pytest.raises(ValueError, match="boxes in camera coordinates, but these answers are in box coordinates"):
         score_file(file, "video3dllm", tmp_path / "set", protocols=["vgllm-direct"])
 
 
@@ -177,28 +178,26 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
     video = video_line(sample, BOX[:6].tolist())
     file = tmp_path / "p.jsonl"
     for form, lines, message in (
-        ("ours", [good, {}], "line 2 has no field 'id'"),
-        ("ours", [good | {"text": 3}], "line 1: field 'text' is '3', of another type"),
-        ("ours", [good | {"target": None}], "line 1 has no field 'target.box'"),
-        ("ours", [good | {"target": without_ann}], "line 1 has no field 'target.ann_id'"),
-        (
-            "ours",
-            [good | {"target": good["target"] | {"group": []}}],
-            r"field 'target.group' is '\[\]', of another type",
-        ),
-        ("ours", [good | {"form": "x"}], "line 1: field 'form' is 'x', not camera or world or box"),
-        ("ours", [good | {"cam_to_world": [[1]]}], "field 'cam_to_world' is no list of -1x4x4 finite numbers"),
-        ("ours", [good | {"task": "x"}], "field 'task' is 'x'; it is one of scanrefer"),
-        ("ours", [found | {"objects": [{"label": "a", "box": [1]}]}], r"objects\[0\]: field 'box' is no list of 9"),
-        ("ours", [record_of(question(), "x") | {"references": [1]}], r"references\[0\] is no JSON object"),
+        ("ours", [good, {}], "line 2: field 'id'"),
+        ("ours", [good | {"text": 3}], "line 1: field 'text'"),
+        ("ours", [good | {"target": None}], "line 1: field 'target'"),
+        ("ours", [good | {"target": without_ann}], "line 1: field 'target.ann_id'"),
+        ("ours", [good | {"target": good["target"] | {"group": []}}], "line 1: field 'target.group'"),
+        ("ours", [good | {"form": "x"}], "line 1: field 'form'"),
+        ("ours", [good | {"form": None}], "line 1: field 'form'"),
+        ("ours", [good | {"cam_to_world": [[1]]}], "line 1: field 'cam_to_world[0]"),
+        ("ours", [good | {"cam_to_world": None}], "needs the field 'cam_to_world'"),
+        ("ours", [good, good | {"id": "b", "task": "x"}], "line 2: field 'task'"),
+        ("ours", [found | {"objects": [{"label": "a", "box": [1]}]}], "line 1: field 'objects[0].box'"),
+        ("ours", [record_of(question(), "x") | {"references": [1]}], "line 1: field 'references[0]'"),
         ("vgllm", [no_images], "line 1 has no field 'scanrefer_score.images'"),
-        ("vgllm", [theirs | {"filtered_resps": [[]]}], "field 'filtered_resps' holds no text"),
-        ("vgllm", [theirs | {"scanrefer_score": {"images": ["x.jpg"]}}], "holds no file of a ScanNet scene"),
-        ("video3dllm", [video | {"pred_response": [1, 2]}], "field 'pred_response' is no list of 6 finite numbers"),
-        ("video3dllm", [video | {"prompt": "x"}], "field 'prompt' is not Video-3D-LLM's"),
+        ("vgllm", [theirs | {"filtered_resps": [[]]}], "field 'filtered_resps'"),
+        ("vgllm", [theirs | {"scanrefer_score": {"images": ["x.jpg"]}}], "field 'scanrefer_score.images'"),
+        ("video3dllm", [video | {"pred_response": [1, 2]}], "field 'pred_response'"),
+        ("video3dllm", [video | {"prompt": "x"}], "field 'prompt'"),
     ):
         write_lines(file, lines)
-        with pytest.raises(ValueError, match=f"{file}: .*{message}|{file}.*{message}"):
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*{re.escape(message)}"):
             score_file(file, form, None if form == "ours" else data)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_objects, parse_world_box
-from w2r2_ds.evaluation.protocols.detection import Scene, match, score_f1
+from w2r2_ds.evaluation.protocols.detection import DetectionScene, match, score_f1
 
 
 def cube(x: float, size: float = 1.0) -> np.ndarray:
@@ -22,13 +22,13 @@ def text(*objects: tuple[str, np.ndarray], key: str = "box_3d") -> str:
 
 def test_by_hand() -> None:
     # IoU of unit cubes shifted by s is (1 - s) / (1 + s): 0.2 -> 2/3, 0.5 -> 1/3, 0.6 -> 1/4.
-    first = Scene(
+    first = DetectionScene(
         "a",
         [("chair", cube(0)), ("chair", cube(5)), ("table", cube(10))],
         text(("Chair ", cube(0.2)), ("chair", cube(5.5)), ("chair", cube(0.6)), ("lamp", cube(10)), key="bbox_3d"),
     )
-    second = Scene("b", [("bed", cube(0)), ("bed", cube(3))], "no idea")
-    third = Scene("c", [("door", cube(0))], text(("door", cube(0, 2.0))))  # exactly a half
+    second = DetectionScene("b", [("bed", cube(0)), ("bed", cube(3))], "no idea")
+    third = DetectionScene("c", [("door", cube(0))], text(("door", cube(0, 2.0))))  # exactly a half
     result = score_f1([first, second, third])
     assert (result["objects"], result["predictions"], result["samples"]) == (6, 5, 3)
     assert result["at"]["0.25"] == {"hits": 3, "precision": 3 / 5, "recall": 3 / 6, "F1": 6 / 11}
@@ -46,11 +46,11 @@ def test_the_best_pair_goes_first_and_no_box_counts_twice() -> None:
 
 
 def test_nothing_to_find_divides_by_nothing() -> None:
-    result = score_f1([Scene("a", [], "[]"), Scene("b", [], None)])
+    result = score_f1([DetectionScene("a", [], "[]"), DetectionScene("b", [], None)])
     assert result["at"]["0.5"] == {"hits": 0, "precision": None, "recall": None, "F1": None}
     assert result["failures"] == {"there is no prediction": 1}
     with pytest.raises(ValueError, match="more than one answer, the first is 'a'"):
-        score_f1([Scene("a", [], "[]")] * 2)
+        score_f1([DetectionScene("a", [], "[]")] * 2)
     with pytest.raises(ValueError, match="no detections"):
         score_f1([])
 

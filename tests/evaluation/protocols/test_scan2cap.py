@@ -16,7 +16,7 @@ from w2r2_ds.boxes3d.aabb import aabb_iou
 from w2r2_ds.evaluation.metrics.captions import METRICS
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.protocols.registry import find_protocol
-from w2r2_ds.evaluation.protocols.scan2cap import PROTOCOLS, Caption, DescribedObject
+from w2r2_ds.evaluation.protocols.scan2cap_rules import SCAN2CAP_RULES, Caption, DescribedObject
 
 pytestmark = pytest.mark.golden
 
@@ -63,7 +63,7 @@ def test_iou(golden: Golden) -> None:
 @pytest.mark.parametrize(("golden", "name"), cases("at"))
 def test_a_protocol(golden: Golden, name: str, either_java: Java) -> None:
     block = golden.record["protocols"][name]
-    tokenizer = PROTOCOLS[name].tokenizer
+    tokenizer = SCAN2CAP_RULES[name].tokenizer
     objects, captions = data(golden)
     for k, expected in block["at"].items():
         got = score(name, objects, captions, float(k), either_java)
@@ -113,7 +113,7 @@ def test_missing_ones_left_out(golden: Golden, name: str, either_java: Java) -> 
     objects = [each for each in objects if each.key in captions]
     for k, expected in golden.record["protocols"][name]["at_missing_left_out"].items():
         got = score(name, objects, captions, float(k), either_java)
-        same_scores(expected["corpus"], got["corpus"], either_java, PROTOCOLS[name].tokenizer, f"{name}@{k}")
+        same_scores(expected["corpus"], got["corpus"], either_java, SCAN2CAP_RULES[name].tokenizer, f"{name}@{k}")
 
 
 @pytest.mark.parametrize(("golden", "name"), cases("failed_left_out_at_"))
@@ -124,7 +124,7 @@ def test_failed_ones_left_out(golden: Golden, name: str, java: Java) -> None:
             continue
         k = part.rpartition("_")[2]
         objects, captions = data(golden)
-        rules = PROTOCOLS[name]
+        rules = SCAN2CAP_RULES[name]
         kept = [
             each
             for each in objects
@@ -156,5 +156,5 @@ def test_a_gate_from_the_data(golden: Golden, name: str, no_java: Java) -> None:
 
 def test_every_protocol_is_recorded() -> None:
     recorded = {name for golden in FILES for name in golden.record["protocols"]}
-    assert recorded == set(PROTOCOLS) or not FILES
+    assert recorded == set(SCAN2CAP_RULES) or not FILES
     assert set(NAMES) <= set(METRICS)

@@ -11,7 +11,7 @@ from golden_files import Golden, find, is_scanqa_scores
 from metric_cases import only, same_scores
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.protocols.registry import find_protocol
-from w2r2_ds.evaluation.protocols.scanqa import PROTOCOLS
+from w2r2_ds.evaluation.protocols.scanqa import SCANQA_RULES
 
 pytestmark = pytest.mark.golden
 
@@ -24,11 +24,11 @@ CASES = [
 def compare(expected: dict[str, Any], got: dict[str, Any], name: str, java: Java) -> None:
     corpus = dict(expected["corpus"])
     assert corpus.pop("count", got["questions"]) == got["questions"]
-    same_scores(corpus, got["corpus"], java, PROTOCOLS[name].tokenizer, name)
+    same_scores(corpus, got["corpus"], java, SCANQA_RULES[name].tokenizer, name)
     for key, item in expected.get("items", {}).items():
         texts = {part: item[part] for part in ("candidate", "references") if part in item}
         numbers = {metric: value for metric, value in item.items() if metric not in texts}
-        same_scores(numbers, got["items"][key], java, PROTOCOLS[name].tokenizer, key)
+        same_scores(numbers, got["items"][key], java, SCANQA_RULES[name].tokenizer, key)
         if got["candidates"]:
             assert got["candidates"][key] == texts.get("candidate", got["candidates"][key])
             assert got["references"][key] == texts.get("references", got["references"][key])
@@ -50,4 +50,4 @@ def test_a_protocol(golden: Golden, name: str, either_java: Java) -> None:
 
 
 def test_every_protocol_is_recorded() -> None:
-    assert {name for golden in FILES for name in golden.record["protocols"]} == set(PROTOCOLS) or not FILES
+    assert {name for golden in FILES for name in golden.record["protocols"]} == set(SCANQA_RULES) or not FILES

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
-from w2r2_ds.evaluation.protocols.scanrefer import PROTOCOL, score_prediction, summarise
+from w2r2_ds.evaluation.protocols.scanrefer_vgllm import DIRECT, score_direct, score_prediction
 from w2r2_ds.types.sample import Sample, Target
 
 HERE = Path(__file__).parents[2] / "golden" / "boxes.json"
@@ -86,7 +86,7 @@ def test_a_failure_is_a_zero_with_a_reason() -> None:
         "frame": None,
         "box_world": None,
     }
-    assert summarise([scored])["overall"] == {"count": 1, "acc@0.25": 0.0, "acc@0.5": 0.0, "mean_iou": 0.0}
+    assert score_direct([scored])["overall"] == {"count": 1, "acc@0.25": 0.0, "acc@0.5": 0.0, "mean_iou": 0.0}
 
 
 def test_absurd_numbers_are_a_zero_and_valid_json() -> None:
@@ -102,8 +102,8 @@ def test_absurd_numbers_are_a_zero_and_valid_json() -> None:
 
 def test_hand_vector() -> None:
     rows = [record(0.60, "multiple"), record(0.30, "multiple"), record(0.25, "unique"), record(0.49, "unique")]
-    result = summarise(rows)
-    assert result["protocol"] == PROTOCOL == "vgllm-direct, exact IoU"
+    result = score_direct(rows)
+    assert result["protocol"] == DIRECT == "vgllm-direct, exact IoU"
     assert result["overall"] == {"count": 4, "acc@0.25": 1.0, "acc@0.5": 0.25, "mean_iou": pytest.approx(0.41)}
     assert (result["unique"]["acc@0.25"], result["unique"]["acc@0.5"]) == (1.0, 0.0)
     assert (result["multiple"]["acc@0.25"], result["multiple"]["acc@0.5"]) == (1.0, 0.5)
@@ -113,7 +113,7 @@ def test_hand_vector() -> None:
 
 def test_hand_vector_with_a_failure() -> None:
     rows = [record(0.60, "multiple"), record(0.30, "multiple"), record(0.25, "unique"), record(0.49, "unique")]
-    result = summarise([*rows, record(0.0, "multiple", parsed=False)])
+    result = score_direct([*rows, record(0.0, "multiple", parsed=False)])
     assert (result["overall"]["acc@0.25"], result["overall"]["acc@0.5"]) == (0.8, 0.2)
     assert result["multiple"]["acc@0.25"] == pytest.approx(2 / 3)
     assert result["multiple"]["acc@0.5"] == pytest.approx(1 / 3)
@@ -123,16 +123,16 @@ def test_hand_vector_with_a_failure() -> None:
 
 
 def test_an_exact_half_is_a_hit() -> None:
-    result = summarise([record(math.nextafter(0.5, 0), "unique"), record(0.25, "multiple")])
+    result = score_direct([record(math.nextafter(0.5, 0), "unique"), record(0.25, "multiple")])
     assert result["unique"]["acc@0.5"] == 1.0
     assert result["multiple"]["acc@0.25"] == 1.0
     taller = np.array([0, 0, 3.0, 1, 1, 2, 0, 0, 0])
     scored = score_prediction(answer(0, np.array([0, 0, 3.0, 1, 1, 1, 0, 0, 0])), sample(taller, np.eye(4)[None]))
-    assert summarise([scored])["unique"]["acc@0.5"] == 1.0
+    assert score_direct([scored])["unique"]["acc@0.5"] == 1.0
 
 
 def test_an_empty_group_has_no_accuracy() -> None:
-    assert summarise([record(0.6, "unique")])["multiple"] == {
+    assert score_direct([record(0.6, "unique")])["multiple"] == {
         "count": 0,
         "acc@0.25": None,
         "acc@0.5": None,
@@ -142,8 +142,8 @@ def test_an_empty_group_has_no_accuracy() -> None:
 
 def test_misleading_sets_are_refused() -> None:
     with pytest.raises(ValueError, match="no predictions"):
-        summarise([])
+        score_direct([])
     with pytest.raises(ValueError, match="more than one prediction, the first is 'a'"):
-        summarise([record(0.1, "unique", name="a"), record(0.2, "unique", name="a")])
+        score_direct([record(0.1, "unique", name="a"), record(0.2, "unique", name="a")])
     with pytest.raises(ValueError, match="unique or multiple"):
-        summarise([record(0.1, "others")])
+        score_direct([record(0.1, "others")])

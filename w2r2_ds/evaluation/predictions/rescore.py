@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from w2r2_ds.config.schema import DataConfig
+from w2r2_ds.data.sources.validation import validate
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.predictions.importers import NEAR, Foreign, Format, find_format
 from w2r2_ds.evaluation.predictions.jsonl import Line, read_lines
-from w2r2_ds.evaluation.predictions.record import FORMS, record_of
-from w2r2_ds.evaluation.protocols.scanrefer import GROUPS
-from w2r2_ds.evaluation.scoring import read_boxes, score_records
+from w2r2_ds.evaluation.predictions.record import record_of
+from w2r2_ds.evaluation.protocols.records import AnswerRecord, RecordFields
+from w2r2_ds.evaluation.protocols.registry import find_protocol, protocols_of
+from w2r2_ds.evaluation.scoring import check_records, choose_protocols, read_boxes, score_records
 from w2r2_ds.types.sample import Sample
-from w2r2_ds.utils.sanitize import CONTROL
 
 
 def score_file(
@@ -52,19 +54,21 @@ def score_file(
         ValueError: a line lacks a field (names file, line and field), or two predictions of one item differ.
     """
     lines = list(read_lines(file))
-    counts = {"unmatched": 0, "repeated": 0}
+    counts, boxes = {"unmatched": 0, "repeated": 0}, read_boxes(proposals)
+    records: list[AnswerRecord] = []
     sets = []
     if data is not None:
         # Scores need no pixels, so the root is only where the folder may lie.
         sets = find_sets(DataConfig(root=str(root or DataConfig().root)), task, data)
         way = find_format(form, sets[0].task)
-        records, counts = join(list(all_samples(sets)), [way.read(line) for line in lines], way)
+        joined, counts = join(list(all_samples(sets)), [way.read(line) for line in lines], way)
+        records = list(joined)
     elif form != "ours":
         raise ValueError(
             f"Predictions in the format {form} name no items; say with --data what they are predictions of."
         )
     else:
-        records = [complete_record(line) for line in lines]
+        records = validate_records(lines, protocols, boxes is not None)
         if task is not None and any(record["task"] != task for record in records):
             raise ValueError(f"{file} holds other answers than {task}'s; correct --task or --score_only.")
     scores = {
@@ -76,7 +80,7 @@ def score_file(
         "samples": len(records),
         "missing": sum(record["text"] is None for record in records),
         **counts,
-        "protocols": score_records(records, protocols, read_boxes(proposals)),
+        "protocols": score_records(records, protocols, boxes),
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -144,49 +148,24 @@ def _record(sample: Sample, prediction: Foreign | None, form: str | None) -> dic
     return record if prediction is None else record | prediction.changes
 
 
-_CHOICES = {"form": FORMS, "target.group": GROUPS, "target.group_nyu40": GROUPS}
-_NEEDED = {
-    "scanrefer": (
-        *(f"target.{name}" for name in ("box", "object_id", "object_name", "ann_id", "scannet_class")),
-        *_CHOICES,
-    ),
-    "scan2cap": ("target.box", "target.object_id", "target.object_name", "target.described", "references"),
-    "scanqa": ("references",),
-    "detection": ("objects",),
-}
-
-
-def complete_record(line: Line) -> dict[str, Any]:
-    """A record of this project's own, checked for what its scores need.
+def validate_records(lines: Sequence[Line], protocols: Sequence[str], proposals: bool) -> list[AnswerRecord]:
+    """Records of this project's own file, with the fields that the requested protocols read.
 
     Raises:
-        ValueError: a field is missing or of another type.
+        ValueError: a field is missing or has another type (names file, line and field), or `choose_protocols` does.
     """
-    for name in ("id", "task", "scene_id"):
-        if CONTROL.search(line.get(name, str)):
-            raise ValueError(f"{line.where}: field {name!r} is {line.get(name, str)!r}, with a control character.")
-    task = line.get("task", str)
-    if task not in _NEEDED:
-        raise ValueError(f"{line.where}: field 'task' is {task!r}; it is one of {', '.join(_NEEDED)}.")
-    line.get("text", (str, type(None)))
-    for name in _NEEDED[task]:
-        line.get(name, object)
-        if name in _CHOICES and line.get(name, str) not in _CHOICES[name]:
-            raise ValueError(
-                f"{line.where}: field {name!r} is {line.get(name, str)!r}, not {' or '.join(_CHOICES[name])}."
-            )
-    if "target.box" in _NEEDED[task]:
-        line.numbers("target.box", (9,))
-    if task == "scan2cap" and line.get("target.described", object) is not None:
-        line.numbers("target.described", (6,))
-    if line.values.get("form") == "camera":
-        line.numbers("cam_to_world", (-1, 4, 4))
-    if "references" in _NEEDED[task]:
-        for each in line.members("references"):
-            each.get("text", str)
-            each.get("words", list)
-    if "objects" in _NEEDED[task]:
-        for each in line.members("objects"):
-            each.get("label", str)
-            each.numbers("box", (9,))
-    return dict(line.values)
+    common = TypeAdapter(RecordFields)
+    tasks = {validate(common, line.values, line.where).task: line.where for line in lines}
+    for task, where in tasks.items():
+        try:
+            protocols_of(task)
+        except ValueError as error:
+            raise ValueError(f"{where}: field 'task': {error}") from None
+    records = [line.values for line in lines]
+    check_records(records)
+    models = {find_protocol(name).record_model for name in choose_protocols(protocols, records, proposals)}
+    for model in models:
+        adapter = TypeAdapter(model)
+        for line in lines:
+            validate(adapter, line.values, line.where)
+    return records

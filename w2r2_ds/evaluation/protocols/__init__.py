@@ -1,0 +1,5 @@
+"""Scoring protocols. Importing the package registers the built-in ones."""
+
+from w2r2_ds.evaluation.protocols import detection, scan2cap, scanqa, scanrefer, scanrefer_vgllm
+
+__all__ = ["detection", "scan2cap", "scanqa", "scanrefer", "scanrefer_vgllm"]

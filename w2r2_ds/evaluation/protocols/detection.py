@@ -1,15 +1,15 @@
 """Detection: precision, recall and F1 of labelled boxes, this project's own protocol ``detection/f1``.
 
-Within a sample and a label, pairs of a predicted and an annotated box are taken by falling exact oriented IoU, each box
-once; a pair is a hit where IoU >= k (rounded to ``IOU_DECIMALS``). Hits, predictions and annotations are summed over
-all samples and labels (micro):
+Within a sample and a label, pairs of a predicted and an annotated box are matched greedily by decreasing exact oriented
+IoU, each box once. A pair is a hit if IoU >= k (rounded to ``IOU_DECIMALS``). Hits, predictions and annotations are
+summed over all samples and labels (micro average):
 
     precision = hits / predictions    recall = hits / annotations    F1 = 2 hits / (predictions + annotations)
 
-An answer that cannot be read (``data.answers.parse_objects``) counts as no predictions, so its annotations are missed.
-Labels are compared as written, but for case and blanks at the ends. Boxes are in the camera of the sample's first frame
-on both sides. VG-LLM's evaluator differs: it takes predictions in the order of the answer, IoU > 0.25 from pytorch3d,
-and averages F1 over a list of categories.
+An answer that cannot be parsed (``parse_objects``) counts as no predictions, so its annotations are missed. Labels are
+compared without case and without white space at the ends. Boxes are in the camera of the sample's first frame on both
+sides. VG-LLM's evaluator differs: it takes predictions in the order of the answer, IoU > 0.25 from pytorch3d, and
+averages F1 over a list of categories.
 """
 
 from __future__ import annotations
@@ -23,39 +23,51 @@ import numpy as np
 import torch
 
 from w2r2_ds.boxes3d.iou import box_iou
+from w2r2_ds.data.sources.validation import Record as FrozenModel
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_objects
-from w2r2_ds.evaluation.protocols.scanrefer import IOU_DECIMALS, THRESHOLDS
-
-Labelled = tuple[str, np.ndarray]
-"""A category and a ``[9]`` box."""
+from w2r2_ds.evaluation.protocols.records import (
+    IOU_DECIMALS,
+    THRESHOLDS,
+    AnswerRecord,
+    Box9,
+    Proposals,
+    RecordFields,
+)
+from w2r2_ds.evaluation.protocols.registry import Protocol, Result, register_protocol
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What is to be found in one sample, and the answer; None for no prediction."""
+class DetectionScene:
+    """Annotated objects of one sample and the generated answer.
+
+    Attributes:
+        name: id of the sample.
+        objects: label and ``[9]`` box of each object.
+        answer: the generated text; None without a prediction.
+    """
 
     name: str
-    objects: Sequence[Labelled]
+    objects: Sequence[tuple[str, np.ndarray]]
     answer: str | None
 
 
-def score_f1(scenes: Sequence[Scene]) -> dict[str, Any]:
+def score_f1(scenes: Sequence[DetectionScene]) -> Result:
     """Precision, recall and F1 at each threshold.
 
     Returns:
-        ``protocol``, ``samples``, ``objects``, ``predictions``, ``parsed`` (share of answers that could be read),
-        ``failures`` (how often each reason was given); ``at``: threshold as text -> ``hits``, ``precision``,
-        ``recall``, ``F1`` (None where nothing is divided by); ``items``: name -> ``predictions``, ``objects``, ``ious``
-        of the pairs, ``reason``.
+        ``protocol``, ``samples``, ``objects``, ``predictions``, ``parsed`` (share of answers that could be parsed),
+        ``failures`` (reason -> number of answers); ``at``: threshold as text -> ``hits``, ``precision``, ``recall``,
+        ``F1`` (None if the denominator is 0); ``items``: name -> ``predictions``, ``objects``, ``ious`` of the pairs,
+        ``reason``.
 
     Raises:
-        ValueError: there are no samples, or one is there twice.
+        ValueError: there are no samples, or one appears twice.
     """
     if not scenes:
         raise ValueError("There are no detections to score.")
-    twice = [name for name, number in Counter(each.name for each in scenes).items() if number > 1]
-    if twice:
-        raise ValueError(f"{len(twice)} samples have more than one answer, the first is {twice[0]!r}.")
+    repeated = [name for name, number in Counter(each.name for each in scenes).items() if number > 1]
+    if repeated:
+        raise ValueError(f"{len(repeated)} samples have more than one answer, the first is {repeated[0]!r}.")
     items = {each.name: _item(each) for each in scenes}
     predictions = sum(item["predictions"] for item in items.values())
     objects = sum(item["objects"] for item in items.values())
@@ -64,9 +76,9 @@ def score_f1(scenes: Sequence[Scene]) -> dict[str, Any]:
         hits = sum(iou >= k for item in items.values() for iou in item["ious"])
         at[str(k)] = {
             "hits": hits,
-            "precision": _share(hits, predictions),
-            "recall": _share(hits, objects),
-            "F1": _share(2 * hits, predictions + objects),
+            "precision": _ratio(hits, predictions),
+            "recall": _ratio(hits, objects),
+            "F1": _ratio(2 * hits, predictions + objects),
         }
     reasons = Counter(item["reason"] for item in items.values() if item["reason"] is not None)
     return {
@@ -82,7 +94,7 @@ def score_f1(scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def match(predicted: Sequence[np.ndarray], annotated: Sequence[np.ndarray]) -> list[float]:
-    """IoU of the pairs of one label, falling: the best pair first, then the best of the boxes that are left."""
+    """Decreasing IoU of the pairs of one label: the best pair first, then the best of the remaining boxes."""
     if not predicted or not annotated:
         return []
     pairs = [(i, j) for i in range(len(predicted)) for j in range(len(annotated))]
@@ -90,7 +102,7 @@ def match(predicted: Sequence[np.ndarray], annotated: Sequence[np.ndarray]) -> l
     ious = box_iou(*(torch.tensor(np.stack(boxes), dtype=torch.float64) for boxes in (first, second))).tolist()
     used: tuple[set[int], set[int]] = (set(), set())
     found = []
-    # Of equal pairs the earlier in answer and annotation comes first: sorting is stable.
+    # Sorting is stable: of pairs with equal IoU, the one that is earlier in answer and annotation comes first.
     for iou, (i, j) in sorted(zip(ious, pairs, strict=True), key=lambda pair: -pair[0]):
         if iou > 0 and i not in used[0] and j not in used[1]:
             used[0].add(i)
@@ -99,26 +111,62 @@ def match(predicted: Sequence[np.ndarray], annotated: Sequence[np.ndarray]) -> l
     return found
 
 
-def _item(scene: Scene) -> dict[str, Any]:
-    reason, predicted = None, []
+def _item(scene: DetectionScene) -> dict[str, Any]:
+    reason, objects = None, []
     if scene.answer is None:
         reason = "there is no prediction"
     else:
         try:
-            predicted = parse_objects(scene.answer)
+            objects = parse_objects(scene.answer)
         except AnswerError as error:
             reason = error.reason
-    ours, truth = _by_label(predicted), _by_label(scene.objects)
-    ious = [iou for label in truth for iou in match(ours.get(label, ()), truth[label])]
-    return {"predictions": len(predicted), "objects": len(scene.objects), "ious": ious, "reason": reason}
+    predicted, annotated = _by_label(objects), _by_label(scene.objects)
+    ious = [iou for label in annotated for iou in match(predicted.get(label, ()), annotated[label])]
+    return {"predictions": len(objects), "objects": len(scene.objects), "ious": ious, "reason": reason}
 
 
-def _by_label(objects: Sequence[Labelled]) -> Mapping[str, list[np.ndarray]]:
+def _by_label(objects: Sequence[tuple[str, np.ndarray]]) -> Mapping[str, list[np.ndarray]]:
     gathered: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     for label, box in objects:
         gathered[label.strip().lower()].append(box)
     return gathered
 
 
-def _share(part: int, whole: int) -> float | None:
+def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
+
+
+class ObjectFields(FrozenModel):
+    """One annotated object of a record."""
+
+    label: str
+    box: Box9
+
+
+class DetectionRecord(RecordFields):
+    """Fields of a record that detection protocols read."""
+
+    objects: list[ObjectFields]
+
+
+def _inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
+    scenes = []
+    for record in records:
+        objects = [(each["label"], np.array(each["box"])) for each in record["objects"]]
+        scenes.append(DetectionScene(record["id"], objects, record["text"]))
+    return (scenes,)
+
+
+register_protocol(
+    Protocol(
+        name="detection/f1",
+        description="This project's own: strict JSON, exact oriented IoU, greedy matching per label; micro average.",
+        source="w2r2_ds/evaluation/protocols/detection.py",
+        score=score_f1,
+        metrics={f"F1@{k}": ("at", str(k), "F1") for k in THRESHOLDS},
+        best_by="F1@0.25",
+        inputs=_inputs,
+        record_model=DetectionRecord,
+        default=True,
+    )
+)

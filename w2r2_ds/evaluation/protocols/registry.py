@@ -1,19 +1,28 @@
-"""The registry of scoring protocols, and the paper's "Overall".
+"""The registry of scoring protocols, and the "Overall" of the W2R2 paper.
 
-A name is ``task/protocol``: one project scores several tasks. See docs/reference/metrics/ for what is comparable.
+A protocol is one way to score the answers of one task, named ``task/protocol``. Built-in protocols are registered when
+the package ``w2r2_ds.evaluation.protocols`` is imported; a file given with ``--plugin`` registers its own. Which
+protocols are comparable with which published numbers: docs/reference/metrics/.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from w2r2_ds.evaluation.metrics.captions import Score
-from w2r2_ds.evaluation.protocols import scan2cap, scanqa, scanrefer
-from w2r2_ds.evaluation.protocols.detection import score_f1
-from w2r2_ds.evaluation.protocols.scanrefer import score_official, score_vgllm, score_vgllm_refined, score_video3dllm
+from w2r2_ds.evaluation.protocols.records import AnswerRecord, Coordinates, Proposals, RecordFields
+
+Result = dict[str, Any]
+"""What a protocol returns: scores, counts and scores per item, plain JSON."""
+Path = tuple[str, ...]
+"""Keys that lead to a number in a `Result`."""
+
+
+def records_only(records: Sequence[AnswerRecord], proposals: Proposals | None) -> tuple[Any, ...]:
+    """Arguments of a score function that takes the records themselves."""
+    return (records,)
 
 
 @dataclass(frozen=True)
@@ -22,163 +31,119 @@ class Protocol:
 
     Attributes:
         name: ``task/protocol``.
-        task: ``scanrefer``, ``scan2cap``, ``scanqa`` or ``detection``.
-        score: the function; annotations first, predictions second, then what its signature says.
         description: one sentence.
-        source: repository and file whose numbers it gives.
+        source: repository and file whose numbers it reproduces.
+        score: the score function. Its arguments are annotations, then predictions; `inputs` makes them from records.
+        metrics: the numbers that papers print: name -> path in the result.
+        best_by: the metric of `metrics` that selects the best checkpoint if ``train.best_by`` is empty.
+        inputs: records of one task and detected boxes (None without ``--proposals``) -> arguments of `score`.
+        record_model: pydantic model of the record fields that `inputs` reads; validates saved predictions.
+        default: the task's protocol if none is named. Of several, the one for the fewest `coordinates` is used.
+        coordinates: for tasks that answer with a box, the coordinates that the protocol can score.
+        needs_proposals: whether detected boxes must be given with ``--proposals``.
+        extra_metrics: logged by validation during training in addition to `metrics`: name -> path in the result.
     """
 
     name: str
-    task: str
-    score: Callable[..., dict[str, Any]]
     description: str
     source: str
+    score: Callable[..., Result]
+    metrics: Mapping[str, Path]
+    best_by: str
+    inputs: Callable[[Sequence[AnswerRecord], Proposals | None], tuple[Any, ...]] = records_only
+    record_model: type[RecordFields] = RecordFields
+    default: bool = False
+    coordinates: tuple[str, ...] = get_args(Coordinates)
+    needs_proposals: bool = False
+    extra_metrics: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """The first part of the name."""
+        return self.name.partition("/")[0]
+
+    def score_records(self, records: Sequence[AnswerRecord], proposals: Proposals | None = None) -> Result:
+        """The result for records of this protocol's task."""
+        return self.score(*self.inputs(records, proposals))
+
+    def printed(self, result: Mapping[str, Any]) -> dict[str, Score]:
+        """The numbers of a result that papers print, by metric."""
+        return {name: number_at(result, path) for name, path in self.metrics.items()}
 
 
-def _scanrefer(name: str, score: Callable[..., dict[str, Any]], description: str, source: str) -> Protocol:
-    return Protocol(f"scanrefer/{name}", "scanrefer", score, description, source)
+PROTOCOLS: dict[str, Protocol] = {}
+"""Name -> protocol, in the order of registration."""
 
 
-def _scan2cap(name: str, description: str, source: str) -> Protocol:
-    score = partial(scan2cap.score_scan2cap, protocol=name)
-    return Protocol(f"scan2cap/{name}", "scan2cap", score, description, source)
+def register_protocol(protocol: Protocol) -> Protocol:
+    """Add a protocol to `PROTOCOLS`.
 
-
-def _scanqa(name: str, description: str, source: str) -> Protocol:
-    return Protocol(f"scanqa/{name}", "scanqa", partial(scanqa.score_scanqa, protocol=name), description, source)
-
-
-_ALL = (
-    _scanrefer(
-        "vgllm-direct",
-        scanrefer.summarise,
-        "This project's own, of scored answers: strict JSON, angles as the labels mean them, exact oriented IoU.",
-        "w2r2_ds/evaluation/protocols/scanrefer.py",
-    ),
-    _scanrefer(
-        "scanrefer_official",
-        score_official,
-        "World boxes, axis-aligned IoU with + 1e-8; unique and multiple by ScanNet-18 classes, others apart.",
-        "daveredrum/ScanRefer benchmark/eval.py",
-    ),
-    _scanrefer(
-        "video3dllm",
-        score_video3dllm,
-        "World boxes, axis-aligned IoU with + 1e-8; unique and multiple by NYU40 ids.",
-        "LaVi-Lab/Video-3D-LLM llava/eval/eval_scanrefer.py",
-    ),
-    _scanrefer(
-        "vgllm",
-        score_vgllm,
-        "VG-LLM's answers as its evaluator reads them, angles as extrinsic zxy included; exact oriented IoU.",
-        "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scanrefer/utils.py",
-    ),
-    _scanrefer(
-        "vgllm_ZXY",
-        partial(score_vgllm, angles="ZXY"),
-        "As vgllm, but angles are read as the labels mean them, intrinsic ZXY.",
-        "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scanrefer/utils.py, its two 'zxy' changed to 'ZXY'",
-    ),
-    _scanrefer(
-        "vgllm_refined",
-        score_vgllm_refined,
-        "As vgllm, but each box first gives way to the detected box of its scene that overlaps it most.",
-        "LaVi-Lab/VG-LLM, as its paper describes the numbers in parentheses; no public evaluator to compare with",
-    ),
-    _scan2cap(
-        "scan2cap_original",
-        "IoU > k in float32, references cut at 30 words, failures score as 'sos eos'.",
-        "daveredrum/Scan2Cap lib/eval_helper.py",
-    ),
-    _scan2cap(
-        "scan2cap_benchmark",
-        "IoU >= k in float32, failures are a true 0; recall, precision and F1 of item scores.",
-        "daveredrum/Scan2Cap benchmark/eval.py",
-    ),
-    _scan2cap(
-        "leo",
-        "IoU >= k, references cut at 30 words, captions as generated, failures score as 'sos eos'.",
-        "embodied-generalist/embodied-generalist evaluator/cap_eval.py",
-    ),
-    _scan2cap(
-        "video3dllm",
-        "IoU >= k, raw lower-cased texts with blanks round . and , on both sides, failures score as the empty caption.",
-        "LaVi-Lab/Video-3D-LLM llava/eval/eval_scan2cap.py",
-    ),
-    _scan2cap(
-        "vgllm",
-        "As video3dllm; VG-LLM itself reports k = 0.5 only, with IoU of proposals from its data files.",
-        "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scan2cap/utils.py",
-    ),
-    _scan2cap(
-        "chatscene",
-        "IoU >= k, raw texts through the PTB tokenizer on both sides, failures score as 'sos eos'.",
-        "ZzZZCHS/Chat-Scene utils/eval.py",
-    ),
-    _scanqa(
-        "scanqa_official",
-        "EM and EM@10 of raw texts, captions through the PTB tokenizer.",
-        "ATR-DBI/ScanQA scripts/score.py",
-    ),
-    _scanqa(
-        "video3dllm",
-        "EM of raw texts; captions without tokenizer, full stops at the end off (also Spatial-MLLM).",
-        "LaVi-Lab/Video-3D-LLM llava/eval/eval_scanqa.py; "
-        "diankun-wu/Spatial-MLLM src/evaluation/scanqa/score_scanqa.py",
-    ),
-    _scanqa(
-        "leo",
-        "Cleaned texts on both sides, EM and EM-refined of the first answer that matches at all, no tokenizer.",
-        "embodied-generalist/embodied-generalist evaluator/scanqa_eval.py",
-    ),
-    _scanqa(
-        "vlm3r",
-        "Cleaned texts on both sides, an equal answer is looked for first, then the PTB tokenizer.",
-        "VITA-Group/VLM-3R llava/eval/scanqa_evaluator.py",
-    ),
-    _scanqa(
-        "chatscene",
-        "The prediction alone is cleaned, the empty one matches nothing, then the PTB tokenizer.",
-        "ZzZZCHS/Chat-Scene utils/eval.py",
-    ),
-    Protocol(
-        "detection/f1",
-        "detection",
-        score_f1,
-        "This project's own: strict JSON, exact oriented IoU, greedy matching per label; precision, recall and F1.",
-        "w2r2_ds/evaluation/protocols/detection.py",
-    ),
-)
-
-PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
+    Raises:
+        ValueError: the name is not ``task/protocol`` or is taken, or `best_by` is not one of the metrics.
+    """
+    if not all(protocol.name.partition("/")):
+        raise ValueError(f"Protocol {protocol.name!r} must be named task/protocol, such as scanqa/leo.")
+    if protocol.best_by not in protocol.metrics:
+        raise ValueError(f"best_by of protocol {protocol.name} is {protocol.best_by!r}, which is not in its metrics.")
+    known = PROTOCOLS.get(protocol.name)
+    # A plug-in file may be imported twice in one process; it registers an equal protocol again.
+    if known is not None and (known.description, known.source) != (protocol.description, protocol.source):
+        raise ValueError(f"Protocol {protocol.name!r} is registered already ({known.source}); choose another name.")
+    PROTOCOLS[protocol.name] = protocol
+    return protocol
 
 
 def find_protocol(name: str) -> Protocol:
     """The protocol ``task/protocol``.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no protocol of this name; names those that exist.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"There is no protocol {name!r}; it is one of {', '.join(PROTOCOLS)}.")
     return PROTOCOLS[name]
 
 
+def protocols_of(task: str) -> list[Protocol]:
+    """All protocols of a task.
+
+    Raises:
+        ValueError: there are none; names the tasks that have some.
+    """
+    found = [each for each in PROTOCOLS.values() if each.task == task]
+    if not found:
+        tasks = ", ".join(sorted({each.task for each in PROTOCOLS.values()}))
+        raise ValueError(
+            f"Task {task!r} has no scoring protocol; it is one of {tasks}. Register one with register_protocol and "
+            "name its file with --plugin."
+        )
+    return found
+
+
+def number_at(result: Mapping[str, Any], path: Path) -> Score:
+    """The number at a path of keys; None if it was not computed."""
+    value: Any = result
+    for key in path:
+        value = value[key]
+    return None if value is None else float(value)
+
+
 def overall(acc_25: Score, acc_50: Score, bleu_4: Score, cider: Score, em: Score) -> Score:
-    """ "Overall" of the W2R2 paper's Table 2, in percent: the plain mean of five numbers of three tasks.
+    """ "Overall" of the W2R2 paper's Table 2, in percent: the arithmetic mean of five numbers of three tasks.
 
     overall = 100 (Acc@0.25 + Acc@0.5 + BLEU-4 + CIDEr + EM) / 5
 
-    The table's head says BLEU-4 and CIDEr at IoU 0.25, the text at 0.5; the numbers that it cites for Video-3D-LLM are
-    that paper's at 0.5. It mixes shares with a score that may exceed 1, and protocols that differ: quote its parts.
+    The table's head gives BLEU-4 and CIDEr at IoU 0.25, the text at 0.5; the numbers that it cites for Video-3D-LLM are
+    that paper's at 0.5. The mean mixes fractions with CIDEr, which may exceed 1, and different protocols: report the
+    five numbers too.
 
     Args:
         acc_25, acc_50: ScanRefer's accuracies, fractions.
-        bleu_4, cider: Scan2Cap's, as ``captions.py`` has them.
+        bleu_4, cider: Scan2Cap's, on the scales of ``captions.py``.
         em: ScanQA's exact match, a fraction.
 
     Returns:
-        the mean, None where one of them was not computed.
+        The mean; None if one of them was not computed.
     """
     parts = [part for part in (acc_25, acc_50, bleu_4, cider, em) if part is not None]
     return 100 * sum(parts) / 5 if len(parts) == 5 else None

@@ -1,8 +1,7 @@
-"""Scan2Cap: captions of objects, gated by IoU, as six public evaluators score them.
+"""Scan2Cap: captions of objects, gated by IoU, as six public evaluators score them (``scan2cap_rules.py``).
 
-``m@k`` is a caption metric over *all* annotated objects in which an object counts with its caption only where the box
-that it was described from has IoU >= k with the annotated one, else with a placeholder. The evaluators differ in the
-comparison, the text around and inside the caption, the placeholder and the average: ``PROTOCOLS``.
+``m@k`` is a caption metric over *all* annotated objects. The caption of an object counts only if the box that it
+describes has IoU >= k with the annotated one; otherwise a placeholder is scored in its place.
 
 A placeholder has CIDEr 0, but neither ROUGE-L, METEOR nor BLEU-1 of 0. An object without a prediction is a failure and
 stays in the denominator. Of two predictions for one object the later counts.
@@ -10,144 +9,38 @@ stays in the denominator. Of two predictions for one object the later counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from pydantic import FiniteFloat
 
 from w2r2_ds.boxes3d.aabb import aabb_iou
-from w2r2_ds.evaluation.metrics.captions import METRICS, CaptionScores, Score, Tokenizer, score_captions
+from w2r2_ds.data.sources.validation import Record as FrozenModel
+from w2r2_ds.evaluation.metrics.captions import METRICS, CaptionScores, Score, score_captions
+from w2r2_ds.evaluation.protocols.records import (
+    THRESHOLDS,
+    AnswerRecord,
+    Box6,
+    Box9,
+    Proposals,
+    RecordFields,
+    ReferenceFields,
+    enclosing_box,
+)
+from w2r2_ds.evaluation.protocols.registry import Protocol, Result, register_protocol
+from w2r2_ds.evaluation.protocols.scan2cap_rules import (
+    SCAN2CAP_RULES,
+    Caption,
+    DescribedObject,
+    Scan2CapRules,
+    split_words,
+)
 
 if TYPE_CHECKING:
     from w2r2_ds.evaluation.metrics.meteor import Java
 
-THRESHOLDS = (0.25, 0.5)
-TOKEN_LIMIT = 30
-"""Words of a reference that Scan2Cap and LEO compare with (Scan2Cap ``lib/config.py``, MAX_DES_LEN)."""
-
-
-@dataclass(frozen=True)
-class DescribedObject:
-    """An annotated object; ``descriptions`` and ``tokens`` are parallel.
-
-    Attributes:
-        scene_id, object_id, object_name: as in ScanRefer's file.
-        descriptions: as written.
-        tokens: the words of each, as ScanRefer's file has them; only Scan2Cap's and LEO's protocols look at them.
-        box: ``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres.
-    """
-
-    scene_id: str
-    object_id: str
-    object_name: str
-    descriptions: tuple[str, ...]
-    tokens: tuple[tuple[str, ...], ...]
-    box: tuple[float, ...]
-
-    @property
-    def key(self) -> str:
-        """``scene|object|name``."""
-        return f"{self.scene_id}|{self.object_id}|{self.object_name}"
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A generated caption.
-
-    Attributes:
-        text: as generated.
-        box: the box it was described from, as in ``DescribedObject``; None for none.
-        tokens: its words, for Scan2Cap's own two protocols.
-        iou: IoU of that box where it is known from elsewhere (VG-LLM's data files have it); used instead of the box.
-    """
-
-    text: str
-    box: tuple[float, ...] | None = None
-    tokens: tuple[str, ...] | None = None
-    iou: float | None = None
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What one evaluator does.
-
-    Attributes:
-        reference: strings of an object's references.
-        candidate: string of a caption.
-        placeholder: string of a caption that fails the gate or is missing.
-        passes: gate, from IoU and k.
-        precision: of the arithmetic of IoU.
-        tokenizer: what both sides go through last.
-    """
-
-    reference: Callable[[DescribedObject], list[str]]
-    candidate: Callable[[Caption], str]
-    placeholder: str
-    passes: Callable[[float, float], bool]
-    precision: type[np.floating] = np.float64
-    tokenizer: Tokenizer = "none"
-
-
-def wrap(text: str) -> str:
-    """``sos text eos``."""
-    return f"sos {text} eos"
-
-
-def spaced(text: str) -> str:
-    """VG-LLM's and Video-3D-LLM's wrapping: blanks round full stops and commas, then lower case.
-
-    LaVi-Lab/Video-3D-LLM ``llava/eval/eval_scan2cap.py``, LaVi-Lab/VG-LLM ``src/lmms_eval/tasks/scan2cap/utils.py``.
-    """
-    return wrap(text.replace(".", " . ").replace(",", " , ").lower())
-
-
-def _at_least(iou: float, k: float) -> bool:
-    return iou >= k
-
-
-def _above(iou: float, k: float) -> bool:
-    return iou > k
-
-
-def _words(caption: Caption) -> str:
-    if caption.tokens is None:
-        raise ValueError("Scan2Cap's own protocols score words as ScanRefer's file has them: give each caption tokens.")
-    return wrap(" ".join(caption.tokens))
-
-
-def _cut(annotated: DescribedObject) -> list[str]:
-    return [wrap(" ".join(words[:TOKEN_LIMIT])) for words in annotated.tokens]
-
-
-def _uncut(annotated: DescribedObject) -> list[str]:
-    return [wrap(" ".join(words)) for words in annotated.tokens]
-
-
-def _spaced_references(annotated: DescribedObject) -> list[str]:
-    return [spaced(text) for text in annotated.descriptions]
-
-
-def _raw_references(annotated: DescribedObject) -> list[str]:
-    return [wrap(text) for text in annotated.descriptions]
-
-
-_SPACED = Rules(_spaced_references, lambda caption: spaced(caption.text), spaced(""), _at_least)
-
-PROTOCOLS: Mapping[str, Rules] = {
-    # daveredrum/Scan2Cap lib/eval_helper.py: prepare_corpus, check_candidates, organize_candidates
-    "scan2cap_original": Rules(_cut, _words, "sos eos", _above, np.float32),
-    # daveredrum/Scan2Cap benchmark/eval.py: evaluate_captioning; see `_score_benchmark`
-    "scan2cap_benchmark": Rules(_uncut, _words, "sos eos", _at_least, np.float32),
-    # embodied-generalist evaluator/cap_eval.py: CaptionEvaluator.update
-    "leo": Rules(_cut, lambda caption: wrap(caption.text).replace(". ", " . "), "sos eos", _at_least),
-    # LaVi-Lab/Video-3D-LLM llava/eval/eval_scan2cap.py: main
-    "video3dllm": _SPACED,
-    # LaVi-Lab/VG-LLM src/lmms_eval/tasks/scan2cap/utils.py: scan2cap_process_results; it knows k = 0.5 and CIDEr only
-    "vgllm": _SPACED,
-    # ZzZZCHS/Chat-Scene utils/eval.py: calc_scan2cap_score
-    "chatscene": Rules(_raw_references, lambda caption: wrap(caption.text), "sos eos", _at_least, tokenizer="ptb"),
-}
+PRINTED = ("BLEU-4", "ROUGE-L", "CIDEr", "METEOR")
 
 
 def score_scan2cap(
@@ -156,32 +49,30 @@ def score_scan2cap(
     protocol: str,
     thresholds: Sequence[float] = THRESHOLDS,
     java: Java | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Caption metrics at each IoU threshold.
 
     Args:
-        objects: all that count; the CIDEr of a subset is not comparable with that of the whole.
+        objects: all annotated objects; the CIDEr of a subset is not comparable with that of the whole.
         captions: by ``DescribedObject.key``.
-        protocol: one of ``PROTOCOLS``.
+        protocol: a key of ``SCAN2CAP_RULES``.
         thresholds: the k.
         java: see ``score_captions``.
 
     Returns:
-        ``protocol``, ``objects``, ``missing`` (how many have no prediction) and ``at``: threshold, as text ->
-        ``passed`` (how many passed the gate), ``corpus``, ``items``, ``candidates``, ``references``, ``not_computed``
-        (see ``CaptionScores``). ``scan2cap_benchmark`` has ``precision``, ``recall``, ``f1``, ``mask`` and
-        ``items_before_mask`` instead of the items; its ``corpus`` is the recall.
+        ``protocol``, ``objects``, ``missing`` (objects without a prediction) and ``at``: threshold as text ->
+        ``passed`` (number of captions with a sufficient IoU), ``corpus``, ``items``, ``candidates``, ``references``,
+        ``not_computed`` (see ``CaptionScores``). ``scan2cap_benchmark`` has ``precision``, ``recall``, ``f1``, ``mask``
+        and ``items_before_mask`` instead of the items; its ``corpus`` is the recall.
 
     Raises:
-        ValueError: unknown protocol, no objects, an object twice, a caption of an object that is not there or without
-            what the protocol looks at.
+        ValueError: no objects, an object twice, a caption of an unknown object, or a caption without the words that the
+            protocol needs.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"Scan2Cap has no protocol {protocol!r}; it is one of {', '.join(PROTOCOLS)}.")
     _check(objects, captions)
-    rules = PROTOCOLS[protocol]
+    rules = SCAN2CAP_RULES[protocol]
     ious = {each.key: _iou(each, captions.get(each.key), rules) for each in objects}
-    if protocol == "scan2cap_benchmark":
+    if rules.average == "items":
         at = _score_benchmark(objects, captions, rules, ious, thresholds, java)
     else:
         at = {str(k): _score_gated(objects, captions, rules, ious, k, java) for k in thresholds}
@@ -192,12 +83,12 @@ def score_scan2cap(
 def _score_gated(
     objects: Sequence[DescribedObject],
     captions: Mapping[str, Caption],
-    rules: Rules,
+    rules: Scan2CapRules,
     ious: Mapping[str, float],
     k: float,
     java: Java | None,
 ) -> dict[str, Any]:
-    """One threshold: what fails is replaced by the placeholder, and the whole corpus is scored."""
+    """One threshold: failures are replaced by the placeholder, and the whole corpus is scored."""
     passed = {key for key, iou in ious.items() if key in captions and rules.passes(iou, k)}
     candidates = {
         each.key: rules.candidate(captions[each.key]) if each.key in passed else rules.placeholder for each in objects
@@ -209,16 +100,16 @@ def _score_gated(
 def _score_benchmark(
     objects: Sequence[DescribedObject],
     captions: Mapping[str, Caption],
-    rules: Rules,
+    rules: Scan2CapRules,
     ious: Mapping[str, float],
     thresholds: Sequence[float],
     java: Java | None,
 ) -> dict[str, Any]:
-    """All captions are scored once; an item that fails then counts as a true 0.
+    """All captions are scored once; the score of an item that fails is then set to 0.
 
     recall = sum(score x mask) / objects, precision = sum(score x mask) / predictions, F1 their harmonic mean. METEOR is
-    the mean of items here, unlike everywhere else. The reference's matching of proposals to objects by the Hungarian
-    method is left out: every caption names its object.
+    the mean of items here, unlike in all other protocols. The reference's Hungarian matching of proposals to objects is
+    omitted: every caption names its object.
     """
     candidates = {
         each.key: rules.candidate(captions[each.key]) if each.key in captions else rules.placeholder for each in objects
@@ -259,7 +150,7 @@ def _harmonic(first: Score, second: Score) -> Score:
     return 2 * first * second / (first + second) if first + second else 0.0
 
 
-def _iou(annotated: DescribedObject, caption: Caption | None, rules: Rules) -> float:
+def _iou(annotated: DescribedObject, caption: Caption | None, rules: Scan2CapRules) -> float:
     if caption is None:
         return 0.0
     if caption.iou is not None:
@@ -270,8 +161,76 @@ def _iou(annotated: DescribedObject, caption: Caption | None, rules: Rules) -> f
 def _check(objects: Sequence[DescribedObject], captions: Mapping[str, Caption]) -> None:
     keys = [each.key for each in objects]
     if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"Object {twice!r} is annotated twice; gather its descriptions in one.")
-    strange = sorted(captions.keys() - set(keys))
-    if strange:
-        raise ValueError(f"{len(strange)} captions are of objects without annotation, the first is {strange[0]!r}.")
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"Object {repeated!r} is annotated twice; combine its descriptions in one DescribedObject.")
+    unknown = sorted(captions.keys() - set(keys))
+    if unknown:
+        raise ValueError(f"{len(unknown)} captions are of objects without annotation, the first is {unknown[0]!r}.")
+
+
+class TargetFields(FrozenModel):
+    """Fields of a target that Scan2Cap's protocols read."""
+
+    box: Box9
+    object_id: int | str
+    object_name: str
+    described: Box6 | None
+
+
+class Scan2CapRecord(RecordFields):
+    """Fields of a record that Scan2Cap's protocols read."""
+
+    target: TargetFields
+    references: list[ReferenceFields]
+    iou: FiniteFloat | None = None
+
+
+def _inputs(records: Sequence[AnswerRecord], _: Proposals | None, protocol: str) -> tuple[Any, ...]:
+    rules = SCAN2CAP_RULES[protocol]
+    objects = [_described_object(record) for record in records]
+    for record, annotated in zip(records, objects, strict=True):
+        if rules.reference_words and not all(annotated.tokens):
+            raise ValueError(
+                f"Protocol scan2cap/{protocol} compares with the words of ScanRefer's file, but the references of "
+                f"{record['id']} have none; prepare the data set from a file with the field 'token'."
+            )
+    captions = {
+        annotated.key: _caption(record, rules)
+        for record, annotated in zip(records, objects, strict=True)
+        if record["text"] is not None
+    }
+    return objects, captions
+
+
+def _described_object(record: AnswerRecord) -> DescribedObject:
+    target = record["target"]
+    return DescribedObject(
+        scene_id=record["scene_id"],
+        object_id=str(target["object_id"]),
+        object_name=target["object_name"],
+        descriptions=tuple(reference["text"] for reference in record["references"]),
+        tokens=tuple(tuple(reference["words"]) for reference in record["references"]),
+        box=tuple(enclosing_box(target["box"])),
+    )
+
+
+def _caption(record: AnswerRecord, rules: Scan2CapRules) -> Caption:
+    words = tuple(split_words(record["text"])) if rules.caption_words else None
+    box = record["target"]["described"]
+    return Caption(record["text"], None if box is None else tuple(box), words, record.get("iou"))
+
+
+for _name, _rules in SCAN2CAP_RULES.items():
+    register_protocol(
+        Protocol(
+            name=f"scan2cap/{_name}",
+            description=_rules.description,
+            source=_rules.source,
+            score=partial(score_scan2cap, protocol=_name),
+            metrics={f"{metric}@{k}": ("at", str(k), "corpus", metric) for k in THRESHOLDS for metric in PRINTED},
+            best_by="CIDEr@0.5",
+            inputs=partial(_inputs, protocol=_name),
+            record_model=Scan2CapRecord,
+            default=_name == "vgllm",
+        )
+    )

@@ -1,9 +1,9 @@
 """ScanQA: short answers against several references, as five public evaluators score them.
 
-They differ in what is done to the texts before anything is compared: nothing, full stops off, or ``clean_answer`` on
-one or both sides; and in whether captions go through the PTB tokenizer. All divide by the number of questions here: one
-without a prediction is answered by the empty text. (The official script stops at it; Video-3D-LLM leaves it out of the
-denominator, which raises its scores.)
+They differ in the normalisation of the texts (none, full stops removed, or `clean_answer` on one or both sides) and in
+whether captions go through the PTB tokenizer. All divide by the number of questions here; a question without a
+prediction is answered by the empty text. (The official script stops with an error at such a question; Video-3D-LLM
+omits it from the denominator, which raises its scores.)
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from w2r2_ds.evaluation.metrics.captions import Score, Tokenizer, score_captions
+from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, RecordFields, ReferenceFields
+from w2r2_ds.evaluation.protocols.registry import Protocol, Result, register_protocol
 
 if TYPE_CHECKING:
     from w2r2_ds.evaluation.metrics.meteor import Java
@@ -37,23 +40,23 @@ _WORDS: dict[str, str] = {
     **{typo: word for word, typos in _TYPOS.items() for typo in typos},
     "tv": "TV",
     **{str(number): word for number, word in enumerate(_NUMBERS)},
-    # 21 and 22 stay as they are.
+    # 21 and 22 are not in the reference's table.
     "23": "twenty-three",
     "none": "zero",
 }
 _WORD = re.compile(r"\b(" + "|".join(sorted(map(re.escape, _WORDS), key=len, reverse=True)) + r")\b")
 _TRAILING_DIGIT = re.compile(r"\b([a-zA-Z]+)[0-9]\b")
-# One after the other, and each takes the next word with it: of "the the chair" one "the" stays.
+# Applied one after the other; a match consumes the next word too, so one "the" of "the the chair" stays.
 _ARTICLES = tuple(re.compile(rf"\b{article} ([a-zA-Z]+)") for article in ("a", "an", "the"))
 
 
 def clean_answer(text: str) -> str:
-    """An answer in lower case without articles, with number words, a few typos mended.
+    """Normalise an answer as LEO does: lower case, no articles, number words, a few typos corrected.
 
-    Lower case; blanks at the ends off, runs of blanks made one; characters other than letters, digits, white space and
-    ``, ' - :`` deleted (so "2.5 m" becomes "25 m", "café" "caf", and blanks uncovered by this stay); typos mended;
-    "tv" -> "TV"; 0..20 and 23 -> words, "none" -> "zero"; one digit behind a word off; "a", "an", "the" before a word
-    off.
+    In this order: lower case; blanks at the ends removed, runs of blanks replaced by one; characters other than
+    letters, digits, white space and ``, ' - :`` deleted ("2.5 m" becomes "25 m", "café" becomes "caf"; blanks that this
+    leaves at the ends stay); typos corrected, "tv" -> "TV", 0..20 and 23 -> words, "none" -> "zero"; one digit after a
+    word deleted; "a", "an", "the" before a word deleted.
     """
     text = re.sub(" +", " ", text.lower().strip(" "))
     text = _STRIPPED.sub("", text)
@@ -65,7 +68,7 @@ def clean_answer(text: str) -> str:
 
 
 def match_any(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
-    """(EM, EM-refined), looking for an equal answer among all first (VLM-3R)."""
+    """(EM, EM-refined); an equal answer takes precedence over one that only contains the other (VLM-3R)."""
     if prediction in answers:
         return 1, 1
     return 0, int(any(_contain(prediction, answer) for answer in answers))
@@ -74,7 +77,7 @@ def match_any(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
 def match_in_order(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
     """(EM, EM-refined) of the first answer that matches at all (LEO).
 
-    "brown" against ["dark brown", "brown"] is therefore (0, 1), and (1, 1) if the answers are turned round.
+    "brown" against ["dark brown", "brown"] is therefore (0, 1), and (1, 1) if the answers are swapped.
     """
     for answer in answers:
         if prediction == answer:
@@ -96,20 +99,25 @@ def _contain(first: str, second: str) -> bool:
 
 Match = Callable[[str, Sequence[str]], tuple[int, int]]
 EM, EM_REFINED, EM_AT_10 = "EM", "EM-refined", "EM@10"
+PRINTED = ("BLEU-4", "ROUGE-L", "CIDEr", "METEOR")
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What one evaluator does.
+class ScanQaRules:
+    """One evaluator.
 
     Attributes:
-        prediction: what becomes of a prediction before it is scored as a caption.
-        answer: what becomes of each reference answer.
-        match: (EM, EM-refined) of the two; None where the evaluator compares the raw texts and knows no refined EM.
-        tokenizer: what captions go through last.
-        ranked: whether ten ranked answers are looked at (EM@10).
+        description: one sentence.
+        source: repository and file.
+        prediction: applied to a prediction before it is scored as a caption.
+        answer: applied to each reference answer.
+        match: (EM, EM-refined) of the two; None if the evaluator compares the raw texts and has no EM-refined.
+        tokenizer: applied to captions last.
+        ranked: whether ten ranked answers are scored (EM@10).
     """
 
+    description: str
+    source: str
     prediction: Callable[[str], str]
     answer: Callable[[str], str]
     match: Match | None
@@ -117,7 +125,7 @@ class Rules:
     ranked: bool = False
 
 
-def _as_it_is(text: str) -> str:
+def _identity(text: str) -> str:
     return text
 
 
@@ -126,24 +134,61 @@ def _without_full_stops(text: str) -> str:
 
 
 def _chatscene(text: str) -> str:
-    """One full stop off, first letter lower, then ``clean_answer``."""
+    """One full stop removed, first letter in lower case, then `clean_answer`."""
     text = text.removesuffix(".")
     return clean_answer(text[:1].lower() + text[1:])
 
 
-PROTOCOLS: Mapping[str, Rules] = {
-    # ATR-DBI/ScanQA scripts/score.py: evals_json, eval_pycoco (its F-value and SPICE are not computed)
-    "scanqa_official": Rules(_as_it_is, _as_it_is, None, "ptb", ranked=True),
-    # LaVi-Lab/Video-3D-LLM llava/eval/eval_scanqa.py: main
-    # diankun-wu/Spatial-MLLM src/evaluation/scanqa/score_scanqa.py
-    "video3dllm": Rules(_without_full_stops, _as_it_is, None, "none"),
-    # embodied-generalist evaluator/scanqa_eval.py: ScanQAEvaluator.update
-    "leo": Rules(clean_answer, clean_answer, match_in_order, "none"),
-    # VITA-Group/VLM-3R llava/eval/scanqa_evaluator.py: answer_match, calc_scanqa_score
-    "vlm3r": Rules(clean_answer, clean_answer, match_any, "ptb"),
-    # ZzZZCHS/Chat-Scene utils/eval.py: calc_scanqa_score
-    "chatscene": Rules(_chatscene, _as_it_is, match_nonempty, "ptb"),
+SCANQA_RULES: Mapping[str, ScanQaRules] = {
+    # functions evals_json, eval_pycoco; their F-value and SPICE are not computed here
+    "scanqa_official": ScanQaRules(
+        "EM and EM@10 of raw texts, captions through the PTB tokenizer.",
+        "ATR-DBI/ScanQA scripts/score.py",
+        _identity,
+        _identity,
+        match=None,
+        tokenizer="ptb",
+        ranked=True,
+    ),
+    # function main of both
+    "video3dllm": ScanQaRules(
+        "EM of raw texts; captions without tokenizer, full stops at the end removed (also Spatial-MLLM).",
+        "LaVi-Lab/Video-3D-LLM llava/eval/eval_scanqa.py; "
+        "diankun-wu/Spatial-MLLM src/evaluation/scanqa/score_scanqa.py",
+        _without_full_stops,
+        _identity,
+        match=None,
+        tokenizer="none",
+    ),
+    # method ScanQAEvaluator.update
+    "leo": ScanQaRules(
+        "Cleaned texts on both sides, EM and EM-refined of the first answer that matches at all, no tokenizer.",
+        "embodied-generalist/embodied-generalist evaluator/scanqa_eval.py",
+        clean_answer,
+        clean_answer,
+        match_in_order,
+        tokenizer="none",
+    ),
+    # functions answer_match, calc_scanqa_score
+    "vlm3r": ScanQaRules(
+        "Cleaned texts on both sides, an equal answer takes precedence, then the PTB tokenizer.",
+        "VITA-Group/VLM-3R llava/eval/scanqa_evaluator.py",
+        clean_answer,
+        clean_answer,
+        match_any,
+        tokenizer="ptb",
+    ),
+    # function calc_scanqa_score
+    "chatscene": ScanQaRules(
+        "Only the prediction is cleaned, an empty one matches nothing, then the PTB tokenizer.",
+        "ZzZZCHS/Chat-Scene utils/eval.py",
+        _chatscene,
+        _identity,
+        match_nonempty,
+        tokenizer="ptb",
+    ),
 }
+"""Second part of the protocol's name -> rules."""
 
 
 def score_scanqa(
@@ -151,48 +196,31 @@ def score_scanqa(
     predictions: Mapping[str, Sequence[str]],
     protocol: str,
     java: Java | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """EM, EM-refined and caption metrics.
 
     Args:
         questions: question id -> its reference answers.
         predictions: question id -> answers, best first; a model that gives one answer gives a list of one.
-        protocol: one of ``PROTOCOLS``.
+        protocol: a key of ``SCANQA_RULES``.
         java: see ``score_captions``.
 
     Returns:
-        ``protocol``, ``questions``, ``missing`` (how many have no prediction), ``corpus``, ``items``, ``candidates``,
-        ``references``, ``not_computed`` (see ``CaptionScores``), with ``EM`` and, where the protocol has them,
-        ``EM-refined`` or ``EM@10`` among the scores. EM@10 is None where no prediction has a second answer.
+        ``protocol``, ``questions``, ``missing`` (questions without a prediction), and ``corpus``, ``items``,
+        ``candidates``, ``references``, ``not_computed`` as in ``CaptionScores``. The scores include ``EM`` and, if the
+        protocol has them, ``EM-refined`` or ``EM@10``. EM@10 is None if no prediction has a second answer.
 
     Raises:
-        ValueError: unknown protocol, a question without answers (the test split), a prediction of no question.
+        ValueError: a question without answers (the test split), or a prediction of an unknown question.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"ScanQA has no protocol {protocol!r}; it is one of {', '.join(PROTOCOLS)}.")
     _check(questions, predictions)
-    rules = PROTOCOLS[protocol]
+    rules = SCANQA_RULES[protocol]
     ranked = {key: list(predictions.get(key, ())) or [""] for key in questions}
     candidates = {key: rules.prediction(answers[0]) for key, answers in ranked.items()}
     references = {key: [rules.answer(text) for text in answers] for key, answers in questions.items()}
     scores = score_captions(references, candidates, rules.tokenizer, java)
 
-    exact: dict[str, dict[str, Score]]
-    if rules.match is None:
-        exact = {key: {EM: float(answers[0] in questions[key])} for key, answers in ranked.items()}
-    else:
-        exact = {}
-        for key, text in candidates.items():
-            found, refined = rules.match(text, references[key])
-            exact[key] = {EM: float(found), EM_REFINED: float(refined)}
-    reasons = dict(scores.not_computed)
-    if rules.ranked:
-        several = any(len(answers) > 1 for answers in ranked.values())
-        for key, answers in ranked.items():
-            hit = bool(set(answers[:10]) & set(questions[key]))
-            exact[key][EM_AT_10] = float(hit) if several else None
-        if not several:
-            reasons[EM_AT_10] = "No prediction has a second answer."
+    exact, reasons = _exact_matches(questions, ranked, candidates, references, rules)
     corpus = {name: _mean([item[name] for item in exact.values()]) for name in next(iter(exact.values()))}
     return {
         "protocol": protocol,
@@ -202,8 +230,32 @@ def score_scanqa(
         "items": {key: exact[key] | item for key, item in scores.items.items()},
         "candidates": scores.candidates,
         "references": scores.references,
-        "not_computed": reasons,
+        "not_computed": {**scores.not_computed, **reasons},
     }
+
+
+def _exact_matches(
+    questions: Mapping[str, Sequence[str]],
+    ranked: Mapping[str, Sequence[str]],
+    candidates: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    rules: ScanQaRules,
+) -> tuple[dict[str, dict[str, Score]], dict[str, str]]:
+    """EM, EM-refined and EM@10 of every question, and the reasons of those that are not computed."""
+    exact: dict[str, dict[str, Score]] = {}
+    for key, text in candidates.items():
+        if rules.match is None:
+            exact[key] = {EM: float(ranked[key][0] in questions[key])}
+        else:
+            equal, refined = rules.match(text, references[key])
+            exact[key] = {EM: float(equal), EM_REFINED: float(refined)}
+    if not rules.ranked:
+        return exact, {}
+    several = any(len(answers) > 1 for answers in ranked.values())
+    for key, answers in ranked.items():
+        hit = bool(set(answers[:10]) & set(questions[key]))
+        exact[key][EM_AT_10] = float(hit) if several else None
+    return exact, {} if several else {EM_AT_10: "No prediction has a second answer."}
 
 
 def _mean(values: Sequence[Score]) -> Score:
@@ -214,14 +266,44 @@ def _mean(values: Sequence[Score]) -> Score:
 def _check(questions: Mapping[str, Sequence[str]], predictions: Mapping[str, Sequence[str]]) -> None:
     if not questions:
         raise ValueError("There are no questions to score.")
-    bare = [key for key, answers in questions.items() if not answers]
-    if bare:
+    unanswered = [key for key, answers in questions.items() if not answers]
+    if unanswered:
         raise ValueError(
-            f"{len(bare)} questions have no answers, the first is {bare[0]!r}; the test split cannot be scored here."
+            f"{len(unanswered)} questions have no answers, the first is {unanswered[0]!r}; the test split cannot be "
+            "scored here."
         )
-    strange = sorted(predictions.keys() - questions.keys())
-    if strange:
-        raise ValueError(f"{len(strange)} predictions answer no question, the first is {strange[0]!r}.")
+    unknown = sorted(predictions.keys() - questions.keys())
+    if unknown:
+        raise ValueError(f"{len(unknown)} predictions answer no question, the first is {unknown[0]!r}.")
     text = next((key for key, answers in predictions.items() if isinstance(answers, str)), None)
     if text is not None:
         raise ValueError(f"The prediction of {text!r} must be a list of answers, best first, not one text.")
+
+
+class ScanQaRecord(RecordFields):
+    """Fields of a record that ScanQA's protocols read."""
+
+    references: list[ReferenceFields]
+
+
+def _inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
+    questions = {record["id"]: [reference["text"] for reference in record["references"]] for record in records}
+    answers = {record["id"]: [record["text"]] for record in records if record["text"] is not None}
+    return questions, answers
+
+
+for _name, _rules in SCANQA_RULES.items():
+    _exact = (EM,) if _rules.match is None else (EM, EM_REFINED)
+    register_protocol(
+        Protocol(
+            name=f"scanqa/{_name}",
+            description=_rules.description,
+            source=_rules.source,
+            score=partial(score_scanqa, protocol=_name),
+            metrics={metric: ("corpus", metric) for metric in (*_exact, *PRINTED)},
+            best_by=EM,
+            inputs=_inputs,
+            record_model=ScanQaRecord,
+            default=_name == "video3dllm",
+        )
+    )

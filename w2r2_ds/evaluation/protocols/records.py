@@ -1,0 +1,98 @@
+"""Answer records as inputs of protocols: the fields that every record has, and boxes of ScanRefer and Scan2Cap records.
+
+The fields of a record are listed in ``evaluation/predictions/record.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Len
+from pydantic import FiniteFloat
+
+from w2r2_ds.boxes3d.transforms import camera_to_world, corners
+from w2r2_ds.data.sources.validation import Name
+from w2r2_ds.data.sources.validation import Record as FrozenModel
+from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding, parse_world_box
+
+AnswerRecord = Mapping[str, Any]
+"""One generated answer and everything that scoring it needs; plain JSON."""
+Proposals = Mapping[str, Sequence[Sequence[float]]]
+"""Scene -> detected world boxes ``[cx, cy, cz, sx, sy, sz]``, metres."""
+THRESHOLDS = (0.25, 0.5)
+"""IoU thresholds k of Acc@k, m@k and F1@k."""
+IOU_DECIMALS = 9
+"""Exact IoU is rounded to this before ``>=``: an exact 0.5 must not miss the threshold by float64's last bit."""
+Coordinates = Literal["camera", "world", "box"]
+"""Field ``form`` of a record that answers with a box; see ``record.py``."""
+
+Box6 = Annotated[list[FiniteFloat], Len(6, 6)]
+Box9 = Annotated[list[FiniteFloat], Len(9, 9)]
+Pose = Annotated[list[Annotated[list[FiniteFloat], Len(4, 4)]], Len(4, 4)]
+
+
+class RecordFields(FrozenModel):
+    """Fields of every record. A protocol's subclass adds those that it reads from a saved predictions file."""
+
+    id: Name
+    task: Name
+    scene_id: Name
+    text: str | None
+    form: Coordinates | None = None
+
+
+class ReferenceFields(FrozenModel):
+    """One reference text, and its words as the annotation file splits it."""
+
+    text: str
+    words: list[str]
+
+
+def world_box(record: AnswerRecord) -> list[float] | None:
+    """The answer's axis-aligned world box ``[6]`` (centre, size; metres); None if the answer cannot be parsed.
+
+    A box in a frame's camera is moved to the world with the frame's pose and enclosed by the smallest axis-aligned box.
+    With exact angles the enclosing box is the box itself; angles rounded to two decimals enlarge it slightly.
+    """
+    if record["form"] == "box":
+        return list(record["box"]) if record.get("box") is not None else None
+    text = record["text"] or ""
+    try:
+        if record["form"] == "world":
+            return list(map(float, parse_world_box(text)))
+        answer = parse_grounding(text, len(record["cam_to_world"]))
+    except AnswerError:
+        return None
+    # A generated number may be as large as float64's largest: the product overflows, and the box is dropped below.
+    with np.errstate(over="ignore", invalid="ignore"):
+        box = camera_to_world(answer.box, np.array(record["cam_to_world"][answer.frame]))
+        enclosing = enclosing_box(box.tolist())
+    return enclosing if np.isfinite(enclosing).all() and min(enclosing[3:]) > 0 else None
+
+
+def enclosing_box(box: Sequence[float]) -> list[float]:
+    """The smallest axis-aligned box ``[6]`` (centre, size) around a box of six or nine numbers."""
+    nine = np.array(nine_numbers(box))
+    if not nine[6:].any():  # already axis-aligned: returned without the rounding of corner arithmetic
+        return list(map(float, nine[:6]))
+    points = corners(nine)
+    low, high = points.min(axis=0), points.max(axis=0)
+    return [*map(float, (low + high) / 2), *map(float, high - low)]
+
+
+def nine_numbers(box: Sequence[float]) -> list[float]:
+    """A box in the format of ``boxes3d/transforms.py``: centre, size, ZXY angles; six numbers get angles of 0.
+
+    Raises:
+        ValueError: neither six nor nine numbers.
+    """
+    if len(box) not in (6, 9):
+        raise ValueError(f"A box must have six numbers (centre, size) or nine (and angles), not {len(box)}.")
+    return [*map(float, box), 0.0, 0.0, 0.0][:9]
+
+
+def camera_poses(record: AnswerRecord) -> np.ndarray:
+    """``[frames, 4, 4]`` float64: camera to axis-aligned world."""
+    return np.array(record["cam_to_world"], dtype=np.float64).reshape(-1, 4, 4)
