@@ -1,4 +1,4 @@
-"""Command-line parsers whose errors are one sentence, with the options that a misspelt one may have meant."""
+"""Command-line parsers whose errors are one sentence, with suggestions for a misspelt option."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from w2r2_ds.utils.sanitize import one_line, without_secrets
 
 LIKE = 0.65
-"""Least similarity of a name that is proposed, as difflib measures it."""
+"""Minimum similarity of a suggested name (ratio of `difflib.SequenceMatcher`)."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -28,7 +28,12 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {sentence}; --help lists the options.\n")
 
     def take_free_options(self, unknown: Sequence[str], given: dict[str, Any]) -> None:
-        """Add what argparse does not know to `given`: the hyper-parameters of registered extensions, else an error."""
+        """Add hyper-parameters of registered extensions to `given`; every other unknown option is an error.
+
+        Args:
+            unknown: arguments that argparse did not parse.
+            given: options as a nested tree; changed in place.
+        """
         from w2r2_ds.config.options import FREE_SECTIONS, decoded, set_option
 
         words, wrong = iter(unknown), []
@@ -50,7 +55,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser; what is wrong with a command line or a recipe is one sentence, without the usage."""
+    """jsonargparse's parser; an error in a command line or a recipe is one sentence, without the usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and exit with status 2."""
@@ -75,7 +80,7 @@ class Parser(ArgumentParser):
 
 
 def unknown_names(message: str) -> list[str]:
-    """The options that jsonargparse's message does not know: with dashes of a command line, without of a recipe."""
+    """Unknown options named in a message of jsonargparse: with dashes from a command line, without from a recipe."""
     if found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
         words = found[1].split()
         return [word.partition("=")[0] for word in words if word.startswith("-")] or words[:1]
@@ -87,10 +92,9 @@ def unknown_names(message: str) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """`` (did you mean a, b?)``, the likest known names, or nothing where none is like it.
+    """`` (did you mean a, b?)`` with the most similar known names; empty if none is similar.
 
-    A name is like another if its last part is, of `objctive.lambda_det` and of `lambda_det` too:
-    `objective.lambda_det`.
+    Last parts of dotted names are compared: both `objctive.lambda_det` and `lambda_det` give `objective.lambda_det`.
     """
     bare = name.lstrip("-")
     dashes = name[: len(name) - len(bare)]

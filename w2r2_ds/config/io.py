@@ -1,7 +1,7 @@
 """Read and write run configurations: recipes, command lines, the saved configuration of a run.
 
-A recipe is plain YAML (`yaml.safe_load`), options of the command line are merged into it, and pydantic validates the
-result, so that no configuration can name code.
+A recipe is YAML, read with `yaml.safe_load`. Options of the command line are merged into it, and pydantic validates the
+result. No configuration can name code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def from_tree(tree: Any, source: str) -> RunConfig:
 
 
 def model_from_tree(tree: Any, source: str) -> ModelConfig:
-    """Build the section `model` alone; as `from_tree`."""
+    """Build the section `model`; see `from_tree`."""
     return _validated(TypeAdapter(ModelConfig), tree, source)
 
 
@@ -49,7 +49,7 @@ def load_config(path: str | Path = DEMO_RECIPE, overrides: Sequence[str] = ()) -
         ValueError: the file cannot be read, or see `from_tree`.
     """
     parser = run_parser("")
-    parser.exit_on_error = False
+    parser.exit_on_error = False  # raise ValueError instead: the caller is Python, not a command line
     given, rest = _given(parser, overrides)
     recipe = rest.config or path
     return from_tree(merged(read_yaml(recipe), given), _source(recipe, given))
@@ -148,7 +148,7 @@ def _given(parser: OneLineParser, args: Sequence[str]) -> tuple[dict[str, Any], 
     rest, unknown = parser.parse_known_args(list(args))
     given: dict[str, Any] = {}
     for name in options(RunConfig):
-        if name in rest:
+        if name in rest:  # defaults are argparse.SUPPRESS: only options that were given are there
             set_option(given, name, getattr(rest, name))
             delattr(rest, name)
     parser.take_free_options(unknown, given)

@@ -26,7 +26,7 @@ class Option:
         type: for readers, such as `int` or `sequential | lockstep`.
         default: the default value.
         help: the sentence of the docstring.
-        text: the value is a string, taken as it stands; other values are decoded as YAML.
+        text: whether the value is a string and used unchanged; other values are decoded as YAML.
     """
 
     name: str
@@ -74,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def decoded(text: str) -> Any:
-    """A value of the command line that is not a string: YAML, such as `5`, `1e-4`, `true`, `[a, b]`."""
+    """Decode an option that is not a string as YAML: `5`, `1e-4`, `true`, `[a, b]`."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):

@@ -1,4 +1,4 @@
-"""Reject texts of a configuration that must not reach logs, checkpoints and model cards."""
+"""Reject control characters and secrets in a configuration, which is written to logs, checkpoints and model cards."""
 
 from __future__ import annotations
 

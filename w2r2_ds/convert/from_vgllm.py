@@ -100,6 +100,7 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
         "merger": str(out.absolute() / MERGER),
         "fusion": "add",
     }
+    # Written to a temporary folder and renamed: `out` exists only when it is complete.
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     vlm.save_pretrained(temporary / "vlm")
@@ -151,6 +152,7 @@ def fill(module: nn.Module, part: str, tensors: Mapping[str, torch.Tensor]) -> N
     parameters = dict(module.named_parameters(remove_duplicate=False))
     owners = {id(parameter): name for name, parameter in module.named_parameters()}
     assert module.state_dict().keys() == parameters.keys(), "a buffer would stay as it is"
+    # Compare names before loading, for messages with VG-LLM's names; `load_state_dict` would use ours.
     for name in sorted(tensors.keys() - parameters.keys()):
         raise ValueError(f"{vgllm_name(part, name)} has no place in the {part} that {CONFIG} describes.")
     for name, parameter in parameters.items():
@@ -215,6 +217,7 @@ def _modules(
 ) -> tuple[PreTrainedModel, VGGT, GeometryMerger]:
     """The three modules with their weights; `raw` is config.json without VG-LLM's own keys."""
     config: Any = CONFIG_MAPPING[raw["model_type"]].from_dict({**raw, "architectures": None})
+    # On the meta device: no memory and no random initialization; `fill` assigns the tensors of the file.
     vlm = meta_model(config)
     hidden, merge = config.text_config.hidden_size, config.vision_config.spatial_merge_size
     with torch.device("meta"):

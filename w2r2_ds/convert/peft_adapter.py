@@ -55,7 +55,7 @@ With W2R2-DS, from frames and geometry (give moved base models with `--vlm` and 
 
     python launchers/evaluate.py --checkpoint THIS_FOLDER --geometry fused
 
-With peft and transformers alone (frames only, no geometry):
+With peft and transformers only (frames only, no geometry):
 
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
@@ -86,9 +86,11 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path:
     config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, geometry_path=geometry_path)
     model = build_model(config.model, torch.device("cpu"), config.train.seed)
     load_trainable(checkpoint, model)
+    # Written to a temporary folder and renamed: `out` exists only when it is complete.
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    # Without embedding layers: LoRA does not train them, and peft would add both matrices to the adapter.
     cast(PeftModel, model.vlm).save_pretrained(str(temporary), save_embedding_layers=False)
     save_file(merger_tensors(model), temporary / MERGER)
     described = card(config, model, checkpoint)
@@ -181,5 +183,6 @@ def load_lora(vlm: PeftModel, file: Path) -> None:
     Raises:
         ValueError: the file cannot be read, or does not have exactly the model's LoRA tensors.
     """
+    # The model's own tensors give the names, shapes and dtypes that the file must have.
     own = get_peft_model_state_dict(vlm, save_embedding_layers=False)
     set_peft_model_state_dict(vlm, read_strictly(file, "the LoRA weights", own))

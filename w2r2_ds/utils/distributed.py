@@ -1,4 +1,4 @@
-"""Ranks of a distributed run: who this process is, and work or errors that all ranks share.
+"""Ranks of a distributed run: rank of this process, and work or errors that all ranks share.
 
 Importing this module does not import torch: `RankInfo` is read before torch is needed (logging, ``--help``).
 """
