@@ -241,6 +241,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 30 steps on one rank, made once for all workers: look at it, change only copies."""
+    """A run of 30 steps on one rank, made once for all workers. Change only copies of it."""
     once(shared_base(tmp_path_factory.getbasetemp()), "trained", partial(train_once, world))
     return world.folder / "run"

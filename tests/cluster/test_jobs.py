@@ -173,7 +173,7 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
 def test_ranks_behind_a_cut_link_do_no_harm(
     cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    """The first node is cut off, with the batch shell and rank 0, and lives on while the job runs elsewhere."""
+    """The first node (batch shell, rank 0) loses its network and keeps running while the job runs elsewhere."""
     out = tmp_path / "run"
     job = cluster.submit(*words(world, out))
     reach(cluster, job, out, SAVE_EVERY + 1)
@@ -195,7 +195,7 @@ def test_ranks_behind_a_cut_link_do_no_harm(
     assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("COMPLETED", "1"), cluster.logs(job)
     assert metrics(out) == metrics(undisturbed)
     assert weights(out) == weights(undisturbed)
-    note(record_property, [Row("Slurm: link cut, the old ranks live on", 1, 1)])
+    note(record_property, [Row("Slurm: link cut, the old ranks keep running", 1, 1)])
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""What the batch scripts do without a cluster: their help, the srun lines, sweeps, refusals; how a rank ends."""
+"""Batch scripts without a cluster: help, srun lines, sweeps, errors, and exit codes of a rank."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_help_works_everywhere_and_names_itself(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_job_from_another_folder_is_refused(root: Path, name: str, tmp_path: Path) -> None:
-    """sbatch runs a copy from its spool: the submission's folder is all that a script knows."""
+def test_a_job_from_another_folder_is_rejected(root: Path, name: str, tmp_path: Path) -> None:
+    """sbatch runs a copy from its spool: the script has only the folder of submission."""
     done = script(root, name, SLURM_SUBMIT_DIR=str(tmp_path))
     assert done.returncode == 1
     assert (
@@ -118,7 +118,7 @@ def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
         (["--over", "name=a/b,a_b", "--out", "x"], "two of its values would train into one folder; leave one out."),
     ],
 )
-def test_a_sweep_over_nothing_is_refused(root: Path, words: list[str], message: str) -> None:
+def test_a_sweep_over_nothing_is_rejected(root: Path, words: list[str], message: str) -> None:
     done = script(root, "sweep", "--dry-run", *words)
     assert done.returncode == 1 and message in done.stderr
 
@@ -134,9 +134,7 @@ def test_every_gpu_has_a_rank(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "told"), [(0, 0), (1, 1), (75, 0), (85, 0), (143, 0), (137, 137)])
-def test_srun_does_not_kill_ranks_that_are_still_putting_things_away(
-    root: Path, tmp_path: Path, code: int, told: int
-) -> None:
+def test_srun_does_not_kill_ranks_that_are_still_saving(root: Path, tmp_path: Path, code: int, told: int) -> None:
     command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", f"exit {code}"]
     done = subprocess.run(command, cwd=root, env=os.environ | JOB | {"TMPDIR": str(tmp_path)}, timeout=60, check=False)
     assert done.returncode == told

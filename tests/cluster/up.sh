@@ -30,7 +30,7 @@ for i in $(seq "$NODES"); do
 done
 for i in $(seq 0 $((GPUS - 1))); do mknod -m 666 "$DIR/gpu/fake$i" c 1 3; done # Slurm wants devices: copies of /dev/null
 echo "Name=gpu File=$DIR/gpu/fake[0-$((GPUS - 1))]" >"$DIR/gres.conf"
-# Nothing uses it, but slurmd refuses to start where it finds no cgroup that it knows; this one just loads.
+# slurmd does not start without a cgroup plugin that it supports. This one is only loaded, never used.
 printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$DIR/cgroup.conf"
 (umask 077 && head -c 128 /dev/urandom >"$DIR/munge.key")
 cat >"$DIR/slurm.conf" <<END

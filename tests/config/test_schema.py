@@ -90,7 +90,7 @@ def test_it_survives_yaml(tmp_path: Path) -> None:
         ("data.train", "[{path: a, weight: 0}]"),
         ("data.train", "[{path: a, cap: -1}]"),
         ("model.lora_dropout", "1"),
-        ("model.attention", "somebody/kernel"),
+        ("model.attention", "owner/kernel"),
         ("model.geometry.layers", "[]"),
         ("demo.warmup_batch", "0"),
         ("out", ""),

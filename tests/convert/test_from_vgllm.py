@@ -104,7 +104,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 def test_the_language_model_is_a_plain_directory_of_the_same_weights(source: Path, plain: Path, tmp_path: Path) -> None:
     import_vgllm(source, tmp_path / "out")
     imported = tmp_path / "out" / "vlm"
-    assert same(load_file(imported / WEIGHTS), load_file(plain / WEIGHTS)), "names as on the hub, head left out"
+    assert same(load_file(imported / WEIGHTS), load_file(plain / WEIGHTS)), "names as on the hub, without the tied head"
     model = load_vlm(imported, torch.float32)
     assert same(model.state_dict(), load_vlm(plain, torch.float32).state_dict())
     config = json.loads((imported / "config.json").read_text())
@@ -198,7 +198,7 @@ def test_weights_that_do_not_fit_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_rejected(
     source: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     write(source, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1})
@@ -251,14 +251,14 @@ def test_a_missing_file_is_named(source: Path, tmp_path: Path, name: str) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_shard_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_rejected(source: Path, tmp_path: Path) -> None:
     file = source / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{source}.*broken or incomplete"):
         import_vgllm(source, tmp_path / "out")
 
 
-def test_a_folder_that_is_not_empty_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_rejected(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="out is not empty"):
@@ -273,7 +273,7 @@ def test_tensors_of_the_public_vggt_tell_the_default_sizes() -> None:
     assert vggt_config(split_state(tensors)["vggt"]) == VGGTConfig()
 
 
-def test_a_merger_of_other_sizes_is_refused_by_name(source: Path, tmp_path: Path) -> None:
+def test_a_merger_of_other_sizes_is_rejected(source: Path, tmp_path: Path) -> None:
     config = import_vgllm(source, tmp_path / "out")
     config.dtype, config.merger_hidden = "float32", MERGER_HIDDEN + 1
     with pytest.raises(

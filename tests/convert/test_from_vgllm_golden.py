@@ -81,7 +81,7 @@ def test_sizes_of_vggt_are_read_off_its_tensors(golden: Golden) -> None:
 
 @pytest.mark.parametrize(("golden", "variant", "name"), recorded_outputs(gradients=False))
 def test_an_output_is_the_recorded_one(golden: Golden, variant: str, name: str) -> None:
-    assert variant in VARIANTS, f"{golden.path} has the variant {variant}, which no test knows"
+    assert variant in VARIANTS, f"{golden.path} has the variant {variant}, which no test covers"
     wanted = golden.tensors["/".join(filter(None, ("out", variant, name)))]
     found = computed(golden, variant)[name]
     assert found.shape == wanted.shape

@@ -106,7 +106,7 @@ def test_a_fusion_is_exported_beside_the_merger(
     assert torch.equal(ours, theirs)
 
 
-def test_a_fusion_with_a_name_too_few_or_too_many_is_refused(untrained: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_fusion_with_a_name_too_few_or_too_many_is_rejected(untrained: tuple[Any, Path], tmp_path: Path) -> None:
     _, checkpoint = untrained
     out = export_adapter(checkpoint, tmp_path / "adapter")
     file = out / "geometry_merger.safetensors"
@@ -120,7 +120,7 @@ def test_a_fusion_with_a_name_too_few_or_too_many_is_refused(untrained: tuple[An
             load_adapter(out, adapter_config(out), torch.device("cpu"))
 
 
-def test_an_adapter_of_another_fusion_is_refused_by_name(untrained: tuple[Any, Path], tmp_path: Path) -> None:
+def test_an_adapter_of_another_fusion_is_rejected(untrained: tuple[Any, Path], tmp_path: Path) -> None:
     _, checkpoint = untrained
     out = export_adapter(checkpoint, tmp_path / "adapter")
     card = json.loads((out / "w2r2_card.json").read_text())
@@ -175,14 +175,14 @@ def test_an_adapter_is_not_exported_again(adapter: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_not_empty_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_rejected(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=f"{tmp_path} is not empty"):
         export_adapter(trained, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_checkpoint_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_there_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no-run holds no complete checkpoint"):
         export_adapter(tmp_path / "no-run", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 
 from packed_batches import packed_of, questions
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
-from w2r2_ds.data.loader import make_collate, make_processor, refuse_drawn_frames
+from w2r2_ds.data.loader import check_frames_are_shared, make_collate, make_processor
 from w2r2_ds.data.packing import groups_by_frames, packed_layout, separate_groups
 
 
@@ -152,6 +152,6 @@ def test_frames_drawn_for_every_sample_are_refused(tmp_path: Any) -> None:
     drawn = object.__new__(PreparedSet)
     drawn.folder, drawn.manifest = tmp_path, {"options": {"frames": {"protocol": "vgllm"}}}
     mixture: Any = type("Mixture", (), {"sets": [drawn]})
-    refuse_drawn_frames(mixture, 1)
+    check_frames_are_shared(mixture, 1)
     with pytest.raises(ValueError, match=r"manifest\.json: frames\.protocol is vgllm"):
-        refuse_drawn_frames(mixture, 2)
+        check_frames_are_shared(mixture, 2)

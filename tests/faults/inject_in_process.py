@@ -1,4 +1,4 @@
-"""Faults that a rank does to itself at a given moment of the real training step; production code knows nothing of them.
+"""Faults that a rank injects into itself at a given moment of a training step, without hooks in production code.
 
 Imported in the rank's process (tests/faults/fault_runs.py) before the script runs.
 """

@@ -106,7 +106,7 @@ def newest_step(out: Path) -> int:
 
 
 def assert_nothing_torn(out: Path) -> None:
-    """Whatever bears a checkpoint's name above the newest whole one is whole too: a kill leaves nothing half there."""
+    """Assert that every step folder above the newest complete checkpoint is complete: a kill leaves no partial one."""
     _, damaged = newest_complete(out)
     assert not damaged, damaged
 
@@ -117,7 +117,7 @@ def assert_as_undisturbed(out: Path, expected: Path, rename_damaged: int = 0) ->
     Args:
         out: the run that faults happened to.
         expected: the run that none happened to.
-        rename_damaged: damaged checkpoints that the test itself made, which the run has set aside by name.
+        rename_damaged: damaged checkpoints that the test itself made, which the run has renamed.
     """
     (last, path), *_ = step_folders(out).items()
     (wanted, other), *_ = step_folders(expected).items()

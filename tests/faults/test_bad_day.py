@@ -1,4 +1,4 @@
-"""One run to which a different thing happens at every start; and each of these at other moments with `-m nightly`."""
+"""One run with a different fault at every start; each fault at other moments too with `-m nightly`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ BALLAST = "ballast"
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """An empty folder on a small tmpfs; other things of a test go beside it."""
+    """An empty folder on a small tmpfs; other files of a test are beside it."""
     folder = tmp_path / "run"
     folder.mkdir()
     mounted = subprocess.run(

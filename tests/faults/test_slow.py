@@ -1,4 +1,4 @@
-"""A rank that is slow, that hangs, that is frozen and lives on."""
+"""A rank that is slow, that hangs, or that is frozen and continues."""
 
 from __future__ import annotations
 

@@ -63,11 +63,11 @@ def test_frames_that_turn_unreadable(
 def test_a_prepared_file_that_turns_unreadable(
     world: World, calm: Path, root: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """A run has read it; a restart is refused by name, touches no checkpoint, and goes on when the file is back."""
+    """A run has read it; a restart fails with its name, changes no checkpoint, and continues when the file is back."""
     out, file = tmp_path / "run", next((root / "prepared" / "scanrefer" / "train").glob("*.parquet"))
     command = arguments(world, out, data__root=root)
 
-    def killed_and_refused(start: Start) -> bool:
+    def killed_and_rejected(start: Start) -> bool:
         start.send(signal.SIGKILL)
         start.wait()
         step = newest_step(out)
@@ -77,7 +77,7 @@ def test_a_prepared_file_that_turns_unreadable(
         assert newest_step(out) == step
         return True
 
-    act = unreadable([file], killed_and_refused)
+    act = unreadable([file], killed_and_rejected)
     rows = suffer(out, command, [Fault("prepared file unreadable at a restart", (KILLED,), act)])
     assert_as_undisturbed(out, calm)
     note(record_property, rows)

@@ -1,7 +1,7 @@
 """From the JSON of annotations and submissions, as the golden files and their evaluators write it, to what is scored.
 
 Formats: ``ScanRefer_filtered_*.json`` and ``ScanQA_v1.0_*.json`` (lists of objects). Everything that lacks a field is
-refused with the number of its entry.
+an error with the number of its entry.
 """
 
 from __future__ import annotations

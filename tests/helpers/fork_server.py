@@ -31,7 +31,7 @@ WARM = (
     "deepspeed",
     "peft",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # looked at by every engine
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every engine
     "deepspeed.module_inject.auto_ep_layer",
     "torch.utils.cpp_extension",
     "pandas",
@@ -46,19 +46,19 @@ VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}{os.pathsep}{HELPERS / 'fast_start'}",
-    # An optimizer of DeepSpeed that nobody asked for would import torch's compiler into every rank, 1.2 s.
+    # An optimizer of DeepSpeed that is not used would import torch's compiler into every rank, 1.2 s.
     "TORCHDYNAMO_DISABLE": "1",
 }
 """Of every child process: one thread, offline, the repository importable, a quick start."""
 POLL = 0.02
-"""Seconds between two looks at the ranks."""
+"""Seconds between two polls of the ranks."""
 
 
 class Rank:
     """A forked process, in a session of its own.
 
     Args:
-        pid: its process id, which nobody else gets before its end was seen by `poll`.
+        pid: its process id, which no other process gets before `poll` has reaped it.
     """
 
     def __init__(self, pid: int) -> None:
@@ -148,7 +148,7 @@ def script(path: str, words: list[str]) -> None:
 
 def environment() -> dict[str, str]:
     """For a child process: `VARIABLES`, and the programs of this interpreter."""
-    # The launcher looks for its helpers beside the interpreter that runs the tests.
+    # The launcher finds its helpers beside the interpreter that runs the tests.
     return os.environ | VARIABLES | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -169,7 +169,7 @@ def _ask(*request: object) -> Any:
         print(json.dumps(request), file=server.stdin, flush=True)
         answer = server.stdout.readline()
         assert answer, "the process that forks ranks has died; its error is on the standard error stream"
-    except BaseException:  # a test's time limit between question and answer: the next test asks another one
+    except BaseException:  # a test's time limit between question and answer: the next test starts another server
         _server.cache_clear()
         server.stdin.close()
         server.wait(60)
@@ -180,7 +180,7 @@ def _ask(*request: object) -> Any:
 def serve() -> None:
     """Answer each request, a line of JSON, until there are no more; then end what was forked."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with answers
     gc.disable()  # imports make little garbage, and looking for it is a quarter of their time
     for module in WARM:
         importlib.import_module(module)

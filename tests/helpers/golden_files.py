@@ -103,12 +103,12 @@ def is_scanrefer_scores(record: dict[str, Any]) -> bool:
 
 
 def is_scan2cap_scores(record: dict[str, Any]) -> bool:
-    """Likewise of Scan2Cap."""
+    """The same for Scan2Cap."""
     return record.get("task") == "scan2cap" and "protocols" in record
 
 
 def is_scanqa_scores(record: dict[str, Any]) -> bool:
-    """Likewise of ScanQA."""
+    """The same for ScanQA."""
     return record.get("task") == "scanqa" and "protocols" in record
 
 

@@ -36,7 +36,7 @@ class Given:
 
 
 def work(folder: Path) -> None:
-    """What each rank does; rank 0 of one writes what was in the batches, and what was refused."""
+    """What each rank does; rank 0 of one writes what was in the batches, and the errors."""
     import deepspeed
     import torch.distributed as dist
 
@@ -61,12 +61,12 @@ def work(folder: Path) -> None:
     packed = {"data__questions_per_scene": TOGETHER}
     trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **packed)), InTraining)
     if dist.get_world_size() == 1:
-        refused = []
+        errors = []
         other = packed | {"data__questions_per_scene": 2, "train__steps": SHORT, "resume": "auto"}
         try:
             trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **other)), InTraining)
         except ValueError as error:
-            refused.append(str(error))
+            errors.append(str(error))
         config, _ = read_arguments(arguments(world, folder / "apart"))
         number = {sample.id: index for index, sample in enumerate(load_mixture(config.data, "train"))}
         sampler = build.GlobalBatchSampler
@@ -75,5 +75,5 @@ def work(folder: Path) -> None:
             build.GlobalBatchSampler = lambda batches=batches, **_: Given(batches)  # type: ignore[misc, assignment]
             trainer.train(*read_arguments(arguments(world, folder / name, **changes)), InTraining)
         build.GlobalBatchSampler = sampler  # type: ignore[misc]
-        (folder / "report.json").write_text(json.dumps({"refused": refused, "sequences": sequences}))
+        (folder / "report.json").write_text(json.dumps({"errors": errors, "sequences": sequences}))
     dist.destroy_process_group()

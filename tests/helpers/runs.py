@@ -85,7 +85,7 @@ def make_world(folder: Path) -> World:
 
 
 def train_once(world: World) -> Path:
-    """The run that most tests look at: 30 steps on one rank, through the launcher."""
+    """The run that most tests read: 30 steps on one rank, through the launcher."""
     out = world.folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     done = launch(1, "launchers/train.py", ["--deepspeed", str(ZERO3), *world.arguments(out)])

@@ -36,7 +36,7 @@ class Watched:
 
 @contextlib.contextmanager
 def watched(model: Any) -> Iterator[Watched]:
-    """Look at every gather inside."""
+    """Check every gather inside."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import (
         InflightParamRegistry,

@@ -12,10 +12,10 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TEXTS = [
-    f"Frame-{number}: find the {colour} {thing} near the desk. It is at {number}.{number}5, -1.{number}"
+    f"Frame-{number}: find the {colour} {label} near the desk. It is at {number}.{number}5, -1.{number}"
     for number in range(8)
     for colour in ("red", "brown", "white")
-    for thing in ("chair", "table", "cabinet", "sofa")
+    for label in ("chair", "table", "cabinet", "sofa")
 ]
 
 

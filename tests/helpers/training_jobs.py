@@ -1,4 +1,4 @@
-"""The short runs that tests/training/test_trainer.py looks at, and what is wrong with some of them."""
+"""The short runs of tests/training/test_trainer.py, some with an error in their input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from w2r2_ds.utils import atomic_io
 
 FEW = 6
 DROPOUT: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "train__save_every": 2}
-GAP: dict[str, object] = {"objective__decode_gap_every": 1, "objective__decode_gap_samples": 2}
+DECODE_GAP: dict[str, object] = {"objective__decode_gap_every": 1, "objective__decode_gap_samples": 2}
 AUTO: dict[str, object] = {"resume": "auto"}
 STAGES = ("zero2", "zero3_offload")
 """Of ds_configs/, besides zero3."""
@@ -52,7 +52,7 @@ def on_one_rank(world: World, trained: Path, folder: Path) -> list[Job]:
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
         Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, **NO_DRY_RUN),
         Job("token", arguments(world, folder / "token1", objective__reduction="token"), stop_after=3, **NO_DRY_RUN),
-        Job("gap", arguments(world, folder / "gap", **DROPOUT, **GAP), stop_after=2),
+        Job("decode_gap", arguments(world, folder / "decode_gap", **DROPOUT, **DECODE_GAP), stop_after=2),
         Job("mask", arguments(world, folder / "mask1", objective__visual_mask_ratio=0.5), stop_after=3, **NO_DRY_RUN),
         Job("silent", arguments(world, folder / "silent", train__steps=1, objective__mu=0.99), **NO_DRY_RUN),
         Job(

@@ -1,4 +1,4 @@
-"""VG-LLM's recorded runs as our model sees them: model, batch, every recorded output, the loss by two routes.
+"""VG-LLM's recorded runs as inputs of our model: model, batch, every recorded output, the loss by two routes.
 
 For tests/convert/test_from_vgllm_golden.py.
 """
@@ -80,7 +80,7 @@ def batch_of(golden: Golden) -> Batch:
     vision = base.config.vision_config
     sizes = token_counts(grid, vision.spatial_merge_size)
     tower = WindowInputs.of(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-    slots = torch.full((count, NUMBERS, 1), -1)
+    digits = torch.full((count, NUMBERS, 1), -1)
     return Batch(
         ids=tuple(map(str, range(count))),
         tasks=("scan2cap",) * count,
@@ -99,9 +99,9 @@ def batch_of(golden: Golden) -> Batch:
             position=position,
             label=labels[sample, position + 1],
             where=torch.ones_like(sample, dtype=torch.bool),
-            digit=slots,
-            place_value=torch.zeros_like(slots, dtype=torch.float64),
-            sign=torch.zeros_like(slots[..., 0]),
+            digit=digits,
+            place_value=torch.zeros_like(digits, dtype=torch.float64),
+            sign=torch.zeros_like(digits[..., 0]),
         ),
         cam_to_world=torch.full((count, 1, 4, 4), torch.nan, dtype=torch.float64),
         target_box=torch.full((count, 9), torch.nan, dtype=torch.float64),
@@ -183,7 +183,7 @@ def step_loss_of(golden: Golden) -> torch.Tensor:
 
 
 def tokenizer_of(golden: Golden) -> Any:
-    """The recorded tokens have no text; this is what our code asks of a tokenizer."""
+    """The recorded tokens have no text; the methods of a tokenizer that our code calls."""
     text = golden.record["config"]["text"]
     return SimpleNamespace(
         pad_token_id=text["pad_token_id"],

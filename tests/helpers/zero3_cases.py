@@ -142,7 +142,7 @@ def whole_gradients(case: Case, config: Any, frontend: Any, samples: dict[str, A
     model = whole_model(case.full, json.dumps(asdict(config.model)))
     model.zero_grad()
     tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
-    # Whole and without checkpointing, whatever the case does.
+    # Whole and without checkpointing, in every case.
     step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
     if case.pass_order == "single":
         step.two_pass = functools.partial(fused_pass_only, model)
@@ -203,7 +203,7 @@ def count(case: Case) -> int:
 def sharded_gradients(
     case: Case, config: Any, frontend: Any, samples: dict[str, Any], ds_config: dict[str, Any]
 ) -> tuple[dict[str, Any], Any, dict[str, float], Any, list[int]]:
-    """The same under ZeRO-3 by the production code: gradients, this rank's statistics, group norms, a gap reading.
+    """The same under ZeRO-3 by the production code: gradients, this rank's statistics, group norms, a decode gap.
 
     And how often a parameter of a decoder layer was gathered in the last step, every number that there was.
     """
@@ -258,7 +258,7 @@ def compare(
     expected: dict[str, Any],
     all_stats: Any,
 ) -> dict[str, Any]:
-    """What the test looks at: the largest relative difference of a gradient, statistics, norms."""
+    """Values that the test compares: the largest relative difference of a gradient, statistics, norms."""
     import torch
     import torch.distributed as dist
 
@@ -272,7 +272,7 @@ def compare(
     resolved = resolve_ds_config(
         ds_config, path="zero3_cases.py", world_size=dist.get_world_size(), bf16=False, **sizes
     )
-    actual, stats, norms, gap, gathered_so_often = sharded_gradients(case, config, frontend, samples, resolved)
+    actual, stats, norms, decode_gap, gathered_so_often = sharded_gradients(case, config, frontend, samples, resolved)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, stats)
     assert actual.keys() == expected.keys()
@@ -295,7 +295,7 @@ def compare(
         "stats_worst": float((torch.cat(gathered) - all_stats).abs().max()),
         "norms": norms,
         "expected_norms": {f"grad_norm_{name}": value**0.5 for name, value in squares.items()},
-        "gap": gap,
+        "decode_gap": decode_gap,
         "gathers": gathered_so_often,
     }
 

@@ -22,7 +22,7 @@ class Runs:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """A file that is there as soon as somebody's code has run."""
+    """A file that is there as soon as untrusted code has run."""
     return tmp_path / "ran"
 
 

@@ -182,7 +182,7 @@ def test_a_scene_is_a_name_and_no_path(name: str) -> None:
         check_scene_id(name)
 
 
-def test_a_prediction_of_a_stranger_forges_no_line(tmp_path: Path) -> None:
+def test_an_untrusted_prediction_forges_no_line(tmp_path: Path) -> None:
     file = tmp_path / "predictions-x.jsonl"
     file.write_text(json.dumps({"id": "a\nscores: 1.0", "task": "scanqa", "scene_id": "s", "text": "x"}) + "\n")
     with pytest.raises(ValueError, match=r"line 1: field 'id': .*'a\\nscores: 1.0'"):
@@ -194,19 +194,19 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Programs that PIL starts; none is."""
     calls: list[Any] = []
 
-    def refuse(*arguments: Any, **_: Any) -> None:
+    def fail(*arguments: Any, **_: Any) -> None:
         calls.append(arguments)
         raise OSError("started")
 
-    monkeypatch.setattr("subprocess.Popen", refuse)
-    monkeypatch.setattr("subprocess.check_call", refuse)
+    monkeypatch.setattr("subprocess.Popen", fail)
+    monkeypatch.setattr("subprocess.check_call", fail)
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
     yield calls
     assert not calls
 
 
 def test_an_image_starts_no_program(tmp_path: Path, started: list[Any]) -> None:
-    """PostScript is an image to PIL whatever the file's name, and Ghostscript reads it."""
+    """PostScript is an image to PIL for any file name, and Ghostscript reads it."""
     path = tmp_path / "00000.jpg"
     path.write_bytes(EPS)
     frame = Frame(0, path, path, np.eye(4))
@@ -218,7 +218,7 @@ def test_an_image_starts_no_program(tmp_path: Path, started: list[Any]) -> None:
 
 
 def test_a_mesh_opens_no_other_file(tmp_path: Path) -> None:
-    """A PLY names its texture, and its reader would open it; one outside the folder trimesh itself refuses."""
+    """A PLY names its texture, and its reader would open it; trimesh itself rejects one outside the folder."""
     Image.new("RGB", (4, 4)).save(tmp_path / "texture.png")
     content = trimesh.creation.box().export(file_type="ply")
     path = tmp_path / "scene.ply"

@@ -84,21 +84,21 @@ def test_a_class_that_only_its_own_code_has_is_not_looked_for(
 
 
 @pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
-def test_attention_of_the_hub_is_refused(vlm_folder: Path, part: str) -> None:
+def test_attention_of_the_hub_is_rejected(vlm_folder: Path, part: str) -> None:
     """transformers would fetch OWNER/NAME and run it, without `trust_remote_code`."""
     raw = json.loads((vlm_folder / "config.json").read_text())
-    (raw[part] if part else raw)["attn_implementation"] = "somebody/kernel:forward"
+    (raw[part] if part else raw)["attn_implementation"] = "owner/kernel:forward"
     (vlm_folder / "config.json").write_text(json.dumps(raw))
     for load in (lambda: load_vlm(vlm_folder, torch.float32), lambda: meta_model(vlm_folder)):
-        with pytest.raises(ValueError, match=r"attn_implementation 'somebody/kernel:forward' is code of the Hugging"):
+        with pytest.raises(ValueError, match=r"attn_implementation 'owner/kernel:forward' is code of the Hugging"):
             load()
 
 
 def test_nor_is_it_an_option(model_config: Any) -> None:
-    with pytest.raises(ValueError, match=r"model.attention is 'somebody/kernel'; .* not a kernel of the Hugging"):
-        load_config(overrides=["--model.attention", "somebody/kernel"])
-    with pytest.raises(ValueError, match=r"model.attention somebody/kernel is code of the Hugging Face Hub"):
-        load_vlm(model_config.vlm, torch.float32, "somebody/kernel")
+    with pytest.raises(ValueError, match=r"model.attention is 'owner/kernel'; .* not a kernel of the Hugging"):
+        load_config(overrides=["--model.attention", "owner/kernel"])
+    with pytest.raises(ValueError, match=r"model.attention owner/kernel is code of the Hugging Face Hub"):
+        load_vlm(model_config.vlm, torch.float32, "owner/kernel")
 
 
 def test_flash_attention_that_is_not_installed_is_not_fetched(
@@ -111,8 +111,8 @@ def test_flash_attention_that_is_not_installed_is_not_fetched(
         load_vlm(model_config.vlm, torch.float32, "flash_attention_2")
 
 
-def test_an_adapter_in_a_model_folder_is_refused(vlm_folder: Path) -> None:
-    """transformers would load it without being asked, with whatever its configuration says."""
+def test_an_adapter_in_a_model_folder_is_rejected(vlm_folder: Path) -> None:
+    """transformers would load it automatically, with any class that its configuration names."""
     (vlm_folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
     with pytest.raises(ValueError, match=r"holds a PEFT adapter \(adapter_config.json\); give the model's own"):
         load_vlm(vlm_folder, torch.float32)
@@ -187,7 +187,7 @@ def test_a_card_is_read_as_values(adapter: Path, mark: Path, code: str, monkeypa
     for section, values, sentence in (
         ("data", {"class_path": "evil_card.Config"}, "data.class_path"),
         ("data", "evil_card.Config", r"configuration: data: .*evil_card.Config"),
-        ("model", {"attention": "somebody/kernel"}, "not a kernel of the Hugging Face Hub"),
+        ("model", {"attention": "owner/kernel"}, "not a kernel of the Hugging Face Hub"),
         ("model", {"lora_rank": "many"}, r"w2r2_card.json: configuration: model.lora_rank: .*many"),
         ("nothing", 1, "there is no option nothing"),
     ):

@@ -30,7 +30,7 @@ def test_nothing_that_moves_the_cursor_is_left() -> None:
     assert one_line("\ud800") == r"\ud800"
 
 
-def test_a_line_break_of_a_stranger_begins_no_line_of_the_log() -> None:
+def test_an_untrusted_line_break_begins_no_line_of_the_log() -> None:
     said = lines(f"prepare: {EVIL}\ntrain.py: done")
     assert "\x1b" not in said and "\r" not in said
     assert [line[:2] for line in said.split("\n")[1:]] == ["  ", "  "]
@@ -57,7 +57,7 @@ def test_predictions_hold_no_control_characters() -> None:
 def test_a_forged_name_does_not_reach_the_terminal(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What an annotation file says is quoted by a launcher without its escape sequences and line breaks."""
+    """Text of an annotation file is quoted by a launcher without its escape sequences and line breaks."""
     entry = {"scene_id": "scene0000_00", "object_id": "1", "object_name": "chair", "ann_id": "0", "description": "x"}
     (tmp_path / "ScanRefer").mkdir()
     file = tmp_path / "ScanRefer" / "ScanRefer_filtered_train.json"

@@ -165,11 +165,11 @@ def test_forwards_bound_before_and_later_run_within_and_instead() -> None:
         ({"offload_activations": True}, "train.offload_activations"),
     ],
 )
-def test_what_would_do_nothing_is_refused(changes: dict[str, Any], named: str) -> None:
+def test_options_without_effect_are_rejected(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=rf"{named} .*train\.activation_checkpointing"):
         RunConfig(train=TrainConfig(activation_checkpointing=False, **changes))
 
 
-def test_no_layer_at_all_is_refused() -> None:
+def test_no_layer_at_all_is_rejected() -> None:
     with pytest.raises(ValueError, match="recompute_every"):
         RunConfig(train=TrainConfig(recompute_every=0))

@@ -1,4 +1,4 @@
-"""What a user can mend is said in one sentence before any weights are loaded."""
+"""`build_run`: errors that the user can correct are one sentence, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from w2r2_ds.training import build
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A group of one rank, whose model must not be built."""
 
-    def refuse(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise AssertionError("the weights are loaded")
 
-    monkeypatch.setattr(build, "build_model", refuse)
+    monkeypatch.setattr(build, "build_model", fail)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
+def build_error(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
     """Error of `build_run` with these options."""
     with pytest.raises(ValueError) as caught:
         build.build_run(load_config(DEMO_RECIPE, world.arguments(out, **changes)), str(ds), InTraining)
@@ -41,7 +41,7 @@ def refusal(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str
 
 
 @pytest.mark.parametrize(("width", "vggt", "vlm"), [(56, "56 x 42", "56 x 28"), (126, "126 x 98", "112 x 84")])
-def test_a_good_start_says_at_what_size_frames_are_seen(
+def test_the_frame_sizes_of_both_encoders_are_logged(
     world: World, tmp_path: Path, one_process: None, caplog: pytest.LogCaptureFixture, width: int, vggt: str, vlm: str
 ) -> None:
     caplog.set_level("INFO", "w2r2_ds")
@@ -69,16 +69,16 @@ def test_a_good_start_says_at_what_size_frames_are_seen(
     ],
 )
 def test_options(world: World, tmp_path: Path, one_process: None, changes: dict[str, object], said: str) -> None:
-    assert said in refusal(world, tmp_path / "out", **changes)
+    assert said in build_error(world, tmp_path / "out", **changes)
 
 
 def test_the_deepspeed_json(world: World, tmp_path: Path, one_process: None) -> None:
-    said = refusal(world, tmp_path / "out", tmp_path / "none.json")
+    said = build_error(world, tmp_path / "out", tmp_path / "none.json")
     assert said.startswith(f"{tmp_path}/none.json ") and "--deepspeed" in said
     assert "ds_configs/zero3.json" in said
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "sub_group_siz": 1}}))
-    assert "(did you mean zero_optimization.sub_group_size?" in refusal(world, tmp_path / "out", file)
+    assert "(did you mean zero_optimization.sub_group_size?" in build_error(world, tmp_path / "out", file)
 
 
 @pytest.mark.parametrize(("kept", "weight"), [(0, 1.0), (3, 0.1)])
@@ -87,5 +87,5 @@ def test_nothing_to_train_on(world: World, tmp_path: Path, one_process: None, ke
     samples = PreparedSet(root / "prepared" / "scanrefer" / "train", root)[:kept]
     folder = tmp_path / "few"
     write_prepared(folder, samples, root)
-    said = refusal(world, tmp_path / "out", data__train=f"[{{path: {folder}, weight: {weight}}}]")
+    said = build_error(world, tmp_path / "out", data__train=f"[{{path: {folder}, weight: {weight}}}]")
     assert said.startswith(f"There is nothing to train on: the samples of {folder}/manifest.json ({kept}), times")

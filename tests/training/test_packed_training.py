@@ -46,8 +46,8 @@ def test_two_ranks_pack_as_one_does(runs: Path, world: World, tmp_path: Path) ->
     )
 
 
-def test_the_batches_are_bins_that_share_frames(runs: Path, world: World) -> None:
-    """11 samples see two sets of frames, 6 and 5: two full bins of four, and the rests, over the epochs."""
+def test_the_batches_are_scene_groups(runs: Path, world: World) -> None:
+    """11 samples have two sets of frames, 6 and 5: two full groups of four, and the remainders, over the epochs."""
     config = load_config(DEMO_RECIPE, world.arguments(runs))
     frames = {sample.id: sample.frames for sample in load_mixture(config.data, "train")}
     sequences: list[Any] = json.loads((runs / "report.json").read_text())["sequences"]
@@ -69,5 +69,5 @@ def test_speed_counts_the_tokens_that_are_computed(runs: Path) -> None:
 
 
 def test_a_resumed_run_keeps_its_order(runs: Path) -> None:
-    (refused,) = json.loads((runs / "report.json").read_text())["refused"]
-    assert "data.questions_per_scene = 4, now it is 2" in refused
+    (error,) = json.loads((runs / "report.json").read_text())["errors"]
+    assert "data.questions_per_scene = 4, now it is 2" in error

@@ -58,7 +58,7 @@ def in_a_large_box(batch: Any) -> Any:
 
 
 def gradients(step: W2R2Step, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of what trains, by name; the step's are cleared before and after."""
+    """Gradients of trained parameters, with their names as keys; the step's are cleared before and after."""
     step.zero_grad()
     loss.backward()
     result = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(step.model).items()}

@@ -43,10 +43,10 @@ def make_step(model_config: Any, frontend: Any, push: str) -> W2R2Step:
 def test_model_flops_are_those_that_pytorch_counts(
     model_config: Any, frontend: Any, batch_of: Any, samples: list[Any], push: str, fusion: str, zero: str, visual: str
 ) -> None:
-    """Of a step without padding and recomputation. Attention as plain products, so that both count alike.
+    """A step without padding and recomputation, with attention as matrix products, which PyTorch counts.
 
-    Within 0.1 % (0.04 is the most that was seen): the mean for what the rows of the last layer see, the attention of a
-    fusion, products of the loss.
+    Within 0.1 % (at most 0.04 % was measured). The rest: the mean number of keys per answer position in the last layer,
+    the attention of a fusion, products of the loss.
     """
     step = make_step(replace(model_config, fusion=fusion, zero_geometry=zero), frontend, push)
     batch = batch_of(samples[1:2], visual=visual)

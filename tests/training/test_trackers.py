@@ -113,10 +113,10 @@ def test_wandb_that_does_not_start_is_one_sentence_before_the_first_step(
     wandb = pytest.importorskip("wandb")
 
     # What wandb does without a key; really asking for one would leave its settings behind for the next test.
-    def refuse(**_: object) -> None:
+    def fail(**_: object) -> None:
         raise getattr(wandb.errors, kind, ValueError)(words)
 
-    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(wandb, "init", fail)
     with pytest.raises(ValueError) as caught, MetricsLogger(tmp_path, 2, ["wandb"]) as logger:
         logger.start(0)
     sentence = str(caught.value)

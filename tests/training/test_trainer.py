@@ -220,9 +220,9 @@ def test_the_dry_run_changes_nothing(one_rank: Reports, folder: Path) -> None:
     assert exact(read_metrics(folder / "no-dry-run")) == exact(read_metrics(folder / "dropout"))[:2]
 
 
-def test_measuring_the_gap_changes_nothing(one_rank: Reports, folder: Path) -> None:
-    assert one_rank["gap"][0]["error"] is None
-    metrics = read_metrics(folder / "gap")
+def test_measuring_the_decode_gap_changes_nothing(one_rank: Reports, folder: Path) -> None:
+    assert one_rank["decode_gap"][0]["error"] is None
+    metrics = read_metrics(folder / "decode_gap")
     assert len(metrics) == 2 and all({"gap_s_teacher", "gap_s_greedy", "gap_abs"} <= set(line) for line in metrics)
     assert exact(metrics) == exact(read_metrics(folder / "dropout"))[:2]
 
@@ -234,7 +234,7 @@ def test_a_silent_hinge_is_warned_of_at_the_end(one_rank: Reports, folder: Path)
     assert printed.count("was above objective.mu") == 1  # in the other runs h is positive
 
 
-def test_a_misspelt_reading_is_refused_by_name(one_rank: Reports, folder: Path) -> None:
+def test_a_misspelt_push_term_is_rejected(one_rank: Reports, folder: Path) -> None:
     assert_one_sentence(one_rank["misspelt"][0]["error"], "objective.push_term is 'marign'", "margin", "poe")
     assert not (folder / "misspelt").exists()
 
@@ -246,7 +246,7 @@ def test_a_folder_with_checkpoints_is_not_overwritten(one_rank: Reports, trained
         assert (folder / "untouched" / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_a_checkpoint_of_another_model_is_refused(one_rank: Reports, trained: Path, folder: Path) -> None:
+def test_a_checkpoint_of_another_model_is_rejected(one_rank: Reports, trained: Path, folder: Path) -> None:
     assert_one_sentence(one_rank["other-rank"][0]["error"], "checkpoint.json", "lora_rank", "8", "4")
     for name in ("metrics.jsonl", "checkpoints/latest"):
         assert (folder / "untouched" / name).read_bytes() == (trained / name).read_bytes()
@@ -294,13 +294,13 @@ def test_a_start_whose_run_was_taken_over_stops_and_writes_nothing(two_ranks: Re
     assert verify(checkpoints / "step-000001") is None
 
 
-def test_a_checkpoint_that_wants_to_run_something_is_refused_and_does_not(one_rank: Reports, folder: Path) -> None:
+def test_a_checkpoint_with_code_is_rejected_and_its_code_does_not_run(one_rank: Reports, folder: Path) -> None:
     error = one_rank["trapped"][0]["error"]
     assert_one_sentence(error, "trapped", "optim_states.pt", "posix.mkdir")
     assert not (folder / "trapped" / "it-ran").exists()
 
 
-def test_a_deepspeed_json_that_contradicts_is_refused(one_rank: Reports, folder: Path) -> None:
+def test_a_deepspeed_json_that_contradicts_is_rejected(one_rank: Reports, folder: Path) -> None:
     error = one_rank["contradiction"][0]["error"]
     assert_one_sentence(error, "contradiction.json", "train_micro_batch_size_per_gpu is 2", "train.micro_batch is 4")
     assert not (folder / "none").exists()
@@ -339,7 +339,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(two_ranks: 
 
 
 @pytest.mark.parametrize("key", ["objective.lamda", "train.batch"])
-def test_an_unknown_option_is_refused_by_name(
+def test_an_unknown_option_is_rejected(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     from w2r2_ds.commands.train import read_arguments
@@ -349,7 +349,7 @@ def test_an_unknown_option_is_refused_by_name(
     assert key in capsys.readouterr().err
 
 
-def test_an_unknown_key_of_a_recipe_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_key_of_a_recipe_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from w2r2_ds.commands.train import read_arguments
 
     recipe = tmp_path / "recipe.yaml"
@@ -362,10 +362,10 @@ def test_an_unknown_key_of_a_recipe_is_refused_by_name(tmp_path: Path, capsys: p
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
 def test_fifty_steps_of_every_reading(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each ends finite and writes its metrics; readings with a gradient end elsewhere than plain fine-tuning."""
+    """Each ends finite and writes its metrics; push terms with a gradient end elsewhere than `none`."""
     monkeypatch.setattr("runs.TIMEOUT", 7000)
-    gap: dict[str, object] = {"objective__decode_gap_every": 25, "objective__decode_gap_samples": 4}
-    changes: dict[str, object] = {"train__steps": 50, "train__save_every": 50, **gap}
+    decode_gap: dict[str, object] = {"objective__decode_gap_every": 25, "objective__decode_gap_samples": 4}
+    changes: dict[str, object] = {"train__steps": 50, "train__save_every": 50, **decode_gap}
     names = list(PUSH_TERMS)
     jobs = [Job(name, arguments(world, tmp_path / name, objective__push_term=name, **changes)) for name in names]
     reports = run_jobs(1, tmp_path / "jobs", jobs)

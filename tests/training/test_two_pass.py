@@ -62,7 +62,7 @@ def run(step: W2R2Step, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, tor
 
 
 def forwards(step: W2R2Step) -> dict[str, Any]:
-    """Forwards of module instances, by name: those of model.kernels, and what a pass binds for its length."""
+    """Overridden forwards of module instances: those of model.kernels, and those that a pass binds temporarily."""
     return {name: vars(module)["forward"] for name, module in step.named_modules() if "forward" in vars(module)}
 
 
@@ -171,7 +171,7 @@ def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -
     assert set(chosen.values()) == {Lockstep, Sequential}
 
 
-def test_unblocked_refuses_lockstep() -> None:
+def test_unblocked_does_not_support_lockstep() -> None:
     with pytest.raises(ValueError, match=r"unblocked needs it; choose train\.pass_order sequential"):
         RunConfig(objective=objective_config(push="unblocked"), train=TrainConfig(pass_order="lockstep"))
 

@@ -32,7 +32,7 @@ class Scripted:
 
 
 def saved(run: Path, step: int, best: dict[str, Any] | None = None) -> Path:
-    """A checkpoint folder, as far as these tests look into it."""
+    """A checkpoint folder with the files that these tests read."""
     path = run / "checkpoints" / f"step-{step:06d}"
     path.mkdir(parents=True)
     for name in (TENSORS, "config.yaml"):
@@ -60,7 +60,7 @@ def test_every_rank_has_as_many_whole_batches_and_every_sample_counts_once(world
     assert sorted(counted) == list(range(count))
 
 
-def test_a_batch_holds_the_same_whatever_the_number_of_ranks() -> None:
+def test_a_batch_is_the_same_for_every_number_of_ranks() -> None:
     """Left padding and the order of sums depend on a batch's company."""
     one, two = rank_subset(7, 2, 0, 1), rank_subset(7, 2, 1, 2)
     assert one.indices == [0, 1, 2, 3, 4, 5, 6, 0] and one.once == [True] * 7 + [False]

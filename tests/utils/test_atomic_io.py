@@ -89,13 +89,13 @@ def test_a_file_that_grows_too_large_is_an_error_that_names_it(tmp_path: Path) -
     assert caught.value.errno == errno.EFBIG and "a." in str(caught.value.filename)
     assert saving.value.errno == errno.EFBIG and saving.value.filename == str(tmp_path / "b")
     assert (tmp_path / "a").read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]  # b is inside a folder that is aside itself
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]  # b is inside a folder that is itself temporary
 
 
 def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
     atomic_io.replace(tmp_path / "a", "old")
-    with pytest.raises(KeyError), atomic_io.replacing(tmp_path / "a") as aside:
-        aside.write_text("half")
+    with pytest.raises(KeyError), atomic_io.replacing(tmp_path / "a") as temporary:
+        temporary.write_text("half")
         raise KeyError
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 

@@ -50,7 +50,7 @@ def take(file: Path) -> Any:
     return locked(file, "out is being prepared", "give another --out")
 
 
-def test_a_second_one_is_refused_by_name(tmp_path: Path, hold: Any) -> None:
+def test_a_second_one_is_rejected(tmp_path: Path, hold: Any) -> None:
     process, _ = hold()
     with (
         pytest.raises(

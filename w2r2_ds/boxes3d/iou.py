@@ -7,7 +7,7 @@ Two boxes share the polytope ``{x : n_i . x <= b_i}`` of their 12 half-spaces. B
 where ``area_i`` is the part of plane i on the polytope, ``c_ij`` the signed distance of line (i, j) from plane i's foot
 point and ``length_ij`` the part of that line inside all other half-spaces: one interval, a maximum and a minimum
 (J. Lasserre, "An analytical expression and an algorithm for the volume of a convex polyhedron in R^n", JOTA 39, 1983).
-So a pair costs 12 x 12 x 12 interval bounds (about 14 KB per tensor in float64), whatever the boxes.
+So a pair costs 12 x 12 x 12 interval bounds (about 14 KB per tensor in float64), for any boxes.
 
 Coplanar faces: of parallel planes (and, inside a plane, of parallel lines) that face the same way only the tightest
 counts; of equal ones only the first. Planes less than ``PARALLEL`` apart in angle count as parallel. The square root of

@@ -54,7 +54,7 @@ def rotation_matrix(angles: np.ndarray) -> np.ndarray:
 def angles_from_matrix(rotation: np.ndarray) -> np.ndarray:
     """The ZXY angles of a rotation: a0 and a2 in (-pi, pi], a1 in [-pi/2, pi/2].
 
-    At ``a1 = +-pi/2`` (a level camera that looks at an upright box) only ``a0 +- a2`` is defined. There, that is for
+    At ``a1 = +-pi/2`` (a level camera that faces an upright box) only ``a0 +- a2`` is defined. There, that is for
     ``cos(a1) < GIMBAL_TOLERANCE``, a2 is 0 and a0 carries the whole turn, so equal rotations always get equal labels.
     The third angle is read after the first is undone, so that the product is exact however badly a0 is conditioned.
 

@@ -20,7 +20,7 @@ def main(args: list[str] | None = None) -> int:
         request = read_arguments(sys.argv[1:] if args is None else args)
     except ImportError as error:
         reason = f"the command line cannot be read without {error.name} ({error})."
-        request = DoctorRequest(None, "", [], refused=reason)
+        request = DoctorRequest(None, "", [], command_error=reason)
     return examine(request)
 
 
@@ -40,7 +40,7 @@ def read_arguments(args: list[str]) -> DoctorRequest:
         args = import_plugins(args)
         config, options = parse_run(parser, args)
     except ValueError as error:
-        return DoctorRequest(None, "", [], refused=str(error))
+        return DoctorRequest(None, "", [], command_error=str(error))
     files = [path for path in (options.config, options.deepspeed) if path]
     asks_run = any(arg.startswith("--") and not arg.startswith(("--deepspeed", "--local_rank")) for arg in args)
     return DoctorRequest(config if asks_run else None, options.deepspeed, files)

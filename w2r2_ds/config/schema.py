@@ -173,7 +173,8 @@ class ObjectiveConfig:
         visual_mask_ratio: fraction of the 2D tokens masked in the fused pass in training, a baseline; 0 masks none.
         shortcut_decode: greedy decodes the shortcut's answer, which defines s; teacher is the teacher-forced
             approximation, at no cost.
-        decode_gap_every: optimizer steps between measurements of the gap between the two; 0 never measures.
+        decode_gap_every: optimizer steps between measurements of the decode gap, the difference of s between the two;
+            0 never measures.
         decode_gap_samples: training samples on which it is measured, always the same.
         caption_similarity: s of a caption.
         answer_similarity: s of a short answer.

@@ -52,7 +52,7 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
     return mixture
 
 
-def refuse_drawn_frames(mixture: Mixture, questions: int) -> None:
+def check_frames_are_shared(mixture: Mixture, questions: int) -> None:
     """Raise ValueError where several questions per scene should share frames that were drawn for every sample."""
     for each in mixture.sets if questions > 1 else ():
         if isinstance(each, PreparedSet) and each.manifest["options"]["frames"].get("protocol") == "vgllm":

@@ -33,8 +33,8 @@ def examine(request: DoctorRequest) -> int:
         logger.error("doctor: %s", error)
         return 1
     report = Report(ranks.rank, ranks.local_rank, host_name())
-    if request.refused:
-        report.results["command line"] = CheckResult(errors=[message(request.refused)])
+    if request.command_error:
+        report.results["command line"] = CheckResult(errors=[message(request.command_error)])
     if ranks.local_rank == 0:
         report.results |= run_checks(node_checks(request, ranks))
     if not driver_silent(report):

@@ -126,7 +126,7 @@ def _only_adapter(module: Any) -> str | None:
 def _at_hand(module: Any, adapter: str, x: Tensor) -> bool:
     """Whether the weights are here, of the input's dtype, and the base frozen."""
     weight, bias = module.base_layer.weight, module.base_layer.bias
-    # Without leaf modules ZeRO-3 gathers a weight for the call of its own module, which this forward leaves out.
+    # Without leaf modules ZeRO-3 gathers a weight in the hooks of its own module, which this forward does not call.
     gathered = not hasattr(weight, "ds_id") or hasattr(weight, "ds_z3_leaf_module")
     one_dtype = x.dtype == weight.dtype == module.lora_A[adapter].weight.dtype
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)

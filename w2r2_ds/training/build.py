@@ -21,11 +21,11 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import require_digit_tokens
 from w2r2_ds.data.loader import (
     ReraisingDataLoader,
+    check_frames_are_shared,
     digests,
     grouping,
     load_mixture,
     make_processor,
-    refuse_drawn_frames,
     train_loader,
 )
 from w2r2_ds.data.mixture import Mixture
@@ -183,7 +183,7 @@ def check_inputs(
     frontend = replace(frontend, cache=open_cache(config.data, config.model))
     check_objective(config, frontend)
     samples = load_mixture(config.data, "train")
-    refuse_drawn_frames(samples, config.data.questions_per_scene)
+    check_frames_are_shared(samples, config.data.questions_per_scene)
     processor = make_processor(frontend, config.data)
     logger.info("%s", kernels)
     logger.info("training samples: %d, %d in an epoch", len(samples), samples.epoch_size)

@@ -5,9 +5,9 @@ Passes (see `two_pass.py` for their order):
 * shortcut: Phi(F2D, 0), visual tokens without geometry, under ``no_grad`` unless the push term needs its graph;
 * fused: Phi(F2D, F3D), the pass that trains.
 
-Every rank calls the same modules in the same order whatever its batch holds; a batch without frames carries a dummy
-frame. The host waits for the device only where text is needed: comparing generated text (captions, short answers),
-greedy decoding (`shortcut_decode: greedy`, the decode gap, validation), and copying new features to the feature cache.
+Every rank calls the same modules in the same order for every batch: one without frames has a dummy frame. The host
+waits for the device only where text is needed: comparing generated text (captions, short answers), greedy decoding
+(`shortcut_decode: greedy`, the decode gap, validation), and copying new features to the feature cache.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Visuals:
             `cached_3d` has the features. A sample with frames has a set of its own, or packed samples share one.
         ids: per set, the id of the (first) sample that sees it.
         dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
-        cached_3d: per set, what the cache says about its geometry; empty without a cache.
+        cached_3d: per set, the result of the cache lookup of its geometry; empty without a cache.
         cached_2d: per set, the cache entry of its 2D features. Then there are no `pixel_values`, but
         alone: per set, what the vision tower is given, set by set; None where it need not be, and
         spare: the dummy, for a rank that lacks fewer sets than another.

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 Kind = Literal["grounding", "caption", "answer"]
-"""What an answer is: numbers of a box, a sentence, or a short answer. Slots and similarity follow from it."""
+"""Kind of an answer: numbers of a box, a sentence, or a short answer. Digit tokens and similarity follow from it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Sample:
         id: unique within a data set, e.g. ``"scene0000_00|5|chair|0"``.
         task: name of the task that made it: scanrefer, scan2cap, scanqa or detection.
         scene_id: ScanNet scene name.
-        frames: colour image files, in the order in which the model sees them; none for a question about no scene.
+        frames: colour image files, in the order of the model's input; none for a question about no scene.
         cam_to_world: ``[frames, 4, 4]`` float64, camera to axis-aligned world; ``[0, 4, 4]`` without frames.
         question: text after the frames.
         answer: the text to be learned; empty where the object is in no frame (validation only).

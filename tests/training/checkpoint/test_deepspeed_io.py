@@ -105,7 +105,7 @@ def test_the_first_failure_is_kept_and_the_rank_goes_on(tmp_path: Path) -> None:
     engine.makedirs(str(tmp_path / "engine"), exist_ok=True)
     engine.save({"weight": torch.ones(3)}, str(tmp_path / "engine" / "one.pt"))
     engine.save({"weight": torch.ones(3)}, str(tmp_path / "nowhere" / "two.pt"))
-    engine.save({"weight": torch.ones(3)}, str(tmp_path / "nobody" / "three.pt"))
+    engine.save({"weight": torch.ones(3)}, str(tmp_path / "missing" / "three.pt"))
     assert list(writer.files) == ["engine/one.pt"]
     expected = f"rank 1 on {socket.gethostname()}: {tmp_path}/nowhere/two.pt: No such file or directory (errno 2)"
     assert writer.failure == expected

@@ -107,7 +107,7 @@ def test_the_newest_whole_one_is_found_and_the_damaged_ones_are_named(tmp_path: 
     assert found is None and list(damaged) == paths[::-1]
 
 
-def test_damaged_ones_are_set_aside_and_never_overwrite_each_other(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_renamed_and_never_overwrite_each_other(tmp_path: Path) -> None:
     names = [rename_damaged(saved(tmp_path, 30)).name for _ in range(3)]
     assert names == ["step-000030.damaged", "step-000030.damaged-2", "step-000030.damaged-3"]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == names and not step_folders(tmp_path)

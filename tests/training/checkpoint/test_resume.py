@@ -25,7 +25,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def saved(run: Path, step: int, **changes: Any) -> Path:
-    """A whole checkpoint, as far as these tests look into it."""
+    """A complete checkpoint, with the files that these tests read."""
     path = step_folder(run, step)
     path.mkdir(parents=True)
     (path / TENSORS).write_bytes(b"tensors")
@@ -61,13 +61,13 @@ def test_damaged_ones_are_named_and_kept_once_the_run_is_taken_over(
     start = find_start(configured(tmp_path))
     assert start.checkpoint == whole and not start.universal
     assert f"{cut / TENSORS} has SHA-256" in caplog.text
-    assert list(step_folders(tmp_path)) == [20, 10]  # it may still be refused
+    assert list(step_folders(tmp_path)) == [20, 10]  # nothing is renamed before all checks have passed
     token = take_over(configured(tmp_path), start)
     assert token.number == 1 and list(step_folders(tmp_path)) == [10]
     assert (cut.with_name(cut.name + ".damaged") / TENSORS).is_file()
 
 
-def test_a_run_without_a_whole_one_is_refused(tmp_path: Path) -> None:
+def test_a_run_without_a_whole_one_is_rejected(tmp_path: Path) -> None:
     path = saved(tmp_path, 10)
     flip(path / TENSORS, 3)
     with pytest.raises(ValueError, match=rf"no checkpoint of .* .*{TENSORS} has SHA-256"):
@@ -89,7 +89,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_that_an_older_start_saves_meanwhile_ends_the_newer_one(tmp_path: Path) -> None:
-    """It lives on behind a cut link, and loses the run only from the claim on."""
+    """It still runs behind a cut link, and loses ownership only at the claim."""
     saved(tmp_path, 10)
     start = find_start(configured(tmp_path))
     saved(tmp_path, 20)

@@ -65,7 +65,7 @@ def test_resuming_may_change_logging_saving_and_paths(trained: Path) -> None:
     check_same_run(saved, replace(config, train=replace(config.train, **validated)))
 
 
-def test_a_resume_with_other_samples_is_refused(tmp_path: Path) -> None:
+def test_a_resume_with_other_samples_is_rejected(tmp_path: Path) -> None:
     """Prepared again under the same path, with other options: the configuration is the same, an epoch is not."""
     config = RunConfig(data=DataConfig(root="scans", train=[SourceConfig("a"), SourceConfig("b")]))
     write_manifest(tmp_path, {"data": ["1", "2"]}, {})

@@ -133,7 +133,7 @@ TRACED = [
 ]
 GREEDY = [
     Case("greedy", [[["four", "words"]], [["three", "more words"]]], {"shortcut_decode": "greedy", "margin": 30.0}),
-    Case("gap", [[["four"]], [["three"]]], {"decode_gap_every": 1, "decode_gap_samples": 3}, steps=1),
+    Case("decode_gap", [[["four"]], [["three"]]], {"decode_gap_every": 1, "decode_gap_samples": 3}, steps=1),
 ]
 MATRIX = [matrix_case(row) for row in pairwise(FACTORS)]
 
@@ -194,8 +194,8 @@ def test_the_log_would_show_an_invalid_trace(results: Any) -> None:
     assert "Invalidate trace" in results[1]
 
 
-def test_the_gap_is_measured_and_equal_on_both_ranks(results: Any) -> None:
-    one, other = (rank["gap"]["gap"] for rank in results[0])
+def test_the_decode_gap_is_measured_and_equal_on_both_ranks(results: Any) -> None:
+    one, other = (rank["decode_gap"]["decode_gap"] for rank in results[0])
     assert one == other and set(one) == {"gap_s_teacher", "gap_s_greedy", "gap_abs"}
     assert 0 <= one["gap_s_greedy"] <= 1 and one["gap_abs"] >= 0
 

@@ -28,13 +28,13 @@ class DoctorRequest:
         config: of the run; None checks the machine only.
         ds_path: DeepSpeed JSON, empty for none.
         files: recipe and JSON as given.
-        refused: message of an invalid command line or recipe, else empty.
+        command_error: message of an invalid command line or recipe, else empty.
     """
 
     config: RunConfig | None
     ds_path: str
     files: list[str]
-    refused: str = ""
+    command_error: str = ""
 
 
 def node_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:

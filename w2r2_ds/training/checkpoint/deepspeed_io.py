@@ -5,7 +5,7 @@ forever. Write errors (a full disk) are therefore recorded, and compared between
 
 Reading: DeepSpeed reads its shards with ``torch.load(weights_only=False)``, which runs any function that a crafted
 pickle names. Here every read is restricted to tensors, plain containers and the few classes of `allowed_classes`,
-whatever the caller passes (TORCH_FORCE_WEIGHTS_ONLY_LOAD, torch/serialization.py).
+for every caller (TORCH_FORCE_WEIGHTS_ONLY_LOAD, torch/serialization.py).
 """
 
 from __future__ import annotations
