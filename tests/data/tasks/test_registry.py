@@ -1,4 +1,4 @@
-"""A task added by one file outside the package: prepared, read back, and found by name."""
+"""A task added by one file outside the package is prepared and read back. Scores: evaluation/test_plugin_task.py."""
 
 from __future__ import annotations
 
@@ -19,79 +19,21 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TASKS, Task, TaskOptions, find_task, register_task
+from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
 from w2r2_ds.objective.text_similarity import text_similarity
 
-COUNTING = '''
-"""Counting: how many objects of a name a scene has. Annotations: counting/SPLIT.json."""
-
-from dataclasses import dataclass
-
-from pydantic import TypeAdapter
-
-from w2r2_ds.data.frames.selection import choose
-from w2r2_ds.data.sources.validation import Name, Number, Record, SceneId, validate
-from w2r2_ds.data.tasks.base import Source, Task, register_task
-from w2r2_ds.data.tasks.common import frame_fields
-from w2r2_ds.types.sample import Sample
-from w2r2_ds.utils.json_io import read_json
+PLUGIN = Path(__file__).parents[2] / "helpers" / "counting_task.py"
 
 
-class Count(Record):
-    scene_id: SceneId
-    name: Name
-    count: Number
-    where: str = ""
-    object_ids: tuple[int, ...] = ()
-
-    @property
-    def key(self):
-        return f"{self.scene_id}|{self.name}"
-
-
-@register_task
-class Counting(Task):
-    name = "counting"
-    cli_options = ("frames",)
-
-    def annotations(self, root, options):
-        return Source("annotations", root / "counting" / f"{options.split}.json", "your own")
-
-    def read(self, root, options):
-        path = self.annotations(root, options).path
-        return validate(TypeAdapter(list[Count]), read_json(path), path, counted=True)
-
-    def make(self, scene, job, options):
-        made = []
-        for number, item in job.items:
-            frames = [scene.frames[i] for i in choose(options.frames, scene, item.key, None)]
-            question, answer = f"How many {item.name}s are there?", str(item.count)
-            texts = {"question": question, "answer": answer}
-            made.append((number, Sample(item.key, self.name, scene.scene_id, **frame_fields(frames), **texts)))
-        return made
-
-    def parse(self, text, frame_count):
-        return int(text)
-
-    def text_similarity(self, prediction, reference):
-        return 1 / (1 + abs(int(prediction) - int(reference))) if prediction.isdecimal() else 0.0
-'''
-
-
-@pytest.fixture
-def plugin(tmp_path: Path) -> Path:
-    file = tmp_path / "counting_task.py"
-    file.write_text(COUNTING)
-    return file
-
-
-def test_a_task_from_one_file(root: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_from_one_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("w2r2_ds.data.tasks.base.TASKS", dict(TASKS))
+    monkeypatch.setattr("w2r2_ds.evaluation.protocols.registry.PROTOCOLS", dict(PROTOCOLS))
     (root / "counting").mkdir()
     entries = [{"scene_id": SCENE, "name": name, "count": count} for name, count in (("chair", 2), ("lamp", 0))]
     (root / "counting" / "train.json").write_text(json.dumps(entries))
     options = TaskOptions("counting", "train", frames=FrameOptions("uniform", 2))
     words = ["--root", str(root), "--splits", "[train]", "--frames.count", "2", "--out", str(root / "by_command")]
-    assert main(["counting", *words, "--plugin", str(plugin)]) == 0
+    assert main(["counting", *words, "--plugin", str(PLUGIN)]) == 0
     assert len(PreparedSet(root / "by_command" / "train", root)) == 2
     done = prepare(root, options, root / "out", workers=2, quiet=True)
     made = PreparedSet(done.folder, root)
