@@ -17,10 +17,11 @@ from objectives import objective_config, push_term
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.models.build import build_model
+from w2r2_ds.models.flops import tokens_and_pairs
 from w2r2_ds.models.qwen2_5_vl.family import squares
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
-from w2r2_ds.training.throughput import Throughput, last_layer_work, matrix_rate, step_flops, tokens_and_pairs
+from w2r2_ds.training.throughput import Throughput, groups, matrix_rate, step_flops
 
 CASES = [
     # push, fusion, zero, visual
@@ -72,12 +73,15 @@ def test_a_shared_prefix_counts_once(batch_of: Any, samples: list[Any]) -> None:
     """8 tokens that all see, then 3 and 2 that see these and themselves; beside a sample of 4."""
     batch = batch_of(samples[:1])
     packed = replace(batch, layout=replace(batch.layout, spans=(((0, 8, 11, 13), (13, 17)),)))
-    assert tokens_and_pairs(packed) == (17, 8 * 8 + 3 * (8 + 3) + 2 * (8 + 2) + 4 * 4)
+    assert tokens_and_pairs(groups(packed)) == (17, 8 * 8 + 3 * (8 + 3) + 2 * (8 + 2) + 4 * 4)
+    halves = (8 * 8 + 3 * 3 + 2 * 2 + 4 * 4) / 2
+    assert tokens_and_pairs(groups(packed), causal=True) == (17, halves + 3 * 8 + 2 * 8)
 
 
 def test_the_last_layer_counts_its_rows(model_config: Any, frontend: Any) -> None:
-    layer = make_step(model_config, frontend, "margin").model.base.model.language_model.layers[-1]
-    few, more = (last_layer_work(layer, 100, rows, 0.0).forward for rows in (10, 20))
+    model = make_step(model_config, frontend, "margin").model
+    few, more = (model.family.decoder_flops(model.base, 100, 0.0, rows)[0].forward for rows in (10, 20))
+    layer = model.base.model.language_model.layers[-1]
     heads = layer.self_attn
     sizes = [parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1]
     skipped = [p.numel() for module in (heads.k_proj, heads.v_proj) for p in module.parameters() if p.dim() > 1]

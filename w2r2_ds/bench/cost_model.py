@@ -1,16 +1,25 @@
-"""Cost model: floating-point operations (FLOPs) of every part of a training step, from shapes alone.
+"""Cost model: floating-point operations (FLOPs) of every part of a training step, predicted from shapes.
 
-A multiply-add is two operations. Attention counts the causal half in the language model and all pairs in the towers.
-Norms, activations and LoRA's own products are not counted. `training/throughput.py` counts the FLOPs of a real model
-and batch, with all pairs of the attention (PaLM's convention for MFU).
+The count is that of training (`models/flops.py`), on modules without weights. MFU needs *model* FLOPs; the cost model
+predicts the operations that a step *executes*: half of a causal block, the scores of attention once more in its
+backward pass, and the layers once more with activation checkpointing. LoRA's own products, about 1 %, are not counted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
-from w2r2_ds.bench.shapes import MERGE, PATCH, Shape
-from w2r2_ds.models.vggt.model import VGGTConfig
+import torch
+
+from w2r2_ds.bench.model import build_front
+from w2r2_ds.bench.shapes import Shape
+from w2r2_ds.models.family import VlmFamily
+from w2r2_ds.models.flops import products, tokens_and_pairs
+from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.vggt.encoder import VGGTEncoder
+from w2r2_ds.models.vggt.model import VGGT
 
 TERA = 1e12
 BACKWARD_ATTENTION = 2.5
@@ -62,63 +71,65 @@ class Pass:
         return mode.linear * self.linear + mode.attention * self.attention + mode.head * self.head
 
 
+@dataclass(frozen=True)
+class Modules:
+    """Modules of a shape on the meta device: sizes, no weights."""
+
+    family: VlmFamily
+    vlm: Any
+    vggt: VGGT
+    merger: GeometryMerger
+
+
+def modules(shape: Shape) -> Modules:
+    """The modules of a shape; the same ones for other samples of the same model."""
+    return _modules(replace(shape, frames=1, frame_size=(0, 0), grid=(0, 0), prompt_tokens=0, answer_tokens=0))
+
+
+@cache
+def _modules(shape: Shape) -> Modules:
+    frontend = build_front(shape)
+    with torch.device("meta"):
+        merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden)
+        return Modules(frontend.family, frontend.meta, VGGT(shape.vggt), merger)
+
+
 def vision(shape: Shape) -> float:
     """FLOPs of the vision tower and its merger for all frames."""
     columns, rows = shape.grid
-    patches, hidden = columns * rows, shape.vision_hidden
-    per_layer = 4 * hidden**2 + 3 * hidden * shape.vision_intermediate
-    full = len(shape.vision_full)
-    window = min(patches, (shape.vision_window // PATCH) ** 2)
-    seen = full * patches + (shape.vision_depth - full) * window
-    embed = 3 * 2 * PATCH**2 * hidden
-    merged = hidden * MERGE**2
-    merger = (merged**2 + merged * shape.hidden) / MERGE**2
-    per_patch = 2 * (shape.vision_depth * per_layer + embed + merger) + 4 * hidden * seen
-    return shape.frames * patches * per_patch
+    found = modules(shape)
+    return found.family.vision_flops(found.family.vision_tower(found.vlm), [(1, rows, columns)] * shape.frames)
 
 
-def vggt(config: VGGTConfig, frames: int, tokens: int, layers: int) -> float:
-    """FLOPs of VGGT's ViT and first `layers` layers for `frames` frames of `tokens` tokens each."""
-    width, every = config.embed_dim, frames * tokens
-    vit = config.vit_depth * (2 * (4 + 2 * config.vit_mlp_ratio) * width**2 + 4 * width * tokens)
-    linear = 2 * (4 + 2 * config.mlp_ratio) * width**2
-    layer = 2 * linear + 4 * width * tokens + 4 * width * every
-    patches = frames * (tokens - config.special_tokens)
-    return every * (vit + layers * layer) + patches * 2 * 3 * config.patch_size**2 * width
+def geometry(shape: Shape, layers: int) -> float:
+    """FLOPs of VGGT's ViT and its first `layers` layers for all frames."""
+    width, height = shape.frame_size
+    return VGGTEncoder(modules(shape).vggt, [layers - 1]).flops(shape.frames, height, width)
 
 
 def geometry_merger(shape: Shape) -> float:
     """FLOPs of one forward of the geometry merger."""
-    merged = 2 * shape.vggt.embed_dim * MERGE**2
-    return 2 * shape.visual_tokens * (merged * shape.merger_hidden + shape.merger_hidden * shape.hidden)
+    return products(modules(shape).merger, shape.visual_tokens).forward
 
 
-def layer_weights(shape: Shape) -> tuple[int, int]:
-    """Number of weights of one decoder layer: all, and those of the key and value projections."""
-    keys = 2 * shape.hidden * (shape.hidden // shape.heads) * shape.kv_heads
-    return 2 * shape.hidden**2 + keys + 3 * shape.hidden * shape.intermediate, keys
-
-
-def language(shape: Shape, rows: int | None = None, questions: int = 1) -> Pass:
+def language(shape: Shape, rows: int | None = None, questions: int = 1, causal: bool = True) -> Pass:
     """FLOPs of one forward over a sequence.
 
     Args:
         shape: shape of the model and of a sample.
         rows: number of positions for which the last layer and the head are computed; None for all.
         questions: number of suffixes that share one prefix.
+        causal: operations that a causal kernel executes; otherwise model FLOPs, see `models/flops.py`.
     """
-    weights, keys = layer_weights(shape)
-    prefix, suffix = shape.prefix_tokens, shape.tokens - shape.prefix_tokens
-    tokens = prefix + questions * suffix
-    pairs = prefix**2 / 2 + questions * (suffix * prefix + suffix**2 / 2)
-    whole_layers = shape.layers if rows is None else shape.layers - 1
-    linear = 2.0 * whole_layers * weights * tokens
-    attention = 4.0 * whole_layers * shape.hidden * pairs
-    read = tokens if rows is None else questions * rows
-    if rows is not None:
-        linear += 2.0 * (keys * tokens + (weights - keys) * read)
-        attention += 4.0 * shape.hidden * read * (prefix + suffix)
-    return Pass(linear, attention, 2.0 * shape.hidden * shape.vocabulary * read)
+    found, suffix = modules(shape), shape.tokens - shape.prefix_tokens
+    suffixes = [shape.prefix_tokens + count * suffix for count in range(questions + 1)]
+    ends = [0, *suffixes] if questions > 1 else [0, shape.tokens]
+    tokens, pairs = tokens_and_pairs([ends], causal)
+    read = None if rows is None else questions * rows
+    # Every answer position attends to nearly all tokens of its sample, also with a causal kernel.
+    linear, attention = found.family.decoder_flops(found.vlm, tokens, pairs, read, (read or 0) * shape.tokens)
+    head = products(found.vlm.lm_head, tokens if read is None else read)
+    return Pass(linear.forward, attention.forward, head.forward)
 
 
 @dataclass(frozen=True)
@@ -146,8 +157,9 @@ class Step:
 
 def baseline_step(shape: Shape, mode: Mode) -> Step:
     """HF Trainer baseline: one pass, logits at all positions, all layers of VGGT."""
-    geometry = vggt(shape.vggt, shape.frames, shape.geometry_tokens, shape.vggt.depth)
-    return Step(vision(shape), geometry, 3 * geometry_merger(shape), language(shape).trained(mode), 0.0)
+    return Step(
+        vision(shape), geometry(shape, shape.vggt.depth), 3 * geometry_merger(shape), language(shape).trained(mode), 0.0
+    )
 
 
 def naive_step(shape: Shape, mode: Mode) -> Step:
@@ -165,16 +177,19 @@ def shared_step(shape: Shape, mode: Mode) -> Step:
 def own_step(shape: Shape, mode: Mode, questions: int = 1, two_passes: bool = True) -> Step:
     """This project's step, per sample, with `questions` questions about a scene packed in one sequence."""
     passed = language(shape, shape.answer_tokens, questions)
-    geometry = vggt(shape.vggt, shape.frames, shape.geometry_tokens, shape.geometry_layer + 1)
-    towers = (vision(shape) / questions, geometry / questions, 3 * geometry_merger(shape) / questions)
-    return Step(*towers, passed.trained(mode) / questions, passed.forward() / questions if two_passes else 0.0)
+    towers = (vision(shape), geometry(shape, shape.geometry_layer + 1), 3 * geometry_merger(shape))
+    tower, encoder, merger = (part / questions for part in towers)
+    return Step(
+        tower,
+        encoder,
+        merger,
+        passed.trained(mode) / questions,
+        passed.forward() / questions if two_passes else 0.0,
+    )
 
 
 def model_operations(shape: Shape, two_passes: bool) -> float:
-    """Model FLOPs of the language model per sample under LoRA, counted for MFU as in `training/throughput.py`.
-
-    All pairs of attention, its backward twice its forward; no recomputation.
-    """
-    passed = language(shape, shape.answer_tokens)
-    products, attention = passed.linear + passed.head, 2 * passed.attention
-    return 2 * products + 3 * attention + (products + attention if two_passes else 0.0)
+    """Model FLOPs of the language model per sample under LoRA, for MFU; LoRA's own products are not counted."""
+    passed = language(shape, shape.answer_tokens, causal=False)
+    linear = passed.linear + passed.head
+    return 2 * linear + 3 * passed.attention + (passed.forward() if two_passes else 0.0)

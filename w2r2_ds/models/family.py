@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
+from w2r2_ds.models.flops import Work, attention, products
 from w2r2_ds.types.batch import Batch, Prompts, TowerInputs, Visuals
 from w2r2_ds.types.vision import VisionSpec
 
@@ -176,8 +177,33 @@ class VlmFamily(ABC):
         """Greedy token ids of every prompt, cut before the end of turn; `synced` for several ranks under ZeRO-3."""
 
     @abstractmethod
-    def vision_flops(self, tower: nn.Module, visuals: Visuals) -> float:
-        """Model FLOPs of the frozen vision tower, forward, without patches that the feature cache replaces."""
+    def vision_flops(self, tower: nn.Module, grids: Sequence[Sequence[int]]) -> float:
+        """FLOPs of a forward pass of the vision tower; `grids` are patches in time, height and width per image."""
+
+    def decoder_flops(
+        self, vlm: PreTrainedModel, tokens: int, pairs: float, rows: int | None = None, row_pairs: float = 0.0
+    ) -> tuple[Work, Work]:
+        """FLOPs of the decoder layers, without the output head: linear layers, and attention.
+
+        Args:
+            vlm: on any device, the meta device too.
+            tokens: of all sequences.
+            pairs: pairs of tokens in a layer's attention, see `flops.tokens_and_pairs`.
+            rows: tokens for which the last layer is computed, as in `row_states`; None for all.
+            row_pairs: pairs of such a token and a token that it attends to.
+        """
+        layers: Any = self.language_model(vlm).layers
+        last = layers[-1]
+        channels = last.self_attn.num_heads * last.self_attn.head_dim
+        whole = len(layers) if rows is None else len(layers) - 1
+        linear, scores = products(layers[0], tokens) * whole, attention(channels, pairs) * whole
+        if rows is not None:  # keys and values of all tokens, everything else of the rows
+            for every in (last.self_attn.k_proj, last.self_attn.v_proj):
+                linear = linear + products(every, tokens)
+            for some in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp):
+                linear = linear + products(some, rows)
+            scores = scores + attention(channels, row_pairs)
+        return linear, scores
 
 
 BUILT_IN = {"qwen2_5_vl": "w2r2_ds.models.qwen2_5_vl.family"}

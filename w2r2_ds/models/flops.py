@@ -1,8 +1,20 @@
-"""FLOPs of matrix products of a module: forward, and with the backward pass."""
+"""The FLOP count of matrix products and attention, for MFU in training and for the cost model.
+
+Conventions, the same everywhere:
+
+* A multiply-add is two operations. Only matrix products count; norms, activations, softmax and rotary positions do not.
+* A backward pass computes the gradient of a product's input, and that of its weights only where they train. LoRA
+  therefore counts 4 operations per frozen weight and token, full fine-tuning 6.
+* Causal attention: *model* FLOPs count all pairs of tokens of a sample, including the half that a causal mask excludes
+  (PaLM, appendix B; nanoGPT and torchtitan count so too). Of the operations that a causal kernel executes, half are in
+  a causal block; the cost model predicts these with ``causal=True``. `tokens_and_pairs` is the only place of this rule.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -13,8 +25,8 @@ class Work:
     """FLOPs of a pass.
 
     Attributes:
-        forward: of the pass itself.
-        both: with its backward pass.
+        forward: of the forward pass.
+        both: of the forward and the backward pass.
     """
 
     forward: float = 0.0
@@ -28,7 +40,7 @@ class Work:
 
 
 def products(module: nn.Module, rows: int) -> Work:
-    """All matrix products of a module that is given so many rows."""
+    """All linear layers and convolutions of a module, each applied to `rows` rows (tokens or patches)."""
     frozen = trained = 0
     for each in module.modules():
         if isinstance(each, nn.Linear | nn.Conv2d | nn.Conv3d):
@@ -36,3 +48,33 @@ def products(module: nn.Module, rows: int) -> Work:
             size = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty tensor
             frozen, trained = (frozen, trained + size) if weight.requires_grad else (frozen + size, trained)
     return Work(2.0 * rows * (frozen + trained), 2.0 * rows * (2 * frozen + 3 * trained))
+
+
+def attention(channels: int, pairs: float) -> Work:
+    """Scores and weighted values of attention.
+
+    Args:
+        channels: heads * channels of a head.
+        pairs: pairs of a query and a key.
+    """
+    forward = 4.0 * channels * pairs  # two products, a multiply-add each per pair and channel
+    return Work(forward, 3 * forward)
+
+
+def tokens_and_pairs(groups: Iterable[Sequence[int]], causal: bool = False) -> tuple[int, float]:
+    """Tokens of packed sequences, a shared prefix once, and pairs of tokens that attend to each other.
+
+    Args:
+        groups: begin, end of the prefix, end of every suffix; as `Layout.spans`.
+        causal: count a causal block at half its pairs, see the module.
+    """
+    block = 0.5 if causal else 1.0
+    tokens, pairs = 0, 0.0
+    for begin, prefix_end, *ends in groups:
+        prefix = prefix_end - begin
+        tokens, pairs = tokens + prefix, pairs + block * prefix**2
+        for start, end in pairwise((prefix_end, *ends)):
+            suffix = end - start
+            # A suffix attends to its whole prefix, and causally to itself.
+            tokens, pairs = tokens + suffix, pairs + suffix * prefix + block * suffix**2
+    return tokens, pairs

@@ -1,14 +1,8 @@
 """Throughput of a run: samples and tokens per second, model FLOP/s, and MFU against the measured matrix rate.
 
-*Model* FLOPs of the W2R2 step, counted as PaLM (appendix B), nanoGPT and torchtitan count them:
-
-* matrix products only, 2 FLOPs per multiply-add; norms, activations, softmax and rotary embeddings do not count;
-* the forward pass, and in the backward pass the gradient of each product's input, and of its weights if they train. So
-  a frozen weight under LoRA counts 4 FLOPs per token, where full fine-tuning counts 6;
-* recomputation (activation checkpointing) does not count: with it, MFU is lower than the device's real utilisation;
-* attention counts all pairs of tokens of a sample, also those that the causal mask hides;
-* only necessary work counts: no logits of the prompt, no unused rows of the last layer, no padding, a shared prefix
-  once, no tower whose features are cached.
+*Model* FLOPs of the W2R2 step, counted by the conventions of `models/flops.py`. Only necessary work counts: no
+recomputation (with activation checkpointing, MFU is therefore lower than the device's real utilisation), no logits of
+the prompt, no unused rows of the last layer, no padding, a shared prefix once, no tower whose features are cached.
 
 The shortcut pass counts forward only (with `unblocked`, backward too). Not counted: the attention of the
 `cross_attention` fusion (below 0.1 %), and greedy decoding in training (`shortcut_decode: greedy`, `decode_gap_every`).
@@ -19,13 +13,12 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from w2r2_ds.models.flops import Work, products
+from w2r2_ds.models.flops import Work, products, tokens_and_pairs
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import PushTerm
@@ -102,51 +95,26 @@ def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
 
 def step_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
     """Model FLOPs of forward and backward of one micro-batch."""
-    vision = model.family.vision_flops(model.family.vision_tower(model.base), batch.visuals)
-    towers = vision + geometry_flops(model.geometry, batch.visuals)
+    towers = vision_flops(model, batch.visuals) + geometry_flops(model.geometry, batch.visuals)
     return towers + merger_flops(model, batch.visuals, push_term.blocked) + language_flops(model, push_term, batch)
 
 
 def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
-    """Both passes of the language model and its head; all decoder layers have the same sizes."""
-    text: Any = model.family.language_model(model.base)
-    layers, head = text.layers, model.base.lm_head
-    tokens, pairs = tokens_and_pairs(batch)
+    """Both passes of the language model and its head."""
+    tokens, pairs = tokens_and_pairs(groups(batch))
     read = len(batch.answer_positions.label)
     rows = read + (len(batch.description_positions.position) if push_term.states else 0)
-    work = Work() + layer_work(layers[0], tokens, pairs) * (len(layers) - 1)
     # An answer position attends to as many tokens as any other position, on average.
-    work = work + last_layer_work(layers[-1], tokens, rows, rows * pairs / max(tokens, 1)) + products(head, read)
+    linear, attention = model.family.decoder_flops(model.base, tokens, pairs, rows, rows * pairs / max(tokens, 1))
+    work = linear + attention + products(model.base.lm_head, read)
     return work.both + (work.forward if push_term.blocked else work.both)
 
 
-def tokens_and_pairs(batch: Batch) -> tuple[int, int]:
-    """Number of tokens, a shared prefix counted once, and of (query, key) pairs in attention."""
-    tokens = pairs = 0
-    for begin, prefix_end, *ends in groups(batch):
-        prefix = prefix_end - begin
-        tokens, pairs = tokens + prefix, pairs + prefix**2
-        for start, end in pairwise((prefix_end, *ends)):
-            tokens, pairs = tokens + end - start, pairs + (end - start) * (prefix + end - start)
-    return tokens, pairs
-
-
-def layer_work(layer: Any, tokens: int, pairs: float) -> Work:
-    """A whole decoder layer."""
-    return products(layer, tokens) + attention(layer.self_attn, pairs)
-
-
-def last_layer_work(layer: Any, tokens: int, rows: int, pairs: float) -> Work:
-    """The last decoder layer: keys and values of all tokens, everything else at the answer positions only."""
-    heads = layer.self_attn
-    work = attention(heads, pairs) + products(heads.k_proj, tokens) + products(heads.v_proj, tokens)
-    return work + products(heads.q_proj, rows) + products(heads.o_proj, rows) + products(layer.mlp, rows)
-
-
-def attention(heads: Any, pairs: float) -> Work:
-    """Scores and weighted values: one multiply-add each per pair and query channel; twice as much backward."""
-    forward = 4.0 * heads.num_heads * heads.head_dim * pairs
-    return Work(forward, 3 * forward)
+def vision_flops(model: W2R2, visuals: Visuals) -> float:
+    """Forward FLOPs of the frozen vision tower on the frames whose features are not cached."""
+    given = [each for each in visuals.alone if each is not None] if visuals.cached_2d else [visuals]
+    tower = model.family.vision_tower(model.base)
+    return sum(model.family.vision_flops(tower, each.grid_thw.tolist()) for each in given)
 
 
 def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
 from w2r2_ds.models.family import VlmFamily, register_family
-from w2r2_ds.models.flops import products
+from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
 from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
 from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_scene_split
@@ -149,24 +149,18 @@ class Qwen25VL(VlmFamily):
             vlm, prompts, visuals, visual, end, tokenizer.pad_token_id, max_new_tokens, video_fps, synced
         )
 
-    def vision_flops(self, tower: nn.Module, visuals: Visuals) -> float:
-        if visuals.cached_2d:
-            return sum(self.vision_flops(tower, alone) for alone in visuals.alone if alone is not None)
-        patches = len(visuals.pixel_values)
-        if not patches:
-            return 0.0
-        config: Any = tower.config
-        grids = visuals.grid_thw.tolist()
+    def vision_flops(self, tower: nn.Module, grids: Sequence[Sequence[int]]) -> float:
+        config, modules = cast(Any, tower.config), cast(Any, tower)
+        patches = sum(time * height * width for time, height, width in grids)
         side = config.window_size // config.patch_size  # patches, a multiple of the merge size
-        # Most blocks attend within windows, a few over the whole frame.
+        # A few blocks attend over the whole frame, the others within windows.
         whole = sum(time * (height * width) ** 2 for time, height, width in grids)
         windows = sum(time * squares(height, side) * squares(width, side) for time, height, width in grids)
         full = len(config.fullatt_block_indexes)
-        attention = 4 * config.hidden_size * (full * whole + (config.depth - full) * windows)
-        merged = patches // config.spatial_merge_size**2
-        modules: Any = tower
-        work = products(modules.patch_embed, patches) + products(modules.merger, merged)
-        return work.forward + config.depth * products(modules.blocks[0], patches).forward + float(attention)
+        scores = attention(config.hidden_size, full * whole + (config.depth - full) * windows)
+        linear = products(modules.patch_embed, patches) + products(modules.blocks[0], patches) * config.depth
+        merger = products(modules.merger, patches // config.spatial_merge_size**2)
+        return (linear + scores + merger).forward
 
 
 def squares(length: int, side: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.config.schema import GeometryConfig
-from w2r2_ds.models.flops import products
+from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
 from w2r2_ds.models.vggt.loading import HEADS, load_vggt, locate, read_config
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
@@ -84,14 +84,15 @@ class VGGTEncoder(GeometryEncoder):
         rows, columns = self.spec.grid(height, width)
         patches = rows * columns
         # The ViT has as many tokens: its class token in place of the camera token.
-        tokens, per_pair = patches + config.special_tokens, 4 * config.embed_dim
-        frame_block = products(aggregator.frame_blocks[0], frames * tokens).forward + per_pair * frames * tokens**2
-        global_block = frame_block + per_pair * ((frames * tokens) ** 2 - frames * tokens**2)
-        blocks = (max(self.layers) + 1) * (frame_block + global_block)
+        tokens = patches + config.special_tokens
+        frame_attention = attention(config.embed_dim, frames * tokens**2).forward
+        global_attention = attention(config.embed_dim, (frames * tokens) ** 2).forward
+        linear = products(aggregator.frame_blocks[0], frames * tokens).forward  # a global block has the same sizes
+        blocks = (max(self.layers) + 1) * (2 * linear + frame_attention + global_attention)
         if config.patch_embed == "conv":
             return blocks + products(aggregator.patch_embed, frames * patches).forward
         vit: Any = aggregator.patch_embed
-        vit_block = products(vit.blocks[0], frames * tokens).forward + per_pair * frames * tokens**2
+        vit_block = products(vit.blocks[0], frames * tokens).forward + frame_attention
         return blocks + products(vit.patch_embed, frames * patches).forward + config.vit_depth * vit_block
 
 
