@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from w2r2_ds.bench.model import build_front
+from w2r2_ds.bench.model import build_frontend
 from w2r2_ds.bench.shapes import Shape
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.flops import products, tokens_and_pairs
@@ -88,7 +88,7 @@ def modules(shape: Shape) -> Modules:
 
 @cache
 def _modules(shape: Shape) -> Modules:
-    frontend = build_front(shape)
+    frontend = build_frontend(shape)
     with torch.device("meta"):
         merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden)
         return Modules(frontend.family, frontend.meta, VGGT(shape.vggt), merger)
