@@ -202,12 +202,12 @@ def data_config() -> Any:
 def batch_of(frontend: Any, data_config: Any) -> Callable[..., Any]:
     """`batch_of(samples, with_answer, with_prompts, **changes of the data configuration)`: what a loader makes."""
     from w2r2_ds.data.collate import Collator
-    from w2r2_ds.data.loader import make_positions, make_processor, visual_kind
+    from w2r2_ds.data.loader import make_position_ids, make_processor, visual_kind
 
     def make(chosen: Sequence[Any], with_answer: bool = True, with_prompts: bool = False, **changes: Any) -> Any:
         config = data_config(**changes)
         processor = make_processor(frontend, config)
-        positions = make_positions(frontend, config) if with_answer else None
+        positions = make_position_ids(frontend, config) if with_answer else None
         collate = Collator(
             frontend.tokenizer.pad_token_id,
             visual_kind(config),

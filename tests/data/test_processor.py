@@ -22,10 +22,10 @@ def text_of(frontend: Any, ids: torch.Tensor) -> str:
 
 def test_images_one_placeholder_per_merged_patch(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     features = make_processor(frontend, data_config())(samples[0], with_answer=True)
-    assert features.grid_thw.tolist() == [[1, 2, 4]] * 4  # 56 x 42 pixels, the odd row of patches cropped
-    assert features.pixel_values.shape == (4 * 8, 3 * 2 * 14 * 14)
-    assert features.geometry_images.shape == (4, 3, 42, 56)  # not cropped
-    assert features.geometry_images.min() >= 0 and features.geometry_images.max() <= 1
+    assert features.visual.grid_thw.tolist() == [[1, 2, 4]] * 4  # 56 x 42 pixels, the odd row of patches cropped
+    assert features.visual.pixel_values.shape == (4 * 8, 3 * 2 * 14 * 14)
+    assert features.visual.geometry_images.shape == (4, 3, 42, 56)  # not cropped
+    assert features.visual.geometry_images.min() >= 0 and features.visual.geometry_images.max() <= 1
     assert int((features.input_ids == frontend.vision.image_token_id).sum()) == 4 * 2
     assert torch.equal(features.token_types == IMAGE, features.input_ids == frontend.vision.image_token_id)
     pads = "<|image_pad|>" * 2
@@ -38,8 +38,8 @@ def test_images_one_placeholder_per_merged_patch(frontend: Any, data_config: Any
 
 def test_video_has_one_grid_and_pairs_of_frames(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     features = make_processor(frontend, data_config(visual="video"))(samples[1], with_answer=True)
-    assert features.grid_thw.tolist() == [[2, 4, 4]]  # three frames are two pairs
-    assert features.pixel_values.shape[0] == 32
+    assert features.visual.grid_thw.tolist() == [[2, 4, 4]]  # three frames are two pairs
+    assert features.visual.pixel_values.shape[0] == 32
     assert int((features.input_ids == frontend.vision.video_token_id).sum()) == 2 * 4
     assert torch.equal(features.token_types == VIDEO, features.input_ids == frontend.vision.video_token_id)
     assert "Frame-" not in text_of(frontend, features.input_ids)
@@ -118,9 +118,12 @@ def test_text_only(frontend: Any, data_config: Any, text_samples: list[Any], vis
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
             f"{sample.question}<|im_end|>\n<|im_start|>assistant\n{sample.answer}<|im_end|>"
         )
-        assert features.pixel_values.shape == (0, 3 * 2 * 14 * 14) and features.pixel_values.dtype == torch.float32
-        assert features.grid_thw.shape == (0, 3) and features.grid_thw.dtype == torch.int64
-        assert features.geometry_images is None and not features.token_types.any()
+        assert (
+            features.visual.pixel_values.shape == (0, 3 * 2 * 14 * 14)
+            and features.visual.pixel_values.dtype == torch.float32
+        )
+        assert features.visual.grid_thw.shape == (0, 3) and features.visual.grid_thw.dtype == torch.int64
+        assert features.visual.geometry_images is None and not features.token_types.any()
     assert text_of(frontend, features.input_ids[features.what]).strip() == "The sofa."
 
 
@@ -169,9 +172,9 @@ def test_frames_of_odd_and_unequal_sizes(frontend: Any, data_config: Any, sample
     odd = replace(samples[0], frames=tuple(paths), cam_to_world=samples[0].cam_to_world[:2])
     features = make_processor(frontend, data_config())(odd, with_answer=False)
     # 56 x 42 and 56 x 56 (cut): the first is padded to the second.
-    assert features.geometry_images.shape == (2, 3, 56, 56)
-    assert features.grid_thw.tolist() == [[1, 4, 4]] * 2
-    assert features.geometry_images[0, :, 0].min() == 1 and features.geometry_images[1].max() < 1
+    assert features.visual.geometry_images.shape == (2, 3, 56, 56)
+    assert features.visual.grid_thw.tolist() == [[1, 4, 4]] * 2
+    assert features.visual.geometry_images[0, :, 0].min() == 1 and features.visual.geometry_images[1].max() < 1
 
 
 class Tokenizer:

@@ -45,19 +45,21 @@ def test_2d_stays_and_geometry_is_the_partners(
         donor = shuffled.donor(room.scene_id)
         assert donor.scene_id != room.scene_id
         right, wrong, other = plain(room, False), shuffled(room, False), plain(donor, False)
-        for field in ("input_ids", "token_types", "pixel_values", "grid_thw", "what"):
+        for field in ("input_ids", "token_types", "what"):
             assert torch.equal(getattr(right, field), getattr(wrong, field)), field
-        assert wrong.geometry_images.shape == right.geometry_images.shape
-        if right.geometry_images.shape[-2:] == other.geometry_images.shape[-2:]:
-            count = len(other.geometry_images)
-            expected = torch.stack([other.geometry_images[i % count] for i in range(len(room.frames))])
-            assert torch.equal(wrong.geometry_images, expected)
+        for field in ("pixel_values", "grid_thw"):
+            assert torch.equal(getattr(right.visual, field), getattr(wrong.visual, field)), field
+        assert wrong.visual.geometry_images.shape == right.visual.geometry_images.shape
+        if right.visual.geometry_images.shape[-2:] == other.visual.geometry_images.shape[-2:]:
+            count = len(other.visual.geometry_images)
+            expected = torch.stack([other.visual.geometry_images[i % count] for i in range(len(room.frames))])
+            assert torch.equal(wrong.visual.geometry_images, expected)
         else:  # the same pictures in another shape
             near = torch.nn.functional.interpolate(
-                other.geometry_images[:1], size=right.geometry_images.shape[-2:], mode="bicubic"
+                other.visual.geometry_images[:1], size=right.visual.geometry_images.shape[-2:], mode="bicubic"
             )
-            assert torch.corrcoef(torch.stack([near.flatten(), wrong.geometry_images[0].flatten()]))[0, 1] > 0.6
-    assert shuffled(rooms[3], False).geometry_images is None
+            assert torch.corrcoef(torch.stack([near.flatten(), wrong.visual.geometry_images[0].flatten()]))[0, 1] > 0.6
+    assert shuffled(rooms[3], False).visual.geometry_images is None
 
 
 def test_the_batch_does_not_matter(rooms: list[Any], frontend: Any, data_config: Callable[..., Any]) -> None:

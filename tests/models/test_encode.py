@@ -96,7 +96,7 @@ def test_cold_warm_and_without_a_cache_are_equal_to_the_last_bit(
         assert torch.equal(batch.position_ids, plain.position_ids) and batch.visuals.sizes == plain.visuals.sizes
         assert torch.equal(batch.visuals.grid_thw, plain.visuals.grid_thw)
     # Nothing of the pictures was decoded, and nothing of them travels.
-    assert batch.visuals.geometry_images == (None,) * 3 and batch.visuals.alone == (None,) * 3
+    assert batch.visuals.geometry_images == (None,) * 3 and batch.visuals.uncached == (None,) * 3
     assert len(batch.visuals.pixel_values) == 0
 
 
@@ -180,7 +180,7 @@ def test_only_what_is_missing_is_made(
     mixed = loaded(samples, **BOTH)
     before = dict(calls)
     assert [images is None for images in mixed.visuals.geometry_images] == [False, True, False]
-    assert [alone is None for alone in mixed.visuals.alone] == [True, True, False]
+    assert [inputs is None for inputs in mixed.visuals.uncached] == [True, True, False]
     features = model.encode_3d(mixed.visuals), model.encode_2d(mixed.visuals).pooler_output
     assert calls["3d"] - before["3d"] == 2 and calls["2d"] - before["2d"] == 1 == missing_2d(mixed.visuals)
     flush()
@@ -268,7 +268,7 @@ def test_the_geometry_swap_neither_reads_nor_keeps_anything(
     with pytest.raises(AssertionError, match="asks no cache"):
         ShuffledGeometry(make_processor(asking, config), rooms)(rooms[0], False)
     features = ShuffledGeometry(make_processor(replace(asking, cache=None), config), rooms)(rooms[0], False)
-    assert features.cached_3d is None and features.cached_2d is None
+    assert features.visual.cached_3d is None and features.visual.cached_2d is None
 
 
 @pytest.mark.slow

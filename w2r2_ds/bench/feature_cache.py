@@ -168,7 +168,7 @@ class CachedFeatures:
         if both:
             cached_2d = self.cache.find_2d(self.paths)
             assert cached_2d is not None, "the cache has an identity of the vision tower"
-            visuals = replace(visuals, cached_2d=(cached_2d,), alone=(None,))
+            visuals = replace(visuals, cached_2d=(cached_2d,), uncached=(None,))
         return replace(batch, visuals=moved(visuals, batch.input_ids.device))
 
 

@@ -18,9 +18,10 @@ from w2r2_ds.bench.shapes import MERGE, PATCH, Shape
 from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from w2r2_ds.data.answer_tokens import find_answer_tokens, token_tables
 from w2r2_ds.data.collate import Collator
-from w2r2_ds.data.loader import make_positions
+from w2r2_ds.data.loader import make_position_ids
 from w2r2_ds.data.packing import Grouping, groups_by_frames
 from w2r2_ds.data.processor import IMAGE, Features
+from w2r2_ds.data.visual_inputs import VisualInputs
 from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, train_tokenizer
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
@@ -100,7 +101,7 @@ class Subject:
         return self._collate(self.features(question + 1)[question:], None)
 
     def _collate(self, features: list[Features], grouping: Grouping | None) -> Batch:
-        positions, pad = make_positions(self.frontend, DataConfig()), self.frontend.tokenizer.pad_token_id
+        positions, pad = make_position_ids(self.frontend, DataConfig()), self.frontend.tokenizer.pad_token_id
         frontend = self.frontend
         collate = Collator(
             pad, "image", positions, frontend.vision, frontend.geometry, frontend.family, grouping=grouping
@@ -114,7 +115,7 @@ class Subject:
         noise = np.random.default_rng(SEED)
         images = noise.random((shape.frames, 3, height, width), dtype=np.float32)
         cropped = images[:, :, : shape.grid[1] * PATCH, : shape.grid[0] * PATCH]
-        pixel_values, grid_thw = self.frontend.family.pixel_values(np.ascontiguousarray(cropped), vision, "image")
+        patches, grid_thw = self.frontend.family.pixel_values(np.ascontiguousarray(cropped), vision, "image")
         dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
         made = []
         for index in range(questions):
@@ -129,9 +130,7 @@ class Subject:
                     input_ids=ids,
                     token_types=types,
                     answer_tokens=shape.answer_tokens,
-                    pixel_values=pixel_values.to(dtype),
-                    grid_thw=grid_thw,
-                    geometry_images=torch.from_numpy(images),
+                    visual=VisualInputs(patches.to(dtype), grid_thw, torch.from_numpy(images)),
                     what=torch.zeros(len(ids), dtype=torch.bool),
                     digit_tokens=find_answer_tokens("grounding", answer, [*offsets["offset_mapping"], end]),
                 )

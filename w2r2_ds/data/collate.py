@@ -1,13 +1,14 @@
-"""Features -> Batch: right-padded for training, left-padded for generation. Everything the step reads is made here."""
+"""Collate `Features` of samples into a `Batch`, on the CPU: padding or packing, labels, position ids, visual inputs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from w2r2_ds.data.answer_positions import answer_positions, description_positions
 from w2r2_ds.data.packing import (
@@ -26,52 +27,60 @@ from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 
-Positions = Callable[..., torch.Tensor]
-"""(input_ids, token_types, attention_mask, image grid or None, video grid or None) -> ``[3, batch, length]``."""
+PositionIds = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
+"""(input_ids, token_types, attention_mask, patch grids by kind) -> ``[axes, sequences, length]`` int64."""
 
 
 class Collator:
-    """Make a `Batch` of `Features`.
+    """`collate_fn` of the data loaders: a list of `Features` -> `Batch`.
+
+    Three layouts: sequences padded on the left for generation (no `position_ids`), sequences padded on the right for
+    training, or one packed sequence for training (`grouping`).
 
     Args:
-        pad_id: padding token.
+        pad_id: id of the padding token.
         kind: ``"image"`` or ``"video"``.
-        positions: multimodal positions, computed here so that the GPU never waits for them; None pads on the left,
-            for generation.
-        vision, geometry: sizes of both encoders, for the dummy image of a batch without frames.
-        family: builds the inputs of its vision tower.
-        with_prompts: also make `Batch.prompts`.
-        grouping: which samples share frames, packed into one sequence; None makes a padded sequence of each.
+        position_ids: computes multimodal position ids, here and not on the GPU, which would have to wait for the CPU;
+            None for generation.
+        vision: patch sizes of the vision tower.
+        geometry: patch size of the geometry encoder, for the dummy image.
+        family: VLM family, makes the inputs of its vision tower.
+        with_prompts: also make `Batch.prompts`, to decode answers during training.
+        grouping: groups of samples with a common prefix, for one packed sequence; None for padded sequences.
+
+    Raises:
+        ValueError: (when called) samples of one group have frames after the common prefix.
     """
 
     def __init__(
         self,
         pad_id: int,
         kind: str,
-        positions: Positions | None,
+        position_ids: PositionIds | None,
         vision: VisionSpec,
         geometry: GeometrySpec,
         family: VlmFamily,
         with_prompts: bool = False,
         grouping: Grouping | None = None,
     ) -> None:
-        assert grouping is None or positions is not None, "prompts for generation are not packed"
-        self.pad_id, self.kind, self.positions, self.with_prompts = pad_id, kind, positions, with_prompts
+        assert grouping is None or position_ids is not None, "prompts for generation are not packed"
+        self.pad_id, self.kind, self.position_ids, self.with_prompts = pad_id, kind, position_ids, with_prompts
         self.family = family
         self.vision, self.dummy, self.grouping = vision, dummy_visuals(kind, vision, geometry, family), grouping
 
     def __call__(self, features: Sequence[Features]) -> Batch:
-        left = self.positions is None
+        training = self.position_ids is not None
         groups = (self.grouping or separate_groups)(features)
-        shown = [features[group.members[0]] for group in groups]
-        visuals = self._visuals(shown)
+        # Frames of a group are encoded once: those of its first member.
+        firsts = [features[group.members[0]] for group in groups]
+        visuals = self._visuals(firsts)
         if self.grouping is None:
-            tokens = self._padded(features, left)
+            tokens = self._padded(features, left=not training)
             layout, placements = padded_layout(features, tokens.attention_mask)
         else:
             tokens = _packed(groups, features)
             layout, placements = packed_layout(groups, features)
-        sets = _sets(groups, features)
+        sets = _frame_sets(groups, features)
         samples = [f.sample for f in features]
         return Batch(
             ids=tuple(sample.id for sample in samples),
@@ -79,88 +88,99 @@ class Collator:
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             token_types=tokens.token_types,
-            position_ids=self._positions(groups, features, visuals, tokens),
+            position_ids=self._position_ids(groups, features, visuals, tokens),
             visuals=visuals,
             visual_tokens=tokens.token_types.flatten().nonzero().squeeze(-1),
             token_set=sets.token,
-            frame_set=sets.frame,
-            layout=None if left else layout,
-            answer=None if left else answer_positions(features, placements),
+            frame_set=sets.sample,
+            layout=layout if training else None,
+            # Labels are not a masked copy of input_ids: only answer tokens have one, so the LM head is applied to
+            # their positions only.
+            answer=answer_positions(features, placements) if training else None,
             cam_to_world=_poses(samples),
             target_box=_target_boxes(samples),
-            description=None if left else description_positions(features, placements),
+            description=description_positions(features, placements) if training else None,
             kinds=tuple(sample.kind for sample in samples),
             answers=tuple(sample.answer for sample in samples),
             prompts=self._prompts(features, sets) if self.with_prompts else None,
         )
 
     def _padded(self, features: Sequence[Features], left: bool) -> Tokens:
-        """Every sample a sequence, padded to the longest."""
+        """One sequence per sample, padded to the longest on the left or on the right."""
         return Tokens(
             input_ids=_pad([f.input_ids for f in features], self.pad_id, left),
             attention_mask=_pad([torch.ones_like(f.input_ids) for f in features], 0, left),
             token_types=_pad([f.token_types for f in features], 0, left),
         )
 
-    def _positions(
+    def _position_ids(
         self, groups: Sequence[Group], features: Sequence[Features], visuals: Visuals, tokens: Tokens
     ) -> torch.Tensor | None:
-        """Multimodal positions of all sequences; None for generation."""
-        if self.positions is None:
+        """Position ids of all sequences, ``[axes, sequences, length]`` int64; None for generation."""
+        if self.position_ids is None:
             return None
-        grid = None if visuals.dummy else visuals.grid_thw
-        grids = {"image": (grid, None), "video": (None, grid)}[self.kind]
+        grids = {} if visuals.dummy else {self.kind: visuals.grid_thw}
         if self.grouping is None:
-            return self.positions(tokens.input_ids, tokens.token_types, tokens.attention_mask, *grids)
+            return self.position_ids(tokens.input_ids, tokens.token_types, tokens.attention_mask, grids)
+        # The family computes positions of padded sequences. The first member of each group is enough: it has all
+        # frames of the group, and the suffixes of the other members are text.
         firsts = self._padded([features[group.members[0]] for group in groups], left=False)
-        positions = self.positions(firsts.input_ids, firsts.token_types, firsts.attention_mask, *grids)
-        return pack_position_ids(groups, positions, [len(f.input_ids) for f in features])
+        position_ids = self.position_ids(firsts.input_ids, firsts.token_types, firsts.attention_mask, grids)
+        return pack_position_ids(groups, position_ids, [len(f.input_ids) for f in features])
 
-    def _prompts(self, features: Sequence[Features], sets: _Sets) -> Prompts:
-        """The prompts alone; each has its images to itself."""
-        tokens = self._padded([_prompt(f) for f in features], left=True)
-        order = [entry for each in sets.frame.tolist() if each >= 0 for entry in sets.entries[each]]
-        return Prompts(*tokens, torch.cat([f.grid_thw for f in features]), tuple(order))
+    def _prompts(self, features: Sequence[Features], sets: _FrameSets) -> Prompts:
+        """The prompts of the samples, without answers, padded on the left."""
+        tokens = self._padded([_without_answer(f) for f in features], left=True)
+        # Samples of a group share the encoded frames; every prompt refers to them again.
+        order = [entry for each in sets.sample.tolist() if each >= 0 for entry in sets.entries[each]]
+        return Prompts(*tokens, torch.cat([f.visual.grid_thw for f in features]), tuple(order))
 
     def _visuals(self, features: Sequence[Features]) -> Visuals:
-        """Visuals of the samples that have some, or the dummy."""
-        seen = [f for f in features if f.sample.frames]
-        if not seen:
+        """Visual inputs of the samples that have frames; the dummy if none has."""
+        with_frames = [f for f in features if f.sample.frames]
+        if not with_frames:
             return self.dummy
-        cached_3d = tuple(f.cached_3d for f in seen if f.cached_3d is not None)
-        cached_2d = tuple(f.cached_2d for f in seen if f.cached_2d is not None)
-        grid_thw = torch.cat([f.grid_thw for f in seen])
-        # With cached 2D features the tower is given sample by sample what it lacks.
-        patches = torch.cat([f.pixel_values[:0] if cached_2d else f.pixel_values for f in seen])
+        inputs = [f.visual for f in with_frames]
+        cached_3d = tuple(each.cached_3d for each in inputs if each.cached_3d is not None)
+        cached_2d = tuple(each.cached_2d for each in inputs if each.cached_2d is not None)
+        # With a cache of 2D features, the tower runs per frame set, on `uncached`: no patches of the whole batch.
+        patches = torch.cat([each.pixel_values[:0] if cached_2d else each.pixel_values for each in inputs])
         visuals = dataclasses.replace(
-            tower_input(self.kind, patches, grid_thw, self.vision, self.family),
-            geometry_images=tuple(f.geometry_images for f in seen),
-            ids=tuple(f.sample.id for f in seen),
+            tower_input(self.kind, patches, torch.cat([each.grid_thw for each in inputs]), self.vision, self.family),
+            geometry_images=tuple(each.geometry_images for each in inputs),
+            ids=tuple(f.sample.id for f in with_frames),
             cached_3d=cached_3d,
             cached_2d=cached_2d,
         )
         if not cached_2d:
             return visuals
-        alone = tuple(
-            tower_input(self.kind, f.pixel_values, f.grid_thw, self.vision, self.family)
-            if len(f.pixel_values)
+        uncached = tuple(
+            tower_input(self.kind, each.pixel_values, each.grid_thw, self.vision, self.family)
+            if len(each.pixel_values)
             else None
-            for f in seen
+            for each in inputs
         )
-        return dataclasses.replace(visuals, alone=alone, spare=self.dummy)
+        return dataclasses.replace(visuals, uncached=uncached, filler=self.dummy)
 
 
 def tower_input(
     kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec, family: VlmFamily
 ) -> Visuals:
-    """Inputs of the vision tower from patches and their grids, without geometry and sample ids."""
+    """`Visuals` for the vision tower only.
+
+    Args:
+        kind: ``"image"`` or ``"video"``.
+        patches: ``[patches, values]`` float32.
+        grid_thw: ``[images or videos, 3]`` int64.
+        vision: patch sizes.
+        family: makes the tower's other inputs.
+    """
     sizes = token_counts(grid_thw, vision.merge_size)
-    tower = family.tower_inputs(grid_thw, vision)
-    return Visuals(kind, patches, grid_thw, sizes, tower, ())
+    return Visuals(kind, patches, grid_thw, sizes, family.tower_inputs(grid_thw, vision), ())
 
 
 def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family: VlmFamily) -> Visuals:
-    """One gray image of two by two merged patches, or a video of as many frames as make one row of tokens."""
+    """Gray visual inputs of 2 x 2 merged patches for both encoders: one image, or the frames of one temporal patch."""
     frames = vision.temporal_patch_size if kind == "video" else 1
     side = 2 * vision.merge_size
     # Both encoders get a grid of as many patches, each of its own patch size.
@@ -173,58 +193,59 @@ def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family:
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:
-    """Tokens of every image, or of every pair of frames, of ``[images or videos, 3]`` patch grids."""
+    """Tokens of every image, or of every temporal patch of the videos, of ``[images or videos, 3]`` patch grids."""
     return tuple(height * width // merge_size**2 for time, height, width in grid_thw.tolist() for _ in range(time))
 
 
-class _Sets(NamedTuple):
-    """Sets of frames of a batch: `Batch.token_set`, `Batch.frame_set`, and per set the entries of `Visuals.sizes`."""
+class _FrameSets(NamedTuple):
+    """Frame sets of a batch.
+
+    Attributes:
+        token: `Batch.token_set`.
+        sample: `Batch.frame_set`.
+        entries: per frame set, its indices in `Visuals.sizes`.
+    """
 
     token: torch.Tensor
-    frame: torch.Tensor
+    sample: torch.Tensor
     entries: list[range]
 
 
-def _sets(groups: Sequence[Group], features: Sequence[Features]) -> _Sets:
-    """A set per group that has frames, in order."""
-    frame = torch.full((len(features),), -1, dtype=torch.int64)
+def _frame_sets(groups: Sequence[Group], features: Sequence[Features]) -> _FrameSets:
+    """One frame set per group that has frames, in the order of the groups."""
+    sample = torch.full((len(features),), -1, dtype=torch.int64)
     counts: list[int] = []
     entries: list[range] = []
     for group in groups:
         first, end = features[group.members[0]], entries[-1].stop if entries else 0
         if first.sample.frames:
-            frame[list(group.members)] = len(entries)
-            entries.append(range(end, end + int(first.grid_thw[:, 0].sum())))
+            sample[list(group.members)] = len(entries)
+            entries.append(range(end, end + int(first.visual.grid_thw[:, 0].sum())))
             counts.append(int((first.token_types > 0).sum()))
-    return _Sets(torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)), frame, entries)
+    return _FrameSets(torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)), sample, entries)
 
 
 def _packed(groups: Sequence[Group], features: Sequence[Features]) -> Tokens:
-    """All samples in one sequence."""
+    """All samples in one sequence, ``[1, length]``."""
     ids = pack_tokens(groups, [f.input_ids for f in features])[None]
     return Tokens(ids, torch.ones_like(ids), pack_tokens(groups, [f.token_types for f in features])[None])
 
 
-def _prompt(feature: Features) -> Features:
-    """The same sample without its answer."""
+def _without_answer(feature: Features) -> Features:
     count = len(feature.input_ids) - feature.answer_tokens
     return dataclasses.replace(
         feature, input_ids=feature.input_ids[:count], token_types=feature.token_types[:count], answer_tokens=0
     )
 
 
-def _pad(rows: Sequence[torch.Tensor], value: int, left: bool) -> torch.Tensor:
-    """``[batch, longest]``, padded with `value`."""
-    length = max(len(row) for row in rows)
-    result = torch.full((len(rows), length), value, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        begin = length - len(row) if left else 0
-        result[index, begin : begin + len(row)] = row
-    return result
+def _pad(sequences: Sequence[torch.Tensor], value: int, left: bool) -> torch.Tensor:
+    """Stack ``[length]`` int64 tensors into ``[batch, longest]``, padded with `value` on the left or on the right."""
+    side = "left" if left else "right"
+    return pad_sequence(list(sequences), batch_first=True, padding_value=value, padding_side=side)
 
 
 def _poses(samples: Sequence[Sample]) -> torch.Tensor:
-    """``[batch, frames, 4, 4]``; samples with fewer frames are filled with NaN, so that naming one has IoU 0."""
+    """``[batch, frames, 4, 4]`` float64 camera poses; NaN for missing frames: a box in such a frame has IoU 0."""
     count = max([1, *(len(sample.frames) for sample in samples)])
     result = torch.full((len(samples), count, 4, 4), torch.nan, dtype=torch.float64)
     for index, sample in enumerate(samples):
@@ -234,5 +255,5 @@ def _poses(samples: Sequence[Sample]) -> torch.Tensor:
 
 def _target_boxes(samples: Sequence[Sample]) -> torch.Tensor:
     """``[batch, 9]`` float64, NaN for a sample without a target."""
-    nothing = np.full(9, np.nan)
-    return torch.from_numpy(np.stack([nothing if s.target is None else s.target.box for s in samples]))
+    no_box = np.full(9, np.nan)
+    return torch.from_numpy(np.stack([no_box if s.target is None else s.target.box for s in samples]))

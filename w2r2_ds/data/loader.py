@@ -14,10 +14,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.collate import Collator, Positions
+from w2r2_ds.data.collate import Collator, PositionIds
 from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.packing import Grouping, groups_by_frames, separate_groups
@@ -25,7 +24,6 @@ from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.tasks.base import find_task
 from w2r2_ds.models.build import VlmFrontend
-from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
 
@@ -112,24 +110,10 @@ def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
     return Processor(frontend.tokenizer, frontend.family, frontend.vision, frontend.geometry, config, frontend.cache)
 
 
-def make_positions(frontend: VlmFrontend, config: DataConfig) -> Positions:
-    """Rotary positions of a padded batch, by the VLM family's rule, on the CPU."""
+def make_position_ids(frontend: VlmFrontend, config: DataConfig) -> PositionIds:
+    """Multimodal position ids of padded sequences by the VLM family's rule, on the CPU; picklable."""
     seconds = frontend.vision.temporal_patch_size / config.video_fps
-    return functools.partial(_positions, frontend.family, frontend.meta, seconds)
-
-
-def _positions(
-    family: VlmFamily,
-    meta: PreTrainedModel,
-    seconds: float,
-    input_ids: torch.Tensor,
-    token_types: torch.Tensor,
-    attention_mask: torch.Tensor,
-    image_grid: torch.Tensor | None,
-    video_grid: torch.Tensor | None,
-) -> torch.Tensor:
-    grids = {kind: grid for kind, grid in (("image", image_grid), ("video", video_grid)) if grid is not None}
-    return family.position_ids(meta, input_ids, token_types, attention_mask, grids, seconds)
+    return functools.partial(frontend.family.position_ids, frontend.meta, seconds_per_grid=seconds)
 
 
 def visual_kind(config: DataConfig) -> str:
@@ -146,11 +130,10 @@ def grouping(config: DataConfig) -> Grouping | None:
 
 def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> Collator:
     """Collation of training samples."""
-    positions, pad = make_positions(frontend, config), frontend.tokenizer.pad_token_id
     return Collator(
-        pad_id=pad,
+        pad_id=frontend.tokenizer.pad_token_id,
         kind=visual_kind(config),
-        positions=positions,
+        position_ids=make_position_ids(frontend, config),
         vision=frontend.vision,
         geometry=frontend.geometry,
         family=frontend.family,
@@ -224,7 +207,7 @@ def prompt_loader(
     collate = Collator(
         pad_id=frontend.tokenizer.pad_token_id,
         kind=visual_kind(config),
-        positions=None,
+        position_ids=None,
         vision=frontend.vision,
         geometry=frontend.geometry,
         family=frontend.family,

@@ -10,8 +10,8 @@ import torch
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.answer_tokens import AnswerTokens, find_answer_tokens, what_tokens
-from w2r2_ds.data.visual_inputs import VisualPreprocessor
-from w2r2_ds.features.lookup import Cached, FeatureCache
+from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
+from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
@@ -44,7 +44,7 @@ class Features:
         input_ids: ``[tokens]`` int64: prompt, then (when training) the answer and the end of turn.
         token_types: ``[tokens]`` int64, 0 text, 1 image, 2 video.
         answer_tokens: number of trailing tokens that are the answer and its end of turn; 0 for a prompt alone.
-        pixel_values, grid_thw, geometry_images, cached_2d, cached_3d: as in `VisualInputs`.
+        visual: inputs of both encoders, or their cached features.
         what: ``[tokens]`` bool, tokens of the prompt that say what is meant.
         digit_tokens: positions of the answer's digits and numbers; None for a prompt alone.
     """
@@ -53,13 +53,9 @@ class Features:
     input_ids: torch.Tensor
     token_types: torch.Tensor
     answer_tokens: int
-    pixel_values: torch.Tensor
-    grid_thw: torch.Tensor
-    geometry_images: torch.Tensor | None
+    visual: VisualInputs
     what: torch.Tensor
     digit_tokens: AnswerTokens | None
-    cached_2d: Cached | None = None
-    cached_3d: Cached | None = None
 
 
 class Processor:
@@ -104,8 +100,8 @@ class Processor:
             ValueError: a frame cannot be read, text holds a special token, the chat template changes the question, or
                 the sequence is longer than `data.max_length`.
         """
-        seen = self.preprocess(sample)
-        prompt, what = self._prompt(sample, seen.grid_thw)
+        visual = self.preprocess(sample)
+        prompt, what = self._prompt(sample, visual.grid_thw)
         answer, digit_tokens = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)
         self._refuse_too_long(sample, len(ids))
@@ -117,11 +113,7 @@ class Processor:
             input_ids=ids,
             token_types=types,
             answer_tokens=len(answer),
-            pixel_values=seen.pixel_values,
-            grid_thw=seen.grid_thw,
-            geometry_images=seen.geometry_images,
-            cached_2d=seen.cached_2d,
-            cached_3d=seen.cached_3d,
+            visual=visual,
             what=torch.tensor(what + [False] * len(answer)),
             digit_tokens=digit_tokens,
         )

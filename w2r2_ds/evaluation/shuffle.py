@@ -69,16 +69,19 @@ class ShuffledGeometry:
     def __call__(self, sample: Sample, with_answer: bool) -> Features:
         """Features of one sample, its geometry images replaced; without frames there is nothing to replace."""
         features = self.processor(sample, with_answer)
+        inputs = features.visual
         # The other scene's features must be neither skipped nor kept as this one's.
-        assert features.cached_3d is None, "the processor of a swap asks no cache"
-        if features.geometry_images is None:
+        assert inputs.cached_3d is None, "the processor of a swap asks no cache"
+        if inputs.geometry_images is None:
             return features
         frames = self.donor(sample.scene_id).frames
         chosen = [frames[index % len(frames)] for index in range(len(sample.frames))]
-        height, width = features.geometry_images.shape[-2:]
+        height, width = inputs.geometry_images.shape[-2:]
         pixels = {path: _resized(path, height, width) for path in dict.fromkeys(chosen)}
         images = np.stack([pixels[path] for path in chosen])
-        return dataclasses.replace(features, geometry_images=torch.from_numpy(images))
+        return dataclasses.replace(
+            features, visual=dataclasses.replace(inputs, geometry_images=torch.from_numpy(images))
+        )
 
     def donor(self, scene_id: str) -> Sample:
         """The sample whose frames a scene's samples get."""

@@ -92,17 +92,17 @@ class W2R2(nn.Module):
             output, made = self.family.encode_visuals(self.base, visuals), 1
         else:
             features, made = [], 0
-            for cached, alone in zip(visuals.cached_2d, visuals.alone, strict=True):
+            for cached, inputs in zip(visuals.cached_2d, visuals.uncached, strict=True):
                 if cached.features is None:
-                    assert alone is not None, "the collator keeps the patches of what the cache lacks"
-                    features.append(self.family.to_cache(self.family.encode_visuals(self.base, alone)))
+                    assert inputs is not None, "the collator keeps the patches of what the cache lacks"
+                    features.append(self.family.to_cache(self.family.encode_visuals(self.base, inputs)))
                     cached.keep(features[-1])
                     made += 1
                 else:
                     features.append(cached.features)
             output = self.family.from_cache(torch.cat(features), visuals.sizes)
         for _ in range(calls - made):
-            self.family.encode_visuals(self.base, visuals.spare or visuals)
+            self.family.encode_visuals(self.base, visuals.filler or visuals)
         return output
 
     @torch.no_grad()

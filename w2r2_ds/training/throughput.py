@@ -111,7 +111,7 @@ def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
 
 def vision_flops(model: W2R2, visuals: Visuals) -> float:
     """Forward FLOPs of the frozen vision tower on the frames whose features are not cached."""
-    given = [each for each in visuals.alone if each is not None] if visuals.cached_2d else [visuals]
+    given = [each for each in visuals.uncached if each is not None] if visuals.cached_2d else [visuals]
     tower = model.family.vision_tower(model.base)
     return sum(model.family.vision_flops(tower, each.grid_thw.tolist()) for each in given)
 

@@ -1,44 +1,52 @@
-"""One micro-batch as the model and the training step read it: tokens, visual inputs, answer positions."""
+"""`Batch`: one micro-batch of tokens, visual inputs and labels, as the collator makes it and the model reads it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from w2r2_ds.features.lookup import Cached
 from w2r2_ds.types.sample import Kind
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class TowerInputs:
-    """Inputs of the vision tower that follow from the patch grids, built on the host; each VLM family has a subclass.
+    """Inputs of the vision tower that follow from the patch grids; each VLM family has a subclass.
 
-    Computing them from grids on the device would make the host wait, a few times per image.
+    Made on the CPU by the collator. Derived from `grid_thw` on the GPU, they would synchronize host and device a few
+    times per image.
     """
 
 
 @dataclass(frozen=True)
 class Visuals:
-    """What both towers see of a batch; never nothing, so that every rank calls them in every step.
+    """Inputs of the vision tower and the geometry encoder for a batch.
+
+    A *frame set* is an ordered set of frames: one per sample with frames, or one per group of packed samples that share
+    it. If no sample has frames, the inputs are a dummy, so that all ranks call both encoders in every step (under
+    ZeRO-3 each call gathers weights).
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
-        pixel_values: ``[patches, values]`` float32.
-        grid_thw: ``[images or videos, 3]`` int64.
-        sizes: tokens of every image, or of every pair of frames of a video, in order.
-        tower: what the vision tower would read off `grid_thw`.
-        geometry_images: per set of frames, in order, ``[frames, 3, height, width]`` float32 in [0, 1]; None where
-            `cached_3d` has the features. A sample with frames has a set of its own, or packed samples share one.
-        ids: per set, the id of the (first) sample that sees it.
-        dummy: no sample has frames; this is one gray image or short video, whose tokens are in no sequence.
-        cached_3d: per set, the result of the cache lookup of its geometry; empty without a cache.
-        cached_2d: per set, the cache entry of its 2D features. Then there are no `pixel_values`, but
-        alone: per set, what the vision tower is given, set by set; None where it need not be, and
-        spare: the dummy, for a rank that lacks fewer sets than another.
+        pixel_values: ``[patches, values]`` float32; no patches with a cache of 2D features, see `uncached`.
+        grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width).
+        sizes: number of tokens of every image, or of every temporal patch of a video, in order.
+        tower: inputs of the vision tower that follow from `grid_thw`.
+        geometry_images: per frame set, ``[frames, 3, height, width]`` float32 in [0, 1]; None if `cached_3d` has its
+            features.
+        ids: per frame set, the id of its (first) sample.
+        dummy: True for the dummy, a gray image or short video whose tokens are in no sequence.
+        cached_3d: per frame set, the cache lookup of its geometry features; empty without a cache.
+        cached_2d: per frame set, the cache lookup of its 2D features; empty without a cache of 2D features.
+        uncached: with `cached_2d`, per frame set, the tower's inputs if the cache lacks its features, else None.
+        filler: with `cached_2d`, the dummy, for the additional calls of a rank with fewer uncached frame sets than
+            another.
     """
 
     kind: str
@@ -51,12 +59,12 @@ class Visuals:
     dummy: bool = False
     cached_3d: tuple[Cached, ...] = ()
     cached_2d: tuple[Cached, ...] = ()
-    alone: tuple[Visuals | None, ...] = ()
-    spare: Visuals | None = None
+    uncached: tuple[Visuals | None, ...] = ()
+    filler: Visuals | None = None
 
 
 class Tokens(NamedTuple):
-    """Tokens of all sequences; fields as `Batch`'s."""
+    """Tokens of all sequences: fields of `Batch`."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -65,12 +73,14 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a training batch alone, padded on the left, for greedy decoding; no two share a sequence.
+    """Prompts of a training batch without answers, padded on the left, one sequence per sample; for greedy decoding.
 
     Attributes:
-        input_ids, attention_mask, token_types: ``[batch, length]`` int64, as `Batch`'s.
-        grid_thw: ``[images or videos, 3]`` int64, of all prompts.
-        order: entries of `Visuals.sizes` that the prompts contain, one after the other; entries may repeat.
+        input_ids: ``[batch, length]`` int64.
+        attention_mask: ``[batch, length]`` int64, 1 for tokens, 0 for padding.
+        token_types: ``[batch, length]`` int64, `mm_token_type_ids`.
+        grid_thw: ``[images or videos, 3]`` int64 patch grids of all prompts; frames that samples share are repeated.
+        order: indices into `Visuals.sizes` of the prompts' visual tokens, one prompt after the other.
     """
 
     input_ids: torch.Tensor
@@ -82,27 +92,28 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch. ``sequences`` equals ``batch`` (the number of samples), or is 1 if the samples are packed.
 
     Attributes:
         ids: sample ids.
         tasks: name of the task of every sample.
-        input_ids: ``[sequences, length]`` int64; a sample is a sequence, or all are packed into one.
-        attention_mask: ``[sequences, length]`` int64, 1 for tokens.
-        token_types: ``[sequences, length]`` int64, `mm_token_type_ids`.
-        position_ids: ``[3, sequences, length]`` int64; None for generation, which makes its own.
-        visuals: input of the towers.
-        visual_tokens: ``[tokens]`` int64, sequence * length + position of every visual token, in the towers' order.
-        token_set: ``[tokens]`` int64, which of the visuals' sets of frames each of them is of.
-        frame_set: ``[batch]`` int64, which of these sets a sample sees; -1 for a sample without frames.
-        layout: what every sequence is made of; None for generation.
-        answer: positions of the answer tokens; None for generation.
-        cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64, NaN where a sample has fewer frames.
-        target_box: ``[batch, 9]`` float64 world boxes, NaN where a sample has none.
+        input_ids: ``[sequences, length]`` int64.
+        attention_mask: ``[sequences, length]`` int64, 1 for tokens, 0 for padding.
+        token_types: ``[sequences, length]`` int64, `mm_token_type_ids`: 0 text, 1 image, 2 video.
+        position_ids: ``[axes, sequences, length]`` int64; None for generation, where the model makes them.
+        visuals: inputs of both encoders.
+        visual_tokens: ``[tokens]`` int64, ``sequence * length + position`` of every visual token, in the encoders'
+            order.
+        token_set: ``[tokens]`` int64, index of the frame set of every visual token.
+        frame_set: ``[batch]`` int64, index of the frame set of every sample; -1 without frames.
+        layout: groups of the sequences; None for generation.
+        answer: labels and their positions; None for generation.
+        cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64 camera poses; NaN for missing frames.
+        target_box: ``[batch, 9]`` float64 world boxes; NaN for a sample without a target.
         description: positions of the description's tokens; None for generation.
-        kinds: what every answer is, see `Sample.kind`.
-        answers: every answer's text.
-        prompts: the prompts alone, where the collator was told to make them.
+        kinds: kind of every answer, see `Sample.kind`.
+        answers: text of every answer.
+        prompts: prompts without answers; None if the collator does not make them.
     """
 
     ids: tuple[str, ...]
@@ -125,7 +136,7 @@ class Batch:
     prompts: Prompts | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; copies from pinned memory do not wait."""
+        """The batch on `device`; copies from pinned memory are asynchronous."""
         return moved(self, device)
 
     def pin_memory(self) -> Batch:
@@ -145,8 +156,8 @@ class Batch:
         return self.description
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """A batch or a part of it on `device`; copies from pinned memory do not wait."""
+def moved(value: T, device: torch.device) -> T:
+    """A batch or a part of it on `device`; copies from pinned memory are asynchronous."""
     return _map(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -164,15 +175,15 @@ def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the sequences of a batch are made of: groups of samples that share a prefix, each with a suffix of its own.
+    """Groups of a batch's sequences; a group is a shared prefix and one suffix per sample.
 
-    Token i sees token j where j <= i, both are of one group, and j is in its prefix or in the suffix that i is in. A
-    sample alone is a group without suffixes.
+    Token i attends to token j if j <= i, both are in the same group, and j is in the group's prefix or in the same
+    suffix as i. A group with one sample is all prefix.
 
     Attributes:
-        group: ``[sequences, length]`` int64, group of every token in its sequence; -1 for padding.
-        suffix: ``[sequences, length]`` int64, 0 in a prefix, n in the n-th suffix of its group.
-        spans: per sequence and group, on the host: begin, end of the prefix, end of every suffix.
+        group: ``[sequences, length]`` int64, index of every token's group in its sequence; -1 for padding.
+        suffix: ``[sequences, length]`` int64, 0 for a token of a prefix, n for one of the n-th suffix of its group.
+        spans: per sequence and group, as Python integers: begin and end of the prefix, end of every suffix.
     """
 
     group: torch.Tensor

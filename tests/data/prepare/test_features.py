@@ -73,7 +73,7 @@ def test_what_is_filled_ahead_is_what_training_would_make(
                 make_collate(each, run.data, False)([make_processor(each, run.data)(sample, True)]).visuals
                 for each in (asking, frontend)
             )
-            assert cached.geometry_images == (None,) and cached.alone == (None,)
+            assert cached.geometry_images == (None,) and cached.uncached == (None,)
             for one, other in zip(model.encode_3d(cached), model.encode_3d(plain), strict=True):
                 assert torch.equal(one, other)
             both = [torch.cat(model.encode_2d(each).pooler_output) for each in (cached, plain)]
