@@ -1,11 +1,11 @@
-"""Questions of your own about scenes in ScanNet's layout, as a prepared data set.
+"""Prepare a data set from your own questions about scenes in ScanNet's layout.
 
     python examples/custom_dataset.py QUESTIONS.jsonl --root data/scannet [--frames 8]
 
 A line of QUESTIONS.jsonl is ``{"scene": "scene0000_00", "question": "How many chairs?", "answers": ["2", "two"],
-"object_ids": [3, 5], "object_names": ["chair"]}``; the objects are those that the answer is about. The script
-writes them in ScanQA's format to a folder of their own, links the scenes, and runs ``prepare.py scanqa`` there.
-Train on the printed folder: ``--data.root FOLDER --data.train '[{path: prepared/scanqa/train}]'``.
+"object_ids": [3, 5], "object_names": ["chair"]}``; the answer is about these objects. The script
+writes ScanQA's format to a new folder, links the scenes, and runs ``prepare.py scanqa`` there. Train on it with
+``--config RECIPE.yaml --data.root FOLDER --data.train '[{path: prepared/scanqa/train}]'``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""A push term of your own, in one file outside the package.
+r"""A custom push term, in one file outside the package.
 
     python launchers/train.py --plugin examples/custom_push_term.py --config RECIPE.yaml \
         --objective.push_term.name focal ...

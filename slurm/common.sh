@@ -15,7 +15,7 @@ logs=logs/$job
 nodes=${SLURM_JOB_NUM_NODES:-1}
 per_node=${SLURM_NTASKS_PER_NODE:-1}
 dry=   # 1: print what would be started
-asked= # the signal that this shell received
+received= # the signal that this shell received
 state= # where the ranks leave process ids and exit codes; empty before the first ones
 
 log() { printf '%(%F %T)T job %s: %s\n' -1 "$job" "$*"; }
@@ -36,7 +36,7 @@ begin() {
         esac
     done
     if [ -n "$dry" ]; then return; fi
-    if [ -z "${SLURM_JOB_ID:-}" ]; then die "start it with sbatch; --help and --dry-run alone work without Slurm."; fi
+    if [ -z "${SLURM_JOB_ID:-}" ]; then die "start it with sbatch; only --help and --dry-run work without Slurm."; fi
     if [ "${SLURM_GPUS_ON_NODE:-$per_node}" != "$per_node" ]; then
         die "$SLURM_GPUS_ON_NODE GPUs and $per_node ranks on a node; give sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE."
     fi
@@ -76,7 +76,7 @@ ranks() {
         printf '%q ' "${line[@]}" && echo
         return
     fi
-    if [ -n "$asked" ]; then leave; fi # a signal came between the doctor and this step
+    if [ -n "$received" ]; then leave; fi # a signal came between the doctor and this step
     log "$name: ${*:2:2} with $(($# - 3)) words of options" # not the words themselves: one may be an access token
     mkdir -p "$state"
     "${line[@]}" &
@@ -95,7 +95,7 @@ ranks() {
 forward() {
     local file
     log "SIG$1"
-    if [ "$asked" != TERM ]; then asked=$1; fi
+    if [ "$received" != TERM ]; then received=$1; fi
     for _ in {1..30}; do # wait for the process ids of ranks that are just being started
         if [ -z "$state" ] || compgen -G "$state/*-$SLURMD_NODENAME" >/dev/null; then break; fi
         sleep 1
@@ -105,7 +105,7 @@ forward() {
     done
 }
 
-# conclude STATUS: decide by srun's exit code and the ranks' (slurm/exit_codes.sh) how the job goes on.
+# conclude STATUS: decide from the exit codes of srun and of the ranks (slurm/exit_codes.sh) how the job continues.
 # Returns if every rank exited with 0; else requeues or ends the job.
 conclude() {
     local file code seen=0 done=0 failed='' lost='' stopped=''
@@ -116,28 +116,28 @@ conclude() {
         case $code in
         '') ;; # the disk was full
         "$EXIT_DONE") done=$((done + 1)) ;;
-        "$EXIT_REQUEUE") asked=${asked:-USR1} ;;
+        "$EXIT_REQUEUE") received=${received:-USR1} ;;
         "$EXIT_TERMINATED") stopped=1 ;;
         *) if ((code == EXIT_LOST || code > 128)); then lost=${file##*/exit-}; else failed=${file##*/exit-}; fi ;;
         esac
     done
-    if [ "$name" != train ] && [ -n "$asked" ] && ((done < nodes * per_node)); then
-        leave # only training handles signals; other commands die of them, and ranks that wait for those fail
+    if [ "$name" != train ] && [ -n "$received" ] && ((done < nodes * per_node)); then
+        leave # only training handles signals; they end other commands, and ranks that wait for those fail
     elif [ -n "$failed" ]; then
         if [ "$name" = doctor ] && ((starts > 0)); then again "not fit to train, see above"; fi # other nodes may be fit
-        if [ "$name" = doctor ]; then die "not fit to train; not requeued. What is wrong, and where, is above."; fi
+        if [ "$name" = doctor ]; then die "not fit to train; not requeued. The report above names the problem and the node."; fi
         tail -n 15 "$logs/rank-${failed%%-*}.log"
         die "$(ended "$failed"); not requeued. The end of its log is above."
     elif ((done == nodes * per_node)); then
         return
-    elif [ -z "$asked$lost" ] && [ -n "$stopped" ]; then
-        asked=TERM # by scancel, which tells the ranks and not this shell
+    elif [ -z "$received$lost" ] && [ -n "$stopped" ]; then
+        received=TERM # by scancel, which signals the ranks and not this shell
     fi
-    if [ "$asked" = TERM ]; then
+    if [ "$received" = TERM ]; then
         leave
     elif [ -n "$lost" ]; then
         again "$(ended "$lost")"
-    elif [ -n "$asked" ]; then
+    elif [ -n "$received" ]; then
         leave
     elif ((seen == 0)) && ! compgen -G "$state/pid-*" >/dev/null; then
         die "srun could not start the ranks and ended with $1; its message is above."
@@ -159,8 +159,8 @@ again() {
 
 # leave: requeue (SIGUSR1) or end (SIGTERM) a job that a signal stopped.
 leave() {
-    if [ "$asked" = USR1 ]; then requeue "stopped by SIGUSR1"; fi
-    log "stopped by SIGTERM; not requeued. The same command goes on where it was."
+    if [ "$received" = USR1 ]; then requeue "stopped by SIGUSR1"; fi
+    log "stopped by SIGTERM; not requeued. The same command resumes the run."
     exit "$EXIT_TERMINATED"
 }
 
@@ -180,7 +180,7 @@ requeue() {
                 die "$1; not requeued: Slurm has ended this job or started it anew."
             fi
             if [[ $now == *" Requeue=0 "* ]]; then
-                die "$1; not requeued: the job was submitted with --no-requeue. The same command goes on where it was."
+                die "$1; not requeued: the job was submitted with --no-requeue. The same command resumes the run."
             fi
             log "$1; requeued"
             trap '' TERM # scontrol requeue sends SIGTERM to this shell

@@ -115,7 +115,7 @@ def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
         (["--out", "runs/s"], "a sweep needs --over OPTION=VALUE,VALUE and --out FOLDER."),
         (["--over", "lambda_det", "--out", "x"], "--over is lambda_det; write --over OPTION=VALUE,VALUE."),
         (["--out", "x", "--over"], "--over needs a value."),
-        (["--over", "name=a/b,a_b", "--out", "x"], "two of its values would train into one folder; leave one out."),
+        (["--over", "name=a/b,a_b", "--out", "x"], "--over name=a/b,a_b: two of its values"),
     ],
 )
 def test_a_sweep_over_nothing_is_rejected(root: Path, words: list[str], message: str) -> None:
