@@ -188,13 +188,17 @@ def test_a_batch_without_frames_has_a_dummy(
             assert torch.equal(batch.position_ids[:, index, :length], positions[:length].expand(3, -1))
 
 
-def test_the_dummys_grids_line_up_where_patches_differ(frontend: Any) -> None:
-    """Patches of 16 pixels for the vision tower, of 14 for VGGT; a tower may take more than two frames at once."""
-    vision = replace(frontend.vision, patch_size=16, temporal_patch_size=3)
-    image, video = (dummy_visuals(kind, vision, frontend.geometry, frontend.family) for kind in ("image", "video"))
+@pytest.mark.parametrize(("tower", "geometry", "side"), [(14, 14, 56), (16, 14, 70), (14, 16, 64), (14, 100, 100)])
+def test_the_dummy_of_different_patch_sizes(frontend: Any, tower: int, geometry: int, side: int) -> None:
+    """The tower gets a crop of the geometry encoder's image; it may take more than two frames at once."""
+    vision = replace(frontend.vision, patch_size=tower, temporal_patch_size=3)
+    spec = replace(frontend.geometry, patch_size=geometry)
+    image, video = (dummy_visuals(kind, vision, spec, frontend.family) for kind in ("image", "video"))
+    patches = side // (2 * tower) * 2
     for visuals, frames in ((image, 1), (video, 3)):
-        assert visuals.grid_thw.tolist() == [[1, 4, 4]] and visuals.pixel_values.shape == (16, 3 * 3 * 16 * 16)
-        assert visuals.geometry_images[0].shape == (frames, 3, 4 * 14, 4 * 14)
+        assert visuals.grid_thw.tolist() == [[1, patches, patches]]
+        assert visuals.pixel_values.shape == (patches**2, 3 * 3 * tower**2)
+        assert visuals.geometry_images[0].shape == (frames, 3, side, side)
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])

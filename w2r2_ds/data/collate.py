@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from w2r2_ds.data.answer_positions import answer_positions, description_positions
+from w2r2_ds.data.images import even_crop
 from w2r2_ds.data.packing import (
     Group,
     Grouping,
@@ -180,16 +182,17 @@ def tower_input(
 
 
 def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family: VlmFamily) -> Visuals:
-    """Gray visual inputs of 2 x 2 merged patches for both encoders: one image, or the frames of one temporal patch."""
+    """Gray visual inputs of at least 2 x 2 merged patches: one image, or the frames of one temporal patch.
+
+    As of any frame, the vision tower gets a crop of the geometry encoder's image.
+    """
     frames = vision.temporal_patch_size if kind == "video" else 1
-    side = 2 * vision.merge_size
-    # Both encoders get a grid of as many patches, each of its own patch size.
-    image, geometry_image = (
-        np.full((frames, 3, side * patch_size, side * patch_size), 0.5, dtype=np.float32)
-        for patch_size in (vision.patch_size, geometry.patch_size)
-    )
-    visuals = tower_input(kind, *family.pixel_values(image, vision, kind), vision, family)
-    return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(geometry_image),), dummy=True)
+    least = 2 * vision.merge_size * vision.patch_size
+    side = math.ceil(least / geometry.patch_size) * geometry.patch_size
+    image = np.full((frames, 3, side, side), 0.5, dtype=np.float32)
+    cropped = even_crop(image, vision.patch_size, vision.merge_size)
+    visuals = tower_input(kind, *family.pixel_values(cropped, vision, kind), vision, family)
+    return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(image),), dummy=True)
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:

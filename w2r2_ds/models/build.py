@@ -80,7 +80,9 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     bind_kernels(find_family(vlm.config.model_type).language_model(vlm), kernels)
     geometry = load_geometry(config, device)
-    merger = GeometryMerger(geometry.spec.feature_dim, hidden, config.merger_hidden).to(dtype)
+    merger = GeometryMerger(
+        geometry.spec.feature_dim, hidden, config.merger_hidden, vlm.config.vision_config.spatial_merge_size
+    ).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
     model.weights = {

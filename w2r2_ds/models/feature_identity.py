@@ -38,13 +38,14 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
     """What the geometry features of given frames depend on."""
-    geometry = model.geometry
+    geometry, encoder = model.geometry, find_geometry_encoder(model.geometry.name)
     about = {
         "kind": "geometry",
         "encoder": geometry.name,
         "layers": geometry.layers,
         "reference_frame": geometry.reference_frame,
-        **find_geometry_encoder(geometry.name).identity(geometry),
+        "spec": asdict(encoder.read_spec(geometry)),
+        **encoder.identity(geometry),
     }
     return encoder_identity(about | _common(data, model))
 

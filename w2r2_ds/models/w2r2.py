@@ -18,6 +18,7 @@ from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import Fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
 from w2r2_ds.models.merger import GeometryMerger, pair_frames
+from w2r2_ds.models.resampling import resample_to_patches
 from w2r2_ds.types.batch import Batch, Visuals
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ class W2R2(nn.Module):
 
     @torch.no_grad()
     def encode_3d(self, visuals: Visuals) -> list[Tensor]:
-        """F3D: per set of frames ``[frames or pairs of frames, h, w, channels]`` features, from cache or encoder."""
+        """F3D: per set of frames ``[frames or pairs of frames, h, w, channels]`` features, from cache or encoder.
+
+        ``h x w`` is at least the vision tower's patch grid; the merger crops what exceeds it. The cache has the
+        encoder's own grid.
+        """
         features = []
         cached_3d = visuals.cached_3d or (None,) * len(visuals.geometry_images)
         for cached, images in zip(cached_3d, visuals.geometry_images, strict=True):
@@ -118,7 +123,10 @@ class W2R2(nn.Module):
             features.append(self.geometry.encode(images))
             if cached is not None:
                 cached.keep(features[-1])
-        return [pair_frames(f) for f in features] if visuals.kind == "video" else features
+        if visuals.kind == "video":
+            features = [pair_frames(f) for f in features]
+        tower, merge_size = self.base.config.vision_config, self.geometry_merger.merge_size
+        return [resample_to_patches(f, self.geometry.spec.patch_size, tower.patch_size, merge_size) for f in features]
 
     def merge(self, features: list[Tensor]) -> Tensor:
         """``[tokens, hidden]`` merged geometry of all sets of frames, in the order of the visual tokens."""
