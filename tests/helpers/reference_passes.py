@@ -67,7 +67,10 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
     for index, s in enumerate(s_short):
         mine = rows.sample == index
         align = cross_entropy(logits[mine], rows.label[mine])
-        where, what = rows.position[mine][rows.where[mine]], batch.description.position[batch.description.sample == index]
+        where, what = (
+            rows.position[mine][rows.where[mine]],
+            batch.description.position[batch.description.sample == index],
+        )
         positions = torch.cat([where, what])
         inputs = PushInputs(
             log_p=log_p[mine],
