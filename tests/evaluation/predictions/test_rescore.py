@@ -81,9 +81,7 @@ def test_our_own_joined_with_a_data_set(tmp_path: Path) -> None:
     assert scores["protocols"]["scanrefer/vgllm-direct"]["overall"]["acc@0.5"] == 0.5
     assert scores["data"][0]["path"] == str(tmp_path / "set")
     again = write_lines(tmp_path / "p.jsonl", [*lines, {**lines[0], "text": "other"}])
-    with pytest.raises(
-        ValueError, match=r"line 3 predicts scene0011_00\|3\|office_chair\|1 again, otherwise than .* line 1"
-    ):
+    with pytest.raises(ValueError, match=r"line 3 .*scene0011_00\|3\|office_chair\|1 .* line 1"):
         score_file(again, data=tmp_path / "set")
 
 
@@ -96,7 +94,7 @@ def test_answers_to_other_frames_or_questions_are_not_joined(tmp_path: Path) -> 
         ("question", replace(sample, question=f"Please {sample.question}")),
     ):
         file = write_lines(tmp_path / "p.jsonl", [record_of(asked, camera_answer(asked))])
-        with pytest.raises(ValueError, match=f"line 1: field '{name}' is not what --data has for scene0011_00"):
+        with pytest.raises(ValueError, match=f"line 1: field '{name}' .*scene0011_00"):
             score_file(file, data=folder)
         assert score_file(file)["protocols"]["scanrefer/vgllm-direct"]["overall"]["acc@0.5"] == 1.0
 
@@ -190,10 +188,10 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
         ("ours", [good, good | {"id": "b", "task": "x"}], "line 2: field 'task'"),
         ("ours", [found | {"objects": [{"label": "a", "box": [1]}]}], "line 1: field 'objects[0].box'"),
         ("ours", [record_of(question(), "x") | {"references": [1]}], "line 1: field 'references[0]'"),
-        ("vgllm", [no_images], "line 1 has no field 'scanrefer_score.images'"),
+        ("vgllm", [no_images], "line 1: field 'scanrefer_score'"),
         ("vgllm", [theirs | {"filtered_resps": [[]]}], "field 'filtered_resps'"),
         ("vgllm", [theirs | {"scanrefer_score": {"images": ["x.jpg"]}}], "field 'scanrefer_score.images'"),
-        ("video3dllm", [video | {"pred_response": [1, 2]}], "field 'pred_response'"),
+        ("video3dllm", [video | {"pred_response": [1, 2]}], "line 1: field 'pred_response"),
         ("video3dllm", [video | {"prompt": "x"}], "field 'prompt'"),
     ):
         write_lines(file, lines)
@@ -203,11 +201,11 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"p\.jsonl does not exist.*--score_only"):
         score_file(file)
     for content, message in (
-        (b'{"id": "\xff"}', "line 1 is not readable JSON"),
-        (b"\n[1]\n", "line 2 is no JSON object"),
+        (b'{"id": "\xff"}', r"p\.jsonl: line 1 "),
+        (b"\n[1]\n", r"p\.jsonl: line 2 "),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -215,10 +213,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="no predictions to score"):
         score_file(file)
-    with pytest.raises(ValueError, match="say with --data"):
+    with pytest.raises(ValueError, match="--data"):
         score_file(file, "vgllm")
     data = write_set(tmp_path / "set", [question()])
-    with pytest.raises(ValueError, match="scanqa in the format vgllm are not read; it has scanrefer, scan2cap"):
+    with pytest.raises(ValueError, match=r"scanqa in the format vgllm .*scanrefer, scan2cap"):
         score_file(write_lines(file, [{}]), "vgllm", data)
-    with pytest.raises(ValueError, match="holds scanqa, not scan2cap; correct --data or --task"):
+    with pytest.raises(ValueError, match=r"set .*scanqa, not scan2cap; .*--task"):
         score_file(file, "ours", data, task="scan2cap")

@@ -1,104 +1,303 @@
-"""Predictions in files, of this project or another, to the records that ``score.py`` scores; no model.
+"""Readers of predictions files: this project's, and those of VG-LLM and Video-3D-LLM joined with a prepared data set.
 
-ours        ``predictions-TASK-GEOMETRY.jsonl``: complete in itself. With a data set, its items count, not the file's;
-            an answer to another question or to other frames than the data set's is refused.
+ours        ``predictions-TASK-GEOMETRY.jsonl``. If it is joined with a data set, the question and the camera poses of
+            each answer must be those of the data set.
 vgllm       lmms-eval's sample log of LaVi-Lab/VG-LLM (``src/lmms_eval/evaluator.py``, ``tasks/{scanrefer,scan2cap}``):
-            a line has ``filtered_resps`` or ``resps``, and ``doc`` without images; the scene is read from
-            ``scanrefer_score.images`` or ``scan2cap_score.images``. Items are told by scene, ``doc.metadata.object_id``
-            and ``ann_id``; the frames' poses are the file's, ``doc.axis_align_matrix`` x ``doc.cam2global``, and so is
-            Scan2Cap's ``doc.iou``.
+            a line has ``filtered_resps`` or ``resps``, and ``doc`` without images; the scene is parsed from
+            ``scanrefer_score.images`` or ``scan2cap_score.images``. Items are identified by scene,
+            ``doc.metadata.object_id`` and ``ann_id``. Camera poses are the file's, ``doc.axis_align_matrix`` x
+            ``doc.cam2global``, and so is Scan2Cap's ``doc.iou``.
 video3dllm  the answer files of LaVi-Lab/Video-3D-LLM (``llava/eval/model_{scanrefer,scan2cap,scanqa}.py``): a line has
-            ``sample_id`` and ``pred_response``. ScanRefer's names no object: an item is told by the description in
-            ``prompt`` and, of equal ones, by ``gt_response``, the box. Scan2Cap's is told by ``scene`` and its
-            references, ``gt_response``; an empty caption failed the gate at 0.5 already, any other passes every k.
+            ``sample_id`` and ``pred_response``. ScanRefer's has no object id: an item is identified by the description
+            in ``prompt`` and, among equal ones, by ``gt_response``, the box. Scan2Cap's is identified by ``scene`` and
+            its references, ``gt_response``; captions were gated at 0.5 by that project, so an empty one fails every k
+            and any other passes every k.
 
-Items without a prediction count as failures, predictions of no item are left out; both are counted in the report.
+Every format is a pydantic row: errors name the file, the line and the field.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, TypeAdapter, model_validator
 
+from w2r2_ds.data.sources.validation import Record as Row
+from w2r2_ds.data.sources.validation import validate
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_world_box
-from w2r2_ds.evaluation.predictions.jsonl import Line
+from w2r2_ds.evaluation.protocols.records import Box6, Pose
 from w2r2_ds.types.sample import Sample
+from w2r2_ds.utils.json_io import read_jsonl
 
-NEAR = 0.1
-"""Metres by which a box of Video-3D-LLM may differ from ours and be the same object's: its mesh is another."""
+BOX_TOLERANCE = 0.1
+"""Metres between a box of Video-3D-LLM and ours of the same object: the two are computed from different meshes."""
 _SCENE = re.compile(r"scene\d{4}_\d{2}")
 _SCANQA = re.compile(r"scanqa_(.+)_\d+")
 _DESCRIPTION = re.compile(r".*following description\.\n(.*?)(?:\nOutput the answer.*)?", re.DOTALL)
 
 
 @dataclass
-class Foreign:
+class ImportedPrediction:
     """One prediction of a file.
 
     Attributes:
-        line: where it stands.
-        key: what it predicts, as its `Format` says.
-        text: the answer; None where the line says that there is none.
-        near: ``[6]`` box of its object, where the key does not tell objects apart; None where it does.
-        changes: fields of the record that are the file's.
-        asked: fields of the record that the file has and that must be the data set's.
+        key: identifies the item; equal to ``PredictionFormat.key`` of its sample.
+        text: the answer; None without one.
+        near: ``[6]`` box of its object, if the key does not identify the object.
+        changes: fields of the record that are replaced by the file's.
+        asked: fields of the record that the file has too and that must be equal.
+        where: file and line number, for messages.
     """
 
-    line: Line
     key: Hashable
     text: str | None
     near: np.ndarray | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+class PredictionRow(Row):
+    """The fields of one line that are used."""
+
+    @abstractmethod
+    def prediction(self) -> ImportedPrediction:
+        """The prediction without `where`."""
 
 
 @dataclass(frozen=True)
-class Format:
-    """How one kind of file says what it predicts.
+class PredictionFormat:
+    """One kind of file.
 
     Attributes:
-        key: of a sample.
-        read: a line, with the same key.
-        form: of all records (``record.py``), where the file's answers have another than the data set asks for.
+        key: sample -> key of its predictions.
+        row: model of a line.
+        form: coordinates of all answers (``record.py``), if they are not those that the data set's questions ask for.
     """
 
     key: Callable[[Sample], Hashable]
-    read: Callable[[Line], Foreign]
+    row: type[PredictionRow]
     form: str | None = None
 
 
-def find_format(name: str, task: str) -> Format:
-    """The format of a project for a task.
+def find_format(name: str, task: str) -> PredictionFormat:
+    """The format of a project's predictions for a task.
 
     Raises:
-        ValueError: that project's files have no such task.
+        ValueError: there is none.
     """
     if name == "ours":
-        return Format(lambda sample: sample.id, _ours)
+        return PredictionFormat(lambda sample: sample.id, OwnRow)
     if (name, task) not in _FORMATS:
         known = ", ".join(other for project, other in _FORMATS if project == name)
-        raise ValueError(f"Predictions of {task} in the format {name} are not read; it has {known}.")
+        raise ValueError(f"Predictions of {task} in the format {name} are not supported; it has {known}.")
     return _FORMATS[name, task]
 
 
-def _ours(line: Line) -> Foreign:
-    # A frame index means nothing among other frames, a caption nothing of another place.
-    asked = {name: line.values[name] for name in ("question", "cam_to_world") if name in line.values}
-    return Foreign(line, line.get("id", str), line.get("text", (str, type(None))), asked=asked)
+def read_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """File and line number, and JSON object, of every line. Raises ValueError as ``read_jsonl``."""
+    lines = read_jsonl(file, "predictions, one JSON object per line (--score_only)")
+    return [(f"{file}: line {number}", values) for number, values in lines]
+
+
+def read_predictions(file: Path, prediction_format: PredictionFormat) -> list[ImportedPrediction]:
+    """All predictions of a file.
+
+    Raises:
+        ValueError: a line lacks a field or has another type (names file, line and field).
+    """
+    adapter = TypeAdapter(prediction_format.row)
+    predictions = []
+    for where, values in read_lines(file):
+        try:
+            prediction = validate(adapter, values, where).prediction()
+        except ValueError as error:
+            raise ValueError(f"{error}\nIf the file has another format, name it with --format.") from None
+        prediction.where = where
+        predictions.append(prediction)
+    return predictions
+
+
+class OwnRow(PredictionRow):
+    """This project's records."""
+
+    id: str
+    text: str | None
+    question: str | None = None
+    cam_to_world: list[Any] | None = None
+
+    def prediction(self) -> ImportedPrediction:
+        # A frame index is only meaningful for the frames that the model got, an answer only for its question.
+        asked = {name: getattr(self, name) for name in ("question", "cam_to_world") if getattr(self, name) is not None}
+        return ImportedPrediction(self.id, self.text, asked=asked)
+
+
+def _find_scene(value: Any) -> str:
+    found = _SCENE.search(" ".join(map(str, value)) if isinstance(value, list) else str(value))
+    if found is None:
+        raise ValueError("has no name of a ScanNet scene")
+    return found[0]
+
+
+def _first_text(value: Any) -> str:
+    """lmms-eval writes one list per request, in ``resps`` also one per repetition; the first text is the answer."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str):
+        raise ValueError("has no text")
+    return value
+
+
+def _question_id(text: str) -> str:
+    found = _SCANQA.fullmatch(text)
+    return found[1] if found else text
+
+
+def _asked_description(prompt: str) -> str:
+    found = _DESCRIPTION.fullmatch(prompt)
+    if found is None:
+        raise ValueError("is not Video-3D-LLM's prompt for ScanRefer")
+    return found[1].strip().lower()
+
+
+def _unordered(texts: Iterable[Any]) -> tuple[str, ...]:
+    """Descriptions of an object, independent of their order."""
+    return tuple(sorted(str(text).strip().lower() for text in texts))
+
+
+SceneIn = Annotated[str, BeforeValidator(_find_scene)]
+FirstText = Annotated[str, BeforeValidator(_first_text)]
+
+
+class VgllmRow(PredictionRow):
+    """A line of lmms-eval's log."""
+
+    filtered_resps: FirstText | None = None
+    resps: FirstText | None = None
+
+    @model_validator(mode="after")
+    def _has_answer(self) -> VgllmRow:
+        if self.filtered_resps is None and self.resps is None:
+            raise ValueError("needs the field 'filtered_resps' or 'resps'")
+        return self
+
+    @property
+    def text(self) -> str | None:
+        """The generated answer."""
+        return self.resps if self.filtered_resps is None else self.filtered_resps
+
+
+class VgllmScore(Row):
+    """lmms-eval's log of a score function; only the names of the images are used."""
+
+    scene: SceneIn = Field(validation_alias="images")
+
+
+class VgllmObject(Row):
+    """``doc.metadata`` of VG-LLM's ScanRefer."""
+
+    object_id: str | int
+    ann_id: str | int
+
+
+class VgllmScanReferDoc(Row):
+    """``doc`` of VG-LLM's ScanRefer."""
+
+    metadata: VgllmObject
+    axis_align_matrix: Pose
+    cam2global: list[Pose]
+
+
+class VgllmScanReferRow(VgllmRow):
+    """VG-LLM, ScanRefer."""
+
+    doc: VgllmScanReferDoc
+    scanrefer_score: VgllmScore
+
+    def prediction(self) -> ImportedPrediction:
+        about = self.doc.metadata
+        poses = np.array(self.doc.axis_align_matrix) @ np.array(self.doc.cam2global).reshape(-1, 4, 4)
+        return ImportedPrediction(
+            (self.scanrefer_score.scene, str(about.object_id), str(about.ann_id)),
+            self.text,
+            changes={"form": "camera", "cam_to_world": poses.tolist()},
+        )
+
+
+class VgllmScan2CapDoc(Row):
+    """``doc`` of VG-LLM's Scan2Cap."""
+
+    annotations: list[Any]
+    iou: FiniteFloat
+
+
+class VgllmScan2CapRow(VgllmRow):
+    """VG-LLM, Scan2Cap."""
+
+    doc: VgllmScan2CapDoc
+    scan2cap_score: VgllmScore
+
+    def prediction(self) -> ImportedPrediction:
+        key = self.scan2cap_score.scene, _unordered(self.doc.annotations)
+        return ImportedPrediction(key, self.text, changes={"iou": self.doc.iou})
+
+
+class Video3dScanReferRow(PredictionRow):
+    """Video-3D-LLM, ScanRefer: a text of its "gen" template, or the box that its grounding head chose."""
+
+    prompt: Annotated[str, AfterValidator(_asked_description)]
+    pred_response: str | Box6
+    gt_response: Box6
+
+    def prediction(self) -> ImportedPrediction:
+        box: list[float] | None
+        if isinstance(self.pred_response, str):
+            text = self.pred_response
+            try:
+                box = parse_world_box(text).tolist()
+            except AnswerError:
+                box = None
+        else:
+            box, text = self.pred_response, json.dumps(self.pred_response)
+        return ImportedPrediction(self.prompt, text, np.array(self.gt_response), {"form": "box", "box": box})
+
+
+class Video3dScan2CapRow(PredictionRow):
+    """Video-3D-LLM, Scan2Cap."""
+
+    scene: SceneIn
+    gt_response: list[Any]
+    pred_response: str
+
+    def prediction(self) -> ImportedPrediction:
+        key = self.scene, _unordered(self.gt_response)
+        return ImportedPrediction(key, self.pred_response, changes={"iou": float(bool(self.pred_response))})
+
+
+class Video3dScanQaRow(PredictionRow):
+    """Video-3D-LLM, ScanQA."""
+
+    sample_id: str
+    pred_response: str
+
+    def prediction(self) -> ImportedPrediction:
+        return ImportedPrediction(_question_id(self.sample_id), self.pred_response)
 
 
 def _object_key(sample: Sample) -> Hashable:
-    assert sample.target is not None, "it is about an object"
+    assert sample.target is not None, "samples of ScanRefer have a target"
     return sample.scene_id, str(sample.target.object_id), sample.target.ann_id
 
 
 def _references_key(sample: Sample) -> Hashable:
-    return sample.scene_id, _texts(reference.text for reference in sample.references)
+    return sample.scene_id, _unordered(reference.text for reference in sample.references)
 
 
 def _description_key(sample: Sample) -> Hashable:
@@ -110,82 +309,10 @@ def _question_key(sample: Sample) -> Hashable:
     return _question_id(sample.id)
 
 
-def _question_id(text: str) -> str:
-    found = _SCANQA.fullmatch(text)
-    return found[1] if found else text
-
-
-def _texts(texts: Iterable[str]) -> tuple[str, ...]:
-    """Descriptions of an object, whatever their order."""
-    return tuple(sorted(text.strip().lower() for text in texts))
-
-
-def _vgllm_text(line: Line) -> str:
-    """The first answer; lmms-eval keeps one list per request, and one per repetition in ``resps``."""
-    name = "filtered_resps" if "filtered_resps" in line.values else "resps"
-    value: Any = line.get(name, list)
-    while isinstance(value, list) and value:
-        value = value[0]
-    if not isinstance(value, str):
-        raise ValueError(f"{line.where}: field {name!r} holds no text.")
-    return value
-
-
-def _vgllm_scene(line: Line, name: str) -> str:
-    found = _SCENE.search(" ".join(map(str, line.get(name, list))))
-    if found is None:
-        raise ValueError(f"{line.where}: field {name!r} holds no file of a ScanNet scene.")
-    return found[0]
-
-
-def _vgllm_scanrefer(line: Line) -> Foreign:
-    scene = _vgllm_scene(line, "scanrefer_score.images")
-    identity, ann = (str(line.get(f"doc.metadata.{name}", (str, int))) for name in ("object_id", "ann_id"))
-    poses = line.numbers("doc.axis_align_matrix", (4, 4)) @ line.numbers("doc.cam2global", (-1, 4, 4))
-    changes = {"form": "camera", "cam_to_world": poses.tolist()}
-    return Foreign(line, (scene, identity, ann), _vgllm_text(line), changes=changes)
-
-
-def _vgllm_scan2cap(line: Line) -> Foreign:
-    scene = _vgllm_scene(line, "scan2cap_score.images")
-    key = scene, _texts(map(str, line.get("doc.annotations", list)))
-    return Foreign(line, key, _vgllm_text(line), changes={"iou": float(line.get("doc.iou", (int, float)))})
-
-
-def _video3dllm_scanrefer(line: Line) -> Foreign:
-    found = _DESCRIPTION.fullmatch(line.get("prompt", str))
-    if found is None:
-        raise ValueError(f"{line.where}: field 'prompt' is not Video-3D-LLM's for ScanRefer.")
-    if isinstance(line.get("pred_response", (str, list)), str):  # the "gen" template
-        text = line.get("pred_response", str)
-        try:
-            box: list[float] | None = parse_world_box(text).tolist()
-        except AnswerError:
-            box = None
-    else:
-        box = line.numbers("pred_response", (6,)).tolist()
-        text = json.dumps(box)
-    truth = line.numbers("gt_response", (6,))
-    return Foreign(line, found[1].strip().lower(), text, truth, {"form": "box", "box": box})
-
-
-def _video3dllm_scan2cap(line: Line) -> Foreign:
-    found = _SCENE.search(line.get("scene", str))
-    if found is None:
-        raise ValueError(f"{line.where}: field 'scene' holds no ScanNet scene.")
-    key = found[0], _texts(map(str, line.get("gt_response", list)))
-    text = line.get("pred_response", str)
-    return Foreign(line, key, text, changes={"iou": float(bool(text))})
-
-
-def _video3dllm_scanqa(line: Line) -> Foreign:
-    return Foreign(line, _question_id(line.get("sample_id", str)), line.get("pred_response", str))
-
-
 _FORMATS = {
-    ("vgllm", "scanrefer"): Format(_object_key, _vgllm_scanrefer, "camera"),
-    ("vgllm", "scan2cap"): Format(_references_key, _vgllm_scan2cap),
-    ("video3dllm", "scanrefer"): Format(_description_key, _video3dllm_scanrefer, "box"),
-    ("video3dllm", "scan2cap"): Format(_references_key, _video3dllm_scan2cap),
-    ("video3dllm", "scanqa"): Format(_question_key, _video3dllm_scanqa),
+    ("vgllm", "scanrefer"): PredictionFormat(_object_key, VgllmScanReferRow, "camera"),
+    ("vgllm", "scan2cap"): PredictionFormat(_references_key, VgllmScan2CapRow),
+    ("video3dllm", "scanrefer"): PredictionFormat(_description_key, Video3dScanReferRow, "box"),
+    ("video3dllm", "scan2cap"): PredictionFormat(_references_key, Video3dScan2CapRow),
+    ("video3dllm", "scanqa"): PredictionFormat(_question_key, Video3dScanQaRow),
 }
