@@ -1,4 +1,4 @@
-"""A run small enough to be looked at in a second: one prepared set, two model directories without a use."""
+"""A run for the doctor: one prepared data set and two small model directories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "
 
 @pytest.fixture(scope="session")
 def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Options of launchers/train.py for it, by name without dashes."""
+    """Option -> value of `w2r2 train`, without dashes."""
     from prepared_sets import write_prepared
 
     folder = tmp_path_factory.mktemp("little")
@@ -43,7 +43,7 @@ def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def config(little_run: dict[str, str]) -> Any:
-    """Its configuration."""
+    """Configuration of `little_run`."""
     from w2r2_ds.commands.doctor import read_arguments
 
     return read_arguments(command(little_run)).config

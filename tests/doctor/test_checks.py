@@ -1,4 +1,4 @@
-"""Checks of one node: each fails where it should and passes where it should."""
+"""Checks of one node: each passes on a correct machine and reports every fault."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from w2r2_ds.doctor import checks
+from w2r2_ds.doctor import checks, run
 from w2r2_ds.doctor.checks import data, environment, gpu, host, settings
 from w2r2_ds.doctor.report import differences
 from w2r2_ds.doctor.result import CheckResult, Report
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of the tests is right; another version, a missing package and a missing extra are not."""
+    """The environment of the tests passes; another version, a missing package and a missing extra are errors."""
     installed = environment.check_versions(frozenset())
     assert installed.errors == [] and installed.must_match["torch"] == torch.__version__
     assert {"torch", "deepspeed", "peft"} <= installed.info.keys()
@@ -40,7 +40,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_code(tmp_path: Path) -> None:
-    """Other content is another hash; a recipe that does not exist is an error."""
+    """A changed recipe has another hash; a missing recipe is an error."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("out: a\n")
     first = environment.check_code([str(recipe)])
@@ -153,7 +153,7 @@ def test_gpu_health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, w
         assert (messages == []) if not expected else (len(messages) == 1 and expected in messages[0])
 
 
-def test_a_field_that_nvidia_smi_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_field_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The field is dropped from the query; the message of any other failure is reported."""
     unknown = 'Field "clocks_throttle_reasons.hw_thermal_slowdown" is not a valid field to query.'
     row = WELL.rpartition(",")[0]
@@ -163,14 +163,12 @@ def test_a_field_that_nvidia_smi_does_not_know(tmp_path: Path, monkeypatch: pyte
     assert found.errors == [] and found.info == {"GPU 0": "NVIDIA H100, driver 570.1"}
     assert found.must_match == {} and found.should_match == {"the GPU driver": "570.1"}
     make_smi(tmp_path, "echo 'Failed to initialize NVML' >&2; exit 18")
-    silent = gpu.check_health()
-    assert "nvidia-smi lists no GPU (exit status 18: Failed to initialize NVML); " in silent.errors[0]
+    failed = gpu.check_health()
+    assert "nvidia-smi lists no GPU (exit status 18: Failed to initialize NVML); " in failed.errors[0]
 
 
-def test_a_silent_driver_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_fails_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call into it could block all of Python."""
-    from w2r2_ds.doctor import run
-
     no_gpu = {"GPU health": lambda: CheckResult(errors=["nvidia-smi lists no GPU"])}
     monkeypatch.setattr(run, "node_checks", lambda request, ranks: no_gpu)
     monkeypatch.setattr(run, "rank_checks", lambda request, ranks: pytest.fail("called"))
@@ -181,20 +179,20 @@ def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A correct product; a GPU that only nvidia-smi lists; a rank without a GPU."""
     make_smi(tmp_path, "echo 0")
     if not torch.cuda.is_available():
-        assert gpu.check_device(0, 1).errors == []
+        assert gpu.check_device(0).errors == []
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        assert gpu.check_device(0, 1).errors[0].startswith("nvidia-smi shows GPUs, but torch")
+        assert gpu.check_device(0).errors[0].startswith("nvidia-smi shows GPUs, but torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert gpu.check_device(1, 2).errors[0].startswith("local rank 1 would use GPU 1, but 1 are visible")
+    assert gpu.check_device(1).errors[0].startswith("local rank 1 would use GPU 1, but 1 are visible")
 
 
 def test_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """One number that is off by one is detected, in both precisions."""
-    right = torch.Tensor.__matmul__
+    matmul = torch.Tensor.__matmul__
 
     def off_by_one(left: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        product = right(left, other)
+        product = matmul(left, other)
         product[7, 9] += 1
         return product
 
@@ -237,6 +235,9 @@ def test_weights(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     offline, merger = data.check_weights(config.model).errors
     assert "in the Hugging Face cache" in offline and merger.startswith("model.merger: ")
+    config.model.geometry.path = ""  # an encoder without files
+    assert [text.split(":")[0] for text in data.check_weights(config.model).errors] == ["model.merger"]
+    config.model.geometry.path = "someone/model-that-is-not-here"
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert "training will download it" in data.check_weights(config.model).warnings[0]
 
@@ -261,7 +262,7 @@ def test_precision(config: Any) -> None:
     if not torch.cuda.is_available():
         assert "needs a GPU" in settings.check_precision(config).errors[0]
     offloaded = {"stage": 3, "offload_param": {"device": "cpu"}, "zero_hpz_partition_size": 8}
-    assert settings.zero(offloaded) == "stage 3, offload_param to cpu, weights kept within 8 ranks (hpZ)"
+    assert settings.describe_zero(offloaded) == "stage 3, offload_param to cpu, weights kept within 8 ranks (hpZ)"
 
 
 def test_a_check_that_raises_or_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The doctor in real processes: two ranks as two nodes, with and without faults, and a single machine."""
+"""Launches of the doctor: two ranks as two nodes, with and without faults, and a single machine."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SECONDS = 240
 
 @dataclass
 class Node:
-    """One rank on a node of its own.
+    """One rank on its own node.
 
     Attributes:
-        fault: of broken_rank.py.
-        times: seconds to wait for other ranks, and time-out of collectives.
-        changes: options that only this rank has.
-        environment: variables that only this rank has.
-        files: limit of open files, 0 for that of this process.
+        fault: fault of broken_rank.py.
+        times: seconds to wait for other ranks, time-out of collectives in seconds.
+        changes: options of this rank only.
+        environment: environment variables of this rank only.
+        files: limit of open files; 0 for the limit of this process.
     """
 
     fault: str = "none"
@@ -43,7 +43,7 @@ class Node:
 
 
 def start(folder: Path, options: dict[str, str], nodes: list[Node | None]) -> dict[int, subprocess.Popen[str]]:
-    """Start ranks as slurm/rank.sh does; those that are None are missing."""
+    """Start one process per node, as slurm/rank.sh does; None is a missing rank."""
     folder.mkdir(parents=True)
     port = str(free_port())
     ranks = {}
@@ -69,18 +69,18 @@ def start(folder: Path, options: dict[str, str], nodes: list[Node | None]) -> di
     return ranks
 
 
-def end(rank: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output."""
+def wait_for(rank: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output of a rank."""
     output, _ = rank.communicate(timeout=SECONDS)
     return rank.returncode, output
 
 
 def test_two_nodes_without_faults(tmp_path: Path, little_run: dict[str, str]) -> None:
-    """Every check ran on both nodes, and no file is left behind."""
+    """Every check runs on both nodes, and no file is left behind."""
     ranks = start(tmp_path / "launch", little_run, [Node(), Node()])
-    code, output = end(ranks[0])
+    code, output = wait_for(ranks[0])
     assert code == 0, output
-    code, other = end(ranks[1])
+    code, other = wait_for(ranks[1])
     assert code == 0 and "doctor:" not in other, "only rank 0 prints"
     assert "doctor: no errors." in output and "ERROR" not in output
     for check in ("versions", "code", "limits", "TMPDIR", "extensions", "out", "data", "weights", "shared out"):
@@ -106,8 +106,8 @@ def test_errors_and_differences_name_the_node(tmp_path: Path, little_run: dict[s
     )
     first = Node(environment={"NCCL_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(ROOT)})
     ranks = start(tmp_path / "launch", little_run, [first, node])
-    code, output = end(ranks[0])
-    assert code == 1 and end(ranks[1])[0] == 1
+    code, output = wait_for(ranks[0])
+    assert code == 1 and wait_for(ranks[1])[0] == 1
     errors = [line for line in output.splitlines() if line.startswith("ERROR: ")]
     for text in (
         r"safetensors is 0\.7\.1 here, but 0\.8\.\d+ on n1",
@@ -122,10 +122,10 @@ def test_errors_and_differences_name_the_node(tmp_path: Path, little_run: dict[s
     assert re.search(r"doctor: \d+ errors, on n2\.", output)
 
 
-def test_a_rank_that_freezes_is_named(tmp_path: Path, little_run: dict[str, str]) -> None:
+def test_a_rank_that_freezes_is_reported(tmp_path: Path, little_run: dict[str, str]) -> None:
     ranks = start(tmp_path / "launch", little_run, [Node(times=(120, 4)), Node("freeze", times=(120, 4))])
     try:
-        code, output = end(ranks[0])
+        code, output = wait_for(ranks[0])
     finally:
         ranks[1].kill()
         ranks[1].communicate()
@@ -133,14 +133,14 @@ def test_a_rank_that_freezes_is_named(tmp_path: Path, little_run: dict[str, str]
     assert "the all-reduce over gloo failed" in output and re.search(r"\[?1\]? failed to pass monitoredBarrier", output)
 
 
-def test_a_missing_rank_is_named(tmp_path: Path, little_run: dict[str, str]) -> None:
-    code, output = end(start(tmp_path / "launch", little_run, [Node(times=(3, 3)), None])[0])
+def test_a_missing_rank_is_reported(tmp_path: Path, little_run: dict[str, str]) -> None:
+    code, output = wait_for(start(tmp_path / "launch", little_run, [Node(times=(3, 3)), None])[0])
     assert code == 1 and "rank(s) 1 did not connect within 3 s; connected are the nodes n1" in output
 
 
-def test_rank_0_is_missing(tmp_path: Path, little_run: dict[str, str]) -> None:
-    code, output = end(start(tmp_path / "launch", little_run, [None, Node(times=(3, 3))])[1])
-    assert code == 1 and "ERROR: n2: rank 1 lost or never had contact to other ranks" in output
+def test_a_missing_rank_0_is_reported(tmp_path: Path, little_run: dict[str, str]) -> None:
+    code, output = wait_for(start(tmp_path / "launch", little_run, [None, Node(times=(3, 3))])[1])
+    assert code == 1 and "ERROR: n2: rank 1 has no connection to other ranks" in output
 
 
 def test_wrong_sum_through_torchrun(little_run: dict[str, str]) -> None:
@@ -159,7 +159,7 @@ def test_wrong_sum_through_torchrun(little_run: dict[str, str]) -> None:
 
 
 def test_a_single_machine_without_options(tmp_path: Path) -> None:
-    """From any folder; only packages and limits are checked."""
+    """Works from any folder; only packages and limits are checked."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "launchers" / "doctor.py")],
         cwd=tmp_path,

@@ -15,12 +15,12 @@ from w2r2_ds.utils.sanitize import message, one_line, without_secrets
 WIDTH = 120
 """Columns of a table in a log file."""
 INSTALLED = ("versions", "code")
-"""Checks whose rows list what is installed; the rows of all others list what the run will use."""
+"""Checks whose rows are versions and code; the rows of all other checks are settings that the run will use."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An error, or a warning, of a node: what is wrong and what to do."""
+    """An error or a warning of a node, with a remedy."""
 
     error: bool
     host: str
@@ -28,7 +28,7 @@ class Finding:
 
 
 def findings(reports: list[Report]) -> list[Finding]:
-    """Errors, then warnings, of all ranks and of the comparison of their nodes; each once per node."""
+    """Errors, then warnings, of all ranks and of the comparison of nodes, without duplicates."""
     results = [(report.host, result) for report in reports for result in report.results.values()]
     found = [Finding(True, host, text) for host, result in results for text in result.errors]
     found += [Finding(True, host, text) for host, text in differences(reports, "must_match")]
@@ -57,12 +57,12 @@ def differences(reports: list[Report], field: str) -> list[tuple[str, str]]:
 
 
 def show(reports: list[Report], found: list[Finding]) -> None:
-    """Print everything to standard output. Reports of several ranks: rank 0 first."""
+    """Print tables and findings to standard output; the first report is that of rank 0."""
     first = reports[0].results
     used = [(name, value) for check in first if check not in INSTALLED for name, value in first[check].info.items()]
     installed = [row for check in INSTALLED for row in first.get(check, CheckResult()).info.items()]
-    _table(f"installed on {reports[0].host}", ("what", "version or place"), installed)
-    _table("will be used", ("what", "how"), used)
+    _table(f"installed on {reports[0].host}", ("name", "version or path"), installed)
+    _table("used", ("setting", "value"), used)
     _table("checks", ("check", "result"), summary(reports))
     hosts: dict[tuple[bool, str], list[str]] = {}  # nodes with the same finding share a line
     for finding in found:
@@ -75,7 +75,7 @@ def show(reports: list[Report], found: list[Finding]) -> None:
 
 
 def summary(reports: list[Report]) -> list[tuple[str, str]]:
-    """A row per check: ok on how many nodes, or the nodes with errors or warnings."""
+    """One row per check: the number of nodes that passed, or the nodes with errors or warnings."""
     rows = []
     for check in dict.fromkeys(name for report in reports for name in report.results):
         done = [(report.host, report.results[check]) for report in reports if check in report.results]
@@ -97,6 +97,6 @@ def _table(title: str, header: tuple[str, str], rows: list[tuple[str, str]]) -> 
         table.add_column(name, overflow="fold")
     for name, value in rows:
         style = "red" if value.startswith(("ERROR", "missing")) else ""
-        # Text: names and values come from files and the environment, and may look like rich's markup.
+        # Text, not str: names and values come from files and the environment, and may contain rich's markup.
         table.add_row(Text(one_line(name)), Text(one_line(without_secrets(value)), style=style))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH).print(table)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 class CheckResult:
     """Result of one check on one node or rank.
 
-    Args:
+    Attributes:
         info: name -> value, rows of the table.
         must_match: name -> value that has to be equal on all nodes; a difference is an error.
         should_match: name -> value that is usually equal on all nodes; a difference is a warning.
-        errors: messages that say what is wrong and what to do; any of them makes the doctor fail.
-        warnings: messages about what may be wrong.
+        errors: messages with a cause and a remedy; any error makes the exit code 1.
+        warnings: messages about possible problems.
     """
 
     info: dict[str, str] = field(default_factory=dict)
@@ -26,7 +26,11 @@ class CheckResult:
 
 @dataclass
 class Report:
-    """Results of one rank by the name of the check, in order; local rank 0 also ran the checks of its node."""
+    """Results of one rank.
+
+    Attributes:
+        results: name of the check -> result, in order; those of local rank 0 include the checks of its node.
+    """
 
     rank: int
     local_rank: int

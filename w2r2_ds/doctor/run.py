@@ -1,8 +1,8 @@
-"""The doctor: check this node, connect to the other ranks, check them together, compare the nodes, print a report.
+"""Run the checks of this node and of all ranks, compare the nodes and print a report.
 
-Without a launcher it checks one machine. In a launch every rank runs it; rank 0 prints, and all return the same exit
-code. Nothing waits without a limit: checks and collectives have time-outs, and `faulthandler` ends the process with a
-traceback if a call into a library or driver blocks all of Python.
+Without a launcher it checks one machine. In a launch every rank runs it; rank 0 prints the report of all ranks, and all
+return the same exit code. Checks and collectives have time-outs. If a call into a library or driver blocks all of
+Python, `faulthandler` ends the process with a traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from w2r2_ds.utils.sanitize import message
 logger = logging.getLogger(__name__)
 
 LIMIT_SECONDS = 900.0
-"""For everything: checks, waiting for other ranks, collectives."""
+"""Time limit of the whole run: checks, waiting for other ranks, collectives."""
 
 
 def examine(request: DoctorRequest) -> int:
@@ -37,27 +37,27 @@ def examine(request: DoctorRequest) -> int:
         report.results["command line"] = CheckResult(errors=[message(request.command_error)])
     if ranks.local_rank == 0:
         report.results |= run_checks(node_checks(request, ranks))
-    if not driver_silent(report):
+    if not driver_fails(report):
         report.results |= run_checks(rank_checks(request, ranks))
     reports = check_together(request, ranks, report) if ranks.world_size > 1 else [report]
     found = findings(reports)
-    if ranks.rank == 0 or len(reports) == 1:  # a rank that cannot reach the others prints its own report
+    if ranks.rank == 0 or len(reports) == 1:  # a rank without connection prints its own report
         show(reports, found)
     faulthandler.cancel_dump_traceback_later()
     return int(any(finding.error for finding in found))
 
 
-def driver_silent(report: Report) -> bool:
-    """Whether nvidia-smi lists no GPU. A call into such a driver may block the whole process, so none is made."""
+def driver_fails(report: Report) -> bool:
+    """Whether nvidia-smi failed to list GPUs. CUDA is then not called, which could block the whole process."""
     health = report.results.get("GPU health", CheckResult())
     return bool(health.errors) and not health.info
 
 
 def check_together(request: DoctorRequest, ranks: RankInfo, report: Report) -> list[Report]:
-    """Checks that need all ranks.
+    """Run the checks that need all ranks and gather their reports.
 
     Returns:
-        The reports of all ranks; only this rank's, with an error, if the ranks cannot communicate.
+        The reports of all ranks, rank 0 first; if the ranks cannot communicate, this rank's report with an error.
     """
     try:
         import torch
@@ -68,14 +68,14 @@ def check_together(request: DoctorRequest, ranks: RankInfo, report: Report) -> l
         hosts = {each.host for each in network.gather_reports(report)}
         if request.config is not None:
             report.results["shared out"] = network.check_shared_folder("out", Path(request.config.out))
-        use_gpu = not driver_silent(report) and torch.cuda.is_available()
+        use_gpu = not driver_fails(report) and torch.cuda.is_available()
         report.results["all-reduce"] = network.check_all_reduce(ranks, use_gpu, len(hosts))
         return network.gather_reports(report)
-    except Exception as error:  # torch's communication errors have several types; the report must be printed
+    except Exception as error:  # torch's communication errors have several types
         report.results["ranks"] = CheckResult(
             errors=[
-                f"rank {ranks.rank} lost or never had contact to other ranks ({brief(error)}); check their nodes and "
-                "logs, and the network between them."
+                f"rank {ranks.rank} has no connection to other ranks ({brief(error)}); check their nodes and logs, and "
+                "the network between them."
             ]
         )
         return [report]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,33 +13,28 @@ T = TypeVar("T")
 def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
     """Return the result of `call`, which runs in a thread.
 
-    A dead network mount blocks a process in the kernel, where no signal reaches it. So a call that does not return is
-    left behind in its daemon thread, and the program must end with `os._exit`.
+    A dead network mount blocks a thread in the kernel, where signals have no effect. A call that does not return stays
+    in its daemon thread, so the program must end with `os._exit`.
 
     Raises:
         TimeoutError: the call did not return in time.
-        Exception: what the call raised.
+        Exception: any exception of the call.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(call())
-        except BaseException as error:  # raised again by the caller's thread
-            errors.append(error)
+            future.set_result(call())
+        except BaseException as error:  # raised again by `future.result()`
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    threading.Thread(target=run, daemon=True).start()  # a pool would wait for its threads at exit
+    if wait([future], seconds).not_done:
         raise TimeoutError(f"no answer within {seconds:.0f} s")
-    if errors:
-        raise errors[0]
-    return results[0]
+    return future.result()
 
 
 def brief(error: BaseException) -> str:
-    """Type and message of an exception on one line, cut to 300 characters."""
+    """Type and message of an exception in one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""The checks of the doctor: which of them run on a node and on a rank, each with a time limit."""
+"""The checks per node and per rank, and how to run them with a time limit."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Checks = dict[str, Callable[[], CheckResult]]
 
 @dataclass(frozen=True)
 class DoctorRequest:
-    """Command line of the doctor.
+    """Parsed command line of the doctor.
 
-    Args:
-        config: of the run; None checks the machine only.
-        ds_path: DeepSpeed JSON, empty for none.
-        files: recipe and JSON as given.
-        command_error: message of an invalid command line or recipe, else empty.
+    Attributes:
+        config: configuration of the run; None checks only the machine.
+        ds_path: DeepSpeed JSON; empty for none.
+        files: recipe and DeepSpeed JSON, as on the command line.
+        command_error: message about an invalid command line or recipe; empty if it is valid.
     """
 
     config: RunConfig | None
@@ -38,7 +38,7 @@ class DoctorRequest:
 
 
 def node_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:
-    """Checks that local rank 0 runs for its node; rank 0 also checks the settings, which are the same for all."""
+    """Checks that local rank 0 runs for its node. Only rank 0 checks the settings, which are the same on all ranks."""
     config = request.config
     loader = config.data if config else DataConfig(workers=0)
     temporary = Path(tempfile.gettempdir())
@@ -64,15 +64,15 @@ def node_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:
 
 
 def rank_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:
-    """Checks that every rank runs: its GPU, and the precision and kernels that it would use."""
+    """Checks of every rank: its GPU, precision, attention and kernels."""
     return {
-        "device": lambda: gpu.check_device(ranks.local_rank, ranks.world_size),
+        "device": lambda: gpu.check_device(ranks.local_rank),
         "precision": lambda: settings.check_precision(request.config),
     }
 
 
 def run_checks(checks: Checks) -> dict[str, CheckResult]:
-    """Run checks one after the other. A check that raises or does not return in time is an error of the report."""
+    """Run checks one after the other; an exception or a time-out is an error in the result of its check."""
     results: dict[str, CheckResult] = {}
     for name, check in checks.items():
         try:

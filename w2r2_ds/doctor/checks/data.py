@@ -1,9 +1,8 @@
-"""Files that training reads: prepared data sets, their frames, and the weights of VLM and VGGT."""
+"""Checks of the files that training reads: prepared data sets, their frames, weights of VLM and VGGT."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from w2r2_ds.config.schema import DataConfig, ModelConfig
@@ -12,11 +11,11 @@ from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 
 FRAMES = 8
-"""Number of frames per data set, evenly spread, whose files must exist; training checks all of them."""
+"""Number of frames per data set that are checked, evenly spread; training checks all."""
 
 
 def check_data(config: DataConfig) -> CheckResult:
-    """Whether the prepared data sets can be read and have frames. Their manifests, which hash the rest, must match."""
+    """Check that prepared sets can be read and their frames exist; manifests, which hash the rest, must match."""
     from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 
     result = CheckResult()
@@ -32,31 +31,31 @@ def check_data(config: DataConfig) -> CheckResult:
         result.must_match[f"the prepared set {folder}"] = short_hash([folder / MANIFEST], folder)
         every = max(1, len(found) // FRAMES)
         frames = [found[index].frames[0] for index in range(0, len(found), every) if found[index].frames]
-        lost = [path for path in frames if not path.is_file()]
-        if lost:
+        missing = [path for path in frames if not path.is_file()]
+        if missing:
             result.errors.append(
-                f"{lost[0]} of {folder} does not exist ({len(lost)} of {len(frames)} checked frames); mount or copy "
-                "the frames to this node, or correct data.root."
+                f"{missing[0]} of {folder} does not exist ({len(missing)} of {len(frames)} checked frames); mount or "
+                "copy the frames to this node, or correct data.root."
             )
     return result
 
 
 def check_weights(config: ModelConfig) -> CheckResult:
-    """Model directories of VLM and VGGT, or their copies in the Hugging Face cache; their hashes must match."""
+    """Check the weights of VLM and VGGT, in a directory or in the Hugging Face cache. Hashes must match."""
     result = CheckResult()
-    for field, source in (("model.vlm", config.vlm), ("model.geometry.path", config.geometry.path)):
-        folder = Path(source)
-        if not folder.is_dir():
-            cached = _cached(source)
-            if cached is None:
-                message = f"{field}: {source} is neither a directory nor in the Hugging Face cache of this node; "
-                if os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "ON", "YES", "TRUE"):
-                    result.errors.append(f"{message}download it on a node with network access, or correct {field}.")
-                else:
-                    result.warnings.append(f"{message}training will download it, or fail if it is not a hub id.")
-                continue
-            folder = cached
-        _hash_model(result, field, folder)
+    sources = {"model.vlm": config.vlm, "model.geometry.path": config.geometry.path}
+    for field, source in sources.items():
+        if not source:  # a geometry encoder without files
+            continue
+        folder = Path(source) if Path(source).is_dir() else _cached(source)
+        if folder is not None:
+            _hash_model(result, field, folder)
+            continue
+        message = f"{field}: {source} is neither a directory nor in the Hugging Face cache of this node; "
+        if os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "ON", "YES", "TRUE"):
+            result.errors.append(f"{message}download it on a node with network access, or correct {field}.")
+        else:
+            result.warnings.append(f"{message}training will download it, or fail if it is not a hub id.")
     if config.merger:
         _hash_file(result, "model.merger", Path(config.merger))
     return result
@@ -85,11 +84,10 @@ def _hash_file(result: CheckResult, field: str, path: Path) -> None:
 
 
 def _cached(source: str) -> Path | None:
-    """The directory of a hub id in the Hugging Face cache; does not use the network."""
+    """Directory of a hub id in the Hugging Face cache, without network access; None if it is not cached."""
     from huggingface_hub import snapshot_download
 
-    fetch: Callable[..., str] = snapshot_download
     try:
-        return Path(fetch(source, local_files_only=True))
+        return Path(snapshot_download(source, local_files_only=True))
     except Exception:  # not cached or not a hub id; the exception types vary between versions
         return None

@@ -1,4 +1,4 @@
-"""Installed packages against the ranges of pyproject.toml; hashes of the code and of the run's files."""
+"""Versions of installed packages (ranges of pyproject.toml), hashes of the code and of the run's files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ PACKAGE = Path(__file__).parents[2]
 GIT_SECONDS = 5
 HASH_DIGITS = 12
 TOOLS = ("dev", "docs")
-"""Optional groups of developers, which no run needs."""
+"""Extras for development, which no run needs."""
 
 
 def check_versions(needed: frozenset[str]) -> CheckResult:
-    """Compare every dependency with its range; `needed` are the optional packages that the configuration uses."""
+    """Compare the version of every dependency with its range.
+
+    Args:
+        needed: optional packages that the configuration uses; a missing one is an error.
+    """
     from packaging.requirements import Requirement
 
     result = CheckResult(info={"python": platform.python_version()}, must_match={"python": platform.python_version()})
@@ -50,11 +54,10 @@ def check_versions(needed: frozenset[str]) -> CheckResult:
 
 
 def check_code(files: list[str]) -> CheckResult:
-    """Hash the package, and the recipe and DeepSpeed JSON of the command line."""
+    """Hash the code of the package, and the recipe and DeepSpeed JSON in `files`."""
     code = [path for suffix in ("*.py", "*.yaml") for path in PACKAGE.rglob(suffix)]
     result = CheckResult(info={"code": str(PACKAGE)}, must_match={"the code of w2r2_ds": short_hash(code, PACKAGE)})
-    commit = git_commit(PACKAGE.parent)
-    if commit:
+    if commit := git_commit(PACKAGE.parent):
         result.info["commit"] = commit
     for path in map(Path, files):
         if path.is_file():
@@ -65,12 +68,12 @@ def check_code(files: list[str]) -> CheckResult:
 
 
 def short_hash(files: list[Path], root: Path) -> str:
-    """First digits of the SHA-256 over names and contents."""
+    """First digits of the SHA-256 of file names and contents."""
     return files_sha256(files, root)[:HASH_DIGITS]
 
 
 def git_commit(folder: Path) -> str:
-    """``git describe`` of a checkout; empty if it is none or git is not installed."""
+    """``git describe`` of a checkout; empty without a checkout or git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)

@@ -1,4 +1,4 @@
-"""GPUs: one per rank, a correct matrix product, and the health counters of nvidia-smi."""
+"""Checks of GPUs: one per rank, correct matrix products, health counters of nvidia-smi."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from w2r2_ds.doctor.timeouts import brief
 
 SMI_SECONDS = 15
 SIDE = 512
-"""Rows and columns of the matrices that are multiplied."""
+"""Rows and columns of the matrices."""
 BUSY = 0.05
 """Fraction of a GPU's memory in use before the start; above it, another program probably uses the GPU."""
 
@@ -35,19 +35,19 @@ FIELDS = (
 if TYPE_CHECKING:
     import torch
 
-_UNKNOWN = re.compile(r'Field "([^"]+)" is not a valid field to query')
+UNSUPPORTED = re.compile(r'Field "([^"]+)" is not a valid field to query')
 
 
-def check_device(local_rank: int, world: int) -> CheckResult:
-    """Whether this rank has a GPU (or CPU, on a machine without GPUs) that multiplies matrices correctly."""
+def check_device(local_rank: int) -> CheckResult:
+    """Check that this rank has a GPU, or the machine only a CPU, and that it multiplies matrices correctly."""
     import torch
 
     result = CheckResult()
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and _nvidia_smi(("index",))[0]:
             result.errors.append(
-                f"nvidia-smi shows GPUs, but torch {torch.__version__} sees none; install a torch of the driver's CUDA "
-                "version (pytorch.org), and check CUDA_VISIBLE_DEVICES."
+                f"nvidia-smi shows GPUs, but torch {torch.__version__} finds none; install a torch of the driver's "
+                "CUDA version (pytorch.org), and check CUDA_VISIBLE_DEVICES."
             )
         result.info["accelerator"] = "none, the CPU"
         result.must_match["accelerator"] = "CPU"
@@ -65,8 +65,6 @@ def check_device(local_rank: int, world: int) -> CheckResult:
     result.info["accelerator"] = f"{count} x {name}, {memory / 2**30:.0f} GiB"
     result.must_match["accelerator"] = name
     result.info["CUDA of torch"] = str(torch.version.cuda)
-    if world == 1 and count > 1:
-        result.info["accelerator"] += " (this process uses one)"
     result.errors += check_product(f"cuda:{local_rank}", torch.float32)
     if torch.cuda.is_bf16_supported():
         result.errors += check_product(f"cuda:{local_rank}", torch.bfloat16)
@@ -74,12 +72,12 @@ def check_device(local_rank: int, world: int) -> CheckResult:
 
 
 def check_product(device: str, dtype: torch.dtype) -> list[str]:
-    """Multiply integer matrices, whose product is exact in any precision and order, and compare with NumPy."""
+    """Multiply integer matrices, whose product is exact in any precision and order; returns error messages."""
     import numpy as np
     import torch
 
-    drawn = np.random.default_rng(0)
-    left, right = drawn.integers(-1, 2, (2, SIDE, SIDE)).astype(np.float64)
+    generator = np.random.default_rng(0)
+    left, right = generator.integers(-1, 2, (2, SIDE, SIDE)).astype(np.float64)
     # Sums of 512 terms in {-1, 0, 1} stay below 2^8 (17 standard deviations); up to there bfloat16 is exact.
     expected = left @ right
     assert np.abs(expected).max() <= 256, "exact in bfloat16"
@@ -101,10 +99,10 @@ def check_health() -> CheckResult:
     result = CheckResult()
     if shutil.which("nvidia-smi") is None:
         return result
-    rows, why = _nvidia_smi(FIELDS)
+    rows, reason = _nvidia_smi(FIELDS)
     if not rows:
         result.errors.append(
-            f"nvidia-smi lists no GPU ({why}); the driver does not work: run nvidia-smi on this node, and "
+            f"nvidia-smi lists no GPU ({reason}); the driver does not work: run nvidia-smi on this node, and "
             "exclude the node (sbatch --exclude) until that works."
         )
     for row in rows:
@@ -121,12 +119,11 @@ def check_health() -> CheckResult:
 
 
 def _defects(row: dict[str, str]) -> list[str]:
-    """Messages about counters that mean that a GPU should not be used."""
+    """Error messages for health counters of a GPU that should not be used."""
     gpu = f"GPU {row['index']} ({row['name']})"
     advice = "exclude this node (sbatch --exclude) and have the GPU reset or replaced"
     found = []
-    errors = _number(row["ecc.errors.uncorrected.volatile.total"])
-    if errors:
+    if errors := _number(row["ecc.errors.uncorrected.volatile.total"]):
         found.append(f"{gpu} has {errors:.0f} memory errors that ECC could not correct; {advice}.")
     if row["remapped_rows.failure"] == "Yes" or _number(row["remapped_rows.failure"]):
         found.append(f"{gpu} could not remap a broken memory row; {advice}.")
@@ -149,11 +146,11 @@ def _number(value: str) -> float:
 
 
 def _nvidia_smi(fields: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
-    """A row per GPU and, if there is none, the reason. Fields that this nvidia-smi does not know are ``[N/A]``."""
-    known = list(fields)
+    """Query nvidia-smi: one row per GPU and, if there is none, the reason. Unsupported fields are ``[N/A]``."""
+    supported = list(fields)
     end = time.monotonic() + SMI_SECONDS
     while True:
-        command = ["nvidia-smi", f"--query-gpu={','.join(known)}", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", f"--query-gpu={','.join(supported)}", "--format=csv,noheader,nounits"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -163,10 +160,10 @@ def _nvidia_smi(fields: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
         output = " ".join(f"{done.stderr} {done.stdout}".split())
         if done.returncode == 0:
             break
-        unknown = _UNKNOWN.search(output)
-        if unknown is None or unknown[1] not in known or len(known) == 1:
+        unsupported = UNSUPPORTED.search(output)
+        if unsupported is None or unsupported[1] not in supported or len(supported) == 1:
             return [], f"exit status {done.returncode}: {output[:300] or 'no output'}"
-        known.remove(unknown[1])  # older drivers lack some fields: ask again without
+        supported.remove(unsupported[1])  # older drivers lack some fields: query again without
     missing = dict.fromkeys(fields, "[N/A]")
-    rows = [row for row in csv.reader(io.StringIO(done.stdout), skipinitialspace=True) if len(row) == len(known)]
-    return [missing | dict(zip(known, row, strict=True)) for row in rows], output[:300] or "no output"
+    rows = [row for row in csv.reader(io.StringIO(done.stdout), skipinitialspace=True) if len(row) == len(supported)]
+    return [missing | dict(zip(supported, row, strict=True)) for row in rows], output[:300] or "no output"

@@ -18,29 +18,29 @@ from w2r2_ds.utils.json_io import read_json
 
 GIB = 2**30
 SPARE = GIB
-"""Bytes of free space beyond the known need: logs, temporary files, compiled kernels."""
+"""Free space for logs, temporary files and compiled kernels, in bytes."""
 PROBE = 2**20
-"""Bytes of the file that is written as a test."""
+"""Size of the test file in bytes."""
 BYTES_PER_WEIGHT = 20
-"""Of a checkpoint: the trained weight twice (safetensors and DeepSpeed, up to 4 bytes each), float32 master copy, two
-Adam moments."""
+"""Bytes of a checkpoint per trained weight: the weight twice (safetensors and DeepSpeed, up to 4 bytes each), float32
+master copy, two Adam moments."""
 SHM = Path("/dev/shm")
 SHM_PER_BATCH = 128 * 2**20
-"""Bytes of a micro-batch of about ten frames as inputs of VGGT and the vision tower."""
+"""Bytes of a micro-batch: about ten frames as inputs of VGGT and the vision tower."""
 FILES, FILES_PER_WORKER = 256, 64
-"""Open files of a rank, and of each data loader worker (every shared tensor is an open file)."""
+"""Open files of a rank and of each data loader worker (every shared tensor is an open file)."""
 USUAL_FILES = 1024
-"""Usual limit of open files; below it, too few are an error instead of a warning."""
+"""Usual limit of open files. Too low a limit is a warning, below this number an error."""
 
 
 def check_folder(name: str, path: Path, needed: int, purpose: str) -> CheckResult:
-    """Whether a folder can be written and has room; if it does not exist, its nearest existing parent.
+    """Check that files can be written in a folder (or its nearest existing parent), and its free space.
 
     Args:
-        name: the option or variable, for messages: out, TMPDIR, TORCH_EXTENSIONS_DIR.
-        path: of the folder.
-        needed: bytes of free space.
-        purpose: what needs the space, for the message.
+        name: option or variable, for messages: out, TMPDIR, TORCH_EXTENSIONS_DIR.
+        path: path of the folder.
+        needed: free space that is needed, in bytes.
+        purpose: user of the space, for the message.
     """
     folder = existing_parent(path)
     try:
@@ -72,7 +72,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def write_and_read(folder: Path) -> None:
-    """Write a file, fsync it and the folder, read it back, remove it. Raises OSError if any of these fails."""
+    """Write a file, fsync it and its folder, read it back and remove it. Raises OSError if a step fails."""
     path = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
     content = os.urandom(PROBE)
     try:
@@ -82,7 +82,7 @@ def write_and_read(folder: Path) -> None:
             os.fsync(file.fileno())
         atomic_io.sync(folder)
         if path.read_bytes() != content:
-            raise OSError("the file has other content than was written")
+            raise OSError("a file does not contain the bytes that were written to it")
     finally:
         path.unlink(missing_ok=True)
 
@@ -90,13 +90,13 @@ def write_and_read(folder: Path) -> None:
 def missing_checkpoint_bytes(config: RunConfig) -> int:
     """Disk space that the run's checkpoints still need; 0 if the sizes of the models are unknown.
 
-    A resumed run has most of its checkpoints already. One more is always needed: it is written before an old one is
-    deleted.
+    A resumed run already has most of its checkpoints. Space for one more is always needed, because a new checkpoint is
+    written before the oldest is deleted.
     """
     one = checkpoint_bytes(config)
     existing = 0
     for folder, names, files in os.walk(Path(config.out) / "checkpoints"):
-        names[:] = [name for name in names if DAMAGED not in name]  # stay beside the checkpoints that are kept
+        names[:] = [name for name in names if DAMAGED not in name]  # kept in addition
         existing += sum(os.lstat(os.path.join(folder, file)).st_size for file in files)
     # keep_last, the best one, and the one being written
     return max(one, (config.train.keep_last + 2) * one - existing)
@@ -105,9 +105,10 @@ def missing_checkpoint_bytes(config: RunConfig) -> int:
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of one checkpoint: LoRA on every decoder layer, and the geometry merger; 0 if sizes are unknown."""
     text, vggt = _model_config(config.model.vlm, "text_config"), _model_config(config.model.geometry.path, "")
+    features = 2 * vggt.get("embed_dim", 1024) * len(config.model.geometry.layers)
     try:
         weights = lora_weights(text, config.model.lora_rank)
-        weights += merger_weights(2 * vggt.get("embed_dim", 1024), text["hidden_size"], config.model.merger_hidden)
+        weights += merger_weights(features, text["hidden_size"], config.model.merger_hidden)
     except KeyError:
         return 0
     return BYTES_PER_WEIGHT * weights

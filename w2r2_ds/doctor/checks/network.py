@@ -1,4 +1,4 @@
-"""Checks of all ranks together: who connects, whether `out` is one shared folder, an all-reduce, the reports."""
+"""Checks across ranks: connection, shared `out` folder, all-reduce; gathers the reports of all ranks."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from w2r2_ds.doctor.timeouts import brief, call_with_timeout
 from w2r2_ds.utils.distributed import RankInfo
 
 CONNECT_SECONDS = 240.0
-"""Wait for all ranks: importing torch from a slow network file system takes minutes."""
+"""Time-out for the connection of all ranks; importing torch from a slow network file system takes minutes."""
 COLLECTIVE_SECONDS = 60.0
 """Time-out of a collective, including the start of NCCL."""
 BYTES = {"gloo": 16 * 2**20, "nccl": 256 * 2**20}
 ROUNDS = 3
 SLOW = 1e9
-"""Bytes per second between nodes; below it NCCL probably uses the wrong network."""
+"""Bytes per second between nodes below which NCCL probably uses the wrong network."""
 
 
 def connect(ranks: RankInfo, host: str) -> None:
-    """Initialise the default process group, over gloo.
+    """Initialise the default process group with gloo.
 
     Raises:
-        TimeoutError: ranks are missing; the message lists them and the nodes that are there.
-        DistError: rank 0 is unreachable, or its port is taken.
+        TimeoutError: ranks are missing; the message lists them and the nodes that connected.
+        DistError: rank 0 is unreachable, or its port is in use.
     """
     end = time.monotonic() + CONNECT_SECONDS
-    # torchrun's agent hosts the store; other launchers leave that to rank 0. Not `init_process_group` alone, whose
-    # message only counts the ranks that are missing.
+    # torchrun's agent hosts the store, with other launchers rank 0 does. Every rank posts its host in the store before
+    # `init_process_group`, whose error message only counts missing ranks.
     hosts_store = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     tcp_store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -50,11 +50,10 @@ def connect(ranks: RankInfo, host: str) -> None:
     hosts: dict[int, str] = {}
     for rank in range(ranks.world_size):
         key = f"host of rank {rank}"
-        while rank not in hosts and (time.monotonic() < end or store.check([key])):
-            if store.check([key]):
-                hosts[rank] = store.get(key).decode()
-            else:
-                time.sleep(0.1)
+        while not (connected := store.check([key])) and time.monotonic() < end:
+            time.sleep(0.1)
+        if connected:
+            hosts[rank] = store.get(key).decode()
     missing = [str(rank) for rank in range(ranks.world_size) if rank not in hosts]
     if missing:
         raise TimeoutError(
@@ -66,7 +65,7 @@ def connect(ranks: RankInfo, host: str) -> None:
 
 
 def gather_reports(report: Report) -> list[Report]:
-    """Reports of all ranks, on every rank. Raises RuntimeError, which lists the ranks that do not answer."""
+    """Reports of all ranks, on every rank. Raises RuntimeError with the ranks that do not respond."""
     dist.monitored_barrier(timeout=timedelta(seconds=2 * COLLECTIVE_SECONDS), wait_all_ranks=True)
     reports = [report] * dist.get_world_size()
     dist.all_gather_object(reports, report)
@@ -74,7 +73,7 @@ def gather_reports(report: Report) -> list[Report]:
 
 
 def check_shared_folder(name: str, path: Path) -> CheckResult:
-    """Whether all nodes see the same folder `path` (option `name`): rank 0 creates a file, the others search for it."""
+    """Check that `path` (option `name`) is the same folder on all nodes: rank 0 creates a file, the others find it."""
     result = CheckResult()
     folder, created = existing_parent(path), [""]
     if dist.get_rank() == 0:
@@ -96,12 +95,12 @@ def check_shared_folder(name: str, path: Path) -> CheckResult:
 
 
 def check_all_reduce(ranks: RankInfo, use_gpu: bool, nodes: int) -> CheckResult:
-    """All-reduce over NCCL if all ranks have a GPU (`use_gpu`), else over gloo."""
+    """Check sums and bandwidth of an all-reduce: over NCCL if all ranks have a GPU (`use_gpu`), else over gloo."""
     usable = [False] * ranks.world_size
     dist.all_gather_object(usable, use_gpu)
     backend = "nccl" if all(usable) else "gloo"
     try:
-        # NCCL ends the whole process when its own time-out has passed, so that has to be the longer one.
+        # NCCL ends the whole process after its own time-out, so that one is longer.
         return call_with_timeout(lambda: _all_reduce(ranks, backend, nodes), COLLECTIVE_SECONDS)
     except (RuntimeError, TimeoutError) as error:
         variable = f"{backend.upper()}_SOCKET_IFNAME"
@@ -118,7 +117,7 @@ def _all_reduce(ranks: RankInfo, backend: str, nodes: int) -> CheckResult:
     device = torch.device(f"cuda:{ranks.local_rank}" if backend == "nccl" else "cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    # A group of its own: after a failure, the default group still gathers the reports.
+    # A new group: if it fails, the default group can still gather the reports.
     group = dist.new_group(backend=backend, timeout=timedelta(seconds=2 * COLLECTIVE_SECONDS))
     size = BYTES[backend] // 4
     values = torch.full((size,), float(ranks.rank + 1), device=device)

@@ -1,4 +1,4 @@
-"""Check the configuration and the DeepSpeed JSON for this number of ranks; list precision, attention and kernels."""
+"""Checks of the configuration and the DeepSpeed JSON for this number of ranks, precision, attention and kernels."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def needed_packages(config: RunConfig | None) -> frozenset[str]:
 
     if config is None:
         return frozenset()
-    wanted = {
+    uses = {
         **{package: name in config.train.trackers for name, package in PACKAGES.items()},
         "flash-attn": config.model.attention == "flash_attention_2",
         "triton": config.model.kernels == "triton",
         "liger-kernel": config.model.kernels == "triton",
     }
-    return frozenset(name for name, used in wanted.items() if used)
+    return frozenset(name for name, used in uses.items() if used)
 
 
 def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
-    """The push term, the DeepSpeed JSON and the batch sizes, with the checks that training does at its start."""
+    """Check push term, DeepSpeed JSON and batch sizes with the functions that training uses at its start."""
     from w2r2_ds.objective.push_terms import build_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 
@@ -51,7 +51,7 @@ def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
     except ValueError as error:
         result.errors.append(str(error))
         return result
-    result.info["ZeRO"] = zero(resolved.get("zero_optimization", {}))
+    result.info["ZeRO"] = describe_zero(resolved.get("zero_optimization", {}))
     result.info["global batch"] = (
         f"{config.train.global_batch} = {config.train.micro_batch} x {world} ranks x "
         f"{resolved['gradient_accumulation_steps']} accumulation steps"
@@ -59,8 +59,8 @@ def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
     return result
 
 
-def zero(section: dict[str, Any]) -> str:
-    """ZeRO stage, offload and hpZ of a DeepSpeed JSON in one line."""
+def describe_zero(section: dict[str, Any]) -> str:
+    """One line about ZeRO stage, offload and hpZ of the section `zero_optimization`."""
     text = f"stage {section.get('stage', 0)}"
     for name in ("offload_param", "offload_optimizer"):
         device = section.get(name, {}).get("device", "none")
@@ -72,7 +72,7 @@ def zero(section: dict[str, Any]) -> str:
 
 
 def check_precision(config: RunConfig | None) -> CheckResult:
-    """Precision, attention, kernels and network variables of a run on this node; without a run, only the network."""
+    """Precision, attention, kernels and network variables of this node; without a run only the network variables."""
     import torch
 
     from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
