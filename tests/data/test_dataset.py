@@ -16,7 +16,7 @@ import pytest
 from prepared_sets import SCENE_FILE, write_prepared
 from w2r2_ds.data import dataset
 from w2r2_ds.data.dataset import PreparedSet, write_samples
-from w2r2_ds.types.sample import Labelled, Reference, Sample, Target
+from w2r2_ds.types.sample import LabeledBox, Reference, Sample, Target
 
 BOX = np.array([0.1, -2.0, 0.7, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
 
@@ -38,7 +38,7 @@ def make(root: Path) -> list[Sample]:
         kind="caption",
         references=(Reference("a chair.", ("a", "chair", ".")), Reference("très bien")),
     )
-    none = Sample("c", "detection", "s", (), np.zeros((0, 4, 4)), "?", "[]", objects=(Labelled("chair", BOX),))
+    none = Sample("c", "detection", "s", (), np.zeros((0, 4, 4)), "?", "[]", objects=(LabeledBox("chair", BOX),))
     return [first, caption, none]
 
 
@@ -56,7 +56,7 @@ def assert_same(one: Any, other: Any) -> None:
         mine, yours = getattr(one, each.name), getattr(other, each.name)
         if isinstance(mine, np.ndarray):
             np.testing.assert_array_equal(mine, yours)
-        elif isinstance(mine, Target | Labelled):
+        elif isinstance(mine, Target | LabeledBox):
             assert_same(mine, yours)
         elif each.name == "objects":
             for a, b in zip(mine, yours, strict=True):

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from w2r2_ds.data.frames.selection import choose
+from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.sources.validation import Name, Number, Record, SceneId, validate
-from w2r2_ds.data.tasks.base import Job, Outcomes, Source, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.base import Job, Outcomes, InputFile, Task, TaskOptions, register_task
 from w2r2_ds.data.tasks.common import frame_fields
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, RecordFields, ReferenceFields
@@ -37,17 +37,17 @@ class Counting(Task):
     name = "counting"
     cli_options = ("frames",)
 
-    def annotations(self, root: Path, options: TaskOptions) -> Source:
-        return Source("annotations", root / "counting" / f"{options.split}.json", "your own")
+    def annotations(self, root: Path, options: TaskOptions) -> InputFile:
+        return InputFile("annotations", root / "counting" / f"{options.split}.json", "your own")
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Any]:
         path = self.annotations(root, options).path
         return validate(TypeAdapter(list[Count]), read_json(path), path, counted=True)
 
-    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+    def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
         made: Outcomes = []
         for number, item in job.items:
-            frames = [scene.frames[i] for i in choose(options.frames, scene, item.key, None) or ()]
+            frames = [scene.frames[i] for i in select_frames(options.frames, scene, item.key, None) or ()]
             texts = {"question": f"How many {item.name}s are there?", "answer": str(item.count)}
             references = (Reference(texts["answer"]),)
             fields = {**frame_fields(frames), **texts, "references": references}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
-from w2r2_ds.types.sample import Labelled, Reference, Sample, Target
+from w2r2_ds.types.sample import LabeledBox, Reference, Sample, Target
 
 ROOT = Path("/nowhere")
 LEVEL = np.array([[1, 0, 0, 1], [0, 0, 1, 2], [0, -1, 0, 1.5], [0, 0, 0, 1.0]])
@@ -89,5 +89,5 @@ def question(number: int = 0, answers: tuple[str, ...] = ("brown", "dark brown")
 
 def detection() -> Sample:
     """Two objects to find."""
-    objects = (Labelled("chair", BOX), Labelled("desk", beside(5)))
+    objects = (LabeledBox("chair", BOX), LabeledBox("desk", beside(5)))
     return replace(grounding(), id="scene0011_00|00010", task="detection", target=None, kind="answer", objects=objects)

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from w2r2_ds.data.frames.selection import FrameOptions
-from w2r2_ds.data.prepare.pipeline import scene_outcomes
+from w2r2_ds.data.prepare.pipeline import prepare_scene
 from w2r2_ds.data.prepare.plan import make_plan
-from w2r2_ds.data.tasks.base import Dropped, TaskOptions
+from w2r2_ds.data.tasks.base import SkippedItem, TaskOptions
 
 ALIGN = np.array([[0.0, -1.0, 0.0, 0.5], [1.0, 0.0, 0.0, -2.0], [0.0, 0.0, 1.0, 0.25], [0.0, 0.0, 0.0, 1.0]])
 CAMERA = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 2.0], [0.0, -1.0, 0.0, 1.5], [0.0, 0.0, 0.0, 1.0]])
@@ -143,13 +143,13 @@ def write_questions(root: Path, entries: object, split: str = "train") -> Path:
     return path
 
 
-def outcomes_of(root: Path, task: str, split: Any = "train", count: int = 2, **options: Any) -> list[Any]:
-    """What becomes of every item of a task, with uniform frames: samples and what was dropped."""
+def prepared_items(root: Path, task: str, split: Any = "train", count: int = 2, **options: Any) -> list[Any]:
+    """Samples and skipped items of a task, with uniform frames."""
     frames = options.pop("frames", FrameOptions("uniform", count))
     plan = make_plan(root, TaskOptions(task, split, **{"frames": frames, **options}))
-    return [outcome for job in plan.jobs for _, outcome in scene_outcomes(root, plan.options, job)[0]]
+    return [item for job in plan.jobs for _, item in prepare_scene(root, plan.options, job)[0]]
 
 
-def reasons(outcomes: list[Any]) -> dict[str, str]:
-    """Id -> reason of what was dropped."""
-    return {each.id: each.reason for each in outcomes if isinstance(each, Dropped)}
+def reasons(items: list[Any]) -> dict[str, str]:
+    """Id -> reason of skipped items."""
+    return {each.id: each.reason for each in items if isinstance(each, SkippedItem)}

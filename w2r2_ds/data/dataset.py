@@ -1,7 +1,7 @@
 """Read and write prepared data sets: one folder per task and split, with one Parquet file per scene.
 
 SCENE.parquet     one row per sample of that scene, complete in itself (images are referenced, not copied)
-dropped.jsonl     items that became no sample, with the reason
+skipped.jsonl     items that became no sample, with the reason
 manifest.json     options, inputs and counts; written last, so a folder without it is not complete
 
 Samples are ordered by `number`, the position of their item in the annotation file, whichever scene they belong to.
@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from w2r2_ds.types.sample import Labelled, Reference, Sample, Target
+from w2r2_ds.types.sample import LabeledBox, Reference, Sample, Target
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.sanitize import CONTROL
 
-VERSION = 2
+VERSION = 3
 """Of the schema and the manifest; raised whenever an older folder can no longer be read."""
 
 ROWS = 1024
@@ -152,7 +152,7 @@ class PreparedSet(Sequence[Sample]):
             kind=row["kind"],
             what=(begin, end),
             references=tuple(Reference(r["text"], tuple(r["words"])) for r in row["references"]),
-            objects=tuple(Labelled(o["label"], np.array(o["box"])) for o in row["objects"]),
+            objects=tuple(LabeledBox(o["label"], np.array(o["box"])) for o in row["objects"]),
         )
 
 

@@ -46,7 +46,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledBox:
     """One object of a detection: its category and its ``[9]`` float64 box in the reference frame's camera."""
 
     label: str
@@ -83,4 +83,4 @@ class Sample:
     kind: Kind = "grounding"
     what: tuple[int, int] = (0, 0)
     references: tuple[Reference, ...] = ()
-    objects: tuple[Labelled, ...] = ()
+    objects: tuple[LabeledBox, ...] = ()

@@ -109,7 +109,7 @@ def test_files_that_cannot_be_right_are_named(scene: Scene) -> None:
     far = scene.frames[1].cam_to_world.copy()
     far[0, 3] = 1e6
     lost = replace(scene, frames=(scene.frames[0], replace(scene.frames[1], cam_to_world=far)))
-    with pytest.raises(ValueError, match=r"00001.txt: the pose puts what the frame sees 1e\+06 m away"):
+    with pytest.raises(ValueError, match=r"00001.txt: .* 1e\+06 m from the origin"):
         covering_frames(lost, 2)
     Image.fromarray(np.full((48, 64), 3, dtype=np.uint16)).save(scene.frames[2].depth)
     with pytest.raises(ValueError, match=r"00002.png: read as millimetres, the median depth is 0.003 m"):

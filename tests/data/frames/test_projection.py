@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from hand_scene import CAMERA, INTRINSIC, SCENE
-from w2r2_ds.data.frames.projection import load_depth, projected_area, visible_share
-from w2r2_ds.data.frames.visibility import seen_by_depth
+from w2r2_ds.data.frames.projection import load_depth, projected_area, visible_fraction
+from w2r2_ds.data.frames.visibility import visible_frames_by_depth
 from w2r2_ds.data.sources.scannet import Scene, load_scene
 
 SIZE = (64, 48)
@@ -52,13 +52,13 @@ def test_area_of_a_turned_box() -> None:
 def test_visible_share_knows_occluders_and_background(scene: Scene) -> None:
     box = scene.instances[0].box
     seen = np.full((48, 64), 3000, dtype=np.uint16)
-    assert visible_share(box, CAMERA, INTRINSIC, seen) > 0.9  # all but rays that cut the box's edge
+    assert visible_fraction(box, CAMERA, INTRINSIC, seen) > 0.9  # all but rays that cut the box's edge
     for millimetres in (2000, 5000, 0):  # an occluder, the background, no measurement
         depth = np.full((48, 64), millimetres, dtype=np.uint16)
-        assert visible_share(box, CAMERA, INTRINSIC, depth) == 0.0
+        assert visible_fraction(box, CAMERA, INTRINSIC, depth) == 0.0
     half = np.full((48, 64), 3000, dtype=np.uint16)
     half[:, :45] = 1000  # something in front of the left half
-    assert 0.2 < visible_share(box, CAMERA, INTRINSIC, half) < 0.8
+    assert 0.2 < visible_fraction(box, CAMERA, INTRINSIC, half) < 0.8
 
 
 def test_bad_depth_images_are_named(scene: Scene) -> None:
@@ -81,7 +81,7 @@ def test_a_wrong_depth_scale_is_named(scene: Scene, millimetres: int) -> None:
     ):
         load_depth(scene.frames[1])
     with pytest.raises(ValueError, match=r"00001.png: read as millimetres"):
-        seen_by_depth(scene, [scene.instances[0].box])
+        visible_frames_by_depth(scene, [scene.instances[0].box])
 
 
 def test_plausible_depths_pass(scene: Scene) -> None:

@@ -18,10 +18,10 @@ from w2r2_ds.data.frames.selection import (
     REDRAWS,
     FrameOptions,
     FrameProtocol,
-    assign,
-    choose,
-    listed,
+    assign_set,
+    frames_from_file,
     scene_sets,
+    select_frames,
     uniform,
     vgllm,
 )
@@ -98,18 +98,18 @@ def test_vgllm_always_sees_the_object(total: int, count: int, seed: int, data: s
 def test_a_draw_depends_on_seed_scene_and_key_alone(scene: Scene) -> None:
     options = FrameOptions("vgllm", 4)
     # what another process and another version must draw too; every process salts Python's own hash() differently
-    assert choose(options, scene, "chair|0|roll 0", None) == [50, 75, 100, 24]
+    assert select_frames(options, scene, "chair|0|roll 0", None) == [50, 75, 100, 24]
     keys = [f"object {i}|roll {roll}" for i in range(20) for roll in range(2)]
-    once = {key: choose(options, scene, key, None) for key in keys}
-    assert {key: choose(options, scene, key, None) for key in reversed(keys)} == once
+    once = {key: select_frames(options, scene, key, None) for key in keys}
+    assert {key: select_frames(options, scene, key, None) for key in reversed(keys)} == once
     assert sum(once[f"object {i}|roll 0"] != once[f"object {i}|roll 1"] for i in range(20)) >= 15
     other = replace(scene, scene_id="scene0001_00")
-    assert sum(choose(options, other, key, None) != once[key] for key in keys) >= 35
-    assert sum(choose(replace(options, seed=1), scene, key, None) != once[key] for key in keys) >= 35
+    assert sum(select_frames(options, other, key, None) != once[key] for key in keys) >= 35
+    assert sum(select_frames(replace(options, seed=1), scene, key, None) != once[key] for key in keys) >= 35
 
 
 def test_starts_are_spread_over_the_scene(scene: Scene) -> None:
-    starts = [choose(FrameOptions("vgllm", 4), scene, str(i), None)[0] for i in range(1000)]  # type: ignore[index]
+    starts = [select_frames(FrameOptions("vgllm", 4), scene, str(i), None)[0] for i in range(1000)]  # type: ignore[index]
     assert len(set(starts)) == 101
     assert np.mean(starts) == pytest.approx(50, abs=4)  # four standard errors
 
@@ -146,27 +146,27 @@ def test_scene_sets_begin_in_different_parts_of_the_scene() -> None:
 def test_a_description_gets_the_set_that_sees_its_object_most() -> None:
     sets = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
     for key in map(str, range(20)):
-        assert assign(sets, key, frozenset({0, 1, 5, 6})) == sets[1]
-        assert assign(sets, key, frozenset({12})) is None
+        assert assign_set(sets, key, frozenset({0, 1, 5, 6})) == sets[1]
+        assert assign_set(sets, key, frozenset({12})) is None
 
 
 def test_equal_sets_share_the_descriptions() -> None:
     sets = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
-    spread = Counter(tuple(assign(sets, str(i), frozenset({0, 2, 3, 7, 4, 12})) or ()) for i in range(1000))
+    spread = Counter(tuple(assign_set(sets, str(i), frozenset({0, 2, 3, 7, 4, 12})) or ()) for i in range(1000))
     assert set(spread) == {(0, 4, 8), (3, 7, 11)}  # two seeing frames each
     assert max(spread.values()) < 565  # four standard deviations from half
-    everything = Counter(tuple(assign(sets, str(i), None) or ()) for i in range(1000))
+    everything = Counter(tuple(assign_set(sets, str(i), None) or ()) for i in range(1000))
     assert len(everything) == 4 and max(everything.values()) < 305  # and from a quarter
-    assert assign(sets, "chair", None) == assign(sets, "chair", None)
+    assert assign_set(sets, "chair", None) == assign_set(sets, "chair", None)
 
 
 def test_samples_of_a_scene_share_its_sets(scene: Scene) -> None:
     options = FrameOptions("scene_sets", 8, sets=3)
     expected = scene_sets(101, 8, 3, 0, SCENE)
-    chosen = [choose(options, scene, str(i), None) for i in range(50)]
+    chosen = [select_frames(options, scene, str(i), None) for i in range(50)]
     assert {tuple(positions or ()) for positions in chosen} == {tuple(positions) for positions in expected}
     unseen = set(range(101)).difference(*map(set, expected))
-    assert choose(options, scene, "chair", frozenset(unseen)) is None  # though the scene shows it
+    assert select_frames(options, scene, "chair", frozenset(unseen)) is None  # though the scene shows it
 
 
 def test_every_protocol_chooses_from_the_scene(scene: Scene, tmp_path: Path) -> None:
@@ -177,14 +177,14 @@ def test_every_protocol_chooses_from_the_scene(scene: Scene, tmp_path: Path) -> 
     for protocol in get_args(FrameProtocol):
         options = FrameOptions(protocol, 3, file=file if protocol == "list" else None)
         options.check()
-        chosen = choose(options, scene, "chair", frozenset({1}))
+        chosen = select_frames(options, scene, "chair", frozenset({1}))
         if protocol == "vgllm":
             assert chosen is not None and 1 in chosen
         elif protocol == "scene_sets":
             assert chosen in scene_sets(5, 3, 4, 0, SCENE) and 1 in chosen
         else:
             assert chosen == expected[protocol]  # whatever the object
-        assert choose(options, scene, "chair", frozenset()) is None
+        assert select_frames(options, scene, "chair", frozenset()) is None
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_every_protocol_chooses_from_the_scene(scene: Scene, tmp_path: Path) -> 
     [
         ([0, 15], "names frame 15, which is not among its 101 usable frames (1 others have no valid pose)"),
         ([0, 10, 0], "names frame 0 twice"),
-        ([0, 10, 20, 30, 40], "has 5 frames, but at most 4 are asked for"),
+        ([0, 10, 20, 30, 40], "has 5 frames, more than frames.count (4)"),
         ([], "must have a list of one or more frame numbers"),
         ([0, True], "must have a list of one or more frame numbers"),
         (["00010"], "must have a list of one or more frame numbers"),
@@ -203,7 +203,7 @@ def test_a_bad_list_is_named(scene: Scene, tmp_path: Path, numbers: object, mess
     file = tmp_path / "frames.json"
     file.write_text(json.dumps({SCENE: numbers}))
     with pytest.raises(ValueError) as error:
-        listed(file, scene, 4)
+        frames_from_file(file, scene, 4)
     assert f"{file}: scene {SCENE} {message}" in str(error.value)
 
 
@@ -218,7 +218,7 @@ def test_a_list_that_lacks_the_scene_or_is_none(scene: Scene, tmp_path: Path) ->
         if text is not None:
             file.write_text(text)
         with pytest.raises(ValueError) as error:
-            listed(file, scene, 4)
+            frames_from_file(file, scene, 4)
         assert str(file) in str(error.value) and message in str(error.value)
 
 

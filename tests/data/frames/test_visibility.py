@@ -1,4 +1,4 @@
-"""Who sees what: EmbodiedScan's lists, depth images, and the clearest frame."""
+"""Object visibility by EmbodiedScan's lists and by depth images, and the clearest frame."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from w2r2_ds.data.frames import visibility
 from w2r2_ds.data.frames.projection import load_depth, projected_area
 from w2r2_ds.data.frames.visibility import (
     clear_area,
-    clearest,
-    listed_frames,
+    clearest_frame,
+    keep_listed_frames,
     match_instance,
-    seen_by_depth,
-    seen_by_infos,
+    visible_frames_by_depth,
+    visible_frames_by_infos,
 )
 from w2r2_ds.data.sources.embodiedscan import InfoInstance, ScanInfo
 from w2r2_ds.data.sources.scannet import Frame, Scene, load_scene
@@ -44,26 +44,26 @@ def make_info(visible: dict[int, set[int]], *instances: InfoInstance, shift: flo
 
 
 def test_only_listed_frames_are_candidates(scene: Scene) -> None:
-    listed = listed_frames(scene, make_info({1: set(), 70: set()}))
+    listed = keep_listed_frames(scene, make_info({1: set(), 70: set()}))
     assert [frame.index for frame in listed.frames] == [1]
     assert listed.instances is scene.instances
 
 
 def test_another_numbering_of_the_images_is_noticed(scene: Scene) -> None:
     with pytest.raises(ValueError, match=rf"{SCENE}: none of its 3 frames is among the 2 that EmbodiedScan lists"):
-        listed_frames(scene, make_info({70: set(), 80: set()}))
-    assert len(listed_frames(scene, make_info({0: set()}, shift=0.04)).frames) == 1
+        keep_listed_frames(scene, make_info({70: set(), 80: set()}))
+    assert len(keep_listed_frames(scene, make_info({0: set()}, shift=0.04)).frames) == 1
     with pytest.raises(ValueError, match=r"00000.jpg: its camera is 0.06 m from where EmbodiedScan has frame 0 of"):
-        listed_frames(scene, make_info({0: set()}, shift=0.06))
+        keep_listed_frames(scene, make_info({0: set()}, shift=0.06))
 
 
 def test_visible_ids_are_places_in_the_list_of_instances(scene: Scene) -> None:
     sparse = replace(scene, frames=tuple(replace(scene.frames[0], index=number) for number in (0, 10, 30, 40)))
     chair = instance(1, 0, 0, 0, 1, 1, 1, 0, 0, 0, bbox_id=0)
     info = make_info({0: {0}, 10: {0, 1}, 20: {1}, 30: set(), 40: {1}}, instance(0, *chair.box, bbox_id=1), chair)
-    assert seen_by_infos(sparse, info, chair) == {1, 3}
-    with pytest.raises(AssertionError, match="does not list frame 1; use listed_frames"):
-        seen_by_infos(scene, info, chair)
+    assert visible_frames_by_infos(sparse, info, chair) == {1, 3}
+    with pytest.raises(AssertionError, match="frame 1"):
+        visible_frames_by_infos(scene, info, chair)
 
 
 def test_matching_takes_the_exact_overlap_of_turned_boxes() -> None:
@@ -90,7 +90,7 @@ def test_depth_tells_who_sees_a_box(scene: Scene, monkeypatch: pytest.MonkeyPatc
     read: list[int] = []
     monkeypatch.setattr(visibility, "load_depth", lambda frame: read.append(frame.index) or load_depth(frame))
     ids = sorted(scene.instances)
-    seen = dict(zip(ids, seen_by_depth(scene, [scene.instances[i].box for i in ids]), strict=True))
+    seen = dict(zip(ids, visible_frames_by_depth(scene, [scene.instances[i].box for i in ids]), strict=True))
     assert seen == {0: {0, 1}, 3: set(), 4: {0, 1}}  # 3 is hidden; frame 2 looks away
     assert read == [0, 1, 2]
 
@@ -98,23 +98,23 @@ def test_depth_tells_who_sees_a_box(scene: Scene, monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_depth_scale_stops_the_search(scene: Scene) -> None:
     Image.fromarray(np.full((48, 64), 3, dtype=np.uint16)).save(scene.frames[2].depth)
     with pytest.raises(ValueError, match=r"00002.png: read as millimetres, the median depth is 0.003 m"):
-        seen_by_depth(scene, [scene.instances[0].box])
+        visible_frames_by_depth(scene, [scene.instances[0].box])
 
 
 def test_the_clearest_frame_is_the_largest_of_those_given(scene: Scene) -> None:
     box = scene.instances[0].box
-    assert clearest(scene.frames, [0, 1], box, INTRINSIC, SIZE) == 1  # one metre nearer
-    assert clearest(scene.frames, [0], box, INTRINSIC, SIZE) == 0
-    assert clearest(scene.frames, [2], box, INTRINSIC, SIZE) is None  # behind the camera
-    assert clearest(scene.frames, [], box, INTRINSIC, SIZE) is None
+    assert clearest_frame(scene.frames, [0, 1], box, INTRINSIC, SIZE) == 1  # one metre nearer
+    assert clearest_frame(scene.frames, [0], box, INTRINSIC, SIZE) == 0
+    assert clearest_frame(scene.frames, [2], box, INTRINSIC, SIZE) is None  # behind the camera
+    assert clearest_frame(scene.frames, [], box, INTRINSIC, SIZE) is None
     turned = np.concatenate([box[:3], box[[4, 3, 5]], [np.pi / 2, 0.0, 0.0]])  # the same box, said differently
-    assert clearest(scene.frames, [0, 1], turned, INTRINSIC, SIZE) == 1
+    assert clearest_frame(scene.frames, [0, 1], turned, INTRINSIC, SIZE) == 1
 
 
 def test_of_equal_frames_the_first_seen_is_clearest(scene: Scene) -> None:
     frames = [scene.frames[0], scene.frames[1], scene.frames[1], scene.frames[1]]
     box = scene.instances[0].box
-    assert clearest(frames, [0, 2, 1, 3], box, INTRINSIC, SIZE) == 2
+    assert clearest_frame(frames, [0, 2, 1, 3], box, INTRINSIC, SIZE) == 2
 
 
 def test_a_box_that_fills_the_image_from_side_to_side_is_not_clear() -> None:
@@ -129,15 +129,17 @@ def test_a_box_that_fills_the_image_from_side_to_side_is_not_clear() -> None:
 
 
 def test_the_clearest_that_depth_confirms(scene: Scene) -> None:
-    seen = seen_by_depth(scene, [scene.instances[i].box for i in (0, 3)])
-    assert clearest(scene.frames, sorted(seen[0]), scene.instances[0].box, INTRINSIC, SIZE) == 1  # one metre nearer
+    seen = visible_frames_by_depth(scene, [scene.instances[i].box for i in (0, 3)])
+    assert (
+        clearest_frame(scene.frames, sorted(seen[0]), scene.instances[0].box, INTRINSIC, SIZE) == 1
+    )  # one metre nearer
     assert not seen[1]  # hidden in frames 0 and 1, behind the camera in frame 2
     box = scene.instances[0].box
-    assert clearest(scene.frames, [0], box, INTRINSIC, SIZE) == 0  # the farther one, where the nearer is blocked
+    assert clearest_frame(scene.frames, [0], box, INTRINSIC, SIZE) == 0  # the farther one, where the nearer is blocked
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5]), min_size=1, max_size=6))
 def test_clearest_is_the_first_maximum(forward: list[float]) -> None:
     box = np.array([1.0, 5.0, 1.5, 0.5, 0.5, 0.5])
     frames = [Frame(i, Path(), Path(), moved(metres)) for i, metres in enumerate(forward)]
-    assert clearest(frames, range(len(frames)), box, INTRINSIC, SIZE) == forward.index(max(forward))
+    assert clearest_frame(frames, range(len(frames)), box, INTRINSIC, SIZE) == forward.index(max(forward))

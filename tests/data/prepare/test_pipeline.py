@@ -21,7 +21,7 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare import pipeline as preparing
 from w2r2_ds.data.prepare.manifest import summary
-from w2r2_ds.data.prepare.pipeline import DROPPED, prepare
+from w2r2_ds.data.prepare.pipeline import SKIPPED, prepare
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.data.tasks.scan2cap import Scan2Cap
 from w2r2_ds.data.tasks.scanrefer import ScanRefer
@@ -46,7 +46,7 @@ def scenes(root: Path) -> Path:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / DROPPED).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / SKIPPED).read_text().splitlines()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,11 +75,11 @@ def test_the_manifest_says_what_was_made_of_what(scenes: Path) -> None:
         "descriptions": 7,
         "published": {"of": "descriptions", "count": 36665, "met": False},
     }
-    assert manifest["dropped"] == {"no_visible_frame": 1}
+    assert manifest["skipped"] == {"no_visible_frame": 1}
     names = set(manifest["inputs"])
     assert {"ScanRefer/ScanRefer_filtered_train.json", "scannetv2-labels.combined.tsv"} <= names
     assert {f"posed_images/{SECOND}", f"scans/{THIRD}/{THIRD}.txt", f"scannet_data/{SCENE}_aligned_bbox.npy"} <= names
-    assert set(manifest["files"]) == {f"{SCENE}.parquet", f"{SECOND}.parquet", f"{THIRD}.parquet", DROPPED}
+    assert set(manifest["files"]) == {f"{SCENE}.parquet", f"{SECOND}.parquet", f"{THIRD}.parquet", SKIPPED}
     assert manifest == json.loads((scenes / "out" / MANIFEST).read_text())
 
 
@@ -143,7 +143,7 @@ class Killed(BaseException):
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, when: str) -> list[str]:
     """Make `prepare` die when it comes to a scene; returns the list of scenes that were worked on."""
-    worked, original = [], preparing.scene_outcomes
+    worked, original = [], preparing.prepare_scene
 
     def outcomes(root: Path, options: TaskOptions, job: Any, **rest: Any) -> Any:
         worked.append(job.scene_id)
@@ -151,12 +151,12 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, when: str) -> list[str]:
             raise Killed
         return original(root, options, job, **rest)
 
-    monkeypatch.setattr(preparing, "scene_outcomes", outcomes)
+    monkeypatch.setattr(preparing, "prepare_scene", outcomes)
     return worked
 
 
 def test_a_killed_preparation_goes_on(
-    scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = contents(prepare(scenes, DEPTH, scenes / "whole", quiet=True).folder)
     with monkeypatch.context() as patch:
@@ -166,10 +166,11 @@ def test_a_killed_preparation_goes_on(
     assert not (scenes / "out" / MANIFEST).exists() and (scenes / "out" / f"{SECOND}.parquet").is_file()
     (scenes / "out" / f"{SCENE}.parquet").write_bytes(b"half")  # a full disk may cut a file
     worked = interrupted(monkeypatch, "none")
+    caplog.set_level("INFO", "w2r2_ds")
     done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
     assert worked == [SCENE, THIRD]
     assert not list(done.folder.glob("*.empty"))
-    assert "1 of 3 scenes are done already" in capsys.readouterr().out
+    assert "1 of 3 scenes are done already" in caplog.text
     assert contents(done.folder) == whole
 
 
@@ -261,7 +262,7 @@ def test_all_broken_scenes_are_named(damaged: Path) -> None:
     with pytest.raises(ValueError) as caught:
         prepare(damaged, DEPTH, damaged / "out", quiet=True)
     first, *others = str(caught.value).splitlines()
-    assert first == "2 of 3 scenes cannot be used (--skip_broken_scenes leaves them out):"
+    assert first.startswith("2 of 3 scenes") and "--skip_broken_scenes" in first
     assert f"{SECOND} has no frame with a valid pose" in others[0] and f"{THIRD}/00000.jpg" in others[1]
     assert not (damaged / "out" / MANIFEST).exists()
 
@@ -273,7 +274,7 @@ def test_broken_scenes_can_be_left_out(damaged: Path, monkeypatch: pytest.Monkey
     done = prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=True, quiet=True)
     assert [each.scene_id for each in PreparedSet(done.folder, damaged)] == [SCENE, SCENE]
     assert worked == [SECOND, THIRD], "what the first attempt made is kept"
-    assert done.manifest["dropped"] == {"broken_scene": 4, "no_visible_frame": 1}
+    assert done.manifest["skipped"] == {"broken_scene": 4, "no_visible_frame": 1}
     assert done.manifest["counts"]["scenes"] == 1
     dropped = lines(done.folder)
     assert [each["id"].split("|")[0] for each in dropped] == [SECOND, THIRD, SECOND, THIRD, SCENE]
@@ -335,7 +336,7 @@ def test_every_task_is_prepared_from_synthetic_rooms(rooms: Written, tmp_path: P
         made = PreparedSet(done.folder, rooms.root)
         assert len(made) and made.task == options.task
         assert len({each.id for each in made}) == len(made)
-        assert not done.manifest["dropped"], options
+        assert not done.manifest["skipped"], options
         for each in made:
             assert len(each.frames) == 4 and all(path.is_file() for path in each.frames)
         if options.split == "val" and options.task in ("scan2cap", "scanqa"):

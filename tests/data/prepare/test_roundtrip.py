@@ -11,7 +11,7 @@ from w2r2_ds.boxes3d.transforms import GIMBAL_TOLERANCE, camera_to_world, corner
 from w2r2_ds.data.tasks import detection
 from w2r2_ds.data.tasks.parsing import parse_grounding, parse_objects, parse_world_box
 from w2r2_ds.data.tasks.scanrefer import answer_text, world_answer_text
-from w2r2_ds.types.sample import Labelled
+from w2r2_ds.types.sample import LabeledBox
 
 HALF_UNIT = 0.005 + 1e-9
 """Metres or radians by which a number with two decimals may be off."""
@@ -102,7 +102,7 @@ def test_a_world_answer_is_read_as_the_same_box_within_rounding(box: np.ndarray)
 @given(st.lists(st.tuples(st.text(min_size=1).filter(str.strip), boxes), max_size=4))
 @settings(max_examples=200)
 def test_a_detection_is_read_as_the_same_objects_within_rounding(objects: list[tuple[str, np.ndarray]]) -> None:
-    read = parse_objects(detection.answer_text([Labelled(label, box) for label, box in objects]))
+    read = parse_objects(detection.answer_text([LabeledBox(label, box) for label, box in objects]))
     assert [label for label, _ in read] == [label for label, _ in objects]
     for (_, mine), (_, box) in zip(read, objects, strict=True):
         assert np.abs(mine - thickened(box)).max() <= HALF_UNIT

@@ -15,7 +15,7 @@ from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare import pipeline as preparing
 from w2r2_ds.data.prepare.manifest import summary
-from w2r2_ds.data.prepare.pipeline import DROPPED, prepare
+from w2r2_ds.data.prepare.pipeline import SKIPPED, prepare
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.utils.file_lock import locked
 
@@ -40,7 +40,7 @@ def scenes(root: Path) -> Path:
 
 
 def dropped(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / DROPPED).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / SKIPPED).read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_they_are_left_out_counted_and_recorded(
 ) -> None:
     done = prepare(scenes, options, scenes / "out", skip_without_box=True, quiet=True)
     assert [each.id for each in PreparedSet(done.folder, scenes)] == kept
-    assert done.manifest["dropped"] == {"no_box": len(left_out)}
+    assert done.manifest["skipped"] == {"no_box": len(left_out)}
     assert done.manifest["options"]["skip_without_box"] is True
     records = dropped(done.folder)
     assert [each["id"] for each in records] == [name for name, _ in left_out]
@@ -74,7 +74,7 @@ def test_they_are_left_out_counted_and_recorded(
 
 @pytest.mark.parametrize("options", [DEPTH, CAPTIONS, QUESTIONS], ids=lambda each: each.task)
 def test_without_it_the_error_says_that_there_is_the_option(scenes: Path, options: TaskOptions) -> None:
-    with pytest.raises(ValueError, match=r"do not belong to the scenes \(--skip_without_box leaves them out\):"):
+    with pytest.raises(ValueError, match="--skip_without_box"):
         prepare(scenes, options, scenes / "out", quiet=True)
     assert not (scenes / "out" / "manifest.json").exists()
 
@@ -89,13 +89,13 @@ def test_unique_and_multiple_are_still_those_of_all_annotations(scenes: Path) ->
 
 def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was refused goes on with what is done; what left items out is no answer to who wants all of them."""
-    worked, real = [], preparing.scene_outcomes
+    worked, real = [], preparing.prepare_scene
 
     def outcomes(root: Path, options: TaskOptions, job: Any, **rest: Any) -> Any:
         worked.append(job.scene_id)
         return real(root, options, job, **rest)
 
-    monkeypatch.setattr(preparing, "scene_outcomes", outcomes)
+    monkeypatch.setattr(preparing, "prepare_scene", outcomes)
     write_annotations(scenes, [entry(), {**entry(98, "wall", 3), "scene_id": SECOND}])
     for _ in range(2):
         with pytest.raises(ValueError, match="1 annotations do not belong"):

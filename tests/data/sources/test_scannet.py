@@ -14,7 +14,7 @@ from w2r2_ds.data.sources.scannet import load_scene
 def test_scene_is_read_and_aligned(root: Path) -> None:
     scene = load_scene(root, SCENE)
     assert [frame.index for frame in scene.frames] == [0, 1, 2]
-    assert scene.dropped_frames == 1
+    assert scene.frames_without_pose == 1
     np.testing.assert_allclose(scene.frames[0].cam_to_world, CAMERA, atol=1e-12)
     np.testing.assert_allclose(scene.frames[1].cam_to_world, moved(1.0), atol=1e-12)
     np.testing.assert_array_equal(scene.axis_align, ALIGN)

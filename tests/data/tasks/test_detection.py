@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hand_scene import SCENE, outcomes_of, write_infos
+from hand_scene import SCENE, prepared_items, write_infos
 from w2r2_ds.boxes3d.transforms import camera_to_world
 from w2r2_ds.data.tasks.detection import QUESTION, answer_text
 
@@ -27,7 +27,7 @@ def test_strings() -> None:
 
 def test_objects_by_hand(root: Path) -> None:
     write_infos(root)
-    first, second = outcomes_of(root, "detection", **HAND)
+    first, second = prepared_items(root, "detection", **HAND)
     assert [each.id for each in (first, second)] == [f"{SCENE}|00000", f"{SCENE}|00001"]
     # Frame 0 sees the wall and the chair, frame 1 the table too; the wall is left out. A yaw of 0.3 is, in a level
     # camera, a1 = 90 degrees - 0.3 and a0 = -a2 = 90 degrees.
@@ -47,16 +47,16 @@ def test_objects_by_hand(root: Path) -> None:
 
 def test_windows_take_every_third_frame_of_a_run(root: Path) -> None:
     write_infos(root)
-    assert [len(each.frames) for each in outcomes_of(root, "detection", interval=2, step=1)] == [2]
+    assert [len(each.frames) for each in prepared_items(root, "detection", interval=2, step=1)] == [2]
     for options in ({"interval": 3, "step": 1}, {"interval": 1, "step": 10}):
         # three frames are too few for 0 and 3; of every tenth frame of ScanNet's 0 and 1 are no neighbours
-        (dropped,) = outcomes_of(root, "detection", **options)
+        (dropped,) = prepared_items(root, "detection", **options)
         assert (dropped.id, dropped.reason) == (SCENE, "no_window") and SCENE in dropped.where
 
 
 def test_a_seeded_part_of_the_windows(root: Path) -> None:
     write_infos(root, "val")
-    one = outcomes_of(root, "detection", "val", windows=1, **HAND)
-    again = outcomes_of(root, "detection", "val", windows=1, **HAND)
+    one = prepared_items(root, "detection", "val", windows=1, **HAND)
+    again = prepared_items(root, "detection", "val", windows=1, **HAND)
     assert len(one) == 1 and one[0].id == again[0].id
-    assert len(outcomes_of(root, "detection", "val", windows=5, **HAND)) == 2
+    assert len(prepared_items(root, "detection", "val", windows=5, **HAND)) == 2

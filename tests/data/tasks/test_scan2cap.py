@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hand_scene import CAMERA, SCENE, entry, outcomes_of, reasons, write_annotations, write_proposals
+from hand_scene import CAMERA, SCENE, entry, prepared_items, reasons, write_annotations, write_proposals
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.tasks.scan2cap import best_proposal, question_text
 from w2r2_ds.types.sample import Reference
@@ -25,7 +25,7 @@ def test_strings() -> None:
 
 def test_training_has_a_sample_per_description(root: Path) -> None:
     write_annotations(root, ENTRIES)
-    made = outcomes_of(root, "scan2cap")
+    made = prepared_items(root, "scan2cap")
     assert [each.id for each in made] == [
         f"{SCENE}|0|office_chair|0",
         f"{SCENE}|4|table|0",
@@ -42,7 +42,7 @@ def test_training_has_a_sample_per_description(root: Path) -> None:
 def test_validation_has_a_sample_per_object_at_the_best_proposal(root: Path) -> None:
     write_annotations(root, ENTRIES, "val")
     write_proposals(root, [[9, 9, 1, 1, 1, 1], [2.5, 5, 1, 0.8, 0.6, 1], [2.1, 5, 1, 0.8, 0.6, 1], [2, 5, 1, 9, 9, 9]])
-    chair, table = outcomes_of(root, "scan2cap", "val")
+    chair, table = prepared_items(root, "scan2cap", "val")
     assert chair.id == f"{SCENE}|0|office_chair"
     assert chair.question.endswith("located at [1.1, 0.5, 3.0] in detail.")
     np.testing.assert_array_equal(chair.target.described, [2.1, 5, 1, 0.8, 0.6, 1])
@@ -58,13 +58,13 @@ def test_validation_has_a_sample_per_object_at_the_best_proposal(root: Path) -> 
 
 def test_validation_at_annotated_boxes_needs_no_proposals(root: Path) -> None:
     write_annotations(root, ENTRIES, "val")
-    made = outcomes_of(root, "scan2cap", "val", boxes="annotated", format="video3dllm")
+    made = prepared_items(root, "scan2cap", "val", boxes="annotated", format="video3dllm")
     assert made[0].question == "Given an object located at [2.0, 5.0, 1.0] , describe the object in detail."
 
 
 def test_an_object_with_two_names_is_two(root: Path) -> None:
     write_annotations(root, [entry(), entry(0, "chair", 1)], "val")
-    made = outcomes_of(root, "scan2cap", "val", boxes="annotated")
+    made = prepared_items(root, "scan2cap", "val", boxes="annotated")
     assert [each.id for each in made] == [f"{SCENE}|0|office_chair", f"{SCENE}|0|chair"], "as Scan2Cap counts them"
 
 
@@ -72,10 +72,10 @@ def test_a_scene_without_proposals_is_dropped_by_object(root: Path) -> None:
     write_annotations(root, ENTRIES, "val")
     write_proposals(root, [])
     expected = {f"{SCENE}|0|office_chair": "no_proposal", f"{SCENE}|4|table": "no_proposal"}
-    assert reasons(outcomes_of(root, "scan2cap", "val")) == expected
+    assert reasons(prepared_items(root, "scan2cap", "val")) == expected
     (root / "proposals" / "scannet_val_pred_box.json").write_text('{"scene0009_00": [[0, 0, 0, 1, 1, 1]]}')
     with pytest.raises(ValueError, match=f"{SCENE}: the proposals do not have this scene"):
-        outcomes_of(root, "scan2cap", "val")
+        prepared_items(root, "scan2cap", "val")
 
 
 def test_best_proposal_by_hand() -> None:
@@ -93,11 +93,11 @@ def test_a_training_sample_gets_a_set_that_sees_its_object(root: Path, task: str
     chairs = [entry(0, "office_chair", number, f"chair {number}.") for number in range(12)]
     write_annotations(root, [*chairs, entry(3, "lamp", 0, "a hidden lamp.")])
     sets = FrameOptions("scene_sets", 1, sets=3)
-    made = outcomes_of(root, task, frames=sets, visibility="depth", format=format)
+    made = prepared_items(root, task, frames=sets, visibility="depth", format=format)
     assert reasons(made) == {f"{SCENE}|3|lamp|0": "no_visible_frame"}
     shown = {path.name for each in made[:-1] for path in each.frames}
     assert shown == {"00000.jpg", "00001.jpg"}, "both that see it, spread by a hash"
     if task == "scanrefer":
         write_annotations(root, [*chairs, entry(3, "lamp", 0, "a hidden lamp.")], "val")
-        kept = outcomes_of(root, task, "val", frames=sets, visibility="depth", format=format)
+        kept = prepared_items(root, task, "val", frames=sets, visibility="depth", format=format)
         assert len(kept) == 13 and not reasons(kept), "validation keeps all"

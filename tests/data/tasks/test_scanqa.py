@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hand_scene import outcomes_of, question_entry, write_questions
-from w2r2_ds.data.tasks.base import WrongAnnotations
+from hand_scene import prepared_items, question_entry, write_questions
+from w2r2_ds.data.tasks.base import AnnotationMismatch
 from w2r2_ds.types.sample import Reference
 
 
 def test_training_has_a_sample_per_answer(root: Path) -> None:
     write_questions(root, [question_entry(), question_entry(1, ["red"])])
-    made = outcomes_of(root, "scanqa", format="video3dllm")
+    made = prepared_items(root, "scanqa", format="video3dllm")
     ids = ["scanqa_val-scene0000-0_0", "scanqa_val-scene0000-0_1", "scanqa_val-scene0000-1_0"]
     assert [each.id for each in made] == ids
     assert [each.answer for each in made] == ["red", "dark red", "red"]
@@ -26,7 +26,7 @@ def test_training_has_a_sample_per_answer(root: Path) -> None:
 
 def test_validation_has_a_sample_per_question(root: Path) -> None:
     write_questions(root, [question_entry()], "val")
-    (made,) = outcomes_of(root, "scanqa", "val", format="video3dllm")
+    (made,) = prepared_items(root, "scanqa", "val", format="video3dllm")
     assert made.id == "val-scene0000-0"
     assert made.references == (Reference("red"), Reference("dark red"))
 
@@ -34,14 +34,14 @@ def test_validation_has_a_sample_per_question(root: Path) -> None:
 def test_the_test_split_has_neither_answers_nor_objects(root: Path) -> None:
     bare = {name: value for name, value in question_entry().items() if name in ("scene_id", "question_id", "question")}
     write_questions(root, [bare], "test_wo_obj")
-    (made,) = outcomes_of(root, "scanqa", "test_wo_obj", format="video3dllm")
+    (made,) = prepared_items(root, "scanqa", "test_wo_obj", format="video3dllm")
     assert (made.answer, made.references) == ("", ())
     write_questions(root, [bare], "val")
     with pytest.raises(ValueError, match=r"val.json: "):
-        outcomes_of(root, "scanqa", "val", format="video3dllm")
+        prepared_items(root, "scanqa", "val", format="video3dllm")
 
 
 def test_an_object_that_the_scene_lacks_is_named(root: Path) -> None:
     write_questions(root, [question_entry(), question_entry(1, objects=(0, 98))])
-    with pytest.raises(WrongAnnotations, match=r"entry 2: field 'object_ids' is 98"):
-        outcomes_of(root, "scanqa", format="video3dllm")
+    with pytest.raises(AnnotationMismatch, match=r"entry 2: field 'object_ids' is 98"):
+        prepared_items(root, "scanqa", format="video3dllm")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hand_scene import SCENE, entry, outcomes_of, reasons, write_annotations, write_infos
+from hand_scene import SCENE, entry, prepared_items, reasons, write_annotations, write_infos
 from w2r2_ds.data.frames.selection import FrameOptions
-from w2r2_ds.data.tasks.base import WrongAnnotations
+from w2r2_ds.data.tasks.base import AnnotationMismatch
 from w2r2_ds.data.tasks.scanrefer import WORLD_QUESTION, answer_text, description_span, question_text, world_answer_text
 from w2r2_ds.types.sample import Sample
 
@@ -48,7 +48,7 @@ def test_the_description_is_what_is_asked_for(template: str | None) -> None:
 
 def test_by_depth_the_clearest_frame_is_asked_for(root: Path) -> None:
     write_annotations(root, [CHAIR, TABLE, LAMP])
-    made = outcomes_of(root, "scanrefer", count=3, visibility="depth")
+    made = prepared_items(root, "scanrefer", count=3, visibility="depth")
     assert reasons(made) == {f"{SCENE}|3|lamp|0": "no_visible_frame"}
     assert [each.id for each in made[:2]] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|1"]
     first = made[0]
@@ -62,7 +62,7 @@ def test_by_depth_the_clearest_frame_is_asked_for(root: Path) -> None:
 
 def test_the_target_says_what_scoring_needs(root: Path) -> None:
     write_annotations(root, [CHAIR, TABLE, LAMP])
-    target = outcomes_of(root, "scanrefer", visibility="depth")[0].target
+    target = prepared_items(root, "scanrefer", visibility="depth")[0].target
     np.testing.assert_array_equal(target.box, [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0])
     assert (target.object_id, target.object_name, target.ann_id) == (0, "office chair", "0")
     # chair, table, lamp are three of ScanNet's classes; the test's table of labels gives all of them NYU40 id 5
@@ -73,39 +73,39 @@ def test_the_target_says_what_scoring_needs(root: Path) -> None:
 def test_by_infos_an_instance_must_match_and_be_seen(root: Path) -> None:
     write_infos(root)
     write_annotations(root, [CHAIR, TABLE, LAMP])
-    made = outcomes_of(root, "scanrefer")  # frames 0 and 2; only frame 1 sees the table
+    made = prepared_items(root, "scanrefer")  # frames 0 and 2; only frame 1 sees the table
     assert reasons(made) == {f"{SCENE}|4|table|1": "no_visible_frame", f"{SCENE}|3|lamp|0": "no_instance_match"}
     assert made[0].answer.startswith('```json\n\t{"frame": 0, "bbox_3d": [1.0, 0.5, 3.0, 0.8, 0.6, 1.0, ')
     assert [each.where.split(": ")[1] for each in made[1:]] == ["entry 2", "entry 3"]
-    whole = outcomes_of(root, "scanrefer", count=3)
+    whole = prepared_items(root, "scanrefer", count=3)
     assert whole[1].answer.startswith('```json\n\t{"frame": 1, "bbox_3d": [-1.0, 0.5, 2.0, 0.6, 0.6, 0.6, ')
 
 
 def test_every_roll_is_a_sample_with_frames_of_its_own(root: Path) -> None:
     write_infos(root)
     write_annotations(root, [TABLE] * 1 + [entry(4, "table", n) for n in range(2, 8)])
-    made = outcomes_of(root, "scanrefer", frames=FrameOptions("vgllm", 2), rolls=2)
+    made = prepared_items(root, "scanrefer", frames=FrameOptions("vgllm", 2), rolls=2)
     assert [each.id for each in made][:3] == [f"{SCENE}|4|table|1#0", f"{SCENE}|4|table|1#1", f"{SCENE}|4|table|2#0"]
     assert len(made) == 14 and all(isinstance(each, Sample) for each in made)
     chosen = {tuple(path.stem for path in each.frames) for each in made}
     assert chosen == {("00000", "00001"), ("00001", "00002")}, "every draw that sees the table: rolled, stride 1"
     for each in made:
         assert f'"frame": {[path.stem for path in each.frames].index("00001")},' in each.answer
-    once = outcomes_of(root, "scanrefer", frames=FrameOptions("vgllm", 2))
+    once = prepared_items(root, "scanrefer", frames=FrameOptions("vgllm", 2))
     assert once[0].id == f"{SCENE}|4|table|1", "no suffix where there is one"
 
 
 def test_validation_keeps_all_and_draws_once(root: Path) -> None:
     write_infos(root, "val")
     write_annotations(root, [LAMP, CHAIR, TABLE], "val")
-    made = outcomes_of(root, "scanrefer", "val")
+    made = prepared_items(root, "scanrefer", "val")
     assert [each.id for each in made] == [f"{SCENE}|3|lamp|0", f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|1"]
     assert [bool(each.answer) for each in made] == [False, True, False]
 
 
 def test_world_format_needs_neither_infos_nor_sight(root: Path) -> None:
     write_annotations(root, [CHAIR, LAMP])
-    chair, lamp = outcomes_of(root, "scanrefer", format="video3dllm")
+    chair, lamp = prepared_items(root, "scanrefer", format="video3dllm")
     assert (chair.answer, chair.kind) == ("1.6,4.7,0.5,2.4,5.3,1.5", "answer")
     assert chair.question[slice(*chair.what)] == "The red chair."
     assert lamp.answer == "0.75,7.75,1.25,1.25,8.25,1.75"
@@ -114,16 +114,16 @@ def test_world_format_needs_neither_infos_nor_sight(root: Path) -> None:
 def test_objects_that_the_scene_lacks_are_all_named(root: Path) -> None:
     write_annotations(root, [CHAIR, entry(99), entry(98)])
     message = rf"train.json: entry 2: field 'object_id' is 99, .*{SCENE}"
-    with pytest.raises(WrongAnnotations, match=message) as caught:
-        outcomes_of(root, "scanrefer", visibility="depth")
-    assert len(caught.value.sentences) == 2
+    with pytest.raises(AnnotationMismatch, match=message) as caught:
+        prepared_items(root, "scanrefer", visibility="depth")
+    assert len(caught.value.messages) == 2
 
 
 def test_a_scene_that_embodiedscan_lacks_is_named(root: Path) -> None:
     write_infos(root, scene_ids=(SCENE,))
     write_annotations(root, [{**CHAIR, "scene_id": "scene0007_00"}])
     with pytest.raises(ValueError, match="scene0007_00: EmbodiedScan's infos do not have this scene"):
-        outcomes_of(root, "scanrefer")
+        prepared_items(root, "scanrefer")
 
 
 def test_the_other_splits_infos_are_looked_at_too(root: Path) -> None:
@@ -134,4 +134,4 @@ def test_the_other_splits_infos_are_looked_at_too(root: Path) -> None:
     path.write_bytes(path.read_bytes().replace(SCENE.encode(), b"scene0009_00"))
     (root / "embodiedscan" / "kept").rename(root / "embodiedscan" / "embodiedscan_infos_val.pkl")
     write_annotations(root, [CHAIR])
-    assert isinstance(outcomes_of(root, "scanrefer")[0], Sample)
+    assert isinstance(prepared_items(root, "scanrefer")[0], Sample)

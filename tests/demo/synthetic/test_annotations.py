@@ -13,7 +13,7 @@ import torch
 from synthetic_truth import SCENES, boxes, room_again
 from w2r2_ds.boxes3d.iou import box_iou
 from w2r2_ds.boxes3d.transforms import corners
-from w2r2_ds.data.frames.projection import MIN_VISIBLE_SHARE, load_depth, visible_share
+from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, load_depth, visible_fraction
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.demo.synthetic.annotations import ABSENT, BAD, propose
 from w2r2_ds.demo.synthetic.rooms import Room
@@ -62,7 +62,7 @@ def test_info_agrees_with_the_files(rooms: Written, name: str) -> None:
         seen = [
             i
             for i, instance in scene.instances.items()
-            if visible_share(instance.box, frame.cam_to_world, scene.depth_intrinsic, depth) >= MIN_VISIBLE_SHARE
+            if visible_fraction(instance.box, frame.cam_to_world, scene.depth_intrinsic, depth) >= MIN_VISIBLE_FRACTION
         ]
         assert image["visible_instance_ids"] == seen
     assert any(image["visible_instance_ids"] for image in info["images"])

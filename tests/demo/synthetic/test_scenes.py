@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hand_scene import outcomes_of, reasons
+from hand_scene import prepared_items, reasons
 from synthetic_truth import SCENES, boxes, named, room_again, the
 from w2r2_ds.data.frames.projection import box_corners, load_depth, project
 from w2r2_ds.data.sources.scannet import load_scene
@@ -91,7 +91,7 @@ def test_measured_depth_lies_on_the_described_object(rooms: Written, name: str) 
     """Back-project each sample's target frame: many pixels inside the projected box must fall into the 3-D box."""
     scene = load_scene(rooms.root, name)
     split = "val" if name == SCENES[2] else "train"
-    samples = outcomes_of(rooms.root, "scanrefer", split, 12, visibility="depth")
+    samples = prepared_items(rooms.root, "scanrefer", split, 12, visibility="depth")
     assert not reasons(samples)  # only what is visible is described
     for sample in (sample for sample in samples if sample.scene_id == name):
         answer = json.loads(sample.answer.strip("`").removeprefix("json"))

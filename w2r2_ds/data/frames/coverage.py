@@ -1,9 +1,9 @@
-"""Which few frames see most of a scene: greedy maximum coverage of voxels (Video-3D-LLM's ``mc`` sampling).
+"""Frame selection by greedy maximum coverage of a scene's voxels (Video-3D-LLM's ``mc`` sampling).
 
-The voxels of a frame are those in which its depth image, moved to the world, has a point. Three things differ from
-Video-3D-LLM: it counts only voxels that also hold a point of the scan's point cloud (which removes stray measurements;
-here no point cloud is needed), it looks at every second frame of a long scan only, and it lets chance decide between
-frames that add equally many voxels.
+The voxels of a frame are those that contain a point of its depth image, back-projected to the axis-aligned world.
+Differences from Video-3D-LLM: it counts only voxels that also contain a point of the scan's point cloud, which removes
+stray measurements (here no point cloud is needed); it uses every second frame of long scans; and it chooses randomly
+between frames that add the same number of voxels (here the first one wins).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from w2r2_ds.data.frames.projection import load_depth
 from w2r2_ds.data.sources.scannet import Frame, Scene
 
 COLUMNS = 160
-"""A depth image is read on a pixel grid of about so many columns: every fourth pixel of ScanNet's 640 x 480, which are
-2 to 3 cm apart on a wall 4 m away."""
+"""Number of pixel columns that a depth image is subsampled to: every fourth pixel of ScanNet's 640 x 480, 2 to 3 cm
+apart on a wall at 4 m."""
 
-_BITS = 21
+_BITS = 21  # per coordinate: three make one int64 voxel code
 
 
 @lru_cache(maxsize=2)
 def covering_frames(scene: Scene, count: int, ratio: float = 0.9, voxel: float = 0.1) -> tuple[int, ...]:
-    """At most ``count`` positions, ascending, that see ``ratio`` of the scene's voxels if so few frames can.
+    """Ascending positions of at most ``count`` frames that cover ``ratio`` of the scene's voxels, if so few can.
 
-    Every depth image is read once, one at a time; the answer for a scene is remembered until two others were asked for.
+    Every depth image is read once; one is in memory at a time. The results of the last two scenes are cached.
 
     Args:
-        scene: its voxels are those that any of its frames sees.
-        count: most frames.
-        ratio: share of the voxels at which no more frames are taken, in (0, 1].
+        scene: its voxels are those of all its frames.
+        count: maximum number of frames.
+        ratio: fraction of the voxels at which selection stops, in (0, 1].
         voxel: edge length, metres.
 
     Raises:
-        ValueError: a depth image is unreadable or of a wrong scale, or none of the scene's holds a measurement.
+        ValueError: a depth image is unreadable or not in millimetres, or no image of the scene has a measurement.
     """
     seen = [frame_voxels(frame, scene.depth_intrinsic, voxel) for frame in scene.frames]
     if not any(len(codes) for codes in seen):
@@ -48,7 +48,7 @@ def covering_frames(scene: Scene, count: int, ratio: float = 0.9, voxel: float =
 
 
 def frame_voxels(frame: Frame, depth_intrinsic: np.ndarray, voxel: float) -> np.ndarray:
-    """The voxels a frame sees: ``[n]`` int64 codes, ascending, each once. Voxel i holds coordinates around i * voxel.
+    """Voxels of a frame's depth image: ``[n]`` int64 codes, ascending, unique. Voxel i is centred at i * voxel.
 
     Args:
         frame: its depth image is read.
@@ -56,6 +56,7 @@ def frame_voxels(frame: Frame, depth_intrinsic: np.ndarray, voxel: float) -> np.
         voxel: edge length, metres.
     """
     depth = load_depth(frame)
+    # Back-project every step-th pixel: K^-1 (x, y, 1) * depth in the camera, moved to the world by the pose.
     step = max(1, depth.shape[1] // COLUMNS)
     depth = depth[::step, ::step]
     rows, columns = np.nonzero(depth)
@@ -66,30 +67,36 @@ def frame_voxels(frame: Frame, depth_intrinsic: np.ndarray, voxel: float) -> np.
     cells = np.rint(world / voxel)
     if len(rows) and np.abs(cells).max() >= 1 << (_BITS - 1):
         raise ValueError(
-            f"{frame.color.with_suffix('.txt')}: the pose puts what the frame sees {np.abs(world).max():.3g} m away; "
-            "extract the poses again"
+            f"{frame.color.with_suffix('.txt')}: with this pose a measured point is {np.abs(world).max():.3g} m from "
+            "the origin; extract the poses again"
         )
+    # one integer per voxel, so that sets of voxels are sorted arrays of integers
     x, y, z = cells.astype(np.int64) + (1 << (_BITS - 1))
     return np.unique((x << 2 * _BITS) | (y << _BITS) | z)
 
 
 def greedy_cover(seen: Sequence[np.ndarray], count: int, ratio: float) -> list[int]:
-    """Take, again and again, the set with most new elements (the earliest of equal ones).
+    """Greedy maximum coverage: repeatedly take the set with most new elements, the first of equal ones.
+
+    The greedy cover has at least 1 - 1/e of the elements that the best one of as many sets has (G. Nemhauser et al.,
+    "An analysis of approximations for maximizing submodular set functions", 1978).
 
     Args:
-        seen: arrays of int64, each without repetition; together not empty.
-        count: most sets to take.
-        ratio: share of the union at which to stop, in (0, 1].
+        seen: arrays of int64, each without repetition; not all empty.
+        count: maximum number of sets.
+        ratio: fraction of the union at which to stop, in (0, 1].
 
     Returns:
-        indices of the sets, in the order in which they were taken; none of them adds nothing.
+        Indices of the sets in the order in which they were taken; each adds an element.
     """
+    # All sets in one array `where` of element indices; set i is where[starts[i]:ends[i]].
     elements, where = np.unique(np.concatenate(seen), return_inverse=True)
     ends = np.cumsum([len(codes) for codes in seen])
     starts = ends - [len(codes) for codes in seen]
     covered = np.zeros(len(elements), dtype=bool)
     taken: list[int] = []
     while len(taken) < count and covered.sum() / len(elements) < ratio:
+        # new elements of every set at once: differences of the running number of uncovered elements
         new = np.concatenate([[0], np.cumsum(~covered[where])])
         best = int((new[ends] - new[starts]).argmax())
         covered[where[starts[best] : ends[best]]] = True

@@ -1,6 +1,7 @@
-"""What one posed frame shows of a box: its projection, the share of it that the depth image sees, the best frame.
+"""Projection of a box into one posed frame: its pixels, its area, and the fraction of it that is not occluded.
 
-Which frames of a scene see an object is in ``visibility.py``; which of them a sample gets, in ``views.py``.
+World: axis-aligned, +z up, metres. Camera: OpenCV (x right, y down, z forward). Pixels: (x, y) from the centre of the
+upper left pixel. Depth images hold the distance along the camera's z axis.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from w2r2_ds.boxes3d.transforms import corners, rotation_matrix
 from w2r2_ds.data.sources.scannet import Frame
 
 OCCLUSION_MARGIN = 0.1
-"""Metres by which the measured surface may lie in front of or behind the box and still count as the object."""
+"""Metres by which the measured surface may lie before or behind the box and still be the object's."""
 
-MIN_VISIBLE_SHARE = 0.2
-"""Share of the box's sample points that must show the object for a frame to count as seeing it."""
+MIN_VISIBLE_FRACTION = 0.2
+"""Smallest `visible_fraction` at which an object counts as visible in a frame."""
 
 DEPTH_RANGE = (0.1, 20.0)
-"""Metres within which the median of a depth image lies if its numbers are millimetres."""
+"""Range, in metres, of the median depth of an image of a room in millimetres."""
 
-_NEAR = 1e-6
+_NEAR = 1e-6  # metres; points closer to the camera's plane have no projection
+# 6 x 6 x 6 points in the unit cube, 5 % inside its faces: a surface on the face is not missed by rounding
 _GRID = np.stack(np.meshgrid(*[np.linspace(-0.45, 0.45, 6)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 _CORNERS = np.stack(np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 
@@ -30,7 +32,7 @@ def load_depth(frame: Frame) -> np.ndarray:
     """Read a frame's depth image: ``[height, width]`` uint16, millimetres, 0 where nothing was measured.
 
     Raises:
-        ValueError: the file is unreadable, of another kind, or its numbers cannot be millimetres of a room.
+        ValueError: the file is unreadable, not a 16-bit one-channel PNG, or not in millimetres.
     """
     try:
         with Image.open(frame.depth, formats=["PNG"]) as image:
@@ -44,9 +46,9 @@ def load_depth(frame: Frame) -> np.ndarray:
 
 
 def _check_scale(depth: np.ndarray, frame: Frame) -> None:
-    """Refuse depths that are no millimetres, by the median of every fourth measurement of every fourth row.
+    """Raise ``ValueError`` if the median depth is outside ``DEPTH_RANGE``: the unit is then not millimetres.
 
-    An image in which nothing was measured has no scale and passes.
+    The median is that of every fourth pixel in both directions. An image without measurements passes.
     """
     measured = depth[::4, ::4]
     measured = measured[measured != 0]
@@ -66,7 +68,17 @@ def box_corners(box: np.ndarray) -> np.ndarray:
 
 
 def project(points: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels ``[N, 2]`` (x, y; meaningless behind the camera) and depths ``[N]``, metres, of points ``[N, 3]``."""
+    """Project points with a pinhole camera.
+
+    Args:
+        points: ``[N, 3]`` world, metres.
+        cam_to_world: ``[4, 4]``.
+        intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
+
+    Returns:
+        Pixels ``[N, 2]`` (x, y), not defined for points behind the camera, and depths ``[N]`` along z, metres.
+    """
+    # world to camera: R^-1 (p - t), for rows of points
     camera = (points - cam_to_world[:3, 3]) @ np.linalg.inv(cam_to_world[:3, :3]).T
     depth = camera[:, 2]
     safe = np.where(np.abs(depth) < _NEAR, _NEAR, depth)
@@ -79,11 +91,11 @@ def projected_area(
 ) -> float:
     """Area, in square pixels, of the convex hull of a box's corners in an image.
 
-    Corners behind the camera are dropped and the rest clipped to the image; the area is 0 when fewer than three
+    Corners behind the camera are not used and the others are clipped to the image; the area is 0 if fewer than three
     remain or the camera is inside the box.
 
     Args:
-        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes.py``), world, metres.
+        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes3d/transforms.py``), world, metres.
         cam_to_world: ``[4, 4]``.
         intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
         image_size: width and height, pixels.
@@ -94,16 +106,16 @@ def projected_area(
 def clipped_corners(
     box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray, image_size: tuple[int, int]
 ) -> np.ndarray:
-    """Pixels ``[k, 2]`` of the corners in front of the camera, clipped to the image; none if the camera is in the box.
+    """Pixels ``[k, 2]`` of the corners before the camera, clipped to the image; none if the camera is in the box.
 
     Args:
-        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes.py``), world, metres.
+        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes3d/transforms.py``), world, metres.
         cam_to_world: ``[4, 4]``.
         intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
         image_size: width and height, pixels.
     """
     offset, points = cam_to_world[:3, 3] - box[:3], box_corners(box[:6])
-    if len(box) == 9:
+    if len(box) == 9:  # the camera in the axes of the box
         offset, points = rotation_matrix(box[6:]).T @ offset, corners(box)
     if (np.abs(offset) <= np.asarray(box[3:6]) / 2).all():
         return np.empty((0, 2))
@@ -117,21 +129,21 @@ def hull_area(pixels: np.ndarray) -> float:
         return 0.0
     try:
         return float(ConvexHull(pixels).volume)
-    except QhullError:  # as when the box is wholly beside the image
+    except QhullError:  # all points on one line: the box is beside the image and was clipped to its border
         return 0.0
 
 
-def visible_share(
+def visible_fraction(
     box: np.ndarray,
     cam_to_world: np.ndarray,
     depth_intrinsic: np.ndarray,
     depth: np.ndarray,
     margin: float = OCCLUSION_MARGIN,
 ) -> float:
-    """Share of a grid of points in a box at whose pixels the measured surface lies inside the box.
+    """Fraction of a grid of points in a box at whose pixels the measured surface lies inside the box (depth test).
 
-    A point counts when it falls into the depth image, there is a measurement, and that measurement is neither in
-    front of the box (an occluder) nor behind it (background) by more than ``margin`` metres along the viewing ray.
+    A point counts if it falls into the depth image, its pixel has a measurement, and along the viewing ray that
+    measurement is neither before the box (an occluder) nor behind it (background) by more than ``margin``.
 
     Args:
         box: ``[6]`` centre and size in the axis-aligned world, metres.
@@ -143,10 +155,13 @@ def visible_share(
     points = np.asarray(box[:3]) + _GRID * np.asarray(box[3:6])
     pixels, along = project(points, cam_to_world, depth_intrinsic)
     height, width = depth.shape
+    # clipped first: points near the camera's plane have pixels beyond the range of integers
     columns, rows = np.round(np.clip(pixels, -1e6, 1e6)).astype(int).T
     inside = (along > _NEAR) & (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     measured = np.zeros(len(points))
     measured[inside] = depth[rows[inside], columns[inside]] / 1000.0
+    # The measurement is compared with the depths where the ray enters and leaves the box, not with the grid point:
+    # an object's surface is anywhere in its box.
     enter, leave = _ray_interval(points, along, box, cam_to_world[:3, 3])
     return float(np.mean((measured > 0) & (measured >= enter - margin) & (measured <= leave + margin)))
 
@@ -154,7 +169,11 @@ def visible_share(
 def _ray_interval(
     points: np.ndarray, along: np.ndarray, box: np.ndarray, origin: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Depths ``[N]`` where the rays from ``origin`` through ``points`` (depths ``along``) enter and leave the box."""
+    """Depths ``[N]`` where the rays from ``origin`` through ``points`` (depths ``along``) enter and leave the box.
+
+    Slab method: per axis the ray crosses two planes; it is in the box from the last entry to the first exit.
+    """
+    # scaled to depth 1, so that the ray's parameter is the depth
     directions = (points - origin) / np.where(np.abs(along) < _NEAR, _NEAR, along)[:, None]
     directions = np.where(np.abs(directions) < 1e-12, 1e-12, directions)
     half = np.asarray(box[3:6]) / 2

@@ -1,13 +1,13 @@
-"""Which frames of a scene a sample sees: five protocols behind ``choose``.
+"""Selection of the frames of a sample: five protocols behind `select_frames`.
 
 ``uniform``     evenly spread over the scene, the same for all samples of a scene (Video-3D-LLM).
-``vgllm``       a random start and a fixed stride, drawn for every sample until a frame sees the object (VG-LLM).
-``scene_sets``  a few fixed draws per scene, of which a sample gets one that sees its object: the samples of a scene
-                share frames (and what is computed from them), yet do not all see the same ones.
-``coverage``    the few frames that see most of the scene (Video-3D-LLM's ``mc``), the same for all its samples.
-``list``        frames that a file names for every scene.
+``vgllm``       a random start and a fixed stride per sample, redrawn until a frame shows the object (VG-LLM).
+``scene_sets``  a few fixed sets per scene; a sample gets the one in which most frames show its object. The samples of a
+                scene share frames and their features, without all having the same ones.
+``coverage``    the few frames that cover most of the scene (Video-3D-LLM's ``mc``), the same for all its samples.
+``list``        frame numbers per scene from a file.
 
-Where a protocol draws, it draws from (seed, scene, key): neither the order of the samples nor the process matters.
+Random draws are seeded by (seed, scene, key): they depend on neither the order of the samples nor the process.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from w2r2_ds.data.sources.scannet import Scene
 FrameProtocol = Literal["uniform", "vgllm", "scene_sets", "coverage", "list"]
 
 REDRAWS = 20
-"""How often VG-LLM draws again when no drawn frame sees the object."""
+"""Number of further draws of ``vgllm`` if no drawn frame shows the object."""
 
 
 @dataclass(frozen=True)
 class FrameOptions:
-    """How frames are chosen.
+    """Options of frame selection.
 
     Attributes:
-        protocol: see the module.
-        count: frames per sample; fewer where the scene has fewer, the ratio is reached or the list is shorter.
+        protocol: uniform, vgllm, scene_sets, coverage or list.
+        count: frames per sample; fewer if the scene has fewer, the ratio is reached or the list is shorter.
         seed: of ``vgllm`` and ``scene_sets``.
         sets: sets per scene of ``scene_sets``.
-        ratio: share of the scene's voxels at which ``coverage`` stops, in (0, 1].
+        ratio: fraction of the scene's voxels at which ``coverage`` stops, in (0, 1].
         voxel: edge length of the voxels of ``coverage``, metres.
         file: of ``list``: JSON, ``{scene: [frame numbers]}``, numbers as in the file names, in the order of viewing.
     """
@@ -53,7 +53,7 @@ class FrameOptions:
     file: Path | None = None
 
     def check(self) -> None:
-        """Raise ``ValueError`` for options that cannot be; the message names the option."""
+        """Raise ``ValueError`` with the option that is out of range or does not fit the protocol."""
         if self.protocol not in get_args(FrameProtocol):
             raise ValueError(
                 f"frames.protocol is {self.protocol!r}; it must be one of {', '.join(get_args(FrameProtocol))}"
@@ -71,22 +71,21 @@ class FrameOptions:
             raise ValueError("frames.file must be set for frames.protocol 'list', and only for it")
 
 
-def choose(options: FrameOptions, scene: Scene, key: str, seen: frozenset[int] | None) -> list[int] | None:
-    """Positions in ``scene.frames`` of the frames that a sample sees, each once, in the order in which it sees them.
+def select_frames(options: FrameOptions, scene: Scene, key: str, seen: frozenset[int] | None) -> list[int] | None:
+    """Positions in ``scene.frames`` of a sample's frames, each once, in the order of the sample.
 
     Args:
         options: checked options.
-        scene: the candidates are its frames; all of them are taken where they are fewer than ``options.count``.
-        key: what tells this sample from the others of the scene; samples of equal keys see equal frames.
-        seen: positions that see the sample's object; None if there is none, or if the sample is kept whatever it sees.
+        scene: all of its frames are selected if they are not more than ``options.count``.
+        key: of the sample, unique in the scene; equal keys get equal frames.
+        seen: positions in which the sample's object is visible; None if visibility does not matter.
 
     Returns:
-        the positions, or None if no frame that could have been chosen sees the object: none of the scene, or with
-        ``scene_sets`` none of the sets. With ``uniform``, ``coverage`` and ``list``, which do not look at the object, a
-        choice may miss an object that the scene shows.
+        The positions. None if the object is visible in no frame of the scene, or with ``scene_sets`` in none of the
+        sets. ``uniform``, ``coverage`` and ``list`` do not use visibility: no selected frame may show the object.
 
     Raises:
-        ValueError: see ``covering_frames`` and ``listed``.
+        ValueError: see `covering_frames` and `frames_from_file`.
     """
     if seen is not None and not seen:
         return None
@@ -97,32 +96,32 @@ def choose(options: FrameOptions, scene: Scene, key: str, seen: frozenset[int] |
             return vgllm(len(scene.frames), options.count, _generator(options.seed, scene.scene_id, key), seen)
         case "scene_sets":
             sets = scene_sets(len(scene.frames), options.count, options.sets, options.seed, scene.scene_id)
-            return assign(sets, key, seen)
+            return assign_set(sets, key, seen)
         case "coverage":
             return list(covering_frames(scene, options.count, options.ratio, options.voxel))
         case "list":
             assert options.file is not None, "check() was not called"
-            return listed(options.file, scene, options.count)
+            return frames_from_file(options.file, scene, options.count)
 
 
 def uniform(total: int, count: int) -> list[int]:
-    """``count`` of ``total`` positions, the first and the last included, rounded down (Video-3D-LLM's rule)."""
+    """``count`` evenly spaced positions of ``total``, including the first and the last, rounded down (Video-3D-LLM)."""
     return [int(i) for i in np.linspace(0, total - 1, min(count, total), dtype=int)]
 
 
 def vgllm(total: int, count: int, rng: np.random.Generator, seen: frozenset[int] | None) -> list[int]:
-    """VG-LLM's draw: from a random start, every ``total // count``-th position, around the end of the scene.
+    """VG-LLM's draw: from a random start every ``total // count``-th position, modulo ``total``.
 
-    Drawn again up to ``REDRAWS`` times until one position sees the object. If none ever does, the last position of the
-    last draw gives way to the first of the scene that sees it, and the positions are sorted. Where there are fewer
-    frames than asked for, all are taken, from the random start on. Two accidents of VG-LLM's code are left out: the
-    start 0 is drawn twice as often as any other, and the last draw loses a position without being looked at.
+    Redrawn up to ``REDRAWS`` times until a position shows the object. If none does, the last position of the last draw
+    is replaced by the first that shows it, and the positions are sorted. A scene with fewer than ``count`` frames gives
+    all of them, from the random start on. Two artefacts of VG-LLM's code are not reproduced: start 0 is drawn twice as
+    often as any other, and the last draw loses a position without being tested.
 
     Args:
-        total: frames of the scene.
-        count: frames wanted.
-        rng: source of the starts.
-        seen: positions that see the object, not empty; None if that does not matter.
+        total: number of frames of the scene.
+        count: number of frames to select.
+        rng: draws the starts.
+        seen: positions in which the object is visible, not empty; None if visibility does not matter.
     """
     drawn: list[int] = []
     for _ in range(1 + REDRAWS):
@@ -139,12 +138,12 @@ def _strided(total: int, count: int, start: int) -> list[int]:
 
 
 def scene_sets(total: int, count: int, sets: int, seed: int, scene_id: str) -> list[list[int]]:
-    """The ordered sets of positions among which the samples of a scene are divided.
+    """The ordered sets of positions of which every sample of a scene gets one.
 
-    Each set is spread evenly over the whole scene, its stride being ``total / count`` without rounding. The sets' first
-    positions divide one stride evenly, so that together they see ``sets * count`` evenly spread frames, or every frame
-    if there are no more. Each set is then rotated to begin in another part of the scene (a geometry encoder may take
-    the first camera for the world). Where all of this begins is drawn from (seed, scene).
+    Each set is spread evenly over the whole scene, with the exact stride ``total / count``. The sets are shifted by
+    equal parts of a stride, so their union is ``sets * count`` evenly spaced frames, or all frames if there are fewer.
+    Each set is then rotated, so that sets begin in different parts of the scene: a geometry encoder may take the first
+    frame's camera as its world. Shift and rotation are drawn from (seed, scene).
 
     Returns:
         ``sets`` lists of ``min(count, total)`` distinct positions.
@@ -154,53 +153,53 @@ def scene_sets(total: int, count: int, sets: int, seed: int, scene_id: str) -> l
     phase, turn = int(rng.integers(total)), int(rng.integers(size))
     made = []
     for number in range(sets):
-        # whole numbers only: a rounded quotient could repeat a position
+        # integer arithmetic: a rounded floating-point quotient could repeat a position
         spread = [((i * sets + number) * total + phase) // (size * sets) for i in range(size)]
         first = (turn + number * size // sets) % size
         made.append(spread[first:] + spread[:first])
     return made
 
 
-def assign(sets: list[list[int]], key: str, seen: frozenset[int] | None) -> list[int] | None:
-    """The set in which most frames see the object; a hash of the key decides between equal ones.
+def assign_set(sets: list[list[int]], key: str, seen: frozenset[int] | None) -> list[int] | None:
+    """The set in which most frames show the object; a hash of the key decides between equal ones.
 
     Args:
         sets: not empty.
-        key: what tells this sample from the others of the scene.
-        seen: positions that see the object, or None if every set is as good as any other.
+        key: of the sample, unique in the scene.
+        seen: positions in which the object is visible; None if visibility does not matter.
 
     Returns:
-        one of ``sets``, or None if no frame of any set sees the object.
+        One of ``sets``, or None if no frame of any set shows the object.
     """
-    seeing = [1 if seen is None else len(seen.intersection(positions)) for positions in sets]
-    if not max(seeing):
+    visible = [1 if seen is None else len(seen.intersection(positions)) for positions in sets]
+    if not max(visible):
         return None
-    best = [positions for positions, number in zip(sets, seeing, strict=True) if number == max(seeing)]
+    best = [positions for positions, number in zip(sets, visible, strict=True) if number == max(visible)]
     return best[_hash(key) % len(best)]
 
 
-def listed(file: Path, scene: Scene, count: int) -> list[int]:
-    """The positions of the frames that a JSON file names for a scene, in the file's order.
+def frames_from_file(file: Path, scene: Scene, count: int) -> list[int]:
+    """Positions of the frames that a JSON file lists for a scene, in the file's order.
 
     Raises:
-        ValueError: the file is unreadable, leaves the scene out, or names for it no frames, more than ``count``, one
-            that the scene does not have (or only without a valid pose), or one twice.
+        ValueError: the file is unreadable or lacks the scene, or the scene's list is empty, has more than ``count``
+            frames, one that the scene does not have (or only without a valid pose), or one twice.
     """
     frames = _read_list(file)
     if scene.scene_id not in frames:
-        raise ValueError(f"{file}: there is no scene {scene.scene_id}; add its frame numbers or leave the scene out")
+        raise ValueError(f"{file}: there is no scene {scene.scene_id}; add its frame numbers")
     numbers = frames[scene.scene_id]
     where = f"{file}: scene {scene.scene_id}"
     if not isinstance(numbers, list) or not numbers or any(type(number) is not int for number in numbers):
         raise ValueError(f"{where} must have a list of one or more frame numbers; correct the entry")
     if len(numbers) > count:
-        raise ValueError(f"{where} has {len(numbers)} frames, but at most {count} are asked for; raise frames.count")
+        raise ValueError(f"{where} has {len(numbers)} frames, more than frames.count ({count}); raise frames.count")
     positions = {frame.index: position for position, frame in enumerate(scene.frames)}
     for i, number in enumerate(numbers):
         if number not in positions:
             raise ValueError(
                 f"{where} names frame {number}, which is not among its {len(positions)} usable frames "
-                f"({scene.dropped_frames} others have no valid pose); correct the list or extract the frame"
+                f"({scene.frames_without_pose} others have no valid pose); correct the list or extract the frame"
             )
         if number in numbers[:i]:
             raise ValueError(f"{where} names frame {number} twice; remove one")
@@ -221,7 +220,7 @@ def _read_list(file: Path) -> dict[str, Any]:
 
 
 def _hash(*parts: object) -> int:
-    """A whole number of 128 bits that is the same in every process (Python's ``hash`` of a string is not)."""
+    """A 128-bit hash that is the same in every process; Python's ``hash`` of a string is salted per process."""
     text = json.dumps([str(part) for part in parts])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 

@@ -1,8 +1,11 @@
-"""Who sees what: the frames of a scene in which an object is visible, and the clearest of them.
+"""Object visibility: the frames of a scene in which an object is visible, and the frame that shows it largest.
 
-Two sources. EmbodiedScan lists the visible instances of every image (VG-LLM's source); it knows an object by a box of
-its own, so the object is found by overlap (``match_instance``). Without it, the depth images tell (``frames.py``).
-A *position* is an index into ``Scene.frames``; a frame's number in its file name is ``Frame.index``.
+Two sources of visibility. EmbodiedScan lists the visible instances of every image (VG-LLM's source); its boxes are not
+ScanRefer's, so an object is matched to an instance by IoU (`match_instance`). Without EmbodiedScan, depth images are
+compared with the box (``projection.py``).
+
+A *position* is an index into ``Scene.frames``; the number in a frame's file name is ``Frame.index``. Boxes are in the
+axis-aligned world: ``[6]`` (centre, size) or ``[9]`` (with ZXY angles); metres, radians.
 """
 
 from __future__ import annotations
@@ -14,27 +17,37 @@ import numpy as np
 import torch
 
 from w2r2_ds.boxes3d.iou import box_iou
-from w2r2_ds.data.frames.projection import MIN_VISIBLE_SHARE, clipped_corners, hull_area, load_depth, visible_share
+from w2r2_ds.data.frames.projection import (
+    MIN_VISIBLE_FRACTION,
+    clipped_corners,
+    hull_area,
+    load_depth,
+    visible_fraction,
+)
 from w2r2_ds.data.sources.embodiedscan import InfoInstance, ScanInfo
 from w2r2_ds.data.sources.scannet import Frame, Scene
 
 MATCH_IOU = 0.5
-"""IoU from which a ScanRefer object and an EmbodiedScan instance are the same object (VG-LLM)."""
+"""Smallest IoU at which a ScanRefer object and an EmbodiedScan instance are the same object (VG-LLM)."""
 
 POSE_TOLERANCE = 0.05
-"""Metres between two poses of one image: only rounding differs, while the next image is often centimetres away."""
+"""Largest distance, in metres, of a frame's camera centre from EmbodiedScan's for the same frame number.
+
+Both files round the same pose. A larger distance means that the frame has another image's number: neighbouring images
+are often only centimetres apart.
+"""
 
 
 _RENUMBERED = "extract the images of the scan under their own numbers (every 10th: 00000, 00010, ...)"
 
 
-def listed_frames(scene: Scene, info: ScanInfo) -> Scene:
-    """The scene with only the frames that EmbodiedScan lists: the candidates of VG-LLM and of Video-3D-LLM.
+def keep_listed_frames(scene: Scene, info: ScanInfo) -> Scene:
+    """The scene with only the frames that EmbodiedScan lists, the candidates of VG-LLM and of Video-3D-LLM.
 
-    Of the other frames (where every frame of the scan was extracted) EmbodiedScan does not say what they see.
+    If every image of the scan was extracted, EmbodiedScan has no visibility for the others.
 
     Raises:
-        ValueError: no listed frame is there, or a frame's pose is not the one that EmbodiedScan gives for its number.
+        ValueError: the scene has none of the listed frames, or a pose differs from EmbodiedScan's for that number.
     """
     frames = tuple(frame for frame in scene.frames if frame.index in info.visible)
     if not frames:
@@ -43,6 +56,7 @@ def listed_frames(scene: Scene, info: ScanInfo) -> Scene:
             f"that EmbodiedScan lists for {scene.scene_id}; {_RENUMBERED}"
         )
     for frame in frames:
+        # EmbodiedScan's poses are in the raw world
         pose = info.axis_align @ info.poses[frame.index]
         distance = float(np.linalg.norm((pose - frame.cam_to_world)[:3, 3]))
         if distance > POSE_TOLERANCE:
@@ -54,11 +68,11 @@ def listed_frames(scene: Scene, info: ScanInfo) -> Scene:
 
 
 def match_instance(box: np.ndarray, info: ScanInfo) -> InfoInstance | None:
-    """The EmbodiedScan instance that overlaps a ScanRefer box most, if their IoU is at least ``MATCH_IOU``.
+    """The EmbodiedScan instance with the largest IoU with a ScanRefer box; None below ``MATCH_IOU``.
 
     Args:
-        box: ``[6]`` centre and size in the axis-aligned world, metres.
-        info: its instances' boxes may be turned, the IoU is exact; of equal ones the first is taken.
+        box: ``[6]`` axis-aligned.
+        info: its instances have oriented boxes; the first of several with the same IoU is returned.
     """
     if not info.instances:
         return None
@@ -70,61 +84,59 @@ def match_instance(box: np.ndarray, info: ScanInfo) -> InfoInstance | None:
     return info.instances[best] if overlaps[best] >= MATCH_IOU else None
 
 
-def seen_by_infos(scene: Scene, info: ScanInfo, instance: InfoInstance) -> frozenset[int]:
-    """Positions of the frames that see an instance according to EmbodiedScan.
+def visible_frames_by_infos(scene: Scene, info: ScanInfo, instance: InfoInstance) -> frozenset[int]:
+    """Positions of the frames in which EmbodiedScan lists an instance as visible.
 
     Args:
-        scene: as ``listed_frames`` returns it.
-        info: EmbodiedScan's record of the scene.
+        scene: with listed frames only, see `keep_listed_frames`.
+        info: EmbodiedScan's annotations of the scene.
         instance: one of ``info.instances``; ``visible_instance_ids`` are indices into that list.
     """
     unlisted = [frame.index for frame in scene.frames if frame.index not in info.visible]
-    assert not unlisted, f"{scene.scene_id}: EmbodiedScan does not list frame {unlisted[0]}; use listed_frames first"
+    assert not unlisted, f"{scene.scene_id}: frame {unlisted[0]} is not listed; call keep_listed_frames first"
     return frozenset(i for i, frame in enumerate(scene.frames) if instance.index in info.visible[frame.index])
 
 
-def seen_by_depth(scene: Scene, boxes: Sequence[np.ndarray]) -> list[frozenset[int]]:
-    """Positions of the frames that see each box, by ``visible_share`` of at least ``MIN_VISIBLE_SHARE``.
-
-    All boxes of a scene are asked for at once: every depth image is read once, and one is in memory at a time.
+def visible_frames_by_depth(scene: Scene, boxes: Sequence[np.ndarray]) -> list[frozenset[int]]:
+    """Positions of the frames in which each box has a `visible_fraction` of at least ``MIN_VISIBLE_FRACTION``.
 
     Args:
-        scene: every frame's depth image is read.
-        boxes: ``[6]`` each, centre and size in the axis-aligned world, metres.
+        scene: the depth images of all its frames are read, each once; one is in memory at a time.
+        boxes: ``[6]`` each, axis-aligned.
 
     Returns:
-        a set for each box.
+        One set per box.
 
     Raises:
-        ValueError: a depth image is unreadable or of a wrong scale.
+        ValueError: a depth image is unreadable or not in millimetres.
     """
-    seen: list[set[int]] = [set() for _ in boxes]
+    visible: list[set[int]] = [set() for _ in boxes]
     for position, frame in enumerate(scene.frames):
         depth = load_depth(frame)
-        for box, positions in zip(boxes, seen, strict=True):
-            if visible_share(box, frame.cam_to_world, scene.depth_intrinsic, depth) >= MIN_VISIBLE_SHARE:
+        for box, positions in zip(boxes, visible, strict=True):
+            if visible_fraction(box, frame.cam_to_world, scene.depth_intrinsic, depth) >= MIN_VISIBLE_FRACTION:
                 positions.add(position)
-    return [frozenset(positions) for positions in seen]
+    return [frozenset(positions) for positions in visible]
 
 
-def clearest(
+def clearest_frame(
     frames: Sequence[Frame],
     positions: Iterable[int],
     box: np.ndarray,
     intrinsic: np.ndarray,
     image_size: tuple[int, int],
 ) -> int | None:
-    """The position whose frame shows a box largest (VG-LLM's target frame), by ``clear_area``.
+    """The position whose frame shows a box with the largest `clear_area`: VG-LLM's target frame.
 
     Args:
         frames: ``Scene.frames``.
-        positions: those that see the object, in the order in which the model sees them; of equal ones the first wins.
-        box: ``[6]`` or ``[9]``, world; VG-LLM takes EmbodiedScan's box here, though it asks for ScanRefer's.
-        intrinsic: ``[4, 4]``, of the colour images.
-        image_size: width and height of the colour images.
+        positions: frames in which the object is visible, in the order of the sample; the first of equal ones wins.
+        box: ``[6]`` or ``[9]``. VG-LLM measures EmbodiedScan's box here, while its answer has ScanRefer's.
+        intrinsic: ``[4, 4]``, of the colour images, pixels.
+        image_size: width and height of the colour images, pixels.
 
     Returns:
-        one of ``positions``, or None if the area is 0 in all of them.
+        One of ``positions``, or None if all areas are 0.
     """
     best, largest = None, 0.0
     for position in positions:
@@ -135,10 +147,11 @@ def clearest(
 
 
 def clear_area(box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray, image_size: tuple[int, int]) -> float:
-    """``projected_area``, but 0 where every corner lies left or right of the image, or every one above or below it.
+    """`projected_area`, but 0 if all corners lie left or right of the image, or all lie above or below it.
 
-    So VG-LLM counts: a box that fills the image from side to side is too close to be shown clearly.
+    VG-LLM's rule: such a box fills the image from side to side and is too close to be shown clearly.
     """
     pixels = clipped_corners(box, cam_to_world, intrinsic, image_size)
+    # corners outside the image were clipped to its border
     at_border = (pixels == 0.0) | (pixels == np.array(image_size) - 1.0)
     return 0.0 if at_border.all(axis=0).any() else hull_area(pixels)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.data.dataset import MANIFEST, VERSION, read_manifest
-from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_sources
+from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_files
 from w2r2_ds.utils.hashing import file_sha256
 
 MISSING = "missing"
@@ -44,7 +44,7 @@ def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
     """Scene -> hashes of its alignment, boxes and intrinsics, and of the names of its frames' files."""
 
     def hashes(scene_id: str) -> dict[str, str]:
-        found = {relative(each.path, plan.root): file_hash(each.path) for each in scene_sources(plan.root, scene_id)}
+        found = {relative(each.path, plan.root): file_hash(each.path) for each in scene_files(plan.root, scene_id)}
         folder = plan.root / "posed_images" / scene_id
         return {**found, relative(folder, plan.root): folder_hash(folder)}
 
@@ -97,7 +97,7 @@ def counts(plan: Plan, samples: int, scenes: int, lost: int) -> dict[str, Any]:
 
 
 def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
-    """A prepared folder in two or three lines: its samples, whether the annotations are complete, dropped items."""
+    """Two or three lines about a prepared folder: samples, comparison with the published count, skipped items."""
     numbers = manifest["counts"]
     units = [name for name in numbers if name not in ("samples", "scenes", "frames_without_pose", "published")]
     held = " in ".join(f"{numbers[name]} {name}" for name in [*units, "scenes"])
@@ -107,9 +107,9 @@ def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
         found = numbers[published["of"]]
         compared = "as published" if published["met"] else f"not the {published['count']} that are published"
         lines.append(f"  {found} {published['of']}, {compared}")
-    if manifest["dropped"]:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in manifest["dropped"].items())
-        lines.append(f"  dropped: {reasons} (see dropped.jsonl)")
+    if manifest["skipped"]:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in manifest["skipped"].items())
+        lines.append(f"  skipped: {reasons} (see skipped.jsonl)")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.data.tasks.base import Job, Source, Task, TaskOptions, find_task
+from w2r2_ds.data.tasks.base import InputFile, Job, Task, TaskOptions, find_task
 from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, SCANNET, infos_files, proposals_file
 
 EXTRACTED = f"{SCANNET}; docs/guides/own-dataset.md says how frames are extracted"
@@ -88,26 +88,26 @@ def make_plan(root: Path | str, options: TaskOptions) -> Plan:
     """Read the files of a task; raises ``ValueError`` with the option or file that cannot be used."""
     root = Path(root)
     check_options(options)
-    files = tuple(source.path for source in sources(root, options))
+    files = tuple(source.path for source in input_files(root, options))
     return Plan(root, options, find_task(options.task).jobs(root, options), files)
 
 
-def sources(root: Path, options: TaskOptions) -> list[Source]:
+def input_files(root: Path, options: TaskOptions) -> list[InputFile]:
     """Every input file of a task and split besides the scenes; the annotations first."""
     task = find_task(options.task)
-    found = [task.annotations(root, options), *task.other_sources(root, options)]
+    found = [task.annotations(root, options), *task.other_files(root, options)]
     if task.needs_infos(options):
-        found += [Source("infos", path, EMBODIEDSCAN) for path in infos_files(root, options.split)]
+        found += [InputFile("infos", path, EMBODIEDSCAN) for path in infos_files(root, options.split)]
     if task.needs_proposals(options):
-        found.append(Source("proposals", proposals_file(root, options.split), PROPOSALS))
+        found.append(InputFile("proposals", proposals_file(root, options.split), PROPOSALS))
     if options.frames.file is not None:
-        found.append(Source("frames", Path(options.frames.file), "your own file, given as frames.file"))
+        found.append(InputFile("frames", Path(options.frames.file), "your own file, given as frames.file"))
     return found
 
 
-def scene_sources(root: Path, scene_id: str) -> Iterator[Source]:
+def scene_files(root: Path, scene_id: str) -> Iterator[InputFile]:
     """Files of every scene besides its frames."""
-    yield Source("alignment", root / "scans" / scene_id / f"{scene_id}.txt", SCANNET)
-    yield Source("boxes", root / "scannet_data" / f"{scene_id}_aligned_bbox.npy", BOXES)
+    yield InputFile("alignment", root / "scans" / scene_id / f"{scene_id}.txt", SCANNET)
+    yield InputFile("boxes", root / "scannet_data" / f"{scene_id}_aligned_bbox.npy", BOXES)
     for name in ("intrinsic.txt", "depth_intrinsic.txt"):
-        yield Source("intrinsics", root / "posed_images" / scene_id / name, EXTRACTED)
+        yield InputFile("intrinsics", root / "posed_images" / scene_id / name, EXTRACTED)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from w2r2_ds.data.prepare.manifest import relative
-from w2r2_ds.data.prepare.plan import BOXES, EXTRACTED, Plan, check_options, make_plan, scene_sources, sources
+from w2r2_ds.data.prepare.plan import BOXES, EXTRACTED, Plan, check_options, input_files, make_plan, scene_files
 from w2r2_ds.data.tasks.base import TaskOptions, find_task
 from w2r2_ds.data.tasks.common import SCANNET
 from w2r2_ds.data.validate import THREADS, ends_well
@@ -40,7 +40,9 @@ def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
     """
     root = Path(root)
     check_options(options)
-    found = [Missing(each.path, "missing", each.origin) for each in sources(root, options) if not each.path.is_file()]
+    found = [
+        Missing(each.path, "missing", each.origin) for each in input_files(root, options) if not each.path.is_file()
+    ]
     scenes, unusable = _scenes(root, options, bool(found))
     for scene_id in scenes:
         found += _missing_of_scene(root, scene_id)
@@ -86,7 +88,7 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
         try:
             plan = make_plan(root, options)
         except ValueError as error:
-            named = [each for each in sources(root, options) if str(each.path) in str(error)]
+            named = [each for each in input_files(root, options) if str(each.path) in str(error)]
             source = named[0] if named else find_task(options.task).annotations(root, options)
             return _extracted(root), [Missing(source.path, str(error), source.origin)]
         return [job.scene_id for job in plan.jobs], list(_lacking(plan))
@@ -95,7 +97,7 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
 
 def _lacking(plan: Plan) -> Iterator[Missing]:
     """Scenes that EmbodiedScan's infos or the proposals leave out."""
-    files = {each.name: each for each in reversed(sources(plan.root, plan.options))}  # the split's own infos
+    files = {each.name: each for each in reversed(input_files(plan.root, plan.options))}  # the split's own infos
     for job in plan.jobs:
         if plan.task.needs_infos(plan.options) and job.info is None:
             yield Missing(files["infos"].path, f"does not have {job.scene_id}", files["infos"].origin)
@@ -112,7 +114,7 @@ def _missing_of_scene(root: Path, scene_id: str) -> Iterator[Missing]:
     folder = root / "posed_images" / scene_id
     if not folder.is_dir():
         yield Missing(folder, "missing", EXTRACTED)
-    for each in scene_sources(root, scene_id):
+    for each in scene_files(root, scene_id):
         if not each.path.is_file() and (each.path.parent != folder or folder.is_dir()):
             yield Missing(each.path, "missing", each.origin)
     if not folder.is_dir():

@@ -61,7 +61,7 @@ class ScanInfo:
         visible: frame number (that of the image's name) -> ``InfoInstance.index`` of the objects it shows.
         poses: frame number -> ``[4, 4]`` float64, OpenCV camera to *raw* world.
         instances: in the file's order.
-        dropped_frames: number of frames skipped because their pose is not finite.
+        frames_without_pose: number of frames skipped because their pose is not finite.
     """
 
     scene_id: str
@@ -69,7 +69,7 @@ class ScanInfo:
     visible: dict[int, frozenset[int]]
     poses: dict[int, np.ndarray]
     instances: tuple[InfoInstance, ...]
-    dropped_frames: int = 0
+    frames_without_pose: int = 0
 
 
 class Infos(dict[str, ScanInfo]):

@@ -56,7 +56,7 @@ class Scene:
         depth_intrinsic: ``[4, 4]`` float64, of the depth images.
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
         instances: object id to instance.
-        dropped_frames: how many frames were left out because their pose is not finite.
+        frames_without_pose: how many frames were left out because their pose is not finite.
     """
 
     scene_id: str
@@ -65,7 +65,7 @@ class Scene:
     depth_intrinsic: np.ndarray
     axis_align: np.ndarray
     instances: dict[int, Instance]
-    dropped_frames: int
+    frames_without_pose: int
 
 
 def check_scene_id(scene_id: str) -> str:
@@ -95,7 +95,7 @@ def load_scene(root: Path | str, scene_id: str) -> Scene:
         depth_intrinsic=_read_intrinsic(images / "depth_intrinsic.txt"),
         axis_align=axis_align,
         instances=_read_instances(root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"),
-        dropped_frames=dropped,
+        frames_without_pose=dropped,
     )
 
 

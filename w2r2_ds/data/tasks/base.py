@@ -101,7 +101,7 @@ class Item(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One input file: its kind (annotations, labels, infos, proposals or frames), path, and where a user gets it."""
 
     name: str
@@ -110,7 +110,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class SkippedItem:
     """An item that became no sample.
 
     Attributes:
@@ -126,21 +126,21 @@ class Dropped:
     detail: str = ""
 
 
-PreparedItem = Sample | Dropped
-Outcomes = list[tuple[int, PreparedItem]]
+PreparedItem = Sample | SkippedItem
+PreparedItems = list[tuple[int, PreparedItem]]
 """What items became, each with the item's number in its file."""
 
 
-class WrongAnnotations(ValueError):
+class AnnotationMismatch(ValueError):
     """Annotations that do not belong to these scans.
 
     Attributes:
-        sentences: what is wrong, each with file, line and field.
+        messages: one per item, with file, entry and field.
     """
 
-    def __init__(self, sentences: list[str]) -> None:
-        super().__init__("\n".join(sentences))
-        self.sentences = sentences
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = messages
 
 
 class Task(ABC):
@@ -164,7 +164,7 @@ class Task(ABC):
     frame_protocol: ClassVar[FrameProtocol] = "uniform"
 
     @abstractmethod
-    def annotations(self, root: Path, options: TaskOptions) -> Source:
+    def annotations(self, root: Path, options: TaskOptions) -> InputFile:
         """The file whose entries become samples."""
 
     @abstractmethod
@@ -172,7 +172,7 @@ class Task(ABC):
         """All items of the annotation file, in its order."""
 
     @abstractmethod
-    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+    def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         """The samples of one scene, and the items that became none, each with the item's number."""
 
     def kind(self, options: TaskOptions) -> Kind:
@@ -220,7 +220,7 @@ class Task(ABC):
             for number, (scene_id, items) in enumerate(by_scene(self.read(root, options)).items())
         )
 
-    def other_sources(self, root: Path, options: TaskOptions) -> list[Source]:
+    def other_files(self, root: Path, options: TaskOptions) -> list[InputFile]:
         """Files besides the annotations, EmbodiedScan's and the proposals."""
         return []
 
@@ -288,7 +288,7 @@ def by_scene(items: Sequence[Item]) -> dict[str, tuple[tuple[int, Any], ...]]:
 
 
 def check_objects(scene: Scene, job: Job) -> None:
-    """Raise ``WrongAnnotations`` with all items about objects that the scene lacks."""
+    """Raise ``AnnotationMismatch`` with all items about objects that the scene lacks."""
     lacking = [
         f"{item.where}: field {item.object_field!r} is {number}, which scene {scene.scene_id} does not have in "
         f"{scene.scene_id}_aligned_bbox.npy; use the annotations that belong to these scans, and boxes of "
@@ -298,7 +298,7 @@ def check_objects(scene: Scene, job: Job) -> None:
         if number not in scene.instances
     ]
     if lacking:
-        raise WrongAnnotations(lacking)
+        raise AnnotationMismatch(lacking)
 
 
 def split_by_boxes(scene: Scene, job: Job) -> tuple[Job, Job]:

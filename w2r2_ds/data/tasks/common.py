@@ -9,8 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from w2r2_ds.data.frames.selection import choose
-from w2r2_ds.data.frames.visibility import listed_frames, match_instance, seen_by_depth, seen_by_infos
+from w2r2_ds.data.frames.selection import select_frames
+from w2r2_ds.data.frames.visibility import (
+    keep_listed_frames,
+    match_instance,
+    visible_frames_by_depth,
+    visible_frames_by_infos,
+)
 from w2r2_ds.data.sources.annotations import Description, read_scanrefer
 from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
 from w2r2_ds.data.sources.labels import LABELS_FILE, groups, nyu40_class, read_labels, scannet_class
@@ -19,9 +24,9 @@ from w2r2_ds.data.sources.scannet import Frame, Scene
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
     NO_VISIBLE_FRAME,
-    Dropped,
+    InputFile,
     Job,
-    Source,
+    SkippedItem,
     Task,
     TaskOptions,
     by_scene,
@@ -57,11 +62,11 @@ class DescriptionTask(Task):
     formats = ("vgllm", "video3dllm")
     frame_protocol = "vgllm"
 
-    def annotations(self, root: Path, options: TaskOptions) -> Source:
-        return Source("annotations", root / "ScanRefer" / f"ScanRefer_filtered_{options.split}.json", SCANREFER)
+    def annotations(self, root: Path, options: TaskOptions) -> InputFile:
+        return InputFile("annotations", root / "ScanRefer" / f"ScanRefer_filtered_{options.split}.json", SCANREFER)
 
-    def other_sources(self, root: Path, options: TaskOptions) -> list[Source]:
-        return [Source("labels", root / LABELS_FILE, SCANNET)]
+    def other_files(self, root: Path, options: TaskOptions) -> list[InputFile]:
+        return [InputFile("labels", root / LABELS_FILE, SCANNET)]
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Description]:
         return read_scanrefer(self.annotations(root, options).path)
@@ -158,7 +163,7 @@ class ObjectVisibility:
     box: np.ndarray | None
 
 
-def find_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene, dict[int, ObjectVisibility]]:
+def object_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene, dict[int, ObjectVisibility]]:
     """The scene with the frames that can be used, and the visibility of its objects by id (empty if not needed).
 
     Raises:
@@ -168,26 +173,26 @@ def find_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene
         return scene, {}
     if options.visibility == "embodiedscan":
         assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
-        scene = listed_frames(scene, job.info)
+        scene = keep_listed_frames(scene, job.info)
     return scene, _visibility(scene, job, options)
 
 
 def choose_frames(
     scene: Scene, about: Description, key: str, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
-) -> list[int] | Dropped:
+) -> list[int] | SkippedItem:
     """Positions of a sample's frames in the scene; one of them sees the object if the options ask for that."""
     visible = visibility.get(about.object_id)
     if visible is not None and visible.box is None:
-        return Dropped(key, NO_INSTANCE_MATCH, about.where)
-    chosen = choose(options.frames, scene, key, None if visible is None else visible.seen)
-    return Dropped(key, NO_VISIBLE_FRAME, about.where) if chosen is None else chosen
+        return SkippedItem(key, NO_INSTANCE_MATCH, about.where)
+    chosen = select_frames(options.frames, scene, key, None if visible is None else visible.seen)
+    return SkippedItem(key, NO_VISIBLE_FRAME, about.where) if chosen is None else chosen
 
 
 def _visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[int, ObjectVisibility]:
     """Of every object that a description is about."""
     boxes = {about.object_id: world_box(scene, about.object_id) for _, about in job.items}
     if options.visibility == "depth":
-        seen = seen_by_depth(scene, [box[:6] for box in boxes.values()])
+        seen = visible_frames_by_depth(scene, [box[:6] for box in boxes.values()])
         return {number: ObjectVisibility(each, box) for (number, box), each in zip(boxes.items(), seen, strict=True)}
     assert job.info is not None
     visibility: dict[int, ObjectVisibility] = {}
@@ -196,5 +201,5 @@ def _visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[int, Objec
         if instance is None:
             visibility[number] = ObjectVisibility(frozenset(), None)
         else:
-            visibility[number] = ObjectVisibility(seen_by_infos(scene, job.info, instance), instance.box)
+            visibility[number] = ObjectVisibility(visible_frames_by_infos(scene, job.info, instance), instance.box)
     return visibility

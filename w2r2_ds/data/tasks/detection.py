@@ -17,13 +17,22 @@ from typing import Any
 import numpy as np
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
-from w2r2_ds.data.frames.visibility import listed_frames
+from w2r2_ds.data.frames.visibility import keep_listed_frames
 from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
 from w2r2_ds.data.sources.scannet import Frame, Scene
-from w2r2_ds.data.tasks.base import NO_WINDOW, Dropped, Job, Outcomes, Source, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.base import (
+    NO_WINDOW,
+    InputFile,
+    Job,
+    PreparedItems,
+    SkippedItem,
+    Task,
+    TaskOptions,
+    register_task,
+)
 from w2r2_ds.data.tasks.common import EMBODIEDSCAN, frame_fields, infos_files, rounded_box
 from w2r2_ds.data.tasks.parsing import parse_objects
-from w2r2_ds.types.sample import Labelled, Sample
+from w2r2_ds.types.sample import LabeledBox, Sample
 
 QUESTION = (
     "\nDetect the 3D bounding boxes in the camera coordinate system of the first frame.\n"
@@ -34,7 +43,7 @@ QUESTION = (
 LEFT_OUT = frozenset({"wall", "ceiling", "floor", "object"})
 
 
-def answer_text(objects: Sequence[Labelled]) -> str:
+def answer_text(objects: Sequence[LabeledBox]) -> str:
     """Fenced JSON, one object per line, two decimals.
 
     Args:
@@ -44,12 +53,12 @@ def answer_text(objects: Sequence[Labelled]) -> str:
     return "```json\n[\n\t" + ",\n\t".join(lines) + "\n]```"
 
 
-def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
     """The windows of one scene, by their first frame; of too many a seeded part; a scene without any is dropped."""
     assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
-    windows = list(_windows(listed_frames(scene, job.info), options))
+    windows = list(_windows(keep_listed_frames(scene, job.info), options))
     if not windows:
-        return [(job.number, Dropped(scene.scene_id, NO_WINDOW, f"EmbodiedScan's infos: scannet/{scene.scene_id}"))]
+        return [(job.number, SkippedItem(scene.scene_id, NO_WINDOW, f"EmbodiedScan's infos: scannet/{scene.scene_id}"))]
     if options.windows and len(windows) > options.windows:
         digest = hashlib.sha256(f"{options.frames.seed} {scene.scene_id}".encode()).digest()
         drawn = np.random.default_rng(list(digest)).permutation(len(windows))[: options.windows]
@@ -57,12 +66,12 @@ def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
     return [(job.number, _sample(scene, job.info, window)) for window in windows]
 
 
-def seen_objects(info: ScanInfo, frames: Sequence[Frame]) -> tuple[Labelled, ...]:
+def seen_objects(info: ScanInfo, frames: Sequence[Frame]) -> tuple[LabeledBox, ...]:
     """What EmbodiedScan says the frames see, in the first one's camera."""
     seen = dict.fromkeys(number for frame in frames for number in sorted(info.visible[frame.index]))
     instances = [info.instances[number] for number in seen]
     return tuple(
-        Labelled(each.label, world_to_camera(each.box, frames[0].cam_to_world))
+        LabeledBox(each.label, world_to_camera(each.box, frames[0].cam_to_world))
         for each in instances
         if each.label not in LEFT_OUT
     )
@@ -99,8 +108,8 @@ class Detection(Task):
     name = "detection"
     cli_options = ("count", "interval", "step", "windows", "train_windows", "seed")
 
-    def annotations(self, root: Path, options: TaskOptions) -> Source:
-        return Source("infos", infos_files(root, options.split)[0], EMBODIEDSCAN)
+    def annotations(self, root: Path, options: TaskOptions) -> InputFile:
+        return InputFile("infos", infos_files(root, options.split)[0], EMBODIEDSCAN)
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Any]:
         return list(read_infos(self.annotations(root, options).path).values())
@@ -108,8 +117,8 @@ class Detection(Task):
     def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
         return tuple(Job(info.scene_id, number, info=info) for number, info in enumerate(self.read(root, options)))
 
-    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
-        return make(scene, job, options)
+    def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
+        return _make_samples(scene, job, options)
 
     def parse(self, text: str, frame_count: int) -> list[tuple[str, np.ndarray]]:
         return parse_objects(text)

@@ -22,10 +22,10 @@ from w2r2_ds.data.sources.annotations import Description
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,
-    Dropped,
     Job,
-    Outcomes,
     PreparedItem,
+    PreparedItems,
+    SkippedItem,
     TaskOptions,
     register_task,
 )
@@ -33,8 +33,8 @@ from w2r2_ds.data.tasks.common import (
     DescriptionTask,
     ObjectVisibility,
     choose_frames,
-    find_visibility,
     frame_fields,
+    object_visibility,
     rounded,
     target_of,
 )
@@ -78,27 +78,27 @@ def object_key(about: Description) -> str:
     return f"{about.scene_id}|{about.object_id}|{about.object_name}"
 
 
-def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
     """The samples of one scene: of each description (training), or of each object where its first one stands."""
-    scene, visibility = find_visibility(scene, job, options)
+    scene, visibility = object_visibility(scene, job, options)
     if options.split == "train":
-        return [(number, _outcome(scene, job, about, options, visibility, about.key)) for number, about in job.items]
+        return [(number, _sample(scene, job, about, options, visibility, about.key)) for number, about in job.items]
     objects: dict[str, list[tuple[int, Description]]] = {}
     for number, about in job.items:
         objects.setdefault(object_key(about), []).append((number, about))
-    outcomes: Outcomes = []
+    prepared: PreparedItems = []
     proposed = options.boxes == "proposals"
     for key, members in objects.items():
         number, about = members[0]
         if proposed and (job.proposals is None or not len(job.proposals)):
-            outcomes.append((number, Dropped(key, NO_PROPOSAL, about.where)))
+            prepared.append((number, SkippedItem(key, NO_PROPOSAL, about.where)))
             continue
         references = tuple(Reference(each.text, each.words) for _, each in members)
-        outcomes.append((number, _outcome(scene, job, about, options, visibility, key, references)))
-    return outcomes
+        prepared.append((number, _sample(scene, job, about, options, visibility, key, references)))
+    return prepared
 
 
-def _outcome(
+def _sample(
     scene: Scene,
     job: Job,
     about: Description,
@@ -112,7 +112,7 @@ def _outcome(
         assert job.proposals is not None
         described = best_proposal(job.proposals, described)
     chosen = choose_frames(scene, about, key, options, visibility)
-    if isinstance(chosen, Dropped):
+    if isinstance(chosen, SkippedItem):
         return chosen
     first = scene.frames[chosen[0]].cam_to_world
     return Sample(
@@ -134,8 +134,8 @@ class Scan2Cap(DescriptionTask):
     name = "scan2cap"
     published: ClassVar = {"train": 36665, "val": 2068}
 
-    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
-        return make(scene, job, options)
+    def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
+        return _make_samples(scene, job, options)
 
     def kind(self, options: TaskOptions) -> Kind:
         return "caption"

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from w2r2_ds.data.frames.selection import choose
+from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.annotations import Question, read_scanqa
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.data.tasks.base import Job, Outcomes, Source, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, register_task
 from w2r2_ds.data.tasks.common import SCANQA, frame_fields
 from w2r2_ds.types.sample import Reference, Sample
 
@@ -31,19 +31,19 @@ def question_span(question: str) -> tuple[int, int]:
     return begin, begin + len(question.strip())
 
 
-def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
     """The samples of one scene's questions, in the file's order."""
-    outcomes: Outcomes = []
+    prepared: PreparedItems = []
     for number, question in job.items:
         if options.split == "train":
             for i, answer in enumerate(question.answers):
                 key = f"scanqa_{question.question_id}_{i}"
-                outcomes.append((number, _sample(scene, question, options, key, answer)))
+                prepared.append((number, _sample(scene, question, options, key, answer)))
         else:
             answer = question.answers[0] if question.answers else ""
             references = tuple(Reference(each) for each in question.answers)
-            outcomes.append((number, _sample(scene, question, options, question.question_id, answer, references)))
-    return outcomes
+            prepared.append((number, _sample(scene, question, options, question.question_id, answer, references)))
+    return prepared
 
 
 def _sample(
@@ -54,7 +54,7 @@ def _sample(
     answer: str,
     references: tuple[Reference, ...] = (),
 ) -> Sample:
-    chosen = choose(options.frames, scene, key, None)
+    chosen = select_frames(options.frames, scene, key, None)
     assert chosen is not None, "a scene has frames, and nothing is asked of them"
     return Sample(
         id=key,
@@ -78,14 +78,14 @@ class ScanQA(Task):
     published: ClassVar = {"val": 4675}
     cli_options = ("frames", "skip_without_box")
 
-    def annotations(self, root: Path, options: TaskOptions) -> Source:
-        return Source("annotations", root / "ScanQA" / f"ScanQA_v1.0_{options.split}.json", SCANQA)
+    def annotations(self, root: Path, options: TaskOptions) -> InputFile:
+        return InputFile("annotations", root / "ScanQA" / f"ScanQA_v1.0_{options.split}.json", SCANQA)
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Question]:
         return read_scanqa(self.annotations(root, options).path, answers_needed=options.split in ("train", "val"))
 
-    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
-        return make(scene, job, options)
+    def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
+        return _make_samples(scene, job, options)
 
     def unit(self, options: TaskOptions) -> str:
         return "questions"

@@ -20,18 +20,18 @@ import numpy as np
 from PIL import Image
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
-from w2r2_ds.data.frames.selection import choose
-from w2r2_ds.data.frames.visibility import clearest
+from w2r2_ds.data.frames.selection import select_frames
+from w2r2_ds.data.frames.visibility import clearest_frame
 from w2r2_ds.data.images import FORMATS
 from w2r2_ds.data.sources.annotations import Description
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
     NO_VISIBLE_FRAME,
-    Dropped,
     Job,
-    Outcomes,
     PreparedItem,
+    PreparedItems,
+    SkippedItem,
     TaskOptions,
     register_task,
 )
@@ -39,8 +39,8 @@ from w2r2_ds.data.tasks.common import (
     DescriptionTask,
     ObjectVisibility,
     choose_frames,
-    find_visibility,
     frame_fields,
+    object_visibility,
     rounded,
     rounded_box,
     target_of,
@@ -95,20 +95,20 @@ def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
     return ",".join(str(number) for number in ends)
 
 
-def make(scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
+def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
     """The samples of one scene's descriptions, in the file's order.
 
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
     """
-    scene, visibility = find_visibility(scene, job, options)
+    scene, visibility = object_visibility(scene, job, options)
     if options.format == "video3dllm":
-        return [(number, _world_outcome(scene, job, about, options, visibility)) for number, about in job.items]
+        return [(number, _world_sample(scene, job, about, options, visibility)) for number, about in job.items]
     size = image_size(scene)
     return [
-        (number, outcome)
+        (number, item)
         for number, about in job.items
-        for outcome in _camera_samples(scene, job, about, visibility[about.object_id], options, size)
+        for item in _camera_samples(scene, job, about, visibility[about.object_id], options, size)
     ]
 
 
@@ -127,18 +127,18 @@ def _camera_samples(
 ) -> Iterator[PreparedItem]:
     training = options.split == "train"
     if training and visible.box is None:
-        yield Dropped(about.key, NO_INSTANCE_MATCH, about.where)
+        yield SkippedItem(about.key, NO_INSTANCE_MATCH, about.where)
         return
     rolls = options.rolls if training else 1
     for roll in range(rolls):
         key = f"{about.key}#{roll}" if rolls > 1 else about.key
-        chosen = choose(options.frames, scene, key, visible.seen if training else None)
+        chosen = select_frames(options.frames, scene, key, visible.seen if training else None)
         best = None
         if chosen is not None and visible.box is not None:
             seeing = [position for position in chosen if position in visible.seen]
-            best = clearest(scene.frames, seeing, visible.box, scene.intrinsic, size)
+            best = clearest_frame(scene.frames, seeing, visible.box, scene.intrinsic, size)
         if chosen is None or (training and best is None):
-            yield Dropped(key, NO_VISIBLE_FRAME, about.where)
+            yield SkippedItem(key, NO_VISIBLE_FRAME, about.where)
             continue
         answer = ""
         if best is not None:
@@ -160,11 +160,11 @@ def _sample(scene: Scene, job: Job, about: Description, key: str, chosen: list[i
     )
 
 
-def _world_outcome(
+def _world_sample(
     scene: Scene, job: Job, about: Description, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
 ) -> PreparedItem:
     chosen = choose_frames(scene, about, about.key, options, visibility)
-    if isinstance(chosen, Dropped):
+    if isinstance(chosen, SkippedItem):
         return chosen
     return Sample(
         id=about.key,
@@ -186,8 +186,8 @@ class ScanRefer(DescriptionTask):
     published: ClassVar = {"train": 36665, "val": 9508}
     cli_options = ("format", "frames", "rolls", "visibility", "skip_without_box")
 
-    def make(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
-        return make(scene, job, options)
+    def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
+        return _make_samples(scene, job, options)
 
     def kind(self, options: TaskOptions) -> Kind:
         return "grounding" if options.format == "vgllm" else "answer"

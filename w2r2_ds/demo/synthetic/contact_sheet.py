@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from w2r2_ds.data.frames.projection import MIN_VISIBLE_SHARE, box_corners, projected_area, visible_share
+from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, box_corners, projected_area, visible_fraction
 from w2r2_ds.data.sources.scannet import Frame
 from w2r2_ds.demo.synthetic.rooms import RoomObject
 from w2r2_ds.demo.synthetic.sentences import Sentence
@@ -69,7 +69,7 @@ def _draw_object(
 ) -> None:
     """Draw the wire frame and label of an object into a scaled frame, if the frame sees the object."""
     height, width = depth.shape
-    seen = visible_share(target.box, frame.cam_to_world, intrinsic, depth) >= MIN_VISIBLE_SHARE
+    seen = visible_fraction(target.box, frame.cam_to_world, intrinsic, depth) >= MIN_VISIBLE_FRACTION
     if not seen or projected_area(target.box, frame.cam_to_world, intrinsic, (width, height)) <= 0:
         return
     draw = ImageDraw.Draw(image)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from w2r2_ds.data.frames.projection import MIN_VISIBLE_SHARE, projected_area, visible_share
+from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, projected_area, visible_fraction
 from w2r2_ds.data.sources.scannet import Frame
 from w2r2_ds.demo.synthetic.annotations import propose, scene_info
 from w2r2_ds.demo.synthetic.contact_sheet import write_sheet
@@ -97,7 +97,7 @@ def _seen(room: Room, frames: list[Frame], depths: list[np.ndarray], matrix: np.
         [
             o.object_id
             for o in room.objects
-            if visible_share(o.box, frame.cam_to_world, matrix, depth) >= MIN_VISIBLE_SHARE
+            if visible_fraction(o.box, frame.cam_to_world, matrix, depth) >= MIN_VISIBLE_FRACTION
         ]
         for frame, depth in zip(frames, depths, strict=True)
     ]
