@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.sources.validation import Name, Number, Record, SceneId, validate
-from w2r2_ds.data.tasks.base import Job, Outcomes, InputFile, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.base import InputFile, Job, Outcomes, Task, TaskOptions, register_task
 from w2r2_ds.data.tasks.common import frame_fields
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, RecordFields, ReferenceFields
