@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from w2r2_ds.kernels import dropout_matmul, lora_linear
 from w2r2_ds.kernels.lora_linear import bind_lora
-from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.kernels.select import Implementation
 
 BF16 = torch.bfloat16
-WAYS: tuple[Kernels, ...] = ("torch", "triton")
+WAYS: tuple[Implementation, ...] = ("torch", "triton")
 
 
 class Two(nn.Module):

@@ -11,7 +11,7 @@ from w2r2_ds.kernels import select
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None:
-    """A machine with a CUDA device or without, on which these packages are installed."""
+    """Pretend to be a machine with or without a CUDA device, with these packages installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(select, "triton", object() if "triton" in installed else None)
     monkeypatch.setattr(select, "find_spec", lambda name: name if name in installed else None)
@@ -20,21 +20,25 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None
 
 @pytest.mark.parametrize("installed", [("triton", "liger_kernel"), ("triton",), ("liger_kernel",), ()])
 @pytest.mark.parametrize("gpu", [True, False])
-def test_auto_is_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: tuple[str, ...]) -> None:
+def test_auto_measures_where_triton_runs(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: tuple[str, ...]
+) -> None:
     machine(monkeypatch, gpu, *installed)
-    assert select.resolve_kernels("auto") == ("triton" if gpu and len(installed) == 2 else "torch")
-    assert select.resolve_kernels("torch") == "torch"
+    runs = gpu and len(installed) == 2
+    assert bool(select.unavailable()) is not runs
+    assert select.describe_kernels("auto").startswith("torch") is not runs
+    assert select.describe_kernels("torch") == "torch"
 
 
-def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_an_error_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, True, "triton")
-    with pytest.raises(ValueError, match=r"liger-kernel is not installed; pip install \"w2r2-ds\[kernels\]\""):
-        select.resolve_kernels("triton")
+    with pytest.raises(ValueError, match=r"liger-kernel .*pip install \"w2r2-ds\[kernels\]\".*--model.kernels torch"):
+        select.check_kernels("triton")
     machine(monkeypatch, False, "triton", "liger_kernel")
-    with pytest.raises(ValueError, match=r"there is no CUDA device; give --model.kernels torch"):
-        select.resolve_kernels("triton")
+    with pytest.raises(ValueError, match=r"CUDA.*--model.kernels torch"):
+        select.check_kernels("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert select.resolve_kernels("triton") == "triton" and select.resolve_kernels("auto") == "torch"
+    assert select.describe_kernels("triton") == "triton" and select.describe_kernels("auto").startswith("torch")
 
 
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +52,9 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select.resolve_attention("auto", torch.bfloat16) == "sdpa"
 
 
-def test_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_as_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, False)
-    said = select.describe("auto", "auto", torch.float32)
-    assert said == "kernels: torch (model.kernels auto), attention: sdpa (model.attention auto)"
+    assert select.describe_attention("auto", torch.float32) == "attention: sdpa (model.attention auto)"
 
 
 @pytest.mark.parametrize(("trained", "elsewhere"), [("triton", "auto"), ("auto", "auto"), ("torch", "torch")])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS, Kernels
 from w2r2_ds.models.fusion import Add, Gated
 from w2r2_ds.models.w2r2 import W2R2, place
 
@@ -22,7 +23,7 @@ def inputs() -> tuple[Any, torch.Tensor, Any, torch.Tensor]:
     return batch, torch.randn(2, 6, 8), visual, torch.randn(5, 8)
 
 
-def model_of(embeddings: torch.Tensor, fusion: Any, kernels: str = "torch") -> Any:
+def model_of(embeddings: torch.Tensor, fusion: Any, kernels: Kernels = TORCH_KERNELS) -> Any:
     """What `fuse` and `input_streams` read of a model."""
     base = SimpleNamespace(get_input_embeddings=lambda: lambda _: embeddings)
     return SimpleNamespace(kernels=kernels, fusion=fusion, base=base)
@@ -56,6 +57,6 @@ def test_both_grids_must_hold_the_same_tokens() -> None:
 def test_a_dummy_has_no_positions() -> None:
     batch, embeddings, visual, geometry = inputs()
     batch.visuals.dummy = True
-    model = model_of(embeddings.requires_grad_(), Add(8), "triton")
+    model = model_of(embeddings.requires_grad_(), Add(8), ALL_KERNELS)
     fused, shortcut = W2R2.input_streams(model, batch, W2R2.fuse(model, visual, geometry), visual)
     assert fused is embeddings and torch.equal(shortcut, embeddings) and not shortcut.requires_grad

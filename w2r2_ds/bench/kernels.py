@@ -16,7 +16,7 @@ from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.lora_linear import lora_projection
-from w2r2_ds.kernels.select import Kernels, resolve_dtype, resolve_kernels
+from w2r2_ds.kernels.select import Implementation, resolve_dtype, unavailable
 from w2r2_ds.training.throughput import matrix_rate
 
 Function = Callable[..., Any]
@@ -37,7 +37,7 @@ def kernels(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 1
     """
     device = find_device()
     report = Report("kernels", "seconds forward and backward of one call", [])
-    triton = resolve_kernels("auto") == "triton"
+    triton = not unavailable()
     for each in find_shapes(shape, frames or []):
         dtype = resolve_dtype(each.dtype)  # type: ignore[arg-type]
         rates = (matrix_rate(device, dtype), memory_rate()) if device.type == "cuda" else None
@@ -72,7 +72,7 @@ class KernelCall:
 
     def implementations(self, triton: bool) -> dict[str, Function]:
         """Name -> implementation; the first is the baseline."""
-        names: tuple[Kernels, ...] = ("torch", "triton") if triton else ("torch",)
+        names: tuple[Implementation, ...] = ("torch", "triton") if triton else ("torch",)
         return {"stock": self.stock} | {name: partial(self.function, kernels=name) for name in names}
 
 
@@ -99,7 +99,7 @@ def embedding_call(shape: Shape, draw: Callable[..., Tensor]) -> KernelCall:
     return KernelCall("dual_stream_embed", _embed, (embeds, geometry, visual_2d, positions), 2, moved, 0, _stock_embed)
 
 
-def _embed(embeds: Tensor, geometry: Tensor, visual_2d: Tensor, positions: Tensor, kernels: Kernels) -> Tensor:
+def _embed(embeds: Tensor, geometry: Tensor, visual_2d: Tensor, positions: Tensor, kernels: Implementation) -> Tensor:
     return dual_stream_embed(embeds, positions, visual_2d, visual_2d + geometry, kernels)[0]
 
 
@@ -122,7 +122,7 @@ def lora_call(tokens: int, hidden: int, width: int, rank: int, rate: float, draw
     return KernelCall(name, own, (x, a, b, weight), 3, moved, 4 * tokens * hidden * width, stock)
 
 
-def _lora(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, kernels: Kernels, rate: float) -> Tensor:
+def _lora(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, kernels: Implementation, rate: float) -> Tensor:
     return lora_projection(x, weight, None, a, b, LORA_SCALE, rate, kernels)
 
 

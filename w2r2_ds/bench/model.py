@@ -24,7 +24,9 @@ from w2r2_ds.data.processor import IMAGE, Features
 from w2r2_ds.data.visual_inputs import VisualInputs
 from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, train_tokenizer
 from w2r2_ds.kernels.bind import bind_kernels
-from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.kernels.candidates import Shapes
+from w2r2_ds.kernels.measure import select_kernels
+from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.loading import meta_model
@@ -178,7 +180,8 @@ def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
 
 def build(shape: Shape, device: torch.device) -> Subject:
     """Build a model with random weights, with activation checkpointing as in `training/deepspeed/engine.py`."""
-    dtype, kernels = resolve_dtype(shape.dtype), resolve_kernels("auto")  # type: ignore[arg-type]
+    dtype = resolve_dtype(shape.dtype)
+    kernels = select_kernels("auto", Shapes(shape.hidden, shape.intermediate, shape.lora_rank, 0.0, dtype), device)
     frontend = build_frontend(shape)
     torch.manual_seed(SEED)
     with torch.device(device):

@@ -135,8 +135,8 @@ class ModelConfig:
         dtype: of weights and activations; auto is bfloat16 on a GPU and float32 otherwise.
         attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
             flash_attention_2 on a GPU in bfloat16 if flash_attn is installed, otherwise sdpa.
-        kernels: torch, or triton with own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto is triton on a
-            CUDA device with both installed. Results agree up to rounding.
+        kernels: torch, or triton with own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto compares every
+            kernel with PyTorch on the GPU at start and uses those that are right and faster, and is torch on a CPU.
     """
 
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -14,44 +14,47 @@ from typing import Any
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from w2r2_ds.kernels.liger import rms_norm, swiglu
 from w2r2_ds.kernels.lora_linear import bind_lora
-from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.kernels.select import Kernels, implementation
 
 SILU = ("SiLU", "SiLUActivation")
 
 
 def bind_kernels(language_model: nn.Module, kernels: Kernels) -> None:
-    """Bind the LoRA projections of a language model and, with ``"triton"``, Liger's RMSNorm and SwiGLU.
+    """Bind the LoRA projections, RMSNorms and gated MLPs of a language model.
 
     Args:
         language_model: `VlmFamily.language_model` of the VLM, LoRA layers in place.
-        kernels: of `resolve_kernels`.
+        kernels: names of the kernels to use; other modules keep their forward.
     """
     for module in language_model.modules():
         if isinstance(module, Linear):
-            bind_lora(module, kernels)
-        elif kernels == "triton":
-            # `variance_epsilon` tells transformers' usual RMSNorm from variants with another formula, such as Gemma's.
-            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            if "lora_projection" in kernels:
+                bind_lora(module, implementation(kernels, "dropout_matmul"))
+        elif _is_rms_norm(module):
+            if "rms_norm" in kernels:
                 module.forward = MethodType(_rms_norm, module)
-            elif hasattr(module, "gate_proj") and type(getattr(module, "act_fn", None)).__name__ in SILU:
-                module.forward = MethodType(_mlp, module)
+        elif _is_swiglu(module) and "swiglu" in kernels:
+            module.forward = MethodType(_mlp, module)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module is transformers' usual RMSNorm; variants with another formula, such as Gemma's, have `eps`."""
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def _is_swiglu(module: nn.Module) -> bool:
+    """Whether a module is a gated MLP with SiLU."""
+    return hasattr(module, "gate_proj") and type(getattr(module, "act_fn", None)).__name__ in SILU
 
 
 def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    """Forward of a stock RMSNorm: division in float32, product with the weight in the input's dtype."""
-    from liger_kernel.ops import LigerRMSNormFunction
-
-    # in_place False: Liger would write the gradient of the input over that of the output, which the residual shares.
-    normed: Tensor = LigerRMSNormFunction.apply(
-        hidden_states, module.weight, module.variance_epsilon, 0.0, "llama", False
-    )
-    return normed
+    """Forward of a stock RMSNorm."""
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
-    """Forward of a stock gated MLP; the backward pass overwrites both operands, so it can run once per forward."""
-    from liger_kernel.ops import LigerSiLUMulFunction
-
-    product: Tensor = module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(x), module.up_proj(x)))
+    """Forward of a stock gated MLP."""
+    product: Tensor = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
     return product

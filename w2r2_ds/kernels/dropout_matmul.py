@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.kernels.select import Implementation
 from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, precision, tl
 
 ROWS, COLUMNS = 64, 128
@@ -32,7 +32,7 @@ PARTS = 16
 """Most parts into which `outer` splits the rows, added up in a fixed order."""
 
 
-def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Kernels) -> Tensor:
+def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Implementation) -> Tensor:
     """``scale * (keep * x) @ a.T``: ``[T, K]``, bool ``[T, K]``, ``[r, K]`` to ``[T, r]``, in the dtype of ``x``."""
     if kernels == "torch" or not fits(len(a), x.dtype):
         return (torch.where(keep, x, 0.0) @ a.t()).mul_(scale)
@@ -56,7 +56,7 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Kernels) -> 
     return low
 
 
-def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Kernels) -> Tensor:
+def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Implementation) -> Tensor:
     """``scale * low.T @ (keep * x)``: ``[T, r]``, ``[T, K]``, bool ``[T, K]`` to ``[r, K]``, in the dtype of ``x``."""
     if kernels == "torch" or not fits(low.shape[1], x.dtype):
         return (low * scale).t() @ torch.where(keep, x, 0.0)
@@ -82,7 +82,7 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Kernels) 
     return part.sum(0).to(x.dtype)
 
 
-def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels: Kernels) -> Tensor:
+def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels: Implementation) -> Tensor:
     """``out += scale * keep * (low @ a)`` in place: ``[T, K]``, ``[T, r]``, ``[r, K]``, bool ``[T, K]``."""
     if kernels == "torch" or not fits(len(a), out.dtype):
         return out.add_(torch.where(keep, (low * scale) @ a, 0.0))

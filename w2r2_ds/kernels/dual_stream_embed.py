@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.kernels.select import Implementation
 from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, tl
 
 MAX_BLOCK = 4096
@@ -27,7 +27,7 @@ MAX_BLOCK = 4096
 
 
 def dual_stream_embed(
-    embeddings: Tensor, positions: Tensor, visual_only: Tensor, fused: Tensor, kernels: Kernels
+    embeddings: Tensor, positions: Tensor, visual_only: Tensor, fused: Tensor, kernels: Implementation
 ) -> tuple[Tensor, Tensor]:
     """Insert the visual tokens of both streams into the text embeddings.
 

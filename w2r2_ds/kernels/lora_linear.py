@@ -26,11 +26,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from w2r2_ds.kernels import dropout_matmul
-from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.kernels.select import Implementation
 
 
 def lora_projection(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, kernels: Kernels
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float,
+    kernels: Implementation,
 ) -> Tensor:
     """``x W' + bias + scale * dropout(x) A' B'``, dropout of probability `p`.
 
@@ -96,12 +103,12 @@ class _Projection(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
-def bind_lora(module: Any, kernels: Kernels) -> None:
+def bind_lora(module: Any, kernels: Implementation) -> None:
     """Give one LoRA Linear of PEFT, the instance, this forward; PEFT's own remains for what it was not made for."""
     module.forward = MethodType(partial(_forward, kernels), module)
 
 
-def _forward(kernels: Kernels, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(kernels: Implementation, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of ``peft.tuners.lora.layer.Linear.forward``."""
     adapter = _only_adapter(module)
     if args or kwargs or adapter is None or not _at_hand(module, adapter, x):

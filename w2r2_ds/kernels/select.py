@@ -1,4 +1,4 @@
-"""`model.kernels` and `model.attention` on this machine: chosen once, when the model is built, and said in one line."""
+"""`model.kernels`, `model.attention` and `model.dtype` resolved on this machine; measures nothing (see measure.py)."""
 
 from __future__ import annotations
 
@@ -10,52 +10,76 @@ import torch
 
 from w2r2_ds.kernels.triton_compat import triton
 
-Kernels = Literal["torch", "triton"]
+Implementation = Literal["torch", "triton"]
+"""Implementation of one function of this package."""
+
+Kernels = frozenset[str]
+"""Names of the kernels that a model uses (see `ALL_KERNELS`); PyTorch or PEFT computes the rest."""
+
+TORCH_KERNELS: Kernels = frozenset({"lora_projection"})
+"""Kernels that consist of PyTorch operations, so that they run everywhere."""
+
+ALL_KERNELS: Kernels = TORCH_KERNELS | {"dropout_matmul", "dual_stream_embed", "rms_norm", "swiglu"}
 
 
-def resolve_kernels(name: str) -> Kernels:
-    """`model.kernels`; auto is triton where there is a CUDA device and Triton and Liger are installed.
+def implementation(kernels: Kernels, name: str) -> Implementation:
+    """The implementation of the function `name` that has a Triton kernel."""
+    return "triton" if name in kernels else "torch"
+
+
+def unavailable(interpreted: bool = False) -> str:
+    """Why Triton kernels cannot run on this machine; empty if they can.
+
+    Args:
+        interpreted: accept Triton's interpreter (TRITON_INTERPRET=1) instead of a CUDA device.
+    """
+    packages = {"triton": triton, "liger-kernel": find_spec("liger_kernel")}
+    for package, found in packages.items():
+        if found is None:
+            return f'{package} is not installed (pip install "w2r2-ds[kernels]")'
+    if torch.cuda.is_available() or (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
+        return ""
+    return "there is no CUDA device"
+
+
+def check_kernels(name: str) -> None:
+    """Raise ValueError if `model.kernels` is triton and Triton kernels cannot run on this machine."""
+    reason = unavailable(interpreted=True) if name == "triton" else ""
+    if reason:
+        raise ValueError(
+            f"model.kernels is triton, but {reason}; use --model.kernels torch (or auto). TRITON_INTERPRET=1 runs the "
+            "kernels in Triton's slow interpreter."
+        )
+
+
+def describe_kernels(name: str) -> str:
+    """`model.kernels` on this machine: torch, triton, or with auto whether kernels are measured.
 
     Raises:
-        ValueError: triton is asked for where it cannot run.
+        ValueError: see `check_kernels`.
     """
-    there = {"triton": triton, "liger-kernel": find_spec("liger_kernel")}
-    missing = next((package for package, found in there.items() if found is None), "")
-    runs = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    if name == "auto":
-        return "triton" if torch.cuda.is_available() and not missing else "torch"
-    if name == "triton" and missing:
-        raise ValueError(f'model.kernels is triton, but {missing} is not installed; pip install "w2r2-ds[kernels]".')
-    if name == "triton" and not runs:
-        raise ValueError(
-            "model.kernels is triton, but there is no CUDA device; give --model.kernels torch (or auto). To run the "
-            "kernels in Triton's slow interpreter, set TRITON_INTERPRET=1."
-        )
-    return "triton" if name == "triton" else "torch"
+    check_kernels(name)
+    if name != "auto":
+        return name
+    reason = unavailable()
+    return f"torch, since {reason}" if reason else "measured at start"
 
 
 def resolve_attention(name: str, dtype: torch.dtype) -> str:
-    """`model.attention`; auto is flash_attention_2 where flash_attn is installed, on a GPU in bfloat16; else sdpa."""
+    """`model.attention`; auto is flash_attention_2 if flash_attn is installed, on a GPU in bfloat16; else sdpa."""
     if name != "auto":
         return name
     runs = torch.cuda.is_available() and dtype == torch.bfloat16 and find_spec("flash_attn") is not None
     return "flash_attention_2" if runs else "sdpa"
 
 
-def describe(kernels: str, attention: str, dtype: torch.dtype) -> str:
-    """What was chosen, for the start of a run.
-
-    Raises:
-        ValueError: see `resolve_kernels`.
-    """
-    return (
-        f"kernels: {resolve_kernels(kernels)} (model.kernels {kernels}), "
-        f"attention: {resolve_attention(attention, dtype)} (model.attention {attention})"
-    )
+def describe_attention(name: str, dtype: torch.dtype) -> str:
+    """`model.attention`, resolved and as configured."""
+    return f"attention: {resolve_attention(name, dtype)} (model.attention {name})"
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`model.dtype`; auto is bfloat16 on a GPU and float32 without."""
+    """`model.dtype`; auto is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.kernels.bind import bind_kernels
-from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
+from w2r2_ds.kernels.candidates import Shapes
+from w2r2_ds.kernels.measure import select_kernels
+from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import fusion_name, make_fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder, find_geometry_encoder
-from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, load_vlm, meta_model
+from w2r2_ds.models.loading import load_config, load_tokenizer, load_vision_spec, load_vlm, meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import load_merger
@@ -65,9 +67,11 @@ def load_frontend(config: ModelConfig) -> VlmFrontend:
 def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     """VLM with LoRA, geometry merger, fusion and geometry encoder; only LoRA, merger and fusion require grad.
 
-    Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
+    Collective on a GPU with `model.kernels: auto`, where rank 0 measures the kernels. Under ZeRO-3 an
+    `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
     """
-    dtype, kernels = resolve_dtype(config.dtype), resolve_kernels(config.kernels)
+    dtype = resolve_dtype(config.dtype)
+    kernels = select_kernels(config.kernels, kernel_shapes(config), device)  # before weights fill the device
     vlm = load_vlm(config.vlm, dtype, resolve_attention(config.attention, dtype))
     text = vlm.config.get_text_config()
     hidden, attention_dropout = text.hidden_size, getattr(text, "attention_dropout", 0.0)
@@ -92,6 +96,13 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     if config.merger:
         load_merger(model, Path(config.merger))
     return model
+
+
+def kernel_shapes(config: ModelConfig) -> Shapes:
+    """The sizes on which `model.kernels: auto` measures."""
+    text = load_config(config.vlm).get_text_config()
+    dtype = resolve_dtype(config.dtype)
+    return Shapes(text.hidden_size, text.intermediate_size, config.lora_rank, config.lora_dropout, dtype)
 
 
 def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
 from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
-from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.kernels.select import TORCH_KERNELS, Kernels, implementation
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import Fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
@@ -39,7 +39,7 @@ class W2R2(nn.Module):
         fusion: Phi.
         geometry: frozen encoder.
         zero_geometry: what Phi(F2D, 0) zeroes, ``"merged"`` tokens or the encoder's ``"features"``.
-        kernels: implementation of the two-stream embedding; kernels of modules are bound already.
+        kernels: names of the kernels in use; those of modules are bound already.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class W2R2(nn.Module):
         fusion: Fusion,
         geometry: GeometryEncoder,
         zero_geometry: str = "merged",
-        kernels: Kernels = "torch",
+        kernels: Kernels = TORCH_KERNELS,
     ) -> None:
         super().__init__()
         self.vlm = vlm
@@ -175,8 +175,8 @@ class W2R2(nn.Module):
         if batch.visuals.dummy:
             return embeddings, embeddings.detach()
         shortcut = torch.cat(visual_only.pooler_output).detach()
-        tokens = torch.cat(fused.pooler_output)
-        return dual_stream_embed(embeddings, batch.visual_tokens, shortcut, tokens, self.kernels)
+        tokens, kernels = torch.cat(fused.pooler_output), implementation(self.kernels, "dual_stream_embed")
+        return dual_stream_embed(embeddings, batch.visual_tokens, shortcut, tokens, kernels)
 
     def hidden(self, batch: Batch, visual: VisionOutput, with_what: bool = False) -> Tensor:
         """Last hidden states of the answer rows, ``[rows, hidden]``; logits of the prompt are never computed."""

@@ -31,7 +31,7 @@ from w2r2_ds.data.loader import (
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.validate import check_frames, check_texts, describe_frames
-from w2r2_ds.kernels.select import describe, resolve_dtype
+from w2r2_ds.kernels.select import check_kernels, describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.lora import trainable_table
@@ -167,7 +167,7 @@ def check_inputs(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check_trackers(config.train.trackers)
     dtype = resolve_dtype(config.model.dtype)
-    kernels = describe(config.model.kernels, config.model.attention, dtype)
+    check_kernels(config.model.kernels)
     ds_config = resolve_ds_config(
         load_ds_config(ds_path),
         path=ds_path,
@@ -185,7 +185,7 @@ def check_inputs(
     samples = load_mixture(config.data, "train")
     check_frames_are_shared(samples, config.data.questions_per_scene)
     processor = make_processor(frontend, config.data)
-    logger.info("%s", kernels)
+    logger.info("%s", describe_attention(config.model.attention, dtype))
     logger.info("training samples: %d, %d in an epoch", len(samples), samples.epoch_size)
     # Each rank checks its share of the samples; an error of one is raised on all (`raise_on_all_ranks`).
     check_frames(samples, rank, world_size)

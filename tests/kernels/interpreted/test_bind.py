@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from w2r2_ds.kernels.bind import bind_kernels
-from w2r2_ds.kernels.select import Kernels
+from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS, Kernels
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.training.activation_checkpointing import recompute
 
@@ -61,7 +61,7 @@ def results(model: Any, checkpointing: bool) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", [TORCH_KERNELS, ALL_KERNELS], ids=["torch", "triton"])
 def test_equal_to_the_stock_model(stock: Any, kernels: Kernels, checkpointing: bool) -> None:
     """1e-4 of the largest: float32 in another order through two layers."""
     ours, theirs = results(bound(stock, kernels), checkpointing), results(copy.deepcopy(stock), checkpointing)
@@ -72,7 +72,7 @@ def test_equal_to_the_stock_model(stock: Any, kernels: Kernels, checkpointing: b
 
 @torch.no_grad()
 def test_cached_generation_and_the_vision_tower(stock: Any) -> None:
-    model = bound(stock, "triton")
+    model = bound(stock, ALL_KERNELS)
     ids = torch.tensor([[5, 9, 2, 30]])
     positions = torch.arange(7).expand(3, 1, -1)[..., :4]
     said = [m.generate(ids, position_ids=positions, max_new_tokens=3, do_sample=False) for m in (model, stock)]
@@ -84,7 +84,7 @@ def test_cached_generation_and_the_vision_tower(stock: Any) -> None:
 
 
 def test_every_module_is_bound_and_nothing_else_changes(stock: Any) -> None:
-    model = bound(stock, "triton")
+    model = bound(stock, ALL_KERNELS)
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "forward" in vars(module)}
     lora = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     norms = {"input_layernorm", "post_attention_layernorm", "norm"}

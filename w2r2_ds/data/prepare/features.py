@@ -22,7 +22,7 @@ from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush
 from w2r2_ds.features.store import Cache, file_size, gib
-from w2r2_ds.kernels.select import describe, resolve_attention, resolve_dtype
+from w2r2_ds.kernels.select import describe_attention, resolve_attention, resolve_dtype
 from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_identity import open_cache
@@ -73,7 +73,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         refuse_too_large(cache.cache, whole, lacking)
     if ranks.rank == 0:
         dtype = resolve_dtype(config.model.dtype)
-        chosen = describe(config.model.kernels, config.model.attention, dtype)
+        chosen = describe_attention(config.model.attention, dtype)
         print(f"{chosen}, {dtype}: training on other machines finds only what it would choose too", flush=True)
         free = gib(shutil.disk_usage(cache.cache.folder).free)
         print(f"features of data.{', data.'.join(splits)}: {whole}; missing in {cache.cache.folder}: {lacking}", end="")

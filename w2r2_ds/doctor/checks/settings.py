@@ -75,7 +75,7 @@ def check_precision(config: RunConfig | None) -> CheckResult:
     """Precision, attention, kernels and network variables of this node; without a run only the network variables."""
     import torch
 
-    from w2r2_ds.kernels.select import resolve_attention, resolve_dtype, resolve_kernels
+    from w2r2_ds.kernels.select import describe_kernels, resolve_attention, resolve_dtype
 
     result = CheckResult()
     gpu = torch.cuda.is_available()
@@ -101,7 +101,7 @@ def check_precision(config: RunConfig | None) -> CheckResult:
             f"model.attention is {config.model.attention}, which needs a GPU; use --model.attention sdpa."
         )
     try:
-        kernels = resolve_kernels(config.model.kernels)
+        kernels = describe_kernels(config.model.kernels)
         result.info["kernels"] = f"{kernels} (model.kernels {config.model.kernels})"
         result.must_match["kernels"] = kernels
     except ValueError as error:

@@ -1,0 +1,213 @@
+"""`model.kernels: auto`: compare every kernel with PyTorch on the device, and choose those that are right and faster.
+
+Runs once, when the model is built and before its weights are on the device. Rank 0 measures and broadcasts its
+measurements; all ranks choose from the same numbers, so that they run the same operations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from w2r2_ds.kernels.candidates import Candidate, Shapes, make_candidates
+from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS, Kernels, check_kernels, unavailable
+from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Largest accepted error, relative to the largest value of a tensor.
+
+bfloat16 rounds by up to 2**-9 = 0.002 of a value, and kernel and reference round a few intermediate results
+differently. A wrong row, tile or mask has an error near 1.
+"""
+WARMUP, ROUNDS = 3, 10
+"""Runs before the timing (the first one compiles), and timed runs, of which the median counts."""
+
+Run = Callable[[], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A kernel relative to PyTorch, forward and backward.
+
+    Attributes:
+        name: of the kernel.
+        error: largest relative error of outputs and gradients over all cases; NaN if a value is not finite.
+        tolerance: largest accepted error.
+        torch_seconds: sum over the cases, of the reference.
+        kernel_seconds: sum over the cases, of the kernel.
+        failure: the exception that the kernel raised; empty if it ran.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    torch_seconds: float
+    kernel_seconds: float
+    failure: str = ""
+
+    @property
+    def rejection(self) -> str:
+        """Why PyTorch is used instead; empty if the kernel is right and faster."""
+        if self.failure:
+            return self.failure
+        # Written so that NaN is rejected: every comparison with NaN is false.
+        if not self.error <= self.tolerance:
+            return "values differ"
+        return "" if self.kernel_seconds < self.torch_seconds else "not faster"
+
+
+def select_kernels(name: str, shapes: Shapes, device: torch.device) -> Kernels:
+    """Kernels for `model.kernels`. On a CUDA device with auto a collective: rank 0 measures.
+
+    Args:
+        name: torch, triton or auto.
+        shapes: of the run.
+        device: of the model.
+
+    Raises:
+        ValueError: a rank cannot run the kernels that are configured or were chosen.
+    """
+    check_kernels(name)
+    if name != "auto":
+        return ALL_KERNELS if name == "triton" else TORCH_KERNELS
+    if device.type != "cuda":
+        logger.info("kernels: PyTorch (model.kernels auto), since the model is on the %s", device.type)
+        return TORCH_KERNELS
+    reason, measurements = on_rank_zero(lambda: measure_all(shapes, device))
+    kernels = choose(measurements)
+    if kernels - TORCH_KERNELS:
+        with raise_on_all_ranks():  # packages may be missing on one machine only
+            check_kernels("triton")
+    logger.info("%s", table(measurements) if measurements else f"kernels: PyTorch (model.kernels auto), since {reason}")
+    return kernels
+
+
+def choose(measurements: Sequence[Measurement]) -> Kernels:
+    """The kernels that are right and faster; `TORCH_KERNELS` if nothing was measured."""
+    if not measurements:
+        return TORCH_KERNELS
+    kernels = frozenset(each.name for each in measurements if not each.rejection)
+    # The dropout kernel is a part of the LoRA projection. PEFT's forward does not call it.
+    return kernels if "lora_projection" in kernels else kernels - {"dropout_matmul"}
+
+
+def measure_all(shapes: Shapes, device: torch.device) -> tuple[str, list[Measurement]]:
+    """(why nothing can be measured, measurements of all candidates); leaves random state and memory as they were."""
+    reason = unavailable()
+    if reason:
+        return reason, []
+    with torch.random.fork_rng([device]):
+        measurements = [
+            measure(each, TOLERANCE[shapes.dtype], cuda_seconds) for each in make_candidates(shapes, device)
+        ]
+    torch.cuda.empty_cache()
+    return "", measurements
+
+
+def measure(candidate: Candidate, tolerance: float, seconds: Callable[[Run], float]) -> Measurement:
+    """Compare one kernel with its reference: values and gradients first, then time.
+
+    Args:
+        candidate: the kernel.
+        tolerance: largest accepted error.
+        seconds: measures the time of a run.
+    """
+    errors, torch_seconds, kernel_seconds = [], 0.0, 0.0
+    for case in candidate.cases:
+        inputs = case()
+        expected_run = make_run(candidate.reference, inputs, candidate.leaves)
+        expected = expected_run()
+        torch_seconds += seconds(expected_run)
+        try:
+            kernel_run = make_run(candidate.kernel, inputs, candidate.leaves)
+            errors.append(max_error(kernel_run(), expected))
+            kernel_seconds += seconds(kernel_run)
+        except Exception as error:  # compilers and drivers raise many types
+            # A fault that broke the CUDA context raises here again, and then ends the run.
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return Measurement(candidate.name, torch.nan, tolerance, torch.nan, torch.nan, describe_error(error))
+    # torch's maximum keeps NaN; Python's max may drop it.
+    return Measurement(candidate.name, float(torch.tensor(errors).max()), tolerance, torch_seconds, kernel_seconds)
+
+
+def make_run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], leaves: int) -> Run:
+    """One forward and backward pass as a function without arguments; returns outputs, then gradients of the leaves.
+
+    Some backward passes overwrite their inputs, so the run has copies. Later runs then see other values, which does not
+    change their time. All runs draw the same dropout mask.
+    """
+    copies = [each.clone() for each in inputs]
+    for leaf in copies[:leaves]:
+        leaf.requires_grad_()
+    upstream: list[Tensor] = []
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        outputs = function(*copies)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        differentiable = [each for each in outputs if each.requires_grad]
+        if not upstream:
+            # Another value in every element, so that a permutation is an error.
+            upstream.extend(
+                torch.linspace(-1, 1, each.numel(), device=each.device).view_as(each).to(each.dtype)
+                for each in differentiable
+            )
+        gradients = torch.autograd.grad(differentiable, copies[:leaves], upstream)
+        return [each.detach() for each in (*outputs, *gradients)]
+
+    return run
+
+
+def max_error(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest absolute difference relative to the largest value of a tensor, over all tensors; NaN if not finite.
+
+    Not relative to the norm: a single wrong row among thousands would hardly change it.
+    """
+    errors = []
+    for one, two in zip(ours, expected, strict=True):
+        error = (one.float() - two.float()).abs().max() / two.float().abs().max()
+        errors.append(torch.where(one.isfinite().all(), error, torch.nan))
+    return float(torch.stack(errors).max())
+
+
+def cuda_seconds(run: Run) -> float:
+    """Median time of a run on the GPU, in seconds."""
+    times = []
+    for index in range(WARMUP + ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if index >= WARMUP:
+            times.append(begin.elapsed_time(end) / 1000)
+    return median(times)
+
+
+def describe_error(error: Exception) -> str:
+    """Type and first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def table(measurements: Sequence[Measurement]) -> str:
+    """The measurements and the choice, one kernel per line; milliseconds forward and backward."""
+    lines = [
+        "kernels (model.kernels auto), measured on this device:",
+        f"{'kernel':<18}{'max error':>11}{'tolerance':>11}{'PyTorch ms':>12}{'kernel ms':>11}  used",
+    ]
+    for each in measurements:
+        used = f"PyTorch ({each.rejection})" if each.rejection else "kernel"
+        lines.append(
+            f"{each.name:<18}{each.error:>11.1e}{each.tolerance:>11.1e}{1000 * each.torch_seconds:>12.3f}"
+            f"{1000 * each.kernel_seconds:>11.3f}  {used}"
+        )
+    return "\n".join(lines)
