@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,10 +22,13 @@ from transformers import (
 
 import w2r2_ds
 from w2r2_ds.config.schema import ModelConfig, RunConfig
+from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.family import BUILT_IN, VLM_FAMILIES, find_family, register_family
 from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
+from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.step import W2R2Step
 
 FIRST = 0
 """Layer after which the family adds visual features, as DeepStack does."""
@@ -40,18 +43,36 @@ class StackedVLM(Qwen2_5_VLForConditionalGeneration):
 
 
 class StackedFamily(Qwen25VL):
-    """Qwen2.5-VL whose 2D tokens enter once more after the first decoder layer."""
+    """Qwen2.5-VL whose 2D tokens are added once more after the first decoder layer, as in DeepStack."""
 
     model_type = "stacked_vl"
+    added: ClassVar[list[torch.Tensor]] = []
+    """Features of every addition, one per pass of the language model."""
 
     def encode_visuals(self, vlm: Any, visuals: Any) -> Any:
         output = super().encode_visuals(vlm, visuals)
         output.deepstack_features = torch.cat(output.pooler_output)
         return output
 
+    def to_cache(self, visual: Any) -> torch.Tensor:
+        return torch.cat([torch.cat(visual.pooler_output), visual.deepstack_features], dim=-1)
+
+    def from_cache(self, features: torch.Tensor, sizes: Any) -> Any:
+        pooled, stacked = features.chunk(2, dim=-1)
+        output = super().from_cache(pooled, sizes)
+        output.deepstack_features = stacked
+        return output
+
+    def select(self, visual: Any, entries: Any) -> Any:
+        selected = super().select(visual, entries)
+        parts = visual.deepstack_features.split([len(tokens) for tokens in visual.pooler_output])
+        selected.deepstack_features = torch.cat([parts[entry] for entry in entries])
+        return selected
+
     def add_layer_features(self, hidden: Any, layer: int, batch: Any, visual: Any) -> Any:
         if layer != FIRST:
             return hidden
+        self.added.append(visual.deepstack_features)
         rows = hidden.flatten(0, 1).index_add(0, batch.visual_tokens, visual.deepstack_features)
         return rows.view_as(hidden)
 
@@ -78,13 +99,11 @@ def stacked(model_config: ModelConfig, tmp_path: Path) -> Iterator[ModelConfig]:
     register_family(StackedFamily())
     yield replace(model_config, vlm=str(folder))
     del VLM_FAMILIES["stacked_vl"]
+    StackedFamily.added.clear()
 
 
 def one_step(config: ModelConfig, frontend: VlmFrontend, tables: Any, batch: Any, order: str) -> tuple[Any, Any]:
     """Loss and gradient norm of the LoRA weights after one forward and backward."""
-    from w2r2_ds.objective.scorer import Scorer
-    from w2r2_ds.training.step import W2R2Step
-
     run = RunConfig(model=config)
     run.train.pass_order = order  # type: ignore[assignment]
     model = build_model(config, torch.device("cpu"), 0)
@@ -98,17 +117,36 @@ def one_step(config: ModelConfig, frontend: VlmFrontend, tables: Any, batch: Any
 def test_a_family_from_one_file_trains(
     stacked: ModelConfig, model_config: ModelConfig, tables: Any, samples: list[Any], data_config: Any
 ) -> None:
-    from w2r2_ds.data.loader import make_collate, make_processor
-
     frontend = load_frontend(stacked)
     assert isinstance(frontend.family, StackedFamily)
     config = data_config()
     batch = make_collate(frontend, config, False)([make_processor(frontend, config)(s, True) for s in samples[:2]])
-    runs = [one_step(stacked, frontend, tables, batch, order) for order in ("sequential", "lockstep")]
+    runs = []
+    for order in ("sequential", "lockstep"):
+        StackedFamily.added.clear()
+        runs.append(one_step(stacked, frontend, tables, batch, order))
+        fused, shortcut = StackedFamily.added
+        assert torch.equal(fused, shortcut) and len(fused) == len(batch.visual_tokens), "both passes add the features"
     torch.testing.assert_close(runs[0], runs[1])
     assert torch.isfinite(runs[0][0]) and runs[0][1] > 0
     stock, _ = one_step(model_config, frontend, tables, batch, "sequential")
     assert not torch.isclose(runs[0][0], stock), "the layer features change the loss"
+
+
+def test_layer_features_are_cached_and_selected_with_their_images(
+    stacked: ModelConfig, samples: list[Any], data_config: Any
+) -> None:
+    """Cached features are read back, and a selection has the layer features of its images."""
+    frontend, config = load_frontend(stacked), data_config()
+    batch = make_collate(frontend, config, False)([make_processor(frontend, config)(samples[0], True)])
+    visual: Any = build_model(stacked, torch.device("cpu"), 0).encode_2d(batch.visuals)
+    again: Any = frontend.family.from_cache(frontend.family.to_cache(visual), batch.visuals.sizes)
+    assert torch.equal(again.deepstack_features, visual.deepstack_features)
+    assert all(map(torch.equal, again.pooler_output, visual.pooler_output))
+    chosen: Any = frontend.family.select(visual, [1, 0, 1])
+    # The family adds the 2D tokens themselves, so that both stay equal.
+    assert torch.equal(chosen.deepstack_features, torch.cat(chosen.pooler_output))
+    assert torch.equal(chosen.pooler_output[0], visual.pooler_output[1])
 
 
 def test_only_the_registry_and_the_default_model_name_a_family() -> None:
