@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import layer_norm
 
 from w2r2_ds.models.build import build_model, fingerprint, trainable
-from w2r2_ds.models.fusion import FUSIONS, HEADS, Fusion, fusion_name, index_codes, make_fusion
+from w2r2_ds.models.fusion import FUSIONS, HEADS, Fusion, fusion_name, make_fusion, position_embeddings
 from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.token_masking import mask_images
 
@@ -171,16 +171,16 @@ def test_cross_attention_knows_where_a_geometry_token_lies() -> None:
     torch.testing.assert_close(twice[:6], twice[6:])
 
 
-def test_index_codes() -> None:
-    codes = index_codes([2, 0, 3], 4)
+def test_position_embeddings() -> None:
+    codes = position_embeddings([2, 0, 3], 4)
     one, two = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)], [math.sin(2), math.sin(0.02)]
     expected = [[0, 0, 1, 1], one, [0, 0, 1, 1], one, [*two, math.cos(2), math.cos(0.02)]]
     torch.testing.assert_close(codes, torch.tensor(expected), rtol=1e-6, atol=1e-7)
-    assert index_codes([], 4).shape == index_codes([0], 4).shape == (0, 4)
+    assert position_embeddings([], 4).shape == position_embeddings([0], 4).shape == (0, 4)
 
 
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"cross_attention, whose 8 heads do not divide .* width 12; choose add"):
+    with pytest.raises(ValueError, match=r"cross_attention, which needs a width divisible by 8, .* 12; choose add"):
         make_fusion("cross_attention", 12)
 
 

@@ -1,4 +1,7 @@
-"""`VlmFamily`: everything that differs between families of VLMs. One folder per family, one line in `BUILT_IN`."""
+"""`VlmFamily`, the interface of a family of vision-language models (VLMs), and the registry of families.
+
+A built-in family is a folder ``models/FAMILY/`` and one line in `BUILT_IN`; others call `register_family`.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +26,29 @@ if TYPE_CHECKING:
 
 
 class VlmFamily(ABC):
-    """One family of VLMs, found by the `model_type` of its config.json. Stateless; sent to loader processes.
+    """A family of VLMs, selected by the `model_type` in config.json. Stateless and picklable (loader workers use it).
 
     The defaults follow the usual names of transformers' vision-language classes: ``vlm.model.visual`` is the vision
     tower, ``vlm.model.language_model`` the text model with ``layers`` and ``norm``, ``vlm.lm_head`` the output head.
     """
 
     model_type: ClassVar[str]
-    """Of config.json."""
+    """`model_type` in config.json."""
     vision_tokens: ClassVar[Mapping[str, str]]
-    """Special token of the tokenizer -> field of config.json that must hold its id."""
+    """Special token of the tokenizer -> field of config.json with its id."""
     chat_tokens: ClassVar[Sequence[str]]
-    """Special tokens of the chat template."""
+    """Special tokens of the chat template, which the tokenizer must have."""
     end_of_turn: ClassVar[str]
     """Token at which an answer ends."""
     tower_weights: ClassVar[tuple[str, ...]] = ("visual.", "model.visual.")
     """Prefixes of the names of the vision tower's weights, in published and in saved checkpoints."""
 
     def language_model(self, vlm: PreTrainedModel) -> PreTrainedModel:
-        """The text model: embeddings, ``layers``, ``norm``."""
+        """The text model: embeddings, decoder ``layers``, final ``norm``."""
         return vlm.model.language_model
 
     def vision_tower(self, vlm: PreTrainedModel) -> PreTrainedModel:
-        """The vision encoder with its own merger."""
+        """The vision encoder, including its own patch merger."""
         return vlm.model.visual
 
     @abstractmethod
@@ -79,7 +82,7 @@ class VlmFamily(ABC):
 
     @abstractmethod
     def tower_inputs(self, grid_thw: Tensor, vision: VisionSpec) -> TowerInputs:
-        """Inputs of the vision tower that follow from ``[images or videos, 3]`` patch grids; on the CPU."""
+        """Inputs of the vision tower that depend only on the ``[images or videos, 3]`` patch grids; on the CPU."""
 
     @abstractmethod
     def position_ids(
@@ -94,7 +97,7 @@ class VlmFamily(ABC):
         """Rotary positions of padded sequences, on the CPU.
 
         Args:
-            vlm: on the meta device; its config and code are used.
+            vlm: on the meta device; only its config and code are used.
             input_ids, token_types, attention_mask: ``[sequences, length]``, as `Batch`'s.
             grids: ``"image"`` or ``"video"`` -> ``[n, 3]`` patch grids in order of appearance.
             seconds_per_grid: seconds between rows of tokens of a video.
@@ -105,22 +108,23 @@ class VlmFamily(ABC):
 
     @abstractmethod
     def encode_visuals(self, vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
-        """F2D: the vision tower's output; `pooler_output` has ``[tokens, hidden]`` per image or pair of frames.
+        """Run the vision tower: F2D in `pooler_output`, ``[tokens, hidden]`` per image or pair of video frames.
 
-        A family with visual features of single layers (DeepStack) keeps them in fields of the output. `W2R2.fuse`
-        hands all fields but `pooler_output` on unchanged.
+        A family with extra visual features for some decoder layers (DeepStack) returns them in further fields of the
+        output. `W2R2.fuse` changes `pooler_output` and keeps all other fields. Such a family also overrides `to_cache`,
+        `from_cache`, `select` and `add_layer_features`.
         """
 
     def to_cache(self, visual: VisionOutput) -> Tensor:
-        """``[tokens, channels]``: all that the feature cache must keep of a vision tower's output."""
+        """The vision tower's output as one tensor ``[tokens, channels]`` for the feature cache."""
         return torch.cat(visual.pooler_output)
 
     def from_cache(self, features: Tensor, sizes: Sequence[int]) -> VisionOutput:
-        """Inverse of `to_cache`, for images of ``sizes`` tokens."""
+        """Inverse of `to_cache`; `sizes` are the tokens of every image."""
         return VisionOutput(pooler_output=torch.split(features, list(sizes)))
 
     def select(self, visual: VisionOutput, entries: Sequence[int]) -> VisionOutput:
-        """The output for some of its images (or pairs of frames), in the given order; entries may repeat."""
+        """Output for some images (or pairs of frames) in the given order; entries may repeat."""
         selected = copy.copy(visual)
         selected.pooler_output = tuple(visual.pooler_output[entry] for entry in entries)
         return selected
@@ -136,27 +140,27 @@ class VlmFamily(ABC):
         position: Tensor,
         context: AbstractContextManager[object],
     ) -> Tensor:
-        """Last hidden states ``[rows, hidden]`` of some tokens. The last layer should compute these rows only.
+        """Last hidden states ``[rows, hidden]`` of selected tokens; the last layer should compute only these.
 
         Args:
             vlm: the transformers model.
             batch: layout of the sequences and position ids.
             inputs: ``[sequences, length, hidden]`` input embeddings, visual tokens in place.
-            visual: the vision output that `inputs` were made from, for features that enter at single layers.
+            visual: the vision output that `inputs` contain; source of the extra features for some layers.
             sequence, position: ``[rows]`` int64 indices of the tokens.
-            context: to be active while the decoder layers run.
+            context: context manager that must be active while the decoder layers run.
         """
 
     def add_layer_features(self, hidden: Tensor, layer: int, batch: Batch, visual: VisionOutput) -> Tensor:
-        """Hidden states after decoder layer `layer`, with this layer's visual features added.
+        """Add the visual features of decoder layer `layer` to its output `hidden`, ``[sequences, length, hidden]``.
 
-        Only for the stream that `train.pass_order: lockstep` advances itself; `row_states` handles the other one.
+        Called for the shortcut under `train.pass_order: lockstep` only; `row_states` adds them in every other case.
         """
         return hidden
 
     @abstractmethod
     def use_packed_attention(self, vlm: PreTrainedModel) -> None:
-        """Let the text model take packed sequences (`Layout`).
+        """Switch the text model to an attention that supports packed sequences (`Layout`).
 
         Raises:
             ValueError: its attention implementation has no packed form.
@@ -174,7 +178,21 @@ class VlmFamily(ABC):
         video_fps: float,
         synced: bool = False,
     ) -> list[list[int]]:
-        """Greedy token ids of every prompt, cut before the end of turn; `synced` for several ranks under ZeRO-3."""
+        """Greedy decoding.
+
+        Args:
+            vlm: the transformers model.
+            prompts: left-padded.
+            visuals: kind and grids of the frames.
+            visual: vision output of the prompts' images, fused or not.
+            tokenizer: of the VLM.
+            max_new_tokens: longest answer.
+            video_fps: nominal frame rate of videos.
+            synced: make as many forward passes as the slowest rank (several ranks under ZeRO-3).
+
+        Returns:
+            Token ids per prompt, without the end of turn.
+        """
 
     @abstractmethod
     def vision_flops(self, tower: nn.Module, grids: Sequence[Sequence[int]]) -> float:
@@ -214,15 +232,15 @@ VLM_FAMILIES: dict[str, VlmFamily] = {}
 
 
 def register_family(family: VlmFamily) -> None:
-    """Make a family available under its `model_type`."""
+    """Register a family under its `model_type`."""
     VLM_FAMILIES[family.model_type] = family
 
 
 def find_family(model_type: str | None, where: str = "config.json") -> VlmFamily:
-    """The family of a `model_type`.
+    """Family of a `model_type`.
 
     Raises:
-        ValueError: none is registered; `where` names the file.
+        ValueError: no such family; the message names the file `where`.
     """
     if model_type in BUILT_IN and model_type not in VLM_FAMILIES:
         import_module(BUILT_IN[model_type])

@@ -1,10 +1,11 @@
-"""Phi: how the merged geometry joins the visual tokens before the language model sees them, `model.fusion`.
+"""Fusions Phi(F2D, G) of visual tokens with merged geometry tokens, selected by `model.fusion`.
 
-A fusion is one class here and one line in `FUSIONS`. `add` is VG-LLM's; the others are the alternatives that its later
-versions offer (there, on its 4B model and ScanRefer Acc@0.25: none 31.9, add 36.4, cross-attention 33.7, concat 27.7).
-Each docstring says in what it departs from them, where it begins, and what Phi(F2D, 0) is.
+A fusion is one class here and one line in `FUSIONS`. `add` is VG-LLM's; the others are alternatives of its later
+versions (its 4B model on ScanRefer, Acc@0.25: none 31.9, add 36.4, cross-attention 33.7, concat 27.7). Each docstring
+gives the formula, the differences from that source, the initialisation, and Phi(F2D, 0).
 
-Every submodule is called once per pass, whatever the number of images: ZeRO-3 needs the same calls on every rank.
+Every submodule is called once per pass, independent of the number of images: under ZeRO-3 all ranks must make the same
+calls.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Fusion(nn.Module, ABC):
     """
 
     zero_is_stock: ClassVar[bool] = True
-    """Whether the formula gives F2D itself for G = 0; then Phi(F2D, 0) returns it unseen, bit for bit."""
+    """Whether Phi(F2D, 0) is F2D for all weights. It is then returned unchanged, bit for bit."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -40,15 +41,15 @@ class Fusion(nn.Module, ABC):
         """Fuse the tokens of a batch.
 
         Args:
-            visual: ``[tokens, hidden]`` tokens of the vision tower after its own merger.
-            geometry: ``[tokens, hidden]`` of `GeometryMerger`, in the same order; None is Phi(F2D, 0), merged zeros.
-            sizes: tokens of every image (or pair of video frames), in order; zeros are allowed.
+            visual: ``[tokens, hidden]``, F2D after the vision tower's own merger.
+            geometry: ``[tokens, hidden]``, output of `GeometryMerger` in the same order; None computes Phi(F2D, 0).
+            sizes: number of tokens of every image (or pair of video frames), in order; may be 0.
 
         Returns:
-            ``[tokens, hidden]`` in the dtype of ``visual``; the formula is evaluated in the weights' dtype.
+            ``[tokens, hidden]`` in the dtype of ``visual``; computed in the dtype of the weights.
 
         Raises:
-            ValueError: the two grids do not hold the same tokens.
+            ValueError: `visual` and `geometry` have different shapes.
         """
         assert sum(sizes) == len(visual), f"{sum(sizes)} tokens in {len(sizes)} images, but {len(visual)} tokens"
         if geometry is None:
@@ -61,11 +62,11 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def combine(self, visual: torch.Tensor, geometry: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """The formula, on ``[tokens, hidden]`` of one dtype."""
+        """The formula on ``[tokens, hidden]`` tensors of one dtype."""
 
 
 def check_same_tokens(visual: torch.Size, geometry: torch.Size) -> None:
-    """Refuse two grids that do not hold the same tokens."""
+    """Raise ValueError unless both shapes are equal."""
     if visual != geometry:
         raise ValueError(
             f"fusion: the vision grid is {tuple(visual)} [tokens, hidden] but the geometry grid is {tuple(geometry)}; "
@@ -81,15 +82,15 @@ class Add(Fusion):
 
 
 class Concat(Fusion):
-    """W [LayerNorm(F2D), LayerNorm(G)] + b with one Linear(2H -> H), as VG-LLM's later versions; no residual.
+    """W [LayerNorm(F2D), LayerNorm(G)] + b with one Linear(2H -> H), as in VG-LLM's later versions; no residual.
 
-    The LayerNorm takes every token's own mean and length from it and only W leads on, so this is the stock VLM nowhere:
-    Phi(F2D, 0) = W [LayerNorm(F2D), beta] + b, with beta the bias of G's LayerNorm. The shortcut of W2R2 is then a
-    2D-only model that trains along, not the pretrained one.
+    LayerNorm removes the mean and the scale of every token and there is no residual, so no weights give the stock VLM:
+    Phi(F2D, 0) = W [LayerNorm(F2D), beta] + b, where beta is the bias of G's LayerNorm. The shortcut of W2R2 is then a
+    2D-only model that is trained too, not the pretrained one.
 
-    Initialisation: W = [identity, normal(0, 0.02)], b = 0, so that the fused model begins with LayerNorm(F2D), the
-    nearest that the formula comes to the stock VLM, plus a random projection of the geometry, as `add` has through its
-    merger. A random W, as in VG-LLM, which trains the whole language model, would hide the image from a frozen one.
+    Initialisation: W = [identity, normal(0, 0.02)], b = 0. The fused model starts from LayerNorm(F2D), which is as
+    close to the stock VLM as the formula gets, plus a random projection of the geometry. VG-LLM starts from a random W
+    and trains the whole language model; a frozen language model could not use such visual tokens.
     """
 
     zero_is_stock = False
@@ -113,9 +114,9 @@ class Concat(Fusion):
 class Gated(Fusion):
     """F2D + g * G with g = sigmoid(W [LayerNorm(F2D), LayerNorm(G)] + b), a gate per token and channel.
 
-    The gate is that of VG-LLM's later versions and of GeoSR (arXiv 2603.26639, Geometry-Guided Fusion). They mix
-    g * LayerNorm(F2D) + (1 - g) * LayerNorm(G), which loses the stock VLM; here the gate opens for geometry and F2D
-    passes as it is, so that Phi(F2D, 0) is the stock VLM, whatever the weights.
+    The gate is that of VG-LLM's later versions and of GeoSR (arXiv 2603.26639, Geometry-Guided Fusion). They use
+    g * LayerNorm(F2D) + (1 - g) * LayerNorm(G), which cannot give the stock VLM. Here the gate scales the geometry only
+    and F2D is added unchanged, so that Phi(F2D, 0) is the stock VLM for all weights.
 
     Initialisation: W = 0 and b = 0, hence g = 1/2 everywhere: `add` with half the geometry. W and the geometry merger
     both have a gradient from the first step.
@@ -135,30 +136,30 @@ class Gated(Fusion):
 
 
 class CrossAttention(Fusion):
-    """F2D + O softmax(Q K' / sqrt(d)) V within every image: 2D tokens ask, geometry tokens answer; 8 heads, one layer.
+    """F2D + O softmax(Q K' / sqrt(d)) V within every image: 2D queries, geometry keys and values; 8 heads, one layer.
 
-    Q = Wq (RMSNorm(F2D) + p), K = Wk (RMSNorm(G) + p), V = Wv RMSNorm(G). p are sin-cos codes of a token's index in its
-    image, the same for both sides: `add` is told which geometry token lies under a 2D token, attention would have to
-    find it out from the content. They are not added to V.
+    Q = Wq (RMSNorm(F2D) + p), K = Wk (RMSNorm(G) + p), V = Wv RMSNorm(G). p is a sin-cos position embedding of a
+    token's index in its image, equal for both sides, so that a 2D token can attend to the geometry token at its own
+    position. It is not added to V.
 
-    Against VG-LLM's later versions: no dropout, no MLP behind it, codes of the row-major index instead of row and
-    column, and RMSNorm and linear maps without biases. For G = 0 V is therefore exactly 0, and Phi(F2D, 0) is the stock
-    VLM, whatever the weights.
+    Differences from VG-LLM's later versions: no dropout, no MLP after it, positions by row-major index instead of row
+    and column, RMSNorm and linear layers without biases. Hence V is exactly 0 for G = 0, and Phi(F2D, 0) is the stock
+    VLM for all weights.
 
-    Initialisation: O = 0 and Wq, Wk, Wv normal(0, 0.02), so that the fused model *is* the stock VLM at first. Random
-    attention is nearly uniform and would move all tokens of an image by about the same vector, which says nothing of
-    where. As with LoRA's B, the first step's gradient reaches O alone; Wq, Wk, Wv and the geometry merger follow.
+    Initialisation: O = 0 and Wq, Wk, Wv normal(0, 0.02), so that the fused model *is* the stock VLM at first. With a
+    random O, nearly uniform attention would shift all tokens of an image by about the same vector. As with LoRA's B,
+    only O has a gradient in the first step; Wq, Wk, Wv and the geometry merger have one from the second.
 
     Raises:
-        ValueError: 8 heads do not divide the width.
+        ValueError: the width is not divisible by 8.
     """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size)
         if hidden_size % HEADS:
             raise ValueError(
-                f"model.fusion is cross_attention, whose {HEADS} heads do not divide the language model's width "
-                f"{hidden_size}; choose add, concat or gated."
+                f"model.fusion is cross_attention, which needs a width divisible by {HEADS}, but that of the language "
+                f"model is {hidden_size}; choose add, concat or gated."
             )
         self.norm_visual = nn.RMSNorm(hidden_size, eps=1e-6)
         self.norm_geometry = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -171,32 +172,38 @@ class CrossAttention(Fusion):
         nn.init.zeros_(self.output.weight)
 
     def combine(self, visual: torch.Tensor, geometry: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        codes = index_codes(sizes, self.hidden_size, visual.device).to(visual.dtype)
-        seen = self.norm_geometry(geometry)
-        query, key = self.query(self.norm_visual(visual) + codes), self.key(seen + codes)
-        answer: torch.Tensor = self.output(attend_within_images(query, key, self.value(seen), sizes))
-        return visual + answer
+        positions = position_embeddings(sizes, self.hidden_size, visual.device).to(visual.dtype)
+        normed = self.norm_geometry(geometry)
+        query, key = self.query(self.norm_visual(visual) + positions), self.key(normed + positions)
+        update: torch.Tensor = self.output(attend_within_images(query, key, self.value(normed), sizes))
+        return visual + update
 
 
-def index_codes(sizes: Sequence[int], width: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """``[sum(sizes), width]`` float32 sin-cos codes of the index of a token in its image, wave lengths 2 pi to 2e4 pi.
+def position_embeddings(sizes: Sequence[int], width: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Sin-cos embeddings of the index of a token in its image, wavelengths from 2 pi to 2e4 pi.
 
-    `width` is even: half sines, half cosines.
+    Args:
+        sizes: tokens of every image.
+        width: of an embedding; even, half sines and half cosines.
+        device: of the result.
+
+    Returns:
+        ``[sum(sizes), width]`` float32.
     """
     rates = 10000.0 ** -(torch.arange(width // 2, device=device) / (width // 2))
     angles = torch.arange(max(sizes, default=0), device=device)[:, None] * rates
-    codes = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    return torch.cat([codes[:0], *(codes[:size] for size in sizes)])
+    table = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return torch.cat([table[:0], *(table[:size] for size in sizes)])
 
 
 def attend_within_images(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """Attention of `HEADS` heads over ``[tokens, width]`` in which a token sees the tokens of its own image only.
+    """Attention with `HEADS` heads over ``[tokens, width]``, restricted to tokens of the same image.
 
-    Neighbours of one size are one batch, so nothing is padded and no mask keeps fast kernels away.
+    Consecutive images of equal size form one batch: no padding and no mask, so that SDPA can use its fast kernels.
     """
-    # The empty rows keep the graph whole where there is no token at all.
+    # Empty slices connect all three inputs to the output also if there is no token: every weight gets a gradient.
     attended = [query[:0] + key[:0] + value[:0]]
     begin = 0
     for size, images in groupby(sizes):
@@ -219,10 +226,10 @@ FUSIONS: dict[str, type[Fusion]] = {
 
 
 def make_fusion(name: str, hidden_size: int) -> Fusion:
-    """The fusion `model.fusion` names, freshly initialised.
+    """Make a freshly initialised fusion.
 
     Raises:
-        ValueError: no such fusion, or a width that it cannot have.
+        ValueError: no such fusion, or a width that it does not support.
     """
     if name not in FUSIONS:
         raise ValueError(f"model.fusion is {name!r}; it is one of {', '.join(FUSIONS)}.")
@@ -230,5 +237,5 @@ def make_fusion(name: str, hidden_size: int) -> Fusion:
 
 
 def fusion_name(fusion: Fusion) -> str:
-    """The name under which `FUSIONS` knows a fusion."""
+    """Name of a fusion in `FUSIONS`."""
     return next(name for name, kind in FUSIONS.items() if kind is type(fusion))

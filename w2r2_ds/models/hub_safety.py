@@ -1,8 +1,7 @@
-"""Reject model folders and hub ids that would run remote code or load pickles, before transformers reads them.
+"""Reject models that would run remote code or load pickles, before transformers reads them.
 
-`trust_remote_code` is never given, so that an ``auto_map`` is not followed. Three ways remain that transformers takes
-without being asked: kernels of the hub in place of an attention, an adapter that lies in the folder, and weights that
-are no safetensors.
+``trust_remote_code`` is never set, so that transformers ignores an ``auto_map``. By default three ways remain:
+attention kernels of the hub, a PEFT adapter in the model's directory, and weights that are not safetensors.
 """
 
 from __future__ import annotations
@@ -17,33 +16,37 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_conf
 from w2r2_ds.utils.safetensors_io import INDEX, weight_files
 
 CODE_FIELDS = frozenset({"attn_implementation", "_attn_implementation", "experts_implementation"})
-"""Fields of a config.json that name an implementation, of the whole or of a part."""
+"""Fields of a config.json, or of a config inside it, that select an implementation."""
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""Where these are missing, transformers takes code of the hub in their place, if the package `kernels` is there."""
+"""Attention -> its package. If it is missing and `kernels` is installed, transformers runs code of the hub instead."""
 
 
-def refuse_hub_code(raw: Any, where: str) -> None:
-    """Refuse an attention or experts that are code of the hub, ``OWNER/NAME``, anywhere in a config.json.
+def check_config(raw: Any, where: str) -> None:
+    """Check that no field of a config.json selects an implementation of the hub (``OWNER/NAME``).
+
+    Args:
+        raw: parsed JSON; nested objects are checked too.
+        where: path of the file, for messages.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a field does; the message names it.
     """
     for key, value in raw.items() if isinstance(raw, dict) else ():
         if key in CODE_FIELDS and "/" in json.dumps(value):
             raise ValueError(f"{where}: {key} {value!r} is code of the Hugging Face Hub; remove the field")
-        refuse_hub_code(value, where)
+        check_config(value, where)
 
 
-def refuse_strangers_code(name: str, attention: str) -> None:
-    """Look at a directory or hub id before its weights are loaded.
+def check_model_files(name: str, attention: str) -> None:
+    """Check a model's directory or hub id before its weights are loaded.
 
     Args:
-        name: of `models.vlm.load_vlm`.
-        attention: name of the attention implementation.
+        name: directory or hub id.
+        attention: transformers attention implementation.
 
     Raises:
-        ValueError: the attention is not installed here or would be code of the hub, there is an adapter, or the index
-            of the weights names a file that is no safetensors file beside it.
+        ValueError: the attention is not installed or is code of the hub, there is a PEFT adapter, or the index of the
+            weights lists something other than safetensors files of the same directory.
     """
     if "/" in attention:
         raise ValueError(f"model.attention {attention} is code of the Hugging Face Hub; choose sdpa")

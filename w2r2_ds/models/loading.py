@@ -1,4 +1,4 @@
-"""Load a VLM from a directory or hub id; class and sizes come from its ``config.json``, never from its path."""
+"""Load a VLM from a directory or hub id; its ``config.json`` determines class and sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.hub import cached_file
 
 from w2r2_ds.models.family import find_family
-from w2r2_ds.models.hub_safety import refuse_hub_code, refuse_strangers_code
+from w2r2_ds.models.hub_safety import check_config, check_model_files
 from w2r2_ds.types.vision import VisionSpec
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -35,10 +35,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_config(name_or_path: str | Path) -> Any:
-    """Read and check ``config.json``; returns the stock config object of its ``model_type``.
+    """Read and check ``config.json``; returns the transformers config of its ``model_type``.
 
     Raises:
-        ValueError: no such directory, no readable ``config.json``, or an unsupported ``model_type``.
+        ValueError: no such directory, ``config.json`` cannot be read, or its ``model_type`` is not supported.
     """
     name = _check_name(name_or_path)
     try:
@@ -46,12 +46,12 @@ def load_config(name_or_path: str | Path) -> Any:
     except OSError as error:
         raise ValueError(_unreadable(name, "config.json", error)) from error
     find_family(raw.get("model_type"), f"{name}/config.json")
-    refuse_hub_code(raw, f"{name}/config.json")
+    check_config(raw, f"{name}/config.json")
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The stock class for this config, checked for the ``mm_encoder_outputs`` argument that the two passes need."""
+    """The transformers class of a config, checked by `check_forward`."""
     find_family(config.model_type, config.name_or_path or type(config).__name__)
     found: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     check_forward(found)
@@ -59,7 +59,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def check_forward(model: type[nn.Module]) -> None:
-    """Raise ValueError unless ``model.forward`` accepts ``mm_encoder_outputs`` (transformers 5.18 and later)."""
+    """Raise ValueError unless ``model.forward`` accepts ``mm_encoder_outputs``, which greedy decoding needs."""
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"transformers {transformers.__version__} is too old: {model.__name__}.forward has no mm_encoder_outputs; "
@@ -70,20 +70,20 @@ def check_forward(model: type[nn.Module]) -> None:
 def load_vlm(
     name_or_path: str | Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "sdpa"
 ) -> PreTrainedModel:
-    """Load the whole model in ``dtype``, every weight from the files.
+    """Load the whole model, every weight from its files.
 
     Args:
         name_or_path: a directory or a hub id.
-        dtype: type of every weight.
-        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` or another that transformers knows.
+        dtype: dtype of all weights.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` or another one of transformers.
 
     Raises:
-        ValueError: see ``load_config``; also where the weights do not fit the config exactly.
+        ValueError: see ``load_config``; also if the weights do not match the config exactly.
     """
     name = _check_name(name_or_path)
     config = load_config(name)
     model_class(config)
-    refuse_strangers_code(name, attn_implementation)
+    check_model_files(name, attn_implementation)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -91,7 +91,7 @@ def load_vlm(
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in one sentence
+            ignore_mismatched_sizes=True,  # `_check_loaded` reports them
             trust_remote_code=False,
             use_safetensors=True,  # a .bin is a pickle
         )
@@ -103,7 +103,7 @@ def load_vlm(
             f"({' '.join(str(error).split())}); install it or choose sdpa"
         ) from error
     except RuntimeError as error:
-        if "size mismatch" not in str(error):  # ZeRO-3's loader raises this instead of reporting it
+        if "size mismatch" not in str(error):  # under ZeRO-3, transformers raises instead of reporting mismatched sizes
             raise
         detail = " ".join(str(error).split())
         raise ValueError(
@@ -114,11 +114,11 @@ def load_vlm(
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer and check that it belongs to the model beside it.
+    """Load the tokenizer of a model and check that it matches config.json.
 
     Raises:
-        ValueError: a chat or vision token is missing, its id differs from the config's, the vocabulary has more
-            tokens than the model has embedding rows, or there is no chat template.
+        ValueError: a chat or vision token is missing or has another id than in the config, a token id has no embedding
+            row, or there is no chat template.
     """
     name = _check_name(name_or_path)
     config = load_config(name)
@@ -163,9 +163,9 @@ def load_vision_spec(name_or_path: str | Path) -> VisionSpec:
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Inside, model constructors ignore a live ZeRO-3 ``HfDeepSpeedConfig`` and make whole tensors.
+    """Context in which model constructors ignore a live ``HfDeepSpeedConfig`` (ZeRO-3) and make whole tensors.
 
-    The stock constructors build their sub-models with ``_from_config``, which would partition them.
+    transformers builds sub-models with ``_from_config``, which would partition them.
     """
     reference = getattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None)
     live = reference() if reference is not None else None
@@ -178,9 +178,9 @@ def whole_weights() -> Iterator[None]:
 
 
 def meta_model(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
-    """The model's class on the meta device: names, shapes and methods, no weights and no memory.
+    """The model on the meta device: names, shapes and methods, no weights.
 
-    Works with a live ``HfDeepSpeedConfig`` too: this model is never partitioned.
+    Never partitioned, also with a live ``HfDeepSpeedConfig``.
     """
     config = source if isinstance(source, PreTrainedConfig) else load_config(source)
     chosen = model_class(config)
@@ -189,7 +189,7 @@ def meta_model(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
 
 
 def _check_name(name_or_path: str | Path) -> str:
-    """A directory or something of the form of a hub id, as a string; ValueError for anything else."""
+    """The name as a string; ValueError if it is neither a directory nor has the form of a hub id."""
     name = str(name_or_path)
     if not name or not (Path(name).is_dir() or _HUB_ID.fullmatch(name)):
         raise ValueError(
@@ -199,7 +199,7 @@ def _check_name(name_or_path: str | Path) -> str:
 
 
 def _unreadable(name: str, what: str, error: Exception) -> str:
-    """One sentence about a file that could not be read, for a directory or a hub id."""
+    """Message about a file that cannot be read, for a directory or a hub id."""
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if Path(name).is_dir():
         return f"{name}: cannot read {what} ({first_line}); copy the complete model directory"
@@ -210,7 +210,7 @@ def _unreadable(name: str, what: str, error: Exception) -> str:
 
 
 def _read_json(name_or_path: str | Path, filename: str) -> dict[str, Any]:
-    """One JSON object of a model directory or hub id."""
+    """A JSON object from a file of a model directory or hub id."""
     name = _check_name(name_or_path)
     try:
         found = cached_file(name, filename)
@@ -220,7 +220,7 @@ def _read_json(name_or_path: str | Path, filename: str) -> dict[str, Any]:
 
 
 def _check_loaded(name: str, info: dict[str, Any]) -> None:
-    """Raise ValueError unless every weight was loaded and nothing was left over."""
+    """Raise ValueError unless config and weight files have the same tensors with the same shapes."""
     problems = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),

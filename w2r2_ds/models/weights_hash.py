@@ -1,4 +1,4 @@
-"""Which weights a model was built from: equal sizes do not make two models the same."""
+"""Hashes of model weights, to distinguish models of equal architecture."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 TENSORS = 16
-"""Tensors that are looked at, evenly spread over the sorted names; one row of each."""
+"""Approximate number of tensors that are hashed, evenly spread over the sorted names; the first row of each."""
 
 
 def weights_identity(name_or_path: str | Path) -> str:
-    """16 hexadecimal digits that tell the safetensors weights of a directory (or cached hub id) from others.
+    """Fast identity of the safetensors weights of a directory or cached hub id: 16 hexadecimal digits.
 
-    The same for the same tensors in other shards; different after any training that touches most weights. Costs a few
-    small reads, not the whole file.
+    Independent of sharding; changes with any training that updates most weights. Reads a few rows, not whole files.
 
     Raises:
         ValueError: there are no safetensors weights.
@@ -38,12 +37,16 @@ def weights_identity(name_or_path: str | Path) -> str:
 
 
 def tensors_digest(files: Sequence[Path], wanted: Callable[[str], bool]) -> str:
-    """SHA-256 of the names, dtypes, shapes and values of the wanted tensors of some files, however they are sharded.
+    """SHA-256 of names, dtypes, shapes and values of tensors; independent of sharding.
 
-    Every byte is read, about 1.5 GB/s: for what must not be wrong about a single weight.
+    Reads every byte, at about 1.5 GB/s. Feature caches need this: one changed weight makes their features invalid.
+
+    Args:
+        files: safetensors files.
+        wanted: whether the tensor of a name is included.
 
     Raises:
-        ValueError: there is no such tensor, or a file is broken.
+        ValueError: no tensor is included, or a file cannot be read.
     """
     try:
         return _digest_of(files, wanted)
@@ -70,10 +73,10 @@ def _digest_of(files: Sequence[Path], wanted: Callable[[str], bool]) -> str:
 
 
 def model_weights(name_or_path: str | Path) -> list[Path]:
-    """The safetensors files of a model's directory, or of a hub id: those are fetched, as loading the model would.
+    """Safetensors files of a model's directory or of a hub id, downloaded if necessary.
 
     Raises:
-        ValueError: they cannot be fetched.
+        ValueError: they cannot be downloaded.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -81,7 +84,7 @@ def model_weights(name_or_path: str | Path) -> list[Path]:
 
         try:
             folder = Path(snapshot_download(str(name_or_path), allow_patterns=["config.json", "*.safetensors"]))
-        except Exception as error:  # the hub client raises many kinds, of several libraries
+        except Exception as error:  # the hub client raises exceptions of several libraries
             raise ValueError(
                 f"The weights of model.vlm {name_or_path} could not be fetched from the Hugging Face Hub "
                 f"({type(error).__name__}); fetch them where there is a network and give their directory."
@@ -90,17 +93,17 @@ def model_weights(name_or_path: str | Path) -> list[Path]:
 
 
 def model_folder(name_or_path: str | Path) -> Path:
-    """A model's directory, or that of a hub id in the cache."""
+    """Directory of a model; of a hub id, its directory in the hub cache."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
-    from transformers.utils.hub import cached_file  # a second that directories need not wait for
+    from transformers.utils.hub import cached_file  # takes about a second, which directories do not need
 
     return Path(str(cached_file(str(name_or_path), "config.json"))).parent
 
 
 def _files_of(files: Sequence[Path]) -> dict[str, Path]:
-    """In which file every tensor is."""
+    """Tensor name -> its file."""
     where: dict[str, Path] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
