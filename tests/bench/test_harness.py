@@ -1,4 +1,4 @@
-"""Turns, ratios, memory of a process of its own, and what a report says."""
+"""Interleaved runs, ratios, peak memory in a fresh process, and the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 MIB = 2**20
 
 
-def test_cases_take_turns_and_the_warm_up_does_not_count() -> None:
+def test_interleave_alternates_the_order_and_skips_warmups() -> None:
     calls: list[str] = []
 
     def case(name: str) -> Any:
@@ -35,7 +35,7 @@ def test_cases_take_turns_and_the_warm_up_does_not_count() -> None:
         interleave({}, 0, CPU)
 
 
-def test_a_case_is_timed_from_outside_where_it_does_not_say_what_counts() -> None:
+def test_a_case_without_a_lap_is_timed_as_a_whole() -> None:
     def work() -> None:
         sum(math.sqrt(i) for i in range(200_000))
 
@@ -43,11 +43,11 @@ def test_a_case_is_timed_from_outside_where_it_does_not_say_what_counts() -> Non
     lap = Lap()
     with timed(lap, CPU):
         work()
-    # The same work; a factor of 20 either way is no matter of noise.
+    # The same work, so about the same time; a factor of 20 is more than noise.
     assert lap.total() / 20 < spread.median < lap.total() * 20
 
 
-def test_median_quartiles_and_the_ratio_of_neighbours() -> None:
+def test_ratio_is_the_median_over_rounds() -> None:
     base, case = Spread((1.0, 10.0, 2.0)), Spread((2.0, 20.0, 4.2))
     assert base.median == 2.0 and base.quartiles == (1.5, 6.0)
     # Of the rounds 2, 2 and 2.1; the ratio of the medians would be 2.1.
@@ -56,7 +56,7 @@ def test_median_quartiles_and_the_ratio_of_neighbours() -> None:
 
 
 def allocate(mib: int) -> dict[str, int]:
-    """Called in a process of its own: memory that is used and freed again is seen."""
+    """Runs in a fresh process: allocate memory and free it again."""
 
     def run() -> None:
         torch.ones(mib * MIB // 4).sum()
@@ -65,14 +65,14 @@ def allocate(mib: int) -> dict[str, int]:
 
 
 @pytest.mark.distributed
-def test_memory_is_that_of_the_call_alone() -> None:
-    # Resident pages of the allocation, and what the first sum loads.
+def test_peak_memory_is_that_of_the_call() -> None:
+    # The allocation, and libraries that the first sum loads.
     assert 96 <= in_fresh_process(allocate, 96)["bytes"] / MIB < 128
     with pytest.raises(RuntimeError, match="no attribute"):
         in_fresh_process(in_fresh_process, "no such function")
 
 
-def test_a_report_says_what_is_not_met_and_keeps_the_numbers(tmp_path: Path) -> None:
+def test_report_prints_rounded_and_saves_exact_numbers(tmp_path: Path) -> None:
     criteria = [Criterion("fast", 0.8, 0.9), Criterion("slow", 1.2345678, 0.9)]
     report = Report(
         "name", "title", [{"case": "a", "seconds": 1.2345678}, {"case": "b", "peak": 3}], criteria, ["note"]

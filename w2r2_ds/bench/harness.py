@@ -1,4 +1,4 @@
-"""Measure benchmarks: interleaved runs timed by process time or CUDA events; peak memory in a fresh process."""
+"""Time benchmark cases with CPU time or CUDA events, in interleaved runs; measure peak memory in a fresh process."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Lap:
         return self.seconds + sum(begin.elapsed_time(end) for begin, end in self.marks) / 1000
 
 
-def discard(way: Callable[[], object]) -> Case:
+def discard(function: Callable[[], object]) -> Case:
     """Wrap a function as a case and drop its result."""
 
     def case() -> None:
-        way()
+        function()
 
     return case
 
@@ -107,6 +107,7 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, int] = {}
     for turn in range(warmups + rounds):
+        # Alternating order: otherwise the first case of every round would always follow the last one.
         order = list(cases) if turn % 2 == 0 else list(reversed(list(cases)))
         for name in order:
             if device.type == "cuda":
@@ -115,9 +116,9 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
             outer = Lap()
             with timed(outer, device):
                 own = cases[name]()
-            took = (own or outer).total()
+            elapsed = (own or outer).total()
             if turn >= warmups:
-                seconds[name].append(took)
+                seconds[name].append(elapsed)
             if device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated()
     return {name: Spread(tuple(seconds[name]), peaks.get(name)) for name in cases}
@@ -132,12 +133,13 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str,
     """Call a function of a module in a new Python process and return its JSON-like result.
 
     Raises:
-        RuntimeError: the process failed; with the end of what it printed.
+        RuntimeError: the process failed; with the end of its error output.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         request = [function.__module__, function.__qualname__, list(arguments), str(result)]
-        # Allocations come from and go back to the system at once, so that its count of pages is theirs.
+        # glibc then takes memory from the system at once and returns it at once, so that resident memory is allocated
+        # memory.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         done = subprocess.run(
@@ -150,9 +152,9 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str,
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Peak resident memory of a call in bytes, beyond that before the call (Linux)."""
+    """Increase of the peak resident memory in bytes during a call (Linux)."""
     with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")
+        reset.write("5")  # resets VmHWM, the peak
     before = _status("VmRSS")
     function()
     return max(0, _status("VmHWM") - before)

@@ -1,4 +1,4 @@
-"""What a benchmark hands back: a table, what was promised and what came of it, the machine; printed or as JSON."""
+"""Report of a benchmark: table, criteria with their limits, notes and machine; printed or saved as JSON."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from w2r2_ds.utils.versions import versions
 
 @dataclass(frozen=True)
 class Criterion:
-    """One claim that the project wants to keep.
+    """A measured value with a limit.
 
     Attributes:
-        claim: in words.
-        measured: its number.
-        limit: the most it may be.
+        claim: description of the value.
+        measured: the value.
+        limit: its maximum.
     """
 
     claim: str
@@ -34,21 +34,21 @@ class Criterion:
 
     @property
     def met(self) -> bool:
-        """Whether the measurement keeps it."""
+        """Whether the value is within the limit."""
         return bool(self.measured <= self.limit)
 
 
 @dataclass
 class Report:
-    """One benchmark's result.
+    """Result of one benchmark.
 
     Attributes:
-        name: of the benchmark.
-        title: one line: what was compared.
-        rows: dictionaries with the same keys; the first is the name of the row.
-        criteria: claims, met or not.
-        notes: sentences that a reader of the numbers must know.
-        machine: where it ran.
+        name: name of the benchmark.
+        title: one line about the comparison.
+        rows: table rows, column -> value; the first column is the name of the row.
+        criteria: values with limits.
+        notes: sentences that explain the numbers.
+        machine: processor, GPU and versions.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Report:
     machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that `show` prints, unrounded."""
+        """All content of the report, with unrounded numbers."""
         criteria = [asdict(each) | {"met": each.met} for each in self.criteria]
-        whole = {"name": self.name, "title": self.title, "machine": self.machine}
-        return whole | {"rows": self.rows, "criteria": criteria, "notes": self.notes}
+        head = {"name": self.name, "title": self.title, "machine": self.machine}
+        return head | {"rows": self.rows, "criteria": criteria, "notes": self.notes}
 
     def save(self, path: Path) -> None:
-        """Write the JSON file, whole or not at all."""
+        """Write the report as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_io.replace(path, json.dumps(self.to_json(), indent=2) + "\n")
 
@@ -97,7 +97,7 @@ def cell(value: Any) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, its load, memory, GPU and the versions that a number depends on."""
+    """Processor, load, memory, GPU and package versions."""
     found: dict[str, Any] = {
         "processor": _processor(),
         "processors": os.cpu_count(),

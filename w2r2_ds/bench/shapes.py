@@ -1,4 +1,4 @@
-"""The shapes that are measured: fixed numbers for the CPU, the real architectures for a GPU. None is tuned to pass."""
+"""Sizes of the models and samples of the benchmarks: small ones for the CPU, the real architectures for a GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from w2r2_ds.models.vggt.model import VGGTConfig
 
 PATCH, MERGE = 14, 2
-"""Pixels of a patch of both towers; patches per side that the VLM's tower merges into a token."""
+"""Side of a patch of both towers in pixels; patches per side that the VLM's tower merges into a token."""
 IGNORED = -100
-"""Label of a row without a loss, in the whole ecosystem."""
+"""Label of a position without a loss, as in transformers."""
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,18 @@ class Shape:
     """Sizes of a VLM, a VGGT and a sample.
 
     Attributes:
-        name: for the reports.
-        hidden, layers, heads, kv_heads, intermediate, vocabulary, tied: of the language model.
-        vision_hidden, vision_depth, vision_heads, vision_intermediate, vision_window, vision_full: of the vision tower.
-        vggt: VGGT's sizes. Its last layer but one is used, as VG-LLM does.
+        name: name in reports and of the option `--shape`.
+        hidden, layers, heads, kv_heads, intermediate, vocabulary, tied: language model, as in its config.json.
+        vision_hidden, vision_depth, vision_heads, vision_intermediate, vision_window, vision_full: vision tower.
+        vggt: sizes of VGGT. Its last but one layer is used, as in VG-LLM.
         merger_hidden: width of the geometry merger's hidden layer.
-        frames: per sample.
-        frame_size: width and height in pixels at which VGGT sees a frame.
-        grid: columns and rows of patches of it that the VLM sees, both even.
-        prompt_tokens: text tokens before the answer: two around every frame's, the others are the question.
-        answer_tokens: of the answer, with the end of turn.
-        lora_rank: of LoRA on the seven projections of every layer.
-        dtype: of weights and activations.
+        frames: number of frames per sample.
+        frame_size: width and height of a frame for VGGT, in pixels.
+        grid: columns and rows of patches of a frame for the VLM, both even.
+        prompt_tokens: text tokens before the answer: start and end token of every frame, and the question.
+        answer_tokens: tokens of the answer, with the end of turn.
+        lora_rank: rank of LoRA on the seven projections of every layer.
+        dtype: dtype of weights and activations.
     """
 
     name: str
@@ -57,33 +57,33 @@ class Shape:
 
     @property
     def visual_tokens(self) -> int:
-        """Of a sample, as the language model sees them."""
+        """Number of visual tokens of a sample in the language model."""
         return self.frames * self.grid[0] * self.grid[1] // MERGE**2
 
     @property
     def prefix_tokens(self) -> int:
-        """That all questions about the same frames share: visual ones, and the two marks around every frame's."""
+        """Tokens shared by all questions about the same frames: visual tokens, start and end token of every frame."""
         return self.visual_tokens + 2 * self.frames
 
     @property
     def tokens(self) -> int:
-        """Of a sample: visual, prompt and answer."""
+        """Number of tokens of a sample: visual, prompt and answer."""
         return self.visual_tokens + self.prompt_tokens + self.answer_tokens
 
     @property
     def geometry_layer(self) -> int:
-        """The layer of VGGT that is used."""
+        """Index of the layer of VGGT that is used."""
         return self.vggt.depth - 2
 
     @property
     def geometry_tokens(self) -> int:
-        """VGGT's own tokens of a frame, special ones among them."""
+        """Number of tokens of a frame in VGGT, including special tokens."""
         width, height = self.frame_size
         return (width // PATCH) * (height // PATCH) + self.vggt.special_tokens
 
 
-# 704 visual and 64 text tokens (40 of them the answer) for the language model, 8 frames of 392 x 294 for VGGT: such
-# frames would be 1120 tokens, so the VLM is shown the 308 x 224 pixels (22 x 16 patches) at the upper left of each.
+# The language model has 704 visual and 64 text tokens (40 of them the answer). VGGT gets 8 frames of 392 x 294 pixels.
+# These would be 1120 visual tokens, so the VLM gets only the upper left 308 x 224 pixels (22 x 16 patches) of each.
 CPU = Shape(
     name="cpu",
     hidden=512,
@@ -109,7 +109,7 @@ CPU = Shape(
     lora_rank=16,
     dtype="float32",
 )
-# The same path in a second, for the tests.
+# Runs in a second, for the tests.
 TINY = replace(
     CPU,
     name="tiny",
@@ -131,7 +131,7 @@ TINY = replace(
     prompt_tokens=10,
     lora_rank=4,
 )
-# Qwen2.5-VL's and VGGT-1B's own sizes; frames as VG-LLM's of ScanNet: 518 x 392, of which the VLM sees 36 x 28 patches.
+# Sizes of Qwen2.5-VL and VGGT-1B. Frames as in VG-LLM for ScanNet: 518 x 392, of which the VLM gets 36 x 28 patches.
 QWEN_3B = replace(
     CPU,
     name="3b",
@@ -171,10 +171,10 @@ SHAPES = {shape.name: shape for shape in (CPU, TINY, QWEN_3B, QWEN_7B)}
 
 
 def find_shapes(name: str, frames: list[int]) -> list[Shape]:
-    """The shape of a name, once per number of frames; without numbers, with its own.
+    """Shapes with the given name, one per number of frames; without numbers, one with the default.
 
     Raises:
-        ValueError: no such shape, or frames that its prompt has no room for.
+        ValueError: no such shape, or more frames than its prompt can mark.
     """
     if name not in SHAPES:
         raise ValueError(f"--shape is {name!r}; it is one of {', '.join(SHAPES)}.")
