@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.sources.validation import Name, Number, Record, SceneId, validate
-from w2r2_ds.data.tasks.base import InputFile, Job, Outcomes, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, register_task
 from w2r2_ds.data.tasks.common import frame_fields
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, RecordFields, ReferenceFields
@@ -44,8 +44,8 @@ class Counting(Task):
         path = self.annotations(root, options).path
         return validate(TypeAdapter(list[Count]), read_json(path), path, counted=True)
 
-    def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> Outcomes:
-        made: Outcomes = []
+    def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
+        made: PreparedItems = []
         for number, item in job.items:
             frames = [scene.frames[i] for i in select_frames(options.frames, scene, item.key, None) or ()]
             texts = {"question": f"How many {item.name}s are there?", "answer": str(item.count)}
