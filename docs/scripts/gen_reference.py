@@ -20,6 +20,7 @@ API = {
         "w2r2_ds.models.fusion",
         "w2r2_ds.models.merger",
         "w2r2_ds.models.geometry_encoder",
+        "w2r2_ds.models.resampling",
     ),
     "Data": ("w2r2_ds.types.sample", "w2r2_ds.types.batch", "w2r2_ds.data.dataset", "w2r2_ds.data.tasks.base"),
     "Training": ("w2r2_ds.training.step", "w2r2_ds.training.two_pass", "w2r2_ds.training.trackers"),
