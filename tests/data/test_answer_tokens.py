@@ -101,13 +101,13 @@ def test_a_blank_that_offsets_leave_out_belongs_to_the_token_after_it() -> None:
 
 @pytest.mark.parametrize("answer", ["", '{"frame": 1}', ANSWER.replace("3.0, ", ""), ANSWER + " 7"])
 def test_other_than_ten_numbers(tokenizer: Any, answer: str) -> None:
-    with pytest.raises(ValueError, match="holds 10 numbers"):
+    with pytest.raises(ValueError, match="has 10 numbers"):
         find_answer_tokens("grounding", answer, encode(tokenizer, answer)[1])
 
 
 def test_a_number_at_the_very_beginning_has_no_place_for_a_sign() -> None:
     answer = "1 2 3 4 5 6 7 8 9 0"
-    with pytest.raises(ValueError, match="must not begin the answer"):
+    with pytest.raises(ValueError, match="must not begin with a number"):
         find_answer_tokens("grounding", answer, [(i, i + 1) for i in range(len(answer))])
 
 

@@ -105,7 +105,7 @@ def test_no_what_where_nothing_is_meant(
 
 @pytest.mark.parametrize("what", [(-1, 2), (3, 2), (0, 10_000)])
 def test_what_outside_the_question(frontend: Any, data_config: Any, samples: list[Any], what: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"Sample four: what is \(.*\), which is no span of its question"):
+    with pytest.raises(ValueError, match=r"Sample four: what is \(.*\), which is not a span of its question"):
         make_processor(frontend, data_config())(replace(samples[0], what=what), with_answer=True)
 
 

@@ -1,11 +1,11 @@
-"""Find the *where* tokens (digits of the box) of an answer and the *what* tokens of a prompt, by character offsets.
+"""Find *where* tokens (digits of a box) in an answer and *what* tokens (the description) in a prompt.
 
-A grounding answer holds ten numbers: the frame index and the nine box values. Their digits are the *where* tokens; JSON
-syntax, signs and decimal points are in neither set. Where the tokenizer gives every digit a token of its own,
-a number's digit tokens, their units and the token with its sign are found too.
+A grounding answer contains ten numbers: the frame index and the nine box values. Their digits are the *where* tokens;
+JSON syntax, signs and decimal points are neither *where* nor *what*. If the tokenizer encodes every digit as a token of
+its own, the digit tokens of every number, their place values and the token with the sign are found too.
 
-Offsets are ``[(begin, end), ...]`` per token, in characters of the encoded text. Characters that no token covers (a
-blank that a tokenizer trims) belong to the token after them.
+Everything is found by the tokenizer's offsets: ``(begin, end)`` per token, in characters of the encoded text.
+Characters that no token covers (a blank that a tokenizer trims) count as part of the next token.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ _DIGIT_OR_HYPHEN = re.compile("[0-9-]")
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """Digit tokens and numbers of one answer; indices count the answer's own tokens from 0.
+    """Digit tokens of one answer. Token indices are relative to the answer.
 
-    A token that holds a digit belongs to that digit's number, whatever else it holds (`` 0``, ``12``, ``0.5``, ``2]``):
-    dropping it would lose the digit. A token with digits of two numbers belongs to the first.
+    A token with a digit belongs to that digit's number, also if it contains more (`` 0``, ``12``, ``0.5``, ``2]``):
+    without it, the digit would be lost. A token with digits of two numbers belongs to the first.
 
     Attributes:
-        where: ``[tokens]`` bool: grounding: tokens with a digit of a number; else all but the end of turn.
-        number: ``[tokens]`` int64, the number whose digits a token holds; -1 for every other token.
+        where: ``[tokens]`` bool, *where* tokens. Grounding: tokens with a digit of a number. Other kinds: all tokens
+            but the end of turn.
+        number: ``[tokens]`` int64, index of the number whose digits the token contains; -1 for other tokens.
         single_digits: every digit of every number is a token of its own, without even a blank beside it; False if
             there are no numbers. The fields below are empty if this is False.
         sign: ``[NUMBERS]`` int64, the token before a number's first digit, which carries its sign.
@@ -56,29 +57,34 @@ class AnswerTokens:
 
 
 def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets) -> AnswerTokens:
-    """Digit tokens of an answer from its text and the offsets of its tokens, the end of turn among them.
+    """Find the digit tokens of an answer.
 
-    Any tokenizer will do; one that merges digits gives `where` and `number`, but no single digits.
+    Works with any tokenizer. If it merges digits, `where` and `number` are set and `single_digits` is False.
+
+    Args:
+        kind: kind of the answer.
+        answer: its text, without the end of turn.
+        offsets: of all tokens, including the end of turn.
 
     Raises:
-        ValueError: an unknown kind, or a grounding answer that does not hold ten numbers or begins with one.
+        ValueError: the kind is unknown, or a grounding answer does not contain ten numbers or begins with one.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"A sample's kind is {kind!r}; it is one of {', '.join(get_args(Kind))}.")
     if kind == "grounding":
-        return _grounding_tokens(answer, _whole(offsets))
+        return _grounding_tokens(answer, _covering(offsets))
     where = np.array([begin < len(answer) for begin, _ in offsets], dtype=bool)
     return AnswerTokens(where, np.full(len(where), -1, dtype=np.int64), False, np.zeros(0, dtype=np.int64), [], [])
 
 
 def what_tokens(span: tuple[int, int], offsets: Offsets) -> np.ndarray:
-    """``[tokens]`` bool: tokens that share a character with ``[begin, end)``; a leading blank belongs to its token."""
+    """``[tokens]`` bool: tokens that overlap the characters ``[begin, end)`` of the encoded text."""
     begin, end = span
-    return np.array([max(first, begin) < min(last, end) for first, last in _whole(offsets)], dtype=bool)
+    return np.array([max(first, begin) < min(last, end) for first, last in _covering(offsets)], dtype=bool)
 
 
-def _whole(offsets: Offsets) -> list[tuple[int, int]]:
-    """Offsets in which a token also covers what lies between it and the tokens before it."""
+def _covering(offsets: Offsets) -> list[tuple[int, int]]:
+    """Extend tokens to the left so that they cover characters between them and the tokens before them."""
     result, covered = [], 0
     for begin, end in offsets:
         result.append((min(begin, covered), end))
@@ -90,29 +96,33 @@ def _grounding_tokens(answer: str, offsets: Offsets) -> AnswerTokens:
     matches = list(_NUMBER.finditer(answer))
     if len(matches) != NUMBERS:
         raise ValueError(
-            f"A grounding answer holds {NUMBERS} numbers (frame and box); this has {len(matches)}: {answer!r}."
+            f"A grounding answer has {NUMBERS} numbers (frame and box); this one has {len(matches)}: {answer!r}."
         )
     if matches[0].start(2) == 0:
-        raise ValueError(f"A number must not begin the answer, a sign has no place there: {answer!r}.")
-    owner = {
+        raise ValueError(f"An answer must not begin with a number, there is no token for its sign: {answer!r}.")
+    # Character -> number it is a digit of. A token belongs to the number of its first digit.
+    number_at = {
         character: index
         for index, match in enumerate(matches)
         for character in range(*match.span(2))
         if answer[character] != "."
     }
     number = np.array(
-        [next((owner[c] for c in range(begin, end) if c in owner), -1) for begin, end in offsets], dtype=np.int64
+        [next((number_at[c] for c in range(begin, end) if c in number_at), -1) for begin, end in offsets],
+        dtype=np.int64,
     )
-    alone = {begin: index for index, (begin, end) in enumerate(offsets) if end == begin + 1}
-    tokens = [[alone.get(character, -1) for character in range(*match.span(2))] for match in matches]
-    if any(-1 in indices for indices in tokens):
+    # Tokens of one character, by that character: each digit and decimal point needs one.
+    single = {begin: index for index, (begin, end) in enumerate(offsets) if end == begin + 1}
+    digits = [[single.get(character, -1) for character in range(*match.span(2))] for match in matches]
+    if any(-1 in tokens for tokens in digits):
         return AnswerTokens(number >= 0, number, False, np.zeros(0, dtype=np.int64), [], [])
-    lead = np.array([indices[0] - 1 for indices in tokens], dtype=np.int64)
-    return AnswerTokens(number >= 0, number, True, lead, tokens, [_places(match.group(2)) for match in matches])
+    # A negative number's minus sign is the end of the token before its first digit (``-`` or `` -``).
+    sign = np.array([tokens[0] - 1 for tokens in digits], dtype=np.int64)
+    return AnswerTokens(number >= 0, number, True, sign, digits, [_place_values(match.group(2)) for match in matches])
 
 
-def _places(text: str) -> list[float]:
-    """Unit of every character of a number, 0 for the decimal point: ``"12.3"`` -> ``[10, 1, 0, 0.1]``."""
+def _place_values(text: str) -> list[float]:
+    """Place value of every character of a number, 0 for the decimal point: ``"12.3"`` -> ``[10, 1, 0, 0.1]``."""
     result = []
     exponent = len(text.partition(".")[0]) - 1
     for character in text:
@@ -126,32 +136,33 @@ def _places(text: str) -> list[float]:
 
 @dataclass(frozen=True)
 class TokenTables:
-    """What a predicted token means inside a number.
+    """Digit and sign of every token of a vocabulary, to read numbers from predicted tokens.
 
     Attributes:
-        digit: ``[vocabulary]`` int64, 0 to 9 for every token that is one digit, with or without blanks (``1``;
-            SentencePiece also has ``▁1`` and the byte ``<0x31>``); -1 for every other token.
-        minus: ``[vocabulary]`` bool, the token's text ends with a minus sign.
+        digit: ``[vocabulary]`` int64, 0 to 9 for a token that is one digit, with or without blanks (``1``; with
+            SentencePiece also ``▁1`` and the byte ``<0x31>``); -1 for other tokens.
+        minus: ``[vocabulary]`` bool, True if the token's text ends with a minus sign.
     """
 
     digit: torch.Tensor
     minus: torch.Tensor
 
     def to(self, device: torch.device) -> TokenTables:
-        """The same tables on another device."""
+        """The tables on `device`."""
         return TokenTables(self.digit.to(device), self.minus.to(device))
 
 
-def token_tables(tokenizer: Any, rows: int) -> TokenTables:
-    """Tables for a tokenizer whose model has `rows` output rows (padding rows mean nothing).
+def token_tables(tokenizer: Any, vocabulary: int) -> TokenTables:
+    """Tables for a tokenizer and the size of the LM head (which may be larger than the tokenizer's vocabulary).
 
-    Any tokenizer will do; one without digit tokens has no digits here, and `require_digit_tokens` refuses it.
+    Works with any tokenizer. Without digit tokens the tables have no digits; `require_digit_tokens` then raises.
     """
-    digit = torch.full((rows,), -1, dtype=torch.int64)
-    minus = torch.zeros(rows, dtype=torch.bool)
+    digit = torch.full((vocabulary,), -1, dtype=torch.int64)
+    minus = torch.zeros(vocabulary, dtype=torch.bool)
     for spelling, index in tokenizer.get_vocab().items():
-        # Only what is spelled with a digit or a hyphen can read as one, bytes (<0x2D>) too: decoding all takes seconds.
-        if index < rows and _DIGIT_OR_HYPHEN.search(spelling):
+        # Decoding the whole vocabulary takes seconds. A token that decodes to a digit or a minus sign has a digit or a
+        # hyphen in its spelling, byte tokens (<0x2D>) too.
+        if index < vocabulary and _DIGIT_OR_HYPHEN.search(spelling):
             text = tokenizer.decode([index])
             minus[index] = text.endswith("-")
             if _DIGIT.fullmatch(text.strip()):
@@ -160,18 +171,21 @@ def token_tables(tokenizer: Any, rows: int) -> TokenTables:
 
 
 def require_digit_tokens(tokenizer: Any, what: str) -> None:
-    """Refuse a tokenizer that does not give every digit a token of its own; `what` names the option that needs it.
+    """Check, before training, that a tokenizer encodes every digit as a token of its own.
 
-    Asks the tokenizer itself, before training: every number with two decimals between -20 and 20, frames up to 443, in
-    answers of the usual form.
+    Encodes grounding answers with every number with two decimals between -20 and 20, and frame indices up to 443.
+
+    Args:
+        tokenizer: tokenizer of the VLM.
+        what: the option that needs digit tokens, for the message.
 
     Raises:
-        ValueError: it merges a digit with another character, or a digit's token does not read as that digit.
+        ValueError: a digit is merged with another character, or its token does not decode to that digit.
     """
     digit = token_tables(tokenizer, max(tokenizer.get_vocab().values()) + 1).digit
     for answer in _probes():
         encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], _whole(encoded["offset_mapping"])
+        ids, offsets = encoded["input_ids"], _covering(encoded["offset_mapping"])
         found = find_answer_tokens("grounding", answer, offsets)
         for index in np.flatnonzero(found.where).tolist():
             text = answer[slice(*offsets[index])]
@@ -184,7 +198,7 @@ def require_digit_tokens(tokenizer: Any, what: str) -> None:
 
 
 def _probes() -> Iterator[str]:
-    """Grounding answers that hold every number with two decimals between -20 and 20."""
+    """Grounding answers that contain every number with two decimals between -20 and 20."""
     values = [f"{hundredths / 100:.2f}" for hundredths in range(-1999, 2000)]
     for frame in range(len(values) // (NUMBERS - 1)):
         box = values[frame * (NUMBERS - 1) : (frame + 1) * (NUMBERS - 1)]

@@ -1,4 +1,4 @@
-"""Configuration -> samples -> batches: the one place where the data side is put together."""
+"""Data loaders: from the data configuration to batches on every rank."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 
 def load_mixture(config: DataConfig, split: str) -> Mixture:
-    """The prepared data sets of a split.
+    """Open the prepared data sets of a split, ``"train"`` or ``"val"``.
 
     Raises:
-        ValueError: one of them is missing or broken or of a task that is not registered, or an epoch is empty.
+        ValueError: a data set is missing, damaged or of a task that is not registered, or a training epoch is empty.
     """
     sources = {"train": config.train, "val": config.val}[split]
     sets = [PreparedSet(Path(config.root) / source.path, config.root) for source in sources]
@@ -44,25 +44,25 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
     if split == "train" and mixture.epoch_size == 0:
         shown = ", ".join(f"{each.folder / MANIFEST} ({len(each)})" for each in sets)
         raise ValueError(
-            f"There is nothing to train on: the samples of {shown}, times their weight in data.train, are none; see "
-            "there what was left out and prepare the data set again, or raise the weight."
+            f"A training epoch has no samples: {shown}, times the weights in data.train; see dropped.jsonl beside it "
+            "and prepare the data set again, or raise the weight."
         )
     return mixture
 
 
 def check_frames_are_shared(mixture: Mixture, questions: int) -> None:
-    """Raise ValueError where several questions per scene should share frames that were drawn for every sample."""
+    """Raise ValueError if `questions` per scene are to share frames, but every sample has frames of its own."""
     for each in mixture.sets if questions > 1 else ():
         if isinstance(each, PreparedSet) and each.manifest["options"]["frames"].get("protocol") == "vgllm":
             raise ValueError(
-                f"{each.folder / MANIFEST}: frames.protocol is vgllm, which draws other frames for every sample, so "
-                f"that data.questions_per_scene {questions} finds none to share; prepare the data set with "
+                f"{each.folder / MANIFEST}: frames.protocol is vgllm, which draws other frames for every sample, but "
+                f"data.questions_per_scene {questions} needs samples that share frames; prepare the data set with "
                 "scene_sets (or uniform, coverage, list), or give 1."
             )
 
 
 def digests(mixture: Mixture) -> list[str]:
-    """What each of the prepared sets of a mixture was made of, as one hash."""
+    """Digest of each data set of a mixture; equal digests mean equal samples."""
     return [each.digest for each in mixture.sets if isinstance(each, PreparedSet)]
 
 
@@ -122,14 +122,14 @@ def visual_kind(config: DataConfig) -> str:
 
 
 def grouping(config: DataConfig) -> Grouping | None:
-    """Which samples of a micro-batch share frames in one sequence; None where each has a sequence of its own."""
+    """How the samples of a micro-batch are packed into one sequence; None for padded sequences."""
     if config.questions_per_scene > 1:
         return groups_by_frames
     return separate_groups if config.packing else None
 
 
 def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> Collator:
-    """Collation of training samples."""
+    """Collator for training samples."""
     return Collator(
         pad_id=frontend.tokenizer.pad_token_id,
         kind=visual_kind(config),
@@ -142,20 +142,21 @@ def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) 
     )
 
 
-def keep_working(worker: int) -> None:
-    """Let a loader process work on when the signals that stop a run reach it too; `worker_init_fn` of every loader.
+def ignore_stop_signals(worker: int) -> None:
+    """`worker_init_fn` of every loader: ignore SIGUSR1, and SIGTERM unless the parent process sent it.
 
-    A worker must first deliver what the run finishes its step with. PyTorch ends workers by SIGTERM: that of the
-    parent is obeyed, which takes a thread, since only waiting for a signal tells who sent it.
+    Slurm sends the signals that stop a run to all processes of a job. The run then finishes its step, for which the
+    workers must still deliver batches. PyTorch itself ends workers by SIGTERM from their parent.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # A signal handler is not told the sender, sigwaitinfo is: block the signal, and wait for it in a thread.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     rank = multiprocessing.parent_process()  # not getppid: that may be Python's fork server
     assert rank is not None, "a loader process has a parent"
-    threading.Thread(target=_obey_parent, args=(rank.pid,), daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_from, args=(rank.pid,), daemon=True).start()
 
 
-def _obey_parent(parent: int) -> None:
+def _exit_on_sigterm_from(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -168,25 +169,34 @@ def train_loader(
     sampler: GlobalBatchSampler,
     with_prompts: bool = False,
 ) -> ReraisingDataLoader[Batch]:
-    """Micro-batches of this rank, in the sampler's order; `with_prompts` where answers are decoded in training."""
+    """Loader of this rank's training micro-batches.
+
+    Args:
+        samples: the training split.
+        frontend: tokenizer, vision and geometry specs, feature cache.
+        config: data configuration.
+        sampler: this rank's micro-batches of sample indices.
+        with_prompts: also make `Batch.prompts`, to decode answers during training.
+    """
     return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_sampler=sampler,
         collate_fn=make_collate(frontend, config, with_prompts),
         num_workers=config.workers,
-        worker_init_fn=keep_working,
+        worker_init_fn=ignore_stop_signals,
         prefetch_factor=config.prefetch if config.workers else None,
-        pin_memory=torch.cuda.is_available(),  # then `Batch.to` copies without waiting
+        pin_memory=torch.cuda.is_available(),  # makes the copies of `Batch.to` asynchronous
         persistent_workers=config.workers > 0,
-        # Its own: else making the iterator draws from the random state that a resume has just put back.
+        # A generator of its own: the iterator draws a base seed, by default from the global random state, which a
+        # resumed run has just restored.
         generator=torch.Generator(),
     )
 
 
-def measure_loader(
+def decode_gap_loader(
     samples: Sequence[Sample], frontend: VlmFrontend, config: DataConfig, batch_size: int
 ) -> ReraisingDataLoader[Batch]:
-    """Batches in order, with answers and with prompts, to compare the two readings of the shortcut's answer."""
+    """Loader of batches with answers and prompts, in order, to compare teacher-forced and decoded answers."""
     return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_size=batch_size,
@@ -202,7 +212,15 @@ def prompt_loader(
     batch_size: int,
     processor: Callable[[Sample, bool], Features] | None = None,
 ) -> ReraisingDataLoader[Batch]:
-    """Left-padded prompts in order, for generation; `processor` where it is not the VLM's own."""
+    """Loader of left-padded prompts in order, for generation.
+
+    Args:
+        samples: samples to answer.
+        frontend: tokenizer, vision and geometry specs, feature cache.
+        config: data configuration.
+        batch_size: prompts per batch.
+        processor: makes features of a sample; by default `make_processor`.
+    """
     dataset = SampleDataset(samples, processor or make_processor(frontend, config), with_answer=False)
     collate = Collator(
         pad_id=frontend.tokenizer.pad_token_id,
@@ -217,7 +235,7 @@ def prompt_loader(
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=config.workers,
-        worker_init_fn=keep_working,
-        # Its own: a validation must not draw from the random state that training goes on with.
+        worker_init_fn=ignore_stop_signals,
+        # A generator of its own: validation must not change the random state of the training that continues after it.
         generator=torch.Generator(),
     )

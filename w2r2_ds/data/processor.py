@@ -20,15 +20,19 @@ from w2r2_ds.types.vision import VisionSpec
 IMAGE, VIDEO = 1, 2
 """Values of `mm_token_type_ids`; text is 0."""
 
-STAND_IN = "\ue000"
-"""A private character, in no template and no question."""
+QUESTION_PLACEHOLDER = "\ue000"
+"""A character of Unicode's private use area, which is in no template and in no question."""
 
-SEAMS = 64
-"""Generously, the tokens that a text may have more than its parts; where they meet at special tokens, none."""
+MERGE_MARGIN = 64
+"""Upper bound of the tokens that a text may have more than its parts (none if the parts meet at special tokens)."""
 
 
-class TooLong(ValueError):
-    """A sample has more tokens than `data.max_length`."""
+class SequenceTooLong(ValueError):
+    """A sample has more tokens than `data.max_length`.
+
+    Attributes:
+        tokens: number of tokens of the sample.
+    """
 
     def __init__(self, message: str, tokens: int = 0) -> None:
         super().__init__(message)
@@ -37,16 +41,16 @@ class TooLong(ValueError):
 
 @dataclass(frozen=True)
 class Features:
-    """One sample as tensors.
+    """Tensors of one sample.
 
     Attributes:
-        sample: where it comes from.
-        input_ids: ``[tokens]`` int64: prompt, then (when training) the answer and the end of turn.
+        sample: the sample.
+        input_ids: ``[tokens]`` int64, the prompt; for training also the answer and the end of turn.
         token_types: ``[tokens]`` int64, 0 text, 1 image, 2 video.
-        answer_tokens: number of trailing tokens that are the answer and its end of turn; 0 for a prompt alone.
+        answer_tokens: number of tokens of the answer and its end of turn, at the end of `input_ids`; 0 without answer.
         visual: inputs of both encoders, or their cached features.
-        what: ``[tokens]`` bool, tokens of the prompt that say what is meant.
-        digit_tokens: positions of the answer's digits and numbers; None for a prompt alone.
+        what: ``[tokens]`` bool, *what* tokens: the description in the prompt.
+        digit_tokens: digit tokens of the answer; None without answer.
     """
 
     sample: Sample
@@ -82,8 +86,8 @@ class Processor:
         self.tokenizer, self.vision, self.config = tokenizer, vision, config
         self.preprocess = VisualPreprocessor(family, vision, geometry, config, cache)
         self.end_of_turn = family.end_of_turn
-        self._frames: dict[int, tuple[str, str]] = {}
-        self._frame_tokens: dict[int, int] = {}
+        self._templates: dict[int, tuple[str, str]] = {}  # number of frames -> text around the question
+        self._template_tokens: dict[int, int] = {}  # number of frames -> tokens of this text, placeholders unexpanded
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         if not tokenizer.is_fast:
             raise ValueError(
@@ -94,17 +98,21 @@ class Processor:
             raise ValueError("The tokenizer has no chat template; the model directory lacks chat_template.jinja.")
 
     def __call__(self, sample: Sample, with_answer: bool) -> Features:
-        """Features of one sample, with its answer as label or as a prompt for generation.
+        """Features of one sample.
+
+        Args:
+            sample: the sample.
+            with_answer: True: prompt and answer, for training; False: the prompt, for generation.
 
         Raises:
-            ValueError: a frame cannot be read, text holds a special token, the chat template changes the question, or
-                the sequence is longer than `data.max_length`.
+            ValueError: a frame cannot be read, a text contains a special token, the chat template changes the
+                question, or the sequence is longer than `data.max_length`.
         """
         visual = self.preprocess(sample)
         prompt, what = self._prompt(sample, visual.grid_thw)
         answer, digit_tokens = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)
-        self._refuse_too_long(sample, len(ids))
+        self._check_length(sample, len(ids))
         types = torch.zeros_like(ids)
         types[ids == self.vision.image_token_id] = IMAGE
         types[ids == self.vision.video_token_id] = VIDEO
@@ -119,33 +127,33 @@ class Processor:
         )
 
     def check(self, sample: Sample, sizes: Sequence[tuple[int, int]], with_answer: bool) -> None:
-        """Refuse a sample that `__call__` would refuse for its texts or its length, at a small part of the cost.
+        """Check the texts and the length of a sample as `__call__` does, without reading frames.
 
         Args:
-            sample: whose frames are not looked at.
+            sample: the sample.
             sizes: width and height of each frame file.
-            with_answer: as of `__call__`.
+            with_answer: see `__call__`.
 
         Raises:
-            ValueError: as `__call__` does.
+            ValueError: see `__call__`.
         """
         self._check_question(sample)
-        # One frame is enough to see what the template does with the question.
+        # One frame is enough to check whether the template changes the question.
         self._prompt_text(sample, min(1, len(sample.frames)))
         answer = sample.answer + self.end_of_turn if with_answer else ""
         if with_answer:
-            self._refuse_special_tokens(sample, sample.answer)
+            self._check_special_tokens(sample, sample.answer)
         frames, visual = len(sample.frames), self._visual_tokens(sizes)
-        if frames not in self._frame_tokens:
-            self._frame_tokens[frames] = sum(self._count(text) for text in self._around(frames))
-        # No token is shorter than a byte: most texts need not be encoded.
-        most = self._frame_tokens[frames] + len((sample.question + answer).encode()) + visual + SEAMS
+        if frames not in self._template_tokens:
+            self._template_tokens[frames] = sum(self._count(text) for text in self._around(frames))
+        # A token has at least one byte, so the number of bytes is an upper bound: encode only texts that exceed it.
+        most = self._template_tokens[frames] + len((sample.question + answer).encode()) + visual + MERGE_MARGIN
         if most > self.config.max_length:
             text, _ = self._prompt_text(sample, frames)
-            self._refuse_too_long(sample, self._count(text) + self._count(answer) + visual)
+            self._check_length(sample, self._count(text) + self._count(answer) + visual)
 
     def _visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Visual tokens of frames of these sizes, less the placeholders that stand for them in the text."""
+        """Number of visual tokens of frames of these sizes, minus their placeholders in the unexpanded text."""
         if not sizes:
             return 0
         _, (width, height) = self.preprocess.sizes(sizes)
@@ -155,14 +163,12 @@ class Processor:
         return times * (width // step) * (height // step) - (1 if video else times)
 
     def _count(self, text: str) -> int:
-        """Tokens of a text. The library's batch call would start threads, which forked loader workers do not bear."""
+        """Number of tokens of a text."""
+        # Not tokenizer(text): it starts threads, which do not survive the fork of the loader workers.
         return len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _prompt(self, sample: Sample, grid_thw: torch.Tensor) -> tuple[list[int], list[bool]]:
-        """Token ids of system turn, frames and question, and which of them say what is meant.
-
-        Placeholders are expanded to one per merged patch.
-        """
+        """Token ids of the prompt (system turn, frames, question), and the mask of its *what* tokens."""
         self._check_question(sample)
         first, last = sample.what
         text, begin = self._prompt_text(sample, len(sample.frames))
@@ -176,23 +182,24 @@ class Processor:
                 f"The chat template made {found} visual placeholders for {len(counts)} images or videos; "
                 "use the tokenizer files that came with the model."
             )
+        # Expand every placeholder to one token per merged patch of its image or video.
         remaining = iter(counts)
         repeats = [next(remaining) if i in placeholders else 1 for i in encoded["input_ids"]]
         ids = [i for i, count in zip(encoded["input_ids"], repeats, strict=True) for _ in range(count)]
         return ids, [flag for flag, count in zip(what, repeats, strict=True) for _ in range(count)]
 
     def _check_question(self, sample: Sample) -> None:
-        """Refuse special tokens in a question, and a *what* outside it."""
-        self._refuse_special_tokens(sample, sample.question)
+        """Raise ValueError for a special token in the question, or a *what* span outside of it."""
+        self._check_special_tokens(sample, sample.question)
         first, last = sample.what
         if not 0 <= first <= last <= len(sample.question):
             raise ValueError(
-                f"Sample {sample.id}: what is {sample.what}, which is no span of its question; "
+                f"Sample {sample.id}: what is {sample.what}, which is not a span of its question; "
                 f"give [begin, end) within its {len(sample.question)} characters."
             )
 
     def _prompt_text(self, sample: Sample, frames: int) -> tuple[str, int]:
-        """The chat text of a sample as if it had so many frames, and where the question begins in it."""
+        """The sample's chat text for `frames` frames, and the character at which the question begins."""
         text = self._render(frames, sample.question)
         before, after = self._around(frames)
         if text != before + sample.question + after:
@@ -203,18 +210,16 @@ class Processor:
         return text, len(before)
 
     def _around(self, frames: int) -> tuple[str, str]:
-        """The chat text before and after a question.
-
-        Found with a stand-in for the question: a short question may occur elsewhere in the text too. A template that
-        changes even this leaves nothing to compare with.
-        """
-        if frames not in self._frames:
-            before, found, after = self._render(frames, STAND_IN).rpartition(STAND_IN)
-            self._frames[frames] = (before, after) if found else (STAND_IN, STAND_IN)
-        return self._frames[frames]
+        """The chat text before and after the question, for `frames` frames."""
+        if frames not in self._templates:
+            # Searched for with a placeholder: a short question may occur elsewhere in the text too. If the template
+            # changes even the placeholder, no text around a question will match, and `_prompt_text` raises.
+            before, found, after = self._render(frames, QUESTION_PLACEHOLDER).rpartition(QUESTION_PLACEHOLDER)
+            self._templates[frames] = (before, after) if found else (QUESTION_PLACEHOLDER, QUESTION_PLACEHOLDER)
+        return self._templates[frames]
 
     def _render(self, frames: int, question: str) -> str:
-        """The user's turn and the beginning of the assistant's, one placeholder per image or video."""
+        """The chat text up to the answer, with one placeholder per image or video."""
         content: list[dict[str, str]] = []
         if self.config.visual == "video":
             content += [{"type": "video"}] if frames else []
@@ -229,25 +234,26 @@ class Processor:
 
     def _answer(self, sample: Sample) -> tuple[list[int], AnswerTokens]:
         """Token ids of the answer with its end of turn, and its digit tokens."""
-        self._refuse_special_tokens(sample, sample.answer)
+        self._check_special_tokens(sample, sample.answer)
         encoded = self.tokenizer(
             sample.answer + self.end_of_turn, add_special_tokens=False, return_offsets_mapping=True
         )
         return encoded["input_ids"], find_answer_tokens(sample.kind, sample.answer, encoded["offset_mapping"])
 
-    def _refuse_special_tokens(self, sample: Sample, text: str) -> None:
-        """A description that spells a special token would turn into that token and shift every placeholder."""
+    def _check_special_tokens(self, sample: Sample, text: str) -> None:
+        """Raise ValueError if a text contains a special token: encoded as such, it would shift placeholders."""
         for token in self.special_tokens:
             if token in text:
                 raise ValueError(
-                    f"Sample {sample.id}: its text holds the special token {token!r}; remove it from the annotations "
-                    "and prepare the data set again."
+                    f"Sample {sample.id}: its text contains the special token {token!r}; remove it from the "
+                    "annotations and prepare the data set again."
                 )
 
-    def _refuse_too_long(self, sample: Sample, count: int) -> None:
-        """Nothing is cut: a sequence without its end would teach an answer without one."""
+    def _check_length(self, sample: Sample, count: int) -> None:
+        """Raise SequenceTooLong for more than `data.max_length` tokens."""
+        # Sequences are not truncated: the model would learn answers without an end.
         if count > self.config.max_length:
-            raise TooLong(
+            raise SequenceTooLong(
                 f"Sample {sample.id} has {count} tokens, more than data.max_length = {self.config.max_length}; "
                 "raise it or use fewer or smaller frames.",
                 count,

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from w2r2_ds.data.images import frame_size, load_frame
-from w2r2_ds.data.processor import Processor, TooLong
+from w2r2_ds.data.processor import Processor, SequenceTooLong
 from w2r2_ds.types.sample import Sample
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
@@ -111,5 +111,5 @@ def _all_of(refused: Sequence[tuple[str, ValueError]]) -> str:
     also = "look also at " + ", ".join(others[:NAMED])
     if len(others) > NAMED:
         also += f" and {len(others) - NAMED} more"
-    longest = max(error.tokens if isinstance(error, TooLong) else 0 for _, error in refused)
+    longest = max(error.tokens if isinstance(error, SequenceTooLong) else 0 for _, error in refused)
     return f"{first.removesuffix('.')} ({also}{f'; the longest has {longest} tokens' if longest else ''})."

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.collate import tower_input
 from w2r2_ds.data.images import frame_size
-from w2r2_ds.data.loader import ReraisingDataLoader, keep_working, load_mixture, visual_kind
+from w2r2_ds.data.loader import ReraisingDataLoader, ignore_stop_signals, load_mixture, visual_kind
 from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush
@@ -213,7 +213,7 @@ def encode_all(
         batch_size=1,
         collate_fn=itemgetter(0),
         num_workers=config.data.workers,
-        worker_init_fn=keep_working,
+        worker_init_fn=ignore_stop_signals,
     )
     label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
