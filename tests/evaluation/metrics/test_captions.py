@@ -128,12 +128,12 @@ def test_meteor_starts_again_after_it_was_closed(tmp_path: Path) -> None:
 
 def test_what_stops_a_training_run_leaves_meteor_alone(java: Java) -> None:
     before = score_captions(REFERENCES, CANDIDATES, java=java).corpus["METEOR"]
-    assert java._meteor is not None
-    process = java._meteor.meteor_p
+    assert java.meteor_p is not None
+    process = java.meteor_p
     for number in (signal.SIGUSR1, signal.SIGTERM):
         process.send_signal(number)
     assert score_captions(REFERENCES, CANDIDATES, java=java).corpus["METEOR"] == before
-    assert java._meteor is not None and java._meteor.meteor_p is process and process.poll() is None
+    assert java.meteor_p is process and process.poll() is None
 
 
 def test_references_without_words_have_no_cider(no_java: Java) -> None:
