@@ -25,7 +25,7 @@ def test_the_objective_names_every_push_term_statistic_and_fusion() -> None:
         assert f"`{name}`" in text, name
 
 
-def test_every_picture_can_be_drawn_and_is_shown(figures: Any, tmp_path: Path) -> None:
+def test_every_figure_can_be_drawn_and_is_used(figures: Any, tmp_path: Path) -> None:
     """Every push term except `none` has a figure, and docs/figures/ holds the output of the script."""
     drawn = {file.name for file in figures.draw(tmp_path)}
     assert drawn == {f"push_{name}.svg" for name in PUSH_TERMS if name != "none"}

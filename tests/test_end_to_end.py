@@ -1,4 +1,4 @@
-"""Every task in the real layout, by the commands a user types: prepare -> train 4 steps -> evaluate -> score again."""
+"""Every task in ScanNet's layout, with the user's commands: prepare -> train 4 steps -> evaluate -> score again."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def trained(world: World, prepared: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("task", PREPARE)
-def test_a_task_from_its_files_to_its_score(
+def test_every_task_from_annotations_to_scores(
     task: str, prepared: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = json.loads((prepared / task / "val" / "manifest.json").read_text())
@@ -89,7 +89,7 @@ def test_a_task_from_its_files_to_its_score(
     assert again["protocols"] == scores["protocols"], "records score themselves again without the model"
 
 
-def test_the_mixed_run_answers_every_task(trained: Path, tmp_path: Path) -> None:
+def test_a_mixed_run_answers_every_task(trained: Path, tmp_path: Path) -> None:
     for task in PREPARE:
         evaluate.run(trained / "mixed", task, out=tmp_path, limit=2, max_new_tokens=8)
         lines = (tmp_path / f"predictions-{task}-fused.jsonl").read_text().splitlines()

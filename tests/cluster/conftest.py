@@ -1,4 +1,4 @@
-"""A real Slurm for the tests of this folder, brought up once and taken down."""
+"""Fixture: a real Slurm on this machine, started once for the tests of this folder."""
 
 from __future__ import annotations
 

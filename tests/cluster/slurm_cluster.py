@@ -1,4 +1,4 @@
-"""A Slurm of this machine alone (up.sh), a repository root to submit from, and what the tests do with both."""
+"""A Slurm cluster on this machine (up.sh), a repository root to submit from, and operations of the tests on both."""
 
 from __future__ import annotations
 

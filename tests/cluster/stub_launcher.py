@@ -1,4 +1,4 @@
-"""Stands in for launchers/train.py where a test is about the batch shell: ends as it is told, in milliseconds.
+"""Replaces launchers/train.py in tests of the batch scripts: exits as requested, in milliseconds.
 
 ``--plan wait,9,0``: at the first start wait for a signal and end with the code that training ends with then, at the
 second be killed by signal 9, at the third end well. ``deaf`` waits for a signal and dies of it, as evaluation does. A

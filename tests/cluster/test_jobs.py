@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of this machine alone: training on two nodes through everything that clusters do to jobs."""
+"""Jobs on a real Slurm on this machine: training on two nodes with time limits, lost nodes and cancellation."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_training_on_two_nodes(cluster: Cluster, world: World, undisturbed: Path
     assert_done(cluster, cluster.submit(*words(world, out)), out, undisturbed)
 
 
-def test_a_folder_that_one_node_alone_sees_is_found_before_training(cluster: Cluster, world: World) -> None:
+def test_a_folder_on_one_node_only_is_found_before_training(cluster: Cluster, world: World) -> None:
     """/dev/shm is every node's own: rank 0 would write checkpoints that the next start, elsewhere, does not find."""
     options = world.arguments(Path("/dev/shm/run"), train__steps=STEPS)
     job = cluster.submit("--nodes=2", "slurm/train.sbatch", *options)
@@ -102,7 +102,7 @@ def restarted(cluster: Cluster, job: str, times: int) -> None:
     cluster.until(job, f"restarted {times} times", happened, pause=0.5)
 
 
-def test_a_run_outlives_its_time_limit_and_a_node(
+def test_a_run_survives_its_time_limit_and_a_lost_node(
     cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """USR1 between two checkpoints, then a node without power; nothing is repaired by hand, nothing is lost."""
@@ -126,7 +126,7 @@ def test_a_run_outlives_its_time_limit_and_a_node(
     note(record_property, [Row("Slurm: SIGUSR1 before the time limit", 1, 1), Row("Slurm: node without power", 1, 1)])
 
 
-def test_how_a_job_ends(stand_in: Cluster) -> None:
+def test_exit_of_a_job(stand_in: Cluster) -> None:
     """All at once: they wait for Slurm, not for processors."""
     submit = stand_in.submit
     two, alone = (
@@ -170,7 +170,7 @@ def test_how_a_job_ends(stand_in: Cluster) -> None:
 
 
 @pytest.mark.nightly
-def test_ranks_behind_a_cut_link_do_no_harm(
+def test_ranks_of_a_disconnected_node_do_not_write(
     cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """The first node (batch shell, rank 0) loses its network and keeps running while the job runs elsewhere."""
@@ -199,7 +199,7 @@ def test_ranks_behind_a_cut_link_do_no_harm(
 
 
 @pytest.mark.nightly
-def test_a_cancelled_run_goes_on_with_the_same_command(
+def test_a_cancelled_run_resumes_with_the_same_command(
     cluster: Cluster, world: World, undisturbed: Path, tmp_path: Path
 ) -> None:
     """scancel sends SIGTERM to all processes of the job, loader workers too; KillWait seconds are left for a save."""
@@ -218,7 +218,7 @@ def test_a_cancelled_run_goes_on_with_the_same_command(
 
 
 @pytest.mark.nightly
-def test_preparing_data_is_a_job_too(cluster: Cluster, world: World, tmp_path: Path) -> None:
+def test_prepare_as_a_job(cluster: Cluster, world: World, tmp_path: Path) -> None:
     options = ["--root", str(world.folder / "scenes"), "--splits", "[val]", "--frames.count", "2"]
     job = cluster.submit("slurm/prepare.sbatch", "scanrefer", *options, "--visibility", "depth", "--out", str(tmp_path))
     missing = cluster.submit("slurm/prepare.sbatch", "scanrefer", "--root", "/nowhere")

@@ -46,7 +46,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_works_everywhere_and_names_itself(root: Path, name: str) -> None:
+def test_help_works_in_any_folder(root: Path, name: str) -> None:
     done = script(root, name, "--help")
     assert done.returncode == 0 and f"slurm/{name}.sbatch" in done.stdout
 
@@ -61,7 +61,7 @@ def test_a_job_from_another_folder_is_rejected(root: Path, name: str, tmp_path: 
     )
 
 
-def test_training_is_the_doctor_and_then_a_rank_per_gpu(root: Path) -> None:
+def test_a_job_runs_the_doctor_and_then_one_rank_per_gpu(root: Path) -> None:
     shape = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
     doctor, train = lines(script(root, "train", "--dry-run", "--config", "a b.yaml", **shape))
     for line in (doctor, train):
@@ -73,7 +73,7 @@ def test_training_is_the_doctor_and_then_a_rank_per_gpu(root: Path) -> None:
     assert train[-6:] == ["python", "launchers/train.py", "--deepspeed", "other.json", "--resume", "auto"]
 
 
-def test_containers_and_more_options_come_from_the_one_small_file(root: Path, tmp_path: Path) -> None:
+def test_containers_and_srun_options_come_from_cluster_env(root: Path, tmp_path: Path) -> None:
     other = make_root(tmp_path / "repository")
     with (other / "slurm" / "cluster.env").open("a") as file:
         file.write("SRUN_EXTRA=(--container-image='my image')\nCONTAINER=(apptainer exec --nv image.sif)\n")
@@ -83,7 +83,7 @@ def test_containers_and_more_options_come_from_the_one_small_file(root: Path, tm
     assert line[at + 2 :] == ["python", "launchers/evaluate.py", "--task", "scanqa"]
 
 
-def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
+def test_a_sweep_has_one_folder_per_combination(root: Path) -> None:
     words = [
         "--over",
         "objective.lambda_det=0.5,1",
@@ -118,12 +118,12 @@ def test_a_sweep_is_every_combination_into_a_folder_each(root: Path) -> None:
         (["--over", "name=a/b,a_b", "--out", "x"], "--over name=a/b,a_b: two of its values"),
     ],
 )
-def test_a_sweep_over_nothing_is_rejected(root: Path, words: list[str], message: str) -> None:
+def test_a_sweep_without_values_is_rejected(root: Path, words: list[str], message: str) -> None:
     done = script(root, "sweep", "--dry-run", *words)
     assert done.returncode == 1 and message in done.stderr
 
 
-def test_without_slurm_there_is_no_job(root: Path) -> None:
+def test_without_slurm_no_job_starts(root: Path) -> None:
     done = script(root, "prepare", "scanrefer")
     assert done.returncode == 1 and "start it with sbatch" in done.stderr
 
@@ -142,7 +142,7 @@ def test_srun_does_not_kill_ranks_that_are_still_saving(root: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.glob("pid-*")] == []
 
 
-def test_exit_codes_of_the_scripts_are_those_of_training(root: Path) -> None:
+def test_exit_codes_sh_is_up_to_date(root: Path) -> None:
     assert (root / "slurm" / "exit_codes.sh").read_text() == exit_codes.shell_assignments()
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", exit_codes.__name__], text=True, capture_output=True, check=True
@@ -150,9 +150,7 @@ def test_exit_codes_of_the_scripts_are_those_of_training(root: Path) -> None:
     assert done.stdout == exit_codes.shell_assignments() and "torch" not in done.stderr
 
 
-def test_a_rank_has_the_names_of_torch_distributed_and_a_folder_for_kernels_that_is_its_own(
-    root: Path, tmp_path: Path
-) -> None:
+def test_a_rank_has_torchruns_variables_and_a_private_kernel_folder(root: Path, tmp_path: Path) -> None:
     asked = "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $TORCH_EXTENSIONS_DIR $TRITON_CACHE_DIR"
     command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", asked]
     environment = os.environ | JOB | {"TMPDIR": str(tmp_path), "SLURM_RESTART_COUNT": "2"}
@@ -161,7 +159,7 @@ def test_a_rank_has_the_names_of_torch_distributed_and_a_folder_for_kernels_that
     assert (tmp_path / "w2r2-7-2").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_folder_for_kernels_of_another_user_is_an_error(root: Path, tmp_path: Path) -> None:
+def test_a_kernel_folder_of_another_user_is_an_error(root: Path, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can make another user's folder")
     (tmp_path / "w2r2-7-0").mkdir()
@@ -172,7 +170,7 @@ def test_a_folder_for_kernels_of_another_user_is_an_error(root: Path, tmp_path: 
     assert done.returncode == 1 and "belongs to another user" in done.stderr
 
 
-def test_a_rank_outlives_a_storm_of_signals_that_its_command_takes(root: Path, tmp_path: Path) -> None:
+def test_rank_sh_survives_signals_and_records_the_exit_code(root: Path, tmp_path: Path) -> None:
     """scancel signals all processes of a step; the exit code must be the command's, not the shell's."""
     program = "trap 'echo got it' USR1 TERM; for i in $(seq 40); do sleep 0.05; done; exit 85"
     command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", program]

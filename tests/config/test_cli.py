@@ -41,7 +41,7 @@ def test_the_command_line_wins_in_any_order(args: list[str]) -> None:
     assert config.model.vlm == "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
-def test_without_a_recipe_it_is_the_demo() -> None:
+def test_without_a_recipe_the_demo_runs() -> None:
     assert parsed() == load_config(DEMO_RECIPE)
     assert parsed("--out", "x", "--resume", "auto", "--demo.frames", "3").demo.frames == 3
 
@@ -90,7 +90,7 @@ def test_a_wrong_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], reci
     assert str(path) in error and all(word in error for word in named), error
 
 
-def test_a_subcommand_knows_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_subcommand_suggests_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
     def rooms(seed: int = 0) -> None:
         raise AssertionError("it runs")
 
@@ -99,12 +99,12 @@ def test_a_subcommand_knows_its_options(capsys: pytest.CaptureFixture[str]) -> N
     assert "rooms: there is no option --seeed (did you mean --seed?);" in capsys.readouterr().err
 
 
-def test_likeness_is_that_of_the_last_part() -> None:
+def test_similarity_is_that_of_the_last_part() -> None:
     known = ["objective.lambda_det", "objective.mu", "model.lora_alpha", "data.root"]
     assert did_you_mean("--lambda_det", known) == " (did you mean --objective.lambda_det?)"
     assert did_you_mean("objective.zzz", known) == ""  # the section alone is no likeness
     assert did_you_mean("dta.root", ["a.root", *known]) == " (did you mean data.root, a.root?)"
 
 
-def test_types_are_named_without_python() -> None:
+def test_types_in_messages_are_not_python_types() -> None:
     assert plain("Parser key \"a.b\":\n  Expected a <class 'float'>. Got value: x") == "a.b: expected float, got x"

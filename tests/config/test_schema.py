@@ -27,11 +27,11 @@ def test_a_recipe_does_not_inherit_the_demo() -> None:
     assert (config.objective.mu, config.model.lora_rank) == (defaults.objective.mu, defaults.model.lora_rank)
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_defaults_are_those_of_the_paper() -> None:
     assert (RunConfig().objective.lambda_det, RunConfig().objective.mu) == (1.5, 0.7)
 
 
-def test_every_field_has_a_sentence_and_its_default() -> None:
+def test_every_field_has_a_help_text_and_a_default() -> None:
     found = options(RunConfig)
     assert {"out", "train.lr", "model.geometry.layers", "objective.push_term"} <= set(found)
     for option in found.values():
@@ -59,7 +59,7 @@ def test_hyper_parameters_of_a_push_term(tmp_path: Path) -> None:
     assert config.objective.push_term == {"name": "margin", "margin": 2}
 
 
-def test_it_survives_yaml(tmp_path: Path) -> None:
+def test_yaml_round_trip(tmp_path: Path) -> None:
     config = load_config(RECIPE, ["--objective.lambda_det", "0.25", "--train.lr", "3e-4"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config == from_tree(asdict(config), "here")

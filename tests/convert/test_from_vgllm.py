@@ -1,4 +1,4 @@
-"""Import of a VG-LLM checkpoint directory: what comes out is what went in, and every flaw is named."""
+"""Import of a VG-LLM checkpoint directory: equal weights, and errors that name the file and the tensor."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_language_model_is_a_plain_directory_of_the_same_weights(source: Path, plain: Path, tmp_path: Path) -> None:
+def test_the_language_model_is_a_stock_directory_with_the_same_weights(
+    source: Path, plain: Path, tmp_path: Path
+) -> None:
     import_vgllm(source, tmp_path / "out")
     imported = tmp_path / "out" / "vlm"
     assert same(load_file(imported / WEIGHTS), load_file(plain / WEIGHTS)), "names as on the hub, without the tied head"
@@ -198,7 +200,7 @@ def test_weights_that_do_not_fit_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_rejected(
+def test_a_tied_head_that_differs_from_the_embedding_is_rejected(
     source: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     write(source, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1})
@@ -206,13 +208,13 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_rejected(
         import_vgllm(source, tmp_path / "out")
 
 
-def test_a_tied_head_may_be_there(source: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_a_tied_head_may_be_stored(source: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     write(source, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     import_vgllm(source, tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "vlm" / WEIGHTS)
 
 
-def test_an_untied_head_must_be_there(source: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_an_untied_head_must_be_stored(source: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     edit_config(source, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
         import_vgllm(source, tmp_path / "out")
@@ -267,7 +269,7 @@ def test_a_folder_that_is_not_empty_is_rejected(source: Path, tmp_path: Path) ->
 
 
 @pytest.mark.golden
-def test_tensors_of_the_public_vggt_tell_the_default_sizes() -> None:
+def test_shapes_of_the_public_vggt_give_the_default_sizes() -> None:
     shapes = json.loads(PUBLIC_KEYS.read_text())["shapes"]
     tensors = {f"vggt.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
     assert vggt_config(split_state(tensors)["vggt"]) == VGGTConfig()

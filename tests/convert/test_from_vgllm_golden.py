@@ -63,7 +63,7 @@ every_route = pytest.mark.parametrize("route", LOSSES)
 
 
 @every_file
-def test_the_tensors_are_what_the_json_says(golden: Golden) -> None:
+def test_the_golden_tensors_match_their_json(golden: Golden) -> None:
     samples = golden.record["samples"]
     for index, stated in enumerate(samples):
         assert golden.shape(f"in/images_vggt_{index}") == (stated["frames"], 3, *stated["hw"])
@@ -74,13 +74,13 @@ def test_the_tensors_are_what_the_json_says(golden: Golden) -> None:
 
 
 @every_file
-def test_sizes_of_vggt_are_read_off_its_tensors(golden: Golden) -> None:
+def test_sizes_of_vggt_are_derived_from_its_tensors(golden: Golden) -> None:
     found, stated = vggt_config(split_state(state_of(golden))["vggt"]).to_dict(), golden.record["config"]["vggt"]
     assert {name: found[name] for name in stated} == stated
 
 
 @pytest.mark.parametrize(("golden", "variant", "name"), recorded_outputs(gradients=False))
-def test_an_output_is_the_recorded_one(golden: Golden, variant: str, name: str) -> None:
+def test_outputs_equal_the_recorded_ones(golden: Golden, variant: str, name: str) -> None:
     assert variant in VARIANTS, f"{golden.path} has the variant {variant}, which no test covers"
     wanted = golden.tensors["/".join(filter(None, ("out", variant, name)))]
     found = computed(golden, variant)[name]
@@ -94,12 +94,12 @@ def test_an_output_is_the_recorded_one(golden: Golden, variant: str, name: str) 
 
 @every_route
 @every_file
-def test_the_loss_is_the_recorded_one(golden: Golden, route: str) -> None:
+def test_the_loss_equals_the_recorded_one(golden: Golden, route: str) -> None:
     assert LOSSES[route](golden).item() == pytest.approx(golden.record["results"]["loss"], abs=LOSS_ERROR)
 
 
 @pytest.mark.parametrize(("golden", "variant"), from_record("variants"))
-def test_loss_and_logits_of_a_variant_move_as_recorded(golden: Golden, variant: str) -> None:
+def test_loss_and_logits_of_variants_differ_as_recorded(golden: Golden, variant: str) -> None:
     stated, logits = golden.record["variants"][variant], computed(golden, variant)["logits"]
     assert loss_of(golden, logits).item() == pytest.approx(stated["loss"], abs=LOSS_ERROR)
     moved = (logits - computed(golden, MAIN)["logits"])[golden.tensors["in/attention_mask"].bool()]
@@ -107,7 +107,7 @@ def test_loss_and_logits_of_a_variant_move_as_recorded(golden: Golden, variant: 
 
 
 @every_file
-def test_positions_go_on_after_the_prompt_as_recorded(golden: Golden) -> None:
+def test_positions_after_the_prompt_equal_the_recorded_ones(golden: Golden) -> None:
     positions, ids = batch_of(golden).position_ids, golden.tensors["in/input_ids"]
     assert positions is not None
     behind = positions.amax((0, 2)) + 1 - ids.shape[1]
@@ -132,13 +132,13 @@ def test_zero_after_the_merger_is_the_stock_model_bit_for_bit(golden: Golden) ->
 
 @every_route
 @every_file
-def test_every_weight_that_trains_has_a_recorded_gradient(golden: Golden, route: str) -> None:
+def test_every_trained_weight_has_a_recorded_gradient(golden: Golden, route: str) -> None:
     assert gradients(golden, route).keys() == golden.record["grad_norm_and_sum"].keys()
 
 
 @every_route
 @pytest.mark.parametrize(("golden", "name"), from_record("grad_norm_and_sum"))
-def test_norm_and_sum_of_a_gradient(golden: Golden, name: str, route: str) -> None:
+def test_norms_and_sums_of_gradients(golden: Golden, name: str, route: str) -> None:
     norm, total = golden.record["grad_norm_and_sum"][name]
     found = gradients(golden, route)[name]
     assert found.norm().item() == pytest.approx(norm, rel=GRADIENT_ERROR)
@@ -147,7 +147,7 @@ def test_norm_and_sum_of_a_gradient(golden: Golden, name: str, route: str) -> No
 
 @every_route
 @pytest.mark.parametrize(("golden", "variant", "name"), recorded_outputs(gradients=True))
-def test_a_gradient_of_the_merger_is_the_recorded_one(golden: Golden, variant: str, name: str, route: str) -> None:
+def test_gradients_of_the_merger_equal_the_recorded_ones(golden: Golden, variant: str, name: str, route: str) -> None:
     def bare(text: str) -> str:
         return text.removesuffix("weight").replace(".", "").replace("_", "")
 
@@ -158,7 +158,7 @@ def test_a_gradient_of_the_merger_is_the_recorded_one(golden: Golden, variant: s
 
 
 @every_file
-def test_greedy_tokens_are_the_recorded_ones(golden: Golden) -> None:
+def test_greedy_tokens_equal_the_recorded_ones(golden: Golden) -> None:
     """All prompts in one left-padded batch."""
     batch, stated, text = batch_of(golden), golden.record["results"]["greedy"], golden.record["config"]["text"]
     prompts = [batch.input_ids[case["sample"], : case["prompt_len"]] for case in stated]

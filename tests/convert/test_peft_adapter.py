@@ -1,4 +1,4 @@
-"""An exported adapter: what stock libraries load, and what evaluation makes of it."""
+"""An exported adapter, loaded by stock libraries and by evaluation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_stock_peft_and_transformers_load_it(adapter: Path, trained: Path, world
 
 
 @pytest.mark.parametrize("geometry", ["fused", "zero"])
-def test_it_answers_as_its_checkpoint_does(adapter: Path, trained: Path, tmp_path: Path, geometry: str) -> None:
+def test_the_adapter_gives_the_answers_of_its_checkpoint(
+    adapter: Path, trained: Path, tmp_path: Path, geometry: str
+) -> None:
     outs = []
     for source in (trained, adapter):
         outs.append(tmp_path / source.name)
@@ -106,7 +108,7 @@ def test_a_fusion_is_exported_beside_the_merger(
     assert torch.equal(ours, theirs)
 
 
-def test_a_fusion_with_a_name_too_few_or_too_many_is_rejected(untrained: tuple[Any, Path], tmp_path: Path) -> None:
+def test_missing_or_unknown_fusion_tensors_are_rejected(untrained: tuple[Any, Path], tmp_path: Path) -> None:
     _, checkpoint = untrained
     out = export_adapter(checkpoint, tmp_path / "adapter")
     file = out / "geometry_merger.safetensors"
@@ -142,7 +144,7 @@ def test_the_folder_holds_only_what_was_trained(adapter: Path) -> None:
     assert all("lora_" in name for name in shapes["adapter_model.safetensors"])
 
 
-def test_the_card_says_what_it_is(adapter: Path, trained: Path, world: World) -> None:
+def test_the_card_has_model_configuration_and_metrics(adapter: Path, trained: Path, world: World) -> None:
     card = json.loads((adapter / "w2r2_card.json").read_text())
     assert card["base_model"] == str(world.folder / "vlm")
     assert card["geometry_model"] == str(world.folder / "vggt")
@@ -156,7 +158,7 @@ def test_the_card_says_what_it_is(adapter: Path, trained: Path, world: World) ->
     assert adapter_config["base_model_name_or_path"] == str(world.folder / "vlm")
 
 
-def test_its_readme_says_what_it_is_and_how_to_load_it(adapter: Path, world: World) -> None:
+def test_the_readme_has_metadata_and_code_that_compiles(adapter: Path, world: World) -> None:
     text = (adapter / "README.md").read_text()
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["base_model"] == str(world.folder / "vlm") and head["library_name"] == "peft"
@@ -182,7 +184,7 @@ def test_a_folder_that_is_not_empty_is_rejected(trained: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_checkpoint_that_is_not_there_is_rejected(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no-run holds no complete checkpoint"):
         export_adapter(tmp_path / "no-run", tmp_path / "out")
     assert not (tmp_path / "out").exists()

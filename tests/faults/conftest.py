@@ -1,4 +1,4 @@
-"""The run that nothing happens to, which all others must equal."""
+"""Fixture: the undisturbed run, which all others must equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two real ranks without a launcher: one start of a job, what is sent to it, how it ends.
+"""Two real ranks without a launcher: one start of a job, its faults, and its end.
 
 A rank is a process that runs launchers/train.py as a script, in a session of its own, forked with the heavy packages
 imported (tests/helpers/fork_server.py): a start of both ranks takes a few seconds, so that a test affords many.

@@ -1,4 +1,4 @@
-"""Faults that come from outside: signals, and what happens to files while ranks run or between two starts."""
+"""Faults injected from outside: signals, and damaged files while ranks run or between two starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to a run: faults one after the other, the same command after each, and what must be true then."""
+"""A fault scenario: faults one after the other, a restart after each, and assertions about the final run."""
 
 from __future__ import annotations
 

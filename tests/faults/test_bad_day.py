@@ -60,7 +60,7 @@ def test_kills_at_other_moments(world: World, calm: Path, tmp_path: Path, rank: 
 
 
 @pytest.mark.nightly
-def test_storms(world: World, calm: Path, tmp_path: Path, record_property: Record) -> None:
+def test_repeated_signals(world: World, calm: Path, tmp_path: Path, record_property: Record) -> None:
     """Also while the models load, when there is nothing to save yet."""
 
     def sets_up(start: Start) -> bool:

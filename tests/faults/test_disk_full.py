@@ -72,7 +72,7 @@ def filled_for(steps: int, room: int) -> Callable[[Start], bool]:
     return act
 
 
-def test_a_full_disk_fails_the_saves_and_not_the_run(
+def test_a_full_disk_fails_saves_but_not_the_run(
     world: World, calm: Path, small: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Two saves fail, the run goes on and ends with the last checkpoints as if nothing had been."""

@@ -19,7 +19,7 @@ Record = Callable[[str, object], None]
 HANG_SECONDS = 20
 
 
-def test_a_slow_rank_is_waited_for(world: World, calm: Path, tmp_path: Path, record_property: Record) -> None:
+def test_a_slow_rank_does_not_end_the_run(world: World, calm: Path, tmp_path: Path, record_property: Record) -> None:
     """Half the limit in every forward: no false alarm."""
     out = tmp_path / "run"
     slow = {1: {"kind": "slow", "call": 2, "seconds": HANG_SECONDS / 2}}

@@ -1,4 +1,4 @@
-"""From the JSON of annotations and submissions, as the golden files and their evaluators write it, to what is scored.
+"""Parse annotations and submissions in the JSON of the golden files and their evaluators.
 
 Formats: ``ScanRefer_filtered_*.json`` and ``ScanQA_v1.0_*.json`` (lists of objects). Everything that lacks a field is
 an error with the number of its entry.

@@ -1,4 +1,4 @@
-"""A plug-in with a whole task: how many objects of a name a scene has. Annotations: counting/SPLIT.json."""
+"""A plug-in with a complete task: count the objects of a class in a scene. Annotations: counting/SPLIT.json."""
 
 from __future__ import annotations
 

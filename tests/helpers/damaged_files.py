@@ -1,4 +1,4 @@
-"""Damage files as a bad disk or cable does."""
+"""Damage files: flip a bit, truncate."""
 
 from __future__ import annotations
 

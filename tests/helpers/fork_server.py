@@ -1,4 +1,4 @@
-"""Ranks that start at once: one process imports everything and forks them, instead of a launcher that starts each anew.
+"""Fork server for ranks: one process imports everything and forks them, so that starting a rank takes no import time.
 
 The `deepspeed` program imports DeepSpeed twice, 3 s each, before the first rank begins, and a rank spends 10 s of
 processor time on imports. Runs whose start is not what a test is about leave that out (`fork_rank`, `fork_ranks`);

@@ -1,4 +1,4 @@
-"""Finds recorded reference numbers: ``NAME.json``, most with tensors in ``NAME.safetensors`` beside it.
+"""Find recorded reference numbers: ``NAME.json``, most with tensors in ``NAME.safetensors`` beside it.
 
 All files under ``tests/golden``, or under the folder that the environment variable ``W2R2_GOLDEN`` names, are looked
 at. What a file holds decides which tests read it, not its name; files that no kind wants are left alone.

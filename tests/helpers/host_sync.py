@@ -1,4 +1,4 @@
-"""Whether code waits for the device, told without one: reads of a value by the host have names."""
+"""Detect host-device synchronisation without a device, by the operators that read a value."""
 
 from __future__ import annotations
 

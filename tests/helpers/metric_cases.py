@@ -1,4 +1,4 @@
-"""Comparing recorded scores with ours."""
+"""Compare recorded scores with ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples that share frames, batches of them packed and not, and the mask that says who sees whom."""
+"""Samples that share frames, packed and unpacked batches of them, and the attention mask of a packed batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short runs that tests/training/test_packed_training.py compares: packed by scene, and the same samples one by one."""
+"""Short runs of tests/training/test_packed_training.py: packed by scene, and unpacked with the same samples."""
 
 from __future__ import annotations
 

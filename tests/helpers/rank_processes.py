@@ -1,4 +1,4 @@
-"""Ranks as plain processes, started without a launcher, so that a test can signal each one and see how it ends."""
+"""Ranks as processes without a launcher, so that a test can signal each one and read its exit code."""
 
 from __future__ import annotations
 

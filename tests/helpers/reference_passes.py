@@ -1,4 +1,4 @@
-"""The two passes and the total written by hand on the stock model, sample by sample: what the step must equal."""
+"""Reference implementation of the two passes and the loss on the stock model, sample by sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures: synthetic rooms, as a small data set on disk and as objects alone."""
+"""Fixtures: synthetic rooms, as a small data set on disk and in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank of test_gathers does: steps of a model whose decoder layers stand for those of a 7B, gathers watched.
+"""Rank script of test_gathers.py: steps of a model with the proportions of a 7B, with all gathers recorded.
 
 `work` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/found.json``.
 """

@@ -1,4 +1,4 @@
-"""What test_sharded.py runs on two ranks: bound LoRA projections in layers that ZeRO-3 gathers whole, or does not."""
+"""Rank script of test_sharded.py: bound LoRA projections in decoder layers with and without ZeRO-3 leaf modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the workers of one test run share: made by the first that needs it, while the others wait."""
+"""Fixtures shared by all workers of a test run: the first worker creates them, the others wait."""
 
 from __future__ import annotations
 

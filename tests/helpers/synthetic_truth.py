@@ -1,4 +1,4 @@
-"""What a written synthetic room holds and what a phrase names in it, found without the code that describes it."""
+"""Ground truth of a synthetic room and of phrases about it, computed independently of the code under test."""
 
 from __future__ import annotations
 

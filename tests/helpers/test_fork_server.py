@@ -1,4 +1,4 @@
-"""A forked rank that fails is seen, and ends the others."""
+"""A forked rank that fails ends the others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def work(folder: Path) -> None:
     ("name", "ranks", "timeout", "status"),
     [("ends", 1, 60, 0), ("raises", 2, 60, 1), ("exits", 2, 60, 75), ("dies", 2, 60, -6), ("waits", 2, 1, -9)],
 )
-def test_the_status_of_the_first_that_fails(tmp_path: Path, name: str, ranks: int, timeout: int, status: int) -> None:
+def test_the_exit_status_is_that_of_the_first_failed_rank(
+    tmp_path: Path, name: str, ranks: int, timeout: int, status: int
+) -> None:
     folder = tmp_path / name
     folder.mkdir()
     assert fork_ranks(ranks, Path(__file__), folder, 1, timeout) == status

@@ -1,4 +1,4 @@
-"""A model that trains whole."""
+"""A model whose parameters are all trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank of test_zero3 does: the step under ZeRO-3 against the same step on one whole model, case by case.
+"""Rank script of test_zero3.py: the step under ZeRO-3 against the same step on an unsharded model, case by case.
 
 `work` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/rankN.json``.
 """

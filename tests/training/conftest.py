@@ -1,4 +1,4 @@
-"""A step with weights that do something, for the tests of a step."""
+"""Fixture: a training step whose LoRA and merger weights are not zero."""
 
 from __future__ import annotations
 

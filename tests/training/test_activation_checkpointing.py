@@ -1,4 +1,4 @@
-"""Recomputed decoder layers: the same losses and gradients in every mode, and what each mode keeps in memory."""
+"""Recomputed decoder layers: the same losses and gradients in every mode, and the memory of each mode."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Kept:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_every_mode_is_the_same_step(found: Any, mode: str) -> None:
+def test_every_mode_gives_the_same_step(found: Any, mode: str) -> None:
     """To the last bit: a recomputed layer draws the masks of its dropout again."""
     plain, other = found[0]["none"], found[0][mode]
     assert torch.equal(other["loss"], plain["loss"])
@@ -103,7 +103,7 @@ def test_every_mode_is_the_same_step(found: Any, mode: str) -> None:
     assert any(gradient.any() for gradient in plain["gradients"].values())
 
 
-def test_the_layers_that_are_named_run_again(found: Any) -> None:
+def test_selected_layers_are_recomputed(found: Any) -> None:
     """The last one never does (models/qwen2_5_vl/last_layer.py)."""
     again = {name: result["again"] for name, result in found[0].items()}
     assert again == {
@@ -116,7 +116,7 @@ def test_the_layers_that_are_named_run_again(found: Any) -> None:
     }
 
 
-def test_what_is_kept(found: Any) -> None:
+def test_memory_of_kept_activations(found: Any) -> None:
     """Fewer bytes with every layer that runs again, and offloading takes the inputs of these layers off the device."""
     kept = {name: result["kept"] for name, result in found[0].items()}
     print(kept)
@@ -128,7 +128,7 @@ def test_what_is_kept(found: Any) -> None:
     assert kept["every second"] - kept["every second, offloaded"] == pytest.approx(3 * one, rel=1e-3)
 
 
-def test_forwards_bound_before_and_later_run_within_and_instead() -> None:
+def test_overrides_before_run_inside_and_overrides_after_replace() -> None:
     """Of model.kernels, which are run again too; of a pass, for which alone they hold. Without a graph, once."""
     calls: list[str] = []
     layers = [torch.nn.Linear(3, 3) for _ in range(3)]
@@ -170,6 +170,6 @@ def test_options_without_effect_are_rejected(changes: dict[str, Any], named: str
         RunConfig(train=TrainConfig(activation_checkpointing=False, **changes))
 
 
-def test_no_layer_at_all_is_rejected() -> None:
+def test_recompute_every_zero_is_rejected() -> None:
     with pytest.raises(ValueError, match="recompute_every"):
         RunConfig(train=TrainConfig(recompute_every=0))

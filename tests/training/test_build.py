@@ -82,7 +82,7 @@ def test_the_deepspeed_json(world: World, tmp_path: Path, one_process: None) -> 
 
 
 @pytest.mark.parametrize(("kept", "weight"), [(0, 1.0), (3, 0.1)])
-def test_nothing_to_train_on(world: World, tmp_path: Path, one_process: None, kept: int, weight: float) -> None:
+def test_an_empty_epoch(world: World, tmp_path: Path, one_process: None, kept: int, weight: float) -> None:
     root = world.folder / "scenes"
     samples = PreparedSet(root / "prepared" / "scanrefer" / "train", root)[:kept]
     folder = tmp_path / "few"

@@ -1,4 +1,4 @@
-"""The decode gap's means, on ranks that are played one after the other."""
+"""The decode gap's means, on simulated ranks."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def update(watch: HingeMonitor, steps: int, above: float = 0.0) -> None:
         watch.update({"above_mu": above, "s_short": 0.25 + 0.001 * step})
 
 
-def test_it_warns_once_after_its_patience(watch: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_warns_once_after_patience_steps(watch: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
     update(watch, PATIENCE - 1)
     assert not caplog.records
     update(watch, PATIENCE)
@@ -54,7 +54,7 @@ def test_one_active_sample_is_enough(watch: HingeMonitor, caplog: pytest.LogCapt
     assert not caplog.records
 
 
-def test_a_resumed_run_remembers(
+def test_a_resumed_run_counts_earlier_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps before the resume count, those after it are of a run that was killed."""
@@ -71,7 +71,7 @@ def test_a_resumed_run_remembers(
 
 
 @pytest.mark.parametrize("changes", [{"push": "poe"}, {"push": "none"}, {"lambda_det": 0.0}])
-def test_what_h_does_not_gate_is_not_watched(
+def test_ungated_push_terms_are_not_watched(
     changes: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)

@@ -24,7 +24,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_step_is_a_line_at_once(tmp_path: Path) -> None:
+def test_each_step_is_written_at_once(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path / "new", 3) as logger:
         logger.start(0)
         for step in (1, 2, 3):
@@ -43,7 +43,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == ""
 
 
-def test_a_resumed_curve_has_no_duplicates_and_no_torn_line(tmp_path: Path) -> None:
+def test_a_resumed_file_has_no_duplicate_and_no_torn_line(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, 6) as logger:
         logger.start(0)
         for step in range(1, 5):
@@ -77,7 +77,7 @@ def test_only_finite_numbers(tmp_path: Path, value: Any) -> None:
     assert len(read(tmp_path)) == 1
 
 
-def test_steps_rise(tmp_path: Path) -> None:
+def test_steps_must_increase(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, 9) as logger:
         logger.start(4)
         with pytest.raises(ValueError, match="Step 4 was logged after step 4"):
@@ -85,12 +85,12 @@ def test_steps_rise(tmp_path: Path) -> None:
         logger.log(5, VALUES)
 
 
-def test_a_log_before_the_start_is_a_mistake(tmp_path: Path) -> None:
+def test_log_before_start_is_an_assertion(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="start comes before the first log"):
         MetricsLogger(tmp_path, 3).log(1, VALUES)
 
 
-def test_without_a_terminal_plain_lines_now_and_then(tmp_path: Path) -> None:
+def test_without_a_terminal_a_line_every_few_steps(tmp_path: Path) -> None:
     out = io.StringIO()
     line = ProgressLine(200, 0, Console(file=out))
     for step in range(1, 201):
@@ -102,7 +102,7 @@ def test_without_a_terminal_plain_lines_now_and_then(tmp_path: Path) -> None:
     assert lines[-1].startswith("step 200/200") and lines[-1].endswith("ETA 0:00:00")
 
 
-def test_the_share_of_the_device_is_on_the_line() -> None:
+def test_mfu_is_on_the_progress_line() -> None:
     text = ProgressLine(4, 0, Console(file=io.StringIO())).text(2, VALUES | {"memory_gib": 2.0, "mfu": 0.456})
     assert "  1,234 tokens/s  MFU 46%  2.00 GiB  " in text
 
@@ -117,7 +117,7 @@ def test_memory_is_the_peak() -> None:
     assert memory_gib() >= high - 0.01  # the kernel counts pages in batches
 
 
-def test_in_a_terminal_a_bar(tmp_path: Path) -> None:
+def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
     out = io.StringIO()
     line = ProgressLine(4, 1, Console(file=out, force_terminal=True, width=200))
     for step in (2, 3, 4):
@@ -126,7 +126,7 @@ def test_in_a_terminal_a_bar(tmp_path: Path) -> None:
     assert "step 4/4" in out.getvalue()
 
 
-def test_time_left_is_reckoned_from_the_steps_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eta_ignores_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 110.0, 130.0])
     monkeypatch.setattr(progress_line.time, "monotonic", lambda: next(clock))
     line = ProgressLine(1000, 500, Console(file=io.StringIO()))
@@ -135,7 +135,7 @@ def test_time_left_is_reckoned_from_the_steps_after_the_first(monkeypatch: pytes
     assert line.eta(503) == "2:04:15"
 
 
-def test_a_full_disk_is_warned_of_once_and_the_lines_come_later(
+def test_a_full_disk_is_warned_of_once_and_lines_are_written_later(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],  # else pytest's own capture file would be too large
@@ -157,7 +157,7 @@ def test_a_full_disk_is_warned_of_once_and_the_lines_come_later(
     assert str(tmp_path / "metrics.jsonl") in caplog.text and "File too large" in caplog.text
 
 
-def test_a_start_that_was_taken_over_writes_into_the_old_file(tmp_path: Path) -> None:
+def test_an_old_start_writes_to_the_old_file(tmp_path: Path) -> None:
     first, second = MetricsLogger(tmp_path, 9), MetricsLogger(tmp_path, 9)
     first.start(0)
     first.log(1, VALUES)

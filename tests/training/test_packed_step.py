@@ -203,7 +203,7 @@ def test_decoded_answers(
     assert torch.equal(seen[0][1].grid_thw, seen[1][1].grid_thw)
 
 
-def test_a_sample_does_not_feel_its_neighbours(
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(
     make_step: Callable[..., W2R2Step], pack: Callable[..., Any], samples: list[Any]
 ) -> None:
     """Another question or answer beside it changes nothing, not even by rounding where lengths stay."""
@@ -214,7 +214,7 @@ def test_a_sample_does_not_feel_its_neighbours(
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
-def test_the_host_waits_for_nothing(
+def test_no_host_device_synchronisation(
     make_step: Callable[..., W2R2Step], pack: Callable[..., Any], samples: list[Any]
 ) -> None:
     step, batch = make_step(pass_order="lockstep", push="poe"), pack(questions(samples[0], 4), questions_per_scene=4)

@@ -1,4 +1,4 @@
-"""Whole training runs in which questions share frames, against runs that see the same samples one by one."""
+"""Training runs in which questions share frames, against unpacked runs with the same samples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run)]
 
 
-def test_a_run_is_that_of_the_same_samples_one_by_one(runs: Path) -> None:
+def test_a_packed_run_equals_the_unpacked_run(runs: Path) -> None:
     """Over several updates, and packed without sharing: float32, sums in another order."""
     expected = losses(runs / "apart")
     assert len(expected) == SHORT and len(set(expected)) == SHORT
@@ -40,7 +40,7 @@ def test_a_run_is_that_of_the_same_samples_one_by_one(runs: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_two_ranks_pack_as_one_does(runs: Path, world: World, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(runs: Path, world: World, tmp_path: Path) -> None:
     assert losses(run_on(2, world, tmp_path) / "packed_batches") == pytest.approx(
         losses(runs / "packed_batches"), rel=1e-5
     )

@@ -1,4 +1,4 @@
-"""The step against passes written by hand on the stock model (tests/helpers/reference_passes.py)."""
+"""The step against reference passes on the stock model (tests/helpers/reference_passes.py)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, t
 
 @pytest.mark.parametrize("push", PUSH_TERMS)
 @pytest.mark.parametrize(("visual", "zero"), [("images", "merged"), ("video", "features")])
-def test_loss_and_gradients_are_those_of_two_plain_passes(
+def test_loss_and_gradients_equal_two_reference_passes(
     make_step: Callable[..., W2R2Step],
     batch_of: Any,
     samples: list[Any],
@@ -167,7 +167,7 @@ def test_dropout_comes_back_after_an_error(make_step: Callable[..., W2R2Step]) -
     assert all(module.training for module in step.dropouts)
 
 
-def test_towers_run_once_and_the_head_sees_answers_only(
+def test_towers_run_once_and_the_head_gets_answer_positions_only(
     step: W2R2Step, batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = batch_of(samples)
@@ -191,7 +191,7 @@ def test_towers_run_once_and_the_head_sees_answers_only(
     assert grads == [False, True]  # the shortcut first
 
 
-def test_a_sample_does_not_feel_its_neighbours(step: W2R2Step, batch_of: Any, samples: list[Any]) -> None:
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(step: W2R2Step, batch_of: Any, samples: list[Any]) -> None:
     """Padding, order and split into micro-batches change nothing."""
     _, together = step(batch_of(samples))
     alone = torch.cat([step(batch_of([sample]))[1] for sample in samples])
@@ -200,7 +200,7 @@ def test_a_sample_does_not_feel_its_neighbours(step: W2R2Step, batch_of: Any, sa
     torch.testing.assert_close(together, turned.flip(0), rtol=1e-5, atol=1e-6)
 
 
-def test_geometry_is_heard_by_the_fused_pass_only(step: W2R2Step, batch_of: Any, samples: list[Any]) -> None:
+def test_geometry_changes_the_fused_pass_only(step: W2R2Step, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples[:1])
     visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
     other = [features[0].flip(0)]
@@ -240,7 +240,7 @@ def test_only_unblocked_keeps_the_graph_of_the_shortcut(
     assert with_graph == ({"label_log_p", "guess_log_p", "iou"} if push == "unblocked" else set())
 
 
-def test_literal_has_the_gradient_of_plain_fine_tuning(
+def test_literal_has_the_gradient_of_fine_tuning(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], solved: None
 ) -> None:
     """Eq. 6 as printed: the loss rises by lambda * h, no gradient moves by a bit."""
@@ -256,7 +256,7 @@ def test_literal_has_the_gradient_of_plain_fine_tuning(
 
 
 @pytest.mark.parametrize("push", PUSH_TERMS)
-def test_a_sample_whose_answer_is_masked_says_nothing(
+def test_a_sample_with_a_masked_answer_has_no_effect(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], caption_sample: Any, push: str
 ) -> None:
     step = make_step(push=push, mu=0.0)
@@ -272,7 +272,7 @@ def test_a_sample_whose_answer_is_masked_says_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("push", PUSH_TERMS)
-def test_mixed_tasks_are_the_tasks_alone(
+def test_a_mixed_batch_equals_its_tasks_separately(
     make_step: Callable[..., W2R2Step],
     batch_of: Any,
     samples: list[Any],

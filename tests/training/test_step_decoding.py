@@ -1,4 +1,4 @@
-"""What the shortcut answers, greedily decoded, and s that follows from it."""
+"""Greedily decoded shortcut answers, and their similarity s."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_greedy_decoding_defines_s(
     assert all(module.training for module in step.modules())
 
 
-def test_a_decoded_answer_does_not_feel_its_neighbours(
+def test_a_decoded_answer_does_not_depend_on_the_rest_of_the_batch(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], answer_sample: Any
 ) -> None:
     """A short answer beside long ones is cut where it is cut alone."""
@@ -52,7 +52,7 @@ def test_a_decoded_answer_does_not_feel_its_neighbours(
     assert len(step.scorer.tokenizer(texts[0])["input_ids"]) < len(step.scorer.tokenizer(texts[1])["input_ids"])
 
 
-def test_the_gain_compares_like_with_like(
+def test_s_gain_compares_teacher_forced_answers(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
     """Without geometry both passes are one model: no gain, however the shortcut's answer is decoded."""

@@ -1,4 +1,4 @@
-"""What the shortcut pass adds to the peak of a step, measured by watching every storage that an operator makes."""
+"""Peak memory that the shortcut pass adds to a step, measured by tracking every storage."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def peak(
     return living.most
 
 
-def test_the_tracker_counts_what_lives() -> None:
+def test_the_memory_tracker_counts_live_storages() -> None:
     with Living() as living:
         first = torch.zeros(1000)
         del first

@@ -1,4 +1,4 @@
-"""Model FLOPs against PyTorch's own count of what a step does, and what is logged of them."""
+"""Model FLOPs against PyTorch's FLOP counter, and the logged throughput."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def test_model_flops_are_those_that_pytorch_counts(
     assert step_flops(step.model, reading, batch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-def test_a_sample_beside_another_counts_as_it_does_alone(
-    model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]
-) -> None:
+def test_samples_count_independently(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     """Padding does not count; within what the mean over all samples for the last layer's attention makes."""
     step, reading = make_step(model_config, frontend, "margin"), push_term("margin")
     alone = [step_flops(step.model, reading, batch_of([sample])) for sample in samples]
@@ -78,7 +76,7 @@ def test_a_shared_prefix_counts_once(batch_of: Any, samples: list[Any]) -> None:
     assert tokens_and_pairs(groups(packed), causal=True) == (17, halves + 3 * 8 + 2 * 8)
 
 
-def test_the_last_layer_counts_its_rows(model_config: Any, frontend: Any) -> None:
+def test_the_last_layer_counts_answer_positions(model_config: Any, frontend: Any) -> None:
     model = make_step(model_config, frontend, "margin").model
     few, more = (model.family.decoder_flops(model.base, 100, 0.0, rows)[0].forward for rows in (10, 20))
     layer = model.base.model.language_model.layers[-1]
@@ -88,7 +86,7 @@ def test_the_last_layer_counts_its_rows(model_config: Any, frontend: Any) -> Non
     assert more - few == 2 * 10 * (sum(sizes) - sum(skipped))
 
 
-def test_windows_take_what_is_left() -> None:
+def test_windows_take_the_remainder() -> None:
     assert squares(8, 8) == 64 and squares(20, 8) == 64 + 64 + 16 and squares(6, 8) == 36
 
 
@@ -112,7 +110,7 @@ def test_a_step_in_the_log(
     )
 
 
-def test_the_device_is_asked_nothing(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_no_device_synchronisation(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     """But the grids of the images, which the batch has on the CPU."""
     step, reading = make_step(model_config, frontend, "margin"), push_term("margin")
     batch = batch_of(samples)
@@ -120,7 +118,7 @@ def test_the_device_is_asked_nothing(model_config: Any, frontend: Any, batch_of:
     assert host_reads(lambda: step_flops(step.model, reading, grids)) <= {"aten::item", "aten::_local_scalar_dense"}
 
 
-def test_the_rate_of_this_device() -> None:
+def test_matrix_rate() -> None:
     """Between a slow core and what no machine has, without much work; the run draws as before."""
     before, state = time.process_time(), torch.get_rng_state()
     rate = matrix_rate(torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""Trackers: the shipped ones, and one that a user's file adds."""
+"""Trackers: the built-in ones, and one from a plug-in file."""
 
 from __future__ import annotations
 

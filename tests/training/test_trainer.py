@@ -84,7 +84,7 @@ def test_a_run_logs_every_step_and_the_hinge_is_active(trained: Path) -> None:
     assert sum(line["loss"] for line in metrics[-5:]) < sum(line["loss"] for line in metrics[:5])
 
 
-def test_every_step_shows_how_2d_the_model_is(trained: Path) -> None:
+def test_every_step_logs_the_bias_statistics(trained: Path) -> None:
     for line in read_metrics(trained):
         assert line["s_gain"] == pytest.approx(line["s_fused"] - line["s_short"], abs=1e-6)
         assert line["det"] == pytest.approx(line["s_short"], abs=1e-6)  # mu is 0 here
@@ -135,7 +135,7 @@ def test_engine_shards_hold_no_frozen_tensor(trained: Path) -> None:
     assert kept and not any(frozen.values())
 
 
-def test_two_ranks_train_as_one_does(two_ranks: Reports, trained: Path, folder: Path) -> None:
+def test_two_ranks_train_as_one(two_ranks: Reports, trained: Path, folder: Path) -> None:
     assert [report["error"] for report in two_ranks["two"]] == [None, None]
     assert_same_curve(read_metrics(folder / "two"), read_metrics(trained)[:FEW])
 
@@ -165,7 +165,7 @@ def test_masks_do_not_depend_on_the_ranks(one_rank: Reports, two_ranks: Reports,
     assert [line["loss"] for line in one] != pytest.approx(unmasked, rel=1e-4)
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(one_rank: Reports, trained: Path, folder: Path) -> None:
+def test_a_resumed_run_is_bit_equal(one_rank: Reports, trained: Path, folder: Path) -> None:
     """From the checkpoint before the newest, in whose optimizer a bit has flipped."""
     assert one_rank["resumed"][0] == {"error": None, "updates": STEPS, "injected": None}
     damaged = folder / "resumed" / "checkpoints" / f"step-{STEPS:06d}"
@@ -227,7 +227,7 @@ def test_measuring_the_decode_gap_changes_nothing(one_rank: Reports, folder: Pat
     assert exact(metrics) == exact(read_metrics(folder / "dropout"))[:2]
 
 
-def test_a_silent_hinge_is_warned_of_at_the_end(one_rank: Reports, folder: Path) -> None:
+def test_an_inactive_hinge_is_warned_of_at_the_end(one_rank: Reports, folder: Path) -> None:
     assert one_rank["silent"][0]["error"] is None
     printed = (folder / "one" / "output.txt").read_text()
     assert "WARNING in 1 steps no sample's shortcut answer was above objective.mu = 0.99" in printed
@@ -253,14 +253,14 @@ def test_a_checkpoint_of_another_model_is_rejected(one_rank: Reports, trained: P
     assert "lora_rank: 8" in (folder / "untouched" / "config.yaml").read_text()
 
 
-def test_two_ranks_go_on_with_what_one_began(two_ranks: Reports, trained: Path, folder: Path) -> None:
+def test_two_ranks_resume_a_run_of_one(two_ranks: Reports, trained: Path, folder: Path) -> None:
     assert [report["error"] for report in two_ranks["two-from-one"]] == [None, None]
     assert_same_curve(read_metrics(folder / "two-from-one"), read_metrics(trained))
     assert not list((folder / "two-from-one" / "checkpoints").glob("*.partial"))
 
 
 @pytest.mark.parametrize("name", RESHARDED)
-def test_one_rank_goes_on_with_what_two_began(one_rank: Reports, two_ranks: Reports, folder: Path, name: str) -> None:
+def test_one_rank_resumes_a_run_of_two(one_rank: Reports, two_ranks: Reports, folder: Path, name: str) -> None:
     """In the middle of an epoch, with a rate per group: DeepSpeed's universal load gives all groups the first one's."""
     errors = [report["error"] for report in (*two_ranks[name], *one_rank[f"{name}-on-one"])]
     assert errors == [None] * 3
@@ -272,7 +272,7 @@ def test_one_rank_goes_on_with_what_two_began(one_rank: Reports, two_ranks: Repo
         assert [line[rate] for line in resumed] == [line[rate] for line in whole]
 
 
-def test_a_full_disk_of_one_rank_fails_the_save_and_not_the_run(two_ranks: Reports, folder: Path) -> None:
+def test_a_full_disk_of_one_rank_fails_the_save_but_not_the_run(two_ranks: Reports, folder: Path) -> None:
     assert [report["error"] for report in two_ranks["full"]] == [None, None]
     checkpoints = folder / "full" / "checkpoints"
     assert sorted(os.listdir(checkpoints)) == ["incarnation.json", "latest", "step-000001", "step-000003"]
@@ -285,7 +285,7 @@ def test_a_full_disk_of_one_rank_fails_the_save_and_not_the_run(two_ranks: Repor
     assert str(checkpoints / "step-000002.") in line and "the newest checkpoint is step-000001" in line
 
 
-def test_a_start_whose_run_was_taken_over_stops_and_writes_nothing(two_ranks: Reports, folder: Path) -> None:
+def test_a_start_without_ownership_stops_and_writes_nothing(two_ranks: Reports, folder: Path) -> None:
     first, second = two_ranks["taken-over"]
     assert first == second
     assert first["error"].startswith("OwnershipLost: ") and "was taken over by start 2" in first["error"]
@@ -320,7 +320,7 @@ def test_a_sample_that_is_too_long_stops_all_ranks_before_the_model_is_loaded(tw
     assert first["updates"] == 0 and not (folder / "long").exists()
 
 
-def test_a_log_that_does_not_open_stops_all_ranks_before_the_first_step(two_ranks: Reports, folder: Path) -> None:
+def test_an_unwritable_log_stops_all_ranks_before_the_first_step(two_ranks: Reports, folder: Path) -> None:
     first, second = two_ranks["other-log"]
     assert first == second
     assert_one_sentence(first["error"], str(folder / "other-log" / "metrics.jsonl"), "line 1", "move the file away")
@@ -361,7 +361,7 @@ def test_an_unknown_key_of_a_recipe_is_rejected(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
-def test_fifty_steps_of_every_reading(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifty_steps_of_every_push_term(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends finite and writes its metrics; push terms with a gradient end elsewhere than `none`."""
     monkeypatch.setattr("runs.TIMEOUT", 7000)
     decode_gap: dict[str, object] = {"objective__decode_gap_every": 25, "objective__decode_gap_samples": 4}

@@ -1,4 +1,4 @@
-"""Both schedules against passes written by hand, against each other, and what ZeRO-3 gathers for them on two ranks."""
+"""Both pass orders against reference passes and against each other, and their ZeRO-3 gathers on two ranks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def forwards(step: W2R2Step) -> dict[str, Any]:
         ("sequential", "margin", "features", "images"),
     ],
 )
-def test_loss_and_all_gradients_are_those_of_two_plain_passes(
+def test_loss_and_all_gradients_equal_two_reference_passes(
     make_step: Callable[..., W2R2Step],
     batch_of: Any,
     samples: list[Any],
@@ -107,7 +107,7 @@ def test_loss_and_all_gradients_are_those_of_two_plain_passes(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_schedules_are_equal_to_the_last_bit(
+def test_pass_orders_are_bit_equal(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], dtype: str, checkpointing: bool
 ) -> None:
     """With dropout, too: the shortcut draws nothing, the fused pass draws the same. Also in bfloat16."""
@@ -123,7 +123,7 @@ def test_schedules_are_equal_to_the_last_bit(
     assert all(torch.equal(gradient, other[name]) for name, gradient in gradients.items())
 
 
-def test_decoding_knows_nothing_of_the_schedule(
+def test_decoding_does_not_depend_on_the_pass_order(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
     """Answers decoded amid a lockstep step are those of a sequential one."""
@@ -132,7 +132,7 @@ def test_decoding_knows_nothing_of_the_schedule(
     assert torch.equal(*stats)
 
 
-def test_forwards_come_back_after_an_error(
+def test_forwards_are_restored_after_an_error(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
     step = make_step("lockstep", model={"lora_dropout": 0.5})
@@ -177,7 +177,7 @@ def test_unblocked_does_not_support_lockstep() -> None:
 
 
 @pytest.mark.parametrize("pass_order", SCHEDULES)
-def test_the_host_reads_nothing_of_the_device(
+def test_no_device_value_is_read_by_the_host(
     make_step: Callable[..., W2R2Step],
     batch_of: Any,
     samples: list[Any],

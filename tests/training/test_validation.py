@@ -1,4 +1,4 @@
-"""The fixed part of a set and its shares; which step is the best, and what a resumed run remembers of it."""
+"""The fixed validation subset and its split over ranks; the best step, also after a resume."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def known(value: float, step: int, about: str = "3 samples") -> dict[str, Any]:
     return {"metric": Scripted.best_by, "value": value, "step": step, "about": about}
 
 
-def test_the_part_is_drawn_by_the_seed_alone() -> None:
+def test_the_subset_depends_on_the_seed_only() -> None:
     assert draw_subset(50, 8, 3) == draw_subset(50, 8, 3) != draw_subset(50, 8, 4)
     assert len(set(draw_subset(50, 8, 3))) == 8
     assert sorted(draw_subset(5, 8, 3)) == [0, 1, 2, 3, 4]
@@ -96,7 +96,7 @@ def test_a_best_that_could_not_be_saved_does_not_count() -> None:
     assert best.measure(None, 30)[1] == known(0.6, 30)
 
 
-def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_best(tmp_path: Path) -> None:
     best, last = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30)
     write_pointer(best.parent / BEST, best)
     resumed = BestSoFar(Scripted(0.5, 0.51), last)
@@ -112,7 +112,7 @@ def test_values_of_other_samples_are_not_compared(tmp_path: Path, caplog: pytest
     assert resumed.measure(None, 30)[1] == known(0.1, 30)
 
 
-def test_a_kill_between_the_two_moves_is_mended(tmp_path: Path) -> None:
+def test_a_kill_before_best_is_written_is_repaired(tmp_path: Path) -> None:
     """`latest` had moved to the new best, `best` had not."""
     old, new = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30, known(0.7, 30))
     write_pointer(old.parent / BEST, old)
@@ -121,7 +121,7 @@ def test_a_kill_between_the_two_moves_is_mended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_best_that_is_gone_or_of_later_is_forgotten(tmp_path: Path, there: bool) -> None:
+def test_a_missing_or_later_best_is_ignored(tmp_path: Path, there: bool) -> None:
     """A run that was set back by hand."""
     later = saved(tmp_path, 40, known(0.9, 40)) if there else tmp_path / "checkpoints" / "step-000040"
     last = saved(tmp_path, 30)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files are complete or absent after a crash."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Full(io.RawIOBase):
         return len(view)
 
 
-def test_what_is_written_is_counted_and_hashed(tmp_path: Path) -> None:
+def test_written_bytes_are_counted_and_hashed(tmp_path: Path) -> None:
     with atomic_io.writing(tmp_path / "a") as writer:
         writer.write(b"one")
         writer.write(memoryview(b"two"))
@@ -67,7 +67,7 @@ def test_torch_saves_through_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 10, 3000])
-def test_torch_does_not_see_a_full_disk_but_its_writer_does(room: int) -> None:
+def test_a_full_disk_is_recorded_by_the_writer_not_by_torch(room: int) -> None:
     """Inside `torch.save` an exception would become a RuntimeError of its archive, or end the process."""
     writer = atomic_io.Writer(Full(room))
     torch.save({"weight": torch.arange(10_000.0)}, writer)
@@ -100,7 +100,7 @@ def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
-def test_a_reader_sees_a_whole_file_whenever_the_writer_is_killed(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_a_complete_file(tmp_path: Path) -> None:
     file = tmp_path / "a"
     for pause in (0.0, 0.003, 0.011):
         writer = subprocess.Popen([sys.executable, "-c", KILLED_WHILE_REPLACING, str(file)], stdout=subprocess.PIPE)

@@ -39,7 +39,7 @@ def work(folder: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_ranks_fail_alike(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     run_ranks(2, Path(__file__), tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first.pop("disk") == "ValueError: OSError('disk full')"
@@ -54,7 +54,7 @@ def test_ranks_fail_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [ValueError, OSError])
-def test_alone_it_is_not_there(kind: type[Exception]) -> None:
+def test_without_a_process_group_errors_pass_unchanged(kind: type[Exception]) -> None:
     with raise_on_all_ranks():
         pass
     failure = kind("wrong")

@@ -1,4 +1,4 @@
-"""One process at a time per output folder, with real processes; a killed one never blocks."""
+"""One process at a time per output folder, with real processes; a killed process does not block."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def take(file: Path) -> Any:
     return locked(file, "out is being prepared", "give another --out")
 
 
-def test_a_second_one_is_rejected(tmp_path: Path, hold: Any) -> None:
+def test_a_second_holder_is_rejected(tmp_path: Path, hold: Any) -> None:
     process, _ = hold()
     with (
         pytest.raises(
@@ -61,7 +61,7 @@ def test_a_second_one_is_rejected(tmp_path: Path, hold: Any) -> None:
         raise AssertionError("it is held by another")
 
 
-def test_a_killed_one_does_not_block(tmp_path: Path, hold: Any) -> None:
+def test_a_killed_holder_does_not_block(tmp_path: Path, hold: Any) -> None:
     process, _ = hold()
     process.kill()
     process.wait()
@@ -71,7 +71,7 @@ def test_a_killed_one_does_not_block(tmp_path: Path, hold: Any) -> None:
     assert not (tmp_path / "out.lock").exists()
 
 
-def test_nor_do_its_loader_processes(tmp_path: Path, hold: Any) -> None:
+def test_loader_processes_of_a_killed_holder_do_not_block(tmp_path: Path, hold: Any) -> None:
     """A forked child has the parent's open files; it outlives a parent that is killed."""
     process, child = hold("fork")
     process.kill()
@@ -81,7 +81,7 @@ def test_nor_do_its_loader_processes(tmp_path: Path, hold: Any) -> None:
         pass
 
 
-def test_it_is_free_again_after_the_block_and_after_an_error(tmp_path: Path) -> None:
+def test_the_lock_is_released_after_the_block_and_after_an_error(tmp_path: Path) -> None:
     file = tmp_path / "new" / "out.lock"
     for _ in range(2):
         with pytest.raises(KeyError), take(file):
@@ -91,7 +91,7 @@ def test_it_is_free_again_after_the_block_and_after_an_error(tmp_path: Path) -> 
     assert not file.exists()
 
 
-def test_what_is_in_the_file_decides_nothing(tmp_path: Path) -> None:
+def test_the_content_of_the_lock_file_is_ignored(tmp_path: Path) -> None:
     file = tmp_path / "out.lock"
     file.write_text('{"pid": 1, "host": "\\u001b[31m", "since": "x"}')
     with take(file), pytest.raises(ValueError, match="is being prepared by process"), take(file):

@@ -1,4 +1,4 @@
-"""Files of a checkpoint are read as data, and a full disk is noted instead of raised."""
+"""Files of a checkpoint are read as data; write errors are recorded instead of raised."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def trap(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_trap_runs_when_it_is_unpickled(trap: Path) -> None:
+def test_the_malicious_pickle_runs_code_if_unpickled(trap: Path) -> None:
     """Else the tests below would show nothing."""
     torch.load(trap, weights_only=False)
     assert (trap.parent / "ran").is_dir()
 
 
-def test_code_in_a_file_is_named_and_does_not_run(trap: Path) -> None:
+def test_code_in_a_file_raises_and_does_not_run(trap: Path) -> None:
     for read in (load, SafeCheckpointEngine().load, check_no_code):
         with pytest.raises(ValueError, match=r"shard\.pt .*posix\.mkdir"):
             read(trap)  # type: ignore[operator]
@@ -62,7 +62,7 @@ def test_code_in_a_file_is_named_and_does_not_run(trap: Path) -> None:
     assert not (trap.parent / "ran").exists()
 
 
-def test_the_environment_does_not_weaken_it_and_is_put_back(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_cannot_allow_code_and_are_restored(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE_NOT, "1")
     monkeypatch.delenv(FORCE, raising=False)
     with pytest.raises(ValueError, match=r"posix\.mkdir"):
@@ -87,7 +87,7 @@ def test_deepspeeds_own_classes_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut"])
-def test_what_is_no_file_of_torch_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_torch_did_not_save_raises(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "shard.pt"
     file.write_bytes(content)
     for read in (load, check_no_code):
@@ -99,7 +99,7 @@ def test_what_is_no_file_of_torch_is_named(tmp_path: Path, content: bytes) -> No
 
 
 @pytest.mark.usefixtures("alone")
-def test_the_first_failure_is_kept_and_the_rank_goes_on(tmp_path: Path) -> None:
+def test_the_first_write_error_is_recorded_and_the_rank_continues(tmp_path: Path) -> None:
     writer = RankWriter(tmp_path)
     engine = SafeCheckpointEngine(writer)
     engine.makedirs(str(tmp_path / "engine"), exist_ok=True)
@@ -114,7 +114,7 @@ def test_the_first_failure_is_kept_and_the_rank_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
-def test_a_file_system_without_room_is_noted(tmp_path: Path) -> None:
+def test_a_full_file_system_is_recorded(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if os.system(f"mount -t tmpfs -o size=64k tmpfs {small} 2>/dev/null") != 0:
@@ -131,7 +131,7 @@ def test_a_file_system_without_room_is_noted(tmp_path: Path) -> None:
         assert os.system(f"umount {small}") == 0
 
 
-def test_a_random_state_goes_on_or_starts_afresh_by_rank_and_step() -> None:
+def test_a_random_state_is_restored_or_seeded_by_rank_and_step() -> None:
     before = rng_state()
     first = torch.rand(4)
     set_rng_state(before)

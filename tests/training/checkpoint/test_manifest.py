@@ -1,4 +1,4 @@
-"""What is a whole checkpoint, which one is the newest, which are kept."""
+"""Manifest: complete and damaged checkpoints, the newest one, pruning."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def saved(run: Path, step: int) -> Path:
     return path
 
 
-def test_a_whole_one_is_whole(tmp_path: Path) -> None:
+def test_a_complete_checkpoint_verifies(tmp_path: Path) -> None:
     path = saved(tmp_path, 30)
     assert verify(path) is None
     (path / "evaluation").mkdir()  # evaluate.py writes there
@@ -52,7 +52,7 @@ def test_a_whole_one_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONTENT)
-def test_a_flipped_bit_is_found_by_name(tmp_path: Path, name: str) -> None:
+def test_a_flipped_bit_is_reported_with_the_file(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, 30)
     flip(path / name, len(CONTENT[name]) // 2)
     assert str(path / name) in str(verify(path)) and "it is damaged." in str(verify(path))
@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_found_by_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTENT)
-def test_a_cut_or_missing_file_is_found_by_name_and_size(tmp_path: Path, name: str) -> None:
+def test_a_truncated_or_missing_file_is_reported_with_its_size(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, 30)
     size = len(CONTENT[name])
     os.truncate(path / name, size - 1)
@@ -90,7 +90,7 @@ def json_or_none(file: Path) -> object:
         return None
 
 
-def test_the_newest_whole_one_is_found_and_the_damaged_ones_are_named(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_reported(tmp_path: Path) -> None:
     assert newest_complete(tmp_path) == (None, {})
     paths = [saved(tmp_path, step) for step in (10, 20, 30, 1_000_000)]
     write_pointer(tmp_path / "checkpoints" / LATEST, paths[0])
@@ -141,7 +141,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert expired_checkpoints(tmp_path, 5) == []
 
 
-def test_a_deletion_that_was_killed_is_finished_later_and_never_taken_for_whole(tmp_path: Path) -> None:
+def test_an_interrupted_deletion_is_incomplete_and_finished_later(tmp_path: Path) -> None:
     paths = [saved(tmp_path, step) for step in (10, 20, 30)]
     (paths[0] / MANIFEST).unlink()
     (paths[2] / MANIFEST).unlink()  # torn, and above the newest whole one: named by a resume, not deleted
@@ -150,7 +150,7 @@ def test_a_deletion_that_was_killed_is_finished_later_and_never_taken_for_whole(
     assert not paths[1].exists()
 
 
-def test_a_damaged_best_is_not_worth_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_best_pointer_is_only_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = [saved(tmp_path, step) for step in (10, 20, 30)]
     (paths[0].parent / BEST).write_text("step-00002p\n")
     assert expired_checkpoints(tmp_path, 1) == [paths[1], paths[0]]
@@ -158,14 +158,14 @@ def test_a_damaged_best_is_not_worth_the_run(tmp_path: Path, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/step-000010", "step-000010/..", ""])
-def test_a_pointer_names_a_step_folder_and_nothing_else(tmp_path: Path, name: str) -> None:
+def test_a_pointer_must_name_a_step_folder(tmp_path: Path, name: str) -> None:
     saved(tmp_path, 10)
     (tmp_path / "checkpoints" / LATEST).write_text(name)
     with pytest.raises(ValueError, match=LATEST):
         find_checkpoint(tmp_path)
 
 
-def test_a_copy_without_what_only_a_resume_needs_is_found(tmp_path: Path) -> None:
+def test_a_copy_without_optimizer_shards_is_found(tmp_path: Path) -> None:
     path = saved(tmp_path, 10)
     (path / "engine" / "shard.pt").unlink()
     (path / "rng-0.pt").unlink()

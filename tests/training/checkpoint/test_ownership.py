@@ -25,7 +25,7 @@ def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert written == second.to_json() and written["job"] == "17"
 
 
-def test_a_token_that_is_gone_or_unreadable_stops_the_writer(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_token_stops_the_writer(tmp_path: Path) -> None:
     token = OwnershipToken.claim(tmp_path)
     (tmp_path / "checkpoints" / INCARNATION).write_text("{")
     with pytest.raises(OwnershipLost, match="is gone or unreadable"):
@@ -35,7 +35,7 @@ def test_a_token_that_is_gone_or_unreadable_stops_the_writer(tmp_path: Path) -> 
         token.check()
 
 
-def test_starts_write_in_folders_of_their_own_and_sweep_those_of_others(tmp_path: Path) -> None:
+def test_starts_have_their_own_temporary_folders_and_remove_older_ones(tmp_path: Path) -> None:
     first = OwnershipToken.claim(tmp_path)
     mine = first.temporary_folder(30)
     mine.mkdir()
@@ -49,7 +49,7 @@ def test_starts_write_in_folders_of_their_own_and_sweep_those_of_others(tmp_path
     assert second.temporary_folder(30) != first.temporary_folder(30)
 
 
-def test_a_read_that_fails_says_nothing_of_who_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_io_error_does_not_mean_lost_ownership(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system that stutters is no reason to end a run for good."""
     token = OwnershipToken.claim(tmp_path)
 

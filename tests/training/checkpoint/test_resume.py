@@ -1,4 +1,4 @@
-"""Where a run goes on from, decided before any weights are loaded."""
+"""Choice of the checkpoint to resume from, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_a_fresh_run_starts_at_the_beginning(tmp_path: Path) -> None:
     assert find_start(configured(tmp_path, "none")) == StartPoint()
 
 
-def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
+def test_existing_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     with pytest.raises(ValueError, match=r"--resume auto .*--out"):
         find_start(configured(tmp_path, "none"))
 
 
-def test_damaged_ones_are_named_and_kept_once_the_run_is_taken_over(
+def test_damaged_checkpoints_are_renamed_once_the_run_is_taken_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, cut = saved(tmp_path, 10), saved(tmp_path, 20)
@@ -67,14 +67,14 @@ def test_damaged_ones_are_named_and_kept_once_the_run_is_taken_over(
     assert (cut.with_name(cut.name + ".damaged") / TENSORS).is_file()
 
 
-def test_a_run_without_a_whole_one_is_rejected(tmp_path: Path) -> None:
+def test_a_run_without_a_complete_checkpoint_is_rejected(tmp_path: Path) -> None:
     path = saved(tmp_path, 10)
     flip(path / TENSORS, 3)
     with pytest.raises(ValueError, match=rf"no checkpoint of .* .*{TENSORS} has SHA-256"):
         find_start(configured(tmp_path))
 
 
-def test_other_ranks_than_before_need_zero(tmp_path: Path) -> None:
+def test_another_number_of_ranks_needs_zero(tmp_path: Path) -> None:
     saved(tmp_path, 10, world_size=4)
     assert find_start(configured(tmp_path)).universal
     saved(tmp_path, 20, world_size=4, zero_stage=0)
@@ -82,7 +82,7 @@ def test_other_ranks_than_before_need_zero(tmp_path: Path) -> None:
         find_start(configured(tmp_path))
 
 
-def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_output_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ValueError, match=r"run.*: cannot be written \(.*\); .*--out"):
         take_over(configured(tmp_path / "run"), StartPoint())

@@ -1,4 +1,4 @@
-"""Which runs may be gone on with, and what is done to a checkpoint's files."""
+"""Options that a resumed run may change, the size limit of a checkpoint, and its publication."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_resume_with_other_samples_is_rejected(tmp_path: Path) -> None:
         check_same_data(tmp_path, config, ["1", "3"])
 
 
-def test_a_checkpoint_that_holds_more_than_what_trains_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_with_frozen_weights_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 trained numbers of 4 bytes: twice the weights, 12 bytes each and the allowance; the frozen layer is more."""
     monkeypatch.setattr(save.dist, "get_world_size", lambda: 1)
     model: Any = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(500, 500).requires_grad_(False))
@@ -86,7 +86,9 @@ def test_a_checkpoint_that_holds_more_than_what_trains_is_not_written(monkeypatc
         check_size({"frozen": Digest(500 * 501 * 4, "")}, model)
 
 
-def test_what_is_there_goes_only_when_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_folder_is_removed_only_after_the_new_one_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     final, temporary = tmp_path / "step-000010", tmp_path / "step-000010.01ab.partial"
     for folder, content in ((final, "old"), (temporary, "new")):
         folder.mkdir()

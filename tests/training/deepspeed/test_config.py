@@ -62,14 +62,16 @@ def test_auto_and_missing_are_filled_and_the_input_stays() -> None:
 
 
 @pytest.mark.parametrize(("world", "local", "filled"), [(16, 8, 8), (8, 8, 1), (1, 1, 1), (4, 2, 2)])
-def test_hierarchical_partitions_are_a_machine_of_several(world: int, local: int, filled: int) -> None:
+def test_hpz_partitions_are_the_ranks_of_a_machine(world: int, local: int, filled: int) -> None:
     raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
     config = resolve(raw, global_batch=16, micro_batch=1, world_size=world, local_size=local)
     assert config["zero_optimization"]["zero_hpz_partition_size"] == filled
 
 
 @pytest.mark.parametrize(("machines", "common"), [([8, 8], 8), ([2, 2, 4], 2), ([4, 2], 2), ([3, 1], 1)])
-def test_ranks_of_unequal_machines_agree(monkeypatch: pytest.MonkeyPatch, machines: list[int], common: int) -> None:
+def test_machines_with_different_numbers_of_ranks_use_a_common_size(
+    monkeypatch: pytest.MonkeyPatch, machines: list[int], common: int
+) -> None:
     """Else each would make groups of its own machine's size, and wait for others for ever."""
     everywhere = [size for size in machines for _ in range(size)]
     monkeypatch.setattr(dist, "all_gather_object", lambda target, own: target.__setitem__(slice(None), everywhere))
@@ -93,7 +95,7 @@ def test_ranks_of_unequal_machines_agree(monkeypatch: pytest.MonkeyPatch, machin
         (3, "auto", ['zero_hpz_partition_size is "auto"', "are not 6 per machine", "or write 1"]),
     ],
 )
-def test_hierarchical_partitions_that_cannot_be(stage: int, size: Any, words: list[str]) -> None:
+def test_invalid_hpz_partition_sizes(stage: int, size: Any, words: list[str]) -> None:
     raw = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
     with pytest.raises(ValueError) as caught:
         resolve(raw, micro_batch=1, world_size=16, local_size=6 if size == "auto" else 8)
@@ -191,7 +193,7 @@ def test_global_batch_must_divide() -> None:
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', "'stage' is given twice"),
     ],
 )
-def test_bad_files_are_one_sentence(tmp_path: Path, text: str | None, words: str) -> None:
+def test_unreadable_files_raise(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "bad.json"
     if text is not None:
         path.write_text(text)
@@ -213,7 +215,7 @@ def test_shm_build_is_skipped_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert build_shm_op() is None
 
 
-def test_every_start_compiles_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_start_has_its_own_extensions_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mine = tmp_path / f"w2r2-ds-{os.getuid()}"
     folders = []
@@ -235,7 +237,7 @@ def test_every_start_compiles_in_a_folder_of_its_own(tmp_path: Path, monkeypatch
         use_private_extensions_dir()
 
 
-def test_a_port_that_another_run_has_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port_raises_with_another_port(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
 
     with socket.socket() as other:

@@ -63,14 +63,14 @@ def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_co
     return {"layer": layer} | json.loads((folder / "found.json").read_text())
 
 
-def test_no_decoder_layer_is_waited_for(found: dict[str, Any]) -> None:
+def test_decoder_layers_are_prefetched(found: dict[str, Any]) -> None:
     """Every layer is on its way while the one before it runs; a bucket smaller than a layer leaves half of it out."""
     print(found)
     assert found["shipped"]["late"] <= 0.01 * found["shipped"]["elements"]
     assert found["small bucket"]["late"] > 0.3 * found["small bucket"]["elements"]
 
 
-def test_no_layer_is_gathered_more_often_than_its_passes_ask(found: dict[str, Any]) -> None:
+def test_layers_are_gathered_once_per_pass(found: dict[str, Any]) -> None:
     """Lockstep, as ZeRO-3 has it by default: once for both passes, once for recomputation and backward pass.
 
     Layers that the forward pass left less than stage3_max_reuse_distance ago are still whole in the backward pass.
@@ -78,6 +78,6 @@ def test_no_layer_is_gathered_more_often_than_its_passes_ask(found: dict[str, An
     assert found["shipped"]["gathered"] == [2] * (LAYERS - 2) + [1, 1]
 
 
-def test_few_layers_are_whole_at_once(found: dict[str, Any]) -> None:
+def test_few_layers_are_gathered_at_once(found: dict[str, Any]) -> None:
     """stage3_max_live_parameters, and what it may be overshot by: the two layers that wait for the backward pass."""
     assert found["shipped"]["live"] <= 4 * found["layer"]

@@ -1,4 +1,4 @@
-"""Every file of ds_configs/ trains on two ranks, by the real loop, and all of them the same."""
+"""Every file of ds_configs/ trains on two ranks, with equal results."""
 
 from __future__ import annotations
 

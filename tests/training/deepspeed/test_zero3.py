@@ -170,7 +170,7 @@ def check_case(case: Case, ranks: Any) -> None:
         assert any(ranks[0][case.name]["stats"]["push"]) == (case.objective["push"] != "none")
 
 
-def test_text_has_no_geometry_and_no_gradient_for_it(results: Any) -> None:
+def test_text_only_batches_have_zero_geometry_gradients(results: Any) -> None:
     """Only where no rank has frames; a dummy image keeps the modules in step and says nothing."""
     for rank in results[0]:
         assert {name.split(".")[0] for name in rank["text everywhere"]["silent"]} == {"geometry_merger"}
@@ -189,7 +189,7 @@ def test_the_trace_is_recorded_once(results: Any, case: Case) -> None:
     assert not any("Invalidate trace" in text for text in later)
 
 
-def test_the_log_would_show_an_invalid_trace(results: Any) -> None:
+def test_an_invalid_trace_is_logged(results: Any) -> None:
     """Decoding answers breaks the trace, and the log says so: the test above can fail."""
     assert "Invalidate trace" in results[1]
 

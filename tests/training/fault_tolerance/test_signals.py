@@ -1,4 +1,4 @@
-"""Signals stop real runs: every rank at the same step, after one checkpoint, and a resume goes on bit for bit."""
+"""Signals stop real runs: every rank at the same step, after one checkpoint; a resumed run is bit-equal."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_signal_to_one_rank_stops_both_after_one_checkpoint(stopped: tuple[lis
     assert [line["step"] for line in read_metrics(run)][:done] == list(range(1, done + 1))
 
 
-def test_sigterm_stops_without_a_wish_to_go_on(after: Any, stopped: tuple[list[int], Path, int]) -> None:
+def test_sigterm_stops_without_a_requeue(after: Any, stopped: tuple[list[int], Path, int]) -> None:
     (first, second), _ = after
     _, run, done = stopped
     assert first == second
@@ -114,9 +114,7 @@ def test_sigterm_stops_without_a_wish_to_go_on(after: Any, stopped: tuple[list[i
     assert first[1][1] == str(run / "checkpoints" / f"step-{done + 2:06d}")  # after the step in which it came
 
 
-def test_a_run_that_was_stopped_twice_ends_as_an_undisturbed_one(
-    after: Any, stopped: tuple[list[int], Path, int]
-) -> None:
+def test_a_run_stopped_twice_equals_an_undisturbed_run(after: Any, stopped: tuple[list[int], Path, int]) -> None:
     _, whole = after
     _, run, _ = stopped
     assert len(exact(whole)) == STEPS
@@ -124,8 +122,8 @@ def test_a_run_that_was_stopped_twice_ends_as_an_undisturbed_one(
     assert checkpoints(run)[-1] == checkpoints(whole)[-1] == f"step-{STEPS:06d}"
 
 
-def test_a_signal_during_the_set_up_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
-    """One rank without a launcher, signalled as soon as it listens: long before the first step."""
+def test_a_signal_during_set_up_writes_no_checkpoint(world: World, tmp_path: Path) -> None:
+    """One rank without a launcher, signalled as soon as it handles signals: long before the first step."""
     run = tmp_path / "run"
     with Ranks(1, ["launchers/train.py", *arguments(world, run)], tmp_path) as ranks:
         ranks.until(lambda: catches(ranks.processes[0].pid, signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""A rank that hangs, dies or fails ends all others in time, with the same sentence; real processes, short limits."""
+"""A rank that hangs, dies or fails ends all others in time, with the same message. Real processes, short limits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_rank_that_hangs_ends_all(ended: Callable[[str], Ended]) -> None:
 
 
 @pytest.mark.distributed
-def test_one_rank_alone_is_watched_too(ended: Callable[[str], Ended]) -> None:
+def test_a_single_rank_is_watched(ended: Callable[[str], Ended]) -> None:
     codes, logs = ended("hang-alone")
     assert codes == [LOST]
     assert f"rank 0 ({HOST}) hangs" in sentence(logs[0])
@@ -106,7 +106,9 @@ def test_without_rank_0_the_others_end_as_well(ended: Callable[[str], Ended], ca
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("case", "rank"), [("mistake-0", 0), ("mistake", 1)])
-def test_a_mistake_of_one_rank_ends_all_with_its_message(ended: Callable[[str], Ended], case: str, rank: int) -> None:
+def test_a_user_error_of_one_rank_ends_all_with_its_message(
+    ended: Callable[[str], Ended], case: str, rank: int
+) -> None:
     codes, logs = ended(case)
     assert codes == [FAILED, FAILED]
     assert logs[rank].endswith("train.py: frame 7 of scene0001_00 cannot be read; replace the file.\n")
@@ -116,14 +118,14 @@ def test_a_mistake_of_one_rank_ends_all_with_its_message(ended: Callable[[str], 
 
 
 @pytest.mark.distributed
-def test_a_gpu_out_of_memory_is_not_tried_again(ended: Callable[[str], Ended]) -> None:
+def test_out_of_memory_is_not_retried(ended: Callable[[str], Ended]) -> None:
     codes, logs = ended("memory")
     assert codes == [FAILED, FAILED]
     assert f"rank 1 ({HOST}) stopped at step 2, forward, {MODULE}: CUDA out of memory." in sentence(logs[0])
 
 
 @pytest.mark.distributed
-def test_another_failure_is_lost(ended: Callable[[str], Ended]) -> None:
+def test_other_exceptions_exit_with_lost(ended: Callable[[str], Ended]) -> None:
     codes, logs = ended("failure")
     assert codes == [LOST, LOST]
     assert sentence(logs[0]) == sentence(logs[1])
@@ -132,14 +134,14 @@ def test_another_failure_is_lost(ended: Callable[[str], Ended]) -> None:
 
 
 @pytest.mark.distributed
-def test_what_all_ranks_raise_goes_its_way(ended: Callable[[str], Ended]) -> None:
+def test_an_error_of_all_ranks_is_raised_unchanged(ended: Callable[[str], Ended]) -> None:
     codes, logs = ended("mistake-of-all")
     assert codes == [FAILED, FAILED]
     assert all("watchdog" not in each and each.endswith("replace the file.\n") for each in logs)
 
 
 @pytest.mark.distributed
-def test_a_run_without_mishap_ends_as_if_unwatched(ended: Callable[[str], Ended]) -> None:
+def test_a_healthy_run_is_unchanged(ended: Callable[[str], Ended]) -> None:
     assert ended("none") == ([0, 0], ["through\n", "through\n"])
 
 
@@ -166,7 +168,7 @@ def test_a_detector_that_did_not_run_blames_no_rank() -> None:
         assert detector.update([RUNS, RUNS], now) is None  # 12 s at most have been counted
 
 
-def test_standing_still_before_the_loop_is_no_hang() -> None:
+def test_no_progress_before_the_loop_is_not_a_hang() -> None:
     detector = HangDetector(LIMITS, 2)
     loading = replace(RUNS, in_loop=False, idle_s=5000.0)
     assert detector.update([loading, loading], 0.0) is None
@@ -175,7 +177,7 @@ def test_standing_still_before_the_loop_is_no_hang() -> None:
     assert diagnosis is not None and diagnosis.line.startswith("rank 0 (a) hangs")  # the other one waits for it
 
 
-def test_who_waits_in_a_collective_is_not_in_the_way() -> None:
+def test_a_rank_waiting_in_a_collective_is_not_blamed() -> None:
     waits = replace(RUNS, idle_s=601.0, location="all_reduce (c.py:1)", in_collective=True)
     sleeps = replace(RUNS, idle_s=599.0, location="read (d.py:2)")
     diagnosis = HangDetector(LIMITS, 3).update([waits, sleeps, waits], 0.0)
@@ -186,7 +188,7 @@ def test_who_waits_in_a_collective_is_not_in_the_way() -> None:
     assert diagnosis is not None and "collectives, for each other or for a link that is down; rank 1" in diagnosis.line
 
 
-def test_a_silent_rank_is_not_overtaken_by_those_that_wait_for_it() -> None:
+def test_a_silent_rank_is_reported_before_ranks_that_hang() -> None:
     waits = replace(RUNS, idle_s=9.0, in_collective=True)
     diagnosis = seen(HangDetector(replace(LIMITS, hang=5.0), 2), [waits, RUNS], 60, quiet=(1,))
     assert "rank 0 (a) hangs" in diagnosis.line  # rank 1 had a heartbeat a moment ago
@@ -197,20 +199,20 @@ def test_a_silent_rank_is_not_overtaken_by_those_that_wait_for_it() -> None:
     assert diagnosis.line.startswith("rank 1 (a) is gone")
 
 
-def test_the_dead_rank_is_named_and_not_those_that_lost_it() -> None:
+def test_the_dead_rank_is_blamed_not_those_that_lost_its_connection() -> None:
     lost = replace(RUNS, kind=FAILURE, error="RuntimeError('Connection closed by peer')")
     diagnosis = seen(HangDetector(LIMITS, 3), [lost, RUNS, lost], 20, quiet=(1,))
     assert diagnosis.code == LOST and diagnosis.line.startswith("rank 1 (a) is gone: no heartbeat for ")
     assert diagnosis.table.count("Connection closed by peer") == 2
 
 
-def test_a_mistake_goes_before_everything_else() -> None:
+def test_a_user_error_has_priority() -> None:
     states = [replace(RUNS, idle_s=900.0), replace(RUNS, kind=MISTAKE, error="no such file."), RUNS]
     diagnosis = seen(HangDetector(replace(LIMITS, hang=1000.0), 3), states, 20, quiet=(2,))
     assert (diagnosis.code, diagnosis.line) == (FAILED, "rank 1 (a) stopped at step 3, forward, m: no such file.")
 
 
-def test_ranks_that_have_all_left_are_let_go() -> None:
+def test_no_diagnosis_if_all_ranks_have_left() -> None:
     detector = HangDetector(LIMITS, 3)
     states = [replace(RUNS, kind=kind) for kind in (LEFT, MISTAKE, FAILURE)]
     assert [detector.update(states, 2.0 * i) for i in range(50)] == [None] * 50
@@ -232,7 +234,7 @@ def test_modules_are_followed_down_to_the_blocks() -> None:
     assert activity.module == "tower.0" and activity.changed_at > before
 
 
-def test_where_no_rank_is_seen_to_wait_the_one_behind_is_named() -> None:
+def test_without_a_collective_the_rank_behind_is_blamed() -> None:
     """On a GPU a rank waits in its backward pass or in a read of a value, not in a collective's function."""
     ahead = replace(RUNS, changes=90, idle_s=601.0, phase="backward")
     behind = replace(RUNS, changes=40, idle_s=597.5)
