@@ -14,7 +14,7 @@ from objectives import objective_config
 from packed_batches import packed_of, questions
 from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.models.build import build_model, trainable
-from w2r2_ds.models.qwen2_5_vl.packed_attention import use_scene_split
+from w2r2_ds.models.qwen2_5_vl.packed_attention import use_packed_attention
 from w2r2_ds.objective.loss import STATS
 from w2r2_ds.objective.scorer import Score, Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
@@ -38,7 +38,7 @@ def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2
         objective = objective_config(**{"mu": 0.0} | changes)
         config = RunConfig(model=model_config, objective=objective, train=TrainConfig(pass_order=pass_order))
         model = build_model(config.model, torch.device("cpu"), seed=1)
-        use_scene_split(model.base)
+        use_packed_attention(model.base)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for name, parameter in trainable(model).items():

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from packed_batches import visible
 from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.qwen2_5_vl import packed_attention
-from w2r2_ds.models.qwen2_5_vl.packed_attention import SPLIT, attention_inputs, use_scene_split
+from w2r2_ds.models.qwen2_5_vl.packed_attention import PACKED, attention_inputs, use_packed_attention
 from w2r2_ds.types.batch import Layout
 
 SPANS = {
@@ -83,7 +83,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-@pytest.mark.parametrize("function", [packed_attention.scene_split, packed_attention.scene_split_varlen])
+@pytest.mark.parametrize("function", [packed_attention.packed_sdpa, packed_attention.packed_varlen])
 def test_outputs_and_gradients_are_those_under_the_mask(
     flash_attn: None, function: Callable[..., Any], spans: Any, heads: tuple[int, int]
 ) -> None:
@@ -96,7 +96,7 @@ def test_outputs_and_gradients_are_those_under_the_mask(
     weight = torch.randn(1, length, heads[0], 8, dtype=torch.float64)
     repeated = [each.repeat_interleave(heads[0] // each.shape[1], 1) for each in inputs]
     expected = scaled_dot_product_attention(*repeated, attn_mask=visible(layout_of(spans)), scale=0.3).transpose(1, 2)
-    actual, weights = function(SimpleNamespace(), *inputs, None, scaling=0.3, scene_spans=spans, sliding_window=None)
+    actual, weights = function(SimpleNamespace(), *inputs, None, scaling=0.3, packed_spans=spans, sliding_window=None)
     assert weights is None and actual.shape == expected.shape and actual.is_contiguous()
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     for mine, theirs in zip(
@@ -107,13 +107,13 @@ def test_outputs_and_gradients_are_those_under_the_mask(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [packed_attention.scene_split, packed_attention.scene_split_varlen])
+@pytest.mark.parametrize("function", [packed_attention.packed_sdpa, packed_attention.packed_varlen])
 def test_a_mask_beside_spans_is_refused(flash_attn: None, function: Callable[..., Any]) -> None:
     states = torch.randn(1, 2, 9, 8)
     with pytest.raises(AssertionError, match="neither a mask"):
-        function(SimpleNamespace(), states, states, states, torch.ones(1, 1, 9, 9).bool(), scene_spans=((0, 9),))
+        function(SimpleNamespace(), states, states, states, torch.ones(1, 1, 9, 9).bool(), packed_spans=((0, 9),))
     with pytest.raises(AssertionError, match="spans"):
-        function(SimpleNamespace(), states, states, states, None, scene_spans=((0, 8),))
+        function(SimpleNamespace(), states, states, states, None, packed_spans=((0, 8),))
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +129,15 @@ def test_the_stock_forward_with_spans_is_that_under_the_mask(model_config: Any, 
     with torch.no_grad():
         expected = vlm.model(input_ids=ids, position_ids=positions, attention_mask=visible(layout)).last_hidden_state
         split = load_vlm(model_config.vlm, torch.float32, "sdpa")
-        use_scene_split(split)
-        use_scene_split(split)  # again: nothing happens
+        use_packed_attention(split)
+        use_packed_attention(split)  # again: nothing happens
         given = attention_inputs(split, layout)
-        assert given == {"attention_mask": None, "scene_spans": layout.spans[0]}
+        assert given == {"attention_mask": None, "packed_spans": layout.spans[0]}
         actual = split.model(input_ids=ids, position_ids=positions, **given).last_hidden_state
         plain = vlm.model(input_ids=ids, position_ids=positions).last_hidden_state
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
-    assert split.model.language_model.config._attn_implementation == "scene_split"
+    assert split.model.language_model.config._attn_implementation == "packed_sdpa"
     assert split.model.visual.config._attn_implementation == "sdpa"
 
 
@@ -147,7 +147,7 @@ def test_padded_batches_are_as_before(model_config: Any, vlm: Any, left: bool) -
     mask = torch.ones_like(ids)
     mask[0, slice(0, 4) if left else slice(5, 9)] = 0
     split = load_vlm(model_config.vlm, torch.float32, "sdpa")
-    use_scene_split(split)
+    use_packed_attention(split)
     with torch.no_grad():
         expected, actual = (model(input_ids=ids, attention_mask=mask).logits[mask == 1] for model in (vlm, split))
     assert torch.equal(actual, expected)
@@ -156,19 +156,19 @@ def test_padded_batches_are_as_before(model_config: Any, vlm: Any, left: bool) -
 def test_what_would_be_silently_wrong_is_refused(model_config: Any, vlm: Any) -> None:
     eager = load_vlm(model_config.vlm, torch.float32, "eager")
     with pytest.raises(ValueError, match=r"model\.attention is eager"):
-        use_scene_split(eager)
+        use_packed_attention(eager)
     packed = SimpleNamespace(layout=layout_of(SPANS["mixed"]))
     for model in (eager, vlm):
-        with pytest.raises(AssertionError, match="use_scene_split"):
+        with pytest.raises(AssertionError, match="use_packed_attention"):
             attention_inputs(model, packed.layout)
     # The name alone, as if transformers had loaded flash-attn from the hub.
     named = SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(config=SimpleNamespace())))
     named.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash-attn itself"):
-        use_scene_split(named)
+        use_packed_attention(named)
 
 
 def test_ends_are_made_once_per_pass() -> None:
     assert packed_attention._ends((3, 1), torch.device("cpu")).tolist() == [0, 3, 4]
     assert packed_attention._ends((3, 1), torch.device("cpu")) is packed_attention._ends((3, 1), torch.device("cpu"))
-    assert set(SPLIT.values()) == {"scene_split", "scene_split_varlen"}
+    assert set(PACKED.values()) == {"packed_sdpa", "packed_varlen"}

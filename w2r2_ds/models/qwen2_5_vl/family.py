@@ -1,4 +1,4 @@
-"""Qwen2.5-VL behind the `VlmFamily` interface."""
+"""`VlmFamily` of Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from w2r2_ds.models.family import VlmFamily, register_family
 from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
 from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
-from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_scene_split
+from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_packed_attention
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 from w2r2_ds.models.qwen2_5_vl.positions import position_ids
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Qwen25VL(VlmFamily):
-    """Qwen2.5-VL: window attention in the vision tower, three rotary axes, no visual features of single layers."""
+    """Qwen2.5-VL: window attention in the vision tower, three rotary axes, no extra visual features for some layers."""
 
     model_type = "qwen2_5_vl"
     vision_tokens: ClassVar[Mapping[str, str]] = {
@@ -100,9 +100,9 @@ class Qwen25VL(VlmFamily):
         )
 
     def encode_visuals(self, vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
-        # The tower itself is called: `get_image_features` would copy the grids to the host to split the tokens.
+        # Not `get_image_features`: it copies the grids to the host to split the tokens.
         tower = self.vision_tower(vlm)
-        assert isinstance(visuals.tower, WindowInputs), "the collator builds the inputs of this family's tower"
+        assert isinstance(visuals.tower, WindowInputs), "the collator calls `tower_inputs` of this family"
         inputs = visuals.tower.arguments(tower.config)
         output = tower(visuals.pixel_values.type(tower.dtype), grid_thw=visuals.grid_thw, return_dict=True, **inputs)
         output.pooler_output = torch.split(output.pooler_output, list(visuals.sizes))
@@ -120,7 +120,7 @@ class Qwen25VL(VlmFamily):
     ) -> Tensor:
         assert batch.layout is not None, "a training batch has a layout"
         text = self.language_model(vlm)
-        # `rows_only` first: `context` may override the last layer's forward once more, around it.
+        # `rows_only` first, so that `context` (lockstep order) can wrap the overridden forward of the last layer.
         with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), context:
             states: Tensor = text(
                 inputs_embeds=inputs,
@@ -131,7 +131,7 @@ class Qwen25VL(VlmFamily):
         return states
 
     def use_packed_attention(self, vlm: PreTrainedModel) -> None:
-        use_scene_split(vlm)
+        use_packed_attention(vlm)
 
     def generate(
         self,
@@ -164,12 +164,12 @@ class Qwen25VL(VlmFamily):
 
 
 def squares(length: int, side: int) -> int:
-    """Sum of the squared lengths of the windows that cover `length`; the last one may be shorter than `side`."""
+    """Sum of squared lengths of the windows of `side` that cover `length`; the last one may be shorter."""
     return length // side * side**2 + (length % side) ** 2
 
 
 def _three(raw: Mapping[str, Any], field: str, where: str) -> tuple[float, float, float]:
-    """Three numbers of a pre-processor file."""
+    """Three numbers from preprocessor_config.json."""
     values = raw.get(field)
     if not isinstance(values, list) or len(values) != 3:
         raise ValueError(f"{where}: {field} must be a list of three numbers, found {values!r}")

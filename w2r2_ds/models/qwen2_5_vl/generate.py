@@ -1,4 +1,4 @@
-"""Greedy decoding with a KV cache, from a vision tower's output that is already there."""
+"""Greedy decoding with a KV cache, from the vision tower's output (fused or not)."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ def greedy_tokens(
     """Greedy token ids per prompt, cut before the end of turn.
 
     Args:
-        vlm: the transformers model; its training mode is put back afterwards.
+        vlm: the transformers model; its training mode is restored afterwards.
         prompts: left-padded, on the model's device.
         visuals: kind and grids of the frames.
-        visual: output of the vision tower, geometry added or not.
+        visual: output of the vision tower, fused with geometry or not.
         end: token id of the end of turn.
         pad: padding token id.
         max_new_tokens: longest answer.
         video_fps: nominal frame rate, as in training.
-        synced: under ZeRO-3 with several ranks, so that all make as many forward passes as the longest needs.
+        synced: all ranks make as many forward passes as the longest answer needs (several ranks under ZeRO-3).
+
+    Returns:
+        Token ids per prompt, without the end of turn.
     """
     given: dict[str, Any] = {}
     if not visuals.dummy:
@@ -43,7 +46,7 @@ def greedy_tokens(
             seconds = vlm.config.vision_config.temporal_patch_size / video_fps
             given["second_per_grid_ts"] = torch.full((len(visuals.grid_thw),), seconds, device=visuals.grid_thw.device)
     training = vlm.training
-    vlm.eval()  # in training mode, checkpointing would switch the cache off and dropout would be on
+    vlm.eval()  # training mode would disable the KV cache (activation checkpointing) and enable dropout
     try:
         output = vlm.generate(
             input_ids=prompts.input_ids,
@@ -51,7 +54,7 @@ def greedy_tokens(
             mm_token_type_ids=prompts.token_types,
             do_sample=False,
             num_beams=1,
-            # Qwen2.5-VL directories carry a repetition penalty, which would change digits: greedy means greedy.
+            # generation_config.json of Qwen2.5-VL has a repetition penalty, which would change digits.
             repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,

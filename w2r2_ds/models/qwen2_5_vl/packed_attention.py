@@ -1,9 +1,15 @@
-"""Attention of packed sequences: several samples in one sequence, none of which sees another's question or answer.
+"""Attention for packed sequences: several samples share a sequence, but none attends to another's question or answer.
 
-Transformers calls a registered function by its name in the text model's config, and hands it what the stock forward is
-given as a keyword: here the spans of the sequence, host integers. No mask is made. Each prefix is causal; each suffix
-sees its prefix and, causally, itself, so that its keys are both and its queries the last of them (bottom-right causal).
-Calls without spans (generation, padded batches) are SDPA's as they are.
+transformers looks up the attention function by its name in the text model's config and passes on the keyword arguments
+of the model's forward. We register two functions that take the spans of the packed sequence as such a keyword (Python
+integers, no host-device synchronisation) and split the attention accordingly, so that no mask of
+``[length, length]`` is needed:
+
+* a prefix attends causally to itself;
+* a suffix attends to its whole prefix and causally to itself. Its queries are the last of its keys, which is
+  bottom-right aligned causal attention.
+
+Calls without spans (generation, padded batches) use SDPA as transformers does.
 """
 
 from __future__ import annotations
@@ -24,27 +30,27 @@ from transformers.masking_utils import sdpa_mask
 from w2r2_ds.types.batch import Layout
 
 Spans = tuple[tuple[int, ...], ...]
-"""Per group: begin, end of the prefix, end of every suffix. Groups follow each other without a gap."""
+"""Per group: begin and end of the prefix, end of every suffix. Groups are contiguous."""
 
-SPANS = "scene_spans"
-"""The keyword that carries them through the stock forward."""
+SPANS = "packed_spans"
+"""Keyword argument of the text model's forward for the spans."""
 
-SPLIT = {"sdpa": "scene_split", "flash_attention_2": "scene_split_varlen"}
-"""`model.attention` -> what packed sequences need in its place."""
+PACKED = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_varlen"}
+"""`model.attention` -> registered attention function that replaces it for packed sequences."""
 
 
-def use_scene_split(vlm: PreTrainedModel) -> None:
-    """Let the language model of a transformers VLM take packed sequences; its vision tower stays as it is.
+def use_packed_attention(vlm: PreTrainedModel) -> None:
+    """Switch the text model of a VLM to packed attention; the vision tower is not changed.
 
     Raises:
-        ValueError: its attention cannot be split.
+        ValueError: its attention has no packed form, or flash-attn is not installed.
     """
     name = vlm.model.language_model.config._attn_implementation
-    if name in SPLIT.values():
+    if name in PACKED.values():
         return
-    if name not in SPLIT:
+    if name not in PACKED:
         raise ValueError(
-            f"model.attention is {name}, which cannot take packed sequences; choose {' or '.join(SPLIT)}, or give "
+            f"model.attention is {name}, which cannot take packed sequences; choose {' or '.join(PACKED)}, or give "
             "data.questions_per_scene 1 and data.packing false."
         )
     if name == "flash_attention_2" and find_spec("flash_attn") is None:
@@ -52,26 +58,28 @@ def use_scene_split(vlm: PreTrainedModel) -> None:
             "model.attention is flash_attention_2, and packed sequences need the package flash-attn itself, which is "
             "not installed; install it or choose sdpa."
         )
-    vlm.set_attn_implementation({"text_config": SPLIT[name]})
+    vlm.set_attn_implementation({"text_config": PACKED[name]})
     found = vlm.model.language_model.config._attn_implementation
-    assert found == SPLIT[name], f"transformers left the text model's attention at {found}"
+    assert found == PACKED[name], f"transformers left the text model's attention at {found}"
 
 
 def attention_inputs(vlm: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-    """What the stock forward is told about who sees whom: the spans of a packed sequence, or nothing.
+    """Attention arguments of the text model's forward: the spans of a packed sequence, and no mask.
 
-    Attention is causal, and padding comes after all tokens that are read, so that it needs no mask.
+    Padding needs no mask either: it comes after all tokens whose states are used, and attention is causal.
     """
     spans = layout.spans
-    packed = len(spans) == 1 and vlm.model.language_model.config._attn_implementation in SPLIT.values()
+    packed = len(spans) == 1 and vlm.model.language_model.config._attn_implementation in PACKED.values()
     if packed:
         return {"attention_mask": None, SPANS: spans[0]}
-    # Without spans a token would see all before it, whatever its sample.
-    assert all(len(groups) == 1 and len(groups[0]) == 2 for groups in spans), "a packed batch needs `use_scene_split`"
+    # Without spans, a token would attend to all tokens before it, including those of other samples.
+    assert all(len(groups) == 1 and len(groups[0]) == 2 for groups in spans), (
+        "a packed batch needs `use_packed_attention`"
+    )
     return {"attention_mask": None}
 
 
-def scene_split(
+def packed_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -79,26 +87,27 @@ def scene_split(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    scene_spans: Spans | None = None,
+    packed_spans: Spans | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """A transformers attention function on SDPA.
+    """Packed attention on SDPA, with the signature of transformers' attention functions.
 
     Args:
         query: ``[1, heads, length, size]``.
         key, value: ``[1, key heads, length, size]``.
-        attention_mask: None where there are spans.
-        scene_spans: of the sequence; None calls SDPA as transformers does.
+        attention_mask: None with spans.
+        packed_spans: spans of the sequence; None uses SDPA as transformers does.
 
     Returns:
-        ``[1, length, heads, size]`` and None (no weights).
+        ``[1, length, heads, size]``, and None in place of attention weights.
     """
-    if scene_spans is None:
+    if packed_spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    _check(query, attention_mask, dropout, scene_spans)
-    split = [torch.split(each, _lengths(scene_spans), dim=2) for each in (query, key, value)]
+    _check(query, attention_mask, dropout, packed_spans)
+    # Query, key and value, each cut into prefixes and suffixes in the order of the sequence.
+    split = [torch.split(each, _lengths(packed_spans), dim=2) for each in (query, key, value)]
     results: list[torch.Tensor] = []
-    for group in scene_spans:
+    for group in packed_spans:
         first, last = len(results), len(results) + len(group) - 1
         q, k, v = (parts[first:last] for parts in split)
         options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -111,9 +120,14 @@ def scene_split(
 def _suffixes(
     query: Sequence[torch.Tensor], key: Sequence[torch.Tensor], value: Sequence[torch.Tensor], options: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """Outputs of the suffixes of a group, from its prefix and suffixes, by one call.
+    """Outputs of all suffixes of a group from one SDPA call.
 
-    They are padded at their ends to the longest: causality hides the padding from everyone but itself.
+    Suffixes form a batch, padded at the end to the longest. No token before the padding attends to it, since attention
+    is causal; outputs of the padding are cut off.
+
+    Args:
+        query, key, value: the parts of the group, prefix first, ``[1, heads, tokens, size]`` each.
+        options: further arguments of SDPA.
     """
     lengths = [each.shape[2] for each in query[1:]]
     count, longest, prefix = len(lengths), max(lengths), key[0].shape[2]
@@ -122,13 +136,13 @@ def _suffixes(
         return torch.cat([pad(each, (0, 0, 0, longest - each.shape[2])) for each in parts[1:]])
 
     keys, values = (torch.cat([parts[0].expand(count, -1, -1, -1), stack(parts)], dim=2) for parts in (key, value))
-    # On a GPU flash's own bottom-right causality, elsewhere a mask of [longest, prefix + longest].
+    # On a GPU this selects flash attention's bottom-right causal mode; elsewhere SDPA makes the small mask.
     bias = causal_lower_right(longest, prefix + longest)
     output = scaled_dot_product_attention(stack(query), keys, values, attn_mask=bias, **options)
     return [output[i : i + 1, :, :length] for i, length in enumerate(lengths)]
 
 
-def scene_split_varlen(
+def packed_varlen(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -136,33 +150,36 @@ def scene_split_varlen(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    scene_spans: Spans | None = None,
+    packed_spans: Spans | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`scene_split` on flash-attn: prefixes and suffixes of all groups are sequences of one variable-length call."""
-    if scene_spans is None:
+    """Packed attention on flash-attn: all prefixes and suffixes are sequences of one variable-length call.
+
+    Arguments and results as of `packed_sdpa`.
+    """
+    if packed_spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     from flash_attn import flash_attn_varlen_func
 
-    _check(query, attention_mask, dropout, scene_spans)
-    lengths, seen = _lengths(scene_spans), _key_lengths(scene_spans)
-    keys, values = (_repeat_prefixes(each[0].transpose(0, 1), scene_spans) for each in (key, value))
+    _check(query, attention_mask, dropout, packed_spans)
+    lengths, key_lengths = _lengths(packed_spans), _key_lengths(packed_spans)
+    keys, values = (_repeat_prefixes(each[0].transpose(0, 1), packed_spans) for each in (key, value))
     output = flash_attn_varlen_func(
         query[0].transpose(0, 1).contiguous(),
         keys,
         values,
         cu_seqlens_q=_ends(tuple(lengths), query.device),
-        cu_seqlens_k=_ends(tuple(seen), query.device),
+        cu_seqlens_k=_ends(tuple(key_lengths), query.device),
         max_seqlen_q=max(lengths),
-        max_seqlen_k=max(seen),
+        max_seqlen_k=max(key_lengths),
         softmax_scale=scaling,
-        causal=True,  # bottom-right, where there are more keys than queries
+        causal=True,  # bottom-right aligned if there are more keys than queries
     )
     return output[None], None
 
 
 def _repeat_prefixes(tokens: torch.Tensor, spans: Spans) -> torch.Tensor:
-    """``[length, key heads, size]`` -> ``[keys, key heads, size]``: every prefix, and again before each suffix."""
+    """``[length, key heads, size]`` -> ``[keys, key heads, size]``: every prefix once, and once before each suffix."""
     parts = torch.split(tokens, _lengths(spans))
     repeated: list[torch.Tensor] = []
     first = 0
@@ -181,28 +198,28 @@ def _lengths(spans: Spans) -> list[int]:
 
 
 def _key_lengths(spans: Spans) -> list[int]:
-    """How many keys every prefix and suffix has: itself, and a suffix its prefix too."""
-    seen = []
+    """Keys of every prefix (itself) and suffix (its prefix and itself), in order."""
+    lengths = []
     for begin, prefix, *ends in spans:
-        seen.append(prefix - begin)
-        seen += [prefix - begin + end - last for last, end in pairwise([prefix, *ends])]
-    return seen
+        lengths.append(prefix - begin)
+        lengths += [prefix - begin + end - last for last, end in pairwise([prefix, *ends])]
+    return lengths
 
 
 @lru_cache(maxsize=8)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """``[sequences + 1]`` int32 where sequences of these lengths begin and end; the same for all layers of a pass."""
+    """``[sequences + 1]`` int32 cumulative lengths on a device; cached, since all layers of a pass need the same."""
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    if device.type == "cuda":  # a copy from pinned memory does not block
+    if device.type == "cuda":  # a copy from pinned memory is asynchronous
         ends = ends.pin_memory()
     return ends.to(device, non_blocking=True)
 
 
 def _check(query: torch.Tensor, mask: torch.Tensor | None, dropout: float, spans: Spans) -> None:
     assert mask is None and not dropout, "a packed sequence has neither a mask nor dropout in its attention"
-    assert query.shape[0] == 1 and query.shape[2] == spans[-1][-1], "the spans are those of one whole sequence"
+    assert query.shape[0] == 1 and query.shape[2] == spans[-1][-1], "the spans cover one whole sequence"
 
 
-for _name, _function in (("scene_split", scene_split), ("scene_split_varlen", scene_split_varlen)):
+for _name, _function in (("packed_sdpa", packed_sdpa), ("packed_varlen", packed_varlen)):
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, sdpa_mask)  # makes none where no padding mask is given
+    AttentionMaskInterface.register(_name, sdpa_mask)  # returns None if there is no padding mask

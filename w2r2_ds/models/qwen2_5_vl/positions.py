@@ -1,4 +1,4 @@
-"""Multimodal rotary positions of Qwen2.5-VL, computed on the CPU by the stock ``get_rope_index``."""
+"""Rotary positions of Qwen2.5-VL (temporal, height, width), computed on the CPU."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def position_ids(
     video_grid_thw: torch.Tensor | None = None,
     second_per_grid_ts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multimodal rotary positions, made on the CPU by the stock ``get_rope_index``.
+    """Positions of transformers' ``get_rope_index``, after checks that it does not make.
 
     Args:
-        model: a model of ``meta_model`` (only its config and code are used) or a loaded one.
+        model: on the meta device (only its config and code are used) or loaded.
         input_ids: ``[batch, length]`` int64, CPU.
         mm_token_type_ids: ``[batch, length]`` int, 0 text, 1 image pad, 2 video pad.
-        attention_mask: ``[batch, length]``, 0 at padding; None where there is none.
+        attention_mask: ``[batch, length]``, 0 at padding; None without padding.
         image_grid_thw: ``[images, 3]`` int64 patch grids in order of appearance.
         video_grid_thw: ``[videos, 3]`` int64.
         second_per_grid_ts: ``[videos]`` float seconds between rows of video tokens.
@@ -33,14 +33,15 @@ def position_ids(
         ``[3, batch, length]`` int64 (temporal, height, width).
 
     Raises:
-        ValueError: the token types do not mark exactly the pad tokens, or the grids hold another number of tokens
-            (without this check the stock code would silently give wrong positions).
+        ValueError: the token types do not mark exactly the placeholder tokens, or the grids have another number of
+            tokens. ``get_rope_index`` would return wrong positions without an error.
     """
     config: Any = model.config
     if mm_token_type_ids.shape != input_ids.shape:
         raise ValueError(
             f"mm_token_type_ids is {tuple(mm_token_type_ids.shape)} but input_ids is {tuple(input_ids.shape)}"
         )
+    # One placeholder per merged patch, of either kind.
     merge = config.vision_config.spatial_merge_size**2
     for kind, code, pad, grid in (
         ("image", 1, config.image_token_id, image_grid_thw),

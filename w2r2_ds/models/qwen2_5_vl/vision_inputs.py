@@ -1,7 +1,7 @@
-"""Inputs of Qwen2.5-VL's vision tower that follow from the patch grids, built on the host.
+"""Inputs of Qwen2.5-VL's vision tower that depend only on the patch grids, computed on the host.
 
-transformers (5.18 and later) takes them as keywords. It would otherwise compute them from the grids on the device, with
-a few copies to the host per image.
+transformers (5.18 and later) accepts them as keyword arguments. By default it computes them from the grids on the
+device, with a few copies to the host per image.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from w2r2_ds.types.batch import TowerInputs
 
 @dataclass(frozen=True)
 class WindowInputs(TowerInputs):
-    """Positions and attention segments of all patches of a batch, for window attention.
+    """Positions and attention segments of all patches of a batch.
 
     Attributes:
-        positions: ``[patches, 2]`` int64 row and column.
-        order: ``[tokens]`` int64, merged patches window by window.
-        frames: on the host, the patch at which every frame begins, and the end; a segment of full attention.
-        windows: the same of the windows.
+        positions: ``[patches, 2]`` int64, row and column.
+        order: ``[tokens]`` int64, index of the merged patches, window by window.
+        frames: first patch of every frame, and the number of patches; segments of blocks with full attention.
+        windows: the same for the windows; segments of blocks with window attention.
     """
 
     positions: Tensor
@@ -36,7 +36,7 @@ class WindowInputs(TowerInputs):
 
     @classmethod
     def of(cls, grid_thw: Tensor, merge_size: int, window_size: int, patch_size: int) -> WindowInputs:
-        """Of ``[images or videos, 3]`` patch grids on the CPU; the sizes are `VisionSpec`'s."""
+        """From ``[images or videos, 3]`` patch grids on the CPU and the sizes of `VisionSpec`."""
         order, windows = get_vision_window_index(grid_thw, merge_size, window_size, patch_size)
         return cls(
             positions=get_vision_position_ids(grid_thw, merge_size),
@@ -46,8 +46,12 @@ class WindowInputs(TowerInputs):
         )
 
     def arguments(self, config: Any) -> dict[str, Any]:
-        """Keyword arguments of the tower's stock forward; `config` is the tower's."""
-        # Flash-attention's kernel reads the segments; the loop over segments of every other implementation, the host.
+        """Keyword arguments of the vision tower's forward.
+
+        Args:
+            config: of the vision tower.
+        """
+        # Flash attention's kernel reads the segments on the device. All other implementations loop over them in Python.
         flash = is_flash_attention_requested(config)
         device = self.positions.device if flash else torch.device("cpu")
         result: dict[str, Any] = {"position_ids": self.positions, "window_index": self.order}
