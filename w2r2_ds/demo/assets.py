@@ -30,7 +30,7 @@ MANIFEST = "demo.json"
 
 
 def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
-    """Write the synthetic scenes of `demo.*` to `data.root`, or reuse them."""
+    """Write the synthetic scenes of section `demo` to `data.root`, or reuse them."""
     demo = config.demo
     written = write_dataset(
         config.data.root,
@@ -45,9 +45,10 @@ def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
 
 
 def prepare_sets(config: RunConfig) -> None:
-    """Prepare the sets of `data.train` and `data.val` (``prepared/TASK/NAME``, `demo.frames` frames), or reuse them.
+    """Prepare the sets of `data.train` and `data.val`, or reuse them.
 
-    Object visibility is computed from the depth images: rendered scenes have no meshes.
+    A set ``prepared/TASK/NAME`` belongs to TASK and has `demo.frames` frames per sample. Object visibility is computed
+    from depth images, because rendered scenes have no meshes.
 
     Raises:
         ValueError: a path does not contain a task, or its source data are missing.
@@ -56,7 +57,7 @@ def prepare_sets(config: RunConfig) -> None:
     wanted = {source.path: "train" for source in config.data.train}
     for source in config.data.val:
         if wanted.setdefault(source.path, "val") != "val":
-            raise ValueError(f"data.val names {source.path}, which data.train names too; the demo's splits differ.")
+            raise ValueError(f"data.val has {source.path}, which is in data.train too; the demo needs different paths.")
     for path, split in wanted.items():
         done = prepare(root, _task_options(path, split, config.demo.frames), root / path, quiet=True)
         if not done.reused:
@@ -66,7 +67,7 @@ def prepare_sets(config: RunConfig) -> None:
 def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
     task = PurePosixPath(path).parent.name
     if task not in TASKS:
-        raise ValueError(f"{path} names no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(TASKS)}.")
+        raise ValueError(f"{path} has no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(TASKS)}.")
     return TaskOptions(
         task,
         split,
@@ -79,26 +80,25 @@ def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
 
 
 def prepare_models(config: RunConfig) -> None:
-    """Build the tiny VGGT and VLM and train the VLM for `demo.warmup_steps`, or reuse models of the same options.
+    """Build the tiny VGGT and VLM and pretrain the VLM for `demo.warmup_steps`, or reuse models of the same options.
 
     Raises:
-        ValueError: `model.vlm` exists and was made with other options, or not by the demo.
+        ValueError: the directories exist and were made with other options, or not by the demo.
     """
     vlm, vggt = Path(config.model.vlm), Path(config.model.geometry.path)
     options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))
-    # Compare only the data options that the warm-up depends on.
+    # Only these data options change the pretrained VLM.
     options["data"] = {name: options["data"][name] for name in ("root", "train", "frame_width", "visual")}
     if (vlm.name, vggt.name) != ("vlm", "vggt") or vlm.parent != vggt.parent:
         raise ValueError(
-            f"demo.enabled makes tiny models FOLDER/vlm and FOLDER/vggt, but model.vlm is {vlm} and "
-            f"model.geometry.path {vggt}; "
-            "give --demo.enabled false to use models of your own."
+            f"demo.enabled builds tiny models in FOLDER/vlm and FOLDER/vggt, but model.vlm is {vlm} and "
+            f"model.geometry.path {vggt}; use --demo.enabled false for your own models."
         )
     if vlm.exists() or vggt.exists():
         manifest = vlm / MANIFEST
         if not manifest.is_file() or json.loads(manifest.read_text()) != options:
             raise ValueError(
-                f"{vlm} exists but was not made with these data and demo options; remove it or name another."
+                f"{vlm} exists but was not made with these data and demo options; remove it or use another folder."
             )
         logger.info("reusing the tiny model in %s", vlm)
         return
@@ -124,6 +124,6 @@ def prepare_models(config: RunConfig) -> None:
 
 
 def prepare_demo(config: RunConfig) -> None:
-    """Write scenes and models; existing ones are reused."""
+    """Prepare scenes and models; existing ones are reused."""
     prepare_scenes(config)
     prepare_models(config)

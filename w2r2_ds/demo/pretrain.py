@@ -1,6 +1,6 @@
-"""Pre-train the demo's tiny VLM: steps on all weights with 2D input only.
+"""Pretraining of the demo's tiny VLM: all weights, 2D input only.
 
-Real runs start from a pretrained VLM. Without this, the tiny random VLM gives no answer that can be parsed.
+Real runs start from a pretrained VLM. The answers of a random VLM could not be parsed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def warm_up(
 
     Args:
         vlm: tiny VLM.
-        frontend: its tokenizer and vision spec.
+        frontend: tokenizer and vision spec of the VLM.
         samples: the training split.
-        config: data and `demo.*`.
-        report: called after every step with the step and the loss.
+        config: sections `data` and `demo`.
+        report: called after every step with its number and loss.
     """
     demo: DemoConfig = config.demo
     sampler = GlobalBatchSampler(
@@ -62,7 +62,7 @@ def warm_up(
 
 
 def answer_loss(vlm: Any, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of the answer tokens of a batch, from frames and question."""
+    """Mean cross-entropy of the answer tokens of a batch."""
     family = find_family(vlm.config.model_type)
     states = answer_states(family, vlm, batch, family.encode_visuals(vlm, batch.visuals))
     return cross_entropy(vlm.lm_head(states), batch.answer_positions.label)

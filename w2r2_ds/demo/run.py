@@ -1,6 +1,6 @@
 """Run the whole pipeline without downloads: scenes, tiny model, ZeRO-3 training, evaluation, export, results table.
 
-Every step is a command of the command line, printed before it runs. A second run reuses finished steps.
+Every step is a command, which is logged before it runs. A second run reuses finished steps.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from w2r2_ds.training.deepspeed.launch import free_port
 
 logger = logging.getLogger(__name__)
 
-CAPTION = "tiny model: shows that the pipeline works, not that the method does"
+CAPTION = "tiny model: a test of the pipeline, not of the method"
 MIN_PARSED = 0.95
-NAMES = {"fused": "2D + 3D", "zero": "2D only"}
-SHOWN = ("acc@0.25", "acc@0.5", "CIDEr@0.5", "BLEU-4@0.5", "ROUGE-L@0.5", "EM", "CIDEr", "ROUGE-L")
-EVALUATIONS = [(task, geometry) for task in ("scanrefer", "scan2cap", "scanqa") for geometry in NAMES]
+"""Minimum share of answers that can be parsed."""
+GEOMETRY_NAMES = {"fused": "2D + 3D", "zero": "2D only"}
+METRICS = ("acc@0.25", "acc@0.5", "CIDEr@0.5", "BLEU-4@0.5", "ROUGE-L@0.5", "EM", "CIDEr", "ROUGE-L")
+EVALUATIONS = [(task, geometry) for task in ("scanrefer", "scan2cap", "scanqa") for geometry in GEOMETRY_NAMES]
 
 
 def run(*command: str) -> None:
-    """Print and run a command; exit if it fails."""
-    print(f"\n$ {' '.join(command)}", flush=True)
-    # Programs are found on PATH; Python is always this interpreter.
+    """Log and run a command; exit if it fails."""
+    logger.info("$ %s", " ".join(command))
+    # Other programs are searched on PATH, but Python is always this interpreter.
     program = sys.executable if command[0] == "python" else command[0]
-    # The tensors are tiny: a second thread costs more than it computes.
+    # The tensors are tiny: a second thread would cost more than it saves.
     defaults = {"OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         defaults["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed's launcher warns about a missing GPU
@@ -48,7 +49,7 @@ def run(*command: str) -> None:
 
 
 def trained(config: RunConfig) -> bool:
-    """Whether the run's last step has a checkpoint."""
+    """Whether there is a checkpoint of the last training step."""
     if not has_checkpoint(config.out):
         return False
     return find_checkpoint(config.out).name == f"step-{config.train.steps:06d}"
@@ -73,9 +74,9 @@ def run_demo() -> None:
         if evaluated(file, step):
             logger.info("reusing %s", file)
             continue
-        where = ("--checkpoint", str(step), "--out", str(scores))
-        what = ("--task", task, "--geometry", geometry, "--batch_size", "32")
-        run("python", "launchers/evaluate.py", *where, *what)
+        paths = ("--checkpoint", str(step), "--out", str(scores))
+        options = ("--task", task, "--geometry", geometry, "--batch_size", "32")
+        run("python", "launchers/evaluate.py", *paths, *options)
     if evaluated(adapter / "w2r2_card.json", step):
         logger.info("reusing the adapter in %s", adapter)
     else:
@@ -106,9 +107,11 @@ def show(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> floa
         numbers = [
             f"{metric.removeprefix(name).strip()} {100 * value:.1f}"
             for metric, value in headline(results).items()
-            if value is not None and metric.removeprefix(name).strip() in SHOWN
+            if value is not None and metric.removeprefix(name).strip() in METRICS
         ]
-        table.add_row(task, NAMES[geometry], f"{shares[-1]:.1%}", str(results[name]["count"]), ", ".join(numbers))
+        table.add_row(
+            task, GEOMETRY_NAMES[geometry], f"{shares[-1]:.1%}", str(results[name]["count"]), ", ".join(numbers)
+        )
     console = Console(width=100)
     console.print(table)
     console.print("all scores times 100; protocols:", ", ".join(protocols), markup=False, highlight=False)

@@ -22,7 +22,7 @@ from w2r2_ds.models.loading import whole_weights
 from w2r2_ds.models.vggt.loading import save_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
 
-# In the order of the hub's tokenizer, where <|endoftext|> is 151643.
+# In the order of Qwen2.5-VL's tokenizer, where <|endoftext|> has id 151643.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -44,7 +44,7 @@ IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 IMAGE_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}
 
-# The output format of Qwen2.5-VL's template; the words of the template are our own.
+# Gives the same prompts as Qwen2.5-VL's template.
 CHAT_TEMPLATE = r"""
 {%- set seen = namespace(images=0, videos=0) -%}
 {%- if messages and messages[0]['role'] != 'system' -%}
@@ -94,13 +94,13 @@ def build_tiny_vlm(
 ) -> Path:
     """Write a small Qwen2.5-VL that stock ``AutoModelForImageTextToText`` and ``AutoTokenizer`` load.
 
-    Patches are 14 pixels, merged 2 x 2, two frames to a row, as in the real models. Weights are float32, drawn by the
-    stock initialisation (normal, 0.02) from ``seed``; the same arguments give the same bytes.
+    Patches are 14 pixels, merged 2 x 2, with a temporal patch of two frames, as in the real models. Weights are float32
+    with the stock initialisation (normal, 0.02); the same arguments give the same bytes.
 
     Args:
-        out: directory, made if needed; files of the same names are replaced.
-        texts: what the tokenizer's merges are learned from, e.g. the data set's questions and answers.
-        seed: of the weights.
+        out: directory, created if needed; files of the same names are replaced.
+        texts: texts to train the tokenizer on, for example the data set's questions and answers.
+        seed: seed of the weights.
         hidden: width of the language model; ``hidden / heads`` must be a multiple of 16 (three rotary sections).
         layers: decoder layers.
         heads: attention heads.
@@ -108,8 +108,8 @@ def build_tiny_vlm(
         intermediate: width of the language model's MLP.
         vision_hidden: width of the vision tower (4 heads, so a multiple of 16).
         vision_depth: blocks of the vision tower; the last one has full attention.
-        vocabulary: most byte-pair tokens, without the special ones (at least 256).
-        tie: share the embedding with the output head, as in Qwen2.5-VL-3B.
+        vocabulary: maximum number of byte-pair tokens, without special tokens (at least 256).
+        tie: tie the embedding and the LM head, as in Qwen2.5-VL-3B.
 
     Raises:
         ValueError: sizes that do not fit together, or no text.
@@ -144,16 +144,16 @@ def build_tiny_vlm(
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Qwen2Tokenizer:
-    """A stock ``Qwen2Tokenizer`` with merges learned from ``texts``; every byte and every special token is in it.
+    """Train a stock ``Qwen2Tokenizer`` on ``texts``; its vocabulary has every byte and every special token.
 
-    The pre-tokenizer is Qwen2's: a digit is always a token of its own.
+    The pre-tokenizer is Qwen2's, so every digit is one token.
 
     Raises:
         ValueError: no text, or ``vocabulary`` below 256.
     """
     lines = [text for text in texts if text]
     if not lines:
-        raise ValueError("tiny model: texts is empty; give the questions and answers to train the tokenizer on")
+        raise ValueError("tiny model: texts is empty; pass the questions and answers to train the tokenizer on")
     if vocabulary < 256:
         raise ValueError(f"tiny model: vocabulary must be at least 256 (the bytes), got {vocabulary}")
     backend = Qwen2Tokenizer().backend_tokenizer
@@ -188,14 +188,14 @@ def build_tiny_vggt(out: Path, seed: int, *, embed_dim: int = 64, depth: int = 4
     """Write a small random VGGT directory: float32 features of ``2 * embed_dim`` channels, patches of 14 pixels.
 
     Args:
-        out: directory, made if needed.
-        seed: of the weights; the same arguments give the same bytes.
+        out: directory, created if needed.
+        seed: seed of the weights; the same arguments give the same bytes.
         embed_dim: width of a token, a multiple of ``4 * num_heads`` (rotary halves for rows and columns).
-        depth: frame blocks, and as many global blocks.
+        depth: number of frame attention blocks, and of global attention blocks.
         num_heads: attention heads.
 
     Raises:
-        ValueError: an ``embed_dim`` that the heads do not divide.
+        ValueError: ``embed_dim`` is not divisible by the heads.
     """
     config = VGGTConfig(
         img_size=112,
@@ -213,7 +213,7 @@ def build_tiny_vggt(out: Path, seed: int, *, embed_dim: int = 64, depth: int = 4
 
 
 def _check_sizes(hidden: int, layers: int, heads: int, kv_heads: int, vision_hidden: int, vision_depth: int) -> None:
-    """Raise ValueError for sizes that the stock classes would accept and fail on later."""
+    """Check sizes for which the stock classes would fail only later. Raises ValueError."""
     if layers < 1 or vision_depth < 1:
         raise ValueError(f"tiny model: layers ({layers}) and vision_depth ({vision_depth}) must be at least 1")
     if hidden % heads or (hidden // heads) % 16:
@@ -227,7 +227,7 @@ def _check_sizes(hidden: int, layers: int, heads: int, kv_heads: int, vision_hid
 def _text_config(
     tokenizer: Qwen2Tokenizer, rows: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int
 ) -> dict[str, Any]:
-    """The language model's part of the config; rotary sections in the real models' 2 : 3 : 3."""
+    """Config of the language model; M-RoPE sections in the ratio 2 : 3 : 3 of the real models."""
     eighth = hidden // heads // 16
     return {
         "vocab_size": rows,
@@ -250,7 +250,7 @@ def _text_config(
 
 
 def _vision_config(hidden: int, depth: int, out_hidden: int) -> dict[str, Any]:
-    """The vision tower's part: windows of 4 x 4 patches, full attention in the last block."""
+    """Config of the vision tower: windows of 4 x 4 patches, full attention in the last block."""
     return {
         "depth": depth,
         "hidden_size": hidden,
@@ -268,7 +268,7 @@ def _vision_config(hidden: int, depth: int, out_hidden: int) -> dict[str, Any]:
 
 
 def _write_preprocessors(out: Path) -> None:
-    """``preprocessor_config.json`` and ``video_preprocessor_config.json`` as the stock processors read them."""
+    """Write ``preprocessor_config.json`` and ``video_preprocessor_config.json`` for the stock processors."""
     shared = {
         "patch_size": 14,
         "temporal_patch_size": 2,

@@ -210,7 +210,7 @@ def test_reuse_and_refusals(rooms: Written, tmp_path: Path) -> None:
     again = write_dataset(root, 7, 2, 1, (160, 120), 12)
     assert again.reused
     assert again.message.startswith(f"reusing {root}: 2 train scenes, 1 val scenes")
-    with pytest.raises(ValueError, match=r"made with seed 7 instead of 6; name another folder"):
+    with pytest.raises(ValueError, match=r"made with seed 7 instead of 6; use another folder"):
         write_dataset(root, 6, 2, 1, (160, 120), 12)
     shutil.rmtree(root / "posed_images" / "scene0001_00")
     with pytest.raises(ValueError, match="lacks scene0001_00; remove the folder"):

@@ -65,7 +65,7 @@ def test_a_folder_of_another_version_is_refused(rooms: Written, tmp_path: Path) 
     shutil.copy(rooms.root / "manifest.json", tmp_path)
     manifest = tmp_path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(ValueError, match="made with version 1 instead of 2; name another folder, remove it"):
+    with pytest.raises(ValueError, match="made with version 1 instead of 2; use another folder, remove it"):
         write_dataset(tmp_path, 7, 2, 1, (160, 120), 12)
 
 

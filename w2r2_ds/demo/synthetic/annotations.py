@@ -1,4 +1,4 @@
-"""EmbodiedScan's annotations of the synthetic scans: oriented boxes, poses, and what each image sees."""
+"""Annotations of synthetic scenes in EmbodiedScan's format (boxes, poses, visibility), and detector proposals."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.rooms import HEIGHT, Room, RoomObject
 
 _WORDS = {"sofa": "couch", "bookshelf": "shelf", "nightstand": "stand", "trash can": "bin"}
-"""EmbodiedScan's words for classes that it calls otherwise than ScanRefer."""
+"""Classes with another name in EmbodiedScan than in ScanRefer."""
 LABELS = {name: _WORDS.get(name, name) for name in KINDS}
-"""Class of ``furniture.KINDS`` to EmbodiedScan's category."""
+"""Class of ``furniture.KINDS`` -> EmbodiedScan's category."""
 CATEGORIES = {label: number for number, label in enumerate(sorted(LABELS.values()), start=1)}
-"""``metainfo.categories``: category to ``bbox_label_3d``."""
+"""``metainfo.categories``: category -> ``bbox_label_3d``."""
 
 
 def scene_info(
@@ -30,16 +30,16 @@ def scene_info(
     axis_align: np.ndarray,
     intrinsic: np.ndarray,
 ) -> dict[str, Any]:
-    """One entry of ``data_list``. ``bbox_id`` is the place in ``instances``, so ids and places of what is seen agree.
+    """One entry of ``data_list``. ``bbox_id`` is the index in ``instances``, as are ``visible_instance_ids``.
 
     Args:
         scene_id: ScanNet-like name.
         objects: all objects; ``objects[i].object_id == i``.
         frames: posed frames.
-        poses: ``[4, 4]`` float64 per frame, camera to *raw* world: ``cam2global``.
-        seen: ids of the objects that each frame sees.
+        poses: ``[4, 4]`` float64 per frame, ``cam2global``: camera to *raw* world.
+        seen: ids of the objects that are visible in each frame.
         axis_align: ``[4, 4]`` float64, raw world to aligned world.
-        intrinsic: ``[4, 4]`` float64, of both kinds of image.
+        intrinsic: ``[4, 4]`` float64, of colour and depth images.
     """
     folder = f"scannet/posed_images/{scene_id}"
     images = [
@@ -70,45 +70,45 @@ def scene_info(
 
 
 def write_infos(path: Path, infos: Sequence[dict[str, Any]]) -> None:
-    """Write a file like EmbodiedScan's: a pickled plain dictionary of ``metainfo`` and ``data_list``."""
-    # A pickle shows which equal objects are one object; copied by pickling, that does not depend on who made the infos.
+    """Write a pickled dictionary with ``metainfo`` and ``data_list``, as EmbodiedScan's files."""
+    # A pickle stores repeated references to one object as such. After a round trip, these references are the same in
+    # one process and with workers, so the file has the same bytes.
     data_list = [pickle.loads(pickle.dumps(info)) for info in infos]
     content = {"metainfo": {"dataset": "EmbodiedScan", "categories": CATEGORIES}, "data_list": data_list}
     path.write_bytes(pickle.dumps(content, protocol=4))
 
 
 ABSENT, BAD = 0.06, 0.08
-"""Shares of the objects that are not proposed at all, and that are proposed with an IoU below 0.5."""
-FALSE = (1, 4)
-"""Smallest and largest number of proposals per room where nothing is."""
+"""Share of objects without a proposal, and of those with a proposal of an IoU below 0.5."""
+FALSE_POSITIVES = (1, 4)
+"""Minimum and maximum number of proposals per room that overlap no object."""
 
 
 def propose(rng: np.random.Generator, room: Room) -> np.ndarray:
     """Proposals of one room in random order, ``[n, 6]`` float64: centre and size, aligned world, metres.
 
-    A jittered box keeps an IoU of at least 0.5 with its object: its centre moves by at most 8 % of the size and
-    each size changes by at most 12 %. A bad one is shifted by 40 to 70 % of its size, which leaves an IoU of at most
-    0.6 / 1.4.
+    A good proposal has an IoU of at least 0.5 with its object: its centre moves by at most 8 % of the size, and each
+    size changes by at most 12 %. A bad one is shifted by 40 to 70 % of its size: its IoU is at most 0.6 / 1.4.
     """
     boxes = []
     for o in room.objects:
-        fate = rng.random()
-        if fate < ABSENT:
+        drawn = rng.random()
+        if drawn < ABSENT:
             continue
         center, size = o.box[:3].copy(), o.box[3:].copy()
-        if fate < ABSENT + BAD:
+        if drawn < ABSENT + BAD:
             axis = int(rng.integers(2))
             center[axis] += rng.choice([-1.0, 1.0]) * rng.uniform(0.4, 0.7) * size[axis]
         else:
             center += np.clip(rng.normal(0.0, 0.03, 3), -0.08, 0.08) * size
             size *= 1.0 + np.clip(rng.normal(0.0, 0.05, 3), -0.12, 0.12)
         boxes.append(np.concatenate([center, size]))
-    boxes += _false(rng, room, int(rng.integers(FALSE[0], FALSE[1] + 1)))
+    boxes += _false_positives(rng, room, int(rng.integers(FALSE_POSITIVES[0], FALSE_POSITIVES[1] + 1)))
     return np.array(boxes)[rng.permutation(len(boxes))]
 
 
-def _false(rng: np.random.Generator, room: Room, count: int) -> list[np.ndarray]:
-    """Boxes in the room that touch no object."""
+def _false_positives(rng: np.random.Generator, room: Room, count: int) -> list[np.ndarray]:
+    """Boxes in the room that overlap no object."""
     real = np.stack([o.box for o in room.objects])
     found: list[np.ndarray] = []
     while len(found) < count:

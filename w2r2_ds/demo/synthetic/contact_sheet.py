@@ -1,4 +1,4 @@
-"""Contact sheets: all frames of a scene with the boxes of its described objects, to look at."""
+"""Contact sheets: one image with all frames of a scene, the boxes of its described objects, and the descriptions."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def write_sheet(
     objects: Sequence[RoomObject],
     sentences: Sequence[Sentence],
 ) -> None:
-    """Write one PNG: the frames in rows, boxes (object id beside them) where an object is seen, the sentences below.
+    """Write one PNG: frames in rows with boxes and ids of visible objects, and the sentences below.
 
     Args:
         path: file to write.
         frames: posed frames.
         colors: ``[height, width, 3]`` uint8 per frame.
         depths: ``[height, width]`` uint16 per frame, millimetres.
-        intrinsic: ``[4, 4]``, of both kinds of image.
+        intrinsic: ``[4, 4]``, of colour and depth images.
         objects: all objects; ``objects[i].object_id == i``.
         sentences: descriptions of the objects.
     """
@@ -67,7 +67,7 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 def _draw_object(
     image: Image.Image, target: RoomObject, frame: Frame, intrinsic: np.ndarray, depth: np.ndarray, shade: str
 ) -> None:
-    """Draw the wire frame and label of an object into a scaled frame, if the frame sees the object."""
+    """Draw the wire frame and label of an object into a scaled frame, if it is visible there."""
     height, width = depth.shape
     seen = visible_fraction(target.box, frame.cam_to_world, intrinsic, depth) >= MIN_VISIBLE_FRACTION
     if not seen or projected_area(target.box, frame.cam_to_world, intrinsic, (width, height)) <= 0:
@@ -82,7 +82,7 @@ def _draw_object(
 
 
 def _wire_frame(box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray) -> np.ndarray:
-    """Edges of a box in pixels, ``[n, 2, 2]`` (edge, end, x and y), cut where they pass behind the camera."""
+    """Edges of a box in pixels, ``[n, 2, 2]`` (edge, end, x and y), clipped at the near plane."""
     corners = (box_corners(box) - cam_to_world[:3, 3]) @ cam_to_world[:3, :3]
     lines = []
     for i, j in _EDGES:

@@ -1,4 +1,4 @@
-"""Pieces of furniture built of boxes and cylinders, in their own frame: front towards -y, standing on z = 0, metres."""
+"""Furniture made of boxes and cylinders, in its own frame: metres, front towards -y, floor at z = 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "brown": (125, 80, 45),
     "pink": (235, 135, 175),
 }
-"""Colour words of the sentences and the RGB values that they stand for."""
+"""Colour word -> RGB."""
 
 _STEEL, _DARK, _WOOD, _LINEN, _GLASS = (125, 125, 130), (60, 55, 50), (150, 105, 65), (240, 238, 230), (165, 205, 235)
 _LEAF = (60, 130, 60)
@@ -31,7 +31,7 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Part:
-    """A coloured solid: ``mesh`` with vertices in metres, ``color`` RGB 0 to 255."""
+    """Coloured mesh: vertices in metres, RGB from 0 to 255."""
 
     mesh: trimesh.Trimesh
     color: Color
@@ -68,7 +68,7 @@ def chair(rng: np.random.Generator, color: Color) -> list[Part]:
 
 
 def table(rng: np.random.Generator, color: Color) -> list[Part]:
-    """A round top on a column or a rectangular one on legs, in quite different sizes."""
+    """A round top on a column or a rectangular top on legs, of various sizes."""
     height = rng.uniform(0.55, 0.75)
     if rng.random() < 0.4:
         r = rng.uniform(0.35, 0.6)
@@ -109,7 +109,7 @@ def bed(rng: np.random.Generator, color: Color) -> list[Part]:
 
 
 def cabinet(rng: np.random.Generator, color: Color) -> list[Part]:
-    """A closed body with two doors, their gap and knobs."""
+    """A body with two doors and knobs."""
     w, d, h = rng.uniform(0.7, 1.2), rng.uniform(0.4, 0.5), rng.uniform(0.8, 1.7)
     knobs = [_box((0.03, 0.03, 0.12), (s * 0.07, -d / 2 - 0.015, h * 0.55), _STEEL) for s in (-1, 1)]
     lines = [
@@ -196,7 +196,7 @@ def plant(rng: np.random.Generator, color: Color) -> list[Part]:
 
 
 def window(rng: np.random.Generator, color: Color) -> list[Part]:
-    """White frame and four panes, sill at 0.9 m; thin, to hang on a wall."""
+    """White frame with four panes, sill at 0.9 m; hangs on a wall."""
     w, h, low = rng.uniform(1.2, 1.7), 1.1, 0.9
     panes = [
         _box((w / 2 - 0.09, 0.03, h / 2 - 0.09), (i * (w / 4 - 0.01), -0.015, low + h / 2 + j * (h / 4 - 0.01)), _GLASS)
@@ -231,10 +231,10 @@ class Kind:
     """How a class of furniture is built and placed.
 
     Attributes:
-        build: makes the parts.
-        place: ``"wall"`` (back against a wall), ``"hang"`` (on a wall, over nothing tall) or ``"free"``.
-        label: NYU40 id and class, as in ScanNet's table of labels.
-        count: smallest and largest number in a room.
+        build: builds the parts.
+        place: ``"wall"`` (back against a wall), ``"hang"`` (on a wall) or ``"free"``.
+        label: NYU40 id and class, as in ScanNet's label table.
+        count: minimum and maximum number in a room.
     """
 
     build: Builder
@@ -260,4 +260,4 @@ KINDS: dict[str, Kind] = {
     "trash can": Kind(trash_can, "wall", (39, "otherfurniture"), (0, 2)),
     "plant": Kind(plant, "wall", (40, "otherprop"), (0, 1)),
 }
-"""Classes in the order in which they are placed, large things first."""
+"""Class -> kind, in the order of placement: large objects first."""

@@ -1,4 +1,4 @@
-"""What the content of a synthetic data set depends on, and the names and seeds of its scenes."""
+"""Options of a synthetic data set, and the names and seeds of its scenes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _VAL_START = 5000
 
 @dataclass(frozen=True)
 class Options:
-    """What the content of a data set depends on; ``image_size`` is width and height in pixels."""
+    """All options that change the content of a data set. ``image_size`` is width and height in pixels."""
 
     seed: int
     train_scenes: int
@@ -19,7 +19,7 @@ class Options:
     frames_per_scene: int
 
     def __post_init__(self) -> None:
-        """Check ranges; ``ValueError`` names the option."""
+        """Check ranges. Raises ValueError with the option."""
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more")
         if not (1 <= self.train_scenes <= _VAL_START and 1 <= self.val_scenes <= _VAL_START):
@@ -31,10 +31,10 @@ class Options:
 
 
 def scene_id(split: str, index: int) -> str:
-    """ScanNet-like name; validation scenes count from 5000, so that no name is in both splits."""
+    """Name of a scene as in ScanNet; validation scenes start at 5000, so names of the splits differ."""
     return f"scene{index + _VAL_START * SPLITS.index(split):04d}_00"
 
 
 def scene_seed(seed: int, split: str, index: int) -> tuple[int, int, int]:
-    """Entropy of a scene's generator; the split is part of it, so no training scene has a validation scene's seed."""
+    """Entropy of a scene's random generator; training and validation scenes never have the same."""
     return (seed, SPLITS.index(split), index)

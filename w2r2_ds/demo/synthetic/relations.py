@@ -1,4 +1,7 @@
-"""What stands where among a room's objects, decided by clear margins only, and what calls an object unmistakably."""
+"""Spatial relations between objects (nearest, between, largest), and unambiguous references to objects.
+
+A relation holds only with a margin, so that small errors of a box do not change which object has it.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,21 @@ import numpy as np
 from w2r2_ds.demo.synthetic.rooms import RoomObject
 
 CENTER_MARGIN = 0.4
-"""Metres by which the nearest (farthest) object must beat the next one, between centres on the floor plan."""
+"""Minimum difference in metres between the nearest (farthest) object and the next one: centres on the floor plan."""
 
 GAP_MARGIN = 0.15
-"""The same between the facing sides of the boxes; both measures must agree."""
+"""The same for the distance between the sides of the boxes; both measures must agree."""
 
 SIZE_RATIO = 1.3
-"""By how much the largest (smallest) object's volume must differ from the next one's."""
+"""Minimum ratio of the volumes of the largest (smallest) object and the next one."""
 
 
 def resolve(
     objects: Sequence[RoomObject], name: str, color: str | None, relation: str, anchors: tuple[int, ...]
 ) -> int | None:
-    """Id of the one object of a class (and colour) that clearly stands in a relation; ``None`` if none clearly does.
+    """Id of the only object of a class (and colour) with a relation; ``None`` if it is ambiguous.
 
-    There must be at least two candidates, none of them an anchor, or the relation would carry no information.
+    There must be at least two candidates, none of them an anchor: otherwise the relation adds no information.
     """
     candidates = [o for o in objects if o.name == name and color in (None, o.color)]
     if len(candidates) < 2 or any(o.object_id in anchors for o in candidates):
@@ -40,15 +43,17 @@ def resolve(
 
 
 def extreme(candidates: Sequence[RoomObject], anchor: RoomObject, sign: float = 1.0) -> int | None:
-    """Id of the candidate clearly nearest to ``anchor`` (``sign`` 1) or farthest from it (-1); ``None`` if none is."""
+    """Id of the candidate nearest to ``anchor`` (``sign`` 1) or farthest from it (-1); ``None`` if ambiguous."""
     best = clear_minimum(sign * np.array([_center_distance(o, anchor) for o in candidates]), CENTER_MARGIN)
-    if best is None or best != clear_minimum(sign * np.array([gap(o, anchor) for o in candidates]), GAP_MARGIN):
+    if best is None or best != clear_minimum(
+        sign * np.array([side_distance(o, anchor) for o in candidates]), GAP_MARGIN
+    ):
         return None
     return candidates[best].object_id
 
 
 def clear_minimum(values: np.ndarray, margin: float) -> int | None:
-    """Index of the least of at least one value if it beats the next, where there is one, by ``margin``."""
+    """Index of the minimum, if the second smallest value is larger by ``margin`` or there is none; else ``None``."""
     order = np.argsort(values)
     return int(order[0]) if len(values) == 1 or values[order[1]] - values[order[0]] >= margin else None
 
@@ -57,32 +62,32 @@ def _center_distance(one: RoomObject, other: RoomObject) -> float:
     return float(np.linalg.norm(one.box[:2] - other.box[:2]))
 
 
-def gap(one: RoomObject, other: RoomObject) -> float:
-    """Distance on the floor plan between the sides of two boxes; 0 where they overlap."""
+def side_distance(one: RoomObject, other: RoomObject) -> float:
+    """Distance on the floor plan between the sides of two boxes; 0 if they overlap."""
     apart = np.abs(one.box[:2] - other.box[:2]) - (one.box[3:5] + other.box[3:5]) / 2
     return float(np.linalg.norm(np.maximum(apart, 0.0)))
 
 
 def between(candidates: Sequence[RoomObject], a: RoomObject, b: RoomObject) -> int | None:
-    """Id of the candidate in the middle of the way from ``a`` to ``b``, if no other is anywhere near that way."""
-    start, way = a.box[:2], b.box[:2] - a.box[:2]
-    length = float(np.linalg.norm(way))
+    """Id of the candidate in the middle between ``a`` and ``b``; ``None`` if another is near the line too."""
+    start, line = a.box[:2], b.box[:2] - a.box[:2]
+    length = float(np.linalg.norm(line))
     if length < 1.5:
         return None
     inside, near = [], []
     for o in candidates:
         offset = o.box[:2] - start
-        share = float(offset @ way) / length**2
-        distance = abs(float(way[0] * offset[1] - way[1] * offset[0])) / length
-        if 0.25 <= share <= 0.75 and distance <= 0.15 * length:
+        along = float(offset @ line) / length**2
+        distance = abs(float(line[0] * offset[1] - line[1] * offset[0])) / length
+        if 0.25 <= along <= 0.75 and distance <= 0.15 * length:
             inside.append(o.object_id)
-        if -0.1 <= share <= 1.1 and distance <= 0.4 * length:
+        if -0.1 <= along <= 1.1 and distance <= 0.4 * length:
             near.append(o.object_id)
     return inside[0] if len(inside) == 1 and near == inside else None
 
 
 def scopes(objects: Sequence[RoomObject]) -> list[tuple[str, str | None]]:
-    """(class, colour or None) of which there are at least two objects; colours only where they leave some out."""
+    """(class, colour or None) with at least two objects; with a colour only if the class has other colours too."""
     names = Counter(o.name for o in objects)
     pairs = Counter((o.name, o.color) for o in objects)
     classes: list[tuple[str, str | None]] = [(name, None) for name, n in names.items() if n > 1]
@@ -90,7 +95,7 @@ def scopes(objects: Sequence[RoomObject]) -> list[tuple[str, str | None]]:
 
 
 def relations(objects: Sequence[RoomObject], visible: Collection[int]) -> list[tuple[str, tuple[int, ...]]]:
-    """Every relation that can be said: to one or two anchors, visible and called unmistakably, or to none."""
+    """All relations with their anchors: none, one or two visible objects with an unambiguous reference."""
     anchors = anchor_ids(objects, visible)
     sizes: list[tuple[str, tuple[int, ...]]] = [("largest", ()), ("smallest", ())]
     places = [(relation, (anchor,)) for anchor in anchors for relation in ("nearest", "farthest")]
@@ -98,12 +103,12 @@ def relations(objects: Sequence[RoomObject], visible: Collection[int]) -> list[t
 
 
 def anchor_ids(objects: Sequence[RoomObject], visible: Collection[int]) -> list[int]:
-    """Ids of the visible objects that some phrase calls unmistakably."""
+    """Ids of the visible objects with an unambiguous reference."""
     return [o.object_id for o in objects if o.object_id in visible and anchor_phrase(objects, o.object_id)]
 
 
 def anchor_phrase(objects: Sequence[RoomObject], object_id: int) -> str | None:
-    """What calls an object by class, or class and colour, unmistakably; ``None`` if nothing does."""
+    """Unambiguous reference to an object by class, or class and colour; ``None`` if there is none."""
     o = objects[object_id]
     same = [other for other in objects if other.name == o.name]
     if len(same) == 1:

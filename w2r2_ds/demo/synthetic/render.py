@@ -1,4 +1,4 @@
-"""Ray casting: RGB and depth images of a room."""
+"""Render RGB and depth images of a room by ray casting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TILE = 0.5
 
 
 def pinhole(image_size: tuple[int, int]) -> np.ndarray:
-    """Intrinsics ``[4, 4]`` float64 with ScanNet's field of view (58 degrees across) for an image (width, height).
+    """Intrinsics ``[4, 4]`` float64 with ScanNet's horizontal field of view (58 degrees) for (width, height).
 
     Integer pixel coordinates are pixel centres; the principal point is the middle of the image.
     """
@@ -26,10 +26,14 @@ def pinhole(image_size: tuple[int, int]) -> np.ndarray:
 
 
 class Renderer:
-    """Casts rays into one room; the acceleration structure is built once."""
+    """Ray caster for one room; the acceleration structure is built once.
+
+    Args:
+        room: room to render.
+        image_size: width and height in pixels.
+    """
 
     def __init__(self, room: Room, image_size: tuple[int, int]) -> None:
-        """Args: the room, and the images' width and height in pixels."""
         self._room = room
         self._size = image_size
         self._scene = EmbreeScene()
@@ -63,10 +67,8 @@ class Renderer:
         hits = self._scene.run(np.tile(eye, (len(rays), 1)), rays, output=1)
         face = hits["primID"]
         if face.min() < 0:
-            raise ValueError(
-                "a camera of the synthetic room looks past its walls; keep the camera path inside the room"
-            )
-        depth = hits["tfar"]  # rays have length 1 along z, so the distance is the depth
+            raise ValueError("a ray of a synthetic camera hits no wall; keep the camera path inside the room")
+        depth = hits["tfar"]  # rays have z = 1 in the camera's frame, so the distance is the depth
         local = (self._normals @ cam_to_world[:3, :3]).astype(np.float32)  # normals in the camera's frame
         facing = np.abs(np.einsum("ij,ij->i", local[face], self._units))
         color = self._colors[face] + self._gloss[face] * facing[:, None]

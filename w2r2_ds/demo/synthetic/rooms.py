@@ -1,4 +1,4 @@
-"""Furnished rooms: what stands where, as one coloured triangle mesh with an exact box per object."""
+"""Random furnished rooms: one coloured triangle mesh, an exact box per object, and a camera path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trimesh
 from w2r2_ds.demo.synthetic.furniture import KINDS, PALETTE, Part
 
 HEIGHT = 2.6
-"""Height of every room, metres."""
+"""Height of every room in metres."""
 
 _WALL, _FLOOR, _CEILING = (222, 212, 192), (172, 142, 108), (238, 236, 230)
 _HEADROOM = 0.25
@@ -22,13 +22,12 @@ class RoomObject:
     """A piece of furniture, in the aligned world, metres and radians.
 
     Attributes:
-        object_id: its place in the room's list.
+        object_id: index in ``Room.objects``.
         name: class, a key of ``furniture.KINDS``.
         color: colour word, a key of ``furniture.PALETTE``.
-        box: ``[6]`` float64 centre and size, exact bounds along the world's axes.
-        oriented: ``[9]`` float64, exact bounds along its own axes (convention of ``boxes3d/transforms.py``): centre;
-        width,
-            depth and height; the turn about z by which its front leaves -y, in (-pi, pi], and two zeros.
+        box: ``[6]`` float64 centre and size of the axis-aligned bounding box.
+        oriented: ``[9]`` float64 oriented bounding box (convention of ``boxes3d/transforms.py``): centre; width, depth
+            and height; rotation about z from a front towards -y, in (-pi, pi], and two zeros.
     """
 
     object_id: int
@@ -72,7 +71,7 @@ class _Builder:
     parts: list[tuple[int, Part]] = field(default_factory=list)
 
     def add(self, name: str, color: str) -> bool:
-        """Try to place one object; ``False`` if no free spot was found in 40 tries."""
+        """Place one object; returns False if no free position was found in 40 attempts."""
         kind = KINDS[name]
         parts = kind.build(self.rng, PALETTE[color])
         own = _bounds(parts, np.eye(4))
@@ -88,7 +87,7 @@ class _Builder:
         return False
 
     def _wall_pose(self, parts: list[Part]) -> np.ndarray:
-        """Stand the back (+y side) against a random wall at a random place."""
+        """Random pose with the back (+y side) against a random wall."""
         quarter = int(self.rng.integers(4))
         along, across = (self.size[0], self.size[1]) if quarter % 2 == 0 else (self.size[1], self.size[0])
         low, high = _bounds(parts, np.eye(4))
@@ -105,7 +104,7 @@ class _Builder:
         return pose
 
     def _fits(self, bounds: tuple[np.ndarray, np.ndarray]) -> bool:
-        """Inside the room, clear of other objects, and not where a camera passes."""
+        """Whether bounds are inside the room, away from other objects, and not on the camera path."""
         low, high = bounds
         half = np.array(self.size) / 2
         if (low[:2] < -half).any() or (high[:2] > half).any():
@@ -119,7 +118,7 @@ class _Builder:
 
 
 def make_room(rng: np.random.Generator, frames: int) -> Room:
-    """Furnish a random room and lay a camera path through it.
+    """Make a random room with furniture and a camera path.
 
     Args:
         rng: the only source of randomness.
@@ -135,10 +134,10 @@ def make_room(rng: np.random.Generator, frames: int) -> Room:
 
 
 def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int) -> np.ndarray:
-    """Walk once around the room, looking across it and down, as a person scanning a room does.
+    """Path once around the room; cameras point across the room and down, as in a scan by hand.
 
     Returns:
-        ``[frames, 4, 4]`` float64 OpenCV camera-to-world matrices, never two alike.
+        ``[frames, 4, 4]`` float64 OpenCV camera-to-world matrices, all different.
     """
     start, way = rng.uniform(0, 2 * np.pi), rng.choice([-1.0, 1.0])
     angles = start + way * np.arange(frames) / frames * 2 * np.pi
@@ -156,7 +155,7 @@ def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int
 
 
 def _colors(rng: np.random.Generator, name: str, count: int) -> list[str]:
-    """Colours of one class: fewer colours than objects, so that the colour alone does not tell which one is meant."""
+    """Colours of the objects of a class: fewer colours than objects, so that a colour does not identify an object."""
     if name in _FIXED_COLORS:
         return [_FIXED_COLORS[name]] * count
     first, second = (str(color) for color in rng.choice(sorted(PALETTE), size=2, replace=False))
@@ -184,14 +183,14 @@ def _bounds(parts: list[Part], move: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _oriented(own: tuple[np.ndarray, np.ndarray], move: np.ndarray) -> np.ndarray:
-    """Box ``[9]`` of an object with the bounds ``own`` in its own frame that ``move`` turned about z and shifted."""
+    """Oriented box ``[9]`` of an object with bounds ``own`` in its own frame and the pose ``move``."""
     low, high = own
     center = move[:3, :3] @ ((low + high) / 2) + move[:3, 3]
     return np.concatenate([center, high - low, [np.arctan2(move[1, 0], move[0, 0]), 0.0, 0.0]])
 
 
 def _shell(size: tuple[float, float]) -> list[tuple[int, Part]]:
-    """Walls and ceiling (-1) and floor (-2), thick slabs whose inner faces bound the room."""
+    """Walls and ceiling (object id -1) and floor (-2) as slabs around the room."""
     (w, d), t = size, 0.1
     slabs = [
         (-2, (w + 2 * t, d + 2 * t, t), (0.0, 0.0, -t / 2), _FLOOR),

@@ -1,4 +1,4 @@
-"""Make one synthetic scene: write its own files, and return its entries for the files that hold a whole split."""
+"""Make one synthetic scene: write its files and return its entries for the annotation files of its split."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SENTENCES = (6, 10)
 _QUESTIONS = (6, 10)
 _ATTEMPTS = 50
 _QUESTION_STREAM, _PROPOSAL_STREAM = 1000, 1001
-"""What stands in the seed where the room's own generator has the attempt: their draws change nothing of the room."""
+"""Last number of the seed for questions and proposals (rooms: the attempt), so that their draws are independent."""
 
 
 @dataclass(frozen=True)
 class SceneEntries:
-    """What one scene adds to the files of its split.
+    """Entries of one scene in the annotation files of its split.
 
     Attributes:
-        scene_id: ScanNet-like name.
+        scene_id: name as in ScanNet.
         descriptions: ScanRefer's entries.
         questions: ScanQA's entries.
         info: EmbodiedScan's entry.
-        proposals: ``[cx, cy, cz, dx, dy, dz]`` each, aligned world, metres.
+        proposals: axis-aligned boxes ``[cx, cy, cz, dx, dy, dz]``, aligned world, metres.
     """
 
     scene_id: str
@@ -48,7 +48,7 @@ class SceneEntries:
 
 
 def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEntries:
-    """Make one room, write its files below ``root`` and return its entries."""
+    """Make a room, write its files to ``root`` and return its annotation entries."""
     name = scene_id(split, index)
     matrix = pinhole(options.image_size)
     for attempt in range(_ATTEMPTS):
@@ -60,20 +60,23 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEn
         frames = _frames(root / "posed_images" / name, room)
         seen = _seen(room, frames, depths, matrix)
         visible = _visible(room, frames, seen, matrix, options.image_size)
-        wanted = int(rng.integers(_SENTENCES[0], _SENTENCES[1] + 1))
-        sentences = describe(rng, room.objects, visible, wanted)
+        count = int(rng.integers(_SENTENCES[0], _SENTENCES[1] + 1))
+        sentences = describe(rng, room.objects, visible, count)
         if len(sentences) >= _SENTENCES[0]:
             break
     else:
-        raise ValueError(f"no room of {_ATTEMPTS} had {_SENTENCES[0]} clear sentences; use more frames per scene")
+        raise ValueError(
+            f"none of {_ATTEMPTS} rooms has {_SENTENCES[0]} unambiguous sentences; use more frames per scene"
+        )
     _write_images(frames, colors, depths, options.image_size)
     axis_align = _alignment(rng)
     poses = [np.linalg.inv(axis_align) @ frame.cam_to_world for frame in frames]
     _write_geometry(root, name, room, frames, poses, axis_align)
     sheet = root / "contact_sheets" / f"{name}.png"
     write_sheet(sheet, frames, colors, depths, matrix, room.objects, sentences)
-    asker = _generator(options, split, index, _QUESTION_STREAM)
-    questions = ask(asker, room.objects, visible, int(asker.integers(_QUESTIONS[0], _QUESTIONS[1] + 1)))
+    question_rng = _generator(options, split, index, _QUESTION_STREAM)
+    count = int(question_rng.integers(_QUESTIONS[0], _QUESTIONS[1] + 1))
+    questions = ask(question_rng, room.objects, visible, count)
     return SceneEntries(
         name,
         _descriptions(name, sentences),
@@ -92,7 +95,7 @@ def _frames(folder: Path, room: Room) -> list[Frame]:
 
 
 def _seen(room: Room, frames: list[Frame], depths: list[np.ndarray], matrix: np.ndarray) -> list[list[int]]:
-    """Ids of the objects that each frame sees."""
+    """Ids of the visible objects of each frame."""
     return [
         [
             o.object_id
@@ -106,7 +109,7 @@ def _seen(room: Room, frames: list[Frame], depths: list[np.ndarray], matrix: np.
 def _visible(
     room: Room, frames: list[Frame], seen: list[list[int]], matrix: np.ndarray, size: tuple[int, int]
 ) -> set[int]:
-    """Ids of the objects that some frame both sees and shows with an area in the image."""
+    """Ids of the objects that are visible in a frame and whose box projects into its image."""
     return {
         o.object_id
         for o in room.objects
@@ -130,7 +133,7 @@ def _write_images(
 
 
 def _alignment(rng: np.random.Generator) -> np.ndarray:
-    """Raw world to aligned world, ``[4, 4]`` float64. The raw world is turned and shifted, as a real scan's is."""
+    """Random transform ``[4, 4]`` float64 of the raw world to the aligned world, as real scans have one."""
     angle = float(rng.uniform(0.2, 1.3))
     align = np.eye(4)
     align[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
@@ -141,7 +144,7 @@ def _alignment(rng: np.random.Generator) -> np.ndarray:
 def _write_geometry(
     root: Path, name: str, room: Room, frames: list[Frame], poses: list[np.ndarray], axis_align: np.ndarray
 ) -> None:
-    """Write poses (raw world), alignment and boxes."""
+    """Write camera poses (raw world), axis alignment and boxes."""
     for frame, pose in zip(frames, poses, strict=True):
         frame.color.with_suffix(".txt").write_text(_numbers(pose))
     (root / "scans" / name).mkdir()
@@ -156,7 +159,7 @@ def _row(o: RoomObject) -> list[float]:
 
 
 def _descriptions(name: str, sentences: list[Sentence]) -> list[dict[str, Any]]:
-    """ScanRefer entries; ``ann_id`` counts the sentences about one object."""
+    """ScanRefer's entries; ``ann_id`` numbers the sentences about one object."""
     used: dict[int, int] = {}
     entries = []
     for sentence in sentences:
@@ -176,7 +179,7 @@ def _descriptions(name: str, sentences: list[Sentence]) -> list[dict[str, Any]]:
 
 
 def _questions(name: str, split: str, room: Room, questions: list[Question]) -> list[dict[str, Any]]:
-    """ScanQA entries; the question's number counts within the place, of which a synthetic data set has one scan."""
+    """ScanQA's entries; questions are numbered per place, of which there is one scan."""
     place = name.split("_")[0]
     return [
         {

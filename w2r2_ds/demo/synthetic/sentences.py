@@ -1,4 +1,4 @@
-"""Referring sentences that are true of exactly one object of a room, and that need both what it is and where it is."""
+"""Referring expressions for exactly one object of a room, which need both its class and its position."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from w2r2_ds.demo.synthetic.relations import anchor_phrase, gap, plural, relations, resolve, scopes
+from w2r2_ds.demo.synthetic.relations import anchor_phrase, plural, relations, resolve, scopes, side_distance
 from w2r2_ds.demo.synthetic.rooms import RoomObject
 
 _TEMPLATES = {
@@ -31,11 +31,11 @@ _PER_OBJECT, _PER_SIZE = 3, 2
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence with what it means.
+    """A sentence with its meaning.
 
     Attributes:
-        object_id: the one object that it names.
-        name: class of that object.
+        object_id: the object that it refers to.
+        name: class of the object.
         color: colour word in the sentence; ``None`` if it has none.
         relation: ``nearest``, ``farthest``, ``between``, ``largest`` or ``smallest``.
         anchors: objects that the relation refers to; none, one or two.
@@ -58,8 +58,8 @@ def describe(
     Args:
         rng: the only source of randomness.
         objects: all objects of the room; ``objects[i].object_id == i``.
-        visible: ids of the objects that some frame sees; only these are named, as targets or as anchors.
-        count: largest number of sentences.
+        visible: ids of the objects that are visible in a frame; only these are targets or anchors.
+        count: maximum number of sentences.
     """
     found = [
         (color, name, relation, anchors, target)
@@ -87,11 +87,11 @@ def describe(
 
 
 def _needs_what(objects: Sequence[RoomObject], relation: str, anchors: tuple[int, ...], target: int) -> bool:
-    """Whether the relation alone, without the class, would point at something else."""
+    """Whether the relation without the class would refer to another object."""
     others = [o for o in objects if o.object_id not in anchors]
     if relation in ("nearest", "farthest"):
         sign = 1.0 if relation == "nearest" else -1.0
-        return min(others, key=lambda o: sign * gap(o, objects[anchors[0]])).object_id != target
+        return min(others, key=lambda o: sign * side_distance(o, objects[anchors[0]])).object_id != target
     return True
 
 

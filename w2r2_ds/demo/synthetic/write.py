@@ -1,4 +1,4 @@
-"""Write a synthetic data set in the layout of ScanNet and its annotations, whole or not at all, reproducibly."""
+"""Write a synthetic data set in the layout of ScanNet with its annotations, atomically and reproducibly."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from w2r2_ds.demo.synthetic.options import SPLITS, Options, scene_id
 from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
 
 VERSION = 2
-"""Raise it whenever the same options give other files."""
+"""Version of the content; increase it if the same options give other files."""
 _MANIFEST = "manifest.json"
 _ANNOTATIONS = ("ScanRefer", "ScanQA", "embodiedscan", "proposals")
 
 
 @dataclass(frozen=True)
 class Written:
-    """Result of ``write_dataset``: the folder, whether it was there before, its manifest."""
+    """Result of ``write_dataset``: the folder, whether it existed before, its manifest."""
 
     root: Path
     reused: bool
@@ -36,7 +36,7 @@ class Written:
 
     @property
     def message(self) -> str:
-        """One line for the user."""
+        """One line about the data set."""
         counts = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in self.manifest["counts"].items())
         return f"{'reusing' if self.reused else 'wrote'} {self.root}: {counts}"
 
@@ -50,23 +50,23 @@ def write_dataset(
     frames_per_scene: int = 24,
     workers: int = 1,
 ) -> Written:
-    """Write furnished rooms, or reuse the complete data set with the same options that is already there.
+    """Write random rooms, or reuse an existing data set with the same options.
 
-    Everything is written to a folder beside ``root`` that is renamed at the end, so ``root`` is complete if it exists.
+    Files are written to a temporary folder beside ``root``, which is renamed at the end. If ``root`` exists, it is
+    complete.
 
     Args:
-        root: folder to write; see ``data/sources/scannet.py`` for the layout, plus ScanQA's, EmbodiedScan's and the
-        proposals'
-            files, ``contact_sheets/`` and ``manifest.json``.
+        root: folder to write. It has the layout of ``data/sources/scannet.py``, files of ScanQA, EmbodiedScan and
+            proposals, ``contact_sheets/`` and ``manifest.json``.
         seed: the same seed and options give the same bytes.
         train_scenes: number of training rooms.
-        val_scenes: number of validation rooms, never one of the training rooms.
-        image_size: width and height of colour and depth images, pixels.
-        frames_per_scene: posed images per room.
-        workers: processes; does not change the result.
+        val_scenes: number of validation rooms, different from the training rooms.
+        image_size: width and height of colour and depth images in pixels.
+        frames_per_scene: number of posed images per room.
+        workers: number of processes; does not change the result.
 
     Raises:
-        ValueError: an option is out of range, or ``root`` holds something else.
+        ValueError: an option is out of range, or ``root`` has other content.
     """
     root = Path(root)
     options = Options(seed, train_scenes, val_scenes, (image_size[0], image_size[1]), frames_per_scene)
@@ -81,7 +81,7 @@ def write_dataset(
         manifest = _write_all(partial, options, workers)
         try:
             partial.rename(root)
-        except OSError:  # another process may have been faster; its data set is as good if the options agree
+        except OSError:  # another process may have written it meanwhile; use its data set if the options agree
             existing = _existing(root, options)
             if existing is None:
                 raise
@@ -92,7 +92,7 @@ def write_dataset(
 
 
 def _existing(root: Path, options: Options) -> dict[str, Any] | None:
-    """Manifest of the data set at ``root`` if it can be reused, ``None`` if nothing is there."""
+    """Manifest of an existing data set with these options; ``None`` if there is no data set."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
     path = root / _MANIFEST
@@ -101,12 +101,12 @@ def _existing(root: Path, options: Options) -> dict[str, Any] | None:
         found = {"version": manifest["version"], **manifest["options"]}
         manifest["counts"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{root} exists but has no readable {_MANIFEST}; name another folder or remove it") from None
+        raise ValueError(f"{root} exists but has no readable {_MANIFEST}; use another folder or remove it") from None
     wanted = _described(options)
     other = sorted(name for name in wanted if found.get(name) != wanted[name])
     if other:
         have = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in other)
-        raise ValueError(f"{root} holds a data set made with {have}; name another folder, remove it or use its options")
+        raise ValueError(f"{root} has a data set made with {have}; use another folder, remove it or use its options")
     for split, index in _scenes(options):
         if not (root / "posed_images" / scene_id(split, index)).is_dir():
             raise ValueError(f"{root} lacks {scene_id(split, index)}; remove the folder so that it is written again")
@@ -144,7 +144,7 @@ def _write_all(root: Path, options: Options, workers: int) -> dict[str, Any]:
 
 
 def _write_annotations(root: Path, split: str, parts: Sequence[SceneEntries]) -> dict[str, int]:
-    """Write the files that hold a whole split; how many entries there are of each."""
+    """Write the annotation files of a split; returns the number of entries of each kind."""
     descriptions = [entry for part in parts for entry in part.descriptions]
     questions = [entry for part in parts for entry in part.questions]
     proposals = {f"scannet/{part.scene_id}": part.proposals for part in parts}
@@ -161,7 +161,7 @@ def _write_annotations(root: Path, split: str, parts: Sequence[SceneEntries]) ->
 
 
 def _write_labels(path: Path) -> None:
-    """The columns of ScanNet's table that are read here, in their places there."""
+    """Write the label table with the columns of ScanNet's that are used here."""
     columns = ("id", "raw_category", "category", "count", "nyu40id", "eigen13id", "nyuClass", "nyu40class")
     rows = ["\t".join(columns)]
     for number, (name, kind) in enumerate(KINDS.items(), start=1):
@@ -174,25 +174,25 @@ def _write_json(path: Path, content: object, indent: int | None = 1) -> None:
 
 
 def partial_folder(root: Path) -> Path:
-    """Where this process writes ``root``: hidden, beside it, named after the machine and the process."""
+    """Temporary folder of this process for ``root``: hidden, beside it, with host name and process id."""
     return root.parent / f".{root.name}.partial-{socket.gethostname()}-{os.getpid()}"
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove the partial folders of ``root`` whose writers no longer live.
+    """Remove temporary folders of ``root`` whose processes have ended.
 
-    Another machine that shares the disk cannot be asked, so its folders stay. Names without a machine (written before
-    there were names with one) are taken for this machine's.
+    Folders of other machines stay, because their processes cannot be checked. Folders without a host name are treated
+    as those of this machine.
     """
     name = re.compile(rf"\.{re.escape(root.name)}\.partial-(?:(?P<host>.+)-)?(?P<pid>\d+)")
     for folder in root.parent.iterdir():
         match = name.fullmatch(folder.name)
         if match and match["host"] in (None, socket.gethostname()) and not _is_running(int(match["pid"])):
-            shutil.rmtree(folder, ignore_errors=True)  # another new writer may be removing it too
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
 
 
 def _is_running(pid: int) -> bool:
-    """Whether a process of this machine has the number ``pid``."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
