@@ -21,7 +21,7 @@ from w2r2_ds.evaluation.scoring import choose_protocols, default_protocol, headl
 from w2r2_ds.types.sample import Reference, Sample
 from w2r2_ds.utils.plugins import import_plugin
 
-PLUGIN = Path(__file__).parents[1] / "helpers" / "counting_task.py"
+PLUGIN = Path(__file__).parents[2] / "examples" / "custom_task.py"
 TEXTS = ("2", "many", "3", None)
 """Right, not a number, wrong, and no prediction."""
 

@@ -22,7 +22,7 @@ from w2r2_ds.data.tasks.base import TASKS, Task, TaskOptions, find_task, registe
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
 from w2r2_ds.objective.text_similarity import text_similarity
 
-PLUGIN = Path(__file__).parents[2] / "helpers" / "counting_task.py"
+PLUGIN = Path(__file__).parents[3] / "examples" / "custom_task.py"
 
 
 def test_a_task_from_one_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

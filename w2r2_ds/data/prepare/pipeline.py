@@ -260,7 +260,8 @@ def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_
     reasons = Counter(each["reason"] for each in skipped)
     if not samples:
         raise ValueError(
-            f"No sample can be made of {annotations}: {dict(reasons) or 'it has no item for these options'}."
+            f"No sample can be made of {annotations}: {dict(reasons) or 'it has no item for these options'}; "
+            "docs/reference/data-formats.md explains the reasons."
         )
     for path in {*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")} - set(
         files

@@ -1,4 +1,9 @@
-"""A plug-in with a complete task: count the objects of a class in a scene. Annotations: counting/SPLIT.json."""
+"""A task of your own with its scores: how many objects of a category a scene has.
+
+    python launchers/prepare.py counting --plugin examples/custom_task.py --root data/scannet
+
+Annotations are ``ROOT/counting/SPLIT.json``: ``[{"scene_id": "scene0000_00", "name": "chair", "count": 4}, ...]``.
+"""
 
 from __future__ import annotations
 
