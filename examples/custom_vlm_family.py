@@ -1,0 +1,106 @@
+"""A VLM family of your own, in one file outside the package.
+
+    python launchers/train.py --plugin examples/custom_vlm_family.py --config RECIPE.yaml --model.vlm DIRECTORY ...
+
+`stacked_vl` is Qwen2.5-VL with extra visual features for a decoder layer, as in DeepStack (arXiv 2406.04334) and
+Qwen3-VL: its 2D tokens are added once more after the first layer. DIRECTORY is written by
+``StackedVLM.save_pretrained`` and has the tokenizer and processor files of Qwen2.5-VL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
+
+from w2r2_ds.models.family import register_family
+from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
+from w2r2_ds.types.batch import Batch, Visuals
+
+LAYER = 0
+"""Decoder layer after which the features are added."""
+
+
+class StackedConfig(Qwen2_5_VLConfig):
+    model_type = "stacked_vl"
+
+
+class StackedVLM(Qwen2_5_VLForConditionalGeneration):
+    config_class = StackedConfig
+
+
+class StackedFamily(Qwen25VL):
+    """Everything but the extra features is inherited. They are a field of the vision output, ``[tokens, hidden]``."""
+
+    model_type = "stacked_vl"
+
+    def encode_visuals(self, vlm: Any, visuals: Visuals) -> VisionOutput:
+        output: Any = super().encode_visuals(vlm, visuals)
+        output.stacked = torch.cat(output.pooler_output)
+        return output  # type: ignore[no-any-return]
+
+    # The feature cache stores one tensor per frame set, so that the extra features are further channels of it.
+
+    def to_cache(self, visual: Any) -> Tensor:
+        return torch.cat([torch.cat(visual.pooler_output), visual.stacked], dim=-1)
+
+    def from_cache(self, features: Tensor, sizes: Sequence[int]) -> VisionOutput:
+        pooled, stacked = features.chunk(2, dim=-1)
+        output: Any = super().from_cache(pooled, sizes)
+        output.stacked = stacked
+        return output  # type: ignore[no-any-return]
+
+    def select(self, visual: Any, entries: Sequence[int]) -> VisionOutput:
+        selected: Any = super().select(visual, entries)
+        parts = visual.stacked.split([len(tokens) for tokens in visual.pooler_output])
+        selected.stacked = torch.cat([parts[entry] for entry in entries])
+        return selected  # type: ignore[no-any-return]
+
+    def add_layer_features(self, hidden: Tensor, layer: int, batch: Batch, visual: Any) -> Tensor:
+        if layer != LAYER or batch.visuals.dummy:  # the tokens of a dummy are in no sequence
+            return hidden
+        return self.added(hidden, batch.visual_tokens, visual)
+
+    def row_states(self, vlm: Any, batch: Batch, inputs: Tensor, visual: Any, *args: Any) -> Tensor:
+        positions = None if batch.visuals.dummy else batch.visual_tokens
+        with self.hooked(vlm, inputs.shape[1], positions, visual):
+            return super().row_states(vlm, batch, inputs, visual, *args)
+
+    def generate(self, vlm: Any, prompts: Any, visuals: Visuals, visual: Any, *args: Any, **kwargs: Any) -> Any:
+        positions = None if visuals.dummy else prompts.token_types.flatten().nonzero().flatten()
+        with self.hooked(vlm, prompts.input_ids.shape[1], positions, visual):
+            return super().generate(vlm, prompts, visuals, visual, *args, **kwargs)
+
+    @contextmanager
+    def hooked(self, vlm: Any, length: int, positions: Tensor | None, visual: Any) -> Iterator[None]:
+        """Add the features to the output of the layer, for inputs of `length` tokens: not to single decoded tokens."""
+
+        def hook(module: Any, args: Any, hidden: Tensor) -> Tensor | None:
+            return (
+                self.added(hidden, positions, visual) if positions is not None and hidden.shape[1] == length else None
+            )
+
+        handle = self.language_model(vlm).layers[LAYER].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def added(self, hidden: Tensor, positions: Tensor, visual: Any) -> Tensor:
+        """``[sequences, length, hidden]`` plus the features at flat `positions`."""
+        return hidden.flatten(0, 1).index_add(0, positions, visual.stacked).view_as(hidden)
+
+
+AutoConfig.register("stacked_vl", StackedConfig, exist_ok=True)
+AutoModelForImageTextToText.register(StackedConfig, StackedVLM, exist_ok=True)
+register_family(StackedFamily())
