@@ -1,4 +1,4 @@
-"""Slots from offsets written by hand: what belongs to which number, whatever the tokens look like."""
+"""Answer tokens from hand-written offsets: the tokens of every number, for any tokenization."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def offsets_of(pieces: list[str]) -> list[tuple[int, int]]:
 
 def test_numbers_places_and_signs(tokenizer: Any) -> None:
     tokens, offsets = encode(tokenizer, ANSWER)
-    slots = find_answer_tokens("grounding", ANSWER, offsets)
-    assert slots.single_digits
-    assert ["".join(tokens[i] for i in indices) for indices in slots.digits] == NUMBERS
-    assert slots.place_values[0] == [10, 1]
-    assert slots.place_values[3] == pytest.approx([10, 1, 0, 0.1])
-    assert slots.place_values[1] == pytest.approx([1, 0, 0.1, 0.01])
-    assert ["-" if tokens[i].endswith("-") else "+" for i in slots.sign] == list(SIGNS)
+    found = find_answer_tokens("grounding", ANSWER, offsets)
+    assert found.single_digits
+    assert ["".join(tokens[i] for i in indices) for indices in found.digits] == NUMBERS
+    assert found.place_values[0] == [10, 1]
+    assert found.place_values[3] == pytest.approx([10, 1, 0, 0.1])
+    assert found.place_values[1] == pytest.approx([1, 0, 0.1, 0.01])
+    assert ["-" if tokens[i].endswith("-") else "+" for i in found.sign] == list(SIGNS)
 
 
 def test_where_is_exactly_the_digits_of_the_numbers(tokenizer: Any) -> None:
@@ -55,12 +55,12 @@ def test_where_is_exactly_the_digits_of_the_numbers(tokenizer: Any) -> None:
 
 
 def test_every_character_a_token() -> None:
-    slots = find_answer_tokens("grounding", PLAIN, offsets_of(list(PLAIN)))
-    assert "".join("." if n < 0 else str(n) for n in slots.number) == MARKS
-    assert [m != "." for m in MARKS] == slots.where.tolist()
-    assert slots.single_digits and slots.sign.tolist() == [5, 18, 23, 26, 29, 32, 35, 38, 41, 44]
-    assert slots.digits == [[6], [19, 20, 21], [24], [27], [30], [33], [36], [39], [42], [45, 46]]
-    assert slots.place_values[1] == [1, 0, 0.1] and slots.place_values[9] == [10, 1] and slots.place_values[0] == [1]
+    found = find_answer_tokens("grounding", PLAIN, offsets_of(list(PLAIN)))
+    assert "".join("." if n < 0 else str(n) for n in found.number) == MARKS
+    assert [m != "." for m in MARKS] == found.where.tolist()
+    assert found.single_digits and found.sign.tolist() == [5, 18, 23, 26, 29, 32, 35, 38, 41, 44]
+    assert found.digits == [[6], [19, 20, 21], [24], [27], [30], [33], [36], [39], [42], [45, 46]]
+    assert found.place_values[1] == [1, 0, 0.1] and found.place_values[9] == [10, 1] and found.place_values[0] == [1]
 
 
 @pytest.mark.parametrize(
@@ -76,27 +76,27 @@ def test_a_token_belongs_to_the_number_whose_digits_it_holds(pieces: list[str], 
     begun = "".join(pieces)
     assert PLAIN.startswith(begun)
     rest = list(PLAIN[len(begun) :])
-    slots = find_answer_tokens("grounding", PLAIN, offsets_of([*pieces, *rest]))
+    found = find_answer_tokens("grounding", PLAIN, offsets_of([*pieces, *rest]))
     tail = [-1 if m == "." else int(m) for m in MARKS[len(begun) :]]
-    assert slots.number.tolist() == number + tail
-    assert slots.where.tolist() == [n >= 0 for n in number + tail]
-    assert not slots.single_digits and len(slots.sign) == 0 and slots.digits == [] and slots.place_values == []
+    assert found.number.tolist() == number + tail
+    assert found.where.tolist() == [n >= 0 for n in number + tail]
+    assert not found.single_digits and len(found.sign) == 0 and found.digits == [] and found.place_values == []
 
 
 def test_one_merged_token_is_enough() -> None:
     """The last of ten numbers, all other digits alone: `81]`, then `8` and `1]`, then ` 8`."""
     for pieces in (["81]"], ["8", "1]"]):
-        slots = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:45], *pieces, "}"]))
-        assert slots.number[45:].tolist() == [9] * len(pieces) + [-1] and not slots.single_digits
-    slots = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:44], " 8", *PLAIN[46:]]))
-    assert slots.number[44:].tolist() == [9, 9, -1, -1] and not slots.single_digits
+        found = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:45], *pieces, "}"]))
+        assert found.number[45:].tolist() == [9] * len(pieces) + [-1] and not found.single_digits
+    found = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:44], " 8", *PLAIN[46:]]))
+    assert found.number[44:].tolist() == [9, 9, -1, -1] and not found.single_digits
 
 
 def test_a_blank_that_offsets_leave_out_belongs_to_the_token_after_it() -> None:
     offsets = offsets_of(list(PLAIN))
     trimmed = [*offsets[:5], *offsets[6:]]  # no token of its own for the blank before 7: the token is " 7"
-    slots = find_answer_tokens("grounding", PLAIN, trimmed)
-    assert slots.number[5] == 0 and slots.where.sum() == 12 and not slots.single_digits
+    found = find_answer_tokens("grounding", PLAIN, trimmed)
+    assert found.number[5] == 0 and found.where.sum() == 12 and not found.single_digits
 
 
 @pytest.mark.parametrize("answer", ["", '{"frame": 1}', ANSWER.replace("3.0, ", ""), ANSWER + " 7"])
@@ -114,10 +114,10 @@ def test_a_number_at_the_very_beginning_has_no_place_for_a_sign() -> None:
 @pytest.mark.parametrize("kind", ["caption", "answer"])
 def test_of_a_text_every_token_but_the_end_of_turn(kind: Any) -> None:
     pieces = ["2", " chairs", ", ", "1.5 m", "<|im_end|>"]
-    slots = find_answer_tokens(kind, "2 chairs, 1.5 m", offsets_of(pieces))
-    assert slots.where.tolist() == [True] * 4 + [False]
-    assert slots.number.tolist() == [-1] * 5  # its digits are no box
-    assert not slots.single_digits and len(slots.sign) == 0 and slots.digits == [] and slots.place_values == []
+    found = find_answer_tokens(kind, "2 chairs, 1.5 m", offsets_of(pieces))
+    assert found.where.tolist() == [True] * 4 + [False]
+    assert found.number.tolist() == [-1] * 5  # its digits are no box
+    assert not found.single_digits and len(found.sign) == 0 and found.digits == [] and found.place_values == []
     empty = find_answer_tokens(kind, "", [(0, 10)])
     assert empty.where.tolist() == [False]
 
@@ -209,11 +209,11 @@ def test_a_tokenizer_without_digits_has_tables_without_digits() -> None:
     assert tables.digit.tolist() == [-1] * 4 and tables.minus.tolist() == [False, False, True, False]
 
 
-def test_digit_slots_are_there(tokenizer: Any) -> None:
+def test_digit_tokens_are_there(tokenizer: Any) -> None:
     require_digit_tokens(tokenizer, "objective.push_term soft_iou")
 
 
-def test_a_digit_that_is_no_token_is_refused() -> None:
+def test_a_digit_that_is_no_token_is_rejected() -> None:
     ten = {str(digit): str(digit) for digit in range(10)}
     require_digit_tokens(Words(unk="?", **ten), "objective.push_term soft_iou")
     del ten["7"]
@@ -224,7 +224,7 @@ def test_a_digit_that_is_no_token_is_refused() -> None:
 
 
 @pytest.mark.parametrize("merged", ["77", "9.9", " 3", "-1", "1]", "8,", "-0."])
-def test_a_single_merged_token_is_refused(merged: str) -> None:
+def test_a_single_merged_token_is_rejected(merged: str) -> None:
     tokenizer = train_tokenizer([ANSWER] * 3)
     tokenizer.add_tokens([merged])
     with pytest.raises(ValueError, match=r"objective.push_term unblocked needs .*Qwen2Tokenizer makes"):

@@ -1,4 +1,4 @@
-"""Slots with tokenizers of every sort: Qwen's rules, byte-level BPE that merges digits, SentencePiece that does or not.
+"""Answer tokens with many tokenizers: Qwen's rules, byte-level BPE that merges digits, SentencePiece that does or not.
 
 All are trained here on answers and descriptions, so that punctuation merges as it does in the real ones.
 """
@@ -54,10 +54,10 @@ def texts() -> list[str]:
     lines = []
     for index in range(400):
         frame, box = int(draw.integers(32)), draw.uniform(-3, 13, 9)
-        thing, side = ("chair", "table", "door")[index % 3], ("left", "right")[index % 2]
+        label, side = ("chair", "table", "door")[index % 3], ("left", "right")[index % 2]
         lines += [
             answer_text(frame, box),
-            question_text(f"the brown {thing} is {side} of the {frame} doors."),
+            question_text(f"the brown {label} is {side} of the {frame} doors."),
         ]
     return lines
 
@@ -111,7 +111,7 @@ def spm(folder: Path, kind: Any, model_type: str, split_digits: bool) -> tuple[A
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
-    """SentencePiece models by name."""
+    """SentencePiece models, with their names as keys."""
     folder = tmp_path_factory.mktemp("spm")
     return {
         "spm split": spm(folder / "0", TokenizersBackend, "unigram", True),
@@ -123,7 +123,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any
 
 @pytest.fixture(scope="module")
 def tokenizers(models: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """All tokenizers by name, with Qwen's chat."""
+    """All tokenizers, with their names as keys and Qwen's chat."""
     made = {"qwen2": qwen(Qwen2Tokenizer), "qwen3_5": qwen(Qwen3_5Tokenizer), "tiny": train_tokenizer(texts())}
     made |= {"gpt2": gpt2(), **{name: model for name, (model, _) in models.items()}}
     for tokenizer in made.values():
@@ -208,42 +208,42 @@ def test_transformers_reads_sentencepiece_as_sentencepiece_does(models: dict[str
 def test_where_and_number(tokenizers: dict[str, Any], name: str) -> None:
     _, offsets = encode(tokenizers[name], ANSWER + "<|im_end|>")
     assert offsets[-1] == (len(ANSWER), len(ANSWER) + 10)
-    slots = find_answer_tokens("grounding", ANSWER, offsets)
-    assert slots.number.tolist() == expected_numbers(offsets)
-    assert slots.where.tolist() == [number >= 0 for number in expected_numbers(offsets)]
-    assert sorted(set(slots.number.tolist())) == list(range(-1, 10))
-    assert slots.single_digits == (name in SPLIT)
+    found = find_answer_tokens("grounding", ANSWER, offsets)
+    assert found.number.tolist() == expected_numbers(offsets)
+    assert found.where.tolist() == [number >= 0 for number in expected_numbers(offsets)]
+    assert sorted(set(found.number.tolist())) == list(range(-1, 10))
+    assert found.single_digits == (name in SPLIT)
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_slots_of_tokenizers_that_split_digits(tokenizers: dict[str, Any], name: str) -> None:
+def test_digit_tokens_of_tokenizers_that_split_digits(tokenizers: dict[str, Any], name: str) -> None:
     tokenizer = tokenizers[name]
     _, offsets = encode(tokenizer, ANSWER)
     ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-    slots = find_answer_tokens("grounding", ANSWER, offsets)
+    found = find_answer_tokens("grounding", ANSWER, offsets)
     tables = token_tables(tokenizer, len(tokenizer))
-    assert slots.place_values == [pytest.approx(places) for places in PLACES]
-    for number, (tokens, places, value) in enumerate(zip(slots.digits, slots.place_values, VALUES, strict=True)):
+    assert found.place_values == [pytest.approx(places) for places in PLACES]
+    for number, (tokens, places, value) in enumerate(zip(found.digits, found.place_values, VALUES, strict=True)):
         digits = [(int(tables.digit[ids[i]]), place) for i, place in zip(tokens, places, strict=True) if place > 0]
         assert min(digit for digit, _ in digits) >= 0
         assert sum(digit * place for digit, place in digits) == pytest.approx(value)
-        assert bool(tables.minus[ids[slots.sign[number]]]) == (SIGNS[number] == "-")
-        assert slots.sign[number] + 1 == tokens[0]
+        assert bool(tables.minus[ids[found.sign[number]]]) == (SIGNS[number] == "-")
+        assert found.sign[number] + 1 == tokens[0]
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_no_slots_where_digits_merge(tokenizers: dict[str, Any], name: str) -> None:
-    slots = find_answer_tokens("grounding", ANSWER, encode(tokenizers[name], ANSWER)[1])
-    assert not slots.single_digits and len(slots.sign) == 0 and slots.digits == [] and slots.place_values == []
+def test_no_digit_tokens_where_digits_merge(tokenizers: dict[str, Any], name: str) -> None:
+    found = find_answer_tokens("grounding", ANSWER, encode(tokenizers[name], ANSWER)[1])
+    assert not found.single_digits and len(found.sign) == 0 and found.digits == [] and found.place_values == []
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *MERGED])
 def test_of_a_caption_all_but_the_end_of_turn(tokenizers: dict[str, Any], name: str) -> None:
     _, offsets = encode(tokenizers[name], DESCRIPTION + "<|im_end|>")
     for kind in ("caption", "answer"):
-        slots = find_answer_tokens(kind, DESCRIPTION, offsets)
-        assert slots.where.tolist() == [True] * (len(offsets) - 1) + [False]
-        assert (slots.number == -1).all() and not slots.single_digits
+        found = find_answer_tokens(kind, DESCRIPTION, offsets)
+        assert found.where.tolist() == [True] * (len(offsets) - 1) + [False]
+        assert (found.number == -1).all() and not found.single_digits
 
 
 # Where the description begins and ends: a leading blank belongs to its token, and so does what merges with its stop.
@@ -294,12 +294,12 @@ def test_tables_of_merged_digits(tokenizers: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_digit_slots_are_there(tokenizers: dict[str, Any], name: str) -> None:
+def test_digit_tokens_are_there(tokenizers: dict[str, Any], name: str) -> None:
     require_digit_tokens(tokenizers[name], "objective.push_term soft_iou")
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_terms_that_need_digit_slots_refuse_by_name(tokenizers: dict[str, Any], name: str) -> None:
+def test_terms_that_need_digit_tokens_raise(tokenizers: dict[str, Any], name: str) -> None:
     kind = {"gpt2": "TokenizersBackend", "spm": "TokenizersBackend", "llama": "LlamaTokenizer"}[name]
     with pytest.raises(ValueError, match=f"^objective.push_term soft_iou needs .*{kind} makes"):
         require_digit_tokens(tokenizers[name], "objective.push_term soft_iou")

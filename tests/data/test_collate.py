@@ -1,4 +1,4 @@
-"""Rows point at the right labels, whatever the batch is made of."""
+"""Answer positions have the right labels in every kind of batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_rows_point_at_the_answers(frontend: Any, batch_of: Any, samples: list[A
         )  # the last token of the prompt predicts the first of the answer
 
 
-def test_slots_point_at_the_digits(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_digit_tokens_point_at_the_digits(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples)
     rows = batch.answer_positions
     tokens = frontend.tokenizer.convert_ids_to_tokens(rows.label.tolist())

@@ -1,4 +1,4 @@
-"""A prepared folder gives back the samples that were written, and refuses what is not whole."""
+"""A prepared folder gives back the samples that were written, and rejects what is not whole."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_reading_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert opened == [] and sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_frame_outside_the_root_is_refused(tmp_path: Path) -> None:
+def test_a_frame_outside_the_root_is_rejected(tmp_path: Path) -> None:
     stray = replace(make(tmp_path)[0], frames=(tmp_path.parent / "x.jpg", tmp_path / "y.jpg"))
     with pytest.raises(ValueError, match="outside the data root"):
         write_samples(tmp_path / "s.parquet", [(0, stray)], tmp_path)
@@ -135,7 +135,7 @@ def changed(file: Path, column: str, value: Any, row: int = 0) -> None:
 
 
 @pytest.mark.parametrize("path", ["../secret.jpg", "/etc/passwd", "posed_images/../../x.jpg"])
-def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, path: str) -> None:
+def test_a_path_that_leaves_the_root_is_rejected(tmp_path: Path, path: str) -> None:
     write(tmp_path / "set", tmp_path)
     changed(tmp_path / "set" / SCENE_FILE, "frames", ["a.jpg", path])
     with pytest.raises(ValueError, match=rf"{SCENE_FILE}: path .* leaves the data root"):
@@ -158,14 +158,14 @@ def test_an_empty_field_is_named(tmp_path: Path, column: str) -> None:
         PreparedSet(tmp_path / "set", tmp_path)
 
 
-def test_a_frame_with_two_poses_is_refused(tmp_path: Path) -> None:
+def test_a_frame_with_two_poses_is_rejected(tmp_path: Path) -> None:
     samples = write(tmp_path / "set", tmp_path)
     changed(tmp_path / "set" / SCENE_FILE, "cam_to_world", [pose.ravel() + 1 for pose in samples[0].cam_to_world])
     with pytest.raises(ValueError, match=f"{SCENE_FILE}: a frame has two poses"):
         PreparedSet(tmp_path / "set", tmp_path)
 
 
-def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+def test_files_that_do_not_belong_together_are_rejected(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     with pytest.raises(ValueError, match="holds no prepared data set"):
         PreparedSet(folder, tmp_path)

@@ -81,7 +81,7 @@ def test_a_width_that_is_no_multiple_of_14_becomes_one() -> None:
 
 
 @pytest.mark.parametrize("width", [0, -14, 100])
-def test_a_target_width_that_is_no_multiple_of_14_is_refused(width: int) -> None:
+def test_a_target_width_that_is_no_multiple_of_14_is_rejected(width: int) -> None:
     with pytest.raises(ValueError, match=f"width {width} must be a positive multiple of 14"):
         resize_frames([noise(28, 28)], width=width, patch=14)
 
@@ -134,22 +134,22 @@ def test_frames_of_unequal_height_are_centred_on_white() -> None:
     assert (both[0, :, 42:] == 1).all()
 
 
-def test_no_frames_are_refused() -> None:
+def test_no_frames_are_rejected() -> None:
     with pytest.raises(ValueError, match="at least one"):
         resize_frames([], width=56, patch=14)
 
 
-def test_an_unknown_mode_is_refused() -> None:
+def test_an_unknown_mode_is_rejected() -> None:
     with pytest.raises(ValueError, match="'stretch'"):
         resize_frames([noise(28, 28)], width=56, patch=14, mode="stretch")
 
 
-def test_a_frame_that_would_vanish_is_refused() -> None:
+def test_a_frame_that_would_vanish_is_rejected() -> None:
     with pytest.raises(ValueError, match="200 x 2 pixels"):
         resize_frames([noise(2, 200)], width=56, patch=14)
 
 
-def test_a_frame_of_floats_is_refused() -> None:
+def test_a_frame_of_floats_is_rejected() -> None:
     with pytest.raises(ValueError, match="float32"):
         resize_frames([np.zeros((28, 28, 3), dtype=np.float32)], width=28, patch=14)
 
@@ -159,6 +159,6 @@ def test_even_crop_cuts_at_bottom_and_right() -> None:
     np.testing.assert_array_equal(even_crop(given), given[:, :, :28, :56])
 
 
-def test_even_crop_refuses_frames_without_one_merged_patch() -> None:
+def test_even_crop_rejects_frames_without_one_merged_patch() -> None:
     with pytest.raises(ValueError, match="70 x 14 pixels"):
         even_crop(np.zeros((1, 3, 14, 70), dtype=np.float32))

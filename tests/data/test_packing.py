@@ -40,7 +40,7 @@ def test_every_sample_is_as_it_is_alone(
     together: int,
     visual: str,
 ) -> None:
-    """Tokens, types, positions, rows, slots; questions of two scenes in turn, a text, a caption, one sample twice."""
+    """Tokens, types, answer positions, digits; questions of two scenes in turn, text, caption, a repeated sample."""
     first, second = questions(samples[0], 3), questions(samples[1], 2)
     chosen = [first[0], second[0], first[1], text_samples[0], second[1], first[2], caption_sample, first[1]]
     batch = pack(chosen, questions_per_scene=together, packing=True, visual=visual)
@@ -134,19 +134,19 @@ def test_frames_in_a_row_are_read_once(
 
 
 def test_options_that_do_not_go_together() -> None:
-    def refused(*options: str) -> str:
+    def rejected(*options: str) -> str:
         with pytest.raises(ValueError) as error:
             load_config(DEMO_RECIPE, list(options))
         return str(error.value)
 
-    unequal = refused("--data.questions_per_scene", "4", "--train.micro_batch", "6")
+    unequal = rejected("--data.questions_per_scene", "4", "--train.micro_batch", "6")
     assert "train.micro_batch is 6" in unequal and "data.questions_per_scene 4" in unequal
     masked = ["--data.questions_per_scene", "2", "--train.micro_batch", "2", "--objective.visual_mask_ratio", "0.1"]
-    assert "objective.visual_mask_ratio" in refused(*masked)
-    assert "data.questions_per_scene" in refused("--data.questions_per_scene", "0")
+    assert "objective.visual_mask_ratio" in rejected(*masked)
+    assert "data.questions_per_scene" in rejected("--data.questions_per_scene", "0")
 
 
-def test_frames_drawn_for_every_sample_are_refused(tmp_path: Any) -> None:
+def test_frames_drawn_for_every_sample_are_rejected(tmp_path: Any) -> None:
     from w2r2_ds.data.dataset import PreparedSet
 
     drawn = object.__new__(PreparedSet)

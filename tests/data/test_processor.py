@@ -1,4 +1,4 @@
-"""One sample to tensors: counts that agree, and refusals that name what is wrong."""
+"""One sample to tensors: counts that agree, and errors that name what is wrong."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ SIZE, GLOBAL = 13, 8
 
 
 def plain(size: int) -> Mixture:
-    """One data set, every sample once per epoch; the sampler looks at no sample."""
+    """One data set, every sample once per epoch; the sampler reads no sample."""
     return Mixture([range(size)], [1.0], [0])  # type: ignore[list-item]
 
 

@@ -1,4 +1,4 @@
-"""Questions about the same frames come together, every sample once per epoch, whatever the sizes of the sets are."""
+"""Questions about the same frames are in one batch, every sample once per epoch, for any sizes of the sets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stream(each: GlobalBatchSampler) -> list[int]:
 
 @settings(max_examples=30)
 @given(SETS, st.sampled_from([2, 3, 4, 8]))
-def test_every_sample_once_per_epoch_in_bins_that_share_frames(counts: list[int], together: int) -> None:
+def test_every_sample_once_per_epoch_in_scene_groups_that_share_frames(counts: list[int], together: int) -> None:
     mixture = scenes(counts)
     size, sets = len(mixture), mixture.frame_sets()
     found = stream(sampler(mixture, together))
@@ -46,12 +46,12 @@ def test_every_sample_once_per_epoch_in_bins_that_share_frames(counts: list[int]
         assert sorted(found[epoch * size : (epoch + 1) * size]) == list(range(size))
     for epoch in range(3):
         begin, end = (-(-each * size // together) for each in (epoch, epoch + 1))
-        bins = [found[number * together : (number + 1) * together] for number in range(begin, end - 1)]
-        whole = sum(len(set(sets[each])) == 1 for each in bins)
+        groups = [found[number * together : (number + 1) * together] for number in range(begin, end - 1)]
+        whole = sum(len(set(sets[each])) == 1 for each in groups)
         # At most one full bin is split to fill the short ones at the ends.
         assert whole >= sum(count // together for count in counts) - 1
         # All of a set that comes in one bin comes at once.
-        assert all(len(set(sets[each])) == 1 + np.count_nonzero(np.diff(sets[each])) for each in bins)
+        assert all(len(set(sets[each])) == 1 + np.count_nonzero(np.diff(sets[each])) for each in groups)
 
 
 @settings(max_examples=30)
@@ -76,7 +76,7 @@ def test_rests_are_combined_whole_where_they_fit() -> None:
         assert kinds == {(1, 3), (2, 2), (4,)}
 
 
-def test_epochs_and_seeds_have_other_bins() -> None:
+def test_epochs_and_seeds_have_other_scene_groups() -> None:
     mixture = scenes([7, 9, 6, 2])
     found = stream(sampler(mixture, 4))
     epochs = {tuple(found[begin : begin + 24]) for begin in range(0, 96, 24)}
@@ -90,6 +90,6 @@ def test_one_question_per_scene_leaves_the_order_alone() -> None:
     assert stream(sampler(mixture, 1)) == [int(i) for epoch in range(6) for i in mixture.epoch(3, epoch)][: 24 * 6]
 
 
-def test_a_micro_batch_is_made_of_whole_bins() -> None:
+def test_a_micro_batch_is_made_of_whole_scene_groups() -> None:
     with pytest.raises(AssertionError):
         sampler(scenes([8]), 4, micro_batch=2)

@@ -1,4 +1,4 @@
-"""What is looked at before the work starts: every frame file once, and its end; every text, and how long it is."""
+"""Checks before the run: every frame file once, and its end; every text, and its length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two evaluations into one folder: the second is refused on all of its ranks, by name."""
+"""Two evaluations into one folder: the second raises an error on all of its ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def work(folder: Path) -> None:
         said.append(enter(rank, folder))
         dist.barrier()
         if rank == 0 and number == 0:
-            (folder / "refused").touch()
+            (folder / "rejected").touch()
             while (folder / f"{NAME}.lock").exists():
                 time.sleep(0.05)
         dist.barrier()  # rank 1 does not look: it could take rank 0's new lock for the old one
@@ -47,10 +47,10 @@ def work(folder: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_all_ranks_are_refused_and_one_of_them_holds_the_lock(tmp_path: Path) -> None:
+def test_all_ranks_are_rejected_and_one_of_them_holds_the_lock(tmp_path: Path) -> None:
     with locked(tmp_path / f"{NAME}.lock", "other", "wait"):
         ranks = start_ranks(2, Path(__file__), tmp_path, free_port())
-        while not (tmp_path / "refused").exists():
+        while not (tmp_path / "rejected").exists():
             assert [rank.poll() for rank in ranks] == [None, None], (tmp_path / "output.txt").read_text()
             time.sleep(0.05)
     while None in [rank.poll() for rank in ranks]:

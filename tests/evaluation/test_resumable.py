@@ -35,7 +35,7 @@ def test_any_number_of_ranks_goes_on_with_what_another_left(tmp_path: Path) -> N
     assert parts.merge(IDS[2:4]) == [answer("s2"), answer("s3")]
 
 
-def test_shares_do_not_overlap_whoever_sees_more() -> None:
+def test_shares_do_not_overlap_if_ranks_list_different_parts() -> None:
     done = {"s1": 0, "s4": 0}
     both = share(IDS, {}, 0, 2) + share(IDS, done, 1, 2)
     assert sorted(both) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -84,14 +84,14 @@ def test_missing_answers_are_counted(tmp_path: Path) -> None:
         ({"new": 1}, "new is"),
     ],
 )
-def test_parts_of_another_run_are_refused(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+def test_parts_of_another_run_are_rejected(tmp_path: Path, change: dict[str, Any], field: str) -> None:
     work(Parts(tmp_path, RUN), 0, 1, 1)
     Parts(tmp_path, dict(reversed(RUN.items())))
     with pytest.raises(ValueError, match=field):
         Parts(tmp_path, RUN | change)
 
 
-def test_parts_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
+def test_parts_of_an_unknown_run_are_rejected(tmp_path: Path) -> None:
     work(Parts(tmp_path, RUN), 0, 1, 1)
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match=r"unknown run \(run.json is missing\); remove it"):

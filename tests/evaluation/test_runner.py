@@ -88,7 +88,7 @@ def test_geometry_reaches_the_answer(loaded: Any, prompts: list[Any]) -> None:
     assert model.merge_zeros(features) is None
 
 
-def test_greedy_means_greedy_whatever_the_model_directory_says(loaded: Any, prompts: list[Any]) -> None:
+def test_decoding_is_greedy_with_any_generation_config(loaded: Any, prompts: list[Any]) -> None:
     plain = answers(loaded, prompts, "fused", 4)
     generation = loaded[1].base.generation_config
     before = generation.repetition_penalty
@@ -99,7 +99,7 @@ def test_greedy_means_greedy_whatever_the_model_directory_says(loaded: Any, prom
         generation.repetition_penalty = before
 
 
-def test_an_unknown_geometry_is_refused(loaded: Any, prompts: list[Any]) -> None:
+def test_an_unknown_geometry_is_rejected(loaded: Any, prompts: list[Any]) -> None:
     with pytest.raises(ValueError, match="--geometry is 'none'; it is one of fused, zero"):
         answers(loaded, prompts, "none", 1)
 
@@ -146,7 +146,7 @@ def test_shuffled_geometry_is_another_rooms(loaded: Any, trained: Path, tmp_path
     assert lines == list(answerer.records(whole[:2]))
 
 
-def test_finished_answers_are_kept_and_other_options_refused(
+def test_finished_answers_are_kept_and_other_options_rejected(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stops while it scores has all its answers; the next one asks for none."""
@@ -179,7 +179,7 @@ def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path:
         all_samples(find_sets(twice))
 
 
-def test_a_protocol_that_does_not_apply_is_refused_before_the_model_is_loaded(
+def test_a_protocol_that_does_not_apply_is_rejected_before_the_model_is_loaded(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("w2r2_ds.evaluation.runner.load_model", lambda *_: pytest.fail("the model was loaded"))
@@ -217,7 +217,7 @@ def torn_copy(trained: Path, folder: Path) -> Path:
     return folder / "run" / "checkpoints" / f"step-{STEPS:06d}"
 
 
-def test_a_checkpoint_without_its_description_is_refused_by_name(trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_description_is_rejected(trained: Path, tmp_path: Path) -> None:
     torn = torn_copy(trained, tmp_path)
     (torn / "checkpoint.json").unlink()
     with pytest.raises(ValueError, match=rf"{torn.name} holds no complete checkpoint \(checkpoint.json is missing\)"):
@@ -225,7 +225,7 @@ def test_a_checkpoint_without_its_description_is_refused_by_name(trained: Path, 
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
-def test_a_checkpoint_with_torn_tensors_is_refused_by_name(trained: Path, tmp_path: Path, damage: str) -> None:
+def test_a_checkpoint_with_torn_tensors_is_rejected(trained: Path, tmp_path: Path, damage: str) -> None:
     file = torn_copy(trained, tmp_path) / "trainable.safetensors"
     content = file.read_bytes()
     file.unlink()
@@ -238,12 +238,12 @@ def test_a_checkpoint_with_torn_tensors_is_refused_by_name(trained: Path, tmp_pa
 
 
 @pytest.mark.parametrize("option", ["limit", "batch_size", "max_new_tokens"])
-def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(tmp_path: Path, option: str) -> None:
+def test_numbers_that_mean_nothing_are_rejected_before_anything_is_loaded(tmp_path: Path, option: str) -> None:
     with pytest.raises(ValueError, match=f"--{option} is -1; it must be at least"):
         evaluate(tmp_path / "nowhere", tmp_path, **{option: -1})  # type: ignore[arg-type]
 
 
-def test_a_folder_without_a_run_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path} holds no complete checkpoint"):
         evaluate(tmp_path, tmp_path / "out")
 
@@ -276,14 +276,14 @@ def test_data_and_models_may_lie_elsewhere(
 ) -> None:
     scores = evaluate(trained, tmp_path / "home", max_new_tokens=8, limit=2)
     options = [text for name, value in elsewhere.items() for text in (f"--{name}", value)]
-    for index, stranger in enumerate(moved_runs):
+    for index, other in enumerate(moved_runs):
         out = tmp_path / str(index)
-        named = ["--checkpoint", str(stranger), "--out", str(out), "--limit", "2", "--max_new_tokens", "8"]
+        named = ["--checkpoint", str(other), "--out", str(out), "--limit", "2", "--max_new_tokens", "8"]
         assert evaluate_main([*named, *options]) == 0
         found = json.loads(capsys.readouterr().out)
         (place,) = found["data"]
         assert place["path"].startswith(elsewhere["root"]) and place["manifest"] == scores["data"][0]["manifest"]
-        assert found == scores | {"checkpoint": str(stranger), "data": [place]}
+        assert found == scores | {"checkpoint": str(other), "data": [place]}
         predictions = [folder / "predictions-scanrefer-fused.jsonl" for folder in (out, tmp_path / "home")]
         assert predictions[0].read_text() == predictions[1].read_text()
 

@@ -83,8 +83,8 @@ def test_world_answers() -> None:
     for protocol in ("vgllm-direct", "vgllm", "scanrefer/vgllm_ZXY"):
         with pytest.raises(ValueError, match="boxes in camera coordinates, but these answers are in world coordinates"):
             choose_protocols([protocol], [record])
-    (refused,) = records([(sample, camera_answer(sample))])
-    assert world_box(refused) is None
+    (rejected,) = records([(sample, camera_answer(sample))])
+    assert world_box(rejected) is None
     with pytest.raises(ValueError, match="mix camera and world"):
         choose_protocols([], [record, *records([(grounding(), "")])])
 
@@ -156,7 +156,7 @@ def test_detection() -> None:
     assert headline({"detection/f1": result})["detection/f1 F1@0.5"] == pytest.approx(2 / 3)
 
 
-def test_protocols_are_refused_by_name(grounded: list[dict[str, Any]]) -> None:
+def test_protocols_are_rejected(grounded: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=r"Protocol scanqa/leo scores scanqa, but these are answers of scanrefer\."):
         score_records(grounded, ["scanqa/leo"])
     with pytest.raises(ValueError, match="no protocol 'scanrefer/leo'"):
@@ -169,7 +169,7 @@ def test_protocols_are_refused_by_name(grounded: list[dict[str, Any]]) -> None:
     ]
 
 
-def test_misleading_sets_are_refused(grounded: list[dict[str, Any]]) -> None:
+def test_misleading_sets_are_rejected(grounded: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="no predictions"):
         score_records([])
     with pytest.raises(ValueError, match="1 samples have more than one prediction"):

@@ -1,4 +1,4 @@
-"""--geometry shuffle: right 2D features, another scene's geometry, the same whatever the batch."""
+"""--geometry shuffle: right 2D features, another scene's geometry, independent of the batch."""
 
 from __future__ import annotations
 

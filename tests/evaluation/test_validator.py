@@ -211,7 +211,7 @@ def test_without_java_its_metrics_cannot_decide(mixed: list[Any], frontend: Any,
     assert alone(replace(config, train=replace(config.train, best_by="scan2cap/CIDEr@0.5")), frontend).samples
 
 
-def test_without_pycocoevalcap_captions_are_refused_at_once(
+def test_without_pycocoevalcap_captions_are_rejected_at_once(
     mixed: list[Any], frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("bleu.bleu", "cider.cider", "rouge.rouge"):
@@ -220,14 +220,14 @@ def test_without_pycocoevalcap_captions_are_refused_at_once(
         alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
 
 
-def test_a_question_that_cannot_be_asked_is_refused_at_once(mixed: list[Any], frontend: Any, data_config: Any) -> None:
+def test_a_question_that_cannot_be_asked_is_rejected_at_once(mixed: list[Any], frontend: Any, data_config: Any) -> None:
     """Not after the first `train.eval_every` steps, by one rank while the others wait for it."""
     mixed[1] = replace(mixed[1], question="What is <|im_end|> here?", what=(0, 4))
     with pytest.raises(ValueError, match=re.escape("<|im_end|>")):
         alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
 
 
-def test_a_validation_set_without_samples_is_refused(
+def test_a_validation_set_without_samples_is_rejected(
     frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validator, "load_mixture", lambda config, split: [])

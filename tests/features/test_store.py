@@ -112,7 +112,7 @@ def test_two_processes_write_one_key_at_once(cache: Cache) -> None:
 
 
 def test_a_writer_is_killed(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
-    """At any moment: then there is the whole file or none, and what it left aside goes after an hour."""
+    """At any moment: then there is the whole file or none, and its temporary file is removed after an hour."""
     for pause in range(12):
         process = fork_writer(cache, 6, 10**6)
         time.sleep(0.02 + 0.003 * pause)
@@ -236,15 +236,15 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(cache: Cache) -> None:
 def test_a_cache_that_only_may_be_read_serves(
     cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As another user's; root may do everything, so the kernel's refusal is put in its place."""
+    """As another user's; root may do everything, so the kernel's error is put in its place."""
 
-    def refuse(*args: Any, **keywords: Any) -> None:
+    def fail(*args: Any, **keywords: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     cache.write(key(1), features(1), {})
     read = cache.read(key(1))
     assert read is not None and torch.equal(read, features(1))
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     monkeypatch.setattr(lookup, "_warned", set())
     for number in (2, 3):
         Cached(cache, key(number), {}, None).keep(features(number))
@@ -266,7 +266,7 @@ def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> No
         try:
             with said.open("w") as output:
                 logging.getLogger("w2r2_ds.features").handlers = [logging.StreamHandler(output)]
-                os.chdir(cache.folder)  # as whom the folders above let nobody through
+                os.chdir(cache.folder)  # a user that cannot enter the folders above
                 if os.geteuid() == 0:
                     os.setuid(65534)
                 here = Cache(Path(), BIG)

@@ -147,10 +147,10 @@ def test_what_is_not_computed_counts_for_no_speed(
 def test_a_cache_that_may_not_be_listed_ends_no_run(
     samples: list[Any], loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def refuse(cache: Cache) -> int:
+    def fail(cache: Cache) -> int:
         raise PermissionError(13, "Permission denied", "another's")
 
-    monkeypatch.setattr(Cache, "size", refuse)
+    monkeypatch.setattr(Cache, "size", fail)
     assert cache_use([loaded(samples)]) == {"cache_hits": 0}
     assert describe_cache(Cache(tmp_path, 2**30)).endswith(": size unknown, another's cannot be listed")
 
@@ -211,7 +211,7 @@ def test_a_rank_calls_the_tower_as_often_as_the_one_that_lacks_most(
     assert calls["2d"] == 8
 
 
-def test_loader_processes_look_things_up(
+def test_loader_processes_look_features_up(
     samples: list[Any],
     frontend: VlmFrontend,
     model_config: ModelConfig,

@@ -1,4 +1,4 @@
-"""What a configuration's cache depends on, and what it refuses."""
+"""What a configuration's cache depends on, and what it rejects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tenso
     return str(target)
 
 
-def test_whatever_the_features_depend_on_is_in_the_key(
+def test_everything_that_changes_features_is_in_the_key(
     model_config: ModelConfig, data_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_bit(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -107,7 +107,7 @@ def test_the_weights_of_a_hub_id_are_fetched_before_they_are_loaded(
         model_weights("Qwen/some-vlm")
 
 
-def test_a_folder_that_cannot_be_made_is_refused(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_rejected(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"data\.cache is .*/file/cache, which cannot be made \(.*\); name another"):
         open_cache(data_config(cache=str(tmp_path / "file" / "cache")), model_config)

@@ -179,7 +179,7 @@ def test_position_embeddings() -> None:
     assert position_embeddings([], 4).shape == position_embeddings([0], 4).shape == (0, 4)
 
 
-def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+def test_a_width_that_heads_do_not_divide_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"cross_attention, which needs a width divisible by 8, .* 12; choose add"):
         make_fusion("cross_attention", 12)
 
@@ -236,7 +236,7 @@ def test_modules_are_called_once_however_many_images(name: str) -> None:
 
 @pytest.mark.parametrize("name", KEEPERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_geometry_is_the_stock_vlm_whatever_the_weights(name: str, dtype: torch.dtype) -> None:
+def test_zero_geometry_is_the_stock_vlm_for_any_weights(name: str, dtype: torch.dtype) -> None:
     fusion = shaken(name, dtype=dtype)
     visual = tokens()[0].to(dtype)
     assert fusion(visual, None, SIZES) is visual

@@ -117,7 +117,7 @@ def test_position_ids_equal_those_of_the_forward(
     assert torch.equal(explicit[used], implicit[used])
 
 
-def test_position_ids_refuse_what_would_be_silently_wrong(tokenizer: Any, visual_inputs: Any, tiny_dir: Path) -> None:
+def test_position_ids_reject_what_would_be_silently_wrong(tokenizer: Any, visual_inputs: Any, tiny_dir: Path) -> None:
     model = meta_model(tiny_dir)
     inputs = visual_inputs(model.config, tokenizer, "image")
     ids, types, grid = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]

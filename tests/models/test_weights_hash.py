@@ -41,7 +41,7 @@ def test_trained_weights_are_others(model_config: Any, copy: Path) -> None:
     assert weights_identity(copy) != weights_identity(model_config.vlm)
 
 
-def test_a_checkpoint_of_another_model_of_equal_size_is_refused_by_name(model_config: Any, copy: Path) -> None:
+def test_a_checkpoint_of_another_model_of_equal_size_is_rejected(model_config: Any, copy: Path) -> None:
     ours = build_model(model_config, torch.device("cpu"), 0)
     saved = fingerprint(ours)
     check_fingerprint(saved, ours, Path("checkpoint.json"))

@@ -165,21 +165,21 @@ def test_gradient_of_numbers_matches_finite_differences(batch: Any, tables: Any)
     assert torch.autograd.gradcheck(numbers, (logits,), eps=1e-6, atol=1e-7, fast_mode=True)
 
 
-def test_gradient_reaches_digit_slots_and_signs_alone(batch: Any, tables: Any) -> None:
+def test_gradient_reaches_digit_tokens_and_signs_alone(batch: Any, tables: Any) -> None:
     """And there digit tokens and minus tokens alone. Log-probabilities are leaves here, so nothing is normalised."""
     rows = batch.answer_positions
     log_p = torch.log_softmax(noise(batch, tables, trust=2.0), -1).requires_grad_()
     expected_numbers(log_p, rows, tables).sum().backward()
     assert log_p.grad is not None
     touched = log_p.grad.abs().sum(-1) > 0
-    slots = torch.zeros_like(touched)
-    slots[rows.digit[(rows.digit >= 0) & (rows.place_value > 0)]] = True
+    digits = torch.zeros_like(touched)
+    digits[rows.digit[(rows.digit >= 0) & (rows.place_value > 0)]] = True
     signs = torch.zeros_like(touched)
     signs[rows.sign.flatten()] = True
-    assert slots.sum() == rows.where.sum()
-    assert torch.equal(touched, slots | signs)
-    assert not log_p.grad[slots & ~signs][:, tables.digit < 0].any()
-    assert not log_p.grad[signs & ~slots][:, ~tables.minus].any()
+    assert digits.sum() == rows.where.sum()
+    assert torch.equal(touched, digits | signs)
+    assert not log_p.grad[digits & ~signs][:, tables.digit < 0].any()
+    assert not log_p.grad[signs & ~digits][:, ~tables.minus].any()
 
 
 def test_overlap_is_that_of_the_expected_box_in_the_labels_frame(

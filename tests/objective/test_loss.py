@@ -1,4 +1,4 @@
-"""The total, for every reading: it does not depend on how samples are put into batches, and detached means detached."""
+"""The total, for every push term: it does not depend on the composition of batches, and detached means detached."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_token_reduction_is_the_mean_over_tokens(
     """VG-LLM's: each row has the same share of the gradient."""
     result = total(samples, push="none", reduction="token")
     rows = batch_of(samples).answer_positions
-    # d(-log p) / d logit of the label is p - 1, whatever the sample's length.
+    # d(-log p) / d logit of the label is p - 1, for any length of the sample.
     slopes = result.fused[torch.arange(len(rows.label)), rows.label]
     assert ((slopes > -1) & (slopes < 0)).all()
     one = total(samples[:1], push="none", reduction="token")

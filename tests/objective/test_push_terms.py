@@ -1,4 +1,4 @@
-"""The readings of Eq. 6 as pure functions: hand values, finite differences, where they are zero, never NaN."""
+"""Push terms as pure functions: hand values, finite differences, where they are zero, never NaN."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_gradient_against_finite_differences(inputs: PushInputs, name: str) -> N
     leaves = leaves_of(inputs)
 
     def total(*leaves: Tensor) -> Tensor:
-        # The constant keeps a graph for readings without one.
+        # The constant keeps a graph for push terms without one.
         return push_term(name)(differentiable(inputs, leaves)) + 0 * leaves[0].sum()
 
     assert torch.autograd.gradcheck(total, leaves, atol=1e-8, rtol=1e-6)

@@ -42,7 +42,7 @@ def test_decoded_words_by_the_configured_measure(
     assert score.valid.tolist() == [True, True, True]
 
 
-def test_teacher_forced_labels_are_right_whatever_their_kind(
+def test_teacher_forced_labels_are_right_for_every_kind(
     batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any, frontend: Any
 ) -> None:
     batch = batch_of([samples[0], caption_sample, answer_sample])

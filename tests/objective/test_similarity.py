@@ -198,10 +198,10 @@ def mixed(batch_of: Any, samples: list[Any]) -> Any:
     return batch_of([caption, samples[1], answer])
 
 
-def test_samples_without_number_slots_have_none_and_disturb_none(
+def test_samples_without_numbers_have_none_and_disturb_none(
     mixed: Any, batch_of: Any, samples: list[Any], tables: Any, frontend: Any
 ) -> None:
-    """Row 0, to which absent numbers point, is the caption's: whatever is predicted there is no number."""
+    """Row 0, to which absent numbers point, is the caption's: a prediction there is not a number."""
     rows = mixed.answer_positions
     assert has_numbers(rows).tolist() == [False, True, False]
     labels, _ = grounding_similarity(rows.label, mixed, tables)
@@ -217,7 +217,7 @@ def test_samples_without_number_slots_have_none_and_disturb_none(
         assert valid.tolist() == [False, True, False]
 
 
-def test_slots_of_no_width_at_all(mixed: Any, tables: Any) -> None:
+def test_digit_tokens_of_no_width_at_all(mixed: Any, tables: Any) -> None:
     rows = mixed.answer_positions
     empty = replace(
         rows, digit=rows.digit[..., :0], place_value=rows.place_value[..., :0], sign=torch.zeros_like(rows.sign)
@@ -286,7 +286,7 @@ def test_texts_of_teacher_forced_predictions(mixed: Any, frontend: Any) -> None:
 
 def test_mixed_batch(mixed: Any, tables: Any) -> None:
     grounding, _ = grounding_similarity(mixed.answer_positions.label, mixed, tables)
-    texts = ["7 blue chairs.", "nothing to be looked at", "Brown."]
+    texts = ["7 blue chairs.", "this text is not used", "Brown."]
     text = text_similarity(texts, mixed.answers, mixed.tasks, mixed.kinds, "rouge_l", "exact_match")
     assert has_text(mixed)
     assert similarity(grounding, text).tolist() == [pytest.approx(2 / 3), float(grounding[1]), 1.0]

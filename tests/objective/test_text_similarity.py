@@ -82,7 +82,7 @@ def test_texts_of_articles_and_punctuation_alone_have_no_words_for_f1() -> None:
 
 
 def test_batch_of_kinds() -> None:
-    predictions = ["red chair", "not looked at", "red chair", "Two."]
+    predictions = ["red chair", "not used", "red chair", "Two."]
     references = ["red sofa", "", "red sofa", "two"]
     kinds = ("caption", "grounding", "answer", "answer")
     tasks = ("scan2cap", "scanrefer", "scanqa", "scanqa")

@@ -52,7 +52,7 @@ def plain_greedy(sets: list[set[int]], count: int, ratio: float) -> list[int]:
 
 def test_voxels_of_a_wall(scene: Scene) -> None:
     # Frame 0 stands at (1, 2, 1.5) and measures a wall 3 m along y. Pixels are 0.075 m apart there, so no voxel of
-    # x = 1 -+ 31.5 * 0.075 = -1.3625 .. 3.3625 and z = 1.5 -+ 23.5 * 0.075 = -0.2625 .. 3.2625 is left out.
+    # x = 1 -+ 31.5 * 0.075 = -1.3625 .. 3.3625 and z = 1.5 -+ 23.5 * 0.075 = -0.2625 .. 3.2625 is not covered.
     found = cells(frame_voxels(scene.frames[0], INTRINSIC, 0.1))
     assert {tuple(cell) for cell in found.tolist()} == set(itertools.product(range(-14, 35), [50], range(-3, 34)))
     assert len(found) == 49 * 37

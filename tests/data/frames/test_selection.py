@@ -183,7 +183,7 @@ def test_every_protocol_chooses_from_the_scene(scene: Scene, tmp_path: Path) -> 
         elif protocol == "scene_sets":
             assert chosen in scene_sets(5, 3, 4, 0, SCENE) and 1 in chosen
         else:
-            assert chosen == expected[protocol]  # whatever the object
+            assert chosen == expected[protocol]  # for every object
         assert select_frames(options, scene, "chair", frozenset()) is None
 
 

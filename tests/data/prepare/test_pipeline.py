@@ -1,4 +1,4 @@
-"""Whole preparations: what is written, reused, refused, resumed; nothing disappears without a record."""
+"""Whole preparations: what is written, reused, rejected, resumed; nothing disappears without a record."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_objects_of_validation_are_what_is_counted(scenes: Path, monkeypatch: py
     assert (counts["objects"], counts["published"]["met"], counts["samples"]) == (2, True, 2)
 
 
-def test_the_same_is_reused_and_another_is_refused(scenes: Path) -> None:
+def test_the_same_is_reused_and_another_is_rejected(scenes: Path) -> None:
     out = scenes / "out"
     assert not prepare(scenes, DEPTH, out, quiet=True).reused
     before = contents(out)

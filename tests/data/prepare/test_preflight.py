@@ -1,4 +1,4 @@
-"""What --check and --dry_run say, and the commands around them."""
+"""Output of --check and --dry_run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_missing_and_truncated_file_is_listed(complete: Path) -> None:
 
 
 def test_from_nothing(tmp_path: Path) -> None:
-    """Before anything is here, what every scene needs is listed too, though nobody knows the scenes."""
+    """Before anything is here, what every scene needs is listed too, though the scenes are not known yet."""
     nowhere = found(tmp_path)
     files = {"ScanRefer/ScanRefer_filtered_train.json", "scannetv2-labels.combined.tsv"}
     assert set(nowhere) == files | {
@@ -86,7 +86,7 @@ def test_files_and_scenes_that_are_not_there(complete: Path) -> None:
         (
             "scannetv2-labels.combined.tsv",
             "embodiedscan/embodiedscan_infos_train.pkl",
-            f"posed_images/{SCENE}/00001.jpg",  # without all files, the scenes that were extracted are looked at
+            f"posed_images/{SCENE}/00001.jpg",  # without all files, the extracted scenes are checked
         ),
         "missing",
     )

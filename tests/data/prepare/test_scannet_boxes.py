@@ -20,7 +20,7 @@ VERTICES = np.array(
         [1, 2, 3],
         [0.5, -1, 1],  # segment 20: objects 0 and 1, so 1 has it
         [2, 1, 0],  # segment 30: object 1
-        [9, 9, 9],  # segment 40: nobody's
+        [9, 9, 9],  # segment 40: of no object
         [0.5, -1, 1],  # segment 20 again: merging equal vertices would shift all that follow
         [4, 4, 4],  # segment 50: object 3
         [5, 6, 7],
@@ -31,14 +31,14 @@ SEGMENTS = [10, 10, 20, 30, 40, 20, 50, 50]
 GROUPS = [
     {"objectId": 3, "label": "closet wall", "segments": [50]},
     {"objectId": 0, "label": "office chair", "segments": [10, 20]},
-    {"objectId": 1, "label": "thing", "segments": [30, 20, 20]},
+    {"objectId": 1, "label": "misc", "segments": [30, 20, 20]},
     {"objectId": 2, "label": "lamp", "segments": [77]},  # no vertex
 ]
 # ALIGN maps (x, y, z) to (0.5 - y, x - 2, z + 0.25).
 ROWS = np.array(
     [
         [-0.5, -1.5, 1.75, 2, 1, 3, 5, 0],  # (0.5, -2, 0.25) and (-1.5, -1, 3.25)
-        [0.5, -0.75, 0.75, 2, 1.5, 1, 0, 1],  # (1.5, -1.5, 1.25) and (-0.5, 0, 0.25); "thing" is in no table
+        [0.5, -0.75, 0.75, 2, 1.5, 1, 0, 1],  # (1.5, -1.5, 1.25) and (-0.5, 0, 0.25); "misc" is in no table
         [0, 0, 0, 0, 0, 0, 0, 0],
         [-4.5, 2.5, 5.75, 2, 1, 3, 1, 3],  # (-3.5, 2, 4.25) and (-5.5, 3, 7.25)
     ]
@@ -157,7 +157,7 @@ def test_a_broken_file_is_named(scan: Path, which: str, content: str, message: s
     assert f"scans/{SCENE}/{SCENE}" in str(caught.value)
 
 
-def test_a_cut_mesh_is_refused(scan: Path) -> None:
+def test_a_cut_mesh_is_rejected(scan: Path) -> None:
     path = files(scan)["mesh"]
     whole = path.read_bytes()
     header = whole.index(b"end_header\n") + 11
@@ -167,6 +167,6 @@ def test_a_cut_mesh_is_refused(scan: Path) -> None:
             write_boxes(scan, SCENE)
 
 
-def test_an_unsafe_scene_id_is_refused(scan: Path) -> None:
+def test_an_unsafe_scene_id_is_rejected(scan: Path) -> None:
     with pytest.raises(ValueError, match="letters, digits and underscores"):
         write_boxes(scan, "../up")

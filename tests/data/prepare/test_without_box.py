@@ -1,4 +1,4 @@
-"""`--skip_without_box`: items that name objects without a box are left out, counted and recorded; else refused."""
+"""`--skip_without_box`: items that name objects without a box are skipped, counted and recorded; otherwise an error."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_unique_and_multiple_are_still_those_of_all_annotations(scenes: Path) ->
 
 
 def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was refused goes on with what is done; what left items out is no answer to who wants all of them."""
+    """A rejected preparation continues with finished shards; shards with skipped items are not reused without it."""
     worked, real = [], preparing.prepare_scene
 
     def outcomes(root: Path, options: TaskOptions, job: Any, **rest: Any) -> Any:
@@ -106,7 +106,7 @@ def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.Mo
         prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
     with pytest.raises(ValueError, match="1 annotations do not belong"):
         prepare(scenes, DEPTH, scenes / "out", quiet=True)
-    assert worked[3:] == [SECOND, SECOND], "a shard with something left out is not whole for everybody"
+    assert worked[3:] == [SECOND, SECOND], "a shard with skipped items is not complete for every preparation"
     monkeypatch.undo()
     done = prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
     assert prepare(scenes, DEPTH, done.folder, skip_without_box=True, quiet=True).reused
@@ -122,7 +122,7 @@ def test_the_command_has_it(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_two_preparations_of_one_folder(scenes: Path) -> None:
-    """The second is refused, and what the first one has there is left alone."""
+    """The second is rejected, and what the first one has there is left alone."""
     with locked(scenes / "out.lock", "first", "wait"):
         with pytest.raises(
             ValueError, match=r"out is being prepared by process \d+ on .*, or give --out another folder"

@@ -100,7 +100,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
             read_scanrefer(path)
 
 
-def test_files_without_entries_are_refused(tmp_path: Path) -> None:
+def test_files_without_entries_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"annotations\.json holds an empty list"):
         read_scanrefer(written(tmp_path, []))
     with pytest.raises(ValueError, match=r"none\.json does not exist.*ScanQA"):

@@ -1,4 +1,4 @@
-"""EmbodiedScan's infos: what is read, what is skipped, what is refused."""
+"""EmbodiedScan's infos: what is read, what is skipped, what is rejected."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_another_file_is_named(tmp_path: Path, whole: Any, message: str) -> None
     assert "embodiedscan_infos_train.pkl" in str(caught.value)
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_runs_code_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "embodiedscan_infos_train.pkl"
     path.write_bytes(b"cos\nsystem\n(Vexit 1\ntR.")
     with pytest.raises(ValueError, match=r"embodiedscan_infos_train\.pkl names os\.system"):

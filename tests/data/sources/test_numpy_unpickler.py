@@ -134,7 +134,7 @@ PAYLOADS = {
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_a_named_callable_is_refused_and_not_run(tmp_path: Path, name: str) -> None:
+def test_a_named_callable_is_rejected_and_not_run(tmp_path: Path, name: str) -> None:
     content, named = PAYLOADS[name]
     path = written(tmp_path, content)
     before = set(sys.modules)
@@ -174,7 +174,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_other_streams_are_refused(tmp_path: Path, name: str) -> None:
+def test_other_streams_are_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"infos\.pkl .*an infos file"):
         load_plain(written(tmp_path, BROKEN[name]), "an infos file")
 

@@ -1,4 +1,4 @@
-"""Proposed boxes: what is read and what is refused."""
+"""Proposed boxes: what is read and what is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading ScanNet's layout, and what is said when it is broken."""
+"""Reading ScanNet's layout, and errors of damaged folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_scene_is_read_and_aligned(root: Path) -> None:
 
 
 @pytest.mark.parametrize("scene_id", ["../secret", "a/b", "", "scene0000_00\n", "a.b"])
-def test_unsafe_scene_ids_are_refused(root: Path, scene_id: str) -> None:
+def test_unsafe_scene_ids_are_rejected(root: Path, scene_id: str) -> None:
     with pytest.raises(ValueError, match="letters, digits and underscores"):
         load_scene(root, scene_id)
 
@@ -89,13 +89,13 @@ def test_a_truncated_array_is_named(root: Path) -> None:
         (np.array([[0, 0, 0, 1, 1, 1, 5, 2]] * 2), "row 1 repeats object id 2"),
     ],
 )
-def test_bad_boxes_are_refused(root: Path, rows: np.ndarray, message: str) -> None:
+def test_bad_boxes_are_rejected(root: Path, rows: np.ndarray, message: str) -> None:
     np.save(root / "scannet_data" / f"{SCENE}_aligned_bbox.npy", rows)
     with pytest.raises(ValueError, match=message):
         load_scene(root, SCENE)
 
 
-def test_pickled_arrays_are_refused(root: Path) -> None:
+def test_pickled_arrays_are_rejected(root: Path) -> None:
     np.save(root / "scannet_data" / f"{SCENE}_aligned_bbox.npy", np.array([{"a": 1}]), allow_pickle=True)
     with pytest.raises(ValueError, match="not a readable array"):
         load_scene(root, SCENE)

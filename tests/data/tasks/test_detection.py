@@ -29,7 +29,7 @@ def test_objects_by_hand(root: Path) -> None:
     write_infos(root)
     first, second = prepared_items(root, "detection", **HAND)
     assert [each.id for each in (first, second)] == [f"{SCENE}|00000", f"{SCENE}|00001"]
-    # Frame 0 sees the wall and the chair, frame 1 the table too; the wall is left out. A yaw of 0.3 is, in a level
+    # Frame 0 sees the wall and the chair, frame 1 the table too; the wall is skipped. A yaw of 0.3 is, in a level
     # camera, a1 = 90 degrees - 0.3 and a0 = -a2 = 90 degrees.
     assert first.answer == (
         "```json\n[\n"

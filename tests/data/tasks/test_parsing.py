@@ -76,7 +76,7 @@ def test_answers_that_are_read(text: str) -> None:
         (with_box("[1, 1, 1, 1, 1, -2, 1, 1, 1]"), "size"),
     ],
 )
-def test_answers_that_are_refused(text: str, reason: str) -> None:
+def test_answers_that_are_rejected(text: str, reason: str) -> None:
     with pytest.raises(AnswerError) as caught:
         parse_grounding(text, 24)
     assert reason in caught.value.reason

@@ -1,4 +1,4 @@
-"""ScanRefer's samples in both formats: strings, frames and boxes by hand, and what is left out."""
+"""ScanRefer's samples in both formats: strings, frames and boxes by hand, and skipped items."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_validation_keeps_all_and_draws_once(root: Path) -> None:
     assert [bool(each.answer) for each in made] == [False, True, False]
 
 
-def test_world_format_needs_neither_infos_nor_sight(root: Path) -> None:
+def test_the_world_format_needs_neither_infos_nor_visibility(root: Path) -> None:
     write_annotations(root, [CHAIR, LAMP])
     chair, lamp = prepared_items(root, "scanrefer", format="video3dllm")
     assert (chair.answer, chair.kind) == ("1.6,4.7,0.5,2.4,5.3,1.5", "answer")

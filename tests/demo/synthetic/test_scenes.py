@@ -204,7 +204,7 @@ def test_a_close_call_is_not_described() -> None:
     )
 
 
-def test_reuse_and_refusals(rooms: Written, tmp_path: Path) -> None:
+def test_reuse_and_errors(rooms: Written, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(rooms.root, root)
     again = write_dataset(root, 7, 2, 1, (160, 120), 12)

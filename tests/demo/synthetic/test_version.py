@@ -61,7 +61,7 @@ def mean(folder: Path, suffix: str) -> float:
     return float(np.mean(means))
 
 
-def test_a_folder_of_another_version_is_refused(rooms: Written, tmp_path: Path) -> None:
+def test_a_folder_of_another_version_is_rejected(rooms: Written, tmp_path: Path) -> None:
     shutil.copy(rooms.root / "manifest.json", tmp_path)
     manifest = tmp_path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))

@@ -1,4 +1,4 @@
-"""Scoring captions: what is refused, what is not computed, and texts that break other wrappers."""
+"""Scoring captions: what is rejected, what is not computed, and texts that break other wrappers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_field_separator_ends_no_field(java: Java) -> None:
 
 
 def test_odd_texts_are_only_odd_words(java: Java) -> None:
-    """An unpaired surrogate (JSON can hold one), NUL, emoji: scored, whatever they are worth."""
+    """An unpaired surrogate (JSON can hold one), NUL, emoji: scored like any text."""
     odd = ["\ud800 chair", "chair\x00", "a \U0001f6cb sofa", "   "]
     tokens = java.tokenize(odd)
     assert len(tokens) == len(odd) and tokens[2] == "a sofa" and tokens[3] == ""
@@ -142,7 +142,7 @@ def test_references_without_words_have_no_cider(no_java: Java) -> None:
     assert scores.corpus["BLEU-1"] is not None
 
 
-def test_what_cannot_be_scored_is_refused(no_java: Java) -> None:
+def test_what_cannot_be_scored_is_rejected(no_java: Java) -> None:
     with pytest.raises(ValueError, match="no captions to score"):
         score_captions({}, {}, java=no_java)
     with pytest.raises(ValueError, match=r"same keys; 2 have only one, such as 'a'"):

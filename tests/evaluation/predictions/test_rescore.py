@@ -29,7 +29,7 @@ def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_set(folder: Path, samples: Sequence[Sample]) -> Path:
-    """A prepared folder whose images nobody looks at."""
+    """A prepared folder whose images are not read."""
     return write_prepared(folder, samples, ROOT)
 
 
@@ -73,8 +73,8 @@ def test_our_own_are_complete(tmp_path: Path) -> None:
 
 def test_our_own_joined_with_a_data_set(tmp_path: Path) -> None:
     samples = [grounding("0"), grounding("1")]
-    stranger = grounding("9")
-    lines = [record_of(each, camera_answer(each)) for each in (samples[1], stranger)]
+    other = grounding("9")
+    lines = [record_of(each, camera_answer(each)) for each in (samples[1], other)]
     file = write_lines(tmp_path / "p.jsonl", [*lines, lines[0]])
     scores = score_file(file, data=write_set(tmp_path / "set", samples))
     assert (scores["samples"], scores["missing"], scores["unmatched"], scores["repeated"]) == (2, 1, 1, 1)

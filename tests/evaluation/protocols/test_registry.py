@@ -1,4 +1,4 @@
-"""The protocols by name, the paper's Overall, and what each task refuses."""
+"""The registered protocols, the paper's Overall, and what each task rejects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def describe(name: str, number: str = "1", scene: str = "scene0000_00", ann: str
     return ScoredDescription(scene, number, name, ann, UNIT)
 
 
-def thing(number: str = "1") -> DescribedObject:
+def described(number: str = "1") -> DescribedObject:
     return DescribedObject("s", number, "chair", ("A chair.",), (("a", "chair", "."),), UNIT)
 
 
@@ -101,7 +101,7 @@ def test_a_failed_description_stays_in_the_denominator() -> None:
     assert result["multiple"] == {"count": 0, "acc@0.25": None, "acc@0.5": None}
 
 
-def test_misleading_grounding_sets_are_refused() -> None:
+def test_misleading_grounding_sets_are_rejected() -> None:
     with pytest.raises(ValueError, match="no descriptions"):
         score_official([], {}, LABELS)
     with pytest.raises(ValueError, match=r"1 descriptions appear more than once, the first is 'scene0000_00\|1\|0'"):
@@ -175,7 +175,7 @@ def test_the_lenient_reading_looks_anywhere() -> None:
         read_anywhere("{" * 2000, 2)
 
 
-def test_both_readings_of_the_angles_agree_without_turn() -> None:
+def test_both_angle_conventions_agree_without_rotation() -> None:
     level = np.array([0.5, 1.0, 2.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0])
     np.testing.assert_allclose(turn_extrinsic(level, np.eye(4)), level, atol=1e-12)
 
@@ -225,7 +225,7 @@ def test_one_answer_per_question_has_no_em_at_10(no_java: Java) -> None:
     assert (ranked["corpus"]["EM"], ranked["corpus"]["EM@10"]) == (0.0, 0.5)
 
 
-def test_misleading_answers_are_refused(no_java: Java) -> None:
+def test_misleading_answers_are_rejected(no_java: Java) -> None:
     with pytest.raises(ValueError, match="no questions"):
         score_scanqa({}, {}, "leo", no_java)
     with pytest.raises(ValueError, match="1 questions have no answers, the first is 'q'; the test split"):
@@ -236,21 +236,21 @@ def test_misleading_answers_are_refused(no_java: Java) -> None:
         score_scanqa({"q": ["two"]}, {"q": "two"}, "leo", no_java)
 
 
-def test_misleading_captions_are_refused(no_java: Java) -> None:
+def test_misleading_captions_are_rejected(no_java: Java) -> None:
     caption = Caption("a chair", UNIT)
     with pytest.raises(ValueError, match=r"'s\|1\|chair' is annotated twice"):
-        score_scan2cap([thing(), thing()], {}, "leo", java=no_java)
+        score_scan2cap([described(), described()], {}, "leo", java=no_java)
     with pytest.raises(ValueError, match=r"1 captions are of objects without annotation, the first is 's\|2\|chair'"):
-        score_scan2cap([thing()], {"s|2|chair": caption}, "leo", java=no_java)
+        score_scan2cap([described()], {"s|2|chair": caption}, "leo", java=no_java)
     with pytest.raises(ValueError, match=r"Caption\.tokens"):
-        score_scan2cap([thing()], {"s|1|chair": caption}, "scan2cap_original", java=no_java)
+        score_scan2cap([described()], {"s|1|chair": caption}, "scan2cap_original", java=no_java)
     with pytest.raises(ValueError, match="no captions"):
         score_scan2cap([], {}, "leo", java=no_java)
 
 
 @pytest.mark.parametrize("protocol", SCAN2CAP_RULES)
 def test_a_set_without_predictions_has_scores(protocol: str, no_java: Java) -> None:
-    result = score_scan2cap([thing("1"), thing("2")], {}, protocol, java=no_java)
+    result = score_scan2cap([described("1"), described("2")], {}, protocol, java=no_java)
     assert (result["objects"], result["missing"]) == (2, 2)
     for at in result["at"].values():
         assert at["passed"] == 0 and at["corpus"]["METEOR"] is None
@@ -261,10 +261,10 @@ def test_a_set_without_predictions_has_scores(protocol: str, no_java: Java) -> N
 
 def test_a_gate_from_the_data_counts_instead_of_the_box(no_java: Java) -> None:
     caption = Caption("a chair", box=(9, 9, 9, 1, 1, 1), iou=0.3)
-    at = score_scan2cap([thing()], {"s|1|chair": caption}, "vgllm", java=no_java)["at"]
+    at = score_scan2cap([described()], {"s|1|chair": caption}, "vgllm", java=no_java)["at"]
     assert (at["0.25"]["passed"], at["0.5"]["passed"]) == (1, 0)
     none = replace(caption, iou=None, box=None)
-    assert score_scan2cap([thing()], {"s|1|chair": none}, "vgllm", java=no_java)["at"]["0.25"]["passed"] == 0
+    assert score_scan2cap([described()], {"s|1|chair": none}, "vgllm", java=no_java)["at"]["0.25"]["passed"] == 0
 
 
 def test_records_name_the_entry_that_lacks_something() -> None:

@@ -43,7 +43,7 @@ def record(iou: float, group: str, parsed: bool = True, name: str = "") -> dict[
 
 @pytest.mark.golden
 def test_texts_match() -> None:
-    """Our reading is intrinsic ZXY. Where a text holds two answers the golden value is of the first; we refuse it."""
+    """Our reading is intrinsic ZXY. Where a text holds two answers the golden value is of the first; we fail it."""
     for case in json.loads((OTHER if OTHER.exists() else HERE).read_text())["scanrefer_eval"]:
         poses = np.array(case["axis_align_matrix"]) @ np.array(case["cam2global"])
         scored = score_prediction(case["text"], sample(np.array(case["gt_bbox"]), poses))
@@ -140,7 +140,7 @@ def test_an_empty_group_has_no_accuracy() -> None:
     }
 
 
-def test_misleading_sets_are_refused() -> None:
+def test_misleading_sets_are_rejected() -> None:
     with pytest.raises(ValueError, match="no predictions"):
         score_direct([])
     with pytest.raises(ValueError, match="more than one prediction, the first is 'a'"):

@@ -36,7 +36,7 @@ def test_float32_is_bit_equal() -> None:
 
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 def test_bfloat16_tokens_are_copied_exactly(stream: torch.dtype) -> None:
-    """A copy rounds nothing, whatever the dtype of the stream."""
+    """A copy rounds nothing, for any dtype of the stream."""
     embeddings, positions, visual, fused = inputs(torch.bfloat16, stream)
     ours, expected = (
         dual_stream_embed(embeddings, positions, visual, fused, kernels) for kernels in ("triton", "torch")

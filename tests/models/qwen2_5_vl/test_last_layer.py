@@ -89,7 +89,7 @@ def test_queries_and_the_mlp_see_rows_only(vlm: Any, layout: Layout) -> None:
     assert seen == {"q_proj": 6, "k_proj": 30, "v_proj": 30, "o_proj": 6, "mlp": 6}
 
 
-def test_a_sliding_window_is_refused(vlm: Any, layout: Layout) -> None:
+def test_a_sliding_window_is_rejected(vlm: Any, layout: Layout) -> None:
     layer = vlm.model.language_model.layers[-1]
     layer.self_attn.sliding_window = 4
     with pytest.raises(ValueError, match="use_sliding_window"):
@@ -98,7 +98,7 @@ def test_a_sliding_window_is_refused(vlm: Any, layout: Layout) -> None:
 
 def test_bound_forwards_nest_and_are_undone() -> None:
     module = torch.nn.Identity()
-    module.forward = lambda x: 2 * x  # somebody bound one before
+    module.forward = lambda x: 2 * x  # an earlier override
 
     def plus(number: int) -> Any:
         return lambda inner, x: inner(x) + number

@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_those_under_the_mask(
 
 
 @pytest.mark.parametrize("function", [packed_attention.packed_sdpa, packed_attention.packed_varlen])
-def test_a_mask_beside_spans_is_refused(flash_attn: None, function: Callable[..., Any]) -> None:
+def test_a_mask_beside_spans_is_rejected(flash_attn: None, function: Callable[..., Any]) -> None:
     states = torch.randn(1, 2, 9, 8)
     with pytest.raises(AssertionError, match="neither a mask"):
         function(SimpleNamespace(), states, states, states, torch.ones(1, 1, 9, 9).bool(), packed_spans=((0, 9),))
@@ -153,7 +153,7 @@ def test_padded_batches_are_as_before(model_config: Any, vlm: Any, left: bool) -
     assert torch.equal(actual, expected)
 
 
-def test_what_would_be_silently_wrong_is_refused(model_config: Any, vlm: Any) -> None:
+def test_what_would_be_silently_wrong_is_rejected(model_config: Any, vlm: Any) -> None:
     eager = load_vlm(model_config.vlm, torch.float32, "eager")
     with pytest.raises(ValueError, match=r"model\.attention is eager"):
         use_packed_attention(eager)

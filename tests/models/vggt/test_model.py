@@ -147,7 +147,7 @@ def test_a_missing_shard_is_named(directory: Path) -> None:
         load_vggt(directory)
 
 
-def test_a_weight_in_two_shards_is_refused(directory: Path) -> None:
+def test_a_weight_in_two_shards_is_rejected(directory: Path) -> None:
     shard(directory)
     save_file(
         load_file(directory / "a.safetensors") | load_file(directory / "b.safetensors"), directory / "b.safetensors"
@@ -157,7 +157,7 @@ def test_a_weight_in_two_shards_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])
-def test_a_truncated_file_is_refused_naming_the_folder(directory: Path, kept: float) -> None:
+def test_a_truncated_file_is_rejected_naming_the_folder(directory: Path, kept: float) -> None:
     whole = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
     with pytest.raises(ValueError, match=str(directory)):
@@ -165,7 +165,7 @@ def test_a_truncated_file_is_refused_naming_the_folder(directory: Path, kept: fl
 
 
 @pytest.mark.parametrize("text", ['{"depth": 3,', "[]", '{"depht": 3}', '{"depth": "3"}', '{"embed_dim": 30}'])
-def test_a_bad_config_is_refused_naming_the_file(directory: Path, text: str) -> None:
+def test_a_bad_config_is_rejected_naming_the_file(directory: Path, text: str) -> None:
     (directory / CONFIG).write_text(text)
     with pytest.raises(ValueError, match=str(directory / CONFIG)):
         load_vggt(directory)
@@ -193,7 +193,7 @@ def test_upstreams_config_describes_the_default_model() -> None:
     assert VGGTConfig.from_dict(upstream) == VGGTConfig()
 
 
-def test_another_order_of_blocks_is_refused() -> None:
+def test_another_order_of_blocks_is_rejected() -> None:
     with pytest.raises(ValueError, match="aa_order"):
         VGGTConfig.from_dict({"aa_order": ["global", "frame"]})
 
@@ -238,18 +238,18 @@ def test_bfloat16_is_close_to_float32(images: torch.Tensor, patch_embed: str) ->
 
 
 @pytest.mark.parametrize(("height", "width"), [(27, 42), (28, 43)])
-def test_sides_that_are_no_multiple_of_14_are_refused(vggt: VGGT, height: int, width: int) -> None:
+def test_sides_that_are_no_multiple_of_14_are_rejected(vggt: VGGT, height: int, width: int) -> None:
     with pytest.raises(ValueError, match=f"{height} x {width} pixels.*multiples of 14"):
         run(vggt, torch.zeros(1, 1, 3, height, width), 0)
 
 
-def test_integer_images_are_refused(vggt: VGGT) -> None:
+def test_integer_images_are_rejected(vggt: VGGT) -> None:
     with pytest.raises(ValueError, match="uint8"):
         run(vggt, torch.zeros(1, 1, 3, 28, 28, dtype=torch.uint8), 0)
 
 
 @pytest.mark.parametrize("layers", [[], [3], [-1], [0, 3]])
-def test_layers_that_do_not_exist_are_refused(vggt: VGGT, images: torch.Tensor, layers: list[int]) -> None:
+def test_layers_that_do_not_exist_are_rejected(vggt: VGGT, images: torch.Tensor, layers: list[int]) -> None:
     with pytest.raises(ValueError, match="0 to 2"):
         run(vggt, images, *layers)
 
@@ -277,12 +277,12 @@ def test_encoder_freezes_its_vggt(vggt: VGGT, images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
-def test_encoder_refuses_a_layer_that_does_not_exist(vggt: VGGT, layer: int) -> None:
+def test_encoder_rejects_a_layer_that_does_not_exist(vggt: VGGT, layer: int) -> None:
     with pytest.raises(ValueError, match=rf"layers is \[{layer}\].*0 to 2"):
         VGGTEncoder(vggt, [layer])
 
 
-def test_encoder_refuses_frames_of_more_than_one_scene(vggt: VGGT, images: torch.Tensor) -> None:
+def test_encoder_rejects_frames_of_more_than_one_scene(vggt: VGGT, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"\[frames, 3, height, width\]"):
         VGGTEncoder(vggt, layers=[0]).encode(images)
 
@@ -304,6 +304,6 @@ def test_only_the_reference_frame_has_a_place_of_its_own(
     assert (encoder.encode(images[0, with_reference]) - plain[with_reference]).abs().max() > 1e-2
 
 
-def test_a_reference_frame_in_between_is_refused(vggt: VGGT) -> None:
+def test_a_reference_frame_in_between_is_rejected(vggt: VGGT) -> None:
     with pytest.raises(ValueError, match="reference_frame is 'middle'; it is one of first, last"):
         VGGTEncoder(vggt, [0], "middle")

@@ -72,7 +72,7 @@ def probed(golden: Golden, name: str) -> torch.Tensor:
     matched = re.fullmatch(r"(frame_block|global_block|frame_attn|global_attn|q_norm|k_norm|vit_block)(\d+)", name)
     if name == "vit_norm":
         return aggregator.patch_embed.norm(tensors["probe/in/x"])
-    assert matched, f"{golden.path} probes {name}, which no test knows"
+    assert matched, f"{golden.path} probes {name}, which no test covers"
     part, index = matched[1], int(matched[2])
     if part == "q_norm":
         return aggregator.frame_blocks[index].attn.q_norm(tensors["probe/in/qk"])
@@ -139,7 +139,7 @@ def test_rotary_positions_give_the_recorded_output(golden: Golden, name: str) ->
     if grid := re.fullmatch(r"grid_positions_(\d+)x(\d+)", name):
         assert torch.equal(grid_positions(int(grid[1]), int(grid[2])).expand_as(wanted), wanted)
         return
-    assert name == "tokens", f"{golden.path} records rope/out/{name}, which no test knows"
+    assert name == "tokens", f"{golden.path} records rope/out/{name}, which no test covers"
     tokens, positions = golden.tensors["rope/in/tokens"], golden.tensors["rope/in/positions"]
     stated = re.search(r"frequency=([\d.]+)", golden.record.get("names", {}).get("rope/*", ""))
     base = float(stated[1]) if stated else VGGTConfig.rope_freq
