@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import auto_cli
 
-from w2r2_ds.config.cli import Parser, did_you_mean, plain
+from w2r2_ds.config.cli import Parser, did_you_mean, plain_message
 from w2r2_ds.config.io import DEMO_RECIPE, RECIPES, load_config, parse_run, run_parser
 from w2r2_ds.config.schema import RunConfig
 
@@ -107,4 +107,5 @@ def test_similarity_is_that_of_the_last_part() -> None:
 
 
 def test_types_in_messages_are_not_python_types() -> None:
-    assert plain("Parser key \"a.b\":\n  Expected a <class 'float'>. Got value: x") == "a.b: expected float, got x"
+    message = "Parser key \"a.b\":\n  Expected a <class 'float'>. Got value: x"
+    assert plain_message(message) == "a.b: expected float, got x"

@@ -18,7 +18,7 @@ from w2r2_ds.config.cli import Parser
 from w2r2_ds.config.io import from_tree, load_config
 from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.evaluation.resumable import line_of
-from w2r2_ds.utils.sanitize import for_rich, holds_secret, lines, message, one_line, without_secrets
+from w2r2_ds.utils.sanitize import for_rich, has_secret, lines, message, one_line, without_secrets
 
 EVIL = "chair\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\r\nstep 5  loss 0.0"
 TOKEN = "hf_" + "aB3" * 11 + "x"
@@ -107,7 +107,7 @@ SECRETS = {
 )
 def test_secrets_are_hidden(text: str, kept: str | None) -> None:
     assert without_secrets(text, SECRETS) == (text if kept is None else kept)
-    assert holds_secret(text, SECRETS) == (kept is not None)
+    assert has_secret(text, SECRETS) == (kept is not None)
 
 
 def test_a_launcher_hides_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """The commands of the package: ``w2r2 NAME ...``, or ``python launchers/NAME.py ...`` in a clone.
 
-Every command is a module here with ``main(args) -> int``. A module is imported only when its command runs, and it
-imports torch only when it has read its command line: ``--help`` answers at once.
+Every command is a module here with ``main(args) -> int``. A module is imported only when its command runs, and imports
+torch only after its command line has been parsed, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ COMMANDS = {
     "prepare": "prepare data sets, boxes and encoder features",
     "evaluate": "answer a validation set with a trained model and score the answers",
     "export": "write a checkpoint as a PEFT adapter",
-    "convert": "convert the checkpoints of other projects",
+    "convert": "convert checkpoints of other projects",
     "doctor": "check a machine, or all nodes of a launch, before training",
     "demo": "run everything with synthetic rooms and a tiny model",
     "bench": "run a benchmark of speed or memory",
 }
-"""Name -> what it does."""
+"""Name -> description."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command that the first word names; returns its exit status."""
+    """Run the command in the first word; returns its exit code."""
     words = sys.argv[1:] if args is None else args
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -41,7 +41,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The text of ``w2r2 --help``."""
+    """Text of ``w2r2 --help``."""
     lines = [f"  {name:10}{text}" for name, text in COMMANDS.items()]
     end = "w2r2 COMMAND --help lists the options of a command."
     return "\n".join(["usage: w2r2 COMMAND [options]", "", *lines, "", end])

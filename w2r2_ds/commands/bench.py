@@ -13,7 +13,7 @@ from w2r2_ds.config.cli import Parser
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one benchmark, print its table and write it as JSON if asked; returns the exit status."""
+    """Run one benchmark, print its report and save it with ``--json``; returns the exit code."""
     try:
         words = command_words(args)
         parser = Parser(prog="w2r2 bench", description="Benchmarks of speed and memory.")
@@ -22,7 +22,7 @@ def main(args: list[str] | None = None) -> int:
         for name, description in BENCHMARKS.items():
             # Only the named benchmark is imported: importing all takes seconds.
             command = function_parser(load(name), f"w2r2 bench {name}") if name == named else Parser()
-            command.add_argument("--json", type=Path | None, help="Write the result to this file too.")
+            command.add_argument("--json", type=Path | None, help="File for the report in JSON.")
             commands.add_subcommand(name, command, help=description)
         values = parse(parser, words)
         options = values[values["benchmark"]]

@@ -1,4 +1,4 @@
-"""Shared by the commands: read a command line, report an error in one line."""
+"""Functions shared by the commands: parse a command line, report an error in one line."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from w2r2_ds.utils.plugins import import_plugins
 from w2r2_ds.utils.sanitize import message
 
 FAILED = 1
-"""Exit status after an error that the user can correct."""
+"""Exit code after a user error."""
 
 
 def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ...] = ()) -> Parser:
-    """A parser whose options are the parameters of a function; its docstring is the help.
+    """Build a parser whose options are the parameters of a function and whose help is its docstring.
 
     Args:
-        function: the first paragraph of its docstring describes the command, its ``Args`` the options.
+        function: the first paragraph of its docstring is the description, its ``Args`` describe the options.
         prog: name of the command in help and errors.
-        skip: parameters that the caller adds itself.
+        skip: parameters that are not options.
     """
     parser = Parser(prog=prog, description=(function.__doc__ or "").strip().partition("\n\n")[0])
     parser.add_function_arguments(function, as_group=False, skip=set(skip))
@@ -30,7 +30,7 @@ def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ..
 
 
 def parse(parser: Parser, words: list[str]) -> dict[str, Any]:
-    """Option name -> value, dataclasses built."""
+    """Parse a command line: option -> value, with dataclasses instantiated."""
     add_plugin_option(parser)
     values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
     del values["plugin"]
@@ -38,21 +38,21 @@ def parse(parser: Parser, words: list[str]) -> dict[str, Any]:
 
 
 def add_plugin_option(parser: argparse.ArgumentParser) -> None:
-    """List ``--plugin`` in the help; `import_plugins` has already taken its values out of the command line."""
+    """Add ``--plugin`` to the help only: `import_plugins` has already removed it from the command line."""
     parser.add_argument(
         "--plugin",
         metavar="FILE_OR_MODULE",
-        help="Python file or module to import first, which registers extensions; can be given several times.",
+        help="Python file or module that registers extensions, imported first; can be repeated.",
     )
 
 
 def command_words(args: list[str] | None) -> list[str]:
-    """Set up logging, import the plug-ins, and return the other words of the command line.
+    """Set up logging, import plug-ins, and return the other words of the command line.
 
-    Hyphens in the names of options become underscores: ``--score-only`` is ``--score_only``.
+    Hyphens in option names become underscores: ``--score-only`` is ``--score_only``.
 
     Args:
-        args: the command line without the program; None takes that of this process.
+        args: command line without the program; None for that of this process.
 
     Raises:
         ValueError: a plug-in cannot be imported.
@@ -67,6 +67,6 @@ def _underscored(word: str) -> str:
 
 
 def report_error(command: str, error: Exception) -> int:
-    """Write an error that the user can correct as one line on standard error; returns the exit status."""
+    """Print a user error in one line on standard error; returns the exit code."""
     print(f"w2r2 {command}: {message(error)}", file=sys.stderr)
     return FAILED

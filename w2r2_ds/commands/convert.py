@@ -1,4 +1,4 @@
-"""Convert the checkpoints of other projects: ``w2r2 convert from-vgllm --source VGLLM --out FOLDER``."""
+"""Convert checkpoints of other projects: ``w2r2 convert from-vgllm --source VGLLM --out FOLDER``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from w2r2_ds.config.cli import Parser
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    parser = Parser(prog="w2r2 convert", description="Convert the checkpoints of other projects.")
+    """Run the command; returns the exit code."""
+    parser = Parser(prog="w2r2 convert", description="Convert checkpoints of other projects.")
     formats = parser.add_subcommands(dest="format")
     command = function_parser(from_vgllm, "w2r2 convert from-vgllm")
     formats.add_subcommand("from-vgllm", command, help=command.description)

@@ -1,4 +1,4 @@
-"""Run everything on a machine without data and weights: ``w2r2 demo``, or ``make demo``."""
+"""Run the whole pipeline without downloads: ``w2r2 demo``, or ``make demo``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from w2r2_ds.commands.common import command_words, function_parser, parse, repor
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns the exit code."""
     try:
         run(**parse(function_parser(run, "w2r2 demo"), command_words(args)))
     except (ValueError, OSError) as error:
@@ -17,7 +17,7 @@ def main(args: list[str] | None = None) -> int:
 def run() -> None:
     """Make synthetic rooms and a tiny model in runs/demo, train under ZeRO-3, evaluate, export, print a table.
 
-    It takes minutes. What an earlier demo made is reused.
+    It takes minutes. Finished steps of an earlier demo are reused.
     """
     from w2r2_ds.demo.run import run_demo
 

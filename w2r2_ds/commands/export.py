@@ -8,7 +8,7 @@ from w2r2_ds.commands.common import command_words, function_parser, parse, repor
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns the exit code."""
     try:
         run(**parse(function_parser(run, "w2r2 export"), command_words(args)))
     except (ValueError, OSError) as error:
@@ -20,10 +20,10 @@ def run(checkpoint: Path, out: Path, vlm: str | None = None, geometry_path: str 
     """Write a PEFT directory, geometry_merger.safetensors and a card.
 
     Args:
-        checkpoint: run or checkpoint.
+        checkpoint: folder of a run or of a checkpoint.
         out: new folder.
-        vlm: directory or hub id of the video LLM, if not where it was in training.
-        geometry_path: directory or hub id of the geometry encoder, if not where it was in training.
+        vlm: directory or hub id of the video LLM; default: as in training.
+        geometry_path: directory or hub id of the geometry encoder; default: as in training.
     """
     from w2r2_ds.convert.peft_adapter import export_adapter
 

@@ -1,6 +1,6 @@
 """Train: ``deepspeed launchers/train.py --deepspeed ds_configs/zero3.json [--config RECIPE.yaml] ...``.
 
-Without --config it runs the demo recipe, which makes its own scenes and tiny model where they are missing.
+Without --config it runs the demo recipe, which first makes its synthetic scenes and tiny model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 def main(args: list[str] | None = None) -> int:
-    """Train; returns an exit code of training/fault_tolerance/exit_codes.py, by which Slurm jobs are requeued."""
+    """Train; returns an exit code of training/fault_tolerance/exit_codes.py, which decides whether Slurm requeues."""
     ignore_write_errors()
     try:
         config, ds_path = read_arguments(command_words(args))
     except ValueError as error:
         return report_error("train", error)
-    # Imported after the command line is read: these import torch, DeepSpeed and transformers.
+    # Imported after the command line is parsed: these import torch, DeepSpeed and transformers.
     from w2r2_ds.training.fault_tolerance.signals import StopSignals
     from w2r2_ds.training.fault_tolerance.watchdog import MISTAKES
 
@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
-    """The run configuration and the DeepSpeed JSON of a command line."""
+    """Parse a command line: run configuration and path of the DeepSpeed JSON."""
     parser = run_parser("Train a video LLM with W2R2.", "w2r2 train")
     add_plugin_option(parser)
     parser.add_argument("--deepspeed", required=True, help="DeepSpeed JSON: ZeRO, precision, offload, clipping.")
@@ -57,7 +57,7 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
 
 
 def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
-    """Join the other ranks, make the demo's data if it is the demo, and train; returns the exit code."""
+    """Join the other ranks, prepare the demo if it is enabled, and train; returns the exit code."""
     import torch
     import torch.distributed as dist
 
@@ -68,7 +68,7 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
     from w2r2_ds.training.deepspeed.launch import join_ranks
     from w2r2_ds.training.trainer import train
 
-    # Both are checked before the demo is prepared, which takes minutes.
+    # Checked first, because preparing the demo takes minutes.
     build_push_term(config.objective.push_term)
     load_ds_config(ds_path)
     join_ranks(config.train.hang_seconds)
@@ -83,7 +83,7 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
         print(f"checkpoint: {result.checkpoint}" if result.checkpoint else "no checkpoint was written", flush=True)
         if result.code != DONE:
             logger.warning("stopped by a signal; --resume auto continues the run (exit code %d)", result.code)
-    # A rank that ends while another one still writes would be reported as lost.
+    # Without the barrier, a rank that ends while another one still writes would be reported as lost.
     dist.barrier()
     dist.destroy_process_group()
     return result.code

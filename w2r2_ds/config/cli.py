@@ -1,4 +1,9 @@
-"""Command-line parsers whose errors are one sentence, with suggestions for a misspelt option."""
+"""Command-line parsers with errors in one sentence and suggestions for misspelt options.
+
+There are two. `OneLineParser` (argparse) is for run configurations: pydantic validates their values, and the options
+of registered extensions are not known in advance, which jsonargparse does not support. `Parser` (jsonargparse) is for
+commands that are a function: it converts values to the types of the parameters and makes the help from the docstring.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from jsonargparse import ArgumentParser
 
 from w2r2_ds.utils.sanitize import one_line, without_secrets
 
-LIKE = 0.65
+MIN_SIMILARITY = 0.65
 """Minimum similarity of a suggested name (ratio of `difflib.SequenceMatcher`)."""
 
 
@@ -65,7 +70,7 @@ class Parser(ArgumentParser):
         if names:
             sentence = "; ".join(f"there is no option {name}{did_you_mean(name, self.names())}" for name in names)
         else:
-            sentence = plain(message)
+            sentence = plain_message(message)
         sentence = one_line(without_secrets(sentence))
         self.exit(2, f"{self.prog.replace(' [options]', '')}: {sentence}; --help lists the options.\n")
 
@@ -101,13 +106,13 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     scores = {}
     for other in known:
         last = SequenceMatcher(None, bare.rpartition(".")[2], other.rpartition(".")[2]).ratio()
-        if last >= LIKE:
+        if last >= MIN_SIMILARITY:
             scores[other] = last + 0.1 * SequenceMatcher(None, bare, other).ratio()  # of equal ends, the same section
     like = sorted(scores, key=lambda other: (-scores[other], other))[:most]
     return f" (did you mean {', '.join(dashes + other for other in like)}?)" if like else ""
 
 
-def plain(message: str) -> str:
+def plain_message(message: str) -> str:
     """jsonargparse's message on one line, without Python's types in it."""
     text = " ".join(message.split()).rstrip(".")
     text = re.sub(r"Parser key \"(.*?)\":", r"\1:", text).replace("typing.", "").replace(". Got value:", ", got")

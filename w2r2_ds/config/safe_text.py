@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from w2r2_ds.utils.sanitize import CONTROL, holds_secret, one_line
+from w2r2_ds.utils.sanitize import CONTROL, has_secret, one_line
 
 
 def check_texts(tree: Mapping[str, Any]) -> None:
@@ -19,7 +19,7 @@ def check_texts(tree: Mapping[str, Any]) -> None:
         ValueError: a string holds a control character, or a key, token or password (which is not repeated).
     """
     for name, text in _strings(tree, ""):
-        if holds_secret(text):
+        if has_secret(text):
             raise ValueError(
                 f"{name} holds a key, a token or a password, which would be written into config.yaml, checkpoints and "
                 "cards; give it in the environment (HF_TOKEN, WANDB_API_KEY), or by `hf auth login`, `wandb login`."

@@ -1,7 +1,7 @@
 """Write files atomically and durably: after a crash or on a full disk, a file has its old or its new content.
 
 Order: write a temporary file beside the target, fsync it, rename it, fsync the folder. Without the last step, a power
-failure may undo the rename. Digests are of the bytes given to `write`, so that later reads can detect corruption.
+failure may undo the rename. Digests are computed from the bytes passed to `write`, so that corruption is detected.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w2r2_ds.utils.hashing import file_sha256
+
 
 @dataclass(frozen=True)
 class Digest:
@@ -25,10 +27,10 @@ class Digest:
 
 
 class Writer:
-    """A binary file that counts and hashes what is written to it; created by `writing`.
+    """Binary file that counts and hashes the bytes written to it; created by `writing`.
 
-    The first OSError is stored and later writes are dropped: `torch.save` writes from C++, which on an exception would
-    try to finish its archive and replace the error by its own.
+    The first OSError is stored, and later writes are dropped: `torch.save` writes from C++, which handles an exception
+    by finishing its archive and raises another error instead.
     """
 
     def __init__(self, file: Any) -> None:
@@ -61,7 +63,7 @@ class Writer:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Writer]:
-    """Write a new file directly, inside a folder that is itself still temporary; fsynced when the block ends.
+    """Write a new file in a folder that is still temporary; fsynced at the end of the block.
 
     Raises:
         OSError: any write failed; its ``filename`` is `path`.
@@ -80,7 +82,7 @@ def writing(path: Path) -> Iterator[Writer]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (NAME.TOKEN.partial), renamed to `path` when the block ends.
+    """Yield a temporary path beside `path` (NAME.TOKEN.partial), renamed to `path` at the end of the block.
 
     Raises:
         OSError: the disk failed; `path` is unchanged and the temporary file removed.
@@ -88,7 +90,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # process ids are not unique across nodes
     try:
         yield temporary
-        sync(temporary)  # content first: a rename must not become durable before it
+        sync(temporary)  # before the rename: it must not become durable before the content
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -117,7 +119,7 @@ def sync(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a folder whose files are already fsynced; durable when this returns.
+    """Rename a folder whose files are already fsynced; durable on return.
 
     Raises:
         OSError: for example, `target` exists.
@@ -130,20 +132,17 @@ def move(source: Path, target: Path) -> None:
 
 def digest(path: Path) -> Digest:
     """Digest of a file's current content."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256")
-        size = file.tell()
-    return Digest(size, found.hexdigest())
+    return Digest(path.stat().st_size, file_sha256(path))
 
 
 class Lines:
-    """An append-only log of whole lines; lines that a full disk does not accept are written with a later one.
+    """Append-only log of whole lines; lines that could not be written to a full disk are written with a later line.
 
     Args:
-        path: appended to; created if missing.
+        path: file to append to; created if missing.
 
     Attributes:
-        waiting: bytes that are not written yet.
+        waiting: bytes that could not be written yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,12 +150,12 @@ class Lines:
         self.waiting = b""
 
     def append(self, line: str) -> OSError | None:
-        """Append a line, given without its line break; returns the error if it could not be written yet."""
+        """Append a line, passed without its line break; returns the error if it could not be written yet."""
         self.waiting += line.encode() + b"\n"
         return self.flush()
 
     def flush(self) -> OSError | None:
-        """Try to write the waiting lines; a partly written line is truncated away."""
+        """Try to write the waiting lines; a partly written line is removed again."""
         size = os.fstat(self._file.fileno()).st_size
         try:
             left = memoryview(self.waiting)
@@ -169,7 +168,7 @@ class Lines:
         return None
 
     def sync(self) -> None:
-        """Fsync; errors are ignored, since a log must not end the program."""
+        """Fsync the file. Errors are ignored: a log must not end the program."""
         with suppress(OSError):
             os.fsync(self._file.fileno())
 

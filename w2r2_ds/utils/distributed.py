@@ -15,18 +15,18 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 BARRIER_TIMEOUT = timedelta(days=7)
-"""Ranks finish a long evaluation hours apart. A rank that dies still ends the others' wait at once."""
+"""Time-out of an inference job: ranks may finish hours apart. If a rank dies, the others still fail at once."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Position of this process among those that one launcher started.
+    """Rank of this process in a launch.
 
-    Args:
+    Attributes:
         rank: global rank.
         world_size: number of ranks.
-        local_rank: rank on this machine, which is also the index of its GPU.
-        local_world_size: ranks on this machine.
+        local_rank: rank on this machine, and index of its GPU.
+        local_world_size: number of ranks on this machine.
     """
 
     rank: int = 0
@@ -38,8 +38,8 @@ class RankInfo:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo:
         """Read the variables of torchrun and DeepSpeed's launcher; without them, this process is the only rank.
 
-        Slurm's own variables are not read here: slurm/rank.sh translates them. SLURM_NTASKS is also set in a batch
-        script and an interactive shell, where one process would wait for ranks that never start.
+        Slurm's variables are not read here; slurm/rank.sh translates them. SLURM_NTASKS is also set in batch scripts
+        and interactive shells, where a single process would wait for ranks that never start.
 
         Raises:
             ValueError: WORLD_SIZE is above 1, but RANK or LOCAL_RANK is missing.
@@ -58,7 +58,7 @@ class RankInfo:
 
 
 def local_world_size(world_size: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun, slurm/rank.sh) or LOCAL_SIZE (deepspeed), else all ranks.
+    """Number of ranks on this machine: LOCAL_WORLD_SIZE (torchrun, slurm/rank.sh), LOCAL_SIZE (deepspeed), or all.
 
     DeepSpeed's launcher sets neither if all ranks are on one machine.
     """
@@ -66,7 +66,7 @@ def local_world_size(world_size: int, environment: Mapping[str, str] = os.enviro
 
 
 def host_name() -> str:
-    """Name of this machine, as in Slurm's node lists under Slurm."""
+    """Name of this machine; under Slurm its node name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -74,8 +74,7 @@ def host_name() -> str:
 def gloo_process_group(ranks: RankInfo) -> Iterator[None]:
     """Join the ranks of an inference job and select this rank's GPU. A single rank needs no process group.
 
-    gloo instead of NCCL: these ranks exchange only small objects and wait for each other at the end, for hours if
-    need be.
+    gloo instead of NCCL: these ranks exchange only small objects, and may wait for each other for hours at the end.
     """
     import torch
     import torch.distributed as dist
@@ -111,7 +110,7 @@ def on_rank_zero(compute: Callable[[], Result]) -> Result:
     """Call a function on rank 0 only and return its result on every rank (collective).
 
     Args:
-        compute: its result must be picklable. Without a process group it is simply called.
+        compute: function with a picklable result. Without a process group it is called directly.
 
     Raises:
         ValueError: raised by `compute` on rank 0; the same on every rank.
@@ -127,7 +126,7 @@ def on_rank_zero(compute: Callable[[], Result]) -> Result:
         try:
             result[0] = compute()
         except Exception as error:
-            # Kept until after the broadcast: raised here, the other ranks would wait in it until their time-out.
+            # Raised after the broadcast; otherwise the other ranks would wait in it until their time-out.
             failure = error
             result[1] = error if isinstance(error, ValueError) else RuntimeError(f"rank 0 failed: {error!r}")
     dist.broadcast_object_list(result, src=0)
@@ -147,7 +146,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
     Raises:
         ValueError: with the message of the lowest rank that failed. A rank that failed with another exception type
-            (a bug, not a user's mistake) raises that exception instead.
+            (a bug, not a user error) raises that exception instead.
     """
     import torch.distributed as dist
 

@@ -1,7 +1,7 @@
-"""Lock an output folder, so that only one process at a time writes to it.
+"""Lock an output folder, so that only one process writes to it at a time.
 
-The lock is `flock`'s: the kernel releases it when the process ends, however it ends. It works on one machine, and
-between machines if the file system shares locks (NFSv4, Lustre mounted with ``flock``).
+The kernel releases the lock (`flock`) when the process ends or is killed. It works between machines if the file system
+supports that (NFSv4, Lustre mounted with ``flock``).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def locked(file: Path, what: str, otherwise: str) -> Iterator[None]:
 
     Args:
         file: the lock file; its folder is created.
-        what: what the block does, for the message: ``"runs/x is being prepared"``.
-        otherwise: what else the user can do, for the message: ``"give another --out"``.
+        what: the work of the block, for the message, such as ``"runs/x is being prepared"``.
+        otherwise: an alternative for the user, for the message, such as ``"use another --out"``.
 
     Raises:
         ValueError: another process holds the lock; the message names its process id, machine and start time.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Not 0: a second attempt is needed if the holder ends, and removes the file, between our opening and locking it.
+    # Not 0: a second attempt is needed if the holder ends and removes the file after this process has opened it.
     lock = FileLock(file, timeout=0.2)
     try:
         lock.acquire()
@@ -52,15 +52,15 @@ def locked(file: Path, what: str, otherwise: str) -> Iterator[None]:
         file.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         yield
     finally:
-        # Removed before the release: a process that opened the file in between notices that it is gone and retries.
+        # Removed before the release: a process that has opened the file in between then finds it deleted and retries.
         file.unlink(missing_ok=True)
         lock.release()
 
 
 def _holder(file: Path) -> str:
-    """Process, machine and start time that the lock's holder wrote into the file."""
+    """Process id, machine and start time of the process that holds the lock, from the file."""
     try:
         holder = json.loads(file.read_text())
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # removed, or just being written
+    except (OSError, ValueError, KeyError, TypeError):  # removed, or not completely written
         return "another process"

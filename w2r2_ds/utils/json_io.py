@@ -1,4 +1,4 @@
-"""Read JSON and JSON Lines files that users or other programs wrote; errors name the file, the line and the cause."""
+"""Read JSON and JSON Lines files; errors name the file, the line and the cause."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def read_json(path: Path | str, expected: str = "") -> Any:
 
     Args:
         path: UTF-8 file, with or without a byte order mark.
-        expected: what the file should be and where it comes from; appended to the message of a missing file.
+        expected: content and source of the file, for the message if it is missing.
 
     Raises:
-        ValueError: the file is missing, unreadable, not UTF-8 or not JSON, or an object has a key twice (decoders
-            silently keep one of the two).
+        ValueError: the file is missing, unreadable, not UTF-8 or not JSON, or an object has a duplicate key (the
+            decoder would silently keep one of the values).
     """
     return parse_json(read_text(path, expected), str(path))
 
@@ -26,7 +26,7 @@ def read_json_object(path: Path | str, expected: str = "") -> dict[str, Any]:
     """As `read_json`; also raises ValueError if the file's value is not an object."""
     values = read_json(path, expected)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; copy or fetch it again.")
+        raise ValueError(f"{path} is not a JSON object; copy or download it again.")
     return values
 
 
@@ -38,7 +38,7 @@ def read_jsonl(
     Args:
         path: UTF-8 file with one JSON object per line.
         expected: as in `read_json`.
-        allow_torn_end: skip what follows the last line break: a writer may have been killed in the middle of a line.
+        allow_torn_end: skip an incomplete last line, of a writer that was killed.
 
     Yields:
         Line number, counted from 1, and the object.
@@ -56,7 +56,7 @@ def read_jsonl(
 
 
 def read_text(path: Path | str, expected: str = "") -> str:
-    """The text of a UTF-8 file; raises ValueError as `read_json` does."""
+    """Text of a UTF-8 file; raises ValueError like `read_json`."""
     hint = f"; expected {expected}" if expected else ""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
@@ -79,7 +79,7 @@ def parse_json(text: str, where: str) -> Any:
             "it ends too early, so copy it again" if cut else f"line {error.lineno}, column {error.colno}: {error.msg}"
         )
         raise ValueError(f"{where} is not valid JSON ({cause}).") from None
-    except (RecursionError, ValueError) as error:  # nested thousands of times, a key given twice, a huge number
+    except (RecursionError, ValueError) as error:  # too deeply nested, a duplicate key, a huge number
         raise ValueError(f"{where} is not valid JSON ({error}).") from None
 
 

@@ -1,6 +1,6 @@
-"""Set up the package's logger: messages on standard error, with the rank where there are several.
+"""Set up the package's logger: messages on standard error, with the rank in a distributed run.
 
-Standard output is left to a command's result (a table, JSON), so that it can be piped.
+Standard output is only for the result of a command (a table, JSON), so that it can be piped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOGGER = "w2r2_ds"
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is at the time of the message: it may have been replaced since `setup_logging`."""
+    """Handler for the current `sys.stderr`, which may be another object than at the time of `setup_logging`."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -28,16 +28,16 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 
 class _Formatter(logging.Formatter):
-    """Escapes control characters and hides credentials: messages quote annotation files, models and URLs."""
+    """Formatter that escapes control characters and hides credentials: messages quote untrusted files and URLs."""
 
     def format(self, record: logging.LogRecord) -> str:
         return lines(without_secrets(super().format(record)))
 
 
 class _DeepSpeedFilter(logging.Filter):
-    """Hand DeepSpeed's warnings to the package's handler: its own handler writes to standard output.
+    """Redirect DeepSpeed's warnings to the package's handler, because its own handler writes to standard output.
 
-    One of them is dropped: while it is imported on a machine without a GPU, DeepSpeed warns that it found none.
+    Its warning about a missing GPU at import is dropped.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -56,7 +56,7 @@ def setup_logging(ranks: RankInfo | None = None) -> None:
     INFO and above on rank 0, warnings on the other ranks; of DeepSpeed only warnings.
 
     Args:
-        ranks: this process among the ranks; by default as the launcher's environment variables say.
+        ranks: rank of this process; default: from the launcher's environment variables.
     """
     ranks = ranks or RankInfo.from_environment()
     rank = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
@@ -70,19 +70,19 @@ def setup_logging(ranks: RankInfo | None = None) -> None:
 
 
 class IgnoreWriteErrors:
-    """A text stream that drops what cannot be written, for example because the disk under a log file is full."""
+    """Text stream that ignores write errors, for example of a log file on a full disk."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write or drop a text; return its length."""
+        """Write a text, or drop it on an error; returns its length."""
         with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush as far as possible."""
+        """Flush; errors are ignored."""
         with suppress(OSError):
             self._stream.flush()
 
@@ -91,5 +91,5 @@ class IgnoreWriteErrors:
 
 
 def ignore_write_errors() -> None:
-    """Keep this process running when standard output or standard error cannot be written (a full disk)."""
+    """Ignore errors of standard output and standard error in this process, for example on a full disk."""
     sys.stdout, sys.stderr = IgnoreWriteErrors(sys.stdout), IgnoreWriteErrors(sys.stderr)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Run a function in several processes; share a machine's cores between ranks."""
+"""Run a function in worker processes; divide the cores of a machine among ranks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from w2r2_ds.utils import plugins
 from w2r2_ds.utils.distributed import RankInfo
 
 _Result = TypeVar("_Result")
-SHOWN = 10
-"""Problems of a list that are printed; the others are counted."""
+MAX_LISTED = 10
+"""Maximum number of problems in an error message."""
 SMALL_MODEL = 512
-"""Up to this hidden size, tensors are so small that a second thread costs more than it computes."""
+"""Hidden size up to which one thread is faster than several, because tensors are tiny."""
 
 
 def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], workers: int) -> Iterator[_Result]:
-    """Call a function with many arguments in worker processes and yield the results as they complete, unordered.
+    """Call a function in worker processes, once per tuple of arguments, and yield the results in order of completion.
 
     Args:
-        call: a function of a module (it is pickled); its exceptions are raised here.
+        call: a module-level function (it is pickled); its exceptions are raised here.
         arguments: positional arguments of each call.
         workers: number of processes; 1 runs in this process.
 
@@ -36,7 +36,7 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
     if workers <= 1:
         yield from (call(*each) for each in arguments)
         return
-    # No plain fork: a child of a process with threads may hang. The fork server imports torch once for all workers.
+    # Not fork: the child of a process with threads may hang. The fork server imports torch once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([call.__module__])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(plugins.IMPORTED,)) as pool:
@@ -54,27 +54,27 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
 
 
 def _start(imported: list[str]) -> None:
-    """Prepare a worker process: one thread, and the plug-ins of the process that started it."""
+    """Initialise a worker process: one thread, and the plug-ins of its parent."""
     torch.set_num_threads(1)
     for plugin in imported:
         plugins.import_plugin(plugin)
 
 
 def listed(head: str, sentences: Sequence[str]) -> str:
-    """A headline, the first `SHOWN` problems below it, and the number of the others."""
-    more = [f"... and {len(sentences) - SHOWN} more"] if len(sentences) > SHOWN else []
-    return "\n  ".join([f"{head}:", *sentences[:SHOWN], *more])
+    """A headline, the first `MAX_LISTED` problems, and the number of the remaining ones."""
+    more = [f"... and {len(sentences) - MAX_LISTED} more"] if len(sentences) > MAX_LISTED else []
+    return "\n  ".join([f"{head}:", *sentences[:MAX_LISTED], *more])
 
 
 def set_num_threads(ranks: RankInfo, hidden_size: int, environment: Mapping[str, str] = os.environ) -> None:
     """Divide this machine's cores among its ranks, unless OMP_NUM_THREADS is set.
 
-    A small model gets one thread: on a busy machine, threads that wait for each other make it ten times slower.
+    A small model uses one thread: on a busy machine, threads that wait for each other make it ten times slower.
 
     Args:
-        ranks: for the number of ranks on this machine.
-        hidden_size: of the model's layers.
-        environment: where OMP_NUM_THREADS is read.
+        ranks: number of ranks on this machine.
+        hidden_size: hidden size of the model.
+        environment: environment variables, for OMP_NUM_THREADS.
     """
     if "OMP_NUM_THREADS" not in environment:
         cores = len(os.sched_getaffinity(0))

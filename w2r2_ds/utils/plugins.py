@@ -1,4 +1,4 @@
-"""Plug-ins: user code that registers extensions (tasks, trackers, ...), imported before any registry is read."""
+"""Plug-ins: Python files or modules that register extensions (tasks, trackers, ...), imported before a command runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 IMPORTED: list[str] = []
-"""Plug-ins of this process, files as absolute paths; worker processes that are not forked import them again."""
+"""Plug-ins of this process, files as absolute paths; worker processes that are not forked import them too."""
 
 
 def import_plugins(words: list[str]) -> list[str]:
-    """Import what ``--plugin`` names, in this order, and return the other words.
+    """Import the plug-ins of ``--plugin`` options, in order, and return the other words of a command line.
 
-    Only a command line can name code to run; a recipe and a saved configuration hold values.
+    Only a command line can import code; recipes and saved configurations contain values only.
 
     Raises:
         ValueError: a file or module does not exist.
@@ -34,7 +34,7 @@ def import_plugins(words: list[str]) -> list[str]:
 
 
 def import_plugin(target: str) -> None:
-    """Import a Python file, or a module by its dotted name.
+    """Import a Python file or a module (dotted name).
 
     Raises:
         ValueError: it does not exist.
@@ -46,7 +46,7 @@ def import_plugin(target: str) -> None:
             if error.name is None or not (target == error.name or target.startswith(f"{error.name}.")):
                 raise  # the plug-in exists; a module that it imports does not
             raise ValueError(
-                f"--plugin {target}: there is no such module; name a file that ends in .py, or an installed module."
+                f"--plugin {target}: there is no such module; use a file that ends in .py, or an installed module."
             ) from None
         IMPORTED.append(target)
         return

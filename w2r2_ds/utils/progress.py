@@ -1,4 +1,4 @@
-"""Progress of a long job: a bar on a terminal, otherwise a line of text every `SECONDS`."""
+"""Progress of a long job: a progress bar on a terminal, otherwise a line of text every `SECONDS`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS = 30.0
-"""Between two lines."""
+"""Seconds between two lines."""
 
 
 @contextmanager
 def progress(
     label: str, total: int, quiet: bool = False, console: Console | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Show how many of `total` are done.
+    """Show the number of completed items.
 
     Args:
         label: description of the work.

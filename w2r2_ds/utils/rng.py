@@ -1,4 +1,4 @@
-"""A rank's random state: saved with a checkpoint, set again by a resume."""
+"""State of torch's random generators on this rank, saved in checkpoints and restored on resume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """This rank's random state."""
+    """Current state of the CPU generator and, if there is one, of the current GPU."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -16,13 +16,13 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Go on with a saved random state."""
+    """Restore a state of `rng_state`."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def seed_afresh(seed: int, rank: int, step: int) -> None:
-    """The random state of a rank for which a checkpoint has none: another one for each rank and step."""
+def reseed(seed: int, rank: int, step: int) -> None:
+    """Seed a rank whose state is not in the checkpoint (another world size); different for every rank and step."""
     word = hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:8]
     torch.manual_seed(int.from_bytes(word, "little") >> 1)

@@ -1,4 +1,4 @@
-"""Safetensors files of a model: find them, and read one whose names and shapes must match exactly."""
+"""Find the safetensors files of a model directory, and read a file whose names and shapes must match exactly."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def read_strictly(
     other: str = "another model",
     reshape: str = "it belongs to another model",
 ) -> dict[str, Tensor]:
-    """The tensors of a file, with their names as keys.
+    """Read the tensors of a file: name -> tensor.
 
     Args:
-        file: to read.
-        what: it holds, in words.
-        own: the model's tensors, whose names and shapes it must have.
-        other: to what a file with other names belongs.
-        reshape: what to do about other shapes.
+        file: safetensors file.
+        what: its content, for messages.
+        own: tensors of the model; names and shapes must match.
+        other: owner of a file with other names, for the message.
+        reshape: advice for other shapes, for the message.
 
     Raises:
-        ValueError: the file cannot be read, or does not hold exactly these tensors.
+        ValueError: the file cannot be read, or names or shapes differ.
     """
     try:
         tensors = load_file(file)
@@ -50,19 +50,19 @@ def read_strictly(
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The single safetensors file of a model directory, or the shards that its index names; ValueError for neither."""
+    """The safetensors file of a model directory, or the shards of its index. Raises ValueError without either."""
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     index = directory / INDEX
     if not index.is_file():
-        raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}; fetch the weights into it.")
+        raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}; download the weights into it.")
     shards = read_json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index} has no weight_map from weights to files; fetch it again.")
+        raise ValueError(f"{index} has no weight_map from weights to files; download it again.")
     files = [directory / name for name in sorted(set(shards.values()))]
     for file in files:
         if file.suffix != ".safetensors":
-            raise ValueError(f"{index} names {file.name!r}, which is no safetensors file; only those are read.")
+            raise ValueError(f"{index} names {file.name!r}, which is no safetensors file; use safetensors.")
         if file.parent != directory or not file.is_file():
-            raise ValueError(f"{index} names {file.name!r}, which is not beside it; fetch the missing shard.")
+            raise ValueError(f"{index} names {file.name!r}, which is not beside it; download the missing shard.")
     return files

@@ -1,4 +1,4 @@
-"""The versions that a result depends on; recorded with every checkpoint and adapter."""
+"""Versions of the packages that results depend on, recorded in checkpoints and adapters."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "numpy"
 
 
 def versions() -> dict[str, str]:
-    """Version of this package, of Python and of the libraries that compute."""
+    """Version of this package, of Python and of `PACKAGES`."""
     return {"w2r2_ds": w2r2_ds.__version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES}

@@ -20,7 +20,7 @@ from w2r2_ds.training.checkpoint.deepspeed_io import (
     load,
     safe_loading,
 )
-from w2r2_ds.utils.rng import rng_state, seed_afresh, set_rng_state
+from w2r2_ds.utils.rng import reseed, rng_state, set_rng_state
 
 
 class Trap:
@@ -138,7 +138,7 @@ def test_a_random_state_is_restored_or_seeded_by_rank_and_step() -> None:
     assert torch.equal(torch.rand(4), first)
     drawn = []
     for rank, step in ((0, 3), (1, 3), (0, 4), (0, 3)):
-        seed_afresh(7, rank, step)
+        reseed(7, rank, step)
         drawn.append(torch.rand(4))
     assert torch.equal(drawn[0], drawn[3])
     assert not any(torch.equal(drawn[0], other) for other in drawn[1:3])

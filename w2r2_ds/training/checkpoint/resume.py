@@ -41,7 +41,7 @@ from w2r2_ds.training.checkpoint.manifest import (
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
 from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
-from w2r2_ds.utils.rng import rng_state, seed_afresh, set_rng_state
+from w2r2_ds.utils.rng import reseed, rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -173,7 +173,7 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
     if own.is_file():
         set_rng_state(load(own))
     else:
-        seed_afresh(config.train.seed, dist.get_rank(), step)
+        reseed(config.train.seed, dist.get_rank(), step)
     return step
 
 
