@@ -56,7 +56,7 @@ def test_every_missing_and_truncated_file_is_listed(complete: Path) -> None:
     expected[f"scannet_data/{SCENE}_aligned_bbox.npy"] = "missing"
     assert found(complete) == expected
     text = report(complete, REFER, missing(complete, REFER))
-    assert text.startswith("scanrefer train: 6 things are missing\n")
+    assert text.startswith("scanrefer train: 6 files or folders")
     assert "from launchers/prepare.py boxes, or ScanRefer's" in text and "http://www.scan-net.org" in text
 
 

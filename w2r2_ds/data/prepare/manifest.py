@@ -1,4 +1,4 @@
-"""Manifest of a prepared data set: options, hashes of the inputs, counts; and when an existing one can be reused."""
+"""Manifest of a prepared data set (options, input hashes, counts), and whether an existing data set can be reused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_files
 from w2r2_ds.utils.hashing import file_sha256
 
 MISSING = "missing"
-"""In place of a hash."""
+"""Value in place of the hash of a missing file."""
 THREADS = 16
 
 
@@ -27,7 +27,7 @@ def file_hash(path: Path) -> str:
 
 
 def folder_hash(path: Path) -> str:
-    """SHA-256 of the sorted names in a folder, or ``MISSING``: images are too many to be read for this."""
+    """SHA-256 of the sorted file names in a folder, or ``MISSING``. The images (130 GB) are not read."""
     try:
         names = sorted(each.name for each in path.iterdir())
     except OSError:
@@ -36,7 +36,7 @@ def folder_hash(path: Path) -> str:
 
 
 def task_inputs(plan: Plan) -> dict[str, str]:
-    """Hash of every file of the task, by its path relative to the data root."""
+    """Path relative to the data root -> hash, of the task's input files."""
     return {relative(path, plan.root): file_hash(path) for path in plan.files}
 
 
@@ -54,21 +54,21 @@ def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
 
 
 def relative(path: Path, root: Path) -> str:
-    """The path below the root; as it is, where it lies elsewhere."""
+    """The path relative to the root; unchanged if it is outside."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
 def key_of(*parts: Any) -> str:
-    """One hash of plain values."""
+    """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def description(
     plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str], skip_without_box: bool = False
 ) -> dict[str, Any]:
-    """The part of a manifest that identifies the data set; equal descriptions mean equal data sets."""
+    """The part of a manifest that identifies the data set: data sets with equal descriptions are equal."""
     options = {**recorded_options(plan.options), "skip_broken_scenes": skip_broken_scenes}
-    if skip_without_box:  # only then: data sets that were prepared before there was the option are reused
+    if skip_without_box:
         options["skip_without_box"] = True
     return {
         "version": VERSION,
@@ -80,16 +80,16 @@ def description(
     }
 
 
-def counts(plan: Plan, samples: int, scenes: int, lost: int) -> dict[str, Any]:
-    """What the manifest counts; the published number is compared with what the annotations hold, never assumed.
+def counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str, Any]:
+    """Counts of the manifest. The published number of items is compared with that of the annotations.
 
     Args:
-        plan: with its annotations.
-        samples: that were made.
-        scenes: that were used.
-        lost: frames of them without a valid pose.
+        plan: of the preparation.
+        samples: number of samples.
+        scenes: number of prepared scenes.
+        without_pose: number of their frames without a valid pose.
     """
-    found: dict[str, Any] = {"samples": samples, "scenes": scenes, "frames_without_pose": lost}
+    found: dict[str, Any] = {"samples": samples, "scenes": scenes, "frames_without_pose": without_pose}
     found.setdefault(plan.unit, plan.items)  # of scenes, those that were used are counted
     if plan.published is not None:
         found["published"] = {"of": plan.unit, "count": plan.published, "met": plan.items == plan.published}
@@ -114,10 +114,10 @@ def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
 
 
 def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the complete data set that is wanted; False where it is not complete.
+    """Whether a folder holds the complete data set with this description; False if it is not complete.
 
     Raises:
-        ValueError: it is complete and holds another one, or its files have changed.
+        ValueError: it holds another complete data set, or its files have changed.
     """
     if not (folder / MANIFEST).is_file():
         return False

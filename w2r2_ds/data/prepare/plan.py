@@ -1,4 +1,4 @@
-"""Plan a preparation: input files, options and one job per scene, before any scene is opened."""
+"""Plan of a preparation: checked options, input files, and one job per scene, before any scene is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from w2r2_ds.data.tasks.base import InputFile, Job, Task, TaskOptions, find_task
 from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, SCANNET, infos_files, proposals_file
 
-EXTRACTED = f"{SCANNET}; docs/guides/own-dataset.md says how frames are extracted"
+EXTRACTED = f"{SCANNET}; docs/guides/own-dataset.md lists the files"
 BOXES = "launchers/prepare.py boxes, or ScanRefer's batch_load_scannet_data.py"
 
 
@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def unit(self) -> str:
-        """Noun for the counted items: descriptions, objects, questions or scenes."""
+        """Plural noun of the counted items: descriptions, objects, questions or scenes."""
         return self.task.unit(self.options)
 
     @property
@@ -47,12 +47,12 @@ class Plan:
 
     @property
     def published(self) -> int | None:
-        """Number of items in the complete annotations; None where unknown."""
+        """Number of items in the complete annotation file; None if unknown."""
         return self.task.published.get(self.options.split)
 
 
 def check_options(options: TaskOptions) -> None:
-    """Raise ``ValueError`` with option, value and alternatives if the options cannot be used."""
+    """Raise ``ValueError`` with the option, its value and the valid ones if options are invalid or do not fit."""
     task = find_task(options.task)
     if options.format not in task.formats:
         raise ValueError(f"--format is {options.format}; {task.name} has {' and '.join(task.formats)}.")
@@ -75,7 +75,7 @@ def check_options(options: TaskOptions) -> None:
 
 
 def recorded_options(options: TaskOptions) -> dict[str, Any]:
-    """The options that the samples of this task depend on, as values that JSON can hold."""
+    """The options that the samples depend on, as JSON values for the manifest."""
     task = find_task(options.task)
     frames = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options.frames).items()}
     recorded: dict[str, Any] = {"split": options.split, "format": options.format, "frames": frames}
@@ -85,7 +85,7 @@ def recorded_options(options: TaskOptions) -> dict[str, Any]:
 
 
 def make_plan(root: Path | str, options: TaskOptions) -> Plan:
-    """Read the files of a task; raises ``ValueError`` with the option or file that cannot be used."""
+    """Read the annotation files of a task; raises ``ValueError`` with the option, or the file, entry and field."""
     root = Path(root)
     check_options(options)
     files = tuple(source.path for source in input_files(root, options))
@@ -93,7 +93,7 @@ def make_plan(root: Path | str, options: TaskOptions) -> Plan:
 
 
 def input_files(root: Path, options: TaskOptions) -> list[InputFile]:
-    """Every input file of a task and split besides the scenes; the annotations first."""
+    """Input files of a task and split, without those of the scenes; the annotations first."""
     task = find_task(options.task)
     found = [task.annotations(root, options), *task.other_files(root, options)]
     if task.needs_infos(options):
@@ -106,7 +106,7 @@ def input_files(root: Path, options: TaskOptions) -> list[InputFile]:
 
 
 def scene_files(root: Path, scene_id: str) -> Iterator[InputFile]:
-    """Files of every scene besides its frames."""
+    """Input files of a scene, without its frames."""
     yield InputFile("alignment", root / "scans" / scene_id / f"{scene_id}.txt", SCANNET)
     yield InputFile("boxes", root / "scannet_data" / f"{scene_id}_aligned_bbox.npy", BOXES)
     for name in ("intrinsic.txt", "depth_intrinsic.txt"):

@@ -1,4 +1,4 @@
-"""What a preparation needs and does not find, and what it would make; nothing is written."""
+"""Preflight checks of a preparation: missing or truncated input files (``--check``), and its size (``--dry_run``)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from w2r2_ds.data.tasks.common import SCANNET
 from w2r2_ds.data.validate import THREADS, ends_well
 
 SAMPLE_BYTES, FRAME_BYTES = 130, 160
-"""Size of a sample of 32 frames and of a frame in the compressed tables; measured on sentences of random words."""
+"""Compressed size of a sample of 32 frames and of a frame, measured on sentences of random words."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that is not there, or not whole.
+    """A missing, truncated or unreadable input file.
 
     Attributes:
         path: of the file or folder.
-        problem: in a word or a sentence.
-        origin: where it comes from.
+        problem: what is wrong with it.
+        origin: where to download it.
     """
 
     path: Path
@@ -33,10 +33,10 @@ class Missing:
 
 
 def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
-    """Everything that a task and split need and that is missing, truncated or unreadable.
+    """All input files of a task and split that are missing, truncated or unreadable.
 
-    Every image of the scenes that the annotations name is looked at: it must end as a JPEG or a PNG does. Without
-    usable annotations, the scenes in posed_images/ are looked at instead.
+    Every image of the scenes in the annotations must have the end marker of a JPEG or a PNG. If the annotations are not
+    usable, the scenes in posed_images/ are checked instead.
     """
     root = Path(root)
     check_options(options)
@@ -56,12 +56,12 @@ def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
 
 
 def report(root: Path | str, options: TaskOptions, found: list[Missing]) -> str:
-    """What is missing, a line each, under where it comes from."""
+    """The result of `missing` as text, grouped by origin."""
     name = f"{options.task} {options.split}"
     if not found:
         return f"{name}: everything is here"
-    things = "1 thing is" if len(found) == 1 else f"{len(found)} things are"
-    lines = [f"{name}: {things} missing"]
+    files = "1 file or folder is" if len(found) == 1 else f"{len(found)} files or folders are"
+    lines = [f"{name}: {files} missing or damaged"]
     for origin in dict.fromkeys(each.origin for each in found):
         lines.append(f"  from {origin}")
         lines += [f"    {relative(each.path, Path(root))}: {each.problem}" for each in found if each.origin == origin]
@@ -69,7 +69,7 @@ def report(root: Path | str, options: TaskOptions, found: list[Missing]) -> str:
 
 
 def forecast(plan: Plan, out: Path) -> str:
-    """What a preparation would make, from the annotations alone."""
+    """Upper bounds of the number of samples and of the size, from the annotations and the names of the frames."""
     listed = sum(len(list((plan.root / "posed_images" / job.scene_id).glob("*.jpg"))) for job in plan.jobs)
     samples = plan.task.most_samples(plan.jobs, plan.options, listed)
     size = samples * SAMPLE_BYTES + listed * FRAME_BYTES
@@ -83,7 +83,7 @@ def forecast(plan: Plan, out: Path) -> str:
 
 
 def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[str], list[Missing]]:
-    """The scenes that the annotations name, and what is wrong with these files if they cannot be read."""
+    """The scenes in the annotations, and the input files that cannot be parsed or that lack scenes."""
     if not incomplete:
         try:
             plan = make_plan(root, options)
@@ -96,7 +96,7 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
 
 
 def _lacking(plan: Plan) -> Iterator[Missing]:
-    """Scenes that EmbodiedScan's infos or the proposals leave out."""
+    """Scenes that are missing in EmbodiedScan's infos or in the proposals."""
     files = {each.name: each for each in reversed(input_files(plan.root, plan.options))}  # the split's own infos
     for job in plan.jobs:
         if plan.task.needs_infos(plan.options) and job.info is None:

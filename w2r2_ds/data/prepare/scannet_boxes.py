@@ -1,17 +1,17 @@
-"""Instance boxes from ScanNet's own files, by ScanRefer's rule.
+"""Axis-aligned instance boxes from ScanNet's meshes and their annotations, as ScanRefer computes them.
 
-Of ``scans/SCENE/`` (ScanNet's download script fetches all four)::
+Input files below ``scans/SCENE/``, all from ScanNet's download script::
 
     SCENE_vh_clean_2.ply                     the mesh whose vertices are annotated, raw world, metres
-    SCENE_vh_clean_2.0.010000.segs.json      segIndices: the segment of each vertex
-    SCENE_vh_clean.aggregation.json          segGroups: objectId, label and segments of each object
+    SCENE_vh_clean_2.0.010000.segs.json      segIndices: the segment of every vertex
+    SCENE_vh_clean.aggregation.json          segGroups: objectId, label and segments of every object
       or SCENE.aggregation.json
     SCENE.txt                                axisAlignment
 
-and ``scannetv2-labels.combined.tsv``. The rule (daveredrum/ScanRefer ``load_scannet_data.py``): vertices are aligned in
-float64 and kept as float32; a segment that two objects name belongs to the later one; a box is the least and greatest
-coordinate of an object's vertices. ScanRefer leaves out walls, floors and ceilings afterwards; here they stay, since
-a sentence may be about one ("closet wall").
+and ``scannetv2-labels.combined.tsv``. As in daveredrum/ScanRefer ``load_scannet_data.py``, vertices are aligned in
+float64 and stored as float32, a segment of two objects belongs to the later one, and a box spans the minimum and
+maximum coordinates of an object's vertices. ScanRefer removes walls, floors and ceilings afterwards; here they are
+kept, since a description may be about one ("closet wall").
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ _GROUPS, _SEGMENTS = TypeAdapter(_Aggregation), TypeAdapter(_Segmentation)
 
 
 def write_boxes(root: Path | str, scene_id: str) -> Path:
-    """Make ``scannet_data/SCENE_aligned_bbox.npy`` of one scene; what is there is replaced at once or not at all.
+    """Write ``scannet_data/SCENE_aligned_bbox.npy`` of one scene; an existing file is replaced atomically.
 
     Args:
         root: data root, see ``data/sources/scannet.py``.
         scene_id: ScanNet scene name.
 
     Returns:
-        the file: ``[N, 8]`` float64, cx cy cz dx dy dz label_id object_id, one row per object by its id; zeros for an
-        object without vertices.
+        The file: ``[N, 8]`` float64, cx cy cz dx dy dz label_id object_id (axis-aligned world, metres), one row per
+        object, sorted by id; zeros for an object without vertices.
 
     Raises:
-        ValueError: one of ScanNet's files is missing, malformed or belongs to other files; the message names it.
+        ValueError: a file of ScanNet is missing, malformed or of another scene.
     """
     root = Path(root)
     folder = root / "scans" / check_scene_id(scene_id)
@@ -99,10 +99,10 @@ def write_boxes(root: Path | str, scene_id: str) -> Path:
 
 
 def _rows(vertices: np.ndarray, segments: np.ndarray, groups: list[_Group], labels: LabelMap) -> np.ndarray:
-    """``[N, 8]`` of objects by id, from ``[V, 3]`` float32 vertices and the ``[V]`` segments they are in."""
+    """Rows ``[N, 8]`` sorted by object id, from vertices ``[V, 3]`` float32 and their segments ``[V]``."""
     owner = {segment: group.object_id for group in groups for segment in group.segments}
     names, inverse = np.unique(segments, return_inverse=True)
-    # -1: no object
+    # object of every vertex through its segment; -1: no object
     object_of = np.array([owner.get(int(name), -1) for name in names], dtype=np.int64)[inverse]
     rows = np.zeros((len(groups), 8))
     for row, group in zip(rows, sorted(groups, key=lambda each: each.object_id), strict=True):
@@ -114,7 +114,7 @@ def _rows(vertices: np.ndarray, segments: np.ndarray, groups: list[_Group], labe
 
 
 def _aligned(vertices: np.ndarray, axis_align: np.ndarray) -> np.ndarray:
-    """``[V, 3]`` float32 in the axis-aligned world."""
+    """Vertices ``[V, 3]`` float32 in the axis-aligned world, from ``[V, 3]`` float64 in the raw world."""
     return (vertices @ axis_align[:3, :3].T + axis_align[:3, 3]).astype(np.float32)
 
 
@@ -127,7 +127,7 @@ def _read_vertices(path: Path) -> np.ndarray:
         # the file of its texture, which may lie anywhere.
         mesh: Any = trimesh.load(path, file_type="ply", process=False, skip_materials=True)
         vertices = np.asarray(mesh.vertices, dtype=np.float64)
-    except Exception as error:  # trimesh lets through whatever a cut file makes it stumble over
+    except Exception as error:  # trimesh raises many types of errors on a truncated file
         raise ValueError(f"{path} is no readable mesh ({error}); download it again") from None
     if vertices.ndim != 2 or vertices.shape[1] != 3 or not len(vertices) or not np.isfinite(vertices).all():
         raise ValueError(f"{path} has no vertices, or some that are not finite; download it again")
@@ -140,7 +140,7 @@ def _read_segments(path: Path) -> np.ndarray:
 
 
 def _aggregation(folder: Path, scene_id: str) -> Path:
-    """ScanRefer reads the first; both hold the same objects."""
+    """The aggregation file: ScanRefer reads the first name; both have the same objects."""
     candidates = [folder / f"{scene_id}{ending}.aggregation.json" for ending in ("_vh_clean", "")]
     return next((path for path in candidates if path.is_file()), candidates[1])
 
@@ -159,19 +159,19 @@ def _read_groups(path: Path) -> list[_Group]:
 def write_all_boxes(
     root: Path | str, scenes: Sequence[str] = (), workers: int = 1, overwrite: bool = False
 ) -> tuple[int, int]:
-    """Make ``scannet_data/SCENE_aligned_bbox.npy`` of every scene that has none.
+    """Write ``scannet_data/SCENE_aligned_bbox.npy`` of all scenes that have none.
 
     Args:
         root: data root in ScanNet's layout.
-        scenes: names; without any, those below ``ROOT/scans``.
+        scenes: names of scenes; all below ``ROOT/scans`` if empty.
         workers: processes.
-        overwrite: make them again where they are.
+        overwrite: replace existing files.
 
     Returns:
-        How many were made and how many were there.
+        Number of files written, and of files that existed.
 
     Raises:
-        ValueError: there are no scenes, or some cannot be used; the first ten are named, the others are made.
+        ValueError: there are no scenes, or some have errors; the message has the first ten. The others are written.
     """
     root, folder = Path(root), Path(root) / "scans"
     if not scenes:
@@ -189,13 +189,13 @@ def write_all_boxes(
                 problems[scene_id] = problem
             advance()
     if problems:
-        sentences = [problems[name] for name in sorted(problems)]
-        raise ValueError(listed(f"{len(problems)} of {len(scenes)} scenes have no boxes yet", sentences))
+        messages = [problems[name] for name in sorted(problems)]
+        raise ValueError(listed(f"{len(problems)} of {len(scenes)} scenes have no boxes yet", messages))
     return len(todo), len(scenes) - len(todo)
 
 
 def _write(root: Path, scene_id: str) -> tuple[str, str]:
-    """Boxes of one scene; its name, and what is wrong with it."""
+    """Write the boxes of one scene; returns its name and the error message, empty without an error."""
     try:
         write_boxes(root, scene_id)
     except ValueError as error:

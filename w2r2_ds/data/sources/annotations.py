@@ -44,7 +44,7 @@ class Description(Record):
         object_name: as in the file, with underscores for blanks.
         ann_id: number of this description of the object, as in the file.
         text: the sentence.
-        words: the sentence as the file splits it; words may be empty strings.
+        words: the sentence as the file tokenises it (field ``token``); words may be empty strings.
         where: file and entry, for messages.
     """
 
@@ -117,11 +117,11 @@ _ANSWERED = TypeAdapter(list[AnsweredQuestion])
 
 
 def read_scanrefer(path: Path | str) -> list[Description]:
-    """Every description of a ``ScanRefer_filtered_*.json``, in the file's order.
+    """All descriptions of a ``ScanRefer_filtered_*.json``, in the file's order.
 
     Raises:
-        ValueError: the file is not readable, or entries lack a usable field or repeat another's scene, object and
-            ann_id. The message names the first ten by entry and field.
+        ValueError: the file is not readable, a field is missing or invalid, or two entries have the same scene_id,
+            object_id and ann_id. The message has entry and field of the first ten errors.
     """
     found: list[Description] = _read(path, SCANREFER, _DESCRIPTIONS)
     keys = [(each.scene_id, each.object_id, each.ann_id) for each in found]
@@ -130,14 +130,14 @@ def read_scanrefer(path: Path | str) -> list[Description]:
 
 
 def read_scanqa(path: Path | str, answers_needed: bool = True) -> list[Question]:
-    """Every question of a ``ScanQA_v1.0_*.json``, in the file's order.
+    """All questions of a ``ScanQA_v1.0_*.json``, in the file's order.
 
     Args:
         path: the file.
         answers_needed: whether a question without answers is an error; ScanQA's test splits have none.
 
     Raises:
-        ValueError: see `read_scanrefer`; a question_id occurs twice.
+        ValueError: see `read_scanrefer`; or a question_id occurs twice.
     """
     found: list[Question] = _read(path, SCANQA, _ANSWERED if answers_needed else _QUESTIONS)
     _check_unique(path, [each.question_id for each in found], "question_id")

@@ -1,4 +1,4 @@
-"""Reader of EmbodiedScan's annotations of ScanNet: the objects visible in each frame, and oriented boxes.
+"""Reader of EmbodiedScan's annotations of ScanNet: the visible objects of every frame, and oriented boxes.
 
 ``embodiedscan_infos_{train,val}.pkl``::
 
@@ -8,11 +8,12 @@
                                 "visible_instance_ids": [0, 3]}, ...],
                     "instances": [{"bbox_3d": [9], "bbox_label_3d": 4, "bbox_id": 7}, ...]}, ...]}
 
-``visible_instance_ids`` are *indices into the list* ``instances``, not values of ``bbox_id``: EmbodiedScan's own data
-set sets ``mask[ids]`` of a mask as long as that list (``embodiedscan_dataset.py``: ``_ids2masks``), and VG-LLM takes
+``visible_instance_ids`` are *indices into the list* ``instances``, not values of ``bbox_id``: EmbodiedScan's data set
+class sets ``mask[ids]`` of a mask of that length (``embodiedscan_dataset.py``: ``_ids2masks``), and VG-LLM reads
 ``sample["instances"][id]`` (``process_threedod.py``). An index outside the list is an error.
 
-Boxes: centre, size, ZXY angles (``boxes3d/transforms.py``), in the axis-aligned world; metres, radians.
+Boxes ``bbox_3d``: centre and size in metres, ZXY angles in radians (``boxes3d/transforms.py``), axis-aligned world.
+Poses ``cam2global``: OpenCV camera to *raw* world; ``axis_align_matrix``: raw to axis-aligned world.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class InfoInstance:
     """One object.
 
     Attributes:
-        index: index in the scene's list, used by ``ScanInfo.visible``.
-        bbox_id: EmbodiedScan's number of the box.
-        label: its category.
+        index: index in the scene's list, the value in ``ScanInfo.visible``.
+        bbox_id: EmbodiedScan's id of the box.
+        label: category.
         box: ``[9]`` float64, axis-aligned world.
     """
 
@@ -58,7 +59,7 @@ class ScanInfo:
     Attributes:
         scene_id: ScanNet scene name.
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
-        visible: frame number (that of the image's name) -> ``InfoInstance.index`` of the objects it shows.
+        visible: frame number (in the image's file name) -> ``InfoInstance.index`` of the visible objects.
         poses: frame number -> ``[4, 4]`` float64, OpenCV camera to *raw* world.
         instances: in the file's order.
         frames_without_pose: number of frames skipped because their pose is not finite.
@@ -73,10 +74,10 @@ class ScanInfo:
 
 
 class Infos(dict[str, ScanInfo]):
-    """Scene id -> info.
+    """Scene id -> annotations of the scene.
 
     Attributes:
-        skipped: data set -> how many of its scenes the file holds besides ScanNet's.
+        skipped: name of another data set (3RScan, Matterport3D) -> number of its scenes in the file.
     """
 
     def __init__(self) -> None:
@@ -85,7 +86,7 @@ class Infos(dict[str, ScanInfo]):
 
 
 def _array(*shape: int, finite: bool = True) -> Any:
-    """Annotation of a float64 array of that shape."""
+    """pydantic type of a float64 array of this shape."""
 
     def convert(value: Any) -> np.ndarray:
         try:
@@ -169,11 +170,11 @@ _CONTENT = TypeAdapter(_Content)
 
 
 def read_infos(path: Path | str) -> Infos:
-    """The ScanNet scenes of an infos file; scenes of 3RScan, Matterport3D and others are skipped and counted.
+    """The ScanNet scenes of an infos file; scenes of other data sets are skipped and counted.
 
     Raises:
-        ValueError: the file is not such a pickle, or scenes are malformed. The message names the first ten errors by
-            scene and field.
+        ValueError: the file is not such a pickle, or scenes are malformed. The message has scene and field of the first
+            ten errors.
     """
     path = Path(path)
     content = validate(_CONTENT, load_plain(path, SOURCE), path)

@@ -1,4 +1,7 @@
-"""ScanNet's table of labels: what a raw category is called in NYU40."""
+"""ScanNet's label table (raw category -> NYU40 class), and the unique/multiple split of ScanRefer.
+
+``scannetv2-labels.combined.tsv`` is tab-separated; ``raw_category``, ``nyu40id`` and ``nyu40class`` are used.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ _SOURCE = "ScanNet's table of labels, which its own download script fetches"
 
 
 def read_labels(root: Path | str) -> dict[str, tuple[int, str]]:
-    """Read ``scannetv2-labels.combined.tsv`` below `root`. Of rows of the same raw category the last counts.
+    """Read ``scannetv2-labels.combined.tsv`` below `root`.
 
-    ScanRefer's and Video-3D-LLM's readers keep the last, too.
+    Of several rows of one raw category the last one is used, as in ScanRefer's and Video-3D-LLM's code.
 
     Raises:
         ValueError: the file is missing or not UTF-8, or lacks one of the three columns (in its header or in a row).
     """
     path = Path(root) / LABELS_FILE
     try:
-        # No csv: quotes mean nothing in this file.
+        # Not the csv module: a quote is an ordinary character in this file.
         content = path.read_bytes()
         lines = content.decode("utf-8").splitlines()
     except FileNotFoundError:
@@ -60,17 +63,18 @@ SCANNET_CLASSES = (
     *("curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub"),
 )
 NYU40_SPELLING = {"refridgerator": "refrigerator"}
-"""ScanNet's table of labels has NYU40's spelling, ScanRefer's own copy of it the one above: both mean the class."""
+"""Spelling in ScanNet's label table -> spelling in ScanRefer's copy of it, which ``SCANNET_CLASSES`` has."""
 UNIQUE, MULTIPLE = "unique", "multiple"
 OTHERS = len(SCANNET_CLASSES)
-"""Class of everything that is none of ScanNet's 17 named ones."""
+"""Class of all other categories."""
+# NYU40 ids that Video-3D-LLM distinguishes; every other one counts as otherfurniture
 VIDEO3DLLM_IDS = frozenset((*range(1, 13), 14, 16, 24, 28, 33, 34, 36, 39))
 OTHER_FURNITURE = 39
 Id = TypeVar("Id", int, str, covariant=True)
 
 
 class Annotated(Protocol[Id]):
-    """What is looked at of an annotation; its object is a number, or the digits of one."""
+    """The fields that `groups` reads; an object id is an int, or a string of digits."""
 
     @property
     def scene_id(self) -> str: ...
@@ -81,9 +85,9 @@ class Annotated(Protocol[Id]):
 
 
 def scannet_class(object_name: str, labels: LabelMap) -> int:
-    """0..16 for ScanNet's named classes, 17 for others or unknown names.
+    """Index 0 to 16 of a named class of ScanNet; 17 for other classes and unknown names.
 
-    daveredrum/ScanRefer ``lib/dataset.py``: ``_get_raw2label``, ``_get_unique_multiple_lookup``.
+    Source: daveredrum/ScanRefer ``lib/dataset.py``: ``_get_raw2label``, ``_get_unique_multiple_lookup``.
     """
     _, name = labels.get(object_name.replace("_", " "), (0, ""))
     name = NYU40_SPELLING.get(name, name)
@@ -91,9 +95,10 @@ def scannet_class(object_name: str, labels: LabelMap) -> int:
 
 
 def nyu40_class(object_name: str, labels: LabelMap) -> int:
-    """NYU40 id, 39 for ids outside ``VIDEO3DLLM_IDS`` or unknown names.
+    """NYU40 id; 39 for ids outside ``VIDEO3DLLM_IDS`` and unknown names.
 
-    LaVi-Lab/Video-3D-LLM ``scripts/3d/preprocessing/process_scanrefer.py``: ``add_unique_multiple_labels_to_json``.
+    Source: LaVi-Lab/Video-3D-LLM ``scripts/3d/preprocessing/process_scanrefer.py``:
+    ``add_unique_multiple_labels_to_json``.
     """
     number, _ = labels.get(object_name.replace("_", " "), (OTHER_FURNITURE, ""))
     return number if number in VIDEO3DLLM_IDS else OTHER_FURNITURE
@@ -102,7 +107,7 @@ def nyu40_class(object_name: str, labels: LabelMap) -> int:
 def groups(
     annotations: Iterable[Annotated[Id]], labels: LabelMap, class_of: Callable[[str, LabelMap], int]
 ) -> dict[tuple[str, Id], str]:
-    """(scene, object) -> ``unique`` or ``multiple``.
+    """(scene, object) -> ``unique`` if it is the only annotated object of its class in the scene, else ``multiple``.
 
     Args:
         annotations: all of one split.
@@ -112,7 +117,7 @@ def groups(
     classes: dict[tuple[str, Id], int] = {}
     members: defaultdict[tuple[str, int], set[Id]] = defaultdict(set)
     for each in annotations:
-        # As in ScanRefer, the first annotation of an object decides its class.
+        # As in ScanRefer, an object has the class of its first annotation.
         number = classes.setdefault((each.scene_id, each.object_id), class_of(each.object_name, labels))
         members[each.scene_id, number].add(each.object_id)
     return {

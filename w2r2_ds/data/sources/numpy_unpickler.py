@@ -1,7 +1,7 @@
-"""Restricted unpickler: NumPy arrays, numbers and builtin containers; a pickle that names anything else is an error.
+"""Restricted unpickler: NumPy arrays, numbers and builtin containers; any other class in a pickle is an error.
 
-A pickle is a program that imports and calls what it names. `pickle.Unpickler.find_class` is the documented place to
-restrict that: only the names of the table below are resolved, all others raise before anything is imported or called.
+A pickle can import and call any function. `pickle.Unpickler.find_class` is the documented place to restrict this: only
+the names in the table below are resolved, and any other raises an error before it is imported or called.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RECONSTRUCT, _SCALAR, _FROMBUFFER = _array.__reduce__()[0], _array[0].__reduce_
 
 
 def _bytes(text: str = "", coding: str = "latin1") -> bytes:
-    """``_codecs.encode`` of protocol 2, which writes bytes as latin1 text; codecs that compress are not needed."""
+    """Replaces ``_codecs.encode``: pickle protocol 2 writes bytes as latin1 text; other codecs are not supported."""
     if coding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the coding {coding!r}")
     return text.encode("latin1")

@@ -4,7 +4,8 @@
 
     {"scannet/scene0011_00": [[cx, cy, cz, dx, dy, dz], ...], ...}
 
-Axis-aligned world, metres; keys with or without ``scannet/``. The public ones are Mask3D's.
+Boxes are centre and size in the axis-aligned world, metres; scene names with or without ``scannet/``. The public files
+are boxes of Mask3D's masks.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: the file is not readable, a scene occurs twice, or a box is not six finite numbers with positive
-            sizes. The message names the first ten by scene and box.
+            sizes. The message has scene and box of the first ten errors.
     """
     proposals: dict[str, np.ndarray] = {}
     problems = []

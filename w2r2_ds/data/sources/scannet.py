@@ -1,10 +1,17 @@
-"""The only reader of ScanNet's layout: scenes, poses, intrinsics, alignment and instance boxes on disk.
+"""Reader of ScanNet scenes: frames, camera poses, intrinsics, axis alignment and instance boxes.
 
-Expected below ``root`` (what ScanNet's and ScanRefer's own preparation scripts write)::
+Files below the data root, as ScanNet's and ScanRefer's preparation scripts write them::
 
-    posed_images/SCENE/{00000.jpg, 00000.png, 00000.txt, ..., intrinsic.txt, depth_intrinsic.txt}
-    scans/SCENE/SCENE.txt                       a line "axisAlignment = 16 numbers"
+    posed_images/SCENE/00000.jpg                colour image, RGB
+                       00000.png                depth image, uint16, millimetres; 0 = no measurement
+                       00000.txt                pose, 16 numbers [4, 4]: camera to raw world, metres
+                       intrinsic.txt            16 numbers [4, 4], pinhole matrix of the colour images, pixels
+                       depth_intrinsic.txt      the same of the depth images
+    scans/SCENE/SCENE.txt                       a line "axisAlignment = 16 numbers": raw to axis-aligned world
     scannet_data/SCENE_aligned_bbox.npy         [N, 8]: cx cy cz dx dy dz label_id object_id, axis-aligned world, metres
+
+Cameras follow OpenCV: x right, y down, z forward. The world has +z up. ScanNet's raw world has its own rotation about z
+per scan; ``axisAlignment`` turns the walls parallel to x and y.
 """
 
 from __future__ import annotations
@@ -38,7 +45,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Instance:
-    """One annotated object: ``box`` is ``[6]`` float64, centre and size in the axis-aligned world, metres."""
+    """One annotated object.
+
+    Attributes:
+        object_id: ScanNet's ``objectId``, unique in the scene.
+        label_id: NYU40 id of its category.
+        box: ``[6]`` float64, centre and size in the axis-aligned world, metres.
+    """
 
     object_id: int
     label_id: int
@@ -47,16 +60,16 @@ class Instance:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One scan. Compared and hashed by identity, so that what is computed once per scene can be remembered.
+    """One scan. Compared and hashed by identity, so that results per scene can be cached (``frames/coverage.py``).
 
     Attributes:
         scene_id: ScanNet scene name.
-        frames: frames with a valid pose, by index.
+        frames: frames with a finite pose, in the order of their numbers.
         intrinsic: ``[4, 4]`` float64 pinhole matrix of the colour images, pixels.
         depth_intrinsic: ``[4, 4]`` float64, of the depth images.
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
-        instances: object id to instance.
-        frames_without_pose: how many frames were left out because their pose is not finite.
+        instances: object id -> instance.
+        frames_without_pose: number of frames that are not in ``frames`` because their pose is not finite.
     """
 
     scene_id: str
@@ -69,7 +82,7 @@ class Scene:
 
 
 def check_scene_id(scene_id: str) -> str:
-    """Return ``scene_id`` if it is safe to use in a path (letters, digits, underscores), else raise ``ValueError``."""
+    """Return ``scene_id`` if it is safe in a path: 1 to 100 letters, digits, underscores. Else raise ``ValueError``."""
     if not _SCENE_ID.fullmatch(scene_id):
         raise ValueError(f"scene id {scene_id[:120]!r} is not made of letters, digits and underscores only, 1 to 100")
     return scene_id
@@ -78,7 +91,7 @@ def check_scene_id(scene_id: str) -> str:
 def load_scene(root: Path | str, scene_id: str) -> Scene:
     """Read one scene.
 
-    Frames whose pose holds nan or inf (ScanNet marks lost tracking so) are left out and counted.
+    Frames whose pose has nan or inf, ScanNet's mark of lost tracking, are skipped and counted.
 
     Raises:
         ValueError: a file is missing or malformed (the message names it), or no frame has a valid pose.
@@ -87,7 +100,7 @@ def load_scene(root: Path | str, scene_id: str) -> Scene:
     check_scene_id(scene_id)
     images = root / "posed_images" / scene_id
     axis_align = read_alignment(root / "scans" / scene_id / f"{scene_id}.txt")
-    frames, dropped = _read_frames(images, axis_align)
+    frames, without_pose = _read_frames(images, axis_align)
     return Scene(
         scene_id=scene_id,
         frames=frames,
@@ -95,7 +108,7 @@ def load_scene(root: Path | str, scene_id: str) -> Scene:
         depth_intrinsic=_read_intrinsic(images / "depth_intrinsic.txt"),
         axis_align=axis_align,
         instances=_read_instances(root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"),
-        frames_without_pose=dropped,
+        frames_without_pose=without_pose,
     )
 
 
@@ -116,17 +129,17 @@ def _matrix(text: str, path: Path, field: str) -> np.ndarray:
     try:
         values = [float(word) for word in words]
     except ValueError:
-        raise ValueError(f"{path}: {field} holds something that is not a number; write the file again") from None
+        raise ValueError(f"{path}: {field} holds something that is not a number; extract it again") from None
     if len(values) != 16:
         raise ValueError(f"{path}: {field} has {len(values)} numbers instead of 16; the file may be truncated")
     return np.array(values, dtype=np.float64).reshape(4, 4)
 
 
 def read_alignment(path: Path) -> np.ndarray:
-    """``[4, 4]`` float64, raw to axis-aligned world, of a ``scans/SCENE/SCENE.txt``.
+    """Matrix ``axisAlignment`` of a ``scans/SCENE/SCENE.txt``: ``[4, 4]`` float64, raw to axis-aligned world.
 
     Raises:
-        ValueError: no such file, no such line, or no rotation and shift.
+        ValueError: the file or the line is missing, or the matrix is not a rotation and a translation.
     """
     for line in _read_text(path, "the scan's description").splitlines():
         name, equals, value = line.partition("=")
@@ -134,7 +147,7 @@ def read_alignment(path: Path) -> np.ndarray:
             matrix = _matrix(value, path, "axisAlignment")
             rotation = matrix[:3, :3]
             if not np.isfinite(matrix).all() or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3):
-                raise ValueError(f"{path}: axisAlignment is not a rotation and a shift; copy ScanNet's file again")
+                raise ValueError(f"{path}: axisAlignment is not a rotation and a translation; copy the file again")
             return matrix
     raise ValueError(f"{path}: there is no line 'axisAlignment = 16 numbers'; ScanNet's hidden test scans have none")
 
@@ -147,13 +160,13 @@ def _read_intrinsic(path: Path) -> np.ndarray:
 
 
 def _read_frames(folder: Path, axis_align: np.ndarray) -> tuple[tuple[Frame, ...], int]:
-    """Read every pose of ``folder``; returns the valid frames by index and the number of invalid ones."""
+    """Frames of a folder with a finite pose, in the order of their numbers, and the number of the others."""
     if not folder.is_dir():
         raise ValueError(
             f"{folder} does not exist; extract the scene's images and poses, or correct data.root (or --root)"
         )
     stems = sorted({p.stem for p in folder.iterdir() if p.suffix in _FRAME_SUFFIXES and p.stem.isdecimal()}, key=int)
-    frames, dropped = [], 0
+    frames, without_pose = [], 0
     for stem in stems:
         pose_file, color, depth = (folder / f"{stem}{suffix}" for suffix in _FRAME_SUFFIXES)
         for path, what in ((pose_file, "pose"), (color, "colour image"), (depth, "depth image")):
@@ -161,16 +174,17 @@ def _read_frames(folder: Path, axis_align: np.ndarray) -> tuple[tuple[Frame, ...
                 raise ValueError(f"{path} is missing: frame {stem} has no {what}; extract the scene's frames again")
         pose = _matrix(_read_text(pose_file, "a camera pose"), pose_file, "the pose")
         if np.isfinite(pose).all():
+            # camera -> raw world -> axis-aligned world
             frames.append(Frame(int(stem), color, depth, axis_align @ pose))
         else:
-            dropped += 1
+            without_pose += 1
     if not frames:
-        raise ValueError(f"{folder} has no frame with a valid pose ({dropped} not finite); leave this scene out")
-    return tuple(frames), dropped
+        raise ValueError(f"{folder} has no frame with a valid pose ({without_pose} not finite); extract it again")
+    return tuple(frames), without_pose
 
 
 def _read_instances(path: Path) -> dict[int, Instance]:
-    """Read ScanRefer's boxes. Its preparation leaves an all-zero row for an instance without points: no instance."""
+    """Instance boxes by object id. All-zero rows, which ScanRefer writes for objects without points, are skipped."""
     try:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -192,7 +206,7 @@ def _read_instances(path: Path) -> dict[int, Instance]:
         if (row[3:6] <= 0).any():
             raise ValueError(
                 f"{path}: row {number} (object {int(row[7])}) has the size {row[3:6].tolist()}, and a box has positive "
-                "sides; write the file again, or fill the row with zeros to leave the object out"
+                "sides; write the file again, or fill the row with zeros to skip the object"
             )
         object_id = int(row[7])
         if object_id in instances:

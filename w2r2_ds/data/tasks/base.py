@@ -1,7 +1,7 @@
-"""Tasks: the `Task` class, the registry, and the records that preparation passes around.
+"""Base class and registry of tasks, and the records of their preparation.
 
-A new task is one file: a subclass of `Task` with ``@register_task``. Built-in tasks are registered when the package
-``w2r2_ds.data.tasks`` is imported, those of users with the option ``--plugin``.
+A task is one file: a subclass of `Task` with ``@register_task``. Importing the package ``w2r2_ds.data.tasks`` registers
+the built-in tasks; the option ``--plugin`` registers those of users.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.types.sample import Kind, Sample
 
+# reasons of skipped items, explained in docs/reference/data-formats.md
 NO_INSTANCE_MATCH = "no_instance_match"
 NO_VISIBLE_FRAME = "no_visible_frame"
 NO_PROPOSAL = "no_proposal"
@@ -29,19 +30,19 @@ NO_BOX = "no_box"
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What the samples of a task depend on, besides the data; the launcher says what each is for.
+    """Options of the preparation of one task and split; ``w2r2 prepare TASK --help`` explains them.
 
     Attributes:
-        task: scanrefer, scan2cap, scanqa or detection.
+        task: name of a registered task.
         split: of the annotations.
-        format: whose prompts and answers.
-        frames: which frames a sample sees; detection takes only count and seed.
-        rolls: ScanRefer: training samples per description, each with frames of its own.
-        visibility: where the options look for objects: what says whether a frame sees one.
-        boxes: Scan2Cap, validation: where the coordinates of the prompt come from.
-        interval: detection: every how many frames of a run of neighbours a window takes one.
-        step: detection: distance of the numbers of neighbouring frames.
-        windows: detection: the most windows of a scene; 0 for all.
+        format: prompt and answer format, one of ``Task.formats``.
+        frames: frame selection; detection uses only count and seed.
+        rolls: ScanRefer: training samples per description, each with other frames.
+        visibility: source of object visibility: EmbodiedScan's lists, or the depth images.
+        boxes: Scan2Cap, validation: boxes whose centre is in the prompt.
+        interval: detection: a window has every interval-th frame of a run of neighbouring frames.
+        step: detection: difference of the numbers of neighbouring frames.
+        windows: detection: maximum number of windows per scene; 0 for all.
     """
 
     task: str
@@ -58,7 +59,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that one scene's samples are made of, besides the scene.
+    """Annotations of one scene, the unit of work of a preparation process.
 
     Attributes:
         scene_id: ScanNet scene name.
@@ -66,8 +67,8 @@ class Job:
         items: annotations of the scene, each with its number in the annotation file, from 0.
         groups: object id -> unique or multiple by ScanNet's 18 classes, and by NYU40's ids.
         classes: object name -> 0 to 16 for ScanNet's named classes, 17 for others.
-        info: EmbodiedScan's annotations of the scene, where the task needs them.
-        proposals: ``[N, 6]`` float64 proposed boxes, axis-aligned world, where the task needs them.
+        info: EmbodiedScan's annotations of the scene; None if the task does not need them.
+        proposals: ``[N, 6]`` float64 detected boxes (centre, size; axis-aligned world, metres); None if not needed.
     """
 
     scene_id: str
@@ -86,7 +87,7 @@ class Item(Protocol):
     def scene_id(self) -> str: ...
     @property
     def key(self) -> str:
-        """Unique in the annotation file."""
+        """Id, unique in the annotation file."""
 
     @property
     def where(self) -> str:
@@ -97,12 +98,12 @@ class Item(Protocol):
         """Objects of the scene that the annotation is about; they need a box."""
 
     object_field: ClassVar[str]
-    """Field of the annotation file that names them, for messages."""
+    """Field of the annotation file that holds `object_ids`, for messages."""
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input file: its kind (annotations, labels, infos, proposals or frames), path, and where a user gets it."""
+    """An input file: name (annotations, labels, infos, proposals or frames), path, and where to download it."""
 
     name: str
     path: Path
@@ -111,13 +112,13 @@ class InputFile:
 
 @dataclass(frozen=True)
 class SkippedItem:
-    """An item that became no sample.
+    """An annotation without a sample; a line of skipped.jsonl.
 
     Attributes:
-        id: of the sample, or of the item where none of its samples could be made.
-        reason: one of a few words that can be counted.
-        where: file, line and entry that it came from.
-        detail: a sentence, where the reason does not say it all.
+        id: of the sample, or of the annotation if none of its samples could be made.
+        reason: one of the constants above.
+        where: file and entry of the annotation.
+        detail: message of the error, if there is one.
     """
 
     id: str
@@ -128,11 +129,11 @@ class SkippedItem:
 
 PreparedItem = Sample | SkippedItem
 PreparedItems = list[tuple[int, PreparedItem]]
-"""What items became, each with the item's number in its file."""
+"""Samples and skipped items of a scene, each with the number of its annotation in the annotation file."""
 
 
 class AnnotationMismatch(ValueError):
-    """Annotations that do not belong to these scans.
+    """Annotations of objects that the scene does not have.
 
     Attributes:
         messages: one per item, with file, entry and field.
@@ -144,13 +145,15 @@ class AnnotationMismatch(ValueError):
 
 
 class Task(ABC):
-    """Format, prompts, answers and preparation of one task. Stateless: every method takes the options.
+    """Annotation files, prompts, answers, parsing, similarity and preparation of one task.
+
+    Stateless: every method takes the options. Scores are registered in the same file with ``register_protocol``.
 
     Attributes:
         name: used on the command line, in manifests and in samples.
         formats: prompt and answer formats, by the project that they are from; the first is the default.
         splits: of the annotations.
-        published: split -> number of items in the complete annotation file, where known.
+        published: split -> number of items in the complete annotation file, if known.
         cli_options: options of ``w2r2 prepare NAME`` besides those of all tasks, a subset of
             ``commands.prepare_data.TASK_OPTIONS``.
         frame_protocol: default of ``--frames.protocol``.
@@ -165,15 +168,15 @@ class Task(ABC):
 
     @abstractmethod
     def annotations(self, root: Path, options: TaskOptions) -> InputFile:
-        """The file whose entries become samples."""
+        """The file whose entries become samples. Its ``origin`` is printed if it is missing."""
 
     @abstractmethod
     def read(self, root: Path, options: TaskOptions) -> Sequence[Item]:
-        """All items of the annotation file, in its order."""
+        """All items of the annotation file, in its order. Raises ``ValueError`` with file, entry and field."""
 
     @abstractmethod
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-        """The samples of one scene, and the items that became none, each with the item's number."""
+        """Samples and skipped items of one scene, each with the number of its item."""
 
     def kind(self, options: TaskOptions) -> Kind:
         """Kind of answer: its *where* tokens follow from it, and its similarity (a box: IoU; others: words)."""
@@ -210,7 +213,7 @@ class Task(ABC):
         return sum(len(self.items(job, options)) for job in jobs)
 
     def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
-        """Number, id and place of every item of a scene."""
+        """Number, id, and file and entry of every item of a scene."""
         return [(number, each.key, each.where) for number, each in job.items]
 
     def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
@@ -221,19 +224,19 @@ class Task(ABC):
         )
 
     def other_files(self, root: Path, options: TaskOptions) -> list[InputFile]:
-        """Files besides the annotations, EmbodiedScan's and the proposals."""
+        """Input files besides the annotations, EmbodiedScan's infos and the proposals."""
         return []
 
     def uses_visibility(self, options: TaskOptions) -> bool:
-        """Whether samples depend on which frames see an object."""
+        """Whether samples depend on the frames in which an object is visible."""
         return False
 
     def needs_infos(self, options: TaskOptions) -> bool:
-        """Whether that comes from EmbodiedScan's annotations."""
+        """Whether EmbodiedScan's infos are an input file."""
         return self.uses_visibility(options) and options.visibility == "embodiedscan"
 
     def needs_proposals(self, options: TaskOptions) -> bool:
-        """Whether samples are about a detector's boxes."""
+        """Whether the file of detected boxes is an input file."""
         return False
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
@@ -263,9 +266,10 @@ def register_task(task: type[Task]) -> type[Task]:
     """Class decorator: add a task to `TASKS`.
 
     Raises:
-        ValueError: another class has this name already.
+        ValueError: another class is registered under this name.
     """
     known = TASKS.get(task.name)
+    # the same class may be imported twice, as a plug-in file and as a module
     if known is not None and type(known).__qualname__ != task.__qualname__:
         raise ValueError(f"Task {task.name!r} is registered by {type(known).__module__}; choose another name.")
     TASKS[task.name] = task()
@@ -273,7 +277,7 @@ def register_task(task: type[Task]) -> type[Task]:
 
 
 def find_task(name: str) -> Task:
-    """A registered task; raises ``ValueError`` with the known names."""
+    """The registered task of this name; raises ``ValueError`` with the registered names if there is none."""
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}; known tasks: {', '.join(TASKS)}. Use --plugin for your own.")
     return TASKS[name]
@@ -288,8 +292,8 @@ def by_scene(items: Sequence[Item]) -> dict[str, tuple[tuple[int, Any], ...]]:
 
 
 def check_objects(scene: Scene, job: Job) -> None:
-    """Raise ``AnnotationMismatch`` with all items about objects that the scene lacks."""
-    lacking = [
+    """Raise ``AnnotationMismatch`` with all items about objects that the scene does not have."""
+    messages = [
         f"{item.where}: field {item.object_field!r} is {number}, which scene {scene.scene_id} does not have in "
         f"{scene.scene_id}_aligned_bbox.npy; use the annotations that belong to these scans, and boxes of "
         "launchers/prepare.py boxes (ScanRefer's own lack walls, floors, ceilings and unlabelled objects)"
@@ -297,12 +301,12 @@ def check_objects(scene: Scene, job: Job) -> None:
         for number in item.object_ids
         if number not in scene.instances
     ]
-    if lacking:
-        raise AnnotationMismatch(lacking)
+    if messages:
+        raise AnnotationMismatch(messages)
 
 
 def split_by_boxes(scene: Scene, job: Job) -> tuple[Job, Job]:
-    """The job with the items whose objects all have a box, and the job with the others."""
+    """The job of the items whose objects all have a box, and the job of the others."""
     have = [all(number in scene.instances for number in item.object_ids) for _, item in job.items]
     kept, others = (
         tuple(each for each, has_box in zip(job.items, have, strict=True) if has_box is wanted)

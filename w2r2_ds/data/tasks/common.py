@@ -1,4 +1,4 @@
-"""Helpers shared by tasks: targets, rounding, object visibility, and jobs made of ScanRefer's descriptions."""
+"""Shared by several tasks: ScanRefer's annotations, targets, number formatting, and object visibility."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ SCANQA = "ScanQA: its public download (https://github.com/ATR-DBI/ScanQA)"
 EMBODIEDSCAN = "EmbodiedScan: fill in its form (https://github.com/OpenRobotLab/EmbodiedScan, data/README.md)"
 PROPOSALS = (
     "boxes of Mask3D's masks in LEO's release (https://github.com/embodied-generalist/embodied-generalist); "
-    "docs/guides/own-dataset.md says how they are written"
+    "docs/guides/own-dataset.md has the format"
 )
 
 
 def infos_files(root: Path, split: str) -> list[Path]:
-    """EmbodiedScan's file of a split, and the other split's if it exists: EmbodiedScan may divide scenes otherwise."""
+    """EmbodiedScan's file of a split, and the other split's if it exists: its splits may differ from ScanRefer's."""
     folder = root / "embodiedscan"
     own, other = (folder / f"embodiedscan_infos_{name}.pkl" for name in (split, "val" if split == "train" else "train"))
     return [own, other] if other.is_file() else [own]
 
 
 def proposals_file(root: Path, split: str) -> Path:
-    """Boxes that a detector proposes for a split."""
+    """File of detected boxes (proposals) of a split."""
     return root / "proposals" / f"scannet_{split}_pred_box.json"
 
 
@@ -76,7 +76,10 @@ class DescriptionTask(Task):
 
 
 def _description_jobs(task: DescriptionTask, root: Path, options: TaskOptions) -> tuple[Job, ...]:
-    """One job per scene, with groups and classes of its objects, EmbodiedScan's annotations and proposals if needed."""
+    """One job per scene, with groups and classes of its objects, and the infos and proposals that the task needs.
+
+    Unique and multiple are computed from all annotations of the split, so skipped items count too, as in ScanRefer.
+    """
     descriptions = task.read(root, options)
     labels = read_labels(root)
     by_scannet = groups(descriptions, labels, scannet_class)
@@ -102,7 +105,7 @@ def _description_jobs(task: DescriptionTask, root: Path, options: TaskOptions) -
 
 
 def _read_infos(root: Path, split: str, scenes: Mapping[str, Any]) -> dict[str, ScanInfo]:
-    """EmbodiedScan's annotations of these scenes; the other split's file is read if scenes are missing, as VG-LLM."""
+    """EmbodiedScan's annotations of these scenes; from the other split's file too if some are missing, as in VG-LLM."""
     found: dict[str, ScanInfo] = {}
     for path in infos_files(root, split):
         if not found or any(scene_id not in found for scene_id in scenes):
@@ -113,7 +116,7 @@ def _read_infos(root: Path, split: str, scenes: Mapping[str, Any]) -> dict[str, 
 def target_of(
     scene: Scene, job: Job, about: Description, ann_id: str = "", described: np.ndarray | None = None
 ) -> Target:
-    """The object that a description is about."""
+    """The described object as the target of a sample."""
     group, group_nyu40 = job.groups[about.object_id]
     return Target(
         box=world_box(scene, about.object_id),
@@ -136,17 +139,17 @@ def frame_fields(frames: Sequence[Frame]) -> dict[str, Any]:
 
 
 def world_box(scene: Scene, object_id: int) -> np.ndarray:
-    """``[9]`` float64 annotated box: axis-aligned, so its angles are 0."""
+    """``[9]`` float64 annotated box in the axis-aligned world: centre, size (metres), and angles that are 0."""
     return np.concatenate([scene.instances[object_id].box, np.zeros(3)])
 
 
 def rounded(values: np.ndarray, decimals: int = 2) -> list[float]:
-    """Numbers as VG-LLM writes them: Python's ``repr`` of these floats (``3.0``, ``0.59``)."""
+    """Rounded numbers; VG-LLM writes Python's ``repr`` of these floats (``3.0``, ``0.59``)."""
     return [round(float(value), decimals) for value in values]
 
 
 def rounded_box(box9: np.ndarray, decimals: int = 2) -> list[float]:
-    """``rounded`` of a ``[9]`` box; a side that would be 0, which is no box, is one unit of the last digit."""
+    """`rounded` of a ``[9]`` box. A side is at least one unit of the last digit: a box with a side 0 is not valid."""
     numbers = rounded(box9, decimals)
     numbers[3:6] = [max(size, 10**-decimals) for size in numbers[3:6]]
     return numbers
@@ -154,20 +157,23 @@ def rounded_box(box9: np.ndarray, decimals: int = 2) -> list[float]:
 
 @dataclass(frozen=True)
 class ObjectVisibility:
-    """Positions in ``scene.frames`` that see an object, and the ``[9]`` box whose projection measures how well.
+    """Frames in which an object is visible.
 
-    ``box`` is None where the annotated box matches no EmbodiedScan instance.
+    Attributes:
+        frames: positions in ``scene.frames``.
+        box: ``[9]`` world box whose projected area selects the clearest frame: EmbodiedScan's, or the annotated one.
+            None if the annotated box matches no EmbodiedScan instance.
     """
 
-    seen: frozenset[int]
+    frames: frozenset[int]
     box: np.ndarray | None
 
 
 def object_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene, dict[int, ObjectVisibility]]:
-    """The scene with the frames that can be used, and the visibility of its objects by id (empty if not needed).
+    """The scene with its usable frames, and object id -> visibility (empty if the task does not use it).
 
     Raises:
-        ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
+        ValueError: the scene's frames are not those that EmbodiedScan lists, or a depth image cannot be read.
     """
     if not find_task(options.task).uses_visibility(options):
         return scene, {}
@@ -180,16 +186,16 @@ def object_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Sce
 def choose_frames(
     scene: Scene, about: Description, key: str, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
 ) -> list[int] | SkippedItem:
-    """Positions of a sample's frames in the scene; one of them sees the object if the options ask for that."""
+    """Positions of a sample's frames. If the options use visibility, one of them shows the object."""
     visible = visibility.get(about.object_id)
     if visible is not None and visible.box is None:
         return SkippedItem(key, NO_INSTANCE_MATCH, about.where)
-    chosen = select_frames(options.frames, scene, key, None if visible is None else visible.seen)
+    chosen = select_frames(options.frames, scene, key, None if visible is None else visible.frames)
     return SkippedItem(key, NO_VISIBLE_FRAME, about.where) if chosen is None else chosen
 
 
 def _visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[int, ObjectVisibility]:
-    """Of every object that a description is about."""
+    """Object id -> visibility, for the described objects."""
     boxes = {about.object_id: world_box(scene, about.object_id) for _, about in job.items}
     if options.visibility == "depth":
         seen = visible_frames_by_depth(scene, [box[:6] for box in boxes.values()])

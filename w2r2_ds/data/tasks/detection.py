@@ -1,9 +1,11 @@
-"""Detection in VG-LLM's format: a few neighbouring frames -> every object that they see, in the first one's camera.
+"""3D object detection in VG-LLM's format: a few neighbouring frames -> labels and boxes of all visible objects.
 
-The facts are those of LaVi-Lab/VG-LLM ``process_threedod.py``: windows of 4 frames, every third one of a run of frames
-without a gap, that begin at each frame of the run; EmbodiedScan's instances in the order in which the frames see them
-(within a frame by their number); walls, ceilings, floors and what is only an "object" left out; validation draws 10
-windows of a scene. The paper's Table 9 asks for "box_3d" and "pitch, roll"; this is what the code writes.
+Boxes are in the camera of the first frame (OpenCV axes; centre and size in metres, ZXY angles in radians). The rules
+are those of LaVi-Lab/VG-LLM ``process_threedod.py``. A window is every third frame of a run of neighbouring frames, 4
+frames in all, and one begins at every frame of the run. The objects are EmbodiedScan's instances in the order of the
+frames that show them (within a frame, of their index), without walls, ceilings, floors and instances labelled "object".
+Validation draws 10 windows per scene. The prompt is that of the code: the paper's Table 9 has "box_3d" and "pitch,
+roll".
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ QUESTION = (
     "The 3D bounding box format should be "
     "[x_center, y_center, z_center, x_size, y_size, z_size, yaw, roll, pitch]."
 )
-LEFT_OUT = frozenset({"wall", "ceiling", "floor", "object"})
+SKIPPED_LABELS = frozenset({"wall", "ceiling", "floor", "object"})
 
 
 def answer_text(objects: Sequence[LabeledBox]) -> str:
-    """Fenced JSON, one object per line, two decimals.
+    """JSON in a code fence, one object per line, two decimals.
 
     Args:
         objects: with ``[9]`` boxes in the first frame's camera.
@@ -54,7 +56,7 @@ def answer_text(objects: Sequence[LabeledBox]) -> str:
 
 
 def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-    """The windows of one scene, by their first frame; of too many a seeded part; a scene without any is dropped."""
+    """Samples of one scene, one per window, by first frame; a seeded subset if there are more than ``windows``."""
     assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
     windows = list(_windows(keep_listed_frames(scene, job.info), options))
     if not windows:
@@ -66,14 +68,14 @@ def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems
     return [(job.number, _sample(scene, job.info, window)) for window in windows]
 
 
-def seen_objects(info: ScanInfo, frames: Sequence[Frame]) -> tuple[LabeledBox, ...]:
-    """What EmbodiedScan says the frames see, in the first one's camera."""
-    seen = dict.fromkeys(number for frame in frames for number in sorted(info.visible[frame.index]))
-    instances = [info.instances[number] for number in seen]
+def visible_objects(info: ScanInfo, frames: Sequence[Frame]) -> tuple[LabeledBox, ...]:
+    """Objects that EmbodiedScan lists as visible in these frames, with boxes in the first frame's camera."""
+    visible = dict.fromkeys(number for frame in frames for number in sorted(info.visible[frame.index]))
+    instances = [info.instances[number] for number in visible]
     return tuple(
         LabeledBox(each.label, world_to_camera(each.box, frames[0].cam_to_world))
         for each in instances
-        if each.label not in LEFT_OUT
+        if each.label not in SKIPPED_LABELS
     )
 
 
@@ -82,14 +84,14 @@ def _windows(scene: Scene, options: TaskOptions) -> Iterator[list[Frame]]:
     span = (count - 1) * interval + 1
     run: list[Frame] = []
     for frame in scene.frames:
-        # A frame whose pose is lost, or that EmbodiedScan does not know, is a gap.
+        # A missing frame (no valid pose, or not listed by EmbodiedScan) ends the run.
         run = [*run, frame][-span:] if run and frame.index == run[-1].index + options.step else [frame]
         if len(run) == span:
             yield run[::interval]
 
 
 def _sample(scene: Scene, info: ScanInfo, frames: list[Frame]) -> Sample:
-    objects = seen_objects(info, frames)
+    objects = visible_objects(info, frames)
     return Sample(
         id=f"{scene.scene_id}|{frames[0].index:05d}",
         task="detection",

@@ -1,15 +1,14 @@
-"""Strict reading of generated answers.
+"""Strict parsers of generated answers.
 
-A grounding answer is one JSON object, with or without a ```json fence around it, on one line or several:
+A grounding answer is one JSON object on one or several lines, with or without a ```json code fence:
 
     {"frame": 12, "bbox_3d": [-0.63, -0.83, 2.43, 3.0, 0.59, 2.35, -2.32, 1.18, 3.05]}
 
 A detection is a JSON list of labels and boxes; a grounding in world coordinates is the six numbers
 ``x_min,y_min,z_min,x_max,y_max,z_max`` (Video-3D-LLM's "gen" template).
 
-Nothing is guessed and nothing is evaluated: whatever is not exactly this is a failure with a reason. VG-LLM's evaluator
-reads the first line that holds "bbox_3d" as a Python literal instead; on the answers that models are trained to give
-(one line) both read the same.
+Any other text raises `AnswerError` with a reason; nothing is corrected or evaluated. VG-LLM's evaluator parses the
+first line with "bbox_3d" as a Python literal instead; answers in the trained format (one line) give the same result.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 class AnswerError(ValueError):
-    """An answer that cannot be read.
+    """A generated answer that cannot be parsed.
 
     Attributes:
-        reason: why, in words that do not depend on the answer, so that reasons can be counted.
+        reason: independent of the answer's content, so that reasons can be counted.
     """
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"The answer cannot be read: {reason}.")
+        super().__init__(f"The answer cannot be parsed: {reason}.")
         self.reason = reason
 
 
@@ -53,11 +52,11 @@ class Grounding:
 
 
 def parse_grounding(text: str, frame_count: int) -> Grounding:
-    """Read a grounding answer, or raise ``AnswerError``.
+    """Parse a grounding answer, or raise ``AnswerError``.
 
     Args:
         text: the generated text, without special tokens.
-        frame_count: number of frames that the model saw.
+        frame_count: number of frames of the sample.
     """
     answer = _json_object(text)
     if set(answer) != _KEYS:
@@ -71,10 +70,10 @@ def parse_grounding(text: str, frame_count: int) -> Grounding:
 
 
 def parse_objects(text: str) -> list[tuple[str, np.ndarray]]:
-    """Read a detection: labels and ``[9]`` float64 boxes in the order of the answer, or raise ``AnswerError``.
+    """Parse a detection answer: labels and ``[9]`` float64 boxes in its order, or raise ``AnswerError``.
 
-    Every entry has exactly a label and a box; the box is called box_3d or bbox_3d (VG-LLM's prompt and evaluator
-    differ). The empty list is an answer too.
+    Every entry has exactly a label and a box; its key is box_3d or bbox_3d, since VG-LLM's prompt and evaluator differ.
+    The empty list is valid.
     """
     entries = _json(text, "it is not exactly one JSON list")
     if not isinstance(entries, list):
@@ -106,7 +105,7 @@ def parse_world_box(text: str) -> np.ndarray:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """The one JSON object that the text consists of."""
+    """The text as exactly one JSON object."""
     value = _json(text, "it is not exactly one JSON object")
     if not isinstance(value, dict):
         raise AnswerError("it is not exactly one JSON object")
@@ -114,7 +113,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _json(text: str, otherwise: str) -> Any:
-    """The one JSON value that the text consists of, fenced or not."""
+    """The text as exactly one JSON value, with or without a code fence."""
     body = text.strip()
     fenced = _FENCE.fullmatch(body)
     try:
@@ -128,7 +127,7 @@ def _json(text: str, otherwise: str) -> Any:
 
 
 def _box(values: object) -> np.ndarray:
-    """``[9]`` float64 from a list of nine finite numbers, the sizes positive."""
+    """``[9]`` float64 from a list of nine finite numbers with positive sizes."""
     if not isinstance(values, list) or len(values) != 9:
         raise AnswerError("bbox_3d is not a list of 9 numbers")
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
@@ -145,12 +144,12 @@ def _box(values: object) -> np.ndarray:
 
 
 def _no_constant(_: str) -> NoReturn:
-    """JSON has no NaN or Infinity, though Python's reader takes them."""
+    """JSON has no NaN or Infinity, but Python's parser accepts them."""
     raise AnswerError("bbox_3d holds a number that is not finite")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict from the pairs of a JSON object, none of them twice."""
+    """A dict from the pairs of a JSON object; a repeated key is an error."""
     if len({key for key, _ in pairs}) != len(pairs):
         raise AnswerError("a key is there twice")
     return dict(pairs)

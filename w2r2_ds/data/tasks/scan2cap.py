@@ -1,13 +1,13 @@
-"""Scan2Cap: an object given by its place -> a sentence about it. Its annotations are ScanRefer's.
+"""Scan2Cap: the position of an object -> a description of it. Its annotations are ScanRefer's.
 
-``vgllm`` gives the centre in the camera of the first frame (LaVi-Lab/VG-LLM ``process_scan2cap.py``); as there, no
-frame needs to see the object, but in training with the frame protocol ``scene_sets`` one does. ``video3dllm`` gives it
-in the axis-aligned world: Video-3D-LLM puts a position embedding where its prompt says ``<coord>``, which a text
-cannot, so the numbers stand there instead.
+``vgllm``: the position is the centre of the box in the camera of the first frame, metres (LaVi-Lab/VG-LLM
+``process_scan2cap.py``). As there, no frame needs to show the object; with the frame protocol ``scene_sets``, one does
+in training. ``video3dllm``: the centre in the axis-aligned world. Video-3D-LLM replaces ``<coord>`` in its prompt by a
+position embedding; here the numbers are written as text.
 
-Training: one sample per description, at the annotated box. Validation: one per object, as ``scene|object|name`` of the
-annotations tells objects apart, at the proposed box that overlaps most (or at the annotated one); every description of
-the object is a reference.
+Training: one sample per description, at the annotated box. Validation: one sample per object (``scene|object|name`` of
+the annotations), at the detected box with the largest IoU, or at the annotated one; all descriptions of the object are
+references.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def question_text(box: np.ndarray, cam_to_world: np.ndarray | None = None) -> st
 
 
 def best_proposal(proposals: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The proposal ``[6]`` that overlaps most with an axis-aligned box; the first of equals, so too where none does.
+    """The proposal ``[6]`` with the largest IoU with an axis-aligned box; the first of equal ones, also if all are 0.
 
     Args:
         proposals: ``[N, 6]`` centre and size, N at least 1; metres.
@@ -67,19 +67,19 @@ def best_proposal(proposals: np.ndarray, box: np.ndarray) -> np.ndarray:
     low = np.maximum(proposals[:, :3] - proposals[:, 3:] / 2, box[:3] - box[3:] / 2)
     high = np.minimum(proposals[:, :3] + proposals[:, 3:] / 2, box[:3] + box[3:] / 2)
     common = np.clip(high - low, 0, None).prod(1)
-    # Video-3D-LLM's and VG-LLM's 1e-8 cannot change which is largest where it matters: volumes are far greater.
+    # Video-3D-LLM and VG-LLM add 1e-8 to the denominator; volumes of objects are far larger, so the argmax is the same.
     iou = common / (proposals[:, 3:].prod(1) + box[3:].prod() - common)
     best: np.ndarray = proposals[int(iou.argmax())]
     return best
 
 
 def object_key(about: Description) -> str:
-    """What Scan2Cap calls an object: ``"scene0000_00|39|office_chair"``."""
+    """Scan2Cap's id of an object: ``"scene0000_00|39|office_chair"``."""
     return f"{about.scene_id}|{about.object_id}|{about.object_name}"
 
 
 def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-    """The samples of one scene: of each description (training), or of each object where its first one stands."""
+    """Samples and skipped items of one scene: one per description (training) or per object, in the file's order."""
     scene, visibility = object_visibility(scene, job, options)
     if options.split == "train":
         return [(number, _sample(scene, job, about, options, visibility, about.key)) for number, about in job.items]

@@ -1,7 +1,7 @@
 """ScanQA: a question about a scene -> a short answer, in Video-3D-LLM's format (VG-LLM has no such task).
 
-Training: one sample per reference answer, ``scanqa_QUESTION_NUMBER``. Validation: one per question, whose answers are
-all references. The test splits have none, and the answer is empty.
+Training: one sample per reference answer, with the id ``scanqa_QUESTION_NUMBER``. Validation: one sample per question;
+all its answers are references. The test splits have no answers, and the answer of their samples is empty.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def question_text(question: str) -> str:
 
 
 def question_span(question: str) -> tuple[int, int]:
-    """Characters ``[begin, end)`` of that text that are the question, without blanks around it."""
+    """Characters ``[begin, end)`` of that text that are the question, without surrounding white space."""
     begin = len(question) - len(question.lstrip())
     return begin, begin + len(question.strip())
 
 
 def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-    """The samples of one scene's questions, in the file's order."""
+    """Samples of one scene's questions, in the file's order."""
     prepared: PreparedItems = []
     for number, question in job.items:
         if options.split == "train":
@@ -55,7 +55,7 @@ def _sample(
     references: tuple[Reference, ...] = (),
 ) -> Sample:
     chosen = select_frames(options.frames, scene, key, None)
-    assert chosen is not None, "a scene has frames, and nothing is asked of them"
+    assert chosen is not None, "without visibility, frames are always found"
     return Sample(
         id=key,
         task="scanqa",

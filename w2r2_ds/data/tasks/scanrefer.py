@@ -1,14 +1,15 @@
-"""ScanRefer: a sentence about an object -> where the object is.
+"""ScanRefer: a description of an object -> its 3D bounding box, in two formats.
 
-``vgllm`` asks for the first clear frame and for the object's 9-number box *in that frame's camera*; the box is the
-axis-aligned world box (angles 0) moved into the camera, so its three angles depend on the camera only. Training keeps
-what VG-LLM keeps (LaVi-Lab/VG-LLM ``process_scanrefer.py``): the annotated box must match an EmbodiedScan instance, and
-a chosen frame must see it. Validation keeps every description; where no chosen frame sees the object the answer is
-empty.
+``vgllm``: the answer is the index of the first clear frame and the object's 9-number box *in that frame's camera*
+(OpenCV axes; centre and size in metres, ZXY angles in radians). It is the axis-aligned world box (angles 0) moved into
+the camera, so its angles depend on the camera only. As in VG-LLM (LaVi-Lab/VG-LLM ``process_scanrefer.py``), a training
+sample needs an EmbodiedScan instance that matches the annotated box, and a selected frame that shows it. Validation
+keeps every description; the answer is empty if no selected frame shows the object.
 
-``video3dllm`` asks for the corners of the world box (the "gen" template of LaVi-Lab/Video-3D-LLM
-``process_scanrefer.py``). Its public code trains the other template, an ``<ground>`` token, so the number format of the
-answer is ours: two decimals, commas between. Its kind is ``answer``: only boxes in a camera have digit tokens.
+``video3dllm``: the answer is the lowest and the highest corner of the world box (the "gen" template of
+LaVi-Lab/Video-3D-LLM ``process_scanrefer.py``). The public code trains the other template, an ``<ground>`` token, so
+the number format is this project's: two decimals, separated by commas. Its kind is ``answer``: digit tokens are
+supported for boxes in a camera only.
 """
 
 from __future__ import annotations
@@ -63,19 +64,19 @@ WORLD_QUESTION = (
 
 
 def question_text(description: str, template: str = QUESTION) -> str:
-    """The text after the frames, character for character theirs (both capitalise the description)."""
+    """The text after the frames, equal to VG-LLM's or Video-3D-LLM's; both capitalise the description."""
     return template.format(description=description.capitalize())
 
 
 def description_span(description: str, template: str = QUESTION) -> tuple[int, int]:
-    """Characters ``[begin, end)`` of the question that are the description, without blanks around it."""
+    """Characters ``[begin, end)`` of the question that are the description, without surrounding white space."""
     written = description.capitalize()
     begin = len(template.partition("{description}")[0].format()) + len(written) - len(written.lstrip())
     return begin, begin + len(written.strip())
 
 
 def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
-    """The answer as VG-LLM writes it: fenced JSON with Python's ``repr`` of rounded numbers (``3.0``, ``0.59``).
+    """VG-LLM's answer: JSON in a code fence, with Python's ``repr`` of rounded numbers (``3.0``, ``0.59``).
 
     Args:
         frame: index among the sample's frames.
@@ -88,7 +89,7 @@ def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
 def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
     """``x_min,y_min,z_min,x_max,y_max,z_max`` of an axis-aligned box that begins with centre and size, metres.
 
-    A side that rounding would make 0, which is no box, is one unit of the last digit.
+    A side is at least one unit of the last digit: a box with a side 0 is not valid.
     """
     low, high = (rounded(box[:3] + sign * box[3:6] / 2, decimals) for sign in (-1, 1))
     ends = [*low, *(max(top, round(bottom + 10**-decimals, decimals)) for bottom, top in zip(low, high, strict=True))]
@@ -96,7 +97,7 @@ def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
 
 
 def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-    """The samples of one scene's descriptions, in the file's order.
+    """Samples and skipped descriptions of one scene, in the file's order.
 
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
@@ -113,7 +114,7 @@ def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems
 
 
 def image_size(scene: Scene) -> tuple[int, int]:
-    """Width and height of a scene's colour images, read from the first; ``ValueError`` names an unreadable file."""
+    """Width and height of a scene's colour images, from the first. Raises ``ValueError`` if it is unreadable."""
     path = scene.frames[0].color
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -132,10 +133,10 @@ def _camera_samples(
     rolls = options.rolls if training else 1
     for roll in range(rolls):
         key = f"{about.key}#{roll}" if rolls > 1 else about.key
-        chosen = select_frames(options.frames, scene, key, visible.seen if training else None)
+        chosen = select_frames(options.frames, scene, key, visible.frames if training else None)
         best = None
         if chosen is not None and visible.box is not None:
-            seeing = [position for position in chosen if position in visible.seen]
+            seeing = [position for position in chosen if position in visible.frames]
             best = clearest_frame(scene.frames, seeing, visible.box, scene.intrinsic, size)
         if chosen is None or (training and best is None):
             yield SkippedItem(key, NO_VISIBLE_FRAME, about.where)
@@ -199,7 +200,7 @@ class ScanRefer(DescriptionTask):
         return "descriptions"
 
     def uses_visibility(self, options: TaskOptions) -> bool:
-        # vgllm answers with a frame that sees the object; scene_sets trains on frames of which one sees it
+        # format vgllm: the answer names a frame that shows the object; scene_sets: so that one of the frames does
         return options.format == "vgllm" or (options.split == "train" and options.frames.protocol == "scene_sets")
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
