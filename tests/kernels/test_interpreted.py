@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CASES = 21
-"""At least so many must have passed: a folder that is not found would pass none."""
+STEPS = "test_step_equivalence.py"
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("arguments", "least"),
+    [
+        pytest.param(["--ignore", str(HERE / "interpreted" / STEPS)], 21, id="kernels"),
+        pytest.param([STEPS, "-m", "not nightly"], 5, id="steps"),
+        pytest.param([STEPS, "-m", "nightly"], 6, id="steps of all fusions", marks=pytest.mark.nightly),
+    ],
+)
+def test_in_the_interpreter(arguments: list[str], least: int) -> None:
+    """At least `least` tests must pass: with a wrong path none would run."""
     pytest.importorskip("triton", reason="kernels are not installed: pip install 'w2r2-ds[kernels]'")
     command = [
         sys.executable,
@@ -26,11 +35,11 @@ def test_kernels_in_the_interpreter() -> None:
         "no:cacheprovider",
         "-p",
         "no:xdist",
-        str(HERE / "interpreted"),
+        *arguments,
     ]
     done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parents[1], capture_output=True, text=True
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE / "interpreted", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= CASES, done.stdout[-2000:]
+    assert passed and int(passed[1]) >= least, done.stdout[-2000:]
