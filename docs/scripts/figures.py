@@ -19,7 +19,7 @@ POINTS = 201
 
 
 def inputs(points: int, **given: Any) -> PushInputs:
-    """One row and one sample per point of a curve; s is 0.9 (h = 0.2) and l is 1 unless `given` says otherwise."""
+    """One row and one sample per point of a curve; s is 0.9 (h = 0.2) and l is 1 unless in `given`."""
     one = torch.ones(points, dtype=torch.float64)
     even = torch.log(torch.tensor([0.5, 0.5], dtype=torch.float64)).expand(points, 2)
     values: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Commands: they answer --help without the heavy libraries, import plug-ins, and report an error in one line."""
+"""Commands: --help without heavy imports, plug-ins, errors in one line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from w2r2_ds.utils import plugins
 from w2r2_ds.utils.plugins import import_plugins
 
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "accelerate")
-"""Libraries whose import takes seconds; a command imports them only when it has something to do."""
+"""Libraries whose import takes seconds; a command imports them only after its command line is parsed."""
 
 
 def loaded_after(code: str) -> set[str]:
-    """Which heavy libraries a new process has imported after some code."""
+    """Heavy libraries that a new process has imported after running `code`."""
     program = f"{code}\nimport json, sys\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
@@ -50,7 +50,7 @@ def test_every_command_has_a_help_and_a_launcher(command: str, capsys: pytest.Ca
     assert (ROOT / "launchers" / f"{command}.py").is_file()
 
 
-def test_the_program_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_w2r2_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {command} " in text for command in COMMANDS)
@@ -66,8 +66,8 @@ def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert error.startswith("w2r2 export: ") and str(tmp_path) in error and "Traceback" not in error
 
 
-def test_plugins_are_imported_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file and an installed module; everything else of the command line is left as it is."""
+def test_plugins_are_imported_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file and an installed module; other words of the command line are unchanged."""
     (tmp_path / "first.py").write_text(
         "from dataclasses import dataclass\n@dataclass\nclass Options:\n    value: int = 1\n"
     )
@@ -88,7 +88,7 @@ def test_a_plugin_that_does_not_exist(target: str, capsys: pytest.CaptureFixture
 
 
 def test_a_plugin_with_an_error_keeps_its_traceback(tmp_path: Path) -> None:
-    """It is the user's code: the line in it that failed is what the user needs."""
+    """The user needs the line of the plug-in that failed."""
     (tmp_path / "broken.py").write_text("import a_module_that_is_missing\n")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
         import_plugins(["--plugin", str(tmp_path / "broken.py")])

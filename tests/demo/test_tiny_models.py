@@ -1,4 +1,4 @@
-"""The small directories load with stock classes and behave as the real models do."""
+"""Directories of tiny models load with stock classes and behave like the real models."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_digits_are_single_tokens(tokenizer: Any) -> None:
     assert "Ġchair" in tokenizer.get_vocab() or "chair" in tokenizer.get_vocab()
 
 
-def test_special_tokens_are_whole_and_skippable(tokenizer: Any) -> None:
+def test_special_tokens_are_single_tokens_and_skipped_in_decoding(tokenizer: Any) -> None:
     ids = tokenizer.encode("<|im_start|>user\nhi<|im_end|>")
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert ids[-1] == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -99,7 +99,7 @@ def test_chat_template_format(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("image", 1), ("video", 3)])
-def test_precomputed_features_equal_plain_forward(
+def test_precomputed_features_give_the_same_logits(
     vlm: Any, tokenizer: Any, visual_inputs: Any, kind: str, frames: int
 ) -> None:
     inputs = visual_inputs(vlm.config, tokenizer, kind, frames)

@@ -1,4 +1,4 @@
-"""Files are complete or absent after a crash."""
+"""Atomic writes: after a crash or on a full disk, files are complete or unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ while True:
 
 
 class Full(io.RawIOBase):
-    """A disk with room for so many bytes."""
+    """File on a disk with a limited number of free bytes."""
 
     def __init__(self, room: int) -> None:
         self.room, self.kept = room, b""
@@ -57,7 +57,7 @@ def test_written_bytes_are_counted_and_hashed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_torch_saves_through_it(tmp_path: Path) -> None:
+def test_torch_save_writes_through_the_writer(tmp_path: Path) -> None:
     state = {"weight": torch.arange(1000.0), "step": 3}
     with atomic_io.writing(tmp_path / "a.pt") as writer:
         torch.save(state, writer)
@@ -68,14 +68,14 @@ def test_torch_saves_through_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", [0, 10, 3000])
 def test_a_full_disk_is_recorded_by_the_writer_not_by_torch(room: int) -> None:
-    """Inside `torch.save` an exception would become a RuntimeError of its archive, or end the process."""
+    """An exception inside `torch.save` would become a RuntimeError of its archive, or end the process."""
     writer = atomic_io.Writer(Full(room))
     torch.save({"weight": torch.arange(10_000.0)}, writer)
     assert writer.error is not None and writer.error.errno == errno.ENOSPC
 
 
-def test_a_file_that_grows_too_large_is_an_error_that_names_it(tmp_path: Path) -> None:
-    """As on a full disk, from the kernel: EFBIG; then nothing is replaced and nothing lies about."""
+def test_a_file_that_is_too_large_raises_with_its_name(tmp_path: Path) -> None:
+    """The kernel's EFBIG, as on a full disk: nothing is replaced, and no temporary file is left."""
     atomic_io.replace(tmp_path / "a", "old")
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # Python ignores SIGXFSZ

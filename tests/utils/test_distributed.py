@@ -18,11 +18,11 @@ FAILURES: dict[str, tuple[Exception | None, Exception | None]] = {
     "both": (ValueError("The first is wrong."), ValueError("The second is wrong.")),
     "disk": (None, OSError("disk full")),
 }
-"""What ranks 0 and 1 fail with."""
+"""Exceptions of ranks 0 and 1."""
 
 
 def work(folder: Path) -> None:
-    """What each rank does: every case, one after the other, so that one that went out of step would show."""
+    """Run all cases on one rank; a collective that is out of step in one case would fail the next."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     seen: dict[str, str | None] = {}

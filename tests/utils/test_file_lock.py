@@ -27,10 +27,10 @@ with locked(Path(sys.argv[1]), "out is being prepared", "give another --out"):
 
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Any]:
-    """`hold(how)`: another process that holds the lock, and the number of its forked child."""
+    """Function that starts another process with the lock: returns it and the id of its forked child."""
     processes, children = [], []
 
-    def start(how: str = "alone") -> tuple[subprocess.Popen[str], int]:
+    def start(how: str = "single") -> tuple[subprocess.Popen[str], int]:
         command = [sys.executable, "-c", HOLD, str(tmp_path / "out.lock"), how]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         assert processes[-1].stdout is not None
@@ -101,7 +101,7 @@ def test_the_content_of_the_lock_file_is_ignored(tmp_path: Path) -> None:
 def test_a_file_removed_between_opening_and_locking_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The holder may end and remove the file in between: a lock on a removed file excludes no other process."""
+    """The holder may end and remove the file meanwhile; a lock on a removed file excludes no process."""
     import fcntl
 
     file, real, times = tmp_path / "out.lock", fcntl.flock, []
@@ -120,7 +120,7 @@ def test_a_file_removed_between_opening_and_locking_is_not_taken(
             pass
 
 
-def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
+def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("keep")
     (tmp_path / "out.lock").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError), take(tmp_path / "out.lock"):

@@ -1,4 +1,4 @@
-"""The one reader of JSON and JSON Lines: values, and errors that name file and line."""
+"""Reader of JSON and JSON Lines: values, and errors with file and line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_lines_are_numbered_and_empty_ones_skipped(tmp_path: Path) -> None:
     assert list(read_jsonl(path)) == [(1, {"id": 1}), (3, {"id": 2})]
 
 
-def test_a_torn_last_line_is_skipped_only_where_allowed(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_skipped_only_if_allowed(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"id": 1}\n{"id":')
     assert list(read_jsonl(path, allow_torn_end=True)) == [(1, {"id": 1})]
     with pytest.raises(ValueError, match="line 2"):
@@ -57,7 +57,7 @@ def test_a_torn_last_line_is_skipped_only_where_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"[1]", b"3", b"{", b'{"a": 1, "a": 1}'])
-def test_a_line_that_is_not_an_object_is_named(tmp_path: Path, line: bytes) -> None:
+def test_a_line_that_is_not_an_object_is_an_error(tmp_path: Path, line: bytes) -> None:
     path = write(tmp_path, b'{"id": 1}\n' + line + b"\n")
     with pytest.raises(ValueError, match="line 2"):
         list(read_jsonl(path))

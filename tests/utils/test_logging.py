@@ -34,7 +34,7 @@ def run(folder: Path, call: str) -> int:
 
 
 def test_deepspeed_does_not_write_to_standard_output() -> None:
-    """Its warnings go to standard error, less the one about a missing GPU: a command's JSON is all that is piped."""
+    """Its warnings go to standard error, except the one about a missing GPU; standard output has only JSON."""
     code = "from w2r2_ds.utils.logging import setup_logging\nsetup_logging()\nsetup_logging()\nimport deepspeed\n"
     code += "from deepspeed.utils import logger\nlogger.warning('a warning of its own')\nprint('{}')"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
@@ -48,7 +48,7 @@ def test_a_full_disk_under_the_log_does_not_end_the_program(tmp_path: Path) -> N
     assert (tmp_path / "log").read_text().startswith("before\n")
 
 
-def test_without_it_the_program_ends(tmp_path: Path) -> None:
+def test_without_ignore_write_errors_the_program_ends(tmp_path: Path) -> None:
     assert run(tmp_path, "") != 0
     assert not (tmp_path / "end").exists()
 

@@ -13,7 +13,7 @@ from w2r2_ds.utils.parallel import run_all, set_num_threads
 
 
 def test_worker_processes_import_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are not forked, so that what a plug-in registered would be missing in them."""
+    """They are not forked, so they must import plug-ins to have their registrations."""
     monkeypatch.setattr(plugins, "IMPORTED", [])
     (tmp_path / "settings.py").write_text("import os\nos.environ['A_TEST_PLUGIN'] = 'imported'\n")
     monkeypatch.setenv("A_TEST_PLUGIN", "")
@@ -22,7 +22,7 @@ def test_worker_processes_import_the_plugins(tmp_path: Path, monkeypatch: pytest
     assert list(run_all(os.getenv, [("A_TEST_PLUGIN",)] * 2, workers=2)) == ["imported"] * 2
 
 
-def test_threads_are_shared_unless_the_user_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_divided_unless_omp_num_threads_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", given.append)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))

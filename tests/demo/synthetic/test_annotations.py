@@ -1,4 +1,4 @@
-"""EmbodiedScan's and the proposals' formats of synthetic rooms, read as others read them."""
+"""Annotations of synthetic rooms in EmbodiedScan's format, and proposals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from w2r2_ds.demo.synthetic.write import Written
 
 
 def infos(rooms: Written) -> dict[str, dict[str, Any]]:
-    """Scene name to its entry, of both splits; ``categories`` turned around is put into each."""
+    """Scene -> entry with inverted ``categories``, of both splits."""
     found = {}
     for split in ("train", "val"):
         content = pickle.loads((rooms.root / "embodiedscan" / f"embodiedscan_infos_{split}.pkl").read_bytes())
@@ -69,8 +69,8 @@ def test_info_agrees_with_the_files(rooms: Written, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_instances_are_the_rooms_objects_in_boxes_of_their_own_axes(rooms: Written, name: str) -> None:
-    """The oriented box is the bounds of the object's vertices along its own axes, and ScanRefer's where not turned."""
+def test_oriented_boxes_are_the_bounds_of_the_vertices(rooms: Written, name: str) -> None:
+    """Bounds along the object's own axes; equal to ScanRefer's box if the object is not rotated."""
     info, room, stored = infos(rooms)[name], room_again(rooms.root, name), boxes(rooms.root, name)
     words = {"sofa": "couch", "bookshelf": "shelf", "nightstand": "stand", "trash can": "bin"}
     assert [instance["bbox_id"] for instance in info["instances"]] == list(range(len(stored)))
@@ -87,8 +87,8 @@ def test_instances_are_the_rooms_objects_in_boxes_of_their_own_axes(rooms: Writt
             np.testing.assert_allclose(corners(box).max(axis=0), row[:3] + row[3:6] / 2, atol=1e-9)
 
 
-def test_oriented_boxes_match_scanrefer_s(many_rooms: list[Room]) -> None:
-    """IoU of at least 0.5, by which others match the two annotations; turned furniture has less than 1."""
+def test_oriented_boxes_match_scanrefer_boxes(many_rooms: list[Room]) -> None:
+    """IoU of at least 0.5, the usual threshold to match both annotations; below 1 for rotated furniture."""
     objects = [o for room in many_rooms for o in room.objects]
     first = torch.tensor(np.array([o.oriented for o in objects]))
     second = torch.tensor(np.array([[*o.box, 0.0, 0.0, 0.0] for o in objects]))
@@ -113,7 +113,7 @@ def test_proposals_file(rooms: Written) -> None:
     assert count == rooms.manifest["counts"]["train_proposals"] + rooms.manifest["counts"]["val_proposals"]
 
 
-def test_proposals_are_mostly_right(many_rooms: list[Room]) -> None:
+def test_iou_of_proposals(many_rooms: list[Room]) -> None:
     """Best IoU of each object over the proposals of its room, and of each proposal over the objects."""
     recall, false, exact = [], [], 0
     for seed, room in enumerate(many_rooms):

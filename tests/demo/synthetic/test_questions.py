@@ -1,4 +1,4 @@
-"""ScanQA's format of synthetic rooms: every question is read as a person would, and answered from the room alone."""
+"""Questions about synthetic rooms: an independent parser answers every question from the room."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def detour(o: RoomObject, ends: Sequence[RoomObject]) -> float:
     return sum(apart(o, end) for end in ends)
 
 
-def others(room: Room, *left_out: RoomObject) -> list[RoomObject]:
-    return [o for o in room.objects if all(o is not other for other in left_out)]
+def others(room: Room, *excluded: RoomObject) -> list[RoomObject]:
+    return [o for o in room.objects if all(o is not other for other in excluded)]
 
 
-def facing(room: Room, anchor: RoomObject, side: str) -> RoomObject:
-    """The next object along the wall, found by standing before the anchor and looking at it.
+def next_along_wall(room: Room, anchor: RoomObject, side: str) -> RoomObject:
+    """The next object along the wall, for a viewer in front of the anchor who faces it.
 
     The anchor's wall is the one at its back, which its box touches, as does what stands at the same wall.
     """
@@ -75,14 +75,14 @@ def facing(room: Room, anchor: RoomObject, side: str) -> RoomObject:
 
 
 def back(o: RoomObject) -> tuple[int, float]:
-    """Axis and sign of the direction in which the back of an object at a wall points."""
+    """Axis and sign of the direction from an object to its wall."""
     way = np.round([-np.sin(o.oriented[6]), np.cos(o.oriented[6])], 6)
     axis = int(np.argmax(np.abs(way)))
     return axis, float(way[axis])
 
 
 def answer(room: Room, text: str) -> tuple[str, set[str], set[int]]:
-    """Kind, accepted answers and the ids of the objects that they are about."""
+    """Kind, accepted answers and ids of the objects in the answer."""
     kind, words = read(text)
     if kind == "color":
         candidates = named(room.objects, words["one"])
@@ -122,7 +122,7 @@ def answer(room: Room, text: str) -> tuple[str, set[str], set[int]]:
         assert found.name not in HANGING
     else:
         anchor = the(room.objects, words.get("a") or words["b"])
-        found = facing(room, anchor, words.get("side") or words["other"])
+        found = next_along_wall(room, anchor, words.get("side") or words["other"])
     accepted = {found.name} if found.name in PARTLY_COLORED else {found.name, f"{found.color} {found.name}"}
     return kind, accepted, {found.object_id}
 
@@ -132,14 +132,14 @@ def fits_one(room: Room, phrase: str) -> bool:
 
 
 def mentioned(room: Room, text: str) -> set[int]:
-    """Ids of the objects that the question's phrases name one by one."""
+    """Ids of the objects that the phrases of a question refer to."""
     _, words = read(text)
     return {the(room.objects, words[key]).object_id for key in "abc" if key in words}
 
 
 @pytest.fixture(scope="module")
 def asked(many_rooms: list[Room]) -> list[tuple[Room, list[Question]]]:
-    """Questions of all rooms, in each of which everything is visible."""
+    """Rooms with their questions; all objects are visible."""
     result = []
     for seed, room in enumerate(many_rooms):
         rng = np.random.default_rng(seed)
@@ -164,7 +164,7 @@ def test_answers_are_true(asked: list[tuple[Room, list[Question]]]) -> None:
             assert check(room, question.text, question.answers, question.object_ids) == question.kind
 
 
-def test_no_answer_is_common(asked: list[tuple[Room, list[Question]]]) -> None:
+def test_no_answer_is_frequent(asked: list[tuple[Room, list[Question]]]) -> None:
     """A guess that needs no image is right for less than half of each kind of question."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     first = 0
@@ -180,8 +180,8 @@ def test_no_answer_is_common(asked: list[tuple[Room, list[Question]]]) -> None:
     assert 0.35 < first / answers["larger"].total() < 0.65
 
 
-def test_what_no_frame_sees_is_neither_named_nor_counted(many_rooms: list[Room]) -> None:
-    """Half of the objects are hidden: what is said of the others must still be true of the whole room."""
+def test_invisible_objects_are_neither_referred_to_nor_counted(many_rooms: list[Room]) -> None:
+    """Half of the objects are invisible; answers must still be true for the whole room."""
     kinds: Counter[str] = Counter()
     for seed, room in enumerate(many_rooms):
         rng = np.random.default_rng(seed)
@@ -192,8 +192,8 @@ def test_what_no_frame_sees_is_neither_named_nor_counted(many_rooms: list[Room])
     assert set(kinds) == set(PATTERNS)
 
 
-def test_a_close_call_is_not_asked() -> None:
-    """Two candidates that differ by less than 0.4 m in distance, or by 10 % in size: neither is said to be first."""
+def test_ambiguous_relations_are_not_asked() -> None:
+    """Two candidates differ by less than 0.4 m in distance, or by 10 % in size."""
 
     def at(object_id: int, name: str, x: float, size: float = 0.4) -> RoomObject:
         box = np.array([x, 0.0, 0.5, size, 0.4, 1.0])
@@ -210,7 +210,7 @@ def test_a_close_call_is_not_asked() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_file_is_scanqa_s(rooms: Written, split: str) -> None:
+def test_file_has_the_format_of_scanqa(rooms: Written, split: str) -> None:
     entries = json.loads((rooms.root / "ScanQA" / f"ScanQA_v1.0_{split}.json").read_text())
     assert len(entries) == rooms.manifest["counts"][f"{split}_questions"]
     fields = {"scene_id", "question_id", "question", "answers", "object_ids", "object_names"}
@@ -220,14 +220,14 @@ def test_file_is_scanqa_s(rooms: Written, split: str) -> None:
         room, mine = room_again(rooms.root, name), [entry for entry in entries if entry["scene_id"] == name]
         assert 6 <= len(mine) <= 10
         assert [entry["question_id"] for entry in mine] == [f"{split}-{name[:9]}-{i}" for i in range(len(mine))]
-        seen = seen_by_some_frame(rooms.root, split, name)
+        seen = visible_objects(rooms.root, split, name)
         for entry in mine:
             check(room, entry["question"], entry["answers"], entry["object_ids"])
             assert entry["object_names"] == [room.objects[i].name.replace(" ", "_") for i in entry["object_ids"]]
             assert set(entry["object_ids"]) | mentioned(room, entry["question"]) <= seen
 
 
-def seen_by_some_frame(root: Path, split: str, name: str) -> set[int]:
+def visible_objects(root: Path, split: str, name: str) -> set[int]:
     content: dict[str, Any] = np.load(root / "embodiedscan" / f"embodiedscan_infos_{split}.pkl", allow_pickle=True)
     (info,) = [info for info in content["data_list"] if info["sample_idx"] == f"scannet/{name}"]
     return {i for image in info["images"] for i in image["visible_instance_ids"]}

@@ -73,7 +73,7 @@ def test_layout_and_manifest(rooms: Written) -> None:
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_alignment_is_needed_and_right(rooms: Written, name: str) -> None:
+def test_alignment_maps_the_raw_world_to_the_boxes(rooms: Written, name: str) -> None:
     scene = load_scene(rooms.root, name)
     assert abs(scene.axis_align[0, 1]) > 0.1
     assert np.abs(scene.axis_align[:3, 3]).max() > 0.1
@@ -139,8 +139,8 @@ SENTENCE = re.compile(
 )
 
 
-def meant(objects: Sequence[RoomObject], text: str) -> int:
-    """Read a sentence as a person would, with plain distances between centres."""
+def referred_object(objects: Sequence[RoomObject], text: str) -> int:
+    """Id of the object that a sentence refers to, from distances between centres."""
     match = SENTENCE.fullmatch(text)
     assert match, text
     candidates = named(objects, match["what"])
@@ -159,13 +159,13 @@ def meant(objects: Sequence[RoomObject], text: str) -> int:
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_sentences_mean_their_object(rooms: Written, name: str) -> None:
+def test_sentences_refer_to_their_object(rooms: Written, name: str) -> None:
     objects = room_again(rooms.root, name).objects
     mine = [item for item in entries(rooms.root) if item["scene_id"] == name]
     assert 6 <= len(mine) <= 10
     assert len({item["description"] for item in mine}) == len(mine)
     for item in mine:
-        assert meant(objects, item["description"]) == int(item["object_id"]), item["description"]
+        assert referred_object(objects, item["description"]) == int(item["object_id"]), item["description"]
         assert objects[int(item["object_id"])].name.replace(" ", "_") == item["object_name"]
         assert " ".join(item["token"]).replace(" .", ".").replace(" ,", ",") == item["description"]
     assert len({(item["object_id"], item["ann_id"]) for item in mine}) == len(mine)
@@ -180,14 +180,14 @@ def test_many_rooms_have_distractors_and_clear_sentences() -> None:
         assert len(sentences) >= 6
         relations.update(sentence.relation for sentence in sentences)
         for sentence in sentences:
-            assert meant(room.objects, sentence.text) == sentence.object_id, sentence.text
+            assert referred_object(room.objects, sentence.text) == sentence.object_id, sentence.text
         for one in room.objects:
             for other in room.objects[: one.object_id]:
                 assert (np.abs(one.box[:3] - other.box[:3]) * 2 > one.box[3:] + other.box[3:]).any()
     assert set(relations) == {"nearest", "farthest", "between", "largest", "smallest"}
 
 
-def test_a_close_call_is_not_described() -> None:
+def test_ambiguous_relations_are_not_described() -> None:
     def at(object_id: int, name: str, x: float) -> RoomObject:
         box = np.array([x, 0.0, 0.5, 0.4, 0.4, 1.0])
         return RoomObject(object_id, name, "red", box, np.concatenate([box, np.zeros(3)]))
@@ -240,6 +240,6 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ((0, 1, 1, (64, 48), 1), "frames_per_scene is 1"),
     ],
 )
-def test_bad_options_are_named(options: tuple[int, int, int, tuple[int, int], int], message: str) -> None:
+def test_errors_name_the_option(options: tuple[int, int, int, tuple[int, int], int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Options(*options)

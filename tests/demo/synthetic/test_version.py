@@ -1,4 +1,4 @@
-"""What a newer writer owes an older one: the same rooms, no reuse of other files, no rubbish left by killed writers."""
+"""Compatibility with version 1: the same rooms, no reuse of other versions, no files of killed processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def numbers(path: Path) -> np.ndarray:
 
 
 def test_rooms_are_those_of_version_1(rooms: Written) -> None:
-    """Sentences to the byte; poses and boxes to 1e-9 and images in their means, as processors round differently."""
+    """Sentences are equal; poses and boxes to 1e-9 and image means, because processors round differently."""
     files = [*sorted((rooms.root / "ScanRefer").iterdir()), rooms.root / "scannetv2-labels.combined.tsv"]
     assert hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() == WORDS
     files = [
@@ -69,7 +69,7 @@ def test_a_folder_of_another_version_is_rejected(rooms: Written, tmp_path: Path)
         write_dataset(tmp_path, 7, 2, 1, (160, 120), 12)
 
 
-def test_a_killed_writer_s_folder_goes_and_a_living_one_s_stays(tmp_path: Path) -> None:
+def test_folders_of_ended_processes_are_removed(tmp_path: Path) -> None:
     code = f"from w2r2_ds.demo.synthetic.write import write_dataset as w; w({str(tmp_path / 'data')!r}, 0, 500, 1)"
     writer = subprocess.Popen([sys.executable, "-c", code])
     end = time.monotonic() + 120
