@@ -272,7 +272,7 @@ def _with_frames(table: pa.Table, frames: pa.ChunkedArray, offset: int) -> pa.Ta
 
 
 def _check_names(values: Sequence[str], file: Path, column: str) -> None:
-    """Refuse names that cannot stand in a message or a log; a search in all of them at once, since there are many."""
+    """Raise ValueError for names with control characters; one search over all names joined, since there are many."""
     if CONTROL.search("".join(values)):
         name = next(value for value in values if CONTROL.search(value))
         raise ValueError(f"{file}: {column} {name!r} holds a control character; prepare the data set again.")

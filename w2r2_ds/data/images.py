@@ -14,7 +14,7 @@ from PIL import Image
 
 WHITE = 255
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""What is looked for in an image file, whatever its name; of the others some start programs (EPS: Ghostscript)."""
+"""Formats that PIL may decode, for any file name; some other formats start programs (EPS: Ghostscript)."""
 UNSUPPORTED = ("I", "F")
 """First letters of PIL modes with more than 8 bits, such as depth maps; a conversion would clip them."""
 

@@ -1,4 +1,4 @@
-"""Frame files and texts looked at before the work starts, so that a bad one is not found hours later."""
+"""Check frame files and texts before a run starts, so that an error does not occur hours later."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
     """Look at every distinct frame file of the samples, or at this rank's share of them.
 
     Two short reads per file: it must end as a JPEG or a PNG does. One that does not, or begins as neither, is decoded
-    in full, so that what is refused cannot be read either. Damage before the end is left to the loader.
+    in full, so that a rejected file cannot be read either. Damage before the end is left to the loader.
 
     Args:
         samples: whose frames.
@@ -33,7 +33,7 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
         world_size: shares.
 
     Returns:
-        The number of files looked at.
+        The number of checked files.
 
     Raises:
         ValueError: a file is missing or cannot be read; the message names the first.
@@ -80,7 +80,7 @@ def check_texts(
         with_answer: for training; False for prompts alone.
 
     Returns:
-        The number of samples looked at.
+        The number of checked samples.
 
     Raises:
         ValueError: the sentence of the first sample whose text holds a special token, which is too long or which the
@@ -92,24 +92,24 @@ def check_texts(
     files = list(dict.fromkeys(path for sample in mine for path in sample.frames))
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = dict(zip(files, pool.map(frame_size, files), strict=True))
-    refused: list[tuple[str, ValueError]] = []
+    rejected: list[tuple[str, ValueError]] = []
     for sample in mine:
         try:
             processor.check(sample, [sizes[path] for path in sample.frames], with_answer)
         except ValueError as error:
-            refused.append((sample.id, error))
-    if refused:
-        raise ValueError(_all_of(refused)) from refused[0][1]
+            rejected.append((sample.id, error))
+    if rejected:
+        raise ValueError(_all_of(rejected)) from rejected[0][1]
     return len(mine)
 
 
-def _all_of(refused: Sequence[tuple[str, ValueError]]) -> str:
-    """The sentence of the first sample that was refused; which others were, and how long the longest is."""
-    first, others = str(refused[0][1]), [identity for identity, _ in refused[1:]]
+def _all_of(rejected: Sequence[tuple[str, ValueError]]) -> str:
+    """The message of the first rejected sample, the ids of the others, and the longest length."""
+    first, others = str(rejected[0][1]), [identity for identity, _ in rejected[1:]]
     if not others:
         return first
     also = "look also at " + ", ".join(others[:NAMED])
     if len(others) > NAMED:
         also += f" and {len(others) - NAMED} more"
-    longest = max(error.tokens if isinstance(error, SequenceTooLong) else 0 for _, error in refused)
+    longest = max(error.tokens if isinstance(error, SequenceTooLong) else 0 for _, error in rejected)
     return f"{first.removesuffix('.')} ({also}{f'; the longest has {longest} tokens' if longest else ''})."

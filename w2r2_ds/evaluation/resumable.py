@@ -1,9 +1,9 @@
 """Answers on disk while they are made: one part file per rank, from which a killed evaluation goes on.
 
-OUT/parts-TASK-GEOMETRY/run.json       what the answers depend on; another run's parts are refused by it
+OUT/parts-TASK-GEOMETRY/run.json       settings that determine the answers; parts of other settings are rejected
                         part-0003.jsonl  records of rank 3, appended batch by batch
 
-Rank r of n answers samples r, r + n, r + 2n, ... of those that no part holds, whatever number of ranks wrote the parts.
+Rank r of n answers samples r, r + n, r + 2n, ... of those that no part has; any number of ranks may have written them.
 A process that is killed may leave half a line at the end of its part: that sample is answered again. Merging takes each
 sample once, in the order of the data set, so the result depends neither on the number of ranks nor on who was faster.
 """

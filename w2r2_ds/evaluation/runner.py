@@ -57,7 +57,7 @@ def load_model(
         geometry_path: present directory or hub id of the geometry encoder; None for that of training.
 
     Raises:
-        ValueError: there is no such thing, or it belongs to other models than these.
+        ValueError: the checkpoint is missing, or it belongs to other models.
     """
     config = run_config(path, root, vlm, geometry_path)
     return config, trained_model(path, config), load_frontend(config.model)
@@ -109,7 +109,7 @@ def evaluate(
         batch_size: prompts per forward.
         max_new_tokens: longest answer.
         limit: number of samples, 0 for all.
-        task: which of the run's validation sets; may be left out where all are of one task.
+        task: which of the run's validation sets; not needed if all are of one task.
         data: a prepared folder instead of the run's own.
         protocols: how to score; the task's default without any (``score.choose_protocols``).
         proposals: file of detected boxes, for ``scanrefer/vgllm_refined``.

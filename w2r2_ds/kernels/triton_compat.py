@@ -1,6 +1,6 @@
 """Triton where it is installed: `tl` for the bodies of kernels, `jit` for their decorator.
 
-Without it the kernels' files can still be imported; what would run them, `resolve_kernels` of choose.py refuses.
+Without it the kernels' files can still be imported; `resolve_kernels` raises ValueError if they are requested.
 Bodies load bfloat16 and go on in float32: in Triton's interpreter bfloat16 arithmetic is silently wrong.
 """
 

@@ -1,4 +1,4 @@
-"""Compose the model of a configuration, and describe it well enough that a checkpoint of another one is refused."""
+"""Compose the model of a configuration, and its fingerprint, by which a checkpoint of another model is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature cache of a configuration: whatever its features depend on is part of their keys."""
+"""The feature cache of a configuration: everything that changes the features is part of their keys."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class GeometryMerger(nn.Module):
         cell are cropped at the bottom and the right. Tokens are in the vision tower's order: sample, frame, row,
         column. Features are cast to the weights' dtype; the result has that dtype.
 
-        Every submodule is called once, however many samples there are and whatever their sizes: ZeRO-3 needs the same
+        Every submodule is called once, for any number and sizes of samples: ZeRO-3 needs the same
         calls on every rank.
 
         Raises:

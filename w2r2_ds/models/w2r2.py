@@ -163,7 +163,7 @@ class W2R2(nn.Module):
     def input_streams(self, batch: Batch, fused: VisionOutput, visual_only: VisionOutput) -> tuple[Tensor, Tensor]:
         """Input embeddings of the fused and of the visual-only stream, ``[sequences, length, hidden]``, in one pass.
 
-        Both operands are finished outputs of `fuse`, whatever the fusion, the masking and `zero_geometry`; only
+        Both operands are finished outputs of `fuse`, for every fusion, masking and `zero_geometry`; only
         `model.kernels` chooses the implementation, never the batch.
 
         Args:
@@ -216,8 +216,8 @@ def place(batch: Batch, embeddings: Tensor, visual: VisionOutput) -> Tensor:
         return embeddings
     tokens, positions = torch.cat(visual.pooler_output), batch.visual_tokens
     assert len(tokens) == len(positions), f"{len(tokens)} visual tokens, but {len(positions)} positions for them"
-    # The collator knows the positions. The stock forward would search for placeholders and copy their number to the
-    # host, which waits for the device.
+    # The collator has computed the positions. The stock forward would search for placeholders and copy their number to
+    # the host, which waits for the device.
     return embeddings.flatten(0, 1).index_copy(0, positions, tokens.to(embeddings.dtype)).view_as(embeddings)
 
 

@@ -1,7 +1,7 @@
 """The expected box: every digit read as the mean of its distribution, so that the box has a gradient.
 
     E[d] = sum_d d p(d) / sum_d p(d)                       over the ten digits, at every digit slot of the label
-    E[number] = (1 - 2 P(minus)) * sum_slots place E[d]    P(minus): of all tokens that end with a minus, at the lead
+    E[number] = (1 - 2 P(minus)) * sum_digits place E[d]    P(minus): of all tokens that end with a minus, at the lead
 
 Teacher-forced: each distribution is conditioned on the label's tokens before it. So is the box's frame, the label's.
 Digits are averaged each on its own: with 3.02 as label, as much belief in 2 as in 3 for the first digit reads as 2.52.
@@ -76,6 +76,6 @@ def _expected_digits(log_p: Tensor, tables: TokenTables) -> Tensor:
     likely = log_p.index_select(1, token).clamp(min=IMPOSSIBLE)
     share = torch.where(spells, likely, -torch.inf).softmax(-1)
     expected = (share * value.clamp(min=0)).sum(-1)
-    # If the digit tokens did not all fit, rather NaN than a digit left out.
+    # If the digit tokens did not all fit, the result is NaN, not a number without a digit.
     overfull = spells[-1] & (len(tables.digit) > MOST_DIGIT_TOKENS)
     return torch.where(overfull, torch.nan, expected)

@@ -39,7 +39,7 @@ class Outputs:
 
     Attributes:
         logits: ``[rows, vocabulary]`` at the answer rows.
-        states: ``[rows + what positions, hidden]`` last hidden states; None where the reading does not ask.
+        states: ``[rows + what positions, hidden]`` last hidden states; None if the push term does not use them.
     """
 
     logits: Tensor
@@ -48,7 +48,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What is kept of the 2D-only pass; detached unless the reading keeps its graph.
+    """Outputs of the 2D-only pass that the objective uses; detached unless the push term differentiates through them.
 
     Attributes:
         guess: ``[rows]`` int64 most likely token.
@@ -56,9 +56,9 @@ class Shortcut:
         guess_log_p: ``[rows]`` float32 log-likelihood of the most likely token.
         score: s of its answer, decoded where answers are.
         teacher: s of its teacher-forced answer, which is what the fused pass is compared with.
-        log_p: ``[rows, vocabulary]`` float32, where the reading wants the whole distribution.
+        log_p: ``[rows, vocabulary]`` float32, if the push term needs the whole distribution.
         states: of `Outputs`.
-        iou: ``[batch]`` float64 IoU of the expected box, where the reading wants boxes.
+        iou: ``[batch]`` float64 IoU of the expected box, if the push term needs boxes.
     """
 
     guess: Tensor

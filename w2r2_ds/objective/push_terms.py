@@ -62,7 +62,9 @@ class Overlaps:
 
 @dataclasses.dataclass(frozen=True)
 class PushInputs:
-    """What a term may read. Rows are answer rows; `states`, `overlaps`, `log_p_short` only where the term asks.
+    """Inputs of a push term; `states`, `overlaps` and `log_p_short` only if the term requests them.
+
+    Rows are answer positions.
 
     Attributes:
         log_p: ``[rows, vocabulary]`` log p, at least float32, with gradient.

@@ -1,4 +1,4 @@
-"""s of answers, whatever the task: boxes by IoU3D, captions and short answers by their words, mixed in one batch."""
+"""Similarity s of answers, also of several tasks in one batch: boxes by IoU3D, captions and short answers by words."""
 
 from __future__ import annotations
 

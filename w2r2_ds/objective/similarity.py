@@ -40,7 +40,7 @@ def read_numbers(predicted: torch.Tensor, rows: AnswerPositions, tables: TokenTa
     label, guess = rows.label[at], predicted[at]
     guess_digit = tables.digit[guess]
     is_digit = guess_digit >= 0
-    # The token after a number (the last in its row) is right if it is no digit, whatever it is.
+    # The token after a number (the last in its row) is right if it is not a digit.
     ends = (number >= 0) & (tables.digit[label] < 0) & ~is_digit
     is_after = (number >= 0) & (number == number.amax(-1, keepdim=True))
     correct = (label == guess) | (number < 0) | (ends & is_after)
@@ -95,15 +95,15 @@ def grounding_similarity(
         positive sizes. s is 0 where it does not, and for a sample without digit tokens.
     """
     numbers = read_numbers(predicted, batch.answer_positions, tables)
-    slots = has_numbers(batch.answer_positions)
-    return _placed_iou(numbers[:, 0].long(), numbers[:, 1:], slots, batch.cam_to_world, batch.target_box)
+    valid = has_numbers(batch.answer_positions)
+    return _placed_iou(numbers[:, 0].long(), numbers[:, 1:], valid, batch.cam_to_world, batch.target_box)
 
 
 def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """`grounding_similarity` of decoded answers, parsed by their tasks (`Task.parse`), on the CPU.
 
     Args:
-        texts: a decoded answer per sample, without special tokens; those of other kinds are not looked at.
+        texts: a decoded answer per sample, without special tokens; those of other kinds are not used.
         batch: on any device; poses that are NaN are no frames.
 
     Returns:

@@ -79,7 +79,7 @@ def text_similarity(
     """s of every caption and short answer of a batch.
 
     Args:
-        predictions: a text per sample; what grounding samples have is not looked at.
+        predictions: a text per sample; those of grounding samples are not used.
         references: a text per sample.
         tasks: name of every sample's task, which may have a similarity of its own (`Task.text_similarity`).
         kinds: kind of every answer.

@@ -100,12 +100,12 @@ def test_the_forecast_is_what_is_written(
     """From the frames' sizes alone; more by a header per file at most."""
     run = config(data__visual=visual, data__cached_features=cached, demo__frames=3)
     forecast: list[fill.Need] = []
-    real = fill.refuse_too_large
-    fill.refuse_too_large = lambda cache, whole, lacking: forecast.append(lacking)  # type: ignore[assignment]
+    real = fill.check_size
+    fill.check_size = lambda cache, whole, lacking: forecast.append(lacking)  # type: ignore[assignment]
     try:
         fill_cache(run, ["train"], False, RankInfo())
     finally:
-        fill.refuse_too_large = real
+        fill.check_size = real
     written = sum(path.stat().st_size for path in files(run))
     assert forecast[0].files == len(files(run)) == (2 if cached == "geometry" else 4)
     assert written <= forecast[0].bytes <= written + 4096 * forecast[0].files

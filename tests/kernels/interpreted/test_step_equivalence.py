@@ -118,7 +118,7 @@ def test_with_liger_kernels(steps: Any, batches: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("pass_order", PASS_ORDERS)
 def test_modules_run_in_an_order_that_no_batch_changes(steps: Any, batches: dict[str, Any], pass_order: str) -> None:
-    """ZeRO-3 needs the same modules in the same order on every rank, whatever the batches hold."""
+    """ZeRO-3 needs the same modules in the same order on every rank, for any batch."""
     for step in steps("add", "merged"):
         orders = []
         for ratio, batch in itertools.product(MASK_RATIOS, batches.values()):

@@ -70,7 +70,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         missing, whole, lacking = look_up(scenes, preprocess, FeatureBytes(config, vision, geometry, cache))
     whole, lacking = over_ranks(whole, ranks), over_ranks(lacking, ranks)
     with raise_on_all_ranks():
-        refuse_too_large(cache.cache, whole, lacking)
+        check_size(cache.cache, whole, lacking)
     if ranks.rank == 0:
         dtype = resolve_dtype(config.model.dtype)
         chosen = describe_attention(config.model.attention, dtype)
@@ -83,7 +83,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         made = encode_all(missing, preprocess, config, device, ranks)
         flush()
         with raise_on_all_ranks():  # and here all ranks wait for each other
-            refuse_lost(cache.cache, made)
+            check_lost(cache.cache, made)
         if ranks.rank == 0:
             print(f"{cache.cache.folder}: {gib(cache.cache.size())}, complete", flush=True)
 
@@ -125,7 +125,7 @@ def look_up(
 ) -> tuple[list[Sample], Need, Need]:
     """Samples of which something is missing, what all of them need, and what of it is missing.
 
-    Whatever is there is read whole, so that it is not damaged files that are counted.
+    Existing files are read and verified, so that damaged ones do not count.
     """
     cache = sizes.cache
 
@@ -150,7 +150,7 @@ def over_ranks(need: Need, ranks: RankInfo) -> Need:
     return sum(everyone, Need())
 
 
-def refuse_too_large(cache: Cache, whole: Need, lacking: Need) -> None:
+def check_size(cache: Cache, whole: Need, lacking: Need) -> None:
     """Say that there is no room before hours of work, not after them."""
     if whole.bytes > cache.limit:
         raise ValueError(
@@ -171,7 +171,7 @@ def refuse_too_large(cache: Cache, whole: Need, lacking: Need) -> None:
         )
 
 
-def refuse_lost(cache: Cache, made: Sequence[str]) -> None:
+def check_lost(cache: Cache, made: Sequence[str]) -> None:
     """Raise ValueError if new features are missing from the cache: it was full, or a write failed (logged then)."""
     lost = [key for key in made if not cache.has(key)]
     if lost:

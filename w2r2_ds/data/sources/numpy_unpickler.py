@@ -76,6 +76,6 @@ def load_plain(path: Path | str, expected: str = "a pickle of NumPy arrays and b
         ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); it must be {expected}") from None
-    except Exception as error:  # a damaged stream raises whatever its opcodes run into
+    except Exception as error:  # a damaged stream may raise any exception
         cause = one_line(" ".join(str(error).split())) or type(error).__name__
         raise ValueError(f"{path} is truncated or not a pickle ({cause}); it must be {expected}") from None

@@ -46,7 +46,7 @@ SKIPPED_LABELS = frozenset({"wall", "ceiling", "floor", "object"})
 
 
 def answer_text(objects: Sequence[LabeledBox]) -> str:
-    """JSON in a code fence, one object per line, two decimals.
+    """JSON in a code block, one object per line, two decimals.
 
     Args:
         objects: with ``[9]`` boxes in the first frame's camera.

@@ -1,6 +1,6 @@
 """Strict parsers of generated answers.
 
-A grounding answer is one JSON object on one or several lines, with or without a ```json code fence:
+A grounding answer is one JSON object on one or several lines, with or without a ```json code block:
 
     {"frame": 12, "bbox_3d": [-0.63, -0.83, 2.43, 3.0, 0.59, 2.35, -2.32, 1.18, 3.05]}
 
@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n?(.*?)\s*```", re.DOTALL)
+_CODE_BLOCK = re.compile(r"```(?:json)?[ \t]*\n?(.*?)\s*```", re.DOTALL)
 _KEYS = {"frame", "bbox_3d"}
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
@@ -113,12 +113,12 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _json(text: str, otherwise: str) -> Any:
-    """The text as exactly one JSON value, with or without a code fence."""
+    """The text as exactly one JSON value, with or without a code block."""
     body = text.strip()
-    fenced = _FENCE.fullmatch(body)
+    block = _CODE_BLOCK.fullmatch(body)
     try:
         return json.loads(
-            fenced.group(1) if fenced else body, parse_constant=_no_constant, object_pairs_hook=_no_duplicates
+            block.group(1) if block else body, parse_constant=_no_constant, object_pairs_hook=_no_duplicates
         )
     except AnswerError:
         raise

@@ -76,7 +76,7 @@ def description_span(description: str, template: str = QUESTION) -> tuple[int, i
 
 
 def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
-    """VG-LLM's answer: JSON in a code fence, with Python's ``repr`` of rounded numbers (``3.0``, ``0.59``).
+    """VG-LLM's answer: JSON in a code block, with Python's ``repr`` of rounded numbers (``3.0``, ``0.59``).
 
     Args:
         frame: index among the sample's frames.

@@ -37,7 +37,7 @@ from w2r2_ds.evaluation.protocols.scanrefer import (
     check_descriptions,
     description_of,
 )
-from w2r2_ds.evaluation.protocols.vgllm_answer import READINGS, TURNS
+from w2r2_ds.evaluation.protocols.vgllm_answer import PARSERS, TURNS
 from w2r2_ds.types.sample import Sample
 
 DIRECT = "vgllm-direct, exact IoU"
@@ -151,7 +151,7 @@ def score_vgllm(
         angles: ``zxy`` as VG-LLM's evaluator interprets them, ``ZXY`` as its labels are written
             (``vgllm_answer.TURNS``).
         reading: parser of the texts: ``line`` as the evaluator's, ``anywhere`` for a lenient one
-            (``vgllm_answer.READINGS``).
+            (``vgllm_answer.PARSERS``).
         proposals: detected boxes by scene; predicted boxes are refined by them first (``refinement.refine``).
 
     Returns:
@@ -192,7 +192,7 @@ def _answer_item(
     text: str, truth: Box, poses: np.ndarray, angles: str, reading: str, proposals: Sequence[Box]
 ) -> dict[str, Any]:
     try:
-        answer = READINGS[reading](text, len(poses))
+        answer = PARSERS[reading](text, len(poses))
     except AnswerError as error:
         return {"iou": 0.0, "box": None, "reason": error.reason}
     with np.errstate(over="ignore", invalid="ignore"):  # huge generated numbers overflow: IoU 0
@@ -214,7 +214,7 @@ def _check_vgllm(
     proposals: Mapping[str, Sequence[Box]] | None,
 ) -> None:
     check_descriptions(descriptions, answers)
-    for name, value, choices in (("angles", angles, TURNS), ("reading", reading, READINGS)):
+    for name, value, choices in (("angles", angles, TURNS), ("reading", reading, PARSERS)):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}.")
     without_poses = [each.key for each in descriptions if np.shape(poses.get(each.key, ()))[1:] != (4, 4)]

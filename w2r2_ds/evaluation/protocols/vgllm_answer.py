@@ -1,7 +1,7 @@
-"""VG-LLM's reading of grounding answers: as its evaluator does it, or leniently; its two readings of the angles.
+"""Parse VG-LLM's grounding answers, as its evaluator does or leniently; two conventions of the angles.
 
 Source: LaVi-Lab/VG-LLM ``src/lmms_eval/tasks/scanrefer/utils.py`` (``scanrefer_process_results``,
-``transform_scanrefer_bbox``). Its evaluator runs ``eval`` on what the model said; here only literals are read.
+``transform_scanrefer_bbox``). Its evaluator runs ``eval`` on the answer; here only literals are parsed.
 ``data/tasks/parsing.py`` has this project's own, strict reading.
 """
 
@@ -27,7 +27,8 @@ Turn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def read_line(text: str, frame_count: int) -> Grounding:
     """The first line that holds "bbox_3d", as a Python literal: an integer frame in range and a list of nine numbers.
 
-    Fences are taken off first. Single quotes pass; a dictionary over several lines, or behind words, does not.
+    Markdown code blocks are unwrapped first. Single quotes are valid; a dictionary over several lines or after text is
+    not.
 
     Raises:
         AnswerError: it cannot be read so.
@@ -80,7 +81,7 @@ def turn_extrinsic(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
     return np.concatenate([cam_to_world[:3, :3] @ box[:3] + cam_to_world[:3, 3], box[3:6], angles])
 
 
-READINGS: Mapping[str, AnswerReader] = {"line": read_line, "anywhere": read_anywhere}
+PARSERS: Mapping[str, AnswerReader] = {"line": read_line, "anywhere": read_anywhere}
 TURNS: Mapping[str, Turn] = {"zxy": turn_extrinsic, "ZXY": camera_to_world}
 """``zxy`` is what VG-LLM's evaluator does, ``ZXY`` what its labels mean."""
 
