@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.evaluation.resumable import Parts, Selection, line_of, share, write_records
+from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line, unanswered, write_records
 
 IDS = [f"s{number}" for number in range(10)]
 RUN: dict[str, Any] = {"weights": "a", "geometry": "fused", "data": ["m"]}
@@ -18,16 +18,16 @@ def answer(identity: str) -> dict[str, Any]:
     return {"id": identity, "text": f"ünï {identity}"}
 
 
-def work(parts: Parts, rank: int, world: int, most: int = 100) -> list[str]:
+def work(parts: PartialAnswers, rank: int, world: int, most: int = 100) -> list[str]:
     """A rank that is killed after `most` samples."""
-    mine = share(IDS, parts.read(), rank, world)[:most]
+    mine = unanswered(IDS, parts.read(), rank, world)[:most]
     with parts.writer(rank) as file:
-        file.writelines(line_of(answer(IDS[index])) for index in mine)
+        file.writelines(record_line(answer(IDS[index])) for index in mine)
     return [IDS[index] for index in mine]
 
 
 def test_any_number_of_ranks_goes_on_with_what_another_left(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "parts", RUN)
+    parts = PartialAnswers(tmp_path / "parts", RUN)
     assert [work(parts, rank, 3, 2) for rank in range(3)] == [["s0", "s3"], ["s1", "s4"], ["s2", "s5"]]
     assert [work(parts, rank, 2, 1) for rank in (1, 0)] == [["s7"], ["s6"]]
     assert work(parts, 0, 1) == ["s8", "s9"]
@@ -37,12 +37,12 @@ def test_any_number_of_ranks_goes_on_with_what_another_left(tmp_path: Path) -> N
 
 def test_shares_do_not_overlap_if_ranks_list_different_parts() -> None:
     done = {"s1": 0, "s4": 0}
-    both = share(IDS, {}, 0, 2) + share(IDS, done, 1, 2)
+    both = unanswered(IDS, {}, 0, 2) + unanswered(IDS, done, 1, 2)
     assert sorted(both) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_half_a_line_is_answered_again(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, RUN)
+    parts = PartialAnswers(tmp_path, RUN)
     work(parts, 0, 1, 3)
     file = tmp_path / "part-0000.jsonl"
     whole = file.read_bytes()
@@ -55,22 +55,22 @@ def test_half_a_line_is_answered_again(tmp_path: Path) -> None:
 
 
 def test_a_line_that_is_broken_in_the_middle_is_named(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, RUN)
+    parts = PartialAnswers(tmp_path, RUN)
     (tmp_path / "part-0002.jsonl").write_text('{"id": "s0"}\n{"text": 1}\n{"id": "s1"}\n')
-    with pytest.raises(ValueError, match=r"part-0002\.jsonl: line 2 is no record"):
+    with pytest.raises(ValueError, match=r"part-0002\.jsonl: line 2 has no field 'id'"):
         parts.read()
 
 
 def test_a_sample_counts_once(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, RUN)
+    parts = PartialAnswers(tmp_path, RUN)
     for rank in (1, 0):
         with parts.writer(rank) as file:
-            file.write(line_of({"id": "s0", "text": str(rank)}) * 2)
+            file.write(record_line({"id": "s0", "text": str(rank)}) * 2)
     assert parts.merge(["s0"]) == [{"id": "s0", "text": "0"}]
 
 
 def test_missing_answers_are_counted(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, RUN)
+    parts = PartialAnswers(tmp_path, RUN)
     work(parts, 0, 2)
     with pytest.raises(ValueError, match="lacks 5 of 10 answers, the first is of 's1'"):
         parts.merge(IDS)
@@ -85,17 +85,17 @@ def test_missing_answers_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_parts_of_another_run_are_rejected(tmp_path: Path, change: dict[str, Any], field: str) -> None:
-    work(Parts(tmp_path, RUN), 0, 1, 1)
-    Parts(tmp_path, dict(reversed(RUN.items())))
+    work(PartialAnswers(tmp_path, RUN), 0, 1, 1)
+    PartialAnswers(tmp_path, dict(reversed(RUN.items())))
     with pytest.raises(ValueError, match=field):
-        Parts(tmp_path, RUN | change)
+        PartialAnswers(tmp_path, RUN | change)
 
 
 def test_parts_of_an_unknown_run_are_rejected(tmp_path: Path) -> None:
-    work(Parts(tmp_path, RUN), 0, 1, 1)
+    work(PartialAnswers(tmp_path, RUN), 0, 1, 1)
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match=r"unknown run \(run.json is missing\); remove it"):
-        Parts(tmp_path, RUN)
+        PartialAnswers(tmp_path, RUN)
 
 
 def test_a_predictions_file_is_whole_or_old(tmp_path: Path) -> None:

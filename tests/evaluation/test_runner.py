@@ -21,7 +21,8 @@ from w2r2_ds.convert.peft_adapter import export_adapter
 from w2r2_ds.data.loader import load_mixture, prompt_loader
 from w2r2_ds.evaluation.datasets import all_samples, find_sets
 from w2r2_ds.evaluation.generate import generate_answers
-from w2r2_ds.evaluation.runner import Answerer, evaluate, load_model
+from w2r2_ds.evaluation.loading import load_model
+from w2r2_ds.evaluation.runner import Answerer, evaluate
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -182,7 +183,7 @@ def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path:
 def test_a_protocol_that_does_not_apply_is_rejected_before_the_model_is_loaded(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2r2_ds.evaluation.runner.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("w2r2_ds.evaluation.runner.trained_model", lambda *_: pytest.fail("the model was loaded"))
     for protocol, message in (("scanqa/leo", "scores scanqa"), ("vgllm_refined", "needs detected boxes")):
         with pytest.raises(ValueError, match=message):
             evaluate(trained, tmp_path, protocols=[protocol])
@@ -307,6 +308,6 @@ def test_a_truncated_frame_is_found_before_the_first_answer(
     data = replace(loaded[0].data, root=str(root))
     frame = load_mixture(data, "val")[-1].frames[-1]
     frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
-    monkeypatch.setattr("w2r2_ds.evaluation.runner.answer_share", lambda *_: pytest.fail("an answer was asked for"))
+    monkeypatch.setattr("w2r2_ds.evaluation.runner.answer_remaining", lambda *_: pytest.fail("an answer was asked for"))
     with pytest.raises(ValueError, match=f"Frame {frame} cannot be read"):
         evaluate(trained, tmp_path / "out", root=root)

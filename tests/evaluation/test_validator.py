@@ -21,8 +21,8 @@ from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.evaluation import validator
 from w2r2_ds.evaluation.generate import generate_answers
+from w2r2_ds.evaluation.loading import load_model
 from w2r2_ds.evaluation.predictions.record import record_of
-from w2r2_ds.evaluation.runner import load_model
 from w2r2_ds.evaluation.validator import InTraining, computed, score
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 from w2r2_ds.types.sample import Reference

@@ -17,7 +17,7 @@ from w2r2_ds.commands import prepare as launcher
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.config.io import from_tree, load_config
 from w2r2_ds.config.schema import ModelConfig, RunConfig
-from w2r2_ds.evaluation.resumable import line_of
+from w2r2_ds.evaluation.resumable import record_line
 from w2r2_ds.utils.sanitize import for_rich, has_secret, lines, message, one_line, without_secrets
 
 EVIL = "chair\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\r\nstep 5  loss 0.0"
@@ -48,7 +48,7 @@ def test_square_brackets_are_no_markup() -> None:
 
 def test_predictions_hold_no_control_characters() -> None:
     record = {"id": "a", "text": f"{EVIL} ü", "question": "\u2028"}
-    line = line_of(record)
+    line = record_line(record)
     assert json.loads(line) == record and line.count("\n") == 1 and "ü" in line
     assert all(char.isprintable() for char in line[:-1])
 

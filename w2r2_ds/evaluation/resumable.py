@@ -1,11 +1,11 @@
-"""Answers on disk while they are made: one part file per rank, from which a killed evaluation goes on.
+"""Answers saved while they are generated: one file per rank, so that a killed evaluation can be resumed.
 
-OUT/parts-TASK-GEOMETRY/run.json       settings that determine the answers; parts of other settings are rejected
+OUT/parts-TASK-GEOMETRY/run.json       everything that the answers depend on; another run's answers raise an error
                         part-0003.jsonl  records of rank 3, appended batch by batch
 
-Rank r of n answers samples r, r + n, r + 2n, ... of those that no part has; any number of ranks may have written them.
-A process that is killed may leave half a line at the end of its part: that sample is answered again. Merging takes each
-sample once, in the order of the data set, so the result depends neither on the number of ranks nor on who was faster.
+Rank r of n answers samples r, r + n, r + 2n, ... that are in no file, whatever number of ranks wrote the files. A
+killed process may leave an incomplete last line: that sample is answered again. Merging takes each sample once, in the
+order of the data set, so the result depends neither on the number of ranks nor on their speed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, overload
 
+from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.json_io import read_json, read_jsonl
 from w2r2_ds.utils.sanitize import CONTROL
 
 RUN = "run.json"
-Record = dict[str, Any]
 
 
 class Selection(Sequence[Sample]):
-    """Some samples of a data set, made when asked for."""
+    """A view of some samples of a data set; each is read when it is indexed."""
 
     def __init__(self, samples: Sequence[Sample], indices: Sequence[int]) -> None:
         self.samples, self.indices = samples, indices
@@ -45,15 +46,15 @@ class Selection(Sequence[Sample]):
         return self.samples[self.indices[index]]
 
 
-class Parts:
-    """The part files of one evaluation.
+class PartialAnswers:
+    """The answers of an unfinished evaluation.
 
     Args:
-        folder: where they lie; made where it is missing.
-        run: plain JSON, all that the answers depend on.
+        folder: of the files; created if it is missing.
+        run: plain JSON, everything that the answers depend on.
 
     Raises:
-        ValueError: the folder holds parts of another run; names the first field that differs.
+        ValueError: the folder has answers of another run; names the first field that differs.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
@@ -62,33 +63,37 @@ class Parts:
         file = folder / RUN
         folder.mkdir(parents=True, exist_ok=True)
         if not file.is_file():
-            # Another rank may be just ahead: its parts come after the file.
+            # Ranks start at different times: another rank may have written run.json and its first answers after the
+            # check above. Answers without run.json therefore need a second check before they are an error.
             if any(folder.glob("part-*.jsonl")) and not file.is_file():
-                raise ValueError(f"{folder} holds answers of an unknown run ({RUN} is missing); remove it.")
-            atomic_io.replace(file, json.dumps(wanted, indent=2) + "\n")  # every rank writes the same
-        found = json.loads(file.read_text())
+                raise ValueError(f"{folder} has answers of an unknown run ({RUN} is missing); remove it.")
+            atomic_io.replace(file, json.dumps(wanted, indent=2) + "\n")  # every rank writes the same content
+        found = read_json(file)
         for field in dict.fromkeys([*wanted, *found]):
             if found.get(field) != wanted.get(field):
                 raise ValueError(
-                    f"{file}: {field} is {found.get(field)!r}, but now it is {wanted.get(field)!r}, so the answers "
-                    f"there belong to another evaluation; name another --out, or remove {folder}."
+                    f"{file}: {field} is {found.get(field)!r}, but now it is {wanted.get(field)!r}, so these answers "
+                    f"belong to another evaluation; give another --out, or remove {folder}."
                 )
 
-    def read(self) -> dict[str, Record]:
-        """All whole records, by sample id; the first of equals.
+    def read(self) -> dict[str, AnswerRecord]:
+        """All complete records by sample id; of two records of one sample, the first.
 
         Raises:
-            ValueError: a line that is not the last one is broken.
+            ValueError: a line that is not the last one is not a record.
         """
-        records: dict[str, Record] = {}
+        records: dict[str, AnswerRecord] = {}
         for file in sorted(self.folder.glob("part-*.jsonl")):
-            for record in _records(file):
+            # Only the last line can be incomplete: `writer` truncates it before it appends.
+            for number, record in read_jsonl(file, allow_torn_end=True):
+                if "id" not in record:
+                    raise ValueError(f"{file}: line {number} has no field 'id'; remove the file to answer its samples.")
                 records.setdefault(record["id"], record)
         return records
 
     @contextmanager
     def writer(self, rank: int) -> Iterator[TextIO]:
-        """This rank's part, to append lines to; half a line at its end is cut off first."""
+        """This rank's file, open for appending; an incomplete last line is removed first."""
         file = self.folder / f"part-{rank:04d}.jsonl"
         if file.is_file():
             content = file.read_bytes()
@@ -96,11 +101,11 @@ class Parts:
         with open(file, "a", encoding="utf-8") as opened:
             yield opened
 
-    def merge(self, ids: Sequence[str]) -> list[Record]:
+    def merge(self, ids: Sequence[str]) -> list[AnswerRecord]:
         """The records of these samples, in this order.
 
         Raises:
-            ValueError: some have none.
+            ValueError: a sample has no record.
         """
         records = self.read()
         missing = [identity for identity in ids if identity not in records]
@@ -112,38 +117,26 @@ class Parts:
         return [records[identity] for identity in ids]
 
     def remove(self) -> None:
-        """When the merged answers are in place."""
+        """Delete the folder, once the merged predictions file is written."""
         shutil.rmtree(self.folder)
 
 
-def share(ids: Sequence[str], done: Mapping[str, Any], rank: int, world: int) -> list[int]:
-    """Indices of the samples that are left to a rank.
+def unanswered(ids: Sequence[str], done: Mapping[str, Any], rank: int, world_size: int) -> list[int]:
+    """Indices of the samples that a rank still has to answer.
 
-    Which rank a sample belongs to does not depend on `done`: ranks that start later see more of it.
+    The assignment of samples to ranks must not depend on `done`: a rank that starts later finds more answers, and ranks
+    that divided only the remaining samples would skip some of them.
     """
-    return [index for index in range(rank, len(ids), world) if ids[index] not in done]
+    return [index for index in range(rank, len(ids), world_size) if ids[index] not in done]
 
 
-def line_of(record: Record) -> str:
-    """A record as it stands in files; what a terminal would take for a command stands there as JSON's escape."""
+def record_line(record: AnswerRecord) -> str:
+    """A record as one line of JSON; control characters are escaped, so that a terminal does not execute them."""
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
-def write_records(file: Path, records: Sequence[Record]) -> None:
-    """A predictions file is whole or not there."""
+def write_records(file: Path, records: Sequence[AnswerRecord]) -> None:
+    """Write a predictions file atomically."""
     with atomic_io.replacing(file) as temporary, open(temporary, "w", encoding="utf-8") as opened:
-        opened.writelines(line_of(record) for record in records)
-
-
-def _records(file: Path) -> Iterator[Record]:
-    *lines, _ = file.read_bytes().split(b"\n")  # what follows the last line break was never finished
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            record["id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file}: line {number} is no record ({error!r}); remove the file, its samples are answered again."
-            ) from None
-        yield record
+        opened.writelines(record_line(record) for record in records)

@@ -1,11 +1,10 @@
-"""Evaluate a checkpoint or an exported adapter: predictions as JSONL, scores as JSON.
+"""Evaluate a checkpoint or an exported adapter: predictions as JSON Lines, scores as JSON.
 
-One process or several (``torchrun``, ``deepspeed``), killed and started again or not: the predictions are the same.
+One process or several (``torchrun``, ``deepspeed``), interrupted and resumed or not: the predictions are the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,28 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from w2r2_ds.config.io import load_config as load_run_config
-from w2r2_ds.config.io import relocated
 from w2r2_ds.config.schema import DataConfig, RunConfig
-from w2r2_ds.convert.peft_adapter import ADAPTER_CARD, adapter_config, load_adapter
+from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.validate import check_frames, check_texts
 from w2r2_ds.evaluation import generate
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
+from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256, with_cache
 from w2r2_ds.evaluation.predictions.record import record_of
-from w2r2_ds.evaluation.resumable import Parts, Selection, line_of, share, write_records
+from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals
+from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line, unanswered, write_records
 from w2r2_ds.evaluation.scoring import choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.kernels.select import resolve_dtype
-from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
-from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.models.build import VlmFrontend, fingerprint, load_frontend
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.manifest import TENSORS, find_checkpoint
-from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo, barrier, raise_on_all_ranks
 from w2r2_ds.utils.file_lock import locked
@@ -45,42 +40,28 @@ GEOMETRY = (*generate.GEOMETRY, "shuffle")
 """`shuffle` is the fused pass with another scene's geometry (``shuffle.py``)."""
 
 
-def load_model(
-    path: Path, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
-) -> tuple[RunConfig, W2R2, VlmFrontend]:
-    """Model and configuration of a run, a checkpoint or an exported adapter.
+@dataclass(frozen=True)
+class EvaluationSet:
+    """What is answered, and how it is scored.
 
-    Args:
-        path: of one of them.
-        root: where the data lie now; where they lay in training without it.
-        vlm: present directory or hub id of the video LLM; None for that of training.
-        geometry_path: present directory or hub id of the geometry encoder; None for that of training.
-
-    Raises:
-        ValueError: the checkpoint is missing, or it belongs to other models.
+    Attributes:
+        sets: prepared data sets of one task.
+        whole: all their samples.
+        samples: those that are answered.
+        protocols: full names.
+        boxes: detected boxes for protocols that need them.
     """
-    config = run_config(path, root, vlm, geometry_path)
-    return config, trained_model(path, config), load_frontend(config.model)
 
+    sets: list[PreparedSet]
+    whole: Sequence[Sample]
+    samples: Selection
+    protocols: list[str]
+    boxes: Proposals | None
 
-def trained_model(path: Path, config: RunConfig) -> W2R2:
-    """The model alone, of ``run_config``'s configuration; errors as ``load_model``'s."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (path / ADAPTER_CARD).is_file():
-        model = load_adapter(path, config, device)
-    else:
-        model = build_model(config.model, device, config.train.seed)
-        load_trainable(find_checkpoint(path), model)
-    return model.to(device).eval()
-
-
-def run_config(
-    path: Path, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
-) -> RunConfig:
-    """The configuration alone; arguments and errors as ``load_model``'s."""
-    if (path / ADAPTER_CARD).is_file():
-        return relocated(adapter_config(path), root, vlm, geometry_path)
-    return relocated(load_run_config(find_checkpoint(path) / "config.yaml"), root, vlm, geometry_path)
+    @property
+    def task(self) -> str:
+        """The task of all samples."""
+        return self.sets[0].task
 
 
 def evaluate(
@@ -100,7 +81,7 @@ def evaluate(
     geometry_path: str | None = None,
     ranks: RankInfo | None = None,
 ) -> dict[str, Any]:
-    """Answer a validation set greedily and score it.
+    """Generate greedy answers to a validation set and score them.
 
     Args:
         path: run, checkpoint or exported adapter.
@@ -109,90 +90,112 @@ def evaluate(
         batch_size: prompts per forward.
         max_new_tokens: longest answer.
         limit: number of samples, 0 for all.
-        task: which of the run's validation sets; not needed if all are of one task.
-        data: a prepared folder instead of the run's own.
-        protocols: how to score; the task's default without any (``score.choose_protocols``).
+        task: which of the run's validation sets; None if all are of one task.
+        data: a prepared folder instead of the run's own sets.
+        protocols: scoring protocols; the task's default if empty (``choose_protocols``).
         proposals: file of detected boxes, for ``scanrefer/vgllm_refined``.
-        root: where the data lie now; where they lay in training without it.
-        vlm: present directory or hub id of the video LLM; None for that of training.
-        geometry_path: present directory or hub id of the geometry encoder; None for that of training.
-        ranks: this process among others, which have been joined; alone without it.
+        root, vlm, geometry_path: places of data and base models on this machine; None for those of training.
+        ranks: this process among those that evaluate together, in a process group; None for a single process.
 
     Returns:
-        The scores, as written; nothing on ranks but the first.
+        The scores as written; empty on ranks other than 0.
+
+    Raises:
+        ValueError: an option, the data or the checkpoint cannot be used; before the first answer if possible.
     """
-    for option, value, least in (
-        ("limit", limit, 0),
-        ("batch_size", batch_size, 1),
-        ("max_new_tokens", max_new_tokens, 1),
-    ):
-        if value < least:
-            raise ValueError(f"--{option} is {value}; it must be at least {least}.")
-    if geometry not in GEOMETRY:
-        raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
+    check_options(geometry, limit, batch_size, max_new_tokens)
     ranks = ranks or RankInfo()
     config = run_config(path, root, vlm, geometry_path)
-    sets = find_sets(config.data, task, data)
-    task = sets[0].task
-    whole = all_samples(sets)
-    samples = Selection(whole, range(min(limit or len(whole), len(whole))))
-    if not samples:
-        raise ValueError(f"{sets[0].folder} holds no samples.")
-    # What is wrong with the scoring must not wait for the answers.
-    boxes = read_boxes(proposals)
-    names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
-    if geometry == "shuffle":
-        pair_scenes([sample.scene_id for sample in whole if sample.frames])
-    check_frames(samples, ranks.rank, ranks.world_size)
-    with evaluation_lock(out, f"{task}-{geometry}", ranks):
+    chosen = _choose_samples(config.data, limit, task, data, protocols, proposals)
+    if geometry == "shuffle":  # raises an error for a single scene
+        pair_scenes([sample.scene_id for sample in chosen.whole if sample.frames])
+    check_frames(chosen.samples, ranks.rank, ranks.world_size)
+    name = f"{chosen.task}-{geometry}"
+    with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
-        check_texts(samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, False)
-
-        model, described = trained_model(path, config), describe_sets(sets)
+        check_texts(chosen.samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, False)
+        model = trained_model(path, config)
         set_num_threads(ranks, model.base.config.get_text_config().hidden_size)
-        run = {
-            "weights": _trained_weights(path),
-            "model": fingerprint(model),
-            "dtype": str(resolve_dtype(config.model.dtype)),
-            "data": [each["manifest"] for each in described],
-            "geometry": geometry,
-            "max_new_tokens": max_new_tokens,
-            **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
-            **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
-        }
-        parts = Parts(out / f"parts-{task}-{geometry}", run)
-        answerer = Answerer(model, frontend, config.data, geometry, whole, batch_size, max_new_tokens)
-        answer_share(answerer, samples, parts, ranks)
-        barrier()
+        described = describe_sets(chosen.sets)
+        run = _run_identity(path, config, model, described, geometry, max_new_tokens)
+        partial = PartialAnswers(out / f"parts-{name}", run)
+        answerer = Answerer(model, frontend, config.data, geometry, chosen.whole, batch_size, max_new_tokens)
+        answer_remaining(answerer, chosen.samples, partial, ranks)
+        barrier()  # rank 0 merges when all ranks have written their answers
         if ranks.rank:
             return {}
-
-        records = parts.merge([sample.id for sample in samples])
-        write_records(out / f"predictions-{task}-{geometry}.jsonl", records)
+        records = partial.merge([sample.id for sample in chosen.samples])
+        write_records(out / f"predictions-{name}.jsonl", records)
         scores = {
-            "task": task,
+            "task": chosen.task,
             "geometry": geometry,
             "checkpoint": str(path),
             "data": described,
             "samples": len(records),
-            "of": len(whole),
+            "of": len(chosen.whole),
             "max_new_tokens": max_new_tokens,
-            "protocols": score_records(records, names, boxes),
+            "protocols": score_records(records, chosen.protocols, chosen.boxes),
         }
-        (out / f"scores-{task}-{geometry}.json").write_text(json.dumps(scores, indent=2) + "\n")
-        parts.remove()
+        (out / f"scores-{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
+        # Last: if scoring fails, the same command finds all answers and only scores them.
+        partial.remove()
     return scores
+
+
+def check_options(geometry: str, limit: int, batch_size: int, max_new_tokens: int) -> None:
+    """Raise ValueError for an unknown geometry or a number that is too small."""
+    minima = {"limit": (limit, 0), "batch_size": (batch_size, 1), "max_new_tokens": (max_new_tokens, 1)}
+    for option, (value, minimum) in minima.items():
+        if value < minimum:
+            raise ValueError(f"--{option} is {value}; it must be at least {minimum}.")
+    if geometry not in GEOMETRY:
+        raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
+
+
+def _choose_samples(
+    config: DataConfig,
+    limit: int,
+    task: str | None,
+    data: Path | None,
+    protocols: Sequence[str],
+    proposals: Path | None,
+) -> EvaluationSet:
+    """Samples and protocols. Errors in the protocols are raised here, before hours of generation."""
+    sets = find_sets(config, task, data)
+    whole = all_samples(sets)
+    samples = Selection(whole, range(min(limit or len(whole), len(whole))))
+    if not samples:
+        raise ValueError(f"{sets[0].folder} has no samples.")
+    boxes = read_boxes(proposals)
+    names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
+    return EvaluationSet(sets, whole, samples, names, boxes)
+
+
+def _run_identity(
+    path: Path, config: RunConfig, model: W2R2, described: list[dict[str, Any]], geometry: str, max_new_tokens: int
+) -> dict[str, Any]:
+    """Everything that an answer depends on; saved answers with other values are not reused."""
+    return {
+        "weights": trained_weights_sha256(path),
+        "model": fingerprint(model),
+        "dtype": str(resolve_dtype(config.model.dtype)),
+        "data": [each["manifest"] for each in described],
+        "geometry": geometry,
+        "max_new_tokens": max_new_tokens,
+        **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
+        **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
+    }
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model and how it is asked.
+    """A model and the options of generation.
 
     Attributes:
-        model, front: of ``load_model``.
+        model, frontend: of `load_model`.
         data: the run's data configuration.
         geometry: one of ``GEOMETRY``.
-        whole: the whole data set, among whose scenes `shuffle` pairs.
+        whole: the whole data set, whose scenes `shuffle` pairs.
         batch_size: prompts per forward.
         max_new_tokens: longest answer.
     """
@@ -205,7 +208,7 @@ class Answerer:
     batch_size: int
     max_new_tokens: int
 
-    def records(self, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    def records(self, samples: Sequence[Sample]) -> Iterator[AnswerRecord]:
         """One record per sample, in order.
 
         Raises:
@@ -213,9 +216,10 @@ class Answerer:
         """
         processor: Callable[[Sample, bool], Features] = make_processor(self.frontend, self.data)
         if self.geometry == "shuffle":
+            # Without cache: it would store the other scene's features as those of this scene.
             processor = ShuffledGeometry(make_processor(replace(self.frontend, cache=None), self.data), self.whole)
         loader = prompt_loader(samples, self.frontend, self.data, self.batch_size, processor)
-        made = generate.generate_answers(
+        generated = generate.generate_answers(
             self.model,
             loader,
             self.frontend.tokenizer,
@@ -223,22 +227,14 @@ class Answerer:
             self.max_new_tokens,
             self.data.video_fps,
         )
-        for sample, (identity, tokens, text) in zip(samples, made, strict=True):
-            assert identity == sample.id, "answers come in the order of the samples"
+        for sample, (identity, tokens, text) in zip(samples, generated, strict=True):
+            assert identity == sample.id, "answers have the order of the samples"
             yield record_of(sample, text, tokens)
-
-
-def with_cache(frontend: VlmFrontend, config: RunConfig) -> VlmFrontend:
-    """The run's feature cache, where it lies on this machine; here none is begun."""
-    return replace(
-        frontend,
-        cache=open_cache(config.data, config.model) if config.data.cache and Path(config.data.cache).is_dir() else None,
-    )
 
 
 @contextmanager
 def evaluation_lock(out: Path, name: str, ranks: RankInfo) -> Iterator[None]:
-    """Only one evaluation of this task and geometry at a time writes to `out`; others use other files.
+    """Allow one evaluation of a task and geometry at a time in `out`; others write other files.
 
     Args:
         out: folder of the results.
@@ -251,28 +247,18 @@ def evaluation_lock(out: Path, name: str, ranks: RankInfo) -> Iterator[None]:
     with ExitStack() as stack:
         with raise_on_all_ranks():
             if ranks.rank == 0:
-                what = f"{out}: {name} is being evaluated"
-                stack.enter_context(locked(out / f"{name}.lock", what, "give --out another folder"))
+                busy = f"{out}: {name} is being evaluated"
+                stack.enter_context(locked(out / f"{name}.lock", busy, "give --out another folder"))
         yield
 
 
-def answer_share(answerer: Answerer, samples: Sequence[Sample], parts: Parts, ranks: RankInfo) -> None:
-    """Answer what is left of a rank's share into its part; what is finished survives the process."""
-    left = share([sample.id for sample in samples], parts.read(), ranks.rank, ranks.world_size)
+def answer_remaining(answerer: Answerer, samples: Sequence[Sample], partial: PartialAnswers, ranks: RankInfo) -> None:
+    """Answer this rank's samples that have no saved answer; each answer is saved at once."""
+    left = unanswered([sample.id for sample in samples], partial.read(), ranks.rank, ranks.world_size)
     label = f"answers ({answerer.geometry})" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     quiet = ranks.rank > 0 or not left
-    with parts.writer(ranks.rank) as file, progress(label, len(left), quiet, Console(stderr=True)) as advance:
+    with partial.writer(ranks.rank) as file, progress(label, len(left), quiet, Console(stderr=True)) as advance:
         for record in answerer.records(Selection(samples, left)):
-            file.write(line_of(record))
+            file.write(record_line(record))
             file.flush()
             advance()
-
-
-def _trained_weights(path: Path) -> str:
-    """SHA-256 of what was trained."""
-    files = sorted(path.glob("*.safetensors")) if (path / ADAPTER_CARD).is_file() else [find_checkpoint(path) / TENSORS]
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
