@@ -23,7 +23,7 @@ from w2r2_ds.evaluation import validator
 from w2r2_ds.evaluation.generate import generate_answers
 from w2r2_ds.evaluation.loading import load_model
 from w2r2_ds.evaluation.predictions.record import record_of
-from w2r2_ds.evaluation.validator import InTraining, computed, score
+from w2r2_ds.evaluation.validator import AnswerValidation, computed, score
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 from w2r2_ds.types.sample import Reference
 
@@ -144,7 +144,9 @@ class TestRuns:
 
     def test_what_cannot_work_is_said_before_the_first_step(self, runs: Reports, folder: Path) -> None:
         for report in runs["other-task"]:
-            assert report["error"].startswith("ValueError: train.best_by scan2cap/CIDEr@0.5 is none of the scores of ")
+            assert report["error"].startswith(
+                "ValueError: train.best_by scan2cap/CIDEr@0.5 is not among the scores of "
+            )
             assert "name one of scanrefer/acc@0.25, scanrefer/acc@0.5" in report["error"]
         for report in runs["cut-frame"]:
             assert "scene5000_00" in report["error"]
@@ -152,12 +154,12 @@ class TestRuns:
             assert runs[name][0]["updates"] == 0 and not (folder / name).exists()
 
 
-def alone(config: RunConfig, frontend: Any) -> InTraining:
+def alone(config: RunConfig, frontend: Any) -> AnswerValidation:
     """As one rank would make it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validator.dist, "get_rank", lambda: 0)
         patch.setattr(validator.dist, "get_world_size", lambda: 1)
-        return InTraining(config, frontend, torch.device("cpu"))
+        return AnswerValidation(config, frontend, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -186,12 +188,13 @@ def test_every_task_has_its_scores(mixed: list[Any]) -> None:
 
 
 def test_the_first_sets_task_decides(
-    mixed: list[Any], frontend: Any, data_config: Any, capsys: pytest.CaptureFixture[str]
+    mixed: list[Any], frontend: Any, data_config: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, seed=3))
-    assert alone(config, frontend).best_by == "scan2cap/CIDEr@0.5"
-    said = "validation: 5 samples (data.val holds fewer than train.eval_samples 64), best by scan2cap/CIDEr@0.5\n"
-    assert said == capsys.readouterr().out
+    with caplog.at_level("INFO", logger=validator.logger.name):
+        assert alone(config, frontend).best_by == "scan2cap/CIDEr@0.5"
+    (message,) = (record.getMessage() for record in caplog.records if record.name == validator.logger.name)
+    assert all(part in message for part in ("5 samples", "train.eval_samples 64", "scan2cap/CIDEr@0.5"))
     other = replace(config, train=replace(config.train, best_by="scanrefer/mean_iou", eval_samples=4))
     chosen = alone(other, frontend)
     assert chosen.best_by == "scanrefer/mean_iou" and len(chosen.samples) == 4
@@ -200,7 +203,7 @@ def test_the_first_sets_task_decides(
 
 def test_a_task_that_was_not_drawn_cannot_decide(mixed: list[Any], frontend: Any, data_config: Any) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, eval_samples=1, seed=0))
-    with pytest.raises(ValueError, match=r"best_by scan2cap/CIDEr@0\.5 is none .* raise train\.eval_samples"):
+    with pytest.raises(ValueError, match=r"best_by scan2cap/CIDEr@0\.5 is not among .* raise train\.eval_samples"):
         alone(config, frontend)
 
 
@@ -231,7 +234,7 @@ def test_a_validation_set_without_samples_is_rejected(
     frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validator, "load_mixture", lambda config, split: [])
-    with pytest.raises(ValueError, match=r"data\.val holds no samples"):
+    with pytest.raises(ValueError, match=r"data\.val has no samples"):
         alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
     with pytest.raises(ValueError, match=r"data\.val is empty"):
         RunConfig(data=data_config(val=[]), train=TrainConfig(eval_every=1))

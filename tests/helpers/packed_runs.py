@@ -42,7 +42,7 @@ def work(folder: Path) -> None:
 
     from w2r2_ds.commands.train import read_arguments
     from w2r2_ds.data.loader import load_mixture
-    from w2r2_ds.evaluation.validator import InTraining
+    from w2r2_ds.evaluation.validator import AnswerValidation
     from w2r2_ds.training import build, trainer
     from w2r2_ds.training.deepspeed.launch import skip_shm_build
     from w2r2_ds.training.step import W2R2Step
@@ -59,12 +59,12 @@ def work(folder: Path) -> None:
 
     W2R2Step.forward = recorded  # type: ignore[method-assign]
     packed = {"data__questions_per_scene": TOGETHER}
-    trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **packed)), InTraining)
+    trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **packed)), AnswerValidation)
     if dist.get_world_size() == 1:
         errors = []
         other = packed | {"data__questions_per_scene": 2, "train__steps": SHORT, "resume": "auto"}
         try:
-            trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **other)), InTraining)
+            trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **other)), AnswerValidation)
         except ValueError as error:
             errors.append(str(error))
         config, _ = read_arguments(arguments(world, folder / "apart"))
@@ -73,7 +73,7 @@ def work(folder: Path) -> None:
         for name, changes in {"apart": {}, "plain": {"data__packing": True}}.items():
             batches = [[number[each] for each in ids] for ids, _ in sequences[: 2 * SHORT]]
             build.GlobalBatchSampler = lambda batches=batches, **_: Given(batches)  # type: ignore[misc, assignment]
-            trainer.train(*read_arguments(arguments(world, folder / name, **changes)), InTraining)
+            trainer.train(*read_arguments(arguments(world, folder / name, **changes)), AnswerValidation)
         build.GlobalBatchSampler = sampler  # type: ignore[misc]
         (folder / "report.json").write_text(json.dumps({"errors": errors, "sequences": sequences}))
     dist.destroy_process_group()

@@ -180,7 +180,7 @@ def work(folder: Path) -> None:
     import torch.distributed as dist
 
     from w2r2_ds.commands.train import read_arguments
-    from w2r2_ds.evaluation.validator import InTraining
+    from w2r2_ds.evaluation.validator import AnswerValidation
     from w2r2_ds.training.deepspeed.launch import skip_shm_build
     from w2r2_ds.training.trainer import train
     from w2r2_ds.utils.logging import setup_logging
@@ -198,7 +198,7 @@ def work(folder: Path) -> None:
         report: dict[str, Any] = {"error": None, "updates": 0, "injected": None}
         with changed(job, report):
             try:
-                train(*read_arguments(job.arguments), InTraining)
+                train(*read_arguments(job.arguments), AnswerValidation)
             except Stopped:
                 pass
             except (ValueError, FloatingPointError) as error:
@@ -227,7 +227,7 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
 
     def score(records: Any) -> dict[str, float | None]:
         found = real_score(records)
-        if all(record["tokens"] for record in records):  # the labels of the rehearsal have none
+        if all(record["tokens"] for record in records):  # labels, which are scored before the first step, have none
             found |= {"scanrefer/acc@0.25": next(values)}
         return found
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from w2r2_ds.commands.train import read_arguments
-from w2r2_ds.evaluation.validator import InTraining
+from w2r2_ds.evaluation.validator import AnswerValidation
 from w2r2_ds.training import trainer
 from w2r2_ds.training.deepspeed.launch import join_ranks
 from w2r2_ds.training.fault_tolerance.signals import StopSignals
@@ -41,7 +41,7 @@ def main(file: Path) -> None:
 
         trainer.train_step = train_step  # type: ignore[assignment]
         with StopSignals() as signals:
-            outcome = trainer.train(*read_arguments(arguments), InTraining, signals)
+            outcome = trainer.train(*read_arguments(arguments), AnswerValidation, signals)
         codes.append([outcome.code, str(outcome.checkpoint)])
         gc.collect()
         dist.barrier()

@@ -14,7 +14,7 @@ from prepared_sets import write_prepared
 from runs import ZERO3, World
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.dataset import PreparedSet
-from w2r2_ds.evaluation.validator import InTraining
+from w2r2_ds.evaluation.validator import AnswerValidation
 from w2r2_ds.training import build
 
 
@@ -34,7 +34,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def build_error(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
     """Error of `build_run` with these options."""
     with pytest.raises(ValueError) as caught:
-        build.build_run(load_config(DEMO_RECIPE, world.arguments(out, **changes)), str(ds), InTraining)
+        build.build_run(load_config(DEMO_RECIPE, world.arguments(out, **changes)), str(ds), AnswerValidation)
     message = str(caught.value)
     assert "\n" not in message and not out.exists()
     return message
@@ -47,7 +47,9 @@ def test_the_frame_sizes_of_both_encoders_are_logged(
     caplog.set_level("INFO", "w2r2_ds")
     with pytest.raises(AssertionError, match="the weights are loaded"):
         build.build_run(
-            load_config(DEMO_RECIPE, world.arguments(tmp_path / "out", data__frame_width=width)), str(ZERO3), InTraining
+            load_config(DEMO_RECIPE, world.arguments(tmp_path / "out", data__frame_width=width)),
+            str(ZERO3),
+            AnswerValidation,
         )
     assert f"frames {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in caplog.text
 

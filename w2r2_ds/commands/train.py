@@ -62,7 +62,7 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
     import torch.distributed as dist
 
     from w2r2_ds.demo.assets import prepare_demo
-    from w2r2_ds.evaluation.validator import InTraining
+    from w2r2_ds.evaluation.validator import AnswerValidation
     from w2r2_ds.objective.push_terms import build_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config
     from w2r2_ds.training.deepspeed.launch import join_ranks
@@ -78,7 +78,7 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
         if dist.get_rank() == 0:
             prepare_demo(config)
         dist.barrier()
-    result = train(config, ds_path, InTraining, signals)
+    result = train(config, ds_path, AnswerValidation, signals)
     if dist.get_rank() == 0:
         print(f"checkpoint: {result.checkpoint}" if result.checkpoint else "no checkpoint was written", flush=True)
         if result.code != DONE:
