@@ -1,14 +1,17 @@
-"""Greedy answers with a KV cache, from fused or from 2D-only features."""
+"""Greedy generation with a KV cache, from fused or from visual-only features."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GEOMETRY = ("fused", "zero")
 """`fused`: Phi(F2D, F3D); `zero`: Phi(F2D, 0)."""
@@ -16,12 +19,12 @@ GEOMETRY = ("fused", "zero")
 
 @torch.inference_mode()
 def generate_tokens(
-    model: W2R2, batch: Batch, tokenizer: Any, geometry: str, max_new_tokens: int, video_fps: float
+    model: W2R2, batch: Batch, tokenizer: PreTrainedTokenizerBase, geometry: str, max_new_tokens: int, video_fps: float
 ) -> list[list[int]]:
-    """Greedy token ids per sample, cut before the end of turn.
+    """Greedy token ids per sample, without the end of turn.
 
     Args:
-        model: on the batch's device, unsharded.
+        model: on the batch's device, not sharded by ZeRO-3 (`AnswerValidation` generates through the engine).
         batch: left-padded prompts.
         tokenizer: of the VLM.
         geometry: one of `GEOMETRY`.
@@ -36,9 +39,21 @@ def generate_tokens(
 
 
 def generate_answers(
-    model: W2R2, loader: Iterable[Batch], tokenizer: Any, geometry: str, max_new_tokens: int, video_fps: float
+    model: W2R2,
+    loader: Iterable[Batch],
+    tokenizer: PreTrainedTokenizerBase,
+    geometry: str,
+    max_new_tokens: int,
+    video_fps: float,
 ) -> Iterator[tuple[str, list[int], str]]:
-    """(sample id, token ids, text) for every prompt of a loader, in order."""
+    """Generate an answer to every prompt of a loader.
+
+    Yields:
+        Sample id, token ids and text, in the order of the loader.
+
+    Raises:
+        ValueError: unknown geometry, or a sample cannot be read.
+    """
     if geometry not in GEOMETRY:
         raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
     model.eval()

@@ -1,7 +1,7 @@
-"""``--geometry shuffle``: every sample gets another scene's geometry, while its images stay right.
+"""``--geometry shuffle``: every sample gets another scene's geometry, with its own images and prompt.
 
-If a model's answers do not suffer, it does not look at geometry. The 2D tokens, the prompt and the shape of the
-geometry are those of the sample; only the frames that the geometry encoder sees belong to another room.
+A control experiment: if scores do not fall, the model ignores geometry. Visual tokens, prompt and the shape of the
+geometry features are the sample's; only the frames for the geometry encoder come from another scene.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from w2r2_ds.data.processor import Features
 from w2r2_ds.types.sample import Sample
 
 SEED = 0
-"""Of the pairing, so that all checkpoints are shown the same wrong rooms."""
+"""Seed of the pairing; the same for all checkpoints, so that their scores are comparable."""
 
 
 def pair_scenes(scenes: Sequence[str], seed: int = SEED) -> dict[str, str]:
-    """Scene -> the scene whose geometry it gets: all of them in one random circle, so none gets its own.
+    """Scene -> the scene whose geometry it gets.
+
+    All scenes form one random cycle and each gets the next one's geometry: none gets its own, which independent draws
+    would not guarantee, and every scene is used once.
 
     Args:
-        scenes: at least two; order and repetition do not matter.
-        seed: of the circle.
+        scenes: at least two different ones; order and repetition do not matter.
+        seed: of the cycle.
 
     Raises:
         ValueError: fewer than two different scenes.
@@ -37,23 +40,23 @@ def pair_scenes(scenes: Sequence[str], seed: int = SEED) -> dict[str, str]:
             f"--geometry shuffle needs samples of at least two scenes with frames, but there are {len(names)}; "
             "prepare more scenes."
         )
-    circle = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
-    return dict(zip(circle, [*circle[1:], circle[0]], strict=True))
+    cycle = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
+    return dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
 
 
 class ShuffledGeometry:
-    """A processor whose features have the geometry images of the scene's partner.
+    """A processor whose features have the geometry images of another scene.
 
-    The partner's frames are those of its first sample in the data set: cut to as many as the sample has, or begun again
-    from the first. Each is resized to the sample's own geometry images, also if the shape of the pictures differs.
+    The frames are those of the other scene's first sample in the data set, truncated or repeated from the first to the
+    sample's number of frames. Each is resized to the size of the sample's own geometry images.
 
     Args:
-        processor: sample and whether with its answer -> features.
-        samples: the whole data set, not a rank's share or a limited part: all must find the same pairs.
-        seed: see ``pair_scenes``.
+        processor: (sample, with its answer or not) -> features; without feature cache.
+        samples: the whole data set, not a rank's or a limited part, so that all ranks and limits have the same pairs.
+        seed: see `pair_scenes`.
 
     Raises:
-        ValueError: see ``pair_scenes``.
+        ValueError: see `pair_scenes`.
     """
 
     def __init__(
@@ -67,11 +70,12 @@ class ShuffledGeometry:
         self.partner = pair_scenes(list(self.first), seed)
 
     def __call__(self, sample: Sample, with_answer: bool) -> Features:
-        """Features of one sample, its geometry images replaced; without frames there is nothing to replace."""
+        """Features of one sample with replaced geometry images; samples without frames are unchanged."""
         features = self.processor(sample, with_answer)
         inputs = features.visual
         # The other scene's features must be neither skipped nor kept as this one's.
-        assert inputs.cached_3d is None, "the processor of a swap asks no cache"
+        # Cached geometry features would be used instead of the replaced images.
+        assert inputs.cached_3d is None, "the processor has no feature cache"
         if inputs.geometry_images is None:
             return features
         frames = self.donor(sample.scene_id).frames
@@ -84,7 +88,7 @@ class ShuffledGeometry:
         )
 
     def donor(self, scene_id: str) -> Sample:
-        """The sample whose frames a scene's samples get."""
+        """The sample whose frames the samples of a scene get."""
         return self.first[self.partner[scene_id]]
 
 

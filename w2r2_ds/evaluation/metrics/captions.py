@@ -1,6 +1,6 @@
 """BLEU-1..4, METEOR, ROUGE-L and CIDEr-D of a corpus of captions, and of each of its items.
 
-BLEU, ROUGE-L and CIDEr-D are pycocoevalcap's own classes, which every reference evaluator of this field carries a copy
+BLEU, ROUGE-L and CIDEr-D are pycocoevalcap's own classes, which every reference evaluator contains a copy
 of (tylin/coco-caption, ``pycocoevalcap/{bleu,rouge,cider}``):
 
 * BLEU-n = exp(min(0, 1 - r / c)) (prod_k p_k)^(1/n), with p_k = (matches_k + 1e-15) / (guesses_k + 1e-9) summed over
@@ -11,7 +11,7 @@ of (tylin/coco-caption, ``pycocoevalcap/{bleu,rouge,cider}``):
 * CIDEr-D = mean of 10 x mean_n cos(tf-idf_n) with clipping and exp(-(l - l')^2 / (2 x 6^2)); document frequencies come
   from the references that are evaluated, so scores of subsets are not comparable, and a corpus of one item scores 0.
 
-METEOR, and every score of PTB-tokenized text, needs Java (``meteor.py``). Without it they are None, never a number.
+METEOR and all scores of PTB-tokenized text need Java (``meteor.py``) and are None without it.
 Scores are as the scorers return them: fractions, CIDEr on its own scale of 0..10 (1.0 is printed as 100 in papers).
 """
 
@@ -38,9 +38,9 @@ class CaptionScores:
     """Scores of one corpus.
 
     Attributes:
-        corpus: metric -> score; None where it was not computed.
+        corpus: metric -> score; None if it was not computed.
         items: key -> metric -> score, per item.
-        candidates: key -> the very string that was scored; empty where the tokenizer could not run.
+        candidates: key -> the string that was scored; empty if the tokenizer could not run.
         references: key -> the strings it was compared with, as tokenized.
         not_computed: metric -> why it is None.
     """
@@ -64,7 +64,7 @@ def score_captions(
         references: key -> at least one text.
         candidates: the same keys -> one text.
         tokenizer: ``none`` scores the strings as they are; ``ptb`` tokenizes both sides first.
-        java: what runs METEOR and the tokenizer; the process's shared one without it.
+        java: runs METEOR and the tokenizer; `shared_java` if None.
 
     Raises:
         ValueError: the keys differ, there are none, a key has no reference, or pycocoevalcap is not installed.
@@ -81,11 +81,11 @@ def score_captions(
         try:
             texts, given = tokenize_captions(texts, given, java)
         except JavaError as error:
-            return _nothing(candidates, str(error))
-    corpus, items = _plain_scores(texts, given)
+            return _none_computed(candidates, str(error))
+    corpus, items = _coco_scores(texts, given)
     reasons = {}
     if corpus["CIDEr"] is None:
-        reasons["CIDEr"] = "No reference holds a word, so there are no document frequencies."
+        reasons["CIDEr"] = "No reference has a word, so there are no document frequencies."
     try:
         corpus["METEOR"], values = java.meteor(list(texts.values()), list(given.values()))
         corpus[ITEM_MEAN] = sum(values) / len(values)
@@ -102,7 +102,7 @@ def score_captions(
 def tokenize_captions(
     references: Mapping[str, Sequence[str]], candidates: Mapping[str, str], java: Java
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Both sides through the PTB tokenizer, in one process.
+    """Tokenize references and candidates with the PTB tokenizer, in one Java process.
 
     Raises:
         JavaError: Java is missing or failed.
@@ -113,10 +113,10 @@ def tokenize_captions(
     return tokenized, {key: next(lines) for key in candidates}
 
 
-def _plain_scores(
+def _coco_scores(
     references: Mapping[str, list[str]], candidates: Mapping[str, str]
 ) -> tuple[dict[str, Score], dict[str, dict[str, Score]]]:
-    """What needs no Java: corpus and items."""
+    """BLEU, ROUGE-L and CIDEr of the corpus and of its items."""
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
@@ -131,21 +131,22 @@ def _plain_scores(
     columns["ROUGE-L"] = Rouge().compute_score(references, lists)
     if any(text.split() for texts in references.values() for text in texts):
         columns["CIDEr"] = Cider().compute_score(references, lists)
-    else:  # pycocoevalcap stops here: the largest document frequency of no words
+    else:  # pycocoevalcap raises an error: it takes the largest document frequency of an empty set
         columns["CIDEr"] = (None, [None] * len(lists))
-    corpus = {name: _plain(score) for name, (score, _) in columns.items()}
+    corpus = {name: _as_float(score) for name, (score, _) in columns.items()}
     items = {
-        key: {name: _plain(values[index]) for name, (_, values) in columns.items()} for index, key in enumerate(lists)
+        key: {name: _as_float(values[index]) for name, (_, values) in columns.items()}
+        for index, key in enumerate(lists)
     }
     return corpus, items
 
 
-def _plain(score: Score) -> Score:
-    """A Python float of a NumPy one."""
+def _as_float(score: Score) -> Score:
+    """The Python float of a NumPy number."""
     return None if score is None else float(score)
 
 
-def _nothing(candidates: Mapping[str, str], reason: str) -> CaptionScores:
+def _none_computed(candidates: Mapping[str, str], reason: str) -> CaptionScores:
     """Every score None, for one reason."""
     names = (*METRICS, ITEM_MEAN)
     items: dict[str, dict[str, Score]] = {key: dict.fromkeys(METRICS) for key in candidates}

@@ -1,8 +1,8 @@
-"""Parse VG-LLM's grounding answers, as its evaluator does or leniently; two conventions of the angles.
+"""Parsers of grounding answers as in VG-LLM's evaluator, and the two interpretations of their angles.
 
 Source: LaVi-Lab/VG-LLM ``src/lmms_eval/tasks/scanrefer/utils.py`` (``scanrefer_process_results``,
-``transform_scanrefer_bbox``). Its evaluator runs ``eval`` on the answer; here only literals are parsed.
-``data/tasks/parsing.py`` has this project's own, strict reading.
+``transform_scanrefer_bbox``). That evaluator runs ``eval`` on the generated text; here only literals are parsed.
+This project's own strict parser is in ``data/tasks/parsing.py``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ Turn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def read_line(text: str, frame_count: int) -> Grounding:
-    """The first line that holds "bbox_3d", as a Python literal: an integer frame in range and a list of nine numbers.
+    """Parse the first line with "bbox_3d" as a Python literal: an integer frame in range and a list of nine numbers.
 
-    Markdown code blocks are unwrapped first. Single quotes are valid; a dictionary over several lines or after text is
-    not.
+    Code fences are removed first. Single quotes are accepted; a dictionary over several lines or after words is not.
 
     Raises:
-        AnswerError: it cannot be read so.
+        AnswerError: there is no such line, or it is not such a literal.
     """
     lines = text.replace("`", "").replace("json", "").split("\n")
     line = next((line.strip() for line in lines if "bbox_3d" in line), None)
@@ -40,17 +39,17 @@ def read_line(text: str, frame_count: int) -> Grounding:
     try:
         value = ast.literal_eval(line)
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise AnswerError("the line with bbox_3d is no literal") from error
+        raise AnswerError("the line with bbox_3d is not a literal") from error
     if isinstance(value, tuple) and len(value) == 1:  # a comma behind the dictionary
         value = value[0]
     return _grounding(value, frame_count)
 
 
 def read_anywhere(text: str, frame_count: int) -> Grounding:
-    """The first JSON object anywhere in the text that has an integer frame and nine numbers.
+    """Parse the first JSON object anywhere in the text that has an integer frame and nine numbers.
 
     Raises:
-        AnswerError: there is none, or its frame is out of range.
+        AnswerError: there is no such object, or its frame is out of range.
     """
     decoder = json.JSONDecoder()
     start = text.find("{")
@@ -62,20 +61,20 @@ def read_anywhere(text: str, frame_count: int) -> Grounding:
             if error.reason == "frame is out of range":
                 raise
         except (ValueError, RecursionError):
-            pass  # no object begins here; perhaps at the next brace
+            pass  # not an object; the next brace may begin one
         start = text.find("{", start + 1)
     raise AnswerError("it holds no JSON object with frame and bbox_3d")
 
 
 def turn_extrinsic(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
-    """Box ``[9]`` to the world as VG-LLM's evaluator moves it: SciPy's lower-case ``zxy``, R = Ry(a2) Rx(a1) Rz(a0).
+    """Transform a box ``[9]`` to the world as VG-LLM's evaluator does: SciPy's ``zxy``, R = Ry(a2) Rx(a1) Rz(a0).
 
-    The angles that come out are extrinsic too, but its IoU reads them as intrinsic ZXY. So do all who take the result
-    for a box of ``boxes3d/transforms.py``: that mistake is the protocol.
+    The resulting angles are extrinsic too, but that evaluator computes IoU as if they were intrinsic ZXY. The protocol
+    reproduces this error: callers use the result as a box of ``boxes3d/transforms.py``.
     """
     turned = cam_to_world[:3, :3] @ Rotation.from_euler("zxy", box[6:]).as_matrix()
     with warnings.catch_warnings():
-        # SciPy warns of gimbal lock, where it sets one angle to 0; so it does there.
+        # SciPy warns of gimbal lock and sets one angle to 0, in VG-LLM's evaluator too.
         warnings.simplefilter("ignore", UserWarning)
         angles = Rotation.from_matrix(turned).as_euler("zxy")
     return np.concatenate([cam_to_world[:3, :3] @ box[:3] + cam_to_world[:3, 3], box[3:6], angles])
@@ -83,12 +82,12 @@ def turn_extrinsic(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
 
 PARSERS: Mapping[str, AnswerReader] = {"line": read_line, "anywhere": read_anywhere}
 TURNS: Mapping[str, Turn] = {"zxy": turn_extrinsic, "ZXY": camera_to_world}
-"""``zxy`` is what VG-LLM's evaluator does, ``ZXY`` what its labels mean."""
+"""``zxy`` as VG-LLM's evaluator interprets the angles, ``ZXY`` as its labels are written."""
 
 
 def _grounding(value: Any, frame_count: int) -> Grounding:
     if not isinstance(value, dict):
-        raise AnswerError("it is no dictionary")
+        raise AnswerError("it is not a dictionary")
     frame, box = value.get("frame"), value.get("bbox_3d")
     if not isinstance(frame, int) or isinstance(frame, bool):
         raise AnswerError("frame is not an integer")
