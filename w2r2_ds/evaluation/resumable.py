@@ -4,8 +4,9 @@ OUT/parts-TASK-GEOMETRY/run.json       everything that the answers depend on; an
                         part-0003.jsonl  records of rank 3, appended batch by batch
 
 Rank r of n answers those of samples r, r + n, r + 2n, ... that are in no file. The files may come from a run with
-another number of ranks. A killed process may leave an incomplete last line: that sample is answered again. Merging takes each sample once, in the
-order of the data set, so the result depends neither on the number of ranks nor on their speed.
+another number of ranks. A killed process may leave an incomplete last line: that sample is answered again. Merging
+takes each sample once, in the order of the data set, so the result depends neither on the number of ranks nor on their
+speed.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ Turn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def read_line(text: str, frame_count: int) -> Grounding:
     """Parse the first line with "bbox_3d" as a Python literal: an integer frame in range and a list of nine numbers.
 
-    Markdown code blocks are unwrapped first. Single quotes are accepted; a dictionary over several lines or after text is
-    not.
+    Markdown code blocks are unwrapped first. Single quotes are accepted; a dictionary over several lines or after text
+    is not.
 
     Raises:
         AnswerError: there is no such line, or it is not such a literal.
