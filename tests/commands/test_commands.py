@@ -18,6 +18,10 @@ from w2r2_ds.utils.plugins import import_plugins
 
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "accelerate")
 """Libraries whose import takes seconds; a command imports them only after its command line is parsed."""
+SUBCOMMANDS = [
+    *(f"prepare {name}" for name in ("scanrefer", "scan2cap", "scanqa", "detection", "boxes", "synthetic", "geometry")),
+    "convert from-vgllm",
+]
 
 
 def loaded_after(code: str) -> set[str]:
@@ -33,7 +37,7 @@ def test_the_package_imports_no_heavy_library() -> None:
     assert loaded_after("import w2r2_ds, w2r2_ds.commands, w2r2_ds.config.io") == set()
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "prepare geometry", "convert from-vgllm"])
+@pytest.mark.parametrize("command", [*COMMANDS, *SUBCOMMANDS])
 def test_help_imports_no_heavy_library(command: str) -> None:
     words = [*command.split(), "--help"]
     code = f"from w2r2_ds.commands import main\ntry:\n    main({words})\nexcept SystemExit:\n    pass"

@@ -11,9 +11,12 @@ waits for the GPU (the training step).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GIMBAL_TOLERANCE = 1e-6
 """``cos(a1)`` below which the first and last axis count as one (see ``angles_from_matrix``)."""
@@ -125,6 +128,8 @@ def rotation_matrix_torch(angles: Tensor) -> Tensor:
     Returns:
         ``[n, 3, 3]`` of the same dtype.
     """
+    import torch  # not at the top: `--help` of a command must not wait for it
+
     c0, c1, c2 = angles.cos().unbind(-1)
     s0, s1, s2 = angles.sin().unbind(-1)
     rows = (
@@ -138,7 +143,7 @@ def rotation_matrix_torch(angles: Tensor) -> Tensor:
 def camera_to_world_torch(boxes: Tensor, cam_to_world: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Camera boxes moved to the world as centre, size and rotation: no angles, so no gimbal lock and a clean gradient.
 
-    ``data.iou.oriented_iou`` takes the three as they are.
+    ``boxes3d.iou.oriented_iou`` takes the three results.
 
     Args:
         boxes: ``[n, 9]`` floating point, camera.

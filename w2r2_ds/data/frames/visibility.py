@@ -14,9 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
-from w2r2_ds.boxes3d.iou import box_iou
 from w2r2_ds.data.frames.projection import (
     MIN_VISIBLE_FRACTION,
     clipped_corners,
@@ -76,6 +74,10 @@ def match_instance(box: np.ndarray, info: ScanInfo) -> InfoInstance | None:
     """
     if not info.instances:
         return None
+    import torch  # not at the top: `--help` of a command must not wait for it
+
+    from w2r2_ds.boxes3d.iou import box_iou
+
     theirs = torch.from_numpy(np.stack([instance.box for instance in info.instances]).astype(np.float64))
     ours = torch.zeros(len(theirs), 9, dtype=torch.float64)
     ours[:, :6] = torch.from_numpy(np.asarray(box, dtype=np.float64))
