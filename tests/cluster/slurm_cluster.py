@@ -71,7 +71,7 @@ class Cluster:
         subprocess.run([str(self.folder / "node-link"), state, node], timeout=30, check=True)
 
     def job(self, job: str) -> dict[str, str]:
-        """What the controller knows of a job, by its own names: JobState, Restarts, NodeList, ..."""
+        """Fields of a job from `scontrol show job`: JobState, Restarts, NodeList, ..."""
         text = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 

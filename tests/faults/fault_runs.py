@@ -43,7 +43,7 @@ def arguments(world: World, out: Path, **changes: object) -> list[str]:
 
 
 def be_rank(command: list[str], inside: dict[str, Any] | None) -> None:
-    """What a rank's process does: its own fault if any, the real script."""
+    """Process of a rank: inject its fault, if any, and run the real script."""
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # for `Start.wait`: where it hangs
     if inside is not None:
         inject_in_process.install(**inside)
@@ -130,7 +130,7 @@ class Start:
         return max(self.ended.values()) - (float(stamps[0]) if stamps else self.fault_at or min(self.ended.values()))
 
     def text(self, rank: int) -> str:
-        """What a rank wrote in this start."""
+        """Output of a rank in this start."""
         if not self.logs[rank].exists():
             return ""
         return self.logs[rank].read_bytes()[self._skip[rank] :].decode(errors="replace")

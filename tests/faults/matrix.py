@@ -51,7 +51,7 @@ def failed(case: ElementTree.Element) -> bool:
 
 
 def rows(cases: Sequence[ElementTree.Element]) -> Iterator[dict[str, Any]]:
-    """What the tests noted (`fault_story.note`), and what failed."""
+    """Rows that the tests recorded (`scenario.note`), and failed tests."""
     for case in cases:
         for each in case.iter("property"):
             if each.get("name") == "fault":

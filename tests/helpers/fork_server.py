@@ -41,7 +41,7 @@ WARM = (
     "w2r2_ds.evaluation.validator",
     "w2r2_ds.demo.assets",
 )
-"""What the ranks would import one by one."""
+"""Modules that are imported once, before ranks are forked."""
 VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -66,7 +66,7 @@ class Rank:
         self.code: int | None = None
 
     def poll(self) -> int | None:
-        """What it exited with, negative for a signal; None while it runs."""
+        """Exit code, negative for a signal; None while it runs."""
         if self.code is None:
             self.code = _ask("poll", self.pid)
         return self.code
@@ -135,13 +135,13 @@ def place(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def work(program: str, folder: str) -> None:
-    """What a rank of `fork_ranks` does."""
+    """Process of a rank of `fork_ranks`."""
     sys.path.insert(0, str(Path(program).parent))
     importlib.import_module(Path(program).stem).work(Path(folder))
 
 
 def script(path: str, words: list[str]) -> None:
-    """What ``python path words...`` does, for `fork_rank`."""
+    """Run a script as ``python path words...`` does, for `fork_rank`."""
     sys.argv = [path, *words]
     runpy.run_path(path, run_name="__main__")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch.profiler import ProfilerActivity, profile
 
 READS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
-"""What makes the host wait: a value as a Python number, or a shape that depends on values."""
+"""Operators that make the host wait: they read a value, or their output shape depends on values."""
 
 
 def host_reads(function: Callable[[], object]) -> set[str]:

@@ -36,7 +36,7 @@ class Given:
 
 
 def work(folder: Path) -> None:
-    """What each rank does; rank 0 of one writes what was in the batches, and the errors."""
+    """Process of each rank; with one rank, it writes the content of the batches and the errors."""
     import deepspeed
     import torch.distributed as dist
 

@@ -38,7 +38,7 @@ class Ranks:
             process.end()
 
     def said(self, rank: int) -> str:
-        """What a rank has printed so far."""
+        """Output of a rank so far."""
         return self.logs[rank].read_text(errors="replace")
 
     def send(self, rank: int, signal: int) -> None:

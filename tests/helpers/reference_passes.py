@@ -99,7 +99,7 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
 
 
 def shortcut_of(step: Any, batch: Any, visual: Any, features: Any) -> Any:
-    """What the step keeps of its shortcut pass, which it runs alone."""
+    """Outputs of the shortcut pass, run separately."""
     with step.shortcut_context():
         plain = step.visual_only(visual, features)
         answers = step.decode(batch, plain) if step.objective.shortcut_decode == "greedy" else None

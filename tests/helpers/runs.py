@@ -114,7 +114,7 @@ def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.Complete
 
 
 def run_ranks(ranks: int, program: Path, folder: Path) -> str:
-    """What forked ranks print that each call ``work(folder)`` of a program; a rank that fails is an error."""
+    """Output of forked ranks that each call ``work(folder)`` of a program; a rank that fails is an error."""
     status = fork_ranks(ranks, program, folder, free_port(), TIMEOUT)
     printed = (folder / "output.txt").read_text()
     assert status == 0, f"exit status {status}\n{printed[-6000:]}"
@@ -175,7 +175,7 @@ class Stopped(Exception):
 
 
 def work(folder: Path) -> None:
-    """What each rank of `run_jobs` does."""
+    """Process of each rank of `run_jobs`."""
     import deepspeed
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""What each rank of tests/training/fault_tolerance/test_signals.py runs: several trainings in one process, each
+"""Rank script of tests/training/fault_tolerance/test_signals.py: several trainings in one process, each
 perhaps stopped.
 
 ``python stopped_runs.py JOBS.json``; a job is [arguments of launchers/train.py, rank, step, signal]: that rank sends

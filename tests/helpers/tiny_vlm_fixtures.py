@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """What the small tokenizer is trained on."""
+    """Text on which the small tokenizer is trained."""
     return TEXTS
 
 

@@ -1,4 +1,4 @@
-"""What tests/training/fault_tolerance/test_watchdog.py runs: ranks that step under the watchdog, until one meets a
+"""Rank script of tests/training/fault_tolerance/test_watchdog.py: ranks that step under the watchdog, until one meets a
 mishap.
 
 ``python watched_ranks.py FOLDER`` runs all `CASES` at once, each rank a process of its own that is forked once
@@ -114,7 +114,7 @@ def rank(mishap: str, who: int) -> None:
 
 
 def child(log: Path, environment: dict[str, str], mishap: str, who: int) -> None:
-    """What a forked process does; never returns."""
+    """A forked process; never returns."""
     os.environ |= environment
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)

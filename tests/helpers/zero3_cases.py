@@ -342,7 +342,7 @@ def write_cases(
     ds_config: dict[str, Any],
     scale: dict[str, float] | None,
 ) -> None:
-    """What `work` reads; `scale` is s of every sample's shortcut answer, None takes the real one."""
+    """Write the input of `work`; `scale` is s of every sample's shortcut answer, None takes the real one."""
     folder.mkdir(parents=True, exist_ok=True)
     assert len({case.name for case in cases}) == len(cases), [asdict(case) for case in cases]
     (folder / "cases.pkl").write_bytes(pickle.dumps((list(cases), model_config, samples, ds_config, scale)))

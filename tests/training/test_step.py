@@ -21,7 +21,7 @@ from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.training.two_pass import without_dropout
 
 SIMILAR = [0.2, 0.9, 0.75]
-"""What the fixture `solved` says of the shortcut's answers; mu is 0.7."""
+"""Similarities of the shortcut's answers in the fixture `solved`; mu is 0.7."""
 
 
 @pytest.fixture

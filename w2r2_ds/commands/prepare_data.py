@@ -168,7 +168,7 @@ def synthetic(
 
 
 def demo(workers: int = 0) -> None:
-    """What the demo recipe needs: its synthetic scenes, prepared, a tiny warmed-up VLM and a tiny VGGT.
+    """Inputs of the demo recipe: its synthetic scenes, prepared, a tiny warmed-up VLM and a tiny VGGT.
 
     Args:
         workers: processes for the scenes; 0 means one per available core.

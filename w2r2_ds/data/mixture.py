@@ -45,7 +45,7 @@ class Mixture(Sequence[Sample]):
 
     @property
     def shares(self) -> list[int]:
-        """How many samples of each set an epoch shows."""
+        """Number of samples of each set in an epoch."""
         counts = [round(weight * len(each)) for weight, each in zip(self.weights, self.sets, strict=True)]
         return [min(count, cap) if cap else count for count, cap in zip(counts, self.caps, strict=True)]
 

@@ -32,7 +32,7 @@ from w2r2_ds.types.vision import VisionSpec
 
 @dataclass(frozen=True)
 class VlmFrontend:
-    """What the data pipeline needs of a VLM and a geometry encoder: no weights.
+    """Tokenizer and sizes of a VLM and a geometry encoder for the data pipeline: no weights.
 
     Attributes:
         tokenizer: with the chat template.
@@ -126,7 +126,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fingerprint(model: W2R2) -> dict[str, Any]:
-    """What two models must share for the trained weights of one to mean anything in the other."""
+    """Settings that two models must share, so that the trained weights of one fit the other."""
     text, vision = model.base.config.get_text_config(), model.base.config.vision_config
     lora: Any = cast(PeftModel, model.vlm).peft_config["default"]
     merger = model.geometry_merger

@@ -37,7 +37,7 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
 
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
-    """What the geometry features of given frames depend on."""
+    """Identity of the geometry encoder and its settings: everything but the frames that changes its features."""
     geometry, encoder = model.geometry, find_geometry_encoder(model.geometry.name)
     about = {
         "kind": "geometry",
@@ -51,7 +51,7 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
 
 
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
-    """What the 2D features of given frames depend on."""
+    """Identity of the vision tower and its settings: everything but the frames that changes its features."""
     config = load_config(model.vlm)
     tower = find_family(config.model_type).tower_weights
     about = {

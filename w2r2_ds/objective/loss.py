@@ -35,7 +35,7 @@ LOSS_PARTS = ("loss", "align", "push")
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one pass gives.
+    """Outputs of one pass.
 
     Attributes:
         logits: ``[rows, vocabulary]`` at the answer rows.

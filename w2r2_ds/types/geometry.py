@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GeometrySpec:
-    """What the data pipeline needs of a geometry encoder; no weights.
+    """Sizes of a geometry encoder for the data pipeline; no weights.
 
     Attributes:
         patch_size: side in pixels of the image patch that a feature stands for; frames are resized to multiples of it.

@@ -99,7 +99,7 @@ def frame_sets(config: RunConfig, splits: Sequence[str]) -> list[Sample]:
 
 
 class FeatureBytes:
-    """How large the features of frames are, from sizes alone."""
+    """Sizes of the features of frames, without computing them."""
 
     def __init__(self, config: RunConfig, vision: VisionSpec, geometry: GeometrySpec, cache: FeatureCache) -> None:
         self.dtype, self.cache = resolve_dtype(config.model.dtype), cache
@@ -142,7 +142,7 @@ def look_up(
 
 
 def over_ranks(need: Need, ranks: RankInfo) -> Need:
-    """What all ranks need together."""
+    """Sum of the needs of all ranks. Collective."""
     if ranks.world_size == 1:
         return need
     everyone: list[Need] = [need] * ranks.world_size

@@ -15,7 +15,7 @@ from w2r2_ds.evaluation.metrics.captions import Score
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Coordinates, Proposals, RecordFields
 
 Result = dict[str, Any]
-"""What a protocol returns: scores, counts and scores per item, plain JSON."""
+"""Result of a protocol: scores, counts and scores per item, as JSON values."""
 Path = tuple[str, ...]
 """Keys that lead to a number in a `Result`."""
 

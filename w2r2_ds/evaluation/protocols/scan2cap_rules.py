@@ -1,4 +1,4 @@
-"""What six public Scan2Cap evaluators do to references, captions and IoU: one `Scan2CapRules` each."""
+"""Rules of six public Scan2Cap evaluators for references, captions and IoU: one `Scan2CapRules` each."""
 
 from __future__ import annotations
 

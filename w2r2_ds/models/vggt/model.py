@@ -24,7 +24,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 EPS = 1e-5
 
 VIT_LARGE = "dinov2_vitl14_reg"
-"""What upstream calls the patch embedding of the 1B model; the same as ``dinov2`` with the default sizes."""
+"""Upstream's name of the patch embedding of the 1B model; the same as ``dinov2`` with the default sizes."""
 UPSTREAM_SWITCHES = ("enable_camera", "enable_point", "enable_depth", "enable_track")
 UPSTREAM_ORDER = {"aa_order": ["frame", "global"], "aa_block_size": 1}
 
@@ -105,7 +105,7 @@ class VGGTConfig:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads back as an equal configuration."""
+        """The configuration as a dictionary, the inverse of `from_dict`."""
         return dataclasses.asdict(self)
 
     @property
