@@ -17,7 +17,7 @@ from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
 from w2r2_ds.data.loader import load_mixture, prompt_loader
-from w2r2_ds.evaluation.loading import load_model
+from w2r2_ds.evaluation.loading import load_trained_model
 from w2r2_ds.evaluation.runner import evaluate
 from w2r2_ds.models.build import build_model, fingerprint, trainable
 from w2r2_ds.training.checkpoint.manifest import write_manifest
@@ -37,7 +37,7 @@ def test_stock_peft_and_transformers_load_it(adapter: Path, trained: Path, world
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    config, model, frontend = load_model(trained)
+    config, model, frontend = load_trained_model(trained)
     plain = AutoModelForImageTextToText.from_pretrained(world.folder / "vlm", dtype=torch.float32).eval()
     (batch,) = prompt_loader(load_mixture(config.data, "val")[:3], frontend, config.data, 3)
     inputs = {
@@ -66,8 +66,8 @@ def test_the_adapter_gives_the_answers_of_its_checkpoint(
 
 
 def test_the_merger_is_the_trained_one(adapter: Path, trained: Path) -> None:
-    _, ours, _ = load_model(adapter)
-    _, theirs, _ = load_model(trained)
+    _, ours, _ = load_trained_model(adapter)
+    _, theirs, _ = load_trained_model(trained)
     merger = theirs.geometry_merger.state_dict()
     assert all(torch.equal(tensor, merger[name]) for name, tensor in ours.geometry_merger.state_dict().items())
 

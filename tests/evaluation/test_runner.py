@@ -21,7 +21,7 @@ from w2r2_ds.convert.peft_adapter import export_adapter
 from w2r2_ds.data.loader import load_mixture, prompt_loader
 from w2r2_ds.evaluation.datasets import all_samples, find_sets
 from w2r2_ds.evaluation.generate import generate_answers
-from w2r2_ds.evaluation.loading import load_model
+from w2r2_ds.evaluation.loading import load_trained_model
 from w2r2_ds.evaluation.runner import Answerer, evaluate
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 
@@ -34,7 +34,7 @@ TOKENS = 40
 @pytest.fixture(scope="module")
 def loaded(trained: Path) -> Any:
     """Configuration, model and front of the run's last checkpoint."""
-    return load_model(trained)
+    return load_trained_model(trained)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_the_command_line_scores_again_and_gathers_protocols(
 
 
 def test_a_run_and_its_last_checkpoint_are_the_same(loaded: Any, trained: Path) -> None:
-    _, other, _ = load_model(trained / "checkpoints" / f"step-{STEPS:06d}")
+    _, other, _ = load_trained_model(trained / "checkpoints" / f"step-{STEPS:06d}")
     ours, theirs = loaded[1].state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

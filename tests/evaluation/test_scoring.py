@@ -15,7 +15,7 @@ from hand_records import BOX, beside, camera_answer, caption, detection, groundi
 from w2r2_ds.evaluation import scoring
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.predictions.record import record_of
-from w2r2_ds.evaluation.protocols.records import enclosing_box, world_box
+from w2r2_ds.evaluation.protocols.records import answer_world_box, enclosing_box
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
 from w2r2_ds.evaluation.protocols.scan2cap_rules import split_words
 from w2r2_ds.evaluation.scoring import choose_protocols, headline, score_records
@@ -76,7 +76,7 @@ def test_a_part_of_a_split_keeps_its_groups(grounded: list[dict[str, Any]]) -> N
 def test_world_answers() -> None:
     sample = in_world(grounding())
     (record,) = records([(sample, "1.6,4.7,0.5,2.4,5.3,1.5")])
-    assert world_box(record) == pytest.approx(BOX[:6].tolist())
+    assert answer_world_box(record) == pytest.approx(BOX[:6].tolist())
     (name,) = score_records([record])
     assert name == "scanrefer/video3dllm"
     assert set(score_records([record], ["all"])) == {"scanrefer/video3dllm", "scanrefer/scanrefer_official"}
@@ -84,7 +84,7 @@ def test_world_answers() -> None:
         with pytest.raises(ValueError, match="boxes in camera coordinates, but these answers are in world coordinates"):
             choose_protocols([protocol], [record])
     (rejected,) = records([(sample, camera_answer(sample))])
-    assert world_box(rejected) is None
+    assert answer_world_box(rejected) is None
     with pytest.raises(ValueError, match="mix camera and world"):
         choose_protocols([], [record, *records([(grounding(), "")])])
 
@@ -98,9 +98,9 @@ def test_a_camera_answer_is_enclosed_in_the_world() -> None:
     sample = grounding()
     for frame in (0, 1):
         (record,) = records([(sample, camera_answer(sample, frame))])
-        assert world_box(record) == pytest.approx(BOX[:6].tolist(), abs=1e-4)
+        assert answer_world_box(record) == pytest.approx(BOX[:6].tolist(), abs=1e-4)
     huge = '{"frame": 1, "bbox_3d": [1e308, 1e308, 1e308, 1e308, 1e308, 1e308, 1, 1, 1]}'
-    assert world_box(records([(sample, huge)])[0]) is None
+    assert answer_world_box(records([(sample, huge)])[0]) is None
 
 
 def test_captions_by_every_protocol() -> None:

@@ -21,7 +21,7 @@ from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.evaluation import validator
 from w2r2_ds.evaluation.generate import generate_answers
-from w2r2_ds.evaluation.loading import load_model
+from w2r2_ds.evaluation.loading import load_trained_model
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.validator import AnswerValidation, computed, score
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
@@ -102,7 +102,7 @@ class TestRuns:
         """The checkpoint of the same step, loaded without DeepSpeed, on the same samples."""
         assert runs["validated"][0]["error"] is None
         best = folder / "validated" / "checkpoints" / "best"
-        config, model, frontend = load_model(best)
+        config, model, frontend = load_trained_model(best)
         validation = alone(config, frontend)
         answers = generate_answers(model, validation.loader, frontend.tokenizer, "fused", TOKENS, config.data.video_fps)
         texts = {identity: text for identity, _, text in answers}

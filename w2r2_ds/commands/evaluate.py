@@ -1,7 +1,7 @@
 """Evaluate a trained model: ``w2r2 evaluate --checkpoint RUN --task scanrefer --geometry fused``.
 
-Several processes share the work: ``torchrun --standalone --nproc_per_node 4 launchers/evaluate.py``, or ``deepspeed``.
-``--score_only FILE`` scores predictions again, or those of another project, without a model.
+With several processes (``torchrun --standalone --nproc_per_node 4 launchers/evaluate.py``, or ``deepspeed``), each
+answers its part of the samples. ``--score_only FILE`` scores saved predictions, or another project's, without a model.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal
 from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
 
 PROTOCOL = (
-    "How to score (docs/reference/metrics/): a name, several separated by commas or by giving the option several "
-    "times, or all; by default the task's own."
+    "Scoring protocols (docs/reference/metrics/): a name, several separated by commas (the option may be repeated), or "
+    "all; by default the task's default protocol."
 )
 
 
@@ -50,25 +50,25 @@ def run(
     format: Literal["ours", "vgllm", "video3dllm"] = "ours",
     local_rank: int = 0,
 ) -> None:
-    """Answer a validation set greedily and score it.
+    """Generate greedy answers to a validation set and score them.
 
     Args:
         checkpoint: run, checkpoint, RUN/checkpoints/best or exported adapter.
         task: scanrefer, scan2cap, scanqa, detection or another registered task: which of the run's validation sets;
-            not needed if all are of one task.
-        data: a prepared folder instead of the run's own, as it is or below the root.
-        geometry: fused, zero for the 2D-only pass, or shuffle for another scene's geometry.
-        protocols: how to score (docs/reference/metrics/): names, or all; the task's default if empty.
+            optional if all are of one task.
+        data: a prepared folder instead of the run's own sets; may be relative to the root.
+        geometry: fused, zero for visual-only answers, or shuffle for another scene's geometry.
+        protocols: scoring protocols (docs/reference/metrics/): names, or all; the task's default if empty.
         proposals: file of detected boxes, for the protocol vgllm_refined.
         out: folder for predictions and scores; CHECKPOINT/evaluation without it.
         limit: number of samples, 0 for all.
         batch_size: prompts per forward.
         max_new_tokens: longest answer.
-        root: folder of the data, if not where it was in training.
-        vlm: directory or hub id of the video LLM, if not where it was in training.
-        geometry_path: directory or hub id of the geometry encoder, if not where it was in training.
+        root: data root, if it has moved since training.
+        vlm: directory or hub id of the VLM, if it has moved since training.
+        geometry_path: directory or hub id of the geometry encoder, if it has moved since training.
         score_only: predictions to score without a model; scores are printed, and written into --out if it is given.
-        format: format of --score_only: this project's, or that of another one, which needs --data too.
+        format: format of the --score_only file: ours, or another project's, which requires --data.
         local_rank: set by the deepspeed launcher.
     """
     # Imported after the command line is read: these import torch and transformers.

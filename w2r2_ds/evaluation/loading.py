@@ -18,7 +18,7 @@ from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.utils.hashing import files_sha256
 
 
-def load_model(
+def load_trained_model(
     path: Path, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
 ) -> tuple[RunConfig, W2R2, VlmFrontend]:
     """Configuration, model and frontend of a run, a checkpoint or an exported adapter.
@@ -39,7 +39,7 @@ def load_model(
 def run_config(
     path: Path, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
 ) -> RunConfig:
-    """Only the configuration; arguments and errors as for `load_model`."""
+    """Only the configuration; arguments and errors as for `load_trained_model`."""
     if (path / ADAPTER_CARD).is_file():
         return relocated(adapter_config(path), root, vlm, geometry_path)
     return relocated(load_config(find_checkpoint(path) / "config.yaml"), root, vlm, geometry_path)

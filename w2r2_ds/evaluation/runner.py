@@ -26,7 +26,7 @@ from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals
 from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line, unanswered, write_records
 from w2r2_ds.evaluation.scoring import choose_protocols, read_boxes, score_records
-from w2r2_ds.evaluation.shuffle import SEED, ShuffledGeometry, pair_scenes
+from w2r2_ds.evaluation.shuffle import PAIRING_SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, fingerprint, load_frontend
 from w2r2_ds.models.w2r2 import W2R2
@@ -36,7 +36,7 @@ from w2r2_ds.utils.file_lock import locked
 from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 
-GEOMETRY = (*generate.GEOMETRY, "shuffle")
+GEOMETRY_CHOICES = (*generate.GEOMETRY, "shuffle")
 """`shuffle` is the fused pass with another scene's geometry (``shuffle.py``)."""
 
 
@@ -86,7 +86,7 @@ def evaluate(
     Args:
         path: run, checkpoint or exported adapter.
         out: folder for ``predictions-TASK-GEOMETRY.jsonl`` and ``scores-TASK-GEOMETRY.json``.
-        geometry: one of ``GEOMETRY``.
+        geometry: one of ``GEOMETRY_CHOICES``.
         batch_size: prompts per forward.
         max_new_tokens: longest answer.
         limit: number of samples, 0 for all.
@@ -103,7 +103,7 @@ def evaluate(
     Raises:
         ValueError: an option, the data or the checkpoint cannot be used; before the first answer if possible.
     """
-    check_options(geometry, limit, batch_size, max_new_tokens)
+    check_generation_options(geometry, limit, batch_size, max_new_tokens)
     ranks = ranks or RankInfo()
     config = run_config(path, root, vlm, geometry_path)
     chosen = _choose_samples(config.data, limit, task, data, protocols, proposals)
@@ -142,14 +142,14 @@ def evaluate(
     return scores
 
 
-def check_options(geometry: str, limit: int, batch_size: int, max_new_tokens: int) -> None:
+def check_generation_options(geometry: str, limit: int, batch_size: int, max_new_tokens: int) -> None:
     """Raise ValueError for an unknown geometry or a number that is too small."""
     minima = {"limit": (limit, 0), "batch_size": (batch_size, 1), "max_new_tokens": (max_new_tokens, 1)}
     for option, (value, minimum) in minima.items():
         if value < minimum:
             raise ValueError(f"--{option} is {value}; it must be at least {minimum}.")
-    if geometry not in GEOMETRY:
-        raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
+    if geometry not in GEOMETRY_CHOICES:
+        raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY_CHOICES)}.")
 
 
 def _choose_samples(
@@ -183,7 +183,7 @@ def _run_identity(
         "geometry": geometry,
         "max_new_tokens": max_new_tokens,
         **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
-        **({"shuffle_seed": SEED} if geometry == "shuffle" else {}),
+        **({"shuffle_seed": PAIRING_SEED} if geometry == "shuffle" else {}),
     }
 
 
@@ -192,9 +192,9 @@ class Answerer:
     """A model and the options of generation.
 
     Attributes:
-        model, frontend: of `load_model`.
+        model, frontend: of `load_trained_model`.
         data: the run's data configuration.
-        geometry: one of ``GEOMETRY``.
+        geometry: one of ``GEOMETRY_CHOICES``.
         whole: the whole data set, whose scenes `shuffle` pairs.
         batch_size: prompts per forward.
         max_new_tokens: longest answer.

@@ -10,7 +10,7 @@ from typing import Any
 from w2r2_ds.data.sources.proposals import read_proposals
 from w2r2_ds.data.tasks.base import find_task
 from w2r2_ds.data.tasks.parsing import AnswerError
-from w2r2_ds.evaluation.metrics.captions import Score
+from w2r2_ds.evaluation.metrics.captions import MetricValue
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals
 from w2r2_ds.evaluation.protocols.registry import Protocol, find_protocol, protocols_of
 
@@ -88,7 +88,7 @@ def score_records(
     return results
 
 
-def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
+def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricValue]:
     """The numbers that papers print, flat: ``protocol`` + blank + metric -> fraction (CIDEr on its own scale).
 
     For example ``scanrefer/vgllm-direct acc@0.25``, ``scan2cap/vgllm CIDEr@0.5`` or ``detection/f1 F1@0.25``; each

@@ -17,11 +17,11 @@ from w2r2_ds.data.images import load_frame
 from w2r2_ds.data.processor import Features
 from w2r2_ds.types.sample import Sample
 
-SEED = 0
+PAIRING_SEED = 0
 """Seed of the pairing; the same for all checkpoints, so that their scores are comparable."""
 
 
-def pair_scenes(scenes: Sequence[str], seed: int = SEED) -> dict[str, str]:
+def pair_scenes(scenes: Sequence[str], seed: int = PAIRING_SEED) -> dict[str, str]:
     """Scene -> the scene whose geometry it gets.
 
     All scenes form one random cycle and each gets the next one's geometry: none gets its own, which independent draws
@@ -60,7 +60,7 @@ class ShuffledGeometry:
     """
 
     def __init__(
-        self, processor: Callable[[Sample, bool], Features], samples: Sequence[Sample], seed: int = SEED
+        self, processor: Callable[[Sample, bool], Features], samples: Sequence[Sample], seed: int = PAIRING_SEED
     ) -> None:
         self.processor = processor
         self.first: dict[str, Sample] = {}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-from w2r2_ds.evaluation.metrics.captions import ITEM_MEAN, METRICS, score_captions
+from w2r2_ds.evaluation.metrics.captions import CAPTION_METRICS, ITEM_MEAN, score_captions
 from w2r2_ds.evaluation.metrics.meteor import Java, JavaError
 
-PLAIN = tuple(name for name in METRICS if name != "METEOR")
+PLAIN = tuple(name for name in CAPTION_METRICS if name != "METEOR")
 REFERENCES = {"a": ["the chair is black"], "b": ["a brown desk", "the desk is brown"]}
 CANDIDATES = {"a": "the chair is black", "b": "the desk"}
 BREAKS = ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"]
@@ -38,9 +38,9 @@ def test_without_java_there_is_no_number_and_a_reason(no_java: Java) -> None:
 
 def test_without_java_nothing_tokenized_is_a_number(no_java: Java) -> None:
     scores = score_captions(REFERENCES, CANDIDATES, "ptb", java=no_java)
-    assert scores.corpus.keys() == scores.not_computed.keys() == {*METRICS, ITEM_MEAN}
+    assert scores.corpus.keys() == scores.not_computed.keys() == {*CAPTION_METRICS, ITEM_MEAN}
     assert set(scores.corpus.values()) == {None}
-    assert all(item.keys() == set(METRICS) and set(item.values()) == {None} for item in scores.items.values())
+    assert all(item.keys() == set(CAPTION_METRICS) and set(item.values()) == {None} for item in scores.items.values())
 
 
 def test_what_needs_no_java_is_the_same_with_it(java: Java, no_java: Java) -> None:

@@ -13,7 +13,7 @@ from annotation_json import captions_from, objects_from
 from golden_files import Golden, find, is_scan2cap_scores
 from metric_cases import has_java, only, same_numbers, same_scores
 from w2r2_ds.boxes3d.aabb import aabb_iou
-from w2r2_ds.evaluation.metrics.captions import METRICS
+from w2r2_ds.evaluation.metrics.captions import CAPTION_METRICS
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.protocols.scan2cap_rules import SCAN2CAP_RULES, Caption, DescribedObject
@@ -157,4 +157,4 @@ def test_a_gate_from_the_data(golden: Golden, name: str, no_java: Java) -> None:
 def test_every_protocol_is_recorded() -> None:
     recorded = {name for golden in FILES for name in golden.record["protocols"]}
     assert recorded == set(SCAN2CAP_RULES) or not FILES
-    assert set(NAMES) <= set(METRICS)
+    assert set(NAMES) <= set(CAPTION_METRICS)

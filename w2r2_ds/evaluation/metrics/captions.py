@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from w2r2_ds.evaluation.metrics.meteor import Java
 
 Tokenizer = Literal["none", "ptb"]
-Score = float | None
+MetricValue = float | None
 
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+PAPER_METRICS = ("BLEU-4", "ROUGE-L", "CIDEr", "METEOR")
+"""Those that papers print."""
 NEEDS_PACKAGE = "Scoring captions needs pycocoevalcap: pip install 'w2r2-ds[metrics]'."
 ITEM_MEAN = "METEOR_mean_of_items"
 """Mean of METEOR's items, beside METEOR in a corpus: it is another, larger number."""
@@ -45,8 +47,8 @@ class CaptionScores:
         not_computed: metric -> why it is None.
     """
 
-    corpus: dict[str, Score]
-    items: dict[str, dict[str, Score]]
+    corpus: dict[str, MetricValue]
+    items: dict[str, dict[str, MetricValue]]
     candidates: dict[str, str]
     references: dict[str, list[str]]
     not_computed: dict[str, str] = field(default_factory=dict)
@@ -58,7 +60,7 @@ def score_captions(
     tokenizer: Tokenizer = "none",
     java: Java | None = None,
 ) -> CaptionScores:
-    """Score one caption per key against the references of that key.
+    """MetricValue one caption per key against the references of that key.
 
     Args:
         references: key -> at least one text.
@@ -89,7 +91,7 @@ def score_captions(
     try:
         corpus["METEOR"], values = java.meteor(list(texts.values()), list(given.values()))
         corpus[ITEM_MEAN] = sum(values) / len(values)
-        meteor: Sequence[Score] = values
+        meteor: Sequence[MetricValue] = values
     except JavaError as error:
         corpus["METEOR"] = corpus[ITEM_MEAN] = None
         meteor = [None] * len(given)
@@ -115,7 +117,7 @@ def tokenize_captions(
 
 def _coco_scores(
     references: Mapping[str, list[str]], candidates: Mapping[str, str]
-) -> tuple[dict[str, Score], dict[str, dict[str, Score]]]:
+) -> tuple[dict[str, MetricValue], dict[str, dict[str, MetricValue]]]:
     """BLEU, ROUGE-L and CIDEr of the corpus and of its items."""
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -125,7 +127,7 @@ def _coco_scores(
         raise ValueError(NEEDS_PACKAGE) from error
     lists = {key: [text] for key, text in candidates.items()}
     bleu, bleu_items = Bleu(4).compute_score(references, lists, verbose=0)
-    columns: dict[str, tuple[Score, Sequence[Score]]] = {}
+    columns: dict[str, tuple[MetricValue, Sequence[MetricValue]]] = {}
     for order, (score, values) in enumerate(zip(bleu, bleu_items, strict=True), start=1):
         columns[f"BLEU-{order}"] = (score, values)
     columns["ROUGE-L"] = Rouge().compute_score(references, lists)
@@ -141,15 +143,15 @@ def _coco_scores(
     return corpus, items
 
 
-def _as_float(score: Score) -> Score:
+def _as_float(score: MetricValue) -> MetricValue:
     """The Python float of a NumPy number."""
     return None if score is None else float(score)
 
 
 def _none_computed(candidates: Mapping[str, str], reason: str) -> CaptionScores:
     """Every score None, for one reason."""
-    names = (*METRICS, ITEM_MEAN)
-    items: dict[str, dict[str, Score]] = {key: dict.fromkeys(METRICS) for key in candidates}
+    names = (*CAPTION_METRICS, ITEM_MEAN)
+    items: dict[str, dict[str, MetricValue]] = {key: dict.fromkeys(CAPTION_METRICS) for key in candidates}
     return CaptionScores(dict.fromkeys(names), items, {}, {}, dict.fromkeys(names, reason))
 
 

@@ -33,7 +33,7 @@ from w2r2_ds.evaluation.protocols.records import (
     Proposals,
     RecordFields,
 )
-from w2r2_ds.evaluation.protocols.registry import Protocol, Result, register_protocol
+from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DetectionScene:
     answer: str | None
 
 
-def score_f1(scenes: Sequence[DetectionScene]) -> Result:
+def score_f1(scenes: Sequence[DetectionScene]) -> ProtocolResult:
     """Precision, recall and F1 at each threshold.
 
     Returns:

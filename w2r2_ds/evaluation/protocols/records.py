@@ -50,7 +50,7 @@ class ReferenceFields(FrozenModel):
     words: list[str]
 
 
-def world_box(record: AnswerRecord) -> list[float] | None:
+def answer_world_box(record: AnswerRecord) -> list[float] | None:
     """The answer's axis-aligned world box ``[6]`` (centre, size; metres); None if the answer cannot be parsed.
 
     A box in a frame's camera is moved to the world with the frame's pose and enclosed by the smallest axis-aligned box.

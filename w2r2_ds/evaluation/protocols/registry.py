@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from w2r2_ds.evaluation.metrics.captions import Score
+from w2r2_ds.evaluation.metrics.captions import MetricValue
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Coordinates, Proposals, RecordFields
 
-Result = dict[str, Any]
+ProtocolResult = dict[str, Any]
 """Result of a protocol: scores, counts and scores per item, as JSON values."""
-Path = tuple[str, ...]
-"""Keys that lead to a number in a `Result`."""
+KeyPath = tuple[str, ...]
+"""Keys that lead to a number in a `ProtocolResult`."""
 
 
 def records_only(records: Sequence[AnswerRecord], proposals: Proposals | None) -> tuple[Any, ...]:
@@ -47,26 +47,26 @@ class Protocol:
     name: str
     description: str
     source: str
-    score: Callable[..., Result]
-    metrics: Mapping[str, Path]
+    score: Callable[..., ProtocolResult]
+    metrics: Mapping[str, KeyPath]
     best_by: str
     inputs: Callable[[Sequence[AnswerRecord], Proposals | None], tuple[Any, ...]] = records_only
     record_model: type[RecordFields] = RecordFields
     default: bool = False
     coordinates: tuple[str, ...] = get_args(Coordinates)
     needs_proposals: bool = False
-    extra_metrics: Mapping[str, Path] = field(default_factory=dict)
+    extra_metrics: Mapping[str, KeyPath] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
         """The first part of the name."""
         return self.name.partition("/")[0]
 
-    def score_records(self, records: Sequence[AnswerRecord], proposals: Proposals | None = None) -> Result:
+    def score_records(self, records: Sequence[AnswerRecord], proposals: Proposals | None = None) -> ProtocolResult:
         """The result for records of this protocol's task."""
         return self.score(*self.inputs(records, proposals))
 
-    def printed(self, result: Mapping[str, Any]) -> dict[str, Score]:
+    def printed(self, result: Mapping[str, Any]) -> dict[str, MetricValue]:
         """The numbers of a result that papers print, by metric."""
         return {name: number_at(result, path) for name, path in self.metrics.items()}
 
@@ -120,7 +120,7 @@ def protocols_of(task: str) -> list[Protocol]:
     return found
 
 
-def number_at(result: Mapping[str, Any], path: Path) -> Score:
+def number_at(result: Mapping[str, Any], path: KeyPath) -> MetricValue:
     """The number at a path of keys; None if it was not computed."""
     value: Any = result
     for key in path:
@@ -128,7 +128,9 @@ def number_at(result: Mapping[str, Any], path: Path) -> Score:
     return None if value is None else float(value)
 
 
-def overall(acc_25: Score, acc_50: Score, bleu_4: Score, cider: Score, em: Score) -> Score:
+def overall(
+    acc_25: MetricValue, acc_50: MetricValue, bleu_4: MetricValue, cider: MetricValue, em: MetricValue
+) -> MetricValue:
     """ "Overall" of the W2R2 paper's Table 2, in percent: the arithmetic mean of five numbers of three tasks.
 
     overall = 100 (Acc@0.25 + Acc@0.5 + BLEU-4 + CIDEr + EM) / 5

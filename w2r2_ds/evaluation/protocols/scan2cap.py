@@ -17,7 +17,13 @@ from pydantic import FiniteFloat
 
 from w2r2_ds.boxes3d.aabb import aabb_iou
 from w2r2_ds.data.sources.validation import Record as FrozenModel
-from w2r2_ds.evaluation.metrics.captions import METRICS, CaptionScores, Score, score_captions
+from w2r2_ds.evaluation.metrics.captions import (
+    CAPTION_METRICS,
+    PAPER_METRICS,
+    CaptionScores,
+    MetricValue,
+    score_captions,
+)
 from w2r2_ds.evaluation.protocols.records import (
     THRESHOLDS,
     AnswerRecord,
@@ -28,7 +34,7 @@ from w2r2_ds.evaluation.protocols.records import (
     ReferenceFields,
     enclosing_box,
 )
-from w2r2_ds.evaluation.protocols.registry import Protocol, Result, register_protocol
+from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
 from w2r2_ds.evaluation.protocols.scan2cap_rules import (
     SCAN2CAP_RULES,
     Caption,
@@ -40,8 +46,6 @@ from w2r2_ds.evaluation.protocols.scan2cap_rules import (
 if TYPE_CHECKING:
     from w2r2_ds.evaluation.metrics.meteor import Java
 
-PRINTED = ("BLEU-4", "ROUGE-L", "CIDEr", "METEOR")
-
 
 def score_scan2cap(
     objects: Sequence[DescribedObject],
@@ -49,7 +53,7 @@ def score_scan2cap(
     protocol: str,
     thresholds: Sequence[float] = THRESHOLDS,
     java: Java | None = None,
-) -> Result:
+) -> ProtocolResult:
     """Caption metrics at each IoU threshold.
 
     Args:
@@ -125,7 +129,7 @@ def _score_benchmark(
             "corpus": recall,
             "recall": recall,
             "precision": precision,
-            "f1": {name: _harmonic(precision[name], recall[name]) for name in METRICS},
+            "f1": {name: _harmonic(precision[name], recall[name]) for name in CAPTION_METRICS},
             "mask": mask,
             "items_before_mask": scores.items,
             "candidates": scores.candidates,
@@ -135,16 +139,16 @@ def _score_benchmark(
     return at
 
 
-def _masked(scores: CaptionScores, mask: Mapping[str, int], count: int) -> dict[str, Score]:
-    means: dict[str, Score] = {}
-    for name in METRICS:
+def _masked(scores: CaptionScores, mask: Mapping[str, int], count: int) -> dict[str, MetricValue]:
+    means: dict[str, MetricValue] = {}
+    for name in CAPTION_METRICS:
         values = [(item[name], mask[key]) for key, item in scores.items.items()]
         known = [value * counts for value, counts in values if value is not None]
         means[name] = sum(known) / max(count, 1) if len(known) == len(values) else None
     return means
 
 
-def _harmonic(first: Score, second: Score) -> Score:
+def _harmonic(first: MetricValue, second: MetricValue) -> MetricValue:
     if first is None or second is None:
         return None
     return 2 * first * second / (first + second) if first + second else 0.0
@@ -168,7 +172,7 @@ def _check(objects: Sequence[DescribedObject], captions: Mapping[str, Caption]) 
         raise ValueError(f"{len(unknown)} captions are of objects without annotation, the first is {unknown[0]!r}.")
 
 
-class TargetFields(FrozenModel):
+class DescribedTarget(FrozenModel):
     """Fields of a target that Scan2Cap's protocols read."""
 
     box: Box9
@@ -180,7 +184,7 @@ class TargetFields(FrozenModel):
 class Scan2CapRecord(RecordFields):
     """Fields of a record that Scan2Cap's protocols read."""
 
-    target: TargetFields
+    target: DescribedTarget
     references: list[ReferenceFields]
     iou: FiniteFloat | None = None
 
@@ -227,7 +231,7 @@ for _name, _rules in SCAN2CAP_RULES.items():
             description=_rules.description,
             source=_rules.source,
             score=partial(score_scan2cap, protocol=_name),
-            metrics={f"{metric}@{k}": ("at", str(k), "corpus", metric) for k in THRESHOLDS for metric in PRINTED},
+            metrics={f"{metric}@{k}": ("at", str(k), "corpus", metric) for k in THRESHOLDS for metric in PAPER_METRICS},
             best_by="CIDEr@0.5",
             inputs=partial(_inputs, protocol=_name),
             record_model=Scan2CapRecord,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from w2r2_ds.evaluation.metrics.captions import Score, Tokenizer, score_captions
+from w2r2_ds.evaluation.metrics.captions import PAPER_METRICS, MetricValue, Tokenizer, score_captions
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, RecordFields, ReferenceFields
-from w2r2_ds.evaluation.protocols.registry import Protocol, Result, register_protocol
+from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
 
 if TYPE_CHECKING:
     from w2r2_ds.evaluation.metrics.meteor import Java
@@ -99,7 +99,6 @@ def _contain(first: str, second: str) -> bool:
 
 Match = Callable[[str, Sequence[str]], tuple[int, int]]
 EM, EM_REFINED, EM_AT_10 = "EM", "EM-refined", "EM@10"
-PRINTED = ("BLEU-4", "ROUGE-L", "CIDEr", "METEOR")
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def score_scanqa(
     predictions: Mapping[str, Sequence[str]],
     protocol: str,
     java: Java | None = None,
-) -> Result:
+) -> ProtocolResult:
     """EM, EM-refined and caption metrics.
 
     Args:
@@ -240,9 +239,9 @@ def _exact_matches(
     candidates: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     rules: ScanQaRules,
-) -> tuple[dict[str, dict[str, Score]], dict[str, str]]:
+) -> tuple[dict[str, dict[str, MetricValue]], dict[str, str]]:
     """EM, EM-refined and EM@10 of every question, and the reasons of those that are not computed."""
-    exact: dict[str, dict[str, Score]] = {}
+    exact: dict[str, dict[str, MetricValue]] = {}
     for key, text in candidates.items():
         if rules.match is None:
             exact[key] = {EM: float(ranked[key][0] in questions[key])}
@@ -258,7 +257,7 @@ def _exact_matches(
     return exact, {} if several else {EM_AT_10: "No prediction has a second answer."}
 
 
-def _mean(values: Sequence[Score]) -> Score:
+def _mean(values: Sequence[MetricValue]) -> MetricValue:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
 
@@ -300,7 +299,7 @@ for _name, _rules in SCANQA_RULES.items():
             description=_rules.description,
             source=_rules.source,
             score=partial(score_scanqa, protocol=_name),
-            metrics={metric: ("corpus", metric) for metric in (*_exact, *PRINTED)},
+            metrics={metric: ("corpus", metric) for metric in (*_exact, *PAPER_METRICS)},
             best_by=EM,
             inputs=_inputs,
             record_model=ScanQaRecord,

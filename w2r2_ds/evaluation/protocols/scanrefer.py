@@ -3,7 +3,7 @@
 Acc@k is the share of descriptions whose predicted box has IoU >= k with the annotated one. A description without a
 usable prediction counts as IoU 0. Accuracies are fractions in 0..1.
 
-Answers in a frame's camera are scored here too: ``world_box`` moves them to the world and encloses them in an
+Answers in a frame's camera are scored here too: ``answer_world_box`` moves them to the world and encloses them in an
 axis-aligned box. Protocols that compare them as oriented boxes are in ``scanrefer_vgllm.py``.
 """
 
@@ -29,10 +29,10 @@ from w2r2_ds.evaluation.protocols.records import (
     Pose,
     Proposals,
     RecordFields,
+    answer_world_box,
     enclosing_box,
-    world_box,
 )
-from w2r2_ds.evaluation.protocols.registry import Path, Protocol, Result, register_protocol
+from w2r2_ds.evaluation.protocols.registry import KeyPath, Protocol, ProtocolResult, register_protocol
 
 GROUPS = (UNIQUE, MULTIPLE)
 Box = Sequence[float]
@@ -72,7 +72,7 @@ def score_official(
     boxes: Mapping[str, Box | None],
     labels: LabelMap | None = None,
     split: Sequence[ScoredDescription] | None = None,
-) -> Result:
+) -> ProtocolResult:
     """ScanRefer's own evaluator: axis-aligned IoU with + 1e-8, ScanNet-18 classes, classes in and not in "others".
 
     daveredrum/ScanRefer ``benchmark/eval.py``: ``evaluate``.
@@ -126,7 +126,7 @@ def score_video3dllm(
     boxes: Mapping[str, Box | None],
     labels: LabelMap | None = None,
     split: Sequence[ScoredDescription] | None = None,
-) -> Result:
+) -> ProtocolResult:
     """Video-3D-LLM's evaluator: axis-aligned IoU with + 1e-8, unique by NYU40 ids.
 
     LaVi-Lab/Video-3D-LLM ``llava/eval/eval_scanrefer.py``: ``main``.
@@ -142,7 +142,7 @@ def score_video3dllm(
     if labels is not None:
         group_of = groups(split or descriptions, labels, nyu40_class)
     items = _box_items(descriptions, boxes, group_of)
-    result: Result = {"protocol": "video3dllm", "parsed": _share_with_box(boxes, items)}
+    result: ProtocolResult = {"protocol": "video3dllm", "parsed": _share_with_box(boxes, items)}
     for name in ("all", *GROUPS):
         ious = [item["iou"] for item in items.values() if name in ("all", item["group"])]
         result[name] = {"count": len(ious), **accuracies(ious)}
@@ -155,7 +155,7 @@ def accuracies(ious: Iterable[float]) -> dict[str, float | None]:
     return {f"acc@{k}": sum(iou >= k for iou in values) / len(values) if values else None for k in THRESHOLDS}
 
 
-def accuracy_paths(*path: str) -> dict[str, Path]:
+def accuracy_paths(*path: str) -> dict[str, KeyPath]:
     """``Protocol.metrics`` of a result that has the accuracies at a path."""
     return {f"acc@{k}": (*path, f"acc@{k}") for k in THRESHOLDS}
 
@@ -187,7 +187,7 @@ def _share_with_box(boxes: Mapping[str, Box | None], items: Mapping[str, Any]) -
     return sum(box is not None for box in boxes.values()) / len(items)
 
 
-class TargetFields(FrozenModel):
+class GroundingTarget(FrozenModel):
     """Fields of a target that ScanRefer's protocols read."""
 
     box: Box9
@@ -202,7 +202,7 @@ class TargetFields(FrozenModel):
 class ScanReferRecord(RecordFields):
     """Fields of a record that ScanRefer's protocols read."""
 
-    target: TargetFields
+    target: GroundingTarget
     form: Coordinates
     box: Box6 | None = None
     cam_to_world: list[Pose] | None = None
@@ -231,7 +231,9 @@ def description_of(record: AnswerRecord) -> ScoredDescription:
 
 
 def _world_inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
-    return [description_of(record) for record in records], {record["id"]: world_box(record) for record in records}
+    return [description_of(record) for record in records], {
+        record["id"]: answer_world_box(record) for record in records
+    }
 
 
 _world_protocol = partial(Protocol, inputs=_world_inputs, record_model=ScanReferRecord, best_by="acc@0.25")

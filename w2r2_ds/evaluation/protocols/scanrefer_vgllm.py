@@ -26,7 +26,7 @@ from w2r2_ds.boxes3d.transforms import camera_to_world
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding
 from w2r2_ds.evaluation.protocols.records import IOU_DECIMALS, AnswerRecord, Proposals, camera_poses, nine_numbers
 from w2r2_ds.evaluation.protocols.refinement import refine
-from w2r2_ds.evaluation.protocols.registry import Protocol, Result, register_protocol
+from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
 from w2r2_ds.evaluation.protocols.scanrefer import (
     GROUPS,
     Box,
@@ -92,7 +92,7 @@ def score_answer(identity: str, text: str, cam_to_world: np.ndarray, target: np.
     return scored
 
 
-def score_direct(predictions: Iterable[Mapping[str, Any]]) -> Result:
+def score_direct(predictions: Iterable[Mapping[str, Any]]) -> ProtocolResult:
     """``vgllm-direct``: accuracies and mean IoU of a whole set.
 
     Args:
@@ -141,7 +141,7 @@ def score_vgllm(
     angles: str = "zxy",
     reading: str = "line",
     proposals: Mapping[str, Sequence[Box]] | None = None,
-) -> Result:
+) -> ProtocolResult:
     """VG-LLM's evaluator: oriented IoU, no groups.
 
     Args:
@@ -183,7 +183,7 @@ def score_vgllm_refined(
     answers: Mapping[str, str],
     poses: Mapping[str, np.ndarray],
     proposals: Mapping[str, Sequence[Box]],
-) -> Result:
+) -> ProtocolResult:
     """`score_vgllm` after refinement by detected boxes."""
     return score_vgllm(descriptions, answers, poses, proposals=proposals)
 
