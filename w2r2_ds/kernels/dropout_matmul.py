@@ -1,20 +1,21 @@
-"""Three skinny products with a dropped matrix, for LoRA: the mask is applied where a tile is loaded or stored.
+"""Matrix products of LoRA with a dropout mask, which Triton applies while it loads or stores a tile.
 
-With D = keep * x / (1 - p), torch writes D to memory, reads it, and drops the gradient in a temporary of its own.
-Roofline of one projection, x ``[T, K]``, rank r, bfloat16, one byte per element of the mask:
+With D = keep * x / (1 - p), PyTorch writes D to memory, reads it again, and drops the gradient in another temporary.
+Memory traffic of one projection in bfloat16, x ``[T, K]``, rank r, one byte per element of the mask:
 
-    down    low = D A'        read x and mask           3 T K bytes, 2 T K r FLOP (torch: 7 T K)
-    outer   A's gradient      read x and mask           3 T K bytes, 2 T K r FLOP (torch: 7 T K)
-    up      x's gradient +=   read, write it, mask      5 T K bytes, 2 T K r FLOP (torch: 11 T K)
+    down    low = D A'        read x and mask           3 T K bytes, 2 T K r FLOP (PyTorch: 7 T K bytes)
+    outer   gradient of A     read x and mask           3 T K bytes, 2 T K r FLOP (PyTorch: 7 T K bytes)
+    up      gradient of x +=  read, write it, mask      5 T K bytes, 2 T K r FLOP (PyTorch: 11 T K bytes)
 
-T 6304, K 3584 (7B), r 16, H100 3.35 TB/s: 0.020, 0.020, 0.034 ms (torch 0.047, 0.047, 0.074); K 2048 (3B): 4/7 of it.
-FLOP are 0.72 G each, 0.002 ms of tensor cores: bandwidth alone counts. Computed, never measured: no GPU was there.
-The mask is torch's, not made in the kernel: ten rounds of Philox per element would cost more than its byte, and so both
-ways draw the same one.
+T 6304, K 3584 (7B), r 16 on an H100 (3.35 TB/s): 0.020, 0.020 and 0.034 ms (PyTorch 0.047, 0.047 and 0.074 ms). The
+0.72 GFLOP take 0.002 ms, so memory bandwidth is the limit. Calculated, not measured on a GPU.
+
+PyTorch draws the mask. Drawing it in the kernel (a seed and an offset per element) would take ten rounds of Philox per
+element, more than reading its byte, and both implementations now use the same mask.
 """
 
 # mypy: disable-error-code=no-untyped-def
-# Triton reads a kernel's annotations and knows only its own.
+# Triton interprets the annotations of a kernel itself and accepts only its own, such as tl.constexpr.
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from w2r2_ds.kernels.select import Implementation
 from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, precision, tl
 
 ROWS, COLUMNS = 64, 128
-"""Sides of a tile."""
+"""Rows and columns of a tile."""
 SHARED = 96 * 2**10
-"""Bytes of shared memory that a program has on every GPU of sm_80 and later."""
+"""Bytes of shared memory that every GPU of sm_80 and later gives a program."""
 PARTS = 16
-"""Most parts into which `outer` splits the rows, added up in a fixed order."""
+"""Most parts into which `outer` splits the rows. They are added in a fixed order, which atomics would not keep."""
 
 
 def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Implementation) -> Tensor:
@@ -106,16 +107,16 @@ def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels
 
 
 def fits(rank: int, dtype: torch.dtype) -> bool:
-    """Whether a rank's tiles fit into shared memory, up to 128 in bfloat16 and 32 in float32; else torch does the work.
+    """Whether the tiles of a rank fit into shared memory: up to rank 128 in bfloat16 and 32 in float32, else PyTorch.
 
-    The largest are those of `down`, of which two stages are loaded: compiled for sm_90, 2 * (64 + rank) * 128 numbers
-    in float32, and fewer in bfloat16. At rank 128 that is 192 KiB, more than an A100 has.
+    The largest tiles are those of `down`, in two pipeline stages: compiled for sm_90, 2 * (64 + rank) * 128 numbers in
+    float32. At rank 128 these are 192 KiB, more than an A100 has.
     """
     return 2 * (ROWS + _rank(rank)) * COLUMNS * dtype.itemsize <= SHARED
 
 
 def _rank(rank: int) -> int:
-    """Rank rounded up to what `tl.dot` takes."""
+    """Rank rounded up to a size that `tl.dot` accepts: a power of two, at least 16."""
     return max(power_of_two(rank), 16)
 
 
@@ -134,17 +135,22 @@ def _down(
     COLUMNS: tl.constexpr,
     HOW: tl.constexpr,
 ) -> None:
-    """One program makes `ROWS` rows of ``low``."""
+    """Compute `ROWS` rows of ``low``."""
+    # int64: row * width exceeds int32 from 2**31 elements on.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     r = tl.arange(0, RANK)
-    total = tl.zeros((ROWS, RANK), tl.float32)
+    total = tl.zeros((ROWS, RANK), tl.float32)  # sums of thousands of products need float32
     for begin in range(0, width, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         at = row[:, None] * width + column[None, :]
+        # Incomplete tiles: elements outside the matrix are loaded as 0, which adds nothing to the sum.
         inside = (row < rows)[:, None] & (column < width)[None, :]
         kept = tl.load(keep + at, mask=inside, other=0) != 0
-        tile = tl.load(x + at, mask=inside & kept, other=0.0).to(tl.float32)
+        # The dropout mask is applied after the load. In the load's own mask it would make every element a separate
+        # two-byte access that also waits for the mask.
+        tile = tl.where(kept, tl.load(x + at, mask=inside, other=0.0), 0.0).to(tl.float32)
         there = (column < width)[:, None] & (r < rank)[None, :]
+        # `a` is [rank, width] in memory; indexing it as [column, r] loads the transposed tile.
         weight = tl.load(a + r[None, :] * width + column[:, None], mask=there, other=0.0).to(tl.float32)
         total = tl.dot(tile, weight, total, input_precision=HOW)
     inside = (row < rows)[:, None] & (r < rank)[None, :]
@@ -167,7 +173,7 @@ def _outer(
     COLUMNS: tl.constexpr,
     HOW: tl.constexpr,
 ) -> None:
-    """One program makes `COLUMNS` columns of one part, from `tiles` tiles of rows."""
+    """Compute `COLUMNS` columns of one part, from `tiles` tiles of rows."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1).to(tl.int64) * tiles * ROWS
     r = tl.arange(0, RANK)
@@ -177,10 +183,12 @@ def _outer(
         at = row[:, None] * width + column[None, :]
         inside = (row < rows)[:, None] & (column < width)[None, :]
         kept = tl.load(keep + at, mask=inside, other=0) != 0
-        tile = tl.load(x + at, mask=inside & kept, other=0.0).to(tl.float32)
+        tile = tl.where(kept, tl.load(x + at, mask=inside, other=0.0), 0.0).to(tl.float32)  # as in `_down`
         there = (row < rows)[None, :] & (r < rank)[:, None]
+        # The transposed tile of `low`, [r, row].
         left = tl.load(low + row[None, :] * rank + r[:, None], mask=there, other=0.0).to(tl.float32)
         total = tl.dot(left, tile, total, input_precision=HOW)
+    # Every program writes its own part, [part, r, column]; the caller adds the parts.
     at = (tl.program_id(1) * rank + r)[:, None].to(tl.int64) * width + column[None, :]
     tl.store(part + at, total * scale, mask=(r < rank)[:, None] & (column < width)[None, :])
 
@@ -200,7 +208,7 @@ def _up(
     COLUMNS: tl.constexpr,
     HOW: tl.constexpr,
 ) -> None:
-    """One program updates one tile of ``out``."""
+    """Update one tile of ``out`` in place."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, RANK)
@@ -208,9 +216,11 @@ def _up(
     left = tl.load(low + row[:, None] * rank + r[None, :], mask=there, other=0.0).to(tl.float32)
     there = (r < rank)[:, None] & (column < width)[None, :]
     right = tl.load(a + r[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32)
+    # RANK is one tile, so the product needs no loop. Padding from `rank` to RANK is loaded as 0.
     product = tl.dot(left, right, input_precision=HOW) * scale
     at = row[:, None] * width + column[None, :]
     inside = (row < rows)[:, None] & (column < width)[None, :]
     kept = tl.load(keep + at, mask=inside, other=0) != 0
+    # The sum is computed in float32 and rounded once, on the store.
     old = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, (old + tl.where(kept, product, 0.0)).to(out.dtype.element_ty), mask=inside)

@@ -1,18 +1,22 @@
-"""A LoRA projection whose low-rank update is added into the base product's output, without a temporary of its width.
+"""A LoRA projection that adds its low-rank update into the output of the base product.
 
-PEFT computes ``base(x) + B(A(dropout(x))) * s``: three tensors of the output's width more than the base, each written
-and read, and in the backward pass as many of the input's. Here cuBLAS adds ``s * low @ B'`` into the output (`addmm_`),
-which moves as few bytes as a kernel of our own would; own ones (dropped.py) apply LoRA's dropout as they load a tile.
+PEFT computes ``base(x) + B(A(dropout(x))) * s``: besides the base, three tensors of the output's width are written and
+read, and in the backward pass as many of the input's. Here cuBLAS adds ``s * low @ B'`` into the output (`addmm_`).
+The products with a dropped matrix are those of `dropout_matmul.py`.
 
-Both streams of W2R2 come through here, one after the other, because only the fused one has a dropout, a graph and a
-recomputation: without a graph nothing is kept, without dropout no mask is drawn.
+Both streams of W2R2 use this projection, one after the other. Only the fused stream has dropout, a graph and a
+recomputation: without a graph no tensor is saved, without dropout no mask is drawn.
 
-Roofline, bfloat16, x ``[T, K]`` to ``[T, N]``, rank r: base 2 T K N FLOP; beside it, without dropout, 2 T K (read x)
-+ 4 T N (read and write the output) bytes; with dropout 4 T K (mask) + 4 T N. PEFT: 2 T K + 12 T N, 7 T K + 12 T N.
-7B, T 6304, q_proj (K = N = 3584): base 0.162 TFLOP, 0.20 ms at 790 TFLOP/s; beside it 0.040 ms without and 0.054 with
-dropout on an H100 (3.35 TB/s), PEFT 0.094 and 0.128. gate_proj (N 18944): base 1.08 ms, beside it 0.156 / 0.170, PEFT
-0.441 / 0.475. 3B (K = N = 2048): base 0.067, 0.023 / 0.031, PEFT 0.054 / 0.073. H200 (4.3 TB/s): 0.78 of the bytes'
-times. Computed, never measured: no GPU was there; on a CPU `launchers/bench.py kernels` measures it.
+Work in bfloat16, x ``[T, K]`` to ``[T, N]``, rank r. Base product: 2 T K N FLOP. Memory traffic of the update: 2 T K
+(read x) + 4 T N (read and write the output) bytes without dropout, 4 T K + 4 T N with; PEFT: 2 T K + 12 T N and
+7 T K + 12 T N. On an H100 (790 TFLOP/s, 3.35 TB/s) at T 6304, without / with dropout:
+
+    layer (model)               base        update              update, PEFT
+    q_proj (3B, K = N = 2048)   0.067 ms    0.023 / 0.031 ms    0.054 / 0.073 ms
+    q_proj (7B, K = N = 3584)   0.20 ms     0.040 / 0.054 ms    0.094 / 0.128 ms
+    gate_proj (7B, N = 18944)   1.08 ms     0.156 / 0.170 ms    0.441 / 0.475 ms
+
+Calculated, not measured on a GPU; `launchers/bench.py kernels` measures it.
 """
 
 from __future__ import annotations
@@ -48,11 +52,11 @@ def lora_projection(
         a: ``[r, K]``.
         b: ``[N, r]``.
         scale: LoRA's alpha / rank.
-        p: in [0, 1); the mask is drawn by torch's generator, on the CPU the one that `nn.Dropout` would draw.
-        kernels: how the dropped products are computed.
+        p: in [0, 1). PyTorch's generator draws the mask; on the CPU it is the mask of `nn.Dropout`.
+        kernels: implementation of the products with a dropped matrix.
 
     Returns:
-        ``[..., N]``, in the dtype of all of them; equal to PEFT up to rounding: one less in the output.
+        ``[..., N]``, in the common dtype of the inputs; equal to PEFT up to rounding (the output is rounded once less).
     """
     projected: Tensor = _Projection.apply(x, weight, bias, a, b, scale, p, kernels)
     return projected
@@ -73,6 +77,7 @@ class _Projection(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        # A mask of bytes, saved for the backward pass; recomputation draws it again from the restored random state.
         keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - p) if p else None
         low = rows @ a.t() if keep is None else dropout_matmul.down(rows, keep, a, 1 / (1 - p), kernels)
         out.addmm_(low, b.t(), alpha=scale)
@@ -86,6 +91,7 @@ class _Projection(torch.autograd.Function):
         rows, keep, low, weight, a, b = ctx.saved_tensors
         to_x, _, _, to_a, to_b, *_ = ctx.needs_input_grad
         grad = grad.reshape(-1, len(weight))
+        # Gradient of `low` [T, r]. The base weight is frozen and gets no gradient.
         grad_low = (grad @ b).mul_(ctx.scale)
         grad_x = grad_a = grad_b = None
         if to_x:
@@ -104,14 +110,14 @@ class _Projection(torch.autograd.Function):
 
 
 def bind_lora(module: Any, kernels: Implementation) -> None:
-    """Give one LoRA Linear of PEFT, the instance, this forward; PEFT's own remains for what it was not made for."""
+    """Replace the forward of one LoRA Linear of PEFT; cases that are not supported here still call PEFT's forward."""
     module.forward = MethodType(partial(_forward, kernels), module)
 
 
 def _forward(kernels: Implementation, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """In place of ``peft.tuners.lora.layer.Linear.forward``."""
+    """Replaces ``peft.tuners.lora.layer.Linear.forward``."""
     adapter = _only_adapter(module)
-    if args or kwargs or adapter is None or not _at_hand(module, adapter, x):
+    if args or kwargs or adapter is None or not _is_supported(module, adapter, x):
         stock: Tensor = type(module).forward(module, x, *args, **kwargs)
         return stock
     dropout = module.lora_dropout[adapter]
@@ -121,19 +127,20 @@ def _forward(kernels: Implementation, module: Any, x: Tensor, *args: Any, **kwar
 
 
 def _only_adapter(module: Any) -> str | None:
-    """The one plain LoRA that is active and not merged, else None."""
+    """Name of the active adapter if it is a single, unmerged, standard LoRA, else None."""
     names = [name for name in module.active_adapters if name in module.lora_A]
     if module.disable_adapters or module.merged or len(names) != 1 or module.fan_in_fan_out:
         return None
-    plain = names[0] not in module.lora_variant and not module.lora_bias[names[0]]
-    known = isinstance(module.lora_dropout[names[0]], nn.Dropout | nn.Identity)
-    return names[0] if plain and known and type(module.base_layer) is nn.Linear else None
+    standard = names[0] not in module.lora_variant and not module.lora_bias[names[0]]
+    supported = isinstance(module.lora_dropout[names[0]], nn.Dropout | nn.Identity)
+    return names[0] if standard and supported and type(module.base_layer) is nn.Linear else None
 
 
-def _at_hand(module: Any, adapter: str, x: Tensor) -> bool:
-    """Whether the weights are here, of the input's dtype, and the base frozen."""
+def _is_supported(module: Any, adapter: str, x: Tensor) -> bool:
+    """Whether the weights are gathered and have the dtype of the input, and the base is frozen."""
     weight, bias = module.base_layer.weight, module.base_layer.bias
     # Without leaf modules ZeRO-3 gathers a weight in the hooks of its own module, which this forward does not call.
+    # A leaf module (a decoder layer) gathers all its weights together, so they can be used directly.
     gathered = not hasattr(weight, "ds_id") or hasattr(weight, "ds_z3_leaf_module")
     one_dtype = x.dtype == weight.dtype == module.lora_A[adapter].weight.dtype
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)

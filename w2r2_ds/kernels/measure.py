@@ -204,8 +204,9 @@ def table(measurements: Sequence[Measurement]) -> str:
         "kernels (model.kernels auto), measured on this device:",
         f"{'kernel':<18}{'max error':>11}{'tolerance':>11}{'PyTorch ms':>12}{'kernel ms':>11}  used",
     ]
+    kernels = choose(measurements)
     for each in measurements:
-        used = f"PyTorch ({each.rejection})" if each.rejection else "kernel"
+        used = "kernel" if each.name in kernels else f"PyTorch ({each.rejection or 'needs lora_projection'})"
         lines.append(
             f"{each.name:<18}{each.error:>11.1e}{each.tolerance:>11.1e}{1000 * each.torch_seconds:>12.3f}"
             f"{1000 * each.kernel_seconds:>11.3f}  {used}"

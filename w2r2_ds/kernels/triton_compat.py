@@ -1,7 +1,7 @@
-"""Triton where it is installed: `tl` for the bodies of kernels, `jit` for their decorator.
+"""Triton if it is installed, and helpers to launch kernels.
 
-Without it the kernels' files can still be imported; `resolve_kernels` raises ValueError if they are requested.
-Bodies load bfloat16 and go on in float32: in Triton's interpreter bfloat16 arithmetic is silently wrong.
+Without Triton the files of the kernels can still be imported; `check_kernels` (select.py) raises before a launch.
+Kernels load bfloat16 and compute in float32: arithmetic in bfloat16 is silently wrong in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ except ImportError:
 
 
 def jit(body: Callable[..., None]) -> Any:
-    """`triton.jit`, which reads TRITON_INTERPRET now; the bare function where there is no Triton."""
+    """`triton.jit`, which reads TRITON_INTERPRET when it is called; without Triton the function itself."""
     return triton.jit(body) if triton is not None else body
 
 
 def blocks(size: int, block: int) -> int:
-    """Programs of `block` elements that cover `size`."""
+    """Number of blocks of `block` elements that cover `size`."""
     return -(-size // block)
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is not below `size`, at least 1."""
+    """The smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a float32 `tl.dot`: bfloat16 values are exact in TF32, float32 ones only as they are."""
+    """`input_precision` of a float32 `tl.dot`: TF32 holds bfloat16 values exactly, but not float32 values."""
     return "tf32" if dtype == torch.bfloat16 else "ieee"
