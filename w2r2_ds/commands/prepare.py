@@ -19,13 +19,13 @@ COMMANDS = {
     "demo": "scenes and tiny models of the demo recipe",
     "geometry": "features of the frozen encoders, ahead of training, into data.cache",
 }
-"""Name -> what it prepares."""
+"""Name -> first line of its help. Listed here because importing the tasks imports torch."""
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one preparation; returns the exit status, 1 also if ``--check`` finds that something is missing."""
     try:
-        # The deepspeed launcher writes --local_rank before the command's own words.
+        # The deepspeed launcher puts --local_rank before the other words.
         words = [word for word in command_words(args) if not word.startswith("--local_rank=")]
         words = with_values(words)
         if words[:1] == ["geometry"]:  # takes the options of train.py
@@ -36,7 +36,7 @@ def main(args: list[str] | None = None) -> int:
         names = {**COMMANDS, **_plugin_tasks()}
         named = next((word for word in words if word in names), "")
         for name, description in names.items():
-            # Only the options of the named preparation are built.
+            # Only the options of the chosen subcommand are built: importing their types is slow.
             commands.add_subcommand(name, _parser(name) if name == named else Parser(), help=description)
         values = parse(parser, words)
         command = values["command"]
@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _plugin_tasks() -> dict[str, str]:
-    """Name and first line of the docstring of tasks that a plug-in registered, which has imported the registry."""
+    """Name -> first line of the docstring, for tasks of plug-ins; a plug-in has imported the registry."""
     registry = sys.modules.get("w2r2_ds.data.tasks.base")
     tasks = {} if registry is None else registry.TASKS
     documented = {name: (task.__doc__ or name).strip().partition("\n")[0] for name, task in tasks.items()}
@@ -75,7 +75,7 @@ def _is_task(name: str) -> bool:
 
 
 def geometry(args: list[str]) -> None:
-    """Compute the features of the frozen encoders ahead of training, into data.cache."""
+    """Write the features of the frozen encoders to data.cache before training."""
     from w2r2_ds.config.io import parse_run, run_parser
     from w2r2_ds.config.options import decoded
     from w2r2_ds.utils.distributed import RankInfo, gloo_process_group
@@ -86,7 +86,7 @@ def geometry(args: list[str]) -> None:
         "w2r2 prepare geometry",
     )
     add_plugin_option(parser)
-    parser.add_argument("--deepspeed", help="Accepted as by train.py, and not used.")
+    parser.add_argument("--deepspeed", help="Accepted like the option of train.py; not used.")
     parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher.")
     parser.add_argument("--splits", type=decoded, default=["train", "val"], help="Data sets: [train], [val] or both.")
     parser.add_argument("--dry_run", type=decoded, default=False, help="Only report what is missing, and its size.")
@@ -102,7 +102,7 @@ def geometry(args: list[str]) -> None:
 
 
 def with_values(words: Sequence[str]) -> list[str]:
-    """A command line whose flags have values, as jsonargparse needs them: ``--check true``."""
+    """The command line with a value after every flag, as jsonargparse needs it: ``--check true``."""
     flags = ("--check", "--dry_run", "--skip_broken_scenes", "--skip_without_box", "--overwrite")
     written: list[str] = []
     for i, word in enumerate(words):

@@ -1,4 +1,4 @@
-"""The preparations of `w2r2 prepare`, each a function whose parameters are its options; one for all tasks."""
+"""Functions of ``w2r2 prepare``: their parameters are the options. One function prepares every task of the registry."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prepare_task(
     task: str,
     root: str,
     splits: list[str] = ["train", "val"],  # noqa: B006
-    format: Literal["", "vgllm", "video3dllm"] = "",
+    format: str = "",
     frames: FrameOptions = FrameOptions("uniform", 32),  # noqa: B008
     rolls: int = 0,
     visibility: Literal["embodiedscan", "depth"] = "embodiedscan",
@@ -54,28 +54,28 @@ def prepare_task(
     """Prepare the samples of one task from its annotations and ScanNet's scenes.
 
     Args:
-        task: its name in the registry.
+        task: name of a registered task.
         root: data root in ScanNet's layout (docs/guides/own-dataset.md).
         splits: of the annotations, e.g. [train,val]; ScanQA also has test_w_obj and test_wo_obj, without answers.
-        format: prompts and answers of VG-LLM (positions in a frame's camera) or Video-3D-LLM (positions in the world);
-            the task's first format without it.
-        frames: which frames a sample has.
-        rolls: training samples per description in VG-LLM's format, each with frames of its own; 0 means 2, as VG-LLM,
-            where the protocol draws frames for every sample (vgllm), else 1.
-        visibility: which frames see an object: by EmbodiedScan's lists (as VG-LLM), or by the depth images.
-        boxes: in validation, the box whose centre is in the prompt: the best of the proposals, or the annotated one.
+        format: prompt and answer format: vgllm (positions in a frame's camera) or video3dllm (positions in the world);
+            the task's first one if empty.
+        frames: frame selection.
+        rolls: training samples per description in format vgllm, each with other frames; 0 means 2 with the frame
+            protocol vgllm, as in VG-LLM, else 1.
+        visibility: frames in which an object is visible: from EmbodiedScan's lists (as VG-LLM), or the depth images.
+        boxes: validation: box whose centre is in the prompt: the proposal with the largest IoU, or the annotated one.
         count: frames per sample.
-        interval: a sample takes every interval-th frame of a run of neighbours.
-        step: difference of the numbers of neighbouring frames; 10 where every tenth image was extracted.
-        windows: samples per scene in validation, drawn; 0 for all.
-        train_windows: samples per scene in training, drawn; 0 for all.
+        interval: a sample has every interval-th frame of a run of neighbouring frames.
+        step: difference of the numbers of neighbouring frames; 10 if every tenth image was extracted.
+        windows: samples per scene in validation, drawn at random; 0 for all.
+        train_windows: samples per scene in training, drawn at random; 0 for all.
         seed: of the draw.
-        out: folder for a folder per split; ROOT/prepared/TASK without it.
+        out: folder of the folders of the splits; ROOT/prepared/TASK if empty.
         workers: processes; 0 means one per available core.
-        skip_broken_scenes: skip and report scenes with missing or broken files, instead of stopping with an error.
-        skip_without_box: skip and report items about objects without a box, instead of stopping with an error.
-        check: only list what is missing and where it comes from; exit status 1 if something is.
-        dry_run: only print what would be written.
+        skip_broken_scenes: skip and list scenes with missing or malformed files, instead of an error.
+        skip_without_box: skip and list annotations about objects without a box, instead of an error.
+        check: only list missing files and their sources; exit status 1 if there are any.
+        dry_run: only print the number of samples and the size.
     """
     from w2r2_ds.data.prepare.manifest import summary
     from w2r2_ds.data.prepare.pipeline import prepare
@@ -129,14 +129,14 @@ def boxes(root: str, scenes: list[str] = [], workers: int = 0, overwrite: bool =
 
     Args:
         root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        scenes: names; without any, every scene below ROOT/scans.
+        scenes: names of scenes; all below ROOT/scans if empty.
         workers: processes; 0 means one per available core.
-        overwrite: make them again where they are.
+        overwrite: replace existing files.
     """
     from w2r2_ds.data.prepare.scannet_boxes import write_all_boxes
 
-    made, kept = write_all_boxes(root, scenes, _processes(workers), overwrite)
-    print(f"{Path(root) / 'scannet_data'}: boxes of {made} scenes made, {kept} were there")
+    written, existing = write_all_boxes(root, scenes, _processes(workers), overwrite)
+    print(f"{Path(root) / 'scannet_data'}: boxes of {written} scenes written, {existing} existed")
 
 
 def synthetic(
@@ -168,7 +168,7 @@ def synthetic(
 
 
 def demo(workers: int = 0) -> None:
-    """Inputs of the demo recipe: its synthetic scenes, prepared, a tiny warmed-up VLM and a tiny VGGT.
+    """Data and models of the demo recipe: prepared synthetic scenes, a tiny pretrained VLM and a tiny VGGT.
 
     Args:
         workers: processes for the scenes; 0 means one per available core.

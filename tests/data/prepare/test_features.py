@@ -87,7 +87,7 @@ def test_what_could_not_be_kept_is_not_called_complete(
     real = Cache.write
     monkeypatch.setattr(Cache, "write", lambda self, key, *rest: key[0] in "01234567" and real(self, key, *rest))
     run = config()
-    with pytest.raises(ValueError, match=r"cache lacks \d of the 4 files that were just made .*; make room or raise"):
+    with pytest.raises(ValueError, match=r"cache lacks \d of the 4 files .*data.cache_gib"):
         fill_cache(run, ["train"], False, RankInfo())
     assert "complete" not in capsys.readouterr().out and 0 < len(files(run)) < 4
 
@@ -99,13 +99,13 @@ def test_the_forecast_is_what_is_written(
 ) -> None:
     """From the frames' sizes alone; more by a header per file at most."""
     run = config(data__visual=visual, data__cached_features=cached, demo__frames=3)
-    forecast: list[fill.Need] = []
-    real = fill.check_size
-    fill.check_size = lambda cache, whole, lacking: forecast.append(lacking)  # type: ignore[assignment]
+    forecast: list[fill.FileCount] = []
+    real = fill.check_space
+    fill.check_space = lambda cache, whole, lacking: forecast.append(lacking)  # type: ignore[assignment]
     try:
         fill_cache(run, ["train"], False, RankInfo())
     finally:
-        fill.check_size = real
+        fill.check_space = real
     written = sum(path.stat().st_size for path in files(run))
     assert forecast[0].files == len(files(run)) == (2 if cached == "geometry" else 4)
     assert written <= forecast[0].bytes <= written + 4096 * forecast[0].files

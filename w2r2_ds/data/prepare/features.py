@@ -1,4 +1,4 @@
-"""Fill the feature cache ahead of training, by one process or many: ``launchers/prepare.py geometry``."""
+"""Fill the feature cache before training, in one process or many: ``launchers/prepare.py geometry``."""
 
 from __future__ import annotations
 
@@ -37,27 +37,33 @@ from w2r2_ds.utils.progress import progress
 
 
 @dataclass(frozen=True)
-class Need:
-    """Files of features: how many, and their bytes at most."""
+class FileCount:
+    """Number of feature files, and an upper bound of their bytes."""
 
     files: int = 0
     bytes: int = 0
 
-    def __add__(self, other: Need) -> Need:
-        return Need(self.files + other.files, self.bytes + other.bytes)
+    def __add__(self, other: FileCount) -> FileCount:
+        return FileCount(self.files + other.files, self.bytes + other.bytes)
 
     def __str__(self) -> str:
         return f"{self.files} files, {gib(self.bytes)}"
 
 
 def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: RankInfo) -> None:
-    """Encode every set of frames of these splits that the cache lacks; a killed call goes on where it was.
+    """Encode the frame sets of these splits that the cache does not have. An interrupted call can be repeated.
 
-    Every rank calls it, inside `utils.distributed.gloo_process_group`.
+    Collective: every rank calls it, inside `utils.distributed.gloo_process_group`.
+
+    Args:
+        config: of the run that will use the cache.
+        splits: train, val or both.
+        dry_run: only print the number and the size of missing files.
+        ranks: the ranks that share the work.
 
     Raises:
-        ValueError: there is no cache, no room for it, a frame cannot be read, or what was made could not be kept; on
-            every rank, but for a frame that is no picture, which ends the rank that decodes it.
+        ValueError: data.cache is empty or has too little space, a frame cannot be read, or a file could not be written.
+            Raised on every rank, except for a frame that cannot be decoded: only on the rank that decodes it.
     """
     with raise_on_all_ranks():
         scenes = frame_sets(config, splits)[ranks.rank :: ranks.world_size]
@@ -67,10 +73,10 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         vision, geometry = load_vision_spec(config.model.vlm), geometry_spec(config.model.geometry)
         family = find_family(load_config(config.model.vlm).model_type)
         preprocess = VisualPreprocessor(family, vision, geometry, config.data, cache)
-        missing, whole, lacking = look_up(scenes, preprocess, FeatureBytes(config, vision, geometry, cache))
-    whole, lacking = over_ranks(whole, ranks), over_ranks(lacking, ranks)
+        missing, whole, lacking = find_missing(scenes, preprocess, FeatureBytes(config, vision, geometry, cache))
+    whole, lacking = sum_over_ranks(whole, ranks), sum_over_ranks(lacking, ranks)
     with raise_on_all_ranks():
-        check_size(cache.cache, whole, lacking)
+        check_space(cache.cache, whole, lacking)
     if ranks.rank == 0:
         dtype = resolve_dtype(config.model.dtype)
         chosen = describe_attention(config.model.attention, dtype)
@@ -82,14 +88,14 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         made = encode_all(missing, preprocess, config, device, ranks)
         flush()
-        with raise_on_all_ranks():  # and here all ranks wait for each other
-            check_lost(cache.cache, made)
+        with raise_on_all_ranks():  # also a barrier: the size below is that of all ranks' files
+            check_written(cache.cache, made)
         if ranks.rank == 0:
             print(f"{cache.cache.folder}: {gib(cache.cache.size())}, complete", flush=True)
 
 
 def frame_sets(config: RunConfig, splits: Sequence[str]) -> list[Sample]:
-    """A sample per distinct ordered set of frames."""
+    """One sample per distinct ordered set of frames."""
     found: dict[tuple[Path, ...], Sample] = {}
     for split in dict.fromkeys(splits):
         for sample in load_mixture(config.data, split):
@@ -99,7 +105,7 @@ def frame_sets(config: RunConfig, splits: Sequence[str]) -> list[Sample]:
 
 
 class FeatureBytes:
-    """Sizes of the features of frames, without computing them."""
+    """Size of feature files, computed from image sizes without decoding."""
 
     def __init__(self, config: RunConfig, vision: VisionSpec, geometry: GeometrySpec, cache: FeatureCache) -> None:
         self.dtype, self.cache = resolve_dtype(config.model.dtype), cache
@@ -108,7 +114,7 @@ class FeatureBytes:
         self.as_video = config.data.visual == "video"
 
     def of(self, sample: Sample, preprocess: VisualPreprocessor) -> tuple[int, int]:
-        """Bytes at most of the geometry file and of the 2D file; 0 for 2D features that are not cached."""
+        """Upper bounds, in bytes, of a sample's geometry file and 2D file; 0 if 2D features are not cached."""
         (width, height), (less, lower) = preprocess.sizes([frame_size(path) for path in sample.frames])
         count = len(sample.frames)
         shape_3d = (count, *self.geometry.grid(height, width), self.geometry.feature_dim)
@@ -120,38 +126,40 @@ class FeatureBytes:
         return file_size(shape_3d, self.dtype), file_size(shape_2d, self.dtype)
 
 
-def look_up(
+def find_missing(
     samples: Sequence[Sample], preprocess: VisualPreprocessor, sizes: FeatureBytes
-) -> tuple[list[Sample], Need, Need]:
-    """Samples of which something is missing, what all of them need, and what of it is missing.
+) -> tuple[list[Sample], FileCount, FileCount]:
+    """Samples with missing files, the files of all samples, and the missing files.
 
-    Existing files are read and verified, so that damaged ones do not count.
+    Existing files are read completely, so that damaged ones count as missing.
     """
     cache = sizes.cache
 
-    def one(sample: Sample) -> tuple[Need, Need]:
+    def one(sample: Sample) -> tuple[FileCount, FileCount]:
         found = [cache.find_3d(sample.frames), cache.find_2d(sample.frames)]
-        needs = [(each, Need(1, size)) for each, size in zip(found, sizes.of(sample, preprocess), strict=True) if each]
+        needs = [
+            (each, FileCount(1, size)) for each, size in zip(found, sizes.of(sample, preprocess), strict=True) if each
+        ]
         lacking = [need for each, need in needs if each.features is None]
-        return sum((need for _, need in needs), Need()), sum(lacking, Need())
+        return sum((need for _, need in needs), FileCount()), sum(lacking, FileCount())
 
     with ThreadPoolExecutor(THREADS) as pool:
         needs = list(pool.map(one, samples))
     missing = [sample for sample, (_, lacking) in zip(samples, needs, strict=True) if lacking.files]
-    return missing, sum((whole for whole, _ in needs), Need()), sum((lacking for _, lacking in needs), Need())
+    return missing, sum((whole for whole, _ in needs), FileCount()), sum((lacking for _, lacking in needs), FileCount())
 
 
-def over_ranks(need: Need, ranks: RankInfo) -> Need:
-    """Sum of the needs of all ranks. Collective."""
+def sum_over_ranks(need: FileCount, ranks: RankInfo) -> FileCount:
+    """Sum of the counts of all ranks. Collective."""
     if ranks.world_size == 1:
         return need
-    everyone: list[Need] = [need] * ranks.world_size
+    everyone: list[FileCount] = [need] * ranks.world_size
     dist.all_gather_object(everyone, need)
-    return sum(everyone, Need())
+    return sum(everyone, FileCount())
 
 
-def check_size(cache: Cache, whole: Need, lacking: Need) -> None:
-    """Say that there is no room before hours of work, not after them."""
+def check_space(cache: Cache, whole: FileCount, lacking: FileCount) -> None:
+    """Raise ``ValueError`` if the features exceed data.cache_gib or the free space, before anything is encoded."""
     if whole.bytes > cache.limit:
         raise ValueError(
             f"The features need {gib(whole.bytes)} ({whole.files} files), more than data.cache_gib = "
@@ -171,13 +179,13 @@ def check_size(cache: Cache, whole: Need, lacking: Need) -> None:
         )
 
 
-def check_lost(cache: Cache, made: Sequence[str]) -> None:
-    """Raise ValueError if new features are missing from the cache: it was full, or a write failed (logged then)."""
+def check_written(cache: Cache, made: Sequence[str]) -> None:
+    """Raise ``ValueError`` if new files are missing: the cache was full, or a write failed, which is logged."""
     lost = [key for key in made if not cache.has(key)]
     if lost:
         raise ValueError(
-            f"{cache.folder} lacks {len(lost)} of the {len(made)} files that were just made (a warning above says "
-            "why); make room or raise data.cache_gib, and call this again."
+            f"{cache.folder} lacks {len(lost)} of the {len(made)} files that were just written (see the "
+            "warning above); free space or raise data.cache_gib, and repeat the command."
         )
 
 
@@ -197,7 +205,7 @@ class _VisualInputsDataset(Dataset[VisualInputs]):
 def encode_all(
     samples: Sequence[Sample], preprocess: VisualPreprocessor, config: RunConfig, device: torch.device, ranks: RankInfo
 ) -> list[str]:
-    """Make and keep what is missing of these samples' features; returns their keys."""
+    """Encode and store the missing features of these samples; returns their keys."""
     made: list[str] = []
     geometry = load_geometry(config.model, device)
     set_num_threads(ranks, geometry.spec.feature_dim)
@@ -206,7 +214,7 @@ def encode_all(
     if config.data.cached_features == "geometry+2d":
         dtype = resolve_dtype(config.model.dtype)
         vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()
-        family.vision_tower(vlm).to(device)  # nothing else of it is used
+        family.vision_tower(vlm).to(device)  # the language model stays on the CPU
     kind = visual_kind(config.data)
     loader: ReraisingDataLoader[VisualInputs] = ReraisingDataLoader(
         _VisualInputsDataset(samples, preprocess),

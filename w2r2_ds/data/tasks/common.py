@@ -89,14 +89,16 @@ def _description_jobs(task: DescriptionTask, root: Path, options: TaskOptions) -
     proposals = read_proposals(proposals_file(root, options.split)) if task.needs_proposals(options) else {}
     jobs = []
     for number, (scene_id, items) in enumerate(scenes.items()):
-        objects = {about.object_id for _, about in items}
+        objects = {description.object_id for _, description in items}
         jobs.append(
             Job(
                 scene_id,
                 number,
                 items,
                 groups={each: (by_scannet[scene_id, each], by_nyu40[scene_id, each]) for each in objects},
-                classes={about.object_name: scannet_class(about.object_name, labels) for _, about in items},
+                classes={
+                    description.object_name: scannet_class(description.object_name, labels) for _, description in items
+                },
                 info=infos.get(scene_id),
                 proposals=proposals.get(scene_id),
             )
@@ -114,17 +116,17 @@ def _read_infos(root: Path, split: str, scenes: Mapping[str, Any]) -> dict[str, 
 
 
 def target_of(
-    scene: Scene, job: Job, about: Description, ann_id: str = "", described: np.ndarray | None = None
+    scene: Scene, job: Job, description: Description, ann_id: str = "", described: np.ndarray | None = None
 ) -> Target:
     """The described object as the target of a sample."""
-    group, group_nyu40 = job.groups[about.object_id]
+    group, group_nyu40 = job.groups[description.object_id]
     return Target(
-        box=world_box(scene, about.object_id),
-        object_id=about.object_id,
-        object_name=about.object_name.replace("_", " "),
+        box=world_box(scene, description.object_id),
+        object_id=description.object_id,
+        object_name=description.object_name.replace("_", " "),
         group=group,
         group_nyu40=group_nyu40,
-        scannet_class=job.classes[about.object_name],
+        scannet_class=job.classes[description.object_name],
         ann_id=ann_id,
         described=described,
     )
@@ -184,19 +186,19 @@ def object_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Sce
 
 
 def choose_frames(
-    scene: Scene, about: Description, key: str, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
+    scene: Scene, description: Description, key: str, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
 ) -> list[int] | SkippedItem:
     """Positions of a sample's frames. If the options use visibility, one of them shows the object."""
-    visible = visibility.get(about.object_id)
+    visible = visibility.get(description.object_id)
     if visible is not None and visible.box is None:
-        return SkippedItem(key, NO_INSTANCE_MATCH, about.where)
+        return SkippedItem(key, NO_INSTANCE_MATCH, description.where)
     chosen = select_frames(options.frames, scene, key, None if visible is None else visible.frames)
-    return SkippedItem(key, NO_VISIBLE_FRAME, about.where) if chosen is None else chosen
+    return SkippedItem(key, NO_VISIBLE_FRAME, description.where) if chosen is None else chosen
 
 
 def _visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[int, ObjectVisibility]:
     """Object id -> visibility, for the described objects."""
-    boxes = {about.object_id: world_box(scene, about.object_id) for _, about in job.items}
+    boxes = {description.object_id: world_box(scene, description.object_id) for _, description in job.items}
     if options.visibility == "depth":
         seen = visible_frames_by_depth(scene, [box[:6] for box in boxes.values()])
         return {number: ObjectVisibility(each, box) for (number, box), each in zip(boxes.items(), seen, strict=True)}

@@ -73,56 +73,61 @@ def best_proposal(proposals: np.ndarray, box: np.ndarray) -> np.ndarray:
     return best
 
 
-def object_key(about: Description) -> str:
+def object_key(description: Description) -> str:
     """Scan2Cap's id of an object: ``"scene0000_00|39|office_chair"``."""
-    return f"{about.scene_id}|{about.object_id}|{about.object_name}"
+    return f"{description.scene_id}|{description.object_id}|{description.object_name}"
 
 
 def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
     """Samples and skipped items of one scene: one per description (training) or per object, in the file's order."""
     scene, visibility = object_visibility(scene, job, options)
     if options.split == "train":
-        return [(number, _sample(scene, job, about, options, visibility, about.key)) for number, about in job.items]
+        return [
+            (number, _sample(scene, job, description, options, visibility, description.key))
+            for number, description in job.items
+        ]
     objects: dict[str, list[tuple[int, Description]]] = {}
-    for number, about in job.items:
-        objects.setdefault(object_key(about), []).append((number, about))
+    for number, description in job.items:
+        objects.setdefault(object_key(description), []).append((number, description))
     prepared: PreparedItems = []
     proposed = options.boxes == "proposals"
     for key, members in objects.items():
-        number, about = members[0]
+        number, description = members[0]
         if proposed and (job.proposals is None or not len(job.proposals)):
-            prepared.append((number, SkippedItem(key, NO_PROPOSAL, about.where)))
+            prepared.append((number, SkippedItem(key, NO_PROPOSAL, description.where)))
             continue
         references = tuple(Reference(each.text, each.words) for _, each in members)
-        prepared.append((number, _sample(scene, job, about, options, visibility, key, references)))
+        prepared.append((number, _sample(scene, job, description, options, visibility, key, references)))
     return prepared
 
 
 def _sample(
     scene: Scene,
     job: Job,
-    about: Description,
+    description: Description,
     options: TaskOptions,
     visibility: Mapping[int, ObjectVisibility],
     key: str,
     references: tuple[Reference, ...] = (),
 ) -> PreparedItem:
-    described = scene.instances[about.object_id].box
+    described = scene.instances[description.object_id].box
     if options.split != "train" and options.boxes == "proposals":
         assert job.proposals is not None
         described = best_proposal(job.proposals, described)
-    chosen = choose_frames(scene, about, key, options, visibility)
+    chosen = choose_frames(scene, description, key, options, visibility)
     if isinstance(chosen, SkippedItem):
         return chosen
     first = scene.frames[chosen[0]].cam_to_world
     return Sample(
         id=key,
         task="scan2cap",
-        scene_id=about.scene_id,
+        scene_id=description.scene_id,
         **frame_fields([scene.frames[p] for p in chosen]),
         question=question_text(np.concatenate([described, np.zeros(3)]), first if options.format == "vgllm" else None),
-        answer=about.text.capitalize(),
-        target=target_of(scene, job, about, about.ann_id if options.split == "train" else "", described.copy()),
+        answer=description.text.capitalize(),
+        target=target_of(
+            scene, job, description, description.ann_id if options.split == "train" else "", described.copy()
+        ),
         references=references,
     )
 

@@ -104,12 +104,14 @@ def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems
     """
     scene, visibility = object_visibility(scene, job, options)
     if options.format == "video3dllm":
-        return [(number, _world_sample(scene, job, about, options, visibility)) for number, about in job.items]
+        return [
+            (number, _world_sample(scene, job, description, options, visibility)) for number, description in job.items
+        ]
     size = image_size(scene)
     return [
         (number, item)
-        for number, about in job.items
-        for item in _camera_samples(scene, job, about, visibility[about.object_id], options, size)
+        for number, description in job.items
+        for item in _camera_samples(scene, job, description, visibility[description.object_id], options, size)
     ]
 
 
@@ -124,58 +126,63 @@ def image_size(scene: Scene) -> tuple[int, int]:
 
 
 def _camera_samples(
-    scene: Scene, job: Job, about: Description, visible: ObjectVisibility, options: TaskOptions, size: tuple[int, int]
+    scene: Scene,
+    job: Job,
+    description: Description,
+    visible: ObjectVisibility,
+    options: TaskOptions,
+    size: tuple[int, int],
 ) -> Iterator[PreparedItem]:
     training = options.split == "train"
     if training and visible.box is None:
-        yield SkippedItem(about.key, NO_INSTANCE_MATCH, about.where)
+        yield SkippedItem(description.key, NO_INSTANCE_MATCH, description.where)
         return
     rolls = options.rolls if training else 1
     for roll in range(rolls):
-        key = f"{about.key}#{roll}" if rolls > 1 else about.key
+        key = f"{description.key}#{roll}" if rolls > 1 else description.key
         chosen = select_frames(options.frames, scene, key, visible.frames if training else None)
         best = None
         if chosen is not None and visible.box is not None:
             seeing = [position for position in chosen if position in visible.frames]
             best = clearest_frame(scene.frames, seeing, visible.box, scene.intrinsic, size)
         if chosen is None or (training and best is None):
-            yield SkippedItem(key, NO_VISIBLE_FRAME, about.where)
+            yield SkippedItem(key, NO_VISIBLE_FRAME, description.where)
             continue
         answer = ""
         if best is not None:
-            box = world_to_camera(world_box(scene, about.object_id), scene.frames[best].cam_to_world)
+            box = world_to_camera(world_box(scene, description.object_id), scene.frames[best].cam_to_world)
             answer = answer_text(chosen.index(best), box)
-        yield _sample(scene, job, about, key, chosen, answer)
+        yield _sample(scene, job, description, key, chosen, answer)
 
 
-def _sample(scene: Scene, job: Job, about: Description, key: str, chosen: list[int], answer: str) -> Sample:
+def _sample(scene: Scene, job: Job, description: Description, key: str, chosen: list[int], answer: str) -> Sample:
     return Sample(
         id=key,
         task="scanrefer",
-        scene_id=about.scene_id,
+        scene_id=description.scene_id,
         **frame_fields([scene.frames[p] for p in chosen]),
-        question=question_text(about.text),
+        question=question_text(description.text),
         answer=answer,
-        target=target_of(scene, job, about, about.ann_id),
-        what=description_span(about.text),
+        target=target_of(scene, job, description, description.ann_id),
+        what=description_span(description.text),
     )
 
 
 def _world_sample(
-    scene: Scene, job: Job, about: Description, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
+    scene: Scene, job: Job, description: Description, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
 ) -> PreparedItem:
-    chosen = choose_frames(scene, about, about.key, options, visibility)
+    chosen = choose_frames(scene, description, description.key, options, visibility)
     if isinstance(chosen, SkippedItem):
         return chosen
     return Sample(
-        id=about.key,
+        id=description.key,
         task="scanrefer",
-        scene_id=about.scene_id,
+        scene_id=description.scene_id,
         **frame_fields([scene.frames[p] for p in chosen]),
-        question=question_text(about.text, WORLD_QUESTION),
-        answer=world_answer_text(world_box(scene, about.object_id)),
-        target=target_of(scene, job, about, about.ann_id),
-        what=description_span(about.text, WORLD_QUESTION),
+        question=question_text(description.text, WORLD_QUESTION),
+        answer=world_answer_text(world_box(scene, description.object_id)),
+        target=target_of(scene, job, description, description.ann_id),
+        what=description_span(description.text, WORLD_QUESTION),
     )
 
 
