@@ -1,4 +1,4 @@
-"""What a configuration's cache depends on, and what it rejects."""
+"""Keys of the feature cache: everything that changes features changes them; errors of missing weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tenso
     return str(target)
 
 
-def test_everything_that_changes_features_is_in_the_key(
+def test_keys_contain_all_that_features_depend_on(
     model_config: ModelConfig, data_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_bit(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -56,12 +56,12 @@ def test_everything_that_changes_features_is_in_the_key(
     assert vision_identity(video, model_config) != own_2d
     assert vision_identity(data, replace(model_config, attention="auto")) == own_2d  # sdpa, without a GPU
     assert vision_identity(data, replace(model_config, kernels="triton")) == own_2d
-    # What they do not depend on is not: the language model's weights, where a model lies, how it is trained.
+    # Not in the keys: the language model's weights, the path of a model, options of training.
     assert vision_identity(data, replace(model_config, vlm=other_text, lora_rank=7)) == own_2d
     assert geometry_identity(video, replace(model_config, vlm=other_text, fusion="gated")) == own_3d
 
 
-def test_there_must_be_weights_of_a_tower(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+def test_model_without_weights_of_a_vision_tower(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
     def without(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if "visual" in name]:
             del tensors[name]
@@ -71,7 +71,7 @@ def test_there_must_be_weights_of_a_tower(model_config: ModelConfig, data_config
         vision_identity(data_config(), replace(model_config, vlm=vlm))
 
 
-def test_weights_that_are_torn_are_one_sentence(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+def test_truncated_weights(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
     sources = {"vlm": model_config.vlm, "geometry": model_config.geometry.path}
     for identity, field in ((vision_identity, "vlm"), (geometry_identity, "geometry")):
         folder = Path(shutil.copytree(sources[field], tmp_path / field))
@@ -85,14 +85,12 @@ def test_weights_that_are_torn_are_one_sentence(model_config: ModelConfig, data_
             identity(data_config(), replace(model_config, **changes))
 
 
-def test_the_weights_of_a_hub_id_are_fetched_before_they_are_loaded(
-    model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the first start the hub's cache holds the small files alone."""
-    asked: list[Any] = []
+def test_weights_of_a_hub_id_are_downloaded(model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first start, the hub's cache has only the small files."""
+    requested: list[Any] = []
 
     def fetch(name: str, **given: Any) -> str:
-        asked.append(name)
+        requested.append(name)
         return model_config.vlm
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
@@ -101,13 +99,13 @@ def test_the_weights_of_a_hub_id_are_fetched_before_they_are_loaded(
         == [Path(model_config.vlm) / "model.safetensors"]
         == model_weights(model_config.vlm)
     )
-    assert asked == ["Qwen/some-vlm"]
+    assert requested == ["Qwen/some-vlm"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *names, **given: 1 / 0)
     with pytest.raises(ValueError, match=r"weights of model\.vlm Qwen/some-vlm could not be fetched"):
         model_weights("Qwen/some-vlm")
 
 
-def test_a_folder_that_cannot_be_made_is_rejected(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_made(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"data\.cache is .*/file/cache, which cannot be made \(.*\); name another"):
         open_cache(data_config(cache=str(tmp_path / "file" / "cache")), model_config)

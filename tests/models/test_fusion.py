@@ -1,4 +1,4 @@
-"""Every fusion against its formula, its gradients in float64, its beginning, and the exact zero of Phi."""
+"""Every fusion: formula, gradients in float64, initialisation, and Phi(F2D, 0) bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEEPERS = [name for name, kind in FUSIONS.items() if kind.zero_is_stock]
 
 
 def shaken(name: str, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Fusion:
-    """A fusion none of whose parameters is as it began."""
+    """A fusion whose parameters all differ from their initial values."""
     fusion = make_fusion(name, width).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -33,13 +33,13 @@ def shaken(name: str, width: int = WIDTH, dtype: torch.dtype = torch.float64) ->
 
 
 def tokens(count: int = sum(SIZES), width: int = WIDTH, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """F2D, not centred and not of unit length, and geometry."""
+    """F2D, neither centred nor normalised, and geometry."""
     generator = torch.Generator().manual_seed(seed)
     visual, geometry = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
     return 3 * visual + 1, geometry
 
 
-def test_every_fusion_of_the_registry_is_made_by_its_name() -> None:
+def test_make_fusion_covers_the_registry() -> None:
     assert {"add", "concat", "cross_attention", "gated"} == set(FUSIONS)
     assert [fusion_name(make_fusion(name, WIDTH)) for name in FUSIONS] == list(FUSIONS)
     assert KEEPERS == ["add", "cross_attention", "gated"]
@@ -61,13 +61,13 @@ def test_real_sizes(name: str, count: int) -> None:
         assert sum(parameter.numel() for parameter in FUSIONS[name](2048).parameters()) == count
 
 
-def test_add_is_the_sum() -> None:
+def test_add() -> None:
     visual, geometry = tokens()
     assert torch.equal(make_fusion("add", WIDTH)(visual, geometry, SIZES), visual + geometry)
 
 
-def test_gated_by_hand() -> None:
-    """Two channels: a LayerNorm of (a, b) is (-1, 1) or (1, -1) up to epsilon, so the gate is known in closed form."""
+def test_gated_equals_values_computed_by_hand() -> None:
+    """Two channels: a LayerNorm of (a, b) is (-1, 1) or (1, -1) up to epsilon, so that the gate has a closed form."""
     fusion = make_fusion("gated", 2).double()
     fusion.load_state_dict(
         {
@@ -88,7 +88,7 @@ def test_gated_by_hand() -> None:
     torch.testing.assert_close(fusion(visual, geometry, [1]), expected, rtol=1e-6, atol=0)
 
 
-def test_concat_by_hand() -> None:
+def test_concat_equals_values_computed_by_hand() -> None:
     fusion = make_fusion("concat", 2).double()
     fusion.load_state_dict(
         {
@@ -104,8 +104,8 @@ def test_concat_by_hand() -> None:
     # norms: visual (-1, 3); geometry (3.5, -1 - 2) = (3.5, -3); zero geometry (0.5, -2), the bias
     fused = [[-1 + 6 + 10.5 - 12 + 0.5, 4 + 9 - 7 - 3 - 1.0]]
     torch.testing.assert_close(fusion(visual, geometry, [1]), torch.tensor(fused).double(), rtol=1e-5, atol=0)
-    alone = [[-1 + 6 + 1.5 - 8 + 0.5, 4 + 9 - 1 - 2 - 1.0]]
-    torch.testing.assert_close(fusion(visual, None, [1]), torch.tensor(alone).double(), rtol=1e-5, atol=0)
+    single = [[-1 + 6 + 1.5 - 8 + 0.5, 4 + 9 - 1 - 2 - 1.0]]
+    torch.testing.assert_close(fusion(visual, None, [1]), torch.tensor(single).double(), rtol=1e-5, atol=0)
 
 
 def attention_by_hand(fusion: Any, visual: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
@@ -119,9 +119,9 @@ def attention_by_hand(fusion: Any, visual: torch.Tensor, geometry: torch.Tensor)
         angles = [index / 10000 ** (i / (width // 2)) for i in range(width // 2)]
         return torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float64)
 
-    seen = [rms_norm(g, fusion.norm_geometry.weight) for g in geometry]
-    keys = [fusion.key.weight @ (s + code(j)) for j, s in enumerate(seen)]
-    values = [fusion.value.weight @ s for s in seen]
+    normed = [rms_norm(g, fusion.norm_geometry.weight) for g in geometry]
+    keys = [fusion.key.weight @ (s + code(j)) for j, s in enumerate(normed)]
+    values = [fusion.value.weight @ s for s in normed]
     fused = []
     for i, token in enumerate(visual):
         query = fusion.query.weight @ (rms_norm(token, fusion.norm_visual.weight) + code(i))
@@ -135,16 +135,16 @@ def attention_by_hand(fusion: Any, visual: torch.Tensor, geometry: torch.Tensor)
     return torch.stack(fused)
 
 
-def test_cross_attention_is_its_formula_in_every_image() -> None:
+def test_cross_attention_equals_a_reference_per_image() -> None:
     fusion = shaken("cross_attention")
     visual, geometry = tokens()
     pairs = zip(visual.split(SIZES), geometry.split(SIZES), strict=True)
     expected = torch.cat([attention_by_hand(fusion, v, g) for v, g in pairs if len(v)])
-    # codes are float32
+    # position embeddings are float32
     torch.testing.assert_close(fusion(visual, geometry, SIZES), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cross_attention_stays_within_an_image_and_keeps_the_order() -> None:
+def test_cross_attention_is_restricted_to_an_image() -> None:
     fusion = shaken("cross_attention")
     visual, geometry = tokens()
     fused = fusion(visual, geometry, SIZES)
@@ -153,20 +153,20 @@ def test_cross_attention_stays_within_an_image_and_keeps_the_order() -> None:
     changed = (fusion(visual, other, SIZES) - fused).abs().amax(-1)
     assert changed[3:6].min() > 1e-3 and changed[:3].max() == 0 and changed[6:].max() == 0
     moved = visual.clone()
-    moved[7] += 1.0  # a 2D token asks for itself only
+    moved[7] += 1.0  # a 2D token changes its own query only
     assert (fusion(moved, geometry, SIZES) - fused).abs().amax(-1).nonzero().flatten().tolist() == [7]
-    # Images change places together with their tokens.
+    # Permuting images permutes the outputs.
     order = [4, 2, 0, 3, 1]
     turned = [torch.cat([list(x.split(SIZES))[i] for i in order]) for x in (visual, geometry, fused)]
     torch.testing.assert_close(fusion(turned[0], turned[1], [SIZES[i] for i in order]), turned[2])
 
 
-def test_cross_attention_knows_where_a_geometry_token_lies() -> None:
-    """Without codes the answer would be the same for geometry tokens in any order."""
+def test_cross_attention_depends_on_positions() -> None:
+    """Without position embeddings, the order of the geometry tokens would not matter."""
     fusion = shaken("cross_attention")
     visual, geometry = tokens(6)
     assert not torch.allclose(fusion(visual, geometry, [6]), fusion(visual, geometry.flip(0), [6]), atol=1e-3)
-    # Codes, not the place in the batch: the second image of the same content gets the same answer.
+    # Positions count within an image: a second image with the same content has the same output.
     twice = fusion(torch.cat([visual, visual]), torch.cat([geometry, geometry]), [6, 6])
     torch.testing.assert_close(twice[:6], twice[6:])
 
@@ -179,13 +179,13 @@ def test_position_embeddings() -> None:
     assert position_embeddings([], 4).shape == position_embeddings([0], 4).shape == (0, 4)
 
 
-def test_a_width_that_heads_do_not_divide_is_rejected() -> None:
+def test_width_not_divisible_by_heads() -> None:
     with pytest.raises(ValueError, match=r"cross_attention, which needs a width divisible by 8, .* 12; choose add"):
         make_fusion("cross_attention", 12)
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
+def test_gradients_equal_finite_differences(name: str) -> None:
     width = HEADS if name == "cross_attention" else 4
     fusion, sizes = shaken(name, width), (2, 0, 1)
     visual, geometry = (x.clone().requires_grad_() for x in tokens(3, width))
@@ -200,16 +200,16 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-def test_a_batch_is_its_images_one_by_one(name: str) -> None:
+def test_a_batch_equals_its_images_one_by_one(name: str) -> None:
     fusion = shaken(name)
     visual, geometry = tokens()
     pairs = zip(visual.split(SIZES), geometry.split(SIZES), SIZES, strict=True)
-    alone = torch.cat([fusion(v, g, [size]) for v, g, size in pairs])
-    torch.testing.assert_close(fusion(visual, geometry, SIZES), alone, rtol=1e-12, atol=1e-12)
+    single = torch.cat([fusion(v, g, [size]) for v, g, size in pairs])
+    torch.testing.assert_close(fusion(visual, geometry, SIZES), single, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-def test_no_tokens_still_call_every_module_with_a_gradient(name: str) -> None:
+def test_every_weight_has_a_gradient_without_tokens(name: str) -> None:
     fusion = shaken(name)
     visual, geometry = (x.clone().requires_grad_() for x in tokens(0))
     for sizes in ([], [0, 0]):
@@ -221,7 +221,7 @@ def test_no_tokens_still_call_every_module_with_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-def test_modules_are_called_once_however_many_images(name: str) -> None:
+def test_modules_are_called_once_per_pass(name: str) -> None:
     fusion = shaken(name)
     calls: dict[str, int] = {}
 
@@ -236,14 +236,14 @@ def test_modules_are_called_once_however_many_images(name: str) -> None:
 
 @pytest.mark.parametrize("name", KEEPERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_geometry_is_the_stock_vlm_for_any_weights(name: str, dtype: torch.dtype) -> None:
+def test_zero_geometry_is_the_stock_vlm_for_all_weights(name: str, dtype: torch.dtype) -> None:
     fusion = shaken(name, dtype=dtype)
     visual = tokens()[0].to(dtype)
     assert fusion(visual, None, SIZES) is visual
     assert torch.equal(fusion(visual, torch.zeros_like(visual), SIZES), visual)
 
 
-def test_where_the_fusions_begin() -> None:
+def test_initialisation() -> None:
     visual, geometry = (x.float() for x in tokens(64, 256))
     start = {name: make_fusion(name, 256)(visual, geometry, [64]) for name in FUSIONS}
     assert torch.equal(start["add"], visual + geometry)
@@ -254,7 +254,7 @@ def test_where_the_fusions_begin() -> None:
     assert heard.std().item() == pytest.approx(0.02 * math.sqrt(256), rel=0.1)
 
 
-def test_what_the_first_steps_of_cross_attention_reach() -> None:
+def test_gradients_of_cross_attention_in_the_first_two_steps() -> None:
     fusion = make_fusion("cross_attention", WIDTH).double()
     visual, geometry = tokens()
     geometry.requires_grad_()
@@ -270,7 +270,7 @@ def test_what_the_first_steps_of_cross_attention_reach() -> None:
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-def test_dtypes_and_grids_that_do_not_match(name: str) -> None:
+def test_dtypes_and_shape_mismatch(name: str) -> None:
     fusion = shaken(name, dtype=torch.bfloat16)
     visual, geometry = (x.float() for x in tokens())
     assert fusion(visual.bfloat16(), geometry, SIZES).dtype == torch.bfloat16
@@ -285,7 +285,7 @@ def test_dtypes_and_grids_that_do_not_match(name: str) -> None:
 
 
 def composed(model_config: Any, fusion: str, **changes: Any) -> Any:
-    """The tiny model, its fusion shaken."""
+    """The tiny model with a fusion whose parameters all differ from their initial values."""
     model = build_model(
         type(model_config)(**{**vars(model_config), "fusion": fusion, **changes}), torch.device("cpu"), seed=1
     )
@@ -294,7 +294,7 @@ def composed(model_config: Any, fusion: str, **changes: Any) -> Any:
 
 
 def stock_tokens(model_config: Any, visuals: Any) -> torch.Tensor:
-    """Visual tokens of the VLM as it lies in its directory."""
+    """Visual tokens of the stock VLM."""
     vlm = load_vlm(model_config.vlm, torch.float32, "sdpa").eval()
     encode = vlm.model.get_video_features if visuals.kind == "video" else vlm.model.get_image_features
     with torch.no_grad():
@@ -310,20 +310,20 @@ def test_merged_zeros_are_the_stock_vlm(
     batch = batch_of(samples, visual=visual)
     model = composed(model_config, name)
     tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
-    plain = torch.cat(model.fuse(tower, model.merge_zeros(features)).pooler_output)
+    visual_only = torch.cat(model.fuse(tower, model.merge_zeros(features)).pooler_output)
     stock = stock_tokens(model_config, batch.visuals)
-    assert torch.equal(plain, stock) == (name in KEEPERS)
+    assert torch.equal(visual_only, stock) == (name in KEEPERS)
     fused = model.fuse(tower, model.merge(features))
-    assert not torch.allclose(torch.cat(fused.pooler_output), plain, atol=1e-3)
+    assert not torch.allclose(torch.cat(fused.pooler_output), visual_only, atol=1e-3)
     assert torch.equal(torch.cat(tower.pooler_output), stock), "the tower's output stays as it was"
     assert [len(tokens) for tokens in fused.pooler_output] == [len(tokens) for tokens in tower.pooler_output]
-    # Four, three and twelve frames; pairs of them in a video.
+    # Four, three and twelve frames; in a video, pairs of frames.
     assert len(tower.pooler_output) == (4 + 3 + 12 if visual == "images" else 2 + 2 + 6)
 
 
 @pytest.mark.parametrize("name", FUSIONS)
 @torch.no_grad()
-def test_zeroed_features_are_the_mergers_answer_to_zeros(
+def test_zero_features_give_the_mergers_output_for_zeros(
     model_config: Any, batch_of: Any, samples: list[Any], name: str
 ) -> None:
     batch = batch_of(samples[:2])
@@ -338,10 +338,10 @@ def test_zeroed_features_are_the_mergers_answer_to_zeros(
     assert not torch.allclose(expected, visual, atol=1e-3)
 
 
-def test_frames_attend_to_themselves_in_the_composed_model(
+def test_cross_attention_is_restricted_to_an_image_in_the_model(
     model_config: Any, batch_of: Any, samples: list[Any]
 ) -> None:
-    """Geometry of one pair of video frames moves the tokens of that pair alone."""
+    """Geometry of one pair of video frames changes only the tokens of that pair."""
     batch = batch_of(samples[:2], visual="video")
     model = composed(model_config, "cross_attention")
     with torch.no_grad():
@@ -355,7 +355,7 @@ def test_frames_attend_to_themselves_in_the_composed_model(
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-def test_a_fusion_trains_with_the_merger_and_is_named_in_the_fingerprint(model_config: Any, name: str) -> None:
+def test_a_fusion_is_trained_and_in_the_fingerprint(model_config: Any, name: str) -> None:
     model = composed(model_config, name)
     names = {name for name in trainable(model) if name.startswith("fusion.")}
     assert names == {f"fusion.{key}" for key in model.fusion.state_dict()} and bool(names) == (name != "add")
@@ -366,7 +366,7 @@ def test_a_fusion_trains_with_the_merger_and_is_named_in_the_fingerprint(model_c
     assert fingerprint(model)["fusion"] == name
 
 
-def test_the_mask_reaches_the_fused_pass_alone(model_config: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_masking_applies_to_the_fused_pass_only(model_config: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples[:2])
     model = composed(model_config, "add")
     with torch.no_grad():
@@ -376,10 +376,10 @@ def test_the_mask_reaches_the_fused_pass_alone(model_config: Any, batch_of: Any,
         owners = list(zip(batch.visuals.ids, map(len, features), strict=True))
         mask = functools.partial(mask_images, owners=owners, share=0.5, seed=0, step=0)
         masked = model.fuse(tower, merged, mask).pooler_output
-    for plain, fused, geometry in zip(before, masked, merged.split([len(t) for t in before]), strict=True):
-        alone = (fused == geometry).all(-1)
-        assert int(alone.sum()) == math.floor(len(plain) / 2 + 0.5)
-        assert torch.equal(fused[~alone], (plain + geometry)[~alone])
+    for visual_only, fused, geometry in zip(before, masked, merged.split([len(t) for t in before]), strict=True):
+        single = (fused == geometry).all(-1)
+        assert int(single.sum()) == math.floor(len(visual_only) / 2 + 0.5)
+        assert torch.equal(fused[~single], (visual_only + geometry)[~single])
     assert all(torch.equal(old, now) for old, now in zip(before, tower.pooler_output, strict=True))
     shortcut = model.fuse(tower, model.merge_zeros(features)).pooler_output
     assert all(torch.equal(old, now) for old, now in zip(before, shortcut, strict=True))

@@ -1,4 +1,4 @@
-"""Loading: the class from the config, the real models' shapes on the meta device, and one sentence per mistake."""
+"""Loading: class and sizes from the config, shapes of the real models on the meta device, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @pytest.fixture
 def copy_dir(tiny_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the small model that a test may spoil."""
+    """A copy of the tiny model that a test may change."""
     return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
 
 
@@ -117,7 +117,7 @@ def test_position_ids_equal_those_of_the_forward(
     assert torch.equal(explicit[used], implicit[used])
 
 
-def test_position_ids_reject_what_would_be_silently_wrong(tokenizer: Any, visual_inputs: Any, tiny_dir: Path) -> None:
+def test_position_ids_raise_on_inconsistent_inputs(tokenizer: Any, visual_inputs: Any, tiny_dir: Path) -> None:
     model = meta_model(tiny_dir)
     inputs = visual_inputs(model.config, tokenizer, "image")
     ids, types, grid = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
@@ -156,7 +156,7 @@ def test_unsupported_model_type(copy_dir: Path) -> None:
         load_vlm(copy_dir, torch.float32)
 
 
-def test_weights_must_fit_exactly(copy_dir: Path) -> None:
+def test_weights_must_match_the_config(copy_dir: Path) -> None:
     path = copy_dir / "model.safetensors"
     weights = load_file(path)
     name = "visual.blocks.0.attn.qkv.weight"
@@ -177,7 +177,7 @@ def test_weights_must_fit_exactly(copy_dir: Path) -> None:
         load_vlm(copy_dir, torch.float32)
 
 
-def test_tokenizer_must_belong_to_the_model(copy_dir: Path) -> None:
+def test_tokenizer_must_match_the_config(copy_dir: Path) -> None:
     path = copy_dir / "tokenizer.json"
     text = path.read_text()
     settings = (copy_dir / "tokenizer_config.json").read_text()
@@ -215,7 +215,7 @@ def test_meta_model_ignores_a_live_zero3_config(tiny_dir: Path) -> None:
         hf_deepspeed.unset_hf_deepspeed_config()
 
 
-def test_old_transformers_is_named() -> None:
+def test_old_transformers() -> None:
     class Old(nn.Module):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids

@@ -1,4 +1,4 @@
-"""LoRA hits the language model's seven projections per layer and nothing else; the table counts what trains."""
+"""LoRA on exactly the seven projections per decoder layer, and the table of trainable parameters."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def test_fresh_adapter_changes_nothing_and_gets_gradients(vlm: Any, tokenizer: A
     ("values", "word"),
     [((0, 8, 0.0), "rank"), ((4, 0, 0.0), "alpha"), ((4, 8, 1.0), "dropout"), ((4, 8, -0.1), "dropout")],
 )
-def test_bad_values(vlm: Any, values: tuple[int, int, float], word: str) -> None:
+def test_values_out_of_range(vlm: Any, values: tuple[int, int, float], word: str) -> None:
     with pytest.raises(ValueError, match=f"lora: {word}"):
         add_lora(vlm, *values)
 
 
-def test_a_model_without_such_modules(vlm: Any) -> None:
+def test_model_without_projections(vlm: Any) -> None:
     with pytest.raises(ValueError, match="has no module such as"):
         add_lora(vlm.model.visual, rank=4, alpha=8)
 
 
-def test_merger_is_outside_and_the_table_adds_up(vlm: Any) -> None:
+def test_table_counts_shared_parameters_once(vlm: Any) -> None:
     merger = GeometryMerger(128, 128, merger_hidden=64)
     total = sum(value.numel() for value in vlm.parameters())
     model = add_lora(vlm, rank=4, alpha=8)

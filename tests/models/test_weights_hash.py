@@ -1,4 +1,4 @@
-"""Models of equal sizes and other weights are not the same."""
+"""Hashes distinguish weights of models of equal sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def copy(model_config: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_config.vlm, tmp_path / "vlm"))
 
 
-def test_a_copy_is_the_same_in_other_shards_too(model_config: Any, copy: Path) -> None:
+def test_hash_is_independent_of_sharding(model_config: Any, copy: Path) -> None:
     own = weights_identity(model_config.vlm)
     assert len(own) == 16 and weights_identity(copy) == own
     tensors = load_file(copy / "model.safetensors")
@@ -36,12 +36,12 @@ def test_a_copy_is_the_same_in_other_shards_too(model_config: Any, copy: Path) -
     assert weights_identity(copy) == own
 
 
-def test_trained_weights_are_others(model_config: Any, copy: Path) -> None:
+def test_hash_changes_with_training(model_config: Any, copy: Path) -> None:
     rewrite(copy, lambda tensors: {name: tensor * 1.01 for name, tensor in tensors.items()})
     assert weights_identity(copy) != weights_identity(model_config.vlm)
 
 
-def test_a_checkpoint_of_another_model_of_equal_size_is_rejected(model_config: Any, copy: Path) -> None:
+def test_a_checkpoint_of_another_model_of_equal_size_does_not_resume(model_config: Any, copy: Path) -> None:
     ours = build_model(model_config, torch.device("cpu"), 0)
     saved = fingerprint(ours)
     check_fingerprint(saved, ours, Path("checkpoint.json"))
@@ -51,6 +51,6 @@ def test_a_checkpoint_of_another_model_of_equal_size_is_rejected(model_config: A
         check_fingerprint(saved, other, Path("checkpoint.json"))
 
 
-def test_no_weights(tmp_path: Path) -> None:
+def test_directory_without_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no safetensors weights"):
         weights_identity(tmp_path)

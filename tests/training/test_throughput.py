@@ -51,24 +51,24 @@ def test_model_flops_are_those_that_pytorch_counts(
     """
     step = make_step(replace(model_config, fusion=fusion, zero_geometry=zero), frontend, push)
     batch = batch_of(samples[1:2], visual=visual)
-    # PyTorch counts addmm, and not addmm_, by which LoRA's update is added.
+    # PyTorch counts addmm but not addmm_, with which LoRA's update is added.
     counter = FlopCounterMode(display=False)
     counter.flop_registry = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
     with counter, sdpa_kernel(SDPBackend.MATH):
         step(batch)[0].backward()
-    reading = push_term(push)
-    assert step_flops(step.model, reading, batch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    term = push_term(push)
+    assert step_flops(step.model, term, batch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_samples_count_independently(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     """Padding does not count; within what the mean over all samples for the last layer's attention makes."""
-    step, reading = make_step(model_config, frontend, "margin"), push_term("margin")
-    alone = [step_flops(step.model, reading, batch_of([sample])) for sample in samples]
-    assert step_flops(step.model, reading, batch_of(samples)) == pytest.approx(sum(alone), rel=5e-3)
+    step, term = make_step(model_config, frontend, "margin"), push_term("margin")
+    single = [step_flops(step.model, term, batch_of([sample])) for sample in samples]
+    assert step_flops(step.model, term, batch_of(samples)) == pytest.approx(sum(single), rel=5e-3)
 
 
 def test_a_shared_prefix_counts_once(batch_of: Any, samples: list[Any]) -> None:
-    """8 tokens that all see, then 3 and 2 that see these and themselves; beside a sample of 4."""
+    """A prefix of 8 tokens with suffixes of 3 and 2, and a sample of 4."""
     batch = batch_of(samples[:1])
     packed = replace(batch, layout=replace(batch.layout, spans=(((0, 8, 11, 13), (13, 17)),)))
     assert tokens_and_pairs(groups(packed)) == (17, 8 * 8 + 3 * (8 + 3) + 2 * (8 + 2) + 4 * 4)
@@ -93,11 +93,11 @@ def test_windows_take_the_remainder() -> None:
 def test_a_step_in_the_log(
     model_config: Any, frontend: Any, batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, reading = make_step(model_config, frontend, "margin"), push_term("margin")
+    step, term = make_step(model_config, frontend, "margin"), push_term("margin")
     batches = [batch_of(samples[:1]), batch_of(samples[1:])]
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    found = Throughput(step.model, reading, rate=2e9)(batches, seconds=2.0)
-    flops = sum(step_flops(step.model, reading, batch) for batch in batches)
+    found = Throughput(step.model, term, rate=2e9)(batches, seconds=2.0)
+    flops = sum(step_flops(step.model, term, batch) for batch in batches)
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     assert found == pytest.approx(
         {
@@ -111,15 +111,15 @@ def test_a_step_in_the_log(
 
 
 def test_no_device_synchronisation(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
-    """But the grids of the images, which the batch has on the CPU."""
-    step, reading = make_step(model_config, frontend, "margin"), push_term("margin")
+    """Only the grids are read, which the batch has on the CPU."""
+    step, term = make_step(model_config, frontend, "margin"), push_term("margin")
     batch = batch_of(samples)
     grids = replace(batch, visuals=replace(batch.visuals, grid_thw=batch.visuals.grid_thw))
-    assert host_reads(lambda: step_flops(step.model, reading, grids)) <= {"aten::item", "aten::_local_scalar_dense"}
+    assert host_reads(lambda: step_flops(step.model, term, grids)) <= {"aten::item", "aten::_local_scalar_dense"}
 
 
 def test_matrix_rate() -> None:
-    """Between a slow core and what no machine has, without much work; the run draws as before."""
+    """A plausible rate within 5 s of CPU time; the random state does not change."""
     before, state = time.process_time(), torch.get_rng_state()
     rate = matrix_rate(torch.device("cpu"), torch.float32)
     assert 1e8 < rate < 1e14 and torch.equal(state, torch.get_rng_state())

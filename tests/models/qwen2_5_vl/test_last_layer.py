@@ -1,4 +1,4 @@
-"""The last layer for some rows against the stock layer for all of them, and forwards bound to an instance."""
+"""The last layer for selected rows against the stock layer for all tokens, and overridden forwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from w2r2_ds.types.batch import Layout
 
 GROUPS = ([0, 0, 0, 0, 0, 1, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, -1, -1, -1])
 SUFFIXES = ([0, 0, 1, 1, 2, 0, 0, 1, 2, 0], [0, 0, 0, 1, 1, 1, 2, 2, 3, 3], [0] * 10)
-"""Two groups with two suffixes each, one with three, one sample alone; padding at the end."""
+"""Two groups with two suffixes each, one with three, one with a single sample; padding at the end."""
 SEQUENCE, POSITION = [0, 0, 1, 1, 2, 1], [3, 8, 2, 9, 6, 5]
 
 
@@ -25,7 +25,7 @@ def layout() -> Layout:
 
 
 def visible(layout: Layout) -> Tensor:
-    """``[sequences, 1, length, length]``, token by token as `Layout` says it; padding sees itself."""
+    """``[sequences, 1, length, length]``, token by token by the rule of `Layout`; padding attends to itself."""
     sequences, length = layout.group.shape
     result = torch.eye(length, dtype=torch.bool).repeat(sequences, 1, 1, 1)
     for s in range(sequences):
@@ -38,7 +38,7 @@ def visible(layout: Layout) -> Tensor:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_rows_are_those_of_the_stock_layer(vlm: Any, layout: Layout, full: bool) -> None:
+def test_rows_equal_those_of_the_stock_layer(vlm: Any, layout: Layout, full: bool) -> None:
     """Values and all gradients within 2e-6 of each tensor's norm, float32: sums over more zeros, in another order.
 
     1.1e-6 is the most of 40 seeds, of the keys' bias: what it does to all scores of a row cancels.
@@ -74,29 +74,29 @@ def test_rows_are_those_of_the_stock_layer(vlm: Any, layout: Layout, full: bool)
     assert "forward" not in vars(layer)
 
 
-def test_queries_and_the_mlp_see_rows_only(vlm: Any, layout: Layout) -> None:
-    layer, seen = vlm.model.language_model.layers[-1], {}
+def test_queries_and_mlp_are_computed_for_rows_only(vlm: Any, layout: Layout) -> None:
+    layer, counts = vlm.model.language_model.layers[-1], {}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         module = getattr(layer.self_attn, name)
-        module.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: len(given[0])}))
-    layer.mlp.register_forward_pre_hook(lambda _, given: seen.update(mlp=len(given[0])))
+        module.register_forward_pre_hook(lambda _, given, name=name: counts.update({name: len(given[0])}))
+    layer.mlp.register_forward_pre_hook(lambda _, given: counts.update(mlp=len(given[0])))
     hidden = torch.randn(3, 10, vlm.config.get_text_config().hidden_size)
     tables = vlm.model.language_model.rotary_emb(hidden, torch.arange(10).expand(3, 3, 10))
     with rows_only(layer, Rows.of(layout, torch.tensor(SEQUENCE), torch.tensor(POSITION))):
         layer(hidden, position_embeddings=tables)
         with pytest.raises(AssertionError, match="generation"):
             layer(hidden, position_embeddings=tables, past_key_values=object())
-    assert seen == {"q_proj": 6, "k_proj": 30, "v_proj": 30, "o_proj": 6, "mlp": 6}
+    assert counts == {"q_proj": 6, "k_proj": 30, "v_proj": 30, "o_proj": 6, "mlp": 6}
 
 
-def test_a_sliding_window_is_rejected(vlm: Any, layout: Layout) -> None:
+def test_sliding_window_attention(vlm: Any, layout: Layout) -> None:
     layer = vlm.model.language_model.layers[-1]
     layer.self_attn.sliding_window = 4
     with pytest.raises(ValueError, match="use_sliding_window"):
         rows_only(layer, Rows.of(layout, torch.tensor([0]), torch.tensor([0])))
 
 
-def test_bound_forwards_nest_and_are_undone() -> None:
+def test_overridden_forwards_nest_and_are_restored() -> None:
     module = torch.nn.Identity()
     module.forward = lambda x: 2 * x  # an earlier override
 

@@ -1,4 +1,4 @@
-"""Packed sequences: both functions against SDPA under the mask that says who sees whom."""
+"""Packed attention: both functions against SDPA with an explicit mask."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from w2r2_ds.models.qwen2_5_vl.packed_attention import PACKED, attention_inputs,
 from w2r2_ds.types.batch import Layout
 
 SPANS = {
-    "one alone": ((0, 9),),
+    "one sample": ((0, 9),),
     "equal suffixes": ((0, 7, 10, 13, 16),),
     "unequal suffixes": ((0, 7, 8, 15, 18),),
-    "plain packing": ((0, 4), (4, 5), (5, 12)),
+    "unrelated samples": ((0, 4), (4, 5), (5, 12)),
     "mixed": ((0, 5, 8, 9), (9, 13), (13, 14, 19, 20, 22)),
 }
 
@@ -49,7 +49,7 @@ def documented_varlen(
     softmax_scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
-    """What flash-attn 2 documents of `flash_attn_varlen_func`: packed tokens, int32 ends, fewer key heads than query
+    """`flash_attn_varlen_func` as flash-attn 2 documents it: packed tokens, int32 ends, fewer key heads than query
     heads, causality aligned to the bottom right corner."""
     assert q.ndim == k.ndim == v.ndim == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert causal and not dropout_p and all(each.is_contiguous() for each in (q, k, v))
@@ -75,7 +75,7 @@ def documented_varlen(
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package flash_attn that holds the one function."""
+    """A package flash_attn with this one function."""
     module = ModuleType("flash_attn")
     module.flash_attn_varlen_func = documented_varlen  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -84,7 +84,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 @pytest.mark.parametrize("function", [packed_attention.packed_sdpa, packed_attention.packed_varlen])
-def test_outputs_and_gradients_are_those_under_the_mask(
+def test_outputs_and_gradients_equal_masked_attention(
     flash_attn: None, function: Callable[..., Any], spans: Any, heads: tuple[int, int]
 ) -> None:
     """float64: within 1e-12, where only the order of sums differs."""
@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_those_under_the_mask(
 
 
 @pytest.mark.parametrize("function", [packed_attention.packed_sdpa, packed_attention.packed_varlen])
-def test_a_mask_beside_spans_is_rejected(flash_attn: None, function: Callable[..., Any]) -> None:
+def test_spans_exclude_a_mask(flash_attn: None, function: Callable[..., Any]) -> None:
     states = torch.randn(1, 2, 9, 8)
     with pytest.raises(AssertionError, match="neither a mask"):
         function(SimpleNamespace(), states, states, states, torch.ones(1, 1, 9, 9).bool(), packed_spans=((0, 9),))
@@ -121,8 +121,8 @@ def vlm(model_config: Any) -> Any:
     return load_vlm(model_config.vlm, torch.float32, "sdpa")
 
 
-def test_the_stock_forward_with_spans_is_that_under_the_mask(model_config: Any, vlm: Any) -> None:
-    """Keywords reach the function, no mask is made, and the vision tower's attention stays."""
+def test_model_with_spans_equals_the_model_with_a_mask(model_config: Any, vlm: Any) -> None:
+    """The spans reach the function, no mask is made, and the vision tower's attention does not change."""
     layout = layout_of(SPANS["mixed"])
     ids = torch.randint(0, 60, layout.group.shape, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
@@ -130,19 +130,19 @@ def test_the_stock_forward_with_spans_is_that_under_the_mask(model_config: Any, 
         expected = vlm.model(input_ids=ids, position_ids=positions, attention_mask=visible(layout)).last_hidden_state
         split = load_vlm(model_config.vlm, torch.float32, "sdpa")
         use_packed_attention(split)
-        use_packed_attention(split)  # again: nothing happens
+        use_packed_attention(split)  # idempotent
         given = attention_inputs(split, layout)
         assert given == {"attention_mask": None, "packed_spans": layout.spans[0]}
         actual = split.model(input_ids=ids, position_ids=positions, **given).last_hidden_state
-        plain = vlm.model(input_ids=ids, position_ids=positions).last_hidden_state
+        unpacked = vlm.model(input_ids=ids, position_ids=positions).last_hidden_state
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(unpacked, expected, rtol=1e-2, atol=1e-2)
     assert split.model.language_model.config._attn_implementation == "packed_sdpa"
     assert split.model.visual.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_padded_batches_are_as_before(model_config: Any, vlm: Any, left: bool) -> None:
+def test_padded_batches_do_not_change(model_config: Any, vlm: Any, left: bool) -> None:
     ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, slice(0, 4) if left else slice(5, 9)] = 0
@@ -153,7 +153,7 @@ def test_padded_batches_are_as_before(model_config: Any, vlm: Any, left: bool) -
     assert torch.equal(actual, expected)
 
 
-def test_what_would_be_silently_wrong_is_rejected(model_config: Any, vlm: Any) -> None:
+def test_attention_without_a_packed_form(model_config: Any, vlm: Any) -> None:
     eager = load_vlm(model_config.vlm, torch.float32, "eager")
     with pytest.raises(ValueError, match=r"model\.attention is eager"):
         use_packed_attention(eager)
@@ -161,14 +161,14 @@ def test_what_would_be_silently_wrong_is_rejected(model_config: Any, vlm: Any) -
     for model in (eager, vlm):
         with pytest.raises(AssertionError, match="use_packed_attention"):
             attention_inputs(model, packed.layout)
-    # The name alone, as if transformers had loaded flash-attn from the hub.
+    # Without the package: transformers may have taken flash-attn from the hub.
     named = SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(config=SimpleNamespace())))
     named.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash-attn itself"):
         use_packed_attention(named)
 
 
-def test_ends_are_made_once_per_pass() -> None:
+def test_cumulative_lengths_are_cached() -> None:
     assert packed_attention._ends((3, 1), torch.device("cpu")).tolist() == [0, 3, 4]
     assert packed_attention._ends((3, 1), torch.device("cpu")) is packed_attention._ends((3, 1), torch.device("cpu"))
     assert set(PACKED.values()) == {"packed_sdpa", "packed_varlen"}

@@ -20,7 +20,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(84, 112), (112, 56), (392, 504)])
-def test_patches_are_the_stock_processors(height: int, width: int) -> None:
+def test_patches_equal_the_stock_processors(height: int, width: int) -> None:
     given = frames(2, height, width)
     stock = Qwen2VLImageProcessorPil()(list(given), return_tensors="np")
     patches, grid = patchify(pixels(given))
@@ -28,7 +28,7 @@ def test_patches_are_the_stock_processors(height: int, width: int) -> None:
     np.testing.assert_allclose(patches, stock["pixel_values"], rtol=0, atol=1e-6)
 
 
-def test_patches_of_other_sizes_are_the_stock_processors() -> None:
+def test_patches_of_other_sizes_equal_the_stock_processors() -> None:
     mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
     given = frames(1, 96, 192)
     stock = Qwen2VLImageProcessorPil(patch_size=16, merge_size=3, image_mean=mean, image_std=std)
@@ -38,7 +38,7 @@ def test_patches_of_other_sizes_are_the_stock_processors() -> None:
     np.testing.assert_allclose(patches, wanted["pixel_values"], rtol=0, atol=1e-5)
 
 
-def test_a_video_of_one_frame_is_that_image() -> None:
+def test_a_video_of_one_frame_equals_the_image() -> None:
     given = pixels(frames(1, 56, 84))
     for video, image in zip(patchify(given, as_video=True), patchify(given), strict=True):
         np.testing.assert_array_equal(video, image)
@@ -49,19 +49,19 @@ def test_a_video_pairs_its_frames_and_repeats_the_last() -> None:
     patches, grid = patchify(given, as_video=True)
     assert grid.tolist() == [[2, 4, 6]]
     in_time = patches.reshape(2, 24, 3, 2, 14, 14)
-    alone = patchify(given)[0].reshape(3, 24, 3, 2, 14, 14)[:, :, :, 0]
+    single = patchify(given)[0].reshape(3, 24, 3, 2, 14, 14)[:, :, :, 0]
     for clip, (first, second) in zip(in_time, [(0, 1), (2, 2)], strict=True):
-        np.testing.assert_array_equal(clip[:, :, 0], alone[first])
-        np.testing.assert_array_equal(clip[:, :, 1], alone[second])
+        np.testing.assert_array_equal(clip[:, :, 0], single[first])
+        np.testing.assert_array_equal(clip[:, :, 1], single[second])
 
 
 @pytest.mark.parametrize(("height", "width"), [(42, 56), (56, 42)])
-def test_patches_reject_sides_that_cannot_be_merged(height: int, width: int) -> None:
+def test_sides_that_cannot_be_merged(height: int, width: int) -> None:
     with pytest.raises(ValueError, match=f"{width} x {height} pixels must be multiples of 28"):
         patchify(np.zeros((1, 3, height, width), dtype=np.float32))
 
 
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 1, 28, 28), (0, 3, 28, 28), (1, 3, 0, 28)])
-def test_patches_reject_other_shapes(shape: tuple[int, ...]) -> None:
+def test_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[frames, 3, height, width\]"):
         patchify(np.zeros(shape, dtype=np.float32))

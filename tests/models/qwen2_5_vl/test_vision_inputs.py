@@ -1,4 +1,4 @@
-"""What the collator tells the vision tower is what it would have found out itself."""
+"""Inputs that are precomputed for the vision tower equal those that it computes itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def inputs(vlm: Any, grid: torch.Tensor) -> WindowInputs:
 
 
 @pytest.mark.parametrize("kind", GRIDS)
-def test_tokens_are_those_of_the_stock_call(vlm: Any, kind: str) -> None:
+def test_tokens_equal_those_of_the_stock_call(vlm: Any, kind: str) -> None:
     grid = torch.tensor(GRIDS[kind])
     merge = vlm.config.vision_config.spatial_merge_size
     width = vlm.model.visual.patch_embed.proj.weight[0].numel()
@@ -37,7 +37,7 @@ def test_tokens_are_those_of_the_stock_call(vlm: Any, kind: str) -> None:
     assert torch.equal(torch.cat(ours), theirs)
 
 
-def test_flash_attention_is_told_the_longest_segment(vlm: Any) -> None:
+def test_flash_attention_gets_the_longest_segment(vlm: Any) -> None:
     tower = inputs(vlm, torch.tensor(GRIDS["image"]))
     given = tower.arguments(SimpleNamespace(_attn_implementation="flash_attention_2"))
     assert given["cu_seqlens"].tolist() == [0, 24, 64] and given["max_seqlen"] == 40
