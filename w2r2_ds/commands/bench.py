@@ -1,6 +1,6 @@
 """Run a benchmark: ``w2r2 bench step_time [--json FILE]``. docs/research/measurements.md has the results.
 
-On a GPU the same commands use CUDA events; ``--shape 3b --frames 8 16 24`` takes the real architectures.
+On a GPU the same commands use CUDA events; ``--shape 3b --frames [8,16,24]`` takes the real architectures.
 """
 
 from __future__ import annotations
