@@ -1,4 +1,4 @@
-"""Another forward for one module *instance*, for the length of a pass; its class and every name stay as they are."""
+"""Replace the forward of one module instance inside a `with` block; class and parameter names are unchanged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import nn
 
 @contextmanager
 def bound(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `module` runs ``forward(inner, *args, **kwargs)``, `inner` being the forward that it has outside.
+    """Inside, `module` runs ``forward(inner, *args, **kwargs)``, where `inner` is its previous forward.
 
-    Hooks see one call as before, DeepSpeed's among them: what a ZeRO-3 leaf module gathers serves all of `forward`.
+    Hooks, also DeepSpeed's, run once per call as before: parameters that a ZeRO-3 leaf module gathers stay gathered
+    during the whole `forward`.
     """
     own, inner = "forward" in vars(module), module.forward
     module.forward = functools.partial(forward, inner)

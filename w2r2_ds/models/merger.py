@@ -1,4 +1,4 @@
-"""Geometry features become tokens of the language model's width, as many as there are visual tokens."""
+"""Geometry merger: maps a grid of geometry features to one token per visual token of the language model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import rms_norm
 
 EPS = 1e-6
-"""Of the merger's RMSNorm, VG-LLM's."""
+"""Epsilon of the merger's RMSNorm, as in VG-LLM."""
 
 
 class GeometryMerger(nn.Module):
@@ -111,7 +111,7 @@ def merge_cells(features: torch.Tensor, merge_size: int) -> torch.Tensor:
 def pair_frames(features: torch.Tensor) -> torch.Tensor:
     """Mean of consecutive frame pairs, ``[frames, h, w, C]`` to ``[ceil(frames / 2), h, w, C]``, same dtype.
 
-    This is what a video's temporal patches of two frames see; an odd last frame is paired with itself, as the vision
+    A temporal patch of a video covers two frames; an odd last frame is paired with itself, as the vision
     tower's pre-processing does. The mean is taken in float32.
 
     Raises:

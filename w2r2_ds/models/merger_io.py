@@ -1,4 +1,4 @@
-"""The geometry's trained tensors as a file: ``geometry_merger.safetensors``, of an export or of a VG-LLM import."""
+"""Save and load geometry merger and fusion: ``geometry_merger.safetensors`` of an export or a VG-LLM import."""
 
 from __future__ import annotations
 

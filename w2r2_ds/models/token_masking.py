@@ -1,5 +1,4 @@
-"""`objective.visual_mask_ratio`: 2D tokens vanish at random from the fused pass, so that only geometry tells what
-was there."""
+"""Random masking of 2D tokens in the fused pass (`objective.visual_mask_ratio`)."""
 
 from __future__ import annotations
 
@@ -13,16 +12,16 @@ import torch
 def mask_images(
     images: Sequence[torch.Tensor], owners: Sequence[tuple[str, int]], share: float, seed: int, step: int
 ) -> list[torch.Tensor]:
-    """`mask_2d` of every image of a batch; what is drawn follows from sample, seed and step alone.
+    """`mask_2d` of every image of a batch, with a random generator per sample.
 
-    Neither the number of ranks nor what else is in the batch matters.
+    The masks depend on sample id, seed and step, not on the number of ranks or the other samples of the batch.
 
     Args:
         images: ``[tokens, hidden]`` each, sample by sample.
-        owners: per sample its id and how many of the images are its own.
-        share: of the tokens.
+        owners: id and number of images of every sample.
+        share: fraction of the tokens to mask.
         seed: of the run.
-        step: of the optimizer, so that a sample loses other tokens when it comes again.
+        step: optimizer step; a sample has other masks in every epoch.
     """
     masked: list[torch.Tensor] = []
     for identity, count in owners:
