@@ -1,10 +1,10 @@
-"""The expected box: every digit read as the mean of its distribution, so that the box has a gradient.
+"""The expected box: every digit is the mean of its predicted distribution, so that the box is differentiable.
 
-    E[d] = sum_d d p(d) / sum_d p(d)                       over the ten digits, at every digit slot of the label
+    E[d] = sum_d d p(d) / sum_d p(d)                       over the ten digits, at every digit token of the label
     E[number] = (1 - 2 P(minus)) * sum_digits place E[d]    P(minus): of all tokens that end with a minus, at the lead
 
 Teacher-forced: each distribution is conditioned on the label's tokens before it. So is the box's frame, the label's.
-Digits are averaged each on its own: with 3.02 as label, as much belief in 2 as in 3 for the first digit reads as 2.52.
+Digits are averaged each on its own: with 3.02 as label, equal probabilities of 2 and 3 for the first digit give 2.52.
 Nothing here waits for the host.
 """
 
@@ -20,7 +20,7 @@ from w2r2_ds.objective.similarity import frame_poses, has_numbers, read_numbers,
 from w2r2_ds.types.batch import AnswerPositions, Batch
 
 MOST_DIGIT_TOKENS = 128
-"""Vocabulary entries that may spell a digit; a fixed number, so that the host need not know how many there are."""
+"""Most vocabulary entries that spell a digit. A constant, so that the size of tensors needs no copy to the host."""
 
 IMPOSSIBLE = -1e30
 """Log-probability that stands in for minus infinity: ten impossible digits are then equally likely, not 0 / 0."""
@@ -41,8 +41,8 @@ def expected_numbers(log_p: Tensor, rows: AnswerPositions, tables: TokenTables) 
     log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
     digits = _expected_digits(log_p, tables)
     row = rows.digit.clamp(min=0)
-    at_slot = digits.gather(0, row.flatten()).view_as(row) * rows.place_value.to(digits.dtype)
-    magnitude = torch.where(rows.digit >= 0, at_slot, 0.0).sum(-1)
+    at_digit = digits.gather(0, row.flatten()).view_as(row) * rows.place_value.to(digits.dtype)
+    magnitude = torch.where(rows.digit >= 0, at_digit, 0.0).sum(-1)
     lead = log_p.index_select(0, rows.sign.flatten())
     minus = (lead.exp() * tables.minus).sum(-1).view_as(rows.sign)
     return (1 - 2 * minus) * magnitude

@@ -1,4 +1,8 @@
-"""The total: L = sum over samples of weight * (l_align + push), with what a user wants to see beside it."""
+"""The training loss, L = sum over samples of weight * (l_align + push term), and its per-sample statistics.
+
+Eq. 7 of the paper (arXiv 2510.17034): L_align is the cross-entropy of the fused pass, and the push term stands for
+lambda * L_det (Eq. 6).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ STATS = (
     "invalid_fused",
     "geometry_norm",
 )
-"""Columns of the per-sample statistics (docs/concepts/objective.md says how to read them)."""
+"""Columns of the per-sample statistics (explained in docs/concepts/objective.md)."""
 
 LOSS_PARTS = ("loss", "align", "push")
 """Columns that `objective.reduction` weighs; the others are means over samples."""
@@ -78,7 +82,7 @@ def read_shortcut(
 
     Args:
         outputs: of the 2D-only pass.
-        answers: greedily decoded answers per sample; None reads the answer off the teacher-forced predictions.
+        answers: greedily decoded answers per sample; None to use the teacher-forced predictions.
     """
     logits, states = outputs.logits, outputs.states
     if push_term.blocked:
@@ -153,7 +157,7 @@ def push_inputs(
     config: ObjectiveConfig,
     scorer: Scorer,
 ) -> PushInputs:
-    """Everything that the configured reading asks for."""
+    """Inputs of the configured push term."""
     rows = batch.answer_positions
     overlaps = None
     if shortcut.iou is not None:

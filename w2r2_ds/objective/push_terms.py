@@ -1,13 +1,25 @@
-"""Push terms: interpretations of Eq. 6, each a small pure function of tensors; `PUSH_TERMS` is the registry.
+"""Push terms: differentiable interpretations of Eq. 6, each a small pure function of tensors.
 
 Eq. 6 as printed, ``L_det = max(0, s(o_short, y) - mu)``, has no gradient: o_short is detached and an IoU of text is not
-differentiable (docs/concepts/objective.md). The push term is therefore a choice among several named ones. A term
-is added to the sample's cross-entropy l; it returns ``[batch]`` and is 0 for a sample that it has nothing to say about.
+differentiable (docs/concepts/objective.md). `objective.push_term` therefore selects one of several terms. A term is
+added to the sample's cross-entropy l; it returns ``[batch]`` and is 0 for a sample to which it does not apply.
+
+To write another one, subclass `PushTerm`, declare hyper-parameters as fields and the inputs it needs as class
+attributes, compute the ``[batch]`` term from `PushInputs` in `__call__`, and register the class:
+
+    @register_push_term("focal")
+    class Focal(PushTerm):
+        gamma: NonNegativeFloat = 1.0
+
+        def __call__(self, inputs: PushInputs) -> Tensor:
+            ...
+
+`examples/custom_push_term.py` is complete; docs/guides/add-a-push-term.md shows how to load and test it.
 
 Notation: p and p' the fused and the shortcut's next-token probabilities under teacher forcing (p' is detached), y the
 label, y' the shortcut's most likely token, h = max(0, s - mu) (detached), W the *where* rows (digits of frame and box;
 every token of a caption or a short answer), A the *what* positions (the description in the prompt), z and z' the last
-hidden states. "The paper" is arXiv 2510.17034.
+hidden states. The paper is arXiv 2510.17034.
 """
 
 from __future__ import annotations
@@ -188,8 +200,7 @@ class NoPush(PushTerm):
 class Literal(PushTerm):
     """lambda * h.
 
-    Reads Eq. 6 as printed. Its gradient is zero everywhere, so it trains as `none` does; it is there to be logged and
-    to prove the point.
+    Eq. 6 as printed. Its gradient is zero everywhere, so training equals that with `none`; a baseline that shows so.
     """
 
     gated: ClassVar[bool] = True
@@ -202,8 +213,8 @@ class Literal(PushTerm):
 class Reweight(PushTerm):
     """lambda * h * l.
 
-    Reads Eq. 7's "L_align + lambda L_det" as a per-sample weight: what the shortcut solves is learned *more* strongly
-    with geometry. The gradient is that of l times lambda * h; nothing flows through h.
+    Interprets Eq. 7, "L_align + lambda L_det", as a per-sample weight: samples that the shortcut solves are learned
+    *more* strongly with geometry. The gradient is that of l times lambda * h; nothing flows through h.
     """
 
     gated: ClassVar[bool] = True
@@ -217,7 +228,7 @@ class Downweight(PushTerm):
     """-min(1, lambda * h) * l.
 
     The opposite sign of `reweight`, as in debiasing by sample weights (Clark et al., EMNLP 2019, "bias reweighting"):
-    what 2D alone solves teaches nothing about geometry and counts less, at the least not at all. The gradient is that
+    a sample that the visual-only pass solves needs no geometry and has a lower weight, down to 0. The gradient is that
     of l times -min(1, lambda * h).
     """
 
@@ -231,9 +242,10 @@ class Downweight(PushTerm):
 class Margin(PushTerm):
     """lambda * 1[h > 0] * max(0, m - mean_W(log p(y) - log p'(y))).
 
-    Reads the abstract's "penalizes overly effective 2D-dominant pseudo-outputs via a margin-based mechanism" as: while
-    the 2D-only answer is already good, the fused pass must explain the where tokens better than it by m nats. The
-    gradient raises log p(y) on W until it does, and is zero from there on. A sample without where tokens contributes 0.
+    Interprets the abstract, "penalizes overly effective 2D-dominant pseudo-outputs via a margin-based mechanism": while
+    the visual-only answer is good, the log-likelihood of the fused pass on the where tokens must exceed that of the
+    shortcut by m nats. The gradient raises log p(y) on W up to that margin and is zero beyond it. A sample without
+    where tokens contributes 0.
 
     Args:
         margin: log-likelihood in nats by which the fused pass must exceed the shortcut on where tokens (m).
@@ -243,6 +255,7 @@ class Margin(PushTerm):
     gated: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
+        # Mean over W of the log-likelihood ratio, [batch], in nats.
         lead = inputs.mean(at(inputs.log_p, inputs.label) - inputs.label_short, inputs.where)
         return inputs.lambda_det * inputs.active * inputs.has(inputs.where) * torch.clamp(self.margin - lead, min=0)
 
@@ -251,10 +264,10 @@ class Margin(PushTerm):
 class PseudoLabel(PushTerm):
     """-lambda * mean over D of p'(y') * log(1 - p(y')), with D the rows of W where y' differs from y.
 
-    Reads the abstract's "Pseudo-Label Loss that penalizes overly effective 2D-dominant pseudo-outputs": the shortcut's
-    own tokens, where they are wrong, are negative labels for the fused pass, as sure as the shortcut is of them
-    (unlikelihood, Welleck et al., ICLR 2020). The gradient takes probability from y' and gives it to all other tokens.
-    y' is read under teacher forcing also where s is decoded greedily: p(y') is only defined after the label's prefix.
+    Interprets the abstract, "Pseudo-Label Loss that penalizes overly effective 2D-dominant pseudo-outputs": wrong
+    tokens of the shortcut are negative labels for the fused pass, weighted by the shortcut's confidence (unlikelihood,
+    Welleck et al., ICLR 2020). The gradient moves probability from y' to all other tokens. y' is predicted under
+    teacher forcing also where s is decoded greedily: p(y') is only defined after the label's prefix.
     """
 
     def __call__(self, inputs: PushInputs) -> Tensor:
@@ -268,12 +281,12 @@ class PseudoLabel(PushTerm):
 class SoftIoU(PushTerm):
     """lambda * 1[h > 0] * max(0, min(1, IoU(b') + m) - GIoU(E_p[b])).
 
-    Reads Eq. 6's s = IoU3D with both sides made comparable: the fused pass's expected box must overlap the label's
-    better than the shortcut's expected box b' (same estimator, detached) by m. GIoU on the side with gradient, since
-    IoU has none where boxes are apart. The gradient moves digit probabilities of the fused pass towards the box.
+    Eq. 6 with s = IoU3D of expected boxes: the overlap of the fused pass's expected box with the label must exceed that
+    of the shortcut's expected box b' (same estimator, detached) by m. The fused side is a GIoU, since an IoU has no
+    gradient for disjoint boxes. The gradient moves digit probabilities of the fused pass towards the box.
 
     Args:
-        iou_margin: IoU by which the fused pass's expected box must beat the shortcut's (m).
+        iou_margin: IoU by which the fused pass's expected box must exceed the shortcut's (m).
     """
 
     iou_margin: NonNegativeFloat = 0.1
@@ -282,7 +295,8 @@ class SoftIoU(PushTerm):
 
     def __call__(self, inputs: PushInputs) -> Tensor:
         overlaps = inputs.overlaps
-        assert overlaps is not None, "asked for by the registry"
+        assert overlaps is not None, "requested by the class attributes"
+        # No box can overlap by more than 1, so the target is capped: without the cap the term could never reach 0.
         wanted = torch.clamp(overlaps.iou_short + self.iou_margin, max=1)
         lack = torch.where(overlaps.has_box, torch.clamp(wanted - overlaps.giou, min=0), 0.0)
         return inputs.lambda_det * inputs.active * lack.to(inputs.hinge.dtype)
@@ -292,10 +306,10 @@ class SoftIoU(PushTerm):
 class Representation(PushTerm):
     """lambda * 1[h > 0] * (mean_A(1 - cos(z, z')) + mean_W max(0, cos(z, z') - c)).
 
-    Reads "reshapes the model's internal space by designating 2D features as semantic beacons for What identification
-    and 3D features as spatial anchors for Where localization": at *what* positions the fused states stay close to the
-    2D-only ones, at *where* positions they move away from them until the cosine is c. z' is detached. It separates
-    states, it does not by itself make the where answer right.
+    Interprets "reshapes the model's internal space by designating 2D features as semantic beacons for What
+    identification and 3D features as spatial anchors for Where localization": at *what* positions the fused states stay
+    close to the visual-only ones, at *where* positions they move away until the cosine is c. z' is detached. The term
+    separates states; it does not make the where answer correct.
 
     Args:
         cosine: cosine of fused and shortcut states below which where tokens are far enough apart (c).
@@ -307,7 +321,7 @@ class Representation(PushTerm):
 
     def __call__(self, inputs: PushInputs) -> Tensor:
         states = inputs.states
-        assert states is not None, "asked for by the registry"
+        assert states is not None, "requested by the class attributes"
         cosine = cosine_similarity(states.fused.to(inputs.log_p.dtype), states.short.to(inputs.log_p.dtype), dim=-1)
         batch = len(inputs.hinge)
         close = mean_per_sample(1 - cosine, states.sample, batch, states.what)
@@ -320,15 +334,15 @@ class ProductOfExperts(PushTerm):
     """lambda * mean_W of -log softmax(log p + log p')[y].
 
     Product of experts, the classic debiasing loss (Hinton 2002; Clark et al., EMNLP 2019; Mahabadi et al., ACL 2020):
-    the fused pass is trained to be right *together with* the frozen shortcut, so it learns what the shortcut lacks. The
-    gradient on a row is that of cross-entropy with the product's probabilities: it vanishes where the shortcut alone is
-    sure and right. Not gated by h.
+    the product of fused and frozen shortcut distribution is trained, so the fused pass learns what the shortcut lacks.
+    The gradient at a position is that of cross-entropy with the product's probabilities: it vanishes where the shortcut
+    is confident and correct. Not gated by h.
     """
 
     distribution: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        assert inputs.log_p_short is not None, "asked for by the registry"
+        assert inputs.log_p_short is not None, "requested by the class attributes"
         product = torch.log_softmax(inputs.log_p + inputs.log_p_short, dim=-1)
         return inputs.lambda_det * inputs.mean(-at(product, inputs.label), inputs.where)
 
@@ -338,7 +352,7 @@ class Unblocked(PushTerm):
     """lambda * max(0, IoU(E_short[b]) - mu), with the graph of the shortcut kept.
 
     Eq. 6 without its stop-gradient and with a differentiable s: the degenerate case, kept as an ablation. The gradient
-    makes the 2D-only answer *worse* through weights that the fused pass shares, which the paper's stop-gradient is
+    makes the visual-only answer *worse* through weights that the fused pass shares, which the paper's stop-gradient is
     there to prevent. Costs the memory of a second graph.
     """
 
@@ -347,6 +361,6 @@ class Unblocked(PushTerm):
 
     def __call__(self, inputs: PushInputs) -> Tensor:
         overlaps = inputs.overlaps
-        assert overlaps is not None, "asked for by the registry"
+        assert overlaps is not None, "requested by the class attributes"
         excess = torch.clamp(overlaps.iou_short - inputs.mu, min=0)
         return inputs.lambda_det * torch.where(overlaps.has_box, excess, 0.0).to(inputs.hinge.dtype)

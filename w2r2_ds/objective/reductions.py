@@ -1,4 +1,4 @@
-"""L_align: cross-entropy of the answer, on answer rows only."""
+"""Reductions over answer positions: log-probabilities of tokens and means per sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ def at(log_p: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
 
 
 def mean_per_sample(values: torch.Tensor, sample: torch.Tensor, batch: int, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of ``[rows]`` values over every sample's rows in `mask`; 0 where a sample has none. ``[batch]``."""
+    """Mean per sample, ``[batch]``, over the positions in `mask`; 0 for a sample without any.
+
+    Args:
+        values: ``[positions]`` floating point.
+        sample: ``[positions]`` int64, the sample of every position.
+        batch: number of samples.
+        mask: ``[positions]`` bool.
+    """
     weight = mask.to(values.dtype)
     total = values.new_zeros(batch).index_add(0, sample, values * weight)
     count = weight.new_zeros(batch).index_add(0, sample, weight)

@@ -37,7 +37,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Reads answers off predictions, or takes decoded ones, and compares them with the labels.
+    """Similarity of teacher-forced predictions or decoded answers to the labels.
 
     Attributes:
         tables: what a token means inside a number, on the model's device.

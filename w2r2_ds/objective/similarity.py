@@ -1,10 +1,10 @@
-"""s: how similar an answer is to the label (paper, Eq. 6): IoU3D for grounding; words for captions and short answers.
+"""Similarity s of an answer to its label (Eq. 6): IoU3D for grounding, word overlap for captions and short answers.
 
-Greedy decoding of the shortcut defines its answer (`decoded_grounding_similarity`). Cheaper, a named approximation, is
-to read it from teacher-forced predictions: every token is predicted with the true tokens before it. A number is
-therefore cut at its first wrong digit, and half a unit of that digit's place is added: with 3.02 as label, predicting 2
-first reads as 2.5, where copying the later digits would read 2.02. That reading is tensor arithmetic on the device of
-the predictions: a batch of grounding samples waits for nothing; captions and answers bring their tokens to the host.
+Greedy decoding of the shortcut defines its answer (`decoded_grounding_similarity`). Teacher-forced predictions are a
+cheaper approximation: every token is predicted after the true tokens before it. A number is therefore cut at its first
+wrong digit, and half a unit of that digit's place is added: with label 3.02 and 2 predicted first, the number is 2.5,
+where the later true digits would make it 2.02. This is tensor arithmetic on the device of the predictions and needs no
+synchronisation for grounding samples; captions and short answers copy their tokens to the host.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def has_text(batch: Batch) -> bool:
 
 
 def similarity(grounding: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-    """s of a batch of mixed tasks: a sample's s by its own kind.
+    """s of a batch of several tasks; the kind of a sample selects its similarity.
 
     Args:
         grounding: ``[batch]`` s of `grounding_similarity` or its decoded twin, 0 for captions and answers.
@@ -202,7 +202,7 @@ def _placed_iou(
     Args:
         frame: ``[batch]`` int64.
         boxes: ``[batch, 9]`` float64 in the frame's camera.
-        read: ``[batch]`` bool, False for what is no answer at all.
+        read: ``[batch]`` bool, False if the text is not a valid answer.
         cam_to_world: ``[batch, frames, 4, 4]``.
         target: ``[batch, 9]`` world.
     """

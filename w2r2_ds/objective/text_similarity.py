@@ -56,7 +56,7 @@ def exact_match(prediction: str, reference: str) -> float:
     """1 where the texts are equal but for case, white space and a full stop at the end, else 0.
 
     ScanQA's EM (D. Azuma et al., CVPR 2022) compares the strings as they are; generated answers end with a full stop or
-    not by habit, which says nothing about the question.
+    not by habit, which is independent of the question.
     """
     return float(_folded(prediction) == _folded(reference))
 
