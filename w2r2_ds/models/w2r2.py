@@ -102,6 +102,7 @@ class W2R2(nn.Module):
                 else:
                     features.append(cached.features)
             output = self.family.from_cache(torch.cat(features), visuals.sizes)
+        # Calls without use of their output, so that this rank gathers the tower's weights as often as the others.
         for _ in range(calls - made):
             self.family.encode_visuals(self.base, visuals.filler or visuals)
         return output
@@ -115,6 +116,7 @@ class W2R2(nn.Module):
         """
         features = []
         cached_3d = visuals.cached_3d or (None,) * len(visuals.geometry_images)
+        # One call per set of frames: the encoder attends over the frames of one scene, never over those of several.
         for cached, images in zip(cached_3d, visuals.geometry_images, strict=True):
             if cached is not None and cached.features is not None:
                 features.append(cached.features)
@@ -123,6 +125,7 @@ class W2R2(nn.Module):
             features.append(self.geometry.encode(images))
             if cached is not None:
                 cached.keep(features[-1])
+        # A row of a video's visual tokens covers two frames, a geometry feature one.
         if visuals.kind == "video":
             features = [pair_frames(f) for f in features]
         tower, merge_size = self.base.config.vision_config, self.geometry_merger.merge_size
@@ -174,6 +177,7 @@ class W2R2(nn.Module):
         embeddings = embed(self.base, batch)
         if batch.visuals.dummy:
             return embeddings, embeddings.detach()
+        # The shortcut pass has no gradient; without detach the fusion would get one through Phi(F2D, 0).
         shortcut = torch.cat(visual_only.pooler_output).detach()
         tokens, kernels = torch.cat(fused.pooler_output), implementation(self.kernels, "dual_stream_embed")
         return dual_stream_embed(embeddings, batch.visual_tokens, shortcut, tokens, kernels)
