@@ -51,7 +51,7 @@ def test_the_frame_sizes_of_both_encoders_are_logged(
             str(ZERO3),
             AnswerValidation,
         )
-    assert f"frames {vggt} for VGGT, {vlm} for the video LLM (of scene0000_00|" in caplog.text
+    assert f"frames {vggt} for the geometry encoder, {vlm} for the vision tower (of scene0000_00|" in caplog.text
 
 
 @pytest.mark.parametrize(
