@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import sys
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.table import Table
 
 from w2r2_ds.commands import prepare as launcher
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.config.io import from_tree, load_config
 from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.evaluation.resumable import record_line
-from w2r2_ds.utils.sanitize import for_rich, has_secret, lines, message, one_line, without_secrets
+from w2r2_ds.utils.sanitize import has_secret, lines, message, one_line, without_secrets
 
 EVIL = "chair\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\r\nstep 5  loss 0.0"
 TOKEN = "hf_" + "aB3" * 11 + "x"
@@ -35,15 +32,6 @@ def test_an_untrusted_line_break_begins_no_line_of_the_log() -> None:
     assert "\x1b" not in said and "\r" not in said
     assert [line[:2] for line in said.split("\n")[1:]] == ["  ", "  "]
     assert lines("head:\n  first\n    deeper") == "head:\n  first\n    deeper", "what is indented stays as it is"
-
-
-def test_square_brackets_are_no_markup() -> None:
-    text = io.StringIO()
-    table = Table()
-    table.add_column("name")
-    table.add_row(for_rich("[red]a[/red] [link=http://x]b[/link]\x1b[5m"))
-    Console(file=text, width=80, force_terminal=True, color_system=None).print(table)
-    assert r"[red]a[/red] [link=http://x]b[/link]\x1b[5m" in text.getvalue()
 
 
 def test_predictions_hold_no_control_characters() -> None:

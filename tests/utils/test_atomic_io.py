@@ -123,19 +123,3 @@ def test_a_folder_never_replaces_another(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "file").read_text() == "two"
     atomic_io.move(tmp_path / "one", tmp_path / "three")
     assert (tmp_path / "three" / "file").read_text() == "one"
-
-
-def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
-    lines = atomic_io.Lines(tmp_path / "log")
-    assert lines.append("one") is None
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
-    try:
-        failures = [lines.append("two"), lines.append("three")]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert [failure and failure.errno for failure in failures] == [errno.EFBIG] * 2
-    assert (tmp_path / "log").read_text() == "one\n" and lines.waiting == b"two\nthree\n"
-    assert lines.append("four") is None and not lines.waiting
-    lines.close()
-    assert (tmp_path / "log").read_text() == "one\ntwo\nthree\nfour\n"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from w2r2_ds.bench.harness import Case, discard, find_device, interleave, ratio
+from w2r2_ds.bench.harness import Case, find_device, interleave, ratio
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import PATCH, Shape, find_shapes
 from w2r2_ds.data.images import load_frame, resize_frames
@@ -93,11 +93,11 @@ def measure(shape: Shape, rounds: int, folder: Path, report: Report) -> None:
     features = encoder.encode(images).cpu()
     frames.write(features)
     cases: dict[str, Case] = {
-        COMPUTE: discard(partial(encoder.encode, images)),
-        READ: discard(frames.read),
-        DECODE: discard(frames.decode),
-        HASH: discard(frames.hash),
-        WRITE: discard(partial(frames.write, features)),
+        COMPUTE: partial(encoder.encode, images),
+        READ: frames.read,
+        DECODE: frames.decode,
+        HASH: frames.hash,
+        WRITE: partial(frames.write, features),
     }
     spreads = interleave(cases, rounds, device, warmups=1)
     mib = features.nbytes / 2**20

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-Case = Callable[[], "Lap | None"]
+Case = Callable[[], object]
 """One run of a benchmark case. Timed as a whole, unless it returns a `Lap` with the time of its relevant part."""
 
 
@@ -34,15 +34,6 @@ class Lap:
         if self.marks:
             torch.cuda.synchronize()
         return self.seconds + sum(begin.elapsed_time(end) for begin, end in self.marks) / 1000
-
-
-def discard(function: Callable[[], object]) -> Case:
-    """Wrap a function as a case and drop its result."""
-
-    def case() -> None:
-        function()
-
-    return case
 
 
 @contextmanager
@@ -116,7 +107,8 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
             outer = Lap()
             with timed(outer, device):
                 own = cases[name]()
-            elapsed = (own or outer).total()
+            elapsed = (own if isinstance(own, Lap) else outer).total()
+            del own  # a result on the GPU would count as memory of the next case
             if turn >= warmups:
                 seconds[name].append(elapsed)
             if device.type == "cuda":

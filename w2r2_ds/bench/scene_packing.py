@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.feature_cache import CachedFeatures
 from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, ratio
 from w2r2_ds.bench.hf_trainer import BaselineTrainer, TowerOutputs
@@ -15,7 +14,7 @@ from w2r2_ds.bench.model import Subject, build, describe, make_optimizer, update
 from w2r2_ds.bench.reference import gradients, largest_difference
 from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import Shape, find_shapes
-from w2r2_ds.bench.step_time import BASELINE, BOTH, GRADIENT_TOLERANCE, LORA, SINGLE, W2R2_STEP, single_pass
+from w2r2_ds.bench.step_time import BASELINE, BOTH, GRADIENT_TOLERANCE, SINGLE, W2R2_STEP, predicted, single_pass
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import Batch
 
@@ -114,13 +113,3 @@ def packed_difference(subject: Subject, packed: Batch) -> float:
         total = {name: total.get(name, torch.zeros_like(each)) + each for name, each in own.items()}
     model.family.use_packed_attention(model.base)
     return largest_difference(gradients(model, step(cached.into(packed, both=True))[0]), total)
-
-
-def predicted(shape: Shape, name: str, count: int) -> float:
-    """FLOPs per sample of a case by the cost model."""
-    if name.startswith(BASELINE):
-        step = cost_model.baseline_step(shape, LORA)
-    else:
-        step = cost_model.own_step(shape, LORA, count, two_passes=name.startswith(W2R2_STEP))
-    towers = not name.endswith(BOTH)
-    return step.total(geometry=towers, vision=towers)

@@ -75,12 +75,6 @@ class Shape:
         """Index of the layer of VGGT that is used."""
         return self.vggt.depth - 2
 
-    @property
-    def geometry_tokens(self) -> int:
-        """Number of tokens of a frame in VGGT, including special tokens."""
-        width, height = self.frame_size
-        return (width // PATCH) * (height // PATCH) + self.vggt.special_tokens
-
 
 # The language model has 704 visual and 64 text tokens (40 of them the answer). VGGT gets 8 frames of 392 x 294 pixels.
 # These would be 1120 visual tokens, so the VLM gets only the upper left 308 x 224 pixels (22 x 16 patches) of each.

@@ -144,12 +144,12 @@ def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rat
     return values
 
 
-def predicted(shape: Shape, name: str) -> float:
-    """FLOPs of a case by the cost model."""
+def predicted(shape: Shape, name: str, questions: int = 1) -> float:
+    """FLOPs per sample of a case by the cost model, with `questions` questions packed in one sequence."""
     steps: dict[str, Callable[[], cost_model.Step]] = {
         BASELINE: lambda: cost_model.baseline_step(shape, LORA),
-        SINGLE: lambda: cost_model.own_step(shape, LORA, two_passes=False),
-        W2R2_STEP: lambda: cost_model.own_step(shape, LORA),
+        SINGLE: lambda: cost_model.own_step(shape, LORA, questions, two_passes=False),
+        W2R2_STEP: lambda: cost_model.own_step(shape, LORA, questions),
         NAIVE: lambda: cost_model.naive_step(shape, LORA),
     }
     step = next(make() for start, make in steps.items() if name.startswith(start))

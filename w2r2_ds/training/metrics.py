@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 
@@ -19,6 +22,8 @@ from w2r2_ds.utils.json_io import read_jsonl
 
 FILE = "metrics.jsonl"
 PROCESS_STATUS = Path("/proc/self/status")
+BUFFER = 2**20
+"""Bytes of lines kept while the disk is full; thousands of steps."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +50,8 @@ class MetricsLogger:
         self._tracker_names = trackers
         self._trackers: list[Tracker] = []
         self._last_step = 0
-        self._file: atomic_io.Lines | None = None
+        self._file: BinaryIO | None = None
+        self._failed = False
         self._progress: ProgressLine | None = None
 
     def start(self, step: int) -> None:
@@ -66,7 +72,7 @@ class MetricsLogger:
                 for name in self._tracker_names:
                     self._trackers.append(TRACKERS[name](self.run_dir, step))
                 self._progress = ProgressLine(self.total_steps, step)
-                self._file = atomic_io.Lines(self.path)
+                self._file = open(self.path, "ab", buffering=BUFFER)  # noqa: SIM115
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Log the scalars of `step`, counted from 1 and increasing; ``memory_gib`` is added.
@@ -76,7 +82,7 @@ class MetricsLogger:
         """
         if not self.active:
             return
-        assert self._file is not None and self._progress is not None, "start comes before the first log"
+        assert self._progress is not None, "start comes before the first log"
         if step <= self._last_step:
             raise ValueError(f"Step {step} was logged after step {self._last_step}; steps must increase.")
         for name, value in values.items():
@@ -85,23 +91,30 @@ class MetricsLogger:
         if "step" in values:
             raise ValueError("A metric cannot be called step.")
         values = values | {"memory_gib": memory_gib()}
-        already_waiting = bool(self._file.waiting)
-        failure = self._file.append(json.dumps({"step": step} | values, allow_nan=False))
-        if failure is not None and not already_waiting:  # warn once, not every step
-            logger.warning(
-                "%s cannot be written (%s); its lines are kept in memory and written later.",
-                self.path,
-                failure.strerror,
-            )
+        self._write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
         for tracker in self._trackers:
             tracker.log(step, values)
         self._progress.update(step, values)
         self._last_step = step
 
+    def _write(self, line: str) -> None:
+        """Append a line; on a full disk, Python keeps it in its buffer and writes it with a later line."""
+        assert self._file is not None, "start comes before the first log"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+            self._failed = False
+        except OSError as error:
+            if not self._failed:  # warn once, not every step
+                cause = f"{self.path} cannot be written ({error.strerror})"
+                logger.warning("%s; its lines are kept in memory and written later.", cause)
+            self._failed = True
+
     def sync(self) -> None:
         """Flush the file to disk; called before a checkpoint, so that a power cut leaves none without its lines."""
         if self._file is not None:
-            self._file.sync()
+            with suppress(OSError):  # a log must not end the run
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
@@ -110,10 +123,10 @@ class MetricsLogger:
         for tracker in self._trackers:
             tracker.finish()
         if self._file is not None:
-            if self._file.waiting and (failure := self._file.flush()) is not None:
-                lost = self._file.waiting.count(b"\n")
-                logger.warning("%s lacks the last %d steps (%s).", self.path, lost, failure.strerror)
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                logger.warning("%s lacks the last steps (%s).", self.path, error.strerror)
         self._progress = self._file = None
         self._trackers = []
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,45 +133,3 @@ def move(source: Path, target: Path) -> None:
 def digest(path: Path) -> Digest:
     """Digest of a file's current content."""
     return Digest(path.stat().st_size, file_sha256(path))
-
-
-class Lines:
-    """Append-only log of whole lines; lines that could not be written to a full disk are written with a later line.
-
-    Args:
-        path: file to append to; created if missing.
-
-    Attributes:
-        waiting: bytes that could not be written yet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self.waiting = b""
-
-    def append(self, line: str) -> OSError | None:
-        """Append a line, passed without its line break; returns the error if it could not be written yet."""
-        self.waiting += line.encode() + b"\n"
-        return self.flush()
-
-    def flush(self) -> OSError | None:
-        """Try to write the waiting lines; a partly written line is removed again."""
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            left = memoryview(self.waiting)
-            while len(left):
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), size)
-            return error
-        self.waiting = b""
-        return None
-
-    def sync(self) -> None:
-        """Fsync the file. Errors are ignored: a log must not end the program."""
-        with suppress(OSError):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file; waiting lines are lost."""
-        self._file.close()

@@ -1,7 +1,7 @@
 """Escape untrusted text and hide credentials before text is printed or logged.
 
 Names, labels and sentences come from annotation files, archives and models. Escape sequences could change the terminal,
-line breaks could fake log lines, and rich would interpret ``[red]`` as markup.
+and line breaks could fake log lines.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-
-from rich.markup import escape
 
 _SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|APIKEY|SECRET|PASS|PASSWD|PASSWORD|JWT|CREDENTIALS)$")
 _USER = re.compile(r"(?<=://)[^\s/@]+(?=@)")
@@ -38,11 +36,6 @@ def one_line(text: str) -> str:
 def lines(text: str) -> str:
     """Escape every line; all but the first are indented, so that they cannot be taken for other log lines."""
     return "\n  ".join(one_line(line.removeprefix("  ")) for line in text.split("\n"))
-
-
-def for_rich(text: str) -> str:
-    """Text for a rich table, panel or progress line: on one line, without markup."""
-    return escape(one_line(text))
 
 
 def message(error: object) -> str:
