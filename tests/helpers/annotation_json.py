@@ -7,8 +7,9 @@ an error with the number of its entry.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from w2r2_ds.data.sources.labels import LabelMap, groups, nyu40_class, scannet_class
 from w2r2_ds.evaluation.protocols.scan2cap_rules import Caption, DescribedObject
 from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription
 
@@ -16,17 +17,28 @@ Boxes = Mapping[str, Mapping[str, Sequence[float]]]
 """Scene -> object id -> ``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres."""
 
 
-def descriptions_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> list[ScoredDescription]:
-    """ScanRefer's annotations, in order.
+class NamedObject(NamedTuple):
+    """The object of a description."""
+
+    scene_id: str
+    object_id: str
+    object_name: str
+
+
+def descriptions_from(entries: Sequence[Mapping[str, Any]], boxes: Boxes, labels: LabelMap) -> list[ScoredDescription]:
+    """ScanRefer's annotations of a whole split, in order.
 
     Raises:
         ValueError: an entry lacks a field, or its object has no box.
     """
+    objects = [_object(entry, number) for number, entry in enumerate(entries)]
+    official, nyu40 = groups(objects, labels, scannet_class), groups(objects, labels, nyu40_class)
     found = []
-    for number, entry in enumerate(entries):
-        scene, identity, name = _object(entry, number)
-        box = _box(boxes, scene, identity, number)
-        found.append(ScoredDescription(scene, identity, name, str(_field(entry, "ann_id", number)), box))
+    for number, (entry, each) in enumerate(zip(entries, objects, strict=True)):
+        box, place = _box(boxes, each.scene_id, each.object_id, number), (each.scene_id, each.object_id)
+        key = "|".join((*place, str(_field(entry, "ann_id", number))))
+        number_of_class = scannet_class(each.object_name, labels)
+        found.append(ScoredDescription(key, each.scene_id, box, official[place], nyu40[place], number_of_class))
     return found
 
 
@@ -36,8 +48,8 @@ def objects_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> list[Des
     Raises:
         ValueError: an entry lacks a field, or its object has no box.
     """
-    gathered: dict[tuple[str, str, str], list[tuple[str, tuple[str, ...]]]] = {}
-    places: dict[tuple[str, str, str], tuple[float, ...]] = {}
+    gathered: dict[NamedObject, list[tuple[str, tuple[str, ...]]]] = {}
+    places: dict[NamedObject, tuple[float, ...]] = {}
     for number, entry in enumerate(entries):
         key = _object(entry, number)
         places.setdefault(key, _box(boxes, key[0], key[1], number))
@@ -95,9 +107,9 @@ def _by_question(entries: Iterable[Mapping[str, Any]], field: str) -> dict[str, 
     return found
 
 
-def _object(entry: Mapping[str, Any], number: int) -> tuple[str, str, str]:
+def _object(entry: Mapping[str, Any], number: int) -> NamedObject:
     scene, identity, name = (_field(entry, field, number) for field in ("scene_id", "object_id", "object_name"))
-    return scene, str(identity), name
+    return NamedObject(scene, str(identity), name)
 
 
 def _box(boxes: Boxes, scene: str, identity: str, number: int) -> tuple[float, ...]:

@@ -171,7 +171,7 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
     data = write_set(tmp_path / "set", [sample])
     good, theirs = record_of(sample, "x"), vgllm_line(sample, "x")
     no_images = {key: value for key, value in theirs.items() if key != "scanrefer_score"}
-    without_ann = {key: value for key, value in good["target"].items() if key != "ann_id"}
+    without_class = {key: value for key, value in good["target"].items() if key != "scannet_class"}
     found = record_of(detection(), "[]")
     video = video_line(sample, BOX[:6].tolist())
     file = tmp_path / "p.jsonl"
@@ -179,7 +179,7 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
         ("ours", [good, {}], "line 2: field 'id'"),
         ("ours", [good | {"text": 3}], "line 1: field 'text'"),
         ("ours", [good | {"target": None}], "line 1: field 'target'"),
-        ("ours", [good | {"target": without_ann}], "line 1: field 'target.ann_id'"),
+        ("ours", [good | {"target": without_class}], "line 1: field 'target.scannet_class'"),
         ("ours", [good | {"target": good["target"] | {"group": []}}], "line 1: field 'target.group'"),
         ("ours", [good | {"form": "x"}], "line 1: field 'form'"),
         ("ours", [good | {"form": None}], "line 1: field 'form'"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from annotation_json import answers_from, captions_from, descriptions_from, objects_from, questions_from
+from annotation_json import NamedObject, answers_from, captions_from, descriptions_from, objects_from, questions_from
 from w2r2_ds.boxes3d.aabb import aabb_iou
 from w2r2_ds.data.sources.labels import groups, nyu40_class, scannet_class
 from w2r2_ds.data.tasks.parsing import AnswerError
@@ -29,8 +29,12 @@ LABELS = {"chair": (5, "chair"), "office chair": (5, "chair"), "table": (7, "tab
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-def describe(name: str, number: str = "1", scene: str = "scene0000_00", ann: str = "0") -> ScoredDescription:
-    return ScoredDescription(scene, number, name, ann, UNIT)
+def describe(ann: str = "0") -> ScoredDescription:
+    return ScoredDescription(f"scene0000_00|1|{ann}", "scene0000_00", UNIT, "unique", "unique", 2)
+
+
+def named(name: str, number: str, scene: str = "scene0000_00") -> NamedObject:
+    return NamedObject(scene, number, name)
 
 
 def described(number: str = "1") -> DescribedObject:
@@ -81,37 +85,37 @@ def test_boxes_that_are_none() -> None:
 
 
 def test_groups_by_each_class_map() -> None:
-    annotated = [describe("chair", "3"), describe("office_chair", "5"), describe("table", "7"), describe("table", "7")]
-    annotated += [describe("wall", "8"), describe("plant", "9"), describe("chair", "1", "scene0001_00")]
+    annotated = [named("chair", "3"), named("office_chair", "5"), named("table", "7"), named("table", "7")]
+    annotated += [named("wall", "8"), named("plant", "9"), named("chair", "1", "scene0001_00")]
     official = groups(annotated, LABELS, scannet_class)
     assert [official["scene0000_00", number] for number in "35789"] == ["multiple"] * 2 + ["unique"] + ["multiple"] * 2
     assert official["scene0001_00", "1"] == "unique"
     other = groups(annotated, LABELS, nyu40_class)
     assert (other["scene0000_00", "8"], other["scene0000_00", "9"]) == ("unique", "unique")
-    renamed = groups([describe("table", "7"), describe("chair", "7"), describe("chair", "1")], LABELS, scannet_class)
+    renamed = groups([named("table", "7"), named("chair", "7"), named("chair", "1")], LABELS, scannet_class)
     assert set(renamed.values()) == {"unique"}, "the first name of an object decides"
 
 
 def test_a_failed_description_stays_in_the_denominator() -> None:
-    rows = [describe("chair", ann=ann) for ann in "012"]
+    rows = [describe(ann) for ann in "012"]
     boxes = {rows[0].key: UNIT, rows[1].key: None}
-    assert score_official(rows, boxes, LABELS)["scores"]["overall"]["overall"]["acc@0.5"] == pytest.approx(1 / 3)
-    result = score_video3dllm(rows, boxes, LABELS)
+    assert score_official(rows, boxes)["scores"]["overall"]["overall"]["acc@0.5"] == pytest.approx(1 / 3)
+    result = score_video3dllm(rows, boxes)
     assert result["all"] == {"count": 3, "acc@0.25": pytest.approx(1 / 3), "acc@0.5": pytest.approx(1 / 3)}
     assert result["multiple"] == {"count": 0, "acc@0.25": None, "acc@0.5": None}
 
 
 def test_misleading_grounding_sets_are_rejected() -> None:
     with pytest.raises(ValueError, match="no descriptions"):
-        score_official([], {}, LABELS)
+        score_official([], {})
     with pytest.raises(ValueError, match=r"1 descriptions appear more than once, the first is 'scene0000_00\|1\|0'"):
-        score_video3dllm([describe("chair")] * 2, {}, LABELS)
-    with pytest.raises(ValueError, match="1 predictions belong to no description, the first is 'x'"):
-        score_official([describe("chair")], {"x": None}, LABELS)
+        score_video3dllm([describe()] * 2, {})
+    with pytest.raises(ValueError, match="1 predictions belong to none of the descriptions, the first is 'x'"):
+        score_official([describe()], {"x": None})
     with pytest.raises(ValueError, match="1 descriptions have no camera poses"):
-        score_vgllm([describe("chair")], {}, {})
+        score_vgllm([describe()], {}, {})
     with pytest.raises(ValueError, match="angles is 'xyz'; it is one of zxy, ZXY"):
-        score_vgllm([describe("chair")], {}, {describe("chair").key: np.eye(4)[None]}, angles="xyz")
+        score_vgllm([describe()], {}, {describe().key: np.eye(4)[None]}, angles="xyz")
 
 
 def vgllm_text(box: list[float]) -> str:
@@ -119,13 +123,13 @@ def vgllm_text(box: list[float]) -> str:
 
 
 def test_vgllm_counts_an_exact_half_and_survives_huge_numbers() -> None:
-    row = describe("chair")
+    row = describe()
     poses = {row.key: np.eye(4)[None]}
     half = vgllm_text([0, 0, 0, 1, 1, 2, 0, 0, 0])
     assert score_vgllm([row], {row.key: half}, poses)["acc@0.5"] == 1.0
     for angles in ("zxy", "ZXY"):
         huge = vgllm_text([1e308, 1e308, 1e308, 1e308, 1, 1, 1e300, 1, 1])
-        scored = score_vgllm([row], {row.key: huge}, poses, angles)
+        scored = score_vgllm([row], {row.key: huge}, poses, angles=angles)
         assert (scored["parsed"], scored["acc@0.25"]) == (1, 0.0)
         json.dumps(scored, allow_nan=False)
 
@@ -192,7 +196,7 @@ def test_refinement_takes_the_proposal_that_overlaps_most() -> None:
 
 
 def test_vgllm_refined_counts_the_object_that_was_meant() -> None:
-    row = describe("chair")
+    row = describe()
     poses, texts = {row.key: np.eye(4)[None]}, {row.key: vgllm_text([0.7, 0, 0, 1, 1, 1, 0, 0, 0])}
     assert score_vgllm([row], texts, poses)["acc@0.25"] == 0.0
     score = find_protocol("scanrefer/vgllm_refined").score
@@ -200,7 +204,7 @@ def test_vgllm_refined_counts_the_object_that_was_meant() -> None:
     assert (refined["protocol"], refined["acc@0.5"]) == ("vgllm_refined", 1.0)
     assert refined["items"][row.key]["box"] == [*UNIT, 0.0, 0.0, 0.0]
     assert score([row], texts, poses, {row.scene_id: []})["acc@0.25"] == 0.0
-    with pytest.raises(ValueError, match="1 scenes have no proposals, the first is scene0000_00"):
+    with pytest.raises(ValueError, match="1 scenes have no proposals, the first is 'scene0000_00'"):
         score([row], texts, poses, {})
 
 
@@ -270,14 +274,14 @@ def test_a_gate_from_the_data_counts_instead_of_the_box(no_java: Java) -> None:
 def test_records_name_the_entry_that_lacks_something() -> None:
     entry = {"scene_id": "s", "object_id": "1", "object_name": "chair", "ann_id": "0", "description": "A chair."}
     boxes = {"s": {"1": UNIT}}
-    assert descriptions_from([entry], boxes)[0].key == "s|1|0"
+    assert descriptions_from([entry], boxes, LABELS)[0].key == "s|1|0"
     assert objects_from([entry | {"token": ["a"]}] * 2, boxes)[0].descriptions == ("A chair.", "A chair.")
     first, later = entry | {"caption": "x"}, entry | {"caption": "y", "iou": 0.5}
     assert captions_from([first, later])["s|1|chair"] == Caption("y", iou=0.5)
     for broken, message in (
-        (lambda: descriptions_from([entry, {}], boxes), "Entry 1 has no field 'scene_id'"),
+        (lambda: descriptions_from([entry, {}], boxes, LABELS), "Entry 1 has no field 'scene_id'"),
         (lambda: objects_from([entry], boxes), "Entry 0 has no field 'token'"),
-        (lambda: descriptions_from([entry], {"s": {}}), "Entry 0: object '1' of s has no box"),
+        (lambda: descriptions_from([entry], {"s": {}}, LABELS), "Entry 0: object '1' of s has no box"),
         (lambda: captions_from([entry]), "Entry 0 has no field 'caption'"),
         (lambda: questions_from([{"question_id": "q"}]), "Entry 0 has no field 'answers'"),
         (lambda: answers_from([{"question_id": "q", "answer_top10": ["a"]}] * 2), "Entry 1 repeats question_id 'q'"),

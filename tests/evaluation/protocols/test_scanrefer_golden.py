@@ -34,7 +34,7 @@ def names(entry: dict[str, Any]) -> str:
 
 
 def descriptions(golden: Golden) -> list[ScoredDescription]:
-    return descriptions_from(golden.beside("annotations"), golden.beside("scenes")["gt_boxes"])
+    return descriptions_from(golden.beside("annotations"), golden.beside("scenes")["gt_boxes"], labels(golden))
 
 
 def predictions(golden: Golden, field: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def printed(scores: dict[str, Any]) -> dict[str, Any]:
 
 def score(golden: Golden, name: str, kept: list[ScoredDescription]) -> dict[str, Any]:
     boxes = {key: box for key, box in predictions(golden, "box").items() if key in {each.key for each in kept}}
-    return find_protocol(f"scanrefer/{name}").score(kept, boxes, labels(golden), descriptions(golden))
+    return find_protocol(f"scanrefer/{name}").score(kept, boxes)
 
 
 def with_box(golden: Golden) -> list[ScoredDescription]:
@@ -117,7 +117,8 @@ def vgllm(golden: Golden, variant: str, reading: str) -> dict[str, Any]:
     for each in descriptions(golden):
         frames = golden.beside("scenes")["frames"][each.scene_id]
         poses[each.key] = np.array(frames["axis_align_matrix"]) @ np.array(frames["cam2global"])
-    return score_vgllm(descriptions(golden), predictions(golden, field), poses, angles, reading)
+    answers = predictions(golden, field)
+    return score_vgllm(descriptions(golden), answers, poses, angles=angles, reading=reading)
 
 
 @VGLLM

@@ -5,7 +5,8 @@ The fields of a record are listed in ``evaluation/predictions/record.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -96,3 +97,24 @@ def nine_numbers(box: Sequence[float]) -> list[float]:
 def camera_poses(record: AnswerRecord) -> np.ndarray:
     """``[frames, 4, 4]`` float64: camera to axis-aligned world."""
     return np.array(record["cam_to_world"], dtype=np.float64).reshape(-1, 4, 4)
+
+
+def check_keys(what: str, annotated: Sequence[str], predicted: Iterable[str] = ()) -> None:
+    """Raise ValueError without annotations, for one that appears twice, and for a prediction of an unknown one.
+
+    Args:
+        what: the annotations in messages, a plural noun.
+        annotated: their keys.
+        predicted: keys of the predictions; some may be missing.
+    """
+    if not annotated:
+        raise ValueError(f"There are no {what} to score.")
+    repeated = [key for key, number in Counter(annotated).items() if number > 1]
+    raise_with_first(repeated, f"{what} appear more than once")
+    raise_with_first(sorted(set(predicted) - set(annotated)), f"predictions belong to none of the {what}")
+
+
+def raise_with_first(keys: Sequence[str], problem: str, advice: str = "") -> None:
+    """Raise ValueError with the number of keys that have a problem and the first of them, if there are any."""
+    if keys:
+        raise ValueError(f"{len(keys)} {problem}, the first is {keys[0]!r}{advice}.")

@@ -9,7 +9,6 @@ axis-aligned box. Protocols that compare them as oriented boxes are in ``scanref
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from w2r2_ds.boxes3d.aabb import aabb_iou
-from w2r2_ds.data.sources.labels import MULTIPLE, OTHERS, UNIQUE, LabelMap, groups, nyu40_class, scannet_class
+from w2r2_ds.data.sources.labels import MULTIPLE, OTHERS, UNIQUE
 from w2r2_ds.data.sources.validation import Record as FrozenModel
 from w2r2_ds.evaluation.protocols.records import (
     THRESHOLDS,
@@ -30,6 +29,7 @@ from w2r2_ds.evaluation.protocols.records import (
     Proposals,
     RecordFields,
     answer_world_box,
+    check_keys,
     enclosing_box,
 )
 from w2r2_ds.evaluation.protocols.registry import KeyPath, Protocol, ProtocolResult, register_protocol
@@ -44,35 +44,23 @@ class ScoredDescription:
     """One annotated description.
 
     Attributes:
-        scene_id, object_id, object_name, ann_id: as in ScanRefer's file.
-        box: box of its object.
-        group, group_nyu40: unique or multiple by each class map, if the data set was prepared with them.
+        key: identifies it in predictions and results.
+        scene_id: name of its scene.
+        box: box of its object; six numbers, or nine with angles.
+        group, group_nyu40: unique or multiple in the whole split, by ScanNet's and by NYU40's classes
+            (``data/sources/labels.py``).
         scannet_class: class of the object, see ``scannet_class``.
-        name: key in results; ``scene|object|ann`` if empty.
     """
 
+    key: str
     scene_id: str
-    object_id: str
-    object_name: str
-    ann_id: str
-    box: tuple[float, ...]
+    box: Box
     group: str = ""
     group_nyu40: str = ""
     scannet_class: int = OTHERS
-    name: str = ""
-
-    @property
-    def key(self) -> str:
-        """The name, or ``scene|object|ann``."""
-        return self.name or f"{self.scene_id}|{self.object_id}|{self.ann_id}"
 
 
-def score_official(
-    descriptions: Sequence[ScoredDescription],
-    boxes: Mapping[str, Box | None],
-    labels: LabelMap | None = None,
-    split: Sequence[ScoredDescription] | None = None,
-) -> ProtocolResult:
+def score_official(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None]) -> ProtocolResult:
     """ScanRefer's own evaluator: axis-aligned IoU with + 1e-8, ScanNet-18 classes, classes in and not in "others".
 
     daveredrum/ScanRefer ``benchmark/eval.py``: ``evaluate``.
@@ -80,8 +68,6 @@ def score_official(
     Args:
         descriptions: all descriptions to score.
         boxes: by ``ScoredDescription.key``; None for an answer that could not be parsed.
-        labels: raw category -> class (see ``LabelMap``); without it, the groups and classes of `descriptions` are used.
-        split: all descriptions of the split, which decide what is unique; `descriptions` without it.
 
     Returns:
         ``protocol``; ``parsed`` (share with a box); ``scores`` and ``counts``: group (unique, multiple, overall) ->
@@ -91,13 +77,10 @@ def score_official(
     Raises:
         ValueError: no descriptions, a description twice, or a box of an unknown description.
     """
-    check_descriptions(descriptions, boxes)
-    group_of = {(each.scene_id, each.object_id): each.group for each in descriptions}
-    if labels is not None:
-        group_of = groups(split or descriptions, labels, scannet_class)
-    items = _box_items(descriptions, boxes, group_of)
-    for item, each in zip(items.values(), descriptions, strict=True):
-        item["class"] = each.scannet_class if labels is None else scannet_class(each.object_name, labels)
+    ious = _box_ious(descriptions, boxes)
+    items = {
+        each.key: {"iou": ious[each.key], "group": each.group, "class": each.scannet_class} for each in descriptions
+    }
     scores = official_scores(list(items.values()))
     return {"protocol": "scanrefer_official", "parsed": _share_with_box(boxes, items), **scores, "items": items}
 
@@ -121,12 +104,7 @@ def official_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"scores": scores, "counts": counts}
 
 
-def score_video3dllm(
-    descriptions: Sequence[ScoredDescription],
-    boxes: Mapping[str, Box | None],
-    labels: LabelMap | None = None,
-    split: Sequence[ScoredDescription] | None = None,
-) -> ProtocolResult:
+def score_video3dllm(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None]) -> ProtocolResult:
     """Video-3D-LLM's evaluator: axis-aligned IoU with + 1e-8, unique by NYU40 ids.
 
     LaVi-Lab/Video-3D-LLM ``llava/eval/eval_scanrefer.py``: ``main``.
@@ -137,15 +115,14 @@ def score_video3dllm(
         ``protocol``; ``parsed``; ``all``, ``unique``, ``multiple``, each with ``count`` and accuracies (None in an
         empty group); ``items``.
     """
-    check_descriptions(descriptions, boxes)
-    group_of = {(each.scene_id, each.object_id): each.group_nyu40 for each in descriptions}
-    if labels is not None:
-        group_of = groups(split or descriptions, labels, nyu40_class)
-    items = _box_items(descriptions, boxes, group_of)
+    ious = _box_ious(descriptions, boxes)
+    items: dict[str, dict[str, Any]] = {
+        each.key: {"iou": ious[each.key], "group": each.group_nyu40} for each in descriptions
+    }
     result: ProtocolResult = {"protocol": "video3dllm", "parsed": _share_with_box(boxes, items)}
     for name in ("all", *GROUPS):
-        ious = [item["iou"] for item in items.values() if name in ("all", item["group"])]
-        result[name] = {"count": len(ious), **accuracies(ious)}
+        values = [item["iou"] for item in items.values() if name in ("all", item["group"])]
+        result[name] = {"count": len(values), **accuracies(values)}
     return {**result, "items": items}
 
 
@@ -160,27 +137,13 @@ def accuracy_paths(*path: str) -> dict[str, KeyPath]:
     return {f"acc@{k}": (*path, f"acc@{k}") for k in THRESHOLDS}
 
 
-def check_descriptions(descriptions: Sequence[ScoredDescription], predictions: Mapping[str, Any]) -> None:
-    """Raise ValueError without descriptions, for one that appears twice, and for a prediction of an unknown one."""
-    if not descriptions:
-        raise ValueError("There are no descriptions to score.")
-    repeated = [key for key, number in Counter(each.key for each in descriptions).items() if number > 1]
-    if repeated:
-        raise ValueError(f"{len(repeated)} descriptions appear more than once, the first is {repeated[0]!r}.")
-    unknown = sorted(predictions.keys() - {each.key for each in descriptions})
-    if unknown:
-        raise ValueError(f"{len(unknown)} predictions belong to no description, the first is {unknown[0]!r}.")
-
-
-def _box_items(
-    descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None], group_of: Mapping[tuple[str, str], str]
-) -> dict[str, dict[str, Any]]:
-    items = {}
+def _box_ious(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None]) -> dict[str, float]:
+    check_keys("descriptions", [each.key for each in descriptions], boxes)
+    ious = {}
     for each in descriptions:
         box = boxes.get(each.key)
-        iou = 0.0 if box is None else aabb_iou(box, each.box)
-        items[each.key] = {"iou": iou, "group": group_of[each.scene_id, each.object_id]}
-    return items
+        ious[each.key] = 0.0 if box is None else aabb_iou(box, each.box)
+    return ious
 
 
 def _share_with_box(boxes: Mapping[str, Box | None], items: Mapping[str, Any]) -> float:
@@ -191,9 +154,6 @@ class GroundingTarget(FrozenModel):
     """Fields of a target that ScanRefer's protocols read."""
 
     box: Box9
-    object_id: int | str
-    object_name: str
-    ann_id: str
     scannet_class: int
     group: Literal["unique", "multiple"]
     group_nyu40: Literal["unique", "multiple"]
@@ -218,15 +178,12 @@ def description_of(record: AnswerRecord) -> ScoredDescription:
     """The description that a record answers."""
     target = record["target"]
     return ScoredDescription(
+        key=record["id"],
         scene_id=record["scene_id"],
-        object_id=str(target["object_id"]),
-        object_name=target["object_name"],
-        ann_id=target["ann_id"],
-        box=tuple(enclosing_box(target["box"])),
+        box=enclosing_box(target["box"]),
         group=target["group"],
         group_nyu40=target["group_nyu40"],
         scannet_class=target["scannet_class"],
-        name=record["id"],
     )
 
 

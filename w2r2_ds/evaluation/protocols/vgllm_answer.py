@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from w2r2_ds.boxes3d.transforms import camera_to_world
 from w2r2_ds.data.tasks.parsing import AnswerError, Grounding
 
-AnswerReader = Callable[[str, int], Grounding]
+AnswerParser = Callable[[str, int], Grounding]
 Turn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -81,7 +81,7 @@ def turn_extrinsic(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
     return np.concatenate([cam_to_world[:3, :3] @ box[:3] + cam_to_world[:3, 3], box[3:6], angles])
 
 
-PARSERS: Mapping[str, AnswerReader] = {"line": read_line, "anywhere": read_anywhere}
+PARSERS: Mapping[str, AnswerParser] = {"line": read_line, "anywhere": read_anywhere}
 TURNS: Mapping[str, Turn] = {"zxy": turn_extrinsic, "ZXY": camera_to_world}
 """``zxy`` as VG-LLM's evaluator interprets the angles, ``ZXY`` as its labels are written."""
 
