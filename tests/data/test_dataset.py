@@ -122,7 +122,7 @@ def test_reading_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_frame_outside_the_root_is_rejected(tmp_path: Path) -> None:
     stray = replace(make(tmp_path)[0], frames=(tmp_path.parent / "x.jpg", tmp_path / "y.jpg"))
-    with pytest.raises(ValueError, match="outside the data root"):
+    with pytest.raises(ValueError, match="outside of the data root"):
         write_samples(tmp_path / "s.parquet", [(0, stray)], tmp_path)
 
 
@@ -167,13 +167,13 @@ def test_a_frame_with_two_poses_is_rejected(tmp_path: Path) -> None:
 
 def test_files_that_do_not_belong_together_are_rejected(tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    with pytest.raises(ValueError, match="holds no prepared data set"):
+    with pytest.raises(ValueError, match="is not a prepared data set"):
         PreparedSet(folder, tmp_path)
     write(folder, tmp_path)
     manifest = folder / dataset.MANIFEST
     for change, message in (
         ({"counts": {"samples": 7}}, "has 3 samples"),
-        ({"version": 99}, "is of version 99"),
+        ({"version": 99}, "has version 99"),
         ({"counts": {}}, "not readable"),
     ):
         written = json.loads(manifest.read_text())

@@ -27,7 +27,7 @@ def test_items_are_those_of_the_sets_in_order() -> None:
 
 def test_an_epoch_shows_what_weights_and_caps_say() -> None:
     both = mixture([2.4, 1, 1.5], [0, 0, 5])
-    assert both.shares == [12, 0, 5] and both.epoch_size == 17
+    assert both.samples_per_set == [12, 0, 5] and both.epoch_size == 17
     for epoch in range(3):
         counts = Counter(both[int(i)] for i in both.epoch(3, epoch))
         assert sorted(counts[f"a{i}"] for i in range(5)) == [2, 2, 2, 3, 3]  # 12 = 2 x 5 + 2

@@ -146,7 +146,7 @@ def test_one_message_says_how_long_the_longest_is(frontend: Any, data_config: An
         check_texts(samples, make_processor(frontend, data_config(max_length=100)))
     assert str(caught.value) == (
         f"Sample four has {lengths[0]} tokens, more than data.max_length = 100; raise it or use fewer or smaller "
-        f"frames (look also at three, twelve; the longest has {max(lengths)} tokens)."
+        f"frames (also three, twelve; the longest has {max(lengths)} tokens)."
     )
 
 
@@ -163,10 +163,10 @@ def test_a_special_token_is_found_by_the_rank_of_its_sample(
         ValueError, match=f"^Sample asks: .* special token '{re.escape(token)}'; remove it .* again\\.$"
     ):
         check_texts(every, processor, 2, 3)
-    with pytest.raises(ValueError, match=r"^Sample answers: .* prepare the data set again \(look also at asks\)\.$"):
+    with pytest.raises(ValueError, match=r"^Sample answers: .* prepare the data set again \(also asks\)\.$"):
         check_texts([samples[0], answers, asks], processor)
     assert check_texts([answers], processor, with_answer=False) == 1
     with pytest.raises(
-        ValueError, match=r"prepare the data set again \(look also at asks, asks, asks, asks, asks and 2 more\)\.$"
+        ValueError, match=r"prepare the data set again \(also asks, asks, asks, asks, asks and 2 more\)\.$"
     ):
         check_texts([asks] * 8, processor)

@@ -210,7 +210,7 @@ def test_data(config: Any, tmp_path: Path) -> None:
     assert result.errors == [] and result.info == {"prepared": f"3 samples in {config.data.root}/prepared"}
     prepared = Path(config.data.root) / "prepared"
     config.data.root = str(tmp_path)
-    assert "holds no prepared data set" in data.check_data(config.data).errors[0]
+    assert "is not a prepared data set" in data.check_data(config.data).errors[0]
     (tmp_path / "prepared").symlink_to(prepared)
     assert "does not exist (3 of 3 checked frames)" in data.check_data(config.data).errors[0]
 

@@ -112,7 +112,7 @@ def test_errors_and_differences_name_the_node(tmp_path: Path, little_run: dict[s
     for text in (
         r"safetensors is 0\.7\.1 here, but 0\.8\.\d+ on n1",
         r"peft is 0\.20\.0, but this code needs ",
-        r".*nowhere/prepared holds no prepared data set",
+        r".*nowhere/prepared is not a prepared data set",
         r"a process may open 200 files",
         r"NCCL_SOCKET_IFNAME is ib0 here, but eth0 on n1",
         r"out: .* is not the same folder",

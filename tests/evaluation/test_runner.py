@@ -172,7 +172,7 @@ def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path:
         evaluate(trained, tmp_path, task="scanqa")
     with pytest.raises(ValueError, match=r"scanrefer, not scanqa; .*--data or --task"):
         find_sets(config, "scanqa", placed.folder)
-    with pytest.raises(ValueError, match="nowhere holds no prepared data set"):
+    with pytest.raises(ValueError, match="nowhere is not a prepared data set"):
         find_sets(config, None, tmp_path / "nowhere")
     shutil.copytree(default.folder, tmp_path / "copy")
     twice = replace(config, val=[*config.val, SourceConfig(str(tmp_path / "copy"))])

@@ -271,7 +271,7 @@ def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> No
                     os.setuid(65534)
                 here = Cache(Path(), BIG)
                 assert all(here.read(each) is None for each in (key(1), secret, key(3)))
-                assert not here.has(secret) and not Cached(here, secret, {}, None).is_learnt()
+                assert not here.has(secret) and not Cached(here, secret, {}, None).is_outdated()
                 status = 0
         finally:
             os._exit(status)

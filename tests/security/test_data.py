@@ -133,8 +133,8 @@ def with_first(file: Path, column: str, value: Any) -> None:
         ("/etc/passwd", "leaves the data root"),
         ("../outside.png", "leaves the data root"),
         ("posed_images/../../outside.png", "leaves the data root"),
-        ("a\x00b.png", "holds a control character"),
-        ("a\x1b[31m.png", "holds a control character"),
+        ("a\x00b.png", "contains a control character"),
+        ("a\x1b[31m.png", "contains a control character"),
     ],
 )
 def test_a_frame_stays_below_the_data_root(path: str, sentence: str, samples: Any, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_names_of_a_table_stand_on_one_line(column: str, samples: Any, tmp_path:
     root = samples[0].frames[0].parent
     write_prepared(tmp_path, samples, root)
     with_first(tmp_path / SCENE_FILE, column, "x\nstep 5  loss 0.0")
-    with pytest.raises(ValueError, match=rf"{column} 'x\\nstep 5  loss 0.0' holds a control character"):
+    with pytest.raises(ValueError, match=rf"{column} 'x\\nstep 5  loss 0.0' contains a control character"):
         PreparedSet(tmp_path, root)
 
 
@@ -172,7 +172,7 @@ def test_a_task_is_a_name_and_no_path(task: Any, samples: Any, tmp_path: Path, d
     """An evaluation writes predictions-TASK-GEOMETRY.jsonl and removes parts-TASK-GEOMETRY."""
     write_prepared(tmp_path, samples, samples[0].frames[0].parent, task=task)
     config = data_config(root=str(samples[0].frames[0].parent))
-    with pytest.raises(ValueError, match=r"manifest.json: task .* is no name of small letters"):
+    with pytest.raises(ValueError, match=r"manifest.json: task .* is not a name of small letters"):
         find_sets(config, data=tmp_path)
 
 

@@ -1,10 +1,10 @@
-"""Read and write prepared data sets: one folder per task and split, with one Parquet file per scene.
+"""Prepared data sets on disk: one folder per task and split, with one Parquet file per scene.
 
-SCENE.parquet     one row per sample of that scene, complete in itself (images are referenced, not copied)
+SCENE.parquet     one row per sample of that scene (image files are referenced, not copied)
 skipped.jsonl     items that became no sample, with the reason
-manifest.json     options, inputs and counts; written last, so a folder without it is not complete
+manifest.json     options, inputs and counts; written last, so a folder without it is incomplete
 
-Samples are ordered by `number`, the position of their item in the annotation file, whichever scene they belong to.
+Samples are ordered by `number`, the position of their item in the annotation file, across scenes.
 ``datasets.load_dataset("parquet", data_files="FOLDER/*.parquet")`` opens the files too, scene by scene.
 """
 
@@ -27,12 +27,12 @@ from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.sanitize import CONTROL
 
 VERSION = 3
-"""Of the schema and the manifest; raised whenever an older folder can no longer be read."""
+"""Version of the schema and the manifest; raised when older folders can no longer be read."""
 
-ROWS = 1024
-"""Samples decoded at once when iterating over all of them."""
+CHUNK = 1024
+"""Samples decoded at once when iterating over a data set."""
 READERS = 16
-"""Files read at once; on a network file system each read waits."""
+"""Concurrent reads of files; on a network file system each read waits."""
 
 _TASK = re.compile(r"[a-z0-9_]{1,40}")
 MANIFEST = "manifest.json"
@@ -74,18 +74,20 @@ _COMPACT_SCHEMA = pa.schema(
         if field.name != "cam_to_world"
     ]
 )
-"""In memory: frames are indices into the data set's distinct frames, which hold the poses."""
+"""Schema in memory: `frames` are indices into the data set's distinct frames, which have the poses."""
 
 
 class PreparedSet(Sequence[Sample]):
-    """The samples of a prepared folder, decoded on access. Read by pyarrow; nothing is written or cached.
+    """Samples of a prepared data set, decoded on access.
+
+    All Parquet files are read into one Arrow table at construction; images are not read here.
 
     Args:
-        folder: written by ``launchers/prepare.py`` for one task and split.
-        root: data root that the frames' paths are relative to.
+        folder: folder that ``w2r2 prepare`` wrote for one task and split.
+        root: data root that frame paths are relative to.
 
     Raises:
-        ValueError: a file is missing, truncated or of another version, or a frame's path leaves the root.
+        ValueError: a file is missing, truncated or of another version, or a frame path leaves the root.
     """
 
     def __init__(self, folder: Path | str, root: Path | str) -> None:
@@ -113,12 +115,12 @@ class PreparedSet(Sequence[Sample]):
 
     @property
     def task(self) -> str:
-        """Which task the samples belong to."""
+        """Name of the samples' task."""
         return str(self.manifest["task"])
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, and so of options, inputs and tables."""
+        """SHA-256 of the manifest: options, counts, hashes of the inputs."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -134,7 +136,7 @@ class PreparedSet(Sequence[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         # Decode many rows at once: at start every rank iterates over all samples.
-        for batch in self._samples.to_batches(max_chunksize=ROWS):
+        for batch in self._samples.to_batches(max_chunksize=CHUNK):
             yield from map(self._sample, batch.to_pylist())
 
     def _sample(self, row: dict[str, Any]) -> Sample:
@@ -168,33 +170,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest["version"], manifest["task"], manifest["counts"]["samples"]
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} holds no prepared data set ({MANIFEST} is missing); run launchers/prepare.py, or correct "
+            f"{folder} is not a prepared data set ({MANIFEST} is missing); run launchers/prepare.py, or correct "
             "data.root, data.train or data.val."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not readable ({error!r}); prepare the data set again.") from None
     if not isinstance(found[1], str) or not _TASK.fullmatch(found[1]):  # it becomes part of files' names
-        raise ValueError(f"{path}: task {found[1]!r} is no name of small letters; prepare the data set again.")
-    if found[0] != VERSION:
         raise ValueError(
-            f"{path} is of version {found[0]!r}, this program reads {VERSION}; prepare the data set again."
+            f"{path}: task {found[1]!r} is not a name of small letters, digits and _; prepare the data set again."
         )
+    if found[0] != VERSION:
+        raise ValueError(f"{path} has version {found[0]!r}, this program reads {VERSION}; prepare the data set again.")
     return dict(manifest)
 
 
 def write_samples(
     path: Path, samples: Iterable[tuple[int, Sample]], root: Path | str, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write one scene's file atomically: a killed process leaves no partial file of this name.
+    """Write the samples of one scene atomically.
 
     Args:
-        path: the file.
-        samples: of one scene, each with the number of its item in the annotation file, in that order.
-        root: data root; all frames lie below it.
-        metadata: stored in the file's schema.
+        path: the Parquet file.
+        samples: samples of one scene with the number of their item in the annotation file, in order of the numbers.
+        root: data root; all frames are below it.
+        metadata: metadata of the file's schema.
 
     Raises:
-        ValueError: a frame lies outside `root`.
+        ValueError: a frame is outside of `root`.
     """
     rows = [{"number": number, **_row(sample, Path(root))} for number, sample in samples]
     table = pa.Table.from_pylist(rows, SAMPLE_SCHEMA.with_metadata(dict(metadata or {})))
@@ -207,7 +209,7 @@ def _row(sample: Sample, root: Path) -> dict[str, Any]:
     try:
         frames = [path.relative_to(root).as_posix() for path in sample.frames]
     except ValueError as error:
-        raise ValueError(f"A frame lies outside the data root: {error}.") from None
+        raise ValueError(f"A frame is outside of the data root: {error}.") from None
     return {
         "id": sample.id,
         "task": sample.task,
@@ -232,21 +234,21 @@ def _target(row: dict[str, Any] | None) -> Target | None:
 
 
 def _read_scene(file: Path) -> tuple[pa.Table, list[str], np.ndarray]:
-    """Samples of a file with frames as indices, the distinct frames' paths, and their poses ``[frames, 4, 4]``."""
+    """Samples of a file with frames as indices; paths of the distinct frames, and their poses ``[frames, 4, 4]``."""
     try:
         # not pq.read_table: it would join files of a folder, and Parquet's own threads are not needed here
         table = pq.ParquetFile(file).read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file} is missing or truncated ({error}); prepare the data set again.") from None
     if not table.schema.equals(SAMPLE_SCHEMA):
-        raise ValueError(f"{file} has other columns than this version writes; prepare the data set again.")
+        raise ValueError(f"{file} does not have this version's columns; prepare the data set again.")
     for name in table.column_names:
         nulls = table[name].null_count
         if nulls and name != "target":  # a question about no object has none
             raise ValueError(f"{file}: {nulls} of {len(table)} rows have no {name!r}; prepare the data set again.")
     for column in ("id", "task", "scene_id"):
         _check_names(table[column].to_pylist(), file, column)
-    # Samples of a scene share frames. Keep each frame once, so that memory does not grow with samples x frames.
+    # Samples of a scene share frames: keep the path and the pose of each frame once, and indices per sample.
     frames = table["frames"].combine_chunks()
     encoded = frames.flatten().dictionary_encode()
     poses = np.asarray(table["cam_to_world"].combine_chunks().flatten().flatten()).reshape(-1, 4, 4)
@@ -263,26 +265,27 @@ def _read_scene(file: Path) -> tuple[pa.Table, list[str], np.ndarray]:
 
 
 def _with_frames(table: pa.Table, frames: pa.ChunkedArray, offset: int) -> pa.Table:
-    """The samples with `frames`, lists of indices, counted from `offset`."""
+    """The samples with column `frames`, lists of indices, increased by `offset`."""
     lists = frames.combine_chunks()
     values = pa.array(np.asarray(lists.flatten()) + offset, pa.int64())
     column = pa.ListArray.from_arrays(lists.offsets, values)
-    place = table.schema.get_field_index("frames")
-    return table.set_column(place, _COMPACT_SCHEMA.field("frames"), column).replace_schema_metadata(None)
+    index = table.schema.get_field_index("frames")
+    return table.set_column(index, _COMPACT_SCHEMA.field("frames"), column).replace_schema_metadata(None)
 
 
 def _check_names(values: Sequence[str], file: Path, column: str) -> None:
-    """Raise ValueError for names with control characters; one search over all names joined, since there are many."""
+    """Raise ValueError for a name with a control character, which could forge lines of a message or a log."""
+    # One search over all names joined: there are many.
     if CONTROL.search("".join(values)):
         name = next(value for value in values if CONTROL.search(value))
-        raise ValueError(f"{file}: {column} {name!r} holds a control character; prepare the data set again.")
+        raise ValueError(f"{file}: {column} {name!r} contains a control character; prepare the data set again.")
 
 
 def _inside(path: str, file: Path) -> str:
-    """A relative path that does not climb; links below the root are the user's own."""
+    """Check that a path is relative and stays below the root; symbolic links there are followed."""
     pure = PurePosixPath(path)
     if CONTROL.search(path):
-        raise ValueError(f"{file}: path {path!r} holds a control character; prepare the data set again.")
+        raise ValueError(f"{file}: path {path!r} contains a control character; prepare the data set again.")
     if pure.is_absolute() or ".." in pure.parts:
         raise ValueError(f"{file}: path {path!r} leaves the data root; prepare the data set again.")
     return path

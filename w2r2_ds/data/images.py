@@ -20,10 +20,10 @@ UNSUPPORTED = ("I", "F")
 
 
 def load_frame(path: str | Path) -> np.ndarray:
-    """An image file as ``uint8 [height, width, 3]`` RGB; RGBA is put on white, gray becomes RGB.
+    """Read an image file as ``uint8 [height, width, 3]`` RGB; a transparent image is blended with white.
 
     Raises:
-        ValueError: the file is missing, no image, truncated, or has more than 8 bits per channel.
+        ValueError: the file is missing, not an image, truncated, or has more than 8 bits per channel.
     """
     if not Path(path).is_file():
         raise ValueError(
@@ -43,7 +43,7 @@ def frame_size(path: Path) -> tuple[int, int]:
     """Width and height of an image file in pixels, from its header.
 
     Raises:
-        ValueError: the file is missing or no image.
+        ValueError: the file is missing or not an image.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -59,9 +59,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: str = "crop") -> np.ndarray:
     """Resize frames to whole patches, by the rule of VGGT's ``load_and_preprocess_images``.
 
-    ``crop`` makes every frame `width` wide, its height the nearest multiple of `patch`, and crops what is higher than
-    `width` at top and bottom. ``pad`` makes the longer side `width` and pads the other with white to a square. Frames
-    that still differ in size are padded with white, centred, to the largest.
+    ``crop`` scales every frame to `width` and its height to the nearest multiple of `patch`, and crops a height above
+    `width` at top and bottom. ``pad`` scales the longer side to `width` and pads the other one with white to a square.
+    Frames that still differ in size are padded with white, centred, to the largest.
 
     Args:
         images: ``uint8 [height, width, 3]`` each.
@@ -73,7 +73,7 @@ def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: st
         ``float32 [N, 3, H, W]`` in [0, 1]; H and W are multiples of `patch`.
 
     Raises:
-        ValueError: no frames, a frame of another form or too narrow, or a bad width or mode.
+        ValueError: no frames, a frame of another shape or dtype or too narrow, or an invalid width or mode.
     """
     if width <= 0 or width % patch:
         raise ValueError(f"frame width {width} must be a positive multiple of {patch}.")
@@ -105,12 +105,12 @@ def _fit(image: np.ndarray, target: int, patch: int, mode: str) -> np.ndarray:
 
 
 def crop_size(sizes: Sequence[tuple[int, int]], target: int, patch: int) -> tuple[int, int]:
-    """Width and height of `resize_frames` for frames of these ``(width, height)``, in its mode ``crop``."""
+    """``(width, height)`` of the result of `resize_frames` in mode ``crop`` for frames of these sizes."""
     return target, max(min(target, _scaled_height(width, height, target, patch)) for width, height in sizes)
 
 
 def _scaled_height(width: int, height: int, target: int, patch: int) -> int:
-    """Height in whole patches of a frame that is made `target` wide."""
+    """Height in pixels, a multiple of `patch`, of a frame that is scaled to width `target`."""
     return _to_patches(height * (target / width), patch)
 
 
@@ -120,14 +120,14 @@ def _to_patches(length: float, patch: int) -> int:
 
 
 def _pad(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """White around ``[h, w, 3]``, an odd pixel at bottom or right."""
+    """Pad ``uint8 [h, w, 3]`` with white, centred; an odd pixel goes to bottom or right."""
     missing = (height - frame.shape[0], width - frame.shape[1])
     edges = [(short // 2, short - short // 2) for short in missing]
     return np.pad(frame, (*edges, (0, 0)), constant_values=WHITE)
 
 
 def even_crop(images: np.ndarray, patch: int = 14, merge: int = 2) -> np.ndarray:
-    """Cut ``[N, 3, H, W]`` at bottom and right so that its patches can be merged `merge` by `merge`.
+    """Crop ``[N, 3, H, W]`` at bottom and right to multiples of ``patch * merge``, so that patches can be merged.
 
     Raises:
         ValueError: frames smaller than one merged patch.
@@ -137,7 +137,7 @@ def even_crop(images: np.ndarray, patch: int = 14, merge: int = 2) -> np.ndarray
 
 
 def even_size(height: int, width: int, patch: int = 14, merge: int = 2) -> tuple[int, int]:
-    """Height and width of what `even_crop` leaves, which raises the same."""
+    """``(height, width)`` after `even_crop`; raises the same error."""
     step = patch * merge
     if height < step or width < step:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Several prepared data sets as one: weights, caps, and what an epoch shows."""
+"""Mixture of prepared data sets: weights, caps and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from w2r2_ds.types.sample import Sample
 
 
 class Mixture(Sequence[Sample]):
-    """The samples of several data sets, one after the other.
+    """Concatenation of data sets, with the number of samples of each set in an epoch.
 
     Args:
         sets: data sets.
-        weights: per set, how often an epoch shows each of its samples; of 1.5, all of them once and a random half a
-            second time.
-        caps: per set, the most samples an epoch shows of it; 0 for no limit.
+        weights: per set, how often an epoch contains each of its samples. 1.5: all samples once, and a random half of
+            them a second time.
+        caps: per set, the maximum number of its samples in an epoch; 0 for no limit.
     """
 
     def __init__(self, sets: Sequence[Sequence[Sample]], weights: Sequence[float], caps: Sequence[int]) -> None:
@@ -37,41 +37,49 @@ class Mixture(Sequence[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        which = bisect_right(self._ends, index)
-        return self.sets[which][index - (self._ends[which] - len(self.sets[which]))]
+        number = bisect_right(self._ends, index)
+        samples = self.sets[number]
+        return samples[index - (self._ends[number] - len(samples))]
 
     def __iter__(self) -> Iterator[Sample]:
         return chain.from_iterable(self.sets)
 
     @property
-    def shares(self) -> list[int]:
+    def samples_per_set(self) -> list[int]:
         """Number of samples of each set in an epoch."""
         counts = [round(weight * len(each)) for weight, each in zip(self.weights, self.sets, strict=True)]
         return [min(count, cap) if cap else count for count, cap in zip(counts, self.caps, strict=True)]
 
     @property
     def epoch_size(self) -> int:
-        """Samples in an epoch."""
-        return sum(self.shares)
+        """Number of samples in an epoch."""
+        return sum(self.samples_per_set)
 
     def frame_sets(self) -> np.ndarray:
-        """``[len(self)]`` int64, equal for samples, of any set, that see the same files in the same order."""
+        """Frame set of every sample, ``[len(self)]`` int64: equal for the same frame files in the same order."""
         numbers: dict[tuple[Path, ...], int] = {}
         return np.array([numbers.setdefault(sample.frames, len(numbers)) for sample in self], dtype=np.int64)
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """Indices of one epoch in random order: ``[epoch_size]`` int64, the same on every rank.
+        """Sample indices of one epoch in random order.
+
+        The order follows from `seed` and `epoch` only, so all ranks have the same one, and a resumed run has it again.
 
         Args:
-            seed: of the run.
-            epoch: from 0.
+            seed: seed of the run.
+            epoch: number of the epoch, from 0.
+
+        Returns:
+            ``[epoch_size]`` int64.
         """
         generator = np.random.default_rng([seed, epoch])
         drawn = []
-        for share, each, end in zip(self.shares, self.sets, self._ends, strict=True):
-            whole = np.tile(np.arange(len(each)), share // len(each)) if len(each) else np.empty(0, dtype=np.int64)
-            rest = share - len(whole)
-            part = generator.permutation(len(each))[:rest] if rest else np.empty(0, dtype=np.int64)
-            drawn.append(np.concatenate([whole, part]).astype(np.int64) + end - len(each))
+        for count, samples, end in zip(self.samples_per_set, self.sets, self._ends, strict=True):
+            size = len(samples)
+            # All samples as often as they fit into `count`, then a random part of them.
+            whole = np.tile(np.arange(size), count // size) if size else np.empty(0, dtype=np.int64)
+            rest = count - len(whole)
+            part = generator.permutation(size)[:rest] if rest else np.empty(0, dtype=np.int64)
+            drawn.append(np.concatenate([whole, part]).astype(np.int64) + end - size)
         indices = np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
         return indices[generator.permutation(len(indices))]

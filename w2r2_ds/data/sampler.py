@@ -1,4 +1,4 @@
-"""Global batches that are the same for every world size and accumulation split."""
+"""Batch sampler whose global batches are the same for every world size and every accumulation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ from w2r2_ds.data.mixture import Mixture
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Yield this rank's micro-batches of sample indices, from optimizer step `start` to `steps`.
+    """Yields this rank's micro-batches of sample indices, from optimizer step `start` to `steps`.
 
-    Sample position `step * global_batch + j` walks through one order per epoch, so the data position after a resume
-    follows from the step alone. Samples of the same frames are adjacent in that order, in scene groups that begin at
-    multiples of `questions_per_scene`, across epochs too, so that a micro-batch consists of whole groups.
+    All samples of a run form one endless list: epoch 0 in its order, then epoch 1, and so on. Step ``s`` has the list's
+    positions ``s * global_batch`` to ``(s + 1) * global_batch``. The list follows from `seed` and the mixture only;
+    there is no state to save. So a run that resumes at step ``s`` continues with exactly the samples that it would have
+    had, also on another number of ranks or with another `micro_batch`.
+
+    With `questions_per_scene` K > 1, samples with the same frames are adjacent in the list, in scene groups of K that
+    begin at multiples of K, also where an epoch ends. So every micro-batch consists of whole groups.
 
     Args:
-        mixture: the samples, and what an epoch shows of them.
-        global_batch: samples per optimizer step; a multiple of `micro_batch * world_size`.
-        micro_batch: samples per forward per rank.
+        mixture: the samples, and the size and order of an epoch.
+        global_batch: samples per optimizer step; a multiple of ``micro_batch * world_size``.
+        micro_batch: samples per forward pass and rank.
         rank: this process.
         world_size: number of processes.
         steps: last optimizer step, exclusive.
         start: first optimizer step.
-        seed: of the orders.
-        questions_per_scene: samples per scene group; `micro_batch` is a multiple. 1 keeps the order of the mixture.
+        seed: seed of the epochs' orders.
+        questions_per_scene: samples per scene group; `micro_batch` is a multiple of it. 1 keeps the mixture's order.
+
+    Raises:
+        ValueError: an epoch has no samples.
     """
 
     def __init__(
@@ -58,7 +65,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         size = self.mixture.epoch_size
         stride = self.micro_batch * self.world_size
         for step in range(self.start, self.steps):
-            for first in range(0, self.global_batch, stride):
+            for first in range(0, self.global_batch, stride):  # one accumulation step of all ranks
                 begin = step * self.global_batch + first + self.rank * self.micro_batch
                 indices = []
                 for position in range(begin, begin + self.micro_batch):
@@ -69,11 +76,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 yield indices
 
     def order(self, epoch: int) -> np.ndarray:
-        """Indices of one epoch, ``[epoch_size]`` int64, the same on every rank."""
+        """Sample indices of one epoch, ``[epoch_size]`` int64, the same on every rank."""
         order = self.mixture.epoch(self.seed, epoch)
         if self.frame_sets is None:
             return order
-        first = -epoch * len(order) % self.group_size  # completes the last group of the previous epoch
+        # The epoch begins at position epoch * len(order), which may be inside of a group: complete that group first.
+        first = -epoch * len(order) % self.group_size
         generator = np.random.default_rng([self.seed, epoch, self.group_size])
         return group_by_frames(order, self.frame_sets[order], self.group_size, first, generator)
 
@@ -83,16 +91,16 @@ def group_by_frames(
 ) -> np.ndarray:
     """Permute samples so that those with the same frames are adjacent, in scene groups of `size`.
 
-    The first group has `first` samples (it completes the last group of the previous epoch); the last may be short.
+    The first group has `first` samples (it completes the last group of the previous epoch); the last one may be short.
     Each frame set fills as many whole groups as it can. Its remainder, fewer than `size` samples, shares a group with
-    remainders of other frame sets, unsplit where it fits. Whole and shared groups come in random order.
+    remainders of other frame sets, unsplit if it fits. Whole and shared groups are in random order.
 
     Args:
-        order: ``[samples]`` int64, an epoch in random order.
-        sets: ``[samples]`` int64, equal for samples with the same frames.
+        order: ``[samples]`` int64, sample indices of an epoch in random order.
+        sets: ``[samples]`` int64, frame set of every entry of `order`.
         size: samples per group.
         first: in [0, size), samples of the first group.
-        generator: source of randomness.
+        generator: random generator of the epoch.
 
     Returns:
         ``[samples]`` int64, a permutation of `order`.

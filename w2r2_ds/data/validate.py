@@ -1,4 +1,4 @@
-"""Check frame files and texts before a run starts, so that an error does not occur hours later."""
+"""Check frame files and texts of a data set before a run starts, so that a bad sample does not end it hours later."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from w2r2_ds.data.images import frame_size, load_frame
 from w2r2_ds.data.processor import Processor, SequenceTooLong
 from w2r2_ds.types.sample import Sample
 
-ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
-"""How a JPEG and a PNG begin, and what stands at their end: a marker, and the last chunk with its checksum."""
+FILE_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
+"""First bytes of a JPEG and a PNG file -> its last bytes: the end marker, or the last chunk with its checksum."""
 TAIL = 1024
-"""Bytes at the end of a file in which its end is looked for; some programs append a few of their own."""
+"""Bytes at the end of a file in which the end marker is searched for; some programs append data of their own."""
 THREADS = 16
-"""Reads in flight; on a network file system each of them is a wait."""
+"""Concurrent reads; on a network file system each read waits."""
 
-NAMED = 5
-"""Samples that are named besides the first one."""
+MAX_LISTED = 5
+"""Samples that a message lists besides the first one."""
 
 
 def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) -> int:
-    """Look at every distinct frame file of the samples, or at this rank's share of them.
+    """Check that the distinct frame files of the samples are complete images; every rank checks a part of them.
 
-    Two short reads per file: it must end as a JPEG or a PNG does. One that does not, or begins as neither, is decoded
-    in full, so that a rejected file cannot be read either. Damage before the end is left to the loader.
+    Two short reads per file: it must begin and end as a JPEG or a PNG file does. A file that does not is decoded, and
+    the error is the loader's. Damage in the middle of a file is found by the loader only.
 
     Args:
-        samples: whose frames.
-        rank: which share, of
-        world_size: shares.
+        samples: the samples.
+        rank: this process; it checks every `world_size`-th file.
+        world_size: number of processes.
 
     Returns:
-        The number of checked files.
+        The number of files that this rank checked.
 
     Raises:
-        ValueError: a file is missing or cannot be read; the message names the first.
+        ValueError: a file is missing or cannot be read; the message names the first one.
     """
     files = list(dict.fromkeys(path for sample in samples for path in sample.frames))[rank::world_size]
     with ThreadPoolExecutor(THREADS) as pool:
-        for path, whole in zip(files, pool.map(ends_well, files), strict=True):
-            if not whole:
+        for path, complete in zip(files, pool.map(is_complete_image, files), strict=True):
+            if not complete:
                 load_frame(path)
     return len(files)
 
 
-def ends_well(path: Path) -> bool:
-    """Whether a file begins and ends as a JPEG or a PNG does; False too where it cannot be opened."""
+def is_complete_image(path: Path) -> bool:
+    """Whether a file begins and ends as a JPEG or a PNG file does; False if it cannot be opened."""
     try:
         with open(path, "rb") as file:
             head = file.read(8)
@@ -55,7 +55,7 @@ def ends_well(path: Path) -> bool:
             tail = file.read()
     except OSError:
         return False
-    return any(head.startswith(start) and end in tail for start, end in ENDS.items())
+    return any(head.startswith(begin) and end in tail for begin, end in FILE_MARKERS.items())
 
 
 def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
@@ -70,46 +70,46 @@ def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
 def check_texts(
     samples: Sequence[Sample], processor: Processor, rank: int = 0, world_size: int = 1, with_answer: bool = True
 ) -> int:
-    """Look at the texts and the length of all samples, or of this rank's share of them; no frame is decoded.
+    """Check texts and sequence lengths of the samples without decoding frames; every rank checks a part of them.
 
     Args:
-        samples: with frames that `check_frames` has passed.
-        processor: that will be given them.
-        rank: which share, of
-        world_size: shares.
-        with_answer: for training; False for prompts alone.
+        samples: samples whose frames have passed `check_frames`.
+        processor: processor of the run.
+        rank: this process; it checks a contiguous part.
+        world_size: number of processes.
+        with_answer: True for training; False for prompts.
 
     Returns:
-        The number of checked samples.
+        The number of samples that this rank checked.
 
     Raises:
-        ValueError: the sentence of the first sample whose text holds a special token, which is too long or which the
-            chat template changes; the message names the next few, and the longest length.
+        ValueError: a text contains a special token or is changed by the chat template, or a sequence is too long. The
+            message is that of the first such sample; it lists a few others, and the longest length.
     """
-    # A run of neighbours: they are of the same scenes, so that ranks rarely read the same file.
-    begin, end = (len(samples) * share // world_size for share in (rank, rank + 1))
-    mine = samples[begin:end]
-    files = list(dict.fromkeys(path for sample in mine for path in sample.frames))
+    # A contiguous part has few scenes: ranks rarely read the header of the same frame.
+    begin, end = (len(samples) * index // world_size for index in (rank, rank + 1))
+    own = samples[begin:end]
+    files = list(dict.fromkeys(path for sample in own for path in sample.frames))
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = dict(zip(files, pool.map(frame_size, files), strict=True))
-    rejected: list[tuple[str, ValueError]] = []
-    for sample in mine:
+    failures: list[tuple[str, ValueError]] = []
+    for sample in own:
         try:
             processor.check(sample, [sizes[path] for path in sample.frames], with_answer)
         except ValueError as error:
-            rejected.append((sample.id, error))
-    if rejected:
-        raise ValueError(_all_of(rejected)) from rejected[0][1]
-    return len(mine)
+            failures.append((sample.id, error))
+    if failures:
+        raise ValueError(_message(failures)) from failures[0][1]
+    return len(own)
 
 
-def _all_of(rejected: Sequence[tuple[str, ValueError]]) -> str:
-    """The message of the first rejected sample, the ids of the others, and the longest length."""
-    first, others = str(rejected[0][1]), [identity for identity, _ in rejected[1:]]
+def _message(failures: Sequence[tuple[str, ValueError]]) -> str:
+    """Message of the first failure, with the ids of others and the length of the longest sequence."""
+    first, others = str(failures[0][1]), [identity for identity, _ in failures[1:]]
     if not others:
         return first
-    also = "look also at " + ", ".join(others[:NAMED])
-    if len(others) > NAMED:
-        also += f" and {len(others) - NAMED} more"
-    longest = max(error.tokens if isinstance(error, SequenceTooLong) else 0 for _, error in rejected)
+    also = "also " + ", ".join(others[:MAX_LISTED])
+    if len(others) > MAX_LISTED:
+        also += f" and {len(others) - MAX_LISTED} more"
+    longest = max(error.tokens if isinstance(error, SequenceTooLong) else 0 for _, error in failures)
     return f"{first.removesuffix('.')} ({also}{f'; the longest has {longest} tokens' if longest else ''})."

@@ -22,13 +22,13 @@ class VisualInputs:
     """Inputs of the vision tower and the geometry encoder for one sample, or their cached features.
 
     Attributes:
-        pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input; no patches where
-            the cache has its output.
-        grid_thw: ``[images or 1, 3]`` int64 patch grid, in any case.
+        pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input; ``[0, ...]``
+            without frames, or if `cached_2d` has its output.
+        grid_thw: ``[images or videos, 3]`` int64 patch grid (time, height, width), also with cached features.
         geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], the geometry encoder's input (not cropped);
-            None without frames, and where the cache has its features.
-        cached_2d: cache entry of the vision tower's output; None without a cache.
-        cached_3d: cache entry of the geometry features.
+            None without frames, or if `cached_3d` has its output.
+        cached_2d: cache lookup of the vision tower's output; None without a cache of 2D features.
+        cached_3d: cache lookup of the geometry features; None without a cache.
     """
 
     pixel_values: torch.Tensor
@@ -37,23 +37,23 @@ class VisualInputs:
     cached_2d: Cached | None = None
     cached_3d: Cached | None = None
 
-    def is_learnt(self) -> bool:
-        """Whether the cache lacked something then that it has now."""
-        return any(each is not None and each.is_learnt() for each in (self.cached_2d, self.cached_3d))
+    def is_outdated(self) -> bool:
+        """Whether features that the cache lacked at lookup have been written since."""
+        return any(each is not None and each.is_outdated() for each in (self.cached_2d, self.cached_3d))
 
 
 class VisualPreprocessor:
     """Turns a sample's frames into inputs for the vision tower and the geometry encoder.
 
     Args:
-        family: of the VLM; cuts frames into its vision tower's pixel values.
+        family: VLM family, makes the pixel values of its vision tower.
         vision: patch sizes and normalisation of the VLM.
         geometry: patch size of the geometry encoder.
         config: frame size, and whether frames are images or a video.
         cache: features that need not be computed; None without a cache.
 
     Raises:
-        ValueError: `data.frame_width` is no multiple of the geometry encoder's patch size.
+        ValueError: `data.frame_width` is not a multiple of the geometry encoder's patch size.
     """
 
     def __init__(
@@ -74,39 +74,44 @@ class VisualPreprocessor:
         self._last: tuple[tuple[Path, ...], VisualInputs] | None = None
 
     def __call__(self, sample: Sample) -> VisualInputs:
-        """`compute`, reused for consecutive samples of the same frames unless the cache has been filled meanwhile."""
-        if self._last is None or self._last[0] != sample.frames or self._last[1].is_learnt():
+        """`compute`, with the last result reused for a sample with the same frames.
+
+        With `data.questions_per_scene`, samples with the same frames are consecutive. The result is computed again if
+        its features have been cached meanwhile.
+        """
+        if self._last is None or self._last[0] != sample.frames or self._last[1].is_outdated():
             self._last = sample.frames, self.compute(sample)
         return self._last[1]
 
     def compute(self, sample: Sample) -> VisualInputs:
-        """Inputs of both encoders for a sample's frames; those whose features are cached are skipped.
+        """Inputs of both encoders for a sample's frames, without those whose features are cached.
 
         Raises:
             ValueError: a frame cannot be read, or is too small.
         """
         vision = self.vision
-        nothing = torch.zeros(0, 3 * vision.temporal_patch_size * vision.patch_size**2)
+        no_patches = torch.zeros(0, 3 * vision.temporal_patch_size * vision.patch_size**2)
         if not sample.frames:
-            return VisualInputs(nothing, torch.zeros(0, 3, dtype=torch.int64), None)
-        known_2d = self.cache.find_2d(sample.frames) if self.cache else None
-        known_3d = self.cache.find_3d(sample.frames) if self.cache else None
-        missing = [each for each in (known_2d, known_3d) if each is None or each.features is None]
+            return VisualInputs(no_patches, torch.zeros(0, 3, dtype=torch.int64), None)
+        cached_2d = self.cache.find_2d(sample.frames) if self.cache else None
+        cached_3d = self.cache.find_3d(sample.frames) if self.cache else None
+        missing = [each for each in (cached_2d, cached_3d) if each is None or each.features is None]
         if not missing:
-            return VisualInputs(nothing, self._grid(sample), None, known_2d, known_3d)
+            return VisualInputs(no_patches, self._grid(sample), None, cached_2d, cached_3d)
         frames = [load_frame(path) for path in sample.frames]
         images = resize_frames(frames, self.config.frame_width, self.geometry.patch_size)
+        # If a frame was replaced between hashing and reading, its new features would be stored under the old key.
         if any(each is not None and not each.is_of(sample.frames) for each in missing):
-            return self.compute(sample)  # a frame was replaced between its key and its pixels
-        geometry_images = torch.from_numpy(images) if known_3d is None or known_3d.features is None else None
-        if known_2d is not None and known_2d.features is not None:
-            return VisualInputs(nothing, self._grid(sample), geometry_images, known_2d, known_3d)
+            return self.compute(sample)
+        geometry_images = torch.from_numpy(images) if cached_3d is None or cached_3d.features is None else None
+        if cached_2d is not None and cached_2d.features is not None:
+            return VisualInputs(no_patches, self._grid(sample), geometry_images, cached_2d, cached_3d)
         cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
         kind = "video" if self.config.visual == "video" else "image"
-        return VisualInputs(*self.family.pixel_values(cropped, vision, kind), geometry_images, known_2d, known_3d)
+        return VisualInputs(*self.family.pixel_values(cropped, vision, kind), geometry_images, cached_2d, cached_3d)
 
     def _grid(self, sample: Sample) -> torch.Tensor:
-        """`grid_thw` of the pixel values, from the headers of the frames' files."""
+        """`grid_thw` of the pixel values ``[images or videos, 3]``, from the headers of the frame files."""
         _, (width, height) = self.sizes([frame_size(path) for path in sample.frames])
         rows, columns = height // self.vision.patch_size, width // self.vision.patch_size
         count = len(sample.frames)
@@ -115,7 +120,11 @@ class VisualPreprocessor:
         return torch.tensor([[1, rows, columns]] * count)
 
     def sizes(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Width and height of frames of these ``(width, height)`` for the geometry encoder, and of the VLM's crop."""
+        """``(width, height)`` of the resized frames for the geometry encoder, and of their crop for the vision tower.
+
+        Args:
+            sizes: ``(width, height)`` of the frame files.
+        """
         width, height = crop_size(sizes, self.config.frame_width, self.geometry.patch_size)
         even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)
         return (width, height), (even_width, even_height)

@@ -46,7 +46,7 @@ class Cached:
         """Whether the key is that of these frames' current content."""
         return self.key == features_key(self.about["encoder"], frames)
 
-    def is_learnt(self) -> bool:
+    def is_outdated(self) -> bool:
         """Whether the features were missing at lookup and have been written since."""
         return self.features is None and self.cache.has(self.key)
 

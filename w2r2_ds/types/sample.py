@@ -1,4 +1,4 @@
-"""The plain records that tasks make and everything after them reads."""
+"""`Sample`: one question about a set of frames, with its answer and annotations, as prepared data sets store it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Kind = Literal["grounding", "caption", "answer"]
 
 @dataclass(frozen=True)
 class Target:
-    """The object that a question means, or that a caption is about.
+    """The object that a question refers to, or that a caption describes.
 
     Attributes:
         box: ``[9]`` float64 world box (centre, size, ZXY angles; metres, radians).
         object_id: instance id in the scene.
         object_name: annotated name, with spaces.
         group: ``"unique"`` or ``"multiple"`` by ScanNet's 18 classes (``data/sources/labels.py``).
-        group_nyu40: the same by NYU40 ids.
+        group_nyu40: the same by NYU40 class ids.
         scannet_class: 0 to 16 for ScanNet's named classes, 17 for others.
         ann_id: number of the description of this object, as in ScanRefer's file; empty for a caption's object.
-        described: ``[6]`` float64, the box that a caption's prompt was made from (annotated or proposed); None if none.
+        described: ``[6]`` float64, the box in a caption's prompt (annotated or proposed); None for other tasks.
     """
 
     box: np.ndarray
@@ -39,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Reference:
-    """A text that a generated one is scored against; ``words`` as the annotation file splits it, where it does."""
+    """A reference text for scoring; `words` is its tokenization in the annotation file, if it has one."""
 
     text: str
     words: tuple[str, ...] = ()
@@ -59,17 +59,17 @@ class Sample:
 
     Attributes:
         id: unique within a data set, e.g. ``"scene0000_00|5|chair|0"``.
-        task: name of the task that made it: scanrefer, scan2cap, scanqa or detection.
-        scene_id: ScanNet scene name.
-        frames: colour image files, in the order of the model's input; none for a question about no scene.
+        task: name of the registered task that made it.
+        scene_id: name of the scene.
+        frames: colour image files, in the order of the model's input; empty for a question without frames.
         cam_to_world: ``[frames, 4, 4]`` float64, camera to axis-aligned world; ``[0, 4, 4]`` without frames.
-        question: text after the frames.
-        answer: the text to be learned; empty where the object is in no frame (validation only).
-        target: the object that is meant; None where there is none.
-        kind: what the answer is.
-        what: characters ``[begin, end)`` of `question` that say what is meant; empty where nothing does.
-        references: all texts that a caption or a short answer is scored against.
-        objects: what a detection is scored against.
+        question: text of the prompt after the frames.
+        answer: text of the label; empty if the target is in no frame (validation only).
+        target: the object that the question refers to; None if there is none.
+        kind: kind of the answer.
+        what: characters ``[begin, end)`` of `question` that describe the target; empty if there are none.
+        references: texts that a generated caption or short answer is scored against.
+        objects: objects that a detection is scored against.
     """
 
     id: str

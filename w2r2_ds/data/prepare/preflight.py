@@ -11,7 +11,7 @@ from w2r2_ds.data.prepare.manifest import relative
 from w2r2_ds.data.prepare.plan import BOXES, EXTRACTED, Plan, check_options, input_files, make_plan, scene_files
 from w2r2_ds.data.tasks.base import TaskOptions, find_task
 from w2r2_ds.data.tasks.common import SCANNET
-from w2r2_ds.data.validate import THREADS, ends_well
+from w2r2_ds.data.validate import THREADS, is_complete_image
 
 SAMPLE_BYTES, FRAME_BYTES = 130, 160
 """Compressed size of a sample of 32 frames and of a frame, measured on sentences of random words."""
@@ -131,6 +131,6 @@ def _missing_of_scene(root: Path, scene_id: str) -> Iterator[Missing]:
             elif suffix != ".txt":
                 images.append(folder / (stem + suffix))
     with ThreadPoolExecutor(THREADS) as pool:
-        for path, whole in zip(images, pool.map(ends_well, images), strict=True):
+        for path, whole in zip(images, pool.map(is_complete_image, images), strict=True):
             if not whole:
                 yield Missing(path, "truncated, or no image", EXTRACTED)
