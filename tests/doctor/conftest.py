@@ -23,7 +23,8 @@ def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("little")
     prepared = samples[0].frames[0].parent / "prepared"
     write_prepared(prepared, samples, prepared.parent)
-    for name, config in (("vlm", {"text_config": TEXT | {"num_hidden_layers": 2}}), ("vggt", {"embed_dim": 32})):
+    vggt = {"embed_dim": 32, "depth": 3, "num_heads": 2, "vit_num_heads": 2}
+    for name, config in (("vlm", {"text_config": TEXT | {"num_hidden_layers": 2}}), ("vggt", vggt)):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
         save_file({"weight": torch.arange(12.0).reshape(3, 4)}, folder / name / "model.safetensors")

@@ -91,13 +91,8 @@ def test_checkpoint_bytes(config: Any, tmp_path: Path) -> None:
 
     merger = GeometryMerger(64, 64, config.model.merger_hidden)
     assert host.merger_weights(64, 64, config.model.merger_hidden) == sum(p.numel() for p in merger.parameters())
-    text = {
-        "hidden_size": 8,
-        "intermediate_size": 24,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 3,
-    }
+    text = {"hidden_size": 8, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text["num_hidden_layers"] = 3
     assert host.lora_weights(text, 5) == 3 * 5 * ((8 + 8) + (8 + 4) + (8 + 4) + (8 + 8) + 3 * (8 + 24))
     config.out = str(tmp_path)
     one = host.checkpoint_bytes(config)
@@ -111,6 +106,9 @@ def test_checkpoint_bytes(config: Any, tmp_path: Path) -> None:
     for name in ("step-000001", "step-000002"):
         (tmp_path / "checkpoints" / name).rename(tmp_path / "checkpoints" / f"{name}.damaged")
     assert host.missing_checkpoint_bytes(config) == 2 * one, "damaged ones are kept in addition"
+    config.model.geometry.layers = [0, 1]  # of VGGT's width 2 x 32 each
+    wider, narrower = (host.merger_weights(width, 64, config.model.merger_hidden) for width in (128, 64))
+    assert host.checkpoint_bytes(config) == one + host.BYTES_PER_WEIGHT * (wider - narrower)
     config.model.vlm = "nowhere"
     assert host.checkpoint_bytes(config) == host.missing_checkpoint_bytes(config) == 0
 

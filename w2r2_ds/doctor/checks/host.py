@@ -104,12 +104,18 @@ def missing_checkpoint_bytes(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of one checkpoint: LoRA on every decoder layer, and the geometry merger; 0 if sizes are unknown."""
-    text, vggt = _model_config(config.model.vlm, "text_config"), _model_config(config.model.geometry.path, "")
-    features = 2 * vggt.get("embed_dim", 1024) * len(config.model.geometry.layers)
-    try:
-        weights = lora_weights(text, config.model.lora_rank)
-        weights += merger_weights(features, text["hidden_size"], config.model.merger_hidden)
-    except KeyError:
+    from w2r2_ds.models.geometry_encoder import find_geometry_encoder
+
+    model, geometry = config.model, config.model.geometry
+    if geometry.path and not Path(geometry.path).is_dir():  # a hub id, which `read_spec` would download
+        return 0
+    try:  # files that cannot be read are errors of the check of the weights
+        tree = read_json(Path(model.vlm) / "config.json")
+        text = tree.get("text_config", tree)
+        features = find_geometry_encoder(geometry.name).read_spec(geometry).feature_dim
+        weights = lora_weights(text, model.lora_rank)
+        weights += merger_weights(features, text["hidden_size"], model.merger_hidden)
+    except (KeyError, ValueError):
         return 0
     return BYTES_PER_WEIGHT * weights
 
@@ -148,12 +154,3 @@ def check_limits(workers: int, prefetch: int, ranks: int) -> CheckResult:
             f"{prefetch} need {needed / GIB:.2f}; enlarge it (docker: --shm-size {-(-needed // GIB)}g), or lower them."
         )
     return result
-
-
-def _model_config(source: str, section: str) -> dict[str, Any]:
-    """A section of a model directory's config.json; empty if unreadable, which the check of the weights reports."""
-    try:
-        tree = read_json(Path(source) / "config.json")
-    except ValueError:
-        return {}
-    return dict(tree.get(section, tree))
