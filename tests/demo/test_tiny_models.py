@@ -130,20 +130,6 @@ def test_untied_head(tmp_path: Path, texts: list[str]) -> None:
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "word"),
-    [
-        ({"hidden": 100}, "hidden 100"),
-        ({"kv_heads": 3}, "kv_heads 3"),
-        ({"layers": 0}, "layers"),
-        ({"vision_hidden": 40}, "vision_hidden 40"),
-    ],
-)
-def test_bad_sizes(tmp_path: Path, texts: list[str], sizes: dict[str, int], word: str) -> None:
-    with pytest.raises(ValueError, match=word):
-        build_tiny_vlm(tmp_path, texts, seed=0, **sizes)  # type: ignore[arg-type]
-
-
 def test_bad_texts(texts: list[str]) -> None:
     with pytest.raises(ValueError, match="texts is empty"):
         train_tokenizer([""])

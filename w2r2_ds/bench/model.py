@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from w2r2_ds.bench.shapes import MERGE, PATCH, Shape
+from w2r2_ds.bench.shapes import PATCH, Shape
 from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from w2r2_ds.data.answer_tokens import find_answer_tokens, token_tables
 from w2r2_ds.data.collate import Collator
@@ -22,12 +22,13 @@ from w2r2_ds.data.loader import make_position_ids
 from w2r2_ds.data.packing import Grouping, groups_by_frames
 from w2r2_ds.data.processor import IMAGE, Features
 from w2r2_ds.data.visual_inputs import VisualInputs
-from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, train_tokenizer
+from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, make_config, train_tokenizer
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.candidates import Shapes
 from w2r2_ds.kernels.measure import select_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, trainable
+from w2r2_ds.models.family import find_family
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.loading import meta_model
 from w2r2_ds.models.lora import add_lora
@@ -40,7 +41,6 @@ from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample, Target
-from w2r2_ds.types.vision import VisionSpec
 
 SEED = 0
 BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
@@ -211,62 +211,30 @@ def build_frontend(shape: Shape) -> VlmFrontend:
     """Tokenizer, vision spec and meta model of a shape's VLM; no weights."""
     answers = [f'{{"frame": {i}, "bbox_3d": [{i}.0, 1, 2, 3, 4, 5, 6, 7, 8]}}' for i in range(9)]
     tokenizer = train_tokenizer([QUESTION * 2, *answers], 400)
-    config = Qwen2_5_VLConfig(
-        text_config=_text_config(shape, tokenizer),
-        vision_config=_vision_config(shape),
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-        tie_word_embeddings=shape.tied,
+    config = make_config(
+        tokenizer,
+        text={
+            "vocab_size": shape.vocabulary,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+        },
+        vision={
+            "depth": shape.vision_depth,
+            "hidden_size": shape.vision_hidden,
+            "intermediate_size": shape.vision_intermediate,
+            "num_heads": shape.vision_heads,
+            "window_size": shape.vision_window,
+            "fullatt_block_indexes": list(shape.vision_full),
+        },
+        tied=shape.tied,
         dtype=shape.dtype,
     )
-    mean, std = ((values[0], values[1], values[2]) for values in (IMAGE_MEAN, IMAGE_STD))
-    sizes = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "window_size": shape.vision_window}
-    names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_id": "vision_start"}
-    tokens = {field: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for field, name in names.items()}
-    spec = VisionSpec(**sizes, **tokens, image_mean=mean, image_std=std, tokens_per_second=2)
-    return VlmFrontend(tokenizer, spec, meta_model(config), spec_of(shape.vggt, [shape.geometry_layer]))
-
-
-def _text_config(shape: Shape, tokenizer: Any) -> dict[str, Any]:
-    eighth = shape.hidden // shape.heads // 16
-    return {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "bos_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": shape.tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1000000.0,
-            "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth],
-        },
-    }
-
-
-def _vision_config(shape: Shape) -> dict[str, Any]:
-    return {
-        "depth": shape.vision_depth,
-        "hidden_size": shape.vision_hidden,
-        "intermediate_size": shape.vision_intermediate,
-        "num_heads": shape.vision_heads,
-        "in_channels": 3,
-        "out_hidden_size": shape.hidden,
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-        "window_size": shape.vision_window,
-        "fullatt_block_indexes": list(shape.vision_full),
-    }
+    normalization = {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    vision = find_family(config.model_type).vision_spec(config, normalization, "benchmark")
+    return VlmFrontend(tokenizer, vision, meta_model(config), spec_of(shape.vggt, [shape.geometry_layer]))
 
 
 def make_optimizer(model: W2R2) -> torch.optim.Optimizer:

@@ -84,12 +84,9 @@ def build_tiny_vlm(
     *,
     hidden: int = 128,
     layers: int = 4,
-    heads: int = 4,
-    kv_heads: int = 2,
     intermediate: int = 384,
     vision_hidden: int = 64,
     vision_depth: int = 2,
-    vocabulary: int = 512,
     tie: bool = True,
 ) -> Path:
     """Write a small Qwen2.5-VL that stock ``AutoModelForImageTextToText`` and ``AutoTokenizer`` load.
@@ -101,32 +98,38 @@ def build_tiny_vlm(
         out: directory, created if needed; files of the same names are replaced.
         texts: texts to train the tokenizer on, for example the data set's questions and answers.
         seed: seed of the weights.
-        hidden: width of the language model; ``hidden / heads`` must be a multiple of 16 (three rotary sections).
+        hidden: width of the language model, a multiple of 64: four heads with three rotary sections each.
         layers: decoder layers.
-        heads: attention heads.
-        kv_heads: key and value heads, a divisor of ``heads``.
         intermediate: width of the language model's MLP.
         vision_hidden: width of the vision tower (4 heads, so a multiple of 16).
         vision_depth: blocks of the vision tower; the last one has full attention.
-        vocabulary: maximum number of byte-pair tokens, without special tokens (at least 256).
         tie: tie the embedding and the LM head, as in Qwen2.5-VL-3B.
 
     Raises:
-        ValueError: sizes that do not fit together, or no text.
+        ValueError: no text.
     """
-    _check_sizes(hidden, layers, heads, kv_heads, vision_hidden, vision_depth)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts, vocabulary)
+    tokenizer = train_tokenizer(texts)
     tokenizer.save_pretrained(out)
-    rows = -(-len(tokenizer) // 64) * 64
-    config = Qwen2_5_VLConfig(
-        text_config=_text_config(tokenizer, rows, hidden, layers, heads, kv_heads, intermediate),
-        vision_config=_vision_config(vision_hidden, vision_depth, hidden),
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-        tie_word_embeddings=tie,
+    config = make_config(
+        tokenizer,
+        text={
+            "vocab_size": -(-len(tokenizer) // 64) * 64,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        vision={
+            "depth": vision_depth,
+            "hidden_size": vision_hidden,
+            "intermediate_size": 2 * vision_hidden,
+            "num_heads": 4,
+            "window_size": 56,  # 4 x 4 patches
+            "fullatt_block_indexes": [vision_depth - 1],
+        },
+        tied=tie,
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]), whole_weights():
@@ -212,59 +215,51 @@ def build_tiny_vggt(out: Path, seed: int, *, embed_dim: int = 64, depth: int = 4
     return out
 
 
-def _check_sizes(hidden: int, layers: int, heads: int, kv_heads: int, vision_hidden: int, vision_depth: int) -> None:
-    """Check sizes for which the stock classes would fail only later. Raises ValueError."""
-    if layers < 1 or vision_depth < 1:
-        raise ValueError(f"tiny model: layers ({layers}) and vision_depth ({vision_depth}) must be at least 1")
-    if hidden % heads or (hidden // heads) % 16:
-        raise ValueError(f"tiny model: hidden {hidden} / heads {heads} must be a multiple of 16")
-    if heads % kv_heads:
-        raise ValueError(f"tiny model: kv_heads {kv_heads} must divide heads {heads}")
-    if vision_hidden % 16:
-        raise ValueError(f"tiny model: vision_hidden {vision_hidden} must be a multiple of 16")
+def make_config(
+    tokenizer: Qwen2Tokenizer, text: dict[str, int], vision: dict[str, Any], tied: bool, dtype: str
+) -> Qwen2_5_VLConfig:
+    """Config of a Qwen2.5-VL with other sizes; patches, rotary positions and special tokens as in the real models.
 
-
-def _text_config(
-    tokenizer: Qwen2Tokenizer, rows: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int
-) -> dict[str, Any]:
-    """Config of the language model; M-RoPE sections in the ratio 2 : 3 : 3 of the real models."""
-    eighth = hidden // heads // 16
-    return {
-        "vocab_size": rows,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1000000.0,
-            "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth],
+    Args:
+        tokenizer: gives the ids of the special tokens.
+        text: sizes of the language model, as in config.json; ``hidden_size / num_attention_heads`` must be a multiple
+            of 16, for M-RoPE sections in the ratio 2 : 3 : 3.
+        vision: sizes of the vision tower, as in config.json.
+        tied: tie the embedding and the LM head.
+        dtype: of the weights.
+    """
+    token_id = tokenizer.convert_tokens_to_ids
+    eighth = text["hidden_size"] // text["num_attention_heads"] // 16
+    return Qwen2_5_VLConfig(
+        text_config={
+            **text,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1000000.0,
+                "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth],
+            },
         },
-    }
-
-
-def _vision_config(hidden: int, depth: int, out_hidden: int) -> dict[str, Any]:
-    """Config of the vision tower: windows of 4 x 4 patches, full attention in the last block."""
-    return {
-        "depth": depth,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_heads": 4,
-        "in_channels": 3,
-        "out_hidden_size": out_hidden,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-        "window_size": 56,
-        "fullatt_block_indexes": [depth - 1],
-    }
+        vision_config={
+            **vision,
+            "in_channels": 3,
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=tied,
+        dtype=dtype,
+    )
 
 
 def _write_preprocessors(out: Path) -> None:
