@@ -157,7 +157,7 @@ again() {
     requeue "$1"
 }
 
-# leave: requeue (SIGUSR1) or end (SIGTERM) a job that a signal stopped.
+# leave: requeue (SIGUSR1: time limit or preemption) or end (SIGTERM) a job that a signal stopped.
 leave() {
     if [ "$received" = USR1 ]; then requeue "stopped by SIGUSR1"; fi
     log "stopped by SIGTERM; not requeued. The same command resumes the run."

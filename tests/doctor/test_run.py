@@ -14,7 +14,7 @@ import pytest
 from broken_rank import command
 from fork_server import HELPERS
 from runs import ROOT, environment
-from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.training.deepspeed.process_group import free_port
 
 pytestmark = pytest.mark.distributed
 

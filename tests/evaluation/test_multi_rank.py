@@ -20,7 +20,7 @@ import pytest
 from fork_server import ROOT, Rank, environment, start_ranks
 from runs import TIMEOUT, launch, run_ranks
 from w2r2_ds.commands import evaluate
-from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.training.deepspeed.process_group import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

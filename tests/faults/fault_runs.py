@@ -60,7 +60,7 @@ class Start:
     """
 
     def __init__(self, out: Path, command: list[str], inside: dict[int, dict[str, Any]] | None = None) -> None:
-        from w2r2_ds.training.deepspeed.launch import free_port
+        from w2r2_ds.training.deepspeed.process_group import free_port
 
         self.out = out
         self.logs = [out.with_name(f"{out.name}.rank{rank}.log") for rank in range(WORLD_SIZE)]

@@ -44,7 +44,7 @@ def work(folder: Path) -> None:
     from w2r2_ds.data.loader import load_mixture
     from w2r2_ds.evaluation.validator import AnswerValidation
     from w2r2_ds.training import build, trainer
-    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from w2r2_ds.training.deepspeed.process_group import skip_shm_build
     from w2r2_ds.training.step import W2R2Step
 
     skip_shm_build()

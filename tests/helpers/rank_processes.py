@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fork_server
-from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.training.deepspeed.process_group import free_port
 
 
 class Ranks:

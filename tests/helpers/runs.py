@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fork_server import ROOT, environment, fork_ranks
-from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.training.deepspeed.process_group import free_port
 
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
 DEMO = ROOT / "w2r2_ds" / "recipes" / "demo.yaml"
@@ -181,7 +181,7 @@ def work(folder: Path) -> None:
 
     from w2r2_ds.commands.train import read_arguments
     from w2r2_ds.evaluation.validator import AnswerValidation
-    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from w2r2_ds.training.deepspeed.process_group import skip_shm_build
     from w2r2_ds.training.trainer import train
     from w2r2_ds.utils.logging import setup_logging
 

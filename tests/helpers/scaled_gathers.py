@@ -82,7 +82,7 @@ def work(folder: Path) -> None:
     from w2r2_ds.models.build import build_model, load_frontend
     from w2r2_ds.training.deepspeed.config import resolve_ds_config
     from w2r2_ds.training.deepspeed.engine import make_engine
-    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from w2r2_ds.training.deepspeed.process_group import skip_shm_build
     from zero3_cases import batches_of, step_config
 
     torch.set_num_threads(1)

@@ -54,7 +54,7 @@ def work(folder: Path) -> None:
     from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
 
     from w2r2_ds.kernels import lora_linear
-    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from w2r2_ds.training.deepspeed.process_group import skip_shm_build
 
     torch.set_num_threads(1)
     skip_shm_build()

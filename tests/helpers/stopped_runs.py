@@ -20,7 +20,7 @@ import torch.distributed as dist
 from w2r2_ds.commands.train import read_arguments
 from w2r2_ds.evaluation.validator import AnswerValidation
 from w2r2_ds.training import trainer
-from w2r2_ds.training.deepspeed.launch import join_ranks
+from w2r2_ds.training.deepspeed.process_group import init_process_group
 from w2r2_ds.training.fault_tolerance.signals import StopSignals
 from w2r2_ds.utils.logging import setup_logging
 
@@ -28,7 +28,7 @@ from w2r2_ds.utils.logging import setup_logging
 def main(file: Path) -> None:
     """Run all jobs."""
     setup_logging()
-    join_ranks()
+    init_process_group()
     real_step, codes = trainer.train_step, []
     for arguments, rank, at, name in json.loads(file.read_text()):
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.training.deepspeed.process_group import free_port
 from w2r2_ds.training.fault_tolerance.hang_detector import Limits
 from w2r2_ds.training.fault_tolerance.watchdog import MISTAKES, Watchdog
 

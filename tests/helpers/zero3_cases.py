@@ -213,7 +213,8 @@ def sharded_gradients(
     from transformers.integrations import HfDeepSpeedConfig
 
     from w2r2_ds.models.build import build_model, trainable
-    from w2r2_ds.training.deepspeed.engine import make_engine, trained_groups
+    from w2r2_ds.training.deepspeed.engine import make_engine
+    from w2r2_ds.training.optimizer import trained_groups
     from w2r2_ds.training.reduce import group_norms
 
     world, device = dist.get_world_size(), torch.device("cpu")
@@ -314,7 +315,7 @@ def work(folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from w2r2_ds.training.deepspeed.launch import skip_shm_build
+    from w2r2_ds.training.deepspeed.process_group import skip_shm_build
 
     torch.set_num_threads(1)
     skip_shm_build()

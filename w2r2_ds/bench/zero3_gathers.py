@@ -30,7 +30,7 @@ from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.deepspeed.config import resolve_ds_config
-from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.training.deepspeed.process_group import free_port
 from w2r2_ds.types.batch import Batch
 
 if TYPE_CHECKING:

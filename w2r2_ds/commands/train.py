@@ -65,13 +65,13 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
     from w2r2_ds.evaluation.validator import AnswerValidation
     from w2r2_ds.objective.push_terms import build_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config
-    from w2r2_ds.training.deepspeed.launch import join_ranks
+    from w2r2_ds.training.deepspeed.process_group import init_process_group
     from w2r2_ds.training.trainer import train
 
     # Checked first, because preparing the demo takes minutes.
     build_push_term(config.objective.push_term)
     load_ds_config(ds_path)
-    join_ranks(config.train.hang_seconds)
+    init_process_group(config.train.hang_seconds)
     if not torch.cuda.is_available():
         logger.info("no CUDA device: training on the CPU")
     if config.demo.enabled:

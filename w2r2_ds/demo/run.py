@@ -22,7 +22,7 @@ from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.evaluation.scoring import headline
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint
-from w2r2_ds.training.deepspeed.launch import free_port
+from w2r2_ds.training.deepspeed.process_group import free_port
 
 logger = logging.getLogger(__name__)
 

@@ -97,7 +97,7 @@ class AnswerValidation:
         return scores[0]
 
     def check_scores(self) -> None:
-        """MetricValue the labels as if they were answers, so that a missing package is found before the first step.
+        """Score the labels as if they were answers, so that a missing package is found before the first step.
 
         Raises:
             ValueError: a package is not installed, or `best_by` is not among the scores.

@@ -51,7 +51,10 @@ class Cached:
         return self.features is None and self.cache.has(self.key)
 
     def keep(self, features: torch.Tensor) -> None:
-        """Write computed features to the cache in the background; waits only for their copy to the CPU."""
+        """Write computed features to the cache in the background.
+
+        Blocks for the copy to the CPU, and while `MAX_PENDING` writes are pending.
+        """
         while _pending and (_pending[0].done() or len(_pending) >= MAX_PENDING):
             _pending.popleft().result()
         _pending.append(_writer.submit(_write, self.cache, self.key, features.detach().cpu(), self.about))
@@ -92,7 +95,7 @@ _sizes: dict[Path, int] = {}
 
 
 def flush() -> None:
-    """Wait for pending writes; errors other than OSError are raised here."""
+    """Wait for pending writes; errors other than OSError are raised here or by a later `keep`."""
     while _pending:
         _pending.popleft().result()
 

@@ -195,7 +195,10 @@ class W2R2(nn.Module):
         with_what: bool,
         context: AbstractContextManager[object],
     ) -> Tensor:
-        """`VlmFamily.row_states` of the answer rows; `with_what` appends those of the description's tokens."""
+        """`VlmFamily.row_states` of the answer tokens; `with_what` appends those of the description's tokens.
+
+        `context` is entered around the decoder's forward (lockstep order).
+        """
         return self.family.row_states(self.base, batch, inputs, visual, *answer_positions(batch, with_what), context)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -42,9 +42,10 @@ from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.resume import StartPoint, find_start, resume, take_over
 from w2r2_ds.training.decode_gap import DecodeGap
 from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
-from w2r2_ds.training.deepspeed.engine import make_engine, trained_groups
+from w2r2_ds.training.deepspeed.engine import make_engine
 from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine
 from w2r2_ds.training.fault_tolerance.activity import Activity
+from w2r2_ds.training.optimizer import trained_groups
 from w2r2_ds.training.throughput import Throughput, matrix_rate
 from w2r2_ds.training.trackers import check_trackers
 from w2r2_ds.training.validation import BestSoFar, MakeValidation, Validation

@@ -15,7 +15,7 @@ from w2r2_ds.features.lookup import flush
 from w2r2_ds.training.build import Run, build_run
 from w2r2_ds.training.cache_stats import cache_use
 from w2r2_ds.training.checkpoint.save import CheckpointInfo, save_checkpoint
-from w2r2_ds.training.deepspeed.launch import collective_timeout
+from w2r2_ds.training.deepspeed.process_group import collective_timeout
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE
 from w2r2_ds.training.fault_tolerance.hang_detector import Limits
 from w2r2_ds.training.fault_tolerance.signals import StopSignals
@@ -44,7 +44,7 @@ class TrainResult:
 def train(
     config: RunConfig, ds_path: str, make_validation: MakeValidation, signals: StopSignals | None = None
 ) -> TrainResult:
-    """Train until the last step or until a signal asks to stop. Every rank calls it, after `join_ranks`.
+    """Train until the last step or until a signal asks to stop. Every rank calls it, after `init_process_group`.
 
     Args:
         config: of the run.
@@ -190,7 +190,7 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
         # The norm is global, so every rank raises. ZeRO has skipped the update.
         ids = ", ".join(identity for batch in micro_batches for identity in batch.ids)
         raise FloatingPointError(f"The gradient norm is not finite; stopped. Samples of rank {dist.get_rank()}: {ids}.")
-    for name, rate in zip(("lr", "merger_lr"), engine.get_lr(), strict=True):  # in the order of `parameter_groups`
+    for name, rate in zip(("lr", "merger_lr"), engine.get_lr(), strict=True):  # in the order of `trained_groups`
         metrics[name] = float(rate)
     return metrics
 

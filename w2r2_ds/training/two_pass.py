@@ -46,7 +46,10 @@ class PassOrder(Protocol):
 
 
 def make_two_pass(model: W2R2, order: str, blocked: bool, zero3: bool) -> PassOrder:
-    """The pass order of `train.pass_order`; ``auto`` is lockstep under ZeRO-3 if the shortcut has no graph."""
+    """The pass order of `train.pass_order`; ``auto`` is lockstep under ZeRO-3 if the shortcut has no graph.
+
+    Lockstep requires a shortcut without graph.
+    """
     if order == "auto":
         order = "lockstep" if zero3 and blocked else "sequential"
     return Lockstep(model) if order == "lockstep" else Sequential(model, blocked)

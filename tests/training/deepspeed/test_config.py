@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 from w2r2_ds.training.deepspeed.hpz import common_ranks_per_machine
-from w2r2_ds.training.deepspeed.launch import join_ranks, skip_shm_build, use_private_extensions_dir
+from w2r2_ds.training.deepspeed.process_group import init_process_group, skip_shm_build, use_private_extensions_dir
 
 FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
@@ -249,7 +249,7 @@ def test_a_taken_port_raises_with_another_port(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/unused")
         with pytest.raises(ValueError) as caught:
-            join_ranks()
+            init_process_group()
     message = str(caught.value)
     assert message.startswith(f"port {port} of this machine is taken") and "\n" not in message
     found = re.search(r"deepspeed --master_port (\d+) launchers/train.py", message)

@@ -76,7 +76,7 @@ def select_frames(options: FrameOptions, scene: Scene, key: str, seen: frozenset
 
     Args:
         options: checked options.
-        scene: all of its frames are selected if they are not more than ``options.count``.
+        scene: with ``uniform``, ``vgllm`` and ``scene_sets``, all its frames are selected if it has at most ``count``.
         key: of the sample, unique in the scene; equal keys get equal frames.
         seen: positions in which the sample's object is visible; None if visibility does not matter.
 

@@ -155,7 +155,7 @@ def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int
 
 
 def _colors(rng: np.random.Generator, name: str, count: int) -> list[str]:
-    """Colours of the objects of a class: fewer colours than objects, so that a colour does not identify an object."""
+    """At most two colours per class, so that a colour alone often does not identify an object."""
     if name in _FIXED_COLORS:
         return [_FIXED_COLORS[name]] * count
     first, second = (str(color) for color in rng.choice(sorted(PALETTE), size=2, replace=False))

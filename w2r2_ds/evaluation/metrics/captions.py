@@ -60,7 +60,7 @@ def score_captions(
     tokenizer: Tokenizer = "none",
     java: Java | None = None,
 ) -> CaptionScores:
-    """MetricValue one caption per key against the references of that key.
+    """Score one caption per key against the references of that key.
 
     Args:
         references: key -> at least one text.

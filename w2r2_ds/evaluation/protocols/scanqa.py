@@ -56,7 +56,7 @@ def clean_answer(text: str) -> str:
     In this order: lower case; blanks at the ends removed, runs of blanks replaced by one; characters other than
     letters, digits, white space and ``, ' - :`` deleted ("2.5 m" becomes "25 m", "café" becomes "caf"; blanks that this
     leaves at the ends stay); typos corrected, "tv" -> "TV", 0..20 and 23 -> words, "none" -> "zero"; one digit after a
-    word deleted; "a", "an", "the" before a word deleted.
+    word deleted; "a", "an", "the" before a word deleted; "backwards" -> "backward".
     """
     text = re.sub(" +", " ", text.lower().strip(" "))
     text = _STRIPPED.sub("", text)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_modules
-from transformers import get_cosine_schedule_with_warmup
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
-from w2r2_ds.models.build import VlmFrontend, trainable
+from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.optimizer import make_optimizer, make_schedule
 from w2r2_ds.training.step import W2R2Step
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def make_engine(
     Args:
         model: under ZeRO-3 with sharded weights.
         frontend: its tokenizer gives the digit tokens.
-        config: of the run.
+        config: run configuration.
         ds_config: result of `resolve_ds_config`.
-        device: of this rank.
+        device: this rank's device.
     """
     # The class of all decoder layers of this VLM family, for `set_z3_leaf_modules`.
     decoder_layer = type(model.family.language_model(model.base).layers[0])
@@ -51,24 +51,8 @@ def make_engine(
         # A leaf module is gathered whole: one fetch per layer instead of one per Linear. Not if both passes have a
         # graph: a leaf reduces its gradients at every backward call, and two graphs are two calls.
         set_z3_leaf_modules(model, [decoder_layer])
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.train.weight_decay)
-    steps = config.train.steps
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(config.train.warmup_ratio * steps), steps)
+    optimizer = make_optimizer(model, config.train)
+    schedule = make_schedule(optimizer, config.train)
     # Only trained parameters are in the optimizer, so ZeRO makes master weights and moments for them alone.
     engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     return engine
-
-
-def trained_groups(model: W2R2) -> dict[str, list[torch.nn.Parameter]]:
-    """The parameters that train: ``lora``, and ``geometry`` (merger and fusion)."""
-    geometry = [parameter for module in model.geometry_modules().values() for parameter in module.parameters()]
-    groups = {"lora": list(trainable(model.vlm).values()), "geometry": geometry}
-    # DeepSpeed drops an empty parameter group, and the schedule then fails on the number of groups.
-    assert all(groups.values()), "both groups train"
-    return groups
-
-
-def parameter_groups(model: W2R2, config: RunConfig) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups, with a learning rate each."""
-    rates = {"lora": config.train.lr, "geometry": config.train.merger_lr}
-    return [{"params": parameters, "lr": rates[name]} for name, parameters in trained_groups(model).items()]

@@ -13,13 +13,14 @@ FAILED = 1
 LOST = 75
 """A rank died, hung or was unreachable, or an unexpected exception was raised. Another start may help."""
 REQUEUE = 85
-"""Stopped by SIGUSR1 (time limit) after a checkpoint; the job is to continue."""
+"""Stopped by SIGUSR1 (time limit or preemption) after a checkpoint; the job is to continue."""
 TERMINATED = 143
-"""Stopped by SIGTERM after a checkpoint; the job is not requeued (128 + 15, as a shell reports it)."""
+"""Stopped by SIGTERM (scancel, or preemption announced by SIGTERM) after a checkpoint; the job is not requeued. 128 + 15,
+as a shell reports it."""
 
 
 class Unreachable(RuntimeError):
-    """The network or another start of this run prevents training; ends the process with `LOST`."""
+    """The network or another process of this run prevents training; ends the process with `LOST`."""
 
 
 def shell_assignments() -> str:

@@ -1,5 +1,8 @@
 """SIGUSR1 and SIGTERM stop a run at the next step boundary, on all ranks at the same step.
 
+SIGUSR1 comes before Slurm's time limit (``--signal``), or before a preemption (``PreemptParameters=send_user_signal``).
+SIGTERM comes from scancel, or announces a preemption on other clusters.
+
 A handler only sets a flag, so that repeated signals have no further effect. System calls that it interrupts (a save, a
 collective, a read) are restarted by the kernel (SA_RESTART).
 """

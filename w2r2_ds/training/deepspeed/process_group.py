@@ -54,7 +54,7 @@ def use_private_extensions_dir() -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(parent / f"extensions-{start}")
 
 
-def join_ranks(hang_seconds: float = 0.0) -> None:
+def init_process_group(hang_seconds: float = 0.0) -> None:
     """Initialise the default process group; without a launcher this process is the only rank.
 
     Args:
