@@ -15,8 +15,8 @@ LOST = 75
 REQUEUE = 85
 """Stopped by SIGUSR1 (time limit or preemption) after a checkpoint; the job is to continue."""
 TERMINATED = 143
-"""Stopped by SIGTERM (scancel, or preemption announced by SIGTERM) after a checkpoint; the job is not requeued. 128 + 15,
-as a shell reports it."""
+"""Stopped by SIGTERM (scancel, or preemption announced by SIGTERM) after a checkpoint; the job is not requeued. The
+value is 128 + 15, as a shell reports it."""
 
 
 class Unreachable(RuntimeError):
