@@ -59,7 +59,7 @@ def test_all_ranks_are_rejected_and_one_of_them_holds_the_lock(tmp_path: Path) -
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert f"{tmp_path}: {NAME} is being evaluated by process {os.getpid()} on " in first[0]
-    assert first[0].endswith("; wait until it has ended, or give --out another folder.")
+    assert first[0].endswith("; wait until it has ended, or pass another --out.")
     assert first[1] == "went in, locked: True"
 
 

@@ -74,7 +74,7 @@ class PartialAnswers:
             if found.get(field) != wanted.get(field):
                 raise ValueError(
                     f"{file}: {field} is {found.get(field)!r}, but now it is {wanted.get(field)!r}, so these answers "
-                    f"belong to another evaluation; give another --out, or remove {folder}."
+                    f"belong to another evaluation; pass another --out, or remove {folder}."
                 )
 
     def read(self) -> dict[str, AnswerRecord]:

@@ -248,7 +248,7 @@ def evaluation_lock(out: Path, name: str, ranks: RankInfo) -> Iterator[None]:
         with raise_on_all_ranks():
             if ranks.rank == 0:
                 busy = f"{out}: {name} is being evaluated"
-                stack.enter_context(locked(out / f"{name}.lock", busy, "give --out another folder"))
+                stack.enter_context(locked(out / f"{name}.lock", busy, "pass another --out"))
         yield
 
 

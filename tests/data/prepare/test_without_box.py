@@ -124,9 +124,7 @@ def test_the_command_has_it(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_two_preparations_of_one_folder(scenes: Path) -> None:
     """The second is rejected, and what the first one has there is left alone."""
     with locked(scenes / "out.lock", "first", "wait"):
-        with pytest.raises(
-            ValueError, match=r"out is being prepared by process \d+ on .*, or give --out another folder"
-        ):
+        with pytest.raises(ValueError, match=r"out is being prepared by process \d+ on .*, or pass another --out"):
             prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)
         assert not (scenes / "out").exists()
     done = prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)

@@ -1,9 +1,9 @@
-"""Selection of the frames of a sample: five protocols behind `select_frames`.
+"""Selection of the frames of a sample: five sampling methods behind `select_frames`.
 
 ``uniform``     evenly spread over the scene, the same for all samples of a scene (Video-3D-LLM).
 ``vgllm``       a random start and a fixed stride per sample, redrawn until a frame shows the object (VG-LLM).
-``scene_sets``  a few fixed sets per scene; a sample gets the one in which most frames show its object. The samples of a
-                scene share frames and their features, without all having the same ones.
+``scene_sets``  a few fixed sets per scene; a sample gets the set with the most frames that show its object.
+                Samples share few distinct frame sets, so features are reused.
 ``coverage``    the few frames that cover most of the scene (Video-3D-LLM's ``mc``), the same for all its samples.
 ``list``        frame numbers per scene from a file.
 
@@ -37,11 +37,11 @@ class FrameOptions:
     Attributes:
         protocol: uniform, vgllm, scene_sets, coverage or list.
         count: frames per sample; fewer if the scene has fewer, the ratio is reached or the list is shorter.
-        seed: of ``vgllm`` and ``scene_sets``.
-        sets: sets per scene of ``scene_sets``.
+        seed: random seed for ``vgllm`` and ``scene_sets``.
+        sets: sets per scene for ``scene_sets``.
         ratio: fraction of the scene's voxels at which ``coverage`` stops, in (0, 1].
         voxel: edge length of the voxels of ``coverage``, metres.
-        file: of ``list``: JSON, ``{scene: [frame numbers]}``, numbers as in the file names, in the order of viewing.
+        file: for ``list``: JSON, ``{scene: [frame numbers]}``, numbers as in the file names, in the order of viewing.
     """
 
     protocol: FrameProtocol
@@ -77,12 +77,13 @@ def select_frames(options: FrameOptions, scene: Scene, key: str, seen: frozenset
     Args:
         options: checked options.
         scene: with ``uniform``, ``vgllm`` and ``scene_sets``, all its frames are selected if it has at most ``count``.
-        key: of the sample, unique in the scene; equal keys get equal frames.
+        key: sample key; seeds the sample's draw.
         seen: positions in which the sample's object is visible; None if visibility does not matter.
 
     Returns:
         The positions. None if the object is visible in no frame of the scene, or with ``scene_sets`` in none of the
-        sets. ``uniform``, ``coverage`` and ``list`` do not use visibility: no selected frame may show the object.
+        sets. ``uniform``, ``coverage`` and ``list`` do not use visibility: possibly none of the selected
+        frames shows the object.
 
     Raises:
         ValueError: see `covering_frames` and `frames_from_file`.
@@ -142,8 +143,8 @@ def scene_sets(total: int, count: int, sets: int, seed: int, scene_id: str) -> l
 
     Each set is spread evenly over the whole scene, with the exact stride ``total / count``. The sets are shifted by
     equal parts of a stride, so their union is ``sets * count`` evenly spaced frames, or all frames if there are fewer.
-    Each set is then rotated, so that sets begin in different parts of the scene: a geometry encoder may take the first
-    frame's camera as its world. Shift and rotation are drawn from (seed, scene).
+    Each set is then rotated, so that sets begin in different parts of the scene: a geometry encoder may use the
+    first camera as the world frame. Shift and rotation are drawn from (seed, scene).
 
     Returns:
         ``sets`` lists of ``min(count, total)`` distinct positions.
@@ -161,20 +162,20 @@ def scene_sets(total: int, count: int, sets: int, seed: int, scene_id: str) -> l
 
 
 def assign_set(sets: list[list[int]], key: str, seen: frozenset[int] | None) -> list[int] | None:
-    """The set in which most frames show the object; a hash of the key decides between equal ones.
+    """The set with the most frames that show the object; ties are broken by a hash of the key.
 
     Args:
         sets: not empty.
-        key: of the sample, unique in the scene.
+        key: sample key.
         seen: positions in which the object is visible; None if visibility does not matter.
 
     Returns:
         One of ``sets``, or None if no frame of any set shows the object.
     """
-    visible = [1 if seen is None else len(seen.intersection(positions)) for positions in sets]
-    if not max(visible):
+    num_visible = [1 if seen is None else len(seen.intersection(positions)) for positions in sets]
+    if not max(num_visible):
         return None
-    best = [positions for positions, number in zip(sets, visible, strict=True) if number == max(visible)]
+    best = [positions for positions, count in zip(sets, num_visible, strict=True) if count == max(num_visible)]
     return best[_hash(key) % len(best)]
 
 
@@ -183,26 +184,26 @@ def frames_from_file(file: Path, scene: Scene, count: int) -> list[int]:
 
     Raises:
         ValueError: the file is unreadable or lacks the scene, or the scene's list is empty, has more than ``count``
-            frames, one that the scene does not have (or only without a valid pose), or one twice.
+            frames, an unknown frame, one without valid pose, or a duplicate.
     """
     frames = _read_list(file)
     if scene.scene_id not in frames:
         raise ValueError(f"{file}: there is no scene {scene.scene_id}; add its frame numbers")
     numbers = frames[scene.scene_id]
-    where = f"{file}: scene {scene.scene_id}"
+    location = f"{file}: scene {scene.scene_id}"
     if not isinstance(numbers, list) or not numbers or any(type(number) is not int for number in numbers):
-        raise ValueError(f"{where} must have a list of one or more frame numbers; correct the entry")
+        raise ValueError(f"{location} must have a list of one or more frame numbers; correct the entry")
     if len(numbers) > count:
-        raise ValueError(f"{where} has {len(numbers)} frames, more than frames.count ({count}); raise frames.count")
+        raise ValueError(f"{location} has {len(numbers)} frames, more than frames.count ({count}); raise frames.count")
     positions = {frame.index: position for position, frame in enumerate(scene.frames)}
     for i, number in enumerate(numbers):
         if number not in positions:
             raise ValueError(
-                f"{where} names frame {number}, which is not among its {len(positions)} usable frames "
+                f"{location} names frame {number}, which is not among its {len(positions)} usable frames "
                 f"({scene.frames_without_pose} others have no valid pose); correct the list or extract the frame"
             )
         if number in numbers[:i]:
-            raise ValueError(f"{where} names frame {number} twice; remove one")
+            raise ValueError(f"{location} names frame {number} twice; remove one")
     return [positions[number] for number in numbers]
 
 

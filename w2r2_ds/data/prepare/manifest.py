@@ -63,10 +63,10 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def description(
+def manifest_identity(
     plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str], skip_without_box: bool = False
 ) -> dict[str, Any]:
-    """The part of a manifest that identifies the data set: data sets with equal descriptions are equal."""
+    """The part of a manifest that identifies the data set: data sets with equal identities are equal."""
     options = {**recorded_options(plan.options), "skip_broken_scenes": skip_broken_scenes}
     if skip_without_box:
         options["skip_without_box"] = True
@@ -114,7 +114,7 @@ def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
 
 
 def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the complete data set with this description; False if it is not complete.
+    """Whether a folder holds the complete data set with this identity; False if it is not complete.
 
     Raises:
         ValueError: it holds another complete data set, or its files have changed.
@@ -124,12 +124,12 @@ def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
     try:
         found = read_manifest(folder)
     except ValueError as error:
-        raise ValueError(f"{error} Remove {folder}, or give --out another folder.") from None
+        raise ValueError(f"{error} Remove {folder}, or pass another --out.") from None
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(
                 f"{folder} holds another prepared data set ({_difference(name, found.get(name), value)}); "
-                "remove it, or give --out another folder."
+                "remove it, or pass another --out."
             )
     changed = [name for name, digest in found["files"].items() if file_hash(folder / name) != digest]
     if changed:

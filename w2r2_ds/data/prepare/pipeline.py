@@ -1,4 +1,4 @@
-"""Preparation of one task and split: scenes in parallel, one Parquet file per scene, written as it is prepared.
+"""Preparation of one task and split: scenes in parallel, one Parquet file per scene, written as soon as it is prepared.
 
 The schema metadata of a scene's file hold a key (hash of options and inputs) and the skipped items. An interrupted
 preparation therefore continues: a scene whose file has the expected key is not prepared again. ``manifest.json`` is
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from w2r2_ds.data.dataset import MANIFEST, read_manifest, write_samples
-from w2r2_ds.data.prepare.manifest import counts, description, key_of, reusable, scene_inputs, task_inputs
+from w2r2_ds.data.prepare.manifest import counts, key_of, manifest_identity, reusable, scene_inputs, task_inputs
 from w2r2_ds.data.prepare.plan import Plan, make_plan, recorded_options
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import (
@@ -45,9 +45,11 @@ from w2r2_ds.utils.progress import progress
 logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
-METADATA, EMPTY = "w2r2_ds", ".empty"
-"""Metadata key of a scene's record. Suffix of a scene's file without samples, which is deleted at the end: ``datasets``
-cannot read a Parquet file without rows."""
+METADATA = "w2r2_ds"
+"""Metadata key of a scene's record."""
+EMPTY = ".empty"
+"""Suffix of the file of a scene without samples; deleted at the end: ``datasets`` cannot read a Parquet file without
+rows."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Errors of one scene: of its annotations, or of its files."""
+    """Errors of one scene.
+
+    `is_annotation_error` is False for errors in the scene's files.
+    """
 
     scene_id: str
     messages: list[str]
-    annotations: bool
+    is_annotation_error: bool
 
 
 def prepare(
@@ -81,7 +86,7 @@ def prepare(
 
     Args:
         root: data root in ScanNet's layout (``data/sources/scannet.py``).
-        options: of the task.
+        options: task options.
         out: folder to write; a complete one with the same options and inputs is reused.
         workers: processes; 1 works in this process.
         skip_broken_scenes: skip and list items of scenes with missing or malformed files, instead of an error.
@@ -89,41 +94,42 @@ def prepare(
         quiet: no progress bar.
 
     Raises:
-        ValueError: an option or a file cannot be used, `out` holds another data set, or another process prepares it.
-            Errors of scenes and annotations are collected over all scenes; the message has the first ten.
+        ValueError: an option or a file cannot be used, `out` holds another data set, or another process is
+            preparing it. Errors of scenes and annotations are collected over all scenes; the message has the first
+            ten.
     """
     plan, out = make_plan(root, options), Path(out)
     files, scenes = task_inputs(plan), scene_inputs(plan)
-    of_scenes = {name: digest for scene in scenes.values() for name, digest in scene.items()}
-    wanted = description(plan, skip_broken_scenes, {**files, **of_scenes}, skip_without_box)
+    scene_hashes = {name: digest for scene in scenes.values() for name, digest in scene.items()}
+    wanted = manifest_identity(plan, skip_broken_scenes, {**files, **scene_hashes}, skip_without_box)
     if not reusable(out, wanted):
         # The skip options are not part of a scene's key: unaffected scenes stay valid when they change.
         common = {**wanted, "inputs": files, "options": recorded_options(options)}
         keys = {scene_id: key_of(common, inputs) for scene_id, inputs in scenes.items()}
-        with locked(out.with_name(out.name + ".lock"), f"{out} is being prepared", "give --out another folder"):
+        with locked(out.with_name(out.name + ".lock"), f"{out} is being prepared", "pass another --out"):
             if not reusable(out, wanted):  # another process may just have finished it
                 _check_folder(out)
                 failures = _prepare_scenes(plan, out, keys, skip_without_box, workers, quiet)
-                broken = _broken(plan, failures, skip_broken_scenes)
+                broken = _scenes_to_skip(plan, failures, skip_broken_scenes)
                 return Prepared(out, _finish(plan, out, wanted, broken), reused=False)
     return Prepared(out, read_manifest(out), reused=True)
 
 
 def _check_folder(out: Path) -> None:
-    """Create the folder; raise ``ValueError`` if it holds files that no preparation wrote."""
+    """Create the folder; raise ``ValueError`` if it holds files that ``launchers/prepare.py`` did not write."""
     out.mkdir(parents=True, exist_ok=True)
     others = [
         path for path in out.iterdir() if path.suffix not in (".parquet", ".partial", EMPTY) and path.name != SKIPPED
     ]
     others += [path for path in out.glob("*.parquet") if _is_readable(path) and _metadata(path) is None]
     if others:
-        raise ValueError(f"{out} holds {others[0].name}, which no preparation wrote; give --out another folder.")
+        raise ValueError(f"{out} holds {others[0].name}, which launchers/prepare.py did not write; pass another --out.")
 
 
 def _prepare_scenes(
     plan: Plan, out: Path, keys: Mapping[str, str], skip_without_box: bool, workers: int, quiet: bool
 ) -> list[_Failure]:
-    """Write the files of the scenes that are not done; returns the failures."""
+    """Prepare the unfinished scenes; return their failures."""
     todo = [job for job in plan.jobs if not _is_done(out, job.scene_id, keys[job.scene_id], skip_without_box)]
     if todo and len(todo) < len(plan.jobs):
         done = len(plan.jobs) - len(todo)
@@ -144,7 +150,7 @@ def _is_done(out: Path, scene_id: str, key: str, skip_without_box: bool) -> bool
     found = _scene_record(out, scene_id)
     if found is None or found["key"] != key:
         return False
-    return skip_without_box or all(each["reason"] != NO_BOX for each in found["skipped"])
+    return skip_without_box or all(item["reason"] != NO_BOX for item in found["skipped"])
 
 
 def _write_scene(
@@ -154,9 +160,9 @@ def _write_scene(
     try:
         items, without_pose = prepare_scene(root, options, job, skip_without_box=skip_without_box)
     except AnnotationMismatch as error:
-        return _Failure(job.scene_id, error.messages, annotations=True)
+        return _Failure(job.scene_id, error.messages, is_annotation_error=True)
     except ValueError as error:
-        return _Failure(job.scene_id, [str(error)], annotations=False)
+        return _Failure(job.scene_id, [str(error)], is_annotation_error=False)
     samples = [(number, item) for number, item in items if isinstance(item, Sample)]
     skipped = [{"number": number, **asdict(item)} for number, item in items if isinstance(item, SkippedItem)]
     record = {"key": key, "skipped": skipped, "frames_without_pose": without_pose}
@@ -199,34 +205,34 @@ def prepare_scene(
     """
     task = find_task(options.task)
     if task.needs_infos(options) and job.info is None:
-        raise ValueError(f"{job.scene_id}: EmbodiedScan's infos do not have this scene; give --visibility depth")
+        raise ValueError(f"{job.scene_id}: EmbodiedScan's infos do not have this scene; pass --visibility depth")
     if task.needs_proposals(options) and job.proposals is None:
-        raise ValueError(f"{job.scene_id}: the proposals do not have this scene; give --boxes annotated")
+        raise ValueError(f"{job.scene_id}: the proposals do not have this scene; pass --boxes annotated")
     scene = load_scene(root, job.scene_id)
     prepared: PreparedItems = []
     if skip_without_box:
         job, without_box = split_by_boxes(scene, job)
         detail = f"its object has no box in {scene.scene_id}_aligned_bbox.npy"
         items = task.items(without_box, options)
-        prepared = [(number, SkippedItem(identity, NO_BOX, where, detail)) for number, identity, where in items]
+        prepared = [(number, SkippedItem(identity, NO_BOX, location, detail)) for number, identity, location in items]
     check_objects(scene, job)
     if not prepared or job.items:
         kind = task.kind(options)
         prepared += [
-            (number, replace(made, kind=kind) if isinstance(made, Sample) else made)
-            for number, made in task.make_samples(scene, job, options)
+            (number, replace(item, kind=kind) if isinstance(item, Sample) else item)
+            for number, item in task.make_samples(scene, job, options)
         ]
     check_frames([item for _, item in prepared if isinstance(item, Sample)])
     return prepared, scene.frames_without_pose
 
 
-def _broken(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failure]:
+def _scenes_to_skip(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failure]:
     """The scenes to skip. Raises ``ValueError`` with all other failures, in the order of the annotations."""
-    rank = {job.scene_id: job.number for job in plan.jobs}
-    failures = sorted(failures, key=lambda failure: rank[failure.scene_id])
-    wrong = [message for failure in failures if failure.annotations for message in failure.messages]
+    order = {job.scene_id: job.number for job in plan.jobs}
+    failures = sorted(failures, key=lambda failure: order[failure.scene_id])
+    wrong = [message for failure in failures if failure.is_annotation_error for message in failure.messages]
     if wrong:
-        head = f"{len(wrong)} annotations do not belong to the scenes (--skip_without_box skips them)"
+        head = f"{len(wrong)} annotations refer to objects that the scenes do not have (--skip_without_box skips them)"
         raise ValueError(listed(head, wrong))
     if failures and not skip:
         head = f"{len(failures)} of {len(plan.jobs)} scenes cannot be used (--skip_broken_scenes skips them)"
@@ -244,8 +250,8 @@ def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_
     for job in plan.jobs:
         if job.scene_id in errors:
             skipped += [
-                {"number": number, **asdict(SkippedItem(identity, BROKEN_SCENE, where, errors[job.scene_id]))}
-                for number, identity, where in plan.task.items(job, plan.options)
+                {"number": number, **asdict(SkippedItem(identity, BROKEN_SCENE, location, errors[job.scene_id]))}
+                for number, identity, location in plan.task.items(job, plan.options)
             ]
             continue
         record = _scene_record(out, job.scene_id)
@@ -257,18 +263,19 @@ def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_
             samples += pq.read_metadata(path).num_rows
         without_pose += record["frames_without_pose"]
         skipped += record["skipped"]
-    reasons = Counter(each["reason"] for each in skipped)
+    reasons = Counter(item["reason"] for item in skipped)
     if not samples:
+        skips = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        found = f"skipped: {skips}" if skips else "it has no item for these options"
         raise ValueError(
-            f"No sample can be made of {annotations}: {dict(reasons) or 'it has no item for these options'}; "
+            f"No samples could be made from {annotations} ({found}); "
             "docs/reference/data-formats.md explains the reasons."
         )
-    for path in {*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")} - set(
-        files
-    ):  # of earlier annotations, or without samples
+    # Files of earlier annotations, and of scenes without samples.
+    for path in {*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")} - set(files):
         path.unlink()
-    skipped.sort(key=lambda each: each["number"])
-    lines = [json.dumps({name: value for name, value in each.items() if name != "number"}) + "\n" for each in skipped]
+    skipped.sort(key=lambda item: item["number"])
+    lines = [json.dumps({name: value for name, value in item.items() if name != "number"}) + "\n" for item in skipped]
     atomic_io.replace(out / SKIPPED, "".join(lines))
     manifest = {
         **wanted,

@@ -45,7 +45,10 @@ PROPOSALS = (
 
 
 def infos_files(root: Path, split: str) -> list[Path]:
-    """EmbodiedScan's file of a split, and the other split's if it exists: its splits may differ from ScanRefer's."""
+    """EmbodiedScan's file of a split; also the other split's file, if present.
+
+    EmbodiedScan's splits may differ from ScanRefer's.
+    """
     folder = root / "embodiedscan"
     own, other = (folder / f"embodiedscan_infos_{name}.pkl" for name in (split, "val" if split == "train" else "train"))
     return [own, other] if other.is_file() else [own]
@@ -78,12 +81,13 @@ class DescriptionTask(Task):
 def _description_jobs(task: DescriptionTask, root: Path, options: TaskOptions) -> tuple[Job, ...]:
     """One job per scene, with groups and classes of its objects, and the infos and proposals that the task needs.
 
-    Unique and multiple are computed from all annotations of the split, so skipped items count too, as in ScanRefer.
+    The groups ``unique`` and ``multiple`` are computed from all annotations of the split, so skipped items count
+    too, as in ScanRefer.
     """
     descriptions = task.read(root, options)
     labels = read_labels(root)
-    by_scannet = groups(descriptions, labels, scannet_class)
-    by_nyu40 = groups(descriptions, labels, nyu40_class)
+    groups_scannet = groups(descriptions, labels, scannet_class)
+    groups_nyu40 = groups(descriptions, labels, nyu40_class)
     scenes = by_scene(descriptions)
     infos = _read_infos(root, options.split, scenes) if task.needs_infos(options) else {}
     proposals = read_proposals(proposals_file(root, options.split)) if task.needs_proposals(options) else {}
@@ -95,7 +99,7 @@ def _description_jobs(task: DescriptionTask, root: Path, options: TaskOptions) -
                 scene_id,
                 number,
                 items,
-                groups={each: (by_scannet[scene_id, each], by_nyu40[scene_id, each]) for each in objects},
+                groups={id_: (groups_scannet[scene_id, id_], groups_nyu40[scene_id, id_]) for id_ in objects},
                 classes={
                     description.object_name: scannet_class(description.object_name, labels) for _, description in items
                 },
@@ -151,7 +155,7 @@ def rounded(values: np.ndarray, decimals: int = 2) -> list[float]:
 
 
 def rounded_box(box9: np.ndarray, decimals: int = 2) -> list[float]:
-    """`rounded` of a ``[9]`` box. A side is at least one unit of the last digit: a box with a side 0 is not valid."""
+    """`rounded` of a ``[9]`` box. Sizes are clamped to 10**-decimals, because a zero-size box is invalid."""
     numbers = rounded(box9, decimals)
     numbers[3:6] = [max(size, 10**-decimals) for size in numbers[3:6]]
     return numbers
@@ -171,8 +175,10 @@ class ObjectVisibility:
     box: np.ndarray | None
 
 
-def object_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene, dict[int, ObjectVisibility]]:
-    """The scene with its usable frames, and object id -> visibility (empty if the task does not use it).
+def find_visible_frames(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene, dict[int, ObjectVisibility]]:
+    """The scene, and object id -> visibility (empty if the task does not use it).
+
+    The scene is restricted to the frames that EmbodiedScan lists if `visibility` is embodiedscan.
 
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or a depth image cannot be read.
@@ -182,10 +188,10 @@ def object_visibility(scene: Scene, job: Job, options: TaskOptions) -> tuple[Sce
     if options.visibility == "embodiedscan":
         assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
         scene = keep_listed_frames(scene, job.info)
-    return scene, _visibility(scene, job, options)
+    return scene, _compute_visibility(scene, job, options)
 
 
-def choose_frames(
+def frames_or_skip(
     scene: Scene, description: Description, key: str, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
 ) -> list[int] | SkippedItem:
     """Positions of a sample's frames. If the options use visibility, one of them shows the object."""
@@ -196,18 +202,21 @@ def choose_frames(
     return SkippedItem(key, NO_VISIBLE_FRAME, description.where) if chosen is None else chosen
 
 
-def _visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[int, ObjectVisibility]:
+def _compute_visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[int, ObjectVisibility]:
     """Object id -> visibility, for the described objects."""
     boxes = {description.object_id: world_box(scene, description.object_id) for _, description in job.items}
     if options.visibility == "depth":
         seen = visible_frames_by_depth(scene, [box[:6] for box in boxes.values()])
-        return {number: ObjectVisibility(each, box) for (number, box), each in zip(boxes.items(), seen, strict=True)}
+        return {
+            object_id: ObjectVisibility(frames, box)
+            for (object_id, box), frames in zip(boxes.items(), seen, strict=True)
+        }
     assert job.info is not None
     visibility: dict[int, ObjectVisibility] = {}
-    for number, box in boxes.items():
+    for object_id, box in boxes.items():
         instance = match_instance(box[:6], job.info)
         if instance is None:
-            visibility[number] = ObjectVisibility(frozenset(), None)
+            visibility[object_id] = ObjectVisibility(frozenset(), None)
         else:
-            visibility[number] = ObjectVisibility(visible_frames_by_infos(scene, job.info, instance), instance.box)
+            visibility[object_id] = ObjectVisibility(visible_frames_by_infos(scene, job.info, instance), instance.box)
     return visibility

@@ -32,9 +32,9 @@ from w2r2_ds.data.tasks.base import (
 from w2r2_ds.data.tasks.common import (
     DescriptionTask,
     ObjectVisibility,
-    choose_frames,
+    find_visible_frames,
     frame_fields,
-    object_visibility,
+    frames_or_skip,
     rounded,
     target_of,
 )
@@ -80,7 +80,7 @@ def object_key(description: Description) -> str:
 
 def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
     """Samples and skipped items of one scene: one per description (training) or per object, in the file's order."""
-    scene, visibility = object_visibility(scene, job, options)
+    scene, visibility = find_visible_frames(scene, job, options)
     if options.split == "train":
         return [
             (number, _sample(scene, job, description, options, visibility, description.key))
@@ -114,7 +114,7 @@ def _sample(
     if options.split != "train" and options.boxes == "proposals":
         assert job.proposals is not None
         described = best_proposal(job.proposals, described)
-    chosen = choose_frames(scene, description, key, options, visibility)
+    chosen = frames_or_skip(scene, description, key, options, visibility)
     if isinstance(chosen, SkippedItem):
         return chosen
     first = scene.frames[chosen[0]].cam_to_world

@@ -39,9 +39,9 @@ from w2r2_ds.data.tasks.base import (
 from w2r2_ds.data.tasks.common import (
     DescriptionTask,
     ObjectVisibility,
-    choose_frames,
+    find_visible_frames,
     frame_fields,
-    object_visibility,
+    frames_or_skip,
     rounded,
     rounded_box,
     target_of,
@@ -102,7 +102,7 @@ def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
     """
-    scene, visibility = object_visibility(scene, job, options)
+    scene, visibility = find_visible_frames(scene, job, options)
     if options.format == "video3dllm":
         return [
             (number, _world_sample(scene, job, description, options, visibility)) for number, description in job.items
@@ -171,7 +171,7 @@ def _sample(scene: Scene, job: Job, description: Description, key: str, chosen: 
 def _world_sample(
     scene: Scene, job: Job, description: Description, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
 ) -> PreparedItem:
-    chosen = choose_frames(scene, description, description.key, options, visibility)
+    chosen = frames_or_skip(scene, description, description.key, options, visibility)
     if isinstance(chosen, SkippedItem):
         return chosen
     return Sample(

@@ -14,6 +14,7 @@ HEIGHT = 2.6
 
 _WALL, _FLOOR, _CEILING = (222, 212, 192), (172, 142, 108), (238, 236, 230)
 _HEADROOM = 0.25
+PLACEMENT_ATTEMPTS = 40
 _FIXED_COLORS = {"window": "white", "door": "brown"}
 
 
@@ -27,7 +28,7 @@ class RoomObject:
         color: colour word, a key of ``furniture.PALETTE``.
         box: ``[6]`` float64 centre and size of the axis-aligned bounding box.
         oriented: ``[9]`` float64 oriented bounding box (convention of ``boxes3d/transforms.py``): centre; width, depth
-            and height; rotation about z from a front towards -y, in (-pi, pi], and two zeros.
+            and height; yaw about z, in (-pi, pi], 0 if the front faces -y; two zeros.
     """
 
     object_id: int
@@ -71,18 +72,18 @@ class _Builder:
     parts: list[tuple[int, Part]] = field(default_factory=list)
 
     def add(self, name: str, color: str) -> bool:
-        """Place one object; returns False if no free position was found in 40 attempts."""
+        """Place one object; returns False if no free position was found in `PLACEMENT_ATTEMPTS`."""
         kind = KINDS[name]
         parts = kind.build(self.rng, PALETTE[color])
-        own = _bounds(parts, np.eye(4))
-        for _ in range(40):
-            move = self._wall_pose(parts) if kind.place in ("wall", "hang") else self._free_pose(name)
-            bounds = _bounds(parts, move)
+        local_bounds = _bounds(parts, np.eye(4))
+        for _ in range(PLACEMENT_ATTEMPTS):
+            pose = self._wall_pose(parts) if kind.place in ("wall", "hang") else self._free_pose(name)
+            bounds = _bounds(parts, pose)
             if self._fits(bounds):
                 low, high = bounds
                 number, box = len(self.objects), np.concatenate([(low + high) / 2, high - low])
-                self.objects.append(RoomObject(number, name, color, box, _oriented(own, move)))
-                self.parts += [(number, _moved(part, move)) for part in parts]
+                self.objects.append(RoomObject(number, name, color, box, _oriented(local_bounds, pose)))
+                self.parts += [(number, _transformed(part, pose)) for part in parts]
                 return True
         return False
 
@@ -134,22 +135,22 @@ def make_room(rng: np.random.Generator, frames: int) -> Room:
 
 
 def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int) -> np.ndarray:
-    """Path once around the room; cameras point across the room and down, as in a scan by hand.
+    """Path once around the room; cameras point across the room and down, as in a handheld scan.
 
     Returns:
         ``[frames, 4, 4]`` float64 OpenCV camera-to-world matrices, all different.
     """
-    start, way = rng.uniform(0, 2 * np.pi), rng.choice([-1.0, 1.0])
-    angles = start + way * np.arange(frames) / frames * 2 * np.pi
+    start, direction = rng.uniform(0, 2 * np.pi), rng.choice([-1.0, 1.0])
+    angles = start + direction * np.arange(frames) / frames * 2 * np.pi
     radius = np.array(size) / 2 - rng.uniform(0.75, 0.95)
     height = rng.uniform(1.5, 1.65) + 0.05 * np.sin(3 * angles)
     positions = np.stack([radius[0] * np.cos(angles), radius[1] * np.sin(angles), height], axis=1)
     turn = angles + np.pi + rng.uniform(-0.3, 0.3) + 0.2 * np.sin(2 * angles)
     pitch = np.radians(rng.uniform(20, 26)) + 0.06 * np.cos(2 * angles)
-    ahead = np.stack([np.cos(turn) * np.cos(pitch), np.sin(turn) * np.cos(pitch), -np.sin(pitch)], axis=1)
+    forward = np.stack([np.cos(turn) * np.cos(pitch), np.sin(turn) * np.cos(pitch), -np.sin(pitch)], axis=1)
     right = np.stack([np.sin(turn), -np.cos(turn), np.zeros(frames)], axis=1)
     cameras = np.tile(np.eye(4), (frames, 1, 1))
-    cameras[:, :3, 0], cameras[:, :3, 1], cameras[:, :3, 2] = right, np.cross(ahead, right), ahead
+    cameras[:, :3, 0], cameras[:, :3, 1], cameras[:, :3, 2] = right, np.cross(forward, right), forward
     cameras[:, :3, 3] = positions
     return cameras
 
@@ -171,22 +172,22 @@ def _turn(angle: float) -> np.ndarray:
     return pose
 
 
-def _moved(part: Part, move: np.ndarray) -> Part:
+def _transformed(part: Part, pose: np.ndarray) -> Part:
     mesh = part.mesh.copy()
-    mesh.apply_transform(move)
+    mesh.apply_transform(pose)
     return Part(mesh, part.color)
 
 
-def _bounds(parts: list[Part], move: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    points = np.concatenate([part.mesh.vertices for part in parts]) @ move[:3, :3].T + move[:3, 3]
+def _bounds(parts: list[Part], pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    points = np.concatenate([part.mesh.vertices for part in parts]) @ pose[:3, :3].T + pose[:3, 3]
     return points.min(axis=0), points.max(axis=0)
 
 
-def _oriented(own: tuple[np.ndarray, np.ndarray], move: np.ndarray) -> np.ndarray:
-    """Oriented box ``[9]`` of an object with bounds ``own`` in its own frame and the pose ``move``."""
-    low, high = own
-    center = move[:3, :3] @ ((low + high) / 2) + move[:3, 3]
-    return np.concatenate([center, high - low, [np.arctan2(move[1, 0], move[0, 0]), 0.0, 0.0]])
+def _oriented(local_bounds: tuple[np.ndarray, np.ndarray], pose: np.ndarray) -> np.ndarray:
+    """Oriented box ``[9]`` of an object with ``local_bounds`` in its own frame, placed by ``pose``."""
+    low, high = local_bounds
+    center = pose[:3, :3] @ ((low + high) / 2) + pose[:3, 3]
+    return np.concatenate([center, high - low, [np.arctan2(pose[1, 0], pose[0, 0]), 0.0, 0.0]])
 
 
 def _shell(size: tuple[float, float]) -> list[tuple[int, Part]]:

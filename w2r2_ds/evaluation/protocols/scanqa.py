@@ -1,8 +1,8 @@
-"""ScanQA: short answers against several references, as five public evaluators score them.
+"""ScanQA: short answers against has_ranked references, as five public evaluators score them.
 
 They differ in the normalisation of the texts (none, full stops removed, or `clean_answer` on one or both sides) and in
 whether captions go through the PTB tokenizer. All divide by the number of questions here; a question without a
-prediction is answered by the empty text. (The official script stops with an error at such a question; Video-3D-LLM
+prediction is scored as an empty answer. (The official script raises an error at such a question; Video-3D-LLM
 omits it from the denominator, which raises its scores.)
 """
 
@@ -53,10 +53,10 @@ _ARTICLES = tuple(re.compile(rf"\b{article} ([a-zA-Z]+)") for article in ("a", "
 def clean_answer(text: str) -> str:
     """Normalise an answer as LEO does: lower case, no articles, number words, a few typos corrected.
 
-    In this order: lower case; blanks at the ends removed, runs of blanks replaced by one; characters other than
-    letters, digits, white space and ``, ' - :`` deleted ("2.5 m" becomes "25 m", "café" becomes "caf"; blanks that this
-    leaves at the ends stay); typos corrected, "tv" -> "TV", 0..20 and 23 -> words, "none" -> "zero"; one digit after a
-    word deleted; "a", "an", "the" before a word deleted; "backwards" -> "backward".
+    In this order: lower case; spaces at the ends removed, runs of spaces replaced by one; characters other than
+    letters, digits, white space and ``, ' - :`` deleted ("2.5 m" becomes "25 m", "café" becomes "caf"; spaces that
+    this leaves at the ends stay); typos corrected, "tv" -> "TV", 0..20 and 23 -> words, "none" -> "zero"; one digit
+    after a word deleted; "a", "an", "the" before a word deleted; "backwards" -> "backward".
     """
     text = re.sub(" +", " ", text.lower().strip(" "))
     text = _STRIPPED.sub("", text)
@@ -68,10 +68,10 @@ def clean_answer(text: str) -> str:
 
 
 def match_any(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
-    """(EM, EM-refined); an equal answer takes precedence over one that only contains the other (VLM-3R)."""
+    """(EM, EM-refined); an exact match takes precedence over containment (VLM-3R)."""
     if prediction in answers:
         return 1, 1
-    return 0, int(any(_contain(prediction, answer) for answer in answers))
+    return 0, int(any(_either_contains(prediction, answer) for answer in answers))
 
 
 def match_in_order(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def match_in_order(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
     for answer in answers:
         if prediction == answer:
             return 1, 1
-        if _contain(prediction, answer):
+        if _either_contains(prediction, answer):
             return 0, 1
     return 0, 0
 
@@ -92,7 +92,7 @@ def match_nonempty(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
     return match_any(prediction, answers) if prediction else (0, 0)
 
 
-def _contain(first: str, second: str) -> bool:
+def _either_contains(first: str, second: str) -> bool:
     first, second = "".join(first.split()), "".join(second.split())
     return first in second or second in first
 
@@ -103,14 +103,15 @@ EM, EM_REFINED, EM_AT_10 = "EM", "EM-refined", "EM@10"
 
 @dataclass(frozen=True)
 class ScanQaRules:
-    """One evaluator.
+    """Text normalisation and matching rules of one public evaluator.
 
     Attributes:
         description: one sentence.
         source: repository and file.
         prediction: applied to a prediction before it is scored as a caption.
         answer: applied to each reference answer.
-        match: (EM, EM-refined) of the two; None if the evaluator compares the raw texts and has no EM-refined.
+        match: (prediction, references) -> (EM, EM-refined); None if the evaluator compares the raw
+            texts and has no EM-refined.
         tokenizer: applied to captions last.
         ranked: whether ten ranked answers are scored (EM@10).
     """
@@ -128,7 +129,7 @@ def _identity(text: str) -> str:
     return text
 
 
-def _without_full_stops(text: str) -> str:
+def _strip_trailing_periods(text: str) -> str:
     return text.rstrip(".")
 
 
@@ -139,7 +140,7 @@ def _chatscene(text: str) -> str:
 
 
 SCANQA_RULES: Mapping[str, ScanQaRules] = {
-    # functions evals_json, eval_pycoco; their F-value and SPICE are not computed here
+    # From `evals_json` and `eval_pycoco`; their F-value and SPICE are not computed here.
     "scanqa_official": ScanQaRules(
         "EM and EM@10 of raw texts, captions through the PTB tokenizer.",
         "ATR-DBI/ScanQA scripts/score.py",
@@ -149,17 +150,17 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
         tokenizer="ptb",
         ranked=True,
     ),
-    # function main of both
+    # From `main` of both scripts.
     "video3dllm": ScanQaRules(
         "EM of raw texts; captions without tokenizer, full stops at the end removed (also Spatial-MLLM).",
         "LaVi-Lab/Video-3D-LLM llava/eval/eval_scanqa.py; "
         "diankun-wu/Spatial-MLLM src/evaluation/scanqa/score_scanqa.py",
-        _without_full_stops,
+        _strip_trailing_periods,
         _identity,
         match=None,
         tokenizer="none",
     ),
-    # method ScanQAEvaluator.update
+    # From `ScanQAEvaluator.update`.
     "leo": ScanQaRules(
         "Cleaned texts on both sides, EM and EM-refined of the first answer that matches at all, no tokenizer.",
         "embodied-generalist/embodied-generalist evaluator/scanqa_eval.py",
@@ -168,16 +169,16 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
         match_in_order,
         tokenizer="none",
     ),
-    # functions answer_match, calc_scanqa_score
+    # From `answer_match` and `calc_scanqa_score`.
     "vlm3r": ScanQaRules(
-        "Cleaned texts on both sides, an equal answer takes precedence, then the PTB tokenizer.",
+        "Cleaned texts on both sides, an exact match takes precedence over containment, then the PTB tokenizer.",
         "VITA-Group/VLM-3R llava/eval/scanqa_evaluator.py",
         clean_answer,
         clean_answer,
         match_any,
         tokenizer="ptb",
     ),
-    # function calc_scanqa_score
+    # From `calc_scanqa_score`.
     "chatscene": ScanQaRules(
         "Only the prediction is cleaned, an empty one matches nothing, then the PTB tokenizer.",
         "ZzZZCHS/Chat-Scene utils/eval.py",
@@ -240,7 +241,7 @@ def _exact_matches(
     references: Mapping[str, Sequence[str]],
     rules: ScanQaRules,
 ) -> tuple[dict[str, dict[str, MetricValue]], dict[str, str]]:
-    """EM, EM-refined and EM@10 of every question, and the reasons of those that are not computed."""
+    """EM, EM-refined and EM@10 of every question, and, for metrics that are None, the reason."""
     exact: dict[str, dict[str, MetricValue]] = {}
     for key, text in candidates.items():
         if rules.match is None:
@@ -250,11 +251,11 @@ def _exact_matches(
             exact[key] = {EM: float(equal), EM_REFINED: float(refined)}
     if not rules.ranked:
         return exact, {}
-    several = any(len(answers) > 1 for answers in ranked.values())
+    has_ranked = any(len(answers) > 1 for answers in ranked.values())
     for key, answers in ranked.items():
         hit = bool(set(answers[:10]) & set(questions[key]))
-        exact[key][EM_AT_10] = float(hit) if several else None
-    return exact, {} if several else {EM_AT_10: "No prediction has a second answer."}
+        exact[key][EM_AT_10] = float(hit) if has_ranked else None
+    return exact, {} if has_ranked else {EM_AT_10: "No prediction has a second answer."}
 
 
 def _mean(values: Sequence[MetricValue]) -> MetricValue:
