@@ -84,7 +84,7 @@ def test_a_token_belongs_to_the_number_whose_digits_it_holds(pieces: list[str], 
 
 
 def test_one_merged_token_is_enough() -> None:
-    """The last of ten numbers, all other digits alone: `81]`, then `8` and `1]`, then ` 8`."""
+    """All digits are single tokens, except in the last number: `81]`, then `8` and `1]`, then ` 8`."""
     for pieces in (["81]"], ["8", "1]"]):
         found = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:45], *pieces, "}"]))
         assert found.number[45:].tolist() == [9] * len(pieces) + [-1] and not found.single_digits
@@ -200,7 +200,7 @@ def test_tables_go_by_what_a_token_reads_as() -> None:
     tables = token_tables(Words(**texts, **signs), 17)
     assert tables.digit.tolist() == [1, 1, 2, 3] + [-1] * 13
     assert tables.minus.tolist() == [False] * 9 + [True] * 5 + [False] * 3
-    fewer = token_tables(Words(**texts), 2)  # a model with fewer rows than the tokenizer has tokens
+    fewer = token_tables(Words(**texts), 2)  # a model whose vocabulary is smaller than the tokenizer's
     assert fewer.digit.tolist() == [1, 1] and fewer.minus.tolist() == [False, False]
 
 

@@ -30,7 +30,7 @@ from w2r2_ds.data.processor import Processor
 from w2r2_ds.data.tasks.scanrefer import answer_text, question_text
 from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
 
-# The rule in the tokenizer.json of Qwen2.5-VL, Qwen3 and Qwen3-VL: every digit (\p{N}) alone.
+# The rule in the tokenizer.json of Qwen2.5-VL, Qwen3 and Qwen3-VL: every digit (\p{N}) is a token.
 QWEN_RULE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -76,7 +76,7 @@ def qwen(kind: Any) -> Any:
 
 
 def gpt2() -> Any:
-    """Byte-level BPE by GPT-2's rule, which keeps a blank and all digits together; offsets without the blank."""
+    """Byte-level BPE by GPT-2's rule: a space and consecutive digits can be one token; offsets exclude the space."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained(backend, 800)
@@ -309,7 +309,7 @@ def test_terms_that_need_digit_tokens_raise(tokenizers: dict[str, Any], name: st
 def test_from_sample_to_batch(
     tokenizers: dict[str, Any], name: str, frontend: Any, data_config: Callable[..., Any], samples: list[Any]
 ) -> None:
-    """Placeholders take 8 or 12 tokens before the description; the rows point at the right ones all the same."""
+    """Placeholders take 8 or 12 tokens before the description; positions still refer to the right tokens."""
     tokenizer = tokenizers[name]
     pads = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
     vision = replace(frontend.vision, **pads)
@@ -323,17 +323,19 @@ def test_from_sample_to_batch(
         frontend.family,
     )
     batch = collate([processor(sample, with_answer=True) for sample in samples[:2]])
-    rows, what = batch.answer_positions, batch.description_positions
+    positions, what = batch.answer_positions, batch.description_positions
     for index, description in enumerate(["The red chair.", "A small brown table beside the white door of the room."]):
         tokens = batch.input_ids[index, what.position[what.sample == index]]
         assert tokenizer.decode(tokens).strip() == description
-        chosen = [tokenizer.decode(token).strip() for token in rows.label[(rows.sample == index) & rows.where]]
+        chosen = [
+            tokenizer.decode(token).strip() for token in positions.label[(positions.sample == index) & positions.where]
+        ]
         digits = "".join(character for token in chosen for character in token if character.isdigit())
         assert digits == "".join(c for c in samples[index].answer.replace("bbox_3d", "") if c.isdigit())
         assert all(any(character.isdigit() for character in token) for token in chosen)
         if name in SPLIT:
-            read = [int(tokenizer.decode(rows.label[row])) for row in rows.digit[index, 0] if row >= 0]
+            read = [int(tokenizer.decode(positions.label[row])) for row in positions.digit[index, 0] if row >= 0]
             assert read == [(2, 0)[index]]
     if name in MERGED:
-        assert rows.digit.tolist() == [[[-1]] * 10] * 2
-        assert not rows.sign.any() and not rows.place_value.any()
+        assert positions.digit.tolist() == [[[-1]] * 10] * 2
+        assert not positions.sign.any() and not positions.place_value.any()

@@ -13,15 +13,15 @@ from w2r2_ds.data.collate import dummy_visuals
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_rows_point_at_the_answers(frontend: Any, batch_of: Any, samples: list[Any], visual: str) -> None:
+def test_answer_positions_point_at_the_answers(frontend: Any, batch_of: Any, samples: list[Any], visual: str) -> None:
     batch = batch_of(samples, visual=visual)
-    rows = batch.answer_positions
-    assert torch.equal(batch.input_ids[rows.sample, rows.position + 1], rows.label)
-    assert batch.attention_mask[rows.sample, rows.position + 1].all()
+    positions = batch.answer_positions
+    assert torch.equal(batch.input_ids[positions.sample, positions.position + 1], positions.label)
+    assert batch.attention_mask[positions.sample, positions.position + 1].all()
     for index, sample in enumerate(samples):
-        mine = rows.sample == index
-        assert frontend.tokenizer.decode(rows.label[mine]) == sample.answer + "<|im_end|>"
-        before = batch.input_ids[index, int(rows.position[mine][0])]
+        mine = positions.sample == index
+        assert frontend.tokenizer.decode(positions.label[mine]) == sample.answer + "<|im_end|>"
+        before = batch.input_ids[index, int(positions.position[mine][0])]
         assert (
             frontend.tokenizer.decode(before) == "\n"
         )  # the last token of the prompt predicts the first of the answer
@@ -29,27 +29,29 @@ def test_rows_point_at_the_answers(frontend: Any, batch_of: Any, samples: list[A
 
 def test_digit_tokens_point_at_the_digits(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples)
-    rows = batch.answer_positions
-    tokens = frontend.tokenizer.convert_ids_to_tokens(rows.label.tolist())
-    seen = torch.zeros_like(rows.where)
+    positions = batch.answer_positions
+    tokens = frontend.tokenizer.convert_ids_to_tokens(positions.label.tolist())
+    found = torch.zeros_like(positions.where)
     for index in range(len(samples)):
         numbers = []
         for number in range(NUMBERS):
-            at = rows.digit[index, number]
+            at = positions.digit[index, number]
             at = at[at >= 0]
-            assert (rows.sample[at] == index).all() and rows.sample[rows.sign[index, number]] == index
+            assert (positions.sample[at] == index).all() and positions.sample[positions.sign[index, number]] == index
             text = "".join(tokens[i] for i in at)
-            sign = -1 if tokens[rows.sign[index, number]].endswith("-") else 1
+            sign = -1 if tokens[positions.sign[index, number]].endswith("-") else 1
             numbers.append(sign * float(text))
-            value = sum(int(tokens[i]) * p for i, p in zip(at, rows.place_value[index, number], strict=False) if p > 0)
+            value = sum(
+                int(tokens[i]) * p for i, p in zip(at, positions.place_value[index, number], strict=False) if p > 0
+            )
             assert sign * value == pytest.approx(numbers[-1])
-            seen[at[rows.place_value[index, number, : len(at)] > 0]] = True
+            found[at[positions.place_value[index, number, : len(at)] > 0]] = True
         text = samples[index].answer
         expected = [int(text.split('"frame": ')[1].split(",")[0])]
         expected += [float(part) for part in text.split("[")[1].split("]")[0].split(",")]
         assert numbers == expected
-    assert torch.equal(seen, rows.where)
-    assert (rows.place_value[rows.digit < 0] == 0).all()
+    assert torch.equal(found, positions.where)
+    assert (positions.place_value[positions.digit < 0] == 0).all()
 
 
 def test_right_padding_for_training(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
@@ -57,12 +59,12 @@ def test_right_padding_for_training(frontend: Any, batch_of: Any, samples: list[
     lengths = batch.attention_mask.sum(1)
     assert len(set(lengths.tolist())) == 3 and lengths.max() == batch.input_ids.shape[1]
     for index, sample in enumerate(samples):
-        alone = batch_of([sample])
+        single = batch_of([sample])
         length = int(lengths[index])
-        assert torch.equal(batch.input_ids[index, :length], alone.input_ids[0])
+        assert torch.equal(batch.input_ids[index, :length], single.input_ids[0])
         assert (batch.input_ids[index, length:] == frontend.tokenizer.pad_token_id).all()
         assert (batch.token_types[index, length:] == 0).all()
-        assert torch.equal(batch.position_ids[:, index, :length], alone.position_ids[:, 0])
+        assert torch.equal(batch.position_ids[:, index, :length], single.position_ids[:, 0])
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -71,12 +73,12 @@ def test_every_sample_is_a_sequence_and_a_group(batch_of: Any, samples: list[Any
     layout, lengths = batch.layout, batch.attention_mask.sum(1).tolist()
     assert torch.equal(layout.group == 0, batch.attention_mask == 1) and set(layout.group.unique().tolist()) == {-1, 0}
     assert not layout.suffix.any() and layout.spans == tuple(((0, length),) for length in lengths)
-    for rows in (batch.answer_positions, batch.description_positions):
-        assert torch.equal(rows.sequence, rows.sample)
+    for positions in (batch.answer_positions, batch.description_positions):
+        assert torch.equal(positions.sequence, positions.sample)
     assert sum(batch.visuals.sizes) == len(batch.visual_tokens) == int((batch.token_types > 0).sum())
     assert (batch.token_types.flatten()[batch.visual_tokens] > 0).all()
-    alone = [batch_of([sample], visual=visual).visuals.sizes for sample in samples]
-    assert batch.visuals.sizes == sum(alone, ())
+    sizes = [batch_of([sample], visual=visual).visuals.sizes for sample in samples]
+    assert batch.visuals.sizes == sum(sizes, ())
 
 
 def test_left_padding_for_generation(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
@@ -84,9 +86,9 @@ def test_left_padding_for_generation(frontend: Any, batch_of: Any, samples: list
     assert batch.position_ids is None and batch.answer is None and batch.layout is None
     assert batch.attention_mask[:, -1].all() and (batch.attention_mask.diff(dim=1) >= 0).all()
     for index, sample in enumerate(samples):
-        alone = batch_of([sample], with_answer=False)
+        single = batch_of([sample], with_answer=False)
         kept = batch.attention_mask[index].bool()
-        assert torch.equal(batch.input_ids[index][kept], alone.input_ids[0])
+        assert torch.equal(batch.input_ids[index][kept], single.input_ids[0])
     with pytest.raises(AssertionError, match="no answer positions"):
         _ = batch.answer_positions
 
@@ -101,7 +103,7 @@ def test_visuals_poses_and_targets(batch_of: Any, samples: list[Any]) -> None:
     for index, sample in enumerate(samples):
         count = len(sample.frames)
         assert (batch.cam_to_world[index, :count].numpy() == sample.cam_to_world).all()
-        assert batch.cam_to_world[index, count:].isnan().all()  # no answer may name these
+        assert batch.cam_to_world[index, count:].isnan().all()  # no frames
     assert (batch.target_box.numpy() == samples[0].target.box).all()
 
 
@@ -123,35 +125,38 @@ def test_description_positions_point_at_the_descriptions(
 def test_mixed_tasks(
     frontend: Any, batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any
 ) -> None:
-    """A caption and an answer have no digit tokens and no box; those of the others are as without them."""
+    """Captions and short answers have no digit tokens and no box, and do not change those of other samples."""
     mixed = batch_of([caption_sample, samples[0], answer_sample, samples[2]])
     plain = batch_of([samples[0], samples[2]])
-    rows, alone = mixed.answer_positions, plain.answer_positions
+    positions, single = mixed.answer_positions, plain.answer_positions
     assert mixed.kinds == ("caption", "grounding", "answer", "grounding")
     assert mixed.answers == (caption_sample.answer, samples[0].answer, "2 chairs", samples[2].answer)
     for index, sample in [(0, caption_sample), (2, answer_sample)]:
-        mine = rows.sample == index
-        assert frontend.tokenizer.decode(rows.label[mine & rows.where]) == sample.answer
-        assert int((mine & ~rows.where).sum()) == 1  # the end of turn
-        assert (rows.digit[index] == -1).all() and not rows.place_value[index].any() and not rows.sign[index].any()
+        mine = positions.sample == index
+        assert frontend.tokenizer.decode(positions.label[mine & positions.where]) == sample.answer
+        assert int((mine & ~positions.where).sum()) == 1  # the end of turn
+        assert (positions.digit[index] == -1).all()
+        assert not positions.place_value[index].any() and not positions.sign[index].any()
         assert mixed.target_box[index].isnan().all()
     for there, here in [(1, 0), (3, 1)]:
-        first = int((rows.sample < there).sum()) - int((alone.sample < here).sum())
-        number = torch.where(alone.digit[here] < 0, -1, alone.digit[here] + first)
-        assert torch.equal(rows.digit[there], number) and torch.equal(rows.place_value[there], alone.place_value[here])
-        assert torch.equal(rows.sign[there], alone.sign[here] + first)
+        first = int((positions.sample < there).sum()) - int((single.sample < here).sum())
+        number = torch.where(single.digit[here] < 0, -1, single.digit[here] + first)
+        assert torch.equal(positions.digit[there], number)
+        assert torch.equal(positions.place_value[there], single.place_value[here])
+        assert torch.equal(positions.sign[there], single.sign[here] + first)
         assert torch.equal(mixed.target_box[there], plain.target_box[here])
-        mine, its = rows.sample == there, alone.sample == here
-        assert torch.equal(rows.where[mine], alone.where[its]) and torch.equal(rows.label[mine], alone.label[its])
+        mine, its = positions.sample == there, single.sample == here
+        assert torch.equal(positions.where[mine], single.where[its])
+        assert torch.equal(positions.label[mine], single.label[its])
 
 
 def test_a_batch_without_numbers(batch_of: Any, caption_sample: Any, answer_sample: Any) -> None:
-    rows = batch_of([caption_sample, answer_sample, caption_sample]).answer_positions
-    assert rows.digit.tolist() == [[[-1]] * NUMBERS] * 3
-    assert rows.place_value.tolist() == [[[0.0]] * NUMBERS] * 3 and rows.sign.tolist() == [[0] * NUMBERS] * 3
+    positions = batch_of([caption_sample, answer_sample, caption_sample]).answer_positions
+    assert positions.digit.tolist() == [[[-1]] * NUMBERS] * 3
+    assert positions.place_value.tolist() == [[[0.0]] * NUMBERS] * 3 and positions.sign.tolist() == [[0] * NUMBERS] * 3
 
 
-def test_prompts_are_left_padded_and_made_when_told(batch_of: Any, samples: list[Any], text_samples: list[Any]) -> None:
+def test_prompts_are_left_padded_and_optional(batch_of: Any, samples: list[Any], text_samples: list[Any]) -> None:
     chosen = [samples[2], text_samples[0], samples[0]]
     assert batch_of(chosen).prompts is None
     batch = batch_of(chosen, with_prompts=True)
@@ -168,7 +173,7 @@ def test_prompts_are_left_padded_and_made_when_told(batch_of: Any, samples: list
 def test_a_batch_without_frames_has_a_dummy(
     frontend: Any, batch_of: Any, text_samples: list[Any], visual: str, with_answer: bool
 ) -> None:
-    """Two by two merged patches of 28 pixels, all gray; no sequence has a placeholder for it."""
+    """It has 2 x 2 merged patches of 28 pixels, all gray; no sequence has a placeholder for it."""
     batch = batch_of(text_samples, with_answer, visual=visual)
     frames = {"images": 1, "video": 2}[visual]
     assert batch.visuals.dummy and batch.visuals.kind == {"images": "image", "video": "video"}[visual]
@@ -202,15 +207,15 @@ def test_the_dummy_of_different_patch_sizes(frontend: Any, tower: int, geometry:
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_text_beside_frames(
+def test_samples_with_and_without_frames(
     frontend: Any, batch_of: Any, samples: list[Any], text_samples: list[Any], visual: str
 ) -> None:
-    """Visuals, positions and poses are those of the samples with frames; a text's positions count from 0."""
+    """Visuals, position ids and poses equal those of the samples with frames; position ids of a text start at 0."""
     chosen = [text_samples[0], samples[1], text_samples[1], samples[0]]
     batch, plain = batch_of(chosen, visual=visual), batch_of([samples[1], samples[0]], visual=visual)
     assert not batch.visuals.dummy and len(batch.visuals.geometry_images) == 2
-    for mixed, alone in zip(batch.visuals.geometry_images, plain.visuals.geometry_images, strict=True):
-        assert torch.equal(mixed, alone)
+    for mixed, single in zip(batch.visuals.geometry_images, plain.visuals.geometry_images, strict=True):
+        assert torch.equal(mixed, single)
     assert torch.equal(batch.visuals.pixel_values, plain.visuals.pixel_values)
     assert torch.equal(batch.visuals.grid_thw, plain.visuals.grid_thw)
     lengths = batch.attention_mask.sum(1).tolist()
@@ -229,12 +234,14 @@ def test_video_positions_use_the_frame_rate(batch_of: Any, samples: list[Any]) -
     slow, fast = (batch_of(samples[:1], visual="video", video_fps=fps) for fps in (0.5, 2.0))
     video = slow.token_types[0] == 2
     assert slow.visuals.grid_thw.tolist() == [[2, 2, 4]]
-    # Two frames to a row of tokens and two positions to a second: 2 / 0.5 * 2 and 2 / 2 * 2.
+    # Frames per temporal patch / fps * position ids per second: 2 / 0.5 * 2 and 2 / 2 * 2.
     spans = [int(b.position_ids[0, 0, video].max() - b.position_ids[0, 0, video].min()) for b in (slow, fast)]
     assert spans == [8, 2]
 
 
-def test_to_and_pin_reach_every_tensor(batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_and_pin_memory_apply_to_every_tensor(
+    batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = batch_of(samples[:2], with_prompts=True)
     moved = batch.to(torch.device("meta"))
     tensors = [moved.input_ids, moved.attention_mask, moved.token_types, moved.position_ids, moved.cam_to_world]

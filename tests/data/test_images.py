@@ -100,8 +100,7 @@ def test_crop_keeps_the_middle_of_a_high_frame() -> None:
     "sizes", [[(640, 480)], [(1296, 968)], [(100, 181)], [(83, 61), (47, 61)], [(300, 60), (60, 30)]]
 )
 @pytest.mark.parametrize("width", [28, 126, 518])
-def test_sizes_are_foretold(tmp_path: Path, sizes: list[tuple[int, int]], width: int) -> None:
-    """What is seen follows from the files' headers."""
+def test_sizes_follow_from_the_file_headers(tmp_path: Path, sizes: list[tuple[int, int]], width: int) -> None:
     for index, size in enumerate(sizes):
         Image.new("RGB", size).save(tmp_path / f"{index}.jpg")
     assert [frame_size(tmp_path / f"{index}.jpg") for index in range(len(sizes))] == sizes

@@ -1,4 +1,4 @@
-"""Loaders: the same batches with and without loader processes, and a bad sample ends in its own sentence."""
+"""Data loaders: same batches with and without workers; errors of a sample keep their message."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def batches(samples: list[Any], frontend: Any, config: Any) -> list[Any]:
     return list(train_loader(samples, frontend, config, sampler))
 
 
-def test_loader_processes_change_nothing(samples: list[Any], frontend: Any, data_config: Callable[..., Any]) -> None:
-    alone = batches(samples, frontend, data_config(workers=0))
-    helped = batches(samples, frontend, data_config(workers=1))
-    assert [batch.ids for batch in alone] == [batch.ids for batch in helped]
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(alone, helped, strict=True))
+def test_workers_do_not_change_the_batches(samples: list[Any], frontend: Any, data_config: Callable[..., Any]) -> None:
+    expected = batches(samples, frontend, data_config(workers=0))
+    found = batches(samples, frontend, data_config(workers=1))
+    assert [batch.ids for batch in expected] == [batch.ids for batch in found]
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_missing_frame_raises_its_own_message_from_any_process(
+def test_the_error_of_a_missing_frame_keeps_its_message_with_workers(
     samples: list[Any], frontend: Any, data_config: Callable[..., Any], workers: int
 ) -> None:
     missing = Path("no/such/00007.jpg")
@@ -53,25 +53,25 @@ def test_batches_before_a_bad_sample_are_delivered(
         next(loader)
 
 
-def test_loader_processes_work_ahead_as_far_as_they_are_told(
-    frontend: Any, data_config: Any, samples: list[Any]
-) -> None:
+def test_prefetch_and_pin_memory_options(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     sampler: Any = [[0], [1]]
     loaders = [train_loader(samples, frontend, data_config(workers=w, prefetch=3), sampler) for w in (2, 0)]
     assert [loader.prefetch_factor for loader in loaders] == [3, None]
     assert all(loader.pin_memory == torch.cuda.is_available() for loader in loaders)
 
 
-def test_no_copy_to_the_device_waits(batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor of a batch: one that waits makes the host wait for all that the device has still to do."""
-    waits = []
+def test_copies_to_the_device_are_asynchronous(
+    batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tensors: one synchronous copy makes the host wait for all queued kernels."""
+    blocking = []
     real = torch.Tensor.to
 
     def to(self: torch.Tensor, *args: Any, non_blocking: bool = False, **given: Any) -> torch.Tensor:
-        waits.append(not non_blocking)
+        blocking.append(not non_blocking)
         return real(self, *args, non_blocking=non_blocking, **given)
 
     batch = batch_of(samples)
     monkeypatch.setattr(torch.Tensor, "to", to)
     batch.to(torch.device("cpu"))
-    assert len(waits) > 10 and not any(waits)
+    assert len(blocking) > 10 and not any(blocking)

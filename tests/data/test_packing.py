@@ -1,4 +1,4 @@
-"""A packed sequence holds what its samples hold alone, the tokens that they share once."""
+"""Packed sequences: the tokens of separate sequences, with shared prefixes once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pack(frontend: Any, data_config: Any) -> Callable[..., Any]:
 
 
 def tokens_of(batch: Any, index: int) -> torch.Tensor:
-    """Positions in the sequence of all tokens of a sample, found by the layout alone."""
+    """Positions in the sequence of all tokens of a sample, computed from the layout only."""
     row = int((batch.answer_positions.sample == index).nonzero()[-1])
     last = int(batch.answer_positions.position[row])
     group, suffix = batch.layout.group[0], batch.layout.suffix[0]
@@ -30,22 +30,22 @@ def tokens_of(batch: Any, index: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-@pytest.mark.parametrize("together", [1, 3, 8])
-def test_every_sample_is_as_it_is_alone(
+@pytest.mark.parametrize("questions_per_scene", [1, 3, 8])
+def test_packed_samples_equal_separate_ones(
     pack: Callable[..., Any],
     batch_of: Any,
     samples: list[Any],
     text_samples: list[Any],
     caption_sample: Any,
-    together: int,
+    questions_per_scene: int,
     visual: str,
 ) -> None:
     """Tokens, types, answer positions, digits; questions of two scenes in turn, text, caption, a repeated sample."""
     first, second = questions(samples[0], 3), questions(samples[1], 2)
     chosen = [first[0], second[0], first[1], text_samples[0], second[1], first[2], caption_sample, first[1]]
-    batch = pack(chosen, questions_per_scene=together, packing=True, visual=visual)
+    batch = pack(chosen, questions_per_scene=questions_per_scene, packing=True, visual=visual)
     assert batch.input_ids.shape[0] == 1 and batch.attention_mask.all()
-    assert len(batch.layout.spans[0]) == (8 if together == 1 else 3)
+    assert len(batch.layout.spans[0]) == (8 if questions_per_scene == 1 else 3)
     assert batch.layout.spans[0][-1][-1] == batch.input_ids.shape[1]
     for index, sample in enumerate(chosen):
         single = batch_of([sample], visual=visual)
@@ -53,9 +53,9 @@ def test_every_sample_is_as_it_is_alone(
         for name in ("input_ids", "token_types"):
             assert torch.equal(getattr(batch, name)[0, at], getattr(single, name)[0])
         assert torch.equal(batch.position_ids[:, 0, at], single.position_ids[:, 0])
-        for rows in ("answer_positions", "description_positions"):
-            mine = getattr(batch, rows).sample == index
-            assert torch.equal(getattr(batch, rows).position[mine], at[getattr(single, rows).position])
+        for name in ("answer_positions", "description_positions"):
+            mine = getattr(batch, name).sample == index
+            assert torch.equal(getattr(batch, name).position[mine], at[getattr(single, name).position])
         mine = batch.answer_positions.sample == index
         assert torch.equal(batch.answer_positions.label[mine], single.answer_positions.label)
     separate = batch_of(chosen, visual=visual)
@@ -65,26 +65,28 @@ def test_every_sample_is_as_it_is_alone(
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_frames_are_seen_once(
+def test_shared_frames_are_encoded_once(
     pack: Callable[..., Any], samples: list[Any], text_samples: list[Any], visual: str
 ) -> None:
     first, second = questions(samples[0], 3), questions(samples[1], 2)
     chosen = [first[0], second[0], text_samples[0], first[1], second[1], first[2]]
     batch = pack(chosen, questions_per_scene=2, visual=visual)
-    alone_once = pack([first[0], second[0]], visual=visual)
-    assert batch.visuals.ids == (first[0].id, second[0].id) and batch.visuals.sizes == alone_once.visuals.sizes
+    distinct = pack([first[0], second[0]], visual=visual)
+    assert batch.visuals.ids == (first[0].id, second[0].id) and batch.visuals.sizes == distinct.visuals.sizes
     for name in ("pixel_values", "grid_thw"):
-        assert torch.equal(getattr(batch.visuals, name), getattr(alone_once.visuals, name))
+        assert torch.equal(getattr(batch.visuals, name), getattr(distinct.visuals, name))
     assert len(batch.visuals.geometry_images) == 2
     assert (batch.token_types.flatten()[batch.visual_tokens] > 0).all()
     assert len(batch.visual_tokens) == sum(batch.visuals.sizes) == int((batch.token_types > 0).sum())
     assert batch.frame_set.tolist() == [0, 1, -1, 0, 1, 0]
-    assert torch.equal(batch.token_set, alone_once.token_types.nonzero()[:, 0])
+    assert torch.equal(batch.token_set, distinct.token_types.nonzero()[:, 0])
     assert (batch.layout.suffix.flatten()[batch.visual_tokens] == 0).all()
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_prompts_stay_apart(pack: Callable[..., Any], samples: list[Any], text_samples: list[Any], visual: str) -> None:
+def test_prompts_are_not_packed(
+    pack: Callable[..., Any], samples: list[Any], text_samples: list[Any], visual: str
+) -> None:
     first, second = questions(samples[0], 2), questions(samples[1], 1)
     chosen = [first[0], text_samples[0], second[0], first[1]]
     batch = pack(chosen, with_prompts=True, questions_per_scene=4, visual=visual)
@@ -98,8 +100,8 @@ def test_prompts_stay_apart(pack: Callable[..., Any], samples: list[Any], text_s
     assert batch.prompts.order == (*first_set, *second_set, *first_set)
 
 
-def test_a_suffix_keeps_what_predicts_its_answer(frontend: Any, data_config: Any, samples: list[Any]) -> None:
-    """The same question twice: all is shared but the last token of the prompt, and the answer."""
+def test_the_last_prompt_token_stays_in_the_suffix(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    """The same question twice: everything is shared but the last token of the prompt, and the answer."""
     processor = make_processor(frontend, data_config())
     twice = [processor(samples[0], True)] * 2
     (group,) = groups_by_frames(twice)
@@ -120,7 +122,7 @@ def test_frames_after_the_question_cannot_be_shared(frontend: Any, data_config: 
         make_collate(frontend, data_config(questions_per_scene=2), False)(turned)
 
 
-def test_frames_in_a_row_are_read_once(
+def test_frames_of_consecutive_samples_are_read_once(
     frontend: Any, data_config: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []
@@ -133,7 +135,7 @@ def test_frames_in_a_row_are_read_once(
     assert read == [first[0].id, second[0].id, first[0].id]
 
 
-def test_options_that_do_not_go_together() -> None:
+def test_incompatible_options_are_rejected() -> None:
     def rejected(*options: str) -> str:
         with pytest.raises(ValueError) as error:
             load_config(DEMO_RECIPE, list(options))

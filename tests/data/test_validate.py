@@ -97,7 +97,7 @@ def test_another_format_is_decoded(samples: list[Any], tmp_path: Path, decoded: 
 
 
 @pytest.fixture
-def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """No frame can be decoded."""
 
     def load(path: Path) -> np.ndarray:
@@ -129,9 +129,9 @@ def test_the_length_is_that_of_the_sequence(
 
 
 def test_a_short_text_is_not_encoded(
-    frontend: Any, data_config: Any, samples: list[Any], blind: None, monkeypatch: pytest.MonkeyPatch
+    frontend: Any, data_config: Any, samples: list[Any], no_decoding: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """36,665 of them would take most of a minute; what the frames' placeholders take is counted once."""
+    """Encoding 36,665 texts would take most of a minute; the placeholders of frames are counted once."""
     processor = make_processor(frontend, data_config(max_length=9000))
     encoded: list[str] = []
     count = processor._count
@@ -140,7 +140,7 @@ def test_a_short_text_is_not_encoded(
     assert len(encoded) == 2 and not any(samples[0].question in text for text in encoded)
 
 
-def test_one_message_says_how_long_the_longest_is(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+def test_the_message_has_the_longest_length(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     lengths = [len(make_processor(frontend, data_config())(sample, True).input_ids) for sample in samples]
     with pytest.raises(ValueError) as caught:
         check_texts(samples, make_processor(frontend, data_config(max_length=100)))
@@ -152,12 +152,12 @@ def test_one_message_says_how_long_the_longest_is(frontend: Any, data_config: An
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
 def test_a_special_token_is_found_by_the_rank_of_its_sample(
-    frontend: Any, data_config: Any, samples: list[Any], blind: None, token: str
+    frontend: Any, data_config: Any, samples: list[Any], no_decoding: None, token: str
 ) -> None:
     processor = make_processor(frontend, data_config())
     asks = replace(samples[0], id="asks", question=f"where is {token}?", what=(0, 0))
     answers = replace(samples[0], id="answers", answer=samples[0].answer + token)
-    every = [*samples, asks, samples[0]]  # shares: one, two, two
+    every = [*samples, asks, samples[0]]  # the ranks check one, two and two
     assert check_texts(every, processor, 0, 3) == 1 and check_texts(every, processor, 1, 3) == 2
     with pytest.raises(
         ValueError, match=f"^Sample asks: .* special token '{re.escape(token)}'; remove it .* again\\.$"

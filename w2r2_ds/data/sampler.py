@@ -113,7 +113,7 @@ def group_by_frames(
     # 2. The short groups at both ends are made of remainders; break up one whole group if those do not suffice.
     if sum(map(len, rests)) < first + last:
         rests.append(full.pop(int(generator.integers(len(full)))))
-    # 3. Pack the remainders into the short groups and the groups that no frame set fills alone.
+    # 3. Pack the remainders into the short groups and the groups that no single frame set fills.
     middle = (len(order) - first - last) // size - len(full)
     begin, *combined, end = _fill(rests, [first, *[size] * middle, last])
     groups = [*full, *combined]
