@@ -30,7 +30,6 @@ from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.deepspeed.config import resolve_ds_config
-from w2r2_ds.training.deepspeed.process_group import free_port
 from w2r2_ds.types.batch import Batch
 
 if TYPE_CHECKING:
@@ -85,26 +84,20 @@ def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
     """Run this module in `ranks` processes and return the result of rank 0.
 
     Raises:
-        RuntimeError: a rank failed; with the end of its output.
+        RuntimeError: a rank failed; with the end of the error output.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_SIZE": str(ranks),
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "w2r2_ds.bench.zero3_gathers", shape, str(result), str(rounds)]
-        processes = []
-        for rank in range(ranks):
-            with open(Path(folder) / f"{rank}.txt", "w") as log:
-                own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log))
-        failed = [rank for rank, process in enumerate(processes) if process.wait()]
-        if failed:
-            raise RuntimeError(f"rank {failed[0]} failed:\n" + (Path(folder) / f"{failed[0]}.txt").read_text()[-2000:])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [*torchrun, "-m", "w2r2_ds.bench.zero3_gathers", shape, str(result), str(rounds)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        if done.returncode:
+            raise RuntimeError(f"a rank failed:\n{done.stderr[-4000:]}")
         answer: dict[str, Any] = json.loads(result.read_text())
     return answer
 
