@@ -17,12 +17,12 @@ from w2r2_ds.models.weights_hash import model_weights, tensors_digest
 
 
 def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
-    """The cache that `data.cache` names; None without one.
+    """Open the cache in the folder `data.cache`; None if it is empty.
 
-    Reads the frozen weights once to know them: sizes and names do not tell one training from another.
+    The frozen weights are read and hashed: file names and sizes do not distinguish two trainings of an encoder.
 
     Raises:
-        ValueError: the folder cannot be made, or there are no weights.
+        ValueError: the folder cannot be created, or there are no weights.
     """
     if not data.cache:
         return None
@@ -37,7 +37,7 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
 
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
-    """Identity of the geometry encoder and its settings: everything but the frames that changes its features."""
+    """Hash of the geometry encoder, its settings and its pre-processing: the cache key without the frames."""
     geometry, encoder = model.geometry, find_geometry_encoder(model.geometry.name)
     about = {
         "kind": "geometry",
@@ -51,7 +51,7 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
 
 
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
-    """Identity of the vision tower and its settings: everything but the frames that changes its features."""
+    """Hash of the vision tower, its settings and its pre-processing: the cache key without the frames."""
     config = load_config(model.vlm)
     tower = find_family(config.model_type).tower_weights
     about = {
