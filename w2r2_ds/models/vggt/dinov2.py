@@ -1,4 +1,7 @@
-"""DINOv2 with registers: the ViT that turns VGGT's frames into patch tokens."""
+"""DINOv2 with registers: the ViT of VGGT's patch embedding.
+
+M. Oquab et al., "DINOv2", arXiv 2304.07193; T. Darcet et al., "Vision Transformers Need Registers", arXiv 2309.16588.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +39,13 @@ class DinoViT(nn.Module):
     """ViT with a class token and registers; no rotary positions, no query/key norm.
 
     Args:
-        img_size: side in pixels of the square that the position table was made for.
+        img_size: side in pixels of the square images of the learned position table.
         patch_size: side of a patch in pixels.
         dim: width of a token.
-        depth: blocks.
+        depth: number of transformer blocks.
         num_heads: attention heads.
-        mlp_ratio: hidden width of the MLPs over `dim`.
-        num_registers: register tokens.
+        mlp_ratio: hidden width of the MLPs divided by `dim`.
+        num_registers: number of register tokens.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class DinoViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, dim))
         if num_registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim))
-        # Stands for hidden patches in DINO's own training; part of the checkpoint, without use here.
+        # Replaces masked patches in DINOv2's pre-training. Not used here, but a weight of the public checkpoint.
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, eps=EPS, initial_scale=1.0) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
@@ -75,12 +78,19 @@ class DinoViT(nn.Module):
         return resample_position_table(self.pos_embed, rows, columns)
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """All normed tokens of normalised `images` ``[N, 3, H, W]``: class, registers, patches (row-major)."""
+        """Class token, registers and patches (row-major) after the last norm.
+
+        Args:
+            images: ``[N, 3, H, W]``, normalised by mean and standard deviation.
+
+        Returns:
+            ``[N, 1 + registers + patches, dim]``.
+        """
         count, _, height, width = images.shape
         patches = self.patch_embed(images)
         x = torch.cat((self.cls_token.expand(count, -1, -1), patches), dim=1)
         x = x + self.position_table(height // self.patch_size, width // self.patch_size)
-        if self.num_registers:
+        if self.num_registers:  # after the positions are added: registers have none
             x = torch.cat((x[:, :1], self.register_tokens.expand(count, -1, -1), x[:, 1:]), dim=1)
         for block in self.blocks:
             x = block(x)

@@ -1,6 +1,6 @@
-"""Building blocks of VGGT: attention with 2-D rotary positions, MLP, LayerScale and the pre-norm block.
+"""Layers of VGGT: attention with 2D rotary position embeddings, MLP, LayerScale, pre-norm block, patch projection.
 
-Submodules carry the parameter names of the public checkpoint (``attn.qkv``, ``ls1.gamma``, ``mlp.fc1``, ...).
+Parameters have the names of the public checkpoint (``attn.qkv``, ``ls1.gamma``, ``mlp.fc1``, ...).
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import torch.nn.functional as F
 from torch import nn
 
 RotaryTable = tuple[torch.Tensor, torch.Tensor]
-"""``(cos, sin)``, each ``[..., tokens, 2, head_dim / 4]`` float32: axis 2 is (row, column)."""
+"""``(cos, sin)``, each ``[..., tokens, 2, head_dim / 4]`` float32; the axis of size 2 is (row, column)."""
 
 
 def grid_positions(rows: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
-    """``[rows * columns, 2]`` int64 ``(row, column)`` of a row-major grid, from (0, 0)."""
+    """``[rows * columns, 2]`` int64 ``(row, column)`` of every cell of a grid, row-major, starting at (0, 0)."""
     return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
 
 
 def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> RotaryTable:
-    """Angles' cosines and sines for `positions`, always in float32.
+    """Cosines and sines of the rotation angles of 2D rotary position embeddings (RoPE), always in float32.
 
-    Each half of a head belongs to one coordinate; inside a half of ``d = head_dim / 2`` channels, channel ``i`` and
-    channel ``i + d / 2`` form a pair that turns by ``position * base ** (-2 i / d)``.
+    The first half of a head's channels encodes the row, the second half the column. In a half of ``d = head_dim / 2``
+    channels, the pair of channels ``i`` and ``i + d / 2`` is rotated by the angle ``position * base ** (-2 i / d)``.
 
     Args:
         positions: ``[..., tokens, 2]`` integer ``(row, column)``.
         head_dim: channels of a head, a multiple of 4.
-        base: the slowest wavelength's base.
+        base: base of the geometric series of frequencies.
     """
     half = head_dim // 2
     exponents = torch.arange(0, half, 2, dtype=torch.float32, device=positions.device) / half
@@ -36,7 +36,7 @@ def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> RotaryT
 
 
 def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
-    """Turn every pair of channels of `x` by its position's angle.
+    """Rotate every pair of channels of `x` by the angle of its position.
 
     Args:
         x: ``[..., tokens, head_dim]``, any floating dtype.
@@ -46,6 +46,7 @@ def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
         ``[..., tokens, head_dim]`` float32 (float64 for float64 input).
     """
     cos, sin = table
+    # [..., tokens, (row, column), (first, second of a pair), head_dim / 4]
     first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
 
@@ -55,7 +56,7 @@ class Attention(nn.Module):
 
     Args:
         dim: width of a token.
-        num_heads: heads; divides `dim`.
+        num_heads: attention heads; must divide `dim`.
         qk_norm: LayerNorm with bias on queries and keys of each head, before the rotary positions.
     """
 
@@ -69,17 +70,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, rope: RotaryTable | None = None) -> torch.Tensor:
-        """``[batch, tokens, dim]`` -> the same; `rope` must broadcast to ``[batch, heads, tokens, 2, head_dim/4]``."""
+        """``[batch, tokens, dim]`` -> same shape; `rope` broadcasts to ``[batch, heads, tokens, 2, head_dim / 4]``."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        # Each [batch, heads, tokens, head_dim].
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        # `rotate` returns float32; attention runs in the dtype of the values.
         mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear."""
+    """Linear, GELU (exact, not the tanh approximation), Linear."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -87,19 +90,19 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., dim]`` -> the same."""
+        """``[..., dim]`` -> the same shape."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel."""
+    """Multiplication by a learned factor per channel (H. Touvron et al., arXiv 2103.17239)."""
 
     def __init__(self, dim: int, initial: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(initial)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., dim]`` -> the same."""
+        """``[..., dim]`` -> the same shape."""
         return x * self.gamma
 
 
@@ -109,9 +112,9 @@ class Block(nn.Module):
     Args:
         dim: width of a token.
         num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `dim`.
-        eps: of the two LayerNorms.
-        initial_scale: what LayerScale starts from.
+        mlp_ratio: hidden width of the MLP divided by `dim`.
+        eps: epsilon of the two LayerNorms.
+        initial_scale: initial value of both LayerScales.
         qk_norm: see `Attention`.
     """
 
@@ -127,13 +130,13 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, initial_scale)
 
     def forward(self, x: torch.Tensor, rope: RotaryTable | None = None) -> torch.Tensor:
-        """``[batch, tokens, dim]`` -> the same."""
+        """``[batch, tokens, dim]`` -> the same shape."""
         x = x + self.ls1(self.attn(self.norm1(x), rope))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class PatchProjection(nn.Module):
-    """Cut images into patches and map each to a token.
+    """Linear projection of non-overlapping image patches to tokens, as a convolution.
 
     Args:
         patch_size: side of a patch in pixels.

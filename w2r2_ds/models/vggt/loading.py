@@ -1,4 +1,4 @@
-"""Read and write VGGT directories: ``config.json`` and safetensors weights, strictly."""
+"""Load and save VGGT directories: ``config.json`` and weights in safetensors files, with strict names and shapes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS, weight_files
 
 CONFIG = "config.json"
 HEADS = ("camera_head.", "point_head.", "depth_head.", "track_head.")
-"""Prefixes of weights that a checkpoint may hold and that are not loaded."""
+"""Prefixes of the weights of heads, which are skipped."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_vggt(source: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> VGGT:
-    """A VGGT with its weights, on the CPU, in eval mode.
+    """Load a VGGT with its weights, on the CPU, in eval mode.
 
     Args:
         source: directory with ``config.json`` and ``model.safetensors`` (or shards and their index), or the id of a
             Hugging Face Hub repository such as ``facebook/VGGT-1B``.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights in memory.
+        dtype: dtype of the weights in memory.
 
     Raises:
-        ValueError: nothing there; a file is missing or broken; a weight is missing, unknown or of another shape.
+        ValueError: there is no such directory or repository, a file is missing or damaged, or a weight is missing,
+            unknown or of another shape.
     """
     directory = locate(source, revision)
     config = read_config(directory)
@@ -56,7 +57,7 @@ def load_vggt(source: str | Path, *, revision: str | None = None, dtype: torch.d
 
 
 def save_vggt(vggt: VGGT, directory: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors``, each whole or not at all; the directory is made if needed."""
+    """Write ``config.json`` and ``model.safetensors``, each atomically; the directory is created if needed."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vggt.state_dict().items()}
@@ -69,10 +70,10 @@ def save_vggt(vggt: VGGT, directory: str | Path) -> None:
 
 
 def read_config(directory: Path) -> VGGTConfig:
-    """``config.json`` of a VGGT directory.
+    """Read ``config.json`` of a VGGT directory.
 
     Raises:
-        ValueError: it is missing, no JSON object, or describes no VGGT that can be built.
+        ValueError: the file is missing or no JSON object, or a field is unknown or out of range.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -84,10 +85,10 @@ def read_config(directory: Path) -> VGGTConfig:
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The local directory of `source`, downloaded when it is a hub id.
+    """The local directory of `source`; a hub id is downloaded.
 
     Raises:
-        ValueError: there is no such directory, and it cannot be downloaded.
+        ValueError: `source` is neither a directory nor a hub id that can be downloaded.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -100,7 +101,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG, INDEX, "*.safetensors"]))
-    except Exception as error:  # the hub client raises many kinds, of several libraries
+    except Exception as error:  # the hub client raises exceptions of several libraries
         raise ValueError(
             f"{source} is no directory here and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}); "
@@ -110,7 +111,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 
 
 def _read(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The expected tensors of one file; weights of heads are skipped, names and shapes checked before any is read."""
+    """Tensors of one file, without those of heads; all names and shapes are checked before any tensor is read."""
     try:
         with safe_open(file, framework="pt") as opened:
             names = [name for name in opened.keys() if not name.startswith(HEADS)]  # noqa: SIM118
@@ -128,13 +129,13 @@ def _read(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) 
 def _check(file: Path, name: str, shape: tuple[int, ...], kind: str, wanted: tuple[int, ...]) -> None:
     if shape != wanted:
         raise ValueError(
-            f"{file}: {name} has shape {list(shape)}, but {CONFIG} asks for {list(wanted)}; take both from one VGGT."
+            f"{file}: {name} has shape {list(shape)}, but {CONFIG} describes {list(wanted)}; take both from one VGGT."
         )
     if kind not in FLOATS:
         raise ValueError(f"{file}: {name} is stored as {kind}; only unquantised weights ({', '.join(FLOATS)}) load.")
 
 
 def _first(names: Iterable[str]) -> str:
-    """The first name, and how many follow."""
+    """The first name, and the number of further ones."""
     ordered = sorted(names)
     return ordered[0] if len(ordered) == 1 else f"{ordered[0]} and {len(ordered) - 1} more"

@@ -1,9 +1,9 @@
-"""VGGT's aggregator, written from its specification; parameter names are those of the public checkpoint.
+"""VGGT's aggregator (J. Wang et al., "VGGT: Visual Geometry Grounded Transformer", CVPR 2025, arXiv 2503.11651).
 
-Frames become patch tokens, a camera token and registers are put in front of each frame's, and blocks that look at one
-frame alternate with blocks that look at all. Heads (camera, depth, points, tracks) are not built;
-`models/vggt/loading.py`
-skips their weights.
+DINOv2 turns every frame into patch tokens. A camera token and register tokens are prepended to those of each frame.
+Blocks with attention within one frame alternate with blocks with attention over all frames (alternating attention,
+section 3.2 of the paper). The heads for cameras, depth, points and tracks are not built, and `models/vggt/loading.py`
+skips their weights. Parameters have the names of the public checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 EPS = 1e-5
 
 VIT_LARGE = "dinov2_vitl14_reg"
-"""Upstream's name of the patch embedding of the 1B model; the same as ``dinov2`` with the default sizes."""
+"""The public code's value of `patch_embed` for the 1B model; the same as ``dinov2`` with the default sizes."""
 UPSTREAM_SWITCHES = ("enable_camera", "enable_point", "enable_depth", "enable_track")
 UPSTREAM_ORDER = {"aa_order": ["frame", "global"], "aa_block_size": 1}
 
@@ -34,19 +34,19 @@ class VGGTConfig:
     """Sizes of a VGGT; the defaults are those of the public 1B model.
 
     Attributes:
-        img_size: side in pixels of the square that the ViT's position table was made for.
-        patch_size: side of a patch in pixels; frames must be a multiple of it.
-        embed_dim: width of a token; features are twice as wide.
-        depth: frame blocks, and as many global blocks; also the number of layers to choose from.
+        img_size: side in pixels of the square images of the ViT's learned position table.
+        patch_size: side of a patch in pixels; height and width of a frame must be multiples of it.
+        embed_dim: width of a token; a feature has twice as many channels.
+        depth: number of layers, each of one frame block and one global block.
         num_heads: attention heads of the frame and global blocks.
-        mlp_ratio: hidden width of their MLPs over `embed_dim`.
-        num_register_tokens: registers per frame, in the ViT too.
+        mlp_ratio: hidden width of their MLPs divided by `embed_dim`.
+        num_register_tokens: register tokens per frame, in the aggregator and in the ViT.
         qk_norm: LayerNorm on queries and keys of the frame and global blocks.
-        rope_freq: base of their rotary positions; 0 for none.
+        rope_freq: base of their rotary position embeddings; 0 for none.
         patch_embed: ``"dinov2"`` (a ViT) or ``"conv"`` (one convolution).
-        vit_depth: blocks of the ViT.
+        vit_depth: transformer blocks of the ViT.
         vit_num_heads: its attention heads.
-        vit_mlp_ratio: hidden width of its MLPs over `embed_dim`.
+        vit_mlp_ratio: hidden width of its MLPs divided by `embed_dim`.
     """
 
     img_size: int = 518
@@ -86,9 +86,9 @@ class VGGTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
-        """Read a ``config.json``: what it lacks is as in the 1B model.
+        """From the fields of a ``config.json``; missing fields have the values of the 1B model.
 
-        Upstream's switches for heads are ignored; its name of the ViT is understood.
+        Fields of the public code that enable heads are ignored, and its name of the ViT is replaced by ``dinov2``.
 
         Raises:
             ValueError: unknown key, or a value out of range.
@@ -120,13 +120,16 @@ def _require_count(name: str, value: Any, least: int) -> None:
 
 
 class Aggregator(nn.Module):
-    """Alternating attention over frames; output ``i`` joins what frame block ``i`` and global block ``i`` made."""
+    """Alternating attention over frames.
+
+    The output of layer ``i`` is the concatenation of the outputs of frame block ``i`` and global block ``i``.
+    """
 
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = _patch_embed(config)
-        # Row 0 is for the first frame, the reference; row 1 for every other frame.
+        # Index 0 of the second axis: the first frame, whose camera is the world's origin. Index 1: all other frames.
         self.camera_token = nn.Parameter(torch.empty(1, 2, 1, config.embed_dim))
         self.register_token = nn.Parameter(torch.empty(1, 2, config.num_register_tokens, config.embed_dim))
         self.frame_blocks = _blocks(config)
@@ -141,7 +144,7 @@ class Aggregator(nn.Module):
         return self.patch_embed(((images - mean) / std).to(self.camera_token.dtype))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """``[B, S, 3, H, W]`` -> ``[B * S, special + patches, embed_dim]``: what frame block 0 gets."""
+        """``[B, S, 3, H, W]`` -> ``[B * S, special + patches, embed_dim]``, the input of frame block 0."""
         batch, frames = images.shape[:2]
         patches = self.patch_tokens(images.flatten(0, 1))
         first_or_other = [0] + [1] * (frames - 1)
@@ -156,12 +159,12 @@ class Aggregator(nn.Module):
         return torch.cat((patches.new_zeros(self.config.special_tokens, 2), patches))
 
     def rope(self, positions: torch.Tensor) -> RotaryTable | None:
-        """Rotary table of ``[..., tokens, 2]`` positions; None where the configuration has none."""
+        """Rotary table of ``[..., tokens, 2]`` positions; None if `rope_freq` is 0."""
         head_dim = self.config.embed_dim // self.config.num_heads
         return rotary_table(positions, head_dim, self.config.rope_freq) if self.config.rope_freq else None
 
     def forward(self, images: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """Run as many blocks as the deepest wanted layer needs and keep the wanted layers only.
+        """Outputs of the selected layers; blocks after the deepest of them do not run.
 
         Args:
             images: ``[B, S, 3, H, W]`` floating, RGB in [0, 1]; frame 0 is the reference. H and W are multiples of
@@ -169,7 +172,7 @@ class Aggregator(nn.Module):
             layers: absolute layer indices, each in ``0 .. depth - 1``.
 
         Returns:
-            Layer -> ``[B, S, special + patches, 2 * embed_dim]`` in the dtype of the weights.
+            Layer index -> ``[B, S, special + patches, 2 * embed_dim]`` in the dtype of the weights.
 
         Raises:
             ValueError: images of a wrong shape or size, no layers, or a layer that does not exist.
@@ -181,6 +184,7 @@ class Aggregator(nn.Module):
         tokens = self.tokens(images)
         kept: dict[int, torch.Tensor] = {}
         for index in range(max(layers) + 1):
+            # Tokens are [B * S, N, C] for attention within a frame and [B, S * N, C] for attention over all frames.
             within = self.frame_blocks[index](tokens, frame_rope)
             across = self.global_blocks[index](within.unflatten(0, (batch, frames)).flatten(1, 2), global_rope)
             tokens = across.unflatten(1, (frames, -1)).flatten(0, 1)
@@ -200,7 +204,7 @@ class Aggregator(nn.Module):
                 f"VGGT: frames are {height} x {width} pixels; height and width must be multiples of {size}."
             )
         if not layers or not all(0 <= layer < depth for layer in layers):
-            raise ValueError(f"VGGT: layers {list(layers)} were asked for; name some of 0 to {depth - 1}.")
+            raise ValueError(f"VGGT: layers are {list(layers)}; give one or more of 0 to {depth - 1}.")
 
 
 def _patch_embed(config: VGGTConfig) -> nn.Module:
@@ -232,10 +236,10 @@ def _blocks(config: VGGTConfig) -> nn.ModuleList:
 
 
 class VGGT(nn.Module):
-    """A VGGT without heads.
+    """VGGT without heads.
 
     Args:
-        config: its sizes.
+        config: sizes.
     """
 
     def __init__(self, config: VGGTConfig) -> None:
