@@ -111,6 +111,12 @@ def test_values_and_gradients_are_compared() -> None:
     assert failed.failure == "RuntimeError: no kernel image" and failed.rejection
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_compared_in_any_mode_of_the_caller(mode: Any) -> None:
+    with mode():
+        assert measured(lambda x: x.pow(2)).error == 0 and measured(WrongGradient.apply).error > 0.1
+
+
 def test_the_lora_projection_equals_peft_on_the_cpu() -> None:
     candidate = next(each for each in make_candidates(SHAPES, torch.device("cpu")) if each.name == "lora_projection")
     found = measure.measure(candidate, measure.TOLERANCE[torch.float32], lambda run: 1.0)

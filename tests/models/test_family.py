@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import w2r2_ds
 from w2r2_ds.config.schema import DataConfig, ModelConfig, RunConfig
-from w2r2_ds.data.loader import make_collate, make_processor
+from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.models import family
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.family import BUILT_IN, find_family
@@ -153,3 +153,14 @@ def test_only_the_registry_and_the_default_model_name_a_family() -> None:
 def test_an_unknown_family_names_the_file_and_what_is_known() -> None:
     with pytest.raises(ValueError, match=r"here/config\.json: model_type 'other'.*qwen2_5_vl"):
         find_family("other", "here/config.json")
+
+
+@pytest.mark.distributed
+def test_loader_workers_that_are_not_forked_import_the_plugin(
+    stacked: ModelConfig, samples: list[Any], data_config: Any
+) -> None:
+    """As with Python 3.14's default start method."""
+    loader = prompt_loader(samples[:1], load_frontend(stacked), data_config(workers=1), 1)
+    loader.multiprocessing_context = "forkserver"
+    (batch,) = loader
+    assert batch.ids == (samples[0].id,)

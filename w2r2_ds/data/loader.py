@@ -26,6 +26,7 @@ from w2r2_ds.data.tasks.base import find_task
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
+from w2r2_ds.utils.plugins import ImportsPlugins
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ def digests(mixture: Mixture) -> list[str]:
     return [each.digest for each in mixture.sets if isinstance(each, PreparedSet)]
 
 
-class SampleDataset(Dataset[Features]):
+class SampleDataset(ImportsPlugins, Dataset[Features]):
     """Map-style dataset that processes a sample on access.
 
     Args:

@@ -119,23 +119,33 @@ def measure(candidate: Candidate, tolerance: float, seconds: Callable[[Run], flo
         tolerance: largest accepted error.
         seconds: measures the time of a run.
     """
-    errors, torch_seconds, kernel_seconds = [], 0.0, 0.0
-    for case in candidate.cases:
-        inputs = case()
-        expected_run = make_run(candidate.reference, inputs, candidate.leaves)
-        expected = expected_run()
-        torch_seconds += seconds(expected_run)
-        try:
-            kernel_run = make_run(candidate.kernel, inputs, candidate.leaves)
-            errors.append(max_error(kernel_run(), expected))
-            kernel_seconds += seconds(kernel_run)
-        except Exception as error:  # compilers and drivers raise many types
-            # A fault that broke the CUDA context raises here again, and then ends the run.
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            return Measurement(candidate.name, torch.nan, tolerance, torch.nan, torch.nan, describe_error(error))
+    failures, errors, torch_seconds, kernel_seconds = zip(
+        *(compare(candidate, case(), seconds) for case in candidate.cases), strict=True
+    )
     # torch's maximum keeps NaN; Python's max may drop it.
-    return Measurement(candidate.name, float(torch.tensor(errors).max()), tolerance, torch_seconds, kernel_seconds)
+    error = float(torch.tensor(errors).max())
+    failure = next(filter(None, failures), "")
+    return Measurement(candidate.name, error, tolerance, sum(torch_seconds), sum(kernel_seconds), failure)
+
+
+# The caller may be in inference mode; gradients are compared too.
+@torch.inference_mode(False)
+@torch.enable_grad()
+def compare(
+    candidate: Candidate, inputs: Sequence[Tensor], seconds: Callable[[Run], float]
+) -> tuple[str, float, float, float]:
+    """(failure, error, seconds of PyTorch, seconds of the kernel) for the inputs of one case."""
+    expected_run = make_run(candidate.reference, inputs, candidate.leaves)
+    expected = expected_run()
+    torch_seconds = seconds(expected_run)
+    try:
+        kernel_run = make_run(candidate.kernel, inputs, candidate.leaves)
+        return "", max_error(kernel_run(), expected), torch_seconds, seconds(kernel_run)
+    except Exception as error:  # compilers and drivers raise many types
+        # A fault that broke the CUDA context raises here again, and then ends the run.
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return describe_error(error), torch.nan, torch.nan, torch.nan
 
 
 def make_run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], leaves: int) -> Run:

@@ -56,8 +56,7 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
 def _start(imported: list[str]) -> None:
     """Initialise a worker process: one thread, and the plug-ins of its parent."""
     torch.set_num_threads(1)
-    for plugin in imported:
-        plugins.import_plugin(plugin)
+    plugins.import_missing(imported)
 
 
 def listed(head: str, sentences: Sequence[str]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 IMPORTED: list[str] = []
 """Plug-ins of this process, files as absolute paths; worker processes that are not forked import them too."""
@@ -60,3 +62,23 @@ def import_plugin(target: str) -> None:
     sys.modules[name] = module  # needed by dataclasses
     spec.loader.exec_module(module)
     IMPORTED.append(str(file))
+
+
+def import_missing(imported: list[str]) -> None:
+    """Import the plug-ins of another process that this process has not imported."""
+    for plugin in imported:
+        if plugin not in IMPORTED:
+            import_plugin(plugin)
+
+
+class ImportsPlugins:
+    """Base class of objects sent to worker processes: a worker imports the plug-ins before it unpickles their state."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]:
+        # pickle calls the function before it reads the state, which may hold objects of a plug-in's classes.
+        return _new_with_plugins, (type(self), list(IMPORTED)), self.__dict__
+
+
+def _new_with_plugins(kind: type, imported: list[str]) -> object:
+    import_missing(imported)
+    return kind.__new__(kind)

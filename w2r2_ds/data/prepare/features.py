@@ -33,6 +33,7 @@ from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
 from w2r2_ds.utils.distributed import RankInfo, raise_on_all_ranks
 from w2r2_ds.utils.parallel import set_num_threads
+from w2r2_ds.utils.plugins import ImportsPlugins
 from w2r2_ds.utils.progress import progress
 
 
@@ -189,7 +190,7 @@ def check_written(cache: Cache, made: Sequence[str]) -> None:
         )
 
 
-class _VisualInputsDataset(Dataset[VisualInputs]):
+class _VisualInputsDataset(ImportsPlugins, Dataset[VisualInputs]):
     """Vision inputs of samples, computed on access."""
 
     def __init__(self, samples: Sequence[Sample], preprocess: VisualPreprocessor) -> None:
