@@ -81,4 +81,4 @@ class ImportsPlugins:
 
 def _new_with_plugins(kind: type, imported: list[str]) -> object:
     import_missing(imported)
-    return kind.__new__(kind)
+    return object.__new__(kind)
