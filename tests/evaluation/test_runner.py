@@ -14,14 +14,13 @@ import pytest
 import torch
 
 from runs import STEPS, World
+from trained_models import load_trained_model
 from w2r2_ds.commands.evaluate import main as evaluate_main
 from w2r2_ds.commands.evaluate import run as evaluate_command
 from w2r2_ds.config.schema import SourceConfig
 from w2r2_ds.convert.peft_adapter import export_adapter
 from w2r2_ds.data.loader import load_mixture, prompt_loader
 from w2r2_ds.evaluation.datasets import all_samples, find_sets
-from w2r2_ds.evaluation.generate import generate_answers
-from w2r2_ds.evaluation.loading import load_trained_model
 from w2r2_ds.evaluation.runner import Answerer, evaluate
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 
@@ -48,8 +47,8 @@ def prompts(loaded: Any) -> list[Any]:
 
 def answers(loaded: Any, samples: Sequence[Any], geometry: str, batch_size: int) -> list[tuple[str, list[int], str]]:
     config, model, frontend = loaded
-    loader = prompt_loader(samples, frontend, config.data, batch_size)
-    return list(generate_answers(model, loader, frontend.tokenizer, geometry, TOKENS, config.data.video_fps))
+    records = Answerer(model, frontend, config.data, geometry, samples, batch_size, TOKENS).records(samples)
+    return [(record["id"], record["tokens"], record["text"]) for record in records]
 
 
 def test_without_geometry_it_is_stock_generation(loaded: Any, prompts: list[Any]) -> None:
@@ -176,7 +175,7 @@ def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path:
         find_sets(config, None, tmp_path / "nowhere")
     shutil.copytree(default.folder, tmp_path / "copy")
     twice = replace(config, val=[*config.val, SourceConfig(str(tmp_path / "copy"))])
-    with pytest.raises(ValueError, match=r"samples of .* have the same id, the first is"):
+    with pytest.raises(ValueError, match=r"ids appear twice in .*, the first is"):
         all_samples(find_sets(twice))
 
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from runs import ZERO3, Job, World, read_metrics, run_jobs
+from trained_models import load_trained_model
 from w2r2_ds.commands import evaluate
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.evaluation import validator
-from w2r2_ds.evaluation.generate import generate_answers
-from w2r2_ds.evaluation.loading import load_trained_model
 from w2r2_ds.evaluation.predictions.record import record_of
+from w2r2_ds.evaluation.runner import Answerer
 from w2r2_ds.evaluation.validator import AnswerValidation, computed, score
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 from w2r2_ds.types.sample import Reference
@@ -104,10 +104,11 @@ class TestRuns:
         best = folder / "validated" / "checkpoints" / "best"
         config, model, frontend = load_trained_model(best)
         validation = alone(config, frontend)
-        answers = generate_answers(model, validation.loader, frontend.tokenizer, "fused", TOKENS, config.data.video_fps)
-        texts = {identity: text for identity, _, text in answers}
-        assert len(texts) == PICKED
-        expected = computed(score([record_of(sample, texts[sample.id]) for sample in validation.samples]))
+        samples, batch_size = validation.samples, config.train.micro_batch
+        answerer = Answerer(model, frontend, config.data, "fused", samples, batch_size, TOKENS)
+        records = list(answerer.records(samples))
+        assert len(records) == PICKED
+        expected = computed(score(records))
         line = read_metrics(folder / "validated")[1]
         assert {f"val/{name}" for name in expected} | {"val/seconds"} == {name for name in line if "val/" in name}
         del expected["scanrefer/acc@0.25"]  # scripted

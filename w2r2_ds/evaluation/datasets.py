@@ -9,6 +9,7 @@ from typing import Any
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.dataset import MANIFEST, PreparedSet, read_manifest
 from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.evaluation.protocols.records import raise_with_first
 from w2r2_ds.utils.hashing import file_sha256
 
 
@@ -49,12 +50,8 @@ def all_samples(sets: list[PreparedSet]) -> Mixture:
     """
     samples = Mixture(sets, [1.0] * len(sets), [0] * len(sets))
     repeated = [name for name, number in Counter(sample.id for sample in samples).items() if number > 1]
-    if repeated:
-        folders = " and ".join(str(each.folder) for each in sets)
-        raise ValueError(
-            f"{len(repeated)} samples of {folders} have the same id, the first is {repeated[0]!r}; evaluate one data "
-            "set at a time with --data."
-        )
+    folders = " and ".join(str(each.folder) for each in sets)
+    raise_with_first(repeated, f"ids appear twice in {folders}", "; evaluate one data set at a time with --data")
     return samples
 
 

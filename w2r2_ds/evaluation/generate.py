@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +11,6 @@ from w2r2_ds.types.batch import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-GEOMETRY = ("fused", "zero")
-"""`fused`: Phi(F2D, F3D); `zero`: Phi(F2D, 0)."""
 
 
 @torch.inference_mode()
@@ -27,7 +23,7 @@ def generate_tokens(
         model: on the batch's device, not sharded by ZeRO-3 (`AnswerValidation` generates through the engine).
         batch: left-padded prompts.
         tokenizer: of the VLM.
-        geometry: one of `GEOMETRY`.
+        geometry: ``fused``, Phi(F2D, F3D), or ``zero``, Phi(F2D, 0).
         max_new_tokens: longest answer.
         video_fps: nominal frame rate, as in training.
     """
@@ -36,29 +32,3 @@ def generate_tokens(
     merged = model.merge(features) if geometry == "fused" else model.merge_zeros(features)
     fused = model.fuse(visual, merged)
     return model.family.generate(model.base, batch, batch.visuals, fused, tokenizer, max_new_tokens, video_fps)
-
-
-def generate_answers(
-    model: W2R2,
-    loader: Iterable[Batch],
-    tokenizer: PreTrainedTokenizerBase,
-    geometry: str,
-    max_new_tokens: int,
-    video_fps: float,
-) -> Iterator[tuple[str, list[int], str]]:
-    """Generate an answer to every prompt of a loader.
-
-    Yields:
-        Sample id, token ids and text, in the order of the loader.
-
-    Raises:
-        ValueError: unknown geometry, or a sample cannot be read.
-    """
-    if geometry not in GEOMETRY:
-        raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY)}.")
-    model.eval()
-    device = model.base.device
-    for batch in loader:
-        tokens = generate_tokens(model, batch.to(device), tokenizer, geometry, max_new_tokens, video_fps)
-        for identity, ids in zip(batch.ids, tokens, strict=True):
-            yield identity, ids, tokenizer.decode(ids, skip_special_tokens=True)

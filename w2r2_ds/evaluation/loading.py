@@ -10,7 +10,7 @@ import torch
 from w2r2_ds.config.io import load_config, relocated
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.peft_adapter import ADAPTER_CARD, adapter_config, load_adapter
-from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
+from w2r2_ds.models.build import VlmFrontend, build_model
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.manifest import TENSORS, find_checkpoint
@@ -18,10 +18,10 @@ from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.utils.hashing import files_sha256
 
 
-def load_trained_model(
+def run_config(
     path: Path, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
-) -> tuple[RunConfig, W2R2, VlmFrontend]:
-    """Configuration, model and frontend of a run, a checkpoint or an exported adapter.
+) -> RunConfig:
+    """Configuration of a run, a checkpoint or an exported adapter.
 
     Args:
         path: of the run, checkpoint or adapter.
@@ -30,23 +30,19 @@ def load_trained_model(
         geometry_path: directory or hub id of the geometry encoder on this machine; None for that of training.
 
     Raises:
-        ValueError: there is no checkpoint or adapter, or it was trained with other base models.
+        ValueError: there is no checkpoint or adapter.
     """
-    config = run_config(path, root, vlm, geometry_path)
-    return config, trained_model(path, config), load_frontend(config.model)
-
-
-def run_config(
-    path: Path, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
-) -> RunConfig:
-    """Only the configuration; arguments and errors as for `load_trained_model`."""
     if (path / ADAPTER_CARD).is_file():
         return relocated(adapter_config(path), root, vlm, geometry_path)
     return relocated(load_config(find_checkpoint(path) / "config.yaml"), root, vlm, geometry_path)
 
 
 def trained_model(path: Path, config: RunConfig) -> W2R2:
-    """Only the model, on this process's device and in evaluation mode; `config` is that of `run_config`."""
+    """The model, on this process's device and in evaluation mode; `config` is that of `run_config`.
+
+    Raises:
+        ValueError: it was trained with other base models.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (path / ADAPTER_CARD).is_file():
         model = load_adapter(path, config, device)

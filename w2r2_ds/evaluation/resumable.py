@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, overload
 
-from w2r2_ds.evaluation.protocols.records import AnswerRecord
+from w2r2_ds.evaluation.protocols.records import AnswerRecord, raise_with_first
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.json_io import read_json, read_jsonl
@@ -110,11 +110,8 @@ class PartialAnswers:
         """
         records = self.read()
         missing = [identity for identity in ids if identity not in records]
-        if missing:
-            raise ValueError(
-                f"{self.folder} lacks {len(missing)} of {len(ids)} answers, the first is of {missing[0]!r}; "
-                "run the same command again."
-            )
+        problem = f"of {len(ids)} answers are missing in {self.folder}"
+        raise_with_first(missing, problem, "; run the same command again")
         return [records[identity] for identity in ids]
 
     def remove(self) -> None:

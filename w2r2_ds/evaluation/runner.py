@@ -36,8 +36,8 @@ from w2r2_ds.utils.file_lock import locked
 from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 
-GEOMETRY_CHOICES = (*generate.GEOMETRY, "shuffle")
-"""`shuffle` is the fused pass with another scene's geometry (``shuffle.py``)."""
+GEOMETRY_CHOICES = ("fused", "zero", "shuffle")
+"""`fused`: Phi(F2D, F3D); `zero`: Phi(F2D, 0); `shuffle`: `fused` with another scene's geometry (``shuffle.py``)."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ class Answerer:
     """A model and the options of generation.
 
     Attributes:
-        model, frontend: of `load_trained_model`.
+        model: of `trained_model`.
+        frontend: of the same VLM.
         data: the run's data configuration.
         geometry: one of ``GEOMETRY_CHOICES``.
         whole: the whole data set, whose scenes `shuffle` pairs.
@@ -218,18 +219,18 @@ class Answerer:
         if self.geometry == "shuffle":
             # Without cache: it would store the other scene's features as those of this scene.
             processor = ShuffledGeometry(make_processor(replace(self.frontend, cache=None), self.data), self.whole)
-        loader = prompt_loader(samples, self.frontend, self.data, self.batch_size, processor)
-        generated = generate.generate_answers(
-            self.model,
-            loader,
-            self.frontend.tokenizer,
-            "zero" if self.geometry == "zero" else "fused",
-            self.max_new_tokens,
-            self.data.video_fps,
-        )
-        for sample, (identity, tokens, text) in zip(samples, generated, strict=True):
-            assert identity == sample.id, "answers have the order of the samples"
-            yield record_of(sample, text, tokens)
+        self.model.eval()
+        device, tokenizer = self.model.base.device, self.frontend.tokenizer
+        geometry = "zero" if self.geometry == "zero" else "fused"
+        remaining = iter(samples)
+        for batch in prompt_loader(samples, self.frontend, self.data, self.batch_size, processor):
+            answers = generate.generate_tokens(
+                self.model, batch.to(device), tokenizer, geometry, self.max_new_tokens, self.data.video_fps
+            )
+            for identity, tokens in zip(batch.ids, answers, strict=True):
+                sample = next(remaining)
+                assert identity == sample.id, "answers have the order of the samples"
+                yield record_of(sample, tokenizer.decode(tokens, skip_special_tokens=True), tokens)
 
 
 @contextmanager

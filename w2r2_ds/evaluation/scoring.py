@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from w2r2_ds.data.sources.proposals import read_proposals
 from w2r2_ds.data.tasks.base import find_task
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.metrics.captions import MetricValue
-from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals
+from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, check_keys
 from w2r2_ds.evaluation.protocols.registry import Protocol, find_protocol, protocols_of
 
 PER_ITEM = ("items", "candidates", "references", "mask", "items_before_mask")
@@ -123,12 +122,8 @@ def without_items(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_records(records: Sequence[AnswerRecord]) -> None:
     """Raise ValueError for an empty list, records of several tasks, or two records of one sample."""
-    if not records:
-        raise ValueError("There are no predictions to score.")
+    check_keys("predictions", [record["id"] for record in records])
     task_of(records)
-    repeated = [name for name, number in Counter(record["id"] for record in records).items() if number > 1]
-    if repeated:
-        raise ValueError(f"{len(repeated)} samples have more than one prediction, the first is {repeated[0]!r}.")
 
 
 def task_of(records: Sequence[AnswerRecord]) -> str:

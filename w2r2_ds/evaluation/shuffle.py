@@ -73,7 +73,6 @@ class ShuffledGeometry:
         """Features of one sample with replaced geometry images; samples without frames are unchanged."""
         features = self.processor(sample, with_answer)
         inputs = features.visual
-        # The other scene's features must be neither skipped nor kept as this one's.
         # Cached geometry features would be used instead of the replaced images.
         assert inputs.cached_3d is None, "the processor has no feature cache"
         if inputs.geometry_images is None:

@@ -188,7 +188,7 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
         ("ours", [good, good | {"id": "b", "task": "x"}], "line 2: field 'task'"),
         ("ours", [found | {"objects": [{"label": "a", "box": [1]}]}], "line 1: field 'objects[0].box'"),
         ("ours", [record_of(question(), "x") | {"references": [1]}], "line 1: field 'references[0]'"),
-        ("vgllm", [no_images], "line 1: field 'scanrefer_score'"),
+        ("vgllm", [no_images], "line 1: field 'scanrefer_score.images'"),
         ("vgllm", [theirs | {"filtered_resps": [[]]}], "field 'filtered_resps'"),
         ("vgllm", [theirs | {"scanrefer_score": {"images": ["x.jpg"]}}], "field 'scanrefer_score.images'"),
         ("video3dllm", [video | {"pred_response": [1, 2]}], "line 1: field 'pred_response"),

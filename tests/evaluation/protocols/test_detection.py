@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_objects, parse_world_box
-from w2r2_ds.evaluation.protocols.detection import DetectionScene, match, score_f1
+from w2r2_ds.evaluation.protocols.detection import match, score_f1
 
 
 def cube(x: float, size: float = 1.0) -> np.ndarray:
     return np.array([x, 0, 0, 1, 1, size, 0, 0, 0], dtype=float)
+
+
+def record(name: str, objects: list[tuple[str, np.ndarray]], answer: str | None) -> dict[str, Any]:
+    entries = [{"label": label, "box": box.tolist()} for label, box in objects]
+    return {"id": name, "objects": entries, "text": answer}
 
 
 def text(*objects: tuple[str, np.ndarray], key: str = "box_3d") -> str:
@@ -22,13 +27,13 @@ def text(*objects: tuple[str, np.ndarray], key: str = "box_3d") -> str:
 
 def test_by_hand() -> None:
     # IoU of unit cubes shifted by s is (1 - s) / (1 + s): 0.2 -> 2/3, 0.5 -> 1/3, 0.6 -> 1/4.
-    first = DetectionScene(
+    first = record(
         "a",
         [("chair", cube(0)), ("chair", cube(5)), ("table", cube(10))],
         text(("Chair ", cube(0.2)), ("chair", cube(5.5)), ("chair", cube(0.6)), ("lamp", cube(10)), key="bbox_3d"),
     )
-    second = DetectionScene("b", [("bed", cube(0)), ("bed", cube(3))], "no idea")
-    third = DetectionScene("c", [("door", cube(0))], text(("door", cube(0, 2.0))))  # exactly a half
+    second = record("b", [("bed", cube(0)), ("bed", cube(3))], "no idea")
+    third = record("c", [("door", cube(0))], text(("door", cube(0, 2.0))))  # exactly a half
     result = score_f1([first, second, third])
     assert (result["objects"], result["predictions"], result["samples"]) == (6, 5, 3)
     assert result["at"]["0.25"] == {"hits": 3, "precision": 3 / 5, "recall": 3 / 6, "F1": 6 / 11}
@@ -46,11 +51,11 @@ def test_the_best_pair_goes_first_and_no_box_counts_twice() -> None:
 
 
 def test_nothing_to_find_divides_by_nothing() -> None:
-    result = score_f1([DetectionScene("a", [], "[]"), DetectionScene("b", [], None)])
+    result = score_f1([record("a", [], "[]"), record("b", [], None)])
     assert result["at"]["0.5"] == {"hits": 0, "precision": None, "recall": None, "F1": None}
     assert result["failures"] == {"there is no prediction": 1}
-    with pytest.raises(ValueError, match="more than one answer, the first is 'a'"):
-        score_f1([DetectionScene("a", [], "[]")] * 2)
+    with pytest.raises(ValueError, match="1 detections appear more than once, the first is 'a'"):
+        score_f1([record("a", [], "[]")] * 2)
     with pytest.raises(ValueError, match="no detections"):
         score_f1([])
 

@@ -234,21 +234,23 @@ def test_misleading_answers_are_rejected(no_java: Java) -> None:
         score_scanqa({}, {}, "leo", no_java)
     with pytest.raises(ValueError, match="1 questions have no answers, the first is 'q'; the test split"):
         score_scanqa({"q": []}, {}, "leo", no_java)
-    with pytest.raises(ValueError, match="1 predictions answer no question, the first is 'x'"):
+    with pytest.raises(ValueError, match="1 predictions belong to none of the questions, the first is 'x'"):
         score_scanqa({"q": ["two"]}, {"x": ["two"]}, "leo", no_java)
-    with pytest.raises(ValueError, match="prediction of 'q' must be a list"):
+    with pytest.raises(ValueError, match=r"1 predictions .* instead of a list .* 'q'"):
         score_scanqa({"q": ["two"]}, {"q": "two"}, "leo", no_java)
 
 
 def test_misleading_captions_are_rejected(no_java: Java) -> None:
     caption = Caption("a chair", UNIT)
-    with pytest.raises(ValueError, match=r"'s\|1\|chair' is annotated twice"):
+    with pytest.raises(ValueError, match=r"1 annotated objects appear more than once, the first is 's\|1\|chair'"):
         score_scan2cap([described(), described()], {}, "leo", java=no_java)
-    with pytest.raises(ValueError, match=r"1 captions are of objects without annotation, the first is 's\|2\|chair'"):
+    with pytest.raises(
+        ValueError, match=r"1 predictions belong to none of the annotated objects, the first is 's\|2\|chair'"
+    ):
         score_scan2cap([described()], {"s|2|chair": caption}, "leo", java=no_java)
     with pytest.raises(ValueError, match=r"Caption\.tokens"):
         score_scan2cap([described()], {"s|1|chair": caption}, "scan2cap_original", java=no_java)
-    with pytest.raises(ValueError, match="no captions"):
+    with pytest.raises(ValueError, match="no annotated objects"):
         score_scan2cap([], {}, "leo", java=no_java)
 
 

@@ -13,7 +13,7 @@ video3dllm  the answer files of LaVi-Lab/Video-3D-LLM (``llava/eval/model_{scanr
             its references, ``gt_response``; captions were gated at 0.5 by that project, so an empty one fails every k
             and any other passes every k.
 
-Every format is a pydantic row: errors name the file, the line and the field.
+Every format is a pydantic model of one line (``PredictionRow``): errors name the file, the line and the field.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, TypeAdapter, model_validator
+from pydantic import AfterValidator, AliasChoices, AliasPath, BeforeValidator, Field, FiniteFloat, TypeAdapter
 
-from w2r2_ds.data.sources.validation import Record as Row
-from w2r2_ds.data.sources.validation import validate
+from w2r2_ds.data.sources.validation import Record, validate
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_world_box
-from w2r2_ds.evaluation.protocols.records import Box6, Pose
+from w2r2_ds.evaluation.protocols.records import Box6, Coordinates, Pose
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.json_io import read_jsonl
 
@@ -48,7 +47,7 @@ class ImportedPrediction:
     """One prediction of a file.
 
     Attributes:
-        key: identifies the item; equal to ``PredictionFormat.key`` of its sample.
+        key: identifies the item; equal to ``PredictionRow.key_of`` of its sample.
         text: the answer; None without one.
         near: ``[6]`` box of its object, if the key does not identify the object.
         changes: fields of the record that are replaced by the file's.
@@ -64,37 +63,33 @@ class ImportedPrediction:
     where: str = ""
 
 
-class PredictionRow(Row):
-    """The fields of one line that are used."""
+class PredictionRow(Record):
+    """The fields of one line that are used; a subclass per format.
+
+    Attributes:
+        form: coordinates of all answers (``record.py``), if they are not those that the data set's questions ask for.
+    """
+
+    form: ClassVar[Coordinates | None] = None
+
+    @staticmethod
+    @abstractmethod
+    def key_of(sample: Sample) -> Hashable:
+        """The key of a sample's predictions."""
 
     @abstractmethod
     def prediction(self) -> ImportedPrediction:
         """The prediction without `where`."""
 
 
-@dataclass(frozen=True)
-class PredictionFormat:
-    """One kind of file.
-
-    Attributes:
-        key: sample -> key of its predictions.
-        row: model of a line.
-        form: coordinates of all answers (``record.py``), if they are not those that the data set's questions ask for.
-    """
-
-    key: Callable[[Sample], Hashable]
-    row: type[PredictionRow]
-    form: str | None = None
-
-
-def find_format(name: str, task: str) -> PredictionFormat:
-    """The format of a project's predictions for a task.
+def find_format(name: str, task: str) -> type[PredictionRow]:
+    """The model of a line of a project's predictions for a task.
 
     Raises:
         ValueError: there is none.
     """
     if name == "ours":
-        return PredictionFormat(lambda sample: sample.id, OwnRow)
+        return OwnRow
     if (name, task) not in _FORMATS:
         known = ", ".join(other for project, other in _FORMATS if project == name)
         raise ValueError(f"Predictions of {task} in the format {name} are not supported; it has {known}.")
@@ -107,13 +102,13 @@ def read_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{file}: line {number}", values) for number, values in lines]
 
 
-def read_predictions(file: Path, prediction_format: PredictionFormat) -> list[ImportedPrediction]:
+def read_predictions(file: Path, row: type[PredictionRow]) -> list[ImportedPrediction]:
     """All predictions of a file.
 
     Raises:
         ValueError: a line lacks a field or has another type (names file, line and field).
     """
-    adapter = TypeAdapter(prediction_format.row)
+    adapter = TypeAdapter(row)
     predictions = []
     for where, values in read_lines(file):
         try:
@@ -123,20 +118,6 @@ def read_predictions(file: Path, prediction_format: PredictionFormat) -> list[Im
         prediction.where = where
         predictions.append(prediction)
     return predictions
-
-
-class OwnRow(PredictionRow):
-    """This project's records."""
-
-    id: str
-    text: str | None
-    question: str | None = None
-    cam_to_world: list[Any] | None = None
-
-    def prediction(self) -> ImportedPrediction:
-        # A frame index is only meaningful for the frames that the model got, an answer only for its question.
-        asked = {name: getattr(self, name) for name in ("question", "cam_to_world") if getattr(self, name) is not None}
-        return ImportedPrediction(self.id, self.text, asked=asked)
 
 
 def _find_scene(value: Any) -> str:
@@ -173,88 +154,83 @@ def _unordered(texts: Iterable[Any]) -> tuple[str, ...]:
 
 
 SceneIn = Annotated[str, BeforeValidator(_find_scene)]
-FirstText = Annotated[str, BeforeValidator(_first_text)]
+VgllmText = Annotated[
+    str, BeforeValidator(_first_text), Field(validation_alias=AliasChoices("filtered_resps", "resps"))
+]
 
 
-class VgllmRow(PredictionRow):
-    """A line of lmms-eval's log."""
+class OwnRow(PredictionRow):
+    """This project's records."""
 
-    filtered_resps: FirstText | None = None
-    resps: FirstText | None = None
+    id: str
+    text: str | None
+    question: str | None = None
+    cam_to_world: list[Any] | None = None
 
-    @model_validator(mode="after")
-    def _has_answer(self) -> VgllmRow:
-        if self.filtered_resps is None and self.resps is None:
-            raise ValueError("needs the field 'filtered_resps' or 'resps'")
-        return self
+    @staticmethod
+    def key_of(sample: Sample) -> Hashable:
+        return sample.id
 
-    @property
-    def text(self) -> str | None:
-        """The generated answer."""
-        return self.resps if self.filtered_resps is None else self.filtered_resps
-
-
-class VgllmScore(Row):
-    """lmms-eval's log of a score function; only the names of the images are used."""
-
-    scene: SceneIn = Field(validation_alias="images")
+    def prediction(self) -> ImportedPrediction:
+        # A frame index is only meaningful for the frames that the model got, an answer only for its question.
+        asked = self.model_dump(include={"question", "cam_to_world"}, exclude_none=True)
+        return ImportedPrediction(self.id, self.text, asked=asked)
 
 
-class VgllmObject(Row):
-    """``doc.metadata`` of VG-LLM's ScanRefer."""
+class ObjectCaptionRow(PredictionRow):
+    """Base of the Scan2Cap formats: an object is identified by its scene and its references."""
 
-    object_id: str | int
-    ann_id: str | int
-
-
-class VgllmScanReferDoc(Row):
-    """``doc`` of VG-LLM's ScanRefer."""
-
-    metadata: VgllmObject
-    axis_align_matrix: Pose
-    cam2global: list[Pose]
+    @staticmethod
+    def key_of(sample: Sample) -> Hashable:
+        return sample.scene_id, _unordered(reference.text for reference in sample.references)
 
 
-class VgllmScanReferRow(VgllmRow):
+class VgllmScanReferRow(PredictionRow):
     """VG-LLM, ScanRefer."""
 
-    doc: VgllmScanReferDoc
-    scanrefer_score: VgllmScore
+    form = "camera"
+    text: VgllmText
+    scene: SceneIn = Field(validation_alias=AliasPath("scanrefer_score", "images"))
+    object_id: str | int = Field(validation_alias=AliasPath("doc", "metadata", "object_id"))
+    ann_id: str | int = Field(validation_alias=AliasPath("doc", "metadata", "ann_id"))
+    axis_align_matrix: Pose = Field(validation_alias=AliasPath("doc", "axis_align_matrix"))
+    cam2global: list[Pose] = Field(validation_alias=AliasPath("doc", "cam2global"))
+
+    @staticmethod
+    def key_of(sample: Sample) -> Hashable:
+        assert sample.target is not None, "samples of ScanRefer have a target"
+        return sample.scene_id, str(sample.target.object_id), sample.target.ann_id
 
     def prediction(self) -> ImportedPrediction:
-        about = self.doc.metadata
-        poses = np.array(self.doc.axis_align_matrix) @ np.array(self.doc.cam2global).reshape(-1, 4, 4)
-        return ImportedPrediction(
-            (self.scanrefer_score.scene, str(about.object_id), str(about.ann_id)),
-            self.text,
-            changes={"form": "camera", "cam_to_world": poses.tolist()},
-        )
+        poses = np.array(self.axis_align_matrix) @ np.array(self.cam2global).reshape(-1, 4, 4)
+        key = self.scene, str(self.object_id), str(self.ann_id)
+        return ImportedPrediction(key, self.text, changes={"cam_to_world": poses.tolist()})
 
 
-class VgllmScan2CapDoc(Row):
-    """``doc`` of VG-LLM's Scan2Cap."""
-
-    annotations: list[Any]
-    iou: FiniteFloat
-
-
-class VgllmScan2CapRow(VgllmRow):
+class VgllmScan2CapRow(ObjectCaptionRow):
     """VG-LLM, Scan2Cap."""
 
-    doc: VgllmScan2CapDoc
-    scan2cap_score: VgllmScore
+    text: VgllmText
+    scene: SceneIn = Field(validation_alias=AliasPath("scan2cap_score", "images"))
+    annotations: list[Any] = Field(validation_alias=AliasPath("doc", "annotations"))
+    iou: FiniteFloat = Field(validation_alias=AliasPath("doc", "iou"))
 
     def prediction(self) -> ImportedPrediction:
-        key = self.scan2cap_score.scene, _unordered(self.doc.annotations)
-        return ImportedPrediction(key, self.text, changes={"iou": self.doc.iou})
+        return ImportedPrediction((self.scene, _unordered(self.annotations)), self.text, changes={"iou": self.iou})
 
 
 class Video3dScanReferRow(PredictionRow):
     """Video-3D-LLM, ScanRefer: a text of its "gen" template, or the box that its grounding head chose."""
 
+    form = "box"
     prompt: Annotated[str, AfterValidator(_asked_description)]
     pred_response: str | Box6
     gt_response: Box6
+
+    @staticmethod
+    def key_of(sample: Sample) -> Hashable:
+        begin, end = sample.what
+        return sample.question[begin:end].strip().lower()
 
     def prediction(self) -> ImportedPrediction:
         box: list[float] | None
@@ -266,10 +242,10 @@ class Video3dScanReferRow(PredictionRow):
                 box = None
         else:
             box, text = self.pred_response, json.dumps(self.pred_response)
-        return ImportedPrediction(self.prompt, text, np.array(self.gt_response), {"form": "box", "box": box})
+        return ImportedPrediction(self.prompt, text, np.array(self.gt_response), {"box": box})
 
 
-class Video3dScan2CapRow(PredictionRow):
+class Video3dScan2CapRow(ObjectCaptionRow):
     """Video-3D-LLM, Scan2Cap."""
 
     scene: SceneIn
@@ -287,32 +263,18 @@ class Video3dScanQaRow(PredictionRow):
     sample_id: str
     pred_response: str
 
+    @staticmethod
+    def key_of(sample: Sample) -> Hashable:
+        return _question_id(sample.id)
+
     def prediction(self) -> ImportedPrediction:
         return ImportedPrediction(_question_id(self.sample_id), self.pred_response)
 
 
-def _object_key(sample: Sample) -> Hashable:
-    assert sample.target is not None, "samples of ScanRefer have a target"
-    return sample.scene_id, str(sample.target.object_id), sample.target.ann_id
-
-
-def _references_key(sample: Sample) -> Hashable:
-    return sample.scene_id, _unordered(reference.text for reference in sample.references)
-
-
-def _description_key(sample: Sample) -> Hashable:
-    begin, end = sample.what
-    return sample.question[begin:end].strip().lower()
-
-
-def _question_key(sample: Sample) -> Hashable:
-    return _question_id(sample.id)
-
-
-_FORMATS = {
-    ("vgllm", "scanrefer"): PredictionFormat(_object_key, VgllmScanReferRow, "camera"),
-    ("vgllm", "scan2cap"): PredictionFormat(_references_key, VgllmScan2CapRow),
-    ("video3dllm", "scanrefer"): PredictionFormat(_description_key, Video3dScanReferRow, "box"),
-    ("video3dllm", "scan2cap"): PredictionFormat(_references_key, Video3dScan2CapRow),
-    ("video3dllm", "scanqa"): PredictionFormat(_question_key, Video3dScanQaRow),
+_FORMATS: dict[tuple[str, str], type[PredictionRow]] = {
+    ("vgllm", "scanrefer"): VgllmScanReferRow,
+    ("vgllm", "scan2cap"): VgllmScan2CapRow,
+    ("video3dllm", "scanrefer"): Video3dScanReferRow,
+    ("video3dllm", "scan2cap"): Video3dScan2CapRow,
+    ("video3dllm", "scanqa"): Video3dScanQaRow,
 }

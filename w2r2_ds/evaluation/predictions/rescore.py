@@ -18,7 +18,7 @@ from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.predictions.importers import (
     BOX_TOLERANCE,
     ImportedPrediction,
-    PredictionFormat,
+    PredictionRow,
     find_format,
     read_lines,
     read_predictions,
@@ -65,8 +65,8 @@ def score_file(
     if data is not None:
         # Scoring reads no images: the root only resolves a relative path of the folder.
         sets = find_sets(DataConfig(root=str(root or DataConfig().root)), task, data)
-        chosen = find_format(format_name, sets[0].task)
-        records, counts = join(list(all_samples(sets)), read_predictions(file, chosen), chosen)
+        row = find_format(format_name, sets[0].task)
+        records, counts = join(list(all_samples(sets)), read_predictions(file, row), row)
     elif format_name != "ours":
         raise ValueError(
             f"Predictions in the format {format_name} lack the annotations; name their data set by --data."
@@ -119,7 +119,7 @@ def read_own_records(file: Path, protocols: Sequence[str], proposals: bool) -> l
 
 
 def join(
-    samples: Sequence[Sample], predictions: Sequence[ImportedPrediction], chosen: PredictionFormat
+    samples: Sequence[Sample], predictions: Sequence[ImportedPrediction], row: type[PredictionRow]
 ) -> tuple[list[AnswerRecord], dict[str, int]]:
     """Records of all samples, in their order, with the predictions that belong to them.
 
@@ -132,7 +132,7 @@ def join(
     """
     by_key: defaultdict[Hashable, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
-        by_key[chosen.key(sample)].append(index)
+        by_key[row.key_of(sample)].append(index)
     taken: dict[int, ImportedPrediction] = {}
     counts = {"unmatched": 0, "repeated": 0}
     for each in predictions:
@@ -151,7 +151,7 @@ def join(
                 f"{each.where} has another prediction of {samples[matching[0]].id} than {taken[matching[0]].where}; "
                 "remove one of the two."
             )
-    return [_record(sample, taken.get(index), chosen.form) for index, sample in enumerate(samples)], counts
+    return [_record(sample, taken.get(index), row.form) for index, sample in enumerate(samples)], counts
 
 
 def _near(sample: Sample, prediction: ImportedPrediction) -> bool:

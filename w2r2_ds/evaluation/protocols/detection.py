@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,45 +29,26 @@ from w2r2_ds.evaluation.protocols.records import (
     THRESHOLDS,
     AnswerRecord,
     Box9,
-    Proposals,
     RecordFields,
+    check_keys,
 )
 from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
 
 
-@dataclass(frozen=True)
-class DetectionScene:
-    """Annotated objects of one sample and the generated answer.
-
-    Attributes:
-        name: id of the sample.
-        objects: label and ``[9]`` box of each object.
-        answer: the generated text; None without a prediction.
-    """
-
-    name: str
-    objects: Sequence[tuple[str, np.ndarray]]
-    answer: str | None
-
-
-def score_f1(scenes: Sequence[DetectionScene]) -> ProtocolResult:
-    """Precision, recall and F1 at each threshold.
+def score_f1(records: Sequence[AnswerRecord]) -> ProtocolResult:
+    """Precision, recall and F1 at each threshold, from records with the fields of `DetectionRecord`.
 
     Returns:
         ``protocol``, ``samples``, ``objects``, ``predictions``, ``parsed`` (share of answers that could be parsed),
         ``failures`` (reason -> number of answers); ``at``: threshold as text -> ``hits``, ``precision``, ``recall``,
         ``F1`` (None if the denominator is 0); ``items``: name -> ``predictions``, ``objects``, ``ious`` of the pairs,
-        ``reason``.
+        ``reason`` (None if the answer could be parsed).
 
     Raises:
-        ValueError: there are no samples, or one appears twice.
+        ValueError: there are no records, or two of one sample.
     """
-    if not scenes:
-        raise ValueError("There are no detections to score.")
-    repeated = [name for name, number in Counter(each.name for each in scenes).items() if number > 1]
-    if repeated:
-        raise ValueError(f"{len(repeated)} samples have more than one answer, the first is {repeated[0]!r}.")
-    items = {each.name: _item(each) for each in scenes}
+    check_keys("detections", [record["id"] for record in records])
+    items = {record["id"]: _item(record) for record in records}
     predictions = sum(item["predictions"] for item in items.values())
     objects = sum(item["objects"] for item in items.values())
     at = {}
@@ -111,18 +91,19 @@ def match(predicted: Sequence[np.ndarray], annotated: Sequence[np.ndarray]) -> l
     return found
 
 
-def _item(scene: DetectionScene) -> dict[str, Any]:
+def _item(record: AnswerRecord) -> dict[str, Any]:
     reason, objects = None, []
-    if scene.answer is None:
+    if record["text"] is None:
         reason = "there is no prediction"
     else:
         try:
-            objects = parse_objects(scene.answer)
+            objects = parse_objects(record["text"])
         except AnswerError as error:
             reason = error.reason
-    predicted, annotated = _by_label(objects), _by_label(scene.objects)
+    annotations = [(each["label"], np.array(each["box"])) for each in record["objects"]]
+    predicted, annotated = _by_label(objects), _by_label(annotations)
     ious = [iou for label in annotated for iou in match(predicted.get(label, ()), annotated[label])]
-    return {"predictions": len(objects), "objects": len(scene.objects), "ious": ious, "reason": reason}
+    return {"predictions": len(objects), "objects": len(annotations), "ious": ious, "reason": reason}
 
 
 def _by_label(objects: Sequence[tuple[str, np.ndarray]]) -> Mapping[str, list[np.ndarray]]:
@@ -149,14 +130,6 @@ class DetectionRecord(RecordFields):
     objects: list[ObjectFields]
 
 
-def _inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
-    scenes = []
-    for record in records:
-        objects = [(each["label"], np.array(each["box"])) for each in record["objects"]]
-        scenes.append(DetectionScene(record["id"], objects, record["text"]))
-    return (scenes,)
-
-
 register_protocol(
     Protocol(
         name="detection/f1",
@@ -165,7 +138,6 @@ register_protocol(
         score=score_f1,
         metrics={f"F1@{k}": ("at", str(k), "F1") for k in THRESHOLDS},
         best_by="F1@0.25",
-        inputs=_inputs,
         record_model=DetectionRecord,
         default=True,
     )

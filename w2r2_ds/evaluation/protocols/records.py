@@ -94,11 +94,6 @@ def nine_numbers(box: Sequence[float]) -> list[float]:
     return [*map(float, box), 0.0, 0.0, 0.0][:9]
 
 
-def camera_poses(record: AnswerRecord) -> np.ndarray:
-    """``[frames, 4, 4]`` float64: camera to axis-aligned world."""
-    return np.array(record["cam_to_world"], dtype=np.float64).reshape(-1, 4, 4)
-
-
 def check_keys(what: str, annotated: Sequence[str], predicted: Iterable[str] = ()) -> None:
     """Raise ValueError without annotations, for one that appears twice, and for a prediction of an unknown one.
 

@@ -32,7 +32,9 @@ from w2r2_ds.evaluation.protocols.records import (
     Proposals,
     RecordFields,
     ReferenceFields,
+    check_keys,
     enclosing_box,
+    raise_with_first,
 )
 from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
 from w2r2_ds.evaluation.protocols.scan2cap_rules import (
@@ -73,7 +75,7 @@ def score_scan2cap(
         ValueError: no objects, an object twice, a caption of an unknown object, or a caption without the words that the
             protocol needs.
     """
-    _check(objects, captions)
+    check_keys("annotated objects", [each.key for each in objects], captions)
     rules = SCAN2CAP_RULES[protocol]
     ious = {each.key: _iou(each, captions.get(each.key), rules) for each in objects}
     if rules.average == "items":
@@ -162,16 +164,6 @@ def _iou(annotated: DescribedObject, caption: Caption | None, rules: Scan2CapRul
     return 0.0 if caption.box is None else aabb_iou(caption.box, annotated.box, rules.precision)
 
 
-def _check(objects: Sequence[DescribedObject], captions: Mapping[str, Caption]) -> None:
-    keys = [each.key for each in objects]
-    if len(set(keys)) != len(keys):
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"Object {repeated!r} is annotated twice; combine its descriptions in one DescribedObject.")
-    unknown = sorted(captions.keys() - set(keys))
-    if unknown:
-        raise ValueError(f"{len(unknown)} captions are of objects without annotation, the first is {unknown[0]!r}.")
-
-
 class DescribedTarget(FrozenModel):
     """Fields of a target that Scan2Cap's protocols read."""
 
@@ -192,12 +184,12 @@ class Scan2CapRecord(RecordFields):
 def _inputs(records: Sequence[AnswerRecord], _: Proposals | None, protocol: str) -> tuple[Any, ...]:
     rules = SCAN2CAP_RULES[protocol]
     objects = [_described_object(record) for record in records]
-    for record, annotated in zip(records, objects, strict=True):
-        if rules.reference_words and not all(annotated.tokens):
-            raise ValueError(
-                f"Protocol scan2cap/{protocol} compares with the words of ScanRefer's file, but the references of "
-                f"{record['id']} have none; prepare the data set from a file with the field 'token'."
-            )
+    if rules.reference_words:
+        raise_with_first(
+            [each.key for each in objects if not all(each.tokens)],
+            f"annotated objects have references without the words that scan2cap/{protocol} compares with",
+            "; prepare the data set from a ScanRefer file with the field 'token'",
+        )
     captions = {
         annotated.key: _caption(record, rules)
         for record, annotated in zip(records, objects, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,14 +106,6 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _at_least(iou: float, k: float) -> bool:
-    return iou >= k
-
-
-def _above(iou: float, k: float) -> bool:
-    return iou > k
-
-
 def _caption_words(caption: Caption) -> str:
     if caption.tokens is None:
         raise ValueError("Scan2Cap's own protocols score words as ScanRefer's file splits them: set Caption.tokens.")
@@ -137,7 +130,7 @@ def _raw_references(annotated: DescribedObject) -> list[str]:
 
 def _spaced_rules(description: str, source: str) -> Scan2CapRules:
     return Scan2CapRules(
-        description, source, _spaced_references, lambda caption: spaced(caption.text), spaced(""), _at_least
+        description, source, _spaced_references, lambda caption: spaced(caption.text), spaced(""), operator.ge
     )
 
 
@@ -149,7 +142,7 @@ SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
         _first_words,
         _caption_words,
         "sos eos",
-        _above,
+        operator.gt,
         np.float32,
         reference_words=True,
         caption_words=True,
@@ -161,7 +154,7 @@ SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
         _all_words,
         _caption_words,
         "sos eos",
-        _at_least,
+        operator.ge,
         np.float32,
         reference_words=True,
         caption_words=True,
@@ -174,7 +167,7 @@ SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
         _first_words,
         lambda caption: wrap(caption.text).replace(". ", " . "),
         "sos eos",
-        _at_least,
+        operator.ge,
         reference_words=True,
     ),
     # function main
@@ -194,7 +187,7 @@ SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
         _raw_references,
         lambda caption: wrap(caption.text),
         "sos eos",
-        _at_least,
+        operator.ge,
         tokenizer="ptb",
     ),
 }

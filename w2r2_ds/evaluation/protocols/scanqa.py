@@ -15,7 +15,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from w2r2_ds.evaluation.metrics.captions import PAPER_METRICS, MetricValue, Tokenizer, score_captions
-from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, RecordFields, ReferenceFields
+from w2r2_ds.evaluation.protocols.records import (
+    AnswerRecord,
+    Proposals,
+    RecordFields,
+    ReferenceFields,
+    check_keys,
+    raise_with_first,
+)
 from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
 
 if TYPE_CHECKING:
@@ -108,8 +115,8 @@ class ScanQaRules:
     Attributes:
         description: one sentence.
         source: repository and file.
-        prediction: applied to a prediction before it is scored as a caption.
-        answer: applied to each reference answer.
+        prediction: applied to a prediction before it is scored as a caption; ``str`` leaves it as it is.
+        answer: applied to each reference answer, in the same way.
         match: (prediction, references) -> (EM, EM-refined); None if the evaluator compares the raw
             texts and has no EM-refined.
         tokenizer: applied to captions last.
@@ -123,10 +130,6 @@ class ScanQaRules:
     match: Match | None
     tokenizer: Tokenizer
     ranked: bool = False
-
-
-def _identity(text: str) -> str:
-    return text
 
 
 def _strip_trailing_periods(text: str) -> str:
@@ -144,8 +147,8 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
     "scanqa_official": ScanQaRules(
         "EM and EM@10 of raw texts, captions through the PTB tokenizer.",
         "ATR-DBI/ScanQA scripts/score.py",
-        _identity,
-        _identity,
+        str,
+        str,
         match=None,
         tokenizer="ptb",
         ranked=True,
@@ -156,7 +159,7 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
         "LaVi-Lab/Video-3D-LLM llava/eval/eval_scanqa.py; "
         "diankun-wu/Spatial-MLLM src/evaluation/scanqa/score_scanqa.py",
         _strip_trailing_periods,
-        _identity,
+        str,
         match=None,
         tokenizer="none",
     ),
@@ -183,7 +186,7 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
         "Only the prediction is cleaned, an empty one matches nothing, then the PTB tokenizer.",
         "ZzZZCHS/Chat-Scene utils/eval.py",
         _chatscene,
-        _identity,
+        str,
         match_nonempty,
         tokenizer="ptb",
     ),
@@ -213,7 +216,11 @@ def score_scanqa(
     Raises:
         ValueError: a question without answers (the test split), or a prediction of an unknown question.
     """
-    _check(questions, predictions)
+    check_keys("questions", list(questions), predictions)
+    unanswered = [key for key, answers in questions.items() if not answers]
+    raise_with_first(unanswered, "questions have no answers", "; the test split cannot be scored here")
+    texts = [key for key, answers in predictions.items() if isinstance(answers, str)]
+    raise_with_first(texts, "predictions are one text instead of a list of answers, best first")
     rules = SCANQA_RULES[protocol]
     ranked = {key: list(predictions.get(key, ())) or [""] for key in questions}
     candidates = {key: rules.prediction(answers[0]) for key, answers in ranked.items()}
@@ -261,23 +268,6 @@ def _exact_matches(
 def _mean(values: Sequence[MetricValue]) -> MetricValue:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def _check(questions: Mapping[str, Sequence[str]], predictions: Mapping[str, Sequence[str]]) -> None:
-    if not questions:
-        raise ValueError("There are no questions to score.")
-    unanswered = [key for key, answers in questions.items() if not answers]
-    if unanswered:
-        raise ValueError(
-            f"{len(unanswered)} questions have no answers, the first is {unanswered[0]!r}; the test split cannot be "
-            "scored here."
-        )
-    unknown = sorted(predictions.keys() - questions.keys())
-    if unknown:
-        raise ValueError(f"{len(unknown)} predictions answer no question, the first is {unknown[0]!r}.")
-    text = next((key for key, answers in predictions.items() if isinstance(answers, str)), None)
-    if text is not None:
-        raise ValueError(f"The prediction of {text!r} must be a list of answers, best first, not one text.")
 
 
 class ScanQaRecord(RecordFields):

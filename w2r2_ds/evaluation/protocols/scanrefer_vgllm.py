@@ -29,7 +29,6 @@ from w2r2_ds.evaluation.protocols.records import (
     IOU_DECIMALS,
     AnswerRecord,
     Proposals,
-    camera_poses,
     check_keys,
     nine_numbers,
     raise_with_first,
@@ -190,7 +189,8 @@ def _check(
 def _inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
     descriptions = [description_of(record) for record in records]
     texts = {record["id"]: record["text"] for record in records if record["text"] is not None}
-    return descriptions, texts, {record["id"]: camera_poses(record) for record in records}
+    poses = {record["id"]: np.array(record["cam_to_world"], dtype=np.float64).reshape(-1, 4, 4) for record in records}
+    return descriptions, texts, poses
 
 
 def _direct_inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
