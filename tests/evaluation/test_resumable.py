@@ -72,7 +72,7 @@ def test_a_sample_counts_once(tmp_path: Path) -> None:
 def test_missing_answers_are_counted(tmp_path: Path) -> None:
     parts = PartialAnswers(tmp_path, RUN)
     work(parts, 0, 2)
-    with pytest.raises(ValueError, match="5 of 10 answers are missing in .*, the first is 's1'"):
+    with pytest.raises(ValueError, match=r"5 of 10 answers are missing in .*, the first is 's1'"):
         parts.merge(IDS)
 
 

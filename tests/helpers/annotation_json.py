@@ -56,7 +56,9 @@ def objects_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> list[Des
         words = tuple(_field(entry, "token", number))
         gathered.setdefault(key, []).append((_field(entry, "description", number), words))
     return [
-        DescribedObject(*key, tuple(text for text, _ in texts), tuple(words for _, words in texts), places[key])
+        DescribedObject(
+            "|".join(key), tuple(text for text, _ in texts), tuple(words for _, words in texts), places[key]
+        )
         for key, texts in gathered.items()
     ]
 

@@ -110,8 +110,7 @@ class PartialAnswers:
         """
         records = self.read()
         missing = [identity for identity in ids if identity not in records]
-        problem = f"of {len(ids)} answers are missing in {self.folder}"
-        raise_with_first(missing, problem, "; run the same command again")
+        raise_with_first(missing, f"of {len(ids)} answers are missing in {self.folder}", "; run the same command again")
         return [records[identity] for identity in ids]
 
     def remove(self) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 from rich.console import Console
 
 from w2r2_ds.config.schema import DataConfig, RunConfig
-from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.validate import check_frames, check_texts
@@ -23,7 +22,7 @@ from w2r2_ds.evaluation import generate
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256, with_cache
 from w2r2_ds.evaluation.predictions.record import record_of
-from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals
+from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line, unanswered, write_records
 from w2r2_ds.evaluation.scoring import choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.shuffle import PAIRING_SEED, ShuffledGeometry, pair_scenes
@@ -38,30 +37,6 @@ from w2r2_ds.utils.progress import progress
 
 GEOMETRY_CHOICES = ("fused", "zero", "shuffle")
 """`fused`: Phi(F2D, F3D); `zero`: Phi(F2D, 0); `shuffle`: `fused` with another scene's geometry (``shuffle.py``)."""
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """What is answered, and how it is scored.
-
-    Attributes:
-        sets: prepared data sets of one task.
-        whole: all their samples.
-        samples: those that are answered.
-        protocols: full names.
-        boxes: detected boxes for protocols that need them.
-    """
-
-    sets: list[PreparedSet]
-    whole: Sequence[Sample]
-    samples: Selection
-    protocols: list[str]
-    boxes: Proposals | None
-
-    @property
-    def task(self) -> str:
-        """The task of all samples."""
-        return self.sets[0].task
 
 
 def evaluate(
@@ -106,35 +81,42 @@ def evaluate(
     check_generation_options(geometry, limit, batch_size, max_new_tokens)
     ranks = ranks or RankInfo()
     config = run_config(path, root, vlm, geometry_path)
-    chosen = _choose_samples(config.data, limit, task, data, protocols, proposals)
-    if geometry == "shuffle":  # raises an error for a single scene
-        pair_scenes([sample.scene_id for sample in chosen.whole if sample.frames])
-    check_frames(chosen.samples, ranks.rank, ranks.world_size)
-    name = f"{chosen.task}-{geometry}"
+    sets = find_sets(config.data, task, data)
+    whole = all_samples(sets)
+    if not whole:
+        raise ValueError(f"{sets[0].folder} has no samples.")
+    samples = Selection(whole, range(min(limit or len(whole), len(whole))))
+    boxes = read_boxes(proposals)
+    # Errors in the protocols, the scenes or the frames are raised here, before hours of generation.
+    protocol_names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
+    if geometry == "shuffle":
+        pair_scenes([sample.scene_id for sample in whole if sample.frames])
+    check_frames(samples, ranks.rank, ranks.world_size)
+    name = f"{sets[0].task}-{geometry}"
     with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
-        check_texts(chosen.samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, False)
+        check_texts(samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, False)
         model = trained_model(path, config)
         set_num_threads(ranks, model.base.config.get_text_config().hidden_size)
-        described = describe_sets(chosen.sets)
+        described = describe_sets(sets)
         run = _run_identity(path, config, model, described, geometry, max_new_tokens)
         partial = PartialAnswers(out / f"parts-{name}", run)
-        answerer = Answerer(model, frontend, config.data, geometry, chosen.whole, batch_size, max_new_tokens)
-        answer_remaining(answerer, chosen.samples, partial, ranks)
+        answerer = Answerer(model, frontend, config.data, geometry, whole, batch_size, max_new_tokens)
+        answer_remaining(answerer, samples, partial, ranks)
         barrier()  # rank 0 merges when all ranks have written their answers
         if ranks.rank:
             return {}
-        records = partial.merge([sample.id for sample in chosen.samples])
+        records = partial.merge([sample.id for sample in samples])
         write_records(out / f"predictions-{name}.jsonl", records)
         scores = {
-            "task": chosen.task,
+            "task": sets[0].task,
             "geometry": geometry,
             "checkpoint": str(path),
             "data": described,
             "samples": len(records),
-            "of": len(chosen.whole),
+            "of": len(whole),
             "max_new_tokens": max_new_tokens,
-            "protocols": score_records(records, chosen.protocols, chosen.boxes),
+            "protocols": score_records(records, protocol_names, boxes),
         }
         (out / f"scores-{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
         # Last: if scoring fails, the same command finds all answers and only scores them.
@@ -150,25 +132,6 @@ def check_generation_options(geometry: str, limit: int, batch_size: int, max_new
             raise ValueError(f"--{option} is {value}; it must be at least {minimum}.")
     if geometry not in GEOMETRY_CHOICES:
         raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY_CHOICES)}.")
-
-
-def _choose_samples(
-    config: DataConfig,
-    limit: int,
-    task: str | None,
-    data: Path | None,
-    protocols: Sequence[str],
-    proposals: Path | None,
-) -> EvaluationSet:
-    """Samples and protocols. Errors in the protocols are raised here, before hours of generation."""
-    sets = find_sets(config, task, data)
-    whole = all_samples(sets)
-    samples = Selection(whole, range(min(limit or len(whole), len(whole))))
-    if not samples:
-        raise ValueError(f"{sets[0].folder} has no samples.")
-    boxes = read_boxes(proposals)
-    names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
-    return EvaluationSet(sets, whole, samples, names, boxes)
 
 
 def _run_identity(
@@ -229,7 +192,7 @@ class Answerer:
             )
             for identity, tokens in zip(batch.ids, answers, strict=True):
                 sample = next(remaining)
-                assert identity == sample.id, "answers have the order of the samples"
+                assert identity == sample.id, "the loader keeps the order of the samples"
                 yield record_of(sample, tokenizer.decode(tokens, skip_special_tokens=True), tokens)
 
 

@@ -53,21 +53,18 @@ class ShuffledGeometry:
     Args:
         processor: (sample, with its answer or not) -> features; without feature cache.
         samples: the whole data set, not a rank's or a limited part, so that all ranks and limits have the same pairs.
-        seed: see `pair_scenes`.
 
     Raises:
         ValueError: see `pair_scenes`.
     """
 
-    def __init__(
-        self, processor: Callable[[Sample, bool], Features], samples: Sequence[Sample], seed: int = PAIRING_SEED
-    ) -> None:
+    def __init__(self, processor: Callable[[Sample, bool], Features], samples: Sequence[Sample]) -> None:
         self.processor = processor
         self.first: dict[str, Sample] = {}
         for sample in samples:
             if sample.frames:
                 self.first.setdefault(sample.scene_id, sample)
-        self.partner = pair_scenes(list(self.first), seed)
+        self.partner = pair_scenes(list(self.first))
 
     def __call__(self, sample: Sample, with_answer: bool) -> Features:
         """Features of one sample with replaced geometry images; samples without frames are unchanged."""

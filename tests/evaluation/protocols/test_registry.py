@@ -38,7 +38,7 @@ def named(name: str, number: str, scene: str = "scene0000_00") -> NamedObject:
 
 
 def described(number: str = "1") -> DescribedObject:
-    return DescribedObject("s", number, "chair", ("A chair.",), (("a", "chair", "."),), UNIT)
+    return DescribedObject(f"s|{number}|chair", ("A chair.",), (("a", "chair", "."),), UNIT)
 
 
 def test_names() -> None:

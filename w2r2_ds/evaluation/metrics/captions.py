@@ -83,7 +83,9 @@ def score_captions(
         try:
             texts, given = tokenize_captions(texts, given, java)
         except JavaError as error:
-            return _none_computed(candidates, str(error))
+            names = (*CAPTION_METRICS, ITEM_MEAN)
+            none: dict[str, dict[str, MetricValue]] = {key: dict.fromkeys(CAPTION_METRICS) for key in candidates}
+            return CaptionScores(dict.fromkeys(names), none, {}, {}, dict.fromkeys(names, str(error)))
     corpus, items = _coco_scores(texts, given)
     reasons = {}
     if corpus["CIDEr"] is None:
@@ -135,24 +137,11 @@ def _coco_scores(
         columns["CIDEr"] = Cider().compute_score(references, lists)
     else:  # pycocoevalcap raises an error: it takes the largest document frequency of an empty set
         columns["CIDEr"] = (None, [None] * len(lists))
-    corpus = {name: _as_float(score) for name, (score, _) in columns.items()}
-    items = {
-        key: {name: _as_float(values[index]) for name, (_, values) in columns.items()}
-        for index, key in enumerate(lists)
-    }
-    return corpus, items
-
-
-def _as_float(score: MetricValue) -> MetricValue:
-    """The Python float of a NumPy number."""
-    return None if score is None else float(score)
-
-
-def _none_computed(candidates: Mapping[str, str], reason: str) -> CaptionScores:
-    """Every score None, for one reason."""
-    names = (*CAPTION_METRICS, ITEM_MEAN)
-    items: dict[str, dict[str, MetricValue]] = {key: dict.fromkeys(CAPTION_METRICS) for key in candidates}
-    return CaptionScores(dict.fromkeys(names), items, {}, {}, dict.fromkeys(names, reason))
+    items: dict[str, dict[str, MetricValue]] = {key: {} for key in lists}
+    for name, (_, values) in columns.items():
+        for item, value in zip(items.values(), values, strict=True):
+            item[name] = None if value is None else float(value)  # NumPy's floats as Python's
+    return {name: None if score is None else float(score) for name, (score, _) in columns.items()}, items
 
 
 def _check(references: Mapping[str, Sequence[str]], candidates: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ stays in the denominator. Of two predictions for one object the later counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,67 +78,53 @@ def score_scan2cap(
     check_keys("annotated objects", [each.key for each in objects], captions)
     rules = SCAN2CAP_RULES[protocol]
     ious = {each.key: _iou(each, captions.get(each.key), rules) for each in objects}
+    passed = {k: {key for key, iou in ious.items() if key in captions and rules.passes(iou, k)} for k in thresholds}
+    at: dict[str, dict[str, Any]] = {}
     if rules.average == "items":
-        at = _score_benchmark(objects, captions, rules, ious, thresholds, java)
+        scores = _score(objects, captions, rules, captions, java)
+        at = {str(k): _masked_scores(scores, passed[k], len(captions)) for k in thresholds}
     else:
-        at = {str(k): _score_gated(objects, captions, rules, ious, k, java) for k in thresholds}
-    missing = sum(each.key not in captions for each in objects)
-    return {"protocol": protocol, "objects": len(objects), "missing": missing, "at": at}
+        for k in thresholds:
+            scores = _score(objects, captions, rules, passed[k], java)
+            at[str(k)] = {"passed": len(passed[k]), **vars(scores)}
+    return {"protocol": protocol, "objects": len(objects), "missing": len(ious.keys() - captions.keys()), "at": at}
 
 
-def _score_gated(
+def _score(
     objects: Sequence[DescribedObject],
     captions: Mapping[str, Caption],
     rules: Scan2CapRules,
-    ious: Mapping[str, float],
-    k: float,
+    counted: Collection[str],
     java: Java | None,
-) -> dict[str, Any]:
-    """One threshold: failures are replaced by the placeholder, and the whole corpus is scored."""
-    passed = {key for key, iou in ious.items() if key in captions and rules.passes(iou, k)}
-    candidates = {
-        each.key: rules.candidate(captions[each.key]) if each.key in passed else rules.placeholder for each in objects
-    }
-    scores = score_captions({each.key: rules.reference(each) for each in objects}, candidates, rules.tokenizer, java)
-    return {"passed": len(passed), **vars(scores)}
+) -> CaptionScores:
+    """Scores of the corpus: the captions of the objects in `counted`, and the placeholder for all others."""
+    references = {each.key: rules.reference(each) for each in objects}
+    candidates = {key: rules.candidate(captions[key]) if key in counted else rules.placeholder for key in references}
+    return score_captions(references, candidates, rules.tokenizer, java)
 
 
-def _score_benchmark(
-    objects: Sequence[DescribedObject],
-    captions: Mapping[str, Caption],
-    rules: Scan2CapRules,
-    ious: Mapping[str, float],
-    thresholds: Sequence[float],
-    java: Java | None,
-) -> dict[str, Any]:
-    """All captions are scored once; the score of an item that fails is then set to 0.
+def _masked_scores(scores: CaptionScores, passed: Collection[str], predictions: int) -> dict[str, Any]:
+    """One threshold of the benchmark: the score of an item that fails is set to 0 after scoring.
 
     recall = sum(score x mask) / objects, precision = sum(score x mask) / predictions, F1 their harmonic mean. METEOR is
     the mean of items here, unlike in all other protocols. The reference's Hungarian matching of proposals to objects is
     omitted: every caption names its object.
     """
-    candidates = {
-        each.key: rules.candidate(captions[each.key]) if each.key in captions else rules.placeholder for each in objects
+    mask = {key: int(key in passed) for key in scores.items}
+    recall = _masked(scores, mask, len(mask))
+    precision = _masked(scores, mask, predictions)
+    return {
+        "passed": len(passed),
+        "corpus": recall,
+        "recall": recall,
+        "precision": precision,
+        "f1": {name: _harmonic(precision[name], recall[name]) for name in CAPTION_METRICS},
+        "mask": mask,
+        "items_before_mask": scores.items,
+        "candidates": scores.candidates,
+        "references": scores.references,
+        "not_computed": scores.not_computed,
     }
-    scores = score_captions({each.key: rules.reference(each) for each in objects}, candidates, rules.tokenizer, java)
-    at = {}
-    for k in thresholds:
-        mask = {key: int(key in captions and rules.passes(iou, k)) for key, iou in ious.items()}
-        recall = _masked(scores, mask, len(objects))
-        precision = _masked(scores, mask, len(captions))
-        at[str(k)] = {
-            "passed": sum(mask.values()),
-            "corpus": recall,
-            "recall": recall,
-            "precision": precision,
-            "f1": {name: _harmonic(precision[name], recall[name]) for name in CAPTION_METRICS},
-            "mask": mask,
-            "items_before_mask": scores.items,
-            "candidates": scores.candidates,
-            "references": scores.references,
-            "not_computed": scores.not_computed,
-        }
-    return at
 
 
 def _masked(scores: CaptionScores, mask: Mapping[str, int], count: int) -> dict[str, MetricValue]:
@@ -201,9 +187,7 @@ def _inputs(records: Sequence[AnswerRecord], _: Proposals | None, protocol: str)
 def _described_object(record: AnswerRecord) -> DescribedObject:
     target = record["target"]
     return DescribedObject(
-        scene_id=record["scene_id"],
-        object_id=str(target["object_id"]),
-        object_name=target["object_name"],
+        key=f"{record['scene_id']}|{target['object_id']}|{target['object_name']}",
         descriptions=tuple(reference["text"] for reference in record["references"]),
         tokens=tuple(tuple(reference["words"]) for reference in record["references"]),
         box=tuple(enclosing_box(target["box"])),

@@ -21,23 +21,16 @@ class DescribedObject:
     """An annotated object; `descriptions` and `tokens` are parallel.
 
     Attributes:
-        scene_id, object_id, object_name: as in ScanRefer's file.
+        key: ``scene|object|name``, as in ScanRefer's file.
         descriptions: texts as annotated.
         tokens: the words of each, as in ScanRefer's file; used by Scan2Cap's and LEO's protocols only.
         box: ``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres.
     """
 
-    scene_id: str
-    object_id: str
-    object_name: str
+    key: str
     descriptions: tuple[str, ...]
     tokens: tuple[tuple[str, ...], ...]
     box: tuple[float, ...]
-
-    @property
-    def key(self) -> str:
-        """``scene|object|name``."""
-        return f"{self.scene_id}|{self.object_id}|{self.object_name}"
 
 
 @dataclass(frozen=True)

@@ -250,19 +250,17 @@ def _exact_matches(
 ) -> tuple[dict[str, dict[str, MetricValue]], dict[str, str]]:
     """EM, EM-refined and EM@10 of every question, and, for metrics that are None, the reason."""
     exact: dict[str, dict[str, MetricValue]] = {}
-    for key, text in candidates.items():
-        if rules.match is None:
-            exact[key] = {EM: float(ranked[key][0] in questions[key])}
-        else:
-            equal, refined = rules.match(text, references[key])
-            exact[key] = {EM: float(equal), EM_REFINED: float(refined)}
-    if not rules.ranked:
-        return exact, {}
     has_ranked = any(len(answers) > 1 for answers in ranked.values())
     for key, answers in ranked.items():
-        hit = bool(set(answers[:10]) & set(questions[key]))
-        exact[key][EM_AT_10] = float(hit) if has_ranked else None
-    return exact, {} if has_ranked else {EM_AT_10: "No prediction has a second answer."}
+        if rules.match is None:
+            exact[key] = {EM: float(answers[0] in questions[key])}
+        else:
+            equal, refined = rules.match(candidates[key], references[key])
+            exact[key] = {EM: float(equal), EM_REFINED: float(refined)}
+        if rules.ranked:
+            hit = bool(set(answers[:10]) & set(questions[key]))
+            exact[key][EM_AT_10] = float(hit) if has_ranked else None
+    return exact, {EM_AT_10: "No prediction has a second answer."} if rules.ranked and not has_ranked else {}
 
 
 def _mean(values: Sequence[MetricValue]) -> MetricValue:

@@ -46,7 +46,7 @@ class ScoredDescription:
     Attributes:
         key: identifies it in predictions and results.
         scene_id: name of its scene.
-        box: box of its object; six numbers, or nine with angles.
+        box: world box of its object; six numbers, or nine with angles.
         group, group_nyu40: unique or multiple in the whole split, by ScanNet's and by NYU40's classes
             (``data/sources/labels.py``).
         scannet_class: class of the object, see ``scannet_class``.
@@ -142,7 +142,7 @@ def _box_ious(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box
     ious = {}
     for each in descriptions:
         box = boxes.get(each.key)
-        ious[each.key] = 0.0 if box is None else aabb_iou(box, each.box)
+        ious[each.key] = 0.0 if box is None else aabb_iou(box, enclosing_box(each.box))
     return ious
 
 
@@ -180,7 +180,7 @@ def description_of(record: AnswerRecord) -> ScoredDescription:
     return ScoredDescription(
         key=record["id"],
         scene_id=record["scene_id"],
-        box=enclosing_box(target["box"]),
+        box=target["box"],
         group=target["group"],
         group_nyu40=target["group_nyu40"],
         scannet_class=target["scannet_class"],

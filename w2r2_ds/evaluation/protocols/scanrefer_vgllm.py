@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +29,7 @@ from w2r2_ds.evaluation.protocols.records import (
     AnswerRecord,
     Proposals,
     check_keys,
+    enclosing_box,
     nine_numbers,
     raise_with_first,
 )
@@ -46,8 +46,6 @@ from w2r2_ds.evaluation.protocols.scanrefer import (
 )
 from w2r2_ds.evaluation.protocols.vgllm_answer import PARSERS, TURNS, AnswerParser, Turn
 
-DIRECT = "vgllm-direct, exact IoU"
-
 
 def score_direct(
     descriptions: Sequence[ScoredDescription], answers: Mapping[str, str], poses: Mapping[str, np.ndarray]
@@ -55,7 +53,7 @@ def score_direct(
     """``vgllm-direct``: accuracies and mean IoU of a whole set.
 
     Args:
-        descriptions: all descriptions to score, with group; boxes may have angles.
+        descriptions: all descriptions to score, with group; their boxes are compared with their angles.
         answers, poses: as for `score_vgllm`.
 
     Returns:
@@ -72,7 +70,7 @@ def score_direct(
         }
         for each in descriptions
     }
-    return {"protocol": DIRECT, **direct_scores(list(items.values())), "items": items}
+    return {"protocol": "vgllm-direct, exact IoU", **direct_scores(list(items.values())), "items": items}
 
 
 def direct_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -136,9 +134,10 @@ def score_vgllm(
         raise_with_first(missing, "scenes have no proposals")
     items = {}
     for each in descriptions:
+        truth = enclosing_box(each.box)
         boxes = () if proposals is None else proposals[each.scene_id]
         items[each.key] = answer_item(
-            answers.get(each.key), each.box, poses[each.key], PARSERS[reading], TURNS[angles], boxes
+            answers.get(each.key), truth, poses[each.key], PARSERS[reading], TURNS[angles], boxes
         )
     return {
         "protocol": "vgllm" if proposals is None else "vgllm_refined",
@@ -152,12 +151,7 @@ def score_vgllm(
 
 
 def answer_item(
-    text: str | None,
-    truth: Box,
-    poses: np.ndarray,
-    parse: AnswerParser,
-    to_world: Turn,
-    proposals: Sequence[Box] = (),
+    text: str | None, truth: Box, poses: np.ndarray, parse: AnswerParser, to_world: Turn, proposals: Sequence[Box] = ()
 ) -> dict[str, Any]:
     """Parse one answer and compare its box with the annotated one.
 
@@ -193,19 +187,14 @@ def _inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, 
     return descriptions, texts, poses
 
 
-def _direct_inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
-    descriptions, texts, poses = _inputs(records, None)
-    # The other protocols compare with the box that encloses the annotated one, this one with its angles.
-    oriented = [replace(each, box=record["target"]["box"]) for each, record in zip(descriptions, records, strict=True)]
-    return oriented, texts, poses
-
-
 def _refined_inputs(records: Sequence[AnswerRecord], proposals: Proposals | None) -> tuple[Any, ...]:
     assert proposals is not None, "choose_protocols raises an error without proposals"
     return *_inputs(records, None), proposals
 
 
-_camera_protocol = partial(Protocol, record_model=ScanReferRecord, coordinates=("camera",), best_by="acc@0.25")
+_camera_protocol = partial(
+    Protocol, inputs=_inputs, record_model=ScanReferRecord, coordinates=("camera",), best_by="acc@0.25"
+)
 
 register_protocol(
     _camera_protocol(
@@ -214,7 +203,6 @@ register_protocol(
         "w2r2_ds/evaluation/protocols/scanrefer_vgllm.py",
         score_direct,
         accuracy_paths("overall"),
-        inputs=_direct_inputs,
         default=True,
         extra_metrics={"mean_iou": ("overall", "mean_iou")},
     )
@@ -226,7 +214,6 @@ register_protocol(
         "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scanrefer/utils.py",
         score_vgllm,
         accuracy_paths(),
-        inputs=_inputs,
     )
 )
 register_protocol(
@@ -236,7 +223,6 @@ register_protocol(
         "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scanrefer/utils.py, its two 'zxy' changed to 'ZXY'",
         partial(score_vgllm, angles="ZXY"),
         accuracy_paths(),
-        inputs=_inputs,
     )
 )
 register_protocol(

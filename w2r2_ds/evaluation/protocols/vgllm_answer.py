@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from scipy.spatial.transform import Rotation
 
 from w2r2_ds.boxes3d.transforms import camera_to_world
 from w2r2_ds.data.tasks.parsing import AnswerError, Grounding
+from w2r2_ds.evaluation.protocols.records import Box9
 
 AnswerParser = Callable[[str, int], Grounding]
+_BOX = TypeAdapter(Box9)
 Turn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -92,17 +94,10 @@ def _grounding(value: Any, frame_count: int) -> Grounding:
     frame, box = value.get("frame"), value.get("bbox_3d")
     if not isinstance(frame, int) or isinstance(frame, bool):
         raise AnswerError("frame is not an integer")
-    if not isinstance(box, list) or len(box) != 9 or not all(map(_is_number, box)):
-        raise AnswerError("bbox_3d is not a list of 9 numbers")
+    try:
+        numbers = _BOX.validate_python(box, strict=True)  # strict: neither bool nor str is a number
+    except ValidationError as error:
+        raise AnswerError("bbox_3d is not a list of 9 numbers") from error
     if not 0 <= frame < frame_count:
         raise AnswerError("frame is out of range")
-    return Grounding(frame, np.array(box, dtype=np.float64))
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
+    return Grounding(frame, np.array(numbers))
