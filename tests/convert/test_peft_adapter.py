@@ -169,7 +169,7 @@ def test_the_readme_has_metadata_and_code_that_compiles(adapter: Path, world: Wo
     named = {file.name for file in adapter.iterdir()} - {"README.md"}
     assert all(f"`{name}`" in text for name in named), named
     assert "[More Information Needed]" not in text  # peft's blank form
-    compile("\n".join(line[4:] for line in text.split("transformers alone")[1].splitlines()[1:]), "README.md", "exec")
+    compile("\n".join(line[4:] for line in text.split("transformers only")[1].splitlines()[1:]), "README.md", "exec")
 
 
 def test_an_adapter_is_not_exported_again(adapter: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from w2r2_ds.data.collate import token_counts
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.loading import model_class
 from w2r2_ds.models.merger import GeometryMerger, merge_cells
-from w2r2_ds.models.qwen2_5_vl.positions import position_ids
+from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.model import VGGT
@@ -87,7 +87,7 @@ def batch_of(golden: Golden) -> Batch:
         input_ids=ids,
         attention_mask=mask,
         token_types=types,
-        position_ids=position_ids(base, ids, types, attention_mask=mask, image_grid_thw=grid),
+        position_ids=Qwen25VL().position_ids(base, ids, types, mask, {"image": grid}, seconds_per_grid=1.0),
         visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, tower, images),
         visual_tokens=types.flatten().nonzero().squeeze(-1),
         token_set=types.nonzero()[:, 0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,17 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from w2r2_ds.models.loading import (
-    check_forward,
     load_config,
     load_tokenizer,
     load_vision_spec,
     load_vlm,
     meta_model,
 )
-from w2r2_ds.models.qwen2_5_vl.positions import position_ids
+from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -97,15 +96,14 @@ def test_position_ids_equal_those_of_the_forward(
     vlm: Any, tokenizer: Any, visual_inputs: Any, tiny_dir: Path, kind: str
 ) -> None:
     inputs = visual_inputs(vlm.config, tokenizer, kind, frames=1 if kind == "image" else 2)
-    grid = {f"{kind}_grid_thw": inputs[f"{kind}_grid_thw"]}
     extra = {"second_per_grid_ts": torch.tensor([1.5, 1.5])} if kind == "video" else {}
-    positions = position_ids(
+    positions = Qwen25VL().position_ids(
         meta_model(tiny_dir),
         inputs["input_ids"],
         inputs["mm_token_type_ids"],
-        attention_mask=inputs["attention_mask"],
-        **grid,
-        **extra,
+        inputs["attention_mask"],
+        {kind: inputs[f"{kind}_grid_thw"]},
+        seconds_per_grid=1.5,
     )
     assert positions.shape == (3, *inputs["input_ids"].shape) and positions.dtype == torch.int64
     assert positions[1, 0, 1:25].reshape(4, 6)[:, 0].tolist() == [1, 2, 3, 4]
@@ -121,14 +119,15 @@ def test_position_ids_raise_on_inconsistent_inputs(tokenizer: Any, visual_inputs
     model = meta_model(tiny_dir)
     inputs = visual_inputs(model.config, tokenizer, "image")
     ids, types, grid = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+    positions = functools.partial(Qwen25VL().position_ids, model, ids, attention_mask=None, seconds_per_grid=1.0)
     with pytest.raises(ValueError, match="must be 1 exactly where"):
-        position_ids(model, ids, torch.zeros_like(types), image_grid_thw=grid)
-    with pytest.raises(ValueError, match="48 image pad tokens in the batch but image_grid_thw holds 24"):
-        position_ids(model, ids, types, image_grid_thw=grid[:1])
-    with pytest.raises(ValueError, match="image_grid_thw holds 0"):
-        position_ids(model, ids, types)
-    with pytest.raises(ValueError, match="mm_token_type_ids is"):
-        position_ids(model, ids, types[:, :-1], image_grid_thw=grid)
+        positions(token_types=torch.zeros_like(types), grids={"image": grid})
+    with pytest.raises(ValueError, match="48 image pad tokens in the batch but the grids hold 24"):
+        positions(token_types=types, grids={"image": grid[:1]})
+    with pytest.raises(ValueError, match="the grids hold 0"):
+        positions(token_types=types, grids={})
+    with pytest.raises(ValueError, match="token_types is"):
+        positions(token_types=types[:, :-1], grids={"image": grid})
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./runs/model", "a/b/c", "../x", ""])
@@ -213,12 +212,3 @@ def test_meta_model_ignores_a_live_zero3_config(tiny_dir: Path) -> None:
         assert hf_deepspeed.deepspeed_config() == live.config
     finally:
         hf_deepspeed.unset_hf_deepspeed_config()
-
-
-def test_old_transformers() -> None:
-    class Old(nn.Module):
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return input_ids
-
-    with pytest.raises(ValueError, match=r"too old: Old.forward has no mm_encoder_outputs; install transformers 5.18"):
-        check_forward(Old)

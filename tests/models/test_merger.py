@@ -102,8 +102,6 @@ def test_bad_features() -> None:
         merger(torch.zeros(1, 4, 4, 8))  # a grid instead of a list of grids
     with pytest.raises(ValueError, match="a 1 x 4 grid holds no 2 x 2 cell"):
         merger([torch.zeros(1, 1, 4, 8)])
-    with pytest.raises(ValueError, match="merger_hidden must be at least 1"):
-        GeometryMerger(8, 12, merger_hidden=0)
 
 
 def test_pair_frames() -> None:

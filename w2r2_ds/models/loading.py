@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -29,6 +25,7 @@ from transformers.utils.hub import cached_file
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.hub_safety import check_config, check_model_files
 from w2r2_ds.types.vision import VisionSpec
+from w2r2_ds.utils.json_io import read_json_object
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -51,20 +48,10 @@ def load_config(name_or_path: str | Path) -> Any:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class of a config, checked by `check_forward`."""
+    """The transformers class of a config; raises ValueError if its `model_type` is not supported."""
     find_family(config.model_type, config.name_or_path or type(config).__name__)
     found: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    check_forward(found)
     return found
-
-
-def check_forward(model: type[nn.Module]) -> None:
-    """Raise ValueError unless ``model.forward`` accepts ``mm_encoder_outputs``, which greedy decoding needs."""
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"transformers {transformers.__version__} is too old: {model.__name__}.forward has no mm_encoder_outputs; "
-            "install transformers 5.18 or later"
-        )
 
 
 def load_vlm(
@@ -82,7 +69,6 @@ def load_vlm(
     """
     name = _check_name(name_or_path)
     config = load_config(name)
-    model_class(config)
     check_model_files(name, attn_implementation)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
@@ -156,9 +142,13 @@ def load_vision_spec(name_or_path: str | Path) -> VisionSpec:
     Raises:
         ValueError: a file or field is missing, or the two files differ in a size.
     """
-    config = load_config(name_or_path)
-    preprocessor = _read_json(name_or_path, PREPROCESSOR_FILE)
-    return find_family(config.model_type).vision_spec(config, preprocessor, f"{name_or_path}/{PREPROCESSOR_FILE}")
+    name = _check_name(name_or_path)
+    config = load_config(name)
+    try:
+        preprocessor = read_json_object(str(cached_file(name, PREPROCESSOR_FILE)))
+    except (OSError, ValueError) as error:
+        raise ValueError(_unreadable(name, PREPROCESSOR_FILE, error)) from error
+    return find_family(config.model_type).vision_spec(config, preprocessor, f"{name}/{PREPROCESSOR_FILE}")
 
 
 @contextmanager
@@ -207,16 +197,6 @@ def _unreadable(name: str, what: str, error: Exception) -> str:
         f"model {name!r}: no such directory, and as a hub id its {what} could not be fetched ({first_line}); correct "
         "model.vlm (or --vlm), or fetch the model where there is a network and give its directory"
     )
-
-
-def _read_json(name_or_path: str | Path, filename: str) -> dict[str, Any]:
-    """A JSON object from a file of a model directory or hub id."""
-    name = _check_name(name_or_path)
-    try:
-        found = cached_file(name, filename)
-        return dict(json.loads(Path(str(found)).read_text()))
-    except (OSError, ValueError) as error:
-        raise ValueError(_unreadable(name, filename, error)) from error
 
 
 def _check_loaded(name: str, info: dict[str, Any]) -> None:

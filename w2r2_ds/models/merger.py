@@ -32,14 +32,6 @@ class GeometryMerger(nn.Module):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        for field, value in (
-            ("feature_dim", feature_dim),
-            ("hidden_size", hidden_size),
-            ("merger_hidden", merger_hidden),
-            ("merge_size", merge_size),
-        ):
-            if value < 1:
-                raise ValueError(f"geometry merger: {field} must be at least 1, got {value}")
         self.feature_dim = feature_dim
         self.hidden_size = hidden_size
         self.merger_hidden = merger_hidden

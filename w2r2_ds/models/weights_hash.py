@@ -21,10 +21,9 @@ def weights_identity(name_or_path: str | Path) -> str:
     Raises:
         ValueError: there are no safetensors weights.
     """
-    folder = model_folder(name_or_path)
-    where = _files_of(sorted(folder.glob("*.safetensors")))
+    where = _files_of(model_weights(name_or_path))
     if not where:
-        raise ValueError(f"{folder} holds no safetensors weights; copy the complete model directory.")
+        raise ValueError(f"{name_or_path} holds no safetensors weights; copy the complete model directory.")
     names = sorted(where)
     digest = hashlib.sha256()
     for name in names[:: max(1, len(names) // TENSORS)]:
@@ -48,27 +47,23 @@ def tensors_digest(files: Sequence[Path], wanted: Callable[[str], bool]) -> str:
     Raises:
         ValueError: no tensor is included, or a file cannot be read.
     """
+    named = ", ".join(map(str, files)) or "no files"
+    digest = hashlib.sha256()
     try:
-        return _digest_of(files, wanted)
+        where = _files_of(files)
+        names = sorted(filter(wanted, where))
+        for name in names:
+            with safe_open(where[name], framework="pt") as opened:
+                tensor = opened.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
     except (SafetensorError, OSError) as error:
-        named = ", ".join(map(str, files))
         raise ValueError(f"The weights in {named} cannot be read ({error}); fetch or copy them again.") from error
-
-
-def _digest_of(files: Sequence[Path], wanted: Callable[[str], bool]) -> str:
-    where = _files_of(files)
-    names = sorted(filter(wanted, where))
     if not names:
         raise ValueError(
-            f"None of {', '.join(map(str, files)) or 'no files'} holds the weights of the encoder whose features are "
-            "to be cached; copy the complete model directory, or leave data.cache empty."
+            f"None of {named} holds the weights of the encoder whose features are to be cached; copy the complete "
+            "model directory, or leave data.cache empty."
         )
-    digest = hashlib.sha256()
-    for name in names:
-        with safe_open(where[name], framework="pt") as opened:
-            tensor = opened.get_tensor(name)
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -86,20 +81,10 @@ def model_weights(name_or_path: str | Path) -> list[Path]:
             folder = Path(snapshot_download(str(name_or_path), allow_patterns=["config.json", "*.safetensors"]))
         except Exception as error:  # the hub client raises exceptions of several libraries
             raise ValueError(
-                f"The weights of model.vlm {name_or_path} could not be fetched from the Hugging Face Hub "
+                f"The weights of {name_or_path} could not be fetched from the Hugging Face Hub "
                 f"({type(error).__name__}); fetch them where there is a network and give their directory."
             ) from error
     return sorted(folder.glob("*.safetensors"))
-
-
-def model_folder(name_or_path: str | Path) -> Path:
-    """Directory of a model; of a hub id, its directory in the hub cache."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    from transformers.utils.hub import cached_file  # takes about a second, which directories do not need
-
-    return Path(str(cached_file(str(name_or_path), "config.json"))).parent
 
 
 def _files_of(files: Sequence[Path]) -> dict[str, Path]:

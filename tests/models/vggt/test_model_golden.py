@@ -59,7 +59,7 @@ def computed(golden: Golden, case: str) -> dict[str, torch.Tensor]:
         vit, size = aggregator.patch_embed, aggregator.config.patch_size
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
         tokens = vit.tokens((flat - mean) / std)
-        result["vit_pos_embed"] = vit.position_table(height // size, width // size)
+        result["vit_pos_embed"] = resample_position_table(vit.pos_embed, height // size, width // size)
         result["vit_cls"] = tokens[:, 0]
         result["vit_reg"] = tokens[:, 1 : 1 + vit.num_registers]
     return result

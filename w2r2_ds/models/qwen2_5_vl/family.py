@@ -13,11 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOu
 
 from w2r2_ds.models.family import VlmFamily, register_family
 from w2r2_ds.models.flops import attention, products
-from w2r2_ds.models.qwen2_5_vl.generate import greedy_tokens
 from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
 from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_packed_attention
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
-from w2r2_ds.models.qwen2_5_vl.positions import position_ids
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.types.batch import Batch, Prompts, Visuals
 from w2r2_ds.types.vision import VisionSpec
@@ -88,16 +86,35 @@ class Qwen25VL(VlmFamily):
         grids: Mapping[str, Tensor],
         seconds_per_grid: float,
     ) -> Tensor:
+        """As `VlmFamily.position_ids`: transformers' ``get_rope_index``, after checks that it does not make.
+
+        Raises:
+            ValueError: the token types do not mark exactly the placeholder tokens, or the grids have another number of
+                tokens. ``get_rope_index`` would return wrong positions without an error.
+        """
+        config: Any = vlm.config
+        if token_types.shape != input_ids.shape:
+            raise ValueError(f"token_types is {tuple(token_types.shape)} but input_ids is {tuple(input_ids.shape)}")
+        # One placeholder per merged patch, of either kind.
+        merge = config.vision_config.spatial_merge_size**2
+        for kind, code, pad in (("image", 1, config.image_token_id), ("video", 2, config.video_token_id)):
+            marked = token_types == code
+            if not torch.equal(marked, input_ids == pad):
+                raise ValueError(f"token_types must be {code} exactly where input_ids is the {kind} pad token {pad}")
+            expected = int(grids[kind].prod(-1).sum()) // merge if kind in grids else 0
+            if int(marked.sum()) != expected:
+                raise ValueError(f"{int(marked.sum())} {kind} pad tokens in the batch but the grids hold {expected}")
         video = grids.get("video")
-        return position_ids(
-            vlm,
+        positions: Tensor
+        positions, _ = vlm.model.get_rope_index(
             input_ids,
             token_types,
-            attention_mask=attention_mask,
             image_grid_thw=grids.get("image"),
             video_grid_thw=video,
             second_per_grid_ts=None if video is None else torch.full((len(video),), seconds_per_grid),
+            attention_mask=attention_mask,
         )
+        return positions
 
     def encode_visuals(self, vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
         # Not `get_image_features`: it copies the grids to the host to split the tokens.
@@ -133,6 +150,7 @@ class Qwen25VL(VlmFamily):
     def use_packed_attention(self, vlm: PreTrainedModel) -> None:
         use_packed_attention(vlm)
 
+    @torch.no_grad()
     def generate(
         self,
         vlm: PreTrainedModel,
@@ -145,9 +163,34 @@ class Qwen25VL(VlmFamily):
         synced: bool = False,
     ) -> list[list[int]]:
         end = tokenizer.convert_tokens_to_ids(self.end_of_turn)
-        return greedy_tokens(
-            vlm, prompts, visuals, visual, end, tokenizer.pad_token_id, max_new_tokens, video_fps, synced
-        )
+        given: dict[str, Any] = {}
+        if not visuals.dummy:
+            grids = visuals.grid_thw
+            given = {"mm_encoder_outputs": {visuals.kind: visual}, f"{visuals.kind}_grid_thw": grids}
+            if visuals.kind == "video":
+                seconds = vlm.config.vision_config.temporal_patch_size / video_fps
+                given["second_per_grid_ts"] = torch.full((len(grids),), seconds, device=grids.device)
+        training = vlm.training
+        vlm.eval()  # training mode would disable the KV cache (activation checkpointing) and enable dropout
+        try:
+            output = vlm.generate(
+                input_ids=prompts.input_ids,
+                attention_mask=prompts.attention_mask,
+                mm_token_type_ids=prompts.token_types,
+                do_sample=False,
+                num_beams=1,
+                # generation_config.json of Qwen2.5-VL has a repetition penalty, which would change digits.
+                repetition_penalty=1.0,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=synced,
+                **given,
+            )
+        finally:
+            vlm.train(training)
+        answers = output[:, prompts.input_ids.shape[1] :].tolist()
+        return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
     def vision_flops(self, tower: nn.Module, grids: Sequence[Sequence[int]]) -> float:
         config, modules = cast(Any, tower.config), cast(Any, tower)

@@ -73,10 +73,6 @@ class DinoViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
 
-    def position_table(self, rows: int, columns: int) -> torch.Tensor:
-        """``[1, 1 + rows * columns, dim]`` positions of class token and patches."""
-        return resample_position_table(self.pos_embed, rows, columns)
-
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Class token, registers and patches (row-major) after the last norm.
 
@@ -89,7 +85,7 @@ class DinoViT(nn.Module):
         count, _, height, width = images.shape
         patches = self.patch_embed(images)
         x = torch.cat((self.cls_token.expand(count, -1, -1), patches), dim=1)
-        x = x + self.position_table(height // self.patch_size, width // self.patch_size)
+        x = x + resample_position_table(self.pos_embed, height // self.patch_size, width // self.patch_size)
         if self.num_registers:  # after the positions are added: registers have none
             x = torch.cat((x[:, :1], self.register_tokens.expand(count, -1, -1), x[:, 1:]), dim=1)
         for block in self.blocks:

@@ -65,10 +65,8 @@ class VGGTEncoder(GeometryEncoder):
         """As `GeometryEncoder.encode`, in the dtype of the weights.
 
         Raises:
-            ValueError: images of a wrong shape, or of a size that is no multiple of the patch size.
+            ValueError: see `Aggregator.forward`.
         """
-        if images.dim() != 4:
-            raise ValueError(f"VGGT: images have shape {tuple(images.shape)}; give [frames, 3, height, width].")
         config, aggregator = self.vggt.config, self.vggt.aggregator
         images = images.to(aggregator.camera_token.device)
         backwards = self.reference_frame == "last"  # VGGT itself takes frame 0 as the reference

@@ -22,27 +22,25 @@ HEADS = ("camera_head.", "point_head.", "depth_head.", "track_head.")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def load_vggt(source: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> VGGT:
-    """Load a VGGT with its weights, on the CPU, in eval mode.
+def load_vggt(source: str | Path) -> VGGT:
+    """Load a VGGT with float32 weights, on the CPU, in eval mode.
 
     Args:
         source: directory with ``config.json`` and ``model.safetensors`` (or shards and their index), or the id of a
             Hugging Face Hub repository such as ``facebook/VGGT-1B``.
-        revision: branch, tag or commit on the hub.
-        dtype: dtype of the weights in memory.
 
     Raises:
         ValueError: there is no such directory or repository, a file is missing or damaged, or a weight is missing,
             unknown or of another shape.
     """
-    directory = locate(source, revision)
+    directory = locate(source)
     config = read_config(directory)
     with torch.device("meta"):
         model = VGGT(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(directory):
-        for name, tensor in _read(file, expected, dtype).items():
+        for name, tensor in _read(file, expected).items():
             if name in state:
                 raise ValueError(f"{file}: {name} is also in another file of {directory}; fetch the directory again.")
             state[name] = tensor
@@ -84,7 +82,7 @@ def read_config(directory: Path) -> VGGTConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
+def locate(source: str | Path) -> Path:
     """The local directory of `source`; a hub id is downloaded.
 
     Raises:
@@ -100,7 +98,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG, INDEX, "*.safetensors"]))
+        return Path(snapshot_download(source, allow_patterns=[CONFIG, INDEX, "*.safetensors"]))
     except Exception as error:  # the hub client raises exceptions of several libraries
         raise ValueError(
             f"{source} is no directory here and could not be fetched from the Hugging Face Hub "
@@ -110,7 +108,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def _read(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _read(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Tensors of one file, without those of heads; all names and shapes are checked before any tensor is read."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -120,19 +118,16 @@ def _read(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) 
                 raise ValueError(f"{file} holds {_first(unknown)}, which this VGGT does not have; check {CONFIG}.")
             for name in names:
                 part = opened.get_slice(name)
-                _check(file, name, tuple(part.get_shape()), part.get_dtype(), expected[name])
-            return {name: opened.get_tensor(name).to(dtype) for name in names}
+                if tuple(part.get_shape()) != expected[name]:
+                    raise ValueError(
+                        f"{file}: {name} has shape {part.get_shape()}, but {CONFIG} describes {list(expected[name])}; "
+                        "take both from one VGGT."
+                    )
+                if part.get_dtype() not in FLOATS:
+                    raise ValueError(f"{file}: {name} is stored as {part.get_dtype()}; only {', '.join(FLOATS)} load.")
+            return {name: opened.get_tensor(name).float() for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}); it is broken or incomplete: fetch it again.") from error
-
-
-def _check(file: Path, name: str, shape: tuple[int, ...], kind: str, wanted: tuple[int, ...]) -> None:
-    if shape != wanted:
-        raise ValueError(
-            f"{file}: {name} has shape {list(shape)}, but {CONFIG} describes {list(wanted)}; take both from one VGGT."
-        )
-    if kind not in FLOATS:
-        raise ValueError(f"{file}: {name} is stored as {kind}; only unquantised weights ({', '.join(FLOATS)}) load.")
 
 
 def _first(names: Iterable[str]) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from w2r2_ds.models.vggt.dinov2 import DinoViT
@@ -29,7 +30,7 @@ UPSTREAM_SWITCHES = ("enable_camera", "enable_point", "enable_depth", "enable_tr
 UPSTREAM_ORDER = {"aa_order": ["frame", "global"], "aa_block_size": 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class VGGTConfig:
     """Sizes of a VGGT; the defaults are those of the public 1B model.
 
@@ -49,40 +50,27 @@ class VGGTConfig:
         vit_mlp_ratio: hidden width of its MLPs divided by `embed_dim`.
     """
 
-    img_size: int = 518
-    patch_size: int = 14
-    embed_dim: int = 1024
-    depth: int = 24
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    num_register_tokens: int = 4
+    img_size: PositiveInt = 518
+    patch_size: PositiveInt = 14
+    embed_dim: PositiveInt = 1024
+    depth: PositiveInt = 24
+    num_heads: PositiveInt = 16
+    mlp_ratio: NonNegativeFloat = 4.0
+    num_register_tokens: NonNegativeInt = 4
     qk_norm: bool = True
-    rope_freq: float = 100
-    patch_embed: str = "dinov2"
-    vit_depth: int = 24
-    vit_num_heads: int = 16
-    vit_mlp_ratio: float = 4.0
+    rope_freq: NonNegativeFloat = 100
+    patch_embed: Literal["dinov2", "conv"] = "dinov2"
+    vit_depth: PositiveInt = 24
+    vit_num_heads: PositiveInt = 16
+    vit_mlp_ratio: NonNegativeFloat = 4.0
 
     def __post_init__(self) -> None:
-        for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "vit_depth", "vit_num_heads"):
-            _require_count(name, getattr(self, name), 1)
-        _require_count("num_register_tokens", self.num_register_tokens, 0)
-        for name in ("mlp_ratio", "rope_freq", "vit_mlp_ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise ValueError(f"VGGT config: {name} is {value!r}; it must be a number, not negative.")
-        if self.patch_embed not in ("dinov2", "conv"):
-            raise ValueError(f"VGGT config: patch_embed is {self.patch_embed!r}; it must be 'dinov2' or 'conv'.")
         if self.img_size % self.patch_size:
-            raise ValueError(
-                f"VGGT config: img_size {self.img_size} must be a multiple of patch_size {self.patch_size}."
-            )
+            raise ValueError(f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}")
         if self.embed_dim % (4 * self.num_heads):
-            raise ValueError(
-                f"VGGT config: embed_dim {self.embed_dim} must be a multiple of 4 * num_heads = {4 * self.num_heads}."
-            )
+            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of 4 * num_heads = {4 * self.num_heads}")
         if self.patch_embed == "dinov2" and self.embed_dim % self.vit_num_heads:
-            raise ValueError(f"VGGT config: vit_num_heads {self.vit_num_heads} must divide embed_dim {self.embed_dim}.")
+            raise ValueError(f"vit_num_heads {self.vit_num_heads} must divide embed_dim {self.embed_dim}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
@@ -97,12 +85,14 @@ class VGGTConfig:
         for key, only in UPSTREAM_ORDER.items():
             if given.pop(key, only) != only:
                 raise ValueError(f"VGGT config: {key} is {values[key]!r}; only {only!r} is supported.")
-        unknown = sorted(set(given) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"VGGT config: unknown key {unknown[0]!r}; remove it or correct its spelling.")
         if given.get("patch_embed") == VIT_LARGE:
             given["patch_embed"] = "dinov2"
-        return cls(**given)
+        try:
+            return cls(**given)
+        except ValidationError as failure:
+            error = failure.errors()[0]
+            field = "".join(f"{name!r}: " for name in error["loc"])
+            raise ValueError(f"VGGT config: {field}{error['msg']}.") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, the inverse of `from_dict`."""
@@ -112,11 +102,6 @@ class VGGTConfig:
     def special_tokens(self) -> int:
         """Tokens before the patches of a frame: one camera token and the registers."""
         return 1 + self.num_register_tokens
-
-
-def _require_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"VGGT config: {name} is {value!r}; it must be a whole number of at least {least}.")
 
 
 class Aggregator(nn.Module):
