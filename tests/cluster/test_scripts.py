@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -143,11 +142,10 @@ def test_srun_does_not_kill_ranks_that_are_still_saving(root: Path, tmp_path: Pa
 
 
 def test_exit_codes_sh_is_up_to_date(root: Path) -> None:
-    assert (root / "slurm" / "exit_codes.sh").read_text() == exit_codes.shell_assignments()
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", exit_codes.__name__], text=True, capture_output=True, check=True
-    )
-    assert done.stdout == exit_codes.shell_assignments() and "torch" not in done.stderr
+    codes = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
+    lines = (root / "slurm" / "exit_codes.sh").read_text().splitlines()
+    stated = [line for line in lines if not line.startswith("#")]
+    assert stated == [f"EXIT_{name}={code}" for name, code in codes.items()]
 
 
 def test_a_rank_has_torchruns_variables_and_a_private_kernel_folder(root: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from w2r2_ds.config.options import options
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import fingerprint
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.manifest import MANIFEST, read_manifest
+from w2r2_ds.training.checkpoint.manifest import read_manifest
 
 MAY_CHANGE = {
     "data": {"root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
@@ -23,11 +23,6 @@ MAY_CHANGE = {
     | {"eval_every", "eval_samples", "eval_max_new_tokens", "best_by"},
 }
 """Options that a resumed run may change, by section: paths, and what changes the losses by rounding at most."""
-
-
-def check_same_model(path: Path, model: W2R2) -> None:
-    """Raise ValueError if a checkpoint is of another model."""
-    check_fingerprint(read_manifest(path)["model"], model, path / MANIFEST)
 
 
 def check_fingerprint(saved: dict[str, Any], model: W2R2, source: Path) -> None:

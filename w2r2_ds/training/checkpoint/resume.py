@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.training.checkpoint.compat import check_same_data, check_same_model, check_same_run
+from w2r2_ds.training.checkpoint.compat import check_fingerprint, check_same_data, check_same_run
 from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, SafeCheckpointEngine, check_no_code, load, safe_loading
 from w2r2_ds.training.checkpoint.manifest import (
     BEST,
+    MANIFEST,
     PARTIAL,
     best_checkpoint,
     has_checkpoint,
@@ -149,10 +150,10 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
     path = start.checkpoint
     assert path is not None
     # All ranks read the same files, so these raise on all ranks or on none.
-    check_same_model(path, engine.module.model)
+    saved = read_manifest(path)
+    check_fingerprint(saved["model"], engine.module.model, path / MANIFEST)
     check_same_run(path, config)
     check_same_data(path, config, data)
-    saved = read_manifest(path)
     stage = engine.zero_optimization_stage()
     if saved["zero_stage"] != stage:
         raise ValueError(

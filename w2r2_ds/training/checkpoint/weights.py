@@ -9,8 +9,8 @@ import torch
 
 from w2r2_ds.models.build import trainable
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.compat import check_same_model
-from w2r2_ds.training.checkpoint.manifest import TENSORS, verify
+from w2r2_ds.training.checkpoint.compat import check_fingerprint
+from w2r2_ds.training.checkpoint.manifest import MANIFEST, TENSORS, read_manifest, verify
 from w2r2_ds.utils.safetensors_io import read_strictly
 
 
@@ -33,7 +33,7 @@ def load_trainable(path: Path, model: W2R2) -> None:
     Raises:
         ValueError: the file does not have the SHA-256 of the manifest, or is of another model.
     """
-    check_same_model(path, model)
+    check_fingerprint(read_manifest(path)["model"], model, path / MANIFEST)
     problem = verify(path, only={TENSORS})
     if problem is not None:
         raise ValueError(f"{problem.removesuffix('.')}; copy the checkpoint again.")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from w2r2_ds.config.cli import did_you_mean
 from w2r2_ds.training.deepspeed.hpz import fill_hpz
 from w2r2_ds.utils.distributed import local_world_size
-from w2r2_ds.utils.json_io import read_json
+from w2r2_ds.utils.json_io import read_json_object
 
 AUTO = "auto"
 OWNED_BY_THE_RUN = {
@@ -37,10 +37,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, unreadable, or not a JSON object; or a key is given twice.
     """
-    raw = read_json(path, "a DeepSpeed JSON such as ds_configs/zero3.json (--deepspeed)")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a DeepSpeed JSON must be an object in braces.")
-    return raw
+    return read_json_object(path, "a DeepSpeed JSON such as ds_configs/zero3.json (--deepspeed)")
 
 
 def resolve_ds_config(

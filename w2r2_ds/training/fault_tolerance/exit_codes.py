@@ -1,7 +1,7 @@
 """Exit codes of training; the batch scripts in slurm/ decide by them whether a job is requeued.
 
-The scripts source slurm/exit_codes.sh, which ``python -m w2r2_ds.training.fault_tolerance.exit_codes`` prints. It is a
-file because the batch shell may have no Python: the environment can be in a container that only the ranks run in.
+The scripts source slurm/exit_codes.sh, which states the same codes: the batch shell may have no Python, since the
+environment can be in a container that only the ranks run in.
 """
 
 from __future__ import annotations
@@ -21,18 +21,3 @@ value is 128 + 15, as a shell reports it."""
 
 class Unreachable(RuntimeError):
     """The network or another process of this run prevents training; ends the process with `LOST`."""
-
-
-def shell_assignments() -> str:
-    """The exit codes as Bash variables: the content of slurm/exit_codes.sh."""
-    codes = {"DONE": DONE, "FAILED": FAILED, "LOST": LOST, "REQUEUE": REQUEUE, "TERMINATED": TERMINATED}
-    lines = [
-        "# shellcheck shell=bash disable=SC2034",
-        "# Generated: python -m w2r2_ds.training.fault_tolerance.exit_codes > slurm/exit_codes.sh",
-        *(f"EXIT_{name}={code}" for name, code in codes.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(shell_assignments(), end="")
