@@ -33,8 +33,6 @@ class GeometryMerger(nn.Module):
     ) -> None:
         super().__init__()
         self.feature_dim = feature_dim
-        self.hidden_size = hidden_size
-        self.merger_hidden = merger_hidden
         self.merge_size = merge_size
         self.ln_q = CellNorm(feature_dim, merge_size)
         self.mlp = nn.Sequential(

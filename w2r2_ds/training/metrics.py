@@ -88,8 +88,6 @@ class MetricsLogger:
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"The metric {name} of step {step} is {value!r}; it must be a finite number.")
-        if "step" in values:
-            raise ValueError("A metric cannot be called step.")
         values = values | {"memory_gib": memory_gib()}
         self._write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
         for tracker in self._trackers:

@@ -67,8 +67,22 @@ def check_trackers(names: Iterable[str]) -> None:
             )
 
 
+class _WandbApi:
+    """Tracker around a run of wandb or trackio, which have the same methods."""
+
+    run: Any
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log to the run."""
+        self.run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        """Upload the rest and close."""
+        self.run.finish()
+
+
 @register_tracker("wandb")
-class WandbTracker:
+class WandbTracker(_WandbApi):
     """Weights & Biases.
 
     Raises:
@@ -81,21 +95,13 @@ class WandbTracker:
         # disable_git: the address of a git remote may contain a token, and the patch of uncommitted changes any secret.
         settings = {"silent": True, "disable_git": True}
         try:
-            self.run: Any = wandb.init(dir=str(run_dir), project=PROJECT, name=run_dir.name, settings=settings)
+            self.run = wandb.init(dir=str(run_dir), project=PROJECT, name=run_dir.name, settings=settings)
         except (wandb.errors.Error, ValueError) as error:  # pydantic's ValidationError is a ValueError
             parts = (part.strip(" .") for part in re.split(r"\n|\.\s", str(error)))
             raise ValueError(
                 f"train.trackers: wandb does not start ({'; '.join(filter(None, parts))}): run `wandb login`, or set "
                 "WANDB_MODE=offline to log without an account."
             ) from error
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log to the run."""
-        self.run.log(dict(metrics), step=step)
-
-    def finish(self) -> None:
-        """Upload the rest and close."""
-        self.run.finish()
 
 
 @register_tracker("tensorboard")
@@ -119,19 +125,11 @@ class TensorBoardTracker:
 
 
 @register_tracker("trackio")
-class TrackioTracker:
+class TrackioTracker(_WandbApi):
     """Trackio (Hugging Face): local, or in a Space named by TRACKIO_SPACE_ID."""
 
     def __init__(self, run_dir: Path, start: int) -> None:
         import trackio
 
         # resume="allow": a resumed run continues the run of the same name.
-        self.run: Any = trackio.init(project=PROJECT, name=run_dir.name, resume="allow" if start else "never")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log to the run."""
-        self.run.log(dict(metrics), step=step)
-
-    def finish(self) -> None:
-        """Send the rest and close."""
-        self.run.finish()
+        self.run = trackio.init(project=PROJECT, name=run_dir.name, resume="allow" if start else "never")
