@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.token_masking import mask_images
 from w2r2_ds.models.w2r2 import W2R2, Mask
-from w2r2_ds.objective.loss import Outputs, read_shortcut, w2r2_loss
+from w2r2_ds.objective.loss import Outputs, Shortcut, read_shortcut, w2r2_loss
 from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.reduce import TowerCallCount
@@ -106,8 +106,7 @@ class W2R2Step(nn.Module):
         # With greedy decoding the answers are known already; the teacher-forced shortcut pass still runs, because the
         # push terms need its distributions at the answer positions.
         shortcut_states, fused_states = self.two_pass(batch, visual_only, fused, self.push_term.states)
-        with self.shortcut_context():
-            shortcut = read_shortcut(self.outputs(batch, shortcut_states), batch, self.push_term, self.scorer, answers)
+        shortcut = self.shortcut(batch, shortcut_states, answers)
         norms = geometry_norm(visual, merged, batch)
         # The LM head runs on answer positions only: logits of the prompt would be the largest tensor of the step.
         outputs = self.outputs(batch, fused_states)
@@ -121,6 +120,11 @@ class W2R2Step(nn.Module):
     def visual_only(self, visual: VisionOutput, geometry: list[Tensor]) -> VisionOutput:
         """Phi(F2D, 0): the shortcut's visual tokens."""
         return self.model.fuse(visual, self.model.merge_zeros(geometry))
+
+    def shortcut(self, batch: Batch, states: Tensor, answers: list[str] | None) -> Shortcut:
+        """The shortcut's similarity and distributions, from its hidden states and its decoded answers, if any."""
+        with self.shortcut_context():
+            return read_shortcut(self.outputs(batch, states), batch, self.push_term, self.scorer, answers)
 
     def shortcut_context(self) -> AbstractContextManager[None]:
         """Context of the shortcut pass: ``no_grad`` unless the push term differentiates through it."""

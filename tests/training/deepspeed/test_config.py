@@ -189,7 +189,7 @@ def test_global_batch_must_divide() -> None:
     [
         (None, "ds_configs/zero3.json"),
         ("{", "not valid JSON"),
-        ("[]", "must be an object"),
+        ("[]", "is not a JSON object"),
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', "'stage' is given twice"),
     ],
 )
