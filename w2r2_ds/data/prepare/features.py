@@ -116,14 +116,14 @@ class FeatureBytes:
 
     def of(self, sample: Sample, preprocess: VisualPreprocessor) -> tuple[int, int]:
         """Upper bounds, in bytes, of a sample's geometry file and 2D file; 0 if 2D features are not cached."""
-        (width, height), (less, lower) = preprocess.sizes([frame_size(path) for path in sample.frames])
+        (width, height), (tower_width, tower_height) = preprocess.sizes([frame_size(path) for path in sample.frames])
         count = len(sample.frames)
         shape_3d = (count, *self.geometry.grid(height, width), self.geometry.feature_dim)
         if self.cache.vision is None:
             return file_size(shape_3d, self.dtype), 0
         step = self.vision.patch_size * self.vision.merge_size
         times = -(-count // self.vision.temporal_patch_size) if self.as_video else count
-        shape_2d = (times * (lower // step) * (less // step), self.hidden)
+        shape_2d = (times * (tower_height // step) * (tower_width // step), self.hidden)
         return file_size(shape_3d, self.dtype), file_size(shape_2d, self.dtype)
 
 
