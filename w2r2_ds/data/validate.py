@@ -63,10 +63,9 @@ def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
     sample = next((sample for sample in samples if sample.frames), None)
     if sample is None:
         return "no sample has frames"
-    (width, height), (tower_width, tower_height) = processor.preprocess.sizes(
-        [frame_size(path) for path in sample.frames]
-    )
-    return f"frames {width} x {height} for the geometry encoder, {tower_width} x {tower_height} for the vision tower (of {sample.id})"
+    (width, height), tower = processor.preprocess.sizes([frame_size(path) for path in sample.frames])
+    sizes = f"{width} x {height} for the geometry encoder, {tower[0]} x {tower[1]} for the vision tower"
+    return f"frames {sizes} (of {sample.id})"
 
 
 def check_texts(
