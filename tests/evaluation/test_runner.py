@@ -85,7 +85,7 @@ def test_geometry_reaches_the_answer(loaded: Any, prompts: list[Any]) -> None:
     (batch,) = prompt_loader(prompts, frontend, loaded[0].data, len(prompts))
     features = model.encode_3d(batch.visuals)
     assert model.merge(features).abs().max() > 1e-4, "the merger has left its zeros"
-    assert model.merge_zeros(features) is None
+    assert model.zero_geometry_tokens(features) is None
 
 
 def test_decoding_is_greedy_with_any_generation_config(loaded: Any, prompts: list[Any]) -> None:

@@ -101,8 +101,8 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
 def shortcut_of(step: Any, batch: Any, visual: Any, features: Any) -> Any:
     """Outputs of the shortcut pass, run separately."""
     with step.shortcut_context():
-        plain = step.visual_only(visual, features)
+        plain = step.fuse_shortcut(visual, features)
         answers = step.decode(batch, plain) if step.objective.shortcut_decode == "greedy" else None
     with step.shortcut_context(), without_dropout(step.dropouts):
-        states = step.model.hidden(batch, plain, step.push_term.states)
+        states = step.model.answer_hidden_states(batch, plain, step.push_term.states)
     return step.shortcut(batch, states, answers)

@@ -137,7 +137,7 @@ def forward(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
     visual = model.encode_2d(batch.visuals)
     result = {f"geometry_features_{i}": f.flatten(1, 2) for i, f in enumerate(features)}
     with inputs_of(model.geometry_merger.ln_q) as cells:
-        merged = model.merge(features) if geometry == "fused" else model.merge_zeros(features)
+        merged = model.merge(features) if geometry == "fused" else model.zero_geometry_tokens(features)
     if merged is not None:
         result["geometry_embeds"] = merged
         shapes = [grid_of(golden, index) for index in range(len(features))]

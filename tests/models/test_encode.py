@@ -21,7 +21,7 @@ from w2r2_ds.features.lookup import flush
 from w2r2_ds.features.store import Cache
 from w2r2_ds.models.build import VlmFrontend, build_model
 from w2r2_ds.models.feature_identity import open_cache
-from w2r2_ds.models.w2r2 import W2R2, missing_2d
+from w2r2_ds.models.w2r2 import W2R2, num_tower_calls
 from w2r2_ds.training.cache_stats import cache_use, describe_cache
 from w2r2_ds.training.throughput import geometry_flops, vision_flops
 
@@ -182,7 +182,7 @@ def test_only_what_is_missing_is_made(
     assert [images is None for images in mixed.visuals.geometry_images] == [False, True, False]
     assert [inputs is None for inputs in mixed.visuals.uncached] == [True, True, False]
     features = model.encode_3d(mixed.visuals), model.encode_2d(mixed.visuals).pooler_output
-    assert calls["3d"] - before["3d"] == 2 and calls["2d"] - before["2d"] == 1 == missing_2d(mixed.visuals)
+    assert calls["3d"] - before["3d"] == 2 and calls["2d"] - before["2d"] == 1 == num_tower_calls(mixed.visuals)
     flush()
     assert same(features[0], model.encode_3d(loaded(samples, **BOTH).visuals))
     assert same(features[1], model.encode_2d(loaded(samples, **BOTH).visuals).pooler_output)
@@ -198,16 +198,16 @@ def test_a_rank_calls_the_tower_as_often_as_the_one_that_lacks_most(
     """With the dummy; what it gives goes nowhere."""
     model = models["float32"]
     cold = loaded(samples, **BOTH).visuals
-    assert missing_2d(cold) == 3
-    first = model.encode_2d(cold, calls=3).pooler_output
+    assert num_tower_calls(cold) == 3
+    first = model.encode_2d(cold, min_calls=3).pooler_output
     flush()
     assert calls["2d"] == 3
     warm = loaded(samples, **BOTH).visuals
-    assert missing_2d(warm) == 0
-    assert same(model.encode_2d(warm, calls=2).pooler_output, first) and calls["2d"] == 5
+    assert num_tower_calls(warm) == 0
+    assert same(model.encode_2d(warm, min_calls=2).pooler_output, first) and calls["2d"] == 5
     nothing = loaded(text_samples, **BOTH).visuals  # a batch without frames calls it for its own dummy
-    assert nothing.dummy and missing_2d(nothing) == 1
-    model.encode_2d(nothing, calls=3)
+    assert nothing.dummy and num_tower_calls(nothing) == 1
+    model.encode_2d(nothing, min_calls=3)
     assert calls["2d"] == 8
 
 

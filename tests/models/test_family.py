@@ -119,7 +119,7 @@ def test_decoding_adds_the_layer_features(
     model = build_model(stacked, torch.device("cpu"), 0).eval()
     with torch.no_grad():
         visual = model.fuse(model.encode_2d(batch.visuals), None)
-        first = int(model.logits(model.hidden(batch, visual))[0].argmax())
+        first = int(model.logits(model.answer_hidden_states(batch, visual))[0].argmax())
         additions.clear()
         (ids,) = frontend.family.generate(
             model.base, batch.prompts, batch.visuals, visual, frontend.tokenizer, max_new_tokens=4, video_fps=1.0

@@ -310,7 +310,7 @@ def test_merged_zeros_are_the_stock_vlm(
     batch = batch_of(samples, visual=visual)
     model = composed(model_config, name)
     tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
-    visual_only = torch.cat(model.fuse(tower, model.merge_zeros(features)).pooler_output)
+    visual_only = torch.cat(model.fuse(tower, model.zero_geometry_tokens(features)).pooler_output)
     stock = stock_tokens(model_config, batch.visuals)
     assert torch.equal(visual_only, stock) == (name in KEEPERS)
     fused = model.fuse(tower, model.merge(features))
@@ -330,7 +330,7 @@ def test_zero_features_give_the_mergers_output_for_zeros(
     model = composed(model_config, name, zero_geometry="features")
     tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
     torch.nn.init.normal_(model.geometry_merger.mlp[2].bias)
-    silent = model.merge_zeros(features)
+    silent = model.zero_geometry_tokens(features)
     torch.testing.assert_close(silent, model.geometry_merger.mlp[2].bias.expand_as(silent))
     visual, sizes = torch.cat(tower.pooler_output), [len(tokens) for tokens in tower.pooler_output]
     expected = model.fusion(visual, silent, sizes)
@@ -381,7 +381,7 @@ def test_masking_applies_to_the_fused_pass_only(model_config: Any, batch_of: Any
         assert int(single.sum()) == math.floor(len(visual_only) / 2 + 0.5)
         assert torch.equal(fused[~single], (visual_only + geometry)[~single])
     assert all(torch.equal(old, now) for old, now in zip(before, tower.pooler_output, strict=True))
-    shortcut = model.fuse(tower, model.merge_zeros(features)).pooler_output
+    shortcut = model.fuse(tower, model.zero_geometry_tokens(features)).pooler_output
     assert all(torch.equal(old, now) for old, now in zip(before, shortcut, strict=True))
     with pytest.raises(AssertionError, match="the shortcut is never masked"):
         model.fuse(tower, None, mask)

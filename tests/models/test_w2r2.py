@@ -10,7 +10,7 @@ import torch
 
 from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS, Kernels
 from w2r2_ds.models.fusion import Add, Gated
-from w2r2_ds.models.w2r2 import W2R2, place
+from w2r2_ds.models.w2r2 import W2R2, insert_visual_tokens
 
 POSITIONS = torch.tensor([1, 2, 3, 9, 8])
 
@@ -39,9 +39,9 @@ def test_equal_to_placing_either(fusion: Any, zeros: bool, masked: bool) -> None
     mask = (lambda images: [images[0] * 0, *images[1:]]) if masked else None
     visual_only = W2R2.fuse(model, visual, None if zeros else torch.randn(5, 8))
     one, two = geometry.clone().requires_grad_(), geometry.clone().requires_grad_()
-    expected = place(batch, embeddings, W2R2.fuse(model, visual, one, mask))
-    fused, shortcut = W2R2.input_streams(model, batch, W2R2.fuse(model, visual, two, mask), visual_only)
-    assert torch.equal(fused, expected) and torch.equal(shortcut, place(batch, embeddings, visual_only))
+    expected = insert_visual_tokens(batch, embeddings, W2R2.fuse(model, visual, one, mask))
+    shortcut, fused = W2R2.input_streams(model, batch, visual_only, W2R2.fuse(model, visual, two, mask))
+    assert torch.equal(fused, expected) and torch.equal(shortcut, insert_visual_tokens(batch, embeddings, visual_only))
     assert not shortcut.requires_grad
     for stream in (fused, expected):
         (stream * torch.arange(96.0).view(2, 6, 8)).sum().backward()
@@ -58,5 +58,5 @@ def test_a_dummy_has_no_positions() -> None:
     batch, embeddings, visual, geometry = inputs()
     batch.visuals.dummy = True
     model = model_of(embeddings.requires_grad_(), Add(8), ALL_KERNELS)
-    fused, shortcut = W2R2.input_streams(model, batch, W2R2.fuse(model, visual, geometry), visual)
+    shortcut, fused = W2R2.input_streams(model, batch, visual, W2R2.fuse(model, visual, geometry))
     assert fused is embeddings and torch.equal(shortcut, embeddings) and not shortcut.requires_grad

@@ -132,7 +132,7 @@ def test_zeroed_features_still_pass_the_merger(
     step = make_step(zero_geometry="features")
     batch = batch_of(samples[:1])
     features = step.model.encode_3d(batch.visuals)
-    merged = step.model.merge_zeros(features)
+    merged = step.model.zero_geometry_tokens(features)
     assert merged is not None
     silent = step.model.geometry_merger.mlp(torch.zeros(1, 4 * step.model.geometry.spec.feature_dim))
     torch.testing.assert_close(merged, silent.expand_as(merged))
@@ -207,7 +207,9 @@ def test_geometry_changes_the_fused_pass_only(step: W2R2Step, batch_of: Any, sam
     assert torch.equal(
         shortcut_of(step, batch, visual, features).label_log_p, shortcut_of(step, batch, visual, other).label_log_p
     )
-    fused = [step.model.hidden(batch, step.model.fuse(visual, step.model.merge(f))) for f in (features, other)]
+    fused = [
+        step.model.answer_hidden_states(batch, step.model.fuse(visual, step.model.merge(f))) for f in (features, other)
+    ]
     assert not torch.allclose(*fused)
 
 

@@ -22,7 +22,7 @@ from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
-from w2r2_ds.training.two_pass import Lockstep, Sequential, make_two_pass
+from w2r2_ds.training.two_pass import LockstepPasses, SequentialPasses, build_pass_order
 from zero3_cases import Case, awaken, similar, write_cases
 
 SCHEDULES = ("sequential", "lockstep")
@@ -165,10 +165,10 @@ def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -
                 continue
             for zero3 in (False, True):
                 blocked = push_term(push).blocked
-                chosen[pass_order, push, zero3] = type(make_two_pass(model, pass_order, blocked, zero3))
-    lockstep = {key for key, kind in chosen.items() if kind is Lockstep}
+                chosen[pass_order, push, zero3] = type(build_pass_order(model, pass_order, blocked, zero3))
+    lockstep = {key for key, kind in chosen.items() if kind is LockstepPasses}
     assert lockstep == {("auto", "margin", True), ("lockstep", "margin", False), ("lockstep", "margin", True)}
-    assert set(chosen.values()) == {Lockstep, Sequential}
+    assert set(chosen.values()) == {LockstepPasses, SequentialPasses}
 
 
 def test_unblocked_does_not_support_lockstep() -> None:

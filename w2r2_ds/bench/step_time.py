@@ -114,12 +114,12 @@ def single_pass(subject: Subject, batch: Batch, visual: VisionOutput, geometry: 
     step = subject.step("none")
     model = step.model
     with torch.no_grad():
-        shortcut = model.hidden(batch, step.visual_only(visual, [geometry]))
+        shortcut_states = model.answer_hidden_states(batch, step.fuse_shortcut(visual, [geometry]))
 
     def two_pass(
-        batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+        batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
     ) -> tuple[Tensor, Tensor]:
-        return shortcut, model.hidden(batch, fused, with_what)
+        return shortcut_states, model.answer_hidden_states(batch, fused, include_description)
 
     step.two_pass = two_pass
     return step

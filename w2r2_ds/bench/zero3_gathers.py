@@ -137,10 +137,10 @@ def count_gathers(language_model: nn.Module) -> Iterator[GatherCounts]:
 
 
 def fused_pass_only(
-    model: W2R2, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+    model: W2R2, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
 ) -> tuple[Tensor, Tensor]:
     """A pass order without the shortcut pass: its states are replaced by those of the fused pass."""
-    states = model.hidden(batch, fused, with_what)
+    states = model.answer_hidden_states(batch, fused, include_description)
     return states.detach(), states
 
 

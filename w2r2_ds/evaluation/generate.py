@@ -29,6 +29,6 @@ def generate_tokens(
     """
     visual = model.encode_2d(batch.visuals)
     features = model.encode_3d(batch.visuals)
-    merged = model.merge(features) if geometry == "fused" else model.merge_zeros(features)
+    merged = model.merge(features) if geometry == "fused" else model.zero_geometry_tokens(features)
     fused = model.fuse(visual, merged)
     return model.family.generate(model.base, batch, batch.visuals, fused, tokenizer, max_new_tokens, video_fps)

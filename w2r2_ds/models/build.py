@@ -89,7 +89,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     ).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
-    model.weights = {
+    model.weight_hashes = {
         "vlm_weights": weights_identity(config.vlm),
         "geometry_weights": weights_identity(config.geometry.path) if config.geometry.path else "",
     }
@@ -131,7 +131,7 @@ def fingerprint(model: W2R2) -> dict[str, Any]:
     lora: Any = cast(PeftModel, model.vlm).peft_config["default"]
     merger = model.geometry_merger
     return {
-        **model.weights,
+        **model.weight_hashes,
         "model_type": model.base.config.model_type,
         "hidden_size": text.hidden_size,
         "layers": text.num_hidden_layers,

@@ -29,7 +29,7 @@ Mask = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class W2R2(nn.Module):
-    """One VLM that answers from fused tokens, Phi(F2D, F3D), or from visual-only tokens, Phi(F2D, 0).
+    """One VLM that answers from fused tokens, Phi(F2D, F3D), or from the shortcut's tokens (2D only), Phi(F2D, 0).
 
     The geometry encoder is frozen and not a submodule: DeepSpeed neither shards nor saves it.
 
@@ -39,7 +39,7 @@ class W2R2(nn.Module):
         fusion: Phi.
         geometry: frozen encoder.
         zero_geometry: what Phi(F2D, 0) zeroes, ``"merged"`` tokens or the encoder's ``"features"``.
-        kernels: names of the kernels in use; those of modules are bound already.
+        kernels: names of the enabled kernels; kernels that replace a module's forward are already installed.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class W2R2(nn.Module):
         self.family = find_family(self.base.config.model_type)
         self.zero_geometry = zero_geometry
         self.kernels = kernels
-        self.weights: dict[str, str] = {}  # hashes of the frozen weights, where they were read from files
+        self.weight_hashes: dict[str, str] = {}  # of the frozen weights that were read from files
         # nn.Module.__setattr__ would register an encoder that is a module; ZeRO-3 would then shard and save it.
         object.__setattr__(self, "_geometry", geometry)
 
@@ -73,29 +73,29 @@ class W2R2(nn.Module):
         return self.vlm.get_base_model() if isinstance(self.vlm, PeftModel) else self.vlm
 
     def geometry_modules(self) -> dict[str, nn.Module]:
-        """Modules that train besides LoRA, in an optimizer group of their own; `add` has no parameters."""
+        """Modules that train besides LoRA, in an optimizer group of their own; the fusion `add` has no parameters."""
         return {"geometry_merger": self.geometry_merger, "fusion": self.fusion}
 
     @torch.no_grad()
-    def encode_2d(self, visuals: Visuals, calls: int = 0) -> VisionOutput:
+    def encode_2d(self, visuals: Visuals, min_calls: int = 0) -> VisionOutput:
         """F2D of a batch, without gradient: from the feature cache where it has them, else from the vision tower.
 
-        With a cache of 2D features the tower is called once per set of frames, so that a cached value never depends on
+        With a cache of 2D features the tower is called once per frame set, so that a cached value never depends on
         the rest of the batch.
 
         Args:
-            visuals: of a batch.
-            calls: least number of calls of the tower. Under ZeRO-3 all ranks must call it equally often, because each
-                call gathers its weights; missing calls are made on the dummy image.
+            visuals: visual inputs of a batch.
+            min_calls: minimum number of vision tower forwards; the rest run on the dummy image. Under ZeRO-3 all ranks
+                must call the tower equally often, because each call gathers its weights.
         """
         if not visuals.cached_2d:
-            assert visuals.dummy or not calls, "ranks agree on a number of calls only where 2D features are cached"
+            assert visuals.dummy or not min_calls, "`min_calls` requires cached 2D features"
             output, made = self.family.encode_visuals(self.base, visuals), 1
         else:
             features, made = [], 0
             for cached, inputs in zip(visuals.cached_2d, visuals.uncached, strict=True):
                 if cached.features is None:
-                    assert inputs is not None, "the collator keeps the patches of what the cache lacks"
+                    assert inputs is not None, "the collator keeps the patches of uncached samples"
                     features.append(self.family.to_cache(self.family.encode_visuals(self.base, inputs)))
                     cached.keep(features[-1])
                     made += 1
@@ -103,25 +103,25 @@ class W2R2(nn.Module):
                     features.append(cached.features)
             output = self.family.from_cache(torch.cat(features), visuals.sizes)
         # Calls without use of their output, so that this rank gathers the tower's weights as often as the others.
-        for _ in range(calls - made):
+        for _ in range(min_calls - made):
             self.family.encode_visuals(self.base, visuals.filler or visuals)
         return output
 
     @torch.no_grad()
     def encode_3d(self, visuals: Visuals) -> list[Tensor]:
-        """F3D: per set of frames ``[frames or pairs of frames, h, w, channels]`` features, from cache or encoder.
+        """F3D: per frame set ``[frames or pairs of frames, h, w, channels]`` features, from cache or encoder.
 
-        ``h x w`` is at least the vision tower's patch grid; the merger crops what exceeds it. The cache has the
-        encoder's own grid.
+        ``h x w`` is at least the vision tower's patch grid; the merger crops what exceeds it. Cached features
+        keep the encoder's own grid.
         """
         features = []
         cached_3d = visuals.cached_3d or (None,) * len(visuals.geometry_images)
-        # One call per set of frames: the encoder attends over the frames of one scene, never over those of several.
+        # One call per frame set: the encoder attends over the frames of one scene, never over those of several.
         for cached, images in zip(cached_3d, visuals.geometry_images, strict=True):
             if cached is not None and cached.features is not None:
                 features.append(cached.features)
                 continue
-            assert images is not None, "the collator keeps the images of what the cache lacks"
+            assert images is not None, "the collator keeps the images of uncached samples"
             features.append(self.geometry.encode(images))
             if cached is not None:
                 cached.keep(features[-1])
@@ -132,14 +132,14 @@ class W2R2(nn.Module):
         return [resample_to_patches(f, self.geometry.spec.patch_size, tower.patch_size, merge_size) for f in features]
 
     def merge(self, features: list[Tensor]) -> Tensor:
-        """``[tokens, hidden]`` merged geometry of all sets of frames, in the order of the visual tokens."""
+        """``[tokens, hidden]`` merged geometry of all frame sets, in the order of the visual tokens."""
         merged: Tensor = self.geometry_merger(features)
         return merged
 
-    def merge_zeros(self, features: list[Tensor]) -> Tensor | None:
+    def zero_geometry_tokens(self, features: list[Tensor]) -> Tensor | None:
         """The geometry operand of Phi(F2D, 0), by `model.zero_geometry`.
 
-        ``merged``: None, zeros in place of merged tokens. ``features``: the merger's output for zero features, which
+        ``merged``: returns None, and the fusion uses zeros. ``features``: the merger's output for zero features, which
         its biases make non-zero.
         """
         if self.zero_geometry == "merged":
@@ -147,11 +147,11 @@ class W2R2(nn.Module):
         return self.merge([torch.zeros_like(f) for f in features])
 
     def fuse(self, visual: VisionOutput, geometry: Tensor | None, mask: Mask | None = None) -> VisionOutput:
-        """Phi, as a vision tower's output that the VLM takes; `visual` itself stays unchanged.
+        """Apply Phi; returns a copy of `visual` with fused tokens.
 
         Args:
-            visual: of `encode_2d`.
-            geometry: ``[tokens, hidden]`` of `merge`, or of `merge_zeros` for the shortcut.
+            visual: result of `encode_2d`.
+            geometry: ``[tokens, hidden]``, result of `merge`, or of `zero_geometry_tokens` for the shortcut.
             mask: applied to the 2D tokens first, in the fused pass in training only (`token_masking.py`).
         """
         assert mask is None or geometry is not None, "the shortcut is never masked"
@@ -163,61 +163,64 @@ class W2R2(nn.Module):
         fused.pooler_output = torch.split(self.fusion(torch.cat(images), geometry, sizes), sizes)
         return fused
 
-    def input_streams(self, batch: Batch, fused: VisionOutput, visual_only: VisionOutput) -> tuple[Tensor, Tensor]:
-        """Input embeddings of the fused and of the visual-only stream, ``[sequences, length, hidden]``, in one pass.
+    def input_streams(self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput) -> tuple[Tensor, Tensor]:
+        """Input embeddings of the shortcut and of the fused stream, ``[sequences, length, hidden]``, in one pass.
 
-        Both operands are finished outputs of `fuse`, for every fusion, masking and `zero_geometry`; only
-        `model.kernels` chooses the implementation, never the batch.
+        `shortcut` and `fused` come from `fuse`. The implementation depends on `model.kernels` only, so it is the same
+        for every batch.
 
         Args:
             batch: token ids, and the positions of visual tokens; a dummy has none.
+            shortcut: Phi(F2D, 0); receives no gradient.
             fused: Phi(F2D, F3D).
-            visual_only: Phi(F2D, 0); receives no gradient.
         """
-        embeddings = embed(self.base, batch)
+        embeddings = embed_tokens(self.base, batch)
         if batch.visuals.dummy:
-            return embeddings, embeddings.detach()
+            return embeddings.detach(), embeddings
         # The shortcut pass has no gradient; without detach the fusion would get one through Phi(F2D, 0).
-        shortcut = torch.cat(visual_only.pooler_output).detach()
-        tokens, kernels = torch.cat(fused.pooler_output), implementation(self.kernels, "dual_stream_embed")
-        return dual_stream_embed(embeddings, batch.visual_tokens, shortcut, tokens, kernels)
+        operands = torch.cat(shortcut.pooler_output).detach(), torch.cat(fused.pooler_output)
+        kernels = implementation(self.kernels, "dual_stream_embed")
+        fused_stream, shortcut_stream = dual_stream_embed(embeddings, batch.visual_tokens, *operands, kernels)
+        return shortcut_stream, fused_stream
 
-    def hidden(self, batch: Batch, visual: VisionOutput, with_what: bool = False) -> Tensor:
-        """Last hidden states of the answer rows, ``[rows, hidden]``; logits of the prompt are never computed."""
-        inputs = place(batch, embed(self.base, batch), visual)
-        return self.row_states(batch, inputs, visual, with_what, nullcontext())
+    def answer_hidden_states(self, batch: Batch, visual: VisionOutput, include_description: bool = False) -> Tensor:
+        """Last hidden states ``[answer tokens, hidden]``; logits of the prompt are never computed."""
+        inputs = insert_visual_tokens(batch, embed_tokens(self.base, batch), visual)
+        return self.row_states(batch, inputs, visual, include_description, nullcontext())
 
     def row_states(
         self,
         batch: Batch,
         inputs: Tensor,
         visual: VisionOutput,
-        with_what: bool,
+        include_description: bool,
         context: AbstractContextManager[object],
     ) -> Tensor:
-        """`VlmFamily.row_states` of the answer tokens; `with_what` appends those of the description's tokens.
+        """`VlmFamily.row_states` of the answer tokens; `include_description` appends those of the description's tokens.
 
         `context` is entered around the decoder's forward (lockstep order).
         """
-        return self.family.row_states(self.base, batch, inputs, visual, *answer_positions(batch, with_what), context)
+        return self.family.row_states(
+            self.base, batch, inputs, visual, *answer_rows(batch, include_description), context
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[rows, hidden]`` -> ``[rows, vocabulary]``."""
+        """``[tokens, hidden]`` -> ``[tokens, vocabulary]``."""
         return self.base.lm_head(hidden)
 
 
-def missing_2d(visuals: Visuals) -> int:
-    """Calls of the vision tower that `W2R2.encode_2d` makes for a batch itself."""
+def num_tower_calls(visuals: Visuals) -> int:
+    """Vision tower forwards that the batch needs, without dummy calls."""
     return sum(cached.features is None for cached in visuals.cached_2d) if visuals.cached_2d else 1
 
 
-def embed(vlm: PreTrainedModel, batch: Batch) -> Tensor:
+def embed_tokens(vlm: PreTrainedModel, batch: Batch) -> Tensor:
     """``[sequences, length, hidden]`` embeddings of the token ids, with placeholders at the visual tokens."""
     embeddings: Tensor = vlm.get_input_embeddings()(batch.input_ids)
     return embeddings
 
 
-def place(batch: Batch, embeddings: Tensor, visual: VisionOutput) -> Tensor:
+def insert_visual_tokens(batch: Batch, embeddings: Tensor, visual: VisionOutput) -> Tensor:
     """The embeddings with a vision tower's output at the visual tokens; unchanged for a dummy."""
     if batch.visuals.dummy:
         return embeddings
@@ -228,16 +231,16 @@ def place(batch: Batch, embeddings: Tensor, visual: VisionOutput) -> Tensor:
     return embeddings.flatten(0, 1).index_copy(0, positions, tokens.to(embeddings.dtype)).view_as(embeddings)
 
 
-def answer_positions(batch: Batch, with_what: bool = False) -> tuple[Tensor, Tensor]:
-    """Sequence and position, ``[rows]`` int64 each, of a batch's answer rows; `with_what` appends the description's."""
+def answer_rows(batch: Batch, include_description: bool = False) -> tuple[Tensor, Tensor]:
+    """Sequence and position of the answer tokens, int64 ``[answer tokens]`` each; optionally the description's too."""
     rows = batch.answer_positions
-    if not with_what:
+    if not include_description:
         return rows.sequence, rows.position
     what = batch.description_positions
     return torch.cat([rows.sequence, what.sequence]), torch.cat([rows.position, what.position])
 
 
 def answer_states(family: VlmFamily, vlm: PreTrainedModel, batch: Batch, visual: VisionOutput) -> Tensor:
-    """Last hidden states ``[rows, hidden]`` of a batch's answer rows, for a VLM outside a `W2R2`."""
-    inputs = place(batch, embed(vlm, batch), visual)
-    return family.row_states(vlm, batch, inputs, visual, *answer_positions(batch), nullcontext())
+    """Last hidden states ``[answer tokens, hidden]`` of a batch, for a VLM outside a `W2R2`."""
+    inputs = insert_visual_tokens(batch, embed_tokens(vlm, batch), visual)
+    return family.row_states(vlm, batch, inputs, visual, *answer_rows(batch), nullcontext())

@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 from torch import nn
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.models.w2r2 import missing_2d
+from w2r2_ds.models.w2r2 import num_tower_calls
 from w2r2_ds.objective.loss import LOSS_PARTS, STATS, sample_weights
 from w2r2_ds.types.batch import Batch, Visuals
 
@@ -103,7 +103,7 @@ class TowerCallCount:
         """Most calls that any rank needs for its batch; 0 where ranks cannot differ. Collective."""
         if self.group is None:
             return 0
-        calls = torch.tensor(missing_2d(visuals))
+        calls = torch.tensor(num_tower_calls(visuals))
         dist.all_reduce(calls, op=dist.ReduceOp.MAX, group=self.group)
         # Ranks with fewer missing features make up the difference on a dummy image (`W2R2.encode_2d`).
         return int(calls)

@@ -28,7 +28,7 @@ from w2r2_ds.objective.loss import Outputs, Shortcut, read_shortcut, w2r2_loss
 from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.reduce import TowerCallCount
-from w2r2_ds.training.two_pass import dropouts_of, make_two_pass, without_dropout
+from w2r2_ds.training.two_pass import build_pass_order, dropouts_of, without_dropout
 from w2r2_ds.types.batch import Batch, Prompts, Visuals
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class W2R2Step(nn.Module):
         self.tower_calls = TowerCallCount(config.data)
         self.push_term = build_push_term(config.objective.push_term)
         self.dropouts = dropouts_of(model)
-        self.two_pass = make_two_pass(model, config.train.pass_order, self.push_term.blocked, zero3)
+        self.two_pass = build_pass_order(model, config.train.pass_order, self.push_term.blocked, zero3)
 
     def forward(
         self, batch: Batch, mode: Mode = "loss", optimizer_step: int = 0, max_new_tokens: int = 0
@@ -98,14 +98,14 @@ class W2R2Step(nn.Module):
         # Shortcut first, in every module: its forward under no_grad leaves no parameter gathered for a backward pass
         # that never comes, and the trace that ZeRO-3 prefetches from stays valid.
         with self.shortcut_context():
-            visual_only = self.visual_only(visual, geometry)
-            answers = self.decode(batch, visual_only) if self.objective.shortcut_decode == "greedy" else None
+            shortcut_visual = self.fuse_shortcut(visual, geometry)
+            answers = self.decode(batch, shortcut_visual) if self.objective.shortcut_decode == "greedy" else None
         # With a detached shortcut the autograd graph starts here: all gradients come from the fused pass.
         merged = self.model.merge(geometry)
         fused = self.model.fuse(visual, merged, self.mask(batch, geometry, optimizer_step))
         # With greedy decoding the answers are known already; the teacher-forced shortcut pass still runs, because the
         # push terms need its distributions at the answer positions.
-        shortcut_states, fused_states = self.two_pass(batch, visual_only, fused, self.push_term.states)
+        shortcut_states, fused_states = self.two_pass(batch, shortcut_visual, fused, self.push_term.states)
         shortcut = self.shortcut(batch, shortcut_states, answers)
         norms = geometry_norm(visual, merged, batch)
         # The LM head runs on answer positions only: logits of the prompt would be the largest tensor of the step.
@@ -117,9 +117,9 @@ class W2R2Step(nn.Module):
             loss = loss + 0.0 * torch.cat(fused.pooler_output).sum()
         return loss, stats
 
-    def visual_only(self, visual: VisionOutput, geometry: list[Tensor]) -> VisionOutput:
+    def fuse_shortcut(self, visual: VisionOutput, geometry: list[Tensor]) -> VisionOutput:
         """Phi(F2D, 0): the shortcut's visual tokens."""
-        return self.model.fuse(visual, self.model.merge_zeros(geometry))
+        return self.model.fuse(visual, self.model.zero_geometry_tokens(geometry))
 
     def shortcut(self, batch: Batch, states: Tensor, answers: list[str] | None) -> Shortcut:
         """The shortcut's similarity and distributions, from its hidden states and its decoded answers, if any."""
@@ -140,14 +140,14 @@ class W2R2Step(nn.Module):
 
     def measure_decode_gap(self, batch: Batch, visual: VisionOutput, geometry: list[Tensor]) -> Tensor:
         """``[batch, 2]`` similarity s of the shortcut's answer: teacher-forced, greedily decoded."""
-        visual_only = self.visual_only(visual, geometry)
-        logits = self.outputs(batch, self.model.hidden(batch, visual_only)).logits
+        shortcut_visual = self.fuse_shortcut(visual, geometry)
+        logits = self.outputs(batch, self.model.answer_hidden_states(batch, shortcut_visual)).logits
         teacher = self.scorer.teacher(logits.argmax(-1), batch)
-        decoded = self.scorer.decoded(self.decode(batch, visual_only), batch)
+        decoded = self.scorer.decoded(self.decode(batch, shortcut_visual), batch)
         return torch.stack([teacher.s, decoded.s], dim=-1)
 
     def outputs(self, batch: Batch, states: Tensor) -> Outputs:
-        """Logits of the answer positions, from ``[rows, hidden]`` states; description positions come after them."""
+        """Logits of the answer positions, from ``[answer tokens, hidden]`` states; the description's follow."""
         logits = self.model.logits(states[: len(batch.answer_positions.label)])
         return Outputs(logits, states if self.push_term.states else None)
 

@@ -1,4 +1,4 @@
-"""Order in which the shortcut pass and the fused pass run through the decoder (`train.pass_order`).
+"""Order in which the shortcut pass (2D only) and the fused pass run through the decoder (`train.pass_order`).
 
 Losses and gradients do not depend on the order; memory and the number of ZeRO-3 all-gathers do:
 
@@ -7,8 +7,8 @@ Losses and gradients do not depend on the order; memory and the number of ZeRO-3
 * `lockstep`: each layer advances the shortcut, then the fused stream, while its weights are gathered. Two gathers per
   layer (forward, backward), as in single-pass training. Costs one more hidden state.
 
-In both orders the shortcut comes first in every module, and both passes are in one engine forward. This keeps ZeRO-3's
-parameter trace valid (so that it can prefetch), and releases every gathered parameter.
+In both orders every module processes the shortcut before the fused input, and both passes are in one engine
+forward. This keeps ZeRO-3's parameter trace valid (so that it can prefetch), and releases every gathered parameter.
 """
 
 from __future__ import annotations
@@ -32,51 +32,51 @@ class PassOrder(Protocol):
     """Runs both passes of the language model."""
 
     def __call__(
-        self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+        self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
     ) -> tuple[Tensor, Tensor]:
-        """Last hidden states ``[rows, hidden]`` of (shortcut, fused).
+        """Last hidden states ``[answer tokens, hidden]`` of (shortcut, fused).
 
         Args:
             batch: token ids, positions, answer positions.
-            visual_only: visual tokens of the shortcut pass.
+            shortcut: visual tokens of the shortcut pass.
             fused: visual tokens of the fused pass.
-            with_what: append the states of the description positions.
+            include_description: append the states of the description tokens.
         """
         ...
 
 
-def make_two_pass(model: W2R2, order: str, blocked: bool, zero3: bool) -> PassOrder:
+def build_pass_order(model: W2R2, order: str, shortcut_no_grad: bool, zero3: bool) -> PassOrder:
     """The pass order of `train.pass_order`; ``auto`` is lockstep under ZeRO-3 if the shortcut has no graph.
 
     Lockstep requires a shortcut without graph.
     """
     if order == "auto":
-        order = "lockstep" if zero3 and blocked else "sequential"
-    return Lockstep(model) if order == "lockstep" else Sequential(model, blocked)
+        order = "lockstep" if zero3 and shortcut_no_grad else "sequential"
+    return LockstepPasses(model) if order == "lockstep" else SequentialPasses(model, shortcut_no_grad)
 
 
-class Sequential:
+class SequentialPasses:
     """The shortcut pass, then the fused pass.
 
     Args:
         model: the composed model.
-        blocked: run the shortcut pass under ``no_grad``.
+        shortcut_no_grad: run the shortcut pass under ``no_grad``.
     """
 
-    def __init__(self, model: W2R2, blocked: bool) -> None:
-        self.model, self.blocked, self.dropouts = model, blocked, dropouts_of(model)
+    def __init__(self, model: W2R2, shortcut_no_grad: bool) -> None:
+        self.model, self.shortcut_no_grad, self.dropouts = model, shortcut_no_grad, dropouts_of(model)
 
     def __call__(
-        self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+        self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
     ) -> tuple[Tensor, Tensor]:
         # Dropout off in the shortcut: its answer is a measurement. It also draws no random numbers, so that the fused
         # pass has the same dropout masks in both orders.
-        with torch.no_grad() if self.blocked else nullcontext(), without_dropout(self.dropouts):
-            shortcut = self.model.hidden(batch, visual_only, with_what)
-        return shortcut, self.model.hidden(batch, fused, with_what)
+        with torch.no_grad() if self.shortcut_no_grad else nullcontext(), without_dropout(self.dropouts):
+            shortcut_states = self.model.answer_hidden_states(batch, shortcut, include_description)
+        return shortcut_states, self.model.answer_hidden_states(batch, fused, include_description)
 
 
-class Lockstep:
+class LockstepPasses:
     """Both streams through every decoder layer and the final norm, the shortcut first.
 
     transformers' loop over the layers carries the fused stream only. The forward of every layer is overridden during
@@ -87,24 +87,24 @@ class Lockstep:
     def __init__(self, model: W2R2) -> None:
         text: Any = model.family.language_model(model.base)
         self.model = model
-        self.stages = [(stage, dropouts_of(stage)) for stage in (*text.layers, text.norm)]
+        self.layers_and_norm = [(module, dropouts_of(module)) for module in (*text.layers, text.norm)]
 
     def __call__(
-        self, batch: Batch, visual_only: VisionOutput, fused: VisionOutput, with_what: bool
+        self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
     ) -> tuple[Tensor, Tensor]:
-        inputs, shortcut = self.model.input_streams(batch, fused, visual_only)
-        holder = [shortcut]  # a list, so that the overridden forwards can replace the tensor in it
+        shortcut_inputs, inputs = self.model.input_streams(batch, shortcut, fused)
+        holder = [shortcut_inputs]  # a list, so that the overridden forwards can replace the tensor in it
         # The language model's own loop runs the fused stream; the context manager adds the shortcut to each layer.
         fused_states = self.model.row_states(
-            batch, inputs, fused, with_what, self.advance_shortcut(holder, batch, visual_only)
+            batch, inputs, fused, include_description, self.advance_shortcut(holder, batch, shortcut)
         )
         return holder[0], fused_states
 
     @contextmanager
-    def advance_shortcut(self, holder: list[Tensor], batch: Batch, visual_only: VisionOutput) -> Iterator[None]:
-        """Override the forward of every stage (decoder layer or final norm): run it on the shortcut's state first.
+    def advance_shortcut(self, holder: list[Tensor], batch: Batch, shortcut: VisionOutput) -> Iterator[None]:
+        """Override every decoder layer and the final norm: run them on the shortcut's state first.
 
-        ``holder[0]`` is the shortcut's hidden state; every stage replaces it by its output.
+        ``holder[0]`` is the shortcut's hidden state; every module replaces it by its output.
         """
         family = self.model.family
 
@@ -115,17 +115,18 @@ class Lockstep:
                 with torch.no_grad(), without_dropout(dropouts):
                     advanced = inner(holder[0], *args, **kwargs)
                     # DeepStack families add visual features after some layers; the final norm is not a layer.
-                    last = index == len(self.stages) - 1
-                    holder[0] = advanced if last else family.add_layer_features(advanced, index, batch, visual_only)
+                    last = index == len(self.layers_and_norm) - 1
+                    holder[0] = advanced if last else family.add_layer_features(advanced, index, batch, shortcut)
                 # `inner` includes activation checkpointing, but not ZeRO-3's hooks: those belong to the module's
-                # __call__, around both lines. So one gather serves both streams, and only the fused one is recomputed.
+                # __call__. They run around both `inner` calls, so one gather serves both streams. Only the fused one
+                # is recomputed.
                 return inner(hidden, *args, **kwargs)
 
             return forward
 
         with ExitStack() as stack:
-            for index, (stage, dropouts) in enumerate(self.stages):
-                stack.enter_context(bound(stage, override(index, dropouts)))
+            for index, (module, dropouts) in enumerate(self.layers_and_norm):
+                stack.enter_context(bound(module, override(index, dropouts)))
             yield
 
 

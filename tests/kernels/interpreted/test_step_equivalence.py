@@ -21,7 +21,7 @@ from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.models.fusion import FUSIONS
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
-from w2r2_ds.training.two_pass import make_two_pass
+from w2r2_ds.training.two_pass import build_pass_order
 from zero3_cases import awaken, similar
 
 pytestmark = pytest.mark.usefixtures("liger_interpreted")
@@ -65,7 +65,7 @@ def steps(model_config: Any, frontend: Any, tables: Any, monkeypatch: pytest.Mon
 def configure(step: W2R2Step, pass_order: str, ratio: float) -> None:
     """Set `train.pass_order` and `objective.visual_mask_ratio` of a step."""
     step.objective = replace(step.objective, visual_mask_ratio=ratio)
-    step.two_pass = make_two_pass(step.model, pass_order, step.push_term.blocked, zero3=False)
+    step.two_pass = build_pass_order(step.model, pass_order, step.push_term.blocked, zero3=False)
 
 
 def loss_and_gradients(step: W2R2Step, batch: Any) -> dict[str, torch.Tensor]:
