@@ -31,4 +31,4 @@ class Focal(PushTerm):
     def __call__(self, inputs: PushInputs) -> Tensor:
         """``[batch]``. The factor is detached: it weighs the gradient of l and has none of its own."""
         confidence = torch.exp(-inputs.cross_entropy.detach())
-        return inputs.lambda_det * inputs.hinge * (1 - confidence) ** self.gamma * inputs.cross_entropy
+        return inputs.lambda_det * inputs.det * (1 - confidence) ** self.gamma * inputs.cross_entropy

@@ -26,12 +26,12 @@ def inputs(points: int, **given: Any) -> PushInputs:
         "log_p": even,
         "label": torch.zeros(points, dtype=torch.int64),
         "guess": torch.ones(points, dtype=torch.int64),
-        "label_short": even[:, 0],
-        "guess_short": even[:, 1],
+        "label_log_p_short": even[:, 0],
+        "guess_log_p_short": even[:, 1],
         "sample": torch.arange(points),
         "where": one.bool(),
         "cross_entropy": one,
-        "hinge": 0.2 * one,
+        "det": 0.2 * one,
         "lambda_det": LAM,
         "mu": MU,
     }
@@ -46,7 +46,7 @@ def log_odds(p: Tensor) -> Tensor:
 def over_s(name: str) -> list[tuple[str, Tensor, Tensor]]:
     """The term against s."""
     s = torch.linspace(0, 1, POINTS, dtype=torch.float64)
-    return [("", s, PUSH_TERMS[name]()(inputs(POINTS, hinge=torch.clamp(s - MU, min=0))))]
+    return [("", s, PUSH_TERMS[name]()(inputs(POINTS, det=torch.clamp(s - MU, min=0))))]
 
 
 def weight(name: str) -> list[tuple[str, Tensor, Tensor]]:
@@ -60,8 +60,8 @@ def lead() -> list[tuple[str, Tensor, Tensor]]:
     curves = []
     for short in (0.1, 0.4):
         p = torch.linspace(0.02, 0.98, POINTS, dtype=torch.float64)
-        label_short = torch.full((POINTS,), short, dtype=torch.float64).log()
-        term = PUSH_TERMS["margin"]()(inputs(POINTS, log_p=log_odds(p), label_short=label_short))
+        label_log_p_short = torch.full((POINTS,), short, dtype=torch.float64).log()
+        term = PUSH_TERMS["margin"]()(inputs(POINTS, log_p=log_odds(p), label_log_p_short=label_log_p_short))
         curves.append((f"p'(y) = {short}", p, term))
     return curves
 
@@ -71,8 +71,8 @@ def unlikelihood() -> list[tuple[str, Tensor, Tensor]]:
     curves = []
     for short in (0.9, 0.5, 0.2):
         p = torch.linspace(0.0, 0.98, POINTS, dtype=torch.float64)
-        guess_short = torch.full((POINTS,), short, dtype=torch.float64).log()
-        term = PUSH_TERMS["pseudo_label"]()(inputs(POINTS, log_p=log_odds(1 - p), guess_short=guess_short))
+        guess_log_p_short = torch.full((POINTS,), short, dtype=torch.float64).log()
+        term = PUSH_TERMS["pseudo_label"]()(inputs(POINTS, log_p=log_odds(1 - p), guess_log_p_short=guess_log_p_short))
         curves.append((f"p'(y') = {short}", p, term))
     return curves
 

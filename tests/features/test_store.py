@@ -18,15 +18,15 @@ from safetensors import safe_open
 
 from w2r2_ds.features import lookup
 from w2r2_ds.features.key import encoder_identity, features_key
-from w2r2_ds.features.lookup import Cached, flush
-from w2r2_ds.features.store import ABANDONED, HEADER, Cache, file_size
+from w2r2_ds.features.lookup import CacheLookup, flush
+from w2r2_ds.features.store import ABANDONED, HEADER, FeatureStore, file_size
 
 BIG = 10**9
 SEVEN = torch.full((500, 1000), 7.0)
 """2 MB."""
 
 
-def fork_writer(cache: Cache, number: int, times: int) -> int:
+def fork_writer(cache: FeatureStore, number: int, times: int) -> int:
     """A process that writes `SEVEN` so many times, each time anew; its id. A fork has no imports to wait for."""
     process = os.fork()
     if process:
@@ -52,16 +52,16 @@ def features(
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache", BIG)
+def cache(tmp_path: Path) -> FeatureStore:
+    return FeatureStore(tmp_path / "cache", BIG)
 
 
-def there(cache: Cache, numbers: range) -> list[int]:
+def there(cache: FeatureStore, numbers: range) -> list[int]:
     return [number for number in numbers if cache.path(key(number)).exists()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_comes_back_is_what_was_written_to_the_last_bit(cache: Cache, dtype: torch.dtype) -> None:
+def test_what_comes_back_is_what_was_written_to_the_last_bit(cache: FeatureStore, dtype: torch.dtype) -> None:
     """Not-a-numbers and negative zeros too; slices of something larger are written alone."""
     whole = features(1, dtype)
     whole[0, 0, 0, :3] = torch.tensor([torch.nan, -0.0, torch.inf])
@@ -75,7 +75,7 @@ def test_what_comes_back_is_what_was_written_to_the_last_bit(cache: Cache, dtype
     assert cache.size() == size
 
 
-def test_a_read_maps_the_file_and_copies_nothing(cache: Cache) -> None:
+def test_a_read_maps_the_file_and_copies_nothing(cache: FeatureStore) -> None:
     cache.write(key(1), features(1), {})
     read = cache.read(key(1))
     assert read is not None
@@ -88,7 +88,7 @@ def test_a_read_maps_the_file_and_copies_nothing(cache: Cache) -> None:
     raise AssertionError("the tensor is in no mapping")
 
 
-def test_other_users_may_read_what_the_umask_lets_them(cache: Cache) -> None:
+def test_other_users_may_read_what_the_umask_lets_them(cache: FeatureStore) -> None:
     mask = os.umask(0o027)
     try:
         cache.write(key(1), features(1), {})
@@ -97,7 +97,7 @@ def test_other_users_may_read_what_the_umask_lets_them(cache: Cache) -> None:
     assert stat.S_IMODE(cache.path(key(1)).stat().st_mode) == 0o640
 
 
-def test_two_processes_write_one_key_at_once(cache: Cache) -> None:
+def test_two_processes_write_one_key_at_once(cache: FeatureStore) -> None:
     """Readers meanwhile see the whole file or none; nothing is left beside it."""
     alive, seen = {fork_writer(cache, 5, 20) for _ in range(2)}, 0
     while alive:
@@ -111,7 +111,7 @@ def test_two_processes_write_one_key_at_once(cache: Cache) -> None:
     assert seen and [path.name for path in cache.folder.rglob("*.*")] == [f"{key(5)}.safetensors"]
 
 
-def test_a_writer_is_killed(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_writer_is_killed(cache: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
     """At any moment: then there is the whole file or none, and its temporary file is removed after an hour."""
     for pause in range(12):
         process = fork_writer(cache, 6, 10**6)
@@ -133,7 +133,9 @@ def test_a_writer_is_killed(cache: Cache, caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "flipped shape", "another key", "no safetensors"])
-def test_a_damaged_file_is_named_and_made_again(cache: Cache, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_named_and_made_again(
+    cache: FeatureStore, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     kept = features(1, torch.bfloat16)
     cache.write(key(1), kept, {})
     cache.write(key(2), features(2, torch.bfloat16), {})
@@ -158,7 +160,7 @@ def test_a_damaged_file_is_named_and_made_again(cache: Cache, damage: str, caplo
     assert again is not None and torch.equal(again, kept)
 
 
-def test_every_single_bit_is_in_the_checksum(cache: Cache) -> None:
+def test_every_single_bit_is_in_the_checksum(cache: FeatureStore) -> None:
     kept = features(1, shape=(1, 1, 2, 2))
     cache.write(key(1), kept, {})
     content = cache.path(key(1)).read_bytes()
@@ -170,7 +172,7 @@ def test_every_single_bit_is_in_the_checksum(cache: Cache) -> None:
         assert cache.read(key(1)) is None, bit
 
 
-def test_reading_changes_nothing(cache: Cache) -> None:
+def test_reading_changes_nothing(cache: FeatureStore) -> None:
     cache.write(key(1), features(1), {})
     before = cache.path(key(1)).stat(), cache.path(key(1)).read_bytes()
     cache.read(key(1))
@@ -179,10 +181,10 @@ def test_reading_changes_nothing(cache: Cache) -> None:
     assert (before[0].st_ino, before[0].st_mtime_ns) == (after[0].st_ino, after[0].st_mtime_ns)
 
 
-def test_a_full_cache_takes_no_more_files_and_still_serves(cache: Cache) -> None:
+def test_a_full_cache_takes_no_more_files_and_still_serves(cache: FeatureStore) -> None:
     """Also where a file is larger than the limit alone. Nothing is evicted, nothing is left behind."""
     one = file_size((4, 30, 20, 8), torch.float32)
-    small = Cache(cache.folder, 3 * one)
+    small = FeatureStore(cache.folder, 3 * one)
     written = [small.write(key(number), features(number), {}) for number in range(6)]
     assert written[:2] == [True, True] and not written[-1]
     assert there(small, range(6)) == [number for number in range(6) if written[number]]
@@ -190,23 +192,23 @@ def test_a_full_cache_takes_no_more_files_and_still_serves(cache: Cache) -> None
     assert small.write(key(0), features(0), {}), "it is there"
     read = small.read(key(1))
     assert read is not None and torch.equal(read, features(1))
-    assert not Cache(cache.folder, one - 1).write(key(9), features(9, shape=(500, 100)), {})
+    assert not FeatureStore(cache.folder, one - 1).write(key(9), features(9, shape=(500, 100)), {})
     assert not list(cache.folder.rglob("*.partial"))
 
 
 def test_a_full_cache_is_logged_once(
-    cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cache: FeatureStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "_warned", set())
-    small = Cache(cache.folder, 10)
+    small = FeatureStore(cache.folder, 10)
     for number in range(3):
-        Cached(small, key(number), {}, None).keep(features(number))
+        CacheLookup(small, key(number), {}, None).write_async(features(number))
     flush()
     (warning,) = [each.getMessage() for each in caplog.records]
     assert str(cache.folder) in warning and "data.cache_gib" in warning
 
 
-def test_only_files_of_the_cache_are_counted(cache: Cache) -> None:
+def test_only_files_of_the_cache_are_counted(cache: FeatureStore) -> None:
     """The folder may contain other files."""
     cache.write(key(1), features(1), {})
     size = cache.size()
@@ -218,11 +220,11 @@ def test_only_files_of_the_cache_are_counted(cache: Cache) -> None:
         path.write_bytes(b"x" * 10_000)
         os.utime(path, (1, 1))
     assert cache.size() == size
-    assert Cache(cache.folder, 2 * size + HEADER).write(key(2), features(2), {})
+    assert FeatureStore(cache.folder, 2 * size + HEADER).write(key(2), features(2), {})
     assert len(list(cache.folder.rglob("*.*"))) == 5
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(cache: Cache) -> None:
+def test_a_full_disk_is_an_error_and_leaves_nothing(cache: FeatureStore) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
@@ -234,7 +236,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(cache: Cache) -> None:
 
 
 def test_a_cache_that_only_may_be_read_serves(
-    cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cache: FeatureStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another user's; root may do everything, so the kernel's error is put in its place."""
 
@@ -247,7 +249,7 @@ def test_a_cache_that_only_may_be_read_serves(
     monkeypatch.setattr(Path, "write_bytes", fail)
     monkeypatch.setattr(lookup, "_warned", set())
     for number in (2, 3):
-        Cached(cache, key(number), {}, None).keep(features(number))
+        CacheLookup(cache, key(number), {}, None).write_async(features(number))
     flush()
     (warning,) = [each.getMessage() for each in caplog.records]
     assert str(cache.folder) in warning and "cannot be written (Permission denied)" in warning
@@ -255,7 +257,7 @@ def test_a_cache_that_only_may_be_read_serves(
 
 def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> None:
     """A file, and a folder of files: silence would cost every epoch the encoders. In a process that is not root's."""
-    cache, said, secret = Cache(tmp_path / "cache", BIG), tmp_path / "said", key(2**255)
+    cache, said, secret = FeatureStore(tmp_path / "cache", BIG), tmp_path / "said", key(2**255)
     for number in (1, 2**255):
         cache.write(key(number), features(1), {})
     cache.path(key(1)).chmod(0)
@@ -269,9 +271,9 @@ def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> No
                 os.chdir(cache.folder)  # a user that cannot enter the folders above
                 if os.geteuid() == 0:
                     os.setuid(65534)
-                here = Cache(Path(), BIG)
+                here = FeatureStore(Path(), BIG)
                 assert all(here.read(each) is None for each in (key(1), secret, key(3)))
-                assert not here.has(secret) and not Cached(here, secret, {}, None).is_outdated()
+                assert not here.has(secret) and not CacheLookup(here, secret, {}, None).is_outdated()
                 status = 0
         finally:
             os._exit(status)
@@ -282,12 +284,12 @@ def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> No
     assert all("cannot be read (Permission denied)" in line for line in lines)
 
 
-def test_a_program_error_while_writing_comes_up(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_error_while_writing_comes_up(cache: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> bool:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(Cache, "write", fail)
-    Cached(cache, key(1), {}, None).keep(features(1))
+    monkeypatch.setattr(FeatureStore, "write", fail)
+    CacheLookup(cache, key(1), {}, None).write_async(features(1))
     with pytest.raises(RuntimeError, match="a mistake"):
         flush()
 
@@ -316,7 +318,7 @@ def test_a_key_is_of_content_order_and_encoder(samples: list[Any], tmp_path: Pat
         features_key("x", [tmp_path / "gone"])
 
 
-def test_the_header_says_what_a_file_is_of(cache: Cache) -> None:
+def test_the_header_says_what_a_file_is_of(cache: FeatureStore) -> None:
     cache.write(key(1), features(1), {"kind": "geometry", "frames": ["a.jpg"]})
     with safe_open(cache.path(key(1)), framework="pt") as file:
         about = file.metadata()

@@ -18,7 +18,7 @@ from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.evaluation.runner import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.features.lookup import flush
-from w2r2_ds.features.store import Cache
+from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.models.build import VlmFrontend, build_model
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.w2r2 import W2R2, num_tower_calls
@@ -147,19 +147,19 @@ def test_what_is_not_computed_counts_for_no_speed(
 def test_a_cache_that_may_not_be_listed_ends_no_run(
     samples: list[Any], loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(cache: Cache) -> int:
+    def fail(cache: FeatureStore) -> int:
         raise PermissionError(13, "Permission denied", "another's")
 
-    monkeypatch.setattr(Cache, "size", fail)
+    monkeypatch.setattr(FeatureStore, "size", fail)
     assert cache_use([loaded(samples)]) == {"cache_hits": 0}
-    assert describe_cache(Cache(tmp_path, 2**30)).endswith(": size unknown, another's cannot be listed")
+    assert describe_cache(FeatureStore(tmp_path, 2**30)).endswith(": size unknown, another's cannot be listed")
 
 
 def test_a_limit_that_the_disk_cannot_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that is filled on first use has no forecast, and a full disk would cost a checkpoint."""
     for free, lines in ((2**30, 1), (2**29, 2)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
-        said = describe_cache(Cache(tmp_path, 2**30)).splitlines()
+        said = describe_cache(FeatureStore(tmp_path, 2**30)).splitlines()
         assert (
             said[0] == f"feature cache {tmp_path}: 0 GiB of at most 1 GiB (data.cache_gib), {free / 2**30:g} GiB free"
         )

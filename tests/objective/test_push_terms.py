@@ -48,12 +48,12 @@ def inputs() -> PushInputs:
         log_p=log_p,
         label=label,
         guess=guess,
-        label_short=short[at, label],
-        guess_short=short[at, guess],
+        label_log_p_short=short[at, label],
+        guess_log_p_short=short[at, guess],
         sample=sample,
         where=torch.tensor([False, True, True, True, False, True]),
         cross_entropy=mean_per_sample(-log_p[at, label], sample, 4, torch.ones(6, dtype=torch.bool)),
-        hinge=torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64),
+        det=torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64),
         lambda_det=1.5,
         mu=0.7,
         log_p_short=short,
@@ -102,7 +102,7 @@ def differentiable(inputs: PushInputs, leaves: tuple[Tensor, ...]) -> PushInputs
     return replace(
         inputs,
         log_p=log_p,
-        cross_entropy=mean_per_sample(-log_p[at, inputs.label], inputs.sample, len(inputs.hinge), every),
+        cross_entropy=mean_per_sample(-log_p[at, inputs.label], inputs.sample, len(inputs.det), every),
         states=replace(inputs.states, fused=states),
         overlaps=replace(inputs.overlaps, giou=giou, iou_short=iou_short),
     )
@@ -197,7 +197,7 @@ def test_nothing_without_weight(inputs: PushInputs, name: str) -> None:
 @pytest.mark.parametrize("name", PUSH_TERMS)
 def test_nothing_below_mu_where_h_gates(inputs: PushInputs, name: str) -> None:
     leaves = leaves_of(inputs)
-    values = push_term(name)(differentiable(replace(inputs, hinge=torch.zeros_like(inputs.hinge)), leaves))
+    values = push_term(name)(differentiable(replace(inputs, det=torch.zeros_like(inputs.det)), leaves))
     gradients = torch.autograd.grad((values + 0 * leaves[0].sum()).sum(), leaves, allow_unused=True)
     silent = not values.any() and all(not g.any() for g in gradients if g is not None)
     assert silent == (name in [*GATED, "none"])

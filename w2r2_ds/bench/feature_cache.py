@@ -17,8 +17,8 @@ from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import PATCH, Shape, find_shapes
 from w2r2_ds.data.images import load_frame, resize_frames
 from w2r2_ds.features.key import features_key
-from w2r2_ds.features.lookup import Cached, FeatureCache, flush
-from w2r2_ds.features.store import Cache
+from w2r2_ds.features.lookup import CacheLookup, FeatureCache, flush
+from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.model import VGGT
@@ -67,7 +67,7 @@ class FrameSet:
         """Decode and resize the frames: ``[frames, 3, height, width]``."""
         return torch.from_numpy(resize_frames([load_frame(path) for path in self.paths], self.width, PATCH))
 
-    def read(self) -> Cached:
+    def read(self) -> CacheLookup:
         """Look up the features, as the data loader does."""
         return self.lookup.find_3d(self.paths)
 
@@ -88,7 +88,7 @@ def measure(shape: Shape, rounds: int, folder: Path, report: Report) -> None:
     device, dtype = find_device(), resolve_dtype(shape.dtype)  # type: ignore[arg-type]
     encoder = build_encoder(shape, device, dtype)
     paths = write_frames(folder, shape.frames, FRAME_SIZE)
-    frames = FrameSet(paths, shape.frame_size[0], FeatureCache(Cache(folder / "cache", CACHE_BYTES), "bench"))
+    frames = FrameSet(paths, shape.frame_size[0], FeatureCache(FeatureStore(folder / "cache", CACHE_BYTES), "bench"))
     images = frames.decode().to(device)
     features = encoder.encode(images).cpu()
     frames.write(features)
@@ -154,12 +154,12 @@ class CachedFeatures:
         assert images is not None, "the batch has images, not cached features"
         self.folder = tempfile.TemporaryDirectory()
         self.paths = write_pixels(Path(self.folder.name), images)
-        self.cache = FeatureCache(Cache(Path(self.folder.name) / "cache", CACHE_BYTES), "geometry", "vision")
+        self.cache = FeatureCache(FeatureStore(Path(self.folder.name) / "cache", CACHE_BYTES), "geometry", "vision")
         self.visual, self.geometry = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)[0]
         cached_2d, cached_3d = self.cache.find_2d(self.paths), self.cache.find_3d(self.paths)
         assert cached_2d is not None, "the cache has an identity of the vision tower"
-        cached_2d.keep(torch.cat(self.visual.pooler_output))
-        cached_3d.keep(self.geometry)
+        cached_2d.write_async(torch.cat(self.visual.pooler_output))
+        cached_3d.write_async(self.geometry)
         flush()
 
     def into(self, batch: Batch, both: bool) -> Batch:

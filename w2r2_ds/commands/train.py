@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from w2r2_ds.commands.common import add_plugin_option, command_words, report_error
 from w2r2_ds.config.io import parse_run, run_parser
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, Unreachable
+from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, RetryableError
 from w2r2_ds.utils.logging import ignore_write_errors
 from w2r2_ds.utils.sanitize import message
 
@@ -39,7 +39,7 @@ def main(args: list[str] | None = None) -> int:
             return run(config, ds_path, signals)
     except MISTAKES as error:
         return report_error("train", error)
-    except Unreachable as error:
+    except RetryableError as error:
         print(f"w2r2 train: {message(error)}", file=sys.stderr)
     except Exception:
         traceback.print_exc()

@@ -10,7 +10,7 @@ import torch
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_frames
-from w2r2_ds.features.lookup import Cached, FeatureCache
+from w2r2_ds.features.lookup import CacheLookup, FeatureCache
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
@@ -34,8 +34,8 @@ class VisualInputs:
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     geometry_images: torch.Tensor | None
-    cached_2d: Cached | None = None
-    cached_3d: Cached | None = None
+    cached_2d: CacheLookup | None = None
+    cached_3d: CacheLookup | None = None
 
     def is_outdated(self) -> bool:
         """Whether features that the cache lacked at lookup have been written since."""
@@ -101,7 +101,7 @@ class VisualPreprocessor:
         frames = [load_frame(path) for path in sample.frames]
         images = resize_frames(frames, self.config.frame_width, self.geometry.patch_size)
         # If a frame was replaced between hashing and reading, its new features would be stored under the old key.
-        if any(each is not None and not each.is_of(sample.frames) for each in missing):
+        if any(each is not None and not each.matches(sample.frames) for each in missing):
             return self.compute(sample)
         geometry_images = torch.from_numpy(images) if cached_3d is None or cached_3d.features is None else None
         if cached_2d is not None and cached_2d.features is not None:

@@ -1,7 +1,7 @@
 """Look up a sample's features in the cache, and write computed features in the background.
 
-Loader processes read and verify the checksum. The training process writes in a thread, so that a step does not wait for
-the disk.
+DataLoader workers read and verify the checksum. The training process writes in a thread, so that a step does not wait
+for the disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from w2r2_ds.features.key import features_key
-from w2r2_ds.features.store import Cache
+from w2r2_ds.features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 
@@ -27,37 +27,37 @@ MAX_PENDING = 4
 
 
 @dataclass(frozen=True)
-class Cached:
+class CacheLookup:
     """Result of a cache lookup: one sample's features of one encoder.
 
     Attributes:
         cache: the cache that was searched.
         key: key of the features.
-        about: metadata for the file: kind of the features, encoder identity and frame paths.
-        features: None if the cache does not have them; then the caller computes them and calls `keep`.
+        metadata: contents of the file's header: kind of the features, encoder identity and frame paths.
+        features: None if the cache does not have them; then the caller computes them and calls `write_async`.
     """
 
-    cache: Cache
+    cache: FeatureStore
     key: str
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     features: torch.Tensor | None
 
-    def is_of(self, frames: Sequence[Path]) -> bool:
+    def matches(self, frames: Sequence[Path]) -> bool:
         """Whether the key is that of these frames' current content."""
-        return self.key == features_key(self.about["encoder"], frames)
+        return self.key == features_key(self.metadata["encoder"], frames)
 
     def is_outdated(self) -> bool:
         """Whether the features were missing at lookup and have been written since."""
         return self.features is None and self.cache.has(self.key)
 
-    def keep(self, features: torch.Tensor) -> None:
+    def write_async(self, features: torch.Tensor) -> None:
         """Write computed features to the cache in the background.
 
         Blocks for the copy to the CPU, and while `MAX_PENDING` writes are pending.
         """
         while _pending and (_pending[0].done() or len(_pending) >= MAX_PENDING):
             _pending.popleft().result()
-        _pending.append(_writer.submit(_write, self.cache, self.key, features.detach().cpu(), self.about))
+        _pending.append(_writer.submit(_write, self.cache, self.key, features.detach().cpu(), self.metadata))
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ class FeatureCache:
         vision: identity of the vision tower and its input; None if its features are not cached.
     """
 
-    cache: Cache
+    cache: FeatureStore
     geometry: str
     vision: str | None = None
 
-    def find_3d(self, frames: Sequence[Path]) -> Cached:
+    def find_3d(self, frames: Sequence[Path]) -> CacheLookup:
         """Geometry features ``[frames, h, w, channels]``."""
         return self._find("geometry", self.geometry, frames)
 
-    def find_2d(self, frames: Sequence[Path]) -> Cached | None:
+    def find_2d(self, frames: Sequence[Path]) -> CacheLookup | None:
         """Vision tower features ``[tokens, hidden]`` in frame order; None if they are not cached."""
         return None if self.vision is None else self._find("2d", self.vision, frames)
 
-    def _find(self, kind: str, identity: str, frames: Sequence[Path]) -> Cached:
+    def _find(self, kind: str, identity: str, frames: Sequence[Path]) -> CacheLookup:
         key = features_key(identity, frames)
-        about = {"kind": kind, "encoder": identity, "frames": [str(path) for path in frames]}
-        return Cached(self.cache, key, about, self.cache.read(key))
+        metadata = {"kind": kind, "encoder": identity, "frames": [str(path) for path in frames]}
+        return CacheLookup(self.cache, key, metadata, self.cache.read(key))
 
 
 _writer = ThreadPoolExecutor(1, thread_name_prefix="feature-cache")
@@ -95,12 +95,12 @@ _sizes: dict[Path, int] = {}
 
 
 def flush() -> None:
-    """Wait for pending writes; errors other than OSError are raised here or by a later `keep`."""
+    """Wait for pending writes; errors other than OSError are raised here or by a later `write_async`."""
     while _pending:
         _pending.popleft().result()
 
 
-def size_of(cache: Cache) -> int:
+def size_of(cache: FeatureStore) -> int:
     """Size of a cache in bytes, measured after this process's last write.
 
     Raises:
@@ -111,9 +111,9 @@ def size_of(cache: Cache) -> int:
     return _sizes[cache.folder]
 
 
-def _write(cache: Cache, key: str, features: torch.Tensor, about: dict[str, Any]) -> None:
+def _write(cache: FeatureStore, key: str, features: torch.Tensor, metadata: dict[str, Any]) -> None:
     try:
-        written = cache.write(key, features, about)
+        written = cache.write(key, features, metadata)
     except OSError as error:
         _warn_once(f"The feature cache {cache.folder} cannot be written ({error.strerror or error})")
     else:
@@ -127,4 +127,4 @@ def _write(cache: Cache, key: str, features: torch.Tensor, about: dict[str, Any]
 def _warn_once(problem: str) -> None:
     if problem not in _warned:
         _warned.add(problem)
-        logger.warning("%s. Features that it does not have are computed in every epoch.", problem)
+        logger.warning("%s. Uncached features are recomputed every epoch.", problem)

@@ -44,7 +44,7 @@ class _CacheFullError(Exception):
 
 
 @dataclass(frozen=True)
-class Cache:
+class FeatureStore:
     """A folder of features; picklable, and equal objects are the same cache.
 
     Attributes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from w2r2_ds.config.schema import DataConfig, ModelConfig
 from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
-from w2r2_ds.features.store import Cache
+from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.geometry_encoder import find_geometry_encoder
@@ -31,7 +31,7 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"data.cache is {folder}, which cannot be made ({error}); name another folder.") from error
-    cache = Cache(folder.absolute(), int(data.cache_gib * 2**30))
+    cache = FeatureStore(folder.absolute(), int(data.cache_gib * 2**30))
     vision = vision_identity(data, model) if data.cached_features == "geometry+2d" else None
     return FeatureCache(cache, geometry_identity(data, model), vision)
 

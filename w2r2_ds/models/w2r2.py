@@ -97,7 +97,7 @@ class W2R2(nn.Module):
                 if cached.features is None:
                     assert inputs is not None, "the collator keeps the patches of uncached samples"
                     features.append(self.family.to_cache(self.family.encode_visuals(self.base, inputs)))
-                    cached.keep(features[-1])
+                    cached.write_async(features[-1])
                     made += 1
                 else:
                     features.append(cached.features)
@@ -124,7 +124,7 @@ class W2R2(nn.Module):
             assert images is not None, "the collator keeps the images of uncached samples"
             features.append(self.geometry.encode(images))
             if cached is not None:
-                cached.keep(features[-1])
+                cached.write_async(features[-1])
         # A row of a video's visual tokens covers two frames, a geometry feature one.
         if visuals.kind == "video":
             features = [pair_frames(f) for f in features]

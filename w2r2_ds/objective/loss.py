@@ -1,4 +1,4 @@
-"""The training loss, L = sum over samples of weight * (l_align + push term), and its per-sample statistics.
+"""The total loss, L = sum over samples of weight * (l_align + push term), and per-sample statistics for logging.
 
 Eq. 7 of the paper (arXiv 2510.17034): L_align is the cross-entropy of the fused pass, and the push term stands for
 lambda * L_det (Eq. 6).
@@ -34,7 +34,7 @@ STATS = (
 """Columns of the per-sample statistics (explained in docs/concepts/objective.md)."""
 
 LOSS_PARTS = ("loss", "align", "push")
-"""Columns that `objective.reduction` weighs; the others are means over samples."""
+"""Columns that `objective.reduction` weights; the others are means over samples."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Outputs:
     """Outputs of one pass.
 
     Attributes:
-        logits: ``[rows, vocabulary]`` at the answer rows.
-        states: ``[rows + what positions, hidden]`` last hidden states; None if the push term does not use them.
+        logits: ``[answer tokens, vocabulary]``.
+        states: ``[answer tokens + *what* positions, hidden]`` last hidden states; None if the push term does
+            not use them.
     """
 
     logits: Tensor
@@ -52,16 +53,16 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Outputs of the 2D-only pass that the objective uses; detached unless the push term differentiates through them.
+    """Outputs of the shortcut pass (2D only); detached unless the push term differentiates through them.
 
     Attributes:
-        guess: ``[rows]`` int64 most likely token.
-        label_log_p: ``[rows]`` float32 log-likelihood of the label.
-        guess_log_p: ``[rows]`` float32 log-likelihood of the most likely token.
-        score: s of its answer, decoded where answers are.
-        teacher: s of its teacher-forced answer, which is what the fused pass is compared with.
-        log_p: ``[rows, vocabulary]`` float32, if the push term needs the whole distribution.
-        states: of `Outputs`.
+        guess: ``[answer tokens]`` int64 most likely token.
+        label_log_p: ``[answer tokens]`` float32 log-likelihood of the label.
+        guess_log_p: ``[answer tokens]`` float32 log-likelihood of the most likely token.
+        score: score of the shortcut's decoded answer if decoded answers are given, else of the teacher-forced one.
+        teacher_forced: score of its teacher-forced answer, to compare with the fused pass.
+        log_p: ``[answer tokens, vocabulary]`` float32, if the push term needs the whole distribution.
+        states: as in `Outputs`.
         iou: ``[batch]`` float64 IoU of the expected box, if the push term needs boxes.
     """
 
@@ -69,7 +70,7 @@ class Shortcut:
     label_log_p: Tensor
     guess_log_p: Tensor
     score: Score
-    teacher: Score
+    teacher_forced: Score
     log_p: Tensor | None = None
     states: Tensor | None = None
     iou: Tensor | None = None
@@ -78,10 +79,10 @@ class Shortcut:
 def read_shortcut(
     outputs: Outputs, batch: Batch, push_term: PushTerm, scorer: Scorer, answers: list[str] | None = None
 ) -> Shortcut:
-    """Keep what the objective needs of the 2D-only pass.
+    """Keep the outputs of the shortcut pass that the objective uses.
 
     Args:
-        outputs: of the 2D-only pass.
+        outputs: outputs of the shortcut pass.
         answers: greedily decoded answers per sample; None to use the teacher-forced predictions.
     """
     logits, states = outputs.logits, outputs.states
@@ -89,13 +90,13 @@ def read_shortcut(
         logits, states = logits.detach(), None if states is None else states.detach()
     log_p = torch.log_softmax(logits.float(), dim=-1)
     guess = logits.argmax(-1)
-    teacher = scorer.teacher(guess, batch)
+    teacher_forced = scorer.teacher(guess, batch)
     return Shortcut(
         guess=guess,
         label_log_p=at(log_p, batch.answer_positions.label),
         guess_log_p=at(log_p, guess),
-        score=teacher if answers is None else scorer.decoded(answers, batch),
-        teacher=teacher,
+        score=teacher_forced if answers is None else scorer.decoded(answers, batch),
+        teacher_forced=teacher_forced,
         log_p=log_p if push_term.distribution else None,
         states=states,
         iou=expected_overlap(log_p, batch, scorer.tables)[0] if push_term.boxes else None,
@@ -114,8 +115,8 @@ def w2r2_loss(
     """The objective of one micro-batch.
 
     Args:
-        outputs: of the fused pass.
-        shortcut: of the 2D-only pass.
+        outputs: outputs of the fused pass.
+        shortcut: result of `read_shortcut`.
         geometry_norm: ``[batch]`` for the statistics, see `W2R2Step`.
 
     Returns:
@@ -125,22 +126,22 @@ def w2r2_loss(
     rows, size = batch.answer_positions, len(batch.ids)
     log_p = torch.log_softmax(outputs.logits.float(), dim=-1)
     align = mean_per_sample(-at(log_p, rows.label), rows.sample, size, torch.ones_like(rows.where))
-    fused = scorer.teacher(outputs.logits.detach().argmax(-1), batch)
+    fused_score = scorer.teacher(outputs.logits.detach().argmax(-1), batch)
     s_short = shortcut.score.s.float()
-    hinge = torch.clamp(s_short - config.mu, min=0)
-    push = push_term(push_inputs(log_p, outputs, align, hinge, shortcut, batch, config, scorer))
+    det = torch.clamp(s_short - config.mu, min=0)
+    push = push_term(push_inputs(log_p, outputs, align, det, shortcut, batch, config, scorer))
     loss = align + push
     columns = {
         "loss": loss,
         "align": align,
-        "det": hinge,
+        "det": det,
         "push": push,
-        "above_mu": hinge > 0,
+        "above_mu": det > 0,
         "s_short": s_short,
-        "s_fused": fused.s,
-        "s_gain": fused.s - shortcut.teacher.s,
+        "s_fused": fused_score.s,
+        "s_gain": fused_score.s - shortcut.teacher_forced.s,
         "invalid_short": ~shortcut.score.valid,
-        "invalid_fused": ~fused.valid,
+        "invalid_fused": ~fused_score.valid,
         "geometry_norm": torch.zeros_like(align) if geometry_norm is None else geometry_norm,
     }
     stats = torch.stack([columns[name].detach().float() for name in STATS], dim=-1)
@@ -151,7 +152,7 @@ def push_inputs(
     log_p: Tensor,
     outputs: Outputs,
     align: Tensor,
-    hinge: Tensor,
+    det: Tensor,
     shortcut: Shortcut,
     batch: Batch,
     config: ObjectiveConfig,
@@ -167,12 +168,12 @@ def push_inputs(
         log_p=log_p,
         label=rows.label,
         guess=shortcut.guess,
-        label_short=shortcut.label_log_p,
-        guess_short=shortcut.guess_log_p,
+        label_log_p_short=shortcut.label_log_p,
+        guess_log_p_short=shortcut.guess_log_p,
         sample=rows.sample,
         where=rows.where,
         cross_entropy=align,
-        hinge=hinge,
+        det=det,
         lambda_det=config.lambda_det,
         mu=config.mu,
         log_p_short=shortcut.log_p,
@@ -182,7 +183,7 @@ def push_inputs(
 
 
 def pair_states(fused: Tensor | None, short: Tensor | None, batch: Batch) -> States | None:
-    """Hidden states of both passes at the answer rows, then at the what positions; None where they were not kept."""
+    """Hidden states of both passes at the answer tokens, then at the *what* positions; None if they were not kept."""
     if fused is None or short is None:
         return None
     rows, what = batch.answer_positions, batch.description_positions

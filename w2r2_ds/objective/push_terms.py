@@ -82,12 +82,12 @@ class PushInputs:
         log_p: ``[rows, vocabulary]`` log p, at least float32, with gradient.
         label: ``[rows]`` int64, y.
         guess: ``[rows]`` int64, y'.
-        label_short: ``[rows]`` log p'(y).
-        guess_short: ``[rows]`` log p'(y').
+        label_log_p_short: ``[rows]`` log p'(y).
+        guess_log_p_short: ``[rows]`` log p'(y').
         sample: ``[rows]`` int64, the row's sample.
         where: ``[rows]`` bool, W.
         cross_entropy: ``[batch]`` l, with gradient.
-        hinge: ``[batch]`` h.
+        det: ``[batch]`` h, the hinge of Eq. 6.
         lambda_det: lambda.
         mu: similarity above which the shortcut counts as having solved the sample.
         log_p_short: ``[rows, vocabulary]`` log p'.
@@ -98,12 +98,12 @@ class PushInputs:
     log_p: Tensor
     label: Tensor
     guess: Tensor
-    label_short: Tensor
-    guess_short: Tensor
+    label_log_p_short: Tensor
+    guess_log_p_short: Tensor
     sample: Tensor
     where: Tensor
     cross_entropy: Tensor
-    hinge: Tensor
+    det: Tensor
     lambda_det: float
     mu: float
     log_p_short: Tensor | None = None
@@ -113,15 +113,15 @@ class PushInputs:
     @property
     def active(self) -> Tensor:
         """``[batch]`` 1[h > 0], in the dtype of the hinge."""
-        return (self.hinge > 0).to(self.hinge.dtype)
+        return (self.det > 0).to(self.det.dtype)
 
     def mean(self, values: Tensor, mask: Tensor) -> Tensor:
         """``[rows]`` values -> ``[batch]`` mean over each sample's rows in `mask`, 0 where it has none."""
-        return mean_per_sample(values, self.sample, len(self.hinge), mask)
+        return mean_per_sample(values, self.sample, len(self.det), mask)
 
     def has(self, mask: Tensor) -> Tensor:
         """``[batch]`` 1 where a sample has a row in `mask`, else 0."""
-        return self.mean(torch.ones_like(mask, dtype=self.hinge.dtype), mask)
+        return self.mean(torch.ones_like(mask, dtype=self.det.dtype), mask)
 
 
 class PushTerm(BaseModel):
@@ -193,7 +193,7 @@ class NoPush(PushTerm):
     """
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        return torch.zeros_like(inputs.hinge)
+        return torch.zeros_like(inputs.det)
 
 
 @register_push_term("literal")
@@ -206,7 +206,7 @@ class Literal(PushTerm):
     gated: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        return inputs.lambda_det * inputs.hinge
+        return inputs.lambda_det * inputs.det
 
 
 @register_push_term("reweight")
@@ -220,7 +220,7 @@ class Reweight(PushTerm):
     gated: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        return inputs.lambda_det * inputs.hinge * inputs.cross_entropy
+        return inputs.lambda_det * inputs.det * inputs.cross_entropy
 
 
 @register_push_term("downweight")
@@ -235,7 +235,7 @@ class Downweight(PushTerm):
     gated: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        return -torch.clamp(inputs.lambda_det * inputs.hinge, max=1) * inputs.cross_entropy
+        return -torch.clamp(inputs.lambda_det * inputs.det, max=1) * inputs.cross_entropy
 
 
 @register_push_term("margin")
@@ -256,7 +256,7 @@ class Margin(PushTerm):
 
     def __call__(self, inputs: PushInputs) -> Tensor:
         # Mean over W of the log-likelihood ratio, [batch], in nats.
-        lead = inputs.mean(at(inputs.log_p, inputs.label) - inputs.label_short, inputs.where)
+        lead = inputs.mean(at(inputs.log_p, inputs.label) - inputs.label_log_p_short, inputs.where)
         return inputs.lambda_det * inputs.active * inputs.has(inputs.where) * torch.clamp(self.margin - lead, min=0)
 
 
@@ -274,7 +274,7 @@ class PseudoLabel(PushTerm):
         differs = inputs.where & (inputs.guess != inputs.label)
         # log(1 - p(y')) as the sum over all others: exact, and finite where p(y') rounds to 1.
         others = inputs.log_p.scatter(-1, inputs.guess[:, None], -torch.inf).logsumexp(-1)
-        return -inputs.lambda_det * inputs.mean(inputs.guess_short.exp() * others, differs)
+        return -inputs.lambda_det * inputs.mean(inputs.guess_log_p_short.exp() * others, differs)
 
 
 @register_push_term("soft_iou")
@@ -299,7 +299,7 @@ class SoftIoU(PushTerm):
         # No box can overlap by more than 1, so the target is capped: without the cap the term could never reach 0.
         wanted = torch.clamp(overlaps.iou_short + self.iou_margin, max=1)
         lack = torch.where(overlaps.has_box, torch.clamp(wanted - overlaps.giou, min=0), 0.0)
-        return inputs.lambda_det * inputs.active * lack.to(inputs.hinge.dtype)
+        return inputs.lambda_det * inputs.active * lack.to(inputs.det.dtype)
 
 
 @register_push_term("representation")
@@ -323,7 +323,7 @@ class Representation(PushTerm):
         states = inputs.states
         assert states is not None, "requested by the class attributes"
         cosine = cosine_similarity(states.fused.to(inputs.log_p.dtype), states.short.to(inputs.log_p.dtype), dim=-1)
-        batch = len(inputs.hinge)
+        batch = len(inputs.det)
         close = mean_per_sample(1 - cosine, states.sample, batch, states.what)
         apart = mean_per_sample(torch.clamp(cosine - self.cosine, min=0), states.sample, batch, states.where)
         return inputs.lambda_det * inputs.active * (close + apart)
@@ -363,4 +363,4 @@ class Unblocked(PushTerm):
         overlaps = inputs.overlaps
         assert overlaps is not None, "requested by the class attributes"
         excess = torch.clamp(overlaps.iou_short - inputs.mu, min=0)
-        return inputs.lambda_det * torch.where(overlaps.has_box, excess, 0.0).to(inputs.hinge.dtype)
+        return inputs.lambda_det * torch.where(overlaps.has_box, excess, 0.0).to(inputs.det.dtype)

@@ -178,7 +178,7 @@ def check_inputs(
         bf16=dtype == torch.bfloat16,
         local_size=local_size,
     )
-    if begin.universal:  # the number of ranks has changed; DeepSpeed then reads its universal format
+    if begin.needs_conversion:  # the number of ranks has changed; DeepSpeed then reads its universal format
         ds_config.setdefault("checkpoint", {})["load_universal"] = True
     frontend = load_frontend(config.model)
     frontend = replace(frontend, cache=open_cache(config.data, config.model))

@@ -6,7 +6,7 @@ import shutil
 from contextlib import suppress
 
 from w2r2_ds.features.lookup import size_of
-from w2r2_ds.features.store import Cache, gib
+from w2r2_ds.features.store import FeatureStore, gib
 from w2r2_ds.types.batch import Batch
 
 
@@ -25,7 +25,7 @@ def cache_use(micro_batches: list[Batch]) -> dict[str, float]:
     return result
 
 
-def describe_cache(cache: Cache) -> str:
+def describe_cache(cache: FeatureStore) -> str:
     """Size, limit and free disk space of the cache, with a warning if the limit exceeds the free space."""
     free = shutil.disk_usage(cache.folder).free
     try:

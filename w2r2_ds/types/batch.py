@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from w2r2_ds.features.lookup import Cached
+from w2r2_ds.features.lookup import CacheLookup
 from w2r2_ds.types.sample import Kind
 
 T = TypeVar("T")
@@ -57,8 +57,8 @@ class Visuals:
     geometry_images: tuple[torch.Tensor | None, ...]
     ids: tuple[str, ...] = ()
     dummy: bool = False
-    cached_3d: tuple[Cached, ...] = ()
-    cached_2d: tuple[Cached, ...] = ()
+    cached_3d: tuple[CacheLookup, ...] = ()
+    cached_2d: tuple[CacheLookup, ...] = ()
     uncached: tuple[Visuals | None, ...] = ()
     filler: Visuals | None = None
 

@@ -22,7 +22,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.prepare import features as fill
 from w2r2_ds.data.prepare.features import fill_cache
-from w2r2_ds.features.store import Cache
+from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.models.build import build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.utils.distributed import RankInfo
@@ -84,8 +84,8 @@ def test_what_could_not_be_kept_is_not_called_complete(
     config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another run's files may fill the cache, and a disk may fail."""
-    real = Cache.write
-    monkeypatch.setattr(Cache, "write", lambda self, key, *rest: key[0] in "01234567" and real(self, key, *rest))
+    real = FeatureStore.write
+    monkeypatch.setattr(FeatureStore, "write", lambda self, key, *rest: key[0] in "01234567" and real(self, key, *rest))
     run = config()
     with pytest.raises(ValueError, match=r"cache lacks \d of the 4 files .*data.cache_gib"):
         fill_cache(run, ["train"], False, RankInfo())
@@ -182,6 +182,6 @@ def test_ranks_share_the_work(config: Callable[..., RunConfig], world: World, tm
 
 def found(run: RunConfig) -> list[Any]:
     cache = open_cache(run.data, run.model)
-    assert cache is not None and isinstance(cache.cache, Cache)
+    assert cache is not None and isinstance(cache.cache, FeatureStore)
     sets = fill.frame_sets(run, ["train", "val"])
     return [each for sample in sets for each in (cache.find_3d(sample.frames), cache.find_2d(sample.frames)) if each]

@@ -16,7 +16,7 @@ from w2r2_ds.training.checkpoint.deepspeed_io import (
     FORCE_NOT,
     RankWriter,
     SafeCheckpointEngine,
-    check_no_code,
+    check_safe_pickles,
     load,
     safe_loading,
 )
@@ -54,7 +54,7 @@ def test_the_malicious_pickle_runs_code_if_unpickled(trap: Path) -> None:
 
 
 def test_code_in_a_file_raises_and_does_not_run(trap: Path) -> None:
-    for read in (load, SafeCheckpointEngine().load, check_no_code):
+    for read in (load, SafeCheckpointEngine().load, check_safe_pickles):
         with pytest.raises(ValueError, match=r"shard\.pt .*posix\.mkdir"):
             read(trap)  # type: ignore[operator]
     with safe_loading(), pytest.raises(Exception, match=r"posix\.mkdir"):
@@ -78,7 +78,7 @@ def test_deepspeeds_own_classes_are_read(tmp_path: Path) -> None:
 
     state = {"scaler": LossScaler(1.0), "stage": ZeroStageEnum.weights, "where": fragment_address(numel=3, start=4)}
     torch.save(state, tmp_path / "shard.pt")
-    check_no_code(tmp_path / "shard.pt")
+    check_safe_pickles(tmp_path / "shard.pt")
     with safe_loading():
         load(tmp_path / "shard.pt")
         read = torch.load(tmp_path / "shard.pt", weights_only=False)  # still allowed after one inside
@@ -90,7 +90,7 @@ def test_deepspeeds_own_classes_are_read(tmp_path: Path) -> None:
 def test_a_file_that_torch_did_not_save_raises(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "shard.pt"
     file.write_bytes(content)
-    for read in (load, check_no_code):
+    for read in (load, check_safe_pickles):
         with pytest.raises(ValueError, match=r"shard\.pt"):
             read(file)  # type: ignore[operator]
     file.unlink()

@@ -14,7 +14,7 @@ from w2r2_ds.training.checkpoint import resume
 from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, step_folders, write_manifest
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.resume import StartPoint, find_start, take_over
-from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
+from w2r2_ds.training.fault_tolerance.exit_codes import RetryableError
 from w2r2_ds.utils import atomic_io
 
 
@@ -59,7 +59,7 @@ def test_damaged_checkpoints_are_renamed_once_the_run_is_taken_over(
     whole, cut = saved(tmp_path, 10), saved(tmp_path, 20)
     flip(cut / TENSORS, 3)
     start = find_start(configured(tmp_path))
-    assert start.checkpoint == whole and not start.universal
+    assert start.checkpoint == whole and not start.needs_conversion
     assert f"{cut / TENSORS} has SHA-256" in caplog.text
     assert list(step_folders(tmp_path)) == [20, 10]  # nothing is renamed before all checks have passed
     token = take_over(configured(tmp_path), start)
@@ -76,7 +76,7 @@ def test_a_run_without_a_complete_checkpoint_is_rejected(tmp_path: Path) -> None
 
 def test_another_number_of_ranks_needs_zero(tmp_path: Path) -> None:
     saved(tmp_path, 10, world_size=4)
-    assert find_start(configured(tmp_path)).universal
+    assert find_start(configured(tmp_path)).needs_conversion
     saved(tmp_path, 20, world_size=4, zero_stage=0)
     with pytest.raises(ValueError, match=r"was written by 4 rank\(s\) without ZeRO, .* for 2; start as many"):
         find_start(configured(tmp_path))
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_an_older_start_saves_meanwhile_ends_the_newer_one(tmp
     saved(tmp_path, 10)
     start = find_start(configured(tmp_path))
     saved(tmp_path, 20)
-    with pytest.raises(Unreachable, match=r"another start of .* has saved a checkpoint"):
+    with pytest.raises(RetryableError, match=r"another process of .* has saved a checkpoint"):
         take_over(configured(tmp_path), start)
     again = find_start(configured(tmp_path))
     assert again.checkpoint is not None and again.checkpoint.name == "step-000020"

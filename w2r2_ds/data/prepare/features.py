@@ -21,7 +21,7 @@ from w2r2_ds.data.loader import ReraisingDataLoader, ignore_stop_signals, load_m
 from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush
-from w2r2_ds.features.store import Cache, file_size, gib
+from w2r2_ds.features.store import FeatureStore, file_size, gib
 from w2r2_ds.kernels.select import describe_attention, resolve_attention, resolve_dtype
 from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
@@ -159,7 +159,7 @@ def sum_over_ranks(need: FileCount, ranks: RankInfo) -> FileCount:
     return sum(everyone, FileCount())
 
 
-def check_space(cache: Cache, whole: FileCount, lacking: FileCount) -> None:
+def check_space(cache: FeatureStore, whole: FileCount, lacking: FileCount) -> None:
     """Raise ``ValueError`` if the features exceed data.cache_gib or the free space, before anything is encoded."""
     if whole.bytes > cache.limit:
         raise ValueError(
@@ -180,7 +180,7 @@ def check_space(cache: Cache, whole: FileCount, lacking: FileCount) -> None:
         )
 
 
-def check_written(cache: Cache, made: Sequence[str]) -> None:
+def check_written(cache: FeatureStore, made: Sequence[str]) -> None:
     """Raise ``ValueError`` if new files are missing: the cache was full, or a write failed, which is logged."""
     lost = [key for key in made if not cache.has(key)]
     if lost:
@@ -228,13 +228,13 @@ def encode_all(
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
         for inputs in loader:
             if inputs.cached_3d is not None and inputs.geometry_images is not None:
-                inputs.cached_3d.keep(geometry.encode(inputs.geometry_images))
+                inputs.cached_3d.write_async(geometry.encode(inputs.geometry_images))
                 made.append(inputs.cached_3d.key)
             if inputs.cached_2d is not None and len(inputs.pixel_values):
                 visuals = moved(
                     tower_input(kind, inputs.pixel_values, inputs.grid_thw, preprocess.vision, family), device
                 )
-                inputs.cached_2d.keep(family.to_cache(family.encode_visuals(vlm, visuals)))
+                inputs.cached_2d.write_async(family.to_cache(family.encode_visuals(vlm, visuals)))
                 made.append(inputs.cached_2d.key)
             advance()
     return made

@@ -179,14 +179,14 @@ def load(file: Path, map_location: Any = "cpu") -> Any:
         with safe_loading():
             return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        check_no_code(file)
+        check_safe_pickles(file)
         raise ValueError(f"{file} is damaged ({' '.join(str(error).split())[:200]}).") from error
     except (OSError, RuntimeError, EOFError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"{file}: cannot be read ({cause[:200]}); copy the checkpoint again.") from error
 
 
-def check_no_code(*files: Path) -> None:
+def check_safe_pickles(*files: Path) -> None:
     """Scan `torch.save` files, without loading them, for functions that loading would call.
 
     Raises:

@@ -1,6 +1,6 @@
 """Resume a run: find the newest complete checkpoint, load it on any number of ranks, take over the run.
 
-On the same number of ranks, every rank reads its own shard and random state: the losses continue bit for bit. On
+On the same number of ranks, every rank reads its own shard and random state: training continues bitwise identically. On
 another number, rank 0 converts the shards to DeepSpeed's universal format, which any number of ranks can read. Then the
 global batches are the same and the losses equal up to rounding, unless something is random per rank (dropout).
 
@@ -25,7 +25,13 @@ import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.checkpoint.compat import check_fingerprint, check_same_data, check_same_run
-from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, SafeCheckpointEngine, check_no_code, load, safe_loading
+from w2r2_ds.training.checkpoint.deepspeed_io import (
+    ENGINE,
+    SafeCheckpointEngine,
+    check_safe_pickles,
+    load,
+    safe_loading,
+)
 from w2r2_ds.training.checkpoint.manifest import (
     BEST,
     MANIFEST,
@@ -40,7 +46,7 @@ from w2r2_ds.training.checkpoint.manifest import (
     write_pointer,
 )
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
-from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
+from w2r2_ds.training.fault_tolerance.exit_codes import RetryableError
 from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
 from w2r2_ds.utils.rng import reseed, rng_state, set_rng_state
 
@@ -67,7 +73,7 @@ class StartPoint:
     highest: Path | None = None
 
     @property
-    def universal(self) -> bool:
+    def needs_conversion(self) -> bool:
         """Whether the number of ranks has changed, so that the shards must be converted."""
         return self.checkpoint is not None and self.world_size != dist.get_world_size()
 
@@ -78,10 +84,10 @@ def find_start(config: RunConfig) -> StartPoint:
     Nothing is changed on disk: later checks may still stop the run.
 
     Raises:
-        ValueError: there are checkpoints but `resume` is none, none is complete, one contains code, or a rank cannot
-            read its files (a path that is not shared between machines).
+        ValueError: `resume` is ``none`` but checkpoints exist; no checkpoint is complete; a file contains pickled code; or
+            a rank cannot read the files (a path that is not shared between machines).
     """
-    # Rank 0 reads and hashes every file; the others compare sizes, which shows that they have the same folder.
+    # Rank 0 reads and hashes every file; the others compare sizes, which shows that they see the same folder.
     start = on_rank_zero(lambda: _find_start(config))
     with raise_on_all_ranks():
         if start.checkpoint is not None and (problem := verify(start.checkpoint, deep=False)) is not None:
@@ -93,18 +99,20 @@ def _find_start(config: RunConfig) -> StartPoint:
     if not has_checkpoint(config.out):
         return StartPoint()
     if config.resume == "none":
-        raise ValueError(f"{config.out} already holds checkpoints; give --resume auto to continue, or another --out.")
+        raise ValueError(
+            f"{config.out} already holds checkpoints; pass --resume auto to continue, or use another --out."
+        )
     newest, damaged = newest_complete(config.out)
     if newest is None:
         first = next(iter(damaged.values()), f"{config.out}/checkpoints holds no step folder.")
-        raise ValueError(f"no checkpoint of {config.out} is complete; give another --out, or restore one: {first}")
+        raise ValueError(f"no checkpoint of {config.out} is complete; use another --out, or restore one: {first}")
     for problem in damaged.values():
         logger.warning("%s Resuming from %s instead.", problem, newest.name)
     # Before anything is loaded: the shards and random states are pickles.
-    check_no_code(*sorted(newest.rglob("*.pt")))
+    check_safe_pickles(*sorted(newest.rglob("*.pt")))
     saved = read_manifest(newest)
     start = StartPoint(newest, int(saved["world_size"]), damaged, next(iter([*damaged, newest])))
-    if start.universal and saved.get("zero_stage") == 0:
+    if start.needs_conversion and saved.get("zero_stage") == 0:
         raise ValueError(
             f"{newest} was written by {start.world_size} rank(s) without ZeRO, which DeepSpeed cannot convert for "
             f"{dist.get_world_size()}; start as many ranks as before."
@@ -117,24 +125,24 @@ def take_over(config: RunConfig, start: StartPoint) -> OwnershipToken:
 
     Raises:
         ValueError: the run's folder cannot be written.
-        Unreachable: since `find_start`, an older start that still runs has saved a newer checkpoint. On the other ranks
-            a RuntimeError.
+        RetryableError: since `find_start`, an older process of this run has saved a newer checkpoint. Other ranks raise
+            RuntimeError.
     """
 
     def claim() -> OwnershipToken:
         try:
-            # Claim first, then search for a newer checkpoint: after the claim, an older start stops at its next check.
+            # Claim first, then search for a newer checkpoint: an older process stops at its next check after it.
             token = OwnershipToken.claim(config.out)
             if next(iter(step_folders(config.out).values()), None) != start.highest:
-                raise Unreachable(
-                    f"another start of {config.out} has saved a checkpoint while this one loaded; this one ends, and "
-                    "the same command resumes from that checkpoint."
+                raise RetryableError(
+                    f"another process of the run {config.out} has saved a checkpoint while this one loaded; "
+                    "this one ends, and the same command resumes from that checkpoint."
                 )
             for path in start.damaged:
                 logger.info("%s is kept as %s", path, rename_damaged(path).name)
         except OSError as error:
             raise ValueError(
-                f"{error.filename}: cannot be written ({error.strerror}); free disk space, or give another --out."
+                f"{error.filename}: cannot be written ({error.strerror}); free disk space, or use another --out."
             ) from None
         return token
 
@@ -142,7 +150,7 @@ def take_over(config: RunConfig, start: StartPoint) -> OwnershipToken:
 
 
 def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: Sequence[str]) -> int:
-    """Load weights, optimizer, schedule and random state; returns the optimizer steps done. Collective.
+    """Load weights, optimizer, schedule and random state; return the number of completed optimizer steps. Collective.
 
     Raises:
         ValueError: the checkpoint is of another model, run or ZeRO stage.
@@ -162,7 +170,7 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
         )
     engine.checkpoint_engine = SafeCheckpointEngine()
     # Not strict: shards hold trained tensors only; the frozen weights are loaded already.
-    if not start.universal:
+    if not start.needs_conversion:
         with safe_loading():
             engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
     else:
@@ -188,18 +196,18 @@ def converted(path: Path) -> Iterator[Path]:
     folder = on_rank_zero(lambda: _convert(path))
     yield folder
     # Not in a `finally`: a rank that failed would wait in this barrier while the others wait elsewhere. After a failure
-    # the next start removes the folder (`OwnershipToken.remove_partial`).
+    # the next launch removes the folder (`OwnershipToken.remove_partial`).
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _convert(path: Path) -> Path:
-    """Run DeepSpeed's converter (deepspeed/checkpoint/ds_to_universal.py) in this process; returns its folder."""
+    """Convert the shards to DeepSpeed's universal format, in a temporary folder beside the checkpoint."""
     from deepspeed.checkpoint.ds_to_universal import main
 
     shards = path / ENGINE
-    # A random name: an older start that still runs must not remove it.
+    # A random name: an older process of this run must not remove it.
     folder = path.with_name(f"{path.name}.universal.{secrets.token_hex(4)}{PARTIAL}")
     options = SimpleNamespace(
         input_folder=str(shards),

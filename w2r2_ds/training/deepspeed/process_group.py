@@ -62,13 +62,13 @@ def init_process_group(hang_seconds: float = 0.0) -> None:
 
     Raises:
         ValueError: the master port is taken (without Slurm); or see `use_private_extensions_dir`.
-        Unreachable: the ranks cannot connect. Under Slurm also if the port is taken: a requeued job has another port.
+        RetryableError: the ranks cannot connect. Also if the port is taken under Slurm: a requeued job has another.
     """
     import deepspeed
     import torch
     from torch.distributed import DistError
 
-    from w2r2_ds.training.fault_tolerance.exit_codes import Unreachable
+    from w2r2_ds.training.fault_tolerance.exit_codes import RetryableError
 
     if "RANK" not in os.environ:
         # Started without a launcher; port 0 lets the system choose a free one, so that several runs fit on a machine.
@@ -87,7 +87,7 @@ def init_process_group(hang_seconds: float = 0.0) -> None:
                 f"port {port} of this machine is taken, probably by another run; start this one with its own port: "
                 f"deepspeed --master_port {free_port()} launchers/train.py ..."
             ) from None
-        raise Unreachable(
+        raise RetryableError(
             f"the ranks cannot connect to {address}, port {port} ({' '.join(str(error).split())}); check the "
             "launcher's --master_addr and --master_port."
         ) from error

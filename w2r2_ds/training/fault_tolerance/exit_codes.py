@@ -19,5 +19,5 @@ TERMINATED = 143
 value is 128 + 15, as a shell reports it."""
 
 
-class Unreachable(RuntimeError):
+class RetryableError(RuntimeError):
     """The network or another process of this run prevents training; ends the process with `LOST`."""
