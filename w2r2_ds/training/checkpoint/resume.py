@@ -84,8 +84,8 @@ def find_start(config: RunConfig) -> StartPoint:
     Nothing is changed on disk: later checks may still stop the run.
 
     Raises:
-        ValueError: `resume` is ``none`` but checkpoints exist; no checkpoint is complete; a file contains pickled code; or
-            a rank cannot read the files (a path that is not shared between machines).
+        ValueError: `resume` is ``none`` but checkpoints exist; no checkpoint is complete; a file contains pickled
+            code; or a rank cannot read the files (a path that is not shared between machines).
     """
     # Rank 0 reads and hashes every file; the others compare sizes, which shows that they see the same folder.
     start = on_rank_zero(lambda: _find_start(config))
