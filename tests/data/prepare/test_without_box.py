@@ -98,13 +98,13 @@ def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(preparing, "prepare_scene", outcomes)
     write_annotations(scenes, [entry(), {**entry(98, "wall", 3), "scene_id": SECOND}])
     for _ in range(2):
-        with pytest.raises(ValueError, match="1 annotations do not belong"):
+        with pytest.raises(ValueError, match="1 annotations refer to objects"):
             prepare(scenes, DEPTH, scenes / "out", quiet=True)
     assert worked == [SCENE, SECOND, SECOND], "the scene that is right is kept"
     monkeypatch.setattr(preparing, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
-    with pytest.raises(ValueError, match="1 annotations do not belong"):
+    with pytest.raises(ValueError, match="1 annotations refer to objects"):
         prepare(scenes, DEPTH, scenes / "out", quiet=True)
     assert worked[3:] == [SECOND, SECOND], "a shard with skipped items is not complete for every preparation"
     monkeypatch.undo()
