@@ -44,7 +44,7 @@ def measure(candidate: Candidate, inputs: tuple[Tensor, ...], rounds: int, where
 
     Args:
         candidate: the kernel and its reference.
-        inputs: of one of its cases; the shapes of the first and the last one are in the table.
+        inputs: inputs of one of its cases; the shapes of the first and the last one are in the table.
         rounds: number of runs of the kernel and of the reference.
         where: the shape, for the report.
         report: gets the rows.

@@ -21,7 +21,7 @@ def aabb_iou(first: Sequence[float], second: Sequence[float], dtype: type[np.flo
 
     Args:
         first, second: the boxes.
-        dtype: of the arithmetic; corners are computed in float64 and then narrowed to it, as Scan2Cap does.
+        dtype: arithmetic precision; corners are computed in float64 and then narrowed to it, as Scan2Cap does.
 
     Raises:
         ValueError: not six finite numbers.

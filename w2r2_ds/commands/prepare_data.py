@@ -56,7 +56,7 @@ def prepare_task(
     Args:
         task: name of a registered task.
         root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        splits: of the annotations, e.g. [train,val]; ScanQA also has test_w_obj and test_wo_obj, without answers.
+        splits: annotation splits, e.g. [train,val]; ScanQA also has test_w_obj and test_wo_obj, without answers.
         format: prompt and answer format: vgllm (positions in a frame's camera) or video3dllm (positions in the world);
             the task's first one if empty.
         frames: frame selection.
@@ -69,7 +69,7 @@ def prepare_task(
         step: difference of the numbers of neighbouring frames; 10 if every tenth image was extracted.
         windows: samples per scene in validation, drawn at random; 0 for all.
         train_windows: samples per scene in training, drawn at random; 0 for all.
-        seed: of the draw.
+        seed: random seed of the draw.
         out: folder of the folders of the splits; ROOT/prepared/TASK if empty.
         workers: processes; 0 means one per available core.
         skip_broken_scenes: skip and list scenes with missing or malformed files, instead of an error.

@@ -132,7 +132,7 @@ class ModelConfig:
         lora_rank: rank of the LoRA update of the language model's seven projections.
         lora_alpha: LoRA scale is lora_alpha / lora_rank.
         lora_dropout: dropout in the LoRA branch, in the fused pass only.
-        dtype: of weights and activations; auto is bfloat16 on a GPU and float32 otherwise.
+        dtype: dtype of weights and activations; auto is bfloat16 on a GPU and float32 otherwise.
         attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
             flash_attention_2 on a GPU in bfloat16 if flash_attn is installed, otherwise sdpa.
         kernels: torch, or triton with own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto compares every

@@ -164,7 +164,7 @@ def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
     Args:
         path: the adapter.
         config: with the paths of the base models.
-        device: of the result.
+        device: device of the result.
 
     Raises:
         ValueError: a file is missing or broken, or does not have exactly the tensors of this model.

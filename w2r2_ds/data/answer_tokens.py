@@ -64,7 +64,7 @@ def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets) -> AnswerToken
     Args:
         kind: kind of the answer.
         answer: its text, without the end of turn.
-        offsets: of all tokens, including the end of turn.
+        offsets: character offsets of all tokens, including the end of turn.
 
     Raises:
         ValueError: the kind is unknown, or a grounding answer does not contain ten numbers or begins with one.

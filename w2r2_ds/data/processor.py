@@ -67,7 +67,7 @@ class Processor:
 
     Args:
         tokenizer: the VLM's tokenizer with its chat template.
-        family: of the VLM; pixel values and the token at which an answer ends.
+        family: VLM family; makes the pixel values and the token at which an answer ends.
         vision: patch sizes, normalisation and token ids of the VLM.
         geometry: patch size of the geometry encoder.
         config: frames, sizes and the form of the visual prompt.

@@ -226,7 +226,7 @@ def make_config(
             of 16, for M-RoPE sections in the ratio 2 : 3 : 3.
         vision: sizes of the vision tower, as in config.json.
         tied: tie the embedding and the LM head.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     """
     token_id = tokenizer.convert_tokens_to_ids
     eighth = text["hidden_size"] // text["num_attention_heads"] // 16

@@ -24,7 +24,7 @@ def run_config(
     """Configuration of a run, a checkpoint or an exported adapter.
 
     Args:
-        path: of the run, checkpoint or adapter.
+        path: path of the run, checkpoint or adapter.
         root: data root on this machine; None for that of training.
         vlm: directory or hub id of the VLM on this machine; None for that of training.
         geometry_path: directory or hub id of the geometry encoder on this machine; None for that of training.

@@ -51,7 +51,7 @@ class PartialAnswers:
     """The answers of an unfinished evaluation.
 
     Args:
-        folder: of the files; created if it is missing.
+        folder: folder of the files; created if it is missing.
         run: plain JSON, everything that the answers depend on.
 
     Raises:

@@ -29,7 +29,7 @@ def pair_scenes(scenes: Sequence[str], seed: int = PAIRING_SEED) -> dict[str, st
 
     Args:
         scenes: at least two different ones; order and repetition do not matter.
-        seed: of the cycle.
+        seed: seed of the cycle.
 
     Raises:
         ValueError: fewer than two different scenes.

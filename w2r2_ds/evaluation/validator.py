@@ -37,9 +37,9 @@ class AnswerValidation:
     """The ``training.validation.Validation`` of ``w2r2 train``.
 
     Args:
-        config: of the run: data.val, train.eval_samples, eval_max_new_tokens, best_by, micro_batch, seed.
+        config: run configuration: data.val, train.eval_samples, eval_max_new_tokens, best_by, micro_batch, seed.
         frontend: tokenizer and vision specification.
-        device: of the model.
+        device: the model's device.
 
     Raises:
         ValueError: there are no samples, a frame file or a text cannot be used, these samples do not have the metric

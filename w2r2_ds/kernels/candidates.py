@@ -32,9 +32,9 @@ class Shapes:
     Attributes:
         hidden: width of the language model.
         intermediate: width inside its MLPs.
-        rank: of LoRA.
-        dropout: of LoRA.
-        dtype: of weights and activations.
+        rank: LoRA rank.
+        dropout: LoRA dropout.
+        dtype: dtype of weights and activations.
         rows: tokens.
     """
 
@@ -51,7 +51,7 @@ class Candidate:
     """A kernel and its reference.
 
     Attributes:
-        name: of the kernel, one of `ALL_KERNELS`.
+        name: kernel name, one of `ALL_KERNELS`.
         kernel: the function under test, of the tensors of a case; returns a tensor or a tuple of tensors.
         reference: the same function in PyTorch.
         cases: each draws one set of inputs; called one at a time, so that only one set is in memory.

@@ -37,7 +37,7 @@ class Measurement:
     """A kernel relative to PyTorch, forward and backward.
 
     Attributes:
-        name: of the kernel.
+        name: kernel name.
         error: largest relative error of outputs and gradients over all cases; NaN if a value is not finite.
         tolerance: largest accepted error.
         torch_seconds: sum over the cases, of the reference.
@@ -68,8 +68,8 @@ def select_kernels(name: str, shapes: Shapes, device: torch.device) -> Kernels:
 
     Args:
         name: torch, triton or auto.
-        shapes: of the run.
-        device: of the model.
+        shapes: the run's shapes.
+        device: the model's device.
 
     Raises:
         ValueError: a rank cannot run the kernels that are configured or were chosen.

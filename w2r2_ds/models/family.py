@@ -56,7 +56,7 @@ class VlmFamily(ABC):
         """Sizes and token ids from config.json and preprocessor_config.json.
 
         Args:
-            config: of the VLM.
+            config: VLM configuration.
             preprocessor: the fields of `where`.
             where: path of preprocessor_config.json, for messages.
 
@@ -185,7 +185,7 @@ class VlmFamily(ABC):
             prompts: left-padded.
             visuals: kind and grids of the frames.
             visual: vision output of the prompts' images, fused or not.
-            tokenizer: of the VLM.
+            tokenizer: the VLM's tokenizer.
             max_new_tokens: longest answer.
             video_fps: nominal frame rate of videos.
             synced: make as many forward passes as the slowest rank (several ranks under ZeRO-3).
@@ -205,7 +205,7 @@ class VlmFamily(ABC):
 
         Args:
             vlm: on any device, the meta device too.
-            tokens: of all sequences.
+            tokens: number of tokens of all sequences.
             pairs: pairs of tokens in a layer's attention, see `flops.tokens_and_pairs`.
             rows: tokens for which the last layer is computed, as in `row_states`; None for all.
             row_pairs: pairs of such a token and a token that it attends to.

@@ -25,8 +25,8 @@ class Work:
     """FLOPs of a pass.
 
     Attributes:
-        forward: of the forward pass.
-        both: of the forward and the backward pass.
+        forward: FLOPs of the forward pass.
+        both: FLOPs of the forward and the backward pass.
     """
 
     forward: float = 0.0

@@ -184,8 +184,8 @@ def position_embeddings(sizes: Sequence[int], width: int, device: torch.device |
 
     Args:
         sizes: tokens of every image.
-        width: of an embedding; even, half sines and half cosines.
-        device: of the result.
+        width: embedding width; even, half sines and half cosines.
+        device: device of the result.
 
     Returns:
         ``[sum(sizes), width]`` float32.

@@ -20,7 +20,7 @@ def mask_images(
         images: ``[tokens, hidden]`` each, sample by sample.
         owners: id and number of images of every sample.
         share: fraction of the tokens to mask.
-        seed: of the run.
+        seed: the run's seed.
         step: optimizer step; a sample has other masks in every epoch.
     """
     masked: list[torch.Tensor] = []

@@ -41,7 +41,7 @@ class Scorer:
 
     Attributes:
         tables: what a token means inside a number, on the model's device.
-        tokenizer: of the VLM.
+        tokenizer: the VLM's tokenizer.
         config: which similarity captions and short answers have.
     """
 

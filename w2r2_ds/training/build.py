@@ -63,10 +63,10 @@ class Run:
     """Everything the training loop needs.
 
     Attributes:
-        config: of the run.
+        config: run configuration.
         engine: DeepSpeed's engine around `W2R2Step`.
         loader: micro-batches of this rank, from step `start` on.
-        device: of this rank.
+        device: this rank's device.
         accumulation: micro-batches per optimizer step.
         start: optimizer steps done before.
         groups: trained parameters by group.
@@ -100,11 +100,11 @@ class Inputs:
     """Checked inputs of a run, before weights are loaded.
 
     Attributes:
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
         ds_config: the resolved DeepSpeed configuration.
         frontend: tokenizer, vision sizes and feature cache.
         samples: the training mixture.
-        device: of this rank.
+        device: this rank's device.
         validation: None if validation is off.
     """
 

@@ -27,7 +27,7 @@ class DecodeGap:
         samples: the training split.
         frontend: tokenizer and vision sizes.
         config: `objective.decode_gap_samples`, `train.seed`, `train.micro_batch`.
-        device: of the model.
+        device: the model's device.
     """
 
     def __init__(

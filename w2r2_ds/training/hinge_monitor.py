@@ -22,8 +22,8 @@ class HingeMonitor:
 
     Args:
         start: optimizer steps done before.
-        config: of the run.
-        push_term: of the run; not watched if h does not gate it or lambda_det is 0.
+        config: run configuration.
+        push_term: the run's push term; not watched if h does not gate it or lambda_det is 0.
     """
 
     def __init__(self, start: int, config: RunConfig, push_term: PushTerm) -> None:

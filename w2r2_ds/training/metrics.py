@@ -35,7 +35,7 @@ class MetricsLogger:
         run_dir: folder of the run; metrics.jsonl in it is appended to.
         total_steps: optimizer steps of the whole run.
         trackers: names in `TRACKERS`.
-        rank: of this process.
+        rank: rank of this process.
 
     Raises:
         ValueError: a tracker is unknown or its package is not installed.

@@ -70,7 +70,7 @@ class Throughput:
         """Metrics of one optimizer step, without a host-device synchronisation.
 
         Args:
-            micro_batches: of this rank, on the CPU.
+            micro_batches: micro-batches of this rank, on the CPU.
             seconds: duration of the step, data loading included.
         """
         world = dist.get_world_size()

@@ -47,7 +47,7 @@ def train(
     """Train until the last step or until a signal asks to stop. Every rank calls it, after `init_process_group`.
 
     Args:
-        config: of the run.
+        config: run configuration.
         ds_path: the DeepSpeed JSON.
         make_validation: called if `train.eval_every` is set.
         signals: an entered `StopSignals`; by default signals keep their usual effect.
@@ -131,7 +131,7 @@ class Saves:
     """Saves checkpoints and remembers the newest one.
 
     Attributes:
-        step: of the newest checkpoint, or the step that the run started from.
+        step: step of the newest checkpoint, or the step that the run started from.
         checkpoint: its folder; None if there is none.
     """
 

@@ -57,7 +57,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
     Collective: every rank calls it, inside `utils.distributed.gloo_process_group`.
 
     Args:
-        config: of the run that will use the cache.
+        config: configuration of the run that will use the cache.
         splits: train, val or both.
         dry_run: only print the number and the size of missing files.
         ranks: the ranks that share the work.

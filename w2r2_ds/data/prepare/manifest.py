@@ -84,7 +84,7 @@ def counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str
     """Counts of the manifest. The published number of items is compared with that of the annotations.
 
     Args:
-        plan: of the preparation.
+        plan: preparation plan.
         samples: number of samples.
         scenes: number of prepared scenes.
         without_pose: number of their frames without a valid pose.

@@ -20,7 +20,7 @@ class Plan:
 
     Attributes:
         root: data root.
-        options: of the task.
+        options: task options.
         jobs: in the order in which the annotations first name the scenes.
         files: the task's input files, besides the scenes.
     """

@@ -22,7 +22,7 @@ class Missing:
     """A missing, truncated or unreadable input file.
 
     Attributes:
-        path: of the file or folder.
+        path: path of the file or folder.
         problem: what is wrong with it.
         origin: where to download it.
     """

@@ -61,7 +61,7 @@ def validate(adapter: TypeAdapter[_T], value: Any, where: Path | str, counted: b
     """Validate decoded content.
 
     Args:
-        adapter: of the expected type.
+        adapter: pydantic adapter of the expected type.
         value: decoded JSON or pickle.
         where: file, perhaps with the part of it; begins every message.
         counted: `value` is a list of entries, which the message counts from 1.

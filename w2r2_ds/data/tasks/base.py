@@ -34,7 +34,7 @@ class TaskOptions:
 
     Attributes:
         task: name of a registered task.
-        split: of the annotations.
+        split: annotation split.
         format: prompt and answer format, one of ``Task.formats``.
         frames: frame selection; detection uses only count and seed.
         rolls: ScanRefer: training samples per description, each with other frames.
@@ -115,7 +115,7 @@ class SkippedItem:
     """An annotation without a sample; a line of skipped.jsonl.
 
     Attributes:
-        id: of the sample, or of the annotation if none of its samples could be made.
+        id: sample id, or annotation id if none of its samples could be made.
         reason: one of the constants above.
         where: file and entry of the annotation.
         detail: message of the error, if there is one.
@@ -152,7 +152,7 @@ class Task(ABC):
     Attributes:
         name: used on the command line, in manifests and in samples.
         formats: prompt and answer formats, by the project that they are from; the first is the default.
-        splits: of the annotations.
+        splits: annotation splits.
         published: split -> number of items in the complete annotation file, if known.
         cli_options: options of ``w2r2 prepare NAME`` besides those of all tasks, a subset of
             ``commands.prepare_data.TASK_OPTIONS``.
@@ -252,7 +252,7 @@ class Task(ABC):
 
         Args:
             jobs: all scenes of the split.
-            options: of the task.
+            options: task options.
             frames: number of images of these scenes.
         """
         return self.count(jobs, options)

@@ -61,7 +61,7 @@ class Scan2CapRules:
         candidate: caption -> the string that is scored.
         placeholder: string of a caption that is missing or whose IoU is too small.
         passes: whether an IoU is large enough for a k.
-        precision: of the IoU arithmetic.
+        precision: dtype of the IoU arithmetic.
         tokenizer: applied to both sides last.
         reference_words: whether `reference` needs ``DescribedObject.tokens``.
         caption_words: whether `candidate` needs ``Caption.tokens``.

@@ -49,7 +49,7 @@ class WindowInputs(TowerInputs):
         """Keyword arguments of the vision tower's forward.
 
         Args:
-            config: of the vision tower.
+            config: configuration of the vision tower.
         """
         # Flash attention's kernel reads the segments on the device. All other implementations loop over them in Python.
         flash = is_flash_attention_requested(config)

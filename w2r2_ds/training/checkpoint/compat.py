@@ -54,7 +54,7 @@ def check_same_data(path: Path, config: RunConfig, data: Sequence[str]) -> None:
 
     Args:
         path: the checkpoint.
-        config: of the run.
+        config: run configuration.
         data: digests of the training sets, in the order of `data.train`.
     """
     for source, mine, theirs in zip(config.data.train, data, read_manifest(path)["data"], strict=True):

@@ -65,7 +65,7 @@ class CheckpointInfo:
 
     Attributes:
         step: optimizer steps done.
-        metrics: of that step.
+        metrics: metrics of that step.
         data: digests of the training sets (`data.loader.digests`).
         best: if this is the best validation so far, its metric and value; then `best` is updated too.
     """

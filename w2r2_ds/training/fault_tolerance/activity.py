@@ -37,7 +37,7 @@ class Activity:
         """Record, from now on, each forward of a module and its descendants, down to the blocks of its towers.
 
         Args:
-            name: of the root, the prefix of all names.
+            name: name of the root, the prefix of all names.
             root: a module, or an object with modules as attributes, such as a geometry encoder.
         """
         if not isinstance(root, nn.Module):

@@ -105,7 +105,7 @@ class HangDetector:
         """Evaluate new heartbeats; None while the run is healthy.
 
         Args:
-            states: of all ranks.
+            states: states of all ranks.
             now: seconds of a monotonic clock.
         """
         passed = 0.0 if self._last is None else min(now - self._last, 2 * self.limits.beat)
