@@ -89,7 +89,7 @@ def test_everything_is_a_sample_or_is_written_down(scenes: Path) -> None:
     done = prepare(scenes, options, scenes / "out", quiet=True)
     dropped = lines(done.folder)
     assert [(each["id"], each["reason"]) for each in dropped] == [(f"{SCENE}|3|lamp|6", "no_instance_match")]
-    assert dropped[0]["where"].endswith("train.json: entry 7")
+    assert dropped[0]["location"].endswith("train.json: entry 7")
     assert len(PreparedSet(done.folder, scenes)) == 2 * 6
 
 
@@ -281,7 +281,7 @@ def test_broken_scenes_can_be_left_out(damaged: Path, monkeypatch: pytest.Monkey
     dropped = lines(done.folder)
     assert [each["id"].split("|")[0] for each in dropped] == [SECOND, THIRD, SECOND, THIRD, SCENE]
     assert "has no frame with a valid pose" in dropped[0]["detail"]
-    assert dropped[0]["where"].endswith("train.json: entry 1")
+    assert dropped[0]["location"].endswith("train.json: entry 1")
 
 
 def test_more_than_ten_problems_are_counted(root: Path) -> None:

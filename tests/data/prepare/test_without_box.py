@@ -66,7 +66,7 @@ def test_they_are_left_out_counted_and_recorded(
     records = dropped(done.folder)
     assert [each["id"] for each in records] == [name for name, _ in left_out]
     for each, (name, number) in zip(records, left_out, strict=True):
-        assert each["where"].endswith(f"entry {number}") and each["reason"] == "no_box"
+        assert each["location"].endswith(f"entry {number}") and each["reason"] == "no_box"
         scene = name.split("|")[0] if "|" in name else SCENE
         assert each["detail"] == f"its object has no box in {scene}_aligned_bbox.npy"
     assert f"{len(left_out)} no_box" in summary(done.folder, done.manifest, False)

@@ -44,7 +44,7 @@ def test_a_description(tmp_path: Path) -> None:
         "2",
     )
     assert (first.text, first.words) == ("The Red Chair.", ("the", "red", "chair."))
-    assert first.where == f"{path}: entry 1"
+    assert first.location == f"{path}: entry 1"
     assert first.key == "scene0000_00|39|office_chair|2"
     assert (second.object_id, second.ann_id) == (4, "7")
 
@@ -112,7 +112,7 @@ def test_a_question(tmp_path: Path) -> None:
     (first,) = read_scanqa(path)
     assert (first.scene_id, first.question_id, first.text) == ("scene0000_00", "train-scene0000-0", "What is it?")
     assert (first.answers, first.object_ids, first.object_names) == (("brown", "dark brown"), (8, 9), ("table",))
-    assert first.where == f"{path}: entry 1"
+    assert first.location == f"{path}: entry 1"
 
 
 def test_the_test_splits_have_no_answers(tmp_path: Path) -> None:

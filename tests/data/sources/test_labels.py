@@ -64,7 +64,7 @@ def test_groups_by_both_rules() -> None:
             ann_id="0",
             description="x",
             token=("x",),
-            where="here",
+            location="here",
         )
 
     labels = {

@@ -51,7 +51,7 @@ def test_windows_take_every_third_frame_of_a_run(root: Path) -> None:
     for options in ({"interval": 3, "step": 1}, {"interval": 1, "step": 10}):
         # three frames are too few for 0 and 3; of every tenth frame of ScanNet's 0 and 1 are no neighbours
         (dropped,) = prepared_items(root, "detection", **options)
-        assert (dropped.id, dropped.reason) == (SCENE, "no_window") and SCENE in dropped.where
+        assert (dropped.id, dropped.reason) == (SCENE, "no_window") and SCENE in dropped.location
 
 
 def test_a_seeded_part_of_the_windows(root: Path) -> None:

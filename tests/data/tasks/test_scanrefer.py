@@ -76,7 +76,7 @@ def test_by_infos_an_instance_must_match_and_be_seen(root: Path) -> None:
     made = prepared_items(root, "scanrefer")  # frames 0 and 2; only frame 1 sees the table
     assert reasons(made) == {f"{SCENE}|4|table|1": "no_visible_frame", f"{SCENE}|3|lamp|0": "no_instance_match"}
     assert made[0].answer.startswith('```json\n\t{"frame": 0, "bbox_3d": [1.0, 0.5, 3.0, 0.8, 0.6, 1.0, ')
-    assert [each.where.split(": ")[1] for each in made[1:]] == ["entry 2", "entry 3"]
+    assert [each.location.split(": ")[1] for each in made[1:]] == ["entry 2", "entry 3"]
     whole = prepared_items(root, "scanrefer", count=3)
     assert whole[1].answer.startswith('```json\n\t{"frame": 1, "bbox_3d": [-1.0, 0.5, 2.0, 0.6, 0.6, 0.6, ')
 

@@ -45,7 +45,7 @@ class Description(Record):
         ann_id: number of this description of the object, as in the file.
         text: the sentence.
         words: the sentence as the file tokenises it (field ``token``); words may be empty strings.
-        where: file and entry, for messages.
+        location: file and entry, for messages.
     """
 
     scene_id: SceneId
@@ -54,7 +54,7 @@ class Description(Record):
     ann_id: Annotated[str, BeforeValidator(lambda value: str(number_or_digits(value)))]
     text: Text = Field(alias="description")
     words: tuple[str, ...] = Field(alias="token", min_length=1)
-    where: str = ""
+    location: str = ""
 
     object_field: ClassVar[str] = "object_id"
 
@@ -79,7 +79,7 @@ class Question(Record):
         answers: all reference answers; empty in ScanQA's test splits.
         object_ids: instances that the question is about; empty in ScanQA's test split without objects.
         object_names: their names.
-        where: file and entry, for messages.
+        location: file and entry, for messages.
     """
 
     scene_id: SceneId
@@ -88,7 +88,7 @@ class Question(Record):
     answers: tuple[Text, ...] = Field((), min_length=1)
     object_ids: tuple[Number, ...] = ()
     object_names: tuple[Text, ...] = Field((), min_length=1)
-    where: str = ""
+    location: str = ""
 
     object_field: ClassVar[str] = "object_ids"
 
@@ -148,7 +148,7 @@ def _read(path: Path | str, expected: str, adapter: TypeAdapter[Any]) -> list[An
     entries = validate(adapter, read_json(path, expected), path, counted=True)
     if not entries:
         raise ValueError(f"{path} holds an empty list; copy the file again.")
-    return [each.model_copy(update={"where": f"{path}: entry {i}"}) for i, each in enumerate(entries, start=1)]
+    return [each.model_copy(update={"location": f"{path}: entry {i}"}) for i, each in enumerate(entries, start=1)]
 
 
 def _check_unique(path: Path | str, keys: Sequence[Hashable], fields: str) -> None:

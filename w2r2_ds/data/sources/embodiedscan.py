@@ -190,18 +190,18 @@ def read_infos(path: Path | str) -> Infos:
             problems.append(f"{path}: data_list[{index}]: field 'sample_idx' is missing")
             continue
         source, _, scene_id = sample.partition("/")
-        where = f"{path}: {one_line(sample)}"
+        location = f"{path}: {one_line(sample)}"
         if source != SCANNET:
             infos.skipped[source] = infos.skipped.get(source, 0) + 1
         elif scene_id in infos:
-            problems.append(f"{where}: field 'sample_idx' occurs twice; remove one of the two scenes")
+            problems.append(f"{location}: field 'sample_idx' occurs twice; remove one of the two scenes")
         else:
             try:
                 infos[scene_id] = _scan_info(check_scene_id(scene_id), _Scene.model_validate(entry), labels)
             except ValidationError as error:
-                problems += describe(error, where)
+                problems += describe(error, location)
             except ValueError as error:
-                problems.append(f"{where}: {error}")
+                problems.append(f"{location}: {error}")
     raise_problems(path, problems)
     if not infos:
         raise ValueError(f"{path} holds no ScanNet scene (others: {infos.skipped}); it must be {SOURCE}")

@@ -90,7 +90,7 @@ class Item(Protocol):
         """Id, unique in the annotation file."""
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """File and entry, for messages."""
 
     @property
@@ -117,13 +117,13 @@ class SkippedItem:
     Attributes:
         id: sample id, or annotation id if none of its samples could be made.
         reason: one of the constants above.
-        where: file and entry of the annotation.
+        location: file and entry of the annotation.
         detail: message of the error, if there is one.
     """
 
     id: str
     reason: str
-    where: str
+    location: str
     detail: str = ""
 
 
@@ -214,7 +214,7 @@ class Task(ABC):
 
     def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
         """Number, id, and file and entry of every item of a scene."""
-        return [(number, each.key, each.where) for number, each in job.items]
+        return [(number, each.key, each.location) for number, each in job.items]
 
     def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
         """One job per scene, in the order in which the annotations first name the scenes."""
@@ -294,7 +294,7 @@ def by_scene(items: Sequence[Item]) -> dict[str, tuple[tuple[int, Any], ...]]:
 def check_objects(scene: Scene, job: Job) -> None:
     """Raise ``AnnotationMismatch`` with all items about objects that the scene does not have."""
     messages = [
-        f"{item.where}: field {item.object_field!r} is {number}, which scene {scene.scene_id} does not have in "
+        f"{item.location}: field {item.object_field!r} is {number}, which scene {scene.scene_id} does not have in "
         f"{scene.scene_id}_aligned_bbox.npy; use the annotations that belong to these scans, and boxes of "
         "launchers/prepare.py boxes (ScanRefer's own lack walls, floors, ceilings and unlabelled objects)"
         for _, item in job.items

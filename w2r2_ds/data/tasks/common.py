@@ -197,9 +197,9 @@ def frames_or_skip(
     """Positions of a sample's frames. If the options use visibility, one of them shows the object."""
     visible = visibility.get(description.object_id)
     if visible is not None and visible.box is None:
-        return SkippedItem(key, NO_INSTANCE_MATCH, description.where)
+        return SkippedItem(key, NO_INSTANCE_MATCH, description.location)
     chosen = select_frames(options.frames, scene, key, None if visible is None else visible.frames)
-    return SkippedItem(key, NO_VISIBLE_FRAME, description.where) if chosen is None else chosen
+    return SkippedItem(key, NO_VISIBLE_FRAME, description.location) if chosen is None else chosen
 
 
 def _compute_visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[int, ObjectVisibility]:

@@ -94,7 +94,7 @@ def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems
     for key, members in objects.items():
         number, description = members[0]
         if proposed and (job.proposals is None or not len(job.proposals)):
-            prepared.append((number, SkippedItem(key, NO_PROPOSAL, description.where)))
+            prepared.append((number, SkippedItem(key, NO_PROPOSAL, description.location)))
             continue
         references = tuple(Reference(each.text, each.words) for _, each in members)
         prepared.append((number, _sample(scene, job, description, options, visibility, key, references)))
@@ -153,7 +153,7 @@ class Scan2Cap(DescriptionTask):
             return super().items(job, options)
         first: dict[str, tuple[int, str, str]] = {}
         for number, each in job.items:
-            first.setdefault(object_key(each), (number, object_key(each), each.where))
+            first.setdefault(object_key(each), (number, object_key(each), each.location))
         return list(first.values())
 
     def uses_visibility(self, options: TaskOptions) -> bool:

@@ -135,7 +135,7 @@ def _camera_samples(
 ) -> Iterator[PreparedItem]:
     training = options.split == "train"
     if training and visible.box is None:
-        yield SkippedItem(description.key, NO_INSTANCE_MATCH, description.where)
+        yield SkippedItem(description.key, NO_INSTANCE_MATCH, description.location)
         return
     rolls = options.rolls if training else 1
     for roll in range(rolls):
@@ -146,7 +146,7 @@ def _camera_samples(
             seeing = [position for position in chosen if position in visible.frames]
             best = clearest_frame(scene.frames, seeing, visible.box, scene.intrinsic, size)
         if chosen is None or (training and best is None):
-            yield SkippedItem(key, NO_VISIBLE_FRAME, description.where)
+            yield SkippedItem(key, NO_VISIBLE_FRAME, description.location)
             continue
         answer = ""
         if best is not None:
