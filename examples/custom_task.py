@@ -29,7 +29,7 @@ class Count(Record):
     scene_id: SceneId
     name: Name
     count: Number
-    where: str = ""
+    location: str = ""
     object_ids: tuple[int, ...] = ()
 
     @property
