@@ -50,11 +50,11 @@ def test_prompt_is_the_training_sequence_without_its_answer(
 ) -> None:
     processor = make_processor(frontend, data_config())
     training, prompt = (processor(samples[2], with_answer) for with_answer in (True, False))
-    count = training.answer_tokens
+    count = training.num_answer_tokens
     assert torch.equal(training.input_ids[:-count], prompt.input_ids)
     assert text_of(frontend, training.input_ids[-count:]) == samples[2].answer + "<|im_end|>"
-    assert training.digit_tokens is not None and len(training.digit_tokens.where) == count
-    assert prompt.answer_tokens == 0 and prompt.digit_tokens is None
+    assert training.answer_tokens is not None and len(training.answer_tokens.where) == count
+    assert prompt.num_answer_tokens == 0 and prompt.answer_tokens is None
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -98,9 +98,9 @@ def test_no_what_where_nothing_is_meant(
     for sample in (caption_sample, answer_sample):
         features = make_processor(frontend, data_config())(sample, with_answer=True)
         assert features.what.dtype == torch.bool and not features.what.any()
-        assert features.digit_tokens is not None
-        assert features.digit_tokens.where.tolist() == [True] * (features.answer_tokens - 1) + [False]
-        assert text_of(frontend, features.input_ids[-features.answer_tokens :]) == sample.answer + "<|im_end|>"
+        assert features.answer_tokens is not None
+        assert features.answer_tokens.where.tolist() == [True] * (features.num_answer_tokens - 1) + [False]
+        assert text_of(frontend, features.input_ids[-features.num_answer_tokens :]) == sample.answer + "<|im_end|>"
 
 
 @pytest.mark.parametrize("what", [(-1, 2), (3, 2), (0, 10_000)])

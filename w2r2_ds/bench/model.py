@@ -131,10 +131,10 @@ class Subject:
                     sample=sample,
                     input_ids=ids,
                     token_types=types,
-                    answer_tokens=shape.answer_tokens,
+                    num_answer_tokens=shape.answer_tokens,
                     visual=VisualInputs(patches.to(dtype), grid_thw, torch.from_numpy(images)),
                     what=torch.zeros(len(ids), dtype=torch.bool),
-                    digit_tokens=find_answer_tokens("grounding", answer, [*offsets["offset_mapping"], end]),
+                    answer_tokens=find_answer_tokens("grounding", answer, [*offsets["offset_mapping"], end]),
                 )
             )
         return made

@@ -22,7 +22,7 @@ def description_positions(features: Sequence[Features], placements: Sequence[Tok
 
 def answer_positions(features: Sequence[Features], placements: Sequence[TokenPlacement]) -> AnswerPositions:
     """Concatenate the answers of all samples; digit tokens become indices into the concatenation."""
-    answers = [feature.digit_tokens for feature in features if feature.digit_tokens is not None]
+    answers = [feature.answer_tokens for feature in features if feature.answer_tokens is not None]
     assert len(answers) == len(features), "training features carry answers"
     width = max([1, *(len(tokens) for answer in answers for tokens in answer.digits)])
     digit = torch.full((len(features), NUMBERS, width), -1, dtype=torch.int64)
@@ -31,7 +31,7 @@ def answer_positions(features: Sequence[Features], placements: Sequence[TokenPla
     position, label, where = [], [], []
     begin = 0  # of this sample's answer in the concatenation
     for index, (feature, answer) in enumerate(zip(features, answers, strict=True)):
-        length, count = len(feature.input_ids), feature.answer_tokens
+        length, count = len(feature.input_ids), feature.num_answer_tokens
         # The answer and its end of turn are the last `count` tokens; each is predicted one position before it.
         position.append(placements[index].at(torch.arange(length - count - 1, length - 1)))
         label.append(feature.input_ids[length - count :])
@@ -42,7 +42,7 @@ def answer_positions(features: Sequence[Features], placements: Sequence[TokenPla
             digit[index, number, : len(tokens)] = torch.tensor(tokens) + begin
             place_value[index, number, : len(tokens)] = torch.tensor(values, dtype=torch.float64)
         begin += count
-    sample, sequence = _sample_and_sequence([feature.answer_tokens for feature in features], placements)
+    sample, sequence = _sample_and_sequence([feature.num_answer_tokens for feature in features], placements)
     return AnswerPositions(
         sample, sequence, torch.cat(position), torch.cat(label), torch.cat(where), digit, place_value, sign
     )

@@ -235,9 +235,9 @@ def _packed(groups: Sequence[Group], features: Sequence[Features]) -> Tokens:
 
 
 def _without_answer(feature: Features) -> Features:
-    count = len(feature.input_ids) - feature.answer_tokens
+    count = len(feature.input_ids) - feature.num_answer_tokens
     return dataclasses.replace(
-        feature, input_ids=feature.input_ids[:count], token_types=feature.token_types[:count], answer_tokens=0
+        feature, input_ids=feature.input_ids[:count], token_types=feature.token_types[:count], num_answer_tokens=0
     )
 
 

@@ -78,7 +78,7 @@ def _shared_prefix(features: Sequence[Features]) -> int:
         return len(first.input_ids)
     # The last token of a prompt predicts the first token of the answer. It stays in the suffix, also if the prompts
     # are equal, so that the positions of every answer are those of one sample.
-    count = min(len(feature.input_ids) - feature.answer_tokens for feature in features) - 1
+    count = min(len(feature.input_ids) - feature.num_answer_tokens for feature in features) - 1
     for feature in others:
         differs = (feature.input_ids[:count] != first.input_ids[:count]).nonzero()
         count = int(differs[0]) if len(differs) else count

@@ -47,19 +47,19 @@ class Features:
         sample: the sample.
         input_ids: ``[tokens]`` int64, the prompt; for training also the answer and the end of turn.
         token_types: ``[tokens]`` int64, 0 text, 1 image, 2 video.
-        answer_tokens: number of tokens of the answer and its end of turn, at the end of `input_ids`; 0 without answer.
+        num_answer_tokens: number of answer tokens with the end of turn, at the end of `input_ids`; 0 without answer.
         visual: inputs of both encoders, or their cached features.
         what: ``[tokens]`` bool, *what* tokens: the description in the prompt.
-        digit_tokens: digit tokens of the answer; None without answer.
+        answer_tokens: *where* and digit tokens of the answer; None without answer.
     """
 
     sample: Sample
     input_ids: torch.Tensor
     token_types: torch.Tensor
-    answer_tokens: int
+    num_answer_tokens: int
     visual: VisualInputs
     what: torch.Tensor
-    digit_tokens: AnswerTokens | None
+    answer_tokens: AnswerTokens | None
 
 
 class Processor:
@@ -110,7 +110,7 @@ class Processor:
         """
         visual = self.preprocess(sample)
         prompt, what = self._prompt(sample, visual.grid_thw)
-        answer, digit_tokens = self._answer(sample) if with_answer else ([], None)
+        answer, answer_tokens = self._answer(sample) if with_answer else ([], None)
         ids = torch.tensor(prompt + answer, dtype=torch.int64)
         self._check_length(sample, len(ids))
         types = torch.zeros_like(ids)
@@ -120,10 +120,10 @@ class Processor:
             sample=sample,
             input_ids=ids,
             token_types=types,
-            answer_tokens=len(answer),
+            num_answer_tokens=len(answer),
             visual=visual,
             what=torch.tensor(what + [False] * len(answer)),
-            digit_tokens=digit_tokens,
+            answer_tokens=answer_tokens,
         )
 
     def check(self, sample: Sample, sizes: Sequence[tuple[int, int]], with_answer: bool) -> None:

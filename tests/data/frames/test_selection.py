@@ -17,7 +17,7 @@ from hand_scene import SCENE
 from w2r2_ds.data.frames.selection import (
     REDRAWS,
     FrameOptions,
-    FrameProtocol,
+    FrameSampling,
     assign_set,
     frames_from_file,
     scene_sets,
@@ -174,7 +174,7 @@ def test_every_protocol_chooses_from_the_scene(scene: Scene, tmp_path: Path) -> 
     file = tmp_path / "frames.json"
     file.write_text(json.dumps({SCENE: [40, 0, 20]}))
     expected: dict[str, Any] = {"uniform": [0, 2, 4], "coverage": [0], "list": [4, 0, 2]}
-    for protocol in get_args(FrameProtocol):
+    for protocol in get_args(FrameSampling):
         options = FrameOptions(protocol, 3, file=file if protocol == "list" else None)
         options.check()
         chosen = select_frames(options, scene, "chair", frozenset({1}))

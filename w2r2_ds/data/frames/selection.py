@@ -24,7 +24,7 @@ import numpy as np
 from w2r2_ds.data.frames.coverage import covering_frames
 from w2r2_ds.data.sources.scannet import Scene
 
-FrameProtocol = Literal["uniform", "vgllm", "scene_sets", "coverage", "list"]
+FrameSampling = Literal["uniform", "vgllm", "scene_sets", "coverage", "list"]
 
 REDRAWS = 20
 """Number of further draws of ``vgllm`` if no drawn frame shows the object."""
@@ -44,7 +44,7 @@ class FrameOptions:
         file: for ``list``: JSON, ``{scene: [frame numbers]}``, numbers as in the file names, in the order of viewing.
     """
 
-    protocol: FrameProtocol
+    protocol: FrameSampling
     count: int
     seed: int = 0
     sets: int = 4
@@ -54,9 +54,9 @@ class FrameOptions:
 
     def check(self) -> None:
         """Raise ``ValueError`` with the option that is out of range or does not fit the protocol."""
-        if self.protocol not in get_args(FrameProtocol):
+        if self.protocol not in get_args(FrameSampling):
             raise ValueError(
-                f"frames.protocol is {self.protocol!r}; it must be one of {', '.join(get_args(FrameProtocol))}"
+                f"frames.protocol is {self.protocol!r}; it must be one of {', '.join(get_args(FrameSampling))}"
             )
         for name in ("count", "sets"):
             if getattr(self, name) < 1:

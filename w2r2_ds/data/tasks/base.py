@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from w2r2_ds.data.frames.selection import FrameOptions, FrameProtocol
+from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.types.sample import Kind, Sample
@@ -164,7 +164,7 @@ class Task(ABC):
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
     published: ClassVar[Mapping[str, int]] = {}
     cli_options: ClassVar[tuple[str, ...]] = ("format", "frames", "visibility", "boxes", "skip_without_box")
-    frame_protocol: ClassVar[FrameProtocol] = "uniform"
+    frame_protocol: ClassVar[FrameSampling] = "uniform"
 
     @abstractmethod
     def annotations(self, root: Path, options: TaskOptions) -> InputFile:
