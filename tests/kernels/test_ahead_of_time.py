@@ -19,7 +19,7 @@ POINTERS = {
 }
 """Types of a kernel's arguments that are not those of `DEFAULTS`."""
 DEFAULTS = {
-    **{name: "*bf16" for name in ("text", "visual_only", "fused", "fused_stream", "visual_stream")},
+    **{name: "*bf16" for name in ("text", "shortcut", "fused", "fused_stream", "shortcut_stream")},
     **{name: "*bf16" for name in ("x", "a", "low", "out")},
     **{name: "i32" for name in ("width", "rows", "rank", "tiles")},
     **{name: "fp32" for name in ("scale",)},

@@ -140,7 +140,7 @@ class Step:
         vision, geometry: the frozen towers.
         merger: the geometry merger, which is trained.
         fused: the fused pass, which is trained.
-        shortcut: the visual-only pass.
+        shortcut: the shortcut pass.
     """
 
     vision: float
@@ -169,7 +169,7 @@ def naive_step(shape: Shape, mode: Mode) -> Step:
 
 
 def shared_step(shape: Shape, mode: Mode) -> Step:
-    """Two passes with shared features, the visual-only one without gradients; logits at all positions."""
+    """Two passes with shared features, the shortcut one without gradients; logits at all positions."""
     one = baseline_step(shape, mode)
     return Step(one.vision, one.geometry, one.merger, one.fused, language(shape).forward())
 

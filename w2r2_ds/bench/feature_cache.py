@@ -39,7 +39,7 @@ CACHE_BYTES = 2**40
 def feature_cache(
     shape: str = "cpu", frames: list[int] | None = None, rounds: int = 5, folder: Path | None = None
 ) -> Report:
-    """Seconds per set of frames: computing the features, and every operation of the cache.
+    """Seconds per frame set: computing the features, and every operation of the cache.
 
     Args:
         shape: cpu, tiny, or on a GPU 3b or 7b (VGGT-1B with random weights).
@@ -138,7 +138,7 @@ def count_differing(encoder: VGGTEncoder, frames: FrameSet, images: Tensor) -> f
 
 
 class CachedFeatures:
-    """A feature cache in a temporary folder with both towers' features of a batch that has one set of frames.
+    """A feature cache in a temporary folder with both towers' features of a batch that has one frame set.
 
     Args:
         model: computes the features.

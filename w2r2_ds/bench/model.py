@@ -95,7 +95,7 @@ class Subject:
         return W2R2Step(self.model, config, Scorer(tables, self.frontend.tokenizer, config.objective)).train()
 
     def batch(self, questions: int = 1, packed: bool = False) -> Batch:
-        """Questions about one set of frames: one sequence each, or packed into one sequence with the frames once."""
+        """Questions about one frame set: one sequence each, or packed into one sequence with the frames once."""
         return self._collate(self.features(questions), groups_by_frames if packed else None)
 
     def single(self, question: int) -> Batch:

@@ -127,14 +127,14 @@ def project_peft(x: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def embedding_inputs(draw: Draw, rows: int, hidden: int) -> tuple[Tensor, ...]:
-    """Embeddings ``[1, rows, hidden]``, fused and visual-only ``[tokens, hidden]``, their rows; 1/16 is text."""
+    """Embeddings ``[1, rows, hidden]``, fused and shortcut ``[tokens, hidden]``, their rows; 1/16 is text."""
     tokens = rows - rows // 16
     positions = torch.randperm(rows, generator=draw.generator, device=draw.device)[:tokens]
     return draw(1, rows, hidden), draw(tokens, hidden), draw(tokens, hidden), positions
 
 
 def embed(
-    embeddings: Tensor, fused: Tensor, visual_only: Tensor, positions: Tensor, kernels: Implementation
+    embeddings: Tensor, fused: Tensor, shortcut: Tensor, positions: Tensor, kernels: Implementation
 ) -> tuple[Tensor, Tensor]:
     """`dual_stream_embed` with the inputs that receive a gradient first."""
-    return dual_stream_embed(embeddings, positions, visual_only, fused, kernels)
+    return dual_stream_embed(embeddings, positions, shortcut, fused, kernels)

@@ -1,4 +1,4 @@
-"""Input embeddings of the fused and of the visual-only stream, written by one Triton kernel.
+"""Input embeddings of the fused and of the shortcut stream, written by one Triton kernel.
 
 Both streams share the text embeddings and differ in the visual tokens. PyTorch copies all rows twice and then
 overwrites the visual ones (`index_copy`). The kernel reads every row once and writes it once to each stream.
@@ -27,59 +27,59 @@ MAX_BLOCK = 4096
 
 
 def dual_stream_embed(
-    embeddings: Tensor, positions: Tensor, visual_only: Tensor, fused: Tensor, kernels: Implementation
+    embeddings: Tensor, positions: Tensor, shortcut: Tensor, fused: Tensor, kernels: Implementation
 ) -> tuple[Tensor, Tensor]:
     """Insert the visual tokens of both streams into the text embeddings.
 
     Args:
         embeddings: ``[sequences, length, hidden]`` embeddings of the token ids, with placeholders at visual tokens.
         positions: ``[tokens]`` int64 rows of the flattened embeddings that the visual tokens replace, all different.
-        visual_only: ``[tokens, hidden]`` Phi(F2D, 0); without gradient.
+        shortcut: ``[tokens, hidden]`` Phi(F2D, 0); without gradient.
         fused: ``[tokens, hidden]`` Phi(F2D, F3D).
         kernels: the implementation.
 
     Returns:
-        Fused and visual-only ``[sequences, length, hidden]``, in the dtype of ``embeddings``. Gradients flow from the
-        fused stream to ``fused`` and to the text rows of ``embeddings``; the visual-only stream has no gradient.
+        Fused and shortcut ``[sequences, length, hidden]``, in the dtype of ``embeddings``. Gradients flow from the
+        fused stream to ``fused`` and to the text rows of ``embeddings``; the shortcut stream has no gradient.
     """
-    assert not visual_only.requires_grad, "the visual-only stream has no gradient"
-    assert len(positions) == len(visual_only) == len(fused), (
-        f"{len(positions)} positions, {len(visual_only)} visual-only and {len(fused)} fused tokens"
+    assert not shortcut.requires_grad, "the shortcut stream has no gradient"
+    assert len(positions) == len(shortcut) == len(fused), (
+        f"{len(positions)} positions, {len(shortcut)} shortcut and {len(fused)} fused tokens"
     )
     if kernels == "torch":
-        return dual_stream_embed_torch(embeddings, positions, visual_only, fused)
-    fused_stream, visual_stream = _DualStreamEmbed.apply(embeddings, positions, visual_only, fused)
-    return fused_stream, visual_stream
+        return dual_stream_embed_torch(embeddings, positions, shortcut, fused)
+    fused_stream, shortcut_stream = _DualStreamEmbed.apply(embeddings, positions, shortcut, fused)
+    return fused_stream, shortcut_stream
 
 
 def dual_stream_embed_torch(
-    embeddings: Tensor, positions: Tensor, visual_only: Tensor, fused: Tensor
+    embeddings: Tensor, positions: Tensor, shortcut: Tensor, fused: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`dual_stream_embed` in PyTorch."""
     rows = embeddings.flatten(0, 1)
     fused_stream = rows.index_copy(0, positions, fused.to(rows.dtype))
-    visual_stream = rows.detach().index_copy(0, positions, visual_only.to(rows.dtype))
-    return fused_stream.view_as(embeddings), visual_stream.view_as(embeddings)
+    shortcut_stream = rows.detach().index_copy(0, positions, shortcut.to(rows.dtype))
+    return fused_stream.view_as(embeddings), shortcut_stream.view_as(embeddings)
 
 
 class _DualStreamEmbed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, positions: Tensor, visual_only: Tensor, fused: Tensor) -> Any:
+    def forward(ctx: Any, embeddings: Tensor, positions: Tensor, shortcut: Tensor, fused: Tensor) -> Any:
         rows = embeddings.contiguous().flatten(0, 1)
         # The inverse of `positions`: row -> visual token, or -1 for text. Computed on the device, without a sync.
         token = torch.full((len(rows),), -1, dtype=torch.int32, device=rows.device)
         token[positions] = torch.arange(len(positions), dtype=torch.int32, device=rows.device)
-        fused_stream, visual_stream = torch.empty_like(rows), torch.empty_like(rows)
+        fused_stream, shortcut_stream = torch.empty_like(rows), torch.empty_like(rows)
         width = rows.shape[1]
         block = min(power_of_two(width), MAX_BLOCK)
         _embed[(len(rows), blocks(width, block))](
-            rows, token, visual_only.contiguous(), fused.contiguous(), fused_stream, visual_stream, width, BLOCK=block
+            rows, token, shortcut.contiguous(), fused.contiguous(), fused_stream, shortcut_stream, width, BLOCK=block
         )
         ctx.save_for_backward(positions)
         ctx.dtype = fused.dtype
-        fused_stream, visual_stream = fused_stream.view_as(embeddings), visual_stream.view_as(embeddings)
-        ctx.mark_non_differentiable(visual_stream)
-        return fused_stream, visual_stream
+        fused_stream, shortcut_stream = fused_stream.view_as(embeddings), shortcut_stream.view_as(embeddings)
+        ctx.mark_non_differentiable(shortcut_stream)
+        return fused_stream, shortcut_stream
 
     @staticmethod
     @once_differentiable
@@ -96,10 +96,10 @@ class _DualStreamEmbed(torch.autograd.Function):
 def _embed(
     text,
     token,
-    visual_only,
+    shortcut,
     fused,
     fused_stream,
-    visual_stream,
+    shortcut_stream,
     width,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -115,12 +115,12 @@ def _embed(
     if index < 0:
         same = tl.load(text + target, mask=inside)
         tl.store(fused_stream + target, same, mask=inside)
-        tl.store(visual_stream + target, same, mask=inside)
+        tl.store(shortcut_stream + target, same, mask=inside)
     else:
         source = index * width + column
         # The tokens may have another dtype than the streams. The conversion goes through float32, which holds every
         # bfloat16 and float16 value exactly.
         with_geometry = tl.load(fused + source, mask=inside).to(tl.float32)
         tl.store(fused_stream + target, with_geometry.to(fused_stream.dtype.element_ty), mask=inside)
-        without_geometry = tl.load(visual_only + source, mask=inside).to(tl.float32)
-        tl.store(visual_stream + target, without_geometry.to(visual_stream.dtype.element_ty), mask=inside)
+        without_geometry = tl.load(shortcut + source, mask=inside).to(tl.float32)
+        tl.store(shortcut_stream + target, without_geometry.to(shortcut_stream.dtype.element_ty), mask=inside)

@@ -228,7 +228,7 @@ class Downweight(PushTerm):
     """-min(1, lambda * h) * l.
 
     The opposite sign of `reweight`, as in debiasing by sample weights (Clark et al., EMNLP 2019, "bias reweighting"):
-    a sample that the visual-only pass solves needs no geometry and has a lower weight, down to 0. The gradient is that
+    a sample that the shortcut solves needs no geometry and has a lower weight, down to 0. The gradient is that
     of l times -min(1, lambda * h).
     """
 
@@ -243,7 +243,7 @@ class Margin(PushTerm):
     """lambda * 1[h > 0] * max(0, m - mean_W(log p(y) - log p'(y))).
 
     Interprets the abstract, "penalizes overly effective 2D-dominant pseudo-outputs via a margin-based mechanism": while
-    the visual-only answer is good, the log-likelihood of the fused pass on the where tokens must exceed that of the
+    the shortcut's answer is good, the log-likelihood of the fused pass on the where tokens must exceed that of the
     shortcut by m nats. The gradient raises log p(y) on W up to that margin and is zero beyond it. A sample without
     where tokens contributes 0.
 
@@ -308,7 +308,7 @@ class Representation(PushTerm):
 
     Interprets "reshapes the model's internal space by designating 2D features as semantic beacons for What
     identification and 3D features as spatial anchors for Where localization": at *what* positions the fused states stay
-    close to the visual-only ones, at *where* positions they move away until the cosine is c. z' is detached. The term
+    close to the shortcut's, at *where* positions they move away until the cosine is c. z' is detached. The term
     separates states; it does not make the where answer correct.
 
     Args:
@@ -352,7 +352,7 @@ class Unblocked(PushTerm):
     """lambda * max(0, IoU(E_short[b]) - mu), with the graph of the shortcut kept.
 
     Eq. 6 without its stop-gradient and with a differentiable s: the degenerate case, kept as an ablation. The gradient
-    makes the visual-only answer *worse* through weights that the fused pass shares, which the paper's stop-gradient is
+    makes the shortcut's answer *worse* through weights that the fused pass shares, which the paper's stop-gradient is
     there to prevent. Costs the memory of a second graph.
     """
 
