@@ -132,7 +132,7 @@ class LockstepPasses:
 
 def dropouts_of(module: nn.Module) -> list[nn.Dropout]:
     """The dropout layers with a positive rate."""
-    return [each for each in module.modules() if isinstance(each, nn.Dropout) and each.p > 0]
+    return [layer for layer in module.modules() if isinstance(layer, nn.Dropout) and layer.p > 0]
 
 
 @contextmanager

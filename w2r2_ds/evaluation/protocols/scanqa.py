@@ -1,4 +1,4 @@
-"""ScanQA: short answers against has_ranked references, as five public evaluators score them.
+"""ScanQA: short answers against several references, as five public evaluators score them.
 
 They differ in the normalisation of the texts (none, full stops removed, or `clean_answer` on one or both sides) and in
 whether captions go through the PTB tokenizer. All divide by the number of questions here; a question without a
@@ -195,7 +195,7 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
 
 
 def score_scanqa(
-    questions: Mapping[str, Sequence[str]],
+    references: Mapping[str, Sequence[str]],
     predictions: Mapping[str, Sequence[str]],
     protocol: str,
     java: Java | None = None,
@@ -203,7 +203,7 @@ def score_scanqa(
     """EM, EM-refined and caption metrics.
 
     Args:
-        questions: question id -> its reference answers.
+        references: question id -> its reference answers.
         predictions: question id -> answers, best first; a model that gives one answer gives a list of one.
         protocol: a key of ``SCANQA_RULES``.
         java: see ``score_captions``.
@@ -216,23 +216,23 @@ def score_scanqa(
     Raises:
         ValueError: a question without answers (the test split), or a prediction of an unknown question.
     """
-    check_keys("questions", list(questions), predictions)
-    unanswered = [key for key, answers in questions.items() if not answers]
+    check_keys("questions", list(references), predictions)
+    unanswered = [key for key, answers in references.items() if not answers]
     raise_with_first(unanswered, "questions have no answers", "; the test split cannot be scored here")
     texts = [key for key, answers in predictions.items() if isinstance(answers, str)]
     raise_with_first(texts, "predictions are one text instead of a list of answers, best first")
     rules = SCANQA_RULES[protocol]
-    ranked = {key: list(predictions.get(key, ())) or [""] for key in questions}
+    ranked = {key: list(predictions.get(key, ())) or [""] for key in references}
     candidates = {key: rules.prediction(answers[0]) for key, answers in ranked.items()}
-    references = {key: [rules.answer(text) for text in answers] for key, answers in questions.items()}
-    scores = score_captions(references, candidates, rules.tokenizer, java)
+    normalized = {key: [rules.answer(text) for text in answers] for key, answers in references.items()}
+    scores = score_captions(normalized, candidates, rules.tokenizer, java)
 
-    exact, reasons = _exact_matches(questions, ranked, candidates, references, rules)
+    exact, reasons = _exact_matches(references, ranked, candidates, normalized, rules)
     corpus = {name: _mean([item[name] for item in exact.values()]) for name in next(iter(exact.values()))}
     return {
         "protocol": protocol,
-        "questions": len(questions),
-        "missing": sum(key not in predictions for key in questions),
+        "questions": len(references),
+        "missing": sum(key not in predictions for key in references),
         "corpus": corpus | scores.corpus,
         "items": {key: exact[key] | item for key, item in scores.items.items()},
         "candidates": scores.candidates,
@@ -242,10 +242,10 @@ def score_scanqa(
 
 
 def _exact_matches(
-    questions: Mapping[str, Sequence[str]],
+    references: Mapping[str, Sequence[str]],
     ranked: Mapping[str, Sequence[str]],
     candidates: Mapping[str, str],
-    references: Mapping[str, Sequence[str]],
+    normalized: Mapping[str, Sequence[str]],
     rules: ScanQaRules,
 ) -> tuple[dict[str, dict[str, MetricValue]], dict[str, str]]:
     """EM, EM-refined and EM@10 of every question, and, for metrics that are None, the reason."""
@@ -253,12 +253,12 @@ def _exact_matches(
     has_ranked = any(len(answers) > 1 for answers in ranked.values())
     for key, answers in ranked.items():
         if rules.match is None:
-            exact[key] = {EM: float(answers[0] in questions[key])}
+            exact[key] = {EM: float(answers[0] in references[key])}
         else:
-            equal, refined = rules.match(candidates[key], references[key])
+            equal, refined = rules.match(candidates[key], normalized[key])
             exact[key] = {EM: float(equal), EM_REFINED: float(refined)}
         if rules.ranked:
-            hit = bool(set(answers[:10]) & set(questions[key]))
+            hit = bool(set(answers[:10]) & set(references[key]))
             exact[key][EM_AT_10] = float(hit) if has_ranked else None
     return exact, {EM_AT_10: "No prediction has a second answer."} if rules.ranked and not has_ranked else {}
 
