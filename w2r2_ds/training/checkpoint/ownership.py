@@ -32,7 +32,7 @@ class OwnershipLost(ValueError):
 
 @dataclass(frozen=True)
 class OwnershipToken:
-    """The right to write a run's checkpoints, until another start claims it.
+    """The right to write a run's checkpoints, until another process of the run claims it.
 
     Attributes:
         folder: RUN/checkpoints.
@@ -78,7 +78,7 @@ class OwnershipToken:
         """Compare the token; called before everything that other starts can see: renames, deletions, pointers.
 
         Raises:
-            OwnershipLost: another start has taken over, or the file is gone.
+            OwnershipLost: another process of this run has taken over, or the file is gone.
         """
         found = _read(self.folder / INCARNATION)
         if found.get("token") == self.token:

@@ -86,7 +86,7 @@ def save_checkpoint(
         removed, and older checkpoints are unchanged, so the run can continue.
 
     Raises:
-        OwnershipLost: another start of this run has taken over; on every rank.
+        OwnershipLost: another process of this run has taken over; on every rank.
     """
     temporary = token.temporary_folder(info.step)
     on_rank_zero(token.check)  # raises on all ranks
