@@ -265,7 +265,7 @@ def test_the_geometry_swap_neither_reads_nor_keeps_anything(
     rooms = [replace(sample, scene_id=f"scene000{index}_00") for index, sample in enumerate(samples[:2])]
     config = data_config(cache=str(tmp_path))
     asking = replace(frontend, cache=open_cache(config, model_config))
-    with pytest.raises(AssertionError, match="asks no cache"):
+    with pytest.raises(AssertionError, match="no feature cache"):
         ShuffledGeometry(make_processor(asking, config), rooms)(rooms[0], False)
     features = ShuffledGeometry(make_processor(replace(asking, cache=None), config), rooms)(rooms[0], False)
     assert features.visual.cached_3d is None and features.visual.cached_2d is None
