@@ -22,7 +22,7 @@ def generate_tokens(
     Args:
         model: on the batch's device, not sharded by ZeRO-3 (`AnswerValidation` generates through the engine).
         batch: left-padded prompts.
-        tokenizer: of the VLM.
+        tokenizer: the VLM's tokenizer.
         geometry: ``fused``, Phi(F2D, F3D), or ``zero``, Phi(F2D, 0).
         max_new_tokens: longest answer.
         video_fps: nominal frame rate, as in training.
