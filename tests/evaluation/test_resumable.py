@@ -54,10 +54,23 @@ def test_half_a_line_is_answered_again(tmp_path: Path) -> None:
         assert parts.merge(IDS) == [answer(identity) for identity in IDS]
 
 
-def test_a_line_that_is_broken_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_a_line_cut_at_any_byte_is_answered_again(tmp_path: Path) -> None:
     parts = PartialAnswers(tmp_path, RUN)
-    (tmp_path / "part-0002.jsonl").write_text('{"id": "s0"}\n{"text": 1}\n{"id": "s1"}\n')
-    with pytest.raises(ValueError, match=r"part-0002\.jsonl: line 2 has no field 'id'"):
+    file = tmp_path / "part-0000.jsonl"
+    first, last = (record_line({"id": identity, "text": "café"}).encode() for identity in ("s0", "s1"))
+    assert len(last) > len(last.decode()), "a cut may be inside a character"
+    for cut in range(len(last)):
+        file.write_bytes(first + last[:cut])
+        assert list(parts.read()) == ["s0"]
+        with parts.writer(0):
+            assert file.read_bytes() == first
+
+
+@pytest.mark.parametrize("line", [b'{"text": 1}', b'{"id": "s', b'{"id": "caf\xc3"}', b"[]"])
+def test_a_line_that_is_broken_in_the_middle_is_named(tmp_path: Path, line: bytes) -> None:
+    parts = PartialAnswers(tmp_path, RUN)
+    (tmp_path / "part-0002.jsonl").write_bytes(b'{"id": "s0"}\n' + line + b'\n{"id": "s1"}\n')
+    with pytest.raises(ValueError, match=r"part-0002\.jsonl: line 2 .*Remove the file"):
         parts.read()
 
 

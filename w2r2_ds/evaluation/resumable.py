@@ -86,10 +86,13 @@ class PartialAnswers:
         records: dict[str, AnswerRecord] = {}
         for file in sorted(self.folder.glob("part-*.jsonl")):
             # Only the last line can be incomplete: `writer` truncates it before it appends.
-            for number, record in read_jsonl(file, allow_torn_end=True):
-                if "id" not in record:
-                    raise ValueError(f"{file}: line {number} has no field 'id'; remove the file to answer its samples.")
-                records.setdefault(record["id"], record)
+            try:
+                for number, record in read_jsonl(file, allow_torn_end=True):
+                    if "id" not in record:
+                        raise ValueError(f"{file}: line {number} has no field 'id'.")
+                    records.setdefault(record["id"], record)
+            except ValueError as error:
+                raise ValueError(f"{error} Remove the file; its samples are answered again.") from None
         return records
 
     @contextmanager

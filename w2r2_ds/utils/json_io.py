@@ -46,8 +46,10 @@ def read_jsonl(
     Raises:
         ValueError: the file is missing or unreadable, or a line is not a JSON object.
     """
-    lines = read_text(path, expected).split("\n")
-    for number, line in enumerate(lines[:-1] if allow_torn_end else lines, start=1):
+    content = _read_bytes(path, expected)
+    if allow_torn_end:
+        content = content[: content.rfind(b"\n") + 1]  # before decoding: the cut may be inside a character
+    for number, line in enumerate(_decode(content, path).split("\n"), start=1):
         if line.strip():
             value = parse_json(line, f"{path}: line {number}")
             if not isinstance(value, dict):
@@ -57,13 +59,22 @@ def read_jsonl(
 
 def read_text(path: Path | str, expected: str = "") -> str:
     """Text of a UTF-8 file; raises ValueError like `read_json`."""
+    return _decode(_read_bytes(path, expected), path)
+
+
+def _read_bytes(path: Path | str, expected: str) -> bytes:
     hint = f"; expected {expected}" if expected else ""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist{hint}.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}){hint}.") from None
+
+
+def _decode(content: bytes, path: Path | str) -> str:
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
