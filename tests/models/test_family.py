@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ import w2r2_ds
 from w2r2_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.models import family
-from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
+from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
 from w2r2_ds.models.family import BUILT_IN, find_family
 from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.types.vision import TowerSizes
 from w2r2_ds.utils import plugins
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "custom_vlm_family.py"
@@ -126,6 +128,20 @@ def test_decoding_adds_the_layer_features(
         )
     assert first != frontend.tokenizer.convert_tokens_to_ids(frontend.family.end_of_turn)
     assert ids[0] == first and len(additions) == 1
+
+
+def test_sizes_of_the_vision_tower_are_the_familys(stacked: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merger, resampling and fingerprint take them from the family, not from fields of its config.json."""
+    kind = type(family.VLM_FAMILIES["stacked_vl"])
+    monkeypatch.setattr(kind, "tower_sizes", lambda self, config: TowerSizes(patch_size=7, merge_size=3, depth=5))
+    model = build_model(stacked, torch.device("cpu"), 0)
+    assert model.geometry_merger.merge_size == 3 and fingerprint(model)["vision_depth"] == 5
+    grid = torch.randn(1, 5, 6, model.geometry.spec.feature_dim)
+    monkeypatch.setattr(model.geometry, "encode", lambda images: grid)
+    images = torch.zeros(1, 3, 70, 84)
+    visuals: Any = SimpleNamespace(cached_3d=(), geometry_images=(images,), kind="image")
+    (features,) = model.encode_3d(visuals)
+    assert features.shape[1:3] == (9, 12), "70 x 84 pixels hold 10 x 12 patches of 7, in cells of 3 x 3"
 
 
 def test_only_the_registry_and_the_default_model_name_a_family() -> None:

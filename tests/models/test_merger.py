@@ -100,8 +100,9 @@ def test_bad_features() -> None:
         merger([torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 4, 9)])
     with pytest.raises(ValueError, match=r"\(4, 4, 8\)"):
         merger(torch.zeros(1, 4, 4, 8))  # a grid instead of a list of grids
-    with pytest.raises(ValueError, match="a 1 x 4 grid holds no 2 x 2 cell"):
-        merger([torch.zeros(1, 1, 4, 8)])
+    for rows, columns in ((1, 4), (4, 1), (0, 4)):
+        with pytest.raises(ValueError, match=f"a {rows} x {columns} grid holds no 2 x 2 cell"):
+            merger([torch.zeros(1, rows, columns, 8)])
 
 
 def test_pair_frames() -> None:

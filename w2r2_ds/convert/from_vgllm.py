@@ -28,6 +28,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from w2r2_ds.config.io import model_from_tree
 from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.models.family import find_family
 from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, meta_model
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
@@ -219,7 +220,8 @@ def _modules(
     config: Any = CONFIG_MAPPING[raw["model_type"]].from_dict({**raw, "architectures": None})
     # On the meta device: no memory and no random initialization; `fill` assigns the tensors of the file.
     vlm = meta_model(config)
-    hidden, merge = config.text_config.hidden_size, config.vision_config.spatial_merge_size
+    hidden = config.text_config.hidden_size
+    merge = find_family(config.model_type).tower_sizes(config).merge_size
     with torch.device("meta"):
         vggt = VGGT(vggt_config(parts["vggt"]))
         merger = GeometryMerger(2 * vggt.config.embed_dim, hidden, merger_hidden, merge)

@@ -82,11 +82,11 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
         )
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
-    bind_kernels(find_family(vlm.config.model_type).language_model(vlm), kernels)
+    family = find_family(vlm.config.model_type)
+    bind_kernels(family.language_model(vlm), kernels)
     geometry = load_geometry(config, device)
-    merger = GeometryMerger(
-        geometry.spec.feature_dim, hidden, config.merger_hidden, vlm.config.vision_config.spatial_merge_size
-    ).to(dtype)
+    merge_size = family.tower_sizes(vlm.config).merge_size
+    merger = GeometryMerger(geometry.spec.feature_dim, hidden, config.merger_hidden, merge_size).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
     model.weight_hashes = {
@@ -127,7 +127,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def fingerprint(model: W2R2) -> dict[str, Any]:
     """Settings that two models must share, so that the trained weights of one fit the other."""
-    text, vision = model.base.config.get_text_config(), model.base.config.vision_config
+    text, tower = model.base.config.get_text_config(), model.family.tower_sizes(model.base.config)
     lora: Any = cast(PeftModel, model.vlm).peft_config["default"]
     merger = model.geometry_merger
     return {
@@ -136,7 +136,7 @@ def fingerprint(model: W2R2) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
-        "vision_depth": vision.depth,
+        "vision_depth": tower.depth,
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
         "geometry_encoder": model.geometry.name,

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOu
 
 from w2r2_ds.models.flops import Work, attention, products
 from w2r2_ds.types.batch import Batch, Prompts, TowerInputs, Visuals
-from w2r2_ds.types.vision import VisionSpec
+from w2r2_ds.types.vision import TowerSizes, VisionSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ class VlmFamily(ABC):
 
     The defaults follow the usual names of transformers' vision-language classes: ``vlm.model.visual`` is the vision
     tower, ``vlm.model.language_model`` the text model with ``layers`` and ``norm``, ``vlm.lm_head`` the output head.
+    ``config.vision_config`` has the ``patch_size``, ``spatial_merge_size`` and ``depth`` of the vision tower.
     """
 
     model_type: ClassVar[str]
@@ -50,6 +51,11 @@ class VlmFamily(ABC):
     def vision_tower(self, vlm: PreTrainedModel) -> PreTrainedModel:
         """The vision encoder, including its own patch merger."""
         return vlm.model.visual
+
+    def tower_sizes(self, config: PreTrainedConfig) -> TowerSizes:
+        """Sizes of the vision tower; patch and merge size are those of `vision_spec`."""
+        vision: Any = config.vision_config
+        return TowerSizes(int(vision.patch_size), int(vision.spatial_merge_size), int(vision.depth))
 
     @abstractmethod
     def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], where: str) -> VisionSpec:

@@ -128,8 +128,8 @@ class W2R2(nn.Module):
         # A row of a video's visual tokens covers two frames, a geometry feature one.
         if visuals.kind == "video":
             features = [pair_frames(f) for f in features]
-        tower, merge_size = self.base.config.vision_config, self.geometry_merger.merge_size
-        return [resample_to_patches(f, self.geometry.spec.patch_size, tower.patch_size, merge_size) for f in features]
+        tower, own = self.family.tower_sizes(self.base.config), self.geometry.spec.patch_size
+        return [resample_to_patches(f, own, tower.patch_size, tower.merge_size) for f in features]
 
     def merge(self, features: list[Tensor]) -> Tensor:
         """``[tokens, hidden]`` merged geometry of all frame sets, in the order of the visual tokens."""

@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class TowerSizes:
+    """Sizes of a vision tower, from config.json alone.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        merge_size: patches per side that become one token of the language model.
+        depth: transformer blocks.
+    """
+
+    patch_size: int
+    merge_size: int
+    depth: int
+
+
+@dataclass(frozen=True)
 class VisionSpec:
     """Patch sizes, normalisation and token ids of a VLM.
 

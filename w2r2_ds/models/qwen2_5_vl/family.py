@@ -40,9 +40,10 @@ class Qwen25VL(VlmFamily):
 
     def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], where: str) -> VisionSpec:
         vision: Any = config.vision_config
+        tower = self.tower_sizes(config)
         sizes = {
-            "patch_size": int(vision.patch_size),
-            "merge_size": int(vision.spatial_merge_size),
+            "patch_size": tower.patch_size,
+            "merge_size": tower.merge_size,
             "temporal_patch_size": int(vision.temporal_patch_size),
         }
         for field, size in sizes.items():
