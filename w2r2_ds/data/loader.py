@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import re
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.collate import Collator, PositionIds
@@ -45,7 +46,7 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
     if split == "train" and mixture.epoch_size == 0:
         shown = ", ".join(f"{each.folder / MANIFEST} ({len(each)})" for each in sets)
         raise ValueError(
-            f"A training epoch has no samples: {shown}, times the weights in data.train; see dropped.jsonl beside it "
+            f"A training epoch has no samples: {shown}, times the weights in data.train; see skipped.jsonl beside it "
             "and prepare the data set again, or raise the weight."
         )
     return mixture
@@ -88,22 +89,53 @@ class SampleDataset(ImportsPlugins, Dataset[Features]):
         return self.processor(self.samples[index], self.with_answer)
 
 
+@dataclass(frozen=True)
+class _WorkerError:
+    """A ValueError of a worker process, delivered in place of a batch."""
+
+    message: str
+    traceback: str
+
+
+class _CollatedItems(Dataset[Any]):
+    """Collates the items of a batch inside the dataset, where errors of both can be caught."""
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        """The batch of these indices; called by PyTorch's loader instead of ``__getitem__``."""
+        try:
+            return self.collate([self.dataset[index] for index in indices])
+        except ValueError as error:
+            if get_worker_info() is None:
+                raise
+            return _WorkerError(str(error), traceback.format_exc())
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
 class ReraisingDataLoader(DataLoader[Any], Generic[T]):
     """A DataLoader of collated items `T` that raises a ValueError of a worker process with its original message.
 
-    PyTorch re-raises exceptions of workers with the traceback in front of the message. Here the message is only
-    what the worker raised (the sample or file, and what to do); the traceback is in ``error.__cause__``.
+    PyTorch puts the worker's traceback into the message, and raises RuntimeError instead of a class that is not made
+    from one string, such as UnicodeDecodeError. Here the error is a ValueError with the message that the worker's error
+    has (the sample or file, and what to do); the traceback is in ``error.__cause__``.
     """
 
+    def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], T], **options: Any) -> None:
+        super().__init__(_CollatedItems(dataset, collate_fn), collate_fn=_identity, **options)
+
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except ValueError as error:
-            if self.num_workers == 0:
-                raise
-            # A traceback ends with "NAME: message"; of chained exceptions, the last one is the one that was raised.
-            message = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.MULTILINE)[-1]
-            raise type(error)(message.rstrip("\n")) from error
+        for batch in super().__iter__():
+            if isinstance(batch, _WorkerError):
+                raise ValueError(batch.message) from RuntimeError(batch.traceback)
+            yield batch
 
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
