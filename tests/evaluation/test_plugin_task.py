@@ -83,6 +83,17 @@ def test_saved_answers_are_scored_again(
         score_file(file)
 
 
+def test_a_plugin_with_only_a_protocol(
+    records: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugin, file = tmp_path / "protocol_only.py", tmp_path / "predictions.jsonl"
+    plugin.write_text(PLUGIN.read_text().replace("@register_task\n", ""))
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert evaluate.main(["--score_only", str(file), "--plugin", str(plugin)]) == 0
+    scores = json.loads(capsys.readouterr().out)["protocols"]["counting/accuracy"]
+    assert (scores["accuracy"], scores["parsed"], scores["missing"]) == (0.25, 0.75, 1)
+
+
 def test_without_the_plugin(records: list[dict[str, Any]], tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
     file.write_text(json.dumps(records[0]) + "\n")

@@ -169,6 +169,32 @@ def test_protocols_are_rejected(grounded: list[dict[str, Any]]) -> None:
     ]
 
 
+@pytest.mark.parametrize("names", [(), ("all",), ("vgllm",)])
+def test_coordinates_without_a_protocol(
+    grounded: list[dict[str, Any]], names: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {
+        name: each for name, each in PROTOCOLS.items() if each.task == "scanrefer" and "world" not in each.coordinates
+    }
+    assert "scanrefer/vgllm" in only
+    monkeypatch.setattr("w2r2_ds.evaluation.protocols.registry.PROTOCOLS", only)
+    with pytest.raises(ValueError, match=r"scanrefer .*world coordinates.*scanrefer/vgllm \(camera"):
+        choose_protocols(names, [{**grounded[0], "form": "world"}])
+
+
+def test_a_default_that_needs_proposals(grounded: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    refined = replace(PROTOCOLS["scanrefer/vgllm_refined"], default=True, coordinates=("camera",))
+    other = replace(PROTOCOLS["scanrefer/vgllm"], default=False)
+    registry = {each.name: each for each in (refined, other)}
+    monkeypatch.setattr("w2r2_ds.evaluation.protocols.registry.PROTOCOLS", registry)
+    assert choose_protocols((), grounded) == ["scanrefer/vgllm"]
+    assert choose_protocols((), grounded, proposals=True) == ["scanrefer/vgllm_refined"]
+    del registry["scanrefer/vgllm"]
+    for names in ((), ("all",)):
+        with pytest.raises(ValueError, match=r"scanrefer/vgllm_refined.*--proposals"):
+            choose_protocols(names, grounded)
+
+
 def test_misleading_sets_are_rejected(grounded: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="no predictions"):
         score_records([])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.data.sources.proposals import read_proposals
-from w2r2_ds.data.tasks.base import find_task
+from w2r2_ds.data.tasks import base
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.metrics.captions import MetricValue
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, check_keys
@@ -31,11 +31,20 @@ def choose_protocols(names: Sequence[str], records: Sequence[AnswerRecord], prop
     task, form = task_of(records), _form(records)
     protocols = protocols_of(task)
     possible = [each for each in protocols if form is None or form in each.coordinates]
+    if not possible:
+        known = ", ".join(f"{each.name} ({' or '.join(each.coordinates)})" for each in protocols)
+        raise ValueError(f"No protocol of {task} scores boxes in {form} coordinates; its protocols score {known}.")
+    usable = [each for each in possible if proposals or not each.needs_proposals]
+    if not usable and (not names or "all" in names):
+        raise ValueError(
+            f"The protocols of {task} for these answers ({', '.join(each.name for each in possible)}) need detected "
+            "boxes; give their file with --proposals."
+        )
     if not names:
-        defaults = [each for each in possible if each.default] or possible
+        defaults = [each for each in usable if each.default] or usable
         return [min(defaults, key=lambda each: len(each.coordinates)).name]
     if "all" in names:
-        return [each.name for each in possible if proposals or not each.needs_proposals]
+        return [each.name for each in usable]
     chosen = [find_protocol(name if "/" in name else f"{task}/{name}") for name in names]
     for each in chosen:
         if each.task != task:
@@ -135,13 +144,17 @@ def task_of(records: Sequence[AnswerRecord]) -> str:
 
 
 def parsed_share(records: Sequence[AnswerRecord]) -> float:
-    """Share of answers that are not empty and that ``Task.parse`` can parse."""
-    task = find_task(task_of(records))
+    """Share of answers that are not empty and that ``Task.parse`` can parse.
+
+    A plug-in may register a protocol without its task; then all texts that are not empty count.
+    """
+    task = base.TASKS.get(task_of(records))
     parsed = 0
     for record in records:
         text = record["text"] or ""
         try:
-            task.parse(text, len(record.get("cam_to_world") or ()))
+            if task is not None:
+                task.parse(text, len(record.get("cam_to_world") or ()))
         except AnswerError:
             continue
         parsed += bool(text.strip())
