@@ -31,9 +31,7 @@ class FrameDifference(GeometryEncoder):
     name = "frame_difference"
 
     def __init__(self, config: GeometryConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.spec = self.read_spec(config)
-        self.layers, self.reference_frame = config.layers, config.reference_frame
-        self.dtype, self.device = dtype, device
+        self.config, self.dtype, self.device = config, dtype, device
 
     @classmethod
     def read_spec(cls, config: GeometryConfig) -> GeometrySpec:
@@ -53,7 +51,7 @@ class FrameDifference(GeometryEncoder):
     def encode(self, images: Tensor) -> Tensor:
         """``[frames, 3, height, width]`` -> ``[frames, height / 16, width / 16, 3 * layers]``."""
         patches = avg_pool2d(images.to(self.device), PATCH)
-        by_layer = [avg_pool2d(patches, 2 * i + 1, 1, padding=i, count_include_pad=False) for i in self.layers]
+        by_layer = [avg_pool2d(patches, 2 * i + 1, 1, padding=i, count_include_pad=False) for i in self.config.layers]
         features = torch.cat(by_layer, dim=1).permute(0, 2, 3, 1)
-        reference = features[-1:] if self.reference_frame == "last" else features[:1]
+        reference = features[-1:] if self.config.reference_frame == "last" else features[:1]
         return (features - reference).to(self.dtype)

@@ -16,7 +16,7 @@ from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
-from w2r2_ds.models.build import build_model, fingerprint
+from w2r2_ds.models.build import build_model
 from w2r2_ds.models.loading import load_config as load_vlm_config
 from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, load_vlm
 from w2r2_ds.models.merger import GeometryMerger
@@ -144,7 +144,7 @@ def test_its_options_build_the_model(source: Path, geometry: tuple[VGGT, Geometr
     images = torch.rand(3, 3, 28, 56, generator=torch.Generator().manual_seed(1))
     features = VGGTEncoder(geometry[0], [1], "last").encode(images)
     assert torch.equal(model.geometry.encode(images), features)
-    assert fingerprint(model)["reference_frame"] == "last"
+    assert model.fingerprint["reference_frame"] == "last"
     assert torch.equal(model.merge([features]), geometry[1]([features]))
 
 

@@ -19,7 +19,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
 from w2r2_ds.data.loader import load_mixture, prompt_loader
 from w2r2_ds.evaluation.runner import evaluate
-from w2r2_ds.models.build import build_model, fingerprint, trainable
+from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.training.checkpoint.manifest import write_manifest
 from w2r2_ds.utils.versions import versions
 
@@ -85,7 +85,7 @@ def untrained(request: pytest.FixtureRequest, model_config: Any, tmp_path: Path)
     folder.mkdir()
     save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, folder / "trainable.safetensors")
     save_config(config, folder / "config.yaml")
-    description = {"step": 0, "model": fingerprint(model), "metrics": {}, "versions": versions()}
+    description = {"step": 0, "model": model.fingerprint, "metrics": {}, "versions": versions()}
     write_manifest(folder, description, {})
     return model, folder
 

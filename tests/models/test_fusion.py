@@ -12,8 +12,8 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import layer_norm
 
-from w2r2_ds.models.build import build_model, fingerprint, trainable
-from w2r2_ds.models.fusion import FUSIONS, HEADS, Fusion, fusion_name, make_fusion, position_embeddings
+from w2r2_ds.models.build import build_model, trainable
+from w2r2_ds.models.fusion import FUSIONS, HEADS, Fusion, make_fusion, position_embeddings
 from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.token_masking import mask_images
 
@@ -41,7 +41,7 @@ def tokens(count: int = sum(SIZES), width: int = WIDTH, seed: int = 0) -> tuple[
 
 def test_make_fusion_covers_the_registry() -> None:
     assert {"add", "concat", "cross_attention", "gated"} == set(FUSIONS)
-    assert [fusion_name(make_fusion(name, WIDTH)) for name in FUSIONS] == list(FUSIONS)
+    assert [type(make_fusion(name, WIDTH)) for name in FUSIONS] == list(FUSIONS.values())
     assert KEEPERS == ["add", "cross_attention", "gated"]
     with pytest.raises(ValueError, match=r"model.fusion is 'sum'; it is one of add, concat"):
         make_fusion("sum", WIDTH)
@@ -363,7 +363,7 @@ def test_a_fusion_is_trained_and_in_the_fingerprint(model_config: Any, name: str
     expected = {id(p) for key, p in trainable(model).items() if key.startswith(("fusion.", "geometry_merger."))}
     assert {id(parameter) for parameter in parameters} == expected
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
-    assert fingerprint(model)["fusion"] == name
+    assert model.fingerprint["fusion"] == name
 
 
 def test_masking_applies_to_the_fused_pass_only(model_config: Any, batch_of: Any, samples: list[Any]) -> None:

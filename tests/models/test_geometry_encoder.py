@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.data.loader import load_mixture, make_collate, make_processor
 from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.models import geometry_encoder
-from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
+from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.feature_identity import geometry_identity, open_cache
 from w2r2_ds.objective.scorer import Scorer
+from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.utils import plugins
@@ -93,7 +95,10 @@ def test_a_batch_without_frames_runs_the_encoder_on_the_dummy(config: Callable[.
 
 def test_settings_of_the_encoder_are_in_cache_key_and_checkpoint(config: Callable[..., RunConfig]) -> None:
     run = config()
-    saved = fingerprint(build_model(run.model, torch.device("cpu"), 0))
+    model = build_model(run.model, torch.device("cpu"), 0)
+    saved = json.loads(json.dumps(model.fingerprint))  # as in a checkpoint's manifest
+    assert set(vars(model.geometry)) == {"config", "dtype", "device", "spec"}, "the interface has no other attributes"
+    check_fingerprint(saved, model, Path("checkpoint.json"))
     assert saved["geometry_encoder"] == "frame_difference" and saved["geometry_layers"] == [0, 2]
     assert saved["geometry_weights"] == "" and saved["geometry_features"] == 6
     own = geometry_identity(run.data, run.model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.models.build import build_model, fingerprint
+from w2r2_ds.models.build import build_model
 from w2r2_ds.models.weights_hash import weights_identity
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 
@@ -43,7 +43,7 @@ def test_hash_changes_with_training(model_config: Any, copy: Path) -> None:
 
 def test_a_checkpoint_of_another_model_of_equal_size_does_not_resume(model_config: Any, copy: Path) -> None:
     ours = build_model(model_config, torch.device("cpu"), 0)
-    saved = fingerprint(ours)
+    saved = ours.fingerprint
     check_fingerprint(saved, ours, Path("checkpoint.json"))
     rewrite(copy, lambda tensors: {name: -tensor for name, tensor in tensors.items()})
     other = build_model(type(model_config)(**{**vars(model_config), "vlm": str(copy)}), torch.device("cpu"), 0)

@@ -15,7 +15,7 @@ from w2r2_ds.config.io import load_config, save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.from_vgllm import check_no_remote_code
 from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
-from w2r2_ds.models.build import build_model, fingerprint, trainable
+from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.models.loading import load_tokenizer, load_vlm, meta_model
 from w2r2_ds.training.checkpoint.manifest import write_manifest
 from w2r2_ds.utils.safetensors_io import weight_files
@@ -129,7 +129,7 @@ def checkpoint(model_config: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("checkpoint")
     save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, folder / "trainable.safetensors")
     save_config(config, folder / "config.yaml")
-    description = {"step": 0, "model": fingerprint(model), "metrics": {}, "versions": versions()}
+    description = {"step": 0, "model": model.fingerprint, "metrics": {}, "versions": versions()}
     write_manifest(folder, description, {})
     return folder
 

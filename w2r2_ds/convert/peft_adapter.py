@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from w2r2_ds.config.io import from_tree, relocated
 from w2r2_ds.config.io import load_config as load_run_config
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.build import build_model, fingerprint
+from w2r2_ds.models.build import build_model
 from w2r2_ds.models.merger_io import MERGER, load_merger, merger_tensors
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
@@ -107,7 +107,7 @@ def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
     return {
         "base_model": config.model.vlm,
         "geometry_model": config.model.geometry.path,
-        "model": fingerprint(model),
+        "model": model.fingerprint,
         "step": saved["step"],
         "training_metrics": saved["metrics"],
         "trained_with": saved["versions"],

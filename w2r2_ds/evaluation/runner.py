@@ -27,7 +27,7 @@ from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line,
 from w2r2_ds.evaluation.scoring import choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.shuffle import PAIRING_SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.kernels.select import resolve_dtype
-from w2r2_ds.models.build import VlmFrontend, fingerprint, load_frontend
+from w2r2_ds.models.build import VlmFrontend, load_frontend
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo, barrier, raise_on_all_ranks
@@ -140,7 +140,7 @@ def _run_identity(
     """Everything that an answer depends on; saved answers with other values are not reused."""
     return {
         "weights": trained_weights_sha256(path),
-        "model": fingerprint(model),
+        "model": model.fingerprint,
         "dtype": str(resolve_dtype(config.model.dtype)),
         "data": [each["manifest"] for each in described],
         "geometry": geometry,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +17,7 @@ from w2r2_ds.kernels.candidates import Shapes
 from w2r2_ds.kernels.measure import select_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.family import VlmFamily, find_family
-from w2r2_ds.models.fusion import fusion_name, make_fusion
+from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder, find_geometry_encoder
 from w2r2_ds.models.loading import load_config, load_tokenizer, load_vision_spec, load_vlm, meta_model
 from w2r2_ds.models.lora import add_lora
@@ -89,10 +88,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     merger = GeometryMerger(geometry.spec.feature_dim, hidden, config.merger_hidden, merge_size).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
-    model.weight_hashes = {
-        "vlm_weights": weights_identity(config.vlm),
-        "geometry_weights": weights_identity(config.geometry.path) if config.geometry.path else "",
-    }
+    model.fingerprint = fingerprint(config)  # here, so that its errors come before the first step
     if config.merger:
         load_merger(model, Path(config.merger))
     return model
@@ -112,7 +108,9 @@ def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:
         ValueError: no encoder has this name, its weights cannot be loaded, or a layer does not exist.
     """
     encoder = find_geometry_encoder(config.geometry.name)
-    return encoder.load(config.geometry, resolve_dtype(config.dtype), device)
+    loaded = encoder.load(config.geometry, resolve_dtype(config.dtype), device)
+    loaded.spec = encoder.read_spec(config.geometry)
+    return loaded
 
 
 def geometry_spec(config: GeometryConfig) -> GeometrySpec:
@@ -125,25 +123,30 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def fingerprint(model: W2R2) -> dict[str, Any]:
-    """Settings that two models must share, so that the trained weights of one fit the other."""
-    text, tower = model.base.config.get_text_config(), model.family.tower_sizes(model.base.config)
-    lora: Any = cast(PeftModel, model.vlm).peft_config["default"]
-    merger = model.geometry_merger
+def fingerprint(config: ModelConfig) -> dict[str, Any]:
+    """Settings that two models must share, so that the trained weights of one fit the other.
+
+    Raises:
+        ValueError: as `load_geometry`.
+    """
+    vlm, geometry = load_config(config.vlm), config.geometry
+    text = vlm.get_text_config()
+    # From the configuration, not from the loaded encoder: a plug-in's object has only the methods of its interface.
     return {
-        **model.weight_hashes,
-        "model_type": model.base.config.model_type,
+        "vlm_weights": weights_identity(config.vlm),
+        "model_type": vlm.model_type,
         "hidden_size": text.hidden_size,
         "layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
-        "vision_depth": tower.depth,
-        "lora_rank": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "geometry_encoder": model.geometry.name,
-        "geometry_features": merger.feature_dim,
-        "merger_hidden": merger.mlp[0].out_features,
-        "fusion": fusion_name(model.fusion),
-        "geometry_layers": list(model.geometry.layers),
-        "reference_frame": model.geometry.reference_frame,
-        "zero_geometry": model.zero_geometry,
+        "vision_depth": find_family(vlm.model_type).tower_sizes(vlm).depth,
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "geometry_encoder": geometry.name,
+        "geometry_layers": geometry.layers,
+        "geometry_weights": weights_identity(geometry.path) if geometry.path else "",
+        "geometry_features": geometry_spec(geometry).feature_dim,
+        "reference_frame": geometry.reference_frame,
+        "merger_hidden": config.merger_hidden,
+        "fusion": config.fusion,
+        "zero_geometry": config.zero_geometry,
     }

@@ -234,8 +234,3 @@ def make_fusion(name: str, hidden_size: int) -> Fusion:
     if name not in FUSIONS:
         raise ValueError(f"model.fusion is {name!r}; it is one of {', '.join(FUSIONS)}.")
     return FUSIONS[name](hidden_size)
-
-
-def fusion_name(fusion: Fusion) -> str:
-    """Name of a fusion in `FUSIONS`."""
-    return next(name for name, kind in FUSIONS.items() if kind is type(fusion))

@@ -6,7 +6,7 @@ The encoders of this package are imported on first use. Those of users are regis
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -24,17 +24,13 @@ class GeometryEncoder(ABC):
     Modules that are its attributes appear in the watchdog's reports.
 
     Attributes:
-        spec: sizes of its input and output.
-        layers: `model.geometry.layers`.
-        reference_frame: `model.geometry.reference_frame`.
+        spec: sizes of its input and output, from `read_spec`; set by `models.build.load_geometry`.
     """
 
     name: ClassVar[str]
     """Value of `model.geometry.name`."""
 
     spec: GeometrySpec
-    layers: Sequence[int]
-    reference_frame: str
 
     @classmethod
     @abstractmethod
@@ -73,7 +69,8 @@ class GeometryEncoder(ABC):
 
         Returns:
             ``[frames, height / patch_size, width / patch_size, feature_dim]`` on the device of the weights. Several
-            layers are concatenated along the channels, in the order of `layers`.
+            layers are concatenated along the channels, in the order of
+            `model.geometry.layers`.
         """
 
     def flops(self, frames: int, height: int, width: int) -> float:

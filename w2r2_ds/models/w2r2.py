@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
@@ -58,7 +58,7 @@ class W2R2(nn.Module):
         self.family = find_family(self.base.config.model_type)
         self.zero_geometry = zero_geometry
         self.kernels = kernels
-        self.weight_hashes: dict[str, str] = {}  # of the frozen weights that were read from files
+        self.fingerprint: dict[str, Any] = {}  # see `models.build.fingerprint`; of a model built from a configuration
         # nn.Module.__setattr__ would register an encoder that is a module; ZeRO-3 would then shard and save it.
         object.__setattr__(self, "_geometry", geometry)
 

@@ -10,7 +10,6 @@ from typing import Any
 from w2r2_ds.config.io import load_config
 from w2r2_ds.config.options import options
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.build import fingerprint
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.manifest import read_manifest
 
@@ -27,7 +26,7 @@ MAY_CHANGE = {
 
 def check_fingerprint(saved: dict[str, Any], model: W2R2, source: Path) -> None:
     """Raise ValueError with the first field in which a saved fingerprint differs from a model's."""
-    for field, value in fingerprint(model).items():
+    for field, value in model.fingerprint.items():
         if saved.get(field) != value:
             raise ValueError(
                 f"{source}: model.{field} is {saved.get(field)!r}, but the configured model has {value!r}; "

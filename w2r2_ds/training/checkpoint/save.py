@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from w2r2_ds.config.io import config_text
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.build import fingerprint, trainable
+from w2r2_ds.models.build import trainable
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, RankWriter, save_shards
 from w2r2_ds.training.checkpoint.manifest import (
@@ -142,7 +142,7 @@ def describe(engine: DeepSpeedEngine, info: CheckpointInfo, token: OwnershipToke
         "incarnation": token.number,
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
-        "model": fingerprint(engine.module.model),
+        "model": engine.module.model.fingerprint,
         "metrics": dict(info.metrics),
         "best": info.best,
         "data": list(info.data),
