@@ -21,7 +21,9 @@ from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.models import family
 from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
 from w2r2_ds.models.family import BUILT_IN, find_family
+from w2r2_ds.models.feature_identity import vision_identity
 from w2r2_ds.models.loading import load_vlm
+from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.vision import TowerSizes
@@ -110,6 +112,19 @@ def test_layer_features_are_cached_and_selected_with_their_images(
     # The family adds the 2D tokens themselves, so that both stay equal.
     assert torch.equal(chosen.stacked, torch.cat(chosen.pooler_output))
     assert torch.equal(chosen.pooler_output[0], visual.pooler_output[1])
+
+
+def test_families_that_cache_other_channels_of_one_tower_have_other_keys(
+    stacked: ModelConfig, tmp_path: Path, data_config: Any
+) -> None:
+    """Equal weights and equal settings, but `to_cache` of one family adds the layer features."""
+    config: Any = type("PlainConfig", (type(AutoConfig.from_pretrained(stacked.vlm)),), {"model_type": "plain_vl"})
+    AutoConfig.register("plain_vl", config, exist_ok=True)
+    family.register_family(type("Plain", (Qwen25VL,), {"model_type": "plain_vl"})())
+    folder = Path(shutil.copytree(stacked.vlm, tmp_path / "plain"))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "model_type": "plain_vl"}))
+    assert vision_identity(data_config(), replace(stacked, vlm=str(folder))) != vision_identity(data_config(), stacked)
 
 
 def test_decoding_adds_the_layer_features(

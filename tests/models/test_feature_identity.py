@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.models.feature_identity import geometry_identity, open_cache, vision_identity
+from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
+from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.weights_hash import model_weights
+from w2r2_ds.types.geometry import GeometrySpec
 
 
 def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
@@ -56,6 +59,13 @@ def test_keys_contain_all_that_features_depend_on(
     assert vision_identity(video, model_config) != own_2d
     assert vision_identity(data, replace(model_config, attention="auto")) == own_2d  # sdpa, without a GPU
     assert vision_identity(data, replace(model_config, kernels="triton")) == own_2d
+    for owner, field, value in (
+        (VGGTEncoder, "read_spec", classmethod(lambda cls, config: GeometrySpec(16, 64))),  # the size of the frames
+        (Qwen25VL, "features_version", 2),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, field, value)
+            assert vision_identity(data, model_config) != own_2d, field
     # Not in the keys: the language model's weights, the path of a model, options of training.
     assert vision_identity(data, replace(model_config, vlm=other_text, lora_rank=7)) == own_2d
     assert geometry_identity(video, replace(model_config, vlm=other_text, fusion="gated")) == own_3d

@@ -18,12 +18,13 @@ from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.data.loader import load_mixture, make_collate, make_processor
 from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.models import geometry_encoder
-from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
+from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
 from w2r2_ds.models.feature_identity import geometry_identity, open_cache
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import Batch
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.utils import plugins
 from w2r2_ds.utils.distributed import RankInfo
 
@@ -93,18 +94,34 @@ def test_a_batch_without_frames_runs_the_encoder_on_the_dummy(config: Callable[.
     assert len(model.merge(model.encode_3d(visuals))) == sum(visuals.sizes) > 0
 
 
-def test_settings_of_the_encoder_are_in_cache_key_and_checkpoint(config: Callable[..., RunConfig]) -> None:
+def test_settings_of_the_encoder_are_in_cache_key_and_checkpoint(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = config()
     model = build_model(run.model, torch.device("cpu"), 0)
     saved = json.loads(json.dumps(model.fingerprint))  # as in a checkpoint's manifest
     assert set(vars(model.geometry)) == {"config", "dtype", "device", "spec"}, "the interface has no other attributes"
     check_fingerprint(saved, model, Path("checkpoint.json"))
     assert saved["geometry_encoder"] == "frame_difference" and saved["geometry_layers"] == [0, 2]
-    assert saved["geometry_weights"] == "" and saved["geometry_features"] == 6
+    assert saved["geometry_features"] == 6 and saved["geometry_patch_size"] == 16
     own = geometry_identity(run.data, run.model)
     for changes in ({"layers": [0, 1]}, {"layers": [2, 0]}, {"reference_frame": "last"}):
         other = replace(run.model, geometry=replace(run.model.geometry, **changes))
         assert geometry_identity(run.data, other) != own, changes
+
+    encoder: Any = geometry_encoder.find_geometry_encoder("frame_difference")
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "identity", classmethod(lambda cls, config: {"version": 2, "layers": 24}))
+        changed = geometry_identity(run.data, run.model)
+        other = replace(run.model, geometry=replace(run.model.geometry, layers=[0, 1]))
+        assert own != changed != geometry_identity(run.data, other), "`layers` of the identity is not that of the key"
+        model.fingerprint = fingerprint(run.model)
+        with pytest.raises(ValueError, match=r"checkpoint\.json: model\.geometry_identity is"):
+            check_fingerprint(saved, model, Path("checkpoint.json"))
+    monkeypatch.setattr(encoder, "read_spec", classmethod(lambda cls, config: GeometrySpec(8, 6)))
+    model.fingerprint = fingerprint(run.model)
+    with pytest.raises(ValueError, match=r"checkpoint\.json: model\.geometry_patch_size is 16"):
+        check_fingerprint(saved, model, Path("checkpoint.json"))
 
 
 def test_frame_width_must_be_a_multiple_of_the_encoders_patch(config: Callable[..., RunConfig]) -> None:

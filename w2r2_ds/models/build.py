@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
+from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.candidates import Shapes
@@ -130,7 +131,7 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
         ValueError: as `load_geometry`.
     """
     vlm, geometry = load_config(config.vlm), config.geometry
-    text = vlm.get_text_config()
+    text, spec = vlm.get_text_config(), geometry_spec(geometry)
     # From the configuration, not from the loaded encoder: a plug-in's object has only the methods of its interface.
     return {
         "vlm_weights": weights_identity(config.vlm),
@@ -143,8 +144,9 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha,
         "geometry_encoder": geometry.name,
         "geometry_layers": geometry.layers,
-        "geometry_weights": weights_identity(geometry.path) if geometry.path else "",
-        "geometry_features": geometry_spec(geometry).feature_dim,
+        "geometry_identity": encoder_identity(find_geometry_encoder(geometry.name).identity(geometry)),
+        "geometry_features": spec.feature_dim,
+        "geometry_patch_size": spec.patch_size,
         "reference_frame": geometry.reference_frame,
         "merger_hidden": config.merger_hidden,
         "fusion": config.fusion,

@@ -43,6 +43,8 @@ class VlmFamily(ABC):
     """Token at which an answer ends."""
     tower_weights: ClassVar[tuple[str, ...]] = ("visual.", "model.visual.")
     """Prefixes of the names of the vision tower's weights, in published and in saved checkpoints."""
+    features_version: ClassVar[int] = 1
+    """Part of the key of cached 2D features; increase it when `encode_visuals` or `to_cache` gives other values."""
 
     def language_model(self, vlm: PreTrainedModel) -> PreTrainedModel:
         """The text model: embeddings, decoder ``layers``, final ``norm``."""

@@ -45,7 +45,7 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
         "layers": geometry.layers,
         "reference_frame": geometry.reference_frame,
         "spec": asdict(encoder.read_spec(geometry)),
-        **encoder.identity(geometry),
+        "identity": dict(encoder.identity(geometry)),  # nested: its names may be those of fields above
     }
     return encoder_identity(about | _common(data, model))
 
@@ -53,11 +53,15 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
     """Hash of the vision tower, its settings and its pre-processing: the cache key without the frames."""
     config = load_config(model.vlm)
-    tower = find_family(config.model_type).tower_weights
+    family = find_family(config.model_type)
     about = {
         "kind": "2d",
+        "model_type": config.model_type,
+        "version": family.features_version,
+        # Frames are resized to whole patches of the geometry encoder, and the tower gets a crop of them.
+        "geometry_patch_size": find_geometry_encoder(model.geometry.name).read_spec(model.geometry).patch_size,
         "config": config.vision_config.to_dict(),
-        "weights": tensors_digest(model_weights(model.vlm), lambda name: name.startswith(tower)),
+        "weights": tensors_digest(model_weights(model.vlm), lambda name: name.startswith(family.tower_weights)),
         "pixels": asdict(load_vision_spec(model.vlm)),
         "visual": data.visual,
         "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),
