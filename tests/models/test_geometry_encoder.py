@@ -18,7 +18,7 @@ from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.data.loader import load_mixture, make_collate, make_processor
 from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.models import geometry_encoder
-from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
+from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, geometry_spec, load_frontend
 from w2r2_ds.models.feature_identity import geometry_identity, open_cache
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
@@ -135,6 +135,18 @@ def test_defaults_of_path_and_layers_are_vggts_only() -> None:
     vggt, other = (from_tree({"model": {"geometry": {"name": name}}}, "x").model.geometry for name in ("vggt", "other"))
     assert vggt == GeometryConfig()
     assert (other.path, other.layers) == ("", [0])
+    assert GeometryConfig(name="other") == other
+
+
+def test_a_name_can_be_registered_once_only() -> None:
+    inherited: Any = type("Mine", (geometry_encoder.find_geometry_encoder("vggt"),), {})
+    with pytest.raises(ValueError, match="named 'vggt'"):
+        geometry_encoder.register_geometry_encoder(inherited)
+
+
+def test_vggt_needs_a_path() -> None:
+    with pytest.raises(ValueError, match=r"'' is no directory here; correct model\.geometry\.path"):
+        geometry_spec(GeometryConfig(path=""))
 
 
 def test_an_unknown_encoder_names_the_field_and_the_known_ones(model_config: Any) -> None:

@@ -58,7 +58,7 @@ def test_the_frame_sizes_of_both_encoders_are_logged(
     ("changes", "said"),
     [
         ({"model__vlm": "/nowhere"}, "model '/nowhere' is no directory here; correct model.vlm"),
-        ({"model__geometry__path": "/nowhere"}, "/nowhere is no directory here; correct model.geometry.path"),
+        ({"model__geometry__path": "/nowhere"}, "'/nowhere' is no directory here; correct model.geometry.path"),
         (
             {"model__geometry__path": "no-such-org/no-such-vggt"},
             "; correct model.geometry.path (or --geometry_path), or fetch it",

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from w2r2_ds.config.safe_text import check_texts
 
@@ -31,13 +32,6 @@ def _push_term(value: Any) -> Any:
 
 PushTermOptions = Annotated[dict[str, Any], BeforeValidator(_push_term)]
 """Name of a registered push term and its hyper-parameters; `objective/push_terms.py` checks them."""
-
-
-def _geometry(value: Any) -> Any:
-    """The defaults of path and layers are VGGT's; another encoder has no files and takes layer 0."""
-    if isinstance(value, Mapping) and value.get("name", "vggt") != "vggt":
-        return {"path": "", "layers": [0], **value}
-    return value
 
 
 @dataclass(config=STRICT)
@@ -98,7 +92,7 @@ class DataConfig:
     cached_features: Literal["geometry", "geometry+2d"] = "geometry"
 
 
-@dataclass(config=STRICT)
+@dataclass(config=STRICT, kw_only=True)
 class GeometryConfig:
     """The frozen geometry encoder.
 
@@ -115,6 +109,15 @@ class GeometryConfig:
     path: str = "facebook/VGGT-1B"
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] = field(default_factory=lambda: [22])
     reference_frame: Literal["first", "last"] = "first"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_plugins(cls, given: Any) -> Any:
+        """The defaults of path and layers are VGGT's; another encoder has no files and takes layer 0."""
+        fields = (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
+        if isinstance(fields, Mapping) and fields.get("name", "vggt") != "vggt":
+            return {"path": "", "layers": [0], **fields}
+        return given
 
 
 @dataclass(config=STRICT)
@@ -140,7 +143,7 @@ class ModelConfig:
     """
 
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
-    geometry: Annotated[GeometryConfig, BeforeValidator(_geometry)] = field(default_factory=GeometryConfig)
+    geometry: GeometryConfig = field(default_factory=GeometryConfig)
     merger_hidden: PositiveInt = 4096
     fusion: str = "add"
     merger: str = ""

@@ -86,7 +86,16 @@ GEOMETRY_ENCODERS: dict[str, type[GeometryEncoder]] = {}
 
 
 def register_geometry_encoder(encoder: type[GeometryEncoder]) -> type[GeometryEncoder]:
-    """Class decorator: make an encoder available under its `name`."""
+    """Class decorator: make an encoder available under its `name`.
+
+    Raises:
+        ValueError: another class has this name.
+    """
+    known = GEOMETRY_ENCODERS.get(encoder.name)
+    # The same class may be imported twice, as a plug-in file and as a module.
+    replaces = known is not None and known.__qualname__ != encoder.__qualname__
+    if replaces or encoder.__module__ != BUILT_IN.get(encoder.name, encoder.__module__):
+        raise ValueError(f"{encoder.__module__}: another geometry encoder is named {encoder.name!r}; set another name.")
     GEOMETRY_ENCODERS[encoder.name] = encoder
     return encoder
 

@@ -88,12 +88,12 @@ def locate(source: str | Path) -> Path:
     Raises:
         ValueError: `source` is neither a directory nor a hub id that can be downloaded.
     """
-    if Path(source).is_dir():
+    if str(source) and Path(source).is_dir():  # Path("") is the working directory
         return Path(source)
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         raise ValueError(
-            f"{source} is no directory here; correct model.geometry.path (or --geometry_path): a VGGT directory, "
-            "or a hub id such as facebook/VGGT-1B."
+            f"{str(source)!r} is no directory here; correct model.geometry.path (or --geometry_path): a VGGT "
+            "directory, or a hub id such as facebook/VGGT-1B."
         )
     from huggingface_hub import snapshot_download
 
