@@ -99,9 +99,9 @@ def test_decoding_is_greedy_with_any_generation_config(loaded: Any, prompts: lis
         generation.repetition_penalty = before
 
 
-def test_an_unknown_geometry_is_rejected(loaded: Any, prompts: list[Any]) -> None:
+def test_an_unknown_geometry_is_rejected(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--geometry is 'none'; it is one of fused, zero"):
-        answers(loaded, prompts, "none", 1)
+        evaluate(trained, tmp_path / "out", "none")
 
 
 def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: Path, tmp_path: Path) -> None:
