@@ -19,7 +19,7 @@ import w2r2_ds
 from w2r2_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.models import family
-from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
+from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.family import BUILT_IN, find_family
 from w2r2_ds.models.feature_identity import vision_identity
 from w2r2_ds.models.loading import load_vlm
@@ -150,7 +150,7 @@ def test_sizes_of_the_vision_tower_are_the_familys(stacked: ModelConfig, monkeyp
     kind = type(family.VLM_FAMILIES["stacked_vl"])
     monkeypatch.setattr(kind, "tower_sizes", lambda self, config: TowerSizes(patch_size=7, merge_size=3, depth=5))
     model = build_model(stacked, torch.device("cpu"), 0)
-    assert model.geometry_merger.merge_size == 3 and fingerprint(model)["vision_depth"] == 5
+    assert model.geometry_merger.merge_size == 3 and model.fingerprint["vision_depth"] == 5
     grid = torch.randn(1, 5, 6, model.geometry.spec.feature_dim)
     monkeypatch.setattr(model.geometry, "encode", lambda images: grid)
     images = torch.zeros(1, 3, 70, 84)
