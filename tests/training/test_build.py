@@ -67,7 +67,10 @@ def test_the_frame_sizes_of_both_encoders_are_logged(
             {"data__max_length": 100},
             "more than data.max_length = 100; raise it or use fewer or smaller frames (also scene",
         ),
-        ({"data__frame_width": 60}, "data.frame_width is 60; make it a multiple of the geometry encoder's patch size 14."),
+        (
+            {"data__frame_width": 60},
+            "data.frame_width is 60; make it a multiple of the geometry encoder's patch size 14.",
+        ),
     ],
 )
 def test_options(world: World, tmp_path: Path, one_process: None, changes: dict[str, object], said: str) -> None:
