@@ -70,7 +70,7 @@ def test_a_file_that_is_no_program_is_a_reason(tmp_path: Path) -> None:
     path.write_bytes(b"\x00\x01")
     path.chmod(0o755)
     broken = Java(program=str(path))
-    with pytest.raises(JavaError, match="could not be started"):
+    with pytest.raises(JavaError, match="tokenizer failed"):
         broken.tokenize(["a chair"])
     assert score_captions(REFERENCES, CANDIDATES, java=broken).corpus["METEOR"] is None
 
@@ -162,3 +162,9 @@ def test_without_the_wrapper_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor", None)
     with pytest.raises(ValueError, match=r"pip install 'w2r2-ds\[metrics\]'"):
         score_captions(REFERENCES, CANDIDATES)
+
+
+def test_the_tokenizer_ignores_the_signals_that_stop_a_training_run(tmp_path: Path) -> None:
+    kill = "os.kill(os.getpid(), signal.SIGTERM)\nos.kill(os.getpid(), signal.SIGUSR1)"
+    java = fake_java(tmp_path, f"import os, signal, sys\n{kill}\nsys.stdout.write(sys.stdin.read())")
+    assert java.tokenize(["a chair", "a desk"]) == ["a chair", "a desk"]

@@ -1,8 +1,8 @@
 """METEOR 1.5 and the PTB tokenizer: pycocoevalcap's Java programs, run with the same options as by pycocoevalcap.
 
-What differs from its `Meteor` and `PTBTokenizer`: line breaks and ``|||`` in a text become blanks (they shift or break
-all later texts there); the tokenizer reads stdin (there, a file in the package folder, which may be read-only); METEOR
-ignores SIGUSR1 and SIGTERM, which ask a training run to stop after its step; errors of Java are raised as `JavaError`.
+What differs from its `Meteor` and `PTBTokenizer`: line breaks and ``|||`` in a text become spaces (they shift or break
+all later texts there); the tokenizer reads stdin (there, a file in the package folder, which may be read-only); Java
+ignores SIGUSR1 and SIGTERM, which request that a training run stops after its step; its errors raise `JavaError`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,11 @@ class Java(coco_meteor.Meteor):  # type: ignore[misc]
         self.meteor_p: subprocess.Popen[bytes] | None = None
 
     def tokenize(self, texts: Sequence[str]) -> list[str]:
-        """PTB tokens of each text, lower case, without COCO's punctuation, joined by blanks. Raises JavaError."""
+        """PTB tokens of each text, lower case, without COCO's punctuation, joined by spaces. Raises JavaError."""
         jar = Path(coco_tokenizer.__file__).absolute().with_name(coco_tokenizer.STANFORD_CORENLP_3_4_1_JAR)
-        command = [self._path(), *JAVA_OPTIONS, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+        options = ("-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
         lines = "\n".join(LINE_BREAKS.sub(" ", text) for text in texts).encode(errors="replace")
-        try:
-            done = subprocess.run([*command, "-preserveLines", "-lowerCase"], input=lines, capture_output=True)
-        except OSError as error:
-            raise JavaError(f"{self.program} could not be started ({error}).") from error
+        done = subprocess.run(self._command(*options), input=lines, capture_output=True)
         out = done.stdout.decode().split("\n")
         if done.returncode or len(out) != len(texts):
             raise JavaError(f"The PTB tokenizer failed: {_last_line(done.stderr)}.")
@@ -60,53 +57,40 @@ class Java(coco_meteor.Meteor):  # type: ignore[misc]
 
         The corpus score is not the mean of the items: the program sums the statistics of all items and scores the sum.
         """
+        if self.meteor_p is None:
+            self.lock = threading.Lock()  # a new one per process: `compute_score` does not release it on errors
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (a full pipe that is not read blocks the program)
+            options = ("-Xmx2G", "-jar", coco_meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
+            folder, pipe = Path(coco_meteor.__file__).absolute().parent, subprocess.PIPE  # it has the paraphrase table
+            command = self._command(*options)
+            self.meteor_p = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
         try:
-            if self.meteor_p is None:
-                self._start()
             return self.compute_score(dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)})
         except (OSError, ValueError) as error:  # the process ended, or printed something that is not a number
-            raise JavaError(f"METEOR failed: {self.close() or error}.") from error
-
-    def close(self) -> str:
-        """Kill METEOR's process, if there is one; returns the last line of its standard error."""
-        process, self.meteor_p = self.meteor_p, None
-        if process is None:
-            return ""
-        process.kill()
-        process.communicate()
-        with self.errors:
+            self.close()
             self.errors.seek(0)
-            return _last_line(self.errors.read())
+            raise JavaError(f"METEOR failed: {_last_line(self.errors.read()) or error}.") from error
 
-    def _start(self) -> None:
-        self.lock = threading.Lock()  # a new one per process: `compute_score` does not release it on errors
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (a full pipe that is not read would block the program)
-        options = ("-Xmx2G", "-jar", coco_meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
-        command = [*IGNORE_SIGNALS, self._path(), *JAVA_OPTIONS, *options]
-        folder = Path(coco_meteor.__file__).absolute().parent  # METEOR finds its paraphrase table there
-        pipe = subprocess.PIPE
-        self.meteor_p = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
+    def close(self) -> None:
+        """Kill METEOR's process, if there is one."""
+        if self.meteor_p is not None:
+            self.meteor_p.kill()
+            self.meteor_p.communicate()
+            self.meteor_p = None
 
     def _stat(self, candidate: str, references: Sequence[str]) -> str:
         """Statistics of one item, from METEOR's SCORE command; called by `compute_score`."""
-        assert self.meteor_p is not None and self.meteor_p.stdin is not None and self.meteor_p.stdout is not None
         texts = [LINE_BREAKS.sub(" ", text).replace("|||", " ") for text in (*references, candidate)]
-        line = " ||| ".join(["SCORE", *(re.sub("[ \t]+", " ", text) for text in texts)])
-        self.meteor_p.stdin.write(line.encode(errors="replace") + b"\n")
-        self.meteor_p.stdin.flush()
-        answer = self.meteor_p.stdout.readline()
-        if not answer.endswith(b"\n"):
-            raise OSError("its process ended")
-        return answer.decode().strip()
+        cleaned = [re.sub("[ \t]+", " ", text).encode(errors="replace").decode() for text in texts]
+        return str(super()._stat(cleaned[-1], cleaned[:-1]))
 
-    def _path(self) -> str:
-        path = shutil.which(self.program)
-        if path is None:
+    def _command(self, *options: str) -> list[str]:
+        if shutil.which(self.program) is None:
             raise JavaError(
                 f"METEOR and the PTB tokenizer need Java, and there is no command {self.program!r} on PATH "
                 "(Debian: apt-get install default-jre-headless)."
             )
-        return path
+        return [*IGNORE_SIGNALS, self.program, *JAVA_OPTIONS, *options]
 
     def __del__(self) -> None:
         self.close()  # the base class's waits for the lock
