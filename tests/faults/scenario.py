@@ -28,7 +28,7 @@ class Fault:
         codes: exit codes that a rank may end with.
         act: done from outside while the ranks run; says whether it came in time.
         inside: by rank, arguments of `fault_inside.install`.
-        said: words that a rank must have written.
+        logged: words that a rank must have written.
         before: done before the start, to what the last start left.
         found: name of what `before` did, a row of its own.
         when: from what was left, words to add to the name.
@@ -39,7 +39,7 @@ class Fault:
     codes: tuple[int, ...]
     act: Callable[[Start], bool] = lambda start: True
     inside: dict[int, dict[str, Any]] | None = None
-    said: tuple[str, ...] = ()
+    logged: tuple[str, ...] = ()
     before: Callable[[Path], None] = lambda out: None
     found: str = ""
     when: Callable[[Path], str] = lambda out: ""
@@ -84,8 +84,8 @@ def suffer(out: Path, command: list[str], faults: Sequence[Fault]) -> list[Row]:
             assert happened, f"{fault.name}: the run ended before\n{start.output()}"
             shown = f"{fault.name}: {codes}\n{start.output()}"
             assert set(codes) <= set(fault.codes), shown
-            for word in fault.said:
-                assert any(word in start.text(rank) for rank in range(len(codes))), f"{word!r} is not said: {shown}"
+            for word in fault.logged:
+                assert any(word in start.text(rank) for rank in range(len(codes))), f"{word!r} is not logged: {shown}"
             for name in filter(None, (fault.found, fault.name and fault.name + fault.when(out))):
                 rows.setdefault(name, Row(name)).injected += 1
             if any(codes):

@@ -29,7 +29,7 @@ def kill(kind: str, rank: int, call: int) -> Fault:
 
 def nan(rank: int, call: int) -> Fault:
     """In a loss; a bit that flipped in memory. It does not come again."""
-    return Fault(NAN, (FAILED,), inside={rank: {"kind": "nan", "call": call}}, said=("The loss is not finite",))
+    return Fault(NAN, (FAILED,), inside={rank: {"kind": "nan", "call": call}}, logged=("The loss is not finite",))
 
 
 def test_a_bad_day(world: World, calm: Path, tmp_path: Path, record_property: Record) -> None:
@@ -41,7 +41,7 @@ def test_a_bad_day(world: World, calm: Path, tmp_path: Path, record_property: Re
         kill("forward", rank=1, call=4),
         kill("backward", rank=0, call=4),
         nan(rank=1, call=2),
-        Fault("", (0,), before=flipped, found=FLIPPED, said=("optim_states.pt has SHA-256",)),
+        Fault("", (0,), before=flipped, found=FLIPPED, logged=("optim_states.pt has SHA-256",)),
     ]
     rows = suffer(out, arguments(world, out), day)
     assert_as_undisturbed(out, calm, rename_damaged=1)
@@ -86,14 +86,14 @@ def test_every_file_of_a_checkpoint_is_checked(
     damages = [
         (TORN, damage("engine/*model_states.pt", cut), "model_states.pt has"),
         (FLIPPED, damage("rng-1.pt", flip_a_bit), "rng-1.pt has SHA-256"),
-        (TORN, damage("checkpoint.json", cut), "checkpoint.json is not JSON"),
+        (TORN, damage("checkpoint.json", cut), "checkpoint.json is not valid JSON"),
         (FLIPPED, damage("trainable.safetensors", flip_a_bit), "trainable.safetensors has SHA-256"),
     ]
     day = [Fault(POWER, (KILLED,), kill_after(2))]
-    for found, before, said in damages[:-1]:
-        day.append(Fault(POWER, (KILLED,), kill_after(2), before=before, found=found, said=(said,)))
-    found, before, said = damages[-1]
-    day.append(Fault("", (0,), before=before, found=found, said=(said,)))
+    for found, before, logged in damages[:-1]:
+        day.append(Fault(POWER, (KILLED,), kill_after(2), before=before, found=found, logged=(logged,)))
+    found, before, logged = damages[-1]
+    day.append(Fault("", (0,), before=before, found=found, logged=(logged,)))
     rows = suffer(out, arguments(world, out), day)
     assert_as_undisturbed(out, calm, rename_damaged=len(damages))
     note(record_property, rows)

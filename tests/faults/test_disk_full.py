@@ -76,7 +76,7 @@ def test_a_full_disk_fails_saves_but_not_the_run(
     world: World, calm: Path, small: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Two saves fail, the run goes on and ends with the last checkpoints as if nothing had been."""
-    fault = Fault("disk full for two saves", (0,), filled_for(2, ROOM), said=("No space left on device",))
+    fault = Fault("disk full for two saves", (0,), filled_for(2, ROOM), logged=("No space left on device",))
     rows = suffer(small, arguments(world, small), [fault])
     assert_as_undisturbed(small, calm)
     note(record_property, rows)
@@ -88,7 +88,7 @@ def test_a_disk_that_stays_full_costs_the_steps_since_the_last_checkpoint(
     world: World, calm: Path, small: Path, name: str, room: int, record_property: Callable[[str, object], None]
 ) -> None:
     """The run ends with an error; once there is room the same command goes on from the checkpoint of before."""
-    fault = Fault(name, (FAILED, LOST), filled_for(0, room), said=("No space left on device",))
+    fault = Fault(name, (FAILED, LOST), filled_for(0, room), logged=("No space left on device",))
 
     def ended(start: Start) -> bool:
         happened = fault.act(start)
@@ -97,6 +97,6 @@ def test_a_disk_that_stays_full_costs_the_steps_since_the_last_checkpoint(
         free(small)
         return happened
 
-    rows = suffer(small, arguments(world, small), [Fault(name, fault.codes, ended, said=fault.said)])
+    rows = suffer(small, arguments(world, small), [Fault(name, fault.codes, ended, logged=fault.logged)])
     assert_as_undisturbed(small, calm)
     note(record_property, rows)

@@ -34,7 +34,7 @@ def test_a_rank_that_hangs_ends_the_job(
 ) -> None:
     out = tmp_path / "run"
     hangs = {rank: {"kind": "sleep", "call": 5, "seconds": 3600}}
-    fault = Fault("rank hangs", (LOST,), inside=hangs, said=(f"rank {rank}",))
+    fault = Fault("rank hangs", (LOST,), inside=hangs, logged=(f"rank {rank}",))
     rows = suffer(out, arguments(world, out, train__hang_seconds=HANG_SECONDS), [fault])
     assert_as_undisturbed(out, calm)
     note(record_property, rows)

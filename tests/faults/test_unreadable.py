@@ -54,7 +54,7 @@ def test_frames_that_turn_unreadable(
     """Found when the first of them is loaded: all ranks end, its name in the sentence; then the files are back."""
     out, frames = tmp_path / "run", sorted(root.glob("posed_images/*/*.jpg"))
     assert frames
-    fault = Fault("frame unreadable in the run", (FAILED,), unreadable(frames, ends), said=("posed_images",))
+    fault = Fault("frame unreadable in the run", (FAILED,), unreadable(frames, ends), logged=("posed_images",))
     rows = suffer(out, arguments(world, out, data__root=root, data__workers=0), [fault, fault])
     assert_as_undisturbed(out, calm)
     note(record_property, rows)
