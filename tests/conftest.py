@@ -1,4 +1,4 @@
-"""One tiny model, a few hand-made samples and batches of them, shared by the tests of data, objective and engine."""
+"""Shared fixtures: a tiny model, hand-made samples, batches of them, and one short training run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from runs import World, make_world, train_once, world_folder
 from shared_fixtures import once, shared_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The same examples in every run, and none fails for being slow on a busy machine.
+# Hypothesis: the same examples in every run, and no time limit per example, because the machine may be busy.
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
 LONG_FIRST = (
     "training/test_trainer.py",
-    "training/deepspeed/test_zero3.py",  # needs no `trained` and no `world`, which another worker makes meanwhile
-    "doctor/test_run.py",  # nor does this
+    "training/deepspeed/test_zero3.py",  # does not need `trained` or `world`, which another worker creates meanwhile
+    "doctor/test_run.py",  # the same
     "cluster/test_jobs.py",
     "faults/test_save_kills.py",
     "evaluation/test_validator.py",
@@ -39,7 +39,7 @@ LONG_FIRST = (
     "faults/test_disk_full.py",
     "training/fault_tolerance/test_watchdog.py",
 )
-"""Files that take longest: a worker that begins one of them last leaves the others idle."""
+"""The slowest test files. They run first, so that no worker begins one when the others are finished."""
 
 BOX = np.array([0.4, 3.0, 0.8, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
 
@@ -50,7 +50,7 @@ STARTS_PROCESSES = re.compile(
     r"|^from runs import .*\b(?:run_jobs|run_ranks|launch|train_once)\b",
     re.MULTILINE,
 )
-"""Imports of a test file that starts processes."""
+"""Matches an import that means that the test file starts processes."""
 PROCESS_FIXTURES = {"trained", "world"}
 """Fixtures that start processes or train the tiny model, which takes minutes."""
 PROCESS_FOLDERS = {"cluster", "faults"}
@@ -58,10 +58,10 @@ PROCESS_FOLDERS = {"cluster", "faults"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, and mark every test that starts processes as `distributed`."""
+    """Order the slowest files first, and mark every test that starts processes as `distributed`."""
     tests = Path(__file__).parent
-    places = {tests / name: place for place, name in enumerate(LONG_FIRST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    order = {tests / name: index for index, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     starts = {path: bool(STARTS_PROCESSES.search(path.read_text())) for path in {item.path for item in items}}
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -70,8 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("distributed")
 
 
-def look(step: int) -> np.ndarray:
-    """A camera near the origin that looks along +y, turned a little to the left and down with every step."""
+def camera_pose(step: int) -> np.ndarray:
+    """``[4, 4]`` camera-to-world pose near the origin that faces +y, turned left and down a little with every step."""
     yaw, pitch = 0.1 * step - 0.3, 0.05 * step
     level = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
     turn = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
@@ -82,7 +82,7 @@ def look(step: int) -> np.ndarray:
 
 
 def make_sample(folder: Path, name: str, frames: int, size: tuple[int, int], frame: int, description: str) -> Any:
-    """A sample of `frames` noise images of `size` (width, height), whose answer names `frame`."""
+    """A ScanRefer sample with `frames` noise images of `size` (width, height), whose answer has frame index `frame`."""
     from w2r2_ds.boxes3d.transforms import world_to_camera
     from w2r2_ds.data.tasks.scanrefer import answer_text, description_span, question_text
     from w2r2_ds.types.sample import Sample, Target
@@ -92,7 +92,7 @@ def make_sample(folder: Path, name: str, frames: int, size: tuple[int, int], fra
     for index in range(frames):
         paths.append(folder / f"{name}_{index}.png")
         Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(paths[-1])
-    poses = np.stack([look(index) for index in range(frames)])
+    poses = np.stack([camera_pose(index) for index in range(frames)])
     return Sample(
         id=name,
         task="scanrefer",
@@ -108,7 +108,7 @@ def make_sample(folder: Path, name: str, frames: int, size: tuple[int, int], fra
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Four frames of 56 x 42 after resizing, three of 56 x 56, twelve (two-digit frame 11) of 56 x 42."""
+    """Three samples with 4, 3 and 12 frames; resized, 56 x 42, 56 x 56 and 56 x 42. The last answer has frame 11."""
     folder = tmp_path_factory.mktemp("frames")
     return [
         make_sample(folder, "four", 4, (80, 60), 2, "the red chair."),
@@ -119,7 +119,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def caption_sample(samples: list[Any]) -> Any:
-    """A sentence about the three frames; no box, no *what*."""
+    """A Scan2Cap sample with three frames; no box, no *what*."""
     return replace(
         samples[1],
         id="caption",
@@ -134,7 +134,7 @@ def caption_sample(samples: list[Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def answer_sample(samples: list[Any]) -> Any:
-    """A short answer about the four frames; no box, no *what*."""
+    """A ScanQA sample with four frames; no box, no *what*."""
     return replace(
         samples[0],
         id="answer",
@@ -150,10 +150,10 @@ def answer_sample(samples: list[Any]) -> Any:
 @pytest.fixture(scope="session")
 def text_samples(answer_sample: Any, samples: list[Any]) -> list[Any]:
     """Two samples without frames: a short answer, and a box whose question has a *what*."""
-    nothing: dict[str, Any] = {"frames": (), "cam_to_world": np.zeros((0, 4, 4))}
+    no_frames: dict[str, Any] = {"frames": (), "cam_to_world": np.zeros((0, 4, 4))}
     return [
-        replace(answer_sample, id="text answer", **nothing),
-        replace(samples[2], id="text box", **nothing),
+        replace(answer_sample, id="text answer", **no_frames),
+        replace(samples[2], id="text box", **no_frames),
     ]
 
 
@@ -181,7 +181,7 @@ def model_config(tmp_path_factory: pytest.TempPathFactory, samples: list[Any]) -
 
 @pytest.fixture(scope="session")
 def frontend(model_config: Any) -> Any:
-    """Tokenizer, vision facts and meta model of the tiny VLM."""
+    """Frontend of the tiny VLM: tokenizer, vision spec and a model on the meta device."""
     from w2r2_ds.models.build import load_frontend
 
     return load_frontend(model_config)
@@ -189,7 +189,7 @@ def frontend(model_config: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def data_config() -> Any:
-    """`data_config(**changes)`: small frames, loaded in this process."""
+    """Function `data_config(**changes)`: a `DataConfig` with small frames and no DataLoader workers."""
     from w2r2_ds.config.schema import DataConfig
 
     def make(**changes: Any) -> Any:
@@ -200,7 +200,7 @@ def data_config() -> Any:
 
 @pytest.fixture(scope="session")
 def batch_of(frontend: Any, data_config: Any) -> Callable[..., Any]:
-    """`batch_of(samples, with_answer, with_prompts, **changes of the data configuration)`: what a loader makes."""
+    """Function `batch_of(samples, with_answer, with_prompts, **data_config_changes)`: the collated batch."""
     from w2r2_ds.data.collate import Collator
     from w2r2_ds.data.loader import make_position_ids, make_processor, visual_kind
 
@@ -232,7 +232,7 @@ def tables(frontend: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Scenes and warmed-up tiny models, made once for all workers."""
+    """Synthetic scenes and warmed-up tiny models, created once for all pytest workers."""
     base = shared_base(tmp_path_factory.getbasetemp())
     world = World(world_folder(base))
     once(base, "world", partial(make_world, world.folder))
@@ -241,6 +241,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 30 steps on one rank, made once for all workers. Change only copies of it."""
+    """Run folder of 30 steps on one rank, created once for all pytest workers. Tests must change only copies of it."""
     once(shared_base(tmp_path_factory.getbasetemp()), "trained", partial(train_once, world))
     return world.folder / "run"

@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script(root: Path, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a batch script as sbatch would, in its own bash."""
+    """Run a batch script in its own bash, as sbatch does."""
     command = ["bash", str(root / "slurm" / f"{name}.sbatch"), *words]
     return subprocess.run(
         command, env=os.environ | environment, text=True, capture_output=True, timeout=60, cwd="/", check=False
@@ -39,7 +39,7 @@ def script(root: Path, name: str, *words: str, **environment: str) -> subprocess
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
-    """The words of every srun line of a dry run."""
+    """The arguments of every srun line that a dry run prints."""
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("srun ")]
 
@@ -52,7 +52,7 @@ def test_help_works_in_any_folder(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_job_from_another_folder_is_rejected(root: Path, name: str, tmp_path: Path) -> None:
-    """sbatch runs a copy from its spool: the script has only the folder of submission."""
+    """sbatch runs a copy in its spool folder, so the script finds the repository by the folder of submission only."""
     done = script(root, name, SLURM_SUBMIT_DIR=str(tmp_path))
     assert done.returncode == 1
     assert (
@@ -132,11 +132,11 @@ def test_every_gpu_has_a_rank(root: Path) -> None:
     assert done.returncode == 1 and "8 GPUs and 1 ranks on a node; give sbatch --ntasks-per-node=8." in done.stderr
 
 
-@pytest.mark.parametrize(("code", "told"), [(0, 0), (1, 1), (75, 0), (85, 0), (143, 0), (137, 137)])
-def test_srun_does_not_kill_ranks_that_are_still_saving(root: Path, tmp_path: Path, code: int, told: int) -> None:
+@pytest.mark.parametrize(("code", "srun_code"), [(0, 0), (1, 1), (75, 0), (85, 0), (143, 0), (137, 137)])
+def test_srun_does_not_kill_ranks_that_are_still_saving(root: Path, tmp_path: Path, code: int, srun_code: int) -> None:
     command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", f"exit {code}"]
     done = subprocess.run(command, cwd=root, env=os.environ | JOB | {"TMPDIR": str(tmp_path)}, timeout=60, check=False)
-    assert done.returncode == told
+    assert done.returncode == srun_code
     assert (tmp_path / "exit-3-gpu-2").read_text() == f"{code}\n"
     assert [path.name for path in tmp_path.glob("pid-*")] == []
 
@@ -144,13 +144,13 @@ def test_srun_does_not_kill_ranks_that_are_still_saving(root: Path, tmp_path: Pa
 def test_exit_codes_sh_is_up_to_date(root: Path) -> None:
     codes = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
     lines = (root / "slurm" / "exit_codes.sh").read_text().splitlines()
-    stated = [line for line in lines if not line.startswith("#")]
-    assert stated == [f"EXIT_{name}={code}" for name, code in codes.items()]
+    assignments = [line for line in lines if not line.startswith("#")]
+    assert assignments == [f"EXIT_{name}={code}" for name, code in codes.items()]
 
 
 def test_a_rank_has_torchruns_variables_and_a_private_kernel_folder(root: Path, tmp_path: Path) -> None:
-    asked = "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $TORCH_EXTENSIONS_DIR $TRITON_CACHE_DIR"
-    command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", asked]
+    script_text = "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $TORCH_EXTENSIONS_DIR $TRITON_CACHE_DIR"
+    command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", script_text]
     environment = os.environ | JOB | {"TMPDIR": str(tmp_path), "SLURM_RESTART_COUNT": "2"}
     done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == f"3 4 1 2 {tmp_path}/w2r2-7-2/torch {tmp_path}/w2r2-7-2/triton"
@@ -169,7 +169,7 @@ def test_a_kernel_folder_of_another_user_is_an_error(root: Path, tmp_path: Path)
 
 
 def test_rank_sh_survives_signals_and_records_the_exit_code(root: Path, tmp_path: Path) -> None:
-    """scancel signals all processes of a step; the exit code must be the command's, not the shell's."""
+    """scancel signals all processes of a step; the recorded exit code is the command's, not the shell's."""
     program = "trap 'echo got it' USR1 TERM; for i in $(seq 40); do sleep 0.05; done; exit 85"
     command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", program]
     environment = os.environ | JOB | {"TMPDIR": str(tmp_path)}
@@ -177,7 +177,7 @@ def test_rank_sh_survives_signals_and_records_the_exit_code(root: Path, tmp_path
         while not list(tmp_path.glob("pid-*")):
             time.sleep(0.01)
         child = int((tmp_path / "pid-3-gpu-2").read_text())
-        time.sleep(0.3)  # the command's own trap
+        time.sleep(0.3)  # until the command has set its trap
         for number in (signal.SIGUSR1, signal.SIGTERM) * 4:
             rank.send_signal(number)
             os.kill(child, number)

@@ -14,7 +14,7 @@ __all__ = ["many_rooms", "rooms"]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Data root with one hand-made scene and a table of labels."""
+    """Data root with one hand-made scene and ScanNet's label table."""
     write_scene(tmp_path)
     header = "id\traw_category\tcategory\tcount\tnyu40id\teigen13id\tnyuClass\tnyu40class"
     rows = ["chair\tchair", "office chair\tchair", "table\ttable", "refrigerator\trefridgerator", "lamp\tlamp"]

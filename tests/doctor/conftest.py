@@ -1,4 +1,4 @@
-"""A run for the doctor: one prepared data set and two small model directories."""
+"""Fixtures: options and configuration of a run for the doctor, with a prepared data set and two small model folders."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "
 
 
 @pytest.fixture(scope="session")
-def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Option -> value of `w2r2 train`, without dashes."""
+def run_options(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Option name -> value of `w2r2 train`, without dashes."""
     from prepared_sets import write_prepared
 
-    folder = tmp_path_factory.mktemp("little")
+    folder = tmp_path_factory.mktemp("doctor")
     prepared = samples[0].frames[0].parent / "prepared"
     write_prepared(prepared, samples, prepared.parent)
     vggt = {"embed_dim": 32, "depth": 3, "num_heads": 2, "vit_num_heads": 2}
@@ -43,8 +43,8 @@ def little_run(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def config(little_run: dict[str, str]) -> Any:
-    """Configuration of `little_run`."""
+def config(run_options: dict[str, str]) -> Any:
+    """`RunConfig` of `run_options`."""
     from w2r2_ds.commands.doctor import read_arguments
 
-    return read_arguments(command(little_run)).config
+    return read_arguments(command(run_options)).config

@@ -240,11 +240,13 @@ def test_weights(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "training will download it" in data.check_weights(config.model).warnings[0]
 
 
-def test_settings(config: Any, little_run: dict[str, str]) -> None:
+def test_settings(config: Any, run_options: dict[str, str]) -> None:
     """Batch sizes for the ranks, the DeepSpeed JSON and the push term, as training checks them."""
-    result = settings.check_settings(config, little_run["deepspeed"], 2)
+    result = settings.check_settings(config, run_options["deepspeed"], 2)
     assert result.errors == [] and result.info["ZeRO"] == "stage 3"
-    assert "not divisible by train.micro_batch" in settings.check_settings(config, little_run["deepspeed"], 7).errors[0]
+    assert (
+        "not divisible by train.micro_batch" in settings.check_settings(config, run_options["deepspeed"], 7).errors[0]
+    )
     assert "none.json" in settings.check_settings(config, "none.json", 2).errors[0]
     config.objective.push_term = {"name": "nothing of the kind"}
     assert len(settings.check_settings(config, "", 2).errors) == 1

@@ -75,9 +75,9 @@ def wait_for(rank: subprocess.Popen[str]) -> tuple[int, str]:
     return rank.returncode, output
 
 
-def test_two_nodes_without_faults(tmp_path: Path, little_run: dict[str, str]) -> None:
+def test_two_nodes_without_faults(tmp_path: Path, run_options: dict[str, str]) -> None:
     """Every check runs on both nodes, and no file is left behind."""
-    ranks = start(tmp_path / "launch", little_run, [Node(), Node()])
+    ranks = start(tmp_path / "launch", run_options, [Node(), Node()])
     code, output = wait_for(ranks[0])
     assert code == 0, output
     code, other = wait_for(ranks[1])
@@ -88,10 +88,10 @@ def test_two_nodes_without_faults(tmp_path: Path, little_run: dict[str, str]) ->
     assert re.search(r"settings +│ ok", output)
     assert re.search(r"all-reduce +│ 16 MiB in [\d.]+ ms, [\d.]+ GB/s", output)
     assert "stage 3" in output and "float32 (model.dtype auto)" in output and "sdpa" in output
-    assert not list(Path(little_run["out"]).parent.glob(".doctor*"))
+    assert not list(Path(run_options["out"]).parent.glob(".doctor*"))
 
 
-def test_errors_and_differences_name_the_node(tmp_path: Path, little_run: dict[str, str]) -> None:
+def test_errors_and_differences_name_the_node(tmp_path: Path, run_options: dict[str, str]) -> None:
     """The second node has other packages, data, output folder, network and limits."""
     packages = tmp_path / "packages"
     for name, found in (("safetensors", "0.7.1"), ("peft", "0.20.0")):
@@ -105,7 +105,7 @@ def test_errors_and_differences_name_the_node(tmp_path: Path, little_run: dict[s
         files=200,
     )
     first = Node(environment={"NCCL_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(ROOT)})
-    ranks = start(tmp_path / "launch", little_run, [first, node])
+    ranks = start(tmp_path / "launch", run_options, [first, node])
     code, output = wait_for(ranks[0])
     assert code == 1 and wait_for(ranks[1])[0] == 1
     errors = [line for line in output.splitlines() if line.startswith("ERROR: ")]
@@ -122,8 +122,8 @@ def test_errors_and_differences_name_the_node(tmp_path: Path, little_run: dict[s
     assert re.search(r"doctor: \d+ errors, on n2\.", output)
 
 
-def test_a_rank_that_freezes_is_reported(tmp_path: Path, little_run: dict[str, str]) -> None:
-    ranks = start(tmp_path / "launch", little_run, [Node(times=(120, 4)), Node("freeze", times=(120, 4))])
+def test_a_rank_that_freezes_is_reported(tmp_path: Path, run_options: dict[str, str]) -> None:
+    ranks = start(tmp_path / "launch", run_options, [Node(times=(120, 4)), Node("freeze", times=(120, 4))])
     try:
         code, output = wait_for(ranks[0])
     finally:
@@ -133,21 +133,21 @@ def test_a_rank_that_freezes_is_reported(tmp_path: Path, little_run: dict[str, s
     assert "the all-reduce over gloo failed" in output and re.search(r"\[?1\]? failed to pass monitoredBarrier", output)
 
 
-def test_a_missing_rank_is_reported(tmp_path: Path, little_run: dict[str, str]) -> None:
-    code, output = wait_for(start(tmp_path / "launch", little_run, [Node(times=(3, 3)), None])[0])
+def test_a_missing_rank_is_reported(tmp_path: Path, run_options: dict[str, str]) -> None:
+    code, output = wait_for(start(tmp_path / "launch", run_options, [Node(times=(3, 3)), None])[0])
     assert code == 1 and "rank(s) 1 did not connect within 3 s; connected are the nodes n1" in output
 
 
-def test_a_missing_rank_0_is_reported(tmp_path: Path, little_run: dict[str, str]) -> None:
-    code, output = wait_for(start(tmp_path / "launch", little_run, [None, Node(times=(3, 3))])[1])
+def test_a_missing_rank_0_is_reported(tmp_path: Path, run_options: dict[str, str]) -> None:
+    code, output = wait_for(start(tmp_path / "launch", run_options, [None, Node(times=(3, 3))])[1])
     assert code == 1 and "ERROR: n2: rank 1 has no connection to other ranks" in output
 
 
-def test_wrong_sum_through_torchrun(little_run: dict[str, str]) -> None:
+def test_wrong_sum_through_torchrun(run_options: dict[str, str]) -> None:
     """torchrun's agent hosts the store. Both ranks are on one node, and the sum of rank 1 is wrong."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RANK)]
     done = subprocess.run(
-        [*torchrun, "sum", "120", "60", *command(little_run)],
+        [*torchrun, "sum", "120", "60", *command(run_options)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Java with and without, for the tests of caption scores."""
+"""Fixtures: METEOR's Java process, and a machine without Java."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 from w2r2_ds.evaluation.metrics.meteor import Java, shared_java
 
-NO_JAVA = "there is no Java here (Debian: apt-get install default-jre-headless)"
+NO_JAVA = "Java is not installed (Debian: apt-get install default-jre-headless)"
 
 
 @pytest.fixture(scope="session")
 def java() -> Java:
-    """METEOR's process is started once for all tests: it takes 8 s."""
+    """METEOR's Java process, started once for all tests, because its start takes 8 s."""
     if shutil.which("java") is None:
         pytest.skip(NO_JAVA)
     return shared_java()
@@ -21,12 +21,12 @@ def java() -> Java:
 
 @pytest.fixture
 def no_java() -> Java:
-    """A machine without Java."""
+    """A `Java` whose program does not exist."""
     return Java(program="no-such-java")
 
 
 @pytest.fixture(params=["java", "no_java"])
 def either_java(request: pytest.FixtureRequest) -> Java:
-    """One after the other: what needs no Java is the same in both."""
+    """Both in turn, for scores that must not depend on Java."""
     found: Java = request.getfixturevalue(request.param)
     return found

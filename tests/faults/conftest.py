@@ -1,4 +1,4 @@
-"""Fixture: the undisturbed run, which all others must equal."""
+"""Fixture: the reference run, the same command without faults."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from fault_runs import arguments, undisturbed
+from fault_runs import arguments, run_to_end
 from runs import World
 from shared_fixtures import once, shared_base
 
 
 @pytest.fixture(scope="session")
-def calm(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both ranks, all steps, one start; made once for all workers."""
+def reference_run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder after all steps on two ranks in one launch; created once for all pytest workers."""
     base = shared_base(tmp_path_factory.getbasetemp())
-    out = base / "calm"
-    once(base, "calm", lambda: undisturbed(out, arguments(world, out)))
+    out = base / "reference"
+    once(base, "reference", lambda: run_to_end(out, arguments(world, out)))
     return out

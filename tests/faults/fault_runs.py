@@ -1,7 +1,7 @@
-"""Two real ranks without a launcher: one start of a job, its faults, and its end.
+"""One launch of a training job on two ranks, to inject faults into: its processes, logs and exit codes.
 
-A rank is a process that runs launchers/train.py as a script, in a session of its own, forked with the heavy packages
-imported (tests/helpers/fork_server.py): a start of both ranks takes a few seconds, so that a test affords many.
+Each rank is a process that runs launchers/train.py as a script, in its own session. It is forked from a server that
+has imported the heavy packages (tests/helpers/fork_server.py), so a launch takes only a few seconds.
 """
 
 from __future__ import annotations
@@ -22,59 +22,61 @@ from runs import ROOT, ZERO3, World
 WORLD_SIZE = 2
 STEPS = 6
 RUN_LIMIT, END_LIMIT = 280.0, 60.0
-"""Seconds: for a start that nothing happens to, and from a fault until every rank has ended."""
+"""Seconds: limit of a whole launch, and limit from the end of the first rank to the end of the last."""
 FAILED, LOST, REQUEUE, TERMINATED, KILLED = 1, 75, 85, 143, -int(signal.SIGKILL)
-"""How a rank ends (w2r2_ds/training/fault_tolerance/exit_codes.py), and one that was killed."""
+"""Exit codes of a rank (w2r2_ds/training/fault_tolerance/exit_codes.py); the last is SIGKILL's."""
 TRAIN = ROOT / "launchers" / "train.py"
 OPTIONS: dict[str, object] = {
-    "model__lora_dropout": 0.1,  # so that the random state matters
-    "data__workers": 1,  # a killed rank leaves a loader process behind, which must end by itself
+    "model__lora_dropout": 0.1,  # so that the result depends on the random state
+    "data__workers": 1,  # the DataLoader worker of a killed rank must end without a signal
     "train__steps": STEPS,
     "train__global_batch": 4,
-    "train__micro_batch": 1,  # two micro-batches to an optimizer step
+    "train__micro_batch": 1,  # two micro-batches per rank and optimizer step
     "train__save_every": 1,
     "resume": "auto",
 }
 
 
 def arguments(world: World, out: Path, **changes: object) -> list[str]:
-    """The command of a run, the same for every start of it."""
+    """Arguments of launchers/train.py, the same for every launch of a run."""
     return ["--deepspeed", str(ZERO3), *world.arguments(out, **(OPTIONS | changes))]
 
 
-def be_rank(command: list[str], inside: dict[str, Any] | None) -> None:
-    """Process of a rank: inject its fault, if any, and run the real script."""
-    faulthandler.register(signal.SIGUSR2, all_threads=True)  # for `Start.wait`: where it hangs
-    if inside is not None:
-        inject_in_process.install(**inside)
+def rank_main(command: list[str], fault: dict[str, Any] | None) -> None:
+    """Entry point of a rank: install its fault, if any, and run launchers/train.py."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # `Launch.wait` asks a hanging rank for its stack
+    if fault is not None:
+        inject_in_process.install(**fault)
     fork_server.script(str(TRAIN), command)
 
 
-class Start:
-    """One start of the job: its ranks' processes. As a context, nothing of it outlives the block.
+class Launch:
+    """The rank processes of one launch of the job. A context manager that kills them on exit.
 
     Args:
-        out: folder of the run; every rank's log lies beside it, of all starts in one.
-        command: of `arguments`.
-        inside: by rank, arguments of `inject_in_process.install`: a fault that a rank does to itself.
+        out: run folder. The log of each rank is beside it and is appended to by every launch.
+        command: result of `arguments`.
+        in_process: rank -> arguments of `inject_in_process.install`.
     """
 
-    def __init__(self, out: Path, command: list[str], inside: dict[int, dict[str, Any]] | None = None) -> None:
+    def __init__(self, out: Path, command: list[str], in_process: dict[int, dict[str, Any]] | None = None) -> None:
         from w2r2_ds.training.deepspeed.process_group import free_port
 
         self.out = out
         self.logs = [out.with_name(f"{out.name}.rank{rank}.log") for rank in range(WORLD_SIZE)]
         self._skip = [log.stat().st_size if log.exists() else 0 for log in self.logs]
-        self.ended: dict[int, float] = {}  # rank -> time.monotonic() at which it was seen to have ended
+        self.ended: dict[int, float] = {}  # rank -> time.monotonic() of the poll that found it ended
         self.fault_at = 0.0
         port = free_port()
         self.processes: list[fork_server.Rank] = []
         for rank, log in enumerate(self.logs):
-            given = [command, (inside or {}).get(rank)]
-            where = fork_server.place(rank, WORLD_SIZE, port)
-            self.processes.append(fork_server.fork_rank(Path(__file__), "be_rank", given, where, log))
+            function_arguments = [command, (in_process or {}).get(rank)]
+            variables = fork_server.rank_variables(rank, WORLD_SIZE, port)
+            self.processes.append(
+                fork_server.fork_rank(Path(__file__), "rank_main", function_arguments, variables, log)
+            )
 
-    def __enter__(self) -> Start:
+    def __enter__(self) -> Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,34 +84,34 @@ class Start:
             process.end()
 
     def running(self) -> list[int]:
-        """The ranks that have not ended."""
+        """Ranks that have not ended; also records when the others ended."""
         for rank, process in enumerate(self.processes):
             if rank not in self.ended and process.poll() is not None:
                 self.ended[rank] = time.monotonic()
         return [rank for rank in range(WORLD_SIZE) if rank not in self.ended]
 
-    def send(self, what: signal.Signals, *ranks: int) -> None:
-        """Send a signal to those of some ranks (without any: of all) that still run."""
+    def send(self, number: signal.Signals, *ranks: int) -> None:
+        """Send a signal to the given ranks (default: all) that are still running."""
         self.fault_at = self.fault_at or time.monotonic()
         for rank in set(ranks or range(WORLD_SIZE)) & set(self.running()):
-            self.processes[rank].send(what)
+            self.processes[rank].send(number)
 
-    def until(self, seen: Callable[[], bool], pause: float = 0.02) -> bool:
-        """Poll until something is seen; False if a rank ended before.
+    def wait_until(self, condition: Callable[[], bool], pause: float = 0.02) -> bool:
+        """Poll until the condition holds; False if a rank ended first.
 
         Raises:
-            AssertionError: neither has come within `RUN_LIMIT` seconds.
+            AssertionError: neither happened within `RUN_LIMIT` seconds.
         """
         deadline = time.monotonic() + RUN_LIMIT
-        while not seen():
+        while not condition():
             if len(self.running()) < WORLD_SIZE:
                 return False
-            assert time.monotonic() < deadline, f"not seen in {RUN_LIMIT:.0f} s:\n{self.output()}"
+            assert time.monotonic() < deadline, f"condition not met in {RUN_LIMIT:.0f} s:\n{self.output()}"
             time.sleep(pause)
         return True
 
     def wait(self, limit: float = RUN_LIMIT) -> list[int]:
-        """Exit codes of all ranks; negative for a signal.
+        """Wait for all ranks; returns their exit codes, -N for a rank killed by signal N.
 
         Raises:
             AssertionError: a rank has not ended within `limit` seconds, or `END_LIMIT` after the first one.
@@ -118,41 +120,41 @@ class Start:
         while running := self.running():
             now = time.monotonic()
             if now > deadline or (self.ended and now > min(self.ended.values()) + END_LIMIT):
-                self.send(signal.SIGUSR2)
+                self.send(signal.SIGUSR2)  # `faulthandler` writes the stacks to the log
                 time.sleep(1.0)
                 raise AssertionError(f"ranks {running} have not ended:\n{self.output()}")
             time.sleep(0.05)
         return [process.code for process in self.processes]
 
     def seconds_to_end(self) -> float:
-        """From the fault until all ranks had ended; only where there was one."""
+        """Seconds from the fault (without one: from the end of the first rank) to the end of the last rank."""
         stamps = re.findall(rf"{inject_in_process.MARK} ([\d.]+)", "".join(map(self.text, range(WORLD_SIZE))))
         return max(self.ended.values()) - (float(stamps[0]) if stamps else self.fault_at or min(self.ended.values()))
 
     def text(self, rank: int) -> str:
-        """Output of a rank in this start."""
+        """Output of a rank in this launch."""
         if not self.logs[rank].exists():
             return ""
         return self.logs[rank].read_bytes()[self._skip[rank] :].decode(errors="replace")
 
     def output(self) -> str:
-        """The end of what each rank wrote in this start."""
+        """The last 4000 characters of each rank's output in this launch."""
         return "\n".join(f"--- rank {rank}\n{self.text(rank)[-4000:]}" for rank in range(WORLD_SIZE))
 
 
-def undisturbed(out: Path, command: list[str]) -> None:
-    """Start a job, or go on with it, and let it end.
+def run_to_end(out: Path, command: list[str]) -> None:
+    """Launch or resume a run without faults and wait for its end.
 
     Raises:
-        AssertionError: it does not end well.
+        AssertionError: a rank's exit code is not 0.
     """
-    with Start(out, command) as start:
-        codes = start.wait()
-        assert codes == [0] * WORLD_SIZE, f"{codes}\n{start.output()}"
+    with Launch(out, command) as launch:
+        codes = launch.wait()
+        assert codes == [0] * WORLD_SIZE, f"{codes}\n{launch.output()}"
 
 
 def steps_logged(out: Path) -> int:
-    """Whole lines of metrics.jsonl."""
+    """Number of complete lines in metrics.jsonl."""
     with contextlib.suppress(FileNotFoundError):
         return (out / "metrics.jsonl").read_bytes().count(b"\n")
     return 0

@@ -1,6 +1,7 @@
-"""Faults that a rank injects into itself at a given moment of a training step, without hooks in production code.
+"""Fault injection inside a rank's process, at a given forward of the training step.
 
-Imported in the rank's process (tests/faults/fault_runs.py) before the script runs.
+`install` replaces `W2R2Step.forward`, because the package has no hooks for faults. tests/faults/fault_runs.py calls it
+before the training script runs.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 MARK = "fault at"
-"""In the rank's log, before the time.monotonic() of the fault, which is the same clock for all of a machine."""
+"""Prefix of the log line with the fault's time.monotonic(). All processes of a machine share this clock."""
 
 
 def install(kind: str, call: int, seconds: float = 0.0) -> None:
-    """Let fault `kind` happen in forward `call` of the training step, from 1; the first is the dry run's.
+    """Inject a fault into one forward of the training step.
 
     Args:
-        kind: ``forward`` or ``backward``: SIGKILL in the middle of it; ``nan``: the first sample's loss is not finite;
-            ``sleep``: nothing happens for `seconds` in this forward; ``slow``: in it and all later ones.
-        call: which forward.
-        seconds: of ``sleep`` and ``slow``.
+        kind: ``forward``, ``backward``: SIGKILL half way through it; ``nan``: the first sample's loss is NaN;
+            ``sleep``: this forward sleeps for `seconds`; ``slow``: this and all later forwards do.
+        call: number of the forward, from 1; forward 1 is the dry run's.
+        seconds: duration of a sleep.
     """
     from w2r2_ds.training.step import W2R2Step
 
@@ -45,7 +46,7 @@ def install(kind: str, call: int, seconds: float = 0.0) -> None:
             stats[0, 0] = float("nan")
             loss = loss * float("nan")
         if calls == call and kind == "backward":
-            # When the gradient of a weight in the middle comes, the later half of the model has its own.
+            # This hook runs when the later half of the decoder layers already has its gradients.
             weights = [weight for weight in middle_layer(self).parameters() if weight.requires_grad]
             weights[0].register_hook(lambda _: die())
         return loss, stats
@@ -54,17 +55,17 @@ def install(kind: str, call: int, seconds: float = 0.0) -> None:
 
 
 def middle_layer(step: Any) -> Any:
-    """The decoder layer half way up."""
+    """The middle decoder layer."""
     layers = step.model.base.model.language_model.layers
     return layers[len(layers) // 2]
 
 
 def die() -> None:
-    """As the kernel's out-of-memory killer does it."""
+    """Send SIGKILL to the own process, as the kernel's out-of-memory killer does."""
     stamp()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stamp() -> None:
-    """Say when it happens."""
+    """Log the time of the fault."""
     print(MARK, time.monotonic(), flush=True)

@@ -1,9 +1,9 @@
-"""Make the fault matrix from a run: ``python tests/faults/matrix.py [TEST ...] [--into FILE]``.
+"""Create the fault matrix of the docs: ``python tests/faults/matrix.py [TEST ...] [--into FILE]``.
 
-FILE is docs/guides/troubleshooting.md, which has the marks that the table goes between.
+Runs tests/faults and tests/cluster with their nightly tests (or the given tests) and prints a Markdown table with one
+row per fault. The numbers are properties in pytest's JUnit report (`scenario.record_rows`). A failed test is a row too.
 
-Runs tests/faults and tests/cluster with their nightly parts (or the tests that are named), and prints one row of
-Markdown per fault. What a test did is in the properties of its report; a test that failed stands in the table as well.
+FILE is docs/guides/troubleshooting.md; the table replaces the text between its two marks.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ BEGIN, END = "<!-- fault matrix: begin -->", "<!-- fault matrix: end -->"
 
 
 def main(args: Sequence[str]) -> int:
-    """Run, print, and put the table between its marks in a document if asked to; 1 if a test failed."""
+    """Run the tests and print the table, with --into also into a document; returns 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", nargs="*", default=["tests/faults", "tests/cluster"], help="what to give to pytest")
+    parser.add_argument("tests", nargs="*", default=["tests/faults", "tests/cluster"], help="arguments of pytest")
     parser.add_argument("--into", type=Path, help=f"document with the lines {BEGIN} and {END}")
     parser.add_argument("--report", type=Path, nargs="+", help="reports of pytest --junitxml, instead of a run")
     options = parser.parse_args(args)
     with tempfile.TemporaryDirectory() as folder:
         reports = options.report or [Path(folder) / "report.xml"]
         if options.report is None:
-            which = ["-m", "nightly or not nightly", "-o", "junit_family=xunit1", f"--junitxml={reports[0]}"]
-            subprocess.run([sys.executable, "-m", "pytest", "-q", *which, *options.tests], cwd=ROOT, check=False)
+            selection = ["-m", "nightly or not nightly", "-o", "junit_family=xunit1", f"--junitxml={reports[0]}"]
+            subprocess.run([sys.executable, "-m", "pytest", "-q", *selection, *options.tests], cwd=ROOT, check=False)
         cases = [case for report in reports for case in ElementTree.parse(report).iter("testcase")]
         text = table(cases, max(report.stat().st_mtime for report in reports))
     print(text)
@@ -51,7 +51,7 @@ def failed(case: ElementTree.Element) -> bool:
 
 
 def rows(cases: Sequence[ElementTree.Element]) -> Iterator[dict[str, Any]]:
-    """Rows that the tests recorded (`scenario.note`), and failed tests."""
+    """Rows that the tests recorded (`scenario.record_rows`), and one row per failed test."""
     for case in cases:
         for each in case.iter("property"):
             if each.get("name") == "fault":
@@ -62,7 +62,7 @@ def rows(cases: Sequence[ElementTree.Element]) -> Iterator[dict[str, Any]]:
 
 
 def table(cases: Sequence[ElementTree.Element], when: float) -> str:
-    """Markdown: one line per fault, counts summed over the tests."""
+    """The Markdown table: one row per fault, counts summed over the tests."""
     sums: dict[str, dict[str, Any]] = {}
     for row in rows(cases):
         into = sums.setdefault(row["fault"], {"injected": 0, "restarts": 0, "equal": True, "ended": []})
@@ -84,10 +84,10 @@ def table(cases: Sequence[ElementTree.Element], when: float) -> str:
 
 
 def put(text: str, document: Path) -> None:
-    """Replace what stands between the marks of a document.
+    """Replace the text between the two marks of a document.
 
     Raises:
-        ValueError: it has no marks.
+        ValueError: the document has no marks.
     """
     before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -1,4 +1,4 @@
-"""A small file system that fills up while a run saves, and is freed again."""
+"""A disk that is full while a run saves checkpoints, and has space again later."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from fault_runs import FAILED, LOST, Start, arguments, steps_logged
+from fault_runs import FAILED, LOST, Launch, arguments, steps_logged
 from runs import World
-from scenario import Fault, assert_as_undisturbed, newest_step, note, suffer
+from scenario import Fault, assert_equals_reference, newest_step, record_rows, run_with_faults
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 SIZE = 24 << 20
-"""Bytes of the file system; a checkpoint has 2.7 MB, and three are there at a time."""
-ROOM = 1 << 20
-"""Bytes left: too few for a checkpoint, enough for the lines of metrics."""
-BALLAST = "ballast"
+"""Bytes of the file system. A checkpoint has 2.7 MB; at most three exist at a time."""
+FREE = 1 << 20
+"""Bytes left free: too few for a checkpoint, enough for metrics."""
+FILLER = "filler"
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """An empty folder on a small tmpfs; other files of a test are beside it."""
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty run folder on a tmpfs of `SIZE` bytes; logs are written beside it, to another disk."""
     folder = tmp_path / "run"
     folder.mkdir()
     mounted = subprocess.run(
@@ -39,64 +39,69 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(folder: Path, room: int) -> None:
-    """Leave `room` bytes."""
-    with open(folder / BALLAST, "wb", buffering=0) as file:
+def fill(folder: Path, free: int) -> None:
+    """Fill the disk up to `free` bytes."""
+    with open(folder / FILLER, "wb", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(1 << 16))
         except OSError:
-            pass  # full, which is what was wanted
-        os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - room)
+            pass  # ENOSPC: the disk is full
+        os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - free)
 
 
-def free(folder: Path) -> None:
-    """As someone who cleans up."""
-    (folder / BALLAST).unlink(missing_ok=True)
+def free_space(folder: Path) -> None:
+    """Delete the filler file."""
+    (folder / FILLER).unlink(missing_ok=True)
 
 
-def filled_for(steps: int, room: int) -> Callable[[Start], bool]:
-    """Fill the disk after the second checkpoint; free it `steps` later, where not 0."""
+def filled_for(steps: int, free: int) -> Callable[[Launch], bool]:
+    """Fill the disk after the second checkpoint and free it `steps` steps later (0: not at all)."""
 
-    def act(start: Start) -> bool:
-        if not start.until(lambda: newest_step(start.out) >= 2 and steps_logged(start.out) >= 2):
+    def inject(launch: Launch) -> bool:
+        if not launch.wait_until(lambda: newest_step(launch.out) >= 2 and steps_logged(launch.out) >= 2):
             return False
-        fill(start.out, room)
-        filled = steps_logged(start.out)
-        if steps and not start.until(lambda: steps_logged(start.out) >= filled + steps):
+        fill(launch.out, free)
+        filled = steps_logged(launch.out)
+        if steps and not launch.wait_until(lambda: steps_logged(launch.out) >= filled + steps):
             return False
         if steps:
-            free(start.out)
+            free_space(launch.out)
         return True
 
-    return act
+    return inject
 
 
 def test_a_full_disk_fails_saves_but_not_the_run(
-    world: World, calm: Path, small: Path, record_property: Callable[[str, object], None]
+    world: World, reference_run: Path, small_disk: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Two saves fail, the run goes on and ends with the last checkpoints as if nothing had been."""
-    fault = Fault("disk full for two saves", (0,), filled_for(2, ROOM), logged=("No space left on device",))
-    rows = suffer(small, arguments(world, small), [fault])
-    assert_as_undisturbed(small, calm)
-    note(record_property, rows)
+    """Two saves fail, the run continues, and its last checkpoints equal the reference run's."""
+    fault = Fault("disk full for two saves", (0,), filled_for(2, FREE), logged=("No space left on device",))
+    rows = run_with_faults(small_disk, arguments(world, small_disk), [fault])
+    assert_equals_reference(small_disk, reference_run)
+    record_rows(record_property, rows)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("name", "room"), [("disk full to the end", ROOM), ("disk full to the last byte", 0)])
+@pytest.mark.parametrize(("name", "free"), [("disk full to the end", FREE), ("disk full to the last byte", 0)])
 def test_a_disk_that_stays_full_costs_the_steps_since_the_last_checkpoint(
-    world: World, calm: Path, small: Path, name: str, room: int, record_property: Callable[[str, object], None]
+    world: World,
+    reference_run: Path,
+    small_disk: Path,
+    name: str,
+    free: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """The run ends with an error; once there is room the same command goes on from the checkpoint of before."""
-    fault = Fault(name, (FAILED, LOST), filled_for(0, room), logged=("No space left on device",))
+    """The run fails; with free space, the same command resumes from the last complete checkpoint."""
 
-    def ended(start: Start) -> bool:
-        happened = fault.act(start)
-        start.wait()
-        assert newest_step(small) >= 2, "the old checkpoint is gone"
-        free(small)
-        return happened
+    def fill_until_end(launch: Launch) -> bool:
+        filled = filled_for(0, free)(launch)
+        launch.wait()
+        assert newest_step(small_disk) >= 2, "the old checkpoint is gone"
+        free_space(small_disk)
+        return filled
 
-    rows = suffer(small, arguments(world, small), [Fault(name, fault.codes, ended, logged=fault.logged)])
-    assert_as_undisturbed(small, calm)
-    note(record_property, rows)
+    fault = Fault(name, (FAILED, LOST), fill_until_end, logged=("No space left on device",))
+    rows = run_with_faults(small_disk, arguments(world, small_disk), [fault])
+    assert_equals_reference(small_disk, reference_run)
+    record_rows(record_property, rows)

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a save: 5 times here, 50 times more with `-m nightly`."""
+"""SIGKILL at random times of a save: 5 kills, and 50 more with `-m nightly`."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from pathlib import Path
 import pytest
 
 from fault_runs import arguments
-from inject_from_outside import in_a_save
+from inject_from_outside import kill_during_save
 from runs import World
-from scenario import Row, assert_as_undisturbed, note, suffer
+from scenario import Row, assert_equals_reference, record_rows, run_with_faults
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 KILLS = 5
-PATIENCE = 1.5
-"""Seconds, where every second counts: the watchdog, which test_bad_day.py waits for too, needs ten for a rank."""
+KILL_REST_AFTER = 1.5
+"""Seconds from the kill of one rank to the kill of the other, to save time: the watchdog needs ten."""
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 11))])
 def test_a_kill_during_a_save_costs_nothing(
-    world: World, calm: Path, tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
+    world: World, reference_run: Path, tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
 ) -> None:
     draw, rows, kills = random.Random(seed), list[Row](), 0
-    for attempt in range(KILLS):  # the second only where a kill came when the run was done
+    for attempt in range(KILLS):  # another run only if this one finished before all kills
         out = tmp_path / f"run{attempt}"
-        faults = [in_a_save(draw, PATIENCE if seed == 0 else 0.0) for _ in range(KILLS - kills)]
-        rows += suffer(out, arguments(world, out), faults)
-        assert_as_undisturbed(out, calm)
+        faults = [kill_during_save(draw, KILL_REST_AFTER if seed == 0 else 0.0) for _ in range(KILLS - kills)]
+        rows += run_with_faults(out, arguments(world, out), faults)
+        assert_equals_reference(out, reference_run)
         kills = sum(row.injected for row in rows)
         if kills == KILLS:
             break
     assert kills == KILLS
-    note(record_property, rows)
+    record_rows(record_property, rows)

@@ -1,4 +1,4 @@
-"""A rank that is slow, that hangs, or that is frozen and continues."""
+"""The hang detector with a slow rank, a hanging rank, and a stopped rank that continues after the restart."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fault_runs import LOST, Start, arguments, steps_logged, undisturbed
+from fault_runs import LOST, Launch, arguments, run_to_end, steps_logged
 from runs import World
-from scenario import Fault, Row, assert_as_undisturbed, note, suffer
+from scenario import Fault, Row, assert_equals_reference, record_rows, run_with_faults
 
 pytestmark = [pytest.mark.distributed, pytest.mark.nightly, pytest.mark.timeout(1800)]
 
@@ -19,50 +19,54 @@ Record = Callable[[str, object], None]
 HANG_SECONDS = 20
 
 
-def test_a_slow_rank_does_not_end_the_run(world: World, calm: Path, tmp_path: Path, record_property: Record) -> None:
-    """Half the limit in every forward: no false alarm."""
+def test_a_slow_rank_does_not_end_the_run(
+    world: World, reference_run: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """Half of `train.hang_seconds` in every forward does not trigger the hang detector."""
     out = tmp_path / "run"
     slow = {1: {"kind": "slow", "call": 2, "seconds": HANG_SECONDS / 2}}
-    rows = suffer(out, arguments(world, out, train__hang_seconds=HANG_SECONDS), [Fault("slow rank", (0,), inside=slow)])
-    assert_as_undisturbed(out, calm)
-    note(record_property, rows)
+    rows = run_with_faults(
+        out, arguments(world, out, train__hang_seconds=HANG_SECONDS), [Fault("slow rank", (0,), in_process=slow)]
+    )
+    assert_equals_reference(out, reference_run)
+    record_rows(record_property, rows)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_ends_the_job(
-    world: World, calm: Path, tmp_path: Path, rank: int, record_property: Record
+    world: World, reference_run: Path, tmp_path: Path, rank: int, record_property: Record
 ) -> None:
     out = tmp_path / "run"
     hangs = {rank: {"kind": "sleep", "call": 5, "seconds": 3600}}
-    fault = Fault("rank hangs", (LOST,), inside=hangs, logged=(f"rank {rank}",))
-    rows = suffer(out, arguments(world, out, train__hang_seconds=HANG_SECONDS), [fault])
-    assert_as_undisturbed(out, calm)
-    note(record_property, rows)
+    fault = Fault("rank hangs", (LOST,), in_process=hangs, logged=(f"rank {rank}",))
+    rows = run_with_faults(out, arguments(world, out, train__hang_seconds=HANG_SECONDS), [fault])
+    assert_equals_reference(out, reference_run)
+    record_rows(record_property, rows)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_frozen_rank_wakes_after_its_job_was_started_again(
-    world: World, calm: Path, tmp_path: Path, rank: int, record_property: Record
+    world: World, reference_run: Path, tmp_path: Path, rank: int, record_property: Record
 ) -> None:
-    """Stopped (as a machine that is suspended), given up by the other, woken while the next start trains: it ends."""
+    """SIGSTOP as on a suspended node; the other rank exits; SIGCONT during the next launch: the old rank must exit."""
     out, other = tmp_path / "run", 1 - rank
     row = Row("rank frozen, woken after the restart", injected=1, restarts=1)
-    with Start(out, arguments(world, out)) as start:
-        assert start.until(lambda: steps_logged(out) >= 2), start.output()
-        start.send(signal.SIGSTOP, rank)
+    with Launch(out, arguments(world, out)) as launch:
+        assert launch.wait_until(lambda: steps_logged(out) >= 2), launch.output()
+        launch.send(signal.SIGSTOP, rank)
         frozen = time.monotonic()
-        while other in start.running():
-            assert time.monotonic() < frozen + 60, start.output()
+        while other in launch.running():
+            assert time.monotonic() < frozen + 60, launch.output()
             time.sleep(0.1)
         row.ended.append(time.monotonic() - frozen)
-        assert start.processes[other].code == LOST, start.output()
-        with Start(out, arguments(world, out)) as again:
+        assert launch.processes[other].code == LOST, launch.output()
+        with Launch(out, arguments(world, out)) as second:
             before = steps_logged(out)
-            assert again.until(lambda: steps_logged(out) != before), again.output()
-            start.send(signal.SIGCONT, rank)
-            assert again.wait() == [0, 0], again.output()
-        codes = start.wait(60)
-        assert codes[rank] not in (0, None), start.output()
-    undisturbed(out, arguments(world, out))
-    assert_as_undisturbed(out, calm)
-    note(record_property, [row])
+            assert second.wait_until(lambda: steps_logged(out) != before), second.output()
+            launch.send(signal.SIGCONT, rank)
+            assert second.wait() == [0, 0], second.output()
+        codes = launch.wait(60)
+        assert codes[rank] not in (0, None), launch.output()
+    run_to_end(out, arguments(world, out))
+    assert_equals_reference(out, reference_run)
+    record_rows(record_property, [row])

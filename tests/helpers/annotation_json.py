@@ -1,7 +1,6 @@
-"""Parse annotations and submissions in the JSON of the golden files and their evaluators.
+"""Parse annotations and submissions of the golden files: ``ScanRefer_filtered_*.json``, ``ScanQA_v1.0_*.json``.
 
-Formats: ``ScanRefer_filtered_*.json`` and ``ScanQA_v1.0_*.json`` (lists of objects). Everything that lacks a field is
-an error with the number of its entry.
+A file is a list of entries. An entry without a needed field raises ValueError with its index.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Boxes = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 class NamedObject(NamedTuple):
-    """The object of a description."""
+    """The object that a description refers to."""
 
     scene_id: str
     object_id: str
@@ -26,7 +25,7 @@ class NamedObject(NamedTuple):
 
 
 def descriptions_from(entries: Sequence[Mapping[str, Any]], boxes: Boxes, labels: LabelMap) -> list[ScoredDescription]:
-    """ScanRefer's annotations of a whole split, in order.
+    """ScanRefer's descriptions of a whole split, in file order.
 
     Raises:
         ValueError: an entry lacks a field, or its object has no box.
@@ -34,16 +33,17 @@ def descriptions_from(entries: Sequence[Mapping[str, Any]], boxes: Boxes, labels
     objects = [_object(entry, number) for number, entry in enumerate(entries)]
     official, nyu40 = groups(objects, labels, scannet_class), groups(objects, labels, nyu40_class)
     found = []
-    for number, (entry, each) in enumerate(zip(entries, objects, strict=True)):
-        box, place = _box(boxes, each.scene_id, each.object_id, number), (each.scene_id, each.object_id)
+    for number, (entry, described) in enumerate(zip(entries, objects, strict=True)):
+        box = _box(boxes, described.scene_id, described.object_id, number)
+        place = (described.scene_id, described.object_id)
         key = "|".join((*place, str(_field(entry, "ann_id", number))))
-        number_of_class = scannet_class(each.object_name, labels)
-        found.append(ScoredDescription(key, each.scene_id, box, official[place], nyu40[place], number_of_class))
+        class_index = scannet_class(described.object_name, labels)
+        found.append(ScoredDescription(key, described.scene_id, box, official[place], nyu40[place], class_index))
     return found
 
 
 def objects_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> list[DescribedObject]:
-    """Scan2Cap's objects: ScanRefer's annotations gathered by object, in order of appearance.
+    """Scan2Cap's objects: ScanRefer's descriptions grouped by object, in file order.
 
     Raises:
         ValueError: an entry lacks a field, or its object has no box.
@@ -64,7 +64,7 @@ def objects_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> list[Des
 
 
 def captions_from(entries: Iterable[Mapping[str, Any]]) -> dict[str, Caption]:
-    """Captions by ``scene|object|name``: ``caption``, and ``box``, ``token``, ``iou`` if there; the later counts.
+    """``scene|object|name`` -> caption, with ``box``, ``token`` and ``iou`` if present; a later entry replaces an earlier.
 
     Raises:
         ValueError: an entry lacks a field.

@@ -1,9 +1,8 @@
-"""A rank of the doctor with a fault, for tests of whole launches.
+"""Rank script: the doctor with a fault in its all-reduce.
 
 Usage: ``broken_rank.py FAULT CONNECT_SECONDS COLLECTIVE_SECONDS OPTION...``
 
-none: no fault. freeze: the process is stopped (SIGSTOP) when it enters an all-reduce, as by a dying node. sum: the
-all-reduce gives a wrong sum on rank 1.
+FAULT is ``none``; ``freeze``: SIGSTOP at the all-reduce, as on a dying node; ``sum``: a wrong sum on rank 1.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ LAUNCHER = Path(__file__).parents[2] / "launchers" / "doctor.py"
 
 
 def command(options: dict[str, str]) -> list[str]:
-    """Options as a command line."""
+    """Command line of options."""
     return [text for name, value in options.items() for text in (f"--{name}", value)]
 
 
 def break_all_reduce(fault: str) -> None:
-    """Replace `torch.distributed.all_reduce`."""
+    """Replace `torch.distributed.all_reduce` by one with a fault."""
     import torch.distributed as dist
 
     original = dist.all_reduce

@@ -1,9 +1,8 @@
-"""Fork server for ranks: one process imports everything and forks them, so that starting a rank takes no import time.
+"""Fork server for ranks: one process imports all packages once and forks the ranks, which then need no imports.
 
-The `deepspeed` program imports DeepSpeed twice, 3 s each, before the first rank begins, and a rank spends 10 s of
-processor time on imports. Runs whose start is not what a test is about leave that out (`fork_rank`, `fork_ranks`);
-``python tests/helpers/fork_server.py`` is the process that forks. It ends, with all that it forked, when the tests'
-process does.
+The `deepspeed` launcher imports DeepSpeed twice (3 s each), and each rank spends 10 s of CPU time on imports. Tests
+that are not about the launcher avoid both with `fork_rank` and `fork_ranks`. The server process is
+``python tests/helpers/fork_server.py``. It ends with the pytest process, and kills the ranks that still run.
 """
 
 from __future__ import annotations
@@ -46,19 +45,19 @@ VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}{os.pathsep}{HELPERS / 'fast_start'}",
-    # An optimizer of DeepSpeed that is not used would import torch's compiler into every rank, 1.2 s.
+    # DeepSpeed's Muon optimizer, which is not used, imports torch.compile in every rank (1.2 s).
     "TORCHDYNAMO_DISABLE": "1",
 }
-"""Of every child process: one thread, offline, the repository importable, a quick start."""
+"""Environment of every child process: one thread, offline, the repository importable, few garbage collections."""
 POLL = 0.02
 """Seconds between two polls of the ranks."""
 
 
 class Rank:
-    """A forked process, in a session of its own.
+    """A forked process in its own session.
 
     Args:
-        pid: its process id, which no other process gets before `poll` has reaped it.
+        pid: process id. It is not reused before `poll` has reaped the process.
     """
 
     def __init__(self, pid: int) -> None:
@@ -66,20 +65,20 @@ class Rank:
         self.code: int | None = None
 
     def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while it runs."""
+        """Exit code, -N if signal N killed the process; None while it runs."""
         if self.code is None:
-            self.code = _ask("poll", self.pid)
+            self.code = _request("poll", self.pid)
         return self.code
 
     def send(self, number: int) -> None:
-        """Signal it, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def end(self) -> None:
-        """SIGKILL to it and to all that it started, if they still run."""
+        """Kill the process and its child processes, and wait for its end."""
         while True:
-            with contextlib.suppress(ProcessLookupError):  # gone with all its children, or no session yet
+            with contextlib.suppress(ProcessLookupError):  # all have ended, or setsid has not been called yet
                 os.killpg(self.pid, signal.SIGKILL)
             if self.poll() is not None:
                 break
@@ -87,24 +86,24 @@ class Rank:
 
 
 def fork_rank(program: Path, function: str, arguments: list[Any], variables: Mapping[str, str], log: Path) -> Rank:
-    """Call a function of a Python file in a process of its own.
+    """Call a function of a Python file in a forked process.
 
     Args:
-        program: the file; its folder is importable.
-        function: its name.
-        arguments: of the function; JSON.
-        variables: of the environment, besides `environment`.
-        log: gets both output streams, after what it has.
+        program: Python file; its folder is put on the path.
+        function: name of the function.
+        arguments: arguments of the function, as JSON values.
+        variables: environment variables in addition to `environment`.
+        log: file that standard output and error are appended to.
     """
-    return Rank(_ask("fork", str(program), function, arguments, dict(variables), str(log)))
+    return Rank(_request("fork", str(program), function, arguments, dict(variables), str(log)))
 
 
 def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: float) -> int:
-    """Call ``work(folder)`` of the Python file `program` on so many ranks; all they print goes to folder/output.txt.
+    """Call ``work(folder)`` of the Python file `program` on forked ranks, with their output in folder/output.txt.
 
     Returns:
-        0, or what the first rank that failed exited with, negative for a signal; the others are then killed, as
-        DeepSpeed's launcher does. After `timeout` seconds all are killed: -9.
+        0, or the exit code of the first rank that failed (-N for signal N). The other ranks are then killed, as by
+        DeepSpeed's launcher. -9 if the ranks were killed after `timeout` seconds.
     """
     deadline, alive = time.monotonic() + timeout, start_ranks(ranks, program, folder, port)
     try:
@@ -117,44 +116,48 @@ def fork_ranks(ranks: int, program: Path, folder: Path, port: int, timeout: floa
             alive = [rank for rank, code in zip(alive, codes, strict=True) if code is None]
             time.sleep(POLL)
         return 0
-    finally:  # also where a test ran into its time limit
+    finally:  # also if pytest's time limit interrupts the test
         for rank in alive:
             rank.end()
 
 
 def start_ranks(ranks: int, program: Path, folder: Path, port: int) -> list[Rank]:
-    """As `fork_ranks`, and wait for nothing."""
-    given, output = [str(program), str(folder)], folder / "output.txt"
-    return [fork_rank(Path(__file__), "work", given, place(rank, ranks, port), output) for rank in range(ranks)]
+    """Fork the ranks of `fork_ranks` without waiting for them."""
+    arguments, output = [str(program), str(folder)], folder / "output.txt"
+    return [
+        fork_rank(Path(__file__), "work", arguments, rank_variables(rank, ranks, port), output) for rank in range(ranks)
+    ]
 
 
-def place(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The environment variables by which ranks of one machine find each other."""
+def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Environment variables of `torch.distributed` for a rank on one machine."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
     return {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def work(program: str, folder: str) -> None:
-    """Process of a rank of `fork_ranks`."""
+    """Entry point of a rank of `fork_ranks`."""
     sys.path.insert(0, str(Path(program).parent))
     importlib.import_module(Path(program).stem).work(Path(folder))
 
 
-def script(path: str, words: list[str]) -> None:
-    """Run a script as ``python path words...`` does, for `fork_rank`."""
-    sys.argv = [path, *words]
+def script(path: str, arguments: list[str]) -> None:
+    """Entry point for `fork_rank`: run a script as ``python path arguments...`` does."""
+    sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
 
 
 def environment() -> dict[str, str]:
-    """For a child process: `VARIABLES`, and the programs of this interpreter."""
-    # The launcher finds its helpers beside the interpreter that runs the tests.
+    """Environment of a child process: `VARIABLES`, and this interpreter's folder first on PATH.
+
+    The `deepspeed` launcher calls programs from that folder.
+    """
     return os.environ | VARIABLES | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    """Started by the first test that needs it."""
+    """The server process, started by the first test that needs it."""
     command = [sys.executable, "-u", __file__]
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -162,14 +165,15 @@ def _server() -> subprocess.Popen[str]:
     )
 
 
-def _ask(*request: object) -> Any:
+def _request(*request: object) -> Any:
+    """Send a request to the server as a line of JSON; returns the answer."""
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     try:
         print(json.dumps(request), file=server.stdin, flush=True)
         answer = server.stdout.readline()
-        assert answer, "the process that forks ranks has died; its error is on the standard error stream"
-    except BaseException:  # a test's time limit between question and answer: the next test starts another server
+        assert answer, "the fork server has ended; its error is on standard error"
+    except BaseException:  # e.g. pytest's time limit before the answer: the next test starts a new server
         _server.cache_clear()
         server.stdin.close()
         server.wait(60)
@@ -178,25 +182,27 @@ def _ask(*request: object) -> Any:
 
 
 def serve() -> None:
-    """Answer each request, a line of JSON, until there are no more; then end what was forked."""
+    """Main loop of the server: answer requests until standard input is closed, then kill the remaining ranks."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # output of libraries must not mix with answers
-    gc.disable()  # imports make little garbage, and looking for it is a quarter of their time
+    os.dup2(2, 1)  # libraries print to standard error, so that standard output has answers only
+    gc.disable()  # imports create little garbage, and collections take a quarter of their time
     for module in WARM:
         importlib.import_module(module)
-    importlib.import_module("torch").set_printoptions(threshold=0, edgeitems=1)  # DeepSpeed formats tensors for no one
+    importlib.import_module("torch").set_printoptions(
+        threshold=0, edgeitems=1
+    )  # DeepSpeed formats tensors without printing them
     gc.freeze()
     gc.enable()
     threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
-    threads = [name for name in threads if name != "jemalloc_bg_thd"]  # PyArrow's, which is made for forks
-    assert len(threads) == 1, f"{threads}: a fork would lose all threads but one"
+    threads = [name for name in threads if name != "jemalloc_bg_thd"]  # PyArrow's allocator, which is fork-safe
+    assert len(threads) == 1, f"{threads}: a forked process has only the forking thread"
     alive: set[int] = set()
     try:
         for line in sys.stdin:
             kind, *arguments = json.loads(line)
             answer = _fork(alive, *arguments) if kind == "fork" else _exit_code(alive, *arguments)
             print(json.dumps(answer), file=answers, flush=True)
-    finally:  # also when the tests' process was killed; a forked one has none of its own
+    finally:  # also when the pytest process was killed; empty in a forked process
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
@@ -211,7 +217,7 @@ def _exit_code(alive: set[int], pid: int) -> int | None:
 def _fork(
     alive: set[int], program: str, function: str, arguments: list[Any], variables: dict[str, str], log: str
 ) -> int:
-    """Its process id. The child never returns: it ends as a program does, with its traceback if it has one."""
+    """Fork a process that calls a function; returns its id. The child does not return: it exits as a program does."""
     pid = os.fork()
     if pid:
         alive.add(pid)

@@ -1,7 +1,7 @@
-"""Find recorded reference numbers: ``NAME.json``, most with tensors in ``NAME.safetensors`` beside it.
+"""Find golden files: recorded reference numbers in ``NAME.json``, most with tensors in ``NAME.safetensors``.
 
-All files under ``tests/golden``, or under the folder that the environment variable ``W2R2_GOLDEN`` names, are looked
-at. What a file holds decides which tests read it, not its name; files that no kind wants are left alone.
+Searches ``tests/golden``, or the folder in the environment variable ``W2R2_GOLDEN``. The kind of a file is derived from
+its fields (functions ``is_*``), not from its name. Files of no known kind are ignored.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ROOT = Path(os.environ.get("W2R2_GOLDEN") or DEFAULT)
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """One recorded file.
+    """A golden file.
 
     Attributes:
-        path: of the JSON file.
-        record: its content.
+        path: path of the JSON file.
+        record: content of the JSON file.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class Golden:
 
     @property
     def name(self) -> str:
-        """Path below the folder, without the ending."""
+        """Path relative to the folder, without suffix."""
         return self.path.relative_to(ROOT).with_suffix("").as_posix()
 
     @cached_property
@@ -45,24 +45,24 @@ class Golden:
         return load_file(self.path.with_suffix(".safetensors"))
 
     def beside(self, part: str) -> Any:
-        """Content of the file that belongs to this one: ``scanqa.PART.json`` beside ``scanqa.expected.json``."""
+        """Content of another part of the same record: ``scanqa.PART.json`` for ``scanqa.expected.json``."""
         return json.loads(self.path.with_name(self.path.name.replace("expected", part)).read_text(encoding="utf-8"))
 
     @property
     def tolerance(self) -> float:
-        """The first number in exponent form of the file's statement, such as 1e-4."""
+        """The first number in exponent notation, such as 1e-4, in the field `tolerance`."""
         return float(re.findall(r"\d+(?:\.\d+)?e-\d+", self.record["tolerance"])[0])
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor as the JSON file states it."""
+        """Shape of a tensor according to the JSON file."""
         return tuple(self.record["tensors"][key]["shape"])
 
 
 def find(kind: Callable[[dict[str, Any]], bool]) -> list[Golden]:
-    """The files of one kind; none is an error in the default folder, where every kind has one.
+    """Golden files of one kind.
 
     Raises:
-        FileNotFoundError: no JSON file at all, or none of this kind in the default folder.
+        FileNotFoundError: no JSON file at all, or none of this kind in the default folder, which has all kinds.
     """
     paths = sorted(ROOT.rglob("*.json"))
     records = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
@@ -73,58 +73,58 @@ def find(kind: Callable[[dict[str, Any]], bool]) -> list[Golden]:
 
 
 def is_aggregator(record: dict[str, Any]) -> bool:
-    """Runs of VGGT's aggregator with all its weights."""
+    """Outputs of VGGT's aggregator, with its weights."""
     return "cases" in record and "param/aggregator.camera_token" in record.get("tensors", {})
 
 
 def is_geometry_misc(record: dict[str, Any]) -> bool:
-    """Rotary positions or position tables by themselves."""
+    """Rotary embeddings and position embeddings of VGGT."""
     return any(key.startswith(("rope/out/", "pos_embed/out/")) for key in record.get("tensors", {}))
 
 
 def is_vggt_images(record: dict[str, Any]) -> bool:
-    """Images that VGGT's loader resized."""
+    """Images resized by VGGT's loader."""
     return _results_have(record, "images", "mode", "shape")
 
 
 def is_qwen_images(record: dict[str, Any]) -> bool:
-    """Images cut into Qwen's patches."""
+    """Images split into Qwen's patches."""
     return _results_have(record, "image", "images_vggt_shape", "pixel_values_shape")
 
 
 def is_vgllm_run(record: dict[str, Any]) -> bool:
-    """Runs of VG-LLM with all its weights."""
+    """Outputs and gradients of VG-LLM, with its weights."""
     return "grad_norm_and_sum" in record and "param/merger.ln_q.weight" in record.get("tensors", {})
 
 
 def is_scanrefer_scores(record: dict[str, Any]) -> bool:
-    """Scores that public evaluators of ScanRefer gave."""
+    """Scores of public ScanRefer evaluators."""
     return record.get("task") == "scanrefer" and "protocols" in record
 
 
 def is_scan2cap_scores(record: dict[str, Any]) -> bool:
-    """The same for Scan2Cap."""
+    """Scores of public Scan2Cap evaluators."""
     return record.get("task") == "scan2cap" and "protocols" in record
 
 
 def is_scanqa_scores(record: dict[str, Any]) -> bool:
-    """The same for ScanQA."""
+    """Scores of public ScanQA evaluators."""
     return record.get("task") == "scanqa" and "protocols" in record
 
 
 def is_caption_vectors(record: dict[str, Any]) -> bool:
-    """Small corpora of captions with all scores."""
+    """Small caption corpora with all scores."""
     vectors = record.get("vectors")
     return isinstance(vectors, dict) and all({"references", "candidates"} <= set(each) for each in vectors.values())
 
 
 def is_tokenizer_pairs(record: dict[str, Any]) -> bool:
-    """Texts and what the PTB tokenizer makes of them."""
+    """Texts and their PTB tokens."""
     return _pairs_have(record, "text", "tokens")
 
 
 def is_clean_answer_pairs(record: dict[str, Any]) -> bool:
-    """Answers and what LEO's normalisation makes of them."""
+    """Answers and their normalised text (LEO's `clean_answer`)."""
     return _pairs_have(record, "text", "clean")
 
 

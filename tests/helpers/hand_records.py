@@ -23,14 +23,14 @@ WORLD_QUESTION = (
 
 
 def beside(shift: float) -> np.ndarray:
-    """``BOX`` moved along x by so many metres."""
+    """``BOX`` moved along x by `shift` metres."""
     moved = BOX.copy()
     moved[0] += shift
     return moved
 
 
 def grounding(ann: str = "0", number: int = 3, scene: str = "scene0011_00", **target: Any) -> Sample:
-    """A description of an object of one scene; the group and class are what a whole split would give."""
+    """A ScanRefer sample. Its groups and class are given, as they would be computed from a whole split."""
     text = f"The chair, number {number}."
     fields = {"group": "unique", "group_nyu40": "multiple", "scannet_class": 2, "ann_id": ann, **target}
     return Sample(
@@ -47,20 +47,20 @@ def grounding(ann: str = "0", number: int = 3, scene: str = "scene0011_00", **ta
 
 
 def camera_answer(sample: Sample, frame: int = 0, box: np.ndarray | None = None, decimals: int = 6) -> str:
-    """VG-LLM's answer that names a world box exactly."""
+    """An answer in VG-LLM's format, with a world box in the coordinates of camera `frame`."""
     moved = world_to_camera(BOX if box is None else box, sample.cam_to_world[frame])
     return json.dumps({"frame": frame, "bbox_3d": [round(float(value), decimals) for value in moved]})
 
 
 def in_world(sample: Sample) -> Sample:
-    """The same question in Video-3D-LLM's words."""
+    """The same sample with Video-3D-LLM's prompt, which asks for a box in world coordinates."""
     text = sample.question[sample.what[0] : sample.what[1]]
     begin = WORLD_QUESTION.index("{}")
     return replace(sample, question=WORLD_QUESTION.format(text), what=(begin, begin + len(text)), kind="answer")
 
 
 def caption(number: int = 3, described: np.ndarray | None = BOX[:6], scene: str = "scene0011_00") -> Sample:
-    """An object with two references."""
+    """A Scan2Cap sample with two reference captions."""
     references = (
         Reference(f"The chair {number} is black.", ("the", "chair", str(number), "is", "black", ".")),
         Reference(f"A black chair {number}, by the desk.", ("a", "black", "chair", str(number), ",", "by", "the")),
@@ -76,7 +76,7 @@ def caption(number: int = 3, described: np.ndarray | None = BOX[:6], scene: str 
 
 
 def question(number: int = 0, answers: tuple[str, ...] = ("brown", "dark brown")) -> Sample:
-    """A question with its answers."""
+    """A ScanQA sample with its reference answers."""
     return replace(
         grounding(),
         id=f"val-scene0011-{number}",
@@ -88,6 +88,6 @@ def question(number: int = 0, answers: tuple[str, ...] = ("brown", "dark brown")
 
 
 def detection() -> Sample:
-    """Two objects to find."""
+    """A detection sample with two objects."""
     objects = (LabeledBox("chair", BOX), LabeledBox("desk", beside(5)))
     return replace(grounding(), id="scene0011_00|00010", task="detection", target=None, kind="answer", objects=objects)

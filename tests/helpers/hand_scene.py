@@ -1,4 +1,4 @@
-"""A hand-made scene in ScanNet's layout whose numbers can be checked on paper."""
+"""A hand-made scene in ScanNet's layout, with numbers that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from w2r2_ds.data.tasks.base import SkippedItem, TaskOptions
 
 ALIGN = np.array([[0.0, -1.0, 0.0, 0.5], [1.0, 0.0, 0.0, -2.0], [0.0, 0.0, 1.0, 0.25], [0.0, 0.0, 0.0, 1.0]])
 CAMERA = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 2.0], [0.0, -1.0, 0.0, 1.5], [0.0, 0.0, 0.0, 1.0]])
-"""Looks along world +y from (1, 2, 1.5)."""
+"""Camera at (1, 2, 1.5) that faces world +y."""
 INTRINSIC = np.array([[40.0, 0.0, 31.5, 0.0], [0.0, 40.0, 23.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
 SCENE = "scene0000_00"
 BOXES = np.array(
     [
-        [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 5, 0],  # seen; camera coordinates (1, 0.5, 3) in frame 0
-        [1.0, 8.0, 1.5, 0.5, 0.5, 0.5, 5, 3],  # behind the surface that the depth images measure
-        [0.0, 5.0, 1.0, 0.6, 0.6, 0.6, 7, 4],  # seen
-        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0],  # ScanRefer's row of an instance without points
+        [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 5, 0],  # visible; camera coordinates (1, 0.5, 3) in frame 0
+        [1.0, 8.0, 1.5, 0.5, 0.5, 0.5, 5, 3],  # behind the surface in the depth images
+        [0.0, 5.0, 1.0, 0.6, 0.6, 0.6, 7, 4],  # visible
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0],  # ScanRefer's row for an instance without points
     ]
 )
 
 
 def moved(forward: float, back_to_front: bool = False) -> np.ndarray:
-    """The camera a few metres further along y, or turned around."""
+    """``CAMERA`` moved along y by `forward` metres, and turned by 180 degrees if `back_to_front`."""
     camera = CAMERA.copy()
     camera[1, 3] += forward
     return camera @ np.diag([-1.0, 1.0, -1.0, 1.0]) if back_to_front else camera
 
 
 def write_scene(root: Path, scene_id: str = SCENE) -> None:
-    """Frames 0 (3 m from a wall of measurements), 1 (1 m nearer), 2 (looks away), 3 (lost tracking)."""
+    """Write frames 0 (3 m before a wall in the depth image), 1 (1 m nearer), 2 (turned away), 3 (no valid pose)."""
     images = root / "posed_images" / scene_id
     images.mkdir(parents=True)
     cameras = [moved(0.0), moved(1.0), moved(0.0, back_to_front=True), np.full((4, 4), -np.inf)]
@@ -58,7 +58,7 @@ def write_scene(root: Path, scene_id: str = SCENE) -> None:
 
 
 def entry(object_id: int = 0, name: str = "office_chair", ann_id: int = 0, text: str = "The Red Chair.") -> dict:
-    """One valid ScanRefer entry."""
+    """A valid entry of ScanRefer's JSON file."""
     return {
         "scene_id": SCENE,
         "object_id": str(object_id),
@@ -84,11 +84,11 @@ INSTANCES: list[tuple[int, str, list[float]]] = [
 ]
 """Number, category and box of EmbodiedScan's instances."""
 VISIBLE = [[1, 0], [0, 2, 1], [], [0]]
-"""Places in `INSTANCES` that the frames see; frame 3 has lost its pose."""
+"""Per frame, the indices in `INSTANCES` of visible instances; frame 3 has no valid pose."""
 
 
 def write_infos(root: Path, split: str = "train", scene_ids: tuple[str, ...] = (SCENE,)) -> None:
-    """EmbodiedScan's infos of copies of the scene."""
+    """Write EmbodiedScan's info file for copies of the scene."""
     names = sorted({label for _, label, _ in INSTANCES})
     scenes = []
     for scene_id in scene_ids:
@@ -125,7 +125,7 @@ def write_proposals(root: Path, boxes: list[list[float]], split: str = "val") ->
 
 
 def question_entry(number: int = 0, answers: list[str] | None = None, objects: tuple[int, ...] = (0,)) -> dict:
-    """One valid ScanQA entry."""
+    """A valid entry of ScanQA's JSON file."""
     return {
         "scene_id": SCENE,
         "question_id": f"val-scene0000-{number}",
@@ -144,12 +144,12 @@ def write_questions(root: Path, entries: object, split: str = "train") -> Path:
 
 
 def prepared_items(root: Path, task: str, split: Any = "train", count: int = 2, **options: Any) -> list[Any]:
-    """Samples and skipped items of a task, with uniform frames."""
+    """Prepare a task; returns samples and skipped items. Frames are sampled uniformly by default."""
     frames = options.pop("frames", FrameOptions("uniform", count))
     plan = make_plan(root, TaskOptions(task, split, **{"frames": frames, **options}))
     return [item for job in plan.jobs for _, item in prepare_scene(root, plan.options, job)[0]]
 
 
 def reasons(items: list[Any]) -> dict[str, str]:
-    """Id -> reason of skipped items."""
+    """Id -> reason, for the skipped items."""
     return {each.id: each.reason for each in items if isinstance(each, SkippedItem)}

@@ -1,4 +1,4 @@
-"""Detect host-device synchronisation without a device, by the operators that read a value."""
+"""Detect host-device synchronisation on the CPU, by the operators that would wait for a GPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch.profiler import ProfilerActivity, profile
 
 READS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
-"""Operators that make the host wait: they read a value, or their output shape depends on values."""
+"""Operators that wait for the device: they read a value, or their output shape depends on values."""
 
 
 def host_reads(function: Callable[[], object]) -> set[str]:
-    """Names of the host's reads while `function` runs, its backward pass included; on the CPU they cost nothing."""
+    """Names of the synchronising operators that `function` calls, backward pass included."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         function()
     return READS & {event.name for event in record.events() or ()}

@@ -1,4 +1,4 @@
-"""Compare recorded scores with ours."""
+"""Assertions that compare recorded scores with computed ones."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ METEOR = ("METEOR", ITEM_MEAN)
 
 
 def has_java(java: Java) -> bool:
-    """Whether this is the fixture of a machine with Java."""
+    """Whether `java` is the fixture with a Java program."""
     return java.program == "java"
 
 
-def same_numbers(expected: Mapping[str, Any], got: Mapping[str, Any], where: str = "", scale: float = 1.0) -> None:
-    """Every number of a nested record is there and equal; texts and flags are equal.
+def assert_numbers_equal(
+    expected: Mapping[str, Any], got: Mapping[str, Any], where: str = "", scale: float = 1.0
+) -> None:
+    """Assert that all values of a nested record are present and equal, numbers within `TOLERANCE`.
 
     Args:
-        expected: the recorded one.
-        got: ours, with the same keys and perhaps more.
-        where: for the message.
-        scale: ours times this is in the unit of the recorded one.
+        expected: recorded values.
+        got: computed values; may have more keys.
+        where: prefix of the failure message.
+        scale: factor from the computed unit to the recorded one.
     """
     for name, value in expected.items():
         place = f"{where}/{name}"
         assert name in got, place
         if isinstance(value, Mapping):
-            same_numbers(value, got[name], place, scale)
+            assert_numbers_equal(value, got[name], place, scale)
         elif isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
             assert got[name] is not None, place
             assert math.isclose(got[name] * scale, value, rel_tol=0, abs_tol=TOLERANCE), (place, got[name], value)
@@ -41,20 +43,22 @@ def same_numbers(expected: Mapping[str, Any], got: Mapping[str, Any], where: str
             assert got[name] == value, place
 
 
-def same_scores(expected: Mapping[str, Any], got: Mapping[str, Any], java: Java, tokenizer: str, where: str) -> None:
-    """``same_numbers`` for caption scores: None, and never a number, where Java is needed and missing."""
+def assert_scores_equal(
+    expected: Mapping[str, Any], got: Mapping[str, Any], java: Java, tokenizer: str, where: str
+) -> None:
+    """``assert_numbers_equal`` for caption scores. Without Java, scores that need it must be None."""
     if has_java(java):
-        same_numbers(expected, got, where)
+        assert_numbers_equal(expected, got, where)
         return
-    lost = METEOR if tokenizer == "none" else tuple(name for name in expected if not name.startswith("EM"))
-    same_numbers({name: value for name, value in expected.items() if name not in lost}, got, where)
-    for name in lost:
+    need_java = METEOR if tokenizer == "none" else tuple(name for name in expected if not name.startswith("EM"))
+    assert_numbers_equal({name: value for name, value in expected.items() if name not in need_java}, got, where)
+    for name in need_java:
         if name in expected:
             assert got[name] is None, f"{where}/{name}"
 
 
-def only(record: Mapping[str, Any], *known: str) -> None:
-    """No part of a record goes unread."""
+def assert_all_fields_read(record: Mapping[str, Any], *known: str) -> None:
+    """Assert that a record has no fields besides `known`, so that no recorded number is ignored."""
     unread = set(record) - set(known)
     if unread:
-        pytest.fail(f"nothing reads {sorted(unread)}")
+        pytest.fail(f"fields that no test reads: {sorted(unread)}")

@@ -1,4 +1,4 @@
-"""Samples that share frames, packed and unpacked batches of them, and the attention mask of a packed batch."""
+"""Samples that share frames, their packed batches, and the dense attention mask of a packed batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORDS = ("chair", "brown table beside the door", "lamp", "sofa that stands below
 
 
 def questions(sample: Any, count: int) -> list[Any]:
-    """So many samples about the frames of one, of different lengths; answers differ in frame and box."""
+    """`count` samples with the frames of `sample`; their questions and answers differ."""
     from w2r2_ds.data.tasks.scanrefer import description_span, question_text
 
     found = []
@@ -25,7 +25,7 @@ def questions(sample: Any, count: int) -> list[Any]:
 
 
 def packed_of(frontend: Any, data_config: Callable[..., Any]) -> Callable[..., Any]:
-    """`batch_of` (tests/conftest.py) by the loader's own collation of training batches, which hears of packing."""
+    """`batch_of` (tests/conftest.py) with the loader's `make_collate`, which packs if the configuration has packing."""
     from w2r2_ds.data.loader import make_collate, make_processor
 
     def make(chosen: Sequence[Any], with_prompts: bool = False, **changes: Any) -> Any:
@@ -37,7 +37,7 @@ def packed_of(frontend: Any, data_config: Callable[..., Any]) -> Callable[..., A
 
 
 def visible(layout: Any) -> torch.Tensor:
-    """``[sequences, 1, length, length]`` bool: the rule of `Layout` written out, token by token."""
+    """``[sequences, 1, length, length]`` bool: dense attention mask of a packed `Layout` (True: attend)."""
     group, suffix = layout.group, layout.suffix
     length = group.shape[1]
     before = torch.ones(length, length, dtype=torch.bool).tril()

@@ -25,7 +25,7 @@ class Ranks:
         port, given = free_port(), [command[0], command[1:]]
         self.processes = [
             fork_server.fork_rank(
-                Path(fork_server.__file__), "script", given, fork_server.place(rank, count, port), log
+                Path(fork_server.__file__), "script", given, fork_server.rank_variables(rank, count, port), log
             )
             for rank, log in enumerate(self.logs)
         ]

@@ -1,4 +1,7 @@
-"""Tests of interpreted/ need TRITON_INTERPRET=1 before Triton is imported: test_interpreted.py runs them apart."""
+"""Ignores interpreted/ unless TRITON_INTERPRET=1.
+
+Triton reads the variable when it is imported, so test_interpreted.py runs these tests in a process of their own.
+"""
 
 from __future__ import annotations
 

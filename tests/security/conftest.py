@@ -1,4 +1,4 @@
-"""Payloads that leave a mark where they run, and a model directory to put them into."""
+"""Fixtures: payloads that create a marker file when they are executed, and a model folder to put them into."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 
-class Runs:
-    """A pickle of it calls a function when it is read."""
+class CallOnUnpickle:
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -22,19 +22,19 @@ class Runs:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """A file that is there as soon as untrusted code has run."""
+    """Marker file: it exists if untrusted code was executed."""
     return tmp_path / "ran"
 
 
 @pytest.fixture
-def payload(mark: Path) -> Runs:
-    """What leaves the mark when its pickle is read."""
-    return Runs(open, str(mark), "w")
+def payload(mark: Path) -> CallOnUnpickle:
+    """An object whose pickle creates the marker file when it is loaded."""
+    return CallOnUnpickle(open, str(mark), "w")
 
 
 @pytest.fixture
 def code(mark: Path) -> str:
-    """Python that leaves the mark when it is imported, and has the classes that a folder may name."""
+    """Source of a Python module that creates the marker file on import and defines a model, config and tokenizer."""
     return (
         f"open({str(mark)!r}, 'w').close()\n"
         "from transformers import PreTrainedModel, PreTrainedTokenizer, PretrainedConfig\n"
@@ -46,5 +46,5 @@ def code(mark: Path) -> str:
 
 @pytest.fixture
 def vlm_folder(model_config: Any, tmp_path: Path) -> Path:
-    """A copy of the tiny video LLM's directory."""
+    """A copy of the tiny VLM's folder."""
     return Path(shutil.copytree(model_config.vlm, tmp_path / "vlm"))

@@ -1,4 +1,4 @@
-"""Fixture: a training step whose LoRA and merger weights are not zero."""
+"""Fixtures: a training step whose LoRA and merger weights are not zero."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from w2r2_ds.training.step import W2R2Step
 
 @pytest.fixture
 def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2R2Step]:
-    """`make_step(push=..., of the objective; lora_dropout=..., of the model)`: LoRA and merger that do something."""
+    """Function `make_step(**changes)`: changes of the objective or the model, such as `push` or `lora_dropout`.
+
+    LoRA B matrices and the merger have random weights; with `fresh` they keep their initial ones.
+    """
 
     def make(fresh: bool = False, **changes: Any) -> W2R2Step:
-        of_model = {name: changes.pop(name) for name in list(changes) if hasattr(model_config, name)}
-        config = RunConfig(model=replace(model_config, **of_model), objective=objective_config(**changes))
+        model_changes = {name: changes.pop(name) for name in list(changes) if hasattr(model_config, name)}
+        config = RunConfig(model=replace(model_config, **model_changes), objective=objective_config(**changes))
         model = build_model(config.model, torch.device("cpu"), seed=1)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():

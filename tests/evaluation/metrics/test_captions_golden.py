@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from golden_files import Golden, find, is_caption_vectors, is_clean_answer_pairs, is_tokenizer_pairs
-from metric_cases import only, same_scores
+from metric_cases import assert_all_fields_read, assert_scores_equal
 from w2r2_ds.evaluation.metrics.captions import score_captions
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.protocols.scanqa import clean_answer
@@ -23,12 +23,12 @@ VECTORS = [
 
 @pytest.mark.parametrize("vector", VECTORS)
 def test_small_corpora(vector: dict[str, Any], either_java: Java) -> None:
-    only(vector, "references", "candidates", "corpus", "items", "note")
+    assert_all_fields_read(vector, "references", "candidates", "corpus", "items", "note")
     scores = score_captions(vector["references"], vector["candidates"], java=either_java)
-    same_scores(vector["corpus"], scores.corpus, either_java, "none", "corpus")
+    assert_scores_equal(vector["corpus"], scores.corpus, either_java, "none", "corpus")
     assert scores.items.keys() == vector["items"].keys()
     for key, item in vector["items"].items():
-        same_scores(item, scores.items[key], either_java, "none", key)
+        assert_scores_equal(item, scores.items[key], either_java, "none", key)
 
 
 @pytest.mark.parametrize("golden", find(is_tokenizer_pairs), ids=lambda golden: golden.name)

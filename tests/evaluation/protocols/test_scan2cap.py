@@ -11,7 +11,7 @@ import pytest
 
 from annotation_json import captions_from, objects_from
 from golden_files import Golden, find, is_scan2cap_scores
-from metric_cases import has_java, only, same_numbers, same_scores
+from metric_cases import assert_all_fields_read, assert_numbers_equal, assert_scores_equal, has_java
 from w2r2_ds.boxes3d.aabb import aabb_iou
 from w2r2_ds.evaluation.metrics.captions import CAPTION_METRICS
 from w2r2_ds.evaluation.metrics.meteor import Java
@@ -70,35 +70,35 @@ def test_a_protocol(golden: Golden, name: str, either_java: Java) -> None:
         if "mask" in expected:
             same_as_benchmark(block, expected, got, either_java)
             continue
-        only(expected, "corpus", "items")
-        same_scores(expected["corpus"], got["corpus"], either_java, tokenizer, f"{name}@{k}")
+        assert_all_fields_read(expected, "corpus", "items")
+        assert_scores_equal(expected["corpus"], got["corpus"], either_java, tokenizer, f"{name}@{k}")
         assert got["items"].keys() == expected["items"].keys()
         for key, item in expected["items"].items():
             text = got["candidates"].get(key)
             assert text == item["candidate"] or (text is None and tokenizer == "ptb" and not has_java(either_java))
             numbers = {metric: value for metric, value in item.items() if metric != "candidate"}
-            same_scores(numbers, got["items"][key], either_java, tokenizer, key)
+            assert_scores_equal(numbers, got["items"][key], either_java, tokenizer, key)
         if got["references"]:
-            same_numbers(block.get("references", {}), got["references"], "references")
+            assert_numbers_equal(block.get("references", {}), got["references"], "references")
 
 
 def same_as_benchmark(block: dict[str, Any], expected: dict[str, Any], got: dict[str, Any], java: Java) -> None:
     """Its keys have no object name."""
-    only(expected, "precision", "recall", "f1", "mask", "items_before_mask")
+    assert_all_fields_read(expected, "precision", "recall", "f1", "mask", "items_before_mask")
     for part in ("precision", "recall", "f1"):
-        same_scores(expected[part], got[part], java, "none", part)
+        assert_scores_equal(expected[part], got[part], java, "none", part)
     short = {key.rpartition("|")[0]: key for key in got["mask"]}
     assert len(short) == block["num_objects"]
     assert {name: got["mask"][key] for name, key in short.items()} == expected["mask"]
     for name, item in expected["items_before_mask"].items():
-        same_scores(item, got["items_before_mask"][short[name]], java, "none", name)
+        assert_scores_equal(item, got["items_before_mask"][short[name]], java, "none", name)
 
 
 @pytest.mark.parametrize(("golden", "name"), cases("reference"))
 def test_nothing_recorded_goes_unread(golden: Golden, name: str) -> None:
     block = golden.record["protocols"][name]
     left_out = [part for part in block if part.startswith("failed_left_out_at_")]
-    only(
+    assert_all_fields_read(
         block,
         *("reference", "options", "at", "references", "key", "num_objects", "num_predictions", "CIDEr_percent"),
         *("at_missing_left_out", *left_out),
@@ -113,7 +113,9 @@ def test_missing_ones_left_out(golden: Golden, name: str, either_java: Java) -> 
     objects = [each for each in objects if each.key in captions]
     for k, expected in golden.record["protocols"][name]["at_missing_left_out"].items():
         got = score(name, objects, captions, float(k), either_java)
-        same_scores(expected["corpus"], got["corpus"], either_java, SCAN2CAP_RULES[name].tokenizer, f"{name}@{k}")
+        assert_scores_equal(
+            expected["corpus"], got["corpus"], either_java, SCAN2CAP_RULES[name].tokenizer, f"{name}@{k}"
+        )
 
 
 @pytest.mark.parametrize(("golden", "name"), cases("failed_left_out_at_"))

@@ -8,7 +8,7 @@ import pytest
 
 from annotation_json import answers_from, questions_from
 from golden_files import Golden, find, is_scanqa_scores
-from metric_cases import only, same_scores
+from metric_cases import assert_all_fields_read, assert_scores_equal
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.protocols.scanqa import SCANQA_RULES
@@ -24,11 +24,11 @@ CASES = [
 def compare(expected: dict[str, Any], got: dict[str, Any], name: str, java: Java) -> None:
     corpus = dict(expected["corpus"])
     assert corpus.pop("count", got["questions"]) == got["questions"]
-    same_scores(corpus, got["corpus"], java, SCANQA_RULES[name].tokenizer, name)
+    assert_scores_equal(corpus, got["corpus"], java, SCANQA_RULES[name].tokenizer, name)
     for key, item in expected.get("items", {}).items():
         texts = {part: item[part] for part in ("candidate", "references") if part in item}
         numbers = {metric: value for metric, value in item.items() if metric not in texts}
-        same_scores(numbers, got["items"][key], java, SCANQA_RULES[name].tokenizer, key)
+        assert_scores_equal(numbers, got["items"][key], java, SCANQA_RULES[name].tokenizer, key)
         if got["candidates"]:
             assert got["candidates"][key] == texts.get("candidate", got["candidates"][key])
             assert got["references"][key] == texts.get("references", got["references"][key])
@@ -37,7 +37,7 @@ def compare(expected: dict[str, Any], got: dict[str, Any], name: str, java: Java
 @pytest.mark.parametrize(("golden", "name"), CASES)
 def test_a_protocol(golden: Golden, name: str, either_java: Java) -> None:
     block = golden.record["protocols"][name]
-    only(block, "reference", "options", "corpus", "items", "missing_left_out")
+    assert_all_fields_read(block, "reference", "options", "corpus", "items", "missing_left_out")
     questions, answers = questions_from(golden.beside("questions")), answers_from(golden.beside("predictions"))
     assert set(block["items"]) == set(questions)
     score = find_protocol(f"scanqa/{name}").score

@@ -9,7 +9,7 @@ import pytest
 
 from annotation_json import descriptions_from
 from golden_files import Golden, find, is_scanrefer_scores
-from metric_cases import only, same_numbers
+from metric_cases import assert_all_fields_read, assert_numbers_equal
 from w2r2_ds.boxes3d.transforms import rotation_matrix
 from w2r2_ds.data.sources.labels import OTHERS
 from w2r2_ds.evaluation.protocols.registry import find_protocol
@@ -86,7 +86,7 @@ def test_items(golden: Golden) -> None:
 @FILE
 def test_official(golden: Golden) -> None:
     block = golden.record["protocols"]["scanrefer_official"]
-    only(
+    assert_all_fields_read(
         block,
         *("reference", "options", "failed_counted_as_zero_box", "failed_left_out", "two_duplicated_predictions"),
     )
@@ -97,17 +97,17 @@ def test_official(golden: Golden) -> None:
         "failed_left_out": score(golden, "scanrefer_official", with_box(golden)),
         "two_duplicated_predictions": official_scores([*rows, rows[0], rows[-1]]),
     }.items():
-        same_numbers(printed(block[part]["scores"]), got["scores"], part, percent(block))
-        same_numbers(block[part]["counts"], got["counts"], part)
+        assert_numbers_equal(printed(block[part]["scores"]), got["scores"], part, percent(block))
+        assert_numbers_equal(block[part]["counts"], got["counts"], part)
 
 
 @FILE
 def test_video3dllm(golden: Golden) -> None:
     block = golden.record["protocols"]["video3dllm"]
-    only(block, "reference", "options", "failed_counted_as_zero_box", "failed_left_out")
+    assert_all_fields_read(block, "reference", "options", "failed_counted_as_zero_box", "failed_left_out")
     for part, kept in {"failed_counted_as_zero_box": descriptions(golden), "failed_left_out": with_box(golden)}.items():
         got = score(golden, "video3dllm", kept)
-        same_numbers(printed(block[part]), got, part, percent(block))
+        assert_numbers_equal(printed(block[part]), got, part, percent(block))
 
 
 def vgllm(golden: Golden, variant: str, reading: str) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_vgllm(golden: Golden, variant: str, reading: str) -> None:
     expected = block["scores"][variant]
     got = vgllm(golden, variant, reading)
     part = "with_exact_iou" if reading == "line" else "with_exact_iou_and_lenient_parsing"
-    same_numbers(printed(expected[part]), got, variant, percent(block))
+    assert_numbers_equal(printed(expected[part]), got, variant, percent(block))
     assert got["count"] == expected["total"]
     if reading == "line":
         assert got["parsed"] == expected["parsed"] / expected["total"]

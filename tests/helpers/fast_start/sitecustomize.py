@@ -1,7 +1,6 @@
-"""What Python imports first in every child process of the tests, whose path has this folder
-(tests/helpers/fork_server.py).
+"""Imported by Python at the start of every child process of the tests (tests/helpers/fork_server.py sets the path).
 
-It looks for garbage more rarely: imports make little, and looking for it takes 2 of the 9 s of a rank's imports.
+Raises the threshold of the garbage collector. Imports create little garbage, but collections take 2 of their 9 s.
 """
 
 import gc

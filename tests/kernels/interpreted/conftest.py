@@ -1,6 +1,7 @@
-"""Liger in Triton's interpreter, for the tests only.
+"""Fixture: patches for Liger's kernels in Triton's interpreter.
 
-The interpreter hands floats to a kernel as Python's, which have no `.to`, and has no libdevice; Liger uses both.
+The interpreter passes float arguments to a kernel as Python floats, which have no `.to`, and has no libdevice. Liger
+uses both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 
 @pytest.fixture
 def liger_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Floats arrive as scalars of float32, `rsqrt` is Triton's own."""
+    """Pass floats as float32 scalars and replace libdevice's `rsqrt` by Triton's."""
     import triton.language as tl
     from liger_kernel.ops import fused_add_rms_norm, rms_norm
     from triton.runtime import interpreter
@@ -27,4 +28,6 @@ def liger_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
     for module in (fused_add_rms_norm, rms_norm):
-        monkeypatch.setattr(module, "rsqrt", lambda x: tl.math.rsqrt(x))  # looked up while it is interpreted
+        monkeypatch.setattr(
+            module, "rsqrt", lambda x: tl.math.rsqrt(x)
+        )  # replaced at run time: the interpreter resolves the name per call

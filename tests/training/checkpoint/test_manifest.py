@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from damaged_files import flip
+from damaged_files import flip_bit
 from w2r2_ds.training.checkpoint.manifest import (
     BEST,
     LATEST,
@@ -54,7 +54,7 @@ def test_a_complete_checkpoint_verifies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONTENT)
 def test_a_flipped_bit_is_reported_with_the_file(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, 30)
-    flip(path / name, len(CONTENT[name]) // 2)
+    flip_bit(path / name, len(CONTENT[name]) // 2)
     assert str(path / name) in str(verify(path)) and "it is damaged." in str(verify(path))
     assert verify(path, deep=False) is None
 
@@ -75,7 +75,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
     path = saved(tmp_path, 30)
     whole = (path / MANIFEST).read_bytes()
     for at in range(len(whole)):
-        flip(path / MANIFEST, at)
+        flip_bit(path / MANIFEST, at)
         if json_or_none(path / MANIFEST) != json.loads(whole):  # a blank for another changes nothing
             assert str(path / MANIFEST) in str(verify(path)), at
         (path / MANIFEST).write_bytes(whole)
@@ -96,13 +96,13 @@ def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_reported(tmp_p
     write_pointer(tmp_path / "checkpoints" / LATEST, paths[0])
     (tmp_path / "checkpoints" / "step-9000000.0123.partial").mkdir()
     assert newest_complete(tmp_path) == (paths[3], {})
-    flip(paths[3] / "engine" / "shard.pt", 7)
+    flip_bit(paths[3] / "engine" / "shard.pt", 7)
     (paths[2] / MANIFEST).unlink()
     found, damaged = newest_complete(tmp_path)
     assert found == paths[1] and list(damaged) == [paths[3], paths[2]]
     assert "shard.pt has SHA-256" in damaged[paths[3]] and MANIFEST in damaged[paths[2]]
     for path in paths[:2]:
-        flip(path / TENSORS, 0)
+        flip_bit(path / TENSORS, 0)
     found, damaged = newest_complete(tmp_path)
     assert found is None and list(damaged) == paths[::-1]
 

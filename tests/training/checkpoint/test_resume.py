@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from damaged_files import flip
+from damaged_files import flip_bit
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.checkpoint import resume
 from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, step_folders, write_manifest
@@ -57,7 +57,7 @@ def test_damaged_checkpoints_are_renamed_once_the_run_is_taken_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, cut = saved(tmp_path, 10), saved(tmp_path, 20)
-    flip(cut / TENSORS, 3)
+    flip_bit(cut / TENSORS, 3)
     start = find_start(configured(tmp_path))
     assert start.checkpoint == whole and not start.needs_conversion
     assert f"{cut / TENSORS} has SHA-256" in caplog.text
@@ -69,7 +69,7 @@ def test_damaged_checkpoints_are_renamed_once_the_run_is_taken_over(
 
 def test_a_run_without_a_complete_checkpoint_is_rejected(tmp_path: Path) -> None:
     path = saved(tmp_path, 10)
-    flip(path / TENSORS, 3)
+    flip_bit(path / TENSORS, 3)
     with pytest.raises(ValueError, match=rf"no checkpoint of .* .*{TENSORS} has SHA-256"):
         find_start(configured(tmp_path))
 
