@@ -64,7 +64,7 @@ def objects_from(entries: Iterable[Mapping[str, Any]], boxes: Boxes) -> list[Des
 
 
 def captions_from(entries: Iterable[Mapping[str, Any]]) -> dict[str, Caption]:
-    """``scene|object|name`` -> caption, with ``box``, ``token`` and ``iou`` if present; a later entry replaces an earlier.
+    """``scene|object|name`` -> caption, with ``box``, ``token``, ``iou`` if present; the last entry of a key counts.
 
     Raises:
         ValueError: an entry lacks a field.

@@ -1,4 +1,7 @@
-"""Short runs of tests/training/test_packed_training.py: packed by scene, and unpacked with the same samples."""
+"""Rank script of tests/training/test_packed_training.py: short runs, packed by scene and unpacked.
+
+The unpacked runs train on the same samples in the same order.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,19 @@ from typing import Any
 
 from runs import ZERO3, World
 
-TOGETHER, SHORT = 4, 3
-"""Questions per scene; optimizer steps."""
+QUESTIONS_PER_SCENE, STEPS = 4, 3
 
 
 def arguments(world: Path, out: Path, **changes: object) -> list[str]:
-    few = {"train__steps": SHORT, "train__save_every": SHORT, "model__lora_dropout": 0.0, "data__workers": 0}
-    return ["--deepspeed", str(ZERO3), *World(world).arguments(out, **few | changes)]
+    defaults = {"train__steps": STEPS, "train__save_every": STEPS, "model__lora_dropout": 0.0, "data__workers": 0}
+    return ["--deepspeed", str(ZERO3), *World(world).arguments(out, **defaults | changes)]
 
 
-class Given:
-    """Micro-batches of one rank, in place of the sampler's.
+class FixedBatchSampler:
+    """Batch sampler with given micro-batches.
 
     Args:
-        batches: indices of samples.
+        batches: sample indices of each micro-batch.
     """
 
     def __init__(self, batches: list[list[int]]) -> None:
@@ -36,7 +38,7 @@ class Given:
 
 
 def work(folder: Path) -> None:
-    """Process of each rank; with one rank, it writes the content of the batches and the errors."""
+    """Entry point of a rank. With one rank, writes the content of the batches and the errors to report.json."""
     import deepspeed
     import torch.distributed as dist
 
@@ -53,26 +55,26 @@ def work(folder: Path) -> None:
     forward, trainer.dry_run = W2R2Step.forward, lambda run, batch: None
     sequences: list[tuple[tuple[str, ...], int]] = []
 
-    def recorded(self: Any, batch: Any, *given: Any, **more: Any) -> Any:
+    def recorded(self: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
         sequences.append((batch.ids, batch.input_ids.shape[0]))
-        return forward(self, batch, *given, **more)
+        return forward(self, batch, *arguments, **options)
 
     W2R2Step.forward = recorded  # type: ignore[method-assign]
-    packed = {"data__questions_per_scene": TOGETHER}
+    packed = {"data__questions_per_scene": QUESTIONS_PER_SCENE}
     trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **packed)), AnswerValidation)
     if dist.get_world_size() == 1:
         errors = []
-        other = packed | {"data__questions_per_scene": 2, "train__steps": SHORT, "resume": "auto"}
+        other = packed | {"data__questions_per_scene": 2, "train__steps": STEPS, "resume": "auto"}
         try:
             trainer.train(*read_arguments(arguments(world, folder / "packed_batches", **other)), AnswerValidation)
         except ValueError as error:
             errors.append(str(error))
         config, _ = read_arguments(arguments(world, folder / "apart"))
-        number = {sample.id: index for index, sample in enumerate(load_mixture(config.data, "train"))}
+        index_of = {sample.id: index for index, sample in enumerate(load_mixture(config.data, "train"))}
         sampler = build.GlobalBatchSampler
         for name, changes in {"apart": {}, "plain": {"data__packing": True}}.items():
-            batches = [[number[each] for each in ids] for ids, _ in sequences[: 2 * SHORT]]
-            build.GlobalBatchSampler = lambda batches=batches, **_: Given(batches)  # type: ignore[misc, assignment]
+            batches = [[index_of[sample_id] for sample_id in ids] for ids, _ in sequences[: 2 * STEPS]]
+            build.GlobalBatchSampler = lambda batches=batches, **_: FixedBatchSampler(batches)  # type: ignore[misc, assignment]
             trainer.train(*read_arguments(arguments(world, folder / name, **changes)), AnswerValidation)
         build.GlobalBatchSampler = sampler  # type: ignore[misc]
         (folder / "report.json").write_text(json.dumps({"errors": errors, "sequences": sequences}))

@@ -1,4 +1,4 @@
-"""Write a prepared data set of given samples, as launchers/prepare.py does."""
+"""Write samples as a prepared data set, in the format of launchers/prepare.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCENE_FILE = "scene.parquet"
 
 
 def write_prepared(folder: Path, samples: Sequence[Sample], root: Path, **manifest: Any) -> Path:
-    """All samples in one scene's file; `manifest` replaces fields of the manifest."""
+    """Write all samples to one scene file; `manifest` replaces fields of the manifest. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_samples(folder / SCENE_FILE, list(enumerate(samples)), root)
     task = samples[0].task if samples else "scanrefer"

@@ -1,4 +1,4 @@
-"""Reference implementation of the two passes and the loss on the stock model, sample by sample."""
+"""Reference implementation of the two passes and the loss with the stock model, one sample at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from w2r2_ds.training.two_pass import without_dropout
 
 
 def visual_tokens(model: Any, batch: Any, geometry: str) -> Tensor:
-    """``[tokens, hidden]``: the tower's tokens ("none": Phi(F2D, 0) of merged zeros), geometry added where asked for.
+    """``[tokens, hidden]`` visual tokens with `add` fusion.
 
-    `geometry` is "none", "features" (merged features) or "zeros" (merged zeros).
+    Args:
+        geometry: ``none``: 2D tokens only; ``features``: with merged geometry features; ``zeros``: with merged zeros.
     """
     tower = model.base.model.visual(batch.visuals.pixel_values, grid_thw=batch.visuals.grid_thw).pooler_output.detach()
     if geometry == "none":
@@ -33,7 +34,7 @@ def visual_tokens(model: Any, batch: Any, geometry: str) -> Tensor:
 
 
 def hidden_states(model: Any, batch: Any, tokens: Tensor) -> Tensor:
-    """``[batch, length, hidden]`` last hidden states, with embeddings put together by hand."""
+    """``[batch, length, hidden]`` last hidden states; text embeddings and visual tokens are combined here."""
     base = model.base
     embeddings = base.get_input_embeddings()(batch.input_ids)
     if not batch.visuals.dummy:
@@ -50,7 +51,7 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
     """Sum over samples of cross-entropy and push term (`add` fusion, `reduction: sample`).
 
     Args:
-        s_short: s of every sample's shortcut answer.
+        s_short: score s of each sample's shortcut answer.
     """
     term = build_push_term(config.push_term)
     fused = hidden_states(model, batch, visual_tokens(model, batch, "features"))
@@ -99,10 +100,10 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
 
 
 def shortcut_of(step: Any, batch: Any, visual: Any, features: Any) -> Any:
-    """Outputs of the shortcut pass, run separately."""
+    """Outputs of the shortcut pass, without the fused pass."""
     with step.shortcut_context():
-        plain = step.fuse_shortcut(visual, features)
-        answers = step.decode(batch, plain) if step.objective.shortcut_decode == "greedy" else None
+        shortcut_visual = step.fuse_shortcut(visual, features)
+        answers = step.decode(batch, shortcut_visual) if step.objective.shortcut_decode == "greedy" else None
     with step.shortcut_context(), without_dropout(step.dropouts):
-        states = step.model.answer_hidden_states(batch, plain, step.push_term.states)
+        states = step.model.answer_hidden_states(batch, shortcut_visual, step.push_term.states)
     return step.shortcut(batch, states, answers)

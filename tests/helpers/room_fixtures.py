@@ -1,4 +1,4 @@
-"""Fixtures: synthetic rooms, as a small data set on disk and in memory."""
+"""Fixtures: synthetic rooms, on disk as a small data set and in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from w2r2_ds.demo.synthetic.write import Written, write_dataset
 
 @pytest.fixture(scope="session")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """Two training rooms and one validation room, small images."""
+    """A data set of two training rooms and one validation room with small images."""
     return write_dataset(tmp_path_factory.mktemp("rooms") / "data", 7, 2, 1, (160, 120), 12)
 
 

@@ -1,8 +1,8 @@
-"""A small world (scenes, warmed-up tiny models), and runs in it; shared by the slower tests.
+"""Training runs on synthetic scenes with tiny models, shared by the slow tests.
 
-`launch` starts the real launcher; `run_jobs` many short runs in one go, on forked ranks that all work through the same
-list (`work`). ``python tests/helpers/runs.py record`` writes the golden losses again (see
-tests/training/test_trainer.py).
+`launch` runs a script with DeepSpeed's launcher. `run_jobs` runs a list of short trainings one after the other in the
+same forked ranks (`work`). ``python tests/helpers/runs.py record`` writes the golden losses of
+tests/training/test_trainer.py.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 5, 8, 4
 
 @dataclass(frozen=True)
 class World:
-    """Two furnished training rooms and one for validation, so few that the tiny VLM begins to know them by heart.
+    """Folder of scenes and models: two training rooms, one validation room, a warmed-up tiny VLM and a tiny VGGT.
 
-    Then its teacher-forced answers overlap with the boxes, and the hinge of the objective is active for some samples.
+    There are so few rooms that the tiny VLM memorises some answers. Then its teacher-forced answers overlap with the
+    boxes, and the hinge of the objective is active for some samples.
     """
 
     folder: Path
 
     def arguments(self, out: Path, **changes: object) -> list[str]:
-        """Options of `launchers/train.py`; ``changes`` are written ``train__steps=3``."""
+        """Command line of launchers/train.py; ``train__steps=3`` in `changes` becomes ``--train.steps 3``."""
         options = {
             "out": out,
             "demo.enabled": "false",
@@ -66,12 +67,12 @@ class World:
 
 
 def world_folder(base: Path) -> Path:
-    """Where the world lies: below ``base``, or where W2R2_TEST_WORLD says, so that it can be used again."""
+    """The environment variable W2R2_TEST_WORLD (a folder to reuse in later test runs), else ``base/world``."""
     return Path(os.environ.get("W2R2_TEST_WORLD") or base / "world")
 
 
 def make_world(folder: Path) -> World:
-    """Write the scenes and the models, or reuse what the same options wrote."""
+    """Write the scenes and the models, or reuse those of the same options."""
     from w2r2_ds.config.io import DEMO_RECIPE, load_config
     from w2r2_ds.demo.assets import prepare_models, prepare_sets
     from w2r2_ds.demo.synthetic.write import write_dataset
@@ -85,7 +86,7 @@ def make_world(folder: Path) -> World:
 
 
 def train_once(world: World) -> Path:
-    """The run that most tests read: 30 steps on one rank, through the launcher."""
+    """Train 30 steps on one rank with DeepSpeed's launcher; returns the run folder, which most tests read."""
     out = world.folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     done = launch(1, "launchers/train.py", ["--deepspeed", str(ZERO3), *world.arguments(out)])
@@ -94,12 +95,12 @@ def train_once(world: World) -> Path:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a script with the `deepspeed` launcher on `ranks` processes; both output streams together."""
+    """Run a script with the `deepspeed` launcher on `ranks` ranks; standard output and error are in `stdout`."""
     launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]
     return subprocess.run(
         [*launcher, *arguments],
@@ -114,7 +115,11 @@ def launch(ranks: int, script: str, arguments: list[str]) -> subprocess.Complete
 
 
 def run_ranks(ranks: int, program: Path, folder: Path) -> str:
-    """Output of forked ranks that each call ``work(folder)`` of a program; a rank that fails is an error."""
+    """Call ``work(folder)`` of a program on forked ranks; returns their output.
+
+    Raises:
+        AssertionError: a rank failed.
+    """
     status = fork_ranks(ranks, program, folder, free_port(), TIMEOUT)
     printed = (folder / "output.txt").read_text()
     assert status == 0, f"exit status {status}\n{printed[-6000:]}"
@@ -122,7 +127,7 @@ def run_ranks(ranks: int, program: Path, folder: Path) -> str:
 
 
 def rewind(run: Path, copy: Path, step: int) -> None:
-    """Copy a run as it was when it was killed after the checkpoint of `step`; later lines of metrics stay."""
+    """Copy a run and delete its checkpoints after `step`, as if it was killed then; all metrics stay."""
     shutil.copytree(run, copy)
     checkpoints = copy / "checkpoints"
     for later in checkpoints.glob("step-??????"):
@@ -136,15 +141,15 @@ class Job:
     """One short run of `run_jobs`.
 
     Attributes:
-        name: of the run; its folder is named after it.
-        arguments: of `launchers/train.py`, with ``--deepspeed``.
-        stop_after: optimizer steps after which to stop, without the pass_order knowing.
+        name: name of the job in the reports.
+        arguments: command line of launchers/train.py, with ``--deepspeed``.
+        stop_after: number of optimizer steps after which to stop; the LR schedule stays that of `train.steps`.
         dry_run: False skips the dry run.
-        nan_call: forward, from 1, in which rank 1's first sample gets a NaN loss; 0 for none.
-        rewind: run, copy and step for `rewind`, done before the job.
-        disturb: what happens before the checkpoint of which step: "full" lets no file of rank 1 grow beyond 1000 bytes
-            during it, "taken over" lets another start claim the run; ("", 0) for nothing.
-        scores: what the validations give, in order, instead of what the answers are worth; empty for the real scores.
+        nan_call: number of the forward, from 1, in which rank 1's first sample gets a NaN loss; 0 for none.
+        rewind: arguments of `rewind`, which is called before the job.
+        save_fault: fault and step of the checkpoint it occurs in. ``full``: files of rank 1 cannot grow beyond 1000
+            bytes. ``taken over``: another process claims the run. ``("", 0)`` for none.
+        scores: acc@0.25 of each validation, in order, instead of the computed scores; empty for the computed ones.
     """
 
     name: str
@@ -153,15 +158,15 @@ class Job:
     dry_run: bool = True
     nan_call: int = 0
     rewind: tuple[str, str, int] | None = None
-    disturb: tuple[str, int] = ("", 0)
+    save_fault: tuple[str, int] = ("", 0)
     scores: tuple[float, ...] = ()
 
 
 def run_jobs(ranks: int, folder: Path, jobs: list[Job]) -> dict[str, list[dict[str, Any]]]:
-    """Run jobs one after the other in the same processes; per job, what each rank reports.
+    """Run jobs one after the other in the same processes; returns job name -> report of each rank.
 
-    A report has ``error`` (the exception's type and text, or None), ``updates`` (optimizer steps the engine took) and
-    ``injected`` (id of the sample that got a NaN loss, or None).
+    A report has ``error`` (type and text of the exception, or None), ``updates`` (number of optimizer steps) and
+    ``injected`` (id of the sample with a NaN loss, or None).
     """
     folder.mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps([vars(job) for job in jobs]))
@@ -175,7 +180,7 @@ class Stopped(Exception):
 
 
 def work(folder: Path) -> None:
-    """Process of each rank of `run_jobs`."""
+    """Entry point of a rank of `run_jobs`."""
     import deepspeed
     import torch.distributed as dist
 
@@ -196,7 +201,7 @@ def work(folder: Path) -> None:
             rewind(Path(run), Path(copy), step)
         dist.barrier()
         report: dict[str, Any] = {"error": None, "updates": 0, "injected": None}
-        with changed(job, report):
+        with patched(job, report):
             try:
                 train(*read_arguments(job.arguments), AnswerValidation)
             except Stopped:
@@ -204,7 +209,7 @@ def work(folder: Path) -> None:
             except (ValueError, FloatingPointError) as error:
                 report["error"] = f"{type(error).__name__}: {error}"
         gc.collect()
-        gc.freeze()  # what is left stays for ever, and every engine collects garbage among all that is not frozen
+        gc.freeze()  # remaining objects are never freed; DeepSpeed's collections then skip them
         dist.barrier()
         reports[job.name] = report
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(reports))
@@ -212,8 +217,8 @@ def work(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
-    """The loop with the changes that a job asks for; fills in the report."""
+def patched(job: Job, report: dict[str, Any]) -> Iterator[None]:
+    """Patch the trainer with the changes of a job, and fill in its report."""
     import torch
     import torch.distributed as dist
 
@@ -222,16 +227,16 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
     from w2r2_ds.training.checkpoint.ownership import OwnershipToken
     from w2r2_ds.training.step import W2R2Step
 
-    real_score = validator.score
+    stock_score = validator.score
     values = iter(job.scores)
 
     def score(records: Any) -> dict[str, float | None]:
-        found = real_score(records)
-        if all(record["tokens"] for record in records):  # labels, which are scored before the first step, have none
+        found = stock_score(records)
+        if all(record["tokens"] for record in records):  # False for the labels, which are scored before step 1
             found |= {"scanrefer/acc@0.25": next(values)}
         return found
 
-    saved = trainer.train_step, trainer.dry_run, W2R2Step.forward
+    stock = trainer.train_step, trainer.dry_run, W2R2Step.forward
     save_checkpoint = trainer.save_checkpoint
     calls = 0
 
@@ -240,36 +245,36 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
         if job.stop_after and report["updates"] - run.start == job.stop_after:
             raise Stopped
         try:
-            return saved[0](run, micro_batches, step)
+            return stock[0](run, micro_batches, step)
         finally:
             report["updates"] = run.engine.global_steps
 
     def forward(self: Any, batch: Any, mode: Any = "loss", **more: Any) -> Any:
         nonlocal calls
         if mode != "loss":
-            return saved[2](self, batch, mode, **more)
+            return stock[2](self, batch, mode, **more)
         calls += 1
-        loss, stats = saved[2](self, batch, mode, **more)
+        loss, stats = stock[2](self, batch, mode, **more)
         if calls == job.nan_call and dist.get_rank() == 1:
             report["injected"] = batch.ids[0]
             stats[0, 0] = torch.nan
             loss = loss * torch.nan
         return loss, stats
 
-    def save_disturbed(engine: Any, config: Any, info: Any, token: Any) -> Any:
-        what, step = job.disturb
+    def save_with_fault(engine: Any, config: Any, info: Any, token: Any) -> Any:
+        fault, step = job.save_fault
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if info.step == step and what == "taken over" and dist.get_rank() == 0:
+        if info.step == step and fault == "taken over" and dist.get_rank() == 0:
             OwnershipToken.claim(config.out)
-        if info.step == step and what == "full" and dist.get_rank() == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # EFBIG; Python ignores SIGXFSZ
+        if info.step == step and fault == "full" and dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # writes fail with EFBIG; Python ignores SIGXFSZ
         try:
             return save_checkpoint(engine, config, info, token)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     trainer.train_step = train_step  # type: ignore[assignment]
-    trainer.save_checkpoint = save_disturbed
+    trainer.save_checkpoint = save_with_fault
     W2R2Step.forward = forward  # type: ignore[method-assign]
     if job.scores:
         validator.score = score
@@ -278,24 +283,24 @@ def changed(job: Job, report: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        trainer.train_step, trainer.dry_run, W2R2Step.forward = saved  # type: ignore[method-assign]
+        trainer.train_step, trainer.dry_run, W2R2Step.forward = stock  # type: ignore[method-assign]
         trainer.save_checkpoint = save_checkpoint
-        validator.score = real_score
+        validator.score = stock_score
 
 
 def record() -> None:
-    """Make the world and the run afresh and write the golden losses."""
+    """Train in a new world and write the golden losses."""
     import torch
 
     from w2r2_ds.utils.versions import versions
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = read_metrics(train_once(make_world(Path(folder) / "world")))
-    kept = {name: [line[name] for line in metrics] for name in ("loss", "above_mu", "s_short")}
-    about = {"versions": versions(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    losses = {name: [line[name] for line in metrics] for name in ("loss", "above_mu", "s_short")}
+    environment_record = {"versions": versions(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     target = Path(sys.argv[2]) if len(sys.argv) > 2 else GOLDEN_LOSSES
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(about | kept, indent=1) + "\n")
+    target.write_text(json.dumps(environment_record | losses, indent=1) + "\n")
     print(f"wrote {target}")
 
 

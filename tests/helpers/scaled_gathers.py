@@ -1,4 +1,4 @@
-"""Rank script of test_gathers.py: steps of a model with the proportions of a 7B, with all gathers recorded.
+"""Rank script of test_gathers.py: record ZeRO-3 gathers of a small model with the proportions of a 7B model.
 
 `work` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/found.json``.
 """
@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STEPS = 3  # DeepSpeed records its trace in the first and begins to prefetch in the third
+STEPS = 3  # DeepSpeed records its trace in step 1 and prefetches from step 3 on
 
 
 @dataclass
-class Watched:
-    """Elements of the decoder layers.
+class GatherRecord:
+    """Gathers of the decoder layers' parameters, in elements.
 
     Attributes:
-        gathered: times that a layer was gathered, by its index; of its largest matrix.
-        elements: gathered in all.
-        late: of these not yet on their way when their layer was called.
-        live: the most that was gathered at once, other parameters included.
+        gathered: layer index -> number of gathers of its largest matrix.
+        elements: number of gathered elements.
+        late: number of elements whose gather had not begun when their layer was called.
+        live: largest number of elements gathered at a time, other parameters included.
     """
 
     gathered: Counter[int] = field(default_factory=Counter)
@@ -35,8 +35,8 @@ class Watched:
 
 
 @contextlib.contextmanager
-def watched(model: Any) -> Iterator[Watched]:
-    """Check every gather inside."""
+def record_gathers(model: Any) -> Iterator[GatherRecord]:
+    """Record all gathers in the block."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import (
         InflightParamRegistry,
@@ -47,7 +47,7 @@ def watched(model: Any) -> Iterator[Watched]:
     owner = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
     largest = {id(layer.mlp.gate_proj.base_layer.weight) for layer in layers}
     sharded = [parameter for parameter in model.parameters() if not parameter.ds_persist]
-    found = Watched()
+    found = GatherRecord()
     register, fetch = InflightParamRegistry.__setitem__, PartitionedParameterCoordinator._fetch_sub_module_impl
     absent = ZeroParamStatus.NOT_AVAILABLE
 
@@ -73,7 +73,7 @@ def watched(model: Any) -> Iterator[Watched]:
 
 
 def work(folder: Path) -> None:
-    """Per DeepSpeed configuration, what the last step gathered; the sizes in it are for layers of 233 M parameters."""
+    """Entry point of a rank: write DeepSpeed configuration -> record of the last step to found.json."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -100,10 +100,10 @@ def work(folder: Path) -> None:
         engine = make_engine(model, frontend, config, ds_config, torch.device("cpu"))
         del keep_alive
         for _ in range(STEPS):
-            with watched(model) as seen:
+            with record_gathers(model) as last:
                 engine.backward(engine(batch)[0])
                 engine.step()
-        found[name] = vars(seen) | {"gathered": [seen.gathered[i] for i in range(max(seen.gathered) + 1)]}
+        found[name] = vars(last) | {"gathered": [last.gathered[i] for i in range(max(last.gathered) + 1)]}
         engine.destroy()
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Fixtures shared by all workers of a test run: the first worker creates them, the others wait."""
+"""Fixture data shared by all pytest-xdist workers: the first worker creates it, the others wait."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def shared_base(base: Path) -> Path:
-    """The folder above the workers' base temps, which is this run's alone; without workers `base` itself."""
+    """Temporary folder shared by the workers of this test run: the parent of `base`; without workers `base` itself."""
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def once(base: Path, name: str, make: Callable[[], object]) -> None:
-    """Call `make` unless a worker of this run has done so; where it failed, the next one tries again."""
+    """Call `make` unless a worker of this test run has done so successfully."""
     with open(base / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = base / f"{name}.done"

@@ -1,8 +1,7 @@
-"""Rank script of tests/training/fault_tolerance/test_signals.py: several trainings in one process, each
-perhaps stopped.
+"""Rank script of tests/training/fault_tolerance/test_signals.py: trainings in one process, stopped by signals.
 
-``python stopped_runs.py JOBS.json``; a job is [arguments of launchers/train.py, rank, step, signal]: that rank sends
-itself that signal in that optimizer step, from 0. Every rank appends the code of each run to JOBS.json.RANK.
+``python stopped_runs.py JOBS.json``. A job is [arguments of launchers/train.py, rank, step, signal]: the rank sends
+itself the signal in that optimizer step, from 0. Each rank writes exit code and checkpoint per job to JOBS.json.RANK.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A forked rank that fails ends the others."""
+"""The fork server: exit codes of forked ranks, and the end of the others when one fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fork_server import fork_ranks
 
 
 def work(folder: Path) -> None:
-    """Rank 0 does what the folder is named after; rank 1 of "waits" would wait for ever."""
+    """Entry point of a rank: rank 0 does the action that is the folder's name; rank 1 sleeps."""
     if os.environ["RANK"] == "1":
         time.sleep(600)
     print(folder.name, os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"], flush=True)
@@ -39,5 +39,5 @@ def test_the_exit_status_is_that_of_the_first_failed_rank(
     folder.mkdir()
     assert fork_ranks(ranks, Path(__file__), folder, 1, timeout) == status
     printed = (folder / "output.txt").read_text()
-    assert printed.startswith(f"{name} {ranks} 1\n") or name == "waits"  # which may not have come so far
+    assert printed.startswith(f"{name} {ranks} 1\n") or name == "waits"  # killed, possibly before it printed
     assert ("ValueError: wrong" in printed) == (name == "raises")

@@ -1,4 +1,4 @@
-"""Fixtures: one small Qwen2.5-VL directory, its tokenizer, fresh models of it, and inputs that fit."""
+"""Fixtures: a tiny Qwen2.5-VL folder, its tokenizer, its model, and inputs of the model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Text on which the small tokenizer is trained."""
+    """Texts that the tiny tokenizer is trained on."""
     return TEXTS
 
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Qwen2.5-VL directory."""
+    """Folder of the tiny Qwen2.5-VL."""
     from w2r2_ds.demo.tiny_models import build_tiny_vlm
 
     return build_tiny_vlm(tmp_path_factory.mktemp("tiny"), TEXTS, seed=3)
@@ -35,7 +35,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_dir: Path) -> Any:
-    """Its tokenizer."""
+    """Tokenizer of the tiny Qwen2.5-VL."""
     from w2r2_ds.models.loading import load_tokenizer
 
     return load_tokenizer(tiny_dir)
@@ -43,20 +43,20 @@ def tokenizer(tiny_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def visual_inputs() -> Any:
-    """``visual_inputs(config, tokenizer, "image" | "video", frames=1)``: keyword arguments of the stock forward."""
+    """Function ``visual_inputs(config, tokenizer, "image" | "video", frames=1)``: keyword arguments of the forward."""
     return _visual_inputs
 
 
 @pytest.fixture
 def vlm(tiny_dir: Path) -> Any:
-    """A fresh copy of the small model, float32, eval mode."""
+    """The tiny model in float32 and eval mode, loaded for each test."""
     from w2r2_ds.models.loading import load_vlm
 
     return load_vlm(tiny_dir, torch.float32, "sdpa").eval()
 
 
 def _visual_inputs(config: Any, tokenizer: Any, kind: str, frames: int = 1) -> dict[str, torch.Tensor]:
-    """Two rows: 8 x 12 patches of noise as image or video, a question; the second row is padded on the right."""
+    """Batch of two: 8 x 12 patches of noise as image or video, and a question; the second is padded on the right."""
     pad = config.image_token_id if kind == "image" else config.video_token_id
     grid = torch.tensor([[frames, 8, 12]] * 2)
     tokens = int(grid[0].prod()) // 4

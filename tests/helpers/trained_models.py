@@ -1,4 +1,4 @@
-"""Load everything that a trained model answers with."""
+"""Load a trained model with its configuration and frontend."""
 
 from __future__ import annotations
 

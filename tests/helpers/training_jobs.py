@@ -1,4 +1,4 @@
-"""The short runs of tests/training/test_trainer.py, some with an error in their input."""
+"""Jobs (short training runs) of tests/training/test_trainer.py, some with invalid input."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from damaged_files import flip_bit
 from runs import SAVE_EVERY, STEPS, ZERO3, Job, World
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.loader import load_mixture
@@ -21,33 +22,34 @@ DROPOUT: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "tr
 DECODE_GAP: dict[str, object] = {"objective__decode_gap_every": 1, "objective__decode_gap_samples": 2}
 AUTO: dict[str, object] = {"resume": "auto"}
 STAGES = ("zero2", "zero3_offload")
-"""Of ds_configs/, besides zero3."""
+"""Names of further files of ds_configs/."""
 
 RESHARDED = {"apart-zero3": ZERO3, "apart-zero2": ZERO3.with_name("zero2.json")}
 APART: dict[str, object] = {"train__steps": FEW, "train__save_every": 3, "train__merger_lr": 3e-4}
-"""Rates so far apart that a group with the other's would show."""
+"""Learning rates so different that swapped parameter groups change the losses."""
 NO_DRY_RUN: dict[str, Any] = {"dry_run": False}
-"""Without the dry run, where that is not what a run is about; `test_the_dry_run_changes_nothing`."""
+"""Skips the dry run to save time; `test_the_dry_run_changes_nothing` tests it."""
 EVERY: dict[str, object] = {"train__steps": 3, "train__save_every": 1, "train__keep_last": 9}
 
 
 def arguments(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> list[str]:
+    """Command line of launchers/train.py."""
     return ["--deepspeed", str(ds), *world.arguments(out, **changes)]
 
 
 def on_one_rank(world: World, trained: Path, folder: Path) -> list[Job]:
-    """All short runs on one rank; some go on from runs of `on_two_ranks`."""
+    """Jobs for one rank; some resume runs of `on_two_ranks`."""
     contradiction = folder / "contradiction.json"
     contradiction.write_text(json.dumps(json.loads(ZERO3.read_text()) | {"train_micro_batch_size_per_gpu": 2}))
     d, back = folder / "dropout", folder / "dropout-resumed"
     resumed, untouched = folder / "resumed", folder / "untouched"
     shutil.copytree(trained, untouched)
     shutil.copytree(trained, resumed)
-    flip_a_bit(resumed / "checkpoints" / f"step-{STEPS:06d}" / "engine")
-    booby_trapped = trapped(trained, folder / "trapped")
+    flip_optimizer_bit(resumed / "checkpoints" / f"step-{STEPS:06d}" / "engine")
+    malicious = with_malicious_shard(trained, folder / "malicious")
     jobs = [
         Job("resumed", arguments(world, resumed, **AUTO)),
-        Job("trapped", arguments(world, booby_trapped, **AUTO)),
+        Job("malicious", arguments(world, malicious, **AUTO)),
         Job("dropout", arguments(world, d, **DROPOUT)),
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2)),
         Job("no-dry-run", arguments(world, folder / "no-dry-run", **DROPOUT), stop_after=2, **NO_DRY_RUN),
@@ -77,7 +79,7 @@ def on_one_rank(world: World, trained: Path, folder: Path) -> list[Job]:
 
 
 def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
-    """All short runs on two ranks."""
+    """Jobs for two ranks."""
     grown = folder / "two-from-one"
     d, back = folder / "dropout2", folder / "dropout2-resumed"
     other_log = folder / "other-log"
@@ -96,8 +98,8 @@ def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
             **NO_DRY_RUN,
         ),
         *(Job(name, arguments(world, folder / name, ds, **APART), **NO_DRY_RUN) for name, ds in RESHARDED.items()),
-        Job("full", arguments(world, folder / "full", **EVERY), disturb=("full", 2), **NO_DRY_RUN),
-        Job("taken-over", arguments(world, folder / "taken-over", **EVERY), disturb=("taken over", 2), **NO_DRY_RUN),
+        Job("full", arguments(world, folder / "full", **EVERY), save_fault=("full", 2), **NO_DRY_RUN),
+        Job("taken-over", arguments(world, folder / "taken-over", **EVERY), save_fault=("taken over", 2), **NO_DRY_RUN),
         Job("dropout", arguments(world, d, **DROPOUT)),
         Job("dropout-resumed", arguments(world, back, **DROPOUT, **AUTO), rewind=(str(d), str(back), 2), **NO_DRY_RUN),
         Job("cut-frame", arguments(world, folder / "cut", data__root=cut_frame_root(world, folder))),
@@ -107,7 +109,7 @@ def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
 
 
 def cut_frame_root(world: World, folder: Path) -> Path:
-    """A copy of the scenes in which one frame, of rank 1's share, has lost its second half."""
+    """A copy of the scenes in which one frame, which rank 1 loads, lacks its second half."""
     root = folder / "scenes"
     shutil.copytree(world.folder / "scenes", root)
     config = load_config(DEMO_RECIPE, world.arguments(folder, data__root=root))
@@ -116,30 +118,28 @@ def cut_frame_root(world: World, folder: Path) -> Path:
     return root
 
 
-def flip_a_bit(engine: Path) -> None:
-    """In the middle of the optimizer's shard, where its numbers are: nothing but a digest can tell."""
+def flip_optimizer_bit(engine: Path) -> None:
+    """Flip a bit in the middle of the optimizer shard. It changes a number, so only the hash shows it."""
     (file,) = engine.glob("*optim_states.pt")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip_bit(file, file.stat().st_size // 2)
 
 
-class Trap:
-    """Unpickled as a program it makes a file."""
+class MakeFolderOnUnpickle:
+    """An object whose pickle creates a folder when it is loaded without restrictions."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
+        return os.mkdir, (str(self.folder),)
 
 
-def trapped(trained: Path, run: Path) -> Path:
-    """A copy of a run in whose newest checkpoint a shard would run something; the digests are right."""
+def with_malicious_shard(trained: Path, run: Path) -> Path:
+    """A copy of a run whose newest checkpoint has a shard with code in its pickle, and correct hashes."""
     shutil.copytree(trained, run)
     newest = run / "checkpoints" / f"step-{STEPS:06d}"
     (shard,) = (newest / "engine").glob("*optim_states.pt")
-    torch.save({"optimizer_state_dict": Trap(run / "it-ran")}, shard)
+    torch.save({"optimizer_state_dict": MakeFolderOnUnpickle(run / "it-ran")}, shard)
     description = read_manifest(newest)
     files = {name: atomic_io.digest(newest / name) for name in description.pop("files")}
     write_manifest(newest, description, files)

@@ -1,6 +1,6 @@
-"""VG-LLM's recorded runs as inputs of our model: model, batch, every recorded output, the loss by two routes.
+"""Build model and batch of a recorded VG-LLM run, and compute all recorded outputs with this package.
 
-For tests/convert/test_from_vgllm_golden.py.
+For tests/convert/test_from_vgllm_golden.py. The loss is computed twice: from the logits and by `W2R2Step`.
 """
 
 from __future__ import annotations
@@ -43,22 +43,23 @@ VARIANTS = {
     "geometry_output_zero": ("first", "merged", "zero"),
     "geometry_input_zero": ("first", "features", "zero"),
 }
-"""Name in the files -> our options: reference frame, what zero means, and which of the two passes."""
+"""Variant in the golden files -> reference frame, `model.zero_geometry`, and pass (``fused``, ``zero``)."""
 
 
 def state_of(golden: Golden) -> dict[str, torch.Tensor]:
+    """The recorded state dict."""
     return {key.removeprefix("param/"): value for key, value in golden.tensors.items() if key.startswith("param/")}
 
 
 @cache
 def model_of(golden: Golden, reference_frame: str, zero: str) -> W2R2:
-    """The recorded model; the language model and the merger train, as in VG-LLM."""
-    stated, parts = golden.record["config"], split_state(state_of(golden))
-    config = CONFIG_MAPPING["qwen2_5_vl"].from_dict({**stated["text"], "vision_config": stated["vision"]})
+    """The recorded model; language model and merger are trainable, as in VG-LLM."""
+    recorded, parts = golden.record["config"], split_state(state_of(golden))
+    config = CONFIG_MAPPING["qwen2_5_vl"].from_dict({**recorded["text"], "vision_config": recorded["vision"]})
     vlm = model_class(config)(config)
-    vggt = VGGT(dataclasses.replace(vggt_config(parts["vggt"]), **stated["vggt"]))
+    vggt = VGGT(dataclasses.replace(vggt_config(parts["vggt"]), **recorded["vggt"]))
     merge, hidden = config.vision_config.spatial_merge_size, config.text_config.hidden_size
-    merger = GeometryMerger(2 * vggt.config.embed_dim, hidden, stated["merger_hidden"], merge)
+    merger = GeometryMerger(2 * vggt.config.embed_dim, hidden, recorded["merger_hidden"], merge)
     for part, module in (("vlm", vlm), ("vggt", vggt), ("geometry_merger", merger)):
         fill(module, part, parts[part])
     vlm.model.visual.requires_grad_(False)
@@ -69,7 +70,7 @@ def model_of(golden: Golden, reference_frame: str, zero: str) -> W2R2:
 
 @cache
 def batch_of(golden: Golden) -> Batch:
-    """The recorded inputs as a training batch; every supervised token is an answer token without digit tokens."""
+    """The recorded inputs as a training batch. All supervised tokens are answer tokens; none are digit tokens."""
     tensors, count = golden.tensors, len(golden.record["samples"])
     ids, mask, labels = (tensors[f"in/{name}"] for name in ("input_ids", "attention_mask", "labels"))
     types = (ids == golden.record["config"]["text"]["image_token_id"]).long()
@@ -112,15 +113,15 @@ def batch_of(golden: Golden) -> Batch:
 
 
 def grid_of(golden: Golden, index: int) -> tuple[int, ...]:
-    """Frames, rows and columns of merged patches, and the rows and columns of patches that one of them is made of."""
-    vision, stated = golden.record["config"]["vision"], golden.record["samples"][index]
+    """Frames, rows and columns of merged patches, and rows and columns of patches per merged patch."""
+    vision, sample = golden.record["config"]["vision"], golden.record["samples"][index]
     merge = vision["spatial_merge_size"]
-    return (stated["frames"], *(side // (vision["patch_size"] * merge) for side in stated["hw"]), merge, merge)
+    return (sample["frames"], *(side // (vision["patch_size"] * merge) for side in sample["hw"]), merge, merge)
 
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """Collects what `module` is called with."""
+    """Record the arguments of each call of `module` in the block, by index and by name."""
     calls: list[dict[str, Any]] = []
     handle = module.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append({**dict(enumerate(args)), **kwargs}), with_kwargs=True
@@ -130,7 +131,7 @@ def inputs_of(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 
 def forward(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
-    """Everything that a file may record of a variant, with the graph of the trained weights."""
+    """All outputs of a variant that a golden file may have, with autograd graph."""
     reference_frame, zero, geometry = VARIANTS[variant]
     model, batch = model_of(golden, reference_frame, zero), batch_of(golden)
     features = model.encode_3d(batch.visuals)
@@ -141,7 +142,7 @@ def forward(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
     if merged is not None:
         result["geometry_embeds"] = merged
         shapes = [grid_of(golden, index) for index in range(len(features))]
-        grids = [grid for call in cells for grid in call[0]]  # of all samples
+        grids = [grid for call in cells for grid in call[0]]  # one per sample
         patches = torch.cat([merge_cells(grid, model.geometry_merger.merge_size).flatten(0, 1) for grid in grids])
         for index, part in enumerate(patches.split([math.prod(shape) for shape in shapes])):
             result[f"merger_in_{index}"] = part.unflatten(0, shapes[index])
@@ -162,17 +163,18 @@ def forward(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
 @cache
 @torch.no_grad()
 def computed(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
+    """`forward` without graph, computed once per variant."""
     return forward(golden, variant)
 
 
 def loss_of(golden: Golden, logits: torch.Tensor) -> torch.Tensor:
-    """VG-LLM's: the mean over all supervised tokens of the batch, labels shifted by one."""
+    """VG-LLM's loss: mean cross-entropy over all supervised tokens of the batch, labels shifted by one."""
     labels = golden.tensors["in/labels"]
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def step_loss_of(golden: Golden) -> torch.Tensor:
-    """The same through our training step: no push, sums over samples weighted by their tokens."""
+    """The same loss by `W2R2Step`: no push term, samples weighted by their number of tokens."""
     batch, tokens = batch_of(golden), golden.record["config"]["text"]["vocab_size"]
     objective = objective_config(push="none", reduction="token")
     tables = TokenTables(torch.full((tokens,), -1), torch.zeros(tokens, dtype=torch.bool))
@@ -183,7 +185,7 @@ def step_loss_of(golden: Golden) -> torch.Tensor:
 
 
 def tokenizer_of(golden: Golden) -> Any:
-    """The recorded tokens have no text; the methods of a tokenizer that our code calls."""
+    """A stub with the tokenizer methods that the package calls; the recorded tokens have no text."""
     text = golden.record["config"]["text"]
     return SimpleNamespace(
         pad_token_id=text["pad_token_id"],
@@ -200,7 +202,7 @@ LOSSES: dict[str, Callable[[Golden], torch.Tensor]] = {
 
 @cache
 def gradients(golden: Golden, route: str) -> dict[str, torch.Tensor]:
-    """VG-LLM's name -> gradient of the loss, of every weight that trains."""
+    """VG-LLM's parameter name -> gradient of the loss, for all trainable parameters."""
     model = model_of(golden, *VARIANTS[MAIN][:2])
     weights = {
         vgllm_name(part, name): weight

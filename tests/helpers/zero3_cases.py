@@ -1,4 +1,4 @@
-"""Rank script of test_zero3.py: the step under ZeRO-3 against the same step on an unsharded model, case by case.
+"""Rank script of test_zero3.py: compare a training step under ZeRO-3 with the step of the unsharded model, per case.
 
 `work` reads ``FOLDER/cases.pkl`` and writes ``FOLDER/rankN.json``.
 """
@@ -17,25 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from objectives import objective_config
-from two_pass_tools import unfreeze
 from w2r2_ds.bench.zero3_gathers import count_gathers, fused_pass_only
 
 CASE_LIMIT = 180
-"""Seconds; a hang of two ranks is an error. An idle machine needs 2 s, but it may be busy."""
+"""Seconds until a case fails, e.g. by a deadlock. An idle machine needs 2 s."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration and what each rank is given.
+    """One configuration, and the samples of each rank.
 
     Attributes:
-        name: of the case.
-        ranks: per rank the micro-batches of one optimizer step, each a list of sample ids.
-        objective, model, train: changes of the configuration.
+        name: name in the results.
+        ranks: per rank, the micro-batches of one optimizer step, each a list of sample ids.
+        objective: changes of the objective.
+        model: changes of the model configuration.
+        checkpointing: use activation checkpointing.
         visual: images or video.
-        steps: optimizer steps; gradients are those of the last, with a learning rate that moves nothing.
-        pass_order: of the two passes; "single" leaves the shortcut's out, which then has the fused pass's states.
-        full: the language model's weights train, too.
+        steps: number of optimizer steps. The gradients of the last are compared; the learning rate is negligible.
+        pass_order: `train.pass_order`, or "single": without shortcut pass, which then has the fused pass's states.
+        full: all weights of the language model are trainable.
         zero: changes of DeepSpeed's section `zero_optimization`.
     """
 
@@ -72,8 +73,14 @@ def step_config(case: Case, model_config: Any) -> Any:
     )
 
 
-def awaken(model: Any) -> None:
-    """Trained weights that do something: fresh LoRA pairs are silent, and the merger is nearly so."""
+def unfreeze(model: Any) -> None:
+    """Make all weights of the language model trainable."""
+    for module in (model.base.model.language_model, model.base.lm_head):
+        module.requires_grad_(True)
+
+
+def perturb_trainable(model: Any) -> None:
+    """Add noise to LoRA B, merger and fusion weights, which are zero or small at initialisation."""
     import torch
 
     from w2r2_ds.models.build import trainable
@@ -86,23 +93,23 @@ def awaken(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def similar(scale: dict[str, float]) -> Iterator[None]:
-    """Say how good the shortcut's teacher-forced answers are, by sample id: a random model solves nothing."""
+def fixed_similarity(scale: dict[str, float]) -> Iterator[None]:
+    """Replace the score s of the shortcut's teacher-forced answers, by sample id; a random model has s = 0."""
     import torch
 
     from w2r2_ds.objective.scorer import Score, Scorer
 
-    saved = Scorer.teacher
+    stock = Scorer.teacher
 
     def teacher(self: Any, predicted: Any, batch: Any) -> Score:
-        s = torch.tensor([scale[identity] for identity in batch.ids], dtype=torch.float64)
+        s = torch.tensor([scale[sample_id] for sample_id in batch.ids], dtype=torch.float64)
         return Score(s, torch.ones_like(s, dtype=torch.bool))
 
     Scorer.teacher = teacher  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Scorer.teacher = saved  # type: ignore[method-assign]
+        Scorer.teacher = stock  # type: ignore[method-assign]
 
 
 def batches_of(case: Case, rank: int, samples: dict[str, Any], frontend: Any, config: Any) -> list[Any]:
@@ -116,14 +123,14 @@ def batches_of(case: Case, rank: int, samples: dict[str, Any], frontend: Any, co
 
 @functools.cache
 def whole_model(full: bool, options: str) -> Any:
-    """The model of some options (JSON), shared by all cases that differ in the objective alone; nothing steps it."""
+    """The unsharded model of `options` (JSON), shared by cases that differ in the objective only. It is not updated."""
     import torch
 
     from w2r2_ds.config.io import model_from_tree
     from w2r2_ds.models.build import build_model
 
     model = build_model(model_from_tree(json.loads(options), "the case"), torch.device("cpu"), 1)
-    awaken(model)
+    perturb_trainable(model)
     if full:
         unfreeze(model)
     model.base.enable_input_require_grads()
@@ -131,7 +138,7 @@ def whole_model(full: bool, options: str) -> Any:
 
 
 def whole_gradients(case: Case, config: Any, frontend: Any, samples: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Gradients of the mean over all samples on one unsharded model, and the statistics of all batches."""
+    """Gradients of the mean loss over all samples on the unsharded model, and the statistics of all samples."""
     import torch
 
     from w2r2_ds.data.answer_tokens import token_tables
@@ -142,7 +149,6 @@ def whole_gradients(case: Case, config: Any, frontend: Any, samples: dict[str, A
     model = whole_model(case.full, json.dumps(asdict(config.model)))
     model.zero_grad()
     tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
-    # Whole and without checkpointing, in every case.
     step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
     if case.pass_order == "single":
         step.two_pass = functools.partial(fused_pass_only, model)
@@ -158,37 +164,39 @@ def whole_gradients(case: Case, config: Any, frontend: Any, samples: dict[str, A
 def expectations(
     cases: Sequence[Case], model_config: Any, samples: dict[str, Any], scale: dict[str, float] | None
 ) -> Iterator[tuple[dict[str, Any], Any]]:
-    """`whole_gradients` of every case: each rank works out one of two, at the same time, and they are exchanged.
+    """`whole_gradients` of every case. Each rank computes every n-th case, and the results are exchanged.
 
-    A case that decodes is worked out by all ranks: they agree token by token on going on.
+    Cases that decode are computed by all ranks, because greedy decoding has a collective per token.
     """
     import torch.distributed as dist
 
     ranks = dist.get_world_size()
     for start in range(0, len(cases), ranks):
         own, found = cases[start : start + ranks], None
-        for place, case in enumerate(own):
-            if place != dist.get_rank() and "shortcut_decode" not in case.objective:
+        for index, case in enumerate(own):
+            if index != dist.get_rank() and "shortcut_decode" not in case.objective:
                 continue
             config = step_config(case, model_config)
-            with scripted(case, scale):
+            with similarity_of(case, scale):
                 result = whole_gradients(
-                    case, config, cached_front(config.model.vlm, config.model.geometry.path), samples
+                    case, config, cached_frontend(config.model.vlm, config.model.geometry.path), samples
                 )
-            found = result if place == dist.get_rank() else found
+            found = result if index == dist.get_rank() else found
         gathered: list[Any] = [None] * ranks
         dist.all_gather_object(gathered, found)
         yield from gathered[: len(own)]
 
 
-def scripted(case: Case, scale: dict[str, float] | None) -> contextlib.AbstractContextManager[None]:
-    """`similar`, where a case does not measure the real scores."""
-    return contextlib.nullcontext() if scale is None or case.objective.get("decode_gap_every") else similar(scale)
+def similarity_of(case: Case, scale: dict[str, float] | None) -> contextlib.AbstractContextManager[None]:
+    """`fixed_similarity`, unless `scale` is None or the case computes the decode gap, which needs real scores."""
+    return (
+        contextlib.nullcontext() if scale is None or case.objective.get("decode_gap_every") else fixed_similarity(scale)
+    )
 
 
 @functools.cache
-def cached_front(vlm: str, geometry: str) -> Any:
-    """Tokenizer and vision facts, the same for all cases."""
+def cached_frontend(vlm: str, geometry: str) -> Any:
+    """Frontend of a VLM, loaded once for all cases."""
     from w2r2_ds.config.schema import GeometryConfig, ModelConfig
     from w2r2_ds.models.build import load_frontend
 
@@ -196,16 +204,18 @@ def cached_front(vlm: str, geometry: str) -> Any:
 
 
 def count(case: Case) -> int:
-    """Samples of an optimizer step."""
+    """Number of samples of an optimizer step."""
     return sum(len(batch) for rank in case.ranks for batch in rank)
 
 
 def sharded_gradients(
     case: Case, config: Any, frontend: Any, samples: dict[str, Any], ds_config: dict[str, Any]
 ) -> tuple[dict[str, Any], Any, dict[str, float], Any, list[int]]:
-    """The same under ZeRO-3 by the production code: gradients, this rank's statistics, group norms, a decode gap.
+    """A training step under ZeRO-3 with the package's engine.
 
-    And how often a parameter of a decoder layer was gathered in the last step, every number that there was.
+    Returns:
+        Full gradients, statistics of this rank's samples, norms per parameter group, the decode gap or None, and the
+        distinct numbers of gathers per decoder-layer parameter in the last step.
     """
     import torch
     import torch.distributed as dist
@@ -220,7 +230,7 @@ def sharded_gradients(
     world, device = dist.get_world_size(), torch.device("cpu")
     keep_alive = HfDeepSpeedConfig(ds_config)
     model = build_model(config.model, device, 1)
-    awaken(model)  # what trains is whole until the engine takes it
+    perturb_trainable(model)  # trainable parameters are not partitioned before the engine is created
     if case.full:
         unfreeze(model)
     engine = make_engine(model, frontend, config, ds_config, device)
@@ -230,7 +240,7 @@ def sharded_gradients(
     batches = batches_of(case, dist.get_rank(), samples, frontend, config)
     scale = len(batches) * world / count(case)
     for step in range(case.steps):
-        say(f"step {step} of {case.name}")
+        print_on_rank_zero(f"step {step} of {case.name}")
         stats = []
         for index, batch in enumerate(batches):
             with count_gathers(model.base.model.language_model) as counts:
@@ -242,13 +252,13 @@ def sharded_gradients(
                 norms = group_norms(trained_groups(model), device)
             engine.step()
     norms["grad_norm"] = float(engine.get_global_grad_norm())
-    reading = None
+    decode_gap = None
     if case.objective.get("decode_gap_every"):
         from w2r2_ds.training.decode_gap import DecodeGap
 
-        reading = DecodeGap(list(samples.values())[:3], frontend, config, device).measure(engine)
+        decode_gap = DecodeGap(list(samples.values())[:3], frontend, config, device).measure(engine)
     engine.destroy()
-    return gradients, torch.cat(stats), norms, reading, sorted(set(counts.layers.values()))
+    return gradients, torch.cat(stats), norms, decode_gap, sorted(set(counts.layers.values()))
 
 
 def compare(
@@ -259,7 +269,7 @@ def compare(
     expected: dict[str, Any],
     all_stats: Any,
 ) -> dict[str, Any]:
-    """Values that the test compares: the largest relative difference of a gradient, statistics, norms."""
+    """Values for the test's assertions: largest relative gradient difference, statistics, norms, gathers."""
     import torch
     import torch.distributed as dist
 
@@ -267,20 +277,20 @@ def compare(
     from w2r2_ds.training.deepspeed.config import resolve_ds_config
 
     config = step_config(case, model_config)
-    frontend = cached_front(config.model.vlm, config.model.geometry.path)
+    frontend = cached_frontend(config.model.vlm, config.model.geometry.path)
     sizes = {"global_batch": config.train.global_batch, "micro_batch": config.train.micro_batch}
     ds_config = ds_config | {"zero_optimization": ds_config["zero_optimization"] | case.zero}
     resolved = resolve_ds_config(
         ds_config, path="zero3_cases.py", world_size=dist.get_world_size(), bf16=False, **sizes
     )
-    actual, stats, norms, decode_gap, gathered_so_often = sharded_gradients(case, config, frontend, samples, resolved)
+    actual, stats, norms, decode_gap, gather_counts = sharded_gradients(case, config, frontend, samples, resolved)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, stats)
     assert actual.keys() == expected.keys()
-    worst, silent = 0.0, []
+    worst, without_gradient = 0.0, []
     for name, gradient in expected.items():
         if gradient is None or not gradient.any():
-            silent.append(name)
+            without_gradient.append(name)
             assert not actual[name].any(), f"{name} has a gradient only under ZeRO-3"
             continue
         worst = max(worst, float((actual[name] - gradient).norm() / gradient.norm()))
@@ -291,18 +301,18 @@ def compare(
         )
     return {
         "worst": worst,
-        "silent": silent,
+        "without_gradient": without_gradient,
         "stats": dict(zip(STATS, torch.cat(gathered).T.tolist(), strict=True)),
         "stats_worst": float((torch.cat(gathered) - all_stats).abs().max()),
         "norms": norms,
         "expected_norms": {f"grad_norm_{name}": value**0.5 for name, value in squares.items()},
         "decode_gap": decode_gap,
-        "gathers": gathered_so_often,
+        "gathers": gather_counts,
     }
 
 
-def say(text: str) -> None:
-    """A line on rank 0's output, between those of DeepSpeed."""
+def print_on_rank_zero(text: str) -> None:
+    """Print a line on rank 0 that stands out from DeepSpeed's log."""
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
@@ -310,7 +320,7 @@ def say(text: str) -> None:
 
 
 def work(folder: Path) -> None:
-    """Go through the cases; every rank writes what it found."""
+    """Entry point of a rank: run all cases and write their results."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -324,13 +334,13 @@ def work(folder: Path) -> None:
     results = {}
     expected = expectations(cases, model_config, samples, scale)
     for case in cases:
-        signal.alarm(CASE_LIMIT)  # SIGALRM ends the process, and `fork_ranks` the other one
+        signal.alarm(CASE_LIMIT)  # SIGALRM kills this rank; `fork_ranks` then kills the other
         gradients, stats = next(expected)
-        with scripted(case, scale):
+        with similarity_of(case, scale):
             results[case.name] = compare(case, model_config, samples, ds_config, gradients, stats)
         signal.alarm(0)
         gc.collect()
-        gc.freeze()  # what is left stays for ever, and every engine collects garbage among all that is not frozen
+        gc.freeze()  # remaining objects are never freed; DeepSpeed's collections then skip them
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -343,7 +353,11 @@ def write_cases(
     ds_config: dict[str, Any],
     scale: dict[str, float] | None,
 ) -> None:
-    """Write the input of `work`; `scale` is s of every sample's shortcut answer, None takes the real one."""
+    """Write the input of `work`.
+
+    Args:
+        scale: sample id -> score s of the shortcut's answer; None for the computed scores.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     assert len({case.name for case in cases}) == len(cases), [asdict(case) for case in cases]
     (folder / "cases.pkl").write_bytes(pickle.dumps((list(cases), model_config, samples, ds_config, scale)))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import packed_runs
-from packed_runs import SHORT, TOGETHER
+from packed_runs import QUESTIONS_PER_SCENE, STEPS
 from runs import MICRO_BATCH, World, read_metrics, run_ranks
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.loader import load_mixture
@@ -34,7 +34,7 @@ def losses(run: Path) -> list[float]:
 def test_a_packed_run_equals_the_unpacked_run(runs: Path) -> None:
     """Over several updates, and packed without sharing: float32, sums in another order."""
     expected = losses(runs / "apart")
-    assert len(expected) == SHORT and len(set(expected)) == SHORT
+    assert len(expected) == STEPS and len(set(expected)) == STEPS
     for name in ("packed_batches", "plain"):
         assert losses(runs / name) == pytest.approx(expected, rel=1e-5)
 
@@ -51,10 +51,12 @@ def test_the_batches_are_scene_groups(runs: Path, world: World) -> None:
     config = load_config(DEMO_RECIPE, world.arguments(runs))
     frames = {sample.id: sample.frames for sample in load_mixture(config.data, "train")}
     sequences: list[Any] = json.loads((runs / "report.json").read_text())["sequences"]
-    packed, apart, plain = (sequences[n * 2 * SHORT : (n + 1) * 2 * SHORT] for n in range(3))
-    assert TOGETHER == MICRO_BATCH and all(number == 1 and len(ids) == TOGETHER for ids, number in packed)
+    packed, apart, plain = (sequences[n * 2 * STEPS : (n + 1) * 2 * STEPS] for n in range(3))
+    assert QUESTIONS_PER_SCENE == MICRO_BATCH and all(
+        number == 1 and len(ids) == QUESTIONS_PER_SCENE for ids, number in packed
+    )
     assert [ids for ids, _ in packed] == [ids for ids, _ in apart] == [ids for ids, _ in plain]
-    assert all(number == TOGETHER for _, number in apart) and all(number == 1 for _, number in plain)
+    assert all(number == QUESTIONS_PER_SCENE for _, number in apart) and all(number == 1 for _, number in plain)
     stream = [each for ids, _ in packed for each in ids]
     assert sorted(stream[:11]) == sorted(stream[11:22]) == sorted(frames)
     assert sum(len({frames[each] for each in ids}) == 1 for ids, _ in packed) >= 4

@@ -295,9 +295,9 @@ def test_a_start_without_ownership_stops_and_writes_nothing(two_ranks: Reports, 
 
 
 def test_a_checkpoint_with_code_is_rejected_and_its_code_does_not_run(one_rank: Reports, folder: Path) -> None:
-    error = one_rank["trapped"][0]["error"]
-    assert_one_sentence(error, "trapped", "optim_states.pt", "posix.mkdir")
-    assert not (folder / "trapped" / "it-ran").exists()
+    error = one_rank["malicious"][0]["error"]
+    assert_one_sentence(error, "malicious", "optim_states.pt", "posix.mkdir")
+    assert not (folder / "malicious" / "it-ran").exists()
 
 
 def test_a_deepspeed_json_that_contradicts_is_rejected(one_rank: Reports, folder: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from synthetic_truth import SCENES, boxes, room_again
+from synthetic_truth import SCENES, boxes, rebuild_room
 from w2r2_ds.boxes3d.iou import box_iou
 from w2r2_ds.boxes3d.transforms import corners
 from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, load_depth, visible_fraction
@@ -71,7 +71,7 @@ def test_info_agrees_with_the_files(rooms: Written, name: str) -> None:
 @pytest.mark.parametrize("name", SCENES)
 def test_oriented_boxes_are_the_bounds_of_the_vertices(rooms: Written, name: str) -> None:
     """Bounds along the object's own axes; equal to ScanRefer's box if the object is not rotated."""
-    info, room, stored = infos(rooms)[name], room_again(rooms.root, name), boxes(rooms.root, name)
+    info, room, stored = infos(rooms)[name], rebuild_room(rooms.root, name), boxes(rooms.root, name)
     words = {"sofa": "couch", "bookshelf": "shelf", "nightstand": "stand", "trash can": "bin"}
     assert [instance["bbox_id"] for instance in info["instances"]] == list(range(len(stored)))
     for o, row, instance in zip(room.objects, stored, info["instances"], strict=True):

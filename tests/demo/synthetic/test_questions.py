@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from synthetic_truth import SCENES, named, room_again, the
+from synthetic_truth import SCENES, matching_object, matching_objects, rebuild_room
 from w2r2_ds.demo.synthetic.questions import Question, ask
 from w2r2_ds.demo.synthetic.rooms import Room, RoomObject
 from w2r2_ds.demo.synthetic.write import Written
@@ -85,56 +85,56 @@ def answer(room: Room, text: str) -> tuple[str, set[str], set[int]]:
     """Kind, accepted answers and ids of the objects in the answer."""
     kind, words = read(text)
     if kind == "color":
-        candidates = named(room.objects, words["one"])
+        candidates = matching_objects(room.objects, words["one"])
         if "how" in words:
-            anchor = the(room.objects, words["a"])
+            anchor = matching_object(room.objects, words["a"])
             order = sorted(candidates, key=lambda o: apart(o, anchor))
             found = order[-1 if words["how"] == "farthest from" else 0]
         elif "b" in words:
-            ends = [the(room.objects, words[key]) for key in "bc"]
+            ends = [matching_object(room.objects, words[key]) for key in "bc"]
             found = min(candidates, key=lambda o: detour(o, ends))
         else:
-            found = the(room.objects, words["one"])
+            found = matching_object(room.objects, words["one"])
         assert found.name not in PARTLY_COLORED
         return kind, {found.color}, {found.object_id}
     if kind == "count":
-        counted = named(room.objects, words["many"])
+        counted = matching_objects(room.objects, words["many"])
         word = next(word for word, number in NUMBERS.items() if number == len(counted))
         return kind, {str(len(counted)), word}, {o.object_id for o in counted}
     if kind == "where":
-        target = the(room.objects, words["a"])
+        target = matching_object(room.objects, words["a"])
         near = min(others(room, target), key=lambda o: apart(o, target))
         phrases = [phrase for phrase in (f"the {near.name}", f"the {near.color} {near.name}") if fits_one(room, phrase)]
         assert near.name not in HANGING
         assert apart(target, near) < 3.0
         return kind, {f"{how} {phrase}" for how in ("next to", "beside") for phrase in phrases}, {target.object_id}
     if kind == "larger":
-        pair = [the(room.objects, words[key]) for key in "ab"]
+        pair = [matching_object(room.objects, words[key]) for key in "ab"]
         found = max(pair, key=lambda o: float(o.oriented[3:6].prod()))
         phrase = words["a"] if found is pair[0] else words["b"]
         return kind, {phrase, phrase.removeprefix("the ")}, {found.object_id}
     if kind == "nearest":
-        anchor = the(room.objects, words["a"])
+        anchor = matching_object(room.objects, words["a"])
         found = min(others(room, anchor), key=lambda o: apart(o, anchor))
     elif kind == "between":
-        ends = [the(room.objects, words[key]) for key in "ab"]
+        ends = [matching_object(room.objects, words[key]) for key in "ab"]
         found = min(others(room, *ends), key=lambda o: detour(o, ends))
         assert found.name not in HANGING
     else:
-        anchor = the(room.objects, words.get("a") or words["b"])
+        anchor = matching_object(room.objects, words.get("a") or words["b"])
         found = next_along_wall(room, anchor, words.get("side") or words["other"])
     accepted = {found.name} if found.name in PARTLY_COLORED else {found.name, f"{found.color} {found.name}"}
     return kind, accepted, {found.object_id}
 
 
 def fits_one(room: Room, phrase: str) -> bool:
-    return len(named(room.objects, phrase)) == 1
+    return len(matching_objects(room.objects, phrase)) == 1
 
 
 def mentioned(room: Room, text: str) -> set[int]:
     """Ids of the objects that the phrases of a question refer to."""
     _, words = read(text)
-    return {the(room.objects, words[key]).object_id for key in "abc" if key in words}
+    return {matching_object(room.objects, words[key]).object_id for key in "abc" if key in words}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_file_has_the_format_of_scanqa(rooms: Written, split: str) -> None:
     assert all(set(entry) == fields for entry in entries)
     assert {entry["scene_id"] for entry in entries} == set(SCENES[:2] if split == "train" else SCENES[2:])
     for name in {entry["scene_id"] for entry in entries}:
-        room, mine = room_again(rooms.root, name), [entry for entry in entries if entry["scene_id"] == name]
+        room, mine = rebuild_room(rooms.root, name), [entry for entry in entries if entry["scene_id"] == name]
         assert 6 <= len(mine) <= 10
         assert [entry["question_id"] for entry in mine] == [f"{split}-{name[:9]}-{i}" for i in range(len(mine))]
         seen = visible_objects(rooms.root, split, name)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from hand_scene import prepared_items, reasons
-from synthetic_truth import SCENES, boxes, named, room_again, the
+from synthetic_truth import SCENES, boxes, matching_object, matching_objects, rebuild_room
 from w2r2_ds.data.frames.projection import box_corners, load_depth, project
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.demo.synthetic.options import Options, scene_id, scene_seed
@@ -143,12 +143,12 @@ def referred_object(objects: Sequence[RoomObject], text: str) -> int:
     """Id of the object that a sentence refers to, from distances between centres."""
     match = SENTENCE.fullmatch(text)
     assert match, text
-    candidates = named(objects, match["what"])
+    candidates = matching_objects(objects, match["what"])
     assert len(candidates) > 1, text
     if match["size"]:
         ordered = sorted(candidates, key=lambda o: float(np.prod(o.box[3:])))
         return ordered[-1 if match["size"] == "largest " else 0].object_id
-    places = [the(objects, match[key]).box[:2] for key in "abc" if match[key]]
+    places = [matching_object(objects, match[key]).box[:2] for key in "abc" if match[key]]
     if match["how"]:
         ordered = sorted(candidates, key=lambda o: float(np.linalg.norm(o.box[:2] - places[0])))
         return ordered[-1 if match["how"].startswith("far") else 0].object_id
@@ -160,7 +160,7 @@ def referred_object(objects: Sequence[RoomObject], text: str) -> int:
 
 @pytest.mark.parametrize("name", SCENES)
 def test_sentences_refer_to_their_object(rooms: Written, name: str) -> None:
-    objects = room_again(rooms.root, name).objects
+    objects = rebuild_room(rooms.root, name).objects
     mine = [item for item in entries(rooms.root) if item["scene_id"] == name]
     assert 6 <= len(mine) <= 10
     assert len({item["description"] for item in mine}) == len(mine)

@@ -22,7 +22,7 @@ from w2r2_ds.models.fusion import FUSIONS
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.training.two_pass import build_pass_order
-from zero3_cases import awaken, similar
+from zero3_cases import fixed_similarity, perturb_trainable
 
 pytestmark = pytest.mark.usefixtures("liger_interpreted")
 
@@ -55,7 +55,7 @@ def steps(model_config: Any, frontend: Any, tables: Any, monkeypatch: pytest.Mon
         for chosen in (TORCH_KERNELS, kernels):
             monkeypatch.setattr(build, "select_kernels", lambda *_, chosen=chosen: chosen)
             built = build_model(config.model, torch.device("cpu"), seed=1)
-            awaken(built)
+            perturb_trainable(built)
             found.append(W2R2Step(built, config, Scorer(tables, frontend.tokenizer, config.objective)).train())
         return found
 
@@ -72,7 +72,7 @@ def loss_and_gradients(step: W2R2Step, batch: Any) -> dict[str, torch.Tensor]:
     """The loss and the gradient of every trained parameter, with one seed for the dropout."""
     torch.manual_seed(7)
     step.zero_grad()
-    with similar(SIMILARITY):
+    with fixed_similarity(SIMILARITY):
         loss, _ = step(batch)
     loss.backward()
     found = {name: p.grad.clone() for name, p in trainable(step.model).items() if p.grad is not None}

@@ -173,8 +173,8 @@ def check_case(case: Case, ranks: Any) -> None:
 def test_text_only_batches_have_zero_geometry_gradients(results: Any) -> None:
     """Only where no rank has frames; a dummy image keeps the modules in step and says nothing."""
     for rank in results[0]:
-        assert {name.split(".")[0] for name in rank["text everywhere"]["silent"]} == {"geometry_merger"}
-        assert rank["text beside visual"]["silent"] == []
+        assert {name.split(".")[0] for name in rank["text everywhere"]["without_gradient"]} == {"geometry_merger"}
+        assert rank["text beside visual"]["without_gradient"] == []
         assert rank["text beside visual"]["stats"]["geometry_norm"][:2] == [0.0, 0.0]
         assert min(rank["text beside visual"]["stats"]["geometry_norm"][2:]) > 0
 

@@ -60,12 +60,12 @@ def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
     folder = tmp_path_factory.mktemp("stopped")
     run = folder / "run"
     with Ranks(2, ["launchers/train.py", *arguments(world, run)], folder) as ranks:
-        ranks.until(lambda: lines(run) >= 2)
+        ranks.wait_until(lambda: lines(run) >= 2)
         family = [psutil.Process(process.pid) for process in ranks.processes]
         workers = [child for parent in family for child in parent.children(recursive=True)]
         assert len(workers) >= 2
         ranks.send(1, signal.SIGUSR1)
-        ranks.until(lambda: any((run / "checkpoints").glob("step-*")))  # the save has begun
+        ranks.wait_until(lambda: any((run / "checkpoints").glob("step-*")))  # the save has begun
         deadline = time.monotonic() + 60
         while any(process.poll() is None for process in ranks.processes) and time.monotonic() < deadline:
             for process in [*family, *workers]:
@@ -94,7 +94,7 @@ def after(world: World, stopped: tuple[list[int], Path, int], tmp_path_factory: 
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     with Ranks(2, [SCRIPT, str(file)], folder) as ranks:
-        assert ranks.codes(600) == [0, 0], ranks.said(0)[-4000:] + ranks.said(1)[-4000:]
+        assert ranks.codes(600) == [0, 0], ranks.output(0)[-4000:] + ranks.output(1)[-4000:]
     return [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(2)], folder / "whole"
 
 
@@ -126,12 +126,12 @@ def test_a_signal_during_set_up_writes_no_checkpoint(world: World, tmp_path: Pat
     """One rank without a launcher, signalled as soon as it handles signals: long before the first step."""
     run = tmp_path / "run"
     with Ranks(1, ["launchers/train.py", *arguments(world, run)], tmp_path) as ranks:
-        ranks.until(lambda: catches(ranks.processes[0].pid, signal.SIGTERM))
+        ranks.wait_until(lambda: catches(ranks.processes[0].pid, signal.SIGTERM))
         ranks.send(0, signal.SIGTERM)
         ranks.send(0, signal.SIGUSR1)  # SIGTERM wins, whichever comes last
-        assert ranks.codes(300) == [exit_codes.TERMINATED], ranks.said(0)[-4000:]
+        assert ranks.codes(300) == [exit_codes.TERMINATED], ranks.output(0)[-4000:]
     assert lines(run) == 0 and not checkpoints(run)
-    assert "no checkpoint was written" in ranks.said(0) and "Traceback" not in ranks.said(0)
+    assert "no checkpoint was written" in ranks.output(0) and "Traceback" not in ranks.output(0)
 
 
 def catches(pid: int, number: int) -> bool:
