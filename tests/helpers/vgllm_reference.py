@@ -121,7 +121,7 @@ def grid_of(golden: Golden, index: int) -> tuple[int, ...]:
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """Record the arguments of each call of `module` in the block, by index and by name."""
+    """Record the arguments of each call of `module` in the block, as index or keyword -> value."""
     calls: list[dict[str, Any]] = []
     handle = module.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append({**dict(enumerate(args)), **kwargs}), with_kwargs=True
