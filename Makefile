@@ -45,9 +45,10 @@ test-unit: $(STAMP)
 nightly: $(STAMP)
 	@$(RUN) "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m nightly
 
-# The site, in runs/site; `.venv/bin/mkdocs serve` shows it while you write.
+# The site, in runs/site; `.venv/bin/mkdocs serve` shows it while you write. The variables are the documented switches
+# of two announcements about successors of MkDocs: mkdocs-material's, and that of a dependency of mkdocs-gen-files.
 docs: $(STAMP)
-	@$(RUN) DISABLE_MKDOCS_2_WARNING=true "$(BIN)/mkdocs" build --strict --quiet
+	@$(RUN) NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true "$(BIN)/mkdocs" build --strict --quiet
 	@echo "== docs: runs/site/index.html"
 
 lint: $(STAMP)

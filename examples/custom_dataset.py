@@ -3,9 +3,9 @@
     python examples/custom_dataset.py QUESTIONS.jsonl --root data/scannet [--frames 8]
 
 A line of QUESTIONS.jsonl is ``{"scene": "scene0000_00", "question": "How many chairs?", "answers": ["2", "two"],
-"object_ids": [3, 5], "object_names": ["chair"]}``; the answer is about these objects. The script
-writes ScanQA's format to a new folder, links the scenes, and runs ``prepare.py scanqa`` there. Train on it with
-``--config RECIPE.yaml --data.root FOLDER --data.train '[{path: prepared/scanqa/train}]'``.
+"object_ids": [3, 5], "object_names": ["chair"]}``; the answer is about these objects. The script writes a file in
+ScanQA's format to a new folder, links the scenes there, and runs ``prepare.py scanqa``. docs/guides/own-dataset.md
+shows how to train on the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = ("posed_images", "scans", "scannet_data", "scannetv2-labels.combined.tsv")
-"""Parts of the data root that do not depend on the questions."""
+"""Files and folders of the data root that do not depend on the questions; the new root has links to them."""
 REQUIRED = ("scene", "question", "answers", "object_ids", "object_names")
 
 
@@ -48,7 +48,7 @@ def scanqa_entries(questions: Path) -> list[dict[str, object]]:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Write the annotations, prepare the set; returns the exit code of prepare.py."""
+    """Write the annotations and prepare the data set; returns the exit code of prepare.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", type=Path)
     parser.add_argument("--root", type=Path, required=True, help="data root in ScanNet's layout")

@@ -15,10 +15,10 @@ run() {
 
 run python launchers/doctor.py
 run python launchers/prepare.py scanrefer --root "$root" --frames.count 24
-# ZeRO-2: the weights of 3B fit every GPU. The same command continues an interrupted run.
+# ZeRO-2, because the weights of 3B fit on a GPU. The same command continues an interrupted run.
 run deepspeed launchers/train.py --deepspeed ds_configs/zero2.json --config w2r2_ds/recipes/scanrefer_3b.yaml \
     --data.root "$root" --out "$out" --resume auto
-# With geometry, without geometry, and with the geometry of another scene.
+# With geometry, 2D only, and with the geometry of another scene.
 for geometry in fused zero shuffle; do
     run deepspeed launchers/evaluate.py --checkpoint "$out" --task scanrefer --geometry "$geometry"
 done

@@ -1,4 +1,4 @@
-"""Print the cost model's tables of docs/research/cost-model.md: ``python docs/scripts/cost_model.py``.
+"""Print the tables of docs/research/cost-model.md and README.md: ``python docs/scripts/cost_model.py``.
 
 FLOPs are counted from the shapes of the architectures (w2r2_ds/bench/cost_model.py); nothing here was measured.
 """
@@ -21,6 +21,10 @@ MODES = {
 SQUARE: dict[str, tuple[int, int]] = {"frame_size": (518, 518), "grid": (32, 32)}
 """518 x 518 pixels for VGGT and 448 x 448 for the VLM: 256 tokens. The default is 518 x 392 and 252, as in VG-LLM."""
 QUESTIONS = (1, 2, 4, 8, 16)
+RATE = 400 * TERA
+"""Assumed FLOP/s of a step: 40 % of the dense bfloat16 peak of an H100 SXM, 989 TFLOP/s."""
+BYTES = 2
+"""Bytes of a value in bfloat16."""
 FP8 = 0.6
 """Assumed cost of a forward pass in FP8 relative to bfloat16."""
 APPROXIMATIONS: dict[str, tuple[float, float]] = {
@@ -40,6 +44,25 @@ Row = list[str]
 def square(shape: Shape, frames: int) -> Shape:
     """The shape with square frames."""
     return replace(shape, frames=frames, **SQUARE)
+
+
+def summary() -> tuple[Row, list[Row]]:
+    """Memory and predicted time per sample: LoRA, activation checkpointing, 24 frames of 518 x 392.
+
+    Seconds are FLOPs / `RATE`. Data loading, communication, the optimizer step and launch overhead are not counted.
+    """
+    rows = []
+    for name, size in SIZES.items():
+        shape, mode = replace(size, frames=24), MODES["LoRA, checkpointed"]
+        found = cost_model.modules(shape)
+        weights = [sum(p.numel() for p in module.parameters()) * BYTES / 1e9 for module in (found.vlm, found.vggt)]
+        layer_inputs = shape.tokens * shape.hidden * shape.layers * BYTES / 1e9
+        memory = [f"{weights[0]:.1f} + {weights[1]:.1f} GB", f"{layer_inputs:.1f} GB"]
+        steps = [cost_model.baseline_step(shape, mode).total(), cost_model.own_step(shape, mode).total()]
+        steps += [cost_model.own_step(shape, mode, count).total(geometry=False, vision=False) for count in (1, 4, 8)]
+        rows.append([name, *memory, *(f"{step / RATE:.2f} s ({step / TERA:.0f})" for step in steps)])
+    head = ["model", "weights, VLM + VGGT", "layer inputs", "baseline", "W2R2", "W2R2, both cached"]
+    return [*head, "K = 4, both cached", "K = 8, both cached"], rows
 
 
 def parts() -> tuple[Row, list[Row]]:
@@ -74,7 +97,7 @@ def variants(shape: Shape, mode: Mode) -> dict[str, float]:
 
 
 def ratios() -> tuple[Row, list[Row]]:
-    """W2R2 relative to the HF Trainer baseline and to our own single pass, one question per sequence."""
+    """W2R2 relative to the HF Trainer baseline and to the single pass, one question per sequence."""
     rows = []
     for name, size in SIZES.items():
         for mode_name, mode in MODES.items():
@@ -107,7 +130,7 @@ def packed() -> tuple[Row, list[Row]]:
 
 
 def approximate() -> tuple[Row, list[Row]]:
-    """Predicted cost of an approximate shortcut relative to our own single pass; 24 frames, geometry cached."""
+    """Predicted cost of an approximate shortcut relative to the single pass; 24 frames, geometry cached."""
     rows = []
     for name, (share, cost) in APPROXIMATIONS.items():
         cells = []
@@ -130,8 +153,9 @@ def markdown(table: tuple[Row, list[Row]]) -> str:
 
 
 TABLES = {
+    "Memory, and seconds (Tflop) per sample at an assumed 400 TFLOP/s": summary,
     "Operations per sample, Tflop (square frames)": parts,
-    "A step relative to the HF Trainer baseline and to our own single pass (square frames)": ratios,
+    "A step relative to the HF Trainer baseline and to the single pass (square frames)": ratios,
     "Scene packing, Tflop per sample (24 frames of 518 x 392)": packed,
     "Approximate shortcut (predicted)": approximate,
 }

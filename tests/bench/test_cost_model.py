@@ -1,4 +1,4 @@
-"""The cost model against independently computed values; docs/research/cost-model.md shows its tables."""
+"""The cost model against independently computed values; docs/research/cost-model.md and README.md show its tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARTS = {
 }
 RATIOS = {
     # size, frames, training: baseline (Tflop); relative to it naive, shared, exact, geometry cached, both cached;
-    # relative to our own single pass exact, geometry cached, both cached
+    # relative to the single pass exact, geometry cached, both cached
     ("3B", "8", "full, checkpointed"): (105, 1.66, 1.14, 1.06, 0.74, 0.64, 1.13, 1.21, 1.25),
     ("3B", "32", "LoRA, checkpointed"): (525, 1.46, 1.12, 1.06, 0.54, 0.46, 1.11, 1.25, 1.30),
     ("7B", "16", "LoRA, checkpointed"): (313, 1.70, 1.21, 1.13, 0.84, 0.77, 1.20, 1.29, 1.32),
@@ -64,6 +64,9 @@ def test_the_docs_contain_these_tables(tables: Any) -> None:
     for make in tables.TABLES.values():
         for line in tables.markdown(make()).splitlines():
             assert line in text, "run docs/scripts/cost_model.py and copy its tables to docs/research/cost-model.md"
+    readme = (DOCS.parent / "README.md").read_text()
+    for line in tables.markdown(tables.summary()).splitlines():
+        assert line in readme, "run docs/scripts/cost_model.py and copy its first table to README.md"
 
 
 def test_parts_equal_the_counts_of_torch() -> None:
