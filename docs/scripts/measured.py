@@ -14,7 +14,7 @@ from w2r2_ds.bench.report import cell
 
 FOLDER = Path(__file__).parents[1] / "measured"
 HIDDEN = {"q1", "q3", "runs", "shape", "operations"}
-"""Columns that are part of another cell or the same in every row."""
+"""Keys of a row that are not columns: part of another cell, or the same in every row."""
 MACHINE = ("load", "threads", "processor", "gpu", "torch", "transformers", "peft", "deepspeed", "triton", "python")
 
 
@@ -28,14 +28,14 @@ def section(report: dict[str, Any]) -> str:
     """Markdown section of a report."""
     machine = report["machine"]
     facts = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
-    where = f"{machine['processors']} processors, {machine['memory_gib']:.0f} GiB; {facts}."
+    setting = f"{machine['processors']} processors, {machine['memory_gib']:.0f} GiB; {facts}."
     claims = [
         f"* {each['claim']}: **{each['measured']:.3g}**, at most {each['limit']:g}: "
         f"{'met' if each['met'] else '**not met**'}."
         for each in report["criteria"]
     ]
     notes = [f"* {note}" for note in report["notes"]]
-    parts = [f"### `{report['name']}`", f"{report['title'][:1].upper()}{report['title'][1:]}. {where}", table(report)]
+    parts = [f"### `{report['name']}`", f"{report['title'][:1].upper()}{report['title'][1:]}. {setting}", table(report)]
     return "\n\n".join([*parts, *(["\n".join(claims + notes)] if claims + notes else [])])
 
 
