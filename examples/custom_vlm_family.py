@@ -49,7 +49,10 @@ class StackedFamily(Qwen25VL):
         output.stacked = torch.cat(output.pooler_output)
         return output  # type: ignore[no-any-return]
 
-    # The feature cache stores one tensor per frame set, so that the extra features are further channels of it.
+    # The feature cache stores one tensor per frame set: the extra features are further channels of it.
+
+    def cache_channels(self, config: Any) -> int:
+        return 2 * super().cache_channels(config)
 
     def to_cache(self, visual: Any) -> Tensor:
         return torch.cat([torch.cat(visual.pooler_output), visual.stacked], dim=-1)

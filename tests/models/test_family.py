@@ -18,10 +18,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import w2r2_ds
 from w2r2_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
+from w2r2_ds.data.prepare.features import FeatureBytes
+from w2r2_ds.data.visual_inputs import VisualPreprocessor
+from w2r2_ds.features.store import file_size
 from w2r2_ds.models import family
-from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
+from w2r2_ds.models.build import VlmFrontend, build_model, kernel_shapes, load_frontend
 from w2r2_ds.models.family import BUILT_IN, find_family
-from w2r2_ds.models.feature_identity import vision_identity
+from w2r2_ds.models.feature_identity import open_cache, vision_identity
 from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.objective.scorer import Scorer
@@ -157,6 +160,39 @@ def test_sizes_of_the_vision_tower_are_the_familys(stacked: ModelConfig, monkeyp
     visuals: Any = SimpleNamespace(cached_3d=(), geometry_images=(images,), kind="image")
     (features,) = model.encode_3d(visuals)
     assert features.shape[1:3] == (9, 12), "70 x 84 pixels hold 10 x 12 patches of 7, in cells of 3 x 3"
+
+
+def test_names_that_a_family_may_lack_are_not_used_outside_it(
+    stacked: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The width of the MLPs, which only measured kernels need, and the name of the output head."""
+    kind = type(family.VLM_FAMILIES["stacked_vl"])
+
+    def lacking(self: Any, config: Any) -> int:
+        raise AttributeError("intermediate_size")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "mlp_width", lacking)
+        model = build_model(replace(stacked, kernels="torch"), torch.device("cpu"), 0)
+    monkeypatch.setattr(kind, "mlp_width", lambda self, config: 7)
+    assert kernel_shapes(stacked).intermediate == 7
+    head = torch.nn.Linear(model.base.config.get_text_config().hidden_size, 3)
+    monkeypatch.setattr(type(model.base), "get_output_embeddings", lambda self: head)
+    assert model.logits(torch.zeros(2, head.in_features)).shape == (2, 3)
+
+
+def test_the_computed_size_of_a_feature_file_includes_the_layer_features(
+    stacked: ModelConfig, samples: list[Any], data_config: Any, tmp_path: Path
+) -> None:
+    data = data_config(cache=str(tmp_path / "cache"), cached_features="geometry+2d")
+    frontend = load_frontend(stacked)
+    cache = open_cache(data, stacked)
+    assert cache is not None
+    preprocess = VisualPreprocessor(frontend.family, frontend.vision, frontend.geometry, data, cache)
+    sizes = FeatureBytes(RunConfig(model=stacked, data=data), frontend.vision, frontend.geometry, cache)
+    model = build_model(stacked, torch.device("cpu"), 0)
+    stored = model.family.to_cache(model.encode_2d(batch_of(frontend, data_config(), samples[:1]).visuals))
+    assert sizes.of(samples[0], preprocess)[1] == file_size(stored.shape, stored.dtype)
 
 
 def test_only_the_registry_and_the_default_model_name_a_family() -> None:

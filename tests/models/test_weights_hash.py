@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.models.build import build_model
+from w2r2_ds.models import weights_hash
+from w2r2_ds.models.build import build_model, fingerprint
+from w2r2_ds.models.feature_identity import geometry_identity
 from w2r2_ds.models.weights_hash import weights_identity
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 
@@ -49,6 +53,23 @@ def test_a_checkpoint_of_another_model_of_equal_size_does_not_resume(model_confi
     other = build_model(type(model_config)(**{**vars(model_config), "vlm": str(copy)}), torch.device("cpu"), 0)
     with pytest.raises(ValueError, match=r"checkpoint\.json: model\.vlm_weights is '\w{16}', but"):
         check_fingerprint(saved, other, Path("checkpoint.json"))
+
+
+def test_weights_are_read_once_per_process_and_version(
+    model_config: Any, data_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fingerprint and the keys of the feature cache need the same hash of the geometry encoder."""
+    folder = Path(shutil.copytree(model_config.geometry.path, tmp_path / "vggt"))
+    config = replace(model_config, geometry=replace(model_config.geometry, path=str(folder)))
+    opened: list[Path] = []
+    monkeypatch.setattr(weights_hash, "safe_open", lambda file, **how: opened.append(file) or safe_open(file, **how))
+    own_key, own = geometry_identity(data_config(), config), fingerprint(config)["geometry_identity"]
+    tensors = load_file(folder / "model.safetensors")
+    assert [file.parent for file in opened].count(folder) == 1 + len(tensors), "the list of names, then every tensor"
+    opened.clear()
+    rewrite(folder, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
+    assert geometry_identity(data_config(), config) != own_key and fingerprint(config)["geometry_identity"] != own
+    assert [file.parent for file in opened].count(folder) == 1 + len(tensors)
 
 
 def test_directory_without_weights(tmp_path: Path) -> None:

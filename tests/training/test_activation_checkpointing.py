@@ -16,10 +16,10 @@ from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model, load_frontend, trainable
-from w2r2_ds.models.forward_override import bound
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.utils.forward_override import override_forward
 
 LAYERS = 6
 MODES = {
@@ -148,7 +148,7 @@ def test_overrides_before_run_inside_and_overrides_after_replace() -> None:
     loss.backward()
     assert calls == ["0", "1", "2", "1", "0"]
     calls.clear()
-    with bound(layers[0], lambda inner, x, scale: scale * x):
+    with override_forward(layers[0], lambda inner, x, scale: scale * x):
         loss = through(x)
     loss.backward()
     assert calls == ["1", "2", "1"]

@@ -128,7 +128,7 @@ def language(shape: Shape, rows: int | None = None, questions: int = 1, causal: 
     read = None if rows is None else questions * rows
     # Every answer position attends to nearly all tokens of its sample, also with a causal kernel.
     linear, attention = found.family.decoder_flops(found.vlm, tokens, pairs, read, (read or 0) * shape.tokens)
-    head = products(found.vlm.lm_head, tokens if read is None else read)
+    head = products(found.vlm.get_output_embeddings(), tokens if read is None else read)
     return Pass(linear.forward, attention.forward, head.forward)
 
 

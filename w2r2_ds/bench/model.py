@@ -181,7 +181,8 @@ def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
 def build(shape: Shape, device: torch.device) -> Subject:
     """Build a model with random weights, with activation checkpointing as in `training/deepspeed/engine.py`."""
     dtype = resolve_dtype(shape.dtype)
-    kernels = select_kernels("auto", Shapes(shape.hidden, shape.intermediate, shape.lora_rank, 0.0, dtype), device)
+    shapes = Shapes(shape.hidden, shape.intermediate, shape.lora_rank, 0.0, dtype)
+    kernels = select_kernels("auto", lambda: shapes, device)
     frontend = build_frontend(shape)
     torch.manual_seed(SEED)
     with torch.device(device):

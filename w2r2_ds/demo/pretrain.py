@@ -65,4 +65,4 @@ def answer_loss(vlm: Any, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the answer tokens of a batch."""
     family = find_family(vlm.config.model_type)
     states = answer_states(family, vlm, batch, family.encode_visuals(vlm, batch.visuals))
-    return cross_entropy(vlm.lm_head(states), batch.answer_positions.label)
+    return cross_entropy(vlm.get_output_embeddings()(states), batch.answer_positions.label)

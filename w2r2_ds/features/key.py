@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.hashing import FileVersion, file_version
 
 VERSION = 1
 """Version of the pre-processing and encoder code; increase it when the same frames and weights give other values."""
@@ -44,10 +44,7 @@ def frame_digest(path: Path) -> str:
         ValueError: the file cannot be read.
     """
     try:
-        status = os.stat(path)
-        # The modification time can be set back (rsync and tar do); the change time (ctime) cannot.
-        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        return _digest(path, version)
+        return _digest(path, file_version(path))
     except OSError as error:
         raise ValueError(
             f"Frame {path} cannot be read ({error.strerror}); extract the scene's frames again, or correct data.root."
@@ -55,5 +52,5 @@ def frame_digest(path: Path) -> str:
 
 
 @functools.lru_cache(MAX_DIGESTS)
-def _digest(path: Path, version: tuple[int, ...]) -> str:
+def _digest(path: Path, version: FileVersion) -> str:
     return atomic_io.digest(path).sha256

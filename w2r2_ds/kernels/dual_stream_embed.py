@@ -1,4 +1,4 @@
-"""Input embeddings of the fused and of the shortcut stream, written by one Triton kernel.
+"""Input embeddings of the shortcut and of the fused stream, written by one Triton kernel.
 
 Both streams share the text embeddings and differ in the visual tokens. PyTorch copies all rows twice and then
 overwrites the visual ones (`index_copy`). The kernel reads every row once and writes it once to each stream.
@@ -39,8 +39,8 @@ def dual_stream_embed(
         kernels: the implementation.
 
     Returns:
-        Fused and shortcut ``[sequences, length, hidden]``, in the dtype of ``embeddings``. Gradients flow from the
-        fused stream to ``fused`` and to the text rows of ``embeddings``; the shortcut stream has no gradient.
+        Shortcut and fused stream, ``[sequences, length, hidden]`` in the dtype of ``embeddings``. Gradients flow from
+        the fused stream to ``fused`` and to the text rows of ``embeddings``; the shortcut stream has no gradient.
     """
     assert not shortcut.requires_grad, "the shortcut stream has no gradient"
     assert len(positions) == len(shortcut) == len(fused), (
@@ -48,8 +48,8 @@ def dual_stream_embed(
     )
     if kernels == "torch":
         return dual_stream_embed_torch(embeddings, positions, shortcut, fused)
-    fused_stream, shortcut_stream = _DualStreamEmbed.apply(embeddings, positions, shortcut, fused)
-    return fused_stream, shortcut_stream
+    shortcut_stream, fused_stream = _DualStreamEmbed.apply(embeddings, positions, shortcut, fused)
+    return shortcut_stream, fused_stream
 
 
 def dual_stream_embed_torch(
@@ -57,9 +57,9 @@ def dual_stream_embed_torch(
 ) -> tuple[Tensor, Tensor]:
     """`dual_stream_embed` in PyTorch."""
     rows = embeddings.flatten(0, 1)
-    fused_stream = rows.index_copy(0, positions, fused.to(rows.dtype))
     shortcut_stream = rows.detach().index_copy(0, positions, shortcut.to(rows.dtype))
-    return fused_stream.view_as(embeddings), shortcut_stream.view_as(embeddings)
+    fused_stream = rows.index_copy(0, positions, fused.to(rows.dtype))
+    return shortcut_stream.view_as(embeddings), fused_stream.view_as(embeddings)
 
 
 class _DualStreamEmbed(torch.autograd.Function):
@@ -69,21 +69,21 @@ class _DualStreamEmbed(torch.autograd.Function):
         # The inverse of `positions`: row -> visual token, or -1 for text. Computed on the device, without a sync.
         token = torch.full((len(rows),), -1, dtype=torch.int32, device=rows.device)
         token[positions] = torch.arange(len(positions), dtype=torch.int32, device=rows.device)
-        fused_stream, shortcut_stream = torch.empty_like(rows), torch.empty_like(rows)
+        shortcut_stream, fused_stream = torch.empty_like(rows), torch.empty_like(rows)
         width = rows.shape[1]
         block = min(power_of_two(width), MAX_BLOCK)
         _embed[(len(rows), blocks(width, block))](
-            rows, token, shortcut.contiguous(), fused.contiguous(), fused_stream, shortcut_stream, width, BLOCK=block
+            rows, token, shortcut.contiguous(), fused.contiguous(), shortcut_stream, fused_stream, width, BLOCK=block
         )
         ctx.save_for_backward(positions)
         ctx.dtype = fused.dtype
-        fused_stream, shortcut_stream = fused_stream.view_as(embeddings), shortcut_stream.view_as(embeddings)
+        shortcut_stream, fused_stream = shortcut_stream.view_as(embeddings), fused_stream.view_as(embeddings)
         ctx.mark_non_differentiable(shortcut_stream)
-        return fused_stream, shortcut_stream
+        return shortcut_stream, fused_stream
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> Any:
         # One gather, and one copy with zeroed rows if the embeddings train: PyTorch is optimal here.
         (positions,) = ctx.saved_tensors
         rows = grad.flatten(0, 1)
@@ -98,8 +98,8 @@ def _embed(
     token,
     shortcut,
     fused,
-    fused_stream,
     shortcut_stream,
+    fused_stream,
     width,
     BLOCK: tl.constexpr,
 ) -> None:

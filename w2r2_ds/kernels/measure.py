@@ -63,12 +63,12 @@ class Measurement:
         return "" if self.kernel_seconds < self.torch_seconds else "not faster"
 
 
-def select_kernels(name: str, shapes: Shapes, device: torch.device) -> Kernels:
+def select_kernels(name: str, make_shapes: Callable[[], Shapes], device: torch.device) -> Kernels:
     """Kernels for `model.kernels`. On a CUDA device with auto a collective: rank 0 measures.
 
     Args:
         name: torch, triton or auto.
-        shapes: the run's shapes.
+        make_shapes: returns the run's shapes; called only where kernels are measured.
         device: the model's device.
 
     Raises:
@@ -80,7 +80,7 @@ def select_kernels(name: str, shapes: Shapes, device: torch.device) -> Kernels:
     if device.type != "cuda":
         logger.info("kernels: PyTorch (model.kernels auto), since the model is on the %s", device.type)
         return TORCH_KERNELS
-    reason, measurements = on_rank_zero(lambda: measure_all(shapes, device))
+    reason, measurements = on_rank_zero(lambda: measure_all(make_shapes(), device))
     kernels = choose(measurements)
     if kernels - TORCH_KERNELS:
         with raise_on_all_ranks():  # packages may be missing on one machine only

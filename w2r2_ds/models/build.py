@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
     """
     dtype = resolve_dtype(config.dtype)
-    kernels = select_kernels(config.kernels, kernel_shapes(config), device)  # before weights fill the device
+    kernels = select_kernels(config.kernels, partial(kernel_shapes, config), device)  # before weights fill the device
     vlm = load_vlm(config.vlm, dtype, resolve_attention(config.attention, dtype))
     text = vlm.config.get_text_config()
     hidden, attention_dropout = text.hidden_size, getattr(text, "attention_dropout", 0.0)
@@ -97,9 +98,9 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
 
 def kernel_shapes(config: ModelConfig) -> Shapes:
     """The sizes on which `model.kernels: auto` measures."""
-    text = load_config(config.vlm).get_text_config()
-    dtype = resolve_dtype(config.dtype)
-    return Shapes(text.hidden_size, text.intermediate_size, config.lora_rank, config.lora_dropout, dtype)
+    vlm = load_config(config.vlm)
+    hidden, intermediate = vlm.get_text_config().hidden_size, find_family(vlm.model_type).mlp_width(vlm)
+    return Shapes(hidden, intermediate, config.lora_rank, config.lora_dropout, resolve_dtype(config.dtype))
 
 
 def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:

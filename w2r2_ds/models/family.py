@@ -59,6 +59,14 @@ class VlmFamily(ABC):
         vision: Any = config.vision_config
         return TowerSizes(int(vision.patch_size), int(vision.spatial_merge_size), int(vision.depth))
 
+    def mlp_width(self, config: PreTrainedConfig) -> int:
+        """Width inside the MLPs of the language model, at which `model.kernels: auto` measures."""
+        return int(config.get_text_config().intermediate_size)
+
+    def cache_channels(self, config: PreTrainedConfig) -> int:
+        """Channels of `to_cache`'s result, from config.json alone: the width of the language model."""
+        return int(config.get_text_config().hidden_size)
+
     @abstractmethod
     def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], where: str) -> VisionSpec:
         """Sizes and token ids from config.json and preprocessor_config.json.

@@ -61,7 +61,7 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         # Frames are resized to whole patches of the geometry encoder, and the tower gets a crop of them.
         "geometry_patch_size": find_geometry_encoder(model.geometry.name).read_spec(model.geometry).patch_size,
         "config": config.vision_config.to_dict(),
-        "weights": tensors_digest(model_weights(model.vlm), lambda name: name.startswith(family.tower_weights)),
+        "weights": tensors_digest(model_weights(model.vlm), include=family.tower_weights),
         "pixels": asdict(load_vision_spec(model.vlm)),
         "visual": data.visual,
         "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),

@@ -180,8 +180,7 @@ class W2R2(nn.Module):
         # The shortcut pass has no gradient; without detach the fusion would get one through Phi(F2D, 0).
         operands = torch.cat(shortcut.pooler_output).detach(), torch.cat(fused.pooler_output)
         kernels = implementation(self.kernels, "dual_stream_embed")
-        fused_stream, shortcut_stream = dual_stream_embed(embeddings, batch.visual_tokens, *operands, kernels)
-        return shortcut_stream, fused_stream
+        return dual_stream_embed(embeddings, batch.visual_tokens, *operands, kernels)
 
     def answer_hidden_states(self, batch: Batch, visual: VisionOutput, include_description: bool = False) -> Tensor:
         """Last hidden states ``[answer tokens, hidden]``; logits of the prompt are never computed."""
@@ -206,7 +205,8 @@ class W2R2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[tokens, hidden]`` -> ``[tokens, vocabulary]``."""
-        return self.base.lm_head(hidden)
+        logits: Tensor = self.base.get_output_embeddings()(hidden)
+        return logits
 
 
 def num_tower_calls(visuals: Visuals) -> int:

@@ -105,7 +105,7 @@ def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
     rows = read + (len(batch.description_positions.position) if push_term.states else 0)
     # An answer position attends to as many tokens as any other position, on average.
     linear, attention = model.family.decoder_flops(model.base, tokens, pairs, rows, rows * pairs / max(tokens, 1))
-    work = linear + attention + products(model.base.lm_head, read)
+    work = linear + attention + products(model.base.get_output_embeddings(), read)
     return work.both + (work.forward if push_term.blocked else work.both)
 
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from w2r2_ds.models.forward_override import bound
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
+from w2r2_ds.utils.forward_override import override_forward
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
@@ -126,7 +126,7 @@ class LockstepPasses:
 
         with ExitStack() as stack:
             for index, (module, dropouts) in enumerate(self.layers_and_norm):
-                stack.enter_context(bound(module, override(index, dropouts)))
+                stack.enter_context(override_forward(module, override(index, dropouts)))
             yield
 
 

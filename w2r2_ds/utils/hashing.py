@@ -1,10 +1,24 @@
-"""SHA-256 of files."""
+"""SHA-256 and versions of files."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
+
+FileVersion = tuple[int, int, int, int, int]
+"""Device, inode, size, modification time and change time of a file; see `file_version`."""
+
+
+def file_version(path: Path) -> FileVersion:
+    """Version of a file, which changes when the file is written or replaced. Raises OSError if it does not exist.
+
+    A hash of the content is computed once per version.
+    """
+    status = os.stat(path)
+    # The modification time can be set back (rsync and tar do); the change time (ctime) cannot.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def file_sha256(path: Path) -> str:

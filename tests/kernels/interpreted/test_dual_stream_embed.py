@@ -23,11 +23,13 @@ def test_float32_is_bit_equal() -> None:
     results, gradients = [], []
     for kernels in ("torch", "triton"):
         text, tokens = embeddings.clone().requires_grad_(), fused.clone().requires_grad_()
-        streams = dual_stream_embed(text, positions, visual, tokens, kernels)
-        assert streams[0].requires_grad and not streams[1].requires_grad
+        shortcut_stream, fused_stream = dual_stream_embed(text, positions, visual, tokens, kernels)
+        assert fused_stream.requires_grad and not shortcut_stream.requires_grad
+        assert torch.equal(shortcut_stream.flatten(0, 1)[positions], visual)
+        assert torch.equal(fused_stream.flatten(0, 1)[positions], fused)
         weight = torch.arange(1.0, embeddings.numel() + 1).view_as(embeddings)
-        (streams[0] * weight).sum().backward()
-        results.append(streams)
+        (fused_stream * weight).sum().backward()
+        results.append((shortcut_stream, fused_stream))
         gradients.append((text.grad, tokens.grad))
     for expected, ours in zip([*results[0], *gradients[0]], [*results[1], *gradients[1]], strict=True):
         assert torch.equal(expected, ours)
@@ -49,7 +51,7 @@ def test_bfloat16_tokens_are_copied_exactly(stream: torch.dtype) -> None:
 def test_gradient_has_the_dtype_of_the_tokens() -> None:
     embeddings, positions, visual, fused = inputs(torch.float32, torch.float32)
     tokens = fused.to(torch.bfloat16).requires_grad_()
-    dual_stream_embed(embeddings, positions, visual, tokens, "triton")[0].sum().backward()
+    dual_stream_embed(embeddings, positions, visual, tokens, "triton")[1].sum().backward()
     assert tokens.grad is not None and tokens.grad.dtype == torch.bfloat16
     assert torch.equal(tokens.grad, torch.ones_like(tokens))
 

@@ -1,4 +1,4 @@
-"""The last layer for selected rows against the stock layer for all tokens, and overridden forwards."""
+"""The last layer for selected tokens against the stock layer for all tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from w2r2_ds.models.forward_override import bound
 from w2r2_ds.models.lora import add_lora
-from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
+from w2r2_ds.models.qwen2_5_vl.last_layer import SelectedTokens, compute_only
 from w2r2_ds.types.batch import Layout
 
 GROUPS = ([0, 0, 0, 0, 0, 1, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, -1, -1, -1])
@@ -38,10 +37,11 @@ def visible(layout: Layout) -> Tensor:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_rows_equal_those_of_the_stock_layer(vlm: Any, layout: Layout, full: bool) -> None:
-    """Values and all gradients within 2e-6 of each tensor's norm, float32: sums over more zeros, in another order.
+def test_selected_tokens_equal_those_of_the_stock_layer(vlm: Any, layout: Layout, full: bool) -> None:
+    """Values and all gradients, float32, within 2e-6 of each tensor's norm: sums over more zeros, in another order.
 
-    1.1e-6 is the most of 40 seeds, of the keys' bias: what it does to all scores of a row cancels.
+    The largest error over 40 seeds is 1.1e-6, in the gradient of the keys' bias: its contributions to all scores of a
+    token cancel.
     """
     torch.manual_seed(0)
     add_lora(vlm, rank=4, alpha=8)
@@ -59,7 +59,7 @@ def test_rows_equal_those_of_the_stock_layer(vlm: Any, layout: Layout, full: boo
     def run(own: bool) -> list[Tensor]:
         given = {"position_embeddings": tables, "past_key_values": None, "use_cache": False}
         if own:
-            with rows_only(layer, Rows.of(layout, sequence, position)):
+            with compute_only(layer, SelectedTokens.of(layout, sequence, position)):
                 states = layer(hidden, attention_mask=None, **given)
         else:
             states = layer(hidden, attention_mask=visible(layout), **given)[sequence, position]
@@ -74,7 +74,7 @@ def test_rows_equal_those_of_the_stock_layer(vlm: Any, layout: Layout, full: boo
     assert "forward" not in vars(layer)
 
 
-def test_queries_and_mlp_are_computed_for_rows_only(vlm: Any, layout: Layout) -> None:
+def test_queries_and_mlp_are_computed_for_selected_tokens_only(vlm: Any, layout: Layout) -> None:
     layer, counts = vlm.model.language_model.layers[-1], {}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         module = getattr(layer.self_attn, name)
@@ -82,7 +82,7 @@ def test_queries_and_mlp_are_computed_for_rows_only(vlm: Any, layout: Layout) ->
     layer.mlp.register_forward_pre_hook(lambda _, given: counts.update(mlp=len(given[0])))
     hidden = torch.randn(3, 10, vlm.config.get_text_config().hidden_size)
     tables = vlm.model.language_model.rotary_emb(hidden, torch.arange(10).expand(3, 3, 10))
-    with rows_only(layer, Rows.of(layout, torch.tensor(SEQUENCE), torch.tensor(POSITION))):
+    with compute_only(layer, SelectedTokens.of(layout, torch.tensor(SEQUENCE), torch.tensor(POSITION))):
         layer(hidden, position_embeddings=tables)
         with pytest.raises(AssertionError, match="generation"):
             layer(hidden, position_embeddings=tables, past_key_values=object())
@@ -93,25 +93,4 @@ def test_sliding_window_attention(vlm: Any, layout: Layout) -> None:
     layer = vlm.model.language_model.layers[-1]
     layer.self_attn.sliding_window = 4
     with pytest.raises(ValueError, match="use_sliding_window"):
-        rows_only(layer, Rows.of(layout, torch.tensor([0]), torch.tensor([0])))
-
-
-def test_overridden_forwards_nest_and_are_restored() -> None:
-    module = torch.nn.Identity()
-    module.forward = lambda x: 2 * x  # an earlier override
-
-    def plus(number: int) -> Any:
-        return lambda inner, x: inner(x) + number
-
-    with bound(module, plus(1)):
-        with bound(module, plus(10)):
-            assert module(3) == 17
-        assert module(3) == 7
-        with pytest.raises(RuntimeError), bound(module, plus(100)):
-            raise RuntimeError
-        assert module(3) == 7
-    assert module(3) == 6
-    other = torch.nn.Identity()
-    with bound(other, plus(1)):
-        assert other(1) == 2
-    assert other(1) == 1 and "forward" not in vars(other)
+        compute_only(layer, SelectedTokens.of(layout, torch.tensor([0]), torch.tensor([0])))

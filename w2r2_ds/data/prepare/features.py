@@ -111,7 +111,8 @@ class FeatureBytes:
     def __init__(self, config: RunConfig, vision: VisionSpec, geometry: GeometrySpec, cache: FeatureCache) -> None:
         self.dtype, self.cache = resolve_dtype(config.model.dtype), cache
         self.vision, self.geometry = vision, geometry
-        self.hidden = load_config(config.model.vlm).vision_config.out_hidden_size
+        vlm = load_config(config.model.vlm)
+        self.channels_2d = find_family(vlm.model_type).cache_channels(vlm)
         self.as_video = config.data.visual == "video"
 
     def of(self, sample: Sample, preprocess: VisualPreprocessor) -> tuple[int, int]:
@@ -123,7 +124,7 @@ class FeatureBytes:
             return file_size(shape_3d, self.dtype), 0
         step = self.vision.patch_size * self.vision.merge_size
         times = -(-count // self.vision.temporal_patch_size) if self.as_video else count
-        shape_2d = (times * (tower_height // step) * (tower_width // step), self.hidden)
+        shape_2d = (times * (tower_height // step) * (tower_width // step), self.channels_2d)
         return file_size(shape_3d, self.dtype), file_size(shape_2d, self.dtype)
 
 

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOu
 
 from w2r2_ds.models.family import VlmFamily, register_family
 from w2r2_ds.models.flops import attention, products
-from w2r2_ds.models.qwen2_5_vl.last_layer import Rows, rows_only
+from w2r2_ds.models.qwen2_5_vl.last_layer import SelectedTokens, compute_only
 from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_packed_attention
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
@@ -138,8 +138,8 @@ class Qwen25VL(VlmFamily):
     ) -> Tensor:
         assert batch.layout is not None, "a training batch has a layout"
         text = self.language_model(vlm)
-        # `rows_only` first, so that `context` (lockstep order) can wrap the overridden forward of the last layer.
-        with rows_only(text.layers[-1], Rows.of(batch.layout, sequence, position)), context:
+        # `compute_only` first, so that `context` (lockstep order) can wrap the overridden forward of the last layer.
+        with compute_only(text.layers[-1], SelectedTokens.of(batch.layout, sequence, position)), context:
             states: Tensor = text(
                 inputs_embeds=inputs,
                 position_ids=batch.position_ids,

@@ -1,4 +1,4 @@
-"""Compute the last decoder layer only at the positions whose hidden states are used.
+"""Compute the last decoder layer only for the tokens whose hidden states are used.
 
 Keys and values are computed for all tokens; queries, attention output and MLP only for the selected ones. No later
 layer needs the other outputs, so the result is exact. It saves most of one layer in every forward and backward pass.
@@ -15,44 +15,39 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import repeat_kv, rotate_half
 
-from w2r2_ds.models.forward_override import bound
 from w2r2_ds.types.batch import Layout
+from w2r2_ds.utils.forward_override import override_forward
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Selected tokens of a batch (rows of its flattened hidden states).
+class SelectedTokens:
+    """Selected tokens of a batch, such as its answer tokens, and their attention mask.
 
     Attributes:
-        index: ``[rows]`` int64, sequence * length + position.
-        visible: ``[1, 1, rows, sequences * length]`` bool attention mask: the tokens that a row attends to.
+        index: ``[selected]`` int64 index into the flattened tokens, sequence * length + position.
+        mask: ``[1, 1, selected, sequences * length]`` bool; True where a selected token attends to a token.
     """
 
     index: Tensor
-    visible: Tensor
+    mask: Tensor
 
     @classmethod
-    def of(cls, layout: Layout, sequence: Tensor, position: Tensor) -> Rows:
-        """Rows at ``[rows]`` int64 `sequence` and `position` of sequences with this layout.
-
-        The mask covers the tokens of all sequences, although a row attends only to its own one: a variable length would
-        force the host to wait for the device, and there are few rows.
-        """
+    def of(cls, layout: Layout, sequence: Tensor, position: Tensor) -> SelectedTokens:
+        """Select tokens by their ``[selected]`` int64 `sequence` and `position` in sequences of this layout."""
         sequences, length = layout.group.shape
         index = sequence * length + position
+        # The mask covers the tokens of all sequences, although a token attends only to its own one. Gathering the keys
+        # per sequence would need sizes on the host, which waits for the device; and few tokens are selected.
         token = torch.arange(sequences * length, device=index.device)
         group, suffix = layout.group.flatten(), layout.suffix.flatten()
-        # The rule of `Layout`: same sequence and group, in the prefix or in the own suffix, and not after the row.
-        same = (token // length == sequence[:, None]) & (group == group[index][:, None])
+        # The rule of `Layout`: same sequence and group, in the prefix or in the own suffix, and not a later token.
+        same_group = (token // length == sequence[:, None]) & (group == group[index][:, None])
         shared = (suffix == 0) | (suffix == suffix[index][:, None])
-        return cls(index, (same & shared & (token <= index[:, None]))[None, None])
+        return cls(index, (same_group & shared & (token <= index[:, None]))[None, None])
 
 
-def rows_only(layer: Any, rows: Rows) -> AbstractContextManager[None]:
-    """Context in which `layer` returns ``[rows, hidden]`` instead of ``[sequences, length, hidden]``.
-
-    The override bypasses activation checkpointing: the layer is the first of the backward pass, and its activations for
-    a few rows take less memory than the recomputation of a whole layer.
+def compute_only(layer: Any, selected: SelectedTokens) -> AbstractContextManager[None]:
+    """Context in which `layer` returns ``[selected, hidden]`` instead of ``[sequences, length, hidden]``.
 
     Raises:
         ValueError: the layer has sliding-window attention.
@@ -63,42 +58,47 @@ def rows_only(layer: Any, rows: Rows) -> AbstractContextManager[None]:
             "set use_sliding_window to false."
         )
 
+    # The layer's previous forward, and with it activation checkpointing, is not called. This layer is the first of the
+    # backward pass: keeping its activations for a few tokens takes less memory than recomputing a whole layer.
     def forward(_: Any, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **given: Any) -> Tensor:
         assert given.get("past_key_values") is None, "generation needs the outputs of all tokens"
-        return layer_rows(layer, rows, hidden_states, position_embeddings)
+        return forward_selected(layer, selected, hidden_states, position_embeddings)
 
-    return bound(layer, forward)
+    return override_forward(layer, forward)
 
 
-def layer_rows(layer: Any, rows: Rows, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """Forward of a Qwen2.5-VL decoder layer for some rows; calls its submodules, so that LoRA and kernels apply.
+def forward_selected(
+    layer: Any, selected: SelectedTokens, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Forward of a Qwen2.5-VL decoder layer for selected tokens.
 
     Args:
-        layer: the decoder layer.
-        rows: tokens whose outputs are computed.
+        layer: the decoder layer. Its submodules are called, so that LoRA and kernels apply.
+        selected: tokens whose outputs are computed.
         hidden: ``[sequences, length, hidden]``, the layer's input.
         position_embeddings: cosines and sines of the rotary positions, ``[sequences, length, head size]`` each.
 
     Returns:
-        ``[rows, hidden]``.
+        ``[selected, hidden]``.
     """
-    attention = layer.self_attn
+    attention, index = layer.self_attn, selected.index
     tokens = hidden.flatten(0, 1)
     cos, sin = (table.flatten(0, 1) for table in position_embeddings)
     normed = layer.input_layernorm(tokens)  # of all tokens: keys and values need it
-    own = rows.index
     query, key, value = (
+        # [tokens, heads * head size] -> [heads, tokens, head size]
         states.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
         for states in (
-            attention.q_proj(normed.index_select(0, own)),
+            attention.q_proj(normed.index_select(0, index)),
             attention.k_proj(normed),
             attention.v_proj(normed),
         )
     )
-    query = rotated(query, cos.index_select(0, own), sin.index_select(0, own))[None]
+    query = rotated(query, cos.index_select(0, index), sin.index_select(0, index))[None]
     key, value = (repeat_kv(one[None], attention.num_key_value_groups) for one in (rotated(key, cos, sin), value))
-    attended = scaled_dot_product_attention(query, key, value, attn_mask=rows.visible, scale=attention.scaling)
-    states = tokens.index_select(0, own) + attention.o_proj(attended[0].transpose(0, 1).flatten(1))
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=selected.mask, scale=attention.scaling)
+    # The rest of the layer is token-wise: residual, output projection and MLP of the selected tokens only.
+    states = tokens.index_select(0, index) + attention.o_proj(attended[0].transpose(0, 1).flatten(1))
     return states + layer.mlp(layer.post_attention_layernorm(states))  # type: ignore[no-any-return]
 
 

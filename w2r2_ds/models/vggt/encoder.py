@@ -51,7 +51,7 @@ class VGGTEncoder(GeometryEncoder):
     @classmethod
     def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
         folder = locate(config.path)
-        weights = tensors_digest(weight_files(folder), lambda name: not name.startswith(HEADS))
+        weights = tensors_digest(weight_files(folder), exclude=HEADS)
         return {"config": read_config(folder).to_dict(), "weights": weights}
 
     @classmethod
