@@ -74,10 +74,10 @@ class StackedFamily(Qwen25VL):
             return hidden
         return self.added(hidden, batch.visual_tokens, visual)
 
-    def row_states(self, vlm: Any, batch: Batch, inputs: Tensor, visual: Any, *args: Any) -> Tensor:
+    def run_decoder(self, vlm: Any, batch: Batch, inputs: Tensor, visual: Any, *args: Any) -> Tensor:
         positions = None if batch.visuals.dummy else batch.visual_tokens
         with self.hooked(vlm, inputs.shape[1], positions, visual):
-            return super().row_states(vlm, batch, inputs, visual, *args)
+            return super().run_decoder(vlm, batch, inputs, visual, *args)
 
     def generate(self, vlm: Any, prompts: Any, visuals: Visuals, visual: Any, *args: Any, **kwargs: Any) -> Any:
         positions = None if visuals.dummy else prompts.token_types.flatten().nonzero().flatten()

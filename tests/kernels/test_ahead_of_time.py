@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPUs that it will meet, without one: Ampere, Hopper, Blackwell."""
+"""Every kernel compiles for Ampere, Hopper and Blackwell, on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ triton = pytest.importorskip("triton", reason="kernels are not installed: pip in
 POINTERS = {
     dual_stream_embed._embed: {"token": "*i32"},
     dropout_matmul._down: {"keep": "*i1"},
-    dropout_matmul._outer: {"keep": "*i1", "part": "*fp32"},
+    dropout_matmul._outer: {"keep": "*i1", "parts": "*fp32"},
     dropout_matmul._up: {"keep": "*i1"},
 }
-"""Types of a kernel's arguments that are not those of `DEFAULTS`."""
+"""Argument types of a kernel that differ from `DEFAULTS`."""
 DEFAULTS = {
     **{name: "*bf16" for name in ("text", "shortcut", "fused", "fused_stream", "shortcut_stream")},
     **{name: "*bf16" for name in ("x", "a", "low", "out")},
     **{name: "i32" for name in ("width", "rows", "rank", "tiles")},
     **{name: "fp32" for name in ("scale",)},
 }
-CONSTANTS = {"RANK": 16, "COLUMNS": 128, "HOW": "tf32", "ROWS": 64, "BLOCK": 2048}
+CONSTANTS = {"RANK": 16, "COLUMNS": 128, "PRECISION": "tf32", "ROWS": 64, "BLOCK": 2048}
 
 
 ALWAYS = {(kernel, 90) for kernel in POINTERS} | {(dual_stream_embed._embed, 80), (dropout_matmul._up, 100)}
-"""Compiling takes seconds: every kernel for Hopper, every GPU once; the rest is for the night."""
+"""Compiling takes seconds: every kernel for Hopper, every other GPU once; the remaining pairs run nightly."""
 
 
 def cases() -> Iterator[Any]:
@@ -43,7 +43,8 @@ def test_compiles(kernel: Any, capability: int, tmp_path: Any, monkeypatch: pyte
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))  # or the second run would compile nothing
+    # An empty folder: otherwise a second run would find the compiled kernels in Triton's cache.
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     signature = {name: (DEFAULTS | POINTERS[kernel]).get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: CONSTANTS[name] for name, kind in signature.items() if kind == "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

@@ -1,9 +1,11 @@
 """Bind kernels to modules of the language model, once, when the model is built.
 
-A binding is a `forward` of the module *instance*, which takes precedence over the method of its class. Classes, module
-names, parameters and hooks stay as they are, so that ZeRO-3, PEFT, activation checkpointing and checkpoints work as
-with the stock model. The vision tower keeps PyTorch's operations: cached features then never depend on `model.kernels`.
-Liger's rotary embedding is not used: the stock attention calls its rotation as a function, which cannot be bound.
+A kernel is bound as the `forward` of a module *instance*, which takes precedence over the method of its class. Classes,
+module names, parameters and hooks stay as they are, so that ZeRO-3, PEFT, activation checkpointing and checkpoints work
+as with the unchanged model.
+
+Not bound: the vision tower, so that cached features do not depend on `model.kernels`; and Liger's rotary embedding,
+because transformers' attention calls its rotation as a function, not as a module.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ SILU = ("SiLU", "SiLUActivation")
 
 
 def bind_kernels(language_model: nn.Module, kernels: Kernels) -> None:
-    """Bind the LoRA projections, RMSNorms and gated MLPs of a language model.
+    """Bind kernels to the LoRA projections, RMSNorms and gated MLPs of a language model, in place.
 
     Args:
         language_model: `VlmFamily.language_model` of the VLM, LoRA layers in place.
-        kernels: names of the kernels to use; other modules keep their forward.
+        kernels: names of the kernels to bind; modules without one keep their forward.
     """
     for module in language_model.modules():
         if isinstance(module, Linear):
@@ -40,7 +42,8 @@ def bind_kernels(language_model: nn.Module, kernels: Kernels) -> None:
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module is transformers' usual RMSNorm; variants with another formula, such as Gemma's, have `eps`."""
+    """Whether a module is an RMSNorm with the formula of Llama and Qwen."""
+    # Variants with another formula, such as Gemma's, name their epsilon `eps`.
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
@@ -50,11 +53,11 @@ def _is_swiglu(module: nn.Module) -> bool:
 
 
 def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    """Forward of a stock RMSNorm."""
+    """Forward of transformers' RMSNorm, with Liger's kernel."""
     return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
-    """Forward of a stock gated MLP."""
+    """Forward of transformers' gated MLP, with Liger's kernel."""
     product: Tensor = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
     return product

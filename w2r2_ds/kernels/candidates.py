@@ -1,7 +1,7 @@
-"""Kernels that `model.kernels: auto` may choose, each with the PyTorch operations that it replaces.
+"""Kernels that `model.kernels: auto` can choose, each with the PyTorch operations that it replaces.
 
-Kernel and reference get the same random inputs, of the model's widths and dtype, in as many rows as a sample of 16
-frames has tokens. To add a kernel, add a `Candidate` to `make_candidates`, and its name to `ALL_KERNELS`.
+Kernel and reference get the same random inputs, with the model's widths and dtype and the tokens of a sample of 16
+frames. To add a kernel, add a `Candidate` to `make_candidates`, and its name to `ALL_KERNELS` (select.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from w2r2_ds.kernels.lora_linear import lora_projection
 from w2r2_ds.kernels.select import Implementation
 
 ROWS = 4099
-"""Tokens of a measurement. Odd, so that the last tile of every kernel is incomplete."""
+"""Number of tokens of a measurement. Odd, so that the last tile of every kernel is incomplete."""
 EPS = 1e-6
 """Epsilon of the RMSNorms."""
 
@@ -33,9 +33,9 @@ class Shapes:
         hidden: width of the language model.
         intermediate: width inside its MLPs.
         rank: LoRA rank.
-        dropout: LoRA dropout.
+        dropout: LoRA dropout probability.
         dtype: dtype of weights and activations.
-        rows: tokens.
+        rows: number of tokens.
     """
 
     hidden: int
@@ -52,10 +52,11 @@ class Candidate:
 
     Attributes:
         name: kernel name, one of `ALL_KERNELS`.
-        kernel: the function under test, of the tensors of a case; returns a tensor or a tuple of tensors.
+        kernel: function of the input tensors of a case; returns a tensor or a tuple of tensors.
         reference: the same function in PyTorch.
-        cases: each draws one set of inputs; called one at a time, so that only one set is in memory.
-        leaves: number of leading inputs that receive a gradient.
+        cases: functions that each return the inputs of one case; called one at a time, so that only the inputs of one
+            case are in memory.
+        leaves: number of inputs, from the first on, that receive a gradient.
     """
 
     name: str
@@ -66,10 +67,10 @@ class Candidate:
 
 
 def make_candidates(shapes: Shapes, device: torch.device) -> list[Candidate]:
-    """The kernels that a run of these shapes would use; no dropout kernel without dropout."""
+    """The kernels that a run of these shapes can use; the dropout kernel only with LoRA dropout."""
     draw = Draw(device, shapes.dtype)
     rows, hidden, inner = shapes.rows, shapes.hidden, shapes.intermediate
-    # The attention's projections, the MLP's first two, and the MLP's last one.
+    # (input, output) width of the attention's projections, and of the MLP's gate, up and down projection.
     sizes = ((hidden, hidden), (hidden, inner), (inner, hidden))
     projections = tuple(partial(projection_inputs, draw, rows, *size, shapes.rank) for size in sizes)
     found = [
@@ -91,14 +92,14 @@ def make_candidates(shapes: Shapes, device: torch.device) -> list[Candidate]:
         Candidate("swiglu", liger.swiglu, liger.swiglu_torch, (lambda: (draw(rows, inner), draw(rows, inner)),), 2),
     ]
     if shapes.dropout:
-        # Both ways draw the same mask from the same seed.
-        ways = [partial(project, p=shapes.dropout, kernels=kernels) for kernels in ("triton", "torch")]
-        found.append(Candidate("dropout_matmul", ways[0], ways[1], projections, 3))
+        # Kernel and reference draw the same mask from the same seed.
+        kernel, reference = (partial(project, p=shapes.dropout, kernels=kernels) for kernels in ("triton", "torch"))
+        found.append(Candidate("dropout_matmul", kernel, reference, projections, 3))
     return found
 
 
 class Draw:
-    """Standard normal tensors on a device, the same in every process."""
+    """Draws standard normal tensors on a device; seeded, so that every process draws the same."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.generator, self.device, self.dtype = torch.Generator(device).manual_seed(0), device, dtype
@@ -108,10 +109,8 @@ class Draw:
 
 
 def projection_inputs(draw: Draw, rows: int, width: int, out: int, rank: int) -> tuple[Tensor, ...]:
-    """``x [rows, width]``, ``A [rank, width]``, ``B [out, rank]``, ``W [out, width]``.
-
-    Scaled so that the base product and the low-rank update have variance 1: an error in either is visible.
-    """
+    """Inputs of a LoRA projection: ``x [rows, width]``, ``A [rank, width]``, ``B [out, rank]``, ``W [out, width]``."""
+    # Scaled so that the base product and the low-rank update both have variance 1: an error in either is visible.
     a, weight = draw(rank, width).mul_(width**-0.5), draw(out, width).mul_(width**-0.5)
     return draw(rows, width), a, draw(out, rank).mul_(rank**-0.5), weight
 
@@ -122,12 +121,12 @@ def project(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, p: float, kernels: 
 
 
 def project_peft(x: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """A LoRA projection without dropout, with PEFT's operations."""
+    """A LoRA projection without dropout, with the operations of PEFT."""
     return linear(x, weight) + linear(linear(x, a), b) * 1.0
 
 
 def embedding_inputs(draw: Draw, rows: int, hidden: int) -> tuple[Tensor, ...]:
-    """Embeddings ``[1, rows, hidden]``, fused and shortcut ``[tokens, hidden]``, their rows; 1/16 is text."""
+    """Embeddings ``[1, rows, hidden]``, fused and shortcut ``[tokens, hidden]``, positions; 1/16 of rows are text."""
     tokens = rows - rows // 16
     positions = torch.randperm(rows, generator=draw.generator, device=draw.device)[:tokens]
     return draw(1, rows, hidden), draw(tokens, hidden), draw(tokens, hidden), positions
@@ -136,5 +135,5 @@ def embedding_inputs(draw: Draw, rows: int, hidden: int) -> tuple[Tensor, ...]:
 def embed(
     embeddings: Tensor, fused: Tensor, shortcut: Tensor, positions: Tensor, kernels: Implementation
 ) -> tuple[Tensor, Tensor]:
-    """`dual_stream_embed` with the inputs that receive a gradient first."""
+    """`dual_stream_embed` with the arguments in another order: first those that receive a gradient."""
     return dual_stream_embed(embeddings, positions, shortcut, fused, kernels)

@@ -1,7 +1,7 @@
 """Matrix products of LoRA with a dropout mask, which Triton applies while it loads or stores a tile.
 
-With D = keep * x / (1 - p), PyTorch writes D to memory, reads it again, and drops the gradient in another temporary.
-Memory traffic of one projection in bfloat16, x ``[T, K]``, rank r, one byte per element of the mask:
+With D = keep * x / (1 - p), PyTorch writes D to memory and reads it again, and makes another temporary tensor for the
+gradient. Memory traffic of one projection in bfloat16, x ``[T, K]``, rank r, one byte per element of the mask:
 
     down    low = D A'        read x and mask           3 T K bytes, 2 T K r FLOP (PyTorch: 7 T K bytes)
     outer   gradient of A     read x and mask           3 T K bytes, 2 T K r FLOP (PyTorch: 7 T K bytes)
@@ -10,8 +10,10 @@ Memory traffic of one projection in bfloat16, x ``[T, K]``, rank r, one byte per
 T 6304, K 3584 (7B), r 16 on an H100 (3.35 TB/s): 0.020, 0.020 and 0.034 ms (PyTorch 0.047, 0.047 and 0.074 ms). The
 0.72 GFLOP take 0.002 ms, so memory bandwidth is the limit. Calculated, not measured on a GPU.
 
-PyTorch draws the mask. Drawing it in the kernel (a seed and an offset per element) would take ten rounds of Philox per
-element, more than reading its byte, and both implementations now use the same mask.
+PyTorch draws the mask, so that both implementations use the same one. Drawing it in the kernel would take ten rounds of
+Philox per element, which is slower than reading its byte.
+
+Every matrix is contiguous and row-major: element (row, column) of ``[T, K]`` lies at offset row * K + column.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -26,15 +28,26 @@ from w2r2_ds.kernels.select import Implementation
 from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, precision, tl
 
 ROWS, COLUMNS = 64, 128
-"""Rows and columns of a tile."""
-SHARED = 96 * 2**10
-"""Bytes of shared memory that every GPU of sm_80 and later gives a program."""
-PARTS = 16
-"""Most parts into which `outer` splits the rows. They are added in a fixed order, which atomics would not keep."""
+"""Rows and columns of a tile of the ``[T, K]`` matrix."""
+SHARED_MEMORY = 96 * 2**10
+"""Bytes of shared memory that a program can use on every GPU of compute capability 8.0 and later."""
+MAX_SPLITS = 16
+"""Maximum number of parts into which `outer` splits the rows (split-K)."""
 
 
 def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Implementation) -> Tensor:
-    """``scale * (keep * x) @ a.T``: ``[T, K]``, bool ``[T, K]``, ``[r, K]`` to ``[T, r]``, in the dtype of ``x``."""
+    """``scale * (keep * x) @ a.T``, in the dtype of ``x``.
+
+    Args:
+        x: ``[T, K]``.
+        keep: ``[T, K]`` bool, False for dropped elements.
+        a: ``[r, K]``.
+        scale: factor.
+        kernels: the implementation.
+
+    Returns:
+        ``[T, r]``.
+    """
     if kernels == "torch" or not fits(len(a), x.dtype):
         return (torch.where(keep, x, 0.0) @ a.t()).mul_(scale)
     rows, width = x.shape
@@ -49,42 +62,67 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Implementati
             rows,
             width,
             len(a),
-            RANK=_rank(len(a)),
+            RANK=_padded_rank(len(a)),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            HOW=precision(x.dtype),
+            PRECISION=precision(x.dtype),
         )
     return low
 
 
 def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Implementation) -> Tensor:
-    """``scale * low.T @ (keep * x)``: ``[T, r]``, ``[T, K]``, bool ``[T, K]`` to ``[r, K]``, in the dtype of ``x``."""
+    """``scale * low.T @ (keep * x)``, in the dtype of ``x``: the gradient of LoRA's A.
+
+    Args:
+        low: ``[T, r]``.
+        x: ``[T, K]``.
+        keep: ``[T, K]`` bool, False for dropped elements.
+        scale: factor.
+        kernels: the implementation.
+
+    Returns:
+        ``[r, K]``.
+    """
     if kernels == "torch" or not fits(low.shape[1], x.dtype):
         return (low * scale).t() @ torch.where(keep, x, 0.0)
     rows, width = x.shape
-    parts = min(PARTS, max(blocks(rows, ROWS), 1))
-    part = x.new_zeros(parts, low.shape[1], width, dtype=torch.float32)
+    # The sum runs over all T rows, and the result has too few tiles to occupy a GPU. So several programs sum a part of
+    # the rows each (split-K). The parts are then added in a fixed order; atomic adds would have a random one.
+    splits = min(MAX_SPLITS, max(blocks(rows, ROWS), 1))
+    parts = x.new_zeros(splits, low.shape[1], width, dtype=torch.float32)
     if rows:
-        _outer[(blocks(width, COLUMNS), parts)](
+        _outer[(blocks(width, COLUMNS), splits)](
             low,
             x,
             keep,
-            part,
+            parts,
             scale,
             rows,
             width,
             low.shape[1],
-            blocks(blocks(rows, ROWS), parts),
-            RANK=_rank(low.shape[1]),
+            blocks(blocks(rows, ROWS), splits),
+            RANK=_padded_rank(low.shape[1]),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            HOW=precision(x.dtype),
+            PRECISION=precision(x.dtype),
         )
-    return part.sum(0).to(x.dtype)
+    return parts.sum(0).to(x.dtype)
 
 
 def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels: Implementation) -> Tensor:
-    """``out += scale * keep * (low @ a)`` in place: ``[T, K]``, ``[T, r]``, ``[r, K]``, bool ``[T, K]``."""
+    """``out += scale * keep * (low @ a)`` in place: adds LoRA's part to the gradient of x.
+
+    Args:
+        out: ``[T, K]``.
+        low: ``[T, r]``.
+        a: ``[r, K]``.
+        keep: ``[T, K]`` bool, False for dropped elements.
+        scale: factor.
+        kernels: the implementation.
+
+    Returns:
+        ``out``.
+    """
     if kernels == "torch" or not fits(len(a), out.dtype):
         return out.add_(torch.where(keep, (low * scale) @ a, 0.0))
     rows, width = out.shape
@@ -98,24 +136,25 @@ def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels
             rows,
             width,
             len(a),
-            RANK=_rank(len(a)),
+            RANK=_padded_rank(len(a)),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            HOW=precision(out.dtype),
+            PRECISION=precision(out.dtype),
         )
     return out
 
 
 def fits(rank: int, dtype: torch.dtype) -> bool:
-    """Whether the tiles of a rank fit into shared memory: up to rank 128 in bfloat16 and 32 in float32, else PyTorch.
+    """Whether the tiles of a rank fit into shared memory: up to rank 128 in bfloat16, up to 32 in float32.
 
-    The largest tiles are those of `down`, in two pipeline stages: compiled for sm_90, 2 * (64 + rank) * 128 numbers in
-    float32. At rank 128 these are 192 KiB, more than an A100 has.
+    For larger ranks PyTorch computes the product.
     """
-    return 2 * (ROWS + _rank(rank)) * COLUMNS * dtype.itemsize <= SHARED
+    # `down` has the largest tiles: x [ROWS, COLUMNS] and a [rank, COLUMNS], each in two pipeline stages. In float32 at
+    # rank 128 these are 192 KiB, more than an A100 has.
+    return 2 * (ROWS + _padded_rank(rank)) * COLUMNS * dtype.itemsize <= SHARED_MEMORY
 
 
-def _rank(rank: int) -> int:
+def _padded_rank(rank: int) -> int:
     """Rank rounded up to a size that `tl.dot` accepts: a power of two, at least 16."""
     return max(power_of_two(rank), 16)
 
@@ -133,28 +172,28 @@ def _down(
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HOW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
-    """Compute `ROWS` rows of ``low``."""
+    """Compute `ROWS` rows of ``low``: one program per block of rows, with a loop over blocks of columns."""
     # int64: row * width exceeds int32 from 2**31 elements on.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     r = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)  # sums of thousands of products need float32
     for begin in range(0, width, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
-        at = row[:, None] * width + column[None, :]
+        offset = row[:, None] * width + column[None, :]  # [ROWS, COLUMNS]
         # Incomplete tiles: elements outside the matrix are loaded as 0, which adds nothing to the sum.
         inside = (row < rows)[:, None] & (column < width)[None, :]
-        kept = tl.load(keep + at, mask=inside, other=0) != 0
+        kept = tl.load(keep + offset, mask=inside, other=0) != 0
         # The dropout mask is applied after the load. In the load's own mask it would make every element a separate
         # two-byte access that also waits for the mask.
-        tile = tl.where(kept, tl.load(x + at, mask=inside, other=0.0), 0.0).to(tl.float32)
-        there = (column < width)[:, None] & (r < rank)[None, :]
-        # `a` is [rank, width] in memory; indexing it as [column, r] loads the transposed tile.
-        weight = tl.load(a + r[None, :] * width + column[:, None], mask=there, other=0.0).to(tl.float32)
-        total = tl.dot(tile, weight, total, input_precision=HOW)
-    inside = (row < rows)[:, None] & (r < rank)[None, :]
-    tl.store(low + row[:, None] * rank + r[None, :], (total * scale).to(low.dtype.element_ty), mask=inside)
+        tile = tl.where(kept, tl.load(x + offset, mask=inside, other=0.0), 0.0).to(tl.float32)
+        inside_a = (column < width)[:, None] & (r < rank)[None, :]
+        # `a` is [rank, width] in memory; these offsets are [COLUMNS, RANK], so that the tile is loaded transposed.
+        weight = tl.load(a + r[None, :] * width + column[:, None], mask=inside_a, other=0.0).to(tl.float32)
+        total = tl.dot(tile, weight, total, input_precision=PRECISION)
+    inside_low = (row < rows)[:, None] & (r < rank)[None, :]
+    tl.store(low + row[:, None] * rank + r[None, :], (total * scale).to(low.dtype.element_ty), mask=inside_low)
 
 
 @jit
@@ -162,7 +201,7 @@ def _outer(
     low,
     x,
     keep,
-    part,
+    parts,
     scale,
     rows,
     width,
@@ -171,26 +210,28 @@ def _outer(
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HOW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
-    """Compute `COLUMNS` columns of one part, from `tiles` tiles of rows."""
+    """Compute `COLUMNS` columns of one part: the sum over `tiles` blocks of rows."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    # int64: row * width exceeds int32 from 2**31 elements on.
     first = tl.program_id(1).to(tl.int64) * tiles * ROWS
     r = tl.arange(0, RANK)
     total = tl.zeros((RANK, COLUMNS), tl.float32)
     for tile_index in range(0, tiles):
         row = first + tile_index * ROWS + tl.arange(0, ROWS)
-        at = row[:, None] * width + column[None, :]
+        offset = row[:, None] * width + column[None, :]  # [ROWS, COLUMNS]
+        # Rows after the last one are loaded as 0: the last part may have fewer tiles.
         inside = (row < rows)[:, None] & (column < width)[None, :]
-        kept = tl.load(keep + at, mask=inside, other=0) != 0
-        tile = tl.where(kept, tl.load(x + at, mask=inside, other=0.0), 0.0).to(tl.float32)  # as in `_down`
-        there = (row < rows)[None, :] & (r < rank)[:, None]
-        # The transposed tile of `low`, [r, row].
-        left = tl.load(low + row[None, :] * rank + r[:, None], mask=there, other=0.0).to(tl.float32)
-        total = tl.dot(left, tile, total, input_precision=HOW)
+        kept = tl.load(keep + offset, mask=inside, other=0) != 0
+        tile = tl.where(kept, tl.load(x + offset, mask=inside, other=0.0), 0.0).to(tl.float32)  # as in `_down`
+        inside_low = (r < rank)[:, None] & (row < rows)[None, :]
+        # `low` is [rows, rank] in memory; these offsets are [RANK, ROWS], so that the tile is loaded transposed.
+        left = tl.load(low + row[None, :] * rank + r[:, None], mask=inside_low, other=0.0).to(tl.float32)
+        total = tl.dot(left, tile, total, input_precision=PRECISION)
     # Every program writes its own part, [part, r, column]; the caller adds the parts.
-    at = (tl.program_id(1) * rank + r)[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(part + at, total * scale, mask=(r < rank)[:, None] & (column < width)[None, :])
+    offset = (tl.program_id(1) * rank + r)[:, None].to(tl.int64) * width + column[None, :]
+    tl.store(parts + offset, total * scale, mask=(r < rank)[:, None] & (column < width)[None, :])
 
 
 @jit
@@ -206,21 +247,21 @@ def _up(
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HOW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
     """Update one tile of ``out`` in place."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, RANK)
-    there = (row < rows)[:, None] & (r < rank)[None, :]
-    left = tl.load(low + row[:, None] * rank + r[None, :], mask=there, other=0.0).to(tl.float32)
-    there = (r < rank)[:, None] & (column < width)[None, :]
-    right = tl.load(a + r[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32)
+    inside_low = (row < rows)[:, None] & (r < rank)[None, :]
+    left = tl.load(low + row[:, None] * rank + r[None, :], mask=inside_low, other=0.0).to(tl.float32)
+    inside_a = (r < rank)[:, None] & (column < width)[None, :]
+    right = tl.load(a + r[:, None] * width + column[None, :], mask=inside_a, other=0.0).to(tl.float32)
     # RANK is one tile, so the product needs no loop. Padding from `rank` to RANK is loaded as 0.
-    product = tl.dot(left, right, input_precision=HOW) * scale
-    at = row[:, None] * width + column[None, :]
+    product = tl.dot(left, right, input_precision=PRECISION) * scale
+    offset = row[:, None] * width + column[None, :]  # [ROWS, COLUMNS]
     inside = (row < rows)[:, None] & (column < width)[None, :]
-    kept = tl.load(keep + at, mask=inside, other=0) != 0
+    kept = tl.load(keep + offset, mask=inside, other=0) != 0
     # The sum is computed in float32 and rounded once, on the store.
-    old = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (old + tl.where(kept, product, 0.0)).to(out.dtype.element_ty), mask=inside)
+    old = tl.load(out + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offset, (old + tl.where(kept, product, 0.0)).to(out.dtype.element_ty), mask=inside)

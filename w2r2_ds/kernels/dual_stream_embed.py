@@ -1,7 +1,8 @@
 """Input embeddings of the shortcut and of the fused stream, written by one Triton kernel.
 
-Both streams share the text embeddings and differ in the visual tokens. PyTorch copies all rows twice and then
-overwrites the visual ones (`index_copy`). The kernel reads every row once and writes it once to each stream.
+A stream is the input embeddings of one pass. Both share the text embeddings and differ in the visual tokens. PyTorch
+copies all rows (tokens) twice and then overwrites the visual ones (`index_copy`). The kernel reads every text row once
+for both streams, and writes every row once per stream.
 
 Memory traffic of the kernel in bfloat16, per row of width H: 4 H bytes read and 4 H written for a visual token, 2 H
 and 4 H for a text token. 24 frames of 252 tokens and 256 text tokens on an H100 (3.35 TB/s): 3B (H 2048) 102 MB,
@@ -23,7 +24,7 @@ from w2r2_ds.kernels.select import Implementation
 from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, tl
 
 MAX_BLOCK = 4096
-"""Most columns of one program: 16 KiB of registers per stream in float32."""
+"""Maximum number of columns per program: 16 KiB of registers per stream in float32."""
 
 
 def dual_stream_embed(
@@ -33,8 +34,8 @@ def dual_stream_embed(
 
     Args:
         embeddings: ``[sequences, length, hidden]`` embeddings of the token ids, with placeholders at visual tokens.
-        positions: ``[tokens]`` int64 rows of the flattened embeddings that the visual tokens replace, all different.
-        shortcut: ``[tokens, hidden]`` Phi(F2D, 0); without gradient.
+        positions: ``[tokens]`` int64, sequence * length + position of every visual token; all different.
+        shortcut: ``[tokens, hidden]`` Phi(F2D, 0); must not require a gradient.
         fused: ``[tokens, hidden]`` Phi(F2D, F3D).
         kernels: the implementation.
 
@@ -84,7 +85,8 @@ class _DualStreamEmbed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> Any:
-        # One gather, and one copy with zeroed rows if the embeddings train: PyTorch is optimal here.
+        # Visual rows take their gradient from the fused tokens, text rows from the embeddings. One gather, and one copy
+        # with zeroed rows if the embeddings train: a kernel of our own would not be faster than PyTorch.
         (positions,) = ctx.saved_tensors
         rows = grad.flatten(0, 1)
         to_fused = rows.index_select(0, positions).to(ctx.dtype) if ctx.needs_input_grad[3] else None
@@ -103,7 +105,7 @@ def _embed(
     width,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write `BLOCK` columns of one row to both streams: a visual token, or text where `token` is -1."""
+    """Write `BLOCK` columns of one row to both streams: a visual token, or text if `token` is -1."""
     # int64: row * width exceeds int32 from 2**31 elements on, such as 600,000 rows of width 3584.
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

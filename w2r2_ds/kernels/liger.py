@@ -11,8 +11,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / rms(x) * weight`` over the last dimension; division in float32, product in the dtype of ``x``."""
     from liger_kernel.ops import LigerRMSNormFunction
 
-    # in_place False: by default Liger's backward pass writes the gradient of x into the memory of the output's
-    # gradient, which the residual connection still needs.
+    # Offset 0 and Llama's casting mode are transformers' formula. in_place False: by default Liger's backward pass writes
+    # the gradient of x into the memory of the output's gradient, which the residual connection still needs.
     normed: Tensor = LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
     return normed
 
@@ -25,7 +25,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``; the backward pass overwrites both operands, so it can run only once per forward pass."""
+    """``silu(gate) * up``; the backward pass overwrites both operands, so that it can run only once per forward."""
     from liger_kernel.ops import LigerSiLUMulFunction
 
     product: Tensor = LigerSiLUMulFunction.apply(gate, up)

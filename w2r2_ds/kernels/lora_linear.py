@@ -1,13 +1,13 @@
-"""A LoRA projection that adds its low-rank update into the output of the base product.
+"""A linear layer with LoRA that adds the low-rank update into the output of the base product.
 
-PEFT computes ``base(x) + B(A(dropout(x))) * s``: besides the base, three tensors of the output's width are written and
-read, and in the backward pass as many of the input's. Here cuBLAS adds ``s * low @ B'`` into the output (`addmm_`).
-The products with a dropped matrix are those of `dropout_matmul.py`.
+PEFT computes ``base(x) + B(A(dropout(x))) * s``. Besides the base product, it writes and reads three tensors of the
+output's width, and as many of the input's width in the backward pass. Here cuBLAS adds ``s * low @ B'`` into the output
+in place (`addmm_`), with ``low = dropout(x) A'``. The products with dropout are in `dropout_matmul.py`.
 
-Both streams of W2R2 use this projection, one after the other. Only the fused stream has dropout, a graph and a
-recomputation: without a graph no tensor is saved, without dropout no mask is drawn.
+Both passes of W2R2 use this projection. The shortcut pass has neither a graph nor dropout, so that no tensor is saved
+and no mask is drawn.
 
-Work in bfloat16, x ``[T, K]`` to ``[T, N]``, rank r. Base product: 2 T K N FLOP. Memory traffic of the update: 2 T K
+Cost in bfloat16, x ``[T, K]`` to ``[T, N]``, rank r. Base product: 2 T K N FLOP. Memory traffic of the update: 2 T K
 (read x) + 4 T N (read and write the output) bytes without dropout, 4 T K + 4 T N with; PEFT: 2 T K + 12 T N and
 7 T K + 12 T N. On an H100 (790 TFLOP/s, 3.35 TB/s) at T 6304, without / with dropout:
 
@@ -43,20 +43,20 @@ def lora_projection(
     p: float,
     kernels: Implementation,
 ) -> Tensor:
-    """``x W' + bias + scale * dropout(x) A' B'``, dropout of probability `p`.
+    """``x W' + bias + scale * dropout(x) A' B'``.
 
     Args:
         x: ``[..., K]``.
-        weight: ``[N, K]``, frozen: no gradient is made for it or for ``bias``.
+        weight: ``[N, K]``; frozen, so that neither it nor ``bias`` gets a gradient.
         bias: ``[N]`` or None.
         a: ``[r, K]``.
         b: ``[N, r]``.
         scale: LoRA's alpha / rank.
-        p: in [0, 1). PyTorch's generator draws the mask; on the CPU it is the mask of `nn.Dropout`.
-        kernels: implementation of the products with a dropped matrix.
+        p: dropout probability in [0, 1). PyTorch's generator draws the mask; on the CPU it is the mask of `nn.Dropout`.
+        kernels: implementation of the products with dropout.
 
     Returns:
-        ``[..., N]``, in the common dtype of the inputs; equal to PEFT up to rounding (the output is rounded once less).
+        ``[..., N]`` in the common dtype of the inputs; equal to PEFT up to rounding (the output is rounded once less).
     """
     projected: Tensor = _Projection.apply(x, weight, bias, a, b, scale, p, kernels)
     return projected
@@ -77,7 +77,8 @@ class _Projection(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        # A mask of bytes, saved for the backward pass; recomputation draws it again from the restored random state.
+        # One byte per element, saved for the backward pass. With activation checkpointing the forward runs again, and
+        # draws the same mask because torch.utils.checkpoint restores the random state.
         keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - p) if p else None
         low = rows @ a.t() if keep is None else dropout_matmul.down(rows, keep, a, 1 / (1 - p), kernels)
         out.addmm_(low, b.t(), alpha=scale)
@@ -91,10 +92,11 @@ class _Projection(torch.autograd.Function):
         rows, keep, low, weight, a, b = ctx.saved_tensors
         to_x, _, _, to_a, to_b, *_ = ctx.needs_input_grad
         grad = grad.reshape(-1, len(weight))
-        # Gradient of `low` [T, r]. The base weight is frozen and gets no gradient.
+        # With D = dropout(x) and low = D A': grad_low = s * grad B, grad_A = grad_low' D, grad_B = s * grad' low.
         grad_low = (grad @ b).mul_(ctx.scale)
         grad_x = grad_a = grad_b = None
         if to_x:
+            # grad W + dropout(grad_low A), the second product added in place.
             grad_x = grad @ weight
             if keep is None:
                 grad_x.addmm_(grad_low, a)
@@ -102,20 +104,22 @@ class _Projection(torch.autograd.Function):
                 dropout_matmul.up_(grad_x, grad_low, a, keep, 1 / (1 - ctx.p), ctx.kernels)
             grad_x = grad_x.view(ctx.shape)
         if to_a:
-            kept = (grad_low, rows, keep, 1 / (1 - ctx.p))
-            grad_a = grad_low.t() @ rows if keep is None else dropout_matmul.outer(*kept, ctx.kernels)
+            if keep is None:
+                grad_a = grad_low.t() @ rows
+            else:
+                grad_a = dropout_matmul.outer(grad_low, rows, keep, 1 / (1 - ctx.p), ctx.kernels)
         if to_b:
             grad_b = (grad.t() @ low).mul_(ctx.scale)
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
 def bind_lora(module: Any, kernels: Implementation) -> None:
-    """Replace the forward of one LoRA Linear of PEFT; cases that are not supported here still call PEFT's forward."""
+    """Replace the forward of one LoRA Linear of PEFT. Cases that are not supported here still use PEFT's forward."""
     module.forward = MethodType(partial(_forward, kernels), module)
 
 
 def _forward(kernels: Implementation, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Replaces ``peft.tuners.lora.layer.Linear.forward``."""
+    """Forward of `peft.tuners.lora.layer.Linear` with `lora_projection`."""
     adapter = _only_adapter(module)
     if args or kwargs or adapter is None or not _is_supported(module, adapter, x):
         stock: Tensor = type(module).forward(module, x, *args, **kwargs)
@@ -127,7 +131,7 @@ def _forward(kernels: Implementation, module: Any, x: Tensor, *args: Any, **kwar
 
 
 def _only_adapter(module: Any) -> str | None:
-    """Name of the active adapter if it is a single, unmerged, standard LoRA, else None."""
+    """Name of the active adapter if it is a single, unmerged, standard LoRA of an `nn.Linear`, else None."""
     names = [name for name in module.active_adapters if name in module.lora_A]
     if module.disable_adapters or module.merged or len(names) != 1 or module.fan_in_fan_out:
         return None
@@ -139,8 +143,9 @@ def _only_adapter(module: Any) -> str | None:
 def _is_supported(module: Any, adapter: str, x: Tensor) -> bool:
     """Whether the weights are gathered and have the dtype of the input, and the base is frozen."""
     weight, bias = module.base_layer.weight, module.base_layer.bias
-    # Without leaf modules ZeRO-3 gathers a weight in the hooks of its own module, which this forward does not call.
-    # A leaf module (a decoder layer) gathers all its weights together, so they can be used directly.
+    # ZeRO-3 (`ds_id`) gathers a weight in the hooks of its own module. `lora_projection` uses the weights of
+    # `base_layer`, `lora_A` and `lora_B` without calling these modules: their hooks do not run and the weights would be
+    # empty. In a leaf module (a decoder layer) all weights are gathered together, by the hooks of the layer itself.
     gathered = not hasattr(weight, "ds_id") or hasattr(weight, "ds_z3_leaf_module")
     one_dtype = x.dtype == weight.dtype == module.lora_A[adapter].weight.dtype
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)

@@ -1,7 +1,7 @@
-"""`model.kernels: auto`: compare every kernel with PyTorch on the device, and choose those that are right and faster.
+"""`model.kernels: auto`: compare every kernel with PyTorch on the device, and use those that are correct and faster.
 
-Runs once, when the model is built and before its weights are on the device. Rank 0 measures and broadcasts its
-measurements; all ranks choose from the same numbers, so that they run the same operations.
+Runs once, when the model is built and before its weights are on the device. Rank 0 measures and broadcasts the
+measurements. All ranks choose from the same numbers, so that they run the same operations.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Largest accepted error, relative to the largest value of a tensor.
+"""Maximum accepted error of a dtype, relative to the largest value of a tensor.
 
 bfloat16 rounds by up to 2**-9 = 0.002 of a value, and kernel and reference round a few intermediate results
-differently. A wrong row, tile or mask has an error near 1.
+differently. A wrong row, tile or mask gives an error near 1.
 """
 WARMUP, ROUNDS = 3, 10
-"""Runs before the timing (the first one compiles), and timed runs, of which the median counts."""
+"""Number of runs before the timing (the first one compiles the kernel), and number of timed runs."""
 
 Run = Callable[[], list[Tensor]]
+"""One forward and backward pass, see `make_run`."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A kernel relative to PyTorch, forward and backward.
+    """A kernel compared with PyTorch, forward and backward, over all its cases.
 
     Attributes:
         name: kernel name.
-        error: largest relative error of outputs and gradients over all cases; NaN if a value is not finite.
-        tolerance: largest accepted error.
-        torch_seconds: sum over the cases, of the reference.
-        kernel_seconds: sum over the cases, of the kernel.
-        failure: the exception that the kernel raised; empty if it ran.
+        error: largest relative error of outputs and gradients; NaN if a value is not finite.
+        tolerance: maximum accepted error.
+        torch_seconds: time of the reference, summed over the cases.
+        kernel_seconds: time of the kernel, summed over the cases.
+        failure: type and first line of the exception that the kernel raised; empty if it ran.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Measurement:
 
     @property
     def rejection(self) -> str:
-        """Why PyTorch is used instead; empty if the kernel is right and faster."""
+        """Reason why PyTorch is used instead; empty if the kernel is correct and faster."""
         if self.failure:
             return self.failure
         # Written so that NaN is rejected: every comparison with NaN is false.
@@ -64,15 +65,15 @@ class Measurement:
 
 
 def select_kernels(name: str, make_shapes: Callable[[], Shapes], device: torch.device) -> Kernels:
-    """Kernels for `model.kernels`. On a CUDA device with auto a collective: rank 0 measures.
+    """Kernels for `model.kernels`. With auto on a CUDA device it is a collective: rank 0 measures.
 
     Args:
-        name: torch, triton or auto.
+        name: value of `model.kernels`: torch, triton or auto.
         make_shapes: returns the run's shapes; called only where kernels are measured.
         device: the model's device.
 
     Raises:
-        ValueError: a rank cannot run the kernels that are configured or were chosen.
+        ValueError: the kernels that are configured or were chosen cannot run on a rank.
     """
     check_kernels(name)
     if name != "auto":
@@ -83,44 +84,48 @@ def select_kernels(name: str, make_shapes: Callable[[], Shapes], device: torch.d
     reason, measurements = on_rank_zero(lambda: measure_all(make_shapes(), device))
     kernels = choose(measurements)
     if kernels - TORCH_KERNELS:
-        with raise_on_all_ranks():  # packages may be missing on one machine only
+        # Rank 0 has run the kernels; on another machine a package may be missing.
+        with raise_on_all_ranks():
             check_kernels("triton")
     logger.info("%s", table(measurements) if measurements else f"kernels: PyTorch (model.kernels auto), since {reason}")
     return kernels
 
 
 def choose(measurements: Sequence[Measurement]) -> Kernels:
-    """The kernels that are right and faster; `TORCH_KERNELS` if nothing was measured."""
+    """The kernels that are correct and faster; `TORCH_KERNELS` if nothing was measured."""
     if not measurements:
         return TORCH_KERNELS
     kernels = frozenset(each.name for each in measurements if not each.rejection)
-    # The dropout kernel is a part of the LoRA projection. PEFT's forward does not call it.
+    # Only the LoRA projection calls the dropout kernel; PEFT's forward does not.
     return kernels if "lora_projection" in kernels else kernels - {"dropout_matmul"}
 
 
 def measure_all(shapes: Shapes, device: torch.device) -> tuple[str, list[Measurement]]:
-    """(why nothing can be measured, measurements of all candidates); leaves random state and memory as they were."""
+    """Measure all candidates; restores the random state and frees the memory.
+
+    Returns:
+        The reason why nothing can be measured (else empty), and the measurements.
+    """
     reason = unavailable()
     if reason:
         return reason, []
     with torch.random.fork_rng([device]):
-        measurements = [
-            measure(each, TOLERANCE[shapes.dtype], cuda_seconds) for each in make_candidates(shapes, device)
-        ]
+        candidates = make_candidates(shapes, device)
+        measurements = [measure(candidate, TOLERANCE[shapes.dtype], cuda_seconds) for candidate in candidates]
     torch.cuda.empty_cache()
     return "", measurements
 
 
-def measure(candidate: Candidate, tolerance: float, seconds: Callable[[Run], float]) -> Measurement:
-    """Compare one kernel with its reference: values and gradients first, then time.
+def measure(candidate: Candidate, tolerance: float, timer: Callable[[Run], float]) -> Measurement:
+    """Compare one kernel with its reference: values and gradients, then time.
 
     Args:
-        candidate: the kernel.
-        tolerance: largest accepted error.
-        seconds: measures the time of a run.
+        candidate: the kernel and its reference.
+        tolerance: maximum accepted error.
+        timer: returns the seconds of a run.
     """
     failures, errors, torch_seconds, kernel_seconds = zip(
-        *(compare(candidate, case(), seconds) for case in candidate.cases), strict=True
+        *(compare(candidate, case(), timer) for case in candidate.cases), strict=True
     )
     # torch's maximum keeps NaN; Python's max may drop it.
     error = float(torch.tensor(errors).max())
@@ -128,44 +133,43 @@ def measure(candidate: Candidate, tolerance: float, seconds: Callable[[Run], flo
     return Measurement(candidate.name, error, tolerance, sum(torch_seconds), sum(kernel_seconds), failure)
 
 
-# The caller may be in inference mode; gradients are compared too.
+# The caller may be in inference or no_grad mode; gradients are compared too.
 @torch.inference_mode(False)
 @torch.enable_grad()
 def compare(
-    candidate: Candidate, inputs: Sequence[Tensor], seconds: Callable[[Run], float]
+    candidate: Candidate, inputs: Sequence[Tensor], timer: Callable[[Run], float]
 ) -> tuple[str, float, float, float]:
     """(failure, error, seconds of PyTorch, seconds of the kernel) for the inputs of one case."""
     expected_run = make_run(candidate.reference, inputs, candidate.leaves)
     expected = expected_run()
-    torch_seconds = seconds(expected_run)
+    torch_seconds = timer(expected_run)
     try:
         kernel_run = make_run(candidate.kernel, inputs, candidate.leaves)
-        return "", max_error(kernel_run(), expected), torch_seconds, seconds(kernel_run)
+        return "", max_error(kernel_run(), expected), torch_seconds, timer(kernel_run)
     except Exception as error:  # compilers and drivers raise many types
-        # A fault that broke the CUDA context raises here again, and then ends the run.
+        # A kernel that fails is not used. An error that broke the CUDA context is raised again here and ends the run:
+        # no later operation could succeed.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return describe_error(error), torch.nan, torch.nan, torch.nan
 
 
 def make_run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], leaves: int) -> Run:
-    """One forward and backward pass as a function without arguments; returns outputs, then gradients of the leaves.
-
-    Some backward passes overwrite their inputs, so the run has copies. Later runs then see other values, which does not
-    change their time. All runs draw the same dropout mask.
-    """
+    """One forward and backward pass as a function without arguments; returns outputs, then gradients of the leaves."""
+    # Some backward passes overwrite their inputs (Liger's SwiGLU). Kernel and reference therefore have copies. Only the
+    # values of the first run are compared; later runs, which may have other inputs, are only timed.
     copies = [each.clone() for each in inputs]
     for leaf in copies[:leaves]:
         leaf.requires_grad_()
     upstream: list[Tensor] = []
 
     def run() -> list[Tensor]:
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # the same dropout mask in all runs
         outputs = function(*copies)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         differentiable = [each for each in outputs if each.requires_grad]
         if not upstream:
-            # Another value in every element, so that a permutation is an error.
+            # Gradients of the outputs, with another value in every element, so that a permutation is an error.
             upstream.extend(
                 torch.linspace(-1, 1, each.numel(), device=each.device).view_as(each).to(each.dtype)
                 for each in differentiable
@@ -177,12 +181,10 @@ def make_run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Seque
 
 
 def max_error(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest absolute difference relative to the largest value of a tensor, over all tensors; NaN if not finite.
-
-    Not relative to the norm: a single wrong row among thousands would hardly change it.
-    """
+    """Largest absolute difference relative to the largest value of a tensor, over all tensors; NaN if not finite."""
     errors = []
     for one, two in zip(ours, expected, strict=True):
+        # Not relative to the norm, which a single wrong row among thousands would hardly change.
         error = (one.float() - two.float()).abs().max() / two.float().abs().max()
         errors.append(torch.where(one.isfinite().all(), error, torch.nan))
     return float(torch.stack(errors).max())
@@ -209,7 +211,7 @@ def describe_error(error: Exception) -> str:
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """The measurements and the choice, one kernel per line; milliseconds forward and backward."""
+    """Table of the measurements and the choice, one kernel per line; milliseconds for forward and backward."""
     lines = [
         "kernels (model.kernels auto), measured on this device:",
         f"{'kernel':<18}{'max error':>11}{'tolerance':>11}{'PyTorch ms':>12}{'kernel ms':>11}  used",

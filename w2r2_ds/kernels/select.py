@@ -1,4 +1,4 @@
-"""`model.kernels`, `model.attention` and `model.dtype` resolved on this machine; measures nothing (see measure.py)."""
+"""Resolve `model.kernels`, `model.attention` and `model.dtype` on this machine, without measuring (see measure.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from w2r2_ds.kernels.triton_compat import triton
 
 Implementation = Literal["torch", "triton"]
-"""Implementation of one function of this package."""
+"""Implementation of one function."""
 
 Kernels = frozenset[str]
 """Names of the kernels that a model uses (see `ALL_KERNELS`); PyTorch or PEFT computes the rest."""
@@ -23,12 +23,12 @@ ALL_KERNELS: Kernels = TORCH_KERNELS | {"dropout_matmul", "dual_stream_embed", "
 
 
 def implementation(kernels: Kernels, name: str) -> Implementation:
-    """The implementation of the function `name` that has a Triton kernel."""
+    """The implementation of a function with a Triton kernel, by its name in `ALL_KERNELS`."""
     return "triton" if name in kernels else "torch"
 
 
 def unavailable(interpreted: bool = False) -> str:
-    """Why Triton kernels cannot run on this machine; empty if they can.
+    """Reason why Triton kernels cannot run on this machine; empty if they can.
 
     Args:
         interpreted: accept Triton's interpreter (TRITON_INTERPRET=1) instead of a CUDA device.
@@ -53,7 +53,7 @@ def check_kernels(name: str) -> None:
 
 
 def describe_kernels(name: str) -> str:
-    """`model.kernels` on this machine: torch, triton, or with auto whether kernels are measured.
+    """Description of `model.kernels` on this machine: torch, triton, or for auto whether kernels will be measured.
 
     Raises:
         ValueError: see `check_kernels`.
@@ -66,7 +66,7 @@ def describe_kernels(name: str) -> str:
 
 
 def resolve_attention(name: str, dtype: torch.dtype) -> str:
-    """`model.attention`; auto is flash_attention_2 if flash_attn is installed, on a GPU in bfloat16; else sdpa."""
+    """Resolve `model.attention`; auto is flash_attention_2 on a GPU in bfloat16 with flash-attn, else sdpa."""
     if name != "auto":
         return name
     runs = torch.cuda.is_available() and dtype == torch.bfloat16 and find_spec("flash_attn") is not None
@@ -74,12 +74,12 @@ def resolve_attention(name: str, dtype: torch.dtype) -> str:
 
 
 def describe_attention(name: str, dtype: torch.dtype) -> str:
-    """`model.attention`, resolved and as configured."""
+    """Description of `model.attention`: resolved, and as configured."""
     return f"attention: {resolve_attention(name, dtype)} (model.attention {name})"
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`model.dtype`; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Resolve `model.dtype`; auto is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,7 +1,7 @@
 """Triton if it is installed, and helpers to launch kernels.
 
 Without Triton the files of the kernels can still be imported; `check_kernels` (select.py) raises before a launch.
-Kernels load bfloat16 and compute in float32: arithmetic in bfloat16 is silently wrong in Triton's interpreter.
+All kernels convert bfloat16 to float32 after a load, because Triton's interpreter computes wrong values in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ except ImportError:
 
 
 def jit(body: Callable[..., None]) -> Any:
-    """`triton.jit`, which reads TRITON_INTERPRET when it is called; without Triton the function itself."""
+    """`triton.jit`, or the function itself without Triton. TRITON_INTERPRET is read here, when a module is imported."""
     return triton.jit(body) if triton is not None else body
 
 
@@ -36,5 +36,6 @@ def power_of_two(size: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a float32 `tl.dot`: TF32 holds bfloat16 values exactly, but not float32 values."""
+    """`input_precision` of `tl.dot` for values of this dtype, which the kernels hold in float32."""
+    # TF32 uses tensor cores. It represents bfloat16 values exactly, but would round float32 values.
     return "tf32" if dtype == torch.bfloat16 else "ieee"

@@ -1,4 +1,4 @@
-"""Compose the model of a configuration, and its fingerprint, by which a checkpoint of another model is rejected."""
+"""Build the model of a configuration, and its fingerprint, by which checkpoints of other models are rejected."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from w2r2_ds.types.vision import VisionSpec
 
 @dataclass(frozen=True)
 class VlmFrontend:
-    """Tokenizer and sizes of a VLM and a geometry encoder for the data pipeline: no weights.
+    """Tokenizer and sizes of a VLM and a geometry encoder, for the data pipeline; no weights.
 
     Attributes:
-        tokenizer: with the chat template.
+        tokenizer: the VLM's tokenizer, with its chat template.
         vision: patch sizes, normalisation and token ids of the VLM.
-        meta: the VLM on the meta device, for its multimodal positions.
+        meta: the VLM on the meta device, whose methods compute multimodal positions.
         geometry: patch size and channels of the geometry encoder.
-        cache: features that need not be computed; None without a cache.
+        cache: feature cache; None without one.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ class VlmFrontend:
 
 
 def load_frontend(config: ModelConfig) -> VlmFrontend:
-    """Tokenizer, sizes and meta model of `model.vlm`, and sizes of `model.geometry`."""
+    """Load tokenizer, sizes and meta model of `model.vlm`, and sizes of `model.geometry`."""
     return VlmFrontend(
         tokenizer=load_tokenizer(config.vlm),
         vision=load_vision_spec(config.vlm),
@@ -66,20 +66,29 @@ def load_frontend(config: ModelConfig) -> VlmFrontend:
 
 
 def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
-    """VLM with LoRA, geometry merger, fusion and geometry encoder; only LoRA, merger and fusion require grad.
+    """Build VLM with LoRA, geometry merger, fusion and geometry encoder; only LoRA, merger and fusion require grad.
 
-    Collective on a GPU with `model.kernels: auto`, where rank 0 measures the kernels. Under ZeRO-3 an
-    `HfDeepSpeedConfig` must be alive, then the VLM's weights are partitioned while they load.
+    Collective on a GPU with `model.kernels: auto`, where rank 0 measures the kernels. Under ZeRO-3 the caller must hold
+    an `HfDeepSpeedConfig`, so that the VLM's weights are partitioned while they load.
+
+    Args:
+        config: model configuration.
+        device: device of the geometry encoder; the rest is on the CPU, or partitioned.
+        seed: seed of the new weights (LoRA, merger, fusion), equal on all ranks.
+
+    Raises:
+        ValueError: weights or configuration files are missing or do not fit, or an option is not supported.
     """
     dtype = resolve_dtype(config.dtype)
-    kernels = select_kernels(config.kernels, partial(kernel_shapes, config), device)  # before weights fill the device
+    # Before weights fill the device.
+    kernels = select_kernels(config.kernels, partial(kernel_shapes, config), device)
     vlm = load_vlm(config.vlm, dtype, resolve_attention(config.attention, dtype))
     text = vlm.config.get_text_config()
     hidden, attention_dropout = text.hidden_size, getattr(text, "attention_dropout", 0.0)
     if attention_dropout:
         raise ValueError(
-            f"{config.vlm}/config.json: attention_dropout is {attention_dropout}; set it to 0, the shortcut pass must "
-            "have no dropout."
+            f"{config.vlm}/config.json: attention_dropout is {attention_dropout}; set it to 0, because the shortcut "
+            "pass must have no dropout."
         )
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -90,7 +99,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
     merger = GeometryMerger(geometry.spec.feature_dim, hidden, config.merger_hidden, merge_size).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
-    model.fingerprint = fingerprint(config)  # here, so that its errors come before the first step
+    model.fingerprint = fingerprint(config)
     if config.merger:
         load_merger(model, Path(config.merger))
     return model
@@ -104,7 +113,7 @@ def kernel_shapes(config: ModelConfig) -> Shapes:
 
 
 def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:
-    """The frozen encoder of `model.geometry`, without the rest of the model.
+    """Load the frozen encoder of `model.geometry`, without the rest of the model.
 
     Raises:
         ValueError: no encoder has this name, its weights cannot be loaded, or a layer does not exist.
@@ -121,7 +130,7 @@ def geometry_spec(config: GeometryConfig) -> GeometrySpec:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters, keyed by their names."""
+    """The trainable parameters of a module by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
@@ -133,7 +142,7 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
     """
     vlm, geometry = load_config(config.vlm), config.geometry
     text, spec = vlm.get_text_config(), geometry_spec(geometry)
-    # From the configuration, not from the loaded encoder: a plug-in's object has only the methods of its interface.
+    # Values of the configuration, not attributes of the loaded encoder: a plug-in has only the members of its interface.
     return {
         "vlm_weights": weights_identity(config.vlm),
         "model_type": vlm.model_type,

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 
 class VlmFamily(ABC):
-    """A family of VLMs, selected by the `model_type` in config.json. Stateless and picklable (loader workers use it).
+    """Everything that differs between families of VLMs; `model_type` in config.json selects the family.
 
-    The defaults follow the usual names of transformers' vision-language classes: ``vlm.model.visual`` is the vision
-    tower, ``vlm.model.language_model`` the text model with ``layers`` and ``norm``, ``vlm.lm_head`` the output head.
-    ``config.vision_config`` has the ``patch_size``, ``spatial_merge_size`` and ``depth`` of the vision tower.
+    An object has no state and is pickled for DataLoader workers. The default methods follow the usual names of
+    transformers' vision-language classes: ``vlm.model.visual`` is the vision tower, ``vlm.model.language_model`` the
+    text model with ``layers`` and ``norm``, and ``config.vision_config`` has the ``patch_size``, ``spatial_merge_size``
+    and ``depth`` of the vision tower.
     """
 
     model_type: ClassVar[str]
@@ -55,7 +56,7 @@ class VlmFamily(ABC):
         return vlm.model.visual
 
     def tower_sizes(self, config: PreTrainedConfig) -> TowerSizes:
-        """Sizes of the vision tower; patch and merge size are those of `vision_spec`."""
+        """Sizes of the vision tower, from config.json alone; patch and merge size are those of `vision_spec`."""
         vision: Any = config.vision_config
         return TowerSizes(int(vision.patch_size), int(vision.spatial_merge_size), int(vision.depth))
 
@@ -68,13 +69,13 @@ class VlmFamily(ABC):
         return int(config.get_text_config().hidden_size)
 
     @abstractmethod
-    def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], where: str) -> VisionSpec:
+    def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], location: str) -> VisionSpec:
         """Sizes and token ids from config.json and preprocessor_config.json.
 
         Args:
             config: VLM configuration.
-            preprocessor: the fields of `where`.
-            where: path of preprocessor_config.json, for messages.
+            preprocessor: fields of preprocessor_config.json.
+            location: path of preprocessor_config.json, for messages.
 
         Raises:
             ValueError: a field is missing, or the two files differ in a size.
@@ -82,7 +83,7 @@ class VlmFamily(ABC):
 
     @abstractmethod
     def pixel_values(self, images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[Tensor, Tensor]:
-        """Cut frames into normalised patches, in the order in which the vision tower takes them; on the CPU.
+        """Cut frames into normalised patches, in the order that the vision tower expects; on the CPU.
 
         Args:
             images: ``[frames, 3, height, width]`` float32 in [0, 1]; sides are multiples of patch_size * merge_size.
@@ -93,7 +94,7 @@ class VlmFamily(ABC):
             ``[patches, values]`` float32 and ``[images or 1, 3]`` int64 patch grids (time, height, width).
 
         Raises:
-            ValueError: another shape, or sides that are no such multiple.
+            ValueError: `images` has another shape, or sides that are not such multiples.
         """
 
     @abstractmethod
@@ -113,40 +114,40 @@ class VlmFamily(ABC):
         """Rotary positions of padded sequences, on the CPU.
 
         Args:
-            vlm: on the meta device; only its config and code are used.
-            input_ids, token_types, attention_mask: ``[sequences, length]``, as `Batch`'s.
+            vlm: model on the meta device; only its config and methods are used.
+            input_ids, token_types, attention_mask: ``[sequences, length]``, as in `Batch`.
             grids: ``"image"`` or ``"video"`` -> ``[n, 3]`` patch grids in order of appearance.
-            seconds_per_grid: seconds between rows of tokens of a video.
+            seconds_per_grid: seconds between temporal patches of a video.
 
         Returns:
-            ``[axes, sequences, length]`` int64.
+            ``[axes, sequences, length]`` int64; several axes for multimodal positions (time, height, width).
         """
 
     @abstractmethod
     def encode_visuals(self, vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
-        """Run the vision tower: F2D in `pooler_output`, ``[tokens, hidden]`` per image or pair of video frames.
+        """Run the vision tower; returns F2D in `pooler_output`, ``[tokens, hidden]`` per image or pair of video frames.
 
         A family with extra visual features for some decoder layers (DeepStack) returns them in further fields of the
-        output. `W2R2.fuse` changes `pooler_output` and keeps all other fields. Such a family also overrides `to_cache`,
-        `from_cache`, `select` and `add_layer_features`.
+        output. `W2R2.fuse` changes `pooler_output` and keeps all other fields. Such a family also overrides
+        `cache_channels`, `to_cache`, `from_cache`, `select` and `add_layer_features`.
         """
 
     def to_cache(self, visual: VisionOutput) -> Tensor:
-        """The vision tower's output as one tensor ``[tokens, channels]`` for the feature cache."""
+        """Pack the vision tower's output into one tensor ``[tokens, channels]`` for the feature cache."""
         return torch.cat(visual.pooler_output)
 
     def from_cache(self, features: Tensor, sizes: Sequence[int]) -> VisionOutput:
-        """Inverse of `to_cache`; `sizes` are the tokens of every image."""
+        """Inverse of `to_cache`; `sizes` are the numbers of tokens of the images."""
         return VisionOutput(pooler_output=torch.split(features, list(sizes)))
 
     def select(self, visual: VisionOutput, entries: Sequence[int]) -> VisionOutput:
-        """Output for some images (or pairs of frames) in the given order; entries may repeat."""
+        """Vision output of the images (or pairs of frames) at these indices, in this order; indices may repeat."""
         selected = copy.copy(visual)
         selected.pooler_output = tuple(visual.pooler_output[entry] for entry in entries)
         return selected
 
     @abstractmethod
-    def row_states(
+    def run_decoder(
         self,
         vlm: PreTrainedModel,
         batch: Batch,
@@ -156,21 +157,25 @@ class VlmFamily(ABC):
         position: Tensor,
         context: AbstractContextManager[object],
     ) -> Tensor:
-        """Last hidden states ``[rows, hidden]`` of selected tokens; the last layer should compute only these.
+        """Run the language model on input embeddings; returns the last hidden states of selected tokens.
 
         Args:
             vlm: the transformers model.
             batch: layout of the sequences and position ids.
             inputs: ``[sequences, length, hidden]`` input embeddings, visual tokens in place.
-            visual: the vision output that `inputs` contain; source of the extra features for some layers.
-            sequence, position: ``[rows]`` int64 indices of the tokens.
+            visual: the vision output that `inputs` contain; has the extra features for some layers (DeepStack).
+            sequence, position: ``[selected]`` int64, the selected tokens.
             context: context manager that must be active while the decoder layers run.
+
+        Returns:
+            ``[selected, hidden]``, after the final norm. The last layer should compute only these.
         """
 
     def add_layer_features(self, hidden: Tensor, layer: int, batch: Batch, visual: VisionOutput) -> Tensor:
-        """Add the visual features of decoder layer `layer` to its output `hidden`, ``[sequences, length, hidden]``.
+        """Add the extra visual features for decoder layer `layer` to its output ``[sequences, length, hidden]``.
 
-        Called for the shortcut under `train.pass_order: lockstep` only; `row_states` adds them in every other case.
+        Called for the shortcut pass with `train.pass_order: lockstep` only; in every other case `run_decoder` must add
+        them itself.
         """
         return hidden
 
@@ -194,17 +199,18 @@ class VlmFamily(ABC):
         video_fps: float,
         synced: bool = False,
     ) -> list[list[int]]:
-        """Greedy decoding.
+        """Decode answers greedily.
 
         Args:
             vlm: the transformers model.
-            prompts: left-padded.
+            prompts: left-padded prompts.
             visuals: kind and grids of the frames.
             visual: vision output of the prompts' images, fused or not.
             tokenizer: the VLM's tokenizer.
-            max_new_tokens: longest answer.
+            max_new_tokens: maximum number of tokens of an answer.
             video_fps: nominal frame rate of videos.
-            synced: make as many forward passes as the slowest rank (several ranks under ZeRO-3).
+            synced: make as many forward passes as the rank with the longest answer. Required with several ranks under
+                ZeRO-3, where each forward is a collective.
 
         Returns:
             Token ids per prompt, without the end of turn.
@@ -212,31 +218,32 @@ class VlmFamily(ABC):
 
     @abstractmethod
     def vision_flops(self, tower: nn.Module, grids: Sequence[Sequence[int]]) -> float:
-        """FLOPs of a forward pass of the vision tower; `grids` are patches in time, height and width per image."""
+        """FLOPs of a forward pass of the vision tower; `grids` has (time, height, width) in patches per image."""
 
     def decoder_flops(
-        self, vlm: PreTrainedModel, tokens: int, pairs: float, rows: int | None = None, row_pairs: float = 0.0
+        self, vlm: PreTrainedModel, tokens: int, pairs: float, selected: int | None = None, selected_pairs: float = 0.0
     ) -> tuple[Work, Work]:
-        """FLOPs of the decoder layers, without the output head: linear layers, and attention.
+        """FLOPs of the decoder layers without the output head, as (linear layers, attention).
 
         Args:
-            vlm: on any device, the meta device too.
+            vlm: model on any device, also the meta device.
             tokens: number of tokens of all sequences.
             pairs: pairs of tokens in a layer's attention, see `flops.tokens_and_pairs`.
-            rows: tokens for which the last layer is computed, as in `row_states`; None for all.
-            row_pairs: pairs of such a token and a token that it attends to.
+            selected: number of tokens for which the last layer is computed, as in `run_decoder`; None for all.
+            selected_pairs: pairs of a selected token and a token that it attends to.
         """
         layers: Any = self.language_model(vlm).layers
         last = layers[-1]
         channels = last.self_attn.num_heads * last.self_attn.head_dim
-        whole = len(layers) if rows is None else len(layers) - 1
-        linear, scores = products(layers[0], tokens) * whole, attention(channels, pairs) * whole
-        if rows is not None:  # keys and values of all tokens, everything else of the rows
-            for every in (last.self_attn.k_proj, last.self_attn.v_proj):
-                linear = linear + products(every, tokens)
-            for some in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp):
-                linear = linear + products(some, rows)
-            scores = scores + attention(channels, row_pairs)
+        full_layers = len(layers) if selected is None else len(layers) - 1
+        linear, scores = products(layers[0], tokens) * full_layers, attention(channels, pairs) * full_layers
+        if selected is not None:
+            # The last layer: keys and values of all tokens, everything else of the selected ones.
+            for module in (last.self_attn.k_proj, last.self_attn.v_proj):
+                linear = linear + products(module, tokens)
+            for module in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp):
+                linear = linear + products(module, selected)
+            scores = scores + attention(channels, selected_pairs)
         return linear, scores
 
 

@@ -1,4 +1,4 @@
-"""The feature cache of a configuration: everything that changes the features is part of their keys."""
+"""Open the feature cache of a configuration, with keys that contain everything on which features depend."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from w2r2_ds.models.weights_hash import model_weights, tensors_digest
 def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
     """Open the cache in the folder `data.cache`; None if it is empty.
 
-    The frozen weights are read and hashed: file names and sizes do not distinguish two trainings of an encoder.
-
     Raises:
         ValueError: the folder cannot be created, or there are no weights.
     """
+    # All frozen weights are hashed: names and sizes of files do not distinguish two trainings of an encoder.
     if not data.cache:
         return None
     folder = Path(data.cache)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"data.cache is {folder}, which cannot be made ({error}); name another folder.") from error
+        raise ValueError(f"data.cache is {folder}, which cannot be created ({error}); name another folder.") from error
     cache = FeatureStore(folder.absolute(), int(data.cache_gib * 2**30))
     vision = vision_identity(data, model) if data.cached_features == "geometry+2d" else None
     return FeatureCache(cache, geometry_identity(data, model), vision)
 
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
-    """Hash of the geometry encoder, its settings and its pre-processing: the cache key without the frames."""
+    """Hash of the geometry encoder, its options and its pre-processing: the cache key without the frames."""
     geometry, encoder = model.geometry, find_geometry_encoder(model.geometry.name)
-    about = {
+    fields = {
         "kind": "geometry",
         "encoder": geometry.name,
         "layers": geometry.layers,
         "reference_frame": geometry.reference_frame,
         "spec": asdict(encoder.read_spec(geometry)),
-        "identity": dict(encoder.identity(geometry)),  # nested: its names may be those of fields above
+        # Nested, since an encoder may use names of the fields above.
+        "identity": dict(encoder.identity(geometry)),
     }
-    return encoder_identity(about | _common(data, model))
+    return encoder_identity(fields | _common(data, model))
 
 
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
-    """Hash of the vision tower, its settings and its pre-processing: the cache key without the frames."""
+    """Hash of the vision tower, its options and its pre-processing: the cache key without the frames."""
     config = load_config(model.vlm)
     family = find_family(config.model_type)
-    about = {
+    fields = {
         "kind": "2d",
         "model_type": config.model_type,
         "version": family.features_version,
@@ -66,8 +66,9 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         "visual": data.visual,
         "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),
     }
-    return encoder_identity(about | _common(data, model))
+    return encoder_identity(fields | _common(data, model))
 
 
 def _common(data: DataConfig, model: ModelConfig) -> dict[str, object]:
+    """Fields of both keys."""
     return {"frame_width": data.frame_width, "dtype": str(resolve_dtype(model.dtype))}

@@ -1,8 +1,9 @@
 """Fusions Phi(F2D, G) of visual tokens with merged geometry tokens, selected by `model.fusion`.
 
-A fusion is one class here and one line in `FUSIONS`. `add` is VG-LLM's; the others are alternatives of its later
+A fusion is one class and one entry of `FUSIONS`. `add` is the fusion of VG-LLM; the others are alternatives of its later
 versions (its 4B model on ScanRefer, Acc@0.25: none 31.9, add 36.4, cross-attention 33.7, concat 27.7). Each docstring
-gives the formula, the differences from that source, the initialisation, and Phi(F2D, 0).
+gives the formula, the differences from that source, the initialisation, and Phi(F2D, 0). The *stock VLM* is the
+unchanged model, which answers from F2D.
 
 Every submodule is called once per pass, independent of the number of images: under ZeRO-3 all ranks must make the same
 calls.
@@ -24,7 +25,7 @@ HEADS = 8
 
 
 class Fusion(nn.Module, ABC):
-    """Phi(F2D, G), with G the output of the geometry merger.
+    """Base class of fusions Phi(F2D, G), with G the output of the geometry merger.
 
     Args:
         hidden_size: width of the language model.
@@ -38,7 +39,7 @@ class Fusion(nn.Module, ABC):
         self.hidden_size = hidden_size
 
     def forward(self, visual: torch.Tensor, geometry: torch.Tensor | None, sizes: Sequence[int]) -> torch.Tensor:
-        """Fuse the tokens of a batch.
+        """Fuse the tokens of a batch, in the dtype of the weights.
 
         Args:
             visual: ``[tokens, hidden]``, F2D after the vision tower's own merger.
@@ -46,7 +47,7 @@ class Fusion(nn.Module, ABC):
             sizes: number of tokens of every image (or pair of video frames), in order; may be 0.
 
         Returns:
-            ``[tokens, hidden]`` in the dtype of ``visual``; computed in the dtype of the weights.
+            ``[tokens, hidden]`` in the dtype of ``visual``.
 
         Raises:
             ValueError: `visual` and `geometry` have different shapes.
@@ -70,7 +71,7 @@ def check_same_tokens(visual: torch.Size, geometry: torch.Size) -> None:
     if visual != geometry:
         raise ValueError(
             f"fusion: the vision grid is {tuple(visual)} [tokens, hidden] but the geometry grid is {tuple(geometry)}; "
-            "give both encoders frames of the same size and order"
+            "both encoders need frames of the same size and order"
         )
 
 
@@ -85,8 +86,8 @@ class Concat(Fusion):
     """W [LayerNorm(F2D), LayerNorm(G)] + b with one Linear(2H -> H), as in VG-LLM's later versions; no residual.
 
     LayerNorm removes the mean and the scale of every token and there is no residual, so no weights give the stock VLM:
-    Phi(F2D, 0) = W [LayerNorm(F2D), beta] + b, where beta is the bias of G's LayerNorm. The shortcut of W2R2 is then a
-    2D-only model that is trained too, not the pretrained one.
+    Phi(F2D, 0) = W [LayerNorm(F2D), beta] + b, where beta is the bias of G's LayerNorm. The shortcut pass of W2R2 then
+    depends on weights that are trained, and is not the pretrained VLM.
 
     Initialisation: W = [identity, normal(0, 0.02)], b = 0. The fused model starts from LayerNorm(F2D), which is as
     close to the stock VLM as the formula gets, plus a random projection of the geometry. VG-LLM starts from a random W
@@ -119,7 +120,7 @@ class Gated(Fusion):
     and F2D is added unchanged, so that Phi(F2D, 0) is the stock VLM for all weights.
 
     Initialisation: W = 0 and b = 0, hence g = 1/2 everywhere: `add` with half the geometry. W and the geometry merger
-    both have a gradient from the first step.
+    have a gradient from the first step.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -136,19 +137,19 @@ class Gated(Fusion):
 
 
 class CrossAttention(Fusion):
-    """F2D + O softmax(Q K' / sqrt(d)) V within every image: 2D queries, geometry keys and values; 8 heads, one layer.
+    """F2D + O softmax(Q K' / sqrt(d)) V within every image: queries from F2D, keys and values from G; 8 heads, one layer.
 
-    Q = Wq (RMSNorm(F2D) + p), K = Wk (RMSNorm(G) + p), V = Wv RMSNorm(G). p is a sin-cos position embedding of a
-    token's index in its image, equal for both sides, so that a 2D token can attend to the geometry token at its own
-    position. It is not added to V.
+    Q = Wq (RMSNorm(F2D) + p), K = Wk (RMSNorm(G) + p), V = Wv RMSNorm(G). p is a sin-cos embedding of a token's index
+    in its image. It is equal for F2D and G, so that a 2D token can attend to the geometry token at its own position. It
+    is not added to V.
 
-    Differences from VG-LLM's later versions: no dropout, no MLP after it, positions by row-major index instead of row
-    and column, RMSNorm and linear layers without biases. Hence V is exactly 0 for G = 0, and Phi(F2D, 0) is the stock
-    VLM for all weights.
+    Differences from VG-LLM's later versions: no dropout, no MLP after the attention, positions by row-major index
+    instead of row and column, RMSNorm, and linear layers without biases. Hence V is exactly 0 for G = 0, and
+    Phi(F2D, 0) is the stock VLM for all weights.
 
-    Initialisation: O = 0 and Wq, Wk, Wv normal(0, 0.02), so that the fused model *is* the stock VLM at first. With a
+    Initialisation: O = 0 and Wq, Wk, Wv normal(0, 0.02), so that the fused model is the stock VLM at first. With a
     random O, nearly uniform attention would shift all tokens of an image by about the same vector. As with LoRA's B,
-    only O has a gradient in the first step; Wq, Wk, Wv and the geometry merger have one from the second.
+    only O has a gradient in the first step; Wq, Wk, Wv and the geometry merger have one from the second step.
 
     Raises:
         ValueError: the width is not divisible by 8.
@@ -158,8 +159,8 @@ class CrossAttention(Fusion):
         super().__init__(hidden_size)
         if hidden_size % HEADS:
             raise ValueError(
-                f"model.fusion is cross_attention, which needs a width divisible by {HEADS}, but that of the language "
-                f"model is {hidden_size}; choose add, concat or gated."
+                f"model.fusion is cross_attention, which needs a width divisible by {HEADS}, but the language model's "
+                f"width is {hidden_size}; choose add, concat or gated."
             )
         self.norm_visual = nn.RMSNorm(hidden_size, eps=1e-6)
         self.norm_geometry = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -183,7 +184,7 @@ def position_embeddings(sizes: Sequence[int], width: int, device: torch.device |
     """Sin-cos embeddings of the index of a token in its image, wavelengths from 2 pi to 2e4 pi.
 
     Args:
-        sizes: tokens of every image.
+        sizes: number of tokens of every image.
         width: embedding width; even, half sines and half cosines.
         device: device of the result.
 
@@ -199,15 +200,14 @@ def position_embeddings(sizes: Sequence[int], width: int, device: torch.device |
 def attend_within_images(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """Attention with `HEADS` heads over ``[tokens, width]``, restricted to tokens of the same image.
-
-    Consecutive images of equal size form one batch: no padding and no mask, so that SDPA can use its fast kernels.
-    """
-    # Empty slices connect all three inputs to the output also if there is no token: every weight gets a gradient.
+    """Attention with `HEADS` heads over ``[tokens, width]``, restricted to tokens of the same image."""
+    # Empty slices connect all three inputs to the output even if there is no token. Every weight then gets a gradient,
+    # and the ranks of ZeRO reduce the same gradients.
     attended = [query[:0] + key[:0] + value[:0]]
+    # Consecutive images of equal size form one batch: without padding and mask, SDPA can use its fast kernels.
     begin = 0
     for size, images in groupby(sizes):
-        count = sum(1 for _ in images)
+        count = sum(1 for _ in images)  # number of consecutive images of this size
         if size == 0:
             continue
         rows = slice(begin, begin + count * size)

@@ -1,4 +1,4 @@
-"""The composed model: a LoRA-wrapped VLM, a trained geometry merger and fusion, and a frozen geometry encoder."""
+"""The composed model: a VLM with LoRA, a trained geometry merger and fusion, and a frozen geometry encoder."""
 
 from __future__ import annotations
 
@@ -25,21 +25,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mask = Callable[[Sequence[Tensor]], list[Tensor]]
-"""``[tokens, hidden]`` of every image -> the same with some tokens zeroed."""
+"""Visual tokens ``[tokens, hidden]`` of every image -> the same, with some tokens set to zero."""
 
 
 class W2R2(nn.Module):
-    """One VLM that answers from fused tokens, Phi(F2D, F3D), or from the shortcut's tokens (2D only), Phi(F2D, 0).
+    """A VLM that answers from fused visual tokens Phi(F2D, F3D), or from those of the shortcut (2D only), Phi(F2D, 0).
 
-    The geometry encoder is frozen and not a submodule: DeepSpeed neither shards nor saves it.
+    F2D are the visual tokens of the VLM's vision tower, F3D the features of the geometry encoder. The merger turns F3D
+    into tokens of the same shape as F2D before the fusion.
 
     Args:
         vlm: a transformers VLM or a PeftModel around one.
         geometry_merger: maps geometry features to tokens of the VLM's width.
         fusion: Phi.
-        geometry: frozen encoder.
-        zero_geometry: what Phi(F2D, 0) zeroes, ``"merged"`` tokens or the encoder's ``"features"``.
-        kernels: names of the enabled kernels; kernels that replace a module's forward are already installed.
+        geometry: frozen encoder; not a submodule, so that DeepSpeed neither shards nor saves it.
+        zero_geometry: `model.zero_geometry`: the zeros in Phi(F2D, 0) replace the ``"merged"`` tokens or the encoder's
+            ``"features"``.
+        kernels: names of the enabled kernels; `bind_kernels` has already installed those that replace a forward.
+
+    Attributes:
+        fingerprint: `models.build.fingerprint`; empty unless `build_model` made the model.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class W2R2(nn.Module):
         self.family = find_family(self.base.config.model_type)
         self.zero_geometry = zero_geometry
         self.kernels = kernels
-        self.fingerprint: dict[str, Any] = {}  # see `models.build.fingerprint`; of a model built from a configuration
+        self.fingerprint: dict[str, Any] = {}
         # nn.Module.__setattr__ would register an encoder that is a module; ZeRO-3 would then shard and save it.
         object.__setattr__(self, "_geometry", geometry)
 
@@ -69,54 +74,54 @@ class W2R2(nn.Module):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The transformers model itself, with LoRA layers in place."""
+        """The transformers model inside the PeftModel, with LoRA layers in place."""
         return self.vlm.get_base_model() if isinstance(self.vlm, PeftModel) else self.vlm
 
     def geometry_modules(self) -> dict[str, nn.Module]:
-        """Modules that train besides LoRA, in an optimizer group of their own; the fusion `add` has no parameters."""
+        """The modules that train besides LoRA, in an optimizer group of their own; the fusion `add` has no weights."""
         return {"geometry_merger": self.geometry_merger, "fusion": self.fusion}
 
     @torch.no_grad()
     def encode_2d(self, visuals: Visuals, min_calls: int = 0) -> VisionOutput:
-        """F2D of a batch, without gradient: from the feature cache where it has them, else from the vision tower.
-
-        With a cache of 2D features the tower is called once per frame set, so that a cached value never depends on
-        the rest of the batch.
+        """F2D of a batch, without gradient: from the feature cache if it has them, else from the vision tower.
 
         Args:
             visuals: visual inputs of a batch.
-            min_calls: minimum number of vision tower forwards; the rest run on the dummy image. Under ZeRO-3 all ranks
-                must call the tower equally often, because each call gathers its weights.
+            min_calls: minimum number of vision tower forwards; the additional ones run on the dummy image. Requires
+                cached 2D features.
         """
         if not visuals.cached_2d:
             assert visuals.dummy or not min_calls, "`min_calls` requires cached 2D features"
-            output, made = self.family.encode_visuals(self.base, visuals), 1
+            output, calls = self.family.encode_visuals(self.base, visuals), 1
         else:
-            features, made = [], 0
+            # One call per frame set, so that a cached value does not depend on the other samples of the batch: the
+            # size of a matrix product may change its rounding.
+            features, calls = [], 0
             for cached, inputs in zip(visuals.cached_2d, visuals.uncached, strict=True):
                 if cached.features is None:
                     assert inputs is not None, "the collator keeps the patches of uncached samples"
                     features.append(self.family.to_cache(self.family.encode_visuals(self.base, inputs)))
                     cached.write_async(features[-1])
-                    made += 1
+                    calls += 1
                 else:
                     features.append(cached.features)
             output = self.family.from_cache(torch.cat(features), visuals.sizes)
-        # Calls without use of their output, so that this rank gathers the tower's weights as often as the others.
-        for _ in range(min_calls - made):
+        # ZeRO-3 gathers the tower's weights in every call, and a gather is a collective: a rank with fewer uncached
+        # samples than another must still call the tower as often, else both would hang. The output is discarded.
+        for _ in range(min_calls - calls):
             self.family.encode_visuals(self.base, visuals.filler or visuals)
         return output
 
     @torch.no_grad()
     def encode_3d(self, visuals: Visuals) -> list[Tensor]:
-        """F3D: per frame set ``[frames or pairs of frames, h, w, channels]`` features, from cache or encoder.
+        """F3D: geometry features per frame set, ``[frames, h, w, channels]``, from the cache or the encoder.
 
-        ``h x w`` is at least the vision tower's patch grid; the merger crops what exceeds it. Cached features
-        keep the encoder's own grid.
+        With videos, ``frames`` are pairs of frames. The grid is that of the vision tower's patches, or larger by rows
+        and columns at the bottom and the right, which the merger crops.
         """
         features = []
         cached_3d = visuals.cached_3d or (None,) * len(visuals.geometry_images)
-        # One call per frame set: the encoder attends over the frames of one scene, never over those of several.
+        # One call per frame set: the encoder attends over all frames of a call, which must belong to one scene.
         for cached, images in zip(cached_3d, visuals.geometry_images, strict=True):
             if cached is not None and cached.features is not None:
                 features.append(cached.features)
@@ -125,22 +130,27 @@ class W2R2(nn.Module):
             features.append(self.geometry.encode(images))
             if cached is not None:
                 cached.write_async(features[-1])
-        # A row of a video's visual tokens covers two frames, a geometry feature one.
+        # A temporal patch of a video covers two frames, a geometry feature one frame.
         if visuals.kind == "video":
             features = [pair_frames(f) for f in features]
-        tower, own = self.family.tower_sizes(self.base.config), self.geometry.spec.patch_size
-        return [resample_to_patches(f, own, tower.patch_size, tower.merge_size) for f in features]
+        # After the cache, which stores the encoder's own grid and does not depend on the vision tower.
+        tower, geometry_patch = self.family.tower_sizes(self.base.config), self.geometry.spec.patch_size
+        return [resample_to_patches(f, geometry_patch, tower.patch_size, tower.merge_size) for f in features]
 
     def merge(self, features: list[Tensor]) -> Tensor:
-        """``[tokens, hidden]`` merged geometry of all frame sets, in the order of the visual tokens."""
+        """Geometry tokens ``[tokens, hidden]`` of all frame sets, in the order of the visual tokens."""
         merged: Tensor = self.geometry_merger(features)
         return merged
 
     def zero_geometry_tokens(self, features: list[Tensor]) -> Tensor | None:
         """The geometry operand of Phi(F2D, 0), by `model.zero_geometry`.
 
-        ``merged``: returns None, and the fusion uses zeros. ``features``: the merger's output for zero features, which
-        its biases make non-zero.
+        Args:
+            features: result of `encode_3d`; only the shapes are used.
+
+        Returns:
+            ``merged``: None, for which the fusion uses zeros. ``features``: the merger's output for zero features,
+            ``[tokens, hidden]``; the merger's biases make it non-zero.
         """
         if self.zero_geometry == "merged":
             return None
@@ -152,42 +162,40 @@ class W2R2(nn.Module):
         Args:
             visual: result of `encode_2d`.
             geometry: ``[tokens, hidden]``, result of `merge`, or of `zero_geometry_tokens` for the shortcut.
-            mask: applied to the 2D tokens first, in the fused pass in training only (`token_masking.py`).
+            mask: applied to the 2D tokens before the fusion, in the fused pass of training only (`token_masking.py`).
         """
         assert mask is None or geometry is not None, "the shortcut is never masked"
         images = list(visual.pooler_output) if mask is None else mask(visual.pooler_output)
         sizes = [len(tokens) for tokens in images]
-        # A shallow copy keeps every other field of the output, such as visual features of single layers.
+        # A shallow copy keeps all other fields of the output, such as visual features for some decoder layers.
         fused = copy.copy(visual)
-        # The fusion is called on every rank, also for a dummy: ZeRO-3 needs the same order of modules everywhere.
+        # The fusion also runs for a batch without frames (dummy): ZeRO-3 needs the same modules on every rank.
         fused.pooler_output = torch.split(self.fusion(torch.cat(images), geometry, sizes), sizes)
         return fused
 
     def input_streams(self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput) -> tuple[Tensor, Tensor]:
-        """Input embeddings of the shortcut and of the fused stream, ``[sequences, length, hidden]``, in one pass.
-
-        `shortcut` and `fused` come from `fuse`. The implementation depends on `model.kernels` only, so it is the same
-        for every batch.
+        """Input embeddings of the shortcut and of the fused pass, ``[sequences, length, hidden]`` each.
 
         Args:
             batch: token ids, and the positions of visual tokens; a dummy has none.
-            shortcut: Phi(F2D, 0); receives no gradient.
-            fused: Phi(F2D, F3D).
+            shortcut: Phi(F2D, 0), from `fuse`; receives no gradient.
+            fused: Phi(F2D, F3D), from `fuse`.
         """
         embeddings = embed_tokens(self.base, batch)
         if batch.visuals.dummy:
             return embeddings.detach(), embeddings
-        # The shortcut pass has no gradient; without detach the fusion would get one through Phi(F2D, 0).
+        # Both streams go through one autograd function. Without detach, the fusion would get a gradient through
+        # Phi(F2D, 0), although the shortcut pass has no graph.
         operands = torch.cat(shortcut.pooler_output).detach(), torch.cat(fused.pooler_output)
         kernels = implementation(self.kernels, "dual_stream_embed")
         return dual_stream_embed(embeddings, batch.visual_tokens, *operands, kernels)
 
     def answer_hidden_states(self, batch: Batch, visual: VisionOutput, include_description: bool = False) -> Tensor:
-        """Last hidden states ``[answer tokens, hidden]``; logits of the prompt are never computed."""
+        """Last hidden states ``[answer tokens, hidden]`` of one pass, see `run_decoder`."""
         inputs = insert_visual_tokens(batch, embed_tokens(self.base, batch), visual)
-        return self.row_states(batch, inputs, visual, include_description, nullcontext())
+        return self.run_decoder(batch, inputs, visual, include_description, nullcontext())
 
-    def row_states(
+    def run_decoder(
         self,
         batch: Batch,
         inputs: Tensor,
@@ -195,52 +203,61 @@ class W2R2(nn.Module):
         include_description: bool,
         context: AbstractContextManager[object],
     ) -> Tensor:
-        """`VlmFamily.row_states` of the answer tokens; `include_description` appends those of the description's tokens.
+        """Run the language model on input embeddings; returns last hidden states ``[answer tokens, hidden]``.
 
-        `context` is entered around the decoder's forward (lockstep order).
+        An answer token's state is the one that predicts it, so no logits of the prompt are computed.
+
+        Args:
+            batch: layout, position ids and answer positions.
+            inputs: ``[sequences, length, hidden]`` input embeddings, visual tokens in place.
+            visual: the vision output that `inputs` contain.
+            include_description: append the states of the description's tokens.
+            context: entered around the decoder's forward (lockstep order).
         """
-        return self.family.row_states(
-            self.base, batch, inputs, visual, *answer_rows(batch, include_description), context
-        )
+        tokens = answer_indices(batch, include_description)
+        return self.family.run_decoder(self.base, batch, inputs, visual, *tokens, context)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[tokens, hidden]`` -> ``[tokens, vocabulary]``."""
+        """Apply the output head: ``[tokens, hidden]`` -> ``[tokens, vocabulary]``."""
         logits: Tensor = self.base.get_output_embeddings()(hidden)
         return logits
 
 
 def num_tower_calls(visuals: Visuals) -> int:
-    """Vision tower forwards that the batch needs, without dummy calls."""
+    """Number of vision tower forwards that a batch needs, without additional calls on the dummy."""
     return sum(cached.features is None for cached in visuals.cached_2d) if visuals.cached_2d else 1
 
 
 def embed_tokens(vlm: PreTrainedModel, batch: Batch) -> Tensor:
-    """``[sequences, length, hidden]`` embeddings of the token ids, with placeholders at the visual tokens."""
+    """Embeddings ``[sequences, length, hidden]`` of the token ids, with placeholders at the visual tokens."""
     embeddings: Tensor = vlm.get_input_embeddings()(batch.input_ids)
     return embeddings
 
 
 def insert_visual_tokens(batch: Batch, embeddings: Tensor, visual: VisionOutput) -> Tensor:
-    """The embeddings with a vision tower's output at the visual tokens; unchanged for a dummy."""
+    """Insert visual tokens into the ``[sequences, length, hidden]`` embeddings; returns them unchanged for a dummy."""
     if batch.visuals.dummy:
         return embeddings
     tokens, positions = torch.cat(visual.pooler_output), batch.visual_tokens
     assert len(tokens) == len(positions), f"{len(tokens)} visual tokens, but {len(positions)} positions for them"
-    # The collator has computed the positions. The stock forward would search for placeholders and copy their number to
-    # the host, which waits for the device.
+    # The collator has computed the positions. transformers' forward would search for placeholders and copy their number
+    # to the host, which waits for the device.
     return embeddings.flatten(0, 1).index_copy(0, positions, tokens.to(embeddings.dtype)).view_as(embeddings)
 
 
-def answer_rows(batch: Batch, include_description: bool = False) -> tuple[Tensor, Tensor]:
-    """Sequence and position of the answer tokens, int64 ``[answer tokens]`` each; optionally the description's too."""
-    rows = batch.answer_positions
+def answer_indices(batch: Batch, include_description: bool = False) -> tuple[Tensor, Tensor]:
+    """Sequence and position of the hidden states that predict the answer tokens, int64 ``[answer tokens]`` each.
+
+    With `include_description`, followed by those of the description's tokens.
+    """
+    answer = batch.answer_positions
     if not include_description:
-        return rows.sequence, rows.position
-    what = batch.description_positions
-    return torch.cat([rows.sequence, what.sequence]), torch.cat([rows.position, what.position])
+        return answer.sequence, answer.position
+    description = batch.description_positions
+    return torch.cat([answer.sequence, description.sequence]), torch.cat([answer.position, description.position])
 
 
 def answer_states(family: VlmFamily, vlm: PreTrainedModel, batch: Batch, visual: VisionOutput) -> Tensor:
-    """Last hidden states ``[answer tokens, hidden]`` of a batch, for a VLM outside a `W2R2`."""
+    """`W2R2.answer_hidden_states` of a VLM without geometry."""
     inputs = insert_visual_tokens(batch, embed_tokens(vlm, batch), visual)
-    return family.row_states(vlm, batch, inputs, visual, *answer_rows(batch), nullcontext())
+    return family.run_decoder(vlm, batch, inputs, visual, *answer_indices(batch), nullcontext())

@@ -95,7 +95,7 @@ class LockstepPasses:
         shortcut_inputs, inputs = self.model.input_streams(batch, shortcut, fused)
         holder = [shortcut_inputs]  # a list, so that the overridden forwards can replace the tensor in it
         # The language model's own loop runs the fused stream; the context manager adds the shortcut to each layer.
-        fused_states = self.model.row_states(
+        fused_states = self.model.run_decoder(
             batch, inputs, fused, include_description, self.advance_shortcut(holder, batch, shortcut)
         )
         return holder[0], fused_states

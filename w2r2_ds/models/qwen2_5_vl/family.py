@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Qwen25VL(VlmFamily):
-    """Qwen2.5-VL: window attention in the vision tower, three rotary axes, no extra visual features for some layers."""
+    """Qwen2.5-VL: window attention in the vision tower, three rotary axes, no extra visual features (DeepStack)."""
 
     model_type = "qwen2_5_vl"
     vision_tokens: ClassVar[Mapping[str, str]] = {
@@ -38,7 +38,7 @@ class Qwen25VL(VlmFamily):
     chat_tokens = ("<|im_start|>", "<|im_end|>")
     end_of_turn = "<|im_end|>"
 
-    def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], where: str) -> VisionSpec:
+    def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], location: str) -> VisionSpec:
         vision: Any = config.vision_config
         tower = self.tower_sizes(config)
         sizes = {
@@ -49,14 +49,14 @@ class Qwen25VL(VlmFamily):
         for field, size in sizes.items():
             if preprocessor.get(field, size) != size:
                 raise ValueError(
-                    f"{where}: {field} is {preprocessor[field]} but config.json has {size}; take both files from the "
-                    "same model"
+                    f"{location}: {field} is {preprocessor[field]} but config.json has {size}; take both files from "
+                    "the same model"
                 )
         return VisionSpec(
             **sizes,
             window_size=int(vision.window_size),
-            image_mean=_three(preprocessor, "image_mean", where),
-            image_std=_three(preprocessor, "image_std", where),
+            image_mean=_three(preprocessor, "image_mean", location),
+            image_std=_three(preprocessor, "image_std", location),
             image_token_id=config.image_token_id,
             video_token_id=config.video_token_id,
             vision_start_id=config.vision_start_token_id,
@@ -87,7 +87,7 @@ class Qwen25VL(VlmFamily):
         grids: Mapping[str, Tensor],
         seconds_per_grid: float,
     ) -> Tensor:
-        """As `VlmFamily.position_ids`: transformers' ``get_rope_index``, after checks that it does not make.
+        """As `VlmFamily.position_ids`, with transformers' ``get_rope_index``.
 
         Raises:
             ValueError: the token types do not mark exactly the placeholder tokens, or the grids have another number of
@@ -96,7 +96,7 @@ class Qwen25VL(VlmFamily):
         config: Any = vlm.config
         if token_types.shape != input_ids.shape:
             raise ValueError(f"token_types is {tuple(token_types.shape)} but input_ids is {tuple(input_ids.shape)}")
-        # One placeholder per merged patch, of either kind.
+        # One placeholder per merged patch, for images and videos.
         merge = config.vision_config.spatial_merge_size**2
         for kind, code, pad in (("image", 1, config.image_token_id), ("video", 2, config.video_token_id)):
             marked = token_types == code
@@ -118,7 +118,7 @@ class Qwen25VL(VlmFamily):
         return positions
 
     def encode_visuals(self, vlm: PreTrainedModel, visuals: Visuals) -> VisionOutput:
-        # Not `get_image_features`: it copies the grids to the host to split the tokens.
+        # Not `get_image_features`: it copies the grids to the host to split the tokens, which waits for the device.
         tower = self.vision_tower(vlm)
         assert isinstance(visuals.tower, WindowInputs), "the collator calls `tower_inputs` of this family"
         inputs = visuals.tower.arguments(tower.config)
@@ -126,7 +126,7 @@ class Qwen25VL(VlmFamily):
         output.pooler_output = torch.split(output.pooler_output, list(visuals.sizes))
         return output
 
-    def row_states(
+    def run_decoder(
         self,
         vlm: PreTrainedModel,
         batch: Batch,
@@ -164,13 +164,14 @@ class Qwen25VL(VlmFamily):
         synced: bool = False,
     ) -> list[list[int]]:
         end = tokenizer.convert_tokens_to_ids(self.end_of_turn)
-        given: dict[str, Any] = {}
+        # With `mm_encoder_outputs`, transformers uses the given (fused) visual tokens instead of the vision tower.
+        multimodal: dict[str, Any] = {}
         if not visuals.dummy:
             grids = visuals.grid_thw
-            given = {"mm_encoder_outputs": {visuals.kind: visual}, f"{visuals.kind}_grid_thw": grids}
+            multimodal = {"mm_encoder_outputs": {visuals.kind: visual}, f"{visuals.kind}_grid_thw": grids}
             if visuals.kind == "video":
                 seconds = vlm.config.vision_config.temporal_patch_size / video_fps
-                given["second_per_grid_ts"] = torch.full((len(grids),), seconds, device=grids.device)
+                multimodal["second_per_grid_ts"] = torch.full((len(grids),), seconds, device=grids.device)
         training = vlm.training
         vlm.eval()  # training mode would disable the KV cache (activation checkpointing) and enable dropout
         try:
@@ -186,7 +187,7 @@ class Qwen25VL(VlmFamily):
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
                 synced_gpus=synced,
-                **given,
+                **multimodal,
             )
         finally:
             vlm.train(training)
@@ -196,27 +197,30 @@ class Qwen25VL(VlmFamily):
     def vision_flops(self, tower: nn.Module, grids: Sequence[Sequence[int]]) -> float:
         config, modules = cast(Any, tower.config), cast(Any, tower)
         patches = sum(time * height * width for time, height, width in grids)
-        side = config.window_size // config.patch_size  # patches, a multiple of the merge size
-        # A few blocks attend over the whole frame, the others within windows.
-        whole = sum(time * (height * width) ** 2 for time, height, width in grids)
-        windows = sum(time * squares(height, side) * squares(width, side) for time, height, width in grids)
-        full = len(config.fullatt_block_indexes)
-        scores = attention(config.hidden_size, full * whole + (config.depth - full) * windows)
+        # A few blocks attend over the whole frame, the others within square windows.
+        side = config.window_size // config.patch_size  # in patches
+        frame_pairs = sum(time * (height * width) ** 2 for time, height, width in grids)
+        # A window of a x b patches has (a * b) ** 2 pairs. Their sum over all windows of a frame is a product of sums
+        # over the rows and the columns of windows.
+        window_pairs = sum(time * squares(height, side) * squares(width, side) for time, height, width in grids)
+        frame_blocks = len(config.fullatt_block_indexes)
+        window_blocks = config.depth - frame_blocks
+        scores = attention(config.hidden_size, frame_blocks * frame_pairs + window_blocks * window_pairs)
         linear = products(modules.patch_embed, patches) + products(modules.blocks[0], patches) * config.depth
         merger = products(modules.merger, patches // config.spatial_merge_size**2)
         return (linear + scores + merger).forward
 
 
 def squares(length: int, side: int) -> int:
-    """Sum of squared lengths of the windows of `side` that cover `length`; the last one may be shorter."""
+    """Sum of the squared lengths of the windows of length `side` that cover `length`; the last may be shorter."""
     return length // side * side**2 + (length % side) ** 2
 
 
-def _three(raw: Mapping[str, Any], field: str, where: str) -> tuple[float, float, float]:
-    """Three numbers from preprocessor_config.json."""
+def _three(raw: Mapping[str, Any], field: str, location: str) -> tuple[float, float, float]:
+    """Three numbers of preprocessor_config.json, one per channel. Raises ValueError if the field is anything else."""
     values = raw.get(field)
     if not isinstance(values, list) or len(values) != 3:
-        raise ValueError(f"{where}: {field} must be a list of three numbers, found {values!r}")
+        raise ValueError(f"{location}: {field} must be a list of three numbers, found {values!r}")
     return float(values[0]), float(values[1]), float(values[2])
 
 

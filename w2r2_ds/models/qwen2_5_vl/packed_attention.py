@@ -1,14 +1,15 @@
 """Attention for packed sequences: several samples share a sequence, but none attends to another's question or answer.
 
-transformers looks up the attention function by its name in the text model's config and passes on the keyword arguments
-of the model's forward. We register two functions that take the spans of the packed sequence as such a keyword (Python
-integers, no host-device synchronisation) and split the attention accordingly, so that no mask of
-``[length, length]`` is needed:
+A packed sequence consists of groups. A group is a prefix (the frames that its samples share) and one suffix per sample
+(question and answer):
 
 * a prefix attends causally to itself;
-* a suffix attends to its whole prefix and causally to itself. Its queries are the last of its keys, which is
-  bottom-right aligned causal attention.
+* a suffix attends to its whole prefix and causally to itself. Its queries are the last of its keys, which is causal
+  attention aligned to the bottom right corner.
 
+transformers finds the attention function by its name in the text model's config, and passes the keyword arguments of
+the model's forward on to it. The two functions of this file take the spans of the sequence as such a keyword (Python
+integers: no host-device synchronisation) and split the attention, so that no mask ``[length, length]`` is needed.
 Calls without spans (generation, padded batches) use SDPA as transformers does.
 """
 
@@ -30,10 +31,10 @@ from transformers.masking_utils import sdpa_mask
 from w2r2_ds.types.batch import Layout
 
 Spans = tuple[tuple[int, ...], ...]
-"""Per group: begin and end of the prefix, end of every suffix. Groups are contiguous."""
+"""Per group: begin and end of the prefix, end of every suffix. Groups and suffixes are contiguous."""
 
 SPANS = "packed_spans"
-"""Keyword argument of the text model's forward for the spans."""
+"""Name of the text model's keyword argument for the spans."""
 
 PACKED = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_varlen"}
 """`model.attention` -> registered attention function that replaces it for packed sequences."""
@@ -64,10 +65,8 @@ def use_packed_attention(vlm: PreTrainedModel) -> None:
 
 
 def attention_inputs(vlm: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-    """Attention arguments of the text model's forward: the spans of a packed sequence, and no mask.
-
-    Padding needs no mask either: it comes after all tokens whose states are used, and attention is causal.
-    """
+    """Attention arguments of the text model's forward: the spans of a packed sequence, and no mask."""
+    # Padding needs no mask: it comes after all tokens whose states are used, and attention is causal.
     spans = layout.spans
     packed = len(spans) == 1 and vlm.model.language_model.config._attn_implementation in PACKED.values()
     if packed:
@@ -93,21 +92,22 @@ def packed_sdpa(
     """Packed attention on SDPA, with the signature of transformers' attention functions.
 
     Args:
-        query: ``[1, heads, length, size]``.
-        key, value: ``[1, key heads, length, size]``.
+        query: ``[1, heads, length, head size]``.
+        key, value: ``[1, key heads, length, head size]``.
         attention_mask: None with spans.
         packed_spans: spans of the sequence; None uses SDPA as transformers does.
 
     Returns:
-        ``[1, length, heads, size]``, and None in place of attention weights.
+        ``[1, length, heads, head size]``, and None in place of attention weights.
     """
     if packed_spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     _check(query, attention_mask, dropout, packed_spans)
-    # Query, key and value, each cut into prefixes and suffixes in the order of the sequence.
+    # Query, key and value, each cut into prefixes and suffixes in the order of the sequence. Views, no copies.
     split = [torch.split(each, _lengths(packed_spans), dim=2) for each in (query, key, value)]
     results: list[torch.Tensor] = []
     for group in packed_spans:
+        # A group of n + 1 boundaries has n parts; `results` has one tensor per part of the groups before.
         first, last = len(results), len(results) + len(group) - 1
         q, k, v = (parts[first:last] for parts in split)
         options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -120,23 +120,24 @@ def packed_sdpa(
 def _suffixes(
     query: Sequence[torch.Tensor], key: Sequence[torch.Tensor], value: Sequence[torch.Tensor], options: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """Outputs of all suffixes of a group from one SDPA call.
-
-    Suffixes form a batch, padded at the end to the longest. No token before the padding attends to it, since attention
-    is causal; outputs of the padding are cut off.
+    """Outputs of all suffixes of a group from one SDPA call, ``[1, heads, tokens, head size]`` each.
 
     Args:
-        query, key, value: the parts of the group, prefix first, ``[1, heads, tokens, size]`` each.
+        query, key, value: parts of the group, prefix first, ``[1, heads, tokens, head size]`` each.
         options: further arguments of SDPA.
     """
+    # The suffixes form a batch, padded at the end to the longest one. No real token attends to the padding, since
+    # attention is causal; the outputs of the padding are cut off.
     lengths = [each.shape[2] for each in query[1:]]
     count, longest, prefix = len(lengths), max(lengths), key[0].shape[2]
 
     def stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat([pad(each, (0, 0, 0, longest - each.shape[2])) for each in parts[1:]])
 
+    # Every suffix has the keys and values of the prefix before its own.
     keys, values = (torch.cat([parts[0].expand(count, -1, -1, -1), stack(parts)], dim=2) for parts in (key, value))
-    # On a GPU this selects flash attention's bottom-right causal mode; elsewhere SDPA makes the small mask.
+    # Query i attends to the keys up to prefix + i. On a GPU this bias selects flash attention's bottom-right causal
+    # mode; elsewhere SDPA makes the mask [longest, prefix + longest].
     bias = causal_lower_right(longest, prefix + longest)
     output = scaled_dot_product_attention(stack(query), keys, values, attn_mask=bias, **options)
     return [output[i : i + 1, :, :length] for i, length in enumerate(lengths)]
@@ -153,15 +154,14 @@ def packed_varlen(
     packed_spans: Spans | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Packed attention on flash-attn: all prefixes and suffixes are sequences of one variable-length call.
-
-    Arguments and results as of `packed_sdpa`.
-    """
+    """Packed attention on flash-attn, as one call with variable lengths; arguments and results as `packed_sdpa`."""
     if packed_spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     from flash_attn import flash_attn_varlen_func
 
     _check(query, attention_mask, dropout, packed_spans)
+    # Every prefix and every suffix is a sequence of the call. A suffix has the keys of its prefix before its own, so
+    # that keys and values of a prefix are repeated once per suffix.
     lengths, key_lengths = _lengths(packed_spans), _key_lengths(packed_spans)
     keys, values = (_repeat_prefixes(each[0].transpose(0, 1), packed_spans) for each in (key, value))
     output = flash_attn_varlen_func(
@@ -179,7 +179,7 @@ def packed_varlen(
 
 
 def _repeat_prefixes(tokens: torch.Tensor, spans: Spans) -> torch.Tensor:
-    """``[length, key heads, size]`` -> ``[keys, key heads, size]``: every prefix once, and once before each suffix."""
+    """Repeat every prefix before each of its suffixes: ``[length, key heads, head size]`` -> ``[keys, ...]``."""
     parts = torch.split(tokens, _lengths(spans))
     repeated: list[torch.Tensor] = []
     first = 0
@@ -193,12 +193,12 @@ def _repeat_prefixes(tokens: torch.Tensor, spans: Spans) -> torch.Tensor:
 
 
 def _lengths(spans: Spans) -> list[int]:
-    """Tokens of every prefix and suffix, in order."""
+    """Number of tokens of every prefix and suffix, in order."""
     return [end - begin for group in spans for begin, end in pairwise(group)]
 
 
 def _key_lengths(spans: Spans) -> list[int]:
-    """Keys of every prefix (itself) and suffix (its prefix and itself), in order."""
+    """Number of keys of every prefix (its own) and of every suffix (its prefix and its own), in order."""
     lengths = []
     for begin, prefix, *ends in spans:
         lengths.append(prefix - begin)
@@ -208,7 +208,7 @@ def _key_lengths(spans: Spans) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """``[sequences + 1]`` int32 cumulative lengths on a device; cached, since all layers of a pass need the same."""
+    """Cumulative lengths ``[sequences + 1]`` int32 on a device, starting at 0; cached for all layers of a pass."""
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     if device.type == "cuda":  # a copy from pinned memory is asynchronous
         ends = ends.pin_memory()
@@ -216,6 +216,7 @@ def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def _check(query: torch.Tensor, mask: torch.Tensor | None, dropout: float, spans: Spans) -> None:
+    """Check that the arguments of an attention function are those of one whole packed sequence."""
     assert mask is None and not dropout, "a packed sequence has neither a mask nor dropout in its attention"
     assert query.shape[0] == 1 and query.shape[2] == spans[-1][-1], "the spans cover one whole sequence"
 

@@ -1,7 +1,7 @@
 """Inputs of Qwen2.5-VL's vision tower that depend only on the patch grids, computed on the host.
 
-transformers (5.18 and later) accepts them as keyword arguments. By default it computes them from the grids on the
-device, with a few copies to the host per image.
+transformers (5.18 and later) accepts them as keyword arguments. By default it computes them on the device, with several
+copies to the host per image, each of which waits for the device.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ class WindowInputs(TowerInputs):
 
     Attributes:
         positions: ``[patches, 2]`` int64, row and column.
-        order: ``[tokens]`` int64, index of the merged patches, window by window.
-        frames: first patch of every frame, and the number of patches; segments of blocks with full attention.
-        windows: the same for the windows; segments of blocks with window attention.
+        order: ``[tokens]`` int64 permutation of the merged patches: window by window instead of row by row.
+        frames: cumulative number of patches at the frame boundaries, from 0 to ``patches``: the segments of blocks that
+            attend within a frame.
+        windows: the same at the window boundaries, in the order of `order`: the segments of blocks with window
+            attention.
     """
 
     positions: Tensor
@@ -36,7 +38,7 @@ class WindowInputs(TowerInputs):
 
     @classmethod
     def of(cls, grid_thw: Tensor, merge_size: int, window_size: int, patch_size: int) -> WindowInputs:
-        """From ``[images or videos, 3]`` patch grids on the CPU and the sizes of `VisionSpec`."""
+        """Compute the inputs from ``[images or videos, 3]`` patch grids on the CPU and the sizes of `VisionSpec`."""
         order, windows = get_vision_window_index(grid_thw, merge_size, window_size, patch_size)
         return cls(
             positions=get_vision_position_ids(grid_thw, merge_size),
@@ -51,12 +53,13 @@ class WindowInputs(TowerInputs):
         Args:
             config: configuration of the vision tower.
         """
-        # Flash attention's kernel reads the segments on the device. All other implementations loop over them in Python.
+        # Flash attention's kernel reads the segments on the device. All other implementations loop over them in Python,
+        # for which a tensor on the device would have to be copied back.
         flash = is_flash_attention_requested(config)
         device = self.positions.device if flash else torch.device("cpu")
         result: dict[str, Any] = {"position_ids": self.positions, "window_index": self.order}
-        for name, begins in (("seqlen", self.frames), ("window_seqlen", self.windows)):
-            result[f"cu_{name}s"] = torch.tensor(begins, dtype=torch.int32).to(device, non_blocking=True)
+        for name, boundaries in (("seqlen", self.frames), ("window_seqlen", self.windows)):
+            result[f"cu_{name}s"] = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
             if flash:
-                result[f"max_{name}"] = max(end - begin for begin, end in pairwise(begins))
+                result[f"max_{name}"] = max(end - begin for begin, end in pairwise(boundaries))
         return result
