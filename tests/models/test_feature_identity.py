@@ -117,6 +117,6 @@ def test_weights_of_a_hub_id_are_downloaded(model_config: ModelConfig, monkeypat
 
 def test_folder_that_cannot_be_made(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"data\.cache is .*/file/cache, which cannot be made \(.*\); name another"):
+    with pytest.raises(ValueError, match=r"data\.cache is .*/file/cache, which cannot be created \(.*\); name another"):
         open_cache(data_config(cache=str(tmp_path / "file" / "cache")), model_config)
     assert open_cache(data_config(), model_config) is None

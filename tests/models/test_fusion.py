@@ -374,7 +374,7 @@ def test_masking_applies_to_the_fused_pass_only(model_config: Any, batch_of: Any
         before = [tokens.clone() for tokens in tower.pooler_output]
         merged = model.merge(features)
         owners = list(zip(batch.visuals.ids, map(len, features), strict=True))
-        mask = functools.partial(mask_images, owners=owners, share=0.5, seed=0, step=0)
+        mask = functools.partial(mask_images, samples=owners, ratio=0.5, seed=0, step=0)
         masked = model.fuse(tower, merged, mask).pooler_output
     for visual_only, fused, geometry in zip(before, masked, merged.split([len(t) for t in before]), strict=True):
         single = (fused == geometry).all(-1)

@@ -61,5 +61,5 @@ def test_masked_tokens_have_no_gradient() -> None:
     result = mask_2d(visual, 0.4)
     result.sum().backward()
     assert visual.grad is not None and torch.equal(visual.grad == 0, result == 0)
-    with pytest.raises(AssertionError, match="share of the tokens"):
+    with pytest.raises(AssertionError, match="ratio of masked tokens"):
         mask_2d(visual, 1.1)

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from w2r2_ds.models.loading import whole_weights
+from w2r2_ds.models.loading import without_zero3_init
 from w2r2_ds.models.vggt.loading import save_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
 
@@ -132,7 +132,7 @@ def build_tiny_vlm(
         tied=tie,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]), whole_weights():
+    with torch.random.fork_rng(devices=[]), without_zero3_init():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(

@@ -11,8 +11,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / rms(x) * weight`` over the last dimension; division in float32, product in the dtype of ``x``."""
     from liger_kernel.ops import LigerRMSNormFunction
 
-    # Offset 0 and Llama's casting mode are transformers' formula. in_place False: by default Liger's backward pass writes
-    # the gradient of x into the memory of the output's gradient, which the residual connection still needs.
+    # Offset 0 and Llama's casting mode are transformers' formula. in_place False: by default Liger's backward pass
+    # writes the gradient of x into the memory of the output's gradient, which the residual connection still needs.
     normed: Tensor = LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
     return normed
 

@@ -142,7 +142,7 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
     """
     vlm, geometry = load_config(config.vlm), config.geometry
     text, spec = vlm.get_text_config(), geometry_spec(geometry)
-    # Values of the configuration, not attributes of the loaded encoder: a plug-in has only the members of its interface.
+    # From the configuration, not from attributes of the loaded encoder: a plug-in has only those of its interface.
     return {
         "vlm_weights": weights_identity(config.vlm),
         "model_type": vlm.model_type,

@@ -259,15 +259,15 @@ def register_family(family: VlmFamily) -> None:
     VLM_FAMILIES[family.model_type] = family
 
 
-def find_family(model_type: str | None, where: str = "config.json") -> VlmFamily:
-    """Family of a `model_type`.
+def find_family(model_type: str | None, location: str = "config.json") -> VlmFamily:
+    """The family of a `model_type`.
 
     Raises:
-        ValueError: no such family; the message names the file `where`.
+        ValueError: there is no such family; the message names the file `location`.
     """
     if model_type in BUILT_IN and model_type not in VLM_FAMILIES:
         import_module(BUILT_IN[model_type])
     if model_type not in VLM_FAMILIES:
         known = " or ".join(sorted({*BUILT_IN, *VLM_FAMILIES}))
-        raise ValueError(f"{where}: model_type {model_type!r} is not supported; use a model of type {known}")
+        raise ValueError(f"{location}: model_type {model_type!r} is not supported; use a model of type {known}")
     return VLM_FAMILIES[model_type]

@@ -1,13 +1,13 @@
-"""The FLOP count of matrix products and attention, for MFU in training and for the cost model.
+"""FLOP counts of matrix products and attention, for MFU in training and for the cost model.
 
-Conventions, the same everywhere:
+Conventions:
 
 * A multiply-add is two operations. Only matrix products count; norms, activations, softmax and rotary positions do not.
-* A backward pass computes the gradient of a product's input, and that of its weights only where they train. LoRA
+* A backward pass computes the gradient of a product's input, and the gradient of its weights if they train. LoRA
   therefore counts 4 operations per frozen weight and token, full fine-tuning 6.
 * Causal attention: *model* FLOPs count all pairs of tokens of a sample, including the half that a causal mask excludes
-  (PaLM, appendix B; nanoGPT and torchtitan count so too). Of the operations that a causal kernel executes, half are in
-  a causal block; the cost model predicts these with ``causal=True``. `tokens_and_pairs` is the only place of this rule.
+  (as in PaLM, appendix B, nanoGPT and torchtitan). A causal kernel executes about half of them; the cost model counts
+  these with ``causal=True`` (`tokens_and_pairs`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a pass.
+    """FLOPs of a forward pass, and of forward and backward.
 
     Attributes:
         forward: FLOPs of the forward pass.
@@ -40,33 +40,33 @@ class Work:
 
 
 def products(module: nn.Module, rows: int) -> Work:
-    """All linear layers and convolutions of a module, each applied to `rows` rows (tokens or patches)."""
+    """FLOPs of all linear layers and convolutions of a module, each applied to `rows` tokens or patches."""
     frozen = trained = 0
     for each in module.modules():
         if isinstance(each, nn.Linear | nn.Conv2d | nn.Conv3d):
             weight: Any = each.weight
-            size = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty tensor
+            size = getattr(weight, "ds_numel", weight.numel())  # a weight that ZeRO-3 has partitioned is empty
             frozen, trained = (frozen, trained + size) if weight.requires_grad else (frozen + size, trained)
     return Work(2.0 * rows * (frozen + trained), 2.0 * rows * (2 * frozen + 3 * trained))
 
 
 def attention(channels: int, pairs: float) -> Work:
-    """Scores and weighted values of attention.
+    """FLOPs of attention: scores and weighted values.
 
     Args:
-        channels: heads * channels of a head.
-        pairs: pairs of a query and a key.
+        channels: number of heads * channels of a head.
+        pairs: number of pairs of a query and a key.
     """
     forward = 4.0 * channels * pairs  # two products, a multiply-add each per pair and channel
     return Work(forward, 3 * forward)
 
 
 def tokens_and_pairs(groups: Iterable[Sequence[int]], causal: bool = False) -> tuple[int, float]:
-    """Tokens of packed sequences, a shared prefix once, and pairs of tokens that attend to each other.
+    """Number of tokens of packed sequences, and number of pairs of a token and one that it attends to.
 
     Args:
-        groups: begin, end of the prefix, end of every suffix; as `Layout.spans`.
-        causal: count a causal block at half its pairs, see the module.
+        groups: begin, end of the prefix, end of every suffix, as in `Layout.spans`. The shared prefix counts once.
+        causal: count half of the pairs of a causal block, see the module docstring.
     """
     block = 0.5 if causal else 1.0
     tokens, pairs = 0, 0.0

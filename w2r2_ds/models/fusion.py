@@ -1,9 +1,9 @@
 """Fusions Phi(F2D, G) of visual tokens with merged geometry tokens, selected by `model.fusion`.
 
-A fusion is one class and one entry of `FUSIONS`. `add` is the fusion of VG-LLM; the others are alternatives of its later
-versions (its 4B model on ScanRefer, Acc@0.25: none 31.9, add 36.4, cross-attention 33.7, concat 27.7). Each docstring
-gives the formula, the differences from that source, the initialisation, and Phi(F2D, 0). The *stock VLM* is the
-unchanged model, which answers from F2D.
+A fusion is one class and one entry of `FUSIONS`. `add` is the fusion of VG-LLM; the others are alternatives of its
+later versions (its 4B model on ScanRefer, Acc@0.25: none 31.9, add 36.4, cross-attention 33.7, concat 27.7). Each
+docstring gives the formula, the differences from that source, the initialisation, and Phi(F2D, 0). The *stock VLM* is
+the unchanged model, which answers from F2D.
 
 Every submodule is called once per pass, independent of the number of images: under ZeRO-3 all ranks must make the same
 calls.
@@ -137,11 +137,11 @@ class Gated(Fusion):
 
 
 class CrossAttention(Fusion):
-    """F2D + O softmax(Q K' / sqrt(d)) V within every image: queries from F2D, keys and values from G; 8 heads, one layer.
+    """F2D + O softmax(Q K' / sqrt(d)) V within every image: queries from F2D, keys and values from G.
 
     Q = Wq (RMSNorm(F2D) + p), K = Wk (RMSNorm(G) + p), V = Wv RMSNorm(G). p is a sin-cos embedding of a token's index
     in its image. It is equal for F2D and G, so that a 2D token can attend to the geometry token at its own position. It
-    is not added to V.
+    is not added to V. One layer with 8 heads.
 
     Differences from VG-LLM's later versions: no dropout, no MLP after the attention, positions by row-major index
     instead of row and column, RMSNorm, and linear layers without biases. Hence V is exactly 0 for G = 0, and

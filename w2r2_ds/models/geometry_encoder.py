@@ -1,6 +1,6 @@
-"""`GeometryEncoder`: frames of one scene -> a grid of features per frame, and the registry of encoders.
+"""`GeometryEncoder`, the interface of frozen encoders of the frames of a scene, and the registry of encoders.
 
-The encoders of this package are imported on first use. Those of users are registered by ``--plugin FILE``.
+Built-in encoders are imported on first use. Users register their own in a file that ``--plugin FILE`` imports.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from w2r2_ds.types.geometry import GeometrySpec
 
 
 class GeometryEncoder(ABC):
-    """A frozen encoder of the frames of one scene.
+    """Frozen encoder of the frames of one scene: a grid of features per frame.
 
-    It is not an `nn.Module`. As an attribute of a model it is neither trained, nor sharded or saved by DeepSpeed.
-    Modules that are its attributes appear in the watchdog's reports.
+    It is not an `nn.Module`: as an attribute of a model it is neither trained, nor sharded or saved by DeepSpeed. The
+    watchdog's reports name modules that are attributes of the encoder.
 
     Attributes:
-        spec: sizes of its input and output, from `read_spec`; set by `models.build.load_geometry`.
+        spec: sizes of input and output, the result of `read_spec`; set by `models.build.load_geometry`.
     """
 
     name: ClassVar[str]
@@ -35,25 +35,25 @@ class GeometryEncoder(ABC):
     @classmethod
     @abstractmethod
     def read_spec(cls, config: GeometryConfig) -> GeometrySpec:
-        """Sizes, from configuration files alone.
+        """Patch size and channels, from configuration files alone.
 
         Raises:
-            ValueError: no files at `model.geometry.path`, or a layer does not exist.
+            ValueError: there are no files at `model.geometry.path`, or a layer does not exist.
         """
 
     @classmethod
     @abstractmethod
     def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
-        """All that the features of given images depend on besides name, layers, reference frame and dtype.
+        """Everything that determines the features of given images, besides name, layers, reference frame and dtype.
 
-        Usually a digest of the weights and the model's configuration, as JSON values. It is part of the key of the
-        feature cache.
+        Usually a digest of the weights and the encoder's configuration, as JSON values. It is part of the key of the
+        feature cache and of every checkpoint.
         """
 
     @classmethod
     @abstractmethod
     def load(cls, config: GeometryConfig, dtype: torch.dtype, device: torch.device) -> GeometryEncoder:
-        """The encoder with its weights, frozen, on a device.
+        """Load the encoder with its weights, frozen, on a device.
 
         Raises:
             ValueError: the weights are missing or damaged, or an option has a value that is not supported.
@@ -69,12 +69,11 @@ class GeometryEncoder(ABC):
 
         Returns:
             ``[frames, height / patch_size, width / patch_size, feature_dim]`` on the device of the weights. Several
-            layers are concatenated along the channels, in the order of
-            `model.geometry.layers`.
+            layers are concatenated along the channels, in the order of `model.geometry.layers`.
         """
 
     def flops(self, frames: int, height: int, width: int) -> float:
-        """Model FLOPs of `encode`, for the metric `mfu`; 0 where an encoder does not count them."""
+        """Model FLOPs of `encode`, for the metric `mfu`; 0 if an encoder does not count them."""
         return 0.0
 
 

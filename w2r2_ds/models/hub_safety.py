@@ -1,7 +1,7 @@
 """Reject models that would run remote code or load pickles, before transformers reads them.
 
-``trust_remote_code`` is never set, so that transformers ignores an ``auto_map``. By default three ways remain:
-attention kernels of the hub, a PEFT adapter in the model's directory, and weights that are not safetensors.
+``trust_remote_code`` is never set, so that transformers ignores an ``auto_map``. Three ways remain, which are checked
+here: attention kernels of the hub, a PEFT adapter in the model's directory, and weights that are not safetensors.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from w2r2_ds.utils.safetensors_io import INDEX, weight_files
 CODE_FIELDS = frozenset({"attn_implementation", "_attn_implementation", "experts_implementation"})
 """Fields of a config.json, or of a config inside it, that select an implementation."""
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""Attention -> its package. If it is missing and `kernels` is installed, transformers runs code of the hub instead."""
+"""Attention implementation -> its package.
+
+If it is not installed, but the package `kernels` is, transformers downloads and runs code of the hub instead.
+"""
 
 
-def check_config(raw: Any, where: str) -> None:
+def check_config(raw: Any, location: str) -> None:
     """Check that no field of a config.json selects an implementation of the hub (``OWNER/NAME``).
 
     Args:
         raw: parsed JSON; nested objects are checked too.
-        where: path of the file, for messages.
+        location: path of the file, for messages.
 
     Raises:
-        ValueError: a field does; the message names it.
+        ValueError: a field does.
     """
     for key, value in raw.items() if isinstance(raw, dict) else ():
         if key in CODE_FIELDS and "/" in json.dumps(value):
-            raise ValueError(f"{where}: {key} {value!r} is code of the Hugging Face Hub; remove the field")
-        check_config(value, where)
+            raise ValueError(f"{location}: {key} {value!r} is code of the Hugging Face Hub; remove the field")
+        check_config(value, location)
 
 
 def check_model_files(name: str, attention: str) -> None:
@@ -58,8 +61,8 @@ def check_model_files(name: str, attention: str) -> None:
         )
     if find_adapter_config_file(name) is not None:
         raise ValueError(
-            f"{name} holds a PEFT adapter ({ADAPTER_CONFIG_NAME}); give the model's own directory, and an adapter of "
-            "this project to launchers/evaluate.py --checkpoint"
+            f"{name} holds a PEFT adapter ({ADAPTER_CONFIG_NAME}); pass the model's own directory, and an adapter of "
+            "this project with launchers/evaluate.py --checkpoint"
         )
     if (Path(name) / INDEX).is_file():
         weight_files(Path(name))

@@ -35,7 +35,8 @@ def load_config(name_or_path: str | Path) -> Any:
     """Read and check ``config.json``; returns the transformers config of its ``model_type``.
 
     Raises:
-        ValueError: no such directory, ``config.json`` cannot be read, or its ``model_type`` is not supported.
+        ValueError: there is no such directory, ``config.json`` cannot be read, its ``model_type`` is not supported, or
+            a field selects code of the hub.
     """
     name = _check_name(name_or_path)
     try:
@@ -48,7 +49,7 @@ def load_config(name_or_path: str | Path) -> Any:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class of a config; raises ValueError if its `model_type` is not supported."""
+    """The transformers class of a config. Raises ValueError if its `model_type` is not supported."""
     find_family(config.model_type, config.name_or_path or type(config).__name__)
     found: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     return found
@@ -57,7 +58,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def load_vlm(
     name_or_path: str | Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "sdpa"
 ) -> PreTrainedModel:
-    """Load the whole model, every weight from its files.
+    """Load the whole model; every weight must be in its files.
 
     Args:
         name_or_path: a directory or a hub id.
@@ -65,7 +66,8 @@ def load_vlm(
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` or another one of transformers.
 
     Raises:
-        ValueError: see ``load_config``; also if the weights do not match the config exactly.
+        ValueError: as ``load_config``; also if the weights do not match the config exactly, or the attention
+            implementation is not installed.
     """
     name = _check_name(name_or_path)
     config = load_config(name)
@@ -77,7 +79,7 @@ def load_vlm(
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_loaded` reports them
+            ignore_mismatched_sizes=True,  # reported in `info`, for which `_check_loaded` raises
             trust_remote_code=False,
             use_safetensors=True,  # a .bin is a pickle
         )
@@ -152,11 +154,10 @@ def load_vision_spec(name_or_path: str | Path) -> VisionSpec:
 
 
 @contextmanager
-def whole_weights() -> Iterator[None]:
-    """Context in which model constructors ignore a live ``HfDeepSpeedConfig`` (ZeRO-3) and make whole tensors.
-
-    transformers builds sub-models with ``_from_config``, which would partition them.
-    """
+def without_zero3_init() -> Iterator[None]:
+    """Context in which model constructors ignore an existing ``HfDeepSpeedConfig`` (ZeRO-3) and make whole tensors."""
+    # transformers builds sub-models with `_from_config`, which partitions their weights if this weak reference finds an
+    # `HfDeepSpeedConfig`.
     reference = getattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None)
     live = reference() if reference is not None else None
     hf_deepspeed.unset_hf_deepspeed_config()
@@ -168,18 +169,15 @@ def whole_weights() -> Iterator[None]:
 
 
 def meta_model(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: names, shapes and methods, no weights.
-
-    Never partitioned, also with a live ``HfDeepSpeedConfig``.
-    """
+    """The model on the meta device: names, shapes and methods, no weights. Never partitioned, also under ZeRO-3."""
     config = source if isinstance(source, PreTrainedConfig) else load_config(source)
     chosen = model_class(config)
-    with whole_weights(), torch.device("meta"):
+    with without_zero3_init(), torch.device("meta"):
         return chosen(config).eval()
 
 
 def _check_name(name_or_path: str | Path) -> str:
-    """The name as a string; ValueError if it is neither a directory nor has the form of a hub id."""
+    """The name as a string. Raises ValueError unless it is a directory or has the form of a hub id."""
     name = str(name_or_path)
     if not name or not (Path(name).is_dir() or _HUB_ID.fullmatch(name)):
         raise ValueError(
@@ -188,13 +186,13 @@ def _check_name(name_or_path: str | Path) -> str:
     return name
 
 
-def _unreadable(name: str, what: str, error: Exception) -> str:
-    """Message about a file that cannot be read, for a directory or a hub id."""
+def _unreadable(name: str, files: str, error: Exception) -> str:
+    """Error message for files that cannot be read from a directory or a hub id."""
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if Path(name).is_dir():
-        return f"{name}: cannot read {what} ({first_line}); copy the complete model directory"
+        return f"{name}: cannot read {files} ({first_line}); copy the complete model directory"
     return (
-        f"model {name!r}: no such directory, and as a hub id its {what} could not be fetched ({first_line}); correct "
+        f"model {name!r}: no such directory, and as a hub id its {files} could not be fetched ({first_line}); correct "
         "model.vlm (or --vlm), or fetch the model where there is a network and give its directory"
     )
 

@@ -16,11 +16,11 @@ class GeometryMerger(nn.Module):
     """RMSNorm, 2 x 2 merge, Linear, GELU, Linear: VG-LLM's merger, with its parameter names and initialisation.
 
     Args:
-        feature_dim: channels of a geometry feature (2048 for VGGT: frame and global halves).
+        feature_dim: channels of a geometry feature (2048 for one layer of VGGT).
         hidden_size: width of the language model.
         merger_hidden: width between the two linear layers.
         merge_size: patches per side that become one token, as in the vision tower.
-        init_std: standard deviation of the linear weights; biases start at zero.
+        init_std: standard deviation of the initial linear weights; biases start at zero.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class GeometryMerger(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Merge grids ``[frames, h, w, feature_dim]``, one per sample, to ``[tokens, hidden_size]``.
+        """Merge grids ``[frames, h, w, feature_dim]``, one per frame set, to ``[tokens, hidden_size]``.
 
-        A grid gives ``frames * (h // m) * (w // m)`` tokens, possibly none: rows and columns that do not fill a merge
-        cell are cropped at the bottom and the right. Tokens are in the vision tower's order: sample, frame, row,
-        column. Features are cast to the weights' dtype; the result has that dtype.
+        A grid gives ``frames * (h // m) * (w // m)`` tokens: rows and columns at the bottom and the right that do not
+        fill a merge cell are cropped. Tokens are in the vision tower's order: frame set, frame, row, column. Features
+        are cast to the weights' dtype; the result has that dtype.
 
-        Every submodule is called once, for any number and sizes of samples: ZeRO-3 needs the same
-        calls on every rank.
+        Every submodule is called once, for any number of grids, also for none: ZeRO-3 needs the same calls on every
+        rank.
 
         Raises:
-            ValueError: wrong rank or channels, or a grid smaller than one merge cell.
+            ValueError: a grid has another number of dimensions or channels, or is smaller than one merge cell.
         """
         for grid in features:
             if grid.dim() != 4 or grid.shape[-1] != self.feature_dim:
@@ -68,7 +68,9 @@ class GeometryMerger(nn.Module):
 
 
 class CellNorm(nn.Module):
-    """RMSNorm of all grids, in the order of merge cells: a module, because ZeRO-3 gathers a weight for its module."""
+    """RMSNorm of the features of all grids, grouped into merge cells."""
+
+    # A module of its own: ZeRO-3 gathers a weight in the hooks of the module that owns it.
 
     def __init__(self, feature_dim: int, merge_size: int) -> None:
         super().__init__()
@@ -76,15 +78,15 @@ class CellNorm(nn.Module):
         self.merge_size = merge_size
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``[tokens, merge_size ** 2, feature_dim]`` in the dtype of the weight."""
-        # The empty first operand keeps one concatenation and one norm where a batch has no features.
+        """Grids ``[frames, h, w, feature_dim]`` -> ``[tokens, merge_size ** 2, feature_dim]`` in the weight's dtype."""
+        # The empty first operand lets `torch.cat` and the norm run, and the weight get a gradient, without any grid.
         cells = [self.weight.new_zeros(0, self.merge_size**2, len(self.weight))]
         cells += [merge_cells(grid.to(self.weight.dtype), self.merge_size) for grid in features]
         return rms_norm(torch.cat(cells), (len(self.weight),), self.weight, EPS)
 
 
 def merge_cells(features: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """Group ``[frames, h, w, C]`` into ``[tokens, m * m, C]``, row-major inside a cell, cropping right and bottom.
+    """Group ``[frames, h, w, C]`` into cells ``[tokens, m * m, C]``, row-major inside a cell; crops bottom and right.
 
     Raises:
         ValueError: the grid is smaller than one cell.
@@ -95,17 +97,18 @@ def merge_cells(features: torch.Tensor, merge_size: int) -> torch.Tensor:
         raise ValueError(f"geometry merger: a {height} x {width} grid holds no {merge_size} x {merge_size} cell")
     cropped = features[:, : rows * merge_size, : columns * merge_size]
     grid = cropped.reshape(frames, rows, merge_size, columns, merge_size, channels)
+    # -> [frame, cell row, cell column, row in cell, column in cell, channel]
     return grid.permute(0, 1, 3, 2, 4, 5).reshape(frames * rows * columns, merge_size**2, channels)
 
 
 def pair_frames(features: torch.Tensor) -> torch.Tensor:
-    """Mean of consecutive frame pairs, ``[frames, h, w, C]`` to ``[ceil(frames / 2), h, w, C]``, same dtype.
+    """Mean of consecutive frames in pairs, ``[frames, h, w, C]`` -> ``[ceil(frames / 2), h, w, C]``, same dtype.
 
-    A temporal patch of a video covers two frames; an odd last frame is paired with itself, as the vision
-    tower's pre-processing does. The mean is taken in float32.
+    A temporal patch of a video covers two frames. An odd last frame is paired with itself, as in the pre-processing of
+    the vision tower. The mean is computed in float32.
 
     Raises:
-        ValueError: wrong rank or no frames.
+        ValueError: another number of dimensions, or no frames.
     """
     if features.dim() != 4 or features.shape[0] == 0:
         raise ValueError(f"geometry features are {tuple(features.shape)}, expected [frames >= 1, h, w, channels]")

@@ -1,4 +1,4 @@
-"""Save and load geometry merger and fusion: ``geometry_merger.safetensors`` of an export or a VG-LLM import."""
+"""``geometry_merger.safetensors``: the weights of geometry merger and fusion in exports and converted models."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from w2r2_ds.utils.safetensors_io import read_strictly
 
 MERGER = "geometry_merger.safetensors"
 FUSION = "fusion."
-"""Prefix of the fusion's tensors; the merger's have their own names, which are VG-LLM's."""
+"""Prefix of the fusion's tensors. The merger's tensors have no prefix; their names are VG-LLM's."""
 
 
 def merger_tensors(model: W2R2) -> dict[str, torch.Tensor]:
-    """Tensors of the merger by their own names, those of the fusion below `FUSION`; `add` has none."""
+    """Tensors of the file by name; the fusion `add` has none."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.geometry_merger.state_dict().items()}
     return tensors | {FUSION + name: tensor.detach().contiguous() for name, tensor in model.fusion.state_dict().items()}
 
 
 @torch.no_grad()
 def load_merger(model: W2R2, file: Path) -> None:
-    """Fill merger and fusion from a file, strictly, in the model's dtype.
+    """Copy the weights of a file into merger and fusion, in the model's dtype.
 
     Raises:
-        ValueError: the file cannot be read, or does not hold exactly these tensors.
+        ValueError: the file cannot be read, or does not have exactly the model's tensors and shapes.
     """
     own = merger_tensors(model)
-    reshape = "take model.vlm, model.geometry and model.merger_hidden that it was trained with"
+    reshape = "use the model.vlm, model.geometry and model.merger_hidden that it was trained with"
     for name, tensor in read_strictly(file, "the geometry merger", own, "another model.fusion", reshape).items():
         own[name].copy_(tensor)

@@ -136,7 +136,7 @@ class W2R2Step(nn.Module):
             return None
         owners = list(zip(batch.visuals.ids, map(len, geometry), strict=True))
         ratio = self.objective.visual_mask_ratio
-        return functools.partial(mask_images, owners=owners, share=ratio, seed=self.seed, step=optimizer_step)
+        return functools.partial(mask_images, samples=owners, ratio=ratio, seed=self.seed, step=optimizer_step)
 
     def measure_decode_gap(self, batch: Batch, visual: VisionOutput, geometry: list[Tensor]) -> Tensor:
         """``[batch, 2]`` similarity s of the shortcut's answer: teacher-forced, greedily decoded."""

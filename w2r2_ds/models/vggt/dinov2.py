@@ -1,4 +1,4 @@
-"""DINOv2 with registers: the ViT of VGGT's patch embedding.
+"""DINOv2 with registers, the ViT of VGGT's patch embedding.
 
 M. Oquab et al., "DINOv2", arXiv 2304.07193; T. Darcet et al., "Vision Transformers Need Registers", arXiv 2309.16588.
 """
@@ -17,15 +17,15 @@ EPS = 1e-6
 
 
 def resample_position_table(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Fit a square position table to a grid of patches; the class token's row is kept.
+    """Interpolate a learned, square position table to another grid of patches (bicubic, antialiased, in float32).
 
     Args:
         table: ``[1, 1 + side * side, dim]``, class token first, then a row-major square grid.
-        rows: patches from top to bottom.
-        columns: patches from left to right.
+        rows: number of patches from top to bottom.
+        columns: number of patches from left to right.
 
     Returns:
-        ``[1, 1 + rows * columns, dim]`` of the table's dtype; interpolated in float32 (bicubic, antialiased).
+        ``[1, 1 + rows * columns, dim]`` in the table's dtype; the class token's entry is unchanged.
     """
     side = math.isqrt(table.shape[1] - 1)
     if rows == columns == side:
@@ -36,7 +36,7 @@ def resample_position_table(table: torch.Tensor, rows: int, columns: int) -> tor
 
 
 class DinoViT(nn.Module):
-    """ViT with a class token and registers; no rotary positions, no query/key norm.
+    """ViT with a class token and registers, without rotary positions and query/key norm.
 
     Args:
         img_size: side in pixels of the square images of the learned position table.
@@ -74,7 +74,7 @@ class DinoViT(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Class token, registers and patches (row-major) after the last norm.
+        """Class token, registers and patch tokens (row-major) after the last norm.
 
         Args:
             images: ``[N, 3, H, W]``, normalised by mean and standard deviation.

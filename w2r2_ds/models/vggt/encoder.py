@@ -1,4 +1,4 @@
-"""VGGT as a geometry encoder: patch tokens of some of its layers."""
+"""VGGT as a geometry encoder: patch tokens of selected layers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ REFERENCE_FRAMES = ("first", "last")
 
 @register_geometry_encoder
 class VGGTEncoder(GeometryEncoder):
-    """Patch tokens of some layers of a frozen VGGT.
+    """Patch tokens of selected layers of a frozen VGGT.
 
     Args:
-        vggt: is put into eval mode and frozen.
-        layers: absolute indices, ``0 .. depth - 1``.
+        vggt: the model; set to eval mode and frozen in place.
+        layers: absolute layer indices, ``0 .. depth - 1``.
         reference_frame: ``"first"``, or ``"last"``: VGGT gets the frames in reverse order, and the features are
             returned in the order of the input.
 
@@ -69,7 +69,8 @@ class VGGTEncoder(GeometryEncoder):
         """
         config, aggregator = self.vggt.config, self.vggt.aggregator
         images = images.to(aggregator.camera_token.device)
-        backwards = self.reference_frame == "last"  # VGGT itself takes frame 0 as the reference
+        # VGGT's own reference is frame 0, so that the last frame is the reference of the reversed frames.
+        backwards = self.reference_frame == "last"
         by_layer = aggregator((images.flip(0) if backwards else images)[None], self.layers)
         tokens = torch.cat([by_layer[layer][0] for layer in self.layers], dim=-1)
         rows, _ = self.spec.grid(*images.shape[-2:])
@@ -77,11 +78,11 @@ class VGGTEncoder(GeometryEncoder):
         return grid.flip(0) if backwards else grid
 
     def flops(self, frames: int, height: int, width: int) -> float:
-        """FLOPs of the ViT and of the blocks up to the deepest selected layer."""
+        """FLOPs of the patch embedding and of the blocks up to the deepest selected layer."""
         config, aggregator = self.vggt.config, self.vggt.aggregator
         rows, columns = self.spec.grid(height, width)
         patches = rows * columns
-        # The ViT has as many tokens: its class token in place of the camera token.
+        # The ViT has the same number of tokens per frame, with a class token in place of the camera token.
         tokens = patches + config.special_tokens
         frame_attention = attention(config.embed_dim, frames * tokens**2).forward
         global_attention = attention(config.embed_dim, (frames * tokens) ** 2).forward
@@ -95,7 +96,7 @@ class VGGTEncoder(GeometryEncoder):
 
 
 def spec_of(config: VGGTConfig, layers: Sequence[int]) -> GeometrySpec:
-    """Sizes of some layers: a layer has the channels of its frame block and of its global block.
+    """Patch size, and channels of the selected layers: each has those of its frame block and of its global block.
 
     Raises:
         ValueError: there are no layers, or one does not exist.

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 RotaryTable = tuple[torch.Tensor, torch.Tensor]
-"""``(cos, sin)``, each ``[..., tokens, 2, head_dim / 4]`` float32; the axis of size 2 is (row, column)."""
+"""``(cos, sin)``, each ``[..., tokens, 2, head_dim / 4]`` float32; the dimension of size 2 is (row, column)."""
 
 
 def grid_positions(rows: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
-    """``[rows * columns, 2]`` int64 ``(row, column)`` of every cell of a grid, row-major, starting at (0, 0)."""
+    """``(row, column)`` of every cell of a grid, ``[rows * columns, 2]`` int64, row-major, starting at (0, 0)."""
     return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
 
 
 def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> RotaryTable:
-    """Cosines and sines of the rotation angles of 2D rotary position embeddings (RoPE), always in float32.
+    """Cosines and sines of the angles of 2D rotary position embeddings (RoPE), always in float32.
 
     The first half of a head's channels encodes the row, the second half the column. In a half of ``d = head_dim / 2``
     channels, the pair of channels ``i`` and ``i + d / 2`` is rotated by the angle ``position * base ** (-2 i / d)``.
@@ -40,7 +40,7 @@ def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
 
     Args:
         x: ``[..., tokens, head_dim]``, any floating dtype.
-        table: from `rotary_table`, leading axes broadcastable to those of `x`.
+        table: result of `rotary_table`; its leading dimensions broadcast to those of `x`.
 
     Returns:
         ``[..., tokens, head_dim]`` float32 (float64 for float64 input).

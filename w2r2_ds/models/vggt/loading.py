@@ -1,4 +1,4 @@
-"""Load and save VGGT directories: ``config.json`` and weights in safetensors files, with strict names and shapes."""
+"""Load and save VGGT directories: ``config.json`` and safetensors files, whose names and shapes must match exactly."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS, weight_files
 
 CONFIG = "config.json"
 HEADS = ("camera_head.", "point_head.", "depth_head.", "track_head.")
-"""Prefixes of the weights of heads, which are skipped."""
+"""Prefixes of the weights of the heads, which are not loaded."""
 FLOATS = ("F64", "F32", "F16", "BF16")
+"""Supported dtypes of weights, in the notation of safetensors."""
 
 
 def load_vggt(source: str | Path) -> VGGT:
@@ -35,6 +36,7 @@ def load_vggt(source: str | Path) -> VGGT:
     """
     directory = locate(source)
     config = read_config(directory)
+    # On the meta device: no memory, and no random initialisation that the weights would overwrite.
     with torch.device("meta"):
         model = VGGT(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -71,7 +73,7 @@ def read_config(directory: Path) -> VGGTConfig:
     """Read ``config.json`` of a VGGT directory.
 
     Raises:
-        ValueError: the file is missing or no JSON object, or a field is unknown or out of range.
+        ValueError: the file is missing or not a JSON object, or a field is unknown or out of range.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -83,7 +85,7 @@ def read_config(directory: Path) -> VGGTConfig:
 
 
 def locate(source: str | Path) -> Path:
-    """The local directory of `source`; a hub id is downloaded.
+    """The local directory of `source`; a hub repository is downloaded if necessary.
 
     Raises:
         ValueError: `source` is neither a directory nor a hub id that can be downloaded.
@@ -109,7 +111,7 @@ def locate(source: str | Path) -> Path:
 
 
 def _read(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Tensors of one file, without those of heads; all names and shapes are checked before any tensor is read."""
+    """Read the tensors of one file except those of heads, as float32, after a check of all names, shapes and dtypes."""
     try:
         with safe_open(file, framework="pt") as opened:
             names = [name for name in opened.keys() if not name.startswith(HEADS)]  # noqa: SIM118
@@ -127,10 +129,10 @@ def _read(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.T
                     raise ValueError(f"{file}: {name} is stored as {part.get_dtype()}; only {', '.join(FLOATS)} load.")
             return {name: opened.get_tensor(name).float() for name in names}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); it is broken or incomplete: fetch it again.") from error
+        raise ValueError(f"{file} cannot be read ({error}); it is damaged or incomplete: fetch it again.") from error
 
 
 def _first(names: Iterable[str]) -> str:
-    """The first name, and the number of further ones."""
+    """The first name and the number of others, for messages."""
     ordered = sorted(names)
     return ordered[0] if len(ordered) == 1 else f"{ordered[0]} and {len(ordered) - 1} more"

@@ -1,9 +1,9 @@
 """VGGT's aggregator (J. Wang et al., "VGGT: Visual Geometry Grounded Transformer", CVPR 2025, arXiv 2503.11651).
 
 DINOv2 turns every frame into patch tokens. A camera token and register tokens are prepended to those of each frame.
-Blocks with attention within one frame alternate with blocks with attention over all frames (alternating attention,
-section 3.2 of the paper). The heads for cameras, depth, points and tracks are not built, and `models/vggt/loading.py`
-skips their weights. Parameters have the names of the public checkpoint.
+Blocks with attention within a frame alternate with blocks with attention over all frames (alternating attention,
+section 3.2 of the paper). The heads for cameras, depth, points and tracks are not built; `models/vggt/loading.py` skips
+their weights. Parameters have the names of the public checkpoint.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ EPS = 1e-5
 
 VIT_LARGE = "dinov2_vitl14_reg"
 """The public code's value of `patch_embed` for the 1B model; the same as ``dinov2`` with the default sizes."""
-UPSTREAM_SWITCHES = ("enable_camera", "enable_point", "enable_depth", "enable_track")
-UPSTREAM_ORDER = {"aa_order": ["frame", "global"], "aa_block_size": 1}
+HEAD_SWITCHES = ("enable_camera", "enable_point", "enable_depth", "enable_track")
+"""Fields of the public code's configuration that enable heads."""
+BLOCK_ORDER = {"aa_order": ["frame", "global"], "aa_block_size": 1}
+"""Fields of the public code's configuration for the order of the blocks, and their only supported values."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -74,21 +76,21 @@ class VGGTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
-        """From the fields of a ``config.json``; missing fields have the values of the 1B model.
+        """Make a configuration from the fields of a ``config.json``; missing fields have the values of the 1B model.
 
         Fields of the public code that enable heads are ignored, and its name of the ViT is replaced by ``dinov2``.
 
         Raises:
-            ValueError: unknown key, or a value out of range.
+            ValueError: a field is unknown, or a value is out of range.
         """
-        given = {key: value for key, value in values.items() if key not in UPSTREAM_SWITCHES}
-        for key, only in UPSTREAM_ORDER.items():
-            if given.pop(key, only) != only:
-                raise ValueError(f"VGGT config: {key} is {values[key]!r}; only {only!r} is supported.")
-        if given.get("patch_embed") == VIT_LARGE:
-            given["patch_embed"] = "dinov2"
+        fields = {key: value for key, value in values.items() if key not in HEAD_SWITCHES}
+        for key, supported in BLOCK_ORDER.items():
+            if fields.pop(key, supported) != supported:
+                raise ValueError(f"VGGT config: {key} is {values[key]!r}; only {supported!r} is supported.")
+        if fields.get("patch_embed") == VIT_LARGE:
+            fields["patch_embed"] = "dinov2"
         try:
-            return cls(**given)
+            return cls(**fields)
         except ValidationError as failure:
             error = failure.errors()[0]
             field = "".join(f"{name!r}: " for name in error["loc"])
@@ -100,12 +102,12 @@ class VGGTConfig:
 
     @property
     def special_tokens(self) -> int:
-        """Tokens before the patches of a frame: one camera token and the registers."""
+        """Number of tokens before the patches of a frame: one camera token and the registers."""
         return 1 + self.num_register_tokens
 
 
 class Aggregator(nn.Module):
-    """Alternating attention over frames.
+    """Alternating attention within frames and over all frames.
 
     The output of layer ``i`` is the concatenation of the outputs of frame block ``i`` and global block ``i``.
     """
@@ -149,7 +151,7 @@ class Aggregator(nn.Module):
         return rotary_table(positions, head_dim, self.config.rope_freq) if self.config.rope_freq else None
 
     def forward(self, images: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """Outputs of the selected layers; blocks after the deepest of them do not run.
+        """Outputs of the selected layers; blocks after the deepest selected layer do not run.
 
         Args:
             images: ``[B, S, 3, H, W]`` floating, RGB in [0, 1]; frame 0 is the reference. H and W are multiples of
@@ -160,24 +162,25 @@ class Aggregator(nn.Module):
             Layer index -> ``[B, S, special + patches, 2 * embed_dim]`` in the dtype of the weights.
 
         Raises:
-            ValueError: images of a wrong shape or size, no layers, or a layer that does not exist.
+            ValueError: the images have a wrong shape, size or dtype, there are no layers, or a layer does not exist.
         """
         self._check(images, layers)
         batch, frames, _, height, width = images.shape
         positions = self.positions(height, width, images.device)
         frame_rope, global_rope = self.rope(positions), self.rope(positions.repeat(frames, 1))
         tokens = self.tokens(images)
-        kept: dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
         for index in range(max(layers) + 1):
             # Tokens are [B * S, N, C] for attention within a frame and [B, S * N, C] for attention over all frames.
             within = self.frame_blocks[index](tokens, frame_rope)
             across = self.global_blocks[index](within.unflatten(0, (batch, frames)).flatten(1, 2), global_rope)
             tokens = across.unflatten(1, (frames, -1)).flatten(0, 1)
             if index in layers:
-                kept[index] = torch.cat((within, tokens), dim=-1).unflatten(0, (batch, frames))
-        return kept
+                outputs[index] = torch.cat((within, tokens), dim=-1).unflatten(0, (batch, frames))
+        return outputs
 
     def _check(self, images: torch.Tensor, layers: Sequence[int]) -> None:
+        """Raise ValueError as documented in `forward`."""
         size, depth = self.config.patch_size, self.config.depth
         if images.dim() != 5 or images.shape[2] != 3 or 0 in images.shape:
             raise ValueError(f"VGGT: images have shape {tuple(images.shape)}; give [batch, frames, 3, height, width].")
@@ -193,6 +196,7 @@ class Aggregator(nn.Module):
 
 
 def _patch_embed(config: VGGTConfig) -> nn.Module:
+    """Patch embedding: a DINOv2 ViT or one convolution."""
     if config.patch_embed == "conv":
         return PatchProjection(config.patch_size, config.embed_dim)
     return DinoViT(
@@ -207,6 +211,7 @@ def _patch_embed(config: VGGTConfig) -> nn.Module:
 
 
 def _blocks(config: VGGTConfig) -> nn.ModuleList:
+    """The frame blocks or the global blocks of all layers."""
     return nn.ModuleList(
         Block(
             config.embed_dim,
@@ -221,7 +226,7 @@ def _blocks(config: VGGTConfig) -> nn.ModuleList:
 
 
 class VGGT(nn.Module):
-    """VGGT without heads.
+    """VGGT without heads: the aggregator, with the parameter names of the public checkpoint.
 
     Args:
         config: sizes.
