@@ -1,11 +1,11 @@
-r"""A geometry encoder of your own, in one file outside the package.
+r"""Example: add a geometry encoder, in one file outside the package.
 
     python launchers/train.py --plugin examples/custom_geometry_encoder.py --config RECIPE.yaml \
         --model.geometry.name frame_difference --model.geometry.path "" --model.geometry.layers "[0, 1]" \
         --data.frame_width 512 ...
 
-`frame_difference` has no weights: a feature is a patch's mean colour relative to the reference frame. Layer i averages
-over patches of 16 pixels and their neighbours up to a distance of i patches.
+`frame_difference` has no weights. A feature is the mean colour of a patch of 16 pixels, minus that of the same patch in
+the reference frame. Layer i also averages over neighbouring patches up to a distance of i.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_e
 from w2r2_ds.types.geometry import GeometrySpec
 
 PATCH = 16
+"""Side of a patch in pixels."""
 
 
 @register_geometry_encoder
@@ -41,7 +42,9 @@ class FrameDifference(GeometryEncoder):
 
     @classmethod
     def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
-        return {"version": 1}  # increase it with every change of the values, so that cached features are not used
+        return {
+            "version": 1
+        }  # increase it when `encode` gives other values, so that older cached features are not used
 
     @classmethod
     def load(cls, config: GeometryConfig, dtype: torch.dtype, device: torch.device) -> FrameDifference:

@@ -1,10 +1,10 @@
-"""A VLM family of your own, in one file outside the package.
+"""Example: add a VLM family, in one file outside the package.
 
     python launchers/train.py --plugin examples/custom_vlm_family.py --config RECIPE.yaml --model.vlm DIRECTORY ...
 
 `stacked_vl` is Qwen2.5-VL with extra visual features for a decoder layer, as in DeepStack (arXiv 2406.04334) and
-Qwen3-VL: its 2D tokens are added once more after the first layer. DIRECTORY is written by
-``StackedVLM.save_pretrained`` and has the tokenizer and processor files of Qwen2.5-VL.
+Qwen3-VL: the 2D tokens are added once more, to the output of the first layer. DIRECTORY is a model saved with
+``StackedVLM.save_pretrained``, with the tokenizer and processor files of Qwen2.5-VL.
 """
 
 from __future__ import annotations
@@ -28,19 +28,26 @@ from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.types.batch import Batch, Visuals
 
 LAYER = 0
-"""Decoder layer after which the features are added."""
+"""Decoder layer to whose output the features are added."""
 
 
 class StackedConfig(Qwen2_5_VLConfig):
+    """Configuration of the model; `model_type` selects the family."""
+
     model_type = "stacked_vl"
 
 
 class StackedVLM(Qwen2_5_VLForConditionalGeneration):
+    """The transformers model."""
+
     config_class = StackedConfig
 
 
 class StackedFamily(Qwen25VL):
-    """Everything but the extra features is inherited. They are a field of the vision output, ``[tokens, hidden]``."""
+    """Qwen2.5-VL with extra features, which are a further field `stacked` of the vision output, ``[tokens, hidden]``.
+
+    Everything else is inherited.
+    """
 
     model_type = "stacked_vl"
 
@@ -70,6 +77,7 @@ class StackedFamily(Qwen25VL):
         return selected  # type: ignore[no-any-return]
 
     def add_layer_features(self, hidden: Tensor, layer: int, batch: Batch, visual: Any) -> Tensor:
+        # The shortcut pass with `train.pass_order: lockstep`: `run_decoder` does not run for it.
         if layer != LAYER or batch.visuals.dummy:  # the tokens of a dummy are in no sequence
             return hidden
         return self.added(hidden, batch.visual_tokens, visual)
@@ -80,18 +88,20 @@ class StackedFamily(Qwen25VL):
             return super().run_decoder(vlm, batch, inputs, visual, *args)
 
     def generate(self, vlm: Any, prompts: Any, visuals: Visuals, visual: Any, *args: Any, **kwargs: Any) -> Any:
+        # In a prompt, the visual tokens are those with a token type other than text (0).
         positions = None if visuals.dummy else prompts.token_types.flatten().nonzero().flatten()
         with self.hooked(vlm, prompts.input_ids.shape[1], positions, visual):
             return super().generate(vlm, prompts, visuals, visual, *args, **kwargs)
 
     @contextmanager
     def hooked(self, vlm: Any, length: int, positions: Tensor | None, visual: Any) -> Iterator[None]:
-        """Add the features to the output of the layer, for inputs of `length` tokens: not to single decoded tokens."""
+        """Context in which the features are added to the output of the layer, for inputs of `length` tokens."""
 
         def hook(module: Any, args: Any, hidden: Tensor) -> Tensor | None:
-            return (
-                self.added(hidden, positions, visual) if positions is not None and hidden.shape[1] == length else None
-            )
+            # Other lengths are single tokens, decoded with the KV cache. None leaves the output unchanged.
+            if positions is None or hidden.shape[1] != length:
+                return None
+            return self.added(hidden, positions, visual)
 
         handle = self.language_model(vlm).layers[LAYER].register_forward_hook(hook)
         try:
@@ -100,7 +110,7 @@ class StackedFamily(Qwen25VL):
             handle.remove()
 
     def added(self, hidden: Tensor, positions: Tensor, visual: Any) -> Tensor:
-        """``[sequences, length, hidden]`` plus the features at flat `positions`."""
+        """Add the features at `positions` (sequence * length + position) to ``[sequences, length, hidden]``."""
         return hidden.flatten(0, 1).index_add(0, positions, visual.stacked).view_as(hidden)
 
 

@@ -130,7 +130,7 @@ def geometry_spec(config: GeometryConfig) -> GeometrySpec:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters of a module by name."""
+    """Parameter name -> trainable parameter."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 

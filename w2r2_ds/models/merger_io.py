@@ -15,7 +15,7 @@ FUSION = "fusion."
 
 
 def merger_tensors(model: W2R2) -> dict[str, torch.Tensor]:
-    """Tensors of the file by name; the fusion `add` has none."""
+    """Tensor name in the file -> tensor; the fusion `add` has none."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.geometry_merger.state_dict().items()}
     return tensors | {FUSION + name: tensor.detach().contiguous() for name, tensor in model.fusion.state_dict().items()}
 
