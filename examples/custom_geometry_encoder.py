@@ -42,9 +42,8 @@ class FrameDifference(GeometryEncoder):
 
     @classmethod
     def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
-        return {
-            "version": 1
-        }  # increase it when `encode` gives other values, so that older cached features are not used
+        # Increase it when `encode` gives other values, so that older cached features are not used.
+        return {"version": 1}
 
     @classmethod
     def load(cls, config: GeometryConfig, dtype: torch.dtype, device: torch.device) -> FrameDifference:

@@ -77,7 +77,7 @@ class StackedFamily(Qwen25VL):
         return selected  # type: ignore[no-any-return]
 
     def add_layer_features(self, hidden: Tensor, layer: int, batch: Batch, visual: Any) -> Tensor:
-        # The shortcut pass with `train.pass_order: lockstep`: `run_decoder` does not run for it.
+        # With `train.pass_order: lockstep` the shortcut's layers run inside those of the fused pass, without its hook.
         if layer != LAYER or batch.visuals.dummy:  # the tokens of a dummy are in no sequence
             return hidden
         return self.added(hidden, batch.visual_tokens, visual)

@@ -26,7 +26,7 @@ def random(*size: int, seed: int = 0) -> torch.Tensor:
 
 def both(function: Callable[..., Any], *inputs: torch.Tensor, leaves: int) -> list[tuple[Any, Any, Any]]:
     """(triton, torch, torch in float32) of results and gradients of the first `leaves` inputs."""
-    ways = []
+    found = []
     for kernels, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float32)):
         given = [x.to(dtype).requires_grad_(i < leaves) if x.is_floating_point() else x for i, x in enumerate(inputs)]
         torch.manual_seed(3)
@@ -34,23 +34,23 @@ def both(function: Callable[..., Any], *inputs: torch.Tensor, leaves: int) -> li
         made = [each for each in (made if isinstance(made, tuple) else (made,))]
         copies = [each.detach().clone() for each in made]
         sum((each * random(*each.shape, seed=9)).float().sum() for each in made if each.requires_grad).backward()
-        ways.append([*copies, *(x.grad for x in given[:leaves])])
-    return list(zip(*ways, strict=True))
+        found.append([*copies, *(x.grad for x in given[:leaves])])
+    return list(zip(*found, strict=True))
 
 
 def close(cases: list[tuple[Any, Any, Any]]) -> None:
-    """No further from float32 than torch's bfloat16 is, and a tenth: the same roundings or fewer."""
+    """Errors relative to float32 are at most 10 % larger than PyTorch's in bfloat16: as many roundings or fewer."""
     for triton, torch_, exact in cases:
-        far, allowed = ((x.float() - exact).norm() / exact.norm() for x in (triton, torch_))
-        assert far <= 1.1 * allowed + 1e-6, f"{far:.2e} from float32, torch {allowed:.2e}"
+        error, allowed = ((x.float() - exact).norm() / exact.norm() for x in (triton, torch_))
+        assert error <= 1.1 * allowed + 1e-6, f"error {error:.2e}, of PyTorch {allowed:.2e}"
 
 
 def test_dual_stream_embed_is_bit_equal() -> None:
     positions = torch.randperm(ROWS, device="cuda")[:900]
-    text, visual, fused = random(1, ROWS, WIDTH), random(900, WIDTH, seed=1), random(900, WIDTH, seed=2)
+    text, shortcut, fused = random(1, ROWS, WIDTH), random(900, WIDTH, seed=1), random(900, WIDTH, seed=2)
     cases = both(
-        lambda text, fused, visual, positions, way: dual_stream_embed(text, positions, visual, fused, way),
-        *(text, fused, visual, positions),
+        lambda text, fused, shortcut, positions, kernels: dual_stream_embed(text, positions, shortcut, fused, kernels),
+        *(text, fused, shortcut, positions),
         leaves=2,
     )
     assert all(torch.equal(triton, torch_) for triton, torch_, _ in cases)
@@ -60,16 +60,24 @@ def test_dual_stream_embed_is_bit_equal() -> None:
 def test_lora(p: float) -> None:
     x, a, b, w, bias = (random(*s) for s in [(ROWS, WIDTH), (16, WIDTH), (256, 16), (256, WIDTH), (256,)])
     close(
-        both(lambda x, a, b, w, bias, way: lora_projection(x, w, bias, a, b, 2.0, p, way), x, a, b, w, bias, leaves=3)
+        both(
+            lambda x, a, b, w, bias, kernels: lora_projection(x, w, bias, a, b, 2.0, p, kernels),
+            x,
+            a,
+            b,
+            w,
+            bias,
+            leaves=3,
+        )
     )
 
 
-def test_dropped_products_of_float32_are_not_tf32() -> None:
+def test_products_of_float32_do_not_use_tf32() -> None:
     x, a, low = random(300, 512).float() + 1e-3, random(16, 512).float() * 1.001, random(300, 16).float() * 1.001
     keep = torch.rand(300, 512, device="cuda") < 0.9
-    for way in (dropout_matmul.down(x, keep, a, 1.0, "triton"), dropout_matmul.down(x, keep, a, 1.0, "torch")):
-        exact = (x.double() * keep) @ a.double().t()
-        assert (way - exact).norm() / exact.norm() < 1e-6
-    got = dropout_matmul.outer(low, x, keep, 1.0, "triton")
+    exact = (x.double() * keep) @ a.double().t()
+    for found in (dropout_matmul.down(x, keep, a, 1.0, "triton"), dropout_matmul.down(x, keep, a, 1.0, "torch")):
+        assert (found - exact).norm() / exact.norm() < 1e-6
+    found = dropout_matmul.outer(low, x, keep, 1.0, "triton")
     exact = low.double().t() @ (x.double() * keep)
-    assert (got - exact).norm() / exact.norm() < 1e-6
+    assert (found - exact).norm() / exact.norm() < 1e-6

@@ -1,4 +1,4 @@
-"""The kernels' numbers without a GPU: the tests of interpreted/, in a process in which Triton interprets."""
+"""The kernels' numbers without a GPU: the tests of interpreted/, in a process with Triton's interpreter."""
 
 from __future__ import annotations
 

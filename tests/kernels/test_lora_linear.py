@@ -1,4 +1,4 @@
-"""The projection that stands in for PEFT's forward: the same numbers, and PEFT's own where it was not made for it."""
+"""The LoRA projection that replaces PEFT's forward: equal numbers, and PEFT's forward in cases it does not support."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from w2r2_ds.kernels.lora_linear import bind_lora
 from w2r2_ds.kernels.select import Implementation
 
 BF16 = torch.bfloat16
-WAYS: tuple[Implementation, ...] = ("torch", "triton")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "triton")
 
 
 class Two(nn.Module):
-    """A projection with a bias and one without, and something between them that LoRA leaves alone."""
+    """A linear layer with bias and one without; LoRA adapts both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Two(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """The same parameters, recomputed in the backward pass."""
+    """A model whose activations are recomputed in the backward pass."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def adapted(dropout: float = 0.0, dtype: torch.dtype = torch.float32, **options:
 
 
 def bound_copy(model: Any) -> Any:
-    """A copy whose projections are bound."""
+    """A copy with bound LoRA projections."""
     twin = copy.deepcopy(model)
     for module in (twin.base_model.model.first, twin.base_model.model.second):
         bind_lora(module, "torch")
@@ -62,7 +62,7 @@ def bound_copy(model: Any) -> Any:
 
 
 def results(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
-    """Output, the input's gradient, and those of LoRA, with one seed for the dropout."""
+    """Output, gradient of the input, and gradients of the LoRA weights, with one seed for the dropout."""
     torch.manual_seed(7)
     leaf = x.clone().requires_grad_()
     out = model(leaf)
@@ -73,7 +73,7 @@ def results(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Dropout of every projection that ours computed."""
+    """Dropout probability of every call of `lora_projection`."""
     made: list[float] = []
     stock = lora_linear.lora_projection
 
@@ -88,7 +88,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("training", [True, False])
 def test_equal_to_peft(calls: list[float], dropout: float, training: bool) -> None:
-    """With the same mask: torch draws it alike. 1e-5 of the largest: float32 in another order."""
+    """PyTorch draws the same mask. Tolerance 1e-5 of the largest value: float32 with another order of summation."""
     model = adapted(dropout).train(training)
     x = torch.randn(3, 5, 24)
     for ours, theirs in zip(results(bound_copy(model), x), results(model, x), strict=True):
@@ -97,7 +97,7 @@ def test_equal_to_peft(calls: list[float], dropout: float, training: bool) -> No
 
 
 def test_bfloat16_is_no_further_from_float32_than_peft() -> None:
-    """The update is added before the output is rounded, not after: one rounding less."""
+    """The update is added before the output is rounded: one rounding less than in PEFT."""
     model = adapted(dtype=torch.bfloat16)
     x = torch.randn(64, 24).bfloat16()
     exact = results(copy.deepcopy(model).float(), x.float())
@@ -117,8 +117,8 @@ def test_checkpointing_draws_the_mask_again(calls: list[float]) -> None:
     assert all(torch.equal(one, two) for one, two in zip(whole, part, strict=True))
 
 
-def test_without_a_graph_nothing_is_kept(calls: list[float]) -> None:
-    """The shortcut stream: no graph, and no dropout by the layers' own flag."""
+def test_without_a_graph_no_tensor_is_saved(calls: list[float]) -> None:
+    """As in the shortcut pass: under no_grad, with the dropout layers in eval mode."""
     model = bound_copy(adapted(0.4))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -129,8 +129,8 @@ def test_without_a_graph_nothing_is_kept(calls: list[float]) -> None:
     assert not kept and not out.requires_grad and calls == [0.0, 0.0]
 
 
-def test_peft_does_what_this_was_not_made_for(calls: list[float]) -> None:
-    """Adapters that are off, merged, two at once, or of another kind; and a frozen base that is not frozen."""
+def test_peft_computes_cases_that_are_not_supported(calls: list[float]) -> None:
+    """Adapters that are disabled, merged, two at once, or of another variant; and a base weight that trains."""
     x = torch.randn(6, 24)
     model = bound_copy(adapted())
     plain = copy.deepcopy(model)
@@ -159,8 +159,8 @@ def test_peft_does_what_this_was_not_made_for(calls: list[float]) -> None:
     assert len(calls) == 7  # the second projection of the last
 
 
-def test_a_weight_that_zero3_has_not_gathered_is_left_to_peft(calls: list[float]) -> None:
-    """Its parameters carry `ds_id`; those of a leaf module, which is gathered whole, `ds_z3_leaf_module` too."""
+def test_peft_computes_with_weights_that_zero3_has_not_gathered(calls: list[float]) -> None:
+    """ZeRO-3's parameters have a `ds_id`; those of a leaf module, gathered together, also `ds_z3_leaf_module`."""
     model = bound_copy(adapted())
     weight = model.base_model.model.first.base_layer.weight
     weight.ds_id = 0
@@ -171,22 +171,22 @@ def test_a_weight_that_zero3_has_not_gathered_is_left_to_peft(calls: list[float]
     assert len(calls) == 3
 
 
-def test_a_rank_whose_tiles_no_gpu_holds_is_torchs() -> None:
-    """Else a launch would end in OutOfResources; here, without the interpreter, a launch would end the test."""
+def test_pytorch_computes_ranks_whose_tiles_exceed_shared_memory() -> None:
+    """A launch would raise OutOfResources; in this test, on the CPU, any launch would raise."""
     fitting = [
         [rank for rank in (8, 16, 32, 64, 128, 256) if dropout_matmul.fits(rank, d)] for d in (BF16, torch.float32)
     ]
     assert fitting == [[8, 16, 32, 64, 128], [8, 16, 32]]
     x, keep, a, low = torch.randn(6, 8), torch.rand(6, 8) < 0.5, torch.randn(33, 8), torch.randn(6, 33)
-    ways = [
+    products = [
         (
-            dropout_matmul.down(x, keep, a, 2.0, way),
-            dropout_matmul.outer(low, x, keep, 2.0, way),
-            dropout_matmul.up_(x * 1, low, a, keep, 2.0, way),
+            dropout_matmul.down(x, keep, a, 2.0, kernels),
+            dropout_matmul.outer(low, x, keep, 2.0, kernels),
+            dropout_matmul.up_(x * 1, low, a, keep, 2.0, kernels),
         )
-        for way in WAYS
+        for kernels in IMPLEMENTATIONS
     ]
-    assert all(torch.equal(one, two) for one, two in zip(*ways, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(*products, strict=True))
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:

@@ -47,7 +47,7 @@ def changed(**values: Any) -> Measurement:
         (changed(failure="CompilationError: at 1:2"), False),
     ],
 )
-def test_a_kernel_must_be_right_and_faster(measurement: Measurement, used: bool) -> None:
+def test_a_kernel_must_be_correct_and_faster(measurement: Measurement, used: bool) -> None:
     assert choose([measurement, changed(name="swiglu")]) == ({"rms_norm", "swiglu"} if used else {"swiglu"})
     assert bool(measurement.rejection) is not used
 
@@ -154,7 +154,7 @@ def test_triton_is_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def work(folder: Path) -> None:
-    """Each rank measures something else; later rank 1 has no Liger."""
+    """The ranks have different measurements; in the second selection, Liger is not installed on rank 1."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         dist.init_process_group("gloo")

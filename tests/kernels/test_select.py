@@ -1,4 +1,4 @@
-"""What `model.kernels` and `model.attention` mean on a machine with and without a GPU, Triton and flash-attn."""
+"""`model.kernels` and `model.attention` on machines with and without a GPU, Triton and flash-attn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from w2r2_ds.kernels import select
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None:
-    """Pretend to be a machine with or without a CUDA device, with these packages installed."""
+    """Simulate a machine with or without a CUDA device, with these packages installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(select, "triton", object() if "triton" in installed else None)
     monkeypatch.setattr(select, "find_spec", lambda name: name if name in installed else None)
@@ -58,7 +58,7 @@ def test_attention_as_logged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("trained", "elsewhere"), [("triton", "auto"), ("auto", "auto"), ("torch", "torch")])
-def test_a_run_of_a_gpu_is_read_without_one(trained: str, elsewhere: str) -> None:
+def test_the_configuration_of_a_gpu_run_loads_without_a_gpu(trained: str, elsewhere: str) -> None:
     config = load_config(overrides=["--model.kernels", trained])
     assert config.model.kernels == trained and RunConfig().model.kernels == "auto"
     assert relocated(config).model.kernels == elsewhere

@@ -1,4 +1,4 @@
-"""Features from the cache are those that the encoders make; what it lacks is made, and only that."""
+"""Cached features equal computed ones; only uncached features are computed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def models(model_config: ModelConfig) -> dict[str, W2R2]:
 
 @pytest.fixture
 def loaded(frontend: VlmFrontend, model_config: ModelConfig, data_config: Any, tmp_path: Path) -> Callable[..., Any]:
-    """`loaded(samples, dtype, **changes)`: a training batch as a loader makes it, with a cache in the test's folder."""
+    """`loaded(samples, dtype, **changes)`: a training batch, with a cache in the test's folder."""
 
     def make(chosen: Sequence[Any], dtype: Any = "float32", cached: str = "geometry", **changes: Any) -> Any:
         config = data_config(**{"cache": str(tmp_path / "cache"), "cached_features": cached, **changes})
@@ -50,7 +50,7 @@ def loaded(frontend: VlmFrontend, model_config: ModelConfig, data_config: Any, t
 
 @pytest.fixture
 def calls(models: dict[str, W2R2], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often both encoders ran since the test began, ``"2d"`` and ``"3d"``."""
+    """Number of calls of both encoders since the test began, ``"2d"`` and ``"3d"``."""
     counted = {"2d": 0, "3d": 0}
 
     def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,13 +68,13 @@ def calls(models: dict[str, W2R2], monkeypatch: pytest.MonkeyPatch) -> dict[str,
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal to the last bit, tensor by tensor."""
+    """Whether two sequences of tensors are equal, bit for bit."""
     return len(one) == len(other) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other))  # noqa: B905
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cold_warm_and_without_a_cache_are_equal_to_the_last_bit(
+def test_features_are_bit_equal_with_an_empty_a_filled_and_no_cache(
     samples: list[Any],
     models: dict[str, W2R2],
     loaded: Callable[..., Any],
@@ -95,12 +95,12 @@ def test_cold_warm_and_without_a_cache_are_equal_to_the_last_bit(
         assert (calls["2d"], calls["3d"]) == made, name
         assert torch.equal(batch.position_ids, plain.position_ids) and batch.visuals.sizes == plain.visuals.sizes
         assert torch.equal(batch.visuals.grid_thw, plain.visuals.grid_thw)
-    # Nothing of the pictures was decoded, and nothing of them travels.
+    # With all features cached, no frame is decoded and the batch has no pixels.
     assert batch.visuals.geometry_images == (None,) * 3 and batch.visuals.uncached == (None,) * 3
     assert len(batch.visuals.pixel_values) == 0
 
 
-def test_geometry_alone_leaves_the_2d_features_to_one_call(
+def test_2d_features_are_computed_in_one_call_if_only_geometry_is_cached(
     samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any], calls: dict[str, int]
 ) -> None:
     model = models["float32"]
@@ -113,7 +113,7 @@ def test_geometry_alone_leaves_the_2d_features_to_one_call(
     assert calls["3d"] == 3
 
 
-def test_packed_samples_share_what_the_cache_has_of_their_frames(
+def test_packed_samples_share_the_cached_features_of_their_frames(
     samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any], calls: dict[str, int]
 ) -> None:
     model, packed = models["float32"], {"questions_per_scene": 2}
@@ -130,9 +130,7 @@ def test_packed_samples_share_what_the_cache_has_of_their_frames(
         flush()
 
 
-def test_what_is_not_computed_counts_for_no_speed(
-    samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any]
-) -> None:
+def test_cached_features_have_no_flops(samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any]) -> None:
     model = models["float32"]
     plain = loaded(samples, cache="").visuals
     cold = loaded(samples, **BOTH).visuals
@@ -144,7 +142,7 @@ def test_what_is_not_computed_counts_for_no_speed(
     assert geometry_flops(model.geometry, warm) == vision_flops(model, warm) == 0
 
 
-def test_a_cache_that_may_not_be_listed_ends_no_run(
+def test_a_cache_folder_without_read_permission_is_no_error(
     samples: list[Any], loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(cache: FeatureStore) -> int:
@@ -155,18 +153,18 @@ def test_a_cache_that_may_not_be_listed_ends_no_run(
     assert describe_cache(FeatureStore(tmp_path, 2**30)).endswith(": size unknown, another's cannot be listed")
 
 
-def test_a_limit_that_the_disk_cannot_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that is filled on first use has no forecast, and a full disk would cost a checkpoint."""
+def test_a_limit_above_the_free_space_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is filled during training has no size check, and a full disk would end the run."""
     for free, lines in ((2**30, 1), (2**29, 2)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
-        said = describe_cache(FeatureStore(tmp_path, 2**30)).splitlines()
+        logged = describe_cache(FeatureStore(tmp_path, 2**30)).splitlines()
         assert (
-            said[0] == f"feature cache {tmp_path}: 0 GiB of at most 1 GiB (data.cache_gib), {free / 2**30:g} GiB free"
+            logged[0] == f"feature cache {tmp_path}: 0 GiB of at most 1 GiB (data.cache_gib), {free / 2**30:g} GiB free"
         )
-        assert len(said) == lines and all("it may fill the disk" in line for line in said[1:])
+        assert len(logged) == lines and all("it may fill the disk" in line for line in logged[1:])
 
 
-def test_only_what_is_missing_is_made(
+def test_only_missing_features_are_computed(
     samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any], calls: dict[str, int]
 ) -> None:
     model = models["float32"]
@@ -188,14 +186,14 @@ def test_only_what_is_missing_is_made(
     assert same(features[1], model.encode_2d(loaded(samples, **BOTH).visuals).pooler_output)
 
 
-def test_a_rank_calls_the_tower_as_often_as_the_one_that_lacks_most(
+def test_additional_tower_calls_do_not_change_the_features(
     samples: list[Any],
     text_samples: list[Any],
     models: dict[str, W2R2],
     loaded: Callable[..., Any],
     calls: dict[str, int],
 ) -> None:
-    """With the dummy; what it gives goes nowhere."""
+    """Under ZeRO-3 all ranks call the tower equally often; the additional calls run on the dummy."""
     model = models["float32"]
     cold = loaded(samples, **BOTH).visuals
     assert num_tower_calls(cold) == 3
@@ -211,7 +209,7 @@ def test_a_rank_calls_the_tower_as_often_as_the_one_that_lacks_most(
     assert calls["2d"] == 8
 
 
-def test_loader_processes_look_features_up(
+def test_dataloader_workers_read_the_cache(
     samples: list[Any],
     frontend: VlmFrontend,
     model_config: ModelConfig,
@@ -219,7 +217,7 @@ def test_loader_processes_look_features_up(
     data_config: Any,
     tmp_path: Any,
 ) -> None:
-    """Features come through shared memory as they are."""
+    """Features are unchanged by the transfer through shared memory."""
     model = models["float32"]
     config: DataConfig = data_config(cache=str(tmp_path), cached_features="geometry+2d", workers=2)
     with_cache = replace(frontend, cache=open_cache(config, model_config))
@@ -233,14 +231,14 @@ def test_loader_processes_look_features_up(
     assert all(same(cold, warm) for cold, warm in zip(*made, strict=True))
 
 
-def test_a_frame_that_is_replaced_while_it_is_read_is_read_again(
+def test_a_frame_that_is_replaced_while_it_is_read_does_not_spoil_the_cache(
     samples: list[Any],
     models: dict[str, W2R2],
     loaded: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else the features of the new frame would lie under the key of the old one, for ever."""
+    """The features of the new frame must not be stored under the key of the old one."""
     paths = [Path(shutil.copy(path, tmp_path / path.name)) for path in samples[0].frames]
     moved = replace(samples[0], frames=tuple(paths))
     real = visual_inputs.load_frame
@@ -253,26 +251,26 @@ def test_a_frame_that_is_replaced_while_it_is_read_is_read_again(
     monkeypatch.setattr(visual_inputs, "load_frame", replaced_before)
     (cold,) = models["float32"].encode_3d(loaded([moved]).visuals)
     flush()
-    (alone,) = models["float32"].encode_3d(loaded([moved], cache="").visuals)
-    assert torch.equal(cold, alone)
-    shutil.copy(samples[0].frames[0], paths[0])  # as it was: the key of before
+    (uncached,) = models["float32"].encode_3d(loaded([moved], cache="").visuals)
+    assert torch.equal(cold, uncached)
+    shutil.copy(samples[0].frames[0], paths[0])  # the old content again, and with it the old key
     assert loaded([moved]).visuals.cached_3d[0].features is None
 
 
-def test_the_geometry_swap_neither_reads_nor_keeps_anything(
+def test_shuffled_geometry_does_not_use_the_cache(
     samples: list[Any], frontend: VlmFrontend, model_config: ModelConfig, data_config: Any, tmp_path: Path
 ) -> None:
     rooms = [replace(sample, scene_id=f"scene000{index}_00") for index, sample in enumerate(samples[:2])]
     config = data_config(cache=str(tmp_path))
-    asking = replace(frontend, cache=open_cache(config, model_config))
+    with_cache = replace(frontend, cache=open_cache(config, model_config))
     with pytest.raises(AssertionError, match="no feature cache"):
-        ShuffledGeometry(make_processor(asking, config), rooms)(rooms[0], False)
-    features = ShuffledGeometry(make_processor(replace(asking, cache=None), config), rooms)(rooms[0], False)
+        ShuffledGeometry(make_processor(with_cache, config), rooms)(rooms[0], False)
+    features = ShuffledGeometry(make_processor(frontend, config), rooms)(rooms[0], False)
     assert features.visual.cached_3d is None and features.visual.cached_2d is None
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_served_and_a_swap_is_not(
+def test_evaluation_uses_the_cache_except_with_shuffled_geometry(
     samples: list[Any],
     frontend: VlmFrontend,
     model_config: ModelConfig,
@@ -281,7 +279,7 @@ def test_an_evaluation_is_served_and_a_swap_is_not(
     calls: dict[str, int],
     tmp_path: Path,
 ) -> None:
-    """Under inference mode; the swapped geometry is the same with the cache as without, and none is kept."""
+    """In inference mode. Shuffled geometry is the same with and without a cache, and none of it is stored."""
     model, cache = models["float32"], tmp_path / "cache"
     rooms = [replace(sample, scene_id=f"scene000{index}_00") for index, sample in enumerate(samples)]
     given: list[list[torch.Tensor]] = []
@@ -290,9 +288,9 @@ def test_an_evaluation_is_served_and_a_swap_is_not(
 
     def answered(geometry: str, folder: str) -> tuple[list[Any], list[torch.Tensor]]:
         config = data_config(cache=folder, cached_features="geometry+2d")
-        asking = replace(frontend, cache=open_cache(config, model_config))
+        with_cache = replace(frontend, cache=open_cache(config, model_config))
         given.clear()
-        records = list(Answerer(model, asking, config, geometry, rooms, 2, 3).records(rooms))
+        records = list(Answerer(model, with_cache, config, geometry, rooms, 2, 3).records(rooms))
         flush()
         return records, [features for batch in given for features in batch]
 

@@ -196,7 +196,7 @@ def test_the_computed_size_of_a_feature_file_includes_the_layer_features(
 
 
 def test_only_the_registry_and_the_default_model_name_a_family() -> None:
-    """Code without comments and docstrings, outside the family's folder and what is about one model (demo, bench)."""
+    """In code without comments and docstrings, outside the family's folder and packages for one model (demo, bench)."""
     root = Path(w2r2_ds.__file__).parent
     found: dict[str, list[str]] = {}
     for file in sorted(root.rglob("*.py")):
@@ -217,7 +217,7 @@ def test_only_the_registry_and_the_default_model_name_a_family() -> None:
     assert found == {}
 
 
-def test_an_unknown_family_names_the_file_and_what_is_known() -> None:
+def test_an_unknown_family_names_the_file_and_the_known_families() -> None:
     with pytest.raises(ValueError, match=r"here/config\.json: model_type 'other'.*qwen2_5_vl"):
         find_family("other", "here/config.json")
 

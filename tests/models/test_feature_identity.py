@@ -1,4 +1,4 @@
-"""Keys of the feature cache: everything that changes features changes them; errors of missing weights."""
+"""Keys of the feature cache depend on everything that changes features; errors of missing weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tenso
     return str(target)
 
 
-def test_keys_contain_all_that_features_depend_on(
+def test_keys_depend_on_everything_that_changes_features(
     model_config: ModelConfig, data_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_bit(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -115,7 +115,7 @@ def test_weights_of_a_hub_id_are_downloaded(model_config: ModelConfig, monkeypat
         model_weights("Qwen/some-vlm")
 
 
-def test_folder_that_cannot_be_made(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"data\.cache is .*/file/cache, which cannot be created \(.*\); name another"):
         open_cache(data_config(cache=str(tmp_path / "file" / "cache")), model_config)

@@ -19,10 +19,10 @@ from w2r2_ds.models.token_masking import mask_images
 
 SIZES = (3, 3, 5, 0, 2)
 WIDTH = 16
-KEEPERS = [name for name, kind in FUSIONS.items() if kind.zero_is_stock]
+STOCK_WITHOUT_GEOMETRY = [name for name, kind in FUSIONS.items() if kind.zero_is_stock]
 
 
-def shaken(name: str, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Fusion:
+def randomised(name: str, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Fusion:
     """A fusion whose parameters all differ from their initial values."""
     fusion = make_fusion(name, width).to(dtype)
     generator = torch.Generator().manual_seed(7)
@@ -33,7 +33,7 @@ def shaken(name: str, width: int = WIDTH, dtype: torch.dtype = torch.float64) ->
 
 
 def tokens(count: int = sum(SIZES), width: int = WIDTH, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """F2D, neither centred nor normalised, and geometry."""
+    """F2D with a mean and a scale that differ from 0 and 1, and geometry tokens."""
     generator = torch.Generator().manual_seed(seed)
     visual, geometry = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
     return 3 * visual + 1, geometry
@@ -42,7 +42,7 @@ def tokens(count: int = sum(SIZES), width: int = WIDTH, seed: int = 0) -> tuple[
 def test_make_fusion_covers_the_registry() -> None:
     assert {"add", "concat", "cross_attention", "gated"} == set(FUSIONS)
     assert [type(make_fusion(name, WIDTH)) for name in FUSIONS] == list(FUSIONS.values())
-    assert KEEPERS == ["add", "cross_attention", "gated"]
+    assert STOCK_WITHOUT_GEOMETRY == ["add", "cross_attention", "gated"]
     with pytest.raises(ValueError, match=r"model.fusion is 'sum'; it is one of add, concat"):
         make_fusion("sum", WIDTH)
 
@@ -136,7 +136,7 @@ def attention_by_hand(fusion: Any, visual: torch.Tensor, geometry: torch.Tensor)
 
 
 def test_cross_attention_equals_a_reference_per_image() -> None:
-    fusion = shaken("cross_attention")
+    fusion = randomised("cross_attention")
     visual, geometry = tokens()
     pairs = zip(visual.split(SIZES), geometry.split(SIZES), strict=True)
     expected = torch.cat([attention_by_hand(fusion, v, g) for v, g in pairs if len(v)])
@@ -145,7 +145,7 @@ def test_cross_attention_equals_a_reference_per_image() -> None:
 
 
 def test_cross_attention_is_restricted_to_an_image() -> None:
-    fusion = shaken("cross_attention")
+    fusion = randomised("cross_attention")
     visual, geometry = tokens()
     fused = fusion(visual, geometry, SIZES)
     other = geometry.clone()
@@ -163,7 +163,7 @@ def test_cross_attention_is_restricted_to_an_image() -> None:
 
 def test_cross_attention_depends_on_positions() -> None:
     """Without position embeddings, the order of the geometry tokens would not matter."""
-    fusion = shaken("cross_attention")
+    fusion = randomised("cross_attention")
     visual, geometry = tokens(6)
     assert not torch.allclose(fusion(visual, geometry, [6]), fusion(visual, geometry.flip(0), [6]), atol=1e-3)
     # Positions count within an image: a second image with the same content has the same output.
@@ -187,7 +187,7 @@ def test_width_not_divisible_by_heads() -> None:
 @pytest.mark.parametrize("name", FUSIONS)
 def test_gradients_equal_finite_differences(name: str) -> None:
     width = HEADS if name == "cross_attention" else 4
-    fusion, sizes = shaken(name, width), (2, 0, 1)
+    fusion, sizes = randomised(name, width), (2, 0, 1)
     visual, geometry = (x.clone().requires_grad_() for x in tokens(3, width))
     names = [key for key, _ in fusion.named_parameters()]
 
@@ -201,7 +201,7 @@ def test_gradients_equal_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_a_batch_equals_its_images_one_by_one(name: str) -> None:
-    fusion = shaken(name)
+    fusion = randomised(name)
     visual, geometry = tokens()
     pairs = zip(visual.split(SIZES), geometry.split(SIZES), SIZES, strict=True)
     single = torch.cat([fusion(v, g, [size]) for v, g, size in pairs])
@@ -210,7 +210,7 @@ def test_a_batch_equals_its_images_one_by_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_every_weight_has_a_gradient_without_tokens(name: str) -> None:
-    fusion = shaken(name)
+    fusion = randomised(name)
     visual, geometry = (x.clone().requires_grad_() for x in tokens(0))
     for sizes in ([], [0, 0]):
         fused = fusion(visual, geometry, sizes)
@@ -222,7 +222,7 @@ def test_every_weight_has_a_gradient_without_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_modules_are_called_once_per_pass(name: str) -> None:
-    fusion = shaken(name)
+    fusion = randomised(name)
     calls: dict[str, int] = {}
 
     def count(key: str) -> Callable[..., None]:
@@ -234,10 +234,10 @@ def test_modules_are_called_once_per_pass(name: str) -> None:
     assert calls == {key: 1 for key, _ in fusion.named_modules()}
 
 
-@pytest.mark.parametrize("name", KEEPERS)
+@pytest.mark.parametrize("name", STOCK_WITHOUT_GEOMETRY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_geometry_is_the_stock_vlm_for_all_weights(name: str, dtype: torch.dtype) -> None:
-    fusion = shaken(name, dtype=dtype)
+    fusion = randomised(name, dtype=dtype)
     visual = tokens()[0].to(dtype)
     assert fusion(visual, None, SIZES) is visual
     assert torch.equal(fusion(visual, torch.zeros_like(visual), SIZES), visual)
@@ -249,9 +249,9 @@ def test_initialisation() -> None:
     assert torch.equal(start["add"], visual + geometry)
     assert torch.equal(start["cross_attention"], visual)
     torch.testing.assert_close(start["gated"], visual + geometry / 2, rtol=1e-6, atol=1e-6)
-    heard = start["concat"] - layer_norm(visual, (256,))
+    geometry_part = start["concat"] - layer_norm(visual, (256,))
     # a normal(0, 0.02) projection of 256 channels of unit variance
-    assert heard.std().item() == pytest.approx(0.02 * math.sqrt(256), rel=0.1)
+    assert geometry_part.std().item() == pytest.approx(0.02 * math.sqrt(256), rel=0.1)
 
 
 def test_gradients_of_cross_attention_in_the_first_two_steps() -> None:
@@ -271,7 +271,7 @@ def test_gradients_of_cross_attention_in_the_first_two_steps() -> None:
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_dtypes_and_shape_mismatch(name: str) -> None:
-    fusion = shaken(name, dtype=torch.bfloat16)
+    fusion = randomised(name, dtype=torch.bfloat16)
     visual, geometry = (x.float() for x in tokens())
     assert fusion(visual.bfloat16(), geometry, SIZES).dtype == torch.bfloat16
     assert fusion(visual, geometry, SIZES).dtype == torch.float32
@@ -289,7 +289,7 @@ def composed(model_config: Any, fusion: str, **changes: Any) -> Any:
     model = build_model(
         type(model_config)(**{**vars(model_config), "fusion": fusion, **changes}), torch.device("cpu"), seed=1
     )
-    model.fusion.load_state_dict(shaken(fusion, model.fusion.hidden_size, torch.float32).state_dict())
+    model.fusion.load_state_dict(randomised(fusion, model.fusion.hidden_size, torch.float32).state_dict())
     return model.eval()
 
 
@@ -310,12 +310,12 @@ def test_merged_zeros_are_the_stock_vlm(
     batch = batch_of(samples, visual=visual)
     model = composed(model_config, name)
     tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
-    visual_only = torch.cat(model.fuse(tower, model.zero_geometry_tokens(features)).pooler_output)
+    without_geometry = torch.cat(model.fuse(tower, model.zero_geometry_tokens(features)).pooler_output)
     stock = stock_tokens(model_config, batch.visuals)
-    assert torch.equal(visual_only, stock) == (name in KEEPERS)
+    assert torch.equal(without_geometry, stock) == (name in STOCK_WITHOUT_GEOMETRY)
     fused = model.fuse(tower, model.merge(features))
-    assert not torch.allclose(torch.cat(fused.pooler_output), visual_only, atol=1e-3)
-    assert torch.equal(torch.cat(tower.pooler_output), stock), "the tower's output stays as it was"
+    assert not torch.allclose(torch.cat(fused.pooler_output), without_geometry, atol=1e-3)
+    assert torch.equal(torch.cat(tower.pooler_output), stock), "the tower's output is unchanged"
     assert [len(tokens) for tokens in fused.pooler_output] == [len(tokens) for tokens in tower.pooler_output]
     # Four, three and twelve frames; in a video, pairs of frames.
     assert len(tower.pooler_output) == (4 + 3 + 12 if visual == "images" else 2 + 2 + 6)
@@ -330,11 +330,11 @@ def test_zero_features_give_the_mergers_output_for_zeros(
     model = composed(model_config, name, zero_geometry="features")
     tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
     torch.nn.init.normal_(model.geometry_merger.mlp[2].bias)
-    silent = model.zero_geometry_tokens(features)
-    torch.testing.assert_close(silent, model.geometry_merger.mlp[2].bias.expand_as(silent))
+    zeros = model.zero_geometry_tokens(features)
+    torch.testing.assert_close(zeros, model.geometry_merger.mlp[2].bias.expand_as(zeros))
     visual, sizes = torch.cat(tower.pooler_output), [len(tokens) for tokens in tower.pooler_output]
-    expected = model.fusion(visual, silent, sizes)
-    assert torch.equal(torch.cat(model.fuse(tower, silent).pooler_output), expected)
+    expected = model.fusion(visual, zeros, sizes)
+    assert torch.equal(torch.cat(model.fuse(tower, zeros).pooler_output), expected)
     assert not torch.allclose(expected, visual, atol=1e-3)
 
 
@@ -373,13 +373,13 @@ def test_masking_applies_to_the_fused_pass_only(model_config: Any, batch_of: Any
         tower, features = model.encode_2d(batch.visuals), model.encode_3d(batch.visuals)
         before = [tokens.clone() for tokens in tower.pooler_output]
         merged = model.merge(features)
-        owners = list(zip(batch.visuals.ids, map(len, features), strict=True))
-        mask = functools.partial(mask_images, samples=owners, ratio=0.5, seed=0, step=0)
+        ids_and_sizes = list(zip(batch.visuals.ids, map(len, features), strict=True))
+        mask = functools.partial(mask_images, samples=ids_and_sizes, ratio=0.5, seed=0, step=0)
         masked = model.fuse(tower, merged, mask).pooler_output
-    for visual_only, fused, geometry in zip(before, masked, merged.split([len(t) for t in before]), strict=True):
-        single = (fused == geometry).all(-1)
-        assert int(single.sum()) == math.floor(len(visual_only) / 2 + 0.5)
-        assert torch.equal(fused[~single], (visual_only + geometry)[~single])
+    for without_geometry, fused, geometry in zip(before, masked, merged.split([len(t) for t in before]), strict=True):
+        hidden = (fused == geometry).all(-1)
+        assert int(hidden.sum()) == math.floor(len(without_geometry) / 2 + 0.5)
+        assert torch.equal(fused[~hidden], (without_geometry + geometry)[~hidden])
     assert all(torch.equal(old, now) for old, now in zip(before, tower.pooler_output, strict=True))
     shortcut = model.fuse(tower, model.zero_geometry_tokens(features)).pooler_output
     assert all(torch.equal(old, now) for old, now in zip(before, shortcut, strict=True))

@@ -1,4 +1,4 @@
-"""The geometry merger against its formula, its sizes in the real models, and its one call per pass."""
+"""The geometry merger: formula, sizes in the real models, one call of every module per pass."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_token_order_is_frame_row_column() -> None:
 
 
 def test_samples_of_any_size_are_merged_in_one_call() -> None:
-    """ZeRO-3 needs as many calls on a rank with three samples as on one with none."""
+    """ZeRO-3 needs equally many calls on a rank with three samples and on one with none."""
     torch.manual_seed(0)
     merger = GeometryMerger(8, 12, merger_hidden=16, init_std=0.3).double()
     nn.init.normal_(merger.get_parameter("mlp.2.bias"))
@@ -57,11 +57,11 @@ def test_samples_of_any_size_are_merged_in_one_call() -> None:
             module.register_forward_hook(lambda *call, name=name: calls.append((name, len(call[2]))))
     merged = merger(grids)
     assert calls == [(name, 12 + 0 + 2 + 3) for name in ("ln_q", "mlp.0", "mlp.1", "mlp.2")]
-    alone = torch.cat([merger([grid]) for grid in grids])
-    torch.testing.assert_close(merged, alone, rtol=1e-12, atol=1e-12)
+    one_by_one = torch.cat([merger([grid]) for grid in grids])
+    torch.testing.assert_close(merged, one_by_one, rtol=1e-12, atol=1e-12)
 
 
-def test_no_sample_still_calls_every_module_with_a_gradient() -> None:
+def test_without_samples_every_module_is_called_and_has_a_gradient() -> None:
     merger = GeometryMerger(8, 12, merger_hidden=16)
     for grids in ([], [torch.zeros(0, 4, 4, 8)]):
         merged = merger(grids)

@@ -1,4 +1,4 @@
-"""A small Qwen2.5-VL with every module bound against the stock one: outputs, gradients, cache, checkpointing."""
+"""A small Qwen2.5-VL with every kernel bound, against the stock model: outputs, gradients, KV cache, checkpointing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENS = 6
 
 @pytest.fixture(scope="module")
 def stock() -> Any:
-    """Two layers, grouped queries, a vision block, LoRA that does something, frozen norms that are not all ones."""
+    """Two layers, grouped queries, a vision block, and random weights in LoRA's B and the norms."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     text = {
@@ -41,13 +41,14 @@ def stock() -> Any:
 
 
 def bound(stock: Any, kernels: Kernels) -> Any:
+    """A copy with these kernels."""
     twin = copy.deepcopy(stock)
     bind_kernels(twin.model.language_model, kernels)
     return twin
 
 
 def results(model: Any, checkpointing: bool) -> list[torch.Tensor]:
-    """Last hidden states of two sequences with positions of their own on every axis, and all gradients."""
+    """Last hidden states of two sequences with different positions on every axis, and all gradients."""
     text = model.model.language_model
     text.train(checkpointing)
     if checkpointing:
@@ -63,7 +64,7 @@ def results(model: Any, checkpointing: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kernels", [TORCH_KERNELS, ALL_KERNELS], ids=["torch", "triton"])
 def test_equal_to_the_stock_model(stock: Any, kernels: Kernels, checkpointing: bool) -> None:
-    """1e-4 of the largest: float32 in another order through two layers."""
+    """Tolerance 1e-4 of the largest value: float32 with another order of summation in two layers."""
     ours, theirs = results(bound(stock, kernels), checkpointing), results(copy.deepcopy(stock), checkpointing)
     assert len(ours) == 2 + 2 * 7 * 2
     for one, two in zip(ours, theirs, strict=True):
@@ -75,12 +76,12 @@ def test_cached_generation_and_the_vision_tower(stock: Any) -> None:
     model = bound(stock, ALL_KERNELS)
     ids = torch.tensor([[5, 9, 2, 30]])
     positions = torch.arange(7).expand(3, 1, -1)[..., :4]
-    said = [m.generate(ids, position_ids=positions, max_new_tokens=3, do_sample=False) for m in (model, stock)]
-    assert torch.equal(*said) and said[0].shape == (1, 7)
+    generated = [m.generate(ids, position_ids=positions, max_new_tokens=3, do_sample=False) for m in (model, stock)]
+    assert torch.equal(*generated) and generated[0].shape == (1, 7)
     grid = torch.tensor([[1, 4, 4]])
     pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
-    seen = [m.model.visual(pixels, grid).pooler_output for m in (model, stock)]
-    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+    features = [m.model.visual(pixels, grid).pooler_output for m in (model, stock)]
+    torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
 
 
 def test_every_module_is_bound_and_nothing_else_changes(stock: Any) -> None:

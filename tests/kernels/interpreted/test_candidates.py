@@ -21,7 +21,7 @@ def measured(dtype: torch.dtype = torch.float32) -> dict[str, Measurement]:
     return {each.name: measure.measure(each, TOLERANCE[dtype], lambda run: 1.0) for each in candidates}
 
 
-def test_all_candidates_are_right() -> None:
+def test_all_candidates_are_correct() -> None:
     found = measured()
     assert found.keys() == ALL_KERNELS
     for name, each in found.items():
@@ -30,7 +30,7 @@ def test_all_candidates_are_right() -> None:
 
 
 def test_tolerance_in_bfloat16() -> None:
-    """Own kernels; Liger's do bfloat16 arithmetic, which the interpreter does not round as a GPU does."""
+    """Kernels of this package. Liger's compute in bfloat16, which the interpreter does not round as a GPU does."""
     found = measured(torch.bfloat16)
     for name in ("lora_projection", "dropout_matmul", "dual_stream_embed"):
         assert not found[name].failure and found[name].error <= found[name].tolerance, found[name]

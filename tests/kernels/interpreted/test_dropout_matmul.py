@@ -1,4 +1,4 @@
-"""LoRA's dropped products and the whole projection against PyTorch with the same mask."""
+"""LoRA's products with dropout and the whole projection against PyTorch with the same mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from w2r2_ds.kernels import dropout_matmul
 from w2r2_ds.kernels.lora_linear import lora_projection
 
-WAYS = ("torch", "triton")
+IMPLEMENTATIONS = ("torch", "triton")
 
 
 def matrices(rows: int, width: int, rank: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -19,21 +19,21 @@ def matrices(rows: int, width: int, rank: int, dtype: torch.dtype = torch.float3
     return x, torch.rand(rows, width, generator=generator) < 0.7, a, low, out
 
 
-# Tiles are 64 x 128: within one, over the edges of several, more row tiles than parts would show only with > 1024 rows.
+# Tiles are 64 x 128: less than one tile, and several of which some are incomplete.
 @pytest.mark.parametrize(("rows", "width", "rank"), [(5, 40, 4), (70, 130, 16), (129, 64, 24)])
 def test_products_equal_torch(rows: int, width: int, rank: int) -> None:
     x, keep, a, low, out = matrices(rows, width, rank)
     pairs = [
-        [dropout_matmul.down(x, keep, a, 1.25, way) for way in WAYS],
-        [dropout_matmul.outer(low, x, keep, 1.25, way) for way in WAYS],
-        [dropout_matmul.up_(out.clone(), low, a, keep, 1.25, way) for way in WAYS],
+        [dropout_matmul.down(x, keep, a, 1.25, kernels) for kernels in IMPLEMENTATIONS],
+        [dropout_matmul.outer(low, x, keep, 1.25, kernels) for kernels in IMPLEMENTATIONS],
+        [dropout_matmul.up_(out.clone(), low, a, keep, 1.25, kernels) for kernels in IMPLEMENTATIONS],
     ]
     for one, two in pairs:
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)  # another order of up to 130 summands near 1
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)  # another order of up to 130 terms near 1
 
 
-def test_many_rows_are_split_without_losing_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dropout_matmul, "PARTS", 2)
+def test_rows_are_split_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout_matmul, "MAX_SPLITS", 2)
     x, keep, _, low, _ = matrices(300, 20, 16)
     torch.testing.assert_close(
         dropout_matmul.outer(low, x, keep, 1.0, "triton"),
@@ -44,7 +44,7 @@ def test_many_rows_are_split_without_losing_one(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bfloat16_products_in_float32() -> None:
-    """Inputs of bfloat16 are multiplied exactly and added in float32; torch rounds the dropped x once more, 2**-8."""
+    """bfloat16 inputs are multiplied exactly and added in float32; tolerance: the result is rounded, up to 2**-8."""
     x, keep, a, low, out = matrices(70, 130, 16, torch.bfloat16)
     wide = [m.float() for m in (x, a, low, out)]
     pairs = [
@@ -69,12 +69,12 @@ def test_projection_equals_torch(p: float) -> None:
     x, weight, bias, a, b = (
         torch.randn(*s, generator=generator) for s in [(2, 35, 48), (56, 48), (56,), (8, 48), (56, 8)]
     )
-    ways = []
-    for way in WAYS:
+    results = []
+    for kernels in IMPLEMENTATIONS:
         leaves = [t.clone().requires_grad_() for t in (x, a, b)]
         torch.manual_seed(5)
-        out = lora_projection(leaves[0], weight, bias, leaves[1], leaves[2], 2.0, p, way)
+        out = lora_projection(leaves[0], weight, bias, leaves[1], leaves[2], 2.0, p, kernels)
         out.square().sum().backward()
-        ways.append([out, *(leaf.grad for leaf in leaves)])
-    for one, two in zip(*ways, strict=True):
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(one.detach().abs().max()))

@@ -1,4 +1,4 @@
-"""The two-stream embedding kernel against `index_copy`: both streams, gradients, any order of the visual rows."""
+"""The two-stream embedding kernel against `index_copy`: both streams, gradients, any order of the visual tokens."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def inputs(dtype: torch.dtype, stream: torch.dtype) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(2, 9, HIDDEN, generator=generator).to(stream)
     positions = torch.randperm(18, generator=generator)[:11]
-    visual, fused = (torch.randn(11, HIDDEN, generator=generator).to(dtype) for _ in range(2))
-    return embeddings, positions, visual, fused
+    shortcut, fused = (torch.randn(11, HIDDEN, generator=generator).to(dtype) for _ in range(2))
+    return embeddings, positions, shortcut, fused
 
 
 def test_float32_is_bit_equal() -> None:
-    embeddings, positions, visual, fused = inputs(torch.float32, torch.float32)
+    embeddings, positions, shortcut, fused = inputs(torch.float32, torch.float32)
     results, gradients = [], []
     for kernels in ("torch", "triton"):
         text, tokens = embeddings.clone().requires_grad_(), fused.clone().requires_grad_()
-        shortcut_stream, fused_stream = dual_stream_embed(text, positions, visual, tokens, kernels)
+        shortcut_stream, fused_stream = dual_stream_embed(text, positions, shortcut, tokens, kernels)
         assert fused_stream.requires_grad and not shortcut_stream.requires_grad
-        assert torch.equal(shortcut_stream.flatten(0, 1)[positions], visual)
+        assert torch.equal(shortcut_stream.flatten(0, 1)[positions], shortcut)
         assert torch.equal(fused_stream.flatten(0, 1)[positions], fused)
         weight = torch.arange(1.0, embeddings.numel() + 1).view_as(embeddings)
         (fused_stream * weight).sum().backward()
@@ -39,9 +39,9 @@ def test_float32_is_bit_equal() -> None:
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 def test_bfloat16_tokens_are_copied_exactly(stream: torch.dtype) -> None:
     """A copy rounds nothing, for any dtype of the stream."""
-    embeddings, positions, visual, fused = inputs(torch.bfloat16, stream)
+    embeddings, positions, shortcut, fused = inputs(torch.bfloat16, stream)
     ours, expected = (
-        dual_stream_embed(embeddings, positions, visual, fused, kernels) for kernels in ("triton", "torch")
+        dual_stream_embed(embeddings, positions, shortcut, fused, kernels) for kernels in ("triton", "torch")
     )
     for one, two in zip(ours, expected, strict=True):
         assert one.dtype == two.dtype == stream
@@ -49,14 +49,14 @@ def test_bfloat16_tokens_are_copied_exactly(stream: torch.dtype) -> None:
 
 
 def test_gradient_has_the_dtype_of_the_tokens() -> None:
-    embeddings, positions, visual, fused = inputs(torch.float32, torch.float32)
+    embeddings, positions, shortcut, fused = inputs(torch.float32, torch.float32)
     tokens = fused.to(torch.bfloat16).requires_grad_()
-    dual_stream_embed(embeddings, positions, visual, tokens, "triton")[1].sum().backward()
+    dual_stream_embed(embeddings, positions, shortcut, tokens, "triton")[1].sum().backward()
     assert tokens.grad is not None and tokens.grad.dtype == torch.bfloat16
     assert torch.equal(tokens.grad, torch.ones_like(tokens))
 
 
 def test_without_visual_tokens_both_streams_are_the_text() -> None:
-    embeddings, positions, visual, fused = inputs(torch.float32, torch.float32)
-    for stream in dual_stream_embed(embeddings, positions[:0], visual[:0], fused[:0], "triton"):
+    embeddings, positions, shortcut, fused = inputs(torch.float32, torch.float32)
+    for stream in dual_stream_embed(embeddings, positions[:0], shortcut[:0], fused[:0], "triton"):
         assert torch.equal(stream, embeddings)

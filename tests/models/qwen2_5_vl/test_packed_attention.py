@@ -49,8 +49,10 @@ def documented_varlen(
     softmax_scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
-    """`flash_attn_varlen_func` as flash-attn 2 documents it: packed tokens, int32 ends, fewer key heads than query
-    heads, causality aligned to the bottom right corner."""
+    """`flash_attn_varlen_func` as documented by flash-attn 2, in PyTorch.
+
+    Packed tokens, int32 cumulative lengths, fewer key heads than query heads, causal mask aligned to the bottom right.
+    """
     assert q.ndim == k.ndim == v.ndim == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert causal and not dropout_p and all(each.is_contiguous() for each in (q, k, v))
     assert cu_seqlens_q[0] == cu_seqlens_k[0] == 0
@@ -75,7 +77,7 @@ def documented_varlen(
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package flash_attn with this one function."""
+    """A package flash_attn that has this function only."""
     module = ModuleType("flash_attn")
     module.flash_attn_varlen_func = documented_varlen  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)

@@ -1,4 +1,4 @@
-"""VGGT's names and shapes, reading and writing its directories, and what must hold of any VGGT."""
+"""VGGT: names and shapes of its weights, its directories, and properties of its features."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS
 
 PUBLIC_KEYS = Path(__file__).parents[2] / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"
 TINY = VGGTConfig(img_size=28, embed_dim=32, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)
-SOME = "aggregator.frame_blocks.1.mlp.fc1.weight"
+WEIGHT = "aggregator.frame_blocks.1.mlp.fc1.weight"
 
 
 def tiny(**changes: object) -> VGGT:
-    """Every weight is random: nothing is hidden by a zero or by a small LayerScale."""
+    """A tiny VGGT with random weights everywhere, so that no part is multiplied by zero or by a small LayerScale."""
     torch.manual_seed(0)
     model = VGGT(dataclasses.replace(TINY, **changes))
     with torch.no_grad():
@@ -52,7 +52,7 @@ def run(vggt: VGGT, images: torch.Tensor, *layers: int) -> dict[int, torch.Tenso
         return vggt.aggregator(images, layers)
 
 
-def put(directory: Path, **changes: torch.Tensor | None) -> None:
+def change_weights(directory: Path, **changes: torch.Tensor | None) -> None:
     """Rewrite the weights with some added, replaced or (None) removed; `__` stands for a dot."""
     weights = load_file(directory / WEIGHTS)
     for name, tensor in changes.items():
@@ -78,14 +78,14 @@ def test_default_sizes_give_the_names_and_shapes_of_the_public_checkpoint() -> N
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == wanted
 
 
-def test_what_was_saved_is_loaded(vggt: VGGT, directory: Path) -> None:
+def test_saved_weights_are_loaded(vggt: VGGT, directory: Path) -> None:
     loaded = load_vggt(directory)
     assert loaded.config == vggt.config
     assert same_weights(loaded, vggt)
     assert not loaded.training
 
 
-def test_saving_leaves_two_files(directory: Path) -> None:
+def test_saving_writes_two_files(directory: Path) -> None:
     assert sorted(path.name for path in directory.iterdir()) == sorted([CONFIG, WEIGHTS])
 
 
@@ -96,32 +96,32 @@ def test_weights_are_loaded_in_float32(directory: Path) -> None:
 
 
 def test_a_missing_weight_is_named(directory: Path) -> None:
-    put(directory, **{SOME.replace(".", "__"): None})
-    with pytest.raises(ValueError, match=SOME):
+    change_weights(directory, **{WEIGHT.replace(".", "__"): None})
+    with pytest.raises(ValueError, match=WEIGHT):
         load_vggt(directory)
 
 
 def test_an_unknown_weight_is_named(directory: Path) -> None:
-    put(directory, aggregator__surplus=torch.zeros(1))
+    change_weights(directory, aggregator__surplus=torch.zeros(1))
     with pytest.raises(ValueError, match=r"aggregator\.surplus"):
         load_vggt(directory)
 
 
 def test_a_weight_of_another_shape_is_named_with_both_shapes(directory: Path) -> None:
-    put(directory, **{SOME.replace(".", "__"): torch.zeros(5, 7)})
-    with pytest.raises(ValueError, match=rf"{SOME}.*\[5, 7\].*\[128, 32\]"):
+    change_weights(directory, **{WEIGHT.replace(".", "__"): torch.zeros(5, 7)})
+    with pytest.raises(ValueError, match=rf"{WEIGHT}.*\[5, 7\].*\[128, 32\]"):
         load_vggt(directory)
 
 
 def test_a_quantised_weight_is_named(directory: Path) -> None:
-    put(directory, **{SOME.replace(".", "__"): torch.zeros(128, 32, dtype=torch.int8)})
-    with pytest.raises(ValueError, match=f"{SOME}.*I8"):
+    change_weights(directory, **{WEIGHT.replace(".", "__"): torch.zeros(128, 32, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=f"{WEIGHT}.*I8"):
         load_vggt(directory)
 
 
 @pytest.mark.parametrize("head", ["camera_head", "point_head", "depth_head", "track_head"])
 def test_weights_of_heads_are_skipped(vggt: VGGT, directory: Path, head: str) -> None:
-    put(directory, **{f"{head}__trunk__weight": torch.zeros(3)})
+    change_weights(directory, **{f"{head}__trunk__weight": torch.zeros(3)})
     assert same_weights(load_vggt(directory), vggt)
 
 
@@ -190,7 +190,7 @@ def test_an_unknown_config_field_is_named() -> None:
         VGGTConfig.from_dict({"depht": 24})
 
 
-def test_upstreams_config_describes_the_default_model() -> None:
+def test_the_public_config_is_the_default_model() -> None:
     upstream = {"img_size": 518, "patch_embed": "dinov2_vitl14_reg", "enable_camera": True, "aa_block_size": 1}
     assert VGGTConfig.from_dict(upstream) == VGGTConfig()
 
@@ -206,19 +206,19 @@ def test_a_layer_is_the_same_whether_or_not_deeper_ones_run(vggt: VGGT, images: 
     assert list(run(vggt, images, 1)) == [1]
 
 
-def test_blocks_behind_the_wanted_layer_do_not_run(vggt: VGGT, images: torch.Tensor) -> None:
+def test_blocks_after_the_selected_layer_do_not_run(vggt: VGGT, images: torch.Tensor) -> None:
     with torch.no_grad():
         vggt.aggregator.global_blocks[2].mlp.fc2.bias.fill_(torch.nan)
     assert run(vggt, images, 1)[1].isfinite().all()
     assert run(vggt, images, 2)[2].isnan().any()
 
 
-def test_scenes_of_a_batch_do_not_see_each_other(vggt: VGGT, images: torch.Tensor) -> None:
-    together = run(vggt, images, 2)[2]
-    torch.testing.assert_close(run(vggt, images[1:], 2)[2], together[1:], rtol=1e-4, atol=1e-4)
+def test_scenes_of_a_batch_do_not_attend_to_each_other(vggt: VGGT, images: torch.Tensor) -> None:
+    both = run(vggt, images, 2)[2]
+    torch.testing.assert_close(run(vggt, images[1:], 2)[2], both[1:], rtol=1e-4, atol=1e-4)
 
 
-def test_frames_of_a_scene_see_each_other(vggt: VGGT, images: torch.Tensor) -> None:
+def test_frames_of_a_scene_attend_to_each_other(vggt: VGGT, images: torch.Tensor) -> None:
     changed = images.clone()
     changed[:, 2] = 0
     assert (run(vggt, changed, 0)[0][:, 0] - run(vggt, images, 0)[0][:, 0]).abs().max() > 1e-2
@@ -296,7 +296,7 @@ def test_the_last_frame_as_reference_is_the_first_of_the_reversed_ones(vggt: VGG
 
 
 @pytest.mark.parametrize(("frame", "others"), [("first", [0, 2, 1]), ("last", [1, 0, 2])])
-def test_only_the_reference_frame_has_a_place_of_its_own(
+def test_only_the_position_of_the_reference_frame_matters(
     vggt: VGGT, images: torch.Tensor, frame: str, others: list[int]
 ) -> None:
     encoder = VGGTEncoder(vggt, [2], frame)

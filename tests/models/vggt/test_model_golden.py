@@ -22,7 +22,7 @@ PARTS = find(is_geometry_misc)
 
 
 def config_of(values: dict[str, Any]) -> VGGTConfig:
-    """The recorded configuration in our words: the sizes of the ViT are nested, its name is longer."""
+    """The recorded configuration as a `VGGTConfig`; in the record, the sizes of the ViT are nested."""
     given = {key: value for key, value in values.items() if key != "vit"}
     given |= {f"vit_{key}": value for key, value in (values.get("vit") or {}).items()}
     if given["patch_embed"] != "conv":
@@ -33,7 +33,7 @@ def config_of(values: dict[str, Any]) -> VGGTConfig:
 
 @cache
 def aggregator_of(golden: Golden) -> Aggregator:
-    """The recorded aggregator; every recorded weight must have its place and the other way round."""
+    """The recorded aggregator; recorded and own weights must have the same names."""
     vggt = VGGT(config_of(golden.record["config"]))
     weights = {key.removeprefix("param/"): value for key, value in golden.tensors.items() if key.startswith("param/")}
     vggt.load_state_dict(weights, strict=True)
@@ -43,7 +43,7 @@ def aggregator_of(golden: Golden) -> Aggregator:
 @cache
 @torch.no_grad()
 def computed(golden: Golden, case: str) -> dict[str, torch.Tensor]:
-    """Everything that a case may record, from its images."""
+    """All outputs that a case may record, computed from its images."""
     aggregator, images = aggregator_of(golden), golden.tensors[f"{case}/in/images"]
     batch, frames, _, height, width = images.shape
     flat = images.flatten(0, 1)
@@ -67,7 +67,7 @@ def computed(golden: Golden, case: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def probed(golden: Golden, name: str) -> torch.Tensor:
-    """One module alone, named as in ``probe/out/NAME``."""
+    """Output of one module, named as in ``probe/out/NAME``."""
     aggregator, tensors = aggregator_of(golden), golden.tensors
     matched = re.fullmatch(r"(frame_block|global_block|frame_attn|global_attn|q_norm|k_norm|vit_block)(\d+)", name)
     if name == "vit_norm":
@@ -87,7 +87,7 @@ def probed(golden: Golden, name: str) -> torch.Tensor:
 
 
 def outputs(files: list[Golden], prefix: str) -> list[Any]:
-    """One parameter set ``(file, rest of the key)`` per recorded tensor whose key starts so."""
+    """One parameter set ``(file, rest of the key)`` per recorded tensor whose key starts with `prefix`."""
     return [
         pytest.param(golden, key.removeprefix(prefix), id=f"{golden.name}-{key}")
         for golden in files
@@ -127,7 +127,7 @@ def test_aggregator_gives_the_recorded_output(golden: Golden, case: str, name: s
 
 
 @pytest.mark.parametrize(("golden", "name"), outputs(RUNS, "probe/out/"))
-def test_one_module_alone_gives_the_recorded_output(golden: Golden, name: str) -> None:
+def test_a_single_module_gives_the_recorded_output(golden: Golden, name: str) -> None:
     result, wanted = probed(golden, name), golden.tensors[f"probe/out/{name}"]
     assert tuple(result.shape) == golden.shape(f"probe/out/{name}")
     torch.testing.assert_close(result, wanted, rtol=0, atol=golden.tolerance * max(1.0, float(wanted.abs().max())))
