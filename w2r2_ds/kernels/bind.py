@@ -30,6 +30,7 @@ def bind_kernels(language_model: nn.Module, kernels: Kernels) -> None:
         language_model: `VlmFamily.language_model` of the VLM, LoRA layers in place.
         kernels: names of the kernels to bind; modules without one keep their forward.
     """
+    # `language_model.modules()` also yields LoRA's base and adapter layers, to which no kernel applies.
     for module in language_model.modules():
         if isinstance(module, Linear):
             if "lora_projection" in kernels:

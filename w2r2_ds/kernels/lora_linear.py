@@ -82,6 +82,8 @@ class _Projection(torch.autograd.Function):
         keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - p) if p else None
         low = rows @ a.t() if keep is None else dropout_matmul.down(rows, keep, a, 1 / (1 - p), kernels)
         out.addmm_(low, b.t(), alpha=scale)
+        # The weights are saved as parameters, not as copies: under ZeRO-3 their data is released after the forward, and
+        # gathered again before the backward of the layer.
         ctx.save_for_backward(rows, keep, low, weight, a, b)
         ctx.scale, ctx.p, ctx.kernels, ctx.shape = scale, p, kernels, x.shape
         return out.view(*x.shape[:-1], len(weight))

@@ -90,9 +90,12 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
             f"{config.vlm}/config.json: attention_dropout is {attention_dropout}; set it to 0, because the shortcut "
             "pass must have no dropout."
         )
+    # All new weights are drawn from this seed, equal on all ranks. Unlike the VLM's, they are whole tensors also under
+    # ZeRO-3, until `deepspeed.initialize` partitions them.
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     family = find_family(vlm.config.model_type)
+    # After LoRA, whose layers are among those that get a kernel.
     bind_kernels(family.language_model(vlm), kernels)
     geometry = load_geometry(config, device)
     merge_size = family.tower_sizes(vlm.config).merge_size

@@ -34,6 +34,7 @@ def check_config(raw: Any, location: str) -> None:
     Raises:
         ValueError: a field does.
     """
+    # A field may have one value for the whole model, or an object with one per sub-model: `json.dumps` covers both.
     for key, value in raw.items() if isinstance(raw, dict) else ():
         if key in CODE_FIELDS and "/" in json.dumps(value):
             raise ValueError(f"{location}: {key} {value!r} is code of the Hugging Face Hub; remove the field")

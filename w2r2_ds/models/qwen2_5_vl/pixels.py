@@ -49,6 +49,7 @@ def patchify(
         clips = _clips(normalised, temporal_patch_size)
         grid = [[len(clips), rows, columns]]
     else:
+        # The tower's patches always span `temporal_patch_size` frames.
         clips = np.repeat(normalised[:, None], temporal_patch_size, axis=1)
         grid = [[1, rows, columns]] * len(images)
     return _patchify(clips, patch_size, merge_size), np.array(grid, dtype=np.int64)

@@ -134,6 +134,7 @@ class Aggregator(nn.Module):
         """``[B, S, 3, H, W]`` -> ``[B * S, special + patches, embed_dim]``, the input of frame block 0."""
         batch, frames = images.shape[:2]
         patches = self.patch_tokens(images.flatten(0, 1))
+        # The reference frame has special tokens of its own; all other frames share theirs.
         first_or_other = [0] + [1] * (frames - 1)
         special = torch.cat((self.camera_token, self.register_token), dim=2)[:, first_or_other]
         special = special.expand(batch, -1, -1, -1).flatten(0, 1)
