@@ -70,38 +70,38 @@ class StackedFamily(Qwen25VL):
         output.stacked = stacked
         return output  # type: ignore[no-any-return]
 
-    def select(self, visual: Any, entries: Sequence[int]) -> VisionOutput:
-        selected: Any = super().select(visual, entries)
+    def select(self, visual: Any, indices: Sequence[int]) -> VisionOutput:
+        selected: Any = super().select(visual, indices)
         parts = visual.stacked.split([len(tokens) for tokens in visual.pooler_output])
-        selected.stacked = torch.cat([parts[entry] for entry in entries])
+        selected.stacked = torch.cat([parts[index] for index in indices])
         return selected  # type: ignore[no-any-return]
 
     def add_layer_features(self, hidden: Tensor, layer: int, batch: Batch, visual: Any) -> Tensor:
         # With `train.pass_order: lockstep` the shortcut's layers run inside those of the fused pass, without its hook.
         if layer != LAYER or batch.visuals.dummy:  # the tokens of a dummy are in no sequence
             return hidden
-        return self.added(hidden, batch.visual_tokens, visual)
+        return self.add_features(hidden, batch.visual_tokens, visual)
 
     def run_decoder(self, vlm: Any, batch: Batch, inputs: Tensor, visual: Any, *args: Any) -> Tensor:
         positions = None if batch.visuals.dummy else batch.visual_tokens
-        with self.hooked(vlm, inputs.shape[1], positions, visual):
+        with self.features_hook(vlm, inputs.shape[1], positions, visual):
             return super().run_decoder(vlm, batch, inputs, visual, *args)
 
     def generate(self, vlm: Any, prompts: Any, visuals: Visuals, visual: Any, *args: Any, **kwargs: Any) -> Any:
         # In a prompt, the visual tokens are those with a token type other than text (0).
         positions = None if visuals.dummy else prompts.token_types.flatten().nonzero().flatten()
-        with self.hooked(vlm, prompts.input_ids.shape[1], positions, visual):
+        with self.features_hook(vlm, prompts.input_ids.shape[1], positions, visual):
             return super().generate(vlm, prompts, visuals, visual, *args, **kwargs)
 
     @contextmanager
-    def hooked(self, vlm: Any, length: int, positions: Tensor | None, visual: Any) -> Iterator[None]:
+    def features_hook(self, vlm: Any, length: int, positions: Tensor | None, visual: Any) -> Iterator[None]:
         """Context in which the features are added to the output of the layer, for inputs of `length` tokens."""
 
         def hook(module: Any, args: Any, hidden: Tensor) -> Tensor | None:
             # Other lengths are single tokens, decoded with the KV cache. None leaves the output unchanged.
             if positions is None or hidden.shape[1] != length:
                 return None
-            return self.added(hidden, positions, visual)
+            return self.add_features(hidden, positions, visual)
 
         handle = self.language_model(vlm).layers[LAYER].register_forward_hook(hook)
         try:
@@ -109,7 +109,7 @@ class StackedFamily(Qwen25VL):
         finally:
             handle.remove()
 
-    def added(self, hidden: Tensor, positions: Tensor, visual: Any) -> Tensor:
+    def add_features(self, hidden: Tensor, positions: Tensor, visual: Any) -> Tensor:
         """Add the features at `positions` (sequence * length + position) to ``[sequences, length, hidden]``."""
         return hidden.flatten(0, 1).index_add(0, positions, visual.stacked).view_as(hidden)
 

@@ -54,10 +54,14 @@ def additions(stacked: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> list[tor
     """The features of every addition, one per pass of the language model."""
     kind: Any = type(family.VLM_FAMILIES["stacked_vl"])
     found: list[torch.Tensor] = []
-    real = kind.added
-    monkeypatch.setattr(
-        kind, "added", lambda self, hidden, at, visual: found.append(visual.stacked) or real(self, hidden, at, visual)
-    )
+    real = kind.add_features
+
+    def record(self: Any, hidden: torch.Tensor, positions: torch.Tensor, visual: Any) -> torch.Tensor:
+        found.append(visual.stacked)
+        result: torch.Tensor = real(self, hidden, positions, visual)
+        return result
+
+    monkeypatch.setattr(kind, "add_features", record)
     return found
 
 

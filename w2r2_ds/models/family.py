@@ -140,10 +140,10 @@ class VlmFamily(ABC):
         """Inverse of `to_cache`; `sizes` are the numbers of tokens of the images."""
         return VisionOutput(pooler_output=torch.split(features, list(sizes)))
 
-    def select(self, visual: VisionOutput, entries: Sequence[int]) -> VisionOutput:
-        """Vision output of the images (or pairs of frames) at these indices, in this order; indices may repeat."""
+    def select(self, visual: VisionOutput, indices: Sequence[int]) -> VisionOutput:
+        """Vision output of the images (or pairs of frames) at `indices`, in this order; indices may repeat."""
         selected = copy.copy(visual)
-        selected.pooler_output = tuple(visual.pooler_output[entry] for entry in entries)
+        selected.pooler_output = tuple(visual.pooler_output[index] for index in indices)
         return selected
 
     @abstractmethod
