@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.data.sources.validation import Name, Number, Record, SceneId, validate
+from w2r2_ds.data.sources.validation import FrozenModel, Name, Number, SceneId, validate
 from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, register_task
 from w2r2_ds.data.tasks.common import frame_fields
 from w2r2_ds.data.tasks.parsing import AnswerError
@@ -25,7 +25,7 @@ from w2r2_ds.types.sample import Kind, Reference, Sample
 from w2r2_ds.utils.json_io import read_json
 
 
-class Count(Record):
+class Count(FrozenModel):
     scene_id: SceneId
     name: Name
     count: Number

@@ -22,7 +22,7 @@ from w2r2_ds.evaluation.protocols.scan2cap_rules import SCAN2CAP_RULES, Caption,
 from w2r2_ds.evaluation.protocols.scanqa import match_any, match_in_order, match_nonempty, score_scanqa
 from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription, score_official, score_video3dllm
 from w2r2_ds.evaluation.protocols.scanrefer_vgllm import score_vgllm
-from w2r2_ds.evaluation.protocols.vgllm_answer import read_anywhere, read_line, turn_extrinsic
+from w2r2_ds.evaluation.protocols.vgllm_answer import extrinsic_to_world, parse_anywhere, parse_line
 
 UNIT = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
 LABELS = {"chair": (5, "chair"), "office chair": (5, "chair"), "table": (7, "table"), "wall": (1, "wall")}
@@ -145,8 +145,8 @@ BOX = [1.0, 2.0, 3.0, 0.5, 0.6, 0.7, 0.1, 0.2, 0.3]
         f'{{"frame": 1, "bbox_3d": {BOX}}}\n{{"frame": 0, "bbox_3d": {BOX}}}',
     ],
 )
-def test_a_line_is_read_as_a_literal(text: str) -> None:
-    found = read_line(text, 2)
+def test_a_line_is_parsed_as_a_literal(text: str) -> None:
+    found = parse_line(text, 2)
     assert found.frame == 1 and found.box.tolist() == BOX
 
 
@@ -167,21 +167,21 @@ def test_a_line_is_read_as_a_literal(text: str) -> None:
 )
 def test_what_is_no_literal_fails(text: str) -> None:
     with pytest.raises(AnswerError):
-        read_line(text, 2)
+        parse_line(text, 2)
 
 
-def test_the_lenient_reading_looks_anywhere() -> None:
+def test_the_lenient_parser_finds_an_object_anywhere() -> None:
     text = f'{{ no }} {{"frame": 0}} then {{"frame": 1,\n "bbox_3d": {BOX}}} done'
-    assert read_anywhere(text, 2).frame == 1
+    assert parse_anywhere(text, 2).frame == 1
     with pytest.raises(AnswerError, match="out of range"):
-        read_anywhere(text, 1)
+        parse_anywhere(text, 1)
     with pytest.raises(AnswerError, match="no JSON object"):
-        read_anywhere("{" * 2000, 2)
+        parse_anywhere("{" * 2000, 2)
 
 
 def test_both_angle_conventions_agree_without_rotation() -> None:
     level = np.array([0.5, 1.0, 2.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0])
-    np.testing.assert_allclose(turn_extrinsic(level, np.eye(4)), level, atol=1e-12)
+    np.testing.assert_allclose(extrinsic_to_world(level, np.eye(4)), level, atol=1e-12)
 
 
 def test_refinement_takes_the_proposal_that_overlaps_most() -> None:

@@ -21,12 +21,12 @@ pytestmark = pytest.mark.golden
 FILES = find(is_scanrefer_scores)
 FILE = pytest.mark.parametrize("golden", FILES, ids=lambda golden: golden.name)
 VARIANTS = [
-    pytest.param(golden, variant, reading, id=f"{golden.name}-{variant}-{reading}")
+    pytest.param(golden, variant, parser, id=f"{golden.name}-{variant}-{parser}")
     for golden in FILES
     for variant in golden.record["protocols"]["vgllm"]["scores"]
-    for reading in ("line", "anywhere")
+    for parser in ("line", "anywhere")
 ]
-VGLLM = pytest.mark.parametrize(("golden", "variant", "reading"), VARIANTS)
+VGLLM = pytest.mark.parametrize(("golden", "variant", "parser"), VARIANTS)
 
 
 def names(entry: dict[str, Any]) -> str:
@@ -110,7 +110,7 @@ def test_video3dllm(golden: Golden) -> None:
         assert_numbers_equal(printed(block[part]), got, part, percent(block))
 
 
-def vgllm(golden: Golden, variant: str, reading: str) -> dict[str, Any]:
+def vgllm(golden: Golden, variant: str, parser: str) -> dict[str, Any]:
     """The recorded names are FIELD|decode_ANGLES."""
     field, _, angles = variant.partition("|decode_")
     poses = {}
@@ -118,29 +118,29 @@ def vgllm(golden: Golden, variant: str, reading: str) -> dict[str, Any]:
         frames = golden.beside("scenes")["frames"][each.scene_id]
         poses[each.key] = np.array(frames["axis_align_matrix"]) @ np.array(frames["cam2global"])
     answers = predictions(golden, field)
-    return score_vgllm(descriptions(golden), answers, poses, angles=angles, reading=reading)
+    return score_vgllm(descriptions(golden), answers, poses, angles=angles, parser=parser)
 
 
 @VGLLM
-def test_vgllm(golden: Golden, variant: str, reading: str) -> None:
+def test_vgllm(golden: Golden, variant: str, parser: str) -> None:
     """With exact IoU: pytorch3d's, recorded beside it, is wrong for nearly aligned boxes."""
     block = golden.record["protocols"]["vgllm"]
     expected = block["scores"][variant]
-    got = vgllm(golden, variant, reading)
-    part = "with_exact_iou" if reading == "line" else "with_exact_iou_and_lenient_parsing"
+    got = vgllm(golden, variant, parser)
+    part = "with_exact_iou" if parser == "line" else "with_exact_iou_and_lenient_parsing"
     assert_numbers_equal(printed(expected[part]), got, variant, percent(block))
     assert got["count"] == expected["total"]
-    if reading == "line":
+    if parser == "line":
         assert got["parsed"] == expected["parsed"] / expected["total"]
 
 
 @VGLLM
-def test_vgllm_items(golden: Golden, variant: str, reading: str) -> None:
-    got = vgllm(golden, variant, reading)["items"]
+def test_vgllm_items(golden: Golden, variant: str, parser: str) -> None:
+    got = vgllm(golden, variant, parser)["items"]
     for item in golden.record["items"]:
         ours, expected = got[names(item)], item["vgllm"][variant]
         parsed = expected["parsed"]
-        if reading == "anywhere" and "if_parsed_leniently" in expected:
+        if parser == "anywhere" and "if_parsed_leniently" in expected:
             expected, parsed = expected["if_parsed_leniently"], True
         assert (ours["reason"] is None) == parsed, item["edge"]
         assert ours["iou"] == pytest.approx(expected["iou_exact_float64"], abs=1e-6), item["edge"]

@@ -26,7 +26,7 @@ from pydantic import Field, TypeAdapter
 
 from w2r2_ds.data.sources.labels import LabelMap, read_labels
 from w2r2_ds.data.sources.scannet import check_scene_id, read_alignment
-from w2r2_ds.data.sources.validation import Record, validate
+from w2r2_ds.data.sources.validation import FrozenModel, validate
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.json_io import read_json
 from w2r2_ds.utils.parallel import listed, run_all
@@ -39,17 +39,17 @@ SOURCE = "a file of ScanNet, which its own download script fetches"
 _Whole = Annotated[int, Field(strict=True)]
 
 
-class _Group(Record):
+class _Group(FrozenModel):
     object_id: Annotated[int, Field(strict=True, ge=0)] = Field(alias="objectId")
     label: str
     segments: tuple[_Whole, ...]
 
 
-class _Aggregation(Record):
+class _Aggregation(FrozenModel):
     groups: list[_Group] = Field(alias="segGroups", min_length=1)
 
 
-class _Segmentation(Record):
+class _Segmentation(FrozenModel):
     segments: list[Annotated[int, Field(strict=True, lt=2**62)]] = Field(alias="segIndices", min_length=1)
 
 

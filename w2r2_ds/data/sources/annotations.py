@@ -20,9 +20,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from w2r2_ds.data.sources.validation import (
+    FrozenModel,
     Name,
     Number,
-    Record,
     SceneId,
     Text,
     number_or_digits,
@@ -35,7 +35,7 @@ SCANREFER = "ScanRefer's annotations, which its authors send on request"
 SCANQA = "ScanQA's annotations, from its public download"
 
 
-class Description(Record):
+class Description(FrozenModel):
     """A sentence about one object.
 
     Attributes:
@@ -69,7 +69,7 @@ class Description(Record):
         return (self.object_id,)
 
 
-class Question(Record):
+class Question(FrozenModel):
     """A question about a scene.
 
     Attributes:

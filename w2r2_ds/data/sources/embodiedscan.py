@@ -28,7 +28,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 
 from w2r2_ds.data.sources.numpy_unpickler import load_plain
 from w2r2_ds.data.sources.scannet import check_scene_id
-from w2r2_ds.data.sources.validation import Integer, Name, Record, describe, raise_problems, validate
+from w2r2_ds.data.sources.validation import FrozenModel, Integer, Name, describe, raise_problems, validate
 from w2r2_ds.utils.sanitize import one_line
 
 SOURCE = "EmbodiedScan's infos, which its authors send on request"
@@ -118,7 +118,7 @@ def _as_list(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-class _Image(Record):
+class _Image(FrozenModel):
     img_path: Annotated[str, AfterValidator(_frame_number)]
     cam2global: _array(4, 4, finite=False)  # type: ignore[valid-type]  # ScanNet marks lost tracking with -inf
     visible_instance_ids: Annotated[list[Integer], BeforeValidator(_as_list)]
@@ -128,13 +128,13 @@ class _Image(Record):
         return int(Path(self.img_path).stem)
 
 
-class _Object(Record):
+class _Object(FrozenModel):
     bbox_3d: Annotated[_array(9), AfterValidator(_positive_sizes)]  # type: ignore[valid-type]
     bbox_label_3d: Integer
     bbox_id: Integer
 
 
-class _Scene(Record):
+class _Scene(FrozenModel):
     axis_align_matrix: _array(4, 4)  # type: ignore[valid-type]
     images: list[_Image]
     instances: list[_Object]
@@ -157,11 +157,11 @@ class _Scene(Record):
         return self
 
 
-class _Metainfo(Record):
+class _Metainfo(FrozenModel):
     categories: dict[Name, Integer] = Field(min_length=1)
 
 
-class _Content(Record):
+class _Content(FrozenModel):
     metainfo: _Metainfo
     data_list: list[Any]
 

@@ -16,7 +16,7 @@ SHOWN_ERRORS = 10
 _T = TypeVar("_T")
 
 
-class Record(BaseModel):
+class FrozenModel(BaseModel):
     """Base of the models: immutable, strings are not converted, fields that are not used are ignored."""
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, arbitrary_types_allowed=True, str_max_length=2**20)

@@ -29,7 +29,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import AfterValidator, AliasChoices, AliasPath, BeforeValidator, Field, FiniteFloat, TypeAdapter
 
-from w2r2_ds.data.sources.validation import Record, validate
+from w2r2_ds.data.sources.validation import FrozenModel, validate
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_world_box
 from w2r2_ds.evaluation.protocols.records import Box6, Coordinates, Pose
 from w2r2_ds.types.sample import Sample
@@ -63,7 +63,7 @@ class ImportedPrediction:
     where: str = ""
 
 
-class PredictionRow(Record):
+class PredictionRow(FrozenModel):
     """The fields of one line that are used; a subclass per format.
 
     Attributes:

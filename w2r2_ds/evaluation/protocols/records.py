@@ -1,6 +1,6 @@
-"""Answer records as inputs of protocols: the fields that every record has, and boxes of ScanRefer and Scan2Cap records.
+"""Answer records as inputs of protocols: pydantic models of their fields, and the world box of a grounding answer.
 
-The fields of a record are listed in ``evaluation/predictions/record.py``.
+All fields of a record are listed in ``evaluation/predictions/record.py``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from annotated_types import Len
 from pydantic import FiniteFloat
 
 from w2r2_ds.boxes3d.transforms import camera_to_world, corners
-from w2r2_ds.data.sources.validation import Name
-from w2r2_ds.data.sources.validation import Record as FrozenModel
+from w2r2_ds.data.sources.validation import FrozenModel, Name
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding, parse_world_box
 
 AnswerRecord = Mapping[str, Any]
-"""One generated answer and everything that scoring it needs; plain JSON."""
+"""One generated answer and all data that its scoring needs, as JSON values."""
 Proposals = Mapping[str, Sequence[Sequence[float]]]
-"""Scene -> detected world boxes ``[cx, cy, cz, sx, sy, sz]``, metres."""
+"""Scene id -> detected boxes ``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres."""
 THRESHOLDS = (0.25, 0.5)
-"""IoU thresholds k of Acc@k, m@k and F1@k."""
+"""IoU thresholds k of Acc@k, m@k (m: a caption metric) and F1@k."""
 IOU_DECIMALS = 9
-"""Exact IoU is rounded to this before ``>=``: an exact 0.5 must not miss the threshold by float64's last bit."""
+"""Decimals to which exact IoU is rounded before ``>=``, so that rounding errors do not turn an exact 0.5 into a miss."""
 Coordinates = Literal["camera", "world", "box"]
-"""Field ``form`` of a record that answers with a box; see ``record.py``."""
+"""Field ``form`` of a record whose answer is a box; see ``record.py``."""
 
 Box6 = Annotated[list[FiniteFloat], Len(6, 6)]
 Box9 = Annotated[list[FiniteFloat], Len(9, 9)]
@@ -35,7 +34,10 @@ Pose = Annotated[list[Annotated[list[FiniteFloat], Len(4, 4)]], Len(4, 4)]
 
 
 class RecordFields(FrozenModel):
-    """Fields of every record. A protocol's subclass adds those that it reads from a saved predictions file."""
+    """Fields of every record; the subclass of a protocol adds those that the protocol reads.
+
+    Validates the lines of a saved predictions file.
+    """
 
     id: Name
     task: Name
@@ -45,7 +47,7 @@ class RecordFields(FrozenModel):
 
 
 class ReferenceFields(FrozenModel):
-    """One reference text, and its words as the annotation file splits it."""
+    """One reference text, and its words as in the annotation file."""
 
     text: str
     words: list[str]
@@ -55,7 +57,11 @@ def answer_world_box(record: AnswerRecord) -> list[float] | None:
     """The answer's axis-aligned world box ``[6]`` (centre, size; metres); None if the answer cannot be parsed.
 
     A box in a frame's camera is moved to the world with the frame's pose and enclosed by the smallest axis-aligned box.
-    With exact angles the enclosing box is the box itself; angles rounded to two decimals enlarge it slightly.
+    If its exact angles make it axis-aligned in the world, the enclosing box is the box itself; angles rounded to two
+    decimals enlarge it slightly.
+
+    Args:
+        record: a record with ``form``.
     """
     if record["form"] == "box":
         return list(record["box"]) if record.get("box") is not None else None
@@ -66,7 +72,7 @@ def answer_world_box(record: AnswerRecord) -> list[float] | None:
         answer = parse_grounding(text, len(record["cam_to_world"]))
     except AnswerError:
         return None
-    # A generated number may be as large as float64's largest: the product overflows, and the box is dropped below.
+    # Generated numbers may be so large that the product overflows; such a box counts as no box (checked below).
     with np.errstate(over="ignore", invalid="ignore"):
         box = camera_to_world(answer.box, np.array(record["cam_to_world"][answer.frame]))
         enclosing = enclosing_box(box.tolist())
@@ -78,7 +84,7 @@ def enclosing_box(box: Sequence[float]) -> list[float]:
     nine = np.array(nine_numbers(box))
     if not nine[6:].any():  # already axis-aligned: returned without the rounding of corner arithmetic
         return list(map(float, nine[:6]))
-    points = corners(nine)
+    points = corners(nine)  # [8, 3]
     low, high = points.min(axis=0), points.max(axis=0)
     return [*map(float, (low + high) / 2), *map(float, high - low)]
 
@@ -95,12 +101,15 @@ def nine_numbers(box: Sequence[float]) -> list[float]:
 
 
 def check_keys(what: str, annotated: Sequence[str], predicted: Iterable[str] = ()) -> None:
-    """Raise ValueError without annotations, for one that appears twice, and for a prediction of an unknown one.
+    """Check the keys of annotations and predictions.
 
     Args:
-        what: the annotations in messages, a plural noun.
-        annotated: their keys.
+        what: plural noun for the annotations, for messages.
+        annotated: keys of the annotations.
         predicted: keys of the predictions; some may be missing.
+
+    Raises:
+        ValueError: there are no annotations, a key is annotated twice, or a prediction has a key without annotation.
     """
     if not annotated:
         raise ValueError(f"There are no {what} to score.")
@@ -110,6 +119,12 @@ def check_keys(what: str, annotated: Sequence[str], predicted: Iterable[str] = (
 
 
 def raise_with_first(keys: Sequence[str], problem: str, advice: str = "") -> None:
-    """Raise ValueError with the number of keys that have a problem and the first of them, if there are any."""
+    """Raise ValueError with the number of keys and the first of them, unless there are none.
+
+    Args:
+        keys: keys that have the problem.
+        problem: the problem, after the number of keys in the message.
+        advice: end of the message.
+    """
     if keys:
         raise ValueError(f"{len(keys)} {problem}, the first is {keys[0]!r}{advice}.")

@@ -1,8 +1,8 @@
 """The registry of scoring protocols, and the "Overall" of the W2R2 paper.
 
 A protocol is one way to score the answers of one task, named ``task/protocol``. Built-in protocols are registered when
-the package ``w2r2_ds.evaluation.protocols`` is imported; a file given with ``--plugin`` registers its own. Which
-protocols are comparable with which published numbers: docs/reference/metrics/.
+the package ``w2r2_ds.evaluation.protocols`` is imported; a file given with ``--plugin`` may register others.
+docs/reference/metrics/ lists which published numbers each protocol is comparable with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from w2r2_ds.evaluation.protocols.records import AnswerRecord, Coordinates, Prop
 ProtocolResult = dict[str, Any]
 """Result of a protocol: scores, counts and scores per item, as JSON values."""
 KeyPath = tuple[str, ...]
-"""Keys that lead to a number in a `ProtocolResult`."""
+"""Nested keys of a number in a `ProtocolResult`."""
 
 
 def records_only(records: Sequence[AnswerRecord], proposals: Proposals | None) -> tuple[Any, ...]:
@@ -32,16 +32,18 @@ class Protocol:
     Attributes:
         name: ``task/protocol``.
         description: one sentence.
-        source: repository and file whose numbers it reproduces.
-        score: the score function. Its arguments are annotations, then predictions; `inputs` makes them from records.
-        metrics: the numbers that papers print: name -> path in the result.
+        source: repository and file of the evaluator whose numbers it reproduces.
+        score: the score function; its arguments are those that `inputs` returns.
+        metrics: the metrics that papers print: name -> path in the result.
         best_by: the metric of `metrics` that selects the best checkpoint if ``train.best_by`` is empty.
-        inputs: records of one task and detected boxes (None without ``--proposals``) -> arguments of `score`.
+        inputs: (records of one task, detected boxes or None without ``--proposals``) -> arguments of `score`.
         record_model: pydantic model of the record fields that `inputs` reads; validates saved predictions.
-        default: the task's protocol if none is named. Of several, the one for the fewest `coordinates` is used.
-        coordinates: for tasks that answer with a box, the coordinates that the protocol can score.
+        default: whether it is used if no protocol is named; of several such protocols that can score the answers, the
+            one with the fewest `coordinates`.
+        coordinates: coordinates of boxes that the protocol can score; ignored for tasks that do not answer with a box.
         needs_proposals: whether detected boxes must be given with ``--proposals``.
-        extra_metrics: logged by validation during training in addition to `metrics`: name -> path in the result.
+        extra_metrics: metrics that validation during training logs in addition to `metrics`: name -> path in the
+            result.
     """
 
     name: str
@@ -63,11 +65,11 @@ class Protocol:
         return self.name.partition("/")[0]
 
     def score_records(self, records: Sequence[AnswerRecord], proposals: Proposals | None = None) -> ProtocolResult:
-        """The result for records of this protocol's task."""
+        """Score records of this protocol's task."""
         return self.score(*self.inputs(records, proposals))
 
     def printed(self, result: Mapping[str, Any]) -> dict[str, MetricValue]:
-        """The numbers of a result that papers print, by metric."""
+        """Value of each of `metrics` in a result."""
         return {name: number_at(result, path) for name, path in self.metrics.items()}
 
 
@@ -121,7 +123,7 @@ def protocols_of(task: str) -> list[Protocol]:
 
 
 def number_at(result: Mapping[str, Any], path: KeyPath) -> MetricValue:
-    """The number at a path of keys; None if it was not computed."""
+    """The number at a path of nested keys; None if it was not computed."""
     value: Any = result
     for key in path:
         value = value[key]
@@ -135,17 +137,19 @@ def overall(
 
     overall = 100 (Acc@0.25 + Acc@0.5 + BLEU-4 + CIDEr + EM) / 5
 
-    The table's head gives BLEU-4 and CIDEr at IoU 0.25, the text at 0.5; the numbers that it cites for Video-3D-LLM are
-    that paper's at 0.5. The mean mixes fractions with CIDEr, which may exceed 1, and different protocols: report the
-    five numbers too.
+    The table's header gives BLEU-4 and CIDEr at IoU 0.25, the text at 0.5; the table's numbers for Video-3D-LLM are
+    those of that paper at 0.5. The mean mixes fractions with CIDEr, which may exceed 1, and different protocols: report
+    the five numbers too.
 
     Args:
-        acc_25, acc_50: ScanRefer's accuracies, fractions.
-        bleu_4, cider: Scan2Cap's, on the scales of ``captions.py``.
+        acc_25: ScanRefer's Acc@0.25, a fraction.
+        acc_50: ScanRefer's Acc@0.5, a fraction.
+        bleu_4: Scan2Cap's BLEU-4, a fraction.
+        cider: Scan2Cap's CIDEr on its own scale (``metrics/captions.py``).
         em: ScanQA's exact match, a fraction.
 
     Returns:
-        The mean; None if one of them was not computed.
+        The mean; None if one of the five is None.
     """
     parts = [part for part in (acc_25, acc_50, bleu_4, cider, em) if part is not None]
     return 100 * sum(parts) / 5 if len(parts) == 5 else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import FiniteFloat
 
 from w2r2_ds.boxes3d.aabb import aabb_iou
-from w2r2_ds.data.sources.validation import Record as FrozenModel
+from w2r2_ds.data.sources.validation import FrozenModel
 from w2r2_ds.evaluation.metrics.captions import (
     CAPTION_METRICS,
     PAPER_METRICS,

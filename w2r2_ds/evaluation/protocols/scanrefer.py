@@ -18,7 +18,7 @@ from pydantic import model_validator
 
 from w2r2_ds.boxes3d.aabb import aabb_iou
 from w2r2_ds.data.sources.labels import MULTIPLE, OTHERS, UNIQUE
-from w2r2_ds.data.sources.validation import Record as FrozenModel
+from w2r2_ds.data.sources.validation import FrozenModel
 from w2r2_ds.evaluation.protocols.records import (
     THRESHOLDS,
     AnswerRecord,

@@ -4,11 +4,11 @@ The box is moved to the axis-aligned world with the pose of the predicted frame 
 exact (``boxes3d/iou.py``); hits are IoU >= k after rounding to ``IOU_DECIMALS``. An answer that cannot be parsed counts
 as IoU 0. Accuracies are fractions in 0..1.
 
-* ``vgllm-direct``, this project's protocol: strict JSON (``data/tasks/parsing.py``), angles are intrinsic ZXY as in the
-  labels. "Direct" means without refinement by detected boxes.
-* ``vgllm*``: LaVi-Lab/VG-LLM ``src/lmms_eval/tasks/scanrefer/utils.py``, ``scanrefer_process_results``. That evaluator
-  takes IoU from pytorch3d's ``box3d_overlap`` in float32, which is off by up to 0.24 for nearly parallel faces and
-  cannot be reproduced.
+* ``vgllm-direct``, this project's protocol: strict JSON (``data/tasks/parsing.py``); angles of answers and annotations
+  are intrinsic ZXY. "Direct" means without refinement by detected boxes.
+* ``vgllm``, ``vgllm_ZXY`` and ``vgllm_refined``: LaVi-Lab/VG-LLM ``src/lmms_eval/tasks/scanrefer/utils.py``,
+  ``scanrefer_process_results``. The annotated box is enclosed by an axis-aligned one. That evaluator takes IoU from
+  pytorch3d's ``box3d_overlap`` in float32, which is off by up to 0.24 for nearly parallel faces and is not reproduced.
 """
 
 from __future__ import annotations
@@ -44,23 +44,25 @@ from w2r2_ds.evaluation.protocols.scanrefer import (
     accuracy_paths,
     description_of,
 )
-from w2r2_ds.evaluation.protocols.vgllm_answer import PARSERS, TURNS, AnswerParser, Turn
+from w2r2_ds.evaluation.protocols.vgllm_answer import ANGLES, PARSERS, AnswerParser, BoxTransform
 
 
 def score_direct(
     descriptions: Sequence[ScoredDescription], answers: Mapping[str, str], poses: Mapping[str, np.ndarray]
 ) -> ProtocolResult:
-    """``vgllm-direct``: accuracies and mean IoU of a whole set.
+    """``vgllm-direct``: accuracies and mean IoU, overall and by group.
 
     Args:
-        descriptions: all descriptions to score, with group; their boxes are compared with their angles.
-        answers, poses: as for `score_vgllm`.
+        descriptions: all descriptions to score, with their group; boxes are compared with their angles.
+        answers: as for `score_vgllm`.
+        poses: as for `score_vgllm`.
 
     Returns:
-        The scores of `direct_scores`, and ``items`` (``group``; others as of `score_vgllm`).
+        ``protocol``; the scores of `direct_scores`; ``items``: those of `score_vgllm`, and ``group``.
 
     Raises:
-        ValueError: an unknown group; others as `score_vgllm`.
+        ValueError: a group other than unique and multiple; no descriptions, a description twice, an answer to an
+            unknown one, or poses missing.
     """
     _check(descriptions, answers, poses)
     items = {
@@ -74,11 +76,15 @@ def score_direct(
 
 
 def direct_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores of `score_direct` from rows with ``iou``, ``group`` and ``reason``.
+    """Scores of `score_direct` from items with ``iou``, ``group`` and ``reason``.
 
     Returns:
-        ``overall``, ``unique`` and ``multiple``, each with ``count``, ``acc@0.25``, ``acc@0.5`` and ``mean_iou`` (None
-        for an empty group); ``parsed``, the share that could be parsed; ``failures``: reason -> number of answers.
+        ``overall``, ``unique`` and ``multiple``, each with ``count``, ``acc@0.25``, ``acc@0.5`` and ``mean_iou`` (the
+        last three None for an empty group); ``parsed``: share of answers that could be parsed; ``failures``: reason ->
+        number of answers.
+
+    Raises:
+        ValueError: a group other than unique and multiple.
     """
     unknown = {item["group"] for item in items} - set(GROUPS)
     if unknown:
@@ -103,30 +109,29 @@ def score_vgllm(
     poses: Mapping[str, np.ndarray],
     proposals: Proposals | None = None,
     angles: str = "zxy",
-    reading: str = "line",
+    parser: str = "line",
 ) -> ProtocolResult:
     """VG-LLM's evaluator: oriented IoU, no groups.
 
     Args:
         descriptions: all descriptions to score.
-        answers: generated texts by ``ScoredDescription.key``.
-        poses: by the same key, ``[n, 4, 4]``: camera to axis-aligned world of the frames that the model got.
-        proposals: detected boxes by scene; predicted boxes are refined by them first (``refinement.refine``).
+        answers: ``ScoredDescription.key`` -> generated text; a missing answer is a failure.
+        poses: the same key -> ``[frames, 4, 4]``, camera to axis-aligned world of the model's input frames.
+        proposals: scene -> detected boxes; each predicted box is first refined by them (``refinement.refine``).
         angles: ``zxy`` as VG-LLM's evaluator interprets them, ``ZXY`` as its labels are written
-            (``vgllm_answer.TURNS``).
-        reading: parser of the texts: ``line`` as the evaluator's, ``anywhere`` for a lenient one
-            (``vgllm_answer.PARSERS``).
+            (``vgllm_answer.ANGLES``).
+        parser: ``line`` as in the evaluator, ``anywhere`` for a lenient one (``vgllm_answer.PARSERS``).
 
     Returns:
-        ``protocol``, ``angles``, ``reading``, ``count``, ``parsed`` (share that could be parsed), accuracies,
-        ``items`` (``iou``; ``box`` that was compared; ``reason`` why the text could not be parsed).
+        ``protocol``, ``angles``, ``parser``, ``count``, ``parsed`` (share of answers that could be parsed),
+        ``acc@0.25``, ``acc@0.5``, ``items``: key -> the result of `answer_item`.
 
     Raises:
         ValueError: unknown options, no descriptions, a description twice, an answer to an unknown one, or poses or a
             scene's proposals missing.
     """
     _check(descriptions, answers, poses)
-    for name, value, choices in (("angles", angles, TURNS), ("reading", reading, PARSERS)):
+    for name, value, choices in (("angles", angles, ANGLES), ("parser", parser, PARSERS)):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}.")
     if proposals is not None:
@@ -134,15 +139,15 @@ def score_vgllm(
         raise_with_first(missing, "scenes have no proposals")
     items = {}
     for each in descriptions:
-        truth = enclosing_box(each.box)
+        annotated = enclosing_box(each.box)  # EmbodiedScan's boxes may have angles
         boxes = () if proposals is None else proposals[each.scene_id]
         items[each.key] = answer_item(
-            answers.get(each.key), truth, poses[each.key], PARSERS[reading], TURNS[angles], boxes
+            answers.get(each.key), annotated, poses[each.key], PARSERS[parser], ANGLES[angles], boxes
         )
     return {
         "protocol": "vgllm" if proposals is None else "vgllm_refined",
         "angles": angles,
-        "reading": reading,
+        "parser": parser,
         "count": len(items),
         "parsed": sum(item["reason"] is None for item in items.values()) / len(items),
         **accuracies(round(item["iou"], IOU_DECIMALS) for item in items.values()),
@@ -151,13 +156,26 @@ def score_vgllm(
 
 
 def answer_item(
-    text: str | None, truth: Box, poses: np.ndarray, parse: AnswerParser, to_world: Turn, proposals: Sequence[Box] = ()
+    text: str | None,
+    annotated: Box,
+    poses: np.ndarray,
+    parse: AnswerParser,
+    to_world: BoxTransform,
+    proposals: Sequence[Box] = (),
 ) -> dict[str, Any]:
     """Parse one answer and compare its box with the annotated one.
 
+    Args:
+        text: generated text; None for a missing answer.
+        annotated: world box, six or nine numbers.
+        poses: ``[frames, 4, 4]``, camera to axis-aligned world.
+        parse: parser of the text.
+        to_world: moves the parsed box from its frame's camera to the world.
+        proposals: detected boxes of the scene; empty for no refinement.
+
     Returns:
-        ``iou``, 0 if the answer cannot be parsed; ``box`` ``[9]`` that was compared, None without one or if its numbers
-        overflow; ``reason`` why it could not be parsed, or None.
+        ``iou``: 0 if the answer cannot be parsed; ``box``: the compared world box ``[9]``, None without one or if its
+        numbers overflow; ``reason``: why the text cannot be parsed, or None.
     """
     if text is None:
         return {"iou": 0.0, "box": None, "reason": "no prediction"}
@@ -167,7 +185,7 @@ def answer_item(
         return {"iou": 0.0, "box": None, "reason": error.reason}
     with np.errstate(over="ignore", invalid="ignore"):  # huge generated numbers overflow: IoU 0
         box = nine_numbers(refine(to_world(answer.box, np.asarray(poses[answer.frame])).tolist(), proposals))
-    pair = torch.tensor([box, nine_numbers(truth)], dtype=torch.float64)
+    pair = torch.tensor([box, nine_numbers(annotated)], dtype=torch.float64)
     iou = float(box_iou(pair[:1], pair[1:]))
     return {"iou": iou, "box": box if np.isfinite(box).all() else None, "reason": None}
 
@@ -188,7 +206,7 @@ def _inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, 
 
 
 def _refined_inputs(records: Sequence[AnswerRecord], proposals: Proposals | None) -> tuple[Any, ...]:
-    assert proposals is not None, "choose_protocols raises an error without proposals"
+    assert proposals is not None, "choose_protocols requires proposals for this protocol"
     return *_inputs(records, None), proposals
 
 
@@ -199,7 +217,7 @@ _camera_protocol = partial(
 register_protocol(
     _camera_protocol(
         "scanrefer/vgllm-direct",
-        "This project's own: strict JSON, angles as the labels are written, exact oriented IoU.",
+        "This project's own: strict JSON, angles are intrinsic ZXY as in the labels, exact oriented IoU.",
         "w2r2_ds/evaluation/protocols/scanrefer_vgllm.py",
         score_direct,
         accuracy_paths("overall"),
@@ -210,7 +228,7 @@ register_protocol(
 register_protocol(
     _camera_protocol(
         "scanrefer/vgllm",
-        "VG-LLM's answers as its evaluator parses them, angles as extrinsic zxy included; exact oriented IoU.",
+        "Answers parsed as in VG-LLM's evaluator, their angles interpreted as extrinsic zxy; exact oriented IoU.",
         "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scanrefer/utils.py",
         score_vgllm,
         accuracy_paths(),
@@ -219,7 +237,7 @@ register_protocol(
 register_protocol(
     _camera_protocol(
         "scanrefer/vgllm_ZXY",
-        "As vgllm, but angles are intrinsic ZXY as the labels are written.",
+        "As vgllm, but angles are intrinsic ZXY as in the labels.",
         "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scanrefer/utils.py, its two 'zxy' changed to 'ZXY'",
         partial(score_vgllm, angles="ZXY"),
         accuracy_paths(),
