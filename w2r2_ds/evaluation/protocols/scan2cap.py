@@ -1,10 +1,10 @@
 """Scan2Cap: captions of objects, gated by IoU, as six public evaluators score them (``scan2cap_rules.py``).
 
-``m@k`` is a caption metric over *all* annotated objects. The caption of an object counts only if the box that it
-describes has IoU >= k with the annotated one; otherwise a placeholder is scored in its place.
+``m@k`` is a caption metric m over *all* annotated objects. The caption of an object counts only if the box that it
+describes has IoU >= k (> k in ``scan2cap_original``) with the annotated one; otherwise a placeholder is scored in its
+place. An object without a prediction fails every k and stays in the denominator.
 
-A placeholder has CIDEr 0, but neither ROUGE-L, METEOR nor BLEU-1 of 0. An object without a prediction is a failure and
-stays in the denominator. Of two predictions for one object the later counts.
+A placeholder has CIDEr 0, but not ROUGE-L, METEOR or BLEU-1 of 0.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def score_scan2cap(
 
     Args:
         objects: all annotated objects; the CIDEr of a subset is not comparable with that of the whole.
-        captions: by ``DescribedObject.key``.
+        captions: ``DescribedObject.key`` -> caption; objects without one are failures.
         protocol: a key of ``SCAN2CAP_RULES``.
-        thresholds: the k.
-        java: see ``score_captions``.
+        thresholds: IoU thresholds k.
+        java: see `score_captions`.
 
     Returns:
         ``protocol``, ``objects``, ``missing`` (objects without a prediction) and ``at``: threshold as text ->
         ``passed`` (number of captions with a sufficient IoU), ``corpus``, ``items``, ``candidates``, ``references``,
-        ``not_computed`` (see ``CaptionScores``). ``scan2cap_benchmark`` has ``precision``, ``recall``, ``f1``, ``mask``
-        and ``items_before_mask`` instead of the items; its ``corpus`` is the recall.
+        ``not_computed`` (see `CaptionScores`). Instead of the items, ``scan2cap_benchmark`` has ``precision``,
+        ``recall``, ``f1``, ``mask`` and ``items_before_mask``; its ``corpus`` is the recall.
 
     Raises:
         ValueError: no objects, an object twice, a caption of an unknown object, or a caption without the words that the
@@ -81,6 +81,7 @@ def score_scan2cap(
     passed = {k: {key for key, iou in ious.items() if key in captions and rules.passes(iou, k)} for k in thresholds}
     at: dict[str, dict[str, Any]] = {}
     if rules.average == "items":
+        # Every caption is scored, whatever its IoU; the mask of each k is applied to the item scores afterwards.
         scores = _score(objects, captions, rules, captions, java)
         at = {str(k): _masked_scores(scores, passed[k], len(captions)) for k in thresholds}
     else:
@@ -97,18 +98,23 @@ def _score(
     counted: Collection[str],
     java: Java | None,
 ) -> CaptionScores:
-    """Scores of the corpus: the captions of the objects in `counted`, and the placeholder for all others."""
+    """Caption scores of all objects: the captions of those in `counted`, the placeholder for all others."""
     references = {each.key: rules.reference(each) for each in objects}
     candidates = {key: rules.candidate(captions[key]) if key in counted else rules.placeholder for key in references}
     return score_captions(references, candidates, rules.tokenizer, java)
 
 
 def _masked_scores(scores: CaptionScores, passed: Collection[str], predictions: int) -> dict[str, Any]:
-    """One threshold of the benchmark: the score of an item that fails is set to 0 after scoring.
+    """Scores of ``scan2cap_benchmark`` at one threshold: item scores of failures are set to 0, then averaged.
 
-    recall = sum(score x mask) / objects, precision = sum(score x mask) / predictions, F1 their harmonic mean. METEOR is
-    the mean of items here, unlike in all other protocols. The reference's Hungarian matching of proposals to objects is
-    omitted: every caption names its object.
+    recall = sum(score x mask) / objects, precision = sum(score x mask) / predictions, F1 is their harmonic mean. METEOR
+    is the mean of items here, unlike in all other protocols. The reference's Hungarian matching of proposals with
+    objects is not needed: every caption has the id of its object.
+
+    Args:
+        scores: scores of all captions, with a placeholder for objects without one.
+        passed: keys of the captions with a sufficient IoU.
+        predictions: number of captions.
     """
     mask = {key: int(key in passed) for key in scores.items}
     recall = _masked(scores, mask, len(mask))
@@ -128,11 +134,12 @@ def _masked_scores(scores: CaptionScores, passed: Collection[str], predictions: 
 
 
 def _masked(scores: CaptionScores, mask: Mapping[str, int], count: int) -> dict[str, MetricValue]:
+    """Metric -> sum(score x mask) / count; None if it was not computed."""
     means: dict[str, MetricValue] = {}
     for name in CAPTION_METRICS:
         values = [(item[name], mask[key]) for key, item in scores.items.items()]
-        known = [value * counts for value, counts in values if value is not None]
-        means[name] = sum(known) / max(count, 1) if len(known) == len(values) else None
+        masked = [value * passed for value, passed in values if value is not None]
+        means[name] = sum(masked) / max(count, 1) if len(masked) == len(values) else None
     return means
 
 
@@ -143,6 +150,7 @@ def _harmonic(first: MetricValue, second: MetricValue) -> MetricValue:
 
 
 def _iou(annotated: DescribedObject, caption: Caption | None, rules: Scan2CapRules) -> float:
+    """IoU that gates a caption; 0 without a caption or without a box."""
     if caption is None:
         return 0.0
     if caption.iou is not None:
@@ -168,12 +176,17 @@ class Scan2CapRecord(RecordFields):
 
 
 def _inputs(records: Sequence[AnswerRecord], _: Proposals | None, protocol: str) -> tuple[Any, ...]:
+    """Objects and captions, as arguments of `score_scan2cap`.
+
+    Raises:
+        ValueError: the protocol compares words, and a reference has none.
+    """
     rules = SCAN2CAP_RULES[protocol]
     objects = [_described_object(record) for record in records]
     if rules.reference_words:
         raise_with_first(
             [each.key for each in objects if not all(each.tokens)],
-            f"annotated objects have references without the words that scan2cap/{protocol} compares with",
+            f"annotated objects have references without the words that scan2cap/{protocol} compares",
             "; prepare the data set from a ScanRefer file with the field 'token'",
         )
     captions = {
@@ -195,6 +208,7 @@ def _described_object(record: AnswerRecord) -> DescribedObject:
 
 
 def _caption(record: AnswerRecord, rules: Scan2CapRules) -> Caption:
+    # The gate is the IoU of the box in the prompt, or the IoU in VG-LLM's files ("iou").
     words = tuple(split_words(record["text"])) if rules.caption_words else None
     box = record["target"]["described"]
     return Caption(record["text"], None if box is None else tuple(box), words, record.get("iou"))

@@ -12,18 +12,19 @@ import numpy as np
 from w2r2_ds.evaluation.metrics.captions import Tokenizer
 
 TOKEN_LIMIT = 30
-"""Words of a reference that Scan2Cap and LEO compare with (Scan2Cap ``lib/config.py``, MAX_DES_LEN)."""
+"""Number of words of a reference that Scan2Cap and LEO use (Scan2Cap ``lib/config.py``, MAX_DES_LEN)."""
+# A word before "n't", "n't", an apostrophe with letters such as "'s", another word, or one punctuation mark.
 _WORD = re.compile(r"\w+?(?=n't\b)|n't\b|'\w+|\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class DescribedObject:
-    """An annotated object; `descriptions` and `tokens` are parallel.
+    """An annotated object with its descriptions.
 
     Attributes:
-        key: ``scene|object|name``, as in ScanRefer's file.
-        descriptions: texts as annotated.
-        tokens: the words of each, as in ScanRefer's file; used by Scan2Cap's and LEO's protocols only.
+        key: ``scene|object id|object name``.
+        descriptions: annotated texts.
+        tokens: words of each description, as in ScanRefer's file; used by Scan2Cap's and LEO's protocols only.
         box: ``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres.
     """
 
@@ -38,10 +39,10 @@ class Caption:
     """A generated caption.
 
     Attributes:
-        text: as generated.
+        text: generated text.
         box: the box that the caption describes, as in `DescribedObject`; None without one.
-        tokens: its words, for Scan2Cap's own two protocols.
-        iou: IoU of that box if it is given by the data (VG-LLM's files have it); used instead of `box`.
+        tokens: words of the text; required by Scan2Cap's own two protocols.
+        iou: IoU of that box with the annotated one if the data contains it (as VG-LLM's files do); replaces `box`.
     """
 
     text: str
@@ -52,20 +53,20 @@ class Caption:
 
 @dataclass(frozen=True)
 class Scan2CapRules:
-    """One evaluator.
+    """Rules of one public evaluator.
 
     Attributes:
         description: one sentence.
         source: repository and file.
-        reference: object -> the strings of its references.
-        candidate: caption -> the string that is scored.
-        placeholder: string of a caption that is missing or whose IoU is too small.
-        passes: whether an IoU is large enough for a k.
+        reference: object -> strings of its references.
+        candidate: caption -> string that is scored.
+        placeholder: string that is scored for a caption that is missing or whose IoU is too small.
+        passes: (IoU, k) -> whether the IoU is sufficient.
         precision: dtype of the IoU arithmetic.
-        tokenizer: applied to both sides last.
+        tokenizer: tokenizer of references and captions, applied last.
         reference_words: whether `reference` needs ``DescribedObject.tokens``.
         caption_words: whether `candidate` needs ``Caption.tokens``.
-        average: ``corpus`` scores the corpus with placeholders; ``items`` averages item scores, failures being 0.
+        average: ``corpus``: metrics of the corpus with placeholders; ``items``: means of item scores, 0 for failures.
     """
 
     description: str
@@ -82,12 +83,12 @@ class Scan2CapRules:
 
 
 def wrap(text: str) -> str:
-    """``sos text eos``."""
+    """Add the start and end words of Scan2Cap: ``sos text eos``."""
     return f"sos {text} eos"
 
 
 def spaced(text: str) -> str:
-    """VG-LLM's and Video-3D-LLM's wrapping: blanks around full stops and commas, then lower case.
+    """VG-LLM's and Video-3D-LLM's normalisation: spaces around full stops and commas, lower case, ``sos`` and ``eos``.
 
     LaVi-Lab/Video-3D-LLM ``llava/eval/eval_scan2cap.py``, LaVi-Lab/VG-LLM ``src/lmms_eval/tasks/scan2cap/utils.py``.
     """
@@ -95,13 +96,16 @@ def spaced(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Words of a caption, close to the field ``token`` of ScanRefer's file: lower case; punctuation, 's, n't split."""
+    """Words of a caption, similar to the field ``token`` of ScanRefer's file.
+
+    Lower case; punctuation, "'s" and "n't" are words of their own.
+    """
     return _WORD.findall(text.lower())
 
 
 def _caption_words(caption: Caption) -> str:
     if caption.tokens is None:
-        raise ValueError("Scan2Cap's own protocols score words as ScanRefer's file splits them: set Caption.tokens.")
+        raise ValueError("Scan2Cap's own protocols compare words, as ScanRefer's file splits them: set Caption.tokens.")
     return wrap(" ".join(caption.tokens))
 
 
@@ -122,13 +126,14 @@ def _raw_references(annotated: DescribedObject) -> list[str]:
 
 
 def _spaced_rules(description: str, source: str) -> Scan2CapRules:
+    # The placeholder is the wrapped empty caption, "sos  eos": its two spaces make an empty word for ROUGE-L.
     return Scan2CapRules(
         description, source, _spaced_references, lambda caption: spaced(caption.text), spaced(""), operator.ge
     )
 
 
 SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
-    # functions prepare_corpus, check_candidates, organize_candidates
+    # From `prepare_corpus`, `check_candidates` and `organize_candidates`.
     "scan2cap_original": Scan2CapRules(
         "IoU > k in float32, references cut at 30 words, failures score as 'sos eos'.",
         "daveredrum/Scan2Cap lib/eval_helper.py",
@@ -140,7 +145,7 @@ SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
         reference_words=True,
         caption_words=True,
     ),
-    # function evaluate_captioning
+    # From `evaluate_captioning`. The placeholder of a missing caption is masked afterwards.
     "scan2cap_benchmark": Scan2CapRules(
         "IoU >= k in float32, failures are a true 0; recall, precision and F1 of item scores.",
         "daveredrum/Scan2Cap benchmark/eval.py",
@@ -153,9 +158,9 @@ SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
         caption_words=True,
         average="items",
     ),
-    # method CaptionEvaluator.update
+    # From `CaptionEvaluator.update`. The replacement is applied after wrapping, so it splits the last full stop too.
     "leo": Scan2CapRules(
-        "IoU >= k, references cut at 30 words, captions as generated, failures score as 'sos eos'.",
+        "IoU >= k, references cut at 30 words, captions with full stops split off, failures score as 'sos eos'.",
         "embodied-generalist/embodied-generalist evaluator/cap_eval.py",
         _first_words,
         lambda caption: wrap(caption.text).replace(". ", " . "),
@@ -163,17 +168,17 @@ SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
         operator.ge,
         reference_words=True,
     ),
-    # function main
+    # From `main`.
     "video3dllm": _spaced_rules(
-        "IoU >= k, lower-cased texts with blanks around . and , on both sides, failures score as the empty caption.",
+        "IoU >= k, lower-case texts with spaces around . and , on both sides, failures score as the empty caption.",
         "LaVi-Lab/Video-3D-LLM llava/eval/eval_scan2cap.py",
     ),
-    # function scan2cap_process_results
+    # From `scan2cap_process_results` and `scan2cap_aggregate_results`.
     "vgllm": _spaced_rules(
-        "As video3dllm; VG-LLM itself reports k = 0.5 only, with IoU of proposals from its data files.",
+        "As video3dllm; VG-LLM itself reports k = 0.5 only, with the IoU of proposals from its data files.",
         "LaVi-Lab/VG-LLM src/lmms_eval/tasks/scan2cap/utils.py",
     ),
-    # function calc_scan2cap_score
+    # From `calc_scan2cap_score`.
     "chatscene": Scan2CapRules(
         "IoU >= k, raw texts through the PTB tokenizer on both sides, failures score as 'sos eos'.",
         "ZzZZCHS/Chat-Scene utils/eval.py",
@@ -184,4 +189,4 @@ SCAN2CAP_RULES: Mapping[str, Scan2CapRules] = {
         tokenizer="ptb",
     ),
 }
-"""Second part of the protocol's name -> rules."""
+"""Second part of the protocol's name -> rules. The comments name the reference's functions."""

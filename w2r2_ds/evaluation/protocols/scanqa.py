@@ -1,9 +1,10 @@
 """ScanQA: short answers against several references, as five public evaluators score them.
 
-They differ in the normalisation of the texts (none, full stops removed, or `clean_answer` on one or both sides) and in
-whether captions go through the PTB tokenizer. All divide by the number of questions here; a question without a
-prediction is scored as an empty answer. (The official script raises an error at such a question; Video-3D-LLM
-omits it from the denominator, which raises its scores.)
+The evaluators differ in the normalisation of the texts (none, full stops removed, or `clean_answer` on one or both
+sides), in the rule for a match, and in whether the PTB tokenizer is applied before the caption metrics (BLEU, METEOR,
+ROUGE-L, CIDEr). Here all of them divide by the number of questions, and a question without a prediction is scored as an
+empty answer. The official script raises an error at such a question; Video-3D-LLM omits it from the denominator, which
+raises its scores.
 """
 
 from __future__ import annotations
@@ -47,23 +48,25 @@ _WORDS: dict[str, str] = {
     **{typo: word for word, typos in _TYPOS.items() for typo in typos},
     "tv": "TV",
     **{str(number): word for number, word in enumerate(_NUMBERS)},
-    # 21 and 22 are not in the reference's table.
+    # As in LEO's table, which has neither 21 nor 22.
     "23": "twenty-three",
     "none": "zero",
 }
-_WORD = re.compile(r"\b(" + "|".join(sorted(map(re.escape, _WORDS), key=len, reverse=True)) + r")\b")
+_WORD = re.compile(r"\b(" + "|".join(map(re.escape, _WORDS)) + r")\b")
 _TRAILING_DIGIT = re.compile(r"\b([a-zA-Z]+)[0-9]\b")
-# Applied one after the other; a match consumes the next word too, so one "the" of "the the chair" stays.
+# Applied one after the other. A match consumes the next word too, so "the the chair" becomes "the chair", as in LEO.
 _ARTICLES = tuple(re.compile(rf"\b{article} ([a-zA-Z]+)") for article in ("a", "an", "the"))
 
 
 def clean_answer(text: str) -> str:
     """Normalise an answer as LEO does: lower case, no articles, number words, a few typos corrected.
 
-    In this order: lower case; spaces at the ends removed, runs of spaces replaced by one; characters other than
+    In this order: lower case; spaces at the ends removed, runs of spaces replaced by one; characters other than ASCII
     letters, digits, white space and ``, ' - :`` deleted ("2.5 m" becomes "25 m", "café" becomes "caf"; spaces that
     this leaves at the ends stay); typos corrected, "tv" -> "TV", 0..20 and 23 -> words, "none" -> "zero"; one digit
-    after a word deleted; "a", "an", "the" before a word deleted; "backwards" -> "backward".
+    at the end of a word deleted; "a", "an", "the" before a word deleted; "backwards" -> "backward".
+
+    Source: embodied-generalist/embodied-generalist ``data/data_utils.py``.
     """
     text = re.sub(" +", " ", text.lower().strip(" "))
     text = _STRIPPED.sub("", text)
@@ -75,16 +78,16 @@ def clean_answer(text: str) -> str:
 
 
 def match_any(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
-    """(EM, EM-refined); an exact match takes precedence over containment (VLM-3R)."""
+    """(EM, EM-refined) of a prediction; an exact match takes precedence over containment (VLM-3R)."""
     if prediction in answers:
         return 1, 1
     return 0, int(any(_either_contains(prediction, answer) for answer in answers))
 
 
 def match_in_order(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
-    """(EM, EM-refined) of the first answer that matches at all (LEO).
+    """(EM, EM-refined) of the first answer that matches exactly or by containment (LEO).
 
-    "brown" against ["dark brown", "brown"] is therefore (0, 1), and (1, 1) if the answers are swapped.
+    The order of the answers counts: "brown" against ["dark brown", "brown"] is (0, 1), and (1, 1) if they are swapped.
     """
     for answer in answers:
         if prediction == answer:
@@ -95,16 +98,18 @@ def match_in_order(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
 
 
 def match_nonempty(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
-    """``match_any``, but an empty prediction matches nothing (Chat-Scene)."""
+    """`match_any`, except that an empty prediction is (0, 0) (Chat-Scene)."""
     return match_any(prediction, answers) if prediction else (0, 0)
 
 
 def _either_contains(first: str, second: str) -> bool:
+    """Whether one text is a substring of the other, without white space; the empty text is one of every text."""
     first, second = "".join(first.split()), "".join(second.split())
     return first in second or second in first
 
 
 Match = Callable[[str, Sequence[str]], tuple[int, int]]
+"""(prediction, references) -> (EM, EM-refined)."""
 EM, EM_REFINED, EM_AT_10 = "EM", "EM-refined", "EM@10"
 
 
@@ -115,12 +120,11 @@ class ScanQaRules:
     Attributes:
         description: one sentence.
         source: repository and file.
-        prediction: applied to a prediction before it is scored as a caption; ``str`` leaves it as it is.
-        answer: applied to each reference answer, in the same way.
-        match: (prediction, references) -> (EM, EM-refined); None if the evaluator compares the raw
-            texts and has no EM-refined.
-        tokenizer: applied to captions last.
-        ranked: whether ten ranked answers are scored (EM@10).
+        prediction: normalisation of a prediction for `match` and the caption metrics; ``str`` is the identity.
+        answer: normalisation of each reference answer, for the same.
+        match: rule for EM and EM-refined of normalised texts; None if EM compares raw texts and there is no EM-refined.
+        tokenizer: tokenizer of the caption metrics, applied after the normalisation.
+        ranked: whether EM@10 of ten ranked answers is scored.
     """
 
     description: str
@@ -137,7 +141,7 @@ def _strip_trailing_periods(text: str) -> str:
 
 
 def _chatscene(text: str) -> str:
-    """One full stop removed, first letter in lower case, then `clean_answer`."""
+    """Chat-Scene's normalisation: one full stop removed, first letter in lower case, then `clean_answer`."""
     text = text.removesuffix(".")
     return clean_answer(text[:1].lower() + text[1:])
 
@@ -145,7 +149,7 @@ def _chatscene(text: str) -> str:
 SCANQA_RULES: Mapping[str, ScanQaRules] = {
     # From `evals_json` and `eval_pycoco`; their F-value and SPICE are not computed here.
     "scanqa_official": ScanQaRules(
-        "EM and EM@10 of raw texts, captions through the PTB tokenizer.",
+        "EM and EM@10 of raw texts; caption metrics of PTB-tokenized texts.",
         "ATR-DBI/ScanQA scripts/score.py",
         str,
         str,
@@ -155,7 +159,7 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
     ),
     # From `main` of both scripts.
     "video3dllm": ScanQaRules(
-        "EM of raw texts; captions without tokenizer, full stops at the end removed (also Spatial-MLLM).",
+        "EM of raw texts; caption metrics without tokenizer, final full stops of predictions removed.",
         "LaVi-Lab/Video-3D-LLM llava/eval/eval_scanqa.py; "
         "diankun-wu/Spatial-MLLM src/evaluation/scanqa/score_scanqa.py",
         _strip_trailing_periods,
@@ -165,7 +169,7 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
     ),
     # From `ScanQAEvaluator.update`.
     "leo": ScanQaRules(
-        "Cleaned texts on both sides, EM and EM-refined of the first answer that matches at all, no tokenizer.",
+        "Cleaned texts on both sides; EM and EM-refined of the first answer that matches at all; no tokenizer.",
         "embodied-generalist/embodied-generalist evaluator/scanqa_eval.py",
         clean_answer,
         clean_answer,
@@ -174,7 +178,7 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
     ),
     # From `answer_match` and `calc_scanqa_score`.
     "vlm3r": ScanQaRules(
-        "Cleaned texts on both sides, an exact match takes precedence over containment, then the PTB tokenizer.",
+        "Cleaned texts on both sides; an exact match takes precedence over containment; PTB tokenizer.",
         "VITA-Group/VLM-3R llava/eval/scanqa_evaluator.py",
         clean_answer,
         clean_answer,
@@ -183,7 +187,7 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
     ),
     # From `calc_scanqa_score`.
     "chatscene": ScanQaRules(
-        "Only the prediction is cleaned, an empty one matches nothing, then the PTB tokenizer.",
+        "Only the prediction is cleaned, an empty one matches nothing; PTB tokenizer.",
         "ZzZZCHS/Chat-Scene utils/eval.py",
         _chatscene,
         str,
@@ -191,7 +195,7 @@ SCANQA_RULES: Mapping[str, ScanQaRules] = {
         tokenizer="ptb",
     ),
 }
-"""Second part of the protocol's name -> rules."""
+"""Second part of the protocol's name -> rules. The comments name the reference's functions."""
 
 
 def score_scanqa(
@@ -200,18 +204,19 @@ def score_scanqa(
     protocol: str,
     java: Java | None = None,
 ) -> ProtocolResult:
-    """EM, EM-refined and caption metrics.
+    """EM, EM-refined and caption metrics of a set of questions.
 
     Args:
         references: question id -> its reference answers.
-        predictions: question id -> answers, best first; a model that gives one answer gives a list of one.
+        predictions: question id -> ranked answers, best first; a list of one for a model that gives one answer.
         protocol: a key of ``SCANQA_RULES``.
-        java: see ``score_captions``.
+        java: see `score_captions`.
 
     Returns:
         ``protocol``, ``questions``, ``missing`` (questions without a prediction), and ``corpus``, ``items``,
-        ``candidates``, ``references``, ``not_computed`` as in ``CaptionScores``. The scores include ``EM`` and, if the
-        protocol has them, ``EM-refined`` or ``EM@10``. EM@10 is None if no prediction has a second answer.
+        ``candidates``, ``references``, ``not_computed`` as in `CaptionScores`. ``corpus`` and ``items`` also have
+        ``EM`` and, if the protocol has them, ``EM-refined`` and ``EM@10``; EM@10 is None if no prediction has a second
+        answer.
 
     Raises:
         ValueError: a question without answers (the test split), or a prediction of an unknown question.
@@ -222,7 +227,7 @@ def score_scanqa(
     texts = [key for key, answers in predictions.items() if isinstance(answers, str)]
     raise_with_first(texts, "predictions are one text instead of a list of answers, best first")
     rules = SCANQA_RULES[protocol]
-    ranked = {key: list(predictions.get(key, ())) or [""] for key in references}
+    ranked = {key: list(predictions.get(key, ())) or [""] for key in references}  # no prediction: an empty answer
     candidates = {key: rules.prediction(answers[0]) for key, answers in ranked.items()}
     normalized = {key: [rules.answer(text) for text in answers] for key, answers in references.items()}
     scores = score_captions(normalized, candidates, rules.tokenizer, java)
@@ -248,7 +253,15 @@ def _exact_matches(
     normalized: Mapping[str, Sequence[str]],
     rules: ScanQaRules,
 ) -> tuple[dict[str, dict[str, MetricValue]], dict[str, str]]:
-    """EM, EM-refined and EM@10 of every question, and, for metrics that are None, the reason."""
+    """EM, EM-refined and EM@10 of every question, and, for metrics that are None, the reason.
+
+    Args:
+        references: question id -> raw reference answers.
+        ranked: question id -> raw predictions, best first, at least one.
+        candidates: question id -> normalised first prediction.
+        normalized: question id -> normalised reference answers.
+        rules: rules of the protocol.
+    """
     exact: dict[str, dict[str, MetricValue]] = {}
     has_ranked = any(len(answers) > 1 for answers in ranked.values())
     for key, answers in ranked.items():
@@ -264,6 +277,7 @@ def _exact_matches(
 
 
 def _mean(values: Sequence[MetricValue]) -> MetricValue:
+    """The arithmetic mean; None if a value is None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
 
@@ -275,9 +289,10 @@ class ScanQaRecord(RecordFields):
 
 
 def _inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
-    questions = {record["id"]: [reference["text"] for reference in record["references"]] for record in records}
-    answers = {record["id"]: [record["text"]] for record in records if record["text"] is not None}
-    return questions, answers
+    """References and predictions, as arguments of `score_scanqa`."""
+    references = {record["id"]: [reference["text"] for reference in record["references"]] for record in records}
+    predictions = {record["id"]: [record["text"]] for record in records if record["text"] is not None}
+    return references, predictions
 
 
 for _name, _rules in SCANQA_RULES.items():

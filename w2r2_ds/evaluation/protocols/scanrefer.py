@@ -1,9 +1,9 @@
 """ScanRefer's Acc@k for axis-aligned boxes in world coordinates, as two public evaluators compute it.
 
 Acc@k is the share of descriptions whose predicted box has IoU >= k with the annotated one. A description without a
-usable prediction counts as IoU 0. Accuracies are fractions in 0..1.
+prediction, or with one that cannot be parsed, counts as IoU 0. Accuracies are fractions in 0..1.
 
-Answers in a frame's camera are scored here too: ``answer_world_box`` moves them to the world and encloses them in an
+Answers in a frame's camera are scored here too: ``answer_world_box`` moves their box to the world and encloses it in an
 axis-aligned box. Protocols that compare them as oriented boxes are in ``scanrefer_vgllm.py``.
 """
 
@@ -36,7 +36,7 @@ from w2r2_ds.evaluation.protocols.registry import KeyPath, Protocol, ProtocolRes
 
 GROUPS = (UNIQUE, MULTIPLE)
 Box = Sequence[float]
-"""``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres."""
+"""``[cx, cy, cz, sx, sy, sz]`` in the axis-aligned world, metres; annotated boxes may have three ZXY angles too."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ class ScoredDescription:
     """One annotated description.
 
     Attributes:
-        key: identifies it in predictions and results.
+        key: id of the description in predictions and results.
         scene_id: name of its scene.
-        box: world box of its object; six numbers, or nine with angles.
-        group, group_nyu40: unique or multiple in the whole split, by ScanNet's and by NYU40's classes
+        box: world box of its object, six numbers, or nine with angles.
+        group: ``unique`` or ``multiple`` by ScanNet's 18 classes, computed from the whole split
             (``data/sources/labels.py``).
-        scannet_class: class of the object, see ``scannet_class``.
+        group_nyu40: the same by NYU40 class ids.
+        scannet_class: 0 to 16 for ScanNet's named classes, 17 (``OTHERS``) for all others.
     """
 
     key: str
@@ -61,18 +62,19 @@ class ScoredDescription:
 
 
 def score_official(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None]) -> ProtocolResult:
-    """ScanRefer's own evaluator: axis-aligned IoU with + 1e-8, ScanNet-18 classes, classes in and not in "others".
+    """ScanRefer's own evaluator: axis-aligned IoU with + 1e-8, grouped by ScanNet-18 classes.
 
-    daveredrum/ScanRefer ``benchmark/eval.py``: ``evaluate``.
+    Source: daveredrum/ScanRefer ``benchmark/eval.py``, ``evaluate``.
 
     Args:
         descriptions: all descriptions to score.
-        boxes: by ``ScoredDescription.key``; None for an answer that could not be parsed.
+        boxes: ``ScoredDescription.key`` -> predicted box; None for an answer that could not be parsed. A missing key is
+            a failure too.
 
     Returns:
-        ``protocol``; ``parsed`` (share with a box); ``scores`` and ``counts``: group (unique, multiple, overall) ->
-        in_others, not_in_others, overall -> accuracies, or the number of descriptions; ``items``. As in the reference,
-        an empty group has accuracy 0: check its count.
+        ``protocol``; ``parsed`` (share of descriptions with a box); ``scores`` and ``counts``: group (unique, multiple,
+        overall) -> class (in_others, not_in_others, overall) -> accuracies, or the number of descriptions; ``items``:
+        key -> ``iou``, ``group``, ``class``. As in the reference, an empty group has accuracy 0: check its count.
 
     Raises:
         ValueError: no descriptions, a description twice, or a box of an unknown description.
@@ -86,34 +88,40 @@ def score_official(descriptions: Sequence[ScoredDescription], boxes: Mapping[str
 
 
 def official_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``scores`` and ``counts`` of `score_official` from rows with ``iou``, ``group`` and ``class``."""
+    """``scores`` and ``counts`` of `score_official` from items with ``iou``, ``group`` and ``class``."""
     scores: dict[str, dict[str, Any]] = {}
     counts: dict[str, dict[str, int]] = {}
     for group in (*GROUPS, "overall"):
-        rows = [item for item in items if group in ("overall", item["group"])]
+        members = [item for item in items if group in ("overall", item["group"])]
         parts = {
-            "not_in_others": [row for row in rows if row["class"] != OTHERS],
-            "in_others": [row for row in rows if row["class"] == OTHERS],
-            "overall": rows,
+            "not_in_others": [item for item in members if item["class"] != OTHERS],
+            "in_others": [item for item in members if item["class"] == OTHERS],
+            "overall": members,
         }
         counts[group] = {name: len(part) for name, part in parts.items()}
+        # As in the reference, the accuracy of an empty part is 0, not None.
         scores[group] = {
-            name: accuracies(row["iou"] for row in part) if part else {f"acc@{k}": 0.0 for k in THRESHOLDS}
+            name: accuracies(item["iou"] for item in part) if part else {f"acc@{k}": 0.0 for k in THRESHOLDS}
             for name, part in parts.items()
         }
     return {"scores": scores, "counts": counts}
 
 
 def score_video3dllm(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None]) -> ProtocolResult:
-    """Video-3D-LLM's evaluator: axis-aligned IoU with + 1e-8, unique by NYU40 ids.
+    """Video-3D-LLM's evaluator: axis-aligned IoU with + 1e-8, grouped by NYU40 ids.
 
-    LaVi-Lab/Video-3D-LLM ``llava/eval/eval_scanrefer.py``: ``main``.
+    Source: LaVi-Lab/Video-3D-LLM ``llava/eval/eval_scanrefer.py``, ``main``.
 
-    Args and errors: as `score_official`.
+    Args:
+        descriptions: all descriptions to score.
+        boxes: as for `score_official`.
 
     Returns:
-        ``protocol``; ``parsed``; ``all``, ``unique``, ``multiple``, each with ``count`` and accuracies (None in an
-        empty group); ``items``.
+        ``protocol``; ``parsed`` (share of descriptions with a box); ``all``, ``unique``, ``multiple``, each with
+        ``count`` and accuracies (None in an empty group); ``items``: key -> ``iou``, ``group``.
+
+    Raises:
+        ValueError: as `score_official`.
     """
     ious = _box_ious(descriptions, boxes)
     items: dict[str, dict[str, Any]] = {
@@ -127,17 +135,18 @@ def score_video3dllm(descriptions: Sequence[ScoredDescription], boxes: Mapping[s
 
 
 def accuracies(ious: Iterable[float]) -> dict[str, float | None]:
-    """``acc@k``: share of IoU >= k; None without values."""
+    """``acc@k`` -> share of the IoUs that are >= k; None without IoUs."""
     values = list(ious)
     return {f"acc@{k}": sum(iou >= k for iou in values) / len(values) if values else None for k in THRESHOLDS}
 
 
 def accuracy_paths(*path: str) -> dict[str, KeyPath]:
-    """``Protocol.metrics`` of a result that has the accuracies at a path."""
+    """``Protocol.metrics`` of a protocol whose result has the accuracies at a path of keys."""
     return {f"acc@{k}": (*path, f"acc@{k}") for k in THRESHOLDS}
 
 
 def _box_ious(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None]) -> dict[str, float]:
+    """Key -> IoU of the predicted and the enclosing annotated box; 0 without a prediction."""
     check_keys("descriptions", [each.key for each in descriptions], boxes)
     ious = {}
     for each in descriptions:
@@ -175,7 +184,7 @@ class ScanReferRecord(RecordFields):
 
 
 def description_of(record: AnswerRecord) -> ScoredDescription:
-    """The description that a record answers."""
+    """The annotated description of a record."""
     target = record["target"]
     return ScoredDescription(
         key=record["id"],
@@ -188,6 +197,7 @@ def description_of(record: AnswerRecord) -> ScoredDescription:
 
 
 def _world_inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
+    """Descriptions and world boxes, as arguments of `score_official` and `score_video3dllm`."""
     return [description_of(record) for record in records], {
         record["id"]: answer_world_box(record) for record in records
     }
@@ -198,7 +208,7 @@ _world_protocol = partial(Protocol, inputs=_world_inputs, record_model=ScanRefer
 register_protocol(
     _world_protocol(
         "scanrefer/scanrefer_official",
-        "World boxes, axis-aligned IoU with + 1e-8; unique and multiple by ScanNet-18 classes, others separately.",
+        "World boxes, axis-aligned IoU with + 1e-8; unique and multiple by ScanNet-18 classes, other classes separate.",
         "daveredrum/ScanRefer benchmark/eval.py",
         score_official,
         accuracy_paths("scores", "overall", "overall"),

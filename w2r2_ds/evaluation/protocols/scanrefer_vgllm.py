@@ -199,6 +199,7 @@ def _check(
 
 
 def _inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple[Any, ...]:
+    """Descriptions, texts and poses, as arguments of `score_direct` and `score_vgllm`."""
     descriptions = [description_of(record) for record in records]
     texts = {record["id"]: record["text"] for record in records if record["text"] is not None}
     poses = {record["id"]: np.array(record["cam_to_world"], dtype=np.float64).reshape(-1, 4, 4) for record in records}
