@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from metric_cases import undocumented
 from runs import STEPS, World
 from trained_models import load_trained_model
 from w2r2_ds.commands.evaluate import main as evaluate_main
@@ -119,6 +120,7 @@ def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: P
     (data,) = scores["data"]
     assert data["manifest"] == hashlib.sha256((Path(data["path"]) / "manifest.json").read_bytes()).hexdigest()
     assert [file.name for file in (tmp_path / "out").glob("parts-*")] == []
+    assert undocumented(scores, "index") == set()
 
 
 def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: Path) -> None:

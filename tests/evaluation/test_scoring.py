@@ -1,4 +1,4 @@
-"""Records score themselves, by every protocol, after a journey through JSON."""
+"""Scores of answer records by every protocol, after a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hand_records import BOX, beside, camera_answer, caption, detection, grounding, in_world, question
+from metric_cases import result_keys, undocumented
 from w2r2_ds.evaluation import scoring
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.predictions.record import record_of
@@ -37,7 +38,7 @@ def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def grounded() -> list[dict[str, Any]]:
-    """A right answer, one at IoU 1/3, one that cannot be read, and a missing one."""
+    """A right answer, one at IoU 1/3, one that cannot be parsed, and a missing one."""
     one, two, three, four = (grounding(str(ann), number) for ann, number in ((0, 3), (1, 3), (0, 5), (1, 5)))
     three, four = (
         replace(each, target=replace(each.target, group="multiple", scannet_class=17)) for each in (three, four)
@@ -45,10 +46,17 @@ def grounded() -> list[dict[str, Any]]:
     return records([(one, camera_answer(one)), (two, camera_answer(two, 1, MOVED)), (three, "no idea"), (four, None)])
 
 
+def check_documented(results: dict[str, dict[str, Any]]) -> None:
+    """Every key of a result is on the page of its task or on the common one."""
+    for name, result in results.items():
+        assert undocumented(result_keys(result), "index", name.partition("/")[0]) == set(), name
+
+
 def test_grounding_by_every_protocol(grounded: list[dict[str, Any]]) -> None:
     proposals = {"scene0011_00": [BOX[:6].tolist(), [9, 9, 9, 1, 1, 1]]}
     results = score_records(grounded, ["all"], proposals)
     assert set(results) == {name for name in PROTOCOLS if name.startswith("scanrefer/")}
+    check_documented(results)
     assert all((each["count"], each["missing"], each["parsed"]) == (4, 1, 0.5) for each in results.values())
     direct = results["scanrefer/vgllm-direct"]
     assert (direct["overall"]["acc@0.25"], direct["overall"]["acc@0.5"]) == (0.5, 0.25)
@@ -114,6 +122,7 @@ def test_captions_by_every_protocol() -> None:
     ]
     results = score_records(records(pairs), ["all"])
     assert set(results) == {name for name in PROTOCOLS if name.startswith("scan2cap/")}
+    check_documented(results)
     for result in results.values():
         assert (result["count"], result["objects"], result["missing"], result["parsed"]) == (5, 5, 1, 0.8)
         assert (result["at"]["0.25"]["passed"], result["at"]["0.5"]["passed"]) == (2, 1)
@@ -126,7 +135,7 @@ def test_captions_by_every_protocol() -> None:
     assert kept["candidates"]["scene0011_00|3|office chair"] == "sos the chair 3 is black .  eos"
 
 
-def test_protocols_that_need_words_say_so() -> None:
+def test_protocols_that_need_words_raise_an_error_without_them() -> None:
     bare = replace(caption(), references=tuple(replace(each, words=()) for each in caption().references))
     for protocol in ("scan2cap_original", "leo"):
         with pytest.raises(ValueError, match=f"scan2cap/{protocol} .*'token'"):
@@ -140,6 +149,7 @@ def test_answers_by_every_protocol() -> None:
     pairs = [(question(0), "brown"), (question(1, ("two",)), "three"), (question(2, ("red",)), None)]
     results = score_records(records(pairs), ["all"])
     assert set(results) == {name for name in PROTOCOLS if name.startswith("scanqa/")}
+    check_documented(results)
     for name, result in results.items():
         assert (result["count"], result["questions"], result["missing"]) == (3, 3, 1)
         assert result["corpus"]["EM"] == pytest.approx(1 / 3)
@@ -153,6 +163,7 @@ def test_detection() -> None:
     text = json.dumps([{"label": "chair", "box_3d": BOX.tolist()}])
     (result,) = score_records(records([(detection(), text)])).values()
     assert result["protocol"] == "detection/f1" and result["at"]["0.5"]["F1"] == pytest.approx(2 / 3)
+    check_documented({"detection/f1": result})
     assert headline({"detection/f1": result})["detection/f1 F1@0.5"] == pytest.approx(2 / 3)
 
 

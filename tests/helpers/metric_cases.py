@@ -1,9 +1,10 @@
-"""Assertions that compare recorded scores with computed ones."""
+"""Assertions that compare recorded scores with computed ones, and the keys of scores with the documentation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from w2r2_ds.evaluation.metrics.meteor import Java
 
 TOLERANCE = 1e-6
 METEOR = ("METEOR", ITEM_MEAN)
+PAGES = Path(__file__).parents[2] / "docs" / "reference" / "metrics"
 
 
 def has_java(java: Java) -> bool:
@@ -62,3 +64,15 @@ def assert_all_fields_read(record: Mapping[str, Any], *known: str) -> None:
     unread = set(record) - set(known)
     if unread:
         pytest.fail(f"fields that no test reads: {sorted(unread)}")
+
+
+def undocumented(keys: Iterable[str], *pages: str) -> set[str]:
+    """The keys that are not in backticks on one of these pages of docs/reference/metrics."""
+    text = "".join((PAGES / f"{page}.md").read_text() for page in pages)
+    return {key for key in keys if f"`{key}`" not in text}
+
+
+def result_keys(result: Mapping[str, Any]) -> set[str]:
+    """All keys of the result of a protocol, nested ones too, without thresholds and reasons of failures."""
+    nested = [value for key, value in result.items() if isinstance(value, Mapping) and key != "failures"]
+    return {*result, *(key for value in nested for key in result_keys(value))} - {"0.25", "0.5"}

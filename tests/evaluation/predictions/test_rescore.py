@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hand_records import BOX, ROOT, beside, camera_answer, caption, detection, grounding, question
+from metric_cases import undocumented
 from prepared_sets import write_prepared
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.predictions.record import record_of
@@ -69,6 +70,7 @@ def test_our_own_are_complete(tmp_path: Path) -> None:
     assert (scores["task"], scores["samples"], scores["missing"], scores["data"]) == ("scanrefer", 2, 0, [])
     assert scores["protocols"]["scanrefer/vgllm-direct"]["overall"]["acc@0.5"] == 0.5
     assert headline(scores["protocols"])["scanrefer/video3dllm acc@0.5"] == 0.5
+    assert undocumented(scores, "index") == set()
 
 
 def test_our_own_joined_with_a_data_set(tmp_path: Path) -> None:
