@@ -1,4 +1,4 @@
-"""The prepared data sets of an evaluation."""
+"""Find the prepared data sets of an evaluation and concatenate their samples."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from w2r2_ds.utils.hashing import file_sha256
 
 
 def find_sets(config: DataConfig, task: str | None = None, data: Path | None = None) -> list[PreparedSet]:
-    """The data sets of one task: the given folder, or those of ``data.val`` that have the task.
+    """The data sets to evaluate: the folder `data`, or those sets of ``data.val`` that are of the task.
 
     Args:
-        config: ``root`` and ``val`` are used.
-        task: None if ``data.val`` has only one task.
-        data: a prepared folder, absolute, relative, or relative to the root.
+        config: data configuration; ``root`` and ``val`` are used.
+        task: name of the task; may be None if all sets are of one task.
+        data: prepared folder, relative to the working directory or to the root; None for the sets of ``data.val``.
 
     Raises:
-        ValueError: there is no data set, it is of another task, or `task` is None and ``data.val`` has several.
+        ValueError: there is no data set, the folder is of another task, or `task` is None and ``data.val`` has several
+            tasks.
     """
     root = Path(config.root)
     if data is not None:
@@ -35,26 +36,26 @@ def find_sets(config: DataConfig, task: str | None = None, data: Path | None = N
     available = ", ".join(f"{path} ({name})" for path, name in tasks.items()) or "nothing"
     wanted = sorted(set(tasks.values())) if task is None else [task]
     if len(wanted) != 1:
-        raise ValueError(f"data.val has {available}; choose one with --task, or a folder with --data.")
+        raise ValueError(f"data.val has {available}; choose a task with --task, or a prepared folder with --data.")
     paths = [path for path, name in tasks.items() if name == wanted[0]]
     if not paths:
-        raise ValueError(f"data.val has {available}, but no {wanted[0]}; name a prepared folder with --data.")
+        raise ValueError(f"data.val has {available}, but no {wanted[0]}; pass a prepared folder with --data.")
     return [PreparedSet(root / path, root) for path in paths]
 
 
 def all_samples(sets: list[PreparedSet]) -> Mixture:
-    """The samples of these sets, one set after the other.
+    """The concatenated samples of the sets.
 
     Raises:
-        ValueError: two samples have the same id, which identifies an answer.
+        ValueError: two samples have the same id. Answers are identified by the id of their sample.
     """
     samples = Mixture(sets, [1.0] * len(sets), [0] * len(sets))
-    repeated = [name for name, number in Counter(sample.id for sample in samples).items() if number > 1]
-    folders = " and ".join(str(each.folder) for each in sets)
+    repeated = [sample_id for sample_id, count in Counter(sample.id for sample in samples).items() if count > 1]
+    folders = " and ".join(str(prepared.folder) for prepared in sets)
     raise_with_first(repeated, f"ids appear twice in {folders}", "; evaluate one data set at a time with --data")
     return samples
 
 
 def describe_sets(sets: list[PreparedSet]) -> list[dict[str, Any]]:
-    """Path and SHA-256 of the manifest of each set, for reports."""
-    return [{"path": str(each.folder), "manifest": file_sha256(each.folder / MANIFEST)} for each in sets]
+    """``path`` of each set and SHA-256 of its ``manifest``, for the score file."""
+    return [{"path": str(prepared.folder), "manifest": file_sha256(prepared.folder / MANIFEST)} for prepared in sets]

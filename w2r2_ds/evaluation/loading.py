@@ -1,4 +1,4 @@
-"""Load a trained model for inference: of a run, a checkpoint or an exported adapter."""
+"""Load the configuration and the trained model of a run, a checkpoint or an exported adapter."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def run_config(
     """Configuration of a run, a checkpoint or an exported adapter.
 
     Args:
-        path: path of the run, checkpoint or adapter.
-        root: data root on this machine; None for that of training.
-        vlm: directory or hub id of the VLM on this machine; None for that of training.
-        geometry_path: directory or hub id of the geometry encoder on this machine; None for that of training.
+        path: folder of the run, checkpoint or adapter.
+        root: data root on this machine; None for the one of training.
+        vlm: directory or hub id of the VLM on this machine; None for the one of training.
+        geometry_path: directory or hub id of the geometry encoder on this machine; None for the one of training.
 
     Raises:
-        ValueError: there is no checkpoint or adapter.
+        ValueError: the folder has no complete checkpoint and no adapter, or its configuration is not valid.
     """
     if (path / ADAPTER_CARD).is_file():
         return relocated(adapter_config(path), root, vlm, geometry_path)
@@ -38,10 +38,14 @@ def run_config(
 
 
 def trained_model(path: Path, config: RunConfig) -> W2R2:
-    """The model, on this process's device and in evaluation mode; `config` is that of `run_config`.
+    """Load the trained model, on this process's device and in evaluation mode.
+
+    Args:
+        path: folder of the run, checkpoint or adapter.
+        config: its configuration, from `run_config`.
 
     Raises:
-        ValueError: it was trained with other base models.
+        ValueError: it was trained with other base models, or a file is missing or broken.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (path / ADAPTER_CARD).is_file():
@@ -53,7 +57,7 @@ def trained_model(path: Path, config: RunConfig) -> W2R2:
 
 
 def trained_weights_sha256(path: Path) -> str:
-    """Hash of the trained tensors of a run, a checkpoint or an adapter."""
+    """SHA-256 of the file or files of trained tensors of a run, a checkpoint or an adapter."""
     if (path / ADAPTER_CARD).is_file():
         return files_sha256(path.glob("*.safetensors"), path)
     checkpoint = find_checkpoint(path)
@@ -61,6 +65,6 @@ def trained_weights_sha256(path: Path) -> str:
 
 
 def with_cache(frontend: VlmFrontend, config: RunConfig) -> VlmFrontend:
-    """The frontend with the run's feature cache if its folder exists on this machine; evaluation creates none."""
+    """The frontend with the run's feature cache if the folder exists on this machine; evaluation creates no cache."""
     exists = config.data.cache and Path(config.data.cache).is_dir()
     return replace(frontend, cache=open_cache(config.data, config.model) if exists else None)

@@ -1,11 +1,11 @@
-"""Answers saved while they are generated: one file per rank, so that a killed evaluation can be resumed.
+"""Save answers while they are generated, in one file per rank, so that a killed evaluation can be resumed.
 
-OUT/parts-TASK-GEOMETRY/run.json       everything that the answers depend on; another run's answers raise an error
+OUT/parts-TASK-GEOMETRY/run.json         all options and hashes that the answers depend on (the run's identity)
                         part-0003.jsonl  records of rank 3, appended batch by batch
 
 Rank r of n answers those of samples r, r + n, r + 2n, ... that are in no file. The files may come from a run with
-another number of ranks. A killed process may leave an incomplete last line: that sample is answered again. Merging
-takes each sample once, in the order of the data set, so the result depends neither on the number of ranks nor on their
+another number of ranks. A killed process may leave an incomplete last line; its sample is answered again. Merging takes
+one record per sample, in the order of the data set, so the result depends neither on the number of ranks nor on their
 speed.
 """
 
@@ -29,7 +29,12 @@ RUN = "run.json"
 
 
 class Selection(Sequence[Sample]):
-    """A view of some samples of a data set; each is read when it is indexed."""
+    """A view of some samples of a data set; a sample is read when it is indexed.
+
+    Args:
+        samples: the data set.
+        indices: indices of the selected samples, in the order of the view.
+    """
 
     def __init__(self, samples: Sequence[Sample], indices: Sequence[int]) -> None:
         self.samples, self.indices = samples, indices
@@ -48,19 +53,19 @@ class Selection(Sequence[Sample]):
 
 
 class PartialAnswers:
-    """The answers of an unfinished evaluation.
+    """The saved answers of an unfinished evaluation.
 
     Args:
         folder: folder of the files; created if it is missing.
-        run: plain JSON, everything that the answers depend on.
+        run: all options and hashes that the answers depend on, as JSON values.
 
     Raises:
-        ValueError: the folder has answers of another run; names the first field that differs.
+        ValueError: the folder has answers of another run; the message names the first field that differs.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self.folder = folder
-        wanted = json.loads(json.dumps(run))
+        wanted = json.loads(json.dumps(run))  # as it is read back: tuples are lists
         file = folder / RUN
         folder.mkdir(parents=True, exist_ok=True)
         if not file.is_file():
@@ -78,14 +83,16 @@ class PartialAnswers:
                 )
 
     def read(self) -> dict[str, AnswerRecord]:
-        """All complete records by sample id; of two records of one sample, the first.
+        """Sample id -> record, of all complete lines of all ranks' files.
 
         Raises:
-            ValueError: a line that is not the last one is not a record.
+            ValueError: a line other than an incomplete last one is not a record.
         """
         records: dict[str, AnswerRecord] = {}
+        # A sample has two records if ranks of a killed evaluation were still writing when the next one started. All
+        # ranks use the first one, in the order of the files.
         for file in sorted(self.folder.glob("part-*.jsonl")):
-            # Only the last line can be incomplete: `writer` truncates it before it appends.
+            # Only the last line can be incomplete: `writer` removes an incomplete line before it appends.
             try:
                 for number, record in read_jsonl(file, allow_torn_end=True):
                     if "id" not in record:
@@ -97,41 +104,46 @@ class PartialAnswers:
 
     @contextmanager
     def writer(self, rank: int) -> Iterator[TextIO]:
-        """This rank's file, open for appending; an incomplete last line is removed first."""
+        """Open this rank's file for appending; an incomplete last line is removed first."""
         file = self.folder / f"part-{rank:04d}.jsonl"
         if file.is_file():
             content = file.read_bytes()
-            os.truncate(file, content.rfind(b"\n") + 1)
+            os.truncate(file, content.rfind(b"\n") + 1)  # the whole file if it has no complete line
         with open(file, "a", encoding="utf-8") as opened:
             yield opened
 
     def merge(self, ids: Sequence[str]) -> list[AnswerRecord]:
-        """The records of these samples, in this order.
+        """The records of the given samples, in their order.
 
         Raises:
             ValueError: a sample has no record.
         """
         records = self.read()
-        missing = [identity for identity in ids if identity not in records]
+        missing = [sample_id for sample_id in ids if sample_id not in records]
         raise_with_first(missing, f"of {len(ids)} answers are missing in {self.folder}", "; run the same command again")
-        return [records[identity] for identity in ids]
+        return [records[sample_id] for sample_id in ids]
 
     def remove(self) -> None:
-        """Delete the folder, once the merged predictions file is written."""
+        """Delete the folder; called after the merged predictions file is written."""
         shutil.rmtree(self.folder)
 
 
 def unanswered(ids: Sequence[str], done: Mapping[str, Any], rank: int, world_size: int) -> list[int]:
-    """Indices of the samples that a rank still has to answer.
+    """Indices of the samples that a rank has not answered yet.
 
-    The assignment of samples to ranks must not depend on `done`: a rank that starts later finds more answers, and ranks
-    that divided only the remaining samples would skip some of them.
+    Args:
+        ids: ids of all samples of the evaluation.
+        done: sample id -> record of the saved answers.
+        rank: this process.
+        world_size: number of processes.
     """
+    # The assignment of samples to ranks does not depend on `done`: ranks read it at different times, a later one finds
+    # more answers, and ranks that divided the remaining samples by different lists would skip some of them.
     return [index for index in range(rank, len(ids), world_size) if ids[index] not in done]
 
 
 def record_line(record: AnswerRecord) -> str:
-    """A record as one line of JSON; control characters are escaped, so that a terminal does not execute them."""
+    """A record as one line of JSON, with control characters escaped, so that a terminal does not interpret them."""
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 

@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint or an exported adapter: predictions as JSON Lines, scores as JSON.
+"""Evaluate a checkpoint or an exported adapter: write predictions as JSON Lines and scores as JSON.
 
-One process or several (``torchrun``, ``deepspeed``), interrupted and resumed or not: the predictions are the same.
+The predictions depend neither on the number of processes (``torchrun``, ``deepspeed``) nor on interruptions
+(``resumable.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from w2r2_ds.config.schema import DataConfig, RunConfig
+from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.loader import make_processor, prompt_loader
+from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.validate import check_frames, check_texts
 from w2r2_ds.evaluation import generate
@@ -36,7 +39,7 @@ from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 
 GEOMETRY_CHOICES = ("fused", "zero", "shuffle")
-"""`fused`: Phi(F2D, F3D); `zero`: Phi(F2D, 0); `shuffle`: `fused` with another scene's geometry (``shuffle.py``)."""
+"""``fused``: Phi(F2D, F3D); ``zero``: Phi(F2D, 0), 2D only; ``shuffle``: ``fused`` with another scene's geometry."""
 
 
 def evaluate(
@@ -59,21 +62,23 @@ def evaluate(
     """Generate greedy answers to a validation set and score them.
 
     Args:
-        path: run, checkpoint or exported adapter.
+        path: folder of a run, a checkpoint or an exported adapter.
         out: folder for ``predictions-TASK-GEOMETRY.jsonl`` and ``scores-TASK-GEOMETRY.json``.
         geometry: one of ``GEOMETRY_CHOICES``.
         batch_size: prompts per forward.
-        max_new_tokens: longest answer.
-        limit: number of samples, 0 for all.
-        task: which of the run's validation sets; None if all are of one task.
-        data: a prepared folder instead of the run's own sets.
-        protocols: scoring protocols; the task's default if empty (``choose_protocols``).
+        max_new_tokens: maximum number of tokens of an answer.
+        limit: number of samples, the first ones; 0 for all.
+        task: task whose validation sets are evaluated; None if all sets of the run are of one task.
+        data: prepared folder instead of the run's own sets.
+        protocols: names of scoring protocols; the task's default if empty (`choose_protocols`).
         proposals: file of detected boxes, for ``scanrefer/vgllm_refined``.
-        root, vlm, geometry_path: places of data and base models on this machine; None for those of training.
-        ranks: this process among those that evaluate together, in a process group; None for a single process.
+        root: data root on this machine; None for the one of training.
+        vlm: directory or hub id of the VLM on this machine; None for the one of training.
+        geometry_path: directory or hub id of the geometry encoder on this machine; None for the one of training.
+        ranks: rank and number of the processes, in a process group; None for a single process.
 
     Returns:
-        The scores as written; empty on ranks other than 0.
+        Content of the score file (docs/reference/metrics/index.md); empty on ranks other than 0.
 
     Raises:
         ValueError: an option, the data or the checkpoint cannot be used; before the first answer if possible.
@@ -82,12 +87,10 @@ def evaluate(
     ranks = ranks or RankInfo()
     config = run_config(path, root, vlm, geometry_path)
     sets = find_sets(config.data, task, data)
-    whole = all_samples(sets)
-    if not whole:
-        raise ValueError(f"{sets[0].folder} has no samples.")
-    samples = Selection(whole, range(min(limit or len(whole), len(whole))))
+    whole, samples = _select_samples(sets, limit)
     boxes = read_boxes(proposals)
-    # Errors in the protocols, the scenes or the frames are raised here, before hours of generation.
+    # Errors in protocols, scenes, frames and texts are raised before hours of generation. A record without an answer
+    # has all fields that decide which protocols can score it.
     protocol_names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
     if geometry == "shuffle":
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
@@ -95,7 +98,7 @@ def evaluate(
     name = f"{sets[0].task}-{geometry}"
     with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
-        check_texts(samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, False)
+        check_texts(samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, with_answer=False)
         model = trained_model(path, config)
         set_num_threads(ranks, model.base.config.get_text_config().hidden_size)
         described = describe_sets(sets)
@@ -103,7 +106,7 @@ def evaluate(
         partial = PartialAnswers(out / f"parts-{name}", run)
         answerer = Answerer(model, frontend, config.data, geometry, whole, batch_size, max_new_tokens)
         answer_remaining(answerer, samples, partial, ranks)
-        barrier()  # rank 0 merges when all ranks have written their answers
+        barrier()  # rank 0 merges after all ranks have written their answers
         if ranks.rank:
             return {}
         records = partial.merge([sample.id for sample in samples])
@@ -119,13 +122,13 @@ def evaluate(
             "protocols": score_records(records, protocol_names, boxes),
         }
         (out / f"scores-{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
-        # Last: if scoring fails, the same command finds all answers and only scores them.
+        # The saved answers are deleted last: if scoring fails, the same command finds all of them and only scores.
         partial.remove()
     return scores
 
 
 def check_generation_options(geometry: str, limit: int, batch_size: int, max_new_tokens: int) -> None:
-    """Raise ValueError for an unknown geometry or a number that is too small."""
+    """Raise ValueError for an unknown geometry, a negative limit, or another number below 1."""
     minima = {"limit": (limit, 0), "batch_size": (batch_size, 1), "max_new_tokens": (max_new_tokens, 1)}
     for option, (value, minimum) in minima.items():
         if value < minimum:
@@ -134,15 +137,31 @@ def check_generation_options(geometry: str, limit: int, batch_size: int, max_new
         raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY_CHOICES)}.")
 
 
+def _select_samples(sets: list[PreparedSet], limit: int) -> tuple[Mixture, Selection]:
+    """All samples of the sets, and the first `limit` of them (0 for all).
+
+    Raises:
+        ValueError: there are no samples, or two samples have the same id.
+    """
+    whole = all_samples(sets)
+    if not whole:
+        raise ValueError(f"{sets[0].folder} has no samples.")
+    return whole, Selection(whole, range(min(limit or len(whole), len(whole))))
+
+
 def _run_identity(
     path: Path, config: RunConfig, model: W2R2, described: list[dict[str, Any]], geometry: str, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Everything that an answer depends on; saved answers with other values are not reused."""
+    """Hashes and options that an answer depends on; saved answers of a run with other values are not reused.
+
+    Not among them: `limit`, because each answer depends on its own sample only, and `batch_size`, which changes the
+    last bits of logits only.
+    """
     return {
         "weights": trained_weights_sha256(path),
         "model": model.fingerprint,
         "dtype": str(resolve_dtype(config.model.dtype)),
-        "data": [each["manifest"] for each in described],
+        "data": [prepared["manifest"] for prepared in described],
         "geometry": geometry,
         "max_new_tokens": max_new_tokens,
         **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
@@ -152,16 +171,16 @@ def _run_identity(
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model and the options of generation.
+    """A trained model with the options of generation.
 
     Attributes:
-        model: of `trained_model`.
-        frontend: of the same VLM.
-        data: the run's data configuration.
+        model: trained model in evaluation mode.
+        frontend: tokenizer and vision specification of its VLM.
+        data: data configuration of the run.
         geometry: one of ``GEOMETRY_CHOICES``.
-        whole: the whole data set, whose scenes `shuffle` pairs.
+        whole: all samples of the data, whose scenes ``shuffle`` pairs.
         batch_size: prompts per forward.
-        max_new_tokens: longest answer.
+        max_new_tokens: maximum number of tokens of an answer.
     """
 
     model: W2R2
@@ -173,14 +192,14 @@ class Answerer:
     max_new_tokens: int
 
     def records(self, samples: Sequence[Sample]) -> Iterator[AnswerRecord]:
-        """One record per sample, in order.
+        """Answer the samples; yields one record per sample, in their order.
 
         Raises:
-            ValueError: a sample cannot be read, or there is only one scene to shuffle.
+            ValueError: a sample cannot be read, or ``shuffle`` has fewer than two scenes.
         """
         processor: Callable[[Sample, bool], Features] = make_processor(self.frontend, self.data)
         if self.geometry == "shuffle":
-            # Without cache: it would store the other scene's features as those of this scene.
+            # Without the feature cache, which would store the other scene's features as those of this scene.
             processor = ShuffledGeometry(make_processor(replace(self.frontend, cache=None), self.data), self.whole)
         self.model.eval()
         device, tokenizer = self.model.base.device, self.frontend.tokenizer
@@ -190,20 +209,20 @@ class Answerer:
             answers = generate.generate_tokens(
                 self.model, batch.to(device), tokenizer, geometry, self.max_new_tokens, self.data.video_fps
             )
-            for identity, tokens in zip(batch.ids, answers, strict=True):
+            for sample_id, tokens in zip(batch.ids, answers, strict=True):
                 sample = next(remaining)
-                assert identity == sample.id, "the loader keeps the order of the samples"
+                assert sample_id == sample.id, "the loader keeps the order of the samples"
                 yield record_of(sample, tokenizer.decode(tokens, skip_special_tokens=True), tokens)
 
 
 @contextmanager
 def evaluation_lock(out: Path, name: str, ranks: RankInfo) -> Iterator[None]:
-    """Allow one evaluation of a task and geometry at a time in `out`; others write other files.
+    """Lock one task and geometry in `out` while the block runs; other tasks and geometries write other files.
 
     Args:
         out: folder of the results.
-        name: task and geometry, which all file names contain.
-        ranks: rank 0 holds the lock; all ranks raise if it cannot.
+        name: ``TASK-GEOMETRY``, part of all file names.
+        ranks: rank and number of the processes; rank 0 holds the lock, and all ranks raise if it cannot acquire it.
 
     Raises:
         ValueError: another process holds the lock.
@@ -217,12 +236,12 @@ def evaluation_lock(out: Path, name: str, ranks: RankInfo) -> Iterator[None]:
 
 
 def answer_remaining(answerer: Answerer, samples: Sequence[Sample], partial: PartialAnswers, ranks: RankInfo) -> None:
-    """Answer this rank's samples that have no saved answer; each answer is saved at once."""
-    left = unanswered([sample.id for sample in samples], partial.read(), ranks.rank, ranks.world_size)
+    """Answer this rank's samples that have no saved answer; saves each batch as soon as it is answered."""
+    remaining = unanswered([sample.id for sample in samples], partial.read(), ranks.rank, ranks.world_size)
     label = f"answers ({answerer.geometry})" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
-    quiet = ranks.rank > 0 or not left
-    with partial.writer(ranks.rank) as file, progress(label, len(left), quiet, Console(stderr=True)) as advance:
-        for record in answerer.records(Selection(samples, left)):
+    quiet = ranks.rank > 0 or not remaining
+    with partial.writer(ranks.rank) as file, progress(label, len(remaining), quiet, Console(stderr=True)) as advance:
+        for record in answerer.records(Selection(samples, remaining)):
             file.write(record_line(record))
             file.flush()
             advance()

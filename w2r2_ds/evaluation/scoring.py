@@ -1,4 +1,4 @@
-"""Scores of answer records by the protocols of the registry: no model, no images, no annotation files."""
+"""Choose protocols and score answer records; needs neither a model nor images nor annotation files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from w2r2_ds.evaluation.metrics.captions import MetricValue
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, check_keys
 from w2r2_ds.evaluation.protocols.registry import Protocol, find_protocol, protocols_of
 
+# Keys of a result that hold scores or texts of single items; they are not written into score files.
 PER_ITEM = ("items", "candidates", "references", "mask", "items_before_mask")
 
 
 def choose_protocols(names: Sequence[str], records: Sequence[AnswerRecord], proposals: bool = False) -> list[str]:
-    """Full names of the requested protocols.
+    """Full names of the requested protocols, each once.
 
     Args:
-        names: ``task/protocol``, or only the second part; ``all`` for every protocol that can score these records;
-            empty for the task's default.
-        records: at least one, all of one task.
-        proposals: whether detected boxes are given; ``all`` then includes the protocols that need them.
+        names: names of protocols, ``task/protocol`` or only the second part; ``all`` for every protocol that can score
+            these records; empty for the task's default.
+        records: at least one record, all of one task.
+        proposals: whether detected boxes are given; only then ``all`` includes the protocols that need them.
 
     Raises:
         ValueError: an unknown protocol, one of another task, or one that cannot score these records.
     """
     task, form = task_of(records), _form(records)
     protocols = protocols_of(task)
+    # possible: can score boxes in the coordinates of these answers; usable: all their inputs are given too.
     possible = [each for each in protocols if form is None or form in each.coordinates]
     if not possible:
         known = ", ".join(f"{each.name} ({' or '.join(each.coordinates)})" for each in protocols)
@@ -38,9 +40,10 @@ def choose_protocols(names: Sequence[str], records: Sequence[AnswerRecord], prop
     if not usable and (not names or "all" in names):
         raise ValueError(
             f"The protocols of {task} for these answers ({', '.join(each.name for each in possible)}) need detected "
-            "boxes; give their file with --proposals."
+            "boxes; pass their file with --proposals."
         )
     if not names:
+        # The protocol for the fewest coordinates is the most specific: vgllm-direct for answers in a frame's camera.
         defaults = [each for each in usable if each.default] or usable
         return [min(defaults, key=lambda each: len(each.coordinates)).name]
     if "all" in names:
@@ -50,7 +53,7 @@ def choose_protocols(names: Sequence[str], records: Sequence[AnswerRecord], prop
         if each.task != task:
             raise ValueError(f"Protocol {each.name} scores {each.task}, but these are answers of {task}.")
         if each.needs_proposals and not proposals:
-            raise ValueError(f"Protocol {each.name} needs detected boxes; give their file with --proposals.")
+            raise ValueError(f"Protocol {each.name} needs detected boxes; pass their file with --proposals.")
         if each not in possible:
             raise ValueError(
                 f"Protocol {each.name} scores boxes in {' or '.join(each.coordinates)} coordinates, but these answers "
@@ -65,21 +68,21 @@ def score_records(
     proposals: Proposals | None = None,
     items: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of records of one task, by protocol.
+    """Scores of records of one task by one or several protocols.
 
     Args:
-        records: all samples that count, each once; ``text`` is None for a missing prediction, which is a failure.
-        protocols: see `choose_protocols`.
+        records: one record per sample; ``text`` is None for a missing prediction, which is a failure.
+        protocols: names of protocols, see `choose_protocols`.
         proposals: detected boxes, for protocols that need them.
-        items: keep the scores of every item.
+        items: whether to keep the scores and texts of single items.
 
     Returns:
         Full name -> result of the protocol's score function, with ``protocol`` replaced by the full name and ``count``,
         ``parsed`` (share of answers that could be parsed) and ``missing`` (records without a prediction) added. A score
-        that could not be computed is None; ``not_computed`` has the reason.
+        that could not be computed is None, and ``not_computed`` has the reason.
 
     Raises:
-        ValueError: no records, two of one sample, of several tasks, or a protocol that cannot score them.
+        ValueError: there are no records, two of one sample, records of several tasks, or a protocol cannot score them.
     """
     check_records(records)
     results = {}
@@ -87,7 +90,7 @@ def score_records(
         missing = sum(record["text"] is None for record in records)
         result = {
             "count": len(records),
-            "parsed": parsed_share(records),  # replaced if the protocol parses the answers itself
+            "parsed": parsed_share(records),  # replaced by the share of the protocol if it has its own parser
             **find_protocol(name).score_records(records, proposals),
             "protocol": name,
             "missing": missing,
@@ -97,10 +100,11 @@ def score_records(
 
 
 def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricValue]:
-    """The numbers that papers print, flat: ``protocol`` + blank + metric -> fraction (CIDEr on its own scale).
+    """The metrics that papers print (``Protocol.metrics``) in one flat dictionary.
 
-    For example ``scanrefer/vgllm-direct acc@0.25``, ``scan2cap/vgllm CIDEr@0.5`` or ``detection/f1 F1@0.25``; each
-    protocol lists its metrics (``Protocol.metrics``).
+    Returns:
+        ``PROTOCOL METRIC`` -> fraction (CIDEr on its own scale), for example ``scanrefer/vgllm-direct acc@0.25``,
+        ``scan2cap/vgllm CIDEr@0.5`` or ``detection/f1 F1@0.25``.
     """
     return {
         f"{name} {metric}": value
@@ -110,19 +114,19 @@ def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricValue]
 
 
 def default_protocol(record: AnswerRecord) -> Protocol:
-    """The protocol that scores records like this one if none is named."""
+    """The protocol that is used for records like this one if none is named."""
     return find_protocol(choose_protocols((), [record])[0])
 
 
 def read_boxes(file: Path | None) -> Proposals | None:
-    """Detected boxes from a file of proposals; None without one."""
+    """Detected boxes from a file of proposals; None if no file is given."""
     if file is None:
         return None
     return {scene: boxes.tolist() for scene, boxes in read_proposals(file).items()}
 
 
 def without_items(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The same result without scores and texts per item."""
+    """A copy of a result without scores and texts of single items."""
     kept = {key: value for key, value in result.items() if key not in PER_ITEM}
     if "at" in kept:
         kept["at"] = {k: {key: v for key, v in at.items() if key not in PER_ITEM} for k, at in kept["at"].items()}
@@ -130,13 +134,13 @@ def without_items(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_records(records: Sequence[AnswerRecord]) -> None:
-    """Raise ValueError for an empty list, records of several tasks, or two records of one sample."""
+    """Raise ValueError if there are no records, records of several tasks, or two records of one sample."""
     check_keys("predictions", [record["id"] for record in records])
     task_of(records)
 
 
 def task_of(records: Sequence[AnswerRecord]) -> str:
-    """The task of all records. Raises ValueError if there are several."""
+    """The task of the records. Raises ValueError if there are several."""
     tasks = sorted({str(record["task"]) for record in records})
     if len(tasks) != 1:
         raise ValueError(f"Records of several tasks ({', '.join(tasks)}) cannot be scored together.")
@@ -144,9 +148,9 @@ def task_of(records: Sequence[AnswerRecord]) -> str:
 
 
 def parsed_share(records: Sequence[AnswerRecord]) -> float:
-    """Share of answers that are not empty and that ``Task.parse`` can parse.
+    """Share of the records whose answer is not empty and can be parsed by ``Task.parse``.
 
-    A plug-in may register a protocol without its task; then all texts that are not empty count.
+    If the task is not registered (a plug-in may register a protocol only), all answers that are not empty count.
     """
     task = base.TASKS.get(task_of(records))
     parsed = 0
@@ -162,8 +166,12 @@ def parsed_share(records: Sequence[AnswerRecord]) -> float:
 
 
 def _form(records: Sequence[AnswerRecord]) -> str | None:
-    """Coordinates of the answers; None for tasks that do not answer with a box."""
+    """Coordinates of the boxes in the answers (field ``form``); None for tasks whose answers are not boxes.
+
+    Raises:
+        ValueError: the records have different coordinates.
+    """
     forms = {record.get("form") for record in records}
     if len(forms) > 1:
-        raise ValueError(f"The answers mix {' and '.join(sorted(map(str, forms)))} coordinates; score each data set.")
+        raise ValueError(f"The answers mix {' and '.join(sorted(map(str, forms)))} coordinates; score them separately.")
     return forms.pop()

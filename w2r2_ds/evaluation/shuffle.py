@@ -1,13 +1,14 @@
-"""``--geometry shuffle``: every sample gets another scene's geometry, with its own images and prompt.
+"""``--geometry shuffle``: evaluation of every sample with the geometry of another scene.
 
-A control experiment: if scores do not fall, the model ignores geometry. Visual tokens, prompt and the shape of the
-geometry features are the sample's; only the frames for the geometry encoder come from another scene.
+A control experiment: if the scores do not fall, the model ignores geometry. Prompt, visual tokens and the shape of the
+geometry features are the sample's own; only the frames for the geometry encoder come from another scene.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,14 +23,14 @@ PAIRING_SEED = 0
 
 
 def pair_scenes(scenes: Sequence[str], seed: int = PAIRING_SEED) -> dict[str, str]:
-    """Scene -> the scene whose geometry it gets.
-
-    All scenes form one random cycle and each gets the next one's geometry: none gets its own, which independent draws
-    would not guarantee, and every scene is used once.
+    """Assign another scene to every scene.
 
     Args:
-        scenes: at least two different ones; order and repetition do not matter.
-        seed: seed of the cycle.
+        scenes: scene ids, in any order; repetitions are ignored.
+        seed: seed of the assignment.
+
+    Returns:
+        Scene id -> id of the scene whose geometry replaces its own. Every scene occurs once on both sides.
 
     Raises:
         ValueError: fewer than two different scenes.
@@ -40,31 +41,34 @@ def pair_scenes(scenes: Sequence[str], seed: int = PAIRING_SEED) -> dict[str, st
             f"--geometry shuffle needs samples of at least two scenes with frames, but there are {len(names)}; "
             "prepare more scenes."
         )
+    # A random cycle in which each scene is assigned the next one. Unlike independent draws or a random permutation, a
+    # cycle assigns no scene to itself.
     cycle = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
     return dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
 
 
 class ShuffledGeometry:
-    """A processor whose features have the geometry images of another scene.
+    """A processor that replaces the geometry images of a sample by those of another scene.
 
-    The frames are those of the other scene's first sample in the data set, truncated or repeated from the first to the
+    The frames are those of the other scene's first sample in the data set, truncated or repeated from the start to the
     sample's number of frames. Each is resized to the size of the sample's own geometry images.
 
     Args:
-        processor: (sample, with its answer or not) -> features; without feature cache.
-        samples: the whole data set, not a rank's or a limited part, so that all ranks and limits have the same pairs.
+        processor: (sample, whether to include its answer) -> features; must have no feature cache.
+        samples: all samples of the data, not a rank's or a limited part, so that all ranks and limits have the same
+            pairs.
 
     Raises:
-        ValueError: see `pair_scenes`.
+        ValueError: fewer than two scenes have frames.
     """
 
     def __init__(self, processor: Callable[[Sample, bool], Features], samples: Sequence[Sample]) -> None:
         self.processor = processor
-        self.first: dict[str, Sample] = {}
+        self.first_samples: dict[str, Sample] = {}  # scene id -> its first sample with frames
         for sample in samples:
             if sample.frames:
-                self.first.setdefault(sample.scene_id, sample)
-        self.partner = pair_scenes(list(self.first))
+                self.first_samples.setdefault(sample.scene_id, sample)
+        self.partner = pair_scenes(list(self.first_samples))
 
     def __call__(self, sample: Sample, with_answer: bool) -> Features:
         """Features of one sample with replaced geometry images; samples without frames are unchanged."""
@@ -77,18 +81,18 @@ class ShuffledGeometry:
         frames = self.donor(sample.scene_id).frames
         chosen = [frames[index % len(frames)] for index in range(len(sample.frames))]
         height, width = inputs.geometry_images.shape[-2:]
-        pixels = {path: _resized(path, height, width) for path in dict.fromkeys(chosen)}
-        images = np.stack([pixels[path] for path in chosen])
+        pixels = {path: _resized(path, height, width) for path in dict.fromkeys(chosen)}  # each file is decoded once
+        images = np.stack([pixels[path] for path in chosen])  # [frames, 3, height, width]
         return dataclasses.replace(
             features, visual=dataclasses.replace(inputs, geometry_images=torch.from_numpy(images))
         )
 
     def donor(self, scene_id: str) -> Sample:
-        """The sample whose frames the samples of a scene get."""
-        return self.first[self.partner[scene_id]]
+        """The sample whose frames replace those of a scene's samples."""
+        return self.first_samples[self.partner[scene_id]]
 
 
-def _resized(path: object, height: int, width: int) -> np.ndarray:
-    """``float32 [3, height, width]`` in [0, 1]."""
-    image = Image.fromarray(load_frame(str(path))).resize((width, height), Image.Resampling.BICUBIC)
+def _resized(path: Path, height: int, width: int) -> np.ndarray:
+    """Read and resize a frame: float32 ``[3, height, width]`` in [0, 1]."""
+    image = Image.fromarray(load_frame(path)).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1).astype(np.float32) / np.float32(255)

@@ -1,7 +1,8 @@
 """Validation during training: greedy answers of the fused pass to a fixed subset of data.val, scored per task.
 
-Metrics are named ``task/metric``: those of each task's default protocol (``Protocol.metrics``, ``extra_metrics``), and
-``parsed``. Scores of a subset differ from those of the whole set, above all CIDEr (docs/reference/metrics/).
+The scores are named ``task/metric``. The metrics are those of each task's default protocol (``Protocol.metrics``,
+``extra_metrics``), and ``parsed``. Scores of a subset differ from those of the whole set, above all CIDEr
+(docs/reference/metrics/).
 """
 
 from __future__ import annotations
@@ -34,16 +35,17 @@ logger = logging.getLogger(__name__)
 
 
 class AnswerValidation:
-    """The ``training.validation.Validation`` of ``w2r2 train``.
+    """Generates and scores answers; the implementation of ``training.validation.Validation`` for ``w2r2 train``.
 
     Args:
-        config: run configuration: data.val, train.eval_samples, eval_max_new_tokens, best_by, micro_batch, seed.
-        frontend: tokenizer and vision specification.
-        device: the model's device.
+        config: run configuration; data.val and train.{eval_samples, eval_max_new_tokens, best_by, micro_batch, seed}
+            are used.
+        frontend: tokenizer and vision specification of the VLM.
+        device: device of the model.
 
     Raises:
-        ValueError: there are no samples, a frame file or a text cannot be used, these samples do not have the metric
-            ``train.best_by``, or a package for a score is not installed.
+        ValueError: there are no samples, a frame file or a text cannot be used, the samples have no metric
+            ``train.best_by``, or a package that a score needs is not installed.
     """
 
     def __init__(self, config: RunConfig, frontend: VlmFrontend, device: torch.device) -> None:
@@ -69,7 +71,7 @@ class AnswerValidation:
 
     @torch.no_grad()
     def measure(self, engine: DeepSpeedEngine) -> dict[str, float]:
-        """Scores of the current model, the same on every rank. Collective."""
+        """Scores of the current model, ``task/metric`` -> value, the same on every rank. Collective."""
         engine.eval()
         answers = [
             ids
@@ -77,8 +79,8 @@ class AnswerValidation:
             for ids in engine(batch.to(self.device), mode="generate", max_new_tokens=self.max_new_tokens)
         ]
         engine.train()
-        # ZeRO-3 gathers in every forward, so all ranks run the same number of batches: `rank_subset` repeats samples
-        # to fill the last ones, and `once` marks the answers that count.
+        # Under ZeRO-3 every forward is collective, so all ranks run the same number of batches: `rank_subset` repeats
+        # samples to fill the last batches, and `once` is False for the answers to repeated ones.
         own = {
             index: record_of(self.samples[index], self.tokenizer.decode(ids, skip_special_tokens=True), ids)
             for index, once, ids in zip(self.subset.indices, self.subset.once, answers, strict=True)
@@ -86,10 +88,10 @@ class AnswerValidation:
         }
         gathered: list[dict[int, AnswerRecord]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, own)
-        records = {index: record for of_rank in gathered for index, record in of_rank.items()}
+        records = {index: record for part in gathered for index, record in part.items()}
         assert len(records) == len(self.samples), "every sample is answered once"
         scores: list[dict[str, float]] = [{}]
-        # METEOR and the PTB tokenizer are Java processes: one per run, not one per rank.
+        # Only rank 0 scores: METEOR and the PTB tokenizer start Java processes of 1 GB each.
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 scores = [computed(score([records[index] for index in sorted(records)]))]
@@ -97,10 +99,10 @@ class AnswerValidation:
         return scores[0]
 
     def check_scores(self) -> None:
-        """Score the labels as if they were answers, so that a missing package is found before the first step.
+        """Score the labels in place of answers, so that a missing package is an error before the first step.
 
         Raises:
-            ValueError: a package is not installed, or `best_by` is not among the scores.
+            ValueError: a package is not installed, or `best_by` is not among the scores or cannot be computed.
         """
         scores = score([record_of(sample, sample.answer) for sample in self.samples])
         if scores.get(self.best_by) is not None:
@@ -118,26 +120,28 @@ class AnswerValidation:
 
 
 def samples_sha256(samples: Sequence[Sample]) -> str:
-    """Short hash of questions and frames: scores of other samples are not compared."""
-    asked = [[each.task, each.id, each.question, *(path.name for path in each.frames)] for each in samples]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    """SHA-256 (12 hex digits) of ids, questions and frame names; scores of other samples are not compared."""
+    content = [[each.task, each.id, each.question, *(path.name for path in each.frames)] for each in samples]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def score(records: Sequence[AnswerRecord]) -> dict[str, float | None]:
-    """``task/metric`` -> value of records of any tasks; None if it could not be computed.
+    """Scores of records of one or several tasks, each by its default protocol.
 
-    The metrics are those of each task's default protocol (``metrics`` and ``extra_metrics``), and ``parsed``.
+    Returns:
+        ``task/metric`` -> value, None if it could not be computed. The metrics are ``metrics`` and ``extra_metrics`` of
+        the protocol, and ``parsed``.
     """
-    found: dict[str, float | None] = {}
+    scores: dict[str, float | None] = {}
     for task in dict.fromkeys(record["task"] for record in records):
         for name, result in score_records([record for record in records if record["task"] == task]).items():
             protocol = find_protocol(name)
             extra = {metric: number_at(result, path) for metric, path in protocol.extra_metrics.items()}
-            numbers = {**protocol.printed(result), "parsed": result["parsed"], **extra}
-            found |= {f"{task}/{metric}": value for metric, value in numbers.items()}
-    return found
+            values = {**protocol.printed(result), "parsed": result["parsed"], **extra}
+            scores |= {f"{task}/{metric}": value for metric, value in values.items()}
+    return scores
 
 
 def computed(scores: Mapping[str, float | None]) -> dict[str, float]:
-    """The scores that could be computed."""
+    """The scores that are not None."""
     return {name: value for name, value in scores.items() if value is not None}

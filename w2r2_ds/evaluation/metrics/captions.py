@@ -1,18 +1,19 @@
-"""BLEU-1..4, METEOR, ROUGE-L and CIDEr-D of a corpus of captions, and of each of its items.
+"""BLEU-1 to BLEU-4, METEOR, ROUGE-L and CIDEr-D of a corpus of captions, and of each of its items.
 
-BLEU, ROUGE-L and CIDEr-D are pycocoevalcap's own classes, which every reference evaluator contains a copy
-of (tylin/coco-caption, ``pycocoevalcap/{bleu,rouge,cider}``):
+BLEU, ROUGE-L and CIDEr-D are the classes of pycocoevalcap (tylin/coco-caption, ``pycocoevalcap/{bleu,rouge,cider}``),
+of which every reference evaluator contains a copy:
 
-* BLEU-n = exp(min(0, 1 - r / c)) (prod_k p_k)^(1/n), with p_k = (matches_k + 1e-15) / (guesses_k + 1e-9) summed over
-  the corpus, c the candidates' words, r the words of the references closest in length, ties to the shorter. An order
-  without a match gives a tiny number, not 0.
-* ROUGE-L = mean of (1 + b^2) P R / (R + b^2 P), b = 1.2, P and R the best of all references; words are split at every
-  single blank, so doubled blanks add empty words.
-* CIDEr-D = mean of 10 x mean_n cos(tf-idf_n) with clipping and exp(-(l - l')^2 / (2 x 6^2)); document frequencies come
-  from the references that are evaluated, so scores of subsets are not comparable, and a corpus of one item scores 0.
+* BLEU-n = exp(min(0, 1 - r / c)) (prod_k p_k)^(1/n), where p_k = (matches_k + 1e-15) / (guesses_k + 1e-9) for the
+  k-grams of the corpus, c is the number of words of the candidates, and r that of the references closest in length (of
+  two equally close ones, the shorter). An order without a match gives a tiny number, not 0.
+* ROUGE-L = mean of (1 + b^2) P R / (R + b^2 P), b = 1.2, P and R each the best of all references; words are split at
+  every single space, so a doubled space adds an empty word.
+* CIDEr-D = mean of 10 x mean_n cos(tf-idf_n) with clipping and the length penalty exp(-(l - l')^2 / (2 x 6^2)). The
+  document frequencies come from the evaluated references, so scores of subsets are not comparable, and a corpus of one
+  item scores 0.
 
 METEOR and all scores of PTB-tokenized text need Java (``meteor.py``) and are None without it.
-Scores are as the scorers return them: fractions, CIDEr on its own scale of 0..10 (1.0 is printed as 100 in papers).
+Scores are on the scales of the scorers: fractions, CIDEr 0 to 10 (papers print 1.0 as 100).
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 
 Tokenizer = Literal["none", "ptb"]
 MetricValue = float | None
+"""A score; None if it could not be computed."""
 
 CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 PAPER_METRICS = ("BLEU-4", "ROUGE-L", "CIDEr", "METEOR")
-"""Those that papers print."""
+"""Caption metrics that papers print."""
 NEEDS_PACKAGE = "Scoring captions needs pycocoevalcap: pip install 'w2r2-ds[metrics]'."
 ITEM_MEAN = "METEOR_mean_of_items"
-"""Mean of METEOR's items, beside METEOR in a corpus: it is another, larger number."""
+"""Mean of the METEOR scores of the items; it differs from METEOR of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class CaptionScores:
 
     Attributes:
         corpus: metric -> score; None if it was not computed.
-        items: key -> metric -> score, per item.
-        candidates: key -> the string that was scored; empty if the tokenizer could not run.
-        references: key -> the strings it was compared with, as tokenized.
-        not_computed: metric -> why it is None.
+        items: key of the item -> metric -> score.
+        candidates: key -> scored string, after tokenization; empty if the tokenizer could not run.
+        references: key -> reference strings, after tokenization; empty if the tokenizer could not run.
+        not_computed: metric -> reason why its score is None.
     """
 
     corpus: dict[str, MetricValue]
@@ -60,13 +62,13 @@ def score_captions(
     tokenizer: Tokenizer = "none",
     java: Java | None = None,
 ) -> CaptionScores:
-    """Score one caption per key against the references of that key.
+    """Score one caption per item against the references of that item.
 
     Args:
-        references: key -> at least one text.
-        candidates: the same keys -> one text.
-        tokenizer: ``none`` scores the strings as they are; ``ptb`` tokenizes both sides first.
-        java: runs METEOR and the tokenizer; `shared_java` if None.
+        references: key of the item -> reference texts, at least one.
+        candidates: the same keys -> caption.
+        tokenizer: ``none`` scores the strings as they are; ``ptb`` tokenizes captions and references first.
+        java: runner of METEOR and the tokenizer; `shared_java` if None.
 
     Raises:
         ValueError: the keys differ, there are none, a key has no reference, or pycocoevalcap is not installed.
@@ -108,6 +110,9 @@ def tokenize_captions(
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Tokenize references and candidates with the PTB tokenizer, in one Java process.
 
+    Returns:
+        The tokenized references and the tokenized candidates, with the same keys.
+
     Raises:
         JavaError: Java is missing or failed.
     """
@@ -120,7 +125,7 @@ def tokenize_captions(
 def _coco_scores(
     references: Mapping[str, list[str]], candidates: Mapping[str, str]
 ) -> tuple[dict[str, MetricValue], dict[str, dict[str, MetricValue]]]:
-    """BLEU, ROUGE-L and CIDEr of the corpus and of its items."""
+    """BLEU, ROUGE-L and CIDEr-D: metric -> score of the corpus, and key -> metric -> score of an item."""
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
@@ -135,23 +140,24 @@ def _coco_scores(
     columns["ROUGE-L"] = Rouge().compute_score(references, lists)
     if any(text.split() for texts in references.values() for text in texts):
         columns["CIDEr"] = Cider().compute_score(references, lists)
-    else:  # pycocoevalcap raises an error: it takes the largest document frequency of an empty set
+    else:  # pycocoevalcap raises an error if no reference has a word, because there are no document frequencies
         columns["CIDEr"] = (None, [None] * len(lists))
     items: dict[str, dict[str, MetricValue]] = {key: {} for key in lists}
     for name, (_, values) in columns.items():
         for item, value in zip(items.values(), values, strict=True):
-            item[name] = None if value is None else float(value)  # NumPy's floats as Python's
+            item[name] = None if value is None else float(value)  # not NumPy's float, for JSON
     return {name: None if score is None else float(score) for name, (score, _) in columns.items()}, items
 
 
 def _check(references: Mapping[str, Sequence[str]], candidates: Mapping[str, str]) -> None:
+    """Raise ValueError if there are no captions, the keys differ, or a caption has no reference."""
     if not candidates:
         raise ValueError("There are no captions to score.")
-    odd = sorted(references.keys() ^ candidates.keys())
-    if odd:
+    unpaired = sorted(references.keys() ^ candidates.keys())
+    if unpaired:
         raise ValueError(
-            f"References and captions must have the same keys; {len(odd)} have only one, such as {odd[0]!r}."
+            f"References and captions must have the same keys; {len(unpaired)} have only one, such as {unpaired[0]!r}."
         )
-    bare = [key for key, texts in references.items() if not texts]
-    if bare:
-        raise ValueError(f"{len(bare)} captions have no reference, the first is {bare[0]!r}.")
+    without = [key for key, texts in references.items() if not texts]
+    if without:
+        raise ValueError(f"{len(without)} captions have no reference, the first is {without[0]!r}.")

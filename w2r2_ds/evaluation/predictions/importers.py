@@ -1,19 +1,22 @@
-"""Readers of predictions files: this project's, and those of VG-LLM and Video-3D-LLM joined with a prepared data set.
+"""Readers of predictions files: this project's format, and those of VG-LLM and Video-3D-LLM.
+
+Files of other projects are joined with a prepared data set (``rescore.py``), which has the annotations.
 
 ours        ``predictions-TASK-GEOMETRY.jsonl``. If it is joined with a data set, the question and the camera poses of
             each answer must be those of the data set.
-vgllm       lmms-eval's sample log of LaVi-Lab/VG-LLM (``src/lmms_eval/evaluator.py``, ``tasks/{scanrefer,scan2cap}``):
-            a line has ``filtered_resps`` or ``resps``, and ``doc`` without images; the scene is parsed from
-            ``scanrefer_score.images`` or ``scan2cap_score.images``. Items are identified by scene,
-            ``doc.metadata.object_id`` and ``ann_id``. Camera poses are the file's, ``doc.axis_align_matrix`` x
-            ``doc.cam2global``, and so is Scan2Cap's ``doc.iou``.
-video3dllm  the answer files of LaVi-Lab/Video-3D-LLM (``llava/eval/model_{scanrefer,scan2cap,scanqa}.py``): a line has
-            ``sample_id`` and ``pred_response``. ScanRefer's has no object id: an item is identified by the description
-            in ``prompt`` and, among equal ones, by ``gt_response``, the box. Scan2Cap's is identified by ``scene`` and
-            its references, ``gt_response``; captions were gated at 0.5 by that project, so an empty one fails every k
-            and any other passes every k.
+vgllm       Sample log of lmms-eval in LaVi-Lab/VG-LLM (``src/lmms_eval/evaluator.py``, ``tasks/{scanrefer,scan2cap}``).
+            A line has ``filtered_resps`` or ``resps``, and ``doc`` without images; the scene is parsed from
+            ``scanrefer_score.images`` or ``scan2cap_score.images``. A ScanRefer item is identified by its scene,
+            ``doc.metadata.object_id`` and ``doc.metadata.ann_id``, a Scan2Cap item by its scene and
+            ``doc.annotations``, the references. Camera poses (``doc.axis_align_matrix`` x ``doc.cam2global``) and
+            Scan2Cap's ``doc.iou`` replace those of the data set.
+video3dllm  Answer files of LaVi-Lab/Video-3D-LLM (``llava/eval/model_{scanrefer,scan2cap,scanqa}.py``). A line has
+            ``pred_response``. ScanRefer has no object id: an item is identified by the description in ``prompt`` and,
+            of equal descriptions, by ``gt_response``, the annotated box. Scan2Cap's items are identified by ``scene``
+            and the references in ``gt_response``, ScanQA's by ``sample_id``. That project gates captions at 0.5 when it
+            writes them: an empty caption fails every k, any other passes every k.
 
-Every format is a pydantic model of one line (``PredictionRow``): errors name the file, the line and the field.
+Every format is a pydantic model of one line (`PredictionRow`); errors name the file, the line and the field.
 """
 
 from __future__ import annotations
@@ -36,9 +39,11 @@ from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.json_io import read_jsonl
 
 BOX_TOLERANCE = 0.1
-"""Metres between a box of Video-3D-LLM and ours of the same object: the two are computed from different meshes."""
+"""Largest difference in metres between Video-3D-LLM's and our box of one object; they come from different meshes."""
 _SCENE = re.compile(r"scene\d{4}_\d{2}")
+# Video-3D-LLM's sample id of a question: "scanqa_QUESTION-ID_NUMBER".
 _SCANQA = re.compile(r"scanqa_(.+)_\d+")
+# The description in Video-3D-LLM's prompts for ScanRefer, with or without the "gen" template's output format.
 _DESCRIPTION = re.compile(r".*following description\.\n(.*?)(?:\nOutput the answer.*)?", re.DOTALL)
 
 
@@ -47,27 +52,27 @@ class ImportedPrediction:
     """One prediction of a file.
 
     Attributes:
-        key: identifies the item; equal to ``PredictionRow.key_of`` of its sample.
-        text: the answer; None without one.
-        near: ``[6]`` box of its object, if the key does not identify the object.
-        changes: fields of the record that are replaced by the file's.
-        asked: fields of the record that the file has too and that must be equal.
-        where: file and line number, for messages.
+        key: id of the item, equal to ``PredictionRow.key_of`` of its sample.
+        text: the answer; None for a missing one.
+        object_box: world box ``[6]`` (centre, size; metres) of the annotated object, if the key does not identify it.
+        replaced: record field -> value of the file, which replaces that of the data set.
+        required: record field -> value of the file, which must be equal to that of the data set.
+        location: file and line number, for messages.
     """
 
     key: Hashable
     text: str | None
-    near: np.ndarray | None = None
-    changes: dict[str, Any] = field(default_factory=dict)
-    asked: dict[str, Any] = field(default_factory=dict)
-    where: str = ""
+    object_box: np.ndarray | None = None
+    replaced: dict[str, Any] = field(default_factory=dict)
+    required: dict[str, Any] = field(default_factory=dict)
+    location: str = ""
 
 
 class PredictionRow(FrozenModel):
-    """The fields of one line that are used; a subclass per format.
+    """The used fields of one line of a predictions file; one subclass per format and task.
 
     Attributes:
-        form: coordinates of all answers (``record.py``), if they are not those that the data set's questions ask for.
+        form: coordinates of the boxes in the answers (``record.py``); None for those of the data set's questions.
     """
 
     form: ClassVar[Coordinates | None] = None
@@ -75,52 +80,61 @@ class PredictionRow(FrozenModel):
     @staticmethod
     @abstractmethod
     def key_of(sample: Sample) -> Hashable:
-        """The key of a sample's predictions."""
+        """Key of the predictions of a sample."""
 
     @abstractmethod
     def prediction(self) -> ImportedPrediction:
-        """The prediction without `where`."""
+        """The prediction of this line, without its location."""
 
 
 def find_format(name: str, task: str) -> type[PredictionRow]:
-    """The model of a line of a project's predictions for a task.
+    """The model of the lines of a format for a task.
+
+    Args:
+        name: ``ours``, ``vgllm`` or ``video3dllm``.
+        task: name of the task.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the format has no predictions of the task.
     """
     if name == "ours":
         return OwnRow
     if (name, task) not in _FORMATS:
         known = ", ".join(other for project, other in _FORMATS if project == name)
-        raise ValueError(f"Predictions of {task} in the format {name} are not supported; it has {known}.")
+        raise ValueError(f"Predictions of {task} in the format {name} are not supported; its tasks are {known}.")
     return _FORMATS[name, task]
 
 
 def read_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """File and line number, and JSON object, of every line. Raises ValueError as ``read_jsonl``."""
+    """Location (file and line number) and JSON object of every line. Raises ValueError as `read_jsonl`."""
     lines = read_jsonl(file, "predictions, one JSON object per line (--score_only)")
     return [(f"{file}: line {number}", values) for number, values in lines]
 
 
 def read_predictions(file: Path, row: type[PredictionRow]) -> list[ImportedPrediction]:
-    """All predictions of a file.
+    """Read all predictions of a file.
+
+    Args:
+        file: JSON Lines.
+        row: model of its lines, from `find_format`.
 
     Raises:
-        ValueError: a line lacks a field or has another type (names file, line and field).
+        ValueError: a field is missing or has another type; the message names file, line and field.
     """
     adapter = TypeAdapter(row)
     predictions = []
-    for where, values in read_lines(file):
+    for location, values in read_lines(file):
         try:
-            prediction = validate(adapter, values, where).prediction()
+            prediction = validate(adapter, values, location).prediction()
         except ValueError as error:
-            raise ValueError(f"{error}\nIf the file has another format, name it with --format.") from None
-        prediction.where = where
+            raise ValueError(f"{error}\nIf the file has another format, pass it with --format.") from None
+        prediction.location = location
         predictions.append(prediction)
     return predictions
 
 
 def _find_scene(value: Any) -> str:
+    """The first name of a ScanNet scene in a text or a list of image paths."""
     found = _SCENE.search(" ".join(map(str, value)) if isinstance(value, list) else str(value))
     if found is None:
         raise ValueError("has no name of a ScanNet scene")
@@ -128,7 +142,7 @@ def _find_scene(value: Any) -> str:
 
 
 def _first_text(value: Any) -> str:
-    """lmms-eval writes one list per request, in ``resps`` also one per repetition; the first text is the answer."""
+    """The first text in nested lists: lmms-eval writes one list per request, in ``resps`` also one per repetition."""
     while isinstance(value, list) and value:
         value = value[0]
     if not isinstance(value, str):
@@ -141,7 +155,7 @@ def _question_id(text: str) -> str:
     return found[1] if found else text
 
 
-def _asked_description(prompt: str) -> str:
+def _prompt_description(prompt: str) -> str:
     found = _DESCRIPTION.fullmatch(prompt)
     if found is None:
         raise ValueError("is not Video-3D-LLM's prompt for ScanRefer")
@@ -149,7 +163,7 @@ def _asked_description(prompt: str) -> str:
 
 
 def _unordered(texts: Iterable[Any]) -> tuple[str, ...]:
-    """Descriptions of an object, independent of their order."""
+    """Descriptions of an object as a key that does not depend on their order and case."""
     return tuple(sorted(str(text).strip().lower() for text in texts))
 
 
@@ -160,7 +174,7 @@ VgllmText = Annotated[
 
 
 class OwnRow(PredictionRow):
-    """This project's records."""
+    """This project's format, any task."""
 
     id: str
     text: str | None
@@ -172,9 +186,9 @@ class OwnRow(PredictionRow):
         return sample.id
 
     def prediction(self) -> ImportedPrediction:
-        # A frame index is only meaningful for the frames that the model got, an answer only for its question.
-        asked = self.model_dump(include={"question", "cam_to_world"}, exclude_none=True)
-        return ImportedPrediction(self.id, self.text, asked=asked)
+        # The frame index in an answer refers to the input frames; another preparation may have selected other frames.
+        required = self.model_dump(include={"question", "cam_to_world"}, exclude_none=True)
+        return ImportedPrediction(self.id, self.text, required=required)
 
 
 class ObjectCaptionRow(PredictionRow):
@@ -202,9 +216,10 @@ class VgllmScanReferRow(PredictionRow):
         return sample.scene_id, str(sample.target.object_id), sample.target.ann_id
 
     def prediction(self) -> ImportedPrediction:
+        # [frames, 4, 4]; the reshape is for a line without frames
         poses = np.array(self.axis_align_matrix) @ np.array(self.cam2global).reshape(-1, 4, 4)
         key = self.scene, str(self.object_id), str(self.ann_id)
-        return ImportedPrediction(key, self.text, changes={"cam_to_world": poses.tolist()})
+        return ImportedPrediction(key, self.text, replaced={"cam_to_world": poses.tolist()})
 
 
 class VgllmScan2CapRow(ObjectCaptionRow):
@@ -216,20 +231,21 @@ class VgllmScan2CapRow(ObjectCaptionRow):
     iou: FiniteFloat = Field(validation_alias=AliasPath("doc", "iou"))
 
     def prediction(self) -> ImportedPrediction:
-        return ImportedPrediction((self.scene, _unordered(self.annotations)), self.text, changes={"iou": self.iou})
+        key = self.scene, _unordered(self.annotations)
+        return ImportedPrediction(key, self.text, replaced={"iou": self.iou})
 
 
 class Video3dScanReferRow(PredictionRow):
-    """Video-3D-LLM, ScanRefer: a text of its "gen" template, or the box that its grounding head chose."""
+    """Video-3D-LLM, ScanRefer: a text of its "gen" template, or the proposal that its grounding head selected."""
 
     form = "box"
-    prompt: Annotated[str, AfterValidator(_asked_description)]
+    prompt: Annotated[str, AfterValidator(_prompt_description)]
     pred_response: str | Box6
     gt_response: Box6
 
     @staticmethod
     def key_of(sample: Sample) -> Hashable:
-        begin, end = sample.what
+        begin, end = sample.what  # the description in the question
         return sample.question[begin:end].strip().lower()
 
     def prediction(self) -> ImportedPrediction:
@@ -242,7 +258,7 @@ class Video3dScanReferRow(PredictionRow):
                 box = None
         else:
             box, text = self.pred_response, json.dumps(self.pred_response)
-        return ImportedPrediction(self.prompt, text, np.array(self.gt_response), {"box": box})
+        return ImportedPrediction(self.prompt, text, np.array(self.gt_response), replaced={"box": box})
 
 
 class Video3dScan2CapRow(ObjectCaptionRow):
@@ -254,7 +270,8 @@ class Video3dScan2CapRow(ObjectCaptionRow):
 
     def prediction(self) -> ImportedPrediction:
         key = self.scene, _unordered(self.gt_response)
-        return ImportedPrediction(key, self.pred_response, changes={"iou": float(bool(self.pred_response))})
+        iou = float(bool(self.pred_response))  # that project writes an empty caption if the IoU is below 0.5
+        return ImportedPrediction(key, self.pred_response, replaced={"iou": iou})
 
 
 class Video3dScanQaRow(PredictionRow):

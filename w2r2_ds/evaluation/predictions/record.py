@@ -1,18 +1,22 @@
-"""One answer as plain JSON, with everything that scoring it again needs: no model, images or annotations.
+"""Answer records: one generated answer as JSON values, with all data that its scoring needs.
 
-id, task, scene_id  of the sample
-text                the generated answer; null without a prediction (files of other projects)
-tokens              its token ids, without the end of turn
-question            the text after the frames
-form                coordinates of an answer that is a box: ``camera`` (frame and box in that frame's camera), ``world``
-                    (six numbers, lowest and highest corner) or ``box`` (the field ``box`` holds the world box)
-target              the object that is asked for: box, object_id, object_name, ann_id, group, group_nyu40,
-                    scannet_class, described (``types.sample.Target``); null without one
+Scoring a record again needs neither a model nor images nor annotation files. The fields:
+
+id, task, scene_id  id of the sample, name of its task, id of its scene
+text                the generated answer; null for a missing prediction (files of other projects)
+tokens              token ids of the answer, without the end-of-turn token
+question            text of the prompt after the frames
+target              the annotated object of the question: box, object_id, object_name, ann_id, group, group_nyu40,
+                    scannet_class, described (``types.sample.Target``); null if there is none
+references          reference texts and their words (``text``, ``words``), for captions and short answers
+objects             annotated objects (``label``, ``box``), for detection
+form                only if the answer is a box, its coordinates: ``camera`` (a frame, and a box in that frame's
+                    camera), ``world`` (six numbers, lowest and highest corner) or ``box`` (the field ``box``)
 cam_to_world        ``[frames][4][4]`` camera to axis-aligned world, if ``form`` is ``camera``
-references          texts and words, for captions and short answers
-objects             labels and boxes, for detection
+box                 world box (centre, size; metres) of an answer in a file of another project, null if it has none
+iou                 IoU of the described box (Scan2Cap), in files of other projects
 
-Groups and classes were computed from the whole split when it was prepared, so they hold for records of a subset too.
+Groups and classes were computed from the whole split when it was prepared, so they are valid for a subset too.
 """
 
 from __future__ import annotations
@@ -23,16 +27,16 @@ from typing import Any
 from w2r2_ds.types.sample import Sample, Target
 
 WORLD_FORMAT = "x_min,y_min,z_min,x_max,y_max,z_max"
-"""In the questions that ask for a world box (Video-3D-LLM's "gen" template)."""
+"""Output format in the questions for a world box (Video-3D-LLM's "gen" template)."""
 
 
 def record_of(sample: Sample, text: str | None, tokens: Sequence[int] = ()) -> dict[str, Any]:
     """The record of one answer.
 
     Args:
-        sample: the question.
-        text: the generated text; None without a prediction.
-        tokens: its token ids.
+        sample: sample with the question and the annotations.
+        text: generated answer; None for a missing prediction.
+        tokens: token ids of the answer.
     """
     record: dict[str, Any] = {
         "id": sample.id,

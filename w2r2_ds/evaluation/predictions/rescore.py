@@ -1,4 +1,4 @@
-"""Scores of a predictions file without a model: this project's, or another's joined with a prepared data set."""
+"""Score a predictions file without a model: this project's, or another project's joined with a prepared data set."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ from w2r2_ds.evaluation.scoring import check_records, choose_protocols, read_box
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.hashing import file_sha256
 
+_Records = tuple[list[AnswerRecord], dict[str, int], list[PreparedSet]]
+"""Records, numbers of ``unmatched`` and ``repeated`` predictions, and the data sets that they were joined with."""
+
 
 def score_file(
     file: Path,
@@ -45,36 +48,27 @@ def score_file(
 
     Args:
         file: JSON Lines.
-        format_name: ours, vgllm or video3dllm.
+        format_name: ``ours``, ``vgllm`` or ``video3dllm``.
         data: prepared folder of the items; required for files of other projects.
         root: data root that `data` may be relative to.
-        task: raises an error if the answers are of another task.
-        protocols, proposals: as for ``evaluate``.
-        out: folder for ``scores-NAME.json`` of ``predictions-NAME.jsonl``; nothing is written without it.
+        task: task that the answers must be of; None for any.
+        protocols: names of scoring protocols; the task's default if empty (`choose_protocols`).
+        proposals: file of detected boxes, for ``scanrefer/vgllm_refined``.
+        out: folder for ``scores-NAME.json`` of ``predictions-NAME.jsonl``; None to write no file.
 
     Returns:
         ``file``, ``sha256``, ``format``, ``task``, ``data``, ``samples``, ``missing`` (items without a prediction),
-        ``unmatched`` (predictions of unknown items), ``repeated`` (lines about an item of an earlier line),
-        ``protocols``.
+        ``unmatched`` (number of predictions of unknown items), ``repeated`` (number of repeated lines), ``protocols``.
 
     Raises:
-        ValueError: a line lacks a field (names file, line and field), or two predictions of one item differ.
+        ValueError: a field is missing or has another type (the message names file, line and field), or two predictions
+            of one item differ.
     """
     boxes = read_boxes(proposals)
-    counts, sets = {"unmatched": 0, "repeated": 0}, list[PreparedSet]()
-    if data is not None:
-        # Scoring reads no images: the root only resolves a relative path of the folder.
-        sets = find_sets(DataConfig(root=str(root or DataConfig().root)), task, data)
-        row = find_format(format_name, sets[0].task)
-        records, counts = join(list(all_samples(sets)), read_predictions(file, row), row)
-    elif format_name != "ours":
-        raise ValueError(
-            f"Predictions in the format {format_name} lack the annotations; name their data set by --data."
-        )
+    if data is None:
+        records, counts, sets = _own_records(file, format_name, task, protocols, boxes is not None)
     else:
-        records = read_own_records(file, protocols, boxes is not None)
-        if task not in (None, task_of(records)):
-            raise ValueError(f"{file} holds answers of {task_of(records)}, not {task}; correct --task or --score_only.")
+        records, counts, sets = _joined_records(file, format_name, task, data, root)
     scores = {
         "file": str(file),
         "sha256": file_sha256(file),
@@ -93,87 +87,123 @@ def score_file(
     return scores
 
 
+def _joined_records(file: Path, format_name: str, task: str | None, data: Path, root: Path | None) -> _Records:
+    """Predictions of any format, joined with a prepared folder."""
+    # Scoring reads no images: the root only resolves a relative path of the folder.
+    sets = find_sets(DataConfig(root=str(root or DataConfig().root)), task, data)
+    row = find_format(format_name, sets[0].task)
+    records, counts = join(list(all_samples(sets)), read_predictions(file, row), row)
+    return records, counts, sets
+
+
+def _own_records(file: Path, format_name: str, task: str | None, protocols: Sequence[str], proposals: bool) -> _Records:
+    """Records of this project's format, which contain the annotations."""
+    if format_name != "ours":
+        raise ValueError(
+            f"Predictions in the format {format_name} have no annotations; pass their prepared folder with --data."
+        )
+    records = read_own_records(file, protocols, proposals)
+    if task not in (None, task_of(records)):
+        raise ValueError(f"{file} holds answers of {task_of(records)}, not {task}; correct --task or --score_only.")
+    return records, {"unmatched": 0, "repeated": 0}, []
+
+
 def read_own_records(file: Path, protocols: Sequence[str], proposals: bool) -> list[AnswerRecord]:
-    """Records of this project's own file, with the fields that the requested protocols read.
+    """Read the records of this project's own file and validate the fields that the requested protocols read.
+
+    Args:
+        file: JSON Lines.
+        protocols: names of protocols, see `choose_protocols`.
+        proposals: whether detected boxes are given.
 
     Raises:
-        ValueError: a field is missing or has another type (names file, line and field), or a protocol cannot score
-            these records.
+        ValueError: a field is missing or has another type (the message names file, line and field), or a protocol
+            cannot score these records.
     """
     lines = read_lines(file)
     common = TypeAdapter(RecordFields)
-    for where, values in lines:
-        task = validate(common, values, where).task
+    for location, values in lines:
+        task = validate(common, values, location).task
         try:
             protocols_of(task)
         except ValueError as error:
-            raise ValueError(f"{where}: field 'task': {error}") from None
+            raise ValueError(f"{location}: field 'task': {error}") from None
     records: list[AnswerRecord] = [values for _, values in lines]
     check_records(records)
-    # Fields that only some tasks need are checked by the model of the protocols that read them.
+    # Fields that only some protocols read are validated by the models of those protocols.
     for model in {find_protocol(name).record_model for name in choose_protocols(protocols, records, proposals)}:
         adapter = TypeAdapter(model)
-        for where, values in lines:
-            validate(adapter, values, where)
+        for location, values in lines:
+            validate(adapter, values, location)
     return records
 
 
 def join(
     samples: Sequence[Sample], predictions: Sequence[ImportedPrediction], row: type[PredictionRow]
 ) -> tuple[list[AnswerRecord], dict[str, int]]:
-    """Records of all samples, in their order, with the predictions that belong to them.
+    """Assign predictions to samples.
+
+    Args:
+        samples: all samples of the data.
+        predictions: predictions of a file, in its order.
+        row: model of the file's lines.
 
     Returns:
-        The records, and the number of predictions of unknown samples (``unmatched``) and of repeated lines
-        (``repeated``).
+        One record per sample, in the order of the samples, and the numbers of predictions of unknown samples
+        (``unmatched``) and of repeated lines (``repeated``).
 
     Raises:
-        ValueError: two predictions of one sample differ, or a prediction answers another question than the sample's.
+        ValueError: two predictions of one sample differ, or a prediction is of another question or of other frames
+            than the sample.
     """
     by_key: defaultdict[Hashable, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         by_key[row.key_of(sample)].append(index)
-    taken: dict[int, ImportedPrediction] = {}
+    assigned: dict[int, ImportedPrediction] = {}  # index of the sample -> its prediction
     counts = {"unmatched": 0, "repeated": 0}
-    for each in predictions:
-        # Keys need not be unique: several objects may have equal descriptions. The first free sample is taken.
-        matching = [index for index in by_key.get(each.key, ()) if _near(samples[index], each)]
-        free = next((index for index in matching if index not in taken), None)
+    for prediction in predictions:
+        # Keys need not be unique, because several objects may have equal descriptions. Predictions with equal keys are
+        # assigned to the samples in order; a further one is a repetition if its text is equal to an assigned one.
+        matching = [index for index in by_key.get(prediction.key, ()) if _is_same_object(samples[index], prediction)]
+        free = next((index for index in matching if index not in assigned), None)
         if free is not None:
-            _check_same_question(samples[free], each)
-            taken[free] = each
+            _check_same_question(samples[free], prediction)
+            assigned[free] = prediction
         elif not matching:
             counts["unmatched"] += 1
-        elif each.text in [taken[index].text for index in matching]:
+        elif prediction.text in [assigned[index].text for index in matching]:
             counts["repeated"] += 1
         else:
+            first = matching[0]
             raise ValueError(
-                f"{each.where} has another prediction of {samples[matching[0]].id} than {taken[matching[0]].where}; "
+                f"{prediction.location} has another prediction of {samples[first].id} than {assigned[first].location}; "
                 "remove one of the two."
             )
-    return [_record(sample, taken.get(index), row.form) for index, sample in enumerate(samples)], counts
+    return [_record(sample, assigned.get(index), row.form) for index, sample in enumerate(samples)], counts
 
 
-def _near(sample: Sample, prediction: ImportedPrediction) -> bool:
-    if prediction.near is None:
+def _is_same_object(sample: Sample, prediction: ImportedPrediction) -> bool:
+    """Whether the prediction's annotated box, if the file has one, is that of the sample."""
+    if prediction.object_box is None:
         return True
     assert sample.target is not None, "samples of ScanRefer have a target"
-    return bool(np.abs(sample.target.box[:6] - prediction.near).max() <= BOX_TOLERANCE)
+    return bool(np.abs(sample.target.box[:6] - prediction.object_box).max() <= BOX_TOLERANCE)
 
 
 def _check_same_question(sample: Sample, prediction: ImportedPrediction) -> None:
     """Raise ValueError if the file has another question or other frames than the sample."""
-    record = record_of(sample, None) if prediction.asked else {}
-    for name, value in prediction.asked.items():
+    record = record_of(sample, None) if prediction.required else {}
+    for name, value in prediction.required.items():
         if name in record and record[name] != value:
             raise ValueError(
-                f"{prediction.where}: field {name!r} differs from that of {sample.id} in --data, so the answer belongs "
-                "to another question or to other frames; name the folder that it was generated from, or omit --data."
+                f"{prediction.location}: field {name!r} differs from that of {sample.id} in --data, so the answer is "
+                "of another question or of other frames; pass the folder that it was generated from, or omit --data."
             )
 
 
 def _record(sample: Sample, prediction: ImportedPrediction | None, form: str | None) -> AnswerRecord:
+    """The record of a sample with its prediction, or with a missing one."""
     record = record_of(sample, None if prediction is None else prediction.text)
     if form is not None:
         record |= {"form": form, "cam_to_world": sample.cam_to_world.tolist(), "box": None}
-    return record if prediction is None else record | prediction.changes
+    return record if prediction is None else record | prediction.replaced
