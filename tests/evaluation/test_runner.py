@@ -202,7 +202,7 @@ def test_the_command_line_scores_again_and_gathers_protocols(
     assert list(scores["protocols"]) == ["scanrefer/vgllm", "scanrefer/video3dllm"] and scores["samples"] == 2
     with pytest.raises(ValueError, match="--score_only needs no --checkpoint"):
         evaluate_command(checkpoint=trained, score_only=Path(file))
-    with pytest.raises(ValueError, match="name a run, a checkpoint or an adapter with --checkpoint"):
+    with pytest.raises(ValueError, match="pass a run, a checkpoint or an adapter with --checkpoint"):
         evaluate_command()
 
 

@@ -27,7 +27,7 @@ def from_vgllm(source: Path, out: Path) -> None:
 
     Args:
         source: directory of the VG-LLM checkpoint.
-        out: new folder; train with --config OUT/model.yaml.
+        out: new folder; its model.yaml is a --config of w2r2 train.
     """
     from w2r2_ds.convert.from_vgllm import import_vgllm
 

@@ -1,7 +1,8 @@
 """Evaluate a trained model: ``w2r2 evaluate --checkpoint RUN --task scanrefer --geometry fused``.
 
-With several processes (``torchrun --standalone --nproc_per_node 4 launchers/evaluate.py``, or ``deepspeed``), each
-answers its part of the samples. ``--score_only FILE`` scores saved predictions, or another project's, without a model.
+With several processes (``torchrun --standalone --nproc_per_node 4 launchers/evaluate.py``, or ``deepspeed``) each
+process answers a part of the samples. ``--score_only FILE`` scores saved predictions of this or another project without
+a model.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Literal
 from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
 
 PROTOCOL = (
-    "Scoring protocols (docs/reference/metrics/): a name, several separated by commas (the option may be repeated), or "
-    "all; by default the task's default protocol."
+    "Names of scoring protocols (docs/reference/metrics/), separated by commas, or all; the option may be repeated. "
+    "Default: the default protocol of the task."
 )
+"""Help of ``--protocol``."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns the exit code."""
     try:
         parser = function_parser(run, "w2r2 evaluate", skip=("protocols",))
         parser.add_argument("--protocol", action="append", metavar="NAME", help=PROTOCOL)
@@ -53,25 +55,25 @@ def run(
     """Generate greedy answers to a validation set and score them.
 
     Args:
-        checkpoint: run, checkpoint, RUN/checkpoints/best or exported adapter.
-        task: scanrefer, scan2cap, scanqa, detection or another registered task: which of the run's validation sets;
-            optional if all are of one task.
-        data: a prepared folder instead of the run's own sets; may be relative to the root.
-        geometry: fused, zero for visual-only answers, or shuffle for another scene's geometry.
-        protocols: scoring protocols (docs/reference/metrics/): names, or all; the task's default if empty.
+        checkpoint: folder of a run, checkpoint or exported adapter, or RUN/checkpoints/best.
+        task: task whose validation sets are evaluated (scanrefer, scan2cap, scanqa, detection or another registered
+            task); optional if all sets of the run are of one task.
+        data: prepared folder instead of the run's own sets; may be relative to the root.
+        geometry: fused; zero for 2D only; or shuffle for the geometry of another scene.
+        protocols: names of scoring protocols (docs/reference/metrics/), or all; the task's default if empty.
         proposals: file of detected boxes, for the protocol vgllm_refined.
-        out: folder for predictions and scores; CHECKPOINT/evaluation without it.
-        limit: number of samples, 0 for all.
+        out: folder for predictions and scores; default: CHECKPOINT/evaluation.
+        limit: number of samples, the first ones; 0 for all.
         batch_size: prompts per forward.
-        max_new_tokens: longest answer.
+        max_new_tokens: maximum number of tokens of an answer.
         root: data root, if it has moved since training.
         vlm: directory or hub id of the VLM, if it has moved since training.
         geometry_path: directory or hub id of the geometry encoder, if it has moved since training.
-        score_only: predictions to score without a model; scores are printed, and written into --out if it is given.
-        format: format of the --score_only file: ours, or another project's, which requires --data.
+        score_only: predictions file to score without a model; scores are printed, and written into --out if given.
+        format: format of the --score_only file; those of other projects require --data.
         local_rank: set by the deepspeed launcher.
     """
-    # Imported after the command line is read: these import torch and transformers.
+    # Imported here because torch and transformers are slow to import, and --help and wrong options do not need them.
     from w2r2_ds.evaluation.predictions.rescore import score_file
     from w2r2_ds.evaluation.runner import evaluate
     from w2r2_ds.training.checkpoint.manifest import find_checkpoint
@@ -79,11 +81,11 @@ def run(
 
     if score_only is not None:
         if checkpoint is not None:
-            raise ValueError("--score_only needs no --checkpoint; leave one of the two out.")
+            raise ValueError("--score_only needs no --checkpoint; omit one of the two.")
         print(json.dumps(score_file(score_only, format, data, root, task, protocols, proposals, out), indent=2))
         return
     if checkpoint is None:
-        raise ValueError("name a run, a checkpoint or an adapter with --checkpoint, or predictions with --score_only.")
+        raise ValueError("pass a run, a checkpoint or an adapter with --checkpoint, or predictions with --score_only.")
     ranks = RankInfo.from_environment()
     with gloo_process_group(ranks):
         scores = evaluate(

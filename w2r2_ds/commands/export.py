@@ -17,13 +17,13 @@ def main(args: list[str] | None = None) -> int:
 
 
 def run(checkpoint: Path, out: Path, vlm: str | None = None, geometry_path: str | None = None) -> None:
-    """Write a PEFT directory, geometry_merger.safetensors and a card.
+    """Export a checkpoint as a PEFT adapter directory with geometry_merger.safetensors and a model card.
 
     Args:
-        checkpoint: folder of a run or of a checkpoint.
-        out: new folder.
-        vlm: directory or hub id of the video LLM; default: as in training.
-        geometry_path: directory or hub id of the geometry encoder; default: as in training.
+        checkpoint: folder of a run or checkpoint.
+        out: new folder of the adapter.
+        vlm: directory or hub id of the VLM; default: the one of training.
+        geometry_path: directory or hub id of the geometry encoder; default: the one of training.
     """
     from w2r2_ds.convert.peft_adapter import export_adapter
 

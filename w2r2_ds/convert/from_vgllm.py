@@ -1,12 +1,12 @@
 """Convert a VG-LLM checkpoint into a Qwen2.5-VL directory, a VGGT directory and a geometry merger.
 
-OUT/vlm/                          a standard Qwen2.5-VL directory, with the source's tokenizer and processor files
-    vggt/                         config.json, model.safetensors
-    geometry_merger.safetensors   the merger's tensors
-    model.yaml                    the model options, for --config
+OUT/vlm/                          standard Qwen2.5-VL directory, with the tokenizer and processor files of the source
+    vggt/                         config.json and model.safetensors of the geometry encoder
+    geometry_merger.safetensors   tensors of the merger
+    model.yaml                    model options, for --config
 
-VG-LLM (github.com/LaVi-Lab/VG-LLM, arXiv 2505.24625) stores all three in one state_dict, with the names that Qwen2.5-VL
-had before transformers 4.52, and adds its own keys to Qwen2.5-VL's flat config.json.
+VG-LLM (github.com/LaVi-Lab/VG-LLM, arXiv 2505.24625) stores all three in one state_dict, with the tensor names of
+Qwen2.5-VL before transformers 4.52, and adds its own keys to the flat config.json of Qwen2.5-VL.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ PREFIXES = {
     "merger.": ("geometry_merger", ""),
     "vggt.aggregator.": ("vggt", "aggregator."),
 }
-"""VG-LLM's name prefix -> (part, name prefix in that part)."""
+"""Name prefix in VG-LLM -> (part, name prefix in that part)."""
 SKIPPED = tuple(f"vggt.{head}" for head in HEADS)
+"""Name prefixes of VGGT's prediction heads, which are not used."""
 VGLLM_KEYS = {
     "use_vggt_feature": False,
     "use_dense_supervision": False,
@@ -57,36 +58,35 @@ VGLLM_KEYS = {
     "vggt_merger_hidden_dim": 4096,
     "add_ground_classifier": False,
 }
-"""Keys that VG-LLM adds to Qwen2.5-VL's config.json, and their defaults."""
+"""Keys that VG-LLM adds to Qwen2.5-VL's config.json, with their defaults."""
 COPIED = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "*processor_config.json", "generation_*.json")
 """Tokenizer and processor files of a standard Qwen2.5-VL directory."""
 
 
 def import_vgllm(source: Path, out: Path) -> ModelConfig:
-    """Convert the VG-LLM checkpoint directory `source` into the new directory `out`, atomically.
+    """Convert a VG-LLM checkpoint, atomically.
+
+    Args:
+        source: directory of the VG-LLM checkpoint.
+        out: new directory.
 
     Returns:
-        The model options in `out`/model.yaml; all others have their defaults.
+        The model options of ``model.yaml``; options that the file does not have are defaults.
 
     Raises:
         ValueError: `out` is not empty; `source` is not a VG-LLM checkpoint, lacks a file, or does not have exactly the
-            weights that its config.json describes (the first difference is named).
+            weights that its config.json describes (the message names the first difference).
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; name another folder or remove it.")
-    load_tokenizer(source)  # this and the next line raise on missing files
+        raise ValueError(f"{out} is not empty; pass another folder or remove it.")
+    load_tokenizer(source)  # this and the next line raise ValueError for missing files
     load_vision_spec(source)
-    raw = read_json_object(source / CONFIG)
     copied = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
     for file in (source / CONFIG, *copied):
         check_no_remote_code(file)
-    own = {key: raw.pop(key, missing) for key, missing in VGLLM_KEYS.items()}
-    if own["use_vggt_feature"] is not True:
-        raise ValueError(f"{source / CONFIG}: use_vggt_feature is not true; give the directory of a VG-LLM checkpoint.")
-    if own["reference_frame"] not in REFERENCE_FRAMES:
-        raise ValueError(f"{source / CONFIG}: reference_frame {own['reference_frame']!r} is neither first nor last.")
+    qwen_config, own = _read_config(source / CONFIG)
     try:
-        vlm, vggt, merger = _modules(split_state(_read_state(source)), raw, own["vggt_merger_hidden_dim"])
+        vlm, vggt, merger = _modules(split_state(_read_state(source)), qwen_config, own["vggt_merger_hidden_dim"])
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     options = {
@@ -94,7 +94,7 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
         "geometry": {
             "name": "vggt",
             "path": str(out.absolute() / "vggt"),
-            "layers": [vggt.config.depth - 2],  # VG-LLM takes the last layer but one
+            "layers": [vggt.config.depth - 2],  # VG-LLM uses the features of the last layer but one
             "reference_frame": own["reference_frame"],
         },
         "merger_hidden": own["vggt_merger_hidden_dim"],
@@ -115,16 +115,20 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
 
 
 def check_no_remote_code(file: Path) -> None:
-    """Raise ValueError if a JSON file names remote code (``auto_map``), which would be copied to the new directory."""
+    """Raise ValueError if a JSON file to be copied names remote code (``auto_map``)."""
     if file.suffix == ".json" and file.name != "vocab.json" and "auto_map" in read_json_object(file):
         raise ValueError(f"{file}: auto_map names remote code, which is never run here; remove the field.")
 
 
 def split_state(state: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Split VG-LLM's state_dict into parts and rename the tensors; weights of VGGT's heads are skipped.
+    """Split VG-LLM's state_dict into its parts and rename the tensors; weights of VGGT's heads are skipped.
+
+    Args:
+        state: name in VG-LLM -> tensor.
 
     Returns:
-        part -> name in that part -> value. The VLM's names are those of transformers 5 in memory.
+        Part (``vlm``, ``vggt``, ``geometry_merger``) -> name in that part -> tensor. The names of the VLM are those of
+        the modules in transformers 5.
 
     Raises:
         ValueError: a name belongs to no part.
@@ -145,19 +149,25 @@ def split_state(state: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def fill(module: nn.Module, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Assign the tensors of one part of `split_state` to `module`, without a copy.
+    """Assign the tensors of one part to its module, without a copy.
+
+    Args:
+        module: module on the meta device.
+        part: name of the part, for messages.
+        tensors: tensors of the part, from `split_state`.
 
     Raises:
-        ValueError: a tensor is unknown, missing, of another shape or quantised; with its name in VG-LLM.
+        ValueError: a tensor is unknown, missing, of another shape or quantised; the message has its name in VG-LLM.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    # Tied parameters have several names. The first is the owner: `named_parameters` lists the embedding, not the head.
     owners = {id(parameter): name for name, parameter in module.named_parameters()}
-    assert module.state_dict().keys() == parameters.keys(), "a buffer would stay as it is"
-    # Compare names before loading, for messages with VG-LLM's names; `load_state_dict` would use ours.
+    assert module.state_dict().keys() == parameters.keys(), "persistent buffers are not filled"
+    # Checked here and not by `load_state_dict`, whose messages have our names instead of VG-LLM's.
     for name in sorted(tensors.keys() - parameters.keys()):
         raise ValueError(f"{vgllm_name(part, name)} has no place in the {part} that {CONFIG} describes.")
     for name, parameter in parameters.items():
-        owner = owners[id(parameter)]  # another name where the output head is tied to the embedding
+        owner = owners[id(parameter)]
         if owner not in tensors:
             raise ValueError(f"{vgllm_name(part, owner)} is missing.")
         tensor = tensors.get(name, tensors[owner])
@@ -173,16 +183,22 @@ def fill(module: nn.Module, part: str, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 def vgllm_name(part: str, name: str) -> str:
-    """Name in VG-LLM of a tensor of a part."""
-    found = [(theirs, ours) for theirs, (owner, ours) in PREFIXES.items() if owner == part and name.startswith(ours)]
-    return found[0][0] + name.removeprefix(found[0][1])
+    """Name in VG-LLM of a tensor of a part; the inverse of the renaming of `split_state`."""
+    theirs, ours = next(
+        (theirs, ours) for theirs, (owner, ours) in PREFIXES.items() if owner == part and name.startswith(ours)
+    )
+    return theirs + name.removeprefix(ours)
 
 
 def vggt_config(tensors: Mapping[str, torch.Tensor]) -> VGGTConfig:
-    """Sizes of a VGGT from the shapes of its tensors; VG-LLM does not store them.
+    """Configuration of a VGGT from the shapes of its tensors, because VG-LLM does not store it.
 
-    Two sizes cannot be derived: the number of heads of the ViT (assumed to be as wide as those of the other blocks) and
-    the base of the rotary positions (default). Both are right for the public 1B model, the only one that VG-LLM uses.
+    Two values cannot be derived: the number of attention heads of the ViT (assumed equal to that of the other blocks)
+    and the base of the rotary position embedding (default). Both are right for the public 1B model, the only one that
+    VG-LLM uses.
+
+    Args:
+        tensors: name -> tensor of the part ``vggt``.
 
     Raises:
         ValueError: a tensor whose shape is needed is missing.
@@ -213,17 +229,40 @@ def vggt_config(tensors: Mapping[str, torch.Tensor]) -> VGGTConfig:
     )
 
 
+def _read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of config.json that are Qwen2.5-VL's, and those that are VG-LLM's own.
+
+    Raises:
+        ValueError: it is not the configuration of a VG-LLM checkpoint, or an option of VG-LLM is not supported.
+    """
+    values = read_json_object(file)
+    own = {key: values.pop(key, default) for key, default in VGLLM_KEYS.items()}
+    if own["use_vggt_feature"] is not True:
+        raise ValueError(f"{file}: use_vggt_feature is not true; pass the directory of a VG-LLM checkpoint.")
+    if own["reference_frame"] not in REFERENCE_FRAMES:
+        raise ValueError(f"{file}: reference_frame {own['reference_frame']!r} is neither first nor last.")
+    return values, own
+
+
 def _modules(
-    parts: Mapping[str, Mapping[str, torch.Tensor]], raw: dict[str, Any], merger_hidden: int
+    parts: Mapping[str, Mapping[str, torch.Tensor]], qwen_config: dict[str, Any], merger_hidden: int
 ) -> tuple[PreTrainedModel, VGGT, GeometryMerger]:
-    """The three modules with their weights; `raw` is config.json without VG-LLM's own keys."""
-    config: Any = CONFIG_MAPPING[raw["model_type"]].from_dict({**raw, "architectures": None})
-    # On the meta device: no memory and no random initialization; `fill` assigns the tensors of the file.
+    """The VLM, VGGT and geometry merger with their weights.
+
+    Args:
+        parts: tensors from `split_state`.
+        qwen_config: config.json without VG-LLM's own keys.
+        merger_hidden: hidden size of the merger.
+    """
+    # Without the architecture, which is VG-LLM's class; `save_pretrained` writes that of the VLM.
+    config: Any = CONFIG_MAPPING[qwen_config["model_type"]].from_dict({**qwen_config, "architectures": None})
+    # On the meta device there is no memory and no random initialisation; `fill` assigns the tensors of the files.
     vlm = meta_model(config)
     hidden = config.text_config.hidden_size
     merge = find_family(config.model_type).tower_sizes(config).merge_size
     with torch.device("meta"):
         vggt = VGGT(vggt_config(parts["vggt"]))
+        # VGGT concatenates the features of its frame attention and its global attention.
         merger = GeometryMerger(2 * vggt.config.embed_dim, hidden, merger_hidden, merge)
     for part, module in (("vlm", vlm), ("vggt", vggt), ("geometry_merger", merger)):
         fill(module, part, parts[part])
@@ -231,7 +270,7 @@ def _modules(
 
 
 def _read_state(source: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory."""
+    """All tensors of the weight files of a directory. Raises ValueError if a file is broken."""
     try:
         return {name: tensor for file in weight_files(source) for name, tensor in load_file(file).items()}
     except (SafetensorError, OSError) as error:

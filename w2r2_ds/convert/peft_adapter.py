@@ -1,9 +1,9 @@
-"""Export a checkpoint as a PEFT adapter directory with the geometry merger and a model card, and load it again.
+"""Export a checkpoint as a PEFT adapter directory with geometry merger and model card, and load such an adapter.
 
-ADAPTER/adapter_config.json, adapter_model.safetensors   load with peft and transformers
-        geometry_merger.safetensors                      the merger's tensors (VG-LLM's names) and the fusion's
-        w2r2_card.json                                   base model, configuration, metrics, versions
-        README.md                                        model card: the same as text, and how to load the adapter
+ADAPTER/adapter_config.json, adapter_model.safetensors   LoRA weights, for peft and transformers
+        geometry_merger.safetensors                      tensors of the merger (VG-LLM's names) and of the fusion
+        w2r2_card.json                                   base models, configuration, metrics, versions
+        README.md                                        model card, with instructions to load the adapter
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from w2r2_ds.utils.safetensors_io import read_strictly
 from w2r2_ds.utils.versions import versions
 
 ADAPTER_CARD, LORA = "w2r2_card.json", "adapter_model.safetensors"
+# Replaces the empty template that peft writes.
 README = """---
 base_model: {quoted}
 library_name: peft
@@ -43,19 +44,19 @@ tags: [w2r2, vggt]
 
 LoRA weights and a geometry merger, trained with W2R2-DS {version} to step {step}.
 Objective: push term `{objective[push_term][name]}`, lambda {objective[lambda_det]}, mu {objective[mu]}.
-Geometry: layers {model[geometry_layers]} of {geometry} (frozen, not here), joined by `fusion {model[fusion]}`.
-Everything else of the training is in `w2r2_card.json`.
+Geometry features: layers {model[geometry_layers]} of {geometry} (frozen, not included), fusion `{model[fusion]}`.
+The whole configuration is in `w2r2_card.json`.
 
-| file | holds |
+| file | content |
 |---|---|
-| `adapter_config.json`, `adapter_model.safetensors` | the LoRA weights, for peft |
-| `geometry_merger.safetensors` | the merger's tensors, and the fusion's as `fusion.NAME` |
+| `adapter_config.json`, `adapter_model.safetensors` | LoRA weights, for peft |
+| `geometry_merger.safetensors` | tensors of the geometry merger, and of the fusion as `fusion.NAME` |
 
-With W2R2-DS, from frames and geometry (give moved base models with `--vlm` and `--geometry_path`):
+With W2R2-DS, from frames and geometry (pass `--vlm` and `--geometry_path` if the base models have moved):
 
     python launchers/evaluate.py --checkpoint THIS_FOLDER --geometry fused
 
-With peft and transformers only (frames only, no geometry):
+With peft and transformers only (2D only, no geometry):
 
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
@@ -63,25 +64,29 @@ With peft and transformers only (frames only, no geometry):
     base = AutoModelForImageTextToText.from_pretrained({quoted}, dtype="auto")
     model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 """
-"""Replaces the empty template that peft writes."""
 
 
 def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path: str | None = None) -> Path:
-    """Export the newest checkpoint of a run, or a checkpoint, to the new directory `out`, atomically.
+    """Export a checkpoint, or the newest checkpoint of a run, as an adapter, atomically.
 
     Args:
-        path: a run or a checkpoint.
-        out: new folder.
-        vlm: path of the VLM, if it is not the one of the training run.
-        geometry_path: path of the geometry encoder, if it is not the one of the training run.
+        path: folder of the run or checkpoint.
+        out: new folder of the adapter.
+        vlm: directory or hub id of the VLM; None for the one of training.
+        geometry_path: directory or hub id of the geometry encoder; None for the one of training.
+
+    Returns:
+        `out`.
 
     Raises:
         ValueError: `path` is an adapter or has no checkpoint, `out` is not empty, or a trained tensor is empty.
     """
     if (path / ADAPTER_CARD).is_file():
-        raise ValueError(f"{path} is an exported adapter already; name the run or the checkpoint that it came from.")
+        raise ValueError(
+            f"{path} is an exported adapter already; pass the run or the checkpoint that it was exported from."
+        )
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; name another --out or remove it.")
+        raise ValueError(f"{out} is not empty; pass another --out or remove it.")
     checkpoint = find_checkpoint(path)
     config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, geometry_path=geometry_path)
     model = build_model(config.model, torch.device("cpu"), config.train.seed)
@@ -90,47 +95,53 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path:
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # Without embedding layers: LoRA does not train them, and peft would add both matrices to the adapter.
+    # LoRA does not train the embedding layers; without the option peft may add both matrices to the adapter.
     cast(PeftModel, model.vlm).save_pretrained(str(temporary), save_embedding_layers=False)
     save_file(merger_tensors(model), temporary / MERGER)
-    described = card(config, model, checkpoint)
-    (temporary / ADAPTER_CARD).write_text(json.dumps(described, indent=2) + "\n")
-    (temporary / "README.md").write_text(readme(described))
+    content = card(config, model, checkpoint)
+    (temporary / ADAPTER_CARD).write_text(json.dumps(content, indent=2) + "\n")
+    (temporary / "README.md").write_text(readme(content))
     check_not_empty(temporary)
     os.replace(temporary, out)
     return out
 
 
 def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
-    """Content of w2r2_card.json."""
-    saved = read_manifest(checkpoint)
+    """Content of w2r2_card.json.
+
+    Args:
+        config: configuration of the run.
+        model: trained model.
+        checkpoint: checkpoint folder, for step, metrics and versions.
+    """
+    manifest = read_manifest(checkpoint)
     return {
         "base_model": config.model.vlm,
         "geometry_model": config.model.geometry.path,
         "model": model.fingerprint,
-        "step": saved["step"],
-        "training_metrics": saved["metrics"],
-        "trained_with": saved["versions"],
+        "step": manifest["step"],
+        "training_metrics": manifest["metrics"],
+        "trained_with": manifest["versions"],
         "exported_with": versions(),
         "configuration": asdict(config),
     }
 
 
-def readme(described: dict[str, Any]) -> str:
-    """Content of README.md."""
+def readme(content: dict[str, Any]) -> str:
+    """Content of README.md, from that of w2r2_card.json."""
     return README.format(
-        base=described["base_model"],
-        quoted=json.dumps(described["base_model"]),  # as YAML and as Python
-        geometry=described["geometry_model"],
-        version=described["trained_with"]["w2r2_ds"],
-        step=described["step"],
-        objective=described["configuration"]["objective"],
-        model=described["model"],
+        base=content["base_model"],
+        quoted=json.dumps(content["base_model"]),  # a string literal of YAML and of Python
+        geometry=content["geometry_model"],
+        version=content["trained_with"]["w2r2_ds"],
+        step=content["step"],
+        objective=content["configuration"]["objective"],
+        model=content["model"],
     )
 
 
 def check_not_empty(out: Path) -> None:
-    """Raise ValueError if a tensor has shape (0,), as an ungathered ZeRO-3 parameter has."""
+    """Raise ValueError if a tensor of a safetensors file is empty, as a ZeRO-3 parameter is unless it was gathered."""
     for file in sorted(out.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if tensor.numel() == 0:
@@ -138,51 +149,56 @@ def check_not_empty(out: Path) -> None:
 
 
 def adapter_config(path: Path) -> RunConfig:
-    """The configuration of an exported adapter, from its card.
+    """The run configuration of an exported adapter, from its card.
 
     Raises:
-        ValueError: the card has none, or it is not valid.
+        ValueError: the card has no configuration, or it is not valid.
     """
     return from_tree(read_card(path)["configuration"], f"{path / ADAPTER_CARD}: configuration")
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The card of an adapter; raises ValueError if a field is missing."""
+    """Content of w2r2_card.json of an adapter. Raises ValueError if a field is missing."""
     file = path / ADAPTER_CARD
-    found = read_json_object(file)
+    content = read_json_object(file)
     for field in ("configuration", "model"):
-        if not isinstance(found.get(field), dict):
+        if not isinstance(content.get(field), dict):
             raise ValueError(f"{file}: field {field!r} is missing or not an object; export the adapter again.")
-    return found
+    return content
 
 
 def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
     """Load the model of an exported adapter.
 
-    adapter_config.json is not read: peft imports the modules that it names.
+    The LoRA options come from the card. adapter_config.json is not read, because peft imports the modules that it
+    names, and the file may be untrusted.
 
     Args:
-        path: the adapter.
-        config: with the paths of the base models.
-        device: device of the result.
+        path: folder of the adapter.
+        config: run configuration (`adapter_config`), with the paths of the base models on this machine.
+        device: device of the model.
 
     Raises:
         ValueError: a file is missing or broken, or does not have exactly the tensors of this model.
     """
-    described = read_card(path)
+    content = read_card(path)
     model = build_model(config.model, device, config.train.seed)
-    check_fingerprint(described["model"], model, path / ADAPTER_CARD)
+    check_fingerprint(content["model"], model, path / ADAPTER_CARD)
     load_lora(cast(PeftModel, model.vlm), path / LORA)
     load_merger(model, path / MERGER)
     return model
 
 
 def load_lora(vlm: PeftModel, file: Path) -> None:
-    """Load LoRA weights from a file that peft wrote, strictly.
+    """Load the LoRA weights of an adapter, strictly.
+
+    Args:
+        vlm: model with LoRA layers.
+        file: adapter_model.safetensors.
 
     Raises:
         ValueError: the file cannot be read, or does not have exactly the model's LoRA tensors.
     """
-    # The model's own tensors give the names, shapes and dtypes that the file must have.
-    own = get_peft_model_state_dict(vlm, save_embedding_layers=False)
-    set_peft_model_state_dict(vlm, read_strictly(file, "the LoRA weights", own))
+    # The file must have exactly the names and shapes of the model's own LoRA tensors.
+    expected = get_peft_model_state_dict(vlm, save_embedding_layers=False)
+    set_peft_model_state_dict(vlm, read_strictly(file, "the LoRA weights", expected))

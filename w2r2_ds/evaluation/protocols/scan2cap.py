@@ -81,7 +81,7 @@ def score_scan2cap(
     passed = {k: {key for key, iou in ious.items() if key in captions and rules.passes(iou, k)} for k in thresholds}
     at: dict[str, dict[str, Any]] = {}
     if rules.average == "items":
-        # Every caption is scored, whatever its IoU; the mask of each k is applied to the item scores afterwards.
+        # All captions are scored once, also those with a small IoU; the mask of each k is applied to their scores.
         scores = _score(objects, captions, rules, captions, java)
         at = {str(k): _masked_scores(scores, passed[k], len(captions)) for k in thresholds}
     else:
