@@ -57,8 +57,8 @@ class Counting(Task):
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         samples: PreparedItems = []
         for index, item in job.items:  # index: position of the annotation in the file
-            positions = select_frames(options.frames, scene, item.key, seen=None)
-            assert positions is not None, "None only if the sample needs frames that show an object"
+            positions = select_frames(options.frames, scene, item.key, None)
+            assert positions is not None, "frames are always found if no object must be visible"
             sample = Sample(
                 id=item.key,
                 task=self.name,

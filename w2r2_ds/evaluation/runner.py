@@ -92,7 +92,7 @@ def evaluate(
     # Errors in protocols, scenes, frames and texts are raised before hours of generation. A record without an answer
     # has all fields that decide which protocols can score it.
     protocol_names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
-    if geometry == "shuffle":
+    if geometry == "shuffle":  # raises ValueError for a single scene; the pairs themselves are made by Answerer
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world_size)
     name = f"{sets[0].task}-{geometry}"
@@ -203,7 +203,7 @@ class Answerer:
             processor = ShuffledGeometry(make_processor(replace(self.frontend, cache=None), self.data), self.whole)
         self.model.eval()
         device, tokenizer = self.model.base.device, self.frontend.tokenizer
-        geometry = "zero" if self.geometry == "zero" else "fused"
+        geometry = "zero" if self.geometry == "zero" else "fused"  # shuffle: fused, with the images of another scene
         remaining = iter(samples)
         for batch in prompt_loader(samples, self.frontend, self.data, self.batch_size, processor):
             answers = generate.generate_tokens(
@@ -228,6 +228,7 @@ def evaluation_lock(out: Path, name: str, ranks: RankInfo) -> Iterator[None]:
         ValueError: another process holds the lock.
     """
     with ExitStack() as stack:
+        # Without it, the other ranks would wait for rank 0 in the next collective.
         with raise_on_all_ranks():
             if ranks.rank == 0:
                 busy = f"{out}: {name} is being evaluated"

@@ -155,7 +155,7 @@ def parsed_share(records: Sequence[AnswerRecord]) -> float:
     task = base.TASKS.get(task_of(records))
     parsed = 0
     for record in records:
-        text = record["text"] or ""
+        text = record["text"] or ""  # a missing prediction counts as an empty answer
         try:
             if task is not None:
                 task.parse(text, len(record.get("cam_to_world") or ()))
@@ -171,6 +171,7 @@ def _form(records: Sequence[AnswerRecord]) -> str | None:
     Raises:
         ValueError: the records have different coordinates.
     """
+    # A data set has one answer format; records of several formats need different protocols.
     forms = {record.get("form") for record in records}
     if len(forms) > 1:
         raise ValueError(f"The answers mix {' and '.join(sorted(map(str, forms)))} coordinates; score them separately.")

@@ -53,6 +53,7 @@ class AnswerValidation:
         available = load_mixture(config.data, "val")
         if not len(available):
             raise ValueError("data.val has no samples; prepare a validation set, or set train.eval_every to 0.")
+        # The same samples on every rank and in every launch of the run, so that scores of steps are comparable.
         self.samples = [available[index] for index in draw_subset(len(available), wanted, config.train.seed)]
         check_frames(self.samples, rank, world_size)
         check_texts(self.samples, make_processor(frontend, config.data), rank, world_size, with_answer=False)
@@ -94,6 +95,7 @@ class AnswerValidation:
         # Only rank 0 scores: METEOR and the PTB tokenizer start Java processes of 1 GB each.
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
+                # In the order of the subset: sums do not depend on the number of ranks.
                 scores = [computed(score([records[index] for index in sorted(records)]))]
         dist.broadcast_object_list(scores)
         return scores[0]
@@ -104,6 +106,7 @@ class AnswerValidation:
         Raises:
             ValueError: a package is not installed, or `best_by` is not among the scores or cannot be computed.
         """
+        # Labels have all metrics that answers have: whether a score can be computed depends on data and packages only.
         scores = score([record_of(sample, sample.answer) for sample in self.samples])
         if scores.get(self.best_by) is not None:
             return

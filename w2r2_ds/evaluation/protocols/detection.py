@@ -56,6 +56,7 @@ def score_f1(records: Sequence[AnswerRecord]) -> ProtocolResult:
     objects = sum(item["objects"] for item in items.values())
     at = {}
     for k in THRESHOLDS:
+        # The matching does not depend on k: pairs of IoU >= k are matched before all others.
         hits = sum(iou >= k for item in items.values() for iou in item["ious"])
         at[str(k)] = {
             "hits": hits,

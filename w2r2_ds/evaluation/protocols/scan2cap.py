@@ -78,6 +78,7 @@ def score_scan2cap(
     check_keys("annotated objects", [each.key for each in objects], captions)
     rules = SCAN2CAP_RULES[protocol]
     ious = {each.key: _iou(each, captions.get(each.key), rules) for each in objects}
+    # An object without a caption fails every k, also 0.
     passed = {k: {key for key, iou in ious.items() if key in captions and rules.passes(iou, k)} for k in thresholds}
     at: dict[str, dict[str, Any]] = {}
     if rules.average == "items":
@@ -138,6 +139,7 @@ def _masked(scores: CaptionScores, mask: Mapping[str, int], count: int) -> dict[
     means: dict[str, MetricValue] = {}
     for name in CAPTION_METRICS:
         values = [(item[name], mask[key]) for key, item in scores.items.items()]
+        # One item without a score (METEOR without Java) makes the mean None: a mean of the others would be misleading.
         masked = [value * passed for value, passed in values if value is not None]
         means[name] = sum(masked) / max(count, 1) if len(masked) == len(values) else None
     return means
@@ -183,6 +185,7 @@ def _inputs(records: Sequence[AnswerRecord], _: Proposals | None, protocol: str)
     """
     rules = SCAN2CAP_RULES[protocol]
     objects = [_described_object(record) for record in records]
+    # Checked here, because an empty list of words would be scored as an empty reference without an error.
     if rules.reference_words:
         raise_with_first(
             [each.key for each in objects if not all(each.tokens)],
@@ -209,6 +212,7 @@ def _described_object(record: AnswerRecord) -> DescribedObject:
 
 def _caption(record: AnswerRecord, rules: Scan2CapRules) -> Caption:
     # The gate is the IoU of the box in the prompt, or the IoU in VG-LLM's files ("iou").
+    # Generated captions are free text; Scan2Cap's own protocols compare words as ScanRefer's file splits them.
     words = tuple(split_words(record["text"])) if rules.caption_words else None
     box = record["target"]["described"]
     return Caption(record["text"], None if box is None else tuple(box), words, record.get("iou"))

@@ -129,7 +129,7 @@ def score_video3dllm(descriptions: Sequence[ScoredDescription], boxes: Mapping[s
     }
     result: ProtocolResult = {"protocol": "video3dllm", "parsed": _share_with_box(boxes, items)}
     for name in ("all", *GROUPS):
-        values = [item["iou"] for item in items.values() if name in ("all", item["group"])]
+        values = [item["iou"] for item in items.values() if name in ("all", item["group"])]  # "all": every item
         result[name] = {"count": len(values), **accuracies(values)}
     return {**result, "items": items}
 
@@ -151,6 +151,7 @@ def _box_ious(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box
     ious = {}
     for each in descriptions:
         box = boxes.get(each.key)
+        # Not rounded, unlike exact IoU: as in the references, + 1e-8 in the denominator turns an exact 0.5 into a miss.
         ious[each.key] = 0.0 if box is None else aabb_iou(box, enclosing_box(each.box))
     return ious
 
@@ -203,6 +204,7 @@ def _world_inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple
     }
 
 
+# Every form of answer can be moved to the world, so these protocols have all coordinates (the default).
 _world_protocol = partial(Protocol, inputs=_world_inputs, record_model=ScanReferRecord, best_by="acc@0.25")
 
 register_protocol(

@@ -99,6 +99,7 @@ def direct_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _group_scores(ious: Sequence[float]) -> dict[str, float | int | None]:
+    # The thresholds use rounded IoU, the mean does not need it.
     rounded = (round(iou, IOU_DECIMALS) for iou in ious)
     return {"count": len(ious), **accuracies(rounded), "mean_iou": sum(ious) / len(ious) if ious else None}
 
@@ -183,7 +184,8 @@ def answer_item(
         answer = parse(text, len(poses))
     except AnswerError as error:
         return {"iou": 0.0, "box": None, "reason": error.reason}
-    with np.errstate(over="ignore", invalid="ignore"):  # huge generated numbers overflow: IoU 0
+    # Huge generated numbers overflow. Such an answer is parsed, and its box has IoU 0.
+    with np.errstate(over="ignore", invalid="ignore"):
         box = nine_numbers(refine(to_world(answer.box, np.asarray(poses[answer.frame])).tolist(), proposals))
     pair = torch.tensor([box, nine_numbers(annotated)], dtype=torch.float64)
     iou = float(box_iou(pair[:1], pair[1:]))
@@ -194,6 +196,7 @@ def _check(
     descriptions: Sequence[ScoredDescription], answers: Mapping[str, str], poses: Mapping[str, np.ndarray]
 ) -> None:
     check_keys("descriptions", [each.key for each in descriptions], answers)
+    # Descriptions without an answer need poses too: missing poses are an error of the data, not of the model.
     without_poses = [each.key for each in descriptions if np.shape(poses.get(each.key, ()))[1:] != (4, 4)]
     raise_with_first(without_poses, "descriptions have no camera poses [n, 4, 4]")
 
@@ -211,6 +214,7 @@ def _refined_inputs(records: Sequence[AnswerRecord], proposals: Proposals | None
     return *_inputs(records, None), proposals
 
 
+# These protocols parse a frame and a box in its camera, so they cannot score world boxes.
 _camera_protocol = partial(
     Protocol, inputs=_inputs, record_model=ScanReferRecord, coordinates=("camera",), best_by="acc@0.25"
 )
