@@ -33,16 +33,16 @@ def enter(rank: int, folder: Path) -> str:
 def work(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    said = []
+    results = []
     for number in range(2):
-        said.append(enter(rank, folder))
+        results.append(enter(rank, folder))
         dist.barrier()
         if rank == 0 and number == 0:
             (folder / "rejected").touch()
             while (folder / f"{NAME}.lock").exists():
                 time.sleep(0.05)
-        dist.barrier()  # rank 1 does not look: it could take rank 0's new lock for the old one
-    (folder / f"{rank}.json").write_text(json.dumps(said))
+        dist.barrier()  # only rank 0 polls: rank 1 could take rank 0's new lock for the old one
+    (folder / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 

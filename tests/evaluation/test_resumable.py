@@ -1,4 +1,4 @@
-"""Parts of an evaluation: shares, torn lines, other runs, merging."""
+"""Saved answers of an evaluation: assignment to ranks, incomplete lines, other runs, merging."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def work(parts: PartialAnswers, rank: int, world: int, most: int = 100) -> list[
     return [IDS[index] for index in mine]
 
 
-def test_any_number_of_ranks_goes_on_with_what_another_left(tmp_path: Path) -> None:
+def test_another_number_of_ranks_resumes(tmp_path: Path) -> None:
     parts = PartialAnswers(tmp_path / "parts", RUN)
     assert [work(parts, rank, 3, 2) for rank in range(3)] == [["s0", "s3"], ["s1", "s4"], ["s2", "s5"]]
     assert [work(parts, rank, 2, 1) for rank in (1, 0)] == [["s7"], ["s6"]]
@@ -41,7 +41,7 @@ def test_shares_do_not_overlap_if_ranks_list_different_parts() -> None:
     assert sorted(both) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_half_a_line_is_answered_again(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_answered_again(tmp_path: Path) -> None:
     parts = PartialAnswers(tmp_path, RUN)
     work(parts, 0, 1, 3)
     file = tmp_path / "part-0000.jsonl"
@@ -111,7 +111,7 @@ def test_parts_of_an_unknown_run_are_rejected(tmp_path: Path) -> None:
         PartialAnswers(tmp_path, RUN)
 
 
-def test_a_predictions_file_is_whole_or_old(tmp_path: Path) -> None:
+def test_a_predictions_file_is_written_atomically(tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
     write_records(file, [answer("s0")])
     before = file.read_bytes()

@@ -33,7 +33,7 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def loaded(trained: Path) -> Any:
-    """Configuration, model and front of the run's last checkpoint."""
+    """Configuration, model and VLM frontend of the run's last checkpoint."""
     return load_trained_model(trained)
 
 
@@ -151,7 +151,7 @@ def test_shuffled_geometry_is_another_rooms(loaded: Any, trained: Path, tmp_path
 def test_finished_answers_are_kept_and_other_options_rejected(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that stops while it scores has all its answers; the next one asks for none."""
+    """If scoring fails, all answers are saved, and the next run generates none."""
     monkeypatch.setattr("w2r2_ds.evaluation.runner.score_records", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
@@ -159,7 +159,9 @@ def test_finished_answers_are_kept_and_other_options_rejected(
     for options, field in (({"max_new_tokens": 5}, "max_new_tokens is 4, but now it is 5"),):
         with pytest.raises(ValueError, match=field):
             evaluate(trained, tmp_path, limit=2, **options)
-    monkeypatch.setattr("w2r2_ds.evaluation.generate.generate_tokens", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(
+        "w2r2_ds.evaluation.generate.generate_tokens", lambda *_: pytest.fail("an answer was generated again")
+    )
     assert evaluate(trained, tmp_path, max_new_tokens=4, limit=2)["samples"] == 2
 
 
@@ -240,7 +242,7 @@ def test_a_checkpoint_with_torn_tensors_is_rejected(trained: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("option", ["limit", "batch_size", "max_new_tokens"])
-def test_numbers_that_mean_nothing_are_rejected_before_anything_is_loaded(tmp_path: Path, option: str) -> None:
+def test_numbers_out_of_range_are_rejected_before_loading(tmp_path: Path, option: str) -> None:
     with pytest.raises(ValueError, match=f"--{option} is -1; it must be at least"):
         evaluate(tmp_path / "nowhere", tmp_path, **{option: -1})  # type: ignore[arg-type]
 
@@ -291,13 +293,13 @@ def test_data_and_models_may_lie_elsewhere(
 
 
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("left_out", ["root", "vlm", "geometry_path"])
-def test_what_lies_elsewhere_and_is_not_given_is_named(
-    moved_runs: list[Path], elsewhere: dict[str, str], tmp_path: Path, index: int, left_out: str
+@pytest.mark.parametrize("omitted", ["root", "vlm", "geometry_path"])
+def test_moved_paths_that_are_not_given_are_named(
+    moved_runs: list[Path], elsewhere: dict[str, str], tmp_path: Path, index: int, omitted: str
 ) -> None:
-    places = {name: place for name, place in elsewhere.items() if name != left_out}
+    places = {name: place for name, place in elsewhere.items() if name != omitted}
     named = {"root": "/another/machine/scenes", "vlm": "/another/machine/vlm", "geometry_path": "/another/machine/vggt"}
-    with pytest.raises(ValueError, match=named[left_out]):
+    with pytest.raises(ValueError, match=named[omitted]):
         evaluate(moved_runs[index], tmp_path, limit=1, **places)
 
 
@@ -309,6 +311,6 @@ def test_a_truncated_frame_is_found_before_the_first_answer(
     data = replace(loaded[0].data, root=str(root))
     frame = load_mixture(data, "val")[-1].frames[-1]
     frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
-    monkeypatch.setattr("w2r2_ds.evaluation.runner.answer_remaining", lambda *_: pytest.fail("an answer was asked for"))
+    monkeypatch.setattr("w2r2_ds.evaluation.runner.answer_remaining", lambda *_: pytest.fail("an answer was generated"))
     with pytest.raises(ValueError, match=f"Frame {frame} cannot be read"):
         evaluate(trained, tmp_path / "out", root=root)

@@ -78,7 +78,7 @@ def test_grounding_by_every_protocol(grounded: list[dict[str, Any]]) -> None:
 
 def test_a_part_of_a_split_keeps_its_groups(grounded: list[dict[str, Any]]) -> None:
     (result,) = score_records(grounded[2:3], ["video3dllm"]).values()
-    assert result["multiple"]["count"] == 1, "alone in its scene here, not in the split"
+    assert result["multiple"]["count"] == 1, "the only object of these records, one of several in the split"
 
 
 def test_world_answers() -> None:

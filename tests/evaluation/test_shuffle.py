@@ -54,7 +54,7 @@ def test_2d_stays_and_geometry_is_the_partners(
             count = len(other.visual.geometry_images)
             expected = torch.stack([other.visual.geometry_images[i % count] for i in range(len(room.frames))])
             assert torch.equal(wrong.visual.geometry_images, expected)
-        else:  # the same pictures in another shape
+        else:  # the same images in another shape
             near = torch.nn.functional.interpolate(
                 other.visual.geometry_images[:1], size=right.visual.geometry_images.shape[-2:], mode="bicubic"
             )

@@ -31,7 +31,7 @@ LAUNCHED = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 TOKENS, PICKED = 72, 6
 RUN: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 3, "train__save_every": 3}
 VALIDATED: dict[str, object] = {
-    "data__val": "[{path: prepared/scanrefer/train}]",  # the tiny model half knows these rooms: its answers differ
+    "data__val": "[{path: prepared/scanrefer/train}]",  # its answers differ on rooms that it was trained on
     "train__eval_max_new_tokens": TOKENS,
     "train__eval_every": 1,
     "train__eval_samples": PICKED,  # two batches of four for the two ranks: two samples are repeated
@@ -103,7 +103,7 @@ class TestRuns:
         assert runs["validated"][0]["error"] is None
         best = folder / "validated" / "checkpoints" / "best"
         config, model, frontend = load_trained_model(best)
-        validation = alone(config, frontend)
+        validation = single_rank(config, frontend)
         samples, batch_size = validation.samples, config.train.micro_batch
         answerer = Answerer(model, frontend, config.data, "fused", samples, batch_size, TOKENS)
         records = list(answerer.records(samples))
@@ -143,7 +143,7 @@ class TestRuns:
         assert find_checkpoint(checkpoints / "best").name == "step-000002"
         assert json.loads((checkpoints / "step-000003" / "checkpoint.json").read_text())["best"] is None
 
-    def test_what_cannot_work_is_said_before_the_first_step(self, runs: Reports, folder: Path) -> None:
+    def test_errors_are_raised_before_the_first_step(self, runs: Reports, folder: Path) -> None:
         for report in runs["other-task"]:
             assert report["error"].startswith(
                 "ValueError: train.best_by scan2cap/CIDEr@0.5 is not among the scores of "
@@ -155,8 +155,8 @@ class TestRuns:
             assert runs[name][0]["updates"] == 0 and not (folder / name).exists()
 
 
-def alone(config: RunConfig, frontend: Any) -> AnswerValidation:
-    """As one rank would make it."""
+def single_rank(config: RunConfig, frontend: Any) -> AnswerValidation:
+    """The validation of a run with one rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validator.dist, "get_rank", lambda: 0)
         patch.setattr(validator.dist, "get_world_size", lambda: 1)
@@ -193,26 +193,26 @@ def test_the_first_sets_task_decides(
 ) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, seed=3))
     with caplog.at_level("INFO", logger=validator.logger.name):
-        assert alone(config, frontend).best_by == "scan2cap/CIDEr@0.5"
+        assert single_rank(config, frontend).best_by == "scan2cap/CIDEr@0.5"
     (message,) = (record.getMessage() for record in caplog.records if record.name == validator.logger.name)
     assert all(part in message for part in ("5 samples", "train.eval_samples 64", "scan2cap/CIDEr@0.5"))
     other = replace(config, train=replace(config.train, best_by="scanrefer/mean_iou", eval_samples=4))
-    chosen = alone(other, frontend)
+    chosen = single_rank(other, frontend)
     assert chosen.best_by == "scanrefer/mean_iou" and len(chosen.samples) == 4
-    assert chosen.about != alone(config, frontend).about
+    assert chosen.about != single_rank(config, frontend).about
 
 
-def test_a_task_that_was_not_drawn_cannot_decide(mixed: list[Any], frontend: Any, data_config: Any) -> None:
+def test_a_task_without_samples_cannot_select_the_best(mixed: list[Any], frontend: Any, data_config: Any) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, eval_samples=1, seed=0))
     with pytest.raises(ValueError, match=r"best_by scan2cap/CIDEr@0\.5 is not among .* raise train\.eval_samples"):
-        alone(config, frontend)
+        single_rank(config, frontend)
 
 
-def test_without_java_its_metrics_cannot_decide(mixed: list[Any], frontend: Any, data_config: Any) -> None:
+def test_without_java_its_metrics_cannot_select_the_best(mixed: list[Any], frontend: Any, data_config: Any) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, best_by="scan2cap/METEOR@0.5"))
     with pytest.raises(ValueError, match=r"METEOR@0\.5 cannot be computed here; install Java"):
-        alone(config, frontend)
-    assert alone(replace(config, train=replace(config.train, best_by="scan2cap/CIDEr@0.5")), frontend).samples
+        single_rank(config, frontend)
+    assert single_rank(replace(config, train=replace(config.train, best_by="scan2cap/CIDEr@0.5")), frontend).samples
 
 
 def test_without_pycocoevalcap_captions_are_rejected_at_once(
@@ -221,14 +221,14 @@ def test_without_pycocoevalcap_captions_are_rejected_at_once(
     for module in ("bleu.bleu", "cider.cider", "rouge.rouge"):
         monkeypatch.setitem(sys.modules, f"pycocoevalcap.{module}", None)
     with pytest.raises(ValueError, match=r"pip install 'w2r2-ds\[metrics\]'"):
-        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
+        single_rank(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
 
 
-def test_a_question_that_cannot_be_asked_is_rejected_at_once(mixed: list[Any], frontend: Any, data_config: Any) -> None:
+def test_a_question_with_a_special_token_is_rejected_at_once(mixed: list[Any], frontend: Any, data_config: Any) -> None:
     """Not after the first `train.eval_every` steps, by one rank while the others wait for it."""
     mixed[1] = replace(mixed[1], question="What is <|im_end|> here?", what=(0, 4))
     with pytest.raises(ValueError, match=re.escape("<|im_end|>")):
-        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
+        single_rank(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
 
 
 def test_a_validation_set_without_samples_is_rejected(
@@ -236,6 +236,6 @@ def test_a_validation_set_without_samples_is_rejected(
 ) -> None:
     monkeypatch.setattr(validator, "load_mixture", lambda config, split: [])
     with pytest.raises(ValueError, match=r"data\.val has no samples"):
-        alone(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
+        single_rank(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
     with pytest.raises(ValueError, match=r"data\.val is empty"):
         RunConfig(data=data_config(val=[]), train=TrainConfig(eval_every=1))

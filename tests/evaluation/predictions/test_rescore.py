@@ -61,7 +61,7 @@ def video_line(sample: Sample, box: Sequence[float], truth: np.ndarray = BOX) ->
     return {"sample_id": 7, "prompt": prompt, "pred_response": list(box), "gt_response": truth[:6].tolist()}
 
 
-def test_our_own_are_complete(tmp_path: Path) -> None:
+def test_own_files_need_no_data_set(tmp_path: Path) -> None:
     samples = [grounding("0"), grounding("1")]
     records = [record_of(samples[0], camera_answer(samples[0])), record_of(samples[1], "no idea")]
     file = write_lines(tmp_path / "predictions-scanrefer-fused.jsonl", records)
@@ -73,7 +73,7 @@ def test_our_own_are_complete(tmp_path: Path) -> None:
     assert undocumented(scores, "index") == set()
 
 
-def test_our_own_joined_with_a_data_set(tmp_path: Path) -> None:
+def test_own_files_joined_with_a_data_set(tmp_path: Path) -> None:
     samples = [grounding("0"), grounding("1")]
     other = grounding("9")
     lines = [record_of(each, camera_answer(each)) for each in (samples[1], other)]
@@ -88,7 +88,7 @@ def test_our_own_joined_with_a_data_set(tmp_path: Path) -> None:
 
 
 def test_answers_to_other_frames_or_questions_are_not_joined(tmp_path: Path) -> None:
-    """A set prepared again with another seed has the same ids: a frame's index would be another frame's."""
+    """A data set prepared with another seed has the same ids, but an index refers to another frame."""
     sample = grounding("0")
     folder = write_set(tmp_path / "set", [sample])
     for name, asked in (
@@ -101,7 +101,7 @@ def test_answers_to_other_frames_or_questions_are_not_joined(tmp_path: Path) -> 
         assert score_file(file)["protocols"]["scanrefer/vgllm-direct"]["overall"]["acc@0.5"] == 1.0
 
 
-def test_vgllms_grounding_brings_its_own_frames(tmp_path: Path) -> None:
+def test_vgllms_grounding_has_the_poses_of_its_own_frames(tmp_path: Path) -> None:
     samples = [grounding("0"), grounding("1"), grounding("2", 5)]
     theirs = replace(samples[0], cam_to_world=samples[0].cam_to_world[::-1])  # other frames than ours
     lines = [vgllm_line(theirs, camera_answer(theirs, 0)), vgllm_line(samples[1], "no idea")]
@@ -114,7 +114,7 @@ def test_vgllms_grounding_brings_its_own_frames(tmp_path: Path) -> None:
     assert scores["protocols"]["scanrefer/video3dllm"]["multiple"] == {"count": 3, "acc@0.25": 1 / 3, "acc@0.5": 1 / 3}
 
 
-def test_vgllms_captions_bring_their_own_gate(tmp_path: Path) -> None:
+def test_vgllms_captions_have_the_iou_of_their_file(tmp_path: Path) -> None:
     samples = [caption(3), caption(4)]
     file = write_lines(tmp_path / "p.jsonl", [vgllm_line(each, each.references[0].text) for each in samples[:1]])
     scores = score_file(file, "vgllm", write_set(tmp_path / "set", samples))
@@ -122,7 +122,7 @@ def test_vgllms_captions_bring_their_own_gate(tmp_path: Path) -> None:
     assert (result["at"]["0.25"]["passed"], result["at"]["0.5"]["passed"], result["missing"]) == (1, 0, 1)
 
 
-def test_video3dllms_boxes_are_told_by_description_and_place(tmp_path: Path) -> None:
+def test_video3dllms_items_are_identified_by_description_and_box(tmp_path: Path) -> None:
     twin = replace(grounding("0", scene="scene0012_00"))
     assert twin.target is not None
     elsewhere = beside(4)
@@ -168,7 +168,7 @@ def test_video3dllms_captions_and_answers(tmp_path: Path) -> None:
     assert scores["protocols"]["scanqa/video3dllm"]["corpus"]["EM"] == 0.5
 
 
-def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
+def test_missing_and_wrong_fields_are_named(tmp_path: Path) -> None:
     sample = grounding()
     data = write_set(tmp_path / "set", [sample])
     good, theirs = record_of(sample, "x"), vgllm_line(sample, "x")
@@ -201,7 +201,7 @@ def test_what_a_file_lacks_is_named(tmp_path: Path) -> None:
             score_file(file, form, None if form == "ours" else data)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     with pytest.raises(ValueError, match=r"p\.jsonl does not exist.*--score_only"):
         score_file(file)

@@ -1,4 +1,4 @@
-"""detection/f1 by hand, and the strict reading of its answers."""
+"""detection/f1 on examples computed by hand, and the strict parser of its answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text(*objects: tuple[str, np.ndarray], key: str = "box_3d") -> str:
     return json.dumps([{"label": label, key: box.tolist()} for label, box in objects])
 
 
-def test_by_hand() -> None:
+def test_scores_computed_by_hand() -> None:
     # IoU of unit cubes shifted by s is (1 - s) / (1 + s): 0.2 -> 2/3, 0.5 -> 1/3, 0.6 -> 1/4.
     first = record(
         "a",
@@ -43,14 +43,14 @@ def test_by_hand() -> None:
     assert result["items"]["a"]["ious"] == pytest.approx([2 / 3, 1 / 3])
 
 
-def test_the_best_pair_goes_first_and_no_box_counts_twice() -> None:
-    # The first prediction comes nearer to both; by falling IoU it takes the one it fits best.
+def test_the_best_pair_is_matched_first_and_each_box_once() -> None:
+    # The first prediction overlaps both annotations; it is matched with the one that the better pair does not use.
     assert match([cube(0.2), cube(0.25)], [cube(0)]) == pytest.approx([2 / 3])
     assert match([cube(0.3), cube(0)], [cube(0), cube(0.6)]) == pytest.approx([1, 0.7 / 1.3])
     assert match([cube(9)], [cube(0)]) == match([], [cube(0)]) == match([cube(0)], []) == []
 
 
-def test_nothing_to_find_divides_by_nothing() -> None:
+def test_scores_without_boxes_are_none() -> None:
     result = score_f1([record("a", [], "[]"), record("b", [], None)])
     assert result["at"]["0.5"] == {"hits": 0, "precision": None, "recall": None, "F1": None}
     assert result["failures"] == {"there is no prediction": 1}
@@ -60,7 +60,7 @@ def test_nothing_to_find_divides_by_nothing() -> None:
         score_f1([])
 
 
-def test_a_list_is_read() -> None:
+def test_a_list_is_parsed() -> None:
     for written in (text(("a b", cube(1))), "```json\n[\n\t" + text(("a b", cube(1)))[1:-1] + "\n]```"):
         ((label, box),) = parse_objects(written)
         assert label == "a b" and box.tolist() == cube(1).tolist()
@@ -86,12 +86,12 @@ GOOD: dict[str, Any] = {"label": "chair", "box_3d": cube(0).tolist()}
         ("[NaN]", "not finite"),
     ],
 )
-def test_nothing_else_is(written: str, reason: str) -> None:
+def test_other_texts_raise(written: str, reason: str) -> None:
     with pytest.raises(AnswerError, match=reason):
         parse_objects(written)
 
 
-def test_a_world_box_is_read() -> None:
+def test_a_world_box_is_parsed() -> None:
     assert parse_world_box(" -1.0,0, .5,1,2e0,1.5\n").tolist() == [0, 1, 1, 2, 2, 1]
 
 
@@ -108,6 +108,6 @@ def test_a_world_box_is_read() -> None:
         ("0,0,0,1,-1,1", "not above"),
     ],
 )
-def test_what_is_no_world_box(written: str, reason: str) -> None:
+def test_other_texts_are_no_world_box(written: str, reason: str) -> None:
     with pytest.raises(AnswerError, match=reason):
         parse_world_box(written)

@@ -70,13 +70,13 @@ def test_aabb_iou_of_a_shifted_cube(shift: float, expected: float) -> None:
     assert aabb_iou(UNIT, moved, np.float32) == pytest.approx(expected, abs=1e-6)
 
 
-def test_an_exact_half_is_a_matter_of_precision() -> None:
+def test_an_exact_half_depends_on_the_precision() -> None:
     taller = (0, 0, 0, 1, 1, 2)
     assert aabb_iou(UNIT, taller) == pytest.approx(0.4999999975, abs=1e-12)
     assert aabb_iou(UNIT, taller, np.float32) == 0.5
 
 
-def test_boxes_that_are_none() -> None:
+def test_degenerate_boxes() -> None:
     assert aabb_iou(UNIT, (0, 0, 0, 1, 1, 0)) == aabb_iou((0, 0, 0, -1, -1, 1), UNIT) == 0
     for box in ((0, 0, 0, 1, 1), (0, 0, 0, 1, 1, float("nan"))):
         with pytest.raises(ValueError, match="six finite numbers"):
@@ -164,7 +164,7 @@ def test_a_line_is_parsed_as_a_literal(text: str) -> None:
         f'{{"frame": 0,\n"bbox_3d": {BOX}}}',
     ],
 )
-def test_what_is_no_literal_fails(text: str) -> None:
+def test_a_text_without_a_literal_raises(text: str) -> None:
     with pytest.raises(AnswerError):
         parse_line(text, 2)
 
@@ -272,7 +272,7 @@ def test_a_gate_from_the_data_counts_instead_of_the_box(no_java: Java) -> None:
     assert score_scan2cap([described()], {"s|1|chair": none}, "vgllm", java=no_java)["at"]["0.25"]["passed"] == 0
 
 
-def test_records_name_the_entry_that_lacks_something() -> None:
+def test_errors_name_the_entry_and_the_missing_field() -> None:
     entry = {"scene_id": "s", "object_id": "1", "object_name": "chair", "ann_id": "0", "description": "A chair."}
     boxes = {"s": {"1": UNIT}}
     assert descriptions_from([entry], boxes, LABELS)[0].key == "s|1|0"

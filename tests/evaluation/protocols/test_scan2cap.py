@@ -23,7 +23,7 @@ pytestmark = pytest.mark.golden
 FILES = find(is_scan2cap_scores)
 NAMES = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L")
 PRINTED = dict(zip(("CIDER", "BLEU", "METEOR", "Rouge"), NAMES, strict=True))
-"""What Video-3D-LLM's script calls them."""
+"""Metric in the output of Video-3D-LLM's script -> ours."""
 
 
 def data(golden: Golden) -> tuple[list[DescribedObject], dict[str, Caption]]:
@@ -32,7 +32,7 @@ def data(golden: Golden) -> tuple[list[DescribedObject], dict[str, Caption]]:
 
 
 def cases(with_: str) -> list[Any]:
-    """File and protocol, of the protocols that have a part so called, or one that begins so."""
+    """(file, protocol) for every recorded protocol that has a part whose name begins with `with_`."""
     return [
         pytest.param(golden, name, id=f"{golden.name}-{name}")
         for golden in FILES
@@ -83,7 +83,7 @@ def test_a_protocol(golden: Golden, name: str, either_java: Java) -> None:
 
 
 def same_as_benchmark(block: dict[str, Any], expected: dict[str, Any], got: dict[str, Any], java: Java) -> None:
-    """Its keys have no object name."""
+    """Compare the scores of ``scan2cap_benchmark``, whose recorded keys have no object name."""
     assert_all_fields_read(expected, "precision", "recall", "f1", "mask", "items_before_mask")
     for part in ("precision", "recall", "f1"):
         assert_scores_equal(expected[part], got[part], java, "none", part)
@@ -95,20 +95,20 @@ def same_as_benchmark(block: dict[str, Any], expected: dict[str, Any], got: dict
 
 
 @pytest.mark.parametrize(("golden", "name"), cases("reference"))
-def test_nothing_recorded_goes_unread(golden: Golden, name: str) -> None:
+def test_every_recorded_part_is_compared(golden: Golden, name: str) -> None:
     block = golden.record["protocols"][name]
-    left_out = [part for part in block if part.startswith("failed_left_out_at_")]
+    omitted = [part for part in block if part.startswith("failed_left_out_at_")]
     assert_all_fields_read(
         block,
         *("reference", "options", "at", "references", "key", "num_objects", "num_predictions", "CIDEr_percent"),
-        *("at_missing_left_out", *left_out),
+        *("at_missing_left_out", *omitted),
     )
     if "num_predictions" in block:
         assert len(data(golden)[1]) == block["num_predictions"]
 
 
 @pytest.mark.parametrize(("golden", "name"), cases("at_missing_left_out"))
-def test_missing_ones_left_out(golden: Golden, name: str, either_java: Java) -> None:
+def test_missing_captions_omitted(golden: Golden, name: str, either_java: Java) -> None:
     objects, captions = data(golden)
     objects = [each for each in objects if each.key in captions]
     for k, expected in golden.record["protocols"][name]["at_missing_left_out"].items():
@@ -119,8 +119,8 @@ def test_missing_ones_left_out(golden: Golden, name: str, either_java: Java) -> 
 
 
 @pytest.mark.parametrize(("golden", "name"), cases("failed_left_out_at_"))
-def test_failed_ones_left_out(golden: Golden, name: str, java: Java) -> None:
-    """The wrong way, recorded for comparison."""
+def test_failed_captions_omitted(golden: Golden, name: str, java: Java) -> None:
+    """Dropping failures, which is wrong; recorded for comparison."""
     for part, expected in golden.record["protocols"][name].items():
         if not part.startswith("failed_left_out_at_"):
             continue
@@ -143,7 +143,7 @@ def test_failed_ones_left_out(golden: Golden, name: str, java: Java) -> None:
 
 @pytest.mark.parametrize(("golden", "name"), cases("CIDEr_percent"))
 def test_a_gate_from_the_data(golden: Golden, name: str, no_java: Java) -> None:
-    """VG-LLM's data files bring the IoU of the proposal along."""
+    """VG-LLM's data files contain the IoU of the proposal."""
     block = golden.record["protocols"][name]
     found = re.search(r">= ([\d.]+)", block["options"]["gate"])
     assert found is not None

@@ -74,7 +74,7 @@ def test_a_failure_is_a_zero_with_a_reason() -> None:
     result = score_direct([description], {}, {"a": LEVEL[None]})
     assert result["items"] == {"a": {"group": "multiple", "iou": 0.0, "box": None, "reason": "no prediction"}}
     assert result["overall"] == {"count": 1, "acc@0.25": 0.0, "acc@0.5": 0.0, "mean_iou": 0.0}
-    assert (result["protocol"], result["parsed"]) == ("vgllm-direct, exact IoU", 0.0)
+    assert (result["protocol"], result["parsed"]) == ("vgllm-direct", 0.0)
     assert result["failures"] == {"no prediction": 1}
 
 

@@ -24,7 +24,7 @@ Proposals = Mapping[str, Sequence[Sequence[float]]]
 THRESHOLDS = (0.25, 0.5)
 """IoU thresholds k of Acc@k, m@k (m: a caption metric) and F1@k."""
 IOU_DECIMALS = 9
-"""Decimals to which exact IoU is rounded before ``>=``, so that rounding errors turn no exact 0.5 into a miss."""
+"""Decimals to which exact IoU is rounded before ``>=``: a rounding error must not turn an exact 0.5 into a miss."""
 Coordinates = Literal["camera", "world", "box"]
 """Field ``form`` of a record whose answer is a box; see ``record.py``."""
 

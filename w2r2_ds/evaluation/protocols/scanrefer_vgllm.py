@@ -72,7 +72,7 @@ def score_direct(
         }
         for each in descriptions
     }
-    return {"protocol": "vgllm-direct, exact IoU", **direct_scores(list(items.values())), "items": items}
+    return {"protocol": "vgllm-direct", **direct_scores(list(items.values())), "items": items}
 
 
 def direct_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
