@@ -4,12 +4,12 @@ set -u
 DIR=$1
 # shellcheck source=/dev/null
 . "$DIR/vars.sh"
-ours() { # PID WORDS...: whether it is still the process that up.sh started; numbers are used again
+ours() { # PID WORDS...: whether PID still is the process that up.sh started; process ids are reused
     tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" | grep -qF "${*:2}"
 }
 for signal in TERM KILL; do
     while read -r pid what; do # nodes first: they were recorded last
-        case $what in node-main*) hard=KILL ;; *) hard=$signal ;; esac # takes every process of the node along
+        case $what in node-main*) hard=KILL ;; *) hard=$signal ;; esac # kills every process of the node
         if ours "$pid" "$what"; then kill -s "$hard" "$pid"; fi
     done < <(tac "$DIR/run/pids")
     for _ in $(seq 50); do

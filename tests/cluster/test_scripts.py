@@ -55,9 +55,8 @@ def test_a_job_from_another_folder_is_rejected(root: Path, name: str, tmp_path: 
     """sbatch runs a copy in its spool folder, so the script finds the repository by the folder of submission only."""
     done = script(root, name, SLURM_SUBMIT_DIR=str(tmp_path))
     assert done.returncode == 1
-    assert (
-        done.stderr == f"{name}.sbatch: {tmp_path} is not the repository root; submit slurm/{name}.sbatch from there.\n"
-    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{name}.sbatch: {tmp_path} ") and f"slurm/{name}.sbatch" in line
 
 
 def test_a_job_runs_the_doctor_and_then_one_rank_per_gpu(root: Path) -> None:
@@ -111,10 +110,10 @@ def test_a_sweep_has_one_folder_per_combination(root: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "runs/s"], "a sweep needs --over OPTION=VALUE,VALUE and --out FOLDER."),
-        (["--over", "lambda_det", "--out", "x"], "--over is lambda_det; write --over OPTION=VALUE,VALUE."),
-        (["--out", "x", "--over"], "--over needs a value."),
-        (["--over", "name=a/b,a_b", "--out", "x"], "--over name=a/b,a_b: two of its values"),
+        (["--out", "runs/s"], "--out FOLDER"),
+        (["--over", "lambda_det", "--out", "x"], "--over is lambda_det"),
+        (["--out", "x", "--over"], "--over needs a value"),
+        (["--over", "name=a/b,a_b", "--out", "x"], "--over name=a/b,a_b"),
     ],
 )
 def test_a_sweep_without_values_is_rejected(root: Path, words: list[str], message: str) -> None:
@@ -129,7 +128,7 @@ def test_without_slurm_no_job_starts(root: Path) -> None:
 
 def test_every_gpu_has_a_rank(root: Path) -> None:
     done = script(root, "train", SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="1")
-    assert done.returncode == 1 and "8 GPUs and 1 ranks on a node; give sbatch --ntasks-per-node=8." in done.stderr
+    assert done.returncode == 1 and "--ntasks-per-node=8" in done.stderr
 
 
 @pytest.mark.parametrize(("code", "srun_code"), [(0, 0), (1, 1), (75, 0), (85, 0), (143, 0), (137, 137)])
@@ -165,7 +164,7 @@ def test_a_kernel_folder_of_another_user_is_an_error(root: Path, tmp_path: Path)
     command = ["slurm/rank.sh", str(tmp_path), "true"]
     environment = os.environ | JOB | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 1 and "belongs to another user" in done.stderr
+    assert done.returncode == 1 and str(tmp_path / "w2r2-7-0") in done.stderr
 
 
 def test_rank_sh_survives_signals_and_records_the_exit_code(root: Path, tmp_path: Path) -> None:

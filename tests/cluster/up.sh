@@ -3,22 +3,22 @@
 #
 # Needs root, network namespaces and Debian's packages slurmctld, slurmd, slurm-client, munge, iproute2, util-linux; no
 # systemd. Every node has its own network, host name, processes, IPC and /dev/shm; files are shared, as on a cluster.
-# The bridge between the nodes lies in a namespace of its own: nothing is reachable from outside, or reaches it.
+# The bridge between the nodes is in its own namespace, without a connection to the host's network.
 #
 #   DIR/in-cluster CMD...           on the login node: DIR/in-cluster sbatch job.sbatch
 #   DIR/node-power off|on NODE      SIGKILL for every process of the node / boot it again
 #   DIR/node-link down|up NODE      the node's port of the switch
-#   down.sh DIR                     stops everything, by the process ids that were recorded
+#   down.sh DIR                     stops all recorded processes
 set -euo pipefail
 DIR=$1 PREFIX=$2 NODES=$3 GPUS=${4:-2}
-NET=10.231.78 # exists inside the namespaces alone
+NET=10.231.78 # exists only inside the namespaces
 [ ! -e "$DIR/run/pids" ] || { echo "$DIR is in use: run down.sh $DIR first" >&2; exit 1; }
 
 # ------------------------------------------------------------------------------------------------ configuration
 umask 022
 mkdir -p "$DIR"/{run,log,state,spool,gpu}
 : >"$DIR/run/pids"
-sed 's/^hosts:.*/hosts: files/' /etc/nsswitch.conf >"$DIR/nsswitch.conf" # there is no DNS in there
+sed 's/^hosts:.*/hosts: files/' /etc/nsswitch.conf >"$DIR/nsswitch.conf" # the namespaces have no DNS
 cp /etc/hosts "$DIR/hosts"
 echo "$NET.1 login" >>"$DIR/hosts"
 names=() lines=''
@@ -28,9 +28,9 @@ for i in $(seq "$NODES"); do
     mkdir -p "$DIR/spool/n$i"
     lines+="NodeName=n$i NodeHostname=n$i NodeAddr=$NET.$((10 + i)) CPUs=4 RealMemory=8000 Gres=gpu:$GPUS State=UNKNOWN"$'\n'
 done
-for i in $(seq 0 $((GPUS - 1))); do mknod -m 666 "$DIR/gpu/fake$i" c 1 3; done # Slurm wants devices: copies of /dev/null
+for i in $(seq 0 $((GPUS - 1))); do mknod -m 666 "$DIR/gpu/fake$i" c 1 3; done # Slurm needs device files: copies of /dev/null
 echo "Name=gpu File=$DIR/gpu/fake[0-$((GPUS - 1))]" >"$DIR/gres.conf"
-# slurmd does not start without a cgroup plugin that it supports. This one is only loaded, never used.
+# slurmd does not start without a supported cgroup plugin. This one is loaded but not used.
 printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$DIR/cgroup.conf"
 (umask 077 && head -c 128 /dev/urandom >"$DIR/munge.key")
 cat >"$DIR/slurm.conf" <<END
@@ -42,7 +42,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is how long a requeued job waits; 120 s by default, and below 5 as well
+# cred_expire is the delay of a requeued job; the default is 120 s, also for values below 5
 AuthInfo=socket=$DIR/run/munge.socket,cred_expire=5
 StateSaveLocation=$DIR/state
 SlurmctldPidFile=$DIR/run/slurmctld.pid
@@ -57,20 +57,20 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 MpiDefault=none
-# more processors and memory than the machine may have
+# the configured CPUs and memory may exceed the machine's
 SlurmdParameters=config_overrides
 GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
-# a pass every 60 s by default
+# a scheduling pass is every 60 s by default
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 ReturnToService=2
 JobRequeue=1
 KillWait=5
 MessageTimeout=5
 TCPTimeout=2
-# a node that says nothing is down after this, and its jobs are requeued; 300 s by default
+# a node without heartbeat is down after this time, and its jobs are requeued; 300 s by default
 SlurmdTimeout=9
 InactiveLimit=0
 Waittime=0
@@ -112,7 +112,7 @@ if [ "$1" = on ]; then
     echo $! >"$file"
     echo "$! node-main $DIR $2" >>"$DIR/run/pids"
 else
-    pid=$(<"$file") # of unshare, which takes every process of the node with it
+    pid=$(<"$file") # unshare's: killing it kills every process of the node
     kill -KILL "$pid"
     while kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
     rm -f "$file" "$DIR/run/slurmd.$2.pid"
