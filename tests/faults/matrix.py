@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-HEAD = "| Fault | Times | Restarts | Ends as an undisturbed run, to the bit | All ranks ended after, at most |"
+HEAD = "| Fault | Injections | Restarts | Bit-equal to a run without faults | All ranks ended within |"
 BEGIN, END = "<!-- fault matrix: begin -->", "<!-- fault matrix: end -->"
 
 
