@@ -1,7 +1,7 @@
 """Triton if it is installed, and helpers to launch kernels.
 
 Without Triton the files of the kernels can still be imported; `check_kernels` (select.py) raises before a launch.
-All kernels convert bfloat16 to float32 after a load, because Triton's interpreter computes wrong values in bfloat16.
+Kernels compute in float32, also on bfloat16 tensors: arithmetic in bfloat16 is silently wrong in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ except ImportError:
 
 
 def jit(body: Callable[..., None]) -> Any:
-    """`triton.jit`, or the function itself without Triton. TRITON_INTERPRET is read here, when a module is imported."""
+    """`triton.jit`, or without Triton the function itself."""
+    # Called when a kernel's file is imported: TRITON_INTERPRET must be set before.
     return triton.jit(body) if triton is not None else body
 
 

@@ -26,17 +26,17 @@ class Work:
 
     Attributes:
         forward: FLOPs of the forward pass.
-        both: FLOPs of the forward and the backward pass.
+        total: FLOPs of the forward and the backward pass.
     """
 
     forward: float = 0.0
-    both: float = 0.0
+    total: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.forward + other.forward, self.both + other.both)
+        return Work(self.forward + other.forward, self.total + other.total)
 
     def __mul__(self, times: int) -> Work:
-        return Work(self.forward * times, self.both * times)
+        return Work(self.forward * times, self.total * times)
 
 
 def products(module: nn.Module, rows: int) -> Work:

@@ -106,7 +106,7 @@ def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
     # An answer position attends to as many tokens as any other position, on average.
     linear, attention = model.family.decoder_flops(model.base, tokens, pairs, rows, rows * pairs / max(tokens, 1))
     work = linear + attention + products(model.base.get_output_embeddings(), read)
-    return work.both + (work.forward if push_term.blocked else work.both)
+    return work.total + (work.forward if push_term.blocked else work.total)
 
 
 def vision_flops(model: W2R2, visuals: Visuals) -> float:
@@ -125,7 +125,7 @@ def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
         short = short + merger
     if model.zero_geometry == "features" or not model.fusion.zero_is_stock:
         short = short + fusion
-    return merger.both + fusion.both + (short.forward if blocked else short.both)
+    return merger.total + fusion.total + (short.forward if blocked else short.total)
 
 
 def geometry_flops(encoder: GeometryEncoder, visuals: Visuals) -> float:
