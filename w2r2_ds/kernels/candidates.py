@@ -27,7 +27,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes of a run.
+    """Sizes of a run's decoder layers, at which kernels are measured.
 
     Attributes:
         hidden: width of the language model.

@@ -64,6 +64,8 @@ def dual_stream_embed_torch(
 
 
 class _DualStreamEmbed(torch.autograd.Function):
+    """`dual_stream_embed` with the Triton kernel."""
+
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, positions: Tensor, shortcut: Tensor, fused: Tensor) -> Any:
         rows = embeddings.contiguous().flatten(0, 1)

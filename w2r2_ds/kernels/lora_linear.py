@@ -63,6 +63,8 @@ def lora_projection(
 
 
 class _Projection(torch.autograd.Function):
+    """`lora_projection` with its own backward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,

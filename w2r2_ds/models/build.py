@@ -138,7 +138,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fingerprint(config: ModelConfig) -> dict[str, Any]:
-    """Settings that two models must share, so that the trained weights of one fit the other.
+    """Settings that two models must share, so that the trained weights of one fit the other. Saved in checkpoints.
 
     Raises:
         ValueError: as `load_geometry`.

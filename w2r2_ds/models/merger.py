@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 class GeometryMerger(nn.Module):
-    """RMSNorm, 2 x 2 merge, Linear, GELU, Linear: VG-LLM's merger, with its parameter names and initialisation.
+    """RMSNorm, merge of 2 x 2 patches, Linear, GELU, Linear: VG-LLM's merger, with its names and initialisation.
 
     Args:
         feature_dim: channels of a geometry feature (2048 for one layer of VGGT).
