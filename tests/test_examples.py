@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from w2r2_ds.objective import push_terms
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_the_push_term_is_registered_and_gated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_terms, "PUSH_TERMS", dict(push_terms.PUSH_TERMS))
+@patch.dict(push_terms.PUSH_TERMS)
+def test_the_push_term_is_registered_and_gated() -> None:
     runpy.run_path(str(EXAMPLES / "custom_push_term.py"))
     assert push_terms.PUSH_TERMS["focal"].gated
     with pytest.raises(ValueError, match="gamma"):
@@ -43,10 +44,10 @@ def test_the_script_prints_its_commands() -> None:
     assert done.stdout.count("evaluate.py") == 3
 
 
-def test_focal_is_zero_where_the_hinge_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@patch.dict(push_terms.PUSH_TERMS)
+def test_focal_is_zero_where_the_hinge_is() -> None:
     from types import SimpleNamespace
 
-    monkeypatch.setattr(push_terms, "PUSH_TERMS", dict(push_terms.PUSH_TERMS))
     focal = runpy.run_path(str(EXAMPLES / "custom_push_term.py"))["Focal"]()
     inputs = SimpleNamespace(cross_entropy=torch.tensor([1.0, 1.0]), det=torch.tensor([0.0, 0.2]), lambda_det=1.5)
     term = focal(inputs)

@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -77,9 +78,9 @@ def test_custom_dataset(data_root: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert (sample.scene_id, sample.answer, len(sample.frames)) == (scene, "2", 4)
 
 
+@patch.dict(TASKS)
+@patch.dict(PROTOCOLS)
 def test_add_a_task(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2r2_ds.data.tasks.base.TASKS", dict(TASKS))
-    monkeypatch.setattr("w2r2_ds.evaluation.protocols.registry.PROTOCOLS", dict(PROTOCOLS))
     (words,) = prepare_commands("add-a-task.md")
     scenes = {path.stem: json.loads(path.read_text()) for path in (data_root / "ScanRefer").glob("*.json")}
     (data_root / "counting").mkdir()

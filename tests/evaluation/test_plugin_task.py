@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -27,10 +29,10 @@ TEXTS = ("2", "many", "3", None)
 
 
 @pytest.fixture(autouse=True)
-def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+def registries() -> Iterator[None]:
     """Other tests do not get the plug-in's task."""
-    monkeypatch.setattr("w2r2_ds.data.tasks.base.TASKS", dict(TASKS))
-    monkeypatch.setattr("w2r2_ds.evaluation.protocols.registry.PROTOCOLS", dict(PROTOCOLS))
+    with patch.dict(TASKS), patch.dict(PROTOCOLS):
+        yield
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -181,26 +182,25 @@ def test_protocols_are_rejected(grounded: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("names", [(), ("all",), ("vgllm",)])
-def test_coordinates_without_a_protocol(
-    grounded: list[dict[str, Any]], names: Sequence[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    only = {
-        name: each for name, each in PROTOCOLS.items() if each.task == "scanrefer" and "world" not in each.coordinates
-    }
-    assert "scanrefer/vgllm" in only
-    monkeypatch.setattr("w2r2_ds.evaluation.protocols.registry.PROTOCOLS", only)
+@patch.dict(PROTOCOLS)
+def test_coordinates_without_a_protocol(grounded: list[dict[str, Any]], names: Sequence[str]) -> None:
+    for name, each in list(PROTOCOLS.items()):
+        if each.task != "scanrefer" or "world" in each.coordinates:
+            del PROTOCOLS[name]
+    assert "scanrefer/vgllm" in PROTOCOLS
     with pytest.raises(ValueError, match=r"scanrefer .*world coordinates.*scanrefer/vgllm \(camera"):
         choose_protocols(names, [{**grounded[0], "form": "world"}])
 
 
-def test_a_default_that_needs_proposals(grounded: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+@patch.dict(PROTOCOLS)
+def test_a_default_that_needs_proposals(grounded: list[dict[str, Any]]) -> None:
     refined = replace(PROTOCOLS["scanrefer/vgllm_refined"], default=True, coordinates=("camera",))
     other = replace(PROTOCOLS["scanrefer/vgllm"], default=False)
-    registry = {each.name: each for each in (refined, other)}
-    monkeypatch.setattr("w2r2_ds.evaluation.protocols.registry.PROTOCOLS", registry)
+    PROTOCOLS.clear()
+    PROTOCOLS.update({each.name: each for each in (refined, other)})
     assert choose_protocols((), grounded) == ["scanrefer/vgllm"]
     assert choose_protocols((), grounded, proposals=True) == ["scanrefer/vgllm_refined"]
-    del registry["scanrefer/vgllm"]
+    del PROTOCOLS["scanrefer/vgllm"]
     for names in ((), ("all",)):
         with pytest.raises(ValueError, match=r"scanrefer/vgllm_refined.*--proposals"):
             choose_protocols(names, grounded)

@@ -6,10 +6,12 @@ import ast
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,17 +38,17 @@ PLUGIN = Path(__file__).parents[2] / "examples" / "custom_vlm_family.py"
 
 
 @pytest.fixture
-def stacked(model_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+def stacked(model_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelConfig]:
     """The tiny model's weights under the `model_type` of the plug-in."""
-    monkeypatch.setattr(family, "VLM_FAMILIES", dict(family.VLM_FAMILIES))
     monkeypatch.setattr(plugins, "IMPORTED", [])
-    assert plugins.import_plugins(["--plugin", str(PLUGIN)]) == []
-    folder = Path(shutil.copytree(model_config.vlm, tmp_path / "vlm"))
-    fields = json.loads((folder / "config.json").read_text())
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**{**fields, "model_type": "stacked_vl"}))
-    model.load_state_dict(load_vlm(model_config.vlm, torch.float32).state_dict())
-    model.save_pretrained(folder)
-    return replace(model_config, vlm=str(folder))
+    with patch.dict(family.VLM_FAMILIES):
+        assert plugins.import_plugins(["--plugin", str(PLUGIN)]) == []
+        folder = Path(shutil.copytree(model_config.vlm, tmp_path / "vlm"))
+        fields = json.loads((folder / "config.json").read_text())
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**{**fields, "model_type": "stacked_vl"}))
+        model.load_state_dict(load_vlm(model_config.vlm, torch.float32).state_dict())
+        model.save_pretrained(folder)
+        yield replace(model_config, vlm=str(folder))
 
 
 @pytest.fixture
@@ -222,7 +224,7 @@ def test_only_the_registry_and_the_default_model_name_a_family() -> None:
 
 
 def test_an_unknown_family_names_the_file_and_the_known_families() -> None:
-    with pytest.raises(ValueError, match=r"here/config\.json: model_type 'other'.*qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"here/config\.json: model_type is 'other'.*qwen2_5_vl"):
         find_family("other", "here/config.json")
 
 

@@ -43,7 +43,7 @@ def test_make_fusion_covers_the_registry() -> None:
     assert {"add", "concat", "cross_attention", "gated"} == set(FUSIONS)
     assert [type(make_fusion(name, WIDTH)) for name in FUSIONS] == list(FUSIONS.values())
     assert STOCK_WITHOUT_GEOMETRY == ["add", "cross_attention", "gated"]
-    with pytest.raises(ValueError, match=r"model.fusion is 'sum'; it is one of add, concat"):
+    with pytest.raises(ValueError, match=r"model.fusion is 'sum'; it must be one of add, concat"):
         make_fusion("sum", WIDTH)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,11 +35,9 @@ PLUGIN = Path(__file__).parents[2] / "examples" / "custom_geometry_encoder.py"
 
 
 @pytest.fixture
-def config(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+def config(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RunConfig]]:
     """`config(**changes)` of a run with the encoder of the plug-in, whose patches are larger than the tower's."""
-    monkeypatch.setattr(geometry_encoder, "GEOMETRY_ENCODERS", dict(geometry_encoder.GEOMETRY_ENCODERS))
     monkeypatch.setattr(plugins, "IMPORTED", [])
-    assert plugins.import_plugins(["--plugin", str(PLUGIN)]) == []
 
     def make(**changes: object) -> RunConfig:
         given = {"name": "frame_difference", "path": "", "layers": [0, 2]}
@@ -46,7 +45,9 @@ def config(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         given_run = {"data__frame_width": 96, "data__workers": 0, "data__cache": tmp_path / "cache"}
         return load_config(DEMO_RECIPE, world.arguments(tmp_path / "run", **options, **given_run, **changes))
 
-    return make
+    with patch.dict(geometry_encoder.GEOMETRY_ENCODERS):
+        assert plugins.import_plugins(["--plugin", str(PLUGIN)]) == []
+        yield make
 
 
 def batch_of(run: RunConfig, frontend: VlmFrontend) -> Batch:
@@ -109,7 +110,7 @@ def test_settings_of_the_encoder_are_in_cache_key_and_checkpoint(
         other = replace(run.model, geometry=replace(run.model.geometry, **changes))
         assert geometry_identity(run.data, other) != own, changes
 
-    encoder: Any = geometry_encoder.find_geometry_encoder("frame_difference")
+    encoder: Any = geometry_encoder.GEOMETRY_ENCODERS.find("frame_difference")
     with monkeypatch.context() as patch:
         patch.setattr(encoder, "identity", classmethod(lambda cls, config: {"version": 2, "layers": 24}))
         changed = geometry_identity(run.data, run.model)
@@ -139,8 +140,8 @@ def test_defaults_of_path_and_layers_are_vggts_only() -> None:
 
 
 def test_a_name_can_be_registered_once_only() -> None:
-    inherited: Any = type("Mine", (geometry_encoder.find_geometry_encoder("vggt"),), {})
-    with pytest.raises(ValueError, match="named 'vggt'"):
+    inherited: Any = type("Mine", (geometry_encoder.GEOMETRY_ENCODERS.find("vggt"),), {})
+    with pytest.raises(ValueError, match=r"model\.geometry\.name 'vggt'"):
         geometry_encoder.register_geometry_encoder(inherited)
 
 

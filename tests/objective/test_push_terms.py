@@ -7,6 +7,7 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -155,8 +156,8 @@ class ScaledCrossEntropy(PushTerm):
 """
 
 
-def test_a_push_term_from_one_file(inputs: PushInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2r2_ds.objective.push_terms.PUSH_TERMS", dict(PUSH_TERMS))
+@patch.dict(PUSH_TERMS)
+def test_a_push_term_from_one_file(inputs: PushInputs, tmp_path: Path) -> None:
     (tmp_path / "own_term.py").write_text(PLUGIN)
     import_plugin(str(tmp_path / "own_term.py"))
     found = push_term("scaled_cross_entropy", scale=3.0)(inputs)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from objectives import objective_config
-from w2r2_ds.data.tasks.base import TASKS, Task
+from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.data.tasks.scanrefer import ScanRefer
 from w2r2_ds.objective.scorer import Scorer
@@ -66,8 +66,7 @@ def test_a_task_parses_and_compares_its_own_answers(
         def text_similarity(self, prediction: str, reference: str) -> float | None:
             return 1 / (1 + abs(len(prediction) - len(reference)))
 
-    own: dict[str, Task] = {**TASKS, "prefixed": Prefixed()}
-    monkeypatch.setattr("w2r2_ds.data.tasks.base.TASKS", own)
+    monkeypatch.setitem(TASKS, "prefixed", Prefixed())
     mixed = [replace(each, task="prefixed") for each in (samples[0], samples[0], replace(answer_sample, answer="two"))]
     scorer = Scorer(tables, frontend.tokenizer, objective_config())
     score = scorer.decoded([f"box:{samples[0].answer}", samples[0].answer, "five"], batch_of(mixed))

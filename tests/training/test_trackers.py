@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -37,14 +37,6 @@ class CsvTracker:
 """
 
 
-@pytest.fixture
-def registry() -> Iterator[None]:
-    before = dict(TRACKERS)
-    yield
-    TRACKERS.clear()
-    TRACKERS.update(before)
-
-
 def log_steps(folder: Path, names: list[str], start: int, *steps: int, loss: float = 1.5) -> None:
     with MetricsLogger(folder, 4, names) as logger:
         logger.start(start)
@@ -52,7 +44,8 @@ def log_steps(folder: Path, names: list[str], start: int, *steps: int, loss: flo
             logger.log(step, VALUES | {"loss": loss})
 
 
-def test_one_file_outside_the_package_adds_a_tracker(tmp_path: Path, registry: None) -> None:
+@patch.dict(TRACKERS)
+def test_one_file_outside_the_package_adds_a_tracker(tmp_path: Path) -> None:
     file = tmp_path / "csv_tracker.py"
     file.write_text(USER_FILE)
     spec = importlib.util.spec_from_file_location("csv_tracker", file)

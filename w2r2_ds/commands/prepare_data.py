@@ -10,7 +10,7 @@ from typing import Literal
 from w2r2_ds.commands.common import function_parser
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.data.frames.selection import FrameOptions
-from w2r2_ds.data.tasks.base import TaskOptions, find_task
+from w2r2_ds.data.tasks.base import TASKS, TaskOptions
 
 TASK_OPTIONS = (
     *("format", "frames", "rolls", "visibility", "boxes", "skip_without_box"),
@@ -21,7 +21,7 @@ TASK_OPTIONS = (
 
 def task_parser(name: str) -> Parser:
     """Parser of ``w2r2 prepare NAME`` with the options of the task and its defaults."""
-    task = find_task(name)
+    task = TASKS.find(name)
     skipped = ("task", *(option for option in TASK_OPTIONS if option not in task.cli_options))
     parser = function_parser(prepare_task, f"w2r2 prepare {name}", skipped)
     if "frames" in task.cli_options:
@@ -85,7 +85,7 @@ def prepare_task(
 
     if not splits:
         raise ValueError("--splits is empty; name at least one.")
-    found_task = find_task(task)
+    found_task = TASKS.find(task)
     chosen = format or found_task.formats[0]
     if rolls and chosen != "vgllm":
         raise ValueError(f"--rolls is {rolls}, but only format vgllm has rolls; omit the option.")

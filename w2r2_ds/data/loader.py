@@ -23,7 +23,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.packing import Grouping, groups_by_frames, separate_groups
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.data.tasks.base import find_task
+from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
@@ -41,7 +41,7 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
     sources = {"train": config.train, "val": config.val}[split]
     sets = [PreparedSet(Path(config.root) / source.path, config.root) for source in sources]
     for each in sets:
-        find_task(each.task)  # the objective and the scores need the task's class
+        TASKS.find(each.task)  # raises now, not at the first batch, if the task of a plug-in is missing
     mixture = Mixture(sets, [source.weight for source in sources], [source.cap for source in sources])
     if split == "train" and mixture.epoch_size == 0:
         shown = ", ".join(f"{each.folder / MANIFEST} ({len(each)})" for each in sets)

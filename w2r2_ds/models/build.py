@@ -20,7 +20,7 @@ from w2r2_ds.kernels.measure import select_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import make_fusion
-from w2r2_ds.models.geometry_encoder import GeometryEncoder, find_geometry_encoder
+from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS, GeometryEncoder
 from w2r2_ds.models.loading import load_config, load_tokenizer, load_vision_spec, load_vlm, meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
@@ -121,7 +121,7 @@ def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:
     Raises:
         ValueError: no encoder has this name, its weights cannot be loaded, or a layer does not exist.
     """
-    encoder = find_geometry_encoder(config.geometry.name)
+    encoder = GEOMETRY_ENCODERS.find(config.geometry.name)
     loaded = encoder.load(config.geometry, resolve_dtype(config.dtype), device)
     loaded.spec = encoder.read_spec(config.geometry)
     return loaded
@@ -129,7 +129,7 @@ def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:
 
 def geometry_spec(config: GeometryConfig) -> GeometrySpec:
     """Sizes of the encoder of `model.geometry`; raises ValueError as `load_geometry` does."""
-    return find_geometry_encoder(config.name).read_spec(config)
+    return GEOMETRY_ENCODERS.find(config.name).read_spec(config)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -157,7 +157,7 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha,
         "geometry_encoder": geometry.name,
         "geometry_layers": geometry.layers,
-        "geometry_identity": encoder_identity(find_geometry_encoder(geometry.name).identity(geometry)),
+        "geometry_identity": encoder_identity(GEOMETRY_ENCODERS.find(geometry.name).identity(geometry)),
         "geometry_features": spec.feature_dim,
         "geometry_patch_size": spec.patch_size,
         "reference_frame": geometry.reference_frame,

@@ -9,7 +9,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOu
 from w2r2_ds.models.flops import Work, attention, products
 from w2r2_ds.types.batch import Batch, Prompts, TowerInputs, Visuals
 from w2r2_ds.types.vision import TowerSizes, VisionSpec
+from w2r2_ds.utils.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -250,24 +250,14 @@ class VlmFamily(ABC):
 BUILT_IN = {"qwen2_5_vl": "w2r2_ds.models.qwen2_5_vl.family"}
 """`model_type` -> module, imported on first use; it registers its family."""
 
-VLM_FAMILIES: dict[str, VlmFamily] = {}
-"""`model_type` -> family; filled by `register_family`."""
+VLM_FAMILIES: Registry[VlmFamily] = Registry("model_type", BUILT_IN)
 
 
 def register_family(family: VlmFamily) -> None:
-    """Register a family under its `model_type`."""
-    VLM_FAMILIES[family.model_type] = family
+    """Register a family under its `model_type`; raises ValueError if another family has it."""
+    VLM_FAMILIES.register(family.model_type, family)
 
 
 def find_family(model_type: str | None, location: str = "config.json") -> VlmFamily:
-    """The family of a `model_type`.
-
-    Raises:
-        ValueError: there is no such family; the message names the file `location`.
-    """
-    if model_type in BUILT_IN and model_type not in VLM_FAMILIES:
-        import_module(BUILT_IN[model_type])
-    if model_type not in VLM_FAMILIES:
-        known = " or ".join(sorted({*BUILT_IN, *VLM_FAMILIES}))
-        raise ValueError(f"{location}: model_type {model_type!r} is not supported; use a model of type {known}")
-    return VLM_FAMILIES[model_type]
+    """Family of a `model_type`; raises ValueError with the file `location` if there is none."""
+    return VLM_FAMILIES.find(model_type, f"{location}: model_type")

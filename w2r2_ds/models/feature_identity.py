@@ -11,7 +11,7 @@ from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.family import find_family
-from w2r2_ds.models.geometry_encoder import find_geometry_encoder
+from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
 from w2r2_ds.models.loading import load_config, load_vision_spec
 from w2r2_ds.models.weights_hash import model_weights, tensors_digest
 
@@ -37,7 +37,7 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
     """Hash of the geometry encoder, its options and its pre-processing: the cache key without the frames."""
-    geometry, encoder = model.geometry, find_geometry_encoder(model.geometry.name)
+    geometry, encoder = model.geometry, GEOMETRY_ENCODERS.find(model.geometry.name)
     fields = {
         "kind": "geometry",
         "encoder": geometry.name,
@@ -59,7 +59,7 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         "model_type": config.model_type,
         "version": family.features_version,
         # Frames are resized to whole patches of the geometry encoder, and the tower gets a crop of them.
-        "geometry_patch_size": find_geometry_encoder(model.geometry.name).read_spec(model.geometry).patch_size,
+        "geometry_patch_size": GEOMETRY_ENCODERS.find(model.geometry.name).read_spec(model.geometry).patch_size,
         "config": config.vision_config.to_dict(),
         "weights": tensors_digest(model_weights(model.vlm), include=family.tower_weights),
         "pixels": asdict(load_vision_spec(model.vlm)),

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from w2r2_ds.utils.registry import Registry
+
 INIT_STD = 0.02
 HEADS = 8
 
@@ -217,12 +219,8 @@ def attend_within_images(
     return torch.cat(attended)
 
 
-FUSIONS: dict[str, type[Fusion]] = {
-    "add": Add,
-    "concat": Concat,
-    "cross_attention": CrossAttention,
-    "gated": Gated,
-}
+FUSIONS: Registry[type[Fusion]] = Registry("model.fusion")
+FUSIONS.update(add=Add, concat=Concat, cross_attention=CrossAttention, gated=Gated)
 
 
 def make_fusion(name: str, hidden_size: int) -> Fusion:
@@ -231,6 +229,4 @@ def make_fusion(name: str, hidden_size: int) -> Fusion:
     Raises:
         ValueError: no such fusion, or a width that it does not support.
     """
-    if name not in FUSIONS:
-        raise ValueError(f"model.fusion is {name!r}; it is one of {', '.join(FUSIONS)}.")
-    return FUSIONS[name](hidden_size)
+    return FUSIONS.find(name)(hidden_size)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.types.geometry import GeometrySpec
+from w2r2_ds.utils.registry import Registry
 
 
 class GeometryEncoder(ABC):
@@ -80,34 +80,9 @@ class GeometryEncoder(ABC):
 BUILT_IN = {"vggt": "w2r2_ds.models.vggt.encoder"}
 """Name -> module, imported on first use; it registers its encoder."""
 
-GEOMETRY_ENCODERS: dict[str, type[GeometryEncoder]] = {}
-"""Name -> class; filled by `register_geometry_encoder`."""
+GEOMETRY_ENCODERS: Registry[type[GeometryEncoder]] = Registry("model.geometry.name", BUILT_IN)
 
 
 def register_geometry_encoder(encoder: type[GeometryEncoder]) -> type[GeometryEncoder]:
-    """Class decorator: make an encoder available under its `name`.
-
-    Raises:
-        ValueError: another class has this name.
-    """
-    known = GEOMETRY_ENCODERS.get(encoder.name)
-    # The same class may be imported twice, as a plug-in file and as a module.
-    replaces = known is not None and known.__qualname__ != encoder.__qualname__
-    if replaces or encoder.__module__ != BUILT_IN.get(encoder.name, encoder.__module__):
-        raise ValueError(f"{encoder.__module__}: another geometry encoder is named {encoder.name!r}; set another name.")
-    GEOMETRY_ENCODERS[encoder.name] = encoder
-    return encoder
-
-
-def find_geometry_encoder(name: str) -> type[GeometryEncoder]:
-    """The encoder class of `model.geometry.name`.
-
-    Raises:
-        ValueError: no encoder has this name.
-    """
-    if name in BUILT_IN and name not in GEOMETRY_ENCODERS:
-        import_module(BUILT_IN[name])
-    if name not in GEOMETRY_ENCODERS:
-        known = ", ".join(sorted({*BUILT_IN, *GEOMETRY_ENCODERS}))
-        raise ValueError(f"model.geometry.name is {name!r}; known encoders: {known}. Use --plugin for your own.")
-    return GEOMETRY_ENCODERS[name]
+    """Class decorator: register an encoder under its `name`; raises ValueError if another encoder has it."""
+    return GEOMETRY_ENCODERS.register(encoder.name, encoder)

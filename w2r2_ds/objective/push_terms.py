@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
@@ -34,8 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from w2r2_ds.objective.reductions import at, mean_per_sample
-
-Term = TypeVar("Term", bound="PushTerm")
+from w2r2_ds.utils.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,19 +150,12 @@ class PushTerm(BaseModel):
         raise TypeError(f"{type(self).__name__} must implement __call__")
 
 
-PUSH_TERMS: dict[str, type[PushTerm]] = {}
-"""Registered push terms by the name in `objective.push_term.name`."""
+PUSH_TERMS: Registry[type[PushTerm]] = Registry("objective.push_term")
 
 
-def register_push_term(name: str) -> Callable[[type[Term]], type[Term]]:
-    """Class decorator that registers a push term under a name."""
-
-    def register(term: type[Term]) -> type[Term]:
-        assert name not in PUSH_TERMS, f"push term {name} is registered twice"
-        PUSH_TERMS[name] = term
-        return term
-
-    return register
+def register_push_term(name: str) -> Callable[[type[PushTerm]], type[PushTerm]]:
+    """Class decorator that registers a push term under a name; raises ValueError if another term has it."""
+    return partial(PUSH_TERMS.register, name)
 
 
 def build_push_term(options: Mapping[str, Any]) -> PushTerm:
@@ -175,10 +168,9 @@ def build_push_term(options: Mapping[str, Any]) -> PushTerm:
         ValueError: the name is not registered, or a hyper-parameter is unknown or out of range.
     """
     name, values = options["name"], {key: value for key, value in options.items() if key != "name"}
-    if name not in PUSH_TERMS:
-        raise ValueError(f"objective.push_term is {name!r}; it must be one of {', '.join(PUSH_TERMS)}.")
+    term = PUSH_TERMS.find(name)
     try:
-        return PUSH_TERMS[name](**values)
+        return term(**values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

@@ -16,7 +16,7 @@ import torch
 from w2r2_ds.boxes3d.iou import oriented_iou
 from w2r2_ds.boxes3d.transforms import camera_to_world_torch, rotation_matrix_torch
 from w2r2_ds.data.answer_tokens import TokenTables
-from w2r2_ds.data.tasks.base import find_task
+from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.types.batch import AnswerPositions, Batch
 
@@ -118,7 +118,7 @@ def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[to
         if kind != "grounding":
             continue
         try:
-            answer = find_task(task).parse(text, count)
+            answer = TASKS.find(task).parse(text, count)
         except AnswerError:
             continue
         frame[index], boxes[index], read[index] = answer.frame, torch.from_numpy(answer.box), True

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from w2r2_ds.data.tasks.base import find_task
+from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.types.sample import Kind
 
 BETA = 1.2
@@ -91,7 +91,7 @@ def text_similarity(
     score_of = {"caption": TEXT_SCORES[caption], "answer": TEXT_SCORES[answer]}
     scores = []
     for prediction, reference, task, kind in zip(predictions, references, tasks, kinds, strict=True):
-        own = None if kind == "grounding" else find_task(task).text_similarity(prediction, reference)
+        own = None if kind == "grounding" else TASKS.find(task).text_similarity(prediction, reference)
         if own is not None:
             scores.append(own)
         else:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from w2r2_ds.config.cli import did_you_mean
+from w2r2_ds.utils.registry import Registry
 
 PROJECT = "w2r2-ds"
 """Project name in trackers that group runs by project."""
@@ -33,20 +34,14 @@ class Tracker(Protocol):
 OpenTracker = Callable[[Path, int], Tracker]
 """(folder of the run, last step done before this start) -> tracker. Raises ValueError if the user must do something."""
 
-TRACKERS: dict[str, OpenTracker] = {}
-"""Registered trackers by the name that `train.trackers` uses."""
+TRACKERS: Registry[OpenTracker] = Registry("train.trackers")
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 """Optional package of the trackers below."""
 
 
 def register_tracker(name: str) -> Callable[[OpenTracker], OpenTracker]:
-    """Class decorator that adds a tracker to `TRACKERS`."""
-
-    def register(tracker: OpenTracker) -> OpenTracker:
-        TRACKERS[name] = tracker
-        return tracker
-
-    return register
+    """Class decorator that registers a tracker under a name; raises ValueError if another tracker has it."""
+    return partial(TRACKERS.register, name)
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -56,11 +51,7 @@ def check_trackers(names: Iterable[str]) -> None:
         ValueError: names the tracker.
     """
     for name in names:
-        if name not in TRACKERS:
-            raise ValueError(
-                f"train.trackers: unknown tracker {name!r}{did_you_mean(name, TRACKERS)}; registered are "
-                f"{', '.join(sorted(TRACKERS))}."
-            )
+        TRACKERS.find(name, "a name in train.trackers")
         if name in PACKAGES and find_spec(PACKAGES[name]) is None:
             raise ValueError(
                 f"train.trackers: {name} needs a package that is not installed: pip install 'w2r2-ds[{name}]'."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -18,16 +19,16 @@ from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare.pipeline import prepare
-from w2r2_ds.data.tasks.base import TASKS, Task, TaskOptions, find_task, register_task
+from w2r2_ds.data.tasks.base import TASKS, Task, TaskOptions, register_task
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
 from w2r2_ds.objective.text_similarity import text_similarity
 
 PLUGIN = Path(__file__).parents[3] / "examples" / "custom_task.py"
 
 
-def test_a_task_from_one_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2r2_ds.data.tasks.base.TASKS", dict(TASKS))
-    monkeypatch.setattr("w2r2_ds.evaluation.protocols.registry.PROTOCOLS", dict(PROTOCOLS))
+@patch.dict(TASKS)
+@patch.dict(PROTOCOLS)
+def test_a_task_from_one_file(root: Path) -> None:
     (root / "counting").mkdir()
     entries = [{"scene_id": SCENE, "name": name, "count": count} for name, count in (("chair", 2), ("lamp", 0))]
     (root / "counting" / "train.json").write_text(json.dumps(entries))
@@ -42,7 +43,7 @@ def test_a_task_from_one_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("counting", "How many lamps are there?", "0", "answer"),
     ]
     assert [path.name for path in made[0].frames] == ["00000.jpg", "00002.jpg"]
-    assert [find_task("counting").parse(each.answer, 2) for each in made] == [2, 0]
+    assert [TASKS.find("counting").parse(each.answer, 2) for each in made] == [2, 0]
     assert prepare(root, options, root / "out", quiet=True).reused
     answers, tasks, kinds = zip(*((each.answer, each.task, each.kind) for each in made), strict=True)
     for configured in ("exact_match", "token_f1"):  # the task's own similarity is used whichever is configured
@@ -57,7 +58,7 @@ def test_a_task_that_is_not_registered_is_an_error_before_training(tmp_path: Pat
 
 def test_unknown_and_repeated_names() -> None:
     with pytest.raises(ValueError, match=r"'colouring'.*scanrefer"):
-        find_task("colouring")
+        TASKS.find("colouring")
 
     class Another(Task):
         name = "scanrefer"

@@ -25,13 +25,13 @@ from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import (
     BROKEN_SCENE,
     NO_BOX,
+    TASKS,
     AnnotationMismatch,
     Job,
     PreparedItems,
     SkippedItem,
     TaskOptions,
     check_objects,
-    find_task,
     split_by_boxes,
 )
 from w2r2_ds.data.validate import check_frames
@@ -203,7 +203,7 @@ def prepare_scene(
         AnnotationMismatch: annotations name objects that the scene lacks, without `skip_without_box`.
         ValueError: a file of the scene is missing or malformed.
     """
-    task = find_task(options.task)
+    task = TASKS.find(options.task)
     if task.needs_infos(options) and job.info is None:
         raise ValueError(f"{job.scene_id}: EmbodiedScan's infos do not have this scene; pass --visibility depth")
     if task.needs_proposals(options) and job.proposals is None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.data.tasks.base import InputFile, Job, Task, TaskOptions, find_task
+from w2r2_ds.data.tasks.base import TASKS, InputFile, Job, Task, TaskOptions
 from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, SCANNET, infos_files, proposals_file
 
 EXTRACTED = f"{SCANNET}; docs/guides/own-dataset.md lists the files"
@@ -33,7 +33,7 @@ class Plan:
     @property
     def task(self) -> Task:
         """The task of the options."""
-        return find_task(self.options.task)
+        return TASKS.find(self.options.task)
 
     @property
     def unit(self) -> str:
@@ -53,7 +53,7 @@ class Plan:
 
 def check_options(options: TaskOptions) -> None:
     """Raise ``ValueError`` with the option, its value and the valid ones if options are invalid or do not fit."""
-    task = find_task(options.task)
+    task = TASKS.find(options.task)
     if options.format not in task.formats:
         raise ValueError(f"--format is {options.format}; {task.name} has {' and '.join(task.formats)}.")
     if options.split not in task.splits:
@@ -76,7 +76,7 @@ def check_options(options: TaskOptions) -> None:
 
 def recorded_options(options: TaskOptions) -> dict[str, Any]:
     """The options that the samples depend on, as JSON values for the manifest."""
-    task = find_task(options.task)
+    task = TASKS.find(options.task)
     frames = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options.frames).items()}
     recorded: dict[str, Any] = {"split": options.split, "format": options.format, "frames": frames}
     if task.uses_visibility(options):
@@ -89,12 +89,12 @@ def make_plan(root: Path | str, options: TaskOptions) -> Plan:
     root = Path(root)
     check_options(options)
     files = tuple(source.path for source in input_files(root, options))
-    return Plan(root, options, find_task(options.task).jobs(root, options), files)
+    return Plan(root, options, TASKS.find(options.task).jobs(root, options), files)
 
 
 def input_files(root: Path, options: TaskOptions) -> list[InputFile]:
     """Input files of a task and split, without those of the scenes; the annotations first."""
-    task = find_task(options.task)
+    task = TASKS.find(options.task)
     found = [task.annotations(root, options), *task.other_files(root, options)]
     if task.needs_infos(options):
         found += [InputFile("infos", path, EMBODIEDSCAN) for path in infos_files(root, options.split)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from w2r2_ds.data.prepare.manifest import relative
 from w2r2_ds.data.prepare.plan import BOXES, EXTRACTED, Plan, check_options, input_files, make_plan, scene_files
-from w2r2_ds.data.tasks.base import TaskOptions, find_task
+from w2r2_ds.data.tasks.base import TASKS, TaskOptions
 from w2r2_ds.data.tasks.common import SCANNET
 from w2r2_ds.data.validate import THREADS, is_complete_image
 
@@ -89,7 +89,7 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
             plan = make_plan(root, options)
         except ValueError as error:
             named = [each for each in input_files(root, options) if str(each.path) in str(error)]
-            source = named[0] if named else find_task(options.task).annotations(root, options)
+            source = named[0] if named else TASKS.find(options.task).annotations(root, options)
             return _extracted(root), [Missing(source.path, str(error), source.origin)]
         return [job.scene_id for job in plan.jobs], list(_lacking(plan))
     return _extracted(root), []

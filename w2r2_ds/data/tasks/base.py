@@ -18,6 +18,7 @@ from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.types.sample import Kind, Sample
+from w2r2_ds.utils.registry import Registry
 
 # reasons of skipped items, explained in docs/reference/data-formats.md
 NO_INSTANCE_MATCH = "no_instance_match"
@@ -258,29 +259,13 @@ class Task(ABC):
         return self.count(jobs, options)
 
 
-TASKS: dict[str, Task] = {}
-"""Name -> task."""
+TASKS: Registry[Task] = Registry("task")
 
 
 def register_task(task: type[Task]) -> type[Task]:
-    """Class decorator: add a task to `TASKS`.
-
-    Raises:
-        ValueError: another class is registered under this name.
-    """
-    known = TASKS.get(task.name)
-    # the same class may be imported twice, as a plug-in file and as a module
-    if known is not None and type(known).__qualname__ != task.__qualname__:
-        raise ValueError(f"Task {task.name!r} is registered by {type(known).__module__}; choose another name.")
-    TASKS[task.name] = task()
+    """Class decorator that adds a task to `TASKS`; raises ``ValueError`` if another task has its name."""
+    TASKS.register(task.name, task())
     return task
-
-
-def find_task(name: str) -> Task:
-    """The registered task of this name; raises ``ValueError`` with the registered names if there is none."""
-    if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}; known tasks: {', '.join(TASKS)}. Use --plugin for your own.")
-    return TASKS[name]
 
 
 def by_scene(items: Sequence[Item]) -> dict[str, tuple[tuple[int, Any], ...]]:

@@ -24,13 +24,13 @@ from w2r2_ds.data.sources.scannet import Frame, Scene
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
     NO_VISIBLE_FRAME,
+    TASKS,
     InputFile,
     Job,
     SkippedItem,
     Task,
     TaskOptions,
     by_scene,
-    find_task,
 )
 from w2r2_ds.types.sample import Target
 
@@ -183,7 +183,7 @@ def find_visible_frames(scene: Scene, job: Job, options: TaskOptions) -> tuple[S
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or a depth image cannot be read.
     """
-    if not find_task(options.task).uses_visibility(options):
+    if not TASKS.find(options.task).uses_visibility(options):
         return scene, {}
     if options.visibility == "embodiedscan":
         assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"

@@ -104,7 +104,7 @@ def missing_checkpoint_bytes(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of one checkpoint: LoRA on every decoder layer, and the geometry merger; 0 if sizes are unknown."""
-    from w2r2_ds.models.geometry_encoder import find_geometry_encoder
+    from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
 
     model, geometry = config.model, config.model.geometry
     if geometry.path and not Path(geometry.path).is_dir():  # a hub id, which `read_spec` would download
@@ -112,7 +112,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     try:  # files that cannot be read are errors of the check of the weights
         tree = read_json(Path(model.vlm) / "config.json")
         text = tree.get("text_config", tree)
-        features = find_geometry_encoder(geometry.name).read_spec(geometry).feature_dim
+        features = GEOMETRY_ENCODERS.find(geometry.name).read_spec(geometry).feature_dim
         weights = lora_weights(text, model.lora_rank)
         weights += merger_weights(features, text["hidden_size"], model.merger_hidden)
     except (KeyError, ValueError):

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from w2r2_ds.evaluation.metrics.captions import MetricValue
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Coordinates, Proposals, RecordFields
+from w2r2_ds.utils.registry import Registry
 
 ProtocolResult = dict[str, Any]
 """Result of a protocol: scores, counts and scores per item, as JSON values."""
@@ -73,8 +74,7 @@ class Protocol:
         return {name: number_at(result, path) for name, path in self.metrics.items()}
 
 
-PROTOCOLS: dict[str, Protocol] = {}
-"""Name -> protocol, in the order of registration."""
+PROTOCOLS: Registry[Protocol] = Registry("protocol")
 
 
 def register_protocol(protocol: Protocol) -> Protocol:
@@ -96,14 +96,8 @@ def register_protocol(protocol: Protocol) -> Protocol:
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol ``task/protocol``.
-
-    Raises:
-        ValueError: there is no protocol of this name; names those that exist.
-    """
-    if name not in PROTOCOLS:
-        raise ValueError(f"There is no protocol {name!r}; it is one of {', '.join(PROTOCOLS)}.")
-    return PROTOCOLS[name]
+    """The protocol ``task/protocol``; raises ValueError with the names of all protocols if there is none."""
+    return PROTOCOLS.find(name)
 
 
 def protocols_of(task: str) -> list[Protocol]:

@@ -1,0 +1,51 @@
+"""Registry of extensions of one kind (tasks, VLM families, push terms, ...): register a value, find it by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+class Registry(dict[str, Value]):
+    """Name -> extension, in the order of registration.
+
+    Args:
+        option: the option or field that selects a value, for messages, such as ``"model.fusion"``.
+        built_in: name -> module that registers it, imported on first use.
+    """
+
+    def __init__(self, option: str, built_in: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.option, self.built_in = option, built_in or {}
+
+    def register(self, name: str, value: Value) -> Value:
+        """Add and return a value; raises ValueError if another value has this name."""
+        known = self.get(name)
+        # A class may be imported twice, as a plug-in file and as a module. It then replaces itself.
+        taken = known is not None and _qualname(known) != _qualname(value)
+        if taken or value.__module__ != self.built_in.get(name, value.__module__):
+            raise ValueError(f"{value.__module__}: {self.option} {name!r} exists already; choose another name.")
+        self[name] = value
+        return value
+
+    def find(self, name: str | None, option: str = "") -> Value:
+        """Return the value of a name; raises ValueError with `option` and all names if there is none."""
+        if name in self.built_in and name not in self:
+            import_module(self.built_in[name])
+        if name not in self:
+            names = list(dict.fromkeys([*self.built_in, *self]))
+            hint = "".join(f" (did you mean {like}?)" for like in get_close_matches(name or "", names, 1))
+            raise ValueError(
+                f"{option or self.option} is {name!r}; it must be one of {', '.join(names)}{hint}, or registered by a "
+                "file given with --plugin."
+            )
+        return self[name]
+
+
+def _qualname(value: object) -> str:
+    """Qualified name of a class or function, or of an object's class."""
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
