@@ -23,21 +23,21 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one preparation; returns the exit status, 1 also if ``--check`` finds that something is missing."""
+    """Run one preparation; returns the exit status, which is 1 also if ``--check`` finds missing files."""
     try:
-        # The deepspeed launcher puts --local_rank before the other words.
+        # The deepspeed launcher puts --local_rank before the subcommand.
         words = [word for word in command_words(args) if not word.startswith("--local_rank=")]
         words = with_values(words)
-        if words[:1] == ["geometry"]:  # takes the options of train.py
+        if words[:1] == ["geometry"]:  # a separate parser: it takes the options of train.py
             geometry(words[1:])
             return 0
         parser = Parser(prog="w2r2 prepare", description="Prepare data for training and evaluation.")
-        commands = parser.add_subcommands(dest="command")
+        subcommands = parser.add_subcommands(dest="command")
         names = {**COMMANDS, **_plugin_tasks()}
-        named = next((word for word in words if word in names), "")
+        chosen = next((word for word in words if word in names), "")
         for name, description in names.items():
-            # Only the options of the chosen subcommand are built: importing their types is slow.
-            commands.add_subcommand(name, _parser(name) if name == named else Parser(), help=description)
+            # Only the chosen subcommand gets its options: importing their types is slow.
+            subcommands.add_subcommand(name, _parser(name) if name == chosen else Parser(), help=description)
         values = parse(parser, words)
         command = values["command"]
         return _function(command)(**values[command]) or 0
@@ -46,7 +46,10 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _plugin_tasks() -> dict[str, str]:
-    """Name -> first line of the docstring, for tasks of plug-ins; a plug-in has imported the registry."""
+    """Name -> first line of the docstring, for tasks of plug-ins.
+
+    A plug-in with a task has imported the registry of tasks; without one, this function does not import it.
+    """
     registry = sys.modules.get("w2r2_ds.data.tasks.base")
     tasks = {} if registry is None else registry.TASKS
     documented = {name: (task.__doc__ or name).strip().partition("\n")[0] for name, task in tasks.items()}
@@ -54,6 +57,7 @@ def _plugin_tasks() -> dict[str, str]:
 
 
 def _parser(name: str) -> Parser:
+    """Parser of the options of a subcommand."""
     from w2r2_ds.commands import prepare_data  # imports torch
 
     if _is_task(name):
@@ -62,6 +66,7 @@ def _parser(name: str) -> Parser:
 
 
 def _function(name: str) -> Callable[..., int | None]:
+    """The function that runs a subcommand: `prepare_task` for every task, else the function of the same name."""
     from w2r2_ds.commands import prepare_data
 
     if _is_task(name):
@@ -75,7 +80,7 @@ def _is_task(name: str) -> bool:
 
 
 def geometry(args: list[str]) -> None:
-    """Write the features of the frozen encoders to data.cache before training."""
+    """Write the features of the frozen encoders to data.cache before training; `args` as in train.py."""
     from w2r2_ds.config.io import parse_run, run_parser
     from w2r2_ds.config.options import decoded
     from w2r2_ds.utils.distributed import RankInfo, gloo_process_group
@@ -92,8 +97,8 @@ def geometry(args: list[str]) -> None:
     parser.add_argument("--dry_run", type=decoded, default=False, help="Only report what is missing, and its size.")
     config, options = parse_run(parser, args)
     if not isinstance(options.splits, list) or not set(options.splits) <= {"train", "val"}:
-        parser.error(f"--splits is {options.splits}; give [train], [val] or [train, val]")
-    # Imported after the command line is read: this imports torch and transformers.
+        parser.error(f"--splits is {options.splits}; use [train], [val] or [train, val]")
+    # Imported after the command line is parsed, because it imports torch and transformers.
     from w2r2_ds.data.prepare.features import fill_cache
 
     ranks = RankInfo.from_environment()

@@ -1,7 +1,8 @@
 """Write files atomically and durably: after a crash or on a full disk, a file has its old or its new content.
 
 Order: write a temporary file beside the target, fsync it, rename it, fsync the folder. Without the last step, a power
-failure may undo the rename. Digests are computed from the bytes passed to `write`, so that corruption is detected.
+failure may undo the rename. Digests are computed from the bytes passed to `write`, not read back from the disk, so that
+a later check detects corruption by the disk.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class Writer:
         view = memoryview(data).cast("B")
         self._hash.update(view)
         self._bytes += len(view)
-        left = view
-        while len(left) and self.error is None:
+        remaining = view
+        while len(remaining) and self.error is None:  # an unbuffered file may write only a part of the data
             try:
-                left = left[self._file.write(left) :]
+                remaining = remaining[self._file.write(remaining) :]
             except OSError as error:
                 self.error = error
         return len(view)
@@ -63,7 +64,7 @@ class Writer:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Writer]:
-    """Write a new file in a folder that is still temporary; fsynced at the end of the block.
+    """Yield a writer of a new file, which is fsynced at the end of the block. Not atomic: `path` must be temporary.
 
     Raises:
         OSError: any write failed; its ``filename`` is `path`.
@@ -119,7 +120,7 @@ def sync(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a folder whose files are already fsynced; durable on return.
+    """Rename a folder whose files are already fsynced; the rename is durable on return.
 
     Raises:
         OSError: for example, `target` exists.

@@ -1,6 +1,6 @@
-"""Ranks of a distributed run: rank of this process, and work or errors that all ranks share.
+"""Rank of this process in a distributed run, and collectives for setup work and for errors.
 
-Importing this module does not import torch: `RankInfo` is read before torch is needed (logging, ``--help``).
+Importing this module does not import torch: logging and ``--help`` need `RankInfo` without its import time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 BARRIER_TIMEOUT = timedelta(days=7)
-"""Time-out of an inference job: ranks may finish hours apart. If a rank dies, the others still fail at once."""
+"""Time-out of the collectives of an inference job, whose ranks may finish hours apart.
+
+If a rank dies, its connections close and the other ranks fail at once.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def on_rank_zero(compute: Callable[[], Result]) -> Result:
     """Call a function on rank 0 only and return its result on every rank (collective).
 
     Args:
-        compute: function with a picklable result. Without a process group it is called directly.
+        compute: a function with a picklable result. Without a process group, it is called directly.
 
     Raises:
         ValueError: raised by `compute` on rank 0; the same on every rank.
@@ -159,6 +162,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         failure = error
     if not dist.is_initialized():
         return
+    # Every rank takes part, with None if it did not fail. So all ranks leave the block together, with or without error.
     own = None if failure is None else str(failure) if isinstance(failure, ValueError) else repr(failure)
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, own)

@@ -24,13 +24,15 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def locked(file: Path, what: str, otherwise: str) -> Iterator[None]:
+def locked(file: Path, activity: str, alternative: str) -> Iterator[None]:
     """Hold a lock while the block runs; the lock file is removed afterwards.
 
+    On a file system without locks, a warning is logged and the block runs without one.
+
     Args:
-        file: the lock file; its folder is created.
-        what: the work of the block, for the message, such as ``"runs/x is being prepared"``.
-        otherwise: an alternative for the user, for the message, such as ``"use another --out"``.
+        file: lock file; its folder is created.
+        activity: work done under the lock, for the message, such as ``"runs/x is being prepared"``.
+        alternative: what the user can do instead of waiting, for the message, such as ``"use another --out"``.
 
     Raises:
         ValueError: another process holds the lock; the message names its process id, machine and start time.
@@ -41,7 +43,7 @@ def locked(file: Path, what: str, otherwise: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"{what} by {_holder(file)}; wait until it has ended, or {otherwise}.") from None
+        raise ValueError(f"{activity} by {_holder(file)}; wait until it has ended, or {alternative}.") from None
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise

@@ -28,7 +28,7 @@ def file_sha256(path: Path) -> str:
 
 
 def files_sha256(paths: Iterable[Path], root: Path) -> str:
-    """Hexadecimal SHA-256 over the relative names and contents of several files, in sorted order."""
+    """Hexadecimal SHA-256 over the contents of several files and their paths relative to `root`, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.relative_to(root)}\0{file_sha256(path)}\n".encode())

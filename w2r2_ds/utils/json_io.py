@@ -38,7 +38,7 @@ def read_jsonl(
     Args:
         path: UTF-8 file with one JSON object per line.
         expected: as in `read_json`.
-        allow_torn_end: skip an incomplete last line, of a writer that was killed.
+        allow_torn_end: skip an incomplete last line, left by a writer that was killed.
 
     Yields:
         Line number, counted from 1, and the object.
@@ -58,7 +58,7 @@ def read_jsonl(
 
 
 def read_text(path: Path | str, expected: str = "") -> str:
-    """Text of a UTF-8 file; raises ValueError like `read_json`."""
+    """Text of a UTF-8 file; raises ValueError if it is missing, unreadable or not UTF-8."""
     return _decode(_read_bytes(path, expected), path)
 
 
@@ -74,27 +74,28 @@ def _read_bytes(path: Path | str, expected: str) -> bytes:
 
 def _decode(content: bytes, path: Path | str) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Decode JSON text; `where` names its source in the ValueError."""
+def parse_json(text: str, location: str) -> Any:
+    """Decode JSON text; raises ValueError with `location`, the source of the text, such as a file and a line."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        cause = (
-            "it ends too early, so copy it again" if cut else f"line {error.lineno}, column {error.colno}: {error.msg}"
-        )
-        raise ValueError(f"{where} is not valid JSON ({cause}).") from None
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):  # a truncated file
+            cause = "it ends too early, so copy it again"
+        else:
+            cause = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise ValueError(f"{location} is not valid JSON ({cause}).") from None
     except (RecursionError, ValueError) as error:  # too deeply nested, a duplicate key, a huge number
-        raise ValueError(f"{where} is not valid JSON ({error}).") from None
+        raise ValueError(f"{location} is not valid JSON ({error}).") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; raises ValueError if a key is repeated."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:

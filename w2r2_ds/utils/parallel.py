@@ -34,13 +34,15 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
     """
     workers = min(workers, len(arguments))
     if workers <= 1:
-        yield from (call(*each) for each in arguments)
+        yield from (call(*args) for args in arguments)
         return
     # Not fork: the child of a process with threads may hang. The fork server imports torch once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([call.__module__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(plugins.IMPORTED,)) as pool:
-        futures = [pool.submit(call, *each) for each in arguments]
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_initialize_worker, initargs=(plugins.IMPORTED,)
+    ) as pool:
+        futures = [pool.submit(call, *args) for args in arguments]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -49,20 +51,20 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
                 f"One of {workers} worker processes died, perhaps for lack of memory (try fewer --workers). Finished "
                 "work is kept; run the same command again."
             ) from None
-        finally:
+        finally:  # after an error, do not start the calls that are still queued
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(imported: list[str]) -> None:
+def _initialize_worker(imported: list[str]) -> None:
     """Initialise a worker process: one thread, and the plug-ins of its parent."""
     torch.set_num_threads(1)
     plugins.import_missing(imported)
 
 
-def listed(head: str, sentences: Sequence[str]) -> str:
-    """A headline, the first `MAX_LISTED` problems, and the number of the remaining ones."""
-    more = [f"... and {len(sentences) - MAX_LISTED} more"] if len(sentences) > MAX_LISTED else []
-    return "\n  ".join([f"{head}:", *sentences[:MAX_LISTED], *more])
+def listed(head: str, problems: Sequence[str]) -> str:
+    """Error message: a headline, the first `MAX_LISTED` problems, and the number of the remaining ones."""
+    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "\n  ".join([f"{head}:", *problems[:MAX_LISTED], *more])
 
 
 def set_num_threads(ranks: RankInfo, hidden_size: int, environment: Mapping[str, str] = os.environ) -> None:
@@ -71,7 +73,7 @@ def set_num_threads(ranks: RankInfo, hidden_size: int, environment: Mapping[str,
     A small model uses one thread: on a busy machine, threads that wait for each other make it ten times slower.
 
     Args:
-        ranks: number of ranks on this machine.
+        ranks: rank of this process, with the number of ranks on this machine.
         hidden_size: hidden size of the model.
         environment: environment variables, for OMP_NUM_THREADS.
     """

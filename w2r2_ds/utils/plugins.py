@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 IMPORTED: list[str] = []
-"""Plug-ins of this process, files as absolute paths; worker processes that are not forked import them too."""
+"""Plug-ins that this process has imported: absolute paths of files, or names of modules.
+
+Worker processes that are not forked import them again.
+"""
 
 
-def import_plugins(words: list[str]) -> list[str]:
-    """Import the plug-ins of ``--plugin`` options, in order, and return the other words of a command line.
+def import_plugins(args: list[str]) -> list[str]:
+    """Import the plug-ins of all ``--plugin`` options, in order, and return the other arguments of a command line.
 
     Only a command line can import code; recipes and saved configurations contain values only.
 
@@ -22,13 +25,13 @@ def import_plugins(words: list[str]) -> list[str]:
         ValueError: a file or module does not exist.
     """
     rest: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        name, equals, value = word.partition("=")
+    remaining = iter(args)
+    for arg in remaining:
+        name, equals, value = arg.partition("=")
         if name != "--plugin":
-            rest.append(word)
+            rest.append(arg)
             continue
-        target = value if equals else next(remaining, "")
+        target = value if equals else next(remaining, "")  # --plugin=FILE or --plugin FILE
         if not target:
             raise ValueError("--plugin needs a Python file or the name of a module.")
         import_plugin(target)
@@ -55,7 +58,7 @@ def import_plugin(target: str) -> None:
     file = Path(target).resolve()
     if not file.is_file():
         raise ValueError(f"--plugin {target}: there is no such file.")
-    name = f"w2r2_plugin_{file.stem}"
+    name = f"w2r2_plugin_{file.stem}"  # the prefix avoids the names of installed modules
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -75,10 +78,12 @@ class ImportsPlugins:
     """Base class of objects sent to worker processes: a worker imports the plug-ins before it unpickles their state."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]:
-        # pickle calls the function before it reads the state, which may hold objects of a plug-in's classes.
+        # pickle first calls the function, which imports the plug-ins, and then reads the state, which may hold objects
+        # of a plug-in's classes.
         return _new_with_plugins, (type(self), list(IMPORTED)), self.__dict__
 
 
-def _new_with_plugins(kind: type, imported: list[str]) -> object:
+def _new_with_plugins(cls: type, imported: list[str]) -> object:
+    """An object of `cls` without its state, which pickle sets next."""
     import_missing(imported)
-    return object.__new__(kind)
+    return object.__new__(cls)

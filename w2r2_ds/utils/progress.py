@@ -46,6 +46,7 @@ def progress(
 
 
 def _lines(label: str, total: int, console: Console) -> Callable[[], None]:
+    """A function that counts items, and prints a line every `SECONDS` and after the last item."""
     done, shown = 0, time.monotonic()
 
     def advance() -> None:

@@ -1,4 +1,4 @@
-"""State of torch's random generators on this rank, saved in checkpoints and restored on resume."""
+"""State of torch's random generators of one rank, saved in checkpoints and restored on resume."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
 
 def reseed(seed: int, rank: int, step: int) -> None:
     """Seed a rank whose state is not in the checkpoint (another world size); different for every rank and step."""
-    word = hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:8]
-    torch.manual_seed(int.from_bytes(word, "little") >> 1)
+    digest = hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:8]
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits: seeds are signed

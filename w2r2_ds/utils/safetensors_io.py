@@ -17,19 +17,19 @@ INDEX = "model.safetensors.index.json"
 
 def read_strictly(
     file: Path,
-    what: str,
-    own: Mapping[str, Tensor],
-    other: str = "another model",
-    reshape: str = "it belongs to another model",
+    content: str,
+    expected: Mapping[str, Tensor],
+    owner: str = "another model",
+    shape_hint: str = "it belongs to another model",
 ) -> dict[str, Tensor]:
     """Read the tensors of a file: name -> tensor.
 
     Args:
         file: safetensors file.
-        what: its content, for messages.
-        own: tensors of the model; names and shapes must match.
-        other: owner of a file with other names, for the message.
-        reshape: advice for other shapes, for the message.
+        content: description of the tensors, for messages.
+        expected: tensors of the model; names and shapes must match.
+        owner: what a file with other names belongs to, for the message.
+        shape_hint: cause of other shapes and what to do, for the message.
 
     Raises:
         ValueError: the file cannot be read, or names or shapes differ.
@@ -37,15 +37,14 @@ def read_strictly(
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: cannot read {what} ({error}); copy the file again.") from error
-    for name in sorted(tensors.keys() ^ own.keys()):
-        where = "is missing in it" if name in own else "is in it but not in the model"
-        raise ValueError(f"{file}: {name} {where}; it belongs to {other}.")
-    for name, target in own.items():
-        if tensors[name].shape != target.shape:
-            raise ValueError(
-                f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(target.shape)}; {reshape}."
-            )
+        raise ValueError(f"{file}: cannot read {content} ({error}); copy the file again.") from error
+    for name in sorted(tensors.keys() ^ expected.keys()):
+        difference = "is missing in it" if name in expected else "is in it but not in the model"
+        raise ValueError(f"{file}: {name} {difference}; it belongs to {owner}.")
+    for name, target in expected.items():
+        shape = tensors[name].shape
+        if shape != target.shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(shape)}, the model {tuple(target.shape)}; {shape_hint}.")
     return tensors
 
 

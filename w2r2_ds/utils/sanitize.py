@@ -10,31 +10,34 @@ import os
 import re
 from collections.abc import Mapping
 
+# Name of an environment variable; user of a URL; query parameter of a URL; tokens of Hugging Face, GitHub and GitLab.
 _SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|KEY|APIKEY|SECRET|PASS|PASSWD|PASSWORD|JWT|CREDENTIALS)$")
-_USER = re.compile(r"(?<=://)[^\s/@]+(?=@)")
-_QUERY = re.compile(
+_URL_USER = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+_URL_QUERY = re.compile(
     r"([?&](?:[\w.-]*[_.-])?(?:token|(?:api)?key|secret|pass|passwd|password|jwt|sig|signature|credential)=)[^\s&#'\"]+",
     re.IGNORECASE,
 )
-_SHAPE = re.compile(r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,})")
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,})")
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Control characters, line breaks, and marks that change the text direction."""
 MIN_SECRET = 8
-"""Minimum length of a secret; shorter values are placeholders and would occur in other text."""
+"""Minimum length of a secret. A shorter value is a placeholder, and hiding it would damage other text."""
 MIN_KEY = 12
-"""Minimum length of the value of a variable that ends in KEY, which must also have letters and digits. Other variables,
-such as PRIMARY_KEY=scanrefer, have a word as value, which would occur in other text.
+"""Minimum length of a secret in a variable whose name ends in KEY; it must also have letters and digits.
+
+Other values are words, as in PRIMARY_KEY=scanrefer, and hiding them would damage other text.
 """
 HIDDEN = "[hidden]"
 
 
 def one_line(text: str) -> str:
     r"""Escape every unprintable character, including line breaks, as in Python (``\x1b``)."""
-    return "".join(char if char.isprintable() else _escape(char) for char in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def lines(text: str) -> str:
     """Escape every line; all but the first are indented, so that they cannot be taken for other log lines."""
+    # Lines that are indented already, as those of `parallel.listed`, are not indented further.
     return "\n  ".join(one_line(line.removeprefix("  ")) for line in text.split("\n"))
 
 
@@ -47,7 +50,7 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
     """Hide credentials: values of environment variables (tokens, keys), credentials in URLs, known token formats."""
     for value in secrets(environment):
         text = text.replace(value, HIDDEN)
-    return _SHAPE.sub(HIDDEN, _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(HIDDEN, text)))
+    return _TOKEN.sub(HIDDEN, _URL_QUERY.sub(rf"\1{HIDDEN}", _URL_USER.sub(HIDDEN, text)))
 
 
 def has_secret(text: str, environment: Mapping[str, str] = os.environ) -> bool:
@@ -56,12 +59,16 @@ def has_secret(text: str, environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def secrets(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Values of environment variables with the name of a token, key, secret or password, longest first."""
+    """Values of environment variables with the name of a token, key, secret or password, longest first.
+
+    A secret may be part of another one; the longer one must be replaced first.
+    """
     found = {value.strip() for name, value in environment.items() if _is_secret(name.upper(), value.strip())}
     return sorted(found, key=lambda value: (-len(value), value))
 
 
 def _is_secret(name: str, value: str) -> bool:
+    """Whether a variable (name in upper case) holds a secret, not a placeholder, a word or a path."""
     if not _SECRET_NAME.search(name) or len(value) < MIN_SECRET:
         return False
     if name.endswith("KEY") and (
@@ -69,7 +76,3 @@ def _is_secret(name: str, value: str) -> bool:
     ):
         return False
     return not os.path.exists(os.path.expanduser(value))  # a path, such as SSH_KEY=~/.ssh/id_rsa, is not secret
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii") if not "\ud800" <= char <= "\udfff" else f"\\u{ord(char):04x}"
