@@ -1,4 +1,4 @@
-"""Tasks. Importing the package registers the built-in ones."""
+"""Tasks; importing this package registers the built-in ones."""
 
 from w2r2_ds.data.tasks import detection, scan2cap, scanqa, scanrefer
 

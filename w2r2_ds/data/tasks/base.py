@@ -20,7 +20,7 @@ from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.types.sample import Kind, Sample
 from w2r2_ds.utils.registry import Registry
 
-# reasons of skipped items, explained in docs/reference/data-formats.md
+# Reasons of skipped items, explained in docs/reference/data-formats.md
 NO_INSTANCE_MATCH = "no_instance_match"
 NO_VISIBLE_FRAME = "no_visible_frame"
 NO_PROPOSAL = "no_proposal"
@@ -38,12 +38,12 @@ class TaskOptions:
         split: annotation split.
         format: prompt and answer format, one of ``Task.formats``.
         frames: frame selection; detection uses only count and seed.
-        rolls: ScanRefer: training samples per description, each with other frames.
+        rolls: training samples per description (ScanRefer), each with other frames.
         visibility: source of object visibility: EmbodiedScan's lists, or the depth images.
-        boxes: Scan2Cap, validation: boxes whose centre is in the prompt.
-        interval: detection: a window has every interval-th frame of a run of neighbouring frames.
-        step: detection: difference of the numbers of neighbouring frames.
-        windows: detection: maximum number of windows per scene; 0 for all.
+        boxes: box whose centre is in the prompt (Scan2Cap, validation): the best proposal, or the annotated box.
+        interval: spacing of a window's frames in a run of neighbouring frames (detection).
+        step: difference of the numbers of neighbouring frames (detection).
+        windows: maximum number of windows per scene (detection); 0 for all.
     """
 
     task: str
@@ -64,9 +64,9 @@ class Job:
 
     Attributes:
         scene_id: ScanNet scene name.
-        number: index of the scene in its split.
+        number: index of the scene in the split, in the order in which the annotations first name the scenes.
         items: annotations of the scene, each with its number in the annotation file, from 0.
-        groups: object id -> unique or multiple by ScanNet's 18 classes, and by NYU40's ids.
+        groups: object id -> group (``unique`` or ``multiple``) by ScanNet's 18 classes, and by NYU40 ids.
         classes: object name -> 0 to 16 for ScanNet's named classes, 17 for others.
         info: EmbodiedScan's annotations of the scene; None if the task does not need them.
         proposals: ``[N, 6]`` float64 detected boxes (centre, size; axis-aligned world, metres); None if not needed.
@@ -96,15 +96,21 @@ class Item(Protocol):
 
     @property
     def object_ids(self) -> tuple[int, ...]:
-        """Objects of the scene that the annotation is about; they need a box."""
+        """Ids of the objects that the annotation refers to; each must have a box in the scene."""
 
     object_field: ClassVar[str]
-    """Field of the annotation file that holds `object_ids`, for messages."""
+    """Field of the annotation file that contains `object_ids`, for messages."""
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """An input file: name (annotations, labels, infos, proposals or frames), path, and where to download it."""
+    """An input file of a preparation.
+
+    Attributes:
+        name: content: annotations, labels, infos, proposals, frames, or a file of a scene.
+        path: path of the file.
+        origin: source for a download, or the command that writes it.
+    """
 
     name: str
     path: Path
@@ -148,11 +154,12 @@ class AnnotationMismatch(ValueError):
 class Task(ABC):
     """Annotation files, prompts, answers, parsing, similarity and preparation of one task.
 
-    Stateless: every method takes the options. Scores are registered in the same file with ``register_protocol``.
+    Stateless: every method takes the options. Scoring protocols are registered separately with ``register_protocol``
+    (``evaluation/protocols``); a plug-in may do both in one file.
 
     Attributes:
         name: used on the command line, in manifests and in samples.
-        formats: prompt and answer formats, by the project that they are from; the first is the default.
+        formats: prompt and answer formats, named after the projects that define them; the first is the default.
         splits: annotation splits.
         published: split -> number of items in the complete annotation file, if known.
         cli_options: options of ``w2r2 prepare NAME`` besides those of all tasks, a subset of
@@ -169,18 +176,18 @@ class Task(ABC):
 
     @abstractmethod
     def annotations(self, root: Path, options: TaskOptions) -> InputFile:
-        """The file whose entries become samples. Its ``origin`` is printed if it is missing."""
+        """The annotation file, whose entries become samples. Its ``origin`` is printed if it is missing."""
 
     @abstractmethod
     def read(self, root: Path, options: TaskOptions) -> Sequence[Item]:
-        """All items of the annotation file, in its order. Raises ``ValueError`` with file, entry and field."""
+        """All items of the annotation file, in its order; raises ``ValueError`` with file, entry and field."""
 
     @abstractmethod
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         """Samples and skipped items of one scene, each with the number of its item."""
 
     def kind(self, options: TaskOptions) -> Kind:
-        """Kind of answer: its *where* tokens follow from it, and its similarity (a box: IoU; others: words)."""
+        """Kind of the answers. It determines the *where* tokens and the similarity s (IoU of boxes, else of words)."""
         return "answer"
 
     def parse(self, text: str, frame_count: int) -> Any:
@@ -201,12 +208,12 @@ class Task(ABC):
     def text_similarity(self, prediction: str, reference: str) -> float | None:
         """Similarity s of an answer in words to its label, in [0, 1].
 
-        None: the one that ``objective.caption_similarity`` or ``objective.answer_similarity`` names for its kind.
+        None (default) selects ``objective.caption_similarity`` or ``objective.answer_similarity``, by kind.
         """
         return None
 
     def unit(self, options: TaskOptions) -> str:
-        """Plural noun for the items that are counted."""
+        """Plural noun for the counted items, for messages and the manifest."""
         return "items"
 
     def count(self, jobs: Sequence[Job], options: TaskOptions) -> int:
@@ -214,8 +221,8 @@ class Task(ABC):
         return sum(len(self.items(job, options)) for job in jobs)
 
     def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
-        """Number, id, and file and entry of every item of a scene."""
-        return [(number, each.key, each.location) for number, each in job.items]
+        """(number, id, location) of every item of a scene."""
+        return [(number, item.key, item.location) for number, item in job.items]
 
     def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
         """One job per scene, in the order in which the annotations first name the scenes."""
@@ -245,11 +252,11 @@ class Task(ABC):
         return {}
 
     def default_rolls(self, options: TaskOptions) -> int:
-        """``options.rolls`` where the command line gives none."""
+        """Value of ``options.rolls`` if the command line does not set it."""
         return 1
 
     def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
-        """Upper bound of the number of samples, before any scene is read.
+        """Upper bound of the number of samples, computed before any scene is read.
 
         Args:
             jobs: all scenes of the split.
@@ -273,18 +280,18 @@ def by_scene(items: Sequence[Item]) -> dict[str, tuple[tuple[int, Any], ...]]:
     scenes: dict[str, list[tuple[int, Any]]] = {}
     for number, item in enumerate(items):
         scenes.setdefault(item.scene_id, []).append((number, item))
-    return {scene_id: tuple(of) for scene_id, of in scenes.items()}
+    return {scene_id: tuple(numbered) for scene_id, numbered in scenes.items()}
 
 
 def check_objects(scene: Scene, job: Job) -> None:
-    """Raise ``AnnotationMismatch`` with all items about objects that the scene does not have."""
+    """Raise ``AnnotationMismatch`` with a message for every object that an item refers to and the scene lacks."""
     messages = [
-        f"{item.location}: field {item.object_field!r} is {number}, which scene {scene.scene_id} does not have in "
+        f"{item.location}: field {item.object_field!r} is {object_id}, which scene {scene.scene_id} does not have in "
         f"{scene.scene_id}_aligned_bbox.npy; use the annotations that belong to these scans, and boxes of "
         "launchers/prepare.py boxes (ScanRefer's own lack walls, floors, ceilings and unlabelled objects)"
         for _, item in job.items
-        for number in item.object_ids
-        if number not in scene.instances
+        for object_id in item.object_ids
+        if object_id not in scene.instances
     ]
     if messages:
         raise AnnotationMismatch(messages)
@@ -292,9 +299,10 @@ def check_objects(scene: Scene, job: Job) -> None:
 
 def split_by_boxes(scene: Scene, job: Job) -> tuple[Job, Job]:
     """The job of the items whose objects all have a box, and the job of the others."""
-    have = [all(number in scene.instances for number in item.object_ids) for _, item in job.items]
-    kept, others = (
-        tuple(each for each, has_box in zip(job.items, have, strict=True) if has_box is wanted)
-        for wanted in (True, False)
-    )
-    return replace(job, items=kept), replace(job, items=others)
+
+    def has_boxes(item: Item) -> bool:
+        return all(object_id in scene.instances for object_id in item.object_ids)
+
+    with_boxes = tuple((number, item) for number, item in job.items if has_boxes(item))
+    others = tuple((number, item) for number, item in job.items if not has_boxes(item))
+    return replace(job, items=with_boxes), replace(job, items=others)

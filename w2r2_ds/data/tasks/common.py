@@ -1,4 +1,4 @@
-"""Shared by several tasks: ScanRefer's annotations, targets, number formatting, and object visibility."""
+"""Code shared by several tasks: ScanRefer's annotations, targets, number formatting, and object visibility."""
 
 from __future__ import annotations
 
@@ -75,54 +75,60 @@ class DescriptionTask(Task):
         return read_scanrefer(self.annotations(root, options).path)
 
     def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
-        return _description_jobs(self, root, options)
+        """One job per scene, with groups and classes of its objects, and the infos and proposals that the task needs.
 
-
-def _description_jobs(task: DescriptionTask, root: Path, options: TaskOptions) -> tuple[Job, ...]:
-    """One job per scene, with groups and classes of its objects, and the infos and proposals that the task needs.
-
-    The groups ``unique`` and ``multiple`` are computed from all annotations of the split, so skipped items count
-    too, as in ScanRefer.
-    """
-    descriptions = task.read(root, options)
-    labels = read_labels(root)
-    groups_scannet = groups(descriptions, labels, scannet_class)
-    groups_nyu40 = groups(descriptions, labels, nyu40_class)
-    scenes = by_scene(descriptions)
-    infos = _read_infos(root, options.split, scenes) if task.needs_infos(options) else {}
-    proposals = read_proposals(proposals_file(root, options.split)) if task.needs_proposals(options) else {}
-    jobs = []
-    for number, (scene_id, items) in enumerate(scenes.items()):
-        objects = {description.object_id for _, description in items}
-        jobs.append(
-            Job(
-                scene_id,
-                number,
-                items,
-                groups={id_: (groups_scannet[scene_id, id_], groups_nyu40[scene_id, id_]) for id_ in objects},
-                classes={
-                    description.object_name: scannet_class(description.object_name, labels) for _, description in items
-                },
-                info=infos.get(scene_id),
-                proposals=proposals.get(scene_id),
+        The groups ``unique`` and ``multiple`` are computed from all annotations of the split, so skipped items count
+        too, as in ScanRefer.
+        """
+        descriptions = self.read(root, options)
+        labels = read_labels(root)
+        groups_scannet = groups(descriptions, labels, scannet_class)
+        groups_nyu40 = groups(descriptions, labels, nyu40_class)
+        scenes = by_scene(descriptions)
+        infos = _read_infos(root, options.split, scenes) if self.needs_infos(options) else {}
+        proposals = read_proposals(proposals_file(root, options.split)) if self.needs_proposals(options) else {}
+        jobs = []
+        for number, (scene_id, items) in enumerate(scenes.items()):
+            object_ids = {description.object_id for _, description in items}
+            names = {description.object_name for _, description in items}
+            jobs.append(
+                Job(
+                    scene_id,
+                    number,
+                    items,
+                    groups={id_: (groups_scannet[scene_id, id_], groups_nyu40[scene_id, id_]) for id_ in object_ids},
+                    classes={name: scannet_class(name, labels) for name in names},
+                    info=infos.get(scene_id),
+                    proposals=proposals.get(scene_id),
+                )
             )
-        )
-    return tuple(jobs)
+        return tuple(jobs)
 
 
 def _read_infos(root: Path, split: str, scenes: Mapping[str, Any]) -> dict[str, ScanInfo]:
-    """EmbodiedScan's annotations of these scenes; from the other split's file too if some are missing, as in VG-LLM."""
+    """EmbodiedScan's annotations of these scenes, from the split's file.
+
+    As in VG-LLM, the other split's file is read too if some scenes are missing.
+    """
     found: dict[str, ScanInfo] = {}
     for path in infos_files(root, split):
         if not found or any(scene_id not in found for scene_id in scenes):
-            found = {**read_infos(path), **found}
+            found = {**read_infos(path), **found}  # the split's own file takes precedence
     return {scene_id: found[scene_id] for scene_id in scenes if scene_id in found}
 
 
 def target_of(
     scene: Scene, job: Job, description: Description, ann_id: str = "", described: np.ndarray | None = None
 ) -> Target:
-    """The described object as the target of a sample."""
+    """Target of a sample: the object of a description.
+
+    Args:
+        scene: scene of the object.
+        job: groups and classes of the scene's objects.
+        description: description of the object.
+        ann_id: number of the description, if the sample is about one description.
+        described: ``[6]`` box in the prompt of a caption.
+    """
     group, group_nyu40 = job.groups[description.object_id]
     return Target(
         box=world_box(scene, description.object_id),
@@ -137,7 +143,7 @@ def target_of(
 
 
 def frame_fields(frames: Sequence[Frame]) -> dict[str, Any]:
-    """Fields ``frames`` and ``cam_to_world`` of a sample with these frames."""
+    """Keyword arguments ``frames`` and ``cam_to_world`` of a `Sample` with these frames."""
     return {
         "frames": tuple(frame.color for frame in frames),
         "cam_to_world": np.stack([frame.cam_to_world for frame in frames]),
@@ -176,9 +182,10 @@ class ObjectVisibility:
 
 
 def find_visible_frames(scene: Scene, job: Job, options: TaskOptions) -> tuple[Scene, dict[int, ObjectVisibility]]:
-    """The scene, and object id -> visibility (empty if the task does not use it).
+    """The scene, and the visibility of its objects by object id (empty if the task does not use it).
 
-    The scene is restricted to the frames that EmbodiedScan lists if `visibility` is embodiedscan.
+    With ``visibility`` embodiedscan, the returned scene has only the frames that EmbodiedScan lists, and positions
+    refer to these.
 
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or a depth image cannot be read.
@@ -194,7 +201,15 @@ def find_visible_frames(scene: Scene, job: Job, options: TaskOptions) -> tuple[S
 def frames_or_skip(
     scene: Scene, description: Description, key: str, options: TaskOptions, visibility: Mapping[int, ObjectVisibility]
 ) -> list[int] | SkippedItem:
-    """Positions of a sample's frames. If the options use visibility, one of them shows the object."""
+    """Positions in ``scene.frames`` of a sample's frames, or the skipped item if no selection is possible.
+
+    Args:
+        scene: scene returned by `find_visible_frames`.
+        description: description of the sample's object.
+        key: sample id; it seeds the draw of frames.
+        options: task options.
+        visibility: visibility returned by `find_visible_frames`.
+    """
     visible = visibility.get(description.object_id)
     if visible is not None and visible.box is None:
         return SkippedItem(key, NO_INSTANCE_MATCH, description.location)
@@ -206,12 +221,13 @@ def _compute_visibility(scene: Scene, job: Job, options: TaskOptions) -> dict[in
     """Object id -> visibility, for the described objects."""
     boxes = {description.object_id: world_box(scene, description.object_id) for _, description in job.items}
     if options.visibility == "depth":
-        seen = visible_frames_by_depth(scene, [box[:6] for box in boxes.values()])
+        frames_of_boxes = visible_frames_by_depth(scene, [box[:6] for box in boxes.values()])
         return {
             object_id: ObjectVisibility(frames, box)
-            for (object_id, box), frames in zip(boxes.items(), seen, strict=True)
+            for (object_id, box), frames in zip(boxes.items(), frames_of_boxes, strict=True)
         }
     assert job.info is not None
+    # EmbodiedScan lists its own instances, not ScanRefer's objects. They are the same if their boxes match.
     visibility: dict[int, ObjectVisibility] = {}
     for object_id, box in boxes.items():
         instance = match_instance(box[:6], job.info)

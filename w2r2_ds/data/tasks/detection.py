@@ -1,11 +1,11 @@
 """3D object detection in VG-LLM's format: a few neighbouring frames -> labels and boxes of all visible objects.
 
 Boxes are in the camera of the first frame (OpenCV axes; centre and size in metres, ZXY angles in radians). The rules
-are those of LaVi-Lab/VG-LLM ``process_threedod.py``. A window is every third frame of a run of neighbouring frames, 4
-frames in all, and one begins at every frame of the run. The objects are EmbodiedScan's instances in the order of the
-frames that show them (within a frame, of their index), without walls, ceilings, floors and instances labelled "object".
-Validation draws 10 windows per scene. The prompt is that of the code: the paper's Table 9 has "box_3d" and "pitch,
-roll".
+are those of LaVi-Lab/VG-LLM ``process_threedod.py``. A sample is a window: 4 frames, every third frame of a run of
+neighbouring frames. Windows overlap: one begins at every frame that is followed by enough neighbours. The objects are
+EmbodiedScan's instances, ordered by the first frame that shows them, then by index, without walls, ceilings, floors and
+instances labelled "object". Validation draws 10 windows per scene. The prompt is that of VG-LLM's code; the paper's
+Table 9 has "box_3d" and "pitch, roll".
 """
 
 from __future__ import annotations
@@ -49,40 +49,29 @@ def answer_text(objects: Sequence[LabeledBox]) -> str:
     """JSON in a code block, one object per line, two decimals.
 
     Args:
-        objects: with ``[9]`` boxes in the first frame's camera.
+        objects: labels, and ``[9]`` boxes in the first frame's camera.
     """
-    lines = [f'{{"label": {json.dumps(each.label)}, "bbox_3d": {rounded_box(each.box)}}}' for each in objects]
+    lines = [f'{{"label": {json.dumps(o.label)}, "bbox_3d": {rounded_box(o.box)}}}' for o in objects]
     return "```json\n[\n\t" + ",\n\t".join(lines) + "\n]```"
-
-
-def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-    """Samples of one scene, one per window, by first frame; a seeded subset if there are more than ``windows``."""
-    assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
-    windows = list(_windows(keep_listed_frames(scene, job.info), options))
-    if not windows:
-        return [(job.number, SkippedItem(scene.scene_id, NO_WINDOW, f"EmbodiedScan's infos: scannet/{scene.scene_id}"))]
-    if options.windows and len(windows) > options.windows:
-        digest = hashlib.sha256(f"{options.frames.seed} {scene.scene_id}".encode()).digest()
-        drawn = np.random.default_rng(list(digest)).permutation(len(windows))[: options.windows]
-        windows = [windows[i] for i in sorted(drawn.tolist())]
-    return [(job.number, _sample(scene, job.info, window)) for window in windows]
 
 
 def visible_objects(info: ScanInfo, frames: Sequence[Frame]) -> tuple[LabeledBox, ...]:
     """Objects that EmbodiedScan lists as visible in these frames, with boxes in the first frame's camera."""
+    # A dict as an ordered set: an instance stays at its first occurrence.
     visible = dict.fromkeys(number for frame in frames for number in sorted(info.visible[frame.index]))
     instances = [info.instances[number] for number in visible]
     return tuple(
-        LabeledBox(each.label, world_to_camera(each.box, frames[0].cam_to_world))
-        for each in instances
-        if each.label not in SKIPPED_LABELS
+        LabeledBox(instance.label, world_to_camera(instance.box, frames[0].cam_to_world))
+        for instance in instances
+        if instance.label not in SKIPPED_LABELS
     )
 
 
 def _windows(scene: Scene, options: TaskOptions) -> Iterator[list[Frame]]:
+    """All windows of a scene, by first frame."""
     count, interval = options.frames.count, options.interval
-    span = (count - 1) * interval + 1
-    run: list[Frame] = []
+    span = (count - 1) * interval + 1  # neighbouring frames from a window's first frame to its last
+    run: list[Frame] = []  # the last `span` neighbouring frames
     for frame in scene.frames:
         # A missing frame (no valid pose, or not listed by EmbodiedScan) ends the run.
         run = [*run, frame][-span:] if run and frame.index == run[-1].index + options.step else [frame]
@@ -91,6 +80,7 @@ def _windows(scene: Scene, options: TaskOptions) -> Iterator[list[Frame]]:
 
 
 def _sample(scene: Scene, info: ScanInfo, frames: list[Frame]) -> Sample:
+    """The sample of one window."""
     objects = visible_objects(info, frames)
     return Sample(
         id=f"{scene.scene_id}|{frames[0].index:05d}",
@@ -120,7 +110,18 @@ class Detection(Task):
         return tuple(Job(info.scene_id, number, info=info) for number, info in enumerate(self.read(root, options)))
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-        return _make_samples(scene, job, options)
+        """Samples of one scene, one per window, by first frame; a seeded subset if there are more than ``windows``."""
+        assert job.info is not None, "the plan gives every scene its EmbodiedScan infos"
+        windows = list(_windows(keep_listed_frames(scene, job.info), options))
+        if not windows:
+            location = f"EmbodiedScan's infos: scannet/{scene.scene_id}"
+            return [(job.number, SkippedItem(scene.scene_id, NO_WINDOW, location))]
+        if options.windows and len(windows) > options.windows:
+            # Seeded by the scene, so that the draw does not depend on the other scenes or on the number of processes.
+            digest = hashlib.sha256(f"{options.frames.seed} {scene.scene_id}".encode()).digest()
+            drawn = np.random.default_rng(list(digest)).permutation(len(windows))[: options.windows]
+            windows = [windows[i] for i in sorted(drawn.tolist())]
+        return [(job.number, _sample(scene, job.info, window)) for window in windows]
 
     def parse(self, text: str, frame_count: int) -> list[tuple[str, np.ndarray]]:
         return parse_objects(text)
@@ -136,5 +137,5 @@ class Detection(Task):
         return {"frames": frames, "interval": options.interval, "step": options.step, "windows": options.windows}
 
     def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
-        # at most one window begins at a frame
+        # At most one window begins at a frame.
         return min(frames, len(jobs) * options.windows) if options.windows else frames

@@ -4,11 +4,12 @@ A grounding answer is one JSON object on one or several lines, with or without a
 
     {"frame": 12, "bbox_3d": [-0.63, -0.83, 2.43, 3.0, 0.59, 2.35, -2.32, 1.18, 3.05]}
 
-A detection is a JSON list of labels and boxes; a grounding in world coordinates is the six numbers
+A detection is a JSON list of labels and boxes. A grounding in world coordinates is six numbers,
 ``x_min,y_min,z_min,x_max,y_max,z_max`` (Video-3D-LLM's "gen" template).
 
-Any other text raises `AnswerError` with a reason; nothing is corrected or evaluated. VG-LLM's evaluator parses the
-first line with "bbox_3d" as a Python literal instead; answers in the trained format (one line) give the same result.
+Any other text raises `AnswerError` with a reason: answers are not repaired, and never passed to ``eval``. VG-LLM's
+evaluator parses the first line with "bbox_3d" as a Python literal instead; answers in the trained format (one line)
+give the same result.
 """
 
 from __future__ import annotations
@@ -52,11 +53,14 @@ class Grounding:
 
 
 def parse_grounding(text: str, frame_count: int) -> Grounding:
-    """Parse a grounding answer, or raise ``AnswerError``.
+    """Parse a grounding answer.
 
     Args:
-        text: the generated text, without special tokens.
+        text: generated text, without special tokens.
         frame_count: number of frames of the sample.
+
+    Raises:
+        AnswerError: the text is not exactly one grounding, or the frame is out of range.
     """
     answer = _json_object(text)
     if set(answer) != _KEYS:
@@ -72,8 +76,8 @@ def parse_grounding(text: str, frame_count: int) -> Grounding:
 def parse_objects(text: str) -> list[tuple[str, np.ndarray]]:
     """Parse a detection answer: labels and ``[9]`` float64 boxes in its order, or raise ``AnswerError``.
 
-    Every entry has exactly a label and a box; its key is box_3d or bbox_3d, since VG-LLM's prompt and evaluator differ.
-    The empty list is valid.
+    Every entry has exactly a label and a box. The key of the box is box_3d or bbox_3d, since VG-LLM's prompt and
+    evaluator differ. The empty list is valid.
     """
     entries = _json(text, "it is not exactly one JSON list")
     if not isinstance(entries, list):
@@ -82,6 +86,7 @@ def parse_objects(text: str) -> list[tuple[str, np.ndarray]]:
 
 
 def _object(entry: object) -> tuple[str, np.ndarray]:
+    """Label and ``[9]`` box of one entry of a detection."""
     if not isinstance(entry, dict) or set(entry) not in ({"label", "box_3d"}, {"label", "bbox_3d"}):
         raise AnswerError("the keys of an entry are not exactly label and box_3d")
     label = entry["label"]
@@ -91,7 +96,7 @@ def _object(entry: object) -> tuple[str, np.ndarray]:
 
 
 def parse_world_box(text: str) -> np.ndarray:
-    """``[6]`` float64 world box (centre, size; metres) of an answer of two corners, or raise ``AnswerError``."""
+    """Parse two corners as a ``[6]`` float64 world box (centre, size; metres), or raise ``AnswerError``."""
     parts = text.strip().split(",")
     if len(parts) != 6 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
         raise AnswerError("it is not exactly six numbers with commas between them")
@@ -101,7 +106,7 @@ def parse_world_box(text: str) -> np.ndarray:
     low, high = corners[:3], corners[3:]
     if not (high > low).all():
         raise AnswerError("a highest coordinate is not above the lowest")
-    return np.concatenate([low / 2 + high / 2, high - low])
+    return np.concatenate([low / 2 + high / 2, high - low])  # halves first: the sum of large numbers may overflow
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -112,8 +117,8 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _json(text: str, otherwise: str) -> Any:
-    """The text as exactly one JSON value, with or without a code block."""
+def _json(text: str, reason: str) -> Any:
+    """The text as exactly one JSON value, with or without a code block; `reason` is that of the error otherwise."""
     body = text.strip()
     block = _CODE_BLOCK.fullmatch(body)
     try:
@@ -123,7 +128,7 @@ def _json(text: str, otherwise: str) -> Any:
     except AnswerError:
         raise
     except (ValueError, RecursionError) as error:
-        raise AnswerError(otherwise) from error
+        raise AnswerError(reason) from error
 
 
 def _box(values: object) -> np.ndarray:
@@ -134,7 +139,7 @@ def _box(values: object) -> np.ndarray:
         raise AnswerError("bbox_3d is not a list of 9 numbers")
     try:
         numbers = [float(value) for value in values]
-    except OverflowError as error:
+    except OverflowError as error:  # an integer of more than 308 digits
         raise AnswerError("bbox_3d holds a number that is not finite") from error
     if not all(math.isfinite(number) for number in numbers):
         raise AnswerError("bbox_3d holds a number that is not finite")

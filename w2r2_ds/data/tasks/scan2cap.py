@@ -1,9 +1,9 @@
 """Scan2Cap: the position of an object -> a description of it. Its annotations are ScanRefer's.
 
-``vgllm``: the position is the centre of the box in the camera of the first frame, metres (LaVi-Lab/VG-LLM
-``process_scan2cap.py``). As there, no frame needs to show the object; with the frame protocol ``scene_sets``, one does
-in training. ``video3dllm``: the centre in the axis-aligned world. Video-3D-LLM replaces ``<coord>`` in its prompt by a
-position embedding; here the numbers are written as text.
+Format ``vgllm``: the position is the centre of the box in the camera of the first frame, metres (LaVi-Lab/VG-LLM
+``process_scan2cap.py``). As in VG-LLM, the frames need not show the object, except in training with the frame protocol
+``scene_sets``, where one does. Format ``video3dllm``: the centre in the axis-aligned world. Video-3D-LLM replaces
+``<coord>`` in its prompt by a position embedding; here the numbers are written as text.
 
 Training: one sample per description, at the annotated box. Validation: one sample per object (``scene|object|name`` of
 the annotations), at the detected box with the largest IoU, or at the annotated one; all descriptions of the object are
@@ -41,16 +41,17 @@ from w2r2_ds.data.tasks.common import (
 from w2r2_ds.types.sample import Kind, Reference, Sample
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
-"""VG-LLM's, with the line break that follows its frames."""
+"""VG-LLM's prompt; the line break separates it from the frames."""
 WORLD_QUESTION = "Given an object located at {place} , describe the object in detail."
+"""Video-3D-LLM's prompt, with its space before the comma."""
 
 
 def question_text(box: np.ndarray, cam_to_world: np.ndarray | None = None) -> str:
-    """The text after the frames.
+    """The text of the prompt after the frames.
 
     Args:
         box: ``[9]`` world box of the object.
-        cam_to_world: ``[4, 4]`` of the first frame; None for the world's coordinates.
+        cam_to_world: ``[4, 4]`` of the first frame; None for world coordinates.
     """
     if cam_to_world is None:
         return WORLD_QUESTION.format(place=rounded(box[:3]))
@@ -58,11 +59,11 @@ def question_text(box: np.ndarray, cam_to_world: np.ndarray | None = None) -> st
 
 
 def best_proposal(proposals: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The proposal ``[6]`` with the largest IoU with an axis-aligned box; the first of equal ones, also if all are 0.
+    """The proposal ``[6]`` with the largest IoU with an axis-aligned box; of equal IoUs (also 0) the first.
 
     Args:
         proposals: ``[N, 6]`` centre and size, N at least 1; metres.
-        box: ``[6]``.
+        box: ``[6]`` centre and size.
     """
     low = np.maximum(proposals[:, :3] - proposals[:, 3:] / 2, box[:3] - box[3:] / 2)
     high = np.minimum(proposals[:, :3] + proposals[:, 3:] / 2, box[:3] + box[3:] / 2)
@@ -76,29 +77,6 @@ def best_proposal(proposals: np.ndarray, box: np.ndarray) -> np.ndarray:
 def object_key(description: Description) -> str:
     """Scan2Cap's id of an object: ``"scene0000_00|39|office_chair"``."""
     return f"{description.scene_id}|{description.object_id}|{description.object_name}"
-
-
-def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-    """Samples and skipped items of one scene: one per description (training) or per object, in the file's order."""
-    scene, visibility = find_visible_frames(scene, job, options)
-    if options.split == "train":
-        return [
-            (number, _sample(scene, job, description, options, visibility, description.key))
-            for number, description in job.items
-        ]
-    objects: dict[str, list[tuple[int, Description]]] = {}
-    for number, description in job.items:
-        objects.setdefault(object_key(description), []).append((number, description))
-    prepared: PreparedItems = []
-    proposed = options.boxes == "proposals"
-    for key, members in objects.items():
-        number, description = members[0]
-        if proposed and (job.proposals is None or not len(job.proposals)):
-            prepared.append((number, SkippedItem(key, NO_PROPOSAL, description.location)))
-            continue
-        references = tuple(Reference(each.text, each.words) for _, each in members)
-        prepared.append((number, _sample(scene, job, description, options, visibility, key, references)))
-    return prepared
 
 
 def _sample(
@@ -140,7 +118,25 @@ class Scan2Cap(DescriptionTask):
     published: ClassVar = {"train": 36665, "val": 2068}
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-        return _make_samples(scene, job, options)
+        """Samples and skipped items: one per description (training) or per object, in the order of the file."""
+        scene, visibility = find_visible_frames(scene, job, options)
+        if options.split == "train":
+            return [
+                (number, _sample(scene, job, description, options, visibility, description.key))
+                for number, description in job.items
+            ]
+        objects: dict[str, list[tuple[int, Description]]] = {}
+        for number, description in job.items:
+            objects.setdefault(object_key(description), []).append((number, description))
+        prepared: PreparedItems = []
+        for key, descriptions in objects.items():
+            number, first = descriptions[0]
+            if options.boxes == "proposals" and (job.proposals is None or not len(job.proposals)):
+                prepared.append((number, SkippedItem(key, NO_PROPOSAL, first.location)))
+                continue
+            references = tuple(Reference(description.text, description.words) for _, description in descriptions)
+            prepared.append((number, _sample(scene, job, first, options, visibility, key, references)))
+        return prepared
 
     def kind(self, options: TaskOptions) -> Kind:
         return "caption"
@@ -152,8 +148,9 @@ class Scan2Cap(DescriptionTask):
         if options.split == "train":
             return super().items(job, options)
         first: dict[str, tuple[int, str, str]] = {}
-        for number, each in job.items:
-            first.setdefault(object_key(each), (number, object_key(each), each.location))
+        for number, description in job.items:
+            key = object_key(description)
+            first.setdefault(key, (number, key, description.location))
         return list(first.values())
 
     def uses_visibility(self, options: TaskOptions) -> bool:

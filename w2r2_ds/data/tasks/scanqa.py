@@ -1,7 +1,8 @@
 """ScanQA: a question about a scene -> a short answer, in Video-3D-LLM's format (VG-LLM has no such task).
 
 Training: one sample per reference answer, with the id ``scanqa_QUESTION_NUMBER``. Validation: one sample per question;
-all its answers are references. The test splits have no answers, and the answer of their samples is empty.
+its label is the first answer, and all its answers are references. The test splits have no answers; the label of their
+samples is empty.
 """
 
 from __future__ import annotations
@@ -21,29 +22,14 @@ QUESTION = "{question} Answer the question simply."
 
 
 def question_text(question: str) -> str:
-    """The text after the frames."""
+    """The text of the prompt after the frames."""
     return QUESTION.format(question=question)
 
 
 def question_span(question: str) -> tuple[int, int]:
-    """Characters ``[begin, end)`` of that text that are the question, without surrounding white space."""
+    """Characters ``[begin, end)`` of `question_text` that are the question, without surrounding white space."""
     begin = len(question) - len(question.lstrip())
     return begin, begin + len(question.strip())
-
-
-def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-    """Samples of one scene's questions, in the file's order."""
-    prepared: PreparedItems = []
-    for number, question in job.items:
-        if options.split == "train":
-            for i, answer in enumerate(question.answers):
-                key = f"scanqa_{question.question_id}_{i}"
-                prepared.append((number, _sample(scene, question, options, key, answer)))
-        else:
-            answer = question.answers[0] if question.answers else ""
-            references = tuple(Reference(each) for each in question.answers)
-            prepared.append((number, _sample(scene, question, options, question.question_id, answer, references)))
-    return prepared
 
 
 def _sample(
@@ -85,7 +71,17 @@ class ScanQA(Task):
         return read_scanqa(self.annotations(root, options).path, answers_needed=options.split in ("train", "val"))
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-        return _make_samples(scene, job, options)
+        prepared: PreparedItems = []
+        for number, question in job.items:
+            if options.split == "train":
+                for i, answer in enumerate(question.answers):
+                    key = f"scanqa_{question.question_id}_{i}"
+                    prepared.append((number, _sample(scene, question, options, key, answer)))
+            else:
+                answer = question.answers[0] if question.answers else ""
+                references = tuple(Reference(text) for text in question.answers)
+                prepared.append((number, _sample(scene, question, options, question.question_id, answer, references)))
+        return prepared
 
     def unit(self, options: TaskOptions) -> str:
         return "questions"

@@ -1,15 +1,15 @@
 """ScanRefer: a description of an object -> its 3D bounding box, in two formats.
 
-``vgllm``: the answer is the index of the first clear frame and the object's 9-number box *in that frame's camera*
-(OpenCV axes; centre and size in metres, ZXY angles in radians). It is the axis-aligned world box (angles 0) moved into
-the camera, so its angles depend on the camera only. As in VG-LLM (LaVi-Lab/VG-LLM ``process_scanrefer.py``), a training
-sample needs an EmbodiedScan instance that matches the annotated box, and a selected frame that shows it. Validation
-keeps every description; the answer is empty if no selected frame shows the object.
+Format ``vgllm``: the answer is the index of the clearest frame and the object's 9-number box *in that frame's camera*
+(OpenCV axes; centre and size in metres, ZXY angles in radians). It is the axis-aligned world box (angles 0) transformed
+into the camera, so its angles depend on the camera only. As in VG-LLM (LaVi-Lab/VG-LLM ``process_scanrefer.py``), a
+training sample needs an EmbodiedScan instance that matches the annotated box, and a selected frame that shows it.
+Validation keeps every description; the answer is empty if no selected frame shows the object.
 
-``video3dllm``: the answer is the lowest and the highest corner of the world box (the "gen" template of
+Format ``video3dllm``: the answer is the lowest and the highest corner of the world box (the "gen" template of
 LaVi-Lab/Video-3D-LLM ``process_scanrefer.py``). The public code trains the other template, an ``<ground>`` token, so
-the number format is this project's: two decimals, separated by commas. Its kind is ``answer``: digit tokens are
-supported for boxes in a camera only.
+the number format is this project's: two decimals, separated by commas. Its kind is ``answer``, because digit tokens are
+supported only for boxes in a camera.
 """
 
 from __future__ import annotations
@@ -64,13 +64,14 @@ WORLD_QUESTION = (
 
 
 def question_text(description: str, template: str = QUESTION) -> str:
-    """The text after the frames, equal to VG-LLM's or Video-3D-LLM's; both capitalise the description."""
+    """The text of the prompt after the frames, equal to VG-LLM's or Video-3D-LLM's; both capitalise the description."""
     return template.format(description=description.capitalize())
 
 
 def description_span(description: str, template: str = QUESTION) -> tuple[int, int]:
     """Characters ``[begin, end)`` of the question that are the description, without surrounding white space."""
     written = description.capitalize()
+    # format() of the text before the field turns doubled braces into single ones, as in the question.
     begin = len(template.partition("{description}")[0].format()) + len(written) - len(written.lstrip())
     return begin, begin + len(written.strip())
 
@@ -87,36 +88,20 @@ def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
 
 
 def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
-    """``x_min,y_min,z_min,x_max,y_max,z_max`` of an axis-aligned box that begins with centre and size, metres.
+    """Video-3D-LLM's answer, ``x_min,y_min,z_min,x_max,y_max,z_max``.
 
-    A side is at least one unit of the last digit: a box with a side 0 is not valid.
+    Args:
+        box: axis-aligned box that begins with centre and size, metres. A side is at least one unit of the last digit,
+            because a zero-size box is invalid.
+        decimals: digits to round to.
     """
     low, high = (rounded(box[:3] + sign * box[3:6] / 2, decimals) for sign in (-1, 1))
     ends = [*low, *(max(top, round(bottom + 10**-decimals, decimals)) for bottom, top in zip(low, high, strict=True))]
     return ",".join(str(number) for number in ends)
 
 
-def _make_samples(scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-    """Samples and skipped descriptions of one scene, in the file's order.
-
-    Raises:
-        ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
-    """
-    scene, visibility = find_visible_frames(scene, job, options)
-    if options.format == "video3dllm":
-        return [
-            (number, _world_sample(scene, job, description, options, visibility)) for number, description in job.items
-        ]
-    size = image_size(scene)
-    return [
-        (number, item)
-        for number, description in job.items
-        for item in _camera_samples(scene, job, description, visibility[description.object_id], options, size)
-    ]
-
-
 def image_size(scene: Scene) -> tuple[int, int]:
-    """Width and height of a scene's colour images, from the first. Raises ``ValueError`` if it is unreadable."""
+    """Width and height of a scene's colour images, read from the first; raises ``ValueError`` if it is unreadable."""
     path = scene.frames[0].color
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -133,6 +118,7 @@ def _camera_samples(
     options: TaskOptions,
     size: tuple[int, int],
 ) -> Iterator[PreparedItem]:
+    """Samples (one per roll) and skipped items of one description in format ``vgllm``."""
     training = options.split == "train"
     if training and visible.box is None:
         yield SkippedItem(description.key, NO_INSTANCE_MATCH, description.location)
@@ -140,16 +126,18 @@ def _camera_samples(
     rolls = options.rolls if training else 1
     for roll in range(rolls):
         key = f"{description.key}#{roll}" if rolls > 1 else description.key
+        # In validation, the selection is independent of the object's visibility, which is part of the answer.
         chosen = select_frames(options.frames, scene, key, visible.frames if training else None)
         best = None
         if chosen is not None and visible.box is not None:
-            seeing = [position for position in chosen if position in visible.frames]
-            best = clearest_frame(scene.frames, seeing, visible.box, scene.intrinsic, size)
+            candidates = [position for position in chosen if position in visible.frames]
+            best = clearest_frame(scene.frames, candidates, visible.box, scene.intrinsic, size)
         if chosen is None or (training and best is None):
             yield SkippedItem(key, NO_VISIBLE_FRAME, description.location)
             continue
         answer = ""
         if best is not None:
+            # The label is ScanRefer's box; EmbodiedScan's (visible.box) only selects the frame.
             box = world_to_camera(world_box(scene, description.object_id), scene.frames[best].cam_to_world)
             answer = answer_text(chosen.index(best), box)
         yield _sample(scene, job, description, key, chosen, answer)
@@ -195,7 +183,20 @@ class ScanRefer(DescriptionTask):
     cli_options = ("format", "frames", "rolls", "visibility", "skip_without_box")
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
-        return _make_samples(scene, job, options)
+        """Samples and skipped descriptions of one scene, in the order of the file.
+
+        Raises:
+            ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
+        """
+        scene, visibility = find_visible_frames(scene, job, options)
+        if options.format == "video3dllm":
+            return [(n, _world_sample(scene, job, description, options, visibility)) for n, description in job.items]
+        size = image_size(scene)
+        return [
+            (number, item)
+            for number, description in job.items
+            for item in _camera_samples(scene, job, description, visibility[description.object_id], options, size)
+        ]
 
     def kind(self, options: TaskOptions) -> Kind:
         return "grounding" if options.format == "vgllm" else "answer"
@@ -207,14 +208,14 @@ class ScanRefer(DescriptionTask):
         return "descriptions"
 
     def uses_visibility(self, options: TaskOptions) -> bool:
-        # format vgllm: the answer names a frame that shows the object; scene_sets: so that one of the frames does
+        # Format vgllm: the answer is a frame that shows the object. scene_sets selects a set with such a frame.
         return options.format == "vgllm" or (options.split == "train" and options.frames.protocol == "scene_sets")
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
         return {"rolls": options.rolls} if options.format == "vgllm" else {}
 
     def default_rolls(self, options: TaskOptions) -> int:
-        # VG-LLM trains on two samples per description where the frames are drawn per sample
+        # As in VG-LLM, which draws the frames of every sample. Other protocols would give equal samples.
         drawn = options.format == "vgllm" and options.frames.protocol == "vgllm" and options.split == "train"
         return 2 if drawn else 1
 
