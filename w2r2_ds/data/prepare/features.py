@@ -52,7 +52,7 @@ class FileCount:
 
 
 def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: RankInfo) -> None:
-    """Encode the frame sets of these splits that the cache does not have. An interrupted call can be repeated.
+    """Compute the features of the splits' frame sets that the cache lacks; continues an interrupted call.
 
     Collective: every rank calls it, inside `utils.distributed.gloo_process_group`.
 
@@ -60,37 +60,38 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         config: configuration of the run that will use the cache.
         splits: train, val or both.
         dry_run: only print the number and the size of missing files.
-        ranks: the ranks that share the work.
+        ranks: this rank and the number of ranks that share the work.
 
     Raises:
         ValueError: data.cache is empty or has too little space, a frame cannot be read, or a file could not be written.
             Raised on every rank, except for a frame that cannot be decoded: only on the rank that decodes it.
     """
     with raise_on_all_ranks():
-        scenes = frame_sets(config, splits)[ranks.rank :: ranks.world_size]
+        samples = frame_sets(config, splits)[ranks.rank :: ranks.world_size]
         cache = open_cache(config.data, config.model)
         if cache is None:
-            raise ValueError("data.cache is empty; name the folder to fill, as --data.cache runs/cache.")
+            raise ValueError("data.cache is empty; pass the folder to fill, such as --data.cache runs/cache.")
         vision, geometry = load_vision_spec(config.model.vlm), geometry_spec(config.model.geometry)
         family = find_family(load_config(config.model.vlm).model_type)
         preprocess = VisualPreprocessor(family, vision, geometry, config.data, cache)
-        missing, whole, lacking = find_missing(scenes, preprocess, FeatureBytes(config, vision, geometry, cache))
-    whole, lacking = sum_over_ranks(whole, ranks), sum_over_ranks(lacking, ranks)
+        todo, total, missing = find_missing(samples, preprocess, FeatureSizes(config, vision, geometry, cache))
+    # From here on, the counts are those of all ranks, so every rank takes the same branches.
+    total, missing = sum_over_ranks(total, ranks), sum_over_ranks(missing, ranks)
     with raise_on_all_ranks():
-        check_space(cache.cache, whole, lacking)
+        check_space(cache.cache, total, missing)
     if ranks.rank == 0:
         dtype = resolve_dtype(config.model.dtype)
-        chosen = describe_attention(config.model.attention, dtype)
-        print(f"{chosen}, {dtype}: training on other machines finds only what it would choose too", flush=True)
+        attention = describe_attention(config.model.attention, dtype)
+        print(f"{attention}, {dtype}: a run with another attention or dtype computes its own features", flush=True)
         free = gib(shutil.disk_usage(cache.cache.folder).free)
-        print(f"features of data.{', data.'.join(splits)}: {whole}; missing in {cache.cache.folder}: {lacking}", end="")
+        print(f"features of data.{', data.'.join(splits)}: {total}; missing in {cache.cache.folder}: {missing}", end="")
         print(f" (free: {free}, data.cache_gib {config.data.cache_gib:g})", flush=True)
-    if not dry_run and lacking.files:
+    if not dry_run and missing.files:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        made = encode_all(missing, preprocess, config, device, ranks)
+        keys = encode_all(todo, preprocess, config, device, ranks)
         flush()
         with raise_on_all_ranks():  # also a barrier: the size below is that of all ranks' files
-            check_written(cache.cache, made)
+            check_written(cache.cache, keys)
         if ranks.rank == 0:
             print(f"{cache.cache.folder}: {gib(cache.cache.size())}, complete", flush=True)
 
@@ -105,8 +106,8 @@ def frame_sets(config: RunConfig, splits: Sequence[str]) -> list[Sample]:
     return list(found.values())
 
 
-class FeatureBytes:
-    """Size of feature files, computed from image sizes without decoding."""
+class FeatureSizes:
+    """Sizes of feature files, computed from the sizes of the images without decoding them."""
 
     def __init__(self, config: RunConfig, vision: VisionSpec, geometry: GeometrySpec, cache: FeatureCache) -> None:
         self.dtype, self.cache = resolve_dtype(config.model.dtype), cache
@@ -115,21 +116,21 @@ class FeatureBytes:
         self.channels_2d = find_family(vlm.model_type).cache_channels(vlm)
         self.as_video = config.data.visual == "video"
 
-    def of(self, sample: Sample, preprocess: VisualPreprocessor) -> tuple[int, int]:
-        """Upper bounds, in bytes, of a sample's geometry file and 2D file; 0 if 2D features are not cached."""
+    def upper_bounds(self, sample: Sample, preprocess: VisualPreprocessor) -> tuple[int, int]:
+        """Upper bounds, in bytes, of a sample's geometry file and 2D file (0 if 2D features are not cached)."""
         (width, height), (tower_width, tower_height) = preprocess.sizes([frame_size(path) for path in sample.frames])
         count = len(sample.frames)
         shape_3d = (count, *self.geometry.grid(height, width), self.geometry.feature_dim)
         if self.cache.vision is None:
             return file_size(shape_3d, self.dtype), 0
-        step = self.vision.patch_size * self.vision.merge_size
+        side = self.vision.patch_size * self.vision.merge_size  # of one token, in pixels
         times = -(-count // self.vision.temporal_patch_size) if self.as_video else count
-        shape_2d = (times * (tower_height // step) * (tower_width // step), self.channels_2d)
+        shape_2d = (times * (tower_height // side) * (tower_width // side), self.channels_2d)
         return file_size(shape_3d, self.dtype), file_size(shape_2d, self.dtype)
 
 
 def find_missing(
-    samples: Sequence[Sample], preprocess: VisualPreprocessor, sizes: FeatureBytes
+    samples: Sequence[Sample], preprocess: VisualPreprocessor, sizes: FeatureSizes
 ) -> tuple[list[Sample], FileCount, FileCount]:
     """Samples with missing files, the files of all samples, and the missing files.
 
@@ -137,56 +138,65 @@ def find_missing(
     """
     cache = sizes.cache
 
-    def one(sample: Sample) -> tuple[FileCount, FileCount]:
-        found = [cache.find_3d(sample.frames), cache.find_2d(sample.frames)]
-        needs = [
-            (each, FileCount(1, size)) for each, size in zip(found, sizes.of(sample, preprocess), strict=True) if each
-        ]
-        lacking = [need for each, need in needs if each.features is None]
-        return sum((need for _, need in needs), FileCount()), sum(lacking, FileCount())
+    def count(sample: Sample) -> tuple[FileCount, FileCount]:
+        """All files and missing files of one sample."""
+        total = missing = FileCount()
+        lookups = (cache.find_3d(sample.frames), cache.find_2d(sample.frames))
+        for lookup, size in zip(lookups, sizes.upper_bounds(sample, preprocess), strict=True):
+            if lookup is not None:  # None: 2D features are not cached
+                total += FileCount(1, size)
+                missing += FileCount(1, size) if lookup.features is None else FileCount()
+        return total, missing
 
     with ThreadPoolExecutor(THREADS) as pool:
-        needs = list(pool.map(one, samples))
-    missing = [sample for sample, (_, lacking) in zip(samples, needs, strict=True) if lacking.files]
-    return missing, sum((whole for whole, _ in needs), FileCount()), sum((lacking for _, lacking in needs), FileCount())
+        counts = list(pool.map(count, samples))
+    todo = [sample for sample, (_, missing) in zip(samples, counts, strict=True) if missing.files]
+    return todo, sum((total for total, _ in counts), FileCount()), sum((missing for _, missing in counts), FileCount())
 
 
-def sum_over_ranks(need: FileCount, ranks: RankInfo) -> FileCount:
+def sum_over_ranks(count: FileCount, ranks: RankInfo) -> FileCount:
     """Sum of the counts of all ranks. Collective."""
     if ranks.world_size == 1:
-        return need
-    everyone: list[FileCount] = [need] * ranks.world_size
-    dist.all_gather_object(everyone, need)
-    return sum(everyone, FileCount())
+        return count
+    counts = [count] * ranks.world_size
+    dist.all_gather_object(counts, count)
+    return sum(counts, FileCount())
 
 
-def check_space(cache: FeatureStore, whole: FileCount, lacking: FileCount) -> None:
-    """Raise ``ValueError`` if the features exceed data.cache_gib or the free space, before anything is encoded."""
-    if whole.bytes > cache.limit:
+def check_space(cache: FeatureStore, total: FileCount, missing: FileCount) -> None:
+    """Raise ``ValueError`` if the features exceed data.cache_gib or the free space, before any is computed.
+
+    Args:
+        cache: the cache on disk.
+        total: features of the chosen splits.
+        missing: those of them that the cache lacks.
+    """
+    if total.bytes > cache.limit:
         raise ValueError(
-            f"The features need {gib(whole.bytes)} ({whole.files} files), more than data.cache_gib = "
-            f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames "
-            "(of protocol vgllm every sample has its own, of scene_sets samples share them)."
+            f"The features need {gib(total.bytes)} ({total.files} files), more than data.cache_gib = "
+            f"{cache.limit / 2**30:.3g}; raise it, or fill the cache for fewer --splits or frames (with "
+            "frames.protocol vgllm every sample has its own frames, with scene_sets samples share them)."
         )
+    # The cache may also hold features of other splits, models or frame widths.
     size, free = cache.size(), shutil.disk_usage(cache.folder).free
-    if size + lacking.bytes > cache.limit:
+    if size + missing.bytes > cache.limit:
         raise ValueError(
-            f"{cache.folder} holds {gib(size)} and the missing features need {gib(lacking.bytes)}, more than "
+            f"{cache.folder} holds {gib(size)} and the missing features need {gib(missing.bytes)}, more than "
             f"data.cache_gib = {cache.limit / 2**30:.3g} together; raise it, or delete files of older weights."
         )
-    if lacking.bytes > free:
+    if missing.bytes > free:
         raise ValueError(
-            f"{cache.folder} has {gib(free)} free, but the missing features need {gib(lacking.bytes)}; make room, or "
-            "name another folder with data.cache."
+            f"{cache.folder} has {gib(free)} free, but the missing features need {gib(missing.bytes)}; make room, or "
+            "pass another folder as data.cache."
         )
 
 
-def check_written(cache: FeatureStore, made: Sequence[str]) -> None:
-    """Raise ``ValueError`` if new files are missing: the cache was full, or a write failed, which is logged."""
-    lost = [key for key in made if not cache.has(key)]
+def check_written(cache: FeatureStore, keys: Sequence[str]) -> None:
+    """Raise ``ValueError`` if files of these keys are missing: the cache was full, or a write failed (logged)."""
+    lost = [key for key in keys if not cache.has(key)]
     if lost:
         raise ValueError(
-            f"{cache.folder} lacks {len(lost)} of the {len(made)} files that were just written (see the "
+            f"{cache.folder} lacks {len(lost)} of the {len(keys)} files that were just written (see the "
             "warning above); free space or raise data.cache_gib, and repeat the command."
         )
 
@@ -207,8 +217,8 @@ class _VisualInputsDataset(ImportsPlugins, Dataset[VisualInputs]):
 def encode_all(
     samples: Sequence[Sample], preprocess: VisualPreprocessor, config: RunConfig, device: torch.device, ranks: RankInfo
 ) -> list[str]:
-    """Encode and store the missing features of these samples; returns their keys."""
-    made: list[str] = []
+    """Compute and store the missing features of these samples; returns their keys."""
+    keys: list[str] = []
     geometry = load_geometry(config.model, device)
     set_num_threads(ranks, geometry.spec.feature_dim)
     vlm: Any = None
@@ -228,14 +238,15 @@ def encode_all(
     label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
         for inputs in loader:
+            # The images are present only if the features were missing when the loader worker searched the cache.
             if inputs.cached_3d is not None and inputs.geometry_images is not None:
                 inputs.cached_3d.write_async(geometry.encode(inputs.geometry_images))
-                made.append(inputs.cached_3d.key)
+                keys.append(inputs.cached_3d.key)
             if inputs.cached_2d is not None and len(inputs.pixel_values):
                 visuals = moved(
                     tower_input(kind, inputs.pixel_values, inputs.grid_thw, preprocess.vision, family), device
                 )
                 inputs.cached_2d.write_async(family.to_cache(family.encode_visuals(vlm, visuals)))
-                made.append(inputs.cached_2d.key)
+                keys.append(inputs.cached_2d.key)
             advance()
-    return made
+    return keys

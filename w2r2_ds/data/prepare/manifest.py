@@ -16,6 +16,7 @@ from w2r2_ds.utils.hashing import file_sha256
 MISSING = "missing"
 """Value in place of the hash of a missing file."""
 THREADS = 16
+"""Threads that hash the files of scenes; the work is bound by the disk."""
 
 
 def file_hash(path: Path) -> str:
@@ -27,7 +28,7 @@ def file_hash(path: Path) -> str:
 
 
 def folder_hash(path: Path) -> str:
-    """SHA-256 of the sorted file names in a folder, or ``MISSING``. The images (130 GB) are not read."""
+    """SHA-256 of the sorted file names in a folder, or ``MISSING``. The images (130 GB in all) are not read."""
     try:
         names = sorted(each.name for each in path.iterdir())
     except OSError:
@@ -36,15 +37,18 @@ def folder_hash(path: Path) -> str:
 
 
 def task_inputs(plan: Plan) -> dict[str, str]:
-    """Path relative to the data root -> hash, of the task's input files."""
+    """Hashes of the task's input files: path relative to the data root -> hash."""
     return {relative(path, plan.root): file_hash(path) for path in plan.files}
 
 
 def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
-    """Scene -> hashes of its alignment, boxes and intrinsics, and of the names of its frames' files."""
+    """Hashes of every scene's input files: scene -> path relative to the data root -> hash.
+
+    Covers alignment, boxes and intrinsics, and the names of the files of the frames.
+    """
 
     def hashes(scene_id: str) -> dict[str, str]:
-        found = {relative(each.path, plan.root): file_hash(each.path) for each in scene_files(plan.root, scene_id)}
+        found = {relative(file.path, plan.root): file_hash(file.path) for file in scene_files(plan.root, scene_id)}
         folder = plan.root / "posed_images" / scene_id
         return {**found, relative(folder, plan.root): folder_hash(folder)}
 
@@ -59,14 +63,21 @@ def relative(path: Path, root: Path) -> str:
 
 
 def key_of(*parts: Any) -> str:
-    """SHA-256 of JSON values."""
+    """SHA-256 of JSON values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_identity(
     plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str], skip_without_box: bool = False
 ) -> dict[str, Any]:
-    """The part of a manifest that identifies the data set: data sets with equal identities are equal."""
+    """The part of a manifest that determines the data set: equal identities give equal samples.
+
+    Args:
+        plan: preparation plan.
+        skip_broken_scenes: option of `pipeline.prepare`.
+        inputs: path -> hash of all input files.
+        skip_without_box: option of `pipeline.prepare`.
+    """
     options = {**recorded_options(plan.options), "skip_broken_scenes": skip_broken_scenes}
     if skip_without_box:
         options["skip_without_box"] = True
@@ -81,7 +92,7 @@ def manifest_identity(
 
 
 def counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str, Any]:
-    """Counts of the manifest. The published number of items is compared with that of the annotations.
+    """Counts for the manifest, with a comparison of the number of annotations with the published number.
 
     Args:
         plan: preparation plan.
@@ -90,31 +101,36 @@ def counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str
         without_pose: number of their frames without a valid pose.
     """
     found: dict[str, Any] = {"samples": samples, "scenes": scenes, "frames_without_pose": without_pose}
-    found.setdefault(plan.unit, plan.items)  # of scenes, those that were used are counted
+    # If the unit is scenes (detection), the number of prepared scenes stays.
+    found.setdefault(plan.unit, plan.items)
     if plan.published is not None:
         found["published"] = {"of": plan.unit, "count": plan.published, "met": plan.items == plan.published}
     return found
 
 
 def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
-    """Two or three lines about a prepared folder: samples, comparison with the published count, skipped items."""
+    """One to three lines about a prepared folder: samples, comparison with the published count, skipped items."""
     numbers = manifest["counts"]
     units = [name for name in numbers if name not in ("samples", "scenes", "frames_without_pose", "published")]
-    held = " in ".join(f"{numbers[name]} {name}" for name in [*units, "scenes"])
-    lines = [f"{'reusing ' if reused else ''}{folder}: {numbers['samples']} samples of {held}"]
+    sources = " in ".join(f"{numbers[name]} {name}" for name in [*units, "scenes"])
+    lines = [f"{'reusing ' if reused else ''}{folder}: {numbers['samples']} samples of {sources}"]
     published = numbers.get("published")
     if published is not None:
         found = numbers[published["of"]]
         compared = "as published" if published["met"] else f"not the {published['count']} that are published"
         lines.append(f"  {found} {published['of']}, {compared}")
     if manifest["skipped"]:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in manifest["skipped"].items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in manifest["skipped"].items())
         lines.append(f"  skipped: {reasons} (see skipped.jsonl)")
     return "\n".join(lines)
 
 
 def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the complete data set with this identity; False if it is not complete.
+    """Whether a folder holds the complete data set with this identity; False if the folder is not complete.
+
+    Args:
+        folder: prepared folder, which may not exist.
+        wanted: the identity, see `manifest_identity`.
 
     Raises:
         ValueError: it holds another complete data set, or its files have changed.
@@ -138,6 +154,7 @@ def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
+    """Description of the first difference of a manifest's entry `name`, for a message."""
     if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
         return f"{name} is {found!r} there and {wanted!r} here"
     key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))

@@ -1,8 +1,11 @@
 """Preparation of one task and split: scenes in parallel, one Parquet file per scene, written as soon as it is prepared.
 
-The schema metadata of a scene's file hold a key (hash of options and inputs) and the skipped items. An interrupted
-preparation therefore continues: a scene whose file has the expected key is not prepared again. ``manifest.json`` is
-written last; a folder without it is not complete.
+Resume: the schema metadata of a scene's file contain a record with a key (hash of the options and of the scene's
+inputs) and the skipped items. A scene whose file has the expected key is not prepared again. A file is replaced
+atomically, so it is complete or absent. ``manifest.json`` is written last; a folder without it is not complete.
+
+Several processes: worker processes of one call prepare different scenes and write different files. A lock beside the
+folder excludes other calls.
 """
 
 from __future__ import annotations
@@ -46,10 +49,12 @@ logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
 METADATA = "w2r2_ds"
-"""Metadata key of a scene's record."""
+"""Key of a scene's record in the schema metadata of its file."""
 EMPTY = ".empty"
-"""Suffix of the file of a scene without samples; deleted at the end: ``datasets`` cannot read a Parquet file without
-rows."""
+"""Suffix of the file of a scene without samples, which only has a record.
+
+Such files are deleted at the end, because ``datasets`` cannot read a Parquet file without rows.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ class Prepared:
 class _Failure:
     """Errors of one scene.
 
-    `is_annotation_error` is False for errors in the scene's files.
+    Attributes:
+        scene_id: ScanNet scene name.
+        messages: one per error.
+        is_annotation_error: the annotations do not fit the scene; False for errors in the scene's files.
     """
 
     scene_id: str
@@ -88,7 +96,7 @@ def prepare(
         root: data root in ScanNet's layout (``data/sources/scannet.py``).
         options: task options.
         out: folder to write; a complete one with the same options and inputs is reused.
-        workers: processes; 1 works in this process.
+        workers: number of processes; 1 uses this process.
         skip_broken_scenes: skip and list items of scenes with missing or malformed files, instead of an error.
         skip_without_box: skip and list items about objects without a box, instead of an error.
         quiet: no progress bar.
@@ -103,11 +111,12 @@ def prepare(
     scene_hashes = {name: digest for scene in scenes.values() for name, digest in scene.items()}
     wanted = manifest_identity(plan, skip_broken_scenes, {**files, **scene_hashes}, skip_without_box)
     if not reusable(out, wanted):
-        # The skip options are not part of a scene's key: unaffected scenes stay valid when they change.
+        # Unlike the manifest, a scene's key does not cover the files of other scenes or the skip options. When these
+        # change, the scene stays valid.
         common = {**wanted, "inputs": files, "options": recorded_options(options)}
         keys = {scene_id: key_of(common, inputs) for scene_id, inputs in scenes.items()}
         with locked(out.with_name(out.name + ".lock"), f"{out} is being prepared", "pass another --out"):
-            if not reusable(out, wanted):  # another process may just have finished it
+            if not reusable(out, wanted):  # another process may have finished it before this one got the lock
                 _check_folder(out)
                 failures = _prepare_scenes(plan, out, keys, skip_without_box, workers, quiet)
                 broken = _scenes_to_skip(plan, failures, skip_broken_scenes)
@@ -118,6 +127,7 @@ def prepare(
 def _check_folder(out: Path) -> None:
     """Create the folder; raise ``ValueError`` if it holds files that ``launchers/prepare.py`` did not write."""
     out.mkdir(parents=True, exist_ok=True)
+    # Files of an interrupted preparation are expected: scenes, temporary files of `atomic_io`, and skipped.jsonl.
     others = [
         path for path in out.iterdir() if path.suffix not in (".parquet", ".partial", EMPTY) and path.name != SKIPPED
     ]
@@ -137,7 +147,7 @@ def _prepare_scenes(
     failures = []
     with progress(f"{plan.options.task} {plan.options.split}: scenes", len(todo), quiet) as advance:
         arguments = [(plan.root, plan.options, job, out, keys[job.scene_id], skip_without_box) for job in todo]
-        # Worker processes cannot unpickle the classes of a plug-in file.
+        # A task from outside the package uses this process: a worker may lack the module of its classes.
         workers = workers if type(plan.task).__module__.startswith("w2r2_ds.") else 1
         for failure in run_all(_write_scene, arguments, workers):
             failures += [failure] if failure else []
@@ -147,16 +157,17 @@ def _prepare_scenes(
 
 def _is_done(out: Path, scene_id: str, key: str, skip_without_box: bool) -> bool:
     """Whether the scene's file is complete and was written for these options and inputs."""
-    found = _scene_record(out, scene_id)
-    if found is None or found["key"] != key:
+    record = _scene_record(out, scene_id)
+    if record is None or record["key"] != key:
         return False
-    return skip_without_box or all(item["reason"] != NO_BOX for item in found["skipped"])
+    # The key does not cover --skip_without_box: a file written with it is valid without it if nothing was skipped.
+    return skip_without_box or all(item["reason"] != NO_BOX for item in record["skipped"])
 
 
 def _write_scene(
     root: Path, options: TaskOptions, job: Job, out: Path, key: str, skip_without_box: bool
 ) -> _Failure | None:
-    """Write one scene's file. Errors are returned, so that the caller reports those of all scenes."""
+    """Write one scene's file (in a worker process). Errors are returned, so that those of all scenes are reported."""
     try:
         items, without_pose = prepare_scene(root, options, job, skip_without_box=skip_without_box)
     except AnnotationMismatch as error:
@@ -169,17 +180,17 @@ def _write_scene(
     scene, empty = (out / f"{job.scene_id}{suffix}" for suffix in (".parquet", EMPTY))
     written, other = (scene, empty) if samples else (empty, scene)
     write_samples(written, samples, root, {METADATA: json.dumps(record)})
-    other.unlink(missing_ok=True)
+    other.unlink(missing_ok=True)  # of an earlier preparation, with another key
     return None
 
 
 def _scene_record(out: Path, scene_id: str) -> dict[str, Any] | None:
-    """Key, skipped items and number of frames without a pose of a prepared scene; None for other scenes."""
+    """Record of a prepared scene (key, skipped items, frames without pose); None if it is not prepared."""
     return _metadata(out / f"{scene_id}.parquet") or _metadata(out / f"{scene_id}{EMPTY}")
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
-    """The record that `_write_scene` stored in a scene's file; None if there is no such complete file."""
+    """The record that `_write_scene` stored in a file; None if there is no such complete file."""
     if not _is_readable(path):
         return None
     stored = (pq.read_schema(path).metadata or {}).get(METADATA.encode())
@@ -187,6 +198,7 @@ def _metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _is_readable(path: Path) -> bool:
+    """Whether a file exists and is a complete Parquet file; its footer is read, which is written last."""
     try:
         pq.read_metadata(path)
     except (OSError, pa.ArrowException):  # missing, or truncated, e.g. by a full disk
@@ -200,7 +212,7 @@ def prepare_scene(
     """Samples and skipped items of one scene, and the number of its frames without a valid pose.
 
     Raises:
-        AnnotationMismatch: annotations name objects that the scene lacks, without `skip_without_box`.
+        AnnotationMismatch: annotations refer to objects that the scene lacks, and `skip_without_box` is False.
         ValueError: a file of the scene is missing or malformed.
     """
     task = TASKS.find(options.task)
@@ -216,7 +228,7 @@ def prepare_scene(
         items = task.items(without_box, options)
         prepared = [(number, SkippedItem(identity, NO_BOX, location, detail)) for number, identity, location in items]
     check_objects(scene, job)
-    if not prepared or job.items:
+    if not prepared or job.items:  # else all items were skipped, and the task would prepare an empty job
         kind = task.kind(options)
         prepared += [
             (number, replace(item, kind=kind) if isinstance(item, Sample) else item)
@@ -241,47 +253,57 @@ def _scenes_to_skip(plan: Plan, failures: Sequence[_Failure], skip: bool) -> lis
 
 
 def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_Failure]) -> dict[str, Any]:
-    """Write skipped.jsonl and the manifest; delete files of scenes that are not part of the data set."""
+    """Write skipped.jsonl and the manifest; delete files of scenes that are not part of the data set.
+
+    Args:
+        plan: preparation plan.
+        out: folder with the files of all scenes except `broken`.
+        wanted: identity of the data set, see `manifest_identity`.
+        broken: scenes to skip.
+    """
+    records, skipped = _collect_records(plan, out, broken)
+    files = [path for scene_id in records if (path := out / f"{scene_id}.parquet").is_file()]
+    samples = sum(pq.read_metadata(path).num_rows for path in files)
+    reasons = Counter(item["reason"] for item in skipped)
+    if not samples:
+        skips = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        found = f"skipped: {skips}" if skips else "it has no item for these options"
+        raise ValueError(
+            f"No samples could be made from {plan.task.annotations(plan.root, plan.options).path} ({found}); "
+            "docs/reference/data-formats.md explains the reasons."
+        )
+    # Files of earlier annotations, and of scenes without samples.
+    for path in {*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")} - set(files):
+        path.unlink()
+    lines = [json.dumps({name: value for name, value in item.items() if name != "number"}) + "\n" for item in skipped]
+    atomic_io.replace(out / SKIPPED, "".join(lines))
+    without_pose = sum(record["frames_without_pose"] for record in records.values())
+    manifest = {
+        **wanted,
+        "counts": counts(plan, samples, len(records), without_pose),
+        "skipped": dict(sorted(reasons.items())),
+        "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED]},
+    }
+    atomic_io.replace(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # last: it marks the folder as complete
+    return manifest
+
+
+def _collect_records(
+    plan: Plan, out: Path, broken: Sequence[_Failure]
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Records of the prepared scenes, and all skipped items in the order of the annotations."""
     errors = {failure.scene_id: " ".join(failure.messages) for failure in broken}
-    annotations = plan.task.annotations(plan.root, plan.options).path
+    records: dict[str, dict[str, Any]] = {}
     skipped: list[dict[str, Any]] = []
-    samples = scenes = without_pose = 0
-    files = []
     for job in plan.jobs:
         if job.scene_id in errors:
             skipped += [
                 {"number": number, **asdict(SkippedItem(identity, BROKEN_SCENE, location, errors[job.scene_id]))}
                 for number, identity, location in plan.task.items(job, plan.options)
             ]
-            continue
-        record = _scene_record(out, job.scene_id)
-        assert record is not None, "every other scene has its file"
-        scenes += 1
-        path = out / f"{job.scene_id}.parquet"
-        if path.is_file():
-            files.append(path)
-            samples += pq.read_metadata(path).num_rows
-        without_pose += record["frames_without_pose"]
-        skipped += record["skipped"]
-    reasons = Counter(item["reason"] for item in skipped)
-    if not samples:
-        skips = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        found = f"skipped: {skips}" if skips else "it has no item for these options"
-        raise ValueError(
-            f"No samples could be made from {annotations} ({found}); "
-            "docs/reference/data-formats.md explains the reasons."
-        )
-    # Files of earlier annotations, and of scenes without samples.
-    for path in {*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")} - set(files):
-        path.unlink()
-    skipped.sort(key=lambda item: item["number"])
-    lines = [json.dumps({name: value for name, value in item.items() if name != "number"}) + "\n" for item in skipped]
-    atomic_io.replace(out / SKIPPED, "".join(lines))
-    manifest = {
-        **wanted,
-        "counts": counts(plan, samples, scenes, without_pose),
-        "skipped": dict(sorted(reasons.items())),
-        "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED]},
-    }
-    atomic_io.replace(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    return manifest
+        else:
+            record = _scene_record(out, job.scene_id)
+            assert record is not None, "every scene that is not broken has a file"
+            records[job.scene_id] = record
+            skipped += record["skipped"]
+    return records, sorted(skipped, key=lambda item: item["number"])

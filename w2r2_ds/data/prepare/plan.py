@@ -52,20 +52,20 @@ class Plan:
 
 
 def check_options(options: TaskOptions) -> None:
-    """Raise ``ValueError`` with the option, its value and the valid ones if options are invalid or do not fit."""
+    """Raise ``ValueError`` with the option, its value and the valid ones if options are invalid or contradictory."""
     task = TASKS.find(options.task)
     if options.format not in task.formats:
         raise ValueError(f"--format is {options.format}; {task.name} has {' and '.join(task.formats)}.")
     if options.split not in task.splits:
         raise ValueError(f"--splits names {options.split!r}; {task.name} has {', '.join(task.splits)}.")
-    for name, value, least in (
+    for name, value, minimum in (
         ("rolls", options.rolls, 1),
         ("interval", options.interval, 1),
         ("step", options.step, 1),
         ("windows", options.windows, 0),
     ):
-        if value < least:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}.")
+        if value < minimum:
+            raise ValueError(f"--{name} is {value}; it must be at least {minimum}.")
     if options.rolls > 1 and options.frames.protocol != "vgllm":
         raise ValueError(
             f"--rolls is {options.rolls}, but frames.protocol {options.frames.protocol} gives every roll the same "
@@ -85,24 +85,28 @@ def recorded_options(options: TaskOptions) -> dict[str, Any]:
 
 
 def make_plan(root: Path | str, options: TaskOptions) -> Plan:
-    """Read the annotation files of a task; raises ``ValueError`` with the option, or the file, entry and field."""
+    """Check the options and read the annotation files of a task.
+
+    Raises:
+        ValueError: an option is invalid (the message names it), or a file is (with its entry and field).
+    """
     root = Path(root)
     check_options(options)
-    files = tuple(source.path for source in input_files(root, options))
+    files = tuple(file.path for file in input_files(root, options))
     return Plan(root, options, TASKS.find(options.task).jobs(root, options), files)
 
 
 def input_files(root: Path, options: TaskOptions) -> list[InputFile]:
     """Input files of a task and split, without those of the scenes; the annotations first."""
     task = TASKS.find(options.task)
-    found = [task.annotations(root, options), *task.other_files(root, options)]
+    files = [task.annotations(root, options), *task.other_files(root, options)]
     if task.needs_infos(options):
-        found += [InputFile("infos", path, EMBODIEDSCAN) for path in infos_files(root, options.split)]
+        files += [InputFile("infos", path, EMBODIEDSCAN) for path in infos_files(root, options.split)]
     if task.needs_proposals(options):
-        found.append(InputFile("proposals", proposals_file(root, options.split), PROPOSALS))
+        files.append(InputFile("proposals", proposals_file(root, options.split), PROPOSALS))
     if options.frames.file is not None:
-        found.append(InputFile("frames", Path(options.frames.file), "your own file, given as frames.file"))
-    return found
+        files.append(InputFile("frames", Path(options.frames.file), "your own file, given as frames.file"))
+    return files
 
 
 def scene_files(root: Path, scene_id: str) -> Iterator[InputFile]:

@@ -14,7 +14,7 @@ from w2r2_ds.data.tasks.common import SCANNET
 from w2r2_ds.data.validate import THREADS, is_complete_image
 
 SAMPLE_BYTES, FRAME_BYTES = 130, 160
-"""Compressed size of a sample of 32 frames and of a frame, measured on sentences of random words."""
+"""Compressed bytes of a sample of 32 frames, and of a frame, in a Parquet file of sentences of random words."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Missing:
 
     Attributes:
         path: path of the file or folder.
-        problem: what is wrong with it.
-        origin: where to download it.
+        problem: description, such as ``missing`` or ``truncated``.
+        origin: source for a download, or the command that writes it.
     """
 
     path: Path
@@ -35,8 +35,8 @@ class Missing:
 def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
     """All input files of a task and split that are missing, truncated or unreadable.
 
-    Every image of the scenes in the annotations must have the end marker of a JPEG or a PNG. If the annotations are not
-    usable, the scenes in posed_images/ are checked instead.
+    The scenes are those of the annotations, or those in posed_images/ if the annotations cannot be read. Every image
+    must have the end marker of a JPEG or a PNG; images are not decoded.
     """
     root = Path(root)
     check_options(options)
@@ -83,11 +83,15 @@ def forecast(plan: Plan, out: Path) -> str:
 
 
 def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[str], list[Missing]]:
-    """The scenes in the annotations, and the input files that cannot be parsed or that lack scenes."""
+    """The scenes to check, and the input files that cannot be parsed or that lack scenes.
+
+    The annotations are not read if input files are missing (`incomplete`).
+    """
     if not incomplete:
         try:
             plan = make_plan(root, options)
         except ValueError as error:
+            # The message names the file with the error; otherwise the annotations are blamed.
             named = [each for each in input_files(root, options) if str(each.path) in str(error)]
             source = named[0] if named else TASKS.find(options.task).annotations(root, options)
             return _extracted(root), [Missing(source.path, str(error), source.origin)]
@@ -96,8 +100,9 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
 
 
 def _lacking(plan: Plan) -> Iterator[Missing]:
-    """Scenes that are missing in EmbodiedScan's infos or in the proposals."""
-    files = {each.name: each for each in reversed(input_files(plan.root, plan.options))}  # the split's own infos
+    """Entries for the scenes that EmbodiedScan's infos or the proposals lack."""
+    # Reversed: of the infos of both splits, the split's own come first and must win.
+    files = {file.name: file for file in reversed(input_files(plan.root, plan.options))}
     for job in plan.jobs:
         if plan.task.needs_infos(plan.options) and job.info is None:
             yield Missing(files["infos"].path, f"does not have {job.scene_id}", files["infos"].origin)
@@ -106,17 +111,20 @@ def _lacking(plan: Plan) -> Iterator[Missing]:
 
 
 def _extracted(root: Path) -> list[str]:
+    """Scenes in posed_images/."""
     folder = root / "posed_images"
     return sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
 
 
 def _missing_of_scene(root: Path, scene_id: str) -> Iterator[Missing]:
+    """Missing or truncated files of one scene."""
     folder = root / "posed_images" / scene_id
     if not folder.is_dir():
         yield Missing(folder, "missing", EXTRACTED)
-    for each in scene_files(root, scene_id):
-        if not each.path.is_file() and (each.path.parent != folder or folder.is_dir()):
-            yield Missing(each.path, "missing", each.origin)
+    for file in scene_files(root, scene_id):
+        # Of a missing folder, the files are not listed too.
+        if not file.path.is_file() and (file.path.parent != folder or folder.is_dir()):
+            yield Missing(file.path, "missing", file.origin)
     if not folder.is_dir():
         return
     names = {each.name for each in folder.iterdir()}
@@ -131,6 +139,6 @@ def _missing_of_scene(root: Path, scene_id: str) -> Iterator[Missing]:
             elif suffix != ".txt":
                 images.append(folder / (stem + suffix))
     with ThreadPoolExecutor(THREADS) as pool:
-        for path, whole in zip(images, pool.map(is_complete_image, images), strict=True):
-            if not whole:
+        for path, is_complete in zip(images, pool.map(is_complete_image, images), strict=True):
+            if not is_complete:
                 yield Missing(path, "truncated, or no image", EXTRACTED)

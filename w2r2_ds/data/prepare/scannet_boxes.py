@@ -9,9 +9,9 @@ Input files below ``scans/SCENE/``, all from ScanNet's download script::
     SCENE.txt                                axisAlignment
 
 and ``scannetv2-labels.combined.tsv``. As in daveredrum/ScanRefer ``load_scannet_data.py``, vertices are aligned in
-float64 and stored as float32, a segment of two objects belongs to the later one, and a box spans the minimum and
-maximum coordinates of an object's vertices. ScanRefer removes walls, floors and ceilings afterwards; here they are
-kept, since a description may be about one ("closet wall").
+float64 and stored as float32, a segment that is listed for two objects belongs to the later one, and a box spans the
+minimum and maximum coordinates of an object's vertices. ScanRefer removes walls, floors and ceilings afterwards; here
+they are kept, since a description may refer to one ("closet wall").
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from w2r2_ds.utils.sanitize import one_line
 
 SOURCE = "a file of ScanNet, which its own download script fetches"
 
-
 _Whole = Annotated[int, Field(strict=True)]
 
 
@@ -57,15 +56,15 @@ _GROUPS, _SEGMENTS = TypeAdapter(_Aggregation), TypeAdapter(_Segmentation)
 
 
 def write_boxes(root: Path | str, scene_id: str) -> Path:
-    """Write ``scannet_data/SCENE_aligned_bbox.npy`` of one scene; an existing file is replaced atomically.
+    """Compute the boxes of one scene and write ``scannet_data/SCENE_aligned_bbox.npy``, replaced atomically.
 
     Args:
         root: data root, see ``data/sources/scannet.py``.
         scene_id: ScanNet scene name.
 
     Returns:
-        The file: ``[N, 8]`` float64, cx cy cz dx dy dz label_id object_id (axis-aligned world, metres), one row per
-        object, sorted by id; zeros for an object without vertices.
+        Path of the file: ``[N, 8]`` float64, cx cy cz dx dy dz label_id object_id (axis-aligned world, metres), one row
+        per object, sorted by object id; a row of zeros for an object without vertices.
 
     Raises:
         ValueError: a file of ScanNet is missing, malformed or of another scene.
@@ -93,20 +92,20 @@ def write_boxes(root: Path | str, scene_id: str) -> Path:
             )
     path = root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"
     path.parent.mkdir(exist_ok=True)
-    with atomic_io.replacing(path) as temporary, temporary.open("wb") as file:  # processes prepare scenes side by side
-        np.save(file, rows)
+    with atomic_io.replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, rows)  # to an open file: for a path, np.save would append .npy to the temporary name
     return path
 
 
 def _rows(vertices: np.ndarray, segments: np.ndarray, groups: list[_Group], labels: LabelMap) -> np.ndarray:
     """Rows ``[N, 8]`` sorted by object id, from vertices ``[V, 3]`` float32 and their segments ``[V]``."""
-    owner = {segment: group.object_id for group in groups for segment in group.segments}
-    names, inverse = np.unique(segments, return_inverse=True)
-    # object of every vertex through its segment; -1: no object
-    object_of = np.array([owner.get(int(name), -1) for name in names], dtype=np.int64)[inverse]
+    object_of_segment = {segment: group.object_id for group in groups for segment in group.segments}
+    # Object of every vertex, looked up once per distinct segment; -1 without an object.
+    distinct, inverse = np.unique(segments, return_inverse=True)
+    object_ids = np.array([object_of_segment.get(int(segment), -1) for segment in distinct], dtype=np.int64)[inverse]
     rows = np.zeros((len(groups), 8))
     for row, group in zip(rows, sorted(groups, key=lambda each: each.object_id), strict=True):
-        points = vertices[object_of == group.object_id]
+        points = vertices[object_ids == group.object_id]
         if len(points):
             low, high = points.min(axis=0), points.max(axis=0)
             row[:] = *((low + high) / 2), *(high - low), labels.get(group.label, (0, ""))[0], group.object_id
@@ -119,12 +118,12 @@ def _aligned(vertices: np.ndarray, axis_align: np.ndarray) -> np.ndarray:
 
 
 def _read_vertices(path: Path) -> np.ndarray:
-    """``[V, 3]`` float64 of a mesh, binary or text, in the file's order."""
+    """Vertices ``[V, 3]`` float64 of a PLY mesh, binary or text, in the order of the file."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; it must be {SOURCE}")
     try:
-        # process=True would merge vertices, and their order is what segIndices refers to. No materials: a mesh names
-        # the file of its texture, which may lie anywhere.
+        # process=True would merge vertices, but segIndices refers to their order in the file. Materials are skipped,
+        # because the path of a texture in an untrusted mesh may lead anywhere.
         mesh: Any = trimesh.load(path, file_type="ply", process=False, skip_materials=True)
         vertices = np.asarray(mesh.vertices, dtype=np.float64)
     except Exception as error:  # trimesh raises many types of errors on a truncated file
@@ -140,12 +139,13 @@ def _read_segments(path: Path) -> np.ndarray:
 
 
 def _aggregation(folder: Path, scene_id: str) -> Path:
-    """The aggregation file: ScanRefer reads the first name; both have the same objects."""
+    """Path of the aggregation file. ScanRefer reads the first candidate; both have the same objects."""
     candidates = [folder / f"{scene_id}{ending}.aggregation.json" for ending in ("_vh_clean", "")]
     return next((path for path in candidates if path.is_file()), candidates[1])
 
 
 def _read_groups(path: Path) -> list[_Group]:
+    """Annotated objects of a scene, in the order of the file; raises ``ValueError`` for a repeated id."""
     groups: dict[int, _Group] = {}
     for index, group in enumerate(validate(_GROUPS, read_json(path, SOURCE), path).groups):
         if group.object_id in groups:
@@ -159,29 +159,30 @@ def _read_groups(path: Path) -> list[_Group]:
 def write_all_boxes(
     root: Path | str, scenes: Sequence[str] = (), workers: int = 1, overwrite: bool = False
 ) -> tuple[int, int]:
-    """Write ``scannet_data/SCENE_aligned_bbox.npy`` of all scenes that have none.
+    """Write ``scannet_data/SCENE_aligned_bbox.npy`` of all scenes that lack it.
 
     Args:
         root: data root in ScanNet's layout.
         scenes: names of scenes; all below ``ROOT/scans`` if empty.
-        workers: processes.
+        workers: number of processes.
         overwrite: replace existing files.
 
     Returns:
-        Number of files written, and of files that existed.
+        Number of files written, and number of files that existed.
 
     Raises:
-        ValueError: there are no scenes, or some have errors; the message has the first ten. The others are written.
+        ValueError: there are no scenes, or some have errors; the message has the first ten. The files of all other
+            scenes are written.
     """
     root, folder = Path(root), Path(root) / "scans"
     if not scenes:
-        scenes = sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
+        scenes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not scenes:
         raise ValueError(
             f"{folder} holds no scenes; correct --root, or get ScanNet's scans first (docs/guides/own-dataset.md)."
         )
-    there = {name for name in scenes if (root / "scannet_data" / f"{name}_aligned_bbox.npy").is_file()}
-    todo = [(root, name) for name in scenes if overwrite or name not in there]
+    existing = {name for name in scenes if (root / "scannet_data" / f"{name}_aligned_bbox.npy").is_file()}
+    todo = [(root, name) for name in scenes if overwrite or name not in existing]
     problems: dict[str, str] = {}
     with progress("boxes: scenes", len(todo)) as advance:
         for scene_id, problem in run_all(_write, todo, workers):
@@ -195,7 +196,7 @@ def write_all_boxes(
 
 
 def _write(root: Path, scene_id: str) -> tuple[str, str]:
-    """Write the boxes of one scene; returns its name and the error message, empty without an error."""
+    """Write the boxes of one scene (in a worker process); returns its name and the error message, empty if none."""
     try:
         write_boxes(root, scene_id)
     except ValueError as error:
