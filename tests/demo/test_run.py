@@ -59,7 +59,7 @@ def test_training_uses_a_free_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             sys.exit("stop here")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "run", command)
+    monkeypatch.setattr(run, "run_command", command)
     monkeypatch.setattr(run, "free_port", iter([41234, 41235]).__next__)
     for _ in range(2):
         with pytest.raises(SystemExit, match="stop here"):

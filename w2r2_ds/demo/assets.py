@@ -27,6 +27,7 @@ from w2r2_ds.models.loading import load_vlm
 logger = logging.getLogger(__name__)
 
 MANIFEST = "demo.json"
+"""File in the tiny VLM's directory with the options that it was made with."""
 
 
 def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
@@ -65,6 +66,7 @@ def prepare_sets(config: RunConfig) -> None:
 
 
 def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
+    """Options of a set ``prepared/TASK/NAME``."""
     task = PurePosixPath(path).parent.name
     if task not in TASKS:
         raise ValueError(f"{path} has no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(TASKS)}.")
@@ -74,7 +76,7 @@ def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
         format=TASKS[task].formats[0],
         frames=FrameOptions("uniform", frames),
         visibility="depth",
-        step=1,  # every rendered frame is written
+        step=1,  # rendered frames are numbered 0, 1, 2, ...; extracted frames of ScanNet 0, 10, 20, ...
         windows=10,
     )
 
@@ -86,7 +88,7 @@ def prepare_models(config: RunConfig) -> None:
         ValueError: the directories exist and were made with other options, or not by the demo.
     """
     vlm, vggt = Path(config.model.vlm), Path(config.model.geometry.path)
-    options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))
+    options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))  # as read from JSON
     # Only these data options change the pretrained VLM.
     options["data"] = {name: options["data"][name] for name in ("root", "train", "frame_width", "visual")}
     if (vlm.name, vggt.name) != ("vlm", "vggt") or vlm.parent != vggt.parent:
@@ -102,6 +104,7 @@ def prepare_models(config: RunConfig) -> None:
             )
         logger.info("reusing the tiny model in %s", vlm)
         return
+    # Build both models in temporary directories and rename them at the end, the VLM with the manifest last.
     partial = vlm.with_name(vlm.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     samples = load_mixture(config.data, "train")

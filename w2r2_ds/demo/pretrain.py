@@ -1,6 +1,6 @@
-"""Pretraining of the demo's tiny VLM: all weights, 2D input only.
+"""Pretraining of the demo's tiny VLM: all weights, 2D only.
 
-Real runs start from a pretrained VLM. The answers of a random VLM could not be parsed.
+It stands in for the pretrained VLM of a real run; the answers of a random VLM could not be parsed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def warm_up(
     Args:
         vlm: tiny VLM.
         frontend: tokenizer and vision spec of the VLM.
-        samples: the training split.
-        config: sections `data` and `demo`.
-        report: called after every step with its number and loss.
+        samples: training split.
+        config: run configuration; sections `data` and `demo` are used.
+        report: function called after every step with its number, from 1, and its loss.
     """
     demo: DemoConfig = config.demo
     sampler = GlobalBatchSampler(
@@ -49,7 +49,7 @@ def warm_up(
     vlm.train()
     optimizer = torch.optim.AdamW(vlm.parameters(), lr=demo.warmup_lr, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, demo.warmup_steps // 20, demo.warmup_steps)
-    data = replace(config.data, questions_per_scene=1, packing=False)
+    data = replace(config.data, questions_per_scene=1, packing=False)  # padded batches, without groups of samples
     for step, batch in enumerate(train_loader(samples, frontend, data, sampler)):
         loss = answer_loss(vlm, batch)
         loss.backward()
@@ -62,7 +62,7 @@ def warm_up(
 
 
 def answer_loss(vlm: Any, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of the answer tokens of a batch."""
+    """Mean cross-entropy of the answer tokens of a batch, without geometry."""
     family = find_family(vlm.config.model_type)
     states = answer_states(family, vlm, batch, family.encode_visuals(vlm, batch.visuals))
     return cross_entropy(vlm.get_output_embeddings()(states), batch.answer_positions.label)

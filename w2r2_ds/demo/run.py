@@ -1,6 +1,6 @@
 """Run the whole pipeline without downloads: scenes, tiny model, ZeRO-3 training, evaluation, export, results table.
 
-Every step is a command, which is logged before it runs. A second run reuses finished steps.
+Every step is a command, which is logged before it is executed. A second run reuses finished steps.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 CAPTION = "tiny model: a test of the pipeline, not of the method"
 MIN_PARSED = 0.95
-"""Minimum share of answers that can be parsed."""
+"""Minimum share of answers that can be parsed; the demo fails below it."""
 GEOMETRY_NAMES = {"fused": "2D + 3D", "zero": "2D only"}
 METRICS = ("acc@0.25", "acc@0.5", "CIDEr@0.5", "BLEU-4@0.5", "ROUGE-L@0.5", "EM", "CIDEr", "ROUGE-L")
 EVALUATIONS = [(task, geometry) for task in ("scanrefer", "scan2cap", "scanqa") for geometry in GEOMETRY_NAMES]
 
 
-def run(*command: str) -> None:
-    """Log and run a command; exit if it fails."""
+def run_command(*command: str) -> None:
+    """Log and execute a command; exit if it fails."""
     logger.info("$ %s", " ".join(command))
-    # Other programs are searched on PATH, but Python is always this interpreter.
+    # "python" is this interpreter, with its packages; other programs are searched on PATH.
     program = sys.executable if command[0] == "python" else command[0]
     # The tensors are tiny: a second thread would cost more than it saves.
     defaults = {"OMP_NUM_THREADS": "1"}
@@ -48,7 +48,7 @@ def run(*command: str) -> None:
         sys.exit(f"demo: the command above failed with exit status {done.returncode}.")
 
 
-def trained(config: RunConfig) -> bool:
+def is_trained(config: RunConfig) -> bool:
     """Whether there is a checkpoint of the last training step."""
     if not has_checkpoint(config.out):
         return False
@@ -56,52 +56,59 @@ def trained(config: RunConfig) -> bool:
 
 
 def run_demo() -> None:
-    """Run all steps of the demo in runs/demo. It takes minutes; finished steps are reused."""
+    """Run all steps of the demo in runs/demo, in minutes; finished steps are reused."""
     started = time.perf_counter()
     config = load_config()
     out = Path(config.out).parent
     adapter, scores = out / "adapter", out / "evaluation"
-    run("python", "launchers/prepare.py", "demo")
-    if trained(config):
+    run_command("python", "launchers/prepare.py", "demo")
+    if is_trained(config):
         logger.info("reusing the trained run in %s", config.out)
     else:
         resume = ("--resume", "auto") if has_checkpoint(config.out) else ()
         port = ("--master_port", str(free_port()))  # the launcher's default port may be in use by another run
-        run("deepspeed", *port, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
+        run_command("deepspeed", *port, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
     step = find_checkpoint(config.out)
     for task, geometry in EVALUATIONS:
         file = scores / f"scores-{task}-{geometry}.json"
-        if evaluated(file, step):
+        if is_newer(file, step):
             logger.info("reusing %s", file)
             continue
         paths = ("--checkpoint", str(step), "--out", str(scores))
         options = ("--task", task, "--geometry", geometry, "--batch_size", "32")
-        run("python", "launchers/evaluate.py", *paths, *options)
-    if evaluated(adapter / "w2r2_card.json", step):
+        run_command("python", "launchers/evaluate.py", *paths, *options)
+    if is_newer(adapter / "w2r2_card.json", step):
         logger.info("reusing the adapter in %s", adapter)
     else:
         if adapter.exists():
             shutil.rmtree(adapter)  # exported from an earlier checkpoint
-        run("python", "launchers/export.py", "--checkpoint", config.out, "--out", str(adapter))
-    parsed = show(config, scores, adapter, time.perf_counter() - started)
+        run_command("python", "launchers/export.py", "--checkpoint", config.out, "--out", str(adapter))
+    parsed = print_results(config, scores, adapter, time.perf_counter() - started)
     if parsed < MIN_PARSED:
         sys.exit(f"demo: only {parsed:.1%} of the answers parse; at least {MIN_PARSED:.0%} should.")
 
 
-def evaluated(file: Path, checkpoint: Path) -> bool:
-    """Whether a result file is newer than the checkpoint."""
+def is_newer(file: Path, checkpoint: Path) -> bool:
+    """Whether a result exists and is not older than the checkpoint."""
     return file.is_file() and file.stat().st_mtime >= (checkpoint / "checkpoint.json").stat().st_mtime
 
 
-def show(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:
-    """Print the results table; returns the smallest share of parsed answers over all evaluations."""
+def print_results(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:
+    """Print the results table and paths; returns the smallest share of parsed answers over all evaluations.
+
+    Args:
+        config: run configuration of the demo.
+        scores: folder with ``scores-TASK-GEOMETRY.json`` of all `EVALUATIONS`.
+        adapter: folder of the exported adapter.
+        seconds: duration of the demo.
+    """
     table = Table(title=CAPTION, title_style="bold")
     for column in ("task", "geometry", "parsed", "samples", "scores"):
         table.add_column(column, justify="right" if column in ("parsed", "samples") else "left")
     shares, protocols = [], []
     for task, geometry in EVALUATIONS:
         results = json.loads((scores / f"scores-{task}-{geometry}.json").read_text())["protocols"]
-        (name,) = results
+        (name,) = results  # the task's default protocol
         shares.append(results[name]["parsed"])
         protocols += [name] if name not in protocols else []
         numbers = [

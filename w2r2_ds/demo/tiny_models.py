@@ -1,4 +1,4 @@
-"""Build a tiny random Qwen2.5-VL and a tiny random VGGT with the real classes and file formats, in seconds."""
+"""Build a tiny random Qwen2.5-VL and a tiny random VGGT, with the classes and file formats of the real models."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def build_tiny_vlm(
     vision_depth: int = 2,
     tie: bool = True,
 ) -> Path:
-    """Write a small Qwen2.5-VL that stock ``AutoModelForImageTextToText`` and ``AutoTokenizer`` load.
+    """Write a small Qwen2.5-VL that ``AutoModelForImageTextToText`` and ``AutoTokenizer`` can load.
 
     Patches are 14 pixels, merged 2 x 2, with a temporal patch of two frames, as in the real models. Weights are float32
-    with the stock initialisation (normal, 0.02); the same arguments give the same bytes.
+    with transformers' initialisation (normal, 0.02); the same arguments give the same bytes.
 
     Args:
         out: directory, created if needed; files of the same names are replaced.
@@ -114,7 +114,7 @@ def build_tiny_vlm(
     config = make_config(
         tokenizer,
         text={
-            "vocab_size": -(-len(tokenizer) // 64) * 64,
+            "vocab_size": -(-len(tokenizer) // 64) * 64,  # padded, as in the real models
             "hidden_size": hidden,
             "intermediate_size": intermediate,
             "num_hidden_layers": layers,
@@ -147,9 +147,9 @@ def build_tiny_vlm(
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Qwen2Tokenizer:
-    """Train a stock ``Qwen2Tokenizer`` on ``texts``; its vocabulary has every byte and every special token.
+    """Train a ``Qwen2Tokenizer`` on ``texts``; its vocabulary has every byte and every special token.
 
-    The pre-tokenizer is Qwen2's, so every digit is one token.
+    The pre-tokenizer is Qwen2's, which splits numbers into single digits, so every digit is one token.
 
     Raises:
         ValueError: no text, or ``vocabulary`` below 256.
@@ -169,6 +169,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Qwen2Tokeniz
         show_progress=False,
     )
     backend.train_from_iterator(lines, trainer)
+    # Number the tokens without gaps, special tokens last, as in Qwen2.5-VL's vocabulary.
     learned = json.loads(backend.to_str())["model"]
     vocab: dict[str, int] = {token: number for token, number in learned["vocab"].items() if token not in SPECIAL_TOKENS}
     tokens = sorted(vocab, key=lambda token: vocab[token])
@@ -218,10 +219,10 @@ def build_tiny_vggt(out: Path, seed: int, *, embed_dim: int = 64, depth: int = 4
 def make_config(
     tokenizer: Qwen2Tokenizer, text: dict[str, int], vision: dict[str, Any], tied: bool, dtype: str
 ) -> Qwen2_5_VLConfig:
-    """Config of a Qwen2.5-VL with other sizes; patches, rotary positions and special tokens as in the real models.
+    """Configuration of a Qwen2.5-VL with other sizes; patches, rotary positions and special tokens as in the real ones.
 
     Args:
-        tokenizer: gives the ids of the special tokens.
+        tokenizer: tokenizer with the ids of the special tokens.
         text: sizes of the language model, as in config.json; ``hidden_size / num_attention_heads`` must be a multiple
             of 16, for M-RoPE sections in the ratio 2 : 3 : 3.
         vision: sizes of the vision tower, as in config.json.
@@ -263,7 +264,7 @@ def make_config(
 
 
 def _write_preprocessors(out: Path) -> None:
-    """Write ``preprocessor_config.json`` and ``video_preprocessor_config.json`` for the stock processors."""
+    """Write ``preprocessor_config.json`` and ``video_preprocessor_config.json`` for transformers' processors."""
     shared = {
         "patch_size": 14,
         "temporal_patch_size": 2,

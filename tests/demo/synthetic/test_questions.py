@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from synthetic_truth import SCENES, matching_object, matching_objects, rebuild_room
-from w2r2_ds.demo.synthetic.questions import Question, ask
+from w2r2_ds.demo.synthetic.questions import Question, make_questions
 from w2r2_ds.demo.synthetic.rooms import Room, RoomObject
 from w2r2_ds.demo.synthetic.write import Written
 
@@ -143,7 +143,7 @@ def asked(many_rooms: list[Room]) -> list[tuple[Room, list[Question]]]:
     result = []
     for seed, room in enumerate(many_rooms):
         rng = np.random.default_rng(seed)
-        result.append((room, ask(rng, room.objects, range(len(room.objects)), int(rng.integers(6, 11)))))
+        result.append((room, make_questions(rng, room.objects, range(len(room.objects)), int(rng.integers(6, 11)))))
     return result
 
 
@@ -186,7 +186,7 @@ def test_invisible_objects_are_neither_referred_to_nor_counted(many_rooms: list[
     for seed, room in enumerate(many_rooms):
         rng = np.random.default_rng(seed)
         visible = {int(i) for i in rng.permutation(len(room.objects))[::2]}
-        for question in ask(rng, room.objects, visible, 8):
+        for question in make_questions(rng, room.objects, visible, 8):
             kinds[check(room, question.text, question.answers, question.object_ids)] += 1
             assert set(question.object_ids) | mentioned(room, question.text) <= visible
     assert set(kinds) == set(PATTERNS)
@@ -200,7 +200,7 @@ def test_ambiguous_relations_are_not_asked() -> None:
         return RoomObject(object_id, name, "red", box, np.concatenate([box, np.zeros(3)]))
 
     def kinds_about_the_table(*objects: RoomObject) -> set[str]:
-        questions = ask(np.random.default_rng(0), objects, range(len(objects)), 50)
+        questions = make_questions(np.random.default_rng(0), objects, range(len(objects)), 50)
         return {read(question.text)[0] for question in questions if "the table" in question.text}
 
     close = kinds_about_the_table(at(0, "table", 0.0), at(1, "chair", 0.9), at(2, "stool", -1.2, 0.44))

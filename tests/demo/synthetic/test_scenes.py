@@ -23,7 +23,7 @@ from w2r2_ds.demo.synthetic.options import Options, scene_id, scene_seed
 from w2r2_ds.demo.synthetic.relations import resolve
 from w2r2_ds.demo.synthetic.render import Renderer, pinhole
 from w2r2_ds.demo.synthetic.rooms import RoomObject, make_room
-from w2r2_ds.demo.synthetic.sentences import describe
+from w2r2_ds.demo.synthetic.sentences import make_sentences
 from w2r2_ds.demo.synthetic.write import Written, write_dataset
 
 
@@ -176,7 +176,7 @@ def test_many_rooms_have_distractors_and_clear_sentences() -> None:
     for seed in range(12):
         rng = np.random.default_rng(seed)
         room = make_room(rng, 8)
-        sentences = describe(rng, room.objects, range(len(room.objects)), 10)
+        sentences = make_sentences(rng, room.objects, range(len(room.objects)), 10)
         assert len(sentences) >= 6
         relations.update(sentence.relation for sentence in sentences)
         for sentence in sentences:

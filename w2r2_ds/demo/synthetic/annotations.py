@@ -13,9 +13,9 @@ from w2r2_ds.data.sources.scannet import Frame
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.rooms import HEIGHT, Room, RoomObject
 
-_WORDS = {"sofa": "couch", "bookshelf": "shelf", "nightstand": "stand", "trash can": "bin"}
+_RENAMED = {"sofa": "couch", "bookshelf": "shelf", "nightstand": "stand", "trash can": "bin"}
 """Classes with another name in EmbodiedScan than in ScanRefer."""
-LABELS = {name: _WORDS.get(name, name) for name in KINDS}
+LABELS = {name: _RENAMED.get(name, name) for name in KINDS}
 """Class of ``furniture.KINDS`` -> EmbodiedScan's category."""
 CATEGORIES = {label: number for number, label in enumerate(sorted(LABELS.values()), start=1)}
 """``metainfo.categories``: category -> ``bbox_label_3d``."""
@@ -26,18 +26,18 @@ def scene_info(
     objects: Sequence[RoomObject],
     frames: Sequence[Frame],
     poses: Sequence[np.ndarray],
-    seen: Sequence[list[int]],
+    visible_ids: Sequence[list[int]],
     axis_align: np.ndarray,
     intrinsic: np.ndarray,
 ) -> dict[str, Any]:
-    """One entry of ``data_list``. ``bbox_id`` is the index in ``instances``, as are ``visible_instance_ids``.
+    """One entry of ``data_list``; ``bbox_id`` and ``visible_instance_ids`` are indices in ``instances``.
 
     Args:
         scene_id: ScanNet-like name.
         objects: all objects; ``objects[i].object_id == i``.
         frames: posed frames.
         poses: ``[4, 4]`` float64 per frame, ``cam2global``: camera to *raw* world.
-        seen: ids of the objects that are visible in each frame.
+        visible_ids: ids of the objects that are visible in each frame.
         axis_align: ``[4, 4]`` float64, raw world to aligned world.
         intrinsic: ``[4, 4]`` float64, of colour and depth images.
     """
@@ -49,7 +49,7 @@ def scene_info(
             "cam2global": pose,
             "visible_instance_ids": ids,
         }
-        for frame, pose, ids in zip(frames, poses, seen, strict=True)
+        for frame, pose, ids in zip(frames, poses, visible_ids, strict=True)
     ]
     instances = [
         {
@@ -71,21 +71,21 @@ def scene_info(
 
 def write_infos(path: Path, infos: Sequence[dict[str, Any]]) -> None:
     """Write a pickled dictionary with ``metainfo`` and ``data_list``, as EmbodiedScan's files."""
-    # A pickle stores repeated references to one object as such. After a round trip, these references are the same in
-    # one process and with workers, so the file has the same bytes.
+    # A pickle stores an object once and then references to it. Entries from worker processes have other shared objects
+    # than entries from this process. After a round trip both share the same ones, so the file has the same bytes.
     data_list = [pickle.loads(pickle.dumps(info)) for info in infos]
     content = {"metainfo": {"dataset": "EmbodiedScan", "categories": CATEGORIES}, "data_list": data_list}
     path.write_bytes(pickle.dumps(content, protocol=4))
 
 
 ABSENT, BAD = 0.06, 0.08
-"""Share of objects without a proposal, and of those with a proposal of an IoU below 0.5."""
+"""Share of objects without a proposal, and share of objects whose proposal has an IoU below 0.5."""
 FALSE_POSITIVES = (1, 4)
 """Minimum and maximum number of proposals per room that overlap no object."""
 
 
 def propose(rng: np.random.Generator, room: Room) -> np.ndarray:
-    """Proposals of one room in random order, ``[n, 6]`` float64: centre and size, aligned world, metres.
+    """Simulated detector output for one room, ``[n, 6]`` float64 in random order: centre, size; aligned world, metres.
 
     A good proposal has an IoU of at least 0.5 with its object: its centre moves by at most 8 % of the size, and each
     size changes by at most 12 %. A bad one is shifted by 40 to 70 % of its size: its IoU is at most 0.6 / 1.4.
@@ -115,6 +115,7 @@ def _false_positives(rng: np.random.Generator, room: Room, count: int) -> list[n
         size = rng.uniform(0.2, 0.6, 3)
         space = np.array([*room.size, HEIGHT]) - size
         center = rng.uniform(-0.5, 0.5, 3) * space + (0.0, 0.0, HEIGHT / 2)
+        # Two boxes are disjoint if they are apart along any axis; the box must be disjoint from all objects.
         if (np.abs(center - real[:, :3]) * 2 > size + real[:, 3:]).any(axis=1).all():
             found.append(np.concatenate([center, size]))
     return found

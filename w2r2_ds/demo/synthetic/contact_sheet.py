@@ -14,8 +14,11 @@ from w2r2_ds.demo.synthetic.rooms import RoomObject
 from w2r2_ds.demo.synthetic.sentences import Sentence
 
 _COLUMNS, _TILE_WIDTH, _LINE = 6, 240, 16
+"""Frames per row; width of a frame and height of a line of text, pixels."""
 _EDGES = [(i, i ^ bit) for i in range(8) for bit in (1, 2, 4) if not i & bit]
+"""Edges of a box: pairs of corners whose numbers differ in one bit, see `box_corners`."""
 _NEAR = 0.05
+"""Depth at which edges are clipped, metres."""
 _LINE_COLORS = ("#00e5ff", "#ffea00", "#ff4dff", "#76ff03", "#ff6e40", "#ffffff", "#7c9dff", "#ff1744")
 
 
@@ -69,8 +72,8 @@ def _draw_object(
 ) -> None:
     """Draw the wire frame and label of an object into a scaled frame, if it is visible there."""
     height, width = depth.shape
-    seen = visible_fraction(target.box, frame.cam_to_world, intrinsic, depth) >= MIN_VISIBLE_FRACTION
-    if not seen or projected_area(target.box, frame.cam_to_world, intrinsic, (width, height)) <= 0:
+    is_visible = visible_fraction(target.box, frame.cam_to_world, intrinsic, depth) >= MIN_VISIBLE_FRACTION
+    if not is_visible or projected_area(target.box, frame.cam_to_world, intrinsic, (width, height)) <= 0:
         return
     draw = ImageDraw.Draw(image)
     lines = _wire_frame(target.box, frame.cam_to_world, intrinsic) * (image.width / width)
@@ -86,10 +89,10 @@ def _wire_frame(box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray
     corners = (box_corners(box) - cam_to_world[:3, 3]) @ cam_to_world[:3, :3]
     lines = []
     for i, j in _EDGES:
-        a, b = sorted((corners[i], corners[j]), key=lambda p: float(p[2]))
+        a, b = sorted((corners[i], corners[j]), key=lambda p: float(p[2]))  # the end nearer to the camera first
         if b[2] <= _NEAR:
             continue
-        if a[2] < _NEAR:
+        if a[2] < _NEAR:  # move that end along the edge to the near plane
             a = a + (b - a) * (_NEAR - a[2]) / (b[2] - a[2])
         ends = np.stack([a, b]) @ intrinsic[:3, :3].T
         lines.append(ends[:, :2] / ends[:, 2:])

@@ -1,4 +1,7 @@
-"""Furniture made of boxes and cylinders, in its own frame: metres, front towards -y, floor at z = 0."""
+"""Coloured meshes of furniture, made of boxes and cylinders.
+
+Every piece is in its own frame: metres, centre near the origin of the floor plan, front towards -y, floor at z = 0.
+"""
 
 from __future__ import annotations
 
@@ -41,18 +44,21 @@ Builder = Callable[[np.random.Generator, Color], list[Part]]
 
 
 def _box(size: tuple[float, float, float], center: tuple[float, float, float], color: Color) -> Part:
+    """Box with sides ``size``."""
     mesh = trimesh.creation.box(extents=size)
     mesh.apply_translation(center)
     return Part(mesh, color)
 
 
 def _cylinder(radius: float, bottom: float, top: float, color: Color, x: float = 0.0, y: float = 0.0) -> Part:
+    """Upright cylinder from height ``bottom`` to height ``top``."""
     mesh = trimesh.creation.cylinder(radius=radius, height=top - bottom, sections=16)
     mesh.apply_translation((x, y, (bottom + top) / 2))
     return Part(mesh, color)
 
 
 def _legs(width: float, depth: float, height: float, thick: float, color: Color) -> list[Part]:
+    """Four square legs at the corners of a rectangle."""
     x, y = (width - thick) / 2, (depth - thick) / 2
     return [_box((thick, thick, height), (i * x, j * y, height / 2), color) for i in (-1, 1) for j in (-1, 1)]
 
@@ -228,10 +234,10 @@ def picture(rng: np.random.Generator, color: Color) -> list[Part]:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a class of furniture is built and placed.
+    """A class of furniture: builder, placement, label and number.
 
     Attributes:
-        build: builds the parts.
+        build: function (generator, colour) -> parts of a piece of random size.
         place: ``"wall"`` (back against a wall), ``"hang"`` (on a wall) or ``"free"``.
         label: NYU40 id and class, as in ScanNet's label table.
         count: minimum and maximum number in a room.
@@ -260,4 +266,4 @@ KINDS: dict[str, Kind] = {
     "trash can": Kind(trash_can, "wall", (39, "otherfurniture"), (0, 2)),
     "plant": Kind(plant, "wall", (40, "otherprop"), (0, 1)),
 }
-"""Class -> kind, in the order of placement: large objects first."""
+"""Class -> kind, in the order of placement: large objects first, because they need the most free space."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SPLITS = ("train", "val")
 _VAL_START = 5000
+"""Number of the first validation scene."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Options:
     frames_per_scene: int
 
     def __post_init__(self) -> None:
-        """Check ranges. Raises ValueError with the option."""
+        """Raise ValueError with the option and its range if an option is out of range."""
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more")
         if not (1 <= self.train_scenes <= _VAL_START and 1 <= self.val_scenes <= _VAL_START):
@@ -31,10 +32,10 @@ class Options:
 
 
 def scene_id(split: str, index: int) -> str:
-    """Name of a scene as in ScanNet; validation scenes start at 5000, so names of the splits differ."""
+    """Name of a scene as in ScanNet; validation scenes start at `_VAL_START`, so that names are unique."""
     return f"scene{index + _VAL_START * SPLITS.index(split):04d}_00"
 
 
 def scene_seed(seed: int, split: str, index: int) -> tuple[int, int, int]:
-    """Entropy of a scene's random generator; training and validation scenes never have the same."""
+    """Seed of a scene's random generator, different for every scene of both splits."""
     return (seed, SPLITS.index(split), index)

@@ -1,8 +1,8 @@
 """Questions about a room with a unique answer, for annotations in ScanQA's format.
 
-Answers follow from boxes and colours with the margins of ``relations.py``, and refer only to visible objects. Invisible
-objects cannot change an answer: they are candidates like all others, and classes with an invisible object are not
-counted.
+Answers are computed from boxes and colours with the margins of ``relations.py``, and refer only to visible objects.
+Invisible objects cannot make an answer wrong: they are candidates like all others, a question whose answer would be
+invisible is dropped, and classes with an invisible object are not counted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEXT_TO = 0.6
 """Maximum distance on the floor plan for "next to", in metres."""
 
 STRIP = 0.7
-"""Maximum distance to a wall for "along the wall", in metres."""
+"""Maximum distance between an object and the wall for "along the wall", in metres."""
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 _PARTLY = {"bed", "picture", "plant"}
@@ -85,7 +85,7 @@ class _Candidate:
     object_ids: tuple[int, ...]
 
 
-def ask(
+def make_questions(
     rng: np.random.Generator, objects: Sequence[RoomObject], visible: Collection[int], count: int
 ) -> list[Question]:
     """Make up to ``count`` different questions, spread over kinds, and over answers within a kind.
@@ -98,6 +98,7 @@ def ask(
     """
     pools = {kind: _spread(rng, list(find(objects, visible))) for kind, find in _FINDERS.items()}
     kinds = [str(kind) for kind in rng.permutation(list(_FINDERS))]
+    # Round robin: one question of every kind, then a second one, until there are enough or all pools are empty.
     chosen: list[Question] = []
     while len(chosen) < count and any(pools.values()):
         for kind in kinds:
@@ -109,18 +110,18 @@ def ask(
 
 
 def _spread(rng: np.random.Generator, found: list[_Candidate]) -> list[_Candidate]:
-    """Shuffle so that, from the end, every answer occurs once before any occurs twice."""
-    seen: Counter[str] = Counter()
-    ranked = []
+    """Shuffle so that, popped from the end, every answer occurs once before any occurs twice."""
+    occurrences: Counter[str] = Counter()
+    ranked = []  # (occurrences of the answer before this one, random tie-breaker, index)
     for i in rng.permutation(len(found)):
         answer = found[i].answers[0]
-        ranked.append((seen[answer], float(rng.random()), int(i)))
-        seen[answer] += 1
+        ranked.append((occurrences[answer], float(rng.random()), int(i)))
+        occurrences[answer] += 1
     return [found[i] for _, _, i in sorted(ranked, reverse=True)]
 
 
 def _colors(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator[_Candidate]:
-    """Colour of the only object of its class, or of the object with a relation."""
+    """Colour of the only object of its class, or of the only object of its class with a relation."""
     names = Counter(o.name for o in objects)
     for o in objects:
         if names[o.name] == 1 and o.object_id in visible and _has_color(o):
@@ -136,7 +137,7 @@ def _colors(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator
 
 
 def _counts(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator[_Candidate]:
-    """Number of objects of a class, or of one colour of a class with several; all of the class are visible."""
+    """Number of objects of a class or, if it has several colours, of one colour. All of the class are visible."""
     for name in dict.fromkeys(o.name for o in objects):
         same = [o for o in objects if o.name == name]
         if any(o.object_id not in visible for o in same):
@@ -203,16 +204,20 @@ def _sides(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator[
 
 def _neighbour(objects: Sequence[RoomObject], anchor: RoomObject, side: str) -> RoomObject | None:
     """The next object along the anchor's wall, for a viewer who faces it; ``None`` if it is ambiguous."""
+    # Unit vectors on the floor plan: from the room to the wall (the back of an object at a wall points to the wall),
+    # and along the wall, to the left or right of a viewer who faces the wall.
     turn = anchor.oriented[6]
-    outward = np.rint([-np.sin(turn), np.cos(turn)])  # the back of an object at a wall points to the wall
+    outward = np.rint([-np.sin(turn), np.cos(turn)])
     along = np.array([-outward[1], outward[0]]) * (1.0 if side == "left" else -1.0)
 
     def extent(o: RoomObject, axis: np.ndarray) -> tuple[float, float]:
+        """Lower and upper end of an object's box along an axis."""
         middle, half = float(o.box[:2] @ axis), float(o.box[3:5] @ np.abs(axis)) / 2
         return middle - half, middle + half
 
     wall = extent(anchor, outward)[1]
     start, end = extent(anchor, along)
+    # Objects near the wall whose centre is farther along it than the anchor's.
     beside = [
         o
         for o in objects
@@ -225,12 +230,13 @@ def _neighbour(objects: Sequence[RoomObject], anchor: RoomObject, side: str) -> 
     best = clear_minimum(centers, CENTER_MARGIN)
     if best is None or best != clear_minimum(gaps, GAP_MARGIN) or gaps[best] <= 0:
         return None
+    # Near a corner, the next object may stand at the other wall.
     same_wall = KINDS[beside[best].name].place != "free" and abs(np.sin(beside[best].oriented[6] - turn)) < 1e-6
     return beside[best] if same_wall else None
 
 
 def _places(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator[_Candidate]:
-    """The object next to an anchor: the nearest of all, within `NEXT_TO`, on the floor or the door."""
+    """Place of an anchor: next to the object nearest to it, within `NEXT_TO`, which is on the floor or the door."""
     for target in anchor_ids(objects, visible):
         o = objects[target]
         best = extreme([other for other in objects if other is not o], o)
@@ -248,11 +254,12 @@ def _has_color(o: RoomObject) -> bool:
 
 
 def _on_floor(o: RoomObject) -> bool:
+    """Whether an object stands on the floor, not on a wall."""
     return KINDS[o.name].place != "hang"
 
 
 def _answers(o: RoomObject) -> tuple[str, ...]:
-    """Answers that refer to an object."""
+    """Equivalent answers that refer to an object."""
     return (o.name, f"{o.color} {o.name}") if _has_color(o) else (o.name,)
 
 

@@ -26,9 +26,16 @@ SIZE_RATIO = 1.3
 def resolve(
     objects: Sequence[RoomObject], name: str, color: str | None, relation: str, anchors: tuple[int, ...]
 ) -> int | None:
-    """Id of the only object of a class (and colour) with a relation; ``None`` if it is ambiguous.
+    """Id of the object of a class (and colour) with a relation; ``None`` if it is ambiguous.
 
-    There must be at least two candidates, none of them an anchor: otherwise the relation adds no information.
+    There must be at least two candidates, none of them an anchor; otherwise the relation adds no information.
+
+    Args:
+        objects: all objects of the room.
+        name: class of the candidates.
+        color: colour of the candidates; None for any.
+        relation: ``nearest``, ``farthest``, ``between``, ``largest`` or ``smallest``.
+        anchors: ids of the objects that the relation refers to: two for ``between``, none for sizes, else one.
     """
     candidates = [o for o in objects if o.name == name and color in (None, o.color)]
     if len(candidates) < 2 or any(o.object_id in anchors for o in candidates):
@@ -36,7 +43,7 @@ def resolve(
     if relation == "between":
         return between(candidates, objects[anchors[0]], objects[anchors[1]])
     if relation in ("largest", "smallest"):
-        volumes = np.log([o.box[3:].prod() for o in candidates])
+        volumes = np.log([o.box[3:].prod() for o in candidates])  # so that the ratio of volumes is a difference
         best = clear_minimum(-volumes if relation == "largest" else volumes, float(np.log(SIZE_RATIO)))
         return None if best is None else candidates[best].object_id
     return extreme(candidates, objects[anchors[0]], 1.0 if relation == "nearest" else -1.0)
@@ -59,6 +66,7 @@ def clear_minimum(values: np.ndarray, margin: float) -> int | None:
 
 
 def _center_distance(one: RoomObject, other: RoomObject) -> float:
+    """Distance of the centres on the floor plan."""
     return float(np.linalg.norm(one.box[:2] - other.box[:2]))
 
 
@@ -69,13 +77,17 @@ def side_distance(one: RoomObject, other: RoomObject) -> float:
 
 
 def between(candidates: Sequence[RoomObject], a: RoomObject, b: RoomObject) -> int | None:
-    """Id of the candidate in the middle between ``a`` and ``b``; ``None`` if another is near the line too."""
+    """Id of the candidate in the middle between ``a`` and ``b``; ``None`` if another one is near the line too.
+
+    The middle is the half of the line around its midpoint. Candidates in a wider area make the answer ambiguous.
+    """
     start, line = a.box[:2], b.box[:2] - a.box[:2]
     length = float(np.linalg.norm(line))
     if length < 1.5:
         return None
     inside, near = [], []
     for o in candidates:
+        # Position along the line (0 at a, 1 at b) and distance from it, on the floor plan.
         offset = o.box[:2] - start
         along = float(offset @ line) / length**2
         distance = abs(float(line[0] * offset[1] - line[1] * offset[0])) / length
@@ -87,7 +99,7 @@ def between(candidates: Sequence[RoomObject], a: RoomObject, b: RoomObject) -> i
 
 
 def scopes(objects: Sequence[RoomObject]) -> list[tuple[str, str | None]]:
-    """(class, colour or None) with at least two objects; with a colour only if the class has other colours too."""
+    """Pairs (class, colour or None) of at least two objects; with a colour only if the class has other colours too."""
     names = Counter(o.name for o in objects)
     pairs = Counter((o.name, o.color) for o in objects)
     classes: list[tuple[str, str | None]] = [(name, None) for name, n in names.items() if n > 1]

@@ -1,4 +1,4 @@
-"""Render RGB and depth images of a room by ray casting."""
+"""Render RGB and depth images of a room by ray casting: one ray per pixel, no shadows, no reflections."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import numpy as np
 from embreex.mesh_construction import TriangleMesh
 from embreex.rtcore_scene import EmbreeScene
 
-from w2r2_ds.demo.synthetic.rooms import Room
+from w2r2_ds.demo.synthetic.rooms import FLOOR_ID, Room
 
 _LIGHT = np.array([0.35, -0.25, 0.9]) / np.linalg.norm([0.35, -0.25, 0.9])
+"""Unit vector towards the light."""
 _TILE = 0.5
+"""Side of a square of the chequered floor, metres."""
 
 
 def pinhole(image_size: tuple[int, int]) -> np.ndarray:
@@ -42,8 +44,10 @@ class Renderer:
         normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
         normals /= np.linalg.norm(normals, axis=1, keepdims=True)
         self._normals = normals
+        # Shading: a diffuse part, which depends on the light, and a part that grows as a face turns to the camera.
         self._colors = (room.face_colors * (0.5 + 0.32 * np.maximum(normals @ _LIGHT, 0.0))[:, None]).astype(np.float32)
         self._gloss = (room.face_colors * 0.18).astype(np.float32)
+        # Rays in the camera's frame with z = 1, [pixels, 3], and the same as unit vectors.
         intrinsic = pinhole(image_size)
         columns, rows = np.meshgrid(np.arange(image_size[0]), np.arange(image_size[1]))
         x = (columns - intrinsic[0, 2]) / intrinsic[0, 0]
@@ -68,14 +72,15 @@ class Renderer:
         face = hits["primID"]
         if face.min() < 0:
             raise ValueError("a ray of a synthetic camera hits no wall; keep the camera path inside the room")
-        depth = hits["tfar"]  # rays have z = 1 in the camera's frame, so the distance is the depth
+        depth = hits["tfar"]  # in units of the ray's length; rays have z = 1 in the camera's frame, so it is the depth
         local = (self._normals @ cam_to_world[:3, :3]).astype(np.float32)  # normals in the camera's frame
         facing = np.abs(np.einsum("ij,ij->i", local[face], self._units))
         color = self._colors[face] + self._gloss[face] * facing[:, None]
         owner = room.face_objects[face]
-        floor = np.flatnonzero(owner == -2)
-        where = eye[:2] + rays[floor, :2] * depth[floor, None]
-        color[floor] *= (0.95 + 0.07 * (np.floor(where / _TILE).sum(axis=1) % 2)).astype(np.float32)[:, None]
+        # Chequered floor: neighbouring squares differ in brightness.
+        floor = np.flatnonzero(owner == FLOOR_ID)
+        points = eye[:2] + rays[floor, :2] * depth[floor, None]
+        color[floor] *= (0.95 + 0.07 * (np.floor(points / _TILE).sum(axis=1) % 2)).astype(np.float32)[:, None]
         millimetres = np.rint(np.minimum(depth * 1000.0, 65535.0))
         return (
             np.minimum(color, 255.0).astype(np.uint8).reshape(height, width, 3),

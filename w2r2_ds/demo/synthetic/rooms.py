@@ -12,9 +12,14 @@ from w2r2_ds.demo.synthetic.furniture import KINDS, PALETTE, Part
 HEIGHT = 2.6
 """Height of every room in metres."""
 
-_WALL, _FLOOR, _CEILING = (222, 212, 192), (172, 142, 108), (238, 236, 230)
-_HEADROOM = 0.25
+SHELL_ID, FLOOR_ID = -1, -2
+"""Object ids of walls and ceiling, and of the floor."""
 PLACEMENT_ATTEMPTS = 40
+"""Random poses per object; an object that fits with none of them is dropped."""
+
+_WALL, _FLOOR, _CEILING = (222, 212, 192), (172, 142, 108), (238, 236, 230)
+_GAP, _PASSAGE, _HEADROOM = 0.08, 0.35, 0.25
+"""Minimum distances in metres: between objects, and of an object from the cameras, horizontally and vertically."""
 _FIXED_COLORS = {"window": "white", "door": "brown"}
 
 
@@ -48,7 +53,7 @@ class Room:
         vertices: ``[V, 3]`` float64, metres.
         faces: ``[F, 3]`` int64.
         face_colors: ``[F, 3]`` float64 RGB, 0 to 255.
-        face_objects: ``[F]`` int64 object id; -1 for walls and ceiling, -2 for the floor.
+        face_objects: ``[F]`` int64 object id, or `SHELL_ID` or `FLOOR_ID`.
         cameras: ``[frames, 4, 4]`` float64, OpenCV camera to aligned world.
     """
 
@@ -63,7 +68,15 @@ class Room:
 
 @dataclass
 class _Builder:
-    """A room under construction."""
+    """A room to which objects are added one by one.
+
+    Attributes:
+        rng: the only source of randomness.
+        size: width and depth, metres.
+        cameras: ``[frames, 4, 4]`` float64; no object may block the camera path.
+        objects: objects added so far.
+        parts: their coloured meshes in the aligned world, with object ids.
+    """
 
     rng: np.random.Generator
     size: tuple[float, float]
@@ -72,7 +85,7 @@ class _Builder:
     parts: list[tuple[int, Part]] = field(default_factory=list)
 
     def add(self, name: str, color: str) -> bool:
-        """Place one object; returns False if no free position was found in `PLACEMENT_ATTEMPTS`."""
+        """Place one object at a random free position; returns False if `PLACEMENT_ATTEMPTS` draws found none."""
         kind = KINDS[name]
         parts = kind.build(self.rng, PALETTE[color])
         local_bounds = _bounds(parts, np.eye(4))
@@ -81,14 +94,16 @@ class _Builder:
             bounds = _bounds(parts, pose)
             if self._fits(bounds):
                 low, high = bounds
-                number, box = len(self.objects), np.concatenate([(low + high) / 2, high - low])
-                self.objects.append(RoomObject(number, name, color, box, _oriented(local_bounds, pose)))
-                self.parts += [(number, _transformed(part, pose)) for part in parts]
+                object_id, box = len(self.objects), np.concatenate([(low + high) / 2, high - low])
+                self.objects.append(RoomObject(object_id, name, color, box, _oriented(local_bounds, pose)))
+                self.parts += [(object_id, _transformed(part, pose)) for part in parts]
                 return True
         return False
 
     def _wall_pose(self, parts: list[Part]) -> np.ndarray:
         """Random pose with the back (+y side) against a random wall."""
+        # Place the object at the wall towards +y, then rotate it about the room's centre by a multiple of 90 degrees.
+        # For odd multiples, the length of that wall is the room's depth.
         quarter = int(self.rng.integers(4))
         along, across = (self.size[0], self.size[1]) if quarter % 2 == 0 else (self.size[1], self.size[0])
         low, high = _bounds(parts, np.eye(4))
@@ -98,6 +113,7 @@ class _Builder:
         return _turn(quarter * np.pi / 2) @ local
 
     def _free_pose(self, name: str) -> np.ndarray:
+        """Random pose in the room, turned by any quarter of a circle and, except for tables, up to 0.5 radians more."""
         margin = 0.4
         pose = _turn(self.rng.integers(4) * np.pi / 2 + (self.rng.uniform(-0.5, 0.5) if name != "table" else 0.0))
         pose[0, 3] = self.rng.uniform(-1, 1) * (self.size[0] / 2 - margin)
@@ -105,16 +121,16 @@ class _Builder:
         return pose
 
     def _fits(self, bounds: tuple[np.ndarray, np.ndarray]) -> bool:
-        """Whether bounds are inside the room, away from other objects, and not on the camera path."""
+        """Whether axis-aligned bounds are inside the room, apart from other objects, and not on the camera path."""
         low, high = bounds
         half = np.array(self.size) / 2
         if (low[:2] < -half).any() or (high[:2] > half).any():
             return False
         for other in self.objects:
-            if (np.abs((low + high) / 2 - other.box[:3]) < (high - low + other.box[3:]) / 2 + 0.08).all():
+            if (np.abs((low + high) / 2 - other.box[:3]) < (high - low + other.box[3:]) / 2 + _GAP).all():
                 return False
         positions = self.cameras[:, :3, 3]
-        near = (positions[:, :2] > low[:2] - 0.35).all(axis=1) & (positions[:, :2] < high[:2] + 0.35).all(axis=1)
+        near = ((positions[:, :2] > low[:2] - _PASSAGE) & (positions[:, :2] < high[:2] + _PASSAGE)).all(axis=1)
         return not (near & (positions[:, 2] < high[2] + _HEADROOM)).any()
 
 
@@ -130,8 +146,7 @@ def make_room(rng: np.random.Generator, frames: int) -> Room:
     for name, kind in KINDS.items():
         for color in _colors(rng, name, int(rng.integers(kind.count[0], kind.count[1] + 1))):
             builder.add(name, color)
-    shell = _shell(size)
-    return _assemble(builder, shell)
+    return _assemble(builder, _shell(size))
 
 
 def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int) -> np.ndarray:
@@ -140,15 +155,18 @@ def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int
     Returns:
         ``[frames, 4, 4]`` float64 OpenCV camera-to-world matrices, all different.
     """
+    # An ellipse at a small distance from the walls; the height varies a little.
     start, direction = rng.uniform(0, 2 * np.pi), rng.choice([-1.0, 1.0])
     angles = start + direction * np.arange(frames) / frames * 2 * np.pi
     radius = np.array(size) / 2 - rng.uniform(0.75, 0.95)
     height = rng.uniform(1.5, 1.65) + 0.05 * np.sin(3 * angles)
     positions = np.stack([radius[0] * np.cos(angles), radius[1] * np.sin(angles), height], axis=1)
+    # Viewing directions: yaw towards the opposite side, pitch 20 to 26 degrees down, both with a varying part.
     turn = angles + np.pi + rng.uniform(-0.3, 0.3) + 0.2 * np.sin(2 * angles)
     pitch = np.radians(rng.uniform(20, 26)) + 0.06 * np.cos(2 * angles)
     forward = np.stack([np.cos(turn) * np.cos(pitch), np.sin(turn) * np.cos(pitch), -np.sin(pitch)], axis=1)
     right = np.stack([np.sin(turn), -np.cos(turn), np.zeros(frames)], axis=1)
+    # Columns of the rotation are the camera's axes in the world: OpenCV's x right, y down, z forward.
     cameras = np.tile(np.eye(4), (frames, 1, 1))
     cameras[:, :3, 0], cameras[:, :3, 1], cameras[:, :3, 2] = right, np.cross(forward, right), forward
     cameras[:, :3, 3] = positions
@@ -156,7 +174,10 @@ def camera_path(rng: np.random.Generator, size: tuple[float, float], frames: int
 
 
 def _colors(rng: np.random.Generator, name: str, count: int) -> list[str]:
-    """At most two colours per class, so that a colour alone often does not identify an object."""
+    """Colours of the ``count`` objects of a class.
+
+    At most two different ones, so that a colour alone often does not identify an object.
+    """
     if name in _FIXED_COLORS:
         return [_FIXED_COLORS[name]] * count
     first, second = (str(color) for color in rng.choice(sorted(PALETTE), size=2, replace=False))
@@ -173,12 +194,14 @@ def _turn(angle: float) -> np.ndarray:
 
 
 def _transformed(part: Part, pose: np.ndarray) -> Part:
+    """Copy of a part, moved by ``pose``."""
     mesh = part.mesh.copy()
     mesh.apply_transform(pose)
     return Part(mesh, part.color)
 
 
 def _bounds(parts: list[Part], pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest corner ``[3]`` of the parts moved by ``pose``."""
     points = np.concatenate([part.mesh.vertices for part in parts]) @ pose[:3, :3].T + pose[:3, 3]
     return points.min(axis=0), points.max(axis=0)
 
@@ -191,28 +214,29 @@ def _oriented(local_bounds: tuple[np.ndarray, np.ndarray], pose: np.ndarray) -> 
 
 
 def _shell(size: tuple[float, float]) -> list[tuple[int, Part]]:
-    """Walls and ceiling (object id -1) and floor (-2) as slabs around the room."""
+    """Walls, ceiling and floor as slabs around the room, with `SHELL_ID` or `FLOOR_ID`."""
     (w, d), t = size, 0.1
     slabs = [
-        (-2, (w + 2 * t, d + 2 * t, t), (0.0, 0.0, -t / 2), _FLOOR),
-        (-1, (w + 2 * t, d + 2 * t, t), (0.0, 0.0, HEIGHT + t / 2), _CEILING),
+        (FLOOR_ID, (w + 2 * t, d + 2 * t, t), (0.0, 0.0, -t / 2), _FLOOR),
+        (SHELL_ID, (w + 2 * t, d + 2 * t, t), (0.0, 0.0, HEIGHT + t / 2), _CEILING),
     ]
     for sign in (-1, 1):
-        slabs.append((-1, (t, d, HEIGHT), (sign * (w + t) / 2, 0.0, HEIGHT / 2), _WALL))
-        slabs.append((-1, (w, t, HEIGHT), (0.0, sign * (d + t) / 2, HEIGHT / 2), _WALL))
+        slabs.append((SHELL_ID, (t, d, HEIGHT), (sign * (w + t) / 2, 0.0, HEIGHT / 2), _WALL))
+        slabs.append((SHELL_ID, (w, t, HEIGHT), (0.0, sign * (d + t) / 2, HEIGHT / 2), _WALL))
     parts = []
-    for number, extents, center, color in slabs:
+    for object_id, extents, center, color in slabs:
         mesh = trimesh.creation.box(extents=extents)
         mesh.apply_translation(center)
-        parts.append((number, Part(mesh, color)))
+        parts.append((object_id, Part(mesh, color)))
     return parts
 
 
 def _assemble(builder: _Builder, shell: list[tuple[int, Part]]) -> Room:
+    """Join all parts into one mesh."""
     vertices, faces, colors, owners, offset = [], [], [], [], 0
     for owner, part in shell + builder.parts:
         vertices.append(np.asarray(part.mesh.vertices))
-        faces.append(np.asarray(part.mesh.faces) + offset)
+        faces.append(np.asarray(part.mesh.faces) + offset)  # vertices are numbered over all parts
         colors.append(np.tile(np.array(part.color, dtype=np.float64), (len(part.mesh.faces), 1)))
         owners.append(np.full(len(part.mesh.faces), owner))
         offset += len(part.mesh.vertices)

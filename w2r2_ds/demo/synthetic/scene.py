@@ -1,4 +1,4 @@
-"""Make one synthetic scene: write its files and return its entries for the annotation files of its split."""
+"""Make one synthetic scene: write its files, and return its entries for the annotation files of its split."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from w2r2_ds.demo.synthetic.annotations import propose, scene_info
 from w2r2_ds.demo.synthetic.contact_sheet import write_sheet
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.options import Options, scene_id, scene_seed
-from w2r2_ds.demo.synthetic.questions import Question, ask
+from w2r2_ds.demo.synthetic.questions import Question, make_questions
 from w2r2_ds.demo.synthetic.render import Renderer, pinhole
 from w2r2_ds.demo.synthetic.rooms import Room, RoomObject, make_room
-from w2r2_ds.demo.synthetic.sentences import Sentence, describe
+from w2r2_ds.demo.synthetic.sentences import Sentence, make_sentences
 
 _SENTENCES = (6, 10)
 _QUESTIONS = (6, 10)
+"""Minimum and maximum number per scene."""
 _ATTEMPTS = 50
+"""Rooms that are drawn until one has enough sentences."""
 _QUESTION_STREAM, _PROPOSAL_STREAM = 1000, 1001
-"""Last number of the seed for questions and proposals (rooms: the attempt), so that their draws are independent."""
+"""Last number of the seed for questions and proposals (for rooms: the attempt), so that their draws are independent."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,15 @@ class SceneEntries:
 
 
 def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEntries:
-    """Make a room, write its files to ``root`` and return its annotation entries."""
+    """Make a room, write its files to ``root`` and return its annotation entries.
+
+    Rooms are drawn until one has enough unambiguous sentences; only that one is written.
+
+    Raises:
+        ValueError: there is no such room in `_ATTEMPTS` draws.
+    """
     name = scene_id(split, index)
-    matrix = pinhole(options.image_size)
+    intrinsic = pinhole(options.image_size)
     for attempt in range(_ATTEMPTS):
         rng = _generator(options, split, index, attempt)
         room = make_room(rng, options.frames_per_scene)
@@ -58,10 +66,10 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEn
         images = [renderer.render(camera) for camera in room.cameras]
         colors, depths = [image[0] for image in images], [image[1] for image in images]
         frames = _frames(root / "posed_images" / name, room)
-        seen = _seen(room, frames, depths, matrix)
-        visible = _visible(room, frames, seen, matrix, options.image_size)
+        visible_ids = _visible_per_frame(room, frames, depths, intrinsic)
+        visible = _visible_in_any(room, frames, visible_ids, intrinsic, options.image_size)
         count = int(rng.integers(_SENTENCES[0], _SENTENCES[1] + 1))
-        sentences = describe(rng, room.objects, visible, count)
+        sentences = make_sentences(rng, room.objects, visible, count)
         if len(sentences) >= _SENTENCES[0]:
             break
     else:
@@ -69,19 +77,20 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEn
             f"none of {_ATTEMPTS} rooms has {_SENTENCES[0]} unambiguous sentences; use more frames per scene"
         )
     _write_images(frames, colors, depths, options.image_size)
+    # As in ScanNet, camera poses are stored in a raw world, which is not aligned with the walls.
     axis_align = _alignment(rng)
     poses = [np.linalg.inv(axis_align) @ frame.cam_to_world for frame in frames]
     _write_geometry(root, name, room, frames, poses, axis_align)
     sheet = root / "contact_sheets" / f"{name}.png"
-    write_sheet(sheet, frames, colors, depths, matrix, room.objects, sentences)
+    write_sheet(sheet, frames, colors, depths, intrinsic, room.objects, sentences)
     question_rng = _generator(options, split, index, _QUESTION_STREAM)
     count = int(question_rng.integers(_QUESTIONS[0], _QUESTIONS[1] + 1))
-    questions = ask(question_rng, room.objects, visible, count)
+    questions = make_questions(question_rng, room.objects, visible, count)
     return SceneEntries(
         name,
         _descriptions(name, sentences),
         _questions(name, split, room, questions),
-        scene_info(name, room.objects, frames, poses, seen, axis_align, matrix),
+        scene_info(name, room.objects, frames, poses, visible_ids, axis_align, intrinsic),
         propose(_generator(options, split, index, _PROPOSAL_STREAM), room).tolist(),
     )
 
@@ -94,28 +103,30 @@ def _frames(folder: Path, room: Room) -> list[Frame]:
     return [Frame(i, folder / f"{i:05d}.jpg", folder / f"{i:05d}.png", camera) for i, camera in enumerate(room.cameras)]
 
 
-def _seen(room: Room, frames: list[Frame], depths: list[np.ndarray], matrix: np.ndarray) -> list[list[int]]:
+def _visible_per_frame(
+    room: Room, frames: list[Frame], depths: list[np.ndarray], intrinsic: np.ndarray
+) -> list[list[int]]:
     """Ids of the visible objects of each frame."""
     return [
         [
             o.object_id
             for o in room.objects
-            if visible_fraction(o.box, frame.cam_to_world, matrix, depth) >= MIN_VISIBLE_FRACTION
+            if visible_fraction(o.box, frame.cam_to_world, intrinsic, depth) >= MIN_VISIBLE_FRACTION
         ]
         for frame, depth in zip(frames, depths, strict=True)
     ]
 
 
-def _visible(
-    room: Room, frames: list[Frame], seen: list[list[int]], matrix: np.ndarray, size: tuple[int, int]
+def _visible_in_any(
+    room: Room, frames: list[Frame], visible_ids: list[list[int]], intrinsic: np.ndarray, size: tuple[int, int]
 ) -> set[int]:
-    """Ids of the objects that are visible in a frame and whose box projects into its image."""
+    """Ids of the objects that are visible in any frame into whose image their box projects."""
     return {
         o.object_id
         for o in room.objects
         if any(
-            o.object_id in ids and projected_area(o.box, frame.cam_to_world, matrix, size) > 0
-            for frame, ids in zip(frames, seen, strict=True)
+            o.object_id in ids and projected_area(o.box, frame.cam_to_world, intrinsic, size) > 0
+            for frame, ids in zip(frames, visible_ids, strict=True)
         )
     }
 
@@ -133,7 +144,7 @@ def _write_images(
 
 
 def _alignment(rng: np.random.Generator) -> np.ndarray:
-    """Random transform ``[4, 4]`` float64 of the raw world to the aligned world, as real scans have one."""
+    """Random transform ``[4, 4]`` float64 from the raw world to the aligned world, like that of a real scan."""
     angle = float(rng.uniform(0.2, 1.3))
     align = np.eye(4)
     align[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
@@ -155,6 +166,7 @@ def _write_geometry(
 
 
 def _row(o: RoomObject) -> list[float]:
+    """Row of the file of boxes: centre, size, NYU40 id, object id."""
     return [*(float(value) for value in o.box), float(KINDS[o.name].label[0]), float(o.object_id)]
 
 
@@ -179,7 +191,7 @@ def _descriptions(name: str, sentences: list[Sentence]) -> list[dict[str, Any]]:
 
 
 def _questions(name: str, split: str, room: Room, questions: list[Question]) -> list[dict[str, Any]]:
-    """ScanQA's entries; questions are numbered per place, of which there is one scan."""
+    """ScanQA's entries; ids have the name of the place (a scene without its scan number) and a number."""
     place = name.split("_")[0]
     return [
         {
@@ -195,4 +207,5 @@ def _questions(name: str, split: str, room: Room, questions: list[Question]) -> 
 
 
 def _numbers(matrix: np.ndarray) -> str:
+    """Text of a matrix, one row per line."""
     return "".join(" ".join(f"{value:.12f}" for value in row) + "\n" for row in matrix)

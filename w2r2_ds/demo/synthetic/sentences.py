@@ -1,4 +1,4 @@
-"""Referring expressions for exactly one object of a room, which need both its class and its position."""
+"""Referring expressions, each for exactly one object of a room; its class and its position are both needed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ _TEMPLATES = {
     "smallest": ("the smallest {one} in the room.",),
 }
 _PER_OBJECT, _PER_SIZE = 3, 2
+"""Maximum number of sentences per object, and of sentences with "largest" or "smallest" per room."""
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence with its meaning.
+    """A referring expression and its meaning.
 
     Attributes:
         object_id: the object that it refers to.
@@ -50,7 +51,7 @@ class Sentence:
     text: str
 
 
-def describe(
+def make_sentences(
     rng: np.random.Generator, objects: Sequence[RoomObject], visible: Collection[int], count: int
 ) -> list[Sentence]:
     """Make up to ``count`` different sentences about visible objects, spread over objects and relations.
@@ -67,7 +68,7 @@ def describe(
         for relation, anchors in relations(objects, visible)
         if (target := resolve(objects, name, color, relation, anchors)) in visible
         and target is not None
-        and _needs_what(objects, relation, anchors, target)
+        and _needs_class(objects, relation, anchors, target)
     ]
     uses: Counter[int] = Counter()
     sizes = 0
@@ -86,8 +87,8 @@ def describe(
     return chosen
 
 
-def _needs_what(objects: Sequence[RoomObject], relation: str, anchors: tuple[int, ...], target: int) -> bool:
-    """Whether the relation without the class would refer to another object."""
+def _needs_class(objects: Sequence[RoomObject], relation: str, anchors: tuple[int, ...], target: int) -> bool:
+    """Whether the relation without the class would refer to another object, so that the class is needed."""
     others = [o for o in objects if o.object_id not in anchors]
     if relation in ("nearest", "farthest"):
         sign = 1.0 if relation == "nearest" else -1.0
@@ -103,6 +104,7 @@ def _text(
     relation: str,
     anchors: tuple[int, ...],
 ) -> str:
+    """A random template of the relation, filled in."""
     template = str(rng.choice(_TEMPLATES[relation]))
     prefix = f"{color} " if color else ""
     phrases = [anchor_phrase(objects, anchor) for anchor in anchors] + [None, None]

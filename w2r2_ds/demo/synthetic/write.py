@@ -28,7 +28,7 @@ _ANNOTATIONS = ("ScanRefer", "ScanQA", "embodiedscan", "proposals")
 
 @dataclass(frozen=True)
 class Written:
-    """Result of ``write_dataset``: the folder, whether it existed before, its manifest."""
+    """Result of ``write_dataset``: the folder, whether it existed already, and its manifest."""
 
     root: Path
     reused: bool
@@ -52,8 +52,8 @@ def write_dataset(
 ) -> Written:
     """Write random rooms, or reuse an existing data set with the same options.
 
-    Files are written to a temporary folder beside ``root``, which is renamed at the end. If ``root`` exists, it is
-    complete.
+    Files are written to a temporary folder beside ``root``, which is renamed at the end. So ``root`` is complete if it
+    exists.
 
     Args:
         root: folder to write. It has the layout of ``data/sources/scannet.py``, files of ScanQA, EmbodiedScan and
@@ -81,7 +81,8 @@ def write_dataset(
         manifest = _write_all(partial, options, workers)
         try:
             partial.rename(root)
-        except OSError:  # another process may have written it meanwhile; use its data set if the options agree
+        except OSError:
+            # Another process may have renamed its folder first. Its data set is the same if the options agree.
             existing = _existing(root, options)
             if existing is None:
                 raise
@@ -102,30 +103,35 @@ def _existing(root: Path, options: Options) -> dict[str, Any] | None:
         manifest["counts"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{root} exists but has no readable {_MANIFEST}; use another folder or remove it") from None
-    wanted = _described(options)
-    other = sorted(name for name in wanted if found.get(name) != wanted[name])
-    if other:
-        have = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in other)
-        raise ValueError(f"{root} has a data set made with {have}; use another folder, remove it or use its options")
+    wanted = _identity(options)
+    different = sorted(name for name in wanted if found.get(name) != wanted[name])
+    if different:
+        values = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in different)
+        raise ValueError(f"{root} has a data set made with {values}; use another folder, remove it or use its options")
     for split, index in _scenes(options):
         if not (root / "posed_images" / scene_id(split, index)).is_dir():
             raise ValueError(f"{root} lacks {scene_id(split, index)}; remove the folder so that it is written again")
     return dict(manifest)
 
 
-def _described(options: Options) -> dict[str, Any]:
+def _identity(options: Options) -> dict[str, Any]:
+    """Version and options as JSON values (tuples become lists); they determine the content of a data set."""
     return {"version": VERSION, **json.loads(json.dumps(asdict(options)))}
 
 
 def _scenes(options: Options) -> list[tuple[str, int]]:
+    """(split, index) of all scenes."""
     return [("train", i) for i in range(options.train_scenes)] + [("val", i) for i in range(options.val_scenes)]
 
 
 def _write_all(root: Path, options: Options, workers: int) -> dict[str, Any]:
+    """Write all files of a data set to a new folder; returns the manifest."""
     for folder in ("posed_images", "scans", "scannet_data", "contact_sheets", *_ANNOTATIONS):
         (root / folder).mkdir(parents=True)
     scenes = _scenes(options)
     if workers > 1:
+        # Every scene has its own seed, so the result does not depend on the number of workers. Results are collected in
+        # the order of the scenes.
         with ProcessPoolExecutor(min(workers, len(scenes)), mp_context=get_context("spawn")) as pool:
             futures = [pool.submit(write_scene, root, options, split, index) for split, index in scenes]
             results = [future.result() for future in futures]
@@ -133,12 +139,12 @@ def _write_all(root: Path, options: Options, workers: int) -> dict[str, Any]:
         results = [write_scene(root, options, split, index) for split, index in scenes]
     counts = {"train_scenes": options.train_scenes, "val_scenes": options.val_scenes}
     for split in SPLITS:
-        parts = [part for (of, _), part in zip(scenes, results, strict=True) if of == split]
+        parts = [part for (part_split, _), part in zip(scenes, results, strict=True) if part_split == split]
         counts |= {f"{split}_{name}": number for name, number in _write_annotations(root, split, parts).items()}
     counts["frames"] = len(scenes) * options.frames_per_scene
     _write_labels(root / LABELS_FILE)
-    described = _described(options)
-    manifest = {"version": described.pop("version"), "seed": options.seed, "options": described, "counts": counts}
+    identity = _identity(options)
+    manifest = {"version": identity.pop("version"), "seed": options.seed, "options": identity, "counts": counts}
     _write_json(root / _MANIFEST, manifest)
     return manifest
 
@@ -161,7 +167,7 @@ def _write_annotations(root: Path, split: str, parts: Sequence[SceneEntries]) ->
 
 
 def _write_labels(path: Path) -> None:
-    """Write the label table with the columns of ScanNet's that are used here."""
+    """Write the label table of the classes, with those columns of ScanNet's that are used here."""
     columns = ("id", "raw_category", "category", "count", "nyu40id", "eigen13id", "nyuClass", "nyu40class")
     rows = ["\t".join(columns)]
     for number, (name, kind) in enumerate(KINDS.items(), start=1):
@@ -194,7 +200,7 @@ def remove_leftovers(root: Path) -> None:
 def _is_running(pid: int) -> bool:
     """Whether a process with this id runs on this machine."""
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 only checks
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # the process of another user
