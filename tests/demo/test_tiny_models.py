@@ -1,4 +1,4 @@
-"""Directories of tiny models load with stock classes and behave like the real models."""
+"""Directories of tiny models load with transformers' classes and behave like the real models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_files_are_complete(tiny_dir: Path) -> None:
     assert {path.name for path in tiny_dir.iterdir()} == FILES
 
 
-def test_stock_classes_load_every_weight(tiny_dir: Path) -> None:
+def test_transformers_loads_every_weight(tiny_dir: Path) -> None:
     model, info = AutoModelForImageTextToText.from_pretrained(tiny_dir, output_loading_info=True)
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
@@ -105,7 +105,7 @@ def test_precomputed_features_give_the_same_logits(
     inputs = visual_inputs(vlm.config, tokenizer, kind, frames)
     pixels, grid = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
     with torch.no_grad():
-        plain = vlm(**inputs, use_cache=False).logits
+        logits = vlm(**inputs, use_cache=False).logits
         values = inputs.pop(pixels)
         encode = vlm.get_image_features if kind == "image" else vlm.get_video_features
         features = encode(values, inputs[grid])
@@ -114,8 +114,8 @@ def test_precomputed_features_give_the_same_logits(
         fused.pooler_output = tuple(item + 1.0 for item in features.pooler_output)
         shifted = vlm(**inputs, mm_encoder_outputs={kind: fused}, use_cache=False).logits
         again = vlm(**inputs, mm_encoder_outputs={kind: features}, use_cache=False).logits
-    assert torch.equal(plain, route) and torch.equal(plain, again)
-    assert not torch.allclose(plain, shifted)
+    assert torch.equal(logits, route) and torch.equal(logits, again)
+    assert not torch.allclose(logits, shifted)
 
 
 def test_generation_stops_at_the_right_tokens(vlm: Any, tokenizer: Any) -> None:

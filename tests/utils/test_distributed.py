@@ -25,16 +25,16 @@ def work(folder: Path) -> None:
     """Run all cases on one rank; a collective that is out of step in one case would fail the next."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    seen: dict[str, str | None] = {}
+    raised: dict[str, str | None] = {}
     for name, failures in FAILURES.items():
-        seen[name] = None
+        raised[name] = None
         try:
             with raise_on_all_ranks():
                 if failures[rank] is not None:
                     raise failures[rank]
         except Exception as error:
-            seen[name] = f"{type(error).__name__}: {error}"
-    (folder / f"{rank}.json").write_text(json.dumps(seen))
+            raised[name] = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.json").write_text(json.dumps(raised))
     dist.destroy_process_group()
 
 

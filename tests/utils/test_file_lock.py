@@ -18,7 +18,7 @@ HOLD = """
 import sys, time, os
 from pathlib import Path
 from w2r2_ds.utils.file_lock import locked
-with locked(Path(sys.argv[1]), "out is being prepared", "give another --out"):
+with locked(Path(sys.argv[1]), "out is being prepared", "use another --out"):
     child = os.fork() if sys.argv[2] == "fork" else 1
     os.write(1, b"%d\\n" % child)  # at once: parent and child share the pipe
     time.sleep(120)
@@ -47,7 +47,7 @@ def hold(tmp_path: Path) -> Iterator[Any]:
 
 
 def take(file: Path) -> Any:
-    return locked(file, "out is being prepared", "give another --out")
+    return locked(file, "out is being prepared", "use another --out")
 
 
 def test_a_second_holder_is_rejected(tmp_path: Path, hold: Any) -> None:
@@ -58,14 +58,14 @@ def test_a_second_holder_is_rejected(tmp_path: Path, hold: Any) -> None:
         ),
         take(tmp_path / "out.lock"),
     ):
-        raise AssertionError("it is held by another")
+        raise AssertionError("two holders")
 
 
 def test_a_killed_holder_does_not_block(tmp_path: Path, hold: Any) -> None:
     process, _ = hold()
     process.kill()
     process.wait()
-    assert (tmp_path / "out.lock").is_file(), "what a killed process leaves"
+    assert (tmp_path / "out.lock").is_file(), "left by the killed process"
     with take(tmp_path / "out.lock"):
         pass
     assert not (tmp_path / "out.lock").exists()

@@ -1,4 +1,4 @@
-"""``launchers/prepare.py geometry``: the cache is filled ahead, goes on, and says no before the disk does."""
+"""``launchers/prepare.py geometry`` fills the cache before training, continues, and checks the space first."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def files(config: RunConfig) -> list[Path]:
     return sorted(Path(config.data.cache).rglob("*.safetensors"))
 
 
-def test_what_is_filled_ahead_is_what_training_would_make(
+def test_prepared_features_equal_those_of_training(
     config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of every frame set, once; a second call finds all, makes again what is damaged, and adds another split."""
+    """Every frame set once; a second call computes only damaged files again, and adds another split."""
     run = config()
     fill_cache(run, ["train"], True, RankInfo())
     assert "features of data.train: 4 files, " in capsys.readouterr().out and not files(run)
@@ -58,29 +58,29 @@ def test_what_is_filled_ahead_is_what_training_would_make(
     damaged = files(run)[3]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     fill_cache(run, ["train", "val"], False, RankInfo())
-    said = capsys.readouterr().out
-    assert f"{damaged} is damaged" in caplog.text and "missing in" in said and ": 1 files" in said
+    printed = capsys.readouterr().out
+    assert f"{damaged} is damaged" in caplog.text and "missing in" in printed and ": 1 files" in printed
     assert {path for path in files(run) if path.stat().st_ino != inodes[path]} <= {damaged} and len(files(run)) == 6
     fill_cache(run, ["train", "val"], False, RankInfo())
     assert ": 0 files, 0 GiB (free" in capsys.readouterr().out
 
     model = build_model(run.model, torch.device("cpu"), 0).eval()
     frontend = load_frontend(run.model)
-    asking = replace(frontend, cache=open_cache(run.data, run.model))
+    with_cache = replace(frontend, cache=open_cache(run.data, run.model))
     for split in ("train", "val"):
         for sample in fill.frame_sets(run, [split]):
-            cached, plain = (
+            cached, computed = (
                 make_collate(each, run.data, False)([make_processor(each, run.data)(sample, True)]).visuals
-                for each in (asking, frontend)
+                for each in (with_cache, frontend)
             )
             assert cached.geometry_images == (None,) and cached.uncached == (None,)
-            for one, other in zip(model.encode_3d(cached), model.encode_3d(plain), strict=True):
+            for one, other in zip(model.encode_3d(cached), model.encode_3d(computed), strict=True):
                 assert torch.equal(one, other)
-            both = [torch.cat(model.encode_2d(each).pooler_output) for each in (cached, plain)]
+            both = [torch.cat(model.encode_2d(each).pooler_output) for each in (cached, computed)]
             assert torch.equal(*both)
 
 
-def test_what_could_not_be_kept_is_not_called_complete(
+def test_features_that_could_not_be_written_are_an_error(
     config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another run's files may fill the cache, and a disk may fail."""
@@ -94,14 +94,14 @@ def test_what_could_not_be_kept_is_not_called_complete(
 
 @pytest.mark.parametrize("cached", ["geometry", "geometry+2d"])
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_the_forecast_is_what_is_written(
+def test_the_forecast_is_the_size_of_the_files(
     config: Callable[..., RunConfig], visual: str, cached: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the frames' sizes alone; more by a header per file at most."""
+    """It is computed from the sizes of the frames, and is larger by at most a header per file."""
     run = config(data__visual=visual, data__cached_features=cached, demo__frames=3)
     forecast: list[fill.FileCount] = []
     real = fill.check_space
-    fill.check_space = lambda cache, whole, lacking: forecast.append(lacking)  # type: ignore[assignment]
+    fill.check_space = lambda cache, total, missing: forecast.append(missing)  # type: ignore[assignment]
     try:
         fill_cache(run, ["train"], False, RankInfo())
     finally:
@@ -111,7 +111,7 @@ def test_the_forecast_is_what_is_written(
     assert written <= forecast[0].bytes <= written + 4096 * forecast[0].files
 
 
-def test_there_is_no_room(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"more than data\.cache_gib = 1e-05; raise it, or fill the cache for fewer"):
         fill_cache(config(data__cache_gib=1e-5), ["train"], False, RankInfo())
     older = Path(config().data.cache) / "00" / f"{0:064x}.safetensors"  # of other weights
@@ -124,7 +124,7 @@ def test_there_is_no_room(config: Callable[..., RunConfig], monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"cache has 9\.31e-06 GiB free, but the missing features need .*; make room"):
         fill_cache(config(), ["train"], False, RankInfo())
     assert not files(config())
-    with pytest.raises(ValueError, match=r"data\.cache is empty; name the folder to fill, as --data\.cache"):
+    with pytest.raises(ValueError, match=r"data\.cache is empty; .*--data\.cache runs/cache"):
         fill_cache(config(data__cache="", data__cached_features="geometry"), ["train"], False, RankInfo())
 
 
@@ -134,7 +134,7 @@ def test_an_unreadable_frame_is_named(
     run = config()
     (first, *rest) = fill.frame_sets(run, ["train"])
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(first.frames[0].read_bytes()[:-400])  # its header is whole
+    broken.write_bytes(first.frames[0].read_bytes()[:-400])  # its header is complete
     samples = [replace(first, frames=(broken, *first.frames[1:])), *rest]
     monkeypatch.setattr(fill, "frame_sets", lambda config, splits: samples)
     with pytest.raises(ValueError, match=r"Frame .*broken\.jpg cannot be read as a colour image"):
@@ -144,7 +144,7 @@ def test_an_unreadable_frame_is_named(
 def test_the_command_takes_the_options_of_a_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also behind the --local_rank that the deepspeed launcher writes first; a mistake is one sentence."""
+    """Also after the --local_rank that the deepspeed launcher writes first; an unknown option is one sentence."""
     options = [*world.arguments(tmp_path / "run"), "--data.cache", str(tmp_path / "cache")]
     seen: list[Any] = []
     monkeypatch.setattr(fill, "fill_cache", lambda *given: seen.append(given))
@@ -166,11 +166,11 @@ def test_ranks_share_the_work(config: Callable[..., RunConfig], world: World, tm
     """Under torchrun, and under deepspeed on top of it: nothing is left to do."""
     options = [*world.arguments(tmp_path / "run"), "--data.cache", str(tmp_path / "cache")]
     both = [*options, "--data.cached_features", "geometry+2d"]
-    for start, words in (
+    for launcher, words in (
         (["torchrun", "--standalone", "--nproc_per_node", "2"], options),
         (["deepspeed", "--num_accelerators", "2"], both),
     ):
-        command = [*start, "launchers/prepare.py", "geometry", *words]
+        command = [*launcher, "launchers/prepare.py", "geometry", *words]
         done = subprocess.run(
             command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
         )

@@ -1,4 +1,4 @@
-"""Whole preparations: what is written, reused, rejected, resumed; nothing disappears without a record."""
+"""Whole preparations: files, reuse, resume and errors; every annotation becomes a sample or a skipped item."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEPTH = TaskOptions("scanrefer", "train", frames=FrameOptions("uniform", 2), vis
 
 @pytest.fixture
 def scenes(root: Path) -> Path:
-    """Three copies of the scene; their descriptions take turns, so that a scene's do not stand together."""
+    """Three copies of the scene; their descriptions alternate, so that those of one scene are not consecutive."""
     for scene_id in (SECOND, THIRD):
         write_scene(root, scene_id)
     names = [SECOND, SCENE, THIRD, SCENE, SECOND, THIRD]
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_samples_stand_in_the_order_of_the_annotations(scenes: Path) -> None:
+def test_samples_are_in_the_order_of_the_annotations(scenes: Path) -> None:
     done = prepare(scenes, DEPTH, scenes / "out" / "train", quiet=True)
     made = PreparedSet(done.folder, scenes)
     order = [(each.scene_id, each.target.ann_id) for each in made]
@@ -64,7 +64,7 @@ def test_samples_stand_in_the_order_of_the_annotations(scenes: Path) -> None:
     assert not list((scenes / "out").glob("*.partial"))
 
 
-def test_the_manifest_says_what_was_made_of_what(scenes: Path) -> None:
+def test_the_manifest_has_options_inputs_counts_and_files(scenes: Path) -> None:
     manifest = prepare(scenes, DEPTH, scenes / "out", quiet=True).manifest
     assert (manifest["task"], manifest["format"], manifest["split"]) == ("scanrefer", "vgllm", "train")
     assert manifest["options"]["frames"]["count"] == 2 and manifest["options"]["visibility"] == "depth"
@@ -83,7 +83,7 @@ def test_the_manifest_says_what_was_made_of_what(scenes: Path) -> None:
     assert manifest == json.loads((scenes / "out" / MANIFEST).read_text())
 
 
-def test_everything_is_a_sample_or_is_written_down(scenes: Path) -> None:
+def test_every_annotation_becomes_samples_or_a_skipped_item(scenes: Path) -> None:
     write_infos(scenes, scene_ids=(SCENE, SECOND, THIRD))
     options = TaskOptions("scanrefer", "train", frames=FrameOptions("vgllm", 1), rolls=2)
     done = prepare(scenes, options, scenes / "out", quiet=True)
@@ -103,7 +103,7 @@ def test_the_published_count_is_compared(scenes: Path, monkeypatch: pytest.Monke
     assert "7 descriptions, as published" in text and "1 no_visible_frame" in text
 
 
-def test_objects_of_validation_are_what_is_counted(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_of_scan2cap_counts_objects(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_annotations(scenes, [entry(), entry(ann_id=1), entry(4, "table")], "val")
     monkeypatch.setattr(Scan2Cap, "published", {"val": 2})
     options = TaskOptions("scan2cap", "val", frames=FrameOptions("uniform", 2), boxes="annotated")
@@ -111,7 +111,7 @@ def test_objects_of_validation_are_what_is_counted(scenes: Path, monkeypatch: py
     assert (counts["objects"], counts["published"]["met"], counts["samples"]) == (2, True, 2)
 
 
-def test_the_same_is_reused_and_another_is_rejected(scenes: Path) -> None:
+def test_an_equal_data_set_is_reused_and_another_one_rejected(scenes: Path) -> None:
     out = scenes / "out"
     assert not prepare(scenes, DEPTH, out, quiet=True).reused
     before = contents(out)
@@ -127,7 +127,7 @@ def test_the_same_is_reused_and_another_is_rejected(scenes: Path) -> None:
     assert contents(out) == before
 
 
-def test_a_folder_of_something_else_is_never_overwritten(scenes: Path) -> None:
+def test_other_files_and_changed_files_are_never_overwritten(scenes: Path) -> None:
     out = scenes / "out"
     out.mkdir()
     (out / "mine.txt").write_text("x")
@@ -140,11 +140,11 @@ def test_a_folder_of_something_else_is_never_overwritten(scenes: Path) -> None:
 
 
 class Killed(BaseException):
-    """Nothing in the program catches it."""
+    """An exception that the package does not catch."""
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, when: str) -> list[str]:
-    """Make `prepare` die when it comes to a scene; returns the list of scenes that were worked on."""
+    """Kill `prepare` at a scene; returns the list of scenes that were prepared."""
     worked, original = [], preparing.prepare_scene
 
     def outcomes(root: Path, options: TaskOptions, job: Any, **rest: Any) -> Any:
@@ -157,7 +157,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, when: str) -> list[str]:
     return worked
 
 
-def test_a_killed_preparation_goes_on(
+def test_a_killed_preparation_continues(
     scenes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = contents(prepare(scenes, DEPTH, scenes / "whole", quiet=True).folder)
@@ -166,7 +166,7 @@ def test_a_killed_preparation_goes_on(
         with pytest.raises(Killed):
             prepare(scenes, DEPTH, scenes / "out", quiet=True)
     assert not (scenes / "out" / MANIFEST).exists() and (scenes / "out" / f"{SECOND}.parquet").is_file()
-    (scenes / "out" / f"{SCENE}.parquet").write_bytes(b"half")  # a full disk may cut a file
+    (scenes / "out" / f"{SCENE}.parquet").write_bytes(b"half")  # a full disk may truncate a file
     worked = interrupted(monkeypatch, "none")
     caplog.set_level("INFO", "w2r2_ds")
     done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
@@ -176,7 +176,7 @@ def test_a_killed_preparation_goes_on(
     assert contents(done.folder) == whole
 
 
-def test_a_truncated_scene_is_made_again(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_scene_is_prepared_again(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contents(prepare(scenes, DEPTH, scenes / "whole", quiet=True).folder)
     with monkeypatch.context() as patch:
         interrupted(patch, SCENE)
@@ -201,7 +201,7 @@ def test_scenes_of_other_annotations_are_removed(scenes: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("change", ["options", "annotations", "scene"])
-def test_what_was_begun_for_something_else_is_made_again(
+def test_scenes_of_other_options_or_inputs_are_prepared_again(
     scenes: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     with monkeypatch.context() as patch:
@@ -229,7 +229,7 @@ def test_validation_draws_one_roll(scenes: Path) -> None:
     assert [each.id for each in made] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|0"]
 
 
-def test_files_of_others_are_kept(scenes: Path) -> None:
+def test_an_unknown_parquet_file_is_not_deleted(scenes: Path) -> None:
     (scenes / "out").mkdir()
     pq.write_table(pa.table({"a": [1]}), scenes / "out" / "mine.parquet")
     with pytest.raises(ValueError, match=r"out holds mine\.parquet"):
@@ -252,7 +252,7 @@ def test_a_process_that_dies_is_an_error() -> None:
 
 @pytest.fixture
 def damaged(scenes: Path) -> Path:
-    """A scene whose images are gone, and one with a half-written image."""
+    """A scene without images, and one with a truncated image."""
     for path in (scenes / "posed_images" / SECOND).iterdir():
         path.unlink()
     image = scenes / "posed_images" / THIRD / "00000.jpg"
@@ -269,13 +269,13 @@ def test_all_broken_scenes_are_named(damaged: Path) -> None:
     assert not (damaged / "out" / MANIFEST).exists()
 
 
-def test_broken_scenes_can_be_left_out(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_scenes_can_be_skipped(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="2 of 3 scenes cannot be used"):
         prepare(damaged, DEPTH, damaged / "out", quiet=True)
     worked = interrupted(monkeypatch, "none")
     done = prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=True, quiet=True)
     assert [each.scene_id for each in PreparedSet(done.folder, damaged)] == [SCENE, SCENE]
-    assert worked == [SECOND, THIRD], "what the first attempt made is kept"
+    assert worked == [SECOND, THIRD], "the scene of the first attempt is kept"
     assert done.manifest["skipped"] == {"broken_scene": 4, "no_visible_frame": 1}
     assert done.manifest["counts"]["scenes"] == 1
     dropped = lines(done.folder)
@@ -317,7 +317,7 @@ def test_no_sample_at_all_is_an_error(root: Path) -> None:
         ({"frames": FrameOptions("uniform", 0)}, "frames.count is 0"),
     ],
 )
-def test_options_that_cannot_be(root: Path, change: dict[str, Any], message: str) -> None:
+def test_invalid_options(root: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(root, replace(DEPTH, **change), root / "out", quiet=True)
 
@@ -352,7 +352,7 @@ def test_a_file_that_is_missing_is_named(root: Path) -> None:
         prepare(root, options, root / "out", quiet=True)
 
 
-def test_the_demo_prepares_what_its_recipe_names(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_demo_prepares_the_sets_of_its_recipe(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "w2r2_ds")
     for split in ("train", "val"):
         write_annotations(root, [entry(), entry(4, "table")], split)
@@ -368,7 +368,7 @@ def test_the_demo_prepares_what_its_recipe_names(root: Path, caplog: pytest.LogC
     assert mixture[4].question.endswith(" Answer the question simply.")
     caplog.clear()
     prepare_sets(config)
-    assert caplog.text == "", "what is there is reused"
+    assert caplog.text == "", "existing sets are reused"
     config.data.val = [SourceConfig("prepared/elsewhere")]
     with pytest.raises(ValueError, match=r"prepared/elsewhere .*prepared/TASK/NAME"):
         prepare_sets(config)

@@ -61,14 +61,14 @@ def test_every_missing_and_truncated_file_is_listed(complete: Path) -> None:
 
 
 def test_from_nothing(tmp_path: Path) -> None:
-    """Before anything is here, what every scene needs is listed too, though the scenes are not known yet."""
-    nowhere = found(tmp_path)
+    """Without any file, the folders that every scene needs are listed, because the scenes are unknown."""
+    listed = found(tmp_path)
     files = {"ScanRefer/ScanRefer_filtered_train.json", "scannetv2-labels.combined.tsv"}
-    assert set(nowhere) == files | {
+    assert set(listed) == files | {
         "embodiedscan/embodiedscan_infos_train.pkl",
         *("posed_images", "scans", "scannet_data"),
     }
-    assert nowhere["posed_images"] == "missing; which scenes are needed is not known before the annotations are here"
+    assert listed["posed_images"] == "missing; which scenes are needed is not known before the annotations are here"
 
 
 def test_files_and_scenes_that_are_not_there(complete: Path) -> None:
@@ -145,17 +145,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_the_command_prepares_checks_and_forecasts(
     complete: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = ("scanrefer", "--root", str(complete), "--splits", "[train]", "--frames.count", "2")
-    assert run(monkeypatch, *where, "--dry-run") == 0
+    options = ("scanrefer", "--root", str(complete), "--splits", "[train]", "--frames.count", "2")
+    assert run(monkeypatch, *options, "--dry-run") == 0
     assert "at most 2 samples" in capsys.readouterr().out
-    run(monkeypatch, *where, "--check")
-    run(monkeypatch, *where, "--workers", "1")
+    run(monkeypatch, *options, "--check")
+    run(monkeypatch, *options, "--workers", "1")
     assert "2 samples of 1 descriptions in 1 scenes" in capsys.readouterr().out
     made = PreparedSet(complete / "prepared" / "scanrefer" / "train", complete)
     assert [each.id.split("#")[1] for each in made] == ["0", "1"], "VG-LLM's two rolls are the default"
     (complete / "posed_images" / SCENE / "00001.jpg").unlink()
-    assert run(monkeypatch, *where, "--check") == 1
-    assert run(monkeypatch, *where, "--format", "video3dllm", "--rolls", "2") == 1
+    assert run(monkeypatch, *options, "--check") == 1
+    assert run(monkeypatch, *options, "--format", "video3dllm", "--rolls", "2") == 1
     assert "--rolls is 2, but only format vgllm has rolls" in capsys.readouterr().err
 
 
@@ -203,7 +203,7 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixt
 def test_a_folder_that_cannot_be_written_is_a_sentence(
     complete: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Data often lie where users may only read."""
+    """Data are often stored where users may only read."""
     (complete / "taken").write_text("")
     arguments = ["scan2cap", "--root", complete, "--splits", "[train]", "--workers", 1, "--out", complete / "taken"]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])

@@ -20,7 +20,7 @@ metres = st.floats(-20.0, 20.0, allow_nan=False)
 sides = st.floats(0.001, 10.0)
 angles = st.floats(-np.pi, np.pi)
 quarters = st.sampled_from([0.0, np.pi / 2, -np.pi / 2, np.pi, 1.0, -2.5])
-"""Turns at which level cameras and upright boxes meet: gimbal lock."""
+"""Angles at which upright boxes in level cameras have gimbal lock."""
 
 
 def numbers(each: st.SearchStrategy[float], count: int) -> st.SearchStrategy[np.ndarray]:
@@ -36,7 +36,7 @@ boxes = st.builds(
 
 
 def pose(turn: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """A rigid transform from any three Euler angles, by SciPy: not by what is tested."""
+    """A rigid transform from any three Euler angles, computed by SciPy, not by the code under test."""
     matrix = np.eye(4)
     matrix[:3, :3] = Rotation.from_euler("xyz", turn).as_matrix()
     matrix[:3, 3] = place
@@ -47,7 +47,7 @@ cameras = st.builds(pose, numbers(angles, 3) | numbers(quarters, 3), numbers(met
 
 
 def thickened(box: np.ndarray) -> np.ndarray:
-    """The box with no side below the unit of two decimals: a size of 0 would be no box."""
+    """The box with sides of at least one unit of two decimals; a zero-size box is invalid."""
     return np.concatenate([box[:3], np.maximum(box[3:6], 0.01), box[6:]])
 
 
@@ -61,7 +61,7 @@ def angle_between(one: np.ndarray, other: np.ndarray) -> float:
 def test_to_the_camera_and_back_is_the_same_box(box: np.ndarray, camera: np.ndarray) -> None:
     back = camera_to_world(world_to_camera(box, camera), camera)
     # Corners, not angles: at gimbal lock several triples are the same rotation. There, and only there, up to
-    # GIMBAL_TOLERANCE radians are given up, at a corner that is at most 8.7 m from the centre.
+    # GIMBAL_TOLERANCE radians are lost, at a corner that is at most 8.7 m from the centre.
     np.testing.assert_allclose(corners(back), corners(box), rtol=0, atol=9 * GIMBAL_TOLERANCE)
 
 
@@ -83,7 +83,7 @@ def test_a_written_answer_is_read_as_the_same_box_within_rounding(
 
 @given(boxes, st.integers(0, 99))
 @settings(max_examples=200)
-def test_writing_what_was_read_changes_nothing(box: np.ndarray, frame: int) -> None:
+def test_writing_a_parsed_answer_changes_nothing(box: np.ndarray, frame: int) -> None:
     text = answer_text(frame, box)
     read = parse_grounding(text, 100)
     assert answer_text(read.frame, read.box) == text

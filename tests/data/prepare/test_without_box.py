@@ -1,4 +1,4 @@
-"""`--skip_without_box`: items that name objects without a box are skipped, counted and recorded; otherwise an error."""
+"""`--skip_without_box`: items about objects without a box are skipped, counted and recorded; otherwise an error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def dropped(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("options", "kept", "left_out"),
+    ("options", "kept", "skipped"),
     [
         (
             DEPTH,
@@ -56,24 +56,24 @@ def dropped(folder: Path) -> list[dict[str, Any]]:
     ],
     ids=["scanrefer", "scan2cap", "scanqa"],
 )
-def test_they_are_left_out_counted_and_recorded(
-    scenes: Path, options: TaskOptions, kept: list[str], left_out: list[tuple[str, int]]
+def test_items_are_skipped_counted_and_recorded(
+    scenes: Path, options: TaskOptions, kept: list[str], skipped: list[tuple[str, int]]
 ) -> None:
     done = prepare(scenes, options, scenes / "out", skip_without_box=True, quiet=True)
     assert [each.id for each in PreparedSet(done.folder, scenes)] == kept
-    assert done.manifest["skipped"] == {"no_box": len(left_out)}
+    assert done.manifest["skipped"] == {"no_box": len(skipped)}
     assert done.manifest["options"]["skip_without_box"] is True
     records = dropped(done.folder)
-    assert [each["id"] for each in records] == [name for name, _ in left_out]
-    for each, (name, number) in zip(records, left_out, strict=True):
+    assert [each["id"] for each in records] == [name for name, _ in skipped]
+    for each, (name, number) in zip(records, skipped, strict=True):
         assert each["location"].endswith(f"entry {number}") and each["reason"] == "no_box"
         scene = name.split("|")[0] if "|" in name else SCENE
         assert each["detail"] == f"its object has no box in {scene}_aligned_bbox.npy"
-    assert f"{len(left_out)} no_box" in summary(done.folder, done.manifest, False)
+    assert f"{len(skipped)} no_box" in summary(done.folder, done.manifest, False)
 
 
 @pytest.mark.parametrize("options", [DEPTH, CAPTIONS, QUESTIONS], ids=lambda each: each.task)
-def test_without_it_the_error_says_that_there_is_the_option(scenes: Path, options: TaskOptions) -> None:
+def test_the_error_names_the_option(scenes: Path, options: TaskOptions) -> None:
     with pytest.raises(ValueError, match="--skip_without_box"):
         prepare(scenes, options, scenes / "out", quiet=True)
     assert not (scenes / "out" / "manifest.json").exists()
@@ -88,7 +88,7 @@ def test_unique_and_multiple_are_still_those_of_all_annotations(scenes: Path) ->
 
 
 def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rejected preparation continues with finished shards; shards with skipped items are not reused without it."""
+    """A rejected preparation keeps finished scenes; a scene with skipped items is not reused without the option."""
     worked, real = [], preparing.prepare_scene
 
     def outcomes(root: Path, options: TaskOptions, job: Any, **rest: Any) -> Any:
@@ -100,13 +100,13 @@ def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.Mo
     for _ in range(2):
         with pytest.raises(ValueError, match="1 annotations refer to objects"):
             prepare(scenes, DEPTH, scenes / "out", quiet=True)
-    assert worked == [SCENE, SECOND, SECOND], "the scene that is right is kept"
+    assert worked == [SCENE, SECOND, SECOND], "the scene without errors is kept"
     monkeypatch.setattr(preparing, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
     with pytest.raises(ValueError, match="1 annotations refer to objects"):
         prepare(scenes, DEPTH, scenes / "out", quiet=True)
-    assert worked[3:] == [SECOND, SECOND], "a shard with skipped items is not complete for every preparation"
+    assert worked[3:] == [SECOND, SECOND], "a scene with skipped items is prepared again without the option"
     monkeypatch.undo()
     done = prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
     assert prepare(scenes, DEPTH, done.folder, skip_without_box=True, quiet=True).reused
@@ -114,7 +114,9 @@ def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.Mo
         prepare(scenes, DEPTH, done.folder, quiet=True)
 
 
-def test_the_command_has_it(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_has_the_option(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["scanqa", "--root", str(scenes), "--splits", "[val]", "--frames.count", "2", "--skip-without-box"]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
     assert main() == 0
@@ -122,7 +124,7 @@ def test_the_command_has_it(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_two_preparations_of_one_folder(scenes: Path) -> None:
-    """The second is rejected, and what the first one has there is left alone."""
+    """The second one is an error and writes nothing."""
     with locked(scenes / "out.lock", "first", "wait"):
         with pytest.raises(ValueError, match=r"out is being prepared by process \d+ on .*, or pass another --out"):
             prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)

@@ -1,4 +1,4 @@
-"""Detection: windows of frames, the objects that they see in the first one's camera, the answer's exact form."""
+"""Detection: windows of frames, visible objects in the first frame's camera, and the exact form of the answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_objects_by_hand(root: Path) -> None:
     write_infos(root)
     first, second = prepared_items(root, "detection", **HAND)
     assert [each.id for each in (first, second)] == [f"{SCENE}|00000", f"{SCENE}|00001"]
-    # Frame 0 sees the wall and the chair, frame 1 the table too; the wall is skipped. A yaw of 0.3 is, in a level
+    # Frame 0 shows the wall and the chair, frame 1 the table too; the wall is skipped. A yaw of 0.3 is, in a level
     # camera, a1 = 90 degrees - 0.3 and a0 = -a2 = 90 degrees.
     assert first.answer == (
         "```json\n[\n"
@@ -49,7 +49,7 @@ def test_windows_take_every_third_frame_of_a_run(root: Path) -> None:
     write_infos(root)
     assert [len(each.frames) for each in prepared_items(root, "detection", interval=2, step=1)] == [2]
     for options in ({"interval": 3, "step": 1}, {"interval": 1, "step": 10}):
-        # three frames are too few for 0 and 3; of every tenth frame of ScanNet's 0 and 1 are no neighbours
+        # Three frames are too few for a window of frames 0 and 3; with step 10, frames 0 and 1 are no neighbours.
         (dropped,) = prepared_items(root, "detection", **options)
         assert (dropped.id, dropped.reason) == (SCENE, "no_window") and SCENE in dropped.location
 

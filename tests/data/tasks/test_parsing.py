@@ -1,4 +1,4 @@
-"""What counts as an answer, and what does not."""
+"""Grounding answers: accepted forms, and the reason for every other text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN = json.dumps({"frame": 12, "bbox_3d": NUMBERS})
 
 
 def with_box(numbers: object) -> str:
-    """An answer with another box, written by hand so that it may hold what JSON cannot."""
+    """An answer with another box, written as text so that it may be invalid JSON."""
     return PLAIN.replace(json.dumps(NUMBERS), str(numbers))
 
 
@@ -30,7 +30,7 @@ def with_box(numbers: object) -> str:
         json.dumps({"bbox_3d": NUMBERS, "frame": 12}),
     ],
 )
-def test_answers_that_are_read(text: str) -> None:
+def test_accepted_answers(text: str) -> None:
     answer = parse_grounding(text, 24)
     assert answer.frame == 12
     assert answer.box.dtype == np.float64
@@ -76,7 +76,7 @@ def test_answers_that_are_read(text: str) -> None:
         (with_box("[1, 1, 1, 1, 1, -2, 1, 1, 1]"), "size"),
     ],
 )
-def test_answers_that_are_rejected(text: str, reason: str) -> None:
+def test_rejected_answers(text: str, reason: str) -> None:
     with pytest.raises(AnswerError) as caught:
         parse_grounding(text, 24)
     assert reason in caught.value.reason

@@ -68,7 +68,7 @@ def test_an_object_with_two_names_is_two(root: Path) -> None:
     assert [each.id for each in made] == [f"{SCENE}|0|office_chair", f"{SCENE}|0|chair"], "as Scan2Cap counts them"
 
 
-def test_a_scene_without_proposals_is_dropped_by_object(root: Path) -> None:
+def test_all_objects_of_a_scene_without_proposals_are_skipped(root: Path) -> None:
     write_annotations(root, ENTRIES, "val")
     write_proposals(root, [])
     expected = {f"{SCENE}|0|office_chair": "no_proposal", f"{SCENE}|4|table": "no_proposal"}
@@ -88,15 +88,15 @@ def test_best_proposal_by_hand() -> None:
 @pytest.mark.parametrize(
     ("task", "format"), [("scan2cap", "vgllm"), ("scan2cap", "video3dllm"), ("scanrefer", "video3dllm")]
 )
-def test_a_training_sample_gets_a_set_that_sees_its_object(root: Path, task: str, format: str) -> None:
-    """Three sets of one frame each: the third frame looks away, and no frame sees the lamp."""
+def test_a_training_sample_gets_a_set_that_shows_its_object(root: Path, task: str, format: str) -> None:
+    """Three sets of one frame each: the third camera is turned away, and no frame shows the lamp."""
     chairs = [entry(0, "office_chair", number, f"chair {number}.") for number in range(12)]
     write_annotations(root, [*chairs, entry(3, "lamp", 0, "a hidden lamp.")])
     sets = FrameOptions("scene_sets", 1, sets=3)
     made = prepared_items(root, task, frames=sets, visibility="depth", format=format)
     assert reasons(made) == {f"{SCENE}|3|lamp|0": "no_visible_frame"}
     shown = {path.name for each in made[:-1] for path in each.frames}
-    assert shown == {"00000.jpg", "00001.jpg"}, "both that see it, spread by a hash"
+    assert shown == {"00000.jpg", "00001.jpg"}, "both sets that show it, chosen by a hash"
     if task == "scanrefer":
         write_annotations(root, [*chairs, entry(3, "lamp", 0, "a hidden lamp.")], "val")
         kept = prepared_items(root, task, "val", frames=sets, visibility="depth", format=format)

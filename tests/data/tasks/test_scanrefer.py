@@ -39,14 +39,14 @@ def test_strings_are_video3dllms() -> None:
 
 
 @pytest.mark.parametrize("template", [None, WORLD_QUESTION])
-def test_the_description_is_what_is_asked_for(template: str | None) -> None:
+def test_the_span_is_the_description(template: str | None) -> None:
     more = () if template is None else (template,)
     question = question_text("  the {box} IS red. ", *more)
     begin, end = description_span("  the {box} IS red. ", *more)
     assert question[begin:end] == "the {box} is red."
 
 
-def test_by_depth_the_clearest_frame_is_asked_for(root: Path) -> None:
+def test_by_depth_the_answer_has_the_clearest_frame(root: Path) -> None:
     write_annotations(root, [CHAIR, TABLE, LAMP])
     made = prepared_items(root, "scanrefer", count=3, visibility="depth")
     assert reasons(made) == {f"{SCENE}|3|lamp|0": "no_visible_frame"}
@@ -55,25 +55,25 @@ def test_by_depth_the_clearest_frame_is_asked_for(root: Path) -> None:
     assert (first.task, first.scene_id, first.kind) == ("scanrefer", SCENE, "grounding")
     assert [path.name for path in first.frames] == ["00000.jpg", "00001.jpg", "00002.jpg"]
     assert first.cam_to_world.shape == (3, 4, 4)
-    # By hand: frame 1 stands at (1, 3, 1.5), looks along y and is level, so a0 + a2 = 0 and a1 = 90 degrees.
+    # By hand: frame 1 is at (1, 3, 1.5), points along y and is level, so a0 + a2 = 0 and a1 = 90 degrees.
     expected = [1.0, 0.5, 2.0, 0.8, 0.6, 1.0, 0.0, 1.57, 0.0]
     assert first.answer == f'```json\n\t{{"frame": 1, "bbox_3d": {expected}}}\n```'
 
 
-def test_the_target_says_what_scoring_needs(root: Path) -> None:
+def test_the_target_has_the_fields_for_scoring(root: Path) -> None:
     write_annotations(root, [CHAIR, TABLE, LAMP])
     target = prepared_items(root, "scanrefer", visibility="depth")[0].target
     np.testing.assert_array_equal(target.box, [2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0])
     assert (target.object_id, target.object_name, target.ann_id) == (0, "office chair", "0")
-    # chair, table, lamp are three of ScanNet's classes; the test's table of labels gives all of them NYU40 id 5
+    # Chair, table and lamp are different classes of ScanNet's 18; the test's label table maps all to NYU40 id 5.
     assert (target.group, target.group_nyu40, target.scannet_class) == ("unique", "multiple", 2)
     assert target.described is None
 
 
-def test_by_infos_an_instance_must_match_and_be_seen(root: Path) -> None:
+def test_by_infos_an_instance_must_match_and_be_visible(root: Path) -> None:
     write_infos(root)
     write_annotations(root, [CHAIR, TABLE, LAMP])
-    made = prepared_items(root, "scanrefer")  # frames 0 and 2; only frame 1 sees the table
+    made = prepared_items(root, "scanrefer")  # frames 0 and 2; only frame 1 shows the table
     assert reasons(made) == {f"{SCENE}|4|table|1": "no_visible_frame", f"{SCENE}|3|lamp|0": "no_instance_match"}
     assert made[0].answer.startswith('```json\n\t{"frame": 0, "bbox_3d": [1.0, 0.5, 3.0, 0.8, 0.6, 1.0, ')
     assert [each.location.split(": ")[1] for each in made[1:]] == ["entry 2", "entry 3"]
@@ -81,18 +81,18 @@ def test_by_infos_an_instance_must_match_and_be_seen(root: Path) -> None:
     assert whole[1].answer.startswith('```json\n\t{"frame": 1, "bbox_3d": [-1.0, 0.5, 2.0, 0.6, 0.6, 0.6, ')
 
 
-def test_every_roll_is_a_sample_with_frames_of_its_own(root: Path) -> None:
+def test_every_roll_is_a_sample_with_its_own_frames(root: Path) -> None:
     write_infos(root)
     write_annotations(root, [TABLE] * 1 + [entry(4, "table", n) for n in range(2, 8)])
     made = prepared_items(root, "scanrefer", frames=FrameOptions("vgllm", 2), rolls=2)
     assert [each.id for each in made][:3] == [f"{SCENE}|4|table|1#0", f"{SCENE}|4|table|1#1", f"{SCENE}|4|table|2#0"]
     assert len(made) == 14 and all(isinstance(each, Sample) for each in made)
     chosen = {tuple(path.stem for path in each.frames) for each in made}
-    assert chosen == {("00000", "00001"), ("00001", "00002")}, "every draw that sees the table: rolled, stride 1"
+    assert chosen == {("00000", "00001"), ("00001", "00002")}, "every draw that shows the table: rolled, stride 1"
     for each in made:
         assert f'"frame": {[path.stem for path in each.frames].index("00001")},' in each.answer
     once = prepared_items(root, "scanrefer", frames=FrameOptions("vgllm", 2))
-    assert once[0].id == f"{SCENE}|4|table|1", "no suffix where there is one"
+    assert once[0].id == f"{SCENE}|4|table|1", "no suffix with one roll"
 
 
 def test_validation_keeps_all_and_draws_once(root: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_scene_that_embodiedscan_lacks_is_named(root: Path) -> None:
         prepared_items(root, "scanrefer")
 
 
-def test_the_other_splits_infos_are_looked_at_too(root: Path) -> None:
+def test_the_other_splits_infos_are_read_too(root: Path) -> None:
     write_infos(root, "val")
     (root / "embodiedscan" / "embodiedscan_infos_val.pkl").rename(root / "embodiedscan" / "kept")
     write_infos(root, "train")

@@ -59,12 +59,12 @@ def test_info_agrees_with_the_files(rooms: Written, name: str) -> None:
         pose = np.loadtxt(frame.color.with_suffix(".txt"))
         np.testing.assert_allclose(image["cam2global"], pose, atol=1e-11)
         depth = load_depth(frame)
-        seen = [
+        visible = [
             i
             for i, instance in scene.instances.items()
             if visible_fraction(instance.box, frame.cam_to_world, scene.depth_intrinsic, depth) >= MIN_VISIBLE_FRACTION
         ]
-        assert image["visible_instance_ids"] == seen
+        assert image["visible_instance_ids"] == visible
     assert any(image["visible_instance_ids"] for image in info["images"])
 
 

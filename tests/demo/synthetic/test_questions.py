@@ -56,29 +56,29 @@ def others(room: Room, *excluded: RoomObject) -> list[RoomObject]:
 def next_along_wall(room: Room, anchor: RoomObject, side: str) -> RoomObject:
     """The next object along the wall, for a viewer in front of the anchor who faces it.
 
-    The anchor's wall is the one at its back, which its box touches, as does what stands at the same wall.
+    The anchor's wall is the one at its back, which its box touches; other objects at that wall touch it too.
     """
     half = np.array(room.size) / 2
     axis, sign = back(anchor)
     touching = [o for o in room.objects if half[axis] - sign * o.box[axis] - o.box[3 + axis] / 2 < 0.02]
     assert any(o is anchor for o in touching)
-    look = np.zeros(2)
-    look[axis] = sign
-    eye = anchor.box[:2] - 2.0 * look
+    forward = np.zeros(2)
+    forward[axis] = sign
+    viewer = anchor.box[:2] - 2.0 * forward
     turn = 1.0 if side == "left" else -1.0
 
     def to_the_side(o: RoomObject) -> float:
-        sight = o.box[:2] - eye
-        return turn * float(look[0] * sight[1] - look[1] * sight[0])
+        offset = o.box[:2] - viewer
+        return turn * float(forward[0] * offset[1] - forward[1] * offset[0])
 
     return min((o for o in touching if o is not anchor and to_the_side(o) > 0), key=to_the_side)
 
 
 def back(o: RoomObject) -> tuple[int, float]:
     """Axis and sign of the direction from an object to its wall."""
-    way = np.round([-np.sin(o.oriented[6]), np.cos(o.oriented[6])], 6)
-    axis = int(np.argmax(np.abs(way)))
-    return axis, float(way[axis])
+    direction = np.round([-np.sin(o.oriented[6]), np.cos(o.oriented[6])], 6)
+    axis = int(np.argmax(np.abs(direction)))
+    return axis, float(direction[axis])
 
 
 def answer(room: Room, text: str) -> tuple[str, set[str], set[int]]:
@@ -138,7 +138,7 @@ def mentioned(room: Room, text: str) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def asked(many_rooms: list[Room]) -> list[tuple[Room, list[Question]]]:
+def generated(many_rooms: list[Room]) -> list[tuple[Room, list[Question]]]:
     """Rooms with their questions; all objects are visible."""
     result = []
     for seed, room in enumerate(many_rooms):
@@ -156,19 +156,19 @@ def check(room: Room, text: str, answers: Sequence[str], object_ids: Collection[
     return kind
 
 
-def test_answers_are_true(asked: list[tuple[Room, list[Question]]]) -> None:
-    for room, questions in asked:
+def test_answers_are_true(generated: list[tuple[Room, list[Question]]]) -> None:
+    for room, questions in generated:
         assert 6 <= len(questions) <= 10
         assert len({question.text for question in questions}) == len(questions)
         for question in questions:
             assert check(room, question.text, question.answers, question.object_ids) == question.kind
 
 
-def test_no_answer_is_frequent(asked: list[tuple[Room, list[Question]]]) -> None:
+def test_no_answer_is_frequent(generated: list[tuple[Room, list[Question]]]) -> None:
     """A guess that needs no image is right for less than half of each kind of question."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     first = 0
-    for _, questions in asked:
+    for _, questions in generated:
         for question in questions:
             answers[question.kind][question.answers[0]] += 1
             if question.kind == "larger":
@@ -192,7 +192,7 @@ def test_invisible_objects_are_neither_referred_to_nor_counted(many_rooms: list[
     assert set(kinds) == set(PATTERNS)
 
 
-def test_ambiguous_relations_are_not_asked() -> None:
+def test_there_are_no_questions_about_ambiguous_relations() -> None:
     """Two candidates differ by less than 0.4 m in distance, or by 10 % in size."""
 
     def at(object_id: int, name: str, x: float, size: float = 0.4) -> RoomObject:
@@ -220,11 +220,11 @@ def test_file_has_the_format_of_scanqa(rooms: Written, split: str) -> None:
         room, mine = rebuild_room(rooms.root, name), [entry for entry in entries if entry["scene_id"] == name]
         assert 6 <= len(mine) <= 10
         assert [entry["question_id"] for entry in mine] == [f"{split}-{name[:9]}-{i}" for i in range(len(mine))]
-        seen = visible_objects(rooms.root, split, name)
+        visible = visible_objects(rooms.root, split, name)
         for entry in mine:
             check(room, entry["question"], entry["answers"], entry["object_ids"])
             assert entry["object_names"] == [room.objects[i].name.replace(" ", "_") for i in entry["object_ids"]]
-            assert set(entry["object_ids"]) | mentioned(room, entry["question"]) <= seen
+            assert set(entry["object_ids"]) | mentioned(room, entry["question"]) <= visible
 
 
 def visible_objects(root: Path, split: str, name: str) -> set[int]:

@@ -82,7 +82,7 @@ def test_alignment_maps_the_raw_world_to_the_boxes(rooms: Written, name: str) ->
         rotation = frame.cam_to_world[:3, :3]
         np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-9)
         assert np.linalg.det(rotation) > 0
-        assert rotation[2, 2] < -0.1  # looks down
+        assert rotation[2, 2] < -0.1  # points down
         assert rotation[2, 1] < -0.5  # the image's y axis points down
 
 
@@ -187,7 +187,7 @@ def test_many_rooms_have_distractors_and_clear_sentences() -> None:
     assert set(relations) == {"nearest", "farthest", "between", "largest", "smallest"}
 
 
-def test_ambiguous_relations_are_not_described() -> None:
+def test_ambiguous_relations_have_no_object() -> None:
     def at(object_id: int, name: str, x: float) -> RoomObject:
         box = np.array([x, 0.0, 0.5, 0.4, 0.4, 1.0])
         return RoomObject(object_id, name, "red", box, np.concatenate([box, np.zeros(3)]))
@@ -220,7 +220,7 @@ def test_reuse_and_errors(rooms: Written, tmp_path: Path) -> None:
         write_dataset(root, 7, 2, 1, (160, 120), 12)
 
 
-def test_a_failed_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_call_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
 

@@ -1,4 +1,4 @@
-"""Compatibility with version 1: the same rooms, no reuse of other versions, no files of killed processes."""
+"""Compatibility with version 1 (the same rooms), no reuse of other versions, no leftovers of killed processes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_folders_of_ended_processes_are_removed(tmp_path: Path) -> None:
 
     living = tmp_path / f".data.partial-{socket.gethostname()}-{os.getppid()}"
     kept = [living, tmp_path / f".data.partial-elsewhere-{writer.pid}", tmp_path / f".other.partial-{writer.pid}"]
-    old = tmp_path / f".data.partial-{writer.pid}"  # as version 1 called it
+    old = tmp_path / f".data.partial-{writer.pid}"  # the name of version 1
     for folder in (*kept, old):
         folder.mkdir()
     write_dataset(tmp_path / "data", 0, 1, 1, (64, 48), 12)
