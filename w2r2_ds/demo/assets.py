@@ -55,11 +55,11 @@ def prepare_sets(config: RunConfig) -> None:
         ValueError: a path does not contain a task, or its source data are missing.
     """
     root = Path(config.data.root)
-    wanted = {source.path: "train" for source in config.data.train}
+    splits = {source.path: "train" for source in config.data.train}  # path of a set -> its split
     for source in config.data.val:
-        if wanted.setdefault(source.path, "val") != "val":
+        if splits.setdefault(source.path, "val") != "val":
             raise ValueError(f"data.val has {source.path}, which is in data.train too; the demo needs different paths.")
-    for path, split in wanted.items():
+    for path, split in splits.items():
         done = prepare(root, _task_options(path, split, config.demo.frames), root / path, quiet=True)
         if not done.reused:
             logger.info(summary(done.folder, done.manifest, done.reused))

@@ -125,12 +125,12 @@ def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
     return "\n".join(lines)
 
 
-def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
+def reusable(folder: Path, identity: Mapping[str, Any]) -> bool:
     """Whether a folder holds the complete data set with this identity; False if the folder is not complete.
 
     Args:
         folder: prepared folder, which may not exist.
-        wanted: the identity, see `manifest_identity`.
+        identity: identity of the data set to prepare, see `manifest_identity`.
 
     Raises:
         ValueError: it holds another complete data set, or its files have changed.
@@ -141,23 +141,24 @@ def reusable(folder: Path, wanted: Mapping[str, Any]) -> bool:
         found = read_manifest(folder)
     except ValueError as error:
         raise ValueError(f"{error} Remove {folder}, or pass another --out.") from None
-    for name, value in wanted.items():
+    for name, value in identity.items():
         if found.get(name) != value:
             raise ValueError(
                 f"{folder} holds another prepared data set ({_difference(name, found.get(name), value)}); "
                 "remove it, or pass another --out."
             )
+    # The data set may be damaged or edited since it was prepared.
     changed = [name for name, digest in found["files"].items() if file_hash(folder / name) != digest]
     if changed:
         raise ValueError(f"{folder / changed[0]} is not the file that {MANIFEST} describes; remove {folder}.")
     return True
 
 
-def _difference(name: str, found: Any, wanted: Any) -> str:
+def _difference(name: str, found: Any, expected: Any) -> str:
     """Description of the first difference of a manifest's entry `name`, for a message."""
-    if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
-        return f"{name} is {found!r} there and {wanted!r} here"
-    key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
+    if not isinstance(found, Mapping) or not isinstance(expected, Mapping):
+        return f"{name} is {found!r} there and {expected!r} here"
+    key = next(key for key in {**expected, **found} if found.get(key) != expected.get(key))
     if name == "inputs":
         return f"{key} has changed since"
-    return f"{name}: {_difference(key, found.get(key), wanted.get(key))}"
+    return f"{name}: {_difference(key, found.get(key), expected.get(key))}"

@@ -109,18 +109,18 @@ def prepare(
     plan, out = make_plan(root, options), Path(out)
     files, scenes = task_inputs(plan), scene_inputs(plan)
     scene_hashes = {name: digest for scene in scenes.values() for name, digest in scene.items()}
-    wanted = manifest_identity(plan, skip_broken_scenes, {**files, **scene_hashes}, skip_without_box)
-    if not reusable(out, wanted):
+    identity = manifest_identity(plan, skip_broken_scenes, {**files, **scene_hashes}, skip_without_box)
+    if not reusable(out, identity):
         # Unlike the manifest, a scene's key does not cover the files of other scenes or the skip options. When these
         # change, the scene stays valid.
-        common = {**wanted, "inputs": files, "options": recorded_options(options)}
+        common = {**identity, "inputs": files, "options": recorded_options(options)}
         keys = {scene_id: key_of(common, inputs) for scene_id, inputs in scenes.items()}
         with locked(out.with_name(out.name + ".lock"), f"{out} is being prepared", "pass another --out"):
-            if not reusable(out, wanted):  # another process may have finished it before this one got the lock
+            if not reusable(out, identity):  # another process may have finished it before this one got the lock
                 _check_folder(out)
                 failures = _prepare_scenes(plan, out, keys, skip_without_box, workers, quiet)
                 broken = _scenes_to_skip(plan, failures, skip_broken_scenes)
-                return Prepared(out, _finish(plan, out, wanted, broken), reused=False)
+                return Prepared(out, _finish(plan, out, identity, broken), reused=False)
     return Prepared(out, read_manifest(out), reused=True)
 
 
@@ -226,7 +226,7 @@ def prepare_scene(
         job, without_box = split_by_boxes(scene, job)
         detail = f"its object has no box in {scene.scene_id}_aligned_bbox.npy"
         items = task.items(without_box, options)
-        prepared = [(number, SkippedItem(identity, NO_BOX, location, detail)) for number, identity, location in items]
+        prepared = [(number, SkippedItem(item_id, NO_BOX, location, detail)) for number, item_id, location in items]
     check_objects(scene, job)
     if not prepared or job.items:  # else all items were skipped, and the task would prepare an empty job
         kind = task.kind(options)
@@ -252,13 +252,13 @@ def _scenes_to_skip(plan: Plan, failures: Sequence[_Failure], skip: bool) -> lis
     return list(failures)
 
 
-def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_Failure]) -> dict[str, Any]:
+def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence[_Failure]) -> dict[str, Any]:
     """Write skipped.jsonl and the manifest; delete files of scenes that are not part of the data set.
 
     Args:
         plan: preparation plan.
         out: folder with the files of all scenes except `broken`.
-        wanted: identity of the data set, see `manifest_identity`.
+        identity: identity of the data set, see `manifest_identity`.
         broken: scenes to skip.
     """
     records, skipped = _collect_records(plan, out, broken)
@@ -279,7 +279,7 @@ def _finish(plan: Plan, out: Path, wanted: Mapping[str, Any], broken: Sequence[_
     atomic_io.replace(out / SKIPPED, "".join(lines))
     without_pose = sum(record["frames_without_pose"] for record in records.values())
     manifest = {
-        **wanted,
+        **identity,
         "counts": counts(plan, samples, len(records), without_pose),
         "skipped": dict(sorted(reasons.items())),
         "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED]},
@@ -298,8 +298,8 @@ def _collect_records(
     for job in plan.jobs:
         if job.scene_id in errors:
             skipped += [
-                {"number": number, **asdict(SkippedItem(identity, BROKEN_SCENE, location, errors[job.scene_id]))}
-                for number, identity, location in plan.task.items(job, plan.options)
+                {"number": number, **asdict(SkippedItem(item_id, BROKEN_SCENE, location, errors[job.scene_id]))}
+                for number, item_id, location in plan.task.items(job, plan.options)
             ]
         else:
             record = _scene_record(out, job.scene_id)

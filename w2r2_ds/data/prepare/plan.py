@@ -21,7 +21,7 @@ class Plan:
     Attributes:
         root: data root.
         options: task options.
-        jobs: in the order in which the annotations first name the scenes.
+        jobs: one per scene, in the order in which the annotations first name the scenes.
         files: the task's input files, besides the scenes.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEn
     name = scene_id(split, index)
     intrinsic = pinhole(options.image_size)
     for attempt in range(_ATTEMPTS):
-        rng = _generator(options, split, index, attempt)
+        rng = _generator(options, split, index, attempt)  # seeded by the attempt, not by earlier draws
         room = make_room(rng, options.frames_per_scene)
         renderer = Renderer(room, options.image_size)
         images = [renderer.render(camera) for camera in room.cameras]
@@ -172,11 +173,11 @@ def _row(o: RoomObject) -> list[float]:
 
 def _descriptions(name: str, sentences: list[Sentence]) -> list[dict[str, Any]]:
     """ScanRefer's entries; ``ann_id`` numbers the sentences about one object."""
-    used: dict[int, int] = {}
+    counts: Counter[int] = Counter()
     entries = []
     for sentence in sentences:
-        number = used.get(sentence.object_id, 0)
-        used[sentence.object_id] = number + 1
+        number = counts[sentence.object_id]
+        counts[sentence.object_id] += 1
         entries.append(
             {
                 "scene_id": name,

@@ -103,10 +103,10 @@ def _existing(root: Path, options: Options) -> dict[str, Any] | None:
         manifest["counts"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{root} exists but has no readable {_MANIFEST}; use another folder or remove it") from None
-    wanted = _identity(options)
-    different = sorted(name for name in wanted if found.get(name) != wanted[name])
+    expected = _identity(options)
+    different = sorted(name for name in expected if found.get(name) != expected[name])
     if different:
-        values = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in different)
+        values = ", ".join(f"{name} {found.get(name)} instead of {expected[name]}" for name in different)
         raise ValueError(f"{root} has a data set made with {values}; use another folder, remove it or use its options")
     for split, index in _scenes(options):
         if not (root / "posed_images" / scene_id(split, index)).is_dir():
