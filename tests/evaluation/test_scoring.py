@@ -171,7 +171,7 @@ def test_detection() -> None:
 def test_protocols_are_rejected(grounded: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=r"Protocol scanqa/leo scores scanqa, but these are answers of scanrefer\."):
         score_records(grounded, ["scanqa/leo"])
-    with pytest.raises(ValueError, match="no protocol 'scanrefer/leo'"):
+    with pytest.raises(ValueError, match="protocol is 'scanrefer/leo'"):
         score_records(grounded, ["leo"])
     for name in ("vgllm_refined", "scanrefer/vgllm_refined"):
         with pytest.raises(ValueError, match=r"vgllm_refined .* --proposals"):
