@@ -52,8 +52,8 @@ def test_an_unknown_name() -> None:
         registry.find("marign")
     with pytest.raises(ValueError, match=rf"^{re.escape('here/config.json')}: part {message}"):
         registry.find("marign", "here/config.json: part")
-    with pytest.raises(ValueError, match=r"is None; .*first, margin,"):
-        registry.find(None)
+    with pytest.raises(ValueError, match=r"is ''; .*first, margin,"):
+        registry.find("")
 
 
 def test_a_built_in_value_is_imported_on_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,4 +260,4 @@ def register_family(family: VlmFamily) -> None:
 
 def find_family(model_type: str | None, location: str = "config.json") -> VlmFamily:
     """Family of a `model_type`; raises ValueError with the file `location` if there is none."""
-    return VLM_FAMILIES.find(model_type, f"{location}: model_type")
+    return VLM_FAMILIES.find(model_type or "", f"{location}: model_type")

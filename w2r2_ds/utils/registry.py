@@ -32,13 +32,13 @@ class Registry(dict[str, Value]):
         self[name] = value
         return value
 
-    def find(self, name: str | None, option: str = "") -> Value:
+    def find(self, name: str, option: str = "") -> Value:
         """Return the value of a name; raises ValueError with `option` and all names if there is none."""
         if name in self.built_in and name not in self:
             import_module(self.built_in[name])
         if name not in self:
             names = list(dict.fromkeys([*self.built_in, *self]))
-            hint = "".join(f" (did you mean {like}?)" for like in get_close_matches(name or "", names, 1))
+            hint = "".join(f" (did you mean {like}?)" for like in get_close_matches(name, names, 1))
             raise ValueError(
                 f"{option or self.option} is {name!r}; it must be one of {', '.join(names)}{hint}, or registered by a "
                 "file given with --plugin."

@@ -128,7 +128,7 @@ def _colors(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator
             yield _Candidate("color of the only", {"one": o.name}, (o.color,), (o.object_id,))
     for name, color in scopes(objects):
         for relation, anchors in relations(objects, visible):
-            # Only classes without a colour, which would be the answer, and relations with anchors, which have templates.
+            # Only classes without a colour, which is the answer, and relations with anchors, which have templates.
             target = resolve(objects, name, None, relation, anchors) if anchors and color is None else None
             if target is None or target not in visible or not _has_color(objects[target]):
                 continue
