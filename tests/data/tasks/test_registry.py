@@ -19,7 +19,8 @@ from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare.pipeline import prepare
-from w2r2_ds.data.tasks.base import TASKS, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.base import TASKS, TaskOptions, register_task
+from w2r2_ds.data.tasks.scanqa import ScanQA
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
 from w2r2_ds.objective.text_similarity import text_similarity
 
@@ -60,7 +61,7 @@ def test_unknown_and_repeated_names() -> None:
     with pytest.raises(ValueError, match=r"'colouring'.*scanrefer"):
         TASKS.find("colouring")
 
-    class Another(Task):
+    class Another(ScanQA):
         name = "scanrefer"
 
     with pytest.raises(ValueError, match="'scanrefer'"):
