@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import w2r2_ds
 from w2r2_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
-from w2r2_ds.data.prepare.features import FeatureBytes
+from w2r2_ds.data.prepare.features import FeatureSizes
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.features.store import file_size
 from w2r2_ds.models import family
@@ -195,10 +195,10 @@ def test_the_computed_size_of_a_feature_file_includes_the_layer_features(
     cache = open_cache(data, stacked)
     assert cache is not None
     preprocess = VisualPreprocessor(frontend.family, frontend.vision, frontend.geometry, data, cache)
-    sizes = FeatureBytes(RunConfig(model=stacked, data=data), frontend.vision, frontend.geometry, cache)
+    sizes = FeatureSizes(RunConfig(model=stacked, data=data), frontend.vision, frontend.geometry, cache)
     model = build_model(stacked, torch.device("cpu"), 0)
     stored = model.family.to_cache(model.encode_2d(batch_of(frontend, data_config(), samples[:1]).visuals))
-    assert sizes.of(samples[0], preprocess)[1] == file_size(stored.shape, stored.dtype)
+    assert sizes.upper_bounds(samples[0], preprocess)[1] == file_size(stored.shape, stored.dtype)
 
 
 def test_only_the_registry_and_the_default_model_name_a_family() -> None:
