@@ -1,18 +1,20 @@
-# make install | demo | test-unit | test | nightly | lint | docs | clean. Everything lands in .venv and runs/; a second run reuses it.
+# make install | demo | test-unit | test | nightly | lint | docs | clean. All output is in .venv and runs/ and is reused.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Without an NVIDIA driver the one tested version; override with `make install TORCH='torch==...'`.
+# With an NVIDIA driver the newest supported torch, without one the tested version; `make install TORCH='torch==...'`
+# installs another.
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 'torch>=2.11,<2.15'; else echo 'torch==2.13.0'; fi)
 
-# Processes of the test suite, more than two cores: some tests wait, for a watchdog or for Slurm. A file's tests stay in
-# one, so that what they share is made once; the long files, which tests/conftest.py puts first, go first.
+# Processes of the test suite; more than the two cores, because some tests wait for a watchdog or for Slurm. All tests of a
+# file run in one process (--dist loadfile), so that their fixtures are built once. Files start in the order of
+# tests/conftest.py (--no-loadscope-reorder), longest first.
 JOBS ?= 3
 
-# The deepspeed and ninja programs are looked up on PATH.
+# Programs of the environment that are started from Python, such as deepspeed and ninja, are looked up on PATH.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: install demo test test-unit nightly docs lint clean
@@ -21,13 +23,13 @@ install: $(STAMP)
 	@echo "== $(VENV) is up to date"
 
 $(STAMP): pyproject.toml constraints.txt
-	@command -v "$(PYTHON)" >/dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or newer (Debian: apt-get install python3 python3-venv), or name one with PYTHON=/path/to/python." >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$("$(PYTHON)" --version) is too old: W2R2-DS needs Python 3.11 or newer; name one with PYTHON=/path/to/python." >&2; exit 1; }
-	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $$("$(PYTHON)" --version) cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)." >&2; exit 1; }
-	@if "$(BIN)/python" -m pip --version >/dev/null 2>&1; then echo "== environment: $(VENV) is there"; else echo "== environment: making $(VENV)"; "$(PYTHON)" -m venv --clear "$(VENV)"; fi
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: no '$(PYTHON)' here: install Python 3.11 or newer (Debian: apt-get install python3 python3-venv), or set PYTHON=/path/to/python." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$("$(PYTHON)" --version) is too old: W2R2-DS needs Python 3.11 or newer; set PYTHON=/path/to/python." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $$("$(PYTHON)" --version) cannot create virtual environments: install its venv package (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	@if "$(BIN)/python" -m pip --version >/dev/null 2>&1; then echo "== environment: reusing $(VENV)"; else echo "== environment: creating $(VENV)"; "$(PYTHON)" -m venv --clear "$(VENV)"; fi
 	@echo "== installing $(TORCH)"
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
-	@echo "== installing W2R2-DS and what it needs (constraints.txt); minutes the first time"
+	@echo "== installing W2R2-DS and its dependencies (constraints.txt); this takes minutes the first time"
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch "$@"
 	@echo "== installed: $$("$(BIN)/python" -c 'import sys, torch; print("Python", sys.version.split()[0] + ", torch", torch.__version__)')"
@@ -38,14 +40,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(RUN) "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# Not the tests that start processes (distributed) or take long (slow, nightly): under 3 minutes on 2 cores.
+# Without the tests that start processes (distributed) or take long (slow, nightly): under 3 minutes on 2 cores.
 test-unit: $(STAMP)
 	@$(RUN) "$(BIN)/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not distributed and not slow and not nightly"
 
 nightly: $(STAMP)
 	@$(RUN) "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m nightly
 
-# The site, in runs/site; `.venv/bin/mkdocs serve` shows it while you write. The variables are the documented switches
+# The documentation, in runs/site; `.venv/bin/mkdocs serve` shows a live preview. The variables are the documented switches
 # of two announcements about successors of MkDocs: mkdocs-material's, and that of a dependency of mkdocs-gen-files.
 docs: $(STAMP)
 	@$(RUN) NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true "$(BIN)/mkdocs" build --strict --quiet

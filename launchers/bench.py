@@ -1,4 +1,4 @@
-"""``w2r2 bench``, for launchers that start a file: see w2r2_ds/commands/bench.py."""
+"""The command ``w2r2 bench`` as a script; see w2r2_ds/commands/bench.py."""
 
 import sys
 

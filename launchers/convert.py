@@ -1,4 +1,4 @@
-"""``w2r2 convert``, for launchers that start a file: see w2r2_ds/commands/convert.py."""
+"""The command ``w2r2 convert`` as a script; see w2r2_ds/commands/convert.py."""
 
 import sys
 

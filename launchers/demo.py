@@ -1,4 +1,4 @@
-"""``w2r2 demo``, for launchers that start a file: see w2r2_ds/commands/demo.py."""
+"""The command ``w2r2 demo`` as a script; see w2r2_ds/commands/demo.py."""
 
 import sys
 

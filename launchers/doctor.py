@@ -1,4 +1,6 @@
-"""``w2r2 doctor``, also where the package is not installed: see w2r2_ds/commands/doctor.py."""
+"""The command ``w2r2 doctor`` as a script, which also runs where the package is not installed; see
+w2r2_ds/commands/doctor.py.
+"""
 
 import faulthandler
 import os
@@ -6,13 +8,14 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a library that crashes is named by the traceback
-    # Before anything is imported or read: the file system of the package or of a recipe may not answer.
+    faulthandler.enable()  # print the Python stack if a library crashes the process
+    # Set before the package is imported and a recipe is read, because their file systems may hang. `examine` replaces
+    # this time limit with its own.
     faulthandler.dump_traceback_later(120.0, exit=True)
-    sys.path.append(str(Path(__file__).parents[1]))
+    sys.path.append(str(Path(__file__).parents[1]))  # last: an installed package takes precedence
     from w2r2_ds.commands.doctor import main
 
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # not sys.exit: a check that hangs in the kernel would hold the interpreter
+    os._exit(status)  # sys.exit could wait forever for a thread that is blocked in the kernel

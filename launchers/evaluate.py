@@ -1,4 +1,4 @@
-"""``w2r2 evaluate``, for launchers that start a file: see w2r2_ds/commands/evaluate.py."""
+"""The command ``w2r2 evaluate`` as a script; see w2r2_ds/commands/evaluate.py."""
 
 import sys
 

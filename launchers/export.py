@@ -1,4 +1,4 @@
-"""``w2r2 export``, for launchers that start a file: see w2r2_ds/commands/export.py."""
+"""The command ``w2r2 export`` as a script; see w2r2_ds/commands/export.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``w2r2 prepare``, for launchers that start a file: see w2r2_ds/commands/prepare.py."""
+"""The command ``w2r2 prepare`` as a script; see w2r2_ds/commands/prepare.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``w2r2 train``, for launchers that start a file: see w2r2_ds/commands/train.py."""
+"""The command ``w2r2 train`` as a script; see w2r2_ds/commands/train.py."""
 
 import sys
 

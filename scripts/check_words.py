@@ -1,7 +1,7 @@
 """Check that code and documents use standard terms: ``python scripts/check_words.py [--report]``.
 
-Prints one line per hit as FILE:LINE: WORD (use REPLACEMENT) and returns 1 if there is any. With --report it prints the
-number of hits per folder and returns 0.
+Prints one line per hit as FILE:LINE: WORD (use REPLACEMENT) and exits with 1 if there is any. With --report it prints
+the number of hits per folder and exits with 0.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PLACES = (
     "CONTRIBUTING.md",
     "SECURITY.md",
 )
+"""Files and folders to check."""
 SUFFIXES = {".py", ".md", ".sh", ".sbatch", ".yaml", ".env", ".toml"}
 
 SUBJECT = (
@@ -34,7 +35,10 @@ SUBJECT = (
     "module|layer|kernel|parser|store|term|pytorch|torch|deepspeed|peft|transformers"
 )
 """Nouns for code and data."""
-VERBS = "says?|said|knows?|sees?|hears?|heard|wants?|looks?|looked|asks?|asked|meets?|met|judges?"
+VERBS = (
+    "says?|said|tells?|told|knows?|sees?|hears?|heard|wants?|looks?|looked|asks?|asked|meets?|met|judges?|believes?|thinks?|"
+    "notices?|noticed|remembers?|remembered|forgets?|forgot|trusts?|hopes?|cares?|complains?|promises?|tries|tried"
+)
 """Verbs of a person, which are not used after a noun of `SUBJECT`."""
 
 WORDS = {
@@ -62,13 +66,16 @@ WORDS = {
     r"bins": "scene groups",
     r"(?<!__)slots(?!__|=)": "digit tokens",
     r"VLM('s)? fronts?": "VLM frontend",
-    r"plain (pass|tokens|stream|visual|embeddings?|inputs?|answers?)": "visual-only",
+    r"plain (pass|tokens|stream|visual|embeddings?|inputs?|answers?)": "shortcut",
     r"(the|a|mean|gap_every) gap(?! between)": "decode gap",
     r"last words": "error message",
     r"lives? on|knows nothing": "rephrase without personification",
     r"(?<!_)together\(\)": "raise_on_all_ranks",
     r"readings|(a|the|this|each|every|push|which) reading|reading of (Eq|the paper|W2R2)": "push term",
     r"look(s|ed|ing) (at|into)": "read, inspect",
+    r"remembers?|remembered|forgets?|forgot|believes?": "stores, contains, lacks",
+    r"(is|are|was|were) (not )?(told|asked)": "receives, is requested",
+    r"(json|yaml|py|md|toml) (says|said|knows|tells)": "has",
     rf"({SUBJECT})s? ({VERBS})(?! (up|like))": "a verb for code: prints, has, reads, needs, waits for",
 }
 """Regular expression of a word that is not used -> what to write instead."""
@@ -87,18 +94,18 @@ PATTERN = re.compile(rf"(?<![A-Za-z])(?:{_GROUPS})(?![A-Za-z])", re.IGNORECASE)
 
 
 def files() -> Iterator[Path]:
-    """Files to check, in order."""
+    """Files to check, sorted by name."""
     for place in PLACES:
         path = ROOT / place
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             name = file.relative_to(ROOT).as_posix()
-            skipped = any(name == each or name.startswith(f"{each}/") for each in EXCEPTIONS)
+            skipped = any(name == exception or name.startswith(f"{exception}/") for exception in EXCEPTIONS)
             if file.is_file() and file.suffix in SUFFIXES and not skipped:
                 yield file
 
 
 def hits(text: str) -> Iterator[tuple[int, str, str]]:
-    """Line number, word found and replacement, for every word of the list in `text`."""
+    """Line number, word and replacement of every hit in `text`."""
     replacements = list(WORDS.values())
     for number, line in enumerate(text.splitlines(), start=1):
         for match in PATTERN.finditer(line):

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# The codes of w2r2_ds/training/fault_tolerance/exit_codes.py.
+# Exit codes of a rank, equal to those of w2r2_ds/training/fault_tolerance/exit_codes.py.
 EXIT_DONE=0
 EXIT_FAILED=1
 EXIT_LOST=75

@@ -106,9 +106,8 @@ def cli_page() -> str:
         text = help_text(launcher)
         assert "usage" in text.lower(), f"{launcher}: --help printed no usage"
         parts.append(f"## {launcher.stem}\n\n```text\n{text}\n```\n")
-        if launcher.stem == "prepare":
-            for name in dict.fromkeys(re.findall(r"^ {4}(\w+) {2,}", text.partition("ubcommands:")[2], re.MULTILINE)):
-                parts.append(f"### prepare {name}\n\n```text\n{help_text(launcher, name)}\n```\n")
+        for name in re.findall(r"^ {4}([\w-]+) {2,}", text.partition("\nsubcommands:")[2], re.MULTILINE):
+            parts.append(f"### {launcher.stem} {name}\n\n```text\n{help_text(launcher, name)}\n```\n")
     return "\n".join(parts)
 
 

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.bench import BENCHMARKS
 from w2r2_ds.bench.report import cell
+from w2r2_ds.commands.bench import BENCHMARKS
 
 FOLDER = Path(__file__).parents[1] / "measured"
 HIDDEN = {"q1", "q3", "runs", "shape", "operations"}

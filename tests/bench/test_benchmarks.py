@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.bench import BENCHMARKS, load
 from w2r2_ds.bench.hf_trainer import BaselineModel, stock_forwards, stock_inputs
 from w2r2_ds.bench.model import Subject, build
 from w2r2_ds.bench.reference import compare_gradients, gradients, largest_difference, reference_loss
 from w2r2_ds.bench.shapes import TINY
 from w2r2_ds.bench.step_time import BASELINE, CACHES, NAIVE, SINGLE, W2R2_STEP
-from w2r2_ds.commands.bench import main
+from w2r2_ds.commands.bench import BENCHMARKS, main
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +42,7 @@ def test_help_lists_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for name in BENCHMARKS:
-        assert name in printed and load(name).__doc__
+    assert all(f"\n    {name}" in printed for name in BENCHMARKS)
 
 
 def test_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

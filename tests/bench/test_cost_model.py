@@ -119,7 +119,7 @@ def lora_sides() -> int:
 def test_find_shapes_rejects_unknown_shapes_and_too_many_frames() -> None:
     with pytest.raises(ValueError, match="--shape is '30b'; it is one of cpu, tiny, 3b, 7b"):
         find_shapes("30b", [])
-    with pytest.raises(ValueError, match="--frames is 80; shape 3b takes 1 to 79"):
+    with pytest.raises(ValueError, match="--frames is 80; shape 3b allows 1 to 79"):
         find_shapes("3b", [8, 80])
     assert [shape.visual_tokens for shape in find_shapes("3b", [8, 24])] == [2016, 6048]
     (cpu,) = find_shapes("cpu", [])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from docs_scripts import DOCS, docs_script
-from w2r2_ds.bench import BENCHMARKS
+from w2r2_ds.commands.bench import BENCHMARKS
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,37 +12,61 @@ import pytest
 
 from fork_server import ROOT, environment
 from w2r2_ds import __version__
-from w2r2_ds.commands import COMMANDS, main
+from w2r2_ds.commands import COMMANDS, bench, convert, main, prepare
 from w2r2_ds.commands.common import FAILED
 from w2r2_ds.utils import plugins
 from w2r2_ds.utils.plugins import import_plugins
 
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "accelerate")
 """Libraries whose import takes seconds; a command imports them only after its command line is parsed."""
-SUBCOMMANDS = [
-    *(f"prepare {name}" for name in ("scanrefer", "scan2cap", "scanqa", "detection", "boxes", "synthetic", "geometry")),
-    "convert from-vgllm",
-]
+SUBCOMMANDS = {"prepare": prepare.SUBCOMMANDS, "convert": convert.FORMATS, "bench": bench.BENCHMARKS}
+"""Command -> its sub-commands."""
+WITH_HELP = [*COMMANDS, *(f"{command} {name}" for command, names in SUBCOMMANDS.items() for name in names)]
+"""Every command and sub-command, as typed after `w2r2`."""
 
 
-def loaded_after(code: str) -> set[str]:
-    """Heavy libraries that a new process has imported after running `code`."""
-    program = f"{code}\nimport json, sys\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+def heavy_imports(steps: dict[str, str]) -> dict[str, list[str]]:
+    """Run code in a new process: name of a step -> heavy libraries that are imported after it, if there are any."""
+    program = f"""
+import json, runpy, sys
+loaded = {{}}
+for name, code in {steps}.items():
+    try:
+        exec(code)
+    except SystemExit as ended:
+        assert not ended.code, (name, ended.code)
+    loaded[name] = [library for library in {HEAVY} if library in sys.modules]
+print(json.dumps(loaded))
+"""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
     )
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert loaded.keys() == steps.keys()
+    return {name: libraries for name, libraries in loaded.items() if libraries}
 
 
 def test_the_package_imports_no_heavy_library() -> None:
-    assert loaded_after("import w2r2_ds, w2r2_ds.commands, w2r2_ds.config.io") == set()
+    assert heavy_imports({"import": "import w2r2_ds, w2r2_ds.commands, w2r2_ds.config.io"}) == {}
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *SUBCOMMANDS])
-def test_help_imports_no_heavy_library(command: str) -> None:
-    words = [*command.split(), "--help"]
-    code = f"from w2r2_ds.commands import main\ntry:\n    main({words})\nexcept SystemExit:\n    pass"
-    assert loaded_after(code) == set()
+def test_help_imports_no_heavy_library() -> None:
+    """Of no command and no sub-command."""
+    main = "from w2r2_ds.commands import main; main"
+    assert heavy_imports({words: f"{main}({[*words.split(), '--help']})" for words in WITH_HELP}) == {}
+
+
+def test_help_of_a_launcher_imports_no_heavy_library() -> None:
+    steps = {}
+    for words in WITH_HELP:
+        command, *rest = words.split()
+        argv = [f"launchers/{command}.py", *rest, "--help"]
+        steps[words] = f"sys.argv = {argv}; runpy.run_path({argv[0]!r}, run_name='__main__')"
+    assert heavy_imports(steps) == {}
+
+
+def test_heavy_imports_are_found() -> None:
+    assert heavy_imports({"light": "import json", "heavy": "import torch"}) == {"heavy": ["torch"]}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,6 +77,8 @@ def test_every_command_has_a_help_and_a_launcher(command: str, capsys: pytest.Ca
     text = capsys.readouterr().out
     assert text.startswith(f"usage: w2r2 {command}") and "--plugin" in text
     assert (ROOT / "launchers" / f"{command}.py").is_file()
+    listed = re.findall(r"^ {4}([\w-]+) {2,}", text.partition("ubcommands:")[2], re.MULTILINE)
+    assert listed == list(SUBCOMMANDS.get(command, []))
 
 
 def test_w2r2_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,7 +179,7 @@ def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         assert gpu.check_device(0).errors == []
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        assert gpu.check_device(0).errors[0].startswith("nvidia-smi shows GPUs, but torch")
+        assert gpu.check_device(0).errors[0].startswith("nvidia-smi lists GPUs, but torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert gpu.check_device(1).errors[0].startswith("local rank 1 would use GPU 1, but 1 are visible")
@@ -198,7 +198,7 @@ def test_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gpu.check_product("cpu", dtype) == []
     monkeypatch.setattr(torch.Tensor, "__matmul__", off_by_one)
     for dtype in (torch.float32, torch.bfloat16):
-        assert gpu.check_product("cpu", dtype)[0].startswith("cpu computes wrong: 1 of 262144 numbers")
+        assert gpu.check_product("cpu", dtype)[0].startswith("cpu computes wrong results: 1 of 262144 numbers")
     assert gpu.check_product("meta", torch.float32)[0].startswith("meta cannot multiply")
 
 
@@ -276,7 +276,7 @@ def test_a_check_that_raises_or_hangs_is_reported(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(checks, "SECONDS", 0.5)
     results = checks.run_checks({"a": raises, "b": hangs, "c": CheckResult})
     assert "AttributeError: module 'torch' has no attribute 'x'" in results["a"].errors[0]
-    assert results["b"].errors[0].startswith("check b: no answer within")
+    assert results["b"].errors[0].startswith("check b: no result within")
     assert results["c"] == CheckResult()
 
 

@@ -13,40 +13,32 @@ from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.training.throughput import matrix_rate
 
-LORA = cost_model.Mode()
 
-
-def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Report:
-    """Train stock Qwen2.5-VL with PEFT LoRA by HF's Trainer: logits at all positions, all of VGGT in every step.
-
-    Args:
-        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
-        frames: numbers of frames per sample; default: the shape's own.
-        rounds: number of steps.
-    """
+def run(shape_name: str, frames: list[int] | None, rounds: int) -> Report:
+    """Time `rounds` steps of the baseline for every number of frames, with the towers and without them."""
     report = Report("baseline", "training step of the HF Trainer baseline: one sample, LoRA, checkpointing", [])
-    for each in find_shapes(shape, frames or []):
+    for shape in find_shapes(shape_name, frames):
         device = find_device()
-        subject = build(each, device)
+        subject = build(shape, device)
         trainer = BaselineTrainer(subject, subject.batch())
         towers = trainer.towers()
         cases: dict[str, Case] = {"whole step": trainer.step, "without the towers": partial(trainer.step, towers)}
         warmups = 2 if device.type == "cuda" else 0
         spreads = interleave(cases, rounds, device, warmups)
-        rate = matrix_rate(device, resolve_dtype(each.dtype)) if device.type == "cuda" else None
+        rate = matrix_rate(device, resolve_dtype(shape.dtype)) if device.type == "cuda" else None
         for name, spread in spreads.items():
-            report.rows.append(row(each, name, spread, rate))
-        report.notes.append(describe(each))
+            report.rows.append(row(shape, name, spread, rate))
+        report.notes.append(describe(shape))
     return report
 
 
 def row(shape: Shape, name: str, spread: Spread, rate: float | None) -> dict[str, object]:
     """Table row: time and FLOP/s of one part; on a GPU also the language model's MFU."""
     whole = name == "whole step"
-    tflop = cost_model.baseline_step(shape, LORA).total(geometry=whole, vision=whole) / cost_model.TERA
+    tflop = cost_model.baseline_step(shape, cost_model.LORA).total(geometry=whole, vision=whole) / cost_model.TERA
     values: dict[str, object] = {
         "part": name,
-        "shape": f"{shape.name}, {shape.frames} frames",
+        "shape": shape.label,
         **spread.columns(),
         "tokens/s": shape.tokens / spread.median,
         "Tflop": tflop,

@@ -33,31 +33,33 @@ FRAME_SIZE = (640, 480)
 MAX_RATIO = 0.05
 """Maximum time of a read relative to VGGT."""
 CACHE_BYTES = 2**40
-"""Size limit of the cache, more than any case needs."""
+"""Size limit of the cache in bytes, more than any case needs."""
 
 
-def feature_cache(
-    shape: str = "cpu", frames: list[int] | None = None, rounds: int = 5, folder: Path | None = None
-) -> Report:
-    """Seconds per frame set: computing the features, and every operation of the cache.
+def run(shape_name: str, frames: list[int] | None, rounds: int, folder: Path | None) -> Report:
+    """Time VGGT and every operation of the cache, for every number of frames.
 
     Args:
-        shape: cpu, tiny, or on a GPU 3b or 7b (VGGT-1B with random weights).
-        frames: numbers of frames per set; default: the shape's own.
+        shape_name, frames: see `find_shapes`.
         rounds: number of runs per case, interleaved.
-        folder: a folder on the disk to measure; default: the system's folder for temporary files. What was just written
-            is read from the page cache.
+        folder: parent of the cache's temporary folder; None for the system's.
     """
     report = Report("feature_cache", "seconds per set of frames, CPU time unless VGGT runs on a GPU", [])
-    for each in find_shapes(shape, frames or []):
+    for shape in find_shapes(shape_name, frames):
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            measure(each, rounds, Path(temporary), report)
+            measure(shape, rounds, Path(temporary), report)
     return report
 
 
 @dataclass
 class FrameSet:
-    """Frames on disk and the cache of their features; every method is one timed operation."""
+    """Frames on disk and the cache of their features; every method is one timed operation.
+
+    Attributes:
+        paths: files of the frames.
+        width: width in pixels to which frames are resized.
+        lookup: the feature cache.
+    """
 
     paths: list[Path]
     width: int
@@ -106,20 +108,19 @@ def measure(shape: Shape, rounds: int, folder: Path, report: Report) -> None:
         report.rows.append(
             {
                 "operation": name,
-                "shape": f"{shape.name}, {shape.frames} frames, {shape.dtype}",
+                "shape": f"{shape.label}, {shape.dtype}",
                 "mib": mib if transfers else None,
                 **spread.columns(),
                 "mib/s": mib / spread.median if transfers else None,
                 "/VGGT": ratio(spread, spreads[COMPUTE]),
             }
         )
-    where = f"{shape.name}, {shape.frames} frames"
     if shape.name != "tiny":
-        claim = f"{where}: read / VGGT"
+        claim = f"{shape.label}: read / VGGT"
         report.criteria.append(Criterion(claim, ratio(spreads[READ], spreads[COMPUTE]), MAX_RATIO))
-    for kind in dict.fromkeys((dtype, torch.bfloat16)):
-        claim = f"{where}: values that differ from recomputed ones, {str(kind).removeprefix('torch.')}"
-        differing = count_differing(build_encoder(shape, device, kind), frames, images)
+    for checked_dtype in dict.fromkeys((dtype, torch.bfloat16)):
+        claim = f"{shape.label}: values that differ from recomputed ones, {str(checked_dtype).removeprefix('torch.')}"
+        differing = count_differing(build_encoder(shape, device, checked_dtype), frames, images)
         report.criteria.append(Criterion(claim, differing, 0))
 
 
@@ -138,11 +139,11 @@ def count_differing(encoder: VGGTEncoder, frames: FrameSet, images: Tensor) -> f
 
 
 class CachedFeatures:
-    """A feature cache in a temporary folder with both towers' features of a batch that has one frame set.
+    """A feature cache in a temporary folder, with the features of both encoders for a batch of one frame set.
 
     Args:
-        model: computes the features.
-        batch: with images, not with cached features.
+        model: model that computes the features.
+        batch: a batch with images, not with cached features.
 
     Attributes:
         visual: output of the vision tower.
@@ -163,7 +164,10 @@ class CachedFeatures:
         flush()
 
     def into(self, batch: Batch, both: bool) -> Batch:
-        """Return a batch about the same frames with geometry features read from disk; with `both`, also 2D features."""
+        """Replace the images of a batch of the same frames by cached geometry features; with `both`, also by 2D ones.
+
+        The features are read from disk, as the data loader does.
+        """
         visuals = replace(batch.visuals, geometry_images=(None,), cached_3d=(self.cache.find_3d(self.paths),))
         if both:
             cached_2d = self.cache.find_2d(self.paths)

@@ -19,18 +19,23 @@ import numpy as np
 import torch
 
 Case = Callable[[], object]
-"""One run of a benchmark case. Timed as a whole, unless it returns a `Lap` with the time of its relevant part."""
+"""Function that runs a benchmark case once. Timed as a whole, unless it returns a `Lap` with the time of a part."""
 
 
 @dataclass
 class Lap:
-    """Timer of one run, in seconds; intervals add up."""
+    """Timer of one run; intervals add up.
+
+    Attributes:
+        seconds: total of the intervals timed on the CPU.
+        marks: start and end events of the intervals timed on the GPU.
+    """
 
     seconds: float = 0.0
     marks: list[tuple[Any, Any]] = field(default_factory=list)
 
     def total(self) -> float:
-        """Total seconds; synchronises if intervals were recorded on the GPU."""
+        """Total seconds; synchronises with the GPU if it has events."""
         if self.marks:
             torch.cuda.synchronize()
         return self.seconds + sum(begin.elapsed_time(end) for begin, end in self.marks) / 1000
@@ -43,6 +48,7 @@ def timed(lap: Lap, device: torch.device) -> Iterator[None]:
     On a shared machine CPU time measures the computation alone; wall-clock time depends on other processes.
     """
     if device.type == "cuda":
+        # `Lap.total` reads the events later: a synchronisation here would add the launch overhead of the next kernels.
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         yield
@@ -90,8 +96,8 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
     Args:
         cases: name -> case, in order; every second round runs them in reverse order.
         rounds: number of measured runs per case.
-        device: device on which the cases compute.
-        warmups: number of rounds before that are not measured.
+        device: device that the cases run on.
+        warmups: number of rounds that run first and are not measured.
     """
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
@@ -102,7 +108,7 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
         order = list(cases) if turn % 2 == 0 else list(reversed(list(cases)))
         for name in order:
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # otherwise kernels of the previous case would run in this interval
                 torch.cuda.reset_peak_memory_stats()
             outer = Lap()
             with timed(outer, device):
@@ -117,7 +123,7 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
 
 
 def ratio(case: Spread, base: Spread) -> float:
-    """Median over rounds of case / base, both of the same round."""
+    """Median over rounds of case / base; both are of the same round, so that a slow round has little effect."""
     return float(np.median(np.array(case.seconds) / np.array(base.seconds)))
 
 
@@ -130,8 +136,8 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         request = [function.__module__, function.__qualname__, list(arguments), str(result)]
-        # glibc then takes memory from the system at once and returns it at once, so that resident memory is allocated
-        # memory.
+        # glibc then maps blocks above 64 KiB directly and returns freed memory at once, so that the resident memory is
+        # the memory in use.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         done = subprocess.run(
@@ -161,10 +167,10 @@ def _status(name: str) -> int:
 
 
 def find_device() -> torch.device:
-    """The GPU, or the CPU with one thread: on a shared machine two threads also wait for each other."""
+    """Return the GPU if there is one, else the CPU, limited to one thread."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # threads that wait for each other on a shared machine would add to the CPU time
     return torch.device("cpu")
 
 

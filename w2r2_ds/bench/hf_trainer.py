@@ -1,7 +1,7 @@
 """HF Trainer baseline: Hugging Face's Trainer on stock Qwen2.5-VL, logits at all positions, VGGT in every step.
 
-Follows VG-LLM (github.com/LaVi-Lab/VG-LLM): one pass per sample, a loss over all positions, and all layers of VGGT are
-computed and kept although only the last but one is used. Weights are shared with the model under test.
+Follows VG-LLM (github.com/LaVi-Lab/VG-LLM): one pass per sample, a loss over all positions, and all layers of VGGT
+computed and kept in memory, although only the last but one is used. The weights are those of the model under test.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from w2r2_ds.types.batch import Batch
 
 @contextmanager
 def stock_forwards(model: W2R2) -> Iterator[None]:
-    """Disable fused kernels in the block: every module of the VLM uses the forward of its class.
+    """Use the code of transformers in the block: forwards of the classes, and their activation checkpointing.
 
-    Activation checkpointing is that of the Trainer's option `gradient_checkpointing`: transformers recomputes every
-    decoder layer.
+    Kernels and activation checkpointing of this project override the forward of module instances; the overrides are
+    removed and restored. As with the Trainer's option `gradient_checkpointing`, every decoder layer is recomputed.
     """
     text = model.family.language_model(model.base)
     overridden = [module for module in model.vlm.modules() if "forward" in module.__dict__]
     overrides = [(module, module.__dict__.pop("forward")) for module in overridden]
     for layer in text.layers:
-        # The attributes that transformers sets; the name of its method changes between versions.
+        # The attributes that transformers sets; the method that sets them has other names in other versions.
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     try:
@@ -56,16 +56,16 @@ class BaselineModel(nn.Module):
     """VLM, VGGT and merger in one forward, as in VG-LLM.
 
     Args:
-        model: the model whose modules are shared.
+        model: the model whose modules are used.
 
     Attributes:
-        given: tower outputs to use instead of computing them.
+        given: outputs of the towers; None to compute them.
     """
 
     def __init__(self, model: W2R2) -> None:
         super().__init__()
         self.vlm, self.geometry_merger = model.vlm, model.geometry_merger
-        object.__setattr__(self, "_model", model)  # not a submodule: used for its towers only
+        object.__setattr__(self, "_model", model)  # no submodule: the Trainer handles the VLM and the merger only
         self.given: TowerOutputs | None = None
 
     @property
@@ -76,12 +76,12 @@ class BaselineModel(nn.Module):
         return encoder
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor, geometry_images: Tensor, **rest: Any) -> Any:
-        """Output of the stock VLM, with a loss if `labels` are given. Without `geometry_images` it is visual-only."""
+        """Output of the stock VLM, with a loss if `rest` has labels; the shortcut if `geometry_images` is empty."""
         visual = self.fused(pixel_values, image_grid_thw, geometry_images)
         return self.vlm(mm_encoder_outputs={"image": visual}, image_grid_thw=image_grid_thw, use_cache=False, **rest)
 
     def fused(self, pixel_values: Tensor, grid: Tensor, geometry_images: Tensor) -> Any:
-        """Output of the vision tower with the merged geometry added."""
+        """Output of the vision tower with the merged geometry features added."""
         visual = self.visual(pixel_values, grid)
         if len(geometry_images):
             visual = copy.copy(visual)
@@ -109,11 +109,12 @@ class BaselineModel(nn.Module):
 
 
 def stock_inputs(batch: Batch) -> dict[str, Tensor]:
-    """Inputs of the stock forward from a batch of one sample with frames; labels mark the answer."""
+    """Inputs of `BaselineModel.forward` for a batch of one sample with images; labels at the answer's tokens only."""
     assert len(batch.ids) == 1, "one pass per sample"
     images = batch.visuals.geometry_images[0]
     assert images is not None, "the batch has images, not cached features"
     labels = torch.full_like(batch.input_ids, IGNORED)
+    # `answer_positions` are the positions that predict the answer; the stock loss shifts the labels itself.
     labels[0, batch.answer_positions.position + 1] = batch.answer_positions.label
     return {
         "input_ids": batch.input_ids,
@@ -127,17 +128,17 @@ def stock_inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 class StepTimer(TrainerCallback):
-    """Time of the forward, backward, clipping and update of a step, without data loading."""
+    """Time a step from its forward to the optimizer's update, without data loading."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.lap, self.inside = device, Lap(), timed(Lap(), device)
+        self.device, self.lap, self.context = device, Lap(), timed(Lap(), device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.inside = timed(self.lap, self.device)
-        self.inside.__enter__()
+        self.context = timed(self.lap, self.device)
+        self.context.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.inside.__exit__(None, None, None)
+        self.context.__exit__(None, None, None)
 
 
 class BaselineTrainer:
@@ -177,7 +178,7 @@ class BaselineTrainer:
         self.trainer.remove_callback(PrinterCallback)
 
     def step(self, given: TowerOutputs | None = None) -> Lap:
-        """Train one step and return its time; with `given` tower outputs, both towers are skipped."""
+        """Train one step and return its time; with the towers' outputs in `given`, both towers are skipped."""
         self.timer.lap, self.model.given = Lap(), given
         with stock_forwards(self.subject.model):
             self.trainer.train()

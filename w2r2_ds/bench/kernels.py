@@ -15,39 +15,34 @@ from w2r2_ds.kernels.measure import TOLERANCE, make_run, max_error
 from w2r2_ds.kernels.select import TORCH_KERNELS, resolve_dtype, unavailable
 
 DROPOUT = 0.05
+"""LoRA dropout, as in the recipes."""
 
 
-def kernels(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 15) -> Report:
-    """Time of every kernel at the sizes of a sample. Triton's and Liger's kernels are timed on a GPU only.
-
-    Args:
-        shape: cpu, tiny, or on a GPU 3b or 7b.
-        frames: numbers of frames per sample; default: the shape's own.
-        rounds: number of runs per case, interleaved.
-    """
+def run(shape_name: str, frames: list[int] | None, rounds: int) -> Report:
+    """Time every available kernel at the sizes of a sample, for every number of frames."""
     device, skipped = find_device(), unavailable()
     report = Report("kernels", "seconds forward and backward of one call", [])
-    for each in find_shapes(shape, frames or []):
-        dtype = resolve_dtype(each.dtype)
-        shapes = Shapes(each.hidden, each.intermediate, each.lora_rank, DROPOUT, dtype, each.tokens)
-        for candidate in make_candidates(shapes, device):
+    for shape in find_shapes(shape_name, frames):
+        dtype = resolve_dtype(shape.dtype)
+        sizes = Shapes(shape.hidden, shape.intermediate, shape.lora_rank, DROPOUT, dtype, shape.tokens)
+        for candidate in make_candidates(sizes, device):
             if candidate.name in TORCH_KERNELS or not skipped:
                 for make_inputs in candidate.cases:
-                    measure(candidate, make_inputs(), rounds, f"{each.name}, {each.frames} frames", report)
+                    measure(candidate, make_inputs(), rounds, shape.label, report)
     if skipped:
         report.notes.append(f"Triton's and Liger's kernels are not timed, since {skipped}.")
     return report
 
 
-def measure(candidate: Candidate, inputs: tuple[Tensor, ...], rounds: int, where: str, report: Report) -> None:
+def measure(candidate: Candidate, inputs: tuple[Tensor, ...], rounds: int, label: str, report: Report) -> None:
     """Add the rows and criteria of a kernel for one set of inputs to the report.
 
     Args:
         candidate: the kernel and its reference.
-        inputs: inputs of one of its cases; the shapes of the first and the last one are in the table.
-        rounds: number of runs of the kernel and of the reference.
-        where: the shape, for the report.
-        report: gets the rows.
+        inputs: inputs of one of its cases; the table shows the shapes of the first and the last input.
+        rounds: number of runs of the kernel and of the reference, interleaved.
+        label: label of the benchmark shape.
+        report: report to extend.
     """
     functions = {"PyTorch": candidate.reference, "kernel": candidate.kernel}
     runs = {name: make_run(function, inputs, candidate.leaves) for name, function in functions.items()}
@@ -56,9 +51,9 @@ def measure(candidate: Candidate, inputs: tuple[Tensor, ...], rounds: int, where
     first, last = ("x".join(map(str, each.shape)) for each in (inputs[0], inputs[-1]))
     name = f"{candidate.name} ({first}, ..., {last})"
     for implementation, spread in spreads.items():
-        values = {"function": name, "shape": where, "implementation": implementation, **spread.columns()}
+        values = {"function": name, "shape": label, "implementation": implementation, **spread.columns()}
         report.rows.append(values | {"/PyTorch": ratio(spread, spreads["PyTorch"])})
-    if candidate.name != "dual_stream_embed":  # about 0.1 % of a step; its purpose is to avoid waiting for the device
+    if candidate.name != "dual_stream_embed":  # its purpose is to avoid waiting for the device; about 0.1 % of a step
         relative = ratio(spreads["kernel"], spreads["PyTorch"])
-        report.criteria.append(Criterion(f"{where}: {name}, kernel / PyTorch", relative, 1.0))
-    report.criteria.append(Criterion(f"{where}: {name}, largest error", error, TOLERANCE[inputs[0].dtype]))
+        report.criteria.append(Criterion(f"{label}: {name}, kernel / PyTorch", relative, 1.0))
+    report.criteria.append(Criterion(f"{label}: {name}, largest error", error, TOLERANCE[inputs[0].dtype]))

@@ -1,6 +1,6 @@
 """Model, training step and batches of the benchmarks, with random weights and inputs.
 
-Uses the classes of training (`W2R2Step`, `Collator`, the stock VLM), so that benchmarks measure the code that trains.
+Uses the classes of training (`W2R2Step`, `Collator`, `W2R2`), so that benchmarks measure the code that trains.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ QUESTION = " find the chair"
 class CroppedVGGT(VGGTEncoder):
     """VGGT that returns the features of the upper left part of every frame.
 
-    The benchmark shapes have fewer visual tokens than VGGT has patches; see `shapes.py`.
+    In the benchmark shapes the VLM encodes only that part of a frame; see `shapes.py`.
 
     Args:
-        vggt: computes all patches of a frame.
-        layer: index of the layer to return.
-        grid: columns and rows of patches to return.
+        vggt: encodes whole frames.
+        layer: index of the layer whose features are returned.
+        grid: number of columns and rows of patches to return.
     """
 
     def __init__(self, vggt: VGGT, layer: int, grid: tuple[int, int]) -> None:
@@ -67,18 +67,18 @@ class CroppedVGGT(VGGTEncoder):
         return self.crop(super().encode(images))
 
     def crop(self, features: Tensor) -> Tensor:
-        """The upper left part of ``[frames, h, w, channels]``."""
+        """Upper left part ``[frames, rows, columns, channels]`` of features ``[frames, h, w, channels]``."""
         columns, rows = self.grid
         return features[:, :rows, :columns]
 
 
 @dataclass
 class Subject:
-    """Model under test with the tokenizer that makes its batches.
+    """Model under test, with the tokenizer and the batches for it.
 
     Attributes:
         shape: sizes of the model and of a sample.
-        model: LoRA on a random VLM, random merger and VGGT; the LoRA pairs have an effect (`lora_B` is not zero).
+        model: VLM with LoRA, merger and VGGT with random weights, also in `lora_B`, which training initialises to zero.
         frontend: tokenizer and vision spec of the VLM.
         device: device of the model and of batches.
     """
@@ -89,29 +89,32 @@ class Subject:
     device: torch.device
 
     def step(self, push: str = "margin", **objective: Any) -> W2R2Step:
-        """A training step with a push term. All steps share the model."""
+        """Build a training step with the push term `push` and further fields of `ObjectiveConfig`.
+
+        All steps of a subject share its model.
+        """
         config = RunConfig(objective=ObjectiveConfig(push_term={"name": push}, **objective))
         tables = token_tables(self.frontend.tokenizer, self.shape.vocabulary).to(self.device)
         return W2R2Step(self.model, config, Scorer(tables, self.frontend.tokenizer, config.objective)).train()
 
     def batch(self, questions: int = 1, packed: bool = False) -> Batch:
-        """Questions about one frame set: one sequence each, or packed into one sequence with the frames once."""
+        """Build a batch of questions about one frame set: a sequence per question, or one packed sequence."""
         return self._collate(self.features(questions), groups_by_frames if packed else None)
 
     def single(self, question: int) -> Batch:
-        """Batch of the question with this index only."""
+        """Build a batch of one question of `batch`, by its index."""
         return self._collate(self.features(question + 1)[question:], None)
 
     def _collate(self, features: list[Features], grouping: Grouping | None) -> Batch:
-        positions, pad = make_position_ids(self.frontend, DataConfig()), self.frontend.tokenizer.pad_token_id
         frontend = self.frontend
+        positions, pad = make_position_ids(frontend, DataConfig()), frontend.tokenizer.pad_token_id
         collate = Collator(
             pad, "image", positions, frontend.vision, frontend.geometry, frontend.family, grouping=grouping
         )
         return collate(features).to(self.device)
 
     def features(self, questions: int) -> list[Features]:
-        """Processed samples, as of `data/processor.py`: questions about one set of frames of noise."""
+        """Processed samples, as `data/processor.py` returns them: questions about one frame set, which is noise."""
         shape, vision = self.shape, self.frontend.vision
         width, height = shape.frame_size
         noise = np.random.default_rng(SEED)
@@ -119,14 +122,14 @@ class Subject:
         cropped = images[:, :, : shape.grid[1] * PATCH, : shape.grid[0] * PATCH]
         patches, grid_thw = self.frontend.family.pixel_values(np.ascontiguousarray(cropped), vision, "image")
         dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
-        made = []
+        features = []
         for index in range(questions):
             ids, answer = self._tokens(index)
             types = torch.where(ids == vision.image_token_id, IMAGE, 0)
             sample = self._sample(index, answer)
             offsets = self.frontend.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-            end = (len(answer), len(answer) + 1)
-            made.append(
+            end = (len(answer), len(answer) + 1)  # <|im_end|>
+            features.append(
                 Features(
                     sample=sample,
                     input_ids=ids,
@@ -137,19 +140,19 @@ class Subject:
                     answer_tokens=find_answer_tokens("grounding", answer, [*offsets["offset_mapping"], end]),
                 )
             )
-        return made
+        return features
 
     def _tokens(self, question: int) -> tuple[Tensor, str]:
-        """Token ids ``[tokens]`` (frames with their start and end tokens, question, answer) and the answer as text."""
+        """Token ids ``[tokens]`` of a sample (frames with start and end tokens, question, answer), and its answer."""
         shape, tokenizer, vision = self.shape, self.frontend.tokenizer, self.frontend.vision
         pads = [vision.image_token_id] * (shape.visual_tokens // shape.frames)
         end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
         frames = [vision.vision_start_id, *pads, end] * shape.frames
         length = shape.prompt_tokens - 2 * shape.frames
         words = tokenizer(QUESTION * length, add_special_tokens=False)["input_ids"]
-        asked = words[question % len(words) :][:length]
-        answer, ids = answer_of(tokenizer, shape.answer_tokens - 1, question)
-        ids = [*frames, *asked, *ids, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        prompt = words[question % len(words) :][:length]  # every question starts at another word
+        answer, answer_ids = make_answer(tokenizer, shape.answer_tokens - 1, question)
+        ids = [*frames, *prompt, *answer_ids, tokenizer.convert_tokens_to_ids("<|im_end|>")]
         assert len(ids) == shape.tokens, "a sample has as many tokens as the shape"
         return torch.tensor(ids), answer
 
@@ -161,14 +164,16 @@ class Subject:
         return Sample(f"bench|{index}", "scanrefer", "bench", paths, poses, QUESTION, answer, target)  # type: ignore[arg-type]
 
 
-def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
-    """A grounding answer of exactly `tokens` tokens (text, token ids); decimals fill up the length."""
+def make_answer(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
+    """Make a grounding answer of exactly `tokens` tokens; returns its text and its token ids."""
     digits = np.random.default_rng(seed).integers(1, 10, 400)
+    # Lengthen the numbers in turn, decimal by decimal, until the answer has the right length. A decimal with its point
+    # may be two tokens; odd attempts add a single leading digit.
     for extra in range(200):
         values = [str(digits[i]) for i in range(9)]
         for decimal in range(extra // 2):
-            at = decimal % 9
-            values[at] += ("." if "." not in values[at] else "") + str(digits[9 + decimal])
+            index = decimal % 9
+            values[index] += ("." if "." not in values[index] else "") + str(digits[9 + decimal])
         if extra % 2:
             values[8] = "1" + values[8]
         answer = f'{{"frame": 0, "bbox_3d": [{", ".join(values)}]}}'
@@ -179,7 +184,7 @@ def answer_of(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]:
 
 
 def build(shape: Shape, device: torch.device) -> Subject:
-    """Build a model with random weights, with activation checkpointing as in `training/deepspeed/engine.py`."""
+    """Build a model with random weights, with kernels and activation checkpointing as in training."""
     dtype = resolve_dtype(shape.dtype)
     shapes = Shapes(shape.hidden, shape.intermediate, shape.lora_rank, 0.0, dtype)
     kernels = select_kernels("auto", lambda: shapes, device)
@@ -200,6 +205,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
     geometry = CroppedVGGT(vggt, shape.geometry_layer, shape.grid)
     model = W2R2(peft, merger, fusion, geometry, kernels=kernels)
     with torch.no_grad():
+        # `lora_B` is initialised to zero, which would make the gradient of `lora_A` zero.
         for name, parameter in trainable(model).items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -209,7 +215,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
 
 
 def build_frontend(shape: Shape) -> VlmFrontend:
-    """Tokenizer, vision spec and meta model of a shape's VLM; no weights."""
+    """Build the tokenizer, vision spec and meta model of a shape's VLM, without weights."""
     answers = [f'{{"frame": {i}, "bbox_3d": [{i}.0, 1, 2, 3, 4, 5, 6, 7, 8]}}' for i in range(9)]
     tokenizer = train_tokenizer([QUESTION * 2, *answers], 400)
     config = make_config(
@@ -239,12 +245,12 @@ def build_frontend(shape: Shape) -> VlmFrontend:
 
 
 def make_optimizer(model: W2R2) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters, with a learning rate that hardly changes them."""
+    """Build AdamW over the trained parameters, with a learning rate so low that the losses stay the same."""
     return torch.optim.AdamW(trainable(model).values(), lr=1e-7)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Backward pass, gradient clipping and optimizer step, as the engine and the HF Trainer do."""
+    """Run the backward pass, gradient clipping and the optimizer step, as DeepSpeed and the HF Trainer do."""
     loss.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -257,7 +263,7 @@ def describe(shape: Shape) -> str:
     vggt = shape.vggt
     return (
         f"{shape.name}: language model {shape.layers} layers of {shape.hidden} ({shape.heads}/{shape.kv_heads} heads, "
-        f"MLP {shape.intermediate}), {shape.vocabulary} rows of vocabulary, {shape.visual_tokens} visual and "
+        f"MLP {shape.intermediate}), vocabulary {shape.vocabulary}, {shape.visual_tokens} visual and "
         f"{shape.tokens - shape.visual_tokens} text tokens ({shape.answer_tokens} of the answer), LoRA rank "
         f"{shape.lora_rank}, {shape.dtype}; vision tower {shape.vision_depth} x {shape.vision_hidden}; VGGT width "
         f"{vggt.embed_dim}, {vggt.vit_depth} + {vggt.depth} + {vggt.depth} blocks, {shape.frames} frames of "

@@ -14,21 +14,21 @@ from w2r2_ds.types.batch import Batch
 
 
 def reference_loss(step: W2R2Step, batch: Batch) -> Tensor:
-    """The objective of `step`, computed from two stock passes over one sample.
+    """The loss of `step`, computed from two stock passes over a batch of one sample.
 
-    Both passes have a graph. Whether gradients flow through the shortcut is decided by the push term: `unblocked` lets
-    them through, the others detach it.
+    Both passes have a graph. The push term decides whether gradients flow into the shortcut: only `unblocked` does not
+    detach its outputs.
     """
     stock = BaselineModel(step.model)
     inputs = stock_inputs(batch)
     del inputs["labels"]
-    no_frames = inputs["geometry_images"][:0]
-    visual_only, fused = (
+    no_images = inputs["geometry_images"][:0]
+    shortcut_logits, fused_logits = (
         stock(**(inputs | {"geometry_images": images})).logits[0, batch.answer_positions.position]
-        for images in (no_frames, inputs["geometry_images"])
+        for images in (no_images, inputs["geometry_images"])
     )
-    shortcut = read_shortcut(Outputs(visual_only), batch, step.push_term, step.scorer)
-    loss, _ = w2r2_loss(Outputs(fused), shortcut, batch, step.objective, step.push_term, step.scorer)
+    shortcut = read_shortcut(Outputs(shortcut_logits), batch, step.push_term, step.scorer)
+    loss, _ = w2r2_loss(Outputs(fused_logits), shortcut, batch, step.objective, step.push_term, step.scorer)
     return loss
 
 
@@ -41,16 +41,18 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest ``|found - expected| / |expected|`` over the parameters (L2 norms of a parameter's gradient)."""
-    assert found.keys() == expected.keys() and all(gradient.norm() > 0 for gradient in expected.values()), "all train"
+    """Largest ``|found - expected| / |expected|`` over the parameters, with the L2 norm of a parameter's gradient."""
+    assert found.keys() == expected.keys() and all(gradient.norm() > 0 for gradient in expected.values()), (
+        "all have gradients"
+    )
     return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
 
 
 def compare_gradients(subject: Subject, batch: Batch) -> dict[str, float]:
-    """Largest relative difference of our gradients from those of stock code.
+    """Largest relative difference between the gradients of `W2R2Step` and those of stock code.
 
-    Push `none` is compared with the HF Trainer baseline's loss, push `poe` with `reference_loss`: `poe` pushes at every
-    answer position, whereas most terms need a shortcut that answers well, which random weights do not give.
+    Push term `none` is compared with the HF Trainer baseline's loss, `poe` with `reference_loss`. Not another term,
+    because most push only where the shortcut answers well, and with random weights it never does.
     """
     model = subject.model
     none, poe = subject.step("none"), subject.step("poe")

@@ -25,7 +25,7 @@ class Criterion:
     Attributes:
         claim: description of the value.
         measured: the value.
-        limit: its maximum.
+        limit: the maximum that it should have.
     """
 
     claim: str
@@ -44,7 +44,7 @@ class Report:
 
     Attributes:
         name: name of the benchmark.
-        title: one line about the comparison.
+        title: one line: quantity, unit and conditions.
         rows: table rows, column -> value; the first column is the name of the row.
         criteria: values with limits.
         notes: sentences that explain the numbers.
@@ -59,7 +59,7 @@ class Report:
     machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
 
     def to_json(self) -> dict[str, Any]:
-        """All content of the report, with unrounded numbers."""
+        """The report as a JSON object, with unrounded numbers."""
         criteria = [asdict(each) | {"met": each.met} for each in self.criteria]
         head = {"name": self.name, "title": self.title, "machine": self.machine}
         return head | {"rows": self.rows, "criteria": criteria, "notes": self.notes}
@@ -88,7 +88,7 @@ class Report:
 
 
 def cell(value: Any) -> str:
-    """Format a value with three or four significant digits; None gives an empty cell."""
+    """Format a table value: numbers with three or four significant digits, None as an empty cell."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -112,7 +112,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Name of the CPU model."""
+    """Model name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

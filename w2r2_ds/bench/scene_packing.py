@@ -1,4 +1,4 @@
-"""Time per sample if K questions about the same frames share one visual prefix; checks the gradients."""
+"""Time per sample if K questions about one frame set share a visual prefix; also checks the gradients."""
 
 from __future__ import annotations
 
@@ -22,20 +22,11 @@ LIMIT = 0.22
 """Maximum time per sample of one of K packed questions relative to the baseline."""
 
 
-def scene_packing(
-    shape: str = "cpu", frames: list[int] | None = None, questions: tuple[int, ...] = (1, 4, 8), rounds: int = 3
-) -> Report:
-    """Time per sample of W2R2 with K questions in one sequence, relative to the HF Trainer baseline.
-
-    Args:
-        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
-        frames: numbers of frames per sample; default: the shape's own.
-        questions: values of K; the last one also runs without caches and as a single pass.
-        rounds: number of runs per case, interleaved.
-    """
+def run(shape_name: str, frames: list[int] | None, questions: tuple[int, ...], rounds: int) -> Report:
+    """Time all cases for every number of frames and of packed questions."""
     report = Report("scene_packing", "seconds per sample, K questions share a visual prefix, LoRA, checkpointing", [])
-    for each in find_shapes(shape, frames or []):
-        measure(each, questions, rounds, report)
+    for shape in find_shapes(shape_name, frames):
+        measure(shape, questions, rounds, report)
     return report
 
 
@@ -45,19 +36,18 @@ def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Repor
     subject = build(shape, device)
     batches = {count: subject.batch(count, packed=True) for count in questions}
     most = questions[-1]
-    where = f"{shape.name}, {shape.frames} frames"
     if shape.dtype == "float32":
         difference = packed_difference(subject, batches[most])
         claim = f"relative difference of gradients, {most} packed and separate"
         report.criteria.append(Criterion(claim, difference, GRADIENT_TOLERANCE))
     spreads = interleave(cases(subject, batches), rounds, device, warmups=2 if device.type == "cuda" else 0)
     for name, spread in spreads.items():
-        count = int(name.partition("K = ")[2].partition(",")[0] or 1)
+        count = int(name.partition("K = ")[2].partition(",")[0] or 1)  # the baseline's names have no K
         cached_base = BASELINE + (BOTH if name.endswith(BOTH) else "")
         report.rows.append(
             {
                 "case": name,
-                "shape": where,
+                "shape": shape.label,
                 **spread.columns(),
                 "per sample": spread.median / count,
                 "/baseline": ratio(spread, spreads[BASELINE]) / count,
@@ -67,9 +57,9 @@ def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Repor
             }
         )
     if shape.name != "tiny":
-        for end in ("", BOTH):
-            name = f"{W2R2_STEP}, K = {most}{end}"
-            claim = f"{where}: {name}, per sample / {BASELINE}"
+        for caches in ("", BOTH):
+            name = f"{W2R2_STEP}, K = {most}{caches}"
+            claim = f"{shape.label}: {name}, per sample / {BASELINE}"
             report.criteria.append(Criterion(claim, ratio(spreads[name], spreads[BASELINE]) / most, LIMIT))
     report.notes.append(describe(shape))
 
@@ -83,7 +73,7 @@ def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
     stock_attention = model.family.language_model(model.base).config._attn_implementation
 
     def stock(given: TowerOutputs | None = None) -> Lap:
-        # The baseline runs with the attention of transformers; all other cases need packed attention.
+        # The baseline uses the attention of transformers; all other cases need packed attention.
         model.base.set_attn_implementation({"text_config": stock_attention})
         lap = baseline.step(given)
         model.family.use_packed_attention(model.base)
@@ -104,12 +94,15 @@ def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
 
 
 def packed_difference(subject: Subject, packed: Batch) -> float:
-    """Largest relative difference of gradients: packed samples and the sum over separate ones (push `poe`)."""
+    """Largest relative difference between the gradients of packed samples and of the same samples in own sequences.
+
+    With push term `poe`, see `reference.compare_gradients`.
+    """
     model, step = subject.model, subject.step("poe")
     cached = CachedFeatures(model, packed)
     total: dict[str, Tensor] = {}
     for index in range(len(packed.ids)):
-        own = gradients(model, step(cached.into(subject.single(index), both=True))[0])
-        total = {name: total.get(name, torch.zeros_like(each)) + each for name, each in own.items()}
+        separate = gradients(model, step(cached.into(subject.single(index), both=True))[0])
+        total = {name: total.get(name, torch.zeros_like(each)) + each for name, each in separate.items()}
     model.family.use_packed_attention(model.base)
     return largest_difference(gradients(model, step(cached.into(packed, both=True))[0]), total)

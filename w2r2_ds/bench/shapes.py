@@ -17,16 +17,16 @@ class Shape:
     """Sizes of a VLM, a VGGT and a sample.
 
     Attributes:
-        name: name in reports and of the option `--shape`.
+        name: name in reports, and value of the option `--shape`.
         hidden, layers, heads, kv_heads, intermediate, vocabulary, tied: language model, as in its config.json.
         vision_hidden, vision_depth, vision_heads, vision_intermediate, vision_window, vision_full: vision tower.
-        vggt: sizes of VGGT. Its last but one layer is used, as in VG-LLM.
+        vggt: sizes of VGGT. The features are those of its last but one layer, as in VG-LLM.
         merger_hidden: width of the geometry merger's hidden layer.
         frames: number of frames per sample.
         frame_size: width and height of a frame for VGGT, in pixels.
         grid: columns and rows of patches of a frame for the VLM, both even.
-        prompt_tokens: text tokens before the answer: start and end token of every frame, and the question.
-        answer_tokens: tokens of the answer, with the end of turn.
+        prompt_tokens: number of text tokens before the answer: start and end token of every frame, and the question.
+        answer_tokens: number of tokens of the answer, including the end of turn.
         lora_rank: rank of LoRA on the seven projections of every layer.
         dtype: dtype of weights and activations.
     """
@@ -56,13 +56,18 @@ class Shape:
     dtype: str
 
     @property
+    def label(self) -> str:
+        """Name of the shape in a table or a criterion."""
+        return f"{self.name}, {self.frames} frames"
+
+    @property
     def visual_tokens(self) -> int:
         """Number of visual tokens of a sample in the language model."""
         return self.frames * self.grid[0] * self.grid[1] // MERGE**2
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens shared by all questions about the same frames: visual tokens, start and end token of every frame."""
+        """Number of tokens that all questions about a frame set share: visual tokens, and the frames' start and end."""
         return self.visual_tokens + 2 * self.frames
 
     @property
@@ -72,12 +77,12 @@ class Shape:
 
     @property
     def geometry_layer(self) -> int:
-        """Index of the layer of VGGT that is used."""
+        """Index of the layer of VGGT whose features are used."""
         return self.vggt.depth - 2
 
 
-# The language model has 704 visual and 64 text tokens (40 of them the answer). VGGT gets 8 frames of 392 x 294 pixels.
-# These would be 1120 visual tokens, so the VLM gets only the upper left 308 x 224 pixels (22 x 16 patches) of each.
+# 704 visual tokens and 64 text tokens, 40 of them the answer. VGGT encodes 8 frames of 392 x 294 pixels. Whole frames
+# would be 1120 visual tokens, so the VLM encodes only the upper left 308 x 224 pixels (22 x 16 patches) of each.
 CPU = Shape(
     name="cpu",
     hidden=512,
@@ -125,7 +130,7 @@ TINY = replace(
     prompt_tokens=10,
     lora_rank=4,
 )
-# Sizes of Qwen2.5-VL and VGGT-1B. Frames as in VG-LLM for ScanNet: 518 x 392, of which the VLM gets 36 x 28 patches.
+# Sizes of Qwen2.5-VL and VGGT-1B. Frames as in VG-LLM for ScanNet: 518 x 392, of which the VLM encodes 36 x 28 patches.
 QWEN_3B = replace(
     CPU,
     name="3b",
@@ -164,17 +169,18 @@ QWEN_7B = replace(
 SHAPES = {shape.name: shape for shape in (CPU, TINY, QWEN_3B, QWEN_7B)}
 
 
-def find_shapes(name: str, frames: list[int]) -> list[Shape]:
-    """Shapes with the given name, one per number of frames; without numbers, one with the default.
+def find_shapes(name: str, frames: list[int] | None = None) -> list[Shape]:
+    """Find the shape `name`, once per number of frames; without numbers, once with its default.
 
     Raises:
-        ValueError: no such shape, or more frames than its prompt can mark.
+        ValueError: unknown shape, or more frames than its prompt has start and end tokens for.
     """
     if name not in SHAPES:
         raise ValueError(f"--shape is {name!r}; it is one of {', '.join(SHAPES)}.")
     shape = SHAPES[name]
+    frames = frames or [shape.frames]
     for count in frames:
-        most = (shape.prompt_tokens - 1) // 2
+        most = (shape.prompt_tokens - 1) // 2  # every frame has a start and an end token; one is left for the question
         if not 1 <= count <= most:
-            raise ValueError(f"--frames is {count}; shape {name} takes 1 to {most}.")
-    return [replace(shape, frames=count) for count in frames] or [shape]
+            raise ValueError(f"--frames is {count}; shape {name} allows 1 to {most}.")
+    return [replace(shape, frames=count) for count in frames]

@@ -1,6 +1,6 @@
-"""Time and memory of a W2R2 training step relative to the HF Trainer baseline and to an equally tuned single pass.
+"""Time and memory of a W2R2 training step relative to the HF Trainer baseline and to an equally optimised single pass.
 
-On float32 shapes the gradients are first compared with those of stock code.
+For float32 shapes the gradients are compared with those of stock code first.
 """
 
 from __future__ import annotations
@@ -31,29 +31,21 @@ BASELINE, SINGLE, W2R2_STEP, NAIVE = "HF Trainer baseline", "single pass", "W2R2
 GEOMETRY, BOTH = ", geometry cached", ", both cached"
 CACHES = ("", GEOMETRY, BOTH)
 """Suffixes of case names: the features that a step reads from the cache on disk."""
-LORA = cost_model.Mode()
 LIMITS = {("", BASELINE): 0.90, (GEOMETRY, BASELINE): 0.80, ("", SINGLE): 1.40, (BOTH, SINGLE): 1.40}
 """(caches, base) -> maximum time of W2R2 relative to the base."""
 MEMORY_LIMIT = 1.05
 """Maximum peak memory of W2R2 relative to the single pass."""
 GRADIENT_TOLERANCE = 1e-5
-"""Maximum relative difference of gradients: float32 sums in another order."""
+"""Maximum relative difference of gradients, for float32 sums in another order."""
 PEAKS = tuple(name + BOTH for name in (BASELINE, SINGLE, W2R2_STEP))
-"""Cases whose peak memory is measured on the CPU; both caches, so that only the language model counts."""
+"""Cases whose peak memory is measured on the CPU; with both caches, so that only the language model counts."""
 
 
-def step_time(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3, memory: bool = True) -> Report:
-    """Time of a training step: HF Trainer baseline, W2R2 with and without caches, a single pass, naive two passes.
-
-    Args:
-        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
-        frames: numbers of frames per sample; default: the shape's own.
-        rounds: number of runs per case, interleaved.
-        memory: on the CPU, also measure peak memory in a process per case; on a GPU it is always measured.
-    """
+def run(shape_name: str, frames: list[int] | None, rounds: int, memory: bool) -> Report:
+    """Time all cases for every number of frames; with `memory`, also measure peak memory on the CPU."""
     report = Report("step_time", "seconds of one training step, LoRA, checkpointing, one sample", [])
-    for each in find_shapes(shape, frames or []):
-        measure(each, rounds, memory, report)
+    for shape in find_shapes(shape_name, frames):
+        measure(shape, rounds, memory, report)
     return report
 
 
@@ -71,6 +63,7 @@ def measure(shape: Shape, rounds: int, memory: bool, report: Report) -> None:
     if memory:
         peaks = {name: spreads[name].peak or 0 for name in PEAKS}
         if device.type == "cpu":
+            # In a process per case: memory that one case has used stays resident and would hide the peak of the next.
             peaks = {name: in_fresh_process(peak_of, shape.name, shape.frames, name)["bytes"] for name in PEAKS}
             for each in report.rows[-len(spreads) :]:
                 each["peak_mib"] = peaks[each["case"]] / 2**20 if each["case"] in peaks else None
@@ -86,30 +79,30 @@ def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
     towers = cached.visual, cached.geometry
     step, single, naive = subject.step(), single_pass(subject, batch, *towers), subject.step("unblocked")
 
-    def run(step: W2R2Step, caches: str) -> Case:
-        def once() -> None:
-            # Reading the cache is part of the step, as the data loader does it in training.
+    def case(step: W2R2Step, caches: str) -> Case:
+        def run() -> None:
+            # The time of a step includes reading the cache, which the data loader does in training.
             inputs = cached.into(batch, both=caches == BOTH) if caches else batch
             update(optimizer, step(inputs)[0])
 
-        return once
+        return run
 
-    def twice() -> None:
+    def naive_two_passes() -> None:
         with stock_forwards(model):
             update(optimizer, reference_loss(naive, batch))
 
     result: dict[str, Case] = {BASELINE: baseline.step, BASELINE + BOTH: lambda: baseline.step(towers)}
     for caches in CACHES:
-        result[SINGLE + caches] = run(single, caches)
-        result[W2R2_STEP + caches] = run(step, caches)
-    return result | {NAIVE: twice}
+        result[SINGLE + caches] = case(single, caches)
+        result[W2R2_STEP + caches] = case(step, caches)
+    return result | {NAIVE: naive_two_passes}
 
 
 def single_pass(subject: Subject, batch: Batch, visual: VisionOutput, geometry: Tensor) -> W2R2Step:
-    """A step with push term `none` that runs only the fused pass.
+    """Build a step with push term `none` that runs only the fused pass.
 
-    Push `none` uses the shortcut only for statistics. Its hidden states are computed here, once, so that the step does
-    all of its usual work except the shortcut pass.
+    With `none`, the shortcut is used only for statistics. Its hidden states are computed here, once, so that the step
+    does all of its usual work except the shortcut pass.
     """
     step = subject.step("none")
     model = step.model
@@ -126,12 +119,12 @@ def single_pass(subject: Subject, batch: Batch, visual: VisionOutput, geometry: 
 
 
 def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rate: float | None) -> dict[str, Any]:
-    """Table row of a case: its ratios to both bases, measured and predicted by the cost model."""
+    """Table row of a case: ratios to the baseline and to the single pass, measured and predicted by the cost model."""
     caches = caches_of(name)
     single = SINGLE + caches
     values = {
         "case": name,
-        "shape": f"{shape.name}, {shape.frames} frames",
+        "shape": shape.label,
         **spread.columns(),
         "/baseline": ratio(spread, spreads[BASELINE]),
         "/baseline, predicted": predicted(shape, name) / predicted(shape, BASELINE),
@@ -147,22 +140,23 @@ def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rat
 def predicted(shape: Shape, name: str, questions: int = 1) -> float:
     """FLOPs per sample of a case by the cost model, with `questions` questions packed in one sequence."""
     steps: dict[str, Callable[[], cost_model.Step]] = {
-        BASELINE: lambda: cost_model.baseline_step(shape, LORA),
-        SINGLE: lambda: cost_model.own_step(shape, LORA, questions, two_passes=False),
-        W2R2_STEP: lambda: cost_model.own_step(shape, LORA, questions),
-        NAIVE: lambda: cost_model.naive_step(shape, LORA),
+        BASELINE: lambda: cost_model.baseline_step(shape, cost_model.LORA),
+        SINGLE: lambda: cost_model.own_step(shape, cost_model.LORA, questions, two_passes=False),
+        W2R2_STEP: lambda: cost_model.own_step(shape, cost_model.LORA, questions),
+        NAIVE: lambda: cost_model.naive_step(shape, cost_model.LORA),
     }
-    step = next(make() for start, make in steps.items() if name.startswith(start))
+    step = next(make() for prefix, make in steps.items() if name.startswith(prefix))
     return step.total(geometry=not caches_of(name), vision=caches_of(name) != BOTH)
 
 
 def caches_of(name: str) -> str:
-    """The suffix of a case name that lists its cached features."""
+    """Suffix of a case name that lists its cached features, one of `CACHES`."""
+    # Longest first: every name ends with the empty suffix.
     return next(end for end in reversed(CACHES) if name.endswith(end))
 
 
 def criteria(shape: Shape, spreads: dict[str, Spread], differences: dict[str, float]) -> list[Criterion]:
-    """Criteria of the report; limits on time hold only for the fixed shapes, not for `tiny`."""
+    """Criteria of the report; the shape `tiny`, which is for tests, has no limits on time."""
     found = [
         Criterion(f"relative difference of gradients, {name}", difference, GRADIENT_TOLERANCE)
         for name, difference in differences.items()
@@ -171,7 +165,7 @@ def criteria(shape: Shape, spreads: dict[str, Spread], differences: dict[str, fl
         return found
     for (caches, base), limit in LIMITS.items():
         denominator = base if base == BASELINE else base + caches
-        claim = f"{shape.name}, {shape.frames} frames: {W2R2_STEP}{caches} / {denominator}"
+        claim = f"{shape.label}: {W2R2_STEP}{caches} / {denominator}"
         found.append(Criterion(claim, ratio(spreads[W2R2_STEP + caches], spreads[denominator]), limit))
     return found
 

@@ -1,6 +1,6 @@
 """Bytes that ZeRO-3 all-gathers per training step for each `train.pass_order`, and the wall-clock time of the step.
 
-``python -m w2r2_ds.bench.zero3_gathers SHAPE RESULT ROUNDS`` is one rank; `zero3_gathers` starts all of them.
+``python -m w2r2_ds.bench.zero3_gathers SHAPE RESULT ROUNDS`` is one rank; `run_ranks` starts all of them.
 """
 
 from __future__ import annotations
@@ -37,45 +37,41 @@ if TYPE_CHECKING:
 
 SINGLE = "single pass"
 PASS_ORDERS = (SINGLE, "sequential", "lockstep")
+"""Values of `train.pass_order`, and a step without the shortcut for comparison."""
 STEPS = 3
-"""Steps until the gathers of the last one are counted: DeepSpeed records its trace in the first."""
+"""Steps per pass order; gathers are counted in the last one, because DeepSpeed records the order of modules in the
+first one and prefetches by it afterwards."""
 LAYERS_LIVE = 2
-"""Decoder layers that may be gathered at the same time."""
+"""Number of decoder layers that may be gathered at the same time."""
 
 
-def zero3_gathers(shape: str = "cpu", ranks: int = 2, rounds: int = 5) -> Report:
-    """Bytes gathered per training step, relative to the bytes of all sharded parameters, and wall-clock seconds.
-
-    Args:
-        shape: cpu or tiny; the features of both towers come from the cache.
-        ranks: number of processes on this machine.
-        rounds: number of timed steps per pass order, interleaved.
-    """
+def run(shape: str, ranks: int, rounds: int) -> Report:
+    """Report the bytes gathered per step, relative to the bytes of all sharded parameters, and wall-clock seconds."""
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
-    find_shapes(shape, [])
-    found = run_ranks(ranks, shape, rounds)
+    find_shapes(shape)  # an unknown shape is an error of this process, not of the ranks
+    results = run_ranks(ranks, shape, rounds)
     report = Report("zero3_gathers", f"gathers of ZeRO-3 per step, {ranks} ranks, LoRA, checkpointing", [])
-    spreads = {order: Spread(tuple(found[order]["seconds"])) for order in PASS_ORDERS}
+    spreads = {order: Spread(tuple(results[order]["seconds"])) for order in PASS_ORDERS}
     for order in PASS_ORDERS:
-        each = found[order]
+        result = results[order]
         report.rows.append(
             {
                 "pass_order": order,
-                "gathered_mib": each["bytes"] / 2**20,
-                "/parameters": each["bytes"] / found["parameters"],
-                "fewest per layer": min(each["gathers"]),
-                "most per layer": max(each["gathers"]),
+                "gathered_mib": result["bytes"] / 2**20,
+                "/parameters": result["bytes"] / results["parameters"],
+                "fewest per layer": min(result["gathers"]),
+                "most per layer": max(result["gathers"]),
                 **spreads[order].columns(),
                 "/single pass": ratio(spreads[order], spreads[SINGLE]),
             }
         )
     report.criteria.append(
-        Criterion("bytes, lockstep / single pass", found["lockstep"]["bytes"] / found[SINGLE]["bytes"], 1.0)
+        Criterion("bytes, lockstep / single pass", results["lockstep"]["bytes"] / results[SINGLE]["bytes"], 1.0)
     )
     report.notes.append(
-        "stage3_max_live_parameters holds two decoder layers here, as ds_configs/ do at real sizes. A model that fits "
-        "below it would be gathered only once. Seconds are wall-clock time, because ranks wait for each other."
+        "stage3_max_live_parameters allows two decoder layers here, as in ds_configs/ at real sizes. A model below the "
+        "limit would be gathered only once. Seconds are wall-clock time, because ranks wait for each other."
     )
     return report
 
@@ -84,7 +80,7 @@ def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
     """Run this module in `ranks` processes and return the result of rank 0.
 
     Raises:
-        RuntimeError: a rank failed; with the end of the error output.
+        RuntimeError: a rank failed; the message has the end of its error output.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -98,8 +94,8 @@ def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
         )
         if done.returncode:
             raise RuntimeError(f"a rank failed:\n{done.stderr[-4000:]}")
-        answer: dict[str, Any] = json.loads(result.read_text())
-    return answer
+        results: dict[str, Any] = json.loads(result.read_text())
+    return results
 
 
 @dataclass
@@ -107,8 +103,8 @@ class GatherCounts:
     """Gathers of ZeRO-3.
 
     Attributes:
-        layers: parameter name -> number of gathers, for the decoder layers.
-        bytes: bytes gathered, all parameters.
+        layers: parameter name -> number of gathers, for parameters of decoder layers.
+        bytes: number of bytes gathered, for all parameters.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
@@ -117,7 +113,8 @@ class GatherCounts:
 
 @contextmanager
 def count_gathers(language_model: nn.Module) -> Iterator[GatherCounts]:
-    """Count the gathers that DeepSpeed starts in the block, by patching its registry of parameters in flight."""
+    """Count the gathers that DeepSpeed starts in the block."""
+    # DeepSpeed has no counter, but enters every parameter in this registry when it starts an all-gather: patch that.
     from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry  # takes seconds
 
     names = {id(parameter): name for name, parameter in language_model.layers.named_parameters()}  # type: ignore[operator,union-attr]
@@ -139,7 +136,7 @@ def count_gathers(language_model: nn.Module) -> Iterator[GatherCounts]:
 def fused_pass_only(
     model: W2R2, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
 ) -> tuple[Tensor, Tensor]:
-    """A pass order without the shortcut pass: its states are replaced by those of the fused pass."""
+    """Pass order that runs the fused pass only and returns its states also as those of the shortcut, detached."""
     states = model.answer_hidden_states(batch, fused, include_description)
     return states.detach(), states
 
@@ -148,7 +145,7 @@ class Engine:
     """A DeepSpeed engine under ZeRO-3 with one pass order, on a batch with cached features.
 
     Attributes:
-        size: bytes of all sharded parameters.
+        size: number of bytes of all sharded parameters.
     """
 
     def __init__(self, shape: Shape, order: str) -> None:
@@ -188,7 +185,7 @@ class Engine:
 
 
 def zero3_json(language_model: Any) -> dict[str, Any]:
-    """A DeepSpeed JSON that keeps at most two decoder layers gathered, as ds_configs/ do for large models."""
+    """DeepSpeed JSON that keeps at most two decoder layers gathered, as ds_configs/ do for large models."""
     layer = sum(parameter.numel() for parameter in language_model.layers[0].parameters())
     zero = {
         "stage": 3,
@@ -202,31 +199,31 @@ def zero3_json(language_model: Any) -> dict[str, Any]:
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
-    """Count the gathers of every pass order, then time its steps. Every pass order has its own model."""
+    """Count the gathers of every pass order, then time its steps. Every pass order has its own model and engine."""
     engines = {order: Engine(shape, order) for order in PASS_ORDERS}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for order, engine in engines.items():
         counts = engine.count()
-        found["parameters"] = engine.size
-        found[order] = {"bytes": counts.bytes, "gathers": sorted(set(counts.layers.values())), "seconds": []}
+        results["parameters"] = engine.size
+        results[order] = {"bytes": counts.bytes, "gathers": sorted(set(counts.layers.values())), "seconds": []}
     for turn in range(rounds):
         # Interleaved and in alternating order, so that a slowdown of the machine affects all pass orders alike.
         for order in PASS_ORDERS if turn % 2 == 0 else reversed(PASS_ORDERS):
-            dist.barrier()
+            dist.barrier()  # otherwise the time of the slowest rank's previous step would count
             began = time.perf_counter()
             engines[order].step()
             dist.barrier()
-            found[order]["seconds"].append(time.perf_counter() - began)
-    return found
+            results[order]["seconds"].append(time.perf_counter() - began)
+    return results
 
 
 def main(shape: str, result: Path, rounds: int) -> None:
-    """Run one rank; rank 0 writes the result."""
+    """Run one rank; rank 0 writes the results."""
     import deepspeed
 
     torch.set_num_threads(1)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
-    measured = measure(find_shapes(shape, [])[0], rounds)
+    measured = measure(find_shapes(shape)[0], rounds)
     if dist.get_rank() == 0:
         result.write_text(json.dumps(measured))
 

@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command in the first word; returns its exit code."""
+    """Run the command that the first word names; returns its exit code."""
     words = sys.argv[1:] if args is None else args
     if not words or words[0] in ("-h", "--help"):
         print(usage())

@@ -1,36 +1,129 @@
 """Run a benchmark: ``w2r2 bench step_time [--json FILE]``. docs/research/measurements.md has the results.
 
-On a GPU the same commands use CUDA events; ``--shape 3b --frames [8,16,24]`` takes the real architectures.
+Every benchmark is a function here: its parameters are the options, its docstring is the help. The functions import the
+modules of `w2r2_ds.bench`, and with them torch, only when they run. On a GPU the same commands use CUDA events;
+``--shape 3b --frames [8,16,24]`` selects the real architectures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from w2r2_ds.bench import BENCHMARKS, load
-from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
+from w2r2_ds.commands.common import command_words, description, function_parser, parse, report_error
 from w2r2_ds.config.cli import Parser
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one benchmark, print its report and save it with ``--json``; returns the exit code."""
+    parser = Parser(prog="w2r2 bench", description="Benchmarks of speed and memory.")
+    commands = parser.add_subcommands(dest="benchmark")
+    for name, benchmark in BENCHMARKS.items():
+        command = function_parser(benchmark, f"w2r2 bench {name}")
+        command.add_argument("--json", type=Path | None, help="File for the report in JSON.")
+        commands.add_subcommand(name, command, help=description(benchmark))
     try:
-        words = command_words(args)
-        parser = Parser(prog="w2r2 bench", description="Benchmarks of speed and memory.")
-        commands = parser.add_subcommands(dest="benchmark")
-        named = next((word for word in words if word in BENCHMARKS), "")
-        for name, description in BENCHMARKS.items():
-            # Only the named benchmark is imported: importing all takes seconds.
-            command = function_parser(load(name), f"w2r2 bench {name}") if name == named else Parser()
-            command.add_argument("--json", type=Path | None, help="File for the report in JSON.")
-            commands.add_subcommand(name, command, help=description)
-        values = parse(parser, words)
+        values = parse(parser, command_words(args))
         options = values[values["benchmark"]]
         target = options.pop("json")
-        report = load(values["benchmark"])(**options)
+        report = BENCHMARKS[values["benchmark"]](**options)
         report.show()
         if target is not None:
             report.save(target)
     except (ValueError, OSError) as error:
         return report_error("bench", error)
     return 0
+
+
+def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Any:
+    """Training step of Hugging Face's Trainer on stock Qwen2.5-VL: logits at all positions, all layers of VGGT.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
+        frames: numbers of frames per sample; default: the shape's own.
+        rounds: number of steps.
+    """
+    from w2r2_ds.bench.baseline import run
+
+    return run(shape, frames, rounds)
+
+
+def step_time(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3, memory: bool = True) -> Any:
+    """Training step of W2R2, relative to a single pass and to the HF Trainer baseline, with and without caches.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
+        frames: numbers of frames per sample; default: the shape's own.
+        rounds: number of runs per case, interleaved.
+        memory: on the CPU, also measure peak memory in a process per case; on a GPU it is always measured.
+    """
+    from w2r2_ds.bench.step_time import run
+
+    return run(shape, frames, rounds, memory)
+
+
+def scene_packing(
+    shape: str = "cpu", frames: list[int] | None = None, questions: tuple[int, ...] = (1, 4, 8), rounds: int = 3
+) -> Any:
+    """Time per sample of W2R2 with K questions in one sequence, relative to the HF Trainer baseline.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (the real architectures with random weights).
+        frames: numbers of frames per sample; default: the shape's own.
+        questions: values of K; the last one also runs without caches and as a single pass.
+        rounds: number of runs per case, interleaved.
+    """
+    from w2r2_ds.bench.scene_packing import run
+
+    return run(shape, frames, questions, rounds)
+
+
+def feature_cache(
+    shape: str = "cpu", frames: list[int] | None = None, rounds: int = 5, folder: Path | None = None
+) -> Any:
+    """Time per frame set to read geometry features from the feature cache, relative to computing them.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b (VGGT-1B with random weights).
+        frames: numbers of frames per set; default: the shape's own.
+        rounds: number of runs per case, interleaved.
+        folder: a folder on the disk to measure; default: the system's folder for temporary files. Files that were just
+            written are read from the page cache.
+    """
+    from w2r2_ds.bench.feature_cache import run
+
+    return run(shape, frames, rounds, folder)
+
+
+def zero3_gathers(shape: str = "cpu", ranks: int = 2, rounds: int = 5) -> Any:
+    """Bytes that ZeRO-3 gathers per training step for each `train.pass_order`, and wall-clock seconds.
+
+    Args:
+        shape: cpu or tiny; the features of both towers come from the cache.
+        ranks: number of processes on this machine.
+        rounds: number of timed steps per pass order, interleaved.
+    """
+    from w2r2_ds.bench.zero3_gathers import run
+
+    return run(shape, ranks, rounds)
+
+
+def kernels(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 15) -> Any:
+    """Forward and backward of every kernel, relative to PyTorch. Triton's and Liger's kernels run on a GPU only.
+
+    Args:
+        shape: cpu, tiny, or on a GPU 3b or 7b.
+        frames: numbers of frames per sample; default: the shape's own.
+        rounds: number of runs per case, interleaved.
+    """
+    from w2r2_ds.bench.kernels import run
+
+    return run(shape, frames, rounds)
+
+
+BENCHMARKS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (baseline, step_time, scene_packing, feature_cache, zero3_gathers, kernels)
+}
+"""Name -> function that returns a `w2r2_ds.bench.report.Report`."""

@@ -24,9 +24,14 @@ def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ..
         prog: name of the command in help and errors.
         skip: parameters that are not options.
     """
-    parser = Parser(prog=prog, description=(function.__doc__ or "").strip().partition("\n\n")[0])
+    parser = Parser(prog=prog, description=description(function))
     parser.add_function_arguments(function, as_group=False, skip=set(skip))
     return parser
+
+
+def description(function: Callable[..., Any]) -> str:
+    """First paragraph of a docstring, on one line."""
+    return " ".join((function.__doc__ or "").strip().partition("\n\n")[0].split())
 
 
 def parse(parser: Parser, words: list[str]) -> dict[str, Any]:

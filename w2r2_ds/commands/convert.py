@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
+from w2r2_ds.commands.common import command_words, description, function_parser, parse, report_error
 from w2r2_ds.config.cli import Parser
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Convert a checkpoint; returns the exit code."""
     parser = Parser(prog="w2r2 convert", description="Convert checkpoints of other projects.")
-    formats = parser.add_subcommands(dest="format")
-    command = function_parser(from_vgllm, "w2r2 convert from-vgllm")
-    formats.add_subcommand("from-vgllm", command, help=command.description)
+    commands = parser.add_subcommands(dest="format")
+    for name, function in FORMATS.items():
+        commands.add_subcommand(name, function_parser(function, f"w2r2 convert {name}"), help=description(function))
     try:
         values = parse(parser, command_words(args))
-        from_vgllm(**values[values["format"]])
+        FORMATS[values["format"]](**values[values["format"]])
     except (ValueError, OSError) as error:
         return report_error("convert", error)
     return 0
@@ -33,3 +33,7 @@ def from_vgllm(source: Path, out: Path) -> None:
 
     import_vgllm(source, out)
     print(f"converted: {out}")
+
+
+FORMATS = {"from-vgllm": from_vgllm}
+"""Sub-command -> function; its parameters are the options."""

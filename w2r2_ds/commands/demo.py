@@ -6,7 +6,7 @@ from w2r2_ds.commands.common import command_words, function_parser, parse, repor
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the demo; returns the exit code."""
     try:
         run(**parse(function_parser(run, "w2r2 demo"), command_words(args)))
     except (ValueError, OSError) as error:

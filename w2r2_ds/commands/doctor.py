@@ -14,7 +14,7 @@ from w2r2_ds.doctor.run import examine
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run all checks; returns 0 without errors. An invalid command line is an error of this node."""
+    """Run all checks; returns 0 if there are no errors. An invalid command line is an error of this node."""
     try:
         request = read_arguments(sys.argv[1:] if args is None else args)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Functions of ``w2r2 prepare``: their parameters are the options. One function prepares every task of the registry."""
+"""Functions of ``w2r2 prepare``; their parameters are the options. `prepare_task` serves every registered task."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TASK_OPTIONS = (
     *("format", "frames", "rolls", "visibility", "boxes", "skip_without_box"),
     *("count", "interval", "step", "windows", "train_windows", "seed"),
 )
-"""Parameters of `prepare_task` that only some tasks have, see `Task.cli_options`."""
+"""Parameters of `prepare_task` that are options of some tasks only, see `Task.cli_options`."""
 
 
 def task_parser(name: str) -> Parser:
-    """Parser of ``w2r2 prepare NAME`` with the options of the task and its defaults."""
+    """Build the parser of ``w2r2 prepare NAME`` with the task's options and defaults."""
     task = TASKS.find(name)
     skipped = ("task", *(option for option in TASK_OPTIONS if option not in task.cli_options))
     parser = function_parser(prepare_task, f"w2r2 prepare {name}", skipped)
@@ -57,25 +57,25 @@ def prepare_task(
         task: name of a registered task.
         root: data root in ScanNet's layout (docs/guides/own-dataset.md).
         splits: annotation splits, e.g. [train,val]; ScanQA also has test_w_obj and test_wo_obj, without answers.
-        format: prompt and answer format: vgllm (positions in a frame's camera) or video3dllm (positions in the world);
-            the task's first one if empty.
+        format: prompt and answer format: vgllm (coordinates in a frame's camera) or video3dllm (world coordinates);
+            default: the task's first format.
         frames: frame selection.
-        rolls: training samples per description in format vgllm, each with other frames; 0 means 2 with the frame
-            protocol vgllm, as in VG-LLM, else 1.
-        visibility: frames in which an object is visible: from EmbodiedScan's lists (as VG-LLM), or the depth images.
-        boxes: validation: box whose centre is in the prompt: the proposal with the largest IoU, or the annotated one.
-        count: frames per sample.
-        interval: a sample has every interval-th frame of a run of neighbouring frames.
-        step: difference of the numbers of neighbouring frames; 10 if every tenth image was extracted.
-        windows: samples per scene in validation, drawn at random; 0 for all.
-        train_windows: samples per scene in training, drawn at random; 0 for all.
+        rolls: number of training samples per description in format vgllm, each with other frames; 0 means 2 with the
+            frame protocol vgllm, as in VG-LLM, else 1.
+        visibility: source of object visibility: EmbodiedScan's lists (as in VG-LLM), or the depth images.
+        boxes: box whose centre is in a validation prompt: the proposal with the largest IoU, or the annotated box.
+        count: number of frames per sample.
+        interval: a sample has every interval-th frame of a sequence of neighbouring frames.
+        step: difference between the numbers of neighbouring frames; 10 if every tenth image was extracted.
+        windows: maximum number of validation samples per scene, drawn at random; 0 for all.
+        train_windows: maximum number of training samples per scene, drawn at random; 0 for all.
         seed: random seed of the draw.
-        out: folder of the folders of the splits; ROOT/prepared/TASK if empty.
-        workers: processes; 0 means one per available core.
-        skip_broken_scenes: skip and list scenes with missing or malformed files, instead of an error.
-        skip_without_box: skip and list annotations about objects without a box, instead of an error.
-        check: only list missing files and their sources; exit status 1 if there are any.
-        dry_run: only print the number of samples and the size.
+        out: parent of the splits' folders; default: ROOT/prepared/TASK.
+        workers: number of processes; 0 means one per available core.
+        skip_broken_scenes: skip and list scenes with missing or malformed files instead of raising an error.
+        skip_without_box: skip and list annotations of objects without a box instead of raising an error.
+        check: only list missing files and their sources; the exit code is 1 if there are any.
+        dry_run: only print the number of samples and their size on disk.
     """
     from w2r2_ds.data.prepare.manifest import summary
     from w2r2_ds.data.prepare.pipeline import prepare
@@ -84,19 +84,19 @@ def prepare_task(
     from w2r2_ds.utils.sanitize import lines
 
     if not splits:
-        raise ValueError("--splits is empty; name at least one.")
-    found_task = TASKS.find(task)
-    chosen = format or found_task.formats[0]
-    if rolls and chosen != "vgllm":
+        raise ValueError("--splits is empty; pass at least one split.")
+    registered = TASKS.find(task)
+    chosen_format = format or registered.formats[0]
+    if rolls and chosen_format != "vgllm":
         raise ValueError(f"--rolls is {rolls}, but only format vgllm has rolls; omit the option.")
-    if "frames" not in found_task.cli_options:  # the task chooses its frames itself, see Detection
+    if "frames" not in registered.cli_options:  # e.g. `Detection`, which has --count, --interval and --step
         frames = FrameOptions("uniform", count, seed)
     folder, complete = Path(out or Path(root) / "prepared" / task), True
     for split in dict.fromkeys(splits):
         options = TaskOptions(
             task,
             split,
-            chosen,
+            chosen_format,
             frames,
             rolls=rolls,
             visibility=visibility,
@@ -105,11 +105,11 @@ def prepare_task(
             step=step,
             windows=train_windows if split == "train" else windows,
         )
-        options = replace(options, rolls=rolls or found_task.default_rolls(options))
+        options = replace(options, rolls=rolls or registered.default_rolls(options))
         if check:
-            found = missing(root, options)
-            print(lines(report(root, options, found)), flush=True)
-            complete = complete and not found
+            missing_files = missing(root, options)
+            print(lines(report(root, options, missing_files)), flush=True)
+            complete = complete and not missing_files
         elif dry_run:
             print(forecast(make_plan(root, options), folder / split), flush=True)
         else:
@@ -119,24 +119,25 @@ def prepare_task(
 
 
 def _processes(workers: int) -> int:
+    """Number of processes for the option ``--workers``."""
     if workers < 0:
         raise ValueError(f"--workers is {workers}; it cannot be negative.")
     return workers or len(os.sched_getaffinity(0))
 
 
 def boxes(root: str, scenes: list[str] = [], workers: int = 0, overwrite: bool = False) -> None:  # noqa: B006
-    """ScanRefer's boxes, scannet_data/SCENE_aligned_bbox.npy, from ScanNet's meshes and their annotations.
+    """Compute ScanRefer's boxes, scannet_data/SCENE_aligned_bbox.npy, from ScanNet's meshes and their annotations.
 
     Args:
         root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        scenes: names of scenes; all below ROOT/scans if empty.
-        workers: processes; 0 means one per available core.
+        scenes: names of scenes; default: all below ROOT/scans.
+        workers: number of processes; 0 means one per available core.
         overwrite: replace existing files.
     """
     from w2r2_ds.data.prepare.scannet_boxes import write_all_boxes
 
     written, existing = write_all_boxes(root, scenes, _processes(workers), overwrite)
-    print(f"{Path(root) / 'scannet_data'}: boxes of {written} scenes written, {existing} existed")
+    print(f"{Path(root) / 'scannet_data'}: wrote the boxes of {written} scenes; {existing} already existed")
 
 
 def synthetic(
@@ -148,19 +149,19 @@ def synthetic(
     frames_per_scene: int = 24,
     workers: int = 0,
 ) -> None:
-    """Furnished rooms with referring sentences, in ScanNet's and ScanRefer's layout.
+    """Generate furnished rooms with referring sentences, in the file layout of ScanNet and ScanRefer.
 
-    A complete data set with the same options is reused; one with other options is never overwritten.
+    A complete data set with the same options is reused; a data set with other options is never overwritten.
     OUT/contact_sheets/ shows each scene with its described objects.
 
     Args:
         out: folder to write, e.g. runs/demo/scenes.
-        seed: the same seed and options give the same bytes.
+        seed: random seed; the same seed and options give the same bytes.
         train_scenes: number of training rooms.
         val_scenes: number of validation rooms; none is a training room.
         image_size: width and height of the images in pixels, e.g. [320,240].
-        frames_per_scene: posed images per room.
-        workers: processes; 0 means one per available core.
+        frames_per_scene: number of posed images per room.
+        workers: number of processes; 0 means one per available core.
     """
     from w2r2_ds.demo.synthetic.write import write_dataset
 
@@ -168,10 +169,10 @@ def synthetic(
 
 
 def demo(workers: int = 0) -> None:
-    """Data and models of the demo recipe: prepared synthetic scenes, a tiny pretrained VLM and a tiny VGGT.
+    """Make the data and models of the demo recipe: prepared synthetic scenes, a tiny pretrained VLM and a tiny VGGT.
 
     Args:
-        workers: processes for the scenes; 0 means one per available core.
+        workers: number of processes for the scenes; 0 means one per available core.
     """
     from w2r2_ds.config.io import load_config
     from w2r2_ds.demo.assets import prepare_models, prepare_scenes

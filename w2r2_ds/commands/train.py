@@ -1,6 +1,6 @@
-"""Train: ``deepspeed launchers/train.py --deepspeed ds_configs/zero3.json [--config RECIPE.yaml] ...``.
+"""Train a model: ``deepspeed launchers/train.py --deepspeed ds_configs/zero3.json [--config RECIPE.yaml] ...``.
 
-Without --config it runs the demo recipe, which first makes its synthetic scenes and tiny model.
+Without --config it runs the demo recipe, which makes its synthetic scenes and tiny models first.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_arguments(args: list[str]) -> tuple[RunConfig, str]:
 
 
 def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
-    """Join the other ranks, prepare the demo if it is enabled, and train; returns the exit code."""
+    """Initialise the process group, prepare the demo if it is enabled, and train; returns the exit code."""
     import torch
     import torch.distributed as dist
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from w2r2_ds.utils.sanitize import one_line, without_secrets
 
@@ -59,8 +59,19 @@ class OneLineParser(argparse.ArgumentParser):
             self.error("; ".join(f"there is no option {name}{did_you_mean(name, known)}" for name in wrong))
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's help, with classes by their name: ``type: Path``, not ``type: <class 'Path'>``."""
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        text: str | None = super()._get_type_str(action)
+        return text and re.sub(r"<class '(\w+)'>", r"\1", text)
+
+
 class Parser(ArgumentParser):
     """jsonargparse's parser; an error in a command line or a recipe is one sentence, without the usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _HelpFormatter} | options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and exit with status 2."""

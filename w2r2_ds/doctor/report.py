@@ -1,4 +1,4 @@
-"""Print the doctor's report: tables of versions, settings and checks, then errors and warnings by node."""
+"""Print the doctor's report: tables of versions, settings and checks, then errors and warnings with their nodes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from w2r2_ds.doctor.result import CheckResult, Report
 from w2r2_ds.utils.sanitize import message, one_line, without_secrets
 
 WIDTH = 120
-"""Columns of a table in a log file."""
+"""Width of a table in a log file, in characters."""
 INSTALLED = ("versions", "code")
-"""Checks whose rows are versions and code; the rows of all other checks are settings that the run will use."""
+"""Checks whose `info` is about installed packages and code; that of all other checks is about settings and hardware."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An error or a warning of a node, with a remedy."""
+    """An error or a warning of a node; the text has a cause and a remedy."""
 
     error: bool
     host: str
@@ -28,7 +28,7 @@ class Finding:
 
 
 def findings(reports: list[Report]) -> list[Finding]:
-    """Errors, then warnings, of all ranks and of the comparison of nodes, without duplicates."""
+    """Errors, then warnings, from all checks and from the comparison of the nodes, without duplicates."""
     results = [(report.host, result) for report in reports for result in report.results.values()]
     found = [Finding(True, host, text) for host, result in results for text in result.errors]
     found += [Finding(True, host, text) for host, text in differences(reports, "must_match")]
@@ -38,7 +38,7 @@ def findings(reports: list[Report]) -> list[Finding]:
 
 
 def differences(reports: list[Report], field: str) -> list[tuple[str, str]]:
-    """Host and message for every value of `CheckResult.<field>` that differs from the node of rank 0 (first report)."""
+    """Compare the nodes: host and message for every value of `CheckResult.<field>` that differs from rank 0's node."""
     first, *others = [report for report in reports if report.local_rank == 0] or reports
     found = []
     for report in others:
@@ -59,23 +59,23 @@ def differences(reports: list[Report], field: str) -> list[tuple[str, str]]:
 def show(reports: list[Report], found: list[Finding]) -> None:
     """Print tables and findings to standard output; the first report is that of rank 0."""
     first = reports[0].results
-    used = [(name, value) for check in first if check not in INSTALLED for name, value in first[check].info.items()]
+    settings = [(name, value) for check in first if check not in INSTALLED for name, value in first[check].info.items()]
     installed = [row for check in INSTALLED for row in first.get(check, CheckResult()).info.items()]
     _table(f"installed on {reports[0].host}", ("name", "version or path"), installed)
-    _table("used", ("setting", "value"), used)
+    _table(f"settings and hardware of {reports[0].host}", ("name", "value"), settings)
     _table("checks", ("check", "result"), summary(reports))
-    hosts: dict[tuple[bool, str], list[str]] = {}  # nodes with the same finding share a line
+    hosts: dict[tuple[bool, str], list[str]] = {}  # one line per finding, with all nodes that have it
     for finding in found:
         hosts.setdefault((finding.error, finding.text), []).append(finding.host)
     for (error, text), names in hosts.items():
         print(message(f"{'ERROR' if error else 'warning'}: {', '.join(names)}: {text}"))
     errors = [finding for finding in found if finding.error]
-    where = f", on {', '.join(sorted({finding.host for finding in errors}))}" if errors else ""
-    print(message(f"doctor: {len(errors) or 'no'} errors{where}."), flush=True)
+    on_nodes = f", on {', '.join(sorted({finding.host for finding in errors}))}" if errors else ""
+    print(message(f"doctor: {len(errors) or 'no'} errors{on_nodes}."), flush=True)
 
 
 def summary(reports: list[Report]) -> list[tuple[str, str]]:
-    """One row per check: the number of nodes that passed, or the nodes with errors or warnings."""
+    """Table rows: name of a check, and the number of nodes that passed it, or the nodes with errors or warnings."""
     rows = []
     for check in dict.fromkeys(name for report in reports for name in report.results):
         done = [(report.host, report.results[check]) for report in reports if check in report.results]

@@ -10,7 +10,7 @@ class CheckResult:
     """Result of one check on one node or rank.
 
     Attributes:
-        info: name -> value, rows of the table.
+        info: name -> value, shown in a table.
         must_match: name -> value that has to be equal on all nodes; a difference is an error.
         should_match: name -> value that is usually equal on all nodes; a difference is a warning.
         errors: messages with a cause and a remedy; any error makes the exit code 1.
@@ -29,6 +29,7 @@ class Report:
     """Results of one rank.
 
     Attributes:
+        rank, local_rank, host: process and node of the rank.
         results: name of the check -> result, in order; those of local rank 0 include the checks of its node.
     """
 

@@ -1,8 +1,8 @@
 """Run the checks of this node and of all ranks, compare the nodes and print a report.
 
 Without a launcher it checks one machine. In a launch every rank runs it; rank 0 prints the report of all ranks, and all
-return the same exit code. Checks and collectives have time-outs. If a call into a library or driver blocks all of
-Python, `faulthandler` ends the process with a traceback.
+ranks return the same exit code. Checks and collectives have time limits. These need a running Python: if a call into a
+library or driver never releases the GIL, the timer of `faulthandler`, a C thread, ends the process with a traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from w2r2_ds.utils.sanitize import message
 logger = logging.getLogger(__name__)
 
 LIMIT_SECONDS = 900.0
-"""Time limit of the whole run: checks, waiting for other ranks, collectives."""
+"""Time limit of the whole run in seconds: checks, waiting for other ranks, collectives."""
 
 
 def examine(request: DoctorRequest) -> int:
@@ -48,7 +48,7 @@ def examine(request: DoctorRequest) -> int:
 
 
 def driver_fails(report: Report) -> bool:
-    """Whether nvidia-smi failed to list GPUs. CUDA is then not called, which could block the whole process."""
+    """Whether nvidia-smi failed to list GPUs. Then CUDA is not called, because a call could block the whole process."""
     health = report.results.get("GPU health", CheckResult())
     return bool(health.errors) and not health.info
 

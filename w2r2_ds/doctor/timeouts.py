@@ -1,4 +1,4 @@
-"""Call a function with a time limit."""
+"""Call a function with a time limit, also if it blocks in the kernel."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
-    """Return the result of `call`, which runs in a thread.
+    """Run `call` in a thread and return its result.
 
-    A dead network mount blocks a thread in the kernel, where signals have no effect. A call that does not return stays
-    in its daemon thread, so the program must end with `os._exit`.
+    Not `signal.alarm`: a dead network mount blocks a thread in the kernel, where signals have no effect. A call that
+    does not return stays in its daemon thread, so the program must end with `os._exit`.
 
     Raises:
-        TimeoutError: the call did not return in time.
+        TimeoutError: the call did not return within `seconds`.
         Exception: any exception of the call.
     """
     future: Future[T] = Future()
@@ -28,9 +28,9 @@ def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
         except BaseException as error:  # raised again by `future.result()`
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()  # a pool would wait for its threads at exit
+    threading.Thread(target=run, daemon=True).start()  # an executor would wait for its threads at exit
     if wait([future], seconds).not_done:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
+        raise TimeoutError(f"no result within {seconds:.0f} s")
     return future.result()
 
 

@@ -12,7 +12,7 @@ import pytest
 from hand_records import ROOT, grounding
 from hand_scene import SCENE
 from prepared_sets import write_prepared
-from w2r2_ds.commands.prepare import COMMANDS, main
+from w2r2_ds.commands.prepare import SUBCOMMANDS, main
 from w2r2_ds.commands.prepare_data import TASK_OPTIONS, task_parser
 from w2r2_ds.config.schema import DataConfig, SourceConfig
 from w2r2_ds.data.dataset import PreparedSet
@@ -71,7 +71,7 @@ def test_unknown_and_repeated_names() -> None:
 def test_the_command_line_lists_the_built_in_tasks() -> None:
     """The list of ``w2r2 prepare --help``, which imports no task, and the options that each task takes."""
     for name, task in TASKS.items():
-        assert (task.__doc__ or "").partition("\n")[0].rstrip(".").lower() == COMMANDS[name].lower(), name
+        assert (task.__doc__ or "").partition("\n")[0].rstrip(".").lower() == SUBCOMMANDS[name].lower(), name
         assert set(task.cli_options) <= set(TASK_OPTIONS), name
         options = {action.dest.partition(".")[0] for action in task_parser(name)._actions}
         assert options.isdisjoint({*TASK_OPTIONS} - {*task.cli_options}), name

@@ -1,4 +1,4 @@
-"""The checks per node and per rank, and how to run them with a time limit."""
+"""The checks of a node and of a rank, and `run_checks`, which runs them with a time limit."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class DoctorRequest:
     """Parsed command line of the doctor.
 
     Attributes:
-        config: configuration of the run; None checks only the machine.
-        ds_path: DeepSpeed JSON; empty for none.
-        files: recipe and DeepSpeed JSON, as on the command line.
+        config: configuration of the run; None to check only the machine.
+        ds_path: path of the DeepSpeed JSON; empty for none.
+        files: paths of the recipe and the DeepSpeed JSON, as given on the command line.
         command_error: message about an invalid command line or recipe; empty if it is valid.
     """
 
@@ -40,7 +40,7 @@ class DoctorRequest:
 def node_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:
     """Checks that local rank 0 runs for its node. Only rank 0 checks the settings, which are the same on all ranks."""
     config = request.config
-    loader = config.data if config else DataConfig(workers=0)
+    loader = config.data if config else DataConfig(workers=0)  # without a run there are no loader workers
     temporary = Path(tempfile.gettempdir())
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or temporary)
     checks: Checks = {
@@ -80,6 +80,6 @@ def run_checks(checks: Checks) -> dict[str, CheckResult]:
         except TimeoutError as error:
             message = f"check {name}: {error}; a file system or driver of this node hangs or is very slow."
             results[name] = CheckResult(errors=[message])
-        except Exception as error:  # broken libraries raise any type
+        except Exception as error:  # a broken library may raise any type
             results[name] = CheckResult(errors=[f"check {name} failed ({brief(error)})."])
     return results

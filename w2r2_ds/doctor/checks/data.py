@@ -1,4 +1,4 @@
-"""Checks of the files that training reads: prepared data sets, their frames, weights of VLM and VGGT."""
+"""Checks of the files that training reads: prepared data sets, their frames, weights of VLM and geometry encoder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 
 FRAMES = 8
-"""Number of frames per data set that are checked, evenly spread; training checks all."""
+"""Number of samples per data set, evenly spaced, whose first frame is checked; training checks all frames."""
 
 
 def check_data(config: DataConfig) -> CheckResult:
-    """Check that prepared sets can be read and their frames exist; manifests, which hash the rest, must match."""
+    """Check prepared sets and their frames. Manifests, which have the hashes of the other files, must match."""
     from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 
     result = CheckResult()
@@ -41,7 +41,7 @@ def check_data(config: DataConfig) -> CheckResult:
 
 
 def check_weights(config: ModelConfig) -> CheckResult:
-    """Check the weights of VLM and VGGT, in a directory or in the Hugging Face cache. Hashes must match."""
+    """Check the weights of VLM and geometry encoder, in a directory or the Hugging Face cache. Hashes must match."""
     result = CheckResult()
     sources = {"model.vlm": config.vlm, "model.geometry.path": config.geometry.path}
     for field, source in sources.items():

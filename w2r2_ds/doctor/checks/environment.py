@@ -1,4 +1,4 @@
-"""Versions of installed packages (ranges of pyproject.toml), hashes of the code and of the run's files."""
+"""Checks of installed packages against the ranges of pyproject.toml, and hashes of the code and of the run's files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TOOLS = ("dev", "docs")
 
 
 def check_versions(needed: frozenset[str]) -> CheckResult:
-    """Compare the version of every dependency with its range.
+    """Compare the version of every installed dependency with its range.
 
     Args:
-        needed: optional packages that the configuration uses; a missing one is an error.
+        needed: optional packages that the configuration uses; if one is missing, that is an error.
     """
     from packaging.requirements import Requirement
 

@@ -1,4 +1,4 @@
-"""Checks of GPUs: one per rank, correct matrix products, health counters of nvidia-smi."""
+"""Checks of GPUs: one per rank, correct matrix products, health counters from nvidia-smi."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 
+if TYPE_CHECKING:
+    import torch
+
 SMI_SECONDS = 15
 SIDE = 512
-"""Rows and columns of the matrices."""
+"""Number of rows and columns of the matrices."""
 BUSY = 0.05
-"""Fraction of a GPU's memory in use before the start; above it, another program probably uses the GPU."""
-
+"""Fraction of a GPU's memory in use above which another program probably uses the GPU."""
 FIELDS = (
     "index",
     "name",
@@ -31,25 +33,22 @@ FIELDS = (
     "remapped_rows.failure",
     "clocks_throttle_reasons.hw_thermal_slowdown",
 )
-
-if TYPE_CHECKING:
-    import torch
-
+"""Fields of ``nvidia-smi --query-gpu``."""
 UNSUPPORTED = re.compile(r'Field "([^"]+)" is not a valid field to query')
 
 
 def check_device(local_rank: int) -> CheckResult:
-    """Check that this rank has a GPU, or the machine only a CPU, and that it multiplies matrices correctly."""
+    """Check that this rank has a GPU that multiplies matrices correctly; on a machine without GPUs, check the CPU."""
     import torch
 
     result = CheckResult()
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and _nvidia_smi(("index",))[0]:
             result.errors.append(
-                f"nvidia-smi shows GPUs, but torch {torch.__version__} finds none; install a torch of the driver's "
+                f"nvidia-smi lists GPUs, but torch {torch.__version__} finds none; install a torch for the driver's "
                 "CUDA version (pytorch.org), and check CUDA_VISIBLE_DEVICES."
             )
-        result.info["accelerator"] = "none, the CPU"
+        result.info["accelerator"] = "none (CPU)"
         result.must_match["accelerator"] = "CPU"
         result.errors += check_product("cpu", torch.float32)
         return result
@@ -72,7 +71,7 @@ def check_device(local_rank: int) -> CheckResult:
 
 
 def check_product(device: str, dtype: torch.dtype) -> list[str]:
-    """Multiply integer matrices, whose product is exact in any precision and order; returns error messages."""
+    """Multiply integer matrices, whose product is exact in any dtype and order of summation; returns error messages."""
     import numpy as np
     import torch
 
@@ -88,14 +87,14 @@ def check_product(device: str, dtype: torch.dtype) -> list[str]:
         return [f"{device} cannot multiply matrices in {dtype} ({' '.join(str(error).split())[:200]}); replace it."]
     if differing:
         return [
-            f"{device} computes wrong: {differing} of {SIDE * SIDE} numbers of a matrix product in {dtype}; exclude "
-            "this node (sbatch --exclude) and have it repaired."
+            f"{device} computes wrong results: {differing} of {SIDE * SIDE} numbers of a matrix product in {dtype}; "
+            "exclude this node (sbatch --exclude) and have it repaired."
         ]
     return []
 
 
 def check_health() -> CheckResult:
-    """Health counters of every GPU of this node; an empty result on a machine without nvidia-smi."""
+    """Check the health counters of every GPU of this node; an empty result on a machine without nvidia-smi."""
     result = CheckResult()
     if shutil.which("nvidia-smi") is None:
         return result
@@ -138,7 +137,7 @@ def _defects(row: dict[str, str]) -> list[str]:
 
 
 def _number(value: str) -> float:
-    """A number of nvidia-smi; 0 for counters that this GPU does not have (``[N/A]``)."""
+    """Decode a number from nvidia-smi; 0 for counters that this GPU does not have (``[N/A]``)."""
     try:
         return float(value.split()[0])
     except (ValueError, IndexError):
@@ -146,7 +145,7 @@ def _number(value: str) -> float:
 
 
 def _nvidia_smi(fields: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
-    """Query nvidia-smi: one row per GPU and, if there is none, the reason. Unsupported fields are ``[N/A]``."""
+    """Query nvidia-smi: a row per GPU (unsupported fields are ``[N/A]``) and its output, a reason if there is none."""
     supported = list(fields)
     end = time.monotonic() + SMI_SECONDS
     while True:
@@ -154,7 +153,7 @@ def _nvidia_smi(fields: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            return [], f"it did not answer within {SMI_SECONDS} s"
+            return [], f"no output within {SMI_SECONDS} s"
         except OSError as error:
             return [], brief(error)
         output = " ".join(f"{done.stderr} {done.stdout}".split())
@@ -163,7 +162,7 @@ def _nvidia_smi(fields: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
         unsupported = UNSUPPORTED.search(output)
         if unsupported is None or unsupported[1] not in supported or len(supported) == 1:
             return [], f"exit status {done.returncode}: {output[:300] or 'no output'}"
-        supported.remove(unsupported[1])  # older drivers lack some fields: query again without
+        supported.remove(unsupported[1])  # older drivers lack some fields: query again without this one
     missing = dict.fromkeys(fields, "[N/A]")
     rows = [row for row in csv.reader(io.StringIO(done.stdout), skipinitialspace=True) if len(row) == len(supported)]
     return [missing | dict(zip(supported, row, strict=True)) for row in rows], output[:300] or "no output"

@@ -1,4 +1,4 @@
-"""Disks (free space, write, fsync), open files and shared memory of a node."""
+"""Checks of a node's disks (free space, write, fsync), limit of open files and shared memory."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from w2r2_ds.utils.json_io import read_json
 
 GIB = 2**30
 SPARE = GIB
-"""Free space for logs, temporary files and compiled kernels, in bytes."""
+"""Free space in bytes for logs, temporary files and compiled kernels."""
 PROBE = 2**20
 """Size of the test file in bytes."""
 BYTES_PER_WEIGHT = 20
-"""Bytes of a checkpoint per trained weight: the weight twice (safetensors and DeepSpeed, up to 4 bytes each), float32
-master copy, two Adam moments."""
+"""Bytes of a checkpoint per trained weight: the weight twice (safetensors and DeepSpeed, up to 4 bytes each), a float32
+master copy, and two Adam moments."""
 SHM = Path("/dev/shm")
 SHM_PER_BATCH = 128 * 2**20
-"""Bytes of a micro-batch: about ten frames as inputs of VGGT and the vision tower."""
+"""Bytes of a micro-batch in shared memory: about ten frames as inputs of VGGT and of the vision tower."""
 FILES, FILES_PER_WORKER = 256, 64
-"""Open files of a rank and of each data loader worker (every shared tensor is an open file)."""
+"""Open files of a rank, and in addition per data loader worker (every shared tensor is an open file)."""
 USUAL_FILES = 1024
-"""Usual limit of open files. Too low a limit is a warning, below this number an error."""
+"""Usual limit of open files. A limit that may be too low is a warning; if it is also below this number, an error."""
 
 
 def check_folder(name: str, path: Path, needed: int, purpose: str) -> CheckResult:
     """Check that files can be written in a folder (or its nearest existing parent), and its free space.
 
     Args:
-        name: option or variable, for messages: out, TMPDIR, TORCH_EXTENSIONS_DIR.
+        name: option or environment variable of the folder, for messages: out, TMPDIR, TORCH_EXTENSIONS_DIR.
         path: path of the folder.
-        needed: free space that is needed, in bytes.
-        purpose: user of the space, for the message.
+        needed: required free space in bytes.
+        purpose: what the space is for, as the subject of a sentence.
     """
     folder = existing_parent(path)
     try:
@@ -72,7 +72,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def write_and_read(folder: Path) -> None:
-    """Write a file, fsync it and its folder, read it back and remove it. Raises OSError if a step fails."""
+    """Write a file, fsync it and its folder, read the file and remove it. Raises OSError if a step fails."""
     path = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
     content = os.urandom(PROBE)
     try:
@@ -88,54 +88,54 @@ def write_and_read(folder: Path) -> None:
 
 
 def missing_checkpoint_bytes(config: RunConfig) -> int:
-    """Disk space that the run's checkpoints still need; 0 if the sizes of the models are unknown.
+    """Disk space in bytes for the checkpoints that the run has not written yet; 0 if model sizes are unknown.
 
-    A resumed run already has most of its checkpoints. Space for one more is always needed, because a new checkpoint is
-    written before the oldest is deleted.
+    A resumed run already has most of its checkpoints. At least one is always missing, because a new checkpoint is
+    written before the oldest one is deleted.
     """
     one = checkpoint_bytes(config)
     existing = 0
     for folder, names, files in os.walk(Path(config.out) / "checkpoints"):
-        names[:] = [name for name in names if DAMAGED not in name]  # kept in addition
+        names[:] = [name for name in names if DAMAGED not in name]  # skipped by os.walk: kept in addition
         existing += sum(os.lstat(os.path.join(folder, file)).st_size for file in files)
-    # keep_last, the best one, and the one being written
+    # `keep_last` checkpoints, the best one, and the one that is being written.
     return max(one, (config.train.keep_last + 2) * one - existing)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint: LoRA on every decoder layer, and the geometry merger; 0 if sizes are unknown."""
+    """Bytes of one checkpoint: LoRA on every decoder layer, and the geometry merger; 0 if model sizes are unknown."""
     from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
 
     model, geometry = config.model, config.model.geometry
     if geometry.path and not Path(geometry.path).is_dir():  # a hub id, which `read_spec` would download
         return 0
-    try:  # files that cannot be read are errors of the check of the weights
+    try:
         tree = read_json(Path(model.vlm) / "config.json")
         text = tree.get("text_config", tree)
         features = GEOMETRY_ENCODERS.find(geometry.name).read_spec(geometry).feature_dim
         weights = lora_weights(text, model.lora_rank)
         weights += merger_weights(features, text["hidden_size"], model.merger_hidden)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError):  # unreadable files are errors of `check_weights`
         return 0
     return BYTES_PER_WEIGHT * weights
 
 
 def lora_weights(text: dict[str, Any], rank: int) -> int:
-    """Weights of LoRA on the seven projections of every decoder layer: rank x (inputs + outputs) each."""
+    """Number of LoRA weights on the seven projections of every decoder layer: rank x (inputs + outputs) each."""
     hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
     head = text.get("head_dim") or hidden // heads
     queries, keys = heads * head, text["num_key_value_heads"] * head
-    sides = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
-    return int(text["num_hidden_layers"]) * rank * int(sides)
+    widths = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)  # q o, k v, gate up down
+    return int(text["num_hidden_layers"]) * rank * int(widths)
 
 
 def merger_weights(features: int, hidden: int, merger_hidden: int) -> int:
-    """Weights of the geometry merger: norm, and two linear layers over 2 x 2 merged features."""
+    """Number of weights of the geometry merger: norm, and two linear layers over 2 x 2 merged features."""
     return features + (4 * features + 1) * merger_hidden + (merger_hidden + 1) * hidden
 
 
 def check_limits(workers: int, prefetch: int, ranks: int) -> CheckResult:
-    """Limits of open files and shared memory for `data.workers`, `data.prefetch` and the ranks on this node."""
+    """Check the limit of open files and the shared memory for `data.workers`, `data.prefetch` and the node's ranks."""
     result = CheckResult()
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = FILES + FILES_PER_WORKER * workers

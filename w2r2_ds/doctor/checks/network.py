@@ -1,4 +1,4 @@
-"""Checks across ranks: connection, shared `out` folder, all-reduce; gathers the reports of all ranks."""
+"""Checks that need all ranks: connection, shared `out` folder, all-reduce; and the gathering of their reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from w2r2_ds.doctor.timeouts import brief, call_with_timeout
 from w2r2_ds.utils.distributed import RankInfo
 
 CONNECT_SECONDS = 240.0
-"""Time-out for the connection of all ranks; importing torch from a slow network file system takes minutes."""
+"""Time-out until all ranks have connected; importing torch from a slow network file system takes minutes."""
 COLLECTIVE_SECONDS = 60.0
 """Time-out of a collective, including the start of NCCL."""
 BYTES = {"gloo": 16 * 2**20, "nccl": 256 * 2**20}
@@ -35,8 +35,8 @@ def connect(ranks: RankInfo, host: str) -> None:
         DistError: rank 0 is unreachable, or its port is in use.
     """
     end = time.monotonic() + CONNECT_SECONDS
-    # torchrun's agent hosts the store, with other launchers rank 0 does. Every rank posts its host in the store before
-    # `init_process_group`, whose error message only counts missing ranks.
+    # The store is hosted by torchrun's agent, with other launchers by rank 0. Every rank writes its host to the store
+    # before `init_process_group`, whose error message has only the number of missing ranks.
     hosts_store = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     tcp_store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -65,7 +65,7 @@ def connect(ranks: RankInfo, host: str) -> None:
 
 
 def gather_reports(report: Report) -> list[Report]:
-    """Reports of all ranks, on every rank. Raises RuntimeError with the ranks that do not respond."""
+    """Gather the reports of all ranks on every rank. Raises RuntimeError with the ranks that do not respond."""
     dist.monitored_barrier(timeout=timedelta(seconds=2 * COLLECTIVE_SECONDS), wait_all_ranks=True)
     reports = [report] * dist.get_world_size()
     dist.all_gather_object(reports, report)
@@ -73,7 +73,7 @@ def gather_reports(report: Report) -> list[Report]:
 
 
 def check_shared_folder(name: str, path: Path) -> CheckResult:
-    """Check that `path` (option `name`) is the same folder on all nodes: rank 0 creates a file, the others find it."""
+    """Check that `path` (option `name`) is one folder on all nodes: rank 0 creates a file, all ranks check it."""
     result = CheckResult()
     folder, created = existing_parent(path), [""]
     if dist.get_rank() == 0:
@@ -95,12 +95,12 @@ def check_shared_folder(name: str, path: Path) -> CheckResult:
 
 
 def check_all_reduce(ranks: RankInfo, use_gpu: bool, nodes: int) -> CheckResult:
-    """Check sums and bandwidth of an all-reduce: over NCCL if all ranks have a GPU (`use_gpu`), else over gloo."""
+    """Check sums and bandwidth of an all-reduce: over NCCL if all ranks have `use_gpu`, else over gloo."""
     usable = [False] * ranks.world_size
     dist.all_gather_object(usable, use_gpu)
     backend = "nccl" if all(usable) else "gloo"
     try:
-        # NCCL ends the whole process after its own time-out, so that one is longer.
+        # Shorter than the time-out of the process group, after which NCCL ends the whole process.
         return call_with_timeout(lambda: _all_reduce(ranks, backend, nodes), COLLECTIVE_SECONDS)
     except (RuntimeError, TimeoutError) as error:
         variable = f"{backend.upper()}_SOCKET_IFNAME"

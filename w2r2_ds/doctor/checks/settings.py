@@ -13,7 +13,7 @@ NETWORK = ("NCCL_", "GLOO_", "FI_", "UCX_")
 
 
 def needed_packages(config: RunConfig | None) -> frozenset[str]:
-    """Optional packages that this configuration uses."""
+    """Names of the optional packages that a configuration uses."""
     from w2r2_ds.training.trackers import PACKAGES
 
     if config is None:
@@ -28,7 +28,7 @@ def needed_packages(config: RunConfig | None) -> frozenset[str]:
 
 
 def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
-    """Check push term, DeepSpeed JSON and batch sizes with the functions that training uses at its start."""
+    """Check push term, DeepSpeed JSON (if any) and batch sizes for `world` ranks with the functions of training."""
     from w2r2_ds.objective.push_terms import build_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 
@@ -60,7 +60,7 @@ def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
 
 
 def describe_zero(section: dict[str, Any]) -> str:
-    """One line about ZeRO stage, offload and hpZ of the section `zero_optimization`."""
+    """Describe ZeRO stage, offload and hpZ of the section `zero_optimization` in one line."""
     text = f"stage {section.get('stage', 0)}"
     for name in ("offload_param", "offload_optimizer"):
         device = section.get(name, {}).get("device", "none")
@@ -72,7 +72,7 @@ def describe_zero(section: dict[str, Any]) -> str:
 
 
 def check_precision(config: RunConfig | None) -> CheckResult:
-    """Precision, attention, kernels and network variables of this node; without a run only the network variables."""
+    """Check precision, attention and kernels of a run, if any; list the environment variables of the network."""
     import torch
 
     from w2r2_ds.kernels.select import describe_kernels, resolve_attention, resolve_dtype
