@@ -110,7 +110,7 @@ forward() {
         sleep 1
     done
     for file in "$state"/pid-+([0-9])-"$SLURMD_NODENAME"; do
-        if [ -e "$file" ]; then kill -s "$1" "$(<"$file")"; fi
+        if [ -s "$file" ]; then kill -s "$1" "$(<"$file")"; fi
     done
 }
 

@@ -33,7 +33,8 @@ fi
 trap : USR1 TERM
 "$@" &
 child=$!
-echo "$child" >"$state/pid-$id"
+echo "$child" >"$state/.pid-$id"
+mv "$state/.pid-$id" "$state/pid-$id" # atomically: the batch shell may read the file at any time
 until # a signal ends `wait`, so wait again until the command itself has ended
     wait "$child"
     ! kill -0 "$child" 2>/dev/null

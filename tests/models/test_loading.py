@@ -187,7 +187,7 @@ def test_tokenizer_must_match_the_config(copy_dir: Path) -> None:
     path.write_text(text)
     (copy_dir / "tokenizer_config.json").write_text(settings)
     edit(copy_dir / "config.json", image_token_id=7)
-    with pytest.raises(ValueError, match=r"<\|image_pad\|> has id \d+ but config.json says image_token_id = 7"):
+    with pytest.raises(ValueError, match=r"<\|image_pad\|> has id \d+ but config.json has image_token_id = 7"):
         load_tokenizer(copy_dir)
 
 

@@ -111,7 +111,7 @@ def test_a_launcher_hides_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_a_configuration_holds_none(
     secret: str, field: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So config.yaml, checkpoint.json, cards and what W&B is told hold none: all are made of the configuration."""
+    """So config.yaml, checkpoint.json, cards and the arguments of W&B have none: all are made of the configuration."""
     monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-mine-1")
     value = f"[{{path: '{secret}'}}]" if field == "data.train" else secret
     with pytest.raises(ValueError, match=rf"{field}(\[0\].path)? holds a key, a token or a password") as caught:

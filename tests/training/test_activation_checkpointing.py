@@ -135,7 +135,7 @@ def test_overrides_before_run_inside_and_overrides_after_replace() -> None:
     for index, layer in enumerate(layers):
         stock = layer.forward
         layer.forward = lambda x, *, scale, name=str(index), stock=stock: calls.append(name) or scale * stock(x)  # type: ignore[method-assign]
-    for every in (2, 1):  # the second call forgets the first
+    for every in (2, 1):  # the second call replaces the first
         recompute(layers, every, False, lambda: (nullcontext(), nullcontext()))
 
     def through(x: torch.Tensor) -> torch.Tensor:

@@ -325,7 +325,7 @@ def test_masking_2d_tokens_is_for_the_fused_pass_in_training(
     # A random tower says little: some losses stay the same to the last bit.
     assert (ours[:, STATS.index("align")] != theirs[:, STATS.index("align")]).any()
     torch.manual_seed(1)
-    assert torch.equal(masked(batch)[1], ours)  # no generator of the rank is asked
+    assert torch.equal(masked(batch)[1], ours)  # no generator of the rank is used
     assert not torch.equal(masked(batch, optimizer_step=1)[1], ours)
     masked.eval(), plain.eval()
     assert torch.equal(masked(batch)[1], plain(batch)[1])

@@ -124,13 +124,13 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     for token, field in family.vision_tokens.items():
         if vocabulary[token] != getattr(config, field):
             raise ValueError(
-                f"{name}/tokenizer.json: {token} has id {vocabulary[token]} but config.json says {field} = "
+                f"{name}/tokenizer.json: {token} has id {vocabulary[token]} but config.json has {field} = "
                 f"{getattr(config, field)}; use the tokenizer files that came with the model"
             )
     rows = config.text_config.vocab_size
     if max(vocabulary.values()) >= rows:
         raise ValueError(
-            f"{name}/tokenizer.json: token id {max(vocabulary.values())} has no embedding row, config.json says "
+            f"{name}/tokenizer.json: token id {max(vocabulary.values())} has no embedding row, config.json has "
             f"vocab_size = {rows}; use the tokenizer files that came with the model"
         )
     if tokenizer.chat_template is None:

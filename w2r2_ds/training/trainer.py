@@ -128,7 +128,7 @@ def due(done: int, every: int, config: RunConfig) -> bool:
 
 
 class Saves:
-    """Saves checkpoints and remembers the newest one.
+    """Saves checkpoints and stores the path of the newest one.
 
     Attributes:
         step: step of the newest checkpoint, or the step that the run started from.

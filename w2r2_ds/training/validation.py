@@ -49,7 +49,7 @@ MakeValidation = Callable[[RunConfig, VlmFrontend, torch.device], Validation]
 
 
 class BestSoFar:
-    """Runs the validation and remembers the step with the highest value; of equal values, the earlier step.
+    """Runs the validation and stores the step with the highest value; of equal values, the earlier step.
 
     Args:
         validation: gives the values.

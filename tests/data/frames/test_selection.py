@@ -38,7 +38,7 @@ def scene(root: Path) -> Scene:
 
 
 class Starts:
-    """A generator that draws what it is told."""
+    """Random generator that returns given numbers."""
 
     def __init__(self, *starts: int) -> None:
         self.left = list(starts)
