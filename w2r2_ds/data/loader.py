@@ -182,7 +182,7 @@ def ignore_stop_signals(worker: int) -> None:
     workers must still deliver batches. PyTorch itself ends workers by SIGTERM from their parent.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # A signal handler has no access to the sender, sigwaitinfo returns it: block the signal, and wait for it in a thread.
+    # Only sigwaitinfo returns the sender of a signal: block the signal, and wait for it in a thread.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     rank = multiprocessing.parent_process()  # not getppid: that may be Python's fork server
     assert rank is not None, "a loader process has a parent"
