@@ -199,7 +199,7 @@ def test_a_default_that_needs_proposals(grounded: list[dict[str, Any]]) -> None:
     PROTOCOLS.clear()
     PROTOCOLS.update({each.name: each for each in (refined, other)})
     assert choose_protocols((), grounded) == ["scanrefer/vgllm"]
-    assert choose_protocols((), grounded, proposals=True) == ["scanrefer/vgllm_refined"]
+    assert choose_protocols((), grounded, has_proposals=True) == ["scanrefer/vgllm_refined"]
     del PROTOCOLS["scanrefer/vgllm"]
     for names in ((), ("all",)):
         with pytest.raises(ValueError, match=r"scanrefer/vgllm_refined.*--proposals"):

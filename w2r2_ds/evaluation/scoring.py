@@ -17,49 +17,49 @@ from w2r2_ds.evaluation.protocols.registry import Protocol, find_protocol, proto
 PER_ITEM = ("items", "candidates", "references", "mask", "items_before_mask")
 
 
-def choose_protocols(names: Sequence[str], records: Sequence[AnswerRecord], proposals: bool = False) -> list[str]:
+def choose_protocols(names: Sequence[str], records: Sequence[AnswerRecord], has_proposals: bool = False) -> list[str]:
     """Full names of the requested protocols, each once.
 
     Args:
         names: names of protocols, ``task/protocol`` or only the second part; ``all`` for every protocol that can score
             these records; empty for the task's default.
         records: at least one record, all of one task.
-        proposals: whether detected boxes are given; only then ``all`` includes the protocols that need them.
+        has_proposals: whether detected boxes are given; only then ``all`` includes the protocols that need them.
 
     Raises:
         ValueError: an unknown protocol, one of another task, or one that cannot score these records.
     """
     task, form = task_of(records), _form(records)
     protocols = protocols_of(task)
-    # possible: can score boxes in the coordinates of these answers; usable: all their inputs are given too.
-    possible = [each for each in protocols if form is None or form in each.coordinates]
-    if not possible:
-        known = ", ".join(f"{each.name} ({' or '.join(each.coordinates)})" for each in protocols)
+    # compatible: can score the coordinates of these answers; available: detected boxes are given too if needed.
+    compatible = [protocol for protocol in protocols if form is None or form in protocol.coordinates]
+    if not compatible:
+        known = ", ".join(f"{protocol.name} ({' or '.join(protocol.coordinates)})" for protocol in protocols)
         raise ValueError(f"No protocol of {task} scores boxes in {form} coordinates; its protocols score {known}.")
-    usable = [each for each in possible if proposals or not each.needs_proposals]
-    if not usable and (not names or "all" in names):
+    available = [protocol for protocol in compatible if has_proposals or not protocol.needs_proposals]
+    if not available and (not names or "all" in names):
         raise ValueError(
-            f"The protocols of {task} for these answers ({', '.join(each.name for each in possible)}) need detected "
-            "boxes; pass their file with --proposals."
+            f"The protocols of {task} for these answers ({', '.join(protocol.name for protocol in compatible)}) need "
+            "detected boxes; pass their file with --proposals."
         )
     if not names:
         # The protocol for the fewest coordinates is the most specific: vgllm-direct for answers in a frame's camera.
-        defaults = [each for each in usable if each.default] or usable
-        return [min(defaults, key=lambda each: len(each.coordinates)).name]
+        defaults = [protocol for protocol in available if protocol.default] or available
+        return [min(defaults, key=lambda protocol: len(protocol.coordinates)).name]
     if "all" in names:
-        return [each.name for each in usable]
+        return [protocol.name for protocol in available]
     chosen = [find_protocol(name if "/" in name else f"{task}/{name}") for name in names]
-    for each in chosen:
-        if each.task != task:
-            raise ValueError(f"Protocol {each.name} scores {each.task}, but these are answers of {task}.")
-        if each.needs_proposals and not proposals:
-            raise ValueError(f"Protocol {each.name} needs detected boxes; pass their file with --proposals.")
-        if each not in possible:
+    for protocol in chosen:
+        if protocol.task != task:
+            raise ValueError(f"Protocol {protocol.name} scores {protocol.task}, but these are answers of {task}.")
+        if protocol.needs_proposals and not has_proposals:
+            raise ValueError(f"Protocol {protocol.name} needs detected boxes; pass their file with --proposals.")
+        if protocol not in compatible:
             raise ValueError(
-                f"Protocol {each.name} scores boxes in {' or '.join(each.coordinates)} coordinates, but these answers "
-                f"are in {form} coordinates; use {' or '.join(other.name for other in possible)}."
+                f"Protocol {protocol.name} scores boxes in {' or '.join(protocol.coordinates)} coordinates, but these "
+                f"answers are in {form} coordinates; use {' or '.join(other.name for other in compatible)}."
             )
-    return list(dict.fromkeys(each.name for each in chosen))
+    return list(dict.fromkeys(protocol.name for protocol in chosen))
 
 
 def score_records(

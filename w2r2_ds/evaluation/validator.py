@@ -124,7 +124,7 @@ class AnswerValidation:
 
 def samples_sha256(samples: Sequence[Sample]) -> str:
     """SHA-256 (12 hex digits) of ids, questions and frame names; scores of other samples are not compared."""
-    content = [[each.task, each.id, each.question, *(path.name for path in each.frames)] for each in samples]
+    content = [[sample.task, sample.id, sample.question, *(path.name for path in sample.frames)] for sample in samples]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 

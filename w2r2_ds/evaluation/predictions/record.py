@@ -46,8 +46,8 @@ def record_of(sample: Sample, text: str | None, tokens: Sequence[int] = ()) -> d
         "tokens": list(tokens),
         "question": sample.question,
         "target": None if sample.target is None else _target(sample.target),
-        "references": [{"text": each.text, "words": list(each.words)} for each in sample.references],
-        "objects": [{"label": each.label, "box": each.box.tolist()} for each in sample.objects],
+        "references": [{"text": reference.text, "words": list(reference.words)} for reference in sample.references],
+        "objects": [{"label": labeled.label, "box": labeled.box.tolist()} for labeled in sample.objects],
     }
     if WORLD_FORMAT in sample.question:
         record["form"] = "world"

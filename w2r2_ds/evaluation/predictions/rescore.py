@@ -96,25 +96,27 @@ def _joined_records(file: Path, format_name: str, task: str | None, data: Path, 
     return records, counts, sets
 
 
-def _own_records(file: Path, format_name: str, task: str | None, protocols: Sequence[str], proposals: bool) -> _Records:
+def _own_records(
+    file: Path, format_name: str, task: str | None, protocols: Sequence[str], has_proposals: bool
+) -> _Records:
     """Records of this project's format, which contain the annotations."""
     if format_name != "ours":
         raise ValueError(
             f"Predictions in the format {format_name} have no annotations; pass their prepared folder with --data."
         )
-    records = read_own_records(file, protocols, proposals)
+    records = read_own_records(file, protocols, has_proposals)
     if task not in (None, task_of(records)):
         raise ValueError(f"{file} holds answers of {task_of(records)}, not {task}; correct --task or --score_only.")
     return records, {"unmatched": 0, "repeated": 0}, []
 
 
-def read_own_records(file: Path, protocols: Sequence[str], proposals: bool) -> list[AnswerRecord]:
+def read_own_records(file: Path, protocols: Sequence[str], has_proposals: bool) -> list[AnswerRecord]:
     """Read the records of this project's own file and validate the fields that the requested protocols read.
 
     Args:
         file: JSON Lines.
         protocols: names of protocols, see `choose_protocols`.
-        proposals: whether detected boxes are given.
+        has_proposals: whether detected boxes are given.
 
     Raises:
         ValueError: a field is missing or has another type (the message names file, line and field), or a protocol
@@ -131,7 +133,7 @@ def read_own_records(file: Path, protocols: Sequence[str], proposals: bool) -> l
     records: list[AnswerRecord] = [values for _, values in lines]
     check_records(records)
     # Fields that only some protocols read are validated by the models of those protocols.
-    for model in {find_protocol(name).record_model for name in choose_protocols(protocols, records, proposals)}:
+    for model in {find_protocol(name).record_model for name in choose_protocols(protocols, records, has_proposals)}:
         adapter = TypeAdapter(model)
         for location, values in lines:
             validate(adapter, values, location)

@@ -113,7 +113,7 @@ def _item(record: AnswerRecord) -> dict[str, Any]:
             objects = parse_objects(record["text"])
         except AnswerError as error:
             reason = error.reason
-    annotations = [(each["label"], np.array(each["box"])) for each in record["objects"]]
+    annotations = [(labeled["label"], np.array(labeled["box"])) for labeled in record["objects"]]
     predicted, annotated = _by_label(objects), _by_label(annotations)
     # Labels that are only predicted have no pairs; their boxes count in the number of predictions.
     ious = [iou for label in annotated for iou in match(predicted.get(label, ()), annotated[label])]

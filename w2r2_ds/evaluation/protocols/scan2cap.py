@@ -75,9 +75,9 @@ def score_scan2cap(
         ValueError: no objects, an object twice, a caption of an unknown object, or a caption without the words that the
             protocol needs.
     """
-    check_keys("annotated objects", [each.key for each in objects], captions)
+    check_keys("annotated objects", [annotated.key for annotated in objects], captions)
     rules = SCAN2CAP_RULES[protocol]
-    ious = {each.key: _iou(each, captions.get(each.key), rules) for each in objects}
+    ious = {annotated.key: _iou(annotated, captions.get(annotated.key), rules) for annotated in objects}
     # An object without a caption fails every k, also 0.
     passed = {k: {key for key, iou in ious.items() if key in captions and rules.passes(iou, k)} for k in thresholds}
     at: dict[str, dict[str, Any]] = {}
@@ -100,7 +100,7 @@ def _score(
     java: Java | None,
 ) -> CaptionScores:
     """Caption scores of all objects: the captions of those in `counted`, the placeholder for all others."""
-    references = {each.key: rules.reference(each) for each in objects}
+    references = {annotated.key: rules.reference(annotated) for annotated in objects}
     candidates = {key: rules.candidate(captions[key]) if key in counted else rules.placeholder for key in references}
     return score_captions(references, candidates, rules.tokenizer, java)
 
@@ -188,7 +188,7 @@ def _inputs(records: Sequence[AnswerRecord], _: Proposals | None, protocol: str)
     # Checked here, because an empty list of words would be scored as an empty reference without an error.
     if rules.reference_words:
         raise_with_first(
-            [each.key for each in objects if not all(each.tokens)],
+            [annotated.key for annotated in objects if not all(annotated.tokens)],
             f"annotated objects have references without the words that scan2cap/{protocol} compares",
             "; prepare the data set from a ScanRefer file with the field 'token'",
         )

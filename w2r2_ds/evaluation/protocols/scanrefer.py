@@ -81,7 +81,8 @@ def score_official(descriptions: Sequence[ScoredDescription], boxes: Mapping[str
     """
     ious = _box_ious(descriptions, boxes)
     items = {
-        each.key: {"iou": ious[each.key], "group": each.group, "class": each.scannet_class} for each in descriptions
+        description.key: {"iou": ious[description.key], "group": description.group, "class": description.scannet_class}
+        for description in descriptions
     }
     scores = official_scores(list(items.values()))
     return {"protocol": "scanrefer_official", "parsed": _share_with_box(boxes, items), **scores, "items": items}
@@ -125,7 +126,8 @@ def score_video3dllm(descriptions: Sequence[ScoredDescription], boxes: Mapping[s
     """
     ious = _box_ious(descriptions, boxes)
     items: dict[str, dict[str, Any]] = {
-        each.key: {"iou": ious[each.key], "group": each.group_nyu40} for each in descriptions
+        description.key: {"iou": ious[description.key], "group": description.group_nyu40}
+        for description in descriptions
     }
     result: ProtocolResult = {"protocol": "video3dllm", "parsed": _share_with_box(boxes, items)}
     for name in ("all", *GROUPS):
@@ -147,12 +149,12 @@ def accuracy_paths(*path: str) -> dict[str, KeyPath]:
 
 def _box_ious(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None]) -> dict[str, float]:
     """Key -> IoU of the predicted and the enclosing annotated box; 0 without a prediction."""
-    check_keys("descriptions", [each.key for each in descriptions], boxes)
+    check_keys("descriptions", [description.key for description in descriptions], boxes)
     ious = {}
-    for each in descriptions:
-        box = boxes.get(each.key)
+    for description in descriptions:
+        box = boxes.get(description.key)
         # Not rounded, unlike exact IoU: as in the references, + 1e-8 in the denominator turns an exact 0.5 into a miss.
-        ious[each.key] = 0.0 if box is None else aabb_iou(box, enclosing_box(each.box))
+        ious[description.key] = 0.0 if box is None else aabb_iou(box, enclosing_box(description.box))
     return ious
 
 

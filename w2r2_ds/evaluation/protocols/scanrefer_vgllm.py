@@ -66,11 +66,13 @@ def score_direct(
     """
     _check(descriptions, answers, poses)
     items = {
-        each.key: {
-            "group": each.group,
-            **answer_item(answers.get(each.key), each.box, poses[each.key], parse_grounding, camera_to_world),
+        description.key: {
+            "group": description.group,
+            **answer_item(
+                answers.get(description.key), description.box, poses[description.key], parse_grounding, camera_to_world
+            ),
         }
-        for each in descriptions
+        for description in descriptions
     }
     return {"protocol": "vgllm-direct", **direct_scores(list(items.values())), "items": items}
 
@@ -136,14 +138,14 @@ def score_vgllm(
         if value not in choices:
             raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}.")
     if proposals is not None:
-        missing = sorted({each.scene_id for each in descriptions} - proposals.keys())
+        missing = sorted({description.scene_id for description in descriptions} - proposals.keys())
         raise_with_first(missing, "scenes have no proposals")
     items = {}
-    for each in descriptions:
-        annotated = enclosing_box(each.box)  # EmbodiedScan's boxes may have angles
-        boxes = () if proposals is None else proposals[each.scene_id]
-        items[each.key] = answer_item(
-            answers.get(each.key), annotated, poses[each.key], PARSERS[parser], ANGLES[angles], boxes
+    for description in descriptions:
+        annotated = enclosing_box(description.box)  # EmbodiedScan's boxes may have angles
+        boxes = () if proposals is None else proposals[description.scene_id]
+        items[description.key] = answer_item(
+            answers.get(description.key), annotated, poses[description.key], PARSERS[parser], ANGLES[angles], boxes
         )
     return {
         "protocol": "vgllm" if proposals is None else "vgllm_refined",
@@ -195,9 +197,11 @@ def answer_item(
 def _check(
     descriptions: Sequence[ScoredDescription], answers: Mapping[str, str], poses: Mapping[str, np.ndarray]
 ) -> None:
-    check_keys("descriptions", [each.key for each in descriptions], answers)
+    check_keys("descriptions", [description.key for description in descriptions], answers)
     # Descriptions without an answer need poses too: missing poses are an error of the data, not of the model.
-    without_poses = [each.key for each in descriptions if np.shape(poses.get(each.key, ()))[1:] != (4, 4)]
+    without_poses = [
+        description.key for description in descriptions if np.shape(poses.get(description.key, ()))[1:] != (4, 4)
+    ]
     raise_with_first(without_poses, "descriptions have no camera poses [n, 4, 4]")
 
 
