@@ -168,7 +168,7 @@ def test_the_readme_has_metadata_and_code_that_compiles(adapter: Path, world: Wo
     assert f"layers [2] of {world.folder / 'vggt'}" in text
     named = {file.name for file in adapter.iterdir()} - {"README.md"}
     assert all(f"`{name}`" in text for name in named), named
-    assert "[More Information Needed]" not in text  # peft's blank form
+    assert "[More Information Needed]" not in text  # of peft's empty template
     compile("\n".join(line[4:] for line in text.split("transformers only")[1].splitlines()[1:]), "README.md", "exec")
 
 

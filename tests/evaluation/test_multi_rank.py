@@ -1,7 +1,7 @@
-"""Real processes (torchrun, deepspeed, forked, alone): any number of ranks, killed or not, predict the same bytes.
+"""Evaluation in one, two and three processes, killed and resumed: all write the same bytes.
 
-What forks ranks and what launches them set the same variables; of the two launchers each is waited for where it is new:
-torchrun here, `deepspeed` in `train_once` of tests/helpers/runs.py; here too at night.
+The ranks are forked, or started by torchrun; ``deepspeed`` as the launcher is a nightly test here (`train_once`
+of tests/helpers/runs.py starts a training run with it).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def arguments(run: Path, out: Path) -> list[str]:
 
 
 def torchrun(ranks: int, script: str, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """As `launch`, with the other launcher."""
+    """Run a script with torchrun; `launch` uses ``deepspeed``."""
     command = [*TORCHRUN, "--nproc_per_node", str(ranks), script, *words]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.run(command, cwd=ROOT, env=environment(), text=True, timeout=TIMEOUT, check=False, **out)
 
 
 def kill_at(ranks: list[Rank], parts: Path, lines: int) -> int:
-    """SIGKILL to all ranks when so many answers are there; returns how many that were."""
+    """Kill all ranks (SIGKILL) when at least `lines` answers are saved; returns the number of saved answers."""
     deadline = time.monotonic() + 300
     while (found := count(parts)) < lines:
         assert not any(rank.poll() is not None for rank in ranks), "it ended before it could be killed"
@@ -56,7 +56,7 @@ def kill_at(ranks: list[Rank], parts: Path, lines: int) -> int:
 
 
 def scores_in(stdout: str) -> Any:
-    """The scores; DeepSpeed and its launcher write on the same stream."""
+    """The scores in the standard output, on which DeepSpeed and its launcher write too."""
     return json.JSONDecoder().raw_decode(stdout[stdout.index("{\n") :])[0]
 
 
@@ -65,13 +65,13 @@ def count(parts: Path) -> int:
 
 
 def work(folder: Path) -> None:
-    """What each of the forked ranks does."""
+    """Run the evaluation in a forked rank."""
     words = json.loads((folder / "arguments.json").read_text())
     sys.exit(evaluate.main(words))
 
 
-def given(run: Path, out: Path) -> Path:
-    """A folder that tells forked ranks what to do."""
+def output_folder(run: Path, out: Path) -> Path:
+    """Create the output folder with the command line of the forked ranks."""
     out.mkdir()
     (out / "arguments.json").write_text(json.dumps(arguments(run, out)))
     return out
@@ -85,27 +85,27 @@ def test_one_two_and_three_ranks_and_a_killed_run_agree(
     stdout, stderr = capfd.readouterr()
     expected = (tmp_path / "one" / NAME).read_bytes()
     assert len(expected.splitlines()) == SAMPLES
-    # Standard output is the scores alone, so that it can be piped.
+    # Standard output has the scores only, so that it can be piped.
     assert json.loads(stdout) == json.loads((tmp_path / "one" / "scores-scanrefer-fused.json").read_text())
     assert f"answers (fused): {SAMPLES} of {SAMPLES}" in stderr
 
-    two = given(trained, tmp_path / "two")
+    two = output_folder(trained, tmp_path / "two")
     ranks = start_ranks(2, Path(__file__), two, free_port())
     parts = tmp_path / "two" / "parts-scanrefer-fused"
     kill_at(ranks, parts, 3)
     assert not (tmp_path / "two" / NAME).exists()
     torn = max(parts.glob("part-*.jsonl"), key=lambda file: file.stat().st_size)
-    torn.write_bytes(torn.read_bytes()[:-40])  # as if killed within a line
+    torn.write_bytes(torn.read_bytes()[:-40])  # as after a kill within a line
     kept = {file.name: file.read_bytes() for file in parts.glob("part-*.jsonl")}
-    left = SAMPLES - count(parts)
+    remaining = SAMPLES - count(parts)
     done = launcher(2, "launchers/evaluate.py", arguments(trained, tmp_path / "two"))
     assert done.returncode == 0, done.stdout[-4000:]
     assert (tmp_path / "two" / NAME).read_bytes() == expected
     assert scores_in(done.stdout) == json.loads((tmp_path / "two" / "scores-scanrefer-fused.json").read_text())
-    assert 0 < left < SAMPLES and kept and not parts.exists()
+    assert 0 < remaining < SAMPLES and kept and not parts.exists()
     own = len(range(0, SAMPLES, 2)) - kept.get("part-0000.jsonl", b"").count(b"\n")
-    assert own == 0 or f"rank 0 of 2: {own} of {own}" in done.stdout, "what was finished is not answered again"
+    assert own == 0 or f"rank 0 of 2: {own} of {own}" in done.stdout, "saved answers are not generated again"
 
-    folder = given(trained, tmp_path / "three")
+    folder = output_folder(trained, tmp_path / "three")
     run_ranks(3, Path(__file__), folder)
     assert (folder / NAME).read_bytes() == expected
