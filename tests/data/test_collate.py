@@ -83,7 +83,7 @@ def test_every_sample_is_a_sequence_and_a_group(batch_of: Any, samples: list[Any
 
 def test_left_padding_for_generation(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples, with_answer=False)
-    assert batch.position_ids is None and batch.answer is None and batch.layout is None
+    assert batch.position_ids is None and batch.optional_answer_positions is None and batch.layout is None
     assert batch.attention_mask[:, -1].all() and (batch.attention_mask.diff(dim=1) >= 0).all()
     for index, sample in enumerate(samples):
         single = batch_of([sample], with_answer=False)
@@ -117,7 +117,7 @@ def test_description_positions_point_at_the_descriptions(
     for index, description in [(0, "The red chair."), (2, "The sofa."), (3, "A small brown table beside the white ")]:
         at = what.position[what.sample == index]
         assert frontend.tokenizer.decode(batch.input_ids[index, at]).strip().startswith(description.strip())
-    assert batch_of(samples, with_answer=False).description is None
+    assert batch_of(samples, with_answer=False).optional_description_positions is None
     with pytest.raises(AssertionError, match="no description positions"):
         _ = batch_of(samples, with_answer=False).description_positions
 
@@ -245,7 +245,13 @@ def test_to_and_pin_memory_apply_to_every_tensor(
     batch = batch_of(samples[:2], with_prompts=True)
     moved = batch.to(torch.device("meta"))
     tensors = [moved.input_ids, moved.attention_mask, moved.token_types, moved.position_ids, moved.cam_to_world]
-    tensors += [moved.visual_tokens, moved.token_set, moved.frame_set, moved.layout.group, moved.layout.suffix]
+    tensors += [
+        moved.visual_tokens,
+        moved.frame_set_of_token,
+        moved.frame_set_of_sample,
+        moved.layout.group,
+        moved.layout.suffix,
+    ]
     tensors += [moved.visuals.tower.positions, moved.visuals.tower.order]
     tensors += [moved.target_box, moved.visuals.pixel_values, moved.visuals.grid_thw, *moved.visuals.geometry_images]
     for part in (moved.answer_positions, moved.description_positions, moved.prompts):

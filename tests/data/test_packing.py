@@ -78,8 +78,8 @@ def test_shared_frames_are_encoded_once(
     assert len(batch.visuals.geometry_images) == 2
     assert (batch.token_types.flatten()[batch.visual_tokens] > 0).all()
     assert len(batch.visual_tokens) == sum(batch.visuals.sizes) == int((batch.token_types > 0).sum())
-    assert batch.frame_set.tolist() == [0, 1, -1, 0, 1, 0]
-    assert torch.equal(batch.token_set, distinct.token_types.nonzero()[:, 0])
+    assert batch.frame_set_of_sample.tolist() == [0, 1, -1, 0, 1, 0]
+    assert torch.equal(batch.frame_set_of_token, distinct.token_types.nonzero()[:, 0])
     assert (batch.layout.suffix.flatten()[batch.visual_tokens] == 0).all()
 
 

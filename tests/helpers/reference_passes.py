@@ -70,7 +70,7 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
         align = cross_entropy(logits[mine], rows.label[mine])
         where, what = (
             rows.position[mine][rows.where[mine]],
-            batch.description.position[batch.description.sample == index],
+            batch.description_positions.position[batch.description_positions.sample == index],
         )
         positions = torch.cat([where, what])
         inputs = PushInputs(

@@ -91,10 +91,10 @@ def batch_of(golden: Golden) -> Batch:
         position_ids=Qwen25VL().position_ids(base, ids, types, mask, {"image": grid}, seconds_per_grid=1.0),
         visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, tower, images),
         visual_tokens=types.flatten().nonzero().squeeze(-1),
-        token_set=types.nonzero()[:, 0],
-        frame_set=torch.arange(count),
+        frame_set_of_token=types.nonzero()[:, 0],
+        frame_set_of_sample=torch.arange(count),
         layout=Layout(mask - 1, torch.zeros_like(mask), tuple(((0, length),) for length in mask.sum(-1).tolist())),
-        answer=AnswerPositions(
+        optional_answer_positions=AnswerPositions(
             sample=sample,
             sequence=sample,
             position=position,
@@ -106,7 +106,7 @@ def batch_of(golden: Golden) -> Batch:
         ),
         cam_to_world=torch.full((count, 1, 4, 4), torch.nan, dtype=torch.float64),
         target_box=torch.full((count, 9), torch.nan, dtype=torch.float64),
-        description=DescriptionPositions(sample[:0], sample[:0], position[:0]),
+        optional_description_positions=DescriptionPositions(sample[:0], sample[:0], position[:0]),
         kinds=("caption",) * count,
         answers=("",) * count,
     )

@@ -122,8 +122,10 @@ def test_packed_samples_share_the_cached_features_of_their_frames(
     expected = model.encode_3d(plain.visuals), model.encode_2d(plain.visuals).pooler_output
     for made in (2, 0):
         before, batch = dict(calls), loaded(chosen, **packed, **BOTH)
-        assert len(batch.visuals.cached_3d) == 2 and torch.equal(batch.token_set, plain.token_set)
-        assert torch.equal(batch.position_ids, plain.position_ids) and torch.equal(batch.frame_set, plain.frame_set)
+        assert len(batch.visuals.cached_3d) == 2 and torch.equal(batch.frame_set_of_token, plain.frame_set_of_token)
+        assert torch.equal(batch.position_ids, plain.position_ids) and torch.equal(
+            batch.frame_set_of_sample, plain.frame_set_of_sample
+        )
         assert same(model.encode_3d(batch.visuals), expected[0])
         assert same(model.encode_2d(batch.visuals).pooler_output, expected[1])
         assert (calls["3d"] - before["3d"], calls["2d"] - before["2d"]) == (made, made)

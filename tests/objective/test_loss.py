@@ -147,16 +147,15 @@ def test_empty_sets_give_numbers(
     batch = batch_of(samples[:2])
     rows = batch.answer_positions
     if hidden == "where":
-        batch = replace(batch, answer=replace(rows, where=torch.zeros_like(rows.where)))
+        batch = replace(batch, optional_answer_positions=replace(rows, where=torch.zeros_like(rows.where)))
     if hidden == "numbers":
-        batch = replace(batch, answer=replace(rows, digit=torch.full_like(rows.digit, -1), sign=0 * rows.sign))
-    if hidden == "what":
         batch = replace(
-            batch,
-            description=replace(
-                batch.description, sample=batch.description.sample[:0], position=batch.description.position[:0]
-            ),
+            batch, optional_answer_positions=replace(rows, digit=torch.full_like(rows.digit, -1), sign=0 * rows.sign)
         )
+    if hidden == "what":
+        what = batch.description_positions
+        none = replace(what, sample=what.sample[:0], position=what.position[:0])
+        batch = replace(batch, optional_description_positions=none)
     result = total(samples[:2], batch=batch, push=push, mu=0.0)
     for value in (result.loss, result.stats, result.fused, result.fused_states, result.short):
         assert value.isfinite().all()

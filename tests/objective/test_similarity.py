@@ -223,7 +223,7 @@ def test_digit_tokens_of_no_width_at_all(mixed: Any, tables: Any) -> None:
         rows, digit=rows.digit[..., :0], place_value=rows.place_value[..., :0], sign=torch.zeros_like(rows.sign)
     )
     assert not read_numbers(rows.label, empty, tables).any()
-    s, valid = grounding_similarity(rows.label, replace(mixed, answer=empty), tables)
+    s, valid = grounding_similarity(rows.label, replace(mixed, optional_answer_positions=empty), tables)
     assert not s.any() and not valid.any()
 
 

@@ -266,7 +266,9 @@ def test_a_sample_with_a_masked_answer_has_no_effect(
     rows = batch.answer_positions
     kept = rows.sample == 0
     names = ("sample", "sequence", "position", "label", "where")
-    masked = replace(batch, answer=replace(rows, **{name: getattr(rows, name)[kept] for name in names}))
+    masked = replace(
+        batch, optional_answer_positions=replace(rows, **{name: getattr(rows, name)[kept] for name in names})
+    )
     _, stats = step(masked)
     assert stats.isfinite().all() and stats[1, STATS.index("align")] == 0
     torch.testing.assert_close(stats[0], step(batch_of(samples[:1]))[1][0], rtol=1e-5, atol=1e-6)

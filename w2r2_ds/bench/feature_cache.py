@@ -23,7 +23,7 @@ from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.types.batch import Batch, moved
+from w2r2_ds.types.batch import Batch, to_device
 from w2r2_ds.utils import atomic_io
 
 COMPUTE, READ, DECODE = "VGGT", "read and verify checksum", "decode and resize, which a cache hit skips too"
@@ -173,7 +173,7 @@ class CachedFeatures:
             cached_2d = self.cache.find_2d(self.paths)
             assert cached_2d is not None, "the cache has an identity of the vision tower"
             visuals = replace(visuals, cached_2d=(cached_2d,), uncached=(None,))
-        return replace(batch, visuals=moved(visuals, batch.input_ids.device))
+        return replace(batch, visuals=to_device(visuals, batch.input_ids.device))
 
 
 def write_frames(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:

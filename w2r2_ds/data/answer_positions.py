@@ -1,4 +1,4 @@
-"""Positions of answer tokens (with their labels) and of description tokens in the sequences of a batch."""
+"""Positions of the answer tokens (with their labels) and of the *what* tokens in the sequences of a batch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from w2r2_ds.data.processor import Features
 from w2r2_ds.types.batch import AnswerPositions, DescriptionPositions
 
 
-def description_positions(features: Sequence[Features], placements: Sequence[TokenPlacement]) -> DescriptionPositions:
+def collate_description_positions(
+    features: Sequence[Features], placements: Sequence[TokenPlacement]
+) -> DescriptionPositions:
     """Positions of the *what* tokens of every sample."""
     tokens = [feature.what.nonzero().squeeze(-1) for feature in features]
-    position = [placement.at(own) for placement, own in zip(placements, tokens, strict=True)]
-    sample, sequence = _sample_and_sequence([len(own) for own in tokens], placements)
+    position = [placement.at(indices) for placement, indices in zip(placements, tokens, strict=True)]
+    sample, sequence = _sample_and_sequence([len(indices) for indices in tokens], placements)
     return DescriptionPositions(sample, sequence, torch.cat(position))
 
 
-def answer_positions(features: Sequence[Features], placements: Sequence[TokenPlacement]) -> AnswerPositions:
+def collate_answer_positions(features: Sequence[Features], placements: Sequence[TokenPlacement]) -> AnswerPositions:
     """Concatenate the answers of all samples; digit tokens become indices into the concatenation."""
     answers = [feature.answer_tokens for feature in features if feature.answer_tokens is not None]
-    assert len(answers) == len(features), "training features carry answers"
+    assert len(answers) == len(features), "training features have answers"
     width = max([1, *(len(tokens) for answer in answers for tokens in answer.digits)])
     digit = torch.full((len(features), NUMBERS, width), -1, dtype=torch.int64)
     place_value = torch.zeros((len(features), NUMBERS, width), dtype=torch.float64)
     sign = torch.zeros((len(features), NUMBERS), dtype=torch.int64)
     position, label, where = [], [], []
-    begin = 0  # of this sample's answer in the concatenation
+    begin = 0  # first entry of this sample's answer in the concatenation
     for index, (feature, answer) in enumerate(zip(features, answers, strict=True)):
         length, count = len(feature.input_ids), feature.num_answer_tokens
         # The answer and its end of turn are the last `count` tokens; each is predicted one position before it.
@@ -44,13 +46,20 @@ def answer_positions(features: Sequence[Features], placements: Sequence[TokenPla
         begin += count
     sample, sequence = _sample_and_sequence([feature.num_answer_tokens for feature in features], placements)
     return AnswerPositions(
-        sample, sequence, torch.cat(position), torch.cat(label), torch.cat(where), digit, place_value, sign
+        sample=sample,
+        sequence=sequence,
+        position=torch.cat(position),
+        label=torch.cat(label),
+        where=torch.cat(where),
+        digit=digit,
+        place_value=place_value,
+        sign=sign,
     )
 
 
 def _sample_and_sequence(
     counts: Sequence[int], placements: Sequence[TokenPlacement]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[sum(counts)]`` int64 each: the sample and the sequence of `counts[i]` tokens of every sample ``i``."""
+    """Sample and sequence of every token, ``[sum(counts)]`` int64 each, if sample ``i`` has ``counts[i]`` tokens."""
     sample = torch.repeat_interleave(torch.tensor(counts))
     return sample, torch.tensor([placement.sequence for placement in placements])[sample]

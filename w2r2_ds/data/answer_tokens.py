@@ -4,8 +4,8 @@ A grounding answer contains ten numbers: the frame index and the nine box values
 JSON syntax, signs and decimal points are neither *where* nor *what*. If the tokenizer encodes every digit as a token of
 its own, the digit tokens of every number, their place values and the token with the sign are found too.
 
-Everything is found by the tokenizer's offsets: ``(begin, end)`` per token, in characters of the encoded text.
-Characters that no token covers (a blank that a tokenizer trims) count as part of the next token.
+Tokens are found by the tokenizer's offsets: ``(begin, end)`` per token, in characters of the encoded text. Characters
+that no token covers (a space that a tokenizer trims) count as part of the next token.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 from w2r2_ds.types.sample import Kind
 
 NUMBERS = 10
-"""Frame index and nine box values."""
+"""Numbers of a grounding answer: frame index and nine box values."""
 
 Offsets = Sequence[tuple[int, int]]
+"""Characters ``[begin, end)`` of every token; a fast tokenizer's ``offset_mapping``."""
 
 _NUMBER = re.compile(r"(?<![\w.])(-?)([0-9]+(?:\.[0-9]+)?)")
 _DIGIT = re.compile("[0-9]")
@@ -34,18 +35,18 @@ _DIGIT_OR_HYPHEN = re.compile("[0-9-]")
 class AnswerTokens:
     """Digit tokens of one answer. Token indices are relative to the answer.
 
-    A token with a digit belongs to that digit's number, also if it contains more (`` 0``, ``12``, ``0.5``, ``2]``):
-    without it, the digit would be lost. A token with digits of two numbers belongs to the first.
+    A token with a digit belongs to that digit's number, also if it contains other characters (`` 0``, ``12``, ``0.5``,
+    ``2]``). A token with digits of two numbers belongs to the first.
 
     Attributes:
         where: ``[tokens]`` bool, *where* tokens. Grounding: tokens with a digit of a number. Other kinds: all tokens
             but the end of turn.
         number: ``[tokens]`` int64, index of the number whose digits the token contains; -1 for other tokens.
-        single_digits: every digit of every number is a token of its own, without even a blank beside it; False if
-            there are no numbers. The fields below are empty if this is False.
+        single_digits: True if every digit and decimal point of every number is a token of its own, without even a
+            space beside it; False if there are no numbers. The fields below are empty if this is False.
         sign: ``[NUMBERS]`` int64, the token before a number's first digit, which carries its sign.
         digits: ``NUMBERS`` lists: the tokens of a number's digits and decimal point.
-        place_values: the same lists with each digit's place value (10, 1, 0.1, ...), 0 for the decimal point.
+        place_values: ``NUMBERS`` lists: place value of each of these tokens (10, 1, 0.1, ...), 0 for the decimal point.
     """
 
     where: np.ndarray
@@ -57,14 +58,14 @@ class AnswerTokens:
 
 
 def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets) -> AnswerTokens:
-    """Find the digit tokens of an answer.
+    """Find the *where* tokens and the digit tokens of an answer.
 
     Works with any tokenizer. If it merges digits, `where` and `number` are set and `single_digits` is False.
 
     Args:
         kind: kind of the answer.
-        answer: its text, without the end of turn.
-        offsets: character offsets of all tokens, including the end of turn.
+        answer: text of the answer, without the end of turn.
+        offsets: character offsets of all tokens of the answer, including the end of turn.
 
     Raises:
         ValueError: the kind is unknown, or a grounding answer does not contain ten numbers or begins with one.
@@ -78,13 +79,13 @@ def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets) -> AnswerToken
 
 
 def what_tokens(span: tuple[int, int], offsets: Offsets) -> np.ndarray:
-    """``[tokens]`` bool: tokens that overlap the characters ``[begin, end)`` of the encoded text."""
+    """Mask ``[tokens]`` bool of the tokens that overlap `span`, characters ``[begin, end)`` of the encoded text."""
     begin, end = span
     return np.array([max(first, begin) < min(last, end) for first, last in _covering(offsets)], dtype=bool)
 
 
 def _covering(offsets: Offsets) -> list[tuple[int, int]]:
-    """Extend tokens to the left so that they cover characters between them and the tokens before them."""
+    """Offsets in which each token also covers the characters between it and the tokens before it."""
     result, covered = [], 0
     for begin, end in offsets:
         result.append((min(begin, covered), end))
@@ -93,6 +94,7 @@ def _covering(offsets: Offsets) -> list[tuple[int, int]]:
 
 
 def _grounding_tokens(answer: str, offsets: Offsets) -> AnswerTokens:
+    """`find_answer_tokens` of a grounding answer; `offsets` as `_covering` returns them."""
     matches = list(_NUMBER.finditer(answer))
     if len(matches) != NUMBERS:
         raise ValueError(
@@ -100,7 +102,7 @@ def _grounding_tokens(answer: str, offsets: Offsets) -> AnswerTokens:
         )
     if matches[0].start(2) == 0:
         raise ValueError(f"An answer must not begin with a number, there is no token for its sign: {answer!r}.")
-    # Character -> number it is a digit of. A token belongs to the number of its first digit.
+    # Position of a digit in the text -> index of its number. A token belongs to the number of its first digit.
     number_at = {
         character: index
         for index, match in enumerate(matches)
@@ -111,12 +113,13 @@ def _grounding_tokens(answer: str, offsets: Offsets) -> AnswerTokens:
         [next((number_at[c] for c in range(begin, end) if c in number_at), -1) for begin, end in offsets],
         dtype=np.int64,
     )
-    # Tokens of one character, by that character: each digit and decimal point needs one.
+    # Position of a character in the text -> the token that is this one character, for all such tokens. The tokens are
+    # single digits if every digit and decimal point has one.
     single = {begin: index for index, (begin, end) in enumerate(offsets) if end == begin + 1}
     digits = [[single.get(character, -1) for character in range(*match.span(2))] for match in matches]
     if any(-1 in tokens for tokens in digits):
         return AnswerTokens(number >= 0, number, False, np.zeros(0, dtype=np.int64), [], [])
-    # A negative number's minus sign is the end of the token before its first digit (``-`` or `` -``).
+    # The token before the first digit carries the sign: for a negative number it ends with the minus (``-`` or `` -``).
     sign = np.array([tokens[0] - 1 for tokens in digits], dtype=np.int64)
     return AnswerTokens(number >= 0, number, True, sign, digits, [_place_values(match.group(2)) for match in matches])
 
@@ -136,10 +139,10 @@ def _place_values(text: str) -> list[float]:
 
 @dataclass(frozen=True)
 class TokenTables:
-    """Digit and sign of every token of a vocabulary, to read numbers from predicted tokens.
+    """Digit and sign of every token of a vocabulary, to convert predicted tokens to numbers.
 
     Attributes:
-        digit: ``[vocabulary]`` int64, 0 to 9 for a token that is one digit, with or without blanks (``1``; with
+        digit: ``[vocabulary]`` int64, 0 to 9 for a token that is one digit, with or without spaces (``1``; with
             SentencePiece also ``▁1`` and the byte ``<0x31>``); -1 for other tokens.
         minus: ``[vocabulary]`` bool, True if the token's text ends with a minus sign.
     """
@@ -153,15 +156,19 @@ class TokenTables:
 
 
 def token_tables(tokenizer: Any, vocabulary: int) -> TokenTables:
-    """Tables for a tokenizer and the size of the LM head (which may be larger than the tokenizer's vocabulary).
+    """Build the tables for a tokenizer.
 
-    Works with any tokenizer. Without digit tokens the tables have no digits; `require_digit_tokens` then raises.
+    Works with any tokenizer. If it has no digit tokens, `digit` is -1 everywhere; `require_digit_tokens` then raises.
+
+    Args:
+        tokenizer: tokenizer of the VLM.
+        vocabulary: length of the tables: size of the LM head, which may exceed the tokenizer's vocabulary.
     """
     digit = torch.full((vocabulary,), -1, dtype=torch.int64)
     minus = torch.zeros(vocabulary, dtype=torch.bool)
     for spelling, index in tokenizer.get_vocab().items():
-        # Decoding the whole vocabulary takes seconds. A token that decodes to a digit or a minus sign has a digit or a
-        # hyphen in its spelling, byte tokens (<0x2D>) too.
+        # Decoding the whole vocabulary takes seconds. Every token that decodes to a digit or ends with a minus sign has
+        # a digit or a hyphen in its spelling, byte tokens (<0x2D>) too; only those tokens are decoded.
         if index < vocabulary and _DIGIT_OR_HYPHEN.search(spelling):
             text = tokenizer.decode([index])
             minus[index] = text.endswith("-")
@@ -171,9 +178,10 @@ def token_tables(tokenizer: Any, vocabulary: int) -> TokenTables:
 
 
 def require_digit_tokens(tokenizer: Any, what: str) -> None:
-    """Check, before training, that a tokenizer encodes every digit as a token of its own.
+    """Raise ValueError unless a tokenizer encodes every digit as a token of its own.
 
-    Encodes grounding answers with every number with two decimals between -20 and 20, and frame indices up to 443.
+    The check, made before training, encodes grounding answers that contain every number with two decimals between -20
+    and 20, and frame indices up to 443.
 
     Args:
         tokenizer: tokenizer of the VLM.
@@ -183,7 +191,7 @@ def require_digit_tokens(tokenizer: Any, what: str) -> None:
         ValueError: a digit is merged with another character, or its token does not decode to that digit.
     """
     digit = token_tables(tokenizer, max(tokenizer.get_vocab().values()) + 1).digit
-    for answer in _probes():
+    for answer in _probe_answers():
         encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], _covering(encoded["offset_mapping"])
         found = find_answer_tokens("grounding", answer, offsets)
@@ -197,7 +205,7 @@ def require_digit_tokens(tokenizer: Any, what: str) -> None:
                 )
 
 
-def _probes() -> Iterator[str]:
+def _probe_answers() -> Iterator[str]:
     """Grounding answers that contain every number with two decimals between -20 and 20."""
     values = [f"{hundredths / 100:.2f}" for hundredths in range(-1999, 2000)]
     for frame in range(len(values) // (NUMBERS - 1)):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from w2r2_ds.data.answer_positions import answer_positions, description_positions
+from w2r2_ds.data.answer_positions import collate_answer_positions, collate_description_positions
 from w2r2_ds.data.images import even_crop
 from w2r2_ds.data.packing import (
     Group,
@@ -36,22 +36,23 @@ PositionIds = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, t
 class Collator:
     """`collate_fn` of the data loaders: a list of `Features` -> `Batch`.
 
-    Three layouts: sequences padded on the left for generation (no `position_ids`), sequences padded on the right for
-    training, or one packed sequence for training (`grouping`).
+    There are three layouts:
+
+    * generation (`position_ids` is None): one sequence per sample, padded on the left;
+    * training without `grouping`: one sequence per sample, padded on the right;
+    * training with `grouping`: all samples packed into one sequence.
 
     Args:
         pad_id: id of the padding token.
         kind: ``"image"`` or ``"video"``.
-        position_ids: computes multimodal position ids, here and not on the GPU, which would have to wait for the CPU;
-            None for generation.
+        position_ids: computes multimodal position ids, on the CPU, because computing them on the GPU needs a host
+            sync; None for generation.
         vision: patch sizes of the vision tower.
         geometry: patch size of the geometry encoder, for the dummy image.
-        family: VLM family, makes the inputs of its vision tower.
+        family: VLM family; computes the inputs of its vision tower.
         with_prompts: also make `Batch.prompts`, to decode answers during training.
-        grouping: groups of samples with a common prefix, for one packed sequence; None for padded sequences.
-
-    Raises:
-        ValueError: (when called) samples of one group have frames after the common prefix.
+        grouping: partition of the samples into groups with a common prefix, for one packed sequence; None for padded
+            sequences.
     """
 
     def __init__(
@@ -67,15 +68,19 @@ class Collator:
     ) -> None:
         assert grouping is None or position_ids is not None, "prompts for generation are not packed"
         self.pad_id, self.kind, self.position_ids, self.with_prompts = pad_id, kind, position_ids, with_prompts
-        self.family = family
-        self.vision, self.dummy, self.grouping = vision, dummy_visuals(kind, vision, geometry, family), grouping
+        self.vision, self.family, self.grouping = vision, family, grouping
+        self.dummy = dummy_visuals(kind, vision, geometry, family)
 
     def __call__(self, features: Sequence[Features]) -> Batch:
+        """Collate one micro-batch.
+
+        Raises:
+            ValueError: samples of one group have frames after the common prefix.
+        """
         training = self.position_ids is not None
         groups = (self.grouping or separate_groups)(features)
-        # Frames of a group are encoded once: those of its first member.
-        firsts = [features[group.members[0]] for group in groups]
-        visuals = self._visuals(firsts)
+        # All members of a group have the same frames; the encoders run on those of its first member.
+        visuals = self._visuals([features[group.members[0]] for group in groups])
         if self.grouping is None:
             tokens = self._padded(features, left=not training)
             layout, placements = padded_layout(features, tokens.attention_mask)
@@ -93,22 +98,22 @@ class Collator:
             position_ids=self._position_ids(groups, features, visuals, tokens),
             visuals=visuals,
             visual_tokens=tokens.token_types.flatten().nonzero().squeeze(-1),
-            token_set=sets.token,
-            frame_set=sets.sample,
+            frame_set_of_token=sets.token,
+            frame_set_of_sample=sets.sample,
             layout=layout if training else None,
-            # Labels are not a masked copy of input_ids: only answer tokens have one, so the LM head is applied to
-            # their positions only.
-            answer=answer_positions(features, placements) if training else None,
+            # Labels are not a copy of input_ids with -100 at the prompt: only answer tokens have labels, so that the
+            # LM head is applied to their positions only.
+            optional_answer_positions=collate_answer_positions(features, placements) if training else None,
+            optional_description_positions=collate_description_positions(features, placements) if training else None,
             cam_to_world=_poses(samples),
             target_box=_target_boxes(samples),
-            description=description_positions(features, placements) if training else None,
             kinds=tuple(sample.kind for sample in samples),
             answers=tuple(sample.answer for sample in samples),
             prompts=self._prompts(features, sets) if self.with_prompts else None,
         )
 
     def _padded(self, features: Sequence[Features], left: bool) -> Tokens:
-        """One sequence per sample, padded to the longest on the left or on the right."""
+        """One sequence per sample, padded to the longest, on the left or on the right."""
         return Tokens(
             input_ids=_pad([f.input_ids for f in features], self.pad_id, left),
             attention_mask=_pad([torch.ones_like(f.input_ids) for f in features], 0, left),
@@ -124,8 +129,8 @@ class Collator:
         grids = {} if visuals.dummy else {self.kind: visuals.grid_thw}
         if self.grouping is None:
             return self.position_ids(tokens.input_ids, tokens.token_types, tokens.attention_mask, grids)
-        # The family computes positions of padded sequences. The first member of each group is enough: it has all
-        # frames of the group, and the suffixes of the other members are text.
+        # The family computes position ids of padded sequences. It is called for the first member of each group, which
+        # has all frames; `pack_position_ids` derives those of the other suffixes, which are text.
         firsts = self._padded([features[group.members[0]] for group in groups], left=False)
         position_ids = self.position_ids(firsts.input_ids, firsts.token_types, firsts.attention_mask, grids)
         return pack_position_ids(groups, position_ids, [len(f.input_ids) for f in features])
@@ -133,23 +138,26 @@ class Collator:
     def _prompts(self, features: Sequence[Features], sets: _FrameSets) -> Prompts:
         """The prompts of the samples, without answers, padded on the left."""
         tokens = self._padded([_without_answer(f) for f in features], left=True)
-        # Samples of a group share the encoded frames; every prompt refers to them again.
-        order = [entry for each in sets.sample.tolist() if each >= 0 for entry in sets.entries[each]]
+        # Samples of a group share the encoded frames, but their prompts are separate sequences: `order` repeats the
+        # indices of the frames for every prompt.
+        order = [entry for frame_set in sets.sample.tolist() if frame_set >= 0 for entry in sets.entries[frame_set]]
         return Prompts(*tokens, torch.cat([f.visual.grid_thw for f in features]), tuple(order))
 
     def _visuals(self, features: Sequence[Features]) -> Visuals:
-        """Visual inputs of the samples that have frames; the dummy if none has."""
+        """Visual inputs of one sample per group; the dummy if no sample has frames."""
         with_frames = [f for f in features if f.sample.frames]
         if not with_frames:
             return self.dummy
         inputs = [f.visual for f in with_frames]
-        cached_3d = tuple(each.cached_3d for each in inputs if each.cached_3d is not None)
-        cached_2d = tuple(each.cached_2d for each in inputs if each.cached_2d is not None)
-        # With a cache of 2D features, the tower runs per frame set, on `uncached`: no patches of the whole batch.
-        patches = torch.cat([each.pixel_values[:0] if cached_2d else each.pixel_values for each in inputs])
+        cached_3d = tuple(visual.cached_3d for visual in inputs if visual.cached_3d is not None)
+        cached_2d = tuple(visual.cached_2d for visual in inputs if visual.cached_2d is not None)
+        # Without a cache of 2D features, the tower runs once on the patches of all frame sets. With one, it runs once
+        # per frame set that the cache lacks (`uncached`), so that each result is stored under its own key.
+        patches = torch.cat([visual.pixel_values[:0] if cached_2d else visual.pixel_values for visual in inputs])
+        grid_thw = torch.cat([visual.grid_thw for visual in inputs])
         visuals = dataclasses.replace(
-            tower_input(self.kind, patches, torch.cat([each.grid_thw for each in inputs]), self.vision, self.family),
-            geometry_images=tuple(each.geometry_images for each in inputs),
+            tower_input(self.kind, patches, grid_thw, self.vision, self.family),
+            geometry_images=tuple(visual.geometry_images for visual in inputs),
             ids=tuple(f.sample.id for f in with_frames),
             cached_3d=cached_3d,
             cached_2d=cached_2d,
@@ -157,10 +165,10 @@ class Collator:
         if not cached_2d:
             return visuals
         uncached = tuple(
-            tower_input(self.kind, each.pixel_values, each.grid_thw, self.vision, self.family)
-            if len(each.pixel_values)
+            tower_input(self.kind, visual.pixel_values, visual.grid_thw, self.vision, self.family)
+            if len(visual.pixel_values)
             else None
-            for each in inputs
+            for visual in inputs
         )
         return dataclasses.replace(visuals, uncached=uncached, filler=self.dummy)
 
@@ -168,27 +176,27 @@ class Collator:
 def tower_input(
     kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec, family: VlmFamily
 ) -> Visuals:
-    """`Visuals` for the vision tower only.
+    """`Visuals` with inputs of the vision tower only.
 
     Args:
         kind: ``"image"`` or ``"video"``.
-        patches: ``[patches, values]`` float32.
-        grid_thw: ``[images or videos, 3]`` int64.
-        vision: patch sizes.
-        family: makes the tower's other inputs.
+        patches: ``[patches, values]`` float32 pixel values.
+        grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width).
+        vision: patch sizes of the vision tower.
+        family: VLM family; computes the tower's other inputs.
     """
     sizes = token_counts(grid_thw, vision.merge_size)
-    return Visuals(kind, patches, grid_thw, sizes, family.tower_inputs(grid_thw, vision), ())
+    return Visuals(kind, patches, grid_thw, sizes, family.tower_inputs(grid_thw, vision), geometry_images=())
 
 
 def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family: VlmFamily) -> Visuals:
-    """Gray visual inputs of at least 2 x 2 merged patches: one image, or the frames of one temporal patch.
+    """Gray visual inputs of at least 2 x 2 merged patches: one image, or a video of one temporal patch.
 
-    As of any frame, the vision tower gets a crop of the geometry encoder's image.
+    As with real frames, the geometry encoder gets a multiple of its patch size, and the vision tower a crop of it.
     """
     frames = vision.temporal_patch_size if kind == "video" else 1
-    least = 2 * vision.merge_size * vision.patch_size
-    side = math.ceil(least / geometry.patch_size) * geometry.patch_size
+    min_side = 2 * vision.merge_size * vision.patch_size
+    side = math.ceil(min_side / geometry.patch_size) * geometry.patch_size
     image = np.full((frames, 3, side, side), 0.5, dtype=np.float32)
     cropped = even_crop(image, vision.patch_size, vision.merge_size)
     visuals = tower_input(kind, *family.pixel_values(cropped, vision, kind), vision, family)
@@ -196,17 +204,22 @@ def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family:
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:
-    """Tokens of every image, or of every temporal patch of the videos, of ``[images or videos, 3]`` patch grids."""
+    """Number of tokens of every image, or of every temporal patch of the videos.
+
+    Args:
+        grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width).
+        merge_size: patches per side that become one token.
+    """
     return tuple(height * width // merge_size**2 for time, height, width in grid_thw.tolist() for _ in range(time))
 
 
 class _FrameSets(NamedTuple):
-    """Frame sets of a batch.
+    """Frame sets of a batch (see `Visuals`).
 
     Attributes:
-        token: `Batch.token_set`.
-        sample: `Batch.frame_set`.
-        entries: per frame set, its indices in `Visuals.sizes`.
+        token: ``[visual tokens]`` int64, frame set of every visual token (`Batch.frame_set_of_token`).
+        sample: ``[batch]`` int64, frame set of every sample or -1 (`Batch.frame_set_of_sample`).
+        entries: per frame set, the indices in `Visuals.sizes` of its images or temporal patches.
     """
 
     token: torch.Tensor
@@ -217,15 +230,16 @@ class _FrameSets(NamedTuple):
 def _frame_sets(groups: Sequence[Group], features: Sequence[Features]) -> _FrameSets:
     """One frame set per group that has frames, in the order of the groups."""
     sample = torch.full((len(features),), -1, dtype=torch.int64)
-    counts: list[int] = []
+    num_tokens: list[int] = []  # visual tokens of every frame set
     entries: list[range] = []
     for group in groups:
-        first, end = features[group.members[0]], entries[-1].stop if entries else 0
+        first, begin = features[group.members[0]], entries[-1].stop if entries else 0
         if first.sample.frames:
             sample[list(group.members)] = len(entries)
-            entries.append(range(end, end + int(first.visual.grid_thw[:, 0].sum())))
-            counts.append(int((first.token_types > 0).sum()))
-    return _FrameSets(torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)), sample, entries)
+            # one entry per temporal patch; an image has one
+            entries.append(range(begin, begin + int(first.visual.grid_thw[:, 0].sum())))
+            num_tokens.append(int((first.token_types > 0).sum()))
+    return _FrameSets(torch.repeat_interleave(torch.tensor(num_tokens, dtype=torch.int64)), sample, entries)
 
 
 def _packed(groups: Sequence[Group], features: Sequence[Features]) -> Tokens:
@@ -235,6 +249,7 @@ def _packed(groups: Sequence[Group], features: Sequence[Features]) -> Tokens:
 
 
 def _without_answer(feature: Features) -> Features:
+    """The features of a sample's prompt."""
     count = len(feature.input_ids) - feature.num_answer_tokens
     return dataclasses.replace(
         feature, input_ids=feature.input_ids[:count], token_types=feature.token_types[:count], num_answer_tokens=0
@@ -248,7 +263,10 @@ def _pad(sequences: Sequence[torch.Tensor], value: int, left: bool) -> torch.Ten
 
 
 def _poses(samples: Sequence[Sample]) -> torch.Tensor:
-    """``[batch, frames, 4, 4]`` float64 camera poses; NaN for missing frames: a box in such a frame has IoU 0."""
+    """``[batch, frames >= 1, 4, 4]`` float64 camera poses.
+
+    The poses of missing frames are NaN, so that a box predicted in such a frame has IoU 0.
+    """
     count = max([1, *(len(sample.frames) for sample in samples)])
     result = torch.full((len(samples), count, 4, 4), torch.nan, dtype=torch.float64)
     for index, sample in enumerate(samples):

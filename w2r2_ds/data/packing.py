@@ -1,8 +1,8 @@
-"""Layout of a micro-batch: every sample in a padded sequence of its own, or all samples packed into one sequence.
+"""Layout of a micro-batch: one padded sequence per sample, or one packed sequence with all samples.
 
-The frames come first in a prompt, so samples about the same frames begin with the same tokens, and in a causal model
-these have the same hidden states. In a packed sequence such a group of samples has this prefix once, followed by one
-suffix per sample (the rest of its question, and its answer)::
+The frames come first in a prompt. Samples with the same frames therefore begin with the same tokens, which have the
+same hidden states in a causal model. A packed sequence contains this shared prefix once per group of such samples,
+followed by one suffix per sample (the rest of its question, and its answer)::
 
     [ prefix of group 0 ][ suffix 1 ][ suffix 2 ] [ prefix of group 1 ][ suffix 1 ] ...
 
@@ -28,7 +28,7 @@ class Group:
 
     Attributes:
         members: indices of the samples in the micro-batch.
-        prefix: length of the shared prefix; all tokens if there is only one member.
+        prefix: number of tokens of the shared prefix; all tokens of the sample if it is the only member.
     """
 
     members: tuple[int, ...]
@@ -36,11 +36,19 @@ class Group:
 
 
 Grouping = Callable[[Sequence[Features]], list[Group]]
+"""Partition of the samples of a micro-batch into groups that share a prefix."""
 
 
 @dataclass(frozen=True)
 class TokenPlacement:
-    """Position of a sample in a sequence: its first `prefix` tokens start at `begin`, the others at `suffix`."""
+    """Position of one sample's tokens in a sequence: prefix and suffix are contiguous, with other samples in between.
+
+    Attributes:
+        sequence: index of the sequence in the batch.
+        begin: position of the sample's first token.
+        prefix: number of tokens of the prefix.
+        suffix: position of the first token after the prefix.
+    """
 
     sequence: int
     begin: int
@@ -48,7 +56,7 @@ class TokenPlacement:
     suffix: int
 
     def at(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Positions in the sequence of the sample's tokens: ``[n] int64`` token indices -> ``[n] int64``."""
+        """Positions ``[n]`` int64 in the sequence of the sample's tokens with the indices `tokens`, ``[n]`` int64."""
         return tokens + torch.where(tokens < self.prefix, self.begin, self.suffix - self.prefix)
 
 
@@ -58,7 +66,7 @@ def separate_groups(features: Sequence[Features]) -> list[Group]:
 
 
 def groups_by_frames(features: Sequence[Features]) -> list[Group]:
-    """One group per frame set: samples with the same frame files in the same order share their common prefix.
+    """One group per frame set: samples with the same frame files in the same order share the longest common prefix.
 
     Raises:
         ValueError: a prompt has frames after its question.
@@ -72,12 +80,12 @@ def groups_by_frames(features: Sequence[Features]) -> list[Group]:
 
 
 def _shared_prefix(features: Sequence[Features]) -> int:
-    """Length of the longest common prefix of prompts, without the last token of any prompt."""
+    """Length of the longest common prefix of the prompts; at most all but the last token of the shortest prompt."""
     first, *others = features
     if not others:
         return len(first.input_ids)
-    # The last token of a prompt predicts the first token of the answer. It stays in the suffix, also if the prompts
-    # are equal, so that the positions of every answer are those of one sample.
+    # The last token of a prompt predicts the first token of the answer. It stays in the suffix even if the prompts are
+    # equal: every answer position then belongs to exactly one sample.
     count = min(len(feature.input_ids) - feature.num_answer_tokens for feature in features) - 1
     for feature in others:
         differs = (feature.input_ids[:count] != first.input_ids[:count]).nonzero()
@@ -92,38 +100,46 @@ def _shared_prefix(features: Sequence[Features]) -> int:
 
 
 def packed_layout(groups: Sequence[Group], features: Sequence[Features]) -> tuple[Layout, list[TokenPlacement]]:
-    """Layout of one sequence ``[1, length]`` with all groups one after the other, and every sample's placement."""
+    """Layout of one sequence ``[1, length]`` with all groups one after the other, and the placement of every sample."""
     placements: dict[int, TokenPlacement] = {}
     spans: list[tuple[int, ...]] = []
     end = 0
     for group in groups:
-        begin, ends = end, [end, end + group.prefix]
+        begin, bounds = end, [end, end + group.prefix]
         end += group.prefix
         for member in group.members:
-            placements[member] = TokenPlacement(0, begin, group.prefix, end)
+            placements[member] = TokenPlacement(sequence=0, begin=begin, prefix=group.prefix, suffix=end)
             end += len(features[member].input_ids) - group.prefix
-            ends.append(end)
+            bounds.append(end)
         # A single sample is all prefix; the end of its empty suffix is dropped.
-        spans.append(tuple(ends if len(group.members) > 1 else ends[:2]))
-    # Lengths of the prefix and of each suffix, per group: repeat the index of the group (and of the prefix, 0, or the
-    # suffix, 1, 2, ..., in the group) for each of its tokens.
-    lengths = [torch.tensor(each).diff() for each in spans]
-    group_index = torch.repeat_interleave(torch.tensor([int(each.sum()) for each in lengths]))
-    suffix_index = torch.cat([torch.repeat_interleave(each) for each in lengths])
+        spans.append(tuple(bounds if len(group.members) > 1 else bounds[:2]))
+    # `diff` of a group's bounds gives the lengths of its prefix and suffixes. repeat_interleave(lengths) repeats the
+    # index i lengths[i] times: the group of every token, and in its group 0 for the prefix, n for the n-th suffix.
+    lengths = [torch.tensor(bounds).diff() for bounds in spans]
+    group_index = torch.repeat_interleave(torch.tensor([int(parts.sum()) for parts in lengths]))
+    suffix_index = torch.cat([torch.repeat_interleave(parts) for parts in lengths])
     layout = Layout(group_index[None], suffix_index[None], (tuple(spans),))
     return layout, [placements[index] for index in range(len(features))]
 
 
 def padded_layout(features: Sequence[Features], attention_mask: torch.Tensor) -> tuple[Layout, list[TokenPlacement]]:
-    """Layout of one sequence per sample, padded on the right; `attention_mask`: ``[batch, length]`` int64."""
+    """Layout of one sequence per sample, padded on the right, and the placement of every sample.
+
+    Args:
+        features: the samples.
+        attention_mask: ``[batch, length]`` int64, 1 for tokens, 0 for padding.
+    """
     lengths = [len(feature.input_ids) for feature in features]
     # Every sequence has one group, 0, without suffixes; padding is -1.
     layout = Layout(attention_mask - 1, torch.zeros_like(attention_mask), tuple(((0, length),) for length in lengths))
-    return layout, [TokenPlacement(index, 0, length, length) for index, length in enumerate(lengths)]
+    placements = [
+        TokenPlacement(sequence=index, begin=0, prefix=length, suffix=length) for index, length in enumerate(lengths)
+    ]
+    return layout, placements
 
 
 def pack_tokens(groups: Sequence[Group], tokens: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Pack a ``[tokens]`` tensor of every sample (ids or types) into ``[length]``, in the order of `packed_layout`."""
+    """Pack one ``[tokens]`` tensor per sample (ids or types) into ``[length]``, in the order of `packed_layout`."""
     parts = []
     for group in groups:
         first, *others = group.members
@@ -136,19 +152,19 @@ def pack_position_ids(groups: Sequence[Group], firsts: torch.Tensor, lengths: Se
 
     Args:
         groups: groups whose prefixes contain all frames.
-        firsts: ``[3, groups, longest]`` int64, position ids of every group's first member, padded on the right.
+        firsts: ``[axes, groups, longest]`` int64, position ids of every group's first member, padded on the right.
         lengths: number of tokens of every sample.
 
     Returns:
-        ``[3, 1, length]`` int64.
+        ``[axes, 1, length]`` int64.
     """
     parts = []
     for index, group in enumerate(groups):
         first, *others = group.members
         parts.append(firsts[:, index, : lengths[first]])
         for member in others:
-            # A suffix is text: its positions count up by one from the first token after the prefix, in all three
-            # components. The first member's position there is the same for all members.
+            # A suffix is text, so its positions count up by one on all axes. They start where the suffix of the first
+            # member starts, because all members have the same prefix.
             count = torch.arange(lengths[member] - group.prefix)
             parts.append(firsts[:, index, group.prefix, None] + count)
     return torch.cat(parts, dim=1)[:, None]

@@ -200,10 +200,10 @@ def geometry_norm(visual: VisionOutput, merged: Tensor, batch: Batch) -> Tensor:
     if batch.visuals.dummy:
         return merged.new_zeros(len(batch.ids))
     sets = len(batch.visuals.geometry_images)
-    # Sum the squares of all tokens of a frame set; `token_set` is the set's index for each visual token.
+    # Sum the squares of all tokens of a frame set; `frame_set_of_token` is the set's index for each visual token.
     squares = [
-        torch.zeros(sets, device=merged.device).index_add(0, batch.token_set, tokens.float().square().sum(-1))
+        torch.zeros(sets, device=merged.device).index_add(0, batch.frame_set_of_token, tokens.float().square().sum(-1))
         for tokens in (merged, torch.cat(visual.pooler_output))
     ]
     ratio = (squares[0] / squares[1].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-    return torch.where(batch.frame_set >= 0, ratio[batch.frame_set.clamp(min=0)], 0.0)
+    return torch.where(batch.frame_set_of_sample >= 0, ratio[batch.frame_set_of_sample.clamp(min=0)], 0.0)

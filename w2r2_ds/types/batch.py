@@ -1,4 +1,4 @@
-"""`Batch`: one micro-batch of tokens, visual inputs and labels, as the collator makes it and the model reads it."""
+"""`Batch`: one micro-batch of token ids, visual inputs and labels, built by the collator for model and objective."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TowerInputs:
-    """Inputs of the vision tower that follow from the patch grids; each VLM family has a subclass.
+    """Inputs of the vision tower that are derived from the patch grids (`grid_thw`); each VLM family has a subclass.
 
-    Made on the CPU by the collator. Derived from `grid_thw` on the GPU, they would synchronize host and device a few
-    times per image.
+    The collator computes them on the CPU: on the GPU, deriving them would synchronize host and device a few times per
+    image.
     """
 
 
@@ -34,19 +34,21 @@ class Visuals:
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
-        pixel_values: ``[patches, values]`` float32; no patches with a cache of 2D features, see `uncached`.
+        pixel_values: ``[patches, values]`` float32; ``[0, values]`` with a cache of 2D features, where `uncached` has
+            the patches.
         grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width).
         sizes: number of tokens of every image, or of every temporal patch of a video, in order.
-        tower: inputs of the vision tower that follow from `grid_thw`.
-        geometry_images: per frame set, ``[frames, 3, height, width]`` float32 in [0, 1]; None if `cached_3d` has its
-            features.
+        tower: inputs of the vision tower that are derived from `grid_thw`.
+        geometry_images: per frame set, ``[frames, 3, height, width]`` float32 in [0, 1]; None if `cached_3d` has the
+            set's features.
         ids: per frame set, the id of its (first) sample.
         dummy: True for the dummy, a gray image or short video whose tokens are in no sequence.
         cached_3d: per frame set, the cache lookup of its geometry features; empty without a cache.
         cached_2d: per frame set, the cache lookup of its 2D features; empty without a cache of 2D features.
-        uncached: with `cached_2d`, per frame set, the tower's inputs if the cache lacks its features, else None.
-        filler: with `cached_2d`, the dummy, for the additional calls of a rank with fewer uncached frame sets than
-            another.
+        uncached: with a cache of 2D features, per frame set, the tower's inputs if the cache lacks the set's features,
+            else None; empty without such a cache.
+        filler: with a cache of 2D features, the dummy. A rank with fewer uncached frame sets than another calls the
+            tower on it, until all ranks have made the same number of calls.
     """
 
     kind: str
@@ -64,7 +66,7 @@ class Visuals:
 
 
 class Tokens(NamedTuple):
-    """Tokens of all sequences: fields of `Batch`."""
+    """Tokens of all sequences; see the fields of the same names in `Batch`."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -80,7 +82,8 @@ class Prompts:
         attention_mask: ``[batch, length]`` int64, 1 for tokens, 0 for padding.
         token_types: ``[batch, length]`` int64, `mm_token_type_ids`.
         grid_thw: ``[images or videos, 3]`` int64 patch grids of all prompts; frames that samples share are repeated.
-        order: indices into `Visuals.sizes` of the prompts' visual tokens, one prompt after the other.
+        order: indices into `Visuals.sizes` of the images or temporal patches of every prompt, one prompt after the
+            other.
     """
 
     input_ids: torch.Tensor
@@ -94,26 +97,29 @@ class Prompts:
 class Batch:
     """One micro-batch. ``sequences`` equals ``batch`` (the number of samples), or is 1 if the samples are packed.
 
+    A batch for training has all fields. A batch for generation has None in the Optional fields; the properties
+    `answer_positions` and `description_positions` are for training batches only.
+
     Attributes:
         ids: sample ids.
         tasks: name of the task of every sample.
         input_ids: ``[sequences, length]`` int64.
         attention_mask: ``[sequences, length]`` int64, 1 for tokens, 0 for padding.
         token_types: ``[sequences, length]`` int64, `mm_token_type_ids`: 0 text, 1 image, 2 video.
-        position_ids: ``[axes, sequences, length]`` int64; None for generation, where the model makes them.
+        position_ids: ``[axes, sequences, length]`` int64; None for generation, where the model computes them.
         visuals: inputs of both encoders.
-        visual_tokens: ``[tokens]`` int64, ``sequence * length + position`` of every visual token, in the encoders'
-            order.
-        token_set: ``[tokens]`` int64, index of the frame set of every visual token.
-        frame_set: ``[batch]`` int64, index of the frame set of every sample; -1 without frames.
+        visual_tokens: ``[visual tokens]`` int64, ``sequence * length + position`` of every visual token, in the
+            encoders' order.
+        frame_set_of_token: ``[visual tokens]`` int64, index of the frame set of every visual token.
+        frame_set_of_sample: ``[batch]`` int64, index of the frame set of every sample; -1 without frames.
         layout: groups of the sequences; None for generation.
-        answer: labels and their positions; None for generation.
+        optional_answer_positions: labels and their positions; None for generation.
+        optional_description_positions: positions of the tokens of the descriptions; None for generation.
         cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64 camera poses; NaN for missing frames.
         target_box: ``[batch, 9]`` float64 world boxes; NaN for a sample without a target.
-        description: positions of the description's tokens; None for generation.
         kinds: kind of every answer, see `Sample.kind`.
         answers: text of every answer.
-        prompts: prompts without answers; None if the collator does not make them.
+        prompts: prompts without answers, to decode answers during training; None if the collator does not make them.
     """
 
     ids: tuple[str, ...]
@@ -124,66 +130,67 @@ class Batch:
     position_ids: torch.Tensor | None
     visuals: Visuals
     visual_tokens: torch.Tensor
-    token_set: torch.Tensor
-    frame_set: torch.Tensor
+    frame_set_of_token: torch.Tensor
+    frame_set_of_sample: torch.Tensor
     layout: Layout | None
-    answer: AnswerPositions | None
+    optional_answer_positions: AnswerPositions | None
+    optional_description_positions: DescriptionPositions | None
     cam_to_world: torch.Tensor
     target_box: torch.Tensor
-    description: DescriptionPositions | None
     kinds: tuple[Kind, ...]
     answers: tuple[str, ...]
     prompts: Prompts | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory are asynchronous."""
-        return moved(self, device)
+        return to_device(self, device)
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader."""
-        return _map(self, torch.Tensor.pin_memory)
+        """The batch in pinned memory; the DataLoader calls this method with ``pin_memory=True``."""
+        return _map_tensors(self, torch.Tensor.pin_memory)
 
     @property
     def answer_positions(self) -> AnswerPositions:
-        """`answer` of a training batch."""
-        assert self.answer is not None, "a batch for generation has no answer positions"
-        return self.answer
+        """Labels and their positions; for training batches only."""
+        assert self.optional_answer_positions is not None, "a batch for generation has no answer positions"
+        return self.optional_answer_positions
 
     @property
     def description_positions(self) -> DescriptionPositions:
-        """`description` of a training batch."""
-        assert self.description is not None, "a batch for generation has no description positions"
-        return self.description
+        """Positions of the tokens of the descriptions; for training batches only."""
+        assert self.optional_description_positions is not None, "a batch for generation has no description positions"
+        return self.optional_description_positions
 
 
-def moved(value: T, device: torch.device) -> T:
-    """A batch or a part of it on `device`; copies from pinned memory are asynchronous."""
-    return _map(value, lambda tensor: tensor.to(device, non_blocking=True))
+def to_device(value: T, device: torch.device) -> T:
+    """A batch, or a part of it, on `device`; copies from pinned memory are asynchronous."""
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply `function` to every tensor of nested dataclasses and tuples."""
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply `function` to every tensor of nested dataclasses and tuples; other values stay as they are."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, tuple):
-        return tuple(_map(item, function) for item in value)
+        return tuple(_map_tensors(item, function) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _map(getattr(value, field.name), function) for field in dataclasses.fields(value)}
-        return type(value)(**fields)
+        names = [field.name for field in dataclasses.fields(value)]
+        return type(value)(**{name: _map_tensors(getattr(value, name), function) for name in names})
     return value
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Groups of a batch's sequences; a group is a shared prefix and one suffix per sample.
+    """Groups of samples in the sequences of a batch; a group is a shared prefix and one suffix per sample.
 
     Token i attends to token j if j <= i, both are in the same group, and j is in the group's prefix or in the same
     suffix as i. A group with one sample is all prefix.
 
     Attributes:
         group: ``[sequences, length]`` int64, index of every token's group in its sequence; -1 for padding.
-        suffix: ``[sequences, length]`` int64, 0 for a token of a prefix, n for one of the n-th suffix of its group.
-        spans: per sequence and group, as Python integers: begin and end of the prefix, end of every suffix.
+        suffix: ``[sequences, length]`` int64, 0 for a token of a prefix, n for a token of the n-th suffix of its group.
+        spans: ``spans[sequence][group]``, as Python integers: begin and end of the prefix, then the end of every
+            suffix.
     """
 
     group: torch.Tensor
@@ -193,23 +200,27 @@ class Layout:
 
 @dataclass(frozen=True)
 class AnswerPositions:
-    """Labels of a batch and the positions whose hidden states predict them; ``answers`` entries, samples in order.
+    """Labels of a batch and the positions whose hidden states predict them.
 
-    The label at position ``p`` of a sequence is predicted at ``p - 1``: labels are shifted here, not in the loss, so
-    that the head is applied to these positions only.
+    The first five fields have one entry per *answer token*: the tokens of the answers, each with its end of turn,
+    samples in order. The last three fields index into these entries, and have one entry per sample and number; a
+    grounding answer has ``NUMBERS`` numbers (``data/answer_tokens.py``).
+
+    The token at position ``p`` of a sequence is predicted at ``p - 1``. Labels are shifted here, not in the loss, so
+    that the LM head is applied to these positions only.
 
     Attributes:
-        sample: ``[answers]`` int64, index of the sample in the batch.
-        sequence: ``[answers]`` int64, index of the sequence.
-        position: ``[answers]`` int64, position in the sequence whose hidden state predicts the label.
-        label: ``[answers]`` int64, id of the token to be predicted.
-        where: ``[answers]`` bool, *where* tokens: digits of frame index and box in a grounding answer; in a caption or
-            a short answer, all tokens but the end of turn.
-        digit: ``[batch, NUMBERS, width]`` int64, width >= 1: the entry of every digit and decimal point of a number;
-            -1 for padding, and everywhere for a sample without digit tokens.
+        sample: ``[answer tokens]`` int64, index of the sample in the batch.
+        sequence: ``[answer tokens]`` int64, index of the sequence.
+        position: ``[answer tokens]`` int64, position in the sequence whose hidden state predicts the label.
+        label: ``[answer tokens]`` int64, id of the token to be predicted.
+        where: ``[answer tokens]`` bool, *where* tokens: digits of frame index and box in a grounding answer; in a
+            caption or a short answer, all tokens but the end of turn.
+        digit: ``[batch, NUMBERS, width]`` int64, width >= 1: entry of every digit and decimal point of a number; -1 for
+            padding, and everywhere for a sample without digit tokens.
         place_value: ``[batch, NUMBERS, width]`` float64, place value of the digit (10, 1, 0.1, ...); 0 for a decimal
             point and for padding.
-        sign: ``[batch, NUMBERS]`` int64, the entry of the token that carries the sign; 0 without digit tokens.
+        sign: ``[batch, NUMBERS]`` int64, entry of the token that carries the sign; 0 without digit tokens.
     """
 
     sample: torch.Tensor
@@ -227,9 +238,9 @@ class DescriptionPositions:
     """Positions of the *what* tokens (the description in the prompt) of a batch, samples in order.
 
     Attributes:
-        sample: ``[tokens]`` int64, index of the sample in the batch.
-        sequence: ``[tokens]`` int64, index of the sequence.
-        position: ``[tokens]`` int64, position of the token in the sequence.
+        sample: ``[what tokens]`` int64, index of the sample in the batch.
+        sequence: ``[what tokens]`` int64, index of the sequence.
+        position: ``[what tokens]`` int64, position of the token in the sequence.
     """
 
     sample: torch.Tensor

@@ -1,4 +1,4 @@
-"""Sizes of a geometry encoder, for pre-processing."""
+"""`GeometrySpec`: sizes of a geometry encoder, for pre-processing."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GeometrySpec:
-    """Sizes of a geometry encoder for the data pipeline; no weights.
+    """Patch size and feature dimension of a geometry encoder; available without its weights.
 
     Attributes:
-        patch_size: side in pixels of the image patch that a feature stands for; frames are resized to multiples of it.
-        feature_dim: channels of a feature, of all selected layers together.
+        patch_size: side of a patch in pixels; frames are resized to multiples of it, and each patch gives one feature.
+        feature_dim: channels of a feature, summed over the selected layers.
     """
 
     patch_size: int
     feature_dim: int
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the features of a frame of this size in pixels."""
+        """Rows and columns of the feature grid of a frame of `height` x `width` pixels."""
         return height // self.patch_size, width // self.patch_size

@@ -1,4 +1,4 @@
-"""`Sample`: one question about a set of frames, with its answer and annotations, as prepared data sets store it."""
+"""`Sample`: one question about an ordered set of frames, with its answer and annotations; a row of a prepared set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 Kind = Literal["grounding", "caption", "answer"]
-"""Kind of an answer: numbers of a box, a sentence, or a short answer. Digit tokens and similarity follow from it."""
+"""Kind of an answer: the numbers of a box, a sentence, or a short answer. It determines the *where* tokens, and how the
+similarity of a predicted answer to its label is measured."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,14 @@ class Target:
         box: ``[9]`` float64 world box (centre, size, ZXY angles; metres, radians).
         object_id: instance id in the scene.
         object_name: annotated name, with spaces.
-        group: ``"unique"`` or ``"multiple"`` by ScanNet's 18 classes (``data/sources/labels.py``).
+        group: ``"unique"`` if no other object of the scene has its class, else ``"multiple"``; by ScanNet's 18 classes
+            (``data/sources/labels.py``).
         group_nyu40: the same by NYU40 class ids.
         scannet_class: 0 to 16 for ScanNet's named classes, 17 for others.
-        ann_id: number of the description of this object, as in ScanRefer's file; empty for a caption's object.
-        described: ``[6]`` float64, the box in a caption's prompt (annotated or proposed); None for other tasks.
+        ann_id: number of the description of this object, as in ScanRefer's file; empty in Scan2Cap's
+            validation set, which has one sample per object.
+        described: ``[6]`` float64 centre and size of the box in a caption's prompt (annotated or proposed); None for
+            other tasks.
     """
 
     box: np.ndarray
@@ -39,7 +43,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference text for scoring; `words` is its tokenization in the annotation file, if it has one."""
+    """A reference text for scoring; `words` is its tokenization in the annotation file, empty if that has none."""
 
     text: str
     words: tuple[str, ...] = ()
@@ -59,15 +63,16 @@ class Sample:
 
     Attributes:
         id: unique within a data set, e.g. ``"scene0000_00|5|chair|0"``.
-        task: name of the registered task that made it.
+        task: name of its registered task.
         scene_id: name of the scene.
         frames: colour image files, in the order of the model's input; empty for a question without frames.
         cam_to_world: ``[frames, 4, 4]`` float64, camera to axis-aligned world; ``[0, 4, 4]`` without frames.
         question: text of the prompt after the frames.
         answer: text of the label; empty if the target is in no frame (validation only).
-        target: the object that the question refers to; None if there is none.
+        target: the object that the question refers to, or that a caption describes; None if there is none.
         kind: kind of the answer.
-        what: characters ``[begin, end)`` of `question` that describe the target; empty if there are none.
+        what: span ``[begin, end)``, in characters of `question`, of the *what* tokens: the description of the target.
+            Empty (``begin == end``) if there is none.
         references: texts that a generated caption or short answer is scored against.
         objects: objects that a detection is scored against.
     """

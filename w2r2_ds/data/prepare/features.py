@@ -27,7 +27,7 @@ from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_identity import open_cache
 from w2r2_ds.models.loading import load_config, load_vision_spec, load_vlm
-from w2r2_ds.types.batch import moved
+from w2r2_ds.types.batch import to_device
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
@@ -243,7 +243,7 @@ def encode_all(
                 inputs.cached_3d.write_async(geometry.encode(inputs.geometry_images))
                 keys.append(inputs.cached_3d.key)
             if inputs.cached_2d is not None and len(inputs.pixel_values):
-                visuals = moved(
+                visuals = to_device(
                     tower_input(kind, inputs.pixel_values, inputs.grid_thw, preprocess.vision, family), device
                 )
                 inputs.cached_2d.write_async(family.to_cache(family.encode_visuals(vlm, visuals)))
