@@ -1,7 +1,7 @@
 """Load frames, resize them to whole patches, and crop them to the token grid of the VLM; PIL and NumPy only.
 
-A frame is resized once, for the geometry encoder; the vision tower of the VLM gets a crop of the same pixels. The rule
-is that of VGGT's public loader, whose pixels it gives bit for bit.
+A frame is resized once, for the geometry encoder; the vision tower of the VLM gets a crop of the same pixels. Resizing
+follows VGGT's ``load_and_preprocess_images`` and gives bitwise identical pixels.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from PIL import Image
 
 WHITE = 255
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""Formats that PIL may decode, for any file name; some other formats start programs (EPS: Ghostscript)."""
+"""Formats that PIL may decode, independent of the file name; some other formats start programs (EPS: Ghostscript)."""
 UNSUPPORTED = ("I", "F")
-"""First letters of PIL modes with more than 8 bits, such as depth maps; a conversion would clip them."""
+"""First letters of PIL modes with more than 8 bits per channel, such as depth maps; conversion to RGB clips them."""
 
 
 def load_frame(path: str | Path) -> np.ndarray:
@@ -53,27 +53,29 @@ def frame_size(path: Path) -> tuple[int, int]:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """An RGBA image blended with white, as RGB."""
     return Image.alpha_composite(Image.new("RGBA", image.size, (WHITE,) * 4), image).convert("RGB")
 
 
 def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: str = "crop") -> np.ndarray:
-    """Resize frames to whole patches, by the rule of VGGT's ``load_and_preprocess_images``.
+    """Resize frames to whole patches, as VGGT's ``load_and_preprocess_images`` does.
 
-    ``crop`` scales every frame to `width` and its height to the nearest multiple of `patch`, and crops a height above
-    `width` at top and bottom. ``pad`` scales the longer side to `width` and pads the other one with white to a square.
-    Frames that still differ in size are padded with white, centred, to the largest.
+    Frames that differ in size after resizing are padded with white, centred, to the largest height and width.
 
     Args:
-        images: ``uint8 [height, width, 3]`` each.
+        images: frames, ``uint8 [height, width, 3]`` each.
         width: target width in pixels, a multiple of `patch`.
         patch: side in pixels of the geometry encoder's patches.
-        mode: ``crop`` or ``pad``.
+        mode: ``crop`` scales a frame to the target width, its height to the nearest multiple of `patch`, and crops a
+            height above the target width at top and bottom. ``pad`` scales the longer side to the target width, and
+            pads the other side with white to a square.
 
     Returns:
         ``float32 [N, 3, H, W]`` in [0, 1]; H and W are multiples of `patch`.
 
     Raises:
-        ValueError: no frames, a frame of another shape or dtype or too narrow, or an invalid width or mode.
+        ValueError: there are no frames, a frame has another shape or dtype or is too narrow, or width or mode is
+            invalid.
     """
     if width <= 0 or width % patch:
         raise ValueError(f"frame width {width} must be a positive multiple of {patch}.")
@@ -88,9 +90,9 @@ def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: st
 
 
 def _fit(image: np.ndarray, target: int, patch: int, mode: str) -> np.ndarray:
-    """One frame resized, ``uint8 [H, W, 3]``."""
+    """One frame resized and cropped or padded, ``uint8 [H, W, 3]``."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"A frame is {image.dtype} {image.shape}; give uint8 [height, width, 3].")
+        raise ValueError(f"A frame is {image.dtype} {image.shape}; it must be uint8 [height, width, 3].")
     height, width = image.shape[:2]
     by_height = mode == "pad" and height > width
     new_height = target if by_height else _scaled_height(width, height, target, patch)
@@ -105,7 +107,13 @@ def _fit(image: np.ndarray, target: int, patch: int, mode: str) -> np.ndarray:
 
 
 def crop_size(sizes: Sequence[tuple[int, int]], target: int, patch: int) -> tuple[int, int]:
-    """``(width, height)`` of the result of `resize_frames` in mode ``crop`` for frames of these sizes."""
+    """``(width, height)`` in pixels of the frames after `resize_frames` in mode ``crop``.
+
+    Args:
+        sizes: ``(width, height)`` of every frame in pixels.
+        target: target width in pixels, a multiple of `patch`.
+        patch: side in pixels of the geometry encoder's patches.
+    """
     return target, max(min(target, _scaled_height(width, height, target, patch)) for width, height in sizes)
 
 
@@ -120,24 +128,29 @@ def _to_patches(length: float, patch: int) -> int:
 
 
 def _pad(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pad ``uint8 [h, w, 3]`` with white, centred; an odd pixel goes to bottom or right."""
+    """Pad ``uint8 [h, w, 3]`` with white, centred, to `height` x `width`; an odd pixel goes to the bottom or right."""
     missing = (height - frame.shape[0], width - frame.shape[1])
-    edges = [(short // 2, short - short // 2) for short in missing]
-    return np.pad(frame, (*edges, (0, 0)), constant_values=WHITE)
+    widths = [(count // 2, count - count // 2) for count in missing]
+    return np.pad(frame, (*widths, (0, 0)), constant_values=WHITE)
 
 
 def even_crop(images: np.ndarray, patch: int = 14, merge: int = 2) -> np.ndarray:
     """Crop ``[N, 3, H, W]`` at bottom and right to multiples of ``patch * merge``, so that patches can be merged.
 
+    Args:
+        images: frames.
+        patch: side in pixels of the vision tower's patches.
+        merge: patches per side that become one token.
+
     Raises:
-        ValueError: frames smaller than one merged patch.
+        ValueError: a frame is smaller than one merged patch.
     """
     height, width = even_size(images.shape[-2], images.shape[-1], patch, merge)
     return images[..., :height, :width]
 
 
 def even_size(height: int, width: int, patch: int = 14, merge: int = 2) -> tuple[int, int]:
-    """``(height, width)`` after `even_crop`; raises the same error."""
+    """``(height, width)`` in pixels after `even_crop`; raises the same error."""
     step = patch * merge
     if height < step or width < step:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Data loaders: from the data configuration to batches on every rank."""
+"""Data loaders for training, validation and generation: from the data configuration to batches on every rank."""
 
 from __future__ import annotations
 
@@ -33,39 +33,47 @@ T = TypeVar("T")
 
 
 def load_mixture(config: DataConfig, split: str) -> Mixture:
-    """Open the prepared data sets of a split, ``"train"`` or ``"val"``.
+    """Open the prepared data sets of a split.
+
+    Args:
+        config: data configuration.
+        split: ``"train"`` or ``"val"``.
 
     Raises:
         ValueError: a data set is missing, damaged or of a task that is not registered, or a training epoch is empty.
     """
     sources = {"train": config.train, "val": config.val}[split]
     sets = [PreparedSet(Path(config.root) / source.path, config.root) for source in sources]
-    for each in sets:
-        TASKS.find(each.task)  # raises now, not at the first batch, if the task of a plug-in is missing
+    for prepared in sets:
+        TASKS.find(prepared.task)  # raises now, not at the first batch, if the task of a plug-in is missing
     mixture = Mixture(sets, [source.weight for source in sources], [source.cap for source in sources])
     if split == "train" and mixture.epoch_size == 0:
-        shown = ", ".join(f"{each.folder / MANIFEST} ({len(each)})" for each in sets)
+        sizes = ", ".join(f"{prepared.folder / MANIFEST} ({len(prepared)})" for prepared in sets)
         raise ValueError(
-            f"A training epoch has no samples: {shown}, times the weights in data.train; see skipped.jsonl beside it "
+            f"A training epoch has no samples: {sizes}, times the weights in data.train; see skipped.jsonl beside it "
             "and prepare the data set again, or raise the weight."
         )
     return mixture
 
 
-def check_frames_are_shared(mixture: Mixture, questions: int) -> None:
-    """Raise ValueError if `questions` per scene are to share frames, but every sample has frames of its own."""
-    for each in mixture.sets if questions > 1 else ():
-        if isinstance(each, PreparedSet) and each.manifest["options"]["frames"].get("protocol") == "vgllm":
+def check_frames_are_shared(mixture: Mixture, questions_per_scene: int) -> None:
+    """Check that samples share frames, which `data.questions_per_scene` above 1 requires.
+
+    Raises:
+        ValueError: the frames of a data set were drawn per sample (``frames.protocol`` vgllm).
+    """
+    for prepared in mixture.sets if questions_per_scene > 1 else ():
+        if isinstance(prepared, PreparedSet) and prepared.manifest["options"]["frames"].get("protocol") == "vgllm":
             raise ValueError(
-                f"{each.folder / MANIFEST}: frames.protocol is vgllm, which draws other frames for every sample, but "
-                f"data.questions_per_scene {questions} needs samples that share frames; prepare the data set with "
-                "scene_sets (or uniform, coverage, list), or give 1."
+                f"{prepared.folder / MANIFEST}: frames.protocol is vgllm, which draws other frames for every sample, "
+                f"but data.questions_per_scene {questions_per_scene} needs samples that share frames; prepare the data "
+                "set with scene_sets (or uniform, coverage, list), or set it to 1."
             )
 
 
 def digests(mixture: Mixture) -> list[str]:
-    """Digest of each data set of a mixture; equal digests mean equal samples."""
-    return [each.digest for each in mixture.sets if isinstance(each, PreparedSet)]
+    """Digest of each prepared data set of a mixture; equal digests mean equal samples."""
+    return [samples.digest for samples in mixture.sets if isinstance(samples, PreparedSet)]
 
 
 class SampleDataset(ImportsPlugins, Dataset[Features]):
@@ -73,8 +81,8 @@ class SampleDataset(ImportsPlugins, Dataset[Features]):
 
     Args:
         samples: the samples.
-        processor: turns a sample into tensors.
-        with_answer: True: prompt and answer (training); False: the prompt only (generation).
+        processor: (sample, with_answer) -> features.
+        with_answer: True for prompt and answer (training), False for the prompt only (generation).
     """
 
     def __init__(
@@ -91,14 +99,14 @@ class SampleDataset(ImportsPlugins, Dataset[Features]):
 
 @dataclass(frozen=True)
 class _WorkerError:
-    """A ValueError of a worker process, delivered in place of a batch."""
+    """Message and traceback of a ValueError in a worker process, sent to the main process in place of a batch."""
 
     message: str
     traceback: str
 
 
 class _CollatedItems(Dataset[Any]):
-    """Collates the items of a batch inside the dataset, where errors of both can be caught."""
+    """Dataset whose items are whole batches, so that errors of loading and of collating are caught in one place."""
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
         self.dataset, self.collate = dataset, collate
@@ -107,11 +115,11 @@ class _CollatedItems(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitems__(self, indices: list[int]) -> Any:
-        """The batch of these indices; called by PyTorch's loader instead of ``__getitem__``."""
+        """The batch of these indices; PyTorch's DataLoader calls this method instead of ``__getitem__``."""
         try:
             return self.collate([self.dataset[index] for index in indices])
         except ValueError as error:
-            if get_worker_info() is None:
+            if get_worker_info() is None:  # no workers: this is the main process
                 raise
             return _WorkerError(str(error), traceback.format_exc())
 
@@ -121,11 +129,11 @@ def _identity(batch: Any) -> Any:
 
 
 class ReraisingDataLoader(DataLoader[Any], Generic[T]):
-    """A DataLoader of collated items `T` that raises a ValueError of a worker process with its original message.
+    """DataLoader of batches `T` that raises a ValueError of a worker process with its original message.
 
-    PyTorch puts the worker's traceback into the message, and raises RuntimeError instead of a class that is not made
-    from one string, such as UnicodeDecodeError. Here the error is a ValueError with the message that the worker's error
-    has (the sample or file, and what to do); the traceback is in ``error.__cause__``.
+    PyTorch's DataLoader puts the worker's traceback into the message. For exception classes that cannot be constructed
+    from one string, such as UnicodeDecodeError, it raises RuntimeError. Here the error is a ValueError with the
+    worker's message (the sample or file, and what to do); the traceback is in ``error.__cause__``.
     """
 
     def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], T], **options: Any) -> None:
@@ -139,30 +147,30 @@ class ReraisingDataLoader(DataLoader[Any], Generic[T]):
 
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
-    """The processor of a VLM for a data configuration."""
+    """The `Processor` of a VLM for a data configuration."""
     return Processor(frontend.tokenizer, frontend.family, frontend.vision, frontend.geometry, config, frontend.cache)
 
 
 def make_position_ids(frontend: VlmFrontend, config: DataConfig) -> PositionIds:
-    """Multimodal position ids of padded sequences by the VLM family's rule, on the CPU; picklable."""
+    """Function that computes the multimodal position ids of padded sequences by the VLM family's rule; picklable."""
     seconds = frontend.vision.temporal_patch_size / config.video_fps
     return functools.partial(frontend.family.position_ids, frontend.meta, seconds_per_grid=seconds)
 
 
 def visual_kind(config: DataConfig) -> str:
-    """`"image"` or `"video"`, as the VLM calls them."""
+    """`Visuals.kind` for the option `data.visual`."""
     return {"images": "image", "video": "video"}[config.visual]
 
 
-def grouping(config: DataConfig) -> Grouping | None:
-    """How the samples of a micro-batch are packed into one sequence; None for padded sequences."""
+def choose_grouping(config: DataConfig) -> Grouping | None:
+    """Groups of samples in a packed sequence: with shared frames, or one sample each; None for padded sequences."""
     if config.questions_per_scene > 1:
         return groups_by_frames
     return separate_groups if config.packing else None
 
 
 def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> Collator:
-    """Collator for training samples."""
+    """The `Collator` for samples with answers."""
     return Collator(
         pad_id=frontend.tokenizer.pad_token_id,
         kind=visual_kind(config),
@@ -171,18 +179,19 @@ def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) 
         geometry=frontend.geometry,
         family=frontend.family,
         with_prompts=with_prompts,
-        grouping=grouping(config),
+        grouping=choose_grouping(config),
     )
 
 
 def ignore_stop_signals(worker: int) -> None:
     """`worker_init_fn` of every loader: ignore SIGUSR1, and SIGTERM unless the parent process sent it.
 
-    Slurm sends the signals that stop a run to all processes of a job. The run then finishes its step, for which the
-    workers must still deliver batches. PyTorch itself ends workers by SIGTERM from their parent.
+    Slurm sends the signals that stop a run to all processes of a job. The rank then finishes its step, for which the
+    workers must still load batches. PyTorch stops workers with SIGTERM from their parent.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Only sigwaitinfo returns the sender of a signal: block the signal, and wait for it in a thread.
+    # A Python signal handler does not get the sender's process id, but `sigwaitinfo` returns it. It needs the signal to
+    # be blocked; the thread that waits inherits the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     rank = multiprocessing.parent_process()  # not getppid: that may be Python's fork server
     assert rank is not None, "a loader process has a parent"
@@ -190,6 +199,7 @@ def ignore_stop_signals(worker: int) -> None:
 
 
 def _exit_on_sigterm_from(parent: int) -> None:
+    """Wait for a SIGTERM from the process `parent`, then exit; SIGTERM from other processes is dropped."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -205,7 +215,7 @@ def train_loader(
     """Loader of this rank's training micro-batches.
 
     Args:
-        samples: the training split.
+        samples: samples of the training split.
         frontend: tokenizer, vision and geometry specs, feature cache.
         config: data configuration.
         sampler: this rank's micro-batches of sample indices.
@@ -220,8 +230,8 @@ def train_loader(
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=torch.cuda.is_available(),  # makes the copies of `Batch.to` asynchronous
         persistent_workers=config.workers > 0,
-        # A generator of its own: the iterator draws a base seed, by default from the global random state, which a
-        # resumed run has just restored.
+        # The iterator draws a base seed for its workers, by default from the global random state. A separate generator
+        # keeps that state as the checkpoint restored it.
         generator=torch.Generator(),
     )
 
@@ -229,7 +239,7 @@ def train_loader(
 def decode_gap_loader(
     samples: Sequence[Sample], frontend: VlmFrontend, config: DataConfig, batch_size: int
 ) -> ReraisingDataLoader[Batch]:
-    """Loader of batches with answers and prompts, in order, to compare teacher-forced and decoded answers."""
+    """Loader of batches with answers and prompts, samples in order, to compare teacher-forced and decoded answers."""
     return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_size=batch_size,
@@ -245,14 +255,14 @@ def prompt_loader(
     batch_size: int,
     processor: Callable[[Sample, bool], Features] | None = None,
 ) -> ReraisingDataLoader[Batch]:
-    """Loader of left-padded prompts in order, for generation.
+    """Loader of left-padded prompts for generation, samples in order.
 
     Args:
-        samples: samples to answer.
+        samples: samples to generate answers for.
         frontend: tokenizer, vision and geometry specs, feature cache.
         config: data configuration.
         batch_size: prompts per batch.
-        processor: makes features of a sample; by default `make_processor`.
+        processor: (sample, with_answer) -> features; by default the result of `make_processor`.
     """
     dataset = SampleDataset(samples, processor or make_processor(frontend, config), with_answer=False)
     collate = Collator(
@@ -269,6 +279,6 @@ def prompt_loader(
         collate_fn=collate,
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,
-        # A generator of its own: validation must not change the random state of the training that continues after it.
+        # As in `train_loader`: validation must not change the random state of the training that continues after it.
         generator=torch.Generator(),
     )

@@ -1,4 +1,4 @@
-"""Mixture of prepared data sets: weights, caps and the order of an epoch."""
+"""`Mixture`: concatenation of prepared data sets with weights and caps, and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from w2r2_ds.types.sample import Sample
 
 
 class Mixture(Sequence[Sample]):
-    """Concatenation of data sets, with the number of samples of each set in an epoch.
+    """Concatenation of data sets; an epoch draws a number of samples from each set.
+
+    Indices and iteration refer to the concatenation, where every sample occurs once; `epoch` applies weights and caps.
 
     Args:
         sets: data sets.
@@ -26,7 +28,7 @@ class Mixture(Sequence[Sample]):
     def __init__(self, sets: Sequence[Sequence[Sample]], weights: Sequence[float], caps: Sequence[int]) -> None:
         assert len(sets) == len(weights) == len(caps), "one weight and one cap per set"
         self.sets, self.weights, self.caps = list(sets), list(weights), list(caps)
-        self._ends = list(accumulate(len(each) for each in self.sets))
+        self._ends = list(accumulate(map(len, self.sets)))  # index after the last sample of each set
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -37,9 +39,9 @@ class Mixture(Sequence[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        number = bisect_right(self._ends, index)
-        samples = self.sets[number]
-        return samples[index - (self._ends[number] - len(samples))]
+        which = bisect_right(self._ends, index)
+        samples = self.sets[which]
+        return samples[index - (self._ends[which] - len(samples))]
 
     def __iter__(self) -> Iterator[Sample]:
         return chain.from_iterable(self.sets)
@@ -47,7 +49,7 @@ class Mixture(Sequence[Sample]):
     @property
     def samples_per_set(self) -> list[int]:
         """Number of samples of each set in an epoch."""
-        counts = [round(weight * len(each)) for weight, each in zip(self.weights, self.sets, strict=True)]
+        counts = [round(weight * len(samples)) for weight, samples in zip(self.weights, self.sets, strict=True)]
         return [min(count, cap) if cap else count for count, cap in zip(counts, self.caps, strict=True)]
 
     @property
@@ -56,17 +58,20 @@ class Mixture(Sequence[Sample]):
         return sum(self.samples_per_set)
 
     def frame_sets(self) -> np.ndarray:
-        """Frame set of every sample, ``[len(self)]`` int64: equal for the same frame files in the same order."""
+        """Number of the frame set of every sample, ``[len(self)]`` int64.
+
+        Two samples have the same number if they have the same frame files in the same order.
+        """
         numbers: dict[tuple[Path, ...], int] = {}
         return np.array([numbers.setdefault(sample.frames, len(numbers)) for sample in self], dtype=np.int64)
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """Sample indices of one epoch in random order.
 
-        The order follows from `seed` and `epoch` only, so all ranks have the same one, and a resumed run has it again.
+        The order is a function of `seed` and `epoch`, so it is the same on all ranks and in a resumed run.
 
         Args:
-            seed: seed of the run.
+            seed: random seed of the run.
             epoch: number of the epoch, from 0.
 
         Returns:
@@ -80,6 +85,7 @@ class Mixture(Sequence[Sample]):
             whole = np.tile(np.arange(size), count // size) if size else np.empty(0, dtype=np.int64)
             rest = count - len(whole)
             part = generator.permutation(size)[:rest] if rest else np.empty(0, dtype=np.int64)
+            # from indices into the set to indices into the concatenation
             drawn.append(np.concatenate([whole, part]).astype(np.int64) + end - size)
         indices = np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
         return indices[generator.permutation(len(indices))]

@@ -1,4 +1,4 @@
-"""Tokenize a sample and preprocess its frames into `Features`; runs in loader workers."""
+"""`Processor`: tokenize a sample and preprocess its frames into `Features`; runs in DataLoader workers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ IMAGE, VIDEO = 1, 2
 """Values of `mm_token_type_ids`; text is 0."""
 
 QUESTION_PLACEHOLDER = "\ue000"
-"""A character of Unicode's private use area, which is in no template and in no question."""
+"""Stands for the question when the chat template is rendered: a private-use character, in no template or question."""
 
 MERGE_MARGIN = 64
-"""Upper bound of the tokens that a text may have more than its parts (none if the parts meet at special tokens)."""
+"""Upper bound of the tokens that a text has in excess of the sum over its parts; 0 if they meet at special tokens."""
 
 
 class SequenceTooLong(ValueError):
@@ -47,9 +47,10 @@ class Features:
         sample: the sample.
         input_ids: ``[tokens]`` int64, the prompt; for training also the answer and the end of turn.
         token_types: ``[tokens]`` int64, 0 text, 1 image, 2 video.
-        num_answer_tokens: number of answer tokens with the end of turn, at the end of `input_ids`; 0 without answer.
+        num_answer_tokens: number of tokens at the end of `input_ids` that are the answer and the end of turn; 0 without
+            answer.
         visual: inputs of both encoders, or their cached features.
-        what: ``[tokens]`` bool, *what* tokens: the description in the prompt.
+        what: ``[tokens]`` bool mask of the *what* tokens: the description in the prompt.
         answer_tokens: *where* and digit tokens of the answer; None without answer.
     """
 
@@ -63,15 +64,18 @@ class Features:
 
 
 class Processor:
-    """Turns samples into tensors; equal to the VLM's transformers processor on frames that it need not resize.
+    """Convert samples to tensors. For frames that need no resizing, the result equals transformers' own processor's.
 
     Args:
         tokenizer: the VLM's tokenizer with its chat template.
-        family: VLM family; makes the pixel values and the token at which an answer ends.
+        family: VLM family; computes pixel values, and has the token at which an answer ends.
         vision: patch sizes, normalisation and token ids of the VLM.
         geometry: patch size of the geometry encoder.
-        config: frames, sizes and the form of the visual prompt.
-        cache: features that need not be computed; None without a cache.
+        config: frame size, form of the visual prompt and maximum length.
+        cache: feature cache; None if all features are computed.
+
+    Raises:
+        ValueError: the tokenizer is not a fast tokenizer or has no chat template.
     """
 
     def __init__(
@@ -86,8 +90,8 @@ class Processor:
         self.tokenizer, self.vision, self.config = tokenizer, vision, config
         self.preprocess = VisualPreprocessor(family, vision, geometry, config, cache)
         self.end_of_turn = family.end_of_turn
-        self._templates: dict[int, tuple[str, str]] = {}  # number of frames -> text around the question
-        self._template_tokens: dict[int, int] = {}  # number of frames -> tokens of this text, placeholders unexpanded
+        self._templates: dict[int, tuple[str, str]] = {}  # number of frames -> chat text before and after the question
+        self._template_tokens: dict[int, int] = {}  # number of frames -> tokens of these texts, placeholders unexpanded
         self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         if not tokenizer.is_fast:
             raise ValueError(
@@ -102,7 +106,7 @@ class Processor:
 
         Args:
             sample: the sample.
-            with_answer: True: prompt and answer, for training; False: the prompt, for generation.
+            with_answer: True for prompt and answer (training), False for the prompt only (generation).
 
         Raises:
             ValueError: a frame cannot be read, a text contains a special token, the chat template changes the
@@ -131,7 +135,7 @@ class Processor:
 
         Args:
             sample: the sample.
-            sizes: width and height of each frame file.
+            sizes: ``(width, height)`` of each frame file in pixels.
             with_answer: see `__call__`.
 
         Raises:
@@ -143,37 +147,40 @@ class Processor:
         answer = sample.answer + self.end_of_turn if with_answer else ""
         if with_answer:
             self._check_special_tokens(sample, sample.answer)
-        frames, visual = len(sample.frames), self._visual_tokens(sizes)
+        frames, visual = len(sample.frames), self._added_visual_tokens(sizes)
         if frames not in self._template_tokens:
             self._template_tokens[frames] = sum(self._count(text) for text in self._around(frames))
-        # A token has at least one byte, so the number of bytes is an upper bound: encode only texts that exceed it.
-        most = self._template_tokens[frames] + len((sample.question + answer).encode()) + visual + MERGE_MARGIN
-        if most > self.config.max_length:
+        # Tokenizing every text is slow. A token has at least one byte, so the number of bytes is an upper bound of the
+        # number of tokens; only a text whose bound exceeds the maximum is tokenized.
+        bound = self._template_tokens[frames] + len((sample.question + answer).encode()) + visual + MERGE_MARGIN
+        if bound > self.config.max_length:
             text, _ = self._prompt_text(sample, frames)
             self._check_length(sample, self._count(text) + self._count(answer) + visual)
 
-    def _visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Number of visual tokens of frames of these sizes, minus their placeholders in the unexpanded text."""
+    def _added_visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Number of tokens that a prompt grows by when the placeholders of frames of these sizes are expanded."""
         if not sizes:
             return 0
         _, (width, height) = self.preprocess.sizes(sizes)
-        step = self.vision.patch_size * self.vision.merge_size
+        side = self.vision.patch_size * self.vision.merge_size  # of a visual token, in pixels
         video = self.config.visual == "video"
         times = -(-len(sizes) // self.vision.temporal_patch_size) if video else len(sizes)
-        return times * (width // step) * (height // step) - (1 if video else times)
+        # One placeholder per video or image becomes its visual tokens.
+        return times * (width // side) * (height // side) - (1 if video else times)
 
     def _count(self, text: str) -> int:
         """Number of tokens of a text."""
-        # Not tokenizer(text): it starts threads, which do not survive the fork of the loader workers.
+        # Not tokenizer(text), which starts threads: they do not survive the fork of the DataLoader workers.
         return len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _prompt(self, sample: Sample, grid_thw: torch.Tensor) -> tuple[list[int], list[bool]]:
         """Token ids of the prompt (system turn, frames, question), and the mask of its *what* tokens."""
         self._check_question(sample)
-        first, last = sample.what
-        text, begin = self._prompt_text(sample, len(sample.frames))
+        text, offset = self._prompt_text(sample, len(sample.frames))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        what = what_tokens((begin + first, begin + last), encoded["offset_mapping"]).tolist()
+        # `sample.what` counts characters of the question, the tokenizer's offsets those of the whole chat text.
+        begin, end = sample.what
+        what = what_tokens((offset + begin, offset + end), encoded["offset_mapping"]).tolist()
         counts = (grid_thw.prod(-1) // self.vision.merge_size**2).tolist()
         placeholders = {self.vision.image_token_id, self.vision.video_token_id}
         found = sum(i in placeholders for i in encoded["input_ids"])
@@ -189,17 +196,17 @@ class Processor:
         return ids, [flag for flag, count in zip(what, repeats, strict=True) for _ in range(count)]
 
     def _check_question(self, sample: Sample) -> None:
-        """Raise ValueError for a special token in the question, or a *what* span outside of it."""
+        """Raise ValueError for a special token in the question, or a *what* span that exceeds the question."""
         self._check_special_tokens(sample, sample.question)
-        first, last = sample.what
-        if not 0 <= first <= last <= len(sample.question):
+        begin, end = sample.what
+        if not 0 <= begin <= end <= len(sample.question):
             raise ValueError(
                 f"Sample {sample.id}: what is {sample.what}, which is not a span of its question; "
-                f"give [begin, end) within its {len(sample.question)} characters."
+                f"set [begin, end) within its {len(sample.question)} characters."
             )
 
     def _prompt_text(self, sample: Sample, frames: int) -> tuple[str, int]:
-        """The sample's chat text for `frames` frames, and the character at which the question begins."""
+        """The sample's chat text for `frames` frames, and the index of the question's first character in it."""
         text = self._render(frames, sample.question)
         before, after = self._around(frames)
         if text != before + sample.question + after:
@@ -212,8 +219,8 @@ class Processor:
     def _around(self, frames: int) -> tuple[str, str]:
         """The chat text before and after the question, for `frames` frames."""
         if frames not in self._templates:
-            # Searched for with a placeholder: a short question may occur elsewhere in the text too. If the template
-            # changes even the placeholder, no text around a question will match, and `_prompt_text` raises.
+            # Rendered with a placeholder, because a short question may also occur elsewhere in the text. If the
+            # template changes even the placeholder, the result matches no text, and `_prompt_text` raises.
             before, found, after = self._render(frames, QUESTION_PLACEHOLDER).rpartition(QUESTION_PLACEHOLDER)
             self._templates[frames] = (before, after) if found else (QUESTION_PLACEHOLDER, QUESTION_PLACEHOLDER)
         return self._templates[frames]
@@ -233,7 +240,7 @@ class Processor:
         return text
 
     def _answer(self, sample: Sample) -> tuple[list[int], AnswerTokens]:
-        """Token ids of the answer with its end of turn, and its digit tokens."""
+        """Token ids of the answer and the end of turn, and the answer's *where* and digit tokens."""
         self._check_special_tokens(sample, sample.answer)
         encoded = self.tokenizer(
             sample.answer + self.end_of_turn, add_special_tokens=False, return_offsets_mapping=True
@@ -241,7 +248,7 @@ class Processor:
         return encoded["input_ids"], find_answer_tokens(sample.kind, sample.answer, encoded["offset_mapping"])
 
     def _check_special_tokens(self, sample: Sample, text: str) -> None:
-        """Raise ValueError if a text contains a special token: encoded as such, it would shift placeholders."""
+        """Raise ValueError if a text contains a special token, which would end a turn or shift placeholders."""
         for token in self.special_tokens:
             if token in text:
                 raise ValueError(
@@ -251,7 +258,7 @@ class Processor:
 
     def _check_length(self, sample: Sample, count: int) -> None:
         """Raise SequenceTooLong for more than `data.max_length` tokens."""
-        # Sequences are not truncated: the model would learn answers without an end.
+        # A sequence is never truncated: the model would learn answers without an end.
         if count > self.config.max_length:
             raise SequenceTooLong(
                 f"Sample {sample.id} has {count} tokens, more than data.max_length = {self.config.max_length}; "

@@ -1,4 +1,4 @@
-"""Batch sampler whose global batches are the same for every world size and every accumulation."""
+"""Batch sampler whose global batches do not depend on the world size or the number of accumulation steps."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from w2r2_ds.data.mixture import Mixture
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Yields this rank's micro-batches of sample indices, from optimizer step `start` to `steps`.
+    """Yield this rank's micro-batches of sample indices, for the optimizer steps from `start` to `steps` - 1.
 
     All samples of a run form one endless list: epoch 0 in its order, then epoch 1, and so on. Step ``s`` has the list's
-    positions ``s * global_batch`` to ``(s + 1) * global_batch``. The list follows from `seed` and the mixture only;
-    there is no state to save. So a run that resumes at step ``s`` continues with exactly the samples that it would have
-    had, also on another number of ranks or with another `micro_batch`.
+    positions ``s * global_batch`` to ``(s + 1) * global_batch - 1``. The list is a function of `seed` and the mixture;
+    there is no state to save. A run that resumes at step ``s`` therefore continues with the samples of an uninterrupted
+    run, also on another number of ranks or with another `micro_batch`.
 
     With `questions_per_scene` K > 1, samples with the same frames are adjacent in the list, in scene groups of K that
-    begin at multiples of K, also where an epoch ends. So every micro-batch consists of whole groups.
+    begin at multiples of K, also across the end of an epoch. So every micro-batch consists of whole groups.
 
     Args:
         mixture: the samples, and the size and order of an epoch.
         global_batch: samples per optimizer step; a multiple of ``micro_batch * world_size``.
         micro_batch: samples per forward pass and rank.
-        rank: this process.
-        world_size: number of processes.
-        steps: last optimizer step, exclusive.
-        start: first optimizer step.
-        seed: seed of the epochs' orders.
+        rank: rank of this process.
+        world_size: number of ranks.
+        steps: optimizer steps of the run.
+        start: first optimizer step; the completed steps of a resumed run.
+        seed: random seed of the epochs' orders.
         questions_per_scene: samples per scene group; `micro_batch` is a multiple of it. 1 keeps the mixture's order.
 
     Raises:
@@ -50,8 +50,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     ) -> None:
         if mixture.epoch_size == 0:
             raise ValueError("An epoch has no samples; raise the weights in data.train, or see its manifest.json.")
-        assert micro_batch % questions_per_scene == 0, "checked with the configuration"
-        assert global_batch % (micro_batch * world_size) == 0, "checked against the DeepSpeed configuration before"
+        assert micro_batch % questions_per_scene == 0, "guaranteed by config/schema.py"
+        assert global_batch % (micro_batch * world_size) == 0, "guaranteed by training/deepspeed/config.py"
         self.mixture, self.global_batch, self.micro_batch = mixture, global_batch, micro_batch
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.start, self.steps, self.group_size = start, steps, questions_per_scene
@@ -66,9 +66,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         stride = self.micro_batch * self.world_size
         for step in range(self.start, self.steps):
             for first in range(0, self.global_batch, stride):  # one accumulation step of all ranks
+                # Consecutive positions of an accumulation step: micro-batch of rank 0, of rank 1, ...
                 begin = step * self.global_batch + first + self.rank * self.micro_batch
                 indices = []
                 for position in range(begin, begin + self.micro_batch):
+                    # A micro-batch may span two epochs, or several short ones.
                     if position // size != epoch:
                         epoch = position // size
                         order = self.order(epoch)
@@ -76,11 +78,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 yield indices
 
     def order(self, epoch: int) -> np.ndarray:
-        """Sample indices of one epoch, ``[epoch_size]`` int64, the same on every rank."""
+        """Sample indices of one epoch in its order, ``[epoch_size]`` int64, the same on every rank."""
         order = self.mixture.epoch(self.seed, epoch)
         if self.frame_sets is None:
             return order
-        # The epoch begins at position epoch * len(order), which may be inside of a group: complete that group first.
+        # The epoch begins at position epoch * len(order) of the endless list. If that is not a multiple of group_size,
+        # the epoch's first `first` samples complete the last group of the previous epoch.
         first = -epoch * len(order) % self.group_size
         generator = np.random.default_rng([self.seed, epoch, self.group_size])
         return group_by_frames(order, self.frame_sets[order], self.group_size, first, generator)
@@ -89,70 +92,82 @@ class GlobalBatchSampler(Sampler[list[int]]):
 def group_by_frames(
     order: np.ndarray, sets: np.ndarray, size: int, first: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Permute samples so that those with the same frames are adjacent, in scene groups of `size`.
+    """Permute the samples of an epoch so that those with the same frames are adjacent, in scene groups of `size`.
 
     The first group has `first` samples (it completes the last group of the previous epoch); the last one may be short.
     Each frame set fills as many whole groups as it can. Its remainder, fewer than `size` samples, shares a group with
-    remainders of other frame sets, unsplit if it fits. Whole and shared groups are in random order.
+    remainders of other frame sets; it is split only if it fits into no group. Whole and shared groups are in random
+    order.
 
     Args:
         order: ``[samples]`` int64, sample indices of an epoch in random order.
         sets: ``[samples]`` int64, frame set of every entry of `order`.
         size: samples per group.
-        first: in [0, size), samples of the first group.
+        first: number of samples of the first group, in [0, size).
         generator: random generator of the epoch.
 
     Returns:
         ``[samples]`` int64, a permutation of `order`.
     """
     # 1. Cut each frame set into whole groups and a remainder. The remainders' order decides which of them combine.
-    full, rests = _chunks(sets, size)
-    rests = [rests[i] for i in generator.permutation(len(rests))]
+    whole, remainders = _cut(sets, size)
+    remainders = [remainders[i] for i in generator.permutation(len(remainders))]
     first = min(first, len(order))
     last = (len(order) - first) % size
-    # 2. The short groups at both ends are made of remainders; break up one whole group if those do not suffice.
-    if sum(map(len, rests)) < first + last:
-        rests.append(full.pop(int(generator.integers(len(full)))))
-    # 3. Pack the remainders into the short groups and the groups that no single frame set fills.
-    middle = (len(order) - first - last) // size - len(full)
-    begin, *combined, end = _fill(rests, [first, *[size] * middle, last])
-    groups = [*full, *combined]
+    # 2. The short groups at both ends consist of remainders; break up one whole group if those do not suffice.
+    if sum(map(len, remainders)) < first + last:
+        remainders.append(whole.pop(int(generator.integers(len(whole)))))
+    # 3. Pack the remainders into both short groups and into the groups that no single frame set fills.
+    num_combined = (len(order) - first - last) // size - len(whole)
+    begin, *combined, end = _pack(remainders, [first, *[size] * num_combined, last])
+    groups = [*whole, *combined]
     chosen = [begin, *(groups[i] for i in generator.permutation(len(groups))), end]
-    return order[np.concatenate([np.asarray(each, dtype=np.int64) for each in chosen])]
+    return order[np.concatenate([np.asarray(positions, dtype=np.int64) for positions in chosen])]
 
 
-def _chunks(sets: np.ndarray, size: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Positions of equal sets: whole groups of `size`, and the non-empty remainder of each set."""
-    full: list[list[int]] = []
-    rests: list[list[int]] = []
+def _cut(sets: np.ndarray, size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Positions of equal entries of `sets`: whole groups of `size`, and the non-empty remainder of each frame set."""
+    whole: list[list[int]] = []
+    remainders: list[list[int]] = []
+    # A stable sort makes the positions of each set contiguous and keeps their random order; then split between sets.
     by_set = np.argsort(sets, kind="stable")
-    for group in np.split(by_set, np.flatnonzero(np.diff(sets[by_set])) + 1):
-        for begin in range(0, len(group), size):
-            chunk = group[begin : begin + size].tolist()
-            (full if len(chunk) == size else rests).append(chunk)
-    return full, [rest for rest in rests if rest]
+    for positions in np.split(by_set, np.flatnonzero(np.diff(sets[by_set])) + 1):
+        for begin in range(0, len(positions), size):
+            chunk = positions[begin : begin + size].tolist()
+            (whole if len(chunk) == size else remainders).append(chunk)
+    return whole, remainders
 
 
-def _fill(pieces: list[list[int]], room: list[int]) -> list[list[int]]:
-    """Best-fit decreasing bin packing of all pieces into groups of the given capacities; split a piece if none fits."""
-    assert sum(map(len, pieces)) == sum(room), "the groups hold exactly the pieces"
-    groups: list[list[int]] = [[] for _ in room]
-    by_room: list[list[int]] = [[] for _ in range(max(room) + 1)]
-    for number, space in enumerate(room):
-        by_room[space].append(number)
+def _pack(pieces: list[list[int]], capacities: list[int]) -> list[list[int]]:
+    """Best-fit decreasing bin packing of all pieces into groups; a piece that fits into none is split.
+
+    Args:
+        pieces: lists of positions; emptied.
+        capacities: capacity of every group; the pieces fill all groups.
+
+    Returns:
+        The positions in every group.
+    """
+    assert sum(map(len, pieces)) == sum(capacities), "the pieces fill the groups"
+    groups: list[list[int]] = [[] for _ in capacities]
+    by_space: list[list[int]] = [[] for _ in range(max(capacities) + 1)]  # free space -> groups that have it
+    for index, space in enumerate(capacities):
+        by_space[space].append(index)
     for piece in _longest_first(pieces, max(map(len, pieces), default=0)):
-        fitting = [space for space in range(len(piece), len(by_room)) if by_room[space]]
-        space = fitting[0] if fitting else max(space for space in range(len(by_room)) if by_room[space])
-        number = by_room[space].pop()
+        # Best fit: the least space that holds the piece. If none does, fill the group with the most space, and return
+        # the rest of the piece to `_longest_first`.
+        fitting = [space for space in range(len(piece), len(by_space)) if by_space[space]]
+        space = fitting[0] if fitting else max(space for space in range(len(by_space)) if by_space[space])
+        index = by_space[space].pop()
         taken = piece[:space]
-        groups[number] += taken
-        by_room[space - len(taken)].append(number)
+        groups[index] += taken
+        by_space[space - len(taken)].append(index)
         del piece[: len(taken)]
     return groups
 
 
 def _longest_first(pieces: list[list[int]], longest: int) -> Iterator[list[int]]:
-    """Every piece, longest first; a piece that the caller shortens is yielded again at its new length."""
+    """Yield every piece, longest first; a piece that the caller shortens is yielded again at its new length."""
     by_length: list[list[list[int]]] = [[] for _ in range(longest + 1)]
     for piece in pieces:
         by_length[len(piece)].append(piece)

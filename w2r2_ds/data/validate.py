@@ -1,4 +1,4 @@
-"""Check frame files and texts of a data set before a run starts, so that a bad sample does not end it hours later."""
+"""Check frame files and texts of a data set before a run starts, so that a bad sample does not stop it hours later."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from w2r2_ds.data.processor import Processor, SequenceTooLong
 from w2r2_ds.types.sample import Sample
 
 FILE_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
-"""First bytes of a JPEG and a PNG file -> its last bytes: the end marker, or the last chunk with its checksum."""
+"""First bytes of a complete JPEG or PNG file -> its last bytes: end marker, or last chunk with its checksum."""
 TAIL = 1024
-"""Bytes at the end of a file in which the end marker is searched for; some programs append data of their own."""
+"""Number of bytes at the end of a file that are searched for the end marker; some programs append data after it."""
 THREADS = 16
-"""Concurrent reads; on a network file system each read waits."""
+"""Number of concurrent reads; they hide the latency of a network file system."""
 
 MAX_LISTED = 5
-"""Samples that a message lists besides the first one."""
+"""Number of samples that a message lists besides the first one."""
 
 
 def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) -> int:
     """Check that the distinct frame files of the samples are complete images; every rank checks a part of them.
 
-    Two short reads per file: it must begin and end as a JPEG or a PNG file does. A file that does not is decoded, and
-    the error is the loader's. Damage in the middle of a file is found by the loader only.
+    Two short reads per file: it must begin and end as a JPEG or a PNG file does. Any other file is decoded, which
+    raises the error that training would raise. Damage in the middle of a file is not detected here.
 
     Args:
-        samples: the samples.
-        rank: this process; it checks every `world_size`-th file.
-        world_size: number of processes.
+        samples: samples whose frames are checked.
+        rank: rank of this process; it checks every `world_size`-th file.
+        world_size: number of ranks.
 
     Returns:
         The number of files that this rank checked.
@@ -42,7 +42,7 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
     with ThreadPoolExecutor(THREADS) as pool:
         for path, complete in zip(files, pool.map(is_complete_image, files), strict=True):
             if not complete:
-                load_frame(path)
+                load_frame(path)  # raises; or decodes an image of another format, such as WebP
     return len(files)
 
 
@@ -59,7 +59,7 @@ def is_complete_image(path: Path) -> bool:
 
 
 def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
-    """Frame size of the first sample for both encoders; the VLM gets a crop that its merged patches divide."""
+    """Text for the log: frame sizes of the first sample for both encoders."""
     sample = next((sample for sample in samples if sample.frames), None)
     if sample is None:
         return "no sample has frames"
@@ -76,18 +76,18 @@ def check_texts(
     Args:
         samples: samples whose frames have passed `check_frames`.
         processor: processor of the run.
-        rank: this process; it checks a contiguous part.
-        world_size: number of processes.
-        with_answer: True for training; False for prompts.
+        rank: rank of this process; it checks a contiguous part.
+        world_size: number of ranks.
+        with_answer: True for prompt and answer (training), False for the prompt only (generation).
 
     Returns:
         The number of samples that this rank checked.
 
     Raises:
         ValueError: a text contains a special token or is changed by the chat template, or a sequence is too long. The
-            message is that of the first such sample; it lists a few others, and the longest length.
+            message is that of the first such sample; it lists the ids of a few others, and the length of the longest.
     """
-    # A contiguous part has few scenes: ranks rarely read the header of the same frame.
+    # The samples of a contiguous part are from few scenes, so two ranks rarely read the header of the same frame.
     begin, end = (len(samples) * index // world_size for index in (rank, rank + 1))
     own = samples[begin:end]
     files = list(dict.fromkeys(path for sample in own for path in sample.frames))
@@ -105,7 +105,7 @@ def check_texts(
 
 
 def _message(failures: Sequence[tuple[str, ValueError]]) -> str:
-    """Message of the first failure, with the ids of others and the length of the longest sequence."""
+    """Message of the first error, with the ids of other samples and the length of the longest sequence."""
     first, others = str(failures[0][1]), [identity for identity, _ in failures[1:]]
     if not others:
         return first

@@ -1,4 +1,4 @@
-"""Turn the frames of a sample into inputs for the vision tower and the geometry encoder; runs in loader workers."""
+"""Preprocess the frames of a sample for the vision tower and the geometry encoder; runs in DataLoader workers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class VisualInputs:
     """Inputs of the vision tower and the geometry encoder for one sample, or their cached features.
 
     Attributes:
-        pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input; ``[0, ...]``
+        pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input; no patches
             without frames, or if `cached_2d` has its output.
-        grid_thw: ``[images or videos, 3]`` int64 patch grid (time, height, width), also with cached features.
-        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], the geometry encoder's input (not cropped);
-            None without frames, or if `cached_3d` has its output.
+        grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width), also with cached features.
+        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], the geometry encoder's input, not cropped to
+            the VLM's token grid; None without frames, or if `cached_3d` has its output.
         cached_2d: cache lookup of the vision tower's output; None without a cache of 2D features.
         cached_3d: cache lookup of the geometry features; None without a cache.
     """
@@ -39,18 +39,18 @@ class VisualInputs:
 
     def is_outdated(self) -> bool:
         """Whether features that the cache lacked at lookup have been written since."""
-        return any(each is not None and each.is_outdated() for each in (self.cached_2d, self.cached_3d))
+        return any(lookup is not None and lookup.is_outdated() for lookup in (self.cached_2d, self.cached_3d))
 
 
 class VisualPreprocessor:
-    """Turns a sample's frames into inputs for the vision tower and the geometry encoder.
+    """Preprocess a sample's frames for the vision tower and the geometry encoder.
 
     Args:
-        family: VLM family, makes the pixel values of its vision tower.
+        family: VLM family; computes the pixel values of its vision tower.
         vision: patch sizes and normalisation of the VLM.
         geometry: patch size of the geometry encoder.
         config: frame size, and whether frames are images or a video.
-        cache: features that need not be computed; None without a cache.
+        cache: feature cache; None if all features are computed.
 
     Raises:
         ValueError: `data.frame_width` is not a multiple of the geometry encoder's patch size.
@@ -74,17 +74,17 @@ class VisualPreprocessor:
         self._last: tuple[tuple[Path, ...], VisualInputs] | None = None
 
     def __call__(self, sample: Sample) -> VisualInputs:
-        """`compute`, with the last result reused for a sample with the same frames.
+        """Inputs of both encoders for a sample's frames; see `compute`.
 
-        With `data.questions_per_scene`, samples with the same frames are consecutive. The result is computed again if
-        its features have been cached meanwhile.
+        The last result is reused for a sample with the same frames: with `data.questions_per_scene`, such samples are
+        consecutive. It is computed again if features that it lacked have been cached since.
         """
         if self._last is None or self._last[0] != sample.frames or self._last[1].is_outdated():
             self._last = sample.frames, self.compute(sample)
         return self._last[1]
 
     def compute(self, sample: Sample) -> VisualInputs:
-        """Inputs of both encoders for a sample's frames, without those whose features are cached.
+        """Inputs of both encoders for a sample's frames; an encoder whose features are cached gets no inputs.
 
         Raises:
             ValueError: a frame cannot be read, or is too small.
@@ -95,13 +95,14 @@ class VisualPreprocessor:
             return VisualInputs(no_patches, torch.zeros(0, 3, dtype=torch.int64), None)
         cached_2d = self.cache.find_2d(sample.frames) if self.cache else None
         cached_3d = self.cache.find_3d(sample.frames) if self.cache else None
-        missing = [each for each in (cached_2d, cached_3d) if each is None or each.features is None]
+        missing = [lookup for lookup in (cached_2d, cached_3d) if lookup is None or lookup.features is None]
         if not missing:
             return VisualInputs(no_patches, self._grid(sample), None, cached_2d, cached_3d)
         frames = [load_frame(path) for path in sample.frames]
         images = resize_frames(frames, self.config.frame_width, self.geometry.patch_size)
-        # If a frame was replaced between hashing and reading, its new features would be stored under the old key.
-        if any(each is not None and not each.matches(sample.frames) for each in missing):
+        # The key hashes the frame files, which are read again here. If one was replaced in between, its features would
+        # be stored under the old key: start again.
+        if any(lookup is not None and not lookup.matches(sample.frames) for lookup in missing):
             return self.compute(sample)
         geometry_images = torch.from_numpy(images) if cached_3d is None or cached_3d.features is None else None
         if cached_2d is not None and cached_2d.features is not None:
@@ -111,7 +112,7 @@ class VisualPreprocessor:
         return VisualInputs(*self.family.pixel_values(cropped, vision, kind), geometry_images, cached_2d, cached_3d)
 
     def _grid(self, sample: Sample) -> torch.Tensor:
-        """`grid_thw` of the pixel values ``[images or videos, 3]``, from the headers of the frame files."""
+        """`VisualInputs.grid_thw` from the headers of the frame files; their pixels are not decoded."""
         _, (width, height) = self.sizes([frame_size(path) for path in sample.frames])
         rows, columns = height // self.vision.patch_size, width // self.vision.patch_size
         count = len(sample.frames)
@@ -123,7 +124,7 @@ class VisualPreprocessor:
         """``(width, height)`` of the resized frames for the geometry encoder, and of their crop for the vision tower.
 
         Args:
-            sizes: ``(width, height)`` of the frame files.
+            sizes: ``(width, height)`` of the frame files in pixels.
         """
         width, height = crop_size(sizes, self.config.frame_width, self.geometry.patch_size)
         even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)

@@ -22,8 +22,8 @@ from w2r2_ds.data.answer_tokens import require_digit_tokens
 from w2r2_ds.data.loader import (
     ReraisingDataLoader,
     check_frames_are_shared,
+    choose_grouping,
     digests,
-    grouping,
     load_mixture,
     make_processor,
     train_loader,
@@ -213,7 +213,7 @@ def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
 def load_model(config: RunConfig, inputs: Inputs) -> W2R2:
     """Load the frozen models, add LoRA and merger, and log what trains."""
     model = build_model(config.model, inputs.device, config.train.seed)
-    if grouping(config.data) is not None:
+    if choose_grouping(config.data) is not None:
         model.family.use_packed_attention(model.base)
     logger.info("%s", trainable_table({"vlm": model.vlm} | model.geometry_modules()))
     return model
