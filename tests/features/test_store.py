@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from w2r2_ds.features import lookup
 from w2r2_ds.features.key import encoder_identity, features_key
-from w2r2_ds.features.lookup import CacheLookup, flush
+from w2r2_ds.features.lookup import CacheLookup, flush_writes
 from w2r2_ds.features.store import ABANDONED, HEADER, FeatureStore, file_size
 
 BIG = 10**9
@@ -203,7 +203,7 @@ def test_a_full_cache_is_logged_once(
     small = FeatureStore(cache.folder, 10)
     for number in range(3):
         CacheLookup(small, key(number), {}, None).write_async(features(number))
-    flush()
+    flush_writes()
     (warning,) = [each.getMessage() for each in caplog.records]
     assert str(cache.folder) in warning and "data.cache_gib" in warning
 
@@ -250,7 +250,7 @@ def test_a_cache_that_only_may_be_read_serves(
     monkeypatch.setattr(lookup, "_warned", set())
     for number in (2, 3):
         CacheLookup(cache, key(number), {}, None).write_async(features(number))
-    flush()
+    flush_writes()
     (warning,) = [each.getMessage() for each in caplog.records]
     assert str(cache.folder) in warning and "cannot be written (Permission denied)" in warning
 
@@ -291,7 +291,7 @@ def test_a_program_error_while_writing_comes_up(cache: FeatureStore, monkeypatch
     monkeypatch.setattr(FeatureStore, "write", fail)
     CacheLookup(cache, key(1), {}, None).write_async(features(1))
     with pytest.raises(RuntimeError, match="a mistake"):
-        flush()
+        flush_writes()
 
 
 def test_a_key_is_of_content_order_and_encoder(samples: list[Any], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from w2r2_ds.data import visual_inputs
 from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.evaluation.runner import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
-from w2r2_ds.features.lookup import flush
+from w2r2_ds.features.lookup import flush_writes
 from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.models.build import VlmFrontend, build_model
 from w2r2_ds.models.feature_identity import open_cache
@@ -91,7 +91,7 @@ def test_features_are_bit_equal_with_an_empty_a_filled_and_no_cache(
         batch = loaded(samples, dtype, visual=visual, **BOTH)
         assert same(model.encode_3d(batch.visuals), expected_3d), name
         assert same(model.encode_2d(batch.visuals).pooler_output, expected_2d), name
-        flush()
+        flush_writes()
         assert (calls["2d"], calls["3d"]) == made, name
         assert torch.equal(batch.position_ids, plain.position_ids) and batch.visuals.sizes == plain.visuals.sizes
         assert torch.equal(batch.visuals.grid_thw, plain.visuals.grid_thw)
@@ -106,7 +106,7 @@ def test_2d_features_are_computed_in_one_call_if_only_geometry_is_cached(
     model = models["float32"]
     plain = model.encode_2d(loaded(samples, cache="").visuals).pooler_output
     model.encode_3d(loaded(samples).visuals)
-    flush()
+    flush_writes()
     warm = loaded(samples).visuals
     assert calls["3d"] == 3 and same(model.encode_2d(warm).pooler_output, plain) and calls["2d"] == 2
     model.encode_3d(warm)
@@ -129,7 +129,7 @@ def test_packed_samples_share_the_cached_features_of_their_frames(
         assert same(model.encode_3d(batch.visuals), expected[0])
         assert same(model.encode_2d(batch.visuals).pooler_output, expected[1])
         assert (calls["3d"] - before["3d"], calls["2d"] - before["2d"]) == (made, made)
-        flush()
+        flush_writes()
 
 
 def test_cached_features_have_no_flops(samples: list[Any], models: dict[str, W2R2], loaded: Callable[..., Any]) -> None:
@@ -139,7 +139,7 @@ def test_cached_features_have_no_flops(samples: list[Any], models: dict[str, W2R
     assert geometry_flops(model.geometry, cold) == geometry_flops(model.geometry, plain) > 0
     assert vision_flops(model, cold) == pytest.approx(vision_flops(model, plain)) and vision_flops(model, plain) > 0
     model.encode_3d(cold), model.encode_2d(cold)
-    flush()
+    flush_writes()
     warm = loaded(samples, **BOTH).visuals
     assert geometry_flops(model.geometry, warm) == vision_flops(model, warm) == 0
 
@@ -173,17 +173,17 @@ def test_only_missing_features_are_computed(
     for sample in samples[:2]:
         visuals = loaded([sample], **BOTH).visuals
         model.encode_2d(visuals), model.encode_3d(visuals)
-    flush()
+    flush_writes()
     mixed = loaded(samples, **BOTH)
     known = mixed.visuals.cached_3d[0]
-    known.cache.path(known.key).unlink()
+    known.store.path(known.key).unlink()
     mixed = loaded(samples, **BOTH)
     before = dict(calls)
     assert [images is None for images in mixed.visuals.geometry_images] == [False, True, False]
     assert [inputs is None for inputs in mixed.visuals.uncached] == [True, True, False]
     features = model.encode_3d(mixed.visuals), model.encode_2d(mixed.visuals).pooler_output
     assert calls["3d"] - before["3d"] == 2 and calls["2d"] - before["2d"] == 1 == num_tower_calls(mixed.visuals)
-    flush()
+    flush_writes()
     assert same(features[0], model.encode_3d(loaded(samples, **BOTH).visuals))
     assert same(features[1], model.encode_2d(loaded(samples, **BOTH).visuals).pooler_output)
 
@@ -200,7 +200,7 @@ def test_additional_tower_calls_do_not_change_the_features(
     cold = loaded(samples, **BOTH).visuals
     assert num_tower_calls(cold) == 3
     first = model.encode_2d(cold, min_calls=3).pooler_output
-    flush()
+    flush_writes()
     assert calls["2d"] == 3
     warm = loaded(samples, **BOTH).visuals
     assert num_tower_calls(warm) == 0
@@ -228,7 +228,7 @@ def test_dataloader_workers_read_the_cache(
         made.append([])
         for batch in prompt_loader(samples, with_cache, config, 1):
             made[-1].append([*model.encode_3d(batch.visuals), *model.encode_2d(batch.visuals).pooler_output])
-        flush()
+        flush_writes()
     assert batch.visuals.geometry_images == (None,)
     assert all(same(cold, warm) for cold, warm in zip(*made, strict=True))
 
@@ -252,7 +252,7 @@ def test_a_frame_that_is_replaced_while_it_is_read_does_not_spoil_the_cache(
 
     monkeypatch.setattr(visual_inputs, "load_frame", replaced_before)
     (cold,) = models["float32"].encode_3d(loaded([moved]).visuals)
-    flush()
+    flush_writes()
     (uncached,) = models["float32"].encode_3d(loaded([moved], cache="").visuals)
     assert torch.equal(cold, uncached)
     shutil.copy(samples[0].frames[0], paths[0])  # the old content again, and with it the old key
@@ -293,7 +293,7 @@ def test_evaluation_uses_the_cache_except_with_shuffled_geometry(
         with_cache = replace(frontend, cache=open_cache(config, model_config))
         given.clear()
         records = list(Answerer(model, with_cache, config, geometry, rooms, 2, 3).records(rooms))
-        flush()
+        flush_writes()
         return records, [features for batch in given for features in batch]
 
     try:

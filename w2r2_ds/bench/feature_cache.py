@@ -17,7 +17,7 @@ from w2r2_ds.bench.report import Criterion, Report
 from w2r2_ds.bench.shapes import PATCH, Shape, find_shapes
 from w2r2_ds.data.images import load_frame, resize_frames
 from w2r2_ds.features.key import features_key
-from w2r2_ds.features.lookup import CacheLookup, FeatureCache, flush
+from w2r2_ds.features.lookup import CacheLookup, FeatureCache, flush_writes
 from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
@@ -76,8 +76,8 @@ class FrameSet:
     def write(self, features: Tensor) -> None:
         """Write the features to a new file."""
         key = features_key(self.lookup.geometry, self.paths)
-        self.lookup.cache.path(key).unlink(missing_ok=True)
-        assert self.lookup.cache.write(key, features, {}), "the cache is below its size limit"
+        self.lookup.store.path(key).unlink(missing_ok=True)
+        assert self.lookup.store.write(key, features, {}), "the cache is below its size limit"
 
     def hash(self) -> None:
         """Hash the frames, as every process does once for the cache keys."""
@@ -161,7 +161,7 @@ class CachedFeatures:
         assert cached_2d is not None, "the cache has an identity of the vision tower"
         cached_2d.write_async(torch.cat(self.visual.pooler_output))
         cached_3d.write_async(self.geometry)
-        flush()
+        flush_writes()
 
     def into(self, batch: Batch, both: bool) -> Batch:
         """Replace the images of a batch of the same frames by cached geometry features; with `both`, also by 2D ones.

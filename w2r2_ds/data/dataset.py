@@ -1,11 +1,11 @@
 """Prepared data sets on disk: one folder per task and split, with one Parquet file per scene.
 
-SCENE.parquet     one row per sample of that scene (image files are referenced, not copied)
-skipped.jsonl     items that became no sample, with the reason
-manifest.json     options, inputs and counts; written last, so a folder without it is incomplete
+    SCENE.parquet     one row per sample of that scene (image files are referenced, not copied)
+    skipped.jsonl     annotations without a sample, with the reason
+    manifest.json     options, inputs and counts; written last, so a folder without it is incomplete
 
-Samples are ordered by `number`, the position of their item in the annotation file, across scenes.
-``datasets.load_dataset("parquet", data_files="FOLDER/*.parquet")`` opens the files too, scene by scene.
+The order of the samples is that of their annotations in the annotation file (column `number`), across scenes.
+``datasets.load_dataset("parquet", data_files="FOLDER/*.parquet")`` also opens the files, ordered by scene.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.sanitize import CONTROL
 
 VERSION = 3
-"""Version of the schema and the manifest; raised when older folders can no longer be read."""
+"""Version of the schema and the manifest; increase it when older folders can no longer be read."""
 
 CHUNK = 1024
-"""Samples decoded at once when iterating over a data set."""
+"""Number of samples that are decoded at once when iterating over a data set."""
 READERS = 16
-"""Concurrent reads of files; on a network file system each read waits."""
+"""Number of concurrent reads of files; they hide the latency of a network file system."""
 
 _TASK = re.compile(r"[a-z0-9_]{1,40}")
 MANIFEST = "manifest.json"
@@ -74,17 +74,17 @@ _COMPACT_SCHEMA = pa.schema(
         if field.name != "cam_to_world"
     ]
 )
-"""Schema in memory: `frames` are indices into the data set's distinct frames, which have the poses."""
+"""Schema in memory: `frames` are indices into the data set's distinct frames; each frame has its pose once."""
 
 
 class PreparedSet(Sequence[Sample]):
     """Samples of a prepared data set, decoded on access.
 
-    All Parquet files are read into one Arrow table at construction; images are not read here.
+    All Parquet files are read into one Arrow table at construction; images are not read.
 
     Args:
-        folder: folder that ``w2r2 prepare`` wrote for one task and split.
-        root: data root that frame paths are relative to.
+        folder: folder that ``launchers/prepare.py`` wrote for one task and split.
+        root: data root; frame paths are relative to it.
 
     Raises:
         ValueError: a file is missing, truncated or of another version, or a frame path leaves the root.
@@ -96,6 +96,7 @@ class PreparedSet(Sequence[Sample]):
         files = sorted(self.folder.glob("*.parquet"))
         with ThreadPoolExecutor(READERS) as pool:
             scenes = list(pool.map(_read_scene, files))
+        # Frame indices of a scene start at 0; shift them to index the frames of all scenes, one scene after the other.
         self._files: list[Path] = []
         tables, poses = [_COMPACT_SCHEMA.empty_table()], [np.empty((0, 4, 4))]
         for table, paths, scene_poses in scenes:
@@ -103,7 +104,7 @@ class PreparedSet(Sequence[Sample]):
             self._files += [self.root / path for path in paths]
             poses.append(scene_poses)
         samples = pa.concat_tables(tables)
-        # stable: the samples of one item stay in the order in which they were made
+        # A stable sort keeps the order of several samples of one annotation.
         order = np.argsort(samples["number"].to_numpy(), kind="stable")
         self._samples, self._poses = samples.take(pa.array(order)).combine_chunks(), np.concatenate(poses)
         expected = self.manifest["counts"]["samples"]
@@ -120,7 +121,7 @@ class PreparedSet(Sequence[Sample]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest: options, counts, hashes of the inputs."""
+        """SHA-256 of the manifest, which has the options, the counts and the hashes of the inputs."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -135,7 +136,7 @@ class PreparedSet(Sequence[Sample]):
         return self._sample(row)
 
     def __iter__(self) -> Iterator[Sample]:
-        # Decode many rows at once: at start every rank iterates over all samples.
+        # Decode many rows at once, which is faster: every rank iterates over all samples when a run starts.
         for batch in self._samples.to_batches(max_chunksize=CHUNK):
             yield from map(self._sample, batch.to_pylist())
 
@@ -159,15 +160,15 @@ class PreparedSet(Sequence[Sample]):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
+    """Read the manifest of a prepared data set.
 
     Raises:
-        ValueError: there is none, it is not readable, or it is of another version.
+        ValueError: the manifest is missing, unreadable or of another version.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["version"], manifest["task"], manifest["counts"]["samples"]
+        version, task, _ = manifest["version"], manifest["task"], manifest["counts"]["samples"]
     except FileNotFoundError:
         raise ValueError(
             f"{folder} is not a prepared data set ({MANIFEST} is missing); run launchers/prepare.py, or correct "
@@ -175,12 +176,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not readable ({error!r}); prepare the data set again.") from None
-    if not isinstance(found[1], str) or not _TASK.fullmatch(found[1]):  # it becomes part of files' names
+    if not isinstance(task, str) or not _TASK.fullmatch(task):  # it becomes part of file names
         raise ValueError(
-            f"{path}: task {found[1]!r} is not a name of small letters, digits and _; prepare the data set again."
+            f"{path}: task {task!r} is not a name of small letters, digits and _; prepare the data set again."
         )
-    if found[0] != VERSION:
-        raise ValueError(f"{path} has version {found[0]!r}, this program reads {VERSION}; prepare the data set again.")
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has version {version!r}, but this program reads {VERSION}; prepare the data set again."
+        )
     return dict(manifest)
 
 
@@ -190,13 +193,15 @@ def write_samples(
     """Write the samples of one scene atomically.
 
     Args:
-        path: the Parquet file.
-        samples: samples of one scene with the number of their item in the annotation file, in order of the numbers.
+        path: path of the Parquet file.
+        samples: (number, sample) pairs of one scene, by ascending number; the number is the position of the sample's
+            annotation in the annotation file.
         root: data root; all frames are below it.
         metadata: metadata of the file's schema.
 
     Raises:
-        ValueError: a frame is outside of `root`.
+        ValueError: a frame is outside `root`.
+        OSError: the disk failed; the file is unchanged.
     """
     rows = [{"number": number, **_row(sample, Path(root))} for number, sample in samples]
     table = pa.Table.from_pylist(rows, SAMPLE_SCHEMA.with_metadata(dict(metadata or {})))
@@ -205,6 +210,7 @@ def write_samples(
 
 
 def _row(sample: Sample, root: Path) -> dict[str, Any]:
+    """Columns of a sample, except for `number`."""
     target = sample.target
     try:
         frames = [path.relative_to(root).as_posix() for path in sample.frames]
@@ -234,9 +240,37 @@ def _target(row: dict[str, Any] | None) -> Target | None:
 
 
 def _read_scene(file: Path) -> tuple[pa.Table, list[str], np.ndarray]:
-    """Samples of a file with frames as indices; paths of the distinct frames, and their poses ``[frames, 4, 4]``."""
+    """Read the samples of one scene, with every frame and pose stored once.
+
+    Returns:
+        The samples, whose `frames` are indices; the paths of the distinct frames, relative to the data root; and their
+        poses ``[frames, 4, 4]`` float64.
+    """
+    table = _read_table(file)
+    # Encode frame paths as indices (codes) into the distinct paths. np.unique gives the first occurrence of every code,
+    # whose pose must equal the poses of all other occurrences.
+    frames = table["frames"].combine_chunks()
+    encoded = frames.flatten().dictionary_encode()
+    codes = np.asarray(encoded.indices)
+    poses = np.asarray(table["cam_to_world"].combine_chunks().flatten().flatten()).reshape(-1, 4, 4)
+    _, first = np.unique(codes, return_index=True)
+    if len(codes) != len(poses) or not np.array_equal(poses[first][codes], poses):
+        raise ValueError(f"{file}: a frame has two poses, or none; prepare the data set again.")
+    paths = [_check_path(path, file) for path in encoded.dictionary.to_pylist()]
+    # Offsets are computed from the lengths, because those of a sliced array need not start at 0.
+    lengths = np.asarray(frames.value_lengths())
+    indices = pa.ListArray.from_arrays(
+        np.concatenate([[0], lengths.cumsum()]).astype(np.int32), pa.array(codes, pa.int64())
+    )
+    compact = _with_frames(table.drop_columns("cam_to_world"), pa.chunked_array([indices]), offset=0)
+    return compact, paths, poses[first]
+
+
+def _read_table(file: Path) -> pa.Table:
+    """Read one Parquet file and check its schema and names."""
     try:
-        # not pq.read_table: it would join files of a folder, and Parquet's own threads are not needed here
+        # Not pq.read_table, which accepts a folder and joins its files. One thread per file: `READERS` files are read
+        # at once.
         table = pq.ParquetFile(file).read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file} is missing or truncated ({error}); prepare the data set again.") from None
@@ -244,28 +278,15 @@ def _read_scene(file: Path) -> tuple[pa.Table, list[str], np.ndarray]:
         raise ValueError(f"{file} does not have this version's columns; prepare the data set again.")
     for name in table.column_names:
         nulls = table[name].null_count
-        if nulls and name != "target":  # a question about no object has none
+        if nulls and name != "target":  # a question about no object has no target
             raise ValueError(f"{file}: {nulls} of {len(table)} rows have no {name!r}; prepare the data set again.")
     for column in ("id", "task", "scene_id"):
         _check_names(table[column].to_pylist(), file, column)
-    # Samples of a scene share frames: keep the path and the pose of each frame once, and indices per sample.
-    frames = table["frames"].combine_chunks()
-    encoded = frames.flatten().dictionary_encode()
-    poses = np.asarray(table["cam_to_world"].combine_chunks().flatten().flatten()).reshape(-1, 4, 4)
-    codes = np.asarray(encoded.indices)
-    _, first = np.unique(codes, return_index=True)
-    if len(codes) != len(poses) or not np.array_equal(poses[first][codes], poses):
-        raise ValueError(f"{file}: a frame has two poses, or none; prepare the data set again.")
-    paths = [_inside(path, file) for path in encoded.dictionary.to_pylist()]
-    lengths = np.asarray(frames.value_lengths())
-    indices = pa.ListArray.from_arrays(
-        np.concatenate([[0], lengths.cumsum()]).astype(np.int32), pa.array(codes, pa.int64())
-    )
-    return _with_frames(table.drop_columns("cam_to_world"), pa.chunked_array([indices]), 0), paths, poses[first]
+    return table
 
 
 def _with_frames(table: pa.Table, frames: pa.ChunkedArray, offset: int) -> pa.Table:
-    """The samples with column `frames`, lists of indices, increased by `offset`."""
+    """The samples with the column `frames` replaced by lists of indices, each increased by `offset`."""
     lists = frames.combine_chunks()
     values = pa.array(np.asarray(lists.flatten()) + offset, pa.int64())
     column = pa.ListArray.from_arrays(lists.offsets, values)
@@ -275,14 +296,18 @@ def _with_frames(table: pa.Table, frames: pa.ChunkedArray, offset: int) -> pa.Ta
 
 def _check_names(values: Sequence[str], file: Path, column: str) -> None:
     """Raise ValueError for a name with a control character, which could forge lines of a message or a log."""
-    # One search over all names joined: there are many.
+    # One search over all names joined is faster than one per name.
     if CONTROL.search("".join(values)):
         name = next(value for value in values if CONTROL.search(value))
         raise ValueError(f"{file}: {column} {name!r} contains a control character; prepare the data set again.")
 
 
-def _inside(path: str, file: Path) -> str:
-    """Check that a path is relative and stays below the root; symbolic links there are followed."""
+def _check_path(path: str, file: Path) -> str:
+    """Return a frame path that is relative and stays below the data root (symbolic links there are followed).
+
+    Raises:
+        ValueError: the path is absolute, contains ``..`` or a control character.
+    """
     pure = PurePosixPath(path)
     if CONTROL.search(path):
         raise ValueError(f"{file}: path {path!r} contains a control character; prepare the data set again.")

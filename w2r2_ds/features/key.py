@@ -1,7 +1,7 @@
-"""Cache key of a feature: hash of the ordered frames' content and of everything that the encoder depends on.
+"""Cache key of features: hash of the frames' content, in order, and of everything that the encoder's output depends on.
 
-Content instead of path and date: the key stays valid if scenes are moved or copied to another node, tasks with the same
-frames share one file, and a replaced frame gets a new key.
+The frames' content is hashed, not their path and date. So a key stays valid if scenes are moved or copied to another
+node, tasks with the same frames share one file, and a replaced frame gets a new key.
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ from w2r2_ds.utils.hashing import FileVersion, file_version
 VERSION = 1
 """Version of the pre-processing and encoder code; increase it when the same frames and weights give other values."""
 MAX_DIGESTS = 2**17
-"""Number of frame digests that a process keeps in memory."""
+"""Maximum number of frame digests that a process keeps in memory."""
 
 
-def encoder_identity(about: Mapping[str, Any]) -> str:
-    """Hash of the encoder and its settings, without the frames; `about` must be serialisable as JSON."""
-    return hashlib.sha256(json.dumps([VERSION, about], sort_keys=True).encode()).hexdigest()
+def encoder_identity(settings: Mapping[str, Any]) -> str:
+    """Hash of an encoder, its weights and its settings: the part of the key that does not depend on the frames.
+
+    Args:
+        settings: everything that the encoder's output depends on besides the frames; serialisable as JSON.
+    """
+    return hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode()).hexdigest()
 
 
 def features_key(identity: str, frames: Sequence[Path]) -> str:
-    """Cache key (64 hexadecimal digits) of an encoder's features of these frames in this order.
+    """Cache key (64 hexadecimal digits) of an encoder's features of `frames` in this order.
+
+    Args:
+        identity: result of `encoder_identity`.
+        frames: image files.
 
     Raises:
         ValueError: a frame cannot be read.
@@ -38,7 +46,7 @@ def features_key(identity: str, frames: Sequence[Path]) -> str:
 
 
 def frame_digest(path: Path) -> str:
-    """SHA-256 of a file's content; the file is read again only after it was changed or replaced.
+    """SHA-256 of a file's content. The file is read again only after it was changed or replaced.
 
     Raises:
         ValueError: the file cannot be read.
@@ -53,4 +61,5 @@ def frame_digest(path: Path) -> str:
 
 @functools.lru_cache(MAX_DIGESTS)
 def _digest(path: Path, version: FileVersion) -> str:
+    """SHA-256 of a file; `version` is part of the key of the LRU cache, so that a changed file is hashed again."""
     return atomic_io.digest(path).sha256

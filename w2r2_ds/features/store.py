@@ -1,11 +1,11 @@
-"""Feature cache on disk: one safetensors file per key, in a folder with a maximum size.
+"""Feature store on disk: one safetensors file per key, in a folder with a maximum size.
 
-    FOLDER/ab/KEY.safetensors     one tensor; the header has the key, the checksum and what the features are of
+    FOLDER/ab/KEY.safetensors     one tensor; the header has the key, the checksum and a description of the features
 
-Any number of processes and nodes can read and write it. A file is written to a temporary file and renamed, so a killed
-writer leaves no file or a complete one. Two writers of one key write the same bytes, and the later rename wins. Every
-read verifies the checksum, in the data loader and not in the training step. A full cache accepts no more files;
-nothing is evicted.
+Any number of processes and nodes can read and write it. A file is published by a rename: it is written under a
+temporary name, fsynced and renamed, so a killed writer leaves no file or a complete one. Two writers of one key write
+the same bytes, and the later rename wins. Every read verifies the checksum, in a DataLoader worker and not in the
+training step. A full store accepts no more files; nothing is evicted.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from w2r2_ds.utils import atomic_io
 logger = logging.getLogger(__name__)
 
 FEATURES = "features"
+"""Name of the tensor in a file."""
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 PARTIAL = re.compile(r"[0-9a-f]{64}\.safetensors\.[0-9a-f]+\.partial")
 ABANDONED = 3600.0
-"""Age in seconds after which a temporary file is taken for that of a dead process and removed."""
+"""Age in seconds at which a temporary file is removed, because its writer must have been killed."""
 HEADER = 4096
-"""Upper bound of a file's size in bytes besides its tensor, used to estimate the size before writing."""
+"""Upper bound of the size in bytes of a file's header, to estimate the file size before writing."""
 
 
-class _CacheFullError(Exception):
+class _StoreFullError(Exception):
     """The files would exceed the limit."""
 
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A folder of features; picklable, and equal objects are the same cache.
+    """A folder of feature files; picklable, and compared by its attributes.
 
     Attributes:
-        folder: created by the first write.
+        folder: folder of the files, created by the first write.
         limit: maximum size of all files in bytes.
     """
 
@@ -60,18 +61,18 @@ class FeatureStore:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether a key's file exists and this process may see it."""
+        """Whether a key's file exists, in a folder that this process may search."""
         return os.path.exists(self.path(key))  # Path.exists raises PermissionError in another user's folder
 
     def read(self, key: str) -> torch.Tensor | None:
-        """Features, memory-mapped and verified against their checksum; None if the cache does not have them.
+        """Features, memory-mapped and verified against their checksum; None if the store does not have them.
 
-        A damaged file is logged and removed, so that it is written again.
+        A file that cannot be read is logged. A damaged file is logged and removed, so that it is written again.
         """
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                about, features = file.metadata() or {}, file.get_tensor(FEATURES)
+                header, features = file.metadata() or {}, file.get_tensor(FEATURES)
         except (OSError, RuntimeError) as error:  # missing or not readable; torch's memory map raises RuntimeError
             if reason := _read_error(path, error):
                 logger.warning("%s cannot be read (%s); its features are computed.", path, reason)
@@ -79,7 +80,7 @@ class FeatureStore:
         except SafetensorError as error:
             damage = str(error)
         else:
-            damage = _damage(key, about, features)
+            damage = _damage(key, header, features)
         if damage:
             logger.warning("%s is damaged (%s); it is removed and computed again.", path, damage)
             with suppress(OSError):  # a read-only cache
@@ -87,13 +88,16 @@ class FeatureStore:
             return None
         return features
 
-    def write(self, key: str, features: torch.Tensor, about: Mapping[str, Any]) -> bool:
-        """Write features unless their file exists; returns False if the cache is full.
+    def write(self, key: str, features: torch.Tensor, metadata: Mapping[str, Any]) -> bool:
+        """Write features unless their file exists.
 
         Args:
-            key: 64 hexadecimal digits.
-            features: on the CPU.
-            about: description for people who inspect the file; JSON.
+            key: cache key, 64 hexadecimal digits.
+            features: tensor on the CPU.
+            metadata: description for people who inspect the file; serialisable as JSON.
+
+        Returns:
+            False if the store is full, else True.
 
         Raises:
             OSError: the disk failed; no file is left behind.
@@ -101,15 +105,17 @@ class FeatureStore:
         path, features = self.path(key), features.contiguous()
         if self.has(key):
             return True
-        header = {"key": key, "checksum": checksum(features), "about": json.dumps(about)}
+        header = {"key": key, "checksum": checksum(features), "about": json.dumps(metadata)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._check_limit(file_size(features.shape, features.dtype))
             with atomic_io.replacing(path) as temporary:
                 # safetensors' save_file would create the file with mode 600: other users could not read it.
                 temporary.write_bytes(save({FEATURES: features}, header))
-                self._check_limit(0)  # again: other processes may have written in the meantime
-        except _CacheFullError:
+                # Check again before the rename, with the temporary files of all writers counted: several processes may
+                # have passed the first check at once. `replacing` then removes the temporary file.
+                self._check_limit(0)
+        except _StoreFullError:
             return False
         return True
 
@@ -118,11 +124,12 @@ class FeatureStore:
         return sum(size for name, size in self._files() if NAME.fullmatch(name))
 
     def _check_limit(self, needed: int) -> None:
+        """Raise `_StoreFullError` if `needed` more bytes would exceed the limit."""
         if sum(size for _, size in self._files()) + needed > self.limit:
-            raise _CacheFullError
+            raise _StoreFullError
 
     def _files(self) -> list[tuple[str, int]]:
-        """Name and size of every complete or temporary file; removes temporary files of dead processes."""
+        """Name and size in bytes of every complete or temporary file; removes abandoned temporary files."""
         found = []
         for folder in sorted(self.folder.glob("[0-9a-f][0-9a-f]")):
             for entry in os.scandir(folder):
@@ -131,7 +138,7 @@ class FeatureStore:
                     continue
                 try:
                     status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # removed by another process
+                except FileNotFoundError:  # renamed or removed by another process since the listing
                     continue
                 if partial and time.time() - status.st_mtime > ABANDONED:
                     Path(entry.path).unlink(missing_ok=True)
@@ -141,7 +148,10 @@ class FeatureStore:
 
 
 def _read_error(path: Path, error: Exception) -> str:
-    """Why a file cannot be read; empty if it does not exist. safetensors reports a forbidden file as missing, too."""
+    """Reason why a file cannot be read; empty if it does not exist.
+
+    The file is opened again, because safetensors also reports a file without read permission as missing.
+    """
     try:
         os.close(os.open(path, os.O_RDONLY))
     except FileNotFoundError:
@@ -151,25 +161,26 @@ def _read_error(path: Path, error: Exception) -> str:
     return str(error)
 
 
-def _damage(key: str, about: Mapping[str, str], features: torch.Tensor) -> str:
+def _damage(key: str, header: Mapping[str, str], features: torch.Tensor) -> str:
     """Description of the damage of a file that was read; empty if it is intact."""
-    if about.get("key") != key:
+    if header.get("key") != key:
         return "it belongs to another key"
-    return "" if about.get("checksum") == checksum(features) else "its checksum differs"
+    return "" if header.get("checksum") == checksum(features) else "its checksum differs"
 
 
 def checksum(features: torch.Tensor) -> str:
     """CRC-32 of values, shape and dtype: detects every single flipped bit, at 2.5 GB/s (SHA-256: 1.5 GB/s)."""
+    # viewed as bytes, because NumPy has no bfloat16
     values = features.detach().contiguous().flatten().view(torch.uint8).numpy()
     start = zlib.crc32(f"{features.dtype} {list(features.shape)}".encode())
     return f"{zlib.crc32(values.data, start):08x}"
 
 
 def file_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Upper bound of the size in bytes of a file with such features."""
+    """Upper bound of the size in bytes of a file with features of this shape and dtype."""
     return torch.Size(shape).numel() * dtype.itemsize + HEADER
 
 
 def gib(size: int) -> str:
-    """Format bytes as GiB."""
+    """Format a number of bytes as GiB, such as ``"1.25 GiB"``."""
     return f"{size / 2**30:.3g} GiB"

@@ -30,9 +30,9 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"data.cache is {folder}, which cannot be created ({error}); name another folder.") from error
-    cache = FeatureStore(folder.absolute(), int(data.cache_gib * 2**30))
+    store = FeatureStore(folder.absolute(), int(data.cache_gib * 2**30))
     vision = vision_identity(data, model) if data.cached_features == "geometry+2d" else None
-    return FeatureCache(cache, geometry_identity(data, model), vision)
+    return FeatureCache(store, geometry_identity(data, model), vision)
 
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:

@@ -194,7 +194,7 @@ def check_inputs(
     if rank == 0:
         logger.info("%s", describe_frames(samples, processor))
         if frontend.cache is not None:
-            logger.info("%s", describe_cache(frontend.cache.cache))
+            logger.info("%s", describe_cache(frontend.cache.store))
     device = torch.device(get_accelerator().current_device_name())
     validation = make_validation(config, frontend, device) if config.train.eval_every else None
     return Inputs(dtype, ds_config, frontend, samples, device, validation)

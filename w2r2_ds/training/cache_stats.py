@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import suppress
 
-from w2r2_ds.features.lookup import size_of
+from w2r2_ds.features.lookup import last_size
 from w2r2_ds.features.store import FeatureStore, gib
 from w2r2_ds.types.batch import Batch
 
@@ -21,7 +21,7 @@ def cache_use(micro_batches: list[Batch]) -> dict[str, float]:
         return {}
     result = {"cache_hits": sum(each.features is not None for each in requests) / len(requests)}
     with suppress(OSError):
-        result["cache_gib"] = size_of(requests[0].cache) / 2**30
+        result["cache_gib"] = last_size(requests[0].store) / 2**30
     return result
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.features.lookup import flush
+from w2r2_ds.features.lookup import flush_writes
 from w2r2_ds.training.build import Run, build_run
 from w2r2_ds.training.cache_stats import cache_use
 from w2r2_ds.training.checkpoint.save import CheckpointInfo, save_checkpoint
@@ -68,7 +68,7 @@ def train(
         run.activity.follow("geometry", run.engine.module.model.geometry)
         watchdog.start_hang_detection()
         result = train_steps(run, signals)
-        flush()
+        flush_writes()
         return result
 
 

@@ -182,6 +182,6 @@ def test_ranks_share_the_work(config: Callable[..., RunConfig], world: World, tm
 
 def found(run: RunConfig) -> list[Any]:
     cache = open_cache(run.data, run.model)
-    assert cache is not None and isinstance(cache.cache, FeatureStore)
+    assert cache is not None and isinstance(cache.store, FeatureStore)
     sets = fill.frame_sets(run, ["train", "val"])
     return [each for sample in sets for each in (cache.find_3d(sample.frames), cache.find_2d(sample.frames)) if each]

@@ -20,7 +20,7 @@ from w2r2_ds.data.images import frame_size
 from w2r2_ds.data.loader import ReraisingDataLoader, ignore_stop_signals, load_mixture, visual_kind
 from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
-from w2r2_ds.features.lookup import FeatureCache, flush
+from w2r2_ds.features.lookup import FeatureCache, flush_writes
 from w2r2_ds.features.store import FeatureStore, file_size, gib
 from w2r2_ds.kernels.select import describe_attention, resolve_attention, resolve_dtype
 from w2r2_ds.models.build import geometry_spec, load_geometry
@@ -78,22 +78,22 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
     # From here on, the counts are those of all ranks, so every rank takes the same branches.
     total, missing = sum_over_ranks(total, ranks), sum_over_ranks(missing, ranks)
     with raise_on_all_ranks():
-        check_space(cache.cache, total, missing)
+        check_space(cache.store, total, missing)
     if ranks.rank == 0:
         dtype = resolve_dtype(config.model.dtype)
         attention = describe_attention(config.model.attention, dtype)
         print(f"{attention}, {dtype}: a run with another attention or dtype computes its own features", flush=True)
-        free = gib(shutil.disk_usage(cache.cache.folder).free)
-        print(f"features of data.{', data.'.join(splits)}: {total}; missing in {cache.cache.folder}: {missing}", end="")
+        free = gib(shutil.disk_usage(cache.store.folder).free)
+        print(f"features of data.{', data.'.join(splits)}: {total}; missing in {cache.store.folder}: {missing}", end="")
         print(f" (free: {free}, data.cache_gib {config.data.cache_gib:g})", flush=True)
     if not dry_run and missing.files:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         keys = encode_all(todo, preprocess, config, device, ranks)
-        flush()
+        flush_writes()
         with raise_on_all_ranks():  # also a barrier: the size below is that of all ranks' files
-            check_written(cache.cache, keys)
+            check_written(cache.store, keys)
         if ranks.rank == 0:
-            print(f"{cache.cache.folder}: {gib(cache.cache.size())}, complete", flush=True)
+            print(f"{cache.store.folder}: {gib(cache.store.size())}, complete", flush=True)
 
 
 def frame_sets(config: RunConfig, splits: Sequence[str]) -> list[Sample]:
