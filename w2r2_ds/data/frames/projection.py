@@ -1,7 +1,7 @@
 """Projection of a box into one posed frame: its pixels, its area, and the fraction of it that is not occluded.
 
-World: axis-aligned, +z up, metres. Camera: OpenCV (x right, y down, z forward). Pixels: (x, y) from the centre of the
-upper left pixel. Depth images hold the distance along the camera's z axis.
+Coordinates: the world is axis-aligned, +z up, in metres. Cameras follow OpenCV (x right, y down, z forward). Pixels are
+(x, y) with the origin at the centre of the upper left pixel. A depth image has distances along the camera's z axis.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from w2r2_ds.boxes3d.transforms import corners, rotation_matrix
 from w2r2_ds.data.sources.scannet import Frame
 
 OCCLUSION_MARGIN = 0.1
-"""Metres by which the measured surface may lie before or behind the box and still be the object's."""
+"""Distance in metres by which a surface may lie in front of or behind the box and still count as the object's."""
 
 MIN_VISIBLE_FRACTION = 0.2
 """Smallest `visible_fraction` at which an object counts as visible in a frame."""
 
 DEPTH_RANGE = (0.1, 20.0)
-"""Range, in metres, of the median depth of an image of a room in millimetres."""
+"""Plausible median depth in metres of an image of a room; outside it, the image is not in millimetres."""
 
 _NEAR = 1e-6  # metres; points closer to the camera's plane have no projection
-# 6 x 6 x 6 points in the unit cube, 5 % inside its faces: a surface on the face is not missed by rounding
+# 6 x 6 x 6 points in the unit cube. The outer ones are 5 % of the side inside its faces, so that rounding to a pixel
+# does not move them off a surface that lies on a face.
 _GRID = np.stack(np.meshgrid(*[np.linspace(-0.45, 0.45, 6)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 _CORNERS = np.stack(np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 
@@ -46,9 +47,9 @@ def load_depth(frame: Frame) -> np.ndarray:
 
 
 def _check_scale(depth: np.ndarray, frame: Frame) -> None:
-    """Raise ``ValueError`` if the median depth is outside ``DEPTH_RANGE``: the unit is then not millimetres.
+    """Raise ValueError if the median depth is outside ``DEPTH_RANGE``, because the unit is then not millimetres.
 
-    The median is that of every fourth pixel in both directions. An image without measurements passes.
+    The median is taken over every fourth pixel in both directions. An image without measurements is valid.
     """
     measured = depth[::4, ::4]
     measured = measured[measured != 0]
@@ -63,7 +64,7 @@ def _check_scale(depth: np.ndarray, frame: Frame) -> None:
 
 
 def box_corners(box: np.ndarray) -> np.ndarray:
-    """Corners of an axis-aligned box ``[6]`` (centre, size): ``[8, 3]`` float64, x slowest, z fastest."""
+    """Corners ``[8, 3]`` float64 of an axis-aligned box ``[6]`` (centre, size); x varies slowest, z fastest."""
     return np.asarray(box[:3]) + _CORNERS * np.asarray(box[3:6])
 
 
@@ -71,14 +72,15 @@ def project(points: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray)
     """Project points with a pinhole camera.
 
     Args:
-        points: ``[N, 3]`` world, metres.
-        cam_to_world: ``[4, 4]``.
-        intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
+        points: ``[N, 3]`` in the world, metres.
+        cam_to_world: ``[4, 4]`` camera pose.
+        intrinsic: ``[4, 4]`` or ``[3, 3]`` pinhole matrix, pixels.
 
     Returns:
-        Pixels ``[N, 2]`` (x, y), not defined for points behind the camera, and depths ``[N]`` along z, metres.
+        Pixels ``[N, 2]`` (x, y), undefined for points behind the camera, and depths ``[N]`` along the camera's z axis,
+        metres.
     """
-    # world to camera: R^-1 (p - t), for rows of points
+    # World to camera: R^-1 (p - t). The points are rows, so the matrix is multiplied from the right, transposed.
     camera = (points - cam_to_world[:3, 3]) @ np.linalg.inv(cam_to_world[:3, :3]).T
     depth = camera[:, 2]
     safe = np.where(np.abs(depth) < _NEAR, _NEAR, depth)
@@ -91,14 +93,14 @@ def projected_area(
 ) -> float:
     """Area, in square pixels, of the convex hull of a box's corners in an image.
 
-    Corners behind the camera are not used and the others are clipped to the image; the area is 0 if fewer than three
-    remain or the camera is inside the box.
+    Corners behind the camera are dropped, the others are clipped to the image. The area is 0 if fewer than three
+    corners remain or the camera is inside the box.
 
     Args:
-        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes3d/transforms.py``), world, metres.
-        cam_to_world: ``[4, 4]``.
-        intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
-        image_size: width and height, pixels.
+        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes3d/transforms.py``), in the world, metres.
+        cam_to_world: ``[4, 4]`` camera pose.
+        intrinsic: ``[4, 4]`` or ``[3, 3]`` pinhole matrix of the image, pixels.
+        image_size: width and height of the image, pixels.
     """
     return hull_area(clipped_corners(box, cam_to_world, intrinsic, image_size))
 
@@ -106,29 +108,25 @@ def projected_area(
 def clipped_corners(
     box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray, image_size: tuple[int, int]
 ) -> np.ndarray:
-    """Pixels ``[k, 2]`` of the corners before the camera, clipped to the image; none if the camera is in the box.
+    """Pixels ``[k, 2]`` of the corners in front of the camera, clipped to the image; none if the camera is in the box.
 
-    Args:
-        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes3d/transforms.py``), world, metres.
-        cam_to_world: ``[4, 4]``.
-        intrinsic: ``[4, 4]`` or ``[3, 3]``, pixels.
-        image_size: width and height, pixels.
+    For the arguments see `projected_area`.
     """
-    offset, points = cam_to_world[:3, 3] - box[:3], box_corners(box[:6])
-    if len(box) == 9:  # the camera in the axes of the box
-        offset, points = rotation_matrix(box[6:]).T @ offset, corners(box)
-    if (np.abs(offset) <= np.asarray(box[3:6]) / 2).all():
+    camera, points = cam_to_world[:3, 3] - box[:3], box_corners(box[:6])
+    if len(box) == 9:  # camera position along the axes of the box
+        camera, points = rotation_matrix(box[6:]).T @ camera, corners(box)
+    if (np.abs(camera) <= np.asarray(box[3:6]) / 2).all():
         return np.empty((0, 2))
     pixels, depth = project(points, cam_to_world, intrinsic)
     return np.clip(pixels[depth > _NEAR], 0.0, np.array(image_size, dtype=np.float64) - 1.0)
 
 
 def hull_area(pixels: np.ndarray) -> float:
-    """Area of the convex hull of ``[k, 2]`` pixels; 0 for fewer than three, or all on one line."""
+    """Area, in square pixels, of the convex hull of ``[k, 2]`` pixels; 0 for fewer than three, or all on one line."""
     if len(pixels) < 3:
         return 0.0
     try:
-        return float(ConvexHull(pixels).volume)
+        return float(ConvexHull(pixels).volume)  # `volume` of a 2D hull is its area, `area` its perimeter
     except QhullError:  # all points on one line: the box is beside the image and was clipped to its border
         return 0.0
 
@@ -140,42 +138,49 @@ def visible_fraction(
     depth: np.ndarray,
     margin: float = OCCLUSION_MARGIN,
 ) -> float:
-    """Fraction of a grid of points in a box at whose pixels the measured surface lies inside the box (depth test).
+    """Visible fraction of a box, estimated by a depth test on a grid of points in it.
 
-    A point counts if it falls into the depth image, its pixel has a measurement, and along the viewing ray that
-    measurement is neither before the box (an occluder) nor behind it (background) by more than ``margin``.
+    A point counts as visible if it falls into the depth image, its pixel has a measurement, and along the viewing ray
+    that measurement is neither in front of the box (an occluder) nor behind it (background) by more than ``margin``.
 
     Args:
         box: ``[6]`` centre and size in the axis-aligned world, metres.
-        cam_to_world: ``[4, 4]``.
-        depth_intrinsic: ``[4, 4]``, of the depth image.
-        depth: ``[height, width]`` uint16, millimetres.
-        margin: metres.
+        cam_to_world: ``[4, 4]`` camera pose.
+        depth_intrinsic: ``[4, 4]`` pinhole matrix of the depth image, pixels.
+        depth: ``[height, width]`` uint16 depth image, millimetres.
+        margin: tolerance in metres.
     """
     points = np.asarray(box[:3]) + _GRID * np.asarray(box[3:6])
-    pixels, along = project(points, cam_to_world, depth_intrinsic)
+    pixels, depths = project(points, cam_to_world, depth_intrinsic)
     height, width = depth.shape
-    # clipped first: points near the camera's plane have pixels beyond the range of integers
+    # Clipped before the conversion: points near the camera's plane have pixels beyond the range of integers.
     columns, rows = np.round(np.clip(pixels, -1e6, 1e6)).astype(int).T
-    inside = (along > _NEAR) & (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    inside = (depths > _NEAR) & (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     measured = np.zeros(len(points))
     measured[inside] = depth[rows[inside], columns[inside]] / 1000.0
-    # The measurement is compared with the depths where the ray enters and leaves the box, not with the grid point:
-    # an object's surface is anywhere in its box.
-    enter, leave = _ray_interval(points, along, box, cam_to_world[:3, 3])
+    # The measurement is compared with the depths where the ray enters and leaves the box, not with that of the grid
+    # point: the surface of an object may be anywhere in its box.
+    enter, leave = _ray_interval(points, depths, box, cam_to_world[:3, 3])
     return float(np.mean((measured > 0) & (measured >= enter - margin) & (measured <= leave + margin)))
 
 
 def _ray_interval(
-    points: np.ndarray, along: np.ndarray, box: np.ndarray, origin: np.ndarray
+    points: np.ndarray, depths: np.ndarray, box: np.ndarray, origin: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Depths ``[N]`` where the rays from ``origin`` through ``points`` (depths ``along``) enter and leave the box.
+    """Depths ``[N]`` at which the rays from ``origin`` through ``points`` enter and leave a box.
 
-    Slab method: per axis the ray crosses two planes; it is in the box from the last entry to the first exit.
+    Slab method: a ray crosses the two planes of each axis; it is in the box from the last entry to the first exit.
+
+    Args:
+        points: ``[N, 3]`` in the world, metres.
+        depths: ``[N]`` depths of the points, metres.
+        box: ``[6]`` centre and size in the axis-aligned world, metres.
+        origin: ``[3]`` camera centre, metres.
     """
-    # scaled to depth 1, so that the ray's parameter is the depth
-    directions = (points - origin) / np.where(np.abs(along) < _NEAR, _NEAR, along)[:, None]
+    # Directions are scaled to depth 1, so that the parameter of a ray is the depth. A tiny value replaces 0, so that a
+    # ray parallel to a plane crosses it far away instead of at NaN.
+    directions = (points - origin) / np.where(np.abs(depths) < _NEAR, _NEAR, depths)[:, None]
     directions = np.where(np.abs(directions) < 1e-12, 1e-12, directions)
     half = np.asarray(box[3:6]) / 2
-    first, second = (box[:3] - half - origin) / directions, (box[:3] + half - origin) / directions
-    return np.minimum(first, second).max(axis=1), np.maximum(first, second).min(axis=1)
+    low, high = (box[:3] - half - origin) / directions, (box[:3] + half - origin) / directions
+    return np.minimum(low, high).max(axis=1), np.maximum(low, high).min(axis=1)

@@ -1,11 +1,11 @@
 """Selection of the frames of a sample: five sampling methods behind `select_frames`.
 
-``uniform``     evenly spread over the scene, the same for all samples of a scene (Video-3D-LLM).
-``vgllm``       a random start and a fixed stride per sample, redrawn until a frame shows the object (VG-LLM).
+``uniform``     frames evenly spread over the scene, the same for all samples of a scene (Video-3D-LLM).
+``vgllm``       frames with a random start and a fixed stride per sample, redrawn until one shows the object (VG-LLM).
 ``scene_sets``  a few fixed sets per scene; a sample gets the set with the most frames that show its object.
                 Samples share few distinct frame sets, so features are reused.
 ``coverage``    the few frames that cover most of the scene (Video-3D-LLM's ``mc``), the same for all its samples.
-``list``        frame numbers per scene from a file.
+``list``        frames that a file lists for every scene.
 
 Random draws are seeded by (seed, scene, key): they depend on neither the order of the samples nor the process.
 """
@@ -27,7 +27,7 @@ from w2r2_ds.data.sources.scannet import Scene
 FrameSampling = Literal["uniform", "vgllm", "scene_sets", "coverage", "list"]
 
 REDRAWS = 20
-"""Number of further draws of ``vgllm`` if no drawn frame shows the object."""
+"""Maximum number of further draws of ``vgllm`` while no drawn frame shows the object."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class FrameOptions:
     """Options of frame selection.
 
     Attributes:
-        protocol: uniform, vgllm, scene_sets, coverage or list.
+        protocol: frame sampling method: uniform, vgllm, scene_sets, coverage or list.
         count: frames per sample; fewer if the scene has fewer, the ratio is reached or the list is shorter.
-        seed: random seed for ``vgllm`` and ``scene_sets``.
-        sets: sets per scene for ``scene_sets``.
+        seed: random seed of ``vgllm`` and ``scene_sets``.
+        sets: number of sets per scene of ``scene_sets``.
         ratio: fraction of the scene's voxels at which ``coverage`` stops, in (0, 1].
         voxel: edge length of the voxels of ``coverage``, metres.
-        file: for ``list``: JSON, ``{scene: [frame numbers]}``, numbers as in the file names, in the order of viewing.
+        file: JSON file of ``list``, ``{scene: [frame numbers]}``; numbers as in the frames' file names, in the order of
+            the model's input.
     """
 
     protocol: FrameSampling
@@ -53,7 +54,7 @@ class FrameOptions:
     file: Path | None = None
 
     def check(self) -> None:
-        """Raise ``ValueError`` with the option that is out of range or does not fit the protocol."""
+        """Raise ValueError that names an option which is out of range or does not fit the sampling method."""
         if self.protocol not in get_args(FrameSampling):
             raise ValueError(
                 f"frames.protocol is {self.protocol!r}; it must be one of {', '.join(get_args(FrameSampling))}"
@@ -71,33 +72,33 @@ class FrameOptions:
             raise ValueError("frames.file must be set for frames.protocol 'list', and only for it")
 
 
-def select_frames(options: FrameOptions, scene: Scene, key: str, seen: frozenset[int] | None) -> list[int] | None:
-    """Positions in ``scene.frames`` of a sample's frames, each once, in the order of the sample.
+def select_frames(options: FrameOptions, scene: Scene, key: str, visible: frozenset[int] | None) -> list[int] | None:
+    """Positions in ``scene.frames`` of a sample's frames, each once, in the order of the model's input.
 
     Args:
-        options: checked options.
+        options: options that `FrameOptions.check` accepted.
         scene: with ``uniform``, ``vgllm`` and ``scene_sets``, all its frames are selected if it has at most ``count``.
         key: sample key; seeds the sample's draw.
-        seen: positions in which the sample's object is visible; None if visibility does not matter.
+        visible: positions of the frames in which the sample's object is visible; None if visibility does not matter.
 
     Returns:
-        The positions. None if the object is visible in no frame of the scene, or with ``scene_sets`` in none of the
-        sets. ``uniform``, ``coverage`` and ``list`` do not use visibility: possibly none of the selected
-        frames shows the object.
+        The positions. None if the object is visible in no frame of the scene, or with ``scene_sets`` in no frame of
+        any set. ``uniform``, ``coverage`` and ``list`` do not use visibility, so possibly none of their frames shows
+        the object.
 
     Raises:
         ValueError: see `covering_frames` and `frames_from_file`.
     """
-    if seen is not None and not seen:
+    if visible is not None and not visible:
         return None
     match options.protocol:
         case "uniform":
             return uniform(len(scene.frames), options.count)
         case "vgllm":
-            return vgllm(len(scene.frames), options.count, _generator(options.seed, scene.scene_id, key), seen)
+            return vgllm(len(scene.frames), options.count, _generator(options.seed, scene.scene_id, key), visible)
         case "scene_sets":
             sets = scene_sets(len(scene.frames), options.count, options.sets, options.seed, scene.scene_id)
-            return assign_set(sets, key, seen)
+            return assign_set(sets, key, visible)
         case "coverage":
             return list(covering_frames(scene, options.count, options.ratio, options.voxel))
         case "list":
@@ -110,69 +111,81 @@ def uniform(total: int, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, min(count, total), dtype=int)]
 
 
-def vgllm(total: int, count: int, rng: np.random.Generator, seen: frozenset[int] | None) -> list[int]:
-    """VG-LLM's draw: from a random start every ``total // count``-th position, modulo ``total``.
+def vgllm(total: int, count: int, rng: np.random.Generator, visible: frozenset[int] | None) -> list[int]:
+    """VG-LLM's draw: every ``total // count``-th position from a random start on, modulo ``total``.
 
-    Redrawn up to ``REDRAWS`` times until a position shows the object. If none does, the last position of the last draw
-    is replaced by the first that shows it, and the positions are sorted. A scene with fewer than ``count`` frames gives
-    all of them, from the random start on. Two artefacts of VG-LLM's code are not reproduced: start 0 is drawn twice as
-    often as any other, and the last draw loses a position without being tested.
+    The draw is repeated up to ``REDRAWS`` times until a position shows the object. If none does, the last position of
+    the last draw is replaced by the first position that shows it, and the positions are sorted. If the scene has fewer
+    than ``count`` frames, all are selected, from the random start on.
+
+    Two artefacts of VG-LLM's code are not reproduced: start 0 is drawn twice as often as any other, and the last draw
+    loses a position even if the object is visible in it.
 
     Args:
         total: number of frames of the scene.
         count: number of frames to select.
-        rng: draws the starts.
-        seen: positions in which the object is visible, not empty; None if visibility does not matter.
+        rng: random generator of the starts.
+        visible: positions in which the object is visible, not empty; None if visibility does not matter.
     """
     drawn: list[int] = []
     for _ in range(1 + REDRAWS):
         drawn = _strided(total, count, int(rng.integers(total)))
-        if seen is None or not seen.isdisjoint(drawn):
+        if visible is None or not visible.isdisjoint(drawn):
             return drawn
-    assert seen is not None
-    return sorted([*drawn[:-1], min(seen)])
+    assert visible is not None
+    return sorted([*drawn[:-1], min(visible)])
 
 
 def _strided(total: int, count: int, start: int) -> list[int]:
+    """Positions from `start` on with stride ``total // count``, modulo ``total``; at most ``total`` of them."""
     stride = max(1, total // count)
     return [(start + i * stride) % total for i in range(min(count, total))]
 
 
 def scene_sets(total: int, count: int, sets: int, seed: int, scene_id: str) -> list[list[int]]:
-    """The ordered sets of positions of which every sample of a scene gets one.
+    """Ordered sets of positions of a scene; every sample of the scene gets one of them.
 
     Each set is spread evenly over the whole scene, with the exact stride ``total / count``. The sets are shifted by
     equal parts of a stride, so their union is ``sets * count`` evenly spaced frames, or all frames if there are fewer.
-    Each set is then rotated, so that sets begin in different parts of the scene: a geometry encoder may use the
-    first camera as the world frame. Shift and rotation are drawn from (seed, scene).
+    Each set is then rotated, so that sets begin in different parts of the scene, because a geometry encoder may use the
+    first camera as the world frame. Shift and rotation are drawn at random from (seed, scene).
+
+    Args:
+        total: number of frames of the scene.
+        count: number of frames of a set.
+        sets: number of sets.
+        seed: random seed.
+        scene_id: name of the scene.
 
     Returns:
         ``sets`` lists of ``min(count, total)`` distinct positions.
     """
     rng = _generator(seed, scene_id, "scene_sets")
     size = min(count, total)
-    phase, turn = int(rng.integers(total)), int(rng.integers(size))
-    made = []
-    for number in range(sets):
-        # integer arithmetic: a rounded floating-point quotient could repeat a position
-        spread = [((i * sets + number) * total + phase) // (size * sets) for i in range(size)]
-        first = (turn + number * size // sets) % size
-        made.append(spread[first:] + spread[:first])
-    return made
+    shift, rotation = int(rng.integers(total)), int(rng.integers(size))
+    result = []
+    for index in range(sets):
+        # The i-th position is (i + index / sets) strides of total / size, plus the shift of the scene. In integers,
+        # because a rounded floating-point quotient could repeat a position.
+        spread = [((i * sets + index) * total + shift) // (size * sets) for i in range(size)]
+        first = (rotation + index * size // sets) % size
+        result.append(spread[first:] + spread[:first])
+    return result
 
 
-def assign_set(sets: list[list[int]], key: str, seen: frozenset[int] | None) -> list[int] | None:
+def assign_set(sets: list[list[int]], key: str, visible: frozenset[int] | None) -> list[int] | None:
     """The set with the most frames that show the object; ties are broken by a hash of the key.
 
     Args:
-        sets: not empty.
+        sets: lists of positions, at least one.
         key: sample key.
-        seen: positions in which the object is visible; None if visibility does not matter.
+        visible: positions in which the object is visible; None if visibility does not matter.
 
     Returns:
         One of ``sets``, or None if no frame of any set shows the object.
     """
-    num_visible = [1 if seen is None else len(seen.intersection(positions)) for positions in sets]
+    # Without visibility all sets are equal, and the hash spreads the samples over them.
+    num_visible = [1 if visible is None else len(visible.intersection(positions)) for positions in sets]
     if not max(num_visible):
         return None
     best = [positions for positions, count in zip(sets, num_visible, strict=True) if count == max(num_visible)]
@@ -181,6 +194,11 @@ def assign_set(sets: list[list[int]], key: str, seen: frozenset[int] | None) -> 
 
 def frames_from_file(file: Path, scene: Scene, count: int) -> list[int]:
     """Positions of the frames that a JSON file lists for a scene, in the file's order.
+
+    Args:
+        file: JSON file, ``{scene: [frame numbers]}``.
+        scene: scene whose frames are listed.
+        count: maximum number of frames.
 
     Raises:
         ValueError: the file is unreadable or lacks the scene, or the scene's list is empty, has more than ``count``
@@ -209,6 +227,7 @@ def frames_from_file(file: Path, scene: Scene, count: int) -> list[int]:
 
 @lru_cache(maxsize=1)
 def _read_list(file: Path) -> dict[str, Any]:
+    """Content of a ``list`` file; cached, because it is read for every sample."""
     try:
         frames = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

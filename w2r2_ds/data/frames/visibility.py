@@ -1,8 +1,8 @@
 """Object visibility: the frames of a scene in which an object is visible, and the frame that shows it largest.
 
-Two sources of visibility. EmbodiedScan lists the visible instances of every image (VG-LLM's source); its boxes are not
-ScanRefer's, so an object is matched to an instance by IoU (`match_instance`). Without EmbodiedScan, depth images are
-compared with the box (``projection.py``).
+There are two sources of visibility. EmbodiedScan lists the visible instances of every image (VG-LLM's source); its
+boxes differ from ScanRefer's, so an object is matched to an instance by IoU (`match_instance`). Without EmbodiedScan,
+the depth images are compared with the object's box (``projection.py``).
 
 A *position* is an index into ``Scene.frames``; the number in a frame's file name is ``Frame.index``. Boxes are in the
 axis-aligned world: ``[6]`` (centre, size) or ``[9]`` (with ZXY angles); metres, radians.
@@ -26,23 +26,22 @@ from w2r2_ds.data.sources.embodiedscan import InfoInstance, ScanInfo
 from w2r2_ds.data.sources.scannet import Frame, Scene
 
 MATCH_IOU = 0.5
-"""Smallest IoU at which a ScanRefer object and an EmbodiedScan instance are the same object (VG-LLM)."""
+"""Smallest IoU at which a ScanRefer object and an EmbodiedScan instance count as the same object (VG-LLM)."""
 
 POSE_TOLERANCE = 0.05
-"""Largest distance, in metres, of a frame's camera centre from EmbodiedScan's for the same frame number.
+"""Largest distance in metres between a frame's camera centre and EmbodiedScan's camera centre of that frame number.
 
-Both files round the same pose. A larger distance means that the frame has another image's number: neighbouring images
-are often only centimetres apart.
+Both files round the same pose. A larger distance means that the frame has the number of another image. The tolerance is
+small because neighbouring images are often only centimetres apart.
 """
-
 
 _RENUMBERED = "extract the images of the scan under their own numbers (every 10th: 00000, 00010, ...)"
 
 
 def keep_listed_frames(scene: Scene, info: ScanInfo) -> Scene:
-    """The scene with only the frames that EmbodiedScan lists, the candidates of VG-LLM and of Video-3D-LLM.
+    """The scene restricted to the frames that EmbodiedScan lists, from which VG-LLM and Video-3D-LLM also sample.
 
-    If every image of the scan was extracted, EmbodiedScan has no visibility for the others.
+    EmbodiedScan lists every tenth image of a scan. If more were extracted, it has no visibility for the others.
 
     Raises:
         ValueError: the scene has none of the listed frames, or a pose differs from EmbodiedScan's for that number.
@@ -54,7 +53,7 @@ def keep_listed_frames(scene: Scene, info: ScanInfo) -> Scene:
             f"that EmbodiedScan lists for {scene.scene_id}; {_RENUMBERED}"
         )
     for frame in frames:
-        # EmbodiedScan's poses are in the raw world
+        # EmbodiedScan's poses are in the raw world; move them to the axis-aligned world of the frames.
         pose = info.axis_align @ info.poses[frame.index]
         distance = float(np.linalg.norm((pose - frame.cam_to_world)[:3, 3]))
         if distance > POSE_TOLERANCE:
@@ -66,11 +65,13 @@ def keep_listed_frames(scene: Scene, info: ScanInfo) -> Scene:
 
 
 def match_instance(box: np.ndarray, info: ScanInfo) -> InfoInstance | None:
-    """The EmbodiedScan instance with the largest IoU with a ScanRefer box; None below ``MATCH_IOU``.
+    """The EmbodiedScan instance with the largest IoU with a ScanRefer box; None if that is below ``MATCH_IOU``.
+
+    Of several instances with the same IoU, the first is returned.
 
     Args:
-        box: ``[6]`` axis-aligned.
-        info: its instances have oriented boxes; the first of several with the same IoU is returned.
+        box: ``[6]`` axis-aligned ScanRefer box.
+        info: EmbodiedScan's annotations of the scene, with oriented boxes.
     """
     if not info.instances:
         return None
@@ -78,21 +79,22 @@ def match_instance(box: np.ndarray, info: ScanInfo) -> InfoInstance | None:
 
     from w2r2_ds.boxes3d.iou import box_iou
 
-    theirs = torch.from_numpy(np.stack([instance.box for instance in info.instances]).astype(np.float64))
-    ours = torch.zeros(len(theirs), 9, dtype=torch.float64)
-    ours[:, :6] = torch.from_numpy(np.asarray(box, dtype=np.float64))
-    overlaps = box_iou(ours, theirs).numpy()
-    best = int(overlaps.argmax())
-    return info.instances[best] if overlaps[best] >= MATCH_IOU else None
+    instances = torch.from_numpy(np.stack([instance.box for instance in info.instances]).astype(np.float64))
+    # The same box for every pair; its angles are 0.
+    repeated = torch.zeros(len(instances), 9, dtype=torch.float64)
+    repeated[:, :6] = torch.from_numpy(np.asarray(box, dtype=np.float64))
+    ious = box_iou(repeated, instances).numpy()
+    best = int(ious.argmax())
+    return info.instances[best] if ious[best] >= MATCH_IOU else None
 
 
 def visible_frames_by_infos(scene: Scene, info: ScanInfo, instance: InfoInstance) -> frozenset[int]:
     """Positions of the frames in which EmbodiedScan lists an instance as visible.
 
     Args:
-        scene: with listed frames only, see `keep_listed_frames`.
+        scene: scene with listed frames only, see `keep_listed_frames`.
         info: EmbodiedScan's annotations of the scene.
-        instance: one of ``info.instances``; ``visible_instance_ids`` are indices into that list.
+        instance: one of ``info.instances``.
     """
     unlisted = [frame.index for frame in scene.frames if frame.index not in info.visible]
     assert not unlisted, f"{scene.scene_id}: frame {unlisted[0]} is not listed; call keep_listed_frames first"
@@ -103,11 +105,11 @@ def visible_frames_by_depth(scene: Scene, boxes: Sequence[np.ndarray]) -> list[f
     """Positions of the frames in which each box has a `visible_fraction` of at least ``MIN_VISIBLE_FRACTION``.
 
     Args:
-        scene: the depth images of all its frames are read, each once; one is in memory at a time.
-        boxes: ``[6]`` each, axis-aligned.
+        scene: scene whose depth images are read, each once; one is in memory at a time.
+        boxes: axis-aligned boxes, ``[6]`` each.
 
     Returns:
-        One set per box.
+        One set of positions per box.
 
     Raises:
         ValueError: a depth image is unreadable or not in millimetres.
@@ -128,13 +130,15 @@ def clearest_frame(
     intrinsic: np.ndarray,
     image_size: tuple[int, int],
 ) -> int | None:
-    """The position whose frame shows a box with the largest `clear_area`: VG-LLM's target frame.
+    """Position of the frame that shows a box with the largest `clear_area`: VG-LLM's target frame.
+
+    Of several frames with the same area, the first is returned.
 
     Args:
-        frames: ``Scene.frames``.
-        positions: frames in which the object is visible, in the order of the sample; the first of equal ones wins.
-        box: ``[6]`` or ``[9]``. VG-LLM measures EmbodiedScan's box here, while its answer has ScanRefer's.
-        intrinsic: ``[4, 4]``, of the colour images, pixels.
+        frames: frames of the scene (``Scene.frames``).
+        positions: positions of the frames in which the object is visible, in the order of the model's input.
+        box: ``[6]`` or ``[9]``. VG-LLM uses EmbodiedScan's box here, but ScanRefer's in the answer.
+        intrinsic: ``[4, 4]`` pinhole matrix of the colour images, pixels.
         image_size: width and height of the colour images, pixels.
 
     Returns:
@@ -149,7 +153,7 @@ def clearest_frame(
 
 
 def clear_area(box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray, image_size: tuple[int, int]) -> float:
-    """`projected_area`, but 0 if all corners lie left or right of the image, or all lie above or below it.
+    """`projected_area`, but 0 if every corner lies left or right of the image, or every corner above or below it.
 
     VG-LLM's rule: such a box fills the image from side to side and is too close to be shown clearly.
     """
