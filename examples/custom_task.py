@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.data.sources.validation import FrozenModel, Name, Number, SceneId, validate
+from w2r2_ds.data.sources.validation import FrozenModel, IntegerOrDigits, Name, SceneId, validate
 from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, register_task
 from w2r2_ds.data.tasks.common import frame_fields
 from w2r2_ds.data.tasks.parsing import AnswerError
@@ -30,7 +30,7 @@ class Count(FrozenModel):
 
     scene_id: SceneId
     name: Name
-    count: Number
+    count: IntegerOrDigits
     location: str = ""  # file and entry, for messages about this annotation
     object_ids: tuple[int, ...] = ()  # objects that need a box: none
 

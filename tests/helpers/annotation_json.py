@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from w2r2_ds.data.sources.labels import LabelMap, groups, nyu40_class, scannet_class
+from w2r2_ds.data.sources.labels import LabelMap, nyu40_class, scannet_class, unique_or_multiple
 from w2r2_ds.evaluation.protocols.scan2cap_rules import Caption, DescribedObject
 from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription
 
@@ -31,7 +31,8 @@ def descriptions_from(entries: Sequence[Mapping[str, Any]], boxes: Boxes, labels
         ValueError: an entry lacks a field, or its object has no box.
     """
     objects = [_object(entry, number) for number, entry in enumerate(entries)]
-    official, nyu40 = groups(objects, labels, scannet_class), groups(objects, labels, nyu40_class)
+    official = unique_or_multiple(objects, labels, scannet_class)
+    nyu40 = unique_or_multiple(objects, labels, nyu40_class)
     found = []
     for number, (entry, described) in enumerate(zip(entries, objects, strict=True)):
         box = _box(boxes, described.scene_id, described.object_id, number)

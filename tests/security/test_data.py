@@ -26,7 +26,7 @@ from w2r2_ds.data.frames.projection import load_depth
 from w2r2_ds.data.images import frame_size, load_frame
 from w2r2_ds.data.prepare.manifest import file_hash
 from w2r2_ds.data.prepare.scannet_boxes import _read_vertices
-from w2r2_ds.data.sources.numpy_unpickler import load_plain
+from w2r2_ds.data.sources.numpy_unpickler import load_numpy_pickle
 from w2r2_ds.data.sources.scannet import Frame, check_scene_id
 from w2r2_ds.data.tasks.scanrefer import image_size
 from w2r2_ds.data.validate import check_frames
@@ -241,11 +241,11 @@ def test_what_a_pickle_names_is_quoted_on_one_line(tmp_path: Path, mark: Path, p
     path = tmp_path / "infos.pkl"
     path.write_bytes(b"\x80\x04\x8c\x0aos\x1b[2J\r\x85.x\x8c\x06system\x93.")
     with pytest.raises(ValueError) as caught:
-        load_plain(path)
+        load_numpy_pickle(path)
     assert all(char.isprintable() for char in str(caught.value))
     path.write_bytes(pickle.dumps(payload))
     with pytest.raises(ValueError, match="nothing of it was run"):
-        load_plain(path)
+        load_numpy_pickle(path)
     assert not mark.exists()
 
 

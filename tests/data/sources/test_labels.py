@@ -8,7 +8,14 @@ import pytest
 
 from hand_scene import SCENE
 from w2r2_ds.data.sources.annotations import Description
-from w2r2_ds.data.sources.labels import LABELS_FILE, SCANNET_CLASSES, groups, nyu40_class, read_labels, scannet_class
+from w2r2_ds.data.sources.labels import (
+    LABELS_FILE,
+    SCANNET_CLASSES,
+    nyu40_class,
+    read_labels,
+    scannet_class,
+    unique_or_multiple,
+)
 
 HEADER = "id\traw_category\tnyu40id\tnyu40class\n"
 
@@ -83,11 +90,11 @@ def test_groups_by_both_rules() -> None:
         annotated(9, "what_is_it"),
         annotated(3, "lamp", "scene0001_00"),
     ]
-    by_name = groups(annotations, labels, scannet_class)
+    by_name = unique_or_multiple(annotations, labels, scannet_class)
     # The refrigerator is a class of its own, however it is spelt; lamps and unknown names are "others".
     assert {key for key, group in by_name.items() if group == "multiple"} == {(SCENE, 3), (SCENE, 5)}
     assert by_name[SCENE, 7] == by_name["scene0001_00", 3] == "unique"
-    by_number = groups(annotations, labels, nyu40_class)
+    by_number = unique_or_multiple(annotations, labels, nyu40_class)
     assert {key for key, group in by_number.items() if group == "multiple"} == {(SCENE, 3), (SCENE, 5)}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from w2r2_ds.data.sources.numpy_unpickler import load_plain
+from w2r2_ds.data.sources.numpy_unpickler import load_numpy_pickle
 
 VALUES: dict[str, Any] = {
     "matrix": np.arange(16.0).reshape(4, 4),
@@ -48,7 +48,7 @@ def written(folder: Path, content: bytes) -> Path:
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_arrays_and_containers_come_back(tmp_path: Path, protocol: int) -> None:
     content = pickle.dumps(VALUES, protocol)
-    read = load_plain(written(tmp_path, content))
+    read = load_numpy_pickle(written(tmp_path, content))
     stock = pickle.loads(content)
     assert list(read) == list(VALUES)
     for name, value in VALUES.items():
@@ -70,7 +70,7 @@ def test_module_paths_of_numpy_1_and_2(tmp_path: Path) -> None:
             content = content.replace(short(f"numpy._core.{name}"), short(f"numpy.core.{name}"))
         # A byte less per name: the frame's length no longer holds, so write it without a frame.
         assert content[2:3] == b"\x95"
-        read = load_plain(written(tmp_path, content[:2] + content[11:]))
+        read = load_numpy_pickle(written(tmp_path, content[:2] + content[11:]))
         np.testing.assert_array_equal(np.asarray(read[0]), matrix)
         assert read[1] == 3.0
 
@@ -139,7 +139,7 @@ def test_a_named_callable_is_rejected_and_not_run(tmp_path: Path, name: str) -> 
     path = written(tmp_path, content)
     before = set(sys.modules)
     with pytest.raises(ValueError, match=rf"infos\.pkl names {named}"):
-        load_plain(path)
+        load_numpy_pickle(path)
     assert not hasattr(builtins, MARK)
     assert set(sys.modules) == before
 
@@ -176,7 +176,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_other_streams_are_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"infos\.pkl .*an infos file"):
-        load_plain(written(tmp_path, BROKEN[name]), "an infos file")
+        load_numpy_pickle(written(tmp_path, BROKEN[name]), "an infos file")
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -185,12 +185,12 @@ def test_every_truncation_is_one_sentence(tmp_path: Path, protocol: int) -> None
     content = pickle.dumps({name: value for name, value in VALUES.items() if name != "objects"}, protocol)
     for length in range(0, len(content), 7):
         with pytest.raises(ValueError, match=r"infos\.pkl is ") as caught:
-            load_plain(written(tmp_path, content[:length]))
+            load_numpy_pickle(written(tmp_path, content[:length]))
         assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.pkl does not exist; it must be EmbodiedScan's"):
-        load_plain(tmp_path / "none.pkl", "EmbodiedScan's")
+        load_numpy_pickle(tmp_path / "none.pkl", "EmbodiedScan's")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_plain(tmp_path)
+        load_numpy_pickle(tmp_path)

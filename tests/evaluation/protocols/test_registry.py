@@ -12,7 +12,7 @@ import pytest
 from annotation_json import NamedObject, answers_from, captions_from, descriptions_from, objects_from, questions_from
 from metric_cases import undocumented
 from w2r2_ds.boxes3d.aabb import aabb_iou
-from w2r2_ds.data.sources.labels import groups, nyu40_class, scannet_class
+from w2r2_ds.data.sources.labels import nyu40_class, scannet_class, unique_or_multiple
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.protocols.refinement import refine
@@ -86,12 +86,12 @@ def test_degenerate_boxes() -> None:
 def test_groups_by_each_class_map() -> None:
     annotated = [named("chair", "3"), named("office_chair", "5"), named("table", "7"), named("table", "7")]
     annotated += [named("wall", "8"), named("plant", "9"), named("chair", "1", "scene0001_00")]
-    official = groups(annotated, LABELS, scannet_class)
+    official = unique_or_multiple(annotated, LABELS, scannet_class)
     assert [official["scene0000_00", number] for number in "35789"] == ["multiple"] * 2 + ["unique"] + ["multiple"] * 2
     assert official["scene0001_00", "1"] == "unique"
-    other = groups(annotated, LABELS, nyu40_class)
+    other = unique_or_multiple(annotated, LABELS, nyu40_class)
     assert (other["scene0000_00", "8"], other["scene0000_00", "9"]) == ("unique", "unique")
-    renamed = groups([named("table", "7"), named("chair", "7"), named("chair", "1")], LABELS, scannet_class)
+    renamed = unique_or_multiple([named("table", "7"), named("chair", "7"), named("chair", "1")], LABELS, scannet_class)
     assert set(renamed.values()) == {"unique"}, "the first name of an object decides"
 
 

@@ -1,11 +1,11 @@
 """Readers of the annotation files of ScanRefer and ScanQA.
 
-``ScanRefer_filtered_{train,val}.json`` (Scan2Cap's annotations too)::
+``ScanRefer_filtered_{train,val}.json``, also the annotations of Scan2Cap::
 
     [{"scene_id": "scene0000_00", "object_id": "39", "object_name": "office_chair", "ann_id": "0",
       "description": "...", "token": ["the", ...]}, ...]
 
-``ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json``, the last two without answers, the last without objects::
+``ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json``; both test files have no answers, the last has no objects::
 
     [{"scene_id": "scene0000_00", "question_id": "train-scene0000-0", "question": "...", "answers": ["brown", ...],
       "object_ids": [8], "object_names": ["table"]}, ...]
@@ -21,11 +21,11 @@ from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from w2r2_ds.data.sources.validation import (
     FrozenModel,
+    IntegerOrDigits,
     Name,
-    Number,
     SceneId,
     Text,
-    number_or_digits,
+    integer_or_digits,
     raise_problems,
     validate,
 )
@@ -41,17 +41,17 @@ class Description(FrozenModel):
     Attributes:
         scene_id: ScanNet scene name.
         object_id: instance id in the scene.
-        object_name: as in the file, with underscores for blanks.
+        object_name: name of the object as in the file, with underscores for spaces.
         ann_id: number of this description of the object, as in the file.
         text: the sentence.
-        words: the sentence as the file tokenises it (field ``token``); words may be empty strings.
+        words: tokenization of the sentence in the file (field ``token``); words may be empty strings.
         location: file and entry, for messages.
     """
 
     scene_id: SceneId
-    object_id: Number
+    object_id: IntegerOrDigits
     object_name: Name
-    ann_id: Annotated[str, BeforeValidator(lambda value: str(number_or_digits(value)))]
+    ann_id: Annotated[str, BeforeValidator(lambda value: str(integer_or_digits(value)))]
     text: Text = Field(alias="description")
     words: tuple[str, ...] = Field(alias="token", min_length=1)
     location: str = ""
@@ -60,12 +60,12 @@ class Description(FrozenModel):
 
     @property
     def key(self) -> str:
-        """Unique in a file: ``"scene0000_00|39|office_chair|0"``."""
+        """Identifier, unique in a file: ``"scene0000_00|39|office_chair|0"``."""
         return f"{self.scene_id}|{self.object_id}|{self.object_name}|{self.ann_id}"
 
     @property
     def object_ids(self) -> tuple[int, ...]:
-        """The one object."""
+        """`object_id` as a tuple, as questions have it."""
         return (self.object_id,)
 
 
@@ -74,11 +74,11 @@ class Question(FrozenModel):
 
     Attributes:
         scene_id: ScanNet scene name.
-        question_id: unique in a file.
+        question_id: identifier, unique in a file.
         text: the question.
         answers: all reference answers; empty in ScanQA's test splits.
         object_ids: instances that the question is about; empty in ScanQA's test split without objects.
-        object_names: their names.
+        object_names: names of these instances.
         location: file and entry, for messages.
     """
 
@@ -86,7 +86,7 @@ class Question(FrozenModel):
     question_id: Name
     text: Text = Field(alias="question")
     answers: tuple[Text, ...] = Field((), min_length=1)
-    object_ids: tuple[Number, ...] = ()
+    object_ids: tuple[IntegerOrDigits, ...] = ()
     object_names: tuple[Text, ...] = Field((), min_length=1)
     location: str = ""
 
@@ -94,20 +94,21 @@ class Question(FrozenModel):
 
     @property
     def key(self) -> str:
-        """Unique in a file."""
+        """Identifier, unique in a file: `question_id`."""
         return self.question_id
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_missing(cls, entry: Any) -> Any:
+        # The test splits have null in the fields that they lack; without them, the defaults above apply.
         return {name: value for name, value in entry.items() if value is not None} if isinstance(entry, dict) else entry
 
 
 class AnsweredQuestion(Question):
-    """A question of the training and validation splits, whose entries must have all fields."""
+    """A question of the training or validation split, where all fields are required."""
 
     answers: tuple[Text, ...] = Field(min_length=1)
-    object_ids: tuple[Number, ...] = Field()
+    object_ids: tuple[IntegerOrDigits, ...] = Field()
     object_names: tuple[Text, ...] = Field(min_length=1)
 
 
@@ -123,28 +124,29 @@ def read_scanrefer(path: Path | str) -> list[Description]:
         ValueError: the file is not readable, a field is missing or invalid, or two entries have the same scene_id,
             object_id and ann_id. The message has entry and field of the first ten errors.
     """
-    found: list[Description] = _read(path, SCANREFER, _DESCRIPTIONS)
-    keys = [(each.scene_id, each.object_id, each.ann_id) for each in found]
+    descriptions: list[Description] = _read(path, SCANREFER, _DESCRIPTIONS)
+    keys = [(description.scene_id, description.object_id, description.ann_id) for description in descriptions]
     _check_unique(path, keys, "scene_id, object_id and ann_id")
-    return found
+    return descriptions
 
 
 def read_scanqa(path: Path | str, answers_needed: bool = True) -> list[Question]:
     """All questions of a ``ScanQA_v1.0_*.json``, in the file's order.
 
     Args:
-        path: the file.
-        answers_needed: whether a question without answers is an error; ScanQA's test splits have none.
+        path: JSON file.
+        answers_needed: whether a question without answers or objects is an error; ScanQA's test splits have none.
 
     Raises:
         ValueError: see `read_scanrefer`; or a question_id occurs twice.
     """
-    found: list[Question] = _read(path, SCANQA, _ANSWERED if answers_needed else _QUESTIONS)
-    _check_unique(path, [each.question_id for each in found], "question_id")
-    return found
+    questions: list[Question] = _read(path, SCANQA, _ANSWERED if answers_needed else _QUESTIONS)
+    _check_unique(path, [question.question_id for question in questions], "question_id")
+    return questions
 
 
 def _read(path: Path | str, expected: str, adapter: TypeAdapter[Any]) -> list[Any]:
+    """Entries of a JSON list, validated, each with its location."""
     entries = validate(adapter, read_json(path, expected), path, counted=True)
     if not entries:
         raise ValueError(f"{path} holds an empty list; copy the file again.")
@@ -152,7 +154,8 @@ def _read(path: Path | str, expected: str, adapter: TypeAdapter[Any]) -> list[An
 
 
 def _check_unique(path: Path | str, keys: Sequence[Hashable], fields: str) -> None:
-    first: dict[Hashable, int] = {}
+    """Raise ValueError if two entries have the same key."""
+    first: dict[Hashable, int] = {}  # key -> number of the first entry that has it
     problems = []
     for number, key in enumerate(keys, start=1):
         if first.setdefault(key, number) != number:

@@ -1,4 +1,4 @@
-"""Reader of EmbodiedScan's annotations of ScanNet: the visible objects of every frame, and oriented boxes.
+"""Reader of EmbodiedScan's annotations of ScanNet: the visible objects of every frame, and their oriented boxes.
 
 ``embodiedscan_infos_{train,val}.pkl``::
 
@@ -9,11 +9,12 @@
                     "instances": [{"bbox_3d": [9], "bbox_label_3d": 4, "bbox_id": 7}, ...]}, ...]}
 
 ``visible_instance_ids`` are *indices into the list* ``instances``, not values of ``bbox_id``: EmbodiedScan's data set
-class sets ``mask[ids]`` of a mask of that length (``embodiedscan_dataset.py``: ``_ids2masks``), and VG-LLM reads
-``sample["instances"][id]`` (``process_threedod.py``). An index outside the list is an error.
+class sets ``mask[ids]`` of a mask with the length of that list (``embodiedscan_dataset.py``: ``_ids2masks``), and
+VG-LLM reads ``sample["instances"][id]`` (``process_threedod.py``). An index outside the list is an error.
 
-Boxes ``bbox_3d``: centre and size in metres, ZXY angles in radians (``boxes3d/transforms.py``), axis-aligned world.
-Poses ``cam2global``: OpenCV camera to *raw* world; ``axis_align_matrix``: raw to axis-aligned world.
+* ``bbox_3d``: centre and size in metres, ZXY angles in radians (``boxes3d/transforms.py``), in the axis-aligned world.
+* ``cam2global``: camera pose, OpenCV camera to *raw* world.
+* ``axis_align_matrix``: raw to axis-aligned world.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from w2r2_ds.data.sources.numpy_unpickler import load_plain
+from w2r2_ds.data.sources.numpy_unpickler import load_numpy_pickle
 from w2r2_ds.data.sources.scannet import check_scene_id
-from w2r2_ds.data.sources.validation import FrozenModel, Integer, Name, describe, raise_problems, validate
+from w2r2_ds.data.sources.validation import FrozenModel, Integer, Name, error_lines, raise_problems, validate
 from w2r2_ds.utils.sanitize import one_line
 
 SOURCE = "EmbodiedScan's infos, which its authors send on request"
@@ -37,13 +38,13 @@ SCANNET = "scannet"
 
 @dataclass(frozen=True)
 class InfoInstance:
-    """One object.
+    """One annotated object of a scene.
 
     Attributes:
-        index: index in the scene's list, the value in ``ScanInfo.visible``.
-        bbox_id: EmbodiedScan's id of the box.
-        label: category.
-        box: ``[9]`` float64, axis-aligned world.
+        index: index in ``ScanInfo.instances``; ``ScanInfo.visible`` refers to it.
+        bbox_id: EmbodiedScan's id of the box; no other field refers to it.
+        label: name of the object's category.
+        box: ``[9]`` float64 centre, size and ZXY angles in the axis-aligned world, metres and radians.
     """
 
     index: int
@@ -54,15 +55,15 @@ class InfoInstance:
 
 @dataclass(frozen=True)
 class ScanInfo:
-    """One scene.
+    """EmbodiedScan's annotations of one scene.
 
     Attributes:
         scene_id: ScanNet scene name.
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
         visible: frame number (in the image's file name) -> ``InfoInstance.index`` of the visible objects.
-        poses: frame number -> ``[4, 4]`` float64, OpenCV camera to *raw* world.
-        instances: in the file's order.
-        frames_without_pose: number of frames skipped because their pose is not finite.
+        poses: frame number -> ``[4, 4]`` float64, OpenCV camera to *raw* world, metres.
+        instances: objects of the scene, in the file's order.
+        frames_without_pose: number of frames that were skipped because their pose is not finite.
     """
 
     scene_id: str
@@ -74,7 +75,7 @@ class ScanInfo:
 
 
 class Infos(dict[str, ScanInfo]):
-    """Scene id -> annotations of the scene.
+    """Content of an infos file: scene id -> annotations of the scene, for the scenes of ScanNet.
 
     Attributes:
         skipped: name of another data set (3RScan, Matterport3D) -> number of its scenes in the file.
@@ -86,7 +87,7 @@ class Infos(dict[str, ScanInfo]):
 
 
 def _array(*shape: int, finite: bool = True) -> Any:
-    """pydantic type of a float64 array of this shape."""
+    """pydantic type of a float64 array of a shape, from nested lists or an array; finite unless `finite` is False."""
 
     def convert(value: Any) -> np.ndarray:
         try:
@@ -108,7 +109,7 @@ def _positive_sizes(box: np.ndarray) -> np.ndarray:
     return box
 
 
-def _frame_number(path: str) -> str:
+def _numbered(path: str) -> str:
     if re.search(r"(?:^|/)[0-9]{1,9}\.[A-Za-z]+$", path) is None:
         raise ValueError("must end in a frame number such as 00010.jpg")
     return path
@@ -119,12 +120,13 @@ def _as_list(value: Any) -> Any:
 
 
 class _Image(FrozenModel):
-    img_path: Annotated[str, AfterValidator(_frame_number)]
+    img_path: Annotated[str, AfterValidator(_numbered)]
     cam2global: _array(4, 4, finite=False)  # type: ignore[valid-type]  # ScanNet marks lost tracking with -inf
     visible_instance_ids: Annotated[list[Integer], BeforeValidator(_as_list)]
 
     @property
     def frame(self) -> int:
+        """Frame number in the image's file name."""
         return int(Path(self.img_path).stem)
 
 
@@ -140,12 +142,13 @@ class _Scene(FrozenModel):
     instances: list[_Object]
 
     @model_validator(mode="after")
-    def _indices(self) -> _Scene:
+    def _check(self) -> _Scene:
+        """Check that frames are unique, visible instances exist, and a frame has a valid pose."""
         frames = [image.frame for image in self.images]
         if len(set(frames)) < len(frames):
             raise ValueError(f"images: frame {next(each for each in frames if frames.count(each) > 1)} occurs twice")
         for image in self.images:
-            # indices into `instances`, not values of bbox_id
+            # They are indices into `instances`, not values of bbox_id.
             outside = [index for index in image.visible_instance_ids if index >= len(self.instances)]
             if outside:
                 raise ValueError(
@@ -170,19 +173,15 @@ _CONTENT = TypeAdapter(_Content)
 
 
 def read_infos(path: Path | str) -> Infos:
-    """The ScanNet scenes of an infos file; scenes of other data sets are skipped and counted.
+    """Read the ScanNet scenes of an infos file; scenes of other data sets are skipped and counted.
 
     Raises:
         ValueError: the file is not such a pickle, or scenes are malformed. The message has scene and field of the first
             ten errors.
     """
     path = Path(path)
-    content = validate(_CONTENT, load_plain(path, SOURCE), path)
-    labels: dict[int, str] = {}
-    for name, number in content.metainfo.categories.items():
-        if number in labels:
-            raise ValueError(f"{path}: field 'metainfo.categories': {name!r} and {labels[number]!r} are both {number}")
-        labels[number] = name
+    content = validate(_CONTENT, load_numpy_pickle(path, SOURCE), path)
+    categories = _category_names(content.metainfo, path)
     infos, problems = Infos(), []
     for index, entry in enumerate(content.data_list):
         sample = entry.get("sample_idx") if isinstance(entry, dict) else None
@@ -197,9 +196,9 @@ def read_infos(path: Path | str) -> Infos:
             problems.append(f"{location}: field 'sample_idx' occurs twice; remove one of the two scenes")
         else:
             try:
-                infos[scene_id] = _scan_info(check_scene_id(scene_id), _Scene.model_validate(entry), labels)
+                infos[scene_id] = _scan_info(check_scene_id(scene_id), _Scene.model_validate(entry), categories)
             except ValidationError as error:
-                problems += describe(error, location)
+                problems += error_lines(error, location)
             except ValueError as error:
                 problems.append(f"{location}: {error}")
     raise_problems(path, problems)
@@ -208,21 +207,32 @@ def read_infos(path: Path | str) -> Infos:
     return infos
 
 
-def _scan_info(scene_id: str, scene: _Scene, labels: dict[int, str]) -> ScanInfo:
-    for index, each in enumerate(scene.instances):
-        if each.bbox_label_3d not in labels:
+def _category_names(metainfo: _Metainfo, path: Path) -> dict[int, str]:
+    """Number -> name of the categories."""
+    names: dict[int, str] = {}
+    for name, number in metainfo.categories.items():
+        if number in names:
+            raise ValueError(f"{path}: field 'metainfo.categories': {name!r} and {names[number]!r} are both {number}")
+        names[number] = name
+    return names
+
+
+def _scan_info(scene_id: str, scene: _Scene, categories: dict[int, str]) -> ScanInfo:
+    """`ScanInfo` of a validated scene, with its categories checked; frames without a finite pose are skipped."""
+    for index, instance in enumerate(scene.instances):
+        if instance.bbox_label_3d not in categories:
             raise ValueError(
-                f"field 'instances[{index}].bbox_label_3d' is {each.bbox_label_3d}, no category of metainfo"
+                f"field 'instances[{index}].bbox_label_3d' is {instance.bbox_label_3d}, no category of metainfo"
             )
     tracked = [image for image in scene.images if np.isfinite(image.cam2global).all()]
     return ScanInfo(
-        scene_id,
-        scene.axis_align_matrix,
-        {image.frame: frozenset(image.visible_instance_ids) for image in tracked},
-        {image.frame: image.cam2global for image in tracked},
-        tuple(
-            InfoInstance(index, each.bbox_id, labels[each.bbox_label_3d], each.bbox_3d)
-            for index, each in enumerate(scene.instances)
+        scene_id=scene_id,
+        axis_align=scene.axis_align_matrix,
+        visible={image.frame: frozenset(image.visible_instance_ids) for image in tracked},
+        poses={image.frame: image.cam2global for image in tracked},
+        instances=tuple(
+            InfoInstance(index, instance.bbox_id, categories[instance.bbox_label_3d], instance.bbox_3d)
+            for index, instance in enumerate(scene.instances)
         ),
-        len(scene.images) - len(tracked),
+        frames_without_pose=len(scene.images) - len(tracked),
     )

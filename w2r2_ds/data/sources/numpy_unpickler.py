@@ -1,7 +1,7 @@
-"""Restricted unpickler: NumPy arrays, numbers and builtin containers; any other class in a pickle is an error.
+"""Restricted unpickler: NumPy arrays, numbers and builtin containers; any other class in a pickle raises ValueError.
 
-A pickle can import and call any function. `pickle.Unpickler.find_class` is the documented place to restrict this: only
-the names in the table below are resolved, and any other raises an error before it is imported or called.
+A pickle can import and call any function. `pickle.Unpickler.find_class` is the documented method to restrict this: here
+it resolves only the names in a table. Any other name raises an error before it is imported or called.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import numpy as np
 
 from w2r2_ds.utils.sanitize import one_line
 
+# The functions that NumPy writes into pickles to rebuild an array, a scalar, and an array in protocol 5. They are taken
+# from `__reduce__`, because their modules are private and differ between NumPy versions.
 _array = np.zeros(1)
 _RECONSTRUCT, _SCALAR, _FROMBUFFER = _array.__reduce__()[0], _array[0].__reduce__()[0], _array.__reduce_ex__(5)[0]
 
 
 def _bytes(text: str = "", coding: str = "latin1") -> bytes:
-    """Replaces ``_codecs.encode``: pickle protocol 2 writes bytes as latin1 text; other codecs are not supported."""
+    """Replacement of ``_codecs.encode`` and ``bytes``, which pickles of protocol 2 call to rebuild bytes.
+
+    These pickles write bytes as latin1 text; other codecs are not supported.
+    """
     if coding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the coding {coding!r}")
     return text.encode("latin1")
@@ -42,26 +47,30 @@ for _builtins in ("builtins", "__builtin__"):
 
 
 class _NotAllowed(pickle.UnpicklingError):
-    """A name outside the table."""
+    """The pickle contains a name that is not in the table."""
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
+    """Unpickler that resolves the names in ``_ALLOWED`` only."""
+
     def find_class(self, module: str, name: str) -> Any:
+        # Called for every global name in a pickle, before it is used. Not super().find_class, which imports `module`
+        # and follows dotted names.
         try:
             return _ALLOWED[module, name]
         except KeyError:
             raise _NotAllowed(one_line(f"{module}.{name}")) from None
 
 
-def load_plain(path: Path | str, expected: str = "a pickle of NumPy arrays and builtin containers") -> Any:
+def load_numpy_pickle(path: Path | str, expected: str = "a pickle of NumPy arrays and builtin containers") -> Any:
     """Load a pickle of NumPy arrays, scalars and builtin containers, of any protocol.
 
     Args:
-        path: the file.
-        expected: what the file should be and where it comes from, for messages.
+        path: pickle file.
+        expected: description of the expected file and its source, for messages.
 
     Raises:
-        ValueError: the file is missing, no pickle or truncated, or it names anything outside the table.
+        ValueError: the file is missing, truncated or not a pickle, or it contains any other class or function.
     """
     path = Path(path)
     try:

@@ -4,8 +4,8 @@
 
     {"scannet/scene0011_00": [[cx, cy, cz, dx, dy, dz], ...], ...}
 
-Boxes are centre and size in the axis-aligned world, metres; scene names with or without ``scannet/``. The public files
-are boxes of Mask3D's masks.
+Boxes are centre and size in the axis-aligned world, metres. Scene names may lack the prefix ``scannet/``. The public
+files have the bounding boxes of Mask3D's masks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _PROPOSALS = TypeAdapter(dict[str, list[_Box]])
 
 
 def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
-    """Scene id -> ``[N, 6]`` float64 centre and size, in the file's order; N may be 0.
+    """Read the proposed boxes of all scenes.
+
+    Returns:
+        Scene id -> ``[N, 6]`` float64 centre and size, in the file's order; N may be 0.
 
     Raises:
         ValueError: the file is not readable, a scene occurs twice, or a box is not six finite numbers with positive

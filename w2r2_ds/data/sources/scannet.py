@@ -10,8 +10,8 @@ Files below the data root, as ScanNet's and ScanRefer's preparation scripts writ
     scans/SCENE/SCENE.txt                       a line "axisAlignment = 16 numbers": raw to axis-aligned world
     scannet_data/SCENE_aligned_bbox.npy         [N, 8]: cx cy cz dx dy dz label_id object_id, axis-aligned world, metres
 
-Cameras follow OpenCV: x right, y down, z forward. The world has +z up. ScanNet's raw world has its own rotation about z
-per scan; ``axisAlignment`` turns the walls parallel to x and y.
+Cameras follow OpenCV: x right, y down, z forward. The world has +z up. ScanNet's raw world has an arbitrary rotation
+about z in every scan; ``axisAlignment`` makes the walls parallel to x and y.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Frame:
     """One posed image.
 
     Attributes:
-        index: the number in the file name.
+        index: frame number in the file names.
         color: RGB image file.
-        depth: uint16 PNG, millimetres along the camera's z axis; 0 means no measurement.
+        depth: depth image file, uint16 PNG, millimetres along the camera's z axis; 0 means no measurement.
         cam_to_world: ``[4, 4]`` float64, OpenCV camera to *axis-aligned* world (``axis_align @ pose``), metres.
     """
 
@@ -45,11 +45,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Instance:
-    """One annotated object.
+    """One annotated object of a scene.
 
     Attributes:
         object_id: ScanNet's ``objectId``, unique in the scene.
-        label_id: NYU40 id of its category.
+        label_id: NYU40 id of the object's category.
         box: ``[6]`` float64, centre and size in the axis-aligned world, metres.
     """
 
@@ -60,16 +60,18 @@ class Instance:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One scan. Compared and hashed by identity, so that results per scene can be cached (``frames/coverage.py``).
+    """One scan.
+
+    Scenes are compared and hashed by identity, so that results per scene can be cached (``frames/coverage.py``).
 
     Attributes:
         scene_id: ScanNet scene name.
-        frames: frames with a finite pose, in the order of their numbers.
+        frames: frames with a finite pose, by ascending frame number.
         intrinsic: ``[4, 4]`` float64 pinhole matrix of the colour images, pixels.
-        depth_intrinsic: ``[4, 4]`` float64, of the depth images.
+        depth_intrinsic: ``[4, 4]`` float64 pinhole matrix of the depth images, pixels.
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
         instances: object id -> instance.
-        frames_without_pose: number of frames that are not in ``frames`` because their pose is not finite.
+        frames_without_pose: number of frames that were skipped because their pose is not finite.
     """
 
     scene_id: str
@@ -82,7 +84,7 @@ class Scene:
 
 
 def check_scene_id(scene_id: str) -> str:
-    """Return ``scene_id`` if it is safe in a path: 1 to 100 letters, digits, underscores. Else raise ``ValueError``."""
+    """Return ``scene_id`` if it is safe in a path: 1 to 100 letters, digits and underscores; else raise ValueError."""
     if not _SCENE_ID.fullmatch(scene_id):
         raise ValueError(f"scene id {scene_id[:120]!r} is not made of letters, digits and underscores only, 1 to 100")
     return scene_id
@@ -91,7 +93,11 @@ def check_scene_id(scene_id: str) -> str:
 def load_scene(root: Path | str, scene_id: str) -> Scene:
     """Read one scene.
 
-    Frames whose pose has nan or inf, ScanNet's mark of lost tracking, are skipped and counted.
+    Frames whose pose contains nan or inf, ScanNet's mark of lost tracking, are skipped and counted.
+
+    Args:
+        root: data root, see the module docstring for its files.
+        scene_id: ScanNet scene name.
 
     Raises:
         ValueError: a file is missing or malformed (the message names it), or no frame has a valid pose.
@@ -112,19 +118,20 @@ def load_scene(root: Path | str, scene_id: str) -> Scene:
     )
 
 
-def _read_text(path: Path, what: str) -> str:
+def _read_text(path: Path, content: str) -> str:
+    """Text of a file; `content` describes it in messages."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(
-            f"{path} ({what}) does not exist; prepare the scene, or correct data.root (or --root)"
+            f"{path} ({content}) does not exist; prepare the scene, or correct data.root (or --root)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} ({what}) cannot be read: {error}") from None
+        raise ValueError(f"{path} ({content}) cannot be read: {error}") from None
 
 
 def _matrix(text: str, path: Path, field: str) -> np.ndarray:
-    """Parse 16 numbers (nan and inf allowed) into a ``[4, 4]`` float64 matrix."""
+    """``[4, 4]`` float64 matrix of 16 numbers in a text, of which some may be nan or inf."""
     words = text.split()
     try:
         values = [float(word) for word in words]
@@ -136,7 +143,7 @@ def _matrix(text: str, path: Path, field: str) -> np.ndarray:
 
 
 def read_alignment(path: Path) -> np.ndarray:
-    """Matrix ``axisAlignment`` of a ``scans/SCENE/SCENE.txt``: ``[4, 4]`` float64, raw to axis-aligned world.
+    """Matrix ``axisAlignment`` of a file ``scans/SCENE/SCENE.txt``: ``[4, 4]`` float64, raw to axis-aligned world.
 
     Raises:
         ValueError: the file or the line is missing, or the matrix is not a rotation and a translation.
@@ -153,6 +160,7 @@ def read_alignment(path: Path) -> np.ndarray:
 
 
 def _read_intrinsic(path: Path) -> np.ndarray:
+    """``[4, 4]`` float64 pinhole matrix of an intrinsics file, pixels."""
     matrix = _matrix(_read_text(path, "the camera's intrinsics"), path, "the intrinsic matrix")
     if not np.isfinite(matrix).all() or matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
         raise ValueError(f"{path}: the focal lengths must be positive and every entry finite; write the file again")
@@ -160,18 +168,19 @@ def _read_intrinsic(path: Path) -> np.ndarray:
 
 
 def _read_frames(folder: Path, axis_align: np.ndarray) -> tuple[tuple[Frame, ...], int]:
-    """Frames of a folder with a finite pose, in the order of their numbers, and the number of the others."""
+    """Frames of a folder with a finite pose, by ascending frame number, and the number of the other frames."""
     if not folder.is_dir():
         raise ValueError(
             f"{folder} does not exist; extract the scene's images and poses, or correct data.root (or --root)"
         )
+    # A frame exists if any of its three files does; a missing one is an error. intrinsic.txt is no frame number.
     stems = sorted({p.stem for p in folder.iterdir() if p.suffix in _FRAME_SUFFIXES and p.stem.isdecimal()}, key=int)
     frames, without_pose = [], 0
     for stem in stems:
         pose_file, color, depth = (folder / f"{stem}{suffix}" for suffix in _FRAME_SUFFIXES)
-        for path, what in ((pose_file, "pose"), (color, "colour image"), (depth, "depth image")):
+        for path, content in ((pose_file, "pose"), (color, "colour image"), (depth, "depth image")):
             if not path.is_file():
-                raise ValueError(f"{path} is missing: frame {stem} has no {what}; extract the scene's frames again")
+                raise ValueError(f"{path} is missing: frame {stem} has no {content}; extract the scene's frames again")
         pose = _matrix(_read_text(pose_file, "a camera pose"), pose_file, "the pose")
         if np.isfinite(pose).all():
             # camera -> raw world -> axis-aligned world
@@ -184,7 +193,7 @@ def _read_frames(folder: Path, axis_align: np.ndarray) -> tuple[tuple[Frame, ...
 
 
 def _read_instances(path: Path) -> dict[int, Instance]:
-    """Instance boxes by object id. All-zero rows, which ScanRefer writes for objects without points, are skipped."""
+    """Object id -> instance. All-zero rows, which ScanRefer's script writes for objects without points, are skipped."""
     try:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from w2r2_ds.data.frames.visibility import (
 )
 from w2r2_ds.data.sources.annotations import Description, read_scanrefer
 from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
-from w2r2_ds.data.sources.labels import LABELS_FILE, groups, nyu40_class, read_labels, scannet_class
+from w2r2_ds.data.sources.labels import LABELS_FILE, nyu40_class, read_labels, scannet_class, unique_or_multiple
 from w2r2_ds.data.sources.proposals import read_proposals
 from w2r2_ds.data.sources.scannet import Frame, Scene
 from w2r2_ds.data.tasks.base import (
@@ -82,8 +82,8 @@ class DescriptionTask(Task):
         """
         descriptions = self.read(root, options)
         labels = read_labels(root)
-        groups_scannet = groups(descriptions, labels, scannet_class)
-        groups_nyu40 = groups(descriptions, labels, nyu40_class)
+        groups_scannet = unique_or_multiple(descriptions, labels, scannet_class)
+        groups_nyu40 = unique_or_multiple(descriptions, labels, nyu40_class)
         scenes = by_scene(descriptions)
         infos = _read_infos(root, options.split, scenes) if self.needs_infos(options) else {}
         proposals = read_proposals(proposals_file(root, options.split)) if self.needs_proposals(options) else {}
