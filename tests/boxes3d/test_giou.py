@@ -1,4 +1,4 @@
-"""GIoU against hand values, the closed form of axis-aligned boxes and finite differences; and its direction."""
+"""GIoU against hand values, the closed form of axis-aligned boxes and finite differences; direction of its gradient."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_boxes(count: int, seed: int, spread: float, angle: float = 2.0) -> Te
 
 def test_hand_values() -> None:
     root = 2**0.5
-    # (first, second, IoU, union, hull)
+    # (first, second, IoU, union, enclosing volume)
     cases: list[tuple[list[float], list[float], float, float, float]] = [
         (UNIT, UNIT, 1.0, 1.0, 1.0),
         ([0.5, 0.0, 0, 1, 1, 1, 0, 0, 0], UNIT, 1 / 3, 1.5, 1.5),
@@ -41,9 +41,9 @@ def test_hand_values() -> None:
         ([2.0, 3.0, -1, 1, 1, 1, 0, 0, 0], UNIT, 0.0, 2.0, 3.0 * 4 * 2),
         ([0.5, 0.5, 0.5, 1, 1, 1, 0, 0, 0], UNIT, 1 / 15, 1.875, 1.5**3),
         (UNIT, [0.0, 0, 0, 2, 2, 2, 0, 0, 0], 0.125, 8.0, 8.0),
-        # A square and itself turned by 45 degrees: an octagon, 2 (sqrt 2 - 1), in a square with the diagonal as side.
+        # A square and itself rotated by 45 degrees: an octagon, 2 (sqrt 2 - 1), in a square with the diagonal as side.
         ([0.0, 0, 0, 1, 1, 1, QUARTER, 0, 0], UNIT, 2**-0.5, 2 - 2 * (root - 1), 2.0),
-        # Along the *second* box's axes: a long box turned by 45 degrees in a square, and the other way round.
+        # Along the *second* box's axes: a long box rotated by 45 degrees in a square, and the other way round.
         ([0.0, 0, 0, 3, 1, 1, QUARTER, 0, 0], [0.0, 0, 0, 4, 4, 1, 0, 0, 0], 3 / 16, 16.0, 16.0),
         ([0.0, 0, 0, 4, 4, 1, 0, 0, 0], [0.0, 0, 0, 3, 1, 1, QUARTER, 0, 0], 3 / 16, 16.0, 32.0),
     ]
@@ -67,7 +67,7 @@ def test_axis_aligned_pairs_follow_the_closed_form() -> None:
     torch.testing.assert_close(box_giou(b, a)[1], giou, atol=1e-12, rtol=0)
 
 
-def test_hull_is_the_extent_of_the_corners_along_the_second_boxes_axes() -> None:
+def test_enclosing_box_is_the_extent_of_the_corners_along_the_second_boxes_axes() -> None:
     a, b = random_boxes(100, 2, 1.0), random_boxes(100, 3, 1.0)
     turn = rotation_matrix_torch(b[:, 6:])
     vertices = [torch.from_numpy(np.stack([corners(row) for row in box.numpy()])) for box in (a, b)]
@@ -80,7 +80,7 @@ def test_hull_is_the_extent_of_the_corners_along_the_second_boxes_axes() -> None
     assert ((giou >= -1) & (giou <= iou)).all()
 
 
-def test_blind_to_a_common_motion_and_scale() -> None:
+def test_invariant_to_a_common_transform_and_scale() -> None:
     a, b = random_boxes(50, 4, 0.8), random_boxes(50, 5, 0.8)
     turn = rotation_matrix_torch(tensor([0.5, -1.0, 2.0])).expand(50, 3, 3)
     shift = torch.tensor([3.0, -20.0, 7.0], dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_gradient_matches_finite_differences() -> None:
     assert torch.autograd.gradcheck(box_giou, (a.requires_grad_(), b.requires_grad_()), eps=1e-7, atol=1e-6)
 
 
-def test_boxes_apart_are_drawn_together() -> None:
+def test_the_gradient_moves_disjoint_boxes_together() -> None:
     """Where IoU has no gradient, that of GIoU brings the centres closer, and enough steps make an overlap."""
     a, b = random_boxes(64, 10, 4.0), random_boxes(64, 11, 4.0)
     iou, giou = box_giou(a.requires_grad_(), b)
@@ -177,7 +177,7 @@ def test_dtypes_empty_batches_and_wrong_shapes() -> None:
         box_giou(a[0], a)
 
 
-def test_never_looks_at_values() -> None:
+def test_meta_tensors() -> None:
     empty = torch.empty(4, 9, device="meta", requires_grad=True)
     iou, giou = box_giou(empty, empty)
     assert iou.shape == giou.shape == (4,)

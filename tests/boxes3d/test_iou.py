@@ -64,7 +64,7 @@ def test_hand_vectors() -> None:
 
 
 def test_random_pairs_match_monte_carlo() -> None:
-    """The share of 40000 points of the first box in the second, within four standard deviations of the exact one."""
+    """Fraction of 40000 points of the first box in the second, within four standard deviations of the exact one."""
     a, b = random_boxes(24, 0, 0.3), random_boxes(24, 1, 0.3)
     points = torch.rand(24, 40_000, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) - 0.5
     world = (points * a[:, None, 3:6]) @ rotation_matrix_torch(a[:, 6:]).transpose(1, 2) + a[:, None, :3]
@@ -72,13 +72,13 @@ def test_random_pairs_match_monte_carlo() -> None:
     inside = (local.abs() <= b[:, None, 3:6] / 2).all(-1).double().mean(-1)
     volume_a, volume_b = a[:, 3:6].prod(-1), b[:, 3:6].prod(-1)
     iou = box_iou(a, b)
-    share = iou * (volume_a + volume_b) / ((1 + iou) * volume_a)  # of the first box that lies in the second
+    share = iou * (volume_a + volume_b) / ((1 + iou) * volume_a)  # fraction of the first box that is in the second
     assert ((share > 0.05) & (share < 0.95)).sum() > 12
     sigma = (share * (1 - share) / points.shape[1]).clamp(min=0).sqrt()
     assert ((inside - share).abs() <= 4 * sigma + 1e-12).all()
 
 
-def test_symmetric_and_blind_to_the_frame_of_reference() -> None:
+def test_symmetric_and_invariant_to_a_common_transform() -> None:
     a, b = random_boxes(50, 3), random_boxes(50, 4)
     turn = rotation_matrix_torch(tensor([0.5, -1.0, 2.0])).expand(50, 3, 3)
     shift = torch.tensor([3.0, -20.0, 7.0], dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_identical_boxes_give_one() -> None:
 
 
 def test_nearly_aligned_cubes_follow_the_closed_form() -> None:
-    """A unit square and itself turned by t share 2 / (1 + sin t + cos t); t from rounding error to 36 degrees."""
+    """A unit square and itself rotated by t overlap by 2 / (1 + sin t + cos t); t from rounding error to 36 degrees."""
     angle = torch.logspace(-17, -0.2, 300, dtype=torch.float64)
     ones = torch.ones(300, 3, dtype=torch.float64)
     yaw = torch.stack((angle, angle * 0, angle * 0), dim=1)
@@ -114,7 +114,7 @@ def test_nearly_aligned_cubes_follow_the_closed_form() -> None:
 
 
 def test_nearly_identical_boxes_are_nearly_one() -> None:
-    """Where dropping or double-counting a nearly coplanar face would show."""
+    """Dropping or double-counting a nearly coplanar face would change the result."""
     a = random_boxes(100, 6)
     noise = random_boxes(100, 7)
     for scale in (1e-15, 1e-12, 1e-9, 1e-8, 3e-8, 1e-7, 1e-6, 1e-5):
@@ -177,7 +177,7 @@ def test_extreme_boxes_stay_in_range_with_a_finite_gradient() -> None:
 
 
 def test_boxes_far_from_the_origin_are_still_compared() -> None:
-    """Centres that overflow in units of the box, which lie on each other and a side apart."""
+    """Centres that overflow in units of the box: two equal ones, and two with the distance of a side."""
     tiny = [1e300, 0.0, 0, 1e-300, 1e-300, 1e-300, 0, 0, 0]
     a = tensor(tiny, [1e300, 1e-300, 0, *tiny[3:]]).requires_grad_()
     b = tensor(tiny, tiny)
@@ -204,14 +204,14 @@ def test_result_dtype_and_empty_batches() -> None:
     assert box_iou(a[:0], a[:0]).shape == (0,)
 
 
-def test_never_looks_at_values() -> None:
-    """Meta tensors have none: a host sync or a data-dependent shape would fail."""
+def test_meta_tensors() -> None:
+    """They have no values: a host sync or a data-dependent shape would fail."""
     empty = torch.empty(4, 9, device="meta")
     assert box_iou(empty, empty).shape == (4,)
 
 
-def test_neither_pass_waits_for_the_device() -> None:
-    """`Tensor.prod`, for one, looks for zeros on the host in its backward pass; the watch sees that."""
+def test_no_host_sync_in_forward_and_backward() -> None:
+    """Control: `Tensor.prod` tests for zeros on the host in its backward pass, which `host_reads` detects."""
     a, b = random_boxes(4, 15).requires_grad_(), random_boxes(4, 16)
     assert host_reads(lambda: a.prod(-1).sum().backward())
     assert not host_reads(lambda: box_iou(a, b).sum().backward())

@@ -1,4 +1,4 @@
-"""The box convention against golden values (``tests/golden/boxes.json``) and by its own inverses."""
+"""The box convention against golden values (``tests/golden/boxes.json``) and hand values; inverse transforms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from w2r2_ds.boxes3d.transforms import (
 HERE = Path(__file__).parent.parent / "golden" / "boxes.json"
 OTHER = Path(os.environ.get("W2R2_GOLDEN", HERE.parent)) / "boxes.json"
 LEVEL = np.array([[1, 0, 0, 1], [0, 0, 1, 2], [0, -1, 0, 1.5], [0, 0, 0, 1.0]])
-"""A level camera that looks along world +y."""
+"""A level camera that faces world +y."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_transforms_match(golden: dict[str, Any]) -> None:
         np.testing.assert_allclose(corners(camera_to_world(camera, extrinsic)), case["corners_world"], atol=1e-5)
 
 
-def test_angles_survive_the_matrix() -> None:
+def test_angles_are_recovered_from_the_matrix() -> None:
     for box in boxes(100):
         np.testing.assert_allclose(angles_from_matrix(rotation_matrix(box[6:])), box[6:], atol=1e-9)
 
@@ -87,7 +87,7 @@ def test_hand_computed_matrix_is_intrinsic() -> None:
 
 
 @pytest.mark.parametrize("middle", [np.pi / 2, -np.pi / 2])
-def test_gimbal_lock_gives_one_answer_in_silence(middle: float) -> None:
+def test_gimbal_lock_gives_one_result_without_warnings(middle: float) -> None:
     sign = np.sign(middle)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -97,7 +97,7 @@ def test_gimbal_lock_gives_one_answer_in_silence(middle: float) -> None:
 
 
 def test_rotation_is_kept_close_to_gimbal_lock() -> None:
-    """Angles jump there, the rotation that they stand for must not."""
+    """The angles are not continuous there, but their rotation is."""
     for gap in np.logspace(-12, -1, 100):
         matrix = rotation_matrix(np.array([0.7, np.pi / 2 - gap, -1.1]))
         np.testing.assert_allclose(rotation_matrix(angles_from_matrix(matrix)), matrix, atol=2e-6)
@@ -128,13 +128,13 @@ def test_torch_equals_numpy() -> None:
         np.testing.assert_allclose(rotation[row], rotation_matrix(moved[6:]), atol=1e-9)
 
 
-def test_torch_half_never_looks_at_values() -> None:
-    """Meta tensors have none: a host sync or a data-dependent shape would fail."""
+def test_torch_functions_on_meta_tensors() -> None:
+    """They have no values: a host sync or a data-dependent shape would fail."""
     empty = torch.empty(3, 9, device="meta")
     assert camera_to_world_torch(empty, torch.empty(3, 4, 4, device="meta"))[2].shape == (3, 3, 3)
 
 
-def test_torch_half_is_differentiable() -> None:
+def test_torch_functions_are_differentiable() -> None:
     batch = torch.from_numpy(boxes(2)).requires_grad_()
     pose = torch.from_numpy(poses(2))
     assert torch.autograd.gradcheck(lambda value: camera_to_world_torch(value, pose), (batch,))

@@ -66,7 +66,7 @@ def test_every_character_a_token() -> None:
 @pytest.mark.parametrize(
     ("pieces", "number"),
     [
-        (['{"f":', " 7", ', "b_3d": [-', "0.5", ",", " 1"], [-1, 0, -1, 1, -1, 2]),  # digits and blanks merge
+        (['{"f":', " 7", ', "b_3d": [-', "0.5", ",", " 1"], [-1, 0, -1, 1, -1, 2]),  # digits and spaces merge
         (['{"f": ', "7,", ' "b_3', 'd": [', "-0", ".", "5,", " 1"], [-1, 0, -1, -1, 1, -1, 1, 2]),  # and JSON syntax
         (['{"f": 7, "b_3d": [-', "0", ".5, ", "1"], [0, 1, 1, 2]),
         (['{"f": ', "7", ', "b_3d": [-', "0", ".", "5, 1"], [-1, 0, -1, 1, -1, 1]),  # two numbers: the first one's
@@ -92,9 +92,9 @@ def test_one_merged_token_is_enough() -> None:
     assert found.number[44:].tolist() == [9, 9, -1, -1] and not found.single_digits
 
 
-def test_a_blank_that_offsets_leave_out_belongs_to_the_token_after_it() -> None:
+def test_a_space_outside_all_offsets_belongs_to_the_next_token() -> None:
     offsets = offsets_of(list(PLAIN))
-    trimmed = [*offsets[:5], *offsets[6:]]  # no token of its own for the blank before 7: the token is " 7"
+    trimmed = [*offsets[:5], *offsets[6:]]  # the space before 7 is in no token's offsets: the token is " 7"
     found = find_answer_tokens("grounding", PLAIN, trimmed)
     assert found.number[5] == 0 and found.where.sum() == 12 and not found.single_digits
 
@@ -112,7 +112,7 @@ def test_a_number_at_the_very_beginning_has_no_place_for_a_sign() -> None:
 
 
 @pytest.mark.parametrize("kind", ["caption", "answer"])
-def test_of_a_text_every_token_but_the_end_of_turn(kind: Any) -> None:
+def test_where_tokens_of_a_text_are_all_but_the_end_of_turn(kind: Any) -> None:
     pieces = ["2", " chairs", ", ", "1.5 m", "<|im_end|>"]
     found = find_answer_tokens(kind, "2 chairs, 1.5 m", offsets_of(pieces))
     assert found.where.tolist() == [True] * 4 + [False]
@@ -137,8 +137,8 @@ def test_what_tokens_share_a_character_with_the_description() -> None:
     assert what_tokens((0, 3), []).tolist() == []
 
 
-def test_what_tokens_with_trimmed_blanks_and_bytes() -> None:
-    # "a é b": blanks belong to the tokens after them, the two bytes of é share its character, (5, 5) is a lone prefix
+def test_what_tokens_with_trimmed_spaces_and_bytes() -> None:
+    # "a é b": spaces belong to the tokens after them, the two bytes of é share its character, (5, 5) is a lone prefix
     offsets = [(0, 1), (2, 3), (2, 3), (4, 5), (5, 5)]
     assert what_tokens((2, 3), offsets).tolist() == [False, True, True, False, False]
     assert what_tokens((1, 2), offsets).tolist() == [False, True, False, False, False]
@@ -150,7 +150,7 @@ def test_what_tokens_with_trimmed_blanks_and_bytes() -> None:
     ("description", "written"),
     [
         ("the Red chair.", "The red chair."),
-        ("  a door. ", "a door."),  # blanks around it say nothing
+        ("  a door. ", "a door."),  # spaces around it are dropped
         ("straße {0} {description}", "Straße {0} {description}"),
         ("ßa", "Ssa"),  # capitalised, it is longer
     ],
@@ -172,7 +172,7 @@ def test_tables(tokenizer: Any) -> None:
 
 
 class Words:
-    """A tokenizer of given tokens; `texts` is what they read as."""
+    """Tokenizer with a given vocabulary: spelling -> decoded text."""
 
     def __init__(self, **texts: str) -> None:
         self.texts = list(texts.values())
@@ -188,13 +188,13 @@ class Words:
         return self.spellings[index]
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[Any]]:
-        """Every character is the token that reads as it, or the first token."""
+        """Encode every character as the token with that text, or else as the first token."""
         known = {word: index for index, word in enumerate(self.texts)}
         ids = [known.get(character, 0) for character in text]
         return {"input_ids": ids, "offset_mapping": [(i, i + 1) for i in range(len(text))]}
 
 
-def test_tables_go_by_what_a_token_reads_as() -> None:
+def test_tables_use_the_decoded_text_of_a_token() -> None:
     texts = {"1": "1", "▁1": "1", "Ġ2": " 2", "<0x33>": "3", "12": "12", "²": "²", "４": "４", "5.": "5.", "1a": "1a"}
     signs = {"-": "-", "▁-": "-", "[-": " [-", "<0x2D>": "-", "--": "--", "-[": "-[", "a": "a"}
     tables = token_tables(Words(**texts, **signs), 17)

@@ -1,6 +1,6 @@
-"""Answer tokens with many tokenizers: Qwen's rules, byte-level BPE that merges digits, SentencePiece that does or not.
+"""Answer tokens with many tokenizers: Qwen's rules, byte-level BPE that merges digits, SentencePiece with and without.
 
-All are trained here on answers and descriptions, so that punctuation merges as it does in the real ones.
+All are trained here on answers and descriptions, so that punctuation merges as in the real tokenizers.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def spm(folder: Path, kind: Any, model_type: str, split_digits: bool) -> tuple[A
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
-        # A unigram model normalises (NFKC, newlines to blanks); Llama's BPE keeps text as it is.
+        # A unigram model normalises (NFKC, newlines to spaces); Llama's BPE keeps text as it is.
         normalization_rule_name="nmt_nfkc" if model_type == "unigram" else "identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=kind is LlamaTokenizer,
@@ -191,7 +191,7 @@ def test_punctuation_merges_as_in_the_real_tokenizers(tokenizers: dict[str, Any]
         found = pieces(tokenizers[name], ANSWER)
         assert found[:18] == begin and found[-2:] == ["]}\n", "```"] and " -" in found, name
     merged = pieces(tokenizers["gpt2"], ANSWER)
-    assert "12" in merged and "63" in merged  # the first is " 12": offsets leave the blank out
+    assert "12" in merged and "63" in merged  # the first is " 12": offsets exclude the space
     assert "▁12" not in encode(tokenizers["gpt2"], ANSWER)[0] and "Ġ12" in encode(tokenizers["gpt2"], ANSWER)[0]
     assert any(len(piece.strip()) > 1 and piece.strip()[0].isdigit() for piece in pieces(tokenizers["spm"], ANSWER))
     assert " 0." in pieces(tokenizers["llama"], ANSWER) and "2," in pieces(tokenizers["llama"], ANSWER)
@@ -238,7 +238,7 @@ def test_no_digit_tokens_where_digits_merge(tokenizers: dict[str, Any], name: st
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *MERGED])
-def test_of_a_caption_all_but_the_end_of_turn(tokenizers: dict[str, Any], name: str) -> None:
+def test_where_tokens_of_a_caption_are_all_but_the_end_of_turn(tokenizers: dict[str, Any], name: str) -> None:
     _, offsets = encode(tokenizers[name], DESCRIPTION + "<|im_end|>")
     for kind in ("caption", "answer"):
         found = find_answer_tokens(kind, DESCRIPTION, offsets)
@@ -246,8 +246,8 @@ def test_of_a_caption_all_but_the_end_of_turn(tokenizers: dict[str, Any], name: 
         assert (found.number == -1).all() and not found.single_digits
 
 
-# Where the description begins and ends: a leading blank belongs to its token, and so does what merges with its stop.
-# GPT-2's offsets leave blanks out; spm's blank before "The" is a token of its own, outside the description.
+# First and last *what* tokens. A leading space belongs to its token, and so do characters merged with the full stop.
+# GPT-2's offsets exclude spaces; spm's space before "The" is a token of its own, outside the description.
 ENDS = {
     "qwen2": ([" The", " ", "“", "“", "“", "r"], [" door", " ", "1", "2", ".\n"]),
     "qwen3_5": ([" The", " ", "“", "“", "“", "r"], [" door", " ", "1", "2", ".\n"]),
@@ -261,8 +261,8 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *MERGED])
-def test_what_is_the_description(tokenizers: dict[str, Any], name: str) -> None:
-    """With bytes (“ is three tokens), characters that become more (½, …) or fewer (e and its accent), and 12."""
+def test_what_tokens_are_the_description(tokenizers: dict[str, Any], name: str) -> None:
+    """The description has byte tokens (“ is three), characters that normalise to more (½, …) or fewer (é), and 12."""
     tokenizer, text = tokenizers[name], LEFT + DESCRIPTION + RIGHT
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     what = what_tokens((len(LEFT), len(LEFT) + len(DESCRIPTION)), encoded["offset_mapping"])

@@ -1,4 +1,4 @@
-"""A prepared folder gives back the samples that were written, and rejects what is not whole."""
+"""Prepared data sets: samples are read as they were written; incomplete and damaged folders raise errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make(root: Path) -> list[Sample]:
 
 
 def write(folder: Path, root: Path) -> list[Sample]:
-    """Write them as launchers/prepare.py does."""
+    """Write the samples of `make` as launchers/prepare.py does."""
     samples = make(root)
     write_prepared(folder, samples, root)
     return samples
@@ -65,7 +65,7 @@ def assert_same(one: Any, other: Any) -> None:
             assert mine == yours
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
     samples = write(tmp_path / "set", tmp_path)
     read = PreparedSet(tmp_path / "set", tmp_path)
     assert len(read) == 3 and read.task == "scanrefer"

@@ -16,9 +16,9 @@ from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 pytestmark = pytest.mark.golden
 
 SUM_ERROR = 6e-4
-"""Recorded sums are rounded to three decimals."""
+"""Error of recorded sums, which are rounded to three decimals."""
 PATCH_ERROR = 1e-5
-"""Of recorded patch values, where the reference's detour over 8 bits changed nothing."""
+"""Error of recorded patch values that the reference's conversion to 8 bits did not change."""
 
 
 def cases(files: list[Golden]) -> list[Any]:

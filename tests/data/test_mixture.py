@@ -25,7 +25,7 @@ def test_items_are_those_of_the_sets_in_order() -> None:
             both[index]
 
 
-def test_an_epoch_shows_what_weights_and_caps_say() -> None:
+def test_an_epoch_follows_weights_and_caps() -> None:
     both = mixture([2.4, 1, 1.5], [0, 0, 5])
     assert both.samples_per_set == [12, 0, 5] and both.epoch_size == 17
     for epoch in range(3):
@@ -34,7 +34,7 @@ def test_an_epoch_shows_what_weights_and_caps_say() -> None:
         assert sorted(counts[f"c{i}"] for i in range(4)) == [1, 1, 1, 2]  # 6, capped at 5
 
 
-def test_every_epoch_draws_and_orders_anew_and_the_same_for_the_same_seed() -> None:
+def test_epochs_differ_and_repeat_with_the_seed() -> None:
     half = mixture([0.6, 1, 1])
     first = half.epoch(0, 0)
     np.testing.assert_array_equal(first, half.epoch(0, 0))

@@ -1,4 +1,4 @@
-"""One sample to tensors: counts that agree, and errors that name what is wrong."""
+"""`Processor`: token counts, *what* tokens, and errors of samples and tokenizers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_prompt_is_the_training_sequence_without_its_answer(
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_what_is_the_description_behind_all_placeholders(
+def test_what_tokens_after_expanded_placeholders(
     frontend: Any, data_config: Any, samples: list[Any], visual: str
 ) -> None:
     processor = make_processor(frontend, data_config(visual=visual))
@@ -92,7 +92,7 @@ def test_what_of_a_question_that_occurs_elsewhere_too(frontend: Any, data_config
         assert after == begin + "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_no_what_where_nothing_is_meant(
+def test_no_what_tokens_without_a_description(
     frontend: Any, data_config: Any, caption_sample: Any, answer_sample: Any
 ) -> None:
     for sample in (caption_sample, answer_sample):

@@ -1,4 +1,4 @@
-"""Global batches do not depend on how they are split, and go on where they stopped."""
+"""Global batches do not depend on how they are split, and a resumed run continues them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_sample_once_per_epoch_in_another_order() -> None:
 
 
 @pytest.mark.parametrize("start", [1, 4, 9])
-def test_a_start_goes_on_exactly_even_with_another_split(start: int) -> None:
+def test_a_resumed_run_continues_exactly_even_with_another_split(start: int) -> None:
     assert global_batches(2, 2, 9, start) == global_batches(1, 1, 9)[start:]
 
 

@@ -31,7 +31,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def picture(path: Path, kind: str = "JPEG") -> Path:
-    """Noise, several KiB of it."""
+    """An image file of noise, several KiB."""
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, kind)
     return path
@@ -41,7 +41,7 @@ def sample_of(samples: list[Any], *frames: Path) -> Any:
     return replace(samples[0], frames=frames)
 
 
-def test_every_file_is_looked_at_once(samples: list[Any], tmp_path: Path, decoded: list[Path]) -> None:
+def test_every_file_is_read_once(samples: list[Any], tmp_path: Path, decoded: list[Path]) -> None:
     files = [picture(tmp_path / f"{index}.jpg") for index in range(3)] + [picture(tmp_path / "3.png", "PNG")]
     shared = [sample_of(samples, *files[:3]), sample_of(samples, *files[1:]), sample_of(samples)]
     assert check_frames(shared) == 4
@@ -77,7 +77,7 @@ def test_of_several_bad_files_the_first_is_named(samples: list[Any], tmp_path: P
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("appended", "decodes"), [(1000, 0), (5000, 1)])
-def test_what_a_program_appended_is_no_damage(
+def test_data_after_the_end_marker_is_no_damage(
     samples: list[Any], tmp_path: Path, decoded: list[Path], kind: str, appended: int, decodes: int
 ) -> None:
     path = picture(tmp_path / "frame.jpg", kind)

@@ -1,4 +1,4 @@
-"""A run with the feature cache is the run without it, to the last bit: cold, warm, and where ranks differ in hits."""
+"""Runs with and without the feature cache are bitwise equal: cold, warm, and with other hits on each rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runs import ZERO3, Job, World, read_metrics, run_jobs
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 ONE_FILE = 8000 / 2**30
-"""GiB, less than the 5 kB that the 2D features of both rooms need with what is reckoned for a header."""
+"""Size limit in GiB, too small for the 2D features of both rooms."""
 LOSSES = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused")
 EXACT = (*LOSSES, "grad_norm", "grad_norm_lora", "grad_norm_geometry", "geometry_norm")
 BOTH: dict[str, object] = {"data__cached_features": "geometry+2d"}
@@ -19,7 +19,7 @@ BOTH: dict[str, object] = {"data__cached_features": "geometry+2d"}
 
 @pytest.fixture(scope="module")
 def metrics(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What runs under ZeRO-3 on two ranks log, the first one without a cache."""
+    """Logged metrics of runs under ZeRO-3 on two ranks; the first run has no cache."""
     folder = tmp_path_factory.mktemp("cached")
     cache, small = folder / "cache", folder / "small"
 
@@ -43,7 +43,7 @@ def metrics(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.mark.parametrize("name", ["cold", "warm", "differing"])
 def test_losses_and_gradients_are_equal_to_the_last_bit(metrics: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """Float32 on the CPU: what is read is what was computed, and each sample's 2D features are computed alone."""
+    """In float32 on the CPU, where 2D features do not depend on the other samples of a batch."""
     assert len(metrics[name]) == 2
     for line, plain in zip(metrics[name], metrics["none"], strict=True):
         for value in EXACT:

@@ -1,4 +1,4 @@
-"""The feature cache: whole files or none, also with concurrent, killed or failing writers and damaged files."""
+"""The feature store: complete files or none, also with concurrent, killed or failing writers and damaged files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from w2r2_ds.features.store import ABANDONED, HEADER, FeatureStore, file_size
 
 BIG = 10**9
 SEVEN = torch.full((500, 1000), 7.0)
-"""2 MB."""
+"""Features of 2 MB."""
 
 
 def fork_writer(cache: FeatureStore, number: int, times: int) -> int:
-    """A process that writes `SEVEN` so many times, each time anew; its id. A fork has no imports to wait for."""
+    """Fork a process that writes `SEVEN` repeatedly, removing the file each time; returns its id."""
     process = os.fork()
     if process:
         return process
@@ -61,8 +61,8 @@ def there(cache: FeatureStore, numbers: range) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_comes_back_is_what_was_written_to_the_last_bit(cache: FeatureStore, dtype: torch.dtype) -> None:
-    """Not-a-numbers and negative zeros too; slices of something larger are written alone."""
+def test_features_are_restored_bitwise(cache: FeatureStore, dtype: torch.dtype) -> None:
+    """With NaN, infinity and negative zero, and for a slice of a larger tensor."""
     whole = features(1, dtype)
     whole[0, 0, 0, :3] = torch.tensor([torch.nan, -0.0, torch.inf])
     assert cache.read(key(1)) is None
@@ -88,7 +88,7 @@ def test_a_read_maps_the_file_and_copies_nothing(cache: FeatureStore) -> None:
     raise AssertionError("the tensor is in no mapping")
 
 
-def test_other_users_may_read_what_the_umask_lets_them(cache: FeatureStore) -> None:
+def test_files_have_the_mode_of_the_umask(cache: FeatureStore) -> None:
     mask = os.umask(0o027)
     try:
         cache.write(key(1), features(1), {})
@@ -98,7 +98,7 @@ def test_other_users_may_read_what_the_umask_lets_them(cache: FeatureStore) -> N
 
 
 def test_two_processes_write_one_key_at_once(cache: FeatureStore) -> None:
-    """Readers meanwhile see the whole file or none; nothing is left beside it."""
+    """Readers meanwhile get the complete features or None; no temporary file remains."""
     alive, seen = {fork_writer(cache, 5, 20) for _ in range(2)}, 0
     while alive:
         read = cache.read(key(5))
@@ -112,7 +112,7 @@ def test_two_processes_write_one_key_at_once(cache: FeatureStore) -> None:
 
 
 def test_a_writer_is_killed(cache: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
-    """At any moment: then there is the whole file or none, and its temporary file is removed after an hour."""
+    """Killed at any moment: the file is complete or missing, and its temporary file is removed after an hour."""
     for pause in range(12):
         process = fork_writer(cache, 6, 10**6)
         time.sleep(0.02 + 0.003 * pause)
@@ -121,7 +121,7 @@ def test_a_writer_is_killed(cache: FeatureStore, caplog: pytest.LogCaptureFixtur
         read = cache.read(key(6))
         assert read is None or torch.equal(read, SEVEN)
     assert not caplog.records  # nothing was damaged
-    assert list(cache.folder.rglob("*.partial"))  # it was killed while it wrote, too
+    assert list(cache.folder.rglob("*.partial"))  # at least one was killed while it was writing
     left = cache.path(key(7)).with_suffix(".safetensors.0123abcd.partial")
     left.write_bytes(b"half")
     cache.size()
@@ -133,7 +133,7 @@ def test_a_writer_is_killed(cache: FeatureStore, caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "flipped shape", "another key", "no safetensors"])
-def test_a_damaged_file_is_named_and_made_again(
+def test_a_damaged_file_is_logged_and_written_again(
     cache: FeatureStore, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = features(1, torch.bfloat16)
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_named_and_made_again(
     assert again is not None and torch.equal(again, kept)
 
 
-def test_every_single_bit_is_in_the_checksum(cache: FeatureStore) -> None:
+def test_the_checksum_detects_every_flipped_bit(cache: FeatureStore) -> None:
     kept = features(1, shape=(1, 1, 2, 2))
     cache.write(key(1), kept, {})
     content = cache.path(key(1)).read_bytes()
@@ -181,8 +181,8 @@ def test_reading_changes_nothing(cache: FeatureStore) -> None:
     assert (before[0].st_ino, before[0].st_mtime_ns) == (after[0].st_ino, after[0].st_mtime_ns)
 
 
-def test_a_full_cache_takes_no_more_files_and_still_serves(cache: FeatureStore) -> None:
-    """Also where a file is larger than the limit alone. Nothing is evicted, nothing is left behind."""
+def test_a_full_store_accepts_no_more_files_and_is_still_read(cache: FeatureStore) -> None:
+    """Also if a single file exceeds the limit. Nothing is evicted, and no temporary file remains."""
     one = file_size((4, 30, 20, 8), torch.float32)
     small = FeatureStore(cache.folder, 3 * one)
     written = [small.write(key(number), features(number), {}) for number in range(6)]
@@ -196,7 +196,7 @@ def test_a_full_cache_takes_no_more_files_and_still_serves(cache: FeatureStore) 
     assert not list(cache.folder.rglob("*.partial"))
 
 
-def test_a_full_cache_is_logged_once(
+def test_a_full_store_is_logged_once(
     cache: FeatureStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "_warned", set())
@@ -208,7 +208,7 @@ def test_a_full_cache_is_logged_once(
     assert str(cache.folder) in warning and "data.cache_gib" in warning
 
 
-def test_only_files_of_the_cache_are_counted(cache: FeatureStore) -> None:
+def test_only_files_of_the_store_are_counted(cache: FeatureStore) -> None:
     """The folder may contain other files."""
     cache.write(key(1), features(1), {})
     size = cache.size()
@@ -224,7 +224,7 @@ def test_only_files_of_the_cache_are_counted(cache: FeatureStore) -> None:
     assert len(list(cache.folder.rglob("*.*"))) == 5
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(cache: FeatureStore) -> None:
+def test_a_full_disk_raises_and_leaves_no_file(cache: FeatureStore) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
@@ -235,10 +235,10 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(cache: FeatureStore) -> None
     assert cache.size() == 0 and not list(cache.folder.rglob("*.*"))
 
 
-def test_a_cache_that_only_may_be_read_serves(
+def test_a_read_only_store_is_read_and_a_failed_write_logged(
     cache: FeatureStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As another user's; root may do everything, so the kernel's error is put in its place."""
+    """The write error is injected, because root may write everywhere."""
 
     def fail(*args: Any, **keywords: Any) -> None:
         raise PermissionError(13, "Permission denied")
@@ -255,8 +255,8 @@ def test_a_cache_that_only_may_be_read_serves(
     assert str(cache.folder) in warning and "cannot be written (Permission denied)" in warning
 
 
-def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> None:
-    """A file, and a folder of files: silence would cost every epoch the encoders. In a process that is not root's."""
+def test_files_without_read_permission_are_logged(tmp_path: Path) -> None:
+    """A file and a folder without permission, read by a process that is not root's."""
     cache, said, secret = FeatureStore(tmp_path / "cache", BIG), tmp_path / "said", key(2**255)
     for number in (1, 2**255):
         cache.write(key(number), features(1), {})
@@ -268,7 +268,7 @@ def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> No
         try:
             with said.open("w") as output:
                 logging.getLogger("w2r2_ds.features").handlers = [logging.StreamHandler(output)]
-                os.chdir(cache.folder)  # a user that cannot enter the folders above
+                os.chdir(cache.folder)  # the other user cannot search the folders above
                 if os.geteuid() == 0:
                     os.setuid(65534)
                 here = FeatureStore(Path(), BIG)
@@ -284,7 +284,7 @@ def test_files_that_another_user_does_not_share_are_logged(tmp_path: Path) -> No
     assert all("cannot be read (Permission denied)" in line for line in lines)
 
 
-def test_a_program_error_while_writing_comes_up(cache: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_while_writing_is_raised(cache: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> bool:
         raise RuntimeError("a mistake")
 
@@ -294,7 +294,7 @@ def test_a_program_error_while_writing_comes_up(cache: FeatureStore, monkeypatch
         flush_writes()
 
 
-def test_a_key_is_of_content_order_and_encoder(samples: list[Any], tmp_path: Path) -> None:
+def test_a_key_depends_on_content_order_and_encoder(samples: list[Any], tmp_path: Path) -> None:
     frames = list(samples[0].frames)
     about = {"kind": "geometry", "weights": "abc", "layer": 3, "dtype": "torch.float32"}
     own = features_key(encoder_identity(about), frames)
@@ -306,7 +306,7 @@ def test_a_key_is_of_content_order_and_encoder(samples: list[Any], tmp_path: Pat
         assert features_key(encoder_identity(about | {field: "other"}), frames) != own
     moved = [Path(shutil.copy(path, tmp_path / f"elsewhere-{index}")) for index, path in enumerate(frames)]
     assert features_key(encoder_identity(about), moved) == own
-    # The same size and date as before, as rsync and tar leave them: other content all the same.
+    # Other content with the size and date of before, as rsync and tar may leave it.
     before = moved[0].stat()
     content = bytearray(moved[0].read_bytes())
     content[-20] ^= 1
@@ -318,7 +318,7 @@ def test_a_key_is_of_content_order_and_encoder(samples: list[Any], tmp_path: Pat
         features_key("x", [tmp_path / "gone"])
 
 
-def test_the_header_says_what_a_file_is_of(cache: FeatureStore) -> None:
+def test_the_header_describes_the_features(cache: FeatureStore) -> None:
     cache.write(key(1), features(1), {"kind": "geometry", "frames": ["a.jpg"]})
     with safe_open(cache.path(key(1)), framework="pt") as file:
         about = file.metadata()

@@ -94,6 +94,7 @@ def _fit(image: np.ndarray, target: int, patch: int, mode: str) -> np.ndarray:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"A frame is {image.dtype} {image.shape}; it must be uint8 [height, width, 3].")
     height, width = image.shape[:2]
+    # The width becomes `target`, except for a portrait image in mode pad: there the height does.
     by_height = mode == "pad" and height > width
     new_height = target if by_height else _scaled_height(width, height, target, patch)
     new_width = _to_patches(width * (target / height), patch) if by_height else target

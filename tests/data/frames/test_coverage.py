@@ -1,4 +1,4 @@
-"""Voxels of a frame, and the greedy choice of frames that see most of them."""
+"""Voxels of a frame, and the greedy selection of frames that cover most voxels."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_large_image_is_read_on_a_grid(scene: Scene) -> None:
 
 
 def test_frames_that_add_nothing_are_not_taken(scene: Scene) -> None:
-    # Frame 1 sees the middle of frame 0's wall, frame 2 looks the other way at as many voxels as frame 0.
+    # Frame 1 shows the middle of frame 0's wall; frame 2 faces the other way and shows as many voxels as frame 0.
     assert covering_frames(scene, 3, 1.0) == (0, 2)
     assert covering_frames(scene, 3, 0.5) == (0,)
     assert covering_frames(scene, 3, 0.51) == (0, 2)
@@ -82,7 +82,7 @@ def test_the_choice_is_sorted(scene: Scene) -> None:
     half[:24] = 0
     Image.fromarray(half).save(scene.frames[2].depth)
     turned = replace(scene, frames=(scene.frames[2], scene.frames[1], scene.frames[0]))
-    assert covering_frames(turned, 1, 1.0) == (2,)  # the one that sees most
+    assert covering_frames(turned, 1, 1.0) == (2,)  # the frame that covers most
     assert covering_frames(turned, 3, 1.0) == (0, 2)
 
 

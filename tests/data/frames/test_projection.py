@@ -1,4 +1,4 @@
-"""What a frame shows of a box, which frame shows it best, and depth images that cannot be used."""
+"""Projected area and visible fraction of a box, and unusable depth images."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def scene(root: Path) -> Scene:
     return load_scene(root, SCENE)
 
 
-def test_area_of_a_box_seen_head_on() -> None:
+def test_area_of_a_box_in_front_of_the_camera() -> None:
     # 1 m wide and high, its front 2 m away: 40 * 1 / 2 = 20 pixels square
     assert projected_area(np.array([1.0, 4.5, 1.5, 1.0, 1.0, 1.0]), CAMERA, INTRINSIC, SIZE) == pytest.approx(400.0)
     # a wall fills the image: pixels 0..63 by 0..47
     assert projected_area(np.array([1.0, 4.5, 1.5, 20.0, 1.0, 20.0]), CAMERA, INTRINSIC, SIZE) == 63 * 47
 
 
-def test_area_is_zero_where_nothing_can_be_seen() -> None:
+def test_area_is_zero_where_the_box_is_not_visible() -> None:
     inside = np.array([1.0, 2.0, 1.5, 1.0, 1.0, 1.0])
     behind = np.array([1.0, -3.0, 1.5, 1.0, 1.0, 1.0])
     beside = np.array([90.0, 4.0, 1.5, 1.0, 1.0, 1.0])
@@ -49,7 +49,7 @@ def test_area_of_a_turned_box() -> None:
     assert projected_area(inside, CAMERA, INTRINSIC, SIZE) == 0.0
 
 
-def test_visible_share_knows_occluders_and_background(scene: Scene) -> None:
+def test_visible_fraction_excludes_occluders_and_background(scene: Scene) -> None:
     box = scene.instances[0].box
     seen = np.full((48, 64), 3000, dtype=np.uint16)
     assert visible_fraction(box, CAMERA, INTRINSIC, seen) > 0.9  # all but rays that cut the box's edge

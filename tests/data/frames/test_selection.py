@@ -1,4 +1,4 @@
-"""Which frames each protocol chooses."""
+"""Frames that each sampling method selects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOTAL, COUNT = st.integers(1, 400), st.integers(1, 40)
 
 @pytest.fixture
 def scene(root: Path) -> Scene:
-    """The hand-made scene, its first frame standing for 101 of them, numbered 0, 10, 20, ..."""
+    """The hand-made scene with 101 copies of its first frame, numbered 0, 10, 20, ..."""
     scene = load_scene(root, SCENE)
     return replace(scene, frames=tuple(replace(scene.frames[0], index=10 * i) for i in range(101)))
 
@@ -49,7 +49,7 @@ class Starts:
 
 
 def rotated(total: int, count: int, start: int) -> list[int]:
-    """VG-LLM's rule as it is worded: rotate the list, take every floor(T / N)-th, keep N."""
+    """VG-LLM's rule as the paper states it: rotate the list, take every floor(T / N)-th, keep N."""
     images = list(range(total))
     images = images[start:] + images[:start]
     return images if total < count else images[:: total // count][:count]
@@ -71,31 +71,31 @@ def test_uniform_frames_are_distinct(total: int, count: int) -> None:
 
 
 @given(TOTAL, COUNT, st.data())
-def test_vgllm_draws_as_worded(total: int, count: int, data: st.DataObject) -> None:
+def test_vgllm_draws_by_its_rule(total: int, count: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, total - 1))
     assert vgllm(total, count, Starts(start), None) == rotated(total, count, start)  # type: ignore[arg-type]
 
 
-def test_vgllm_draws_again_until_a_frame_sees_the_object() -> None:
+def test_vgllm_draws_again_until_a_frame_shows_the_object() -> None:
     def drawn(starts: list[int], seen: set[int]) -> tuple[list[int], int]:
         rng = Starts(*starts)
         return vgllm(100, 4, rng, frozenset(seen)), len(rng.left)  # type: ignore[arg-type]
 
-    assert drawn([7, 8, 9], {58}) == ([8, 33, 58, 83], 1)  # stride 25; 7 sees 7, 32, 57, 82
+    assert drawn([7, 8, 9], {58}) == ([8, 33, 58, 83], 1)  # stride 25; start 7 draws 7, 32, 57, 82
     assert drawn([90] * REDRAWS + [60, 1], {10}) == ([60, 85, 10, 35], 1)  # the twentieth redraw
-    # none ever: of 90, 15, 40, 65 the last gives way to the first of the scene that sees it
+    # never: of 90, 15, 40, 65 the last is replaced by the first frame that shows the object
     assert drawn([90] * (REDRAWS + 1) + [5], {99, 5}) == ([5, 15, 40, 90], 1)
     assert drawn([90] * (REDRAWS + 1), {70, 71}) == ([15, 40, 70, 90], 0)
 
 
 @given(TOTAL, COUNT, st.integers(0, 2**32), st.data())
-def test_vgllm_always_sees_the_object(total: int, count: int, seed: int, data: st.DataObject) -> None:
+def test_vgllm_always_shows_the_object(total: int, count: int, seed: int, data: st.DataObject) -> None:
     seen = data.draw(st.frozensets(st.integers(0, total - 1), min_size=1, max_size=3))
     chosen = vgllm(total, count, np.random.default_rng(seed), seen)
     assert seen & set(chosen) and len(set(chosen)) == len(chosen) == min(total, count)
 
 
-def test_a_draw_depends_on_seed_scene_and_key_alone(scene: Scene) -> None:
+def test_a_draw_depends_on_seed_scene_and_key_only(scene: Scene) -> None:
     options = FrameOptions("vgllm", 4)
     # what another process and another version must draw too; every process salts Python's own hash() differently
     assert select_frames(options, scene, "chair|0|roll 0", None) == [50, 75, 100, 24]
@@ -143,17 +143,17 @@ def test_scene_sets_begin_in_different_parts_of_the_scene() -> None:
     assert len(set(map(frozenset, together))) >= 7  # of ten draws from 25 patterns
 
 
-def test_a_description_gets_the_set_that_sees_its_object_most() -> None:
+def test_a_sample_gets_the_set_with_most_frames_of_its_object() -> None:
     sets = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
     for key in map(str, range(20)):
         assert assign_set(sets, key, frozenset({0, 1, 5, 6})) == sets[1]
         assert assign_set(sets, key, frozenset({12})) is None
 
 
-def test_equal_sets_share_the_descriptions() -> None:
+def test_samples_are_spread_over_equal_sets() -> None:
     sets = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
     spread = Counter(tuple(assign_set(sets, str(i), frozenset({0, 2, 3, 7, 4, 12})) or ()) for i in range(1000))
-    assert set(spread) == {(0, 4, 8), (3, 7, 11)}  # two seeing frames each
+    assert set(spread) == {(0, 4, 8), (3, 7, 11)}  # two frames of the object each
     assert max(spread.values()) < 565  # four standard deviations from half
     everything = Counter(tuple(assign_set(sets, str(i), None) or ()) for i in range(1000))
     assert len(everything) == 4 and max(everything.values()) < 305  # and from a quarter

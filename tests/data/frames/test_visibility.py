@@ -38,7 +38,7 @@ def instance(index: int, *box: float, bbox_id: int = 50) -> InfoInstance:
 
 
 def make_info(visible: dict[int, set[int]], *instances: InfoInstance, shift: float = 0.0) -> ScanInfo:
-    """Poses as the hand-made scene has them in frames 0 and 1; those of other numbers are the same as of frame 0."""
+    """Annotations with the poses of the hand-made scene; frames other than 1 have the pose of frame 0."""
     poses = {number: np.linalg.inv(ALIGN) @ moved(1.0 if number == 1 else shift) for number in visible}
     return ScanInfo(SCENE, ALIGN, {number: frozenset(ids) for number, ids in visible.items()}, poses, instances)
 
@@ -49,7 +49,7 @@ def test_only_listed_frames_are_candidates(scene: Scene) -> None:
     assert listed.instances is scene.instances
 
 
-def test_another_numbering_of_the_images_is_noticed(scene: Scene) -> None:
+def test_another_numbering_of_the_images_raises(scene: Scene) -> None:
     with pytest.raises(ValueError, match=rf"{SCENE}: none of its 3 frames is among the 2 that EmbodiedScan lists"):
         keep_listed_frames(scene, make_info({70: set(), 80: set()}))
     assert len(keep_listed_frames(scene, make_info({0: set()}, shift=0.04)).frames) == 1
@@ -57,7 +57,7 @@ def test_another_numbering_of_the_images_is_noticed(scene: Scene) -> None:
         keep_listed_frames(scene, make_info({0: set()}, shift=0.06))
 
 
-def test_visible_ids_are_places_in_the_list_of_instances(scene: Scene) -> None:
+def test_visible_ids_are_indices_into_the_list_of_instances(scene: Scene) -> None:
     sparse = replace(scene, frames=tuple(replace(scene.frames[0], index=number) for number in (0, 10, 30, 40)))
     chair = instance(1, 0, 0, 0, 1, 1, 1, 0, 0, 0, bbox_id=0)
     info = make_info({0: {0}, 10: {0, 1}, 20: {1}, 30: set(), 40: {1}}, instance(0, *chair.box, bbox_id=1), chair)
@@ -76,7 +76,7 @@ def test_matching_takes_the_exact_overlap_of_turned_boxes() -> None:
     assert match_instance(ours, make_info({}, turned, shifted, nearer)) is nearer
 
 
-def test_the_least_overlap_that_matches() -> None:
+def test_the_smallest_iou_that_matches() -> None:
     ours = np.array([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
     half, less = (instance(0, 0, 0, 0, size, 1, 1, 0, 0, 0) for size in (2.0, 2.001))
     assert match_instance(ours, make_info({}, half)) is half
@@ -86,12 +86,12 @@ def test_the_least_overlap_that_matches() -> None:
     assert match_instance(ours, make_info({}, *same)) is same[0]
 
 
-def test_depth_tells_who_sees_a_box(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visibility_by_depth(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     monkeypatch.setattr(visibility, "load_depth", lambda frame: read.append(frame.index) or load_depth(frame))
     ids = sorted(scene.instances)
     seen = dict(zip(ids, visible_frames_by_depth(scene, [scene.instances[i].box for i in ids]), strict=True))
-    assert seen == {0: {0, 1}, 3: set(), 4: {0, 1}}  # 3 is hidden; frame 2 looks away
+    assert seen == {0: {0, 1}, 3: set(), 4: {0, 1}}  # 3 is hidden; frame 2 faces away
     assert read == [0, 1, 2]
 
 
@@ -107,11 +107,11 @@ def test_the_clearest_frame_is_the_largest_of_those_given(scene: Scene) -> None:
     assert clearest_frame(scene.frames, [0], box, INTRINSIC, SIZE) == 0
     assert clearest_frame(scene.frames, [2], box, INTRINSIC, SIZE) is None  # behind the camera
     assert clearest_frame(scene.frames, [], box, INTRINSIC, SIZE) is None
-    turned = np.concatenate([box[:3], box[[4, 3, 5]], [np.pi / 2, 0.0, 0.0]])  # the same box, said differently
+    turned = np.concatenate([box[:3], box[[4, 3, 5]], [np.pi / 2, 0.0, 0.0]])  # the same box with another angle
     assert clearest_frame(scene.frames, [0, 1], turned, INTRINSIC, SIZE) == 1
 
 
-def test_of_equal_frames_the_first_seen_is_clearest(scene: Scene) -> None:
+def test_of_equal_frames_the_first_is_clearest(scene: Scene) -> None:
     frames = [scene.frames[0], scene.frames[1], scene.frames[1], scene.frames[1]]
     box = scene.instances[0].box
     assert clearest_frame(frames, [0, 2, 1, 3], box, INTRINSIC, SIZE) == 2

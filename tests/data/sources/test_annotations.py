@@ -1,4 +1,4 @@
-"""The files of ScanRefer and ScanQA, and that nothing wrong in them passes or goes unnamed."""
+"""Annotation files of ScanRefer and ScanQA; errors name every invalid entry and field."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_bad_description_is_named(tmp_path: Path, change: dict[str, Any], mess
 
 
 @pytest.mark.parametrize("field", ["scene_id", "object_id", "object_name", "ann_id", "description", "token"])
-def test_every_field_is_needed(tmp_path: Path, field: str) -> None:
+def test_every_field_is_required(tmp_path: Path, field: str) -> None:
     second = entry(ann_id=1)
     del second[field]
     with pytest.raises(ValueError, match=re.escape(f"entry 2: field '{field}'")):
@@ -149,7 +149,7 @@ def test_a_bad_question_is_named(tmp_path: Path, answers_needed: bool, change: d
         read_scanqa(path, answers_needed)
 
 
-def test_answers_that_one_entry_lacks_are_missed(tmp_path: Path) -> None:
+def test_an_entry_without_answers_is_named(tmp_path: Path) -> None:
     second = question(1)
     del second["answers"]
     with pytest.raises(ValueError, match=re.escape("entry 2: field 'answers'")):

@@ -1,4 +1,4 @@
-"""EmbodiedScan's infos: what is read, what is skipped, what is rejected."""
+"""EmbodiedScan's infos: scenes, skipped scenes and frames, and errors."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_a_scene(tmp_path: Path) -> None:
         assert (type(array), array.dtype) == (np.ndarray, np.float64)
 
 
-def test_visible_ids_are_places_in_the_list(tmp_path: Path) -> None:
-    """A bbox_id of 7 that the two-object list has no place for is not understood as that object."""
+def test_visible_ids_are_indices_into_the_list(tmp_path: Path) -> None:
+    """Visible id 7 is an error in a scene of two objects, although one has the bbox_id 7."""
     path = written(tmp_path, content(scene(images=[image(0, visible=[7])])))
     with pytest.raises(ValueError, match=re.escape("scannet/scene0000_00: frame 00000: visible_instance_ids")):
         read_infos(path)

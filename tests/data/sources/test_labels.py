@@ -1,4 +1,4 @@
-"""The table of labels, and the two rules of unique and multiple that follow from it."""
+"""ScanNet's label table, and the groups unique and multiple by both sets of classes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_groups_by_both_rules() -> None:
         annotated(3, "lamp", "scene0001_00"),
     ]
     by_name = unique_or_multiple(annotations, labels, scannet_class)
-    # The refrigerator is a class of its own, however it is spelt; lamps and unknown names are "others".
+    # Both spellings of refrigerator are one class; lamps and unknown names are "others".
     assert {key for key, group in by_name.items() if group == "multiple"} == {(SCENE, 3), (SCENE, 5)}
     assert by_name[SCENE, 7] == by_name["scene0001_00", 3] == "unique"
     by_number = unique_or_multiple(annotations, labels, nyu40_class)

@@ -1,4 +1,4 @@
-"""The restricted unpickler: values come back, and names outside its table are neither imported nor called."""
+"""The restricted unpickler: arrays are restored, and names outside its table are neither imported nor called."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_module_paths_of_numpy_1_and_2(tmp_path: Path) -> None:
         assert b"numpy._core.multiarray" in content or b"numpy._core.numeric" in content
         for name in ("multiarray", "numeric"):
             content = content.replace(short(f"numpy._core.{name}"), short(f"numpy.core.{name}"))
-        # A byte less per name: the frame's length no longer holds, so write it without a frame.
+        # The names are one byte shorter, so the length in the FRAME opcode is wrong: remove the opcode.
         assert content[2:3] == b"\x95"
         read = load_numpy_pickle(written(tmp_path, content[:2] + content[11:]))
         np.testing.assert_array_equal(np.asarray(read[0]), matrix)
@@ -79,7 +79,7 @@ MARK = "w2r2_ds_was_run"
 
 
 class _Runs:
-    """Pickles as a call of anything."""
+    """Object whose pickle calls a function."""
 
     def __init__(self, call: Any, *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -97,7 +97,7 @@ def short(value: str) -> bytes:
 
 
 def stack_global(module: str, name: str) -> bytes:
-    """Protocol 4: the names come from the stack."""
+    """STACK_GLOBAL of protocol 4, which takes the names from the stack."""
     return b"\x80\x04" + short(module) + short(name) + b"\x93"
 
 
@@ -144,8 +144,8 @@ def test_a_named_callable_is_rejected_and_not_run(tmp_path: Path, name: str) -> 
     assert set(sys.modules) == before
 
 
-def test_the_payloads_do_run_elsewhere(tmp_path: Path) -> None:
-    """Else the test above would show nothing."""
+def test_pickle_load_runs_the_payloads(tmp_path: Path) -> None:
+    """Control of the test above."""
     ran = []
     for name in ("exec", "GLOBAL", "INST", "OBJ", "dotted"):
         try:
@@ -180,8 +180,8 @@ def test_other_streams_are_rejected(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_every_truncation_is_one_sentence(tmp_path: Path, protocol: int) -> None:
-    # Without the array of objects: NumPy fills it before it finds its list too short.
+def test_every_truncation_gives_one_line(tmp_path: Path, protocol: int) -> None:
+    # Without the array of objects, which NumPy fills before it detects that its list is too short.
     content = pickle.dumps({name: value for name, value in VALUES.items() if name != "objects"}, protocol)
     for length in range(0, len(content), 7):
         with pytest.raises(ValueError, match=r"infos\.pkl is ") as caught:
@@ -189,7 +189,7 @@ def test_every_truncation_is_one_sentence(tmp_path: Path, protocol: int) -> None
         assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.pkl does not exist; it must be EmbodiedScan's"):
         load_numpy_pickle(tmp_path / "none.pkl", "EmbodiedScan's")
     with pytest.raises(ValueError, match="cannot be read"):

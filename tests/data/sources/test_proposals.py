@@ -1,4 +1,4 @@
-"""Proposed boxes: what is read and what is rejected."""
+"""Detector proposals: boxes and errors."""
 
 from __future__ import annotations
 
