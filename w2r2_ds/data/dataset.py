@@ -182,7 +182,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if version != VERSION:
         raise ValueError(
-            f"{path} has version {version!r}, but this program reads {VERSION}; prepare the data set again."
+            f"{path} has version {version!r}, but this program supports {VERSION}; prepare the data set again."
         )
     return dict(manifest)
 
@@ -247,8 +247,8 @@ def _read_scene(file: Path) -> tuple[pa.Table, list[str], np.ndarray]:
         poses ``[frames, 4, 4]`` float64.
     """
     table = _read_table(file)
-    # Encode frame paths as indices (codes) into the distinct paths. np.unique gives the first occurrence of every code,
-    # whose pose must equal the poses of all other occurrences.
+    # Encode frame paths as indices (codes) into the distinct paths. np.unique returns the first occurrence of every
+    # code, whose pose must equal the poses of all other occurrences.
     frames = table["frames"].combine_chunks()
     encoded = frames.flatten().dictionary_encode()
     codes = np.asarray(encoded.indices)

@@ -169,17 +169,26 @@ def choose_grouping(config: DataConfig) -> Grouping | None:
     return separate_groups if config.packing else None
 
 
-def make_collate(frontend: VlmFrontend, config: DataConfig, with_prompts: bool) -> Collator:
-    """The `Collator` for samples with answers."""
+def make_collate(
+    frontend: VlmFrontend, config: DataConfig, with_prompts: bool = False, with_answer: bool = True
+) -> Collator:
+    """The `Collator` of a VLM for a data configuration.
+
+    Args:
+        frontend: tokenizer, vision and geometry specs.
+        config: data configuration.
+        with_prompts: also make `Batch.prompts`, to decode answers during training.
+        with_answer: True for samples with answers (training), False for left-padded prompts (generation).
+    """
     return Collator(
         pad_id=frontend.tokenizer.pad_token_id,
         kind=visual_kind(config),
-        position_ids=make_position_ids(frontend, config),
+        position_ids=make_position_ids(frontend, config) if with_answer else None,
         vision=frontend.vision,
         geometry=frontend.geometry,
         family=frontend.family,
         with_prompts=with_prompts,
-        grouping=choose_grouping(config),
+        grouping=choose_grouping(config) if with_answer else None,
     )
 
 
@@ -265,18 +274,10 @@ def prompt_loader(
         processor: (sample, with_answer) -> features; by default the result of `make_processor`.
     """
     dataset = SampleDataset(samples, processor or make_processor(frontend, config), with_answer=False)
-    collate = Collator(
-        pad_id=frontend.tokenizer.pad_token_id,
-        kind=visual_kind(config),
-        position_ids=None,
-        vision=frontend.vision,
-        geometry=frontend.geometry,
-        family=frontend.family,
-    )
     return ReraisingDataLoader(
         dataset,
         batch_size=batch_size,
-        collate_fn=collate,
+        collate_fn=make_collate(frontend, config, with_answer=False),
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,
         # As in `train_loader`: validation must not change the random state of the training that continues after it.

@@ -94,7 +94,7 @@ def _shared_prefix(features: Sequence[Features]) -> int:
         if feature.token_types[count:].any():  # visual tokens in the suffix
             raise ValueError(
                 f"Sample {feature.sample.id}: its prompt differs from others about the same frames before the last "
-                "frame; use the chat template that came with the model, or give data.questions_per_scene 1."
+                "frame; use the chat template that came with the model, or set data.questions_per_scene to 1."
             )
     return count
 

@@ -58,7 +58,7 @@ def _check_scale(depth: np.ndarray, frame: Frame) -> None:
     median = float(np.median(measured)) / 1000.0
     if not DEPTH_RANGE[0] <= median <= DEPTH_RANGE[1]:
         raise ValueError(
-            f"{frame.depth}: read as millimetres, the median depth is {median:g} m, which no room has; "
+            f"{frame.depth}: read as millimetres, the median depth is {median:g} m, which is not plausible for a room; "
             "ScanNet's depth images hold millimetres as uint16, so convert these images to that scale"
         )
 

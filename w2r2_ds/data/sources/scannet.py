@@ -208,6 +208,7 @@ def _read_instances(path: Path) -> dict[int, Instance]:
     for number, row in enumerate(rows.astype(np.float64)):
         if not row.any():
             continue
+        # columns: centre and size of the box, NYU40 id, object id
         if not np.isfinite(row).all() or (row[6:] != np.round(row[6:])).any():
             raise ValueError(
                 f"{path}: row {number} has a non-finite value or an id that is no integer; write the file again"
