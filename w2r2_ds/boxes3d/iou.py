@@ -7,7 +7,7 @@ theorem
 
 * ``area_i``: area of the polytope's face in plane i.
 * ``c_ij``: signed distance of line (i, j), where planes i and j intersect, from the foot point of plane i. The foot
-  point is the point of the plane next to the origin.
+  point is the point of the plane that is closest to the origin.
 * ``length_ij``: length of the polytope's edge on line (i, j). Every other half-space bounds the line on one side, so
   the edge is an interval from a maximum to a minimum of bounds.
 
