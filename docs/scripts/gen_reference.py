@@ -8,9 +8,16 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
+
+import docstring_parser
+import yaml
+
+from w2r2_ds.config.options import options
+from w2r2_ds.config.schema import RunConfig, SourceConfig
+from w2r2_ds.objective.push_terms import PUSH_TERMS
 
 ROOT = Path(__file__).parents[2]
 API = {
@@ -29,53 +36,60 @@ API = {
 """Title of an API page -> modules whose docstrings it shows."""
 
 
-def field_docs(config: type[Any]) -> dict[str, str]:
-    """Descriptions of a dataclass's fields, from the section `Args:` of its docstring."""
-    _, _, args = (config.__doc__ or "").partition("Args:")
-    found = re.findall(r"^ {4,8}(\w+): (.*(?:\n {9,}.*)*)", args, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
+Row = tuple[str, str, Any, str]
+"""Name, type, default and description of an option."""
 
 
-def default_of(field: dataclasses.Field[Any]) -> str:
-    """A field's default as it is written in YAML or Python."""
-    if field.default is not dataclasses.MISSING:
-        return repr(field.default)
-    if field.default_factory is not dataclasses.MISSING:
-        return repr(field.default_factory())
-    return "required"
+def table(rows: Iterable[Row]) -> str:
+    """A Markdown table of options, with defaults in YAML."""
+    lines = ["| option | type | default | description |", "| --- | --- | --- | --- |"]
+    for name, kind, default, text in rows:
+        required = default is dataclasses.MISSING
+        value = (
+            ""
+            if required
+            else yaml.safe_dump(default, default_flow_style=True, sort_keys=False, width=1000).partition("\n")[0]
+        )
+        cells = (f"`{name}`", f"`{kind}`", "required" if required else f"`{value}`", text)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def config_tables(config: type[Any], prefix: str = "") -> Iterator[str]:
-    """One Markdown table per section of the run configuration, nested sections after their parent."""
-    hints, docs = get_type_hints(config), field_docs(config)
-    rows, nested = [], []
-    for field in dataclasses.fields(config):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            nested.append((hint, f"{prefix}{field.name}."))
-            continue
-        kind = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-        kind = re.sub(r"typing\.|w2r2_ds\.[\w.]+\.", "", kind)
-        cells = (f"`{prefix}{field.name}`", f"`{kind}`", f"`{default_of(field)}`", docs.get(field.name, ""))
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    summary = (config.__doc__ or "").partition("\n")[0]
-    yield f"## {prefix.rstrip('.') or 'top level'}\n\n{summary}\n"
-    if rows:
-        yield "\n".join(["| option | type | default | description |", "| --- | --- | --- | --- |", *rows]) + "\n"
-    for hint, name in nested:
-        yield from config_tables(hint, name)
+def option_rows(config: type) -> list[Row]:
+    """Rows of all fields of a configuration dataclass."""
+    return [(each.name, each.type, each.default, each.help) for each in options(config).values()]
+
+
+def push_term_rows() -> Iterator[Row]:
+    """Rows of the hyper-parameters of the built-in push terms."""
+    for name, term in PUSH_TERMS.items():
+        helps = {each.arg_name: each.description for each in docstring_parser.parse(term.__doc__ or "").params}
+        for field, about in term.model_fields.items():
+            yield f"objective.push_term.{field}", "float", about.default, f"`{name}`: {helps[field]}"
+
+
+def first_line(config: type, section: str = "") -> str:
+    """First docstring line of a configuration dataclass, or of one of its sections such as `model.geometry`."""
+    for name in filter(None, section.split(".")):
+        config = get_type_hints(config)[name]
+    return (config.__doc__ or "").partition("\n")[0]
 
 
 def config_page() -> str:
     """docs/reference/config.md."""
-    from w2r2_ds.config.schema import RunConfig
-
-    head = (
+    sections: dict[str, list[Row]] = {}
+    for row in option_rows(RunConfig):
+        sections.setdefault(row[0].rpartition(".")[0], []).append(row)
+    parts = [
         "# Configuration\n\nGenerated from `w2r2_ds/config/schema.py`. Every row is a field of a recipe and an option "
         "of `launchers/train.py`: `--train.lr 1e-4`. The command line takes precedence over `--config RECIPE.yaml`, "
-        "and the recipe over the defaults below. An unknown field is an error.\n"
-    )
-    return "\n".join([head, *config_tables(RunConfig)])
+        "and the recipe over the defaults below. An unknown field is an error.\n",
+        *(f"## {name or 'top level'}\n\n{first_line(RunConfig, name)}\n\n{table(sections[name])}" for name in sections),
+        f"## entries of data.train and data.val\n\n{first_line(SourceConfig)}\n\n{table(option_rows(SourceConfig))}",
+        "## hyper-parameters of push terms\n\nEach belongs to the push term at the start of its description.\n\n"
+        + table(push_term_rows()),
+    ]
+    return "\n".join(parts)
 
 
 def help_text(launcher: Path, *command: str) -> str:
