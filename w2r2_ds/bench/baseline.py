@@ -16,9 +16,9 @@ from w2r2_ds.training.throughput import matrix_rate
 
 def run(shape_name: str, frames: list[int] | None, rounds: int) -> Report:
     """Time `rounds` steps of the baseline for every number of frames, with the towers and without them."""
+    device = find_device()  # first, because the report records the number of threads
     report = Report("baseline", "training step of the HF Trainer baseline: one sample, LoRA, checkpointing", [])
     for shape in find_shapes(shape_name, frames):
-        device = find_device()
         subject = build(shape, device)
         trainer = BaselineTrainer(subject, subject.batch())
         towers = trainer.towers()

@@ -44,10 +44,11 @@ def run(shape_name: str, frames: list[int] | None, rounds: int, folder: Path | N
         rounds: number of runs per case, interleaved.
         folder: parent of the cache's temporary folder; None for the system's.
     """
+    device = find_device()  # first, because the report records the number of threads
     report = Report("feature_cache", "seconds per set of frames, CPU time unless VGGT runs on a GPU", [])
     for shape in find_shapes(shape_name, frames):
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            measure(shape, rounds, Path(temporary), report)
+            measure(shape, device, rounds, Path(temporary), report)
     return report
 
 
@@ -85,9 +86,9 @@ class FrameSet:
             atomic_io.digest(path)
 
 
-def measure(shape: Shape, rounds: int, folder: Path, report: Report) -> None:
+def measure(shape: Shape, device: torch.device, rounds: int, folder: Path, report: Report) -> None:
     """Add one shape's rows and criteria to the report."""
-    device, dtype = find_device(), resolve_dtype(shape.dtype)  # type: ignore[arg-type]
+    dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
     encoder = build_encoder(shape, device, dtype)
     paths = write_frames(folder, shape.frames, FRAME_SIZE)
     frames = FrameSet(paths, shape.frame_size[0], FeatureCache(FeatureStore(folder / "cache", CACHE_BYTES), "bench"))

@@ -24,15 +24,15 @@ LIMIT = 0.22
 
 def run(shape_name: str, frames: list[int] | None, questions: tuple[int, ...], rounds: int) -> Report:
     """Time all cases for every number of frames and of packed questions."""
+    device = find_device()  # first, because the report records the number of threads
     report = Report("scene_packing", "seconds per sample, K questions share a visual prefix, LoRA, checkpointing", [])
     for shape in find_shapes(shape_name, frames):
-        measure(shape, questions, rounds, report)
+        measure(shape, device, questions, rounds, report)
     return report
 
 
-def measure(shape: Shape, questions: tuple[int, ...], rounds: int, report: Report) -> None:
+def measure(shape: Shape, device: torch.device, questions: tuple[int, ...], rounds: int, report: Report) -> None:
     """Add one shape's rows, criteria and notes to the report."""
-    device = find_device()
     subject = build(shape, device)
     batches = {count: subject.batch(count, packed=True) for count in questions}
     most = questions[-1]

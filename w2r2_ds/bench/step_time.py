@@ -43,15 +43,15 @@ PEAKS = tuple(name + BOTH for name in (BASELINE, SINGLE, W2R2_STEP))
 
 def run(shape_name: str, frames: list[int] | None, rounds: int, memory: bool) -> Report:
     """Time all cases for every number of frames; with `memory`, also measure peak memory on the CPU."""
+    device = find_device()  # first, because the report records the number of threads
     report = Report("step_time", "seconds of one training step, LoRA, checkpointing, one sample", [])
     for shape in find_shapes(shape_name, frames):
-        measure(shape, rounds, memory, report)
+        measure(shape, device, rounds, memory, report)
     return report
 
 
-def measure(shape: Shape, rounds: int, memory: bool, report: Report) -> None:
+def measure(shape: Shape, device: torch.device, rounds: int, memory: bool, report: Report) -> None:
     """Add one shape's rows, criteria and notes to the report."""
-    device = find_device()
     subject = build(shape, device)
     batch = subject.batch()
     differences = compare_gradients(subject, batch) if shape.dtype == "float32" else {}
