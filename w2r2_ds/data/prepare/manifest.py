@@ -30,7 +30,7 @@ def file_hash(path: Path) -> str:
 def folder_hash(path: Path) -> str:
     """SHA-256 of the sorted file names in a folder, or ``MISSING``. The images (130 GB in all) are not read."""
     try:
-        names = sorted(each.name for each in path.iterdir())
+        names = sorted(file.name for file in path.iterdir())
     except OSError:
         return MISSING
     return hashlib.sha256("\n".join(names).encode()).hexdigest()

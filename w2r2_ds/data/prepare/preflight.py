@@ -41,7 +41,7 @@ def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
     root = Path(root)
     check_options(options)
     found = [
-        Missing(each.path, "missing", each.origin) for each in input_files(root, options) if not each.path.is_file()
+        Missing(file.path, "missing", file.origin) for file in input_files(root, options) if not file.path.is_file()
     ]
     scenes, unusable = _scenes(root, options, bool(found))
     for scene_id in scenes:
@@ -62,9 +62,9 @@ def report(root: Path | str, options: TaskOptions, found: list[Missing]) -> str:
         return f"{name}: everything is here"
     files = "1 file or folder is" if len(found) == 1 else f"{len(found)} files or folders are"
     lines = [f"{name}: {files} missing or damaged"]
-    for origin in dict.fromkeys(each.origin for each in found):
+    for origin in dict.fromkeys(file.origin for file in found):
         lines.append(f"  from {origin}")
-        lines += [f"    {relative(each.path, Path(root))}: {each.problem}" for each in found if each.origin == origin]
+        lines += [f"    {relative(file.path, Path(root))}: {file.problem}" for file in found if file.origin == origin]
     return "\n".join(lines)
 
 
@@ -91,8 +91,8 @@ def _scenes(root: Path, options: TaskOptions, incomplete: bool) -> tuple[list[st
         try:
             plan = make_plan(root, options)
         except ValueError as error:
-            # The message names the file with the error; otherwise the annotations are blamed.
-            named = [each for each in input_files(root, options) if str(each.path) in str(error)]
+            # The file is the one in the message; if the message has none, the annotations.
+            named = [file for file in input_files(root, options) if str(file.path) in str(error)]
             source = named[0] if named else TASKS.find(options.task).annotations(root, options)
             return _extracted(root), [Missing(source.path, str(error), source.origin)]
         return [job.scene_id for job in plan.jobs], list(_lacking(plan))
@@ -113,7 +113,7 @@ def _lacking(plan: Plan) -> Iterator[Missing]:
 def _extracted(root: Path) -> list[str]:
     """Scenes in posed_images/."""
     folder = root / "posed_images"
-    return sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 def _missing_of_scene(root: Path, scene_id: str) -> Iterator[Missing]:
@@ -127,7 +127,7 @@ def _missing_of_scene(root: Path, scene_id: str) -> Iterator[Missing]:
             yield Missing(file.path, "missing", file.origin)
     if not folder.is_dir():
         return
-    names = {each.name for each in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
     stems = sorted({name.partition(".")[0] for name in names if name.partition(".")[0].isdecimal()}, key=int)
     if not stems:
         yield Missing(folder, "holds no frames", EXTRACTED)

@@ -84,7 +84,7 @@ def write_boxes(root: Path | str, scene_id: str) -> Path:
     rows = _rows(vertices, segments, groups, read_labels(root))
     if not rows.any():
         raise ValueError(f"{segments_file} has no vertex of any object of {scene_id}; download the scene's files again")
-    for row, group in zip(rows, sorted(groups, key=lambda each: each.object_id), strict=True):
+    for row, group in zip(rows, sorted(groups, key=lambda group: group.object_id), strict=True):
         if row.any() and (row[3:6] <= 0).any():
             raise ValueError(
                 f"{mesh_file}: object {group.object_id} ({one_line(group.label)}) is flat, with the size "
@@ -104,7 +104,7 @@ def _rows(vertices: np.ndarray, segments: np.ndarray, groups: list[_Group], labe
     distinct, inverse = np.unique(segments, return_inverse=True)
     object_ids = np.array([object_of_segment.get(int(segment), -1) for segment in distinct], dtype=np.int64)[inverse]
     rows = np.zeros((len(groups), 8))
-    for row, group in zip(rows, sorted(groups, key=lambda each: each.object_id), strict=True):
+    for row, group in zip(rows, sorted(groups, key=lambda group: group.object_id), strict=True):
         points = vertices[object_ids == group.object_id]
         if len(points):
             low, high = points.min(axis=0), points.max(axis=0)
