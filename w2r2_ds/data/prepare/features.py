@@ -67,7 +67,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
             Raised on every rank, except for a frame that cannot be decoded: only on the rank that decodes it.
     """
     with raise_on_all_ranks():
-        samples = frame_sets(config, splits)[ranks.rank :: ranks.world_size]
+        samples = frame_sets(config, splits)[ranks.rank :: ranks.world_size]  # a part of the work per rank
         cache = open_cache(config.data, config.model)
         if cache is None:
             raise ValueError("data.cache is empty; pass the folder to fill, such as --data.cache runs/cache.")
@@ -148,7 +148,7 @@ def find_missing(
                 missing += FileCount(1, size) if lookup.features is None else FileCount()
         return total, missing
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:  # threads: the work is to read files
         counts = list(pool.map(count, samples))
     todo = [sample for sample, (_, missing) in zip(samples, counts, strict=True) if missing.files]
     return todo, sum((total for total, _ in counts), FileCount()), sum((missing for _, missing in counts), FileCount())
@@ -228,6 +228,7 @@ def encode_all(
         vlm = load_vlm(config.model.vlm, dtype, resolve_attention(config.model.attention, dtype)).eval()
         family.vision_tower(vlm).to(device)  # the language model stays on the CPU
     kind = visual_kind(config.data)
+    # One sample per batch. Loader workers decode and resize the frames of the next samples meanwhile.
     loader: ReraisingDataLoader[VisualInputs] = ReraisingDataLoader(
         _VisualInputsDataset(samples, preprocess),
         batch_size=1,

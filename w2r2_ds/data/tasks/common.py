@@ -190,6 +190,7 @@ def find_visible_frames(scene: Scene, job: Job, options: TaskOptions) -> tuple[S
     Raises:
         ValueError: the scene's frames are not those that EmbodiedScan lists, or a depth image cannot be read.
     """
+    # Other tasks keep all frames and need neither EmbodiedScan's files nor depth images.
     if not TASKS.find(options.task).uses_visibility(options):
         return scene, {}
     if options.visibility == "embodiedscan":

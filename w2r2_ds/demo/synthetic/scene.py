@@ -64,6 +64,8 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEn
         rng = _generator(options, split, index, attempt)  # seeded by the attempt, not by earlier draws
         room = make_room(rng, options.frames_per_scene)
         renderer = Renderer(room, options.image_size)
+        # All images are rendered even if the room is dropped: sentences refer to visible objects only, and visibility
+        # is measured in the depth images, as in real scans.
         images = [renderer.render(camera) for camera in room.cameras]
         colors, depths = [image[0] for image in images], [image[1] for image in images]
         frames = _frames(root / "posed_images" / name, room)

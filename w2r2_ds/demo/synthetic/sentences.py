@@ -62,6 +62,7 @@ def make_sentences(
         visible: ids of the objects that are visible in a frame; only these are targets or anchors.
         count: maximum number of sentences.
     """
+    # All combinations of colour, class and relation that identify a visible object.
     found = [
         (color, name, relation, anchors, target)
         for name, color in scopes(objects)
