@@ -51,7 +51,7 @@ def check_trackers(names: Iterable[str]) -> None:
         ValueError: names the tracker.
     """
     for name in names:
-        TRACKERS.find(name, "a name in train.trackers")
+        TRACKERS.find(name, "train.trackers: a name")
         if name in PACKAGES and find_spec(PACKAGES[name]) is None:
             raise ValueError(
                 f"train.trackers: {name} needs a package that is not installed: pip install 'w2r2-ds[{name}]'."
