@@ -66,6 +66,7 @@ WORDS = {
     r"bins": "scene groups",
     r"(?<!__)slots(?!__|=)": "digit tokens",
     r"VLM('s)? fronts?": "VLM frontend",
+    r"visual[-_]only": "shortcut (training), 2D only (evaluation)",
     r"plain (pass|tokens|stream|visual|embeddings?|inputs?|answers?)": "shortcut",
     r"(the|a|mean|gap_every) gap(?! between)": "decode gap",
     r"last words": "error message",

@@ -114,7 +114,6 @@ class GatherCounts:
 @contextmanager
 def count_gathers(language_model: nn.Module) -> Iterator[GatherCounts]:
     """Count the gathers that DeepSpeed starts in the block."""
-    # DeepSpeed has no counter, but enters every parameter in this registry when it starts an all-gather: patch that.
     from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry  # takes seconds
 
     names = {id(parameter): name for name, parameter in language_model.layers.named_parameters()}  # type: ignore[operator,union-attr]
@@ -126,6 +125,7 @@ def count_gathers(language_model: nn.Module) -> Iterator[GatherCounts]:
             counts.layers[names[id(parameter)]] += 1
         saved(self, parameter, handle)
 
+    # DeepSpeed has no counter, but enters a parameter in this registry whenever it starts to gather it.
     InflightParamRegistry.__setitem__ = counted
     try:
         yield counts
