@@ -114,6 +114,7 @@ def visible_frames_by_depth(scene: Scene, boxes: Sequence[np.ndarray]) -> list[f
     Raises:
         ValueError: a depth image is unreadable or not in millimetres.
     """
+    # Frames in the outer loop, so that each depth image is decoded once for all boxes.
     visible: list[set[int]] = [set() for _ in boxes]
     for position, frame in enumerate(scene.frames):
         depth = load_depth(frame)

@@ -182,6 +182,7 @@ def read_infos(path: Path | str) -> Infos:
     path = Path(path)
     content = validate(_CONTENT, load_numpy_pickle(path, SOURCE), path)
     categories = _category_names(content.metainfo, path)
+    # Collect the problems of all scenes, so that one message lists them.
     infos, problems = Infos(), []
     for index, entry in enumerate(content.data_list):
         sample = entry.get("sample_idx") if isinstance(entry, dict) else None
