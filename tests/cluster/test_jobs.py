@@ -94,7 +94,7 @@ def wait_for_step(cluster: Cluster, job: str, out: Path, step: int) -> None:
 
 
 def wait_for_restart(cluster: Cluster, job: str, times: int) -> None:
-    """Wait until Slurm has restarted a job so many times."""
+    """Wait until Slurm has restarted a job `times` times."""
 
     def restarted() -> bool:
         now = cluster.job(job)

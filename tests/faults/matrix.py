@@ -72,7 +72,7 @@ def table(cases: Sequence[ElementTree.Element], when: float) -> str:
         into["ended"] += row["ended"]
     lines = [HEAD, "|---|---:|---:|---|---:|"]
     for fault, row in sums.items():
-        ended = f"{max(row['ended']):.1f} s" if row["ended"] else "-" if row["restarts"] else "goes on"
+        ended = f"{max(row['ended']):.1f} s" if row["ended"] else "-" if row["restarts"] else "continues"
         equal = "yes" if row["equal"] else "NO"
         lines.append(f"| {fault} | {row['injected']} | {row['restarts']} | {equal} | {ended} |")
     skipped = [case for case in cases if case.find("skipped") is not None]
