@@ -50,6 +50,7 @@ def run(shape: str, ranks: int, rounds: int) -> Report:
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
     find_shapes(shape)  # an unknown shape is an error of this process, not of the ranks
+    find_device()  # limits the CPU to one thread, as in the ranks, because the report records the number
     results = run_ranks(ranks, shape, rounds)
     report = Report("zero3_gathers", f"gathers of ZeRO-3 per step, {ranks} ranks, LoRA, checkpointing", [])
     spreads = {order: Spread(tuple(results[order]["seconds"])) for order in PASS_ORDERS}
