@@ -18,7 +18,7 @@ COMMANDS = {
     "export": "write a checkpoint as a PEFT adapter",
     "convert": "convert checkpoints of other projects",
     "doctor": "check a machine, or all nodes of a launch, before training",
-    "demo": "run everything with synthetic rooms and a tiny model",
+    "demo": "run the whole pipeline with synthetic rooms and a tiny model",
     "bench": "run a benchmark of speed or memory",
 }
 """Name -> description."""
