@@ -173,7 +173,7 @@ def test_the_readme_has_metadata_and_code_that_compiles(adapter: Path, world: Wo
 
 
 def test_an_adapter_is_not_exported_again(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{adapter} is an exported adapter already; name the run"):
+    with pytest.raises(ValueError, match=f"{adapter} is an exported adapter already"):
         export_adapter(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
