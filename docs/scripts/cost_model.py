@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from w2r2_ds.bench import cost_model
-from w2r2_ds.bench.cost_model import TERA, Mode, Step
+from w2r2_ds.bench.cost_model import TERA, Step, TrainingMode
 from w2r2_ds.bench.shapes import QWEN_3B, QWEN_7B, Shape
 
 SIZES = {"3B": QWEN_3B, "7B": QWEN_7B}
 MODES = {
-    "full, checkpointed": Mode(full=True),
-    "LoRA, checkpointed": Mode(full=False),
-    "full": Mode(full=True, checkpointing=False),
-    "LoRA": Mode(full=False, checkpointing=False),
+    "full, checkpointed": TrainingMode(full=True),
+    "LoRA, checkpointed": TrainingMode(full=False),
+    "full": TrainingMode(full=True, checkpointing=False),
+    "LoRA": TrainingMode(full=False, checkpointing=False),
 }
 SQUARE: dict[str, tuple[int, int]] = {"frame_size": (518, 518), "grid": (32, 32)}
 """518 x 518 pixels for VGGT and 448 x 448 for the VLM: 256 tokens. The default is 518 x 392 and 252, as in VG-LLM."""
@@ -79,7 +79,7 @@ def parts() -> tuple[Row, list[Row]]:
     return [*head, "shortcut forward"], rows
 
 
-def variants(shape: Shape, mode: Mode) -> dict[str, float]:
+def variants(shape: Shape, mode: TrainingMode) -> dict[str, float]:
     """FLOPs of a step by variant, in Tflop per sample."""
     own, single = cost_model.own_step(shape, mode), cost_model.own_step(shape, mode, two_passes=False)
     found = {

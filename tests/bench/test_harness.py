@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from w2r2_ds.bench.harness import Lap, Spread, in_fresh_process, interleave, peak_bytes, ratio, timed
-from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.harness import Lap, Spread, in_fresh_process, interleave, peak_bytes, time_ratio, timed
+from w2r2_ds.bench.report import BenchReport, Criterion
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -51,7 +51,7 @@ def test_ratio_is_the_median_over_rounds() -> None:
     base, case = Spread((1.0, 10.0, 2.0)), Spread((2.0, 20.0, 4.2))
     assert base.median == 2.0 and base.quartiles == (1.5, 6.0)
     # Of the rounds 2, 2 and 2.1; the ratio of the medians would be 2.1.
-    assert ratio(case, base) == 2.0
+    assert time_ratio(case, base) == 2.0
     assert Spread((1.0,), peak=2**30).columns() == {"seconds": 1.0, "q1": 1.0, "q3": 1.0, "runs": 1, "peak_gib": 1.0}
 
 
@@ -74,7 +74,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
 
 def test_report_prints_rounded_and_saves_exact_numbers(tmp_path: Path) -> None:
     criteria = [Criterion("fast", 0.8, 0.9), Criterion("slow", 1.2345678, 0.9)]
-    report = Report(
+    report = BenchReport(
         "name", "title", [{"case": "a", "seconds": 1.2345678}, {"case": "b", "peak": 3}], criteria, ["note"]
     )
     with open(tmp_path / "text", "w") as file:

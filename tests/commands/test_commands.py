@@ -19,7 +19,7 @@ from w2r2_ds.utils.plugins import import_plugins
 
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "accelerate")
 """Libraries whose import takes seconds; a command imports them only after its command line is parsed."""
-SUBCOMMANDS = {"prepare": prepare.SUBCOMMANDS, "convert": convert.FORMATS, "bench": bench.BENCHMARKS}
+SUBCOMMANDS = {"prepare": prepare.SUBCOMMANDS, "convert": convert.CONVERSIONS, "bench": bench.BENCHMARKS}
 """Command -> its sub-commands."""
 WITH_HELP = [*COMMANDS, *(f"{command} {name}" for command, names in SUBCOMMANDS.items() for name in names)]
 """Every command and sub-command, as typed after `w2r2`."""

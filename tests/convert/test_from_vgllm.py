@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config.io import load_config
+from w2r2_ds.config.io import load_model_config
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model
-from w2r2_ds.models.loading import load_config as load_vlm_config
+from w2r2_ds.models.loading import load_model_config as load_vlm_config
 from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, load_vlm
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
@@ -131,7 +131,7 @@ def test_vggt_and_merger_have_the_same_weights(
 
 def test_its_options_build_the_model(source: Path, geometry: tuple[VGGT, GeometryMerger], tmp_path: Path) -> None:
     config = import_vgllm(source, tmp_path / "out")
-    assert config == load_config(tmp_path / "out" / "model.yaml").model
+    assert config == load_model_config(tmp_path / "out" / "model.yaml").model
     assert config == ModelConfig(
         vlm=str(tmp_path / "out" / "vlm"),
         geometry=GeometryConfig(path=str(tmp_path / "out" / "vggt"), layers=[SIZES.depth - 2], reference_frame="last"),

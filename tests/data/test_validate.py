@@ -14,7 +14,7 @@ from PIL import Image
 from w2r2_ds.data import validate
 from w2r2_ds.data.images import load_frame
 from w2r2_ds.data.loader import make_processor
-from w2r2_ds.data.validate import check_frames, check_texts
+from w2r2_ds.data.validate import check_frames, check_sample_texts
 
 
 @pytest.fixture
@@ -123,9 +123,9 @@ def test_the_length_is_that_of_the_sequence(
     monkeypatch.setattr("w2r2_ds.data.visual_inputs.load_frame", None)
     for sample, length in zip(every, lengths, strict=True):
         processors = [make_processor(frontend, data_config(visual=visual, max_length=length - n)) for n in (0, 1)]
-        assert check_texts([sample], processors[0], with_answer=with_answer) == 1
+        assert check_sample_texts([sample], processors[0], with_answer=with_answer) == 1
         with pytest.raises(ValueError, match=f"Sample {sample.id} has {length} tokens, more than data.max_length = "):
-            check_texts([sample], processors[1], with_answer=with_answer)
+            check_sample_texts([sample], processors[1], with_answer=with_answer)
 
 
 def test_a_short_text_is_not_encoded(
@@ -136,14 +136,14 @@ def test_a_short_text_is_not_encoded(
     encoded: list[str] = []
     count = processor._count
     monkeypatch.setattr(processor, "_count", lambda text: encoded.append(text) or count(text))
-    assert check_texts([samples[0]] * 5, processor) == 5
+    assert check_sample_texts([samples[0]] * 5, processor) == 5
     assert len(encoded) == 2 and not any(samples[0].question in text for text in encoded)
 
 
 def test_the_message_has_the_longest_length(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     lengths = [len(make_processor(frontend, data_config())(sample, True).input_ids) for sample in samples]
     with pytest.raises(ValueError) as caught:
-        check_texts(samples, make_processor(frontend, data_config(max_length=100)))
+        check_sample_texts(samples, make_processor(frontend, data_config(max_length=100)))
     assert str(caught.value) == (
         f"Sample four has {lengths[0]} tokens, more than data.max_length = 100; raise it or use fewer or smaller "
         f"frames (also three, twelve; the longest has {max(lengths)} tokens)."
@@ -158,15 +158,15 @@ def test_a_special_token_is_found_by_the_rank_of_its_sample(
     asks = replace(samples[0], id="asks", question=f"where is {token}?", what=(0, 0))
     answers = replace(samples[0], id="answers", answer=samples[0].answer + token)
     every = [*samples, asks, samples[0]]  # the ranks check one, two and two
-    assert check_texts(every, processor, 0, 3) == 1 and check_texts(every, processor, 1, 3) == 2
+    assert check_sample_texts(every, processor, 0, 3) == 1 and check_sample_texts(every, processor, 1, 3) == 2
     with pytest.raises(
         ValueError, match=f"^Sample asks: .* special token '{re.escape(token)}'; remove it .* again\\.$"
     ):
-        check_texts(every, processor, 2, 3)
+        check_sample_texts(every, processor, 2, 3)
     with pytest.raises(ValueError, match=r"^Sample answers: .* prepare the data set again \(also asks\)\.$"):
-        check_texts([samples[0], answers, asks], processor)
-    assert check_texts([answers], processor, with_answer=False) == 1
+        check_sample_texts([samples[0], answers, asks], processor)
+    assert check_sample_texts([answers], processor, with_answer=False) == 1
     with pytest.raises(
         ValueError, match=r"prepare the data set again \(also asks, asks, asks, asks, asks and 2 more\)\.$"
     ):
-        check_texts([asks] * 8, processor)
+        check_sample_texts([asks] * 8, processor)

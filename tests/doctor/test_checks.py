@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from w2r2_ds.doctor import checks, run
 from w2r2_ds.doctor.checks import data, environment, gpu, host, settings
 from w2r2_ds.doctor.report import differences
-from w2r2_ds.doctor.result import CheckResult, Report
+from w2r2_ds.doctor.result import CheckResult, RankReport
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,8 @@ def test_checkpoint_bytes(config: Any, tmp_path: Path) -> None:
 
 
 def test_differences_between_nodes() -> None:
-    def report(local_rank: int, host: str, **packages: str) -> Report:
-        return Report(0, local_rank, host, {"versions": CheckResult(must_match=packages)})
+    def report(local_rank: int, host: str, **packages: str) -> RankReport:
+        return RankReport(0, local_rank, host, {"versions": CheckResult(must_match=packages)})
 
     first, same, other = report(0, "n1", a="1", b="2"), report(0, "n2", a="1", b="2"), report(0, "n3", a="9", c="3")
     texts = [text for host, text in differences([first, report(1, "n1"), same, other], "must_match") if host == "n3"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from runs import run_ranks
 from w2r2_ds.kernels import measure, select
 from w2r2_ds.kernels.candidates import Candidate, Shapes, make_candidates
-from w2r2_ds.kernels.measure import Measurement, choose, max_error, select_kernels, table
+from w2r2_ds.kernels.measure import Measurement, choose, max_error, measurement_table, select_kernels
 from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS
 
 GOOD = Measurement("rms_norm", error=1e-3, tolerance=1e-2, torch_seconds=2e-3, kernel_seconds=1e-3)
@@ -64,7 +64,7 @@ def test_without_measurements_pytorch_runs() -> None:
 
 def test_table_has_a_line_per_kernel() -> None:
     failed = changed(name="swiglu", failure="OutOfResources: shared memory")
-    lines = table([GOOD, failed, changed(name="dual_stream_embed", error=0.5)]).splitlines()
+    lines = measurement_table([GOOD, failed, changed(name="dual_stream_embed", error=0.5)]).splitlines()
     assert len(lines) == 2 + 3 and len({line.find("1.0e-02") for line in lines[2:]}) == 1
     assert lines[2].split() == ["rms_norm", "1.0e-03", "1.0e-02", "2.000", "1.000", "kernel"]
     assert "OutOfResources: shared memory" in lines[3] and "values differ" in lines[4]
@@ -139,7 +139,7 @@ def test_one_table_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     monkeypatch.setattr(measure, "measure_all", lambda shapes, device: ("", [GOOD, changed(name="swiglu", error=1.0)]))
     with caplog.at_level(logging.INFO):
         assert select_kernels("auto", lambda: SHAPES, CUDA) == {"rms_norm"}
-    assert len(caplog.records) == 1 and table([GOOD]) in caplog.text
+    assert len(caplog.records) == 1 and measurement_table([GOOD]) in caplog.text
     monkeypatch.setattr(measure, "measure_all", lambda shapes, device: ("there is no compiler", []))
     assert select_kernels("auto", lambda: SHAPES, CUDA) == TORCH_KERNELS
 

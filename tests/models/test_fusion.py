@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import layer_norm
 
 from w2r2_ds.models.build import build_model, trainable
-from w2r2_ds.models.fusion import FUSIONS, HEADS, Fusion, make_fusion, position_embeddings
+from w2r2_ds.models.fusion import FUSIONS, NUM_HEADS, Fusion, make_fusion, position_embeddings
 from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.token_masking import mask_images
 
@@ -110,7 +110,7 @@ def test_concat_equals_values_computed_by_hand() -> None:
 
 def attention_by_hand(fusion: Any, visual: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
     """Cross-attention inside one image, token by token and head by head."""
-    width, depth = fusion.hidden_size, fusion.hidden_size // HEADS
+    width, depth = fusion.hidden_size, fusion.hidden_size // NUM_HEADS
 
     def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return weight * x / torch.sqrt(x.pow(2).mean() + 1e-6)
@@ -186,7 +186,7 @@ def test_width_not_divisible_by_heads() -> None:
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_gradients_equal_finite_differences(name: str) -> None:
-    width = HEADS if name == "cross_attention" else 4
+    width = NUM_HEADS if name == "cross_attention" else 4
     fusion, sizes = randomised(name, width), (2, 0, 1)
     visual, geometry = (x.clone().requires_grad_() for x in tokens(3, width))
     names = [key for key, _ in fusion.named_parameters()]

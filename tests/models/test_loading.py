@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from w2r2_ds.models.loading import (
-    load_config,
+    load_model_config,
     load_tokenizer,
     load_vision_spec,
     load_vlm,
@@ -133,7 +133,7 @@ def test_position_ids_raise_on_inconsistent_inputs(tokenizer: Any, visual_inputs
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./runs/model", "a/b/c", "../x", ""])
 def test_missing_directory(name: str) -> None:
     with pytest.raises(ValueError, match=r"no directory here; correct model\.vlm .* or a hub id") as caught:
-        load_config(name)
+        load_model_config(name)
     assert "\n" not in str(caught.value)
 
 

@@ -7,17 +7,17 @@ from functools import partial
 from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.harness import Case, Spread, find_device, interleave
 from w2r2_ds.bench.hf_trainer import BaselineTrainer
-from w2r2_ds.bench.model import build, describe
-from w2r2_ds.bench.report import Report
+from w2r2_ds.bench.model import build, shape_description
+from w2r2_ds.bench.report import BenchReport
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.training.throughput import matrix_rate
 
 
-def run(shape_name: str, frames: list[int] | None, rounds: int) -> Report:
+def run(shape_name: str, frames: list[int] | None, rounds: int) -> BenchReport:
     """Time `rounds` steps of the baseline for every number of frames, with the towers and without them."""
     device = find_device()  # first, because the report records the number of threads
-    report = Report("baseline", "training step of the HF Trainer baseline: one sample, LoRA, checkpointing", [])
+    report = BenchReport("baseline", "training step of the HF Trainer baseline: one sample, LoRA, checkpointing", [])
     for shape in find_shapes(shape_name, frames):
         subject = build(shape, device)
         trainer = BaselineTrainer(subject, subject.batch())
@@ -28,7 +28,7 @@ def run(shape_name: str, frames: list[int] | None, rounds: int) -> Report:
         rate = matrix_rate(device, resolve_dtype(shape.dtype)) if device.type == "cuda" else None
         for name, spread in spreads.items():
             report.rows.append(row(shape, name, spread, rate))
-        report.notes.append(describe(shape))
+        report.notes.append(shape_description(shape))
     return report
 
 

@@ -29,7 +29,7 @@ recomputes the scores."""
 
 
 @dataclass(frozen=True)
-class Mode:
+class TrainingMode:
     """How the language model is trained.
 
     Attributes:
@@ -57,7 +57,7 @@ class Mode:
         return 3.0 if self.full else 2.0
 
 
-LORA = Mode()
+LORA = TrainingMode()
 """LoRA with activation checkpointing, as in all benchmarks."""
 
 
@@ -73,7 +73,7 @@ class Pass:
         """FLOPs of a pass without gradients."""
         return self.linear + self.attention + self.head
 
-    def trained(self, mode: Mode) -> float:
+    def trained(self, mode: TrainingMode) -> float:
         """FLOPs of forward, backward and recomputation."""
         return mode.linear * self.linear + mode.attention * self.attention + mode.head * self.head
 
@@ -164,26 +164,26 @@ class Step:
         return parts + (self.vision if vision else 0.0) + (self.geometry if geometry else 0.0)
 
 
-def baseline_step(shape: Shape, mode: Mode) -> Step:
+def baseline_step(shape: Shape, mode: TrainingMode) -> Step:
     """FLOPs of the HF Trainer baseline: one pass, logits at all positions, all layers of VGGT."""
     return Step(
         vision(shape), geometry(shape, shape.vggt.depth), 3 * geometry_merger(shape), language(shape).trained(mode), 0.0
     )
 
 
-def naive_step(shape: Shape, mode: Mode) -> Step:
+def naive_step(shape: Shape, mode: TrainingMode) -> Step:
     """FLOPs of two passes of the baseline, both with gradients; the vision tower runs in both."""
     baseline = baseline_step(shape, mode)
     return Step(2 * baseline.vision, baseline.geometry, baseline.merger, baseline.fused, baseline.fused)
 
 
-def shared_step(shape: Shape, mode: Mode) -> Step:
+def shared_step(shape: Shape, mode: TrainingMode) -> Step:
     """FLOPs of two passes with shared features, the shortcut without gradients; logits at all positions."""
     baseline = baseline_step(shape, mode)
     return Step(baseline.vision, baseline.geometry, baseline.merger, baseline.fused, language(shape).forward())
 
 
-def own_step(shape: Shape, mode: Mode, questions: int = 1, two_passes: bool = True) -> Step:
+def own_step(shape: Shape, mode: TrainingMode, questions: int = 1, two_passes: bool = True) -> Step:
     """FLOPs of the step of W2R2-DS per sample, with `questions` questions about a frame set packed in one sequence."""
     one_pass = language(shape, shape.answer_tokens, questions)
     return Step(

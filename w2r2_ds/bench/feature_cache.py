@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from w2r2_ds.bench.harness import Case, find_device, interleave, ratio
-from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.harness import Case, find_device, interleave, time_ratio
+from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import PATCH, Shape, find_shapes
 from w2r2_ds.data.images import load_frame, resize_frames
 from w2r2_ds.features.key import features_key
@@ -36,7 +36,7 @@ CACHE_BYTES = 2**40
 """Size limit of the cache in bytes, more than any case needs."""
 
 
-def run(shape_name: str, frames: list[int] | None, rounds: int, folder: Path | None) -> Report:
+def run(shape_name: str, frames: list[int] | None, rounds: int, folder: Path | None) -> BenchReport:
     """Time VGGT and every operation of the cache, for every number of frames.
 
     Args:
@@ -45,7 +45,7 @@ def run(shape_name: str, frames: list[int] | None, rounds: int, folder: Path | N
         folder: parent of the cache's temporary folder; None for the system's.
     """
     device = find_device()  # first, because the report records the number of threads
-    report = Report("feature_cache", "seconds per set of frames, CPU time unless VGGT runs on a GPU", [])
+    report = BenchReport("feature_cache", "seconds per set of frames, CPU time unless VGGT runs on a GPU", [])
     for shape in find_shapes(shape_name, frames):
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             measure(shape, device, rounds, Path(temporary), report)
@@ -86,7 +86,7 @@ class FrameSet:
             atomic_io.digest(path)
 
 
-def measure(shape: Shape, device: torch.device, rounds: int, folder: Path, report: Report) -> None:
+def measure(shape: Shape, device: torch.device, rounds: int, folder: Path, report: BenchReport) -> None:
     """Add one shape's rows and criteria to the report."""
     dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
     encoder = build_encoder(shape, device, dtype)
@@ -113,12 +113,12 @@ def measure(shape: Shape, device: torch.device, rounds: int, folder: Path, repor
                 "mib": mib if transfers else None,
                 **spread.columns(),
                 "mib/s": mib / spread.median if transfers else None,
-                "/VGGT": ratio(spread, spreads[COMPUTE]),
+                "/VGGT": time_ratio(spread, spreads[COMPUTE]),
             }
         )
     if shape.name != "tiny":
         claim = f"{shape.label}: read / VGGT"
-        report.criteria.append(Criterion(claim, ratio(spreads[READ], spreads[COMPUTE]), MAX_RATIO))
+        report.criteria.append(Criterion(claim, time_ratio(spreads[READ], spreads[COMPUTE]), MAX_RATIO))
     for checked_dtype in dict.fromkeys((dtype, torch.bfloat16)):
         claim = f"{shape.label}: values that differ from recomputed ones, {str(checked_dtype).removeprefix('torch.')}"
         differing = count_differing(build_encoder(shape, device, checked_dtype), frames, images)

@@ -122,7 +122,7 @@ def interleave(cases: Mapping[str, Case], rounds: int, device: torch.device, war
     return {name: Spread(tuple(seconds[name]), peaks.get(name)) for name in cases}
 
 
-def ratio(case: Spread, base: Spread) -> float:
+def time_ratio(case: Spread, base: Spread) -> float:
     """Median over rounds of case / base; both are of the same round, so that a slow round has little effect."""
     return float(np.median(np.array(case.seconds) / np.array(base.seconds)))
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from w2r2_ds.bench.harness import Lap, timed
-from w2r2_ds.bench.model import CroppedVGGT, Subject, make_optimizer
+from w2r2_ds.bench.model import CroppedVGGT, Subject, bench_optimizer
 from w2r2_ds.bench.shapes import IGNORED
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
@@ -172,7 +172,7 @@ class BaselineTrainer:
             args=arguments,
             data_collator=lambda items: dict(items[0]),
             train_dataset=[self.inputs],  # type: ignore[arg-type]
-            optimizers=(make_optimizer(subject.model), None),
+            optimizers=(bench_optimizer(subject.model), None),
             callbacks=[self.timer],
         )
         self.trainer.remove_callback(PrinterCallback)

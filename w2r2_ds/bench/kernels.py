@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from w2r2_ds.bench.harness import find_device, interleave, ratio
-from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.harness import find_device, interleave, time_ratio
+from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import find_shapes
 from w2r2_ds.kernels.candidates import Candidate, Shapes, make_candidates
 from w2r2_ds.kernels.measure import TOLERANCE, make_run, max_error
@@ -18,10 +18,10 @@ DROPOUT = 0.05
 """LoRA dropout, as in the recipes."""
 
 
-def run(shape_name: str, frames: list[int] | None, rounds: int) -> Report:
+def run(shape_name: str, frames: list[int] | None, rounds: int) -> BenchReport:
     """Time every available kernel at the sizes of a sample, for every number of frames."""
     device, skipped = find_device(), unavailable()
-    report = Report("kernels", "seconds forward and backward of one call", [])
+    report = BenchReport("kernels", "seconds forward and backward of one call", [])
     for shape in find_shapes(shape_name, frames):
         dtype = resolve_dtype(shape.dtype)
         sizes = Shapes(shape.hidden, shape.intermediate, shape.lora_rank, DROPOUT, dtype, shape.tokens)
@@ -34,7 +34,7 @@ def run(shape_name: str, frames: list[int] | None, rounds: int) -> Report:
     return report
 
 
-def measure(candidate: Candidate, inputs: tuple[Tensor, ...], rounds: int, label: str, report: Report) -> None:
+def measure(candidate: Candidate, inputs: tuple[Tensor, ...], rounds: int, label: str, report: BenchReport) -> None:
     """Add the rows and criteria of a kernel for one set of inputs to the report.
 
     Args:
@@ -52,8 +52,8 @@ def measure(candidate: Candidate, inputs: tuple[Tensor, ...], rounds: int, label
     name = f"{candidate.name} ({first}, ..., {last})"
     for implementation, spread in spreads.items():
         values = {"function": name, "shape": label, "implementation": implementation, **spread.columns()}
-        report.rows.append(values | {"/PyTorch": ratio(spread, spreads["PyTorch"])})
+        report.rows.append(values | {"/PyTorch": time_ratio(spread, spreads["PyTorch"])})
     if candidate.name != "dual_stream_embed":  # its purpose is to avoid waiting for the device; about 0.1 % of a step
-        relative = ratio(spreads["kernel"], spreads["PyTorch"])
+        relative = time_ratio(spreads["kernel"], spreads["PyTorch"])
         report.criteria.append(Criterion(f"{label}: {name}, kernel / PyTorch", relative, 1.0))
     report.criteria.append(Criterion(f"{label}: {name}, largest error", error, TOLERANCE[inputs[0].dtype]))

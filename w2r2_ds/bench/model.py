@@ -244,7 +244,7 @@ def build_frontend(shape: Shape) -> VlmFrontend:
     return VlmFrontend(tokenizer, vision, meta_model(config), spec_of(shape.vggt, [shape.geometry_layer]))
 
 
-def make_optimizer(model: W2R2) -> torch.optim.Optimizer:
+def bench_optimizer(model: W2R2) -> torch.optim.Optimizer:
     """Build AdamW over the trained parameters, with a learning rate so low that the losses stay the same."""
     return torch.optim.AdamW(trainable(model).values(), lr=1e-7)
 
@@ -258,7 +258,7 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def describe(shape: Shape) -> str:
+def shape_description(shape: Shape) -> str:
     """One sentence about a shape, for the notes of a report."""
     vggt = shape.vggt
     return (

@@ -39,7 +39,7 @@ class Criterion:
 
 
 @dataclass
-class Report:
+class BenchReport:
     """Result of one benchmark.
 
     Attributes:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.bench.feature_cache import CachedFeatures
-from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, ratio
+from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, time_ratio
 from w2r2_ds.bench.hf_trainer import BaselineTrainer, TowerOutputs
-from w2r2_ds.bench.model import Subject, build, describe, make_optimizer, update
+from w2r2_ds.bench.model import Subject, bench_optimizer, build, shape_description, update
 from w2r2_ds.bench.reference import gradients, largest_difference
-from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.bench.step_time import BASELINE, BOTH, GRADIENT_TOLERANCE, SINGLE, W2R2_STEP, predicted, single_pass
 from w2r2_ds.training.step import W2R2Step
@@ -22,16 +22,18 @@ LIMIT = 0.22
 """Maximum time per sample of one of K packed questions relative to the baseline."""
 
 
-def run(shape_name: str, frames: list[int] | None, questions: tuple[int, ...], rounds: int) -> Report:
+def run(shape_name: str, frames: list[int] | None, questions: tuple[int, ...], rounds: int) -> BenchReport:
     """Time all cases for every number of frames and of packed questions."""
     device = find_device()  # first, because the report records the number of threads
-    report = Report("scene_packing", "seconds per sample, K questions share a visual prefix, LoRA, checkpointing", [])
+    report = BenchReport(
+        "scene_packing", "seconds per sample, K questions share a visual prefix, LoRA, checkpointing", []
+    )
     for shape in find_shapes(shape_name, frames):
         measure(shape, device, questions, rounds, report)
     return report
 
 
-def measure(shape: Shape, device: torch.device, questions: tuple[int, ...], rounds: int, report: Report) -> None:
+def measure(shape: Shape, device: torch.device, questions: tuple[int, ...], rounds: int, report: BenchReport) -> None:
     """Add one shape's rows, criteria and notes to the report."""
     subject = build(shape, device)
     batches = {count: subject.batch(count, packed=True) for count in questions}
@@ -50,9 +52,9 @@ def measure(shape: Shape, device: torch.device, questions: tuple[int, ...], roun
                 "shape": shape.label,
                 **spread.columns(),
                 "per sample": spread.median / count,
-                "/baseline": ratio(spread, spreads[BASELINE]) / count,
+                "/baseline": time_ratio(spread, spreads[BASELINE]) / count,
                 "/baseline, predicted": predicted(shape, name, count) / predicted(shape, BASELINE, 1),
-                "/baseline, as cached": ratio(spread, spreads[cached_base]) / count,
+                "/baseline, as cached": time_ratio(spread, spreads[cached_base]) / count,
                 "/baseline, as cached, predicted": predicted(shape, name, count) / predicted(shape, cached_base, 1),
             }
         )
@@ -60,13 +62,13 @@ def measure(shape: Shape, device: torch.device, questions: tuple[int, ...], roun
         for caches in ("", BOTH):
             name = f"{W2R2_STEP}, K = {most}{caches}"
             claim = f"{shape.label}: {name}, per sample / {BASELINE}"
-            report.criteria.append(Criterion(claim, ratio(spreads[name], spreads[BASELINE]) / most, LIMIT))
-    report.notes.append(describe(shape))
+            report.criteria.append(Criterion(claim, time_ratio(spreads[name], spreads[BASELINE]) / most, LIMIT))
+    report.notes.append(shape_description(shape))
 
 
 def cases(subject: Subject, batches: dict[int, Batch]) -> dict[str, Case]:
     """Name -> case. All cases share one model."""
-    model, optimizer = subject.model, make_optimizer(subject.model)
+    model, optimizer = subject.model, bench_optimizer(subject.model)
     most, one = list(batches)[-1], subject.batch()
     cached, baseline = CachedFeatures(model, one), BaselineTrainer(subject, one)
     towers = cached.visual, cached.geometry

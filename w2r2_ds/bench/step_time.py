@@ -13,11 +13,11 @@ from torch import Tensor
 
 from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.feature_cache import CachedFeatures
-from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, interleave, peak_bytes, ratio
+from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, interleave, peak_bytes, time_ratio
 from w2r2_ds.bench.hf_trainer import BaselineTrainer, stock_forwards
-from w2r2_ds.bench.model import Subject, build, describe, make_optimizer, update
+from w2r2_ds.bench.model import Subject, bench_optimizer, build, shape_description, update
 from w2r2_ds.bench.reference import compare_gradients, reference_loss
-from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.training.step import W2R2Step
@@ -41,16 +41,16 @@ PEAKS = tuple(name + BOTH for name in (BASELINE, SINGLE, W2R2_STEP))
 """Cases whose peak memory is measured on the CPU; with both caches, so that only the language model counts."""
 
 
-def run(shape_name: str, frames: list[int] | None, rounds: int, memory: bool) -> Report:
+def run(shape_name: str, frames: list[int] | None, rounds: int, memory: bool) -> BenchReport:
     """Time all cases for every number of frames; with `memory`, also measure peak memory on the CPU."""
     device = find_device()  # first, because the report records the number of threads
-    report = Report("step_time", "seconds of one training step, LoRA, checkpointing, one sample", [])
+    report = BenchReport("step_time", "seconds of one training step, LoRA, checkpointing, one sample", [])
     for shape in find_shapes(shape_name, frames):
         measure(shape, device, rounds, memory, report)
     return report
 
 
-def measure(shape: Shape, device: torch.device, rounds: int, memory: bool, report: Report) -> None:
+def measure(shape: Shape, device: torch.device, rounds: int, memory: bool, report: BenchReport) -> None:
     """Add one shape's rows, criteria and notes to the report."""
     subject = build(shape, device)
     batch = subject.batch()
@@ -69,12 +69,12 @@ def measure(shape: Shape, device: torch.device, rounds: int, memory: bool, repor
                 each["peak_mib"] = peaks[each["case"]] / 2**20 if each["case"] in peaks else None
         relative = peaks[W2R2_STEP + BOTH] / peaks[SINGLE + BOTH]
         report.criteria.append(Criterion("peak memory, W2R2 / single pass, both cached", relative, MEMORY_LIMIT))
-    report.notes.append(describe(shape))
+    report.notes.append(shape_description(shape))
 
 
 def cases(subject: Subject, batch: Batch) -> dict[str, Case]:
     """Name -> case. All cases share one model."""
-    model, optimizer = subject.model, make_optimizer(subject.model)
+    model, optimizer = subject.model, bench_optimizer(subject.model)
     baseline, cached = BaselineTrainer(subject, batch), CachedFeatures(model, batch)
     towers = cached.visual, cached.geometry
     step, single, naive = subject.step(), single_pass(subject, batch, *towers), subject.step("unblocked")
@@ -126,9 +126,9 @@ def row(shape: Shape, name: str, spread: Spread, spreads: dict[str, Spread], rat
         "case": name,
         "shape": shape.label,
         **spread.columns(),
-        "/baseline": ratio(spread, spreads[BASELINE]),
+        "/baseline": time_ratio(spread, spreads[BASELINE]),
         "/baseline, predicted": predicted(shape, name) / predicted(shape, BASELINE),
-        "/single pass": ratio(spread, spreads[single]),
+        "/single pass": time_ratio(spread, spreads[single]),
         "/single pass, predicted": predicted(shape, name) / predicted(shape, single),
     }
     if rate is not None:
@@ -166,7 +166,7 @@ def criteria(shape: Shape, spreads: dict[str, Spread], differences: dict[str, fl
     for (caches, base), limit in LIMITS.items():
         denominator = base if base == BASELINE else base + caches
         claim = f"{shape.label}: {W2R2_STEP}{caches} / {denominator}"
-        found.append(Criterion(claim, ratio(spreads[W2R2_STEP + caches], spreads[denominator]), limit))
+        found.append(Criterion(claim, time_ratio(spreads[W2R2_STEP + caches], spreads[denominator]), limit))
     return found
 
 

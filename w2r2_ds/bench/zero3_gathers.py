@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from w2r2_ds.bench.feature_cache import CachedFeatures
-from w2r2_ds.bench.harness import Spread, find_device, ratio
+from w2r2_ds.bench.harness import Spread, find_device, time_ratio
 from w2r2_ds.bench.model import build
-from w2r2_ds.bench.report import Criterion, Report
+from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
 from w2r2_ds.models.w2r2 import W2R2
@@ -45,14 +45,14 @@ LAYERS_LIVE = 2
 """Number of decoder layers that may be gathered at the same time."""
 
 
-def run(shape: str, ranks: int, rounds: int) -> Report:
+def run(shape: str, ranks: int, rounds: int) -> BenchReport:
     """Report the bytes gathered per step, relative to the bytes of all sharded parameters, and wall-clock seconds."""
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
     find_shapes(shape)  # an unknown shape is an error of this process, not of the ranks
     find_device()  # limits the CPU to one thread, as in the ranks, because the report records the number
     results = run_ranks(ranks, shape, rounds)
-    report = Report("zero3_gathers", f"gathers of ZeRO-3 per step, {ranks} ranks, LoRA, checkpointing", [])
+    report = BenchReport("zero3_gathers", f"gathers of ZeRO-3 per step, {ranks} ranks, LoRA, checkpointing", [])
     spreads = {order: Spread(tuple(results[order]["seconds"])) for order in PASS_ORDERS}
     for order in PASS_ORDERS:
         result = results[order]
@@ -64,7 +64,7 @@ def run(shape: str, ranks: int, rounds: int) -> Report:
                 "fewest per layer": min(result["gathers"]),
                 "most per layer": max(result["gathers"]),
                 **spreads[order].columns(),
-                "/single pass": ratio(spreads[order], spreads[SINGLE]),
+                "/single pass": time_ratio(spreads[order], spreads[SINGLE]),
             }
         )
     report.criteria.append(

@@ -126,4 +126,4 @@ BENCHMARKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (baseline, step_time, scene_packing, feature_cache, zero3_gathers, kernels)
 }
-"""Name -> function that returns a `w2r2_ds.bench.report.Report`."""
+"""Name -> function that returns a `w2r2_ds.bench.report.BenchReport`."""

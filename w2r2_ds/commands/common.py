@@ -8,12 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from w2r2_ds.config.cli import Parser
+from w2r2_ds.training.fault_tolerance.exit_codes import FAILED
 from w2r2_ds.utils.logging import setup_logging
 from w2r2_ds.utils.plugins import import_plugins
 from w2r2_ds.utils.sanitize import message
-
-FAILED = 1
-"""Exit code after a user error."""
 
 
 def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ...] = ()) -> Parser:

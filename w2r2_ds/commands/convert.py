@@ -12,11 +12,11 @@ def main(args: list[str] | None = None) -> int:
     """Convert a checkpoint; returns the exit code."""
     parser = Parser(prog="w2r2 convert", description="Convert checkpoints of other projects.")
     commands = parser.add_subcommands(dest="format")
-    for name, function in FORMATS.items():
+    for name, function in CONVERSIONS.items():
         commands.add_subcommand(name, function_parser(function, f"w2r2 convert {name}"), help=description(function))
     try:
         values = parse(parser, command_words(args))
-        FORMATS[values["format"]](**values[values["format"]])
+        CONVERSIONS[values["format"]](**values[values["format"]])
     except (ValueError, OSError) as error:
         return report_error("convert", error)
     return 0
@@ -35,5 +35,5 @@ def from_vgllm(source: Path, out: Path) -> None:
     print(f"converted: {out}")
 
 
-FORMATS = {"from-vgllm": from_vgllm}
+CONVERSIONS = {"from-vgllm": from_vgllm}
 """Sub-command -> function; its parameters are the options."""

@@ -77,7 +77,7 @@ def prepare_task(
         check: only list missing files and their sources; the exit code is 1 if there are any.
         dry_run: only print the number of samples and their size on disk.
     """
-    from w2r2_ds.data.prepare.manifest import summary
+    from w2r2_ds.data.prepare.manifest import summary_line
     from w2r2_ds.data.prepare.pipeline import prepare
     from w2r2_ds.data.prepare.plan import make_plan
     from w2r2_ds.data.prepare.preflight import forecast, missing, report
@@ -114,7 +114,7 @@ def prepare_task(
             print(forecast(make_plan(root, options), folder / split), flush=True)
         else:
             done = prepare(root, options, folder / split, _processes(workers), skip_broken_scenes, skip_without_box)
-            print(lines(summary(done.folder, done.manifest, done.reused)), flush=True)
+            print(lines(summary_line(done.folder, done.manifest, done.reused)), flush=True)
     return 0 if complete else 1
 
 

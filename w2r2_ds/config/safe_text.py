@@ -9,7 +9,7 @@ from typing import Any
 from w2r2_ds.utils.sanitize import CONTROL, has_secret, one_line
 
 
-def check_texts(tree: Mapping[str, Any]) -> None:
+def check_config_texts(tree: Mapping[str, Any]) -> None:
     """Check every string of a configuration.
 
     Args:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, NonNegativ
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from w2r2_ds.config.safe_text import check_texts
+from w2r2_ds.config.safe_text import check_config_texts
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -305,7 +305,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what concerns several sections."""
-        check_texts(asdict(self))
+        check_config_texts(asdict(self))
         data, objective, train = self.data, self.objective, self.train
         if data.cached_features != "geometry" and not data.cache:
             raise ValueError(f"data.cached_features is {data.cached_features}, but data.cache is empty; name a folder.")

@@ -33,7 +33,7 @@ from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, meta_model
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
 from w2r2_ds.models.vggt.encoder import REFERENCE_FRAMES
-from w2r2_ds.models.vggt.loading import CONFIG, HEADS, save_vggt
+from w2r2_ds.models.vggt.loading import CONFIG, HEAD_PREFIXES, save_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
 from w2r2_ds.utils.json_io import read_json_object
 from w2r2_ds.utils.safetensors_io import weight_files
@@ -48,7 +48,7 @@ PREFIXES = {
     "vggt.aggregator.": ("vggt", "aggregator."),
 }
 """Name prefix in VG-LLM -> (part, name prefix in that part)."""
-SKIPPED = tuple(f"vggt.{head}" for head in HEADS)
+SKIPPED_PREFIXES = tuple(f"vggt.{head}" for head in HEAD_PREFIXES)
 """Name prefixes of VGGT's prediction heads, which are not used."""
 VGLLM_KEYS = {
     "use_vggt_feature": False,
@@ -135,7 +135,7 @@ def split_state(state: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """
     parts: dict[str, dict[str, T]] = {part: {} for part, _ in PREFIXES.values()}
     for name, value in state.items():
-        if name.startswith(SKIPPED):
+        if name.startswith(SKIPPED_PREFIXES):
             continue
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix is None:

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 WHITE = 255
-FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that PIL may decode, independent of the file name; some other formats start programs (EPS: Ghostscript)."""
-UNSUPPORTED = ("I", "F")
+UNSUPPORTED_MODES = ("I", "F")
 """First letters of PIL modes with more than 8 bits per channel, such as depth maps; conversion to RGB clips them."""
 
 
@@ -30,9 +30,9 @@ def load_frame(path: str | Path) -> np.ndarray:
             f"Frame {path} does not exist; extract the scene's frames again, or correct data.root (or --root)."
         )
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.load()
-            if image.mode[0] in UNSUPPORTED:
+            if image.mode[0] in UNSUPPORTED_MODES:
                 raise ValueError(f"it has mode {image.mode}, more than 8 bits per channel; is it a depth map?")
             return np.array(_on_white(image) if image.mode == "RGBA" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -46,7 +46,7 @@ def frame_size(path: Path) -> tuple[int, int]:
         ValueError: the file is missing or not an image.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"Frame {path} cannot be read as a colour image ({error}); replace the file.") from error

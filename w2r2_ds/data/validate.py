@@ -68,7 +68,7 @@ def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
     return f"frames {sizes} (of {sample.id})"
 
 
-def check_texts(
+def check_sample_texts(
     samples: Sequence[Sample], processor: Processor, rank: int = 0, world_size: int = 1, with_answer: bool = True
 ) -> int:
     """Check texts and sequence lengths of the samples without decoding frames; every rank checks a part of them.

@@ -15,7 +15,7 @@ import torch
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import load_mixture
-from w2r2_ds.data.prepare.manifest import summary
+from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions
 from w2r2_ds.demo.pretrain import warm_up
@@ -62,7 +62,7 @@ def prepare_sets(config: RunConfig) -> None:
     for path, split in splits.items():
         done = prepare(root, _task_options(path, split, config.demo.frames), root / path, quiet=True)
         if not done.reused:
-            logger.info(summary(done.folder, done.manifest, done.reused))
+            logger.info(summary_line(done.folder, done.manifest, done.reused))
 
 
 def _task_options(path: str, split: Any, frames: int) -> TaskOptions:

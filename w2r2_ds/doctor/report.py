@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from w2r2_ds.doctor.result import CheckResult, Report
+from w2r2_ds.doctor.result import CheckResult, RankReport
 from w2r2_ds.utils.sanitize import message, one_line, without_secrets
 
 WIDTH = 120
@@ -27,7 +27,7 @@ class Finding:
     text: str
 
 
-def findings(reports: list[Report]) -> list[Finding]:
+def findings(reports: list[RankReport]) -> list[Finding]:
     """Errors, then warnings, from all checks and from the comparison of the nodes, without duplicates."""
     results = [(report.host, result) for report in reports for result in report.results.values()]
     found = [Finding(True, host, text) for host, result in results for text in result.errors]
@@ -37,7 +37,7 @@ def findings(reports: list[Report]) -> list[Finding]:
     return list(dict.fromkeys(found))
 
 
-def differences(reports: list[Report], field: str) -> list[tuple[str, str]]:
+def differences(reports: list[RankReport], field: str) -> list[tuple[str, str]]:
     """Compare the nodes: host and message for every value of `CheckResult.<field>` that differs from rank 0's node."""
     first, *others = [report for report in reports if report.local_rank == 0] or reports
     found = []
@@ -56,14 +56,14 @@ def differences(reports: list[Report], field: str) -> list[tuple[str, str]]:
     return found
 
 
-def show(reports: list[Report], found: list[Finding]) -> None:
+def show(reports: list[RankReport], found: list[Finding]) -> None:
     """Print tables and findings to standard output; the first report is that of rank 0."""
     first = reports[0].results
     settings = [(name, value) for check in first if check not in INSTALLED for name, value in first[check].info.items()]
     installed = [row for check in INSTALLED for row in first.get(check, CheckResult()).info.items()]
     _table(f"installed on {reports[0].host}", ("name", "version or path"), installed)
     _table(f"settings and hardware of {reports[0].host}", ("name", "value"), settings)
-    _table("checks", ("check", "result"), summary(reports))
+    _table("checks", ("check", "result"), summary_rows(reports))
     hosts: dict[tuple[bool, str], list[str]] = {}  # one line per finding, with all nodes that have it
     for finding in found:
         hosts.setdefault((finding.error, finding.text), []).append(finding.host)
@@ -74,7 +74,7 @@ def show(reports: list[Report], found: list[Finding]) -> None:
     print(message(f"doctor: {len(errors) or 'no'} errors{on_nodes}."), flush=True)
 
 
-def summary(reports: list[Report]) -> list[tuple[str, str]]:
+def summary_rows(reports: list[RankReport]) -> list[tuple[str, str]]:
     """Table rows: name of a check, and the number of nodes that passed it, or the nodes with errors or warnings."""
     rows = []
     for check in dict.fromkeys(name for report in reports for name in report.results):

@@ -25,7 +25,7 @@ class CheckResult:
 
 
 @dataclass
-class Report:
+class RankReport:
     """Results of one rank.
 
     Attributes:

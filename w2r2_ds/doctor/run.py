@@ -13,7 +13,7 @@ from pathlib import Path
 
 from w2r2_ds.doctor.checks import DoctorRequest, node_checks, rank_checks, run_checks
 from w2r2_ds.doctor.report import findings, show
-from w2r2_ds.doctor.result import CheckResult, Report
+from w2r2_ds.doctor.result import CheckResult, RankReport
 from w2r2_ds.doctor.timeouts import brief
 from w2r2_ds.utils.distributed import RankInfo, host_name
 from w2r2_ds.utils.sanitize import message
@@ -32,7 +32,7 @@ def examine(request: DoctorRequest) -> int:
     except ValueError as error:
         logger.error("doctor: %s", error)
         return 1
-    report = Report(ranks.rank, ranks.local_rank, host_name())
+    report = RankReport(ranks.rank, ranks.local_rank, host_name())
     if request.command_error:
         report.results["command line"] = CheckResult(errors=[message(request.command_error)])
     if ranks.local_rank == 0:
@@ -47,13 +47,13 @@ def examine(request: DoctorRequest) -> int:
     return int(any(finding.error for finding in found))
 
 
-def driver_fails(report: Report) -> bool:
+def driver_fails(report: RankReport) -> bool:
     """Whether nvidia-smi failed to list GPUs. Then CUDA is not called, because a call could block the whole process."""
     health = report.results.get("GPU health", CheckResult())
     return bool(health.errors) and not health.info
 
 
-def check_together(request: DoctorRequest, ranks: RankInfo, report: Report) -> list[Report]:
+def check_together(request: DoctorRequest, ranks: RankInfo, report: RankReport) -> list[RankReport]:
     """Run the checks that need all ranks and gather their reports.
 
     Returns:

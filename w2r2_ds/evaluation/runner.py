@@ -20,7 +20,7 @@ from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.processor import Features
-from w2r2_ds.data.validate import check_frames, check_texts
+from w2r2_ds.data.validate import check_frames, check_sample_texts
 from w2r2_ds.evaluation import generate
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256, with_cache
@@ -98,7 +98,9 @@ def evaluate(
     name = f"{sets[0].task}-{geometry}"
     with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
-        check_texts(samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, with_answer=False)
+        check_sample_texts(
+            samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, with_answer=False
+        )
         model = trained_model(path, config)
         set_num_threads(ranks, model.base.config.get_text_config().hidden_size)
         described = describe_sets(sets)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.loader import load_mixture, make_processor, prompt_loader
-from w2r2_ds.data.validate import check_frames, check_texts
+from w2r2_ds.data.validate import check_frames, check_sample_texts
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.protocols.registry import find_protocol, number_at
@@ -56,7 +56,7 @@ class AnswerValidation:
         # The same samples on every rank and in every launch of the run, so that scores of steps are comparable.
         self.samples = [available[index] for index in draw_subset(len(available), wanted, config.train.seed)]
         check_frames(self.samples, rank, world_size)
-        check_texts(self.samples, make_processor(frontend, config.data), rank, world_size, with_answer=False)
+        check_sample_texts(self.samples, make_processor(frontend, config.data), rank, world_size, with_answer=False)
         self.max_new_tokens, self.tokenizer, self.device = config.train.eval_max_new_tokens, frontend.tokenizer, device
         self.about = f"{len(self.samples)} samples {samples_sha256(self.samples)}, {self.max_new_tokens} tokens"
         first = available[0]

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 FEATURES = "features"
 """Name of the tensor in a file."""
-NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+FILE_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 PARTIAL = re.compile(r"[0-9a-f]{64}\.safetensors\.[0-9a-f]+\.partial")
 ABANDONED = 3600.0
 """Age in seconds at which a temporary file is removed, because its writer must have been killed."""
@@ -121,7 +121,7 @@ class FeatureStore:
 
     def size(self) -> int:
         """Size of all complete files in bytes."""
-        return sum(size for name, size in self._files() if NAME.fullmatch(name))
+        return sum(size for name, size in self._files() if FILE_NAME.fullmatch(name))
 
     def _check_limit(self, needed: int) -> None:
         """Raise `_StoreFullError` if `needed` more bytes would exceed the limit."""
@@ -134,7 +134,7 @@ class FeatureStore:
         for folder in sorted(self.folder.glob("[0-9a-f][0-9a-f]")):
             for entry in os.scandir(folder):
                 partial = PARTIAL.fullmatch(entry.name)
-                if not partial and not NAME.fullmatch(entry.name):
+                if not partial and not FILE_NAME.fullmatch(entry.name):
                     continue
                 try:
                     status = entry.stat(follow_symlinks=False)

@@ -74,7 +74,7 @@ def make_candidates(shapes: Shapes, device: torch.device) -> list[Candidate]:
     sizes = ((hidden, hidden), (hidden, inner), (inner, hidden))
     projections = tuple(partial(projection_inputs, draw, rows, *size, shapes.rank) for size in sizes)
     found = [
-        Candidate("lora_projection", partial(project, p=0.0, kernels="torch"), project_peft, projections, 3),
+        Candidate("lora_projection", partial(apply_lora, p=0.0, kernels="torch"), project_peft, projections, 3),
         Candidate(
             "dual_stream_embed",
             partial(embed, kernels="triton"),
@@ -93,7 +93,7 @@ def make_candidates(shapes: Shapes, device: torch.device) -> list[Candidate]:
     ]
     if shapes.dropout:
         # Kernel and reference draw the same mask from the same seed.
-        kernel, reference = (partial(project, p=shapes.dropout, kernels=kernels) for kernels in ("triton", "torch"))
+        kernel, reference = (partial(apply_lora, p=shapes.dropout, kernels=kernels) for kernels in ("triton", "torch"))
         found.append(Candidate("dropout_matmul", kernel, reference, projections, 3))
     return found
 
@@ -115,7 +115,7 @@ def projection_inputs(draw: Draw, rows: int, width: int, out: int, rank: int) ->
     return draw(rows, width), a, draw(out, rank).mul_(rank**-0.5), weight
 
 
-def project(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, p: float, kernels: Implementation) -> Tensor:
+def apply_lora(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, p: float, kernels: Implementation) -> Tensor:
     """A LoRA projection with dropout `p`."""
     return lora_projection(x, weight, None, a, b, 1.0, p, kernels)
 

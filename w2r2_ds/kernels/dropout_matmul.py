@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.kernels.select import Implementation
-from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, precision, tl
+from w2r2_ds.kernels.triton_compat import jit, num_blocks, power_of_two, precision, tl
 
 ROWS, COLUMNS = 64, 128
 """Rows and columns of a tile of the ``[T, K]`` matrix."""
@@ -53,7 +53,7 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Implementati
     rows, width = x.shape
     low = x.new_empty(rows, len(a))
     if rows:
-        _down[(blocks(rows, ROWS),)](
+        _down[(num_blocks(rows, ROWS),)](
             x,
             keep,
             a,
@@ -88,10 +88,10 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Implement
     rows, width = x.shape
     # The sum runs over all T rows, and the result has too few tiles to occupy a GPU. So several programs sum a part of
     # the rows each (split-K). The parts are then added in a fixed order; atomic adds would have a random one.
-    splits = min(MAX_SPLITS, max(blocks(rows, ROWS), 1))
+    splits = min(MAX_SPLITS, max(num_blocks(rows, ROWS), 1))
     parts = x.new_zeros(splits, low.shape[1], width, dtype=torch.float32)
     if rows:
-        _outer[(blocks(width, COLUMNS), splits)](
+        _outer[(num_blocks(width, COLUMNS), splits)](
             low,
             x,
             keep,
@@ -100,7 +100,7 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Implement
             rows,
             width,
             low.shape[1],
-            blocks(blocks(rows, ROWS), splits),
+            num_blocks(num_blocks(rows, ROWS), splits),
             RANK=_padded_rank(low.shape[1]),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
@@ -127,7 +127,7 @@ def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels
         return out.add_(torch.where(keep, (low * scale) @ a, 0.0))
     rows, width = out.shape
     if rows:
-        _up[(blocks(rows, ROWS), blocks(width, COLUMNS))](
+        _up[(num_blocks(rows, ROWS), num_blocks(width, COLUMNS))](
             out,
             low,
             a,

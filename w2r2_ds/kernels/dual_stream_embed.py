@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from w2r2_ds.kernels.select import Implementation
-from w2r2_ds.kernels.triton_compat import blocks, jit, power_of_two, tl
+from w2r2_ds.kernels.triton_compat import jit, num_blocks, power_of_two, tl
 
 MAX_BLOCK = 4096
 """Maximum number of columns per program: 16 KiB of registers per stream in float32."""
@@ -75,7 +75,7 @@ class _DualStreamEmbed(torch.autograd.Function):
         shortcut_stream, fused_stream = torch.empty_like(rows), torch.empty_like(rows)
         width = rows.shape[1]
         block = min(power_of_two(width), MAX_BLOCK)
-        _embed[(len(rows), blocks(width, block))](
+        _embed[(len(rows), num_blocks(width, block))](
             rows, token, shortcut.contiguous(), fused.contiguous(), shortcut_stream, fused_stream, width, BLOCK=block
         )
         ctx.save_for_backward(positions)

@@ -29,7 +29,7 @@ differently. A wrong row, tile or mask gives an error near 1.
 WARMUP, ROUNDS = 3, 10
 """Number of runs before the timing (the first one compiles the kernel), and number of timed runs."""
 
-Run = Callable[[], list[Tensor]]
+Workload = Callable[[], list[Tensor]]
 """One forward and backward pass, see `make_run`."""
 
 
@@ -87,7 +87,10 @@ def select_kernels(name: str, make_shapes: Callable[[], Shapes], device: torch.d
         # Rank 0 has run the kernels; on another machine a package may be missing.
         with raise_on_all_ranks():
             check_kernels("triton")
-    logger.info("%s", table(measurements) if measurements else f"kernels: PyTorch (model.kernels auto), since {reason}")
+    logger.info(
+        "%s",
+        measurement_table(measurements) if measurements else f"kernels: PyTorch (model.kernels auto), since {reason}",
+    )
     return kernels
 
 
@@ -116,7 +119,7 @@ def measure_all(shapes: Shapes, device: torch.device) -> tuple[str, list[Measure
     return "", measurements
 
 
-def measure(candidate: Candidate, tolerance: float, timer: Callable[[Run], float]) -> Measurement:
+def measure(candidate: Candidate, tolerance: float, timer: Callable[[Workload], float]) -> Measurement:
     """Compare one kernel with its reference: values and gradients, then time.
 
     Args:
@@ -137,7 +140,7 @@ def measure(candidate: Candidate, tolerance: float, timer: Callable[[Run], float
 @torch.inference_mode(False)
 @torch.enable_grad()
 def compare(
-    candidate: Candidate, inputs: Sequence[Tensor], timer: Callable[[Run], float]
+    candidate: Candidate, inputs: Sequence[Tensor], timer: Callable[[Workload], float]
 ) -> tuple[str, float, float, float]:
     """(failure, error, seconds of PyTorch, seconds of the kernel) for the inputs of one case."""
     expected_run = make_run(candidate.reference, inputs, candidate.leaves)
@@ -154,7 +157,7 @@ def compare(
         return describe_error(error), torch.nan, torch.nan, torch.nan
 
 
-def make_run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], leaves: int) -> Run:
+def make_run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], leaves: int) -> Workload:
     """One forward and backward pass as a function without arguments; returns outputs, then gradients of the leaves."""
     # Some backward passes overwrite their inputs (Liger's SwiGLU). Kernel and reference therefore have copies. Only the
     # values of the first run are compared; later runs, which may have other inputs, are only timed.
@@ -190,7 +193,7 @@ def max_error(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
-def cuda_seconds(run: Run) -> float:
+def cuda_seconds(run: Workload) -> float:
     """Median time of a run on the GPU, in seconds."""
     times = []
     for index in range(WARMUP + ROUNDS):
@@ -210,7 +213,7 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def table(measurements: Sequence[Measurement]) -> str:
+def measurement_table(measurements: Sequence[Measurement]) -> str:
     """Table of the measurements and the choice, one kernel per line; milliseconds for forward and backward."""
     lines = [
         "kernels (model.kernels auto), measured on this device:",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["blocks", "jit", "power_of_two", "precision", "tl", "triton"]
+__all__ = ["jit", "num_blocks", "power_of_two", "precision", "tl", "triton"]
 
 try:
     import triton
@@ -26,7 +26,7 @@ def jit(body: Callable[..., None]) -> Any:
     return triton.jit(body) if triton is not None else body
 
 
-def blocks(size: int, block: int) -> int:
+def num_blocks(size: int, block: int) -> int:
     """Number of blocks of `block` elements that cover `size`."""
     return -(-size // block)
 

@@ -21,7 +21,7 @@ from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS, GeometryEncoder
-from w2r2_ds.models.loading import load_config, load_tokenizer, load_vision_spec, load_vlm, meta_model
+from w2r2_ds.models.loading import load_model_config, load_tokenizer, load_vision_spec, load_vlm, meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import load_merger
@@ -110,7 +110,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
 
 def kernel_shapes(config: ModelConfig) -> Shapes:
     """The sizes on which `model.kernels: auto` measures."""
-    vlm = load_config(config.vlm)
+    vlm = load_model_config(config.vlm)
     hidden, intermediate = vlm.get_text_config().hidden_size, find_family(vlm.model_type).mlp_width(vlm)
     return Shapes(hidden, intermediate, config.lora_rank, config.lora_dropout, resolve_dtype(config.dtype))
 
@@ -143,7 +143,7 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: as `load_geometry`.
     """
-    vlm, geometry = load_config(config.vlm), config.geometry
+    vlm, geometry = load_model_config(config.vlm), config.geometry
     text, spec = vlm.get_text_config(), geometry_spec(geometry)
     # From the configuration, not from attributes of the loaded encoder: a plug-in has only those of its interface.
     return {

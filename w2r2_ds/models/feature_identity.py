@@ -12,7 +12,7 @@ from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
-from w2r2_ds.models.loading import load_config, load_vision_spec
+from w2r2_ds.models.loading import load_model_config, load_vision_spec
 from w2r2_ds.models.weights_hash import model_weights, tensors_digest
 
 
@@ -52,7 +52,7 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
 
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
     """Hash of the vision tower, its options and its pre-processing: the cache key without the frames."""
-    config = load_config(model.vlm)
+    config = load_model_config(model.vlm)
     family = find_family(config.model_type)
     fields = {
         "kind": "2d",

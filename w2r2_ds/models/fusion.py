@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from w2r2_ds.utils.registry import Registry
 
 INIT_STD = 0.02
-HEADS = 8
+NUM_HEADS = 8
 
 
 class Fusion(nn.Module, ABC):
@@ -159,9 +159,9 @@ class CrossAttention(Fusion):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size)
-        if hidden_size % HEADS:
+        if hidden_size % NUM_HEADS:
             raise ValueError(
-                f"model.fusion is cross_attention, which needs a width divisible by {HEADS}, but the language model's "
+                f"model.fusion is cross_attention, which needs a width divisible by {NUM_HEADS}, but the language model's "
                 f"width is {hidden_size}; choose add, concat or gated."
             )
         self.norm_visual = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -202,7 +202,7 @@ def position_embeddings(sizes: Sequence[int], width: int, device: torch.device |
 def attend_within_images(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """Attention with `HEADS` heads over ``[tokens, width]``, restricted to tokens of the same image."""
+    """Attention with `NUM_HEADS` heads over ``[tokens, width]``, restricted to tokens of the same image."""
     # Empty slices connect all three inputs to the output even if there is no token. Every weight then gets a gradient,
     # and the ranks of ZeRO reduce the same gradients.
     attended = [query[:0] + key[:0] + value[:0]]
@@ -213,7 +213,7 @@ def attend_within_images(
         if size == 0:
             continue
         rows = slice(begin, begin + count * size)
-        q, k, v = (x[rows].view(count, size, HEADS, -1).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x[rows].view(count, size, NUM_HEADS, -1).transpose(1, 2) for x in (query, key, value))
         attended.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * size, -1))
         begin += count * size
     return torch.cat(attended)

@@ -31,7 +31,7 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load_config(name_or_path: str | Path) -> Any:
+def load_model_config(name_or_path: str | Path) -> Any:
     """Read and check ``config.json``; returns the transformers config of its ``model_type``.
 
     Raises:
@@ -66,11 +66,11 @@ def load_vlm(
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` or another one of transformers.
 
     Raises:
-        ValueError: as ``load_config``; also if the weights do not match the config exactly, or the attention
+        ValueError: as ``load_model_config``; also if the weights do not match the config exactly, or the attention
             implementation is not installed.
     """
     name = _check_name(name_or_path)
-    config = load_config(name)
+    config = load_model_config(name)
     check_model_files(name, attn_implementation)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
@@ -109,7 +109,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             row, or there is no chat template.
     """
     name = _check_name(name_or_path)
-    config = load_config(name)
+    config = load_model_config(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -145,7 +145,7 @@ def load_vision_spec(name_or_path: str | Path) -> VisionSpec:
         ValueError: a file or field is missing, or the two files differ in a size.
     """
     name = _check_name(name_or_path)
-    config = load_config(name)
+    config = load_model_config(name)
     try:
         preprocessor = read_json_object(str(cached_file(name, PREPROCESSOR_FILE)))
     except (OSError, ValueError) as error:
@@ -170,7 +170,7 @@ def without_zero3_init() -> Iterator[None]:
 
 def meta_model(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: names, shapes and methods, no weights. Never partitioned, also under ZeRO-3."""
-    config = source if isinstance(source, PreTrainedConfig) else load_config(source)
+    config = source if isinstance(source, PreTrainedConfig) else load_model_config(source)
     chosen = model_class(config)
     with without_zero3_init(), torch.device("meta"):
         return chosen(config).eval()

@@ -30,7 +30,7 @@ from w2r2_ds.data.loader import (
 )
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.data.validate import check_frames, check_texts, describe_frames
+from w2r2_ds.data.validate import check_frames, check_sample_texts, describe_frames
 from w2r2_ds.kernels.select import check_kernels, describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.feature_identity import open_cache
@@ -190,7 +190,7 @@ def check_inputs(
     logger.info("training samples: %d, %d in an epoch", len(samples), samples.epoch_size)
     # Each rank checks its share of the samples; an error of one is raised on all (`raise_on_all_ranks`).
     check_frames(samples, rank, world_size)
-    check_texts(samples, processor, rank, world_size)
+    check_sample_texts(samples, processor, rank, world_size)
     if rank == 0:
         logger.info("%s", describe_frames(samples, processor))
         if frontend.cache is not None:

@@ -35,7 +35,7 @@ OpenTracker = Callable[[Path, int], Tracker]
 """(folder of the run, last step done before this start) -> tracker. Raises ValueError if the user must do something."""
 
 TRACKERS: Registry[OpenTracker] = Registry("train.trackers")
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 """Optional package of the trackers below."""
 
 
@@ -52,7 +52,7 @@ def check_trackers(names: Iterable[str]) -> None:
     """
     for name in names:
         TRACKERS.find(name, "train.trackers: a name")
-        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+        if name in TRACKER_PACKAGES and find_spec(TRACKER_PACKAGES[name]) is None:
             raise ValueError(
                 f"train.trackers: {name} needs a package that is not installed: pip install 'w2r2-ds[{name}]'."
             )

@@ -22,7 +22,7 @@ from w2r2_ds.utils.distributed import is_rank_zero
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-PREFIX = "val/"
+METRIC_PREFIX = "val/"
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class BestSoFar:
         started = time.perf_counter()
         scores = self.validation.measure(engine)
         seconds = time.perf_counter() - started
-        metrics = {PREFIX + name: score for name, score in scores.items()} | {f"{PREFIX}seconds": seconds}
+        metrics = {METRIC_PREFIX + name: score for name, score in scores.items()} | {f"{METRIC_PREFIX}seconds": seconds}
         metric = self.validation.best_by
         if metric not in scores:  # it could be computed when the run started, so this is no reason to stop the run
             if is_rank_zero():

@@ -20,8 +20,8 @@ from w2r2_ds.data.dataset import MANIFEST, PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare import pipeline as preparing
-from w2r2_ds.data.prepare.manifest import summary
-from w2r2_ds.data.prepare.pipeline import SKIPPED, prepare
+from w2r2_ds.data.prepare.manifest import summary_line
+from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.data.tasks.scan2cap import Scan2Cap
 from w2r2_ds.data.tasks.scanrefer import ScanRefer
@@ -46,7 +46,7 @@ def scenes(root: Path) -> Path:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / SKIPPED).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / SKIPPED_FILE).read_text().splitlines()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,7 +79,7 @@ def test_the_manifest_has_options_inputs_counts_and_files(scenes: Path) -> None:
     names = set(manifest["inputs"])
     assert {"ScanRefer/ScanRefer_filtered_train.json", "scannetv2-labels.combined.tsv"} <= names
     assert {f"posed_images/{SECOND}", f"scans/{THIRD}/{THIRD}.txt", f"scannet_data/{SCENE}_aligned_bbox.npy"} <= names
-    assert set(manifest["files"]) == {f"{SCENE}.parquet", f"{SECOND}.parquet", f"{THIRD}.parquet", SKIPPED}
+    assert set(manifest["files"]) == {f"{SCENE}.parquet", f"{SECOND}.parquet", f"{THIRD}.parquet", SKIPPED_FILE}
     assert manifest == json.loads((scenes / "out" / MANIFEST).read_text())
 
 
@@ -95,11 +95,11 @@ def test_every_annotation_becomes_samples_or_a_skipped_item(scenes: Path) -> Non
 
 def test_the_published_count_is_compared(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = prepare(scenes, DEPTH, scenes / "one", quiet=True)
-    assert "7 descriptions, not the 36665 that are published" in summary(done.folder, done.manifest, False)
+    assert "7 descriptions, not the 36665 that are published" in summary_line(done.folder, done.manifest, False)
     monkeypatch.setattr(ScanRefer, "published", {"train": 7})
     done = prepare(scenes, DEPTH, scenes / "two", quiet=True)
     assert done.manifest["counts"]["published"]["met"] is True
-    text = summary(done.folder, done.manifest, False)
+    text = summary_line(done.folder, done.manifest, False)
     assert "7 descriptions, as published" in text and "1 no_visible_frame" in text
 
 

@@ -14,8 +14,8 @@ from w2r2_ds.commands.prepare import main
 from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare import pipeline as preparing
-from w2r2_ds.data.prepare.manifest import summary
-from w2r2_ds.data.prepare.pipeline import SKIPPED, prepare
+from w2r2_ds.data.prepare.manifest import summary_line
+from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.utils.file_lock import locked
 
@@ -40,7 +40,7 @@ def scenes(root: Path) -> Path:
 
 
 def dropped(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / SKIPPED).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / SKIPPED_FILE).read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_items_are_skipped_counted_and_recorded(
         assert each["location"].endswith(f"entry {number}") and each["reason"] == "no_box"
         scene = name.split("|")[0] if "|" in name else SCENE
         assert each["detail"] == f"its object has no box in {scene}_aligned_bbox.npy"
-    assert f"{len(skipped)} no_box" in summary(done.folder, done.manifest, False)
+    assert f"{len(skipped)} no_box" in summary_line(done.folder, done.manifest, False)
 
 
 @pytest.mark.parametrize("options", [DEPTH, CAPTIONS, QUESTIONS], ids=lambda each: each.task)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from synthetic_truth import SCENES, matching_object, matching_objects, rebuild_room
-from w2r2_ds.demo.synthetic.questions import Question, make_questions
+from w2r2_ds.demo.synthetic.questions import GeneratedQuestion, make_questions
 from w2r2_ds.demo.synthetic.rooms import Room, RoomObject
 from w2r2_ds.demo.synthetic.write import Written
 
@@ -138,7 +138,7 @@ def mentioned(room: Room, text: str) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def generated(many_rooms: list[Room]) -> list[tuple[Room, list[Question]]]:
+def generated(many_rooms: list[Room]) -> list[tuple[Room, list[GeneratedQuestion]]]:
     """Rooms with their questions; all objects are visible."""
     result = []
     for seed, room in enumerate(many_rooms):
@@ -156,7 +156,7 @@ def check(room: Room, text: str, answers: Sequence[str], object_ids: Collection[
     return kind
 
 
-def test_answers_are_true(generated: list[tuple[Room, list[Question]]]) -> None:
+def test_answers_are_true(generated: list[tuple[Room, list[GeneratedQuestion]]]) -> None:
     for room, questions in generated:
         assert 6 <= len(questions) <= 10
         assert len({question.text for question in questions}) == len(questions)
@@ -164,7 +164,7 @@ def test_answers_are_true(generated: list[tuple[Room, list[Question]]]) -> None:
             assert check(room, question.text, question.answers, question.object_ids) == question.kind
 
 
-def test_no_answer_is_frequent(generated: list[tuple[Room, list[Question]]]) -> None:
+def test_no_answer_is_frequent(generated: list[tuple[Room, list[GeneratedQuestion]]]) -> None:
     """A guess that needs no image is right for less than half of each kind of question."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     first = 0

@@ -17,7 +17,7 @@ from torch import nn
 
 from fork_server import HELPERS
 from runs import environment
-from w2r2_ds.training.fault_tolerance.activity import Activity, blocks
+from w2r2_ds.training.fault_tolerance.activity import Activity, tracked_modules
 from w2r2_ds.training.fault_tolerance.exit_codes import FAILED, LOST
 from w2r2_ds.training.fault_tolerance.hang_detector import (
     FAILURE,
@@ -225,7 +225,7 @@ def test_modules_are_followed_down_to_the_blocks() -> None:
             self.base_model = nn.Module()
             self.base_model.model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])})
 
-    names = [name for name, _ in blocks("model.vlm", Wrapped())]
+    names = [name for name, _ in tracked_modules("model.vlm", Wrapped())]
     assert "model.vlm.layers.0" in names and "model.vlm.layers.0.0" not in names
     tower, activity = nn.Sequential(nn.Linear(2, 2)), Activity()
     before = activity.changed_at

@@ -26,7 +26,7 @@ from w2r2_ds.kernels.select import describe_attention, resolve_attention, resolv
 from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_identity import open_cache
-from w2r2_ds.models.loading import load_config, load_vision_spec, load_vlm
+from w2r2_ds.models.loading import load_model_config, load_vision_spec, load_vlm
 from w2r2_ds.types.batch import to_device
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
@@ -72,7 +72,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         if cache is None:
             raise ValueError("data.cache is empty; pass the folder to fill, such as --data.cache runs/cache.")
         vision, geometry = load_vision_spec(config.model.vlm), geometry_spec(config.model.geometry)
-        family = find_family(load_config(config.model.vlm).model_type)
+        family = find_family(load_model_config(config.model.vlm).model_type)
         preprocess = VisualPreprocessor(family, vision, geometry, config.data, cache)
         todo, total, missing = find_missing(samples, preprocess, FeatureSizes(config, vision, geometry, cache))
     # From here on, the counts are those of all ranks, so every rank takes the same branches.
@@ -112,7 +112,7 @@ class FeatureSizes:
     def __init__(self, config: RunConfig, vision: VisionSpec, geometry: GeometrySpec, cache: FeatureCache) -> None:
         self.dtype, self.cache = resolve_dtype(config.model.dtype), cache
         self.vision, self.geometry = vision, geometry
-        vlm = load_config(config.model.vlm)
+        vlm = load_model_config(config.model.vlm)
         self.channels_2d = find_family(vlm.model_type).cache_channels(vlm)
         self.as_video = config.data.visual == "video"
 

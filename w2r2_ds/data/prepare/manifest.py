@@ -108,7 +108,7 @@ def counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str
     return found
 
 
-def summary(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
+def summary_line(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
     """One to three lines about a prepared folder: samples, comparison with the published count, skipped items."""
     numbers = manifest["counts"]
     units = [name for name in numbers if name not in ("samples", "scenes", "frames_without_pose", "published")]

@@ -47,7 +47,7 @@ from w2r2_ds.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
-SKIPPED = "skipped.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 METADATA = "w2r2_ds"
 """Key of a scene's record in the schema metadata of its file."""
 EMPTY = ".empty"
@@ -129,7 +129,9 @@ def _check_folder(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # Files of an interrupted preparation are expected: scenes, temporary files of `atomic_io`, and skipped.jsonl.
     others = [
-        path for path in out.iterdir() if path.suffix not in (".parquet", ".partial", EMPTY) and path.name != SKIPPED
+        path
+        for path in out.iterdir()
+        if path.suffix not in (".parquet", ".partial", EMPTY) and path.name != SKIPPED_FILE
     ]
     others += [path for path in out.glob("*.parquet") if _is_readable(path) and _metadata(path) is None]
     if others:
@@ -276,13 +278,13 @@ def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence
     for path in {*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")} - set(files):
         path.unlink()
     lines = [json.dumps({name: value for name, value in item.items() if name != "number"}) + "\n" for item in skipped]
-    atomic_io.replace(out / SKIPPED, "".join(lines))
+    atomic_io.replace(out / SKIPPED_FILE, "".join(lines))
     without_pose = sum(record["frames_without_pose"] for record in records.values())
     manifest = {
         **identity,
         "counts": counts(plan, samples, len(records), without_pose),
         "skipped": dict(sorted(reasons.items())),
-        "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED]},
+        "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED_FILE]},
     }
     atomic_io.replace(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # last: it marks the folder as complete
     return manifest

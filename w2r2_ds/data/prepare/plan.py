@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.data.tasks.base import TASKS, InputFile, Job, Task, TaskOptions
-from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, SCANNET, infos_files, proposals_file
+from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, SCANNET_ACCESS, infos_files, proposals_file
 
-EXTRACTED = f"{SCANNET}; docs/guides/own-dataset.md lists the files"
+EXTRACTED = f"{SCANNET_ACCESS}; docs/guides/own-dataset.md lists the files"
 BOXES = "launchers/prepare.py boxes, or ScanRefer's batch_load_scannet_data.py"
 
 
@@ -111,7 +111,7 @@ def input_files(root: Path, options: TaskOptions) -> list[InputFile]:
 
 def scene_files(root: Path, scene_id: str) -> Iterator[InputFile]:
     """Input files of a scene, without its frames."""
-    yield InputFile("alignment", root / "scans" / scene_id / f"{scene_id}.txt", SCANNET)
+    yield InputFile("alignment", root / "scans" / scene_id / f"{scene_id}.txt", SCANNET_ACCESS)
     yield InputFile("boxes", root / "scannet_data" / f"{scene_id}_aligned_bbox.npy", BOXES)
     for name in ("intrinsic.txt", "depth_intrinsic.txt"):
         yield InputFile("intrinsics", root / "posed_images" / scene_id / name, EXTRACTED)

@@ -10,7 +10,7 @@ from pathlib import Path
 from w2r2_ds.data.prepare.manifest import relative
 from w2r2_ds.data.prepare.plan import BOXES, EXTRACTED, Plan, check_options, input_files, make_plan, scene_files
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions
-from w2r2_ds.data.tasks.common import SCANNET
+from w2r2_ds.data.tasks.common import SCANNET_ACCESS
 from w2r2_ds.data.validate import THREADS, is_complete_image
 
 SAMPLE_BYTES, FRAME_BYTES = 130, 160
@@ -47,7 +47,7 @@ def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
     for scene_id in scenes:
         found += _missing_of_scene(root, scene_id)
     if not scenes:
-        folders = {"posed_images": EXTRACTED, "scans": SCANNET, "scannet_data": BOXES}
+        folders = {"posed_images": EXTRACTED, "scans": SCANNET_ACCESS, "scannet_data": BOXES}
         unknown = "missing; which scenes are needed is not known before the annotations are here"
         found += [
             Missing(root / name, unknown, origin) for name, origin in folders.items() if not (root / name).is_dir()

@@ -31,8 +31,8 @@ from w2r2_ds.data.sources.validation import (
 )
 from w2r2_ds.utils.json_io import read_json
 
-SCANREFER = "ScanRefer's annotations, which its authors send on request"
-SCANQA = "ScanQA's annotations, from its public download"
+SCANREFER_FILES = "ScanRefer's annotations, which its authors send on request"
+SCANQA_FILES = "ScanQA's annotations, from its public download"
 
 
 class Description(FrozenModel):
@@ -124,7 +124,7 @@ def read_scanrefer(path: Path | str) -> list[Description]:
         ValueError: the file is not readable, a field is missing or invalid, or two entries have the same scene_id,
             object_id and ann_id. The message has entry and field of the first ten errors.
     """
-    descriptions: list[Description] = _read(path, SCANREFER, _DESCRIPTIONS)
+    descriptions: list[Description] = _read(path, SCANREFER_FILES, _DESCRIPTIONS)
     keys = [(description.scene_id, description.object_id, description.ann_id) for description in descriptions]
     _check_unique(path, keys, "scene_id, object_id and ann_id")
     return descriptions
@@ -140,7 +140,7 @@ def read_scanqa(path: Path | str, answers_needed: bool = True) -> list[Question]
     Raises:
         ValueError: see `read_scanrefer`; or a question_id occurs twice.
     """
-    questions: list[Question] = _read(path, SCANQA, _ANSWERED if answers_needed else _QUESTIONS)
+    questions: list[Question] = _read(path, SCANQA_FILES, _ANSWERED if answers_needed else _QUESTIONS)
     _check_unique(path, [question.question_id for question in questions], "question_id")
     return questions
 

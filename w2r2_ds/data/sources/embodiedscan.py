@@ -33,7 +33,7 @@ from w2r2_ds.data.sources.validation import FrozenModel, Integer, Name, error_li
 from w2r2_ds.utils.sanitize import one_line
 
 SOURCE = "EmbodiedScan's infos, which its authors send on request"
-SCANNET = "scannet"
+SCANNET_SOURCE = "scannet"
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def read_infos(path: Path | str) -> Infos:
             continue
         source, _, scene_id = sample.partition("/")
         location = f"{path}: {one_line(sample)}"
-        if source != SCANNET:
+        if source != SCANNET_SOURCE:
             infos.skipped[source] = infos.skipped.get(source, 0) + 1
         elif scene_id in infos:
             problems.append(f"{location}: field 'sample_idx' occurs twice; remove one of the two scenes")

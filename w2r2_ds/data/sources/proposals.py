@@ -22,7 +22,7 @@ from w2r2_ds.utils.json_io import read_json
 from w2r2_ds.utils.sanitize import one_line
 
 SOURCE = "a JSON object that maps a scene to its proposed boxes, such as Mask3D's from VG-LLM's public data"
-PREFIX = "scannet/"
+SCAN_PREFIX = "scannet/"
 
 
 def _positive_sizes(box: list[float]) -> list[float]:
@@ -49,7 +49,7 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
     proposals: dict[str, np.ndarray] = {}
     problems = []
     for name, boxes in validate(_PROPOSALS, read_json(path, SOURCE), path).items():
-        scene_id = name.removeprefix(PREFIX)
+        scene_id = name.removeprefix(SCAN_PREFIX)
         try:
             check_scene_id(scene_id)
         except ValueError as error:

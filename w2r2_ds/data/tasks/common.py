@@ -34,9 +34,9 @@ from w2r2_ds.data.tasks.base import (
 )
 from w2r2_ds.types.sample import Target
 
-SCANNET = "ScanNet: sign its terms of use (http://www.scan-net.org), then use its download script"
-SCANREFER = "ScanRefer: fill in its form (https://github.com/daveredrum/ScanRefer)"
-SCANQA = "ScanQA: its public download (https://github.com/ATR-DBI/ScanQA)"
+SCANNET_ACCESS = "ScanNet: sign its terms of use (http://www.scan-net.org), then use its download script"
+SCANREFER_ACCESS = "ScanRefer: fill in its form (https://github.com/daveredrum/ScanRefer)"
+SCANQA_ACCESS = "ScanQA: its public download (https://github.com/ATR-DBI/ScanQA)"
 EMBODIEDSCAN = "EmbodiedScan: fill in its form (https://github.com/OpenRobotLab/EmbodiedScan, data/README.md)"
 PROPOSALS = (
     "boxes of Mask3D's masks in LEO's release (https://github.com/embodied-generalist/embodied-generalist); "
@@ -66,10 +66,12 @@ class DescriptionTask(Task):
     frame_protocol = "vgllm"
 
     def annotations(self, root: Path, options: TaskOptions) -> InputFile:
-        return InputFile("annotations", root / "ScanRefer" / f"ScanRefer_filtered_{options.split}.json", SCANREFER)
+        return InputFile(
+            "annotations", root / "ScanRefer" / f"ScanRefer_filtered_{options.split}.json", SCANREFER_ACCESS
+        )
 
     def other_files(self, root: Path, options: TaskOptions) -> list[InputFile]:
-        return [InputFile("labels", root / LABELS_FILE, SCANNET)]
+        return [InputFile("labels", root / LABELS_FILE, SCANNET_ACCESS)]
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Description]:
         return read_scanrefer(self.annotations(root, options).path)

@@ -15,7 +15,7 @@ from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.annotations import Question, read_scanqa
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, register_task
-from w2r2_ds.data.tasks.common import SCANQA, frame_fields
+from w2r2_ds.data.tasks.common import SCANQA_ACCESS, frame_fields
 from w2r2_ds.types.sample import Reference, Sample
 
 QUESTION = "{question} Answer the question simply."
@@ -65,7 +65,7 @@ class ScanQA(Task):
     cli_options = ("frames", "skip_without_box")
 
     def annotations(self, root: Path, options: TaskOptions) -> InputFile:
-        return InputFile("annotations", root / "ScanQA" / f"ScanQA_v1.0_{options.split}.json", SCANQA)
+        return InputFile("annotations", root / "ScanQA" / f"ScanQA_v1.0_{options.split}.json", SCANQA_ACCESS)
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Question]:
         return read_scanqa(self.annotations(root, options).path, answers_needed=options.split in ("train", "val"))

@@ -23,7 +23,7 @@ from PIL import Image
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.frames.visibility import clearest_frame
-from w2r2_ds.data.images import FORMATS
+from w2r2_ds.data.images import IMAGE_FORMATS
 from w2r2_ds.data.sources.annotations import Description
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
@@ -104,7 +104,7 @@ def image_size(scene: Scene) -> tuple[int, int]:
     """Width and height of a scene's colour images, read from the first; raises ``ValueError`` if it is unreadable."""
     path = scene.frames[0].color
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image; extract it again ({error})") from None

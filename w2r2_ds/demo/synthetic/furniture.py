@@ -233,7 +233,7 @@ def picture(rng: np.random.Generator, color: Color) -> list[Part]:
 
 
 @dataclass(frozen=True)
-class Kind:
+class FurnitureClass:
     """A class of furniture: builder, placement, label and number.
 
     Attributes:
@@ -249,21 +249,21 @@ class Kind:
     count: tuple[int, int]
 
 
-KINDS: dict[str, Kind] = {
-    "window": Kind(window, "hang", (9, "window"), (1, 1)),
-    "door": Kind(door, "hang", (8, "door"), (1, 1)),
-    "bed": Kind(bed, "wall", (4, "bed"), (0, 1)),
-    "sofa": Kind(sofa, "wall", (6, "sofa"), (1, 2)),
-    "desk": Kind(desk, "wall", (14, "desk"), (0, 2)),
-    "cabinet": Kind(cabinet, "wall", (3, "cabinet"), (2, 3)),
-    "bookshelf": Kind(bookshelf, "wall", (10, "bookshelf"), (0, 2)),
-    "nightstand": Kind(nightstand, "wall", (32, "night stand"), (0, 2)),
-    "picture": Kind(picture, "hang", (11, "picture"), (0, 2)),
-    "table": Kind(table, "free", (7, "table"), (2, 3)),
-    "chair": Kind(chair, "free", (5, "chair"), (4, 6)),
-    "lamp": Kind(lamp, "wall", (35, "lamp"), (1, 2)),
-    "stool": Kind(stool, "free", (39, "otherfurniture"), (0, 2)),
-    "trash can": Kind(trash_can, "wall", (39, "otherfurniture"), (0, 2)),
-    "plant": Kind(plant, "wall", (40, "otherprop"), (0, 1)),
+KINDS: dict[str, FurnitureClass] = {
+    "window": FurnitureClass(window, "hang", (9, "window"), (1, 1)),
+    "door": FurnitureClass(door, "hang", (8, "door"), (1, 1)),
+    "bed": FurnitureClass(bed, "wall", (4, "bed"), (0, 1)),
+    "sofa": FurnitureClass(sofa, "wall", (6, "sofa"), (1, 2)),
+    "desk": FurnitureClass(desk, "wall", (14, "desk"), (0, 2)),
+    "cabinet": FurnitureClass(cabinet, "wall", (3, "cabinet"), (2, 3)),
+    "bookshelf": FurnitureClass(bookshelf, "wall", (10, "bookshelf"), (0, 2)),
+    "nightstand": FurnitureClass(nightstand, "wall", (32, "night stand"), (0, 2)),
+    "picture": FurnitureClass(picture, "hang", (11, "picture"), (0, 2)),
+    "table": FurnitureClass(table, "free", (7, "table"), (2, 3)),
+    "chair": FurnitureClass(chair, "free", (5, "chair"), (4, 6)),
+    "lamp": FurnitureClass(lamp, "wall", (35, "lamp"), (1, 2)),
+    "stool": FurnitureClass(stool, "free", (39, "otherfurniture"), (0, 2)),
+    "trash can": FurnitureClass(trash_can, "wall", (39, "otherfurniture"), (0, 2)),
+    "plant": FurnitureClass(plant, "wall", (40, "otherprop"), (0, 1)),
 }
 """Class -> kind, in the order of placement: large objects first, because they need the most free space."""

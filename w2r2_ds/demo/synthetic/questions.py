@@ -59,7 +59,7 @@ _TEMPLATES = {
 
 
 @dataclass(frozen=True)
-class Question:
+class GeneratedQuestion:
     """A question with its answer.
 
     Attributes:
@@ -87,7 +87,7 @@ class _Candidate:
 
 def make_questions(
     rng: np.random.Generator, objects: Sequence[RoomObject], visible: Collection[int], count: int
-) -> list[Question]:
+) -> list[GeneratedQuestion]:
     """Make up to ``count`` different questions, spread over kinds, and over answers within a kind.
 
     Args:
@@ -99,13 +99,13 @@ def make_questions(
     pools = {kind: _spread(rng, list(find(objects, visible))) for kind, find in _FINDERS.items()}
     kinds = [str(kind) for kind in rng.permutation(list(_FINDERS))]
     # Round robin: one question of every kind, then a second one, until there are enough or all pools are empty.
-    chosen: list[Question] = []
+    chosen: list[GeneratedQuestion] = []
     while len(chosen) < count and any(pools.values()):
         for kind in kinds:
             if pools[kind] and len(chosen) < count:
                 found = pools[kind].pop()
                 text = str(rng.choice(_TEMPLATES[found.template])).format_map(found.fields)
-                chosen.append(Question(kind, text, found.answers, found.object_ids))
+                chosen.append(GeneratedQuestion(kind, text, found.answers, found.object_ids))
     return chosen
 
 

@@ -17,7 +17,7 @@ from w2r2_ds.demo.synthetic.annotations import propose, scene_info
 from w2r2_ds.demo.synthetic.contact_sheet import write_sheet
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.options import Options, scene_id, scene_seed
-from w2r2_ds.demo.synthetic.questions import Question, make_questions
+from w2r2_ds.demo.synthetic.questions import GeneratedQuestion, make_questions
 from w2r2_ds.demo.synthetic.render import Renderer, pinhole
 from w2r2_ds.demo.synthetic.rooms import Room, RoomObject, make_room
 from w2r2_ds.demo.synthetic.sentences import Sentence, make_sentences
@@ -193,7 +193,7 @@ def _descriptions(name: str, sentences: list[Sentence]) -> list[dict[str, Any]]:
     return entries
 
 
-def _questions(name: str, split: str, room: Room, questions: list[Question]) -> list[dict[str, Any]]:
+def _questions(name: str, split: str, room: Room, questions: list[GeneratedQuestion]) -> list[dict[str, Any]]:
     """ScanQA's entries; ids have the name of the place (a scene without its scan number) and a number."""
     place = name.split("_")[0]
     return [

@@ -10,7 +10,7 @@ from pathlib import Path
 from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.utils.hashing import files_sha256
 
-NAME = "w2r2-ds"
+DISTRIBUTION = "w2r2-ds"
 PACKAGE = Path(__file__).parents[2]
 GIT_SECONDS = 5
 HASH_DIGITS = 12
@@ -28,9 +28,9 @@ def check_versions(needed: frozenset[str]) -> CheckResult:
 
     result = CheckResult(info={"python": platform.python_version()}, must_match={"python": platform.python_version()})
     try:
-        requirements = [Requirement(text) for text in requires(NAME) or []]
+        requirements = [Requirement(text) for text in requires(DISTRIBUTION) or []]
     except PackageNotFoundError:
-        result.errors.append(f"{NAME} is not installed; run make install.")
+        result.errors.append(f"{DISTRIBUTION} is not installed; run make install.")
         return result
     for each in requirements:
         required = each.name in needed or each.marker is None or each.marker.evaluate({"extra": ""})

@@ -34,7 +34,7 @@ FIELDS = (
     "clocks_throttle_reasons.hw_thermal_slowdown",
 )
 """Fields of ``nvidia-smi --query-gpu``."""
-UNSUPPORTED = re.compile(r'Field "([^"]+)" is not a valid field to query')
+UNKNOWN_FIELD = re.compile(r'Field "([^"]+)" is not a valid field to query')
 
 
 def check_device(local_rank: int) -> CheckResult:
@@ -159,7 +159,7 @@ def _nvidia_smi(fields: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
         output = " ".join(f"{done.stderr} {done.stdout}".split())
         if done.returncode == 0:
             break
-        unsupported = UNSUPPORTED.search(output)
+        unsupported = UNKNOWN_FIELD.search(output)
         if unsupported is None or unsupported[1] not in supported or len(supported) == 1:
             return [], f"exit status {done.returncode}: {output[:300] or 'no output'}"
         supported.remove(unsupported[1])  # older drivers lack some fields: query again without this one

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from w2r2_ds.doctor.checks.host import existing_parent
-from w2r2_ds.doctor.result import CheckResult, Report
+from w2r2_ds.doctor.result import CheckResult, RankReport
 from w2r2_ds.doctor.timeouts import brief, call_with_timeout
 from w2r2_ds.utils.distributed import RankInfo
 
@@ -64,7 +64,7 @@ def connect(ranks: RankInfo, host: str) -> None:
     dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
-def gather_reports(report: Report) -> list[Report]:
+def gather_reports(report: RankReport) -> list[RankReport]:
     """Gather the reports of all ranks on every rank. Raises RuntimeError with the ranks that do not respond."""
     dist.monitored_barrier(timeout=timedelta(seconds=2 * COLLECTIVE_SECONDS), wait_all_ranks=True)
     reports = [report] * dist.get_world_size()

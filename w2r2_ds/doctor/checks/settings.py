@@ -14,12 +14,12 @@ NETWORK = ("NCCL_", "GLOO_", "FI_", "UCX_")
 
 def needed_packages(config: RunConfig | None) -> frozenset[str]:
     """Names of the optional packages that a configuration uses."""
-    from w2r2_ds.training.trackers import PACKAGES
+    from w2r2_ds.training.trackers import TRACKER_PACKAGES
 
     if config is None:
         return frozenset()
     uses = {
-        **{package: name in config.train.trackers for name, package in PACKAGES.items()},
+        **{package: name in config.train.trackers for name, package in TRACKER_PACKAGES.items()},
         "flash-attn": config.model.attention == "flash_attention_2",
         "triton": config.model.kernels == "triton",
         "liger-kernel": config.model.kernels == "triton",

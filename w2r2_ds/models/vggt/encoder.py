@@ -11,7 +11,7 @@ from torch import Tensor
 from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
-from w2r2_ds.models.vggt.loading import HEADS, load_vggt, locate, read_config
+from w2r2_ds.models.vggt.loading import HEAD_PREFIXES, load_vggt, locate, read_config
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
 from w2r2_ds.models.weights_hash import tensors_digest
 from w2r2_ds.types.geometry import GeometrySpec
@@ -51,7 +51,7 @@ class VGGTEncoder(GeometryEncoder):
     @classmethod
     def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
         folder = locate(config.path)
-        weights = tensors_digest(weight_files(folder), exclude=HEADS)
+        weights = tensors_digest(weight_files(folder), exclude=HEAD_PREFIXES)
         return {"config": read_config(folder).to_dict(), "weights": weights}
 
     @classmethod

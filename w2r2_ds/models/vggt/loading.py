@@ -17,7 +17,7 @@ from w2r2_ds.utils.json_io import read_json_object
 from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS, weight_files
 
 CONFIG = "config.json"
-HEADS = ("camera_head.", "point_head.", "depth_head.", "track_head.")
+HEAD_PREFIXES = ("camera_head.", "point_head.", "depth_head.", "track_head.")
 """Prefixes of the weights of the heads, which are not loaded."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Supported dtypes of weights, in the notation of safetensors."""
@@ -114,7 +114,7 @@ def _read(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.T
     """Read the tensors of one file except those of heads, as float32, after a check of all names, shapes and dtypes."""
     try:
         with safe_open(file, framework="pt") as opened:
-            names = [name for name in opened.keys() if not name.startswith(HEADS)]  # noqa: SIM118
+            names = [name for name in opened.keys() if not name.startswith(HEAD_PREFIXES)]  # noqa: SIM118
             unknown = [name for name in names if name not in expected]
             if unknown:
                 raise ValueError(f"{file} holds {_first(unknown)}, which this VGGT does not have; check {CONFIG}.")

@@ -107,7 +107,7 @@ def save_checkpoint(
     files, failures = gather_results(writer)
     if not failures:
         check_size(files, engine.module.model)
-        description = describe(engine, info, token)
+        description = build_manifest(engine, info, token)
         failures = on_rank_zero(lambda: publish(config, description, files, token, temporary))
     if failures:
         discard(config, info.step, failures, token, temporary)
@@ -135,7 +135,7 @@ def check_size(files: Mapping[str, Digest], model: W2R2) -> None:
     assert written <= limit, f"a checkpoint of {written} bytes holds more than the {limit} of what trains"
 
 
-def describe(engine: DeepSpeedEngine, info: CheckpointInfo, token: OwnershipToken) -> dict[str, Any]:
+def build_manifest(engine: DeepSpeedEngine, info: CheckpointInfo, token: OwnershipToken) -> dict[str, Any]:
     """The manifest without its files."""
     return {
         "step": info.step,

@@ -45,7 +45,7 @@ class Activity:
                 if isinstance(value, nn.Module):
                     self.follow(f"{name}.{key}", value)
             return
-        for path, module in blocks(name, root):
+        for path, module in tracked_modules(name, root):
             module.register_forward_pre_hook(self._hook(path))
 
     def _hook(self, path: str) -> Any:
@@ -56,7 +56,7 @@ class Activity:
         return record_forward
 
 
-def blocks(name: str, module: nn.Module, inside: bool = False) -> Iterator[tuple[str, nn.Module]]:
+def tracked_modules(name: str, module: nn.Module, inside: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules of a module and its descendants, not below the entries of a ModuleList (a tower's blocks).
 
     PEFT's wrappers are removed from the names: ``model.vlm.model.language_model.layers.3``.
@@ -64,4 +64,4 @@ def blocks(name: str, module: nn.Module, inside: bool = False) -> Iterator[tuple
     yield name.replace(".base_model.model", ""), module
     if not inside:
         for key, child in module.named_children():
-            yield from blocks(f"{name}.{key}", child, isinstance(module, nn.ModuleList))
+            yield from tracked_modules(f"{name}.{key}", child, isinstance(module, nn.ModuleList))
