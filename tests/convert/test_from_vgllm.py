@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config.io import load_model_config
+from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model
-from w2r2_ds.models.loading import load_model_config as load_vlm_config
-from w2r2_ds.models.loading import load_tokenizer, load_vision_spec, load_vlm
+from w2r2_ds.models.loading import load_model_config, load_tokenizer, load_vision_spec, load_vlm
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
@@ -112,8 +111,8 @@ def test_the_language_model_is_a_stock_directory_with_the_same_weights(
     config = json.loads((imported / "config.json").read_text())
     assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
     assert not [key for key in ("use_vggt_feature", "reference_frame") if key in json.dumps(config)]
-    rope = load_vlm_config(imported).text_config.rope_parameters
-    assert rope["mrope_section"] == load_vlm_config(plain).text_config.rope_parameters["mrope_section"]
+    rope = load_model_config(imported).text_config.rope_parameters
+    assert rope["mrope_section"] == load_model_config(plain).text_config.rope_parameters["mrope_section"]
     assert load_vision_spec(imported) == load_vision_spec(plain)
     assert load_tokenizer(imported).get_vocab() == load_tokenizer(plain).get_vocab()
     assert (imported / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
@@ -131,7 +130,7 @@ def test_vggt_and_merger_have_the_same_weights(
 
 def test_its_options_build_the_model(source: Path, geometry: tuple[VGGT, GeometryMerger], tmp_path: Path) -> None:
     config = import_vgllm(source, tmp_path / "out")
-    assert config == load_model_config(tmp_path / "out" / "model.yaml").model
+    assert config == load_config(tmp_path / "out" / "model.yaml").model
     assert config == ModelConfig(
         vlm=str(tmp_path / "out" / "vlm"),
         geometry=GeometryConfig(path=str(tmp_path / "out" / "vggt"), layers=[SIZES.depth - 2], reference_frame="last"),

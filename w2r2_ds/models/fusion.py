@@ -161,8 +161,8 @@ class CrossAttention(Fusion):
         super().__init__(hidden_size)
         if hidden_size % NUM_HEADS:
             raise ValueError(
-                f"model.fusion is cross_attention, which needs a width divisible by {NUM_HEADS}, but the language model's "
-                f"width is {hidden_size}; choose add, concat or gated."
+                f"model.fusion is cross_attention, which needs a width divisible by {NUM_HEADS}, but the "
+                f"language model's width is {hidden_size}; choose add, concat or gated."
             )
         self.norm_visual = nn.RMSNorm(hidden_size, eps=1e-6)
         self.norm_geometry = nn.RMSNorm(hidden_size, eps=1e-6)
