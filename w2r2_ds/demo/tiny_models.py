@@ -135,11 +135,12 @@ def build_tiny_vlm(
     with torch.random.fork_rng(devices=[]), without_zero3_init():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
+    end_of_text, end_of_turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     model.generation_config = GenerationConfig(
         do_sample=False,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")],
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        bos_token_id=end_of_text,
+        eos_token_id=[end_of_turn, end_of_text],
+        pad_token_id=end_of_text,
     )
     model.save_pretrained(out)
     _write_preprocessors(out)
