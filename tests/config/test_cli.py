@@ -1,4 +1,4 @@
-"""Command lines: the order of precedence, and errors of one line that name the option."""
+"""Command lines: precedence of values, and errors in one line that contain the option."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import auto_cli
 
-from w2r2_ds.config.cli import Parser, did_you_mean, plain_message
+from w2r2_ds.config.cli import Parser, did_you_mean, without_python_types
 from w2r2_ds.config.io import DEMO_RECIPE, RECIPES, load_config, parse_run, run_parser
 from w2r2_ds.config.schema import RunConfig
 
@@ -19,7 +19,7 @@ def parsed(*args: str) -> RunConfig:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """The one line on stderr of a wrong command line."""
+    """The line that a wrong command line prints on stderr."""
     with pytest.raises(SystemExit) as stopped:
         parsed(*args)
     assert stopped.value.code == 2
@@ -35,7 +35,7 @@ def test_help_lists_every_option() -> None:
 
 
 @pytest.mark.parametrize("args", [["--train.steps", "5", "--config", RECIPE], ["--config", RECIPE, "--train.steps=5"]])
-def test_the_command_line_wins_in_any_order(args: list[str]) -> None:
+def test_the_command_line_takes_precedence_in_any_order(args: list[str]) -> None:
     config = parsed(*args)
     assert config.train.steps == 5
     assert config.model.vlm == "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -102,10 +102,10 @@ def test_a_subcommand_suggests_its_own_options(capsys: pytest.CaptureFixture[str
 def test_similarity_is_that_of_the_last_part() -> None:
     known = ["objective.lambda_det", "objective.mu", "model.lora_alpha", "data.root"]
     assert did_you_mean("--lambda_det", known) == " (did you mean --objective.lambda_det?)"
-    assert did_you_mean("objective.zzz", known) == ""  # the section alone is no likeness
+    assert did_you_mean("objective.zzz", known) == ""  # an equal section is not enough
     assert did_you_mean("dta.root", ["a.root", *known]) == " (did you mean data.root, a.root?)"
 
 
 def test_types_in_messages_are_not_python_types() -> None:
     message = "Parser key \"a.b\":\n  Expected a <class 'float'>. Got value: x"
-    assert plain_message(message) == "a.b: expected float, got x"
+    assert without_python_types(message) == "a.b: expected float, got x"

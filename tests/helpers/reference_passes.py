@@ -55,7 +55,7 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
     """
     term = build_push_term(config.push_term)
     fused = hidden_states(model, batch, visual_tokens(model, batch, "features"))
-    with torch.no_grad() if term.blocked else nullcontext():
+    with torch.no_grad() if term.stop_gradient else nullcontext():
         geometry = {"merged": "none", "features": "zeros"}[model.zero_geometry]
         short = hidden_states(model, batch, visual_tokens(model, batch, geometry))
         logits_short = model.base.lm_head(short[batch.answer_positions.sample, batch.answer_positions.position])
@@ -105,5 +105,5 @@ def shortcut_of(step: Any, batch: Any, visual: Any, features: Any) -> Any:
         shortcut_visual = step.fuse_shortcut(visual, features)
         answers = step.decode(batch, shortcut_visual) if step.objective.shortcut_decode == "greedy" else None
     with step.shortcut_context(), without_dropout(step.dropouts):
-        states = step.model.answer_hidden_states(batch, shortcut_visual, step.push_term.states)
-    return step.shortcut(batch, states, answers)
+        states = step.model.answer_hidden_states(batch, shortcut_visual, step.push_term.needs_states)
+    return step.shortcut_outputs(batch, states, answers)

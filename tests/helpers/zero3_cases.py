@@ -151,7 +151,7 @@ def whole_gradients(case: Case, config: Any, frontend: Any, samples: dict[str, A
     tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
     step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
     if case.pass_order == "single":
-        step.two_pass = functools.partial(fused_pass_only, model)
+        step.run_passes = functools.partial(fused_pass_only, model)
     stats = []
     for rank in range(len(case.ranks)):
         for batch in batches_of(case, rank, samples, frontend, config):
@@ -235,7 +235,7 @@ def sharded_gradients(
         unfreeze(model)
     engine = make_engine(model, frontend, config, ds_config, device)
     if case.pass_order == "single":
-        engine.module.two_pass = functools.partial(fused_pass_only, model)
+        engine.module.run_passes = functools.partial(fused_pass_only, model)
     del keep_alive
     batches = batches_of(case, dist.get_rank(), samples, frontend, config)
     scale = len(batches) * world / count(case)

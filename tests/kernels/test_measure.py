@@ -18,6 +18,7 @@ from runs import run_ranks
 from w2r2_ds.kernels import measure, select
 from w2r2_ds.kernels.candidates import Candidate, Shapes, make_candidates
 from w2r2_ds.kernels.measure import Measurement, choose, max_error, measurement_table, select_kernels
+from w2r2_ds.kernels.saved_selection import to_manifest
 from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS
 
 GOOD = Measurement("rms_norm", error=1e-3, tolerance=1e-2, torch_seconds=2e-3, kernel_seconds=1e-3)
@@ -154,7 +155,7 @@ def test_triton_is_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def work(folder: Path) -> None:
-    """The ranks have different measurements; in the second selection, Liger is not installed on rank 1."""
+    """Each rank measures another kernel; rank 1 has another GPU than the checkpoint, and at last no Liger."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         dist.init_process_group("gloo")
@@ -162,6 +163,10 @@ def work(folder: Path) -> None:
         own = [[GOOD], [changed(name="swiglu"), changed(error=1.0)]][rank]
         patch.setattr(measure, "measure_all", lambda shapes, device: ("", own))
         found: dict[str, Any] = {"kernels": sorted(select_kernels("auto", lambda: SHAPES, CUDA))}
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU A")
+        saved = to_manifest("auto", frozenset({"swiglu"}), CUDA)
+        patch.setattr(torch.cuda, "get_device_name", lambda device: ["GPU A", "GPU B"][rank])
+        found["resumed"] = sorted(select_kernels("auto", lambda: SHAPES, CUDA, saved))
         if rank == 1:
             patch.setattr(select, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="liger-kernel") as caught:
@@ -176,4 +181,4 @@ def test_all_ranks_use_what_rank_0_measured(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     run_ranks(2, Path(__file__), tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second and first["kernels"] == ["rms_norm"]
+    assert first == second and first["kernels"] == ["rms_norm"] and first["resumed"] == ["swiglu"]

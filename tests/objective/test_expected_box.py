@@ -1,4 +1,4 @@
-"""Expected numbers and the overlap of expected boxes: by hand, by finite differences, and where there is nothing."""
+"""Expected numbers and the overlap of expected boxes: hand values, finite differences, samples without boxes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from host_sync import host_reads
 from w2r2_ds.boxes3d.giou import box_giou
 from w2r2_ds.boxes3d.transforms import camera_to_world
 from w2r2_ds.data.answer_tokens import TokenTables
-from w2r2_ds.objective.expected_box import MOST_DIGIT_TOKENS, expected_numbers, expected_overlap
-from w2r2_ds.objective.similarity import read_numbers
+from w2r2_ds.objective.expected_box import MAX_DIGIT_TOKENS, expected_numbers, expected_overlap
+from w2r2_ds.objective.similarity import predicted_numbers
 
 VALUES = [-0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]
 
@@ -45,12 +45,12 @@ def token(frontend: Any) -> Callable[[str], int]:
 
 
 def sure(labels: Tensor, vocabulary: int) -> Tensor:
-    """``[rows, vocabulary]`` float64 log-probabilities, all on the label."""
+    """``[answer tokens, vocabulary]`` float64 log-probabilities: 1 for the label."""
     return torch.full((len(labels), vocabulary), -math.inf, dtype=torch.float64).scatter(1, labels[:, None], 0.0)
 
 
 def noise(batch: Any, tables: Any, seed: int = 0, trust: float = 6.0) -> Tensor:
-    """``[rows, vocabulary]`` float64 logits that trust the label more or less."""
+    """``[answer tokens, vocabulary]`` float64 random logits, raised by `trust` at the label."""
     labels = batch.answer_positions.label
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(labels), len(tables.digit), generator=draw, dtype=torch.float64)
@@ -58,7 +58,7 @@ def noise(batch: Any, tables: Any, seed: int = 0, trust: float = 6.0) -> Tensor:
 
 
 def mixture(log_p: Tensor, row: Any, shares: dict[int, float]) -> None:
-    """Replace one row by a distribution over few tokens."""
+    """Replace the distribution of one answer token by one over few tokens."""
     log_p[int(row)] = -math.inf
     for index, share in shares.items():
         log_p[int(row), index] = math.log(share)
@@ -68,7 +68,7 @@ def test_certainty_gives_the_labels_numbers(batch: Any, tables: Any) -> None:
     rows = batch.answer_positions
     numbers = expected_numbers(sure(rows.label, len(tables.digit)), rows, tables)
     assert numbers.dtype == torch.float64
-    torch.testing.assert_close(numbers, read_numbers(rows.label, rows, tables), atol=1e-12, rtol=0)
+    torch.testing.assert_close(numbers, predicted_numbers(rows.label, rows, tables), atol=1e-12, rtol=0)
     assert numbers[0].tolist() == pytest.approx([2, *VALUES], abs=1e-12)
     assert numbers[1].tolist() == pytest.approx([12, *VALUES[:3], 103.25, *VALUES[4:]], abs=1e-12)
 
@@ -85,14 +85,14 @@ def test_mixture_by_hand(batch: Any, tables: Any, token: Callable[[str], int]) -
     """3.02 and -2.32, and a frame of two digits."""
     rows = batch.answer_positions
     log_p = sure(rows.label, len(tables.digit))
-    # A quarter of the whole goes to digits: 2 and 3 in shares of 0.2 and 0.8 of it; the rest is not about the digit.
+    # A quarter of the probability is on digits, 0.2 of it on 2 and 0.8 on 3; the rest is on other tokens.
     mixture(log_p, rows.digit[0, 3, 0], {token("2"): 0.05, token("3"): 0.2, token(","): 0.5, token("}"): 0.25})
     mixture(log_p, rows.digit[0, 3, 3], {token("0"): 0.5, token("9"): 0.5})
     # The sign of -2.32: a minus with probability 0.7 of the whole.
     mixture(log_p, rows.sign[0, 7], {token("-"): 0.7, token("Ġ"): 0.1, token("3"): 0.2})
     mixture(log_p, rows.digit[1, 0, 1], {token("1"): 0.1, token("2"): 0.9})
     numbers = expected_numbers(log_p, rows, tables)
-    certain = read_numbers(rows.label, rows, tables)
+    certain = predicted_numbers(rows.label, rows, tables)
     expected = certain.clone()
     expected[0, 3] = (0.2 * 2 + 0.8 * 3) + 0.0 + 0.01 * 4.5
     expected[0, 7] = (1 - 2 * 0.7) * 2.32
@@ -112,20 +112,18 @@ def test_tokens_that_spell_the_same_digit_count_together(batch: Any, tables: Any
     assert float(numbers[0, 3]) == pytest.approx((0.4 * 2 + 0.4 * 3) / 0.8 + 0.02, abs=1e-12)
 
 
-def test_too_many_digit_tokens_are_not_left_out_in_silence(batch: Any, tables: Any) -> None:
+def test_too_many_digit_tokens_give_nan(batch: Any, tables: Any) -> None:
     rows = batch.answer_positions
     digit = tables.digit.clone()
-    digit[: MOST_DIGIT_TOKENS + 1] = 5
-    assert len(digit) > MOST_DIGIT_TOKENS + 10
+    digit[: MAX_DIGIT_TOKENS + 1] = 5
+    assert len(digit) > MAX_DIGIT_TOKENS + 10
     log_p = torch.log_softmax(noise(batch, tables), -1)
     assert expected_numbers(log_p, rows, TokenTables(digit, tables.minus)).isnan().all()
 
 
 @pytest.mark.parametrize("depth", [100.0, 3000.0])
-def test_digits_may_be_as_unlikely_as_they_like(
-    batch: Any, tables: Any, token: Callable[[str], int], depth: float
-) -> None:
-    """In float32, e^-104 is 0. Shares of the digits are what counts, and they keep their gradient."""
+def test_very_unlikely_digits(batch: Any, tables: Any, token: Callable[[str], int], depth: float) -> None:
+    """In float32, e^-104 is 0. Only the ratios of the digits matter, and they keep their gradient."""
     rows = batch.answer_positions
     row = int(rows.digit[0, 3, 0])
     logits = torch.where(sure(rows.label, len(tables.digit)) == 0, 20.0, 0.0).float()
@@ -165,8 +163,8 @@ def test_gradient_of_numbers_matches_finite_differences(batch: Any, tables: Any)
     assert torch.autograd.gradcheck(numbers, (logits,), eps=1e-6, atol=1e-7, fast_mode=True)
 
 
-def test_gradient_reaches_digit_tokens_and_signs_alone(batch: Any, tables: Any) -> None:
-    """And there digit tokens and minus tokens alone. Log-probabilities are leaves here, so nothing is normalised."""
+def test_only_digit_tokens_and_signs_have_a_gradient(batch: Any, tables: Any) -> None:
+    """At these positions, only digits and minus signs of the vocabulary. Log-probabilities are leaves here."""
     rows = batch.answer_positions
     log_p = torch.log_softmax(noise(batch, tables, trust=2.0), -1).requires_grad_()
     expected_numbers(log_p, rows, tables).sum().backward()
@@ -217,7 +215,7 @@ def test_gradient_of_overlap_matches_finite_differences(batch_of: Any, samples: 
 
 @pytest.mark.slow
 def test_ascent_finds_the_box(batch_of: Any, samples: list[Any], tables: Any) -> None:
-    """From digits that hardly know the label, and no overlap, GIoU alone leads to one."""
+    """From nearly uninformative digits and no overlap, ascent on GIoU leads to an overlap."""
     batch = batch_of(samples[:1])
     logits = noise(batch, tables, trust=2.0).requires_grad_()
     optimiser = torch.optim.Adam([logits], lr=0.1)
@@ -263,8 +261,8 @@ def test_a_size_that_is_negative_is_far_away_without_a_gradient(
     assert gradient.isfinite().all() and not gradient[rows.sample == 0].any()
 
 
-def test_waits_for_nothing(batch_of: Any, samples: list[Any], tables: Any) -> None:
-    """Not in the backward pass either; and tensors without values tell a read that the watch has no name for."""
+def test_no_synchronization(batch_of: Any, samples: list[Any], tables: Any) -> None:
+    """Forward and backward; the meta device, which has no values, works too."""
     batch = batch_of(samples)
     log_p = torch.log_softmax(noise(batch, tables), -1).requires_grad_()
     assert not host_reads(lambda: expected_overlap(log_p, batch, tables)[1].sum().backward())

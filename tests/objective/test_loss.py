@@ -1,4 +1,4 @@
-"""The total, for every push term: it does not depend on the composition of batches, and detached means detached."""
+"""The total loss of every push term: independent of the composition of batches, and detached where it must be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from objectives import objective_config
-from w2r2_ds.objective.loss import STATS, Outputs, read_shortcut, sample_weights, w2r2_loss
+from w2r2_ds.objective.loss import STATS, PassOutputs, sample_weights, score_shortcut, w2r2_loss
 from w2r2_ds.objective.push_terms import PUSH_TERMS, build_push_term
 from w2r2_ds.objective.scorer import Scorer
 
@@ -21,7 +21,7 @@ GATED = [name for name, term in PUSH_TERMS.items() if term.gated]
 
 @dataclass
 class Total:
-    """A loss with its statistics and the gradients of what went in, rows first, then what positions."""
+    """A loss, its statistics, and gradients of logits and hidden states of both passes."""
 
     loss: Tensor
     stats: Tensor
@@ -36,7 +36,7 @@ class Total:
 
 @pytest.fixture
 def total(batch_of: Any, tables: Any, frontend: Any) -> Callable[..., Total]:
-    """`total(samples, sure=30.0, batch=None, **objective)`: passes made of noise that depends on the sample alone.
+    """`total(samples, sure=30.0, batch=None, **objective)`: loss of random logits that depend on the sample only.
 
     The fused pass leans towards the label; the shortcut is certain of it (`sure` > 0) or of anything else.
     """
@@ -61,8 +61,8 @@ def total(batch_of: Any, tables: Any, frontend: Any) -> Callable[..., Total]:
         config = objective_config(**changes)
         scorer = Scorer(tables, frontend.tokenizer, config)
         term = build_push_term(config.push_term)
-        shortcut = read_shortcut(Outputs(short, short_states if term.states else None), batch, term, scorer)
-        outputs = Outputs(fused, fused_states if term.states else None)
+        shortcut = score_shortcut(PassOutputs(short, short_states if term.needs_states else None), batch, term, scorer)
+        outputs = PassOutputs(fused, fused_states if term.needs_states else None)
         loss, stats = w2r2_loss(outputs, shortcut, batch, config, term, scorer)
         loss.backward()
         assert not stats.requires_grad and stats.shape == (len(samples), len(STATS))
@@ -86,7 +86,7 @@ def test_no_gradient_reaches_the_shortcut(samples: list[Any], total: Callable[..
     + [(push, changes) for push in GATED for changes in ({"mu": 0.999}, {"sure": -30.0})],
 )
 def test_equal_to_none(samples: list[Any], total: Callable[..., Total], push: str, changes: dict[str, Any]) -> None:
-    """Without weight; and, where h gates, without a sample above mu and where the shortcut is wrong."""
+    """With lambda 0; and for gated terms, if no sample is above mu or the shortcut is wrong."""
     sure = {"sure": changes["sure"]} if "sure" in changes else {}
     ours, plain = total(samples, push=push, **changes), total(samples, push="none", **sure)
     assert torch.equal(ours.loss, plain.loss) and torch.equal(ours.fused, plain.fused)
@@ -112,10 +112,10 @@ def test_literal_adds_lambda_h_and_nothing_to_any_gradient(samples: list[Any], t
 
 
 @pytest.mark.parametrize("push", ["margin", "pseudo_label", "poe"])
-def test_where_terms_touch_where_rows_only(
+def test_where_terms_have_gradients_at_where_tokens_only(
     samples: list[Any], batch_of: Any, total: Callable[..., Total], push: str
 ) -> None:
-    # Wrong guesses, or there is nothing to say; only `margin` wants right ones.
+    # The terms need wrong guesses of the shortcut to be non-zero, except `margin`, which needs correct ones.
     sure = 30.0 if push == "margin" else -3.0
     ours, plain = (total(samples, push=name, margin=30.0, sure=sure, mu=0.0) for name in (push, "none"))
     changed = (ours.fused != plain.fused).any(-1)
@@ -126,7 +126,7 @@ def test_where_terms_touch_where_rows_only(
 @pytest.mark.parametrize("push", PUSH_TERMS)
 @pytest.mark.parametrize("reduction", ["sample", "token"])
 def test_split_order_and_padding(samples: list[Any], total: Callable[..., Total], push: str, reduction: str) -> None:
-    """Together, alone and in the other order: equal up to the order of float32 sums."""
+    """In one batch, one by one and in reverse order: equal up to the order of float32 sums."""
     changes = {"push": push, "reduction": reduction, "margin": 30.0}
     together = total(samples, **changes)
     alone = [total([sample], **changes) for sample in samples]
@@ -143,7 +143,7 @@ def test_split_order_and_padding(samples: list[Any], total: Callable[..., Total]
 def test_empty_sets_give_numbers(
     samples: list[Any], batch_of: Any, total: Callable[..., Total], push: str, hidden: str
 ) -> None:
-    """No where rows, no digit tokens, no description: finite, and untouched where there is nothing to push."""
+    """Without *where* tokens, digit tokens or description: finite, and 0 for the terms that need them."""
     batch = batch_of(samples[:2])
     rows = batch.answer_positions
     if hidden == "where":
@@ -161,13 +161,13 @@ def test_empty_sets_give_numbers(
         assert value.isfinite().all()
     if hidden == "where" and push in ("margin", "pseudo_label", "poe"):
         assert not result.column("push").any()
-    if hidden == "numbers":  # no answer can be read
+    if hidden == "numbers":  # no answer has a box
         assert not result.column("s_short").any() and result.column("invalid_short").all()
         assert not result.column("push").any() or push in ("pseudo_label", "poe")
 
 
 def test_reductions_by_hand(samples: list[Any], batch_of: Any, total: Callable[..., Total]) -> None:
-    """`sample`: every sample's mean counts once. `token`: by its tokens, so that align is the mean over tokens."""
+    """`sample`: all samples have weight 1. `token`: the weight is the number of tokens."""
     by_sample, by_token = total(samples, reduction="sample"), total(samples, reduction="token")
     assert torch.equal(by_sample.stats, by_token.stats)
     batch = batch_of(samples)
@@ -181,7 +181,7 @@ def test_reductions_by_hand(samples: list[Any], batch_of: Any, total: Callable[.
 def test_token_reduction_is_the_mean_over_tokens(
     samples: list[Any], batch_of: Any, total: Callable[..., Total]
 ) -> None:
-    """VG-LLM's: each row has the same share of the gradient."""
+    """As in VG-LLM: each answer token has the same weight in the gradient."""
     result = total(samples, push="none", reduction="token")
     rows = batch_of(samples).answer_positions
     # d(-log p) / d logit of the label is p - 1, for any length of the sample.
@@ -200,7 +200,7 @@ def test_statistics_add_up(samples: list[Any], total: Callable[..., Total]) -> N
 
 
 def test_invalid_answers_are_counted_and_have_no_similarity(samples: list[Any], total: Callable[..., Total]) -> None:
-    """A shortcut that is sure of anything but the label writes no box."""
+    """A shortcut that is certain of other tokens than the label predicts no valid box."""
     result = total(samples, sure=-30.0)
     assert ((result.column("s_short") == 0) | (result.column("invalid_short") == 0)).all()
     assert result.column("invalid_short").any()

@@ -1,4 +1,4 @@
-"""Push terms as pure functions: hand values, finite differences, where they are zero, never NaN."""
+"""Push terms as pure functions: hand values, finite differences, zeros, no NaN."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ HAND = {
     # l: ln 2 in all three rows of sample 0; -ln 0.8; -ln 0.4; ln 2.
     "reweight": [0.15 * LN2, -0.3 * math.log(0.8), -0.45 * math.log(0.4), 0.0],
     "downweight": [-0.15 * LN2, 0.3 * math.log(0.8), 0.45 * math.log(0.4), 0.0],
-    # Sample 0 leads by (ln 2 + 0) / 2; sample 1 by ln 8 > 1; sample 2 has no where row; 3 is below mu.
+    # Sample 0 exceeds by (ln 2 + 0) / 2; sample 1 by ln 8 > 1; sample 2 has no where token; 3 is below mu.
     "margin": [1.5 * (1 - LN2 / 2), 0.0, 0.0, 0.0],
     # Sample 0: only row 1 differs, p' = 0.5 and p = 0.25; sample 1: p' = 0.8, p = 0.1; sample 3: p' = 0.5, p = 0.25.
     "pseudo_label": [-0.75 * math.log(0.75), -1.2 * math.log(0.9), 0.0, -0.75 * math.log(0.75)],
@@ -113,7 +113,7 @@ def leaves_of(inputs: PushInputs) -> tuple[Tensor, ...]:
     assert inputs.states is not None and inputs.overlaps is not None
     noise = torch.Generator().manual_seed(0)
     start = (inputs.log_p, inputs.states.fused, inputs.overlaps.giou, inputs.overlaps.iou_short)
-    # Away from the kinks of the hand-made values.
+    # Away from the kinks of max(0, x) at the hand values.
     return tuple((x + 0.05 * torch.rand(x.shape, dtype=x.dtype, generator=noise)).requires_grad_() for x in start)
 
 
@@ -176,7 +176,7 @@ def test_gradient_against_finite_differences(inputs: PushInputs, name: str) -> N
     leaves = leaves_of(inputs)
 
     def total(*leaves: Tensor) -> Tensor:
-        # The constant keeps a graph for push terms without one.
+        # The constant provides a graph for push terms without one.
         return push_term(name)(differentiable(inputs, leaves)) + 0 * leaves[0].sum()
 
     assert torch.autograd.gradcheck(total, leaves, atol=1e-8, rtol=1e-6)
@@ -187,7 +187,7 @@ def test_gradient_against_finite_differences(inputs: PushInputs, name: str) -> N
 
 
 @pytest.mark.parametrize("name", PUSH_TERMS)
-def test_nothing_without_weight(inputs: PushInputs, name: str) -> None:
+def test_zero_without_weight(inputs: PushInputs, name: str) -> None:
     leaves = leaves_of(inputs)
     values = push_term(name)(differentiable(replace(inputs, lambda_det=0.0), leaves))
     assert values.tolist() == [0.0] * 4
@@ -196,7 +196,7 @@ def test_nothing_without_weight(inputs: PushInputs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUSH_TERMS)
-def test_nothing_below_mu_where_h_gates(inputs: PushInputs, name: str) -> None:
+def test_gated_terms_are_zero_below_mu(inputs: PushInputs, name: str) -> None:
     leaves = leaves_of(inputs)
     values = push_term(name)(differentiable(replace(inputs, det=torch.zeros_like(inputs.det)), leaves))
     gradients = torch.autograd.grad((values + 0 * leaves[0].sum()).sum(), leaves, allow_unused=True)
@@ -209,7 +209,7 @@ def test_nothing_below_mu_where_h_gates(inputs: PushInputs, name: str) -> None:
     "case", ["no where", "no rows of a sample", "no states", "iou 0", "iou 1", "sure", "sure and wrong"]
 )
 def test_no_nan(inputs: PushInputs, name: str, case: str) -> None:
-    """Finite values and gradients in float32 where sets are empty, boxes match or miss, probabilities are 0 or 1."""
+    """Finite values and gradients in float32 with empty sets, equal or disjoint boxes, probabilities 0 or 1."""
     assert inputs.states is not None and inputs.overlaps is not None
     leaves = [leaf.detach().float() for leaf in leaves_of(inputs)]
     inputs = cast(inputs, torch.float32)
@@ -239,7 +239,7 @@ def test_no_nan(inputs: PushInputs, name: str, case: str) -> None:
 
 
 def cast(inputs: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors of nested records in another dtype."""
+    """Convert the floating-point tensors of nested dataclasses to another dtype."""
     if isinstance(inputs, Tensor):
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
     if isinstance(inputs, PushInputs | States | Overlaps):
@@ -248,13 +248,13 @@ def cast(inputs: Any, dtype: torch.dtype) -> Any:
 
 
 def test_the_hinge_bounds_downweight(inputs: PushInputs) -> None:
-    """At the most the whole sample is forgotten, never learned backwards."""
+    """The total weight of a sample is at least 0."""
     heavy = replace(inputs, lambda_det=50.0)
     total = inputs.cross_entropy + push_term("downweight")(heavy)
     assert total.tolist() == pytest.approx([0.0, 0.0, 0.0, LN2])
 
 
-def test_poe_asks_nothing_where_the_shortcut_is_sure_and_right(inputs: PushInputs) -> None:
+def test_poe_has_no_gradient_where_the_shortcut_is_certain_and_correct(inputs: PushInputs) -> None:
     short = torch.full((6, 3), -200.0, dtype=torch.float64).scatter(-1, inputs.label[:, None], 0.0)
     logits = inputs.log_p.clone().requires_grad_()
     push_term("poe")(replace(inputs, log_p=torch.log_softmax(logits, -1), log_p_short=short)).sum().backward()

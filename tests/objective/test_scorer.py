@@ -1,4 +1,4 @@
-"""s of mixed batches: every kind by its own measure, every option heard."""
+"""Similarity s of batches with several kinds of answers, for every configured measure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_teacher_forced_labels_are_right_for_every_kind(
     batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any, frontend: Any
 ) -> None:
     batch = batch_of([samples[0], caption_sample, answer_sample])
-    score = Scorer(tables, frontend.tokenizer, objective_config()).teacher(batch.answer_positions.label, batch)
+    score = Scorer(tables, frontend.tokenizer, objective_config()).teacher_forced(batch.answer_positions.label, batch)
     assert score.s.tolist() == [pytest.approx(1, abs=0.05), 1.0, 1.0] and score.valid.all()
 
 

@@ -1,4 +1,4 @@
-"""Reading numbers off teacher-forced predictions, and the similarity of what was read."""
+"""Numbers and texts of teacher-forced predictions, and IoU of teacher-forced and decoded boxes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from w2r2_ds.objective.similarity import (
     grounding_similarity,
     has_numbers,
     has_text,
-    read_numbers,
-    read_texts,
-    similarity,
+    predicted_numbers,
+    predicted_texts,
 )
-from w2r2_ds.objective.text_similarity import text_similarity
 
 FRAME, X = 0, 1
 VALUES = "[-0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]"
@@ -53,7 +51,7 @@ def change(frontend: Any, batch: Any) -> Any:
 
 
 def test_all_right(batch: Any, tables: Any) -> None:
-    numbers = read_numbers(batch.answer_positions.label, batch.answer_positions, tables)
+    numbers = predicted_numbers(batch.answer_positions.label, batch.answer_positions, tables)
     assert numbers.dtype == torch.float64
     expected = [2, -0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]
     assert numbers[0].tolist() == pytest.approx(expected)
@@ -63,7 +61,7 @@ def test_all_right(batch: Any, tables: Any) -> None:
 @pytest.mark.parametrize(
     ("sample", "number", "position", "token", "value"),
     [
-        # The first wrong digit ends the number, half a unit is added: 3.02 with 2 first reads as 2.5, not 2.02.
+        # The number is cut at the first wrong digit and half a unit is added: 3.02 with 2 first is 2.5, not 2.02.
         (0, 3, 0, "2", 2.5),
         (0, 3, 2, "9", 3.95),
         (0, 3, 3, "8", 3.085),
@@ -71,7 +69,7 @@ def test_all_right(batch: Any, tables: Any) -> None:
         (0, 2, 0, "2", 25.0),
         (0, 2, 1, "3", 13.5),
         (1, 4, 1, "7", 175.0),
-        # It ends early: read as far as it goes.
+        # The number ends early.
         (0, 3, 1, ",", 3.0),
         (0, 3, 3, ",", 3.0),
         (0, 2, 1, ",", 1.0),
@@ -79,7 +77,7 @@ def test_all_right(batch: Any, tables: Any) -> None:
         (1, 4, 1, ",", 1.0),
         (1, 4, 2, ",", 10.0),
         (0, 3, 0, ",", 0.0),
-        # It goes on where the label does not.
+        # The number continues after the label's end.
         (0, 3, 1, "7", 37.5),
         (0, 1, 1, "4", -4.5),
         (0, 3, 4, "6", 3.0265),
@@ -97,19 +95,21 @@ def test_one_wrong_token(
     batch: Any, tables: Any, change: Any, sample: int, number: int, position: int, token: str, value: float
 ) -> None:
     predicted = change(sample, number, position, token)
-    numbers = read_numbers(predicted, batch.answer_positions, tables)
+    numbers = predicted_numbers(predicted, batch.answer_positions, tables)
     assert float(numbers[sample, number]) == pytest.approx(value)
-    numbers[sample, number] = read_numbers(batch.answer_positions.label, batch.answer_positions, tables)[sample, number]
-    assert torch.equal(numbers, read_numbers(batch.answer_positions.label, batch.answer_positions, tables))
+    numbers[sample, number] = predicted_numbers(batch.answer_positions.label, batch.answer_positions, tables)[
+        sample, number
+    ]
+    assert torch.equal(numbers, predicted_numbers(batch.answer_positions.label, batch.answer_positions, tables))
 
 
 def test_later_digits_do_not_count_after_a_wrong_one(batch: Any, tables: Any, change: Any, frontend: Any) -> None:
-    """2.98 for 3.02: of the tokens 2 . 9 8 only the first is believed, the others were conditioned on the 3."""
+    """2.98 for 3.02: of the tokens 2 . 9 8 only the first counts, the others were conditioned on the 3."""
     rows = batch.answer_positions
     predicted = change(0, 3, 0, "2")
     for position, token in ((2, "9"), (3, "8")):
         predicted[rows.digit[0, 3, position]] = frontend.tokenizer.convert_tokens_to_ids(token)
-    assert float(read_numbers(predicted, rows, tables)[0, 3]) == 2.5
+    assert float(predicted_numbers(predicted, rows, tables)[0, 3]) == 2.5
 
 
 def test_wrong_signs(batch: Any, tables: Any, frontend: Any) -> None:
@@ -117,18 +117,18 @@ def test_wrong_signs(batch: Any, tables: Any, frontend: Any) -> None:
     minus, space = frontend.tokenizer.convert_tokens_to_ids("-"), frontend.tokenizer.convert_tokens_to_ids("Ġ")
     predicted = rows.label.clone()
     predicted[rows.sign[0, X]], predicted[rows.sign[0, 7]], predicted[rows.sign[0, 2]] = space, space, minus
-    numbers = read_numbers(predicted, rows, tables)
+    numbers = predicted_numbers(predicted, rows, tables)
     assert numbers[0, [X, 7, 2]].tolist() == pytest.approx([0.63, 2.32, -12.4])
 
 
 def test_any_end_of_a_number_is_right(batch: Any, tables: Any, frontend: Any) -> None:
-    """What follows a number is not its own: another comma or bracket does not change it."""
+    """The token after a number is not part of it: another comma or bracket does not change the number."""
     rows = batch.answer_positions
-    labels = read_numbers(rows.label, rows, tables)
+    labels = predicted_numbers(rows.label, rows, tables)
     for token in ("]", "}", "<|im_end|>", "."):
         predicted = rows.label.clone()
         predicted[rows.digit.amax(-1).flatten() + 1] = frontend.tokenizer.convert_tokens_to_ids(token)
-        signs = read_numbers(predicted, rows, tables).abs() == labels.abs()
+        signs = predicted_numbers(predicted, rows, tables).abs() == labels.abs()
         assert signs.all()
 
 
@@ -139,13 +139,13 @@ def test_correct_predictions_have_similarity_one_up_to_rounding(batch_of: Any, s
     assert valid.tolist() == [True] * 3
 
 
-def test_similarity_is_that_of_the_box_that_was_read(batch_of: Any, samples: list[Any], tables: Any) -> None:
+def test_similarity_is_the_iou_of_the_predicted_box(batch_of: Any, samples: list[Any], tables: Any) -> None:
     batch = batch_of(samples)
     rows = batch.answer_positions
     predicted = rows.label.clone()
     digit = int((tables.digit == 0).nonzero()[0, 0])
-    predicted[rows.digit[:, 4, 0]] = digit  # the first size, 1.2, reads as 0.5
-    numbers = read_numbers(predicted, rows, tables).numpy()
+    predicted[rows.digit[:, 4, 0]] = digit  # the first size becomes 0.5 instead of 1.2
+    numbers = predicted_numbers(predicted, rows, tables).numpy()
     assert (numbers[:, 4] == 0.5).all()
     s, _ = grounding_similarity(predicted, batch, tables)
     for index, sample in enumerate(samples):
@@ -191,17 +191,17 @@ def test_noise_is_never_nan(batch_of: Any, samples: list[Any], tables: Any) -> N
 
 @pytest.fixture
 def mixed(batch_of: Any, samples: list[Any]) -> Any:
-    """A caption (which has digits, and row 0), a box, a short answer without frames."""
+    """A caption (with digits, and answer token 0), a box, a short answer without frames."""
     caption = replace(samples[0], answer="7 red chairs.", kind="caption", target=None, what=(0, 0))
     nowhere = {"frames": (), "cam_to_world": np.zeros((0, 4, 4)), "what": (0, 0)}
     answer = replace(samples[1], answer="brown", kind="answer", target=None, **nowhere)
     return batch_of([caption, samples[1], answer])
 
 
-def test_samples_without_numbers_have_none_and_disturb_none(
+def test_samples_without_numbers_do_not_change_others(
     mixed: Any, batch_of: Any, samples: list[Any], tables: Any, frontend: Any
 ) -> None:
-    """Row 0, to which absent numbers point, is the caption's: a prediction there is not a number."""
+    """Padding refers to answer token 0, which is in the caption: a prediction there is no number."""
     rows = mixed.answer_positions
     assert has_numbers(rows).tolist() == [False, True, False]
     labels, _ = grounding_similarity(rows.label, mixed, tables)
@@ -210,7 +210,7 @@ def test_samples_without_numbers_have_none_and_disturb_none(
     for text in ("9", "-", ".", ","):
         predicted = rows.label.clone()
         predicted[rows.sample != 1] = frontend.tokenizer.convert_tokens_to_ids(text)
-        numbers = read_numbers(predicted, rows, tables)
+        numbers = predicted_numbers(predicted, rows, tables)
         assert not numbers[[0, 2]].any() and numbers[1].any()
         s, valid = grounding_similarity(predicted, mixed, tables)
         assert s.tolist() == [0, float(labels[1]), 0]
@@ -222,12 +222,12 @@ def test_digit_tokens_of_no_width_at_all(mixed: Any, tables: Any) -> None:
     empty = replace(
         rows, digit=rows.digit[..., :0], place_value=rows.place_value[..., :0], sign=torch.zeros_like(rows.sign)
     )
-    assert not read_numbers(rows.label, empty, tables).any()
+    assert not predicted_numbers(rows.label, empty, tables).any()
     s, valid = grounding_similarity(rows.label, replace(mixed, optional_answer_positions=empty), tables)
     assert not s.any() and not valid.any()
 
 
-def test_decoded_answers_are_read_strictly(batch_of: Any, samples: list[Any]) -> None:
+def test_decoded_answers_are_parsed_strictly(batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples)
     assert batch.cam_to_world[1, 3].isnan().all()  # the second sample has three frames, the last one twelve
     right = [sample.answer for sample in samples]
@@ -256,7 +256,7 @@ def test_decoded_answers_are_read_strictly(batch_of: Any, samples: list[Any]) ->
         assert 0 <= other[1] < s[1]
 
 
-def test_decoded_reading_looks_at_grounding_alone(mixed: Any, samples: list[Any]) -> None:
+def test_only_grounding_answers_are_parsed(mixed: Any, samples: list[Any]) -> None:
     s, valid = decoded_grounding_similarity([samples[1].answer] * 3, mixed)
     assert valid.tolist() == [False, True, False]
     assert s[1] > 0.95 and not s[[0, 2]].any()
@@ -274,36 +274,28 @@ def test_texts_of_teacher_forced_predictions(mixed: Any, frontend: Any) -> None:
         return frontend.tokenizer.decode(tokens, skip_special_tokens=True)
 
     rows = mixed.answer_positions
-    assert read_texts(rows.label, mixed, decode) == ["7 red chairs.", "", "brown"]
+    assert has_text(mixed)
+    assert predicted_texts(rows.label, mixed, decode) == ["7 red chairs.", "", "brown"]
     wrong = rows.label.clone()
     wrong[0] = frontend.tokenizer.convert_tokens_to_ids("2")
     wrong[(rows.sample == 2).nonzero()[0]] = frontend.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert read_texts(wrong, mixed, decode) == ["2 red chairs.", "", ""]
+    assert predicted_texts(wrong, mixed, decode) == ["2 red chairs.", "", ""]
     longer = rows.label.clone()
     longer[(rows.sample == 2).nonzero()[-1]] = frontend.tokenizer.convert_tokens_to_ids(".")
-    assert read_texts(longer, mixed, decode)[2] == "brown."
+    assert predicted_texts(longer, mixed, decode)[2] == "brown."
 
 
-def test_mixed_batch(mixed: Any, tables: Any) -> None:
-    grounding, _ = grounding_similarity(mixed.answer_positions.label, mixed, tables)
-    texts = ["7 blue chairs.", "this text is not used", "Brown."]
-    text = text_similarity(texts, mixed.answers, mixed.tasks, mixed.kinds, "rouge_l", "exact_match")
-    assert has_text(mixed)
-    assert similarity(grounding, text).tolist() == [pytest.approx(2 / 3), float(grounding[1]), 1.0]
-    assert similarity(grounding, None) is grounding
-
-
-def test_grounding_waits_for_nothing(batch_of: Any, samples: list[Any], tables: Any) -> None:
-    """On a device without values a host read would fail, and the host's reads of values have names."""
+def test_grounding_does_not_synchronize(batch_of: Any, samples: list[Any], tables: Any) -> None:
+    """No host read on the CPU, and the meta device, which has no values, works."""
     batch = batch_of(samples)
     assert not has_text(batch)
-    assert read_texts(batch.answer_positions.label, batch, front_is_not_asked) == ["", "", ""]
+    assert predicted_texts(batch.answer_positions.label, batch, must_not_decode) == ["", "", ""]
     assert not host_reads(lambda: grounding_similarity(batch.answer_positions.label, batch, tables))
     meta = batch.to(torch.device("meta"))
     s, valid = grounding_similarity(meta.answer_positions.label, meta, tables.to(torch.device("meta")))
     assert s.shape == valid.shape == (3,)
-    assert read_texts(meta.answer_positions.label, meta, front_is_not_asked) == ["", "", ""]
+    assert predicted_texts(meta.answer_positions.label, meta, must_not_decode) == ["", "", ""]
 
 
-def front_is_not_asked(tokens: list[int]) -> str:
+def must_not_decode(tokens: list[int]) -> str:
     raise AssertionError(tokens)

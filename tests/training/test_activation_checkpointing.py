@@ -34,7 +34,7 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_config: Any, batch_of: Any) -> Any:
-    """Per mode: loss, gradients, bytes that the forward pass keeps on the device, layers that ran twice."""
+    """By mode: loss, gradients, bytes on the device after the forward pass, layers that ran twice."""
 
     folder = tmp_path_factory.mktemp("recompute")
     texts = [text for sample in samples for text in (sample.question, sample.answer)]
@@ -51,12 +51,12 @@ def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_co
 
 
 def one_step(step: W2R2Step, batch: Any, mode: tuple[int, bool] | None) -> dict[str, Any]:
-    """A step with dropout, whose masks the seed decides."""
+    """A step with dropout, whose masks are determined by the seed."""
     layers = step.model.base.model.language_model.layers
-    if mode is not None:  # the first mode leaves the layers as they are
+    if mode is not None:  # the first mode has no checkpointing
         recompute(layers, *mode, step.checkpoint_contexts)
     ran = [0] * LAYERS
-    hooks = [  # inside the checkpoint of a layer, which its own hooks are not
+    hooks = [  # hooks of a child, which runs inside the layer's checkpoint; the layer's own hooks do not
         layer.self_attn.q_proj.register_forward_hook(lambda *_, at=at: ran.__setitem__(at, ran[at] + 1))
         for at, layer in enumerate(layers)
     ]
@@ -75,7 +75,7 @@ def one_step(step: W2R2Step, batch: Any, mode: tuple[int, bool] | None) -> dict[
 
 
 class Kept:
-    """Bytes of the storages that a graph keeps, each counted once; parameters live anyway."""
+    """Bytes of the storages that an autograd graph keeps, each counted once, without parameters."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -89,14 +89,14 @@ class Kept:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.seen:
             self.seen.add(storage.data_ptr())
-            self.alive.append(tensor)  # so that no other storage takes its place
+            self.alive.append(tensor)  # so that no other storage gets the same address
             self.bytes += storage.nbytes()
         return tensor
 
 
 @pytest.mark.parametrize("mode", list(MODES))
 def test_every_mode_gives_the_same_step(found: Any, mode: str) -> None:
-    """To the last bit: a recomputed layer draws the masks of its dropout again."""
+    """Bitwise identical: a recomputed layer draws its dropout masks again."""
     plain, other = found[0]["none"], found[0][mode]
     assert torch.equal(other["loss"], plain["loss"])
     assert all(torch.equal(gradient, plain["gradients"][name]) for name, gradient in other["gradients"].items())
@@ -104,7 +104,7 @@ def test_every_mode_gives_the_same_step(found: Any, mode: str) -> None:
 
 
 def test_selected_layers_are_recomputed(found: Any) -> None:
-    """The last one never does (models/qwen2_5_vl/last_layer.py)."""
+    """The last layer never is (models/qwen2_5_vl/last_layer.py)."""
     again = {name: result["again"] for name, result in found[0].items()}
     assert again == {
         "none": [],
@@ -117,7 +117,7 @@ def test_selected_layers_are_recomputed(found: Any) -> None:
 
 
 def test_memory_of_kept_activations(found: Any) -> None:
-    """Fewer bytes with every layer that runs again, and offloading takes the inputs of these layers off the device."""
+    """Fewer bytes with every recomputed layer; offloading moves the inputs of these layers off the device."""
     kept = {name: result["kept"] for name, result in found[0].items()}
     print(kept)
     order = ["none", "every fourth", "every second", "every layer", "offloaded"]
@@ -129,7 +129,7 @@ def test_memory_of_kept_activations(found: Any) -> None:
 
 
 def test_overrides_before_run_inside_and_overrides_after_replace() -> None:
-    """Of model.kernels, which are run again too; of a pass, for which alone they hold. Without a graph, once."""
+    """Overrides of model.kernels are recomputed too; those of a pass are temporary. Without a graph each runs once."""
     calls: list[str] = []
     layers = [torch.nn.Linear(3, 3) for _ in range(3)]
     for index, layer in enumerate(layers):

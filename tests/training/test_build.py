@@ -16,11 +16,12 @@ from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.evaluation.validator import AnswerValidation
 from w2r2_ds.training import build
+from w2r2_ds.training.checkpoint.manifest import step_folder, write_manifest
 
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A group of one rank, whose model must not be built."""
+    """A process group of one rank; building the model raises AssertionError."""
 
     def fail(*_: Any) -> None:
         raise AssertionError("the weights are loaded")
@@ -75,6 +76,26 @@ def test_the_frame_sizes_of_both_encoders_are_logged(
 )
 def test_options(world: World, tmp_path: Path, one_process: None, changes: dict[str, object], said: str) -> None:
     assert said in build_error(world, tmp_path / "out", **changes)
+
+
+def test_a_resumed_run_builds_its_model_with_the_kernels_of_the_checkpoint(
+    world: World, tmp_path: Path, one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = {"names": ["swiglu"], "device": "GPU A"}
+    checkpoint = step_folder(tmp_path, 10)
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, {"world_size": 1, "zero_stage": 3, "kernels": kernels}, {})
+    passed: list[Any] = []
+
+    def built(*arguments: Any) -> None:
+        passed.extend(arguments)
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr(build, "build_model", built)
+    with pytest.raises(AssertionError, match="the weights are loaded"):
+        config = load_config(DEMO_RECIPE, world.arguments(tmp_path, resume="auto"))
+        build.build_run(config, str(ZERO3), AnswerValidation)
+    assert passed[-1] == kernels
 
 
 def test_the_deepspeed_json(world: World, tmp_path: Path, one_process: None) -> None:

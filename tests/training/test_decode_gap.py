@@ -1,4 +1,4 @@
-"""The decode gap's means, on simulated ranks."""
+"""Means of the decode gap, on simulated ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ S = {"four": (0.9, 0.5), "three": (0.2, 0.4), "twelve": (0.6, 0.0)}
 
 
 class Engine:
-    """Answers for the step; notes what it was given and in which mode."""
+    """Stub of the engine that records its inputs and modes."""
 
     def __init__(self) -> None:
         self.training, self.seen = True, []
@@ -45,14 +45,14 @@ def test_means_over_the_same_samples_on_any_number_of_ranks(
     micro: int,
     wanted: int,
 ) -> None:
-    """Every rank makes as many passes; what fills the last batches up counts once."""
+    """Every rank runs equally many forwards; samples that fill the last batches are counted once."""
     config = RunConfig(
         data=data_config(),
         objective=objective_config(decode_gap_samples=wanted),
         train=TrainConfig(micro_batch=micro, seed=3),
     )
     monkeypatch.setattr(decode_gap.dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(decode_gap.dist, "all_reduce", lambda tensor: None)  # the ranks' shares are added below
+    monkeypatch.setattr(decode_gap.dist, "all_reduce", lambda tensor: None)  # the sums of the ranks are added below
     engines, shares = [Engine() for _ in range(world)], []
     for rank in range(world):
         monkeypatch.setattr(decode_gap.dist, "get_rank", lambda rank=rank: rank)

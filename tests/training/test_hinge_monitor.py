@@ -1,4 +1,4 @@
-"""A run in which the hinge is always zero is warned of once."""
+"""One warning for a run in which the hinge is always zero."""
 
 from __future__ import annotations
 
@@ -15,76 +15,76 @@ from w2r2_ds.training import hinge_monitor
 from w2r2_ds.training.hinge_monitor import PATIENCE, HingeMonitor
 
 
-def monitor(start: int, config: RunConfig) -> HingeMonitor:
+def make_monitor(start: int, config: RunConfig) -> HingeMonitor:
     return HingeMonitor(start, config, build_push_term(config.objective.push_term))
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> HingeMonitor:
+def monitor(monkeypatch: pytest.MonkeyPatch) -> HingeMonitor:
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
-    return monitor(0, RunConfig(objective=objective_config(mu=0.9)))
+    return make_monitor(0, RunConfig(objective=objective_config(mu=0.9)))
 
 
-def update(watch: HingeMonitor, steps: int, above: float = 0.0) -> None:
+def update(monitor: HingeMonitor, steps: int, above: float = 0.0) -> None:
     for step in range(steps):
-        watch.update({"above_mu": above, "s_short": 0.25 + 0.001 * step})
+        monitor.update({"above_mu": above, "s_short": 0.25 + 0.001 * step})
 
 
-def test_it_warns_once_after_patience_steps(watch: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
-    update(watch, PATIENCE - 1)
+def test_it_warns_once_after_patience_steps(monitor: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+    update(monitor, PATIENCE - 1)
     assert not caplog.records
-    update(watch, PATIENCE)
-    watch.finish()
+    update(monitor, PATIENCE)
+    monitor.finish()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     for part in (f"in {PATIENCE} steps", "objective.mu = 0.9", "highest mean s 0.348", "margin"):
         assert part in caplog.text
 
 
-def test_a_short_run_is_warned_of_at_its_end(watch: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
-    update(watch, 3)
-    watch.finish()
+def test_a_short_run_warns_at_its_end(monitor: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+    update(monitor, 3)
+    monitor.finish()
     assert "in 3 steps" in caplog.text
 
 
-def test_one_active_sample_is_enough(watch: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
-    update(watch, 3)
-    watch.update({"above_mu": 0.01, "s_short": 0.3})
-    update(watch, PATIENCE)
-    watch.finish()
+def test_one_active_sample_is_enough(monitor: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+    update(monitor, 3)
+    monitor.update({"above_mu": 0.01, "s_short": 0.3})
+    update(monitor, PATIENCE)
+    monitor.finish()
     assert not caplog.records
 
 
 def test_a_resumed_run_counts_earlier_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps before the resume count, those after it are of a run that was killed."""
+    """Logged steps up to the checkpoint count; later ones are of a killed launch and do not."""
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
     for active in (0.0, 0.5):
         lines = [{"step": step, "above_mu": 0.0, "s_short": 0.1} for step in range(1, 61)]
         lines[10]["above_mu"] = active
         lines[55]["above_mu"] = 1.0
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        watch = monitor(50, RunConfig(out=str(tmp_path)))
+        monitor = make_monitor(50, RunConfig(out=str(tmp_path)))
         caplog.clear()
-        update(watch, 50)
+        update(monitor, 50)
         assert (f"in {PATIENCE} steps" in caplog.text) == (active == 0.0)
 
 
 @pytest.mark.parametrize("changes", [{"push": "poe"}, {"push": "none"}, {"lambda_det": 0.0}])
-def test_ungated_push_terms_are_not_watched(
+def test_ungated_push_terms_never_warn(
     changes: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
-    watch = monitor(0, RunConfig(objective=objective_config(**changes)))
-    update(watch, PATIENCE)
-    watch.finish()
+    monitor = make_monitor(0, RunConfig(objective=objective_config(**changes)))
+    update(monitor, PATIENCE)
+    monitor.finish()
     assert not caplog.records
 
 
 def test_other_ranks_and_runs_without_a_step_are_silent(
-    watch: HingeMonitor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    monitor: HingeMonitor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch.finish()
+    monitor.finish()
     monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 1)
-    update(monitor(0, RunConfig()), PATIENCE)
+    update(make_monitor(0, RunConfig()), PATIENCE)
     assert not caplog.records

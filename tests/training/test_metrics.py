@@ -86,7 +86,7 @@ def test_steps_must_increase(tmp_path: Path) -> None:
 
 
 def test_log_before_start_is_an_assertion(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="start comes before the first log"):
+    with pytest.raises(AssertionError, match="start is called before log"):
         MetricsLogger(tmp_path, 3).log(1, VALUES)
 
 
@@ -108,7 +108,7 @@ def test_mfu_is_on_the_progress_line() -> None:
 
 
 def test_memory_is_the_peak() -> None:
-    """On a CPU: what was given back still counts."""
+    """On a CPU, memory that was released still counts."""
     if torch.cuda.is_available():
         pytest.skip("counts the GPU's memory")
     held = torch.ones(2**24)  # 64 MiB
@@ -135,7 +135,7 @@ def test_eta_ignores_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.eta(503) == "2:04:15"
 
 
-def test_a_full_disk_is_warned_of_once_and_lines_are_written_later(
+def test_a_full_disk_warns_once_and_lines_are_written_later(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],  # else pytest's own capture file would be too large
@@ -158,7 +158,7 @@ def test_a_full_disk_is_warned_of_once_and_lines_are_written_later(
     assert str(tmp_path / "metrics.jsonl") in caplog.text and "File too large" in caplog.text
 
 
-def test_an_old_start_writes_to_the_old_file(tmp_path: Path) -> None:
+def test_an_old_launch_writes_to_the_old_file(tmp_path: Path) -> None:
     first, second = MetricsLogger(tmp_path, 9), MetricsLogger(tmp_path, 9)
     first.start(0)
     first.log(1, VALUES)

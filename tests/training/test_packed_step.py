@@ -31,8 +31,7 @@ def pack(frontend: Any, data_config: Any) -> Callable[..., Any]:
 
 @pytest.fixture
 def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2R2Step]:
-    """`make_step(full, pass_order, checkpointing, **of the objective)`: for packed batches, with weights that
-    matter."""
+    """`make_step(full, pass_order, checkpointing, **objective)`: step for packed batches, no weight is zero."""
 
     def make(full: bool = False, pass_order: Any = "auto", checkpointing: bool = False, **changes: Any) -> W2R2Step:
         objective = objective_config(**{"mu": 0.0} | changes)
@@ -57,17 +56,17 @@ def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model solves nothing: say of the shortcut's answers that some are good, by the samples' ids."""
+    """Made-up similarities of the shortcut's answers, from the samples' ids: those of a random model are 0."""
 
-    def teacher(self: Scorer, predicted: torch.Tensor, batch: Any) -> Score:
+    def teacher_forced(self: Scorer, predicted: torch.Tensor, batch: Any) -> Score:
         s = torch.tensor([len(identity) / 16 for identity in batch.ids], dtype=torch.float64)
         return Score(s, torch.ones_like(s, dtype=torch.bool))
 
-    monkeypatch.setattr(Scorer, "teacher", teacher)
+    monkeypatch.setattr(Scorer, "teacher_forced", teacher_forced)
 
 
 def in_a_large_box(batch: Any) -> Any:
-    """Targets that a random model's expected boxes (digits around 4.5) lie in, so that these overlap."""
+    """Target boxes that contain the expected boxes of a random model (digits around 4.5), so that both overlap."""
     return replace(batch, target_box=torch.tensor([[0.0, 0, 0, 24, 24, 24, 0, 0, 0]] * len(batch.ids)).double())
 
 
@@ -136,7 +135,7 @@ def test_several_scenes_and_tasks(
     pass_order: str,
     visual: str,
 ) -> None:
-    """Questions of two scenes in turn, a caption, an answer, text alone; checkpointed, with states of *what* rows."""
+    """Questions about two scenes alternately, a caption, an answer, text only; checkpointed, with *what* states."""
     first, second = questions(samples[0], 3), questions(samples[1], 2)
     chosen = [first[0], second[0], answer_sample, text_samples[1], first[1], caption_sample, second[1], first[2]]
     step = make_step(pass_order=pass_order, checkpointing=True, push=push, mu=0.001, cosine=-0.2, margin=30.0)
@@ -147,7 +146,7 @@ def test_several_scenes_and_tasks(
 def test_samples_of_unequal_length_without_padding(
     make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, samples: list[Any], caption_sample: Any
 ) -> None:
-    """Plain packing: nothing is shared, two samples about the same frames included; masks of 2D tokens are the same."""
+    """Packing without shared prefixes, also for two samples with the same frames; masks of 2D tokens are the same."""
     chosen = [*samples, *questions(samples[0], 1), caption_sample]
     step = make_step(push="poe", visual_mask_ratio=0.4)
     packed = pack(chosen, packing=True)
@@ -177,7 +176,7 @@ def test_decoded_answers(
     visual: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prompts are decoded each with its frames, through the same attention without spans."""
+    """Every prompt is decoded with its own frames, through the same attention without spans."""
     short = {"answer": answer_sample.answer, "kind": answer_sample.kind}
     first, other = questions(answer_sample, 2), replace(questions(samples[1], 1)[0], **short)
     chosen = [first[0], text_samples[0], other, first[1]]
@@ -197,7 +196,7 @@ def test_decoded_answers(
         separate = step(batch_of(chosen, with_prompts=True, visual=visual))[1]
     torch.testing.assert_close(packed, separate, rtol=REL, atol=1e-6)
     assert answers[0] == answers[1]
-    # A random model may say the same of other frames: these are what is shown to it.
+    # A random model may give the same answer for other frames, so its inputs are compared too.
     tokens = [torch.cat(visual.pooler_output) for _, _, visual, _ in seen]
     torch.testing.assert_close(tokens[0], tokens[1], rtol=1e-5, atol=1e-6)
     assert torch.equal(seen[0][1].grid_thw, seen[1][1].grid_thw)
@@ -206,7 +205,7 @@ def test_decoded_answers(
 def test_a_sample_does_not_depend_on_the_rest_of_the_batch(
     make_step: Callable[..., W2R2Step], pack: Callable[..., Any], samples: list[Any]
 ) -> None:
-    """Another question or answer beside it changes nothing, not even by rounding where lengths stay."""
+    """Another question or answer in the batch does not change it, not even by rounding if lengths are equal."""
     step = make_step(push="poe")
     pair = questions(samples[0], 2)
     other = replace(pair[1], answer=pair[1].answer.replace("0", "7"))

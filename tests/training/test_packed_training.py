@@ -23,7 +23,7 @@ def run_on(ranks: int, world: World, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs on one rank."""
+    """Folder of the runs on one rank."""
     return run_on(1, world, tmp_path_factory.mktemp("packed_batches"))
 
 
@@ -32,7 +32,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_packed_run_equals_the_unpacked_run(runs: Path) -> None:
-    """Over several updates, and packed without sharing: float32, sums in another order."""
+    """Over several updates, also packed without shared prefixes; tolerance for float32 sums in another order."""
     expected = losses(runs / "apart")
     assert len(expected) == STEPS and len(set(expected)) == STEPS
     for name in ("packed_batches", "plain"):

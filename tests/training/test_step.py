@@ -26,17 +26,17 @@ SIMILAR = [0.2, 0.9, 0.75]
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model solves nothing: say of some shortcut answers that they are good."""
+    """Made-up similarities of the shortcut's answers: those of a random model are 0."""
 
-    def teacher(self: Scorer, predicted: torch.Tensor, batch: Any) -> Score:
+    def teacher_forced(self: Scorer, predicted: torch.Tensor, batch: Any) -> Score:
         s = torch.tensor(SIMILAR[: len(batch.ids)], dtype=torch.float64)
         return Score(s, torch.ones_like(s, dtype=torch.bool))
 
-    monkeypatch.setattr(Scorer, "teacher", teacher)
+    monkeypatch.setattr(Scorer, "teacher_forced", teacher_forced)
 
 
 def stock_logits(vlm: Any, batch: Any) -> torch.Tensor:
-    """Answer rows of the stock forward called with pixel values, as anybody would."""
+    """Logits of the answer positions, from the stock model's ordinary forward with pixel values."""
     names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
     pixels, grid = names[batch.visuals.kind]
     visuals = {pixels: batch.visuals.pixel_values, grid: batch.visuals.grid_thw}
@@ -53,12 +53,12 @@ def stock_logits(vlm: Any, batch: Any) -> torch.Tensor:
 
 
 def in_a_large_box(batch: Any) -> Any:
-    """Targets that a random model's expected boxes (digits around 4.5) lie in, so that these overlap."""
+    """Target boxes that contain the expected boxes of a random model (digits around 4.5), so that both overlap."""
     return replace(batch, target_box=torch.tensor([[0.0, 0, 0, 24, 24, 24, 0, 0, 0]] * len(batch.ids)).double())
 
 
 def gradients(step: W2R2Step, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of trained parameters, with their names as keys; the step's are cleared before and after."""
+    """Gradients of trained parameters, keyed by their names; cleared before and after."""
     step.zero_grad()
     loss.backward()
     result = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(step.model).items()}
@@ -85,7 +85,7 @@ def test_loss_and_gradients_equal_two_reference_passes(
     visual: str,
     zero: str,
 ) -> None:
-    # No option at its default, so that each of them is heard.
+    # No option has its default, so that ignoring any of them would fail.
     mu = 0.001 if push == "unblocked" else 0.65
     step = make_step(push=push, zero_geometry=zero, lambda_det=1.2, mu=mu, margin=30.0, iou_margin=0.3, cosine=-0.2)
     batch = in_a_large_box(batch_of(samples, visual=visual))
@@ -112,7 +112,7 @@ def test_only_lora_and_merger_have_gradients(step: W2R2Step, batch_of: Any, samp
 def test_shortcut_is_the_stock_model(
     make_step: Callable[..., W2R2Step], model_config: Any, batch_of: Any, samples: list[Any], visual: str
 ) -> None:
-    """Untrained LoRA and merged geometry zeroed: the VLM as it comes from its directory, bit for bit."""
+    """With untrained LoRA and zero merged geometry, bitwise identical to the VLM in its directory."""
     step = make_step(fresh=True)
     batch = batch_of(samples, visual=visual)
     short = shortcut_of(step, batch, step.model.encode_2d(batch.visuals), [])
@@ -186,13 +186,13 @@ def test_towers_run_once_and_the_head_gets_answer_positions_only(
     model.base.lm_head.register_forward_pre_hook(lambda _, inputs: head.append(inputs[0].shape[:-1].numel()))
     model.base.model.language_model.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
     step(batch)[0].backward()
-    assert calls == {"visual": 1, "vggt": len(samples)}  # VGGT sees the frames of one sample at a time
+    assert calls == {"visual": 1, "vggt": len(samples)}  # one call of VGGT per sample
     assert head == [len(batch.answer_positions.label)] * 2
     assert grads == [False, True]  # the shortcut first
 
 
 def test_a_sample_does_not_depend_on_the_rest_of_the_batch(step: W2R2Step, batch_of: Any, samples: list[Any]) -> None:
-    """Padding, order and split into micro-batches change nothing."""
+    """Padding, order and split into micro-batches do not change losses or gradients."""
     _, together = step(batch_of(samples))
     alone = torch.cat([step(batch_of([sample]))[1] for sample in samples])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
@@ -219,7 +219,7 @@ def test_geometry_changes_the_fused_pass_only(step: W2R2Step, batch_of: Any, sam
 def test_gradient_checkpointing_changes_nothing(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], solved: None, push: str, dropout: float
 ) -> None:
-    """Nor does dropout: the fused pass draws the same masks again, the shortcut of `unblocked` draws none again."""
+    """With dropout too: a recomputed fused pass draws the same masks again, the shortcut of `unblocked` none."""
     step = make_step(push=push, mu=0.001 if push == "unblocked" else 0.7, lora_dropout=dropout)
     batch = in_a_large_box(batch_of(samples[:2]))
     torch.manual_seed(0)
@@ -245,7 +245,7 @@ def test_only_unblocked_keeps_the_graph_of_the_shortcut(
 def test_literal_has_the_gradient_of_fine_tuning(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], solved: None
 ) -> None:
-    """Eq. 6 as printed: the loss rises by lambda * h, no gradient moves by a bit."""
+    """Eq. 6 as printed: the loss is larger by lambda * h, all gradients are bitwise identical."""
     batch = batch_of(samples)
     both = {}
     for push in ("literal", "none"):
@@ -298,7 +298,7 @@ def test_a_mixed_batch_equals_its_tasks_separately(
 def test_a_batch_without_frames_has_an_exact_zero_for_the_geometry(
     make_step: Callable[..., W2R2Step], batch_of: Any, text_samples: list[Any]
 ) -> None:
-    """The towers are called all the same (ZeRO-3 needs them on every rank); the loss is that of text alone."""
+    """The towers are called too (ZeRO-3 needs them on every rank); the loss is that of the text."""
     step = make_step(push="poe")
     batch = batch_of(text_samples[:1])
     loss, _ = step(batch)
@@ -324,10 +324,10 @@ def test_masking_2d_tokens_is_for_the_fused_pass_in_training(
     ours, theirs = masked(batch)[1], plain(batch)[1]
     same = [STATS.index(name) for name in ("s_short", "det", "geometry_norm", "invalid_short")]
     assert torch.equal(ours[:, same], theirs[:, same])
-    # A random tower says little: some losses stay the same to the last bit.
+    # The tokens of a random tower have little effect: some losses stay bitwise identical.
     assert (ours[:, STATS.index("align")] != theirs[:, STATS.index("align")]).any()
     torch.manual_seed(1)
-    assert torch.equal(masked(batch)[1], ours)  # no generator of the rank is used
+    assert torch.equal(masked(batch)[1], ours)  # independent of the random state of the rank
     assert not torch.equal(masked(batch, optimizer_step=1)[1], ours)
     masked.eval(), plain.eval()
     assert torch.equal(masked(batch)[1], plain(batch)[1])

@@ -19,7 +19,7 @@ from w2r2_ds.training.step import EXTRA_TOKENS, W2R2Step
 def test_greedy_decoding_defines_s(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], visual: str
 ) -> None:
-    """s is that of the 2D-only answer which evaluation decodes; training mode comes back, checkpointing or not."""
+    """The answer equals that of evaluation with zero geometry; training mode is restored, also with checkpointing."""
     step = make_step(shortcut_decode="greedy", lora_dropout=0.5)
     recompute(step.model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
     batch = batch_of(samples, with_prompts=True, visual=visual)
@@ -41,7 +41,7 @@ def test_greedy_decoding_defines_s(
 def test_a_decoded_answer_does_not_depend_on_the_rest_of_the_batch(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], answer_sample: Any
 ) -> None:
-    """A short answer beside long ones is cut where it is cut alone."""
+    """A short answer in a batch with long ones has the same length as in a batch of its own."""
     step = make_step(shortcut_decode="greedy", push="poe")
     mixed = [answer_sample, *samples]
     together = batch_of(mixed, with_prompts=True)
@@ -55,7 +55,7 @@ def test_a_decoded_answer_does_not_depend_on_the_rest_of_the_batch(
 def test_s_gain_compares_teacher_forced_answers(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
-    """Without geometry both passes are one model: no gain, however the shortcut's answer is decoded."""
+    """Without geometry both passes are the same model: the gain is 0, also with a decoded shortcut answer."""
     step = make_step(shortcut_decode="greedy", fresh=True)
     with torch.no_grad():
         step.model.geometry_merger.mlp[2].weight.zero_()
@@ -66,7 +66,7 @@ def test_s_gain_compares_teacher_forced_answers(
 def test_a_decoded_label_has_similarity_one(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to the label's two decimals; and a sentence that is no box is counted as invalid."""
+    """Up to the label's two decimals; a sentence without a box is counted as invalid."""
     step = make_step(shortcut_decode="greedy")
     batch = batch_of(samples, with_prompts=True)
     answers = [samples[0].answer, "the chair", samples[2].answer]

@@ -27,7 +27,7 @@ LAYERS = 6
 
 
 class Living(TorchDispatchMode):
-    """Bytes of the storages that were made inside and are still alive, and the most there ever were."""
+    """Bytes of the storages that were created in this context: now alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_con
 def peak(
     model_config: Any, frontend: Any, batch: Any, checkpointing: bool, pass_order: str, push: str = "margin"
 ) -> int:
-    """Bytes that forward and backward of a step have alive at their worst moment."""
+    """Peak bytes of forward and backward of a step."""
     train = TrainConfig(pass_order="auto" if pass_order == "single" else pass_order)  # type: ignore[arg-type]
     config = RunConfig(model=model_config, objective=objective_config(push=push, mu=0.0), train=train)
     model = build_model(model_config, torch.device("cpu"), 1)
@@ -73,8 +73,8 @@ def peak(
     if checkpointing:
         recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
     if pass_order == "single":
-        step.two_pass = functools.partial(fused_pass_only, model)
-    step(batch)[0].backward()  # gradients and lazily made buffers are there from now on
+        step.run_passes = functools.partial(fused_pass_only, model)
+    step(batch)[0].backward()  # allocates gradients and lazy buffers
     with Living() as living:
         step(batch)[0].backward()
     return living.most
@@ -84,7 +84,7 @@ def test_the_memory_tracker_counts_live_storages() -> None:
     with Living() as living:
         first = torch.zeros(1000)
         del first
-        second = torch.zeros(500) + 1  # two of 500 at once
+        second = torch.zeros(500) + 1  # two tensors of 500 elements at the same time
     assert living.most == 4000 and living.now == 2000 and len(second) == 500
 
 
@@ -104,8 +104,8 @@ def test_the_shortcut_adds_at_most_a_twentieth(
         print(
             f"{pass_order}, checkpointing {checkpointing}: {single:,} bytes, one layer {one_layer:,}, added {added:,}"
         )
-        assert added <= single / 20  # nothing, where this was measured: the peak is in the backward pass
-    if not checkpointing:  # the measurement would see a second graph
+        assert added <= single / 20  # 0 in the measurements so far: the peak is in the backward pass
+    if not checkpointing:  # the measurement would detect a second graph
         kept = peak(deep[LAYERS], frontend, batch, False, "sequential", push="unblocked")
-        # All layers but the last, of which both passes keep little.
+        # All layers except the last one, whose activations are small in both passes.
         assert kept - single > (LAYERS - 1) * one_layer

@@ -51,7 +51,7 @@ def test_model_flops_are_those_that_pytorch_counts(
     """
     step = make_step(replace(model_config, fusion=fusion, zero_geometry=zero), frontend, push)
     batch = batch_of(samples[1:2], visual=visual)
-    # PyTorch counts addmm but not addmm_, with which LoRA's update is added.
+    # PyTorch counts addmm but not addmm_, which adds the LoRA update.
     counter = FlopCounterMode(display=False)
     counter.flop_registry = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
     with counter, sdpa_kernel(SDPBackend.MATH):
@@ -61,7 +61,7 @@ def test_model_flops_are_those_that_pytorch_counts(
 
 
 def test_samples_count_independently(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
-    """Padding does not count; within what the mean over all samples for the last layer's attention makes."""
+    """Padding does not count; tolerance for the last layer's attention, which is a mean over all samples."""
     step, term = make_step(model_config, frontend, "margin"), push_term("margin")
     single = [step_flops(step.model, term, batch_of([sample])) for sample in samples]
     assert step_flops(step.model, term, batch_of(samples)) == pytest.approx(sum(single), rel=5e-3)
@@ -111,7 +111,7 @@ def test_a_step_in_the_log(
 
 
 def test_no_device_synchronisation(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
-    """Only the grids are read, which the batch has on the CPU."""
+    """Only the patch grids are read, which are on the CPU."""
     step, term = make_step(model_config, frontend, "margin"), push_term("margin")
     batch = batch_of(samples)
     grids = replace(batch, visuals=replace(batch.visuals, grid_thw=batch.visuals.grid_thw))

@@ -67,7 +67,7 @@ def test_a_missing_package_is_an_error_on_every_rank(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_unknown_tracker_is_an_error_on_every_rank(tmp_path: Path, rank: int) -> None:
-    with pytest.raises(ValueError, match=r"train\.trackers: .*'wandbb'.*wandb"):
+    with pytest.raises(ValueError, match=r"train\.trackers.*'wandbb'.*wandb"):
         MetricsLogger(tmp_path, 3, ["wandbb"], rank=rank)
 
 
@@ -92,7 +92,7 @@ def test_tensorboard_holds_the_curve_once_after_a_resume(tmp_path: Path) -> None
         ),
         ("CommError", "Timed out while retrying: no such host\nConsider the setting:\n  x=1", "no such host; Consider"),
         ("AuthenticationError", "API key must have 40+ characters, has 5.", "40+ characters, has 5)"),
-        # Of pydantic, for WANDB_MODE=nonsense.
+        # pydantic's error, for WANDB_MODE=nonsense.
         (
             "ValidationError",
             "1 validation error for Settings\nmode\n  Input should be 'online'",
@@ -105,7 +105,7 @@ def test_wandb_that_does_not_start_is_one_sentence_before_the_first_step(
 ) -> None:
     wandb = pytest.importorskip("wandb")
 
-    # What wandb does without a key; really asking for one would leave its settings behind for the next test.
+    # The behaviour of wandb without a key; the real call would change its settings for the next test.
     def fail(**_: object) -> None:
         raise getattr(wandb.errors, kind, ValueError)(words)
 

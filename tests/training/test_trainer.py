@@ -1,8 +1,7 @@
 """Training through the real launcher, on CPU ranks, in the small world of tests/helpers/runs.py.
 
-The golden losses are written again with ``python tests/helpers/runs.py record``; do so only for a change that is
-meant to
-change training, and say why in the commit.
+The golden losses are recorded again with ``python tests/helpers/runs.py record``; only for a change that is meant to
+change training, with the reason in the commit message.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from w2r2_ds.training.checkpoint.manifest import MANIFEST, read_manifest, verify
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 EXACT = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused", "grad_norm", "lr", "merger_lr")
-"""Everything of a line that is not a time or a size."""
+"""Metrics of a line without times and sizes."""
 GOLDEN_TOLERANCE = 1e-3
 """Relative. Recorded with AVX2 kernels: a second recording was equal to the last bit; one whose warm-up and training
 both ran under ATEN_CPU_CAPABILITY=default differed by at most 9.8e-5."""
@@ -39,24 +38,24 @@ Reports = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the jobs' runs lie."""
+    """Folder of the jobs' runs."""
     return tmp_path_factory.mktemp("jobs")
 
 
 @pytest.fixture(scope="module")
 def one_rank(world: World, trained: Path, folder: Path, two_ranks: Reports) -> Reports:
-    """In one start of the launcher."""
+    """All jobs of one rank, in one launch."""
     return run_jobs(1, folder / "one", on_one_rank(world, trained, folder))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(world: World, trained: Path, folder: Path) -> Reports:
-    """In one start of the launcher."""
+    """All jobs of one rank, in one launch."""
     return run_jobs(2, folder / "both", on_two_ranks(world, trained, folder))
 
 
 def assert_one_sentence(error: str | None, *named: str) -> None:
-    """A message on one line, ended by its only full stop, that names what it is about."""
+    """Check that a message is one sentence on one line, and contains `named`."""
     assert error is not None and error.startswith("ValueError: ")
     assert "\n" not in error and error.endswith(".") and not re.search(r"\.\s+[A-Z]", error)
     for name in named:
@@ -95,7 +94,7 @@ def test_every_step_logs_the_bias_statistics(trained: Path) -> None:
 
 
 def test_both_learning_rates_are_logged(one_rank: Reports, folder: Path) -> None:
-    """Half way down the cosine from the demo's 1e-3 and from 3e-4, after the first of two steps."""
+    """After the first of two steps: half of the peak values, the demo's 1e-3 and 3e-4 (cosine schedule)."""
     assert one_rank["rates"][0]["error"] is None
     (line,) = read_metrics(folder / "rates")
     assert (line["lr"], line["merger_lr"]) == (pytest.approx(5e-4), pytest.approx(1.5e-4))
@@ -107,7 +106,7 @@ def test_losses_equal_the_recorded_ones(trained: Path) -> None:
     assert [line["loss"] for line in read_metrics(trained)] == pytest.approx(golden["loss"], rel=GOLDEN_TOLERANCE)
 
 
-def test_only_the_last_checkpoints_stay_and_hold_only_what_trains(world: World, trained: Path) -> None:
+def test_only_the_last_checkpoints_are_kept_with_trained_weights_only(world: World, trained: Path) -> None:
     folder = trained / "checkpoints"
     names = ["latest", *(f"step-{step:06d}" for step in (STEPS - SAVE_EVERY, STEPS))]
     assert sorted(os.listdir(folder)) == ["incarnation.json", *names]
@@ -119,7 +118,7 @@ def test_only_the_last_checkpoints_stay_and_hold_only_what_trains(world: World, 
     assert all(tensor.numel() for tensor in tensors.values())
     trained_bytes = sum(tensor.numel() * 4 for tensor in tensors.values())
     everything = sum(file.stat().st_size for file in (folder / names[-1]).rglob("*") if file.is_file())
-    # The weights, DeepSpeed's master copy, two moments; then names and padding.
+    # Weights, DeepSpeed's master copy and two moments; then names and padding.
     assert everything < 4 * trained_bytes + 200_000
     listed = read_manifest(folder / names[-1])["files"]
     assert sum(file["bytes"] for file in listed.values()) + (folder / names[-1] / MANIFEST).stat().st_size == everything
@@ -130,7 +129,7 @@ def test_engine_shards_hold_no_frozen_tensor(trained: Path) -> None:
     (file,) = (trained / "checkpoints" / f"step-{STEPS:06d}" / "engine").glob("*model_states.pt")
     state = load(file)
     kept = [name for name in state["module"] if "lora_" in name or "geometry_merger" in name]
-    # DeepSpeed leaves the name of the tied head, without its values.
+    # DeepSpeed stores the name of the tied head, without its values.
     frozen = {name: tensor.numel() for name, tensor in state["module"].items() if name not in kept}
     assert kept and not any(frozen.values())
 
@@ -166,7 +165,7 @@ def test_masks_do_not_depend_on_the_ranks(one_rank: Reports, two_ranks: Reports,
 
 
 def test_a_resumed_run_is_bit_equal(one_rank: Reports, trained: Path, folder: Path) -> None:
-    """From the checkpoint before the newest, in whose optimizer a bit has flipped."""
+    """From the checkpoint before the newest one, whose optimizer shard has a flipped bit."""
     assert one_rank["resumed"][0] == {"error": None, "updates": STEPS, "injected": None}
     damaged = folder / "resumed" / "checkpoints" / f"step-{STEPS:06d}"
     printed = (folder / "one" / "output.txt").read_text()
@@ -227,7 +226,7 @@ def test_measuring_the_decode_gap_changes_nothing(one_rank: Reports, folder: Pat
     assert exact(metrics) == exact(read_metrics(folder / "dropout"))[:2]
 
 
-def test_an_inactive_hinge_is_warned_of_at_the_end(one_rank: Reports, folder: Path) -> None:
+def test_an_inactive_hinge_warns_at_the_end(one_rank: Reports, folder: Path) -> None:
     assert one_rank["silent"][0]["error"] is None
     printed = (folder / "one" / "output.txt").read_text()
     assert "WARNING in 1 steps no sample's shortcut answer was above objective.mu = 0.99" in printed
@@ -261,7 +260,7 @@ def test_two_ranks_resume_a_run_of_one(two_ranks: Reports, trained: Path, folder
 
 @pytest.mark.parametrize("name", RESHARDED)
 def test_one_rank_resumes_a_run_of_two(one_rank: Reports, two_ranks: Reports, folder: Path, name: str) -> None:
-    """In the middle of an epoch, with a rate per group: DeepSpeed's universal load gives all groups the first one's."""
+    """In the middle of an epoch, with two learning rates: DeepSpeed's universal load gives all groups the first one."""
     errors = [report["error"] for report in (*two_ranks[name], *one_rank[f"{name}-on-one"])]
     assert errors == [None] * 3
     whole, resumed = read_metrics(folder / name), read_metrics(folder / f"{name}-on-one")
@@ -285,10 +284,10 @@ def test_a_full_disk_of_one_rank_fails_the_save_but_not_the_run(two_ranks: Repor
     assert str(checkpoints / "step-000002.") in line and "the newest checkpoint is step-000001" in line
 
 
-def test_a_start_without_ownership_stops_and_writes_nothing(two_ranks: Reports, folder: Path) -> None:
+def test_a_launch_without_ownership_stops_and_writes_nothing(two_ranks: Reports, folder: Path) -> None:
     first, second = two_ranks["taken-over"]
     assert first == second
-    assert first["error"].startswith("OwnershipLost: ") and "was taken over by start 2" in first["error"]
+    assert first["error"].startswith("OwnershipLost: ") and "was taken over by launch 2" in first["error"]
     checkpoints = folder / "taken-over" / "checkpoints"
     assert sorted(os.listdir(checkpoints)) == ["incarnation.json", "latest", "step-000001"]
     assert verify(checkpoints / "step-000001") is None
@@ -362,7 +361,7 @@ def test_an_unknown_key_of_a_recipe_is_rejected(tmp_path: Path, capsys: pytest.C
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
 def test_fifty_steps_of_every_push_term(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each ends finite and writes its metrics; push terms with a gradient end elsewhere than `none`."""
+    """Losses stay finite and metrics are written; push terms with a gradient end with other weights than `none`."""
     monkeypatch.setattr("runs.TIMEOUT", 7000)
     decode_gap: dict[str, object] = {"objective__decode_gap_every": 25, "objective__decode_gap_samples": 4}
     changes: dict[str, object] = {"train__steps": 50, "train__save_every": 50, **decode_gap}
@@ -379,5 +378,5 @@ def test_fifty_steps_of_every_push_term(world: World, tmp_path: Path, monkeypatc
         last[name] = load_file(tmp_path / name / "checkpoints" / "step-000050" / "trainable.safetensors")
     for name in names:
         same = all(torch.equal(tensor, last["none"][key]) for key, tensor in last[name].items())
-        # The tiny model's expected boxes never overlap a label as much as mu: `unblocked` need not act.
+        # The expected boxes of the tiny model never overlap a label by mu, so `unblocked` may have no gradient.
         assert same == (name in ("none", "literal")) or name == "unblocked", name

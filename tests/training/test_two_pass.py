@@ -27,12 +27,13 @@ from zero3_cases import Case, fixed_similarity, perturb_trainable, unfreeze, wri
 SCHEDULES = ("sequential", "lockstep")
 SIMILAR = {"four": 0.2, "three": 0.9, "twelve": 0.75, "text answer": 0.95}
 TOLERANCE = 2e-6
-"""Of the loss and of each gradient's norm, float32, where 1.1e-6 was seen: the last layer adds in its own order."""
+"""Relative tolerance of the loss and of each gradient's norm in float32; the largest measured difference is 1.1e-6,
+since the last layer sums in another order."""
 
 
 @pytest.fixture
 def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2R2Step]:
-    """`make_step(pass_order, full, checkpointing, model={...}, **objective)`: weights that do something."""
+    """`make_step(pass_order, full, checkpointing, model={...}, **objective)`: a step without zero weights."""
 
     def make(pass_order: str, full: bool = False, checkpointing: bool = False, **changes: Any) -> W2R2Step:
         config = RunConfig(
@@ -53,7 +54,7 @@ def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2
 
 
 def run(step: W2R2Step, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss and the gradients of what trains."""
+    """Loss, and gradients of the trained parameters."""
     step.zero_grad()
     loss.backward()
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trainable(step.model).items()}
@@ -109,7 +110,7 @@ def test_loss_and_all_gradients_equal_two_reference_passes(
 def test_pass_orders_are_bit_equal(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], dtype: str, checkpointing: bool
 ) -> None:
-    """With dropout, too: the shortcut draws nothing, the fused pass draws the same. Also in bfloat16."""
+    """Also with dropout, whose masks are drawn in the fused pass only, and in bfloat16."""
     batch, found = batch_of(samples), []
     for pass_order in SCHEDULES:
         step = make_step(pass_order, checkpointing=checkpointing, model={"dtype": dtype, "lora_dropout": 0.5}, mu=0.0)
@@ -125,7 +126,7 @@ def test_pass_orders_are_bit_equal(
 def test_decoding_does_not_depend_on_the_pass_order(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
-    """Answers decoded amid a lockstep step are those of a sequential one."""
+    """Answers decoded within a lockstep step equal those of a sequential one."""
     batch = batch_of(samples[:2], with_prompts=True)
     stats = [make_step(pass_order, shortcut_decode="greedy")(batch)[1] for pass_order in SCHEDULES]
     assert torch.equal(*stats)
@@ -163,8 +164,8 @@ def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -
             if (pass_order, push) == ("lockstep", "unblocked"):
                 continue
             for zero3 in (False, True):
-                blocked = push_term(push).blocked
-                chosen[pass_order, push, zero3] = type(build_pass_order(model, pass_order, blocked, zero3))
+                no_grad = push_term(push).stop_gradient
+                chosen[pass_order, push, zero3] = type(build_pass_order(model, pass_order, no_grad, zero3))
     lockstep = {key for key, kind in chosen.items() if kind is LockstepPasses}
     assert lockstep == {("auto", "margin", True), ("lockstep", "margin", False), ("lockstep", "margin", True)}
     assert set(chosen.values()) == {LockstepPasses, SequentialPasses}
@@ -208,7 +209,7 @@ def test_no_sync_on_a_gpu(
     step.model.geometry.to(device)
     step.scorer.tables = step.scorer.tables.to(device)
     batch = batch_of(samples).to(device)
-    step(batch)[0].backward()  # what is made once may wait
+    step(batch)[0].backward()  # one-time initialization may synchronize
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -219,7 +220,7 @@ def test_no_sync_on_a_gpu(
 
 SPLIT = [[["four", "three"]], [["twelve", "three"]]]
 ONE_BY_ONE = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-"""Nothing stays gathered between two uses, so that every use is counted."""
+"""No parameter stays gathered between two uses, so that every use is counted."""
 CASES = [
     Case(
         f"{pass_order} {'full' if full else 'LoRA'} {'checkpointing' if checkpointing else 'plain'}",
@@ -244,7 +245,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, model_config: Any, samples: list[Any]) -> list[Any]:
-    """Per rank what it found; one launch runs all cases."""
+    """Results of every rank; one launch runs all cases."""
     folder = tmp_path_factory.mktemp("schedules")
     ds_config = json.loads(ZERO3.read_text())
     ds_config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}

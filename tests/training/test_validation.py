@@ -19,7 +19,7 @@ from w2r2_ds.training.validation import BestSoFar, draw_subset, rank_subset
 
 
 class Scripted:
-    """A validation whose values are known."""
+    """Stub of a validation with given values."""
 
     best_by = "scanrefer/acc@0.25"
 
@@ -61,7 +61,7 @@ def test_every_rank_has_as_many_whole_batches_and_every_sample_counts_once(world
 
 
 def test_a_batch_is_the_same_for_every_number_of_ranks() -> None:
-    """Left padding and the order of sums depend on a batch's company."""
+    """Left padding and the order of sums depend on the other samples of a batch."""
     one, two = rank_subset(7, 2, 0, 1), rank_subset(7, 2, 1, 2)
     assert one.indices == [0, 1, 2, 3, 4, 5, 6, 0] and one.once == [True] * 7 + [False]
     assert two.indices == [2, 3, 6, 0] and two.once == [True, True, True, False]
@@ -87,7 +87,7 @@ def test_the_best_is_the_highest_and_a_tie_keeps_the_earlier(caplog: pytest.LogC
 
 
 def test_a_best_that_could_not_be_saved_does_not_count() -> None:
-    """The disk was full: `checkpoints/best` still names the one of before, and a later one has to beat that."""
+    """The disk was full: `checkpoints/best` has the previous one, with which later ones are compared."""
     best = BestSoFar(Scripted(0.5, 0.9, 0.6), None)
     assert best.measure(None, 10)[1] == known(0.5, 10)
     assert best.measure(None, 20)[1] == known(0.9, 20)
@@ -113,7 +113,7 @@ def test_values_of_other_samples_are_not_compared(tmp_path: Path, caplog: pytest
 
 
 def test_a_kill_before_best_is_written_is_repaired(tmp_path: Path) -> None:
-    """`latest` had moved to the new best, `best` had not."""
+    """`latest` was written already, `best` was not."""
     old, new = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30, known(0.7, 30))
     write_pointer(old.parent / BEST, old)
     assert BestSoFar(Scripted(), new).best == known(0.7, 30)
@@ -122,7 +122,7 @@ def test_a_kill_before_best_is_written_is_repaired(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_missing_or_later_best_is_ignored(tmp_path: Path, there: bool) -> None:
-    """A run that was set back by hand."""
+    """As after newer checkpoints were deleted by hand."""
     later = saved(tmp_path, 40, known(0.9, 40)) if there else tmp_path / "checkpoints" / "step-000040"
     last = saved(tmp_path, 30)
     write_pointer(last.parent / BEST, later)

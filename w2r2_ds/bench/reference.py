@@ -8,7 +8,7 @@ from torch import Tensor
 from w2r2_ds.bench.hf_trainer import BaselineModel, stock_forwards, stock_inputs
 from w2r2_ds.bench.model import Subject
 from w2r2_ds.models.build import trainable
-from w2r2_ds.objective.loss import Outputs, read_shortcut, w2r2_loss
+from w2r2_ds.objective.loss import PassOutputs, score_shortcut, w2r2_loss
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import Batch
 
@@ -27,8 +27,8 @@ def reference_loss(step: W2R2Step, batch: Batch) -> Tensor:
         stock(**(inputs | {"geometry_images": images})).logits[0, batch.answer_positions.position]
         for images in (no_images, inputs["geometry_images"])
     )
-    shortcut = read_shortcut(Outputs(shortcut_logits), batch, step.push_term, step.scorer)
-    loss, _ = w2r2_loss(Outputs(fused_logits), shortcut, batch, step.objective, step.push_term, step.scorer)
+    shortcut = score_shortcut(PassOutputs(shortcut_logits), batch, step.push_term, step.scorer)
+    loss, _ = w2r2_loss(PassOutputs(fused_logits), shortcut, batch, step.objective, step.push_term, step.scorer)
     return loss
 
 

@@ -114,7 +114,7 @@ def single_pass(subject: Subject, batch: Batch, visual: VisionOutput, geometry: 
     ) -> tuple[Tensor, Tensor]:
         return shortcut_states, model.answer_hidden_states(batch, fused, include_description)
 
-    step.two_pass = two_pass
+    step.run_passes = two_pass
     return step
 
 

@@ -169,7 +169,7 @@ class Engine:
         config = RunConfig(objective=ObjectiveConfig(), train=train)
         self.engine = make_engine(subject.model, subject.frontend, config, ds_config, subject.device)
         if order == SINGLE:
-            self.engine.module.two_pass = functools.partial(fused_pass_only, subject.model)
+            self.engine.module.run_passes = functools.partial(fused_pass_only, subject.model)
         self.size = sum(each.ds_numel * each.element_size() for each in self.engine.module.parameters())
 
     def count(self) -> GatherCounts:

@@ -1,8 +1,8 @@
 """Command-line parsers with errors in one sentence and suggestions for misspelt options.
 
-There are two. `OneLineParser` (argparse) is for run configurations: pydantic validates their values, and the options
-of registered extensions are not known in advance, which jsonargparse does not support. `Parser` (jsonargparse) is for
-commands that are a function: it converts values to the types of the parameters and makes the help from the docstring.
+There are two. `OneLineParser` (argparse) is for run configurations: pydantic validates their values, and the options of
+registered extensions are not known in advance, which jsonargparse does not support. `Parser` (jsonargparse) is for
+commands that are functions: it converts values to the types of the parameters and generates the help from docstrings.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MIN_SIMILARITY = 0.65
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse's parser; a wrong command line is one sentence, without the usage."""
+    """argparse's parser, with errors in one sentence instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the sentence and exit with status 2, or raise ValueError if `exit_on_error` is off."""
+        """Print the error and exit with status 2, or raise ValueError if `exit_on_error` is False."""
         sentence = one_line(without_secrets(re.sub(r"^argument (--[\w.]+)", r"\1", message)))
         if not self.exit_on_error:
             raise ValueError(f"{sentence}.")
@@ -37,22 +37,22 @@ class OneLineParser(argparse.ArgumentParser):
 
         Args:
             unknown: arguments that argparse did not parse.
-            given: options as a nested tree; changed in place.
+            given: options as nested dictionaries; changed in place.
         """
-        from w2r2_ds.config.options import FREE_SECTIONS, decoded, set_option
+        from w2r2_ds.config.options import decoded, in_free_section, set_option
 
         words, wrong = iter(unknown), []
         for word in words:
             name, equals, value = word.partition("=")
-            if word.startswith("--") and name.removeprefix("--").split(".")[-2:-1] in [
-                [each] for each in FREE_SECTIONS
-            ]:
+            if word.startswith("--") and in_free_section(name.removeprefix("--")):
+                # Either `--objective.push_term.margin=2.0`, or the value is the next word.
                 text = value if equals else next(words, None)
                 if text is None:
                     self.error(f"{name}: expected one argument")
                 set_option(given, name.removeprefix("--"), decoded(text))
             elif word.startswith("-"):
                 wrong.append(name)
+        # Without any option among the unknown words, the first one is reported: a positional argument.
         if wrong or (unknown and not any(word.startswith("-") for word in unknown)):
             known = [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             wrong = wrong or list(unknown[:1])
@@ -68,20 +68,20 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser; an error in a command line or a recipe is one sentence, without the usage."""
+    """jsonargparse's parser, with errors of a command line or a recipe in one sentence instead of the usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _HelpFormatter} | options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and exit with status 2."""
+        """Print the error and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         names = unknown_names(message)
         if names:
             sentence = "; ".join(f"there is no option {name}{did_you_mean(name, self.names())}" for name in names)
         else:
-            sentence = plain_message(message)
+            sentence = without_python_types(message)
         sentence = one_line(without_secrets(sentence))
         self.exit(2, f"{self.prog.replace(' [options]', '')}: {sentence}; --help lists the options.\n")
 
@@ -96,7 +96,7 @@ class Parser(ArgumentParser):
 
 
 def unknown_names(message: str) -> list[str]:
-    """Unknown options named in a message of jsonargparse: with dashes from a command line, without from a recipe."""
+    """Unknown options in an error message of jsonargparse: with dashes for a command line, without for a recipe."""
     if found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
         words = found[1].split()
         return [word.partition("=")[0] for word in words if word.startswith("-")] or words[:1]
@@ -108,9 +108,15 @@ def unknown_names(message: str) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """`` (did you mean a, b?)`` with the most similar known names; empty if none is similar.
+    """Suggestion for a misspelt name: `` (did you mean a, b?)`` with similar known names; empty if none is similar.
 
-    Last parts of dotted names are compared: both `objctive.lambda_det` and `lambda_det` give `objective.lambda_det`.
+    The last parts of dotted names are compared: `objctive.lambda_det` and `lambda_det` both give
+    `objective.lambda_det`.
+
+    Args:
+        name: the misspelt name, with or without dashes.
+        known: valid names, without dashes.
+        most: largest number of suggestions.
     """
     bare = name.lstrip("-")
     dashes = name[: len(name) - len(bare)]
@@ -118,13 +124,14 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     for other in known:
         last = SequenceMatcher(None, bare.rpartition(".")[2], other.rpartition(".")[2]).ratio()
         if last >= MIN_SIMILARITY:
-            scores[other] = last + 0.1 * SequenceMatcher(None, bare, other).ratio()  # of equal ends, the same section
-    like = sorted(scores, key=lambda other: (-scores[other], other))[:most]
-    return f" (did you mean {', '.join(dashes + other for other in like)}?)" if like else ""
+            # Of names with equal last parts, the one with the most similar section comes first.
+            scores[other] = last + 0.1 * SequenceMatcher(None, bare, other).ratio()
+    similar = sorted(scores, key=lambda other: (-scores[other], other))[:most]
+    return f" (did you mean {', '.join(dashes + other for other in similar)}?)" if similar else ""
 
 
-def plain_message(message: str) -> str:
-    """jsonargparse's message on one line, without Python's types in it."""
+def without_python_types(message: str) -> str:
+    """An error message of jsonargparse on one line, without Python's type syntax."""
     text = " ".join(message.split()).rstrip(".")
     text = re.sub(r"Parser key \"(.*?)\":", r"\1:", text).replace("typing.", "").replace(". Got value:", ", got")
     return re.sub(r"Expected an? (?:<class '(.*?)'>|)", r"expected \1", text)

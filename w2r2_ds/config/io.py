@@ -1,7 +1,7 @@
 """Read and write run configurations: recipes, command lines, the saved configuration of a run.
 
 A recipe is YAML, read with `yaml.safe_load`. Options of the command line are merged into it, and pydantic validates the
-result. No configuration can name code.
+result. No value of a configuration is executed or imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from w2r2_ds.utils import atomic_io
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEMO_RECIPE = RECIPES / "demo.yaml"
 WITHOUT_RECIPE = ("out", "resume", "demo.")
-"""Options that a command line may give without `--config`: the run is the demo, and real models need a recipe."""
+"""Options that are allowed without `--config`, when the run is the demo; real models need a recipe."""
 
 _ADAPTER = TypeAdapter(RunConfig)
 
@@ -31,19 +31,27 @@ _ADAPTER = TypeAdapter(RunConfig)
 def from_tree(tree: Any, source: str) -> RunConfig:
     """Build the configuration from nested dictionaries, as YAML or `asdict` makes them.
 
+    Args:
+        tree: sections and fields.
+        source: file, for messages.
+
     Raises:
-        ValueError: a field is unknown, missing, or has a wrong type or value; `source` names the file.
+        ValueError: a field is unknown or missing, or has a wrong type or value.
     """
     return _validated(_ADAPTER, tree, source)
 
 
 def model_from_tree(tree: Any, source: str) -> ModelConfig:
-    """Build the section `model`; see `from_tree`."""
+    """Build the section `model` only; see `from_tree`."""
     return _validated(TypeAdapter(ModelConfig), tree, source)
 
 
 def load_config(path: str | Path = DEMO_RECIPE, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe or a saved configuration, with options of a command line that win over it.
+    """Read a recipe or a saved configuration.
+
+    Args:
+        path: YAML file.
+        overrides: options of a command line, which take precedence over the file.
 
     Raises:
         ValueError: the file cannot be read, or see `from_tree`.
@@ -56,7 +64,7 @@ def load_config(path: str | Path = DEMO_RECIPE, overrides: Sequence[str] = ()) -
 
 
 def run_parser(description: str, prog: str | None = None) -> OneLineParser:
-    """A parser whose options are the fields of `RunConfig` and `--config`."""
+    """A parser with the fields of `RunConfig` and `--config` as options."""
     usage = "%(prog)s [--config RECIPE.yaml] [--section.field VALUE ...]"
     parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="YAML recipe; its keys are the options below.")
@@ -65,13 +73,17 @@ def run_parser(description: str, prog: str | None = None) -> OneLineParser:
 
 
 def parse_run(parser: OneLineParser, args: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:
-    """Parse a command line: defaults, then `--config`, then the other options, in any order.
+    """Parse a command line. The other options take precedence over `--config`, which takes precedence over defaults.
 
-    Without `--config` the recipe is the demo's; then only `WITHOUT_RECIPE` and the parser's own options are allowed, so
-    that no real model is trained with the demo's learning rate.
+    Without `--config` the demo's recipe is used. Then only `WITHOUT_RECIPE` and the parser's additional options are
+    allowed, so that no real model is trained with the demo's learning rate.
+
+    Args:
+        parser: result of `run_parser`, with additional options or not.
+        args: command line without the program's name.
 
     Returns:
-        The configuration, and the values of options that the caller added to the parser.
+        The configuration, and the values of the parser's additional options.
     """
     given, rest = _given(parser, args)
     recipe = rest.config or str(DEMO_RECIPE)
@@ -86,7 +98,7 @@ def parse_run(parser: OneLineParser, args: Sequence[str]) -> tuple[RunConfig, ar
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Decode a YAML file without constructing any Python object.
+    """Decode a YAML file into dictionaries, lists, strings and numbers; no other Python object is constructed.
 
     Raises:
         ValueError: it is not a regular file, cannot be read, or is not YAML.
@@ -102,13 +114,13 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, or a day 99
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not valid YAML ({cause}).") from None
 
 
 def merged(tree: Any, given: Mapping[str, Any]) -> Any:
-    """`tree` with the values of `given` in place of its own, section by section; `tree` is not changed."""
+    """Copy of `tree` in which the values of `given` replace its own, section by section."""
     if not isinstance(tree, Mapping) or not given:
         return tree
     result = dict(tree)
@@ -123,9 +135,16 @@ def merged(tree: Any, given: Mapping[str, Any]) -> Any:
 def relocated(
     config: RunConfig, root: str | Path | None = None, vlm: str | None = None, geometry_path: str | None = None
 ) -> RunConfig:
-    """The same run with its data and models at other places; None keeps a place.
+    """Copy of a run's configuration for evaluation or export, with other paths of data and models.
 
-    The merger's initial weights are dropped, since the trained ones replace them. Kernels that need a GPU become auto.
+    The path of the merger's initial weights is removed, because the trained weights replace them. `model.kernels`
+    triton becomes auto, so that it also works without a GPU.
+
+    Args:
+        config: configuration of the run.
+        root: new `data.root`; None keeps it, as for the other paths.
+        vlm: new `model.vlm`.
+        geometry_path: new `model.geometry.path`.
     """
     kernels: Literal["auto", "torch"] = "torch" if config.model.kernels == "torch" else "auto"
     geometry = replace(config.model.geometry, path=geometry_path or config.model.geometry.path)
@@ -134,21 +153,21 @@ def relocated(
 
 
 def config_text(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `--config` reads back."""
+    """The resolved configuration as YAML, a valid file for `--config`."""
     return str(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration."""
+    """Write the resolved configuration as YAML."""
     atomic_io.replace(path, config_text(config))
 
 
 def _given(parser: OneLineParser, args: Sequence[str]) -> tuple[dict[str, Any], argparse.Namespace]:
-    """Options of the configuration as a nested tree, and the other values of the command line."""
+    """Options of the configuration as nested dictionaries, and the parser's additional options."""
     rest, unknown = parser.parse_known_args(list(args))
     given: dict[str, Any] = {}
     for name in options(RunConfig):
-        if name in rest:  # defaults are argparse.SUPPRESS: only options that were given are there
+        if name in rest:  # defaults are argparse.SUPPRESS: `rest` has only options that were passed
             set_option(given, name, getattr(rest, name))
             delattr(rest, name)
     parser.take_free_options(unknown, given)
@@ -156,10 +175,12 @@ def _given(parser: OneLineParser, args: Sequence[str]) -> tuple[dict[str, Any], 
 
 
 def _source(path: str | Path, given: Mapping[str, Any]) -> str:
+    """Source of a configuration, for messages."""
     return f"{path} with the command line" if given else str(path)
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    """Dotted names of all values of nested dictionaries."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _dotted(value, f"{prefix}{key}.")
@@ -168,6 +189,7 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
 
 
 def _validated(adapter: TypeAdapter[Any], tree: Any, source: str) -> Any:
+    """Validate nested dictionaries with pydantic; see `from_tree`."""
     if not isinstance(tree, Mapping):
         raise ValueError(f"{source}: expected sections and fields, got {type(tree).__name__}.")
     try:
@@ -179,10 +201,11 @@ def _validated(adapter: TypeAdapter[Any], tree: Any, source: str) -> Any:
 
 
 def _sentence(error: Any) -> str:
+    """One error of pydantic's `ValidationError.errors()`, as text."""
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
     if error["type"] == "unexpected_keyword_argument":
         return f"there is no option {name}{did_you_mean(name, options(RunConfig))}"
-    if error["type"] == "value_error":  # of a __post_init__, whose message names its fields
+    if error["type"] == "value_error":  # raised by a __post_init__; its message has the names of the fields
         return str(error["ctx"]["error"]).rstrip(".")
     shown = repr(error["input"])
     return f"{name}: {error['msg']}, got {shown if len(shown) <= 60 else shown[:60] + '...'}"

@@ -1,4 +1,4 @@
-"""The command-line options of a configuration dataclass, generated from its fields and docstrings."""
+"""Command-line options of a configuration dataclass, generated from its fields and docstrings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import docstring_parser
 import yaml
 
 FREE_SECTIONS = ("push_term",)
-"""Fields whose keys belong to a registered extension: `--objective.push_term.margin 2.0`."""
+"""Fields whose keys are defined by a registered extension: `--objective.push_term.margin 2.0`."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Option:
     """One field of a configuration.
 
     Attributes:
-        name: dotted, such as `train.lr`.
-        type: for readers, such as `int` or `sequential | lockstep`.
-        default: the default value.
-        help: the sentence of the docstring.
-        text: whether the value is a string and used unchanged; other values are decoded as YAML.
+        name: dotted name, such as `train.lr`.
+        type: type for the help, such as `int` or `sequential | lockstep`.
+        default: default value.
+        help: description of the field in the docstring.
+        text: whether the value is a string, which is used unchanged; other values are decoded as YAML.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Option:
 
 @functools.cache
 def options(config: type) -> dict[str, Option]:
-    """All fields of a dataclass and of the dataclasses in it, by dotted name."""
+    """Options of all fields of a dataclass and of its nested dataclasses, keyed by dotted name."""
     return {option.name: option for option in _options(config, "")}
 
 
@@ -56,8 +56,14 @@ def _options(config: type, prefix: str) -> Iterator[Option]:
         yield Option(f"{prefix}{field.name}", _type_name(kind), _plain(default), sentence, _is_text(kind))
 
 
+def in_free_section(name: str) -> bool:
+    """Whether a dotted name is a key of one of `FREE_SECTIONS`."""
+    section = name.rpartition(".")[0]
+    return section.rpartition(".")[2] in FREE_SECTIONS
+
+
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add an option for every field; absent ones are absent from the namespace."""
+    """Add an option for every field of a dataclass; the namespace has no entry for options that are not passed."""
     groups: dict[str, Any] = {}
     for name, option in options(config).items():
         section = name.partition(".")[0] if "." in name else ""
@@ -74,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def decoded(text: str) -> Any:
-    """Decode an option that is not a string as YAML: `5`, `1e-4`, `true`, `[a, b]`."""
+    """Decode the value of an option as YAML: `5`, `1e-4`, `true`, `[a, b]`."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
@@ -82,20 +88,22 @@ def decoded(text: str) -> Any:
 
 
 def set_option(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Set a dotted name in a nested tree."""
+    """Set the value of a dotted name in nested dictionaries, in place."""
     *sections, last = name.split(".")
     for section in sections:
         inner = tree.get(section, {})
-        # `--objective.push_term margin` beside `--objective.push_term.margin 2.0`
+        # A string in place of a section is a name: `--objective.push_term margin --objective.push_term.margin 2.0`.
         tree[section] = tree = {"name": inner} if isinstance(inner, str) else dict(inner)
     tree[last] = value
 
 
 def _is_text(kind: Any) -> bool:
+    """Whether a type is `str` or a `Literal` of strings."""
     return kind is str or (get_origin(kind) is Literal and all(isinstance(each, str) for each in get_args(kind)))
 
 
 def _type_name(kind: Any) -> str:
+    """A type as it is printed in the help."""
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, types.UnionType):
@@ -108,7 +116,7 @@ def _type_name(kind: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, so that a default reads as YAML."""
+    """A default value for the help: dataclasses become dictionaries."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Reject control characters and secrets in a configuration, which is written to logs, checkpoints and model cards."""
+"""Check a configuration for control characters and secrets: it is written to logs, checkpoints and model cards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def check_config_texts(tree: Mapping[str, Any]) -> None:
         tree: nested dictionaries and lists, as `dataclasses.asdict` makes them.
 
     Raises:
-        ValueError: a string holds a control character, or a key, token or password (which is not repeated).
+        ValueError: a string contains a control character, or a key, token or password (not in the message).
     """
     for name, text in _strings(tree, ""):
         if has_secret(text):
             raise ValueError(
-                f"{name} holds a key, a token or a password, which would be written into config.yaml, checkpoints and "
-                "cards; give it in the environment (HF_TOKEN, WANDB_API_KEY), or by `hf auth login`, `wandb login`."
+                f"{name} holds a key, a token or a password, which would be written into config.yaml, checkpoints "
+                "and model cards; set HF_TOKEN or WANDB_API_KEY instead, or use `hf auth login` or `wandb login`."
             )
         if found := CONTROL.search(text):
             kind = unicodedata.name(found[0], "a control character")

@@ -24,14 +24,14 @@ Fraction = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 
 
 def _push_term(value: Any) -> Any:
-    """`margin` means `{name: margin}`; without a name, hyper-parameters are those of the default term."""
+    """Short forms: ``margin`` is ``{name: margin}``; hyper-parameters without a name are those of the default term."""
     if isinstance(value, str):
         return {"name": value}
     return {"name": "margin", **value} if isinstance(value, Mapping) else value
 
 
 PushTermOptions = Annotated[dict[str, Any], BeforeValidator(_push_term)]
-"""Name of a registered push term and its hyper-parameters; `objective/push_terms.py` checks them."""
+"""Name and hyper-parameters of a registered push term, which `objective/push_terms.py` validates."""
 
 
 @dataclass(config=STRICT)
@@ -40,7 +40,7 @@ class SourceConfig:
 
     Args:
         path: folder written by launchers/prepare.py for one task and split, relative to data.root.
-        weight: how often an epoch contains each sample; 0.5 draws a random half, a different one in every epoch.
+        weight: number of times that an epoch contains each sample; 0.5 draws a random half, another one in every epoch.
         cap: maximum number of samples per epoch; 0 for no limit.
     """
 
@@ -55,23 +55,24 @@ class DataConfig:
 
     Args:
         root: folder in ScanNet's layout (posed_images/, scans/, ...).
-        train: prepared training sets, a list of path, weight and cap.
-        val: prepared validation sets; every sample is used.
+        train: prepared training sets, each with path, weight and cap.
+        val: prepared validation sets, in the same form; all samples are used, weight and cap are ignored.
         frame_width: width in pixels to which frames are resized for the geometry encoder, a multiple of its patch size
-            (VGGT: 518, patches of 14). The VLM merges patches two by two, so of an odd number the last column is cut.
-        visual: every frame an `<image>` with its index, or all frames one `<video>`.
+            (VGGT: 518, patches of 14). The VLM merges 2 x 2 patches; with an odd number the last column is dropped.
+        visual: images encodes every frame as an `<image>` with its index, video all frames as one `<video>`.
         video_fps: nominal frame rate, for the temporal positions of a `<video>`.
-        max_length: longest sequence in tokens; a longer sample is an error and never truncated.
-        workers: data loader processes per rank; 0 loads in the training process.
+        max_length: maximum sequence length in tokens; a longer sample is an error, never truncated.
+        workers: DataLoader workers per rank; 0 loads in the training process.
         questions_per_scene: number of questions about the same frames that share one visual prefix in one sequence
             (scene packing). train.micro_batch must be a multiple. Loss and gradient of each sample are unchanged. 1
-            orders samples freely.
+            disables scene packing.
         packing: concatenate the samples of a micro-batch into one sequence without padding.
-        prefetch: micro-batches that each loader process prepares ahead, in shared memory.
+        prefetch: micro-batches that each DataLoader worker prepares ahead, in shared memory.
         cache: folder of the feature cache for the frozen encoders; empty for none. Several runs may share it, and
             `launchers/prepare.py geometry` fills it ahead of time.
         cache_gib: maximum size of the cache folder in GiB.
-        cached_features: cache the geometry encoder's features only, or the vision tower's 2D features too.
+        cached_features: geometry caches the geometry encoder's features only, geometry+2d also those of the vision
+            tower.
     """
 
     root: str = "data/scannet"
@@ -98,11 +99,11 @@ class GeometryConfig:
 
     Args:
         name: vggt, or a registered encoder.
-        path: directory or hub id of its weights; empty for an encoder without files.
-        layers: layers whose patch tokens are used, counted from 0; features of several layers are concatenated. VGGT
-            counts its pairs of alternating-attention blocks.
-        reference_frame: frame whose camera is the origin; `last` gives the encoder the frames in reverse order, as
-            VG-LLM can.
+        path: directory or hub id of the weights; empty for an encoder without files.
+        layers: layers whose patch tokens are used, counted from 0; features of several layers are concatenated. A layer
+            of VGGT is a pair of alternating-attention blocks.
+        reference_frame: frame whose camera is the origin of the coordinates; with last the encoder gets the frames in
+            reverse order, an option of VG-LLM.
     """
 
     name: str = "vggt"
@@ -113,7 +114,7 @@ class GeometryConfig:
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_plugins(cls, given: Any) -> Any:
-        """The defaults of path and layers are VGGT's; another encoder has no files and takes layer 0."""
+        """The defaults of path and layers are those of VGGT; for another encoder they are no path, and layer 0."""
         fields = (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
         if isinstance(fields, Mapping) and fields.get("name", "vggt") != "vggt":
             return {"path": "", "layers": [0], **fields}
@@ -128,18 +129,22 @@ class ModelConfig:
         vlm: directory or hub id of the video LLM.
         geometry: the frozen geometry encoder.
         merger_hidden: width of the geometry merger's hidden layer.
-        fusion: Phi, how merged geometry joins the visual tokens: add, concat, cross_attention, gated, or a registered
+        fusion: Phi, which fuses 2D tokens with merged geometry: add, concat, cross_attention, gated, or a registered
             fusion.
-        merger: geometry_merger.safetensors to start from, of an export or an imported VG-LLM; empty for new weights.
-        zero_geometry: Phi(F2D, 0) zeroes the merged geometry, which gives the stock VLM, or the encoder's features.
+        merger: geometry_merger.safetensors with initial weights, from an export or an imported VG-LLM checkpoint; empty
+            for random weights.
+        zero_geometry: tensor that Phi(F2D, 0) sets to zero, the merged geometry or the encoder's features. With merged,
+            fusions other than concat give the stock VLM.
         lora_rank: rank of the LoRA update of the language model's seven projections.
-        lora_alpha: LoRA scale is lora_alpha / lora_rank.
-        lora_dropout: dropout in the LoRA branch, in the fused pass only.
+        lora_alpha: numerator of the LoRA scale, lora_alpha / lora_rank.
+        lora_dropout: dropout rate of the LoRA branches, in the fused pass only.
         dtype: dtype of weights and activations; auto is bfloat16 on a GPU and float32 otherwise.
         attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
             flash_attention_2 on a GPU in bfloat16 if flash_attn is installed, otherwise sdpa.
         kernels: torch, or triton with own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto compares every
-            kernel with PyTorch on the GPU at start and uses those that are right and faster, and is torch on a CPU.
+            kernel with PyTorch on the GPU at start and uses those that are right and faster, and is torch on a CPU. A
+            resumed run reuses the kernels that its checkpoint stores for auto, if the GPU model and the versions of
+            torch, triton and liger-kernel are the same.
     """
 
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -156,7 +161,7 @@ class ModelConfig:
     kernels: Literal["auto", "torch", "triton"] = "auto"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w+", self.attention):  # transformers loads OWNER/NAME as code from the hub
+        if not re.fullmatch(r"\w+", self.attention):  # transformers would load and run OWNER/NAME from the hub
             raise ValueError(
                 f"model.attention is {self.attention!r}; it must be the name of an implementation such as sdpa or "
                 "flash_attention_2, not a kernel of the Hugging Face Hub."
@@ -168,20 +173,22 @@ class ObjectiveConfig:
     """L = L_align + push term, where the push term is an interpretation of the paper's lambda * L_det.
 
     Args:
-        push_term: name of the push term and its hyper-parameters, `{name: margin, margin: 1.0}`, or its name alone.
+        push_term: name of the push term and its hyper-parameters, `{name: margin, margin: 1.0}`, or its name only.
             Names are none, literal, reweight, downweight, margin, pseudo_label, soft_iou, representation, poe,
             unblocked, and registered ones.
         lambda_det: lambda, the weight of the push term.
         mu: similarity threshold above which the shortcut counts as having solved the sample.
-        visual_mask_ratio: fraction of the 2D tokens masked in the fused pass in training, a baseline; 0 masks none.
-        shortcut_decode: greedy decodes the shortcut's answer, which defines s; teacher is the teacher-forced
+        visual_mask_ratio: fraction of the 2D tokens that is masked in the fused pass in training, a baseline; 0 masks
+            none.
+        shortcut_decode: greedy decodes the shortcut's answer, the definition of s; teacher is the teacher-forced
             approximation, at no cost.
-        decode_gap_every: optimizer steps between measurements of the decode gap, the difference of s between the two;
-            0 never measures.
-        decode_gap_samples: training samples on which it is measured, always the same.
-        caption_similarity: s of a caption.
-        answer_similarity: s of a short answer.
-        reduction: divide the sum over samples by the global number of samples, or of answer tokens (VG-LLM).
+        decode_gap_every: optimizer steps between measurements of the decode gap, the difference between greedy and
+            teacher-forced s; 0 never measures.
+        decode_gap_samples: number of training samples on which the decode gap is measured, always the same ones.
+        caption_similarity: similarity s of a caption to its label.
+        answer_similarity: similarity s of a short answer to its label.
+        reduction: sample divides the sum over samples by the global number of samples, token by the global number of
+            answer tokens (VG-LLM).
     """
 
     push_term: PushTermOptions = field(default_factory=lambda: {"name": "margin"})
@@ -209,22 +216,24 @@ class TrainConfig:
         weight_decay: weight decay of AdamW.
         warmup_ratio: fraction of the steps with linear warm-up; cosine decay to zero follows.
         activation_checkpointing: recompute decoder layers in the backward pass.
-        recompute_every: with activation checkpointing, recompute every n-th layer only; the others are kept.
+        recompute_every: with activation checkpointing, recompute every n-th layer only; the others keep their
+            activations.
         offload_activations: with activation checkpointing, keep layer inputs in host memory; slower.
-        pass_order: sequential runs the shortcut pass first; lockstep runs both passes layer by layer, so that ZeRO-3
-            gathers each layer once; auto is lockstep under ZeRO-3. Losses and gradients are equal.
+        pass_order: sequential runs the whole shortcut pass first; lockstep runs both passes layer by layer, so that
+            ZeRO-3 gathers each layer once per forward; auto is lockstep under ZeRO-3, except for push term unblocked.
+            Losses and gradients are equal.
         save_every: optimizer steps between checkpoints; the last step is always saved.
-        keep_last: number of checkpoints kept, besides the best.
+        keep_last: number of newest checkpoints that are kept, besides the best one.
         eval_every: optimizer steps between validations, greedy answers on a fixed subset of data.val; the last step is
             always validated, and the best step so far is always saved. 0 never validates.
-        eval_samples: validation samples, drawn by the seed, the same for every world size.
-        eval_max_new_tokens: longest answer in validation.
-        best_by: metric whose highest value is the best checkpoint, such as scan2cap/CIDEr@0.5; empty for the main
-            metric of the first set's task.
+        eval_samples: number of validation samples, drawn by the seed, the same for every world size.
+        eval_max_new_tokens: maximum number of generated tokens per answer in validation.
+        best_by: metric whose highest value determines the best checkpoint, such as scan2cap/CIDEr@0.5; empty for the
+            main metric of the first set's task.
         seed: seed of initialization, data order, dropout and validation samples.
-        hang_seconds: a rank without progress for this long ends the job with a report of all ranks; must be longer than
-            the longest pause of a healthy run.
-        trackers: experiment trackers beside metrics.jsonl, of wandb, tensorboard, trackio and registered ones.
+        hang_seconds: time in seconds after which a rank without progress ends the job with a report of all ranks; must
+            be longer than the longest pause of a healthy run.
+        trackers: experiment trackers besides metrics.jsonl: wandb, tensorboard, trackio, and registered ones.
     """
 
     steps: PositiveInt = 2000
@@ -259,15 +268,15 @@ class DemoConfig:
     """Synthetic scenes and tiny models in place of data and weights; used only when `enabled`.
 
     Args:
-        enabled: make the synthetic scenes and the tiny models if they are missing.
+        enabled: generate the synthetic scenes and the tiny models if they are missing.
         train_scenes: number of synthetic training scenes.
         val_scenes: number of synthetic validation scenes.
-        frames_per_scene: frames rendered along each camera path.
-        frames: frames per sample.
+        frames_per_scene: number of frames rendered along each camera path.
+        frames: number of frames per sample.
         seed: seed of scenes and tiny models.
-        warmup_steps: full-parameter steps of the tiny language model on 2D input, in place of pre-training.
-        warmup_batch: samples per such step.
-        warmup_lr: peak learning rate of these steps.
+        warmup_steps: steps that train all parameters of the tiny VLM on 2D input, in place of pre-training.
+        warmup_batch: samples per warm-up step.
+        warmup_lr: peak learning rate of the warm-up steps.
     """
 
     enabled: bool = False
@@ -283,7 +292,7 @@ class DemoConfig:
 
 @dataclass(config=STRICT)
 class RunConfig:
-    """One run.
+    """Configuration of one run.
 
     Args:
         out: folder of the run: checkpoints, metrics.jsonl, the resolved configuration.
@@ -304,11 +313,11 @@ class RunConfig:
     demo: DemoConfig = field(default_factory=DemoConfig)
 
     def __post_init__(self) -> None:
-        """Check what concerns several sections."""
+        """Check combinations of options of several sections."""
         check_config_texts(asdict(self))
         data, objective, train = self.data, self.objective, self.train
         if data.cached_features != "geometry" and not data.cache:
-            raise ValueError(f"data.cached_features is {data.cached_features}, but data.cache is empty; name a folder.")
+            raise ValueError(f"data.cached_features is {data.cached_features}, but data.cache is empty; set a folder.")
         if train.micro_batch % data.questions_per_scene:
             raise ValueError(
                 f"train.micro_batch is {train.micro_batch}, which is not a multiple of data.questions_per_scene "
@@ -320,7 +329,7 @@ class RunConfig:
                 f"data.questions_per_scene {data.questions_per_scene} shares them; set one of the two to its default."
             )
         if train.eval_every and not data.val:
-            raise ValueError("data.val is empty, but train.eval_every is not 0; name a validation set, or give 0.")
+            raise ValueError("data.val is empty, but train.eval_every is not 0; add a validation set, or set it to 0.")
         if train.pass_order == "lockstep" and objective.push_term["name"] == "unblocked":
             raise ValueError(
                 "train.pass_order is lockstep, which keeps no graph of the shortcut pass, but objective.push_term "

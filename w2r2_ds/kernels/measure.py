@@ -1,20 +1,23 @@
 """`model.kernels: auto`: compare every kernel with PyTorch on the device, and use those that are correct and faster.
 
 Runs once, when the model is built and before its weights are on the device. Rank 0 measures and broadcasts the
-measurements. All ranks choose from the same numbers, so that they run the same operations.
+measurements. All ranks choose from the same numbers, so that they run the same operations. A resumed run measures
+nothing if it can reuse the kernels of its checkpoint (saved_selection.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from w2r2_ds.kernels.candidates import Candidate, Shapes, make_candidates
+from w2r2_ds.kernels.saved_selection import from_manifest
 from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS, Kernels, check_kernels, unavailable
 from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
 
@@ -64,13 +67,16 @@ class Measurement:
         return "" if self.kernel_seconds < self.torch_seconds else "not faster"
 
 
-def select_kernels(name: str, make_shapes: Callable[[], Shapes], device: torch.device) -> Kernels:
-    """Kernels for `model.kernels`. With auto on a CUDA device it is a collective: rank 0 measures.
+def select_kernels(
+    name: str, make_shapes: Callable[[], Shapes], device: torch.device, saved: Mapping[str, Any] | None = None
+) -> Kernels:
+    """Kernels for `model.kernels`. With auto it is a collective on a CUDA device, or if `saved` is passed.
 
     Args:
         name: value of `model.kernels`: torch, triton or auto.
         make_shapes: returns the run's shapes; called only where kernels are measured.
         device: the model's device.
+        saved: `to_manifest` of the checkpoint that the run resumes from, the same on every rank; for auto only.
 
     Raises:
         ValueError: the kernels that are configured or were chosen cannot run on a rank.
@@ -78,20 +84,33 @@ def select_kernels(name: str, make_shapes: Callable[[], Shapes], device: torch.d
     check_kernels(name)
     if name != "auto":
         return ALL_KERNELS if name == "triton" else TORCH_KERNELS
-    if device.type != "cuda":
+    # Rank 0 decides for all ranks whether the stored kernels are reused: machines may differ, and ranks with different
+    # kernels would round differently.
+    kernels = on_rank_zero(lambda: from_manifest(saved, device)) if saved else None
+    if kernels is not None:
+        logger.info("kernels (model.kernels auto), as in the checkpoint: %s", ", ".join(sorted(kernels)) or "none")
+    elif device.type == "cuda":
+        kernels = measured_kernels(make_shapes, device)
+    else:
         logger.info("kernels: PyTorch (model.kernels auto), since the model is on the %s", device.type)
         return TORCH_KERNELS
-    reason, measurements = on_rank_zero(lambda: measure_all(make_shapes(), device))
-    kernels = choose(measurements)
-    if kernels - TORCH_KERNELS:
-        # Rank 0 has run the kernels; on another machine a package may be missing.
-        with raise_on_all_ranks():
-            check_kernels("triton")
-    logger.info(
-        "%s",
-        measurement_table(measurements) if measurements else f"kernels: PyTorch (model.kernels auto), since {reason}",
-    )
+    # Rank 0 can run the kernels; on another machine a package may be missing.
+    with raise_on_all_ranks():
+        reason = unavailable(interpreted=True) if kernels - TORCH_KERNELS else ""
+        if reason:
+            raise ValueError(
+                f"rank 0 chose the kernels {', '.join(sorted(kernels))} (model.kernels auto), but on another rank's "
+                f"machine {reason}; install the same packages on every machine, or use --model.kernels torch."
+            )
     return kernels
+
+
+def measured_kernels(make_shapes: Callable[[], Shapes], device: torch.device) -> Kernels:
+    """Kernels chosen from rank 0's measurements, which are logged. Collective."""
+    reason, measurements = on_rank_zero(lambda: measure_all(make_shapes(), device))
+    fallback = f"kernels: PyTorch (model.kernels auto), since {reason}"
+    logger.info("%s", measurement_table(measurements) if measurements else fallback)
+    return choose(measurements)
 
 
 def choose(measurements: Sequence[Measurement]) -> Kernels:

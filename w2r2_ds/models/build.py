@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,23 +66,27 @@ def load_frontend(config: ModelConfig) -> VlmFrontend:
     )
 
 
-def build_model(config: ModelConfig, device: torch.device, seed: int) -> W2R2:
+def build_model(
+    config: ModelConfig, device: torch.device, seed: int, saved_kernels: Mapping[str, Any] | None = None
+) -> W2R2:
     """Build VLM with LoRA, geometry merger, fusion and geometry encoder; only LoRA, merger and fusion require grad.
 
-    Collective on a GPU with `model.kernels: auto`, where rank 0 measures the kernels. Under ZeRO-3 the caller must hold
-    an `HfDeepSpeedConfig`, so that the VLM's weights are partitioned while they load.
+    Collective with `model.kernels: auto`, on a GPU or with `saved_kernels`: rank 0 chooses the kernels. Under ZeRO-3
+    the caller must hold an `HfDeepSpeedConfig`, so that the VLM's weights are partitioned while they load.
 
     Args:
         config: model configuration.
         device: device of the geometry encoder; the rest is on the CPU, or partitioned.
         seed: seed of the new weights (LoRA, merger, fusion), equal on all ranks.
+        saved_kernels: kernels of the checkpoint that the run resumes from (kernels/saved_selection.py), equal on all
+            ranks.
 
     Raises:
         ValueError: weights or configuration files are missing or do not fit, or an option is not supported.
     """
     dtype = resolve_dtype(config.dtype)
     # Before weights fill the device.
-    kernels = select_kernels(config.kernels, partial(kernel_shapes, config), device)
+    kernels = select_kernels(config.kernels, partial(kernel_shapes, config), device, saved_kernels)
     vlm = load_vlm(config.vlm, dtype, resolve_attention(config.attention, dtype))
     text = vlm.config.get_text_config()
     hidden, attention_dropout = text.hidden_size, getattr(text, "attention_dropout", 0.0)

@@ -1,7 +1,7 @@
-"""The total loss, L = sum over samples of weight * (l_align + push term), and per-sample statistics for logging.
+"""The total loss, L = sum over samples of weight * (cross-entropy + push term), and per-sample statistics for logging.
 
-Eq. 7 of the paper (arXiv 2510.17034): L_align is the cross-entropy of the fused pass, and the push term stands for
-lambda * L_det (Eq. 6).
+Eq. 7 of the paper (arXiv 2510.17034): L_align is the cross-entropy of the fused pass; a push term replaces
+lambda * L_det (Eq. 6), which has no gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.objective.expected_box import expected_overlap
 from w2r2_ds.objective.push_terms import Overlaps, PushInputs, PushTerm, States
-from w2r2_ds.objective.reductions import at, mean_per_sample
+from w2r2_ds.objective.reductions import mean_per_sample, token_log_p
 from w2r2_ds.objective.scorer import Score, Scorer
 from w2r2_ds.types.batch import Batch
 
@@ -38,13 +38,13 @@ LOSS_PARTS = ("loss", "align", "push")
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """Outputs of one pass.
+class PassOutputs:
+    """Outputs of one pass of the language model.
 
     Attributes:
         logits: ``[answer tokens, vocabulary]``.
-        states: ``[answer tokens + *what* positions, hidden]`` last hidden states; None if the push term does
-            not use them.
+        states: ``[answer tokens + *what* tokens, hidden]`` last hidden states; None if the push term does not need
+            them.
     """
 
     logits: Tensor
@@ -52,18 +52,18 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Shortcut:
-    """Outputs of the shortcut pass (2D only); detached unless the push term differentiates through them.
+class ShortcutOutputs:
+    """Results of the shortcut pass (2D only); detached unless the push term differentiates through them.
 
     Attributes:
-        guess: ``[answer tokens]`` int64 most likely token.
-        label_log_p: ``[answer tokens]`` float32 log-likelihood of the label.
-        guess_log_p: ``[answer tokens]`` float32 log-likelihood of the most likely token.
-        score: score of the shortcut's decoded answer if decoded answers are given, else of the teacher-forced one.
-        teacher_forced: score of its teacher-forced answer, to compare with the fused pass.
+        guess: ``[answer tokens]`` int64, most likely token.
+        label_log_p: ``[answer tokens]`` float32, log-likelihood of the label.
+        guess_log_p: ``[answer tokens]`` float32, log-likelihood of the most likely token.
+        score: score of the answer from which the hinge is computed: decoded greedily, or teacher-forced.
+        teacher_forced: score of the teacher-forced answer, for comparison with the fused pass.
         log_p: ``[answer tokens, vocabulary]`` float32, if the push term needs the whole distribution.
-        states: as in `Outputs`.
-        iou: ``[batch]`` float64 IoU of the expected box, if the push term needs boxes.
+        states: see `PassOutputs`.
+        iou: ``[batch]`` float64, IoU of the expected box, if the push term needs boxes.
     """
 
     guess: Tensor
@@ -76,36 +76,41 @@ class Shortcut:
     iou: Tensor | None = None
 
 
-def read_shortcut(
-    outputs: Outputs, batch: Batch, push_term: PushTerm, scorer: Scorer, answers: list[str] | None = None
-) -> Shortcut:
-    """Keep the outputs of the shortcut pass that the objective uses.
+def score_shortcut(
+    outputs: PassOutputs, batch: Batch, push_term: PushTerm, scorer: Scorer, answers: list[str] | None = None
+) -> ShortcutOutputs:
+    """Score the shortcut's answers, and keep those of its outputs that the objective uses.
 
     Args:
         outputs: outputs of the shortcut pass.
-        answers: greedily decoded answers per sample; None to use the teacher-forced predictions.
+        batch: labels.
+        push_term: determines which outputs are kept.
+        scorer: similarity of answers to labels.
+        answers: greedily decoded answer of every sample; None to use the teacher-forced predictions.
     """
     logits, states = outputs.logits, outputs.states
-    if push_term.blocked:
+    if push_term.stop_gradient:
         logits, states = logits.detach(), None if states is None else states.detach()
     log_p = torch.log_softmax(logits.float(), dim=-1)
     guess = logits.argmax(-1)
-    teacher_forced = scorer.teacher(guess, batch)
-    return Shortcut(
+    teacher_forced = scorer.teacher_forced(guess, batch)
+    # Two numbers per token are enough for most push terms: the distribution, ``[answer tokens, vocabulary]``, is freed
+    # unless the term needs it.
+    return ShortcutOutputs(
         guess=guess,
-        label_log_p=at(log_p, batch.answer_positions.label),
-        guess_log_p=at(log_p, guess),
+        label_log_p=token_log_p(log_p, batch.answer_positions.label),
+        guess_log_p=token_log_p(log_p, guess),
         score=teacher_forced if answers is None else scorer.decoded(answers, batch),
         teacher_forced=teacher_forced,
-        log_p=log_p if push_term.distribution else None,
+        log_p=log_p if push_term.needs_distribution else None,
         states=states,
-        iou=expected_overlap(log_p, batch, scorer.tables)[0] if push_term.boxes else None,
+        iou=expected_overlap(log_p, batch, scorer.tables)[0] if push_term.needs_boxes else None,
     )
 
 
 def w2r2_loss(
-    outputs: Outputs,
-    shortcut: Shortcut,
+    outputs: PassOutputs,
+    shortcut: ShortcutOutputs,
     batch: Batch,
     config: ObjectiveConfig,
     push_term: PushTerm,
@@ -116,21 +121,27 @@ def w2r2_loss(
 
     Args:
         outputs: outputs of the fused pass.
-        shortcut: result of `read_shortcut`.
-        geometry_norm: ``[batch]`` for the statistics, see `W2R2Step`.
+        shortcut: result of `score_shortcut`.
+        batch: labels.
+        config: lambda, mu and the reduction.
+        push_term: the term that is added to the cross-entropy.
+        scorer: similarity of answers to labels.
+        geometry_norm: ``[batch]`` column of the statistics, see `training/step.py`; zeros by default.
 
     Returns:
-        The weighted *sum* over samples, to be divided by the global sum of weights, and ``[batch, len(STATS)]``
-        float32 detached statistics per sample.
+        The weighted *sum* over samples, to be divided by the global sum of weights; and ``[batch, len(STATS)]`` float32
+        statistics per sample, detached.
     """
-    rows, size = batch.answer_positions, len(batch.ids)
+    positions, size = batch.answer_positions, len(batch.ids)
     log_p = torch.log_softmax(outputs.logits.float(), dim=-1)
-    align = mean_per_sample(-at(log_p, rows.label), rows.sample, size, torch.ones_like(rows.where))
-    fused_score = scorer.teacher(outputs.logits.detach().argmax(-1), batch)
+    # Cross-entropy per sample, a mean over its answer tokens; then the hinge h of Eq. 6, which has no gradient.
+    all_tokens = torch.ones_like(positions.where)
+    align = mean_per_sample(-token_log_p(log_p, positions.label), positions.sample, size, all_tokens)
     s_short = shortcut.score.s.float()
     det = torch.clamp(s_short - config.mu, min=0)
-    push = push_term(push_inputs(log_p, outputs, align, det, shortcut, batch, config, scorer))
+    push = push_term(push_inputs(log_p, outputs, shortcut, batch, config, scorer, cross_entropy=align, det=det))
     loss = align + push
+    fused_score = scorer.teacher_forced(outputs.logits.detach().argmax(-1), batch)
     columns = {
         "loss": loss,
         "align": align,
@@ -150,29 +161,30 @@ def w2r2_loss(
 
 def push_inputs(
     log_p: Tensor,
-    outputs: Outputs,
-    align: Tensor,
-    det: Tensor,
-    shortcut: Shortcut,
+    outputs: PassOutputs,
+    shortcut: ShortcutOutputs,
     batch: Batch,
     config: ObjectiveConfig,
     scorer: Scorer,
+    *,
+    cross_entropy: Tensor,
+    det: Tensor,
 ) -> PushInputs:
-    """Inputs of the configured push term."""
-    rows = batch.answer_positions
+    """Inputs of the push term; see `PushInputs` for `log_p`, `cross_entropy` and `det`."""
+    positions = batch.answer_positions
     overlaps = None
     if shortcut.iou is not None:
         _, giou, has_box = expected_overlap(log_p, batch, scorer.tables)
         overlaps = Overlaps(giou, shortcut.iou, has_box)
     return PushInputs(
         log_p=log_p,
-        label=rows.label,
+        label=positions.label,
         guess=shortcut.guess,
         label_log_p_short=shortcut.label_log_p,
         guess_log_p_short=shortcut.guess_log_p,
-        sample=rows.sample,
-        where=rows.where,
-        cross_entropy=align,
+        sample=positions.sample,
+        where=positions.where,
+        cross_entropy=cross_entropy,
         det=det,
         lambda_det=config.lambda_det,
         mu=config.mu,
@@ -183,19 +195,22 @@ def push_inputs(
 
 
 def pair_states(fused: Tensor | None, short: Tensor | None, batch: Batch) -> States | None:
-    """Hidden states of both passes at the answer tokens, then at the *what* positions; None if they were not kept."""
+    """Hidden states of both passes, of the answer tokens and then of the *what* tokens; None if they were not kept."""
     if fused is None or short is None:
         return None
-    rows, what = batch.answer_positions, batch.description_positions
-    is_what = torch.cat([torch.zeros_like(rows.where), torch.ones_like(what.sample, dtype=torch.bool)])
-    where = torch.cat([rows.where, torch.zeros_like(what.sample, dtype=torch.bool)])
-    return States(fused, short, torch.cat([rows.sample, what.sample]), where, is_what)
+    answer, what = batch.answer_positions, batch.description_positions
+    is_what = torch.cat([torch.zeros_like(answer.where), torch.ones_like(what.sample, dtype=torch.bool)])
+    is_where = torch.cat([answer.where, torch.zeros_like(what.sample, dtype=torch.bool)])
+    return States(fused, short, torch.cat([answer.sample, what.sample]), is_where, is_what)
 
 
 def sample_weights(batch: Batch, reduction: str) -> Tensor:
-    """``[batch]`` float32: 1 per sample, or its number of answer tokens (VG-LLM's mean over tokens)."""
-    rows = batch.answer_positions
-    ones = torch.ones(len(batch.ids), device=rows.label.device)
+    """``[batch]`` float32 weights: 1 with reduction ``sample``, the number of answer tokens with ``token``.
+
+    With ``token`` the cross-entropy is a mean over tokens, as in VG-LLM.
+    """
+    positions = batch.answer_positions
+    ones = torch.ones(len(batch.ids), device=positions.label.device)
     if reduction == "sample":
         return ones
-    return torch.zeros_like(ones).index_add(0, rows.sample, torch.ones_like(rows.sample, dtype=ones.dtype))
+    return torch.zeros_like(ones).index_add(0, positions.sample, torch.ones_like(positions.sample, dtype=ones.dtype))

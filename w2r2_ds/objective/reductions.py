@@ -1,12 +1,12 @@
-"""Reductions over answer positions: log-probabilities of tokens and means per sample."""
+"""Reductions over answer tokens: log-probabilities of given tokens, and means per sample."""
 
 from __future__ import annotations
 
 import torch
 
 
-def at(log_p: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """``[rows, vocabulary]`` log-probabilities and ``[rows]`` tokens -> ``[rows]`` log-probability of each token."""
+def token_log_p(log_p: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Log-probability of one token per position: ``[positions, vocabulary]`` and ``[positions]`` -> ``[positions]``."""
     return log_p.gather(-1, token[:, None]).squeeze(-1)
 
 
@@ -15,7 +15,7 @@ def mean_per_sample(values: torch.Tensor, sample: torch.Tensor, batch: int, mask
 
     Args:
         values: ``[positions]`` floating point.
-        sample: ``[positions]`` int64, the sample of every position.
+        sample: ``[positions]`` int64, index of the position's sample.
         batch: number of samples.
         mask: ``[positions]`` bool.
     """

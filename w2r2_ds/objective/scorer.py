@@ -1,4 +1,4 @@
-"""Similarity s of answers, also of several tasks in one batch: boxes by IoU3D, captions and short answers by words."""
+"""Similarity s of answers to their labels: IoU3D for boxes, word overlap for captions and short answers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from w2r2_ds.objective.similarity import (
     decoded_grounding_similarity,
     grounding_similarity,
     has_text,
-    read_texts,
-    similarity,
+    predicted_texts,
 )
 from w2r2_ds.objective.text_similarity import text_similarity
 from w2r2_ds.types.batch import Batch
@@ -24,11 +23,12 @@ from w2r2_ds.types.batch import Batch
 
 @dataclass(frozen=True)
 class Score:
-    """How good the answers of a batch are.
+    """Similarity of the answers of a batch to their labels.
 
     Attributes:
-        s: ``[batch]`` float64 in [0, 1], the similarity to the label; 0 for an invalid answer.
-        valid: ``[batch]`` bool; False for a box that is none or lies in a frame that does not exist. Words are valid.
+        s: ``[batch]`` float64 in [0, 1]; 0 for an invalid answer.
+        valid: ``[batch]`` bool, False for a grounding answer without a box or with a frame that does not exist.
+            Captions and short answers are always valid.
     """
 
     s: Tensor
@@ -37,34 +37,37 @@ class Score:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Similarity of teacher-forced predictions or decoded answers to the labels.
+    """Computes s of teacher-forced predictions or of decoded answers.
 
     Attributes:
-        tables: what a token means inside a number, on the model's device.
+        tables: digit and sign of every token of the vocabulary, on the model's device.
         tokenizer: the VLM's tokenizer.
-        config: which similarity captions and short answers have.
+        config: similarity measures of captions and short answers.
     """
 
     tables: TokenTables
     tokenizer: Any
     config: ObjectiveConfig
 
-    def teacher(self, predicted: Tensor, batch: Batch) -> Score:
-        """Score of teacher-forced predictions ``[rows]``; waits for the device only where a sample has words."""
+    def teacher_forced(self, predicted: Tensor, batch: Batch) -> Score:
+        """Score of teacher-forced predictions, ``[answer tokens]`` int64.
+
+        Synchronizes with the device only if the batch has captions or short answers.
+        """
         s, valid = grounding_similarity(predicted, batch, self.tables)
-        return self._with_words(s, valid, read_texts(predicted, batch, self._decode), batch)
+        return self._add_text_similarity(s, valid, predicted_texts(predicted, batch, self._decode), batch)
 
     def decoded(self, answers: Sequence[str], batch: Batch) -> Score:
         """Score of decoded answers, one per sample."""
         s, valid = decoded_grounding_similarity(answers, batch)
         device = batch.input_ids.device
-        return self._with_words(s.to(device), valid.to(device), answers, batch)
+        return self._add_text_similarity(s.to(device), valid.to(device), answers, batch)
 
-    def _with_words(self, s: Tensor, valid: Tensor, texts: Sequence[str], batch: Batch) -> Score:
-        """Complete the boxes' score with that of the words."""
+    def _add_text_similarity(self, s: Tensor, valid: Tensor, texts: Sequence[str], batch: Batch) -> Score:
+        """Complete the boxes' score by that of captions and short answers."""
         if not has_text(batch):
             return Score(s, valid)
-        words = text_similarity(
+        text_s = text_similarity(
             texts,
             batch.answers,
             batch.tasks,
@@ -72,8 +75,9 @@ class Scorer:
             self.config.caption_similarity,
             self.config.answer_similarity,
         )
-        is_words = torch.tensor([kind != "grounding" for kind in batch.kinds]).to(valid.device)
-        return Score(similarity(s, words), valid | is_words)
+        is_text = torch.tensor([kind != "grounding" for kind in batch.kinds]).to(valid.device)
+        # A sample has one kind: the similarity of the other kind is 0.
+        return Score(s + text_s.to(s.device, non_blocking=True), valid | is_text)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -1,10 +1,11 @@
-"""Similarity s of an answer to its label (Eq. 6): IoU3D for grounding, word overlap for captions and short answers.
+"""Similarity s of an answer to its label (Eq. 6): IoU3D for grounding. Texts are compared in `text_similarity.py`.
 
-Greedy decoding of the shortcut defines its answer (`decoded_grounding_similarity`). Teacher-forced predictions are a
-cheaper approximation: every token is predicted after the true tokens before it. A number is therefore cut at its first
-wrong digit, and half a unit of that digit's place is added: with label 3.02 and 2 predicted first, the number is 2.5,
-where the later true digits would make it 2.02. This is tensor arithmetic on the device of the predictions and needs no
-synchronisation for grounding samples; captions and short answers copy their tokens to the host.
+The shortcut's answer is defined by greedy decoding (`decoded_grounding_similarity`). Teacher-forced predictions are a
+cheaper approximation (`grounding_similarity`): every token is predicted from the label's tokens before it. A number is
+therefore cut at its first wrong digit, and half a unit of that digit's place is added. Example: the label is 3.02 and
+the first predicted digit is 2. The number is 2.5; with the later digits, which were predicted after a 3, it would be
+2.02. All of this is tensor arithmetic on the device of the predictions, without synchronization with the host. Only
+captions and short answers copy their tokens to the host (`predicted_texts`).
 """
 
 from __future__ import annotations
@@ -21,166 +22,169 @@ from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.types.batch import AnswerPositions, Batch
 
 
-def read_numbers(predicted: torch.Tensor, rows: AnswerPositions, tables: TokenTables) -> torch.Tensor:
-    """The numbers of teacher-forced predictions.
+def predicted_numbers(predicted: torch.Tensor, positions: AnswerPositions, tables: TokenTables) -> torch.Tensor:
+    """Frame index and box values of teacher-forced predictions.
 
-    Besides a wrong digit, the prediction may end a number early (1 for 12, read as 1) or go on where the label ends
-    it (12 for 1, read as 12; 12.5 for a value, whose decimals are unknown). A frame index gets no half unit.
+    Besides a wrong digit, a prediction may end a number early (``1`` for the label 12 is 1), or continue where the
+    label ends or has its decimal point (``12`` for the label 1 is 12, plus half a unit for its unknown decimals). A
+    frame index is an integer: no half unit is added.
 
     Args:
-        predicted: ``[rows]`` int64 predicted tokens.
-        rows: the batch's answer rows; every number is followed by another answer token.
-        tables: what a token means inside a number.
+        predicted: ``[answer tokens]`` int64, most likely token at every answer position.
+        positions: labels and digit tokens of the batch; every number is followed by another answer token.
+        tables: digit and sign of every token of the vocabulary.
 
     Returns:
         ``[batch, NUMBERS]`` float64, 0 for a sample without digit tokens.
     """
-    number, place = _with_token_after(rows)
-    at = number.clamp(min=0)
-    label, guess = rows.label[at], predicted[at]
-    guess_digit = tables.digit[guess]
-    is_digit = guess_digit >= 0
-    # The token after a number (the last in its row) is right if it is not a digit.
-    ends = (number >= 0) & (tables.digit[label] < 0) & ~is_digit
-    is_after = (number >= 0) & (number == number.amax(-1, keepdim=True))
-    correct = (label == guess) | (number < 0) | (ends & is_after)
-    before = (
-        torch.cumprod(torch.cat([torch.ones_like(correct[..., :1]), correct[..., :-1]], dim=-1).long(), dim=-1) == 1
-    )
-    first_wrong = before & ~correct
-    value = torch.where(before & is_digit, guess_digit * place, 0.0).sum(-1)
+    index, place = _with_next_token(positions)
+    label, guess = positions.label[index.clamp(min=0)], predicted[index.clamp(min=0)]
+    digit = tables.digit[guess]
+    is_digit = digit >= 0
+    # The token after a number is correct if it is no digit: another comma or bracket does not change the number.
+    is_next = (index >= 0) & (index == index.amax(-1, keepdim=True))
+    correct = (label == guess) | (index < 0) | (is_next & (tables.digit[label] < 0) & ~is_digit)
+    # Tokens up to and including the first wrong one: a cumulative product of `correct`, shifted by one token.
+    no_error_before = torch.cat([torch.ones_like(correct[..., :1]), correct[..., :-1]], dim=-1).long()
+    counted = torch.cumprod(no_error_before, dim=-1) == 1
+    first_wrong = counted & ~correct
 
-    def at_cut(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        return torch.where(first_wrong & where, values, 0.0).sum(-1)
+    def at_first_wrong(values: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """``[batch, NUMBERS]`` value at a number's first wrong token, 0 unless the condition holds there."""
+        return torch.where(first_wrong & condition, values, 0.0).sum(-1)
 
     one = torch.ones_like(place)
-    ended = at_cut(10 * place, ~is_digit & (place >= 1))
-    longer = at_cut(one, is_digit & (place == 0)) == 1
-    value = torch.where(ended > 0, value / ended.clamp(min=1), value)
-    value = torch.where(longer, 10 * value + at_cut(guess_digit.to(place.dtype), is_digit), value)
-    half_unit = at_cut(torch.where(place == 0, one, place) / 2, is_digit)
+    # Place values are the label's: 10, 1, 0.1, ...
+    value = torch.where(counted & is_digit, digit * place, 0.0).sum(-1)
+    # A number that ends before its units has too large place values: "1," for 12 is 10 so far, and is divided by 10.
+    too_large = at_first_wrong(10 * place, ~is_digit & (place >= 1))
+    value = torch.where(too_large > 0, value / too_large.clamp(min=1), value)
+    # A digit instead of the decimal point, or after an integer (place 0), shifts the number by one place.
+    is_longer = at_first_wrong(one, is_digit & (place == 0)) == 1
+    value = torch.where(is_longer, 10 * value + at_first_wrong(digit.to(place.dtype), is_digit), value)
+    # The digits after a wrong one are unknown: take the middle of the interval that they span.
+    half_unit = at_first_wrong(torch.where(place == 0, one, place) / 2, is_digit)
     half_unit[:, 0] = 0.0
-    sign = torch.where(tables.minus[predicted[rows.sign]], -1.0, 1.0)
+    sign = torch.where(tables.minus[predicted[positions.sign]], -1.0, 1.0)
     return sign * (value + half_unit)
 
 
-def _with_token_after(rows: AnswerPositions) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows.digit` and `rows.place_value` with one more entry per number: the token after it, one place smaller."""
-    number = torch.nn.functional.pad(rows.digit, (0, 1), value=-1)
-    place = torch.nn.functional.pad(rows.place_value, (0, 1))
-    after = (rows.digit >= 0).sum(-1, keepdim=True)
-    last = (after - 1).clamp(min=0)
-    has_point = ((number >= 0) & (place == 0)).any(-1, keepdim=True)
-    # Where there is no number, there is none after it either.
-    row = torch.where(after > 0, number.gather(-1, last) + 1, -1)
-    finest = torch.where(has_point, place.gather(-1, last) / 10, 0.0)
-    return number.scatter(-1, after, row), place.scatter(-1, after, finest)
+def _with_next_token(positions: AnswerPositions) -> tuple[torch.Tensor, torch.Tensor]:
+    """`digit` and `place_value` of the answer positions, with the token after every number as one more entry.
+
+    Returns:
+        ``[batch, NUMBERS, width + 1]`` int64 answer tokens, -1 for padding; and their float64 place values. The added
+        one is a tenth of the last digit's place in a decimal number, and 0 after an integer.
+    """
+    index = torch.nn.functional.pad(positions.digit, (0, 1), value=-1)
+    place = torch.nn.functional.pad(positions.place_value, (0, 1))
+    length = (positions.digit >= 0).sum(-1, keepdim=True)
+    last = (length - 1).clamp(min=0)
+    has_point = ((index >= 0) & (place == 0)).any(-1, keepdim=True)
+    # A sample without digit tokens has length 0 and gets no entry.
+    next_index = torch.where(length > 0, index.gather(-1, last) + 1, -1)
+    next_place = torch.where(has_point, place.gather(-1, last) / 10, 0.0)
+    return index.scatter(-1, length, next_index), place.scatter(-1, length, next_place)
 
 
-def has_numbers(rows: AnswerPositions) -> torch.Tensor:
+def has_numbers(positions: AnswerPositions) -> torch.Tensor:
     """``[batch]`` bool: the sample's answer has digit tokens."""
-    return (rows.digit >= 0).any(-1).all(-1)
+    return (positions.digit >= 0).any(-1).all(-1)
 
 
 def grounding_similarity(
     predicted: torch.Tensor, batch: Batch, tables: TokenTables
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """IoU3D in the world of the predicted box, in the predicted frame's camera, with the label's box.
+    """IoU3D of teacher-forced boxes with the label's box, in world coordinates.
+
+    A predicted box is in the camera coordinates of the predicted frame.
 
     Args:
-        predicted: ``[rows]`` int64 teacher-forced predictions.
+        predicted: ``[answer tokens]`` int64, most likely token at every answer position.
+        batch: labels, poses and target boxes.
+        tables: digit and sign of every token of the vocabulary.
 
     Returns:
-        s ``[batch]`` float64 in [0, 1], and ``[batch]`` bool: the answer names a frame of the sample and a box with
-        positive sizes. s is 0 where it does not, and for a sample without digit tokens.
+        s ``[batch]`` float64 in [0, 1]; and valid ``[batch]`` bool: the answer has a frame of the sample, and a box
+        with positive sizes. s is 0 for an invalid answer and for a sample without digit tokens.
     """
-    numbers = read_numbers(predicted, batch.answer_positions, tables)
-    valid = has_numbers(batch.answer_positions)
-    return _placed_iou(numbers[:, 0].long(), numbers[:, 1:], valid, batch.cam_to_world, batch.target_box)
+    numbers = predicted_numbers(predicted, batch.answer_positions, tables)
+    has_box = has_numbers(batch.answer_positions)
+    return _world_iou(numbers[:, 0].long(), numbers[:, 1:], has_box, batch.cam_to_world, batch.target_box)
 
 
 def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`grounding_similarity` of decoded answers, parsed by their tasks (`Task.parse`), on the CPU.
+    """IoU3D of decoded answers with the label's box; a sample's task parses its answer (`Task.parse`). On the CPU.
 
     Args:
-        texts: a decoded answer per sample, without special tokens; those of other kinds are not used.
-        batch: on any device; poses that are NaN are no frames.
+        texts: decoded answer of every sample, without special tokens; only those of grounding samples are used.
+        batch: poses and target boxes, on any device.
 
     Returns:
-        s ``[batch]`` float64 in [0, 1] and ``[batch]`` bool, the answer could be read; 0 and False for other kinds.
+        s ``[batch]`` float64 in [0, 1]; and valid ``[batch]`` bool, see `grounding_similarity`. An answer that cannot
+        be parsed is invalid. 0 and False for other kinds.
     """
     poses, target = batch.cam_to_world.cpu(), batch.target_box.cpu()
-    counts = poses.isfinite().flatten(2).all(-1).sum(-1).tolist()
+    # Padding poses are NaN.
+    frame_counts = poses.isfinite().flatten(2).all(-1).sum(-1).tolist()
     frame = torch.zeros(len(target), dtype=torch.int64)
     boxes = torch.zeros(len(target), 9, dtype=torch.float64)
-    read = torch.zeros(len(target), dtype=torch.bool)
-    for index, (text, task, kind, count) in enumerate(zip(texts, batch.tasks, batch.kinds, counts, strict=True)):
+    parsed = torch.zeros(len(target), dtype=torch.bool)
+    for index, (text, task, kind, count) in enumerate(zip(texts, batch.tasks, batch.kinds, frame_counts, strict=True)):
         if kind != "grounding":
             continue
         try:
             answer = TASKS.find(task).parse(text, count)
         except AnswerError:
             continue
-        frame[index], boxes[index], read[index] = answer.frame, torch.from_numpy(answer.box), True
-    return _placed_iou(frame, boxes, read, poses, target)
+        frame[index], boxes[index], parsed[index] = answer.frame, torch.from_numpy(answer.box), True
+    return _world_iou(frame, boxes, parsed, poses, target)
 
 
-def read_texts(predicted: torch.Tensor, batch: Batch, decode: Callable[[list[int]], str]) -> list[str]:
-    """The texts of teacher-forced predictions, for captions and short answers.
+def predicted_texts(predicted: torch.Tensor, batch: Batch, decode: Callable[[list[int]], str]) -> list[str]:
+    """Teacher-forced captions and short answers, as text.
 
-    Each token is predicted with the true ones before it; a text ends where the end of turn is predicted first.
+    Every token is predicted from the label's tokens before it. A text ends at its first predicted end of turn.
 
     Args:
-        predicted: ``[rows]`` int64 predicted tokens.
-        decode: tokens to text, without special tokens.
+        predicted: ``[answer tokens]`` int64, most likely token at every answer position.
+        batch: labels and kinds.
+        decode: token ids -> text without special tokens.
 
     Returns:
-        A text per sample; ``""`` for grounding samples. A batch without others does not wait for the device.
+        One text per sample, ``""`` for grounding samples. Synchronizes with the device unless all are grounding.
     """
     texts = [""] * len(batch.kinds)
     if not has_text(batch):
         return texts
-    rows = batch.answer_positions
-    sample, label, guess = torch.stack((rows.sample, rows.label, predicted)).tolist()
+    positions = batch.answer_positions
+    # One copy to the host for all three tensors.
+    sample, label, guess = torch.stack((positions.sample, positions.label, predicted)).tolist()
     for index, kind in enumerate(batch.kinds):
         if kind == "grounding":
             continue
-        mine = [row for row, owner in enumerate(sample) if owner == index]
-        if not mine:  # every answer token is masked
+        own = [entry for entry, owner in enumerate(sample) if owner == index]
+        if not own:  # every answer token is masked
             continue
-        tokens, end = [guess[row] for row in mine], label[mine[-1]]
-        texts[index] = decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+        tokens, end_of_turn = [guess[entry] for entry in own], label[own[-1]]
+        texts[index] = decode(tokens[: tokens.index(end_of_turn)] if end_of_turn in tokens else tokens)
     return texts
 
 
 def has_text(batch: Batch) -> bool:
-    """Whether a sample of the batch is compared by its words; known on the host."""
+    """Whether the batch has a caption or a short answer. A host value: no synchronization."""
     return any(kind != "grounding" for kind in batch.kinds)
 
 
-def similarity(grounding: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-    """s of a batch of several tasks; the kind of a sample selects its similarity.
-
-    Args:
-        grounding: ``[batch]`` s of `grounding_similarity` or its decoded twin, 0 for captions and answers.
-        text: ``[batch]`` s of ``text.text_similarity``, 0 for grounding, on any device; None where `has_text` is
-            False, and then nothing moves.
-
-    Returns:
-        ``[batch]`` float64 on the device of `grounding`.
-    """
-    return grounding if text is None else grounding + text.to(grounding.device, non_blocking=True)
-
-
 def frame_poses(cam_to_world: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pose of one frame per sample; the identity where the sample has no such frame.
+    """The pose of one frame per sample; the identity if the sample does not have this frame.
 
     Args:
         cam_to_world: ``[batch, frames, 4, 4]``, NaN for frames that do not exist.
-        frame: ``[batch]`` int64, any number.
+        frame: ``[batch]`` int64 frame indices, in range or not.
 
     Returns:
-        ``[batch, 4, 4]`` and ``[batch]`` bool, the frame exists.
+        ``[batch, 4, 4]`` poses, and ``[batch]`` bool: the frame exists.
     """
     frames = cam_to_world.shape[1]
     pose = cam_to_world[torch.arange(len(frame), device=frame.device), frame.clamp(0, frames - 1)]
@@ -189,24 +193,24 @@ def frame_poses(cam_to_world: torch.Tensor, frame: torch.Tensor) -> tuple[torch.
     return torch.where(exists[:, None, None], pose, identity), exists
 
 
-def world_parts(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Centre, size and rotation of world boxes ``[n, 9]``, as `camera_to_world_torch` gives them for camera boxes."""
+def center_size_rotation(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """World boxes ``[n, 9]`` -> centre ``[n, 3]``, size ``[n, 3]``, rotation ``[n, 3, 3]``."""
     return boxes[:, :3], boxes[:, 3:6], rotation_matrix_torch(boxes[:, 6:])
 
 
-def _placed_iou(
-    frame: torch.Tensor, boxes: torch.Tensor, read: torch.Tensor, cam_to_world: torch.Tensor, target: torch.Tensor
+def _world_iou(
+    frame: torch.Tensor, boxes: torch.Tensor, has_box: torch.Tensor, cam_to_world: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """IoU in the world of camera boxes with the target, and which of them are boxes in a frame that exists.
+    """IoU of camera boxes with world boxes; see `grounding_similarity` for the returned pair.
 
     Args:
-        frame: ``[batch]`` int64.
-        boxes: ``[batch, 9]`` float64 in the frame's camera.
-        read: ``[batch]`` bool, False if the text is not a valid answer.
+        frame: ``[batch]`` int64, frame in whose camera the box is.
+        boxes: ``[batch, 9]`` float64, in camera coordinates.
+        has_box: ``[batch]`` bool, False if the answer has no box.
         cam_to_world: ``[batch, frames, 4, 4]``.
-        target: ``[batch, 9]`` world.
+        target: ``[batch, 9]``, in world coordinates.
     """
     pose, exists = frame_poses(cam_to_world, frame)
-    valid = read & exists & (boxes[:, 3:6] > 0).all(-1)
-    iou = oriented_iou(*camera_to_world_torch(boxes, pose), *world_parts(target))
+    valid = has_box & exists & (boxes[:, 3:6] > 0).all(-1)
+    iou = oriented_iou(*camera_to_world_torch(boxes, pose), *center_size_rotation(target))
     return torch.where(valid, iou, 0.0), valid

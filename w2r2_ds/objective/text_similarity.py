@@ -1,7 +1,8 @@
-"""How similar two texts are: s of captions and of short answers. Pure functions of strings, on the host.
+"""Word overlap of two texts: similarity s of captions and of short answers. Pure functions of strings, on the CPU.
 
-All are in [0, 1], 1 for equal texts. Two texts without words are equal; a text without words and one with words share
-nothing and score 0. They score single answers during training; corpus scores of benchmarks are evaluation's.
+Every measure is in [0, 1], and 1 for equal texts. Two texts without words count as equal; if only one of them has
+words, the measure is 0. These measures score single answers during training. Benchmark scores over a whole data set are
+in `evaluation/metrics`.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.types.sample import Kind
 
 BETA = 1.2
-"""Weight of recall against precision in ROUGE-L, as in COCO caption scoring."""
+"""Weight of recall relative to precision in ROUGE-L, as in COCO caption scoring."""
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of lower-cased words, beta = 1.2.
+    """ROUGE-L: F-measure of the longest common subsequence of lower-cased words, with beta = 1.2.
 
     C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004, Eqs. 2 to 4, for one sentence, with the
-    beta of COCO caption scoring (X. Chen et al., arXiv 1504.00325). Words are what white space separates: no stemming,
-    no tokenizer. Equal to pycocoevalcap's `Rouge` for one reference, which only sees a word more in doubled blanks.
+    beta of COCO caption scoring (X. Chen et al., arXiv 1504.00325). Words are separated by white space, without
+    stemming or a tokenizer. Equal to `Rouge` of pycocoevalcap for lower-cased texts and one reference, except that
+    pycocoevalcap counts an empty word between two spaces.
     """
     predicted, expected = prediction.lower().split(), reference.lower().split()
-    common = _longest_common(predicted, expected)
+    common = _longest_common_subsequence(predicted, expected)
     if not common:
         return float(predicted == expected)
     precision, recall = common / len(predicted), common / len(expected)
@@ -40,12 +42,12 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the bags of words.
+    """F1 of the bags of words of two texts.
 
-    P. Rajpurkar et al., "SQuAD: 100,000+ questions for machine comprehension of text", 2016, and its evaluation script:
-    lower case, without ASCII punctuation and the articles a, an, the.
+    P. Rajpurkar et al., "SQuAD: 100,000+ questions for machine comprehension of text", 2016. Normalised as in SQuAD's
+    evaluation script: lower case, without ASCII punctuation and without the articles a, an, the.
     """
-    predicted, expected = _bag(prediction), _bag(reference)
+    predicted, expected = _bag_of_words(prediction), _bag_of_words(reference)
     common = (predicted & expected).total()
     if not common:
         return float(predicted == expected)
@@ -53,12 +55,12 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 where the texts are equal but for case, white space and a full stop at the end, else 0.
+    """1.0 if the texts are equal up to case, white space and a full stop at the end, else 0.0.
 
-    ScanQA's EM (D. Azuma et al., CVPR 2022) compares the strings as they are; generated answers end with a full stop or
-    not by habit, which is independent of the question.
+    ScanQA's EM (D. Azuma et al., CVPR 2022) compares unchanged strings. Here the full stop is ignored: whether a model
+    ends its answers with one does not depend on the question.
     """
-    return float(_folded(prediction) == _folded(reference))
+    return float(_normalize(prediction) == _normalize(reference))
 
 
 TEXT_SCORES: dict[str, Callable[[str, str], float]] = {
@@ -66,6 +68,7 @@ TEXT_SCORES: dict[str, Callable[[str, str], float]] = {
     "token_f1": token_f1,
     "exact_match": exact_match,
 }
+"""Measures by their name in `objective.caption_similarity` and `objective.answer_similarity`."""
 
 
 def text_similarity(
@@ -79,28 +82,31 @@ def text_similarity(
     """s of every caption and short answer of a batch.
 
     Args:
-        predictions: a text per sample; those of grounding samples are not used.
-        references: a text per sample.
-        tasks: name of every sample's task, which may have a similarity of its own (`Task.text_similarity`).
-        kinds: kind of every answer.
-        caption, answer: keys of ``TEXT_SCORES`` for captions and for short answers of the other tasks.
+        predictions: predicted text of every sample; those of grounding samples are not used.
+        references: label of every sample.
+        tasks: task of every sample. A task may define its own measure (`Task.text_similarity`).
+        kinds: kind of every sample's answer.
+        caption: measure of captions, a key of `TEXT_SCORES`, for tasks without their own measure.
+        answer: measure of short answers, also a key of `TEXT_SCORES`.
 
     Returns:
         ``[batch]`` float64 on the CPU, 0 for grounding samples.
     """
-    score_of = {"caption": TEXT_SCORES[caption], "answer": TEXT_SCORES[answer]}
+    measures = {"caption": TEXT_SCORES[caption], "answer": TEXT_SCORES[answer]}
     scores = []
     for prediction, reference, task, kind in zip(predictions, references, tasks, kinds, strict=True):
-        own = None if kind == "grounding" else TASKS.find(task).text_similarity(prediction, reference)
-        if own is not None:
-            scores.append(own)
-        else:
-            scores.append(0.0 if kind == "grounding" else score_of[kind](prediction, reference))
+        if kind == "grounding":
+            scores.append(0.0)
+            continue
+        own_score = TASKS.find(task).text_similarity(prediction, reference)
+        scores.append(measures[kind](prediction, reference) if own_score is None else own_score)
     return torch.tensor(scores, dtype=torch.float64)
 
 
-def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, by dynamic programming over one row."""
+def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence of two word lists."""
+    # Dynamic programming with one row of the table: before a word of `first`, lengths[j] is the result for the words
+    # of `first` so far and the first j words of `second`; `diagonal` is that row's value at j - 1.
     lengths = [0] * (len(second) + 1)
     for word in first:
         diagonal = 0
@@ -111,9 +117,11 @@ def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
     return lengths[-1]
 
 
-def _bag(text: str) -> Counter[str]:
+def _bag_of_words(text: str) -> Counter[str]:
+    """Number of occurrences of every word; lower case, without punctuation and articles."""
     return Counter(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def _folded(text: str) -> str:
+def _normalize(text: str) -> str:
+    """Lower case, single spaces, without one full stop at the end."""
     return " ".join(text.lower().split()).removesuffix(".").rstrip()

@@ -1,7 +1,6 @@
-"""Build a run: check configuration and data, load the model, start or resume, make the loader.
+"""Build a run: check configuration and data, load the model, load the checkpoint of a resumed run, make the loader.
 
-All errors that the user can correct are raised here, before the first step, and as many as possible before weights are
-loaded.
+All errors that the user can correct are raised here, before the first step, most of them before weights are loaded.
 """
 
 from __future__ import annotations
@@ -60,23 +59,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Everything the training loop needs.
+    """State of a run, for the training loop.
 
     Attributes:
         config: run configuration.
-        engine: DeepSpeed's engine around `W2R2Step`.
+        engine: DeepSpeed engine around `W2R2Step`.
         loader: micro-batches of this rank, from step `start` on.
-        device: this rank's device.
+        device: device of this rank.
         accumulation: micro-batches per optimizer step.
-        start: optimizer steps done before.
-        groups: trained parameters by group.
-        decode_gap: measures the decode gap; None if it is off.
-        best: validation; None if it is off.
+        start: optimizer steps completed before this launch.
+        groups: trained parameters by optimizer group.
+        decode_gap: measures the decode gap; None if `objective.decode_gap_every` is 0.
+        best: runs the validation; None if `train.eval_every` is 0.
         data: digests of the training sets, for the checkpoint.
-        token: this start's right to write checkpoints.
-        checkpoint: the one that the run resumed from.
+        token: ownership of the run, which allows this launch to write checkpoints.
+        checkpoint: checkpoint that the run resumed from; None for a fresh run.
         throughput: counts samples, tokens and FLOPs.
-        activity: what the main thread is doing, for the watchdog.
+        activity: progress of the main thread, for the watchdog.
     """
 
     config: RunConfig
@@ -103,9 +102,9 @@ class Inputs:
         dtype: dtype of weights and activations.
         ds_config: the resolved DeepSpeed configuration.
         frontend: tokenizer, vision sizes and feature cache.
-        samples: the training mixture.
-        device: this rank's device.
-        validation: None if validation is off.
+        samples: training mixture.
+        device: device of this rank.
+        validation: answers and scores validation samples; None if `train.eval_every` is 0.
     """
 
     dtype: torch.dtype
@@ -119,29 +118,34 @@ class Inputs:
 def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:
     """Build the model, engine and loader of a run, fresh or resumed. Collective.
 
+    Args:
+        config: run configuration.
+        ds_path: path of the DeepSpeed JSON.
+        make_validation: builds the validation, if `train.eval_every` is not 0.
+
     Raises:
         ValueError: data, weights, configuration, DeepSpeed JSON or checkpoint do not fit; on all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    # These collectives stay outside `raise_on_all_ranks`: a rank that failed inside it would not take part in them.
-    begin, local_size = find_start(config), common_ranks_per_machine(world_size)
+    # Collectives stay outside `raise_on_all_ranks`: a rank that failed in its block would not take part in them.
+    start_point, local_size = find_start(config), common_ranks_per_machine(world_size)
     with raise_on_all_ranks():  # a file may be missing on one machine only
-        inputs = check_inputs(config, ds_path, begin, local_size, make_validation)
+        inputs = check_inputs(config, ds_path, start_point, local_size, make_validation)
     rate = matrix_rate(inputs.device, inputs.dtype)  # before the model fills the device
     logger.info("peak matrix rate %.3g TFLOP/s (%s); mfu is relative to it", rate / 1e12, inputs.dtype)
-    # transformers finds this object by a weak reference: while it lives, loaded weights are partitioned (ZeRO-3).
-    # Without it every rank would hold the whole model.
+    # ZeRO-3 trap: transformers finds this object by a weak reference, and partitions weights while it loads them only
+    # as long as the object is alive. Without it every rank would hold the whole model.
     zero3 = inputs.ds_config.get("zero_optimization", {}).get("stage") == 3
     keep_alive = HfDeepSpeedConfig(inputs.ds_config) if zero3 else None
-    model = load_model(config, inputs)
+    model = load_model(config, inputs, start_point)
     engine = make_engine(model, inputs.frontend, config, inputs.ds_config, inputs.device)
     del keep_alive
-    # After the model is built with the same seed on all ranks: from here on ranks draw different dropout masks.
+    # The model is built with the same seed on all ranks. From here on ranks draw different dropout masks.
     torch.manual_seed(config.train.seed + rank)
     data = digests(inputs.samples)
-    start = resume(engine, begin, config, data) if begin.checkpoint else 0
-    # Only now: `resume` may still raise on this configuration, and then the run must stay with its owner.
-    token = take_over(config, begin)
+    start = resume(engine, start_point, config, data) if start_point.checkpoint else 0
+    # Not earlier: if `resume` raises, the run must stay with its previous owner.
+    token = take_over(config, start_point)
     if rank == 0:
         save_config(config, Path(config.out) / "config.yaml")
     return Run(
@@ -153,18 +157,26 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
         start=start,
         groups=trained_groups(model),
         decode_gap=make_decode_gap(config, inputs),
-        best=None if inputs.validation is None else BestSoFar(inputs.validation, begin.checkpoint),
+        best=None if inputs.validation is None else BestSoFar(inputs.validation, start_point.checkpoint),
         data=data,
         token=token,
-        checkpoint=begin.checkpoint,
+        checkpoint=start_point.checkpoint,
         throughput=Throughput(model, engine.module.push_term, rate),
     )
 
 
 def check_inputs(
-    config: RunConfig, ds_path: str, begin: StartPoint, local_size: int, make_validation: MakeValidation
+    config: RunConfig, ds_path: str, start_point: StartPoint, local_size: int, make_validation: MakeValidation
 ) -> Inputs:
-    """Read and check everything but the weights; no collectives, so that an error of one rank can be raised on all."""
+    """Read and check all inputs except the weights. No collectives, so that an error of one rank can be raised on all.
+
+    Args:
+        config: run configuration.
+        ds_path: path of the DeepSpeed JSON.
+        start_point: checkpoint that the run starts from.
+        local_size: ranks per machine, from `common_ranks_per_machine`.
+        make_validation: builds the validation, if `train.eval_every` is not 0.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check_trackers(config.train.trackers)
     dtype = resolve_dtype(config.model.dtype)
@@ -178,7 +190,7 @@ def check_inputs(
         bf16=dtype == torch.bfloat16,
         local_size=local_size,
     )
-    if begin.needs_conversion:  # the number of ranks has changed; DeepSpeed then reads its universal format
+    if start_point.needs_conversion:  # another number of ranks: DeepSpeed loads its universal format
         ds_config.setdefault("checkpoint", {})["load_universal"] = True
     frontend = load_frontend(config.model)
     frontend = replace(frontend, cache=open_cache(config.data, config.model))
@@ -188,7 +200,7 @@ def check_inputs(
     processor = make_processor(frontend, config.data)
     logger.info("%s", describe_attention(config.model.attention, dtype))
     logger.info("training samples: %d, %d in an epoch", len(samples), samples.epoch_size)
-    # Each rank checks its share of the samples; an error of one is raised on all (`raise_on_all_ranks`).
+    # Each rank checks a part of the samples; an error of one rank is raised on all (`raise_on_all_ranks`).
     check_frames(samples, rank, world_size)
     check_sample_texts(samples, processor, rank, world_size)
     if rank == 0:
@@ -202,7 +214,7 @@ def check_inputs(
 
 def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
     """Raise ValueError if the push term is unknown or needs digit tokens that this tokenizer does not have."""
-    if build_push_term(config.objective.push_term).boxes:
+    if build_push_term(config.objective.push_term).needs_boxes:
         require_digit_tokens(frontend.tokenizer, f"objective.push_term {config.objective.push_term['name']}")
     if config.objective.shortcut_decode == "teacher":
         require_digit_tokens(frontend.tokenizer, "objective.shortcut_decode teacher")
@@ -210,9 +222,9 @@ def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
         require_digit_tokens(frontend.tokenizer, "objective.decode_gap_every")
 
 
-def load_model(config: RunConfig, inputs: Inputs) -> W2R2:
-    """Load the frozen models, add LoRA and merger, and log what trains."""
-    model = build_model(config.model, inputs.device, config.train.seed)
+def load_model(config: RunConfig, inputs: Inputs, start_point: StartPoint) -> W2R2:
+    """Load the frozen models, add LoRA, merger and fusion, and log the trained parameters."""
+    model = build_model(config.model, inputs.device, config.train.seed, start_point.kernels)
     if choose_grouping(config.data) is not None:
         model.family.use_packed_attention(model.base)
     logger.info("%s", trainable_table({"vlm": model.vlm} | model.geometry_modules()))
@@ -220,7 +232,7 @@ def load_model(config: RunConfig, inputs: Inputs) -> W2R2:
 
 
 def make_loader(config: RunConfig, inputs: Inputs, start: int) -> ReraisingDataLoader[Batch]:
-    """The loader of this rank's micro-batches, from step `start` on."""
+    """Data loader of this rank's micro-batches, from step `start` on."""
     sampler = GlobalBatchSampler(
         mixture=inputs.samples,
         global_batch=config.train.global_batch,

@@ -1,4 +1,4 @@
-"""Statistics of the feature cache: hit rate and size per step, and its limits at the start of a run."""
+"""Statistics of the feature cache: hit rate and size per step; size, limit and free space before the first step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from w2r2_ds.types.batch import Batch
 def cache_use(micro_batches: list[Batch]) -> dict[str, float]:
     """``cache_hits``, the fraction of features found in the cache, and ``cache_gib``, its size; empty without a cache.
 
-    Both are of this rank: files that other ranks wrote since its own last write are not counted. The size is missing if
-    a folder of the cache cannot be listed, for example another user's.
+    Both are values of this rank: the size excludes files that other ranks wrote since its own last write. It is missing
+    if a folder of the cache cannot be listed, for example another user's.
     """
     requests = [each for batch in micro_batches for each in batch.visuals.cached_3d + batch.visuals.cached_2d]
     if not requests:
@@ -35,4 +35,4 @@ def describe_cache(cache: FeatureStore) -> str:
     line = f"feature cache {cache.folder}: {gib(size)} of at most {gib(cache.limit)} (data.cache_gib), {gib(free)} free"
     if cache.limit - size <= free:
         return line
-    return f"{line}\nwarning: it may fill the disk, where checkpoints need room too; lower data.cache_gib."
+    return f"{line}\nwarning: the cache may fill the disk, which checkpoints need too; lower data.cache_gib."

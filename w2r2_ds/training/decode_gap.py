@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class DecodeGap:
     """Measures ``gap_s_teacher`` and ``gap_s_greedy`` (means of s), and ``gap_abs`` (mean absolute difference).
 
-    The subset is drawn once from the training samples, the same for every world size up to rounding to whole batches.
+    The samples are drawn once from the training samples by `train.seed`, the same for every world size.
 
     Args:
-        samples: the training split.
+        samples: training samples.
         frontend: tokenizer and vision sizes.
-        config: `objective.decode_gap_samples`, `train.seed`, `train.micro_batch`.
-        device: the model's device.
+        config: run configuration.
+        device: device of this rank.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class DecodeGap:
         chosen = draw_subset(len(samples), config.objective.decode_gap_samples, config.train.seed)
         self.count, self.device = len(chosen), device
         self.subset = rank_subset(len(chosen), micro_batch, rank, world_size)
-        mine = [samples[chosen[index]] for index in self.subset.indices]
-        self.loader = decode_gap_loader(mine, frontend, config.data, micro_batch)
+        own = [samples[chosen[index]] for index in self.subset.indices]
+        self.loader = decode_gap_loader(own, frontend, config.data, micro_batch)
 
     @torch.no_grad()
     def measure(self, engine: DeepSpeedEngine) -> dict[str, float]:
@@ -47,7 +47,7 @@ class DecodeGap:
         pairs = [engine(batch.to(self.device), mode="measure") for batch in self.loader]
         engine.train()
         teacher, greedy = torch.cat(pairs).double().unbind(-1)
-        # Samples repeated to fill the last batches count once.
+        # Samples that are repeated to fill the last batches are counted once.
         once = torch.tensor(self.subset.once, device=self.device).double()
         sums = torch.stack([teacher * once, greedy * once, (teacher - greedy).abs() * once]).sum(-1)
         dist.all_reduce(sums)

@@ -1,4 +1,4 @@
-"""Log the metrics of every optimizer step: metrics.jsonl, a progress line, and the trackers of `train.trackers`."""
+"""Log the metrics of every optimizer step: metrics.jsonl, a progress line, and experiment trackers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from w2r2_ds.utils.json_io import read_jsonl
 FILE = "metrics.jsonl"
 PROCESS_STATUS = Path("/proc/self/status")
 BUFFER = 2**20
-"""Bytes of lines kept while the disk is full; thousands of steps."""
+"""Bytes of lines that are kept in memory while the disk is full; enough for thousands of steps."""
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsLogger:
-    """Logs the scalars of each optimizer step on rank 0; on other ranks every method does nothing.
+    """Context manager that logs the scalars of each optimizer step on rank 0; on other ranks it does nothing.
 
     Args:
-        run_dir: folder of the run; metrics.jsonl in it is appended to.
+        run_dir: folder of the run, with metrics.jsonl.
         total_steps: optimizer steps of the whole run.
-        trackers: names in `TRACKERS`.
+        trackers: names of experiment trackers, keys of `TRACKERS`.
         rank: rank of this process.
 
     Raises:
@@ -42,7 +42,7 @@ class MetricsLogger:
     """
 
     def __init__(self, run_dir: str | Path, total_steps: int, trackers: Sequence[str] = (), rank: int = 0) -> None:
-        check_trackers(trackers)  # on all ranks, so that all stop with the same error
+        check_trackers(trackers)  # on every rank, so that all raise the same error
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / FILE
         self.total_steps = total_steps
@@ -55,15 +55,15 @@ class MetricsLogger:
         self._progress: ProgressLine | None = None
 
     def start(self, step: int) -> None:
-        """Open all outputs, after `step` steps; collective: it fails on all ranks or on none.
+        """Open all outputs of a run that has completed `step` steps. Collective: it raises on all ranks or on none.
 
-        Lines of later steps are dropped, so that a resumed run logs no step twice; an incomplete last line of a killed
-        run is dropped too. With `step` 0 the file starts empty.
+        Lines of later steps are dropped, so that a resumed run logs no step twice. An incomplete last line of a killed
+        run is dropped too. A fresh run (`step` 0) starts with an empty file.
 
         Raises:
-            ValueError: a line of the file has no step, or a tracker does not start.
+            ValueError: a line of the file has no step, or a tracker cannot be opened.
         """
-        assert self._file is None, "start comes once"
+        assert self._file is None, "start is called once"
         self._last_step = step
         with raise_on_all_ranks():
             if self.active:
@@ -75,14 +75,18 @@ class MetricsLogger:
                 self._file = open(self.path, "ab", buffering=BUFFER)  # noqa: SIM115
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Log the scalars of `step`, counted from 1 and increasing; ``memory_gib`` is added.
+        """Log the scalars of an optimizer step; ``memory_gib`` is added.
+
+        Args:
+            step: number of the step, from 1 and increasing.
+            values: finite numbers, keyed by metric.
 
         Raises:
             ValueError: a value is not a finite number, or the step does not increase; then nothing is written.
         """
         if not self.active:
             return
-        assert self._progress is not None, "start comes before the first log"
+        assert self._progress is not None, "start is called before log"
         if step <= self._last_step:
             raise ValueError(f"Step {step} was logged after step {self._last_step}; steps must increase.")
         for name, value in values.items():
@@ -96,8 +100,8 @@ class MetricsLogger:
         self._last_step = step
 
     def _write(self, line: str) -> None:
-        """Append a line; on a full disk, Python keeps it in its buffer and writes it with a later line."""
-        assert self._file is not None, "start comes before the first log"
+        """Append a line; on a full disk it stays in the file's buffer, and is written with a later line."""
+        assert self._file is not None, "start is called before log"
         try:
             self._file.write(line.encode())
             self._file.flush()
@@ -109,9 +113,9 @@ class MetricsLogger:
             self._failed = True
 
     def sync(self) -> None:
-        """Flush the file to disk; called before a checkpoint, so that a power cut leaves none without its lines."""
+        """Fsync metrics.jsonl; called before a checkpoint, whose steps then have their lines even after a power cut."""
         if self._file is not None:
-            with suppress(OSError):  # a log must not end the run
+            with suppress(OSError):  # an error of the log must not end the run
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -124,7 +128,7 @@ class MetricsLogger:
             try:
                 self._file.close()
             except OSError as error:
-                logger.warning("%s lacks the last steps (%s).", self.path, error.strerror)
+                logger.warning("%s: the last steps could not be written (%s).", self.path, error.strerror)
         self._progress = self._file = None
         self._trackers = []
 
@@ -137,11 +141,11 @@ class MetricsLogger:
         self.close()
 
     def _drop_after(self, step: int) -> None:
-        """Keep the lines up to `step` of an earlier start."""
+        """Drop lines of steps after `step`, which an earlier launch wrote."""
         if not self.path.exists():
             return
         kept = [values for number, values in read_metrics(self.path) if number <= step]
-        # A new file: an earlier start that still runs (on a node without network) keeps writing to the old one.
+        # A new file: an earlier launch that still runs (on a node without network) keeps writing to the old one.
         atomic_io.replace(self.path, "".join(json.dumps(values) + "\n" for values in kept))
 
 
@@ -166,6 +170,6 @@ def memory_gib() -> float:
     """Peak memory of this process in GiB: allocated on the GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    # Not resource.getrusage: its peak starts with that of the program that launched this one.
+    # Not resource.getrusage: its peak includes that of the parent process before exec.
     (line,) = [line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) / 2**20

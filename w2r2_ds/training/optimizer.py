@@ -28,6 +28,6 @@ def trained_groups(model: W2R2) -> dict[str, list[nn.Parameter]]:
     """The parameters that train: ``lora``, and ``geometry`` (merger and fusion)."""
     geometry = [parameter for module in model.geometry_modules().values() for parameter in module.parameters()]
     groups = {"lora": list(trainable(model.vlm).values()), "geometry": geometry}
-    # DeepSpeed drops an empty parameter group, and the schedule then fails on the number of groups.
+    # DeepSpeed drops an empty parameter group; the schedule would then raise, because the number of groups differs.
     assert all(groups.values()), "both groups train"
     return groups

@@ -1,4 +1,4 @@
-"""The progress of a run on standard output: a bar in a terminal, otherwise a line of text every few steps."""
+"""Progress of a run on standard output: a progress bar in a terminal, otherwise a line of text every few steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 SHOWN = ("loss", "align", "det", "push", "s_short", "s_fused")
 """Metrics on the progress line."""
 TEXT_LINES = 50
-"""Lines per run where there is no terminal."""
+"""Number of lines per run without a terminal."""
 
 
 class ProgressLine:
     """Shows step, main metrics, speed, memory and remaining time.
 
     Args:
-        total: steps of the run.
-        start: steps done before this start.
-        console: where to write; standard output by default.
+        total: number of steps of the run.
+        start: steps completed before this launch.
+        console: output; standard output by default.
     """
 
     def __init__(self, total: int, start: int, console: Console | None = None) -> None:
@@ -45,7 +45,7 @@ class ProgressLine:
             print(text, file=self.console.file, flush=True)
 
     def text(self, step: int, values: dict[str, float]) -> str:
-        """The line itself; metrics that were not logged are skipped."""
+        """The line of a step, without metrics that were not logged."""
         parts = [f"step {step}/{self.total}"]
         parts += [f"{name} {values[name]:.4g}" for name in SHOWN if name in values]
         if "samples_per_s" in values:
@@ -59,7 +59,7 @@ class ProgressLine:
         return "  ".join(parts)
 
     def eta(self, step: int) -> str:
-        """Remaining time as h:mm:ss; "?" after the first step, which is slow and not part of the average."""
+        """Remaining time as h:mm:ss; "?" after the first step, which is slow and excluded from the average."""
         now = time.monotonic()
         if self.began is None:
             self.began, self.start = now, step - 1
@@ -68,6 +68,6 @@ class ProgressLine:
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
     def close(self) -> None:
-        """Stop the bar; its last state stays on the screen."""
+        """Stop the progress bar; its last state stays on the screen."""
         if self.progress is not None:
             self.progress.stop()

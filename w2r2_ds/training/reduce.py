@@ -1,4 +1,4 @@
-"""Reduce over all ranks: the weight of a step, means of its statistics, gradient norms, vision-tower calls."""
+"""Reductions over all ranks: weight of a step, means of statistics, gradient norms, number of vision tower calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from w2r2_ds.types.batch import Batch, Visuals
 
 
 def global_weight(micro_batches: list[Batch], reduction: str, device: torch.device) -> float:
-    """Samples (or answer tokens) of an optimizer step over all ranks and micro-batches. Collective."""
+    """Number of samples (or answer tokens) of an optimizer step, over all ranks and micro-batches. Collective.
+
+    Args:
+        micro_batches: micro-batches of this rank.
+        reduction: `objective.reduction`.
+        device: device of this rank.
+    """
     weight = sum(sample_weights(batch, reduction).sum() for batch in micro_batches)
     total = torch.as_tensor(weight, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -27,8 +33,8 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
     """Weighted global means of the statistics, with one all-reduce. Collective.
 
     Args:
-        stats: ``[samples, len(STATS)]`` of this rank's micro-batches; the first column is the loss.
-        micro_batches: in the same order.
+        stats: ``[samples, len(STATS)]``, statistics of this rank's micro-batches; the first column is the loss.
+        micro_batches: micro-batches of this rank, in the same order.
         reduction: `objective.reduction`.
         total: result of `global_weight`.
 
@@ -37,7 +43,7 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
     """
     weights = torch.cat([sample_weights(batch, reduction) for batch in micro_batches]).to(stats.device)
     finite = torch.isfinite(stats[:, 0])
-    # Parts of the loss are weighted as the loss is; all other statistics are means over samples.
+    # Parts of the loss have the weights of the loss; all other statistics are means over samples.
     by_loss = torch.tensor([name in LOSS_PARTS for name in STATS], device=stats.device)
     values = stats.double()
     sums = torch.where(by_loss, (values * weights[:, None]).sum(0), values.sum(0))
@@ -47,63 +53,66 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
     dist.all_reduce(packed)
     *totals, samples, bad = packed.tolist()
     if bad:  # a global count, so all ranks enter this branch and its collective
-        ids = [identity for batch in micro_batches for identity in batch.ids]
-        mine = [identity for identity, good in zip(ids, finite.tolist(), strict=True) if not good]
-        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-        named = [identity for rank in everyone for identity in rank]
-        raise FloatingPointError(f"The loss is not finite; stopped before the update. Samples: {', '.join(named)}.")
+        ids = [sample_id for batch in micro_batches for sample_id in batch.ids]
+        own = [sample_id for sample_id, is_finite in zip(ids, finite.tolist(), strict=True) if not is_finite]
+        by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(by_rank, own)
+        failed = ", ".join(sample_id for rank_ids in by_rank for sample_id in rank_ids)
+        raise FloatingPointError(f"The loss is not finite; stopped before the update. Samples: {failed}.")
     return {name: value / (total if name in LOSS_PARTS else samples) for name, value in zip(STATS, totals, strict=True)}
 
 
 def group_norms(groups: Mapping[str, Iterable[nn.Parameter]], device: torch.device) -> dict[str, float]:
     """``grad_norm_GROUP`` of every group: global L2 norm before clipping. Collective.
 
-    Call it after the last backward of an optimizer step and before the update. Under ZeRO-3, squared norms of the
-    partitions are summed with one all-reduce; below it, DeepSpeed assembles each gradient.
+    Call it after the last backward of an optimizer step and before the update.
+
+    Args:
+        groups: trained parameters by group.
+        device: device of this rank.
     """
     # Squared norms add up over parameters and partitions; the root is taken after the all-reduce.
     squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
     for index, parameters in enumerate(groups.values()):
         for parameter in parameters:
-            squares[index] += squared_share(parameter)
+            squares[index] += own_squared_norm(parameter)
     dist.all_reduce(squares)
     return {f"grad_norm_{name}": value for name, value in zip(groups, squares.sqrt().tolist(), strict=True)}
 
 
-def squared_share(parameter: nn.Parameter) -> torch.Tensor | float:
-    """This rank's part of the squared gradient norm of a parameter; the parts of all ranks sum to it."""
+def own_squared_norm(parameter: nn.Parameter) -> torch.Tensor | float:
+    """This rank's part of the squared gradient norm of a parameter; the sum over ranks is the whole."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3: every rank has a partition of the gradient
         return safe_get_local_grad(parameter).double().square().sum()
     gradient = safe_get_full_grad(parameter)
     if gradient is None:
         return 0.0
-    # Below ZeRO-3 every rank gets the whole gradient: each contributes an equal part of the square.
+    # Below ZeRO-3, DeepSpeed assembles the whole gradient on every rank: each contributes an equal part of its square.
     return gradient.double().square().sum() / dist.get_world_size()
 
 
 class TowerCallCount:
-    """All-reduces the number of vision-tower calls of a micro-batch, so that every rank makes the same number.
+    """All-reduces the number of vision tower calls of a micro-batch, so that every rank makes the same number.
 
-    Under ZeRO-3 each call gathers weights from all ranks, so all ranks must make the same number of calls. They differ
-    only if 2D features are cached: then a rank calls the tower once per sample that the cache lacks.
+    Under ZeRO-3 each call gathers weights from all ranks, so all ranks must make the same number of calls. Without a
+    cache of 2D features every rank makes one. With it, a rank calls the tower once per uncached frame set.
 
     Args:
-        config: `data.cache` and `data.cached_features`.
+        config: data configuration, for `cache` and `cached_features`.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self.group: dist.ProcessGroup | None = None
         may_differ = bool(config.cache) and config.cached_features == "geometry+2d"
         if may_differ and dist.is_initialized() and dist.get_world_size() > 1:
-            # On the host: a reduction on the GPU would make every rank wait for the work queued on its device.
+            # On the CPU: reading the result of a GPU reduction would wait for all work queued on the device.
             self.group = dist.new_group(backend="gloo")
 
     def maximum(self, visuals: Visuals) -> int:
-        """Most calls that any rank needs for its batch; 0 where ranks cannot differ. Collective."""
+        """Maximum over ranks of the calls that a batch needs; 0 if all ranks need the same number. Collective."""
         if self.group is None:
             return 0
         calls = torch.tensor(num_tower_calls(visuals))
         dist.all_reduce(calls, op=dist.ReduceOp.MAX, group=self.group)
-        # Ranks with fewer missing features make up the difference on a dummy image (`W2R2.encode_2d`).
+        # `W2R2.encode_2d` makes up the difference with calls on a dummy image.
         return int(calls)

@@ -2,12 +2,13 @@
 
 Passes (see `two_pass.py` for their order):
 
-* shortcut: Phi(F2D, 0), visual tokens without geometry, under ``no_grad`` unless the push term needs its graph;
-* fused: Phi(F2D, F3D), the pass that trains.
+* shortcut: Phi(F2D, 0), visual tokens without geometry (2D only), under ``no_grad`` unless the push term needs its
+  autograd graph;
+* fused: Phi(F2D, F3D), the pass from which the gradients come.
 
-Every rank calls the same modules in the same order for every batch: one without frames has a dummy frame. The host
-waits for the device only where text is needed: comparing generated text (captions, short answers), greedy decoding
-(`shortcut_decode: greedy`, the decode gap, validation), and copying new features to the feature cache.
+Every rank calls the same modules in the same order for every batch; a batch without frames has a dummy frame. The host
+synchronizes with the device only to compare captions and short answers, to decode greedily (`shortcut_decode: greedy`,
+the decode gap, validation), and to copy new features to the feature cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.token_masking import mask_images
 from w2r2_ds.models.w2r2 import W2R2, Mask
-from w2r2_ds.objective.loss import Outputs, Shortcut, read_shortcut, w2r2_loss
+from w2r2_ds.objective.loss import PassOutputs, ShortcutOutputs, score_shortcut, w2r2_loss
 from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.reduce import TowerCallCount
@@ -36,21 +37,21 @@ if TYPE_CHECKING:
 
 Mode = Literal["loss", "measure", "generate"]
 EXTRA_TOKENS = 16
-"""Tokens by which a decoded answer may be longer than its label; the rest is cut."""
+"""Number of tokens by which a decoded answer may be longer than its label. The rest is cut."""
 
 
 class W2R2Step(nn.Module):
-    """The module that DeepSpeed wraps.
+    """Training step of W2R2: the module that DeepSpeed wraps.
 
     It has one ``forward`` with a mode, not one method per purpose: ZeRO-3 gathers sharded weights in hooks of module
     forwards, and resets its parameter trace in the hook of the engine's forward. A method that bypasses the engine's
-    forward would see empty weights and invalidate that trace.
+    forward would run with empty weights and invalidate that trace.
 
     Args:
         model: the composed model.
-        config: objective, seed, and the nominal frame rate of a video.
+        config: objective, pass order, seed, and nominal frame rate of a video.
         scorer: similarity of an answer to its label.
-        zero3: whether DeepSpeed shards the parameters (chooses the default pass order).
+        zero3: whether DeepSpeed shards the parameters, which determines the default pass order.
     """
 
     def __init__(self, model: W2R2, config: RunConfig, scorer: Scorer, zero3: bool = False) -> None:
@@ -62,23 +63,23 @@ class W2R2Step(nn.Module):
         self.tower_calls = TowerCallCount(config.data)
         self.push_term = build_push_term(config.objective.push_term)
         self.dropouts = dropouts_of(model)
-        self.two_pass = build_pass_order(model, config.train.pass_order, self.push_term.blocked, zero3)
+        self.run_passes = build_pass_order(model, config.train.pass_order, self.push_term.stop_gradient, zero3)
 
     def forward(
         self, batch: Batch, mode: Mode = "loss", optimizer_step: int = 0, max_new_tokens: int = 0
     ) -> tuple[Tensor, Tensor] | Tensor | list[list[int]]:
-        """Run one micro-batch.
+        """Compute the loss, the decode gap or generated answers of one micro-batch.
 
         Args:
-            batch: on the model's device; of prompts without answers for ``generate``.
-            mode: what to compute, see Returns.
-            optimizer_step: steps done before this one; `visual_mask_ratio` draws its masks from it.
-            max_new_tokens: longest answer of ``generate``.
+            batch: micro-batch on the model's device; for ``generate``, of prompts without answers.
+            mode: result to compute, see Returns.
+            optimizer_step: number of completed optimizer steps, from which the masks of `visual_mask_ratio` are drawn.
+            max_new_tokens: largest number of generated tokens, for ``generate``.
 
         Returns:
             ``loss``: weighted sum of the samples' losses, and their statistics ``[batch, len(STATS)]``.
             ``measure``: ``[batch, 2]`` similarity s of the shortcut's answer, teacher-forced and greedily decoded.
-            ``generate``: token ids of the fused pass's greedy answers.
+            ``generate``: token ids of the greedy answers from fused tokens.
         """
         # Both passes share F2D and F3D: the encoders are frozen and run once per micro-batch, under no_grad. `fuse`
         # copies the vision output, so the shortcut pass cannot change what the fused pass reads.
@@ -95,21 +96,21 @@ class W2R2Step(nn.Module):
         self, batch: Batch, visual: VisionOutput, geometry: list[Tensor], optimizer_step: int
     ) -> tuple[Tensor, Tensor]:
         """Both passes and the objective; see `forward`."""
-        # Shortcut first, in every module: its forward under no_grad leaves no parameter gathered for a backward pass
-        # that never comes, and the trace that ZeRO-3 prefetches from stays valid.
+        # The shortcut comes first in every module, so that its forward under no_grad leaves no parameter gathered for a
+        # backward pass that never comes. The order is the same in every step, so ZeRO-3's trace stays valid.
         with self.shortcut_context():
             shortcut_visual = self.fuse_shortcut(visual, geometry)
             answers = self.decode(batch, shortcut_visual) if self.objective.shortcut_decode == "greedy" else None
         # With a detached shortcut the autograd graph starts here: all gradients come from the fused pass.
         merged = self.model.merge(geometry)
-        fused = self.model.fuse(visual, merged, self.mask(batch, geometry, optimizer_step))
+        fused = self.model.fuse(visual, merged, self.token_mask(batch, geometry, optimizer_step))
         # With greedy decoding the answers are known already; the teacher-forced shortcut pass still runs, because the
         # push terms need its distributions at the answer positions.
-        shortcut_states, fused_states = self.two_pass(batch, shortcut_visual, fused, self.push_term.states)
-        shortcut = self.shortcut(batch, shortcut_states, answers)
+        shortcut_states, fused_states = self.run_passes(batch, shortcut_visual, fused, self.push_term.needs_states)
+        shortcut = self.shortcut_outputs(batch, shortcut_states, answers)
         norms = geometry_norm(visual, merged, batch)
         # The LM head runs on answer positions only: logits of the prompt would be the largest tensor of the step.
-        outputs = self.outputs(batch, fused_states)
+        outputs = self.pass_outputs(batch, fused_states)
         loss, stats = w2r2_loss(outputs, shortcut, batch, self.objective, self.push_term, self.scorer, norms)
         if batch.visuals.dummy:
             # Without frames the merger's output is not in the loss. Adding it times zero gives the merger a (zero)
@@ -121,17 +122,24 @@ class W2R2Step(nn.Module):
         """Phi(F2D, 0): the shortcut's visual tokens."""
         return self.model.fuse(visual, self.model.zero_geometry_tokens(geometry))
 
-    def shortcut(self, batch: Batch, states: Tensor, answers: list[str] | None) -> Shortcut:
-        """The shortcut's similarity and distributions, from its hidden states and its decoded answers, if any."""
+    def shortcut_outputs(self, batch: Batch, states: Tensor, answers: list[str] | None) -> ShortcutOutputs:
+        """Similarity and distributions of the shortcut.
+
+        Args:
+            batch: labels.
+            states: ``[answer tokens, hidden]`` last hidden states of the shortcut pass, the description's appended if
+                the push term needs them.
+            answers: greedily decoded answer of every sample; None with teacher forcing.
+        """
         with self.shortcut_context():
-            return read_shortcut(self.outputs(batch, states), batch, self.push_term, self.scorer, answers)
+            return score_shortcut(self.pass_outputs(batch, states), batch, self.push_term, self.scorer, answers)
 
     def shortcut_context(self) -> AbstractContextManager[None]:
         """Context of the shortcut pass: ``no_grad`` unless the push term differentiates through it."""
-        return torch.no_grad() if self.push_term.blocked else nullcontext()
+        return torch.no_grad() if self.push_term.stop_gradient else nullcontext()
 
-    def mask(self, batch: Batch, geometry: list[Tensor], optimizer_step: int) -> Mask | None:
-        """The masking of 2D tokens in the fused pass (`objective.visual_mask_ratio`); None if nothing is masked."""
+    def token_mask(self, batch: Batch, geometry: list[Tensor], optimizer_step: int) -> Mask | None:
+        """Function that masks 2D tokens in the fused pass (`objective.visual_mask_ratio`); None if none is masked."""
         if not self.training or not self.objective.visual_mask_ratio or batch.visuals.dummy:
             return None
         owners = list(zip(batch.visuals.ids, map(len, geometry), strict=True))
@@ -141,37 +149,42 @@ class W2R2Step(nn.Module):
     def measure_decode_gap(self, batch: Batch, visual: VisionOutput, geometry: list[Tensor]) -> Tensor:
         """``[batch, 2]`` similarity s of the shortcut's answer: teacher-forced, greedily decoded."""
         shortcut_visual = self.fuse_shortcut(visual, geometry)
-        logits = self.outputs(batch, self.model.answer_hidden_states(batch, shortcut_visual)).logits
-        teacher = self.scorer.teacher(logits.argmax(-1), batch)
+        logits = self.pass_outputs(batch, self.model.answer_hidden_states(batch, shortcut_visual)).logits
+        teacher_forced = self.scorer.teacher_forced(logits.argmax(-1), batch)
         decoded = self.scorer.decoded(self.decode(batch, shortcut_visual), batch)
-        return torch.stack([teacher.s, decoded.s], dim=-1)
+        return torch.stack([teacher_forced.s, decoded.s], dim=-1)
 
-    def outputs(self, batch: Batch, states: Tensor) -> Outputs:
-        """Logits of the answer positions, from ``[answer tokens, hidden]`` states; the description's follow."""
+    def pass_outputs(self, batch: Batch, states: Tensor) -> PassOutputs:
+        """Logits of the answer tokens, from hidden states of the answer tokens and then of the description, if any."""
         logits = self.model.logits(states[: len(batch.answer_positions.label)])
-        return Outputs(logits, states if self.push_term.states else None)
+        return PassOutputs(logits, states if self.push_term.needs_states else None)
 
     def decode(self, batch: Batch, visual: VisionOutput) -> list[str]:
-        """Greedy answers of every sample of a training batch, as text."""
-        assert batch.prompts is not None, "the loader makes prompts where answers are decoded"
-        longest = (batch.answer_positions.sample.bincount(minlength=len(batch.ids)) + EXTRA_TOKENS).tolist()
+        """Greedily decoded answer of every sample of a training batch, as text.
+
+        Args:
+            batch: training batch with prompts.
+            visual: visual tokens of the batch, from `fuse_shortcut`.
+        """
+        assert batch.prompts is not None, "the loader makes prompts if answers are decoded"
+        max_lengths = (batch.answer_positions.sample.bincount(minlength=len(batch.ids)) + EXTRA_TOKENS).tolist()
         visuals, prompts = batch.visuals, batch.prompts
         if not visuals.dummy:
-            # In the batch, samples may share frames; every prompt has its own copy of their tokens.
+            # Samples of a batch may share frames; every prompt has its own copy of their tokens.
             visuals = dataclasses.replace(visuals, grid_thw=prompts.grid_thw)
             visual = self.model.family.select(visual, prompts.order)
-        tokens = self.generate(prompts, visuals, visual, max(longest))
+        tokens = self.generate(prompts, visuals, visual, max(max_lengths))
         # Cut each answer at its own limit: the result must not depend on the other samples of the batch.
         return [
-            self.scorer.tokenizer.decode(ids[:most], skip_special_tokens=True)
-            for ids, most in zip(tokens, longest, strict=True)
+            self.scorer.tokenizer.decode(ids[:length], skip_special_tokens=True)
+            for ids, length in zip(tokens, max_lengths, strict=True)
         ]
 
     def generate(
         self, prompts: Prompts | Batch, visuals: Visuals, visual: VisionOutput, max_new_tokens: int
     ) -> list[list[int]]:
-        """Greedy token ids of every prompt."""
-        # ZeRO-3 gathers the weights once per token, so all ranks must generate as many tokens as the slowest.
+        """Token ids of the greedy answer to every prompt."""
+        # ZeRO-3 gathers the weights once per token, so all ranks run as many steps as the rank with the longest answer.
         synced = dist.is_initialized() and dist.get_world_size() > 1
         return self.model.family.generate(
             self.model.base, prompts, visuals, visual, self.scorer.tokenizer, max_new_tokens, self.video_fps, synced
@@ -180,12 +193,12 @@ class W2R2Step(nn.Module):
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for `torch.utils.checkpoint`: (first forward of a layer, its recomputation).
 
-        A shortcut pass with a graph runs without dropout. Its layers are recomputed in the backward pass, when dropout
-        is on again, so it must be switched off for the recomputation too.
+        The shortcut pass runs without dropout. If it has a graph, its layers are recomputed in the backward pass, when
+        dropout is on again, so dropout is disabled for the recomputation too.
         """
-        # Called at a layer's first forward, so this is the state of dropout in the pass that the layer belongs to.
-        off = bool(self.dropouts) and not self.dropouts[0].training
-        return nullcontext(), without_dropout(self.dropouts) if off else nullcontext()
+        # Called at a layer's first forward: whether dropout is disabled now identifies the pass.
+        is_shortcut = bool(self.dropouts) and not self.dropouts[0].training
+        return nullcontext(), without_dropout(self.dropouts) if is_shortcut else nullcontext()
 
 
 @torch.no_grad()
@@ -193,9 +206,9 @@ def geometry_norm(visual: VisionOutput, merged: Tensor, batch: Batch) -> Tensor:
     """``[batch]`` Frobenius norm of a sample's merged geometry relative to that of its 2D tokens; 0 without frames.
 
     Args:
-        visual: F2D; `pooler_output` has ``[tokens, hidden]`` per image.
+        visual: F2D; `pooler_output` is ``[tokens, hidden]`` per image.
         merged: ``[tokens, hidden]`` merged geometry of all images.
-        batch: assigns tokens to frame sets, and samples to frame sets (several samples may share one).
+        batch: maps tokens and samples to frame sets; several samples may share one.
     """
     if batch.visuals.dummy:
         return merged.new_zeros(len(batch.ids))

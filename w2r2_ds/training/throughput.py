@@ -28,14 +28,14 @@ RATE_SECONDS = 0.2
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s of a matrix product on this device: the best of all that fit into `RATE_SECONDS`.
+    """Peak FLOP/s of a matrix product on this device: the fastest product within `RATE_SECONDS`.
 
     The matrices are 8192 x 8192 on a GPU (0.4 GB in all), and 1024 x 1024 on a CPU, with the threads of this process.
     """
     cuda = device.type == "cuda"
     size = 8192 if cuda else 1024
-    # Random values, not ones: constant bits take less power, so a GPU would clock higher than in a run. A generator of
-    # its own keeps the run's random state unchanged.
+    # Random values, not ones: constant bits take less power, so a GPU would have a higher clock rate than in a run. A
+    # separate generator keeps the run's random state unchanged.
     drawn = torch.Generator(device).manual_seed(0)
     left, right, product = (torch.randn(size, size, generator=drawn, device=device, dtype=dtype) for _ in range(3))
     wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
@@ -59,7 +59,8 @@ class Throughput:
 
     Args:
         model: the composed model, sharded or whole.
-        push_term: decides whether the shortcut has a backward pass, and which hidden states are used.
+        push_term: push term of the run, which determines whether the shortcut has a backward pass and which hidden
+            states are computed.
         rate: result of `matrix_rate`.
     """
 
@@ -87,7 +88,7 @@ class Throughput:
 
 
 def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
-    """(begin, end of the prefix, ends of the suffixes...) of every group of samples that share a prefix."""
+    """Spans of every group of samples with a shared prefix: begin and end of the prefix, then the ends of suffixes."""
     assert batch.layout is not None, "a training batch has a layout"
     return (ends for spans in batch.layout.spans for ends in spans)
 
@@ -95,18 +96,21 @@ def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
 def step_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
     """Model FLOPs of forward and backward of one micro-batch."""
     towers = vision_flops(model, batch.visuals) + geometry_flops(model.geometry, batch.visuals)
-    return towers + merger_flops(model, batch.visuals, push_term.blocked) + language_flops(model, push_term, batch)
+    return (
+        towers + merger_flops(model, batch.visuals, push_term.stop_gradient) + language_flops(model, push_term, batch)
+    )
 
 
 def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
-    """Both passes of the language model and its head."""
+    """Model FLOPs of the language model and its head, both passes."""
     tokens, pairs = tokens_and_pairs(groups(batch))
-    read = len(batch.answer_positions.label)
-    rows = read + (len(batch.description_positions.position) if push_term.states else 0)
-    # An answer position attends to as many tokens as any other position, on average.
-    linear, attention = model.family.decoder_flops(model.base, tokens, pairs, rows, rows * pairs / max(tokens, 1))
-    work = linear + attention + products(model.base.get_output_embeddings(), read)
-    return work.total + (work.forward if push_term.blocked else work.total)
+    answer_tokens = len(batch.answer_positions.label)
+    # Tokens for which the last decoder layer is computed.
+    last = answer_tokens + (len(batch.description_positions.position) if push_term.needs_states else 0)
+    # Approximation: such a token attends to as many tokens as the average token.
+    linear, attention = model.family.decoder_flops(model.base, tokens, pairs, last, last * pairs / max(tokens, 1))
+    work = linear + attention + products(model.base.get_output_embeddings(), answer_tokens)
+    return work.total + (work.forward if push_term.stop_gradient else work.total)
 
 
 def vision_flops(model: W2R2, visuals: Visuals) -> float:
@@ -116,16 +120,17 @@ def vision_flops(model: W2R2, visuals: Visuals) -> float:
     return sum(model.family.vision_flops(tower, each.grid_thw.tolist()) for each in given)
 
 
-def merger_flops(model: W2R2, visuals: Visuals, blocked: bool) -> float:
-    """The geometry merger and the fusion, in each pass that runs them."""
+def merger_flops(model: W2R2, visuals: Visuals, stop_gradient: bool) -> float:
+    """Model FLOPs of the geometry merger and the fusion, in each pass that runs them."""
     tokens = sum(visuals.sizes)
     merger, fusion = products(model.geometry_merger, tokens), products(model.fusion, tokens)
+    # The shortcut runs the merger on zero features, and the fusion unless Phi(F2D, 0) is F2D.
     short = Work()
     if model.zero_geometry == "features":
         short = short + merger
     if model.zero_geometry == "features" or not model.fusion.zero_is_stock:
         short = short + fusion
-    return merger.total + fusion.total + (short.forward if blocked else short.total)
+    return merger.total + fusion.total + (short.forward if stop_gradient else short.total)
 
 
 def geometry_flops(encoder: GeometryEncoder, visuals: Visuals) -> float:

@@ -1,7 +1,7 @@
-"""Experiment trackers, chosen by `train.trackers`; metrics.jsonl is always written too.
+"""Experiment trackers, selected by `train.trackers`; metrics.jsonl is always written too.
 
-To add one, write a class with the methods of `Tracker` and decorate it with ``@register_tracker("NAME")``; the file may
-lie outside the package (``--plugin FILE``).
+To add one, write a class with the methods of `Tracker` and decorate it with ``@register_tracker("NAME")``. The file may
+be outside the package (``--plugin FILE``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROJECT = "w2r2-ds"
 
 
 class Tracker(Protocol):
-    """Receives the metrics of every optimizer step. Exists on rank 0 only."""
+    """Interface of an experiment tracker, which exists on rank 0 only."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of `step`; steps count from 1 and increase."""
@@ -32,11 +32,13 @@ class Tracker(Protocol):
 
 
 OpenTracker = Callable[[Path, int], Tracker]
-"""(folder of the run, last step done before this start) -> tracker. Raises ValueError if the user must do something."""
+"""(folder of the run, steps completed before this launch) -> tracker. Raises ValueError for errors that the user can
+correct."""
 
 TRACKERS: Registry[OpenTracker] = Registry("train.trackers")
+"""Registered trackers, keyed by their name in `train.trackers`."""
 TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
-"""Optional package of the trackers below."""
+"""Python package that a tracker needs."""
 
 
 def register_tracker(name: str) -> Callable[[OpenTracker], OpenTracker]:
@@ -45,10 +47,10 @@ def register_tracker(name: str) -> Callable[[OpenTracker], OpenTracker]:
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Check that every tracker is registered and that its package is installed, on every rank.
+    """Check that every tracker is registered and that its package is installed.
 
     Raises:
-        ValueError: names the tracker.
+        ValueError: with the first tracker that is not.
     """
     for name in names:
         TRACKERS.find(name, "train.trackers: a name")
@@ -59,7 +61,7 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 class _WandbApi:
-    """Tracker around a run of wandb or trackio, which have the same methods."""
+    """Base class for wandb and trackio, whose runs have the same methods."""
 
     run: Any
 
@@ -83,7 +85,7 @@ class WandbTracker(_WandbApi):
     def __init__(self, run_dir: Path, start: int) -> None:
         import wandb
 
-        # disable_git: the address of a git remote may contain a token, and the patch of uncommitted changes any secret.
+        # disable_git: the URL of a git remote may contain a token, and the patch of uncommitted changes any secret.
         settings = {"silent": True, "disable_git": True}
         try:
             self.run = wandb.init(dir=str(run_dir), project=PROJECT, name=run_dir.name, settings=settings)
@@ -102,7 +104,7 @@ class TensorBoardTracker:
     def __init__(self, run_dir: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides points that a killed start logged after its last checkpoint.
+        # purge_step hides points that a killed launch logged after its last checkpoint.
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The training loop. Building the run is in `build.py`, the forward pass in `step.py`."""
+"""The training loop. The run is built in `build.py`; the forward pass is in `step.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,11 @@ from w2r2_ds.utils.rng import rng_state, set_rng_state
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """Result of a run that ended without an exception.
 
     Attributes:
-        code: exit code, of training/fault_tolerance/exit_codes.py: `DONE`, or the code of a signal.
-        checkpoint: the newest checkpoint of the run, None if there is none.
+        code: exit code of training/fault_tolerance/exit_codes.py: `DONE`, or that of a signal.
+        checkpoint: newest checkpoint of the run, None if there is none.
     """
 
     code: int
@@ -44,24 +45,24 @@ class TrainResult:
 def train(
     config: RunConfig, ds_path: str, make_validation: MakeValidation, signals: StopSignals | None = None
 ) -> TrainResult:
-    """Train until the last step or until a signal asks to stop. Every rank calls it, after `init_process_group`.
+    """Train until the last step or until a signal to stop. Collective, after `init_process_group`.
 
     Args:
         config: run configuration.
-        ds_path: the DeepSpeed JSON.
-        make_validation: called if `train.eval_every` is set.
+        ds_path: path of the DeepSpeed JSON.
+        make_validation: builds the validation, if `train.eval_every` is not 0.
         signals: an entered `StopSignals`; by default signals keep their usual effect.
 
     Raises:
-        ValueError: data, weights, configuration or DeepSpeed JSON do not fit, before the first step; or the last
+        ValueError: before the first step, data, weights, configuration or DeepSpeed JSON do not fit; or the last
             checkpoint could not be written.
         FloatingPointError: a loss or a gradient norm is not finite; raised on all ranks before the update.
     """
     signals = signals or StopSignals()
     with Watchdog(Limits(config.train.hang_seconds)) as watchdog:
         signals.join(collective_timeout(config.train.hang_seconds))
-        # The watchdog already runs: a rank that fails while it loads ends the others too. Hangs are detected only from
-        # `start_hang_detection` on, because loading has long pauses without progress.
+        # The watchdog runs already: if a rank fails while it loads, the others end too. Hangs are detected from
+        # `start_hang_detection` on only, because loading has long pauses without progress.
         run = build_run(config, ds_path, make_validation)
         run.activity = watchdog.activity
         run.activity.follow("step", run.engine.module)
@@ -73,7 +74,7 @@ def train(
 
 
 def train_steps(run: Run, signals: StopSignals) -> TrainResult:
-    """The loop over optimizer steps."""
+    """The loop over optimizer steps. Collective."""
     config, activity = run.config, run.activity
     batches = iter(run.loader)
     hinge_monitor = HingeMonitor(run.start, config, run.engine.module.push_term)
@@ -83,7 +84,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
         metrics: dict[str, float] = {}
         for step in range(run.start, config.train.steps):
             activity.at("step boundary")
-            # The signal flag is reduced over ranks: all stop at the same step, or none.
+            # The signal flags are reduced over ranks: all stop at the same step, or none.
             if code := signals.agreed():
                 if saves.step != step:  # unless the previous iteration has saved this step
                     saves.save(CheckpointInfo(step, metrics, run.data))
@@ -91,7 +92,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
 
             activity.at("data", step + 1)
             started = time.perf_counter()
-            # All micro-batches of the step are loaded first: the loss of each is divided by the weight of all.
+            # All micro-batches of the step are loaded first: the loss of each is divided by the total weight of all.
             micro_batches = [next(batches) for _ in range(run.accumulation)]
             loaded = time.perf_counter()
             if step == run.start:
@@ -101,17 +102,10 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
             metrics |= run.throughput(micro_batches, time.perf_counter() - started) | {"data_s": loaded - started}
             metrics |= cache_use(micro_batches)
             hinge_monitor.update(metrics)
-
-            if run.decode_gap is not None and (step + 1) % config.objective.decode_gap_every == 0:
-                activity.at("decode gap")
-                metrics |= run.decode_gap.measure(run.engine)
-            best = None
-            if run.best is not None and due(step + 1, config.train.eval_every, config):
-                activity.at("validation")
-                scores, best = run.best.measure(run.engine, step + 1)
-                metrics |= scores
+            measured, best = measure(run, step + 1)
+            metrics |= measured
             activity.at("log")
-            # Before the save: the checkpoint syncs metrics.jsonl, so that every saved step has its line.
+            # Before the save, which syncs metrics.jsonl: every saved step has its line.
             metrics_logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
                 saved = saves.save(CheckpointInfo(step + 1, metrics, run.data, best))
@@ -122,17 +116,35 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
     return TrainResult(DONE, saves.checkpoint)
 
 
+def measure(run: Run, done: int) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Measure the decode gap and validate, if they are due after `done` steps. Collective.
+
+    Returns:
+        Metrics to log; and metric and value of the validation if it is the best so far, else None.
+    """
+    metrics: dict[str, float] = {}
+    if run.decode_gap is not None and done % run.config.objective.decode_gap_every == 0:
+        run.activity.at("decode gap")
+        metrics |= run.decode_gap.measure(run.engine)
+    best = None
+    if run.best is not None and due(done, run.config.train.eval_every, run.config):
+        run.activity.at("validation")
+        scores, best = run.best.measure(run.engine, done)
+        metrics |= scores
+    return metrics, best
+
+
 def due(done: int, every: int, config: RunConfig) -> bool:
     """Whether a periodic action is due after `done` steps: every `every` steps, and after the last step."""
     return done % every == 0 or done == config.train.steps
 
 
 class Saves:
-    """Saves checkpoints and stores the path of the newest one.
+    """Saves checkpoints and keeps track of the newest one.
 
     Attributes:
-        step: step of the newest checkpoint, or the step that the run started from.
-        checkpoint: its folder; None if there is none.
+        step: step of the newest checkpoint; 0 without one.
+        checkpoint: folder of the newest checkpoint; None if there is none.
     """
 
     def __init__(self, run: Run, metrics_logger: MetricsLogger) -> None:
@@ -140,7 +152,7 @@ class Saves:
         self.step, self.checkpoint = run.start, run.checkpoint
 
     def save(self, info: CheckpointInfo) -> bool:
-        """Save a checkpoint; False if it could not be written (a full disk), so that the next one may succeed."""
+        """Save a checkpoint; False if it could not be written (a full disk). A later one may succeed."""
         self.run.activity.at("save")
         self.metrics_logger.sync()
         path = save_checkpoint(self.run.engine, self.run.config, info, self.run.token)
@@ -160,13 +172,23 @@ class Saves:
 
 
 def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches; returns global means of the statistics."""
+    """One optimizer step over this rank's micro-batches; returns global means of the statistics. Collective.
+
+    Args:
+        run: the run.
+        micro_batches: micro-batches of this rank, on the CPU.
+        step: number of completed optimizer steps.
+
+    Raises:
+        FloatingPointError: a loss or the gradient norm is not finite; raised on all ranks before the update.
+    """
     engine, reduction = run.engine, run.config.objective.reduction
     run.activity.at("start of the step")
     total = global_weight(micro_batches, reduction, run.device)
-    # The step returns the *sum* of weighted sample losses. The wanted loss is the sum over all ranks and micro-batches,
-    # divided by their total weight. engine.backward divides by the accumulation steps, and gradients are averaged over
-    # ranks: multiply by both, divide by the total. Then the loss does not depend on how samples are split.
+    # Loss scaling. `W2R2Step` returns the *sum* of weighted sample losses. The loss of the optimizer step is this sum
+    # over all ranks and micro-batches, divided by their total weight. engine.backward divides by the accumulation
+    # steps, and gradients are averaged over ranks: the scale multiplies by both. So the gradient does not depend on how
+    # the samples are split into micro-batches and ranks.
     scale = run.accumulation * dist.get_world_size() / total
     stats = []
     for batch in micro_batches:
@@ -176,8 +198,8 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
         engine.backward(loss * scale)
         stats.append(sample_stats)  # stays on the device; copied to the host once per optimizer step
         if len(stats) == len(micro_batches):
-            # Before the last engine.step(), which updates the weights and frees the gradients: a loss that is not
-            # finite raises here, on all ranks, and the norms are those before clipping.
+            # Before the last engine.step(), which clips the gradients, updates the weights and frees the gradients. A
+            # loss that is not finite raises here, on all ranks.
             metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
             metrics |= group_norms(run.groups, run.device)
         run.activity.at("update")
@@ -187,7 +209,7 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
     parts = [metrics[f"grad_norm_{name}"] for name in run.groups]
     metrics["grad_norm"] = math.hypot(*parts) if norm is None else float(norm)  # DeepSpeed has none without ZeRO
     if not math.isfinite(metrics["grad_norm"]):
-        # The norm is global, so every rank raises. ZeRO has skipped the update.
+        # The norm is global, so every rank raises. ZeRO has skipped the update already.
         ids = ", ".join(identity for batch in micro_batches for identity in batch.ids)
         raise FloatingPointError(f"The gradient norm is not finite; stopped. Samples of rank {dist.get_rank()}: {ids}.")
     for name, rate in zip(("lr", "merger_lr"), engine.get_lr(), strict=True):  # in the order of `trained_groups`
@@ -196,10 +218,13 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
 
 
 def dry_run(run: Run, batch: Batch) -> None:
-    """Forward and backward of the largest first micro-batch with weight 0, so that out-of-memory shows at once.
+    """Forward and backward of one micro-batch with loss weight 0: raises an out-of-memory error before the first step.
 
-    It changes nothing: gradients of weight 0 add zero to the accumulated ones, ``engine.step()`` is not called, and
-    the random state is restored.
+    Changes nothing: the gradients are zero, ``engine.step()`` is not called, and the random state is restored.
+
+    Args:
+        run: the run.
+        batch: the largest micro-batch of the first step, on the CPU.
     """
     random_state = rng_state()
     loss, stats = run.engine(batch.to(run.device))

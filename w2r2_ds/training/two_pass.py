@@ -3,12 +3,12 @@
 Losses and gradients do not depend on the order; memory and the number of ZeRO-3 all-gathers do:
 
 * `sequential`: the whole shortcut pass, then the whole fused pass. ZeRO-3 gathers every decoder layer three times: in
-  each forward and in the fused pass's backward. Of the shortcut, only the states of the answer positions are kept.
-* `lockstep`: each layer advances the shortcut, then the fused stream, while its weights are gathered. Two gathers per
-  layer (forward, backward), as in single-pass training. Costs one more hidden state.
+  both forwards and in the fused pass's backward. Of the shortcut, only the states of the answer positions are kept.
+* `lockstep`: each layer runs the shortcut and then the fused input while its weights are gathered. Two gathers per
+  layer (forward, backward), as in single-pass training. Costs one more hidden state, ``[sequences, length, hidden]``.
 
-In both orders every module processes the shortcut before the fused input, and both passes are in one engine
-forward. This keeps ZeRO-3's parameter trace valid (so that it can prefetch), and releases every gathered parameter.
+In both orders every module processes the shortcut before the fused input, and both passes are in one engine forward.
+This keeps ZeRO-3's parameter trace valid (so that it can prefetch), and every gathered parameter is released.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class PassOrder(Protocol):
     def __call__(
         self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
     ) -> tuple[Tensor, Tensor]:
-        """Last hidden states ``[answer tokens, hidden]`` of (shortcut, fused).
+        """Last hidden states of both passes, (shortcut, fused), ``[answer tokens, hidden]`` each.
 
         Args:
             batch: token ids, positions, answer positions.
             shortcut: visual tokens of the shortcut pass.
             fused: visual tokens of the fused pass.
-            include_description: append the states of the description tokens.
+            include_description: append the states of the description's tokens.
         """
         ...
 
@@ -48,7 +48,11 @@ class PassOrder(Protocol):
 def build_pass_order(model: W2R2, order: str, shortcut_no_grad: bool, zero3: bool) -> PassOrder:
     """The pass order of `train.pass_order`; ``auto`` is lockstep under ZeRO-3 if the shortcut has no graph.
 
-    Lockstep requires a shortcut without graph.
+    Args:
+        model: the composed model.
+        order: auto, sequential or lockstep. Lockstep requires a shortcut without graph (checked in config/schema.py).
+        shortcut_no_grad: run the shortcut pass under ``no_grad``.
+        zero3: whether DeepSpeed shards the parameters.
     """
     if order == "auto":
         order = "lockstep" if zero3 and shortcut_no_grad else "sequential"
@@ -56,7 +60,7 @@ def build_pass_order(model: W2R2, order: str, shortcut_no_grad: bool, zero3: boo
 
 
 class SequentialPasses:
-    """The shortcut pass, then the fused pass.
+    """The whole shortcut pass, then the whole fused pass.
 
     Args:
         model: the composed model.
@@ -69,19 +73,22 @@ class SequentialPasses:
     def __call__(
         self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
     ) -> tuple[Tensor, Tensor]:
-        # Dropout off in the shortcut: its answer is a measurement. It also draws no random numbers, so that the fused
-        # pass has the same dropout masks in both orders.
+        # No dropout in the shortcut, because its answer is measured. So it draws no random numbers either, and the
+        # fused pass has the same dropout masks in both orders.
         with torch.no_grad() if self.shortcut_no_grad else nullcontext(), without_dropout(self.dropouts):
             shortcut_states = self.model.answer_hidden_states(batch, shortcut, include_description)
         return shortcut_states, self.model.answer_hidden_states(batch, fused, include_description)
 
 
 class LockstepPasses:
-    """Both streams through every decoder layer and the final norm, the shortcut first.
+    """Both passes together: every decoder layer and the final norm run the shortcut, then the fused input.
 
-    transformers' loop over the layers carries the fused stream only. The forward of every layer is overridden during
-    the pass so that it advances the shortcut's hidden state too. Rotary tables, masks and all other arguments of a
-    layer are the same for both streams.
+    The loop over the layers in transformers carries one hidden state, the fused one. The forward of every layer is
+    overridden during the pass so that it also advances the shortcut's hidden state. Rotary embeddings, masks and all
+    other arguments of a layer are the same for both passes.
+
+    Args:
+        model: the composed model.
     """
 
     def __init__(self, model: W2R2) -> None:
@@ -92,19 +99,23 @@ class LockstepPasses:
     def __call__(
         self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
     ) -> tuple[Tensor, Tensor]:
-        shortcut_inputs, inputs = self.model.input_streams(batch, shortcut, fused)
-        holder = [shortcut_inputs]  # a list, so that the overridden forwards can replace the tensor in it
-        # The language model's own loop runs the fused stream; the context manager adds the shortcut to each layer.
+        shortcut_inputs, fused_inputs = self.model.input_streams(batch, shortcut, fused)
+        state = [shortcut_inputs]  # a list, so that the overridden forwards can replace the tensor in it
+        # The language model's own loop runs the fused pass; the context manager adds the shortcut to each layer.
         fused_states = self.model.run_decoder(
-            batch, inputs, fused, include_description, self.advance_shortcut(holder, batch, shortcut)
+            batch, fused_inputs, fused, include_description, self.advance_shortcut(state, batch, shortcut)
         )
-        return holder[0], fused_states
+        return state[0], fused_states
 
     @contextmanager
-    def advance_shortcut(self, holder: list[Tensor], batch: Batch, shortcut: VisionOutput) -> Iterator[None]:
-        """Override every decoder layer and the final norm: run them on the shortcut's state first.
+    def advance_shortcut(self, state: list[Tensor], batch: Batch, shortcut: VisionOutput) -> Iterator[None]:
+        """Override the forward of every decoder layer and of the final norm: run the shortcut's hidden state first.
 
-        ``holder[0]`` is the shortcut's hidden state; every module replaces it by its output.
+        Args:
+            state: one element, the shortcut's hidden state ``[sequences, length, hidden]``. Every module replaces it
+                by its output. The last decoder layer returns the answer tokens only.
+            batch: positions of visual tokens.
+            shortcut: visual tokens of the shortcut pass.
         """
         family = self.model.family
 
@@ -113,13 +124,13 @@ class LockstepPasses:
                 # Shortcut first, as in the sequential order. Under no_grad `inner` skips activation checkpointing, and
                 # only one hidden state of the shortcut is alive at a time.
                 with torch.no_grad(), without_dropout(dropouts):
-                    advanced = inner(holder[0], *args, **kwargs)
+                    advanced = inner(state[0], *args, **kwargs)
                     # DeepStack families add visual features after some layers; the final norm is not a layer.
-                    last = index == len(self.layers_and_norm) - 1
-                    holder[0] = advanced if last else family.add_layer_features(advanced, index, batch, shortcut)
+                    is_norm = index == len(self.layers_and_norm) - 1
+                    state[0] = advanced if is_norm else family.add_layer_features(advanced, index, batch, shortcut)
                 # `inner` includes activation checkpointing, but not ZeRO-3's hooks: those belong to the module's
-                # __call__. They run around both `inner` calls, so one gather serves both streams. Only the fused one
-                # is recomputed.
+                # __call__. They run around both `inner` calls, so one gather serves both passes. Only the fused pass
+                # is recomputed in the backward pass.
                 return inner(hidden, *args, **kwargs)
 
             return forward
@@ -131,13 +142,13 @@ class LockstepPasses:
 
 
 def dropouts_of(module: nn.Module) -> list[nn.Dropout]:
-    """The dropout layers with a positive rate."""
+    """Dropout layers of a module with a positive rate."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Dropout) and layer.p > 0]
 
 
 @contextmanager
 def without_dropout(dropouts: Sequence[nn.Dropout]) -> Iterator[None]:
-    """Switch dropout layers off; other modules stay in training mode, which activation checkpointing depends on."""
+    """Disable dropout layers; other modules stay in training mode, which activation checkpointing depends on."""
     training = [module.training for module in dropouts]
     for module in dropouts:
         module.training = False

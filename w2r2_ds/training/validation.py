@@ -1,6 +1,6 @@
-"""Validation during training: the `Validation` protocol, and the best step so far.
+"""Validation during training: the `Validation` interface, and the best step so far.
 
-The implementation that generates and scores answers is evaluation/validator.py.
+Its implementation, which generates and scores answers, is in evaluation/validator.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 METRIC_PREFIX = "val/"
+"""Prefix of the names of logged validation metrics."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,55 +33,56 @@ class Validation(Protocol):
 
     Attributes:
         best_by: name of the metric that decides which checkpoint is best; higher is better.
-        about: everything besides the weights that a value depends on (samples, longest answer). Values with another
-            `about` are not compared.
+        about: digest of all that a value depends on besides the weights (samples, longest answer). Values with
+            different `about` are not compared.
     """
 
     best_by: str
     about: str
 
     def measure(self, engine: DeepSpeedEngine) -> dict[str, float]:
-        """Scores, the same on every rank. Collective; random state and training mode are restored."""
+        """Scores by metric, the same on every rank. Collective; random state and training mode are restored."""
         ...
 
 
 MakeValidation = Callable[[RunConfig, VlmFrontend, torch.device], Validation]
-"""Called on every rank, without collectives; raises ValueError for errors that the user can correct."""
+"""(run configuration, frontend, device) -> validation. Called on every rank, without collectives; raises ValueError for
+errors that the user can correct."""
 
 
 class BestSoFar:
-    """Runs the validation and stores the step with the highest value; of equal values, the earlier step.
+    """Runs the validation and keeps track of the step with the highest value; of equal values, the earlier step.
 
     Args:
-        validation: gives the values.
-        resumed: the checkpoint that the run resumed from, None for a fresh run.
+        validation: computes the values.
+        resumed: checkpoint that the run resumed from, None for a fresh run.
     """
 
     def __init__(self, validation: Validation, resumed: Path | None) -> None:
         self.validation = validation
         self.best = best_until(resumed) if resumed else None
-        self._before = self.best
+        self._previous = self.best
         if self.best and (self.best["metric"], self.best["about"]) != (validation.best_by, validation.about):
             logger.info("validation: the saved best has another metric or other samples and is ignored: %s", self.best)
             self.best = None
 
     def measure(self, engine: DeepSpeedEngine, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """Validate after `step`.
+        """Validate after `step`. Collective.
 
         Returns:
-            Metrics to log; and what to save with a checkpoint if this step is the best so far, else None.
+            Metrics to log; and, if this step is the best so far, its metric and value for the manifest, else None.
         """
         started = time.perf_counter()
         scores = self.validation.measure(engine)
         seconds = time.perf_counter() - started
         metrics = {METRIC_PREFIX + name: score for name, score in scores.items()} | {f"{METRIC_PREFIX}seconds": seconds}
         metric = self.validation.best_by
-        if metric not in scores:  # it could be computed when the run started, so this is no reason to stop the run
+        if metric not in scores:  # the metric was checked before the first step: do not stop the run now
             if is_rank_zero():
                 logger.warning("%s could not be computed after step %d; the best step does not change", metric, step)
             return metrics, None
         value, best = scores[metric], self.best
-        self._before = best
+        self._previous = best
         better = best is None or value > best["value"]
         if best is None or better:
             self.best = best = {"metric": metric, "value": value, "step": step, "about": self.validation.about}
@@ -90,21 +92,21 @@ class BestSoFar:
 
     def not_saved(self) -> None:
         """Return to the previous best: the checkpoint of the new one could not be written."""
-        self.best = self._before
+        self.best = self._previous
 
 
 def draw_subset(available: int, wanted: int, seed: int) -> list[int]:
-    """Indices of `wanted` of the `available` samples (all of them if fewer), the same for every world size."""
+    """Indices of `wanted` random samples of `available` ones (all if fewer); the same for every world size."""
     return torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()[:wanted]
 
 
 @dataclass(frozen=True)
 class RankSubset:
-    """The samples that one rank processes: as many whole batches as every other rank, since all run the same forwards.
+    """The samples of one rank. Every rank has the same number of whole batches, so that all run the same forwards.
 
     Attributes:
-        indices: into the subset; its first samples are repeated until the batches are full.
-        once: per index, False for a repetition, which must not count.
+        indices: indices into the subset; its first samples are repeated until the batches are full.
+        once: for every index, False if it is a repetition, which must not be counted.
     """
 
     indices: list[int]
@@ -112,7 +114,7 @@ class RankSubset:
 
 
 def rank_subset(count: int, micro_batch: int, rank: int, world_size: int) -> RankSubset:
-    """Batches ``rank, rank + world_size, ...`` of `count` samples; the content of a batch depends on no rank."""
+    """Batches ``rank, rank + world_size, ...`` of `count` samples; the content of a batch does not depend on ranks."""
     padded = -(-count // (world_size * micro_batch)) * world_size * micro_batch
     mine = [index for index in range(padded) if index // micro_batch % world_size == rank]
     return RankSubset([index % count for index in mine], [index < count for index in mine])

@@ -65,7 +65,7 @@ def steps(model_config: Any, frontend: Any, tables: Any, monkeypatch: pytest.Mon
 def configure(step: W2R2Step, pass_order: str, ratio: float) -> None:
     """Set `train.pass_order` and `objective.visual_mask_ratio` of a step."""
     step.objective = replace(step.objective, visual_mask_ratio=ratio)
-    step.two_pass = build_pass_order(step.model, pass_order, step.push_term.blocked, zero3=False)
+    step.run_passes = build_pass_order(step.model, pass_order, step.push_term.stop_gradient, zero3=False)
 
 
 def loss_and_gradients(step: W2R2Step, batch: Any) -> dict[str, torch.Tensor]:

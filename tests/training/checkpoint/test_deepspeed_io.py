@@ -24,7 +24,7 @@ from w2r2_ds.utils.rng import reseed, rng_state, set_rng_state
 
 
 class Trap:
-    """Unpickled as a program it makes a folder."""
+    """Creates a folder when it is unpickled without restriction."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -41,14 +41,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
-    """A file that looks like a shard, and makes `tmp_path/ran` when a program reads it."""
+    """A file in the form of a shard that creates `tmp_path/ran` when it is unpickled without restriction."""
     file = tmp_path / "shard.pt"
     torch.save({"state": torch.ones(3), "more": Trap(tmp_path / "ran")}, file)
     return file
 
 
 def test_the_malicious_pickle_runs_code_if_unpickled(trap: Path) -> None:
-    """Else the tests below would show nothing."""
+    """Otherwise the tests below could not fail."""
     torch.load(trap, weights_only=False)
     assert (trap.parent / "ran").is_dir()
 

@@ -33,7 +33,7 @@ CONTENT = {TENSORS: b"tensors" * 100, "engine/shard.pt": b"shard" * 100, "config
 
 
 def saved(run: Path, step: int) -> Path:
-    """A whole checkpoint without meaning."""
+    """A complete checkpoint with arbitrary content."""
     path = step_folder(run, step)
     (path / "engine").mkdir(parents=True)
     for name, content in CONTENT.items():
@@ -76,7 +76,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
     whole = (path / MANIFEST).read_bytes()
     for at in range(len(whole)):
         flip_bit(path / MANIFEST, at)
-        if json_or_none(path / MANIFEST) != json.loads(whole):  # a blank for another changes nothing
+        if json_or_none(path / MANIFEST) != json.loads(whole):  # not if one whitespace became another
             assert str(path / MANIFEST) in str(verify(path)), at
         (path / MANIFEST).write_bytes(whole)
     os.truncate(path / MANIFEST, len(whole) // 2)
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_found_by_run_pointer_or_folder(tmp_path: Path) -> None:
     old, new = saved(tmp_path, 10), saved(tmp_path, 20)
     folder = tmp_path / "checkpoints"
     assert has_checkpoint(tmp_path)
-    assert find_checkpoint(tmp_path) == new  # killed before `latest` moved for the first time
+    assert find_checkpoint(tmp_path) == new  # killed before `latest` was first written
     write_pointer(folder / LATEST, old)
     write_pointer(folder / BEST, new)
     assert find_checkpoint(tmp_path) == find_checkpoint(folder / LATEST) == old
@@ -144,13 +144,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_an_interrupted_deletion_is_incomplete_and_finished_later(tmp_path: Path) -> None:
     paths = [saved(tmp_path, step) for step in (10, 20, 30)]
     (paths[0] / MANIFEST).unlink()
-    (paths[2] / MANIFEST).unlink()  # torn, and above the newest whole one: named by a resume, not deleted
+    (
+        paths[2] / MANIFEST
+    ).unlink()  # incomplete, and newer than the newest complete one: reported by a resume, not deleted
     assert expired_checkpoints(tmp_path, 2) == [paths[0]]
     delete(paths[1])
     assert not paths[1].exists()
 
 
-def test_a_damaged_best_pointer_is_only_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_best_pointer_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = [saved(tmp_path, step) for step in (10, 20, 30)]
     (paths[0].parent / BEST).write_text("step-00002p\n")
     assert expired_checkpoints(tmp_path, 1) == [paths[1], paths[0]]

@@ -1,4 +1,4 @@
-"""Two starts of one run: the later one writes, the earlier one stops."""
+"""Two launches of one run: the later one writes, the earlier one stops."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import pytest
 from w2r2_ds.training.checkpoint.ownership import INCARNATION, OwnershipLost, OwnershipToken
 
 
-def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_launch_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     first = OwnershipToken.claim(tmp_path)
     first.check()
     second = OwnershipToken.claim(tmp_path)
     second.check()
     assert (first.number, second.number) == (1, 2) and first.token != second.token
-    with pytest.raises(OwnershipLost, match=r"was taken over by start 2 \(host \S+, job 17, 20.*start 1 of 20.* stops"):
+    with pytest.raises(
+        OwnershipLost, match=r"was taken over by launch 2 \(host \S+, job 17, 20.*launch 1 of 20.* stops"
+    ):
         first.check()
     written = json.loads((tmp_path / "checkpoints" / INCARNATION).read_text())
     assert written == second.to_json() and written["job"] == "17"
@@ -28,14 +30,14 @@ def test_a_later_start_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_missing_or_unreadable_token_stops_the_writer(tmp_path: Path) -> None:
     token = OwnershipToken.claim(tmp_path)
     (tmp_path / "checkpoints" / INCARNATION).write_text("{")
-    with pytest.raises(OwnershipLost, match="is gone or unreadable"):
+    with pytest.raises(OwnershipLost, match="is missing or damaged"):
         token.check()
     (tmp_path / "checkpoints" / INCARNATION).unlink()
-    with pytest.raises(OwnershipLost, match="is gone or unreadable"):
+    with pytest.raises(OwnershipLost, match="is missing or damaged"):
         token.check()
 
 
-def test_starts_have_their_own_temporary_folders_and_remove_older_ones(tmp_path: Path) -> None:
+def test_launches_have_their_own_temporary_folders_and_remove_older_ones(tmp_path: Path) -> None:
     first = OwnershipToken.claim(tmp_path)
     mine = first.temporary_folder(30)
     mine.mkdir()
@@ -50,7 +52,7 @@ def test_starts_have_their_own_temporary_folders_and_remove_older_ones(tmp_path:
 
 
 def test_an_io_error_does_not_mean_lost_ownership(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network file system that stutters is no reason to end a run for good."""
+    """A temporary failure of a network file system must not end the run."""
     token = OwnershipToken.claim(tmp_path)
 
     def stale(*_: object, **__: object) -> str:

@@ -82,14 +82,22 @@ def test_another_number_of_ranks_needs_zero(tmp_path: Path) -> None:
         find_start(configured(tmp_path))
 
 
+def test_the_kernels_of_the_manifest_are_passed_on(tmp_path: Path) -> None:
+    saved(tmp_path, 10)
+    assert find_start(configured(tmp_path)).kernels is None
+    kernels = {"names": ["swiglu"], "device": "GPU A", "torch": "2.13.0"}
+    saved(tmp_path, 20, kernels=kernels)
+    assert find_start(configured(tmp_path)).kernels == kernels
+
+
 def test_an_unwritable_output_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ValueError, match=r"run.*: cannot be written \(.*\); .*--out"):
         take_over(configured(tmp_path / "run"), StartPoint())
 
 
-def test_a_checkpoint_that_an_older_start_saves_meanwhile_ends_the_newer_one(tmp_path: Path) -> None:
-    """It still runs behind a cut link, and loses ownership only at the claim."""
+def test_a_checkpoint_that_an_older_launch_saves_meanwhile_ends_the_newer_one(tmp_path: Path) -> None:
+    """The older launch still runs on a node without network, and loses ownership only at the claim."""
     saved(tmp_path, 10)
     start = find_start(configured(tmp_path))
     saved(tmp_path, 20)

@@ -66,7 +66,7 @@ def test_resuming_may_change_logging_saving_and_paths(trained: Path) -> None:
 
 
 def test_a_resume_with_other_samples_is_rejected(tmp_path: Path) -> None:
-    """Prepared again under the same path, with other options: the configuration is the same, an epoch is not."""
+    """Prepared again in the same folder with other options: the configuration is the same, the samples are not."""
     config = RunConfig(data=DataConfig(root="scans", train=[SourceConfig("a"), SourceConfig("b")]))
     write_manifest(tmp_path, {"data": ["1", "2"]}, {})
     check_same_data(tmp_path, config, ["1", "2"])
@@ -75,7 +75,7 @@ def test_a_resume_with_other_samples_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_frozen_weights_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 trained numbers of 4 bytes: twice the weights, 12 bytes each and the allowance; the frozen layer is more."""
+    """10 trained parameters of 2 * 4 + 12 bytes, and the allowance; the frozen layer exceeds it."""
     monkeypatch.setattr(save.dist, "get_world_size", lambda: 1)
     model: Any = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(500, 500).requires_grad_(False))
     most = 10 * (2 * 4 + 12) + 100_000 + 2 * 2_000

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON against the run's configuration, and the start of the ranks."""
+"""The DeepSpeed JSON and the run's configuration; initialisation of the process group."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_hpz_partitions_are_the_ranks_of_a_machine(world: int, local: int, fille
 def test_machines_with_different_numbers_of_ranks_use_a_common_size(
     monkeypatch: pytest.MonkeyPatch, machines: list[int], common: int
 ) -> None:
-    """Else each would make groups of its own machine's size, and wait for others for ever."""
+    """Otherwise each rank would create groups of its own machine's size, and wait for the others forever."""
     everywhere = [size for size in machines for _ in range(size)]
     monkeypatch.setattr(dist, "all_gather_object", lambda target, own: target.__setitem__(slice(None), everywhere))
     raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
@@ -92,7 +92,7 @@ def test_machines_with_different_numbers_of_ranks_use_a_common_size(
         (3, 0, ["zero_hpz_partition_size is 0"]),
         (3, 8.0, ["zero_hpz_partition_size is 8.0"]),
         (3, True, ["zero_hpz_partition_size is True"]),
-        (3, "auto", ['zero_hpz_partition_size is "auto"', "are not 6 per machine", "or write 1"]),
+        (3, "auto", ['zero_hpz_partition_size is "auto"', "not every machine has 6 ranks", "or write 1"]),
     ],
 )
 def test_invalid_hpz_partition_sizes(stage: int, size: Any, words: list[str]) -> None:
@@ -215,7 +215,7 @@ def test_shm_build_is_skipped_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert build_shm_op() is None
 
 
-def test_every_start_has_its_own_extensions_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_launch_has_its_own_extensions_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mine = tmp_path / f"w2r2-ds-{os.getuid()}"
     folders = []

@@ -31,12 +31,12 @@ SMALL = {"stage3_prefetch_bucket_size": 50_000_000}
 
 
 def scaled(layer: int, **changes: int) -> dict[str, Any]:
-    """zero3.json for layers of so many parameters."""
+    """zero3.json, scaled to layers with this many parameters."""
     raw = copy.deepcopy(json.loads(ZERO3.read_text()))
     zero = raw["zero_optimization"] | changes
     for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance"):
         zero[f"stage3_{name}"] = round(zero[f"stage3_{name}"] * layer / REAL_LAYER)
-    # What stays whole at real size are norms, biases and low ranks of narrow matrices: these.
+    # Parameters that are not partitioned at real size: norms, biases and LoRA matrices of narrow projections.
     return raw | {"zero_optimization": zero | {"stage3_param_persistence_threshold": 4 * HIDDEN}}
 
 
@@ -64,14 +64,14 @@ def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_co
 
 
 def test_decoder_layers_are_prefetched(found: dict[str, Any]) -> None:
-    """Every layer is on its way while the one before it runs; a bucket smaller than a layer leaves half of it out."""
+    """Every layer is fetched while the layer before it runs; a bucket smaller than a layer fetches half of it only."""
     print(found)
     assert found["shipped"]["late"] <= 0.01 * found["shipped"]["elements"]
     assert found["small bucket"]["late"] > 0.3 * found["small bucket"]["elements"]
 
 
 def test_layers_are_gathered_once_per_pass(found: dict[str, Any]) -> None:
-    """Lockstep, as ZeRO-3 has it by default: once for both passes, once for recomputation and backward pass.
+    """Lockstep, the default under ZeRO-3: once for both passes, once for recomputation and backward pass.
 
     Layers that the forward pass left less than stage3_max_reuse_distance ago are still whole in the backward pass.
     """
@@ -79,5 +79,5 @@ def test_layers_are_gathered_once_per_pass(found: dict[str, Any]) -> None:
 
 
 def test_few_layers_are_gathered_at_once(found: dict[str, Any]) -> None:
-    """stage3_max_live_parameters, and what it may be overshot by: the two layers that wait for the backward pass."""
+    """At most stage3_max_live_parameters, plus the two layers that wait for the backward pass."""
     assert found["shipped"]["live"] <= 4 * found["layer"]

@@ -16,14 +16,14 @@ pytestmark = pytest.mark.distributed
 FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 STEPS = 2
 OFFLOADED = "recomputed"
-"""zero3, every second decoder layer recomputed, their inputs in the host's memory."""
+"""zero3 with every second decoder layer recomputed, and inputs in host memory."""
 
 
 @pytest.fixture(scope="module")
 def losses(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of a few steps under every file, in one launch."""
+    """Metrics of a few steps with every file, in one launch."""
     folder = tmp_path_factory.mktemp("ds_configs")
-    # "auto" would leave the partitions out, as one machine holds all ranks.
+    # "auto" would give no partitions, because one machine has all ranks.
     paired = load_ds_config(FILES[0].with_name("zero3_hpz.json"))
     paired["zero_optimization"]["zero_hpz_partition_size"] = 2
     (folder / "zero3_hpz.json").write_text(json.dumps(paired))
@@ -54,7 +54,7 @@ def losses(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.mark.parametrize("name", [*(file.stem for file in FILES), OFFLOADED])
 def test_every_file_trains_and_all_the_same(losses: dict[str, list[dict[str, Any]]], name: str) -> None:
     """float32, the same two ranks: only the order of sums differs (ZeRO-2's buckets against ZeRO-3's)."""
-    # Where weights come from, and what is computed twice, changes nothing else.
+    # Offloading and recomputation do not change the losses otherwise.
     exact = name in ("zero3_hpz", OFFLOADED)
     assert [line["step"] for line in losses[name]] == list(range(1, STEPS + 1))
     for line, reference in zip(losses[name], losses["zero3"], strict=True):

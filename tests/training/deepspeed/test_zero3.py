@@ -25,7 +25,7 @@ from zero3_cases import Case, write_cases
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 GRADIENT_TOLERANCE = 1e-6
-"""Of each tensor's norm, float32: two ranks add in another order than one."""
+"""Tolerance relative to each tensor's norm in float32: two ranks sum in another order than one."""
 SIMILAR = {"four": 0.2, "three": 0.9, "twelve": 0.75, "words": 0.95, "more words": 0.1}
 SPLIT = [[["four", "three"]], [["twelve", "three"]]]
 FACTORS: dict[str, Sequence[Any]] = {
@@ -38,7 +38,7 @@ FACTORS: dict[str, Sequence[Any]] = {
 
 
 def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Rows such that every value of a factor meets every value of every other, greedily few."""
+    """Rows in which each pair of values of two factors occurs (pairwise testing); a greedy, small set."""
     names = list(factors)
     every = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
 
@@ -62,9 +62,9 @@ def matrix_case(row: dict[str, Any]) -> Case:
 
 
 def run_cases(folder: Path, cases: list[Case], model_config: Any, samples: dict[str, Any]) -> tuple[Any, str]:
-    """Per rank what it found, and what rank 0 printed."""
+    """Results of every rank, and the output of rank 0."""
     ds_config = json.loads(ZERO3.read_text())
-    # Small enough that the tiny model is gathered layer by layer, as a large one is.
+    # Small enough that the tiny model is gathered layer by layer, as a large model would be.
     ds_config["zero_optimization"] |= {
         "stage3_param_persistence_threshold": 0,
         "stage3_max_live_parameters": 30_000,
@@ -79,7 +79,7 @@ def run_cases(folder: Path, cases: list[Case], model_config: Any, samples: dict[
 
 @pytest.fixture(scope="module")
 def named_samples(samples: list[Any]) -> dict[str, Any]:
-    """The grounding samples, with a target that a random model's expected boxes lie in, and two without frames."""
+    """The grounding samples, with target boxes that contain a random model's expected boxes, and two without frames."""
     assert [sample.id for sample in samples] == ["four", "three", "twelve"]
     box = np.array([0.0, 0, 0, 24, 24, 24, 0, 0, 0])
     result = {s.id: replace(s, target=replace(s.target, box=box)) for s in samples}
@@ -158,7 +158,7 @@ def test_gradients_are_those_of_one_whole_model(results: Any, case: Case) -> Non
 
 
 def check_case(case: Case, ranks: Any) -> None:
-    """Both ranks agree with the single process, and the pushes acted."""
+    """Both ranks have the gradients of the single process, and the push terms are not zero."""
     for found in (rank[case.name] for rank in ranks):
         assert found["worst"] <= GRADIENT_TOLERANCE
         assert found["stats_worst"] <= 1e-5
@@ -171,7 +171,7 @@ def check_case(case: Case, ranks: Any) -> None:
 
 
 def test_text_only_batches_have_zero_geometry_gradients(results: Any) -> None:
-    """Only where no rank has frames; a dummy image keeps the modules in step and says nothing."""
+    """Only if no rank has frames. A dummy image keeps the order of modules, without an effect on the loss."""
     for rank in results[0]:
         assert {name.split(".")[0] for name in rank["text everywhere"]["without_gradient"]} == {"geometry_merger"}
         assert rank["text beside visual"]["without_gradient"] == []
@@ -181,7 +181,7 @@ def test_text_only_batches_have_zero_geometry_gradients(results: Any) -> None:
 
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 def test_the_trace_is_recorded_once(results: Any, case: Case) -> None:
-    """After the first step DeepSpeed never says that it throws its parameter trace away."""
+    """After the first step DeepSpeed logs no invalidation of its parameter trace."""
     parts = re.split(r"== step (\d+) of ([^\n]*)\n", results[1])
     said = {(name, int(step)): text for step, name, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
     later = [said[case.name, step] for step in range(1, case.steps)]
@@ -190,7 +190,7 @@ def test_the_trace_is_recorded_once(results: Any, case: Case) -> None:
 
 
 def test_an_invalid_trace_is_logged(results: Any) -> None:
-    """Decoding answers breaks the trace, and the log says so: the test above can fail."""
+    """Decoding invalidates the trace, which is logged: the test above can fail."""
     assert "Invalidate trace" in results[1]
 
 

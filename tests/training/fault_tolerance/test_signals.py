@@ -26,7 +26,7 @@ SCRIPT = str(HELPERS / "stopped_runs.py")
 
 
 def arguments(world: World, out: Path) -> list[str]:
-    """Eight steps with dropout, two micro-batches per step and rank, one loader process each; saved at the end only."""
+    """Eight steps with dropout, two micro-batches per step and rank, one DataLoader worker per rank; one save."""
     changes: dict[str, object] = {
         "train__steps": STEPS,
         "train__micro_batch": 2,
@@ -69,7 +69,7 @@ def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
         deadline = time.monotonic() + 60
         while any(process.poll() is None for process in ranks.processes) and time.monotonic() < deadline:
             for process in [*family, *workers]:
-                with contextlib.suppress(psutil.NoSuchProcess):  # it ended since the last look
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
                     if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                         process.send_signal(signal.SIGUSR1)
                         if process in workers:
@@ -80,7 +80,7 @@ def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
 
 @pytest.fixture(scope="module")
 def after(world: World, stopped: tuple[list[int], Path, int], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """In one start: an undisturbed run; the stopped one resumed and stopped by SIGTERM; and resumed again.
+    """In one launch: an undisturbed run; the stopped run, resumed and stopped by SIGTERM; and resumed again.
 
     Returns the codes of each rank, and the folder of the undisturbed run.
     """
@@ -128,7 +128,7 @@ def test_a_signal_during_set_up_writes_no_checkpoint(world: World, tmp_path: Pat
     with Ranks(1, ["launchers/train.py", *arguments(world, run)], tmp_path) as ranks:
         ranks.wait_until(lambda: catches(ranks.processes[0].pid, signal.SIGTERM))
         ranks.send(0, signal.SIGTERM)
-        ranks.send(0, signal.SIGUSR1)  # SIGTERM wins, whichever comes last
+        ranks.send(0, signal.SIGUSR1)  # SIGTERM takes precedence in any order
         assert ranks.codes(300) == [exit_codes.TERMINATED], ranks.output(0)[-4000:]
     assert lines(run) == 0 and not checkpoints(run)
     assert "no checkpoint was written" in ranks.output(0) and "Traceback" not in ranks.output(0)

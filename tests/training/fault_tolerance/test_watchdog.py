@@ -53,7 +53,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
 
 
 def sentence(logs: str) -> str:
-    """The watchdog's line of a rank's log; there is one."""
+    """The only line of the watchdog in a rank's log."""
     found = re.findall(r"^watchdog, rank \d+: (.*)$", logs, re.MULTILINE)
     assert len(found) == 1, logs
     return str(found[0])
@@ -79,7 +79,7 @@ def test_a_rank_that_hangs_ends_all(ended: Callable[[str], Ended]) -> None:
 
 
 @pytest.mark.distributed
-def test_a_single_rank_is_watched(ended: Callable[[str], Ended]) -> None:
+def test_the_watchdog_works_with_one_rank(ended: Callable[[str], Ended]) -> None:
     codes, logs = ended("hang-alone")
     assert codes == [LOST]
     assert f"rank 0 ({HOST}) hangs" in sentence(logs[0])
@@ -161,11 +161,11 @@ RUNS = State(beat=1, host="a", step=3, phase="forward", module="m", in_loop=True
 
 
 def test_a_detector_that_did_not_run_blames_no_rank() -> None:
-    """A machine that was suspended, or a main thread that held Python's lock for long."""
+    """After a suspension of the machine, or a long call that held Python's global lock."""
     detector = HangDetector(LIMITS, 2)
     assert detector.update([RUNS, RUNS], 0.0) is None
     for now in (1000.0, 2000.0, 3000.0):
-        assert detector.update([RUNS, RUNS], now) is None  # 12 s at most have been counted
+        assert detector.update([RUNS, RUNS], now) is None  # at most 12 s are counted
 
 
 def test_no_progress_before_the_loop_is_not_a_hang() -> None:

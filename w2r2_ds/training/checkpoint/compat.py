@@ -1,4 +1,4 @@
-"""Check that a resumed run continues the same run: same model, same options, same training sets."""
+"""Check that a run may resume from a checkpoint: same model, same options, same training sets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,23 @@ MAY_CHANGE = {
     | {"activation_checkpointing", "recompute_every", "offload_activations"}
     | {"eval_every", "eval_samples", "eval_max_new_tokens", "best_by"},
 }
-"""Options that a resumed run may change, by section: paths, and what changes the losses by rounding at most."""
+"""Options that a resumed run may change, by section: paths, logging, and options that change losses by rounding only.
+
+All options of the sections that are not listed may change too.
+"""
 
 
 def check_fingerprint(saved: dict[str, Any], model: W2R2, source: Path) -> None:
-    """Raise ValueError with the first field in which a saved fingerprint differs from a model's."""
+    """Check that trained weights fit a model.
+
+    Args:
+        saved: fingerprint in the manifest (`models.build.fingerprint`).
+        model: the configured model.
+        source: file of the saved fingerprint, for the message.
+
+    Raises:
+        ValueError: with the first field that differs.
+    """
     for field, value in model.fingerprint.items():
         if saved.get(field) != value:
             raise ValueError(
@@ -35,7 +47,7 @@ def check_fingerprint(saved: dict[str, Any], model: W2R2, source: Path) -> None:
 
 
 def check_same_run(path: Path, config: RunConfig) -> None:
-    """Raise ValueError with the first option that differs from the checkpoint's and would change the run."""
+    """Raise ValueError with the first option that is not in `MAY_CHANGE` and differs from the checkpoint's."""
     saved = load_config(path / "config.yaml")
     for name in options(RunConfig):
         section, _, field = name.partition(".")
@@ -49,15 +61,18 @@ def check_same_run(path: Path, config: RunConfig) -> None:
 
 
 def check_same_data(path: Path, config: RunConfig, data: Sequence[str]) -> None:
-    """Raise ValueError if a training set has another content than before: its epochs would have another order.
+    """Check that the training sets have the same content as before; otherwise the order of samples would change.
 
     Args:
-        path: the checkpoint.
+        path: folder of the checkpoint.
         config: run configuration.
         data: digests of the training sets, in the order of `data.train`.
+
+    Raises:
+        ValueError: with the first set that differs.
     """
-    for source, mine, theirs in zip(config.data.train, data, read_manifest(path)["data"], strict=True):
-        if mine != theirs:
+    for source, digest, saved_digest in zip(config.data.train, data, read_manifest(path)["data"], strict=True):
+        if digest != saved_digest:
             raise ValueError(
                 f"{Path(config.data.root) / source.path} is not the data set that {path} was trained on; prepare it as "
                 "before, or use a new --out."

@@ -1,11 +1,11 @@
 """Write and read one rank's files of a checkpoint, DeepSpeed's shards included.
 
-Writing: DeepSpeed's save contains barriers, so a rank that raised in the middle of it would leave the others waiting
-forever. Write errors (a full disk) are therefore recorded, and compared between ranks after the save.
+Writing: DeepSpeed's save contains barriers, so if a rank raised in the middle of it, the others would wait forever.
+Write errors (a full disk) are therefore recorded, and exchanged between ranks after the save.
 
-Reading: DeepSpeed reads its shards with ``torch.load(weights_only=False)``, which runs any function that a crafted
-pickle names. Here every read is restricted to tensors, plain containers and the few classes of `allowed_classes`,
-for every caller (TORCH_FORCE_WEIGHTS_ONLY_LOAD, torch/serialization.py).
+Reading: DeepSpeed reads its shards with ``torch.load(weights_only=False)``, which calls any function that a crafted
+pickle names. Here every read, also inside DeepSpeed, is restricted to tensors, built-in containers and the few classes
+of `allowed_classes` (TORCH_FORCE_WEIGHTS_ONLY_LOAD, torch/serialization.py).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 ENGINE = "engine"
+"""Folder of DeepSpeed's shards in a checkpoint; DeepSpeed's tag."""
 FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-"""Scripts that DeepSpeed copies beside its shards. They unpickle without restriction, and are not needed here."""
+"""Scripts that DeepSpeed copies beside its shards; deleted, because they unpickle without restriction."""
 
 
 class RankWriter:
@@ -41,8 +42,8 @@ class RankWriter:
 
     Attributes:
         folder: the temporary folder of the checkpoint.
-        files: digest by path below `folder`.
-        failure: the first write error, as a sentence without its full stop; the rank continues after it.
+        files: digest of every written file, keyed by its path below `folder`.
+        failure: message of the first write error, None without one; the rank continues after an error.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,11 +57,16 @@ class RankWriter:
         try:
             yield
         except OSError as error:
-            where = f"rank {dist.get_rank()} on {socket.gethostname()}"
-            self.failure = self.failure or f"{where}: {error.filename}: {error.strerror} (errno {error.errno})"
+            source = f"rank {dist.get_rank()} on {socket.gethostname()}"
+            self.failure = self.failure or f"{source}: {error.filename}: {error.strerror} (errno {error.errno})"
 
     def write(self, name: str, write: Callable[[Writer], object]) -> None:
-        """Write one file; `write` fills it."""
+        """Write, fsync and hash one file.
+
+        Args:
+            name: path below `folder`.
+            write: writes the content to the file object that it gets.
+        """
         with self.record_errors():
             with atomic_io.writing(self.folder / name) as writer:
                 write(writer)
@@ -72,12 +78,12 @@ class RankWriter:
 
 
 class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's interface for writing and reading shards (deepspeed/runtime/checkpoint_engine).
+    """DeepSpeed checkpoint engine that writes with a `RankWriter` and reads data only.
 
     Args:
         writer: writes the files; not needed to read.
-        kept: names of the module's tensors to save. Below ZeRO-3, DeepSpeed drops frozen tensors by the first of their
-            names only, so that an output head tied to the frozen embedding would be saved whole.
+        kept: names of the module's tensors to save. Below ZeRO-3, DeepSpeed drops a frozen tensor under its first name
+            only, so an LM head that is tied to the frozen embedding would be saved whole.
     """
 
     def __init__(self, writer: RankWriter | None = None, kept: frozenset[str] = frozenset()) -> None:
@@ -86,7 +92,7 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         self.writer, self.kept = writer, kept
 
     def create(self, info: Any) -> None:
-        """Do nothing; part of the interface."""
+        """No-op; required by the interface."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder."""
@@ -97,7 +103,7 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: Any, path: str) -> None:
         """Write a shard."""
         assert self.writer is not None
-        # Trained parameters and buffers only; frozen weights are read from the VLM's own directory on resume.
+        # Trained parameters and buffers only; frozen weights are loaded from `model.vlm` on resume.
         if isinstance(module := state_dict.get("module"), dict):
             module = {name: tensor for name, tensor in module.items() if name in self.kept}
             state_dict = {**state_dict, "module": module}
@@ -108,18 +114,24 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         return load(Path(path), map_location or "cpu")
 
     def commit(self, info: Any) -> bool:
-        """Errors are compared between ranks later."""
+        """Always True: `save_checkpoint` exchanges write errors between ranks after the save."""
         return True
 
 
 def save_shards(engine: DeepSpeedEngine, writer: RankWriter, step: int) -> None:
-    """DeepSpeed's own save into ``writer.folder/engine``. Collective: no rank leaves it early."""
+    """Save DeepSpeed's shards into ``writer.folder/engine``. Collective: no rank leaves it early.
+
+    Args:
+        engine: engine around `W2R2Step`.
+        writer: records files and write errors of this rank.
+        step: number of completed optimizer steps.
+    """
     kept = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     kept |= {name for name, _ in engine.module.named_buffers()}
     engine.checkpoint_engine = SafeCheckpointEngine(writer, frozenset(kept))
     with writer.record_errors():
         try:
-            # Random states are not part of client_state: under ZeRO-3 DeepSpeed saves rank 0's client state only.
+            # Random states are in files of their own: under ZeRO-3 DeepSpeed saves the client_state of rank 0 only.
             engine.save_checkpoint(
                 str(writer.folder),
                 tag=ENGINE,
@@ -129,7 +141,8 @@ def save_shards(engine: DeepSpeedEngine, writer: RankWriter, step: int) -> None:
             )
         except OSError:
             # DeepSpeed copies its scripts (rank 0) and swap files (NVMe offload) without our checkpoint engine. An
-            # error there skips the end of its save, an epilogue and a barrier. Run both: the other ranks wait in it.
+            # error there skips the end of its save, an epilogue and a barrier. Both run here, because the other ranks
+            # wait in the barrier.
             if engine._optimizer_has_ckpt_event_epilogue():
                 engine.optimizer.checkpoint_event_epilogue()
             dist.barrier()
@@ -140,20 +153,20 @@ def save_shards(engine: DeepSpeedEngine, writer: RankWriter, step: int) -> None:
 
 
 def allowed_classes() -> Any:
-    """Context that allows the classes in DeepSpeed's shards besides tensors and containers; none has side effects."""
+    """Context in which `torch.load` also allows the classes in DeepSpeed's shards; none of them has side effects."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     # On leaving, `safe_globals` also removes classes that an enclosing context had allowed; so add the new ones only.
-    return safe_globals([each for each in classes if each not in get_safe_globals()])
+    return safe_globals([cls for cls in classes if cls not in get_safe_globals()])
 
 
 @contextmanager
 def safe_loading() -> Iterator[None]:
-    """Restrict every `torch.load` inside, DeepSpeed's included, to data."""
-    # torch.load reads these variables on every call. FORCE_NOT is removed: with both set, torch raises an error.
+    """Context in which every `torch.load`, also inside DeepSpeed, loads data and calls no pickled function."""
+    # torch.load reads these variables at every call. FORCE_NOT is removed: with both set, torch raises an error.
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
     try:
@@ -165,21 +178,21 @@ def safe_loading() -> Iterator[None]:
 
 
 def load(file: Path, map_location: Any = "cpu") -> Any:
-    """Read a `torch.save` file as data.
+    """Load a `torch.save` file without calling any function in it.
 
     Raises:
-        ValueError: the file names code to run, is damaged or cannot be read.
+        ValueError: the file contains code to run, is damaged or cannot be read.
     """
     try:
         with file.open("rb") as opened:
             zipped = is_zipfile(opened)
         if not zipped:
             # torch would fall back to its old format, a bare pickle stream.
-            raise ValueError(f"{file} is not a torch.save file; it is cut or damaged.")
+            raise ValueError(f"{file} is not a torch.save file; it is truncated or damaged.")
         with safe_loading():
             return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        check_safe_pickles(file)
+        check_safe_pickles(file)  # raises a clearer message if the file contains code
         raise ValueError(f"{file} is damaged ({' '.join(str(error).split())[:200]}).") from error
     except (OSError, RuntimeError, EOFError) as error:
         cause = " ".join(str(error).split())
@@ -190,7 +203,7 @@ def check_safe_pickles(*files: Path) -> None:
     """Scan `torch.save` files, without loading them, for functions that loading would call.
 
     Raises:
-        ValueError: names the file and the functions.
+        ValueError: a file contains such functions; the message has both. Or it is not a `torch.save` file.
     """
     with allowed_classes():
         for file in files:

@@ -2,8 +2,8 @@
 
 RUN/checkpoints/step-000030/checkpoint.json   the manifest: description, size and SHA-256 of every file, and a SHA-256
                                               of the manifest itself; written last
-RUN/checkpoints/latest                        name of the newest complete checkpoint; written after it
-                best                          name of the one with the best validation; written after `latest`
+RUN/checkpoints/latest                        name of the newest complete checkpoint; written after the checkpoint
+                best                          name of the checkpoint with the best validation; written after `latest`
 
 The digests detect bit flips and truncated files, not tampering: a writer of the shards can also change the manifest.
 Against that, no file of a checkpoint is ever executed (training/checkpoint/deepspeed_io.py).
@@ -26,12 +26,16 @@ from w2r2_ds.utils.atomic_io import Digest
 from w2r2_ds.utils.json_io import read_json
 
 TENSORS = "trainable.safetensors"
+"""Trained weights as whole tensors."""
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
 BEST = "best"
 PARTIAL = ".partial"
+"""Suffix of temporary folders and files."""
 DAMAGED = ".damaged"
+"""Suffix of damaged checkpoints."""
 OWN_DIGEST = "sha256"
+"""Key of the manifest's own digest."""
 STEP = re.compile(r"step-(\d{6,})")
 
 logger = logging.getLogger(__name__)
@@ -47,21 +51,21 @@ def write_manifest(folder: Path, description: Mapping[str, Any], files: Mapping[
 
     Args:
         folder: the temporary folder of the checkpoint.
-        description: JSON values; see training/checkpoint/save.py.
+        description: JSON values, from `training.checkpoint.save.build_manifest`.
         files: digest by path below `folder`, with slashes.
     """
-    # Written last: a folder without a manifest is incomplete. It contains its own digest, so a damaged manifest is
-    # detected without any other file.
+    # Written last, so a folder without a manifest is incomplete. With its own digest, damage to the manifest is
+    # detected without another file.
     content = {**description, "files": {name: asdict(files[name]) for name in sorted(files)}}
     text = json.dumps({**content, OWN_DIGEST: _digest(content)}, indent=2)
     atomic_io.replace(folder / MANIFEST, text + "\n")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        ValueError: it is missing, unreadable, or does not have its own digest.
+        ValueError: it is missing or unreadable, or its content does not have the digest that it states.
     """
     file = path / MANIFEST
     manifest = read_json(file, "a complete checkpoint")
@@ -85,17 +89,17 @@ def verify(path: Path, deep: bool = True, only: Collection[str] | None = None) -
         files = read_manifest(path)["files"]
     except ValueError as error:
         return str(error)
-    for name, stated in files.items():
+    for name, expected in files.items():
         if only is not None and name not in only:
             continue
         file = path / name
         try:
-            size = file.stat().st_size  # cheap, and enough to find a file that was cut
-            if size != stated["bytes"]:
-                return f"{file} has {size} bytes, {MANIFEST} states {stated['bytes']}; it is cut or damaged."
-            if deep and (found := atomic_io.digest(file).sha256) != stated["sha256"]:
-                wanted = stated["sha256"]
-                return f"{file} has SHA-256 {found[:12]}..., {MANIFEST} states {wanted[:12]}...; it is damaged."
+            size = file.stat().st_size  # cheap, and enough to find a truncated file
+            if size != expected["bytes"]:
+                return f"{file} has {size} bytes, {MANIFEST} states {expected['bytes']}; it is truncated or damaged."
+            if deep and (found := atomic_io.digest(file).sha256) != expected["sha256"]:
+                states = f"{MANIFEST} states {expected['sha256'][:12]}..."
+                return f"{file} has SHA-256 {found[:12]}..., {states}; it is damaged."
         except OSError as error:
             return f"{file} cannot be read: {error.strerror}."
     return None
@@ -112,10 +116,10 @@ def step_folders(run: str | Path) -> dict[int, Path]:
 
 
 def newest_complete(run: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """The complete checkpoint with the highest step, every file verified; and the problem of each newer one."""
+    """The complete checkpoint with the highest step, every file verified; and the problem of each newer checkpoint."""
     damaged: dict[Path, str] = {}
     for path in step_folders(run).values():
-        problem = verify(path)  # reads every file: a flipped bit would otherwise be trained on
+        problem = verify(path)  # hashes every file: a flipped bit would otherwise go unnoticed into training
         if problem is None:
             return path, damaged
         damaged[path] = problem
@@ -123,7 +127,7 @@ def newest_complete(run: str | Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def rename_damaged(damaged: Path) -> Path:
-    """Rename a damaged checkpoint, so that its step can be saved again; it is never deleted. Returns the new path."""
+    """Rename a damaged checkpoint, which frees its step's folder name; return the new path. Nothing is deleted."""
     target, number = damaged.with_name(damaged.name + DAMAGED), 1
     while target.exists():
         number += 1
@@ -138,7 +142,7 @@ def write_pointer(file: Path, checkpoint: Path) -> None:
 
 
 def read_pointer(file: Path) -> Path:
-    """The checkpoint that `latest` or `best` names; it may not exist.
+    """The checkpoint whose name is in the pointer file, `latest` or `best`; it may not exist.
 
     Raises:
         ValueError: the file does not name a step folder.
@@ -150,7 +154,7 @@ def read_pointer(file: Path) -> Path:
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that RUN/checkpoints/best names; None if there is none. A damaged pointer is only warned of."""
+    """The checkpoint of the pointer RUN/checkpoints/best; None without one, or, with a warning, if it is damaged."""
     try:
         return read_pointer(folder / BEST) if (folder / BEST).is_file() else None
     except ValueError as error:
@@ -159,32 +163,33 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def expired_checkpoints(run: str | Path, keep: int) -> list[Path]:
-    """Checkpoints to delete: older than the newest `keep` complete ones, and not the best; incomplete ones included.
+    """Checkpoints to delete: all older than the newest `keep` complete ones, except the best.
 
-    Incomplete ones that are newer than the newest complete one stay: a resume reports them.
+    Incomplete checkpoints are deleted too, unless they are newer than every complete one: a resume reports those.
     """
     best = best_checkpoint(Path(run) / "checkpoints")
     found, complete_count = [], 0
     for path in step_folders(run).values():
         complete = (path / MANIFEST).is_file()
         complete_count += complete
-        # Highest step first: a complete one goes after `keep` newer ones, an incomplete one after any complete one.
-        if complete_count > keep if complete else complete_count:
+        # Highest step first: `complete_count` includes this checkpoint and all newer ones.
+        expired = complete_count > keep if complete else complete_count > 0
+        if expired:
             found.append(path)
     return [path for path in found if path != best]
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint, its manifest first: after a kill in between it does not count as complete."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)  # synced before the other files go, so the order survives a crash
-    atomic_io.sync(checkpoint)
+    """Delete a checkpoint, its manifest first: a checkpoint that is deleted halfway does not count as complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    atomic_io.sync(checkpoint)  # otherwise the other deletions could reach the disk before this one
     shutil.rmtree(checkpoint)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder of a run (its latest), of RUN/checkpoints/latest or best, or of a step folder itself.
+    """The checkpoint folder for a path: a run (its latest), RUN/checkpoints/latest or best, or a step folder.
 
-    Only its trained tensors need to be there: it may be a copy for evaluation, without what a resume needs.
+    Only the manifest and the trained tensors must exist: it may be a copy for evaluation, without optimizer states.
 
     Raises:
         ValueError: there is none, or its trained tensors are missing or have another size.
@@ -197,12 +202,12 @@ def find_checkpoint(path: str | Path) -> Path:
         found = _latest(path)
     if not (found / MANIFEST).is_file():
         raise ValueError(
-            f"{found} holds no complete checkpoint ({MANIFEST} is missing); name a run, a step folder, or "
-            "checkpoints/best of a run that validated (train.eval_every)."
+            f"{found} holds no complete checkpoint ({MANIFEST} is missing); give a run, a step folder, or "
+            "checkpoints/best of a run with validation (train.eval_every)."
         )
     problem = verify(found, deep=False, only={TENSORS})
     if problem is not None:
-        raise ValueError(f"{problem.removesuffix('.')}; copy the checkpoint again, or name another step folder.")
+        raise ValueError(f"{problem.removesuffix('.')}; copy the checkpoint again, or give another step folder.")
     return found
 
 
@@ -212,9 +217,9 @@ def has_checkpoint(run: str | Path) -> bool:
 
 
 def _latest(run: Path) -> Path:
-    """The checkpoint that `latest` names; if there is none, the newest complete one.
+    """The checkpoint of the pointer `latest`; the newest complete one if the pointer or its checkpoint is missing.
 
-    `latest` may be missing or out of date if the run was killed before it was written.
+    A run that was killed before it wrote `latest` has none, or an older one.
     """
     file = run / "checkpoints" / LATEST
     named = read_pointer(file) if file.is_file() else None

@@ -1,10 +1,11 @@
-"""Ownership token: only the latest start of a run may write its checkpoints (a fencing token).
+"""Ownership token: only the latest launch of a run may write its checkpoints (a fencing token).
 
-A requeued job may run while ranks of the old job are still running on a node that lost its connection. Both would
-write to the same folder. Every start therefore replaces RUN/checkpoints/incarnation.json with its own random token, and
-compares it before every rename, deletion and pointer update. A start that finds another token there stops.
+A launch is one execution of the training command. A requeued job is a new launch of the same run. Ranks of the old
+launch may still be running on a node that lost its connection, and both would write to the same folder. Every launch
+therefore replaces RUN/checkpoints/incarnation.json with its own random token, and compares it before every rename,
+deletion and pointer update. A launch that finds another token there stops.
 
-An old start may still rename right after its comparison. This is harmless: each start writes to a temporary folder
+An old launch may still rename right after its comparison. This is harmless: each launch writes to a temporary folder
 named after its token, and a rename never merges folders, so at worst it publishes a complete checkpoint of that step.
 """
 
@@ -27,19 +28,21 @@ INCARNATION = "incarnation.json"
 
 
 class OwnershipLost(ValueError):
-    """Another start of the same run has taken over; this one must not write any more."""
+    """A newer launch of the same run has taken over; this one must not write any more."""
 
 
 @dataclass(frozen=True)
 class OwnershipToken:
-    """The right to write a run's checkpoints, until another process of the run claims it.
+    """The right to write a run's checkpoints, until a newer launch of the run claims it.
 
     Attributes:
         folder: RUN/checkpoints.
-        number: starts of this run so far, from 1.
+        number: number of this launch, from 1.
         token: 16 random hex digits.
-        host, pid, job: of rank 0; `job` is the Slurm job id, empty without Slurm.
-        started: UTC, ISO 8601.
+        host: host name of rank 0.
+        pid: process id of rank 0.
+        job: Slurm job id, empty without Slurm.
+        started: time of the claim, UTC, ISO 8601.
     """
 
     folder: Path
@@ -52,7 +55,7 @@ class OwnershipToken:
 
     @classmethod
     def claim(cls, run: str | Path) -> OwnershipToken:
-        """Take over a run and remove temporary folders of earlier starts. Rank 0 calls it, after all input checks."""
+        """Take over a run and remove temporary folders of earlier launches. On rank 0 only, after all input checks."""
         folder = Path(run) / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         before = _read(folder / INCARNATION)
@@ -65,55 +68,56 @@ class OwnershipToken:
             os.environ.get("SLURM_JOB_ID", ""),
             datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        # An atomic replacement: of two starts that claim at once, the later rename wins and the other one stops.
+        # An atomic rename: of two launches that claim at the same time, the later rename wins and the other one stops
+        # at its next check.
         atomic_io.replace(folder / INCARNATION, json.dumps(token.to_json(), indent=2) + "\n")
         token.remove_partial()
         return token
 
     def to_json(self) -> dict[str, object]:
-        """Content of the file: all fields but the folder."""
+        """Content of incarnation.json: all fields but the folder."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     def check(self) -> None:
-        """Compare the token; called before everything that other starts can see: renames, deletions, pointers.
+        """Check that this launch still owns the run; called before each rename, deletion and pointer update.
 
         Raises:
-            OwnershipLost: another process of this run has taken over, or the file is gone.
+            OwnershipLost: a newer launch has taken over, or the file is gone.
         """
         found = _read(self.folder / INCARNATION)
         if found.get("token") == self.token:
             return
         if not found:
             raise OwnershipLost(
-                f"{self.folder / INCARNATION} is gone or unreadable; this run stops without writing more."
+                f"{self.folder / INCARNATION} is missing or damaged; this launch stops without writing more."
             )
         raise OwnershipLost(
-            f"{self.folder.parent} was taken over by start {found.get('number')} (host {found.get('host')}, job "
-            f"{found.get('job') or 'none'}, {found.get('started')}); this one, start {self.number} of "
+            f"{self.folder.parent} was taken over by launch {found.get('number')} (host {found.get('host')}, job "
+            f"{found.get('job') or 'none'}, {found.get('started')}); this one, launch {self.number} of "
             f"{self.started}, stops without writing more."
         )
 
     def temporary_folder(self, step: int) -> Path:
-        """Folder in which this start writes the checkpoint of a step; no other start uses it."""
+        """Folder in which this launch writes the checkpoint of a step; no other launch uses it."""
         return self.folder / f"step-{step:06d}.{self.token}{PARTIAL}"
 
     def remove_partial(self) -> None:
-        """Remove the temporary folders and files of earlier starts."""
+        """Remove the temporary folders and files of earlier launches."""
         for path in self.folder.glob(f"*{PARTIAL}"):
-            # A temporary incarnation.json belongs to a start that is claiming right now.
+            # A temporary incarnation.json belongs to a launch that is claiming right now.
             if self.token in path.name or path.name.startswith(INCARNATION):
                 continue
             if path.is_dir():
-                # An old start may still write there; what it adds meanwhile is removed by the next start.
+                # An old launch may still write there: files that it adds meanwhile are removed by the next launch.
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The file as JSON; empty if it is missing or damaged.
+    """Content of incarnation.json; empty if the file is missing or damaged.
 
-    Other OSErrors are raised: a network file system that fails for a moment does not mean that ownership is lost.
+    Other OSErrors are raised: a temporary failure of a network file system is no loss of ownership.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 On the same number of ranks, every rank reads its own shard and random state: training continues bitwise identically. On
 another number, rank 0 converts the shards to DeepSpeed's universal format, which any number of ranks can read. Then the
-global batches are the same and the losses equal up to rounding, unless something is random per rank (dropout).
+global batches are the same, and the losses are equal up to rounding without dropout, whose masks differ per rank.
 
 The position in the data needs no state: the samples of a global batch depend on the step alone (data/sampler.py).
 """
@@ -61,16 +61,18 @@ class StartPoint:
     """The checkpoint that a run starts from.
 
     Attributes:
-        checkpoint: None for a fresh run.
-        world_size: ranks that wrote it.
-        damaged: newer checkpoints that are damaged, and their problems.
+        checkpoint: folder of the checkpoint, None for a fresh run.
+        world_size: number of ranks that wrote it.
+        damaged: newer checkpoints that are damaged, with the problem of each.
         highest: the step folder with the highest step, complete or not.
+        kernels: the manifest's kernels, if `model.kernels: auto` chose them (kernels/saved_selection.py).
     """
 
     checkpoint: Path | None = None
     world_size: int = 0
     damaged: dict[Path, str] = field(default_factory=dict)
     highest: Path | None = None
+    kernels: dict[str, Any] | None = None
 
     @property
     def needs_conversion(self) -> bool:
@@ -79,15 +81,15 @@ class StartPoint:
 
 
 def find_start(config: RunConfig) -> StartPoint:
-    """The newest complete checkpoint, verified on rank 0; warns of damaged newer ones. Collective.
+    """Find the newest complete checkpoint; rank 0 verifies it and warns of damaged newer ones. Collective.
 
-    Nothing is changed on disk: later checks may still stop the run.
+    Changes nothing on disk, because later checks may still stop the run.
 
     Raises:
         ValueError: `resume` is ``none`` but checkpoints exist; no checkpoint is complete; a file contains pickled
             code; or a rank cannot read the files (a path that is not shared between machines).
     """
-    # Rank 0 reads and hashes every file; the others compare sizes, which shows that they see the same folder.
+    # Rank 0 reads and hashes every file. The others compare sizes: enough to check that they have the same folder.
     start = on_rank_zero(lambda: _find_start(config))
     with raise_on_all_ranks():
         if start.checkpoint is not None and (problem := verify(start.checkpoint, deep=False)) is not None:
@@ -96,22 +98,22 @@ def find_start(config: RunConfig) -> StartPoint:
 
 
 def _find_start(config: RunConfig) -> StartPoint:
+    """`find_start` on rank 0, without the other ranks' check."""
     if not has_checkpoint(config.out):
         return StartPoint()
     if config.resume == "none":
-        raise ValueError(
-            f"{config.out} already holds checkpoints; pass --resume auto to continue, or use another --out."
-        )
+        raise ValueError(f"{config.out} already has checkpoints; pass --resume auto to continue, or use another --out.")
     newest, damaged = newest_complete(config.out)
     if newest is None:
-        first = next(iter(damaged.values()), f"{config.out}/checkpoints holds no step folder.")
-        raise ValueError(f"no checkpoint of {config.out} is complete; use another --out, or restore one: {first}")
+        first = next(iter(damaged.values()), f"{config.out}/checkpoints has no step folder.")
+        raise ValueError(f"no checkpoint of {config.out} is complete; restore one, or use another --out: {first}")
     for problem in damaged.values():
         logger.warning("%s Resuming from %s instead.", problem, newest.name)
     # Before anything is loaded: the shards and random states are pickles.
     check_safe_pickles(*sorted(newest.rglob("*.pt")))
     saved = read_manifest(newest)
-    start = StartPoint(newest, int(saved["world_size"]), damaged, next(iter([*damaged, newest])))
+    highest = next(iter([*damaged, newest]))
+    start = StartPoint(newest, int(saved["world_size"]), damaged, highest, saved.get("kernels"))
     if start.needs_conversion and saved.get("zero_stage") == 0:
         raise ValueError(
             f"{newest} was written by {start.world_size} rank(s) without ZeRO, which DeepSpeed cannot convert for "
@@ -125,18 +127,19 @@ def take_over(config: RunConfig, start: StartPoint) -> OwnershipToken:
 
     Raises:
         ValueError: the run's folder cannot be written.
-        RetryableError: since `find_start`, an older process of this run has saved a newer checkpoint. Other ranks raise
+        RetryableError: since `find_start`, an older launch of this run has saved a newer checkpoint. Other ranks raise
             RuntimeError.
     """
 
     def claim() -> OwnershipToken:
         try:
-            # Claim first, then search for a newer checkpoint: an older process stops at its next check after it.
+            # Claim first, then search for a newer checkpoint. In the other order an older launch could save one between
+            # the two; after the claim it stops at its next check.
             token = OwnershipToken.claim(config.out)
             if next(iter(step_folders(config.out).values()), None) != start.highest:
                 raise RetryableError(
                     f"another process of the run {config.out} has saved a checkpoint while this one loaded; "
-                    "this one ends, and the same command resumes from that checkpoint."
+                    "this one stops. The same command resumes from that checkpoint."
                 )
             for path in start.damaged:
                 logger.info("%s is kept as %s", path, rename_damaged(path).name)
@@ -152,12 +155,18 @@ def take_over(config: RunConfig, start: StartPoint) -> OwnershipToken:
 def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: Sequence[str]) -> int:
     """Load weights, optimizer, schedule and random state; return the number of completed optimizer steps. Collective.
 
+    Args:
+        engine: a new engine; its trained weights and states are replaced.
+        start: result of `find_start`, with a checkpoint.
+        config: run configuration.
+        data: digests of the training sets (`data.loader.digests`).
+
     Raises:
         ValueError: the checkpoint is of another model, run or ZeRO stage.
     """
     path = start.checkpoint
     assert path is not None
-    # All ranks read the same files, so these raise on all ranks or on none.
+    # All ranks read the same files, so these checks raise on all ranks or on none.
     saved = read_manifest(path)
     check_fingerprint(saved["model"], engine.module.model, path / MANIFEST)
     check_same_run(path, config)
@@ -165,11 +174,11 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
     stage = engine.zero_optimization_stage()
     if saved["zero_stage"] != stage:
         raise ValueError(
-            f"{path} was written under ZeRO stage {saved['zero_stage']} and cannot be resumed under stage {stage}; "
-            "use the DeepSpeed JSON that it was trained with."
+            f"{path} was saved with ZeRO stage {saved['zero_stage']} and cannot be resumed with stage {stage}; use the "
+            "DeepSpeed JSON of its training."
         )
     engine.checkpoint_engine = SafeCheckpointEngine()
-    # Not strict: shards hold trained tensors only; the frozen weights are loaded already.
+    # Not strict: the shards have trained tensors only; the frozen weights were loaded with the model.
     if not start.needs_conversion:
         with safe_loading():
             engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
@@ -178,9 +187,10 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
         with converted(path) as folder, restore_group_options(engine), safe_loading():
             engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=False)
     step = int(saved["step"])
-    own = path / f"rng-{dist.get_rank()}.pt"
-    if own.is_file():
-        set_rng_state(load(own))
+    # A rank beyond the number of ranks that saved has no random state: it gets a new one, different for every step.
+    random_state = path / f"rng-{dist.get_rank()}.pt"
+    if random_state.is_file():
+        set_rng_state(load(random_state))
     else:
         reseed(config.train.seed, dist.get_rank(), step)
     return step
@@ -188,15 +198,15 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
 
 @contextmanager
 def converted(path: Path) -> Iterator[Path]:
-    """A temporary folder beside a checkpoint with its shards in DeepSpeed's universal format. Collective.
+    """Context with a checkpoint's shards in DeepSpeed's universal format, in a temporary folder beside it. Collective.
 
     Raises:
         ValueError: the disk is full, or DeepSpeed cannot convert it.
     """
     folder = on_rank_zero(lambda: _convert(path))
     yield folder
-    # Not in a `finally`: a rank that failed would wait in this barrier while the others wait elsewhere. After a failure
-    # the next launch removes the folder (`OwnershipToken.remove_partial`).
+    # Not in a `finally`: after an error a failed rank would wait in this barrier while the others wait elsewhere. The
+    # next launch removes the folder then (`OwnershipToken.remove_partial`).
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -207,7 +217,7 @@ def _convert(path: Path) -> Path:
     from deepspeed.checkpoint.ds_to_universal import main
 
     shards = path / ENGINE
-    # A random name: an older process of this run must not remove it.
+    # A random name: this launch does not own the run yet, and two launches may convert at the same time.
     folder = path.with_name(f"{path.name}.universal.{secrets.token_hex(4)}{PARTIAL}")
     options = SimpleNamespace(
         input_folder=str(shards),
@@ -216,9 +226,10 @@ def _convert(path: Path) -> Path:
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # below ZeRO-3 it needs a version number that only Megatron writes
+        # Below ZeRO-3 the script requires a version number that only Megatron-DeepSpeed writes; this adds it.
+        inject_missing_state=True,
     )
-    random_state = rng_state()
+    random_state = rng_state()  # restored below: a conversion on rank 0 must not change its later random numbers
     try:
         (folder / ENGINE).mkdir(parents=True)
         with safe_loading(), redirect_stdout(StringIO()):
@@ -236,11 +247,11 @@ def _convert(path: Path) -> Path:
 
 @contextmanager
 def restore_group_options(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Correct the optimizer after a universal load under ZeRO-3 (deepspeed/runtime/zero/stage3.py).
+    """Context for loading a universal checkpoint; corrects ZeRO-3's optimizer (deepspeed/runtime/zero/stage3.py).
 
-    DeepSpeed gives all parameter groups the options of the first. Each group gets its own back, with the learning rate
-    of the (loaded) schedule. All groups would also share one step-counter tensor, which each update would increment;
-    each gets a copy.
+    DeepSpeed gives all parameter groups the options of the first one, and all of them the same step-counter tensor,
+    which each group's update would then increment. Afterwards every group has its own options again, with the learning
+    rate of the loaded schedule, and every parameter its own counter.
     """
     groups = engine.optimizer.optimizer.param_groups
     before = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -253,17 +264,18 @@ def restore_group_options(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def best_until(checkpoint: Path) -> dict[str, Any] | None:
-    """Metric and value of the best checkpoint, for a run that resumes from `checkpoint`; None if there is none.
+    """Metric and value of the best checkpoint up to `checkpoint`, from which a run resumes; None if there is none.
 
-    If the run was killed before `best` was written, and `checkpoint` itself is the best, `best` is written now. A best
-    checkpoint that is gone, or newer than `checkpoint`, is ignored.
+    If `checkpoint` itself is the best, the pointer `best` is written: a killed run may not have written it. A best
+    checkpoint that is missing, or newer than `checkpoint`, is ignored. Collective.
     """
     return on_rank_zero(lambda: _best_until(checkpoint))
 
 
 def _best_until(checkpoint: Path) -> dict[str, Any] | None:
+    """`best_until` on rank 0."""
     manifest = read_manifest(checkpoint)
-    if manifest["best"] is not None:
+    if manifest["best"] is not None:  # this checkpoint was the best so far when it was saved
         write_pointer(checkpoint.parent / BEST, checkpoint)
         return dict(manifest["best"])
     kept = best_checkpoint(checkpoint.parent)

@@ -1,12 +1,12 @@
 """Save a checkpoint: trained tensors, DeepSpeed's optimizer shards, random states, and a manifest.
 
-RUN/checkpoints/step-000030/trainable.safetensors   LoRA and merger, whole tensors, for evaluation and export
-                            engine/                 DeepSpeed's shards, for an exact resume
+RUN/checkpoints/step-000030/trainable.safetensors   LoRA, merger and fusion, whole tensors, for evaluation and export
+                            engine/                 DeepSpeed's shards: the same weights, optimizer states, schedule
                             rng-RANK.pt             random state of every rank
                             config.yaml             the resolved configuration
                             checkpoint.json         the manifest (training/checkpoint/manifest.py); written last
 
-Order of publication: write to a temporary folder that only this start uses, fsync every file, write the manifest,
+Order of publication: write to a temporary folder that only this launch uses, fsync every file, write the manifest,
 rename the folder; then update `latest`, then `best`, then delete old checkpoints. After a crash at any point there is a
 complete checkpoint, the old or the new one.
 """
@@ -25,6 +25,7 @@ from safetensors.torch import save
 
 from w2r2_ds.config.io import config_text
 from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.kernels.saved_selection import to_manifest
 from w2r2_ds.models.build import trainable
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, RankWriter, save_shards
@@ -52,9 +53,11 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 OPTIMIZER_BYTES = 12
-"""Per trained number: a float32 master copy and two float32 moments."""
-RANK_ALLOWANCE, TENSOR_ALLOWANCE = 100_000, 2_000
-"""Bytes per rank, and per rank and trained tensor: random state, names, shapes, padding, DeepSpeed's settings."""
+"""Bytes of AdamW's state per trained parameter: a float32 master copy and two float32 moments."""
+RANK_ALLOWANCE = 100_000
+"""Allowed bytes per rank for its random state and DeepSpeed's settings."""
+TENSOR_ALLOWANCE = 2_000
+"""Allowed bytes per rank and trained tensor for its name, shape and padding."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +67,10 @@ class CheckpointInfo:
     """State of the run that the manifest records.
 
     Attributes:
-        step: optimizer steps done.
+        step: number of completed optimizer steps.
         metrics: metrics of that step.
         data: digests of the training sets (`data.loader.digests`).
-        best: if this is the best validation so far, its metric and value; then `best` is updated too.
+        best: metric and value of the validation, if it is the best so far; then `best` is updated too.
     """
 
     step: int
@@ -81,12 +84,18 @@ def save_checkpoint(
 ) -> Path | None:
     """Save a checkpoint. Collective.
 
+    Args:
+        engine: engine around `W2R2Step`.
+        config: run configuration, saved with the checkpoint.
+        info: state of the run, for the manifest.
+        token: ownership of the run, checked before every publication.
+
     Returns:
-        Its folder; or None if a rank could not write (a full disk). Then a warning is logged, the temporary folder is
-        removed, and older checkpoints are unchanged, so the run can continue.
+        Folder of the checkpoint; or None if a rank could not write (a full disk). Then a warning is logged, the
+        temporary folder is removed, and older checkpoints are unchanged, so the run can continue.
 
     Raises:
-        OwnershipLost: another process of this run has taken over; on every rank.
+        OwnershipLost: a newer launch of this run has taken over; on every rank.
     """
     temporary = token.temporary_folder(info.step)
     on_rank_zero(token.check)  # raises on all ranks
@@ -103,11 +112,11 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         writer.write(TENSORS, lambda file: file.write(save(tensors)))
         writer.write("config.yaml", lambda file: file.write(config_text(config).encode()))
-    # The agreement of all ranks: publish only if every file of every rank is written and fsynced.
+    # All ranks agree: the checkpoint is published only if every file of every rank is written and fsynced.
     files, failures = gather_results(writer)
     if not failures:
         check_size(files, engine.module.model)
-        description = build_manifest(engine, info, token)
+        description = build_manifest(engine, config, info, token)
         failures = on_rank_zero(lambda: publish(config, description, files, token, temporary))
     if failures:
         discard(config, info.step, failures, token, temporary)
@@ -116,7 +125,7 @@ def save_checkpoint(
 
 
 def gather_results(writer: RankWriter) -> tuple[dict[str, Digest], list[str]]:
-    """Files that all ranks have written, and their failures; the same on every rank."""
+    """Files that all ranks have written, and the failures of all ranks; the same on every rank. Collective."""
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, (writer.files, writer.failure))
     files = {name: digest for written, _ in results for name, digest in written.items()}
@@ -124,25 +133,30 @@ def gather_results(writer: RankWriter) -> tuple[dict[str, Digest], list[str]]:
 
 
 def check_size(files: Mapping[str, Digest], model: W2R2) -> None:
-    """Assert that nothing frozen is stored.
+    """Assert that no frozen weights are stored: they would make a checkpoint of a 3B model about 7 GB larger.
 
-    The limit: trained weights twice (whole and in a shard), their optimizer state, and an allowance.
+    The limit: trained weights twice (whole and in the shards), their optimizer state, and an allowance.
     """
+    # ZeRO-3 trap: a partitioned parameter is empty outside its gather; `ds_numel` is its whole size.
     parameters = [(p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p) for p in trainable(model).values()]
-    numbers = sum(count * (2 * p.element_size() + OPTIMIZER_BYTES) for count, p in parameters)
-    limit = numbers + dist.get_world_size() * (RANK_ALLOWANCE + TENSOR_ALLOWANCE * len(parameters))
+    trained_bytes = sum(count * (2 * p.element_size() + OPTIMIZER_BYTES) for count, p in parameters)
+    limit = trained_bytes + dist.get_world_size() * (RANK_ALLOWANCE + TENSOR_ALLOWANCE * len(parameters))
     written = sum(digest.bytes for digest in files.values())
-    assert written <= limit, f"a checkpoint of {written} bytes holds more than the {limit} of what trains"
+    assert written <= limit, f"a checkpoint of {written} bytes holds more than the {limit} of the trained parameters"
 
 
-def build_manifest(engine: DeepSpeedEngine, info: CheckpointInfo, token: OwnershipToken) -> dict[str, Any]:
-    """The manifest without its files."""
+def build_manifest(
+    engine: DeepSpeedEngine, config: RunConfig, info: CheckpointInfo, token: OwnershipToken
+) -> dict[str, Any]:
+    """The manifest without its files, for `write_manifest`."""
+    model: W2R2 = engine.module.model
     return {
         "step": info.step,
         "incarnation": token.number,
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
-        "model": engine.module.model.fingerprint,
+        "model": model.fingerprint,
+        "kernels": to_manifest(config.model.kernels, model.kernels, engine.device),
         "metrics": dict(info.metrics),
         "best": info.best,
         "data": list(info.data),
@@ -157,10 +171,12 @@ def publish(
     token: OwnershipToken,
     temporary: Path,
 ) -> list[str]:
-    """On rank 0: write the manifest, rename, update pointers, delete old checkpoints.
+    """On rank 0: write the manifest, rename the folder, update pointers, delete old checkpoints.
 
-    Ownership is checked before each of these. Returns the failures before the rename; later ones are only warned of,
-    because the checkpoint is complete then.
+    Ownership is checked before each of these.
+
+    Returns:
+        Failures up to the rename. Later failures are logged as a warning only: the checkpoint is complete then.
     """
     writer, final = RankWriter(temporary), step_folder(config.out, description["step"])
     with writer.record_errors():
@@ -188,7 +204,7 @@ def publish(
 def replace_folder(temporary: Path, final: Path) -> None:
     """Rename `temporary` to `final`.
 
-    If `final` exists (of a start that lost ownership just before its rename), it is deleted after the rename.
+    If `final` exists (renamed by an older launch just after it lost ownership), it is deleted after the rename.
     """
     if not final.exists():
         atomic_io.move(temporary, final)
@@ -205,7 +221,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def unlisted_files(folder: Path, files: Mapping[str, Digest]) -> dict[str, Digest]:
-    """Sync and hash files that DeepSpeed copied without our writer: the swap files of an NVMe offload."""
+    """Sync and hash the files that DeepSpeed wrote without our checkpoint engine: swap files of an NVMe offload."""
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
@@ -216,8 +232,8 @@ def unlisted_files(folder: Path, files: Mapping[str, Digest]) -> dict[str, Diges
 
 
 def discard(config: RunConfig, step: int, failures: Sequence[str], token: OwnershipToken, temporary: Path) -> None:
-    """Remove what was written of a failed checkpoint, and warn."""
-    # A newer start removes our temporary folder, which shows as a write failure; then this raises OwnershipLost.
+    """Remove the temporary folder of a failed checkpoint, and warn. Collective."""
+    # A newer launch removes the temporary folders of older ones, which is a write error here. Then the check raises.
     on_rank_zero(token.check)
     if dist.get_rank() != 0:
         return

@@ -15,7 +15,7 @@ from w2r2_ds.utils.safetensors_io import read_strictly
 
 
 def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
-    """Gathered trainable tensors on the CPU, with their names as keys. Collective."""
+    """Whole trained tensors on the CPU, keyed by parameter name. Collective."""
     parameters = trainable(model)
     # ZeRO-3 trap: outside this context a parameter is an empty tensor, and `state_dict()` would save shape (0,). All
     # ranks must enter it with the same parameters in the same order, although only rank 0 writes the result.
@@ -28,10 +28,11 @@ def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_trainable(path: Path, model: W2R2) -> None:
-    """Load the trained tensors of a checkpoint into an unsharded model, strictly.
+    """Load the trained tensors of a checkpoint into an unsharded model, in place.
 
     Raises:
-        ValueError: the file does not have the SHA-256 of the manifest, or is of another model.
+        ValueError: the file does not have the SHA-256 of the manifest, the fingerprint is of another model, or names
+            or shapes differ.
     """
     check_fingerprint(read_manifest(path)["model"], model, path / MANIFEST)
     problem = verify(path, only={TENSORS})

@@ -1,7 +1,7 @@
 """Read the DeepSpeed JSON, fill its "auto" values from the run's configuration, and validate it.
 
-The JSON is the one place for ZeRO, precision, offload and gradient clipping. Batch sizes, optimizer, learning-rate
-schedule and logging belong to the run's configuration.
+The JSON sets ZeRO, precision, offload and gradient clipping. The run's configuration sets batch sizes, optimizer,
+learning-rate schedule and logging; DeepSpeed's values for them must be "auto", equal or absent.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ OWNED_BY_THE_RUN = {
     "wandb": "train.trackers",
     "csv_monitor": "metrics.jsonl, which is always written",
 }
-"""Sections of DeepSpeed that are set in the run's configuration, and by which options."""
+"""Sections of DeepSpeed that are not allowed in the JSON, with the options of the run that replace them."""
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
     Raises:
-        ValueError: the file is missing, unreadable, or not a JSON object; or a key is given twice.
+        ValueError: the file is missing, unreadable or not a JSON object, or a key occurs twice.
     """
     return read_json_object(path, "a DeepSpeed JSON such as ds_configs/zero3.json (--deepspeed)")
 
@@ -67,6 +67,33 @@ def resolve_ds_config(
     Raises:
         ValueError: the JSON contradicts the run's configuration, or has an unknown key or a wrong value.
     """
+    config = copy.deepcopy(raw)
+    _fill_batch_sizes(config, path, global_batch, micro_batch, world_size)
+    # Without these keys DeepSpeed supports only some optimizers with ZeRO, and with CPU offload only its own.
+    optimizer = "the optimizer is the run configuration's AdamW"
+    _fill(config, "zero_allow_untested_optimizer", True, optimizer, path)
+    _fill(config, "zero_force_ds_cpu_optimizer", False, optimizer, path)
+    dtype = f"model.dtype resolves to {'bfloat16' if bf16 else 'float32'} on this machine"
+    # `_validate` reports a section that is not a dict.
+    if isinstance(section := config.setdefault("bf16", {}), dict):
+        _fill(section, "enabled", bf16, dtype, path, "bf16.")
+    if isinstance(section := config.get("fp16"), dict):
+        _fill(section, "enabled", False, f"{dtype}, and the range of fp16 is too small; use bf16", path, "fp16.")
+    if isinstance(section := config.get("zero_optimization"), dict):
+        fill_hpz(section, path, world_size, local_size or local_world_size(world_size))
+    for location in _auto_paths(config):
+        raise ValueError(
+            f'{path}: {location} is "auto", but no option of the run fills it; write a value, or remove the key to use '
+            "DeepSpeed's default."
+        )
+    _validate(config, path)
+    return config
+
+
+def _fill_batch_sizes(
+    config: dict[str, Any], path: str | Path, global_batch: int, micro_batch: int, world_size: int
+) -> None:
+    """Fill the batch sizes and the number of accumulation steps."""
     per_pass = micro_batch * world_size
     if global_batch % per_pass:
         raise ValueError(
@@ -75,67 +102,48 @@ def resolve_ds_config(
         )
     # DeepSpeed requires train_batch_size = micro_batch x accumulation x world_size.
     accumulation = global_batch // per_pass
-    config = copy.deepcopy(raw)
     sizes = f"train.global_batch {global_batch} / (train.micro_batch {micro_batch} x {world_size} ranks)"
-    optimizer = "the optimizer is the run configuration's AdamW"
     _fill(config, "train_batch_size", global_batch, f"train.global_batch is {global_batch}", path)
     _fill(config, "train_micro_batch_size_per_gpu", micro_batch, f"train.micro_batch is {micro_batch}", path)
     _fill(config, "gradient_accumulation_steps", accumulation, f"{sizes} is {accumulation}", path)
-    _fill(config, "zero_allow_untested_optimizer", True, optimizer, path)
-    _fill(config, "zero_force_ds_cpu_optimizer", False, optimizer, path)
-    dtype = f"model.dtype resolves to {'bfloat16' if bf16 else 'float32'} on this machine"
-    # A section of another type than dict is left to the validation below.
-    if isinstance(section := config.setdefault("bf16", {}), dict):
-        _fill(section, "enabled", bf16, dtype, path, "bf16.")
-    if isinstance(section := config.get("fp16"), dict):
-        _fill(section, "enabled", False, f"{dtype}, and the range of fp16 is too small; use bf16", path, "fp16.")
-    if isinstance(section := config.get("zero_optimization"), dict):
-        fill_hpz(section, path, world_size, local_size or local_world_size(world_size))
-    for where in _auto_paths(config):
-        raise ValueError(
-            f'{path}: {where} is "auto", but no option of the run fills it; write a value, or remove the key to use '
-            "DeepSpeed's default."
-        )
-    _validate(config, path)
-    return config
 
 
 def _fill(
-    section: dict[str, Any], key: str, value: int | bool, because: str, path: str | Path, prefix: str = ""
+    section: dict[str, Any], key: str, value: int | bool, reason: str, path: str | Path, prefix: str = ""
 ) -> None:
-    """Set ``section[key]`` where it is missing or "auto"; raise ValueError on another value."""
+    """Set ``section[key]`` if it is missing or "auto"; raise ValueError with `reason` if it has another value."""
     given = section.get(key, AUTO)
     # True == 1 in Python, but not in JSON: compare types too.
     if given != AUTO and (type(given) is not type(value) or given != value):
         raise ValueError(
-            f'{path}: {prefix}{key} is {json.dumps(given)}, but {because}; write "auto" or {json.dumps(value)} in the '
+            f'{path}: {prefix}{key} is {json.dumps(given)}, but {reason}; write "auto" or {json.dumps(value)} in the '
             "JSON, or change the run's configuration."
         )
     section[key] = value
 
 
-def _auto_paths(value: Any, where: str = "") -> Iterator[str]:
+def _auto_paths(value: Any, location: str = "") -> Iterator[str]:
     """Key paths whose value is still "auto"; DeepSpeed's models would silently use their default instead."""
     if value == AUTO:
-        yield where
+        yield location
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from _auto_paths(inner, f"{where}.{key}" if where else key)
+            yield from _auto_paths(inner, f"{location}.{key}" if location else key)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _auto_paths(inner, f"{where}[{index}]")
+            yield from _auto_paths(inner, f"{location}[{index}]")
 
 
 def _schema() -> type[BaseModel]:
-    """Pydantic model of the JSON: DeepSpeed's own models for the sections, plain types for the other keys.
+    """Pydantic model of the JSON: DeepSpeed's own models for its sections, built-in types for the other keys.
 
-    DeepSpeed itself ignores unknown top-level keys, and unknown keys of a section that it reads without a model.
+    DeepSpeed itself ignores unknown top-level keys, and unknown keys of sections without a pydantic model.
     """
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    # Other keys of `checkpoint` are set by training/checkpoint when it saves or loads.
+    # The other keys of `checkpoint` are set by this package (training/build.py).
     checkpoint = _model("Checkpoint", {"tag_validation": str, "parallel_write": dict})
     sections = {
         "zero_optimization": DeepSpeedZeroConfig,
@@ -174,17 +182,17 @@ def _validate(config: dict[str, Any], path: str | Path) -> None:
         schema(**config)
     except ValidationError as failure:
         error = failure.errors()[0]
-        where = ".".join(map(str, error["loc"]))
+        location = ".".join(map(str, error["loc"]))
         if error["type"] == "extra_forbidden":
-            section = where.rpartition(".")[0]
+            section = location.rpartition(".")[0]
             known = [key for key in _key_paths(schema) if key.rpartition(".")[0] == section]
-            raise ValueError(f'{path}: unknown key "{where}"{did_you_mean(where, known)}.') from None
+            raise ValueError(f'{path}: unknown key "{location}"{did_you_mean(location, known)}.') from None
         value = json.dumps(error["input"], default=str)
-        raise ValueError(f"{path}: {where} is {value}: {error['msg'].rstrip('.')}.") from None
+        raise ValueError(f"{path}: {location} is {value}: {error['msg'].rstrip('.')}.") from None
 
 
 def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Key paths that a model accepts, those of its sections included."""
+    """Key paths of a pydantic model, including those of its sections."""
     for name, field in model.model_fields.items():
         path = prefix + (field.alias or name)
         yield path

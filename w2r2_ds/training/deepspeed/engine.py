@@ -27,8 +27,8 @@ def make_engine(
     """The engine around `W2R2Step`, with AdamW and a cosine schedule over two parameter groups.
 
     Args:
-        model: under ZeRO-3 with sharded weights.
-        frontend: its tokenizer gives the digit tokens.
+        model: the composed model; under ZeRO-3 with partitioned weights.
+        frontend: the VLM's tokenizer.
         config: run configuration.
         ds_config: result of `resolve_ds_config`.
         device: this rank's device.
@@ -47,12 +47,12 @@ def make_engine(
     # ZeRO-3 releases a module's weights after its backward, in a hook on the gradients of its inputs. The output of the
     # frozen embedding has no gradient, so without this the hook of the first layer would not run.
     model.base.enable_input_require_grads()
-    if step.push_term.blocked:
-        # A leaf module is gathered whole: one fetch per layer instead of one per Linear. Not if both passes have a
-        # graph: a leaf reduces its gradients at every backward call, and two graphs are two calls.
+    if step.push_term.stop_gradient:
+        # ZeRO-3 gathers a leaf module whole: one fetch per layer instead of one per Linear. Not possible if both passes
+        # have a graph (`unblocked`): a leaf reduces its gradients at every backward call, and two graphs are two calls.
         set_z3_leaf_modules(model, [decoder_layer])
     optimizer = make_optimizer(model, config.train)
     schedule = make_schedule(optimizer, config.train)
-    # Only trained parameters are in the optimizer, so ZeRO makes master weights and moments for them alone.
+    # The optimizer has trained parameters only, so ZeRO makes master weights and moments for these only.
     engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     return engine

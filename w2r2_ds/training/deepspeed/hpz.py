@@ -1,7 +1,7 @@
-"""Fill and validate ``zero_hpz_partition_size``: ZeRO++'s hierarchical partitioning (hpZ).
+"""Fill and validate ``zero_hpz_partition_size``: hierarchical partitioning of ZeRO++ (hpZ).
 
-With hpZ, each machine keeps a second, whole copy of the weights, sharded over its own ranks. After the first forward,
-all-gathers of frozen weights stay inside the machine. The copy costs memory, so it pays only with several machines.
+With hpZ, each machine keeps a secondary copy of all weights, partitioned over its own ranks. After the first forward,
+all-gathers of frozen weights stay inside the machine. The copy costs memory, and has a use with several machines only.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ FIELD = "zero_hpz_partition_size"
 
 
 def common_ranks_per_machine(world_size: int) -> int:
-    """Largest partition size that divides the ranks of every machine; collective, the same value on every rank.
+    """Largest partition size that divides the number of ranks of every machine. Collective.
 
-    Machines may have different numbers of ranks. If each rank used its own machine's number, the ranks would create
-    different process groups and wait for each other forever.
+    Machines may have different numbers of ranks. If each rank used the number of its own machine, the ranks would
+    create different process groups and wait for each other forever. Here all ranks compute the same value.
     """
     sizes = [0] * world_size
     dist.all_gather_object(sizes, local_world_size(world_size))
-    return math.gcd(*sizes)  # every rank has gathered the same list
+    return math.gcd(*sizes)
 
 
 def fill_hpz(zero: dict[str, Any], path: str | Path, world_size: int, local_size: int) -> None:
-    """Replace "auto" by the ranks of a machine, or by 1 (no copy) if one machine has all ranks; in place.
+    """Replace "auto" by the number of ranks of a machine, or by 1 (no copy) if one machine has all ranks; in place.
 
     Args:
         zero: section `zero_optimization` of a DeepSpeed JSON.
@@ -45,11 +45,11 @@ def fill_hpz(zero: dict[str, Any], path: str | Path, world_size: int, local_size
         return
     name, size = f"{path}: zero_optimization.{FIELD}", zero[FIELD]
     if size == "auto":
-        # hpZ's groups are consecutive ranks of this size; they are machines only if all machines have as many ranks.
+        # hpZ's groups are this many consecutive ranks. They are machines only if all machines have equally many ranks.
         if local_size < world_size and world_size % local_size:
             raise ValueError(
-                f'{name} is "auto", but the {world_size} ranks of this run are not {local_size} per machine, as on '
-                "this one; start as many on every machine, or write 1."
+                f'{name} is "auto", but not every machine has {local_size} ranks as this one ({world_size} in all); '
+                "start as many on every machine, or write 1."
             )
         size = zero[FIELD] = local_size if local_size < world_size else 1
     if type(size) is not int or size < 1:

@@ -20,38 +20,41 @@ def free_port() -> int:
 
 
 def collective_timeout(hang_seconds: float) -> timedelta:
-    """Time-out of collectives: longer than the watchdog's, whose message names the rank at fault.
+    """Time-out of collectives: longer than the watchdog's time limit, so that its diagnosis comes first.
 
-    At least half an hour: before the first step, where `train.hang_seconds` does not apply, all ranks wait for the
-    one that loads its weights last.
+    At least half an hour: before the first step, when `train.hang_seconds` does not apply, all ranks wait for the one
+    that loads its weights last.
+
+    Args:
+        hang_seconds: `train.hang_seconds`.
     """
     return timedelta(seconds=max(1800.0, 2 * hang_seconds))
 
 
 def use_private_extensions_dir() -> None:
-    """Set TORCH_EXTENSIONS_DIR to a folder of this job start, unless it is set already.
+    """Set TORCH_EXTENSIONS_DIR to a folder of this launch, unless it is set already.
 
     In the default folder, which all jobs of a user share, a killed build leaves a lock file on which every later run
     waits forever. All ranks of a machine share the new folder (they have the same Slurm step, or the same launcher
-    process), so that each extension is built once per start and machine. To keep builds, set TORCH_EXTENSIONS_DIR.
+    process), so each extension is built once per launch and machine. To keep builds, set TORCH_EXTENSIONS_DIR.
 
     Raises:
-        ValueError: another user could write to the folder, and so place compiled code there.
+        ValueError: another user may write to the folder, and so could place compiled code there.
     """
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return
     slurm = [os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
-    start = "-".join(filter(None, slurm)) if slurm[0] else f"launcher-{os.getppid()}"
+    launch = "-".join(filter(None, slurm)) if slurm[0] else f"launcher-{os.getppid()}"
     parent = Path(tempfile.gettempdir()) / f"w2r2-ds-{os.getuid()}"
     parent.mkdir(mode=0o700, exist_ok=True)
-    # lstat, not stat: in a shared temporary folder another user may have put a symbolic link here.
+    # lstat, not stat: in a shared temporary folder another user may have created a symbolic link of this name.
     found = parent.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise ValueError(
             f"{parent}, where DeepSpeed would compile, is not a folder or others may write to it; remove it, or set "
             "TORCH_EXTENSIONS_DIR to a folder of your own."
         )
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(parent / f"extensions-{start}")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(parent / f"extensions-{launch}")
 
 
 def init_process_group(hang_seconds: float = 0.0) -> None:
@@ -62,7 +65,7 @@ def init_process_group(hang_seconds: float = 0.0) -> None:
 
     Raises:
         ValueError: the master port is taken (without Slurm); or see `use_private_extensions_dir`.
-        RetryableError: the ranks cannot connect. Also if the port is taken under Slurm: a requeued job has another.
+        RetryableError: the ranks cannot connect. Under Slurm also if the port is taken: a requeued job has another one.
     """
     import deepspeed
     import torch
@@ -71,7 +74,7 @@ def init_process_group(hang_seconds: float = 0.0) -> None:
     from w2r2_ds.training.fault_tolerance.exit_codes import RetryableError
 
     if "RANK" not in os.environ:
-        # Started without a launcher; port 0 lets the system choose a free one, so that several runs fit on a machine.
+        # No launcher. With port 0 the system chooses a free port, so that several runs fit on a machine.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
         # Before the process group: NCCL communicates on the current device.
@@ -94,7 +97,7 @@ def init_process_group(hang_seconds: float = 0.0) -> None:
 
 
 def skip_shm_build() -> None:
-    """On a CPU, do not let DeepSpeed compile its shared-memory all-reduce; call before `init_distributed`.
+    """On a CPU, keep DeepSpeed from compiling its shared-memory all-reduce; call it before `init_distributed`.
 
     The build needs a C++ compiler and Python's headers, and waits forever on the lock file of a killed build. gloo
     gives the same results. DeepSpeed documents this table as editable (deepspeed/ops/__init__.py).

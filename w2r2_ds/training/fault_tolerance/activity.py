@@ -10,15 +10,15 @@ from torch import nn
 
 
 class Activity:
-    """Step, phase, and the module whose forward began last.
+    """Step and phase of the training loop, and the module whose forward began last.
 
     Attributes:
-        step: optimizer step, from 1; 0 before the first.
+        step: optimizer step, from 1; 0 before the first step.
         phase: one or two words, such as ``forward``; ``set-up`` before the loop.
-        module: name of the module, empty before the first.
+        module: name of the module; empty before the first forward.
         changed_at: time of the last change, in seconds of `time.monotonic`.
         changes: number of changes since the step began. All ranks make the same changes in the same order, so the rank
-            with the fewest is behind.
+            with the fewest changes is behind.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Activity:
         """Record the beginning of a phase, and of a step if `step` is given."""
         if step is not None:
             self.step, self.changes = step, 0
-        # No lock: a heartbeat may combine fields of two moments, which the next heartbeat corrects.
+        # No lock: a heartbeat may combine fields from before and after this call. The next heartbeat corrects them.
         self.phase, self.changed_at = phase, time.monotonic()
         self.changes += 1
 
@@ -37,7 +37,7 @@ class Activity:
         """Record, from now on, each forward of a module and its descendants, down to the blocks of its towers.
 
         Args:
-            name: name of the root, the prefix of all names.
+            name: name of the root module, which is the prefix of all names.
             root: a module, or an object with modules as attributes, such as a geometry encoder.
         """
         if not isinstance(root, nn.Module):
@@ -57,9 +57,14 @@ class Activity:
 
 
 def tracked_modules(name: str, module: nn.Module, inside: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a module and its descendants, not below the entries of a ModuleList (a tower's blocks).
+    """Names and modules of a module and its descendants, down to the entries of each ModuleList (a tower's blocks).
 
     PEFT's wrappers are removed from the names: ``model.vlm.model.language_model.layers.3``.
+
+    Args:
+        name: name of the module.
+        module: root of the traversal.
+        inside: whether the module is an entry of a ModuleList, below which the traversal ends.
     """
     yield name.replace(".base_model.model", ""), module
     if not inside:

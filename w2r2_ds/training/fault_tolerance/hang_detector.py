@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from w2r2_ds.training.fault_tolerance.exit_codes import FAILED, LOST
 
 RUNNING, LEFT, MISTAKE, FAILURE = "running", "left", "mistake", "failure"
+"""Conditions of a rank, see `State.kind`."""
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,16 @@ class State:
 
     Attributes:
         beat: number of this heartbeat; 0 before the first.
-        host: name of its machine.
-        step: see `activity.Activity`, as the next three.
-        phase: ...
-        module: ...
-        changes: ...
+        host: host name of the rank's machine.
+        step: optimizer step of `Activity`.
+        phase: phase of `Activity`.
+        module: module of `Activity`.
+        changes: number of changes of `Activity`.
         idle_s: seconds since the last change.
         location: function, file and line of the main thread.
-        in_collective: whether `location` is a collective, where the rank waits for others. On a GPU most waiting is
+        in_collective: whether `location` is in a collective, which waits for other ranks. On a GPU most waiting is
             elsewhere: in a copy to the host, or in the backward pass.
-        in_loop: whether the training loop has started; before it, standing still is not a hang.
+        in_loop: whether the training loop has started; before it, a rank without progress is not a hang.
         kind: `RUNNING`; `LEFT` (finished); `MISTAKE` (an error that the user can correct) or `FAILURE` (any other).
         error: message of the error.
     """
@@ -46,8 +47,8 @@ class State:
     kind: str = RUNNING
     error: str = ""
 
-    def where(self) -> str:
-        """Step, phase and module as text."""
+    def progress(self) -> str:
+        """Step, phase and module, as text for a message."""
         module = f", {self.module}" if self.module else ""
         return f"step {self.step}, {self.phase or 'no heartbeat yet'}{module}"
 
@@ -72,12 +73,12 @@ class Limits:
     """Time limits in seconds.
 
     Attributes:
-        hang: main thread without a change.
-        gone: rank without a heartbeat, or heartbeat store that cannot be reached.
-        loading: the same before any rank is in the loop: loading may hold Python's global lock for longer.
+        hang: longest time of a main thread without a change.
+        gone: longest time without a heartbeat of a rank, or without an exchange with the heartbeat store.
+        loading: replaces `gone` until a rank is in the training loop: loading may hold Python's global lock for longer.
         beat: interval between heartbeats.
-        settle: after the failure of one rank, time for others to fail or to go silent before one is named. When a rank
-            dies, the ranks connected to it fail first, but they are not the cause.
+        settle: time between the failure of a rank and the diagnosis. When a rank dies, the ranks connected to it raise
+            errors first, although they are not the cause; in this time the dead rank becomes silent.
     """
 
     hang: float
@@ -91,7 +92,10 @@ class HangDetector:
     """Evaluates the heartbeats of all ranks at regular intervals.
 
     The silence of a rank is summed over evaluations, each counted as two beats at most. So if the detector itself did
-    not run for a while (a suspended machine, a long call that held Python's global lock), no rank is blamed for it.
+    not run for a while (a suspended machine, a long call that held Python's global lock), no rank is reported for it.
+
+    Attributes:
+        silent: seconds without a new heartbeat, per rank.
     """
 
     def __init__(self, limits: Limits, world_size: int) -> None:
@@ -118,63 +122,71 @@ class HangDetector:
             self._failed_for[rank] += passed if state.kind in (MISTAKE, FAILURE) else 0.0
         if all(state.kind != RUNNING for state in states):
             return None  # every rank ends by itself
-        # In order of certainty: a stated mistake, a dead rank, another failure (often its consequence), a hang.
+        # In order of certainty: a reported mistake, a dead rank, another failure (often its consequence), a hang.
         found = self._mistake(states) or self._gone(states) or self._failure(states) or self._hang(states)
         return None if found is None else Diagnosis(*found, table=self.table(states))
 
     def _mistake(self, states: Sequence[State]) -> tuple[int, str] | None:
+        """A rank has stopped with an error that the user can correct."""
+        # Half of `settle` gives the other ranks time to raise the same error; then every rank ends normally.
         for rank, state in enumerate(states):
             if state.kind == MISTAKE and self._failed_for[rank] >= self.limits.settle / 2:
-                return FAILED, f"rank {rank} ({state.host}) stopped at {state.where()}: {state.error}"
+                return FAILED, f"rank {rank} ({state.host}) stopped at {state.progress()}: {state.error}"
         return None
 
     def _gone(self, states: Sequence[State]) -> tuple[int, str] | None:
+        """A rank has sent no heartbeat for too long: its process or machine is dead, or the network to it."""
         # A rank in the loop has passed a collective with all others, so none of them is still loading.
         limit = self.limits.gone if any(state.in_loop for state in states) else self.limits.loading
-        # After a failure, a shorter silence is enough to tell that the silent rank died first.
+        # If another rank has failed, a shorter silence is enough: the failure is probably a consequence of a death.
         if any(seconds >= self.limits.settle for seconds in self._failed_for):
             limit = self.limits.settle - self.limits.beat
         longest = max(range(len(states)), key=lambda rank: self.silent[rank])
         if self.silent[longest] < limit:
             return None
         state = states[longest]
-        last = f"it was last at {state.where()}" if state.beat else "it never sent one"
+        last = f"it was last at {state.progress()}" if state.beat else "it never sent one"
         return LOST, (
             f"rank {longest} ({state.host}) is gone: no heartbeat for {self.silent[longest]:.0f} s, {last}; see the "
             "log of that rank and of its machine"
         )
 
     def _failure(self, states: Sequence[State]) -> tuple[int, str] | None:
+        """A rank has raised an unexpected exception; the first one of several is reported."""
         first = max(range(len(states)), key=lambda rank: self._failed_for[rank])
         if self._failed_for[first] < self.limits.settle:
             return None
         state = states[first]
-        return LOST, f"rank {first} ({state.host}) failed at {state.where()}: {state.error}"
+        return LOST, f"rank {first} ({state.host}) failed at {state.progress()}: {state.error}"
 
     def _hang(self, states: Sequence[State]) -> tuple[int, str] | None:
-        """A rank in a collective waits for another rank. Of the others, the one furthest behind is at fault.
+        """A rank in the training loop has made no progress for `Limits.hang`; find the rank at fault.
 
-        Of ranks that are equally far, it is the one that stands still for the longest.
+        A rank in a collective waits for another rank. Of the ranks outside a collective, the one furthest behind is at
+        fault; of equal ones, the one without progress for the longest time.
         """
         running = {rank: state for rank, state in enumerate(states) if state.kind == RUNNING}
         if any(self.silent[rank] > 2 * self.limits.beat for rank in running):
-            return None  # a silent rank may be dead; `_gone` will report it, with more certainty
+            return None  # a silent rank may be dead, which `_gone` reports
         if not any(state.in_loop and state.idle_s >= self.limits.hang for state in running.values()):
             return None
-        # A rank that waits for the one at fault may have reached the limit a heartbeat earlier.
+        # The rank that reached the limit may wait for the one at fault, whose last change was up to a heartbeat later.
         limit = self.limits.hang - 2 * self.limits.beat
         # The rank at fault is the first in this order: not in a collective, then fewest steps, then fewest changes.
         candidates = [rank for rank, state in running.items() if state.idle_s >= limit]
-        progress = {rank: (states[rank].in_collective, states[rank].step, states[rank].changes) for rank in candidates}
-        first = min(candidates, key=lambda rank: (progress[rank], -states[rank].idle_s))
-        state, alike = states[first], len(candidates) > 1 and len(set(progress.values())) == 1
-        line = f"rank {first} ({state.host}) hangs, for {state.idle_s:.0f} s, at {state.where()}, in {state.location}"
-        if state.in_collective or alike:
+        order = {rank: (states[rank].in_collective, states[rank].step, states[rank].changes) for rank in candidates}
+        first = min(candidates, key=lambda rank: (order[rank], -states[rank].idle_s))
+        state, all_equal = states[first], len(candidates) > 1 and len(set(order.values())) == 1
+        line = (
+            f"rank {first} ({state.host}) hangs, for {state.idle_s:.0f} s, at {state.progress()}, in {state.location}"
+        )
+        # With equal progress on every rank, none of them is at fault: probably a link between them is.
+        if state.in_collective or all_equal:
             line = f"all ranks that hang wait in collectives, for each other or for a link that is down; {line}"
         return LOST, f"{line} (train.hang_seconds is {self.limits.hang:g})"
 
     def table(self, states: Sequence[State]) -> str:
-        """One line per rank: step, phase, idle time, module, function, state."""
+        """Table of all ranks: step, phase, idle time, module, function, condition."""
         rows = [("rank", "host", "step", "phase", "idle", "module", "function", "")]
         for rank, state in enumerate(states):
             silent = f"silent for {self.silent[rank]:.0f} s" if self.silent[rank] > 2 * self.limits.beat else ""

@@ -1,4 +1,4 @@
-"""Key-value store for the ranks' heartbeats and the diagnosis: a TCPStore on rank 0, separate from training's own."""
+"""Key-value store of heartbeats and the diagnosis: a TCPStore on rank 0, separate from the process group's store."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ CONNECT_TIMEOUT = timedelta(seconds=30)
 
 
 class HeartbeatStore:
-    """Construction is collective; afterwards each call is one exchange with rank 0's machine, and may block if it died.
+    """Heartbeats of all ranks and the diagnosis, readable and writable by every rank.
+
+    Construction is collective. Afterwards each call is an exchange with rank 0's machine, and may block if it died.
 
     Raises:
-        ValueError: rank 0 cannot listen, or a rank cannot reach it.
+        ValueError: rank 0 cannot listen on a port, or a rank cannot reach it.
     """
 
     def __init__(self) -> None:
@@ -66,11 +68,11 @@ class HeartbeatStore:
         return [State(**json.loads(self.store.get(f"state/{rank}"))) for rank in range(self.world_size)]
 
     def put_diagnosis(self, diagnosis: Diagnosis | None) -> None:
-        """Store the diagnosis; None if every rank has left or ends by itself."""
+        """Store the diagnosis; None if every rank has left or is about to end."""
         self.store.set(DIAGNOSIS, json.dumps(None if diagnosis is None else asdict(diagnosis)))
 
     def diagnosis(self) -> Sequence[Diagnosis | None]:
-        """Empty while there is no diagnosis, else the one that was stored."""
+        """The stored diagnosis as the only element; empty while none is stored."""
         raw = self.store.get(DIAGNOSIS)
         if not raw:
             return []

@@ -1,9 +1,9 @@
 """SIGUSR1 and SIGTERM stop a run at the next step boundary, on all ranks at the same step.
 
-SIGUSR1 comes before Slurm's time limit (``--signal``), or before a preemption (``PreemptParameters=send_user_signal``).
-SIGTERM comes from scancel, or announces a preemption on other clusters.
+Slurm sends SIGUSR1 before its time limit (``--signal``) or before a preemption
+(``PreemptParameters=send_user_signal``). SIGTERM comes from scancel, or announces a preemption on other clusters.
 
-A handler only sets a flag, so that repeated signals have no further effect. System calls that it interrupts (a save, a
+The handler only sets a flag, so repeated signals have no further effect. System calls that it interrupts (in a save, a
 collective, a read) are restarted by the kernel (SA_RESTART).
 """
 
@@ -19,15 +19,18 @@ import torch.distributed as dist
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, REQUEUE, TERMINATED
 
 CODES = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: TERMINATED}
-"""Exit code of each signal. Over signals and ranks the greatest counts: SIGTERM over SIGUSR1."""
+"""Exit code of each signal. With several signals the largest code is used: SIGTERM takes precedence over SIGUSR1."""
 
 
 class StopSignals:
-    """Context manager that handles the signals, and the agreement of all ranks on when to stop.
+    """Context manager that handles both signals, and lets all ranks stop at the same step.
 
-    Enter it in the main thread before anything forks. After the block, signals are ignored: while Python exits it
-    removes its handlers, and a late signal would change the exit code. If it is not entered, only signals to other
-    ranks are noticed.
+    Enter it in the main thread before any fork. After the block both signals are ignored: Python removes its handlers
+    while it exits, and a late signal would change the exit code. A rank that has not entered it handles no signals of
+    its own, but stops with the others.
+
+    Attributes:
+        code: exit code of the signals that this rank has received; `DONE` without one.
     """
 
     def __init__(self) -> None:
@@ -37,7 +40,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         for number in CODES:
             signal.signal(number, self._handle)
-            # signal.signal switches SA_RESTART off; without it a blocking call of a C++ library fails with EINTR.
+            # signal.signal disables SA_RESTART; without it a blocking call of a C++ library fails with EINTR.
             signal.siginterrupt(number, False)
         return self
 
@@ -46,21 +49,25 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Only a flag: saving here would run in the middle of a step, on this rank only.
+        # Only a flag: a save here would run in the middle of a step, and on this rank only.
         self.code = max(self.code, CODES[signal.Signals(number)])
 
     def join(self, timeout: timedelta) -> None:
         """Create the process group of `agreed`. Collective, once per run.
 
-        gloo on the CPU: reducing a flag with NCCL would wait for all work queued on the GPU.
+        gloo on the CPU: a reduction with NCCL would wait for all work queued on the GPU.
+
+        Args:
+            timeout: time-out of a reduction.
         """
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
 
     def agreed(self) -> int:
-        """The exit code to stop with now, or `DONE` to continue. Collective: the same value on every rank.
+        """The exit code with which to stop now, or `DONE` to continue. Collective: the same value on every rank.
 
-        A signal reaches the ranks at different times, or only one of them. If each rank acted on its own flag, one
-        would save while the others wait for it in the next step's collectives. Hence one maximum per step.
+        A signal reaches the ranks at different times, or only one of them. If each rank used its own flag, one would
+        save while the others wait for it in the next step's collectives. Therefore the flags are reduced (maximum)
+        before every step.
         """
         if self._group is None:  # one rank
             return self.code

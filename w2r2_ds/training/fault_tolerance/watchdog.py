@@ -4,8 +4,8 @@ Two threads per rank:
 
 * `_report` sends this rank's heartbeat to the store on rank 0 and reads the diagnosis; on rank 0 it also evaluates all
   heartbeats (`hang_detector.py`). It may block forever in a call to a machine that died.
-* `_guard` only counts time, and ends the process with ``os._exit``: an exception cannot reach a main thread that hangs
-  in a collective.
+* `_guard` counts time only, and so never blocks. It ends the process with ``os._exit``: an exception cannot reach a
+  main thread that hangs in a collective.
 """
 
 from __future__ import annotations
@@ -41,20 +41,23 @@ MISTAKES = (ValueError, FloatingPointError, torch.OutOfMemoryError)
 TICK = 0.1
 """Seconds between two checks of `_guard`."""
 COLLECTIVES = ("torch.distributed.", "deepspeed.")
-"""Modules whose Python functions wait for other ranks."""
+"""Prefixes of modules whose Python functions wait for other ranks."""
 EXIT_TIMEOUT = 10.0
-"""Seconds for an ending process to print its message; a blocked output pipe cannot delay the end further."""
+"""Seconds that an ending process has to print its message; a blocked output pipe delays its end no further."""
 
 
 class Watchdog:
-    """Context manager that every rank enters and leaves; it watches the run in between.
+    """Context manager that ends the run on all ranks if one of them fails, dies or hangs inside the block.
 
-    An exception that all ranks raise passes unchanged, and so does a user's mistake that only one rank raises. The
-    other ranks, which wait for it in a collective, end with the same message. A rank that fails with another exception
-    prints its traceback and ends the process.
+    An exception that all ranks raise passes unchanged. So does an exception of `MISTAKES` that only one rank raises;
+    the other ranks, which wait for it in a collective, end with the same message. A rank that fails with any other
+    exception prints its traceback and ends the process.
 
     Args:
-        limits: time limits.
+        limits: time limits in seconds.
+
+    Attributes:
+        activity: progress of the main thread, to be updated by the training loop.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -63,7 +66,7 @@ class Watchdog:
         self._in_loop = self._ended = False
         self._diagnosis: Diagnosis | None = None
         self._all_left = self._store_lost = False
-        self._exchanges = 0  # completed exchanges with the store; `_guard` and `_leave` watch it grow
+        self._exchanges = 0  # completed exchanges with the store; `_guard` and `_leave` wait for it to increase
         self._wake, self._ending = threading.Event(), threading.Lock()
         self._main = threading.get_ident()
         self._threads: list[threading.Thread] = []
@@ -78,13 +81,13 @@ class Watchdog:
         return self
 
     def start_hang_detection(self) -> None:
-        """Apply `Limits.hang` from now on; before the training loop a rank may stand still for long (loading)."""
+        """Apply `Limits.hang` from now on; before the training loop, loading has long pauses without progress."""
         self.activity.at(self.activity.phase)
         self._in_loop = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._ending.locked():
-            time.sleep(3600)  # another thread is ending the process; this error is a consequence
+            time.sleep(3600)  # another thread is ending the process, which caused this error
         if error is None:
             self._kind = LEFT
         else:
@@ -92,7 +95,7 @@ class Watchdog:
             text = str(error) if self._kind == MISTAKE else repr(error)
             self._error = message(" ".join(text.split()))[:600]
         self._wake.set()  # send the new state at once
-        # If all ranks raise the same error, all leave normally. If only this one does, the diagnosis ends the others.
+        # If all ranks raise an error, all of them leave normally. If only this one does, the diagnosis ends the others.
         self._wait_for_others(error)
         diagnosis = self._unreachable() if self._store_lost and self._kind == FAILURE else self._diagnosis
         if diagnosis is not None and self._kind != MISTAKE:
@@ -107,9 +110,9 @@ class Watchdog:
     def _wait_for_others(self, error: BaseException | None) -> None:
         """Wait until all ranks have left or there is a diagnosis.
 
-        A rank other than 0 that has finished need not wait: it leaves as soon as its last heartbeat is stored.
+        A rank other than 0 that finished without an error leaves as soon as its last heartbeat is stored.
         """
-        # The exchange in progress may have begun before the state changed; the second one from now certainly has it.
+        # The exchange in progress may have begun before the state changed; the second one from now includes it.
         before = self._exchanges
         while not self._all_left and self._diagnosis is None and not self._store_lost:
             if error is None and self.rank != 0 and self._exchanges >= before + 2:
@@ -119,7 +122,7 @@ class Watchdog:
     def _report(self) -> None:
         """Thread: exchange heartbeats and the diagnosis with the store."""
         while not self._ended:
-            # Clear before reading the state: if the state changes afterwards, the thread wakes at once and sends it.
+            # Clear before the state is read: if the state changes afterwards, the thread wakes at once and sends it.
             self._wake.clear()
             try:
                 self.store.put_state(self._state())
@@ -128,7 +131,7 @@ class Watchdog:
                 for diagnosis in self.store.diagnosis():
                     self._diagnosis, self._all_left = diagnosis, diagnosis is None
                 self._exchanges += 1
-            except dist.DistError:  # rank 0 or the network to it is gone: `_guard` counts the time and reports it
+            except dist.DistError:  # rank 0 or the network to it failed: `_guard` counts the time and reports it
                 if self._kind == LEFT:
                     self._store_lost = True
                     return
@@ -136,6 +139,7 @@ class Watchdog:
             self._wake.wait(self.limits.beat if self._kind == RUNNING else TICK)
 
     def _state(self) -> State:
+        """A new heartbeat of this rank."""
         now, activity = time.monotonic(), self.activity
         self._beat += 1
         location, in_collective = position(sys._current_frames()[self._main])
@@ -166,7 +170,7 @@ class Watchdog:
     def _guard(self) -> None:
         """Thread: end the process on a diagnosis, or if the store cannot be reached for too long.
 
-        It counts its own ticks instead of reading a clock: time in which the process was suspended does not count.
+        Time is the number of its own ticks, not that of a clock, so that a suspension of the process does not count.
         """
         missed, last = 0.0, 0
         while not self._ended:
@@ -176,7 +180,7 @@ class Watchdog:
             running = self._kind == RUNNING
             if self._diagnosis is not None and running:
                 self._end(self._diagnosis)
-            # Rank 0 has the store itself. Another rank that cannot reach it would never get a diagnosis.
+            # Rank 0 has the store in its own process. Another rank that cannot reach it would never get a diagnosis.
             elif self.rank != 0 and missed >= (self.limits.gone if running else self.limits.settle):
                 self._store_lost = True
                 if running:
@@ -186,18 +190,18 @@ class Watchdog:
         """Diagnosis of a rank that cannot reach rank 0."""
         line = (
             f"rank 0 ({os.environ['MASTER_ADDR']}) is gone, or the network to it: rank {self.rank} ({self.host}), at "
-            f"{self._state().where()}, cannot reach it; see the log of rank 0 and of its machine"
+            f"{self._state().progress()}, cannot reach it; see the log of rank 0 and of its machine"
         )
         return Diagnosis(LOST, line, "")
 
     def _end(self, diagnosis: Diagnosis, error: BaseException | None = None) -> None:
         """Print the main thread's error, if any, and the diagnosis, and end the process.
 
-        All three threads may call it; the first one ends the process.
+        The main thread and both watchdog threads may call it; the first call ends the process.
         """
         if not self._ending.acquire(blocking=False):
-            time.sleep(3600)
-        # The backstop: writing to a pipe that nothing reads, or formatting a traceback, may block.
+            time.sleep(3600)  # until the first call ends the process
+        # Ends the process in any case: a write to a pipe that is not read, or formatting a traceback, may block.
         timer = threading.Timer(EXIT_TIMEOUT, os._exit, (diagnosis.code,))
         timer.daemon = True
         timer.start()
@@ -209,7 +213,7 @@ class Watchdog:
         if diagnosis.code != FAILED and self._kind == RUNNING:
             frame = sys._current_frames().get(self._main)
             lines += [f"rank {self.rank} is here:", *map(str.rstrip, traceback.format_stack(frame))]
-        # Not `logging`: a handler's lock may be held by the main thread, which hangs.
+        # Not `logging`: the main thread, which hangs, may hold a handler's lock.
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stdout.flush()
         sys.stderr.flush()
@@ -218,7 +222,7 @@ class Watchdog:
         os._exit(diagnosis.code)
 
     def _leave(self) -> None:
-        """Report that this rank has left. Rank 0, whose store ends with it, waits until the others have left too."""
+        """Report that this rank has left. Rank 0, whose process has the store, waits until the others have left too."""
         before, self._kind = self._exchanges, LEFT
         self._wake.set()
         deadline = time.monotonic() + (2 * self.limits.beat + 1 if self.rank == 0 else 1.0)
@@ -234,7 +238,7 @@ class Watchdog:
 
 
 def position(frame: FrameType) -> tuple[str, bool]:
-    """Function, file and line of a thread; and whether it waits there for other ranks."""
+    """Function, file and line of a thread's innermost frame; and whether it is in a collective (`COLLECTIVES`)."""
     code = frame.f_code
     location = f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
     return location, frame.f_globals.get("__name__", "").startswith(COLLECTIVES)
