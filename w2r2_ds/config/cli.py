@@ -60,11 +60,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(DefaultHelpFormatter):
-    """jsonargparse's help, with classes by their name: ``type: Path``, not ``type: <class 'Path'>``."""
+    """jsonargparse's help, with types as in `OneLineParser`: ``auto | none`` for a Literal, ``Path`` for a class."""
 
     def _get_type_str(self, action: argparse.Action) -> str | None:
-        text: str | None = super()._get_type_str(action)
-        return text and re.sub(r"<class '(\w+)'>", r"\1", text)
+        text = super()._get_type_str(action)
+        if text is None:  # an option without a type
+            return None
+        text = re.sub(r"Optional\[(.*)\]", r"\1 | null", re.sub(r"<class '(\w+)'>", r"\1", text))
+        return re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), text)
 
 
 class Parser(ArgumentParser):
