@@ -81,6 +81,16 @@ def test_every_command_has_a_help_and_a_launcher(command: str, capsys: pytest.Ca
     assert listed == list(SUBCOMMANDS.get(command, []))
 
 
+@pytest.mark.parametrize(
+    ("words", "options"), [("export", "--checkpoint, --out"), ("prepare boxes", "--root"), ("train", "--deepspeed")]
+)
+def test_a_missing_option_is_named(words: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert f": {options};" in capsys.readouterr().err
+
+
 def test_w2r2_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

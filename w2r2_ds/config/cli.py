@@ -83,10 +83,19 @@ class Parser(ArgumentParser):
         names = unknown_names(message)
         if names:
             sentence = "; ".join(f"there is no option {name}{did_you_mean(name, self.names())}" for name in names)
+        elif found := re.fullmatch(r"(the following arguments are required: )(.*)", message):
+            sentence = found[1] + ", ".join(map(self._option, found[2].split(", ")))
         else:
             sentence = without_python_types(message)
         sentence = one_line(without_secrets(sentence))
         self.exit(2, f"{self.prog.replace(' [options]', '')}: {sentence}; --help lists the options.\n")
+
+    def _option(self, name: str) -> str:
+        """The option of a field: ``--root`` for `root`, and for `boxes.root` of the subcommand `boxes`."""
+        subparsers = [action for action in self._actions if isinstance(action, _SubParsersAction)]
+        for subcommand in (choice for action in subparsers for choice in action.choices):
+            name = name.removeprefix(f"{subcommand}.")
+        return f"--{name}"
 
     def names(self) -> list[str]:
         """All options of this parser and of its subcommands, without their dashes."""

@@ -71,7 +71,8 @@ def show(reports: list[RankReport], found: list[Finding]) -> None:
         print(message(f"{'ERROR' if error else 'warning'}: {', '.join(names)}: {text}"))
     errors = [finding for finding in found if finding.error]
     on_nodes = f", on {', '.join(sorted({finding.host for finding in errors}))}" if errors else ""
-    print(message(f"doctor: {len(errors) or 'no'} errors{on_nodes}."), flush=True)
+    count = {0: "no errors", 1: "1 error"}.get(len(errors), f"{len(errors)} errors")
+    print(message(f"doctor: {count}{on_nodes}."), flush=True)
 
 
 def summary_rows(reports: list[RankReport]) -> list[tuple[str, str]]:
