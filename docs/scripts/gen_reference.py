@@ -29,7 +29,7 @@ API = {
         "w2r2_ds.models.geometry_encoder",
         "w2r2_ds.models.resampling",
     ),
-    "Data": ("w2r2_ds.types.sample", "w2r2_ds.types.batch", "w2r2_ds.data.dataset", "w2r2_ds.data.tasks.base"),
+    "Data": ("w2r2_ds.types.sample", "w2r2_ds.types.batch", "w2r2_ds.data.prepared_set", "w2r2_ds.data.tasks.base"),
     "Training": ("w2r2_ds.training.step", "w2r2_ds.training.two_pass", "w2r2_ds.training.trackers"),
     "Evaluation": ("w2r2_ds.evaluation.protocols.registry", "w2r2_ds.evaluation.metrics.captions"),
 }

@@ -17,7 +17,8 @@ from trained_models import load_trained_model
 from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
-from w2r2_ds.data.loader import load_mixture, prompt_loader
+from w2r2_ds.data.dataset import load_mixture
+from w2r2_ds.data.loader import prompt_loader
 from w2r2_ds.evaluation.runner import evaluate
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.training.checkpoint.manifest import write_manifest

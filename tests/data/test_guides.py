@@ -15,8 +15,8 @@ import yaml
 from docs_scripts import DOCS
 from w2r2_ds.commands.prepare import main
 from w2r2_ds.config.io import load_config
-from w2r2_ds.data.dataset import PreparedSet
-from w2r2_ds.data.loader import load_mixture
+from w2r2_ds.data.dataset import load_mixture
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.demo.synthetic.write import Written
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS

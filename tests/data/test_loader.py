@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from prepared_sets import write_prepared
 from w2r2_ds.config.schema import DataConfig, SourceConfig
-from w2r2_ds.data.loader import ReraisingDataLoader, load_mixture, prompt_loader, train_loader
+from w2r2_ds.data.dataset import load_mixture
+from w2r2_ds.data.loader import ReraisingDataLoader, prompt_loader, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.tasks.parsing import AnswerError

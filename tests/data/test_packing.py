@@ -11,7 +11,8 @@ import torch
 
 from packed_batches import packed_of, questions
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
-from w2r2_ds.data.loader import check_frames_are_shared, make_collate, make_processor
+from w2r2_ds.data.dataset import check_frames_are_shared
+from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.packing import groups_by_frames, packed_layout, separate_groups
 
 
@@ -153,7 +154,7 @@ def test_incompatible_options_are_rejected() -> None:
 
 
 def test_frames_drawn_for_every_sample_are_rejected(tmp_path: Any) -> None:
-    from w2r2_ds.data.dataset import PreparedSet
+    from w2r2_ds.data.prepared_set import PreparedSet
 
     drawn = object.__new__(PreparedSet)
     drawn.folder, drawn.manifest = tmp_path, {"options": {"frames": {"protocol": "vgllm"}}}

@@ -20,7 +20,8 @@ from w2r2_ds.commands.evaluate import main as evaluate_main
 from w2r2_ds.commands.evaluate import run as evaluate_command
 from w2r2_ds.config.schema import SourceConfig
 from w2r2_ds.convert.peft_adapter import export_adapter
-from w2r2_ds.data.loader import load_mixture, prompt_loader
+from w2r2_ds.data.dataset import load_mixture
+from w2r2_ds.data.loader import prompt_loader
 from w2r2_ds.evaluation.datasets import all_samples, find_sets
 from w2r2_ds.evaluation.runner import Answerer, evaluate
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint

@@ -19,7 +19,7 @@ from trained_models import load_trained_model
 from w2r2_ds.commands import evaluate
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import RunConfig, TrainConfig
-from w2r2_ds.data.loader import load_mixture
+from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.evaluation import validator
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.runner import Answerer

@@ -43,7 +43,7 @@ def work(folder: Path) -> None:
     import torch.distributed as dist
 
     from w2r2_ds.commands.train import read_arguments
-    from w2r2_ds.data.loader import load_mixture
+    from w2r2_ds.data.dataset import load_mixture
     from w2r2_ds.evaluation.validator import AnswerValidation
     from w2r2_ds.training import build, trainer
     from w2r2_ds.training.deepspeed.process_group import skip_shm_build

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.data.dataset import MANIFEST, VERSION, write_samples
+from w2r2_ds.data.prepared_set import MANIFEST, VERSION, write_samples
 from w2r2_ds.types.sample import Sample
 
 SCENE_FILE = "scene.parquet"

@@ -13,7 +13,7 @@ import torch
 from damaged_files import flip_bit
 from runs import SAVE_EVERY, STEPS, ZERO3, Job, World
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
-from w2r2_ds.data.loader import load_mixture
+from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.training.checkpoint.manifest import read_manifest, write_manifest
 from w2r2_ds.utils import atomic_io
 

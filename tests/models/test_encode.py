@@ -20,7 +20,7 @@ from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.features.lookup import flush_writes
 from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.models.build import VlmFrontend, build_model
-from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.w2r2 import W2R2, num_tower_calls
 from w2r2_ds.training.cache_stats import cache_use, describe_cache
 from w2r2_ds.training.throughput import geometry_flops, vision_flops

@@ -16,11 +16,12 @@ from runs import World
 from w2r2_ds.config.io import DEMO_RECIPE, from_tree, load_config
 from w2r2_ds.config.schema import GeometryConfig, RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
-from w2r2_ds.data.loader import load_mixture, make_collate, make_processor
+from w2r2_ds.data.dataset import load_mixture
+from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.models import geometry_encoder
 from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, geometry_spec, load_frontend
-from w2r2_ds.models.feature_identity import geometry_identity, open_cache
+from w2r2_ds.models.feature_cache import geometry_identity, open_cache
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.step import W2R2Step

@@ -21,11 +21,11 @@ from PIL import Image
 
 from prepared_sets import SCENE_FILE, write_prepared
 from w2r2_ds.config.io import from_tree, load_config
-from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.projection import load_depth
 from w2r2_ds.data.images import frame_size, load_frame
 from w2r2_ds.data.prepare.manifest import file_hash
 from w2r2_ds.data.prepare.scannet_boxes import _read_vertices
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.sources.numpy_unpickler import load_numpy_pickle
 from w2r2_ds.data.sources.scannet import Frame, check_scene_id
 from w2r2_ds.data.tasks.scanrefer import image_size

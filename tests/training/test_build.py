@@ -13,7 +13,7 @@ import torch.distributed as dist
 from prepared_sets import write_prepared
 from runs import ZERO3, World
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
-from w2r2_ds.data.dataset import PreparedSet
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.evaluation.validator import AnswerValidation
 from w2r2_ds.training import build
 from w2r2_ds.training.checkpoint.manifest import step_folder, write_manifest

@@ -12,7 +12,7 @@ import packed_runs
 from packed_runs import QUESTIONS_PER_SCENE, STEPS
 from runs import MICRO_BATCH, World, read_metrics, run_ranks
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
-from w2r2_ds.data.loader import load_mixture
+from w2r2_ds.data.dataset import load_mixture
 
 
 def run_on(ranks: int, world: World, folder: Path) -> Path:

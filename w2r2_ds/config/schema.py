@@ -68,8 +68,8 @@ class DataConfig:
             disables scene packing.
         packing: concatenate the samples of a micro-batch into one sequence without padding.
         prefetch: micro-batches that each DataLoader worker prepares ahead, in shared memory.
-        cache: folder of the feature cache for the frozen encoders; empty for none. Several runs may share it, and
-            `launchers/prepare.py geometry` fills it ahead of time.
+        cache: folder of the feature cache for the frozen encoders; empty for none. Training and evaluation read it and
+            add missing features; `launchers/prepare.py geometry` fills it ahead of time. Several runs may share it.
         cache_gib: maximum size of the cache folder in GiB.
         cached_features: geometry caches the geometry encoder's features only, geometry+2d also those of the vision
             tower.

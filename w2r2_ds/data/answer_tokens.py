@@ -4,6 +4,8 @@ A grounding answer contains ten numbers: the frame index and the nine box values
 JSON syntax, signs and decimal points are neither *where* nor *what*. If the tokenizer encodes every digit as a token of
 its own, the digit tokens of every number, their place values and the token with the sign are found too.
 
+The label mask (which tokens are the answer) is in `answer_labels.py`.
+
 Tokens are found by the tokenizer's offsets: ``(begin, end)`` per token, in characters of the encoded text. Characters
 that no token covers (a space that a tokenizer trims) count as part of the next token.
 """

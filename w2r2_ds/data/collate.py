@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from w2r2_ds.data.answer_positions import collate_answer_positions, collate_description_positions
+from w2r2_ds.data.answer_labels import collate_answer_positions, collate_description_positions
 from w2r2_ds.data.images import even_crop
 from w2r2_ds.data.packing import (
     Group,

@@ -1,7 +1,8 @@
 """Load frames, resize them to whole patches, and crop them to the token grid of the VLM; PIL and NumPy only.
 
 A frame is resized once, for the geometry encoder; the vision tower of the VLM gets a crop of the same pixels. Resizing
-follows VGGT's ``load_and_preprocess_images`` and gives bitwise identical pixels.
+follows VGGT's ``load_and_preprocess_images`` and gives bitwise identical pixels. `visual_inputs.py` calls these
+functions for a sample; ``models/<family>/pixels.py`` normalises the crop and cuts it into patches.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.frames.selection import FrameOptions
-from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.dataset import MANIFEST, PreparedSet, read_manifest
 from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet, read_manifest
 from w2r2_ds.evaluation.protocols.records import raise_with_first
 from w2r2_ds.utils.hashing import file_sha256
 

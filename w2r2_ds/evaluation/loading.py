@@ -11,7 +11,7 @@ from w2r2_ds.config.io import load_config, relocated
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.peft_adapter import ADAPTER_CARD, adapter_config, load_adapter
 from w2r2_ds.models.build import VlmFrontend, build_model
-from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.manifest import TENSORS, find_checkpoint
 from w2r2_ds.training.checkpoint.weights import load_trainable

@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from w2r2_ds.config.schema import DataConfig, RunConfig
-from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.validate import check_frames, check_sample_texts
 from w2r2_ds.evaluation import generate

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.loader import load_mixture, make_processor, prompt_loader
+from w2r2_ds.data.dataset import load_mixture
+from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.validate import check_frames, check_sample_texts
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord

@@ -18,21 +18,14 @@ from transformers.integrations import HfDeepSpeedConfig
 from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import require_digit_tokens
-from w2r2_ds.data.loader import (
-    ReraisingDataLoader,
-    check_frames_are_shared,
-    choose_grouping,
-    digests,
-    load_mixture,
-    make_processor,
-    train_loader,
-)
+from w2r2_ds.data.dataset import check_frames_are_shared, digests, load_mixture
+from w2r2_ds.data.loader import ReraisingDataLoader, choose_grouping, make_processor, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.validate import check_frames, check_sample_texts, describe_frames
 from w2r2_ds.kernels.select import check_kernels, describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
-from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import build_push_term

@@ -24,7 +24,7 @@ from w2r2_ds.data.prepare import features as fill
 from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.models.build import build_model, load_frontend
-from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.utils.distributed import RankInfo
 
 

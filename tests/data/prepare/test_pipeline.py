@@ -16,12 +16,12 @@ import pytest
 from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_questions, write_scene
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import SourceConfig
-from w2r2_ds.data.dataset import MANIFEST, PreparedSet
+from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.frames.selection import FrameOptions
-from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare import pipeline as preparing
 from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
+from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.data.tasks.scan2cap import Scan2Cap
 from w2r2_ds.data.tasks.scanrefer import ScanRefer

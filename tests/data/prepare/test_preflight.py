@@ -14,11 +14,11 @@ from rich.console import Console
 
 from hand_scene import ALIGN, SCENE, entry, write_annotations, write_infos, write_proposals
 from w2r2_ds.commands.prepare import main, with_values
-from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.plan import make_plan
 from w2r2_ds.data.prepare.preflight import forecast, missing, report
 from w2r2_ds.data.prepare.scannet_boxes import write_all_boxes
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.utils.progress import progress

@@ -11,11 +11,11 @@ import pytest
 
 from hand_scene import SCENE, entry, question_entry, write_annotations, write_questions, write_scene
 from w2r2_ds.commands.prepare import main
-from w2r2_ds.data.dataset import PreparedSet
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare import pipeline as preparing
 from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.utils.file_lock import locked
 

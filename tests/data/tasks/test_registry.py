@@ -15,10 +15,10 @@ from prepared_sets import write_prepared
 from w2r2_ds.commands.prepare import SUBCOMMANDS, main
 from w2r2_ds.commands.prepare_data import TASK_OPTIONS, task_parser
 from w2r2_ds.config.schema import DataConfig, SourceConfig
-from w2r2_ds.data.dataset import PreparedSet
+from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.frames.selection import FrameOptions
-from w2r2_ds.data.loader import load_mixture
 from w2r2_ds.data.prepare.pipeline import prepare
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions, register_task
 from w2r2_ds.data.tasks.scanqa import ScanQA
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.collate import tower_input
+from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.images import frame_size
-from w2r2_ds.data.loader import ReraisingDataLoader, ignore_stop_signals, load_mixture, visual_kind
+from w2r2_ds.data.loader import ReraisingDataLoader, ignore_stop_signals, visual_kind
 from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush_writes
@@ -25,7 +26,7 @@ from w2r2_ds.features.store import FeatureStore, file_size, gib
 from w2r2_ds.kernels.select import describe_attention, resolve_attention, resolve_dtype
 from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
-from w2r2_ds.models.feature_identity import open_cache
+from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.loading import load_model_config, load_vision_spec, load_vlm
 from w2r2_ds.types.batch import to_device
 from w2r2_ds.types.geometry import GeometrySpec

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.data.dataset import MANIFEST, VERSION, read_manifest
 from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_files
+from w2r2_ds.data.prepared_set import MANIFEST, VERSION, read_manifest
 from w2r2_ds.utils.hashing import file_sha256
 
 MISSING = "missing"

@@ -21,9 +21,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from w2r2_ds.data.dataset import MANIFEST, read_manifest, write_samples
 from w2r2_ds.data.prepare.manifest import counts, key_of, manifest_identity, reusable, scene_inputs, task_inputs
 from w2r2_ds.data.prepare.plan import Plan, make_plan, recorded_options
+from w2r2_ds.data.prepared_set import MANIFEST, read_manifest, write_samples
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import (
     BROKEN_SCENE,

@@ -16,7 +16,7 @@ FRAMES = 8
 
 def check_data(config: DataConfig) -> CheckResult:
     """Check prepared sets and their frames. Manifests, which have the hashes of the other files, must match."""
-    from w2r2_ds.data.dataset import MANIFEST, PreparedSet
+    from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
 
     result = CheckResult()
     root = Path(config.root)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.dataset import PreparedSet
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.sources.validation import validate
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.predictions.importers import (

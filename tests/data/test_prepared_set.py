@@ -15,7 +15,7 @@ import pytest
 
 from prepared_sets import SCENE_FILE, write_prepared
 from w2r2_ds.data import dataset
-from w2r2_ds.data.dataset import PreparedSet, write_samples
+from w2r2_ds.data.prepared_set import PreparedSet, write_samples
 from w2r2_ds.types.sample import LabeledBox, Reference, Sample, Target
 
 BOX = np.array([0.1, -2.0, 0.7, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])

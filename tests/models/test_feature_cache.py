@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from w2r2_ds.config.schema import ModelConfig
-from w2r2_ds.models.feature_identity import geometry_identity, open_cache, vision_identity
+from w2r2_ds.models.feature_cache import geometry_identity, open_cache, vision_identity
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.weights_hash import model_weights

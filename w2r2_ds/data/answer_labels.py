@@ -1,4 +1,7 @@
-"""Positions of the answer tokens (with their labels) and of the *what* tokens in the sequences of a batch."""
+"""Labels of a batch: the answer tokens and the positions that predict them. Also the positions of the *what* tokens.
+
+The loss is computed at these positions only, so there is no ``labels`` tensor with -100 for the other tokens.
+"""
 
 from __future__ import annotations
 
