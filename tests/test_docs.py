@@ -1,4 +1,4 @@
-"""The documentation matches the code."""
+"""Consistency of docs and code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def figures() -> Any:
     return docs_script("figures")
 
 
-def test_the_objective_names_every_push_term_statistic_and_fusion() -> None:
+def test_the_objective_page_lists_every_push_term_statistic_and_fusion() -> None:
     text = (DOCS / "concepts" / "objective.md").read_text()
     for name in (*PUSH_TERMS, *FUSIONS, *STATS):
         assert f"`{name}`" in text, name
@@ -37,7 +37,7 @@ def test_every_figure_can_be_drawn_and_is_used(figures: Any, tmp_path: Path) -> 
     assert shown == drawn
 
 
-def test_curves_are_finite_and_move(figures: Any) -> None:
+def test_curves_are_finite_and_not_constant(figures: Any) -> None:
     for name, (curves, _, _) in figures.PICTURES.items():
         for _, x, y in curves():
             assert x.isfinite().all() and y.isfinite().all() and y.max() > y.min(), name

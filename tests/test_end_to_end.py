@@ -1,4 +1,4 @@
-"""Every task in ScanNet's layout, with the user's commands: prepare -> train 4 steps -> evaluate -> score again."""
+"""Every task in ScanNet's layout with the user's commands: prepare, train 4 steps, evaluate, score again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCORES = {
     "scanqa": ("scanqa/video3dllm", lambda result: result["corpus"]["EM"]),
     "detection": ("detection/f1", lambda result: result["at"]["0.25"]["F1"]),
 }
-"""What a result is read by; a KeyError is a failure of the test."""
+"""Path of keys to a score in the result."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The files of examples/."""
+"""The files of examples/: a plug-in push term, a custom data set and a script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_push_term_is_registered_and_gated() -> None:
         push_terms.build_push_term({"name": "focal", "gamma": -1.0})
 
 
-def test_a_question_without_an_answer_names_the_line(tmp_path: Path) -> None:
+def test_a_question_without_an_answer_raises_with_its_line(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     record = {"scene": "scene0000_00", "question": "How many?", "object_ids": [3], "object_names": ["chair"]}
     questions.write_text(json.dumps(record | {"answers": []}))
@@ -45,7 +45,7 @@ def test_the_script_prints_its_commands() -> None:
 
 
 @patch.dict(push_terms.PUSH_TERMS)
-def test_focal_is_zero_where_the_hinge_is() -> None:
+def test_focal_is_zero_if_the_hinge_is_zero() -> None:
     from types import SimpleNamespace
 
     focal = runpy.run_path(str(EXAMPLES / "custom_push_term.py"))["Focal"]()

@@ -1,4 +1,4 @@
-"""Every benchmark end to end on the shape `tiny`: rows, columns and criteria of its report, but no time."""
+"""Every benchmark end to end on the shape `tiny`: rows, columns and criteria of its report; no times are asserted."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_feature_cache(tmp_path: Path) -> None:
 
 
 def test_kernels(tmp_path: Path) -> None:
-    """Without a GPU only the LoRA projection is timed: for the attention, and the MLP's first and last projections."""
+    """Without a GPU only the LoRA projection is timed: for attention and for the first and last MLP projection."""
     report = run(tmp_path, "kernels", "--shape", "tiny", "--rounds", "1")
     rows = [row for row in report["rows"] if row["function"].startswith("lora_projection")]
     assert [row["implementation"] for row in rows] == ["PyTorch", "kernel"] * 3
@@ -126,7 +126,7 @@ def test_gradients_equal_those_of_stock_code(subject: Subject) -> None:
     assert max(compare_gradients(subject, subject.batch()).values()) <= 1e-5  # float32, sums in another order
 
 
-def test_stock_forwards_removes_every_override_and_restores_it(subject: Subject) -> None:
+def test_stock_forwards_removes_and_restores_all_overrides(subject: Subject) -> None:
     modules, layers = list(subject.model.vlm.modules()), subject.model.base.model.language_model.layers
     overridden = [module for module in modules if "forward" in module.__dict__]
     assert len(overridden) == 8 * TINY.layers  # seven projections per layer, and the layer itself
@@ -137,7 +137,7 @@ def test_stock_forwards_removes_every_override_and_restores_it(subject: Subject)
     assert not any(layer.gradient_checkpointing for layer in layers)
 
 
-def test_largest_difference_finds_a_push_and_other_geometry(subject: Subject) -> None:
+def test_largest_difference_detects_a_push_term_and_other_geometry(subject: Subject) -> None:
     batch, model = subject.batch(), subject.model
     expected = gradients(model, subject.step("none")(batch)[0])
     pushed = gradients(model, reference_loss(subject.step("poe"), batch))

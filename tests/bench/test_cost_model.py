@@ -70,7 +70,7 @@ def test_the_docs_contain_these_tables(tables: Any) -> None:
 
 
 def test_parts_equal_the_counts_of_torch() -> None:
-    """On the shape `tiny`. torch counts all pairs of the language model's attention, and LoRA."""
+    """On the shape `tiny`. PyTorch's FLOP counter counts all query-key pairs of the language model, and LoRA."""
     subject = build(TINY, torch.device("cpu"))
     batch = subject.batch()
     model = subject.model
@@ -99,7 +99,7 @@ def test_parts_equal_the_counts_of_torch() -> None:
 
 
 def test_model_operations_equal_those_of_training() -> None:
-    """Up to LoRA's own products, which the cost model does not count."""
+    """Except for LoRA's products, which the cost model does not count."""
     subject = build(TINY, torch.device("cpu"))
     counted = language_flops(subject.model, push_term("margin"), subject.batch())
     keys = 2 * (TINY.hidden + TINY.hidden * TINY.kv_heads // TINY.heads)  # widths of the key and value projections

@@ -65,7 +65,7 @@ def allocate(mib: int) -> dict[str, int]:
 
 
 @pytest.mark.distributed
-def test_peak_memory_is_that_of_the_call() -> None:
+def test_peak_memory_counts_the_call_only() -> None:
     # The allocation, and libraries that the first sum loads.
     assert 96 <= in_fresh_process(allocate, 96)["bytes"] / MIB < 128
     with pytest.raises(RuntimeError, match="no attribute"):

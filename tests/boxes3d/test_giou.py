@@ -98,7 +98,7 @@ def test_invariant_to_a_common_transform_and_scale() -> None:
 
 
 def test_gradient_matches_finite_differences() -> None:
-    """At random angles no two faces coincide; half of the pairs overlap, half do not."""
+    """At random angles no two faces coincide. Half of the pairs overlap."""
     a = torch.cat((random_boxes(4, 6, 0.15), random_boxes(4, 7, 3.0)))
     b = torch.cat((random_boxes(4, 8, 0.15), random_boxes(4, 9, 3.0)))
     iou, _ = box_giou(a, b)

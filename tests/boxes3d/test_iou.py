@@ -46,7 +46,7 @@ def test_exact_values_match(golden: dict[str, Any]) -> None:
     torch.testing.assert_close(iou, expected, atol=1e-6, rtol=0)
 
 
-def test_hand_vectors() -> None:
+def test_hand_computed_pairs() -> None:
     cases: list[tuple[list[float], list[float], float]] = [
         *(([s, 0.0, 0, 1, 1, 1, 0, 0, 0], UNIT, (1 - s) / (1 + s)) for s in (0.2, 1 / 3, 0.5, 0.6, 1.0)),
         ([0.5, 0.5, 0.5, 2, 2, 2, 0, 0, 0], [0.0, 0, 0, 2, 2, 2, 0, 0, 0], 3.375 / 12.625),
@@ -176,7 +176,7 @@ def test_extreme_boxes_stay_in_range_with_a_finite_gradient() -> None:
     assert ((iou >= 0) & (iou < 1e-5)).all()
 
 
-def test_boxes_far_from_the_origin_are_still_compared() -> None:
+def test_boxes_far_from_the_origin() -> None:
     """Centres that overflow in units of the box: two equal ones, and two with the distance of a side."""
     tiny = [1e300, 0.0, 0, 1e-300, 1e-300, 1e-300, 0, 0, 0]
     a = tensor(tiny, [1e300, 1e-300, 0, *tiny[3:]]).requires_grad_()
@@ -232,6 +232,6 @@ def test_gpu_equals_cpu_without_a_sync() -> None:
     torch.testing.assert_close(iou.cpu(), box_iou(a, b), atol=1e-10, rtol=0)
 
 
-def test_wrong_shape_is_named() -> None:
+def test_wrong_shape_raises_with_the_shape() -> None:
     with pytest.raises(ValueError, match=r"boxes_b must have shape \[n, 9\], not \[2, 7\]"):
         box_iou(torch.zeros(2, 9), torch.zeros(2, 7))

@@ -96,7 +96,7 @@ def test_gimbal_lock_gives_one_result_without_warnings(middle: float) -> None:
             np.testing.assert_allclose(angles, [0.4, middle, 0.0], atol=1e-9)
 
 
-def test_rotation_is_kept_close_to_gimbal_lock() -> None:
+def test_rotation_round_trips_close_to_gimbal_lock() -> None:
     """The angles are not continuous there, but their rotation is."""
     for gap in np.logspace(-12, -1, 100):
         matrix = rotation_matrix(np.array([0.7, np.pi / 2 - gap, -1.1]))
@@ -140,7 +140,7 @@ def test_torch_functions_are_differentiable() -> None:
     assert torch.autograd.gradcheck(lambda value: camera_to_world_torch(value, pose), (batch,))
 
 
-def test_wrong_shapes_and_poses_are_named() -> None:
+def test_wrong_shapes_and_poses_raise() -> None:
     with pytest.raises(ValueError, match=r"A box must have shape \(9,\), not \(7,\)"):
         corners(np.zeros(7))
     with pytest.raises(ValueError, match="cam_to_world must have shape"):

@@ -73,12 +73,12 @@ def assert_done(cluster: Cluster, job: str, out: Path, reference_run: Path) -> N
 
 @pytest.mark.nightly
 def test_training_on_two_nodes(cluster: Cluster, world: World, reference_run: Path, tmp_path: Path) -> None:
-    """A job without faults; test_a_run_survives_its_time_limit_and_a_lost_node runs daily."""
+    """A job without faults."""
     out = tmp_path / "run"
     assert_done(cluster, cluster.submit(*train_job(world, out)), out, reference_run)
 
 
-def test_a_folder_on_one_node_only_is_found_before_training(cluster: Cluster, world: World) -> None:
+def test_a_node_local_output_folder_fails_before_training(cluster: Cluster, world: World) -> None:
     """/dev/shm is local to a node: a later launch on other nodes would not find the checkpoints."""
     options = world.arguments(Path("/dev/shm/run"), train__steps=STEPS)
     job = cluster.submit("--nodes=2", "slurm/train.sbatch", *options)
@@ -103,7 +103,7 @@ def wait_for_restart(cluster: Cluster, job: str, times: int) -> None:
     cluster.wait_until(job, f"restarted {times} times", restarted, pause=0.5)
 
 
-def test_a_run_survives_its_time_limit_and_a_lost_node(
+def test_a_job_is_requeued_after_the_time_limit_and_a_lost_node(
     cluster: Cluster, world: World, reference_run: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """SIGUSR1 between two checkpoints, then a power failure of a node: the job is requeued twice and completes."""
@@ -131,7 +131,7 @@ def test_a_run_survives_its_time_limit_and_a_lost_node(
     )
 
 
-def test_exit_of_a_job(stub_cluster: Cluster) -> None:
+def test_job_state_for_each_exit_code_and_signal(stub_cluster: Cluster) -> None:
     """Final state, restarts and log of jobs by exit code and signal. All jobs run at once, as they need no CPU time."""
     submit = stub_cluster.submit
     one_node = ("slurm/train.sbatch", "--skip-doctor", "--plan")
@@ -178,7 +178,7 @@ def test_exit_of_a_job(stub_cluster: Cluster) -> None:
 
 
 @pytest.mark.nightly
-def test_ranks_of_a_disconnected_node_do_not_write(
+def test_ranks_of_a_disconnected_node_exit_without_writing(
     cluster: Cluster, world: World, reference_run: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """The first node (batch shell, rank 0) loses its network but keeps running; the job restarts on other nodes."""

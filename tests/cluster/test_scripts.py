@@ -121,12 +121,12 @@ def test_a_sweep_without_values_is_rejected(root: Path, words: list[str], messag
     assert done.returncode == 1 and message in done.stderr
 
 
-def test_without_slurm_no_job_starts(root: Path) -> None:
+def test_a_script_without_slurm_fails(root: Path) -> None:
     done = script(root, "prepare", "scanrefer")
     assert done.returncode == 1 and "start it with sbatch" in done.stderr
 
 
-def test_every_gpu_has_a_rank(root: Path) -> None:
+def test_fewer_ranks_than_gpus_fail(root: Path) -> None:
     done = script(root, "train", SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="1")
     assert done.returncode == 1 and "--ntasks-per-node=8" in done.stderr
 
@@ -147,7 +147,7 @@ def test_exit_codes_sh_is_up_to_date(root: Path) -> None:
     assert assignments == [f"EXIT_{name}={code}" for name, code in codes.items()]
 
 
-def test_a_rank_has_torchruns_variables_and_a_private_kernel_folder(root: Path, tmp_path: Path) -> None:
+def test_rank_sh_sets_torchrun_variables_and_a_private_kernel_folder(root: Path, tmp_path: Path) -> None:
     script_text = "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $TORCH_EXTENSIONS_DIR $TRITON_CACHE_DIR"
     command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", script_text]
     environment = os.environ | JOB | {"TMPDIR": str(tmp_path), "SLURM_RESTART_COUNT": "2"}
@@ -167,7 +167,7 @@ def test_a_kernel_folder_of_another_user_is_an_error(root: Path, tmp_path: Path)
     assert done.returncode == 1 and str(tmp_path / "w2r2-7-0") in done.stderr
 
 
-def test_rank_sh_survives_signals_and_records_the_exit_code(root: Path, tmp_path: Path) -> None:
+def test_rank_sh_continues_after_signals_and_records_the_exit_code(root: Path, tmp_path: Path) -> None:
     """scancel signals all processes of a step; the recorded exit code is the command's, not the shell's."""
     program = "trap 'echo got it' USR1 TERM; for i in $(seq 40); do sleep 0.05; done; exit 85"
     command = ["slurm/rank.sh", str(tmp_path), "bash", "-c", program]

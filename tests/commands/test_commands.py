@@ -108,7 +108,7 @@ def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_plugins_are_imported_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file and an installed module; other words of the command line are unchanged."""
+    """A file and an installed module. Other command line arguments are unchanged."""
     (tmp_path / "first.py").write_text(
         "from dataclasses import dataclass\n@dataclass\nclass Options:\n    value: int = 1\n"
     )
@@ -129,7 +129,7 @@ def test_a_plugin_that_does_not_exist(target: str, capsys: pytest.CaptureFixture
 
 
 def test_a_plugin_with_an_error_keeps_its_traceback(tmp_path: Path) -> None:
-    """The user needs the line of the plug-in that failed."""
+    """The traceback has the failing line of the plug-in."""
     (tmp_path / "broken.py").write_text("import a_module_that_is_missing\n")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
         import_plugins(["--plugin", str(tmp_path / "broken.py")])
@@ -141,7 +141,7 @@ def test_hyphens_in_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert str(file) in capsys.readouterr().err
 
 
-def test_the_launchers_run_the_commands() -> None:
+def test_launchers_run_their_commands() -> None:
     done = subprocess.run(
         [sys.executable, "launchers/export.py", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True
     )

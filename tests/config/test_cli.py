@@ -99,13 +99,13 @@ def test_a_subcommand_suggests_its_own_options(capsys: pytest.CaptureFixture[str
     assert "rooms: there is no option --seeed (did you mean --seed?);" in capsys.readouterr().err
 
 
-def test_similarity_is_that_of_the_last_part() -> None:
+def test_suggestions_compare_the_last_part_of_an_option() -> None:
     known = ["objective.lambda_det", "objective.mu", "model.lora_alpha", "data.root"]
     assert did_you_mean("--lambda_det", known) == " (did you mean --objective.lambda_det?)"
     assert did_you_mean("objective.zzz", known) == ""  # an equal section is not enough
     assert did_you_mean("dta.root", ["a.root", *known]) == " (did you mean data.root, a.root?)"
 
 
-def test_types_in_messages_are_not_python_types() -> None:
+def test_messages_do_not_contain_python_types() -> None:
     message = "Parser key \"a.b\":\n  Expected a <class 'float'>. Got value: x"
     assert without_python_types(message) == "a.b: expected float, got x"

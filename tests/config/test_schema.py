@@ -39,7 +39,7 @@ def test_every_field_has_a_help_text_and_a_default() -> None:
     assert found["train.lr"].default == 1e-4 and found["model.geometry.layers"].default == [22]
 
 
-def test_a_mixture() -> None:
+def test_data_sources_of_a_mixture() -> None:
     config = load_config(overrides=["--data.train", "[{path: a, weight: 0.5}, {path: b, cap: 7}]"])
     assert config.data.train == [SourceConfig("a", weight=0.5), SourceConfig("b", cap=7)]
     assert config.data.val == load_config().data.val
@@ -96,7 +96,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("out", ""),
     ],
 )
-def test_values_out_of_range_name_their_field(option: str, value: str) -> None:
+def test_values_out_of_range_raise_with_the_field(option: str, value: str) -> None:
     with pytest.raises(ValueError, match=option.replace(".", r"\.")):
         load_config(overrides=[f"--{option}", value])
 
@@ -112,7 +112,7 @@ def test_values_out_of_range_name_their_field(option: str, value: str) -> None:
         ),
     ],
 )
-def test_values_that_contradict_each_other(args: list[str], fields: list[str]) -> None:
+def test_contradicting_values_raise(args: list[str], fields: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         load_config(overrides=args)
     assert all(field in str(caught.value) for field in fields)

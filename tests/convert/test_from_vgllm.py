@@ -34,7 +34,7 @@ HIDDEN, MERGER_HIDDEN = 64, 48
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Qwen2.5-VL that the checkpoint was made of, head tied to the embedding as in the 3B model."""
+    """The Qwen2.5-VL of the checkpoint; its head is tied to the embedding as in the 3B model."""
     out = tmp_path_factory.mktemp("vgllm") / "qwen"
     sizes = {"hidden": HIDDEN, "layers": 2, "intermediate": 96, "vision_hidden": 32}
     return build_tiny_vlm(out, ["the red chair", "a brown table"], 3, **sizes)
@@ -42,7 +42,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def geometry() -> tuple[VGGT, GeometryMerger]:
-    """Its VGGT and merger; every weight is random."""
+    """VGGT and merger of the checkpoint, with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         modules = VGGT(SIZES), GeometryMerger(2 * SIZES.embed_dim, HIDDEN, MERGER_HIDDEN)
@@ -54,7 +54,7 @@ def geometry() -> tuple[VGGT, GeometryMerger]:
 
 @pytest.fixture(scope="session")
 def weights(plain: Path, geometry: tuple[VGGT, GeometryMerger]) -> dict[str, torch.Tensor]:
-    """VG-LLM's state_dict; its point head stays in it. Hub files of Qwen2.5-VL have VG-LLM's names."""
+    """VG-LLM's state_dict, including the point head. Parameter names are those of Qwen2.5-VL's hub files."""
     vggt, merger = (module.state_dict() for module in geometry)
     return {
         **load_file(plain / WEIGHTS),
@@ -82,7 +82,7 @@ def source(tmp_path: Path, plain: Path, weights: dict[str, torch.Tensor]) -> Pat
 
 
 def write(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Two shards and their index."""
+    """Write two shards and their index."""
     names = sorted(weights)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for file, part in shards.items():
@@ -100,7 +100,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_language_model_is_a_stock_directory_with_the_same_weights(
+def test_the_language_model_loads_with_stock_classes_and_equal_weights(
     source: Path, plain: Path, tmp_path: Path
 ) -> None:
     import_vgllm(source, tmp_path / "out")
@@ -128,7 +128,9 @@ def test_vggt_and_merger_have_the_same_weights(
     assert same(load_file(tmp_path / "out" / MERGER), geometry[1].state_dict())
 
 
-def test_its_options_build_the_model(source: Path, geometry: tuple[VGGT, GeometryMerger], tmp_path: Path) -> None:
+def test_the_written_options_build_the_model(
+    source: Path, geometry: tuple[VGGT, GeometryMerger], tmp_path: Path
+) -> None:
     config = import_vgllm(source, tmp_path / "out")
     assert config == load_config(tmp_path / "out" / "model.yaml").model
     assert config == ModelConfig(
@@ -147,7 +149,7 @@ def test_its_options_build_the_model(source: Path, geometry: tuple[VGGT, Geometr
     assert torch.equal(model.merge([features]), geometry[1]([features]))
 
 
-def test_a_single_file_and_the_widths_weights_are_stored_in_are_kept(
+def test_single_file_checkpoints_keep_their_dtypes(
     source: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     (source / INDEX).unlink()
@@ -183,7 +185,7 @@ def test_a_single_file_and_the_widths_weights_are_stored_in_are_kept(
         ("merger.mlp.2.bias", torch.zeros(64, dtype=torch.int8), "merger.mlp.2.bias is torch.int8 [64], not floating"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(
+def test_missing_or_unexpected_weights_raise_with_their_names(
     source: Path,
     weights: dict[str, torch.Tensor],
     tmp_path: Path,
@@ -232,7 +234,7 @@ def test_an_untied_head_must_be_stored(source: Path, weights: dict[str, torch.Te
         ({"model_type": "llama"}, "model_type is 'llama'"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(
+def test_an_unsupported_config_raises_with_the_field(
     source: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     edit_config(source, **changes)
@@ -245,7 +247,7 @@ def test_a_config_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     "name", ["config.json", "preprocessor_config.json", "tokenizer.json", INDEX, "model-00002-of-00002.safetensors"]
 )
-def test_a_missing_file_is_named(source: Path, tmp_path: Path, name: str) -> None:
+def test_a_missing_file_raises_with_its_name(source: Path, tmp_path: Path, name: str) -> None:
     (source / name).unlink()
     with pytest.raises(ValueError, match=name):
         import_vgllm(source, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The whole model against numbers recorded from VG-LLM, starting from VG-LLM's own state_dict."""
+"""An imported VG-LLM model against outputs, losses and gradients recorded with VG-LLM's code."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from w2r2_ds.evaluation.generate import generate_tokens
 pytestmark = pytest.mark.golden
 
 LOSS_ERROR = 1e-4
-"""Absolute; the files state the tolerance of activations only."""
+"""Absolute tolerance; the files have the tolerance of activations only."""
 GRADIENT_ERROR = 1e-3
-"""Of a gradient, relative to its norm."""
+"""Tolerance of a gradient, relative to its norm."""
 
 FILES = find(is_vgllm_run)
 
 
 def from_record(*names: str) -> list[Any]:
-    """One parameter set ``(file, key or index)`` per item that lies at `names` in a file's record."""
+    """One parameter set ``(file, key or index)`` per item at the path `names` of a file's record."""
     sets = []
     for golden in FILES:
         found: Any = golden.record
@@ -116,7 +116,7 @@ def test_positions_after_the_prompt_equal_the_recorded_ones(golden: Golden) -> N
 
 @every_file
 @torch.no_grad()
-def test_zero_after_the_merger_is_the_stock_model_bit_for_bit(golden: Golden) -> None:
+def test_zero_geometry_after_the_merger_equals_the_stock_model_bitwise(golden: Golden) -> None:
     batch, base = batch_of(golden), model_of(golden, *VARIANTS["geometry_output_zero"][:2]).base
     stock = base(
         input_ids=batch.input_ids,

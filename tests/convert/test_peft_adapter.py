@@ -1,4 +1,4 @@
-"""An exported adapter, loaded by stock libraries and by evaluation."""
+"""An exported adapter: loaded by stock PEFT and transformers, and by the package's evaluation."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's adapter."""
+    """The exported adapter of the run."""
     return export_adapter(trained, tmp_path_factory.mktemp("export") / "adapter")
 
 
 @torch.no_grad()
-def test_stock_peft_and_transformers_load_it(adapter: Path, trained: Path, world: World) -> None:
+def test_an_adapter_loads_with_stock_peft_and_transformers(adapter: Path, trained: Path, world: World) -> None:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
@@ -66,7 +66,7 @@ def test_the_adapter_gives_the_answers_of_its_checkpoint(
     assert ours == theirs and ours
 
 
-def test_the_merger_is_the_trained_one(adapter: Path, trained: Path) -> None:
+def test_the_exported_merger_equals_the_trained_one(adapter: Path, trained: Path) -> None:
     _, ours, _ = load_trained_model(adapter)
     _, theirs, _ = load_trained_model(trained)
     merger = theirs.geometry_merger.state_dict()
@@ -75,7 +75,7 @@ def test_the_merger_is_the_trained_one(adapter: Path, trained: Path) -> None:
 
 @pytest.fixture(params=["add", "concat", "cross_attention", "gated"])
 def untrained(request: pytest.FixtureRequest, model_config: Any, tmp_path: Path) -> tuple[Any, Path]:
-    """A model with every trained tensor moved, and a checkpoint of it as the engine writes them."""
+    """A model with a changed value in every trained tensor, and a checkpoint of it as the engine writes it."""
     config = RunConfig(model=type(model_config)(**{**vars(model_config), "fusion": request.param}))
     model = build_model(config.model, torch.device("cpu"), seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -135,7 +135,7 @@ def test_an_adapter_of_another_fusion_is_rejected(untrained: tuple[Any, Path], t
         load_adapter(out, adapter_config(out), torch.device("cpu"))
 
 
-def test_the_folder_holds_only_what_was_trained(adapter: Path) -> None:
+def test_the_folder_has_trained_tensors_only(adapter: Path) -> None:
     shapes: dict[str, dict[str, Any]] = {}
     for path in sorted(adapter.glob("*.safetensors")):
         with safe_open(path, "pt") as file:

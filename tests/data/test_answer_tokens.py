@@ -34,7 +34,7 @@ def offsets_of(pieces: list[str]) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-def test_numbers_places_and_signs(tokenizer: Any) -> None:
+def test_numbers_place_values_and_signs(tokenizer: Any) -> None:
     tokens, offsets = encode(tokenizer, ANSWER)
     found = find_answer_tokens("grounding", ANSWER, offsets)
     assert found.single_digits
@@ -54,7 +54,7 @@ def test_where_is_exactly_the_digits_of_the_numbers(tokenizer: Any) -> None:
     assert tokens[three + 1].startswith("d") and not where[three]
 
 
-def test_every_character_a_token() -> None:
+def test_one_token_per_character() -> None:
     found = find_answer_tokens("grounding", PLAIN, offsets_of(list(PLAIN)))
     assert "".join("." if n < 0 else str(n) for n in found.number) == MARKS
     assert [m != "." for m in MARKS] == found.where.tolist()
@@ -72,7 +72,7 @@ def test_every_character_a_token() -> None:
         (['{"f": ', "7", ', "b_3d": [-', "0", ".", "5, 1"], [-1, 0, -1, 1, -1, 1]),  # two numbers: the first one's
     ],
 )
-def test_a_token_belongs_to_the_number_whose_digits_it_holds(pieces: list[str], number: list[int]) -> None:
+def test_a_token_belongs_to_the_number_of_its_digits(pieces: list[str], number: list[int]) -> None:
     begun = "".join(pieces)
     assert PLAIN.startswith(begun)
     rest = list(PLAIN[len(begun) :])
@@ -83,7 +83,7 @@ def test_a_token_belongs_to_the_number_whose_digits_it_holds(pieces: list[str], 
     assert not found.single_digits and len(found.sign) == 0 and found.digits == [] and found.place_values == []
 
 
-def test_one_merged_token_is_enough() -> None:
+def test_one_merged_token_disables_digit_tokens() -> None:
     """All digits are single tokens, except in the last number: `81]`, then `8` and `1]`, then ` 8`."""
     for pieces in (["81]"], ["8", "1]"]):
         found = find_answer_tokens("grounding", PLAIN, offsets_of([*PLAIN[:45], *pieces, "}"]))
@@ -100,12 +100,12 @@ def test_a_space_outside_all_offsets_belongs_to_the_next_token() -> None:
 
 
 @pytest.mark.parametrize("answer", ["", '{"frame": 1}', ANSWER.replace("3.0, ", ""), ANSWER + " 7"])
-def test_other_than_ten_numbers(tokenizer: Any, answer: str) -> None:
+def test_answers_without_ten_numbers_raise(tokenizer: Any, answer: str) -> None:
     with pytest.raises(ValueError, match="has 10 numbers"):
         find_answer_tokens("grounding", answer, encode(tokenizer, answer)[1])
 
 
-def test_a_number_at_the_very_beginning_has_no_place_for_a_sign() -> None:
+def test_a_number_at_the_beginning_has_no_sign_token() -> None:
     answer = "1 2 3 4 5 6 7 8 9 0"
     with pytest.raises(ValueError, match="must not begin with a number"):
         find_answer_tokens("grounding", answer, [(i, i + 1) for i in range(len(answer))])
@@ -127,7 +127,7 @@ def test_unknown_kind() -> None:
         find_answer_tokens("box", "", [])  # type: ignore[arg-type]
 
 
-def test_what_tokens_share_a_character_with_the_description() -> None:
+def test_what_tokens_overlap_the_description() -> None:
     pieces = ["Text", ":", " The", " red", " chair", ".\n", "Output"]  # the description is characters 6 to 20
     assert what_tokens((6, 20), offsets_of(pieces)).tolist() == [False, False, True, True, True, True, False]
     assert what_tokens((6, 19), offsets_of(pieces)).tolist() == [False, False, True, True, True, False, False]
@@ -162,7 +162,7 @@ def test_the_description_in_scanrefers_question(description: str, written: str) 
     assert question[:begin].rstrip(" ").endswith("\nText:") and question[end:].lstrip(" ").startswith("\nOutput a JSON")
 
 
-def test_tables(tokenizer: Any) -> None:
+def test_token_tables(tokenizer: Any) -> None:
     tables = token_tables(tokenizer, 1000)
     for digit in range(10):
         assert tables.digit[tokenizer.convert_tokens_to_ids(str(digit))] == digit
@@ -209,11 +209,11 @@ def test_a_tokenizer_without_digits_has_tables_without_digits() -> None:
     assert tables.digit.tolist() == [-1] * 4 and tables.minus.tolist() == [False, False, True, False]
 
 
-def test_digit_tokens_are_there(tokenizer: Any) -> None:
+def test_require_digit_tokens_accepts_single_digits(tokenizer: Any) -> None:
     require_digit_tokens(tokenizer, "objective.push_term soft_iou")
 
 
-def test_a_digit_that_is_no_token_is_rejected() -> None:
+def test_a_digit_without_a_token_raises() -> None:
     ten = {str(digit): str(digit) for digit in range(10)}
     require_digit_tokens(Words(unk="?", **ten), "objective.push_term soft_iou")
     del ten["7"]
@@ -224,7 +224,7 @@ def test_a_digit_that_is_no_token_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("merged", ["77", "9.9", " 3", "-1", "1]", "8,", "-0."])
-def test_a_single_merged_token_is_rejected(merged: str) -> None:
+def test_a_merged_digit_token_raises(merged: str) -> None:
     tokenizer = train_tokenizer([ANSWER] * 3)
     tokenizer.add_tokens([merged])
     with pytest.raises(ValueError, match=r"objective.push_term unblocked needs .*Qwen2Tokenizer makes"):

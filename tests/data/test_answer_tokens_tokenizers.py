@@ -76,7 +76,7 @@ def qwen(kind: Any) -> Any:
 
 
 def gpt2() -> Any:
-    """Byte-level BPE by GPT-2's rule: a space and consecutive digits can be one token; offsets exclude the space."""
+    """Byte-level BPE with GPT-2's rule: a space and consecutive digits may be one token; offsets exclude the space."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained(backend, 800)
@@ -86,7 +86,7 @@ def gpt2() -> Any:
 
 
 def spm(folder: Path, kind: Any, model_type: str, split_digits: bool) -> tuple[Any, Any]:
-    """A SentencePiece model, as transformers reads its file and as SentencePiece does."""
+    """A SentencePiece model, read by transformers and by SentencePiece."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts()),
@@ -143,17 +143,17 @@ def pieces(tokenizer: Any, text: str) -> list[str]:
 
 
 def expected_numbers(offsets: list[tuple[int, int]]) -> list[int]:
-    """From MARKS: the first number that a token holds a digit of."""
+    """Number index of each token by MARKS: that of the first digit in the token."""
     marks = [MARKS[begin:end].replace(".", "") for begin, end in offsets]
     return [int(mark[0]) if mark else -1 for mark in marks]
 
 
-def test_the_marks_are_under_the_digits() -> None:
+def test_the_marks_of_this_file_select_the_digits() -> None:
     marked = "".join(character for character, mark in zip(ANSWER, MARKS, strict=True) if mark != ".")
     assert marked == "12" + "063" + "083" + "124" + "30" + "059" + "235" + "232" + "118" + "00"
 
 
-def test_the_rules_are_the_real_ones() -> None:
+def test_tokenizer_rules_equal_those_of_the_real_models() -> None:
     for name in ("qwen2_5_vl", "qwen3", "qwen3_vl"):
         assert TOKENIZER_MAPPING_NAMES[name] == "Qwen2Tokenizer"
     assert TOKENIZER_MAPPING_NAMES["qwen3_5"] == "Qwen3_5Tokenizer"
@@ -205,7 +205,7 @@ def test_transformers_reads_sentencepiece_as_sentencepiece_does(models: dict[str
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *MERGED])
-def test_where_and_number(tokenizers: dict[str, Any], name: str) -> None:
+def test_where_tokens_and_number_indices(tokenizers: dict[str, Any], name: str) -> None:
     _, offsets = encode(tokenizers[name], ANSWER + "<|im_end|>")
     assert offsets[-1] == (len(ANSWER), len(ANSWER) + 10)
     found = find_answer_tokens("grounding", ANSWER, offsets)
@@ -294,7 +294,7 @@ def test_tables_of_merged_digits(tokenizers: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_digit_tokens_are_there(tokenizers: dict[str, Any], name: str) -> None:
+def test_require_digit_tokens(tokenizers: dict[str, Any], name: str) -> None:
     require_digit_tokens(tokenizers[name], "objective.push_term soft_iou")
 
 
@@ -306,7 +306,7 @@ def test_terms_that_need_digit_tokens_raise(tokenizers: dict[str, Any], name: st
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "spm split", "gpt2", "spm", "llama"])
-def test_from_sample_to_batch(
+def test_tokens_of_a_collated_batch(
     tokenizers: dict[str, Any], name: str, frontend: Any, data_config: Callable[..., Any], samples: list[Any]
 ) -> None:
     """Placeholders take 8 or 12 tokens before the description; positions still refer to the right tokens."""

@@ -1,4 +1,4 @@
-"""Answer positions have the right labels in every kind of batch."""
+"""Collated batches: answer positions, labels, visuals and positions for every kind of sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from w2r2_ds.data.collate import dummy_visuals
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_answer_positions_point_at_the_answers(frontend: Any, batch_of: Any, samples: list[Any], visual: str) -> None:
+def test_answer_positions_select_the_answer_tokens(
+    frontend: Any, batch_of: Any, samples: list[Any], visual: str
+) -> None:
     batch = batch_of(samples, visual=visual)
     positions = batch.answer_positions
     assert torch.equal(batch.input_ids[positions.sample, positions.position + 1], positions.label)
@@ -27,7 +29,7 @@ def test_answer_positions_point_at_the_answers(frontend: Any, batch_of: Any, sam
         )  # the last token of the prompt predicts the first of the answer
 
 
-def test_digit_tokens_point_at_the_digits(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_digit_tokens_select_the_digits(frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples)
     positions = batch.answer_positions
     tokens = frontend.tokenizer.convert_ids_to_tokens(positions.label.tolist())
@@ -107,7 +109,7 @@ def test_visuals_poses_and_targets(batch_of: Any, samples: list[Any]) -> None:
     assert (batch.target_box.numpy() == samples[0].target.box).all()
 
 
-def test_description_positions_point_at_the_descriptions(
+def test_description_positions_select_the_description_tokens(
     frontend: Any, batch_of: Any, samples: list[Any], caption_sample: Any, text_samples: list[Any]
 ) -> None:
     batch = batch_of([samples[0], caption_sample, text_samples[1], samples[1]])
@@ -170,10 +172,10 @@ def test_prompts_are_left_padded_and_optional(batch_of: Any, samples: list[Any],
 
 @pytest.mark.parametrize("with_answer", [True, False])
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_a_batch_without_frames_has_a_dummy(
+def test_a_batch_without_frames_has_a_dummy_image(
     frontend: Any, batch_of: Any, text_samples: list[Any], visual: str, with_answer: bool
 ) -> None:
-    """It has 2 x 2 merged patches of 28 pixels, all gray; no sequence has a placeholder for it."""
+    """The dummy has 2 x 2 merged patches of 28 pixels, all gray; no sequence has a placeholder for it."""
     batch = batch_of(text_samples, with_answer, visual=visual)
     frames = {"images": 1, "video": 2}[visual]
     assert batch.visuals.dummy and batch.visuals.kind == {"images": "image", "video": "video"}[visual]
@@ -194,8 +196,8 @@ def test_a_batch_without_frames_has_a_dummy(
 
 
 @pytest.mark.parametrize(("tower", "geometry", "side"), [(14, 14, 56), (16, 14, 70), (14, 16, 64), (14, 100, 100)])
-def test_the_dummy_of_different_patch_sizes(frontend: Any, tower: int, geometry: int, side: int) -> None:
-    """The tower gets a crop of the geometry encoder's image; it may take more than two frames at once."""
+def test_dummy_image_with_different_patch_sizes(frontend: Any, tower: int, geometry: int, side: int) -> None:
+    """The tower gets a crop of the geometry encoder's image, and may need two frames at once."""
     vision = replace(frontend.vision, patch_size=tower, temporal_patch_size=3)
     spec = replace(frontend.geometry, patch_size=geometry)
     image, video = (dummy_visuals(kind, vision, spec, frontend.family) for kind in ("image", "video"))

@@ -1,4 +1,4 @@
-"""The guides "Your own data set" and "Add a task": their commands and settings work on synthetic rooms."""
+"""The guides "Your own data set" and "Add a task": their commands and settings, run on synthetic rooms."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def code_blocks(guide: str, language: str) -> list[str]:
 
 
 def prepare_commands(guide: str) -> list[list[str]]:
-    """Words after ``launchers/prepare.py`` of every command of a guide."""
+    """Arguments of every ``launchers/prepare.py`` command of a guide."""
     lines = [line for block in code_blocks(guide, "bash") for line in block.splitlines()]
     return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python launchers/prepare.py")]
 
 
 @pytest.fixture
 def data_root(rooms: Written, tmp_path: Path) -> Path:
-    """The synthetic rooms without prepared data sets."""
+    """The synthetic rooms, without prepared data sets."""
     root = tmp_path / "scannet"
     root.mkdir()
     for path in rooms.root.iterdir():

@@ -1,4 +1,4 @@
-"""Frames from disk, their sizes and crops."""
+"""Loading, resizing and cropping of frames."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
     return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
 
 
-def test_a_colour_image_is_loaded_as_it_is(tmp_path: Path) -> None:
+def test_a_colour_image_is_unchanged(tmp_path: Path) -> None:
     Image.fromarray(noise(5, 7)).save(tmp_path / "frame.png")
     np.testing.assert_array_equal(load_frame(tmp_path / "frame.png"), noise(5, 7))
 
@@ -43,13 +43,13 @@ def test_a_gray_image_has_three_equal_channels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_frame(tmp_path / "frame.png"), noise(5, 7)[:, :, :1].repeat(3, axis=2))
 
 
-def test_a_missing_frame_is_named(tmp_path: Path) -> None:
+def test_a_missing_frame_raises_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{tmp_path / 'nowhere.jpg'} does not exist; .* correct data\.root "):
         load_frame(tmp_path / "nowhere.jpg")
 
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -200])
-def test_a_truncated_jpeg_is_named(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_jpeg_raises_with_its_path(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "frame.jpg"
     Image.fromarray(noise(60, 80)).save(path)
     path.write_bytes(path.read_bytes()[:kept])
@@ -57,7 +57,7 @@ def test_a_truncated_jpeg_is_named(tmp_path: Path, kept: int) -> None:
         load_frame(path)
 
 
-def test_a_truncated_png_is_named(tmp_path: Path) -> None:
+def test_a_truncated_png_raises_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "frame.png"
     Image.fromarray(noise(60, 80)).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
@@ -65,7 +65,7 @@ def test_a_truncated_png_is_named(tmp_path: Path) -> None:
         load_frame(path)
 
 
-def test_a_depth_map_is_no_frame(tmp_path: Path) -> None:
+def test_a_depth_map_is_rejected(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 3000, dtype=np.uint16)).save(tmp_path / "depth.png")
     with pytest.raises(ValueError, match="more than 8 bits"):
         load_frame(tmp_path / "depth.png")
@@ -75,7 +75,7 @@ def test_default_width_is_518() -> None:
     assert resize_frames([noise(48, 64)], width=518, patch=14).shape == (1, 3, 392, 518)
 
 
-def test_a_width_that_is_no_multiple_of_14_becomes_one() -> None:
+def test_width_is_rounded_to_a_multiple_of_14() -> None:
     assert resize_frames([noise(75, 101)], width=56, patch=14).shape == (1, 3, 42, 56)
     assert resize_frames([noise(101, 75)], width=56, patch=14, mode="pad").shape == (1, 3, 56, 56)
 
@@ -143,7 +143,7 @@ def test_an_unknown_mode_is_rejected() -> None:
         resize_frames([noise(28, 28)], width=56, patch=14, mode="stretch")
 
 
-def test_a_frame_that_would_vanish_is_rejected() -> None:
+def test_a_frame_with_a_resized_side_of_zero_is_rejected() -> None:
     with pytest.raises(ValueError, match="200 x 2 pixels"):
         resize_frames([noise(2, 200)], width=56, patch=14)
 

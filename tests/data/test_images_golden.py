@@ -1,4 +1,4 @@
-"""Frames for VGGT and for Qwen against what the public pre-processing codes made of the same PNG files."""
+"""Frames for VGGT and Qwen against the output of the public pre-processing code for the same PNG files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_resized_frames_have_the_recorded_shape_and_sums(golden: Golden, case: s
 
 
 @pytest.mark.parametrize(("golden", "case"), VGGT_CASES)
-def test_resized_frames_are_the_recorded_ones_bit_for_bit(golden: Golden, case: str) -> None:
+def test_resized_frames_equal_the_recorded_ones_bitwise(golden: Golden, case: str) -> None:
     stated, pixels = golden.record["results"][case], vggt_pixels(golden, case)
     assert digest(as_bytes(pixels)) == stated["sha256_uint8_chw"]
     assert digest(pixels.astype("<f4")) == stated["sha256_float32_chw"]

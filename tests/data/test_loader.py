@@ -1,4 +1,4 @@
-"""Data loaders: same batches with and without workers; errors of a sample keep their message."""
+"""Data loaders: equal batches with and without workers, and unchanged error messages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_error_of_a_missing_frame_keeps_its_message_with_workers(
 
 
 class Failing(Dataset[int]):
-    """One item, the result of a function that may raise."""
+    """A data set with one item: the result of a function that may raise."""
 
     def __init__(self, error: Callable[[], Any]) -> None:
         self.error = error
@@ -133,7 +133,7 @@ def test_prefetch_and_pin_memory_options(frontend: Any, data_config: Any, sample
 def test_copies_to_the_device_are_asynchronous(
     batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All tensors: one synchronous copy makes the host wait for all queued kernels."""
+    """For all tensors: one synchronous copy makes the host wait for all queued kernels."""
     blocking = []
     real = torch.Tensor.to
 

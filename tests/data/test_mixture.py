@@ -11,7 +11,7 @@ from w2r2_ds.data.mixture import Mixture
 
 
 def mixture(weights: list[float], caps: list[int] | None = None) -> Mixture:
-    """Data sets of 5, 0 and 4 items; an item is a set's name and its number."""
+    """A mixture of data sets with 5, 0 and 4 items; an item is the set's name and an index."""
     sets = [[f"a{i}" for i in range(5)], [], [f"c{i}" for i in range(4)]]
     return Mixture(sets, weights, caps or [0, 0, 0])  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ def pack(frontend: Any, data_config: Any) -> Callable[..., Any]:
 
 
 def tokens_of(batch: Any, index: int) -> torch.Tensor:
-    """Positions in the sequence of all tokens of a sample, computed from the layout only."""
+    """Positions of a sample's tokens in the packed sequence, computed from the layout only."""
     row = int((batch.answer_positions.sample == index).nonzero()[-1])
     last = int(batch.answer_positions.position[row])
     group, suffix = batch.layout.group[0], batch.layout.suffix[0]
@@ -41,7 +41,10 @@ def test_packed_samples_equal_separate_ones(
     questions_per_scene: int,
     visual: str,
 ) -> None:
-    """Tokens, types, answer positions, digits; questions of two scenes in turn, text, caption, a repeated sample."""
+    """Tokens, types, answer positions and digits.
+
+    Questions of two scenes alternate; a text, a caption and a repeated sample.
+    """
     first, second = questions(samples[0], 3), questions(samples[1], 2)
     chosen = [first[0], second[0], first[1], text_samples[0], second[1], first[2], caption_sample, first[1]]
     batch = pack(chosen, questions_per_scene=questions_per_scene, packing=True, visual=visual)
@@ -102,7 +105,7 @@ def test_prompts_are_not_packed(
 
 
 def test_the_last_prompt_token_stays_in_the_suffix(frontend: Any, data_config: Any, samples: list[Any]) -> None:
-    """The same question twice: everything is shared but the last token of the prompt, and the answer."""
+    """Two equal questions share everything except the prompt's last token and the answer."""
     processor = make_processor(frontend, data_config())
     twice = [processor(samples[0], True)] * 2
     (group,) = groups_by_frames(twice)
@@ -117,7 +120,7 @@ def test_the_last_prompt_token_stays_in_the_suffix(frontend: Any, data_config: A
     assert [each.prefix for each in separate_groups(twice)] == [len(twice[0].input_ids)] * 2
 
 
-def test_frames_after_the_question_cannot_be_shared(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+def test_frames_after_the_question_raise(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     processor = make_processor(frontend, data_config())
     pair = [processor(sample, True) for sample in questions(samples[0], 2)]
     turned = [replace(each, input_ids=each.input_ids.flip(0), token_types=each.token_types.flip(0)) for each in pair]
@@ -127,7 +130,7 @@ def test_frames_after_the_question_cannot_be_shared(frontend: Any, data_config: 
         make_collate(frontend, data_config(questions_per_scene=2), False)(turned)
 
 
-def test_frames_of_consecutive_samples_are_read_once(
+def test_shared_frames_of_consecutive_samples_are_read_once(
     frontend: Any, data_config: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []

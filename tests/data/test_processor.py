@@ -20,7 +20,7 @@ def text_of(frontend: Any, ids: torch.Tensor) -> str:
     return str(frontend.tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def test_images_one_placeholder_per_merged_patch(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+def test_images_have_one_placeholder_per_merged_patch(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     features = make_processor(frontend, data_config())(samples[0], with_answer=True)
     assert features.visual.grid_thw.tolist() == [[1, 2, 4]] * 4  # 56 x 42 pixels, the odd row of patches cropped
     assert features.visual.pixel_values.shape == (4 * 8, 3 * 2 * 14 * 14)
@@ -75,8 +75,8 @@ def test_what_tokens_after_expanded_placeholders(
         assert torch.equal(prompt.what, features.what[: len(prompt.what)])
 
 
-def test_what_of_a_question_that_occurs_elsewhere_too(frontend: Any, data_config: Any, samples: list[Any]) -> None:
-    """`a` and `assistant` are in the chat, `Frame-0: ` is before the frame; the question is the turn's last text."""
+def test_what_tokens_of_a_question_text_that_occurs_twice(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    """`a`, `assistant` and `Frame-0: ` occur in the chat template or before a frame too; the last occurrence counts."""
     processor = make_processor(frontend, data_config())
     for question, what, chosen in [
         ("a", (0, 1), "a"),
@@ -104,13 +104,15 @@ def test_no_what_tokens_without_a_description(
 
 
 @pytest.mark.parametrize("what", [(-1, 2), (3, 2), (0, 10_000)])
-def test_what_outside_the_question(frontend: Any, data_config: Any, samples: list[Any], what: tuple[int, int]) -> None:
+def test_a_what_span_outside_the_question_raises(
+    frontend: Any, data_config: Any, samples: list[Any], what: tuple[int, int]
+) -> None:
     with pytest.raises(ValueError, match=r"Sample four: what is \(.*\), which is not a span of its question"):
         make_processor(frontend, data_config())(replace(samples[0], what=what), with_answer=True)
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_text_only(frontend: Any, data_config: Any, text_samples: list[Any], visual: str) -> None:
+def test_a_sample_without_frames(frontend: Any, data_config: Any, text_samples: list[Any], visual: str) -> None:
     processor = make_processor(frontend, data_config(visual=visual))
     for sample in text_samples:
         features = processor(sample, with_answer=True)
@@ -136,12 +138,12 @@ def test_special_tokens_in_the_description(frontend: Any, data_config: Any, samp
         processor(replace(samples[0], answer=samples[0].answer + token), with_answer=True)
 
 
-def test_too_long_names_sample_and_limit(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+def test_a_too_long_sample_raises_with_id_and_limit(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"Sample four has \d+ tokens, more than data.max_length = 100"):
         make_processor(frontend, data_config(max_length=100))(samples[0], with_answer=True)
 
 
-def test_missing_and_broken_frames_are_named(
+def test_missing_and_broken_frames_raise_with_their_path(
     frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path
 ) -> None:
     processor = make_processor(frontend, data_config())
@@ -194,7 +196,9 @@ class Tokenizer:
 
 
 @pytest.mark.parametrize("token", ["<|an_image|>", ""])
-def test_tokenizer_without_vision_tokens(frontend: Any, data_config: Any, samples: list[Any], token: str) -> None:
+def test_a_tokenizer_without_vision_tokens_raises(
+    frontend: Any, data_config: Any, samples: list[Any], token: str
+) -> None:
     tokenizer = Tokenizer(frontend.tokenizer, CHAT_TEMPLATE.replace("<|image_pad|>", token))
     with pytest.raises(ValueError, match="made 0 visual placeholders for 4 images"):
         Processor(tokenizer, frontend.family, frontend.vision, frontend.geometry, data_config())(
@@ -203,7 +207,9 @@ def test_tokenizer_without_vision_tokens(frontend: Any, data_config: Any, sample
 
 
 @pytest.mark.parametrize("rewrite", ["part['text'] | trim", "part['text'] | e", "part['text'] | lower", "'?'"])
-def test_template_that_changes_the_question(frontend: Any, data_config: Any, samples: list[Any], rewrite: str) -> None:
+def test_a_template_that_changes_the_question_raises(
+    frontend: Any, data_config: Any, samples: list[Any], rewrite: str
+) -> None:
     template = CHAT_TEMPLATE.replace("{{- part['text'] -}}", "{{- " + rewrite + " -}}")
     assert template != CHAT_TEMPLATE
     processor = Processor(
@@ -213,7 +219,7 @@ def test_template_that_changes_the_question(frontend: Any, data_config: Any, sam
         processor(samples[0], with_answer=True)
 
 
-def test_tokenizer_without_offsets(frontend: Any, data_config: Any) -> None:
+def test_a_tokenizer_without_offsets_raises(frontend: Any, data_config: Any) -> None:
     class Slow(Tokenizer):
         is_fast = False
 
@@ -223,7 +229,7 @@ def test_tokenizer_without_offsets(frontend: Any, data_config: Any) -> None:
         )
 
 
-def test_tokenizer_without_chat_template(frontend: Any, data_config: Any) -> None:
+def test_a_tokenizer_without_chat_template_raises(frontend: Any, data_config: Any) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         Processor(
             Tokenizer(frontend.tokenizer, None), frontend.family, frontend.vision, frontend.geometry, data_config()

@@ -11,7 +11,7 @@ SIZE, GLOBAL = 13, 8
 
 
 def plain(size: int) -> Mixture:
-    """One data set, every sample once per epoch; the sampler reads no sample."""
+    """A mixture of one data set with every sample once per epoch; the sampler does not read samples."""
     return Mixture([range(size)], [1.0], [0])  # type: ignore[list-item]
 
 
@@ -38,7 +38,7 @@ def test_the_same_global_batches_for_every_split(world: int, accumulation: int) 
     assert global_batches(world, accumulation, 9) == global_batches(1, 1, 9)
 
 
-def test_every_sample_once_per_epoch_in_another_order() -> None:
+def test_each_epoch_has_every_sample_once_in_another_order() -> None:
     stream = [index for batch in global_batches(2, 2, SIZE) for index in batch]
     epochs = [stream[first : first + SIZE] for first in range(0, len(stream), SIZE)]
     assert len(epochs) == GLOBAL and all(sorted(epoch) == list(range(SIZE)) for epoch in epochs)
@@ -61,6 +61,6 @@ def test_fewer_samples_than_a_batch() -> None:
     assert sorted(index for batch in batches for index in batch) == sorted(list(range(3)) * 8)
 
 
-def test_no_samples() -> None:
+def test_no_samples_raise() -> None:
     with pytest.raises(ValueError, match="no samples"):
         GlobalBatchSampler(plain(0), GLOBAL, 1, 0, 1, 3)

@@ -1,4 +1,4 @@
-"""Scene groups of the sampler: questions about the same frames in one batch, every sample once per epoch."""
+"""Scene groups of the sampler: questions about the same frames in one batch, each sample once per epoch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stream(batches: GlobalBatchSampler) -> list[int]:
 
 @settings(max_examples=30)
 @given(SETS, st.sampled_from([2, 3, 4, 8]))
-def test_every_sample_once_per_epoch_in_scene_groups_that_share_frames(counts: list[int], group_size: int) -> None:
+def test_each_epoch_has_every_sample_once_in_scene_groups(counts: list[int], group_size: int) -> None:
     mixture = scenes(counts)
     size, sets = len(mixture), mixture.frame_sets()
     found = stream(sampler(mixture, group_size))

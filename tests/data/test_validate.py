@@ -1,4 +1,4 @@
-"""Checks before the run: every frame file once, and its end; every text, and its length."""
+"""Checks before training: every frame file, and the length of every sample."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from w2r2_ds.data.validate import check_frames, check_sample_texts
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were decoded in full, in order."""
+    """Paths of the fully decoded files, in order."""
     paths: list[Path] = []
 
     def load(path: Path) -> np.ndarray:
@@ -49,7 +49,7 @@ def test_every_file_is_read_once(samples: list[Any], tmp_path: Path, decoded: li
     assert not decoded, "whole files are not decoded"
 
 
-def test_ranks_share_the_files_and_one_finds_the_bad_one(samples: list[Any], tmp_path: Path) -> None:
+def test_ranks_split_the_files_and_one_raises_for_a_bad_file(samples: list[Any], tmp_path: Path) -> None:
     files = [picture(tmp_path / f"{index}.jpg") for index in range(5)]
     every = [sample_of(samples, *files[:3]), sample_of(samples, *files[2:])]
     assert [check_frames(every, rank, 3) for rank in range(3)] == [2, 2, 1]
@@ -61,7 +61,7 @@ def test_ranks_share_the_files_and_one_finds_the_bad_one(samples: list[Any], tmp
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -2000, -200, -50])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_truncated_file_is_named(samples: list[Any], tmp_path: Path, kind: str, kept: int) -> None:
+def test_a_truncated_file_raises_with_its_path(samples: list[Any], tmp_path: Path, kind: str, kept: int) -> None:
     whole, cut = picture(tmp_path / "whole.jpg"), picture(tmp_path / "cut.jpg", kind)
     cut.write_bytes(cut.read_bytes()[:kept])
     with pytest.raises(ValueError, match=f"Frame {cut} cannot be read .*; replace the file") as caught:
@@ -69,7 +69,7 @@ def test_a_truncated_file_is_named(samples: list[Any], tmp_path: Path, kind: str
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_of_several_bad_files_the_first_is_named(samples: list[Any], tmp_path: Path) -> None:
+def test_the_error_has_the_first_of_several_bad_files(samples: list[Any], tmp_path: Path) -> None:
     missing = [tmp_path / f"{index}.jpg" for index in range(40)]
     with pytest.raises(ValueError, match=rf"Frame {missing[0]} does not exist"):
         check_frames([sample_of(samples, *missing)])
@@ -86,7 +86,7 @@ def test_data_after_the_end_marker_is_no_damage(
     assert decoded == [path] * decodes
 
 
-def test_another_format_is_decoded(samples: list[Any], tmp_path: Path, decoded: list[Path]) -> None:
+def test_other_formats_are_decoded(samples: list[Any], tmp_path: Path, decoded: list[Path]) -> None:
     webp = picture(tmp_path / "frame.webp", "WEBP")
     assert check_frames([sample_of(samples, webp)]) == 1
     assert decoded == [webp]
@@ -98,7 +98,7 @@ def test_another_format_is_decoded(samples: list[Any], tmp_path: Path, decoded: 
 
 @pytest.fixture
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No frame can be decoded."""
+    """Decoding any frame raises."""
 
     def load(path: Path) -> np.ndarray:
         raise AssertionError(f"{path} is decoded")
@@ -108,7 +108,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("visual", ["images", "video"])
 @pytest.mark.parametrize("with_answer", [True, False])
-def test_the_length_is_that_of_the_sequence(
+def test_the_length_equals_that_of_the_processor(
     frontend: Any,
     data_config: Any,
     samples: list[Any],
@@ -131,7 +131,7 @@ def test_the_length_is_that_of_the_sequence(
 def test_a_short_text_is_not_encoded(
     frontend: Any, data_config: Any, samples: list[Any], no_decoding: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Encoding 36,665 texts would take most of a minute; the placeholders of frames are counted once."""
+    """Encoding 36,665 texts takes most of a minute. The placeholders of equal frames are counted once."""
     processor = make_processor(frontend, data_config(max_length=9000))
     encoded: list[str] = []
     count = processor._count
@@ -151,7 +151,7 @@ def test_the_message_has_the_longest_length(frontend: Any, data_config: Any, sam
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
-def test_a_special_token_is_found_by_the_rank_of_its_sample(
+def test_a_special_token_raises_on_the_rank_of_its_sample(
     frontend: Any, data_config: Any, samples: list[Any], no_decoding: None, token: str
 ) -> None:
     processor = make_processor(frontend, data_config())

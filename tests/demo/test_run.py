@@ -1,4 +1,4 @@
-"""The demo does not overwrite models or start for a wrong command line; it trains on a free port."""
+"""The demo: it does not overwrite models, starts nothing for a wrong command line, and trains on a free port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from w2r2_ds.demo import run
 from w2r2_ds.demo.assets import prepare_models
 
 
-def test_no_tiny_model_is_built_for_another_model_name() -> None:
+def test_a_hub_model_name_raises_instead_of_building_a_tiny_model() -> None:
     config = load_config(overrides=["--model.vlm", "Qwen/Qwen2.5-VL-3B-Instruct"])
     with pytest.raises(ValueError, match=r"Qwen/Qwen2.5-VL-3B-Instruct.*--demo.enabled false"):
         prepare_models(config)
@@ -34,7 +34,7 @@ def test_existing_models_are_not_overwritten(tmp_path: Path, present: str) -> No
 
 
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--steps", 2)])
-def test_help_and_a_wrong_option_start_nothing(
+def test_help_and_a_wrong_option_start_no_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str, status: int
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:

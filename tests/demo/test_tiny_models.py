@@ -130,7 +130,7 @@ def test_untied_head(tmp_path: Path, texts: list[str]) -> None:
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
 
-def test_bad_texts(texts: list[str]) -> None:
+def test_invalid_texts_or_vocabulary_raise(texts: list[str]) -> None:
     with pytest.raises(ValueError, match="texts is empty"):
         train_tokenizer([""])
     with pytest.raises(ValueError, match="at least 256"):

@@ -1,4 +1,4 @@
-"""Checks of one node: each passes on a correct machine and reports every fault."""
+"""The doctor's checks of one node: no error on a correct machine, and an error for each fault."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from w2r2_ds.doctor.report import differences
 from w2r2_ds.doctor.result import CheckResult, RankReport
 
 
-def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of the tests passes; another version, a missing package and a missing extra are errors."""
+def test_package_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test environment passes. Another version, a missing package and a missing extra are errors."""
     installed = environment.check_versions(frozenset())
     assert installed.errors == [] and installed.must_match["torch"] == torch.__version__
     assert {"torch", "deepspeed", "peft"} <= installed.info.keys()
@@ -39,7 +39,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(environment.check_versions(frozenset()).errors) == 2, "flash is optional"
 
 
-def test_code(tmp_path: Path) -> None:
+def test_code_hashes(tmp_path: Path) -> None:
     """A changed recipe has another hash; a missing recipe is an error."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("out: a\n")
@@ -50,7 +50,7 @@ def test_code(tmp_path: Path) -> None:
     assert f"{tmp_path}/none.yaml" in environment.check_code([str(tmp_path / "none.yaml")]).errors[0]
 
 
-def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resource_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert host.check_limits(0, 2, 1).errors == []
     monkeypatch.setattr(host.resource, "getrlimit", lambda kind: (10**9, 10**9))
     for prefetch, size in ((2, 250000), (4, 500000)):
@@ -65,8 +65,8 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert getattr(found, field) == [message] and "ulimit -n 1280" in message
 
 
-def test_folder(tmp_path: Path) -> None:
-    """A folder that is still to be created passes and leaves no file; below a file, and without room, are errors."""
+def test_output_folder(tmp_path: Path) -> None:
+    """A folder that can be created passes and no file remains; a path below a file and a full disk are errors."""
     assert host.check_folder("out", tmp_path / "a" / "b", 1, "a run").errors == []
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -86,7 +86,7 @@ def test_fsync_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_checkpoint_bytes(config: Any, tmp_path: Path) -> None:
-    """LoRA's and the merger's weights are counted as peft and the merger do; existing checkpoints are subtracted."""
+    """Weights of LoRA and merger are counted as PEFT and the merger do; existing checkpoints are subtracted."""
     from w2r2_ds.models.merger import GeometryMerger
 
     merger = GeometryMerger(64, 64, config.model.merger_hidden)
@@ -143,7 +143,7 @@ WELL = "0, NVIDIA H100, 570.1, 4, 81559, 0, No, No, No, Not Active"
     ],
 )
 def test_gpu_health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, wrong: str, warning: str) -> None:
-    """Output of a script called nvidia-smi."""
+    """Parses the output of a stub of nvidia-smi."""
     make_smi(tmp_path, f"echo '{row}'" if row else "exit 9")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = gpu.check_health()
@@ -166,15 +166,15 @@ def test_unsupported_field_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_driver_that_fails_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call into it could block all of Python."""
+    """A call into a failed driver could block the process."""
     no_gpu = {"GPU health": lambda: CheckResult(errors=["nvidia-smi lists no GPU"])}
     monkeypatch.setattr(run, "node_checks", lambda request, ranks: no_gpu)
     monkeypatch.setattr(run, "rank_checks", lambda request, ranks: pytest.fail("called"))
     assert run.examine(checks.DoctorRequest(None, "", [])) == 1
 
 
-def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A correct product; a GPU that only nvidia-smi lists; a rank without a GPU."""
+def test_device_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A correct matrix product passes; a GPU that only nvidia-smi lists and a rank without GPU are errors."""
     make_smi(tmp_path, "echo 0")
     if not torch.cuda.is_available():
         assert gpu.check_device(0).errors == []
@@ -186,7 +186,7 @@ def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One number that is off by one is detected, in both precisions."""
+    """An error of one in one element is detected, in both precisions."""
     matmul = torch.Tensor.__matmul__
 
     def off_by_one(left: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -202,8 +202,8 @@ def test_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.check_product("meta", torch.float32)[0].startswith("meta cannot multiply")
 
 
-def test_data(config: Any, tmp_path: Path) -> None:
-    """Existing data sets and frames; no data set; a data set whose frames are elsewhere."""
+def test_data_sets_and_frames(config: Any, tmp_path: Path) -> None:
+    """Existing data sets and frames pass; no data set, and a data set without its frames, are errors."""
     result = data.check_data(config.data)
     assert result.errors == [] and result.info == {"prepared": f"3 samples in {config.data.root}/prepared"}
     prepared = Path(config.data.root) / "prepared"
@@ -213,8 +213,8 @@ def test_data(config: Any, tmp_path: Path) -> None:
     assert "does not exist (3 of 3 checked frames)" in data.check_data(config.data).errors[0]
 
 
-def test_weights(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Complete directories; other weights have another hash; truncated, missing and uncached ones are errors."""
+def test_weight_files(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complete folders pass; other weights have another hash; truncated, missing and uncached weights are errors."""
     result = data.check_weights(config.model)
     assert result.errors == [] and len(result.must_match) == 4
     folder = tmp_path / "vggt"
@@ -240,8 +240,8 @@ def test_weights(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "training will download it" in data.check_weights(config.model).warnings[0]
 
 
-def test_settings(config: Any, run_options: dict[str, str]) -> None:
-    """Batch sizes for the ranks, the DeepSpeed JSON and the push term, as training checks them."""
+def test_training_settings(config: Any, run_options: dict[str, str]) -> None:
+    """Batch sizes, DeepSpeed JSON and push term, with the same checks as training."""
     result = settings.check_settings(config, run_options["deepspeed"], 2)
     assert result.errors == [] and result.info["ZeRO"] == "stage 3"
     assert (
@@ -252,8 +252,8 @@ def test_settings(config: Any, run_options: dict[str, str]) -> None:
     assert len(settings.check_settings(config, "", 2).errors) == 1
 
 
-def test_precision(config: Any) -> None:
-    """Flash attention needs a GPU and its package, trackers need their packages."""
+def test_precision_and_packages(config: Any) -> None:
+    """FlashAttention needs a GPU and its package; trackers need their packages."""
     assert settings.check_precision(None).errors == [] and settings.check_precision(config).errors == []
     assert settings.needed_packages(None) == settings.needed_packages(config) == frozenset()
     config.model.attention = "flash_attention_2"

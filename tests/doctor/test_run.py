@@ -1,4 +1,4 @@
-"""Launches of the doctor: two ranks as two nodes, with and without faults, and a single machine."""
+"""Whole runs of the doctor: two ranks as two nodes, with and without faults, and a single machine."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_missing_rank_0_is_reported(tmp_path: Path, run_options: dict[str, str
 
 
 def test_wrong_sum_through_torchrun(run_options: dict[str, str]) -> None:
-    """torchrun's agent hosts the store. Both ranks are on one node, and the sum of rank 1 is wrong."""
+    """torchrun's agent hosts the store. Both ranks are on one node, and rank 1 computes a wrong sum."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RANK)]
     done = subprocess.run(
         [*torchrun, "sum", "120", "60", *command(run_options)],

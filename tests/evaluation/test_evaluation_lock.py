@@ -1,4 +1,4 @@
-"""Two evaluations into one folder: the second raises an error on all of its ranks."""
+"""Two evaluations in one folder: the second raises on all of its ranks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def work(folder: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_all_ranks_are_rejected_and_one_of_them_holds_the_lock(tmp_path: Path) -> None:
+def test_a_second_evaluation_raises_on_all_ranks(tmp_path: Path) -> None:
     with locked(tmp_path / f"{NAME}.lock", "other", "wait"):
         ranks = start_ranks(2, Path(__file__), tmp_path, free_port())
         while not (tmp_path / "rejected").exists():
@@ -63,7 +63,7 @@ def test_all_ranks_are_rejected_and_one_of_them_holds_the_lock(tmp_path: Path) -
     assert first[1] == "went in, locked: True"
 
 
-def test_another_task_or_geometry_has_files_of_its_own(tmp_path: Path) -> None:
+def test_other_tasks_and_geometries_have_their_own_lock(tmp_path: Path) -> None:
     zero = "scanrefer-zero"
     with (
         evaluation_lock(tmp_path, NAME, RankInfo()),

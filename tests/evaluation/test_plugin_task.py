@@ -25,12 +25,12 @@ from w2r2_ds.utils.plugins import import_plugin
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "custom_task.py"
 TEXTS = ("2", "many", "3", None)
-"""Right, not a number, wrong, and no prediction."""
+"""Correct, not a number, wrong, and no prediction."""
 
 
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    """Other tests do not get the plug-in's task."""
+    """Restores the registries, so that other tests do not have the plug-in's task."""
     with patch.dict(TASKS), patch.dict(PROTOCOLS):
         yield
 

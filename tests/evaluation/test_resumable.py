@@ -19,7 +19,7 @@ def answer(identity: str) -> dict[str, Any]:
 
 
 def work(parts: PartialAnswers, rank: int, world: int, most: int = 100) -> list[str]:
-    """A rank that is killed after `most` samples."""
+    """Evaluate as a rank that is killed after `most` samples."""
     mine = unanswered(IDS, parts.read(), rank, world)[:most]
     with parts.writer(rank) as file:
         file.writelines(record_line(answer(IDS[index])) for index in mine)
@@ -35,7 +35,7 @@ def test_another_number_of_ranks_resumes(tmp_path: Path) -> None:
     assert parts.merge(IDS[2:4]) == [answer("s2"), answer("s3")]
 
 
-def test_shares_do_not_overlap_if_ranks_list_different_parts() -> None:
+def test_shards_are_disjoint_if_ranks_list_different_parts() -> None:
     done = {"s1": 0, "s4": 0}
     both = unanswered(IDS, {}, 0, 2) + unanswered(IDS, done, 1, 2)
     assert sorted(both) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -67,14 +67,14 @@ def test_a_line_cut_at_any_byte_is_answered_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b'{"text": 1}', b'{"id": "s', b'{"id": "caf\xc3"}', b"[]"])
-def test_a_line_that_is_broken_in_the_middle_is_named(tmp_path: Path, line: bytes) -> None:
+def test_an_invalid_line_raises_with_its_number(tmp_path: Path, line: bytes) -> None:
     parts = PartialAnswers(tmp_path, RUN)
     (tmp_path / "part-0002.jsonl").write_bytes(b'{"id": "s0"}\n' + line + b'\n{"id": "s1"}\n')
     with pytest.raises(ValueError, match=r"part-0002\.jsonl: line 2 .*Remove the file"):
         parts.read()
 
 
-def test_a_sample_counts_once(tmp_path: Path) -> None:
+def test_duplicate_answers_count_once(tmp_path: Path) -> None:
     parts = PartialAnswers(tmp_path, RUN)
     for rank in (1, 0):
         with parts.writer(rank) as file:
@@ -120,6 +120,6 @@ def test_a_predictions_file_is_written_atomically(tmp_path: Path) -> None:
     assert file.read_bytes() == before and json.loads(before) == answer("s0")
 
 
-def test_a_selection_is_a_view() -> None:
+def test_selection_indexes_the_underlying_set() -> None:
     chosen: Any = Selection(IDS, [7, 1, 3])  # type: ignore[arg-type]
     assert (list(chosen), list(chosen[1:]), len(chosen)) == (["s7", "s1", "s3"], ["s1", "s3"], 3)

@@ -1,4 +1,4 @@
-"""Generation and evaluation of a trained run: against stock transformers, and against itself at another batch size."""
+"""Evaluation of a trained run: answers against stock transformers' generation, and at other batch sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 TOKENS = 40
-"""Enough for frame and box to begin; the tiny model's answers differ from each other by then."""
+"""Enough tokens for the frame and the first number; the tiny model's answers differ by then."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def loaded(trained: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts(loaded: Any) -> list[Any]:
-    """Prompts of different lengths, of both splits."""
+    """Prompts of different lengths from both splits."""
     config = loaded[0]
     chosen = [*load_mixture(config.data, "val")[:4], *load_mixture(config.data, "train")[:2]]
     assert len({len(sample.question) for sample in chosen}) > 1
@@ -53,7 +53,7 @@ def answers(loaded: Any, samples: Sequence[Any], geometry: str, batch_size: int)
     return [(record["id"], record["tokens"], record["text"]) for record in records]
 
 
-def test_without_geometry_it_is_stock_generation(loaded: Any, prompts: list[Any]) -> None:
+def test_answers_without_geometry_equal_stock_generation(loaded: Any, prompts: list[Any]) -> None:
     config, model, frontend = loaded
     ours = [tokens for _, tokens, _ in answers(loaded, prompts, "zero", 4)]
     end = frontend.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -75,14 +75,14 @@ def test_without_geometry_it_is_stock_generation(loaded: Any, prompts: list[Any]
 
 
 @pytest.mark.parametrize("geometry", ["fused", "zero"])
-def test_left_padding_changes_nothing(loaded: Any, prompts: list[Any], geometry: str) -> None:
+def test_left_padding_does_not_change_answers(loaded: Any, prompts: list[Any], geometry: str) -> None:
     lengths = {int(batch.attention_mask.sum()) for batch in prompt_loader(prompts, loaded[2], loaded[0].data, 1)}
     assert len(lengths) > 1, "some prompts are padded"
     assert answers(loaded, prompts, geometry, len(prompts)) == answers(loaded, prompts, geometry, 1)
 
 
 @torch.no_grad()
-def test_geometry_reaches_the_answer(loaded: Any, prompts: list[Any]) -> None:
+def test_answers_depend_on_geometry(loaded: Any, prompts: list[Any]) -> None:
     _, model, frontend = loaded
     (batch,) = prompt_loader(prompts, frontend, loaded[0].data, len(prompts))
     features = model.encode_3d(batch.visuals)
@@ -134,7 +134,7 @@ def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: P
     assert lines == list(answerer.records(samples[:2]))
 
 
-def test_shuffled_geometry_is_another_rooms(loaded: Any, trained: Path, tmp_path: Path) -> None:
+def test_shuffled_geometry_comes_from_another_room(loaded: Any, trained: Path, tmp_path: Path) -> None:
     """The training set has two rooms, the validation set one."""
     _, model, frontend = loaded
     with pytest.raises(ValueError, match="at least two scenes with frames, but there are 1"):
@@ -149,7 +149,7 @@ def test_shuffled_geometry_is_another_rooms(loaded: Any, trained: Path, tmp_path
     assert lines == list(answerer.records(whole[:2]))
 
 
-def test_finished_answers_are_kept_and_other_options_rejected(
+def test_finished_answers_are_reused_and_other_options_raise(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If scoring fails, all answers are saved, and the next run generates none."""
@@ -166,7 +166,7 @@ def test_finished_answers_are_kept_and_other_options_rejected(
     assert evaluate(trained, tmp_path, max_new_tokens=4, limit=2)["samples"] == 2
 
 
-def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path: Path) -> None:
+def test_a_data_set_is_selected_by_task_or_folder(loaded: Any, trained: Path, tmp_path: Path) -> None:
     config = loaded[0].data
     (default,) = find_sets(config)
     (named,) = find_sets(config, "scanrefer", Path("prepared/scanrefer/val"))
@@ -184,7 +184,7 @@ def test_a_set_is_chosen_by_task_or_folder(loaded: Any, trained: Path, tmp_path:
         all_samples(find_sets(twice))
 
 
-def test_a_protocol_that_does_not_apply_is_rejected_before_the_model_is_loaded(
+def test_a_wrong_protocol_raises_before_the_model_is_loaded(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("w2r2_ds.evaluation.runner.trained_model", lambda *_: pytest.fail("the model was loaded"))
@@ -193,7 +193,7 @@ def test_a_protocol_that_does_not_apply_is_rejected_before_the_model_is_loaded(
             evaluate(trained, tmp_path, protocols=[protocol])
 
 
-def test_the_command_line_scores_again_and_gathers_protocols(
+def test_the_command_scores_saved_answers_with_several_protocols(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
@@ -209,7 +209,7 @@ def test_the_command_line_scores_again_and_gathers_protocols(
         evaluate_command()
 
 
-def test_a_run_and_its_last_checkpoint_are_the_same(loaded: Any, trained: Path) -> None:
+def test_a_run_and_its_last_checkpoint_give_equal_answers(loaded: Any, trained: Path) -> None:
     _, other, _ = load_trained_model(trained / "checkpoints" / f"step-{STEPS:06d}")
     ours, theirs = loaded[1].state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
@@ -217,12 +217,12 @@ def test_a_run_and_its_last_checkpoint_are_the_same(loaded: Any, trained: Path) 
 
 
 def torn_copy(trained: Path, folder: Path) -> Path:
-    """The last checkpoint's folder in a copy of the run without DeepSpeed's shards."""
+    """The last checkpoint's folder in a copy of the run, without DeepSpeed's shards."""
     shutil.copytree(trained, folder / "run", ignore=shutil.ignore_patterns("engine"))
     return folder / "run" / "checkpoints" / f"step-{STEPS:06d}"
 
 
-def test_a_checkpoint_without_its_description_is_rejected(trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_manifest_raises(trained: Path, tmp_path: Path) -> None:
     torn = torn_copy(trained, tmp_path)
     (torn / "checkpoint.json").unlink()
     with pytest.raises(ValueError, match=rf"{torn.name} holds no complete checkpoint \(checkpoint.json is missing\)"):
@@ -230,7 +230,7 @@ def test_a_checkpoint_without_its_description_is_rejected(trained: Path, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
-def test_a_checkpoint_with_torn_tensors_is_rejected(trained: Path, tmp_path: Path, damage: str) -> None:
+def test_a_checkpoint_with_truncated_tensors_raises(trained: Path, tmp_path: Path, damage: str) -> None:
     file = torn_copy(trained, tmp_path) / "trainable.safetensors"
     content = file.read_bytes()
     file.unlink()
@@ -255,7 +255,7 @@ def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def elsewhere(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Where data and models lie on another machine: options of the evaluation."""
+    """Paths of data and models on another machine, as options of the evaluation."""
     folder = tmp_path_factory.mktemp("elsewhere")
     for name in ("scenes", "vlm", "vggt"):
         shutil.copytree(world.folder / name, folder / name)
@@ -264,7 +264,7 @@ def elsewhere(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture(scope="module")
 def moved_runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The run and its adapter, as they come from a machine on which data and models lay in other places."""
+    """The run and its adapter as from a machine with other data and model paths."""
     folder = tmp_path_factory.mktemp("moved_runs")
     run, adapter = folder / "run", export_adapter(trained, folder / "adapter")
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("engine"))
@@ -276,7 +276,7 @@ def moved_runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [run, adapter]
 
 
-def test_data_and_models_may_lie_elsewhere(
+def test_data_and_models_can_be_relocated(
     moved_runs: list[Path], elsewhere: dict[str, str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = evaluate(trained, tmp_path / "home", max_new_tokens=8, limit=2)
@@ -304,7 +304,7 @@ def test_moved_paths_that_are_not_given_are_named(
         evaluate(moved_runs[index], tmp_path, limit=1, **places)
 
 
-def test_a_truncated_frame_is_found_before_the_first_answer(
+def test_a_truncated_frame_raises_before_the_first_answer(
     loaded: Any, elsewhere: dict[str, str], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "scenes"

@@ -24,7 +24,7 @@ from w2r2_ds.evaluation.scoring import choose_protocols, headline, score_records
 from w2r2_ds.types.sample import Sample
 
 MOVED = beside(0.4)
-"""Half a width away: IoU 1/3."""
+"""Moved by half a width: IoU 1/3."""
 
 
 def records(pairs: Sequence[tuple[Sample, str | None]]) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def records(pairs: Sequence[tuple[Sample, str | None]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """METEOR's start takes longer than all of these together; its values are tested elsewhere."""
+    """Disables METEOR, whose start takes longer than all of these tests; its values are tested elsewhere."""
     monkeypatch.setattr("w2r2_ds.evaluation.metrics.meteor.shared_java", lambda: Java(program="no-such-java"))
 
 
@@ -48,7 +48,7 @@ def grounded() -> list[dict[str, Any]]:
 
 
 def check_documented(results: dict[str, dict[str, Any]]) -> None:
-    """Every key of a result is on the page of its task or on the common one."""
+    """Assert that every key of a result is on its task's docs page or on the common page."""
     for name, result in results.items():
         assert undocumented(result_keys(result), "index", name.partition("/")[0]) == set(), name
 
@@ -77,12 +77,12 @@ def test_grounding_by_every_protocol(grounded: list[dict[str, Any]]) -> None:
     assert "scanrefer/vgllm_refined" not in score_records(grounded, ["all"])
 
 
-def test_a_part_of_a_split_keeps_its_groups(grounded: list[dict[str, Any]]) -> None:
+def test_a_subset_of_a_split_keeps_its_groups(grounded: list[dict[str, Any]]) -> None:
     (result,) = score_records(grounded[2:3], ["video3dllm"]).values()
     assert result["multiple"]["count"] == 1, "the only object of these records, one of several in the split"
 
 
-def test_world_answers() -> None:
+def test_world_box_answers() -> None:
     sample = in_world(grounding())
     (record,) = records([(sample, "1.6,4.7,0.5,2.4,5.3,1.5")])
     assert answer_world_box(record) == pytest.approx(BOX[:6].tolist())
@@ -98,8 +98,8 @@ def test_world_answers() -> None:
         choose_protocols([], [record, *records([(grounding(), "")])])
 
 
-def test_a_camera_answer_is_enclosed_in_the_world() -> None:
-    """A box askew by 30 degrees: a unit square's shadow is cos + sin wide, here of 2 by 1."""
+def test_a_rotated_camera_box_is_enclosed_in_a_world_box() -> None:
+    """A unit square rotated by 30 degrees has an axis-aligned width of cos + sin; here the box is 2 by 1."""
     yawed = np.array([0, 0, 0, 2, 1, 3, np.pi / 6, 0, 0])
     wide, deep = 2 * np.cos(np.pi / 6) + 0.5, 2 * 0.5 + np.cos(np.pi / 6)
     assert enclosing_box(yawed.tolist()) == pytest.approx([0, 0, 0, wide, deep, 3])
@@ -168,7 +168,7 @@ def test_detection() -> None:
     assert headline({"detection/f1": result})["detection/f1 F1@0.5"] == pytest.approx(2 / 3)
 
 
-def test_protocols_are_rejected(grounded: list[dict[str, Any]]) -> None:
+def test_unknown_or_unfitting_protocols_raise(grounded: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=r"Protocol scanqa/leo scores scanqa, but these are answers of scanrefer\."):
         score_records(grounded, ["scanqa/leo"])
     with pytest.raises(ValueError, match="protocol is 'scanrefer/leo'"):
@@ -193,7 +193,7 @@ def test_coordinates_without_a_protocol(grounded: list[dict[str, Any]], names: S
 
 
 @patch.dict(PROTOCOLS)
-def test_a_default_that_needs_proposals(grounded: list[dict[str, Any]]) -> None:
+def test_default_protocols_that_need_proposals(grounded: list[dict[str, Any]]) -> None:
     refined = replace(PROTOCOLS["scanrefer/vgllm_refined"], default=True, coordinates=("camera",))
     other = replace(PROTOCOLS["scanrefer/vgllm"], default=False)
     PROTOCOLS.clear()

@@ -1,4 +1,4 @@
-"""--geometry shuffle: right 2D features, another scene's geometry, independent of the batch."""
+"""--geometry shuffle: own 2D features, another scene's geometry, independent of the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from w2r2_ds.evaluation.shuffle import ShuffledGeometry, pair_scenes
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 40])
-def test_no_scene_keeps_its_own(count: int) -> None:
+def test_every_scene_gets_another_scene(count: int) -> None:
     scenes = [f"scene{number:04d}_00" for number in range(count)]
     pairs = pair_scenes(scenes)
     assert set(pairs) == set(pairs.values()) == set(scenes)
@@ -31,11 +31,11 @@ def test_fewer_than_two_scenes_are_an_error() -> None:
 
 @pytest.fixture
 def rooms(samples: list[Any], text_samples: list[Any]) -> list[Any]:
-    """Three rooms with 4, 3 (of another shape) and 12 frames, and a question without any."""
+    """Samples of three rooms with 4, 3 (of another size) and 12 frames, and a question without frames."""
     return [replace(each, scene_id=f"scene000{number}_00") for number, each in enumerate([*samples, text_samples[0]])]
 
 
-def test_2d_stays_and_geometry_is_the_partners(
+def test_2d_features_stay_and_geometry_is_replaced(
     rooms: list[Any], frontend: Any, data_config: Callable[..., Any]
 ) -> None:
     plain = make_processor(frontend, data_config())
@@ -62,7 +62,9 @@ def test_2d_stays_and_geometry_is_the_partners(
     assert shuffled(rooms[3], False).visual.geometry_images is None
 
 
-def test_the_batch_does_not_matter(rooms: list[Any], frontend: Any, data_config: Callable[..., Any]) -> None:
+def test_geometry_does_not_depend_on_the_batch(
+    rooms: list[Any], frontend: Any, data_config: Callable[..., Any]
+) -> None:
     config = data_config()
     shuffled = ShuffledGeometry(make_processor(frontend, config), rooms)
     together = next(iter(prompt_loader(rooms[:3], frontend, config, 3, shuffled)))

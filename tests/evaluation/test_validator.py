@@ -1,4 +1,4 @@
-"""Validation and the best checkpoint in real runs, two ranks under ZeRO-3 projections sharded, in one launch."""
+"""Validation and the best checkpoint, in runs on two ranks under ZeRO-3 that are launched once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def cut_frame_root(world: World, folder: Path) -> Path:
 
 
 def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Losses, norms and similarities: what two equal runs share to the last bit."""
+    """Losses, norms and similarities, which two equal runs share bit for bit."""
     times = ("samples_per_s", "tokens_per_s", "step_s", "memory_gib", "data_s", "tflops", "mfu")
     return [{k: v for k, v in line.items() if k not in times and not k.startswith("val/")} for line in metrics]
 
@@ -87,7 +87,7 @@ def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class TestRuns:
     pytestmark = LAUNCHED
 
-    def test_validation_leaves_the_losses_alone(self, runs: Reports, folder: Path) -> None:
+    def test_validation_does_not_change_the_losses(self, runs: Reports, folder: Path) -> None:
         for name in ("plain", "validated"):
             assert [report["error"] for report in runs[name]] == [None, None]
         validated, plain = read_metrics(folder / "validated"), read_metrics(folder / "plain")
@@ -98,7 +98,7 @@ class TestRuns:
             ours, theirs = (torch.load(folder / name / state)["cpu"] for name in ("validated", "plain"))
             assert torch.equal(ours, theirs)
 
-    def test_two_sharded_ranks_score_as_one_whole_model_does(self, runs: Reports, folder: Path) -> None:
+    def test_two_zero3_ranks_score_as_the_unsharded_model(self, runs: Reports, folder: Path) -> None:
         """The checkpoint of the same step, loaded without DeepSpeed, on the same samples."""
         assert runs["validated"][0]["error"] is None
         best = folder / "validated" / "checkpoints" / "best"
@@ -115,8 +115,8 @@ class TestRuns:
         assert {name: line[f"val/{name}"] for name in expected} == pytest.approx(expected, abs=1e-9)
         assert expected["scanrefer/parsed"] > 0 and expected["scanrefer/mean_iou"] > 0, "else it shows little"
 
-    def test_the_best_is_saved_and_kept(self, runs: Reports, folder: Path) -> None:
-        """Up, then down; no step but the last is a multiple of save_every."""
+    def test_the_best_checkpoint_is_saved_and_kept(self, runs: Reports, folder: Path) -> None:
+        """The score rises, then falls. No step except the last is a multiple of save_every."""
         assert [report["error"] for report in runs["validated"]] == [None, None]
         assert [line[ACC] for line in read_metrics(folder / "validated")] == [0.1, 0.5, 0.3]
         checkpoints = folder / "validated" / "checkpoints"
@@ -130,12 +130,12 @@ class TestRuns:
         printed = (folder / "jobs" / "output.txt").read_text()
         assert "validation after step 3: scanrefer/acc@0.25 0.3, best 0.5 after step 2" in printed
 
-    def test_the_best_is_evaluated_by_its_name(self, runs: Reports, folder: Path) -> None:
+    def test_the_best_checkpoint_can_be_evaluated(self, runs: Reports, folder: Path) -> None:
         checkpoints = folder / "validated" / "checkpoints"
         evaluate.run(checkpoints / "best", limit=1, max_new_tokens=2)
         assert list((checkpoints / "step-000002" / "evaluation").glob("scores-*.json"))
 
-    def test_a_resumed_run_keeps_the_best_at_a_tie(self, runs: Reports, folder: Path) -> None:
+    def test_a_resumed_run_keeps_the_best_checkpoint_at_a_tie(self, runs: Reports, folder: Path) -> None:
         assert [report["error"] for report in runs["resumed"]] == [None, None]
         metrics = read_metrics(folder / "resumed")
         assert metrics[2][ACC] == 0.5 and without_times(metrics) == without_times(read_metrics(folder / "plain"))
@@ -156,7 +156,7 @@ class TestRuns:
 
 
 def single_rank(config: RunConfig, frontend: Any) -> AnswerValidation:
-    """The validation of a run with one rank."""
+    """The validation of a run on one rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validator.dist, "get_rank", lambda: 0)
         patch.setattr(validator.dist, "get_world_size", lambda: 1)
@@ -167,7 +167,7 @@ def single_rank(config: RunConfig, frontend: Any) -> AnswerValidation:
 def mixed(
     monkeypatch: pytest.MonkeyPatch, samples: list[Any], caption_sample: Any, answer_sample: Any, no_java: Any
 ) -> list[Any]:
-    """Validation samples of three tasks, a caption's first, on a machine without Java."""
+    """Validation samples of three tasks, starting with a caption, on a machine without Java."""
     monkeypatch.setattr("w2r2_ds.evaluation.metrics.meteor.shared_java", lambda: no_java)
     caption = replace(
         caption_sample,
@@ -180,15 +180,15 @@ def mixed(
     return found
 
 
-def test_every_task_has_its_scores(mixed: list[Any]) -> None:
-    """Labels as answers: boxes and the short answer are right; the caption is not one of its references."""
+def test_every_task_is_scored(mixed: list[Any]) -> None:
+    """Labels as answers: boxes and the short answer are correct, but the caption is not one of its references."""
     found = computed(score([record_of(sample, sample.answer) for sample in mixed]))
     assert found["scanrefer/acc@0.25"] == found["scanqa/EM"] == 1.0
     assert found["scanrefer/mean_iou"] > 0.9 and found["scanrefer/parsed"] == 1.0
     assert 0 < found["scan2cap/ROUGE-L@0.5"] < 1 and "scan2cap/CIDEr@0.5" in found
 
 
-def test_the_first_sets_task_decides(
+def test_the_first_sets_task_selects_the_best(
     mixed: list[Any], frontend: Any, data_config: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = RunConfig(data=data_config(), train=TrainConfig(eval_every=1, seed=3))
@@ -215,7 +215,7 @@ def test_without_java_its_metrics_cannot_select_the_best(mixed: list[Any], front
     assert single_rank(replace(config, train=replace(config.train, best_by="scan2cap/CIDEr@0.5")), frontend).samples
 
 
-def test_without_pycocoevalcap_captions_are_rejected_at_once(
+def test_captions_without_pycocoevalcap_raise_at_the_start(
     mixed: list[Any], frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("bleu.bleu", "cider.cider", "rouge.rouge"):

@@ -32,7 +32,9 @@ def nan_loss(rank: int, call: int) -> Fault:
     return Fault(NAN, (FAILED,), in_process={rank: {"kind": "nan", "call": call}}, logged=("The loss is not finite",))
 
 
-def test_a_bad_day(world: World, reference_run: Path, tmp_path: Path, record_property: Record) -> None:
+def test_different_faults_in_consecutive_launches(
+    world: World, reference_run: Path, tmp_path: Path, record_property: Record
+) -> None:
     """Forward 1 is the dry run's; then each optimizer step has two."""
     out = tmp_path / "run"
     flipped = damage("engine/*optim_states.pt", flip_a_bit)
@@ -80,7 +82,7 @@ def test_repeated_signals(world: World, reference_run: Path, tmp_path: Path, rec
 
 
 @pytest.mark.nightly
-def test_every_file_of_a_checkpoint_is_checked(
+def test_damage_to_each_file_of_a_checkpoint_is_detected(
     world: World, reference_run: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """Each launch has a damaged newest checkpoint: it repeats that step, trains one more and is killed."""

@@ -72,7 +72,7 @@ def filled_for(steps: int, free: int) -> Callable[[Launch], bool]:
     return inject
 
 
-def test_a_full_disk_fails_saves_but_not_the_run(
+def test_a_full_disk_fails_the_save_and_the_run_continues(
     world: World, reference_run: Path, small_disk: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Two saves fail, the run continues, and its last checkpoints equal the reference run's."""
@@ -84,7 +84,7 @@ def test_a_full_disk_fails_saves_but_not_the_run(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("name", "free"), [("disk full to the end", FREE), ("disk full to the last byte", 0)])
-def test_a_disk_that_stays_full_costs_the_steps_since_the_last_checkpoint(
+def test_a_run_on_a_full_disk_resumes_from_the_last_checkpoint(
     world: World,
     reference_run: Path,
     small_disk: Path,

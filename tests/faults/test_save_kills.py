@@ -21,7 +21,7 @@ KILL_REST_AFTER = 1.5
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 11))])
-def test_a_kill_during_a_save_costs_nothing(
+def test_a_run_killed_during_saves_equals_the_reference_run(
     world: World, reference_run: Path, tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
 ) -> None:
     draw, rows, kills = random.Random(seed), list[Row](), 0

@@ -33,7 +33,7 @@ def test_a_slow_rank_does_not_end_the_run(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_ends_the_job(
+def test_a_hanging_rank_ends_all_ranks(
     world: World, reference_run: Path, tmp_path: Path, rank: int, record_property: Record
 ) -> None:
     out = tmp_path / "run"
@@ -45,7 +45,7 @@ def test_a_rank_that_hangs_ends_the_job(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_frozen_rank_wakes_after_its_job_was_started_again(
+def test_a_stopped_rank_exits_when_continued_after_a_restart(
     world: World, reference_run: Path, tmp_path: Path, rank: int, record_property: Record
 ) -> None:
     """SIGSTOP as on a suspended node; the other rank exits; SIGCONT during the next launch: the old rank must exit."""

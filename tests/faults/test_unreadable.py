@@ -48,7 +48,7 @@ def wait_for_end(launch: Launch) -> bool:
     return True
 
 
-def test_frames_that_turn_unreadable(
+def test_a_run_resumes_after_unreadable_frames(
     world: World, reference_run: Path, root: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """All ranks fail when the first frame is loaded, with its path in the error; later the run resumes."""
@@ -60,7 +60,7 @@ def test_frames_that_turn_unreadable(
     record_rows(record_property, rows)
 
 
-def test_a_prepared_file_that_turns_unreadable(
+def test_a_run_resumes_after_an_unreadable_prepared_file(
     world: World, reference_run: Path, root: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """A restart fails with the file's name and changes no checkpoint; it resumes when the file is readable again."""

@@ -42,7 +42,7 @@ def metrics(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("name", ["cold", "warm", "differing"])
-def test_losses_and_gradients_are_equal_to_the_last_bit(metrics: dict[str, list[dict[str, Any]]], name: str) -> None:
+def test_losses_and_gradients_with_cache_are_bit_equal(metrics: dict[str, list[dict[str, Any]]], name: str) -> None:
     """In float32 on the CPU, where 2D features do not depend on the other samples of a batch."""
     assert len(metrics[name]) == 2
     for line, plain in zip(metrics[name], metrics["none"], strict=True):

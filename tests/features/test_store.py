@@ -97,7 +97,7 @@ def test_files_have_the_mode_of_the_umask(cache: FeatureStore) -> None:
     assert stat.S_IMODE(cache.path(key(1)).stat().st_mode) == 0o640
 
 
-def test_two_processes_write_one_key_at_once(cache: FeatureStore) -> None:
+def test_concurrent_writers_of_one_key(cache: FeatureStore) -> None:
     """Readers meanwhile get the complete features or None; no temporary file remains."""
     alive, seen = {fork_writer(cache, 5, 20) for _ in range(2)}, 0
     while alive:
@@ -111,7 +111,7 @@ def test_two_processes_write_one_key_at_once(cache: FeatureStore) -> None:
     assert seen and [path.name for path in cache.folder.rglob("*.*")] == [f"{key(5)}.safetensors"]
 
 
-def test_a_writer_is_killed(cache: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_killed_writer_leaves_no_partial_file(cache: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
     """Killed at any moment: the file is complete or missing, and its temporary file is removed after an hour."""
     for pause in range(12):
         process = fork_writer(cache, 6, 10**6)

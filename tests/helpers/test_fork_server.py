@@ -32,7 +32,7 @@ def work(folder: Path) -> None:
     ("name", "ranks", "timeout", "status"),
     [("ends", 1, 60, 0), ("raises", 2, 60, 1), ("exits", 2, 60, 75), ("dies", 2, 60, -6), ("waits", 2, 1, -9)],
 )
-def test_the_exit_status_is_that_of_the_first_failed_rank(
+def test_fork_ranks_returns_the_exit_code_of_the_first_failed_rank(
     tmp_path: Path, name: str, ranks: int, timeout: int, status: int
 ) -> None:
     folder = tmp_path / name

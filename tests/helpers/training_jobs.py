@@ -28,7 +28,7 @@ RESHARDED = {"apart-zero3": ZERO3, "apart-zero2": ZERO3.with_name("zero2.json")}
 APART: dict[str, object] = {"train__steps": FEW, "train__save_every": 3, "train__merger_lr": 3e-4}
 """Learning rates so different that swapped parameter groups change the losses."""
 NO_DRY_RUN: dict[str, Any] = {"dry_run": False}
-"""Skips the dry run to save time; `test_the_dry_run_changes_nothing` tests it."""
+"""Skips the dry run to save time; `test_the_dry_run_does_not_change_the_losses` tests it."""
 EVERY: dict[str, object] = {"train__steps": 3, "train__save_every": 1, "train__keep_last": 9}
 
 

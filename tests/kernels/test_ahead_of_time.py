@@ -39,7 +39,9 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("kernel", "capability"), list(cases()))
-def test_compiles(kernel: Any, capability: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile_for_each_architecture(
+    kernel: Any, capability: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -1,4 +1,4 @@
-"""On a GPU: every kernel against PyTorch at the widths of Qwen2.5-VL-3B, in the dtype of training."""
+"""On a GPU: every kernel against PyTorch at the sizes of Qwen2.5-VL-3B, in the dtype of training."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_dual_stream_embed_is_bit_equal() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05])
-def test_lora(p: float) -> None:
+def test_lora_projection_equals_pytorch(p: float) -> None:
     x, a, b, w, bias = (random(*s) for s in [(ROWS, WIDTH), (16, WIDTH), (256, 16), (256, WIDTH), (256,)])
     close(
         both(

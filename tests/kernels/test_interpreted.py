@@ -23,8 +23,8 @@ STEPS = "test_step_equivalence.py"
         pytest.param([STEPS, "-m", "nightly"], 6, id="steps of all fusions", marks=pytest.mark.nightly),
     ],
 )
-def test_in_the_interpreter(arguments: list[str], least: int) -> None:
-    """At least `least` tests must pass: with a wrong path none would run."""
+def test_interpreted_tests_pass(arguments: list[str], least: int) -> None:
+    """At least `least` tests must pass: with a wrong path pytest would collect none."""
     pytest.importorskip("triton", reason="kernels are not installed: pip install 'w2r2-ds[kernels]'")
     command = [
         sys.executable,

@@ -87,7 +87,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("training", [True, False])
-def test_equal_to_peft(calls: list[float], dropout: float, training: bool) -> None:
+def test_the_projection_equals_peft(calls: list[float], dropout: float, training: bool) -> None:
     """PyTorch draws the same mask. Tolerance 1e-5 of the largest value: float32 with another order of summation."""
     model = adapted(dropout).train(training)
     x = torch.randn(3, 5, 24)

@@ -20,7 +20,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None
 
 @pytest.mark.parametrize("installed", [("triton", "liger_kernel"), ("triton",), ("liger_kernel",), ()])
 @pytest.mark.parametrize("gpu", [True, False])
-def test_auto_measures_where_triton_runs(
+def test_auto_measures_if_triton_is_supported(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: tuple[str, ...]
 ) -> None:
     machine(monkeypatch, gpu, *installed)
@@ -30,7 +30,7 @@ def test_auto_measures_where_triton_runs(
     assert select.describe_kernels("torch") == "torch"
 
 
-def test_triton_is_an_error_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_raises_without_support(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, True, "triton")
     with pytest.raises(ValueError, match=r"liger-kernel .*pip install \"w2r2-ds\[kernels\]\".*--model.kernels torch"):
         select.check_kernels("triton")
@@ -41,7 +41,7 @@ def test_triton_is_an_error_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch)
     assert select.describe_kernels("triton") == "triton" and select.describe_kernels("auto").startswith("torch")
 
 
-def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, True, "flash_attn")
     assert select.resolve_attention("auto", torch.bfloat16) == "flash_attention_2"
     assert select.resolve_attention("auto", torch.float32) == "sdpa"
@@ -52,7 +52,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select.resolve_attention("auto", torch.bfloat16) == "sdpa"
 
 
-def test_attention_as_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logged_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, False)
     assert select.describe_attention("auto", torch.float32) == "attention: sdpa (model.attention auto)"
 

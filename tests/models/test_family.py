@@ -123,9 +123,7 @@ def test_layer_features_are_cached_and_selected_with_their_images(
     assert torch.equal(chosen.pooler_output[0], visual.pooler_output[1])
 
 
-def test_families_that_cache_other_channels_of_one_tower_have_other_keys(
-    stacked: ModelConfig, tmp_path: Path, data_config: Any
-) -> None:
+def test_cache_keys_depend_on_the_cached_channels(stacked: ModelConfig, tmp_path: Path, data_config: Any) -> None:
     """Equal weights and equal settings, but `to_cache` of one family adds the layer features."""
     config: Any = type("PlainConfig", (type(AutoConfig.from_pretrained(stacked.vlm)),), {"model_type": "plain_vl"})
     AutoConfig.register("plain_vl", config, exist_ok=True)
@@ -154,7 +152,7 @@ def test_decoding_adds_the_layer_features(
     assert ids[0] == first and len(additions) == 1
 
 
-def test_sizes_of_the_vision_tower_are_the_familys(stacked: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vision_tower_sizes_come_from_the_family(stacked: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merger, resampling and fingerprint take them from the family, not from fields of its config.json."""
     kind = type(family.VLM_FAMILIES["stacked_vl"])
     monkeypatch.setattr(kind, "tower_sizes", lambda self, config: TowerSizes(patch_size=7, merge_size=3, depth=5))
@@ -201,7 +199,7 @@ def test_the_computed_size_of_a_feature_file_includes_the_layer_features(
     assert sizes.upper_bounds(samples[0], preprocess)[1] == file_size(stored.shape, stored.dtype)
 
 
-def test_only_the_registry_and_the_default_model_name_a_family() -> None:
+def test_only_the_registry_and_the_default_model_mention_a_family() -> None:
     """In code without comments and docstrings, outside the family's folder and packages for one model (demo, bench)."""
     root = Path(w2r2_ds.__file__).parent
     found: dict[str, list[str]] = {}
@@ -232,7 +230,7 @@ def test_an_unknown_family_names_the_file_and_the_known_families() -> None:
 def test_loader_workers_that_are_not_forked_import_the_plugin(
     stacked: ModelConfig, samples: list[Any], data_config: Any
 ) -> None:
-    """As with Python 3.14's default start method."""
+    """As with the default start method of Python 3.14."""
     loader = prompt_loader(samples[:1], load_frontend(stacked), data_config(workers=1), 1)
     loader.multiprocessing_context = "forkserver"
     (batch,) = loader

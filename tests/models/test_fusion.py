@@ -1,4 +1,4 @@
-"""Every fusion: formula, gradients in float64, initialisation, and Phi(F2D, 0) bit for bit."""
+"""Every fusion: formula, gradients in float64, initialisation, and Phi(F2D, 0) bit-equal to F2D."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_real_sizes(name: str, count: int) -> None:
         assert sum(parameter.numel() for parameter in FUSIONS[name](2048).parameters()) == count
 
 
-def test_add() -> None:
+def test_add_equals_the_sum() -> None:
     visual, geometry = tokens()
     assert torch.equal(make_fusion("add", WIDTH)(visual, geometry, SIZES), visual + geometry)
 
 
 def test_gated_equals_values_computed_by_hand() -> None:
-    """Two channels: a LayerNorm of (a, b) is (-1, 1) or (1, -1) up to epsilon, so that the gate has a closed form."""
+    """With two channels LayerNorm of (a, b) is (-1, 1) or (1, -1) up to epsilon, so the gate has a closed form."""
     fusion = make_fusion("gated", 2).double()
     fusion.load_state_dict(
         {
@@ -179,7 +179,7 @@ def test_position_embeddings() -> None:
     assert position_embeddings([], 4).shape == position_embeddings([0], 4).shape == (0, 4)
 
 
-def test_width_not_divisible_by_heads() -> None:
+def test_a_width_not_divisible_by_heads_raises() -> None:
     with pytest.raises(ValueError, match=r"cross_attention, which needs a width divisible by 8, .* 12; choose add"):
         make_fusion("cross_attention", 12)
 
@@ -236,7 +236,7 @@ def test_modules_are_called_once_per_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", STOCK_WITHOUT_GEOMETRY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_geometry_is_the_stock_vlm_for_all_weights(name: str, dtype: torch.dtype) -> None:
+def test_zero_geometry_equals_the_stock_vlm_for_all_weights(name: str, dtype: torch.dtype) -> None:
     fusion = randomised(name, dtype=dtype)
     visual = tokens()[0].to(dtype)
     assert fusion(visual, None, SIZES) is visual
@@ -304,7 +304,7 @@ def stock_tokens(model_config: Any, visuals: Any) -> torch.Tensor:
 @pytest.mark.parametrize("visual", ["images", "video"])
 @pytest.mark.parametrize("name", FUSIONS)
 @torch.no_grad()
-def test_merged_zeros_are_the_stock_vlm(
+def test_merged_zeros_give_the_stock_vlm(
     model_config: Any, batch_of: Any, samples: list[Any], name: str, visual: str
 ) -> None:
     batch = batch_of(samples, visual=visual)

@@ -88,7 +88,7 @@ def test_features_are_prepared_and_a_step_is_trained(config: Callable[..., RunCo
     assert all(p.grad is not None and p.grad.norm() > 0 for p in model.geometry_merger.mlp.parameters())
 
 
-def test_a_batch_without_frames_runs_the_encoder_on_the_dummy(config: Callable[..., RunConfig]) -> None:
+def test_a_batch_without_frames_encodes_the_dummy_image(config: Callable[..., RunConfig]) -> None:
     run = config()
     frontend = load_frontend(run.model)
     visuals = make_collate(frontend, run.data, False).dummy
@@ -133,7 +133,7 @@ def test_frame_width_must_be_a_multiple_of_the_encoders_patch(config: Callable[.
         make_processor(load_frontend(run.model), run.data)
 
 
-def test_defaults_of_path_and_layers_are_vggts_only() -> None:
+def test_only_vggt_has_defaults_of_path_and_layers() -> None:
     vggt, other = (from_tree({"model": {"geometry": {"name": name}}}, "x").model.geometry for name in ("vggt", "other"))
     assert vggt == GeometryConfig()
     assert (other.path, other.layers) == ("", [0])
@@ -151,7 +151,7 @@ def test_vggt_needs_a_path() -> None:
         geometry_spec(GeometryConfig(path=""))
 
 
-def test_an_unknown_encoder_names_the_field_and_the_known_ones(model_config: Any) -> None:
+def test_an_unknown_encoder_raises_with_the_field_and_the_known_ones(model_config: Any) -> None:
     unknown = replace(model_config, geometry=GeometryConfig(name="depth"))
     for load in (load_frontend, lambda config: build_model(config, torch.device("cpu"), 0)):
         with pytest.raises(ValueError, match=r"model\.geometry\.name is 'depth'.*vggt.*--plugin"):

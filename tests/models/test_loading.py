@@ -63,7 +63,7 @@ def test_real_models_on_the_meta_device(
     assert shapes["model.visual.merger.mlp.2.weight"] == (hidden, 5120)
 
 
-def test_class_and_sizes_come_from_the_config_not_the_path(tiny_dir: Path, tmp_path: Path) -> None:
+def test_class_and_sizes_come_from_the_config(tiny_dir: Path, tmp_path: Path) -> None:
     misleading = tmp_path / "Qwen3-VL-72B-llama"
     shutil.copytree(tiny_dir, misleading)
     model: Any = load_vlm(misleading, torch.bfloat16, "eager")
@@ -131,13 +131,13 @@ def test_position_ids_raise_on_inconsistent_inputs(tokenizer: Any, visual_inputs
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./runs/model", "a/b/c", "../x", ""])
-def test_missing_directory(name: str) -> None:
+def test_a_missing_directory_raises(name: str) -> None:
     with pytest.raises(ValueError, match=r"no directory here; correct model\.vlm .* or a hub id") as caught:
         load_model_config(name)
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_hub_id() -> None:
+def test_an_unknown_hub_id_raises() -> None:
     with pytest.raises(
         ValueError, match=r"no-such-org/no-such-model.*no such directory.*; correct model\.vlm .* give its directory$"
     ) as caught:
@@ -145,7 +145,7 @@ def test_unknown_hub_id() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_unsupported_model_type(copy_dir: Path) -> None:
+def test_an_unsupported_model_type_raises(copy_dir: Path) -> None:
     for model_type in ("llama", "not_a_model"):
         edit(copy_dir / "config.json", model_type=model_type)
         with pytest.raises(ValueError, match=f"config.json: model_type is '{model_type}'"):
@@ -155,7 +155,7 @@ def test_unsupported_model_type(copy_dir: Path) -> None:
         load_vlm(copy_dir, torch.float32)
 
 
-def test_weights_must_match_the_config(copy_dir: Path) -> None:
+def test_weights_that_do_not_match_the_config_raise(copy_dir: Path) -> None:
     path = copy_dir / "model.safetensors"
     weights = load_file(path)
     name = "visual.blocks.0.attn.qkv.weight"
@@ -176,7 +176,7 @@ def test_weights_must_match_the_config(copy_dir: Path) -> None:
         load_vlm(copy_dir, torch.float32)
 
 
-def test_tokenizer_must_match_the_config(copy_dir: Path) -> None:
+def test_a_tokenizer_that_does_not_match_the_config_raises(copy_dir: Path) -> None:
     path = copy_dir / "tokenizer.json"
     text = path.read_text()
     settings = (copy_dir / "tokenizer_config.json").read_text()
@@ -191,7 +191,7 @@ def test_tokenizer_must_match_the_config(copy_dir: Path) -> None:
         load_tokenizer(copy_dir)
 
 
-def test_tokenizer_without_template_or_files(copy_dir: Path) -> None:
+def test_a_tokenizer_without_template_or_files_raises(copy_dir: Path) -> None:
     (copy_dir / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template"):
         load_tokenizer(copy_dir)

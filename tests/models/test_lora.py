@@ -61,7 +61,7 @@ def test_fresh_adapter_changes_nothing_and_gets_gradients(vlm: Any, tokenizer: A
     assert all(grad.any() for name, grad in grads.items() if "lora_B" in name and grad is not None)
 
 
-def test_model_without_projections(vlm: Any) -> None:
+def test_a_model_without_projections_raises(vlm: Any) -> None:
     with pytest.raises(ValueError, match="has no module such as"):
         add_lora(vlm.model.visual, rank=4, alpha=8)
 

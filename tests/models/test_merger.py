@@ -94,7 +94,7 @@ def test_initialisation_is_normal_and_dtype_follows_the_weights() -> None:
     assert merger.to(torch.bfloat16)([torch.randn(1, 2, 2, 32)]).dtype == torch.bfloat16
 
 
-def test_bad_features() -> None:
+def test_features_of_wrong_shape_raise() -> None:
     merger = GeometryMerger(8, 12, merger_hidden=16)
     with pytest.raises(ValueError, match=r"expected \[frames, h, w, 8\]"):
         merger([torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 4, 9)])

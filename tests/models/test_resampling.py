@@ -47,7 +47,7 @@ def test_values_are_those_of_float64_arithmetic(geometry: int, tower: int) -> No
 
 
 @pytest.mark.parametrize(("geometry", "tower"), SIZES)
-def test_both_grids_begin_at_the_same_pixel(geometry: int, tower: int) -> None:
+def test_resampled_features_lie_at_the_towers_patch_centres(geometry: int, tower: int) -> None:
     """Features that hold the pixel coordinates of their centres give those of the tower's patches."""
     height, width = 9, 11
     y, x = ((torch.arange(side) + 0.5) * geometry for side in (height, width))
@@ -65,7 +65,7 @@ def test_dtype_is_kept_and_interpolated_in_float32() -> None:
     assert torch.equal(result, resample_to_patches(features.float(), 14, 16, 2).bfloat16())
 
 
-def test_a_frame_smaller_than_a_cell_of_the_tower() -> None:
+def test_a_frame_smaller_than_a_merged_patch() -> None:
     merger = GeometryMerger(4, 8, 8)
     with pytest.raises(ValueError, match="geometry merger"):
         merger([resample_to_patches(torch.randn(1, 2, 6, 4), 14, 16, 2)])

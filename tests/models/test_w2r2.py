@@ -54,7 +54,7 @@ def test_both_grids_must_have_the_same_shape() -> None:
         W2R2.fuse(model_of(embeddings, Add(8)), visual, geometry[:4])
 
 
-def test_a_dummy_has_no_positions() -> None:
+def test_a_dummy_image_leaves_the_embeddings_unchanged() -> None:
     batch, embeddings, visual, geometry = inputs()
     batch.visuals.dummy = True
     model = model_of(embeddings.requires_grad_(), Add(8), ALL_KERNELS)

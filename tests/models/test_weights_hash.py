@@ -72,6 +72,6 @@ def test_weights_are_read_once_per_process_and_version(
     assert [file.parent for file in opened].count(folder) == 1 + len(tensors)
 
 
-def test_directory_without_weights(tmp_path: Path) -> None:
+def test_a_directory_without_weights_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no safetensors weights"):
         weights_identity(tmp_path)

@@ -64,7 +64,7 @@ def mixture(log_p: Tensor, row: Any, shares: dict[int, float]) -> None:
         log_p[int(row), index] = math.log(share)
 
 
-def test_certainty_gives_the_labels_numbers(batch: Any, tables: Any) -> None:
+def test_certain_predictions_give_the_labels_numbers(batch: Any, tables: Any) -> None:
     rows = batch.answer_positions
     numbers = expected_numbers(sure(rows.label, len(tables.digit)), rows, tables)
     assert numbers.dtype == torch.float64
@@ -74,15 +74,15 @@ def test_certainty_gives_the_labels_numbers(batch: Any, tables: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_narrow_types_are_widened(batch: Any, tables: Any, dtype: torch.dtype) -> None:
+def test_low_precision_inputs_are_computed_in_float32(batch: Any, tables: Any, dtype: torch.dtype) -> None:
     rows = batch.answer_positions
     numbers = expected_numbers(sure(rows.label, len(tables.digit)).to(dtype), rows, tables)
     assert numbers.dtype == torch.float32
     torch.testing.assert_close(numbers[0], torch.tensor([2, *VALUES]), atol=1e-5, rtol=0)
 
 
-def test_mixture_by_hand(batch: Any, tables: Any, token: Callable[[str], int]) -> None:
-    """3.02 and -2.32, and a frame of two digits."""
+def test_expected_numbers_by_hand(batch: Any, tables: Any, token: Callable[[str], int]) -> None:
+    """3.02 and -2.32, and a frame index of two digits."""
     rows = batch.answer_positions
     log_p = sure(rows.label, len(tables.digit))
     # A quarter of the probability is on digits, 0.2 of it on 2 and 0.8 on 3; the rest is on other tokens.
@@ -101,7 +101,9 @@ def test_mixture_by_hand(batch: Any, tables: Any, token: Callable[[str], int]) -
     torch.testing.assert_close(numbers, expected, atol=1e-12, rtol=0)
 
 
-def test_tokens_that_spell_the_same_digit_count_together(batch: Any, tables: Any, token: Callable[[str], int]) -> None:
+def test_probabilities_of_tokens_of_the_same_digit_are_summed(
+    batch: Any, tables: Any, token: Callable[[str], int]
+) -> None:
     rows = batch.answer_positions
     other = token("}")
     digit = tables.digit.clone()
@@ -214,7 +216,7 @@ def test_gradient_of_overlap_matches_finite_differences(batch_of: Any, samples: 
 
 
 @pytest.mark.slow
-def test_ascent_finds_the_box(batch_of: Any, samples: list[Any], tables: Any) -> None:
+def test_gradient_ascent_reaches_the_box(batch_of: Any, samples: list[Any], tables: Any) -> None:
     """From nearly uninformative digits and no overlap, ascent on GIoU leads to an overlap."""
     batch = batch_of(samples[:1])
     logits = noise(batch, tables, trust=2.0).requires_grad_()
@@ -247,7 +249,7 @@ def test_samples_without_a_box_contribute_nothing(mixed: Any, batch_of: Any, sam
     torch.testing.assert_close(gradient[rows.sample == 1], torch.autograd.grad(values[0] + values[1], own)[0])
 
 
-def test_a_size_that_is_negative_is_far_away_without_a_gradient(
+def test_a_negative_size_has_the_lowest_overlap_and_no_gradient(
     batch_of: Any, samples: list[Any], tables: Any, token: Callable[[str], int]
 ) -> None:
     batch = batch_of(samples[:2])

@@ -85,7 +85,9 @@ def test_no_gradient_reaches_the_shortcut(samples: list[Any], total: Callable[..
     [(push, {"lambda_det": 0.0}) for push in PUSH_TERMS]
     + [(push, changes) for push in GATED for changes in ({"mu": 0.999}, {"sure": -30.0})],
 )
-def test_equal_to_none(samples: list[Any], total: Callable[..., Total], push: str, changes: dict[str, Any]) -> None:
+def test_push_terms_equal_none_without_weight_or_active_hinge(
+    samples: list[Any], total: Callable[..., Total], push: str, changes: dict[str, Any]
+) -> None:
     """With lambda 0; and for gated terms, if no sample is above mu or the shortcut is wrong."""
     sure = {"sure": changes["sure"]} if "sure" in changes else {}
     ours, plain = total(samples, push=push, **changes), total(samples, push="none", **sure)
@@ -94,7 +96,7 @@ def test_equal_to_none(samples: list[Any], total: Callable[..., Total], push: st
 
 
 @pytest.mark.parametrize("push", GATED)
-def test_not_equal_to_none_where_the_shortcut_is_right(
+def test_push_terms_differ_from_none_for_correct_shortcuts(
     samples: list[Any], total: Callable[..., Total], push: str
 ) -> None:
     ours, plain = total(samples, push=push), total(samples, push="none")
@@ -125,7 +127,9 @@ def test_where_terms_have_gradients_at_where_tokens_only(
 
 @pytest.mark.parametrize("push", PUSH_TERMS)
 @pytest.mark.parametrize("reduction", ["sample", "token"])
-def test_split_order_and_padding(samples: list[Any], total: Callable[..., Total], push: str, reduction: str) -> None:
+def test_loss_does_not_depend_on_split_order_and_padding(
+    samples: list[Any], total: Callable[..., Total], push: str, reduction: str
+) -> None:
     """In one batch, one by one and in reverse order: equal up to the order of float32 sums."""
     changes = {"push": push, "reduction": reduction, "margin": 30.0}
     together = total(samples, **changes)
@@ -140,7 +144,7 @@ def test_split_order_and_padding(samples: list[Any], total: Callable[..., Total]
 
 @pytest.mark.parametrize("push", PUSH_TERMS)
 @pytest.mark.parametrize("hidden", ["where", "numbers", "what"])
-def test_empty_sets_give_numbers(
+def test_empty_token_sets_give_finite_losses(
     samples: list[Any], batch_of: Any, total: Callable[..., Total], push: str, hidden: str
 ) -> None:
     """Without *where* tokens, digit tokens or description: finite, and 0 for the terms that need them."""

@@ -20,7 +20,7 @@ from w2r2_ds.objective.reductions import mean_per_sample
 from w2r2_ds.utils.plugins import import_plugin
 
 GATED = [name for name, term in PUSH_TERMS.items() if term.gated]
-"""Push terms that are 0 for a sample whose shortcut is not above mu."""
+"""Push terms that are 0 for a sample whose shortcut has s <= mu."""
 LN2, LN4 = math.log(2), math.log(4)
 
 
@@ -30,9 +30,10 @@ def log_of(*rows: list[float]) -> Tensor:
 
 @pytest.fixture
 def inputs() -> PushInputs:
-    """Four samples, a vocabulary of three.
+    """Four samples and a vocabulary of three tokens.
 
-    Sample 0: rows 0 (not where), 1 and 2; sample 1: row 3; sample 2: row 4, not where; sample 3: row 5, h = 0.
+    Sample 0 has answer tokens 0 (not where), 1 and 2; sample 1 token 3; sample 2 token 4 (not where); sample 3 token
+    5, with h = 0.
     """
     log_p = log_of(
         [0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.2, 0.4, 0.4], [0.5, 0.25, 0.25]
@@ -123,7 +124,7 @@ def test_every_push_term_has_hand_values_a_docstring_and_a_place_in_the_help() -
     assert all(term.__doc__ and name in words for name, term in PUSH_TERMS.items())
 
 
-def test_an_unknown_push_term_is_named() -> None:
+def test_an_unknown_push_term_raises_with_its_name() -> None:
     with pytest.raises(ValueError, match=r"^objective\.push_term is 'marign'; it must be one of none, literal, .*poe"):
         push_term("marign")
 
@@ -138,7 +139,7 @@ def test_an_unknown_push_term_is_named() -> None:
         ("soft_iou", {"iou_margin": "wide"}, "iou_margin"),
     ],
 )
-def test_a_wrong_hyper_parameter_is_named(name: str, given: dict[str, Any], field: str) -> None:
+def test_a_wrong_hyper_parameter_raises_with_its_name(name: str, given: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=rf"objective\.push_term\.{field}"):
         push_term(name, **given)
 
@@ -172,7 +173,7 @@ def test_hand_values(inputs: PushInputs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUSH_TERMS)
-def test_gradient_against_finite_differences(inputs: PushInputs, name: str) -> None:
+def test_gradient_equals_finite_differences(inputs: PushInputs, name: str) -> None:
     leaves = leaves_of(inputs)
 
     def total(*leaves: Tensor) -> Tensor:
@@ -247,7 +248,7 @@ def cast(inputs: Any, dtype: torch.dtype) -> Any:
     return inputs
 
 
-def test_the_hinge_bounds_downweight(inputs: PushInputs) -> None:
+def test_downweight_never_has_a_negative_weight(inputs: PushInputs) -> None:
     """The total weight of a sample is at least 0."""
     heavy = replace(inputs, lambda_det=50.0)
     total = inputs.cross_entropy + push_term("downweight")(heavy)

@@ -24,7 +24,7 @@ from w2r2_ds.objective.scorer import Scorer
         ({"answer_similarity": "token_f1"}, pytest.approx(2 / 3), pytest.approx(0.8)),
     ],
 )
-def test_decoded_words_by_the_configured_measure(
+def test_decoded_texts_use_the_configured_similarity(
     batch_of: Any,
     samples: list[Any],
     caption_sample: Any,
@@ -42,7 +42,7 @@ def test_decoded_words_by_the_configured_measure(
     assert score.valid.tolist() == [True, True, True]
 
 
-def test_teacher_forced_labels_are_right_for_every_kind(
+def test_teacher_forced_labels_have_similarity_one_for_every_kind(
     batch_of: Any, samples: list[Any], caption_sample: Any, answer_sample: Any, tables: Any, frontend: Any
 ) -> None:
     batch = batch_of([samples[0], caption_sample, answer_sample])

@@ -28,7 +28,7 @@ VALUES = "[-0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]"
 
 @pytest.fixture
 def batch(batch_of: Any, samples: list[Any]) -> Any:
-    """The second answer is one digit longer in several places, so that the first one is padded."""
+    """Two answers. The second has one digit more in several places, so the first one's digit tokens are padded."""
     first = replace(samples[0], answer=f'{{"frame": 2, "bbox_3d": {VALUES}}}')
     second = replace(samples[2], answer=f'{{"frame": 12, "bbox_3d": {VALUES.replace("3.0,", "103.25,")}}}')
     return batch_of([first, second])
@@ -36,7 +36,7 @@ def batch(batch_of: Any, samples: list[Any]) -> Any:
 
 @pytest.fixture
 def change(frontend: Any, batch: Any) -> Any:
-    """`change(sample, number, position, token)`: predictions equal to the labels but for one token of a number."""
+    """Function `change(sample, number, position, token)`: the labels with one token of a number replaced."""
 
     def predict(sample: int, number: int, position: int, token: str) -> torch.Tensor:
         predicted = batch.answer_positions.label.clone()
@@ -50,7 +50,7 @@ def change(frontend: Any, batch: Any) -> Any:
     return predict
 
 
-def test_all_right(batch: Any, tables: Any) -> None:
+def test_correct_predictions_give_the_labels_numbers(batch: Any, tables: Any) -> None:
     numbers = predicted_numbers(batch.answer_positions.label, batch.answer_positions, tables)
     assert numbers.dtype == torch.float64
     expected = [2, -0.63, 12.4, 3.02, 3.0, 0.59, 2.35, -2.32, 1.18, 0.05]
@@ -121,7 +121,7 @@ def test_wrong_signs(batch: Any, tables: Any, frontend: Any) -> None:
     assert numbers[0, [X, 7, 2]].tolist() == pytest.approx([0.63, 2.32, -12.4])
 
 
-def test_any_end_of_a_number_is_right(batch: Any, tables: Any, frontend: Any) -> None:
+def test_tokens_after_a_number_do_not_change_it(batch: Any, tables: Any, frontend: Any) -> None:
     """The token after a number is not part of it: another comma or bracket does not change the number."""
     rows = batch.answer_positions
     labels = predicted_numbers(rows.label, rows, tables)
@@ -159,7 +159,7 @@ def iou_with_target(world: np.ndarray, sample: Any) -> float:
 
 
 def test_invalid_answers_have_similarity_zero(batch_of: Any, samples: list[Any], tables: Any, frontend: Any) -> None:
-    """A frame that only a longer sample has, one that none has, a size of zero, a negative size."""
+    """A frame index that only another sample has, or none; a size of zero; a negative size."""
     batch = batch_of([samples[1], samples[2]])
     rows = batch.answer_positions
     token = frontend.tokenizer.convert_tokens_to_ids
@@ -217,7 +217,7 @@ def test_samples_without_numbers_do_not_change_others(
         assert valid.tolist() == [False, True, False]
 
 
-def test_digit_tokens_of_no_width_at_all(mixed: Any, tables: Any) -> None:
+def test_empty_digit_tokens(mixed: Any, tables: Any) -> None:
     rows = mixed.answer_positions
     empty = replace(
         rows, digit=rows.digit[..., :0], place_value=rows.place_value[..., :0], sign=torch.zeros_like(rows.sign)

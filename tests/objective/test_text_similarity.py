@@ -29,8 +29,11 @@ def test_rouge_l(prediction: str, reference: str, common: int) -> None:
     assert rouge_l(reference, reference) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_rouge_l_in_numbers() -> None:
-    """3 of 4 words are 3 of 6: P = 0.75, R = 0.5, 2.44 P R = 0.915, R + 1.44 P = 1.58. Recall weighs more."""
+def test_rouge_l_by_hand() -> None:
+    """3 of 4 words match 3 of 6: P = 0.75, R = 0.5, F = 2.44 P R / (R + 1.44 P) = 0.915 / 1.58.
+
+    Recall has more weight.
+    """
     short, long = "the chair is black", "the chair is by the desk"
     assert rouge_l(short, long) == pytest.approx(0.915 / 1.58, abs=1e-12)
     assert rouge_l(long, short) == pytest.approx(0.915 / (0.75 + 1.44 * 0.5), abs=1e-12)

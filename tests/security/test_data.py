@@ -1,4 +1,4 @@
-"""Data of untrusted sources: recipes, prepared sets, frames, meshes and archives stay data, and below the data root."""
+"""Untrusted data (recipes, prepared sets, frames, meshes, archives) runs no code and cannot leave the data root."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from w2r2_ds.evaluation.datasets import find_sets
 from w2r2_ds.evaluation.predictions.rescore import score_file
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
-"""An image to PIL, whose reader starts Ghostscript."""
+"""A file that PIL reads as an image with Ghostscript."""
 
 
 @pytest.fixture
 def evil_recipe(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A module that leaves the mark, which is returned, when it is imported."""
+    """A module that creates the marker file, which is returned, when it is imported."""
     (tmp_path / "evil_recipe.py").write_text(
         f"open({str(mark)!r}, 'w').close()\nfrom w2r2_ds.config.schema import DataConfig\nclass Data(DataConfig): ...\n"
     )
@@ -74,8 +74,8 @@ def evil_recipe(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("[evil_recipe.Data]", "list"),
     ],
 )
-def test_a_recipe_is_data(text: str, named: str, tmp_path: Path, evil_recipe: Path) -> None:
-    """Also the config.yaml of an untrusted run, which evaluation and export read by the same function."""
+def test_a_recipe_runs_no_code(text: str, named: str, tmp_path: Path, evil_recipe: Path) -> None:
+    """Also the config.yaml of an untrusted run, which evaluation and export read with the same function."""
     (tmp_path / "other.yaml").write_text("a-line-of-another-file: 1\n")
     path = tmp_path / "config.yaml"
     path.write_text(text.replace("OTHER", str(tmp_path / "other.yaml")) + "\n")
@@ -87,15 +87,15 @@ def test_a_recipe_is_data(text: str, named: str, tmp_path: Path, evil_recipe: Pa
 
 
 @pytest.mark.parametrize("tree", [{"data": {"val": "[evil_recipe.Data]"}}, {"data": "evil_recipe.Data"}, ["x"], None])
-def test_the_configuration_of_a_card_is_data(tree: Any, evil_recipe: Path) -> None:
+def test_the_configuration_of_a_model_card_runs_no_code(tree: Any, evil_recipe: Path) -> None:
     with pytest.raises(ValueError, match="card"):
         from_tree(tree, "card")
     assert not evil_recipe.exists() and "evil_recipe" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["pipe", "-", "/dev/fd/N", "file://FOLDER/config.yaml", "none.yaml", "FOLDER"])
-def test_a_recipe_is_a_regular_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a pipe would wait, or empty it."""
+def test_a_recipe_must_be_a_regular_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a pipe would block, or consume it."""
     text = "out: runs/x\n"
     (tmp_path / "config.yaml").write_text(text)
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
@@ -113,14 +113,14 @@ def test_a_recipe_is_a_regular_file(name: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_recipe_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No shell expands the ~ of `--config=~/recipe.yaml`."""
+    """The shell does not expand ~ in `--config=~/recipe.yaml`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.yaml").write_text("out: runs/home\n")
     assert load_config(overrides=["--config=~/config.yaml"]).out == "runs/home"
 
 
 def with_first(file: Path, column: str, value: Any) -> None:
-    """Replace the first value of a column, as another program may write it."""
+    """Replace the first value of a column."""
     table = pq.read_table(file)
     rows = table.to_pylist()
     rows[0][column] = value
@@ -146,8 +146,8 @@ def test_a_frame_stays_below_the_data_root(path: str, sentence: str, samples: An
     assert "\x1b" not in str(caught.value) and "\x00" not in str(caught.value)
 
 
-def test_links_of_the_users_own_are_followed(samples: Any, tmp_path: Path) -> None:
-    """docs/guides/own-dataset.md: a folder may be a link to another disk. A table cannot make one."""
+def test_links_of_the_user_are_followed(samples: Any, tmp_path: Path) -> None:
+    """docs/guides/own-dataset.md: a folder may be a link to another disk. A prepared table cannot create links."""
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "posed_images").symlink_to(samples[0].frames[0].parent)
     linked = [
@@ -159,7 +159,7 @@ def test_links_of_the_users_own_are_followed(samples: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("column", ["id", "scene_id", "task"])
-def test_names_of_a_table_stand_on_one_line(column: str, samples: Any, tmp_path: Path) -> None:
+def test_names_from_a_table_are_printed_on_one_line(column: str, samples: Any, tmp_path: Path) -> None:
     root = samples[0].frames[0].parent
     write_prepared(tmp_path, samples, root)
     with_first(tmp_path / SCENE_FILE, column, "x\nstep 5  loss 0.0")
@@ -168,7 +168,7 @@ def test_names_of_a_table_stand_on_one_line(column: str, samples: Any, tmp_path:
 
 
 @pytest.mark.parametrize("task", ["../../x", "scan/refer", "/tmp/x", "", "a\nb", 3, None])
-def test_a_task_is_a_name_and_no_path(task: Any, samples: Any, tmp_path: Path, data_config: Any) -> None:
+def test_a_task_name_cannot_be_a_path(task: Any, samples: Any, tmp_path: Path, data_config: Any) -> None:
     """An evaluation writes predictions-TASK-GEOMETRY.jsonl and removes parts-TASK-GEOMETRY."""
     write_prepared(tmp_path, samples, samples[0].frames[0].parent, task=task)
     config = data_config(root=str(samples[0].frames[0].parent))
@@ -177,12 +177,12 @@ def test_a_task_is_a_name_and_no_path(task: Any, samples: Any, tmp_path: Path, d
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "/etc", "a b", "", "..", "a\n", "scene0000_00\x00", "s" * 101])
-def test_a_scene_is_a_name_and_no_path(name: str) -> None:
+def test_a_scene_id_cannot_be_a_path(name: str) -> None:
     with pytest.raises(ValueError, match=r"is not made of letters, digits and underscores only"):
         check_scene_id(name)
 
 
-def test_an_untrusted_prediction_forges_no_line(tmp_path: Path) -> None:
+def test_an_untrusted_prediction_cannot_forge_a_line(tmp_path: Path) -> None:
     file = tmp_path / "predictions-x.jsonl"
     file.write_text(json.dumps({"id": "a\nscores: 1.0", "task": "scanqa", "scene_id": "s", "text": "x"}) + "\n")
     with pytest.raises(ValueError, match=r"line 1: field 'id': .*'a\\nscores: 1.0'"):
@@ -191,7 +191,7 @@ def test_an_untrusted_prediction_forges_no_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Programs that PIL starts; none is."""
+    """List of the programs that PIL starts; it must stay empty."""
     calls: list[Any] = []
 
     def fail(*arguments: Any, **_: Any) -> None:
@@ -205,8 +205,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     assert not calls
 
 
-def test_an_image_starts_no_program(tmp_path: Path, started: list[Any]) -> None:
-    """PostScript is an image to PIL for any file name, and Ghostscript reads it."""
+def test_an_image_cannot_start_a_program(tmp_path: Path, started: list[Any]) -> None:
+    """PIL detects PostScript by content, not by file name, and calls Ghostscript for it."""
     path = tmp_path / "00000.jpg"
     path.write_bytes(EPS)
     frame = Frame(0, path, path, np.eye(4))
@@ -217,8 +217,8 @@ def test_an_image_starts_no_program(tmp_path: Path, started: list[Any]) -> None:
         image_size(type("Scene", (), {"frames": (frame,)}))  # type: ignore[arg-type]
 
 
-def test_a_mesh_opens_no_other_file(tmp_path: Path) -> None:
-    """A PLY names its texture, and its reader would open it; trimesh itself rejects one outside the folder."""
+def test_a_mesh_cannot_open_other_files(tmp_path: Path) -> None:
+    """A PLY file can name a texture file, which a reader may open."""
     Image.new("RGB", (4, 4)).save(tmp_path / "texture.png")
     content = trimesh.creation.box().export(file_type="ply")
     path = tmp_path / "scene.ply"
@@ -237,7 +237,7 @@ def test_a_mesh_opens_no_other_file(tmp_path: Path) -> None:
     assert not [name for name in opened if name.endswith("texture.png")]
 
 
-def test_what_a_pickle_names_is_quoted_on_one_line(tmp_path: Path, mark: Path, payload: Any) -> None:
+def test_names_in_a_pickle_are_quoted_on_one_line(tmp_path: Path, mark: Path, payload: Any) -> None:
     path = tmp_path / "infos.pkl"
     path.write_bytes(b"\x80\x04\x8c\x0aos\x1b[2J\r\x85.x\x8c\x06system\x93.")
     with pytest.raises(ValueError) as caught:

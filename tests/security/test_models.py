@@ -1,4 +1,4 @@
-"""Model and adapter folders of untrusted sources: nothing in them is run, and no pickle in them is read."""
+"""Untrusted model and adapter folders: no code in them runs, and no pickle is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def test_weights_in_a_pickle_are_not_read(vlm_folder: Path, payload: Any, mark: Path) -> None:
-    """Not even good ones: without `use_safetensors` transformers would take these."""
+    """Not even harmless ones. Without `use_safetensors`, transformers would load them."""
     torch.save(load_file(vlm_folder / WEIGHTS), vlm_folder / BIN)
     (vlm_folder / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"cannot read model weights \(.*no file named model.safetensors"):
@@ -41,7 +41,7 @@ def test_weights_in_a_pickle_are_not_read(vlm_folder: Path, payload: Any, mark: 
 
 
 @pytest.mark.parametrize("name", [BIN, "../other.safetensors", "/etc/passwd.safetensors", ".."])
-def test_an_index_names_safetensors_beside_it_only(vlm_folder: Path, name: str) -> None:
+def test_an_index_may_list_safetensors_of_its_folder_only(vlm_folder: Path, name: str) -> None:
     tensors = load_file(vlm_folder / WEIGHTS)
     torch.save(tensors, vlm_folder / BIN)
     (vlm_folder / WEIGHTS).rename(vlm_folder.parent / "other.safetensors")
@@ -52,7 +52,7 @@ def test_an_index_names_safetensors_beside_it_only(vlm_folder: Path, name: str) 
 
 
 def test_code_of_a_model_folder_is_not_run(vlm_folder: Path, code: str, mark: Path) -> None:
-    """`auto_map` is what `trust_remote_code` would follow; the stock classes are used."""
+    """`trust_remote_code` would import the modules in `auto_map`. The stock classes are used."""
     (vlm_folder / "evil.py").write_text(code)
     models = {name: "evil.Model" for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")}
     edit(vlm_folder / "config.json", auto_map={"AutoConfig": "evil.Config", **models})
@@ -63,7 +63,7 @@ def test_code_of_a_model_folder_is_not_run(vlm_folder: Path, code: str, mark: Pa
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_a_class_that_only_its_own_code_has_is_not_looked_for(
+def test_a_class_of_the_folders_own_code_is_not_imported(
     vlm_folder: Path, code: str, mark: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (vlm_folder / "evil.py").write_text(code)
@@ -85,7 +85,7 @@ def test_a_class_that_only_its_own_code_has_is_not_looked_for(
 
 @pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
 def test_attention_of_the_hub_is_rejected(vlm_folder: Path, part: str) -> None:
-    """transformers would fetch OWNER/NAME and run it, without `trust_remote_code`."""
+    """transformers would download OWNER/NAME and run it, even without `trust_remote_code`."""
     raw = json.loads((vlm_folder / "config.json").read_text())
     (raw[part] if part else raw)["attn_implementation"] = "owner/kernel:forward"
     (vlm_folder / "config.json").write_text(json.dumps(raw))
@@ -94,7 +94,7 @@ def test_attention_of_the_hub_is_rejected(vlm_folder: Path, part: str) -> None:
             load()
 
 
-def test_nor_is_it_an_option(model_config: Any) -> None:
+def test_attention_of_the_hub_is_rejected_as_an_option(model_config: Any) -> None:
     with pytest.raises(ValueError, match=r"model.attention is 'owner/kernel'; .* not a kernel of the Hugging"):
         load_config(overrides=["--model.attention", "owner/kernel"])
     with pytest.raises(ValueError, match=r"model.attention owner/kernel is code of the Hugging Face Hub"):
@@ -112,7 +112,7 @@ def test_flash_attention_that_is_not_installed_is_not_fetched(
 
 
 def test_an_adapter_in_a_model_folder_is_rejected(vlm_folder: Path) -> None:
-    """transformers would load it automatically, with any class that its configuration names."""
+    """transformers would load it automatically, with any class in its configuration."""
     (vlm_folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
     with pytest.raises(ValueError, match=r"holds a PEFT adapter \(adapter_config.json\)"):
         load_vlm(vlm_folder, torch.float32)
@@ -120,7 +120,7 @@ def test_an_adapter_in_a_model_folder_is_rejected(vlm_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(model_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the engine saves of a model, its LoRA weights moved."""
+    """A checkpoint as the engine saves it, with changed LoRA weights."""
     config = RunConfig(model=model_config)
     model = build_model(config.model, torch.device("cpu"), seed=1)
     with torch.no_grad():
@@ -143,10 +143,10 @@ def read(adapter: Path) -> Any:
     return load_adapter(adapter, adapter_config(adapter), torch.device("cpu"))
 
 
-def test_peft_does_not_do_what_an_adapter_says(
+def test_an_adapter_config_cannot_import_modules(
     adapter: Path, checkpoint: Path, code: str, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """peft imports the module that `megatron_core` names; here only the tensors of the folder are read."""
+    """PEFT imports the module in `megatron_core`. This package reads only the tensors of the folder."""
     (adapter / "evil_core.py").write_text(code)
     monkeypatch.syspath_prepend(str(adapter))
     edit(adapter / "adapter_config.json", megatron_core="evil_core", megatron_config={"a": 1})
@@ -166,7 +166,7 @@ def test_an_adapter_in_a_pickle_is_not_read(adapter: Path, payload: Any, mark: P
     assert not mark.exists()
 
 
-def test_an_adapter_holds_just_the_tensors_of_the_model(adapter: Path) -> None:
+def test_an_adapter_with_other_tensors_is_rejected(adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     name = sorted(tensors)[0]
@@ -180,7 +180,9 @@ def test_an_adapter_holds_just_the_tensors_of_the_model(adapter: Path) -> None:
             read(adapter)
 
 
-def test_a_card_is_read_as_values(adapter: Path, mark: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_card_is_parsed_as_plain_values(
+    adapter: Path, mark: Path, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (adapter / "evil_card.py").write_text(code)
     monkeypatch.syspath_prepend(str(adapter))
     card = json.loads((adapter / "w2r2_card.json").read_text())
@@ -202,8 +204,8 @@ def test_a_card_is_read_as_values(adapter: Path, mark: Path, code: str, monkeypa
     assert not mark.exists()
 
 
-def test_the_card_in_words_quotes_names(checkpoint: Path, model_config: Any, tmp_path: Path) -> None:
-    """A path with a quote in it would end the text of the code that a reader copies."""
+def test_code_in_the_readme_quotes_paths(checkpoint: Path, model_config: Any, tmp_path: Path) -> None:
+    """An unquoted path with a quote in it would inject code into the README's example."""
     folder = tmp_path / 'a"); import os; ("'
     folder.symlink_to(model_config.vlm)
     text = (export_adapter(checkpoint, tmp_path / "out", vlm=str(folder)) / "README.md").read_text()
@@ -211,8 +213,8 @@ def test_the_card_in_words_quotes_names(checkpoint: Path, model_config: Any, tmp
 
 
 @pytest.mark.parametrize("target", ["../../blobs", "/shared"])
-def test_an_import_follows_links_and_carries_no_code_on(target: str, tmp_path: Path) -> None:
-    """Snapshots of the hub's cache are links to its blobs, other model folders to another disk."""
+def test_an_import_follows_links_and_copies_no_code(target: str, tmp_path: Path) -> None:
+    """Snapshots in the hub's cache are links to blobs; other model folders may be links to another disk."""
     source = tmp_path / "models--a--b" / "snapshots" / "a1"
     source.mkdir(parents=True)
     blobs = tmp_path / "shared_fixtures" if target == "/shared" else source / target

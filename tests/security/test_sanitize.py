@@ -1,4 +1,4 @@
-"""Texts of untrusted sources on terminals and in logs, and secrets that never get there."""
+"""Untrusted text in terminals and logs, and secrets in output files."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ EVIL = "chair\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\r\nstep 5  loss 0.0"
 TOKEN = "hf_" + "aB3" * 11 + "x"
 
 
-def test_nothing_that_moves_the_cursor_is_left() -> None:
+def test_control_characters_are_removed() -> None:
     assert one_line("a\x1b[31mb\nc\u202ed\x9be\x00") == r"a\x1b[31mb\nc\u202ed\x9be\x00"
     assert one_line("Stühle 椅子, 2 m²") == "Stühle 椅子, 2 m²"
     assert one_line("\ud800") == r"\ud800"
 
 
-def test_an_untrusted_line_break_begins_no_line_of_the_log() -> None:
+def test_untrusted_line_breaks_do_not_start_a_log_line() -> None:
     said = lines(f"prepare: {EVIL}\ntrain.py: done")
     assert "\x1b" not in said and "\r" not in said
     assert [line[:2] for line in said.split("\n")[1:]] == ["  ", "  "]
     assert lines("head:\n  first\n    deeper") == "head:\n  first\n    deeper", "what is indented stays as it is"
 
 
-def test_predictions_hold_no_control_characters() -> None:
+def test_predictions_have_no_control_characters() -> None:
     record = {"id": "a", "text": f"{EVIL} ü", "question": "\u2028"}
     line = record_line(record)
     assert json.loads(line) == record and line.count("\n") == 1 and "ü" in line
@@ -45,7 +45,7 @@ def test_predictions_hold_no_control_characters() -> None:
 def test_a_forged_name_does_not_reach_the_terminal(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Text of an annotation file is quoted by a launcher without its escape sequences and line breaks."""
+    """A launcher quotes text of an annotation file without escape sequences and line breaks."""
     entry = {"scene_id": "scene0000_00", "object_id": "1", "object_name": "chair", "ann_id": "0", "description": "x"}
     (tmp_path / "ScanRefer").mkdir()
     file = tmp_path / "ScanRefer" / "ScanRefer_filtered_train.json"
@@ -98,7 +98,7 @@ def test_secrets_are_hidden(text: str, kept: str | None) -> None:
     assert has_secret(text, SECRETS) == (kept is not None)
 
 
-def test_a_launcher_hides_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_launcher_hides_secrets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-secret-of-mine-1")
     assert message(ValueError("401 for a-secret-of-mine-1")) == "401 for [hidden]"
     with pytest.raises(SystemExit):
@@ -108,7 +108,7 @@ def test_a_launcher_hides_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.mark.parametrize("secret", ["https://me:s3cret@host/model", TOKEN, "a-secret-of-mine-1"])
 @pytest.mark.parametrize("field", ["model.vlm", "out", "data.train"])
-def test_a_configuration_holds_none(
+def test_a_saved_configuration_has_no_secrets(
     secret: str, field: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So config.yaml, checkpoint.json, cards and the arguments of W&B have none: all are made of the configuration."""
@@ -119,7 +119,7 @@ def test_a_configuration_holds_none(
     assert secret not in str(caught.value) + capsys.readouterr().err
 
 
-def test_a_configuration_holds_no_control_characters() -> None:
+def test_a_saved_configuration_has_no_control_characters() -> None:
     with pytest.raises(ValueError, match=r"model.vlm is 'a\\nb', which contains"):
         RunConfig(model=ModelConfig(vlm="a\nb"))
     tree: dict[str, Any] = {"out": "runs/\x1b[31mred"}
@@ -127,8 +127,8 @@ def test_a_configuration_holds_no_control_characters() -> None:
         from_tree(tree, "card.json")
 
 
-def test_weights_and_biases_is_told_nothing_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client would send the remote's address, whose user may be a token, and the patch of what is not committed."""
+def test_wandb_gets_no_repository_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's client would send the remote's URL, which may contain a token, and a patch of uncommitted changes."""
     wandb = pytest.importorskip("wandb")
     from w2r2_ds.training.trackers import WandbTracker
 
@@ -140,7 +140,7 @@ def test_weights_and_biases_is_told_nothing_of_the_repository(tmp_path: Path, mo
 
 
 @pytest.mark.nightly
-def test_what_weights_and_biases_stores_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_files_have_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     import subprocess
 

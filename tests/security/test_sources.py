@@ -1,4 +1,4 @@
-"""No call that runs untrusted code stands in the sources, and none comes back unnoticed."""
+"""The sources have no call that runs untrusted code."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MUST_BE = {
     "use_safetensors": True,
     "shell": False,
 }
-"""Arguments that may have one value only, written out."""
+"""Arguments that must have this literal value."""
 NEVER = {
     *("eval", "exec", "__import__", "os.system", "os.popen", "shutil.unpack_archive"),
     *(f"pickle.{name}" for name in ("load", "loads", "Unpickler")),
     *(f"yaml.{name}" for name in ("load", "load_all", "full_load", "unsafe_load")),
 }
 NEEDED = {"torch.load": "weights_only", "console.print": "markup", "TextColumn": "markup"}
-"""Calls that must have this argument: without it, pickles are read by some versions, and texts as rich's markup."""
+"""Calls that must have this argument: without it, some versions read pickles, and rich parses markup in texts."""
 NEVER_IMPORTED = {"dill", "cloudpickle", "joblib", "marshal", "shelve"}
 ALLOWED = {
     "w2r2_ds/data/sources/numpy_unpickler.py: pickle.Unpickler",  # its subclass, with an allow-list
@@ -37,7 +37,7 @@ ALLOWED = {
 
 
 def forbidden(tree: ast.AST) -> Iterator[str]:
-    """What stands in a module and must not."""
+    """The forbidden calls in a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -61,27 +61,27 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
 
 
 def dotted(node: ast.AST) -> str:
-    """``a.b.c`` of a name; of another expression, what comes after it."""
+    """``a.b.c`` of a name; of any other expression, the attributes after it."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_module_has_it(path: Path) -> None:
+def test_no_module_has_forbidden_calls(path: Path) -> None:
     name = path.relative_to(ROOT)
     hits = {f"{name}: {each}" for each in forbidden(ast.parse(path.read_text(encoding="utf-8")))}
     assert not hits - ALLOWED, "a reader takes data only (SECURITY.md)"
 
 
-def test_no_script_evaluates_what_it_is_given() -> None:
+def test_no_script_evaluates_its_arguments() -> None:
     hits = [
         f"{path}: {line}" for path in SHELL for line in path.read_text().splitlines() if re.match(r"\s*eval\s", line)
     ]
     assert not hits
 
 
-def test_every_module_is_looked_at() -> None:
+def test_every_module_is_checked() -> None:
     names = {str(path.relative_to(ROOT)) for path in PYTHON}
     assert {
         "w2r2_ds/models/loading.py",
@@ -113,7 +113,7 @@ def test_every_module_is_looked_at() -> None:
         "TextColumn('{task.description}')",
     ],
 )
-def test_it_would_be_found(line: str) -> None:
+def test_forbidden_calls_are_detected(line: str) -> None:
     assert list(forbidden(ast.parse(line)))
 
 
@@ -128,5 +128,5 @@ def test_it_would_be_found(line: str) -> None:
         "subprocess.run([program, name])",
     ],
 )
-def test_what_is_harmless_is_not(line: str) -> None:
+def test_harmless_calls_are_not_reported(line: str) -> None:
     assert not list(forbidden(ast.parse(line)))

@@ -1,4 +1,4 @@
-"""Recomputed decoder layers: the same losses and gradients in every mode, and the memory of each mode."""
+"""Activation checkpointing: equal losses and gradients in every mode, and the memory of each mode."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Kept:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_every_mode_gives_the_same_step(found: Any, mode: str) -> None:
+def test_every_mode_gives_bit_equal_losses_and_gradients(found: Any, mode: str) -> None:
     """Bitwise identical: a recomputed layer draws its dropout masks again."""
     plain, other = found[0]["none"], found[0][mode]
     assert torch.equal(other["loss"], plain["loss"])
@@ -116,7 +116,7 @@ def test_selected_layers_are_recomputed(found: Any) -> None:
     }
 
 
-def test_memory_of_kept_activations(found: Any) -> None:
+def test_memory_of_saved_activations(found: Any) -> None:
     """Fewer bytes with every recomputed layer; offloading moves the inputs of these layers off the device."""
     kept = {name: result["kept"] for name, result in found[0].items()}
     print(kept)
@@ -128,7 +128,7 @@ def test_memory_of_kept_activations(found: Any) -> None:
     assert kept["every second"] - kept["every second, offloaded"] == pytest.approx(3 * one, rel=1e-3)
 
 
-def test_overrides_before_run_inside_and_overrides_after_replace() -> None:
+def test_forward_overrides_before_and_after_checkpointing() -> None:
     """Overrides of model.kernels are recomputed too; those of a pass are temporary. Without a graph each runs once."""
     calls: list[str] = []
     layers = [torch.nn.Linear(3, 3) for _ in range(3)]
@@ -165,11 +165,11 @@ def test_overrides_before_run_inside_and_overrides_after_replace() -> None:
         ({"offload_activations": True}, "train.offload_activations"),
     ],
 )
-def test_options_without_effect_are_rejected(changes: dict[str, Any], named: str) -> None:
+def test_options_without_effect_raise(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=rf"{named} .*train\.activation_checkpointing"):
         RunConfig(train=TrainConfig(activation_checkpointing=False, **changes))
 
 
-def test_recompute_every_zero_is_rejected() -> None:
+def test_recompute_every_zero_raises() -> None:
     with pytest.raises(ValueError, match="recompute_every"):
         RunConfig(train=TrainConfig(recompute_every=0))

@@ -1,4 +1,4 @@
-"""`build_run`: errors that the user can correct are one sentence, before any weights are loaded."""
+"""`build_run`: user errors are one line and are raised before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def build_error(world: World, out: Path, ds: Path = ZERO3, **changes: object) -> str:
-    """Error of `build_run` with these options."""
+    """The error of `build_run` with the given options."""
     with pytest.raises(ValueError) as caught:
         build.build_run(load_config(DEMO_RECIPE, world.arguments(out, **changes)), str(ds), AnswerValidation)
     message = str(caught.value)
@@ -74,7 +74,9 @@ def test_the_frame_sizes_of_both_encoders_are_logged(
         ),
     ],
 )
-def test_options(world: World, tmp_path: Path, one_process: None, changes: dict[str, object], said: str) -> None:
+def test_wrong_options_raise(
+    world: World, tmp_path: Path, one_process: None, changes: dict[str, object], said: str
+) -> None:
     assert said in build_error(world, tmp_path / "out", **changes)
 
 
@@ -98,7 +100,7 @@ def test_a_resumed_run_builds_its_model_with_the_kernels_of_the_checkpoint(
     assert passed[-1] == kernels
 
 
-def test_the_deepspeed_json(world: World, tmp_path: Path, one_process: None) -> None:
+def test_a_wrong_deepspeed_json_raises(world: World, tmp_path: Path, one_process: None) -> None:
     said = build_error(world, tmp_path / "out", tmp_path / "none.json")
     assert said.startswith(f"{tmp_path}/none.json ") and "--deepspeed" in said
     assert "ds_configs/zero3.json" in said
@@ -108,7 +110,7 @@ def test_the_deepspeed_json(world: World, tmp_path: Path, one_process: None) -> 
 
 
 @pytest.mark.parametrize(("kept", "weight"), [(0, 1.0), (3, 0.1)])
-def test_an_empty_epoch(world: World, tmp_path: Path, one_process: None, kept: int, weight: float) -> None:
+def test_an_empty_epoch_raises(world: World, tmp_path: Path, one_process: None, kept: int, weight: float) -> None:
     root = world.folder / "scenes"
     samples = PreparedSet(root / "prepared" / "scanrefer" / "train", root)[:kept]
     folder = tmp_path / "few"

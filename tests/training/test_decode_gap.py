@@ -36,7 +36,7 @@ class Engine:
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("wanted", [2, 3, 50])
-def test_means_over_the_same_samples_on_any_number_of_ranks(
+def test_means_do_not_depend_on_the_number_of_ranks(
     samples: list[Any],
     frontend: Any,
     data_config: Any,

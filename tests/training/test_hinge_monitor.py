@@ -30,7 +30,7 @@ def update(monitor: HingeMonitor, steps: int, above: float = 0.0) -> None:
         monitor.update({"above_mu": above, "s_short": 0.25 + 0.001 * step})
 
 
-def test_it_warns_once_after_patience_steps(monitor: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_once_after_patience_steps(monitor: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
     update(monitor, PATIENCE - 1)
     assert not caplog.records
     update(monitor, PATIENCE)
@@ -46,7 +46,7 @@ def test_a_short_run_warns_at_its_end(monitor: HingeMonitor, caplog: pytest.LogC
     assert "in 3 steps" in caplog.text
 
 
-def test_one_active_sample_is_enough(monitor: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_active_sample_prevents_the_warning(monitor: HingeMonitor, caplog: pytest.LogCaptureFixture) -> None:
     update(monitor, 3)
     monitor.update({"above_mu": 0.01, "s_short": 0.3})
     update(monitor, PATIENCE)
@@ -81,7 +81,7 @@ def test_ungated_push_terms_never_warn(
     assert not caplog.records
 
 
-def test_other_ranks_and_runs_without_a_step_are_silent(
+def test_other_ranks_and_runs_without_a_step_do_not_warn(
     monitor: HingeMonitor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor.finish()

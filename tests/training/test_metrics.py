@@ -1,4 +1,4 @@
-"""metrics.jsonl and the progress line; trackers are in test_trackers.py."""
+"""metrics.jsonl and the progress line. Trackers are tested in test_trackers.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_step_is_written_at_once(tmp_path: Path) -> None:
+def test_each_step_is_flushed(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path / "new", 3) as logger:
         logger.start(0)
         for step in (1, 2, 3):
@@ -43,7 +43,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == ""
 
 
-def test_a_resumed_file_has_no_duplicate_and_no_torn_line(tmp_path: Path) -> None:
+def test_a_resumed_file_has_no_duplicate_or_incomplete_line(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, 6) as logger:
         logger.start(0)
         for step in range(1, 5):
@@ -68,7 +68,7 @@ def test_another_file_is_not_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, True])
-def test_only_finite_numbers(tmp_path: Path, value: Any) -> None:
+def test_non_finite_numbers_raise(tmp_path: Path, value: Any) -> None:
     with MetricsLogger(tmp_path, 3) as logger:
         logger.start(0)
         logger.log(1, VALUES)
@@ -77,7 +77,7 @@ def test_only_finite_numbers(tmp_path: Path, value: Any) -> None:
     assert len(read(tmp_path)) == 1
 
 
-def test_steps_must_increase(tmp_path: Path) -> None:
+def test_steps_that_do_not_increase_raise(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, 9) as logger:
         logger.start(4)
         with pytest.raises(ValueError, match="Step 4 was logged after step 4"):
@@ -85,12 +85,12 @@ def test_steps_must_increase(tmp_path: Path) -> None:
         logger.log(5, VALUES)
 
 
-def test_log_before_start_is_an_assertion(tmp_path: Path) -> None:
+def test_log_before_start_raises_assertion_error(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="start is called before log"):
         MetricsLogger(tmp_path, 3).log(1, VALUES)
 
 
-def test_without_a_terminal_a_line_every_few_steps(tmp_path: Path) -> None:
+def test_progress_without_a_terminal_is_a_line_every_few_steps(tmp_path: Path) -> None:
     out = io.StringIO()
     line = ProgressLine(200, 0, Console(file=out))
     for step in range(1, 201):
@@ -107,7 +107,7 @@ def test_mfu_is_on_the_progress_line() -> None:
     assert "  1,234 tokens/s  MFU 46%  2.00 GiB  " in text
 
 
-def test_memory_is_the_peak() -> None:
+def test_memory_metric_is_the_peak() -> None:
     """On a CPU, memory that was released still counts."""
     if torch.cuda.is_available():
         pytest.skip("counts the GPU's memory")
@@ -117,7 +117,7 @@ def test_memory_is_the_peak() -> None:
     assert memory_gib() >= high - 0.01  # the kernel counts pages in batches
 
 
-def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
+def test_progress_bar_in_a_terminal(tmp_path: Path) -> None:
     out = io.StringIO()
     line = ProgressLine(4, 1, Console(file=out, force_terminal=True, width=200))
     for step in (2, 3, 4):

@@ -1,4 +1,4 @@
-"""The step on packed samples against the same samples one by one: losses, gradients, decoded answers."""
+"""The training step on packed samples against single samples: losses, gradients, decoded answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
 
 REL = 1e-5
-"""Of a loss, and of each gradient's norm: float32, sums over tokens and samples in another order."""
+"""Relative tolerance of a loss and of each gradient's norm: float32 sums in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,10 @@ def assert_equal(packed: Results, separate: Results) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_questions_about_one_scene(
+def test_packed_questions_about_one_scene(
     make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, samples: list[Any], full: bool
 ) -> None:
-    """One, four and eight of them, under both schedules, the second with checkpointing."""
+    """One, four and eight questions, in both pass orders, the second with checkpointing."""
     steps = [make_step(full, "sequential", push="poe"), make_step(full, "lockstep", checkpointing=True, push="poe")]
     for count in (1, 4, 8):
         chosen = questions(samples[0], count)
@@ -122,7 +122,7 @@ def test_questions_about_one_scene(
         ("unblocked", "sequential", "video"),
     ],
 )
-def test_several_scenes_and_tasks(
+def test_packed_scenes_and_tasks(
     make_step: Callable[..., W2R2Step],
     pack: Callable[..., Any],
     batch_of: Any,
@@ -143,7 +143,7 @@ def test_several_scenes_and_tasks(
     assert_as_alone(step, packed, [batch_of([sample], visual=visual) for sample in chosen])
 
 
-def test_samples_of_unequal_length_without_padding(
+def test_packing_samples_without_shared_frames(
     make_step: Callable[..., W2R2Step], pack: Callable[..., Any], batch_of: Any, samples: list[Any], caption_sample: Any
 ) -> None:
     """Packing without shared prefixes, also for two samples with the same frames; masks of 2D tokens are the same."""
@@ -166,7 +166,7 @@ def test_a_packed_batch_without_frames(
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_decoded_answers(
+def test_decoded_answers_of_packed_samples(
     make_step: Callable[..., W2R2Step],
     pack: Callable[..., Any],
     batch_of: Any,

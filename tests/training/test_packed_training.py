@@ -1,4 +1,4 @@
-"""Training runs in which questions share frames, against unpacked runs with the same samples."""
+"""Training runs with questions packed by scene against unpacked runs with the same samples."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_two_ranks_equal_one(runs: Path, world: World, tmp_path: Path) -> None:
 
 
 def test_the_batches_are_scene_groups(runs: Path, world: World) -> None:
-    """11 samples have two sets of frames, 6 and 5: two full groups of four, and the remainders, over the epochs."""
+    """11 samples have two frame sets (6 and 5): per epoch two full groups of four, and the remainders."""
     config = load_config(DEMO_RECIPE, world.arguments(runs))
     frames = {sample.id: sample.frames for sample in load_mixture(config.data, "train")}
     sequences: list[Any] = json.loads((runs / "report.json").read_text())["sequences"]
@@ -62,7 +62,7 @@ def test_the_batches_are_scene_groups(runs: Path, world: World) -> None:
     assert sum(len({frames[each] for each in ids}) == 1 for ids, _ in packed) >= 4
 
 
-def test_speed_counts_the_tokens_that_are_computed(runs: Path) -> None:
+def test_throughput_counts_computed_tokens(runs: Path) -> None:
     packed, apart = (read_metrics(runs / name)[0] for name in ("packed_batches", "apart"))
     tokens = [
         line["tokens_per_s"] * line["step_s"] / line["samples_per_s"] / line["step_s"] for line in (packed, apart)

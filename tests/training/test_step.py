@@ -67,7 +67,7 @@ def gradients(step: W2R2Step, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal within 1e-6 of each tensor's norm: float32, sums in another order."""
+    """Assert equality within 1e-6 of each tensor's norm: float32 sums in another order."""
     for name, gradient in expected.items():
         assert gradient.norm() > 0, name
         assert (actual[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
@@ -109,7 +109,7 @@ def test_only_lora_and_merger_have_gradients(step: W2R2Step, batch_of: Any, samp
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_shortcut_is_the_stock_model(
+def test_untrained_shortcut_equals_the_stock_model(
     make_step: Callable[..., W2R2Step], model_config: Any, batch_of: Any, samples: list[Any], visual: str
 ) -> None:
     """With untrained LoRA and zero merged geometry, bitwise identical to the VLM in its directory."""
@@ -160,7 +160,7 @@ def test_dropout_is_off_in_the_shortcut_only(
     assert not any(module.training for module in step.modules())
 
 
-def test_dropout_comes_back_after_an_error(make_step: Callable[..., W2R2Step]) -> None:
+def test_dropout_is_restored_after_an_error(make_step: Callable[..., W2R2Step]) -> None:
     step = make_step(lora_dropout=0.5)
     with pytest.raises(RuntimeError), without_dropout(step.dropouts):
         raise RuntimeError
@@ -216,7 +216,7 @@ def test_geometry_changes_the_fused_pass_only(step: W2R2Step, batch_of: Any, sam
 @pytest.mark.slow
 @pytest.mark.parametrize("push", PUSH_TERMS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_gradient_checkpointing_changes_nothing(
+def test_gradient_checkpointing_does_not_change_losses_and_gradients(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], solved: None, push: str, dropout: float
 ) -> None:
     """With dropout too: a recomputed fused pass draws the same masks again, the shortcut of `unblocked` none."""
@@ -315,7 +315,7 @@ def test_a_batch_without_frames_has_an_exact_zero_for_the_geometry(
     torch.testing.assert_close(loss, align - 1.5 * product, rtol=1e-5, atol=0)
 
 
-def test_masking_2d_tokens_is_for_the_fused_pass_in_training(
+def test_2d_tokens_are_masked_in_the_fused_training_pass_only(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
 ) -> None:
     plain, masked = make_step(push="none"), make_step(push="none", visual_mask_ratio=0.5)

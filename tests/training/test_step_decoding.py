@@ -1,4 +1,4 @@
-"""Greedily decoded shortcut answers, and their similarity s."""
+"""Greedily decoded shortcut answers and their similarity s."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from w2r2_ds.training.step import EXTRA_TOKENS, W2R2Step
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
-def test_greedy_decoding_defines_s(
+def test_s_is_the_similarity_of_the_greedy_answer(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], visual: str
 ) -> None:
     """The answer equals that of evaluation with zero geometry; training mode is restored, also with checkpointing."""

@@ -1,4 +1,4 @@
-"""Peak memory that the shortcut pass adds to a step, measured by tracking every storage."""
+"""Peak memory that the shortcut pass adds to a step, measured by tracking all storages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Living(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_config: Any) -> dict[int, Any]:
-    """Model configurations that differ in one decoder layer."""
+    """Model configurations that differ by one decoder layer."""
     folder = tmp_path_factory.mktemp("deep")
     texts = [text for sample in samples for text in (sample.question, sample.answer)]
     sizes = {"hidden": 64, "intermediate": 256, "vision_hidden": 32, "vision_depth": 2}

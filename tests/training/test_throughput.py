@@ -41,7 +41,7 @@ def make_step(model_config: Any, frontend: Any, push: str) -> W2R2Step:
 
 
 @pytest.mark.parametrize(("push", "fusion", "zero", "visual"), CASES)
-def test_model_flops_are_those_that_pytorch_counts(
+def test_model_flops_equal_pytorchs_flop_counter(
     model_config: Any, frontend: Any, batch_of: Any, samples: list[Any], push: str, fusion: str, zero: str, visual: str
 ) -> None:
     """A step without padding and recomputation, with attention as matrix products, which PyTorch counts.
@@ -60,14 +60,14 @@ def test_model_flops_are_those_that_pytorch_counts(
     assert step_flops(step.model, term, batch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-def test_samples_count_independently(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
+def test_flops_of_samples_are_independent(model_config: Any, frontend: Any, batch_of: Any, samples: list[Any]) -> None:
     """Padding does not count; tolerance for the last layer's attention, which is a mean over all samples."""
     step, term = make_step(model_config, frontend, "margin"), push_term("margin")
     single = [step_flops(step.model, term, batch_of([sample])) for sample in samples]
     assert step_flops(step.model, term, batch_of(samples)) == pytest.approx(sum(single), rel=5e-3)
 
 
-def test_a_shared_prefix_counts_once(batch_of: Any, samples: list[Any]) -> None:
+def test_flops_of_a_shared_prefix_count_once(batch_of: Any, samples: list[Any]) -> None:
     """A prefix of 8 tokens with suffixes of 3 and 2, and a sample of 4."""
     batch = batch_of(samples[:1])
     packed = replace(batch, layout=replace(batch.layout, spans=(((0, 8, 11, 13), (13, 17)),)))
@@ -76,7 +76,7 @@ def test_a_shared_prefix_counts_once(batch_of: Any, samples: list[Any]) -> None:
     assert tokens_and_pairs(groups(packed), causal=True) == (17, halves + 3 * 8 + 2 * 8)
 
 
-def test_the_last_layer_counts_answer_positions(model_config: Any, frontend: Any) -> None:
+def test_flops_of_the_last_layer_count_answer_positions(model_config: Any, frontend: Any) -> None:
     model = make_step(model_config, frontend, "margin").model
     few, more = (model.family.decoder_flops(model.base, 100, 0.0, rows)[0].forward for rows in (10, 20))
     layer = model.base.model.language_model.layers[-1]
@@ -86,11 +86,11 @@ def test_the_last_layer_counts_answer_positions(model_config: Any, frontend: Any
     assert more - few == 2 * 10 * (sum(sizes) - sum(skipped))
 
 
-def test_windows_take_the_remainder() -> None:
+def test_squared_window_lengths_include_the_remainder() -> None:
     assert squares(8, 8) == 64 and squares(20, 8) == 64 + 64 + 16 and squares(6, 8) == 36
 
 
-def test_a_step_in_the_log(
+def test_logged_throughput_of_a_step(
     model_config: Any, frontend: Any, batch_of: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, term = make_step(model_config, frontend, "margin"), push_term("margin")

@@ -71,7 +71,7 @@ def test_an_unknown_tracker_is_an_error_on_every_rank(tmp_path: Path, rank: int)
         MetricsLogger(tmp_path, 3, ["wandbb"], rank=rank)
 
 
-def test_tensorboard_holds_the_curve_once_after_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -100,7 +100,7 @@ def test_tensorboard_holds_the_curve_once_after_a_resume(tmp_path: Path) -> None
         ),
     ],
 )
-def test_wandb_that_does_not_start_is_one_sentence_before_the_first_step(
+def test_a_failed_wandb_start_raises_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str, part: str
 ) -> None:
     wandb = pytest.importorskip("wandb")
@@ -123,7 +123,7 @@ def test_another_rank_does_not_open_wandb(tmp_path: Path, monkeypatch: pytest.Mo
     MetricsLogger(tmp_path, 2, ["wandb"], rank=1).start(0)
 
 
-def test_everything_is_open_before_the_first_log(tmp_path: Path) -> None:
+def test_trackers_are_open_before_the_first_log(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with MetricsLogger(tmp_path / "new", 3, ["tensorboard"]) as logger:
         logger.start(0)
@@ -140,7 +140,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_trackio_continues_the_run_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stub of the package, which is large and optional."""
+    """With a stub of the package, an optional dependency."""
     calls: list[object] = []
     run = SimpleNamespace(
         log=lambda metrics, step: calls.append((step, metrics["loss"])), finish=lambda: calls.append("finish")

@@ -28,11 +28,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 EXACT = ("loss", "align", "det", "push", "above_mu", "s_short", "s_fused", "grad_norm", "lr", "merger_lr")
 """Metrics of a line without times and sizes."""
 GOLDEN_TOLERANCE = 1e-3
-"""Relative. Recorded with AVX2 kernels: a second recording was equal to the last bit; one whose warm-up and training
-both ran under ATEN_CPU_CAPABILITY=default differed by at most 9.8e-5."""
+"""Relative. The losses were recorded with AVX2 kernels. A second recording was bit-equal; one with
+ATEN_CPU_CAPABILITY=default differed by at most 9.8e-5."""
 RANKS_TOLERANCE = 1e-6
-"""Relative, of the losses; ten times that for gradient norms. Measured over 6 steps: at most 7.1e-7 of either with
-another micro batch (other padding, other order of sums), 2.2e-16 with the same one on two ranks."""
+"""Relative tolerance of losses; ten times as much for gradient norms. Measured over 6 steps: at most 7.1e-7 with
+another micro-batch size (other padding, other order of sums), 2.2e-16 with the same on two ranks."""
 Reports = dict[str, list[dict[str, Any]]]
 
 
@@ -101,7 +101,7 @@ def test_both_learning_rates_are_logged(one_rank: Reports, folder: Path) -> None
 
 
 @pytest.mark.golden
-def test_losses_equal_the_recorded_ones(trained: Path) -> None:
+def test_losses_equal_the_golden_losses(trained: Path) -> None:
     golden = json.loads(GOLDEN_LOSSES.read_text())
     assert [line["loss"] for line in read_metrics(trained)] == pytest.approx(golden["loss"], rel=GOLDEN_TOLERANCE)
 
@@ -125,7 +125,7 @@ def test_only_the_last_checkpoints_are_kept_with_trained_weights_only(world: Wor
     assert everything < (world.folder / "vlm" / "model.safetensors").stat().st_size
 
 
-def test_engine_shards_hold_no_frozen_tensor(trained: Path) -> None:
+def test_engine_shards_have_no_frozen_tensors(trained: Path) -> None:
     (file,) = (trained / "checkpoints" / f"step-{STEPS:06d}" / "engine").glob("*model_states.pt")
     state = load(file)
     kept = [name for name in state["module"] if "lora_" in name or "geometry_merger" in name]
@@ -134,12 +134,12 @@ def test_engine_shards_hold_no_frozen_tensor(trained: Path) -> None:
     assert kept and not any(frozen.values())
 
 
-def test_two_ranks_train_as_one(two_ranks: Reports, trained: Path, folder: Path) -> None:
+def test_two_ranks_give_the_losses_of_one(two_ranks: Reports, trained: Path, folder: Path) -> None:
     assert [report["error"] for report in two_ranks["two"]] == [None, None]
     assert_same_curve(read_metrics(folder / "two"), read_metrics(trained)[:FEW])
 
 
-def test_the_accumulation_split_does_not_matter(two_ranks: Reports, trained: Path, folder: Path) -> None:
+def test_losses_do_not_depend_on_gradient_accumulation(two_ranks: Reports, trained: Path, folder: Path) -> None:
     assert [report["error"] for report in two_ranks["two-micro2"]] == [None, None]
     assert_same_curve(read_metrics(folder / "two-micro2"), read_metrics(trained)[:FEW])
 
@@ -186,7 +186,7 @@ def test_a_resumed_run_draws_the_same_dropout(one_rank: Reports, trained: Path, 
     assert exact(read_metrics(folder / "dropout-resumed")) == exact(whole)
 
 
-def test_two_ranks_resume_each_with_its_own_dropout(two_ranks: Reports, folder: Path) -> None:
+def test_two_ranks_resume_with_their_own_random_states(two_ranks: Reports, folder: Path) -> None:
     errors = [report["error"] for name in ("dropout", "dropout-resumed") for report in two_ranks[name]]
     assert errors == [None] * 4
     steps = [folder / "dropout2" / "checkpoints" / f"step-{step:06d}" for step in (2, 4)]
@@ -202,7 +202,7 @@ def test_two_ranks_resume_each_with_its_own_dropout(two_ranks: Reports, folder: 
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_other_stages_train_and_save_as_zero3_does(one_rank: Reports, trained: Path, folder: Path, name: str) -> None:
+def test_other_zero_stages_equal_zero3(one_rank: Reports, trained: Path, folder: Path, name: str) -> None:
     assert one_rank[name][0] == {"error": None, "updates": 3, "injected": None}
     assert_same_curve(read_metrics(folder / name), read_metrics(trained)[:3])
     for line, zero3 in zip(read_metrics(folder / name), read_metrics(trained)[:3], strict=True):
@@ -214,12 +214,12 @@ def test_other_stages_train_and_save_as_zero3_does(one_rank: Reports, trained: P
     assert all(tensor.any() for tensor in ours.values()), "whole tensors, and every one of them has been trained"
 
 
-def test_the_dry_run_changes_nothing(one_rank: Reports, folder: Path) -> None:
+def test_the_dry_run_does_not_change_the_losses(one_rank: Reports, folder: Path) -> None:
     assert one_rank["no-dry-run"][0] == {"error": None, "updates": 2, "injected": None}
     assert exact(read_metrics(folder / "no-dry-run")) == exact(read_metrics(folder / "dropout"))[:2]
 
 
-def test_measuring_the_decode_gap_changes_nothing(one_rank: Reports, folder: Path) -> None:
+def test_the_decode_gap_does_not_change_the_losses(one_rank: Reports, folder: Path) -> None:
     assert one_rank["decode_gap"][0]["error"] is None
     metrics = read_metrics(folder / "decode_gap")
     assert len(metrics) == 2 and all({"gap_s_teacher", "gap_s_greedy", "gap_abs"} <= set(line) for line in metrics)
@@ -233,7 +233,7 @@ def test_an_inactive_hinge_warns_at_the_end(one_rank: Reports, folder: Path) -> 
     assert printed.count("was above objective.mu") == 1  # in the other runs h is positive
 
 
-def test_a_misspelt_push_term_is_rejected(one_rank: Reports, folder: Path) -> None:
+def test_a_misspelt_push_term_raises(one_rank: Reports, folder: Path) -> None:
     assert_one_sentence(one_rank["misspelt"][0]["error"], "objective.push_term is 'marign'", "margin", "poe")
     assert not (folder / "misspelt").exists()
 
@@ -293,13 +293,13 @@ def test_a_launch_without_ownership_stops_and_writes_nothing(two_ranks: Reports,
     assert verify(checkpoints / "step-000001") is None
 
 
-def test_a_checkpoint_with_code_is_rejected_and_its_code_does_not_run(one_rank: Reports, folder: Path) -> None:
+def test_a_checkpoint_with_code_raises_without_running_it(one_rank: Reports, folder: Path) -> None:
     error = one_rank["malicious"][0]["error"]
     assert_one_sentence(error, "malicious", "optim_states.pt", "posix.mkdir")
     assert not (folder / "malicious" / "it-ran").exists()
 
 
-def test_a_deepspeed_json_that_contradicts_is_rejected(one_rank: Reports, folder: Path) -> None:
+def test_a_contradicting_deepspeed_json_raises(one_rank: Reports, folder: Path) -> None:
     error = one_rank["contradiction"][0]["error"]
     assert_one_sentence(error, "contradiction.json", "train_micro_batch_size_per_gpu is 2", "train.micro_batch is 4")
     assert not (folder / "none").exists()

@@ -1,4 +1,4 @@
-"""Both pass orders against reference passes and against each other, and their ZeRO-3 gathers on two ranks."""
+"""Both pass orders against the reference passes and each other, and their ZeRO-3 gathers on two ranks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(step: W2R2Step, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, tor
 
 
 def forwards(step: W2R2Step) -> dict[str, Any]:
-    """Overridden forwards of module instances: those of model.kernels, and those that a pass binds temporarily."""
+    """Overridden forwards of module instances, by model.kernels or temporarily by a pass."""
     return {name: vars(module)["forward"] for name, module in step.named_modules() if "forward" in vars(module)}
 
 
@@ -156,7 +156,7 @@ def test_each_layer_advances_the_shortcut_first(
     assert calls == [("embed", True), ("0", False), ("0", True), ("1", False), ("1", True)]
 
 
-def test_auto_is_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -> None:
+def test_auto_selects_lockstep_under_zero3_only(make_step: Callable[..., W2R2Step]) -> None:
     model = make_step("auto").model
     chosen: dict[Any, type] = {}
     for pass_order in ("auto", *SCHEDULES):
@@ -177,7 +177,7 @@ def test_unblocked_does_not_support_lockstep() -> None:
 
 
 @pytest.mark.parametrize("pass_order", SCHEDULES)
-def test_no_device_value_is_read_by_the_host(
+def test_no_host_sync(
     make_step: Callable[..., W2R2Step],
     batch_of: Any,
     samples: list[Any],
@@ -256,7 +256,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, model_config: Any, samples: 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_zero3_gathers_as_often_as_a_single_pass(ranks: list[Any], case: Case) -> None:
+def test_gathers_per_step_of_each_pass_order(ranks: list[Any], case: Case) -> None:
     """Every parameter of every decoder layer, per step: forward and backward, and the shortcut's own if it has one.
 
     Gradients are those of one whole model, by the sequential pass_order and without checkpointing.

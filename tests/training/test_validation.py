@@ -53,7 +53,7 @@ def test_the_subset_depends_on_the_seed_only() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize(("count", "micro"), [(1, 1), (3, 2), (8, 4), (7, 1)])
-def test_every_rank_has_as_many_whole_batches_and_every_sample_counts_once(world: int, count: int, micro: int) -> None:
+def test_ranks_have_equally_many_batches_and_each_sample_counts_once(world: int, count: int, micro: int) -> None:
     shares = [rank_subset(count, micro, rank, world) for rank in range(world)]
     assert len({len(each.indices) for each in shares}) == 1 and len(shares[0].indices) % micro == 0
     counted = [i for each in shares for i, once in zip(each.indices, each.once, strict=True) if once]
@@ -67,7 +67,7 @@ def test_a_batch_is_the_same_for_every_number_of_ranks() -> None:
     assert two.indices == [2, 3, 6, 0] and two.once == [True, True, True, False]
 
 
-def test_the_best_is_the_highest_and_a_tie_keeps_the_earlier(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_best_step_has_the_highest_score_and_ties_keep_the_earlier(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "w2r2_ds")
     best = BestSoFar(Scripted(0.0, 0.5, 0.3, 0.5, None, 0.6), None)
     found = [best.measure(None, step) for step in (10, 20, 30, 40, 50, 60)]
@@ -86,7 +86,7 @@ def test_the_best_is_the_highest_and_a_tie_keeps_the_earlier(caplog: pytest.LogC
     assert len(messages) == 6
 
 
-def test_a_best_that_could_not_be_saved_does_not_count() -> None:
+def test_a_best_step_whose_save_failed_is_not_recorded() -> None:
     """The disk was full: `checkpoints/best` has the previous one, with which later ones are compared."""
     best = BestSoFar(Scripted(0.5, 0.9, 0.6), None)
     assert best.measure(None, 10)[1] == known(0.5, 10)
@@ -96,14 +96,14 @@ def test_a_best_that_could_not_be_saved_does_not_count() -> None:
     assert best.measure(None, 30)[1] == known(0.6, 30)
 
 
-def test_a_resumed_run_keeps_the_best(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_best_step(tmp_path: Path) -> None:
     best, last = saved(tmp_path, 20, known(0.5, 20)), saved(tmp_path, 30)
     write_pointer(best.parent / BEST, best)
     resumed = BestSoFar(Scripted(0.5, 0.51), last)
     assert [resumed.measure(None, step)[1] for step in (40, 50)] == [None, known(0.51, 50)]
 
 
-def test_values_of_other_samples_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scores_of_another_subset_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     best = saved(tmp_path, 20, known(0.5, 20, about="8 samples"))
     write_pointer(best.parent / BEST, best)
     caplog.set_level("INFO", "w2r2_ds")
@@ -129,7 +129,7 @@ def test_a_missing_or_later_best_is_ignored(tmp_path: Path, there: bool) -> None
     assert BestSoFar(Scripted(), last).best is None
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path: Path) -> None:
     paths = [saved(tmp_path, step) for step in (10, 20, 30, 40)]
     write_pointer(paths[0].parent / BEST, paths[1])
     assert expired_checkpoints(tmp_path, 1) == [paths[2], paths[0]]

@@ -68,14 +68,14 @@ def test_torch_save_writes_through_the_writer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", [0, 10, 3000])
 def test_a_full_disk_is_recorded_by_the_writer_not_by_torch(room: int) -> None:
-    """An exception inside `torch.save` would become a RuntimeError of its archive, or end the process."""
+    """An exception inside `torch.save` would become a RuntimeError of its archive, or abort the process."""
     writer = atomic_io.Writer(Full(room))
     torch.save({"weight": torch.arange(10_000.0)}, writer)
     assert writer.error is not None and writer.error.errno == errno.ENOSPC
 
 
 def test_a_file_that_is_too_large_raises_with_its_name(tmp_path: Path) -> None:
-    """The kernel's EFBIG, as on a full disk: nothing is replaced, and no temporary file is left."""
+    """EFBIG, which fails like a full disk: no file is replaced, and no temporary file remains."""
     atomic_io.replace(tmp_path / "a", "old")
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # Python ignores SIGXFSZ
@@ -114,7 +114,7 @@ def test_a_killed_writer_leaves_a_complete_file(tmp_path: Path) -> None:
         assert number and text == number * 100_000
 
 
-def test_a_folder_never_replaces_another(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_replaced(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)

@@ -22,7 +22,7 @@ FAILURES: dict[str, tuple[Exception | None, Exception | None]] = {
 
 
 def work(folder: Path) -> None:
-    """Run all cases on one rank; a collective that is out of step in one case would fail the next."""
+    """Run all cases on one rank. A missing collective in one case would fail the next one."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     raised: dict[str, str | None] = {}

@@ -1,4 +1,4 @@
-"""One process at a time per output folder, with real processes; a killed process does not block."""
+"""The lock of an output folder, with real processes; a killed process does not block."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_a_killed_holder_does_not_block(tmp_path: Path, hold: Any) -> None:
     assert not (tmp_path / "out.lock").exists()
 
 
-def test_loader_processes_of_a_killed_holder_do_not_block(tmp_path: Path, hold: Any) -> None:
-    """A forked child has the parent's open files; it outlives a parent that is killed."""
+def test_dataloader_workers_of_a_killed_holder_do_not_block(tmp_path: Path, hold: Any) -> None:
+    """A forked DataLoader worker has the parent's open files and outlives a killed parent."""
     process, child = hold("fork")
     process.kill()
     process.wait()
@@ -101,7 +101,7 @@ def test_the_content_of_the_lock_file_is_ignored(tmp_path: Path) -> None:
 def test_a_file_removed_between_opening_and_locking_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The holder may end and remove the file meanwhile; a lock on a removed file excludes no process."""
+    """The holder may end and remove the file meanwhile; a lock on a removed file excludes no other process."""
     import fcntl
 
     file, real, times = tmp_path / "out.lock", fcntl.flock, []

@@ -39,7 +39,7 @@ def test_errors_name_the_file_and_the_cause(tmp_path: Path, content: bytes, name
     assert named in str(caught.value)
 
 
-def test_a_missing_file_names_what_is_expected(tmp_path: Path) -> None:
+def test_a_missing_file_raises_with_the_expected_content(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ScanRefer's annotations"):
         read_json(tmp_path / "none.json", "ScanRefer's annotations")
 

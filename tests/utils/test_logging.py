@@ -1,4 +1,4 @@
-"""Log messages: level and prefix by rank, untrusted text escaped, a full disk under the log."""
+"""Log messages: level and prefix by rank, escaped untrusted text, a full disk."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def union(sets: list[set[int]], taken: list[int] | tuple[int, ...]) -> set[int]:
 
 
 def plain_greedy(sets: list[set[int]], count: int, ratio: float) -> list[int]:
-    """The definition, with Python's sets."""
+    """Greedy cover implemented with Python's sets."""
     everything, covered, taken = set().union(*sets), set(), []
     while len(taken) < count and len(covered) / len(everything) < ratio:
         gains = [len(each - covered) for each in sets]
@@ -50,7 +50,7 @@ def plain_greedy(sets: list[set[int]], count: int, ratio: float) -> list[int]:
     return taken
 
 
-def test_voxels_of_a_wall(scene: Scene) -> None:
+def test_voxels_of_a_wall_by_hand(scene: Scene) -> None:
     # Frame 0 stands at (1, 2, 1.5) and measures a wall 3 m along y. Pixels are 0.075 m apart there, so no voxel of
     # x = 1 -+ 31.5 * 0.075 = -1.3625 .. 3.3625 and z = 1.5 -+ 23.5 * 0.075 = -0.2625 .. 3.2625 is not covered.
     found = cells(frame_voxels(scene.frames[0], INTRINSIC, 0.1))
@@ -69,7 +69,7 @@ def test_a_large_image_is_read_on_a_grid(scene: Scene) -> None:
     assert cells(frame_voxels(scene.frames[0], intrinsic, 0.1)).tolist() == [[-5, 40, 27]]
 
 
-def test_frames_that_add_nothing_are_not_taken(scene: Scene) -> None:
+def test_frames_without_new_voxels_are_not_selected(scene: Scene) -> None:
     # Frame 1 shows the middle of frame 0's wall; frame 2 faces the other way and shows as many voxels as frame 0.
     assert covering_frames(scene, 3, 1.0) == (0, 2)
     assert covering_frames(scene, 3, 0.5) == (0,)
@@ -77,7 +77,7 @@ def test_frames_that_add_nothing_are_not_taken(scene: Scene) -> None:
     assert covering_frames(scene, 1, 1.0) == (0,)
 
 
-def test_the_choice_is_sorted(scene: Scene) -> None:
+def test_selected_frames_are_sorted(scene: Scene) -> None:
     half = load_depth(scene.frames[2])
     half[:24] = 0
     Image.fromarray(half).save(scene.frames[2].depth)
@@ -94,7 +94,7 @@ def test_each_depth_image_is_read_once_per_scene(scene: Scene, monkeypatch: pyte
     assert read == [0, 1, 2]
 
 
-def test_depth_images_that_measure_nothing(scene: Scene) -> None:
+def test_depth_images_without_measurements(scene: Scene) -> None:
     nothing = Image.fromarray(np.zeros((48, 64), dtype=np.uint16))
     nothing.save(scene.frames[0].depth)
     nothing.save(scene.frames[2].depth)
@@ -105,7 +105,7 @@ def test_depth_images_that_measure_nothing(scene: Scene) -> None:
         covering_frames(load_scene(scene.frames[0].depth.parents[2], SCENE), 3, 1.0)
 
 
-def test_files_that_cannot_be_right_are_named(scene: Scene) -> None:
+def test_implausible_poses_and_depths_raise_with_the_file(scene: Scene) -> None:
     far = scene.frames[1].cam_to_world.copy()
     far[0, 3] = 1e6
     lost = replace(scene, frames=(scene.frames[0], replace(scene.frames[1], cam_to_world=far)))
@@ -117,20 +117,20 @@ def test_files_that_cannot_be_right_are_named(scene: Scene) -> None:
 
 
 @given(SETS, st.integers(1, 7), st.sampled_from([0.1, 0.5, 0.9, 1.0]))
-def test_greedy_is_its_definition(sets: list[set[int]], count: int, ratio: float) -> None:
+def test_greedy_cover_equals_a_naive_implementation(sets: list[set[int]], count: int, ratio: float) -> None:
     assert greedy_cover(arrays(sets), count, ratio) == plain_greedy(sets, count, ratio)
 
 
 @given(SETS, st.integers(1, 3))
-def test_greedy_covers_its_share_of_the_optimum(sets: list[set[int]], count: int) -> None:
-    """G. Nemhauser et al., 1978: at least 1 - 1/e of the best that ``count`` sets can cover."""
+def test_greedy_cover_reaches_1_minus_1_over_e_of_the_optimum(sets: list[set[int]], count: int) -> None:
+    """G. Nemhauser et al., 1978: greedy covers at least 1 - 1/e of the best `count` sets."""
     taken = greedy_cover(arrays(sets), count, 1.0)
     best = max(len(union(sets, some)) for some in itertools.combinations(range(len(sets)), min(count, len(sets))))
     assert len(union(sets, taken)) >= (1 - 1 / math.e) * best
 
 
 @given(SETS, st.sampled_from([0.3, 0.6, 0.9, 1.0]))
-def test_more_frames_keep_the_earlier_ones_and_add_to_them(sets: list[set[int]], ratio: float) -> None:
+def test_a_larger_count_extends_the_selection(sets: list[set[int]], ratio: float) -> None:
     longest = greedy_cover(arrays(sets), len(sets), ratio)
     assert len(union(sets, longest)) / len(set().union(*sets)) >= ratio
     for count in range(1, len(longest) + 1):

@@ -61,7 +61,7 @@ def test_visible_fraction_excludes_occluders_and_background(scene: Scene) -> Non
     assert 0.2 < visible_fraction(box, CAMERA, INTRINSIC, half) < 0.8
 
 
-def test_bad_depth_images_are_named(scene: Scene) -> None:
+def test_bad_depth_images_raise_with_the_file(scene: Scene) -> None:
     path = scene.frames[0].depth
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -73,7 +73,7 @@ def test_bad_depth_images_are_named(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("millimetres", [3, 99, 20_001, 30_000])
-def test_a_wrong_depth_scale_is_named(scene: Scene, millimetres: int) -> None:
+def test_a_wrong_depth_scale_raises(scene: Scene, millimetres: int) -> None:
     Image.fromarray(np.full((48, 64), millimetres, dtype=np.uint16)).save(scene.frames[1].depth)
     metres = re.escape(f"{millimetres / 1000:g} m")
     with pytest.raises(ValueError, match=rf"00001.png: read as millimetres, the median depth is {metres}, which is"):

@@ -108,14 +108,14 @@ def test_a_draw_depends_on_seed_scene_and_key_only(scene: Scene) -> None:
     assert sum(select_frames(replace(options, seed=1), scene, key, None) != once[key] for key in keys) >= 35
 
 
-def test_starts_are_spread_over_the_scene(scene: Scene) -> None:
+def test_vgllm_starts_are_uniform_over_the_scene(scene: Scene) -> None:
     starts = [select_frames(FrameOptions("vgllm", 4), scene, str(i), None)[0] for i in range(1000)]  # type: ignore[index]
     assert len(set(starts)) == 101
     assert np.mean(starts) == pytest.approx(50, abs=4)  # four standard errors
 
 
 @given(TOTAL, COUNT, st.integers(1, 6), st.integers(0, 2**32))
-def test_scene_sets_are_spread_and_together_miss_little(total: int, count: int, sets: int, seed: int) -> None:
+def test_scene_sets_are_evenly_strided_and_cover_the_scene(total: int, count: int, sets: int, seed: int) -> None:
     made = scene_sets(total, count, sets, seed, SCENE)
     size = min(total, count)
     assert len(made) == sets
@@ -160,7 +160,7 @@ def test_samples_are_spread_over_equal_sets() -> None:
     assert assign_set(sets, "chair", None) == assign_set(sets, "chair", None)
 
 
-def test_samples_of_a_scene_share_its_sets(scene: Scene) -> None:
+def test_samples_of_a_scene_use_the_same_frame_sets(scene: Scene) -> None:
     options = FrameOptions("scene_sets", 8, sets=3)
     expected = scene_sets(101, 8, 3, 0, SCENE)
     chosen = [select_frames(options, scene, str(i), None) for i in range(50)]
@@ -199,7 +199,7 @@ def test_every_protocol_chooses_from_the_scene(scene: Scene, tmp_path: Path) -> 
         ("0", "must have a list of one or more frame numbers"),
     ],
 )
-def test_a_bad_list_is_named(scene: Scene, tmp_path: Path, numbers: object, message: str) -> None:
+def test_invalid_frame_lists_raise(scene: Scene, tmp_path: Path, numbers: object, message: str) -> None:
     file = tmp_path / "frames.json"
     file.write_text(json.dumps({SCENE: numbers}))
     with pytest.raises(ValueError) as error:
@@ -207,7 +207,7 @@ def test_a_bad_list_is_named(scene: Scene, tmp_path: Path, numbers: object, mess
     assert f"{file}: scene {SCENE} {message}" in str(error.value)
 
 
-def test_a_list_that_lacks_the_scene_or_is_none(scene: Scene, tmp_path: Path) -> None:
+def test_unreadable_list_files_raise_with_the_file(scene: Scene, tmp_path: Path) -> None:
     for name, text, message in (
         ("a", json.dumps({"scene0001_00": [0]}), f"there is no scene {SCENE}"),
         ("b", "[1]", "must hold a JSON object"),
@@ -238,7 +238,7 @@ def test_a_list_that_lacks_the_scene_or_is_none(scene: Scene, tmp_path: Path) ->
         ({"file": Path("frames.json")}, "frames.file must be set for frames.protocol 'list', and only for it"),
     ],
 )
-def test_impossible_options_are_named(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise_with_the_option(wrong: dict[str, Any], message: str) -> None:
     options = FrameOptions("uniform", 8)
     options.check()
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Object visibility by EmbodiedScan's lists and by depth images, and the clearest frame."""
+"""Object visibility by EmbodiedScan's lists and by depth images, and the clearest frame of an object."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def test_visibility_by_depth(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> N
     assert read == [0, 1, 2]
 
 
-def test_a_wrong_depth_scale_stops_the_search(scene: Scene) -> None:
+def test_a_wrong_depth_scale_raises(scene: Scene) -> None:
     Image.fromarray(np.full((48, 64), 3, dtype=np.uint16)).save(scene.frames[2].depth)
     with pytest.raises(ValueError, match=r"00002.png: read as millimetres, the median depth is 0.003 m"):
         visible_frames_by_depth(scene, [scene.instances[0].box])
 
 
-def test_the_clearest_frame_is_the_largest_of_those_given(scene: Scene) -> None:
+def test_the_clearest_frame_has_the_largest_projected_area(scene: Scene) -> None:
     box = scene.instances[0].box
     assert clearest_frame(scene.frames, [0, 1], box, INTRINSIC, SIZE) == 1  # one metre nearer
     assert clearest_frame(scene.frames, [0], box, INTRINSIC, SIZE) == 0
@@ -128,7 +128,7 @@ def test_a_box_that_fills_the_image_from_side_to_side_is_not_clear() -> None:
     assert clear_area(box, CAMERA, INTRINSIC, SIZE) == pytest.approx(21.5 * 20 + 10 / 3 * (20 + 40 / 3) / 2)
 
 
-def test_the_clearest_that_depth_confirms(scene: Scene) -> None:
+def test_clearest_frame_among_frames_visible_by_depth(scene: Scene) -> None:
     seen = visible_frames_by_depth(scene, [scene.instances[i].box for i in (0, 3)])
     assert (
         clearest_frame(scene.frames, sorted(seen[0]), scene.instances[0].box, INTRINSIC, SIZE) == 1

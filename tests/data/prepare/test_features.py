@@ -30,7 +30,7 @@ from w2r2_ds.utils.distributed import RankInfo
 
 @pytest.fixture
 def config(world: World, tmp_path: Path) -> Callable[..., RunConfig]:
-    """`config(**changes)` of a run in the world, both kinds of features cached; two rooms to train, one to validate."""
+    """Function `config(**changes)`: a run that caches both kinds of features; two rooms to train, one to validate."""
 
     def make(**changes: object) -> RunConfig:
         given = {"data__cache": tmp_path / "cache", "data__cached_features": "geometry+2d", **changes}
@@ -128,7 +128,7 @@ def test_too_little_space(config: Callable[..., RunConfig], monkeypatch: pytest.
         fill_cache(config(data__cache="", data__cached_features="geometry"), ["train"], False, RankInfo())
 
 
-def test_an_unreadable_frame_is_named(
+def test_an_unreadable_frame_raises_with_its_path(
     config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run = config()
@@ -141,7 +141,7 @@ def test_an_unreadable_frame_is_named(
         fill_cache(run, ["train"], False, RankInfo())
 
 
-def test_the_command_takes_the_options_of_a_run(
+def test_the_command_accepts_the_options_of_a_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also after the --local_rank that the deepspeed launcher writes first; an unknown option is one sentence."""
@@ -162,8 +162,8 @@ def test_the_command_takes_the_options_of_a_run(
 
 @pytest.mark.nightly
 @pytest.mark.distributed
-def test_ranks_share_the_work(config: Callable[..., RunConfig], world: World, tmp_path: Path) -> None:
-    """Under torchrun, and under deepspeed on top of it: nothing is left to do."""
+def test_ranks_split_the_frame_sets(config: Callable[..., RunConfig], world: World, tmp_path: Path) -> None:
+    """With torchrun, then with deepspeed on the same cache, which has nothing left to compute."""
     options = [*world.arguments(tmp_path / "run"), "--data.cache", str(tmp_path / "cache")]
     both = [*options, "--data.cached_features", "geometry+2d"]
     for launcher, words in (

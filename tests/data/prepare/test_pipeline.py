@@ -93,7 +93,7 @@ def test_every_annotation_becomes_samples_or_a_skipped_item(scenes: Path) -> Non
     assert len(PreparedSet(done.folder, scenes)) == 2 * 6
 
 
-def test_the_published_count_is_compared(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_summary_compares_with_the_published_count(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = prepare(scenes, DEPTH, scenes / "one", quiet=True)
     assert "7 descriptions, not the 36665 that are published" in summary_line(done.folder, done.manifest, False)
     monkeypatch.setattr(ScanRefer, "published", {"train": 7})
@@ -222,7 +222,7 @@ def test_scenes_of_other_options_or_inputs_are_prepared_again(
     assert worked == [SECOND, SCENE, THIRD]
 
 
-def test_validation_draws_one_roll(scenes: Path) -> None:
+def test_validation_ignores_rolls(scenes: Path) -> None:
     write_annotations(scenes, [entry(), entry(4, "table")], "val")
     options = replace(DEPTH, split="val", frames=FrameOptions("vgllm", 2), rolls=2)
     made = PreparedSet(prepare(scenes, options, scenes / "out", quiet=True).folder, scenes)
@@ -260,7 +260,7 @@ def damaged(scenes: Path) -> Path:
     return scenes
 
 
-def test_all_broken_scenes_are_named(damaged: Path) -> None:
+def test_all_broken_scenes_are_reported(damaged: Path) -> None:
     with pytest.raises(ValueError) as caught:
         prepare(damaged, DEPTH, damaged / "out", quiet=True)
     first, *others = str(caught.value).splitlines()
@@ -299,7 +299,7 @@ def test_wrong_annotations_cannot_be_skipped(scenes: Path) -> None:
     assert "entry 3: field 'object_id' is 97" in str(caught.value)
 
 
-def test_no_sample_at_all_is_an_error(root: Path) -> None:
+def test_no_samples_raise(root: Path) -> None:
     write_annotations(root, [entry(3, "lamp")])
     with pytest.raises(ValueError, match=r"No samples could be made from .* \(skipped: 1 no_visible_frame\)"):
         prepare(root, DEPTH, root / "out", quiet=True)
@@ -345,7 +345,7 @@ def test_every_task_is_prepared_from_synthetic_rooms(rooms: Written, tmp_path: P
             assert all(each.references for each in made)
 
 
-def test_a_file_that_is_missing_is_named(root: Path) -> None:
+def test_a_missing_file_raises_with_its_name(root: Path) -> None:
     write_questions(root, [question_entry()])
     options = TaskOptions("scanqa", "val", "video3dllm", FrameOptions("uniform", 2))
     with pytest.raises(ValueError, match=r"ScanQA_v1.0_val.json does not exist"):

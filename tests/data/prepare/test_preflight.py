@@ -1,4 +1,4 @@
-"""Output of --check and --dry_run."""
+"""Output of `w2r2 prepare` with --check and --dry_run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def complete(root: Path) -> Path:
     return root
 
 
-def test_nothing_is_missing(complete: Path) -> None:
+def test_complete_inputs_have_no_missing_files(complete: Path) -> None:
     assert missing(complete, REFER) == []
     assert report(complete, REFER, []) == "scanrefer train: everything is here"
 
@@ -60,7 +60,7 @@ def test_every_missing_and_truncated_file_is_listed(complete: Path) -> None:
     assert "from launchers/prepare.py boxes, or ScanRefer's" in text and "http://www.scan-net.org" in text
 
 
-def test_from_nothing(tmp_path: Path) -> None:
+def test_an_empty_root_lists_all_sources(tmp_path: Path) -> None:
     """Without any file, the folders that every scene needs are listed, because the scenes are unknown."""
     listed = found(tmp_path)
     files = {"ScanRefer/ScanRefer_filtered_train.json", "scannetv2-labels.combined.tsv"}
@@ -71,7 +71,7 @@ def test_from_nothing(tmp_path: Path) -> None:
     assert listed["posed_images"] == "missing; which scenes are needed is not known before the annotations are here"
 
 
-def test_files_and_scenes_that_are_not_there(complete: Path) -> None:
+def test_missing_files_and_scenes_are_listed(complete: Path) -> None:
     write_annotations(complete, [entry(), {**entry(), "scene_id": "scene0007_00"}])
     assert found(complete) == {
         "embodiedscan/embodiedscan_infos_train.pkl": "does not have scene0007_00",
@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_read_is_listed_under_its_source(complete: Path) -
     assert each.path == file and "truncated" in each.problem and each.origin.startswith("EmbodiedScan: fill in")
 
 
-def test_what_each_task_needs(complete: Path) -> None:
+def test_required_files_of_each_task(complete: Path) -> None:
     write_annotations(complete, [entry()], "val")
     frames = FrameOptions("uniform", 2)
     assert found(complete, TaskOptions("scan2cap", "val", frames=frames)) == {
@@ -126,7 +126,7 @@ def test_a_forecast_writes_nothing(complete: Path) -> None:
     assert sorted(complete.rglob("*")) == before
 
 
-def test_flags_need_no_value() -> None:
+def test_flags_without_a_value() -> None:
     assert with_values(["scanrefer", "--dry_run", "--root", "x"]) == ["scanrefer", "--dry_run", "true", "--root", "x"]
     assert with_values(["--check", "false", "--skip_broken_scenes"]) == [
         "--check",
@@ -160,7 +160,7 @@ def test_the_command_prepares_checks_and_forecasts(
 
 
 def write_mesh(root: Path, scene_id: str) -> None:
-    """Eight corners of a box of 2 x 1 x 0.5 in ScanNet's own files, one segment, one object."""
+    """Write ScanNet's files of a box of 2 x 1 x 0.5: eight corners, one segment, one object."""
     box = trimesh.creation.box((2.0, 1.0, 0.5))
     folder = root / "scans" / scene_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def test_boxes_of_all_scenes(root: Path) -> None:
         write_all_boxes(root / "nowhere")
 
 
-def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_is_printed_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
     for quiet, expected in ((False, "scenes: 3 of 3\n"), (True, "")):
         with progress("scenes", 3, quiet, Console(force_terminal=False)) as advance:
             for _ in range(3):
@@ -200,7 +200,7 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixt
     assert "2/2" in capsys.readouterr().out
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(
+def test_an_unwritable_folder_is_a_one_line_error(
     complete: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Data are often stored where users may only read."""

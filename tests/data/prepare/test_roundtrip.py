@@ -1,4 +1,4 @@
-"""Properties: a box that is encoded for the model and decoded from its words is the same box, up to rounding."""
+"""Property tests: a box formatted as an answer and parsed again is the same box, up to rounding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from w2r2_ds.data.tasks.scanrefer import answer_text, world_answer_text
 from w2r2_ds.types.sample import LabeledBox
 
 HALF_UNIT = 0.005 + 1e-9
-"""Metres or radians by which a number with two decimals may be off."""
+"""Rounding error of a number with two decimals, in metres or radians."""
 
 metres = st.floats(-20.0, 20.0, allow_nan=False)
 sides = st.floats(0.001, 10.0)
@@ -52,13 +52,13 @@ def thickened(box: np.ndarray) -> np.ndarray:
 
 
 def angle_between(one: np.ndarray, other: np.ndarray) -> float:
-    """Radians of the rotation from one to the other; from the chord, which is exact for small angles."""
+    """Angle in radians between two rotations; computed from the chord, which is exact for small angles."""
     return float(2 * np.arcsin(min(1.0, np.linalg.norm(one - other) / np.sqrt(8))))
 
 
 @given(boxes, cameras)
 @settings(max_examples=300)
-def test_to_the_camera_and_back_is_the_same_box(box: np.ndarray, camera: np.ndarray) -> None:
+def test_world_to_camera_round_trip(box: np.ndarray, camera: np.ndarray) -> None:
     back = camera_to_world(world_to_camera(box, camera), camera)
     # Corners, not angles: at gimbal lock several triples are the same rotation. There, and only there, up to
     # GIMBAL_TOLERANCE radians are lost, at a corner that is at most 8.7 m from the centre.
@@ -67,9 +67,7 @@ def test_to_the_camera_and_back_is_the_same_box(box: np.ndarray, camera: np.ndar
 
 @given(boxes, cameras, st.integers(0, 31))
 @settings(max_examples=300)
-def test_a_written_answer_is_read_as_the_same_box_within_rounding(
-    box: np.ndarray, camera: np.ndarray, frame: int
-) -> None:
+def test_grounding_answer_round_trip_within_rounding(box: np.ndarray, camera: np.ndarray, frame: int) -> None:
     local = world_to_camera(box, camera)
     read = parse_grounding(answer_text(frame, local), 32)
     assert read.frame == frame
@@ -91,7 +89,7 @@ def test_writing_a_parsed_answer_changes_nothing(box: np.ndarray, frame: int) ->
 
 @given(boxes)
 @settings(max_examples=200)
-def test_a_world_answer_is_read_as_the_same_box_within_rounding(box: np.ndarray) -> None:
+def test_world_answer_round_trip_within_rounding(box: np.ndarray) -> None:
     read = parse_world_box(world_answer_text(box))
     # The lower end is off by half a unit; the upper one by a whole one more where it was moved away from the lower.
     assert np.abs((read[:3] - read[3:] / 2) - (box[:3] - box[3:6] / 2)).max() <= HALF_UNIT
@@ -101,7 +99,7 @@ def test_a_world_answer_is_read_as_the_same_box_within_rounding(box: np.ndarray)
 
 @given(st.lists(st.tuples(st.text(min_size=1).filter(str.strip), boxes), max_size=4))
 @settings(max_examples=200)
-def test_a_detection_is_read_as_the_same_objects_within_rounding(objects: list[tuple[str, np.ndarray]]) -> None:
+def test_detection_answer_round_trip_within_rounding(objects: list[tuple[str, np.ndarray]]) -> None:
     read = parse_objects(detection.answer_text([LabeledBox(label, box) for label, box in objects]))
     assert [label for label, _ in read] == [label for label, _ in objects]
     for (_, mine), (_, box) in zip(read, objects, strict=True):

@@ -1,4 +1,4 @@
-"""ScanRefer's boxes from a small mesh whose numbers can be checked on paper."""
+"""ScanRefer's boxes computed from a small mesh whose numbers can be checked by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TABLE = "raw_category\tnyu40id\tnyu40class\noffice chair\t5\tchair\ncloset wall\
 
 
 def write_mesh(path: Path, vertices: np.ndarray, binary: bool) -> None:
-    """As ScanNet's: coordinates, colours, triangles."""
+    """Write a mesh in ScanNet's format: coordinates, colours, triangles."""
     header = f"ply\nformat {'binary_little_endian' if binary else 'ascii'} 1.0\nelement vertex {len(vertices)}\n"
     header += "".join(f"property float {axis}\n" for axis in "xyz")
     header += "".join(f"property uchar {name}\n" for name in ("red", "green", "blue", "alpha"))
@@ -77,7 +77,7 @@ def files(root: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def scan(tmp_path: Path) -> Path:
-    """A data root with one scene and all of ScanNet's files of it."""
+    """A data root with all ScanNet files of one scene."""
     write_scene(tmp_path)
     paths = files(tmp_path)
     write_mesh(paths["mesh"], VERTICES, binary=True)
@@ -88,7 +88,7 @@ def scan(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_boxes(scan: Path, binary: bool) -> None:
+def test_boxes_by_hand(scan: Path, binary: bool) -> None:
     np.testing.assert_array_equal(VERTICES[1] @ ALIGN[:3, :3].T + ALIGN[:3, 3], [-1.5, -1, 3.25])
     write_mesh(files(scan)["mesh"], VERTICES, binary)
     path = write_boxes(scan, SCENE)
@@ -100,14 +100,14 @@ def test_boxes(scan: Path, binary: bool) -> None:
     np.testing.assert_array_equal(instances[0].box, ROWS[0, :6])
 
 
-def test_scanrefers_aggregation_goes_first(scan: Path) -> None:
+def test_scanrefers_aggregation_file_has_priority(scan: Path) -> None:
     other = files(scan)["groups"].with_name(f"{SCENE}_vh_clean.aggregation.json")
     other.write_text(json.dumps({"segGroups": [{"objectId": 5, "label": "lamp", "segments": [50]}]}))
     np.testing.assert_array_equal(np.load(write_boxes(scan, SCENE)), [[*ROWS[3, :6], 35, 5]])
 
 
 @pytest.mark.parametrize("missing", ["mesh", "segments", "groups", "description", "labels"])
-def test_a_missing_file_is_named(scan: Path, missing: str) -> None:
+def test_a_missing_file_raises_with_its_name(scan: Path, missing: str) -> None:
     path = files(scan)[missing]
     path.unlink()
     before = files(scan)["boxes"].read_bytes()
@@ -150,7 +150,7 @@ def group(**changes: Any) -> str:
         ("description", "sceneType = Lobby", "there is no line 'axisAlignment = 16 numbers'"),
     ],
 )
-def test_a_broken_file_is_named(scan: Path, which: str, content: str, message: str) -> None:
+def test_a_broken_file_raises_with_its_name(scan: Path, which: str, content: str, message: str) -> None:
     files(scan)[which].write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         write_boxes(scan, SCENE)

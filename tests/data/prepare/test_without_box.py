@@ -28,7 +28,7 @@ QUESTIONS = TaskOptions("scanqa", "val", "video3dllm", TWO)
 
 @pytest.fixture
 def scenes(root: Path) -> Path:
-    """Two scenes; one sentence of the first and both of the second are about objects without a box."""
+    """Two scenes; one description of the first and both of the second refer to objects without a box."""
     write_scene(root, SECOND)
     walls = [{**entry(98, "wall", number), "scene_id": SECOND} for number in (3, 4)]
     write_annotations(root, [entry(), entry(97, "floor", 1), entry(4, "table", 2), *walls])
@@ -79,15 +79,15 @@ def test_the_error_names_the_option(scenes: Path, options: TaskOptions) -> None:
     assert not (scenes / "out" / "manifest.json").exists()
 
 
-def test_unique_and_multiple_are_still_those_of_all_annotations(scenes: Path) -> None:
-    """Two chairs of which one has no box: the other stays "multiple", as ScanRefer counts."""
+def test_unique_and_multiple_use_all_annotations(scenes: Path) -> None:
+    """One of two chairs has no box: the other stays "multiple", as in ScanRefer."""
     write_annotations(scenes, [entry(), entry(97, "office_chair", 1)])
     done = prepare(scenes, DEPTH, scenes / "out", skip_without_box=True, quiet=True)
     (made,) = PreparedSet(done.folder, scenes)
     assert made.target.group == "multiple"
 
 
-def test_with_and_without_are_two_data_sets(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_not_reused_with_another_skip_without_box(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rejected preparation keeps finished scenes; a scene with skipped items is not reused without the option."""
     worked, real = [], preparing.prepare_scene
 
@@ -123,7 +123,7 @@ def test_the_command_has_the_option(
     assert "1 no_box" in capsys.readouterr().out
 
 
-def test_two_preparations_of_one_folder(scenes: Path) -> None:
+def test_a_second_preparation_of_the_same_folder_raises(scenes: Path) -> None:
     """The second one is an error and writes nothing."""
     with locked(scenes / "out.lock", "first", "wait"):
         with pytest.raises(ValueError, match=r"out is being prepared by process \d+ on .*, or pass another --out"):

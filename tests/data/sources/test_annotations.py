@@ -32,7 +32,7 @@ def question(number: int = 0, **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_a_description(tmp_path: Path) -> None:
+def test_reads_a_description(tmp_path: Path) -> None:
     path = written(
         tmp_path, [entry(39, "office_chair", 2, "The Red Chair."), {**entry(4), "object_id": 4, "ann_id": 7}]
     )
@@ -65,7 +65,7 @@ def test_a_description(tmp_path: Path) -> None:
         ({"ann_id": "00", "object_name": "other"}, "field scene_id, object_id and ann_id repeats entry 1"),
     ],
 )
-def test_a_bad_description_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_an_invalid_description_raises_with_its_entry(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = written(tmp_path, [entry(), {**entry(ann_id=1), **change}])
     with pytest.raises(ValueError, match=re.escape(f"{path}: entry 2: {message}")):
         read_scanrefer(path)
@@ -79,7 +79,7 @@ def test_every_field_is_required(tmp_path: Path, field: str) -> None:
         read_scanrefer(written(tmp_path, [entry(), second]))
 
 
-def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     bad = {**entry(ann_id=1), "description": "", "object_id": "x"}
     path = written(tmp_path, [entry(), bad, 5, entry(ann_id=3)])
     with pytest.raises(ValueError) as caught:
@@ -92,7 +92,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     assert "25" in lines[0] and len(lines) == 11
 
 
-def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_broken_file_raises_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "annotations.json"
     for content in ("", "{}", "[{", '[{"a": 1, "a": 2}]', "7"):
         path.write_text(content)
@@ -107,7 +107,7 @@ def test_files_without_entries_are_rejected(tmp_path: Path) -> None:
         read_scanqa(tmp_path / "none.json")
 
 
-def test_a_question(tmp_path: Path) -> None:
+def test_reads_a_question(tmp_path: Path) -> None:
     path = written(tmp_path, [question()])
     (first,) = read_scanqa(path)
     assert (first.scene_id, first.question_id, first.text) == ("scene0000_00", "train-scene0000-0", "What is it?")
@@ -143,7 +143,9 @@ def test_the_test_splits_have_no_answers(tmp_path: Path) -> None:
         ({"scene_id": "a/b"}, "field 'scene_id'"),
     ],
 )
-def test_a_bad_question_is_named(tmp_path: Path, answers_needed: bool, change: dict[str, Any], message: str) -> None:
+def test_an_invalid_question_raises_with_its_entry(
+    tmp_path: Path, answers_needed: bool, change: dict[str, Any], message: str
+) -> None:
     path = written(tmp_path, [question(), question(1, **change)])
     with pytest.raises(ValueError, match=re.escape(f"{path}: entry 2: {message}")):
         read_scanqa(path, answers_needed)
@@ -156,7 +158,7 @@ def test_an_entry_without_answers_is_named(tmp_path: Path) -> None:
         read_scanqa(written(tmp_path, [question(), second]))
 
 
-def test_the_recorded_files_are_read() -> None:
+def test_reads_the_golden_files() -> None:
     folder = Path(__file__).parents[2] / "golden" / "metrics"
     for name, read in (("scanrefer.annotations", read_scanrefer), ("scanqa.questions", read_scanqa)):
         raw = json.loads((folder / f"{name}.json").read_text())

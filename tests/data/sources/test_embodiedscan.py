@@ -47,7 +47,7 @@ def written(folder: Path, whole: Any) -> Path:
     return path
 
 
-def test_a_scene(tmp_path: Path) -> None:
+def test_reads_a_scene(tmp_path: Path) -> None:
     others = [scene("3rscan/a-b"), scene("matterport3d/x/region0"), scene("matterport3d/x/region1")]
     infos = read_infos(written(tmp_path, content(*others, scene())))
     assert list(infos) == ["scene0000_00"]
@@ -119,13 +119,13 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (scene("scannet/../up"), "scene id '../up'"),
     ],
 )
-def test_a_malformed_scene_is_named(tmp_path: Path, broken: dict[str, Any], message: str) -> None:
+def test_a_malformed_scene_raises_with_its_id(tmp_path: Path, broken: dict[str, Any], message: str) -> None:
     path = written(tmp_path, content(broken))
     with pytest.raises(ValueError, match=re.escape(f"{path}: {broken['sample_idx']}: {message}")):
         read_infos(path)
 
 
-def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     broken = [scene(f"scannet/scene{n:04d}_00", instances=[instance(label=5)]) for n in range(12)]
     path = written(
         tmp_path, content(*broken, scene("scannet/scene0100_00"), scene("scannet/scene0100_00"), {"images": []})
@@ -154,7 +154,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         (content(scene("3rscan/a")), "holds no ScanNet scene (others: {'3rscan': 1})"),
     ],
 )
-def test_another_file_is_named(tmp_path: Path, whole: Any, message: str) -> None:
+def test_a_file_of_another_format_raises_with_its_name(tmp_path: Path, whole: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_infos(written(tmp_path, whole))
     assert "embodiedscan_infos_train.pkl" in str(caught.value)

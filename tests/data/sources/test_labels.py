@@ -25,13 +25,13 @@ def table(folder: Path, content: str | bytes) -> Path:
     return folder
 
 
-def test_labels(root: Path) -> None:
+def test_reads_the_label_table(root: Path) -> None:
     labels = read_labels(root)
     assert labels["office chair"] == (5, "chair")
     assert labels["refrigerator"] == (5, "refridgerator")  # the fixture's numbers are all 5
 
 
-def test_quotes_mean_nothing_and_the_last_row_counts(tmp_path: Path) -> None:
+def test_quotes_are_literal_and_the_last_row_wins(tmp_path: Path) -> None:
     content = HEADER + '1\t12" board\t30\twhiteboard\r\n2\tbook\t23\tbooks\n3\tbook\t40\totherprop\n\n'
     with pytest.raises(ValueError, match="line 5: field 'raw_category' is missing or empty"):
         read_labels(table(tmp_path, content))
@@ -52,12 +52,12 @@ def test_quotes_mean_nothing_and_the_last_row_counts(tmp_path: Path) -> None:
         (HEADER.encode() + b"1\tch\xe9ir\t5\tchair\n", "line 2 is not UTF-8 .*0xe9"),
     ],
 )
-def test_a_broken_table_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_a_broken_table_raises_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=rf"{LABELS_FILE}.*{message}"):
         read_labels(table(tmp_path, content))
 
 
-def test_a_missing_table_is_named(tmp_path: Path) -> None:
+def test_a_missing_table_raises_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{LABELS_FILE} does not exist; it must be ScanNet's table of labels"):
         read_labels(tmp_path)
 
@@ -99,6 +99,6 @@ def test_groups_by_both_rules() -> None:
 
 
 @pytest.mark.parametrize("spelling", ["refridgerator", "refrigerator"])
-def test_both_spellings_of_the_refrigerator_are_its_class(spelling: str) -> None:
+def test_both_spellings_of_refrigerator(spelling: str) -> None:
     labels = {"fridge": (24, spelling)}
     assert scannet_class("fridge", labels) == SCANNET_CLASSES.index("refrigerator")

@@ -46,7 +46,7 @@ def written(folder: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_arrays_and_containers_come_back(tmp_path: Path, protocol: int) -> None:
+def test_arrays_and_containers_round_trip(tmp_path: Path, protocol: int) -> None:
     content = pickle.dumps(VALUES, protocol)
     read = load_numpy_pickle(written(tmp_path, content))
     stock = pickle.loads(content)

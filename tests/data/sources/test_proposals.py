@@ -20,7 +20,7 @@ def written(folder: Path, content: str) -> Path:
     return path
 
 
-def test_proposals(tmp_path: Path) -> None:
+def test_reads_proposals(tmp_path: Path) -> None:
     whole = {"scannet/scene0011_00": [BOX, [0, 0, 0, 1, 1, 1]], "scene0011_01": []}
     for indent in (None, 2):
         proposals = read_proposals(written(tmp_path, json.dumps(whole, indent=indent)))
@@ -44,7 +44,7 @@ def test_proposals(tmp_path: Path) -> None:
         (7, ""),
     ],
 )
-def test_a_bad_box_is_named(tmp_path: Path, box: object, place: str) -> None:
+def test_an_invalid_box_raises_with_its_index(tmp_path: Path, box: object, place: str) -> None:
     path = written(tmp_path, json.dumps({"a": [], "scannet/scene0011_00": [BOX, box]}))
     with pytest.raises(ValueError, match=re.escape(f"{path}: field 'scannet/scene0011_00[1]{place}'")):
         read_proposals(path)
@@ -63,14 +63,14 @@ def test_a_bad_box_is_named(tmp_path: Path, box: object, place: str) -> None:
         ("{}", "no scene"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, content: str, named: str) -> None:
+def test_a_broken_file_raises_with_its_name(tmp_path: Path, content: str, named: str) -> None:
     path = written(tmp_path, content)
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         read_proposals(path)
     assert named in str(caught.value)
 
 
-def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     path = written(tmp_path, json.dumps({"a": [[1]] * 8, "b": [BOX, [2]], "e": [["x"]] * 3}))
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         read_proposals(path)

@@ -1,4 +1,4 @@
-"""Reading ScanNet's layout, and errors of damaged folders."""
+"""Reader of ScanNet's layout: values, and errors for damaged folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_unsafe_scene_ids_are_rejected(root: Path, scene_id: str) -> None:
         ("scannet_data/{}_aligned_bbox.npy", "not an array", "aligned_bbox.npy is not a readable array"),
     ],
 )
-def test_broken_text_is_named(root: Path, file: str, content: str, message: str) -> None:
+def test_a_broken_text_file_raises_with_its_name(root: Path, file: str, content: str, message: str) -> None:
     (root / file.format(SCENE, SCENE)).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_scene(root, SCENE)
@@ -61,14 +61,14 @@ def test_broken_text_is_named(root: Path, file: str, content: str, message: str)
         "scannet_data/{}_aligned_bbox.npy",
     ],
 )
-def test_a_missing_file_is_named(root: Path, file: str) -> None:
+def test_a_missing_file_raises_with_its_name(root: Path, file: str) -> None:
     path = root / file.format(SCENE, SCENE)
     path.unlink()
     with pytest.raises(ValueError, match=path.name):
         load_scene(root, SCENE)
 
 
-def test_a_truncated_array_is_named(root: Path) -> None:
+def test_a_truncated_array_raises_with_its_name(root: Path) -> None:
     path = root / "scannet_data" / f"{SCENE}_aligned_bbox.npy"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"aligned_bbox\.npy is not a readable array"):

@@ -14,7 +14,7 @@ from w2r2_ds.data.tasks.detection import QUESTION, answer_text
 HAND = {"interval": 1, "step": 1}
 
 
-def test_strings() -> None:
+def test_prompt_and_answer_strings() -> None:
     assert QUESTION == (
         "\nDetect the 3D bounding boxes in the camera coordinate system of the first frame.\n"
         'Output a json list where each entry contains the object name in "label" and its 3D bounding box in '
@@ -54,7 +54,7 @@ def test_windows_take_every_third_frame_of_a_run(root: Path) -> None:
         assert (dropped.id, dropped.reason) == (SCENE, "no_window") and SCENE in dropped.location
 
 
-def test_a_seeded_part_of_the_windows(root: Path) -> None:
+def test_windows_are_subsampled_by_seed(root: Path) -> None:
     write_infos(root, "val")
     one = prepared_items(root, "detection", "val", windows=1, **HAND)
     again = prepared_items(root, "detection", "val", windows=1, **HAND)

@@ -1,4 +1,4 @@
-"""A task added by one file outside the package is prepared and read back. Scores: evaluation/test_plugin_task.py."""
+"""A task from one file outside the package: registered, prepared and read. evaluation/test_plugin_task.py scores it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_task_that_is_not_registered_is_an_error_before_training(tmp_path: Pat
         load_mixture(DataConfig(root=str(ROOT), train=[SourceConfig(str(folder))]), "train")
 
 
-def test_unknown_and_repeated_names() -> None:
+def test_unknown_and_duplicate_names_raise() -> None:
     with pytest.raises(ValueError, match=r"'colouring'.*scanrefer"):
         TASKS.find("colouring")
 
@@ -69,7 +69,7 @@ def test_unknown_and_repeated_names() -> None:
 
 
 def test_the_command_line_lists_the_built_in_tasks() -> None:
-    """The list of ``w2r2 prepare --help``, which imports no task, and the options that each task takes."""
+    """In ``w2r2 prepare --help``, which imports no task; also the options of each task."""
     for name, task in TASKS.items():
         assert (task.__doc__ or "").partition("\n")[0].rstrip(".").lower() == SUBCOMMANDS[name].lower(), name
         assert set(task.cli_options) <= set(TASK_OPTIONS), name

@@ -16,7 +16,7 @@ BOX = np.array([2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0])
 ENTRIES = [entry(), entry(4, "table", 0, "the table."), entry(0, "office_chair", 1, "It is RED. very.")]
 
 
-def test_strings() -> None:
+def test_prompt_and_answer_strings() -> None:
     assert question_text(BOX, CAMERA) == (
         "\nCarefully watch the video and describe the object located at [1.0, 0.5, 3.0] in detail."
     )
@@ -62,7 +62,7 @@ def test_validation_at_annotated_boxes_needs_no_proposals(root: Path) -> None:
     assert made[0].question == "Given an object located at [2.0, 5.0, 1.0] , describe the object in detail."
 
 
-def test_an_object_with_two_names_is_two(root: Path) -> None:
+def test_an_object_with_two_names_gives_two_samples(root: Path) -> None:
     write_annotations(root, [entry(), entry(0, "chair", 1)], "val")
     made = prepared_items(root, "scan2cap", "val", boxes="annotated")
     assert [each.id for each in made] == [f"{SCENE}|0|office_chair", f"{SCENE}|0|chair"], "as Scan2Cap counts them"

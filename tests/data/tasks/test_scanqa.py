@@ -1,4 +1,4 @@
-"""ScanQA's samples: strings, ids and references; objects that a scene lacks."""
+"""ScanQA's samples: strings, ids and references; objects missing in a scene."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_test_split_has_neither_answers_nor_objects(root: Path) -> None:
         prepared_items(root, "scanqa", "val", format="video3dllm")
 
 
-def test_an_object_that_the_scene_lacks_is_named(root: Path) -> None:
+def test_an_object_missing_in_the_scene_raises(root: Path) -> None:
     write_questions(root, [question_entry(), question_entry(1, objects=(0, 98))])
     with pytest.raises(AnnotationMismatch, match=r"entry 2: field 'object_ids' is 98"):
         prepared_items(root, "scanqa", format="video3dllm")

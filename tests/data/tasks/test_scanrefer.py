@@ -95,7 +95,7 @@ def test_every_roll_is_a_sample_with_its_own_frames(root: Path) -> None:
     assert once[0].id == f"{SCENE}|4|table|1", "no suffix with one roll"
 
 
-def test_validation_keeps_all_and_draws_once(root: Path) -> None:
+def test_validation_keeps_all_descriptions_with_one_roll(root: Path) -> None:
     write_infos(root, "val")
     write_annotations(root, [LAMP, CHAIR, TABLE], "val")
     made = prepared_items(root, "scanrefer", "val")
@@ -111,7 +111,7 @@ def test_the_world_format_needs_neither_infos_nor_visibility(root: Path) -> None
     assert lamp.answer == "0.75,7.75,1.25,1.25,8.25,1.75"
 
 
-def test_objects_that_the_scene_lacks_are_all_named(root: Path) -> None:
+def test_all_objects_missing_in_the_scene_are_reported(root: Path) -> None:
     write_annotations(root, [CHAIR, entry(99), entry(98)])
     message = rf"train.json: entry 2: field 'object_id' is 99, .*{SCENE}"
     with pytest.raises(AnnotationMismatch, match=message) as caught:
@@ -119,7 +119,7 @@ def test_objects_that_the_scene_lacks_are_all_named(root: Path) -> None:
     assert len(caught.value.messages) == 2
 
 
-def test_a_scene_that_embodiedscan_lacks_is_named(root: Path) -> None:
+def test_a_scene_missing_in_embodiedscan_raises(root: Path) -> None:
     write_infos(root, scene_ids=(SCENE,))
     write_annotations(root, [{**CHAIR, "scene_id": "scene0007_00"}])
     with pytest.raises(ValueError, match="scene0007_00: EmbodiedScan's infos do not have this scene"):

@@ -33,7 +33,7 @@ HANGING, PARTLY_COLORED = ("window", "picture"), ("window", "door", "bed", "pict
 
 
 def read(text: str) -> tuple[str, dict[str, str]]:
-    """Kind of a question and the phrases in it."""
+    """Kind of a question, and the phrases in it."""
     found = [(kind, match) for kind, pattern in PATTERNS.items() if (match := re.fullmatch(pattern, text))]
     assert len(found) == 1, text
     kind, match = found[0]
@@ -165,7 +165,7 @@ def test_answers_are_true(generated: list[tuple[Room, list[GeneratedQuestion]]])
 
 
 def test_no_answer_is_frequent(generated: list[tuple[Room, list[GeneratedQuestion]]]) -> None:
-    """A guess that needs no image is right for less than half of each kind of question."""
+    """A guess without the image is right for less than half of each kind of question."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     first = 0
     for _, questions in generated:

@@ -87,7 +87,7 @@ def test_alignment_maps_the_raw_world_to_the_boxes(rooms: Written, name: str) ->
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_measured_depth_lies_on_the_described_object(rooms: Written, name: str) -> None:
+def test_depth_pixels_lie_in_the_described_box(rooms: Written, name: str) -> None:
     """Back-project each sample's target frame: many pixels inside the projected box must fall into the 3-D box."""
     scene = load_scene(rooms.root, name)
     split = "val" if name == SCENES[2] else "train"

@@ -36,7 +36,7 @@ def numbers(path: Path) -> np.ndarray:
 
 
 def test_rooms_are_those_of_version_1(rooms: Written) -> None:
-    """Sentences are equal; poses and boxes to 1e-9 and image means, because processors round differently."""
+    """Sentences are equal. Poses and boxes agree to 1e-9, and images in their mean, because CPUs round differently."""
     files = [*sorted((rooms.root / "ScanRefer").iterdir()), rooms.root / "scannetv2-labels.combined.tsv"]
     assert hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() == WORDS
     files = [

@@ -1,4 +1,4 @@
-"""Caption scores, the PTB tokenizer and clean_answer against what the public code gave."""
+"""Caption scores, the PTB tokenizer and clean_answer against outputs of the public code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VECTORS = [
 
 
 @pytest.mark.parametrize("vector", VECTORS)
-def test_small_corpora(vector: dict[str, Any], either_java: Java) -> None:
+def test_scores_of_small_corpora(vector: dict[str, Any], either_java: Java) -> None:
     assert_all_fields_read(vector, "references", "candidates", "corpus", "items", "note")
     scores = score_captions(vector["references"], vector["candidates"], java=either_java)
     assert_scores_equal(vector["corpus"], scores.corpus, either_java, "none", "corpus")
@@ -32,7 +32,7 @@ def test_small_corpora(vector: dict[str, Any], either_java: Java) -> None:
 
 
 @pytest.mark.parametrize("golden", find(is_tokenizer_pairs), ids=lambda golden: golden.name)
-def test_the_tokenizer(golden: Golden, java: Java) -> None:
+def test_ptb_tokenizer(golden: Golden, java: Java) -> None:
     pairs = golden.record["pairs"]
     assert java.tokenize([pair["text"] for pair in pairs]) == [pair["tokens"] for pair in pairs]
 

@@ -1,4 +1,4 @@
-"""--score_only: our predictions, and those of VG-LLM and Video-3D-LLM joined with a prepared data set."""
+"""--score_only: own predictions, and those of VG-LLM and Video-3D-LLM joined with a prepared data set."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_set(folder: Path, samples: Sequence[Sample]) -> Path:
-    """A prepared folder whose images are not read."""
+    """A prepared folder without images."""
     return write_prepared(folder, samples, ROOT)
 
 
@@ -40,7 +40,7 @@ def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> Path:
 
 
 def vgllm_line(sample: Sample, text: str) -> dict[str, Any]:
-    """As lmms-eval logs it: poses before the alignment, images only beside the document."""
+    """A line as logged by lmms-eval: poses before alignment, images beside the document."""
     assert sample.target is not None
     poses = np.linalg.inv(ALIGN) @ sample.cam_to_world
     identity = {"object_id": str(sample.target.object_id), "ann_id": sample.target.ann_id}
@@ -55,7 +55,7 @@ def vgllm_line(sample: Sample, text: str) -> dict[str, Any]:
 
 
 def video_line(sample: Sample, box: Sequence[float], truth: np.ndarray = BOX) -> dict[str, Any]:
-    """As model_scanrefer.py writes it."""
+    """A line as written by model_scanrefer.py."""
     text = sample.question[sample.what[0] : sample.what[1]]
     prompt = f"The video captures 3D.\n<image>Identify the object according to the following description.\n{text}"
     return {"sample_id": 7, "prompt": prompt, "pred_response": list(box), "gt_response": truth[:6].tolist()}
@@ -87,7 +87,7 @@ def test_own_files_joined_with_a_data_set(tmp_path: Path) -> None:
         score_file(again, data=tmp_path / "set")
 
 
-def test_answers_to_other_frames_or_questions_are_not_joined(tmp_path: Path) -> None:
+def test_answers_to_other_frames_or_questions_raise(tmp_path: Path) -> None:
     """A data set prepared with another seed has the same ids, but an index refers to another frame."""
     sample = grounding("0")
     folder = write_set(tmp_path / "set", [sample])
@@ -145,7 +145,7 @@ def test_video3dllms_items_are_identified_by_description_and_box(tmp_path: Path)
         score_file(file, "video3dllm", tmp_path / "set", protocols=["vgllm-direct"])
 
 
-def test_video3dllms_captions_and_answers(tmp_path: Path) -> None:
+def test_video3dllm_captions_and_answers(tmp_path: Path) -> None:
     objects = [caption(3), caption(4), caption(5)]
     lines = [
         {

@@ -40,7 +40,7 @@ def described(number: str = "1") -> DescribedObject:
     return DescribedObject(f"s|{number}|chair", ("A chair.",), (("a", "chair", "."),), UNIT)
 
 
-def test_names() -> None:
+def test_protocol_names() -> None:
     assert find_protocol("scan2cap/leo").task == "scan2cap"
     assert all(name == each.name and name.startswith(each.task + "/") for name, each in PROTOCOLS.items())
     assert all(each.description.endswith(".") and each.source for each in PROTOCOLS.values())
@@ -58,7 +58,7 @@ def test_the_page_of_a_task_has_its_protocols_and_metrics(name: str) -> None:
     ("numbers", "printed"),
     [((63.6, 54.2, 44.8, 82.1, 30.8), 55.1), ((58.1, 51.7, 41.3, 83.8, 30.1), 53.0)],
 )
-def test_overall_is_the_papers(numbers: tuple[float, ...], printed: float) -> None:
+def test_overall_score_by_the_papers_formula(numbers: tuple[float, ...], printed: float) -> None:
     assert overall(*(number / 100 for number in numbers)) == pytest.approx(printed, abs=0.05)
     assert overall(*(number / 100 for number in numbers[:4]), None) is None
 
@@ -121,7 +121,7 @@ def vgllm_text(box: list[float]) -> str:
     return json.dumps({"frame": 0, "bbox_3d": box})
 
 
-def test_vgllm_counts_an_exact_half_and_survives_huge_numbers() -> None:
+def test_vgllm_counts_an_iou_of_one_half_and_accepts_huge_numbers() -> None:
     row = describe()
     poses = {row.key: np.eye(4)[None]}
     half = vgllm_text([0, 0, 0, 1, 1, 2, 0, 0, 0])
@@ -183,7 +183,7 @@ def test_both_angle_conventions_agree_without_rotation() -> None:
     np.testing.assert_allclose(extrinsic_to_world(level, np.eye(4)), level, atol=1e-12)
 
 
-def test_refinement_takes_the_proposal_that_overlaps_most() -> None:
+def test_refinement_uses_the_proposal_with_the_largest_iou() -> None:
     near, nearer, far = (0.5, 0, 0, 1, 1, 1), (0.2, 0, 0, 1, 1, 1), (9, 0, 0, 1, 1, 1)
     assert refine(UNIT, [near, nearer, far]) == nearer
     assert refine(UNIT, [nearer, nearer]) == nearer
@@ -194,7 +194,7 @@ def test_refinement_takes_the_proposal_that_overlaps_most() -> None:
         refine(UNIT, [(0, 0, 0)])
 
 
-def test_vgllm_refined_counts_the_object_that_was_meant() -> None:
+def test_vgllm_refined_replaces_the_box_by_a_proposal() -> None:
     row = describe()
     poses, texts = {row.key: np.eye(4)[None]}, {row.key: vgllm_text([0.7, 0, 0, 1, 1, 1, 0, 0, 0])}
     assert score_vgllm([row], texts, poses)["acc@0.25"] == 0.0
@@ -207,7 +207,7 @@ def test_vgllm_refined_counts_the_object_that_was_meant() -> None:
         score([row], texts, poses, {})
 
 
-def test_match_loops() -> None:
+def test_answer_matching_rules() -> None:
     cases = {
         ("two", ("two",)): ((1, 1), (1, 1)),
         ("black chair", ("black", "chair")): ((0, 1), (0, 1)),
@@ -264,7 +264,7 @@ def test_a_set_without_predictions_has_scores(protocol: str, no_java: Java) -> N
     json.dumps(result, allow_nan=False)
 
 
-def test_a_gate_from_the_data_counts_instead_of_the_box(no_java: Java) -> None:
+def test_a_given_iou_replaces_the_boxs_iou(no_java: Java) -> None:
     caption = Caption("a chair", box=(9, 9, 9, 1, 1, 1), iou=0.3)
     at = score_scan2cap([described()], {"s|1|chair": caption}, "vgllm", java=no_java)["at"]
     assert (at["0.25"]["passed"], at["0.5"]["passed"]) == (1, 0)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.golden
 FILES = find(is_scan2cap_scores)
 NAMES = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L")
 PRINTED = dict(zip(("CIDER", "BLEU", "METEOR", "Rouge"), NAMES, strict=True))
-"""Metric in the output of Video-3D-LLM's script -> ours."""
+"""Metric in the output of Video-3D-LLM's script -> metric of this package."""
 
 
 def data(golden: Golden) -> tuple[list[DescribedObject], dict[str, Caption]]:
@@ -46,7 +46,7 @@ def score(name: str, objects: list[DescribedObject], captions: dict[str, Caption
 
 
 @pytest.mark.parametrize("golden", FILES, ids=lambda golden: golden.name)
-def test_iou(golden: Golden) -> None:
+def test_recorded_ious(golden: Golden) -> None:
     objects, captions = data(golden)
     assert [each.key for each in objects] == list(golden.record["items"])
     for each in objects:
@@ -61,7 +61,7 @@ def test_iou(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize(("golden", "name"), cases("at"))
-def test_a_protocol(golden: Golden, name: str, either_java: Java) -> None:
+def test_scores_equal_the_recorded_ones(golden: Golden, name: str, either_java: Java) -> None:
     block = golden.record["protocols"][name]
     tokenizer = SCAN2CAP_RULES[name].tokenizer
     objects, captions = data(golden)
@@ -142,7 +142,7 @@ def test_failed_captions_omitted(golden: Golden, name: str, java: Java) -> None:
 
 
 @pytest.mark.parametrize(("golden", "name"), cases("CIDEr_percent"))
-def test_a_gate_from_the_data(golden: Golden, name: str, no_java: Java) -> None:
+def test_scores_with_given_ious(golden: Golden, name: str, no_java: Java) -> None:
     """VG-LLM's data files contain the IoU of the proposal."""
     block = golden.record["protocols"][name]
     found = re.search(r">= ([\d.]+)", block["options"]["gate"])

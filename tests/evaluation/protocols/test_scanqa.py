@@ -35,7 +35,7 @@ def compare(expected: dict[str, Any], got: dict[str, Any], name: str, java: Java
 
 
 @pytest.mark.parametrize(("golden", "name"), CASES)
-def test_a_protocol(golden: Golden, name: str, either_java: Java) -> None:
+def test_scores_equal_the_recorded_ones(golden: Golden, name: str, either_java: Java) -> None:
     block = golden.record["protocols"][name]
     assert_all_fields_read(block, "reference", "options", "corpus", "items", "missing_left_out")
     questions, answers = questions_from(golden.beside("questions")), answers_from(golden.beside("predictions"))

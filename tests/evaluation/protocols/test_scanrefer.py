@@ -1,4 +1,4 @@
-"""Scoring of single answers, and Acc@k of a set."""
+"""ScanRefer: scores of single answers, and Acc@k of a set."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def item(iou: float, group: str, reason: str | None = None) -> dict[str, Any]:
 
 
 @pytest.mark.golden
-def test_texts_match() -> None:
-    """Our reading is intrinsic ZXY. Where a text holds two answers the golden value is of the first; we fail it."""
+def test_answers_have_the_golden_scores() -> None:
+    """Angles are intrinsic ZXY. If a text has two answers, the golden value is the first's; here it is invalid."""
     for case in json.loads((OTHER if OTHER.exists() else HERE).read_text())["scanrefer_eval"]:
         poses = np.array(case["axis_align_matrix"]) @ np.array(case["cam2global"])
         scored = score(case["text"], np.array(case["gt_bbox"]), poses)
@@ -46,7 +46,7 @@ def test_texts_match() -> None:
         assert (scored["reason"] is None) == (expected > 0)
 
 
-def test_the_box_is_read_in_the_predicted_frame() -> None:
+def test_the_box_is_in_the_coordinates_of_the_predicted_frame() -> None:
     other = np.eye(4)
     poses = np.stack([other, LEVEL])
     text = answer(1, world_to_camera(WORLD, LEVEL))
@@ -57,14 +57,14 @@ def test_the_box_is_read_in_the_predicted_frame() -> None:
     assert score(text.replace('"frame": 1', '"frame": 0'), WORLD, poses)["iou"] == 0
 
 
-def test_a_world_turn_at_two_decimals() -> None:
-    """Gravity-aligned camera, box yawed by 0.5: rounding costs little, a mixed convention would cost a lot."""
+def test_a_rotated_box_rounded_to_two_decimals() -> None:
+    """Level camera, box yawed by 0.5: rounding changes the IoU little, a wrong angle convention a lot."""
     yawed = np.array([2, 5, 1, 0.8, 0.6, 1, 0.5, 0, 0.0])
     written = np.array([1, 0.5, 3, 0.8, 0.6, 1, 1.57, 1.07, -1.57])
     assert score(answer(0, written), yawed, LEVEL[None])["iou"] > 0.99
 
 
-def test_a_failure_is_a_zero_with_a_reason() -> None:
+def test_an_invalid_answer_scores_zero_with_a_reason() -> None:
     assert score("no idea", WORLD, LEVEL[None]) == {
         "iou": 0.0,
         "box": None,
@@ -78,7 +78,7 @@ def test_a_failure_is_a_zero_with_a_reason() -> None:
     assert result["failures"] == {"no prediction": 1}
 
 
-def test_absurd_numbers_are_a_zero_and_valid_json() -> None:
+def test_huge_numbers_score_zero_and_stay_valid_json() -> None:
     tilted = LEVEL.copy()
     tilted[:3, :3] = [[0.6, -0.8, 0], [0, 0, 1], [0.8, 0.6, 0]]
     for huge in ("1e308", "-1.79e308"):
@@ -89,7 +89,7 @@ def test_absurd_numbers_are_a_zero_and_valid_json() -> None:
         json.dumps(scored, allow_nan=False)
 
 
-def test_hand_vector() -> None:
+def test_accuracy_by_hand() -> None:
     rows = [item(0.60, "multiple"), item(0.30, "multiple"), item(0.25, "unique"), item(0.49, "unique")]
     result = direct_scores(rows)
     assert result["overall"] == {"count": 4, "acc@0.25": 1.0, "acc@0.5": 0.25, "mean_iou": pytest.approx(0.41)}
@@ -99,7 +99,7 @@ def test_hand_vector() -> None:
     assert result["failures"] == {}
 
 
-def test_hand_vector_with_a_failure() -> None:
+def test_accuracy_by_hand_with_an_invalid_answer() -> None:
     rows = [item(0.60, "multiple"), item(0.30, "multiple"), item(0.25, "unique"), item(0.49, "unique")]
     result = direct_scores([*rows, item(0.0, "multiple", "why")])
     assert (result["overall"]["acc@0.25"], result["overall"]["acc@0.5"]) == (0.8, 0.2)
@@ -110,7 +110,7 @@ def test_hand_vector_with_a_failure() -> None:
     assert result["failures"] == {"why": 1}
 
 
-def test_an_exact_half_is_a_hit() -> None:
+def test_an_iou_of_one_half_counts() -> None:
     result = direct_scores([item(math.nextafter(0.5, 0), "unique"), item(0.25, "multiple")])
     assert result["unique"]["acc@0.5"] == 1.0
     assert result["multiple"]["acc@0.25"] == 1.0

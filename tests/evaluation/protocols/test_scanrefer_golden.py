@@ -46,12 +46,12 @@ def labels(golden: Golden) -> dict[str, tuple[int, str]]:
 
 
 def percent(block: dict[str, Any]) -> float:
-    """Ours are fractions."""
+    """Accuracies in percent, as recorded."""
     return 100.0 if block["options"]["unit"].startswith("percent") else 1.0
 
 
 def printed(scores: dict[str, Any]) -> dict[str, Any]:
-    """Recorded accuracies under our names."""
+    """Recorded accuracies with this package's metric names."""
     return {
         name.removesuffix("iou"): printed(value) if isinstance(value, dict) else value for name, value in scores.items()
     }
@@ -68,7 +68,7 @@ def with_box(golden: Golden) -> list[ScoredDescription]:
 
 
 @FILE
-def test_items(golden: Golden) -> None:
+def test_ious_of_single_answers(golden: Golden) -> None:
     official = score(golden, "scanrefer_official", descriptions(golden))["items"]
     other = score(golden, "video3dllm", descriptions(golden))["items"]
     assert [names(item) for item in golden.record["items"]] == list(official) == list(other)
@@ -84,7 +84,7 @@ def test_items(golden: Golden) -> None:
 
 
 @FILE
-def test_official(golden: Golden) -> None:
+def test_official_accuracy(golden: Golden) -> None:
     block = golden.record["protocols"]["scanrefer_official"]
     assert_all_fields_read(
         block,
@@ -102,7 +102,7 @@ def test_official(golden: Golden) -> None:
 
 
 @FILE
-def test_video3dllm(golden: Golden) -> None:
+def test_video3dllm_accuracy(golden: Golden) -> None:
     block = golden.record["protocols"]["video3dllm"]
     assert_all_fields_read(block, "reference", "options", "failed_counted_as_zero_box", "failed_left_out")
     for part, kept in {"failed_counted_as_zero_box": descriptions(golden), "failed_left_out": with_box(golden)}.items():
@@ -122,8 +122,8 @@ def vgllm(golden: Golden, variant: str, parser: str) -> dict[str, Any]:
 
 
 @VGLLM
-def test_vgllm(golden: Golden, variant: str, parser: str) -> None:
-    """With exact IoU: pytorch3d's, recorded beside it, is wrong for nearly aligned boxes."""
+def test_vgllm_accuracy(golden: Golden, variant: str, parser: str) -> None:
+    """With exact IoU. The recorded IoU of pytorch3d is wrong for nearly aligned boxes."""
     block = golden.record["protocols"]["vgllm"]
     expected = block["scores"][variant]
     got = vgllm(golden, variant, parser)
@@ -135,7 +135,7 @@ def test_vgllm(golden: Golden, variant: str, parser: str) -> None:
 
 
 @VGLLM
-def test_vgllm_items(golden: Golden, variant: str, parser: str) -> None:
+def test_vgllm_ious_of_single_answers(golden: Golden, variant: str, parser: str) -> None:
     got = vgllm(golden, variant, parser)["items"]
     for item in golden.record["items"]:
         ours, expected = got[names(item)], item["vgllm"][variant]

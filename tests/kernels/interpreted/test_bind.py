@@ -63,7 +63,7 @@ def results(model: Any, checkpointing: bool) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kernels", [TORCH_KERNELS, ALL_KERNELS], ids=["torch", "triton"])
-def test_equal_to_the_stock_model(stock: Any, kernels: Kernels, checkpointing: bool) -> None:
+def test_the_bound_model_equals_the_stock_model(stock: Any, kernels: Kernels, checkpointing: bool) -> None:
     """Tolerance 1e-4 of the largest value: float32 with another order of summation in two layers."""
     ours, theirs = results(bound(stock, kernels), checkpointing), results(copy.deepcopy(stock), checkpointing)
     assert len(ours) == 2 + 2 * 7 * 2
@@ -84,7 +84,7 @@ def test_cached_generation_and_the_vision_tower(stock: Any) -> None:
     torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
 
 
-def test_every_module_is_bound_and_nothing_else_changes(stock: Any) -> None:
+def test_all_supported_modules_and_no_others_are_bound(stock: Any) -> None:
     model = bound(stock, ALL_KERNELS)
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "forward" in vars(module)}
     lora = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -38,7 +38,7 @@ def test_float32_is_bit_equal() -> None:
 
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 def test_bfloat16_tokens_are_copied_exactly(stream: torch.dtype) -> None:
-    """A copy rounds nothing, for any dtype of the stream."""
+    """Copies do not round, for any dtype of the stream."""
     embeddings, positions, shortcut, fused = inputs(torch.bfloat16, stream)
     ours, expected = (
         dual_stream_embed(embeddings, positions, shortcut, fused, kernels) for kernels in ("triton", "torch")

@@ -1,7 +1,7 @@
-"""Training steps with `model.kernels` triton and torch: the same loss and gradients in every configuration.
+"""Training steps with `model.kernels` triton and torch: equal losses and gradients in every configuration.
 
-The product of configurations runs this project's kernels only. Liger's take most of the interpreter's time and do not
-depend on the configuration; they take part in one of them.
+All configurations run this package's kernels. Liger's kernels take most of the interpreter's time and do not depend on
+the configuration, so they are tested with one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("liger_interpreted")
 SIMILARITY = {"three": 0.9, "text answer": 0.95}
 """s of the shortcut's answers, above mu, so that the push term has a gradient."""
 TOLERANCE = 1e-5
-"""Of the loss and of each gradient's norm: float32 with another order of summation, where 2e-6 was measured."""
+"""Relative tolerance of the loss and of each gradient's norm: float32 sums in another order; 2e-6 was measured."""
 OWN_KERNELS = ALL_KERNELS - {"rms_norm", "swiglu"}
 ZERO_GEOMETRY = ("merged", "features")
 MASK_RATIOS = (0.0, 0.5)
@@ -117,7 +117,9 @@ def test_with_liger_kernels(steps: Any, batches: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("pass_order", PASS_ORDERS)
-def test_modules_run_in_an_order_that_no_batch_changes(steps: Any, batches: dict[str, Any], pass_order: str) -> None:
+def test_the_order_of_modules_does_not_depend_on_the_batch(
+    steps: Any, batches: dict[str, Any], pass_order: str
+) -> None:
     """ZeRO-3 needs the same modules in the same order on every rank, for any batch."""
     for step in steps("add", "merged"):
         orders = []

@@ -155,7 +155,7 @@ def test_padded_batches_do_not_change(model_config: Any, vlm: Any, left: bool) -
     assert torch.equal(actual, expected)
 
 
-def test_attention_without_a_packed_form(model_config: Any, vlm: Any) -> None:
+def test_unsupported_attention_raises(model_config: Any, vlm: Any) -> None:
     eager = load_vlm(model_config.vlm, torch.float32, "eager")
     with pytest.raises(ValueError, match=r"model\.attention is eager"):
         use_packed_attention(eager)

@@ -56,12 +56,12 @@ def test_a_video_pairs_its_frames_and_repeats_the_last() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(42, 56), (56, 42)])
-def test_sides_that_cannot_be_merged(height: int, width: int) -> None:
+def test_sides_that_are_not_multiples_of_a_merged_patch_raise(height: int, width: int) -> None:
     with pytest.raises(ValueError, match=f"{width} x {height} pixels must be multiples of 28"):
         patchify(np.zeros((1, 3, height, width), dtype=np.float32))
 
 
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 1, 28, 28), (0, 3, 28, 28), (1, 3, 0, 28)])
-def test_other_shapes(shape: tuple[int, ...]) -> None:
+def test_other_shapes_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[frames, 3, height, width\]"):
         patchify(np.zeros(shape, dtype=np.float32))

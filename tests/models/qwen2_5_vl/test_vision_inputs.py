@@ -1,4 +1,4 @@
-"""Inputs that are precomputed for the vision tower equal those that it computes itself."""
+"""Precomputed inputs of the vision tower equal those that it computes itself."""
 
 from __future__ import annotations
 

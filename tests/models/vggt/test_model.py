@@ -95,25 +95,25 @@ def test_weights_are_loaded_in_float32(directory: Path) -> None:
     assert {weight.dtype for weight in load_vggt(directory).parameters()} == {torch.float32}
 
 
-def test_a_missing_weight_is_named(directory: Path) -> None:
+def test_a_missing_weight_raises_with_its_name(directory: Path) -> None:
     change_weights(directory, **{WEIGHT.replace(".", "__"): None})
     with pytest.raises(ValueError, match=WEIGHT):
         load_vggt(directory)
 
 
-def test_an_unknown_weight_is_named(directory: Path) -> None:
+def test_an_unknown_weight_raises_with_its_name(directory: Path) -> None:
     change_weights(directory, aggregator__surplus=torch.zeros(1))
     with pytest.raises(ValueError, match=r"aggregator\.surplus"):
         load_vggt(directory)
 
 
-def test_a_weight_of_another_shape_is_named_with_both_shapes(directory: Path) -> None:
+def test_a_weight_of_another_shape_raises_with_both_shapes(directory: Path) -> None:
     change_weights(directory, **{WEIGHT.replace(".", "__"): torch.zeros(5, 7)})
     with pytest.raises(ValueError, match=rf"{WEIGHT}.*\[5, 7\].*\[128, 32\]"):
         load_vggt(directory)
 
 
-def test_a_quantised_weight_is_named(directory: Path) -> None:
+def test_a_quantised_weight_raises_with_its_name(directory: Path) -> None:
     change_weights(directory, **{WEIGHT.replace(".", "__"): torch.zeros(128, 32, dtype=torch.int8)})
     with pytest.raises(ValueError, match=f"{WEIGHT}.*I8"):
         load_vggt(directory)
@@ -142,7 +142,7 @@ def test_shards_are_loaded_through_their_index(vggt: VGGT, directory: Path) -> N
     assert same_weights(load_vggt(directory), vggt)
 
 
-def test_a_missing_shard_is_named(directory: Path) -> None:
+def test_a_missing_shard_raises_with_its_name(directory: Path) -> None:
     shard(directory)
     (directory / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"b\.safetensors"):
@@ -174,18 +174,18 @@ def test_a_bad_config_is_rejected_naming_the_file(directory: Path, text: str) ->
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named(directory: Path, name: str) -> None:
+def test_a_missing_file_raises_with_its_name(directory: Path, name: str) -> None:
     (directory / name).unlink()
     with pytest.raises(ValueError, match=name):
         load_vggt(directory)
 
 
-def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+def test_a_missing_directory_raises_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=str(tmp_path / "nowhere")):
         load_vggt(tmp_path / "nowhere")
 
 
-def test_an_unknown_config_field_is_named() -> None:
+def test_an_unknown_config_field_raises_with_its_name() -> None:
     with pytest.raises(ValueError, match="'depht'"):
         VGGTConfig.from_dict({"depht": 24})
 
@@ -200,7 +200,7 @@ def test_another_order_of_blocks_is_rejected() -> None:
         VGGTConfig.from_dict({"aa_order": ["global", "frame"]})
 
 
-def test_a_layer_is_the_same_whether_or_not_deeper_ones_run(vggt: VGGT, images: torch.Tensor) -> None:
+def test_a_layers_output_does_not_depend_on_deeper_layers(vggt: VGGT, images: torch.Tensor) -> None:
     every = run(vggt, images, 0, 1, 2)
     assert torch.equal(run(vggt, images, 1)[1], every[1])
     assert list(run(vggt, images, 1)) == [1]
@@ -224,7 +224,7 @@ def test_frames_of_a_scene_attend_to_each_other(vggt: VGGT, images: torch.Tensor
     assert (run(vggt, changed, 0)[0][:, 0] - run(vggt, images, 0)[0][:, 0]).abs().max() > 1e-2
 
 
-def test_order_matters_for_the_first_frame_only(vggt: VGGT, images: torch.Tensor) -> None:
+def test_only_the_choice_of_the_first_frame_changes_features(vggt: VGGT, images: torch.Tensor) -> None:
     plain = run(vggt, images, 2)[2]
     torch.testing.assert_close(run(vggt, images[:, [0, 2, 1]], 2)[2], plain[:, [0, 2, 1]], rtol=1e-4, atol=1e-4)
     assert (run(vggt, images[:, [1, 0, 2]], 2)[2] - plain[:, [1, 0, 2]]).abs().max() > 1e-2
@@ -263,7 +263,7 @@ def test_encoder_gives_the_patch_tokens_of_its_layer_as_a_grid(vggt: VGGT, image
     assert torch.equal(features.flatten(1, 2), tokens)
 
 
-def test_features_of_several_layers_are_those_of_each_concatenated(vggt: VGGT, images: torch.Tensor) -> None:
+def test_features_of_several_layers_are_concatenated(vggt: VGGT, images: torch.Tensor) -> None:
     both, deep, shallow = (VGGTEncoder(vggt, layers) for layers in ([2, 0], [2], [0]))
     expected = torch.cat([deep.encode(images[0]), shallow.encode(images[0])], dim=-1)
     assert torch.equal(both.encode(images[0]), expected)
@@ -289,7 +289,7 @@ def test_encoder_rejects_frames_of_more_than_one_scene(vggt: VGGT, images: torch
         VGGTEncoder(vggt, layers=[0]).encode(images)
 
 
-def test_the_last_frame_as_reference_is_the_first_of_the_reversed_ones(vggt: VGGT, images: torch.Tensor) -> None:
+def test_last_reference_frame_equals_first_of_reversed_frames(vggt: VGGT, images: torch.Tensor) -> None:
     first, last = (VGGTEncoder(vggt, [2], frame) for frame in ("first", "last"))
     assert torch.equal(last.encode(images[0]), first.encode(images[0].flip(0)).flip(0))
     assert (last.encode(images[0]) - first.encode(images[0])).abs().max() > 1e-2

@@ -1,4 +1,4 @@
-"""The aggregator and its parts against numbers recorded from public VGGT (tiny models, random weights)."""
+"""VGGT's aggregator and its parts against outputs recorded from the public code (tiny models, random weights)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_rotary_positions_give_the_recorded_output(golden: Golden, name: str) ->
 
 
 @pytest.mark.parametrize(("golden", "name"), outputs(PARTS, "pos_embed/out/"))
-def test_a_resampled_position_table_is_the_recorded_one(golden: Golden, name: str) -> None:
+def test_resampled_position_embeddings_equal_the_recorded_ones(golden: Golden, name: str) -> None:
     wanted = golden.tensors[f"pos_embed/out/{name}"]
     height, width = (int(side) for side in name.split("x"))
     patch = math.isqrt(height * width // (wanted.shape[1] - 1))

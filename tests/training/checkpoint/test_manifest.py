@@ -71,7 +71,7 @@ def test_a_truncated_or_missing_file_is_reported_with_its_size(tmp_path: Path, n
 
 
 @pytest.mark.slow
-def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_the_manifest_is_detected(tmp_path: Path) -> None:
     path = saved(tmp_path, 30)
     whole = (path / MANIFEST).read_bytes()
     for at in range(len(whole)):

@@ -24,7 +24,7 @@ def resolve(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return resolve_ds_config(raw, path="ds.json", **values)
 
 
-def test_the_shipped_files_are_there() -> None:
+def test_shipped_files() -> None:
     assert [file.stem for file in FILES] == ["zero2", "zero3", "zero3_hpz", "zero3_offload"]
 
 
@@ -44,7 +44,7 @@ def test_shipped_files_resolve_and_parse_in_deepspeed(file: Path, bf16: bool) ->
     assert parsed.zero_allow_untested_optimizer and not parsed.zero_force_ds_cpu_optimizer
 
 
-def test_auto_and_missing_are_filled_and_the_input_stays() -> None:
+def test_auto_and_missing_values_are_filled_in_a_copy() -> None:
     raw = {"train_batch_size": "auto", "zero_optimization": {"stage": 3}}
     raw |= {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
     before = json.dumps(raw)
@@ -95,7 +95,7 @@ def test_machines_with_different_numbers_of_ranks_use_a_common_size(
         (3, "auto", ['zero_hpz_partition_size is "auto"', "not every machine has 6 ranks", "or write 1"]),
     ],
 )
-def test_invalid_hpz_partition_sizes(stage: int, size: Any, words: list[str]) -> None:
+def test_invalid_hpz_partition_sizes_raise(stage: int, size: Any, words: list[str]) -> None:
     raw = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
     with pytest.raises(ValueError) as caught:
         resolve(raw, micro_batch=1, world_size=16, local_size=6 if size == "auto" else 8)
@@ -105,7 +105,7 @@ def test_invalid_hpz_partition_sizes(stage: int, size: Any, words: list[str]) ->
         assert word in message
 
 
-def test_equal_values_are_accepted_and_other_settings_untouched() -> None:
+def test_equal_values_are_accepted_and_other_settings_unchanged() -> None:
     zero = {"stage": 3, "log_trace_cache_warnings": True}
     raw = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "fp16": {"enabled": False}}
     assert resolve(raw | {"zero_optimization": zero})["zero_optimization"] == zero
@@ -131,7 +131,7 @@ def test_equal_values_are_accepted_and_other_settings_untouched() -> None:
         ({"data_types": {"x": [1, "auto"]}}, ['data_types.x[1] is "auto"']),
     ],
 )
-def test_contradictions_name_file_field_and_values(raw: dict[str, Any], words: list[str]) -> None:
+def test_contradictions_raise_with_file_field_and_values(raw: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         resolve(raw)
     message = str(caught.value)
@@ -166,7 +166,7 @@ def test_contradictions_name_file_field_and_values(raw: dict[str, Any], words: l
         ({"gradient_cliping": 1.0}, 'unknown key "gradient_cliping" (did you mean gradient_clipping'),
     ],
 )
-def test_a_misspelt_key_or_a_wrong_value_is_named(raw: dict[str, Any], words: str) -> None:
+def test_a_misspelt_key_or_a_wrong_value_raises(raw: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as caught:
         resolve(raw)
     message = str(caught.value)
@@ -174,12 +174,12 @@ def test_a_misspelt_key_or_a_wrong_value_is_named(raw: dict[str, Any], words: st
     assert words in message
 
 
-def test_true_is_not_one() -> None:
+def test_true_is_not_accepted_as_one() -> None:
     with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu is true"):
         resolve({"train_micro_batch_size_per_gpu": True}, micro_batch=1)
 
 
-def test_global_batch_must_divide() -> None:
+def test_an_indivisible_global_batch_raises() -> None:
     with pytest.raises(ValueError, match=r"train.global_batch is 16, not divisible by train.micro_batch 2 x 3 ranks"):
         resolve({}, world_size=3)
 

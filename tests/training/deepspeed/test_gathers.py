@@ -1,6 +1,6 @@
-"""The sizes in ds_configs/zero3.json: what ZeRO-3 gathers at a 7B's proportions, how often, and when.
+"""The sizes in ds_configs/zero3.json: which layers ZeRO-3 gathers for a 7B model, how often and when.
 
-Everything is scaled down by one factor: the decoder layers, and with them the sizes that the JSON counts in parameters.
+The decoder layers and the JSON's sizes in parameters are scaled down by one factor.
 """
 
 from __future__ import annotations

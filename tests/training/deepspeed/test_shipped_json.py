@@ -1,4 +1,4 @@
-"""Every file of ds_configs/ trains on two ranks, with equal results."""
+"""Every file of ds_configs/ trains on two ranks with equal losses."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def losses(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.mark.parametrize("name", [*(file.stem for file in FILES), OFFLOADED])
-def test_every_file_trains_and_all_the_same(losses: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """float32, the same two ranks: only the order of sums differs (ZeRO-2's buckets against ZeRO-3's)."""
+def test_every_file_trains_with_equal_results(losses: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """float32 on two ranks: only the order of sums differs between ZeRO-2 and ZeRO-3."""
     # Offloading and recomputation do not change the losses otherwise.
     exact = name in ("zero3_hpz", OFFLOADED)
     assert [line["step"] for line in losses[name]] == list(range(1, STEPS + 1))

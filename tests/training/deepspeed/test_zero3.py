@@ -1,6 +1,6 @@
-"""The step under ZeRO-3 on two real processes: gradients of one whole model, an untouched trace, no hangs.
+"""The training step under ZeRO-3 on two processes: gradients of the unsharded model, a constant trace, no hangs.
 
-One launch runs all cases (tests/helpers/zero3_cases.py), each with a time limit.
+All cases run in one launch (tests/helpers/zero3_cases.py), each with a time limit.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def test_the_matrix_is_pairwise() -> None:
 
 
 @pytest.mark.parametrize("case", [*MATRIX, *ROBUST, *TRACED, *GREEDY], ids=lambda case: case.name)
-def test_gradients_are_those_of_one_whole_model(results: Any, case: Case) -> None:
+def test_gradients_equal_those_of_the_unsharded_model(results: Any, case: Case) -> None:
     check_case(case, results[0])
 
 
@@ -206,7 +206,7 @@ def test_the_decode_gap_is_measured_and_equal_on_both_ranks(results: Any) -> Non
 def test_the_full_matrix(
     fusion: str, tmp_path: Path, model_config: Any, named_samples: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launch per fusion: a process keeps about 3 MB of every case."""
+    """One launch per fusion, because a process keeps about 3 MB of every case."""
     monkeypatch.setattr("runs.TIMEOUT", 3500)
     factors = FACTORS | {"fusion": [fusion]}
     cases = [matrix_case(dict(zip(factors, values, strict=True))) for values in itertools.product(*factors.values())]

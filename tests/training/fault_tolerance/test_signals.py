@@ -1,4 +1,4 @@
-"""Signals stop real runs: every rank at the same step, after one checkpoint; a resumed run is bit-equal."""
+"""Signals to real runs: all ranks stop at the same step after one checkpoint, and a resumed run is bit-equal."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def lines(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[int], Path, int]:
-    """A run of two ranks that were sent signals until they ended: exit codes, its folder, its steps.
+    """A run of two ranks that is stopped by signals: exit codes, run folder and number of steps.
 
-    One USR1 to rank 1 alone; then a storm, to it, to the other and to their loader processes.
+    One SIGUSR1 to rank 1, then repeated ones to both ranks and their DataLoader workers.
     """
     folder = tmp_path_factory.mktemp("stopped")
     run = folder / "run"
@@ -106,7 +106,7 @@ def test_a_signal_to_one_rank_stops_both_after_one_checkpoint(stopped: tuple[lis
     assert [line["step"] for line in read_metrics(run)][:done] == list(range(1, done + 1))
 
 
-def test_sigterm_stops_without_a_requeue(after: Any, stopped: tuple[list[int], Path, int]) -> None:
+def test_sigterm_stops_with_the_exit_code_without_requeue(after: Any, stopped: tuple[list[int], Path, int]) -> None:
     (first, second), _ = after
     _, run, done = stopped
     assert first == second
@@ -114,7 +114,7 @@ def test_sigterm_stops_without_a_requeue(after: Any, stopped: tuple[list[int], P
     assert first[1][1] == str(run / "checkpoints" / f"step-{done + 2:06d}")  # after the step in which it came
 
 
-def test_a_run_stopped_twice_equals_an_undisturbed_run(after: Any, stopped: tuple[list[int], Path, int]) -> None:
+def test_a_run_stopped_twice_equals_an_uninterrupted_run(after: Any, stopped: tuple[list[int], Path, int]) -> None:
     _, whole = after
     _, run, _ = stopped
     assert len(exact(whole)) == STEPS
@@ -123,7 +123,7 @@ def test_a_run_stopped_twice_equals_an_undisturbed_run(after: Any, stopped: tupl
 
 
 def test_a_signal_during_set_up_writes_no_checkpoint(world: World, tmp_path: Path) -> None:
-    """One rank without a launcher, signalled as soon as it handles signals: long before the first step."""
+    """One rank without a launcher, signalled as soon as its handlers are installed, long before the first step."""
     run = tmp_path / "run"
     with Ranks(1, ["launchers/train.py", *arguments(world, run)], tmp_path) as ranks:
         ranks.wait_until(lambda: catches(ranks.processes[0].pid, signal.SIGTERM))

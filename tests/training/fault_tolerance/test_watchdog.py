@@ -1,4 +1,4 @@
-"""A rank that hangs, dies or fails ends all others in time, with the same message. Real processes, short limits."""
+"""The watchdog: a rank that hangs, dies or fails ends all ranks with the same message. Real processes, short limits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def sentence(logs: str) -> str:
 
 
 @pytest.mark.distributed
-def test_a_rank_that_hangs_ends_all(ended: Callable[[str], Ended]) -> None:
+def test_a_hanging_rank_ends_all_ranks(ended: Callable[[str], Ended]) -> None:
     codes, logs = ended("hang")
     assert codes == [LOST] * 3
     assert len({sentence(each) for each in logs}) == 1
@@ -87,7 +87,7 @@ def test_the_watchdog_works_with_one_rank(ended: Callable[[str], Ended]) -> None
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["die", "stop"])
-def test_a_rank_that_is_gone_ends_the_others(ended: Callable[[str], Ended], case: str) -> None:
+def test_a_dead_rank_ends_the_others(ended: Callable[[str], Ended], case: str) -> None:
     codes, logs = ended(case)
     assert codes == [LOST, KILLED, LOST]
     assert sentence(logs[0]) == sentence(logs[2])
@@ -148,7 +148,7 @@ def test_a_healthy_run_is_unchanged(ended: Callable[[str], Ended]) -> None:
 def seen(
     detector: HangDetector, states: list[State], until: float, quiet: tuple[int, ...] = (), now: float = 0.0
 ) -> Diagnosis:
-    """The diagnosis of a detector that is updated every two seconds; there must be one."""
+    """The diagnosis of a detector that is updated every two seconds; asserts that there is one."""
     diagnosis = None
     while now <= until and diagnosis is None:
         states = [replace(each, beat=each.beat + (r not in quiet)) for r, each in enumerate(states)]
@@ -218,7 +218,7 @@ def test_no_diagnosis_if_all_ranks_have_left() -> None:
     assert [detector.update(states, 2.0 * i) for i in range(50)] == [None] * 50
 
 
-def test_modules_are_followed_down_to_the_blocks() -> None:
+def test_activity_names_modules_down_to_the_blocks() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -234,7 +234,7 @@ def test_modules_are_followed_down_to_the_blocks() -> None:
     assert activity.module == "tower.0" and activity.changed_at > before
 
 
-def test_without_a_collective_the_rank_behind_is_blamed() -> None:
+def test_without_a_collective_the_slowest_rank_is_blamed() -> None:
     """On a GPU a rank waits in its backward pass or in a read of a value, not in a collective's function."""
     ahead = replace(RUNS, changes=90, idle_s=601.0, phase="backward")
     behind = replace(RUNS, changes=40, idle_s=597.5)
@@ -246,7 +246,7 @@ def test_without_a_collective_the_rank_behind_is_blamed() -> None:
     )
 
 
-def test_a_rank_that_loads_may_be_silent_for_longer() -> None:
+def test_a_loading_rank_has_a_longer_heartbeat_limit() -> None:
     loading = replace(RUNS, in_loop=False)
     diagnosis = seen(HangDetector(LIMITS, 2), [loading, loading], 400, quiet=(1,))
     assert "rank 1 (a) is gone: no heartbeat for 300 s" in diagnosis.line
