@@ -50,7 +50,7 @@ def write(folder: Path, root: Path) -> list[Sample]:
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """Equal records, arrays bit by bit."""
+    """Assert equal records with bit-equal arrays."""
     assert type(one) is type(other)
     for each in fields(one):
         mine, yours = getattr(one, each.name), getattr(other, each.name)
@@ -75,12 +75,12 @@ def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert len(read._poses) == 3, "every frame once"
 
 
-def test_another_root_moves_the_frames(tmp_path: Path) -> None:
+def test_frame_paths_are_relative_to_the_root(tmp_path: Path) -> None:
     write(tmp_path / "set", tmp_path)
     assert PreparedSet(tmp_path / "set", "/elsewhere")[0].frames[0].parts[1] == "elsewhere"
 
 
-def test_samples_are_ordered_by_their_number(tmp_path: Path) -> None:
+def test_samples_are_ordered_by_their_index(tmp_path: Path) -> None:
     samples = write(tmp_path / "set", tmp_path)
     (tmp_path / "set" / SCENE_FILE).unlink()
     write_samples(tmp_path / "set" / "a.parquet", [(1, samples[1]), (5, samples[0])], tmp_path)
@@ -89,7 +89,7 @@ def test_samples_are_ordered_by_their_number(tmp_path: Path) -> None:
         assert_same(one, other)
 
 
-def test_the_files_open_with_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_load_with_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets", reason="installed by the extra dev")
     samples = write(tmp_path / "set", tmp_path)
@@ -100,7 +100,7 @@ def test_the_files_open_with_datasets(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_reading_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cache folder is needed: nothing below the folder, the home or the cache variables is opened for writing."""
+    """No cache folder is needed: no file below the set, the home or the cache variables is opened for writing."""
     samples = write(tmp_path / "set", tmp_path)
     opened: list[str] = []
 
@@ -127,7 +127,7 @@ def test_a_frame_outside_the_root_is_rejected(tmp_path: Path) -> None:
 
 
 def changed(file: Path, column: str, value: Any, row: int = 0) -> None:
-    """Replace one value of a scene's file."""
+    """Replace one value in a scene's file."""
     table = pq.read_table(file)
     rows = table.to_pylist()
     rows[row][column] = value
@@ -135,14 +135,14 @@ def changed(file: Path, column: str, value: Any, row: int = 0) -> None:
 
 
 @pytest.mark.parametrize("path", ["../secret.jpg", "/etc/passwd", "posed_images/../../x.jpg"])
-def test_a_path_that_leaves_the_root_is_rejected(tmp_path: Path, path: str) -> None:
+def test_a_path_outside_the_root_is_rejected(tmp_path: Path, path: str) -> None:
     write(tmp_path / "set", tmp_path)
     changed(tmp_path / "set" / SCENE_FILE, "frames", ["a.jpg", path])
     with pytest.raises(ValueError, match=rf"{SCENE_FILE}: path .* leaves the data root"):
         PreparedSet(tmp_path / "set", tmp_path)
 
 
-def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+def test_a_truncated_file_raises_with_its_name(tmp_path: Path) -> None:
     write(tmp_path / "set", tmp_path)
     file = tmp_path / "set" / SCENE_FILE
     file.write_bytes(file.read_bytes()[:-100])
@@ -151,7 +151,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["question", "frames"])
-def test_an_empty_field_is_named(tmp_path: Path, column: str) -> None:
+def test_an_empty_field_raises_with_its_name(tmp_path: Path, column: str) -> None:
     write(tmp_path / "set", tmp_path)
     changed(tmp_path / "set" / SCENE_FILE, column, None)
     with pytest.raises(ValueError, match=rf"{SCENE_FILE}: 1 of 3 rows have no '{column}'"):
@@ -165,7 +165,7 @@ def test_a_frame_with_two_poses_is_rejected(tmp_path: Path) -> None:
         PreparedSet(tmp_path / "set", tmp_path)
 
 
-def test_files_that_do_not_belong_together_are_rejected(tmp_path: Path) -> None:
+def test_inconsistent_folders_are_rejected(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     with pytest.raises(ValueError, match="is not a prepared data set"):
         PreparedSet(folder, tmp_path)

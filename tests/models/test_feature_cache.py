@@ -71,7 +71,7 @@ def test_keys_depend_on_everything_that_changes_features(
     assert geometry_identity(video, replace(model_config, vlm=other_text, fusion="gated")) == own_3d
 
 
-def test_model_without_weights_of_a_vision_tower(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+def test_a_model_without_vision_tower_weights_raises(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
     def without(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if "visual" in name]:
             del tensors[name]
@@ -81,7 +81,7 @@ def test_model_without_weights_of_a_vision_tower(model_config: ModelConfig, data
         vision_identity(data_config(), replace(model_config, vlm=vlm))
 
 
-def test_truncated_weights(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+def test_truncated_weights_raise(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
     sources = {"vlm": model_config.vlm, "geometry": model_config.geometry.path}
     for identity, field in ((vision_identity, "vlm"), (geometry_identity, "geometry")):
         folder = Path(shutil.copytree(sources[field], tmp_path / field))
@@ -96,7 +96,7 @@ def test_truncated_weights(model_config: ModelConfig, data_config: Any, tmp_path
 
 
 def test_weights_of_a_hub_id_are_downloaded(model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the first start, the hub's cache has only the small files."""
+    """Before the first run the hub's cache has only the small files."""
     requested: list[Any] = []
 
     def fetch(name: str, **given: Any) -> str:
