@@ -71,7 +71,9 @@ def test_keys_depend_on_everything_that_changes_features(
     assert geometry_identity(video, replace(model_config, vlm=other_text, fusion="gated")) == own_3d
 
 
-def test_a_model_without_vision_tower_weights_raises(model_config: ModelConfig, data_config: Any, tmp_path: Path) -> None:
+def test_a_model_without_vision_tower_weights_raises(
+    model_config: ModelConfig, data_config: Any, tmp_path: Path
+) -> None:
     def without(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if "visual" in name]:
             del tensors[name]
