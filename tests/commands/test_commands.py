@@ -69,6 +69,14 @@ def test_heavy_imports_are_found() -> None:
     assert heavy_imports({"light": "import json", "heavy": "import torch"}) == {"heavy": ["torch"]}
 
 
+@pytest.mark.parametrize("words", WITH_HELP)
+def test_an_option_with_a_default_is_not_required(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.findall(r"\(required[^)]*default: (?!null)[^)]*\)", text) == []
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_and_a_launcher(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -45,8 +45,8 @@ class FrameOptions:
             the model's input.
     """
 
-    protocol: FrameSampling
-    count: int
+    protocol: FrameSampling = "vgllm"
+    count: int = 32
     seed: int = 0
     sets: int = 4
     ratio: float = 0.9

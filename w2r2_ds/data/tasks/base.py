@@ -49,7 +49,7 @@ class TaskOptions:
     task: str
     split: str
     format: str = "vgllm"
-    frames: FrameOptions = field(default_factory=lambda: FrameOptions("vgllm", 32))
+    frames: FrameOptions = field(default_factory=FrameOptions)
     rolls: int = 1
     visibility: Literal["embodiedscan", "depth"] = "embodiedscan"
     boxes: Literal["proposals", "annotated"] = "proposals"
