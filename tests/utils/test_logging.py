@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,3 +86,16 @@ def test_untrusted_text_is_escaped(
     logger.warning("scene \x1b[31m\nINFO forged a-very-secret-value")
     first, second = capsys.readouterr().err.splitlines()
     assert r"\x1b[31m" in first and second == "  INFO forged [hidden]"
+
+
+def test_deprecations_between_libraries_are_not_shown() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        setup_logging(RankInfo())
+        for module in ("transformers.modeling_utils", "torch.distributed.c10d_logger", "my_plugin", "torchvision_like"):
+            warnings.warn_explicit("old", FutureWarning, f"{module}.py", 1, module)
+        warnings.warn_explicit("careful", UserWarning, "torch.py", 1, "torch.nn")
+    assert [(warning.filename, warning.category) for warning in shown] == [
+        ("my_plugin.py", FutureWarning),
+        ("torchvision_like.py", FutureWarning),
+        ("torch.py", UserWarning),
+    ]

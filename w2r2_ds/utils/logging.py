@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -53,7 +54,8 @@ _DEEPSPEED_FILTER = _DeepSpeedFilter()  # one object: a logger keeps a filter on
 def setup_logging(ranks: RankInfo | None = None) -> None:
     """Send the package's and DeepSpeed's log messages to standard error.
 
-    INFO and above on rank 0, warnings on the other ranks; of DeepSpeed only warnings.
+    INFO and above on rank 0, warnings on the other ranks; of DeepSpeed only warnings. Deprecation warnings of one
+    library about another are not shown.
 
     Args:
         ranks: rank of this process; default: from the launcher's environment variables.
@@ -67,6 +69,8 @@ def setup_logging(ranks: RankInfo | None = None) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_DEEPSPEED_FILTER)
+    for library in ("torch", "transformers", "peft", "deepspeed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
 
 
 class IgnoreWriteErrors:
