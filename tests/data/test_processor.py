@@ -13,6 +13,7 @@ from PIL import Image
 
 from w2r2_ds.data.loader import make_processor
 from w2r2_ds.data.processor import IMAGE, VIDEO, Processor
+from w2r2_ds.data.visual_inputs import input_bytes
 from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE
 
 
@@ -43,6 +44,18 @@ def test_video_has_one_grid_and_pairs_of_frames(frontend: Any, data_config: Any,
     assert int((features.input_ids == frontend.vision.video_token_id).sum()) == 2 * 4
     assert torch.equal(features.token_types == VIDEO, features.input_ids == frontend.vision.video_token_id)
     assert "Frame-" not in text_of(frontend, features.input_ids)
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_input_bytes(frontend: Any, data_config: Any, samples: list[Any], visual: str) -> None:
+    """The size of the tensors that a loader process puts into shared memory, without the crop for the vision tower."""
+    config = data_config(visual=visual)
+    for sample in samples:
+        inputs = make_processor(frontend, config)(sample, with_answer=True).visual
+        height, width = inputs.geometry_images.shape[-2:]
+        cropped = int(inputs.grid_thw[0, 1:].prod()) * frontend.vision.patch_size**2
+        expected = inputs.geometry_images.nbytes + inputs.pixel_values.nbytes * height * width / cropped
+        assert input_bytes(sample.frames, config) == expected > 0
 
 
 def test_prompt_is_the_training_sequence_without_its_answer(

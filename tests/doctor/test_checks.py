@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.doctor import checks, run
 from w2r2_ds.doctor.checks import data, environment, gpu, host, settings
 from w2r2_ds.doctor.report import differences
@@ -50,19 +54,42 @@ def test_code_hashes(tmp_path: Path) -> None:
     assert f"{tmp_path}/none.yaml" in environment.check_code([str(tmp_path / "none.yaml")]).errors[0]
 
 
-def test_resource_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert host.check_limits(0, 2, 1).errors == []
-    monkeypatch.setattr(host.resource, "getrlimit", lambda kind: (10**9, 10**9))
-    for prefetch, size in ((2, 250000), (4, 500000)):
-        (memory,) = host.check_limits(10**6, prefetch, 1).errors
-        assert f"data.prefetch {prefetch} need {size}.00; enlarge it (docker: --shm-size {size}g)" in memory
-    monkeypatch.setattr(host, "SHM", tmp_path / "none")
-    assert host.check_limits(0, 2, 1).errors == [] and len(host.check_limits(1, 2, 1).errors) == 1
+def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that may be too low is a warning or an error; `ulimit` is advised only up to the hard limit."""
+    assert host.check_open_files(0).errors == []
     for soft, field in ((1024, "warnings"), (1000, "errors")):
         monkeypatch.setattr(host.resource, "getrlimit", lambda kind, soft=soft: (soft, 4096))
-        found = host.check_limits(16, 2, 0)
+        found = host.check_open_files(16)
         (message,) = found.errors + found.warnings
         assert getattr(found, field) == [message] and "ulimit -n 1280" in message
+    monkeypatch.setattr(host.resource, "getrlimit", lambda kind: (1024, 1200))
+    (message,) = host.check_open_files(16).warnings
+    assert "ulimit" not in message and "hard limit 1200" in message
+    monkeypatch.setattr(host.resource, "getrlimit", lambda kind: (1024, host.resource.RLIM_INFINITY))
+    assert "ulimit -n 1280" in host.check_open_files(16).warnings[0]
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_shared_memory(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visual: str) -> None:
+    """The size of a micro-batch is that of the loader's tensors, times train.micro_batch, per set of frames."""
+    from w2r2_ds.data.visual_inputs import input_bytes
+
+    prepared = PreparedSet(Path(config.data.root) / "prepared", config.data.root)
+    config.data = replace(config.data, visual=visual, workers=3, prefetch=2)
+    largest = max(input_bytes(sample.frames, config.data) for sample in prepared)
+    assert largest > 0
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(host, "SHM", tmp_path)
+    for micro_batch, questions in ((8, 1), (8, 4)):
+        needed = largest * micro_batch // questions * 3 * 2 * 5
+        config.data.questions_per_scene = questions
+        monkeypatch.setattr(host.shutil, "disk_usage", lambda path, total=needed: usage(total, 0, total))
+        assert data.check_data(config.data, micro_batch, ranks=5).errors == []
+        monkeypatch.setattr(host.shutil, "disk_usage", lambda path, total=needed - 1: usage(total, 0, total))
+        (message,) = data.check_data(config.data, micro_batch, ranks=5).errors
+        assert "train.micro_batch" in message and "data.prefetch 2" in message
+    config.data.workers = 0
+    assert data.check_data(config.data, 8, ranks=5).errors == []
 
 
 def test_output_folder(tmp_path: Path) -> None:
@@ -86,14 +113,9 @@ def test_fsync_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_checkpoint_bytes(config: Any, tmp_path: Path) -> None:
-    """Weights of LoRA and merger are counted as PEFT and the merger do; existing checkpoints are subtracted."""
+    """LoRA, geometry merger and fusion are counted; existing checkpoints are subtracted."""
     from w2r2_ds.models.merger import GeometryMerger
 
-    merger = GeometryMerger(64, 64, config.model.merger_hidden)
-    assert host.merger_weights(64, 64, config.model.merger_hidden) == sum(p.numel() for p in merger.parameters())
-    text = {"hidden_size": 8, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
-    text["num_hidden_layers"] = 3
-    assert host.lora_weights(text, 5) == 3 * 5 * ((8 + 8) + (8 + 4) + (8 + 4) + (8 + 8) + 3 * (8 + 24))
     config.out = str(tmp_path)
     one = host.checkpoint_bytes(config)
     assert one > 0 and host.missing_checkpoint_bytes(config) == 4 * one
@@ -107,8 +129,17 @@ def test_checkpoint_bytes(config: Any, tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / name).rename(tmp_path / "checkpoints" / f"{name}.damaged")
     assert host.missing_checkpoint_bytes(config) == 2 * one, "damaged ones are kept in addition"
     config.model.geometry.layers = [0, 1]  # of VGGT's width 2 x 32 each
-    wider, narrower = (host.merger_weights(width, 64, config.model.merger_hidden) for width in (128, 64))
-    assert host.checkpoint_bytes(config) == one + host.BYTES_PER_WEIGHT * (wider - narrower)
+    wider, narrower = (
+        sum(p.numel() for p in GeometryMerger(width, 64, config.model.merger_hidden).parameters())
+        for width in (128, 64)
+    )
+    assert host.checkpoint_bytes(config) == one + host.BYTES_PER_PARAMETER * (wider - narrower)
+    config.model.geometry.layers = [0]
+    config.model.fusion = "cross_attention"  # two norms and four projections
+    assert host.checkpoint_bytes(config) == one + host.BYTES_PER_PARAMETER * (2 * 64 + 4 * 64 * 64)
+    config.model.fusion = "none such"
+    with pytest.raises(ValueError, match=r"model\.fusion"):
+        host.checkpoint_bytes(config)
     config.model.vlm = "nowhere"
     assert host.checkpoint_bytes(config) == host.missing_checkpoint_bytes(config) == 0
 
@@ -204,13 +235,25 @@ def test_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_data_sets_and_frames(config: Any, tmp_path: Path) -> None:
     """Existing data sets and frames pass; no data set, and a data set without its frames, are errors."""
-    result = data.check_data(config.data)
-    assert result.errors == [] and result.info == {"prepared": f"3 samples in {config.data.root}/prepared"}
+    result = data.check_data(config.data, micro_batch=1, ranks=1)
+    assert result.errors == [] and result.info["prepared"] == f"3 samples in {config.data.root}/prepared"
     prepared = Path(config.data.root) / "prepared"
     config.data.root = str(tmp_path)
-    assert "is not a prepared data set" in data.check_data(config.data).errors[0]
+    assert "is not a prepared data set" in data.check_data(config.data, micro_batch=1, ranks=1).errors[0]
     (tmp_path / "prepared").symlink_to(prepared)
-    assert "does not exist (3 of 3 checked frames)" in data.check_data(config.data).errors[0]
+    assert "does not exist (3 of 3 checked frames)" in data.check_data(config.data, micro_batch=1, ranks=1).errors[0]
+
+
+def test_checked_samples_are_evenly_spaced(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most `SAMPLES_CHECKED`, with the first and the last one; each is decoded once."""
+    sample = PreparedSet(Path(config.data.root) / "prepared", config.data.root)[0]
+    decoded: list[int] = []
+    monkeypatch.setattr(PreparedSet, "__len__", lambda self: 15)
+    monkeypatch.setattr(PreparedSet, "__init__", lambda self, folder, root: None)
+    monkeypatch.setattr(PreparedSet, "__getitem__", lambda self, index: decoded.append(int(index)) or sample)
+    config.data = replace(config.data, val=[])
+    assert data.check_data(config.data, micro_batch=1, ranks=1).errors == []
+    assert decoded == [0, 2, 4, 6, 8, 10, 12, 14]
 
 
 def test_weight_files(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,16 +270,16 @@ def test_weight_files(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_file({"weight": torch.zeros(3, 4)}, folder / "model.safetensors")
     assert first.errors == [] and first.must_match != data.check_weights(config.model).must_match
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:20])
-    assert "cannot be read (SafetensorError" in data.check_weights(config.model).errors[0]
+    assert "cannot be read (" in data.check_weights(config.model).errors[0]
     config.model.geometry.path = "someone/model-that-is-not-here"
     config.model.merger = str(tmp_path / "merger.safetensors")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     offline, merger = data.check_weights(config.model).errors
     assert "in the Hugging Face cache" in offline and merger.startswith("model.merger: ")
     config.model.geometry.path = ""  # an encoder without files
     assert [text.split(":")[0] for text in data.check_weights(config.model).errors] == ["model.merger"]
     config.model.geometry.path = "someone/model-that-is-not-here"
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert "training will download it" in data.check_weights(config.model).warnings[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from w2r2_ds.models.loading import load_vlm, meta_model
-from w2r2_ds.models.lora import add_lora, trainable_table
+from w2r2_ds.models.lora import add_lora, num_lora_parameters, trainable_table
 from w2r2_ds.models.merger import GeometryMerger
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -40,6 +41,9 @@ def test_real_sizes(name: str, layers: int) -> None:
     with torch.device("meta"):
         adapted = add_lora(model, rank=16, alpha=32)
     assert len(adapted_modules(adapted)) == 7 * layers
+    text = json.loads((CONFIGS / name / "config.json").read_text())
+    trainable = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    assert num_lora_parameters(text.get("text_config", text), rank=16) == trainable
 
 
 def test_one_trainable_dtype(tiny_dir: Any) -> None:

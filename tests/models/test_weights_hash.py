@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -75,3 +76,10 @@ def test_weights_are_read_once_per_process_and_version(
 def test_a_directory_without_weights_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no safetensors weights"):
         weights_identity(tmp_path)
+
+
+def test_truncated_weights(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match=re.escape(f"The weights in {copy} cannot be read")):
+        weights_identity(copy)

@@ -54,10 +54,9 @@ def driver_fails(report: RankReport) -> bool:
 
 
 def check_together(request: DoctorRequest, ranks: RankInfo, report: RankReport) -> list[RankReport]:
-    """Run the checks that need all ranks and gather their reports.
+    """Run the checks that need all ranks and gather their reports, rank 0 first.
 
-    Returns:
-        The reports of all ranks, rank 0 first; if the ranks cannot communicate, this rank's report with an error.
+    If the ranks cannot communicate, the result is this rank's report with an error.
     """
     try:
         import torch

@@ -26,11 +26,22 @@ def weights_identity(name_or_path: str | Path) -> str:
         name_or_path: a directory, or a hub id, which is downloaded if necessary.
 
     Raises:
-        ValueError: there are no safetensors weights.
+        ValueError: there are no safetensors weights, or they cannot be read.
     """
-    file_of = _tensor_files(model_weights(name_or_path))
-    if not file_of:
+    try:
+        digest = _sampled_digest(model_weights(name_or_path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"The weights in {name_or_path} cannot be read ({error}); fetch or copy them again."
+        ) from error
+    if not digest:
         raise ValueError(f"{name_or_path} holds no safetensors weights; copy the complete model directory.")
+    return digest
+
+
+def _sampled_digest(files: Sequence[Path]) -> str:
+    """`weights_identity` of safetensors files; empty without a tensor."""
+    file_of = _tensor_files(files)
     names = sorted(file_of)
     digest = hashlib.sha256()
     for name in names[:: max(1, len(names) // SAMPLED_TENSORS)]:
@@ -40,7 +51,7 @@ def weights_identity(name_or_path: str | Path) -> str:
             digest.update(f"{name} {part.get_dtype()} {part.get_shape()} ".encode())
             # NumPy has no bfloat16: hash the bytes.
             digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16] if names else ""
 
 
 def tensors_digest(files: Sequence[Path], include: tuple[str, ...] = ("",), exclude: tuple[str, ...] = ()) -> str:

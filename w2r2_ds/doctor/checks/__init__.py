@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from w2r2_ds.config.schema import DataConfig, RunConfig
+from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.doctor.checks import data, environment, gpu, host, settings
 from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief, call_with_timeout
@@ -40,13 +40,13 @@ class DoctorRequest:
 def node_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:
     """Checks that local rank 0 runs for its node. Only rank 0 checks the settings, which are the same on all ranks."""
     config = request.config
-    loader = config.data if config else DataConfig(workers=0)  # without a run there are no loader workers
+    workers = config.data.workers if config else 0  # without a run there are no loader workers
     temporary = Path(tempfile.gettempdir())
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or temporary)
     checks: Checks = {
         "versions": lambda: environment.check_versions(settings.needed_packages(config)),
         "code": lambda: environment.check_code(request.files),
-        "limits": lambda: host.check_limits(loader.workers, loader.prefetch, ranks.local_world_size),
+        "open files": lambda: host.check_open_files(workers),
         "TMPDIR": lambda: host.check_folder("TMPDIR", temporary, host.SPARE, "training"),
         "extensions": lambda: host.check_folder("TORCH_EXTENSIONS_DIR", extensions, host.SPARE, "a compiled extension"),
         "GPU health": gpu.check_health,
@@ -56,7 +56,7 @@ def node_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:
             "out", Path(config.out), host.SPARE + host.missing_checkpoint_bytes(config), "the run"
         )
         if not config.demo.enabled:  # the demo creates its data and models
-            checks["data"] = lambda: data.check_data(config.data)
+            checks["data"] = lambda: data.check_data(config.data, config.train.micro_batch, ranks.local_world_size)
             checks["weights"] = lambda: data.check_weights(config.model)
         if ranks.rank == 0:
             checks["settings"] = lambda: settings.check_settings(config, request.ds_path, ranks.world_size)

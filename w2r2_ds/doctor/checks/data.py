@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from w2r2_ds.config.schema import DataConfig, ModelConfig
 from w2r2_ds.doctor.checks.environment import short_hash
+from w2r2_ds.doctor.checks.host import check_shared_memory
 from w2r2_ds.doctor.result import CheckResult
-from w2r2_ds.doctor.timeouts import brief
 
-FRAMES = 8
-"""Number of samples per data set, evenly spaced, whose first frame is checked; training checks all frames."""
+SAMPLES_CHECKED = 8
+"""Maximum number of samples per data set, evenly spaced, whose first frame is checked; training checks all frames."""
 
 
-def check_data(config: DataConfig) -> CheckResult:
-    """Check prepared sets and their frames. Manifests, which have the hashes of the other files, must match."""
+def check_data(config: DataConfig, micro_batch: int, ranks: int) -> CheckResult:
+    """Check prepared sets and their frames, and the shared memory for micro-batches of the node's `ranks` ranks."""
+    import numpy as np
+
     from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
+    from w2r2_ds.data.visual_inputs import input_bytes
 
     result = CheckResult()
-    root = Path(config.root)
+    root, largest = Path(config.root), 0
     for source in [*config.train, *config.val]:
         folder = root / source.path
         try:
@@ -28,20 +30,27 @@ def check_data(config: DataConfig) -> CheckResult:
             result.errors.append(str(error))
             continue
         result.info[source.path] = f"{len(found)} samples in {folder}"
+        # The manifest contains the hashes of the other files.
         result.must_match[f"the prepared set {folder}"] = short_hash([folder / MANIFEST], folder)
-        every = max(1, len(found) // FRAMES)
-        frames = [found[index].frames[0] for index in range(0, len(found), every) if found[index].frames]
-        missing = [path for path in frames if not path.is_file()]
+        indices = np.linspace(0, len(found) - 1, min(SAMPLES_CHECKED, len(found)), dtype=int)
+        samples = [sample for sample in (found[index] for index in indices) if sample.frames]
+        missing = [sample.frames[0] for sample in samples if not sample.frames[0].is_file()]
         if missing:
             result.errors.append(
-                f"{missing[0]} of {folder} does not exist ({len(missing)} of {len(frames)} checked frames); mount or "
+                f"{missing[0]} of {folder} does not exist ({len(missing)} of {len(samples)} checked frames); mount or "
                 "copy the frames to this node, or correct data.root."
             )
+        else:
+            largest = max([largest, *(input_bytes(sample.frames, config) for sample in samples)])
+    # Samples that share their frames share the inputs of the encoders too.
+    check_shared_memory(result, largest * micro_batch // config.questions_per_scene, config, ranks)
     return result
 
 
 def check_weights(config: ModelConfig) -> CheckResult:
-    """Check the weights of VLM and geometry encoder, in a directory or the Hugging Face cache. Hashes must match."""
+    """Check VLM and geometry encoder: config.json and a sample of the weights must be equal on all nodes."""
+    from huggingface_hub import constants
+
     result = CheckResult()
     sources = {"model.vlm": config.vlm, "model.geometry.path": config.geometry.path}
     for field, source in sources.items():
@@ -52,7 +61,7 @@ def check_weights(config: ModelConfig) -> CheckResult:
             _hash_model(result, field, folder)
             continue
         message = f"{field}: {source} is neither a directory nor in the Hugging Face cache of this node; "
-        if os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "ON", "YES", "TRUE"):
+        if constants.HF_HUB_OFFLINE:
             result.errors.append(f"{message}download it on a node with network access, or correct {field}.")
         else:
             result.warnings.append(f"{message}training will download it, or fail if it is not a hub id.")
@@ -67,10 +76,8 @@ def _hash_model(result: CheckResult, field: str, folder: Path) -> None:
     try:
         result.must_match[f"{field} ({folder})"] = weights_identity(folder)
         result.info[field] = str(folder)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         result.errors.append(f"{field}: {error}")
-    except Exception as error:  # safetensors has its own exception type for a truncated file
-        result.errors.append(f"{field}: the weights in {folder} cannot be read ({brief(error)}); download them again.")
     _hash_file(result, field, folder / "config.json")
 
 

@@ -19,11 +19,7 @@ TOOLS = ("dev", "docs")
 
 
 def check_versions(needed: frozenset[str]) -> CheckResult:
-    """Compare the version of every installed dependency with its range.
-
-    Args:
-        needed: optional packages that the configuration uses; if one is missing, that is an error.
-    """
+    """Compare the versions of dependencies with their ranges; `needed` are optional ones that must be installed."""
     from packaging.requirements import Requirement
 
     result = CheckResult(info={"python": platform.python_version()}, must_match={"python": platform.python_version()})

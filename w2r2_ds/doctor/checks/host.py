@@ -7,9 +7,8 @@ import resource
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
 
-from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.config.schema import DataConfig, RunConfig
 from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 from w2r2_ds.training.checkpoint.manifest import DAMAGED
@@ -19,28 +18,21 @@ from w2r2_ds.utils.json_io import read_json
 GIB = 2**30
 SPARE = GIB
 """Free space in bytes for logs, temporary files and compiled kernels."""
-PROBE = 2**20
-"""Size of the test file in bytes."""
-BYTES_PER_WEIGHT = 20
-"""Bytes of a checkpoint per trained weight: the weight twice (safetensors and DeepSpeed, up to 4 bytes each), a float32
-master copy, and two Adam moments."""
+TEST_FILE_BYTES = 2**20
+BYTES_PER_PARAMETER = 20
+"""Bytes of a checkpoint per trained parameter: the parameter twice (safetensors and DeepSpeed, up to 4 bytes each), a
+float32 master copy, and two Adam moments."""
 SHM = Path("/dev/shm")
-SHM_PER_BATCH = 128 * 2**20
-"""Bytes of a micro-batch in shared memory: about ten frames as inputs of VGGT and of the vision tower."""
-FILES, FILES_PER_WORKER = 256, 64
+OPEN_FILES, OPEN_FILES_PER_WORKER = 256, 64
 """Open files of a rank, and in addition per data loader worker (every shared tensor is an open file)."""
 USUAL_FILES = 1024
 """Usual limit of open files. A limit that may be too low is a warning; if it is also below this number, an error."""
 
 
 def check_folder(name: str, path: Path, needed: int, purpose: str) -> CheckResult:
-    """Check that files can be written in a folder (or its nearest existing parent), and its free space.
+    """Check that files can be written in a folder (or its nearest existing parent), and that `needed` bytes are free.
 
-    Args:
-        name: option or environment variable of the folder, for messages: out, TMPDIR, TORCH_EXTENSIONS_DIR.
-        path: path of the folder.
-        needed: required free space in bytes.
-        purpose: what the space is for, as the subject of a sentence.
+    Messages contain `name`, the option or environment variable of the folder, and `purpose`, which needs the space.
     """
     folder = existing_parent(path)
     try:
@@ -74,7 +66,7 @@ def existing_parent(path: Path) -> Path:
 def write_and_read(folder: Path) -> None:
     """Write a file, fsync it and its folder, read the file and remove it. Raises OSError if a step fails."""
     path = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
-    content = os.urandom(PROBE)
+    content = os.urandom(TEST_FILE_BYTES)
     try:
         with open(path, "xb") as file:
             file.write(content)
@@ -96,15 +88,25 @@ def missing_checkpoint_bytes(config: RunConfig) -> int:
     one = checkpoint_bytes(config)
     existing = 0
     for folder, names, files in os.walk(Path(config.out) / "checkpoints"):
-        names[:] = [name for name in names if DAMAGED not in name]  # skipped by os.walk: kept in addition
+        # Do not count damaged checkpoints, which are kept besides `keep_last`: os.walk skips names that are removed.
+        names[:] = [name for name in names if DAMAGED not in name]
         existing += sum(os.lstat(os.path.join(folder, file)).st_size for file in files)
     # `keep_last` checkpoints, the best one, and the one that is being written.
     return max(one, (config.train.keep_last + 2) * one - existing)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint: LoRA on every decoder layer, and the geometry merger; 0 if model sizes are unknown."""
+    """Bytes of one checkpoint: LoRA on every decoder layer, geometry merger and fusion; 0 if model sizes are unknown.
+
+    Raises:
+        ValueError: `model.fusion` is not registered, or does not support the language model's width.
+    """
+    import torch
+
+    from w2r2_ds.models.fusion import make_fusion
     from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
+    from w2r2_ds.models.lora import num_lora_parameters
+    from w2r2_ds.models.merger import GeometryMerger
 
     model, geometry = config.model, config.model.geometry
     if geometry.path and not Path(geometry.path).is_dir():  # a hub id, which `read_spec` would download
@@ -113,44 +115,40 @@ def checkpoint_bytes(config: RunConfig) -> int:
         tree = read_json(Path(model.vlm) / "config.json")
         text = tree.get("text_config", tree)
         features = GEOMETRY_ENCODERS.find(geometry.name).read_spec(geometry).feature_dim
-        weights = lora_weights(text, model.lora_rank)
-        weights += merger_weights(features, text["hidden_size"], model.merger_hidden)
+        parameters, hidden = num_lora_parameters(text, model.lora_rank), text["hidden_size"]
     except (KeyError, ValueError):  # unreadable files are errors of `check_weights`
         return 0
-    return BYTES_PER_WEIGHT * weights
+    with torch.device("meta"):  # shapes only
+        branch = [GeometryMerger(features, hidden, model.merger_hidden), make_fusion(model.fusion, hidden)]
+    parameters += sum(parameter.numel() for module in branch for parameter in module.parameters())
+    return BYTES_PER_PARAMETER * parameters
 
 
-def lora_weights(text: dict[str, Any], rank: int) -> int:
-    """Number of LoRA weights on the seven projections of every decoder layer: rank x (inputs + outputs) each."""
-    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
-    head = text.get("head_dim") or hidden // heads
-    queries, keys = heads * head, text["num_key_value_heads"] * head
-    widths = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)  # q o, k v, gate up down
-    return int(text["num_hidden_layers"]) * rank * int(widths)
-
-
-def merger_weights(features: int, hidden: int, merger_hidden: int) -> int:
-    """Number of weights of the geometry merger: norm, and two linear layers over 2 x 2 merged features."""
-    return features + (4 * features + 1) * merger_hidden + (merger_hidden + 1) * hidden
-
-
-def check_limits(workers: int, prefetch: int, ranks: int) -> CheckResult:
-    """Check the limit of open files and the shared memory for `data.workers`, `data.prefetch` and the node's ranks."""
+def check_open_files(workers: int) -> CheckResult:
+    """Check the limit of open files for `data.workers`."""
     result = CheckResult()
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = FILES + FILES_PER_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = OPEN_FILES + OPEN_FILES_PER_WORKER * workers
     result.info["open files"] = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
     if soft != resource.RLIM_INFINITY and soft < files:
+        advice = f"run ulimit -n {files} before the start (in slurm/cluster.env on a cluster)"
+        if hard != resource.RLIM_INFINITY and hard < files:
+            advice = f"ask the administrator to raise the hard limit {hard}"
         (result.errors if soft < USUAL_FILES else result.warnings).append(
-            f"a process may open {soft} files, a rank with data.workers {workers} may need {files}; run "
-            f"ulimit -n {files} before the start (in slurm/cluster.env on a cluster), or lower data.workers."
+            f"a process may open {soft} files, a rank with data.workers {workers} may need {files}; {advice}, or lower "
+            "data.workers."
         )
+    return result
+
+
+def check_shared_memory(result: CheckResult, batch: int, config: DataConfig, ranks: int) -> None:
+    """Check the size of the shared memory for the micro-batches of `batch` bytes that a node's ranks prefetch."""
     size = shutil.disk_usage(SHM).total if SHM.is_dir() else 0
-    needed = SHM_PER_BATCH * prefetch * workers * ranks
+    needed = batch * config.prefetch * config.workers * ranks
     result.info["shared memory"] = f"{size / GIB:.1f} GiB in {SHM}"
     if size < needed:
         result.errors.append(
-            f"{SHM} has {size / GIB:.2f} GiB, but {ranks} rank(s) with data.workers {workers} and data.prefetch "
-            f"{prefetch} need {needed / GIB:.2f}; enlarge it (docker: --shm-size {-(-needed // GIB)}g), or lower them."
+            f"{SHM} has {size / GIB:.2f} GiB, but {ranks} rank(s) with data.workers {config.workers}, data.prefetch "
+            f"{config.prefetch} and train.micro_batch (frames of {batch / 2**20:.0f} MiB) need {needed / GIB:.2f}; "
+            f"enlarge it (docker: --shm-size {-(-needed // GIB)}g), or lower them."
         )
-    return result
