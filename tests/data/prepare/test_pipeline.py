@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import SourceConfig
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.prepare import manifest
 from w2r2_ds.data.prepare import pipeline as preparing
 from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
@@ -27,6 +30,7 @@ from w2r2_ds.data.tasks.scan2cap import Scan2Cap
 from w2r2_ds.data.tasks.scanrefer import ScanRefer
 from w2r2_ds.demo.assets import prepare_sets
 from w2r2_ds.demo.synthetic.write import Written
+from w2r2_ds.utils.hashing import file_sha256
 from w2r2_ds.utils.parallel import run_all
 
 SECOND, THIRD = "scene0001_00", "scene0002_00"
@@ -73,7 +77,7 @@ def test_the_manifest_has_options_inputs_counts_and_files(scenes: Path) -> None:
         "scenes": 3,
         "frames_without_pose": 3,
         "descriptions": 7,
-        "published": {"of": "descriptions", "count": 36665, "met": False},
+        "published": {"of": "descriptions", "count": 36665, "annotated": 7, "met": False},
     }
     assert manifest["skipped"] == {"no_visible_frame": 1}
     names = set(manifest["inputs"])
@@ -103,6 +107,16 @@ def test_the_summary_compares_with_the_published_count(scenes: Path, monkeypatch
     assert "7 descriptions, as published" in text and "1 no_visible_frame" in text
 
 
+def test_published_scenes_are_compared_with_all_annotated_scenes(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ScanRefer, "published", {"train": 7})
+    monkeypatch.setattr(ScanRefer, "unit", lambda self, options: "scenes")
+    done = prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=True, quiet=True)
+    assert done.manifest["counts"]["scenes"] == 1
+    assert "7 scenes, as published" in summary_line(done.folder, done.manifest, False)
+
+
 def test_validation_of_scan2cap_counts_objects(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_annotations(scenes, [entry(), entry(ann_id=1), entry(4, "table")], "val")
     monkeypatch.setattr(Scan2Cap, "published", {"val": 2})
@@ -121,10 +135,41 @@ def test_an_equal_data_set_is_reused_and_another_one_rejected(scenes: Path) -> N
         prepare(scenes, more, out, quiet=True)
     (scenes / "posed_images" / SECOND / "00004.jpg").write_bytes(b"")
     with pytest.raises(
-        ValueError, match=rf"\(posed_images/{SECOND} has changed since\); remove it, or pass another --out"
+        ValueError,
+        match=rf"\(posed_images/{SECOND} has changed since the preparation\); remove it, or pass another --out",
     ):
         prepare(scenes, DEPTH, out, quiet=True)
     assert contents(out) == before
+
+
+def test_a_changed_pose_is_another_data_set(scenes: Path) -> None:
+    prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    pose = scenes / "posed_images" / SECOND / "00000.txt"
+    numbers = pose.read_text().split()
+    numbers[3] = str(float(numbers[3]) + 1)  # x of the camera
+    pose.write_text(" ".join(numbers))
+    with pytest.raises(ValueError, match=rf"posed_images/{SECOND} has changed"):
+        prepare(scenes, DEPTH, scenes / "out", quiet=True)
+
+
+@pytest.mark.parametrize("name", ["pose", "alignment", "prepared"])
+def test_an_unreadable_file_is_not_a_missing_file(scenes: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Root can read all files, so that the error is raised by a patched function."""
+    done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    file = {
+        "pose": scenes / "posed_images" / SECOND / "00000.txt",
+        "alignment": scenes / "scans" / SECOND / f"{SECOND}.txt",
+        "prepared": done.folder / f"{SECOND}.parquet",
+    }[name]
+
+    def denied(path: Path) -> str:
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return file_sha256(path)
+
+    monkeypatch.setattr(manifest, "file_sha256", denied)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} cannot be read \(Permission denied\)"):
+        prepare(scenes, DEPTH, scenes / "out", quiet=True)
 
 
 def test_other_files_and_changed_files_are_never_overwritten(scenes: Path) -> None:

@@ -20,20 +20,34 @@ THREADS = 16
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, or ``MISSING``."""
+    """SHA-256 of a file, or ``MISSING``.
+
+    Raises:
+        ValueError: the file exists, but cannot be read.
+    """
     try:
         return file_sha256(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return MISSING
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); correct its permissions or the disk.") from None
 
 
-def folder_hash(path: Path) -> str:
-    """SHA-256 of the sorted file names in a folder, or ``MISSING``. The images (130 GB in all) are not read."""
+def frames_hash(folder: Path) -> str:
+    """SHA-256 of the file names in a scene's folder of frames and of its poses and intrinsics, or ``MISSING``.
+
+    The contents of colour and depth images (130 GB in all) are not read.
+
+    Raises:
+        ValueError: the folder or a text file exists, but cannot be read.
+    """
     try:
-        names = sorted(file.name for file in path.iterdir())
-    except OSError:
+        files = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return MISSING
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read ({error.strerror}); correct its permissions or the disk.") from None
+    return json_sha256({file.name: file_hash(file) if file.suffix == ".txt" else "" for file in files})
 
 
 def task_inputs(plan: Plan) -> dict[str, str]:
@@ -44,13 +58,13 @@ def task_inputs(plan: Plan) -> dict[str, str]:
 def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
     """Hashes of every scene's input files: scene -> path relative to the data root -> hash.
 
-    Covers alignment, boxes and intrinsics, and the names of the files of the frames.
+    Covers alignment, boxes, intrinsics and poses, but of the images only their names.
     """
 
     def hashes(scene_id: str) -> dict[str, str]:
         found = {relative(file.path, plan.root): file_hash(file.path) for file in scene_files(plan.root, scene_id)}
         folder = plan.root / "posed_images" / scene_id
-        return {**found, relative(folder, plan.root): folder_hash(folder)}
+        return {**found, relative(folder, plan.root): frames_hash(folder)}
 
     with ThreadPoolExecutor(THREADS) as pool:
         scene_ids = [job.scene_id for job in plan.jobs]
@@ -62,36 +76,36 @@ def relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
-def key_of(*parts: Any) -> str:
+def json_sha256(*parts: Any) -> str:
     """SHA-256 of JSON values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_identity(
-    plan: Plan, skip_broken_scenes: bool, inputs: Mapping[str, str], skip_without_box: bool = False
+    plan: Plan, inputs: Mapping[str, str], skip_broken_scenes: bool, skip_without_box: bool
 ) -> dict[str, Any]:
-    """The part of a manifest that determines the data set: equal identities give equal samples.
+    """The part of a manifest that determines the data set.
+
+    Equal identities give equal samples, unless the content of an image has changed (see `frames_hash`).
 
     Args:
         plan: preparation plan.
-        skip_broken_scenes: option of `pipeline.prepare`.
         inputs: path -> hash of all input files.
+        skip_broken_scenes: option of `pipeline.prepare`.
         skip_without_box: option of `pipeline.prepare`.
     """
-    options = {**recorded_options(plan.options), "skip_broken_scenes": skip_broken_scenes}
-    if skip_without_box:
-        options["skip_without_box"] = True
+    skips = {"skip_broken_scenes": skip_broken_scenes, "skip_without_box": skip_without_box}
     return {
         "version": VERSION,
         "task": plan.options.task,
         "format": plan.options.format,
         "split": plan.options.split,
-        "options": options,
+        "options": {**recorded_options(plan.options), **skips},
         "inputs": dict(inputs),
     }
 
 
-def counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str, Any]:
+def make_counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str, Any]:
     """Counts for the manifest, with a comparison of the number of annotations with the published number.
 
     Args:
@@ -101,10 +115,15 @@ def counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str
         without_pose: number of their frames without a valid pose.
     """
     found: dict[str, Any] = {"samples": samples, "scenes": scenes, "frames_without_pose": without_pose}
-    # If the unit is scenes (detection), the number of prepared scenes stays.
+    # If the unit is scenes (detection), the number of prepared scenes stays; others are skipped items.
     found.setdefault(plan.unit, plan.items)
     if plan.published is not None:
-        found["published"] = {"of": plan.unit, "count": plan.published, "met": plan.items == plan.published}
+        found["published"] = {
+            "of": plan.unit,
+            "count": plan.published,
+            "annotated": plan.items,
+            "met": plan.items == plan.published,
+        }
     return found
 
 
@@ -116,16 +135,15 @@ def summary_line(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str
     lines = [f"{'reusing ' if reused else ''}{folder}: {numbers['samples']} samples of {sources}"]
     published = numbers.get("published")
     if published is not None:
-        found = numbers[published["of"]]
         compared = "as published" if published["met"] else f"not the {published['count']} that are published"
-        lines.append(f"  {found} {published['of']}, {compared}")
+        lines.append(f"  {published['annotated']} {published['of']}, {compared}")
     if manifest["skipped"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest["skipped"].items())
         lines.append(f"  skipped: {reasons} (see skipped.jsonl)")
     return "\n".join(lines)
 
 
-def reusable(folder: Path, identity: Mapping[str, Any]) -> bool:
+def check_reusable(folder: Path, identity: Mapping[str, Any]) -> bool:
     """Whether a folder holds the complete data set with this identity; False if the folder is not complete.
 
     Args:
@@ -133,7 +151,7 @@ def reusable(folder: Path, identity: Mapping[str, Any]) -> bool:
         identity: identity of the data set to prepare, see `manifest_identity`.
 
     Raises:
-        ValueError: it holds another complete data set, or its files have changed.
+        ValueError: it holds another complete data set, or its files have changed or cannot be read.
     """
     if not (folder / MANIFEST).is_file():
         return False
@@ -160,5 +178,5 @@ def _difference(name: str, found: Any, expected: Any) -> str:
         return f"{name} is {found!r} there and {expected!r} here"
     key = next(key for key in {**expected, **found} if found.get(key) != expected.get(key))
     if name == "inputs":
-        return f"{key} has changed since"
+        return f"{key} has changed since the preparation"
     return f"{name}: {_difference(key, found.get(key), expected.get(key))}"

@@ -21,7 +21,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from w2r2_ds.data.prepare.manifest import counts, key_of, manifest_identity, reusable, scene_inputs, task_inputs
+from w2r2_ds.data.prepare.manifest import (
+    check_reusable,
+    json_sha256,
+    make_counts,
+    manifest_identity,
+    scene_inputs,
+    task_inputs,
+)
 from w2r2_ds.data.prepare.plan import Plan, make_plan, recorded_options
 from w2r2_ds.data.prepared_set import MANIFEST, read_manifest, write_samples
 from w2r2_ds.data.sources.scannet import load_scene
@@ -109,14 +116,14 @@ def prepare(
     plan, out = make_plan(root, options), Path(out)
     files, scenes = task_inputs(plan), scene_inputs(plan)
     scene_hashes = {name: digest for scene in scenes.values() for name, digest in scene.items()}
-    identity = manifest_identity(plan, skip_broken_scenes, {**files, **scene_hashes}, skip_without_box)
-    if not reusable(out, identity):
+    identity = manifest_identity(plan, {**files, **scene_hashes}, skip_broken_scenes, skip_without_box)
+    if not check_reusable(out, identity):
         # Unlike the manifest, a scene's key does not cover the files of other scenes or the skip options. When these
         # change, the scene stays valid.
         common = {**identity, "inputs": files, "options": recorded_options(options)}
-        keys = {scene_id: key_of(common, inputs) for scene_id, inputs in scenes.items()}
+        keys = {scene_id: json_sha256(common, inputs) for scene_id, inputs in scenes.items()}
         with locked(out.with_name(out.name + ".lock"), f"{out} is being prepared", "pass another --out"):
-            if not reusable(out, identity):  # another process may have finished it before this one got the lock
+            if not check_reusable(out, identity):  # another process may have finished it before this one got the lock
                 _check_folder(out)
                 failures = _prepare_scenes(plan, out, keys, skip_without_box, workers, quiet)
                 broken = _scenes_to_skip(plan, failures, skip_broken_scenes)
@@ -282,7 +289,7 @@ def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence
     without_pose = sum(record["frames_without_pose"] for record in records.values())
     manifest = {
         **identity,
-        "counts": counts(plan, samples, len(records), without_pose),
+        "counts": make_counts(plan, samples, len(records), without_pose),
         "skipped": dict(sorted(reasons.items())),
         "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED_FILE]},
     }
