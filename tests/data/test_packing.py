@@ -109,15 +109,15 @@ def test_the_last_prompt_token_stays_in_the_suffix(frontend: Any, data_config: A
     processor = make_processor(frontend, data_config())
     twice = [processor(samples[0], True)] * 2
     (group,) = groups_by_frames(twice)
-    assert group.prefix == len(twice[0].input_ids) - twice[0].num_answer_tokens - 1
+    assert group.prefix_length == len(twice[0].input_ids) - twice[0].num_answer_tokens - 1
     layout, placements = packed_layout([group], twice)
     assert layout.spans[0][0] == (
         0,
-        group.prefix,
-        *(group.prefix + n * (twice[0].num_answer_tokens + 1) for n in (1, 2)),
+        group.prefix_length,
+        *(group.prefix_length + n * (twice[0].num_answer_tokens + 1) for n in (1, 2)),
     )
-    assert [placement.suffix for placement in placements] == list(layout.spans[0][0][1:3])
-    assert [each.prefix for each in separate_groups(twice)] == [len(twice[0].input_ids)] * 2
+    assert [placement.suffix_start for placement in placements] == list(layout.spans[0][0][1:3])
+    assert [each.prefix_length for each in separate_groups(twice)] == [len(twice[0].input_ids)] * 2
 
 
 def test_frames_after_the_question_raise(frontend: Any, data_config: Any, samples: list[Any]) -> None:

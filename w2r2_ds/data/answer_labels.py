@@ -20,7 +20,7 @@ def collate_description_positions(
 ) -> DescriptionPositions:
     """Positions of the *what* tokens of every sample."""
     tokens = [feature.what.nonzero().squeeze(-1) for feature in features]
-    position = [placement.at(indices) for placement, indices in zip(placements, tokens, strict=True)]
+    position = [placement.positions_of(indices) for placement, indices in zip(placements, tokens, strict=True)]
     sample, sequence = _sample_and_sequence([len(indices) for indices in tokens], placements)
     return DescriptionPositions(sample, sequence, torch.cat(position))
 
@@ -38,7 +38,7 @@ def collate_answer_positions(features: Sequence[Features], placements: Sequence[
     for index, (feature, answer) in enumerate(zip(features, answers, strict=True)):
         length, count = len(feature.input_ids), feature.num_answer_tokens
         # The answer and its end of turn are the last `count` tokens; each is predicted one position before it.
-        position.append(placements[index].at(torch.arange(length - count - 1, length - 1)))
+        position.append(placements[index].positions_of(torch.arange(length - count - 1, length - 1)))
         label.append(feature.input_ids[length - count :])
         where.append(torch.from_numpy(answer.where))
         if answer.single_digits:

@@ -131,8 +131,10 @@ class Collator:
             return self.position_ids(tokens.input_ids, tokens.token_types, tokens.attention_mask, grids)
         # The family computes position ids of padded sequences. It is called for the first member of each group, which
         # has all frames; `pack_position_ids` derives those of the other suffixes, which are text.
-        firsts = self._padded([features[group.members[0]] for group in groups], left=False)
-        position_ids = self.position_ids(firsts.input_ids, firsts.token_types, firsts.attention_mask, grids)
+        first_members = self._padded([features[group.members[0]] for group in groups], left=False)
+        position_ids = self.position_ids(
+            first_members.input_ids, first_members.token_types, first_members.attention_mask, grids
+        )
         return pack_position_ids(groups, position_ids, [len(f.input_ids) for f in features])
 
     def _prompts(self, features: Sequence[Features], sets: _FrameSets) -> Prompts:
