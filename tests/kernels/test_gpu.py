@@ -24,17 +24,20 @@ def random(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=generator, device="cuda", dtype=torch.bfloat16)
 
 
-def both(function: Callable[..., Any], *inputs: torch.Tensor, leaves: int) -> list[tuple[Any, Any, Any]]:
-    """(triton, torch, torch in float32) of results and gradients of the first `leaves` inputs."""
+def both(function: Callable[..., Any], *inputs: torch.Tensor, num_differentiable: int) -> list[tuple[Any, Any, Any]]:
+    """(triton, torch, torch in float32) of results and gradients of the first `num_differentiable` inputs."""
     found = []
     for kernels, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float32)):
-        given = [x.to(dtype).requires_grad_(i < leaves) if x.is_floating_point() else x for i, x in enumerate(inputs)]
+        given = [
+            x.to(dtype).requires_grad_(i < num_differentiable) if x.is_floating_point() else x
+            for i, x in enumerate(inputs)
+        ]
         torch.manual_seed(3)
         made = function(*(x * 1 if x.is_floating_point() else x for x in given), kernels)
         made = [each for each in (made if isinstance(made, tuple) else (made,))]
         copies = [each.detach().clone() for each in made]
         sum((each * random(*each.shape, seed=9)).float().sum() for each in made if each.requires_grad).backward()
-        found.append([*copies, *(x.grad for x in given[:leaves])])
+        found.append([*copies, *(x.grad for x in given[:num_differentiable])])
     return list(zip(*found, strict=True))
 
 
@@ -51,7 +54,7 @@ def test_dual_stream_embed_is_bit_equal() -> None:
     cases = both(
         lambda text, fused, shortcut, positions, kernels: dual_stream_embed(text, positions, shortcut, fused, kernels),
         *(text, fused, shortcut, positions),
-        leaves=2,
+        num_differentiable=2,
     )
     assert all(torch.equal(triton, torch_) for triton, torch_, _ in cases)
 
@@ -67,7 +70,7 @@ def test_lora_projection_equals_pytorch(p: float) -> None:
             b,
             w,
             bias,
-            leaves=3,
+            num_differentiable=3,
         )
     )
 

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from w2r2_ds.kernels import dropout_matmul, lora_linear
 from w2r2_ds.kernels.lora_linear import bind_lora
-from w2r2_ds.kernels.select import Implementation
+from w2r2_ds.kernels.select import Backend
 
 BF16 = torch.bfloat16
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "triton")
+IMPLEMENTATIONS: tuple[Backend, ...] = ("torch", "triton")
 
 
 class Two(nn.Module):

@@ -103,7 +103,7 @@ def measured(kernel: Any) -> Measurement:
     times: Iterator[float] = iter([2.0, 1.0] * 2)
     draw = torch.Generator().manual_seed(0)
     case = lambda: (torch.randn(5, 3, generator=draw),)  # noqa: E731
-    candidate = Candidate("square", kernel, square, (case, case), leaves=1)
+    candidate = Candidate("square", kernel, square, (case, case), num_differentiable=1)
     return measure.measure(candidate, 1e-4, lambda run: next(times))
 
 

@@ -45,7 +45,7 @@ def measure(candidate: Candidate, inputs: tuple[Tensor, ...], rounds: int, label
         report: report to extend.
     """
     functions = {"PyTorch": candidate.reference, "kernel": candidate.kernel}
-    runs = {name: make_run(function, inputs, candidate.leaves) for name, function in functions.items()}
+    runs = {name: make_run(function, inputs, candidate.num_differentiable) for name, function in functions.items()}
     error = max_error(runs["kernel"](), runs["PyTorch"]())
     spreads = interleave(dict(runs), rounds, inputs[0].device, warmups=3)
     first, last = ("x".join(map(str, each.shape)) for each in (inputs[0], inputs[-1]))

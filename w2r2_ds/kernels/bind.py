@@ -13,14 +13,15 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from w2r2_ds.kernels.liger import rms_norm, swiglu
 from w2r2_ds.kernels.lora_linear import bind_lora
-from w2r2_ds.kernels.select import Kernels, implementation
+from w2r2_ds.kernels.select import Kernels, backend_of
 
 SILU = ("SiLU", "SiLUActivation")
+"""Class names of SiLU in PyTorch and in transformers."""
 
 
 def bind_kernels(language_model: nn.Module, kernels: Kernels) -> None:
@@ -28,13 +29,14 @@ def bind_kernels(language_model: nn.Module, kernels: Kernels) -> None:
 
     Args:
         language_model: `VlmFamily.language_model` of the VLM, LoRA layers in place.
-        kernels: names of the kernels to bind; modules without one keep their forward.
+        kernels: names of the kernels that the model uses. "lora_projection", "rms_norm" and "swiglu" are bound;
+            "dropout_matmul" is used inside the LoRA projection. Modules without a kernel keep their forward.
     """
     # `language_model.modules()` also yields LoRA's base and adapter layers, to which no kernel applies.
     for module in language_model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, LoraLinear):
             if "lora_projection" in kernels:
-                bind_lora(module, implementation(kernels, "dropout_matmul"))
+                bind_lora(module, backend_of(kernels, "dropout_matmul"))
         elif _is_rms_norm(module):
             if "rms_norm" in kernels:
                 module.forward = MethodType(_rms_norm, module)

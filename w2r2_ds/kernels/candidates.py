@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from w2r2_ds.kernels import liger
 from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.lora_linear import lora_projection
-from w2r2_ds.kernels.select import Implementation
+from w2r2_ds.kernels.select import Backend
 
 ROWS = 4099
 """Number of tokens of a measurement. Odd, so that the last tile of every kernel is incomplete."""
@@ -56,14 +56,14 @@ class Candidate:
         reference: the same function in PyTorch.
         cases: functions that each return the inputs of one case; called one at a time, so that only the inputs of one
             case are in memory.
-        leaves: number of inputs, from the first on, that receive a gradient.
+        num_differentiable: number of inputs, from the first on, that receive a gradient.
     """
 
     name: str
     kernel: Callable[..., Tensor | tuple[Tensor, ...]]
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     cases: tuple[Callable[[], tuple[Tensor, ...]], ...]
-    leaves: int
+    num_differentiable: int
 
 
 def make_candidates(shapes: Shapes, device: torch.device) -> list[Candidate]:
@@ -115,7 +115,7 @@ def projection_inputs(draw: Draw, rows: int, width: int, out: int, rank: int) ->
     return draw(rows, width), a, draw(out, rank).mul_(rank**-0.5), weight
 
 
-def apply_lora(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, p: float, kernels: Implementation) -> Tensor:
+def apply_lora(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, p: float, kernels: Backend) -> Tensor:
     """A LoRA projection with dropout `p`."""
     return lora_projection(x, weight, None, a, b, 1.0, p, kernels)
 
@@ -133,7 +133,7 @@ def embedding_inputs(draw: Draw, rows: int, hidden: int) -> tuple[Tensor, ...]:
 
 
 def embed(
-    embeddings: Tensor, fused: Tensor, shortcut: Tensor, positions: Tensor, kernels: Implementation
+    embeddings: Tensor, fused: Tensor, shortcut: Tensor, positions: Tensor, kernels: Backend
 ) -> tuple[Tensor, Tensor]:
     """`dual_stream_embed` with the arguments in another order: first those that receive a gradient."""
     return dual_stream_embed(embeddings, positions, shortcut, fused, kernels)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from w2r2_ds.kernels.select import Implementation
+from w2r2_ds.kernels.select import Backend
 from w2r2_ds.kernels.triton_compat import jit, num_blocks, power_of_two, precision, tl
 
 ROWS, COLUMNS = 64, 128
@@ -35,7 +35,7 @@ MAX_SPLITS = 16
 """Maximum number of parts into which `outer` splits the rows (split-K)."""
 
 
-def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Implementation) -> Tensor:
+def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Backend) -> Tensor:
     """``scale * (keep * x) @ a.T``, in the dtype of ``x``.
 
     Args:
@@ -43,7 +43,7 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Implementati
         keep: ``[T, K]`` bool, False for dropped elements.
         a: ``[r, K]``.
         scale: factor.
-        kernels: the implementation.
+        kernels: the backend.
 
     Returns:
         ``[T, r]``.
@@ -70,7 +70,7 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Implementati
     return low
 
 
-def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Implementation) -> Tensor:
+def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Backend) -> Tensor:
     """``scale * low.T @ (keep * x)``, in the dtype of ``x``: the gradient of LoRA's A.
 
     Args:
@@ -78,7 +78,7 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Implement
         x: ``[T, K]``.
         keep: ``[T, K]`` bool, False for dropped elements.
         scale: factor.
-        kernels: the implementation.
+        kernels: the backend.
 
     Returns:
         ``[r, K]``.
@@ -109,7 +109,7 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Implement
     return parts.sum(0).to(x.dtype)
 
 
-def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels: Implementation) -> Tensor:
+def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels: Backend) -> Tensor:
     """``out += scale * keep * (low @ a)`` in place: adds LoRA's part to the gradient of x.
 
     Args:
@@ -118,7 +118,7 @@ def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels
         a: ``[r, K]``.
         keep: ``[T, K]`` bool, False for dropped elements.
         scale: factor.
-        kernels: the implementation.
+        kernels: the backend.
 
     Returns:
         ``out``.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from w2r2_ds.kernels.select import Implementation
+from w2r2_ds.kernels.select import Backend
 from w2r2_ds.kernels.triton_compat import jit, num_blocks, power_of_two, tl
 
 MAX_BLOCK = 4096
@@ -28,7 +28,7 @@ MAX_BLOCK = 4096
 
 
 def dual_stream_embed(
-    embeddings: Tensor, positions: Tensor, shortcut: Tensor, fused: Tensor, kernels: Implementation
+    embeddings: Tensor, positions: Tensor, shortcut: Tensor, fused: Tensor, kernels: Backend
 ) -> tuple[Tensor, Tensor]:
     """Insert the visual tokens of both streams into the text embeddings.
 
@@ -37,7 +37,7 @@ def dual_stream_embed(
         positions: ``[tokens]`` int64, sequence * length + position of every visual token; all different.
         shortcut: ``[tokens, hidden]`` Phi(F2D, 0); must not require a gradient.
         fused: ``[tokens, hidden]`` Phi(F2D, F3D).
-        kernels: the implementation.
+        kernels: the backend.
 
     Returns:
         Shortcut and fused stream, ``[sequences, length, hidden]`` in the dtype of ``embeddings``. Gradients flow from

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from w2r2_ds.kernels import dropout_matmul
-from w2r2_ds.kernels.select import Implementation
+from w2r2_ds.kernels.select import Backend
 
 
 def lora_projection(
@@ -41,7 +41,7 @@ def lora_projection(
     b: Tensor,
     scale: float,
     p: float,
-    kernels: Implementation,
+    kernels: Backend,
 ) -> Tensor:
     """``x W' + bias + scale * dropout(x) A' B'``.
 
@@ -53,7 +53,7 @@ def lora_projection(
         b: ``[N, r]``.
         scale: LoRA's alpha / rank.
         p: dropout probability in [0, 1). PyTorch's generator draws the mask; on the CPU it is the mask of `nn.Dropout`.
-        kernels: implementation of the products with dropout.
+        kernels: backend of the products with dropout.
 
     Returns:
         ``[..., N]`` in the common dtype of the inputs; equal to PEFT up to rounding (the output is rounded once less).
@@ -117,12 +117,12 @@ class _Projection(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
-def bind_lora(module: Any, kernels: Implementation) -> None:
+def bind_lora(module: Any, kernels: Backend) -> None:
     """Replace the forward of one LoRA Linear of PEFT. Cases that are not supported here still use PEFT's forward."""
     module.forward = MethodType(partial(_forward, kernels), module)
 
 
-def _forward(kernels: Implementation, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(kernels: Backend, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Forward of `peft.tuners.lora.layer.Linear` with `lora_projection`."""
     adapter = _only_adapter(module)
     if args or kwargs or adapter is None or not _is_supported(module, adapter, x):

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Maximum accepted error of a dtype, relative to the largest value of a tensor.
 
-bfloat16 rounds by up to 2**-9 = 0.002 of a value, and kernel and reference round a few intermediate results
-differently. A wrong row, tile or mask gives an error near 1.
+bfloat16 has 8 significant bits and rounds by up to 2**-8 = 0.004 of a value. Kernel and reference round a few
+intermediate results differently. A wrong row, tile or mask gives an error near 1.
 """
 WARMUP, ROUNDS = 3, 10
 """Number of runs before the timing (the first one compiles the kernel), and number of timed runs."""
@@ -42,10 +42,11 @@ class Measurement:
 
     Attributes:
         name: kernel name.
-        error: largest relative error of outputs and gradients; NaN if a value is not finite.
+        error: largest relative error of outputs and gradients; NaN if a value is not finite, if expected and actual
+            values of a tensor are all 0, or if the kernel failed.
         tolerance: maximum accepted error.
         torch_seconds: time of the reference, summed over the cases.
-        kernel_seconds: time of the kernel, summed over the cases.
+        kernel_seconds: time of the kernel, summed over the cases; NaN if it failed.
         failure: type and first line of the exception that the kernel raised; empty if it ran.
     """
 
@@ -68,12 +69,12 @@ class Measurement:
 
 
 def select_kernels(
-    name: str, make_shapes: Callable[[], Shapes], device: torch.device, saved: Mapping[str, Any] | None = None
+    mode: str, make_shapes: Callable[[], Shapes], device: torch.device, saved: Mapping[str, Any] | None = None
 ) -> Kernels:
     """Kernels for `model.kernels`. With auto it is a collective on a CUDA device, or if `saved` is passed.
 
     Args:
-        name: value of `model.kernels`: torch, triton or auto.
+        mode: value of `model.kernels`: torch, triton or auto.
         make_shapes: returns the run's shapes; called only where kernels are measured.
         device: the model's device.
         saved: `to_manifest` of the checkpoint that the run resumes from, the same on every rank; for auto only.
@@ -81,9 +82,9 @@ def select_kernels(
     Raises:
         ValueError: the kernels that are configured or were chosen cannot run on a rank.
     """
-    check_kernels(name)
-    if name != "auto":
-        return ALL_KERNELS if name == "triton" else TORCH_KERNELS
+    check_kernels(mode)
+    if mode != "auto":
+        return ALL_KERNELS if mode == "triton" else TORCH_KERNELS
     # Rank 0 decides for all ranks whether the stored kernels are reused: machines may differ, and ranks with different
     # kernels would round differently.
     kernels = on_rank_zero(lambda: from_manifest(saved, device)) if saved else None
@@ -146,42 +147,51 @@ def measure(candidate: Candidate, tolerance: float, timer: Callable[[Workload], 
         tolerance: maximum accepted error.
         timer: returns the seconds of a run.
     """
-    failures, errors, torch_seconds, kernel_seconds = zip(
-        *(compare(candidate, case(), timer) for case in candidate.cases), strict=True
+    cases = [compare(candidate, case(), tolerance, timer) for case in candidate.cases]
+    return Measurement(
+        candidate.name,
+        # torch's maximum keeps NaN; Python's max may drop it.
+        error=float(torch.tensor([case.error for case in cases]).max()),
+        tolerance=tolerance,
+        torch_seconds=sum(case.torch_seconds for case in cases),
+        kernel_seconds=sum(case.kernel_seconds for case in cases),
+        failure=next((case.failure for case in cases if case.failure), ""),
     )
-    # torch's maximum keeps NaN; Python's max may drop it.
-    error = float(torch.tensor(errors).max())
-    failure = next(filter(None, failures), "")
-    return Measurement(candidate.name, error, tolerance, sum(torch_seconds), sum(kernel_seconds), failure)
 
 
 # The caller may be in inference or no_grad mode; gradients are compared too.
 @torch.inference_mode(False)
 @torch.enable_grad()
 def compare(
-    candidate: Candidate, inputs: Sequence[Tensor], timer: Callable[[Workload], float]
-) -> tuple[str, float, float, float]:
-    """(failure, error, seconds of PyTorch, seconds of the kernel) for the inputs of one case."""
-    expected_run = make_run(candidate.reference, inputs, candidate.leaves)
+    candidate: Candidate, inputs: Sequence[Tensor], tolerance: float, timer: Callable[[Workload], float]
+) -> Measurement:
+    """Compare one kernel with its reference for the inputs of one case."""
+    expected_run = make_run(candidate.reference, inputs, candidate.num_differentiable)
     expected = expected_run()
     torch_seconds = timer(expected_run)
     try:
-        kernel_run = make_run(candidate.kernel, inputs, candidate.leaves)
-        return "", max_error(kernel_run(), expected), torch_seconds, timer(kernel_run)
-    except Exception as error:  # compilers and drivers raise many types
+        kernel_run = make_run(candidate.kernel, inputs, candidate.num_differentiable)
+        error = max_error(kernel_run(), expected)
+        return Measurement(candidate.name, error, tolerance, torch_seconds, timer(kernel_run))
+    except Exception as exception:  # compilers and drivers raise many types
         # A kernel that fails is not used. An error that broke the CUDA context is raised again here and ends the run:
         # no later operation could succeed.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return describe_error(error), torch.nan, torch.nan, torch.nan
+        return Measurement(candidate.name, torch.nan, tolerance, torch_seconds, torch.nan, describe_error(exception))
 
 
-def make_run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], leaves: int) -> Workload:
-    """One forward and backward pass as a function without arguments; returns outputs, then gradients of the leaves."""
+def make_run(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], num_differentiable: int
+) -> Workload:
+    """One forward and backward pass as a function without arguments.
+
+    It returns the outputs, then the gradients of the first `num_differentiable` inputs.
+    """
     # Some backward passes overwrite their inputs (Liger's SwiGLU). Kernel and reference therefore have copies. Only the
-    # values of the first run are compared; later runs, which may have other inputs, are only timed.
+    # values of the first run are compared; later runs, whose inputs the kernel may have overwritten, are only timed.
     copies = [each.clone() for each in inputs]
-    for leaf in copies[:leaves]:
+    for leaf in copies[:num_differentiable]:
         leaf.requires_grad_()
     upstream: list[Tensor] = []
 
@@ -196,19 +206,22 @@ def make_run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Seque
                 torch.linspace(-1, 1, each.numel(), device=each.device).view_as(each).to(each.dtype)
                 for each in differentiable
             )
-        gradients = torch.autograd.grad(differentiable, copies[:leaves], upstream)
+        gradients = torch.autograd.grad(differentiable, copies[:num_differentiable], upstream)
         return [each.detach() for each in (*outputs, *gradients)]
 
     return run
 
 
-def max_error(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest absolute difference relative to the largest value of a tensor, over all tensors; NaN if not finite."""
+def max_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest absolute difference relative to the largest value of the expected tensor, over all tensors.
+
+    NaN if an actual value is not finite, or if expected and actual values of a tensor are all 0.
+    """
     errors = []
-    for one, two in zip(ours, expected, strict=True):
+    for result, reference in zip(actual, expected, strict=True):
         # Not relative to the norm, which a single wrong row among thousands would hardly change.
-        error = (one.float() - two.float()).abs().max() / two.float().abs().max()
-        errors.append(torch.where(one.isfinite().all(), error, torch.nan))
+        error = (result.float() - reference.float()).abs().max() / reference.float().abs().max()
+        errors.append(torch.where(result.isfinite().all(), error, torch.nan))
     return float(torch.stack(errors).max())
 
 

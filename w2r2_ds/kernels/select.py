@@ -10,8 +10,8 @@ import torch
 
 from w2r2_ds.kernels.triton_compat import triton
 
-Implementation = Literal["torch", "triton"]
-"""Implementation of one function."""
+Backend = Literal["torch", "triton"]
+"""Backend of one function that has a Triton kernel."""
 
 Kernels = frozenset[str]
 """Names of the kernels that a model uses (see `ALL_KERNELS`); PyTorch or PEFT computes the rest."""
@@ -22,8 +22,8 @@ TORCH_KERNELS: Kernels = frozenset({"lora_projection"})
 ALL_KERNELS: Kernels = TORCH_KERNELS | {"dropout_matmul", "dual_stream_embed", "rms_norm", "swiglu"}
 
 
-def implementation(kernels: Kernels, name: str) -> Implementation:
-    """The implementation of a function with a Triton kernel, by its name in `ALL_KERNELS`."""
+def backend_of(kernels: Kernels, name: str) -> Backend:
+    """The backend of a function with a Triton kernel, by its name in `ALL_KERNELS`."""
     return "triton" if name in kernels else "torch"
 
 

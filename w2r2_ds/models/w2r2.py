@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
 from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
-from w2r2_ds.kernels.select import TORCH_KERNELS, Kernels, implementation
+from w2r2_ds.kernels.select import TORCH_KERNELS, Kernels, backend_of
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import Fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
@@ -187,7 +187,7 @@ class W2R2(nn.Module):
         # Both streams go through one autograd function. Without detach, the fusion would get a gradient through
         # Phi(F2D, 0), although the shortcut pass has no graph.
         operands = torch.cat(shortcut.pooler_output).detach(), torch.cat(fused.pooler_output)
-        kernels = implementation(self.kernels, "dual_stream_embed")
+        kernels = backend_of(self.kernels, "dual_stream_embed")
         return dual_stream_embed(embeddings, batch.visual_tokens, *operands, kernels)
 
     def answer_hidden_states(self, batch: Batch, visual: VisionOutput, include_description: bool = False) -> Tensor:
