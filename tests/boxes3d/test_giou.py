@@ -10,7 +10,7 @@ from torch import Tensor
 from host_sync import host_reads
 from w2r2_ds.boxes3d.giou import box_giou, oriented_giou
 from w2r2_ds.boxes3d.iou import box_iou
-from w2r2_ds.boxes3d.transforms import corners, rotation_matrix_torch
+from w2r2_ds.boxes3d.transforms import corners, euler_angles_to_matrix_torch
 
 UNIT = [0.0, 0, 0, 1, 1, 1, 0, 0, 0]
 QUARTER = torch.pi / 4
@@ -69,7 +69,7 @@ def test_axis_aligned_pairs_follow_the_closed_form() -> None:
 
 def test_enclosing_box_is_the_extent_of_the_corners_along_the_second_boxes_axes() -> None:
     a, b = random_boxes(100, 2, 1.0), random_boxes(100, 3, 1.0)
-    turn = rotation_matrix_torch(b[:, 6:])
+    turn = euler_angles_to_matrix_torch(b[:, 6:])
     vertices = [torch.from_numpy(np.stack([corners(row) for row in box.numpy()])) for box in (a, b)]
     local = torch.cat(vertices, 1) @ turn
     hull = (local.amax(1) - local.amin(1)).prod(-1)
@@ -82,7 +82,7 @@ def test_enclosing_box_is_the_extent_of_the_corners_along_the_second_boxes_axes(
 
 def test_invariant_to_a_common_transform_and_scale() -> None:
     a, b = random_boxes(50, 4, 0.8), random_boxes(50, 5, 0.8)
-    turn = rotation_matrix_torch(tensor([0.5, -1.0, 2.0])).expand(50, 3, 3)
+    turn = euler_angles_to_matrix_torch(tensor([0.5, -1.0, 2.0])).expand(50, 3, 3)
     shift = torch.tensor([3.0, -20.0, 7.0], dtype=torch.float64)
     moved = [
         part
@@ -90,7 +90,7 @@ def test_invariant_to_a_common_transform_and_scale() -> None:
         for part in (
             2 * ((turn @ box[:, :3, None]).squeeze(-1) + shift),
             2 * box[:, 3:6],
-            turn @ rotation_matrix_torch(box[:, 6:]),
+            turn @ euler_angles_to_matrix_torch(box[:, 6:]),
         )
     ]
     for one, other in zip(oriented_giou(*moved), box_giou(a, b), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from host_sync import host_reads
 from w2r2_ds.boxes3d.iou import box_iou, oriented_iou
-from w2r2_ds.boxes3d.transforms import rotation_matrix_torch
+from w2r2_ds.boxes3d.transforms import euler_angles_to_matrix_torch
 
 HERE = Path(__file__).parent.parent / "golden" / "boxes.json"
 OTHER = Path(os.environ.get("W2R2_GOLDEN", HERE.parent)) / "boxes.json"
@@ -67,8 +67,8 @@ def test_random_pairs_match_monte_carlo() -> None:
     """Fraction of 40000 points of the first box in the second, within four standard deviations of the exact one."""
     a, b = random_boxes(24, 0, 0.3), random_boxes(24, 1, 0.3)
     points = torch.rand(24, 40_000, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) - 0.5
-    world = (points * a[:, None, 3:6]) @ rotation_matrix_torch(a[:, 6:]).transpose(1, 2) + a[:, None, :3]
-    local = (world - b[:, None, :3]) @ rotation_matrix_torch(b[:, 6:])
+    world = (points * a[:, None, 3:6]) @ euler_angles_to_matrix_torch(a[:, 6:]).transpose(1, 2) + a[:, None, :3]
+    local = (world - b[:, None, :3]) @ euler_angles_to_matrix_torch(b[:, 6:])
     inside = (local.abs() <= b[:, None, 3:6] / 2).all(-1).double().mean(-1)
     volume_a, volume_b = a[:, 3:6].prod(-1), b[:, 3:6].prod(-1)
     iou = box_iou(a, b)
@@ -80,7 +80,7 @@ def test_random_pairs_match_monte_carlo() -> None:
 
 def test_symmetric_and_invariant_to_a_common_transform() -> None:
     a, b = random_boxes(50, 3), random_boxes(50, 4)
-    turn = rotation_matrix_torch(tensor([0.5, -1.0, 2.0])).expand(50, 3, 3)
+    turn = euler_angles_to_matrix_torch(tensor([0.5, -1.0, 2.0])).expand(50, 3, 3)
     shift = torch.tensor([3.0, -20.0, 7.0], dtype=torch.float64)
     parts = [
         part
@@ -88,7 +88,7 @@ def test_symmetric_and_invariant_to_a_common_transform() -> None:
         for part in (
             (turn @ box[:, :3, None]).squeeze(-1) + shift,
             box[:, 3:6],
-            turn @ rotation_matrix_torch(box[:, 6:]),
+            turn @ euler_angles_to_matrix_torch(box[:, 6:]),
         )
     ]
     torch.testing.assert_close(box_iou(a, b), box_iou(b, a), atol=1e-12, rtol=0)
@@ -107,9 +107,9 @@ def test_nearly_aligned_cubes_follow_the_closed_form() -> None:
     angle = torch.logspace(-17, -0.2, 300, dtype=torch.float64)
     ones = torch.ones(300, 3, dtype=torch.float64)
     yaw = torch.stack((angle, angle * 0, angle * 0), dim=1)
-    base = rotation_matrix_torch(tensor([0.3, 0.4, 0.5])).expand(300, 3, 3)
+    base = euler_angles_to_matrix_torch(tensor([0.3, 0.4, 0.5])).expand(300, 3, 3)
     shared = 2 / (1 + angle.sin() + angle.cos())
-    iou = oriented_iou(ones * 7.3, ones, base, ones * 7.3, ones, base @ rotation_matrix_torch(yaw))
+    iou = oriented_iou(ones * 7.3, ones, base, ones * 7.3, ones, base @ euler_angles_to_matrix_torch(yaw))
     torch.testing.assert_close(iou, shared / (2 - shared), atol=1e-7, rtol=0)
 
 

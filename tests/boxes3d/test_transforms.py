@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from w2r2_ds.boxes3d.transforms import (
-    angles_from_matrix,
     camera_to_world,
     camera_to_world_torch,
     corners,
-    rotation_matrix,
-    rotation_matrix_torch,
+    euler_angles_to_matrix,
+    euler_angles_to_matrix_torch,
+    matrix_to_euler_angles,
     world_to_camera,
 )
 
@@ -44,7 +44,7 @@ def poses(count: int, seed: int = 1) -> np.ndarray:
     """``[count, 4, 4]`` random rigid transforms."""
     result = np.tile(np.eye(4), (count, 1, 1))
     for pose, box in zip(result, boxes(count, seed), strict=True):
-        pose[:3, :3], pose[:3, 3] = rotation_matrix(box[6:]), box[:3]
+        pose[:3, :3], pose[:3, 3] = euler_angles_to_matrix(box[6:]), box[:3]
     return result
 
 
@@ -52,8 +52,8 @@ def poses(count: int, seed: int = 1) -> np.ndarray:
 def test_rotations_match(golden: dict[str, Any]) -> None:
     for case in golden["rotations"]:
         matrix = np.array(case["matrix_intrinsic_ZXY"])
-        np.testing.assert_allclose(rotation_matrix(np.array(case["angles"])), matrix, atol=1e-6)
-        np.testing.assert_allclose(rotation_matrix(angles_from_matrix(matrix)), matrix, atol=2e-6)
+        np.testing.assert_allclose(euler_angles_to_matrix(np.array(case["angles"])), matrix, atol=1e-6)
+        np.testing.assert_allclose(euler_angles_to_matrix(matrix_to_euler_angles(matrix)), matrix, atol=2e-6)
 
 
 @pytest.mark.golden
@@ -71,19 +71,19 @@ def test_transforms_match(golden: dict[str, Any]) -> None:
         world, camera = np.array(case["box_world"]), np.array(case["box_cam_ZXY"])
         moved = world_to_camera(world, extrinsic)
         np.testing.assert_allclose(moved[:6], camera[:6], atol=1e-5)
-        np.testing.assert_allclose(rotation_matrix(moved[6:]), case["rotation_cam"], atol=1e-5)
-        np.testing.assert_allclose(rotation_matrix(moved[6:]), rotation_matrix(camera[6:]), atol=1e-5)
+        np.testing.assert_allclose(euler_angles_to_matrix(moved[6:]), case["rotation_cam"], atol=1e-5)
+        np.testing.assert_allclose(euler_angles_to_matrix(moved[6:]), euler_angles_to_matrix(camera[6:]), atol=1e-5)
         np.testing.assert_allclose(corners(camera_to_world(camera, extrinsic)), case["corners_world"], atol=1e-5)
 
 
 def test_angles_are_recovered_from_the_matrix() -> None:
     for box in boxes(100):
-        np.testing.assert_allclose(angles_from_matrix(rotation_matrix(box[6:])), box[6:], atol=1e-9)
+        np.testing.assert_allclose(matrix_to_euler_angles(euler_angles_to_matrix(box[6:])), box[6:], atol=1e-9)
 
 
 def test_hand_computed_matrix_is_intrinsic() -> None:
     expected = [[0.783214, -0.272192, 0.559006], [0.437702, 0.879923, -0.184803], [-0.44158, 0.389418, 0.808307]]
-    np.testing.assert_allclose(rotation_matrix(np.array([0.3, 0.4, 0.5])), expected, atol=1e-6)
+    np.testing.assert_allclose(euler_angles_to_matrix(np.array([0.3, 0.4, 0.5])), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("middle", [np.pi / 2, -np.pi / 2])
@@ -92,15 +92,15 @@ def test_gimbal_lock_gives_one_result_without_warnings(middle: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for last in (0.0, 0.9, -2.0):
-            angles = angles_from_matrix(rotation_matrix(np.array([0.4 - sign * last, middle, last])))
+            angles = matrix_to_euler_angles(euler_angles_to_matrix(np.array([0.4 - sign * last, middle, last])))
             np.testing.assert_allclose(angles, [0.4, middle, 0.0], atol=1e-9)
 
 
 def test_rotation_round_trips_close_to_gimbal_lock() -> None:
     """The angles are not continuous there, but their rotation is."""
     for gap in np.logspace(-12, -1, 100):
-        matrix = rotation_matrix(np.array([0.7, np.pi / 2 - gap, -1.1]))
-        np.testing.assert_allclose(rotation_matrix(angles_from_matrix(matrix)), matrix, atol=2e-6)
+        matrix = euler_angles_to_matrix(np.array([0.7, np.pi / 2 - gap, -1.1]))
+        np.testing.assert_allclose(euler_angles_to_matrix(matrix_to_euler_angles(matrix)), matrix, atol=2e-6)
 
 
 def test_hand_computed_camera_boxes() -> None:
@@ -123,9 +123,11 @@ def test_torch_equals_numpy() -> None:
     centre, size, rotation = camera_to_world_torch(batch, torch.from_numpy(transforms))
     for row, (box, pose) in enumerate(zip(single, transforms, strict=True)):
         moved = camera_to_world(box, pose)
-        np.testing.assert_allclose(rotation_matrix_torch(batch[:, 6:])[row], rotation_matrix(box[6:]), atol=1e-12)
+        np.testing.assert_allclose(
+            euler_angles_to_matrix_torch(batch[:, 6:])[row], euler_angles_to_matrix(box[6:]), atol=1e-12
+        )
         np.testing.assert_allclose(torch.cat((centre, size), 1)[row], moved[:6], atol=1e-12)
-        np.testing.assert_allclose(rotation[row], rotation_matrix(moved[6:]), atol=1e-9)
+        np.testing.assert_allclose(rotation[row], euler_angles_to_matrix(moved[6:]), atol=1e-9)
 
 
 def test_torch_functions_on_meta_tensors() -> None:
@@ -148,4 +150,4 @@ def test_wrong_shapes_and_poses_raise() -> None:
     with pytest.raises(ValueError, match="no valid pose"):
         world_to_camera(boxes(1)[0], np.full((4, 4), -np.inf))
     with pytest.raises(ValueError, match=r"\(3, 3\)"):
-        angles_from_matrix(np.eye(4))
+        matrix_to_euler_angles(np.eye(4))

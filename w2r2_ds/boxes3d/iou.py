@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from w2r2_ds.boxes3d.transforms import rotation_matrix_torch
+from w2r2_ds.boxes3d.transforms import euler_angles_to_matrix_torch
 
 PARALLEL = 1.5e-8
 """Sine of the angle below which two planes, or two lines in a plane, count as parallel."""
@@ -151,7 +151,7 @@ def box_parts(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tensor, Tensor,
         if boxes.ndim != 2 or boxes.shape[-1] != 9:
             raise ValueError(f"{name} must have shape [n, 9], not {list(boxes.shape)}.")
     a, b = _replace_non_finite(boxes_a.double()), _replace_non_finite(boxes_b.double())
-    rotation_a, rotation_b = rotation_matrix_torch(a[:, 6:]), rotation_matrix_torch(b[:, 6:])
+    rotation_a, rotation_b = euler_angles_to_matrix_torch(a[:, 6:]), euler_angles_to_matrix_torch(b[:, 6:])
     return a[:, :3], a[:, 3:6], rotation_a, b[:, :3], b[:, 3:6], rotation_b
 
 

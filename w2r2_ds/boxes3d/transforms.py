@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GIMBAL_TOLERANCE = 1e-6
-"""``cos(a1)`` below which the axes of a0 and a2 count as equal (see ``angles_from_matrix``)."""
+"""``cos(a1)`` below which the axes of a0 and a2 are treated as parallel (see ``matrix_to_euler_angles``)."""
 
 CORNER_OFFSETS = (
     (-0.5, -0.5, -0.5),
@@ -34,7 +34,7 @@ CORNER_OFFSETS = (
 """Corners in units of the size, in the order of EmbodiedScan and pytorch3d."""
 
 
-def rotation_matrix(angles: np.ndarray) -> np.ndarray:
+def euler_angles_to_matrix(angles: np.ndarray) -> np.ndarray:
     """Rotation matrix of ZXY angles, ``R = Rz(a0) Rx(a1) Ry(a2)``.
 
     Args:
@@ -57,11 +57,12 @@ def rotation_matrix(angles: np.ndarray) -> np.ndarray:
     )
 
 
-def angles_from_matrix(rotation: np.ndarray) -> np.ndarray:
+def matrix_to_euler_angles(rotation: np.ndarray) -> np.ndarray:
     """ZXY angles of a rotation matrix: a0 and a2 in (-pi, pi], a1 in [-pi/2, pi/2].
 
-    At ``a1 = +-pi/2`` (gimbal lock; for example a level camera that faces an upright box), only ``a0 +- a2`` is
-    defined. For ``cos(a1) < GIMBAL_TOLERANCE``, a2 is therefore set to 0, so that equal rotations get equal labels.
+    At ``a1 = +-pi/2`` (gimbal lock; for example an upright box in the coordinates of a level camera that looks along
+    the box's y axis), only ``a0 +- a2`` is defined. For ``cos(a1) < GIMBAL_TOLERANCE``, a2 is therefore set to 0, so
+    that equal rotations get equal labels.
 
     Args:
         rotation: ``[3, 3]`` rotation matrix.
@@ -74,7 +75,7 @@ def angles_from_matrix(rotation: np.ndarray) -> np.ndarray:
     """
     r = np.asarray(rotation, dtype=np.float64)
     if r.shape != (3, 3):
-        raise ValueError(f"A rotation has shape (3, 3), this one has {r.shape}.")
+        raise ValueError(f"A rotation must have shape (3, 3), not {r.shape}.")
     cosine = float(np.hypot(r[0, 1], r[1, 1]))
     a1 = np.arctan2(r[2, 1], cosine)
     if cosine < GIMBAL_TOLERANCE:
@@ -87,11 +88,11 @@ def angles_from_matrix(rotation: np.ndarray) -> np.ndarray:
     return np.array([a0, a1, a2])
 
 
-def world_to_camera(box9: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
+def world_to_camera(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
     """Transform a box from world to camera coordinates.
 
     Args:
-        box9: ``[9]`` box in world coordinates.
+        box: ``[9]`` box in world coordinates.
         cam_to_world: ``[4, 4]`` camera pose.
 
     Returns:
@@ -100,14 +101,14 @@ def world_to_camera(box9: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: box or pose has another shape, or the pose is not finite.
     """
-    return _transform_box(box9, np.linalg.inv(_check_pose(cam_to_world)))
+    return _transform_box(box, np.linalg.inv(_check_pose(cam_to_world)))
 
 
-def camera_to_world(box9: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
+def camera_to_world(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
     """Transform a box from camera to world coordinates; the inverse of ``world_to_camera``.
 
     Args:
-        box9: ``[9]`` box in camera coordinates.
+        box: ``[9]`` box in camera coordinates.
         cam_to_world: ``[4, 4]`` camera pose.
 
     Returns:
@@ -116,24 +117,27 @@ def camera_to_world(box9: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: box or pose has another shape, or the pose is not finite.
     """
-    return _transform_box(box9, _check_pose(cam_to_world))
+    return _transform_box(box, _check_pose(cam_to_world))
 
 
-def corners(box9: np.ndarray) -> np.ndarray:
+def corners(box: np.ndarray) -> np.ndarray:
     """Corners of a box, in the order of ``CORNER_OFFSETS``.
 
     Args:
-        box9: ``[9]`` box.
+        box: ``[9]`` box.
 
     Returns:
         ``[8, 3]`` float64, metres.
+
+    Raises:
+        ValueError: the box has another shape.
     """
-    box = _vector(box9, 9, "A box")
-    return (np.array(CORNER_OFFSETS) * box[3:6]) @ rotation_matrix(box[6:]).T + box[:3]
+    values = _vector(box, 9, "A box")
+    return (np.array(CORNER_OFFSETS) * values[3:6]) @ euler_angles_to_matrix(values[6:]).T + values[:3]
 
 
-def rotation_matrix_torch(angles: Tensor) -> Tensor:
-    """``rotation_matrix`` of a batch of angles.
+def euler_angles_to_matrix_torch(angles: Tensor) -> Tensor:
+    """``euler_angles_to_matrix`` of a batch of angles.
 
     Args:
         angles: ``[n, 3]`` floating point, radians.
@@ -169,15 +173,15 @@ def camera_to_world_torch(boxes: Tensor, cam_to_world: Tensor) -> tuple[Tensor, 
     pose = cam_to_world.to(boxes.dtype)
     rotation, translation = pose[:, :3, :3], pose[:, :3, 3]
     centre = (rotation @ boxes[:, :3, None]).squeeze(-1) + translation
-    return centre, boxes[:, 3:6], rotation @ rotation_matrix_torch(boxes[:, 6:])
+    return centre, boxes[:, 3:6], rotation @ euler_angles_to_matrix_torch(boxes[:, 6:])
 
 
-def _transform_box(box9: np.ndarray, transform: np.ndarray) -> np.ndarray:
+def _transform_box(box: np.ndarray, transform: np.ndarray) -> np.ndarray:
     """``[9]`` box after a rigid ``[4, 4]`` transform."""
-    box = _vector(box9, 9, "A box")
+    values = _vector(box, 9, "A box")
     rotation, translation = transform[:3, :3], transform[:3, 3]
-    angles = angles_from_matrix(rotation @ rotation_matrix(box[6:]))
-    return np.concatenate([rotation @ box[:3] + translation, box[3:6], angles])
+    angles = matrix_to_euler_angles(rotation @ euler_angles_to_matrix(values[6:]))
+    return np.concatenate([rotation @ values[:3] + translation, values[3:6], angles])
 
 
 def _vector(values: np.ndarray, length: int, name: str) -> np.ndarray:
@@ -194,5 +198,5 @@ def _check_pose(cam_to_world: np.ndarray) -> np.ndarray:
     if pose.shape != (4, 4):
         raise ValueError(f"cam_to_world must have shape (4, 4), not {pose.shape}.")
     if not np.isfinite(pose).all():
-        raise ValueError("cam_to_world holds infinite or undefined numbers: the frame has no valid pose.")
+        raise ValueError("cam_to_world is not finite: the frame has no valid pose.")
     return pose

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from w2r2_ds.boxes3d.iou import oriented_iou
-from w2r2_ds.boxes3d.transforms import camera_to_world_torch, rotation_matrix_torch
+from w2r2_ds.boxes3d.transforms import camera_to_world_torch, euler_angles_to_matrix_torch
 from w2r2_ds.data.answer_tokens import TokenTables
 from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.data.tasks.parsing import AnswerError
@@ -195,7 +195,7 @@ def frame_poses(cam_to_world: torch.Tensor, frame: torch.Tensor) -> tuple[torch.
 
 def center_size_rotation(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """World boxes ``[n, 9]`` -> centre ``[n, 3]``, size ``[n, 3]``, rotation ``[n, 3, 3]``."""
-    return boxes[:, :3], boxes[:, 3:6], rotation_matrix_torch(boxes[:, 6:])
+    return boxes[:, :3], boxes[:, 3:6], euler_angles_to_matrix_torch(boxes[:, 6:])
 
 
 def _world_iou(

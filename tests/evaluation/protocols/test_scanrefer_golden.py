@@ -10,7 +10,7 @@ import pytest
 from annotation_json import descriptions_from
 from golden_files import Golden, find, is_scanrefer_scores
 from metric_cases import assert_all_fields_read, assert_numbers_equal
-from w2r2_ds.boxes3d.transforms import rotation_matrix
+from w2r2_ds.boxes3d.transforms import euler_angles_to_matrix
 from w2r2_ds.data.sources.labels import OTHERS
 from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.protocols.scanrefer import ScoredDescription, official_scores
@@ -147,4 +147,6 @@ def test_vgllm_ious_of_single_answers(golden: Golden, variant: str, parser: str)
         if parsed:
             box = np.array(expected["pred_box_world"])
             np.testing.assert_allclose(ours["box"][:6], box[:6], atol=1e-6)
-            np.testing.assert_allclose(rotation_matrix(ours["box"][6:]), rotation_matrix(box[6:]), atol=1e-5)
+            np.testing.assert_allclose(
+                euler_angles_to_matrix(ours["box"][6:]), euler_angles_to_matrix(box[6:]), atol=1e-5
+            )

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.spatial import ConvexHull, QhullError
 
-from w2r2_ds.boxes3d.transforms import corners, rotation_matrix
+from w2r2_ds.boxes3d.transforms import corners, euler_angles_to_matrix
 from w2r2_ds.data.sources.scannet import Frame
 
 OCCLUSION_MARGIN = 0.1
@@ -114,7 +114,7 @@ def clipped_corners(
     """
     camera, points = cam_to_world[:3, 3] - box[:3], box_corners(box[:6])
     if len(box) == 9:  # camera position along the axes of the box
-        camera, points = rotation_matrix(box[6:]).T @ camera, corners(box)
+        camera, points = euler_angles_to_matrix(box[6:]).T @ camera, corners(box)
     if (np.abs(camera) <= np.asarray(box[3:6]) / 2).all():
         return np.empty((0, 2))
     pixels, depth = project(points, cam_to_world, intrinsic)

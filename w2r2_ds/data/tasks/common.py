@@ -162,9 +162,9 @@ def rounded(values: np.ndarray, decimals: int = 2) -> list[float]:
     return [round(float(value), decimals) for value in values]
 
 
-def rounded_box(box9: np.ndarray, decimals: int = 2) -> list[float]:
+def rounded_box(box: np.ndarray, decimals: int = 2) -> list[float]:
     """`rounded` of a ``[9]`` box. Sizes are clamped to 10**-decimals, because a zero-size box is invalid."""
-    numbers = rounded(box9, decimals)
+    numbers = rounded(box, decimals)
     numbers[3:6] = [max(size, 10**-decimals) for size in numbers[3:6]]
     return numbers
 

@@ -76,15 +76,15 @@ def description_span(description: str, template: str = QUESTION) -> tuple[int, i
     return begin, begin + len(written.strip())
 
 
-def answer_text(frame: int, box9: np.ndarray, decimals: int = 2) -> str:
+def answer_text(frame: int, box: np.ndarray, decimals: int = 2) -> str:
     """VG-LLM's answer: JSON in a code block, with Python's ``repr`` of rounded numbers (``3.0``, ``0.59``).
 
     Args:
         frame: index among the sample's frames.
-        box9: ``[9]`` box in that frame's camera (centre, size, ZXY angles; metres, radians).
+        box: ``[9]`` box in that frame's camera (centre, size, ZXY angles; metres, radians).
         decimals: digits to round to.
     """
-    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {rounded_box(box9, decimals)}}}\n```'
+    return f'```json\n\t{{"frame": {frame}, "bbox_3d": {rounded_box(box, decimals)}}}\n```'
 
 
 def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
