@@ -146,6 +146,7 @@ class Job:
         stop_after: number of optimizer steps after which to stop; the LR schedule stays that of `train.steps`.
         dry_run: False skips the dry run.
         nan_call: number of the forward, from 1, in which rank 1's first sample gets a NaN loss; 0 for none.
+        nan_gradient: in that forward the gradients are NaN instead, and the loss is finite.
         rewind: arguments of `rewind`, which is called before the job.
         save_fault: fault and step of the checkpoint it occurs in. ``full``: files of rank 1 cannot grow beyond 1000
             bytes. ``taken over``: another process claims the run. ``("", 0)`` for none.
@@ -157,6 +158,7 @@ class Job:
     stop_after: int = 0
     dry_run: bool = True
     nan_call: int = 0
+    nan_gradient: bool = False
     rewind: tuple[str, str, int] | None = None
     save_fault: tuple[str, int] = ("", 0)
     scores: tuple[float, ...] = ()
@@ -166,7 +168,7 @@ def run_jobs(ranks: int, folder: Path, jobs: list[Job]) -> dict[str, list[dict[s
     """Run jobs one after the other in the same processes; returns job name -> report of each rank.
 
     A report has ``error`` (type and text of the exception, or None), ``updates`` (number of optimizer steps) and
-    ``injected`` (id of the sample with a NaN loss, or None).
+    ``injected`` (id of the sample with a NaN, or None).
     """
     folder.mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps([vars(job) for job in jobs]))
@@ -257,8 +259,11 @@ def patched(job: Job, report: dict[str, Any]) -> Iterator[None]:
         loss, stats = stock[2](self, batch, mode, **more)
         if calls == job.nan_call and dist.get_rank() == 1:
             report["injected"] = batch.ids[0]
-            stats[0, 0] = torch.nan
-            loss = loss * torch.nan
+            if job.nan_gradient:
+                loss.register_hook(lambda gradient: gradient * torch.nan)
+            else:
+                stats[0, 0] = torch.nan
+                loss = loss * torch.nan
         return loss, stats
 
     def save_with_fault(engine: Any, config: Any, info: Any, token: Any) -> Any:

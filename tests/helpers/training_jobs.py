@@ -92,6 +92,13 @@ def on_two_ranks(world: World, trained: Path, folder: Path) -> list[Job]:
         Job("mask", arguments(world, folder / "mask2", objective__visual_mask_ratio=0.5), stop_after=3, **NO_DRY_RUN),
         Job("nan", arguments(world, folder / "nan", train__save_every=1), nan_call=2, **NO_DRY_RUN),
         Job(
+            "nan-gradient",
+            arguments(world, folder / "nan-gradient", train__save_every=1),
+            nan_call=2,
+            nan_gradient=True,
+            **NO_DRY_RUN,
+        ),
+        Job(
             "two-from-one",
             arguments(world, grown, **AUTO),
             rewind=(str(trained), str(grown), STEPS - SAVE_EVERY),

@@ -337,6 +337,17 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(two_ranks: 
     assert (folder / "nan" / "checkpoints" / "latest").read_text() == "step-000001\n"
 
 
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update(two_ranks: Reports, folder: Path) -> None:
+    first, second = two_ranks["nan-gradient"]
+    assert first["injected"] is None and second["injected"]
+    for report in (first, second):
+        assert report["error"].startswith("FloatingPointError: The gradient norm is not finite")
+        assert report["updates"] == 1
+    assert second["injected"] in second["error"]
+    assert len(read_metrics(folder / "nan-gradient")) == 1
+    assert (folder / "nan-gradient" / "checkpoints" / "latest").read_text() == "step-000001\n"
+
+
 @pytest.mark.parametrize("key", ["objective.lamda", "train.batch"])
 def test_an_unknown_option_is_rejected(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str

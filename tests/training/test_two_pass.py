@@ -171,7 +171,10 @@ def test_auto_selects_lockstep_under_zero3_only(make_step: Callable[..., W2R2Ste
     assert set(chosen.values()) == {LockstepPasses, SequentialPasses}
 
 
-def test_unblocked_does_not_support_lockstep() -> None:
+def test_lockstep_does_not_support_a_shortcut_with_gradient(make_step: Callable[..., W2R2Step]) -> None:
+    """For `unblocked` the configuration is checked too; a registered term is known after its module is imported."""
+    with pytest.raises(ValueError, match=r"train\.pass_order is lockstep.*stop_gradient"):
+        build_pass_order(make_step("sequential").model, "lockstep", shortcut_no_grad=False, zero3=True)
     with pytest.raises(ValueError, match=r"unblocked needs it; choose train\.pass_order sequential"):
         RunConfig(objective=objective_config(push="unblocked"), train=TrainConfig(pass_order="lockstep"))
 

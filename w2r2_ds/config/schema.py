@@ -220,8 +220,8 @@ class TrainConfig:
             activations.
         offload_activations: with activation checkpointing, keep layer inputs in host memory; slower.
         pass_order: sequential runs the whole shortcut pass first; lockstep runs both passes layer by layer, so that
-            ZeRO-3 gathers each layer once per forward; auto is lockstep under ZeRO-3, except for push term unblocked.
-            Losses and gradients are equal.
+            ZeRO-3 gathers each layer once per forward and once per backward; auto is lockstep under ZeRO-3, except for
+            push terms that differentiate through the shortcut pass (unblocked). Losses and gradients are equal.
         save_every: optimizer steps between checkpoints; the last step is always saved.
         keep_last: number of newest checkpoints that are kept, besides the best one.
         eval_every: optimizer steps between validations, greedy answers on a fixed subset of data.val; the last step is

@@ -61,7 +61,7 @@ def train(
     signals = signals or StopSignals()
     with Watchdog(Limits(config.train.hang_seconds)) as watchdog:
         signals.join(collective_timeout(config.train.hang_seconds))
-        # The watchdog runs already: if a rank fails while it loads, the others end too. Hangs are detected from
+        # The watchdog runs already: if a rank fails while it loads, it stops all ranks. Hangs are detected from
         # `start_hang_detection` on only, because loading has long pauses without progress.
         run = build_run(config, ds_path, make_validation)
         run.activity = watchdog.activity
@@ -152,7 +152,7 @@ class Saves:
         self.step, self.checkpoint = run.start, run.checkpoint
 
     def save(self, info: CheckpointInfo) -> bool:
-        """Save a checkpoint; False if it could not be written (a full disk). A later one may succeed."""
+        """Save a checkpoint; False if it could not be written (full disk), and training continues."""
         self.run.activity.at("save")
         self.metrics_logger.sync()
         path = save_checkpoint(self.run.engine, self.run.config, info, self.run.token)
@@ -198,36 +198,44 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
         engine.backward(loss * scale)
         stats.append(sample_stats)  # stays on the device; copied to the host once per optimizer step
         if len(stats) == len(micro_batches):
-            # Before the last engine.step(), which clips the gradients, updates the weights and frees the gradients. A
-            # loss that is not finite raises here, on all ranks.
+            # Before the last engine.step(), which clips the gradients, updates the weights and frees the gradients. Both
+            # results are global, so all ranks raise if a loss or the gradient norm is not finite.
             metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
             metrics |= group_norms(run.groups, run.device)
+            metrics["grad_norm"] = math.hypot(*(metrics[f"grad_norm_{name}"] for name in run.groups))
+            check_gradients(metrics["grad_norm"], micro_batches)
         run.activity.at("update")
         # DeepSpeed counts micro-batches: only the last call of an optimizer step updates the weights.
         engine.step()
-    norm = engine.get_global_grad_norm()
-    parts = [metrics[f"grad_norm_{name}"] for name in run.groups]
-    metrics["grad_norm"] = math.hypot(*parts) if norm is None else float(norm)  # DeepSpeed has none without ZeRO
-    if not math.isfinite(metrics["grad_norm"]):
-        # The norm is global, so every rank raises. ZeRO has skipped the update already.
-        ids = ", ".join(identity for batch in micro_batches for identity in batch.ids)
-        raise FloatingPointError(f"The gradient norm is not finite; stopped. Samples of rank {dist.get_rank()}: {ids}.")
     for name, rate in zip(("lr", "merger_lr"), engine.get_lr(), strict=True):  # in the order of `trained_groups`
         metrics[name] = float(rate)
     return metrics
 
 
+def check_gradients(norm: float, micro_batches: list[Batch]) -> None:
+    """Raise FloatingPointError if the global gradient norm is not finite, with the ids of this rank's samples."""
+    # DeepSpeed sums squares in float32. Above this limit they overflow, and ZeRO would skip the update without an error.
+    # NaN is not below it either.
+    if not norm < torch.finfo(torch.float32).max ** 0.5:
+        ids = ", ".join(identity for batch in micro_batches for identity in batch.ids)
+        raise FloatingPointError(
+            f"The gradient norm is not finite; stopped before the update. Samples of rank {dist.get_rank()}: {ids}."
+        )
+
+
 def dry_run(run: Run, batch: Batch) -> None:
     """Forward and backward of one micro-batch with loss weight 0: raises an out-of-memory error before the first step.
 
-    Changes nothing: the gradients are zero, ``engine.step()`` is not called, and the random state is restored.
+    Weights, gradients and the random state do not change: the gradients are zero and ``engine.step()`` is not called. New
+    features may be added to the feature cache.
 
     Args:
         run: the run.
-        batch: the largest micro-batch of the first step, on the CPU.
+        batch: the micro-batch of the first step with the most tokens, padding included; on the CPU.
     """
     random_state = rng_state()
-    loss, stats = run.engine(batch.to(run.device))
+    loss, stats = run.engine(batch.to(run.device))  # optimizer_step is 0, also in a resumed run
+    # Only to raise if the loss is not finite, since 0 * inf would put NaN into the gradients; the means are not used.
     reduce_stats(stats, [batch], "sample", float(len(batch.ids)))
     run.engine.backward(loss * 0.0)
     set_rng_state(random_state)

@@ -50,10 +50,18 @@ def build_pass_order(model: W2R2, order: str, shortcut_no_grad: bool, zero3: boo
 
     Args:
         model: the composed model.
-        order: auto, sequential or lockstep. Lockstep requires a shortcut without graph (checked in config/schema.py).
+        order: auto, sequential or lockstep. Lockstep keeps no graph of the shortcut pass.
         shortcut_no_grad: run the shortcut pass under ``no_grad``.
         zero3: whether DeepSpeed shards the parameters.
+
+    Raises:
+        ValueError: the order is lockstep, but the push term differentiates through the shortcut pass.
     """
+    if order == "lockstep" and not shortcut_no_grad:
+        raise ValueError(
+            "train.pass_order is lockstep, which keeps no graph of the shortcut pass, but objective.push_term needs it "
+            "(stop_gradient is False); choose train.pass_order sequential, or auto."
+        )
     if order == "auto":
         order = "lockstep" if zero3 and shortcut_no_grad else "sequential"
     return LockstepPasses(model) if order == "lockstep" else SequentialPasses(model, shortcut_no_grad)

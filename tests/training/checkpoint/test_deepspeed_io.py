@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from w2r2_ds.training.checkpoint import deepspeed_io
 from w2r2_ds.training.checkpoint.deepspeed_io import (
     FORCE,
-    FORCE_NOT,
+    FORCE_OFF,
     RankWriter,
     SafeCheckpointEngine,
     check_safe_pickles,
@@ -63,12 +65,12 @@ def test_code_in_a_file_raises_and_does_not_run(trap: Path) -> None:
 
 
 def test_environment_variables_cannot_allow_code_and_are_restored(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FORCE_NOT, "1")
+    monkeypatch.setenv(FORCE_OFF, "1")
     monkeypatch.delenv(FORCE, raising=False)
     with pytest.raises(ValueError, match=r"posix\.mkdir"):
         load(trap)
     assert not (trap.parent / "ran").exists()
-    assert os.environ[FORCE_NOT] == "1" and FORCE not in os.environ
+    assert os.environ[FORCE_OFF] == "1" and FORCE not in os.environ
 
 
 def test_deepspeeds_own_classes_are_read(tmp_path: Path) -> None:
@@ -110,6 +112,24 @@ def test_the_first_write_error_is_recorded_and_the_rank_continues(tmp_path: Path
     expected = f"rank 1 on {socket.gethostname()}: {tmp_path}/nowhere/two.pt: No such file or directory (errno 2)"
     assert writer.failure == expected
     assert torch.equal(load(tmp_path / "engine" / "one.pt")["weight"], torch.ones(3))
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_error_of_copytree_is_recorded_with_its_cause(tmp_path: Path) -> None:
+    """DeepSpeed copies swap files with `shutil.copytree`, whose error has neither `filename` nor `errno`."""
+    writer = RankWriter(tmp_path)
+    (tmp_path / "swap").mkdir()
+    (tmp_path / "swap" / "swap.bin").touch()
+    with writer.record_errors():
+        shutil.copytree(tmp_path / "swap", tmp_path / "copy", copy_function=fail_to_copy)
+    assert writer.failure is not None and writer.failure.startswith(f"rank 1 on {socket.gethostname()}: ")
+    assert "swap.bin" in writer.failure and "No space left on device" in writer.failure
+    assert "None" not in writer.failure
+
+
+def fail_to_copy(source: str, target: str) -> None:
+    """Raise the error of a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
 
 
 @pytest.mark.usefixtures("alone")

@@ -4,8 +4,8 @@ Writing: DeepSpeed's save contains barriers, so if a rank raised in the middle o
 Write errors (a full disk) are therefore recorded, and exchanged between ranks after the save.
 
 Reading: DeepSpeed reads its shards with ``torch.load(weights_only=False)``, which calls any function that a crafted
-pickle names. Here every read, also inside DeepSpeed, is restricted to tensors, built-in containers and the few classes
-of `allowed_classes` (TORCH_FORCE_WEIGHTS_ONLY_LOAD, torch/serialization.py).
+pickle refers to. Here every read is restricted to tensors, built-in containers and the few classes of
+`allow_shard_classes`. `safe_loading` sets TORCH_FORCE_WEIGHTS_ONLY_LOAD, so this also holds for DeepSpeed's own calls.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ENGINE = "engine"
 """Folder of DeepSpeed's shards in a checkpoint; DeepSpeed's tag."""
-FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+FORCE, FORCE_OFF = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """Scripts that DeepSpeed copies beside its shards; deleted, because they unpickle without restriction."""
 
@@ -43,7 +43,8 @@ class RankWriter:
     Attributes:
         folder: the temporary folder of the checkpoint.
         files: digest of every written file, keyed by its path below `folder`.
-        failure: message of the first write error, None without one; the rank continues after an error.
+        failure: message of the first write error: rank, host, file, cause. None without one. The rank continues after an
+            error.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +59,9 @@ class RankWriter:
             yield
         except OSError as error:
             source = f"rank {dist.get_rank()} on {socket.gethostname()}"
-            self.failure = self.failure or f"{source}: {error.filename}: {error.strerror} (errno {error.errno})"
+            # shutil.copytree, which DeepSpeed calls, raises an OSError whose message has all causes.
+            cause = f"{error.filename}: {error.strerror} (errno {error.errno})" if error.strerror else str(error)
+            self.failure = self.failure or f"{source}: {cause}"
 
     def write(self, name: str, write: Callable[[Writer], object]) -> None:
         """Write, fsync and hash one file.
@@ -82,14 +85,14 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     Args:
         writer: writes the files; not needed to read.
-        kept: names of the module's tensors to save. Below ZeRO-3, DeepSpeed drops a frozen tensor under its first name
-            only, so an LM head that is tied to the frozen embedding would be saved whole.
+        saved_names: names of the module's tensors to save. With ZeRO stages 0 to 2, DeepSpeed drops a frozen tensor
+            under one of its names only, so an LM head that is tied to the frozen embedding would be saved whole.
     """
 
-    def __init__(self, writer: RankWriter | None = None, kept: frozenset[str] = frozenset()) -> None:
+    def __init__(self, writer: RankWriter | None = None, saved_names: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.name = "w2r2_ds"
-        self.writer, self.kept = writer, kept
+        self.writer, self.saved_names = writer, saved_names
 
     def create(self, info: Any) -> None:
         """No-op; required by the interface."""
@@ -105,7 +108,7 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         assert self.writer is not None
         # Trained parameters and buffers only; frozen weights are loaded from `model.vlm` on resume.
         if isinstance(module := state_dict.get("module"), dict):
-            module = {name: tensor for name, tensor in module.items() if name in self.kept}
+            module = {name: tensor for name, tensor in module.items() if name in self.saved_names}
             state_dict = {**state_dict, "module": module}
         self.writer.save(Path(path).relative_to(self.writer.folder).as_posix(), state_dict)
 
@@ -114,7 +117,7 @@ class SafeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         return load(Path(path), map_location or "cpu")
 
     def commit(self, info: Any) -> bool:
-        """Always True: `save_checkpoint` exchanges write errors between ranks after the save."""
+        """No-op, always True; `gather_results` exchanges the write errors of all ranks after the save."""
         return True
 
 
@@ -126,9 +129,9 @@ def save_shards(engine: DeepSpeedEngine, writer: RankWriter, step: int) -> None:
         writer: records files and write errors of this rank.
         step: number of completed optimizer steps.
     """
-    kept = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
-    kept |= {name for name, _ in engine.module.named_buffers()}
-    engine.checkpoint_engine = SafeCheckpointEngine(writer, frozenset(kept))
+    saved_names = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    saved_names |= {name for name, _ in engine.module.named_buffers()}
+    engine.checkpoint_engine = SafeCheckpointEngine(writer, frozenset(saved_names))
     with writer.record_errors():
         try:
             # Random states are in files of their own: under ZeRO-3 DeepSpeed saves the client_state of rank 0 only.
@@ -152,7 +155,7 @@ def save_shards(engine: DeepSpeedEngine, writer: RankWriter, step: int) -> None:
             (writer.folder / name).unlink(missing_ok=True)
 
 
-def allowed_classes() -> Any:
+def allow_shard_classes() -> AbstractContextManager[None]:
     """Context in which `torch.load` also allows the classes in DeepSpeed's shards; none of them has side effects."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -166,11 +169,11 @@ def allowed_classes() -> Any:
 @contextmanager
 def safe_loading() -> Iterator[None]:
     """Context in which every `torch.load`, also inside DeepSpeed, loads data and calls no pickled function."""
-    # torch.load reads these variables at every call. FORCE_NOT is removed: with both set, torch raises an error.
-    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    # torch.load reads these variables at every call. FORCE_OFF is removed: with both set, torch raises an error.
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_OFF)}
     os.environ[FORCE] = "1"
     try:
-        with allowed_classes():
+        with allow_shard_classes():
             yield
     finally:
         del os.environ[FORCE]
@@ -205,7 +208,7 @@ def check_safe_pickles(*files: Path) -> None:
     Raises:
         ValueError: a file contains such functions; the message has both. Or it is not a `torch.save` file.
     """
-    with allowed_classes():
+    with allow_shard_classes():
         for file in files:
             try:
                 unsafe = sorted(get_unsafe_globals_in_checkpoint(str(file)))
