@@ -198,8 +198,8 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
         engine.backward(loss * scale)
         stats.append(sample_stats)  # stays on the device; copied to the host once per optimizer step
         if len(stats) == len(micro_batches):
-            # Before the last engine.step(), which clips the gradients, updates the weights and frees the gradients. Both
-            # results are global, so all ranks raise if a loss or the gradient norm is not finite.
+            # Before the last engine.step(), which clips the gradients, updates the weights and frees the gradients.
+            # Both results are global, so all ranks raise if a loss or the gradient norm is not finite.
             metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
             metrics |= group_norms(run.groups, run.device)
             metrics["grad_norm"] = math.hypot(*(metrics[f"grad_norm_{name}"] for name in run.groups))
@@ -214,8 +214,8 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
 
 def check_gradients(norm: float, micro_batches: list[Batch]) -> None:
     """Raise FloatingPointError if the global gradient norm is not finite, with the ids of this rank's samples."""
-    # DeepSpeed sums squares in float32. Above this limit they overflow, and ZeRO would skip the update without an error.
-    # NaN is not below it either.
+    # DeepSpeed sums squares in float32. Above this limit they overflow, and ZeRO would skip the update without an
+    # error. NaN is not below it either.
     if not norm < torch.finfo(torch.float32).max ** 0.5:
         ids = ", ".join(identity for batch in micro_batches for identity in batch.ids)
         raise FloatingPointError(
@@ -226,8 +226,8 @@ def check_gradients(norm: float, micro_batches: list[Batch]) -> None:
 def dry_run(run: Run, batch: Batch) -> None:
     """Forward and backward of one micro-batch with loss weight 0: raises an out-of-memory error before the first step.
 
-    Weights, gradients and the random state do not change: the gradients are zero and ``engine.step()`` is not called. New
-    features may be added to the feature cache.
+    Weights, gradients and the random state do not change: the gradients are zero and ``engine.step()`` is not called.
+    New features may be added to the feature cache.
 
     Args:
         run: the run.

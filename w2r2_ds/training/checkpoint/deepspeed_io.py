@@ -43,8 +43,8 @@ class RankWriter:
     Attributes:
         folder: the temporary folder of the checkpoint.
         files: digest of every written file, keyed by its path below `folder`.
-        failure: message of the first write error: rank, host, file, cause. None without one. The rank continues after an
-            error.
+        failure: message of the first write error: rank, host, file, cause. None without one. The rank continues after
+            an error.
     """
 
     def __init__(self, folder: Path) -> None:
