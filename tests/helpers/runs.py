@@ -244,7 +244,7 @@ def patched(job: Job, report: dict[str, Any]) -> Iterator[None]:
 
     def train_step(run: Any, micro_batches: Any, step: int) -> Any:
         report["updates"] = run.engine.global_steps
-        if job.stop_after and report["updates"] - run.start == job.stop_after:
+        if job.stop_after and report["updates"] - run.start_step == job.stop_after:
             raise Stopped
         try:
             return stock[0](run, micro_batches, step)

@@ -41,7 +41,7 @@ def main(file: Path) -> None:
         trainer.train_step = train_step  # type: ignore[assignment]
         with StopSignals() as signals:
             outcome = trainer.train(*read_arguments(arguments), AnswerValidation, signals)
-        codes.append([outcome.code, str(outcome.checkpoint)])
+        codes.append([outcome.exit_code, str(outcome.checkpoint)])
         gc.collect()
         dist.barrier()
     Path(f"{file}.{dist.get_rank()}").write_text(json.dumps(codes))

@@ -109,7 +109,7 @@ def rank_main(fault: str, faulty_rank: int) -> None:
         watchdog.activity.follow("model", model)
         watchdog.start_hang_detection()
         for step in range(1, 4):
-            watchdog.activity.at("forward", step)
+            watchdog.activity.set_phase("forward", step)
             if faulty_rank in (dist.get_rank(), EVERY) and step == 2:
                 model.layers[1].fault = FAULTS[fault]  # type: ignore[assignment]
             model(torch.ones(1, 2))

@@ -81,9 +81,9 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
     result = train(config, ds_path, AnswerValidation, signals)
     if dist.get_rank() == 0:
         print(f"checkpoint: {result.checkpoint}" if result.checkpoint else "no checkpoint was written", flush=True)
-        if result.code != DONE:
-            logger.warning("stopped by a signal; --resume auto continues the run (exit code %d)", result.code)
+        if result.exit_code != DONE:
+            logger.warning("stopped by a signal; --resume auto continues the run (exit code %d)", result.exit_code)
     # Without the barrier, a rank that ends while another one still writes would be reported as lost.
     dist.barrier()
     dist.destroy_process_group()
-    return result.code
+    return result.exit_code

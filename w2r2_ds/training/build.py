@@ -57,14 +57,14 @@ class Run:
     Attributes:
         config: run configuration.
         engine: DeepSpeed engine around `W2R2Step`.
-        loader: micro-batches of this rank, from step `start` on.
+        loader: micro-batches of this rank, from step `start_step` on.
         device: device of this rank.
-        accumulation: micro-batches per optimizer step.
-        start: optimizer steps completed before this launch.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        start_step: optimizer steps completed before this launch.
         groups: trained parameters by optimizer group.
         decode_gap: measures the decode gap; None if `objective.decode_gap_every` is 0.
-        best: runs the validation; None if `train.eval_every` is 0.
-        data: digests of the training sets, for the checkpoint.
+        validator: runs the validation and keeps track of the best step; None if `train.eval_every` is 0.
+        data_digests: digests of the training sets, for the checkpoint.
         token: ownership of the run, which allows this launch to write checkpoints.
         checkpoint: checkpoint that the run resumed from; None for a fresh run.
         throughput: counts samples, tokens and FLOPs.
@@ -75,12 +75,12 @@ class Run:
     engine: DeepSpeedEngine
     loader: ReraisingDataLoader[Batch]
     device: torch.device
-    accumulation: int
-    start: int
+    gradient_accumulation_steps: int
+    start_step: int
     groups: dict[str, list[torch.nn.Parameter]]
     decode_gap: DecodeGap | None
-    best: BestSoFar | None
-    data: list[str]
+    validator: BestSoFar | None
+    data_digests: list[str]
     token: OwnershipToken
     checkpoint: Path | None
     throughput: Throughput
@@ -135,8 +135,8 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
     del keep_alive
     # The model is built with the same seed on all ranks. From here on ranks draw different dropout masks.
     torch.manual_seed(config.train.seed + rank)
-    data = digests(inputs.samples)
-    start = resume(engine, start_point, config, data) if start_point.checkpoint else 0
+    data_digests = digests(inputs.samples)
+    start_step = resume(engine, start_point, config, data_digests) if start_point.checkpoint else 0
     # Not earlier: if `resume` raises, the run must stay with its previous owner.
     token = take_over(config, start_point)
     if rank == 0:
@@ -144,14 +144,14 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
     return Run(
         config=config,
         engine=engine,
-        loader=make_loader(config, inputs, start),
+        loader=make_loader(config, inputs, start_step),
         device=inputs.device,
-        accumulation=engine.gradient_accumulation_steps(),
-        start=start,
+        gradient_accumulation_steps=engine.gradient_accumulation_steps(),
+        start_step=start_step,
         groups=trained_groups(model),
         decode_gap=make_decode_gap(config, inputs),
-        best=None if inputs.validation is None else BestSoFar(inputs.validation, start_point.checkpoint),
-        data=data,
+        validator=None if inputs.validation is None else BestSoFar(inputs.validation, start_point.checkpoint),
+        data_digests=data_digests,
         token=token,
         checkpoint=start_point.checkpoint,
         throughput=Throughput(model, engine.module.push_term, rate),

@@ -34,11 +34,11 @@ class TrainResult:
     """Result of a run that ended without an exception.
 
     Attributes:
-        code: exit code of training/fault_tolerance/exit_codes.py: `DONE`, or that of a signal.
+        exit_code: one of training/fault_tolerance/exit_codes.py: `DONE`, or that of a signal.
         checkpoint: newest checkpoint of the run, None if there is none.
     """
 
-    code: int
+    exit_code: int
     checkpoint: Path | None
 
 
@@ -77,26 +77,26 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
     """The loop over optimizer steps. Collective."""
     config, activity = run.config, run.activity
     batches = iter(run.loader)
-    hinge_monitor = HingeMonitor(run.start, config, run.engine.module.push_term)
+    hinge_monitor = HingeMonitor(run.start_step, config, run.engine.module.push_term)
     with MetricsLogger(Path(config.out), config.train.steps, config.train.trackers, dist.get_rank()) as metrics_logger:
-        saves = Saves(run, metrics_logger)
-        metrics_logger.start(run.start)
+        checkpointer = Checkpointer(run, metrics_logger)
+        metrics_logger.start(run.start_step)
         metrics: dict[str, float] = {}
-        for step in range(run.start, config.train.steps):
-            activity.at("step boundary")
+        for step in range(run.start_step, config.train.steps):
+            activity.set_phase("step boundary")
             # The signal flags are reduced over ranks: all stop at the same step, or none.
             if code := signals.agreed():
-                if saves.step != step:  # unless the previous iteration has saved this step
-                    saves.save(CheckpointInfo(step, metrics, run.data))
-                return TrainResult(code, saves.checkpoint)
+                if checkpointer.step != step:  # unless the previous iteration has saved this step
+                    checkpointer.save(CheckpointInfo(step, metrics, run.data_digests))
+                return TrainResult(code, checkpointer.checkpoint)
 
-            activity.at("data", step + 1)
+            activity.set_phase("data", step + 1)
             started = time.perf_counter()
             # All micro-batches of the step are loaded first: the loss of each is divided by the total weight of all.
-            micro_batches = [next(batches) for _ in range(run.accumulation)]
+            micro_batches = [next(batches) for _ in range(run.gradient_accumulation_steps)]
             loaded = time.perf_counter()
-            if step == run.start:
-                activity.at("dry run")
+            if step == run.start_step:
+                activity.set_phase("dry run")
                 dry_run(run, max(micro_batches, key=lambda batch: batch.input_ids.numel()))
             metrics = train_step(run, micro_batches, step)
             metrics |= run.throughput(micro_batches, time.perf_counter() - started) | {"data_s": loaded - started}
@@ -104,16 +104,16 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
             hinge_monitor.update(metrics)
             measured, best = measure(run, step + 1)
             metrics |= measured
-            activity.at("log")
+            activity.set_phase("log")
             # Before the save, which syncs metrics.jsonl: every saved step has its line.
             metrics_logger.log(step + 1, metrics)
             if best is not None or due(step + 1, config.train.save_every, config):
-                saved = saves.save(CheckpointInfo(step + 1, metrics, run.data, best))
-                if not saved and best is not None and run.best is not None:
-                    run.best.not_saved()
+                saved = checkpointer.save(CheckpointInfo(step + 1, metrics, run.data_digests, best))
+                if not saved and best is not None and run.validator is not None:
+                    run.validator.not_saved()
     hinge_monitor.finish()
-    saves.require(config.train.steps)
-    return TrainResult(DONE, saves.checkpoint)
+    checkpointer.check_final_checkpoint(config.train.steps)
+    return TrainResult(DONE, checkpointer.checkpoint)
 
 
 def measure(run: Run, done: int) -> tuple[dict[str, float], dict[str, Any] | None]:
@@ -124,12 +124,12 @@ def measure(run: Run, done: int) -> tuple[dict[str, float], dict[str, Any] | Non
     """
     metrics: dict[str, float] = {}
     if run.decode_gap is not None and done % run.config.objective.decode_gap_every == 0:
-        run.activity.at("decode gap")
+        run.activity.set_phase("decode gap")
         metrics |= run.decode_gap.measure(run.engine)
     best = None
-    if run.best is not None and due(done, run.config.train.eval_every, run.config):
-        run.activity.at("validation")
-        scores, best = run.best.measure(run.engine, done)
+    if run.validator is not None and due(done, run.config.train.eval_every, run.config):
+        run.activity.set_phase("validation")
+        scores, best = run.validator.measure(run.engine, done)
         metrics |= scores
     return metrics, best
 
@@ -139,7 +139,7 @@ def due(done: int, every: int, config: RunConfig) -> bool:
     return done % every == 0 or done == config.train.steps
 
 
-class Saves:
+class Checkpointer:
     """Saves checkpoints and keeps track of the newest one.
 
     Attributes:
@@ -149,11 +149,11 @@ class Saves:
 
     def __init__(self, run: Run, metrics_logger: MetricsLogger) -> None:
         self.run, self.metrics_logger = run, metrics_logger
-        self.step, self.checkpoint = run.start, run.checkpoint
+        self.step, self.checkpoint = run.start_step, run.checkpoint
 
     def save(self, info: CheckpointInfo) -> bool:
         """Save a checkpoint; False if it could not be written (full disk), and training continues."""
-        self.run.activity.at("save")
+        self.run.activity.set_phase("save")
         self.metrics_logger.sync()
         path = save_checkpoint(self.run.engine, self.run.config, info, self.run.token)
         if path is None:
@@ -161,7 +161,7 @@ class Saves:
         self.step, self.checkpoint = info.step, path
         return True
 
-    def require(self, last: int) -> None:
+    def check_final_checkpoint(self, last: int) -> None:
         """Raise ValueError if the checkpoint after the last step was not written."""
         if self.step != last:
             newest = f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
@@ -183,18 +183,18 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
         FloatingPointError: a loss or the gradient norm is not finite; raised on all ranks before the update.
     """
     engine, reduction = run.engine, run.config.objective.reduction
-    run.activity.at("start of the step")
+    run.activity.set_phase("start of the step")
     total = global_weight(micro_batches, reduction, run.device)
     # Loss scaling. `W2R2Step` returns the *sum* of weighted sample losses. The loss of the optimizer step is this sum
     # over all ranks and micro-batches, divided by their total weight. engine.backward divides by the accumulation
     # steps, and gradients are averaged over ranks: the scale multiplies by both. So the gradient does not depend on how
     # the samples are split into micro-batches and ranks.
-    scale = run.accumulation * dist.get_world_size() / total
+    scale = run.gradient_accumulation_steps * dist.get_world_size() / total
     stats = []
     for batch in micro_batches:
-        run.activity.at("forward")
+        run.activity.set_phase("forward")
         loss, sample_stats = engine(batch.to(run.device), optimizer_step=step)
-        run.activity.at("backward")
+        run.activity.set_phase("backward")
         engine.backward(loss * scale)
         stats.append(sample_stats)  # stays on the device; copied to the host once per optimizer step
         if len(stats) == len(micro_batches):
@@ -204,7 +204,7 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
             metrics |= group_norms(run.groups, run.device)
             metrics["grad_norm"] = math.hypot(*(metrics[f"grad_norm_{name}"] for name in run.groups))
             check_gradients(metrics["grad_norm"], micro_batches)
-        run.activity.at("update")
+        run.activity.set_phase("update")
         # DeepSpeed counts micro-batches: only the last call of an optimizer step updates the weights.
         engine.step()
     for name, rate in zip(("lr", "merger_lr"), engine.get_lr(), strict=True):  # in the order of `trained_groups`

@@ -25,7 +25,7 @@ class Activity:
         self.step, self.phase, self.module, self.changed_at = 0, "set-up", "", time.monotonic()
         self.changes = 0
 
-    def at(self, phase: str, step: int | None = None) -> None:
+    def set_phase(self, phase: str, step: int | None = None) -> None:
         """Record the beginning of a phase, and of a step if `step` is given."""
         if step is not None:
             self.step, self.changes = step, 0

@@ -82,7 +82,7 @@ class Watchdog:
 
     def start_hang_detection(self) -> None:
         """Apply `Limits.hang` from now on; before the training loop, loading has long pauses without progress."""
-        self.activity.at(self.activity.phase)
+        self.activity.set_phase(self.activity.phase)
         self._in_loop = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
