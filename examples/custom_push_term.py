@@ -32,4 +32,4 @@ class Focal(PushTerm):
     def __call__(self, inputs: PushInputs) -> Tensor:
         """The term of every sample, ``[batch]``; (1 - p)^gamma is detached, so it only scales the gradient of l."""
         confidence = torch.exp(-inputs.cross_entropy.detach())
-        return inputs.lambda_det * inputs.det * (1 - confidence) ** self.gamma * inputs.cross_entropy
+        return inputs.lambda_det * inputs.hinge * (1 - confidence) ** self.gamma * inputs.cross_entropy

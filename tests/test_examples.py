@@ -49,6 +49,6 @@ def test_focal_is_zero_if_the_hinge_is_zero() -> None:
     from types import SimpleNamespace
 
     focal = runpy.run_path(str(EXAMPLES / "custom_push_term.py"))["Focal"]()
-    inputs = SimpleNamespace(cross_entropy=torch.tensor([1.0, 1.0]), det=torch.tensor([0.0, 0.2]), lambda_det=1.5)
+    inputs = SimpleNamespace(cross_entropy=torch.tensor([1.0, 1.0]), hinge=torch.tensor([0.0, 0.2]), lambda_det=1.5)
     term = focal(inputs)
     assert term[0] == 0 and term[1] > 0

@@ -25,13 +25,13 @@ def inputs(points: int, **given: Any) -> PushInputs:
     values: dict[str, Any] = {
         "log_p": even,
         "label": torch.zeros(points, dtype=torch.int64),
-        "guess": torch.ones(points, dtype=torch.int64),
+        "prediction_short": torch.ones(points, dtype=torch.int64),
         "label_log_p_short": even[:, 0],
-        "guess_log_p_short": even[:, 1],
+        "prediction_log_p_short": even[:, 1],
         "sample": torch.arange(points),
         "where": one.bool(),
         "cross_entropy": one,
-        "det": 0.2 * one,
+        "hinge": 0.2 * one,
         "lambda_det": LAM,
         "mu": MU,
     }
@@ -46,7 +46,7 @@ def log_odds(p: Tensor) -> Tensor:
 def over_s(name: str) -> list[tuple[str, Tensor, Tensor]]:
     """The term against s."""
     s = torch.linspace(0, 1, POINTS, dtype=torch.float64)
-    return [("", s, PUSH_TERMS[name]()(inputs(POINTS, det=torch.clamp(s - MU, min=0))))]
+    return [("", s, PUSH_TERMS[name]()(inputs(POINTS, hinge=torch.clamp(s - MU, min=0))))]
 
 
 def weight(name: str) -> list[tuple[str, Tensor, Tensor]]:
@@ -71,8 +71,10 @@ def unlikelihood() -> list[tuple[str, Tensor, Tensor]]:
     curves = []
     for short in (0.9, 0.5, 0.2):
         p = torch.linspace(0.0, 0.98, POINTS, dtype=torch.float64)
-        guess_log_p_short = torch.full((POINTS,), short, dtype=torch.float64).log()
-        term = PUSH_TERMS["pseudo_label"]()(inputs(POINTS, log_p=log_odds(1 - p), guess_log_p_short=guess_log_p_short))
+        prediction_log_p_short = torch.full((POINTS,), short, dtype=torch.float64).log()
+        term = PUSH_TERMS["pseudo_label"]()(
+            inputs(POINTS, log_p=log_odds(1 - p), prediction_log_p_short=prediction_log_p_short)
+        )
         curves.append((f"p'(y') = {short}", p, term))
     return curves
 
@@ -83,7 +85,7 @@ def overlap() -> list[tuple[str, Tensor, Tensor]]:
     for short in (0.95, 0.8, 0.5):
         giou = torch.linspace(-1, 1, POINTS, dtype=torch.float64)
         overlaps = Overlaps(giou, torch.full_like(giou, short), torch.ones_like(giou, dtype=torch.bool))
-        curves.append((f"IoU(b') = {short}", giou, PUSH_TERMS["soft_iou"]()(inputs(POINTS, overlaps=overlaps))))
+        curves.append((f"IoU(E'[b]) = {short}", giou, PUSH_TERMS["soft_iou"]()(inputs(POINTS, overlaps=overlaps))))
     return curves
 
 

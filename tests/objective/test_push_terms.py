@@ -49,13 +49,13 @@ def inputs() -> PushInputs:
     return PushInputs(
         log_p=log_p,
         label=label,
-        guess=guess,
+        prediction_short=guess,
         label_log_p_short=short[at, label],
-        guess_log_p_short=short[at, guess],
+        prediction_log_p_short=short[at, guess],
         sample=sample,
         where=torch.tensor([False, True, True, True, False, True]),
         cross_entropy=mean_per_sample(-log_p[at, label], sample, 4, torch.ones(6, dtype=torch.bool)),
-        det=torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64),
+        hinge=torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64),
         lambda_det=1.5,
         mu=0.7,
         log_p_short=short,
@@ -104,7 +104,7 @@ def differentiable(inputs: PushInputs, leaves: tuple[Tensor, ...]) -> PushInputs
     return replace(
         inputs,
         log_p=log_p,
-        cross_entropy=mean_per_sample(-log_p[at, inputs.label], inputs.sample, len(inputs.det), every),
+        cross_entropy=mean_per_sample(-log_p[at, inputs.label], inputs.sample, len(inputs.hinge), every),
         states=replace(inputs.states, fused=states),
         overlaps=replace(inputs.overlaps, giou=giou, iou_short=iou_short),
     )
@@ -199,7 +199,7 @@ def test_zero_without_weight(inputs: PushInputs, name: str) -> None:
 @pytest.mark.parametrize("name", PUSH_TERMS)
 def test_gated_terms_are_zero_below_mu(inputs: PushInputs, name: str) -> None:
     leaves = leaves_of(inputs)
-    values = push_term(name)(differentiable(replace(inputs, det=torch.zeros_like(inputs.det)), leaves))
+    values = push_term(name)(differentiable(replace(inputs, hinge=torch.zeros_like(inputs.hinge)), leaves))
     gradients = torch.autograd.grad((values + 0 * leaves[0].sum()).sum(), leaves, allow_unused=True)
     silent = not values.any() and all(not g.any() for g in gradients if g is not None)
     assert silent == (name in [*GATED, "none"])
@@ -230,7 +230,7 @@ def test_no_nan(inputs: PushInputs, name: str, case: str) -> None:
         leaves[2] = torch.full((4,), float(case[-1]))
         leaves[3] = torch.full((4,), float(case[-1]))
     if case.startswith("sure"):
-        token = inputs.label if case == "sure" else inputs.guess
+        token = inputs.label if case == "sure" else inputs.prediction_short
         leaves[0] = torch.full((6, 3), -200.0).scatter(-1, token[:, None], 200.0)
     given = tuple(leaf.requires_grad_() for leaf in leaves)
     values = push_term(name)(differentiable(inputs, given)) + 0 * given[0].sum()
@@ -269,4 +269,4 @@ def test_pseudo_label_takes_probability_from_the_wrong_guess(inputs: PushInputs)
     touched = logits.grad.abs().sum(-1) > 0
     assert touched.tolist() == [False, True, False, True, False, True]
     for row in touched.nonzero().flatten().tolist():
-        assert (logits.grad[row] > 0).nonzero().flatten().tolist() == [int(inputs.guess[row])]
+        assert (logits.grad[row] > 0).nonzero().flatten().tolist() == [int(inputs.prediction_short[row])]

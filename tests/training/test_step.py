@@ -119,11 +119,11 @@ def test_untrained_shortcut_equals_the_stock_model(
     with torch.no_grad():
         logits = stock_logits(load_vlm(model_config.vlm, torch.float32, "sdpa"), batch)
     assert not short.label_log_p.requires_grad
-    assert torch.equal(short.guess, logits.argmax(-1))
+    assert torch.equal(short.prediction, logits.argmax(-1))
     log_p = log_softmax(logits, -1)
     expected = log_p.gather(1, batch.answer_positions.label[:, None])[:, 0]
     torch.testing.assert_close(short.label_log_p, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(short.guess_log_p, log_p.max(-1).values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(short.prediction_log_p, log_p.max(-1).values, rtol=1e-6, atol=1e-6)
 
 
 def test_zeroed_features_still_pass_the_merger(
@@ -239,7 +239,7 @@ def test_only_unblocked_keeps_the_graph_of_the_shortcut(
     visual, features = step.model.encode_2d(batch.visuals), step.model.encode_3d(batch.visuals)
     kept = vars(shortcut_of(step, batch, visual, features))
     with_graph = {name for name, value in kept.items() if isinstance(value, torch.Tensor) and value.requires_grad}
-    assert with_graph == ({"label_log_p", "guess_log_p", "iou"} if push == "unblocked" else set())
+    assert with_graph == ({"label_log_p", "prediction_log_p", "iou"} if push == "unblocked" else set())
 
 
 def test_literal_has_the_gradient_of_fine_tuning(

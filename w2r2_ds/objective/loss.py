@@ -56,9 +56,9 @@ class ShortcutOutputs:
     """Results of the shortcut pass (2D only); detached unless the push term differentiates through them.
 
     Attributes:
-        guess: ``[answer tokens]`` int64, most likely token.
+        prediction: ``[answer tokens]`` int64, most likely token.
         label_log_p: ``[answer tokens]`` float32, log-likelihood of the label.
-        guess_log_p: ``[answer tokens]`` float32, log-likelihood of the most likely token.
+        prediction_log_p: ``[answer tokens]`` float32, log-likelihood of the most likely token.
         score: score of the answer from which the hinge is computed: decoded greedily, or teacher-forced.
         teacher_forced: score of the teacher-forced answer, for comparison with the fused pass.
         log_p: ``[answer tokens, vocabulary]`` float32, if the push term needs the whole distribution.
@@ -66,9 +66,9 @@ class ShortcutOutputs:
         iou: ``[batch]`` float64, IoU of the expected box, if the push term needs boxes.
     """
 
-    guess: Tensor
+    prediction: Tensor
     label_log_p: Tensor
-    guess_log_p: Tensor
+    prediction_log_p: Tensor
     score: Score
     teacher_forced: Score
     log_p: Tensor | None = None
@@ -92,14 +92,14 @@ def score_shortcut(
     if push_term.stop_gradient:
         logits, states = logits.detach(), None if states is None else states.detach()
     log_p = torch.log_softmax(logits.float(), dim=-1)
-    guess = logits.argmax(-1)
-    teacher_forced = scorer.teacher_forced(guess, batch)
+    prediction = logits.argmax(-1)
+    teacher_forced = scorer.teacher_forced(prediction, batch)
     # Two numbers per token are enough for most push terms: the distribution, ``[answer tokens, vocabulary]``, is freed
     # unless the term needs it.
     return ShortcutOutputs(
-        guess=guess,
+        prediction=prediction,
         label_log_p=token_log_p(log_p, batch.answer_positions.label),
-        guess_log_p=token_log_p(log_p, guess),
+        prediction_log_p=token_log_p(log_p, prediction),
         score=teacher_forced if answers is None else scorer.decoded(answers, batch),
         teacher_forced=teacher_forced,
         log_p=log_p if push_term.needs_distribution else None,
@@ -138,16 +138,16 @@ def w2r2_loss(
     all_tokens = torch.ones_like(positions.where)
     align = mean_per_sample(-token_log_p(log_p, positions.label), positions.sample, size, all_tokens)
     s_short = shortcut.score.s.float()
-    det = torch.clamp(s_short - config.mu, min=0)
-    push = push_term(push_inputs(log_p, outputs, shortcut, batch, config, scorer, cross_entropy=align, det=det))
+    hinge = torch.clamp(s_short - config.mu, min=0)
+    push = push_term(push_inputs(log_p, outputs, shortcut, batch, config, scorer, cross_entropy=align, hinge=hinge))
     loss = align + push
     fused_score = scorer.teacher_forced(outputs.logits.detach().argmax(-1), batch)
     columns = {
         "loss": loss,
         "align": align,
-        "det": det,
+        "det": hinge,
         "push": push,
-        "above_mu": det > 0,
+        "above_mu": hinge > 0,
         "s_short": s_short,
         "s_fused": fused_score.s,
         "s_gain": fused_score.s - shortcut.teacher_forced.s,
@@ -168,9 +168,9 @@ def push_inputs(
     scorer: Scorer,
     *,
     cross_entropy: Tensor,
-    det: Tensor,
+    hinge: Tensor,
 ) -> PushInputs:
-    """Inputs of the push term; see `PushInputs` for `log_p`, `cross_entropy` and `det`."""
+    """Inputs of the push term; see `PushInputs` for `log_p`, `cross_entropy` and `hinge`."""
     positions = batch.answer_positions
     overlaps = None
     if shortcut.iou is not None:
@@ -179,13 +179,13 @@ def push_inputs(
     return PushInputs(
         log_p=log_p,
         label=positions.label,
-        guess=shortcut.guess,
+        prediction_short=shortcut.prediction,
         label_log_p_short=shortcut.label_log_p,
-        guess_log_p_short=shortcut.guess_log_p,
+        prediction_log_p_short=shortcut.prediction_log_p,
         sample=positions.sample,
         where=positions.where,
         cross_entropy=cross_entropy,
-        det=det,
+        hinge=hinge,
         lambda_det=config.lambda_det,
         mu=config.mu,
         log_p_short=shortcut.log_p,

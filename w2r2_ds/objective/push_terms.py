@@ -19,12 +19,14 @@ compute the ``[batch]`` term from `PushInputs` in `__call__`, and register the c
 
 Notation (the paper is arXiv 2510.17034):
 
-* p, p': next-token probabilities of the fused pass and of the shortcut under teacher forcing; p' is detached
+* p, p': next-token probabilities of the fused pass and of the shortcut under teacher forcing; all values of the
+  shortcut are detached unless the term sets `stop_gradient` to False
 * y, y': the label's token and the shortcut's most likely token
 * s: similarity of the shortcut's answer to the label; mu: threshold; h = max(0, s - mu): the hinge, detached
 * W: the *where* tokens of an answer: digits of frame and box, or every token of a caption or a short answer
 * A: the *what* tokens: the description in the prompt
 * z, z': last hidden states of the fused pass and of the shortcut
+* E[b], E'[b]: expected boxes of the fused pass and of the shortcut (`objective/expected_box.py`)
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ from w2r2_ds.utils.registry import Registry
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """Last hidden states of both passes: those that predict the answer tokens, then those at the *what* tokens.
+    """Last hidden states of both passes: those that predict the answer tokens, then those at *what* tokens.
+
+    The first part is of all answer tokens; the mask `where` selects from it.
 
     Attributes:
         fused: ``[positions, hidden]``, with gradient.
-        short: ``[positions, hidden]``, detached.
+        short: ``[positions, hidden]``, detached unless the term sets `stop_gradient` to False.
         sample: ``[positions]`` int64, index of the position's sample.
         where: ``[positions]`` bool, the state predicts a *where* token.
         what: ``[positions]`` bool, the state is at a *what* token.
@@ -68,7 +72,8 @@ class Overlaps:
 
     Attributes:
         giou: ``[batch]`` float64, GIoU of the fused pass's expected box, with gradient.
-        iou_short: ``[batch]`` float64, IoU of the shortcut's expected box; with gradient for `unblocked` only.
+        iou_short: ``[batch]`` float64, IoU of the shortcut's expected box; detached unless the term sets
+            `stop_gradient` to False.
         has_box: ``[batch]`` bool, the sample has a box.
     """
 
@@ -86,13 +91,13 @@ class PushInputs:
     Attributes:
         log_p: ``[answer tokens, vocabulary]`` log p, at least float32, with gradient.
         label: ``[answer tokens]`` int64, y.
-        guess: ``[answer tokens]`` int64, y'.
+        prediction_short: ``[answer tokens]`` int64, y'.
         label_log_p_short: ``[answer tokens]`` log p'(y).
-        guess_log_p_short: ``[answer tokens]`` log p'(y').
+        prediction_log_p_short: ``[answer tokens]`` log p'(y').
         sample: ``[answer tokens]`` int64, index of the token's sample.
         where: ``[answer tokens]`` bool, the token is in W.
         cross_entropy: ``[batch]`` l, with gradient.
-        det: ``[batch]`` h, the hinge of Eq. 6.
+        hinge: ``[batch]`` h, the hinge of Eq. 6.
         lambda_det: lambda.
         mu: similarity above which the shortcut counts as having solved the sample.
         log_p_short: ``[answer tokens, vocabulary]`` log p'.
@@ -102,13 +107,13 @@ class PushInputs:
 
     log_p: Tensor
     label: Tensor
-    guess: Tensor
+    prediction_short: Tensor
     label_log_p_short: Tensor
-    guess_log_p_short: Tensor
+    prediction_log_p_short: Tensor
     sample: Tensor
     where: Tensor
     cross_entropy: Tensor
-    det: Tensor
+    hinge: Tensor
     lambda_det: float
     mu: float
     log_p_short: Tensor | None = None
@@ -118,15 +123,15 @@ class PushInputs:
     @property
     def active(self) -> Tensor:
         """``[batch]`` 1[h > 0], in the dtype of h."""
-        return (self.det > 0).to(self.det.dtype)
+        return (self.hinge > 0).to(self.hinge.dtype)
 
     def mean(self, values: Tensor, mask: Tensor) -> Tensor:
         """``[answer tokens]`` values -> ``[batch]`` mean over a sample's tokens in `mask`; 0 if it has none."""
-        return mean_per_sample(values, self.sample, len(self.det), mask)
+        return mean_per_sample(values, self.sample, len(self.hinge), mask)
 
     def has(self, mask: Tensor) -> Tensor:
         """``[batch]`` 1 if a sample has a token in `mask`, else 0."""
-        return self.mean(torch.ones_like(mask, dtype=self.det.dtype), mask)
+        return self.mean(torch.ones_like(mask, dtype=self.hinge.dtype), mask)
 
 
 class PushTerm(BaseModel):
@@ -135,7 +140,7 @@ class PushTerm(BaseModel):
     Subclass it, implement `__call__`, and register the subclass with `register_push_term`.
 
     Attributes:
-        gated: the term is 0 unless h > 0.
+        gated: the term is 0 where h = 0, which `__call__` must ensure; training warns if h stays 0.
         needs_distribution: needs the shortcut's whole next-token distribution, `PushInputs.log_p_short`.
         needs_states: needs the hidden states of both passes, `PushInputs.states`.
         needs_boxes: needs expected boxes, `PushInputs.overlaps`, and so a tokenizer with one token per digit.
@@ -152,7 +157,7 @@ class PushTerm(BaseModel):
 
     def __call__(self, inputs: PushInputs) -> Tensor:
         """The term of every sample, ``[batch]``, which is added to its cross-entropy."""
-        raise TypeError(f"{type(self).__name__} must implement __call__")
+        raise NotImplementedError(f"{type(self).__name__} must implement __call__")
 
 
 PUSH_TERMS: Registry[type[PushTerm]] = Registry("objective.push_term")
@@ -191,20 +196,20 @@ class NoPush(PushTerm):
     """
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        return torch.zeros_like(inputs.det)
+        return torch.zeros_like(inputs.hinge)
 
 
 @register_push_term("literal")
-class Literal(PushTerm):
+class PrintedHinge(PushTerm):
     """lambda * h.
 
-    Eq. 6 as printed. Its gradient is zero everywhere, so training equals training with `none`. A baseline.
+    Eq. 6 as printed. Its gradient is zero everywhere, so training equals training with `none`. A baseline to show this.
     """
 
     gated: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        return inputs.lambda_det * inputs.det
+        return inputs.lambda_det * inputs.hinge
 
 
 @register_push_term("reweight")
@@ -218,7 +223,7 @@ class Reweight(PushTerm):
     gated: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        return inputs.lambda_det * inputs.det * inputs.cross_entropy
+        return inputs.lambda_det * inputs.hinge * inputs.cross_entropy
 
 
 @register_push_term("downweight")
@@ -233,7 +238,7 @@ class Downweight(PushTerm):
     gated: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        return -torch.clamp(inputs.lambda_det * inputs.det, max=1) * inputs.cross_entropy
+        return -torch.clamp(inputs.lambda_det * inputs.hinge, max=1) * inputs.cross_entropy
 
 
 @register_push_term("margin")
@@ -264,23 +269,23 @@ class PseudoLabel(PushTerm):
 
     Interprets the abstract, "Pseudo-Label Loss that penalizes overly effective 2D-dominant pseudo-outputs": wrong
     tokens of the shortcut are negative labels for the fused pass, weighted by the shortcut's confidence (unlikelihood,
-    Welleck et al., ICLR 2020). The gradient moves probability from y' to all other tokens. y' is the teacher-forced
-    prediction, also with `shortcut_decode: greedy`: p(y') is only defined after the label's prefix.
+    Welleck et al., ICLR 2020). The gradient moves probability from y' to all other tokens. y' is teacher-forced,
+    also with `shortcut_decode: greedy`: p(y') is only defined after the label's tokens before it.
     """
 
     def __call__(self, inputs: PushInputs) -> Tensor:
-        differs = inputs.where & (inputs.guess != inputs.label)
+        differs = inputs.where & (inputs.prediction_short != inputs.label)
         # log(1 - p(y')) as the log of the sum over all other tokens: exact, and finite if p(y') rounds to 1.
-        others = inputs.log_p.scatter(-1, inputs.guess[:, None], -torch.inf).logsumexp(-1)
-        return -inputs.lambda_det * inputs.mean(inputs.guess_log_p_short.exp() * others, differs)
+        others = inputs.log_p.scatter(-1, inputs.prediction_short[:, None], -torch.inf).logsumexp(-1)
+        return -inputs.lambda_det * inputs.mean(inputs.prediction_log_p_short.exp() * others, differs)
 
 
 @register_push_term("soft_iou")
 class SoftIoU(PushTerm):
-    """lambda * 1[h > 0] * max(0, min(1, IoU(b') + m) - GIoU(E_p[b])).
+    """lambda * 1[h > 0] * max(0, min(1, IoU(E'[b]) + m) - GIoU(E[b])).
 
     Eq. 6 with s as IoU3D of expected boxes (`objective/expected_box.py`): the overlap of the fused pass's expected box
-    E_p[b] with the label must exceed that of the shortcut's expected box b' (detached) by m. The fused side is a GIoU,
+    E[b] with the label must exceed that of the shortcut's expected box E'[b] (detached) by m. The fused side is a GIoU,
     since an IoU has no gradient for disjoint boxes. The gradient moves digit probabilities of the fused pass towards
     the label's box.
 
@@ -298,7 +303,7 @@ class SoftIoU(PushTerm):
         # An overlap is at most 1. Without this cap the term could not reach 0 for a good shortcut.
         target = torch.clamp(overlaps.iou_short + self.iou_margin, max=1)
         shortfall = torch.where(overlaps.has_box, torch.clamp(target - overlaps.giou, min=0), 0.0)
-        return inputs.lambda_det * inputs.active * shortfall.to(inputs.det.dtype)
+        return inputs.lambda_det * inputs.active * shortfall.to(inputs.hinge.dtype)
 
 
 @register_push_term("representation")
@@ -322,7 +327,7 @@ class Representation(PushTerm):
         states = inputs.states
         assert states is not None, "required by needs_states"
         cosine = cosine_similarity(states.fused.to(inputs.log_p.dtype), states.short.to(inputs.log_p.dtype), dim=-1)
-        batch = len(inputs.det)
+        batch = len(inputs.hinge)
         close = mean_per_sample(1 - cosine, states.sample, batch, states.what)
         apart = mean_per_sample(torch.clamp(cosine - self.cosine, min=0), states.sample, batch, states.where)
         return inputs.lambda_det * inputs.active * (close + apart)
@@ -348,7 +353,7 @@ class ProductOfExperts(PushTerm):
 
 @register_push_term("unblocked")
 class Unblocked(PushTerm):
-    """lambda * max(0, IoU(E_p'[b]) - mu), with the autograd graph of the shortcut kept.
+    """lambda * max(0, IoU(E'[b]) - mu), with the autograd graph of the shortcut kept.
 
     Eq. 6 without its stop-gradient and with a differentiable s, an ablation. The gradient makes the shortcut's answer
     *worse* through weights that the fused pass shares; the paper's stop-gradient prevents this. Costs the memory of a
@@ -362,4 +367,4 @@ class Unblocked(PushTerm):
         overlaps = inputs.overlaps
         assert overlaps is not None, "required by needs_boxes"
         excess = torch.clamp(overlaps.iou_short - inputs.mu, min=0)
-        return inputs.lambda_det * torch.where(overlaps.has_box, excess, 0.0).to(inputs.det.dtype)
+        return inputs.lambda_det * torch.where(overlaps.has_box, excess, 0.0).to(inputs.hinge.dtype)
