@@ -54,7 +54,7 @@ def one_step(step: W2R2Step, batch: Any, mode: tuple[int, bool] | None) -> dict[
     """A step with dropout, whose masks are determined by the seed."""
     layers = step.model.base.model.language_model.layers
     if mode is not None:  # the first mode has no checkpointing
-        recompute(layers, *mode, step.checkpoint_contexts)
+        recompute(layers, *mode, step.recompute_context_fn)
     ran = [0] * LAYERS
     hooks = [  # hooks of a child, which runs inside the layer's checkpoint; the layer's own hooks do not
         layer.self_attn.q_proj.register_forward_hook(lambda *_, at=at: ran.__setitem__(at, ran[at] + 1))

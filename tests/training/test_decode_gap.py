@@ -29,7 +29,7 @@ class Engine:
         self.training = True
 
     def __call__(self, batch: Any, mode: str) -> torch.Tensor:
-        assert mode == "measure" and not self.training and batch.prompts is not None
+        assert mode == "decode_gap" and not self.training and batch.prompts is not None
         self.seen.append(batch.ids)
         return torch.tensor([S[identity] for identity in batch.ids])
 

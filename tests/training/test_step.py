@@ -224,7 +224,7 @@ def test_gradient_checkpointing_does_not_change_losses_and_gradients(
     batch = in_a_large_box(batch_of(samples[:2]))
     torch.manual_seed(0)
     plain = gradients(step, step(batch)[0])
-    recompute(step.model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
+    recompute(step.model.base.model.language_model.layers, 1, False, step.recompute_context_fn)
     step.model.base.enable_input_require_grads()
     torch.manual_seed(0)
     assert_same_gradients(gradients(step, step(batch)[0]), plain)

@@ -21,7 +21,7 @@ def test_s_is_the_similarity_of_the_greedy_answer(
 ) -> None:
     """The answer equals that of evaluation with zero geometry; training mode is restored, also with checkpointing."""
     step = make_step(shortcut_decode="greedy", lora_dropout=0.5)
-    recompute(step.model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
+    recompute(step.model.base.model.language_model.layers, 1, False, step.recompute_context_fn)
     batch = batch_of(samples, with_prompts=True, visual=visual)
     plain = step.model.encode_2d(batch.visuals)
     texts = step.decode(batch, plain)

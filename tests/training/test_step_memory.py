@@ -71,7 +71,7 @@ def peak(
     tables = token_tables(frontend.tokenizer, model.base.config.get_text_config().vocab_size)
     step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
     if checkpointing:
-        recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
+        recompute(model.base.model.language_model.layers, 1, False, step.recompute_context_fn)
     if pass_order == "single":
         step.run_passes = functools.partial(fused_pass_only, model)
     step(batch)[0].backward()  # allocates gradients and lazy buffers

@@ -47,7 +47,7 @@ def make_step(model_config: Any, frontend: Any, tables: Any) -> Callable[..., W2
             unfreeze(model)
         step = W2R2Step(model, config, Scorer(tables, frontend.tokenizer, config.objective)).train()
         if checkpointing:
-            recompute(model.base.model.language_model.layers, 1, False, step.checkpoint_contexts)
+            recompute(model.base.model.language_model.layers, 1, False, step.recompute_context_fn)
         return step
 
     return make

@@ -197,7 +197,7 @@ class VlmFamily(ABC):
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
         video_fps: float,
-        synced: bool = False,
+        synced_gpus: bool = False,
     ) -> list[list[int]]:
         """Decode answers greedily.
 
@@ -209,8 +209,8 @@ class VlmFamily(ABC):
             tokenizer: the VLM's tokenizer.
             max_new_tokens: maximum number of tokens of an answer.
             video_fps: nominal frame rate of videos.
-            synced: make as many forward passes as the rank with the longest answer. Required with several ranks under
-                ZeRO-3, where each forward is a collective.
+            synced_gpus: make as many forward passes as the rank with the longest answer. Required with several ranks
+                under ZeRO-3, where each forward is a collective.
 
         Returns:
             Token ids per prompt, without the end of turn.

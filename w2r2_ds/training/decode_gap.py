@@ -44,7 +44,7 @@ class DecodeGap:
     def measure(self, engine: DeepSpeedEngine) -> dict[str, float]:
         """The three means. Collective."""
         engine.eval()  # no dropout, so that both answers come from the same model
-        pairs = [engine(batch.to(self.device), mode="measure") for batch in self.loader]
+        pairs = [engine(batch.to(self.device), mode="decode_gap") for batch in self.loader]
         engine.train()
         teacher, greedy = torch.cat(pairs).double().unbind(-1)
         # Samples that are repeated to fill the last batches are counted once.

@@ -35,7 +35,7 @@ from w2r2_ds.types.batch import Batch, Prompts, Visuals
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
-Mode = Literal["loss", "measure", "generate"]
+Mode = Literal["loss", "decode_gap", "generate"]
 EXTRA_TOKENS = 16
 """Number of tokens by which a decoded answer may be longer than its label. The rest is cut."""
 
@@ -78,37 +78,38 @@ class W2R2Step(nn.Module):
 
         Returns:
             ``loss``: weighted sum of the samples' losses, and their statistics ``[batch, len(STATS)]``.
-            ``measure``: ``[batch, 2]`` similarity s of the shortcut's answer, teacher-forced and greedily decoded.
+            ``decode_gap``: ``[batch, 2]`` similarity s of the shortcut's answer, teacher-forced and greedily decoded.
             ``generate``: token ids of the greedy answers from fused tokens.
         """
         # Both passes share F2D and F3D: the encoders are frozen and run once per micro-batch, under no_grad. `fuse`
         # copies the vision output, so the shortcut pass cannot change what the fused pass reads.
-        visual = self.model.encode_2d(batch.visuals, self.tower_calls.maximum(batch.visuals))
+        vision_output = self.model.encode_2d(batch.visuals, self.tower_calls.maximum(batch.visuals))
         geometry = self.model.encode_3d(batch.visuals)
-        if mode == "measure":
-            return self.measure_decode_gap(batch, visual, geometry)
+        if mode == "decode_gap":
+            return self.measure_decode_gap(batch, vision_output, geometry)
         if mode == "generate":
-            fused = self.model.fuse(visual, self.model.merge(geometry))
+            fused = self.model.fuse(vision_output, self.model.merge(geometry))
             return self.generate(batch, batch.visuals, fused, max_new_tokens)
-        return self.loss(batch, visual, geometry, optimizer_step)
+        return self.compute_loss(batch, vision_output, geometry, optimizer_step)
 
-    def loss(
-        self, batch: Batch, visual: VisionOutput, geometry: list[Tensor], optimizer_step: int
+    def compute_loss(
+        self, batch: Batch, vision_output: VisionOutput, geometry: list[Tensor], optimizer_step: int
     ) -> tuple[Tensor, Tensor]:
         """Both passes and the objective; see `forward`."""
-        # The shortcut comes first in every module, so that its forward under no_grad leaves no parameter gathered for a
-        # backward pass that never comes. The order is the same in every step, so ZeRO-3's trace stays valid.
+        # The shortcut comes first in every module. A forward resets ZeRO-3's count of the gradients after which the
+        # backward pass releases the module: if one under no_grad came last, the weights would stay gathered. The order
+        # is the same in every step, so ZeRO-3's trace stays valid.
         with self.shortcut_context():
-            shortcut_visual = self.fuse_shortcut(visual, geometry)
+            shortcut_visual = self.fuse_shortcut(vision_output, geometry)
             answers = self.decode(batch, shortcut_visual) if self.objective.shortcut_decode == "greedy" else None
         # With a detached shortcut the autograd graph starts here: all gradients come from the fused pass.
         merged = self.model.merge(geometry)
-        fused = self.model.fuse(visual, merged, self.token_mask(batch, geometry, optimizer_step))
+        fused = self.model.fuse(vision_output, merged, self.token_mask(batch, geometry, optimizer_step))
         # With greedy decoding the answers are known already; the teacher-forced shortcut pass still runs, because the
         # push terms need its distributions at the answer positions.
         shortcut_states, fused_states = self.run_passes(batch, shortcut_visual, fused, self.push_term.needs_states)
         shortcut = self.shortcut_outputs(batch, shortcut_states, answers)
-        norms = geometry_norm(visual, merged, batch)
+        norms = geometry_norm(vision_output, merged, batch)
         # The LM head runs on answer positions only: logits of the prompt would be the largest tensor of the step.
         outputs = self.pass_outputs(batch, fused_states)
         loss, stats = w2r2_loss(outputs, shortcut, batch, self.objective, self.push_term, self.scorer, norms)
@@ -118,9 +119,9 @@ class W2R2Step(nn.Module):
             loss = loss + 0.0 * torch.cat(fused.pooler_output).sum()
         return loss, stats
 
-    def fuse_shortcut(self, visual: VisionOutput, geometry: list[Tensor]) -> VisionOutput:
+    def fuse_shortcut(self, vision_output: VisionOutput, geometry: list[Tensor]) -> VisionOutput:
         """Phi(F2D, 0): the shortcut's visual tokens."""
-        return self.model.fuse(visual, self.model.zero_geometry_tokens(geometry))
+        return self.model.fuse(vision_output, self.model.zero_geometry_tokens(geometry))
 
     def shortcut_outputs(self, batch: Batch, states: Tensor, answers: list[str] | None) -> ShortcutOutputs:
         """Similarity and distributions of the shortcut.
@@ -146,9 +147,9 @@ class W2R2Step(nn.Module):
         ratio = self.objective.visual_mask_ratio
         return functools.partial(mask_images, samples=owners, ratio=ratio, seed=self.seed, step=optimizer_step)
 
-    def measure_decode_gap(self, batch: Batch, visual: VisionOutput, geometry: list[Tensor]) -> Tensor:
+    def measure_decode_gap(self, batch: Batch, vision_output: VisionOutput, geometry: list[Tensor]) -> Tensor:
         """``[batch, 2]`` similarity s of the shortcut's answer: teacher-forced, greedily decoded."""
-        shortcut_visual = self.fuse_shortcut(visual, geometry)
+        shortcut_visual = self.fuse_shortcut(vision_output, geometry)
         logits = self.pass_outputs(batch, self.model.answer_hidden_states(batch, shortcut_visual)).logits
         teacher_forced = self.scorer.teacher_forced(logits.argmax(-1), batch)
         decoded = self.scorer.decoded(self.decode(batch, shortcut_visual), batch)
@@ -159,12 +160,12 @@ class W2R2Step(nn.Module):
         logits = self.model.logits(states[: len(batch.answer_positions.label)])
         return PassOutputs(logits, states if self.push_term.needs_states else None)
 
-    def decode(self, batch: Batch, visual: VisionOutput) -> list[str]:
+    def decode(self, batch: Batch, vision_output: VisionOutput) -> list[str]:
         """Greedily decoded answer of every sample of a training batch, as text.
 
         Args:
             batch: training batch with prompts.
-            visual: visual tokens of the batch, from `fuse_shortcut`.
+            vision_output: visual tokens of the batch, from `fuse_shortcut`.
         """
         assert batch.prompts is not None, "the loader makes prompts if answers are decoded"
         max_lengths = (batch.answer_positions.sample.bincount(minlength=len(batch.ids)) + EXTRA_TOKENS).tolist()
@@ -172,8 +173,8 @@ class W2R2Step(nn.Module):
         if not visuals.dummy:
             # Samples of a batch may share frames; every prompt has its own copy of their tokens.
             visuals = dataclasses.replace(visuals, grid_thw=prompts.grid_thw)
-            visual = self.model.family.select(visual, prompts.order)
-        tokens = self.generate(prompts, visuals, visual, max(max_lengths))
+            vision_output = self.model.family.select(vision_output, prompts.order)
+        tokens = self.generate(prompts, visuals, vision_output, max(max_lengths))
         # Cut each answer at its own limit: the result must not depend on the other samples of the batch.
         return [
             self.scorer.tokenizer.decode(ids[:length], skip_special_tokens=True)
@@ -181,16 +182,23 @@ class W2R2Step(nn.Module):
         ]
 
     def generate(
-        self, prompts: Prompts | Batch, visuals: Visuals, visual: VisionOutput, max_new_tokens: int
+        self, prompts: Prompts | Batch, visuals: Visuals, vision_output: VisionOutput, max_new_tokens: int
     ) -> list[list[int]]:
         """Token ids of the greedy answer to every prompt."""
         # ZeRO-3 gathers the weights once per token, so all ranks run as many steps as the rank with the longest answer.
-        synced = dist.is_initialized() and dist.get_world_size() > 1
+        synced_gpus = dist.is_initialized() and dist.get_world_size() > 1
         return self.model.family.generate(
-            self.model.base, prompts, visuals, visual, self.scorer.tokenizer, max_new_tokens, self.video_fps, synced
+            self.model.base,
+            prompts,
+            visuals,
+            vision_output,
+            self.scorer.tokenizer,
+            max_new_tokens,
+            self.video_fps,
+            synced_gpus,
         )
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def recompute_context_fn(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for `torch.utils.checkpoint`: (first forward of a layer, its recomputation).
 
         The shortcut pass runs without dropout. If it has a graph, its layers are recomputed in the backward pass, when
@@ -202,11 +210,11 @@ class W2R2Step(nn.Module):
 
 
 @torch.no_grad()
-def geometry_norm(visual: VisionOutput, merged: Tensor, batch: Batch) -> Tensor:
+def geometry_norm(vision_output: VisionOutput, merged: Tensor, batch: Batch) -> Tensor:
     """``[batch]`` Frobenius norm of a sample's merged geometry relative to that of its 2D tokens; 0 without frames.
 
     Args:
-        visual: F2D; `pooler_output` is ``[tokens, hidden]`` per image.
+        vision_output: F2D; `pooler_output` is ``[tokens, hidden]`` per image.
         merged: ``[tokens, hidden]`` merged geometry of all images.
         batch: maps tokens and samples to frame sets; several samples may share one.
     """
@@ -216,7 +224,7 @@ def geometry_norm(visual: VisionOutput, merged: Tensor, batch: Batch) -> Tensor:
     # Sum the squares of all tokens of a frame set; `frame_set_of_token` is the set's index for each visual token.
     squares = [
         torch.zeros(sets, device=merged.device).index_add(0, batch.frame_set_of_token, tokens.float().square().sum(-1))
-        for tokens in (merged, torch.cat(visual.pooler_output))
+        for tokens in (merged, torch.cat(vision_output.pooler_output))
     ]
     ratio = (squares[0] / squares[1].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
     return torch.where(batch.frame_set_of_sample >= 0, ratio[batch.frame_set_of_sample.clamp(min=0)], 0.0)

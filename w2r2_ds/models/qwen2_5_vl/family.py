@@ -161,7 +161,7 @@ class Qwen25VL(VlmFamily):
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
         video_fps: float,
-        synced: bool = False,
+        synced_gpus: bool = False,
     ) -> list[list[int]]:
         end = tokenizer.convert_tokens_to_ids(self.end_of_turn)
         # With `mm_encoder_outputs`, transformers uses the given (fused) visual tokens instead of the vision tower.
@@ -186,7 +186,7 @@ class Qwen25VL(VlmFamily):
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
-                synced_gpus=synced,
+                synced_gpus=synced_gpus,
                 **multimodal,
             )
         finally:

@@ -43,7 +43,7 @@ def make_engine(
     if config.train.activation_checkpointing:
         # Before `deepspeed.initialize`: the layers' forwards are replaced, then ZeRO-3's hooks are registered.
         every, offload = config.train.recompute_every, config.train.offload_activations
-        recompute(model.family.language_model(model.base).layers, every, offload, step.checkpoint_contexts)
+        recompute(model.family.language_model(model.base).layers, every, offload, step.recompute_context_fn)
     # ZeRO-3 releases a module's weights after its backward, in a hook on the gradients of its inputs. The output of the
     # frozen embedding has no gradient, so without this the hook of the first layer would not run.
     model.base.enable_input_require_grads()
