@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prepared_sets import SCENE_FILE, write_prepared
-from w2r2_ds.data import dataset
+from w2r2_ds.data import prepared_set
 from w2r2_ds.data.prepared_set import PreparedSet, write_samples
 from w2r2_ds.types.sample import LabeledBox, Reference, Sample, Target
 
@@ -170,7 +170,7 @@ def test_inconsistent_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a prepared data set"):
         PreparedSet(folder, tmp_path)
     write(folder, tmp_path)
-    manifest = folder / dataset.MANIFEST
+    manifest = folder / prepared_set.MANIFEST
     for change, message in (
         ({"counts": {"samples": 7}}, "has 3 samples"),
         ({"version": 99}, "has version 99"),

@@ -99,17 +99,17 @@ def fixed_similarity(scale: dict[str, float]) -> Iterator[None]:
 
     from w2r2_ds.objective.scorer import Score, Scorer
 
-    stock = Scorer.teacher
+    stock = Scorer.teacher_forced
 
-    def teacher(self: Any, predicted: Any, batch: Any) -> Score:
+    def teacher_forced(self: Any, predicted: Any, batch: Any) -> Score:
         s = torch.tensor([scale[sample_id] for sample_id in batch.ids], dtype=torch.float64)
         return Score(s, torch.ones_like(s, dtype=torch.bool))
 
-    Scorer.teacher = teacher  # type: ignore[method-assign]
+    Scorer.teacher_forced = teacher_forced  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Scorer.teacher = stock  # type: ignore[method-assign]
+        Scorer.teacher_forced = stock  # type: ignore[method-assign]
 
 
 def batches_of(case: Case, rank: int, samples: dict[str, Any], frontend: Any, config: Any) -> list[Any]:
