@@ -30,7 +30,8 @@ def bind_kernels(language_model: nn.Module, kernels: Kernels) -> None:
     Args:
         language_model: `VlmFamily.language_model` of the VLM, LoRA layers in place.
         kernels: names of the kernels that the model uses. "lora_projection", "rms_norm" and "swiglu" are bound;
-            "dropout_matmul" is used inside the LoRA projection. Modules without a kernel keep their forward.
+            "dropout_matmul" is used inside the LoRA projection, and `W2R2` calls "dual_stream_embed". Modules without
+            a kernel keep their forward.
     """
     # `language_model.modules()` also yields LoRA's base and adapter layers, to which no kernel applies.
     for module in language_model.modules():
