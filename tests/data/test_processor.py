@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from w2r2_ds.data.images import input_bytes
 from w2r2_ds.data.loader import make_processor
 from w2r2_ds.data.processor import IMAGE, VIDEO, Processor
-from w2r2_ds.data.visual_inputs import input_bytes
 from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE
 
 

@@ -72,7 +72,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("visual", ["images", "video"])
 def test_shared_memory(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visual: str) -> None:
     """The size of a micro-batch is that of the loader's tensors, times train.micro_batch, per set of frames."""
-    from w2r2_ds.data.visual_inputs import input_bytes
+    from w2r2_ds.data.images import input_bytes
 
     prepared = PreparedSet(Path(config.data.root) / "prepared", config.data.root)
     config.data = replace(config.data, visual=visual, workers=3, prefetch=2)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from w2r2_ds.models.flops import num_lora_parameters
 from w2r2_ds.models.loading import load_vlm, meta_model
-from w2r2_ds.models.lora import add_lora, num_lora_parameters, trainable_table
+from w2r2_ds.models.lora import add_lora, trainable_table
 from w2r2_ds.models.merger import GeometryMerger
 
 CONFIGS = Path(__file__).parent / "configs"

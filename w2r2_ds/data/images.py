@@ -1,4 +1,4 @@
-"""Load frames, resize them to whole patches, and crop them to the token grid of the VLM; PIL and NumPy only.
+"""Load frames, resize them to whole patches, and crop them to the token grid of the VLM; with PIL and NumPy.
 
 A frame is resized once, for the geometry encoder; the vision tower of the VLM gets a crop of the same pixels. Resizing
 follows VGGT's ``load_and_preprocess_images`` and gives bitwise identical pixels. `visual_inputs.py` calls these
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from w2r2_ds.config.schema import DataConfig
 
 WHITE = 255
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -160,3 +162,11 @@ def even_size(height: int, width: int, patch: int = 14, merge: int = 2) -> tuple
             "data.frame_width."
         )
     return height // step * step, width // step * step
+
+
+def input_bytes(frames: Sequence[Path], config: DataConfig) -> int:
+    """Bytes of a sample's frames as float32 inputs of both encoders; all frames are counted as large as the first."""
+    width, height = crop_size([frame_size(frames[0])], config.frame_width, patch=1)
+    # The vision tower gets every image twice (repeated in time), and the frames of a video in pairs.
+    tower_frames = 2 * len(frames) if config.visual == "images" else len(frames) + len(frames) % 2
+    return (len(frames) + tower_frames) * 3 * width * height * 4

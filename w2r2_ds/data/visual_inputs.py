@@ -129,11 +129,3 @@ class VisualPreprocessor:
         width, height = crop_size(sizes, self.config.frame_width, self.geometry.patch_size)
         even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)
         return (width, height), (even_width, even_height)
-
-
-def input_bytes(frames: Sequence[Path], config: DataConfig) -> int:
-    """Bytes of a sample's frames as float32 inputs of both encoders; all frames are counted as large as the first."""
-    width, height = crop_size([frame_size(frames[0])], config.frame_width, patch=1)
-    # The vision tower gets every image twice (repeated in time), and the frames of a video in pairs.
-    tower_frames = 2 * len(frames) if config.visual == "images" else len(frames) + len(frames) % 2
-    return (len(frames) + tower_frames) * 3 * width * height * 4

@@ -1,4 +1,4 @@
-"""FLOP counts of matrix products and attention, for MFU in training and for the cost model.
+"""FLOP counts of matrix products and attention, for MFU and the cost model, and the number of LoRA parameters.
 
 Conventions:
 
@@ -78,3 +78,17 @@ def tokens_and_pairs(groups: Iterable[Sequence[int]], causal: bool = False) -> t
             # A suffix attends to its whole prefix, and causally to itself.
             tokens, pairs = tokens + suffix, pairs + suffix * prefix + block * suffix**2
     return tokens, pairs
+
+
+def num_lora_parameters(text: dict[str, Any], rank: int) -> int:
+    """Number of parameters of `lora.add_lora`, rank x (inputs + outputs) per projection, without making the model.
+
+    Args:
+        text: ``config.json`` of the language model (`text_config` of the VLM).
+        rank: LoRA rank.
+    """
+    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    head = text.get("head_dim") or hidden // heads
+    queries, keys = heads * head, text["num_key_value_heads"] * head
+    widths = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)  # q o, k v, gate up down
+    return int(text["num_hidden_layers"]) * rank * int(widths)

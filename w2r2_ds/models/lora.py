@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -38,20 +37,6 @@ def add_lora(vlm: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0) 
     model = get_peft_model(vlm, config, autocast_adapter_dtype=False)
     assert isinstance(model, PeftModel), f"peft returned {type(model).__name__}"
     return model
-
-
-def num_lora_parameters(text: dict[str, Any], rank: int) -> int:
-    """Number of parameters of `add_lora`, rank x (inputs + outputs) per projection, without making the model.
-
-    Args:
-        text: ``config.json`` of the language model (`text_config` of the VLM).
-        rank: LoRA rank.
-    """
-    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
-    head = text.get("head_dim") or hidden // heads
-    queries, keys = heads * head, text["num_key_value_heads"] * head
-    widths = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)  # q o, k v, gate up down
-    return int(text["num_hidden_layers"]) * rank * int(widths)
 
 
 def trainable_table(modules: Mapping[str, nn.Module]) -> str:

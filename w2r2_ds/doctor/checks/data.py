@@ -17,8 +17,8 @@ def check_data(config: DataConfig, micro_batch: int, ranks: int) -> CheckResult:
     """Check prepared sets and their frames, and the shared memory for micro-batches of the node's `ranks` ranks."""
     import numpy as np
 
+    from w2r2_ds.data.images import input_bytes
     from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
-    from w2r2_ds.data.visual_inputs import input_bytes
 
     result = CheckResult()
     root, largest = Path(config.root), 0
