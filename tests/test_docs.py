@@ -41,3 +41,23 @@ def test_curves_are_finite_and_not_constant(figures: Any) -> None:
     for name, (curves, _, _) in figures.PICTURES.items():
         for _, x, y in curves():
             assert x.isfinite().all() and y.isfinite().all() and y.max() > y.min(), name
+
+
+def test_every_quoted_heading_of_troubleshooting_is_a_message_of_the_code() -> None:
+    """Parts of a heading between names and numbers occur in the package, the batch scripts, or a library's message."""
+    code = "".join(
+        re.sub(r"\"\s+f?\"", "", file.read_text())
+        for folder in ("w2r2_ds", "slurm")
+        for file in (DOCS.parent / folder).rglob("*")
+        if file.suffix in (".py", ".sh", ".sbatch")
+    )
+    headings = re.findall(r"^### (.*)", (DOCS / "guides/troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [text for heading in headings for text in re.findall(r"`([^`]+)`", heading)]
+    assert len(quoted) > 15
+    absent = {
+        part
+        for text in quoted
+        for part in re.split(r"\.\.\.|--data\.root|\bRECIPE\.yaml|\bstep-|\bNODE|\b[\w.-]*\d[\w.-]*\b", text)
+        if len(part.strip()) > 4 and part.strip() not in code
+    }
+    assert absent <= {"CUDA out of memory", "Timeout (", "Node failure on "}  # PyTorch's, faulthandler's and Slurm's

@@ -168,7 +168,11 @@ def test_greedy_tokens_equal_the_recorded_ones(golden: Golden) -> None:
         for rows, value in ((prompts, text["pad_token_id"]), ([torch.ones_like(row) for row in prompts], 0))
     )
     for_prompts = dataclasses.replace(
-        batch, input_ids=ids, attention_mask=mask, token_types=(ids == text["image_token_id"]).long(), answer=None
+        batch,
+        input_ids=ids,
+        attention_mask=mask,
+        token_types=(ids == text["image_token_id"]).long(),
+        optional_answer_positions=None,
     )
     longest = max(len(case["new_tokens"]) for case in stated)
     model = model_of(golden, *VARIANTS[MAIN][:2])

@@ -244,6 +244,18 @@ def test_data_sets_and_frames(config: Any, tmp_path: Path) -> None:
     assert "does not exist (3 of 3 checked frames)" in data.check_data(config.data, micro_batch=1, ranks=1).errors[0]
 
 
+def test_an_unreadable_frame_is_one_error_of_its_set(config: Any) -> None:
+    complete = data.check_data(config.data, micro_batch=1, ranks=1)
+    prepared = Path(config.data.root) / "prepared"
+    frame = PreparedSet(prepared, config.data.root)[0].frames[0]  # of a file that other tests use
+    image = frame.read_bytes()
+    frame.write_bytes(b"xx")
+    result = data.check_data(config.data, micro_batch=1, ranks=1)
+    frame.write_bytes(image)
+    assert result.errors and all(str(frame) in error for error in result.errors)
+    assert result.must_match == complete.must_match and result.info.keys() >= complete.info.keys()
+
+
 def test_checked_samples_are_evenly_spaced(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most `SAMPLES_CHECKED`, with the first and the last one; each is decoded once."""
     sample = PreparedSet(Path(config.data.root) / "prepared", config.data.root)[0]

@@ -21,7 +21,7 @@ from w2r2_ds.training.checkpoint.save import CheckpointInfo
 
 SHAPES = Shapes(hidden=32, intermediate=48, rank=4, dropout=0.1, dtype=torch.float32, rows=70)
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-VERSIONS = {"torch": "2.13.0+cu130", "triton": "3.7.0", "liger-kernel": "0.6.4"}
+VERSIONS = {"torch": "2.13.0+cu130", "triton": "3.7.0", "liger-kernel": "0.6.4", "w2r2-ds": "0.1.0"}
 CHOSEN = frozenset({"lora_projection", "swiglu"})
 
 

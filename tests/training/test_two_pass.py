@@ -189,7 +189,7 @@ def test_no_host_sync(
 ) -> None:
     """Forward and backward; only the vision tower's loop reads its segments, which `TowerInputs` left on the host.
 
-    Captions and short answers are compared as text: their tokens are read (`Scorer.teacher`).
+    Captions and short answers are compared as text: their tokens are read (`Scorer.teacher_forced`).
     """
     step = make_step(pass_order, checkpointing=True)
     batch = batch_of(samples)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -36,12 +38,35 @@ def test_a_name_that_is_taken(first: object, second: object) -> None:
     assert registry.find("one") is first
 
 
-def test_a_class_that_is_imported_twice_replaces_itself() -> None:
-    registry: Registry[type] = Registry("model.part")
-    again = type("One", (), {})
-    registry.register("one", One)
-    assert registry.register("one", again) is again
-    assert registry.find("one") is again
+def test_a_file_that_is_imported_twice_replaces_its_values(tmp_path: Path) -> None:
+    """As a plug-in file and as a module; a file with a class of the same name does not."""
+    registry: Registry[object] = Registry("model.part")
+    for name in ("part", "other"):
+        (tmp_path / f"{name}.py").write_text("class Part:\n    pass\n\nfirst, second = lambda: 1, Part()\n")
+    once, again, other = (load(tmp_path / file, name) for file, name in PARTS)
+    for part in ("Part", "second", "first"):
+        registry.register(part, getattr(once, part))
+        assert registry.register(part, getattr(again, part)) is getattr(again, part)
+        with pytest.raises(ValueError, match=rf"model\.part '{part}'"):
+            registry.register(part, getattr(other, part))
+        assert registry.find(part) is getattr(again, part)
+
+
+def load(file: Path, name: str) -> ModuleType:
+    spec = spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PARTS = (("part.py", "test_registry_part"), ("part.py", "test_registry_plugin"), ("other.py", "test_registry_other"))
+
+
+@pytest.mark.parametrize("name", [5, None, True, 1.5, ["margin"]])
+def test_a_name_of_another_type(name: object) -> None:
+    with pytest.raises(ValueError, match=r"model\.part is .*margin"):
+        Registry("model.part", {"margin": "no_such_module"}).find(name)  # type: ignore[arg-type]
 
 
 def test_an_unknown_name() -> None:

@@ -26,7 +26,7 @@ from w2r2_ds.types.sample import LabeledBox, Reference, Sample, Target
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.sanitize import CONTROL
 
-VERSION = 3
+VERSION = 4
 """Version of the schema and the manifest; increase it when older folders can no longer be read."""
 
 CHUNK = 1024

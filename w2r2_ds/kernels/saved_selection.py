@@ -15,7 +15,8 @@ import torch
 
 from w2r2_ds.kernels.select import ALL_KERNELS, Kernels
 
-PACKAGES = ("torch", "triton", "liger-kernel")
+PACKAGES = ("torch", "triton", "liger-kernel", "w2r2-ds")
+"""Packages whose versions are compared; w2r2-ds contains the Triton kernels."""
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.objective.push_terms import PushTerm
-from w2r2_ds.training.metrics import FILE, read_metrics
+from w2r2_ds.training.metrics import METRICS_FILE, read_metrics
 
 PATIENCE = 100
 """Number of optimizer steps without a sample above mu before the warning."""
@@ -32,7 +32,7 @@ class HingeMonitor:
         self.enabled = gated and dist.get_rank() == 0
         self.was_positive = self.warned = False
         self.steps, self.highest = 0, 0.0
-        path = Path(config.out) / FILE
+        path = Path(config.out) / METRICS_FILE
         if self.enabled and start and path.exists():
             for step, metrics in read_metrics(path):
                 if step <= start:

@@ -20,7 +20,7 @@ from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.distributed import raise_on_all_ranks
 from w2r2_ds.utils.json_io import read_jsonl
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 PROCESS_STATUS = Path("/proc/self/status")
 BUFFER = 2**20
 """Bytes of lines that are kept in memory while the disk is full; enough for thousands of steps."""
@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLogger:
-    """Context manager that logs the scalars of each optimizer step on rank 0; on other ranks it does nothing.
+    """Context manager that logs the scalars of each optimizer step on rank 0.
+
+    Other ranks write nothing, but must call `start`, which is collective.
 
     Args:
         run_dir: folder of the run, with metrics.jsonl.
@@ -44,18 +46,20 @@ class MetricsLogger:
     def __init__(self, run_dir: str | Path, total_steps: int, trackers: Sequence[str] = (), rank: int = 0) -> None:
         check_trackers(trackers)  # on every rank, so that all raise the same error
         self.run_dir = Path(run_dir)
-        self.path = self.run_dir / FILE
+        self.path = self.run_dir / METRICS_FILE
         self.total_steps = total_steps
         self.active = rank == 0
         self._tracker_names = trackers
         self._trackers: list[Tracker] = []
         self._last_step = 0
         self._file: BinaryIO | None = None
-        self._failed = False
+        self._write_failed = False
         self._progress: ProgressLine | None = None
 
     def start(self, step: int) -> None:
-        """Open all outputs of a run that has completed `step` steps. Collective: it raises on all ranks or on none.
+        """Open metrics.jsonl and the trackers of a run that continues after `step` optimizer steps (0: a new run).
+
+        Collective: it raises on all ranks or on none.
 
         Lines of later steps are dropped, so that a resumed run logs no step twice. An incomplete last line of a killed
         run is dropped too. A fresh run (`step` 0) starts with an empty file.
@@ -105,15 +109,15 @@ class MetricsLogger:
         try:
             self._file.write(line.encode())
             self._file.flush()
-            self._failed = False
+            self._write_failed = False
         except OSError as error:
-            if not self._failed:  # warn once, not every step
+            if not self._write_failed:  # warn once, not every step
                 cause = f"{self.path} cannot be written ({error.strerror})"
                 logger.warning("%s; its lines are kept in memory and written later.", cause)
-            self._failed = True
+            self._write_failed = True
 
     def sync(self) -> None:
-        """Fsync metrics.jsonl; called before a checkpoint, whose steps then have their lines even after a power cut."""
+        """Fsync metrics.jsonl; called before a checkpoint, so that the file has a line for every saved step."""
         if self._file is not None:
             with suppress(OSError):  # an error of the log must not end the run
                 os.fsync(self._file.fileno())
@@ -144,8 +148,8 @@ class MetricsLogger:
         """Drop lines of steps after `step`, which an earlier launch wrote."""
         if not self.path.exists():
             return
-        kept = [values for number, values in read_metrics(self.path) if number <= step]
-        # A new file: an earlier launch that still runs (on a node without network) keeps writing to the old one.
+        kept = [values for logged, values in read_metrics(self.path) if logged <= step]
+        # A new file: an earlier launch that still hangs in a write continues in the old one.
         atomic_io.replace(self.path, "".join(json.dumps(values) + "\n" for values in kept))
 
 

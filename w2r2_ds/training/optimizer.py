@@ -14,12 +14,12 @@ from w2r2_ds.models.w2r2 import W2R2
 
 def make_optimizer(model: W2R2, train: TrainConfig) -> AdamW:
     """AdamW with a learning rate per parameter group: `train.lr` for LoRA, `train.merger_lr` for the geometry."""
-    rates = {"lora": train.lr, "geometry": train.merger_lr}
-    groups = [{"params": parameters, "lr": rates[name]} for name, parameters in trained_groups(model).items()]
+    learning_rates = {"lora": train.lr, "geometry": train.merger_lr}
+    groups = [{"params": parameters, "lr": learning_rates[name]} for name, parameters in trained_groups(model).items()]
     return AdamW(groups, weight_decay=train.weight_decay)
 
 
-def make_schedule(optimizer: AdamW, train: TrainConfig) -> LambdaLR:
+def make_lr_scheduler(optimizer: AdamW, train: TrainConfig) -> LambdaLR:
     """Linear warm-up over `train.warmup_ratio` of the steps, then a cosine to 0 at `train.steps`."""
     return get_cosine_schedule_with_warmup(optimizer, int(train.warmup_ratio * train.steps), train.steps)
 

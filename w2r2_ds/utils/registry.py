@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -25,8 +26,8 @@ class Registry(dict[str, Value]):
     def register(self, name: str, value: Value) -> Value:
         """Add and return a value; raises ValueError if another value has this name."""
         known = self.get(name)
-        # A class may be imported twice, as a plug-in file and as a module. It then replaces itself.
-        taken = known is not None and _qualname(known) != _qualname(value)
+        # A file may be imported twice, as a plug-in and as a module. Its values then replace themselves.
+        taken = known is not None and _source(known) != _source(value)
         if taken or value.__module__ != self.built_in.get(name, value.__module__):
             raise ValueError(f"{value.__module__}: {self.option} {name!r} exists already; choose another name.")
         self[name] = value
@@ -34,6 +35,7 @@ class Registry(dict[str, Value]):
 
     def find(self, name: str, option: str = "") -> Value:
         """Return the value of a name; raises ValueError with `option` and all names if there is none."""
+        name = str(name)  # a YAML file may have a number or a list here
         if name in self.built_in and name not in self:
             import_module(self.built_in[name])
         if name not in self:
@@ -46,6 +48,9 @@ class Registry(dict[str, Value]):
         return self[name]
 
 
-def _qualname(value: object) -> str:
-    """Qualified name of a class or function, or of an object's class."""
-    return str(getattr(value, "__qualname__", type(value).__qualname__))
+def _source(value: object) -> tuple[object, str, int]:
+    """File, qualified name and line of a class or function, or of an object's class."""
+    definition = value if hasattr(value, "__qualname__") else type(value)
+    module = sys.modules.get(definition.__module__)
+    code = getattr(definition, "__code__", None)  # distinguishes two lambdas
+    return getattr(module, "__file__", module), definition.__qualname__, code.co_firstlineno if code else 0

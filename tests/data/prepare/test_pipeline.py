@@ -172,6 +172,19 @@ def test_an_unreadable_file_is_not_a_missing_file(scenes: Path, monkeypatch: pyt
         prepare(scenes, DEPTH, scenes / "out", quiet=True)
 
 
+@pytest.mark.parametrize("name", ["posed_images/{}/00000.txt", "scans/{0}/{0}.txt"])
+def test_a_scene_with_an_unreadable_file_can_be_skipped(scenes: Path, name: str) -> None:
+    file = scenes / name.format(SECOND)
+    file.unlink()
+    file.symlink_to(file.name)  # a cycle: ELOOP, which is not a missing file
+    with pytest.raises(ValueError, match=re.escape(file.name)):
+        prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    done = prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True)
+    assert done.manifest["skipped"]["broken_scene"] > 0
+    assert SECOND not in {sample.scene_id for sample in PreparedSet(done.folder, scenes)}
+    assert prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True).reused
+
+
 def test_other_files_and_changed_files_are_never_overwritten(scenes: Path) -> None:
     out = scenes / "out"
     out.mkdir()

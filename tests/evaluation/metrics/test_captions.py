@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -168,3 +169,14 @@ def test_the_tokenizer_ignores_sigusr1_and_sigterm(tmp_path: Path) -> None:
     kill = "os.kill(os.getpid(), signal.SIGTERM)\nos.kill(os.getpid(), signal.SIGUSR1)"
     java = fake_java(tmp_path, f"import os, signal, sys\n{kill}\nsys.stdout.write(sys.stdin.read())")
     assert java.tokenize(["a chair", "a desk"]) == ["a chair", "a desk"]
+
+
+def test_a_process_that_cannot_be_started_is_not_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    java = fake_java(tmp_path, "")
+
+    def fail(*command: object, **options: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    assert score_captions(REFERENCES, CANDIDATES, java=java).not_computed.keys() == {"METEOR", ITEM_MEAN}
+    assert score_captions(REFERENCES, CANDIDATES, "ptb", java=java).not_computed.keys() == {*CAPTION_METRICS, ITEM_MEAN}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from w2r2_ds.utils.hashing import file_sha256
 
 MISSING = "missing"
 """Value in place of the hash of a missing file."""
+UNREADABLE = "unreadable: "
+"""Prefix of the error in place of the hash of a file that cannot be read."""
 THREADS = 16
 """Threads that hash the files of scenes; the work is bound by the disk."""
 
@@ -58,13 +60,21 @@ def task_inputs(plan: Plan) -> dict[str, str]:
 def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
     """Hashes of every scene's input files: scene -> path relative to the data root -> hash.
 
-    Covers alignment, boxes, intrinsics and poses, but of the images only their names.
+    Covers alignment, boxes, intrinsics and poses, but of the images only their names. A file that cannot be read
+    has ``UNREADABLE`` and the error.
     """
 
+    def hash_or_error(function: Callable[[Path], str], path: Path) -> str:
+        try:
+            return function(path)
+        except ValueError as error:  # reading the scene raises it again, and `skip_broken_scenes` may skip the scene
+            return f"{UNREADABLE}{error}"
+
     def hashes(scene_id: str) -> dict[str, str]:
-        found = {relative(file.path, plan.root): file_hash(file.path) for file in scene_files(plan.root, scene_id)}
+        paths = [file.path for file in scene_files(plan.root, scene_id)]
+        found = {relative(path, plan.root): hash_or_error(file_hash, path) for path in paths}
         folder = plan.root / "posed_images" / scene_id
-        return {**found, relative(folder, plan.root): frames_hash(folder)}
+        return {**found, relative(folder, plan.root): hash_or_error(frames_hash, folder)}
 
     with ThreadPoolExecutor(THREADS) as pool:
         scene_ids = [job.scene_id for job in plan.jobs]
@@ -159,6 +169,9 @@ def check_reusable(folder: Path, identity: Mapping[str, Any]) -> bool:
         found = read_manifest(folder)
     except ValueError as error:
         raise ValueError(f"{error} Remove {folder}, or pass another --out.") from None
+    for name, value in identity["inputs"].items():
+        if value.startswith(UNREADABLE) and found["inputs"].get(name) != value:
+            raise ValueError(value.removeprefix(UNREADABLE))
     for name, value in identity.items():
         if found.get(name) != value:
             raise ValueError(

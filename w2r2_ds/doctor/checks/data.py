@@ -41,7 +41,10 @@ def check_data(config: DataConfig, micro_batch: int, ranks: int) -> CheckResult:
                 "copy the frames to this node, or correct data.root."
             )
         else:
-            largest = max([largest, *(input_bytes(sample.frames, config) for sample in samples)])
+            try:
+                largest = max([largest, *(input_bytes(sample.frames, config) for sample in samples)])
+            except ValueError as error:  # a frame cannot be read
+                result.errors.append(str(error))
     # Samples that share their frames share the inputs of the encoders too.
     check_shared_memory(result, largest * micro_batch // config.questions_per_scene, config, ranks)
     return result

@@ -84,7 +84,7 @@ def score_captions(
     if tokenizer == "ptb":
         try:
             texts, given = tokenize_captions(texts, given, java)
-        except JavaError as error:
+        except (JavaError, OSError) as error:
             names = (*CAPTION_METRICS, ITEM_MEAN)
             none: dict[str, dict[str, MetricValue]] = {key: dict.fromkeys(CAPTION_METRICS) for key in candidates}
             return CaptionScores(dict.fromkeys(names), none, {}, {}, dict.fromkeys(names, str(error)))

@@ -22,6 +22,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer as coco_tokenizer
 LINE_BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # all that Java or Python end a line at
 # The machine's language must not change scores: in Turkish, the lower case of "I" is not "i".
 JAVA_OPTIONS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
+METEOR_OPTIONS = ("-Xmx2G", "-jar", coco_meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
 IGNORE_SIGNALS = ("sh", "-c", 'trap "" USR1 TERM; exec "$@"', "sh")
 
 
@@ -41,14 +42,14 @@ class Java(coco_meteor.Meteor):  # type: ignore[misc]
         self.meteor_p: subprocess.Popen[bytes] | None = None
 
     def tokenize(self, texts: Sequence[str]) -> list[str]:
-        """PTB tokens of each text, lower case, without COCO's punctuation, joined by spaces. Raises JavaError."""
+        """PTB tokens of each text, lower case, no COCO punctuation, joined by spaces. Raises JavaError, OSError."""
         jar = Path(coco_tokenizer.__file__).absolute().with_name(coco_tokenizer.STANFORD_CORENLP_3_4_1_JAR)
         options = ("-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
         lines = "\n".join(LINE_BREAKS.sub(" ", text) for text in texts).encode(errors="replace")
         done = subprocess.run(self._command(*options), input=lines, capture_output=True)
         out = done.stdout.decode().split("\n")
         if done.returncode or len(out) != len(texts):
-            raise JavaError(f"The PTB tokenizer failed: {_last_line(done.stderr)}.")
+            raise JavaError(f"The PTB tokenizer failed: {self._last_line(done.stderr)}.")
         dropped = coco_tokenizer.PUNCTUATIONS
         return [" ".join(word for word in line.rstrip().split(" ") if word not in dropped) for line in out]
 
@@ -57,26 +58,27 @@ class Java(coco_meteor.Meteor):  # type: ignore[misc]
 
         The corpus score is not the mean of the items: the program sums the statistics of all items and scores the sum.
         """
-        if self.meteor_p is None:
-            self.lock = threading.Lock()  # a new one per process: `compute_score` does not release it on errors
-            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (a full pipe that is not read blocks the program)
-            options = ("-Xmx2G", "-jar", coco_meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
-            folder, pipe = Path(coco_meteor.__file__).absolute().parent, subprocess.PIPE  # it has the paraphrase table
-            command = self._command(*options)
-            self.meteor_p = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
         try:
+            if self.meteor_p is None:
+                self.lock = threading.Lock()  # a new one per process: `compute_score` does not release it on errors
+                self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (an unread pipe could fill and block the program)
+                command = self._command(*METEOR_OPTIONS)
+                folder, pipe = Path(coco_meteor.__file__).absolute().parent, subprocess.PIPE  # has the paraphrase table
+                self.meteor_p = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
             return self.compute_score(dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)})
         except (OSError, ValueError) as error:  # the process ended, or printed something that is not a number
-            self.close()
-            self.errors.seek(0)
-            raise JavaError(f"METEOR failed: {_last_line(self.errors.read()) or error}.") from error
+            raise JavaError(f"METEOR failed: {self.close() or error}.") from error
 
-    def close(self) -> None:
-        """Kill METEOR's process, if there is one."""
-        if self.meteor_p is not None:
-            self.meteor_p.kill()
-            self.meteor_p.communicate()
-            self.meteor_p = None
+    def close(self) -> str:
+        """Kill METEOR's process, if there is one; returns the last line of its standard error."""
+        if self.meteor_p is None:
+            return ""
+        self.meteor_p.kill()
+        self.meteor_p.communicate()
+        self.meteor_p = None
+        with self.errors:
+            self.errors.seek(0)
+            return self._last_line(self.errors.read())
 
     def _stat(self, candidate: str, references: Sequence[str]) -> str:
         """Statistics of one item, from METEOR's SCORE command; called by `compute_score`."""
@@ -86,11 +88,14 @@ class Java(coco_meteor.Meteor):  # type: ignore[misc]
 
     def _command(self, *options: str) -> list[str]:
         if shutil.which(self.program) is None:
-            raise JavaError(
-                f"METEOR and the PTB tokenizer need Java, and there is no command {self.program!r} on PATH "
-                "(Debian: apt-get install default-jre-headless)."
-            )
+            hint = "on PATH (Debian: apt-get install default-jre-headless)"
+            raise JavaError(f"METEOR and the PTB tokenizer need Java, and there is no command {self.program!r} {hint}.")
         return [*IGNORE_SIGNALS, self.program, *JAVA_OPTIONS, *options]
+
+    @staticmethod
+    def _last_line(errors: bytes) -> str:
+        lines = errors.decode(errors="replace").strip().splitlines()
+        return lines[-1].strip().rstrip(".") if lines else ""
 
     def __del__(self) -> None:
         self.close()  # the base class's waits for the lock
@@ -98,8 +103,3 @@ class Java(coco_meteor.Meteor):  # type: ignore[misc]
 
 shared_java = functools.cache(Java)
 """The instance of this process. METEOR takes 8 s and 1.2 GB to start, so it is started once; it ends with its stdin."""
-
-
-def _last_line(errors: bytes) -> str:
-    lines = errors.decode(errors="replace").strip().splitlines()
-    return lines[-1].strip().rstrip(".") if lines else ""

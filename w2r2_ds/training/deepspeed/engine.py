@@ -14,7 +14,7 @@ from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
-from w2r2_ds.training.optimizer import make_optimizer, make_schedule
+from w2r2_ds.training.optimizer import make_lr_scheduler, make_optimizer
 from w2r2_ds.training.step import W2R2Step
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def make_engine(
         # have a graph (`unblocked`): a leaf reduces its gradients at every backward call, and two graphs are two calls.
         set_z3_leaf_modules(model, [decoder_layer])
     optimizer = make_optimizer(model, config.train)
-    schedule = make_schedule(optimizer, config.train)
+    schedule = make_lr_scheduler(optimizer, config.train)
     # The optimizer has trained parameters only, so ZeRO makes master weights and moments for these only.
     engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     return engine
