@@ -18,7 +18,7 @@ from runs import run_ranks
 from w2r2_ds.kernels import measure, select
 from w2r2_ds.kernels.candidates import Candidate, Shapes, make_candidates
 from w2r2_ds.kernels.measure import Measurement, choose, max_error, measurement_table, select_kernels
-from w2r2_ds.kernels.saved_selection import to_manifest
+from w2r2_ds.kernels.saved_selection import kernels_to_manifest
 from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS
 
 GOOD = Measurement("rms_norm", error=1e-3, tolerance=1e-2, torch_seconds=2e-3, kernel_seconds=1e-3)
@@ -164,7 +164,7 @@ def work(folder: Path) -> None:
         patch.setattr(measure, "measure_all", lambda shapes, device: ("", own))
         found: dict[str, Any] = {"kernels": sorted(select_kernels("auto", lambda: SHAPES, CUDA))}
         patch.setattr(torch.cuda, "get_device_name", lambda device: "GPU A")
-        saved = to_manifest("auto", frozenset({"swiglu"}), CUDA)
+        saved = kernels_to_manifest("auto", frozenset({"swiglu"}), CUDA)
         patch.setattr(torch.cuda, "get_device_name", lambda device: ["GPU A", "GPU B"][rank])
         found["resumed"] = sorted(select_kernels("auto", lambda: SHAPES, CUDA, saved))
         if rank == 1:

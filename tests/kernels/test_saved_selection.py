@@ -14,7 +14,7 @@ from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.kernels import measure, saved_selection
 from w2r2_ds.kernels.candidates import Shapes
 from w2r2_ds.kernels.measure import Measurement, select_kernels
-from w2r2_ds.kernels.saved_selection import to_manifest
+from w2r2_ds.kernels.saved_selection import kernels_to_manifest
 from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS
 from w2r2_ds.training.checkpoint import save
 from w2r2_ds.training.checkpoint.save import CheckpointInfo
@@ -44,7 +44,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Shapes]:
 
 def record(kernels: Sequence[str] = tuple(CHOSEN), **changes: Any) -> dict[str, Any]:
     """A selection as it is read from a manifest."""
-    saved: dict[str, Any] = json.loads(json.dumps(to_manifest("auto", frozenset(kernels), CUDA)))
+    saved: dict[str, Any] = json.loads(json.dumps(kernels_to_manifest("auto", frozenset(kernels), CUDA)))
     return saved | changes
 
 
@@ -61,7 +61,7 @@ def test_the_manifest_holds_the_kernels_that_auto_chose(
     }
     stored = {"names": sorted(CHOSEN), "device": "GPU A"} | VERSIONS
     assert kernels == {"auto": stored, "torch": None, "triton": None}
-    assert to_manifest("auto", TORCH_KERNELS, CPU) is None
+    assert kernels_to_manifest("auto", TORCH_KERNELS, CPU) is None
 
 
 @pytest.mark.parametrize("kernels", [CHOSEN, TORCH_KERNELS, frozenset[str]()])

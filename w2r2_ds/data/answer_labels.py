@@ -1,4 +1,6 @@
-"""Labels of a batch: the answer tokens and the positions that predict them. Also the positions of the *what* tokens.
+"""Labels of a batch: the answer tokens and the positions that predict them; and the positions of the *what* tokens.
+
+*What* tokens are those of the description in the prompt. `processor.py` determines which tokens are the answer.
 
 The loss is computed at these positions only, so there is no ``labels`` tensor with -100 for the other tokens.
 """
@@ -26,7 +28,7 @@ def collate_description_positions(
 
 
 def collate_answer_positions(features: Sequence[Features], placements: Sequence[TokenPlacement]) -> AnswerPositions:
-    """Concatenate the answers of all samples; digit tokens become indices into the concatenation."""
+    """Concatenate the answers of all samples; ``digit`` and ``sign`` index the concatenation."""
     answers = [feature.answer_tokens for feature in features if feature.answer_tokens is not None]
     assert len(answers) == len(features), "training features have answers"
     width = max([1, *(len(tokens) for answer in answers for tokens in answer.digits)])
@@ -37,7 +39,8 @@ def collate_answer_positions(features: Sequence[Features], placements: Sequence[
     begin = 0  # first entry of this sample's answer in the concatenation
     for index, (feature, answer) in enumerate(zip(features, answers, strict=True)):
         length, count = len(feature.input_ids), feature.num_answer_tokens
-        # The answer and its end of turn are the last `count` tokens; each is predicted one position before it.
+        # The answer and its end of turn are the last `count` tokens; each is predicted by the hidden state one position
+        # before it: the shift is here, not in the loss.
         position.append(placements[index].positions_of(torch.arange(length - count - 1, length - 1)))
         label.append(feature.input_ids[length - count :])
         where.append(torch.from_numpy(answer.where))
@@ -63,6 +66,6 @@ def collate_answer_positions(features: Sequence[Features], placements: Sequence[
 def _sample_and_sequence(
     counts: Sequence[int], placements: Sequence[TokenPlacement]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample and sequence of every token, ``[sum(counts)]`` int64 each, if sample ``i`` has ``counts[i]`` tokens."""
-    sample = torch.repeat_interleave(torch.tensor(counts))
+    """Sample and sequence index of every token, ``[sum(counts)]`` int64 each; sample i has counts[i] tokens."""
+    sample = torch.repeat_interleave(torch.tensor(counts))  # counts [2, 1] -> [0, 0, 1]
     return sample, torch.tensor([placement.sequence for placement in placements])[sample]

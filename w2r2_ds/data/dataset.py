@@ -19,6 +19,8 @@ from w2r2_ds.utils.plugins import ImportsPlugins
 class SampleDataset(ImportsPlugins, Dataset[Features]):
     """Map-style dataset that processes a sample on access.
 
+    Spawned loader workers import the plug-ins before they unpickle it.
+
     Args:
         samples: the samples.
         processor: (sample, with_answer) -> features.
@@ -55,8 +57,8 @@ def load_mixture(config: DataConfig, split: str) -> Mixture:
     if split == "train" and mixture.epoch_size == 0:
         sizes = ", ".join(f"{prepared.folder / MANIFEST} ({len(prepared)})" for prepared in sets)
         raise ValueError(
-            f"A training epoch has no samples: {sizes}, times the weights in data.train; see skipped.jsonl beside it "
-            "and prepare the data set again, or raise the weight."
+            f"A training epoch has no samples: {sizes}, times the weights in data.train; see skipped.jsonl beside "
+            "each manifest and prepare the data set again, or raise the weight."
         )
     return mixture
 
@@ -67,15 +69,17 @@ def check_frames_are_shared(mixture: Mixture, questions_per_scene: int) -> None:
     Raises:
         ValueError: the frames of a data set were drawn per sample (``frames.protocol`` vgllm).
     """
-    for prepared in mixture.sets if questions_per_scene > 1 else ():
+    if questions_per_scene == 1:
+        return
+    for prepared in mixture.sets:
         if isinstance(prepared, PreparedSet) and prepared.manifest["options"]["frames"].get("protocol") == "vgllm":
             raise ValueError(
-                f"{prepared.folder / MANIFEST}: frames.protocol is vgllm, which draws other frames for every sample, "
-                f"but data.questions_per_scene {questions_per_scene} needs samples that share frames; prepare the data "
-                "set with scene_sets (or uniform, coverage, list), or set it to 1."
+                f"{prepared.folder / MANIFEST}: frames.protocol is vgllm, which draws different frames for every "
+                f"sample, but data.questions_per_scene {questions_per_scene} needs samples that share frames; prepare "
+                "the data set with scene_sets (or uniform, coverage, list), or set it to 1."
             )
 
 
 def digests(mixture: Mixture) -> list[str]:
-    """Digest of each prepared data set of a mixture; equal digests mean equal samples."""
+    """Digest of each prepared data set of a mixture; equal digests mean equal samples. Other sources have none."""
     return [samples.digest for samples in mixture.sets if isinstance(samples, PreparedSet)]

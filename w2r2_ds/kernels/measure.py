@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.kernels.candidates import Candidate, Shapes, make_candidates
-from w2r2_ds.kernels.saved_selection import from_manifest
+from w2r2_ds.kernels.saved_selection import kernels_from_manifest
 from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS, Kernels, check_kernels, unavailable
 from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
 
@@ -77,7 +77,7 @@ def select_kernels(
         mode: value of `model.kernels`: torch, triton or auto.
         make_shapes: returns the run's shapes; called only where kernels are measured.
         device: the model's device.
-        saved: `to_manifest` of the checkpoint that the run resumes from, the same on every rank; for auto only.
+        saved: `kernels_to_manifest` of the checkpoint that the run resumes from, the same on every rank; for auto only.
 
     Raises:
         ValueError: the kernels that are configured or were chosen cannot run on a rank.
@@ -87,7 +87,7 @@ def select_kernels(
         return ALL_KERNELS if mode == "triton" else TORCH_KERNELS
     # Rank 0 decides for all ranks whether the stored kernels are reused: machines may differ, and ranks with different
     # kernels would round differently.
-    kernels = on_rank_zero(lambda: from_manifest(saved, device)) if saved else None
+    kernels = on_rank_zero(lambda: kernels_from_manifest(saved, device)) if saved else None
     if kernels is not None:
         logger.info("kernels (model.kernels auto), as in the checkpoint: %s", ", ".join(sorted(kernels)) or "none")
     elif device.type == "cuda":

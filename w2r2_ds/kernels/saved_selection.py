@@ -1,7 +1,7 @@
 """The kernels that `model.kernels: auto` chose, as a checkpoint stores them, so that a resumed run uses the same ones.
 
-They are reused only on the same GPU model with the same packages. In another environment a kernel may be wrong or slow,
-and a resumed run is not bitwise identical in any case.
+They are reused only on the same GPU model with the same packages. In another environment a stored kernel may be
+wrong or slow, and reusing it would not make the resumed run bitwise identical anyway.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PACKAGES = ("torch", "triton", "liger-kernel", "w2r2-ds")
 logger = logging.getLogger(__name__)
 
 
-def to_manifest(name: str, kernels: Kernels, device: torch.device) -> dict[str, Any] | None:
-    """The chosen kernels and the environment of their measurement; None if nothing was measured.
+def kernels_to_manifest(name: str, kernels: Kernels, device: torch.device) -> dict[str, Any] | None:
+    """The chosen kernels and the environment of their measurement; None unless `model.kernels` is auto on a GPU.
 
     Args:
         name: `model.kernels`.
@@ -37,7 +37,7 @@ def to_manifest(name: str, kernels: Kernels, device: torch.device) -> dict[str, 
     return {"names": sorted(kernels)} | environment(device)
 
 
-def from_manifest(saved: Mapping[str, Any], device: torch.device) -> Kernels | None:
+def kernels_from_manifest(saved: Mapping[str, Any], device: torch.device) -> Kernels | None:
     """The stored kernels; None, with a warning, if they were measured in another environment or do not exist here."""
     now = environment(device)
     differences = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items() if saved.get(key) != value]

@@ -17,12 +17,11 @@ from w2r2_ds.models.weights_hash import model_weights, tensors_digest
 
 
 def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
-    """Open the cache in the folder `data.cache`; None if it is empty.
+    """Open the cache in the folder `data.cache`; None if `data.cache` is the empty string.
 
     Raises:
-        ValueError: the folder cannot be created, or there are no weights.
+        ValueError: the folder cannot be created, or an encoder's weights are not found.
     """
-    # All frozen weights are hashed: names and sizes of files do not distinguish two trainings of an encoder.
     if not data.cache:
         return None
     folder = Path(data.cache)
@@ -36,7 +35,7 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
 
 
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
-    """Hash of the geometry encoder, its options and its pre-processing: the cache key without the frames."""
+    """Hash of the geometry encoder, its options and its pre-processing; equal for all frames."""
     geometry, encoder = model.geometry, GEOMETRY_ENCODERS.find(model.geometry.name)
     fields = {
         "kind": "geometry",
@@ -51,7 +50,7 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
 
 
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
-    """Hash of the vision tower, its options and its pre-processing: the cache key without the frames."""
+    """Hash of the vision tower, its options and its pre-processing; equal for all frames."""
     config = load_model_config(model.vlm)
     family = find_family(config.model_type)
     fields = {
@@ -61,6 +60,7 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         # Frames are resized to whole patches of the geometry encoder, and the tower gets a crop of them.
         "geometry_patch_size": GEOMETRY_ENCODERS.find(model.geometry.name).read_spec(model.geometry).patch_size,
         "config": config.vision_config.to_dict(),
+        # The values are hashed: two trainings of an encoder have files of the same names and sizes.
         "weights": tensors_digest(model_weights(model.vlm), include=family.tower_weights),
         "pixels": asdict(load_vision_spec(model.vlm)),
         "visual": data.visual,

@@ -26,9 +26,10 @@ class Registry(dict[str, Value]):
     def register(self, name: str, value: Value) -> Value:
         """Add and return a value; raises ValueError if another value has this name."""
         known = self.get(name)
-        # A file may be imported twice, as a plug-in and as a module. Its values then replace themselves.
+        # A file may be imported twice, as a plug-in and as a module: the same definition may be registered again.
         taken = known is not None and _source(known) != _source(value)
-        if taken or value.__module__ != self.built_in.get(name, value.__module__):
+        reserved = name in self.built_in and value.__module__ != self.built_in[name]
+        if taken or reserved:
             raise ValueError(f"{value.__module__}: {self.option} {name!r} exists already; choose another name.")
         self[name] = value
         return value
@@ -43,13 +44,13 @@ class Registry(dict[str, Value]):
             hint = "".join(f" (did you mean {like}?)" for like in get_close_matches(name, names, 1))
             raise ValueError(
                 f"{option or self.option} is {name!r}; it must be one of {', '.join(names)}{hint}, or registered by a "
-                "file given with --plugin."
+                "file or module given with --plugin."
             )
         return self[name]
 
 
 def _source(value: object) -> tuple[object, str, int]:
-    """File, qualified name and line of a class or function, or of an object's class."""
+    """File and qualified name of a class or function, or of an object's class; of a function also its line."""
     definition = value if hasattr(value, "__qualname__") else type(value)
     module = sys.modules.get(definition.__module__)
     code = getattr(definition, "__code__", None)  # distinguishes two lambdas

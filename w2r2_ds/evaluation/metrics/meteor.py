@@ -1,8 +1,8 @@
 """METEOR 1.5 and the PTB tokenizer: pycocoevalcap's Java programs, run with the same options as by pycocoevalcap.
 
-What differs from its `Meteor` and `PTBTokenizer`: line breaks and ``|||`` in a text become spaces (they shift or break
-all later texts there); the tokenizer reads stdin (there, a file in the package folder, which may be read-only); Java
-ignores SIGUSR1 and SIGTERM, which request that a training run stops after its step; its errors raise `JavaError`.
+Differences: line breaks and ``|||`` in a text become spaces, because they would shift or break all later texts; the
+tokenizer reads stdin, not a file in the package folder, which may be read-only; Java ignores SIGUSR1 and SIGTERM, which
+request that a training run stops after its step; `JavaError` is raised if Java fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from pycocoevalcap.meteor import meteor as coco_meteor
 from pycocoevalcap.tokenizer import ptbtokenizer as coco_tokenizer
 
-LINE_BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # all that Java or Python end a line at
+LINE_BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # what Java or Python treats as one
 # The machine's language must not change scores: in Turkish, the lower case of "I" is not "i".
 JAVA_OPTIONS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 METEOR_OPTIONS = ("-Xmx2G", "-jar", coco_meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
@@ -60,10 +60,10 @@ class Java(coco_meteor.Meteor):  # type: ignore[misc]
         """
         try:
             if self.meteor_p is None:
-                self.lock = threading.Lock()  # a new one per process: `compute_score` does not release it on errors
+                self.lock = threading.Lock()  # new: after an error `compute_score` leaves the old one locked
                 self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (an unread pipe could fill and block the program)
                 command = self._command(*METEOR_OPTIONS)
-                folder, pipe = Path(coco_meteor.__file__).absolute().parent, subprocess.PIPE  # has the paraphrase table
+                folder, pipe = Path(coco_meteor.__file__).parent.absolute(), subprocess.PIPE  # with paraphrase table
                 self.meteor_p = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
             return self.compute_score(dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)})
         except (OSError, ValueError) as error:  # the process ended, or printed something that is not a number
@@ -98,8 +98,8 @@ class Java(coco_meteor.Meteor):  # type: ignore[misc]
         return lines[-1].strip().rstrip(".") if lines else ""
 
     def __del__(self) -> None:
-        self.close()  # the base class's waits for the lock
+        self.close()  # the base class's method would wait for the lock
 
 
 shared_java = functools.cache(Java)
-"""The instance of this process. METEOR takes 8 s and 1.2 GB to start, so it is started once; it ends with its stdin."""
+"""The instance of this process. METEOR takes 8 s and 1.2 GB to start; it exits when its stdin closes."""

@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from w2r2_ds.config.io import config_text
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.kernels.saved_selection import to_manifest
+from w2r2_ds.kernels.saved_selection import kernels_to_manifest
 from w2r2_ds.models.build import trainable
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.deepspeed_io import ENGINE, RankWriter, save_shards
@@ -156,7 +156,7 @@ def build_manifest(
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "model": model.fingerprint,
-        "kernels": to_manifest(config.model.kernels, model.kernels, engine.device),
+        "kernels": kernels_to_manifest(config.model.kernels, model.kernels, engine.device),
         "metrics": dict(info.metrics),
         "best": info.best,
         "data": list(info.data),

@@ -1,4 +1,7 @@
-"""Initialise the process group: port, time-outs, and the folder in which DeepSpeed compiles its extensions."""
+"""Initialise the process group: port, time-outs, and the folder in which DeepSpeed compiles its extensions.
+
+A launcher starts the ranks: ``deepspeed launchers/train.py``, torchrun, or slurm/rank.sh.
+"""
 
 from __future__ import annotations
 
