@@ -30,8 +30,7 @@ def check_data(config: DataConfig, micro_batch: int, ranks: int) -> CheckResult:
             result.errors.append(str(error))
             continue
         result.info[source.path] = f"{len(found)} samples in {folder}"
-        # The manifest contains the hashes of the other files.
-        result.must_match[f"the prepared set {folder}"] = short_hash([folder / MANIFEST], folder)
+        result.must_match[f"the prepared set {folder}"] = short_hash([folder / MANIFEST], folder)  # has all hashes
         indices = np.linspace(0, len(found) - 1, min(SAMPLES_CHECKED, len(found)), dtype=int)
         samples = [sample for sample in (found[index] for index in indices) if sample.frames]
         missing = [sample.frames[0] for sample in samples if not sample.frames[0].is_file()]
