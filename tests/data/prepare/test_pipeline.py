@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,46 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_questions, write_scene
+from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_questions
+from preparations import DEPTH, SECOND, THIRD, contents
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import SourceConfig
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.frames.selection import FrameOptions
-from w2r2_ds.data.prepare import manifest
 from w2r2_ds.data.prepare import pipeline as preparing
-from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
 from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.data.tasks.scan2cap import Scan2Cap
-from w2r2_ds.data.tasks.scanrefer import ScanRefer
 from w2r2_ds.demo.assets import prepare_sets
 from w2r2_ds.demo.synthetic.write import Written
-from w2r2_ds.utils.hashing import file_sha256
 from w2r2_ds.utils.parallel import run_all
-
-SECOND, THIRD = "scene0001_00", "scene0002_00"
-DEPTH = TaskOptions("scanrefer", "train", frames=FrameOptions("uniform", 2), visibility="depth")
-
-
-@pytest.fixture
-def scenes(root: Path) -> Path:
-    """Three copies of the scene; their descriptions alternate, so that those of one scene are not consecutive."""
-    for scene_id in (SECOND, THIRD):
-        write_scene(root, scene_id)
-    names = [SECOND, SCENE, THIRD, SCENE, SECOND, THIRD]
-    entries = [{**entry(ann_id=n), "scene_id": name} for n, name in enumerate(names)]
-    entries.append(entry(3, "lamp", 6, "a hidden lamp."))
-    write_annotations(root, entries)
-    return root
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / SKIPPED_FILE).read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_samples_are_in_the_order_of_the_annotations(scenes: Path) -> None:
@@ -97,104 +73,12 @@ def test_every_annotation_becomes_samples_or_a_skipped_item(scenes: Path) -> Non
     assert len(PreparedSet(done.folder, scenes)) == 2 * 6
 
 
-def test_the_summary_compares_with_the_published_count(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = prepare(scenes, DEPTH, scenes / "one", quiet=True)
-    assert "7 descriptions, not the 36665 that are published" in summary_line(done.folder, done.manifest, False)
-    monkeypatch.setattr(ScanRefer, "published", {"train": 7})
-    done = prepare(scenes, DEPTH, scenes / "two", quiet=True)
-    assert done.manifest["counts"]["published"]["met"] is True
-    text = summary_line(done.folder, done.manifest, False)
-    assert "7 descriptions, as published" in text and "1 no_visible_frame" in text
-
-
-def test_published_scenes_are_compared_with_all_annotated_scenes(
-    damaged: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ScanRefer, "published", {"train": 7})
-    monkeypatch.setattr(ScanRefer, "unit", lambda self, options: "scenes")
-    done = prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=True, quiet=True)
-    assert done.manifest["counts"]["scenes"] == 1
-    assert "7 scenes, as published" in summary_line(done.folder, done.manifest, False)
-
-
 def test_validation_of_scan2cap_counts_objects(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_annotations(scenes, [entry(), entry(ann_id=1), entry(4, "table")], "val")
     monkeypatch.setattr(Scan2Cap, "published", {"val": 2})
     options = TaskOptions("scan2cap", "val", frames=FrameOptions("uniform", 2), boxes="annotated")
     counts = prepare(scenes, options, scenes / "out", quiet=True).manifest["counts"]
     assert (counts["objects"], counts["published"]["met"], counts["samples"]) == (2, True, 2)
-
-
-def test_an_equal_data_set_is_reused_and_another_one_rejected(scenes: Path) -> None:
-    out = scenes / "out"
-    assert not prepare(scenes, DEPTH, out, quiet=True).reused
-    before = contents(out)
-    assert prepare(scenes, DEPTH, out, quiet=True).reused
-    more = replace(DEPTH, frames=FrameOptions("uniform", 3))
-    with pytest.raises(ValueError, match=r"out holds another prepared data set \(options: frames: count is 2 there"):
-        prepare(scenes, more, out, quiet=True)
-    (scenes / "posed_images" / SECOND / "00004.jpg").write_bytes(b"")
-    with pytest.raises(
-        ValueError,
-        match=rf"\(posed_images/{SECOND} has changed since the preparation\); remove it, or pass another --out",
-    ):
-        prepare(scenes, DEPTH, out, quiet=True)
-    assert contents(out) == before
-
-
-def test_a_changed_pose_is_another_data_set(scenes: Path) -> None:
-    prepare(scenes, DEPTH, scenes / "out", quiet=True)
-    pose = scenes / "posed_images" / SECOND / "00000.txt"
-    numbers = pose.read_text().split()
-    numbers[3] = str(float(numbers[3]) + 1)  # x of the camera
-    pose.write_text(" ".join(numbers))
-    with pytest.raises(ValueError, match=rf"posed_images/{SECOND} has changed"):
-        prepare(scenes, DEPTH, scenes / "out", quiet=True)
-
-
-@pytest.mark.parametrize("name", ["pose", "alignment", "prepared"])
-def test_an_unreadable_file_is_not_a_missing_file(scenes: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Root can read all files, so that the error is raised by a patched function."""
-    done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
-    file = {
-        "pose": scenes / "posed_images" / SECOND / "00000.txt",
-        "alignment": scenes / "scans" / SECOND / f"{SECOND}.txt",
-        "prepared": done.folder / f"{SECOND}.parquet",
-    }[name]
-
-    def denied(path: Path) -> str:
-        if path == file:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return file_sha256(path)
-
-    monkeypatch.setattr(manifest, "file_sha256", denied)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} cannot be read \(Permission denied\)"):
-        prepare(scenes, DEPTH, scenes / "out", quiet=True)
-
-
-@pytest.mark.parametrize("name", ["posed_images/{}/00000.txt", "scans/{0}/{0}.txt"])
-def test_a_scene_with_an_unreadable_file_can_be_skipped(scenes: Path, name: str) -> None:
-    file = scenes / name.format(SECOND)
-    file.unlink()
-    file.symlink_to(file.name)  # a cycle: ELOOP, which is not a missing file
-    with pytest.raises(ValueError, match=re.escape(file.name)):
-        prepare(scenes, DEPTH, scenes / "out", quiet=True)
-    done = prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True)
-    assert done.manifest["skipped"]["broken_scene"] > 0
-    assert SECOND not in {sample.scene_id for sample in PreparedSet(done.folder, scenes)}
-    assert prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True).reused
-
-
-def test_other_files_and_changed_files_are_never_overwritten(scenes: Path) -> None:
-    out = scenes / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"out holds mine\.txt"):
-        prepare(scenes, DEPTH, out, quiet=True)
-    done = prepare(scenes, DEPTH, scenes / "other", quiet=True)
-    (done.folder / f"{SCENE}.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=rf"{SCENE}\.parquet is not the file that manifest.json describes"):
-        prepare(scenes, DEPTH, done.folder, quiet=True)
 
 
 class Killed(BaseException):
@@ -306,16 +190,6 @@ def test_two_processes_write_the_same_bytes(rooms: Written, tmp_path: Path) -> N
 def test_a_process_that_dies_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"One of 2 "):
         list(run_all(os._exit, [(1,), (1,)], 2))
-
-
-@pytest.fixture
-def damaged(scenes: Path) -> Path:
-    """A scene without images, and one with a truncated image."""
-    for path in (scenes / "posed_images" / SECOND).iterdir():
-        path.unlink()
-    image = scenes / "posed_images" / THIRD / "00000.jpg"
-    image.write_bytes(image.read_bytes()[:-40])
-    return scenes
 
 
 def test_all_broken_scenes_are_reported(damaged: Path) -> None:

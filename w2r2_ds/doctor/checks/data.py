@@ -26,24 +26,20 @@ def check_data(config: DataConfig, micro_batch: int, ranks: int) -> CheckResult:
         folder = root / source.path
         try:
             found = PreparedSet(folder, root)
-        except ValueError as error:
-            result.errors.append(str(error))
-            continue
-        result.info[source.path] = f"{len(found)} samples in {folder}"
-        result.must_match[f"the prepared set {folder}"] = short_hash([folder / MANIFEST], folder)  # has all hashes
-        indices = np.linspace(0, len(found) - 1, min(SAMPLES_CHECKED, len(found)), dtype=int)
-        samples = [sample for sample in (found[index] for index in indices) if sample.frames]
-        missing = [sample.frames[0] for sample in samples if not sample.frames[0].is_file()]
-        if missing:
-            result.errors.append(
-                f"{missing[0]} of {folder} does not exist ({len(missing)} of {len(samples)} checked frames); mount or "
-                "copy the frames to this node, or correct data.root."
-            )
-        else:
-            try:
+            result.info[source.path] = f"{len(found)} samples in {folder}"
+            result.must_match[f"the prepared set {folder}"] = short_hash([folder / MANIFEST], folder)  # has all hashes
+            indices = np.linspace(0, len(found) - 1, min(SAMPLES_CHECKED, len(found)), dtype=int)
+            samples = [sample for sample in (found[index] for index in indices) if sample.frames]
+            missing = [sample.frames[0] for sample in samples if not sample.frames[0].is_file()]
+            if missing:
+                result.errors.append(
+                    f"{missing[0]} of {folder} does not exist ({len(missing)} of {len(samples)} checked frames); mount "
+                    "or copy the frames to this node, or correct data.root."
+                )
+            else:
                 largest = max([largest, *(input_bytes(sample.frames, config) for sample in samples)])
-            except ValueError as error:  # a frame cannot be read
-                result.errors.append(str(error))
+        except ValueError as error:  # the set or a frame cannot be read
+            result.errors.append(str(error))
     # Samples that share their frames share the inputs of the encoders too.
     check_shared_memory(result, largest * micro_batch // config.questions_per_scene, config, ranks)
     return result
