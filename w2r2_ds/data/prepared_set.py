@@ -10,7 +10,6 @@ The order of the samples is that of their annotations in the annotation file (co
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 
 from w2r2_ds.types.sample import LabeledBox, Reference, Sample, Target
 from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.hashing import json_sha256
 from w2r2_ds.utils.sanitize import CONTROL
 
 VERSION = 4
@@ -122,7 +122,7 @@ class PreparedSet(Sequence[Sample]):
     @property
     def digest(self) -> str:
         """SHA-256 of the manifest, which has the options, the counts and the hashes of the inputs."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        return json_sha256(self.manifest)
 
     def __len__(self) -> int:
         return len(self._samples)

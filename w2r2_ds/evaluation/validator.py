@@ -7,8 +7,6 @@ The scores are named ``task/metric``. The metrics are those of each task's defau
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +26,7 @@ from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.validation import draw_subset, rank_subset
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import raise_on_all_ranks
+from w2r2_ds.utils.hashing import json_sha256
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -126,7 +125,7 @@ class AnswerValidation:
 def samples_sha256(samples: Sequence[Sample]) -> str:
     """SHA-256 (12 hex digits) of ids, questions and frame names; scores of other samples are not compared."""
     content = [[sample.task, sample.id, sample.question, *(path.name for path in sample.frames)] for sample in samples]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return json_sha256(content)[:12]
 
 
 def score(records: Sequence[AnswerRecord]) -> dict[str, float | None]:

@@ -7,14 +7,12 @@ node, tasks with the same frames share one file, and a replaced frame gets a new
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.hashing import FileVersion, file_version
+from w2r2_ds.utils.hashing import FileVersion, file_version, json_sha256
 
 VERSION = 1
 """Version of the pre-processing and encoder code; increase it when the same frames and weights give other values."""
@@ -28,7 +26,7 @@ def encoder_identity(settings: Mapping[str, Any]) -> str:
     Args:
         settings: everything that the encoder's output depends on besides the frames; serialisable as JSON.
     """
-    return hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode()).hexdigest()
+    return json_sha256([VERSION, settings])
 
 
 def features_key(identity: str, frames: Sequence[Path]) -> str:
@@ -42,7 +40,7 @@ def features_key(identity: str, frames: Sequence[Path]) -> str:
         ValueError: a frame cannot be read.
     """
     digests = [frame_digest(path) for path in frames]
-    return hashlib.sha256(json.dumps([identity, digests]).encode()).hexdigest()
+    return json_sha256([identity, digests])
 
 
 def frame_digest(path: Path) -> str:

@@ -1,11 +1,13 @@
-"""SHA-256 and versions of files."""
+"""SHA-256 of files and JSON values, and versions of files."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 FileVersion = tuple[int, int, int, int, int]
 """Device, inode, size, modification time and change time of a file; see `file_version`."""
@@ -33,3 +35,8 @@ def files_sha256(paths: Iterable[Path], root: Path) -> str:
     for path in sorted(paths):
         digest.update(f"{path.relative_to(root)}\0{file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """Hexadecimal SHA-256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_files
 from w2r2_ds.data.prepared_set import MANIFEST, VERSION, read_manifest
-from w2r2_ds.utils.hashing import file_sha256
+from w2r2_ds.utils.hashing import file_sha256, json_sha256
 
 MISSING = "missing"
 """Value in place of the hash of a missing file."""
@@ -49,7 +47,7 @@ def frames_hash(folder: Path) -> str:
         return MISSING
     except OSError as error:
         raise ValueError(f"{folder} cannot be read ({error.strerror}); correct its permissions or the disk.") from None
-    return json_sha256({file.name: file_hash(file) if file.suffix == ".txt" else "" for file in files})
+    return json_sha256([{file.name: file_hash(file) if file.suffix == ".txt" else "" for file in files}])
 
 
 def task_inputs(plan: Plan) -> dict[str, str]:
@@ -84,11 +82,6 @@ def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
 def relative(path: Path, root: Path) -> str:
     """The path relative to the root; unchanged if it is outside."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-
-
-def json_sha256(*parts: Any) -> str:
-    """SHA-256 of JSON values, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_identity(

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 
 from w2r2_ds.data.prepare.manifest import (
     check_reusable,
-    json_sha256,
     make_counts,
     manifest_identity,
     scene_inputs,
@@ -48,7 +47,7 @@ from w2r2_ds.data.validate import check_frames
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.file_lock import locked
-from w2r2_ds.utils.hashing import file_sha256
+from w2r2_ds.utils.hashing import file_sha256, json_sha256
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
 
@@ -121,7 +120,7 @@ def prepare(
         # Unlike the manifest, a scene's key does not cover the files of other scenes or the skip options. When these
         # change, the scene stays valid.
         common = {**identity, "inputs": files, "options": recorded_options(options)}
-        keys = {scene_id: json_sha256(common, inputs) for scene_id, inputs in scenes.items()}
+        keys = {scene_id: json_sha256([common, inputs]) for scene_id, inputs in scenes.items()}
         with locked(out.with_name(out.name + ".lock"), f"{out} is being prepared", "pass another --out"):
             if not check_reusable(out, identity):  # another process may have finished it before this one got the lock
                 _check_folder(out)

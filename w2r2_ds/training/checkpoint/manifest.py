@@ -11,7 +11,6 @@ Against that, no file of a checkpoint is ever executed (training/checkpoint/deep
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -23,6 +22,7 @@ from typing import Any
 
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.atomic_io import Digest
+from w2r2_ds.utils.hashing import json_sha256
 from w2r2_ds.utils.json_io import read_json
 
 TENSORS = "trainable.safetensors"
@@ -231,4 +231,4 @@ def _latest(run: Path) -> Path:
 
 def _digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of the manifest without its own digest, in canonical JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content)
