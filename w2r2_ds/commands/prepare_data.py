@@ -135,9 +135,14 @@ def boxes(root: str, scenes: list[str] = [], workers: int = 0, overwrite: bool =
         overwrite: replace existing files.
     """
     from w2r2_ds.data.prepare.scannet_boxes import write_all_boxes
+    from w2r2_ds.utils.findings import by_kind
+    from w2r2_ds.utils.sanitize import lines
 
-    written, existing = write_all_boxes(root, scenes, _processes(workers), overwrite)
-    print(f"{Path(root) / 'scannet_data'}: wrote the boxes of {written} scenes; {existing} already existed")
+    done = write_all_boxes(root, scenes, _processes(workers), overwrite)
+    summary = (
+        f"{Path(root) / 'scannet_data'}: wrote the boxes of {done.written} scenes; {done.existing} already existed"
+    )
+    print(lines("\n  ".join([summary, *by_kind(done.findings)])))
 
 
 def synthetic(

@@ -17,7 +17,7 @@ from w2r2_ds.commands.prepare import main, with_values
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.plan import make_plan
 from w2r2_ds.data.prepare.preflight import forecast, missing, report
-from w2r2_ds.data.prepare.scannet_boxes import write_all_boxes
+from w2r2_ds.data.prepare.scannet_boxes import BoxesSummary, write_all_boxes
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import TaskOptions
@@ -179,9 +179,9 @@ def test_boxes_of_all_scenes(root: Path) -> None:
         (root / "scans" / "scene0001_00").mkdir()
         write_all_boxes(root)
     (root / "scans" / "scene0001_00").rmdir()
-    assert write_all_boxes(root) == (0, 1), "there already"
+    assert write_all_boxes(root) == BoxesSummary(0, 1, ()), "there already"
     assert len(load_scene(root, SCENE).instances) == 3
-    assert write_all_boxes(root, overwrite=True) == (1, 0)
+    assert write_all_boxes(root, overwrite=True).written == 1
     # turned by 90 degrees and moved by (0.5, -2, 0.25)
     np.testing.assert_allclose(load_scene(root, SCENE).instances[0].box, [0.5, -2.0, 0.25, 1.0, 2.0, 0.5], atol=1e-6)
     with pytest.raises(ValueError, match="holds no scenes; correct --root"):

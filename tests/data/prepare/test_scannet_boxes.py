@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hand_scene import ALIGN, SCENE, write_scene
+from w2r2_ds.commands.prepare import main
 from w2r2_ds.data.prepare.scannet_boxes import write_boxes
 from w2r2_ds.data.sources.scannet import load_scene
 
@@ -91,19 +92,61 @@ def scan(tmp_path: Path) -> Path:
 def test_boxes_by_hand(scan: Path, binary: bool) -> None:
     np.testing.assert_array_equal(VERTICES[1] @ ALIGN[:3, :3].T + ALIGN[:3, 3], [-1.5, -1, 3.25])
     write_mesh(files(scan)["mesh"], VERTICES, binary)
-    path = write_boxes(scan, SCENE)
-    assert path == files(scan)["boxes"]
+    findings = write_boxes(scan, SCENE)
+    path = files(scan)["boxes"]
     np.testing.assert_array_equal(np.load(path), ROWS)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    examples = [finding.example for finding in findings]
+    assert examples == [f"{SCENE}: segment 77 of object 2", f"{SCENE}: object 1 (misc)", f"{SCENE}: object 2 (lamp)"]
     instances = load_scene(scan, SCENE).instances
     assert sorted(instances) == [0, 1, 3]
     np.testing.assert_array_equal(instances[0].box, ROWS[0, :6])
 
 
-def test_scanrefers_aggregation_file_has_priority(scan: Path) -> None:
-    other = files(scan)["groups"].with_name(f"{SCENE}_vh_clean.aggregation.json")
-    other.write_text(json.dumps({"segGroups": [{"objectId": 5, "label": "lamp", "segments": [50]}]}))
-    np.testing.assert_array_equal(np.load(write_boxes(scan, SCENE)), [[*ROWS[3, :6], 35, 5]])
+def test_the_annotation_of_the_fine_mesh_is_not_read(scan: Path) -> None:
+    """ScanNet's download has both files; the segment ids of the fine mesh name other vertices."""
+    paths = files(scan)
+    fine = paths["groups"].with_name(f"{SCENE}_vh_clean.aggregation.json")
+    fine.write_text(json.dumps({"segGroups": [{"objectId": 5, "label": "lamp", "segments": [50]}]}))
+    write_boxes(scan, SCENE)
+    np.testing.assert_array_equal(np.load(paths["boxes"]), ROWS)
+    paths["groups"].unlink()
+    with pytest.raises(ValueError, match=rf"{SCENE}\.aggregation\.json does not exist.*{re.escape(fine.name)}"):
+        write_boxes(scan, SCENE)
+
+
+@pytest.mark.parametrize("prefix", ["", "scannet."])
+def test_the_segments_file_of_the_annotation_is_compared(scan: Path, prefix: str) -> None:
+    paths = files(scan)
+    content = {"segGroups": GROUPS, "segmentsFile": prefix + paths["segments"].name}
+    paths["groups"].write_text(json.dumps(content))
+    write_boxes(scan, SCENE)
+    np.testing.assert_array_equal(np.load(paths["boxes"]), ROWS)
+    for other in (f"{SCENE}_vh_clean.segs.json", paths["segments"].name.replace(SCENE, "scene0005_00")):
+        paths["groups"].write_text(json.dumps({**content, "segmentsFile": prefix + other}))
+        with pytest.raises(
+            ValueError, match=rf"'segmentsFile' is {re.escape(prefix + other)}.*{paths['segments'].name}"
+        ):
+            write_boxes(scan, SCENE)
+
+
+def test_an_object_that_is_listed_twice_has_two_boxes(scan: Path) -> None:
+    """ScanRefer's code gives the vertices to the later one, and a row of zeros to the other."""
+    twice = {**GROUPS[0], "objectId": 8}
+    files(scan)["groups"].write_text(json.dumps({"segGroups": [*GROUPS, twice]}))
+    findings = [each for each in write_boxes(scan, SCENE) if "listed again" in each.kind]
+    assert [each.example for each in findings] == [f"{SCENE}: object 3 (closet wall)"]
+    rows = np.load(files(scan)["boxes"])
+    np.testing.assert_array_equal(rows[:4], ROWS)
+    np.testing.assert_array_equal(rows[4], [*ROWS[3, :7], 8])
+
+
+def test_a_flat_object_has_no_box_and_does_not_block_the_others(scan: Path) -> None:
+    flat = {"objectId": 9, "label": "sheet", "segments": [40]}  # one vertex
+    files(scan)["groups"].write_text(json.dumps({"segGroups": [*GROUPS, flat]}))
+    (finding,) = [each for each in write_boxes(scan, SCENE) if "flat" in each.kind]
+    assert finding.example == f"{SCENE}: object 9 (sheet) of the size [0.0, 0.0, 0.0]"
+    np.testing.assert_array_equal(np.load(files(scan)["boxes"]), [*ROWS, [0] * 8])
 
 
 @pytest.mark.parametrize("missing", ["mesh", "segments", "groups", "description", "labels"])
@@ -131,8 +174,8 @@ def group(**changes: Any) -> str:
         ("groups", group(label=None), "field 'segGroups[0].label'"),
         ("groups", group(segments=["x"]), "field 'segGroups[0].segments[0]'"),
         ("groups", json.dumps({"segGroups": GROUPS[:1] * 2}), "field 'segGroups[1].objectId'"),
-        ("groups", group(segments=[40]), "object 3 (closet wall) is flat, with the size [0.0, 0.0, 0.0]"),
-        ("groups", group(segments=[77]), f"has no vertex of any object of {SCENE}"),
+        ("groups", group(segments=[40]), f"no object of {SCENE} has a box (flat objects"),
+        ("groups", group(segments=[77]), f"no object of {SCENE} has a box (segment ids that no vertex has; objects"),
         (
             "segments",
             json.dumps({"segIndices": SEGMENTS[:-1]}),
@@ -170,3 +213,11 @@ def test_a_cut_mesh_is_rejected(scan: Path) -> None:
 def test_an_unsafe_scene_id_is_rejected(scan: Path) -> None:
     with pytest.raises(ValueError, match="letters, digits and underscores"):
         write_boxes(scan, "../up")
+
+
+def test_the_command_prints_one_line_per_kind(scan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["boxes", "--root", str(scan), "--overwrite", "--workers", "1"]) == 0
+    printed = capsys.readouterr().out.splitlines()[-4:]
+    assert printed[0].startswith(f"{scan / 'scannet_data'}: wrote the boxes of 1 scenes")
+    assert [line.split()[0] for line in printed[1:]] == ["1", "1", "1"]
+    assert printed[3].endswith(f"such as {SCENE}: object 2 (lamp)")
