@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from w2r2_ds.models.loading import (
     load_model_config,
@@ -176,6 +179,40 @@ def test_weights_that_do_not_match_the_config_raise(copy_dir: Path) -> None:
         load_vlm(copy_dir, torch.float32)
 
 
+@pytest.fixture
+def live_zero3() -> Iterator[Any]:
+    """An `HfDeepSpeedConfig` of ZeRO-3, under which transformers partitions the weights that it loads."""
+    live = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    yield live
+    hf_deepspeed.unset_hf_deepspeed_config()
+
+
+def test_weights_that_do_not_match_the_config_raise_under_zero3(copy_dir: Path, live_zero3: Any) -> None:
+    """Before a weight is read: there is no process group here."""
+    path, name = copy_dir / "model.safetensors", "visual.blocks.0.attn.qkv.weight"
+    weights = load_file(path)
+    save_file({**weights, "visual.extra": torch.zeros(1), name: torch.zeros(3, 3)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 unexpected, first .*visual.extra; 1 of another shape"):
+        load_vlm(copy_dir, torch.float32)
+    save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing, first model.visual.blocks.0.attn.qkv.weight"):
+        load_vlm(copy_dir, torch.float32)
+    assert hf_deepspeed.is_deepspeed_zero3_enabled() and hf_deepspeed.deepspeed_config() == live_zero3.config
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "compressed-tensors", "bitsandbytes", "a new one"])
+@pytest.mark.parametrize("part", ["", "text_config"])
+def test_a_quantised_model_raises(copy_dir: Path, method: str, part: str) -> None:
+    """Where config.json is read, before all other checks."""
+    path = copy_dir / "config.json"
+    raw = json.loads(path.read_text())
+    (raw[part] if part else raw)["quantization_config"] = {"quant_method": method}
+    path.write_text(json.dumps(raw))
+    for load in (load_model_config, load_tokenizer, load_vision_spec, meta_model, load_vlm):
+        with pytest.raises(ValueError, match=rf"config\.json: .*quantization_config.*\({method}\)"):
+            load(copy_dir)
+
+
 def test_a_tokenizer_that_does_not_match_the_config_raises(copy_dir: Path) -> None:
     path = copy_dir / "tokenizer.json"
     text = path.read_text()
@@ -200,15 +237,7 @@ def test_a_tokenizer_without_template_or_files_raises(copy_dir: Path) -> None:
         load_tokenizer(copy_dir)
 
 
-def test_meta_model_ignores_a_live_zero3_config(tiny_dir: Path) -> None:
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations import deepspeed as hf_deepspeed
-
-    live = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
-    try:
-        model = meta_model(tiny_dir)
-        assert all(value.is_meta and value.numel() and not hasattr(value, "ds_id") for value in model.parameters())
-        assert hf_deepspeed.is_deepspeed_zero3_enabled()
-        assert hf_deepspeed.deepspeed_config() == live.config
-    finally:
-        hf_deepspeed.unset_hf_deepspeed_config()
+def test_meta_model_ignores_a_live_zero3_config(tiny_dir: Path, live_zero3: Any) -> None:
+    model = meta_model(tiny_dir)
+    assert all(value.is_meta and value.numel() and not hasattr(value, "ds_id") for value in model.parameters())
+    assert hf_deepspeed.is_deepspeed_zero3_enabled() and hf_deepspeed.deepspeed_config() == live_zero3.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ def load_model_config(name_or_path: str | Path) -> Any:
     """Read and check ``config.json``; returns the transformers config of its ``model_type``.
 
     Raises:
-        ValueError: there is no such directory, ``config.json`` cannot be read, its ``model_type`` is not supported, or
-            a field selects code of the hub.
+        ValueError: there is no such directory, ``config.json`` cannot be read, its ``model_type`` is not supported, its
+            weights are quantised, or a field selects code of the hub.
     """
     name = _check_name(name_or_path)
     try:
@@ -45,6 +46,7 @@ def load_model_config(name_or_path: str | Path) -> Any:
         raise ValueError(_unreadable(name, "config.json", error)) from error
     find_family(raw.get("model_type"), f"{name}/config.json")
     check_config(raw, f"{name}/config.json")
+    _check_not_quantised(raw, f"{name}/config.json")
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
@@ -72,30 +74,30 @@ def load_vlm(
     name = _check_name(name_or_path)
     config = load_model_config(name)
     check_model_files(name, attn_implementation)
+    from_pretrained = functools.partial(
+        AutoModelForImageTextToText.from_pretrained,
+        name,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported in the info, for which `_check_loaded` raises
+        trust_remote_code=False,
+        use_safetensors=True,  # a .bin is a pickle
+    )
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in `info`, for which `_check_loaded` raises
-            trust_remote_code=False,
-            use_safetensors=True,  # a .bin is a pickle
-        )
+        if hf_deepspeed.is_deepspeed_zero3_enabled():
+            # Under ZeRO-3, transformers neither looks for tensors that the model does not have nor compares shapes. On
+            # the meta device it does both, and reads only the names and shapes in the files.
+            with without_zero3_init():
+                _check_loaded(name, from_pretrained(device_map="meta")[1])
+        model, info = from_pretrained()
     except (OSError, SafetensorError) as error:
         raise ValueError(_unreadable(name, "model weights", error)) from error
     except ImportError as error:
         raise ValueError(
             f"model.attention is {attn_implementation}, which needs a package that is not installed "
             f"({' '.join(str(error).split())}); install it or choose sdpa"
-        ) from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):  # under ZeRO-3, transformers raises instead of reporting mismatched sizes
-            raise
-        detail = " ".join(str(error).split())
-        raise ValueError(
-            f"{name}: the weights do not fit config.json ({detail}); copy the complete model directory"
         ) from error
     _check_loaded(name, info)
     return model
@@ -174,6 +176,18 @@ def meta_model(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
     chosen = model_class(config)
     with without_zero3_init(), torch.device("meta"):
         return chosen(config).eval()
+
+
+def _check_not_quantised(raw: dict[str, Any], location: str) -> None:
+    """Raise ValueError if a config.json, or the config of a sub-model in it, is that of a quantised model."""
+    for part, fields in (("", raw), *((f"{key}.", value) for key, value in raw.items() if isinstance(value, dict))):
+        found = fields.get("quantization_config")
+        if found is not None:
+            method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+            raise ValueError(
+                f"{location}: {part}quantization_config: the weights are quantised ({method}), which is not supported; "
+                "use the directory or hub id of the model in bfloat16"
+            )
 
 
 def _check_name(name_or_path: str | Path) -> str:
