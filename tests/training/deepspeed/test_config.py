@@ -57,6 +57,7 @@ def test_auto_and_missing_values_are_filled_in_a_copy() -> None:
         "zero_optimization": {"stage": 3},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},
     }
     assert json.dumps(raw) == before
 
@@ -123,6 +124,7 @@ def test_equal_values_are_accepted_and_other_settings_unchanged() -> None:
         ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer is true", "AdamW"]),
         ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer is false"]),
         ({"optimizer": {"type": "AdamW"}}, ['remove "optimizer"', "train.lr"]),
+        ({"timers": {"throughput": {"enabled": True}}}, ['remove "timers"', "metrics.jsonl"]),
         ({"scheduler": {}}, ['remove "scheduler"', "train.warmup_ratio"]),
         ({"fp16": {"enabled": True}}, ["fp16", "use", "bf16"]),
         ({"zero_optimisation": {"stage": 3}}, ['unknown key "zero_optimisation"', "zero_optimization"]),

@@ -27,6 +27,7 @@ OWNED_BY_THE_RUN = {
     "tensorboard": "train.trackers",
     "wandb": "train.trackers",
     "csv_monitor": "metrics.jsonl, which is always written",
+    "timers": "metrics.jsonl has samples, tokens and FLOPs per second",
 }
 """Sections of DeepSpeed that are not allowed in the JSON, with the options of the run that replace them."""
 
@@ -87,6 +88,8 @@ def resolve_ds_config(
             "DeepSpeed's default."
         )
     _validate(config, path)
+    # DeepSpeed's throughput timer synchronises the whole device before and after every micro-batch. It is not read.
+    config["timers"] = {"throughput": {"enabled": False}}
     return config
 
 
