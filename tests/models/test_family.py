@@ -152,6 +152,58 @@ def test_decoding_adds_the_layer_features(
     assert ids[0] == first and len(additions) == 1
 
 
+@pytest.mark.parametrize("configured", [None, 5, [5, 6]])
+def test_end_tokens_are_the_end_of_turn_and_those_of_the_generation_config(
+    vlm: Any, frontend: VlmFrontend, configured: Any
+) -> None:
+    vlm.generation_config.eos_token_id = configured
+    end_of_turn = frontend.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = {"None": (), "5": (5,), "[5, 6]": (5, 6)}[str(configured)]
+    assert frontend.family.end_tokens(vlm, frontend.tokenizer) == (end_of_turn, *expected)
+    vlm.generation_config.eos_token_id = [end_of_turn, 5]
+    assert frontend.family.end_tokens(vlm, frontend.tokenizer) == (end_of_turn, 5)
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_decoding_stops_at_every_end_token(
+    model_config: ModelConfig,
+    stacked: ModelConfig,
+    tables: Any,
+    samples: list[Any],
+    data_config: Any,
+    plugin: bool,
+) -> None:
+    """Evaluation, and the decoded shortcut of training; of the plug-in alike."""
+    config = stacked if plugin else model_config
+    frontend, tokenizer = load_frontend(config), load_frontend(config).tokenizer
+    run = RunConfig(model=config)
+    run.objective.shortcut_decode = "greedy"
+    step = W2R2Step(build_model(config, torch.device("cpu"), 0), run, Scorer(tables, tokenizer, run.objective)).eval()
+    batch = batch_of(frontend, data_config(), samples[:2], with_prompts=True)
+    vlm = step.model.base
+    with torch.no_grad():  # so that tokens do not repeat
+        for layer in vlm.model.language_model.layers:
+            layer.mlp.down_proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+
+    def decoded() -> tuple[list[list[int]], list[str]]:
+        with torch.no_grad():
+            visual = step.model.fuse(step.model.encode_2d(batch.visuals), None)
+            ids = frontend.family.generate(vlm, batch.prompts, batch.visuals, visual, tokenizer, 12, video_fps=1.0)
+            return ids, step.decode(batch, visual)
+
+    vlm.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids, _ = decoded()
+    assert len(ids[0]) == 12, "the untrained model does not stop"
+    # A token of the first answer becomes a second end token.
+    index, end = next(
+        (index, token) for index, token in enumerate(ids[0]) if index >= 2 and token not in ids[0][:index]
+    )
+    vlm.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|im_end|>"), end]
+    stopped, texts = decoded()
+    assert stopped == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in ids]
+    assert stopped[0] == ids[0][:index] and texts[0] == tokenizer.decode(ids[0][:index], skip_special_tokens=True)
+
+
 def test_vision_tower_sizes_come_from_the_family(stacked: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merger, resampling and fingerprint take them from the family, not from fields of its config.json."""
     kind = type(family.VLM_FAMILIES["stacked_vl"])

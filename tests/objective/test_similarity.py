@@ -283,6 +283,11 @@ def test_texts_of_teacher_forced_predictions(mixed: Any, frontend: Any) -> None:
     longer = rows.label.clone()
     longer[(rows.sample == 2).nonzero()[-1]] = frontend.tokenizer.convert_tokens_to_ids(".")
     assert predicted_texts(longer, mixed, decode)[2] == "brown."
+    # Another end token of greedy decoding ends a teacher-forced text too.
+    end_of_text = frontend.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    longer[1] = end_of_text
+    assert predicted_texts(longer, mixed, decode, [end_of_text])[0] == "7"
+    assert predicted_texts(longer, mixed, decode)[0] == "7 chairs."
 
 
 def test_grounding_does_not_synchronize(batch_of: Any, samples: list[Any], tables: Any) -> None:

@@ -27,6 +27,7 @@ from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.candidates import Shapes
 from w2r2_ds.kernels.measure import select_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
+from w2r2_ds.models.attention.sdpa_backends import disable_cudnn_sdpa
 from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.fusion import make_fusion
@@ -200,6 +201,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
         finally:
             torch.set_default_dtype(torch.float32)
     vlm.set_attn_implementation(resolve_attention("auto", dtype))
+    disable_cudnn_sdpa()  # as `load_vlm`
     peft = add_lora(vlm, shape.lora_rank, 2 * shape.lora_rank)
     bind_kernels(frontend.family.language_model(vlm), kernels)
     geometry = CroppedVGGT(vggt, shape.geometry_layer, shape.grid)

@@ -6,8 +6,9 @@ A built-in family is a folder ``models/FAMILY/`` and one line in `BUILT_IN`; oth
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,7 +42,7 @@ class VlmFamily(ABC):
     chat_tokens: ClassVar[Sequence[str]]
     """Special tokens of the chat template, which the tokenizer must have."""
     end_of_turn: ClassVar[str]
-    """Token at which an answer ends."""
+    """Token that ends an answer in training."""
     tower_weights: ClassVar[tuple[str, ...]] = ("visual.", "model.visual.")
     """Prefixes of the names of the vision tower's weights, in published and in saved checkpoints."""
     features_version: ClassVar[int] = 1
@@ -187,6 +188,17 @@ class VlmFamily(ABC):
             ValueError: its attention implementation has no packed form.
         """
 
+    def end_tokens(self, vlm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Ids of the tokens at which `generate` stops: `end_of_turn`, and all of the generation configuration.
+
+        generation_config.json of Qwen2.5-VL has ``<|im_end|>`` and ``<|endoftext|>``. An answer that went on after
+        either of them would differ from that of transformers' `generate`.
+        """
+        configured = vlm.generation_config.eos_token_id  # an id, a list of ids, or None
+        ids = [configured] if isinstance(configured, int) else configured or []
+        end_of_turn: int = tokenizer.convert_tokens_to_ids(self.end_of_turn)
+        return tuple(dict.fromkeys([end_of_turn, *ids]))
+
     @abstractmethod
     def generate(
         self,
@@ -213,7 +225,7 @@ class VlmFamily(ABC):
                 under ZeRO-3, where each forward is a collective.
 
         Returns:
-            Token ids per prompt, without the end of turn.
+            Token ids per prompt, up to the first of `end_tokens`.
         """
 
     @abstractmethod
@@ -245,6 +257,11 @@ class VlmFamily(ABC):
                 linear = linear + products(module, selected)
             scores = scores + attention(channels, selected_pairs)
         return linear, scores
+
+
+def cut_at_end(tokens: Sequence[int], end_tokens: Collection[int]) -> list[int]:
+    """The tokens before the first end token; all of them if there is none."""
+    return list(itertools.takewhile(lambda token: token not in end_tokens, tokens))
 
 
 BUILT_IN = {"qwen2_5_vl": "w2r2_ds.models.qwen2_5_vl.family"}

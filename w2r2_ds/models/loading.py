@@ -23,6 +23,7 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils.hub import cached_file
 
+from w2r2_ds.models.attention.sdpa_backends import disable_cudnn_sdpa
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.hub_safety import check_config, check_model_files
 from w2r2_ds.types.vision import VisionSpec
@@ -60,7 +61,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def load_vlm(
     name_or_path: str | Path, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "sdpa"
 ) -> PreTrainedModel:
-    """Load the whole model; every weight must be in its files.
+    """Load the whole model; every weight must be in its files. Switches cuDNN's SDPA off for the process.
 
     Args:
         name_or_path: a directory or a hub id.
@@ -100,6 +101,7 @@ def load_vlm(
             f"({' '.join(str(error).split())}); install it or choose sdpa"
         ) from error
     _check_loaded(name, info)
+    disable_cudnn_sdpa()
     return model
 
 

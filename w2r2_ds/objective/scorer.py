@@ -43,11 +43,13 @@ class Scorer:
         tables: digit and sign of every token of the vocabulary, on the model's device.
         tokenizer: the VLM's tokenizer.
         config: similarity measures of captions and short answers.
+        end_tokens: `VlmFamily.end_tokens`, so that teacher-forced texts end where decoded ones do.
     """
 
     tables: TokenTables
     tokenizer: Any
     config: ObjectiveConfig
+    end_tokens: tuple[int, ...] = ()
 
     def teacher_forced(self, predicted: Tensor, batch: Batch) -> Score:
         """Score of teacher-forced predictions, ``[answer tokens]`` int64.
@@ -55,7 +57,8 @@ class Scorer:
         Synchronizes with the device only if the batch has captions or short answers.
         """
         s, valid = grounding_similarity(predicted, batch, self.tables)
-        return self._add_text_similarity(s, valid, predicted_texts(predicted, batch, self._decode), batch)
+        texts = predicted_texts(predicted, batch, self._decode, self.end_tokens)
+        return self._add_text_similarity(s, valid, texts, batch)
 
     def decoded(self, answers: Sequence[str], batch: Batch) -> Score:
         """Score of decoded answers, one per sample."""

@@ -10,7 +10,7 @@ captions and short answers copy their tokens to the host (`predicted_texts`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ from w2r2_ds.boxes3d.transforms import camera_to_world_torch, euler_angles_to_ma
 from w2r2_ds.data.answer_tokens import TokenTables
 from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.data.tasks.parsing import AnswerError
+from w2r2_ds.models.family import cut_at_end
 from w2r2_ds.types.batch import AnswerPositions, Batch
 
 
@@ -141,15 +142,18 @@ def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[to
     return _world_iou(frame, boxes, parsed, poses, target)
 
 
-def predicted_texts(predicted: torch.Tensor, batch: Batch, decode: Callable[[list[int]], str]) -> list[str]:
+def predicted_texts(
+    predicted: torch.Tensor, batch: Batch, decode: Callable[[list[int]], str], end_tokens: Collection[int] = ()
+) -> list[str]:
     """Teacher-forced captions and short answers, as text.
 
-    Every token is predicted from the label's tokens before it. A text ends at its first predicted end of turn.
+    Every token is predicted from the label's tokens before it. A text ends at its first predicted end token.
 
     Args:
         predicted: ``[answer tokens]`` int64, most likely token at every answer position.
         batch: labels and kinds.
         decode: token ids -> text without special tokens.
+        end_tokens: end tokens of greedy decoding besides the label's last token, the end of turn.
 
     Returns:
         One text per sample, ``""`` for grounding samples. Synchronizes with the device unless all are grounding.
@@ -166,8 +170,7 @@ def predicted_texts(predicted: torch.Tensor, batch: Batch, decode: Callable[[lis
         own = [entry for entry, owner in enumerate(sample) if owner == index]
         if not own:  # every answer token is masked
             continue
-        tokens, end_of_turn = [guess[entry] for entry in own], label[own[-1]]
-        texts[index] = decode(tokens[: tokens.index(end_of_turn)] if end_of_turn in tokens else tokens)
+        texts[index] = decode(cut_at_end([guess[entry] for entry in own], {label[own[-1]], *end_tokens}))
     return texts
 
 

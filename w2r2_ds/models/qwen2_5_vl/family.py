@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
-from w2r2_ds.models.family import VlmFamily, register_family
+from w2r2_ds.models.family import VlmFamily, cut_at_end, register_family
 from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.qwen2_5_vl.last_layer import SelectedTokens, compute_only
 from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_packed_attention
@@ -163,7 +163,7 @@ class Qwen25VL(VlmFamily):
         video_fps: float,
         synced_gpus: bool = False,
     ) -> list[list[int]]:
-        end = tokenizer.convert_tokens_to_ids(self.end_of_turn)
+        end_tokens = self.end_tokens(vlm, tokenizer)
         # With `mm_encoder_outputs`, transformers uses the given (fused) visual tokens instead of the vision tower.
         multimodal: dict[str, Any] = {}
         if not visuals.dummy:
@@ -184,7 +184,7 @@ class Qwen25VL(VlmFamily):
                 # generation_config.json of Qwen2.5-VL has a repetition penalty, which would change digits.
                 repetition_penalty=1.0,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=end,
+                eos_token_id=list(end_tokens),
                 pad_token_id=tokenizer.pad_token_id,
                 synced_gpus=synced_gpus,
                 **multimodal,
@@ -192,7 +192,7 @@ class Qwen25VL(VlmFamily):
         finally:
             vlm.train(training)
         answers = output[:, prompts.input_ids.shape[1] :].tolist()
-        return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
+        return [cut_at_end(answer, end_tokens) for answer in answers]
 
     def vision_flops(self, tower: nn.Module, grids: Sequence[Sequence[int]]) -> float:
         config, modules = cast(Any, tower.config), cast(Any, tower)

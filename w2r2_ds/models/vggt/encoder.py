@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.config.schema import GeometryConfig
+from w2r2_ds.models.attention.sdpa_backends import cudnn_sdpa
 from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
 from w2r2_ds.models.vggt.loading import HEAD_PREFIXES, load_vggt, locate, read_config
@@ -71,7 +72,9 @@ class VGGTEncoder(GeometryEncoder):
         images = images.to(aggregator.camera_token.device)
         # VGGT's own reference is frame 0, so that the last frame is the reference of the reversed frames.
         backwards = self.reference_frame == "last"
-        by_layer = aggregator((images.flip(0) if backwards else images)[None], self.layers)
+        # The shapes depend on the number and size of the frames only: few in a run, so that cuDNN's plans are reused.
+        with cudnn_sdpa():
+            by_layer = aggregator((images.flip(0) if backwards else images)[None], self.layers)
         tokens = torch.cat([by_layer[layer][0] for layer in self.layers], dim=-1)
         rows, _ = self.spec.grid(*images.shape[-2:])
         grid = tokens[:, config.special_tokens :].unflatten(1, (rows, -1))

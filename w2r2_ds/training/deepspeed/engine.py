@@ -36,7 +36,9 @@ def make_engine(
     # The class of all decoder layers of this VLM family, for `set_z3_leaf_modules`.
     decoder_layer = type(model.family.language_model(model.base).layers[0])
     vocabulary = model.base.config.get_text_config().vocab_size
-    scorer = Scorer(token_tables(frontend.tokenizer, vocabulary).to(device), frontend.tokenizer, config.objective)
+    tables = token_tables(frontend.tokenizer, vocabulary).to(device)
+    end_tokens = model.family.end_tokens(model.base, frontend.tokenizer)
+    scorer = Scorer(tables, frontend.tokenizer, config.objective, end_tokens)
     zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
     step = W2R2Step(model, config, scorer, zero3)
     step.train()
