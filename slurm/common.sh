@@ -127,7 +127,7 @@ handle_exit() {
         '') ;; # the disk was full: like a rank without a file
         "$EXIT_DONE") done=$((done + 1)) ;;
         "$EXIT_REQUEUE") received=${received:-USR1} ;;
-        "$EXIT_TERMINATED") stopped=1 ;;
+        "$EXIT_TERMINATED" | "$EXIT_INTERRUPTED") stopped=1 ;;
         *) if ((code == EXIT_LOST || code > 128)); then lost=${file##*/exit-}; else failed=${file##*/exit-}; fi ;;
         esac
     done

@@ -30,7 +30,7 @@ fi
 
 # scancel signals every process of the job, also this shell, which has to record the command's exit code. The traps do
 # nothing (:); with '' the signals would be ignored, and the command would inherit that.
-trap : USR1 TERM
+trap : USR1 TERM INT
 "$@" &
 child=$!
 echo "$child" >"$state/.pid-$id"

@@ -13,7 +13,7 @@ import pytest
 from fork_server import ROOT, environment
 from w2r2_ds import __version__
 from w2r2_ds.commands import COMMANDS, bench, convert, main, prepare
-from w2r2_ds.commands.common import FAILED
+from w2r2_ds.training.fault_tolerance.exit_codes import FAILED
 from w2r2_ds.utils import plugins
 from w2r2_ds.utils.plugins import import_plugins
 

@@ -44,7 +44,7 @@ def test_deepspeed_does_not_write_to_standard_output() -> None:
 
 
 def test_a_full_disk_under_the_log_does_not_end_the_program(tmp_path: Path) -> None:
-    assert run(tmp_path, "ignore_write_errors()") == 0
+    assert run(tmp_path, "ignore_write_errors('stdout', 'stderr')") == 0
     assert (tmp_path / "end").read_text() == "reached"
     assert (tmp_path / "log").read_text().startswith("before\n")
 

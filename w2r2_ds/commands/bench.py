@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.commands.common import command_words, description, function_parser, parse, report_error
+from w2r2_ds.commands.common import command_words, description, function_parser, parse
+from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.config.cli import Parser
 
 
-def main(args: list[str] | None = None) -> int:
+@reports_errors("bench")
+def main(args: list[str] | None = None) -> None:
     """Run one benchmark, print its report and save it with ``--json``; returns the exit code."""
     parser = Parser(prog="w2r2 bench", description="Benchmarks of speed and memory.")
     commands = parser.add_subcommands(dest="benchmark")
@@ -23,17 +25,13 @@ def main(args: list[str] | None = None) -> int:
         command = function_parser(benchmark, f"w2r2 bench {name}")
         command.add_argument("--json", type=Path | None, help="File for the report in JSON.")
         commands.add_subcommand(name, command, help=description(benchmark))
-    try:
-        values = parse(parser, command_words(args))
-        options = values[values["benchmark"]]
-        target = options.pop("json")
-        report = BENCHMARKS[values["benchmark"]](**options)
-        report.show()
-        if target is not None:
-            report.save(target)
-    except (ValueError, OSError) as error:
-        return report_error("bench", error)
-    return 0
+    values = parse(parser, command_words(args))
+    options = values[values["benchmark"]]
+    target = options.pop("json")
+    report = BENCHMARKS[values["benchmark"]](**options)
+    report.show()
+    if target is not None:
+        report.save(target)
 
 
 def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Any:

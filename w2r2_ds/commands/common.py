@@ -1,4 +1,4 @@
-"""Functions shared by the commands: parse a command line, report an error in one line."""
+"""Functions shared by the commands: build a parser, parse a command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from w2r2_ds.config.cli import Parser
-from w2r2_ds.training.fault_tolerance.exit_codes import FAILED
-from w2r2_ds.utils.logging import setup_logging
+from w2r2_ds.utils.logging import setup_logging, stdout_to_stderr
 from w2r2_ds.utils.plugins import import_plugins
-from w2r2_ds.utils.sanitize import message
 
 
 def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ...] = ()) -> Parser:
@@ -61,15 +59,10 @@ def command_words(args: list[str] | None) -> list[str]:
         ValueError: a plug-in cannot be imported.
     """
     setup_logging()
-    return import_plugins([_underscored(word) for word in (sys.argv[1:] if args is None else args)])
+    with stdout_to_stderr():  # a plug-in may print
+        return import_plugins([_underscored(word) for word in (sys.argv[1:] if args is None else args)])
 
 
 def _underscored(word: str) -> str:
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
-def report_error(command: str, error: Exception) -> int:
-    """Print a user error in one line on standard error; returns the exit code."""
-    print(f"w2r2 {command}: {message(error)}", file=sys.stderr)
-    return FAILED

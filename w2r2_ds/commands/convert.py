@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from w2r2_ds.commands.common import command_words, description, function_parser, parse, report_error
+from w2r2_ds.commands.common import command_words, description, function_parser, parse
+from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.config.cli import Parser
 
 
-def main(args: list[str] | None = None) -> int:
+@reports_errors("convert")
+def main(args: list[str] | None = None) -> None:
     """Convert a checkpoint; returns the exit code."""
     parser = Parser(prog="w2r2 convert", description="Convert checkpoints of other projects.")
     commands = parser.add_subcommands(dest="format")
     for name, function in CONVERSIONS.items():
         commands.add_subcommand(name, function_parser(function, f"w2r2 convert {name}"), help=description(function))
-    try:
-        values = parse(parser, command_words(args))
-        CONVERSIONS[values["format"]](**values[values["format"]])
-    except (ValueError, OSError) as error:
-        return report_error("convert", error)
-    return 0
+    values = parse(parser, command_words(args))
+    CONVERSIONS[values["format"]](**values[values["format"]])
 
 
 def from_vgllm(source: Path, out: Path) -> None:

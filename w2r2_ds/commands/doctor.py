@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 
+from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.doctor.checks import DoctorRequest
 from w2r2_ds.doctor.run import examine
 
 
+@reports_errors("doctor")
 def main(args: list[str] | None = None) -> int:
     """Run all checks; returns 0 if there are no errors. An invalid command line is an error of this node."""
     try:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
+from w2r2_ds.commands.common import command_words, function_parser, parse
+from w2r2_ds.commands.errors import reports_errors
+from w2r2_ds.utils.logging import stdout_to_stderr
 
 PROTOCOL = (
     "Names of scoring protocols (docs/reference/metrics/), separated by commas, or all; the option may be repeated. "
@@ -21,17 +23,17 @@ PROTOCOL = (
 """Help of ``--protocol``."""
 
 
-def main(args: list[str] | None = None) -> int:
+@reports_errors("evaluate")
+def main(args: list[str] | None = None) -> None:
     """Run the command; returns the exit code."""
-    try:
-        parser = function_parser(run, "w2r2 evaluate", skip=("protocols",))
-        parser.add_argument("--protocol", action="append", metavar="NAME", help=PROTOCOL)
-        values = parse(parser, command_words(args))
-        given = ",".join(values.pop("protocol") or [])
-        run(**values, protocols=[name.strip() for name in given.split(",") if name.strip()])
-    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        return report_error("evaluate", error)
-    return 0
+    parser = function_parser(run, "w2r2 evaluate", skip=("protocols",))
+    parser.add_argument("--protocol", action="append", metavar="NAME", help=PROTOCOL)
+    values = parse(parser, command_words(args))
+    given = ",".join(values.pop("protocol") or [])
+    with stdout_to_stderr():
+        scores = run(**values, protocols=[name.strip() for name in given.split(",") if name.strip()])
+    if scores:
+        print(json.dumps(scores, indent=2))
 
 
 def run(
@@ -51,8 +53,8 @@ def run(
     score_only: Path | None = None,
     format: Literal["ours", "vgllm", "video3dllm"] = "ours",
     local_rank: int = 0,
-) -> None:
-    """Generate greedy answers to a validation set and score them.
+) -> dict[str, Any]:
+    """Generate greedy answers to a validation set and score them; returns the scores, on rank 0 only.
 
     Args:
         checkpoint: folder of a run, checkpoint or exported adapter, or RUN/checkpoints/best.
@@ -82,13 +84,12 @@ def run(
     if score_only is not None:
         if checkpoint is not None:
             raise ValueError("--score_only needs no --checkpoint; omit one of the two.")
-        print(json.dumps(score_file(score_only, format, data, root, task, protocols, proposals, out), indent=2))
-        return
+        return score_file(score_only, format, data, root, task, protocols, proposals, out)
     if checkpoint is None:
         raise ValueError("pass a run, a checkpoint or an adapter with --checkpoint, or predictions with --score_only.")
     ranks = RankInfo.from_environment()
     with gloo_process_group(ranks):
-        scores = evaluate(
+        return evaluate(
             checkpoint,
             out or (find_checkpoint(checkpoint) if checkpoint.is_file() else checkpoint) / "evaluation",
             geometry,
@@ -104,5 +105,3 @@ def run(
             geometry_path=geometry_path,
             ranks=ranks,
         )
-    if ranks.rank == 0:
-        print(json.dumps(scores, indent=2))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from w2r2_ds.commands.common import command_words, function_parser, parse, report_error
+from w2r2_ds.commands.common import command_words, function_parser, parse
+from w2r2_ds.commands.errors import reports_errors
 
 
-def main(args: list[str] | None = None) -> int:
+@reports_errors("export")
+def main(args: list[str] | None = None) -> None:
     """Run the command; returns the exit code."""
-    try:
-        run(**parse(function_parser(run, "w2r2 export"), command_words(args)))
-    except (ValueError, OSError) as error:
-        return report_error("export", error)
-    return 0
+    run(**parse(function_parser(run, "w2r2 export"), command_words(args)))
 
 
 def run(checkpoint: Path, out: Path, vlm: str | None = None, geometry_path: str | None = None) -> None:

@@ -6,7 +6,8 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from w2r2_ds.commands.common import add_plugin_option, command_words, function_parser, parse, report_error
+from w2r2_ds.commands.common import add_plugin_option, command_words, function_parser, parse
+from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.config.cli import Parser
 
 SUBCOMMANDS = {
@@ -24,27 +25,25 @@ NOT_TASKS = ("boxes", "synthetic", "demo", "geometry")
 """Sub-commands that are functions of their own; all others are tasks of the registry."""
 
 
+@reports_errors("prepare")
 def main(args: list[str] | None = None) -> int:
     """Run one sub-command; returns the exit code, which is 1 after an error or if ``--check`` found missing files."""
-    try:
-        # The deepspeed launcher puts --local_rank before the subcommand.
-        words = [word for word in command_words(args) if not word.startswith("--local_rank=")]
-        words = with_values(words)
-        if words[:1] == ["geometry"]:  # its options are those of `w2r2 train`, which need an argparse parser
-            geometry(words[1:])
-            return 0
-        parser = Parser(prog="w2r2 prepare", description="Prepare data for training and evaluation.")
-        commands = parser.add_subcommands(dest="command")
-        descriptions = {**SUBCOMMANDS, **_plugin_tasks()}
-        chosen = next((word for word in words if word in descriptions), "")
-        for name, description in descriptions.items():
-            # The others get an empty parser: the options of a task need an import of the tasks, which takes a second.
-            commands.add_subcommand(name, _parser(name) if name == chosen else Parser(), help=description)
-        values = parse(parser, words)
-        command = values["command"]
-        return _function(command)(**values[command]) or 0
-    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        return report_error("prepare", error)
+    # The deepspeed launcher puts --local_rank before the subcommand.
+    words = [word for word in command_words(args) if not word.startswith("--local_rank=")]
+    words = with_values(words)
+    if words[:1] == ["geometry"]:  # its options are those of `w2r2 train`, which need an argparse parser
+        geometry(words[1:])
+        return 0
+    parser = Parser(prog="w2r2 prepare", description="Prepare data for training and evaluation.")
+    commands = parser.add_subcommands(dest="command")
+    descriptions = {**SUBCOMMANDS, **_plugin_tasks()}
+    chosen = next((word for word in words if word in descriptions), "")
+    for name, description in descriptions.items():
+        # The others get an empty parser: the options of a task need an import of the tasks, which takes a second.
+        commands.add_subcommand(name, _parser(name) if name == chosen else Parser(), help=description)
+    values = parse(parser, words)
+    command = values["command"]
+    return _function(command)(**values[command]) or 0
 
 
 def _plugin_tasks() -> dict[str, str]:

@@ -10,7 +10,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from w2r2_ds.commands.common import add_plugin_option, command_words, report_error
+from w2r2_ds.commands.common import add_plugin_option, command_words
+from w2r2_ds.commands.errors import report_error, reports_errors
 from w2r2_ds.config.io import parse_run, run_parser
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, RetryableError
@@ -23,13 +24,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@reports_errors("train")
 def main(args: list[str] | None = None) -> int:
     """Train; returns an exit code of training/fault_tolerance/exit_codes.py, which decides whether Slurm requeues."""
-    ignore_write_errors()
-    try:
-        config, ds_path = read_arguments(command_words(args))
-    except ValueError as error:
-        return report_error("train", error)
+    ignore_write_errors("stdout")  # progress lines; a full disk under the log must not end a run
+    config, ds_path = read_arguments(command_words(args))
     # Imported after the command line is parsed: these import torch, DeepSpeed and transformers.
     from w2r2_ds.training.fault_tolerance.signals import StopSignals
     from w2r2_ds.training.fault_tolerance.watchdog import MISTAKES

@@ -100,7 +100,7 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path:
     save_file(merger_tensors(model), temporary / MERGER)
     content = card(config, model, checkpoint)
     (temporary / ADAPTER_CARD).write_text(json.dumps(content, indent=2) + "\n")
-    (temporary / "README.md").write_text(readme(content))
+    (temporary / "README.md").write_text(readme(content), encoding="utf-8")
     check_not_empty(temporary)
     os.replace(temporary, out)
     return out

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from w2r2_ds.config.schema import DataConfig, RunConfig
 from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.mixture import Mixture
@@ -243,7 +241,7 @@ def answer_remaining(answerer: Answerer, samples: Sequence[Sample], partial: Par
     remaining = unanswered([sample.id for sample in samples], partial.read(), ranks.rank, ranks.world_size)
     label = f"answers ({answerer.geometry})" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     quiet = ranks.rank > 0 or not remaining
-    with partial.writer(ranks.rank) as file, progress(label, len(remaining), quiet, Console(stderr=True)) as advance:
+    with partial.writer(ranks.rank) as file, progress(label, len(remaining), quiet) as advance:
         for record in answerer.records(Selection(samples, remaining)):
             file.write(record_line(record))
             file.flush()

@@ -5,10 +5,14 @@ Standard output is only for the result of a command (a table, JSON), so that it 
 
 from __future__ import annotations
 
+import ctypes
+import io
 import logging
+import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from w2r2_ds.utils.distributed import RankInfo
@@ -94,6 +98,40 @@ class IgnoreWriteErrors:
         return getattr(self._stream, name)
 
 
-def ignore_write_errors() -> None:
-    """Ignore errors of standard output and standard error in this process, for example on a full disk."""
-    sys.stdout, sys.stderr = IgnoreWriteErrors(sys.stdout), IgnoreWriteErrors(sys.stderr)  # type: ignore[assignment]
+def ignore_write_errors(*names: str) -> None:
+    """Ignore write errors of the named streams of this process (``stdout``, ``stderr``), for example on a full disk."""
+    for name in names:
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, IgnoreWriteErrors):
+            setattr(sys, name, IgnoreWriteErrors(stream))
+
+
+def escape_unencodable() -> None:
+    r"""Escape characters that the encoding of standard output or error lacks (``\u2501``), instead of an exception.
+
+    The encoding may be latin-1 or ASCII, by the locale or PYTHONIOENCODING. Progress bars have box characters, and
+    names of files and objects may be in any script.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A test or a notebook may have replaced the stream with one without an encoding; None is a closed descriptor.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Context in which this process writes everything for standard output to standard error.
+
+    For a command whose standard output is JSON: libraries print while they are imported or run. The file descriptor is
+    redirected too, for compiled libraries and child processes.
+    """
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what compiled code has printed may still be in the buffer of C's stdout
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -23,12 +23,12 @@ def progress(
         label: description of the work.
         total: number of items.
         quiet: show nothing.
-        console: output; standard output by default.
+        console: output; standard error by default.
 
     Yields:
         A function to call after each item.
     """
-    console = console or Console()
+    console = console or Console(stderr=True)
     if quiet:
         yield lambda: None
     elif console.is_terminal:

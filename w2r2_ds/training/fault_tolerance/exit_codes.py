@@ -15,6 +15,8 @@ LOST = 75
 """A rank died, hung or was unreachable, or an unexpected exception was raised. Another launch may succeed."""
 REQUEUE = 85
 """Stopped by SIGUSR1 (time limit or preemption) after a checkpoint; the job is requeued."""
+INTERRUPTED = 130
+"""Ended at once by Ctrl-C (SIGINT), as a shell reports it: 128 + 2. Training ends so at the second Ctrl-C only."""
 TERMINATED = 143
 """Stopped by SIGTERM (scancel, or preemption announced by SIGTERM) after a checkpoint; the job is not requeued. The
 value is 128 + 15, as a shell reports it."""
