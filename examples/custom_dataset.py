@@ -2,10 +2,9 @@
 
     python examples/custom_dataset.py QUESTIONS.jsonl --root data/scannet [--frames 8]
 
-A line of QUESTIONS.jsonl is ``{"scene": "scene0000_00", "question": "How many chairs?", "answers": ["2", "two"],
-"object_ids": [3, 5], "object_names": ["chair"]}``; the answer is about these objects. The script writes a file in
-ScanQA's format to a new folder, links the scenes there, and runs ``prepare.py scanqa``. docs/guides/own-dataset.md
-shows how to train on the result.
+A line of QUESTIONS.jsonl is ``{"scene": "scene0000_00", "question": "How many chairs?", "answers": ["2", "two"]}``. The
+script writes a file in ScanQA's format to a new folder, links the frames there, and runs ``prepare.py scanqa``, which
+needs the colour images only. docs/guides/own-dataset.md shows how to train on the result.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = ("posed_images", "scans", "scannet_data", "scannetv2-labels.combined.tsv")
-"""Files and folders of the data root that do not depend on the questions; the new root has links to them."""
-REQUIRED = ("scene", "question", "answers", "object_ids", "object_names")
+REQUIRED = ("scene", "question", "answers")
 
 
 def scanqa_entries(questions: Path) -> list[dict[str, object]]:
@@ -29,7 +26,7 @@ def scanqa_entries(questions: Path) -> list[dict[str, object]]:
         ValueError: a line without one of the REQUIRED fields; names the file and the line.
     """
     entries: list[dict[str, object]] = []
-    for number, line in enumerate(questions.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(questions.read_text(encoding="utf-8-sig").splitlines(), start=1):
         record = json.loads(line)
         missing = [key for key in REQUIRED if not record.get(key)]
         if missing:
@@ -40,8 +37,6 @@ def scanqa_entries(questions: Path) -> list[dict[str, object]]:
                 "question_id": f"custom-{number}",
                 "question": record["question"],
                 "answers": record["answers"],
-                "object_ids": record["object_ids"],
-                "object_names": record["object_names"],
             }
         )
     return entries
@@ -57,10 +52,9 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(args)
     annotations = options.out / "ScanQA"
     annotations.mkdir(parents=True, exist_ok=True)
-    for name in SHARED:
-        link = options.out / name
-        if (options.root / name).exists() and not link.exists():
-            link.symlink_to((options.root / name).resolve())
+    frames = options.out / "posed_images"  # a link: the images are not copied
+    if not frames.exists():
+        frames.symlink_to((options.root / "posed_images").resolve())
     entries = scanqa_entries(options.questions)
     (annotations / "ScanQA_v1.0_train.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     command = [sys.executable, str(REPOSITORY / "launchers" / "prepare.py"), "scanqa", "--root", str(options.out)]

@@ -27,7 +27,7 @@ def test_the_push_term_is_registered_and_gated() -> None:
 
 def test_a_question_without_an_answer_raises_with_its_line(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
-    record = {"scene": "scene0000_00", "question": "How many?", "object_ids": [3], "object_names": ["chair"]}
+    record = {"scene": "scene0000_00", "question": "How many?"}
     questions.write_text(json.dumps(record | {"answers": []}))
     entries = runpy.run_path(str(EXAMPLES / "custom_dataset.py"))["scanqa_entries"]
     with pytest.raises(ValueError, match=r"line 1.*answers"):

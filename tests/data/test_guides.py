@@ -68,7 +68,7 @@ def test_own_dataset(data_root: Path) -> None:
 
 def test_custom_dataset(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = sorted(path.name for path in (data_root / "scans").iterdir())[0]
-    record = {"scene": scene, "question": "How many?", "answers": ["2"], "object_ids": [0], "object_names": ["chair"]}
+    record = {"scene": scene, "question": "How many?", "answers": ["2"]}
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps(record) + "\n")
     script = runpy.run_path(str(EXAMPLES / "custom_dataset.py"))

@@ -254,7 +254,7 @@ def _read_scene(file: Path) -> tuple[pa.Table, list[str], np.ndarray]:
     codes = np.asarray(encoded.indices)
     poses = np.asarray(table["cam_to_world"].combine_chunks().flatten().flatten()).reshape(-1, 4, 4)
     _, first = np.unique(codes, return_index=True)
-    if len(codes) != len(poses) or not np.array_equal(poses[first][codes], poses):
+    if len(codes) != len(poses) or not np.array_equal(poses[first][codes], poses, equal_nan=True):
         raise ValueError(f"{file}: a frame has two poses, or none; prepare the data set again.")
     paths = [_check_path(path, file) for path in encoded.dictionary.to_pylist()]
     # Offsets are computed from the lengths, because those of a sliced array need not start at 0.

@@ -66,7 +66,8 @@ class Sample:
         task: name of its registered task.
         scene_id: name of the scene.
         frames: colour image files, in the order of the model's input; empty for a question without frames.
-        cam_to_world: ``[frames, 4, 4]`` float64, camera to axis-aligned world; ``[0, 4, 4]`` without frames.
+        cam_to_world: ``[frames, 4, 4]`` float64, camera to axis-aligned world; NaN if the task needs no poses,
+            ``[0, 4, 4]`` without frames.
         question: text of the prompt after the frames.
         answer: text of the label; empty if the target is in no frame (validation only).
         target: the object that the question refers to, or that a caption describes; None if there is none.

@@ -45,18 +45,18 @@ def test_complete_inputs_have_no_missing_files(complete: Path) -> None:
 
 def test_every_missing_and_truncated_file_is_listed(complete: Path) -> None:
     images = complete / "posed_images" / SCENE
-    (images / "00001.png").unlink()
     (images / "00002.txt").unlink()
     (images / "intrinsic.txt").unlink()
     (images / "00000.jpg").write_bytes((images / "00000.jpg").read_bytes()[:-30])
-    (images / "00003.png").write_bytes(b"")
+    for unused in ("00001.png", "depth_intrinsic.txt"):
+        (images / unused).unlink()
     (complete / "scannet_data" / f"{SCENE}_aligned_bbox.npy").unlink()
-    expected = {f"posed_images/{SCENE}/{name}": "missing" for name in ("00001.png", "00002.txt", "intrinsic.txt")}
-    expected |= {f"posed_images/{SCENE}/{name}": "truncated, or no image" for name in ("00000.jpg", "00003.png")}
+    expected = {f"posed_images/{SCENE}/{name}": "missing" for name in ("00002.txt", "intrinsic.txt")}
+    expected[f"posed_images/{SCENE}/00000.jpg"] = "truncated, or no image"
     expected[f"scannet_data/{SCENE}_aligned_bbox.npy"] = "missing"
     assert found(complete) == expected
     text = report(complete, REFER, missing(complete, REFER))
-    assert text.startswith("scanrefer train: 6 files or folders")
+    assert text.startswith("scanrefer train: 4 files or folders")
     assert "from launchers/prepare.py boxes, or ScanRefer's" in text and "http://www.scan-net.org" in text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hand_scene import SCENE, entry, question_entry, write_annotations, write_questions, write_scene
+from hand_scene import SCENE, entry, write_annotations, write_scene
 from w2r2_ds.commands.prepare import main
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare import pipeline as preparing
@@ -23,7 +23,6 @@ SECOND = "scene0001_00"
 TWO = FrameOptions("uniform", 2)
 DEPTH = TaskOptions("scanrefer", "train", frames=TWO, visibility="depth")
 CAPTIONS = TaskOptions("scan2cap", "val", frames=TWO, boxes="annotated")
-QUESTIONS = TaskOptions("scanqa", "val", "video3dllm", TWO)
 
 
 @pytest.fixture
@@ -33,9 +32,6 @@ def scenes(root: Path) -> Path:
     walls = [{**entry(98, "wall", number), "scene_id": SECOND} for number in (3, 4)]
     write_annotations(root, [entry(), entry(97, "floor", 1), entry(4, "table", 2), *walls])
     write_annotations(root, [entry(), entry(97, "floor", 1), entry(97, "floor", 2), entry(4, "table")], "val")
-    write_questions(
-        root, [question_entry(), question_entry(1, objects=(0, 97)), question_entry(2, objects=(4,))], "val"
-    )
     return root
 
 
@@ -52,9 +48,8 @@ def dropped(folder: Path) -> list[dict[str, Any]]:
             [(f"{SCENE}|97|floor|1", 2), (f"{SECOND}|98|wall|3", 4), (f"{SECOND}|98|wall|4", 5)],
         ),
         (CAPTIONS, [f"{SCENE}|0|office_chair", f"{SCENE}|4|table"], [(f"{SCENE}|97|floor", 2)]),
-        (QUESTIONS, ["val-scene0000-0", "val-scene0000-2"], [("val-scene0000-1", 2)]),
     ],
-    ids=["scanrefer", "scan2cap", "scanqa"],
+    ids=["scanrefer", "scan2cap"],
 )
 def test_items_are_skipped_counted_and_recorded(
     scenes: Path, options: TaskOptions, kept: list[str], skipped: list[tuple[str, int]]
@@ -67,12 +62,11 @@ def test_items_are_skipped_counted_and_recorded(
     assert [each["id"] for each in records] == [name for name, _ in skipped]
     for each, (name, number) in zip(records, skipped, strict=True):
         assert each["location"].endswith(f"entry {number}") and each["reason"] == "no_box"
-        scene = name.split("|")[0] if "|" in name else SCENE
-        assert each["detail"] == f"its object has no box in {scene}_aligned_bbox.npy"
+        assert each["detail"] == f"its object has no box in {name.split('|')[0]}_aligned_bbox.npy"
     assert f"{len(skipped)} no_box" in summary_line(done.folder, done.manifest, False)
 
 
-@pytest.mark.parametrize("options", [DEPTH, CAPTIONS, QUESTIONS], ids=lambda each: each.task)
+@pytest.mark.parametrize("options", [DEPTH, CAPTIONS], ids=lambda each: each.task)
 def test_the_error_names_the_option(scenes: Path, options: TaskOptions) -> None:
     with pytest.raises(ValueError, match="--skip_without_box"):
         prepare(scenes, options, scenes / "out", quiet=True)
@@ -117,7 +111,7 @@ def test_shards_are_not_reused_with_another_skip_without_box(scenes: Path, monke
 def test_the_command_has_the_option(
     scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["scanqa", "--root", str(scenes), "--splits", "[val]", "--frames.count", "2", "--skip-without-box"]
+    words = ["scan2cap", "--root", str(scenes), "--splits", "[val]", "--boxes", "annotated", "--skip-without-box"]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
     assert main() == 0
     assert "1 no_box" in capsys.readouterr().out
@@ -127,11 +121,9 @@ def test_a_second_preparation_of_the_same_folder_raises(scenes: Path) -> None:
     """The second one is an error and writes nothing."""
     with locked(scenes / "out.lock", "first", "wait"):
         with pytest.raises(ValueError, match=r"out is being prepared by process \d+ on .*, or pass another --out"):
-            prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)
+            prepare(scenes, CAPTIONS, scenes / "out", skip_without_box=True, quiet=True)
         assert not (scenes / "out").exists()
-    done = prepare(scenes, QUESTIONS, scenes / "out", skip_without_box=True, quiet=True)
+    done = prepare(scenes, CAPTIONS, scenes / "out", skip_without_box=True, quiet=True)
     with locked(scenes / "out.lock", "first", "wait"):
-        assert prepare(scenes, QUESTIONS, done.folder, skip_without_box=True, quiet=True).reused, (
-            "reading needs no lock"
-        )
+        assert prepare(scenes, CAPTIONS, done.folder, skip_without_box=True, quiet=True).reused, "reading needs no lock"
     assert not (scenes / "out.lock").exists()

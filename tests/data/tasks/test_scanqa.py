@@ -1,13 +1,14 @@
-"""ScanQA's samples: strings, ids and references; objects missing in a scene."""
+"""ScanQA's samples: strings, ids, references and frames."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hand_scene import prepared_items, question_entry, write_questions
-from w2r2_ds.data.tasks.base import AnnotationMismatch
+from hand_scene import SCENE, prepared_items, question_entry, write_questions
+from w2r2_ds.data.sources.scannet import boxes_file
 from w2r2_ds.types.sample import Reference
 
 
@@ -41,7 +42,19 @@ def test_the_test_split_has_neither_answers_nor_objects(root: Path) -> None:
         prepared_items(root, "scanqa", "val", format="video3dllm")
 
 
-def test_an_object_missing_in_the_scene_raises(root: Path) -> None:
-    write_questions(root, [question_entry(), question_entry(1, objects=(0, 98))])
-    with pytest.raises(AnnotationMismatch, match=r"entry 2: field 'object_ids' is 98"):
-        prepared_items(root, "scanqa", format="video3dllm")
+def test_a_question_needs_no_box(root: Path) -> None:
+    write_questions(root, [question_entry(), question_entry(1, objects=(0, 98))], "val")
+    boxes_file(root, SCENE).unlink()
+    assert len(prepared_items(root, "scanqa", "val", format="video3dllm")) == 2
+
+
+def test_the_frames_are_those_of_the_other_tasks(root: Path) -> None:
+    """A frame with a lost pose is left out; without pose files, all frames are used."""
+    write_questions(root, [question_entry()], "val")
+    (made,) = prepared_items(root, "scanqa", "val", count=9, format="video3dllm")
+    assert [path.name for path in made.frames] == ["00000.jpg", "00001.jpg", "00002.jpg"]
+    assert made.cam_to_world.shape == (3, 4, 4) and np.isnan(made.cam_to_world).all(), "the samples hold no poses"
+    for path in (root / "posed_images" / SCENE).glob("*.txt"):
+        path.unlink()
+    (made,) = prepared_items(root, "scanqa", "val", count=9, format="video3dllm")
+    assert len(made.frames) == 4

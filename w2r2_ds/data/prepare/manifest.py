@@ -69,7 +69,7 @@ def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
             return f"{UNREADABLE}{error}"
 
     def hashes(scene_id: str) -> dict[str, str]:
-        paths = [file.path for file in scene_files(plan.root, scene_id)]
+        paths = [file.path for file in scene_files(plan.root, scene_id, plan.options)]
         found = {relative(path, plan.root): hash_or_error(file_hash, path) for path in paths}
         folder = plan.root / "posed_images" / scene_id
         return {**found, relative(folder, plan.root): hash_or_error(frames_hash, folder)}

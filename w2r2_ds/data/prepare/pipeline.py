@@ -41,6 +41,7 @@ from w2r2_ds.data.tasks.base import (
     SkippedItem,
     TaskOptions,
     check_objects,
+    parts_to_read,
     split_by_boxes,
 )
 from w2r2_ds.data.validate import check_frames
@@ -228,7 +229,7 @@ def prepare_scene(
         raise ValueError(f"{job.scene_id}: EmbodiedScan's infos do not have this scene; pass --visibility depth")
     if task.needs_proposals(options) and job.proposals is None:
         raise ValueError(f"{job.scene_id}: the proposals do not have this scene; pass --boxes annotated")
-    scene = load_scene(root, job.scene_id)
+    scene = load_scene(root, job.scene_id, parts_to_read(options))
     prepared: PreparedItems = []
     if skip_without_box:
         job, without_box = split_by_boxes(scene, job)

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.data.tasks.base import TASKS, InputFile, Job, Task, TaskOptions
+from w2r2_ds.data.sources.scannet import SceneParts, alignment_file, boxes_file
+from w2r2_ds.data.tasks.base import TASKS, InputFile, Job, Task, TaskOptions, parts_to_read
 from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, SCANNET_ACCESS, infos_files, proposals_file
 
 EXTRACTED = f"{SCANNET_ACCESS}; docs/guides/own-dataset.md lists the files"
@@ -109,9 +110,13 @@ def input_files(root: Path, options: TaskOptions) -> list[InputFile]:
     return files
 
 
-def scene_files(root: Path, scene_id: str) -> Iterator[InputFile]:
-    """Input files of a scene, without its frames."""
-    yield InputFile("alignment", root / "scans" / scene_id / f"{scene_id}.txt", SCANNET_ACCESS)
-    yield InputFile("boxes", root / "scannet_data" / f"{scene_id}_aligned_bbox.npy", BOXES)
-    for name in ("intrinsic.txt", "depth_intrinsic.txt"):
-        yield InputFile("intrinsics", root / "posed_images" / scene_id / name, EXTRACTED)
+def scene_files(root: Path, scene_id: str, options: TaskOptions) -> Iterator[InputFile]:
+    """Input files of a scene that the preparation reads, without its frames."""
+    parts = parts_to_read(options)
+    if SceneParts.POSES in parts:
+        yield InputFile("alignment", alignment_file(root, scene_id), SCANNET_ACCESS)
+    if SceneParts.BOXES in parts:
+        yield InputFile("boxes", boxes_file(root, scene_id), BOXES)
+    for part, name in ((SceneParts.INTRINSICS, "intrinsic.txt"), (SceneParts.DEPTH, "depth_intrinsic.txt")):
+        if part in parts:
+            yield InputFile("intrinsics", root / "posed_images" / scene_id / name, EXTRACTED)

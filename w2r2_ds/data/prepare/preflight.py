@@ -9,7 +9,8 @@ from pathlib import Path
 
 from w2r2_ds.data.prepare.manifest import relative
 from w2r2_ds.data.prepare.plan import BOXES, EXTRACTED, Plan, check_options, input_files, make_plan, scene_files
-from w2r2_ds.data.tasks.base import TASKS, TaskOptions
+from w2r2_ds.data.sources.scannet import SceneParts, frame_files
+from w2r2_ds.data.tasks.base import TASKS, TaskOptions, parts_to_read
 from w2r2_ds.data.tasks.common import SCANNET_ACCESS
 from w2r2_ds.data.validate import THREADS, is_complete_image
 
@@ -45,9 +46,14 @@ def missing(root: Path | str, options: TaskOptions) -> list[Missing]:
     ]
     scenes, unusable = _scenes(root, options, bool(found))
     for scene_id in scenes:
-        found += _missing_of_scene(root, scene_id)
+        found += _missing_of_scene(root, scene_id, options)
     if not scenes:
-        folders = {"posed_images": EXTRACTED, "scans": SCANNET_ACCESS, "scannet_data": BOXES}
+        parts = parts_to_read(options)
+        folders = {"posed_images": EXTRACTED}
+        if SceneParts.POSES in parts:
+            folders["scans"] = SCANNET_ACCESS
+        if SceneParts.BOXES in parts:
+            folders["scannet_data"] = BOXES
         unknown = "missing; which scenes are needed is not known before the annotations are here"
         found += [
             Missing(root / name, unknown, origin) for name, origin in folders.items() if not (root / name).is_dir()
@@ -116,24 +122,26 @@ def _extracted(root: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
-def _missing_of_scene(root: Path, scene_id: str) -> Iterator[Missing]:
+def _missing_of_scene(root: Path, scene_id: str, options: TaskOptions) -> Iterator[Missing]:
     """Missing or truncated files of one scene."""
     folder = root / "posed_images" / scene_id
     if not folder.is_dir():
         yield Missing(folder, "missing", EXTRACTED)
-    for file in scene_files(root, scene_id):
+    for file in scene_files(root, scene_id, options):
         # Of a missing folder, the files are not listed too.
         if not file.path.is_file() and (file.path.parent != folder or folder.is_dir()):
             yield Missing(file.path, "missing", file.origin)
     if not folder.is_dir():
         return
+    suffixes = frame_files(parts_to_read(options))
     names = {path.name for path in folder.iterdir()}
-    stems = sorted({name.partition(".")[0] for name in names if name.partition(".")[0].isdecimal()}, key=int)
+    paths = [Path(name) for name in names]
+    stems = sorted({path.stem for path in paths if path.suffix in suffixes and path.stem.isdecimal()}, key=int)
     if not stems:
         yield Missing(folder, "holds no frames", EXTRACTED)
     images = []
     for stem in stems:
-        for suffix in (".txt", ".jpg", ".png"):
+        for suffix in suffixes:
             if stem + suffix not in names:
                 yield Missing(folder / (stem + suffix), "missing", EXTRACTED)
             elif suffix != ".txt":

@@ -5,10 +5,11 @@
     [{"scene_id": "scene0000_00", "object_id": "39", "object_name": "office_chair", "ann_id": "0",
       "description": "...", "token": ["the", ...]}, ...]
 
-``ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json``; both test files have no answers, the last has no objects::
+``ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json``; both test files have no answers. The objects of a question
+(``object_ids``, ``object_names``) are not used::
 
-    [{"scene_id": "scene0000_00", "question_id": "train-scene0000-0", "question": "...", "answers": ["brown", ...],
-      "object_ids": [8], "object_names": ["table"]}, ...]
+    [{"scene_id": "scene0000_00", "question_id": "train-scene0000-0", "question": "...", "answers": ["brown", ...]},
+     ...]
 """
 
 from __future__ import annotations
@@ -77,8 +78,6 @@ class Question(FrozenModel):
         question_id: identifier, unique in a file.
         text: the question.
         answers: all reference answers; empty in ScanQA's test splits.
-        object_ids: instances that the question is about; empty in ScanQA's test split without objects.
-        object_names: names of these instances.
         location: file and entry, for messages.
     """
 
@@ -86,10 +85,10 @@ class Question(FrozenModel):
     question_id: Name
     text: Text = Field(alias="question")
     answers: tuple[Text, ...] = Field((), min_length=1)
-    object_ids: tuple[IntegerOrDigits, ...] = ()
-    object_names: tuple[Text, ...] = Field((), min_length=1)
     location: str = ""
 
+    object_ids: ClassVar[tuple[int, ...]] = ()
+    """Samples need no boxes, so the field of that name in the file is not read."""
     object_field: ClassVar[str] = "object_ids"
 
     @property
@@ -105,11 +104,9 @@ class Question(FrozenModel):
 
 
 class AnsweredQuestion(Question):
-    """A question of the training or validation split, where all fields are required."""
+    """A question of the training or validation split, where answers are required."""
 
     answers: tuple[Text, ...] = Field(min_length=1)
-    object_ids: tuple[IntegerOrDigits, ...] = Field()
-    object_names: tuple[Text, ...] = Field(min_length=1)
 
 
 _DESCRIPTIONS = TypeAdapter(list[Description])
@@ -135,7 +132,7 @@ def read_scanqa(path: Path | str, answers_needed: bool = True) -> list[Question]
 
     Args:
         path: JSON file.
-        answers_needed: whether a question without answers or objects is an error; ScanQA's test splits have none.
+        answers_needed: whether a question without answers is an error; ScanQA's test splits have none.
 
     Raises:
         ValueError: see `read_scanrefer`; or a question_id occurs twice.

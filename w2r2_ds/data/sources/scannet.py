@@ -18,12 +18,31 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Flag, auto
 from pathlib import Path
 
 import numpy as np
 
 _SCENE_ID = re.compile(r"[A-Za-z0-9_]{1,100}")
-_FRAME_SUFFIXES = (".txt", ".jpg", ".png")
+_NOT_READ = np.full((4, 4), np.nan)
+"""Matrix in place of a file that was not read."""
+
+
+class SceneParts(Flag):
+    """Files of a scene besides its colour images. A task declares those that it needs; no others are read."""
+
+    NONE = 0
+    POSES = auto()
+    """The pose of every frame, and the scan's ``axisAlignment``."""
+    INTRINSICS = auto()
+    """``intrinsic.txt``."""
+    DEPTH = auto()
+    """The depth image of every frame, and ``depth_intrinsic.txt``."""
+    BOXES = auto()
+    """``SCENE_aligned_bbox.npy``."""
+
+
+ALL_PARTS = SceneParts.POSES | SceneParts.INTRINSICS | SceneParts.DEPTH | SceneParts.BOXES
 
 
 @dataclass(frozen=True)
@@ -33,8 +52,10 @@ class Frame:
     Attributes:
         index: frame number in the file names.
         color: RGB image file.
-        depth: depth image file, uint16 PNG, millimetres along the camera's z axis; 0 means no measurement.
-        cam_to_world: ``[4, 4]`` float64, OpenCV camera to *axis-aligned* world (``axis_align @ pose``), metres.
+        depth: depth image file, uint16 PNG, millimetres along the camera's z axis; 0 means no measurement. It may be
+            missing if the scene was read without ``DEPTH``.
+        cam_to_world: ``[4, 4]`` float64, OpenCV camera to *axis-aligned* world (``axis_align @ pose``), metres; NaN if
+            the scene was read without ``POSES``.
     """
 
     index: int
@@ -62,11 +83,13 @@ class Instance:
 class Scene:
     """One scan.
 
+    A matrix of a part that was not read is NaN, and without ``BOXES`` there are no instances.
+
     Scenes are compared and hashed by identity, so that results per scene can be cached (``frames/coverage.py``).
 
     Attributes:
         scene_id: ScanNet scene name.
-        frames: frames with a finite pose, by ascending frame number.
+        frames: frames whose pose is not marked as lost, by ascending frame number.
         intrinsic: ``[4, 4]`` float64 pinhole matrix of the colour images, pixels.
         depth_intrinsic: ``[4, 4]`` float64 pinhole matrix of the depth images, pixels.
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
@@ -90,14 +113,16 @@ def check_scene_id(scene_id: str) -> str:
     return scene_id
 
 
-def load_scene(root: Path | str, scene_id: str) -> Scene:
+def load_scene(root: Path | str, scene_id: str, parts: SceneParts = ALL_PARTS) -> Scene:
     """Read one scene.
 
-    Frames whose pose contains nan or inf, ScanNet's mark of lost tracking, are skipped and counted.
+    Frames whose pose contains nan or inf, ScanNet's mark of lost tracking, are skipped and counted. This holds without
+    ``POSES`` too if there are pose files, so that all tasks choose from the same frames.
 
     Args:
         root: data root, see the module docstring for its files.
         scene_id: ScanNet scene name.
+        parts: files to read besides the colour images; others may be missing.
 
     Raises:
         ValueError: a file is missing or malformed (the message names it), or no frame has a valid pose.
@@ -105,23 +130,36 @@ def load_scene(root: Path | str, scene_id: str) -> Scene:
     root = Path(root)
     check_scene_id(scene_id)
     images = root / "posed_images" / scene_id
-    axis_align = read_alignment(root / "scans" / scene_id / f"{scene_id}.txt")
-    frames, without_pose = _read_frames(images, axis_align)
+    axis_align = _NOT_READ
+    if SceneParts.POSES in parts:
+        # Boxes are in the axis-aligned world; without them, the raw world of a scan without alignment will do.
+        axis_align = read_alignment(alignment_file(root, scene_id), required=SceneParts.BOXES in parts)
+    frames, without_pose = _read_frames(images, axis_align, parts)
     return Scene(
         scene_id=scene_id,
         frames=frames,
-        intrinsic=_read_intrinsic(images / "intrinsic.txt"),
-        depth_intrinsic=_read_intrinsic(images / "depth_intrinsic.txt"),
+        intrinsic=_read_intrinsic(images / "intrinsic.txt") if SceneParts.INTRINSICS in parts else _NOT_READ,
+        depth_intrinsic=_read_intrinsic(images / "depth_intrinsic.txt") if SceneParts.DEPTH in parts else _NOT_READ,
         axis_align=axis_align,
-        instances=_read_instances(root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"),
+        instances=_read_instances(boxes_file(root, scene_id)) if SceneParts.BOXES in parts else {},
         frames_without_pose=without_pose,
     )
+
+
+def alignment_file(root: Path, scene_id: str) -> Path:
+    """The scan's description, which has the line ``axisAlignment``."""
+    return root / "scans" / scene_id / f"{scene_id}.txt"
+
+
+def boxes_file(root: Path, scene_id: str) -> Path:
+    """The boxes of a scene's objects."""
+    return root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"
 
 
 def _read_text(path: Path, content: str) -> str:
     """Text of a file; `content` describes it in messages."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except FileNotFoundError:
         raise ValueError(
             f"{path} ({content}) does not exist; prepare the scene, or correct data.root (or --root)"
@@ -142,11 +180,17 @@ def _matrix(text: str, path: Path, field: str) -> np.ndarray:
     return np.array(values, dtype=np.float64).reshape(4, 4)
 
 
-def read_alignment(path: Path) -> np.ndarray:
+def read_alignment(path: Path, required: bool = True) -> np.ndarray:
     """Matrix ``axisAlignment`` of a file ``scans/SCENE/SCENE.txt``: ``[4, 4]`` float64, raw to axis-aligned world.
 
+    Args:
+        path: the scan's description.
+        required: whether a file without the line is an error. If not, the result is the identity; ScanNet's hidden test
+            scans have no alignment.
+
     Raises:
-        ValueError: the file or the line is missing, or the matrix is not a rotation and a translation.
+        ValueError: the file is missing, the matrix is not a rotation and a translation, or the line is missing although
+            it is required.
     """
     for line in _read_text(path, "the scan's description").splitlines():
         name, equals, value = line.partition("=")
@@ -156,6 +200,8 @@ def read_alignment(path: Path) -> np.ndarray:
             if not np.isfinite(matrix).all() or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3):
                 raise ValueError(f"{path}: axisAlignment is not a rotation and a translation; copy the file again")
             return matrix
+    if not required:
+        return np.eye(4)
     raise ValueError(f"{path}: there is no line 'axisAlignment = 16 numbers'; ScanNet's hidden test scans have none")
 
 
@@ -167,29 +213,53 @@ def _read_intrinsic(path: Path) -> np.ndarray:
     return matrix
 
 
-def _read_frames(folder: Path, axis_align: np.ndarray) -> tuple[tuple[Frame, ...], int]:
-    """Frames of a folder with a finite pose, by ascending frame number, and the number of the other frames."""
+def _read_frames(folder: Path, axis_align: np.ndarray, parts: SceneParts) -> tuple[tuple[Frame, ...], int]:
+    """Frames of a folder whose pose is not lost, by ascending frame number, and the number of the other frames."""
     if not folder.is_dir():
         raise ValueError(
             f"{folder} does not exist; extract the scene's images and poses, or correct data.root (or --root)"
         )
-    # A frame exists if any of its three files does; a missing one is an error. intrinsic.txt is no frame number.
-    stems = sorted({p.stem for p in folder.iterdir() if p.suffix in _FRAME_SUFFIXES and p.stem.isdecimal()}, key=int)
+    contents = frame_files(parts)
+    # A frame exists if any of its files does; a missing one is an error. intrinsic.txt is no frame number.
+    stems = sorted({p.stem for p in folder.iterdir() if p.suffix in contents and p.stem.isdecimal()}, key=int)
     frames, without_pose = [], 0
     for stem in stems:
-        pose_file, color, depth = (folder / f"{stem}{suffix}" for suffix in _FRAME_SUFFIXES)
-        for path, content in ((pose_file, "pose"), (color, "colour image"), (depth, "depth image")):
+        for suffix, content in contents.items():
+            path = folder / f"{stem}{suffix}"
             if not path.is_file():
                 raise ValueError(f"{path} is missing: frame {stem} has no {content}; extract the scene's frames again")
-        pose = _matrix(_read_text(pose_file, "a camera pose"), pose_file, "the pose")
-        if np.isfinite(pose).all():
+        color, depth, pose_file = (folder / f"{stem}{suffix}" for suffix in (".jpg", ".png", ".txt"))
+        if SceneParts.POSES in parts:
+            pose = _matrix(_read_text(pose_file, "a camera pose"), pose_file, "the pose")
+            is_lost = not np.isfinite(pose).all()
+        else:
+            pose = _NOT_READ
+            is_lost = pose_file.is_file() and _is_marked_lost(_read_text(pose_file, "a camera pose"))
+        if is_lost:
+            without_pose += 1
+        else:
             # camera -> raw world -> axis-aligned world
             frames.append(Frame(int(stem), color, depth, axis_align @ pose))
-        else:
-            without_pose += 1
-    if not frames:
+    if not frames and (without_pose or SceneParts.POSES in parts):
         raise ValueError(f"{folder} has no frame with a valid pose ({without_pose} not finite); extract it again")
+    if not frames:
+        raise ValueError(f"{folder} has no frames named like 00000.jpg; extract the scene's frames")
     return tuple(frames), without_pose
+
+
+def frame_files(parts: SceneParts) -> dict[str, str]:
+    """Suffix -> content of the files of a frame that are read."""
+    files = {".jpg": "colour image"}
+    if SceneParts.POSES in parts:
+        files[".txt"] = "pose"
+    if SceneParts.DEPTH in parts:
+        files[".png"] = "depth image"
+    return files
+
+
+def _is_marked_lost(pose: str) -> bool:
+    """Whether the text of a pose has nan or inf."""
+    return any(word.lower().lstrip("+-").startswith(("nan", "inf")) for word in pose.split())
 
 
 def _read_instances(path: Path) -> dict[int, Instance]:

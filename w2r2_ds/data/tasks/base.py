@@ -16,7 +16,7 @@ import numpy as np
 
 from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
-from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.data.sources.scannet import Scene, SceneParts
 from w2r2_ds.types.sample import Kind, Sample
 from w2r2_ds.utils.registry import Registry
 
@@ -96,7 +96,7 @@ class Item(Protocol):
 
     @property
     def object_ids(self) -> tuple[int, ...]:
-        """Ids of the objects that the annotation refers to; each must have a box in the scene."""
+        """Ids of the objects whose boxes the samples need; each must have a box in the scene."""
 
     object_field: ClassVar[str]
     """Field of the annotation file that contains `object_ids`, for messages."""
@@ -239,6 +239,13 @@ class Task(ABC):
         """Whether samples depend on the frames in which an object is visible."""
         return False
 
+    def scene_parts(self, options: TaskOptions) -> SceneParts:
+        """Files of a scene that `make_samples` uses besides the colour images; no others have to exist.
+
+        What the selection of frames and the visibility of objects need is added by `parts_to_read`.
+        """
+        return SceneParts.NONE
+
     def needs_infos(self, options: TaskOptions) -> bool:
         """Whether EmbodiedScan's infos are an input file."""
         return self.uses_visibility(options) and options.visibility == "embodiedscan"
@@ -273,6 +280,20 @@ def register_task(task: type[Task]) -> type[Task]:
     """Class decorator that adds a task to `TASKS`; raises ``ValueError`` if another task has its name."""
     TASKS.register(task.name, task())
     return task
+
+
+def parts_to_read(options: TaskOptions) -> SceneParts:
+    """Files of a scene that a preparation reads: those of the task, the selection of frames, and the visibility."""
+    task = TASKS.find(options.task)
+    parts = task.scene_parts(options)
+    if options.frames.protocol == "coverage":
+        parts |= SceneParts.POSES | SceneParts.DEPTH
+    if task.uses_visibility(options):
+        # EmbodiedScan's poses are compared with those of the frames, and its boxes with those of the scene.
+        parts |= SceneParts.POSES | SceneParts.BOXES
+        if options.visibility == "depth":
+            parts |= SceneParts.DEPTH
+    return parts
 
 
 def by_scene(items: Sequence[Item]) -> dict[str, tuple[tuple[int, Any], ...]]:

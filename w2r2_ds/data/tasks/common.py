@@ -145,7 +145,7 @@ def target_of(
 
 
 def frame_fields(frames: Sequence[Frame]) -> dict[str, Any]:
-    """Keyword arguments ``frames`` and ``cam_to_world`` of a `Sample` with these frames."""
+    """Keyword arguments ``frames`` and ``cam_to_world`` of a `Sample` with these frames; poses not read are NaN."""
     return {
         "frames": tuple(frame.color for frame in frames),
         "cam_to_world": np.stack([frame.cam_to_world for frame in frames]),

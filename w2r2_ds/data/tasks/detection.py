@@ -21,7 +21,7 @@ import numpy as np
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.visibility import keep_listed_frames
 from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
-from w2r2_ds.data.sources.scannet import Frame, Scene
+from w2r2_ds.data.sources.scannet import Frame, Scene, SceneParts
 from w2r2_ds.data.tasks.base import (
     NO_WINDOW,
     InputFile,
@@ -131,6 +131,9 @@ class Detection(Task):
 
     def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
         return [(job.number, job.scene_id, f"EmbodiedScan's infos: scannet/{job.scene_id}")]
+
+    def scene_parts(self, options: TaskOptions) -> SceneParts:
+        return SceneParts.POSES  # the boxes are EmbodiedScan's
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
         frames = {"count": options.frames.count, "seed": options.frames.seed}

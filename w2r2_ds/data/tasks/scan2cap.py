@@ -19,7 +19,7 @@ import numpy as np
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.sources.annotations import Description
-from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.data.sources.scannet import Scene, SceneParts
 from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,
     Job,
@@ -155,6 +155,10 @@ class Scan2Cap(DescriptionTask):
 
     def uses_visibility(self, options: TaskOptions) -> bool:
         return options.split == "train" and options.frames.protocol == "scene_sets"
+
+    def scene_parts(self, options: TaskOptions) -> SceneParts:
+        # Format vgllm: the position is in the camera of the first frame.
+        return SceneParts.BOXES | (SceneParts.POSES if options.format == "vgllm" else SceneParts.NONE)
 
     def needs_proposals(self, options: TaskOptions) -> bool:
         return options.split != "train" and options.boxes == "proposals"

@@ -62,7 +62,7 @@ class ScanQA(Task):
     formats = ("video3dllm",)
     splits = ("train", "val", "test_w_obj", "test_wo_obj")
     published: ClassVar = {"val": 4675}
-    cli_options = ("frames", "skip_without_box")
+    cli_options = ("frames",)
 
     def annotations(self, root: Path, options: TaskOptions) -> InputFile:
         return InputFile("annotations", root / "ScanQA" / f"ScanQA_v1.0_{options.split}.json", SCANQA_ACCESS)

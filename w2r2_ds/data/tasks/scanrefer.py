@@ -25,7 +25,7 @@ from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.frames.visibility import clearest_frame
 from w2r2_ds.data.images import IMAGE_FORMATS
 from w2r2_ds.data.sources.annotations import Description
-from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.data.sources.scannet import Scene, SceneParts
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
     NO_VISIBLE_FRAME,
@@ -210,6 +210,11 @@ class ScanRefer(DescriptionTask):
     def uses_visibility(self, options: TaskOptions) -> bool:
         # Format vgllm: the answer is a frame that shows the object. scene_sets selects a set with such a frame.
         return options.format == "vgllm" or (options.split == "train" and options.frames.protocol == "scene_sets")
+
+    def scene_parts(self, options: TaskOptions) -> SceneParts:
+        # Format vgllm: the box is moved to a frame's camera, and its projected area selects the frame.
+        camera = SceneParts.POSES | SceneParts.INTRINSICS if options.format == "vgllm" else SceneParts.NONE
+        return SceneParts.BOXES | camera
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
         return {"rolls": options.rolls} if options.format == "vgllm" else {}
