@@ -49,7 +49,7 @@ def test_a_question_needs_no_box(root: Path) -> None:
 
 
 def test_the_frames_are_those_of_the_other_tasks(root: Path) -> None:
-    """A frame with a lost pose is left out; without pose files, all frames are used."""
+    """A frame with a lost pose is skipped; without pose files, all frames are used."""
     write_questions(root, [question_entry()], "val")
     (made,) = prepared_items(root, "scanqa", "val", count=9, format="video3dllm")
     assert [path.name for path in made.frames] == ["00000.jpg", "00001.jpg", "00002.jpg"]
