@@ -6,9 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_frames
+from w2r2_ds.data.images import (
+    ORIENTATIONS,
+    even_crop,
+    even_size,
+    fitted_size,
+    frame_size,
+    load_frame,
+    load_resized,
+    lost_height,
+    resize_frames,
+)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -71,6 +81,57 @@ def test_a_depth_map_is_rejected(tmp_path: Path) -> None:
         load_frame(tmp_path / "depth.png")
 
 
+@pytest.mark.parametrize("orientation", [1, *ORIENTATIONS])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int) -> None:
+    path, exif = tmp_path / "phone.jpg", Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(noise(24, 40)).save(path, kind, exif=exif)
+    with Image.open(path) as stored:
+        upright = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
+    np.testing.assert_array_equal(load_frame(path), upright)
+    assert frame_size(path) == ((24, 40) if orientation >= 5 else (40, 24)) == upright.shape[1::-1]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF header", b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01", b"Exif\0\0"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_exif_block_is_ignored(tmp_path: Path, kind: str, exif: bytes) -> None:
+    path, plain = tmp_path / "frame.jpg", tmp_path / "plain.jpg"
+    Image.fromarray(noise(24, 40)).save(path, kind, exif=exif)
+    Image.fromarray(noise(24, 40)).save(plain, kind)
+    np.testing.assert_array_equal(load_frame(path), load_frame(plain))
+    assert frame_size(path) == (40, 24)
+
+
+def test_a_transparent_image_is_turned_too(tmp_path: Path) -> None:
+    path, exif = tmp_path / "frame.png", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGBA", (3, 2), (0, 0, 0, 0)).save(path, exif=exif)
+    assert load_frame(path).shape == (3, 2, 3) and load_frame(path).min() == 255
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_a_file_is_resized_as_its_pixels(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "frame.jpg"
+    Image.fromarray(noise(75, 61)).save(path)
+    resized = load_resized(path, 56, 14, mode)
+    wanted = pixels(resized[None])
+    np.testing.assert_array_equal(resize_frames([load_frame(path)], 56, 14, mode), wanted)
+
+
+@pytest.mark.parametrize(
+    ("size", "lost"), [((64, 48), 0.0), ((48, 48), 0.0), ((756, 1008), 1 - 518 / 686), ((100, 400), 0.75)]
+)
+def test_the_lost_height_is_that_of_the_crop(size: tuple[int, int], lost: float) -> None:
+    assert lost_height(size, 518, 14) == pytest.approx(lost, abs=1e-12)
+    assert lost_height(size, 518, 14, "pad") == 0
+    # With a marker in the rows: the fraction of the rows that remain.
+    ramp = np.repeat(np.linspace(0, 255, size[1]).astype(np.uint8)[:, None, None], 3, axis=2).repeat(size[0], axis=1)
+    kept = resize_frames([ramp], 518, 14)[0, 0, :, 0]
+    assert kept[-1] - kept[0] == pytest.approx(1 - lost, abs=0.01)
+
+
 def test_default_width_is_518() -> None:
     assert resize_frames([noise(48, 64)], width=518, patch=14).shape == (1, 3, 392, 518)
 
@@ -100,19 +161,22 @@ def test_crop_keeps_the_middle_of_a_high_frame() -> None:
     "sizes", [[(640, 480)], [(1296, 968)], [(100, 181)], [(83, 61), (47, 61)], [(300, 60), (60, 30)]]
 )
 @pytest.mark.parametrize("width", [28, 126, 518])
-def test_sizes_follow_from_the_file_headers(tmp_path: Path, sizes: list[tuple[int, int]], width: int) -> None:
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_sizes_follow_from_the_file_headers(
+    tmp_path: Path, sizes: list[tuple[int, int]], width: int, mode: str
+) -> None:
     for index, size in enumerate(sizes):
         Image.new("RGB", size).save(tmp_path / f"{index}.jpg")
     assert [frame_size(tmp_path / f"{index}.jpg") for index in range(len(sizes))] == sizes
     try:
-        images = resize_frames([noise(height, width) for width, height in sizes], width=width, patch=14)
+        images = resize_frames([noise(height, width) for width, height in sizes], width, 14, mode)
         cropped = even_crop(images)
     except ValueError as error:
         with pytest.raises(ValueError) as caught:
-            even_size(*reversed(crop_size(sizes, width, 14)))
-        assert "smaller than one merged patch" in str(caught.value), error
+            even_size(*reversed(fitted_size(sizes, width, 14, mode)))
+        assert str(caught.value) == str(error)
     else:
-        assert images.shape[2:] == (height_width := crop_size(sizes, width, 14)[::-1])
+        assert images.shape[2:] == (height_width := fitted_size(sizes, width, 14, mode)[::-1])
         assert cropped.shape[2:] == even_size(*height_width)
 
 

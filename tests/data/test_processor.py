@@ -13,7 +13,7 @@ from PIL import Image
 
 from w2r2_ds.data.images import input_bytes
 from w2r2_ds.data.loader import make_processor
-from w2r2_ds.data.processor import IMAGE, VIDEO, Processor
+from w2r2_ds.data.processor import IMAGE, VIDEO, Processor, SequenceTooLong
 from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE
 
 
@@ -190,6 +190,24 @@ def test_frames_of_odd_and_unequal_sizes(frontend: Any, data_config: Any, sample
     assert features.visual.geometry_images.shape == (2, 3, 56, 56)
     assert features.visual.grid_thw.tolist() == [[1, 4, 4]] * 2
     assert features.visual.geometry_images[0, :, 0].min() == 1 and features.visual.geometry_images[1].max() < 1
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+@pytest.mark.parametrize("size", [(83, 61), (47, 61)])
+def test_padded_frames_are_square(
+    frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path, size: tuple[int, int], visual: str
+) -> None:
+    path = tmp_path / "frame.png"
+    Image.new("RGB", size).save(path)
+    sample = replace(samples[0], frames=(path,) * 2, cam_to_world=samples[0].cam_to_world[:2])
+    processor = make_processor(frontend, data_config(frame_fit="pad", visual=visual))
+    features = processor(sample, with_answer=False)
+    assert features.visual.geometry_images.shape == (2, 3, 56, 56)
+    assert features.visual.grid_thw.tolist() == ([[1, 4, 4]] * 2 if visual == "images" else [[1, 4, 4]])
+    processor.config.max_length = len(features.input_ids) - 1
+    with pytest.raises(SequenceTooLong) as caught:  # the length that follows from the header
+        processor.check(sample, [size] * 2, with_answer=False)
+    assert caught.value.tokens == len(features.input_ids)
 
 
 class Tokenizer:

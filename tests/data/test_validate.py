@@ -96,6 +96,62 @@ def test_other_formats_are_decoded(samples: list[Any], tmp_path: Path, decoded: 
         check_frames([sample_of(samples, page)])
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_depth_map_in_the_place_of_a_frame_raises_with_its_path(
+    samples: list[Any], tmp_path: Path, decoded: list[Path], kind: str
+) -> None:
+    depth = tmp_path / "depth.jpg"
+    Image.fromarray(np.zeros((24, 32), dtype=np.uint16)).save(depth, "PNG")
+    with pytest.raises(ValueError, match=f"Frame {depth} .*more than 8 bits"):
+        check_frames([sample_of(samples, picture(tmp_path / "good.jpg", kind), depth)])
+    assert depth not in decoded, "the header is enough"
+
+
+def test_a_narrow_frame_among_others_raises_with_its_path(
+    frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path, no_decoding: None
+) -> None:
+    good, narrow = picture(tmp_path / "good.jpg"), tmp_path / "narrow.png"
+    Image.new("RGB", (3000, 10)).save(narrow)
+    bad = sample_of(samples, good, narrow)
+    for fit in ("crop", "pad"):
+        processor = make_processor(frontend, data_config(frame_fit=fit))
+        with pytest.raises(ValueError, match=rf"Frame {narrow}: .*3000 x 10 pixels"):
+            check_sample_texts([bad], processor)
+        with pytest.raises(ValueError, match=str(narrow)):
+            processor.preprocess.sizes(bad.frames)
+
+
+def test_frames_below_one_merged_patch_raise_with_a_path(
+    frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path
+) -> None:
+    low = tmp_path / "low.png"
+    Image.new("RGB", (60, 15)).save(low)
+    processor, sample = make_processor(frontend, data_config()), sample_of(samples, low)
+    with pytest.raises(ValueError, match=rf"{low}.*data\.frame_width"):
+        check_sample_texts([sample], processor)
+    with pytest.raises(ValueError, match=rf"{low}.*data\.frame_width"):
+        processor(sample, with_answer=True)
+    # A higher frame in the same sample makes room: the low one is padded.
+    mixed = sample_of(samples, low, picture(tmp_path / "good.jpg"))
+    assert check_sample_texts([mixed], processor) == 1
+
+
+def test_cropped_frames_are_reported_once(
+    frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide, high = picture(tmp_path / "wide.jpg"), tmp_path / "high.png"
+    Image.new("RGB", (42, 56)).save(high)
+    chosen = [sample_of(samples, wide, high)] * 3
+    assert check_sample_texts(chosen, make_processor(frontend, data_config())) == 3
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "1 of 2 frames" in message and "20 %" in message and str(high) in message and "data.frame_fit" in message
+    caplog.clear()
+    assert check_sample_texts(chosen, make_processor(frontend, data_config(frame_fit="pad"))) == 3
+    assert check_sample_texts([sample_of(samples, wide)], make_processor(frontend, data_config())) == 1
+    assert not caplog.records
+
+
 @pytest.fixture
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding any frame raises."""
@@ -103,7 +159,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path) -> np.ndarray:
         raise AssertionError(f"{path} is decoded")
 
-    monkeypatch.setattr("w2r2_ds.data.visual_inputs.load_frame", load)
+    monkeypatch.setattr("w2r2_ds.data.visual_inputs.load_resized", load)
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -120,7 +176,7 @@ def test_the_length_equals_that_of_the_processor(
 ) -> None:
     every = [*samples, *text_samples, caption_sample, replace(samples[0], id="é", question="…é中" * 9, what=(0, 0))]
     lengths = [len(make_processor(frontend, data_config(visual=visual))(s, with_answer).input_ids) for s in every]
-    monkeypatch.setattr("w2r2_ds.data.visual_inputs.load_frame", None)
+    monkeypatch.setattr("w2r2_ds.data.visual_inputs.load_resized", None)
     for sample, length in zip(every, lengths, strict=True):
         processors = [make_processor(frontend, data_config(visual=visual, max_length=length - n)) for n in (0, 1)]
         assert check_sample_texts([sample], processors[0], with_answer=with_answer) == 1

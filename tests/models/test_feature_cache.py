@@ -49,6 +49,8 @@ def test_keys_depend_on_everything_that_changes_features(
 
     own_3d, own_2d = geometry_identity(data, model_config), vision_identity(data, model_config)
     wider, video = data_config(frame_width=112), data_config(visual="video")
+    padded = data_config(frame_fit="pad")
+    assert geometry_identity(padded, model_config) != own_3d and vision_identity(padded, model_config) != own_2d
     assert len({own_3d, own_2d, geometry_identity(wider, model_config), vision_identity(wider, model_config)}) == 4
     assert geometry_identity(data, replace(model_config, dtype="bfloat16")) != own_3d
     for changes in ({"path": vggt}, {"layers": [0]}, {"reference_frame": "last"}):

@@ -59,6 +59,8 @@ class DataConfig:
         val: prepared validation sets, in the same form; all samples are used, weight and cap are ignored.
         frame_width: width in pixels to which frames are resized for the geometry encoder, a multiple of its patch size
             (VGGT: 518, patches of 14). The VLM merges 2 x 2 patches; with an odd number the last column is dropped.
+        frame_fit: crop cuts a resized frame that is higher than wide to a square, at top and bottom; pad resizes the
+            longer side to frame_width and pads every frame with white to a square (as VGGT's two modes).
         visual: images encodes every frame as an `<image>` with its index, video all frames as one `<video>`.
         video_fps: nominal frame rate, for the temporal positions of a `<video>`.
         max_length: maximum sequence length in tokens; a longer sample is an error, never truncated.
@@ -81,6 +83,7 @@ class DataConfig:
     )
     val: list[SourceConfig] = field(default_factory=lambda: [SourceConfig("prepared/scanrefer/val")])
     frame_width: PositiveInt = 518
+    frame_fit: Literal["crop", "pad"] = "crop"
     visual: Literal["images", "video"] = "images"
     video_fps: PositiveFloat = 2.0
     max_length: PositiveInt = 9216

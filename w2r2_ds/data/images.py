@@ -7,11 +7,12 @@ functions for a sample; ``models/<family>/pixels.py`` normalises the crop and cu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from w2r2_ds.config.schema import DataConfig
 
@@ -20,39 +21,79 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that PIL may decode, independent of the file name; some other formats start programs (EPS: Ghostscript)."""
 UNSUPPORTED_MODES = ("I", "F")
 """First letters of PIL modes with more than 8 bits per channel, such as depth maps; conversion to RGB clips them."""
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> operation that turns the stored image upright; 1 is upright (EXIF 2.32, tag 274)."""
+SWAP_SIDES = {ORIENTATIONS[orientation] for orientation in (5, 6, 7, 8)}
+"""Operations that exchange width and height."""
 
 
 def load_frame(path: str | Path) -> np.ndarray:
-    """Read an image file as ``uint8 [height, width, 3]`` RGB; a transparent image is blended with white.
+    """Read an image file as ``uint8 [height, width, 3]`` RGB, upright; a transparent image is blended with white.
 
     Raises:
         ValueError: the file is missing, not an image, truncated, or has more than 8 bits per channel.
     """
+    return np.asarray(_read_rgb(path))
+
+
+def frame_size(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels of `load_frame`'s result, from the header of the file.
+
+    Raises:
+        ValueError: the file is missing, not an image, or has more than 8 bits per channel.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        return (height, width) if _upright(image) in SWAP_SIDES else (width, height)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file whose header has been read; every error of reading it is a ValueError with its path."""
     if not Path(path).is_file():
         raise ValueError(
             f"Frame {path} does not exist; extract the scene's frames again, or correct data.root (or --root)."
         )
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.load()
             if image.mode[0] in UNSUPPORTED_MODES:
                 raise ValueError(f"it has mode {image.mode}, more than 8 bits per channel; is it a depth map?")
-            return np.array(_on_white(image) if image.mode == "RGBA" else image.convert("RGB"))
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"Frame {path} cannot be read as a colour image ({error}); replace the file.") from error
 
 
-def frame_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file in pixels, from its header.
+def _read_rgb(path: str | Path) -> Image.Image:
+    """Decode a file to an upright RGB image."""
+    with _opened(path) as image:
+        turn = _upright(image)
+        image.load()
+        upright = image if turn is None else image.transpose(turn)
+        if upright.mode == "RGBA":
+            return _on_white(upright)
+        # `convert` and `copy` would copy the pixels of an RGB image; `load` has closed the file.
+        return upright if upright.mode == "RGB" else upright.convert("RGB")
 
-    Raises:
-        ValueError: the file is missing or not an image.
+
+def _upright(image: Image.Image) -> Image.Transpose | None:
+    """How an image must be turned according to its EXIF orientation; None for an upright image.
+
+    Only metadata before the pixels count, so that `frame_size` and `load_frame` agree. An EXIF block that cannot be
+    read is ignored, as viewers do.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Frame {path} cannot be read as a colour image ({error}); replace the file.") from error
+        # Not `image.getexif()`: for a PNG file it decodes the pixels, to find metadata behind them.
+        return ORIENTATIONS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError):
+        return None
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -60,10 +101,21 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, (WHITE,) * 4), image).convert("RGB")
 
 
-def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: str = "crop") -> np.ndarray:
-    """Resize frames to whole patches, as VGGT's ``load_and_preprocess_images`` does.
+def load_resized(path: str | Path, width: int, patch: int, mode: str = "crop") -> np.ndarray:
+    """Read and resize one frame, ``uint8 [H, W, 3]``; for the arguments see `resize_frames`.
 
-    Frames that differ in size after resizing are padded with white, centred, to the largest height and width.
+    Raises:
+        ValueError: as `load_frame`, or the frame is too narrow; the message has the path.
+    """
+    image = _read_rgb(path)
+    try:
+        return _fit(image, width, patch, mode)
+    except ValueError as error:
+        raise ValueError(f"Frame {path}: {error}") from error
+
+
+def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: str = "crop") -> np.ndarray:
+    """Resize frames to whole patches, as VGGT's ``load_and_preprocess_images`` does, and stack them.
 
     Args:
         images: frames, ``uint8 [height, width, 3]`` each.
@@ -74,56 +126,85 @@ def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: st
             pads the other side with white to a square.
 
     Returns:
-        ``float32 [N, 3, H, W]`` in [0, 1]; H and W are multiples of `patch`.
+        ``float32 [N, 3, H, W]`` in [0, 1]; H and W are multiples of `patch`. See `stack_frames`.
 
     Raises:
         ValueError: there are no frames, a frame has another shape or dtype or is too narrow, or width or mode is
             invalid.
     """
-    if width <= 0 or width % patch:
-        raise ValueError(f"frame width {width} must be a positive multiple of {patch}.")
-    if mode not in ("crop", "pad"):
-        raise ValueError(f"mode {mode!r} must be 'crop' or 'pad'.")
-    if len(images) == 0:
+    for image in images:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"A frame is {image.dtype} {image.shape}; it must be uint8 [height, width, 3].")
+    return stack_frames([_fit(Image.fromarray(image), width, patch, mode) for image in images])
+
+
+def stack_frames(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack resized frames ``uint8 [H, W, 3]``: ``float32 [N, 3, H, W]`` in [0, 1].
+
+    Frames that differ in size are padded with white, centred, to the largest height and width.
+
+    Raises:
+        ValueError: there are no frames.
+    """
+    if len(frames) == 0:
         raise ValueError("No frames were given; a sample needs at least one.")
-    frames = [_fit(image, width, patch, mode) for image in images]
     height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))
     pixels = np.stack([_pad(frame, height, width) for frame in frames]).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(255)
 
 
-def _fit(image: np.ndarray, target: int, patch: int, mode: str) -> np.ndarray:
-    """One frame resized and cropped or padded, ``uint8 [H, W, 3]``."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"A frame is {image.dtype} {image.shape}; it must be uint8 [height, width, 3].")
-    height, width = image.shape[:2]
-    # The width becomes `target`, except for a portrait image in mode pad: there the height does.
-    by_height = mode == "pad" and height > width
-    new_height = target if by_height else _scaled_height(width, height, target, patch)
-    new_width = _to_patches(width * (target / height), patch) if by_height else target
-    if not new_height or not new_width:
-        raise ValueError(f"A frame of {width} x {height} pixels is too narrow to resize to {target}; remove it.")
-    resized = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
+def _fit(image: Image.Image, target: int, patch: int, mode: str) -> np.ndarray:
+    """One RGB frame resized and cropped or padded, ``uint8 [H, W, 3]``."""
+    resized = np.asarray(image.resize(scaled_size(image.size, target, patch, mode), Image.Resampling.BICUBIC))
     if mode == "pad":
         return _pad(resized, target, target)
-    top = max(0, new_height - target) // 2
+    top = max(0, len(resized) - target) // 2
     return resized[top : top + target]
 
 
-def crop_size(sizes: Sequence[tuple[int, int]], target: int, patch: int) -> tuple[int, int]:
-    """``(width, height)`` in pixels of the frames after `resize_frames` in mode ``crop``.
+def scaled_size(size: tuple[int, int], target: int, patch: int, mode: str = "crop") -> tuple[int, int]:
+    """``(width, height)`` of a frame of ``(width, height)`` pixels after scaling, before it is cropped or padded.
+
+    For the other arguments see `resize_frames`.
+
+    Raises:
+        ValueError: a side would have no pixels, or width or mode is invalid.
+    """
+    if target <= 0 or target % patch:
+        raise ValueError(f"frame width {target} must be a positive multiple of {patch}.")
+    if mode not in ("crop", "pad"):
+        raise ValueError(f"mode {mode!r} must be 'crop' or 'pad'.")
+    width, height = size
+    # The width becomes `target`, except for a portrait image in mode pad: there the height does.
+    if mode == "pad" and height > width:
+        scaled = _to_patches(width * (target / height), patch), target
+    else:
+        scaled = target, _to_patches(height * (target / width), patch)
+    if 0 in scaled:
+        raise ValueError(f"a frame of {width} x {height} pixels is too narrow to resize to {target}; remove it.")
+    return scaled
+
+
+def fitted_size(sizes: Sequence[tuple[int, int]], target: int, patch: int, mode: str = "crop") -> tuple[int, int]:
+    """``(width, height)`` in pixels of the result of `resize_frames`.
 
     Args:
         sizes: ``(width, height)`` of every frame in pixels.
-        target: target width in pixels, a multiple of `patch`.
-        patch: side in pixels of the geometry encoder's patches.
+        target, patch, mode: see `resize_frames`.
+
+    Raises:
+        ValueError: see `scaled_size`.
     """
-    return target, max(min(target, _scaled_height(width, height, target, patch)) for width, height in sizes)
+    scaled = [scaled_size(size, target, patch, mode) for size in sizes]
+    if mode == "pad":
+        return target, target
+    return target, max(min(target, height) for _, height in scaled)
 
 
-def _scaled_height(width: int, height: int, target: int, patch: int) -> int:
-    """Height in pixels, a multiple of `patch`, of a frame that is scaled to width `target`."""
-    return _to_patches(height * (target / width), patch)
+def lost_height(size: tuple[int, int], target: int, patch: int, mode: str = "crop") -> float:
+    """Fraction of a frame's height that `resize_frames` crops; for the arguments see `scaled_size`."""
+    _, height = scaled_size(size, target, patch, mode)
+    return max(0.0, 1 - target / height)
 
 
 def _to_patches(length: float, patch: int) -> int:
@@ -166,7 +247,7 @@ def even_size(height: int, width: int, patch: int = 14, merge: int = 2) -> tuple
 
 def input_bytes(frames: Sequence[Path], config: DataConfig) -> int:
     """Bytes of a sample's frames as float32 inputs of both encoders; all frames are counted as large as the first."""
-    width, height = crop_size([frame_size(frames[0])], config.frame_width, patch=1)
+    width, height = fitted_size([frame_size(frames[0])], config.frame_width, 1, config.frame_fit)
     # The vision tower gets every image twice (repeated in time), and the frames of a video in pairs.
     tower_frames = 2 * len(frames) if config.visual == "images" else len(frames) + len(frames) % 2
     return (len(frames) + tower_frames) * 3 * width * height * 4

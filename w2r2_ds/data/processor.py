@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ class Processor:
         answer = sample.answer + self.end_of_turn if with_answer else ""
         if with_answer:
             self._check_special_tokens(sample, sample.answer)
-        frames, visual = len(sample.frames), self._added_visual_tokens(sizes)
+        frames, visual = len(sample.frames), self._added_visual_tokens(sample.frames, sizes)
         if frames not in self._template_tokens:
             self._template_tokens[frames] = sum(self._count(text) for text in self._around(frames))
         # Tokenizing every text is slow. A token has at least one byte, so the number of bytes is an upper bound of the
@@ -157,11 +158,11 @@ class Processor:
             text, _ = self._prompt_text(sample, frames)
             self._check_length(sample, self._count(text) + self._count(answer) + visual)
 
-    def _added_visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+    def _added_visual_tokens(self, paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> int:
         """Number of tokens that a prompt grows by when the placeholders of frames of these sizes are expanded."""
         if not sizes:
             return 0
-        _, (width, height) = self.preprocess.sizes(sizes)
+        _, (width, height) = self.preprocess.sizes(paths, sizes)
         side = self.vision.patch_size * self.vision.merge_size  # of a visual token, in pixels
         video = self.config.visual == "video"
         times = -(-len(sizes) // self.vision.temporal_patch_size) if video else len(sizes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from w2r2_ds.data.images import frame_size, load_frame
 from w2r2_ds.data.processor import Processor, SequenceTooLong
 from w2r2_ds.types.sample import Sample
+
+logger = logging.getLogger(__name__)
 
 FILE_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
 """First bytes of a complete JPEG or PNG file -> its last bytes: end marker, or last chunk with its checksum."""
@@ -24,8 +27,9 @@ MAX_LISTED = 5
 def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) -> int:
     """Check that the distinct frame files of the samples are complete images; every rank checks a part of them.
 
-    Two short reads per file: it must begin and end as a JPEG or a PNG file does. Any other file is decoded, which
-    raises the error that training would raise. Damage in the middle of a file is not detected here.
+    Short reads per file: it must begin and end as a JPEG or a PNG file does, and its header must be that of a colour
+    image. Any other file is decoded, which raises the error that training would raise. Damage in the middle of a
+    file is not detected here.
 
     Args:
         samples: samples whose frames are checked.
@@ -43,6 +47,7 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
         for path, complete in zip(files, pool.map(is_complete_image, files), strict=True):
             if not complete:
                 load_frame(path)  # raises; or decodes an image of another format, such as WebP
+            frame_size(path)  # raises for a depth map
     return len(files)
 
 
@@ -63,7 +68,7 @@ def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
     sample = next((sample for sample in samples if sample.frames), None)
     if sample is None:
         return "no sample has frames"
-    (width, height), tower = processor.preprocess.sizes([frame_size(path) for path in sample.frames])
+    (width, height), tower = processor.preprocess.sizes(sample.frames)
     sizes = f"{width} x {height} for the geometry encoder, {tower[0]} x {tower[1]} for the vision tower"
     return f"frames {sizes} (of {sample.id})"
 
@@ -93,6 +98,7 @@ def check_sample_texts(
     files = list(dict.fromkeys(path for sample in own for path in sample.frames))
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = dict(zip(files, pool.map(frame_size, files), strict=True))
+    warn_of_crop(sizes, processor)
     failures: list[tuple[str, ValueError]] = []
     for sample in own:
         try:
@@ -102,6 +108,26 @@ def check_sample_texts(
     if failures:
         raise ValueError(_message(failures)) from failures[0][1]
     return len(own)
+
+
+def warn_of_crop(sizes: Mapping[Path, tuple[int, int]], processor: Processor) -> None:
+    """Log how many frames lose a part of their height (`data.frame_fit: crop`), and how much at most.
+
+    Args:
+        sizes: frame file -> ``(width, height)`` in pixels.
+        processor: processor of the run.
+    """
+    lost = {path: processor.preprocess.lost_height(path, size) for path, size in sizes.items()}
+    worst = max(lost, key=lost.__getitem__, default=None)
+    if worst is not None and lost[worst]:
+        logger.warning(
+            "%d of %d frames are higher than wide and are cropped at top and bottom: up to %.0f %% of the height (%s). "
+            "data.frame_fit: pad keeps all of it.",
+            sum(fraction > 0 for fraction in lost.values()),
+            len(lost),
+            100 * lost[worst],
+            worst,
+        )
 
 
 def _message(failures: Sequence[tuple[str, ValueError]]) -> str:

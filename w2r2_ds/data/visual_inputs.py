@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.images import crop_size, even_crop, even_size, frame_size, load_frame, resize_frames
+from w2r2_ds.data.images import even_crop, even_size, fitted_size, frame_size, load_resized, lost_height, stack_frames
 from w2r2_ds.features.lookup import CacheLookup, FeatureCache
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.types.geometry import GeometrySpec
@@ -71,6 +71,7 @@ class VisualPreprocessor:
             )
         self.family, self.vision, self.geometry = family, vision, geometry
         self.config, self.cache = config, cache
+        self.fit = config.frame_width, geometry.patch_size, config.frame_fit  # arguments of `images.scaled_size`
         self._last: tuple[tuple[Path, ...], VisualInputs] | None = None
 
     def __call__(self, sample: Sample) -> VisualInputs:
@@ -98,8 +99,7 @@ class VisualPreprocessor:
         missing = [lookup for lookup in (cached_2d, cached_3d) if lookup is None or lookup.features is None]
         if not missing:
             return VisualInputs(no_patches, self._grid(sample), None, cached_2d, cached_3d)
-        frames = [load_frame(path) for path in sample.frames]
-        images = resize_frames(frames, self.config.frame_width, self.geometry.patch_size)
+        images = stack_frames([load_resized(path, *self.fit) for path in sample.frames])
         # The key hashes the frame files, which are read again here. If one was replaced in between, its features would
         # be stored under the old key: start again.
         if any(lookup is not None and not lookup.matches(sample.frames) for lookup in missing):
@@ -107,25 +107,59 @@ class VisualPreprocessor:
         geometry_images = torch.from_numpy(images) if cached_3d is None or cached_3d.features is None else None
         if cached_2d is not None and cached_2d.features is not None:
             return VisualInputs(no_patches, self._grid(sample), geometry_images, cached_2d, cached_3d)
+        self._tower_size(sample.frames, images.shape[3], images.shape[2])
         cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
         kind = "video" if self.config.visual == "video" else "image"
         return VisualInputs(*self.family.pixel_values(cropped, vision, kind), geometry_images, cached_2d, cached_3d)
 
     def _grid(self, sample: Sample) -> torch.Tensor:
         """`VisualInputs.grid_thw` from the headers of the frame files; their pixels are not decoded."""
-        _, (width, height) = self.sizes([frame_size(path) for path in sample.frames])
+        _, (width, height) = self.sizes(sample.frames)
         rows, columns = height // self.vision.patch_size, width // self.vision.patch_size
         count = len(sample.frames)
         if self.config.visual == "video":
             return torch.tensor([[-(-count // self.vision.temporal_patch_size), rows, columns]])
         return torch.tensor([[1, rows, columns]] * count)
 
-    def sizes(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+    def sizes(
+        self, frames: Sequence[Path], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         """``(width, height)`` of the resized frames for the geometry encoder, and of their crop for the vision tower.
 
         Args:
-            sizes: ``(width, height)`` of the frame files in pixels.
+            frames: frame files of a sample.
+            sizes: ``(width, height)`` of the frame files in pixels; None to read their headers.
+
+        Raises:
+            ValueError: a frame is too narrow, or all frames are smaller than a merged patch of the vision tower; the
+                message has the path.
         """
-        width, height = crop_size(sizes, self.config.frame_width, self.geometry.patch_size)
-        even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)
-        return (width, height), (even_width, even_height)
+        if sizes is None:
+            sizes = [frame_size(path) for path in frames]
+        for path, size in zip(frames, sizes, strict=True):
+            self.lost_height(path, size)  # raises for a narrow frame
+        width, height = fitted_size(sizes, *self.fit)
+        return (width, height), self._tower_size(frames, width, height)
+
+    def lost_height(self, frame: Path, size: tuple[int, int]) -> float:
+        """Fraction of a frame's height that is cropped.
+
+        Args:
+            frame: frame file.
+            size: its width and height in pixels.
+
+        Raises:
+            ValueError: the frame is too narrow; the message has the path.
+        """
+        try:
+            return lost_height(size, *self.fit)
+        except ValueError as error:
+            raise ValueError(f"Frame {frame}: {error}") from error
+
+    def _tower_size(self, frames: Sequence[Path], width: int, height: int) -> tuple[int, int]:
+        """``(width, height)`` of the vision tower's crop of resized frames."""
+        try:
+            even_height, even_width = even_size(height, width, self.vision.patch_size, self.vision.merge_size)
+        except ValueError as error:
+            raise ValueError(f"{frames[0]} and the other frames of its sample: {error}") from error
+        return even_width, even_height

@@ -90,7 +90,7 @@ def prepare_models(config: RunConfig) -> None:
     vlm, vggt = Path(config.model.vlm), Path(config.model.geometry.path)
     options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))  # as read from JSON
     # Only these data options change the pretrained VLM.
-    options["data"] = {name: options["data"][name] for name in ("root", "train", "frame_width", "visual")}
+    options["data"] = {name: options["data"][name] for name in ("root", "train", "frame_width", "frame_fit", "visual")}
     if (vlm.name, vggt.name) != ("vlm", "vggt") or vlm.parent != vggt.parent:
         raise ValueError(
             f"demo.enabled builds tiny models in FOLDER/vlm and FOLDER/vggt, but model.vlm is {vlm} and "

@@ -164,7 +164,7 @@ def _run_identity(
         "data": [prepared["manifest"] for prepared in described],
         "geometry": geometry,
         "max_new_tokens": max_new_tokens,
-        **{field: getattr(config.data, field) for field in ("frame_width", "visual", "video_fps")},
+        **{field: getattr(config.data, field) for field in ("frame_width", "frame_fit", "visual", "video_fps")},
         **({"shuffle_seed": PAIRING_SEED} if geometry == "shuffle" else {}),
     }
 

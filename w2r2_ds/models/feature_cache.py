@@ -71,4 +71,4 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
 
 def _common(data: DataConfig, model: ModelConfig) -> dict[str, object]:
     """Fields of both keys."""
-    return {"frame_width": data.frame_width, "dtype": str(resolve_dtype(model.dtype))}
+    return {"frame_width": data.frame_width, "frame_fit": data.frame_fit, "dtype": str(resolve_dtype(model.dtype))}

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.collate import tower_input
 from w2r2_ds.data.dataset import load_mixture
-from w2r2_ds.data.images import frame_size
 from w2r2_ds.data.loader import ReraisingDataLoader, ignore_stop_signals, visual_kind
 from w2r2_ds.data.validate import THREADS
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
@@ -119,7 +118,7 @@ class FeatureSizes:
 
     def upper_bounds(self, sample: Sample, preprocess: VisualPreprocessor) -> tuple[int, int]:
         """Upper bounds, in bytes, of a sample's geometry file and 2D file (0 if 2D features are not cached)."""
-        (width, height), (tower_width, tower_height) = preprocess.sizes([frame_size(path) for path in sample.frames])
+        (width, height), (tower_width, tower_height) = preprocess.sizes(sample.frames)
         count = len(sample.frames)
         shape_3d = (count, *self.geometry.grid(height, width), self.geometry.feature_dim)
         if self.cache.vision is None:
