@@ -243,14 +243,14 @@ def test_a_frame_that_is_replaced_while_it_is_read_does_not_spoil_the_cache(
     """The features of the new frame must not be stored under the key of the old one."""
     paths = [Path(shutil.copy(path, tmp_path / path.name)) for path in samples[0].frames]
     moved = replace(samples[0], frames=tuple(paths))
-    real = visual_inputs.load_frame
+    real = visual_inputs.load_resized
 
-    def replaced_before(path: Path) -> Any:
-        monkeypatch.setattr(visual_inputs, "load_frame", real)
+    def replaced_before(path: Path, *fit: Any) -> Any:
+        monkeypatch.setattr(visual_inputs, "load_resized", real)
         shutil.copy(samples[0].frames[1], paths[0])
-        return real(path)
+        return real(path, *fit)
 
-    monkeypatch.setattr(visual_inputs, "load_frame", replaced_before)
+    monkeypatch.setattr(visual_inputs, "load_resized", replaced_before)
     (cold,) = models["float32"].encode_3d(loaded([moved]).visuals)
     flush_writes()
     (uncached,) = models["float32"].encode_3d(loaded([moved], cache="").visuals)
