@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from w2r2_ds.kernels import dropout_matmul, lora_linear
+from w2r2_ds.kernels.candidates import Shapes, make_candidates
 from w2r2_ds.kernels.lora_linear import bind_lora
 from w2r2_ds.kernels.select import Backend
 
@@ -171,12 +172,15 @@ def test_peft_computes_with_weights_that_zero3_has_not_gathered(calls: list[floa
     assert len(calls) == 3
 
 
-def test_pytorch_computes_ranks_whose_tiles_exceed_shared_memory() -> None:
-    """A launch would raise OutOfResources; in this test, on the CPU, any launch would raise."""
+def test_pytorch_computes_ranks_and_dtypes_that_the_kernels_do_not() -> None:
+    """In this test, on the CPU without Triton's interpreter, a launch would raise."""
     fitting = [
-        [rank for rank in (8, 16, 32, 64, 128, 256) if dropout_matmul.fits(rank, d)] for d in (BF16, torch.float32)
+        [rank for rank in (8, 16, 32, 64, 65, 128) if dropout_matmul.fits(rank, d)] for d in (BF16, torch.float32)
     ]
-    assert fitting == [[8, 16, 32, 64, 128], [8, 16, 32]]
+    assert fitting == [[8, 16, 32, 64], []]
+    for rank, dtype in [(64, BF16), (65, BF16), (64, torch.float32)]:
+        candidates = make_candidates(Shapes(8, 16, rank, 0.1, dtype, rows=4), torch.device("cpu"))
+        assert ("dropout_matmul" in {each.name for each in candidates}) == dropout_matmul.fits(rank, dtype)
     x, keep, a, low = torch.randn(6, 8), torch.rand(6, 8) < 0.5, torch.randn(33, 8), torch.randn(6, 33)
     products = [
         (

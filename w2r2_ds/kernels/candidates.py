@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from w2r2_ds.kernels import liger
+from w2r2_ds.kernels import dropout_matmul, liger
 from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.lora_linear import lora_projection
 from w2r2_ds.kernels.select import Backend
@@ -67,7 +67,7 @@ class Candidate:
 
 
 def make_candidates(shapes: Shapes, device: torch.device) -> list[Candidate]:
-    """The kernels that a run of these shapes can use; the dropout kernel only with LoRA dropout."""
+    """The kernels that a run of these shapes can use; the dropout kernel only with LoRA dropout that it supports."""
     draw = Draw(device, shapes.dtype)
     rows, hidden, inner = shapes.rows, shapes.hidden, shapes.intermediate
     # (input, output) width of the attention's projections, and of the MLP's gate, up and down projection.
@@ -91,7 +91,7 @@ def make_candidates(shapes: Shapes, device: torch.device) -> list[Candidate]:
         ),
         Candidate("swiglu", liger.swiglu, liger.swiglu_torch, (lambda: (draw(rows, inner), draw(rows, inner)),), 2),
     ]
-    if shapes.dropout:
+    if shapes.dropout and dropout_matmul.fits(shapes.rank, shapes.dtype):
         # Kernel and reference draw the same mask from the same seed.
         kernel, reference = (partial(apply_lora, p=shapes.dropout, kernels=kernels) for kernels in ("triton", "torch"))
         found.append(Candidate("dropout_matmul", kernel, reference, projections, 3))

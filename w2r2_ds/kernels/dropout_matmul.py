@@ -4,11 +4,13 @@ With D = keep * x / (1 - p), PyTorch writes D to memory and reads it again, and 
 gradient. Memory traffic of one projection in bfloat16, x ``[T, K]``, rank r, one byte per element of the mask:
 
     down    low = D A'        read x and mask           3 T K bytes, 2 T K r FLOP (PyTorch: 7 T K bytes)
-    outer   gradient of A     read x and mask           3 T K bytes, 2 T K r FLOP (PyTorch: 7 T K bytes)
-    up      gradient of x +=  read, write it, mask      5 T K bytes, 2 T K r FLOP (PyTorch: 11 T K bytes)
+    outer   gradient of A     read x and mask; parts    3 T K + 128 r K bytes, 2 T K r FLOP (PyTorch: 7 T K bytes)
+    up      gradient of x +=  read, write it, mask      5 T K bytes, 2 T K r FLOP (PyTorch: 13 T K bytes)
 
-T 6304, K 3584 (7B), r 16 on an H100 (3.35 TB/s): 0.020, 0.020 and 0.034 ms (PyTorch 0.047, 0.047 and 0.074 ms). The
-0.72 GFLOP take 0.002 ms, so memory bandwidth is the limit. Calculated, not measured on a GPU.
+T 6304, K 3584 (7B), r 16 on an H100 (3.35 TB/s): 0.020, 0.022 and 0.034 ms (PyTorch 0.047, 0.047 and 0.088 ms). The
+0.72 GFLOP take 0.002 ms, so memory bandwidth is the limit. Calculated, not measured on a GPU. The loop of `down` and
+`outer` copies the next tiles asynchronously to shared memory (cp.async, 16 bytes per thread) while tensor cores
+multiply this one; tests/kernels/test_ahead_of_time.py checks it in the compiled code.
 
 PyTorch draws the mask, so that both implementations use the same one. Drawing it in the kernel would take ten rounds of
 Philox per element, which is slower than reading its byte.
@@ -25,12 +27,12 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.kernels.select import Backend
-from w2r2_ds.kernels.triton_compat import jit, num_blocks, power_of_two, precision, tl
+from w2r2_ds.kernels.triton_compat import dot_dtype, interpreted, jit, num_blocks, power_of_two, tl
 
 ROWS, COLUMNS = 64, 128
 """Rows and columns of a tile of the ``[T, K]`` matrix."""
-SHARED_MEMORY = 96 * 2**10
-"""Bytes of shared memory that a program can use on every GPU of compute capability 8.0 and later."""
+MAX_RANK = 64
+"""Largest rank of the kernels. At 128 the tiles exceed the registers of sm_80 and the shared memory of sm_86 and 89."""
 MAX_SPLITS = 16
 """Maximum number of parts into which `outer` splits the rows (split-K)."""
 
@@ -61,11 +63,11 @@ def down(x: Tensor, keep: Tensor, a: Tensor, scale: float, kernels: Backend) -> 
             scale,
             rows,
             width,
-            len(a),
-            RANK=_padded_rank(len(a)),
+            RANK=len(a),
+            RANK_TILE=_padded_rank(len(a)),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            PRECISION=precision(x.dtype),
+            DOT=dot_dtype(x.dtype),
         )
     return low
 
@@ -89,7 +91,8 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Backend) 
     # The sum runs over all T rows, and the result has too few tiles to occupy a GPU. So several programs sum a part of
     # the rows each (split-K). The parts are then added in a fixed order; atomic adds would have a random one.
     splits = min(MAX_SPLITS, max(num_blocks(rows, ROWS), 1))
-    parts = x.new_zeros(splits, low.shape[1], width, dtype=torch.float32)
+    # Every program writes its whole part; without rows there is no program.
+    parts = (x.new_empty if rows else x.new_zeros)((splits, low.shape[1], width), dtype=torch.float32)
     if rows:
         _outer[(num_blocks(width, COLUMNS), splits)](
             low,
@@ -99,12 +102,12 @@ def outer(low: Tensor, x: Tensor, keep: Tensor, scale: float, kernels: Backend) 
             scale,
             rows,
             width,
-            low.shape[1],
             num_blocks(num_blocks(rows, ROWS), splits),
-            RANK=_padded_rank(low.shape[1]),
+            RANK=low.shape[1],
+            RANK_TILE=_padded_rank(low.shape[1]),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            PRECISION=precision(x.dtype),
+            DOT=dot_dtype(x.dtype),
         )
     return parts.sum(0).to(x.dtype)
 
@@ -135,23 +138,21 @@ def up_(out: Tensor, low: Tensor, a: Tensor, keep: Tensor, scale: float, kernels
             scale,
             rows,
             width,
-            len(a),
-            RANK=_padded_rank(len(a)),
+            RANK=len(a),
+            RANK_TILE=_padded_rank(len(a)),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            PRECISION=precision(out.dtype),
+            DOT=dot_dtype(out.dtype),
         )
     return out
 
 
 def fits(rank: int, dtype: torch.dtype) -> bool:
-    """Whether the tiles of a rank fit into shared memory: up to rank 128 in bfloat16, up to 32 in float32.
+    """Whether the kernels compute products of this rank and dtype: bfloat16 up to rank `MAX_RANK`; else PyTorch does.
 
-    For larger ranks PyTorch computes the product.
+    Tensor cores have no exact product of float32 values. Without them the tiles exceed the registers.
     """
-    # `down` has the largest tiles: x [ROWS, COLUMNS] and a [rank, COLUMNS], each in two pipeline stages. In float32 at
-    # rank 128 these are 192 KiB, more than an A100 has.
-    return 2 * (ROWS + _padded_rank(rank)) * COLUMNS * dtype.itemsize <= SHARED_MEMORY
+    return interpreted() or (dtype == torch.bfloat16 and rank <= MAX_RANK)
 
 
 def _padded_rank(rank: int) -> int:
@@ -168,17 +169,17 @@ def _down(
     scale,
     rows,
     width,
-    rank,
     RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
 ) -> None:
     """Compute `ROWS` rows of ``low``: one program per block of rows, with a loop over blocks of columns."""
     # int64: row * width exceeds int32 from 2**31 elements on.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    r = tl.arange(0, RANK)
-    total = tl.zeros((ROWS, RANK), tl.float32)  # sums of thousands of products need float32
+    r = tl.arange(0, RANK_TILE)
+    total = tl.zeros((ROWS, RANK_TILE), tl.float32)  # sums of thousands of products need float32
     for begin in range(0, width, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         offset = row[:, None] * width + column[None, :]  # [ROWS, COLUMNS]
@@ -186,14 +187,14 @@ def _down(
         inside = (row < rows)[:, None] & (column < width)[None, :]
         kept = tl.load(keep + offset, mask=inside, other=0) != 0
         # The dropout mask is applied after the load. In the load's own mask it would make every element a separate
-        # two-byte access that also waits for the mask.
-        tile = tl.where(kept, tl.load(x + offset, mask=inside, other=0.0), 0.0).to(tl.float32)
-        inside_a = (column < width)[:, None] & (r < rank)[None, :]
-        # `a` is [rank, width] in memory; these offsets are [COLUMNS, RANK], so that the tile is loaded transposed.
-        weight = tl.load(a + r[None, :] * width + column[:, None], mask=inside_a, other=0.0).to(tl.float32)
-        total = tl.dot(tile, weight, total, input_precision=PRECISION)
-    inside_low = (row < rows)[:, None] & (r < rank)[None, :]
-    tl.store(low + row[:, None] * rank + r[None, :], (total * scale).to(low.dtype.element_ty), mask=inside_low)
+        # two-byte access that also waits for the mask. `inside` is the same for 16 neighbouring columns.
+        tile = tl.where(kept, tl.load(x + offset, mask=inside, other=0.0).to(DOT), 0.0)
+        inside_a = (column < width)[:, None] & (r < RANK)[None, :]
+        # `a` is [RANK, width] in memory; these offsets are [COLUMNS, RANK_TILE], so that the tile is loaded transposed.
+        weight = tl.load(a + r[None, :] * width + column[:, None], mask=inside_a, other=0.0).to(DOT)
+        total = tl.dot(tile, weight, total, input_precision="ieee")
+    inside_low = (row < rows)[:, None] & (r < RANK)[None, :]
+    tl.store(low + row[:, None] * RANK + r[None, :], (total * scale).to(low.dtype.element_ty), mask=inside_low)
 
 
 @jit
@@ -205,33 +206,33 @@ def _outer(
     scale,
     rows,
     width,
-    rank,
     tiles,
     RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
 ) -> None:
     """Compute `COLUMNS` columns of one part: the sum over `tiles` blocks of rows."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     # int64: row * width exceeds int32 from 2**31 elements on.
     first = tl.program_id(1).to(tl.int64) * tiles * ROWS
-    r = tl.arange(0, RANK)
-    total = tl.zeros((RANK, COLUMNS), tl.float32)
+    r = tl.arange(0, RANK_TILE)
+    total = tl.zeros((RANK_TILE, COLUMNS), tl.float32)
     for tile_index in range(0, tiles):
         row = first + tile_index * ROWS + tl.arange(0, ROWS)
         offset = row[:, None] * width + column[None, :]  # [ROWS, COLUMNS]
         # Rows after the last one are loaded as 0: the last part may have fewer tiles.
         inside = (row < rows)[:, None] & (column < width)[None, :]
         kept = tl.load(keep + offset, mask=inside, other=0) != 0
-        tile = tl.where(kept, tl.load(x + offset, mask=inside, other=0.0), 0.0).to(tl.float32)  # as in `_down`
-        inside_low = (r < rank)[:, None] & (row < rows)[None, :]
-        # `low` is [rows, rank] in memory; these offsets are [RANK, ROWS], so that the tile is loaded transposed.
-        left = tl.load(low + row[None, :] * rank + r[:, None], mask=inside_low, other=0.0).to(tl.float32)
-        total = tl.dot(left, tile, total, input_precision=PRECISION)
+        tile = tl.where(kept, tl.load(x + offset, mask=inside, other=0.0).to(DOT), 0.0)  # as in `_down`
+        inside_low = (r < RANK)[:, None] & (row < rows)[None, :]
+        # `low` is [rows, RANK] in memory; these offsets are [RANK_TILE, ROWS], so that the tile is loaded transposed.
+        left = tl.load(low + row[None, :] * RANK + r[:, None], mask=inside_low, other=0.0).to(DOT)
+        total = tl.dot(left, tile, total, input_precision="ieee")
     # Every program writes its own part, [part, r, column]; the caller adds the parts.
-    offset = (tl.program_id(1) * rank + r)[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(parts + offset, total * scale, mask=(r < rank)[:, None] & (column < width)[None, :])
+    offset = (tl.program_id(1) * RANK + r)[:, None].to(tl.int64) * width + column[None, :]
+    tl.store(parts + offset, total * scale, mask=(r < RANK)[:, None] & (column < width)[None, :])
 
 
 @jit
@@ -243,22 +244,22 @@ def _up(
     scale,
     rows,
     width,
-    rank,
     RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
 ) -> None:
     """Update one tile of ``out`` in place."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    r = tl.arange(0, RANK)
-    inside_low = (row < rows)[:, None] & (r < rank)[None, :]
-    left = tl.load(low + row[:, None] * rank + r[None, :], mask=inside_low, other=0.0).to(tl.float32)
-    inside_a = (r < rank)[:, None] & (column < width)[None, :]
-    right = tl.load(a + r[:, None] * width + column[None, :], mask=inside_a, other=0.0).to(tl.float32)
-    # RANK is one tile, so the product needs no loop. Padding from `rank` to RANK is loaded as 0.
-    product = tl.dot(left, right, input_precision=PRECISION) * scale
+    r = tl.arange(0, RANK_TILE)
+    inside_low = (row < rows)[:, None] & (r < RANK)[None, :]
+    left = tl.load(low + row[:, None] * RANK + r[None, :], mask=inside_low, other=0.0).to(DOT)
+    inside_a = (r < RANK)[:, None] & (column < width)[None, :]
+    right = tl.load(a + r[:, None] * width + column[None, :], mask=inside_a, other=0.0).to(DOT)
+    # RANK_TILE is one tile, so the product needs no loop. Padding from `RANK` to RANK_TILE is loaded as 0.
+    product = tl.dot(left, right, input_precision="ieee") * scale
     offset = row[:, None] * width + column[None, :]  # [ROWS, COLUMNS]
     inside = (row < rows)[:, None] & (column < width)[None, :]
     kept = tl.load(keep + offset, mask=inside, other=0) != 0

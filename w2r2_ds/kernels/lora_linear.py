@@ -77,7 +77,7 @@ class _Projection(torch.autograd.Function):
         p: float,
         kernels: Any,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # the kernels read rows without a stride
         out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         # One byte per element, saved for the backward pass. With activation checkpointing the forward runs again, and
         # draws the same mask because torch.utils.checkpoint restores the random state.

@@ -1,7 +1,8 @@
 """Triton if it is installed, and helpers to launch kernels.
 
 Without Triton the files of the kernels can still be imported; `check_kernels` (select.py) raises before a launch.
-Kernels compute in float32, also on bfloat16 tensors: arithmetic in bfloat16 is silently wrong in Triton's interpreter.
+Kernels add and round in float32, also for bfloat16 tensors: arithmetic in bfloat16 is silently wrong in Triton's
+interpreter. Only the operands of a product stay bfloat16, on a GPU (`dot_dtype`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["jit", "num_blocks", "power_of_two", "precision", "tl", "triton"]
+__all__ = ["dot_dtype", "interpreted", "jit", "num_blocks", "power_of_two", "tl", "triton"]
 
 try:
     import triton
@@ -26,6 +27,11 @@ def jit(body: Callable[..., None]) -> Any:
     return triton.jit(body) if triton is not None else body
 
 
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
 def num_blocks(size: int, block: int) -> int:
     """Number of blocks of `block` elements that cover `size`."""
     return -(-size // block)
@@ -36,7 +42,10 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of `tl.dot` for values of this dtype, which the kernels hold in float32."""
-    # TF32 uses tensor cores. It represents bfloat16 values exactly, but would round float32 values.
-    return "tf32" if dtype == torch.bfloat16 else "ieee"
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """Triton's dtype of the operands of `tl.dot` for tensors of this dtype; the products are summed in float32.
+
+    On a GPU the operands keep their dtype: tensor cores multiply bfloat16 exactly, and need no conversion of the tiles.
+    Triton's interpreter needs float32.
+    """
+    return tl.float32 if interpreted() else getattr(tl, str(dtype).removeprefix("torch."))

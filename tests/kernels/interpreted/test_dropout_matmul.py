@@ -78,3 +78,14 @@ def test_projection_equals_torch(p: float) -> None:
         results.append([out, *(leaf.grad for leaf in leaves)])
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(one.detach().abs().max()))
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    """A slice of a wider tensor keeps its row stride when it is reshaped."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a, b = (torch.randn(*s, generator=generator) for s in [(35, 96), (56, 48), (8, 48), (56, 8)])
+    results = []
+    for kernels in IMPLEMENTATIONS:
+        torch.manual_seed(5)
+        results.append(lora_projection(x[:, 24:72], weight, None, a, b, 2.0, 0.3, kernels))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
