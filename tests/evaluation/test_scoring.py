@@ -20,8 +20,8 @@ from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import answer_world_box, enclosing_box
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
 from w2r2_ds.evaluation.protocols.scan2cap_rules import split_words
-from w2r2_ds.evaluation.scoring import choose_protocols, headline, score_records
-from w2r2_ds.types.sample import Sample
+from w2r2_ds.evaluation.scoring import check_scorable, choose_protocols, headline, score_records
+from w2r2_ds.types.sample import Reference, Sample
 
 MOVED = beside(0.4)
 """Moved by half a width: IoU 1/3."""
@@ -144,6 +144,16 @@ def test_protocols_that_need_words_raise_an_error_without_them() -> None:
     assert split_words("It's a T.V., isn't it? L-shaped") == [
         *("it", "'s", "a", "t", ".", "v", ".", ",", "is", "n't", "it", "?", "l", "-", "shaped"),
     ]
+
+
+def test_missing_words_are_found_before_there_are_answers() -> None:
+    sample = caption(3)
+    bare = replace(sample, references=tuple(Reference(each.text) for each in sample.references))
+    check_scorable(records([(bare, None)]), ["scan2cap/vgllm", "scan2cap/chatscene"])
+    check_scorable(records([(sample, None)]), ["scan2cap/leo"])
+    for name in ("scan2cap_original", "scan2cap_benchmark", "leo"):
+        with pytest.raises(ValueError, match=rf"scan2cap/{name} .*'token'"):
+            check_scorable(records([(bare, None)]), [f"scan2cap/{name}"])
 
 
 def test_answers_by_every_protocol() -> None:

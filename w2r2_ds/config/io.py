@@ -111,7 +111,7 @@ def read_yaml(path: str | Path) -> Any:
     if not regular:
         raise ValueError(f"{path} is not a regular file.")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date

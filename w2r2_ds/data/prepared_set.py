@@ -167,7 +167,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
         version, task, _ = manifest["version"], manifest["task"], manifest["counts"]["samples"]
     except FileNotFoundError:
         raise ValueError(

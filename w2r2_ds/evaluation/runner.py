@@ -25,7 +25,7 @@ from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weight
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line, unanswered, write_records
-from w2r2_ds.evaluation.scoring import choose_protocols, read_boxes, score_records
+from w2r2_ds.evaluation.scoring import check_scorable, choose_protocols, read_boxes, score_records
 from w2r2_ds.evaluation.shuffle import PAIRING_SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, load_frontend
@@ -89,7 +89,9 @@ def evaluate(
     boxes = read_boxes(proposals)
     # Errors in protocols, scenes, frames and texts are raised before hours of generation. A record without an answer
     # has all fields that decide which protocols can score it.
-    protocol_names = choose_protocols(protocols, [record_of(samples[0], None)], boxes is not None)
+    unanswered_records = [record_of(sample, None) for sample in samples]
+    protocol_names = choose_protocols(protocols, unanswered_records, boxes is not None)
+    check_scorable(unanswered_records, protocol_names, boxes)
     if geometry == "shuffle":  # raises ValueError for a single scene; the pairs themselves are made by Answerer
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world_size)

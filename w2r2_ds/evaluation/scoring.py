@@ -99,6 +99,20 @@ def score_records(
     return results
 
 
+def check_scorable(
+    records: Sequence[AnswerRecord], protocols: Sequence[str], proposals: Proposals | None = None
+) -> None:
+    """Raise ValueError if the annotations lack what a protocol compares answers with, such as words of references.
+
+    Args:
+        records: all records, which need no answers yet.
+        protocols: names from `choose_protocols`.
+        proposals: detected boxes, for protocols that need them.
+    """
+    for name in protocols:
+        find_protocol(name).inputs(records, proposals)
+
+
 def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricValue]:
     """The metrics that papers print (``Protocol.metrics``) in one flat dictionary.
 

@@ -25,8 +25,8 @@ class Target:
             (``data/sources/labels.py``).
         group_nyu40: the same by NYU40 class ids.
         scannet_class: 0 to 16 for ScanNet's named classes, 17 for others.
-        ann_id: number of the description of this object, as in ScanRefer's file; empty in Scan2Cap's
-            validation set, which has one sample per object.
+        ann_id: number of the description of this object, as in ScanRefer's file; empty if the file has none, and in
+            Scan2Cap's validation set, which has one sample per object.
         described: ``[6]`` float64 centre and size of the box in a caption's prompt (annotated or proposed); None for
             other tasks.
     """

@@ -210,8 +210,8 @@ def test_invalid_frame_lists_raise(scene: Scene, tmp_path: Path, numbers: object
 def test_unreadable_list_files_raise_with_the_file(scene: Scene, tmp_path: Path) -> None:
     for name, text, message in (
         ("a", json.dumps({"scene0001_00": [0]}), f"there is no scene {SCENE}"),
-        ("b", "[1]", "must hold a JSON object"),
-        ("c", '{"scene', "is not readable JSON"),
+        ("b", "[1]", "is not a JSON object"),
+        ("c", '{"scene', "is not valid JSON"),
         ("d", None, "does not exist"),
     ):
         file = tmp_path / f"{name}.json"

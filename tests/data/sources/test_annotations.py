@@ -71,8 +71,19 @@ def test_an_invalid_description_raises_with_its_entry(tmp_path: Path, change: di
         read_scanrefer(path)
 
 
-@pytest.mark.parametrize("field", ["scene_id", "object_id", "object_name", "ann_id", "description", "token"])
-def test_every_field_is_required(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize("null", [True, False])
+def test_ann_id_and_token_are_optional(tmp_path: Path, null: bool) -> None:
+    """Without ann_id, the descriptions of an object are numbered in the order of the file."""
+    bare = [{**entry(4), "ann_id": None, "token": None}, {**entry(39), "ann_id": None, "token": None}]
+    if not null:
+        bare = [{name: value for name, value in each.items() if value is not None} for each in bare]
+    read = read_scanrefer(written(tmp_path, [*bare, bare[0]]))
+    assert [each.key.rpartition("|")[2] for each in read] == ["0", "0", "1"]
+    assert {(each.ann_id, each.words) for each in read} == {("", ())}
+
+
+@pytest.mark.parametrize("field", ["scene_id", "object_id", "object_name", "description"])
+def test_other_fields_are_required(tmp_path: Path, field: str) -> None:
     second = entry(ann_id=1)
     del second[field]
     with pytest.raises(ValueError, match=re.escape(f"entry 2: field '{field}'")):

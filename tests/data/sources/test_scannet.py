@@ -109,5 +109,5 @@ def test_a_scene_without_valid_poses_is_an_error(root: Path) -> None:
 
 
 def test_a_missing_scene_is_an_error(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not exist; .*, or correct data\.root \(or --root\)$"):
+    with pytest.raises(ValueError, match=r"does not exist; .*, or correct data\.root \(or --root\)"):
         load_scene(root, "scene0001_00")

@@ -154,18 +154,31 @@ def test_video3dllm_captions_and_answers(tmp_path: Path) -> None:
             "gt_response": [reference.text for reference in each.references],
             "scene": f"scannet/{each.scene_id}",
         }
-        for number, (each, text) in enumerate([(objects[0], "The chair 3 is black."), (objects[1], "")])
+        # The line of the empty caption has the references of the line before it, as model_scan2cap.py writes it.
+        for number, (each, text) in enumerate([(objects[0], "The chair 3 is black."), (objects[0], "")])
     ]
     data = write_set(tmp_path / "objects", objects)
     scores = score_file(write_lines(tmp_path / "c.jsonl", lines), "video3dllm", data)
     result = scores["protocols"]["scan2cap/vgllm"]
-    assert (result["at"]["0.5"]["passed"], result["missing"], result["parsed"]) == (1, 1, pytest.approx(1 / 3))
+    assert (scores["empty"], scores["missing"], scores["repeated"], scores["unmatched"]) == (1, 2, 0, 0)
+    assert (result["at"]["0.5"]["passed"], result["missing"], result["parsed"]) == (1, 2, pytest.approx(1 / 3))
+    reverse = score_file(write_lines(tmp_path / "r.jsonl", lines[::-1]), "video3dllm", data)
+    assert reverse["protocols"] == scores["protocols"], "an empty line takes no object from another line"
 
     questions = [question(0), question(1, ("two",))]
     lines = [{"sample_id": f"scanqa_{questions[1].id}_0", "pred_response": "two", "gt_response": "two"}]
     data = write_set(tmp_path / "questions", questions)
     scores = score_file(write_lines(tmp_path / "q.jsonl", lines), "video3dllm", data)
     assert scores["protocols"]["scanqa/video3dllm"]["corpus"]["EM"] == 0.5
+
+
+def test_vgllms_grounding_needs_ann_ids(tmp_path: Path) -> None:
+    sample = grounding("0")
+    assert sample.target is not None
+    file = write_lines(tmp_path / "p.jsonl", [vgllm_line(sample, "x")])
+    without = replace(sample, target=replace(sample.target, ann_id=""))
+    with pytest.raises(ValueError, match=r"scene0011_00.*'ann_id'"):
+        score_file(file, "vgllm", write_set(tmp_path / "set", [without]))
 
 
 def test_missing_and_wrong_fields_are_named(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from w2r2_ds.data.frames.coverage import covering_frames
 from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.utils.json_io import read_json_object
 
 FrameSampling = Literal["uniform", "vgllm", "scene_sets", "coverage", "list"]
 
@@ -228,15 +229,7 @@ def frames_from_file(file: Path, scene: Scene, count: int) -> list[int]:
 @lru_cache(maxsize=1)
 def _read_list(file: Path) -> dict[str, Any]:
     """Content of a ``list`` file; cached, because it is read for every sample."""
-    try:
-        frames = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist; correct frames.file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not readable JSON; write it again ({error})") from None
-    if not isinstance(frames, dict):
-        raise ValueError(f"{file} must hold a JSON object {{scene: [frame numbers]}}, not a {type(frames).__name__}")
-    return frames
+    return read_json_object(file, "a JSON object {scene: [frame numbers]}, given as frames.file")
 
 
 def _hash(*parts: object) -> int:

@@ -5,6 +5,8 @@
     [{"scene_id": "scene0000_00", "object_id": "39", "object_name": "office_chair", "ann_id": "0",
       "description": "...", "token": ["the", ...]}, ...]
 
+``ann_id`` and ``token`` are optional. Only some protocols and other projects' prediction files need them, and say so.
+
 ``ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json``; both test files have no answers. The objects of a question
 (``object_ids``, ``object_names``) are not used::
 
@@ -14,6 +16,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -36,33 +39,50 @@ SCANREFER_FILES = "ScanRefer's annotations, which its authors send on request"
 SCANQA_FILES = "ScanQA's annotations, from its public download"
 
 
-class Description(FrozenModel):
+class _Entry(FrozenModel):
+    """An entry of a file; null is a missing field (ScanQA's test splits have null in the fields that they lack)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_missing(cls, entry: Any) -> Any:
+        return {name: value for name, value in entry.items() if value is not None} if isinstance(entry, dict) else entry
+
+
+class Description(_Entry):
     """A sentence about one object.
 
     Attributes:
         scene_id: ScanNet scene name.
         object_id: instance id in the scene.
         object_name: name of the object as in the file, with underscores for spaces.
-        ann_id: number of this description of the object, as in the file.
+        ann_id: number of this description of the object, as in the file; empty if the file has none.
         text: the sentence.
-        words: tokenization of the sentence in the file (field ``token``); words may be empty strings.
+        words: tokenization of the sentence in the file (field ``token``); words may be empty strings. Empty if the file
+            has none.
         location: file and entry, for messages.
+        ordinal: number of this description among those of the object, in the order of the file, from 0.
     """
 
     scene_id: SceneId
     object_id: IntegerOrDigits
     object_name: Name
-    ann_id: Annotated[str, BeforeValidator(lambda value: str(integer_or_digits(value)))]
+    ann_id: Annotated[str, BeforeValidator(lambda value: str(integer_or_digits(value)))] = ""
     text: Text = Field(alias="description")
-    words: tuple[str, ...] = Field(alias="token", min_length=1)
+    words: tuple[str, ...] = Field((), alias="token", min_length=1)
     location: str = ""
+    ordinal: int = 0
 
     object_field: ClassVar[str] = "object_id"
 
     @property
     def key(self) -> str:
         """Identifier, unique in a file: ``"scene0000_00|39|office_chair|0"``."""
-        return f"{self.scene_id}|{self.object_id}|{self.object_name}|{self.ann_id}"
+        return f"{self.scene_id}|{self.object_id}|{self.object_name}|{self.number}"
+
+    @property
+    def number(self) -> str:
+        """Number of this description of the object: `ann_id`, or `ordinal` if the file has none."""
+        return self.ann_id or str(self.ordinal)
 
     @property
     def object_ids(self) -> tuple[int, ...]:
@@ -70,7 +90,7 @@ class Description(FrozenModel):
         return (self.object_id,)
 
 
-class Question(FrozenModel):
+class Question(_Entry):
     """A question about a scene.
 
     Attributes:
@@ -96,12 +116,6 @@ class Question(FrozenModel):
         """Identifier, unique in a file: `question_id`."""
         return self.question_id
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_missing(cls, entry: Any) -> Any:
-        # The test splits have null in the fields that they lack; without them, the defaults above apply.
-        return {name: value for name, value in entry.items() if value is not None} if isinstance(entry, dict) else entry
-
 
 class AnsweredQuestion(Question):
     """A question of the training or validation split, where answers are required."""
@@ -121,8 +135,14 @@ def read_scanrefer(path: Path | str) -> list[Description]:
         ValueError: the file is not readable, a field is missing or invalid, or two entries have the same scene_id,
             object_id and ann_id. The message has entry and field of the first ten errors.
     """
-    descriptions: list[Description] = _read(path, SCANREFER_FILES, _DESCRIPTIONS)
-    keys = [(description.scene_id, description.object_id, description.ann_id) for description in descriptions]
+    read: list[Description] = _read(path, SCANREFER_FILES, _DESCRIPTIONS)
+    counts: Counter[tuple[str, int]] = Counter()  # descriptions of each object so far
+    descriptions = []
+    for description in read:
+        place = description.scene_id, description.object_id
+        descriptions.append(description.model_copy(update={"ordinal": counts[place]}))
+        counts[place] += 1
+    keys = [(description.scene_id, description.object_id, description.number) for description in descriptions]
     _check_unique(path, keys, "scene_id, object_id and ann_id")
     return descriptions
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from w2r2_ds.utils.json_io import read_text
+
 LABELS_FILE = "scannetv2-labels.combined.tsv"
 LabelMap = Mapping[str, tuple[int, str]]
 """Raw category -> (nyu40id, nyu40class)."""
@@ -58,17 +60,7 @@ def read_labels(root: Path | str) -> dict[str, tuple[int, str]]:
             invalid nyu40id.
     """
     path = Path(root) / LABELS_FILE
-    try:
-        # Not the csv module: a quote is an ordinary character in this file.
-        content = path.read_bytes()
-        lines = content.decode("utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; it must be {_SOURCE}") from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: line {line} is not UTF-8 ({error}); it must be {_SOURCE}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}); it must be {_SOURCE}") from None
+    lines = read_text(path, _SOURCE).splitlines()  # not the csv module: a quote is an ordinary character in this file
     header = lines[0].split("\t") if lines else []
     for column in _COLUMNS:
         if column not in header:

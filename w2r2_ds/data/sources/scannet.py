@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from w2r2_ds.utils.json_io import read_text
+
 _SCENE_ID = re.compile(r"[A-Za-z0-9_]{1,100}")
 _NOT_READ = np.full((4, 4), np.nan)
 """Matrix in place of a file that was not read."""
@@ -158,14 +160,7 @@ def boxes_file(root: Path, scene_id: str) -> Path:
 
 def _read_text(path: Path, content: str) -> str:
     """Text of a file; `content` describes it in messages."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} ({content}) does not exist; prepare the scene, or correct data.root (or --root)"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} ({content}) cannot be read: {error}") from None
+    return read_text(path, f"{content}; prepare the scene, or correct data.root (or --root)")
 
 
 def _matrix(text: str, path: Path, field: str) -> np.ndarray:

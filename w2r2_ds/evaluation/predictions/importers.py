@@ -14,7 +14,9 @@ video3dllm  Answer files of LaVi-Lab/Video-3D-LLM (``llava/eval/model_{scanrefer
             ``pred_response``. ScanRefer has no object id: an item is identified by the description in ``prompt`` and,
             of equal descriptions, by ``gt_response``, the annotated box. Scan2Cap's items are identified by ``scene``
             and the references in ``gt_response``, ScanQA's by ``sample_id``. That project gates captions at 0.5 when it
-            writes them: an empty caption fails every k, any other passes every k.
+            writes them: an empty caption fails every k, any other passes every k. The line of an empty caption repeats
+            the ``gt_response`` of the line before (``model_scan2cap.py`` sets it for other lines only), so its object
+            is unknown; it counts as one without a prediction.
 
 Every format is a pydantic model of one line (`PredictionRow`); errors name the file, the line and the field.
 """
@@ -52,7 +54,7 @@ class ImportedPrediction:
     """One prediction of a file.
 
     Attributes:
-        key: id of the item, equal to ``PredictionRow.key_of`` of its sample.
+        key: id of the item, equal to ``PredictionRow.key_of`` of its sample; None for a failure whose item is unknown.
         text: the answer; None for a missing one.
         object_box: world box ``[6]`` (centre, size; metres) of the annotated object, if the key does not identify it.
         replaced: record field -> value of the file, which replaces that of the data set.
@@ -213,6 +215,11 @@ class VgllmScanReferRow(PredictionRow):
     @staticmethod
     def key_of(sample: Sample) -> Hashable:
         assert sample.target is not None, "samples of ScanRefer have a target"
+        if not sample.target.ann_id:
+            raise ValueError(
+                f"{sample.id} has no ann_id, which identifies the predictions of VG-LLM's files; prepare the data set "
+                "from a ScanRefer file with the field 'ann_id'."
+            )
         return sample.scene_id, str(sample.target.object_id), sample.target.ann_id
 
     def prediction(self) -> ImportedPrediction:
@@ -269,9 +276,10 @@ class Video3dScan2CapRow(ObjectCaptionRow):
     pred_response: str
 
     def prediction(self) -> ImportedPrediction:
-        key = self.scene, _unordered(self.gt_response)
-        iou = float(bool(self.pred_response))  # that project writes an empty caption if the IoU is below 0.5
-        return ImportedPrediction(key, self.pred_response, replaced={"iou": iou})
+        # That project writes an empty caption if the IoU is below 0.5; then gt_response is that of another object.
+        if not self.pred_response.strip():
+            return ImportedPrediction(None, None)
+        return ImportedPrediction((self.scene, _unordered(self.gt_response)), self.pred_response, replaced={"iou": 1.0})
 
 
 class Video3dScanQaRow(PredictionRow):

@@ -31,7 +31,7 @@ from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.hashing import file_sha256
 
 _Records = tuple[list[AnswerRecord], dict[str, int], list[PreparedSet]]
-"""Records, numbers of ``unmatched`` and ``repeated`` predictions, and the data sets that they were joined with."""
+"""Records, counts of predictions (see `join`), and the data sets that they were joined with."""
 
 
 def score_file(
@@ -58,7 +58,8 @@ def score_file(
 
     Returns:
         ``file``, ``sha256``, ``format``, ``task``, ``data``, ``samples``, ``missing`` (items without a prediction),
-        ``unmatched`` (number of predictions of unknown items), ``repeated`` (number of repeated lines), ``protocols``.
+        ``unmatched`` (number of predictions of unknown items), ``repeated`` (number of repeated lines), ``empty``
+        (number of failures whose item is unknown; their items are ``missing``), ``protocols``.
 
     Raises:
         ValueError: a field is missing or has another type (the message names file, line and field), or two predictions
@@ -107,7 +108,7 @@ def _own_records(
     records = read_own_records(file, protocols, has_proposals)
     if task not in (None, task_of(records)):
         raise ValueError(f"{file} holds answers of {task_of(records)}, not {task}; correct --task or --score_only.")
-    return records, {"unmatched": 0, "repeated": 0}, []
+    return records, _no_counts(), []
 
 
 def read_own_records(file: Path, protocols: Sequence[str], has_proposals: bool) -> list[AnswerRecord]:
@@ -152,7 +153,7 @@ def join(
 
     Returns:
         One record per sample, in the order of the samples, and the numbers of predictions of unknown samples
-        (``unmatched``) and of repeated lines (``repeated``).
+        (``unmatched``), of repeated lines (``repeated``) and of failures of unknown samples (``empty``).
 
     Raises:
         ValueError: two predictions of one sample differ, or a prediction is of another question or of other frames
@@ -162,8 +163,11 @@ def join(
     for index, sample in enumerate(samples):
         by_key[row.key_of(sample)].append(index)
     assigned: dict[int, ImportedPrediction] = {}  # index of the sample -> its prediction
-    counts = {"unmatched": 0, "repeated": 0}
+    counts = _no_counts()
     for prediction in predictions:
+        if prediction.key is None:
+            counts["empty"] += 1
+            continue
         # Keys need not be unique, because several objects may have equal descriptions. Predictions with equal keys are
         # assigned to the samples in order; a further one is a repetition if its text is equal to an assigned one.
         matching = [index for index in by_key.get(prediction.key, ()) if _is_same_object(samples[index], prediction)]
@@ -182,6 +186,10 @@ def join(
                 "remove one of the two."
             )
     return [_record(sample, assigned.get(index), row.form) for index, sample in enumerate(samples)], counts
+
+
+def _no_counts() -> dict[str, int]:
+    return {"unmatched": 0, "repeated": 0, "empty": 0}
 
 
 def _is_same_object(sample: Sample, prediction: ImportedPrediction) -> bool:
