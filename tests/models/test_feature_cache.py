@@ -63,7 +63,7 @@ def test_keys_depend_on_everything_that_changes_features(
     assert vision_identity(data, replace(model_config, kernels="triton")) == own_2d
     for owner, field, value in (
         (VGGTEncoder, "read_spec", classmethod(lambda cls, config: GeometrySpec(16, 64))),  # the size of the frames
-        (Qwen25VL, "features_version", 2),
+        (Qwen25VL, "features_version", 3),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, field, value)

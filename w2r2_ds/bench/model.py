@@ -202,6 +202,7 @@ def build(shape: Shape, device: torch.device) -> Subject:
             torch.set_default_dtype(torch.float32)
     vlm.set_attn_implementation(resolve_attention("auto", dtype))
     disable_cudnn_sdpa()  # as `load_vlm`
+    frontend.family.speed_up_tower(vlm)
     peft = add_lora(vlm, shape.lora_rank, 2 * shape.lora_rank)
     bind_kernels(frontend.family.language_model(vlm), kernels)
     geometry = CroppedVGGT(vggt, shape.geometry_layer, shape.grid)

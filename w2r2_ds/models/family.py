@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
 from w2r2_ds.models.flops import Work, attention, products
+from w2r2_ds.models.patch_embedding import use_matrix_products
 from w2r2_ds.types.batch import Batch, Prompts, TowerInputs, Visuals
 from w2r2_ds.types.vision import TowerSizes, VisionSpec
 from w2r2_ds.utils.registry import Registry
@@ -45,7 +46,7 @@ class VlmFamily(ABC):
     """Token that ends an answer in training."""
     tower_weights: ClassVar[tuple[str, ...]] = ("visual.", "model.visual.")
     """Prefixes of the names of the vision tower's weights, in published and in saved checkpoints."""
-    features_version: ClassVar[int] = 1
+    features_version: ClassVar[int] = 2
     """Part of the key of cached 2D features; increase it when `encode_visuals` or `to_cache` gives other values."""
 
     def language_model(self, vlm: PreTrainedModel) -> PreTrainedModel:
@@ -55,6 +56,13 @@ class VlmFamily(ABC):
     def vision_tower(self, vlm: PreTrainedModel) -> PreTrainedModel:
         """The vision encoder, including its own patch merger."""
         return vlm.model.visual
+
+    def speed_up_tower(self, vlm: PreTrainedModel) -> None:
+        """Replace slow parts of the vision tower, in place; called once, after the weights are loaded.
+
+        The outputs may change by rounding only.
+        """
+        use_matrix_products(self.vision_tower(vlm))
 
     def tower_sizes(self, config: PreTrainedConfig) -> TowerSizes:
         """Sizes of the vision tower, from config.json alone; patch and merge size are those of `vision_spec`."""

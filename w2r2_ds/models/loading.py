@@ -102,6 +102,7 @@ def load_vlm(
         ) from error
     _check_loaded(name, info)
     disable_cudnn_sdpa()
+    find_family(config.model_type).speed_up_tower(model)
     return model
 
 
