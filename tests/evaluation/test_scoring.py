@@ -225,9 +225,10 @@ def test_misleading_sets_are_rejected(grounded: list[dict[str, Any]]) -> None:
         score_records([*grounded, *records([(question(), "x")])])
 
 
-def test_proposals_are_read(tmp_path: Path, grounded: list[dict[str, Any]]) -> None:
+def test_proposals_are_read(tmp_path: Path, grounded: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "boxes.json"
-    file.write_text(json.dumps({"scannet/scene0011_00": [BOX[:6].tolist()]}))
+    file.write_text(json.dumps({"scannet/scene0011_00": [[0] * 6, BOX[:6].tolist()]}))
     boxes = scoring.read_boxes(file)
     assert boxes == {"scene0011_00": [BOX[:6].tolist()]} and scoring.read_boxes(None) is None
+    assert "1 broken boxes" in caplog.text and "scene0011_00[0]" in caplog.text
     assert score_records(grounded, ["vgllm_refined"], boxes)["scanrefer/vgllm_refined"]["count"] == 4

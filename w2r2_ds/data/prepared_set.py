@@ -26,7 +26,7 @@ from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.hashing import json_sha256
 from w2r2_ds.utils.sanitize import CONTROL
 
-VERSION = 4
+VERSION = 5
 """Version of the schema and the manifest; increase it when older folders can no longer be read."""
 
 CHUNK = 1024

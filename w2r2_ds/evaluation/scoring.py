@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.metrics.captions import MetricValue
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, check_keys
 from w2r2_ds.evaluation.protocols.registry import Protocol, find_protocol, protocols_of
+from w2r2_ds.utils.parallel import listed
+
+logger = logging.getLogger(__name__)
 
 # Keys of a result that hold scores or texts of single items; they are not written into score files.
 PER_ITEM = ("items", "candidates", "references", "mask", "items_before_mask")
@@ -133,10 +137,15 @@ def default_protocol(record: AnswerRecord) -> Protocol:
 
 
 def read_boxes(file: Path | None) -> Proposals | None:
-    """Detected boxes from a file of proposals; None if no file is given."""
+    """Detected boxes from a file of proposals; None if no file is given. Broken boxes are skipped and counted."""
     if file is None:
         return None
-    return {scene: boxes.tolist() for scene, boxes in read_proposals(file).items()}
+    proposals = read_proposals(file)
+    broken = [message for messages in proposals.broken_boxes.values() for message in messages]
+    broken += [message for text in proposals.broken.values() for message in text.splitlines()]
+    if broken:
+        logger.warning("%s", listed(f"{file}: {len(broken)} broken boxes are skipped", broken))
+    return {scene: boxes.tolist() for scene, boxes in proposals.items()}
 
 
 def without_items(result: Mapping[str, Any]) -> dict[str, Any]:

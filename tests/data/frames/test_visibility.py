@@ -40,7 +40,8 @@ def instance(index: int, *box: float, bbox_id: int = 50) -> InfoInstance:
 def make_info(visible: dict[int, set[int]], *instances: InfoInstance, shift: float = 0.0) -> ScanInfo:
     """Annotations with the poses of the hand-made scene; frames other than 1 have the pose of frame 0."""
     poses = {number: np.linalg.inv(ALIGN) @ moved(1.0 if number == 1 else shift) for number in visible}
-    return ScanInfo(SCENE, ALIGN, {number: frozenset(ids) for number, ids in visible.items()}, poses, instances)
+    by_index = {instance.index: instance for instance in instances}
+    return ScanInfo(SCENE, ALIGN, {number: frozenset(ids) for number, ids in visible.items()}, poses, by_index)
 
 
 def test_only_listed_frames_are_candidates(scene: Scene) -> None:

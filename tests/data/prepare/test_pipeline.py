@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_questions
+from hand_scene import SCENE, entry, question_entry, write_annotations, write_infos, write_proposals, write_questions
 from preparations import DEPTH, SECOND, THIRD, contents
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import SourceConfig
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare import pipeline as preparing
+from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
 from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
 from w2r2_ds.data.tasks.base import TaskOptions
@@ -71,6 +73,34 @@ def test_every_annotation_becomes_samples_or_a_skipped_item(scenes: Path) -> Non
     assert [(each["id"], each["reason"]) for each in dropped] == [(f"{SCENE}|3|lamp|6", "no_instance_match")]
     assert dropped[0]["location"].endswith("train.json: entry 7")
     assert len(PreparedSet(done.folder, scenes)) == 2 * 6
+
+
+def test_broken_boxes_and_scenes_of_the_infos_do_not_block_others(scenes: Path) -> None:
+    write_infos(scenes, scene_ids=(SCENE, SECOND, THIRD))
+    path = scenes / "embodiedscan" / "embodiedscan_infos_train.pkl"
+    whole = pickle.loads(path.read_bytes())
+    first, _, third = whole["data_list"]
+    first["instances"][1]["bbox_3d"] = [0.0] * 9  # of a wall, which no description names
+    third["axis_align_matrix"] = None
+    unused = {**first, "sample_idx": "scannet/scene0009_00", "instances": first["instances"][1:2] * 4}
+    whole["data_list"].append(unused)
+    path.write_bytes(pickle.dumps(whole))
+    options = TaskOptions("scanrefer", "train", frames=FrameOptions("vgllm", 1), rolls=1)
+    with pytest.raises(ValueError, match=rf"1 of 3 scenes cannot be used.*\n.*{THIRD}: field 'axis_align_matrix'"):
+        prepare(scenes, options, scenes / "out", quiet=True)
+    done = prepare(scenes, options, scenes / "out", skip_broken_scenes=True, quiet=True)
+    assert done.manifest["counts"]["scenes"] == 2 and done.manifest["skipped"]["broken_scene"] == 2
+    (line,) = done.manifest["skipped_inputs"]  # nothing about the scene that is not in the annotations
+    assert line.startswith("1 broken boxes in EmbodiedScan's infos") and f"{SCENE}: field 'instances[1]" in line
+    assert line in summary_line(done.folder, done.manifest, False)
+
+
+def test_broken_proposals_are_skipped_and_counted(scenes: Path) -> None:
+    write_annotations(scenes, [entry()], "val")
+    write_proposals(scenes, [[2, 5, 1, 0.8, 0.6, 1], [0, 0, 0, 0, 1, 1]])
+    options = TaskOptions("scan2cap", "val", frames=FrameOptions("uniform", 2))
+    (line,) = prepare(scenes, options, scenes / "out", quiet=True).manifest["skipped_inputs"]
+    assert line.startswith("1 broken boxes in the proposals") and f"'scannet/{SCENE}[1]'" in line
 
 
 def test_validation_of_scan2cap_counts_objects(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

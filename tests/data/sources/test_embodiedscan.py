@@ -57,7 +57,7 @@ def test_reads_a_scene(tmp_path: Path) -> None:
     assert info.visible == {0: frozenset({0, 1}), 10: frozenset({1})}
     assert sorted(info.poses) == [0, 10]
     np.testing.assert_array_equal(info.poses[10], moved(1.0))
-    assert [(each.index, each.bbox_id, each.label) for each in info.instances] == [
+    assert [(each.index, each.bbox_id, each.label) for each in info.instances.values()] == [
         (0, 7, "chair"),
         (1, 3, "office chair"),
     ]
@@ -84,7 +84,12 @@ def test_frames_with_lost_tracking_are_skipped_and_counted(tmp_path: Path) -> No
 
 def test_scenes_without_objects_are_read(tmp_path: Path) -> None:
     info = read_infos(written(tmp_path, content(scene(instances=[], images=[image(0, visible=[])]))))["scene0000_00"]
-    assert (info.instances, info.visible) == ((), {0: frozenset()})
+    assert (info.instances, info.visible) == ({}, {0: frozenset()})
+
+
+def alone(only: Any) -> dict[str, Any]:
+    """A scene with one instance, which its only frame shows."""
+    return scene(images=[image(0, visible=[0])], instances=[only])
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
@@ -109,13 +114,13 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (scene(images=[image(0, visible=[-1])]), "field 'images[0].visible_instance_ids[0]'"),
         (scene(images=[image(0, visible=[True])]), "field 'images[0].visible_instance_ids[0]'"),
         (scene(images=[{**image(0), "visible_instance_ids": None}]), "field 'images[0].visible_instance_ids'"),
-        (scene(instances=[instance(box=BOX[:6])]), "field 'instances[0].bbox_3d'"),
-        (scene(instances=[instance(box=[*BOX[:3], 0, *BOX[4:]])]), "field 'instances[0].bbox_3d'"),
-        (scene(instances=[instance(box=[*BOX[:3], -1, *BOX[4:]])]), "field 'instances[0].bbox_3d'"),
-        (scene(instances=[instance(box=[np.inf, *BOX[1:]])]), "field 'instances[0].bbox_3d'"),
-        (scene(instances=[instance(), instance(label=5)]), "field 'instances[1].bbox_label_3d'"),
-        (scene(instances=[instance(bbox_id=None)]), "field 'instances[0].bbox_id'"),
-        (scene(instances=[3]), "field 'instances[0]'"),
+        (alone(instance(box=BOX[:6])), "field 'instances[0].bbox_3d'"),
+        (alone(instance(box=[*BOX[:3], 0, *BOX[4:]])), "field 'instances[0].bbox_3d'"),
+        (alone(instance(box=[*BOX[:3], -1, *BOX[4:]])), "field 'instances[0].bbox_3d'"),
+        (alone(instance(box=[np.inf, *BOX[1:]])), "field 'instances[0].bbox_3d'"),
+        (alone(instance(label=5)), "field 'instances[0].bbox_label_3d'"),
+        (alone(instance(bbox_id=None)), "field 'instances[0].bbox_id'"),
+        (alone(3), "field 'instances[0]'"),
         (scene("scannet/../up"), "scene id '../up'"),
     ],
 )
@@ -123,6 +128,43 @@ def test_a_malformed_scene_raises_with_its_id(tmp_path: Path, broken: dict[str, 
     path = written(tmp_path, content(broken))
     with pytest.raises(ValueError, match=re.escape(f"{path}: {broken['sample_idx']}: {message}")):
         read_infos(path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "field"),
+    [
+        (instance(box=[*BOX[:5], 0.0, *BOX[6:]]), "bbox_3d"),
+        (instance(box=[*BOX[:5], np.nan, *BOX[6:]]), "bbox_3d"),
+        (instance(box=[-np.inf, *BOX[1:]]), "bbox_3d"),
+        (instance(label=5), "bbox_label_3d"),
+        (instance(bbox_id=None), "bbox_id"),
+    ],
+)
+def test_a_broken_instance_is_skipped_in_its_scene(tmp_path: Path, broken: dict[str, Any], field: str) -> None:
+    """The indices of the other instances do not change."""
+    path = written(tmp_path, content(scene(instances=[broken, instance(3, 9)])))
+    info = read_infos(path)["scene0000_00"]
+    assert {index: (each.index, each.label) for index, each in info.instances.items()} == {1: (1, "office chair")}
+    assert info.visible == {0: frozenset({0, 1}), 10: frozenset({1})}
+    (message,) = info.broken_instances
+    assert message.startswith(f"{path}: scannet/scene0000_00: field 'instances[0].{field}'")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [scene("scannet/scene0007_00", axis_align_matrix=np.full((4, 4), np.nan))],
+        [scene("scannet/scene0007_00", instances=[instance(label=5), instance(bbox_id=None)])],
+        [scene("scannet/scene0007_00"), scene("scannet/scene0007_00")],
+    ],
+)
+def test_a_broken_scene_is_skipped_in_the_file(tmp_path: Path, broken: list[Any]) -> None:
+    path = written(tmp_path, content(*broken, scene()))
+    infos = read_infos(path)
+    assert list(infos) == ["scene0000_00"] and list(infos.broken) == ["scene0007_00"]
+    assert infos.broken["scene0007_00"].startswith(f"{path}: scannet/scene0007_00: field ")
+    with pytest.raises(ValueError, match="scene0007_00: field "):  # an error if every scene is broken
+        read_infos(written(tmp_path, content(*broken)))
 
 
 def test_all_problems_are_in_one_error(tmp_path: Path) -> None:

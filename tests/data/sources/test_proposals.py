@@ -44,10 +44,24 @@ def test_reads_proposals(tmp_path: Path) -> None:
         (7, ""),
     ],
 )
-def test_an_invalid_box_raises_with_its_index(tmp_path: Path, box: object, place: str) -> None:
-    path = written(tmp_path, json.dumps({"a": [], "scannet/scene0011_00": [BOX, box]}))
-    with pytest.raises(ValueError, match=re.escape(f"{path}: field 'scannet/scene0011_00[1]{place}'")):
+def test_a_broken_box_is_skipped_and_recorded(tmp_path: Path, box: object, place: str) -> None:
+    path = written(tmp_path, json.dumps({"a": [], "scannet/scene0011_00": [BOX, box, BOX]}))
+    proposals = read_proposals(path)
+    np.testing.assert_array_equal(proposals["scene0011_00"], [BOX, BOX])
+    ((scene_id, (message,)),) = proposals.broken_boxes.items()
+    assert scene_id == "scene0011_00"
+    assert message.startswith(f"{path}: field 'scannet/scene0011_00[1]{place}'") and not proposals.broken
+    path = written(tmp_path, json.dumps({"scannet/scene0011_00": [box]}))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: field 'scannet/scene0011_00[0]{place}'")):
         read_proposals(path)
+
+
+@pytest.mark.parametrize("boxes", [[[1, 2]], 3])
+def test_a_scene_of_broken_boxes_is_skipped_in_the_file(tmp_path: Path, boxes: object) -> None:
+    path = written(tmp_path, json.dumps({"scannet/b": [BOX], "scannet/a": boxes}))
+    proposals = read_proposals(path)
+    assert list(proposals) == ["b"] and list(proposals.broken) == ["a"]
+    assert "field 'scannet/a" in proposals.broken["a"]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +85,7 @@ def test_a_broken_file_raises_with_its_name(tmp_path: Path, content: str, named:
 
 
 def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
-    path = written(tmp_path, json.dumps({"a": [[1]] * 8, "b": [BOX, [2]], "e": [["x"]] * 3}))
+    path = written(tmp_path, json.dumps({"a": [[1]] * 8, "b": [[2]], "e": [["x"]] * 3}))
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         read_proposals(path)
     assert len(str(caught.value).splitlines()) == 11

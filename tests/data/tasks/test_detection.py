@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,13 @@ def test_windows_are_subsampled_by_seed(root: Path) -> None:
     again = prepared_items(root, "detection", "val", windows=1, **HAND)
     assert len(one) == 1 and one[0].id == again[0].id
     assert len(prepared_items(root, "detection", "val", windows=5, **HAND)) == 2
+
+
+def test_an_object_with_a_broken_box_is_no_object(root: Path) -> None:
+    write_infos(root)
+    path = root / "embodiedscan" / "embodiedscan_infos_train.pkl"
+    content = pickle.loads(path.read_bytes())
+    content["data_list"][0]["instances"][0]["bbox_3d"] = [np.inf] * 9
+    path.write_bytes(pickle.dumps(content))
+    first, _ = prepared_items(root, "detection", **HAND)
+    assert [each.label for each in first.objects] == ["table"]

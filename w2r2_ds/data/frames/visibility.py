@@ -79,13 +79,14 @@ def match_instance(box: np.ndarray, info: ScanInfo) -> InfoInstance | None:
 
     from w2r2_ds.boxes3d.iou import box_iou
 
-    instances = torch.from_numpy(np.stack([instance.box for instance in info.instances]).astype(np.float64))
+    candidates = list(info.instances.values())
+    instances = torch.from_numpy(np.stack([instance.box for instance in candidates]).astype(np.float64))
     # The same box for every pair; its angles are 0.
     repeated = torch.zeros(len(instances), 9, dtype=torch.float64)
     repeated[:, :6] = torch.from_numpy(np.asarray(box, dtype=np.float64))
     ious = box_iou(repeated, instances).numpy()
     best = int(ious.argmax())
-    return info.instances[best] if ious[best] >= MATCH_IOU else None
+    return candidates[best] if ious[best] >= MATCH_IOU else None
 
 
 def visible_frames_by_infos(scene: Scene, info: ScanInfo, instance: InfoInstance) -> frozenset[int]:

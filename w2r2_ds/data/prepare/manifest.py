@@ -131,7 +131,7 @@ def make_counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dic
 
 
 def summary_line(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
-    """One to three lines about a prepared folder: samples, comparison with the published count, skipped items."""
+    """Lines about a prepared folder: samples, comparison with the published count, skipped items, broken inputs."""
     numbers = manifest["counts"]
     units = [name for name in numbers if name not in ("samples", "scenes", "frames_without_pose", "published")]
     sources = " in ".join(f"{numbers[name]} {name}" for name in [*units, "scenes"])
@@ -143,6 +143,7 @@ def summary_line(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str
     if manifest["skipped"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest["skipped"].items())
         lines.append(f"  skipped: {reasons} (see skipped.jsonl)")
+    lines += [f"  skipped input: {line}" for line in manifest["skipped_inputs"]]
     return "\n".join(lines)
 
 

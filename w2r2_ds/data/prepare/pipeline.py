@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,6 +48,7 @@ from w2r2_ds.data.validate import check_frames
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.findings import Finding, by_kind
 from w2r2_ds.utils.hashing import file_sha256, json_sha256
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
@@ -71,6 +72,20 @@ class Prepared:
     folder: Path
     manifest: dict[str, Any]
     reused: bool
+
+
+class PreparedScene(NamedTuple):
+    """Result of `prepare_scene`.
+
+    Attributes:
+        items: samples and skipped items.
+        frames_without_pose: number of frames without a valid pose.
+        skipped_inputs: broken boxes and lost frames that were skipped.
+    """
+
+    items: PreparedItems
+    frames_without_pose: int
+    skipped_inputs: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -178,14 +193,19 @@ def _write_scene(
 ) -> _Failure | None:
     """Write one scene's file (in a worker process). Errors are returned, so that those of all scenes are reported."""
     try:
-        items, without_pose = prepare_scene(root, options, job, skip_without_box=skip_without_box)
+        prepared = prepare_scene(root, options, job, skip_without_box=skip_without_box)
     except AnnotationMismatch as error:
         return _Failure(job.scene_id, error.messages, is_annotation_error=True)
     except ValueError as error:
         return _Failure(job.scene_id, [str(error)], is_annotation_error=False)
-    samples = [(number, item) for number, item in items if isinstance(item, Sample)]
-    skipped = [{"number": number, **asdict(item)} for number, item in items if isinstance(item, SkippedItem)]
-    record = {"key": key, "skipped": skipped, "frames_without_pose": without_pose}
+    samples = [(number, item) for number, item in prepared.items if isinstance(item, Sample)]
+    skipped = [{"number": number, **asdict(item)} for number, item in prepared.items if isinstance(item, SkippedItem)]
+    record = {
+        "key": key,
+        "skipped": skipped,
+        "frames_without_pose": prepared.frames_without_pose,
+        "skipped_inputs": [asdict(finding) for finding in prepared.skipped_inputs],
+    }
     scene, empty = (out / f"{job.scene_id}{suffix}" for suffix in (".parquet", EMPTY))
     written, other = (scene, empty) if samples else (empty, scene)
     write_samples(written, samples, root, {METADATA: json.dumps(record)})
@@ -215,20 +235,16 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
-def prepare_scene(
-    root: Path, options: TaskOptions, job: Job, skip_without_box: bool = False
-) -> tuple[PreparedItems, int]:
-    """Samples and skipped items of one scene, and the number of its frames without a valid pose.
+def prepare_scene(root: Path, options: TaskOptions, job: Job, skip_without_box: bool = False) -> PreparedScene:
+    """Prepare one scene.
 
     Raises:
         AnnotationMismatch: annotations refer to objects that the scene lacks, and `skip_without_box` is False.
         ValueError: a file of the scene is missing or malformed.
     """
     task = TASKS.find(options.task)
-    if task.needs_infos(options) and job.info is None:
-        raise ValueError(f"{job.scene_id}: EmbodiedScan's infos do not have this scene; pass --visibility depth")
-    if task.needs_proposals(options) and job.proposals is None:
-        raise ValueError(f"{job.scene_id}: the proposals do not have this scene; pass --boxes annotated")
+    if job.problem:
+        raise ValueError(job.problem)
     scene = load_scene(root, job.scene_id, parts_to_read(options))
     prepared: PreparedItems = []
     if skip_without_box:
@@ -244,7 +260,7 @@ def prepare_scene(
             for number, item in task.make_samples(scene, job, options)
         ]
     check_frames([item for _, item in prepared if isinstance(item, Sample)])
-    return prepared, scene.frames_without_pose
+    return PreparedScene(prepared, scene.frames_without_pose, job.skipped_inputs)
 
 
 def _scenes_to_skip(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failure]:
@@ -291,6 +307,7 @@ def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence
         **identity,
         "counts": make_counts(plan, samples, len(records), without_pose),
         "skipped": dict(sorted(reasons.items())),
+        "skipped_inputs": by_kind(Finding(**each) for record in records.values() for each in record["skipped_inputs"]),
         "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED_FILE]},
     }
     atomic_io.replace(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # last: it marks the folder as complete

@@ -12,6 +12,9 @@
 class sets ``mask[ids]`` of a mask with the length of that list (``embodiedscan_dataset.py``: ``_ids2masks``), and
 VG-LLM reads ``sample["instances"][id]`` (``process_threedod.py``). An index outside the list is an error.
 
+A broken instance (a flat box, a NaN, an unknown category) is skipped in its scene, a broken scene is skipped in the
+file; both are recorded, so that only the preparation of a task that needs them mentions them.
+
 * ``bbox_3d``: centre and size in metres, ZXY angles in radians (``boxes3d/transforms.py``), in the axis-aligned world.
 * ``cam2global``: camera pose, OpenCV camera to *raw* world.
 * ``axis_align_matrix``: raw to axis-aligned world.
@@ -41,7 +44,7 @@ class InfoInstance:
     """One annotated object of a scene.
 
     Attributes:
-        index: index in ``ScanInfo.instances``; ``ScanInfo.visible`` refers to it.
+        index: index in the file's list of instances; ``ScanInfo.visible`` refers to it.
         bbox_id: EmbodiedScan's id of the box; no other field refers to it.
         label: name of the object's category.
         box: ``[9]`` float64 centre, size and ZXY angles in the axis-aligned world, metres and radians.
@@ -62,16 +65,18 @@ class ScanInfo:
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
         visible: frame number (in the image's file name) -> ``InfoInstance.index`` of the visible objects.
         poses: frame number -> ``[4, 4]`` float64, OpenCV camera to *raw* world, metres.
-        instances: objects of the scene, in the file's order.
+        instances: ``InfoInstance.index`` -> object of the scene, in the file's order.
         frames_without_pose: number of frames that were skipped because their pose is not finite.
+        broken_instances: one message for each instance that was skipped.
     """
 
     scene_id: str
     axis_align: np.ndarray
     visible: dict[int, frozenset[int]]
     poses: dict[int, np.ndarray]
-    instances: tuple[InfoInstance, ...]
+    instances: dict[int, InfoInstance]
     frames_without_pose: int = 0
+    broken_instances: tuple[str, ...] = ()
 
 
 class Infos(dict[str, ScanInfo]):
@@ -79,11 +84,13 @@ class Infos(dict[str, ScanInfo]):
 
     Attributes:
         skipped: name of another data set (3RScan, Matterport3D) -> number of its scenes in the file.
+        broken: scene id -> message, for the scenes that were skipped.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.skipped: dict[str, int] = {}
+        self.broken: dict[str, str] = {}
 
 
 def _array(*shape: int, finite: bool = True) -> Any:
@@ -139,7 +146,7 @@ class _Object(FrozenModel):
 class _Scene(FrozenModel):
     axis_align_matrix: _array(4, 4)  # type: ignore[valid-type]
     images: list[_Image]
-    instances: list[_Object]
+    instances: list[Any]  # of `_Object`, validated one by one
 
     @model_validator(mode="after")
     def _check(self) -> _Scene:
@@ -176,35 +183,46 @@ def read_infos(path: Path | str) -> Infos:
     """Read the ScanNet scenes of an infos file; scenes of other data sets are skipped and counted.
 
     Raises:
-        ValueError: the file is not such a pickle, or scenes are malformed. The message has scene and field of the first
-            ten errors.
+        ValueError: the file is not such a pickle, a scene has no valid name, or every scene is broken. The message has
+            scene and field of the first ten errors.
     """
     path = Path(path)
     content = validate(_CONTENT, load_numpy_pickle(path, SOURCE), path)
     categories = _category_names(content.metainfo, path)
-    # Collect the problems of all scenes, so that one message lists them.
-    infos, problems = Infos(), []
+    infos = Infos()
+    broken: dict[str, list[str]] = {}
+    nameless = []
     for index, entry in enumerate(content.data_list):
         sample = entry.get("sample_idx") if isinstance(entry, dict) else None
         if not isinstance(sample, str):
-            problems.append(f"{path}: data_list[{index}]: field 'sample_idx' is missing")
+            nameless.append(f"{path}: data_list[{index}]: field 'sample_idx' is missing")
             continue
         source, _, scene_id = sample.partition("/")
         location = f"{path}: {one_line(sample)}"
         if source != SCANNET_SOURCE:
             infos.skipped[source] = infos.skipped.get(source, 0) + 1
-        elif scene_id in infos:
-            problems.append(f"{location}: field 'sample_idx' occurs twice; remove one of the two scenes")
-        else:
-            try:
-                infos[scene_id] = _scan_info(check_scene_id(scene_id), _Scene.model_validate(entry), categories)
-            except ValidationError as error:
-                problems += error_lines(error, location)
-            except ValueError as error:
-                problems.append(f"{location}: {error}")
-    raise_problems(path, problems)
+            continue
+        try:
+            check_scene_id(scene_id)
+        except ValueError as error:
+            nameless.append(f"{location}: {error}")
+            continue
+        if scene_id in infos or scene_id in broken:
+            # It is unknown which of the two is right.
+            infos.pop(scene_id, None)
+            broken[scene_id] = [f"{location}: field 'sample_idx' occurs twice; remove one of the two scenes"]
+            continue
+        try:
+            infos[scene_id] = _scan_info(scene_id, _Scene.model_validate(entry), categories, location)
+        except ValidationError as error:
+            broken[scene_id] = error_lines(error, location)
+        except ValueError as error:
+            broken[scene_id] = str(error).splitlines()
+    if nameless or not infos:
+        raise_problems(path, [*(line for lines in broken.values() for line in lines), *nameless])
     if not infos:
         raise ValueError(f"{path} holds no ScanNet scene (others: {infos.skipped}); it must be {SOURCE}")
+    infos.broken = {scene_id: "\n".join(lines) for scene_id, lines in broken.items()}
     return infos
 
 
@@ -218,22 +236,37 @@ def _category_names(metainfo: _Metainfo, path: Path) -> dict[int, str]:
     return names
 
 
-def _scan_info(scene_id: str, scene: _Scene, categories: dict[int, str]) -> ScanInfo:
-    """`ScanInfo` of a validated scene, with its categories checked; frames without a finite pose are skipped."""
-    for index, instance in enumerate(scene.instances):
+def _scan_info(scene_id: str, scene: _Scene, categories: dict[int, str], location: str) -> ScanInfo:
+    """`ScanInfo` of a validated scene; frames without a finite pose and broken instances are skipped.
+
+    Raises:
+        ValueError: every instance is broken; one line each.
+    """
+    instances: dict[int, InfoInstance] = {}
+    broken: list[str] = []
+    for index, entry in enumerate(scene.instances):
+        try:
+            instance = _Object.model_validate(entry)
+        except ValidationError as error:
+            broken += error_lines(error, location, prefix=("instances", index))
+            continue
         if instance.bbox_label_3d not in categories:
-            raise ValueError(
-                f"field 'instances[{index}].bbox_label_3d' is {instance.bbox_label_3d}, no category of metainfo"
+            broken.append(
+                f"{location}: field 'instances[{index}].bbox_label_3d' is {instance.bbox_label_3d}, no category of "
+                "metainfo"
             )
+            continue
+        label = categories[instance.bbox_label_3d]
+        instances[index] = InfoInstance(index, instance.bbox_id, label, instance.bbox_3d)
+    if broken and not instances:
+        raise ValueError("\n".join(broken))
     tracked = [image for image in scene.images if np.isfinite(image.cam2global).all()]
     return ScanInfo(
         scene_id=scene_id,
         axis_align=scene.axis_align_matrix,
         visible={image.frame: frozenset(image.visible_instance_ids) for image in tracked},
         poses={image.frame: image.cam2global for image in tracked},
-        instances=tuple(
-            InfoInstance(index, instance.bbox_id, categories[instance.bbox_label_3d], instance.bbox_3d)
-            for index, instance in enumerate(scene.instances)
-        ),
+        instances=instances,
         frames_without_pose=len(scene.images) - len(tracked),
+        broken_instances=tuple(broken),
     )

@@ -11,13 +11,13 @@ files have the bounding boxes of Mask3D's masks.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from w2r2_ds.data.sources.scannet import check_scene_id
-from w2r2_ds.data.sources.validation import raise_problems, validate
+from w2r2_ds.data.sources.validation import error_lines, raise_problems, validate
 from w2r2_ds.utils.json_io import read_json
 from w2r2_ds.utils.sanitize import one_line
 
@@ -33,31 +33,66 @@ def _positive_sizes(box: list[float]) -> list[float]:
 
 _Coordinate = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Box = Annotated[list[_Coordinate], Field(min_length=6, max_length=6), AfterValidator(_positive_sizes)]
-_PROPOSALS = TypeAdapter(dict[str, list[_Box]])
+_BOX = TypeAdapter(_Box)
+_CONTENT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
-def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
-    """Read the proposed boxes of all scenes.
+class BoxProposals(dict[str, np.ndarray]):
+    """Scene id -> ``[N, 6]`` float64 centre and size, in the file's order; N may be 0.
 
-    Returns:
-        Scene id -> ``[N, 6]`` float64 centre and size, in the file's order; N may be 0.
+    Attributes:
+        broken_boxes: scene id -> one message for each box that was skipped in the scene.
+        broken: scene id -> message, for scenes that were skipped because none of their boxes is valid.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken_boxes: dict[str, tuple[str, ...]] = {}
+        self.broken: dict[str, str] = {}
+
+
+def read_proposals(path: Path | str) -> BoxProposals:
+    """Read the proposed boxes of all scenes; broken boxes are skipped and recorded.
 
     Raises:
-        ValueError: the file is not readable, a scene occurs twice, or a box is not six finite numbers with positive
-            sizes. The message has scene and box of the first ten errors.
+        ValueError: the file is not readable, a scene has an unsafe name or occurs twice, or no scene is valid. The
+            message has scene and box of the first ten errors.
     """
-    proposals: dict[str, np.ndarray] = {}
+    proposals = BoxProposals()
     problems = []
-    for name, boxes in validate(_PROPOSALS, read_json(path, SOURCE), path).items():
+    for name, boxes in validate(_CONTENT, read_json(path, SOURCE), path).items():
         scene_id = name.removeprefix(SCAN_PREFIX)
         try:
             check_scene_id(scene_id)
         except ValueError as error:
             problems.append(f"{path}: {error}; correct the name")
-        if scene_id in proposals:
+            continue
+        if scene_id in proposals or scene_id in proposals.broken:
             problems.append(f"{path}: scene {one_line(scene_id)} occurs twice; remove one of the two")
-        proposals[scene_id] = np.array(boxes, dtype=np.float64).reshape(-1, 6)
+        elif not isinstance(boxes, list):
+            proposals.broken[scene_id] = f"{path}: field {one_line(name)!r}: must be a list of boxes"
+        else:
+            valid, messages = _valid_boxes(path, name, boxes)
+            if messages and not valid:
+                proposals.broken[scene_id] = "\n".join(messages)
+                continue
+            proposals[scene_id] = np.array(valid, dtype=np.float64).reshape(-1, 6)
+            if messages:
+                proposals.broken_boxes[scene_id] = tuple(messages)
+    if not proposals:
+        problems = [*(line for message in proposals.broken.values() for line in message.splitlines()), *problems]
     raise_problems(path, problems)
     if not proposals:
         raise ValueError(f"{path} has no scene; it must be {SOURCE}")
     return proposals
+
+
+def _valid_boxes(path: Path | str, name: str, boxes: list[Any]) -> tuple[list[list[float]], list[str]]:
+    """The valid boxes of a scene, and one message per error of the others."""
+    valid, messages = [], []
+    for index, box in enumerate(boxes):
+        try:
+            valid.append(_BOX.validate_python(box))
+        except ValidationError as error:
+            messages += error_lines(error, path, prefix=(name, index))
+    return valid, messages

@@ -82,17 +82,20 @@ def validate(adapter: TypeAdapter[_T], value: Any, location: Path | str, counted
         raise  # not reached: there is at least one error
 
 
-def error_lines(error: ValidationError, location: Path | str, counted: bool = False) -> list[str]:
+def error_lines(
+    error: ValidationError, location: Path | str, counted: bool = False, prefix: tuple[str | int, ...] = ()
+) -> list[str]:
     """One line per error of a pydantic `ValidationError`: location, entry, field, problem and value.
 
     Args:
         error: error of pydantic.
         location: file, or part of a file; every line begins with it.
         counted: whether the validated value is a list of entries; lines then have the number of the entry, from 1.
+        prefix: names and list indices that lead from `location` to the validated value.
     """
     lines = []
     for each in error.errors(include_url=False, include_context=False):
-        path = list(each["loc"])  # names and list indices that lead to the value
+        path = [*prefix, *each["loc"]]  # names and list indices that lead to the value
         place = f"{location}: entry {int(path.pop(0)) + 1}" if counted and path else f"{location}"
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
         found = "" if each["type"] == "missing" else f", but is {_short_repr(each['input'])}"

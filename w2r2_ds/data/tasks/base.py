@@ -18,6 +18,7 @@ from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.scannet import Scene, SceneParts
 from w2r2_ds.types.sample import Kind, Sample
+from w2r2_ds.utils.findings import Finding
 from w2r2_ds.utils.registry import Registry
 
 # Reasons of skipped items, explained in docs/reference/data-formats.md
@@ -70,6 +71,8 @@ class Job:
         classes: object name -> 0 to 16 for ScanNet's named classes, 17 for others.
         info: EmbodiedScan's annotations of the scene; None if the task does not need them.
         proposals: ``[N, 6]`` float64 detected boxes (centre, size; axis-aligned world, metres); None if not needed.
+        problem: why the scene cannot be prepared: a file of all scenes lacks it, or its record there is broken.
+        skipped_inputs: broken boxes of the scene in EmbodiedScan's infos and in the proposals.
     """
 
     scene_id: str
@@ -79,6 +82,8 @@ class Job:
     classes: Mapping[str, int] = field(default_factory=dict)
     info: ScanInfo | None = None
     proposals: np.ndarray | None = None
+    problem: str = ""
+    skipped_inputs: tuple[Finding, ...] = ()
 
 
 class Item(Protocol):

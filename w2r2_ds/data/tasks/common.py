@@ -17,9 +17,9 @@ from w2r2_ds.data.frames.visibility import (
     visible_frames_by_infos,
 )
 from w2r2_ds.data.sources.annotations import Description, read_scanrefer
-from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
+from w2r2_ds.data.sources.embodiedscan import Infos, ScanInfo, read_infos
 from w2r2_ds.data.sources.labels import LABELS_FILE, nyu40_class, read_labels, scannet_class, unique_or_multiple
-from w2r2_ds.data.sources.proposals import read_proposals
+from w2r2_ds.data.sources.proposals import BoxProposals, read_proposals
 from w2r2_ds.data.sources.scannet import Frame, Scene
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
@@ -33,6 +33,7 @@ from w2r2_ds.data.tasks.base import (
     by_scene,
 )
 from w2r2_ds.types.sample import Target
+from w2r2_ds.utils.findings import Finding
 
 SCANNET_ACCESS = "ScanNet: sign its terms of use (http://www.scan-net.org), then use its download script"
 SCANREFER_ACCESS = "ScanRefer: fill in its form (https://github.com/daveredrum/ScanRefer)"
@@ -87,8 +88,8 @@ class DescriptionTask(Task):
         groups_scannet = unique_or_multiple(descriptions, labels, scannet_class)
         groups_nyu40 = unique_or_multiple(descriptions, labels, nyu40_class)
         scenes = by_scene(descriptions)
-        infos = _read_infos(root, options.split, scenes) if self.needs_infos(options) else {}
-        proposals = read_proposals(proposals_file(root, options.split)) if self.needs_proposals(options) else {}
+        infos = _read_infos(root, options.split, scenes) if self.needs_infos(options) else None
+        proposals = read_proposals(proposals_file(root, options.split)) if self.needs_proposals(options) else None
         jobs = []
         for number, (scene_id, items) in enumerate(scenes.items()):
             object_ids = {description.object_id for _, description in items}
@@ -100,23 +101,57 @@ class DescriptionTask(Task):
                     items,
                     groups={id_: (groups_scannet[scene_id, id_], groups_nyu40[scene_id, id_]) for id_ in object_ids},
                     classes={name: scannet_class(name, labels) for name in names},
-                    info=infos.get(scene_id),
-                    proposals=proposals.get(scene_id),
+                    info=None if infos is None else infos.get(scene_id),
+                    proposals=None if proposals is None else proposals.get(scene_id),
+                    problem=_infos_problem(scene_id, infos) or _proposals_problem(scene_id, proposals),
+                    skipped_inputs=_broken_boxes(scene_id, infos, proposals),
                 )
             )
         return tuple(jobs)
 
 
-def _read_infos(root: Path, split: str, scenes: Mapping[str, Any]) -> dict[str, ScanInfo]:
+def _read_infos(root: Path, split: str, scenes: Mapping[str, Any]) -> Infos:
     """EmbodiedScan's annotations of these scenes, from the split's file.
 
     As in VG-LLM, the other split's file is read too if some scenes are missing.
     """
-    found: dict[str, ScanInfo] = {}
+    found = Infos()
     for path in infos_files(root, split):
         if not found or any(scene_id not in found for scene_id in scenes):
-            found = {**read_infos(path), **found}  # the split's own file takes precedence
-    return {scene_id: found[scene_id] for scene_id in scenes if scene_id in found}
+            infos = read_infos(path)
+            # The split's own file takes precedence.
+            found.update({scene_id: info for scene_id, info in infos.items() if scene_id not in found})
+            found.broken = {**infos.broken, **found.broken}
+    return found
+
+
+def _infos_problem(scene_id: str, infos: Infos | None) -> str:
+    """Why a scene has no EmbodiedScan annotations; empty if it has or needs none."""
+    if infos is None or scene_id in infos:
+        return ""
+    missing = f"{scene_id}: EmbodiedScan's infos do not have this scene; pass --visibility depth"
+    return infos.broken.get(scene_id, missing)
+
+
+def _proposals_problem(scene_id: str, proposals: BoxProposals | None) -> str:
+    """Why a scene has no proposals; empty if it has or needs none."""
+    if proposals is None or scene_id in proposals:
+        return ""
+    missing = f"{scene_id}: the proposals do not have this scene; pass --boxes annotated"
+    return proposals.broken.get(scene_id, missing)
+
+
+def broken_instances(info: ScanInfo) -> tuple[Finding, ...]:
+    """The instances that are skipped in EmbodiedScan's annotations of a scene."""
+    return tuple(Finding("broken boxes in EmbodiedScan's infos", message) for message in info.broken_instances)
+
+
+def _broken_boxes(scene_id: str, infos: Infos | None, proposals: BoxProposals | None) -> tuple[Finding, ...]:
+    """The boxes of a scene that are skipped in the infos and the proposals."""
+    info = None if infos is None else infos.get(scene_id)
+    instances = () if info is None else broken_instances(info)
+    messages = () if proposals is None else proposals.broken_boxes.get(scene_id, ())
+    return (*instances, *(Finding("broken boxes in the proposals", message) for message in messages))
 
 
 def target_of(

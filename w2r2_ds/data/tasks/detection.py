@@ -32,7 +32,7 @@ from w2r2_ds.data.tasks.base import (
     TaskOptions,
     register_task,
 )
-from w2r2_ds.data.tasks.common import EMBODIEDSCAN, frame_fields, infos_files, rounded_box
+from w2r2_ds.data.tasks.common import EMBODIEDSCAN, broken_instances, frame_fields, infos_files, rounded_box
 from w2r2_ds.data.tasks.parsing import parse_objects
 from w2r2_ds.types.sample import LabeledBox, Sample
 
@@ -59,7 +59,7 @@ def visible_objects(info: ScanInfo, frames: Sequence[Frame]) -> tuple[LabeledBox
     """Objects that EmbodiedScan lists as visible in these frames, with boxes in the first frame's camera."""
     # A dict as an ordered set: an instance stays at its first occurrence.
     visible = dict.fromkeys(number for frame in frames for number in sorted(info.visible[frame.index]))
-    instances = [info.instances[number] for number in visible]
+    instances = [info.instances[number] for number in visible if number in info.instances]  # the others are broken
     return tuple(
         LabeledBox(instance.label, world_to_camera(instance.box, frames[0].cam_to_world))
         for instance in instances
@@ -107,7 +107,13 @@ class Detection(Task):
         return list(read_infos(self.annotations(root, options).path).values())
 
     def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
-        return tuple(Job(info.scene_id, number, info=info) for number, info in enumerate(self.read(root, options)))
+        infos = read_infos(self.annotations(root, options).path)
+        jobs = [
+            Job(scene_id, number, info=info, skipped_inputs=broken_instances(info))
+            for number, (scene_id, info) in enumerate(infos.items())
+        ]
+        broken = enumerate(infos.broken.items(), start=len(jobs))
+        return (*jobs, *(Job(scene_id, number, problem=message) for number, (scene_id, message) in broken))
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         """Samples of one scene, one per window, by first frame; a seeded subset if there are more than ``windows``."""
