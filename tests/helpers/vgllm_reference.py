@@ -25,7 +25,7 @@ from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
 from w2r2_ds.data.collate import token_counts
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.loading import model_class
-from w2r2_ds.models.merger import GeometryMerger, merge_cells
+from w2r2_ds.models.merger import GeometryMerger, split_cells
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
@@ -143,7 +143,7 @@ def forward(golden: Golden, variant: str) -> dict[str, torch.Tensor]:
         result["geometry_embeds"] = merged
         shapes = [grid_of(golden, index) for index in range(len(features))]
         grids = [grid for call in cells for grid in call[0]]  # one per sample
-        patches = torch.cat([merge_cells(grid, model.geometry_merger.merge_size).flatten(0, 1) for grid in grids])
+        patches = torch.cat([split_cells(grid, model.geometry_merger.merge_size).flatten(0, 4) for grid in grids])
         for index, part in enumerate(patches.split([math.prod(shape) for shape in shapes])):
             result[f"merger_in_{index}"] = part.unflatten(0, shapes[index])
     with inputs_of(model.base.model.language_model) as calls:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from w2r2_ds.models.merger import GeometryMerger, pair_frames
 
@@ -94,6 +97,54 @@ def test_initialisation_is_normal_and_dtype_follows_the_weights() -> None:
     assert merger.to(torch.bfloat16)([torch.randn(1, 2, 2, 32)]).dtype == torch.bfloat16
 
 
+COPIES = ("_to_copy", "cat", "clone", "copy_", "flip", "index", "index_select")
+
+
+class FullCopies(TorchDispatchMode):
+    """Records operations that write a copy of at least `size` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in COPIES and made.numel() >= self.size:
+            self.found.append(name)
+        return made
+
+
+@pytest.mark.parametrize("sizes", [[(4, 4, 6)], [(1, 4, 6), (2, 5, 7), (1, 4, 6)]])
+def test_features_behind_special_tokens_are_copied_once(sizes: list[tuple[int, int, int]]) -> None:
+    """From the encoder's output to the merger's: only the write into cells, which also reorders the patches."""
+    torch.manual_seed(0)
+    merger = GeometryMerger(8, 12, merger_hidden=2)
+    nn.init.normal_(merger.ln_q.weight)
+    tokens = [torch.randn(frames, 5 + rows * columns, 8) for frames, rows, columns in sizes]
+    smallest = min(frames * (rows // 2 * 2) * (columns // 2 * 2) * 8 for frames, rows, columns in sizes)
+    results = []
+    for strided in (True, False):
+        grids = [t[:, 5:].unflatten(1, size[1:]) for t, size in zip(tokens, sizes, strict=True)]
+        grids = [grid if strided else grid.contiguous() for grid in grids]
+        assert any(grid.is_contiguous() for grid in grids) != strided or len(sizes) > 1
+        merger.zero_grad()
+        with FullCopies(smallest) as copies:
+            merged = merger(grids)
+            (merged * torch.arange(merged.numel()).view_as(merged)).sum().backward()
+        assert copies.found == ["copy_"] * len(sizes)
+        results.append([merged, *(p.grad.clone() for p in merger.parameters() if p.grad is not None)])
+    assert len(results[0]) == 6 and all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_gradients_of_features() -> None:
+    torch.manual_seed(0)
+    merger = GeometryMerger(4, 6, merger_hidden=8, init_std=0.5).double()
+    grids = [torch.randn(*size, 4, dtype=torch.float64, requires_grad=True) for size in [(1, 2, 2), (1, 3, 4)]]
+    assert torch.autograd.gradcheck(lambda *features: merger(features), grids)
+
+
 def test_features_of_wrong_shape_raise() -> None:
     merger = GeometryMerger(8, 12, merger_hidden=16)
     with pytest.raises(ValueError, match=r"expected \[frames, h, w, 8\]"):
@@ -111,5 +162,9 @@ def test_pair_frames() -> None:
     assert pair_frames(frames[:4]).shape == (2, 2, 3, 4)
     assert torch.equal(pair_frames(frames[3:4]), frames[3:4])
     assert pair_frames(frames.bfloat16()).dtype == torch.bfloat16
+    narrow = frames[:4].bfloat16()
+    with FullCopies(narrow.numel()) as copies:
+        pair_frames(narrow)
+    assert copies.found == []
     with pytest.raises(ValueError, match="frames >= 1"):
         pair_frames(frames[:0])

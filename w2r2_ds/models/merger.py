@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -79,26 +80,30 @@ class CellNorm(nn.Module):
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Grids ``[frames, h, w, feature_dim]`` -> ``[tokens, merge_size ** 2, feature_dim]`` in the weight's dtype."""
-        # The empty first operand lets `torch.cat` and the norm run, and the weight get a gradient, without any grid.
-        cells = [self.weight.new_zeros(0, self.merge_size**2, len(self.weight))]
-        cells += [merge_cells(grid.to(self.weight.dtype), self.merge_size) for grid in features]
-        return rms_norm(torch.cat(cells), (len(self.weight),), self.weight, EPS)
+        grids = [split_cells(grid, self.merge_size) for grid in features]
+        counts = [grid.shape[:3].numel() for grid in grids]  # tokens of a grid
+        # The features are copied once: grouping, concatenation and cast in one write, straight from the strided view
+        # behind the encoder's special tokens. Without any grid the norm still runs, and its weight gets a gradient.
+        cells = self.weight.new_empty(sum(counts), self.merge_size**2, len(self.weight))
+        for grid, count, end in zip(grids, counts, accumulate(counts), strict=True):
+            cells[end - count : end].view(grid.shape).copy_(grid)
+        return rms_norm(cells, (len(self.weight),), self.weight, EPS)
 
 
-def merge_cells(features: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """Group ``[frames, h, w, C]`` into cells ``[tokens, m * m, C]``, row-major inside a cell; crops bottom and right.
+def split_cells(features: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """View of ``[frames, h, w, C]`` as cells ``[frames, h // m, w // m, m, m, C]``; crops bottom and right.
 
     Raises:
         ValueError: the grid is smaller than one cell.
     """
-    frames, height, width, channels = features.shape
+    height, width = features.shape[1:3]
     rows, columns = height // merge_size, width // merge_size
     if rows == 0 or columns == 0:
         raise ValueError(f"geometry merger: a {height} x {width} grid holds no {merge_size} x {merge_size} cell")
     cropped = features[:, : rows * merge_size, : columns * merge_size]
-    grid = cropped.reshape(frames, rows, merge_size, columns, merge_size, channels)
-    # -> [frame, cell row, cell column, row in cell, column in cell, channel]
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(frames * rows * columns, merge_size**2, channels)
+    # [frame, cell row, row in cell, cell column, column in cell, channel]
+    split = cropped.unflatten(1, (rows, merge_size)).unflatten(3, (columns, merge_size))
+    return split.transpose(2, 3)
 
 
 def pair_frames(features: torch.Tensor) -> torch.Tensor:
@@ -112,6 +117,7 @@ def pair_frames(features: torch.Tensor) -> torch.Tensor:
     """
     if features.dim() != 4 or features.shape[0] == 0:
         raise ValueError(f"geometry features are {tuple(features.shape)}, expected [frames >= 1, h, w, channels]")
-    if features.shape[0] % 2:
-        features = torch.cat([features, features[-1:]])
-    return features.float().unflatten(0, (-1, 2)).mean(1).to(features.dtype)
+    count = features.shape[0]
+    # With `dtype` the sum is float32 without a float32 copy of the features.
+    pairs = features[: count - count % 2].unflatten(0, (-1, 2)).mean(1, dtype=torch.float32).to(features.dtype)
+    return torch.cat([pairs, features[-1:]]) if count % 2 else pairs

@@ -263,6 +263,14 @@ def test_encoder_gives_the_patch_tokens_of_its_layer_as_a_grid(vggt: VGGT, image
     assert torch.equal(features.flatten(1, 2), tokens)
 
 
+def test_features_of_one_layer_are_not_copied(vggt: VGGT, images: torch.Tensor) -> None:
+    """They are a view behind the special tokens of the aggregator's output."""
+    outputs: list[torch.Tensor] = []
+    vggt.aggregator.register_forward_hook(lambda *call: outputs.append(call[-1][1]))
+    features = VGGTEncoder(vggt, layers=[1]).encode(images[0])
+    assert features.untyped_storage().data_ptr() == outputs[0].untyped_storage().data_ptr()
+
+
 def test_features_of_several_layers_are_concatenated(vggt: VGGT, images: torch.Tensor) -> None:
     both, deep, shallow = (VGGTEncoder(vggt, layers) for layers in ([2, 0], [2], [0]))
     expected = torch.cat([deep.encode(images[0]), shallow.encode(images[0])], dim=-1)

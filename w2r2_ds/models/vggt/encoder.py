@@ -75,9 +75,11 @@ class VGGTEncoder(GeometryEncoder):
         # The shapes depend on the number and size of the frames only: few in a run, so that cuDNN's plans are reused.
         with cudnn_sdpa():
             by_layer = aggregator((images.flip(0) if backwards else images)[None], self.layers)
-        tokens = torch.cat([by_layer[layer][0] for layer in self.layers], dim=-1)
+        patches = [by_layer[layer][0][:, config.special_tokens :] for layer in self.layers]
+        # The features of one layer stay a view behind the special tokens: the merger copies them once, into its cells.
+        tokens = torch.cat(patches, dim=-1) if len(patches) > 1 else patches[0]
         rows, _ = self.spec.grid(*images.shape[-2:])
-        grid = tokens[:, config.special_tokens :].unflatten(1, (rows, -1))
+        grid = tokens.unflatten(1, (rows, -1))
         return grid.flip(0) if backwards else grid
 
     def flops(self, frames: int, height: int, width: int) -> float:
