@@ -19,9 +19,10 @@ MACHINE = ("load", "threads", "processor", "gpu", "torch", "transformers", "peft
 
 
 def read() -> list[dict[str, Any]]:
-    """All saved reports, in the order of the benchmarks."""
+    """All saved reports, in the order of the benchmarks; that of `bring_up` contains one per part."""
     paths = [FOLDER / f"{name}.json" for name in BENCHMARKS]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    reports = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [each for report in reports for each in (report, *report.get("parts", {}).values())]
 
 
 def section(report: dict[str, Any]) -> str:

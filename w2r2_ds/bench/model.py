@@ -26,7 +26,7 @@ from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, make_config, train_t
 from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.candidates import Shapes
 from w2r2_ds.kernels.measure import select_kernels
-from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
+from w2r2_ds.kernels.select import Kernels, resolve_attention, resolve_dtype
 from w2r2_ds.models.attention.sdpa_backends import disable_cudnn_sdpa
 from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.family import find_family
@@ -184,11 +184,26 @@ def make_answer(tokenizer: Any, tokens: int, seed: int) -> tuple[str, list[int]]
     raise AssertionError(f"no answer has {tokens} tokens")
 
 
-def build(shape: Shape, device: torch.device) -> Subject:
-    """Build a model with random weights, with kernels and activation checkpointing as in training."""
+def build(
+    shape: Shape,
+    device: torch.device,
+    kernels: Kernels | None = None,
+    fusion: str = "add",
+    zero_geometry: str = "merged",
+    lora_dropout: float = 0.0,
+) -> Subject:
+    """Build a model with random weights, with activation checkpointing as in training.
+
+    Args:
+        shape: sizes of the model.
+        device: device of the model.
+        kernels: names of kernels; None selects them as `model.kernels` auto does.
+        fusion, zero_geometry, lora_dropout: as in `ModelConfig`.
+    """
     dtype = resolve_dtype(shape.dtype)
-    shapes = Shapes(shape.hidden, shape.intermediate, shape.lora_rank, 0.0, dtype)
-    kernels = select_kernels("auto", lambda: shapes, device)
+    if kernels is None:
+        shapes = Shapes(shape.hidden, shape.intermediate, shape.lora_rank, lora_dropout, dtype)
+        kernels = select_kernels("auto", lambda: shapes, device)
     frontend = build_frontend(shape)
     torch.manual_seed(SEED)
     with torch.device(device):
@@ -196,21 +211,22 @@ def build(shape: Shape, device: torch.device) -> Subject:
         try:
             vlm = Qwen2_5_VLForConditionalGeneration(frontend.meta.config)
             merger = GeometryMerger(2 * shape.vggt.embed_dim, shape.hidden, shape.merger_hidden)
-            fusion = make_fusion("add", shape.hidden)
+            phi = make_fusion(fusion, shape.hidden)
             vggt = VGGT(shape.vggt)
         finally:
             torch.set_default_dtype(torch.float32)
     vlm.set_attn_implementation(resolve_attention("auto", dtype))
     disable_cudnn_sdpa()  # as `load_vlm`
     frontend.family.speed_up_tower(vlm)
-    peft = add_lora(vlm, shape.lora_rank, 2 * shape.lora_rank)
+    peft = add_lora(vlm, shape.lora_rank, 2 * shape.lora_rank, lora_dropout)
     bind_kernels(frontend.family.language_model(vlm), kernels)
     geometry = CroppedVGGT(vggt, shape.geometry_layer, shape.grid)
-    model = W2R2(peft, merger, fusion, geometry, kernels=kernels)
+    model = W2R2(peft, merger, phi, geometry, zero_geometry, kernels)
     with torch.no_grad():
-        # `lora_B` is initialised to zero, which would make the gradient of `lora_A` zero.
-        for name, parameter in trainable(model).items():
-            if "lora_B" in name:
+        # `lora_B` and biases are initialised to zero, which would hide errors: the gradient of `lora_A` would be zero,
+        # and the merger's output for zero features too.
+        for parameter in trainable(model).values():
+            if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
     recompute(model.family.language_model(model.base).layers, 1, False, lambda: (nullcontext(), nullcontext()))
     model.base.enable_input_require_grads()

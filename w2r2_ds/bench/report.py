@@ -58,6 +58,11 @@ class BenchReport:
     notes: list[str] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
 
+    @property
+    def failed(self) -> bool:
+        """False: criteria of a single benchmark are reported, but do not make the command fail."""
+        return False
+
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object, with unrounded numbers."""
         criteria = [asdict(each) | {"met": each.met} for each in self.criteria]
@@ -69,7 +74,7 @@ class BenchReport:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_io.replace(path, json.dumps(self.to_json(), indent=2) + "\n")
 
-    def show(self, console: Console | None = None) -> None:
+    def show(self, console: Console | None = None, with_machine: bool = True) -> None:
         """Print the table, the criteria, the notes and the machine."""
         console = console or Console(highlight=False, width=None if os.isatty(1) else 150)
         table = Table(title=f"{self.name}: {self.title}", title_justify="left")
@@ -84,7 +89,8 @@ class BenchReport:
             console.print(f"{each.claim}: {each.measured:.3g}, at most {each.limit:g}: {result}", markup=False)
         for note in self.notes:
             console.print(f"- {note}", markup=False)
-        console.print("; ".join(f"{key} {value}" for key, value in self.machine.items()), markup=False)
+        if with_machine:
+            console.print("; ".join(f"{key} {value}" for key, value in self.machine.items()), markup=False)
 
 
 def cell(value: Any) -> str:

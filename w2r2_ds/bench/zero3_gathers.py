@@ -1,16 +1,13 @@
 """Bytes that ZeRO-3 all-gathers per training step for each `train.pass_order`, and the wall-clock time of the step.
 
-``python -m w2r2_ds.bench.zero3_gathers SHAPE RESULT ROUNDS`` is one rank; `run_ranks` starts all of them.
+``python -m w2r2_ds.bench.zero3_gathers RESULT SHAPE ROUNDS`` is one rank; `run_ranks` starts all of them.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from torch import Tensor, nn
 from w2r2_ds.bench.feature_cache import CachedFeatures
 from w2r2_ds.bench.harness import Spread, find_device, time_ratio
 from w2r2_ds.bench.model import build
+from w2r2_ds.bench.ranks import run_ranks
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
@@ -51,7 +49,7 @@ def run(shape: str, ranks: int, rounds: int) -> BenchReport:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1.")
     find_shapes(shape)  # an unknown shape is an error of this process, not of the ranks
     find_device()  # limits the CPU to one thread, as in the ranks, because the report records the number
-    results = run_ranks(ranks, shape, rounds)
+    results = run_ranks(__name__, ranks, shape, rounds)
     report = BenchReport("zero3_gathers", f"gathers of ZeRO-3 per step, {ranks} ranks, LoRA, checkpointing", [])
     spreads = {order: Spread(tuple(results[order]["seconds"])) for order in PASS_ORDERS}
     for order in PASS_ORDERS:
@@ -75,28 +73,6 @@ def run(shape: str, ranks: int, rounds: int) -> BenchReport:
         "limit would be gathered only once. Seconds are wall-clock time, because ranks wait for each other."
     )
     return report
-
-
-def run_ranks(ranks: int, shape: str, rounds: int) -> dict[str, Any]:
-    """Run this module in `ranks` processes and return the result of rank 0.
-
-    Raises:
-        RuntimeError: a rank failed; the message has the end of its error output.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [*torchrun, "-m", "w2r2_ds.bench.zero3_gathers", shape, str(result), str(rounds)],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        if done.returncode:
-            raise RuntimeError(f"a rank failed:\n{done.stderr[-4000:]}")
-        results: dict[str, Any] = json.loads(result.read_text())
-    return results
 
 
 @dataclass
@@ -218,7 +194,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     return results
 
 
-def main(shape: str, result: Path, rounds: int) -> None:
+def main(result: Path, shape: str, rounds: int) -> None:
     """Run one rank; rank 0 writes the results."""
     import deepspeed
 
@@ -230,4 +206,4 @@ def main(shape: str, result: Path, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -14,10 +14,11 @@ from typing import Any
 from w2r2_ds.commands.common import command_words, description, function_parser, parse
 from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.config.cli import Parser
+from w2r2_ds.training.fault_tolerance.exit_codes import FAILED
 
 
 @reports_errors("bench")
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> int | None:
     """Run one benchmark, print its report and save it with ``--json``; returns the exit code."""
     parser = Parser(prog="w2r2 bench", description="Benchmarks of speed and memory.")
     commands = parser.add_subcommands(dest="benchmark")
@@ -32,6 +33,7 @@ def main(args: list[str] | None = None) -> None:
     report.show()
     if target is not None:
         report.save(target)
+    return FAILED if report.failed else None
 
 
 def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 3) -> Any:
@@ -120,8 +122,36 @@ def kernels(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 1
     return run(shape, frames, rounds)
 
 
+def bring_up(
+    parts: list[str] | None = None,
+    shapes: list[str] | None = None,
+    frames: list[int] | None = None,
+    questions: list[int] = [1, 8],  # noqa: B006
+    rounds: int = 3,
+    steps: int = 50,
+    seconds: float = 300.0,
+) -> Any:
+    """First checks and measurements on a new GPU, in under 5 minutes: tests, kernels, rooflines, ZeRO-3, steps, memory.
+
+    Exits with 1 if a part fails. docs/get-started/gpu-quickstart.md explains the tables.
+
+    Args:
+        parts: parts to run: gpu_tests, step_equivalence, sdpa_backends, modules, zero3, steps; default: all.
+        shapes: names of shapes; default: 3b and 7b on a GPU, tiny on a CPU.
+        frames: numbers of frames per sample; default: 8, 16 and 24 on a GPU, 2 on a CPU.
+        questions: numbers K of questions per packed sequence.
+        rounds: number of runs per case, interleaved.
+        steps: number of steps of varying lengths, for the comparison of SDPA backends.
+        seconds: no part starts after this time.
+    """
+    from w2r2_ds.bench.bring_up.run import run
+    from w2r2_ds.bench.bring_up.settings import Settings
+
+    return run(Settings.of(shapes, frames, questions, rounds, steps), parts, seconds)
+
+
 BENCHMARKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (baseline, step_time, scene_packing, feature_cache, zero3_gathers, kernels)
+    for function in (baseline, step_time, scene_packing, feature_cache, zero3_gathers, kernels, bring_up)
 }
-"""Name -> function that returns a `w2r2_ds.bench.report.BenchReport`."""
+"""Name -> function that returns a `w2r2_ds.bench.report.BenchReport`, or a report with the same methods."""

@@ -1,0 +1,167 @@
+"""`bench.py bring_up` on the CPU: every part on the shape `tiny`; no times are asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from w2r2_ds.bench.bring_up import gpu_tests, run, step_equivalence
+from w2r2_ds.bench.bring_up.modules import targets
+from w2r2_ds.bench.bring_up.run import PARTS
+from w2r2_ds.bench.bring_up.settings import Settings
+from w2r2_ds.bench.memory import measured_bytes, step_bytes, weight_bytes
+from w2r2_ds.bench.model import bench_optimizer, build, update
+from w2r2_ds.bench.report import BenchReport, Criterion
+from w2r2_ds.bench.shapes import TINY
+from w2r2_ds.commands.bench import main
+from w2r2_ds.kernels.select import TORCH_KERNELS
+from w2r2_ds.models.fusion import FUSIONS
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings.of(None, None, questions=[1, 3], rounds=1, steps=3)
+
+
+def bring_up(tmp_path: Path, *options: str, status: int = 0) -> dict[str, Any]:
+    """Run `w2r2 bench bring_up` and return its JSON report; all numbers are finite."""
+    target = tmp_path / "report.json"
+    assert main(["bring_up", "--rounds", "1", "--json", str(target), *options]) == status
+    report: dict[str, Any] = json.loads(target.read_text())
+    for part in report["parts"].values():
+        for row in part["rows"]:
+            assert all(math.isfinite(value) for value in row.values() if isinstance(value, int | float))
+    return report
+
+
+def test_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["sdpa_backends", "modules", "steps"]
+    report = bring_up(tmp_path, "--parts", f"[{','.join(names)}]", "--steps", "3", "--questions", "[1,3]")
+    assert [row["part"] for row in report["rows"]] == names == list(report["parts"])
+    assert all(row["result"] == "done" for row in report["rows"])
+    printed = capsys.readouterr()
+    assert all(f"{name}: " in printed.out for name in names) and "modules, after" in printed.err
+    assert [row["cuDNN"] for row in report["parts"]["sdpa_backends"]["rows"]] == ["on", "off"]
+    modules = [row["module"] for row in report["parts"]["modules"]["rows"]]
+    assert modules == list(targets(build(TINY, torch.device("cpu"))))
+    steps = report["parts"]["steps"]["rows"]
+    assert [(row["case"], row["K"]) for row in steps] == [
+        ("single pass", 1),
+        ("W2R2", 1),
+        ("single pass", 3),
+        ("W2R2", 3),
+    ]
+    assert all(row["peak_gib"] > 0 and row["predicted_gib"] > 0 for row in steps)
+
+
+@pytest.mark.slow  # starts pytest
+def test_gpu_tests_are_collected_and_run(settings: Settings) -> None:
+    report = gpu_tests.run(settings)
+    counts = {row["file"]: row for row in report.rows}
+    assert "tests.kernels.test_gpu" in counts and report.criteria[0].met
+    if settings.device.type == "cpu":
+        assert all(row["skipped"] and not row["passed"] + row["failed"] for row in counts.values())
+
+
+@pytest.mark.slow  # starts pytest
+def test_a_failed_gpu_test_is_a_criterion(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_one.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_wrong():\n    assert 1 + 1 == 3\n\n"
+        "@pytest.mark.gpu\ndef test_right():\n    pass\n\ndef test_other():\n    pass\n"
+    )
+    (tmp_path / "w2r2_ds").mkdir()
+    monkeypatch.setattr(gpu_tests.w2r2_ds, "__file__", str(tmp_path / "w2r2_ds" / "__init__.py"))
+    report = gpu_tests.run(settings)
+    (row,) = report.rows
+    assert (row["passed"], row["skipped"], row["failed"]) == (1, 0, 1)
+    assert not report.criteria[0].met and any("test_wrong" in note for note in report.notes)
+
+
+def test_an_installed_package_has_no_tests(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_tests.w2r2_ds, "__file__", str(tmp_path / "w2r2_ds" / "__init__.py"))
+    with pytest.raises(ValueError, match="checkout"):
+        gpu_tests.run(settings)
+
+
+def test_step_equivalence(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_equivalence, "FUSIONS", {"add": FUSIONS["add"]})
+    report = step_equivalence.run(settings)
+    assert len(report.rows) == 2 * 2 * 2 and report.criteria[0].met
+    losses = {(row["zero_geometry"], row["visual_mask_ratio"]): row["loss"] for row in report.rows}
+    assert len(set(losses.values())) == 4, "every option changes the loss"
+
+
+def test_step_equivalence_finds_a_wrong_kernel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from w2r2_ds.kernels import lora_linear
+
+    right = lora_linear.lora_projection
+
+    def wrong(*arguments: Any) -> torch.Tensor:
+        return right(*arguments) * 1.001
+
+    monkeypatch.setattr(lora_linear, "lora_projection", wrong)
+    monkeypatch.setattr(step_equivalence, "FUSIONS", {"add": FUSIONS["add"]})
+    assert not step_equivalence.run(settings).criteria[0].met
+
+
+@pytest.mark.nightly  # starts a process that imports everything
+def test_zero3(tmp_path: Path) -> None:
+    report = bring_up(tmp_path, "--parts", "[zero3]")
+    cases = {row["case"]: row for row in report["parts"]["zero3"]["rows"]}
+    assert cases["as shipped"]["/as shipped"] == 1.0 and "overlap_comm off" in cases
+
+
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(settings: Settings) -> BenchReport:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
+
+    def wrong(settings: Settings) -> BenchReport:
+        return BenchReport("wrong", "a value above its limit", [{"row": 1}], [Criterion("value", 2.0, 1.0)])
+
+    def right(settings: Settings) -> BenchReport:
+        return BenchReport("right", "no criteria", [{"row": 1}])
+
+    monkeypatch.setattr(run, "PARTS", {"broken": broken, "wrong": wrong, "right": right})
+    report = bring_up(tmp_path, status=1)
+    results = {row["part"]: row["result"] for row in report["rows"]}
+    assert results["broken"] == "failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert results["wrong"].startswith("1 of 1") and results["right"] == "done"
+    assert list(report["parts"]) == ["wrong", "right"]
+
+
+def test_no_part_starts_after_the_time(tmp_path: Path) -> None:
+    report = bring_up(tmp_path, "--seconds", "0", status=1)
+    assert [row["part"] for row in report["rows"]] == list(PARTS) and not report["parts"]
+    assert all("--seconds" in row["result"] for row in report["rows"])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--parts", "[modules,nothing]"], "--parts"),
+        (["--shapes", "[5b]"], "--shape"),
+        (["--frames", "[0]"], "--frames"),
+        (["--questions", "[0]"], "--questions"),
+        (["--rounds", "0"], "--rounds"),
+        (["--steps", "0"], "--steps"),
+    ],
+)
+def test_wrong_options(options: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bring_up", *options]) == 1
+    assert named in capsys.readouterr().err
+
+
+def test_predicted_memory_grows_with_the_tokens() -> None:
+    subject = build(TINY, torch.device("cpu"), TORCH_KERNELS)
+    weights = sum(each.nbytes for each in subject.model.parameters())
+    assert weights < weight_bytes(subject) < step_bytes(subject, 1) < step_bytes(subject, 4)
+    step, optimizer = subject.step(), bench_optimizer(subject.model)
+    batch = subject.batch()
+    update(optimizer, step(batch)[0])  # creates the optimizer states
+    assert measured_bytes(subject, lambda: update(optimizer, step(batch)[0])) >= weight_bytes(subject)
